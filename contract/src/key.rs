@@ -1,0 +1,248 @@
+//! The key format. Randomness comes in, a [`Secret`] goes out; text comes in, a verdict on its form goes out.
+//!
+//! ```text
+//! sk_live_ 0a1B2c…(30 random characters) 4Xy0zQ(6 characters of checksum)      44 characters in all
+//! ```
+//!
+//! All characters after the tag are base62 (`0-9A-Za-z`, in that order of value). The checksum is the CRC-32 (the one of
+//! zlib and PNG) of the 38 characters before it, as a base62 number of six digits, the highest first. It lets a client or a
+//! secret scanner tell a mistyped key from a wrong one without asking anybody. It is not a security measure.
+//!
+//! Imported keys may have any form: nothing here is asked when a request is decided.
+
+extern crate alloc;
+
+use alloc::string::String;
+use core::fmt;
+
+use rand_core::TryCryptoRng;
+
+use crate::hash::KeyHash;
+
+/// The tag of keys for production use.
+pub const LIVE_TAG: &str = "sk_live_";
+/// The tag of keys for tests.
+pub const TEST_TAG: &str = "sk_test_";
+/// Random characters after the tag: 30 × log2(62) = 178.6 bits.
+pub const RANDOM_CHARS: usize = 30;
+/// Checksum characters at the end: 62⁶ > 2³².
+pub const CHECKSUM_CHARS: usize = 6;
+/// Length of every generated key, in characters and bytes: one block of SHA-256 with its padding.
+pub const KEY_CHARS: usize = LIVE_TAG.len() + RANDOM_CHARS + CHECKSUM_CHARS;
+
+const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+/// The largest multiple of 62 that fits a byte: bytes from here on are drawn again, so that no character is favoured.
+const UNBIASED_BYTES: u8 = 248;
+const PREFIX_TAG: &str = "sk_";
+const PREFIX_RANDOM_CHARS: usize = 6;
+
+/// Whether a key opens production or test environments. The filter treats both alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KeyKind {
+    /// `sk_live_…`
+    Live,
+    /// `sk_test_…`
+    Test,
+}
+
+impl KeyKind {
+    /// The characters that every key of this kind starts with.
+    #[must_use]
+    pub const fn tag(self) -> &'static str {
+        match self {
+            Self::Live => LIVE_TAG,
+            Self::Test => TEST_TAG,
+        }
+    }
+}
+
+/// A whole API key. Shown once to whoever asked for it, then forgotten: `Debug` prints none of it, and there is no
+/// `Display`, so that every place that reveals it says [`Secret::reveal`].
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Makes a new key from the given source of randomness, which must be the operating system's in production.
+    ///
+    /// # Errors
+    /// The error of `rng`, if it cannot give random bytes.
+    pub fn generate<R: TryCryptoRng>(kind: KeyKind, rng: &mut R) -> Result<Self, R::Error> {
+        let mut text = String::with_capacity(KEY_CHARS);
+        text.push_str(kind.tag());
+        let mut random = [0_u8; RANDOM_CHARS];
+        while text.len() < KEY_CHARS.saturating_sub(CHECKSUM_CHARS) {
+            rng.try_fill_bytes(&mut random)?;
+            let characters = random.iter().filter(|byte| **byte < UNBIASED_BYTES).map(|byte| digit(u32::from(*byte)));
+            let missing = KEY_CHARS.saturating_sub(CHECKSUM_CHARS).saturating_sub(text.len());
+            text.extend(characters.take(missing));
+        }
+        let checksum = checksum(&text);
+        text.extend(checksum);
+        Ok(Self(text))
+    }
+
+    /// Takes a key that somebody else made, of whatever form.
+    #[must_use]
+    pub fn from_presented(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The key itself. Call it only where the key is handed to its owner or to the hash.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// What is stored and looked up instead of the key.
+    #[must_use]
+    pub fn hash(&self) -> KeyHash {
+        KeyHash::of(self.0.as_bytes())
+    }
+
+    /// What is stored and shown so that a person recognises the key: `sk_` and the first six random characters.
+    /// `None` for a key that is not of our form: nothing of an imported key is shown unless its owner names a prefix.
+    #[must_use]
+    pub fn display_prefix(&self) -> Option<String> {
+        let kind = check(&self.0).ok()?;
+        let random = self.0.get(kind.tag().len()..)?.get(..PREFIX_RANDOM_CHARS)?;
+        let mut prefix = String::from(PREFIX_TAG);
+        prefix.push_str(random);
+        Some(prefix)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// Why a text is not one of our keys. No variant carries any of the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FormError {
+    /// The tag is neither of ours.
+    #[error("the key starts with neither {LIVE_TAG} nor {TEST_TAG}")]
+    Tag,
+    /// Not 44 characters.
+    #[error("the key is not {KEY_CHARS} characters long")]
+    Length,
+    /// A character after the tag is not base62.
+    #[error("the key has a character other than 0-9, A-Z and a-z after its tag")]
+    Character,
+    /// The checksum differs: mistyped or cut and pasted wrongly.
+    #[error("the key's checksum does not match: it was mistyped or cut short")]
+    Checksum,
+}
+
+/// Judges the form of a key, offline.
+///
+/// # Errors
+/// What is wrong with it, in the order of [`FormError`]'s variants.
+pub fn check(text: &str) -> Result<KeyKind, FormError> {
+    let kind =
+        [KeyKind::Live, KeyKind::Test].into_iter().find(|kind| text.starts_with(kind.tag())).ok_or(FormError::Tag)?;
+    if text.len() != KEY_CHARS {
+        return Err(FormError::Length);
+    }
+    if !text.bytes().skip(kind.tag().len()).all(|byte| byte.is_ascii_alphanumeric()) {
+        return Err(FormError::Character);
+    }
+    let (body, given) = text.split_at_checked(KEY_CHARS.saturating_sub(CHECKSUM_CHARS)).ok_or(FormError::Length)?;
+    if given.chars().eq(checksum(body)) { Ok(kind) } else { Err(FormError::Checksum) }
+}
+
+fn checksum(body: &str) -> impl Iterator<Item = char> + use<> {
+    let crc = crc32fast::hash(body.as_bytes());
+    [62_u32.pow(5), 62_u32.pow(4), 62_u32.pow(3), 62_u32.pow(2), 62, 1]
+        .into_iter()
+        .map(move |weight| digit(crc.checked_div(weight).unwrap_or_default()))
+}
+
+fn digit(value: u32) -> char {
+    let index = usize::try_from(value.checked_rem(62).unwrap_or_default()).unwrap_or_default();
+    char::from(ALPHABET.get(index).copied().unwrap_or(b'0'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &str = "sk_live_abcdefABCDEF0123456789abcdefgh";
+
+    fn sample() -> String {
+        let mut text = String::from(SAMPLE);
+        text.extend(checksum(SAMPLE));
+        text
+    }
+
+    #[test]
+    fn a_key_of_our_form_is_recognised_by_its_checksum() {
+        // zlib.crc32(b"sk_live_abcdefABCDEF0123456789abcdefgh") = 3986953280 = 4Loqg4 in base62.
+        assert_eq!(sample(), alloc::format!("{SAMPLE}4Loqg4"));
+        assert_eq!(check(&sample()), Ok(KeyKind::Live));
+        assert_eq!(sample().len(), KEY_CHARS);
+    }
+
+    #[test]
+    fn every_mistyped_character_is_noticed() {
+        let good = sample();
+        for position in LIVE_TAG.len()..KEY_CHARS {
+            let mut bad = good.clone().into_bytes();
+            bad[position] = if bad[position] == b'x' { b'y' } else { b'x' };
+            let bad = String::from_utf8(bad).unwrap();
+            assert_eq!(check(&bad), Err(FormError::Checksum), "position {position}");
+        }
+    }
+
+    #[test]
+    fn each_fault_of_form_has_its_name() {
+        assert_eq!(check(""), Err(FormError::Tag));
+        assert_eq!(check("pk_live_abc"), Err(FormError::Tag));
+        assert_eq!(check("sk_live_abc"), Err(FormError::Length));
+        assert_eq!(check(&alloc::format!("sk_live_{}", "é".repeat(18))), Err(FormError::Character));
+        assert_eq!(check(&sample().replace('F', "-")), Err(FormError::Character));
+    }
+
+    #[test]
+    fn the_display_prefix_is_the_one_of_the_documentation() {
+        assert_eq!(Secret::from_presented(sample()).display_prefix().as_deref(), Some("sk_abcdef"));
+        assert_eq!(Secret::from_presented("legacy-key-of-another-system".into()).display_prefix(), None);
+    }
+
+    #[test]
+    fn debug_prints_nothing_of_the_key() {
+        let secret = Secret::from_presented(sample());
+        assert_eq!(alloc::format!("{secret:?}"), "Secret(…)");
+    }
+
+    #[test]
+    fn keys_from_the_operating_system_are_well_formed_and_differ() {
+        let mut rng = getrandom::SysRng;
+        let one = Secret::generate(KeyKind::Live, &mut rng).unwrap();
+        let other = Secret::generate(KeyKind::Live, &mut rng).unwrap();
+        assert_eq!(check(one.reveal()), Ok(KeyKind::Live));
+        assert_ne!(one.reveal(), other.reveal());
+        assert_eq!(check(Secret::generate(KeyKind::Test, &mut rng).unwrap().reveal()), Ok(KeyKind::Test));
+    }
+
+    #[test]
+    fn every_character_of_the_alphabet_is_drawn_about_equally_often() {
+        let mut rng = getrandom::SysRng;
+        let mut seen = [0_u32; 128];
+        for _ in 0..2_000 {
+            let secret = Secret::generate(KeyKind::Live, &mut rng).unwrap();
+            for byte in secret.reveal().bytes().skip(LIVE_TAG.len()).take(RANDOM_CHARS) {
+                seen[usize::from(byte)] += 1;
+            }
+        }
+        // 60,000 draws over 62 characters: 968 expected, standard deviation 31; eight of them either way.
+        for byte in ALPHABET {
+            assert!(
+                (720..1_220).contains(&seen[usize::from(*byte)]),
+                "{} drawn {} times",
+                char::from(*byte),
+                seen[usize::from(*byte)]
+            );
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Usage on its way from the filters to the database: counts by key, outcome and hour, frozen into numbered reports.
+//!
+//! A report is identified by its reporter and number. The control plane applies each number of a reporter once, in order;
+//! the filter sends a report unchanged until it is acknowledged. A batch carries the reports of one reporter in ascending
+//! order, so that two of them never overtake each other.
+
+extern crate alloc;
+
+use alloc::vec::Vec;
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::{self, ACK, DecodeError, USAGE};
+use crate::id::{KeyId, ReporterId};
+
+/// Most counts in one report: what is left over waits for the next. Keeps a report well below a megabyte.
+pub const REPORT_COUNTS: usize = 20_000;
+
+/// What was counted of one key, outcome and hour since the last report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Count {
+    /// Whose requests.
+    pub of: Subject,
+    /// How many requests.
+    pub requests: u64,
+    /// Credits that they cost together.
+    pub cost: u64,
+    /// When the last of them came, in milliseconds of Unix time.
+    pub last_ms: u64,
+}
+
+/// What requests are counted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Subject {
+    /// The secret that was used; `None` for requests without a known key, which are only ever counted in total.
+    pub key: Option<KeyRef>,
+    /// [`Outcome::code`](crate::outcome::Outcome::code), kept as a number so that newer outcomes pass through.
+    pub outcome: u8,
+    /// Hours since the start of Unix time.
+    pub hour: u32,
+}
+
+/// One secret of one key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct KeyRef {
+    /// The key.
+    pub id: KeyId,
+    /// Which of its secrets.
+    pub generation: u32,
+}
+
+impl Count {
+    /// Adds what was counted elsewhere of the same subject.
+    pub fn add(&mut self, other: &Self) {
+        self.requests = self.requests.saturating_add(other.requests);
+        self.cost = self.cost.saturating_add(other.cost);
+        self.last_ms = self.last_ms.max(other.last_ms);
+    }
+}
+
+/// A numbered report: the same number always carries the same counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The Envoy process that counted.
+    pub reporter: ReporterId,
+    /// Counted up by one with each report of the reporter, from 1.
+    pub seq: u64,
+    /// At most [`REPORT_COUNTS`].
+    pub counts: Vec<Count>,
+}
+
+/// Writes reports in the order given.
+///
+/// # Errors
+/// None in practice: see [`codec::seal`].
+pub fn write_reports(reports: &[Report]) -> Result<Vec<u8>, DecodeError> {
+    let reports = reports.iter().map(wire::Report::of).collect::<Result<Vec<_>, _>>()?;
+    codec::seal(USAGE, &reports)
+}
+
+/// Reads what [`write_reports`] wrote.
+///
+/// # Errors
+/// Each variant of [`DecodeError`].
+pub fn read_reports(bytes: &[u8]) -> Result<Vec<Report>, DecodeError> {
+    let reports: Vec<wire::Report> = codec::open(USAGE, bytes)?;
+    reports.into_iter().map(wire::Report::read).collect()
+}
+
+/// Says that every report of the reporter up to a number is in the database, for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// Whose reports.
+    pub reporter: ReporterId,
+    /// The last number that is applied.
+    pub seq: u64,
+}
+
+impl Ack {
+    /// The sealed form.
+    ///
+    /// # Errors
+    /// None in practice: see [`codec::seal`].
+    pub fn write(&self) -> Result<Vec<u8>, DecodeError> {
+        codec::seal(ACK, self)
+    }
+
+    /// Reads the sealed form.
+    ///
+    /// # Errors
+    /// Each variant of [`DecodeError`].
+    pub fn read(bytes: &[u8]) -> Result<Self, DecodeError> {
+        codec::open(ACK, bytes)
+    }
+}
+
+/// The layout of reports: each count a byte string of its own, so that counts may grow.
+mod wire {
+    use alloc::vec::Vec;
+
+    use serde::{Deserialize, Serialize};
+
+    use super::Count;
+    use crate::codec::{DecodeError, grown, part};
+    use crate::id::ReporterId;
+
+    extern crate alloc;
+
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct Report {
+        header: Vec<u8>,
+        counts: Vec<Vec<u8>>,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Header {
+        reporter: ReporterId,
+        seq: u64,
+    }
+
+    impl Report {
+        pub(super) fn of(report: &super::Report) -> Result<Self, DecodeError> {
+            Ok(Self {
+                header: grown(&Header { reporter: report.reporter, seq: report.seq })?,
+                counts: report.counts.iter().map(grown).collect::<Result<_, _>>()?,
+            })
+        }
+
+        pub(super) fn read(self) -> Result<super::Report, DecodeError> {
+            let Header { reporter, seq } = part(&self.header)?;
+            let counts = self.counts.iter().map(|count| part::<Count>(count)).collect::<Result<_, _>>()?;
+            Ok(super::Report { reporter, seq, counts })
+        }
+    }
+}
