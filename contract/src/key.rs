@@ -30,6 +30,10 @@ pub const CHECKSUM_CHARS: usize = 6;
 /// Length of every generated key, in characters and bytes: one block of SHA-256 with its padding.
 pub const KEY_CHARS: usize = LIVE_TAG.len() + RANDOM_CHARS + CHECKSUM_CHARS;
 
+/// Longest key that is ever looked up, in bytes; what is longer is unknown without a look. Bounds the work that a stranger
+/// can cause with one request, and the length of keys that can be imported.
+pub const PRESENTED_BYTES: usize = 1_024;
+
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 /// The largest multiple of 62 that fits a byte: bytes from here on are drawn again, so that no character is favoured.
 const UNBIASED_BYTES: u8 = 248;

@@ -1,0 +1,375 @@
+//! What one VM does for one store, whichever of Envoy's contexts calls: it decides requests, and on each tick publishes
+//! its counts and, if it leads, syncs the store and reports usage.
+//!
+//! It belongs to the VM and not to a root context: after a configuration update the same VM serves the old root context
+//! and the new one, and both must see the same counts and the same conversation.
+
+use std::cell::{Cell as Slot, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use contract::decision::{Facts, Presented, decide};
+use contract::id::ReporterId;
+use contract::outcome::Outcome;
+use contract::page::Page;
+use contract::record::Record;
+use contract::usage::{Ack, KeyRef, Report, write_reports};
+
+use crate::cells::Names;
+use crate::config::{Config, WhenBlind};
+use crate::credential::Credential;
+use crate::host::{self, Call, SharedData};
+use crate::lease::{self, Holder};
+use crate::limiter::{self, Limit, Refused};
+use crate::metrics::Metrics;
+use crate::store::{self, State};
+use crate::sync::{POLL_TIMEOUT_MS, Progress, Sync};
+use crate::usage::{self, Counts, Outbox};
+
+const REPORT_TIMEOUT_MS: u64 = 10_000;
+const NS_PER_MS: u64 = 1_000_000;
+const MS_PER_S: u64 = 1_000;
+
+thread_local! {
+    static CORES: RefCell<BTreeMap<Names, Rc<Core>>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// One VM's part in one store.
+pub(crate) struct Core {
+    names: Names,
+    me: Holder,
+    slot: Slot<Option<u16>>,
+    metrics: Metrics,
+    state: Slot<Option<State>>,
+    counts: RefCell<Counts>,
+    /// The conversation with the control plane, while this VM leads.
+    leading: RefCell<Option<Leading>>,
+}
+
+struct Leading {
+    sync: Sync,
+    reporter: ReporterId,
+    /// The report that is under way: token, since when, and what it will acknowledge.
+    report: Option<(u32, u64)>,
+    report_failures: u32,
+    report_at_ms: u64,
+}
+
+/// What came of a request.
+pub(crate) struct Decided {
+    pub(crate) outcome: Outcome,
+    pub(crate) record: Option<Record>,
+    pub(crate) refused: Option<(Limit, Refused)>,
+}
+
+impl Core {
+    /// The core of this VM for the store that a configuration names.
+    pub(crate) fn of(config: &Config) -> Rc<Self> {
+        let names = Names::of(&config.cluster, &config.store);
+        CORES
+            .with_borrow_mut(|cores| Rc::clone(cores.entry(names.clone()).or_insert_with(|| Rc::new(Self::new(names)))))
+    }
+
+    fn new(names: Names) -> Self {
+        Self {
+            names,
+            me: Holder(u64::from_le_bytes(host::random_bytes()).max(1)),
+            slot: Slot::new(None),
+            metrics: Metrics::define(),
+            state: Slot::new(None),
+            counts: RefCell::default(),
+            leading: RefCell::new(None),
+        }
+    }
+
+    /// Decides one request and counts it.
+    pub(crate) fn decide(&self, config: &Config, credential: Credential) -> Decided {
+        let now_ns = host::now_ns();
+        let now_ms = now_ns.checked_div(NS_PER_MS).unwrap_or_default();
+        let decided = self.blind(config, now_ms).map_or_else(
+            || self.judge(config, credential, now_ns),
+            |outcome| Decided { outcome, record: None, refused: None },
+        );
+        let key = decided.record.as_ref().map(|record| KeyRef { id: record.key_id, generation: record.generation });
+        let cost = decided.record.as_ref().map_or(0, |record| record.cost);
+        self.counts.borrow_mut().add(key, decided.outcome, cost, now_ms);
+        self.metrics.decided(decided.outcome);
+        decided
+    }
+
+    /// What to do with any request, if the store cannot be asked. The state is read anew on each tick, and on each request
+    /// as long as there is none.
+    fn blind(&self, config: &Config, now_ms: u64) -> Option<Outcome> {
+        if self.state.get().is_none() {
+            self.state.set(store::state(&SharedData, &self.names));
+        }
+        let (outcome, choice) = match (self.state.get(), config.max_staleness_ms) {
+            (None, _) => (Outcome::NotReady, config.on_not_ready),
+            (Some(state), Some(limit_ms)) if now_ms.saturating_sub(state.synced_ms) > limit_ms => {
+                (Outcome::Stale, config.on_stale)
+            }
+            (Some(_), _) => return None,
+        };
+        Some(match choice {
+            WhenBlind::Refuse => outcome,
+            WhenBlind::Allow => Outcome::FailedOpen,
+        })
+    }
+
+    fn judge(&self, config: &Config, credential: Credential, now_ns: u64) -> Decided {
+        let record = match credential {
+            Credential::Presented(hash) => store::find(&SharedData, &self.names, &hash),
+            Credential::Missing | Credential::Oversized => None,
+        };
+        let presented = match (&credential, &record) {
+            (Credential::Missing, _) => Presented::Nothing,
+            (_, None) => Presented::Stranger,
+            (_, Some(record)) => Presented::Key(record),
+        };
+        let now_s = now_ns.checked_div(NS_PER_MS.saturating_mul(MS_PER_S)).unwrap_or_default();
+        let outcome = decide(presented, &Facts::at(now_s));
+        let refused =
+            record.as_ref().filter(|_| outcome == Outcome::Allowed).and_then(|r| self.limit(config, r, now_ns));
+        let outcome = if refused.is_some() { Outcome::RateLimited } else { outcome };
+        Decided { outcome, record, refused }
+    }
+
+    /// Takes a request from the key's limits, or from the default; says which refused.
+    fn limit(&self, config: &Config, record: &Record, now_ns: u64) -> Option<(Limit, Refused)> {
+        let own: Vec<Limit> = record.rate_limits.iter().map(Limit::from).collect();
+        let limits = if own.is_empty() { config.rate_limit.as_slice() } else { &own };
+        if limits.is_empty() {
+            return None;
+        }
+        let refused = limiter::take(&SharedData, &self.names, record.key_id, limits, now_ns).err()?;
+        limits.get(refused.limit).map(|limit| (limit.clone(), refused))
+    }
+
+    /// What is to be done every quarter of a second.
+    pub(crate) fn tick(&self, config: &Config, key: &str) {
+        let now_ms = now_ms();
+        self.publish();
+        self.state.set(store::state(&SharedData, &self.names));
+        if !self.lead(now_ms) {
+            return;
+        }
+        usage::collect(&SharedData, &self.names);
+        self.poll(config, key, now_ms);
+        self.report(config, key, now_ms);
+        self.show(now_ms);
+    }
+
+    /// The VM's root context ends: everything counted goes into shared data and, if this VM leads or nobody does, out.
+    pub(crate) fn end(&self, config: &Config, key: &str) {
+        self.publish();
+        if !self.lead(now_ms()) {
+            return;
+        }
+        usage::collect(&SharedData, &self.names);
+        if let Some(outbox) = usage::freeze(&SharedData, &self.names, true) {
+            let reports = outbox.reports();
+            if !reports.is_empty() {
+                let _ = send(config, key, &reports);
+                // Nobody is left to hear the answer. Importing what did arrive does nothing.
+                let line = serde_json::to_string(&reports).unwrap_or_default();
+                host::warn(&format!("portcullis-usage {line}"));
+            }
+        }
+        *self.leading.borrow_mut() = None;
+        lease::release(&SharedData, &self.names, self.me);
+    }
+
+    /// An answer to a call of this VM. Whoever called, it is told to the conversation.
+    pub(crate) fn answered(&self, config: &Config, key: &str, token: u32, body_bytes: usize) {
+        let now_ms = now_ms();
+        let (sync, report) = {
+            let mut leading = self.leading.borrow_mut();
+            let Some(leading) = leading.as_mut() else { return };
+            (leading.sync.answered(token), leading.report.take_if(|(awaited, _)| *awaited == token).is_some())
+        };
+        let status = host::answer_status();
+        if sync {
+            let applied = match status {
+                Some(200) => self.apply(&host::answer_body(body_bytes), now_ms),
+                _ => Err(explain(status, "sync")),
+            };
+            if let Err(why) = applied {
+                self.sync_failed(&why, now_ms);
+            }
+            // A change was applied: ask for the next before anything else, so that no tick lies between two changes.
+            self.poll(config, key, now_ms);
+        } else if report {
+            let acknowledged = match status {
+                Some(200) => Ack::read(&host::answer_body(body_bytes)).map_err(|error| error.to_string()),
+                _ => Err(explain(status, "usage report")),
+            };
+            self.reported(acknowledged, now_ms);
+        }
+    }
+
+    fn publish(&self) {
+        let mut counts = self.counts.borrow_mut();
+        let slot = self.slot.get().unwrap_or_else(|| usage::take_slot(&SharedData, &self.names));
+        self.slot.set(Some(slot));
+        counts.publish(&SharedData, &self.names, slot);
+    }
+
+    /// Whether this VM leads; becoming the leader, it starts from what the store and the outbox hold.
+    fn lead(&self, now_ms: u64) -> bool {
+        let mut leading = self.leading.borrow_mut();
+        if !lease::hold(&SharedData, &self.names, self.me, now_ms) {
+            *leading = None;
+            return false;
+        }
+        if leading.is_none() {
+            let ours = ReporterId(host::random_bytes());
+            let Some(reporter) = Outbox::open(&SharedData, &self.names, ours) else { return false };
+            let sync = Sync::from(store::state(&SharedData, &self.names).as_ref());
+            *leading = Some(Leading { sync, reporter, report: None, report_failures: 0, report_at_ms: 0 });
+        }
+        true
+    }
+
+    fn poll(&self, config: &Config, key: &str, now_ms: u64) {
+        let mut leading = self.leading.borrow_mut();
+        let Some(leading) = leading.as_mut() else { return };
+        let Some(path) = leading.sync.due(leading.reporter, now_ms) else { return };
+        match call(config, key, "GET", &path, None, POLL_TIMEOUT_MS).dispatch() {
+            Some(token) => leading.sync.sent(token, now_ms),
+            None => {
+                let cluster = &config.cluster;
+                let state = store::state(&SharedData, &self.names);
+                leading.sync.failed(state.as_ref(), now_ms, random());
+                self.metrics.sync_failures.increment();
+                host::warn(&format!(
+                    "portcullis: Envoy has no usable cluster {cluster:?}: check control_plane.cluster"
+                ));
+            }
+        }
+    }
+
+    fn apply(&self, body: &[u8], now_ms: u64) -> Result<(), String> {
+        let page = Page::read(body).map_err(|error| format!("the page was refused: {error}"))?;
+        let mut leading = self.leading.borrow_mut();
+        let Some(sync) = leading.as_mut().map(|leading| &mut leading.sync) else { return Ok(()) };
+        let progress = sync.judge(&page.header);
+        if progress == Progress::Misplaced {
+            sync.restart();
+            return Err("the page does not continue the store: starting over".into());
+        }
+        let applied = store::apply(&SharedData, &self.names, self.me, &page).and_then(|()| match progress {
+            Progress::Complete { epoch, revision, keys } => {
+                let state = State { epoch, revision, keys, synced_ms: now_ms };
+                store::set_state(&SharedData, &self.names, self.me, &state)?;
+                if self.state.get().is_none() {
+                    host::info(&format!("portcullis: {keys} keys loaded, revision {revision}"));
+                }
+                self.state.set(Some(state));
+                self.metrics.store_version.set(revision);
+                self.metrics.keys.set(keys);
+                self.metrics.sync_age.set(0);
+                Ok(())
+            }
+            Progress::Partial | Progress::Misplaced => Ok(()),
+        });
+        match applied {
+            Ok(()) => sync.applied(&page.header),
+            // Whoever leads now goes on from what the store says.
+            Err(store::Deposed) => *leading = None,
+        }
+        Ok(())
+    }
+
+    fn sync_failed(&self, why: &str, now_ms: u64) {
+        self.metrics.sync_failures.increment();
+        let mut leading = self.leading.borrow_mut();
+        let Some(leading) = leading.as_mut() else { return };
+        let state = store::state(&SharedData, &self.names);
+        let pause_ms = leading.sync.failed(state.as_ref(), now_ms, random());
+        host::warn(&format!("portcullis: sync failed, trying again in {pause_ms} ms: {why}"));
+    }
+
+    fn report(&self, config: &Config, key: &str, now_ms: u64) {
+        let mut leading = self.leading.borrow_mut();
+        let Some(leading) = leading.as_mut() else { return };
+        let under_way =
+            leading.report.is_some_and(|(_, since_ms)| now_ms.abs_diff(since_ms) < REPORT_TIMEOUT_MS.saturating_mul(2));
+        let pausing = leading.report_at_ms > now_ms && leading.report_at_ms.saturating_sub(now_ms) <= REPORT_TIMEOUT_MS;
+        if under_way || pausing {
+            return;
+        }
+        let Some(outbox) = usage::freeze(&SharedData, &self.names, false) else { return };
+        let reports = outbox.reports();
+        if !reports.is_empty() {
+            leading.report = send(config, key, &reports).map(|token| (token, now_ms));
+        }
+    }
+
+    fn reported(&self, acknowledged: Result<Ack, String>, now_ms: u64) {
+        let mut leading = self.leading.borrow_mut();
+        let Some(leading) = leading.as_mut() else { return };
+        match acknowledged {
+            Ok(Ack { reporter, seq }) => {
+                usage::acknowledge(&SharedData, &self.names, reporter, seq);
+                leading.report_failures = 0;
+                leading.report_at_ms = 0;
+            }
+            Err(why) => {
+                self.metrics.report_failures.increment();
+                let pause_ms = 250_u64.checked_shl(leading.report_failures).unwrap_or(u64::MAX).min(5_000);
+                leading.report_failures = leading.report_failures.saturating_add(1).min(16);
+                leading.report_at_ms = now_ms.saturating_add(pause_ms);
+                host::warn(&format!("portcullis: usage report failed, trying again in {pause_ms} ms: {why}"));
+            }
+        }
+    }
+
+    /// Brings the gauges up to date.
+    fn show(&self, now_ms: u64) {
+        if let Some(state) = self.state.get() {
+            self.metrics.store_version.set(state.revision);
+            self.metrics.keys.set(state.keys);
+            let age_ms = now_ms.saturating_sub(state.synced_ms);
+            self.metrics.sync_age.set(age_ms.checked_div(MS_PER_S).unwrap_or_default());
+        }
+        let pending = Outbox::read(&SharedData, &self.names).map_or(0, |outbox| outbox.requests());
+        self.metrics.usage_pending.set(pending);
+    }
+}
+
+fn now_ms() -> u64 {
+    host::now_ns().checked_div(NS_PER_MS).unwrap_or_default()
+}
+
+fn random() -> u64 {
+    u64::from_le_bytes(host::random_bytes())
+}
+
+fn call<'a>(
+    config: &'a Config,
+    key: &'a str,
+    method: &'a str,
+    path: &'a str,
+    body: Option<&'a [u8]>,
+    timeout_ms: u64,
+) -> Call<'a> {
+    let Config { cluster, authority, .. } = config;
+    Call { cluster, authority, key, method, path, body, timeout: Duration::from_millis(timeout_ms) }
+}
+
+fn send(config: &Config, key: &str, reports: &[Report]) -> Option<u32> {
+    let body = write_reports(reports).ok()?;
+    call(config, key, "POST", "/sync/v1/usage", Some(&body), REPORT_TIMEOUT_MS).dispatch()
+}
+
+fn explain(status: Option<u16>, what: &str) -> String {
+    match status {
+        None => "the control plane did not answer".into(),
+        Some(401) => {
+            "the control plane does not know the sync key (401): check the environment variable that holds it".into()
+        }
+        Some(403) => format!("the key may not {what} (403): it needs the scope sync"),
+        Some(status) => format!("the control plane answered {status}"),
+    }
+}

@@ -1,0 +1,160 @@
+//! Envoy, as this filter sees it. The only file that names hostcalls, so that their number per request can be counted
+//! here: those that return data are marked, for they cost about ten times as much as the others.
+//!
+//! The SDK's hostcalls return an error only where one is possible; where none is, their result is dropped here.
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use proxy_wasm::hostcalls;
+use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
+
+use crate::cells::{Cell, Cells, Raced};
+use crate::reply::Reply;
+
+/// Shared data (`get` returns data).
+pub(crate) struct SharedData;
+
+impl Cells for SharedData {
+    fn get(&self, name: &str) -> Option<Cell> {
+        match hostcalls::get_shared_data(name) {
+            Ok((value, Some(version))) => Some(Cell { value: value.unwrap_or_default(), version }),
+            Ok((_, None)) | Err(_) => None,
+        }
+    }
+
+    fn put(&self, name: &str, value: &[u8], seen: Option<u32>) -> Result<(), Raced> {
+        // Zero would overwrite whatever is there; any other number inserts a cell that is absent.
+        let seen = seen.unwrap_or(u32::MAX);
+        hostcalls::set_shared_data(name, Some(value), Some(seen)).map_err(|_: Status| Raced)
+    }
+}
+
+/// Nanoseconds of Unix time.
+pub(crate) fn now_ns() -> u64 {
+    let now = hostcalls::get_current_time().ok().and_then(|now| now.duration_since(UNIX_EPOCH).ok());
+    now.and_then(|now| u64::try_from(now.as_nanos()).ok()).unwrap_or_default()
+}
+
+/// Randomness of the operating system. Not for secrets: zero if there is none.
+pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    let _ = getrandom::fill(&mut bytes);
+    bytes
+}
+
+/// An environment variable that Envoy's `vm_config` passes on.
+pub(crate) fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// The plugin configuration (returns data).
+pub(crate) fn plugin_configuration() -> Vec<u8> {
+    hostcalls::get_buffer(BufferType::PluginConfiguration, 0, usize::MAX).ok().flatten().unwrap_or_default()
+}
+
+/// Asks for a tick each so often.
+pub(crate) fn tick_every(period: Duration) {
+    let _ = hostcalls::set_tick_period(period);
+}
+
+/// Writes to Envoy's log.
+pub(crate) fn warn(message: &str) {
+    let _ = hostcalls::log(LogLevel::Warn, message);
+}
+
+/// Writes to Envoy's log.
+pub(crate) fn error(message: &str) {
+    let _ = hostcalls::log(LogLevel::Error, message);
+}
+
+/// Writes to Envoy's log.
+pub(crate) fn info(message: &str) {
+    let _ = hostcalls::log(LogLevel::Info, message);
+}
+
+/// A header of the request, the first of its name (returns data). Any bytes.
+pub(crate) fn request_header(name: &str) -> Option<Vec<u8>> {
+    hostcalls::get_map_value_bytes(MapType::HttpRequestHeaders, name).ok().flatten()
+}
+
+/// Sets a header of the request in place of all of its name.
+pub(crate) fn replace_request_header(name: &str, value: &str) {
+    let _ = hostcalls::set_map_value(MapType::HttpRequestHeaders, name, Some(value));
+}
+
+/// Removes all headers of a name from the request.
+pub(crate) fn remove_request_header(name: &str) {
+    let _ = hostcalls::remove_map_value(MapType::HttpRequestHeaders, name);
+}
+
+/// Sets filter state `wasm.<name>`, for the access log.
+pub(crate) fn set_filter_state(name: &str, value: &str) {
+    let _ = hostcalls::set_property(vec![name], Some(value.as_bytes()));
+}
+
+/// Answers the request.
+pub(crate) fn send_reply(reply: &Reply) {
+    let headers = reply.headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let _ = hostcalls::send_http_response(u32::from(reply.status), headers, Some(reply.body.as_bytes()));
+}
+
+/// One call to the control plane.
+pub(crate) struct Call<'a> {
+    pub(crate) cluster: &'a str,
+    pub(crate) authority: &'a str,
+    pub(crate) key: &'a str,
+    pub(crate) method: &'a str,
+    pub(crate) path: &'a str,
+    pub(crate) body: Option<&'a [u8]>,
+    pub(crate) timeout: Duration,
+}
+
+impl Call<'_> {
+    /// Sends it; the answer comes as a callback with the token. `None` if there is no such cluster.
+    pub(crate) fn dispatch(&self) -> Option<u32> {
+        let mut headers = vec![
+            (":method", self.method),
+            (":path", self.path),
+            (":authority", self.authority),
+            (":scheme", "http"),
+            ("x-api-key", self.key),
+        ];
+        if self.body.is_some() {
+            headers.push(("content-type", "application/vnd.portcullis.usage"));
+        }
+        hostcalls::dispatch_http_call(self.cluster, headers, self.body, vec![], self.timeout).ok()
+    }
+}
+
+/// The status of the answer to a call; `None` if there was none (returns data).
+pub(crate) fn answer_status() -> Option<u16> {
+    let status = hostcalls::get_map_value_bytes(MapType::HttpCallResponseHeaders, ":status").ok().flatten()?;
+    std::str::from_utf8(&status).ok()?.parse().ok()
+}
+
+/// The body of the answer to a call (returns data).
+pub(crate) fn answer_body(bytes: usize) -> Vec<u8> {
+    hostcalls::get_buffer(BufferType::HttpCallResponseBody, 0, bytes).ok().flatten().unwrap_or_default()
+}
+
+/// A counter or gauge of Envoy's, by its number.
+#[derive(Clone, Copy)]
+pub(crate) struct Metric(u32);
+
+impl Metric {
+    pub(crate) fn counter(name: &str) -> Option<Self> {
+        hostcalls::define_metric(MetricType::Counter, name).ok().map(Self)
+    }
+
+    pub(crate) fn gauge(name: &str) -> Option<Self> {
+        hostcalls::define_metric(MetricType::Gauge, name).ok().map(Self)
+    }
+
+    pub(crate) fn increment(self) {
+        let _ = hostcalls::increment_metric(self.0, 1);
+    }
+
+    pub(crate) fn record(self, value: u64) {
+        let _ = hostcalls::record_metric(self.0, value);
+    }
+}

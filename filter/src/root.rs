@@ -1,0 +1,93 @@
+//! One plugin configuration: checks it, ticks, hands answers to the core, makes a context for each request.
+//!
+//! Envoy configures a temporary VM first, only to see whether the configuration is good. So nothing happens here before
+//! the first tick.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::ContextType;
+
+use crate::config::Config;
+use crate::core::Core;
+use crate::host;
+use crate::request::Request;
+
+/// How often counts are published, the lease renewed and pauses looked after.
+const TICK: Duration = Duration::from_millis(250);
+
+#[derive(Default)]
+pub(crate) struct Root {
+    configured: Option<Configured>,
+}
+
+struct Configured {
+    config: Rc<Config>,
+    sync_key: String,
+    core: Rc<Core>,
+}
+
+impl Root {
+    fn configure() -> Result<Configured, String> {
+        let config = Config::parse(&host::plugin_configuration()).map_err(|error| error.to_string())?;
+        let variable = &config.sync_key_variable;
+        let sync_key = host::environment(variable).filter(|key| !key.is_empty()).ok_or_else(|| {
+            format!(
+                "the environment variable {variable} is not set: start Envoy with a key of scope sync in it and name it \
+                 in vm_config.environment_variables.host_env_keys"
+            )
+        })?;
+        if !sync_key.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(format!("the environment variable {variable} holds characters that no key has"));
+        }
+        let core = Core::of(&config);
+        Ok(Configured { config: Rc::new(config), sync_key, core })
+    }
+}
+
+impl Context for Root {
+    fn on_http_call_response(&mut self, token: u32, _headers: usize, body_bytes: usize, _trailers: usize) {
+        if let Some(Configured { config, sync_key, core }) = &self.configured {
+            core.answered(config, sync_key, token, body_bytes);
+        }
+    }
+
+    fn on_done(&mut self) -> bool {
+        if let Some(Configured { config, sync_key, core }) = &self.configured {
+            core.end(config, sync_key);
+        }
+        true
+    }
+}
+
+impl RootContext for Root {
+    fn on_configure(&mut self, _bytes: usize) -> bool {
+        match Self::configure() {
+            Ok(configured) => {
+                self.configured = Some(configured);
+                host::tick_every(TICK);
+                true
+            }
+            Err(why) => {
+                host::error(&format!("portcullis: the plugin configuration was refused: {why}"));
+                false
+            }
+        }
+    }
+
+    fn on_tick(&mut self) {
+        if let Some(Configured { config, sync_key, core }) = &self.configured {
+            core.tick(config, sync_key);
+        }
+    }
+
+    fn get_type(&self) -> Option<ContextType> {
+        Some(ContextType::HttpContext)
+    }
+
+    fn create_http_context(&self, _context_id: u32) -> Option<Box<dyn HttpContext>> {
+        let Configured { config, core, .. } = self.configured.as_ref()?;
+        Some(Box::new(Request { core: Rc::clone(core), config: Rc::clone(config) }))
+    }
+}

@@ -1,0 +1,397 @@
+//! Usage on its way out of an Envoy: requests are counted in each VM, the counts are merged into shared data, and the
+//! leader freezes them into reports that it repeats until they are acknowledged.
+//!
+//! ```text
+//! Counts (a VM's own) ─ publish ─▶ usage cells ─ collect ─▶ outbox { frozen report, pending } ─▶ control plane
+//! ```
+//! Every step is one write of one cell, so a count is always in exactly one place. A VM that traps loses what it counted
+//! since its last publish and nothing else. Counts of the same key, outcome and hour are merged at each step, so an
+//! outage costs memory by active keys and not by requests.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+
+use contract::id::ReporterId;
+use contract::outcome::Outcome;
+use contract::usage::{Count, KeyRef, REPORT_COUNTS, Report, Subject};
+use serde::{Deserialize, Serialize};
+
+use crate::cells::{Cells, Names, update};
+
+/// Cells that VMs publish to. VMs take them in turn; those beyond share.
+pub const SLOTS: u16 = 64;
+
+/// Most reports that are sent together.
+pub const BATCH_REPORTS: usize = 4;
+
+const HOUR_MS: u64 = 3_600_000;
+
+/// What one VM counted since it last published.
+#[derive(Debug, Default)]
+pub struct Counts {
+    counts: HashMap<Subject, Count>,
+}
+
+impl Counts {
+    /// Counts one decided request.
+    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, cost: u32, now_ms: u64) {
+        let hour = u32::try_from(now_ms.checked_div(HOUR_MS).unwrap_or_default()).unwrap_or(u32::MAX);
+        let of = Subject { key, outcome: outcome.code(), hour };
+        let cost = if outcome == Outcome::Allowed { u64::from(cost) } else { 0 };
+        let one = Count { of, requests: 1, cost, last_ms: now_ms };
+        self.counts.entry(of).and_modify(|count| count.add(&one)).or_insert(one);
+    }
+
+    /// Moves everything into the usage cell of a slot. What cannot be moved now stays for the next time.
+    pub fn publish(&mut self, cells: &impl Cells, names: &Names, slot: u16) {
+        if self.counts.is_empty() {
+            return;
+        }
+        let published = update(cells, &names.usage(slot), |cell| {
+            let mut all = Merged::read(cell);
+            all.extend(self.counts.values());
+            Ok::<_, ()>((all.write(), ()))
+        });
+        if published == Ok(()) {
+            self.counts.clear();
+        }
+    }
+}
+
+/// Takes the next usage slot for a VM that starts.
+pub fn take_slot(cells: &impl Cells, names: &Names) -> u16 {
+    let taken = update(cells, &names.slots(), |cell| {
+        let next = cell.first_chunk::<2>().map_or(0, |bytes| u16::from_le_bytes(*bytes));
+        let after = next.saturating_add(1).checked_rem(SLOTS).unwrap_or_default();
+        Ok::<_, u16>((after.to_le_bytes().to_vec(), next))
+    });
+    taken.unwrap_or_default()
+}
+
+/// What the leader holds for the control plane.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outbox {
+    /// This Envoy process.
+    pub reporter: ReporterId,
+    /// The number of the newest frozen report; 0 before the first.
+    pub frozen_seq: u64,
+    /// Frozen and not yet acknowledged, in ascending order of their numbers. One, unless an Envoy said its last words.
+    pub frozen: Vec<(u64, Vec<Count>)>,
+    /// What came since.
+    pub pending: Vec<Count>,
+}
+
+impl Outbox {
+    /// Reads the outbox; `None` before the first leader opened it.
+    pub fn read(cells: &impl Cells, names: &Names) -> Option<Self> {
+        postcard::from_bytes(&cells.get(&names.outbox())?.value).ok()
+    }
+
+    /// Opens the outbox under the given reporter, unless a leader has done so before. Returns the one that counts.
+    pub fn open(cells: &impl Cells, names: &Names, reporter: ReporterId) -> Option<ReporterId> {
+        let opened = change(cells, names, |outbox| match outbox {
+            Some(outbox) => Err(outbox.reporter),
+            None => Ok((Self { reporter, frozen_seq: 0, frozen: Vec::new(), pending: Vec::new() }, reporter)),
+        });
+        opened.ok()
+    }
+
+    /// The reports that wait for their acknowledgement, as many as fit one batch.
+    #[must_use]
+    pub fn reports(&self) -> Vec<Report> {
+        let report =
+            |(seq, counts): &(u64, Vec<Count>)| Report { reporter: self.reporter, seq: *seq, counts: counts.clone() };
+        self.frozen.iter().take(BATCH_REPORTS).map(report).collect()
+    }
+
+    fn freeze_one(&mut self) {
+        let rest = self.pending.split_off(self.pending.len().min(REPORT_COUNTS));
+        self.frozen_seq = self.frozen_seq.saturating_add(1);
+        self.frozen.push((self.frozen_seq, std::mem::replace(&mut self.pending, rest)));
+    }
+
+    /// Requests that no acknowledged report has told of.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        let counts = self.frozen.iter().flat_map(|(_, counts)| counts).chain(&self.pending);
+        counts.fold(0, |sum, count| sum.saturating_add(count.requests))
+    }
+}
+
+/// Moves what VMs have published into the outbox. Whoever is cut off here by a trap loses what it had taken out: no more
+/// than one interval.
+pub fn collect(cells: &impl Cells, names: &Names) {
+    let mut taken = Merged::default();
+    for slot in 0..SLOTS {
+        let name = names.usage(slot);
+        let Some(cell) = cells.get(&name) else { continue };
+        // A VM that publishes at this moment wins, and its cell is taken the next time.
+        if !cell.value.is_empty() && cells.put(&name, &[], Some(cell.version)).is_ok() {
+            taken.extend(&Merged::read(&cell.value).counts());
+        }
+    }
+    let taken = taken.counts();
+    if taken.is_empty() {
+        return;
+    }
+    let kept = change(cells, names, |outbox| match outbox {
+        None => Err(false),
+        Some(mut outbox) => {
+            let mut pending = Merged::default();
+            pending.extend(&outbox.pending);
+            pending.extend(&taken);
+            outbox.pending = pending.counts();
+            Ok((outbox, true))
+        }
+    });
+    if kept != Ok(true) {
+        // No outbox to put them in: back to where they come from, to be collected again.
+        let mut counts = Counts { counts: taken.into_iter().map(|count| (count.of, count)).collect() };
+        counts.publish(cells, names, 0);
+    }
+}
+
+/// Freezes what is pending: into the next report if none waits for its acknowledgement, or, as the `last` words of an
+/// Envoy, all of it into as many reports as it takes. Returns the outbox as it is then.
+pub fn freeze(cells: &impl Cells, names: &Names, last: bool) -> Option<Outbox> {
+    let frozen = change(cells, names, |outbox| match outbox {
+        Some(mut outbox) if (last || outbox.frozen.is_empty()) && !outbox.pending.is_empty() => {
+            outbox.freeze_one();
+            while last && !outbox.pending.is_empty() {
+                outbox.freeze_one();
+            }
+            Ok((outbox.clone(), Some(outbox)))
+        }
+        outbox => Err(outbox),
+    });
+    frozen.ok().flatten()
+}
+
+/// Forgets the frozen reports that the control plane has.
+pub fn acknowledge(cells: &impl Cells, names: &Names, reporter: ReporterId, seq: u64) {
+    let done = change(cells, names, |outbox| match outbox {
+        Some(mut outbox) if outbox.reporter == reporter && outbox.frozen.iter().any(|(frozen, _)| *frozen <= seq) => {
+            outbox.frozen.retain(|(frozen, _)| *frozen > seq);
+            Ok((outbox, ()))
+        }
+        _ => Err(()),
+    });
+    // Left frozen, a report is sent again and acknowledged again.
+    let _ = done;
+}
+
+fn change<T>(
+    cells: &impl Cells,
+    names: &Names,
+    change: impl Fn(Option<Outbox>) -> Result<(Outbox, T), T>,
+) -> Result<T, crate::cells::Raced> {
+    update(cells, &names.outbox(), |cell| {
+        let (outbox, result) = change(postcard::from_bytes(cell).ok())?;
+        Ok((postcard::to_allocvec(&outbox).unwrap_or_default(), result))
+    })
+}
+
+/// Counts by subject, in order, and their form in a cell.
+#[derive(Default)]
+struct Merged(BTreeMap<Subject, Count>);
+
+impl Merged {
+    fn read(bytes: &[u8]) -> Self {
+        let counts: Vec<Count> = postcard::from_bytes(bytes).unwrap_or_default();
+        let mut merged = Self::default();
+        merged.extend(&counts);
+        merged
+    }
+
+    fn extend<'a>(&mut self, counts: impl IntoIterator<Item = &'a Count>) {
+        for count in counts {
+            self.0.entry(count.of).and_modify(|sum| sum.add(count)).or_insert(*count);
+        }
+    }
+
+    fn counts(self) -> Vec<Count> {
+        self.0.into_values().collect()
+    }
+
+    fn write(self) -> Vec<u8> {
+        postcard::to_allocvec(&self.counts()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::id::KeyId;
+
+    use super::*;
+    use crate::cells::memory::MemoryCells;
+
+    const REPORTER: ReporterId = ReporterId([5; 16]);
+    const NOW: u64 = 1_800_000_000_000;
+
+    fn names() -> Names {
+        Names::of("cluster", "default")
+    }
+
+    fn key(number: u8) -> Option<KeyRef> {
+        Some(KeyRef { id: KeyId([number; 16]), generation: 1 })
+    }
+
+    fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
+        let mut counts = Counts::default();
+        for (key, outcome) in requests {
+            counts.add(*key, *outcome, 2, NOW);
+        }
+        counts
+    }
+
+    fn open() -> MemoryCells {
+        let cells = MemoryCells::default();
+        assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
+        cells
+    }
+
+    fn requests(cells: &MemoryCells) -> u64 {
+        Outbox::read(cells, &names()).unwrap().requests()
+    }
+
+    fn one_report(cells: &MemoryCells) -> Report {
+        let [report] = freeze(cells, &names(), false).unwrap().reports().try_into().unwrap();
+        report
+    }
+
+    #[test]
+    fn counts_of_one_subject_merge_and_only_allowed_requests_cost() {
+        let cells = open();
+        counted(&[(key(1), Outcome::Allowed), (key(1), Outcome::Allowed), (key(1), Outcome::RateLimited)]).publish(
+            &cells,
+            &names(),
+            0,
+        );
+        counted(&[(key(1), Outcome::Allowed), (None, Outcome::Unknown)]).publish(&cells, &names(), 1);
+        collect(&cells, &names());
+        let report = one_report(&cells);
+        let seen: Vec<_> = report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost)).collect();
+        assert_eq!(
+            seen,
+            [
+                (None, Outcome::Unknown.code(), 1, 0),
+                (key(1), Outcome::Allowed.code(), 3, 6),
+                (key(1), Outcome::RateLimited.code(), 1, 0)
+            ]
+        );
+    }
+
+    #[test]
+    fn a_frozen_report_stays_the_same_until_it_is_acknowledged() {
+        let cells = open();
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        let first = one_report(&cells);
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        assert_eq!(one_report(&cells), first);
+
+        acknowledge(&cells, &names(), ReporterId([6; 16]), 1);
+        acknowledge(&cells, &names(), REPORTER, 0);
+        assert_eq!(one_report(&cells), first);
+
+        acknowledge(&cells, &names(), REPORTER, 1);
+        let second = one_report(&cells);
+        assert_eq!((second.seq, second.counts.len()), (2, 1));
+        acknowledge(&cells, &names(), REPORTER, 2);
+        assert_eq!(freeze(&cells, &names(), false).unwrap().reports(), []);
+        assert_eq!(requests(&cells), 0);
+    }
+
+    #[test]
+    fn a_new_leader_takes_the_outbox_over_as_it_is() {
+        let cells = open();
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        one_report(&cells);
+        assert_eq!(Outbox::open(&cells, &names(), ReporterId([6; 16])), Some(REPORTER));
+        assert_eq!(requests(&cells), 1);
+    }
+
+    #[test]
+    fn a_worker_that_publishes_while_its_cell_is_taken_loses_nothing() {
+        let cells = open();
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 3);
+        cells.before_next_put(|cells| counted(&[(key(1), Outcome::Allowed)]).publish(cells, &names(), 3));
+        collect(&cells, &names());
+        assert_eq!(requests(&cells), 0);
+        collect(&cells, &names());
+        assert_eq!(requests(&cells), 2);
+    }
+
+    #[test]
+    fn counts_that_find_no_outbox_wait_for_one() {
+        let cells = MemoryCells::default();
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 3);
+        collect(&cells, &names());
+        assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
+        collect(&cells, &names());
+        assert_eq!(requests(&cells), 1);
+    }
+
+    #[test]
+    fn a_large_backlog_leaves_in_several_reports_of_bounded_size() {
+        let cells = open();
+        let mut counts = Counts::default();
+        for number in 0..(REPORT_COUNTS as u32 + 5) {
+            let mut id = KeyId([0; 16]);
+            id.0[..4].copy_from_slice(&number.to_be_bytes());
+            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, 1, NOW);
+        }
+        counts.publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        assert_eq!(one_report(&cells).counts.len(), REPORT_COUNTS);
+        acknowledge(&cells, &names(), REPORTER, 1);
+        let second = one_report(&cells);
+        assert_eq!((second.seq, second.counts.len()), (2, 5));
+    }
+
+    #[test]
+    fn last_words_freeze_everything_and_later_counts_get_numbers_of_their_own() {
+        let cells = open();
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        let first = one_report(&cells);
+        counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        let last = freeze(&cells, &names(), true).unwrap().reports();
+        assert_eq!(last.iter().map(|report| report.seq).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(last[0], first);
+
+        counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        let later = freeze(&cells, &names(), true).unwrap().reports();
+        assert_eq!(later[..2], last);
+        assert_eq!(later[2].seq, 3);
+        acknowledge(&cells, &names(), REPORTER, 2);
+        assert_eq!(one_report(&cells), later[2]);
+    }
+
+    #[test]
+    fn hours_are_kept_apart_and_the_last_time_is_the_latest() {
+        let cells = open();
+        let mut counts = Counts::default();
+        for minutes in [0, 10, 70, 30] {
+            counts.add(key(1), Outcome::Allowed, 1, NOW + minutes * 60_000);
+        }
+        counts.publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        let report = one_report(&cells);
+        let seen: Vec<_> = report.counts.iter().map(|count| (count.of.hour, count.requests, count.last_ms)).collect();
+        assert_eq!(seen, [(500_000, 3, NOW + 30 * 60_000), (500_001, 1, NOW + 70 * 60_000)]);
+    }
+
+    #[test]
+    fn slots_are_taken_in_turn() {
+        let cells = MemoryCells::default();
+        let taken: Vec<_> = (0..=SLOTS).map(|_| take_slot(&cells, &names())).collect();
+        assert_eq!(taken.first(), Some(&0));
+        assert_eq!(taken.last(), Some(&0));
+        assert_eq!(taken[1], 1);
+    }
+}
