@@ -191,14 +191,14 @@ impl Config {
             challenge: Challenge::new(&raw.realm)
                 .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?,
         };
-        let identity = [&config.identity.consumer, &config.identity.credential, &config.identity.scopes];
-        let mut names: Vec<&str> = identity.into_iter().flatten().map(String::as_str).collect();
-        names.push(&config.key_header);
-        names.sort_unstable();
-        if let Some(twice) = names.windows(2).find_map(|pair| pair.first().filter(|name| Some(*name) == pair.get(1))) {
-            return Err(ConfigError(format!(
-                "the header name {twice} is used twice; give each purpose a name of its own"
-            )));
+        let IdentityHeaders { consumer, credential, scopes } = &config.identity;
+        let names = [Some(&config.key_header), consumer.as_ref(), credential.as_ref(), scopes.as_ref()];
+        for (place, name) in names.iter().enumerate() {
+            if let Some(name) = name
+                && names.iter().skip(place.saturating_add(1)).any(|other| *other == Some(*name))
+            {
+                return Err(ConfigError(format!("the header name {name} is used twice; give each purpose its own")));
+            }
         }
         Ok(config)
     }

@@ -5,7 +5,6 @@
 //! and the new one, and both must see the same counts and the same conversation.
 
 use std::cell::{Cell as Slot, RefCell};
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -32,7 +31,7 @@ const NS_PER_MS: u64 = 1_000_000;
 const MS_PER_S: u64 = 1_000;
 
 thread_local! {
-    static CORES: RefCell<BTreeMap<Names, Rc<Core>>> = const { RefCell::new(BTreeMap::new()) };
+    static CORES: RefCell<Vec<Rc<Core>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// One VM's part in one store.
@@ -67,8 +66,14 @@ impl Core {
     /// The core of this VM for the store that a configuration names.
     pub(crate) fn of(config: &Config) -> Rc<Self> {
         let names = Names::of(&config.cluster, &config.store);
-        CORES
-            .with_borrow_mut(|cores| Rc::clone(cores.entry(names.clone()).or_insert_with(|| Rc::new(Self::new(names)))))
+        CORES.with_borrow_mut(|cores| {
+            let known = cores.iter().find(|core| core.names == names).map(Rc::clone);
+            known.unwrap_or_else(|| {
+                let core = Rc::new(Self::new(names));
+                cores.push(Rc::clone(&core));
+                core
+            })
+        })
     }
 
     fn new(names: Names) -> Self {
@@ -172,7 +177,7 @@ impl Core {
             if !reports.is_empty() {
                 let _ = send(config, key, &reports);
                 // Nobody is left to hear the answer. Importing what did arrive does nothing.
-                let line = serde_json::to_string(&reports).unwrap_or_default();
+                let line = write_reports(&reports).map(hex::encode).unwrap_or_default();
                 host::warn(&format!("portcullis-usage {line}"));
             }
         }

@@ -8,7 +8,7 @@
 //! insists on the version that was read before the lease was checked, so that a leader that was held up for longer than
 //! its lease cannot put old records over new ones (see [`crate::lease`]).
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use contract::hash::{BUCKETS, KeyHash, SUFFIX_BYTES};
 use contract::id::Epoch;
@@ -64,7 +64,7 @@ pub fn set_state(cells: &impl Cells, names: &Names, me: Holder, state: &State) -
 /// # Errors
 /// [`Deposed`]: some of the page may be written, and whoever leads now will write it all.
 pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> Result<(), Deposed> {
-    let mut changed: BTreeMap<u16, Vec<Entry<'_>>> = BTreeMap::new();
+    let mut changed: HashMap<u16, Vec<Entry<'_>>> = HashMap::new();
     for entry in page.entries() {
         let (Entry::Put { hash, .. } | Entry::Remove { hash }) = entry else { continue };
         changed.entry(hash.bucket()).or_default().push(entry);
