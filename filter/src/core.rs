@@ -248,7 +248,7 @@ impl Core {
                 leading.sync.failed(state.as_ref(), now_ms, random());
                 self.metrics.sync_failures.increment();
                 host::warn(&format!(
-                    "portcullis: Envoy has no usable cluster {cluster:?}: check control_plane.cluster"
+                    "Envoy has no usable cluster {cluster:?}: check control_plane.cluster"
                 ));
             }
         }
@@ -268,7 +268,7 @@ impl Core {
                 let state = State { epoch, revision, keys, synced_ms: now_ms };
                 store::set_state(&SharedData, &self.names, self.me, &state)?;
                 if self.state.get().is_none() {
-                    host::info(&format!("portcullis: {keys} keys loaded, revision {revision}"));
+                    host::info(&format!("{keys} keys loaded, revision {revision}"));
                 }
                 self.state.set(Some(state));
                 self.metrics.store_version.set(revision);
@@ -292,7 +292,7 @@ impl Core {
         let Some(leading) = leading.as_mut() else { return };
         let state = store::state(&SharedData, &self.names);
         let pause_ms = leading.sync.failed(state.as_ref(), now_ms, random());
-        host::warn(&format!("portcullis: sync failed, trying again in {pause_ms} ms: {why}"));
+        host::warn(&format!("sync failed, trying again in {pause_ms} ms: {why}"));
     }
 
     fn report(&self, config: &Config, key: &str, now_ms: u64) {
@@ -325,7 +325,7 @@ impl Core {
                 let pause_ms = 250_u64.checked_shl(leading.report_failures).unwrap_or(u64::MAX).min(5_000);
                 leading.report_failures = leading.report_failures.saturating_add(1).min(16);
                 leading.report_at_ms = now_ms.saturating_add(pause_ms);
-                host::warn(&format!("portcullis: usage report failed, trying again in {pause_ms} ms: {why}"));
+                host::warn(&format!("usage report failed, trying again in {pause_ms} ms: {why}"));
             }
         }
     }

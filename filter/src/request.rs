@@ -13,8 +13,11 @@ use crate::credential;
 use crate::host;
 use crate::reply::reply;
 
-/// The filter state under which the key's id stands for the access log, as `wasm.portcullis.key_id`.
+/// Filter state for the access log: the key's id, if the key is known, as `wasm.portcullis.key_id`.
 const KEY_ID_STATE: &str = "portcullis.key_id";
+
+/// Filter state for the access log: the outcome, if the request was refused, as `wasm.portcullis.refused`.
+const REFUSED_STATE: &str = "portcullis.refused";
 
 pub(crate) struct Request {
     pub(crate) core: Rc<Core>,
@@ -33,6 +36,7 @@ impl HttpContext for Request {
         }
         let refused = refused.as_ref().map(|(limit, refused)| (limit, *refused));
         if let Some(reply) = reply(outcome, &config.challenge, refused) {
+            host::set_filter_state(REFUSED_STATE, outcome.name());
             host::send_reply(&reply);
             return Action::Pause;
         }

@@ -70,7 +70,7 @@ impl RootContext for Root {
                 true
             }
             Err(why) => {
-                host::error(&format!("portcullis: the plugin configuration was refused: {why}"));
+                host::error(&format!("the plugin configuration was refused: {why}"));
                 false
             }
         }
