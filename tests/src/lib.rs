@@ -1,1 +1,26 @@
-//! stub
+//! The harness: starts the real stack, private PostgreSQL, control planes, Envoys with the filter and a demo API, on free
+//! ports, talks to it as clients do, and stops it when it is dropped, so also when a test panics. `cargo xtask up` starts
+//! the same stack on fixed ports.
+//!
+//! Waiting is always for something that can be observed, with a deadline: see [`wait`].
+
+pub mod paths;
+pub mod wait;
+
+pub mod log;
+pub mod process;
+pub mod reap;
+
+pub mod tools;
+
+pub mod control_plane;
+pub mod demo;
+pub mod envoy;
+pub mod envoy_config;
+pub mod postgres;
+
+pub mod stack;
+
+pub mod http;
+pub mod load;
+pub mod rest;

@@ -1,0 +1,154 @@
+//! A control plane as a process, which keeps its address across restarts.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow, bail};
+use contract::key::{KeyKind, Secret};
+
+use crate::http;
+use crate::log::Log;
+use crate::paths;
+use crate::process::{Process, Signal};
+use crate::wait::{eventually, eventually_within};
+
+/// What a control plane is started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Port 0: any that is free.
+    pub listen: SocketAddr,
+    /// The PostgreSQL database.
+    pub database_url: String,
+    /// A key with the scope `admin`.
+    pub admin_key: Secret,
+    /// A key with the scope `sync`.
+    pub sync_key: Secret,
+    /// Further arguments of `serve`.
+    pub arguments: Vec<String>,
+    /// The value of `PORTCULLIS_LOG`.
+    pub log_level: String,
+}
+
+/// A control plane.
+#[derive(Debug)]
+pub struct ControlPlane {
+    settings: Mutex<Settings>,
+    directory: PathBuf,
+    log: Log,
+    process: Mutex<Option<Process>>,
+}
+
+/// A key from the operating system's randomness.
+///
+/// # Errors
+/// If there is none.
+pub fn fresh_key() -> Result<Secret> {
+    Secret::generate(KeyKind::Live, &mut getrandom::SysRng).map_err(|error| anyhow!("no randomness: {error}"))
+}
+
+impl ControlPlane {
+    /// Starts it and waits until it is ready. Its address file lies in `directory`.
+    ///
+    /// # Errors
+    /// If it does not get ready, with the last lines of its log.
+    pub async fn start(settings: Settings, directory: &Path, log: Log) -> Result<Self> {
+        let this =
+            Self { settings: Mutex::new(settings), directory: directory.to_owned(), log, process: Mutex::new(None) };
+        this.restart().await?;
+        Ok(this)
+    }
+
+    /// Starts it again, on the same port, and waits until it is ready.
+    ///
+    /// # Errors
+    /// If it does not get ready, with the last lines of its log.
+    pub async fn restart(&self) -> Result<()> {
+        self.launch().await?;
+        self.ready().await
+    }
+
+    /// Starts it again, on the same port, and waits only until it listens.
+    ///
+    /// # Errors
+    /// If it does not, with the last lines of its log.
+    pub async fn launch(&self) -> Result<()> {
+        let settings = self.settings();
+        let program = paths::control_plane();
+        if !program.is_file() {
+            bail!("{} is missing; run `cargo build -p control-plane`", program.display());
+        }
+        let address_file = self.directory.join("control-plane.address");
+        // Whatever an earlier run left says nothing about this one.
+        let _ = std::fs::remove_file(&address_file);
+        let mut serve = Command::new(program);
+        serve.args(["serve", "--log-format", "json", "--listen"]).arg(settings.listen.to_string());
+        serve.arg("--database-url").arg(&settings.database_url).arg("--address-file").arg(&address_file);
+        serve.args(&settings.arguments).current_dir(&self.directory);
+        serve.env("PORTCULLIS_ADMIN_KEY", settings.admin_key.reveal());
+        serve.env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
+        serve.env("PORTCULLIS_LOG", &settings.log_level);
+        let process = Process::spawn("the control plane", serve, &self.log, Signal::SIGKILL)?;
+        let listens = async || match process.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => std::fs::read_to_string(&address_file).ok().map(Ok),
+        };
+        let address = eventually("the control plane to listen", listens).await??;
+        let address = address.trim().parse().with_context(|| format!("{address:?} is no address"))?;
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).listen = address;
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
+        Ok(())
+    }
+
+    /// Waits until it is ready: database and mirror.
+    ///
+    /// # Errors
+    /// If it does not get ready, with the last lines of its log.
+    pub async fn ready(&self) -> Result<()> {
+        let asked = async || match self.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => {
+                let reply = http::get(self.address(), "/readyz").await.ok()?;
+                (reply.status == 200).then_some(Ok(()))
+            }
+        };
+        let deadline = std::time::Duration::from_secs(60);
+        eventually_within("the control plane to be ready", deadline, asked)
+            .await
+            .with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
+    }
+
+    /// Sends a signal and waits for the end.
+    ///
+    /// # Errors
+    /// If it does not run or does not end.
+    pub async fn stop(&self, signal: Signal) -> Result<std::process::ExitStatus> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
+        process.ok_or_else(|| anyhow!("the control plane does not run"))?.stop(signal).await
+    }
+
+    /// # Errors
+    /// If it has ended, with the last lines of its log.
+    pub fn must_run(&self) -> Result<()> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.settings().listen
+    }
+
+    /// What it was started with.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What it wrote.
+    #[must_use]
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+}

