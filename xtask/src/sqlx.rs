@@ -1,0 +1,80 @@
+//! The descriptions of the control plane's queries (`control-plane/.sqlx`), with which it compiles without a database:
+//! written anew from a fresh database, or compared with what is committed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use portcullis_tests::paths;
+use portcullis_tests::postgres::Postgres;
+
+use crate::output::{progress, say};
+use crate::run::{cargo, run};
+
+/// Writes them anew.
+pub(crate) async fn write() -> Result<()> {
+    let fresh = described().await?;
+    let kept = kept();
+    let _ = std::fs::remove_dir_all(&kept);
+    std::fs::create_dir_all(&kept)?;
+    for (name, text) in &fresh {
+        std::fs::write(kept.join(name), text)?;
+    }
+    say(&format!("{}: {} queries", kept.display(), fresh.len()));
+    Ok(())
+}
+
+/// Refuses committed descriptions that are not those of the queries and migrations as they are.
+pub(crate) async fn check() -> Result<()> {
+    let (fresh, kept) = (described().await?, files(&kept())?);
+    let names = fresh.keys().chain(kept.keys());
+    let stale: Vec<_> = names.filter(|name| fresh.get(*name) != kept.get(*name)).collect();
+    ensure!(stale.is_empty(), "control-plane/.sqlx is out of date ({stale:?}); run `cargo xtask sqlx` and commit it");
+    Ok(())
+}
+
+fn kept() -> PathBuf {
+    paths::workspace().join("control-plane/.sqlx")
+}
+
+/// Compiles the control plane against a database that has just been migrated, which writes the descriptions.
+async fn described() -> Result<BTreeMap<String, String>> {
+    let server = Postgres::private().await?;
+    let database = server.create_database().await?;
+    let migrations = paths::workspace().join("control-plane/migrations");
+    let mut in_order: Vec<_> = files(&migrations)?.into_iter().collect();
+    in_order.sort();
+    ensure!(!in_order.is_empty(), "{} holds no migrations", migrations.display());
+    for (name, sql) in in_order {
+        database.execute(&sql).await.with_context(|| format!("migration {name}"))?;
+    }
+    let home = tempfile::TempDir::new()?;
+    progress("compiling the control plane against a live database");
+    let mut check = cargo(&["check", "--locked", "--package", "control-plane", "--all-targets"]);
+    // A directory of its own: what is compiled already would not be asked about again.
+    check.env("CARGO_TARGET_DIR", paths::target().join("sqlx"));
+    check.env("DATABASE_URL", &database.url).env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", home.path());
+    // Cargo does not know that the queries depend on the database.
+    let touched = paths::target().join("sqlx/debug/.fingerprint");
+    for entry in std::fs::read_dir(&touched).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("control-plane-") {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    run(check)?;
+    let fresh = files(home.path())?;
+    if fresh.is_empty() {
+        bail!("sqlx described no query");
+    }
+    Ok(fresh)
+}
+
+fn files(directory: &Path) -> Result<BTreeMap<String, String>> {
+    let mut files = BTreeMap::new();
+    let entries = std::fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        files.insert(entry.file_name().to_string_lossy().into_owned(), std::fs::read_to_string(entry.path())?);
+    }
+    Ok(files)
+}

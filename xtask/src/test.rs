@@ -1,0 +1,210 @@
+//! `cargo xtask test`: every check and every ring of tests, in order, each under a heading and with its time; what failed
+//! is said at the end. Nothing is skipped in silence.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use portcullis_tests::postgres::{Database, Postgres};
+use portcullis_tests::{paths, tools};
+
+use crate::output::{progress, say};
+use crate::run::{cargo, need_target, read, run};
+use crate::{dependencies, sqlx, wasm};
+
+/// Which of the steps.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Do only this step. Can be given several times.
+    #[arg(long, value_name = "STEP")]
+    only: Vec<Step>,
+}
+
+/// The steps, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Step {
+    /// Formatting.
+    Fmt,
+    /// Lints of everything.
+    Clippy,
+    /// Lints of the filter and contract as WebAssembly.
+    ClippyWasm,
+    /// Documentation builds without warnings.
+    Doc,
+    /// Dependencies: sources, licences, none unused.
+    Dependencies,
+    /// docker-compose.yml is well-formed.
+    Compose,
+    /// The descriptions of the queries fit the queries and migrations.
+    Sqlx,
+    /// The filter builds and is small enough.
+    Wasm,
+    /// Ring 1: unit tests beside the code.
+    Unit,
+    /// Ring 1, as WebAssembly: the contract in Node.
+    ContractWasm,
+    /// Ring 2: the control plane's router on real PostgreSQL.
+    Database,
+    /// Rings 3 and 4: the built filter in real Envoy, with the whole stack.
+    EndToEnd,
+}
+
+/// At the same time; each is a whole stack, and each stack has several processes.
+const END_TO_END_THREADS: &str = "--test-threads=2";
+
+/// Runs them all.
+pub(crate) async fn test(options: &Options) -> Result<()> {
+    let steps: Vec<Step> = Step::value_variants()
+        .iter()
+        .copied()
+        .filter(|s| options.only.is_empty() || options.only.contains(s))
+        .collect();
+    let mut results = Vec::new();
+    for step in steps {
+        let (name, what) = step.described();
+        say(&format!("\n=== {name}: {what}"));
+        let start = Instant::now();
+        let done = step.run().await;
+        if let Err(error) = &done {
+            say(&format!("FAILED: {error:#}"));
+        }
+        results.push((name, done, start.elapsed()));
+    }
+    say("\n=== summary");
+    for (name, done, took) in &results {
+        let verdict = match done {
+            Ok(Done::Yes) => "ok",
+            Ok(Done::NotHere(why)) => why,
+            Err(_) => "FAILED",
+        };
+        say(&format!("{name:<16} {:>6.1} s  {verdict}", took.as_secs_f64()));
+    }
+    let total: Duration = results.iter().map(|(_, _, took)| *took).sum();
+    say(&format!("{:<16} {:>6.1} s", "in all", total.as_secs_f64()));
+    let failed = results.iter().filter(|(_, done, _)| done.is_err()).count();
+    ensure!(failed == 0, "{failed} of {} steps failed", results.len());
+    Ok(())
+}
+
+/// What came of a step that did not fail.
+enum Done {
+    Yes,
+    /// This machine has not got what the step examines; says what.
+    NotHere(&'static str),
+}
+
+impl Step {
+    fn described(self) -> (String, String) {
+        let value = self.to_possible_value();
+        let name = value.as_ref().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        let what = value.and_then(|value| value.get_help().map(ToString::to_string)).unwrap_or_default();
+        (name, what)
+    }
+
+    async fn run(self) -> Result<Done> {
+        match self {
+            Self::Fmt => run(cargo(&["fmt", "--all", "--check"]))?,
+            Self::Clippy => {
+                run(cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
+            }
+            Self::ClippyWasm => {
+                need_target(wasm::TARGET)?;
+                let crates = ["--package", "filter", "--package", "contract"];
+                let mut clippy = cargo(&["clippy", "--locked", "--target", wasm::TARGET]);
+                clippy.args(crates).args(["--", "--deny", "warnings"]);
+                run(clippy)?;
+            }
+            Self::Doc => {
+                let mut doc = cargo(&["doc", "--locked", "--workspace", "--no-deps", "--document-private-items"]);
+                doc.env("RUSTDOCFLAGS", "--deny warnings");
+                run(doc)?;
+            }
+            Self::Dependencies => dependencies::check()?,
+            Self::Compose => return compose(),
+            Self::Sqlx => sqlx::check().await?,
+            Self::Wasm => wasm::build()?,
+            Self::Unit => {
+                let others = ["--exclude", "control-plane", "--exclude", "portcullis-tests"];
+                let mut unit = cargo(&["test", "--locked", "--workspace"]);
+                unit.args(others);
+                run(unit)?;
+                run(cargo(&["test", "--locked", "--package", "portcullis-tests", "--lib"]))?;
+            }
+            Self::ContractWasm => contract_wasm()?,
+            Self::Database => {
+                on_database(cargo(&["test", "--locked", "--package", "control-plane"])).await?;
+            }
+            Self::EndToEnd => {
+                run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+                ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
+                tools::envoy(&progress)?;
+                let mut scenarios = cargo(&["test", "--locked", "--package", "portcullis-tests", "--test", "*"]);
+                // What scenarios measure is worth printing.
+                scenarios.args(["--no-fail-fast", "--", "--show-output", END_TO_END_THREADS]);
+                on_database(scenarios).await?;
+            }
+        }
+        Ok(Done::Yes)
+    }
+}
+
+/// Runs tests that find a PostgreSQL server of their own at `DATABASE_URL`.
+async fn on_database(mut tests: Command) -> Result<()> {
+    let server = Postgres::private().await?;
+    let Database { url } = server.create_database().await?;
+    tests.env("DATABASE_URL", url);
+    run(tests)
+}
+
+fn contract_wasm() -> Result<()> {
+    const TARGET: &str = "wasm32-unknown-unknown";
+    need_target(TARGET)?;
+    let node = tools::node(&progress)?;
+    let version = locked_version("wasm-bindgen")?;
+    let home = tools::tools().join(format!("wasm-bindgen-{version}"));
+    let runner = home.join("bin/wasm-bindgen-test-runner");
+    if !runner.is_file() {
+        progress(&format!("installing wasm-bindgen-cli {version} into {} (some minutes)", home.display()));
+        let mut install = cargo(&["install", "--locked", "wasm-bindgen-cli", "--version", &version, "--root"]);
+        // Its dependencies are compiled once for all versions of this tree.
+        install.arg(&home).env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
+        run(install)?;
+    }
+    let mut path = vec![node.parent().context("Node lies nowhere")?.to_owned()];
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    let mut tests = cargo(&["test", "--locked", "--package", "contract", "--tests", "--target", TARGET]);
+    tests.env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER", runner).env("PATH", std::env::join_paths(path)?);
+    run(tests)
+}
+
+/// The version of a crate that Cargo.lock names.
+fn locked_version(name: &str) -> Result<String> {
+    let lock = std::fs::read_to_string(paths::workspace().join("Cargo.lock"))?;
+    let entry = format!("name = \"{name}\"\nversion = \"");
+    let (_, rest) = lock.split_once(&entry).with_context(|| format!("Cargo.lock names no {name}"))?;
+    let (version, _) = rest.split_once('"').context("Cargo.lock is malformed")?;
+    Ok(version.to_owned())
+}
+
+fn compose() -> Result<Done> {
+    let docker = |arguments: &[&str]| {
+        let mut docker = Command::new("docker");
+        docker.args(arguments).current_dir(paths::workspace());
+        docker
+    };
+    if tools::on_path("docker").is_none() || read(docker(&["compose", "version"])).is_err() {
+        return Ok(Done::NotHere("not checked: this machine has no docker compose"));
+    }
+    let mut config = docker(&["compose", "config", "--quiet"]);
+    for secret in ["POSTGRES_PASSWORD", "PORTCULLIS_ADMIN_KEY", "PORTCULLIS_SYNC_KEY"] {
+        config.env(secret, "sk_live_placeholder");
+    }
+    run(config)?;
+    let mut without = docker(&["compose", "config", "--quiet"]);
+    without.env_remove("PORTCULLIS_ADMIN_KEY");
+    if read(without).is_ok() {
+        bail!("docker-compose.yml lets the stack start without secrets");
+    }
+    Ok(Done::Yes)
+}

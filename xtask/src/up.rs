@@ -1,0 +1,230 @@
+//! `cargo xtask up`: ports come in; the whole stack runs in the foreground until Ctrl-C or SIGTERM, or until one of its
+//! parts dies, which is said with the end of its log.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use contract::key::Secret;
+use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_tests::demo::DemoApi;
+use portcullis_tests::envoy::{self, Envoy};
+use portcullis_tests::envoy_config::Replacements;
+use portcullis_tests::log::Log;
+use portcullis_tests::postgres::Postgres;
+use portcullis_tests::process::Signal;
+use portcullis_tests::{paths, stack};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::output::{progress, say};
+use crate::run::{cargo, run};
+use crate::wasm;
+
+/// Where and how.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Port of Envoy's listener, in front of the demo API.
+    #[arg(long, value_name = "PORT", default_value_t = 10_000)]
+    envoy_port: u16,
+    /// Port of the control plane's REST API.
+    #[arg(long, value_name = "PORT", default_value_t = 8_081)]
+    control_plane_port: u16,
+    /// Port of Envoy's admin interface.
+    #[arg(long, value_name = "PORT", default_value_t = 9_901)]
+    envoy_admin_port: u16,
+    /// Worker threads of Envoy.
+    #[arg(long, value_name = "WORKERS", default_value_t = 2)]
+    concurrency: usize,
+    /// Start without what earlier runs left in target/up: users, keys, usage, the admin key.
+    #[arg(long)]
+    fresh: bool,
+}
+
+/// How often it is looked whether all parts still run.
+const WATCH: Duration = Duration::from_millis(500);
+
+/// Starts everything and stays until it is told to stop.
+pub(crate) async fn up(options: &Options) -> Result<()> {
+    options.check()?;
+    // Before signals are taken over: cargo ends by itself when it is interrupted.
+    wasm::build()?;
+    progress("building the control plane");
+    run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    let up = tokio::select! {
+        up = Up::start(options) => up?,
+        // What has been started by then is ended as it is dropped.
+        _ = interrupted.recv() => return Ok(()),
+        _ = terminated.recv() => return Ok(()),
+    };
+    up.introduce();
+    let watched = tokio::select! {
+        died = up.watch() => Err(died),
+        _ = interrupted.recv() => Ok(()),
+        _ = terminated.recv() => Ok(()),
+    };
+    progress("stopping");
+    up.stop().await;
+    watched
+}
+
+impl Options {
+    /// Refuses what cannot work before anything takes long.
+    fn check(&self) -> Result<()> {
+        let ports = [
+            ("--envoy-port", self.envoy_port),
+            ("--control-plane-port", self.control_plane_port),
+            ("--envoy-admin-port", self.envoy_admin_port),
+        ];
+        for (flag, port) in ports {
+            TcpListener::bind(local(port)).with_context(|| format!("choose another port than {port} with {flag}"))?;
+        }
+        Ok(())
+    }
+}
+
+const fn local(port: u16) -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+/// The running stack. Fields are dropped in their order.
+struct Up {
+    envoy: Envoy,
+    demo: DemoApi,
+    control_plane: ControlPlane,
+    postgres: Postgres,
+    home: PathBuf,
+    _alone: File,
+}
+
+impl Up {
+    async fn start(options: &Options) -> Result<Self> {
+        let home = paths::target().join("up");
+        std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+        let alone = File::create(paths::target().join("up.lock"))?;
+        if alone.try_lock().is_err() {
+            bail!("another `cargo xtask up` uses {}", home.display());
+        }
+        if options.fresh {
+            wipe(&home)?;
+        }
+        let log = |name: &str| Log::create(&home.join(name));
+
+        progress("starting PostgreSQL");
+        let data = paths::reachable(&home.join("postgres"))?.join("data");
+        let postgres = Postgres::kept(&data, log("postgres.log")?, &progress).await?;
+        let database = postgres.database("portcullis").await?;
+
+        progress("starting the control plane");
+        let sync_key = kept_key(&home.join("sync.key"))?;
+        let settings = control_plane::Settings {
+            listen: local(options.control_plane_port),
+            database_url: database.url,
+            admin_key: kept_key(&home.join("admin.key"))?,
+            sync_key: sync_key.clone(),
+            arguments: Vec::new(),
+            log_level: "info".into(),
+        };
+        let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
+
+        progress("starting Envoy");
+        let demo = DemoApi::start(local(0)).await?;
+        let settings = envoy::Settings {
+            replacements: Replacements {
+                listener: local(options.envoy_port),
+                admin: local(options.envoy_admin_port),
+                control_plane: control_plane.address(),
+                upstream: demo.address(),
+                plugin: Default::default(),
+            },
+            workers: options.concurrency,
+            log_level: "warning,wasm:info".into(),
+            sync_key,
+        };
+        let envoy = Envoy::start(settings, &home.join("envoy"), log("envoy.log")?, &progress).await?;
+
+        progress("waiting for the filter to have the keys");
+        stack::wait_for_status(&envoy, Some("no such key"), 401).await?;
+        Ok(Self { envoy, demo, control_plane, postgres, home, _alone: alone })
+    }
+
+    /// The line `ready`, and commands that can be copied as they are.
+    fn introduce(&self) {
+        let (home, envoy, rest) = (self.home.display(), self.envoy.address(), self.control_plane.address());
+        say("ready");
+        say(&format!(
+            r#"
+  API behind Envoy  http://{envoy}          Envoy's admin interface  http://{admin}
+  REST API          http://{rest}           logs and data            {home}
+
+Copy and paste:
+
+# Without a key: 401.
+curl -si http://{envoy}/orders
+# Generate a key.
+GENERATED=$(curl -s http://{rest}/api/user/key -H "x-api-key: $(cat '{home}/admin.key')" -H 'content-type: application/json' -d '{{"email": "ada@example.com", "key_name": "Production Key"}}'); echo "$GENERATED"
+KEY=$(printf '%s' "$GENERATED" | sed 's/.*"key": *"\([^"]*\)".*/\1/')
+# With the key: 200. The demo API shows what it got: who calls, and not the key.
+curl -si http://{envoy}/orders -H "x-api-key: $KEY"
+# What the key was used for; counts arrive within a second.
+sleep 1; curl -s http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(cat '{home}/admin.key')"; echo
+# Revoke it.
+curl -s -X DELETE http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(cat '{home}/admin.key')"; echo
+# 401 at once.
+curl -si http://{envoy}/orders -H "x-api-key: $KEY"
+
+Ctrl-C stops everything."#,
+            admin = self.envoy.admin(),
+        ));
+    }
+
+    /// Ends when one of the parts has.
+    async fn watch(&self) -> anyhow::Error {
+        loop {
+            let parts = [self.envoy.must_run(), self.control_plane.must_run(), self.postgres.must_run()];
+            if let Some(died) = parts.into_iter().find_map(Result::err) {
+                return died;
+            }
+            tokio::time::sleep(WATCH).await;
+        }
+    }
+
+    /// Envoy first, so that its last usage report still finds the control plane, and so on. Whatever has died or does not
+    /// end in good order is ended as it is dropped.
+    async fn stop(self) {
+        let _ = self.envoy.stop(Signal::SIGTERM).await;
+        drop(self.demo);
+        let _ = self.control_plane.stop(Signal::SIGTERM).await;
+        let _ = self.postgres.stop(Signal::SIGINT).await;
+    }
+}
+
+/// Removes all that earlier runs left. The database may lie elsewhere, behind a link.
+fn wipe(home: &Path) -> Result<()> {
+    progress(&format!("removing what is in {}", home.display()));
+    let data = paths::reachable(&home.join("postgres"))?;
+    std::fs::remove_dir_all(&data).with_context(|| format!("cannot remove {}", data.display()))?;
+    std::fs::remove_dir_all(home).with_context(|| format!("cannot remove {}", home.display()))?;
+    Ok(std::fs::create_dir_all(home)?)
+}
+
+/// The key that an earlier run left in this file, or a new one, readable by its owner alone.
+fn kept_key(path: &Path) -> Result<Secret> {
+    if let Ok(text) = std::fs::read_to_string(path)
+        && contract::key::check(text.trim()).is_ok()
+    {
+        return Ok(Secret::from_presented(text.trim().to_owned()));
+    }
+    let key = fresh_key()?;
+    let _ = std::fs::remove_file(path);
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    writeln!(file, "{}", key.reveal())?;
+    Ok(key)
+}
