@@ -21,6 +21,7 @@ pub mod postgres;
 
 pub mod stack;
 
+pub mod expect;
 pub mod http;
 pub mod load;
 pub mod rest;

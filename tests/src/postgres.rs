@@ -196,6 +196,14 @@ impl Database {
     pub async fn number(&self, sql: &str) -> Result<i64> {
         Ok(sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connect().await?).await?)
     }
+
+    /// The one text that a query gives.
+    ///
+    /// # Errors
+    /// PostgreSQL's.
+    pub async fn text(&self, sql: &str) -> Result<String> {
+        Ok(sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connect().await?).await?)
+    }
 }
 
 /// A database for one test: on the server that `DATABASE_URL` names, or else on one that the tests of this process share

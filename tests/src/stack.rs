@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
@@ -134,6 +134,27 @@ impl Stack {
         }
     }
 
+    /// Changes columns of the user's primary key in the database, behind the back of the REST API, for what that has no
+    /// operation for yet.
+    ///
+    /// # Errors
+    /// If not exactly one key is changed.
+    pub async fn change_key(&self, email: &str, columns: &str) -> Result<()> {
+        let owner = format!("select id from user_preferences where email = '{email}'");
+        let keys = format!("owner_id in ({owner}) and is_primary and revoked_at is null");
+        let changed = self.database.execute(&format!("update api_keys set {columns} where {keys}")).await?;
+        ensure!(changed == 1, "{changed} keys of {email} were changed");
+        Ok(())
+    }
+
+    /// The id of a user, whom the upstream hears of as the consumer.
+    ///
+    /// # Errors
+    /// If there is no such user.
+    pub async fn owner_id(&self, email: &str) -> Result<String> {
+        self.database.text(&format!("select id::text from user_preferences where email = '{email}'")).await
+    }
+
     /// A directory that goes with the stack.
     #[must_use]
     pub fn directory(&self) -> PathBuf {
@@ -209,6 +230,16 @@ impl Builder {
     /// # Errors
     /// If something does not start.
     pub async fn start(self) -> Result<Stack> {
+        let stack = self.start_unsynced().await?;
+        stack.wait_for_status(Some("no such key"), 401).await?;
+        Ok(stack)
+    }
+
+    /// Starts it, and does not wait for the filters to have their keys.
+    ///
+    /// # Errors
+    /// If something does not start.
+    pub async fn start_unsynced(self) -> Result<Stack> {
         let (database, postgres) = if self.own_postgres {
             let server = Arc::new(Postgres::private().await?);
             (server.create_database().await?, Some(server))
@@ -247,8 +278,6 @@ impl Builder {
             };
             envoys.push(Envoy::start(settings, &home, log, &silently).await?);
         }
-        let stack = Stack { envoys, demo, control_plane, database, postgres, directory };
-        stack.wait_for_status(Some("no such key"), 401).await?;
-        Ok(stack)
+        Ok(Stack { envoys, demo, control_plane, database, postgres, directory })
     }
 }

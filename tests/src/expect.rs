@@ -1,0 +1,74 @@
+//! What tests expect of whole answers: status, every header, every field of the body.
+
+use contract::outcome::Outcome;
+use hyper::HeaderMap;
+use serde_json::{Value, json};
+
+use crate::http::Reply;
+
+/// A refusal of the filter, whole. `more` are the headers that this outcome has beside those that all have; their values
+/// are for the test to judge.
+///
+/// # Panics
+/// If something differs.
+#[track_caller]
+pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
+    let refusal = outcome.refusal().expect("an outcome that is refused");
+    let body: Value = serde_json::from_slice(&reply.body).unwrap_or_default();
+    let expected = json!({
+        "type": format!("urn:portcullis:problem:{}", outcome.name()),
+        "title": refusal.title,
+        "status": refusal.status,
+        "detail": refusal.detail,
+        "code": outcome.name(),
+    });
+    assert_eq!((reply.status, &body), (refusal.status, &expected));
+    assert_eq!(reply.header("content-type"), Some("application/problem+json"));
+    assert_eq!(reply.header("cache-control"), Some("no-store"));
+    let mut names = vec!["cache-control", "content-length", "content-type", "date", "server"];
+    match refusal.status {
+        401 => {
+            assert_eq!(reply.header("www-authenticate"), Some("ApiKey realm=\"portcullis\""));
+            names.push("www-authenticate");
+        }
+        429 => {
+            let seconds = reply.header("retry-after").and_then(|seconds| seconds.parse::<u64>().ok());
+            assert!(seconds.is_some_and(|seconds| seconds >= 1), "retry-after: {seconds:?}");
+            names.push("retry-after");
+        }
+        503 => {
+            assert_eq!(reply.header("retry-after"), Some("1"));
+            names.push("retry-after");
+        }
+        _ => {}
+    }
+    names.extend(more);
+    names.sort_unstable();
+    assert_eq!(sorted_names(&reply.headers), names);
+}
+
+/// An answer of the demo API: gives the headers that it received, as `{name: [values]}`, with their names complete.
+/// `identity` are the names of the identity headers that are expected.
+///
+/// # Panics
+/// If it is something else, or if the API received a header that is not expected.
+#[track_caller]
+pub fn assert_upstream(reply: &Reply, identity: &[&str]) -> Value {
+    assert_eq!(reply.status, 200, "{:?}", reply.body);
+    assert_eq!(reply.header("content-type"), Some("application/json"));
+    let body: Value = serde_json::from_slice(&reply.body).unwrap_or_default();
+    let fields: Vec<_> = body.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(fields, ["headers", "method", "path"]);
+    let mut names = vec!["host", "x-forwarded-for", "x-forwarded-proto", "x-request-id"];
+    names.extend(identity);
+    names.sort_unstable();
+    let received: Vec<_> = body["headers"].as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(received, names);
+    body["headers"].clone()
+}
+
+fn sorted_names(headers: &HeaderMap) -> Vec<&str> {
+    let mut names: Vec<_> = headers.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    names
+}

@@ -1,0 +1,117 @@
+//! The life of a key as the product's first page tells it, over the REST API and real Envoys.
+
+use anyhow::{Context, Result};
+use contract::key::Secret;
+use contract::outcome::Outcome;
+use hyper::Method;
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::stack::{Stack, wait_for_status};
+use serde_json::{Value, json};
+
+const ADA: &str = "ada@example.com";
+const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
+
+fn prefix(key: &str) -> Option<String> {
+    Secret::from_presented(key.to_owned()).display_prefix()
+}
+
+#[tokio::test]
+async fn a_generated_key_is_accepted_counted_revoked_and_refused() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let none = json!({
+        "hasKey": false, "generatedAt": null, "lastUsed": null, "usageCount": null, "keyName": null, "keyPrefix": null,
+        "balance": null,
+    });
+    let status = rest.status(ADA).await?;
+    assert_eq!(status["hasKey"], none["hasKey"]);
+    assert!(status.as_object().context("no object")?.keys().eq(none.as_object().context("no object")?.keys()));
+
+    let body = json!({"email": ADA, "key_name": "Production Key"});
+    let generated = rest.call(Method::POST, "/api/user/key", Some(&body)).await?;
+    assert_eq!(generated.status, 200);
+    let generated = generated.json()?;
+    let key = generated["key"].as_str().context("no key")?;
+    let expected = json!({
+        "success": true, "message": "API key generated successfully", "key": key, "keyPrefix": prefix(key),
+    });
+    assert_eq!(generated, expected);
+
+    stack.wait_for_status(Some(key), 200).await?;
+    for _ in 0..9 {
+        assert_upstream(&stack.get(Some(key)).await?, &IDENTITY);
+    }
+    let used = stack.demo.requests();
+    let status = stack.wait_for_usage(ADA, used).await?;
+    let (generated_at, last_used) = (&status["generatedAt"], &status["lastUsed"]);
+    let expected = json!({
+        "hasKey": true, "generatedAt": generated_at, "lastUsed": last_used, "usageCount": used,
+        "keyName": "Production Key", "keyPrefix": prefix(key), "balance": 0,
+    });
+    assert_eq!(status, expected);
+    for time in [generated_at, last_used] {
+        assert!(time.as_str().is_some_and(|time| time.len() >= 20 && time.ends_with('Z')), "{time}");
+    }
+    assert!(generated_at.as_str() <= last_used.as_str());
+    let usage = rest.call(Method::GET, &format!("/api/user/usage/{ADA}"), None).await?;
+    assert_eq!((usage.status, usage.json()?), (200, json!({"success": true, "usage": status})));
+
+    let revoked = rest.call(Method::DELETE, &format!("/api/user/key/{ADA}"), None).await?;
+    let expected = json!({"success": true, "message": "API key revoked successfully"});
+    assert_eq!((revoked.status, revoked.json()?), (200, expected));
+    stack.wait_for_status(Some(key), 401).await?;
+    assert_refused(&stack.get(Some(key)).await?, Outcome::Revoked, &[]);
+    assert_eq!(rest.status(ADA).await?["hasKey"], Value::Bool(false));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_new_key_replaces_the_old_one_everywhere() -> Result<()> {
+    let stack = Stack::start().await?;
+    let old = stack.working_key(ADA).await?;
+    let new = stack.rest().generate(ADA).await?;
+    assert_ne!(old, new);
+    stack.wait_for_status(Some(&new), 200).await?;
+    // The old one died in the same transaction, so whoever knows the new one knows that.
+    assert_refused(&stack.get(Some(&old)).await?, Outcome::Revoked, &[]);
+    assert_eq!(stack.rest().status(ADA).await?["keyPrefix"].as_str(), prefix(&new).as_deref());
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_worker_of_every_envoy_follows() -> Result<()> {
+    let stack = Stack::builder().envoys(2).workers(3).start().await?;
+    let key = stack.working_key(ADA).await?;
+    let mut workers = Vec::new();
+    for envoy in &stack.envoys {
+        let connections = envoy.connection_per_worker().await?;
+        assert_eq!(connections.len(), 3);
+        workers.extend(connections);
+    }
+    for worker in &mut workers {
+        assert_upstream(&worker.get("/", Some(&key)).await?, &IDENTITY);
+    }
+    let admitted = stack.demo.requests();
+    stack.rest().revoke(ADA).await?;
+    for envoy in &stack.envoys {
+        wait_for_status(envoy, Some(&key), 401).await?;
+    }
+    for worker in &mut workers {
+        assert_refused(&worker.get("/", Some(&key)).await?, Outcome::Revoked, &[]);
+    }
+    assert!(stack.demo.requests() >= admitted);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_every_envoy_counted_adds_up() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let key = stack.working_key(ADA).await?;
+    for envoy in &stack.envoys {
+        for worker in &mut envoy.connection_per_worker().await? {
+            assert_upstream(&worker.get("/", Some(&key)).await?, &IDENTITY);
+        }
+    }
+    stack.wait_for_usage(ADA, stack.demo.requests()).await?;
+    Ok(())
+}
