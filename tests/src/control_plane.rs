@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use contract::key::{KeyKind, Secret};
 
 use crate::http;
@@ -132,6 +132,20 @@ impl ControlPlane {
     /// If it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
+    }
+
+    /// Imports usage from a log line of an Envoy that could not report it.
+    ///
+    /// # Errors
+    /// If `control-plane usage import` fails, with what it says.
+    pub fn import_usage(&self, line: &str) -> Result<()> {
+        let file = self.directory.join("last-words.log");
+        std::fs::write(&file, line)?;
+        let mut import = Command::new(paths::control_plane());
+        import.args(["usage", "import", "--database-url"]).arg(self.settings().database_url).arg(file);
+        let output = import.output()?;
+        ensure!(output.status.success(), "usage import: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 
     /// Where it listens.

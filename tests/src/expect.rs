@@ -59,7 +59,7 @@ pub fn assert_upstream(reply: &Reply, identity: &[&str]) -> Value {
     let body: Value = serde_json::from_slice(&reply.body).unwrap_or_default();
     let fields: Vec<_> = body.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
     assert_eq!(fields, ["headers", "method", "path"]);
-    let mut names = vec!["host", "x-forwarded-for", "x-forwarded-proto", "x-request-id"];
+    let mut names = vec!["host", "x-envoy-external-address", "x-forwarded-for", "x-forwarded-proto", "x-request-id"];
     names.extend(identity);
     names.sort_unstable();
     let received: Vec<_> = body["headers"].as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();

@@ -18,6 +18,7 @@ pub mod demo;
 pub mod envoy;
 pub mod envoy_config;
 pub mod postgres;
+pub mod scripted;
 
 pub mod stack;
 

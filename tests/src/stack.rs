@@ -140,8 +140,7 @@ impl Stack {
     /// # Errors
     /// If not exactly one key is changed.
     pub async fn change_key(&self, email: &str, columns: &str) -> Result<()> {
-        let owner = format!("select id from user_preferences where email = '{email}'");
-        let keys = format!("owner_id in ({owner}) and is_primary and revoked_at is null");
+        let keys = format!("id = (select primary_key_id from user_preferences where email = '{email}')");
         let changed = self.database.execute(&format!("update api_keys set {columns} where {keys}")).await?;
         ensure!(changed == 1, "{changed} keys of {email} were changed");
         Ok(())

@@ -1,0 +1,54 @@
+//! How soon an Envoy that starts cold can judge a large store.
+#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use portcullis_tests::process::Signal;
+use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::wait::eventually_within;
+
+const KEYS: u64 = 100_000;
+const AT_MOST: Duration = Duration::from_secs(3);
+
+/// Key number n is the text `key-n`, as if imported from elsewhere.
+const INSERT: &str = "
+    insert into user_preferences (id, email)
+    select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
+    insert into api_keys (id, owner_id, name, hash, revision)
+    select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
+    from generate_series(1, {keys}) n
+    join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com'";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_envoy_that_starts_cold_judges_a_hundred_thousand_keys_within_three_seconds() -> Result<()> {
+    let stack = Stack::start().await?;
+    stack.database.execute(&INSERT.replace("{keys}", &KEYS.to_string())).await?;
+    let inserted = Instant::now();
+    // The Envoy that runs already gets them as changes.
+    let envoy = stack.envoy();
+    let keys = "wasmcustom.portcullis_keys";
+    eventually_within("100,000 keys to arrive as changes", Duration::from_secs(60), async || {
+        (envoy.stat(keys).await.ok()? >= KEYS).then_some(())
+    })
+    .await?;
+    let as_changes = inserted.elapsed();
+
+    let mut took = Vec::new();
+    for _ in 0..3 {
+        envoy.stop(Signal::SIGKILL).await?;
+        let start = Instant::now();
+        envoy.restart().await?;
+        wait_for_status(envoy, Some("key-1"), 200).await?;
+        took.push(start.elapsed());
+        for number in [1, KEYS / 2, KEYS] {
+            assert_eq!(stack.get(Some(&format!("key-{number}"))).await?.status, 200);
+        }
+        assert_eq!(stack.get(Some(&format!("key-{}", KEYS + 1))).await?.status, 401);
+    }
+    took.sort();
+    let most = took.last().copied().unwrap_or_default();
+    println!("cold start: {KEYS} keys judged {took:.2?} after the start of Envoy (sync as changes: {as_changes:.2?})");
+    assert!(most <= AT_MOST, "{took:?}");
+    Ok(())
+}

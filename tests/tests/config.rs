@@ -1,0 +1,47 @@
+//! A configuration that is wrong is refused when Envoy loads the filter, with one line that says what to do.
+
+use anyhow::Result;
+use portcullis_tests::control_plane::fresh_key;
+use portcullis_tests::envoy::{Envoy, Settings};
+use portcullis_tests::envoy_config::Replacements;
+use portcullis_tests::log::Log;
+use portcullis_tests::tools::silently;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const PREFIX: &str = "the plugin configuration was refused: ";
+
+/// Starts an Envoy that should not start, and gives the filter's lines.
+async fn refused(plugin: &Value) -> Result<Vec<String>> {
+    let home = TempDir::with_prefix("portcullis-")?;
+    let log = Log::create(&home.path().join("envoy.log"))?;
+    let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
+    let plugin = plugin.as_object().cloned().unwrap_or_default();
+    let replacements = Replacements { listener: any, admin: any, control_plane: nobody, upstream: nobody, plugin };
+    let settings = Settings { replacements, workers: 1, log_level: "warning".into(), sync_key: fresh_key()? };
+    let started = Envoy::start(settings, home.path(), log.clone(), &silently).await;
+    assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));
+    let lines = log.lines_with(PREFIX);
+    Ok(lines.iter().filter_map(|line| line.split_once(PREFIX)).map(|(_, why)| why.to_owned()).collect())
+}
+
+#[tokio::test]
+async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
+    let mistakes = [
+        (json!({"rate_limits": {}}), "unknown field `rate_limits`"),
+        (json!({"control_plane": {"cluster": ""}}), "control_plane.cluster: must not be empty"),
+        (json!({"rate_limit": {"requests": 0, "window_seconds": 1}}), "rate_limit.requests: must be at least 1"),
+        (json!({"max_staleness_seconds": 5}), "max_staleness_seconds: must be at least 60"),
+        (json!({"on_not_ready": "open"}), "expected `refuse` or `allow`"),
+        (json!({"key_header": ":path"}), "key_header: \":path\" is not a header name"),
+        (json!({"identity_headers": {"consumer": "x-api-key"}}), "x-api-key is used twice"),
+    ];
+    for (plugin, expected) in mistakes {
+        let lines = refused(&plugin).await?;
+        // One for each of the VMs that Envoy tried it in.
+        assert!(!lines.is_empty() && lines.len() <= 2, "{lines:?}");
+        assert!(lines.iter().all(|line| line.contains(expected)), "{expected}: {lines:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! Every request that was let in is counted, once.
+#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use portcullis_tests::load::{Load, Plan, with_status};
+use portcullis_tests::process::Signal;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
+use serde_json::json;
+
+const REQUESTS: u64 = 20_000;
+const KEYS: usize = 10;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn twenty_thousand_requests_are_counted_to_the_last_though_the_control_plane_is_restarted_twice() -> Result<()> {
+    let stack = Stack::builder().envoys(2).workers(2).plugin(&json!({"rate_limit": null})).start().await?;
+    let rest = stack.rest();
+    let (mut emails, mut keys) = (Vec::new(), Vec::new());
+    for number in 0..KEYS {
+        let email = format!("user{number}@example.com");
+        keys.push(rest.generate(&email).await?);
+        emails.push(email);
+    }
+    // The last one is known where all are, because changes arrive in order. This one request is counted too.
+    stack.wait_for_status(keys.last().map(String::as_str), 200).await?;
+    let before = stack.demo.requests();
+
+    let start = Instant::now();
+    let load = Load::start(Plan {
+        targets: stack.envoys.iter().map(portcullis_tests::envoy::Envoy::address).collect(),
+        keys,
+        connections: 16,
+        requests: REQUESTS,
+        per_second: Some(2_500),
+    });
+    for (share, signal) in [(3, Signal::SIGKILL), (2, Signal::SIGTERM)] {
+        let what = format!("a part of {share} of the requests");
+        eventually(&what, async || (load.sent() >= REQUESTS / share).then_some(())).await?;
+        stack.control_plane.stop(signal).await?;
+        stack.control_plane.restart().await?;
+    }
+    ensure!(load.sent() < REQUESTS, "the load was over before the control plane was restarted twice");
+    let answers = load.finish().await;
+    assert_eq!(with_status(&answers, 200), REQUESTS, "{answers:?}");
+    assert_eq!(stack.demo.requests(), before + REQUESTS);
+    let took = start.elapsed();
+
+    let mut counted = 0;
+    for (number, email) in emails.iter().enumerate() {
+        let sent = answers.get(&(number, 200)).copied().unwrap_or_default();
+        let warmed_up = if number == KEYS - 1 { before } else { 0 };
+        stack.wait_for_usage(email, sent + warmed_up).await?;
+        counted += sent;
+    }
+    let complete = start.elapsed();
+    // Nothing comes later either, once the Envoys have said their last words.
+    for envoy in &stack.envoys {
+        envoy.stop(Signal::SIGTERM).await?;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut all = 0;
+    for email in &emails {
+        all += rest.status(email).await?["usageCount"].as_u64().unwrap_or_default();
+    }
+    assert_eq!(all, before + REQUESTS);
+    println!("counts: {counted} of {REQUESTS} requests over {KEYS} keys, 2 Envoys with 2 workers each, 2 restarts");
+    println!("counts: requests took {took:.1?}, the last count stood in the database after {complete:.1?}");
+    Ok(())
+}

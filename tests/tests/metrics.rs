@@ -1,0 +1,81 @@
+//! What operators watch.
+
+use anyhow::Result;
+use portcullis_tests::http;
+use portcullis_tests::process::Signal;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
+
+#[tokio::test]
+async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() -> Result<()> {
+    let stack = Stack::start().await?;
+    let envoy = stack.envoy();
+    let key = stack.working_key("ada@example.com").await?;
+    stack.get(None).await?;
+    stack.get(Some("sk_live_nobody")).await?;
+    let name = |stat: &str| format!("wasmcustom.portcullis_{stat}");
+    assert_eq!(envoy.stat(&name("decisions_allowed")).await?, stack.demo.requests());
+    assert_eq!(envoy.stat(&name("decisions_missing")).await?, 1);
+    assert!(envoy.stat(&name("decisions_unknown")).await? >= 1);
+
+    // The admin key, the sync key and Ada's.
+    eventually("the number of keys", async || (envoy.stat(&name("keys")).await.ok()? == 3).then_some(())).await?;
+    let version = envoy.stat(&name("store_version")).await?;
+    assert!(version > 0);
+    stack.rest().revoke("ada@example.com").await?;
+    stack.wait_for_status(Some(&key), 401).await?;
+    eventually("the next version", async || (envoy.stat(&name("store_version")).await.ok()? > version).then_some(()))
+        .await?;
+    eventually("no pending usage", async || {
+        (envoy.stat(&name("usage_pending_requests")).await.ok()? == 0).then_some(())
+    })
+    .await?;
+    assert_eq!(envoy.stat(&name("report_failures")).await?, 0);
+    assert!(envoy.stat(&name("sync_age_seconds")).await? <= 30);
+
+    let failures = envoy.stat(&name("sync_failures")).await?;
+    stack.control_plane.stop(Signal::SIGKILL).await?;
+    stack.get(None).await?;
+    for stat in ["sync_failures", "report_failures", "usage_pending_requests", "sync_age_seconds"] {
+        let before = if stat == "sync_failures" { failures } else { 0 };
+        let grown = async || (envoy.stat(&name(stat)).await.ok()? > before).then_some(());
+        eventually(&format!("{stat} to tell of the outage"), grown).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_access_log_names_the_key_by_its_id_and_the_reason_of_a_refusal() -> Result<()> {
+    let stack = Stack::start().await?;
+    let key = stack.working_key("ada@example.com").await?;
+    let seen = http::send(stack.envoy().address(), http::get_request("/named?secret=1", Some(&key))?).await?.json()?;
+    let id = seen["headers"]["x-credential-identifier"][0].as_str().unwrap_or_default().to_owned();
+    http::send(stack.envoy().address(), http::get_request("/nameless", None)?).await?;
+
+    let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/named").await?)?;
+    assert_eq!((&line["key_id"], &line["refused"]), (&id.into(), &serde_json::Value::Null));
+    assert_eq!((&line["path"], &line["status"]), (&"/named".into(), &200.into()));
+    let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/nameless").await?)?;
+    assert_eq!((&line["key_id"], &line["refused"]), (&serde_json::Value::Null, &"missing".into()));
+    assert_eq!(line["status"], 401);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_control_plane_tells_prometheus_and_the_platform_how_it_is() -> Result<()> {
+    let stack = Stack::start().await?;
+    let address = stack.control_plane.address();
+    assert_eq!(http::get(address, "/healthz").await?.status, 200);
+    assert_eq!(http::get(address, "/readyz").await?.status, 200);
+    let metrics = http::get(address, "/metrics").await?;
+    assert_eq!(metrics.status, 200);
+    assert!(metrics.header("content-type").is_some_and(|kind| kind.starts_with("text/plain")), "{metrics:?}");
+    let text = String::from_utf8_lossy(&metrics.body).into_owned();
+    let samples = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    for sample in samples.clone() {
+        let value = sample.rsplit(' ').next().unwrap_or_default();
+        assert!(value.parse::<f64>().is_ok(), "{sample}");
+    }
+    assert!(samples.count() > 3, "{text}");
+    Ok(())
+}

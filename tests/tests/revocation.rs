@@ -1,0 +1,56 @@
+//! How long a revoked key still opens the door.
+#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use portcullis_tests::load::{Load, Plan, with_status};
+use portcullis_tests::stack::{Stack, wait_for_status};
+use serde_json::json;
+
+const TRIES: usize = 100;
+const PER_SECOND: u32 = 2_000;
+const P99_AT_MOST: Duration = Duration::from_millis(50);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_key_is_refused_by_every_worker_within_fifty_milliseconds() -> Result<()> {
+    let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
+    let (rest, envoy) = (stack.rest(), stack.envoy());
+    let flowing = stack.working_key("flow@example.com").await?;
+    let load = Load::start(Plan {
+        targets: vec![envoy.address()],
+        keys: vec![flowing],
+        connections: 8,
+        requests: u64::MAX,
+        per_second: Some(PER_SECOND),
+    });
+    let (began, mut took) = (Instant::now(), Vec::new());
+    let mut workers = envoy.connection_per_worker().await?;
+    for number in 0..TRIES {
+        let email = format!("user{number}@example.com");
+        let key = rest.generate(&email).await?;
+        wait_for_status(envoy, Some(&key), 200).await?;
+        rest.revoke(&email).await?;
+        let answered = Instant::now();
+        for worker in &mut workers {
+            while worker.get("/", Some(&key)).await?.status != 401 {}
+        }
+        took.push(answered.elapsed());
+        // Once refused, refused for good, whichever worker is asked.
+        for worker in &mut workers {
+            assert_eq!(worker.get("/", Some(&key)).await?.status, 401);
+        }
+    }
+    let lasted = began.elapsed();
+    let answers = load.stop().await;
+    let flowed = with_status(&answers, 200);
+    assert_eq!(flowed, answers.values().sum::<u64>(), "{answers:?}");
+    took.sort();
+    let (p50, p99, most) = (took[TRIES / 2], took[TRIES * 99 / 100 - 1], took[TRIES - 1]);
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    let rate = flowed as f64 / lasted.as_secs_f64();
+    println!("revocation: {TRIES} tries at {rate:.0} requests/s: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
+    assert!(p99 <= P99_AT_MOST, "{took:?}");
+    assert!(rate >= f64::from(PER_SECOND) * 0.9, "only {rate:.0} requests/s flowed");
+    Ok(())
+}

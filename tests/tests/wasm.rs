@@ -1,0 +1,128 @@
+//! The built filter alone in a real Envoy, with a control plane that plays a script: each outcome that a record can cause,
+//! including those that the real control plane cannot bring about yet, and the counts that the filter reports of them.
+
+use anyhow::Result;
+use contract::id::{KeyId, OwnerId};
+use contract::outcome::Outcome;
+use contract::record::{Flags, RateLimit, Record, Requires};
+use portcullis_tests::control_plane::fresh_key;
+use portcullis_tests::demo::DemoApi;
+use portcullis_tests::envoy::{Envoy, Settings};
+use portcullis_tests::envoy_config::Replacements;
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::{Reply, get_request, send};
+use portcullis_tests::log::Log;
+use portcullis_tests::process::Signal;
+use portcullis_tests::scripted::Scripted;
+use portcullis_tests::stack::wait_for_status;
+use portcullis_tests::tools::silently;
+use portcullis_tests::wait::eventually;
+use tempfile::TempDir;
+
+struct Bench {
+    envoy: Envoy,
+    demo: DemoApi,
+    script: Scripted,
+    _home: TempDir,
+}
+
+impl Bench {
+    async fn start(keys: &[(&str, Record)]) -> Result<Self> {
+        let home = TempDir::with_prefix("portcullis-")?;
+        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys).await?);
+        let replacements = Replacements {
+            listener: any,
+            admin: any,
+            control_plane: script.address(),
+            upstream: demo.address(),
+            plugin: serde_json::Map::new(),
+        };
+        let log_level = "warning,wasm:info".into();
+        let settings = Settings { replacements, workers: 2, log_level, sync_key: fresh_key()? };
+        let log = Log::create(&home.path().join("envoy.log"))?;
+        let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
+        wait_for_status(&envoy, Some("no such key"), 401).await?;
+        Ok(Self { envoy, demo, script, _home: home })
+    }
+
+    async fn get(&self, key: &str) -> Result<Reply> {
+        send(self.envoy.address(), get_request("/", Some(key))?).await
+    }
+}
+
+fn record(number: u8) -> Record {
+    Record::plain(KeyId([number; 16]), OwnerId([0x22; 16]))
+}
+
+fn with(number: u8, change: impl FnOnce(&mut Record)) -> Record {
+    let mut record = record(number);
+    change(&mut record);
+    record
+}
+
+#[tokio::test]
+async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Result<()> {
+    let keys = [
+        ("revoked", with(1, |r| r.flags = Flags::REVOKED), Outcome::Revoked),
+        ("expired", with(2, |r| r.expires_at_s = Some(1_000_000_000)), Outcome::Expired),
+        ("disabled", with(3, |r| r.flags = Flags::DISABLED), Outcome::Disabled),
+        ("unsupported", with(4, |r| r.requires = Requires(1 << 31)), Outcome::Unsupported),
+        ("address", with(5, |r| r.address_list = Some(1)), Outcome::AddressDenied),
+        ("quota", with(6, |r| r.flags = Flags::QUOTA_EXCEEDED), Outcome::QuotaExceeded),
+        ("credits", with(7, |r| r.flags = Flags::CREDITS_EXHAUSTED), Outcome::CreditsExhausted),
+    ];
+    let records: Vec<_> = keys.iter().map(|(key, record, _)| (*key, record.clone())).collect();
+    let bench = Bench::start(&records).await?;
+    for (key, _, outcome) in &keys {
+        assert_refused(&bench.get(key).await?, *outcome, &[]);
+    }
+    assert_eq!(bench.demo.requests(), 0);
+    for (_, _, outcome) in &keys {
+        let what = format!("one report of {outcome:?}");
+        eventually(&what, async || (bench.script.reported(*outcome) == 1).then_some(())).await?;
+    }
+    // Nothing more comes when Envoy says its last words.
+    bench.envoy.stop(Signal::SIGTERM).await?;
+    for (_, _, outcome) in &keys {
+        assert_eq!(bench.script.reported(*outcome), 1, "{outcome:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
+    let limits = vec![
+        RateLimit { name: "hour".into(), requests: 3_600, window_s: 3_600, burst: 30 },
+        RateLimit { name: "day".into(), requests: 86_400, window_s: 86_400, burst: 10 },
+    ];
+    let bench = Bench::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
+    let mut workers = bench.envoy.connection_per_worker().await?;
+    let mut allowed = 0;
+    for _ in 0..10 {
+        for worker in &mut workers {
+            let reply = worker.get("/", Some("limited")).await?;
+            if reply.status == 200 {
+                allowed += 1;
+            } else {
+                assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+                assert_eq!(reply.header("ratelimit-policy"), Some("\"day\";q=86400;w=86400"));
+            }
+        }
+    }
+    // The burst, and one more for each second that it took.
+    assert!((10..=12).contains(&allowed), "{allowed}");
+    assert_eq!(bench.demo.requests(), allowed);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_identity_is_the_records() -> Result<()> {
+    let bench = Bench::start(&[("good", with(0x11, |r| r.scopes = vec!["a".into(), "b:c".into()]))]).await?;
+    let identity = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+    let headers = assert_upstream(&bench.get("good").await?, &identity);
+    assert_eq!(headers["x-consumer-id"][0], "22222222-2222-2222-2222-222222222222");
+    assert_eq!(headers["x-credential-identifier"][0], "11111111-1111-1111-1111-111111111111");
+    assert_eq!(headers["x-credential-scopes"][0], "a b:c");
+    Ok(())
+}
