@@ -5,9 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use portcullis_tests::{paths, tools};
+use serde_json::Value;
 
 use crate::output::say;
 use crate::run::{cargo, read, run};
+
+const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
 /// Checks everything.
 pub(crate) fn check() -> Result<()> {
@@ -33,21 +36,16 @@ fn allowed_licences(deny: &str) -> Option<Vec<String>> {
 
 /// Every package comes from crates.io or this workspace, under a licence that deny.toml allows.
 fn sources_and_licences(allowed: &[String]) -> Result<()> {
-    let mut tree = cargo(&["tree", "--locked", "--workspace", "--all-features", "--target", "all", "--prefix", "none"]);
-    tree.args(["--edges", "all", "--no-dedupe", "--format", "{p}\t{l}\t{r}"]);
-    let tree = read(tree)?;
-    let mut lines: Vec<&str> = tree.lines().collect();
-    lines.sort_unstable();
-    lines.dedup();
-    for line in &lines {
-        let mut parts = line.split('\t');
-        let (package, licence) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-        ensure!(satisfied(licence, allowed), "{package}: the licence {licence:?} is not allowed by deny.toml");
-        // cargo shows the source of whatever is not from crates.io.
-        let foreign = package.split_once('(').filter(|(_, source)| source.contains("://"));
-        ensure!(foreign.is_none(), "{package}: does not come from crates.io");
+    let metadata = read(cargo(&["metadata", "--locked", "--format-version", "1", "--all-features"]))?;
+    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata speaks no JSON")?;
+    let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
+    for package in packages {
+        let (name, licence) = (&package["name"], package["license"].as_str().unwrap_or_default());
+        ensure!(satisfied(licence, allowed), "{name}: the licence {licence:?} is not allowed by deny.toml");
+        let source = package["source"].as_str();
+        ensure!(source.is_none_or(|source| source == CRATES_IO), "{name}: comes from {source:?}, not from crates.io");
     }
-    say(&format!("{} packages, from crates.io or this workspace, under allowed licences", lines.len()));
+    say(&format!("{} packages, from crates.io or this workspace, under allowed licences", packages.len()));
     Ok(())
 }
 
