@@ -166,10 +166,17 @@ fn contract_wasm() -> Result<()> {
     let runner = home.join("bin/wasm-bindgen-test-runner");
     if !runner.is_file() {
         progress(&format!("installing wasm-bindgen-cli {version} into {} (some minutes)", home.display()));
-        let mut install = cargo(&["install", "--locked", "wasm-bindgen-cli", "--version", &version, "--root"]);
-        // Its dependencies are compiled once for all versions of this tree.
-        install.arg(&home).env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
-        run(install)?;
+        let install = |locked: &[&str]| {
+            let mut install = cargo(&["install", "wasm-bindgen-cli", "--version", &version, "--root"]);
+            // Its dependencies are compiled once for all tries.
+            install.arg(&home).args(locked).env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
+            run(install)
+        };
+        // A registry mirror may lag behind the versions that the tool was released with.
+        if install(&["--locked"]).is_err() {
+            progress("its own Cargo.lock cannot be had from this registry; taking the newest versions that fit");
+            install(&[])?;
+        }
     }
     let mut path = vec![node.parent().context("Node lies nowhere")?.to_owned()];
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
