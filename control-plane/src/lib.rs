@@ -1,1 +1,41 @@
-//! stub
+//! The control plane: it owns the keys in PostgreSQL, the REST API that manages them, the sync to the filters and the
+//! usage that they report.
+//!
+//! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
+//! [`auth`] says who calls; [`key`] is the domain and its SQL; [`sync`] brings keys to the filters; [`usage`] brings counts
+//! back; [`error`] is what goes wrong; [`serve`] starts and stops it all.
+
+pub mod auth;
+pub mod config;
+pub mod error;
+pub mod http;
+pub mod key;
+pub mod serve;
+pub mod sync;
+pub mod telemetry;
+pub mod usage;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+/// What every handler has.
+#[derive(Clone)]
+pub struct App {
+    /// The database.
+    pub pool: sqlx::PgPool,
+    /// Keys on their way to the filters.
+    pub store: sync::Store,
+    /// The way in for usage.
+    pub usage: usage::Ingest,
+    /// How often callers may call.
+    pub callers: Arc<auth::Callers>,
+    /// How long a poll is held without news.
+    pub long_poll: Duration,
+    /// Becomes true when the process is told to end: held polls end then.
+    pub stopping: watch::Receiver<bool>,
+}
+
+/// The schema, part of the binary.
+pub static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();

@@ -107,7 +107,7 @@ impl Postgres {
         server.arg("-D").arg(&self.data).arg("-k").arg(self.sockets.path());
         server.args(["-c", "listen_addresses=", "-c", "max_connections=300"]);
         if self.durability == Durability::Throwaway {
-            server.args(["-c", "fsync=off", "-c", "full_page_writes=off", "-c", "synchronous_commit=off"]);
+            server.args(["-c", "fsync=off", "-c", "full_page_writes=off"]);
         }
         // SIGQUIT: end at once, with all its processes, and recover at the next start.
         let process = Process::spawn("PostgreSQL", server, &self.log, Signal::SIGQUIT)?;

@@ -245,7 +245,9 @@ impl Builder {
         } else {
             postgres::test_database().await?
         };
-        let directory = TempDir::with_prefix("portcullis-")?;
+        let mut directory = TempDir::with_prefix("portcullis-")?;
+        // To look at the logs of a scenario that fails: PORTCULLIS_KEEP=1 cargo test …
+        directory.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
         let (admin_key, sync_key) = (fresh_key()?, fresh_key()?);
         let settings = control_plane::Settings {
             listen: ANY_PORT,

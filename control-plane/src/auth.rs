@@ -1,0 +1,255 @@
+//! Who calls the REST API: the header `X-API-Key` comes in, a [`Caller`] goes out. A key is judged as the filter judges
+//! it. Refused are callers without a good key, and those that call too often.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
+
+use axum::extract::{ConnectInfo, FromRequestParts};
+use axum::http::request::Parts;
+use contract::decision::{Facts, Presented, decide};
+use contract::hash::KeyHash;
+use contract::key::PRESENTED_BYTES;
+use contract::outcome::Outcome;
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::App;
+use crate::error::ApiError;
+use crate::key::domain::{ADMIN, Email, SYNC, Scopes};
+use crate::key::store;
+
+/// The header that carries the caller's key. Of several, the first counts, as with Envoy.
+pub const KEY_HEADER: &str = "x-api-key";
+
+/// Who is limited: an admitted key, or the address that refused calls come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Limited {
+    Key(Uuid),
+    Address(IpAddr),
+}
+
+/// The rate limit of the REST API, for each caller by itself.
+///
+/// Holds one cell for each key and each address seen since the last [`Callers::tidy`], which drops those that are idle.
+/// IPv6 addresses count by their /64, which is what one client has at will.
+#[derive(Debug)]
+pub struct Callers {
+    limiter: DefaultKeyedRateLimiter<Limited>,
+    clock: DefaultClock,
+}
+
+impl Callers {
+    /// A limit of so many calls per second, of which `burst` may come at once.
+    #[must_use]
+    pub fn new(per_second: NonZeroU32, burst: NonZeroU32) -> Self {
+        let quota = Quota::per_second(per_second).allow_burst(burst);
+        Self { limiter: RateLimiter::keyed(quota), clock: DefaultClock::default() }
+    }
+
+    /// Forgets callers that have been idle for so long that they start afresh anyway. To be called now and then.
+    pub fn tidy(&self) {
+        self.limiter.retain_recent();
+        self.limiter.shrink_to_fit();
+    }
+
+    fn count(&self, caller: Limited) -> Result<(), ApiError> {
+        self.limiter.check_key(&caller).map_err(|not_until| {
+            let wait = not_until.wait_time_from(self.clock.now());
+            let started = u64::from(wait.subsec_nanos() > 0);
+            ApiError::TooMany { retry_after_s: wait.as_secs().saturating_add(started).max(1) }
+        })
+    }
+}
+
+/// An admitted caller.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The key that was presented.
+    pub key_id: Uuid,
+    /// Whom it belongs to.
+    pub owner_id: Uuid,
+    /// The owner's address.
+    pub email: String,
+    /// Scopes granted to the key.
+    pub scopes: Vec<String>,
+}
+
+impl Caller {
+    /// Whether the key was granted a scope.
+    #[must_use]
+    pub fn has_scope(&self, scope: &str) -> bool {
+        self.scopes.iter().any(|granted| granted == scope)
+    }
+
+    /// Whether the key opens everything.
+    #[must_use]
+    pub fn is_admin(&self) -> bool {
+        self.has_scope(ADMIN)
+    }
+
+    /// Admits keys with the scope `admin`.
+    ///
+    /// # Errors
+    /// 403 for any other.
+    pub fn require_admin(&self) -> Result<(), ApiError> {
+        self.require_scope(ADMIN)
+    }
+
+    /// Admits keys with the scope `sync`.
+    ///
+    /// # Errors
+    /// 403 for any other.
+    pub fn require_sync(&self) -> Result<(), ApiError> {
+        self.require_scope(SYNC)
+    }
+
+    /// Admits keys that may manage keys at all: not those of filters, which lie in the configuration of Envoys.
+    ///
+    /// # Errors
+    /// 403 for a key with the scope `sync` that is not an admin's.
+    pub fn require_manager(&self) -> Result<(), ApiError> {
+        if self.has_scope(SYNC) && !self.is_admin() {
+            return Err(ApiError::Forbidden("A key with the scope sync serves filters and cannot manage keys.".into()));
+        }
+        Ok(())
+    }
+
+    /// Admits admins, and users to what is their own.
+    ///
+    /// # Errors
+    /// 403 for anybody else.
+    pub fn require_owner_or_admin(&self, email: &Email) -> Result<(), ApiError> {
+        self.require_manager()?;
+        if self.is_admin() || self.email == email.as_str() {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden("This key manages its owner's data only. Use a key with the scope admin.".into()))
+    }
+
+    /// Whether the caller may see and manage a key of this owner.
+    #[must_use]
+    pub fn manages(&self, owner_id: Uuid) -> bool {
+        self.is_admin() || self.owner_id == owner_id
+    }
+
+    /// Admits scopes that the caller may give to a new key: any for admins, a subset of their own for others, and never
+    /// those that open the control plane.
+    ///
+    /// # Errors
+    /// 403 that names the first scope too many.
+    pub fn require_grantable(&self, scopes: &Scopes) -> Result<(), ApiError> {
+        if self.is_admin() {
+            return Ok(());
+        }
+        let too_many =
+            scopes.as_slice().iter().find(|scope| [ADMIN, SYNC].contains(&scope.as_str()) || !self.has_scope(scope));
+        too_many.map_or(Ok(()), |scope| {
+            Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}: it does not have it to give.")))
+        })
+    }
+
+    fn require_scope(&self, scope: &str) -> Result<(), ApiError> {
+        if self.has_scope(scope) {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden(format!("This call needs a key with the scope {scope}.")))
+    }
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let presented = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
+        let found = match presented.len() {
+            0 => None,
+            1..=PRESENTED_BYTES => store::find_by_hash(&app.pool, &KeyHash::of(presented)).await?,
+            _ => None,
+        };
+        let record = match &found {
+            Some(found) => Presented::Key(&found.record),
+            None if presented.is_empty() => Presented::Nothing,
+            None => Presented::Stranger,
+        };
+        let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
+        match (decide(record, &Facts::at(now_s)), found) {
+            (Outcome::Allowed, Some(found)) => {
+                let key_id = found.record.key_id.into();
+                app.callers.count(Limited::Key(key_id))?;
+                let owner_id = found.record.owner_id.into();
+                Ok(Self { key_id, owner_id, email: found.email, scopes: found.record.scopes })
+            }
+            (outcome, _) => {
+                app.callers.count(Limited::Address(peer(parts)))?;
+                Err(ApiError::Refused(outcome))
+            }
+        }
+    }
+}
+
+/// The address that a call comes from; one for all where the server does not tell.
+fn peer(parts: &Parts) -> IpAddr {
+    let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip().to_canonical());
+    match peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
+        address @ IpAddr::V4(_) => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller(scopes: &[&str]) -> Caller {
+        Caller {
+            key_id: Uuid::nil(),
+            owner_id: Uuid::nil(),
+            email: "user@example.com".into(),
+            scopes: scopes.iter().map(|scope| (*scope).into()).collect(),
+        }
+    }
+
+    fn peer_of(address: &str) -> IpAddr {
+        let (mut parts, ()) = axum::http::Request::new(()).into_parts();
+        parts.extensions.insert(ConnectInfo(SocketAddr::new(address.parse().unwrap(), 1)));
+        peer(&parts)
+    }
+
+    #[test]
+    fn users_manage_their_own_and_admins_everything() {
+        let (own, other) = (Email::parse("user@example.com").unwrap(), Email::parse("other@example.com").unwrap());
+        assert!(caller(&[]).require_owner_or_admin(&own).is_ok());
+        assert!(caller(&[]).require_owner_or_admin(&other).is_err());
+        assert!(caller(&["admin"]).require_owner_or_admin(&other).is_ok());
+        assert!(caller(&["sync"]).require_owner_or_admin(&own).is_err());
+        assert!(caller(&["sync", "admin"]).require_owner_or_admin(&own).is_ok());
+    }
+
+    #[test]
+    fn nobody_but_an_admin_grants_what_they_do_not_have_or_what_opens_the_control_plane() {
+        let scopes = |scope: &str| Scopes::parse(vec![scope.into()]).unwrap();
+        assert!(caller(&["a"]).require_grantable(&scopes("a")).is_ok());
+        assert!(caller(&["a"]).require_grantable(&scopes("b")).is_err());
+        assert!(caller(&["sync"]).require_grantable(&scopes("sync")).is_err());
+        assert!(caller(&["admin"]).require_grantable(&scopes("admin")).is_ok());
+    }
+
+    #[test]
+    fn callers_are_limited_each_by_itself_and_told_whole_seconds() {
+        let one = NonZeroU32::MIN;
+        let callers = Callers::new(one, one);
+        assert!(callers.count(Limited::Key(Uuid::nil())).is_ok());
+        assert!(callers.count(Limited::Key(Uuid::max())).is_ok());
+        let refused = callers.count(Limited::Key(Uuid::nil()));
+        assert!(matches!(refused, Err(ApiError::TooMany { retry_after_s: 1 })), "{refused:?}");
+    }
+
+    #[test]
+    fn an_ipv6_client_counts_by_its_network_and_a_mapped_address_as_ipv4() {
+        assert_eq!(peer_of("2001:db8:1:2:3:4:5:6"), peer_of("2001:db8:1:2::9"));
+        assert_ne!(peer_of("2001:db8:1:2::1"), peer_of("2001:db8:1:3::1"));
+        assert_eq!(peer_of("::ffff:192.0.2.1"), peer_of("192.0.2.1"));
+    }
+}

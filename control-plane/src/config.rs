@@ -1,0 +1,189 @@
+//! The command line and the environment: what the operator chose comes in, checked settings or one line that names the
+//! setting go out. Keys come from the environment only, since command lines are seen by everybody on the machine.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use contract::key::{Secret, check};
+
+/// The control plane of Portcullis: API keys for Envoy.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the binary can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the REST API and the filters
+    Serve(Box<Serve>),
+    /// Work on the database directly
+    #[command(subcommand)]
+    Admin(Admin),
+    /// Work on usage
+    #[command(subcommand)]
+    Usage(Usage),
+    /// Print the OpenAPI document of the REST API
+    Openapi,
+}
+
+/// The database, for every command that needs it.
+#[derive(Args, Clone)]
+pub struct Database {
+    /// PostgreSQL, as postgres://user:password@host:port/database
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    pub database_url: String,
+}
+
+impl std::fmt::Debug for Database {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Database(…)")
+    }
+}
+
+/// Settings of `serve`.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// The database.
+    #[command(flatten)]
+    pub database: Database,
+
+    /// Address and port to listen on; port 0 takes a free one
+    #[arg(long, env = "PORTCULLIS_LISTEN", default_value = "127.0.0.1:8081")]
+    pub listen: SocketAddr,
+
+    /// File to write the bound address to, once requests are taken
+    #[arg(long, env = "PORTCULLIS_ADDRESS_FILE")]
+    pub address_file: Option<PathBuf>,
+
+    /// Connections to the database
+    #[arg(long, env = "PORTCULLIS_DATABASE_CONNECTIONS", default_value = "16", value_parser = clap::value_parser!(u32).range(2..=1000))]
+    pub database_connections: u32,
+
+    /// Requests a second that one caller of the REST API may make
+    #[arg(long, env = "PORTCULLIS_API_RATE_LIMIT", default_value = "50")]
+    pub api_rate_limit: NonZeroU32,
+
+    /// Requests that one caller of the REST API may make at once after a pause
+    #[arg(long, env = "PORTCULLIS_API_BURST", default_value = "100")]
+    pub api_burst: NonZeroU32,
+
+    /// How often the database is looked at for changes that nobody announced, in milliseconds
+    #[arg(long, env = "PORTCULLIS_POLL_INTERVAL_MS", default_value = "1000", value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    pub poll_interval_ms: u64,
+
+    /// How long a filter's poll is held when there is no news, in seconds; filters wait 40
+    #[arg(long, env = "PORTCULLIS_LONG_POLL_SECONDS", default_value = "25", value_parser = clap::value_parser!(u64).range(1..=30))]
+    pub long_poll_seconds: u64,
+
+    /// For how long filters can tell a revoked key from an unknown one, in days
+    #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(0..=3650))]
+    pub revoked_retention_days: i32,
+
+    /// How to write the log
+    #[arg(long, env = "PORTCULLIS_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+
+    /// What to log: a level, or a list as info,control_plane=debug
+    #[arg(long, env = "PORTCULLIS_LOG", default_value = "info")]
+    pub log: String,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// For programs: one JSON object a line
+    Json,
+}
+
+/// Commands below `admin`.
+#[derive(Debug, Subcommand)]
+pub enum Admin {
+    /// Create a key and print it, this once
+    CreateKey {
+        /// The database.
+        #[command(flatten)]
+        database: Database,
+        /// A scope of the key, such as admin or sync; may be given several times
+        #[arg(long = "scope", required = true)]
+        scopes: Vec<String>,
+        /// What people recognise the key by
+        #[arg(long)]
+        name: String,
+        /// The user that the key belongs to
+        #[arg(long, default_value = OPERATOR)]
+        email: String,
+        /// After how many seconds the key expires; never if left out
+        #[arg(long)]
+        expires_in_seconds: Option<i64>,
+    },
+    /// Make every filter load all keys anew. Needed after the files of the database were put back by hand
+    NewEpoch {
+        /// The database.
+        #[command(flatten)]
+        database: Database,
+    },
+}
+
+/// Commands below `usage`.
+#[derive(Debug, Subcommand)]
+pub enum Usage {
+    /// Import usage that Envoys logged when they ended; what had arrived is skipped
+    Import {
+        /// The database.
+        #[command(flatten)]
+        database: Database,
+        /// Envoy's log, or - for standard input
+        #[arg(default_value = "-")]
+        file: PathBuf,
+    },
+}
+
+/// Whom keys belong to that are made for the operator rather than for a user.
+pub const OPERATOR: &str = "operator@portcullis.invalid";
+
+/// The environment variable with the first admin key.
+pub const ADMIN_KEY: &str = "PORTCULLIS_ADMIN_KEY";
+/// The environment variable with the key of the filters.
+pub const SYNC_KEY: &str = "PORTCULLIS_SYNC_KEY";
+
+/// A key that is given in the environment, to be stored (as its hash) if it is not there yet.
+///
+/// # Errors
+/// One line, if it is not of our form. The line has nothing of the key.
+pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
+    match std::env::var(variable) {
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Ok(text) if text.is_empty() => Ok(None),
+        Ok(text) => match check(&text) {
+            Ok(_) => Ok(Some(Secret::from_presented(text))),
+            Err(error) => Err(format!("{variable}: {error}; `control-plane admin create-key` makes one")),
+        },
+        Err(std::env::VarError::NotUnicode(_)) => Err(format!("{variable}: the key is not text")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_database_url_is_never_printed() {
+        let database = Database { database_url: "postgres://user:secret@host/db".into() };
+        assert_eq!(format!("{database:?}"), "Database(…)");
+    }
+}

@@ -1,0 +1,188 @@
+//! Errors at the boundary: whatever goes wrong in a handler becomes a problem (RFC 9457) with a stable `code` here, and
+//! nowhere else. What is nobody's business outside is logged once and not sent.
+
+use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use contract::outcome::Outcome;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// How long a client should wait before it tries again while the database or the mirror is away, in seconds.
+const RETRY_UNAVAILABLE_S: u64 = 1;
+
+/// What a handler may fail with.
+#[derive(Debug)]
+pub enum ApiError {
+    /// 400: the request does not make sense. The field and the remedy.
+    Invalid {
+        /// Which field of the body, the path or the query; none for the request as a whole.
+        field: Option<&'static str>,
+        /// What is wrong and what to do.
+        detail: String,
+    },
+    /// 400: a request that the framework could not read, with its status and what was wrong with it.
+    Unreadable(StatusCode, String),
+    /// 401, 403: the caller's key was not admitted.
+    Refused(Outcome),
+    /// 403: the key is good, but not for this.
+    Forbidden(String),
+    /// 404: no such thing. What was looked for.
+    NotFound(String),
+    /// 409: it contradicts what is there.
+    Conflict(String),
+    /// 429: too many requests of this caller.
+    TooMany {
+        /// When to come back, in seconds.
+        retry_after_s: u64,
+    },
+    /// 503: the database, the mirror or a queue cannot take it now. Why, for the client.
+    Unavailable(&'static str),
+    /// 500, or 503 if the database is away.
+    Database(sqlx::Error),
+    /// 500: what should not have happened, for the log.
+    Internal(String),
+}
+
+impl ApiError {
+    /// A bad field.
+    pub fn invalid(field: &'static str, detail: impl Into<String>) -> Self {
+        Self::Invalid { field: Some(field), detail: detail.into() }
+    }
+}
+
+/// For the command line, where there is nobody to hide internals from.
+impl std::fmt::Display for ApiError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Invalid { field: Some(field), detail } => write!(f, "{field}: {detail}"),
+            Self::Invalid { field: None, detail }
+            | Self::Unreadable(_, detail)
+            | Self::Forbidden(detail)
+            | Self::NotFound(detail)
+            | Self::Conflict(detail)
+            | Self::Internal(detail) => f.write_str(detail),
+            Self::Refused(outcome) => write!(f, "the key was refused: {}", outcome.name()),
+            Self::TooMany { retry_after_s } => write!(f, "too many requests; come back in {retry_after_s} s"),
+            Self::Unavailable(why) => f.write_str(why),
+            Self::Database(error) => write!(f, "the database: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+impl From<sqlx::Error> for ApiError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+/// The body of an error (RFC 9457).
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// A URN that names the kind of problem.
+    pub r#type: String,
+    /// The kind of problem, in words.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What is wrong here, and what to do about it.
+    pub detail: String,
+    /// The kind of problem, for programs: stable.
+    pub code: String,
+    /// The field of the request that is wrong, if it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let away = |error: &sqlx::Error| {
+            matches!(
+                error,
+                sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) | sqlx::Error::Tls(_)
+            ) || error.as_database_error().and_then(|error| error.code()).is_some_and(|code| {
+                // Connection exceptions, too many connections, shutting down or starting up.
+                code.starts_with("08") || code.starts_with("53") || code.starts_with("57P")
+            })
+        };
+        match self {
+            Self::Invalid { field, detail } => {
+                respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field)
+            }
+            Self::Unreadable(status, detail) => {
+                let (code, title) = match status {
+                    StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "Body too large"),
+                    StatusCode::UNSUPPORTED_MEDIA_TYPE => ("unsupported_media_type", "Unsupported media type"),
+                    StatusCode::METHOD_NOT_ALLOWED => ("method_not_allowed", "Method not allowed"),
+                    _ => ("invalid", "Invalid request"),
+                };
+                respond(status, code, title, &detail, None)
+            }
+            Self::Refused(outcome) => refuse(outcome),
+            Self::Forbidden(detail) => respond(StatusCode::FORBIDDEN, "forbidden", "Forbidden", &detail, None),
+            Self::NotFound(detail) => respond(StatusCode::NOT_FOUND, "not_found", "Not found", &detail, None),
+            Self::Conflict(detail) => respond(StatusCode::CONFLICT, "conflict", "Conflict", &detail, None),
+            Self::TooMany { retry_after_s } => {
+                let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
+                let response =
+                    respond(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", "Too many requests", detail, None);
+                with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
+            }
+            Self::Unavailable(why) => unavailable(why),
+            Self::Database(error) if away(&error) => {
+                tracing::warn!(%error, "the database is away");
+                unavailable("The database does not answer at the moment. Try again shortly.")
+            }
+            Self::Database(error) => {
+                tracing::error!(%error, "the database refused a statement");
+                internal()
+            }
+            Self::Internal(why) => {
+                tracing::error!(why, "internal error");
+                internal()
+            }
+        }
+    }
+}
+
+fn refuse(outcome: Outcome) -> Response {
+    let Some(refusal) = outcome.refusal() else { return internal() };
+    let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::FORBIDDEN);
+    let response = respond(status, outcome.name(), refusal.title, refusal.detail, None);
+    if status == StatusCode::UNAUTHORIZED {
+        with(response, WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey realm=\"portcullis\""))
+    } else {
+        response
+    }
+}
+
+fn unavailable(why: &str) -> Response {
+    let response = respond(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Temporarily unavailable", why, None);
+    with(response, RETRY_AFTER, HeaderValue::from(RETRY_UNAVAILABLE_S))
+}
+
+fn internal() -> Response {
+    let detail = "Something went wrong here. The log has more, under the request id of this reply.";
+    respond(StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error", detail, None)
+}
+
+fn respond(status: StatusCode, code: &str, title: &str, detail: &str, field: Option<&str>) -> Response {
+    let problem = Problem {
+        r#type: format!("urn:portcullis:problem:{code}"),
+        title: title.into(),
+        status: status.as_u16(),
+        detail: detail.into(),
+        code: code.into(),
+        field: field.map(Into::into),
+    };
+    let body = serde_json::to_vec(&problem).unwrap_or_default();
+    (status, [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")], body)
+        .into_response()
+}
+
+fn with(mut response: Response, name: header::HeaderName, value: HeaderValue) -> Response {
+    response.headers_mut().insert(name, value);
+    response
+}

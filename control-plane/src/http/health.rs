@@ -1,0 +1,53 @@
+//! For the platform: is the process alive, can it work, how does it do. No key needed.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::App;
+
+/// What the process depends on.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Readiness {
+    /// Whether the database answers.
+    pub database: bool,
+    /// Whether the keys are loaded.
+    pub mirror: bool,
+}
+
+/// The process runs.
+#[utoipa::path(get, path = "/healthz", tag = "platform", responses((status = 200, description = "It runs", body = String)))]
+pub async fn alive() -> &'static str {
+    "ok\n"
+}
+
+/// The process can do all of its work.
+#[utoipa::path(get, path = "/readyz", tag = "platform", responses(
+    (status = 200, description = "Database and mirror are there", body = Readiness),
+    (status = 503, description = "One of them is not", body = Readiness),
+))]
+pub async fn ready(State(app): State<App>) -> Response {
+    let database = sqlx::query_scalar!("select 1").fetch_one(&app.pool).await.is_ok();
+    let readiness = Readiness { database, mirror: app.store.position().is_some() };
+    let status = if readiness.database && readiness.mirror { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(readiness)).into_response()
+}
+
+/// Metrics in the text format of Prometheus.
+pub async fn metrics(app: App, metrics: Option<PrometheusHandle>) -> Response {
+    let Some(metrics) = metrics else { return StatusCode::NOT_FOUND.into_response() };
+    metrics::gauge!("portcullis_mirror_revision")
+        .set(app.store.position().map_or(0.0, |(_, revision)| revision as f64));
+    metrics::gauge!("portcullis_mirror_keys").set(app.store.keys() as f64);
+    if let Some(age) = app.store.age() {
+        metrics::gauge!("portcullis_mirror_age_seconds").set(age.as_secs_f64());
+    }
+    metrics::gauge!("portcullis_database_connections").set(f64::from(app.pool.size()));
+    metrics::gauge!("portcullis_database_connections_idle").set(app.pool.num_idle() as f64);
+    metrics.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render()).into_response()
+}

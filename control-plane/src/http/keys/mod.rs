@@ -1,0 +1,125 @@
+//! All keys, many to a user, below `/v1/keys`. What every call here shares: which key a path names, how a key is shown,
+//! and that a key of somebody else is answered like one that does not exist.
+
+pub mod read;
+pub mod usage;
+pub mod write;
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+// What `#[utoipa::path]` makes beside each handler goes with it.
+pub use read::{__path_get, __path_list, get, list};
+pub use usage::{__path_usage, usage};
+pub use write::{__path_create, __path_patch, __path_revoke, create, patch, revoke};
+
+use crate::App;
+use crate::auth::Caller;
+use crate::error::ApiError;
+use crate::key::domain::{RateLimitBody, Timestamp};
+use crate::key::store::{self, Key};
+
+/// Which key.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct ById {
+    /// The key's id.
+    id: Uuid,
+}
+
+/// Whether a key opens anything at the moment, and if not, why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It is good.
+    Active,
+    /// It is switched off and can be switched on again.
+    Disabled,
+    /// Its time is over.
+    Expired,
+    /// It was revoked for good.
+    Revoked,
+}
+
+impl State {
+    fn of(key: &Key, now: OffsetDateTime) -> Self {
+        if key.revoked_at.is_some() {
+            Self::Revoked
+        } else if key.expires_at.is_some_and(|end| now >= end) {
+            Self::Expired
+        } else if key.disabled {
+            Self::Disabled
+        } else {
+            Self::Active
+        }
+    }
+}
+
+/// A key, without its secret.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeyView {
+    /// Names the key for as long as it lives.
+    id: Uuid,
+    /// Whom it belongs to.
+    owner_id: Uuid,
+    /// The owner's email address.
+    #[schema(example = "user@example.com")]
+    email: String,
+    /// What people call it.
+    #[schema(example = "Production Key")]
+    name: String,
+    /// What people recognise it by; null for keys of a foreign form.
+    #[schema(required, example = "sk_abc123")]
+    prefix: Option<String>,
+    /// Scopes granted to it.
+    scopes: Vec<String>,
+    /// Its own rate limits; without any the filter's default applies.
+    rate_limits: Vec<RateLimitBody>,
+    /// Which of its secrets is the present one, from 1.
+    generation: i32,
+    /// Whether it opens anything at the moment.
+    state: State,
+    /// When it was made.
+    created_at: Timestamp,
+    /// When it ends, if ever.
+    #[schema(required)]
+    expires_at: Option<Timestamp>,
+    /// When it was revoked.
+    #[schema(required)]
+    revoked_at: Option<Timestamp>,
+    /// When it was last used, as far as filters have reported.
+    #[schema(required)]
+    last_used_at: Option<Timestamp>,
+    /// Requests that were allowed with it.
+    usage_count: i64,
+}
+
+impl KeyView {
+    fn of(key: Key, now: OffsetDateTime) -> Self {
+        Self {
+            state: State::of(&key, now),
+            id: key.id,
+            owner_id: key.owner_id,
+            email: key.email,
+            name: key.name,
+            prefix: key.prefix,
+            scopes: key.scopes,
+            rate_limits: key.rate_limits.iter().map(RateLimitBody::of).collect(),
+            generation: key.generation,
+            created_at: key.created_at.into(),
+            expires_at: key.expires_at.map(Into::into),
+            revoked_at: key.revoked_at.map(Into::into),
+            last_used_at: key.last_used_at.map(Into::into),
+            usage_count: key.usage_count,
+        }
+    }
+}
+
+/// Reads a key that the caller manages. One of somebody else is not there for them.
+async fn managed(app: &App, caller: &Caller, id: Uuid) -> Result<Key, ApiError> {
+    caller.require_manager()?;
+    let key = store::get(&app.pool, id).await?.filter(|key| caller.manages(key.owner_id));
+    key.ok_or_else(|| ApiError::NotFound(format!("There is no key {id}.")))
+}

@@ -1,0 +1,130 @@
+//! The usage of one key: an id and a span of time come in, what was counted in its hours goes out. Refused are spans of
+//! more than 366 days.
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use std::collections::BTreeMap;
+
+use axum::extract::State;
+use contract::outcome::Outcome;
+use serde::{Deserialize, Serialize};
+use time::{Duration, OffsetDateTime};
+use utoipa::{IntoParams, ToSchema};
+
+use super::{ById, managed};
+use crate::App;
+use crate::auth::Caller;
+use crate::error::{ApiError, Problem};
+use crate::http::extract::{Json, Path, Query};
+use crate::key::domain::{Timestamp, parse_time};
+use crate::key::usage::hourly;
+
+const SPAN: Duration = Duration::days(7);
+/// Longest span: bounds the reply to some 9,000 hours of each outcome.
+const LONGEST_SPAN: Duration = Duration::days(366);
+
+/// Which span of time.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct UsageQuery {
+    /// From when on (RFC 3339); seven days before `to` unless given.
+    #[param(example = "2026-05-01T00:00:00Z")]
+    from: Option<String>,
+    /// Until before when (RFC 3339); now unless given.
+    #[param(example = "2026-05-08T00:00:00Z")]
+    to: Option<String>,
+}
+
+/// What was counted in one hour.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageHour {
+    /// The start of the hour.
+    hour: Timestamp,
+    /// What came of the requests.
+    #[schema(example = "allowed")]
+    outcome: String,
+    /// How many requests.
+    requests: i64,
+    /// Credits that they cost together.
+    cost: i64,
+}
+
+/// Sums over the whole span.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub struct UsageTotal {
+    /// How many requests.
+    requests: i64,
+    /// Credits that they cost together.
+    cost: i64,
+}
+
+/// What was counted of a key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageView {
+    /// From when on.
+    from: Timestamp,
+    /// Until before when.
+    to: Timestamp,
+    /// The hours that start within the span and have requests, the oldest first.
+    hours: Vec<UsageHour>,
+    /// Sums by outcome.
+    totals: BTreeMap<String, UsageTotal>,
+}
+
+/// Get the usage of a key, by hour and outcome.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/keys/{id}/usage", tag = "keys", params(ById, UsageQuery), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The usage of the key", body = UsageView),
+        (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn usage(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ById>,
+    Query(query): Query<UsageQuery>,
+) -> Result<Json<UsageView>, ApiError> {
+    let (from, to) = span(&query, OffsetDateTime::now_utc())?;
+    let key = managed(&app, &caller, path.id).await?;
+    let mut hours = Vec::new();
+    let mut totals = BTreeMap::<String, UsageTotal>::new();
+    for row in hourly(&app.pool, key.id, from, to).await? {
+        let outcome = outcome_name(row.outcome);
+        let total = totals.entry(outcome.clone()).or_default();
+        total.requests = total.requests.saturating_add(row.requests);
+        total.cost = total.cost.saturating_add(row.cost);
+        hours.push(UsageHour { hour: row.hour.into(), outcome, requests: row.requests, cost: row.cost });
+    }
+    Ok(Json(UsageView { from: from.into(), to: to.into(), hours, totals }))
+}
+
+fn span(query: &UsageQuery, now: OffsetDateTime) -> Result<(OffsetDateTime, OffsetDateTime), ApiError> {
+    let to = query.to.as_deref().map_or(Ok(now), |text| parse_time("to", text))?;
+    let from = match query.from.as_deref() {
+        Some(text) => parse_time("from", text)?,
+        None => to.checked_sub(SPAN).ok_or_else(|| ApiError::invalid("to", "lies too far back"))?,
+    };
+    if from >= to {
+        return Err(ApiError::invalid("from", "must lie before to"));
+    }
+    if to - from > LONGEST_SPAN {
+        return Err(ApiError::invalid("from", "must lie at most 366 days before to"));
+    }
+    Ok((from, to))
+}
+
+/// The name of an outcome; newer ones, which filters may report before this program knows them, have their number.
+fn outcome_name(code: i16) -> String {
+    let known = u8::try_from(code).ok().and_then(Outcome::from_code);
+    known.map_or_else(|| format!("outcome_{code}"), |outcome| outcome.name().into())
+}

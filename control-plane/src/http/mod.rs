@@ -1,0 +1,105 @@
+//! All routes, on one page. Each resource has its file; what they share is here: limits, request ids, and that whatever
+//! is not served is answered with a problem too.
+
+pub mod extract;
+pub mod health;
+pub mod keys;
+pub mod sync;
+pub mod user;
+
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use metrics_exporter_prometheus::PrometheusHandle;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityScheme};
+use utoipa::{Modify, OpenApi};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::error::ApiError;
+use crate::{App, telemetry};
+
+/// Longest body of a management request, in bytes.
+const BODY_BYTES: usize = 16 * 1_024;
+
+/// Longest body of a message with usage reports, in bytes.
+const USAGE_BYTES: usize = 4 << 20;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Portcullis",
+        description = "API keys for Envoy: the REST API of the control plane.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    modifiers(&KeyHeader),
+    tags(
+        (name = "user", description = "A user's primary key"),
+        (name = "keys", description = "All keys"),
+        (name = "platform", description = "For the platform that the control plane runs on")
+    )
+)]
+struct Document;
+
+struct KeyHeader;
+
+impl Modify for KeyHeader {
+    fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
+        let scheme = SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::new("x-api-key")));
+        openapi.components.get_or_insert_default().add_security_scheme("api_key", scheme);
+    }
+}
+
+fn management() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(user::status, user::revoke))
+        .routes(routes!(user::generate))
+        .routes(routes!(user::usage))
+        .routes(routes!(keys::create, keys::list))
+        .routes(routes!(keys::get, keys::patch, keys::revoke))
+        .routes(routes!(keys::usage))
+        .routes(routes!(health::alive))
+        .routes(routes!(health::ready))
+}
+
+/// The OpenAPI document, made from the handlers.
+#[must_use]
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    management().to_openapi()
+}
+
+/// The whole service. `metrics` are shown under `/metrics` if they are collected.
+pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
+    let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
+    let shown = app.clone();
+    let filters = Router::new()
+        .route("/sync/v1/keys", get(sync::poll))
+        .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)));
+    management
+        .merge(filters)
+        .route("/metrics", get(move || health::metrics(shown, metrics)))
+        .route("/openapi.json", get(async move || Json(openapi)))
+        .fallback(async || ApiError::NotFound("There is no such route; /openapi.json lists them.".into()))
+        .method_not_allowed_fallback(async || {
+            let detail = "This route does not take that method; /openapi.json lists those it takes.";
+            ApiError::Unreadable(StatusCode::METHOD_NOT_ALLOWED, detail.into())
+        })
+        .layer(middleware::from_fn(explain_plain_errors))
+        .layer(middleware::from_fn(telemetry::observe))
+        .with_state(app)
+}
+
+/// Errors that the framework answers in plain text become problems.
+async fn explain_plain_errors(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let status = response.status();
+    let plain = response.headers().get("content-type").is_none_or(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if !plain || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let detail = status.canonical_reason().unwrap_or("the request could not be read");
+    ApiError::Unreadable(status, detail.to_owned()).into_response()
+}

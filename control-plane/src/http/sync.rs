@@ -1,0 +1,185 @@
+//! The filters' side: polls are held here until there is something to tell, usage reports are taken. Only keys with the
+//! scope `sync` come in, and they can do nothing else.
+//!
+//! Keys are looked up in the mirror, so that Envoys are answered while the database is down; a key that the mirror does
+//! not know may be newer than the mirror and is looked up in the database.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use contract::decision::{Facts, Presented, decide};
+use contract::hash::BUCKETS;
+use contract::hash::KeyHash;
+use contract::id::Epoch;
+use contract::outcome::Outcome;
+use contract::page::{Header, Page, PageView, PageWriter, Part};
+use contract::usage::read_reports;
+use serde::Deserialize;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::App;
+use crate::error::ApiError;
+use crate::http::extract::Query;
+use crate::key::store as keys;
+use crate::sync::feed;
+use crate::sync::mirror::Wanted;
+use crate::usage::IngestError;
+
+/// The media type of a page.
+const PAGE_TYPE: &str = "application/vnd.portcullis.page";
+/// The media type of an acknowledgement.
+const ACK_TYPE: &str = "application/vnd.portcullis.ack";
+
+/// Who syncs, and from where on.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Poll {
+    epoch: Option<Uuid>,
+    revision: Option<u64>,
+    cursor: Option<u32>,
+    #[serde(rename = "reporter")]
+    _reporter: Option<Uuid>,
+}
+
+/// `GET /sync/v1/keys`: the next page for a filter.
+///
+/// # Errors
+/// A refused key, a senseless query, or 503 before the mirror is loaded.
+pub async fn poll(State(app): State<App>, headers: HeaderMap, Query(poll): Query<Poll>) -> Result<Response, ApiError> {
+    admit(&app, &headers).await?;
+    let page = page_for(&app, &poll).await?;
+    let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
+    if json {
+        let malformed = |error| ApiError::Internal(format!("a page of our own: {error}"));
+        let view = PageView::of(&Page::read(&page).map_err(malformed)?).map_err(malformed)?;
+        return Ok(axum::Json(view).into_response());
+    }
+    metrics::counter!("portcullis_sync_pages_total").increment(1);
+    Ok(([(header::CONTENT_TYPE, PAGE_TYPE), (header::CACHE_CONTROL, "no-store")], page).into_response())
+}
+
+async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
+    let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
+        (Some(epoch), _, Some(cursor)) => {
+            if cursor >= BUCKETS {
+                return Err(ApiError::invalid(
+                    "cursor",
+                    format!("must be below {BUCKETS}: take it from the last page"),
+                ));
+            }
+            let same = app.store.position().is_some_and(|(ours, _)| ours == Epoch::from(epoch));
+            return written(app, Wanted::Snapshot(if same { cursor } else { 0 }));
+        }
+        (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
+        (None, Some(_), None) => {
+            return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last page"));
+        }
+        (Some(_), None, None) | (None, None, None) => return written(app, Wanted::Snapshot(0)),
+        (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
+    };
+    let mut positions = app.store.positions();
+    let held = metrics::gauge!("portcullis_sync_held_polls");
+    held.increment(1);
+    let _held = Defer(|| held.decrement(1));
+    let deadline = Instant::now() + app.long_poll;
+    let mut stopping = app.stopping.clone();
+    // A reader that is ahead of this replica was told by another, or of a database that has since been restored. Look at
+    // the database before judging; if it is away, hold the poll: a snapshot of an older state would bring revoked keys
+    // back.
+    let ours = app.store.position();
+    let ahead = ours.is_some_and(|(ours, at)| ours == epoch && revision > at);
+    let behind = ahead && feed::refresh(&app.pool, &app.store).await.is_err();
+    loop {
+        let now = *positions.borrow_and_update();
+        let (ours, at) = now.ok_or(ApiError::Unavailable("The keys are being loaded. Try again shortly."))?;
+        let waits = ours == epoch && (at == revision || (revision > at && behind));
+        if !waits {
+            return written(app, Wanted::Changes(if ours == epoch { revision } else { u64::MAX }));
+        }
+        tokio::select! {
+            _ = positions.changed() => {}
+            () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision),
+            _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision),
+        }
+    }
+}
+
+fn written(app: &App, wanted: Wanted) -> Result<Bytes, ApiError> {
+    match app.store.page(wanted) {
+        None => Err(ApiError::Unavailable("The keys are being loaded. Try again shortly.")),
+        Some(page) => page.map_err(|error| ApiError::Internal(format!("a page could not be written: {error}"))),
+    }
+}
+
+/// The page that has no news.
+fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> {
+    let header = Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision } };
+    let page = PageWriter::new().finish(&header);
+    page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page could not be written: {error}")))
+}
+
+/// `POST /sync/v1/usage`: takes reports and acknowledges them once they are committed.
+///
+/// # Errors
+/// A refused key, reports that do not make sense or are another's, 503 if they cannot be taken now.
+pub async fn report(State(app): State<App>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
+    let key = admit(&app, &headers).await?;
+    let reports = read_reports(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() });
+    let reports = reports.inspect_err(|_| rejected())?;
+    let ack = app.usage.submit(reports, key).await.map_err(|error| match error {
+        IngestError::Senseless(detail) => {
+            rejected();
+            ApiError::Invalid { field: None, detail }
+        }
+        IngestError::Foreign => {
+            rejected();
+            ApiError::Forbidden(
+                "This reporter belongs to another sync key. Restart Envoy after changing its key.".into(),
+            )
+        }
+        IngestError::Full => ApiError::Unavailable("Too many usage reports wait. Send it again."),
+        IngestError::Database(error) => {
+            tracing::warn!(%error, "usage reports could not be committed");
+            ApiError::Unavailable("The database does not take usage reports at the moment. Send it again.")
+        }
+    })?;
+    let body = ack.write().map_err(|error| ApiError::Internal(format!("an acknowledgement: {error}")))?;
+    Ok((StatusCode::OK, [(header::CONTENT_TYPE, ACK_TYPE)], body).into_response())
+}
+
+fn rejected() {
+    metrics::counter!("portcullis_usage_reports_total", "result" => "rejected").increment(1);
+}
+
+/// Admits a key with the scope `sync`; returns its id.
+async fn admit(app: &App, headers: &HeaderMap) -> Result<Uuid, ApiError> {
+    let presented = headers.get(HeaderName::from_static("x-api-key")).map(|value| value.as_bytes()).unwrap_or_default();
+    if presented.is_empty() {
+        return Err(ApiError::Refused(Outcome::Missing));
+    }
+    let hash = KeyHash::of(presented);
+    let record = match app.store.find(&hash) {
+        Some(record) => Some(record),
+        None => keys::find_by_hash(&app.pool, &hash).await?.map(|found| found.record),
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let facts = Facts { required_scope: Some("sync"), ..Facts::at(now.as_secs()) };
+    let outcome = decide(record.as_ref().map_or(Presented::Stranger, Presented::Key), &facts);
+    match record {
+        Some(record) if outcome == Outcome::Allowed => Ok(record.key_id.into()),
+        _ => Err(ApiError::Refused(outcome)),
+    }
+}
+
+/// Does something when it is dropped, however the future that holds it ends.
+struct Defer<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for Defer<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}

@@ -1,0 +1,241 @@
+//! The primary key of a user: an email comes in, the state of the user's one key goes out, a new secret once. Refused are
+//! callers who are neither an admin nor the user.
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use axum::extract::State;
+use contract::key::Secret;
+use serde::{Deserialize, Serialize, Serializer};
+use utoipa::{IntoParams, ToSchema};
+
+use super::extract::{Json, Path};
+use crate::App;
+use crate::auth::Caller;
+use crate::error::{ApiError, Problem};
+use crate::key::domain::{Email, KeyName, Timestamp};
+use crate::key::store::{self, NewKey, PrimaryStatus};
+
+/// Which user.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct ByEmail {
+    /// The user's email address.
+    #[param(example = "user@example.com")]
+    email: String,
+}
+
+/// What there is to know of a user's primary key. Without a key all but `hasKey` and `balance` are null.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyPreference {
+    /// Whether the user has a key that is not revoked.
+    has_key: bool,
+    /// When the key was made.
+    #[schema(required)]
+    generated_at: Option<Timestamp>,
+    /// When the key was last used, as far as filters have reported.
+    #[schema(required)]
+    last_used: Option<Timestamp>,
+    /// Requests that were allowed with the key.
+    #[schema(required, example = 127)]
+    usage_count: Option<i64>,
+    /// What people call the key.
+    #[schema(required, example = "Production Key")]
+    key_name: Option<String>,
+    /// What people recognise the key by.
+    #[schema(required, example = "sk_abc123")]
+    key_prefix: Option<String>,
+    /// The user's credits.
+    balance: i64,
+}
+
+impl From<PrimaryStatus> for KeyPreference {
+    fn from(PrimaryStatus { balance, key }: PrimaryStatus) -> Self {
+        Self {
+            has_key: key.is_some(),
+            generated_at: key.as_ref().map(|key| key.created_at.into()),
+            last_used: key.as_ref().and_then(|key| key.last_used_at).map(Into::into),
+            usage_count: key.as_ref().map(|key| key.usage_count),
+            key_name: key.as_ref().map(|key| key.name.clone()),
+            key_prefix: key.and_then(|key| key.prefix),
+            balance,
+        }
+    }
+}
+
+/// The state of a user's key.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusReply {
+    /// Always true.
+    success: bool,
+    /// The state.
+    key_preference: KeyPreference,
+}
+
+/// The usage of a user's key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageReply {
+    /// Always true.
+    success: bool,
+    /// The usage.
+    usage: KeyPreference,
+}
+
+/// For whom to make a key, and how to call it.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateBody {
+    /// The user's email address.
+    #[schema(example = "user@example.com", max_length = 254)]
+    email: String,
+    /// What people call the key.
+    #[schema(example = "Production Key", min_length = 1, max_length = 100)]
+    key_name: String,
+}
+
+/// The new key.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GenerateReply {
+    /// Always true.
+    success: bool,
+    /// What was done, in words.
+    #[schema(value_type = String)]
+    message: &'static str,
+    /// The whole key, told this once.
+    #[serde(serialize_with = "reveal")]
+    #[schema(value_type = String)]
+    key: Secret,
+    /// What people recognise the key by.
+    #[schema(required, example = "sk_abc123")]
+    key_prefix: Option<String>,
+}
+
+/// What was done.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RevokeReply {
+    /// Always true.
+    success: bool,
+    /// What was done, in words.
+    #[schema(value_type = String)]
+    message: &'static str,
+}
+
+/// Writes a key into the one reply that hands it to its owner.
+pub(super) fn reveal<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(secret.reveal())
+}
+
+/// Get the state of a user's key.
+///
+/// # Errors
+/// 400, 401, 403, 429, 503.
+#[utoipa::path(
+    get, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The state of the key", body = StatusReply),
+        (status = 400, description = "Not an email address", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn status(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+) -> Result<Json<StatusReply>, ApiError> {
+    let email = Email::parse(&path.email)?;
+    caller.require_owner_or_admin(&email)?;
+    let key_preference = store::primary(&app.pool, &email).await?.into();
+    Ok(Json(StatusReply { success: true, key_preference }))
+}
+
+/// Make a key for a user. The one before it, if any, is revoked with it.
+///
+/// # Errors
+/// 400, 401, 403, 413, 415, 429, 503.
+#[utoipa::path(
+    post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The new key, told this once", body = GenerateReply),
+        (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
+        (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn generate(
+    State(app): State<App>,
+    caller: Caller,
+    Json(body): Json<GenerateBody>,
+) -> Result<Json<GenerateReply>, ApiError> {
+    let email = Email::parse(&body.email)?;
+    let name = KeyName::parse("key_name", &body.key_name)?;
+    caller.require_owner_or_admin(&email)?;
+    let key = store::replace_primary(&app.pool, &NewKey::plain(email, name)).await?;
+    app.store.nudge();
+    let key_prefix = key.display_prefix();
+    Ok(Json(GenerateReply { success: true, message: "API key generated successfully", key, key_prefix }))
+}
+
+/// Revoke a user's key.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    delete, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The key is revoked", body = RevokeReply),
+        (status = 400, description = "Not an email address", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "The user has no key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn revoke(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+) -> Result<Json<RevokeReply>, ApiError> {
+    let email = Email::parse(&path.email)?;
+    caller.require_owner_or_admin(&email)?;
+    if !store::revoke_primary(&app.pool, &email).await? {
+        return Err(ApiError::NotFound(format!("{email} has no API key.")));
+    }
+    app.store.nudge();
+    Ok(Json(RevokeReply { success: true, message: "API key revoked successfully" }))
+}
+
+/// Get the usage of a user's key.
+///
+/// # Errors
+/// 400, 401, 403, 429, 503.
+#[utoipa::path(
+    get, path = "/api/user/usage/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The usage of the key", body = UsageReply),
+        (status = 400, description = "Not an email address", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn usage(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+) -> Result<Json<UsageReply>, ApiError> {
+    let email = Email::parse(&path.email)?;
+    caller.require_owner_or_admin(&email)?;
+    let usage = store::primary(&app.pool, &email).await?.into();
+    Ok(Json(UsageReply { success: true, usage }))
+}

@@ -1,0 +1,413 @@
+//! Keys and users in PostgreSQL: parsed values come in, rows go out. Each function is one fact: it commits wholly or not
+//! at all. A secret is made here and leaves once, to whoever asked for it; only its hash and prefix are written.
+//!
+//! Locks are taken in one order, so that no two changes wait for each other: the row of the user, then `store_state`
+//! (by a trigger, with the first change of a key), then rows of keys.
+
+use contract::hash::KeyHash;
+use contract::id::{KeyId, OwnerId};
+use contract::key::{KeyKind, Secret};
+use contract::record::{Flags, RateLimit, Record, Requires};
+use sqlx::types::Json;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::domain::{Email, KeyName, Scopes};
+use crate::error::ApiError;
+
+/// A key as people see it.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// Names the key for as long as it lives.
+    pub id: Uuid,
+    /// Whom it belongs to.
+    pub owner_id: Uuid,
+    /// The owner's address.
+    pub email: String,
+    /// What people call it.
+    pub name: String,
+    /// What people recognise it by; none for keys of a foreign form.
+    pub prefix: Option<String>,
+    /// Scopes granted to it.
+    pub scopes: Vec<String>,
+    /// Its own rate limits.
+    pub rate_limits: Json<Vec<RateLimit>>,
+    /// Which of its secrets is the present one, from 1.
+    pub generation: i32,
+    /// Whether it is switched off.
+    pub disabled: bool,
+    /// When it was made.
+    pub created_at: OffsetDateTime,
+    /// When it ends.
+    pub expires_at: Option<OffsetDateTime>,
+    /// When it was revoked.
+    pub revoked_at: Option<OffsetDateTime>,
+    /// When it was last used, as far as filters have reported.
+    pub last_used_at: Option<OffsetDateTime>,
+    /// Allowed requests of all its secrets.
+    pub usage_count: i64,
+}
+
+/// A key to be made.
+#[derive(Clone, Debug)]
+pub struct NewKey {
+    /// Whom it is for; made a user if not one yet.
+    pub email: Email,
+    /// What people call it.
+    pub name: KeyName,
+    /// Live or test.
+    pub kind: KeyKind,
+    /// Scopes granted to it.
+    pub scopes: Scopes,
+    /// Its own rate limits.
+    pub rate_limits: Vec<RateLimit>,
+    /// When it ends.
+    pub expires_at: Option<OffsetDateTime>,
+}
+
+impl NewKey {
+    /// A live key that grants nothing in particular and does not end.
+    #[must_use]
+    pub fn plain(email: Email, name: KeyName) -> Self {
+        let (scopes, rate_limits) = (Scopes::default(), Vec::new());
+        Self { email, name, kind: KeyKind::Live, scopes, rate_limits, expires_at: None }
+    }
+}
+
+/// What authentication needs of a key.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// What a filter would know of it.
+    pub record: Record,
+    /// The owner's address.
+    pub email: String,
+}
+
+/// The user's side of the primary key.
+#[derive(Clone, Debug, Default)]
+pub struct PrimaryStatus {
+    /// Credits.
+    pub balance: i64,
+    /// The primary key, unless it was revoked.
+    pub key: Option<Key>,
+}
+
+/// Finds a key by its hash.
+///
+/// # Errors
+/// Those of the database.
+pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>, ApiError> {
+    let row = sqlx::query!(
+        r#"select k.id, k.owner_id, k.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
+            k.address_list_id, k.expires_at, k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, p.email
+        from api_keys k join user_preferences p on p.id = k.owner_id where k.hash = $1"#,
+        hash.0.as_slice()
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(row.map(|row| Found {
+        record: Record {
+            requires: Requires::default(),
+            key_id: KeyId::from(row.id),
+            owner_id: OwnerId::from(row.owner_id),
+            generation: row.generation.cast_unsigned(),
+            flags: Flags::default()
+                .with(Flags::REVOKED, row.revoked_at.is_some())
+                .with(Flags::DISABLED, row.disabled)
+                .with(Flags::QUOTA_EXCEEDED, row.quota_exceeded)
+                .with(Flags::CREDITS_EXHAUSTED, row.credits_exhausted),
+            expires_at_s: row.expires_at.map(|end| u64::try_from(end.unix_timestamp()).unwrap_or_default()),
+            cost: row.cost.cast_unsigned(),
+            rate_limits: row.rate_limits.0,
+            scopes: row.scopes,
+            roles: Vec::new(),
+            address_list: row.address_list_id.map(i32::cast_unsigned),
+        },
+        email: row.email,
+    }))
+}
+
+/// Makes a key.
+///
+/// # Errors
+/// Those of the database and of the operating system's randomness.
+pub async fn create(pool: &PgPool, new: NewKey) -> Result<(Key, Secret), ApiError> {
+    let secret = generate(new.kind)?;
+    let mut transaction = pool.begin().await?;
+    let user = lock_user(&mut transaction, &new.email).await?;
+    let row = insert(&mut transaction, user.id, &new, &secret).await?;
+    transaction.commit().await?;
+    let key = Key {
+        id: row.id,
+        owner_id: user.id,
+        email: new.email.as_str().into(),
+        name: new.name.as_str().into(),
+        prefix: secret.display_prefix(),
+        scopes: new.scopes.as_slice().into(),
+        rate_limits: Json(new.rate_limits),
+        generation: row.generation,
+        disabled: false,
+        created_at: row.created_at,
+        expires_at: new.expires_at,
+        revoked_at: None,
+        last_used_at: None,
+        usage_count: 0,
+    };
+    Ok((key, secret))
+}
+
+/// Makes the user's primary key anew; the one before it dies with the same commit.
+///
+/// # Errors
+/// Those of the database and of the operating system's randomness.
+pub async fn replace_primary(pool: &PgPool, new: &NewKey) -> Result<Secret, ApiError> {
+    let secret = generate(new.kind)?;
+    let mut transaction = pool.begin().await?;
+    let user = lock_user(&mut transaction, &new.email).await?;
+    if let Some(old) = user.primary_key_id {
+        revoke_row(&mut transaction, old).await?;
+    }
+    let id = insert(&mut transaction, user.id, new, &secret).await?.id;
+    sqlx::query!("update user_preferences set primary_key_id = $2 where id = $1", user.id, id)
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(secret)
+}
+
+/// Enters a key that was given from outside, unless it is there already; a key that is there stays as it is. Says
+/// whether it was entered.
+///
+/// # Errors
+/// Those of the database.
+pub async fn insert_given(
+    pool: &PgPool,
+    secret: &Secret,
+    name: &KeyName,
+    scopes: &Scopes,
+    email: &Email,
+) -> Result<bool, ApiError> {
+    let mut transaction = pool.begin().await?;
+    let user = lock_user(&mut transaction, email).await?;
+    let hash = secret.hash();
+    let there =
+        sqlx::query_scalar!(r#"select exists (select from api_keys where hash = $1) as "there!""#, hash.0.as_slice())
+            .fetch_one(&mut *transaction)
+            .await?;
+    if !there {
+        let new = NewKey { scopes: scopes.clone(), ..NewKey::plain(email.clone(), name.clone()) };
+        insert(&mut transaction, user.id, &new, secret).await?;
+    }
+    transaction.commit().await?;
+    Ok(!there)
+}
+
+/// Revokes a key for good. Says whether there is such a key; one that was revoked before keeps its time.
+///
+/// # Errors
+/// Those of the database.
+pub async fn revoke(pool: &PgPool, id: Uuid) -> Result<bool, ApiError> {
+    let mut transaction = pool.begin().await?;
+    let revoked = sqlx::query_scalar!(r#"select revoked_at is not null as "revoked!" from api_keys where id = $1"#, id)
+        .fetch_optional(&mut *transaction)
+        .await?;
+    if revoked == Some(false) {
+        revoke_row(&mut transaction, id).await?;
+        transaction.commit().await?;
+    }
+    Ok(revoked.is_some())
+}
+
+/// Revokes the user's primary key. Says whether there was one that was not revoked.
+///
+/// # Errors
+/// Those of the database.
+pub async fn revoke_primary(pool: &PgPool, email: &Email) -> Result<bool, ApiError> {
+    let mut transaction = pool.begin().await?;
+    let primary =
+        sqlx::query_scalar!("select primary_key_id from user_preferences where email = $1 for update", email.as_str())
+            .fetch_optional(&mut *transaction)
+            .await?
+            .flatten();
+    let Some(id) = primary else { return Ok(false) };
+    let revoked = revoke_row(&mut transaction, id).await?;
+    transaction.commit().await?;
+    Ok(revoked)
+}
+
+/// Lets filters forget keys that were revoked longer ago than `days`. Says how many.
+///
+/// # Errors
+/// Those of the database.
+pub async fn withdraw(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let withdrawn = sqlx::query!(
+        "update api_keys set withdrawn = true
+        where id in (
+            select id from api_keys
+            where not withdrawn and revoked_at < now() - make_interval(days => $1) limit 10000
+        )",
+        days
+    )
+    .execute(pool)
+    .await?;
+    Ok(withdrawn.rows_affected())
+}
+
+/// Renames a key, switches it off or on. Says whether there is such a key that is not revoked.
+///
+/// # Errors
+/// Those of the database.
+pub async fn change(pool: &PgPool, id: Uuid, name: Option<&KeyName>, disabled: Option<bool>) -> Result<bool, ApiError> {
+    let name = name.map(KeyName::as_str);
+    // Filters know nothing of names: a statement that leaves `disabled` alone costs them nothing.
+    let changed = match disabled {
+        Some(disabled) => {
+            sqlx::query!(
+                "update api_keys set disabled = $2, name = coalesce($3, name) where id = $1 and revoked_at is null",
+                id,
+                disabled,
+                name
+            )
+            .execute(pool)
+            .await?
+        }
+        None => {
+            sqlx::query!("update api_keys set name = coalesce($2, name) where id = $1 and revoked_at is null", id, name)
+                .execute(pool)
+                .await?
+        }
+    };
+    Ok(changed.rows_affected() > 0)
+}
+
+/// Reads one key.
+///
+/// # Errors
+/// Those of the database.
+pub async fn get(pool: &PgPool, id: Uuid) -> Result<Option<Key>, ApiError> {
+    let key = sqlx::query_as!(
+        Key,
+        r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
+            k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
+            k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+        from api_keys k join user_preferences p on p.id = k.owner_id
+        left join lateral (
+            select sum(requests)::bigint as requests, max(last_used_at) as last_used_at from key_usage where key_id = k.id
+        ) u on true
+        where k.id = $1"#,
+        id
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(key)
+}
+
+/// Reads keys, the newest first: those before `before`, of one user if given, at most `limit`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(pool: &PgPool, email: Option<&str>, before: Option<Uuid>, limit: i64) -> Result<Vec<Key>, ApiError> {
+    let keys = sqlx::query_as!(
+        Key,
+        r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
+            k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
+            k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+        from api_keys k join user_preferences p on p.id = k.owner_id
+        left join lateral (
+            select sum(requests)::bigint as requests, max(last_used_at) as last_used_at from key_usage where key_id = k.id
+        ) u on true
+        where k.id < $1 and ($2::text is null or p.email = $2)
+        order by k.id desc limit $3"#,
+        before.unwrap_or(Uuid::max()),
+        email,
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(keys)
+}
+
+/// Reads a user's balance and primary key; an unknown user has neither.
+///
+/// # Errors
+/// Those of the database.
+pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
+    let user = sqlx::query!("select balance, primary_key_id from user_preferences where email = $1", email.as_str())
+        .fetch_optional(pool)
+        .await?;
+    let Some(user) = user else { return Ok(PrimaryStatus::default()) };
+    let key = match user.primary_key_id {
+        Some(id) => get(pool, id).await?.filter(|key| key.revoked_at.is_none()),
+        None => None,
+    };
+    Ok(PrimaryStatus { balance: user.balance, key })
+}
+
+struct User {
+    id: Uuid,
+    primary_key_id: Option<Uuid>,
+}
+
+/// Finds or makes the user and holds their row until the transaction ends.
+async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<User, ApiError> {
+    let user = sqlx::query_as!(
+        User,
+        "insert into user_preferences (id, email) values ($1, $2)
+        on conflict (email) do update set email = excluded.email returning id, primary_key_id",
+        Uuid::now_v7(),
+        email.as_str()
+    )
+    .fetch_one(connection)
+    .await;
+    user.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+        // The database and Rust may differ about the lower case of a letter that is new to one of them.
+        Some("user_preferences_email_lower") => ApiError::invalid("email", "must be in lower case"),
+        _ => error.into(),
+    })
+}
+
+struct Inserted {
+    id: Uuid,
+    generation: i32,
+    created_at: OffsetDateTime,
+}
+
+async fn insert(
+    connection: &mut PgConnection,
+    owner_id: Uuid,
+    new: &NewKey,
+    secret: &Secret,
+) -> Result<Inserted, ApiError> {
+    let inserted = sqlx::query_as!(
+        Inserted,
+        "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at)
+        values ($1, $2, $3, $4, $5, $6, $7, $8) returning id, generation, created_at",
+        Uuid::now_v7(),
+        owner_id,
+        new.name.as_str(),
+        &secret.hash().0[..],
+        secret.display_prefix(),
+        new.scopes.as_slice(),
+        Json(&new.rate_limits) as _,
+        new.expires_at
+    )
+    .fetch_one(connection)
+    .await;
+    inserted.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+        Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
+        _ => error.into(),
+    })
+}
+
+async fn revoke_row(connection: &mut PgConnection, id: Uuid) -> Result<bool, ApiError> {
+    let revoked = sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", id)
+        .execute(connection)
+        .await?;
+    Ok(revoked.rows_affected() > 0)
+}
+
+fn generate(kind: KeyKind) -> Result<Secret, ApiError> {
+    Secret::generate(kind, &mut getrandom::SysRng)
+        .map_err(|error| ApiError::Internal(format!("the operating system gives no random bytes: {error}")))
+}

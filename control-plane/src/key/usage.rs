@@ -1,0 +1,44 @@
+//! What was counted of a key, as filters have reported it: a key and a span of time come in, hourly rows go out.
+
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::error::ApiError;
+
+/// Requests of one hour and outcome, over all secrets of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hour {
+    /// The start of the hour.
+    pub hour: OffsetDateTime,
+    /// The code of the outcome, possibly of a newer version.
+    pub outcome: i16,
+    /// How many requests.
+    pub requests: i64,
+    /// Credits that they cost together.
+    pub cost: i64,
+}
+
+/// Reads the hours that start within `from..to`, the oldest first.
+///
+/// # Errors
+/// Those of the database.
+pub async fn hourly(
+    pool: &PgPool,
+    key_id: Uuid,
+    from: OffsetDateTime,
+    to: OffsetDateTime,
+) -> Result<Vec<Hour>, ApiError> {
+    let hours = sqlx::query_as!(
+        Hour,
+        r#"select hour, outcome, sum(requests)::bigint as "requests!", sum(cost)::bigint as "cost!"
+        from usage_hourly where key_id = $1 and hour >= $2 and hour < $3
+        group by hour, outcome order by hour, outcome"#,
+        key_id,
+        from,
+        to
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(hours)
+}

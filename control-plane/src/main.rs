@@ -1,0 +1,79 @@
+//! The binary: reads the command line, does what it says, and says in one line what kept it from doing so.
+
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use control_plane::config::{Admin, Cli, Command, Database, Usage};
+use control_plane::key::domain::{Email, KeyName, Scopes, parse_expiry};
+use control_plane::key::store::{self as keys, NewKey};
+use control_plane::sync::feed;
+use control_plane::{MIGRATIONS, http, serve, usage};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+
+type Failure = Box<dyn std::error::Error>;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Cli::parse().command).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "control-plane: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Serve(settings) => serve::serve(*settings).await,
+        Command::Openapi => print(&http::openapi().to_pretty_json()?),
+        Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds }) => {
+            let new = NewKey {
+                scopes: Scopes::parse(scopes)?,
+                expires_at: parse_expiry(None, expires_in_seconds, OffsetDateTime::now_utc())?,
+                ..NewKey::plain(Email::parse(&email)?, KeyName::parse("name", &name)?)
+            };
+            let pool = connect(&database).await?;
+            let (key, secret) = keys::create(&pool, new).await?;
+            writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
+            print(secret.reveal())
+        }
+        Command::Admin(Admin::NewEpoch { database }) => {
+            let epoch = feed::new_epoch(&connect(&database).await?).await?;
+            print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
+        }
+        Command::Usage(Usage::Import { database, file }) => {
+            let pool = connect(&database).await?;
+            let imported = if file == Path::new("-") {
+                usage::import::import(&pool, BufReader::new(std::io::stdin())).await?
+            } else {
+                let log = File::open(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+                usage::import::import(&pool, BufReader::new(log)).await?
+            };
+            for (line, why) in &imported.bad {
+                writeln!(std::io::stderr(), "line {line}: {why}")?;
+            }
+            let usage::import::Imported { applied, known, bad } = imported;
+            print(&format!(
+                "reports applied: {applied}, known before: {known}, lines that cannot be read: {}",
+                bad.len()
+            ))?;
+            if bad.is_empty() { Ok(()) } else { Err("some lines could not be read".into()) }
+        }
+    }
+}
+
+async fn connect(database: &Database) -> Result<PgPool, Failure> {
+    let pool = serve::connect(&database.database_url, 2).await?;
+    MIGRATIONS.run(&pool).await?;
+    Ok(pool)
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(())
+}

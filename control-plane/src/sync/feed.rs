@@ -1,0 +1,180 @@
+//! The change feed: what was committed in PostgreSQL comes in, the mirror is brought up to date.
+//!
+//! Polling is the truth, LISTEN/NOTIFY and the nudge after own writes are hints that make it immediate. Each refresh is
+//! one read of the rows after the mirror's revision, in one snapshot of the database, so the mirror steps from one
+//! committed state to a later one. After any fault the session starts over, and with it the check of who the database is.
+
+use std::time::Duration;
+
+use contract::id::{Epoch, KeyId, OwnerId};
+use contract::record::{Flags, RateLimit, Record, Requires};
+use futures_util::TryStreamExt;
+use sqlx::postgres::PgListener;
+use sqlx::types::Json;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use super::Store;
+use super::mirror::{Mirror, Row};
+
+/// How long to wait before the database is tried again after a fault.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Why a refresh did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum FeedError {
+    /// The database did not answer as it should.
+    #[error("the database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// A row that the schema does not allow.
+    #[error("key {0} cannot be written as a record")]
+    Row(Uuid),
+}
+
+/// Keeps the store's mirror up to date until the future is dropped.
+pub async fn run(pool: PgPool, store: Store, poll_interval: Duration) {
+    loop {
+        let Err(error) = session(&pool, &store, poll_interval).await;
+        warn!(%error, "the change feed was interrupted");
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn session(pool: &PgPool, store: &Store, poll_interval: Duration) -> Result<std::convert::Infallible, FeedError> {
+    let mut listener = PgListener::connect_with(pool).await?;
+    listener.listen("portcullis_changes").await?;
+    identify(pool).await?;
+    loop {
+        refresh(pool, store).await?;
+        tokio::select! {
+            // An error here is a lost connection: changes may have been missed, and the session starts over.
+            notification = listener.recv() => { notification?; }
+            () = store.nudged() => {}
+            () = tokio::time::sleep(poll_interval) => {}
+        }
+    }
+}
+
+/// Draws a new epoch if this is not the database that the present one was drawn for: another server, another timeline
+/// after a promotion or a point-in-time recovery, or another database after a restore of a dump.
+///
+/// # Errors
+/// Those of the database.
+pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
+    let identity = sqlx::query_scalar!(
+        r#"select (select system_identifier from pg_control_system())::text || '/' ||
+            (select timeline_id from pg_control_checkpoint())::text || '/' ||
+            (select oid from pg_database where datname = current_database())::text as "identity!""#
+    )
+    .fetch_one(pool)
+    .await?;
+    let drawn = sqlx::query!(
+        "update store_state set epoch = gen_random_uuid(), identity = $1 where identity <> $1 returning epoch",
+        identity
+    )
+    .fetch_optional(pool)
+    .await?;
+    if let Some(drawn) = drawn {
+        info!(epoch = %drawn.epoch, identity, "a new epoch begins: this is a new or restored database");
+    }
+    Ok(())
+}
+
+/// Draws a new epoch: every filter will load the whole store anew.
+///
+/// # Errors
+/// Those of the database.
+pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
+    sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
+}
+
+/// Brings the mirror to the present revision of the database.
+///
+/// # Errors
+/// [`FeedError`]; the mirror is as it was.
+pub async fn refresh(pool: &PgPool, store: &Store) -> Result<(), FeedError> {
+    // One at a time, and the mirror is looked at before the database: what the database says then is never older.
+    let _alone = store.refreshing().await;
+    let known = store.position();
+    let mut transaction = pool.begin_with("begin isolation level repeatable read read only").await?;
+    let state = sqlx::query!("select epoch, revision from store_state").fetch_one(&mut *transaction).await?;
+    let (epoch, revision) = (Epoch::from(state.epoch), state.revision);
+    if known == Some((epoch, revision.cast_unsigned())) {
+        store.seen();
+        return Ok(());
+    }
+    match known {
+        Some((ours, since)) if ours == epoch && revision.cast_unsigned() > since => {
+            let rows = rows(&mut transaction, since.cast_signed(), true).await?;
+            store.update(|mirror| {
+                if let Some(mirror) = mirror {
+                    mirror.apply(rows, revision.cast_unsigned());
+                }
+            });
+        }
+        Some((ours, since)) if ours == epoch => {
+            warn!(since, revision, "the database has gone back to an earlier revision: a new epoch begins");
+            drop(transaction);
+            new_epoch(pool).await?;
+            store.nudge();
+        }
+        Some(_) | None => {
+            let horizon =
+                sqlx::query_scalar!(r#"select coalesce(max(revision), 0) as "horizon!" from api_keys where withdrawn"#)
+                    .fetch_one(&mut *transaction)
+                    .await?;
+            let rows = rows(&mut transaction, -1, false).await?;
+            let mut mirror = Mirror::new(epoch, horizon.cast_unsigned());
+            mirror.apply(rows, revision.cast_unsigned());
+            info!(%epoch, revision, keys = mirror.keys(), "the store is loaded");
+            store.update(|present| *present = Some(mirror));
+        }
+    }
+    Ok(())
+}
+
+async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Result<Vec<Row>, FeedError> {
+    let mut stream = sqlx::query!(
+        r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", cost,
+            address_list_id, expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn, revision
+        from api_keys where revision > $1 and (not withdrawn or $2)"#,
+        since,
+        withdrawn
+    )
+    .fetch(connection);
+    let mut rows = Vec::new();
+    while let Some(row) = stream.try_next().await? {
+        let bad = || FeedError::Row(row.id);
+        let record = Record {
+            requires: Requires::default(),
+            key_id: KeyId::from(row.id),
+            owner_id: OwnerId::from(row.owner_id),
+            generation: row.generation.cast_unsigned(),
+            flags: Flags::default()
+                .with(Flags::REVOKED, row.revoked_at.is_some())
+                .with(Flags::DISABLED, row.disabled)
+                .with(Flags::QUOTA_EXCEEDED, row.quota_exceeded)
+                .with(Flags::CREDITS_EXHAUSTED, row.credits_exhausted),
+            expires_at_s: row.expires_at.map(seconds),
+            cost: row.cost.cast_unsigned(),
+            rate_limits: row.rate_limits.0,
+            scopes: row.scopes,
+            roles: Vec::new(),
+            address_list: row.address_list_id.map(i32::cast_unsigned),
+        };
+        let bytes = record.to_bytes().map_err(|_| bad())?;
+        rows.push(Row {
+            hash: contract::hash::KeyHash(row.hash.as_slice().try_into().map_err(|_| bad())?),
+            revision: row.revision.cast_unsigned(),
+            record: (!row.withdrawn).then(|| bytes.into_boxed_slice()),
+        });
+    }
+    Ok(rows)
+}
+
+/// Seconds of Unix time; what lies before them has long passed.
+fn seconds(at: OffsetDateTime) -> u64 {
+    u64::try_from(at.unix_timestamp()).unwrap_or_default()
+}

@@ -1,0 +1,176 @@
+//! Keys on their way to the filters: the feed brings committed changes into the mirror, pages of it go out to polls.
+//!
+//! [`Store`] is what the rest of the control plane holds of it.
+
+pub mod feed;
+pub mod mirror;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use contract::codec::DecodeError;
+use contract::hash::KeyHash;
+use contract::id::Epoch;
+use contract::record::Record;
+use tokio::sync::{Notify, watch};
+
+use mirror::{Mirror, Wanted};
+
+/// Most pages that are kept for other readers. Only the pages of the newest revision are; when the bound is reached, all
+/// go.
+const SHARED_PAGES: usize = 256;
+
+/// How far a store is: `None` until it was loaded.
+pub type Position = Option<(Epoch, u64)>;
+
+/// The mirror and what belongs to it, shared by all tasks.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    mirror: RwLock<Option<Mirror>>,
+    position: watch::Sender<Position>,
+    nudge: Notify,
+    refreshing: tokio::sync::Mutex<()>,
+    seen: Mutex<Option<Instant>>,
+    pages: Mutex<Pages>,
+}
+
+#[derive(Debug, Default)]
+struct Pages {
+    at: Position,
+    pages: HashMap<WantedKey, Bytes>,
+}
+
+type WantedKey = (bool, u64);
+
+impl Store {
+    /// An empty store.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new(Shared {
+            mirror: RwLock::new(None),
+            position: watch::Sender::new(None),
+            nudge: Notify::new(),
+            refreshing: tokio::sync::Mutex::new(()),
+            seen: Mutex::new(None),
+            pages: Mutex::default(),
+        }))
+    }
+
+    /// How far the mirror is.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        *self.0.position.borrow()
+    }
+
+    /// Tells of every new position. The present one counts as seen.
+    #[must_use]
+    pub fn positions(&self) -> watch::Receiver<Position> {
+        self.0.position.subscribe()
+    }
+
+    /// Keys that filters know.
+    #[must_use]
+    pub fn keys(&self) -> u64 {
+        self.read(|mirror| mirror.map_or(0, Mirror::keys))
+    }
+
+    /// How long ago the mirror was last compared with the database; `None` if it never was.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        let seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.map(|at| at.elapsed())
+    }
+
+    /// Asks the feed to look at the database now. Called after each change of keys.
+    pub fn nudge(&self) {
+        self.0.nudge.notify_one();
+    }
+
+    /// Waits for the next [`Store::nudge`], or returns at once if there was one since.
+    pub async fn nudged(&self) {
+        self.0.nudge.notified().await;
+    }
+
+    /// Waits until nobody else refreshes the mirror.
+    pub async fn refreshing(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.0.refreshing.lock().await
+    }
+
+    /// Notes that the mirror is what the database holds.
+    pub fn seen(&self) {
+        *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Changes the mirror and tells who waits.
+    pub fn update(&self, change: impl FnOnce(&mut Option<Mirror>)) {
+        let position = {
+            let mut mirror = self.0.mirror.write().unwrap_or_else(PoisonError::into_inner);
+            change(&mut mirror);
+            mirror.as_ref().map(|mirror| (mirror.epoch(), mirror.revision()))
+        };
+        self.seen();
+        self.0.position.send_replace(position);
+    }
+
+    /// What the mirror knows of a key.
+    #[must_use]
+    pub fn find(&self, hash: &KeyHash) -> Option<Record> {
+        self.read(|mirror| Record::from_bytes(mirror?.find(hash)?).ok())
+    }
+
+    /// Whether the changes after a revision of an epoch can be told; `None` if nothing is loaded.
+    #[must_use]
+    pub fn follows(&self, epoch: Epoch, revision: u64) -> Option<bool> {
+        self.read(|mirror| mirror.map(|mirror| mirror.epoch() == epoch && mirror.reaches_back_to(revision)))
+    }
+
+    /// A page, written once for all who want the same at the same revision; `None` if nothing is loaded.
+    ///
+    /// # Errors
+    /// None in practice: see [`contract::codec::seal`].
+    pub fn page(&self, wanted: Wanted) -> Option<Result<Bytes, DecodeError>> {
+        let key = match wanted {
+            Wanted::Snapshot(from) => (false, u64::from(from)),
+            Wanted::Changes(after) => (true, after),
+        };
+        self.read(|mirror| {
+            let mirror = mirror?;
+            let at = Some((mirror.epoch(), mirror.revision()));
+            if let Some(page) = self.pages_at(at).pages.get(&key) {
+                return Some(Ok(page.clone()));
+            }
+            let page = mirror.page(wanted);
+            if let Ok(page) = &page {
+                let mut shared = self.pages_at(at);
+                if shared.pages.len() >= SHARED_PAGES {
+                    shared.pages.clear();
+                }
+                shared.pages.insert(key, page.clone());
+            }
+            Some(page)
+        })
+    }
+
+    fn pages_at(&self, at: Position) -> MutexGuard<'_, Pages> {
+        let mut shared = self.0.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.at != at {
+            *shared = Pages { at, pages: HashMap::new() };
+        }
+        shared
+    }
+
+    fn read<T>(&self, look: impl FnOnce(Option<&Mirror>) -> T) -> T {
+        look(self.0.mirror.read().unwrap_or_else(PoisonError::into_inner).as_ref())
+    }
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self::new()
+    }
+}

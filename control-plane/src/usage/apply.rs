@@ -1,0 +1,227 @@
+//! Applies reports in one transaction: numbers and counts commit together, so a report is applied once however often it
+//! is sent, and to however many replicas.
+
+use std::collections::{BTreeMap, HashMap};
+
+use contract::id::ReporterId;
+use contract::outcome::Outcome;
+use contract::usage::{Count, KeyRef, Report};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use tracing::warn;
+use uuid::Uuid;
+
+/// Reports of one reporter, in ascending order, and the key that they came under. A log line that is imported comes under
+/// no key: whoever can read Envoy's log and write to the database is trusted.
+#[derive(Clone, Debug)]
+pub struct Submission {
+    /// Whose reports.
+    pub reporter: ReporterId,
+    /// The sync key that they came under.
+    pub sync_key: Option<Uuid>,
+    /// Ascending by number.
+    pub reports: Vec<Report>,
+}
+
+/// What became of a submission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// Everything up to this number is in the database.
+    UpTo {
+        /// The last number that is applied.
+        seq: u64,
+        /// Reports of the submission that were applied now; the others had been before.
+        fresh: usize,
+    },
+    /// Another key reports for this reporter.
+    Foreign,
+}
+
+/// Applies submissions, of different reporters or of the same, in one transaction.
+///
+/// # Errors
+/// Those of the database; nothing is applied then.
+pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Applied>, sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+
+    // The rows of all reporters, locked in one order by all replicas.
+    let mut reporters: Vec<(Uuid, Option<Uuid>)> =
+        submissions.iter().map(|submission| (submission.reporter.into(), submission.sync_key)).collect();
+    reporters.sort_unstable();
+    reporters.dedup_by_key(|(reporter, _)| *reporter);
+    let (ids, keys): (Vec<Uuid>, Vec<Option<Uuid>>) = reporters.into_iter().unzip();
+    sqlx::query!(
+        "insert into usage_reporters (reporter, sync_key_id, last_seq)
+        select reporter, sync_key_id, 0 from unnest($1::uuid[], $2::uuid[]) as new (reporter, sync_key_id)
+        order by reporter on conflict (reporter) do nothing",
+        &ids,
+        &keys as &[Option<Uuid>]
+    )
+    .execute(&mut *transaction)
+    .await?;
+    let known = sqlx::query!(
+        "select reporter, sync_key_id, last_seq from usage_reporters where reporter = any($1) order by reporter for update",
+        &ids
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
+    let mut last: HashMap<Uuid, (Option<Uuid>, u64)> =
+        known.into_iter().map(|row| (row.reporter, (row.sync_key_id, row.last_seq.cast_unsigned()))).collect();
+
+    let mut sums = Sums::default();
+    let mut results = Vec::with_capacity(submissions.len());
+    for submission in submissions {
+        let Some((owner, seq)) = last.get_mut(&submission.reporter.into()) else {
+            results.push(Applied::Foreign);
+            continue;
+        };
+        if submission.sync_key.is_some() {
+            // A reporter that so far is known from log lines only belongs to the first key that speaks for it.
+            *owner = owner.or(submission.sync_key);
+            if *owner != submission.sync_key {
+                results.push(Applied::Foreign);
+                continue;
+            }
+        }
+        let mut fresh = 0;
+        for report in &submission.reports {
+            if report.seq > *seq {
+                sums.add(&report.counts);
+                *seq = report.seq;
+                fresh += 1;
+            }
+        }
+        results.push(Applied::UpTo { seq: *seq, fresh });
+    }
+
+    let (ids, rest): (Vec<Uuid>, Vec<(Option<Uuid>, u64)>) = last.into_iter().unzip();
+    let (keys, seqs): (Vec<Option<Uuid>>, Vec<i64>) =
+        rest.into_iter().map(|(key, seq)| (key, seq.cast_signed())).unzip();
+    sqlx::query!(
+        "update usage_reporters set last_seq = new.last_seq, sync_key_id = new.sync_key_id, reported_at = now()
+        from unnest($1::uuid[], $2::uuid[], $3::bigint[]) as new (reporter, sync_key_id, last_seq)
+        where usage_reporters.reporter = new.reporter",
+        &ids,
+        &keys as &[Option<Uuid>],
+        &seqs
+    )
+    .execute(&mut *transaction)
+    .await?;
+    sums.write(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok(results)
+}
+
+/// Counts of several reports, added up by the rows of the tables, in the order of their keys, so that replicas lock rows
+/// in one order.
+#[derive(Default)]
+struct Sums {
+    totals: BTreeMap<KeyRef, (u64, u64)>,
+    hourly: BTreeMap<(KeyRef, u32, u8), (u64, u64)>,
+    keyless: BTreeMap<(u32, u8), u64>,
+}
+
+impl Sums {
+    fn add(&mut self, counts: &[Count]) {
+        for Count { of, requests, cost, last_ms } in counts {
+            let Some(key) = of.key else {
+                *self.keyless.entry((of.hour, of.outcome)).or_default() += requests;
+                continue;
+            };
+            let hourly = self.hourly.entry((key, of.hour, of.outcome)).or_default();
+            *hourly = (hourly.0 + requests, hourly.1 + cost);
+            if of.outcome == Outcome::Allowed.code() {
+                let total = self.totals.entry(key).or_default();
+                *total = (total.0 + requests, total.1.max(*last_ms));
+            }
+        }
+    }
+
+    async fn write(self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        let mut ids: Vec<Uuid> = self.hourly.keys().map(|(key, ..)| key.id.into()).collect();
+        ids.dedup();
+        let known =
+            sqlx::query_scalar!("select count(*) from api_keys where id = any($1)", &ids).fetch_one(&mut *connection);
+        if known.await?.unwrap_or_default().cast_unsigned() < ids.len() as u64 {
+            metrics::counter!("portcullis_usage_unknown_keys_total").increment(1);
+            warn!("reports count requests of keys that this database does not hold; those are left out");
+        }
+
+        let (keys, totals): (Vec<KeyRef>, Vec<(u64, u64)>) = self.totals.into_iter().unzip();
+        let (requests, last): (Vec<i64>, Vec<OffsetDateTime>) =
+            totals.into_iter().map(|(requests, last_ms)| (requests.cast_signed(), time_of_ms(last_ms))).unzip();
+        let (ids, generations): (Vec<Uuid>, Vec<i32>) = keys.into_iter().map(parts).unzip();
+        sqlx::query!(
+            "insert into key_usage (key_id, generation, requests, last_used_at)
+            select new.* from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[])
+                as new (key_id, generation, requests, last_used_at)
+            join api_keys on api_keys.id = new.key_id
+            on conflict (key_id, generation) do update set
+                requests = key_usage.requests + excluded.requests,
+                last_used_at = greatest(key_usage.last_used_at, excluded.last_used_at)",
+            &ids,
+            &generations,
+            &requests,
+            &last
+        )
+        .execute(&mut *connection)
+        .await?;
+
+        let rows = self.hourly.into_iter().map(|((key, hour, outcome), (requests, cost))| {
+            let (id, generation) = parts(key);
+            ((id, generation), ((time_of_hour(hour), i16::from(outcome)), (requests.cast_signed(), cost.cast_signed())))
+        });
+        let (keys, rest): (Vec<_>, Vec<_>) = rows.unzip();
+        let (ids, generations): (Vec<Uuid>, Vec<i32>) = keys.into_iter().unzip();
+        let (when, sums): (Vec<_>, Vec<_>) = rest.into_iter().unzip();
+        let (hours, outcomes): (Vec<OffsetDateTime>, Vec<i16>) = when.into_iter().unzip();
+        let (requests, costs): (Vec<i64>, Vec<i64>) = sums.into_iter().unzip();
+        sqlx::query!(
+            "insert into usage_hourly (key_id, generation, hour, outcome, requests, cost)
+            select new.* from
+                unnest($1::uuid[], $2::int[], $3::timestamptz[], $4::smallint[], $5::bigint[], $6::bigint[])
+                as new (key_id, generation, hour, outcome, requests, cost)
+            join api_keys on api_keys.id = new.key_id
+            on conflict (key_id, hour, outcome, generation) do update set
+                requests = usage_hourly.requests + excluded.requests, cost = usage_hourly.cost + excluded.cost",
+            &ids,
+            &generations,
+            &hours,
+            &outcomes,
+            &requests,
+            &costs
+        )
+        .execute(&mut *connection)
+        .await?;
+
+        let rows = self
+            .keyless
+            .into_iter()
+            .map(|((hour, outcome), requests)| ((time_of_hour(hour), i16::from(outcome)), requests.cast_signed()));
+        let (when, requests): (Vec<_>, Vec<i64>) = rows.unzip();
+        let (hours, outcomes): (Vec<OffsetDateTime>, Vec<i16>) = when.into_iter().unzip();
+        sqlx::query!(
+            "insert into usage_keyless_hourly (hour, outcome, requests)
+            select * from unnest($1::timestamptz[], $2::smallint[], $3::bigint[])
+            on conflict (hour, outcome) do update set requests = usage_keyless_hourly.requests + excluded.requests",
+            &hours,
+            &outcomes,
+            &requests
+        )
+        .execute(&mut *connection)
+        .await?;
+        Ok(())
+    }
+}
+
+fn parts(key: KeyRef) -> (Uuid, i32) {
+    (key.id.into(), key.generation.cast_signed())
+}
+
+fn time_of_ms(ms: u64) -> OffsetDateTime {
+    OffsetDateTime::UNIX_EPOCH.saturating_add(time::Duration::milliseconds(ms.cast_signed()))
+}
+
+fn time_of_hour(hour: u32) -> OffsetDateTime {
+    OffsetDateTime::UNIX_EPOCH.saturating_add(time::Duration::hours(i64::from(hour)))
+}

@@ -1,0 +1,204 @@
+//! Takes reports from many Envoys at once and commits them together: whatever waits while one transaction runs goes into
+//! the next, so that a thousand Envoys cost a few commits a second and a single one waits for no timer.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use contract::id::ReporterId;
+use contract::usage::{Ack, Count, REPORT_COUNTS, Report};
+use sqlx::PgPool;
+use tokio::sync::{mpsc, oneshot};
+use tracing::warn;
+use uuid::Uuid;
+
+use super::apply::{Applied, Submission, apply};
+
+/// Most submissions that wait. Beyond, filters are told to come back: their counts are safe with them.
+const QUEUE: usize = 1_024;
+
+/// Most submissions in one transaction.
+const TOGETHER: usize = 256;
+
+/// Most reports in one submission.
+const REPORTS: usize = 16;
+
+/// Reports are refused that count hours further ahead of this clock: Envoy's clock or this one is wrong.
+const AHEAD: Duration = Duration::from_hours(24);
+
+/// Most requests that one count can honestly have: a million a second for the eleven days of a long outage.
+const REQUESTS: u64 = 1_000_000_000_000;
+
+const HOUR_S: u64 = 3_600;
+
+/// Why reports were not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum IngestError {
+    /// They do not make sense, whoever sends them again.
+    #[error("{0}")]
+    Senseless(String),
+    /// They speak for a reporter that belongs to another key.
+    #[error("the reporter belongs to another sync key")]
+    Foreign,
+    /// Too many wait already, or this process is about to end.
+    #[error("too many reports wait")]
+    Full,
+    /// The database did not take them.
+    #[error("the database: {0}")]
+    Database(Arc<sqlx::Error>),
+}
+
+type Answer = Result<Applied, Arc<sqlx::Error>>;
+
+/// The way in. Cloned into every handler; when the last is gone, the committing task ends with what it has.
+#[derive(Clone, Debug)]
+pub struct Ingest(mpsc::Sender<(Submission, oneshot::Sender<Answer>)>);
+
+impl Ingest {
+    /// Starts the committing task. The handle ends when all clones of the way in are gone and the queue is empty.
+    #[must_use]
+    pub fn start(pool: PgPool) -> (Self, tokio::task::JoinHandle<()>) {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        (Self(sender), tokio::spawn(commit(pool, receiver)))
+    }
+
+    /// Takes the reports of one reporter and returns once they are committed.
+    ///
+    /// # Errors
+    /// [`IngestError`]; nothing of the reports is in the database then, or all of it if the fault came with the commit's
+    /// answer.
+    pub async fn submit(&self, reports: Vec<Report>, sync_key: Uuid) -> Result<Ack, IngestError> {
+        let reporter = check(&reports, now())?;
+        let counts: usize = reports.iter().map(|report| report.counts.len()).sum();
+        let (answer, answered) = oneshot::channel();
+        let submission = Submission { reporter, sync_key: Some(sync_key), reports };
+        let sent = submission.reports.len();
+        self.0.try_send((submission, answer)).map_err(|_| IngestError::Full)?;
+        match answered.await.map_err(|_| IngestError::Full)? {
+            Ok(Applied::UpTo { seq, fresh }) => {
+                metrics::counter!("portcullis_usage_reports_total", "result" => "applied").increment(fresh as u64);
+                metrics::counter!("portcullis_usage_reports_total", "result" => "repeated")
+                    .increment((sent - fresh) as u64);
+                metrics::counter!("portcullis_usage_counts_total").increment(counts as u64);
+                Ok(Ack { reporter, seq })
+            }
+            Ok(Applied::Foreign) => Err(IngestError::Foreign),
+            Err(error) => Err(IngestError::Database(error)),
+        }
+    }
+}
+
+/// Checks what one reporter sends.
+pub(super) fn check(reports: &[Report], now: Duration) -> Result<ReporterId, IngestError> {
+    let senseless = |why: String| Err(IngestError::Senseless(why));
+    let Some(first) = reports.first() else { return senseless("there is no report in the message".into()) };
+    if reports.len() > REPORTS {
+        return senseless(format!("more than {REPORTS} reports in one message"));
+    }
+    if reports.iter().any(|report| report.reporter != first.reporter) {
+        return senseless("reporter: one message carries the reports of one reporter".into());
+    }
+    if !reports.iter().map(|report| report.seq).is_sorted_by(|one, next| one < next) || first.seq == 0 {
+        return senseless("seq: numbers start at 1 and ascend".into());
+    }
+    if reports.iter().any(|report| report.seq > i64::MAX.cast_unsigned()) {
+        return senseless("seq: out of range".into());
+    }
+    for report in reports {
+        if report.counts.len() > REPORT_COUNTS {
+            return senseless(format!("counts: more than {REPORT_COUNTS} in one report"));
+        }
+        for Count { of, requests, cost, last_ms } in &report.counts {
+            let latest = now + AHEAD;
+            if u64::from(of.hour) * HOUR_S > latest.as_secs() || u128::from(*last_ms) > latest.as_millis() {
+                return senseless("hour, last_ms: further in the future than a day; set the clocks".into());
+            }
+            if *requests > REQUESTS || *cost > REQUESTS.saturating_mul(1_000) {
+                return senseless(format!("requests: more than {REQUESTS} in one count"));
+            }
+            if of.key.is_some_and(|key| i32::try_from(key.generation).is_err()) {
+                return senseless("generation: out of range".into());
+            }
+        }
+    }
+    Ok(first.reporter)
+}
+
+pub(super) fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+async fn commit(pool: PgPool, mut receiver: mpsc::Receiver<(Submission, oneshot::Sender<Answer>)>) {
+    let mut waiting = Vec::with_capacity(TOGETHER);
+    while receiver.recv_many(&mut waiting, TOGETHER).await > 0 {
+        let (submissions, answers): (Vec<_>, Vec<_>) = waiting.drain(..).unzip();
+        match apply(&pool, &submissions).await {
+            Ok(applied) => answer(answers, applied.into_iter().map(Ok)),
+            Err(error) if submissions.len() > 1 && error.as_database_error().is_some() => {
+                // One of them is at fault, or a deadlock: each for itself.
+                warn!(%error, together = submissions.len(), "reports could not be committed together");
+                for (submission, to) in submissions.into_iter().zip(answers) {
+                    let applied = apply(&pool, &[submission]).await.map_err(Arc::new);
+                    answer(
+                        [to],
+                        applied
+                            .map(|applied| applied.into_iter().map(Ok).collect())
+                            .unwrap_or_else(|error| vec![Err(error)]),
+                    );
+                }
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                answer(answers, std::iter::repeat_with(|| Err(Arc::clone(&error))));
+            }
+        }
+    }
+}
+
+fn answer(to: impl IntoIterator<Item = oneshot::Sender<Answer>>, answers: impl IntoIterator<Item = Answer>) {
+    for (to, answer) in to.into_iter().zip(answers) {
+        // Whoever asked may have gone; the filter will ask again.
+        let _ = to.send(answer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::id::KeyId;
+    use contract::usage::{KeyRef, Subject};
+
+    use super::*;
+
+    const NOW: Duration = Duration::from_hours(500_000);
+
+    fn report(reporter: u8, seq: u64, hour: u32, requests: u64) -> Report {
+        let key = Some(KeyRef { id: KeyId([1; 16]), generation: 1 });
+        let count = Count { of: Subject { key, outcome: 0, hour }, requests, cost: 0, last_ms: 0 };
+        Report { reporter: ReporterId([reporter; 16]), seq, counts: vec![count] }
+    }
+
+    fn refusal(reports: &[Report]) -> String {
+        check(reports, NOW).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn honest_reports_are_taken() {
+        let reports = [report(7, 1, 500_000, 10), report(7, 5, 499_000, 10)];
+        assert_eq!(check(&reports, NOW).unwrap(), ReporterId([7; 16]));
+    }
+
+    #[test]
+    fn senseless_reports_are_refused_with_the_field() {
+        assert!(refusal(&[]).contains("no report"));
+        assert!(refusal(&[report(7, 1, 0, 1), report(8, 2, 0, 1)]).starts_with("reporter:"));
+        assert!(refusal(&[report(7, 2, 0, 1), report(7, 2, 0, 1)]).starts_with("seq:"));
+        assert!(refusal(&[report(7, 0, 0, 1)]).starts_with("seq:"));
+        assert!(refusal(&[report(7, u64::MAX, 0, 1)]).starts_with("seq:"));
+        assert!(refusal(&[report(7, 1, 500_025, 1)]).starts_with("hour"));
+        assert!(refusal(&[report(7, 1, 500_000, REQUESTS + 1)]).starts_with("requests:"));
+        let mut large = report(7, 1, 0, 1);
+        large.counts = vec![large.counts[0]; REPORT_COUNTS + 1];
+        assert!(refusal(&[large]).starts_with("counts:"));
+        let many: Vec<_> = (1..=17).map(|seq| report(7, seq, 0, 1)).collect();
+        assert!(refusal(&many).contains("more than 16"));
+    }
+}

@@ -1,0 +1,333 @@
+//! All keys below `/v1/keys`, over the real router and a real PostgreSQL.
+
+mod support;
+
+use axum::body::Body;
+use contract::key::{KeyKind, Secret, check};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request};
+use uuid::Uuid;
+
+const ADMIN: &[&str] = &["admin"];
+
+async fn send(fixture: &Fixture, method: &str, uri: &str, key: &Secret) -> Reply {
+    fixture.send(request(method, uri, Some(key), Body::empty())).await
+}
+
+async fn send_json(fixture: &Fixture, method: &str, uri: &str, key: &Secret, body: &Value) -> Reply {
+    fixture.send(request(method, uri, Some(key), body.to_string())).await
+}
+
+fn assert_status(reply: &Reply, status: u16, code: &str, detail: &str, field: Option<&str>) {
+    let body = reply.json();
+    assert_eq!((reply.status.as_u16(), &body["code"], &body["detail"]), (status, &json!(code), &json!(detail)));
+    assert_eq!(body.get("field").and_then(Value::as_str), field);
+    assert_eq!(reply.header("content-type"), "application/problem+json");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let body = json!({
+        "email": "User@example.com", "name": "Everything", "kind": "test", "scopes": ["orders:*", "sync", "sync"],
+        "rate_limits": [
+            {"name": "burst", "requests": 10, "window_seconds": 1},
+            {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5},
+        ],
+        "expires_at": "2030-01-31T14:00:00.25+02:00",
+    });
+    let reply = send_json(&fixture, "POST", "/v1/keys", &admin, &body).await;
+    let mut created = reply.json();
+    let secret = Secret::from_presented(created["key"].as_str().unwrap().into());
+    assert_eq!(check(secret.reveal()), Ok(KeyKind::Test));
+    let id: Uuid = created["id"].as_str().unwrap().parse().unwrap();
+    assert_eq!((reply.status.as_u16(), reply.header("location")), (201, &*format!("/v1/keys/{id}")));
+    assert_eq!(reply.header("cache-control"), "no-store");
+    let owner_id: Uuid = sqlx::query_scalar("select id from user_preferences where email = 'user@example.com'")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    let expected = json!({
+        "id": id, "owner_id": owner_id, "email": "user@example.com", "name": "Everything",
+        "prefix": format!("sk_{}", &secret.reveal()[8..14]), "scopes": ["orders:*", "sync"],
+        "rate_limits": [
+            {"name": "burst", "requests": 10, "window_seconds": 1, "burst": 10},
+            {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5},
+        ],
+        "generation": 1, "state": "active", "created_at": created["created_at"], "expires_at": "2030-01-31T12:00:01Z",
+        "revoked_at": null, "last_used_at": null, "usage_count": 0,
+    });
+    created.as_object_mut().unwrap().remove("key");
+    assert_eq!(created, expected);
+    let created_at = created["created_at"].as_str().unwrap();
+    assert!(created_at.len() == 20 && created_at.ends_with('Z'), "{created_at}");
+    assert_eq!(send(&fixture, "GET", &format!("/v1/keys/{id}"), &admin).await.json(), expected);
+
+    fixture.in_step().await;
+    let record = fixture.app.store.find(&secret.hash()).unwrap();
+    assert_eq!(record.rate_limits.iter().map(|limit| limit.burst).collect::<Vec<_>>(), [10, 5]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, key) = fixture.key("user@example.com", &[]).await;
+    let uri = format!("/v1/keys/{id}");
+    let patched = async |body: Value| send_json(&fixture, "PATCH", &uri, &admin, &body).await;
+
+    let reply = patched(json!({"name": " Renamed ", "disabled": true})).await;
+    assert_eq!(
+        (reply.status.as_u16(), &reply.json()["name"], &reply.json()["state"]),
+        (200, &json!("Renamed"), &json!("disabled"))
+    );
+    assert_eq!(send(&fixture, "GET", "/v1/keys", &key).await.json()["code"], "disabled");
+    assert_eq!(patched(json!({"disabled": false})).await.json()["state"], "active");
+    assert_eq!(send(&fixture, "GET", "/v1/keys", &key).await.status.as_u16(), 200);
+    let before = support::revision(&pool).await;
+    assert_eq!(patched(json!({"name": "Again"})).await.json()["name"], "Again");
+    assert_eq!(support::revision(&pool).await, before, "filters know nothing of names");
+
+    assert_status(&patched(json!({})).await, 400, "invalid", "Give name, disabled or both.", None);
+    let reply = patched(json!({"name": ""})).await;
+    assert_status(&reply, 400, "invalid", "must have 1 to 100 characters", Some("name"));
+    assert_eq!(patched(json!({"scopes": ["admin"]})).await.status.as_u16(), 400);
+
+    sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
+    assert_eq!(send(&fixture, "GET", &uri, &admin).await.json()["state"], "expired");
+    let reply = send(&fixture, "DELETE", &uri, &admin).await;
+    assert_eq!((reply.status.as_u16(), reply.body.len()), (204, 0));
+    let revoked = send(&fixture, "GET", &uri, &admin).await.json();
+    assert_eq!(revoked["state"], "revoked");
+    let before = support::revision(&pool).await;
+    assert_eq!(send(&fixture, "DELETE", &uri, &admin).await.status.as_u16(), 204);
+    assert_eq!(send(&fixture, "GET", &uri, &admin).await.json(), revoked);
+    assert_eq!(support::revision(&pool).await, before, "revoked before: nothing for filters to learn");
+    let detail = "This key is revoked for good and cannot be changed.";
+    assert_status(&patched(json!({"disabled": false})).await, 409, "conflict", detail, None);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn pages_hold_every_key_once_the_newest_first(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let mut made = Vec::new();
+    for _ in 0..5 {
+        made.push(fixture.key("user@example.com", &[]).await.0.to_string());
+        fixture.key("other@example.com", &[]).await;
+    }
+    made.reverse();
+    let mut uri = "/v1/keys?email=User%40example.com&limit=2".to_owned();
+    let (mut seen, mut pages) = (Vec::new(), 0);
+    loop {
+        let reply = send(&fixture, "GET", &uri, &admin).await;
+        let page = reply.json();
+        assert_eq!(reply.status.as_u16(), 200, "{page}");
+        seen.extend(page["keys"].as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap().to_owned()));
+        pages += 1;
+        // A key that is made meanwhile moves nothing.
+        fixture.key("user@example.com", &[]).await;
+        let Some(cursor) = page["next_cursor"].as_str() else {
+            assert!(page["next_cursor"].is_null() && !reply.headers.contains_key("link"));
+            break;
+        };
+        uri = format!("/v1/keys?email=user%40example.com&cursor={cursor}&limit=2");
+        assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
+    }
+    assert_eq!((seen, pages), (made, 3));
+    let all = send(&fixture, "GET", "/v1/keys?limit=200", &admin).await.json();
+    assert_eq!(all["keys"].as_array().unwrap().len(), 14);
+
+    for (query, field, detail) in [
+        ("limit=0", Some("limit"), "must be a number from 1 to 200"),
+        ("limit=201", Some("limit"), "must be a number from 1 to 200"),
+        ("limit=x", Some("limit"), "limit: invalid digit found in string"),
+        ("email=x", Some("email"), "must be an email address such as user@example.com"),
+    ] {
+        let reply = send(&fixture, "GET", &format!("/v1/keys?{query}"), &admin).await;
+        assert_status(&reply, 400, "invalid", detail, field);
+    }
+    let reply = send(&fixture, "GET", "/v1/keys?cursor=x", &admin).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("cursor")));
+    let reply = send(&fixture, "GET", "/v1/keys?offset=1", &admin).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (400, &json!("invalid")));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_sees_and_manages_their_own_keys_only(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (own, user) = fixture.key("user@example.com", &["orders:read", "orders:write"]).await;
+    let (foreign, _) = fixture.key("other@example.com", &[]).await;
+    let listed = send(&fixture, "GET", "/v1/keys", &user).await.json();
+    assert_eq!(listed["keys"].as_array().unwrap().iter().map(|key| &key["id"]).collect::<Vec<_>>(), [&json!(own)]);
+    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let reply = send(&fixture, "GET", "/v1/keys?email=other@example.com", &user).await;
+    assert_status(&reply, 403, "forbidden", detail, None);
+
+    // A foreign key is answered word for word like one that does not exist.
+    for id in [foreign, Uuid::now_v7()] {
+        let detail = format!("There is no key {id}.");
+        let uri = format!("/v1/keys/{id}");
+        for reply in [
+            send(&fixture, "GET", &uri, &user).await,
+            send(&fixture, "DELETE", &uri, &user).await,
+            send_json(&fixture, "PATCH", &uri, &user, &json!({"disabled": true})).await,
+            send(&fixture, "GET", &format!("{uri}/usage"), &user).await,
+        ] {
+            assert_status(&reply, 404, "not_found", &detail, None);
+        }
+    }
+
+    let create = async |body: Value| send_json(&fixture, "POST", "/v1/keys", &user, &body).await;
+    let reply = create(json!({"email": "user@example.com", "name": "less", "scopes": ["orders:read"]})).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["scopes"]), (201, &json!(["orders:read"])));
+    for scope in ["admin", "sync", "orders:*"] {
+        let reply =
+            create(json!({"email": "user@example.com", "name": "more", "scopes": ["orders:read", scope]})).await;
+        let detail = format!("This key cannot grant the scope {scope}: it does not have it to give.");
+        assert_status(&reply, 403, "forbidden", &detail, None);
+    }
+    let reply = create(json!({"email": "other@example.com", "name": "foreign"})).await;
+    assert_status(&reply, 403, "forbidden", detail, None);
+
+    let own = format!("/v1/keys/{own}");
+    assert_eq!(send_json(&fixture, "PATCH", &own, &user, &json!({"name": "mine"})).await.status.as_u16(), 200);
+    assert_eq!(send(&fixture, "DELETE", &own, &user).await.status.as_u16(), 204);
+    assert_eq!(send(&fixture, "GET", &own, &user).await.json()["code"], "revoked");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_filters_key_manages_nothing(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (id, sync) = fixture.key("user@example.com", &["sync"]).await;
+    let detail = "A key with the scope sync serves filters and cannot manage keys.";
+    let uri = format!("/v1/keys/{id}");
+    for reply in [
+        send(&fixture, "GET", "/v1/keys", &sync).await,
+        send_json(&fixture, "POST", "/v1/keys", &sync, &json!({"email": "user@example.com", "name": "x"})).await,
+        send(&fixture, "GET", &uri, &sync).await,
+        send_json(&fixture, "PATCH", &uri, &sync, &json!({"name": "x"})).await,
+        send(&fixture, "DELETE", &uri, &sync).await,
+        send(&fixture, "GET", &format!("{uri}/usage"), &sync).await,
+    ] {
+        assert_status(&reply, 403, "forbidden", detail, None);
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, _) = fixture.key("user@example.com", &[]).await;
+    for (hour, outcome, generation, requests, cost) in [
+        ("2026-05-01 09:00Z", 0, 1, 1, 1),
+        ("2026-05-01 10:00Z", 0, 1, 5, 10),
+        ("2026-05-01 10:00Z", 0, 2, 2, 4),
+        ("2026-05-01 10:00Z", 8, 1, 3, 0),
+        ("2026-05-01 11:00Z", 0, 2, 7, 14),
+        ("2026-05-01 11:00Z", 99, 2, 1, 0),
+        ("2026-05-01 12:00Z", 0, 2, 100, 100),
+    ] {
+        sqlx::query("insert into usage_hourly values ($1, $2::text::timestamptz, $3, $4, $5, $6)")
+            .bind(id)
+            .bind(hour)
+            .bind(outcome)
+            .bind(generation)
+            .bind(requests)
+            .bind(cost)
+            .execute(&pool)
+            .await
+            .unwrap();
+    }
+    let usage = async |query: &str| send(&fixture, "GET", &format!("/v1/keys/{id}/usage{query}"), &admin).await;
+    let reply = usage("?from=2026-05-01T10:00:00Z&to=2026-05-01T12:00:00Z").await;
+    let expected = json!({
+        "from": "2026-05-01T10:00:00Z", "to": "2026-05-01T12:00:00Z",
+        "hours": [
+            {"hour": "2026-05-01T10:00:00Z", "outcome": "allowed", "requests": 7, "cost": 14},
+            {"hour": "2026-05-01T10:00:00Z", "outcome": "rate_limited", "requests": 3, "cost": 0},
+            {"hour": "2026-05-01T11:00:00Z", "outcome": "allowed", "requests": 7, "cost": 14},
+            {"hour": "2026-05-01T11:00:00Z", "outcome": "outcome_99", "requests": 1, "cost": 0},
+        ],
+        "totals": {
+            "allowed": {"requests": 14, "cost": 28},
+            "outcome_99": {"requests": 1, "cost": 0},
+            "rate_limited": {"requests": 3, "cost": 0},
+        },
+    });
+    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!(usage("").await.json()["hours"], json!([]));
+
+    let time = "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z";
+    for (query, field, detail) in [
+        ("?from=yesterday", "from", time),
+        ("?to=9999-12-31T23:59:59-23:59", "to", time),
+        ("?from=2026-05-02T00:00:00Z&to=2026-05-02T00:00:00Z", "from", "must lie before to"),
+        ("?from=2024-05-02T00:00:00Z&to=2026-05-02T00:00:00Z", "from", "must lie at most 366 days before to"),
+    ] {
+        assert_status(&usage(query).await, 400, "invalid", detail, Some(field));
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_wrong_field_of_a_new_key_is_named(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let limit = |name: &str, requests: i64| json!({"name": name, "requests": requests, "window_seconds": 1});
+    for (field, value) in [
+        ("name", json!("x".repeat(101))),
+        ("email", json!(format!("{}@example.com", "x".repeat(250)))),
+        ("kind", json!("dead")),
+        ("scopes", json!(["UPPER"])),
+        ("scopes", json!(vec!["a"; 33])),
+        ("scopes", json!([1])),
+        ("rate_limits", json!([limit("a", 0)])),
+        ("rate_limits", json!([limit("a", 1_000_000_001)])),
+        ("rate_limits", json!([limit("a", 1), limit("a", 1)])),
+        ("rate_limits", json!([{"name": "a", "requests": 1}])),
+        ("rate_limits", json!([{"name": "a", "requests": 1, "window_seconds": 1, "per": "hour"}])),
+        ("expires_at", json!("2020-01-01T00:00:00Z")),
+        ("expires_at", json!("soon")),
+        ("expires_in_seconds", json!(0)),
+        ("expires_in_seconds", json!(315_360_001)),
+    ] {
+        let mut body = json!({"email": "user@example.com", "name": "x"});
+        body[field] = value.clone();
+        let reply = send_json(&fixture, "POST", "/v1/keys", &admin, &body).await;
+        let problem = reply.json();
+        assert_eq!((reply.status.as_u16(), &problem["field"]), (400, &json!(field)), "{value}: {problem}");
+    }
+    let both = json!({
+        "email": "user@example.com", "name": "x", "expires_at": "2030-01-01T00:00:00Z", "expires_in_seconds": 5,
+    });
+    let reply = send_json(&fixture, "POST", "/v1/keys", &admin, &both).await;
+    let detail = "give either expires_at or expires_in_seconds, not both";
+    assert_status(&reply, 400, "invalid", detail, Some("expires_at"));
+    let reply = send(&fixture, "GET", "/v1/keys/nonsense", &admin).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("id")), "{}", reply.json());
+    assert_eq!(send(&fixture, "GET", "/v1/keys", &admin).await.json()["keys"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
+    let document = serde_json::to_value(control_plane::http::openapi()).unwrap();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
+            let mut names: Vec<_> = parameters.iter().map(|parameter| parameter["name"].as_str().unwrap()).collect();
+            let count = names.len();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), count, "{method} {path}");
+        }
+    }
+    for reply in ["GenerateReply", "CreateReply"] {
+        let schema = document["components"]["schemas"][reply].to_string();
+        assert!(
+            schema.contains(r#""key":{"description":"The whole key, told this once.","type":"string"}"#),
+            "{schema}"
+        );
+    }
+}

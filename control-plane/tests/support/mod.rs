@@ -1,0 +1,130 @@
+//! What database tests share: an app over the test's own database, and requests to its router.
+#![allow(dead_code, reason = "each test crate uses its part of it")]
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{HeaderMap, Request, StatusCode};
+use contract::hash::KeyHash;
+use contract::key::Secret;
+use control_plane::auth::Callers;
+use control_plane::key::domain::{Email, KeyName, Scopes};
+use control_plane::key::store::{self, NewKey};
+use control_plane::sync::{Store, feed};
+use control_plane::usage::Ingest;
+use control_plane::{App, http};
+use serde_json::Value;
+use sqlx::PgPool;
+use tokio::sync::watch;
+use tower::ServiceExt;
+use uuid::Uuid;
+
+/// An app whose mirror is fed as in production, and the router over it.
+pub struct Fixture {
+    pub app: App,
+    pub router: Router,
+    pub pool: PgPool,
+    stop: watch::Sender<bool>,
+    feed: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.feed.abort();
+    }
+}
+
+impl Fixture {
+    pub async fn new(pool: PgPool) -> Self {
+        Self::with_callers(pool, 10_000).await
+    }
+
+    pub async fn with_callers(pool: PgPool, burst: u32) -> Self {
+        let (stop, stopping) = watch::channel(false);
+        let (usage, _) = Ingest::start(pool.clone());
+        let burst = NonZeroU32::new(burst).unwrap();
+        let app = App {
+            pool: pool.clone(),
+            store: Store::new(),
+            usage,
+            callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
+            long_poll: Duration::from_secs(20),
+            stopping,
+        };
+        let feed = tokio::spawn(feed::run(pool.clone(), app.store.clone(), Duration::from_secs(60)));
+        let mut positions = app.store.positions();
+        positions.wait_for(Option::is_some).await.unwrap();
+        let router = http::router(app.clone(), None);
+        Self { app, router, pool, stop, feed }
+    }
+
+    /// Tells the app to end.
+    pub fn stop(&self) {
+        self.stop.send(true).unwrap();
+    }
+
+    /// Makes a key; its id and secret.
+    pub async fn key(&self, email: &str, scopes: &[&str]) -> (Uuid, Secret) {
+        key(&self.pool, email, scopes).await
+    }
+
+    /// Waits until the mirror has the present revision of the database.
+    pub async fn in_step(&self) -> u64 {
+        let now = revision(&self.pool).await;
+        let mut positions = self.app.store.positions();
+        let at = positions.wait_for(|at| at.is_some_and(|(_, at)| at >= now)).await.unwrap();
+        at.unwrap().1
+    }
+
+    pub async fn send(&self, request: Request<Body>) -> Reply {
+        let response = self.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let body = to_bytes(body, 32 << 20).await.unwrap().to_vec();
+        Reply { status: parts.status, headers: parts.headers, body }
+    }
+}
+
+pub struct Reply {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap()
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+}
+
+pub async fn key(pool: &PgPool, email: &str, scopes: &[&str]) -> (Uuid, Secret) {
+    let new = NewKey {
+        scopes: Scopes::parse(scopes.iter().map(ToString::to_string).collect()).unwrap(),
+        ..NewKey::plain(Email::parse(email).unwrap(), KeyName::parse("name", "a key").unwrap())
+    };
+    let (key, secret) = store::create(pool, new).await.unwrap();
+    (key.id, secret)
+}
+
+pub async fn revision(pool: &PgPool) -> u64 {
+    let revision: i64 = sqlx::query_scalar("select revision from store_state").fetch_one(pool).await.unwrap();
+    revision.cast_unsigned()
+}
+
+pub fn request(method: &str, uri: &str, key: Option<&Secret>, body: impl Into<Body>) -> Request<Body> {
+    let mut request = Request::builder().method(method).uri(uri);
+    if let Some(key) = key {
+        request = request.header("x-api-key", key.reveal());
+    }
+    request.header("content-type", "application/json").body(body.into()).unwrap()
+}
+
+pub fn hash(secret: &Secret) -> KeyHash {
+    secret.hash()
+}

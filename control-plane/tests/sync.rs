@@ -1,0 +1,327 @@
+//! Keys on their way to the filters, over the real router and a real PostgreSQL.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::body::Body;
+use contract::hash::{BUCKETS, KeyHash};
+use contract::id::Epoch;
+use contract::key::Secret;
+use contract::page::{Entry, Header, Page, PageView, Part};
+use contract::record::{Flags, Record};
+use control_plane::key::store;
+use control_plane::sync::feed;
+use sqlx::PgPool;
+use support::{Fixture, Reply, request, revision};
+
+/// A reader as simple as can be: applies pages to a map.
+#[derive(Default)]
+struct Reader {
+    keys: BTreeMap<KeyHash, Record>,
+    epoch: Option<Epoch>,
+    revision: u64,
+}
+
+impl Reader {
+    fn apply(&mut self, reply: &Reply) -> Header {
+        assert_eq!((reply.status.as_u16(), reply.header("content-type")), (200, "application/vnd.portcullis.page"));
+        let page = Page::read(&reply.body).unwrap();
+        if let Part::Snapshot { from, to } = page.header.part {
+            self.keys.retain(|hash, _| !(from..to).contains(&u32::from(hash.bucket())));
+        }
+        for entry in page.entries() {
+            match entry {
+                Entry::Put { hash, record } => {
+                    self.keys.insert(hash, Record::from_bytes(record).unwrap());
+                }
+                Entry::Remove { hash } => {
+                    self.keys.remove(&hash);
+                }
+                Entry::Newer => panic!("a page of our own has no newer entries"),
+            }
+        }
+        self.epoch = Some(page.header.epoch);
+        self.revision = page.header.revision;
+        page.header
+    }
+
+    fn poll(&self) -> String {
+        match self.epoch {
+            None => "/sync/v1/keys".into(),
+            Some(epoch) => format!("/sync/v1/keys?epoch={epoch}&revision={}", self.revision),
+        }
+    }
+}
+
+async fn synced(fixture: &Fixture, sync: &Secret) -> Reader {
+    let mut reader = Reader::default();
+    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(sync), Body::empty())).await);
+    assert_eq!(header.part, Part::Snapshot { from: 0, to: BUCKETS });
+    reader
+}
+
+async fn stored(pool: &PgPool) -> BTreeMap<KeyHash, bool> {
+    let rows: Vec<(Vec<u8>, bool)> =
+        sqlx::query_as("select hash, revoked_at is not null from api_keys where not withdrawn")
+            .fetch_all(pool)
+            .await
+            .unwrap();
+    rows.into_iter().map(|(hash, revoked)| (KeyHash(hash.try_into().unwrap()), revoked)).collect()
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_snapshot_and_the_changes_after_it_are_the_table(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (first, _) = fixture.key("a@example.com", &["orders:read"]).await;
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    assert_eq!(reader.keys.len(), 2);
+
+    fixture.key("b@example.com", &[]).await;
+    store::revoke(&pool, first).await.unwrap();
+    fixture.in_step().await;
+    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+    assert!(matches!(header.part, Part::Changes { .. }));
+    assert_eq!((header.total_keys, header.revision), (3, revision(&pool).await));
+    let read: BTreeMap<_, _> =
+        reader.keys.iter().map(|(hash, record)| (*hash, record.flags.contains(Flags::REVOKED))).collect();
+    assert_eq!(read, stored(&pool).await);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_poll_is_held_until_a_key_changes(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    let poll = fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty()));
+    let mut poll = Box::pin(poll);
+    // The poll is under way and has no answer.
+    assert!(tokio::time::timeout(Duration::from_millis(100), &mut poll).await.is_err());
+    let (id, secret) = fixture.key("a@example.com", &[]).await;
+    let reply = tokio::time::timeout(Duration::from_secs(5), poll).await.expect("the change ends the poll");
+    reader.apply(&reply);
+    assert_eq!(reader.keys[&secret.hash()].key_id, id.into());
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    let before = (reader.revision, reader.keys.clone());
+    let mut poll = Box::pin(fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())));
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut poll).await.is_err());
+    fixture.stop();
+    let reply = tokio::time::timeout(Duration::from_secs(5), poll).await.expect("the stop ends the poll");
+    let header = reader.apply(&reply);
+    assert_eq!(header.part, Part::Changes { after: before.0 });
+    assert_eq!((reader.revision, reader.keys), before);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_snapshot_of_several_pages_holds_every_key_once(pool: PgPool) {
+    let (_, sync) = support::key(&pool, "operator@example.com", &["sync"]).await;
+    sqlx::query(
+        "insert into api_keys (id, owner_id, name, hash)
+        select gen_random_uuid(), (select id from user_preferences limit 1), 'bulk', sha256(n::text::bytea)
+        from generate_series(1, 40000) n",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let fixture = Fixture::new(pool.clone()).await;
+    let mut reader = Reader::default();
+    let mut pages = 1;
+    let mut header = reader.apply(&fixture.send(request("GET", "/sync/v1/keys", Some(&sync), Body::empty())).await);
+    while let Part::Snapshot { to, .. } = header.part
+        && to < BUCKETS
+    {
+        let uri = format!("/sync/v1/keys?epoch={}&cursor={to}", header.epoch);
+        let reply = fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await;
+        assert!(reply.body.len() < 1_100_000, "a page of {} bytes", reply.body.len());
+        header = reader.apply(&reply);
+        assert!(matches!(header.part, Part::Snapshot { from, .. } if from == to));
+        pages += 1;
+    }
+    assert!(pages > 1);
+    assert_eq!(reader.keys.into_keys().collect::<Vec<_>>(), stored(&pool).await.into_keys().collect::<Vec<_>>());
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                for number in 0..25 {
+                    let (id, _) = support::key(&pool, &format!("{writer}@example.com"), &[]).await;
+                    if number % 3 == 0 {
+                        store::revoke(&pool, id).await.unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut reader = Reader::default();
+    loop {
+        let finished = writers.iter().all(tokio::task::JoinHandle::is_finished);
+        let now = if finished { fixture.in_step().await } else { 0 };
+        if !finished || reader.revision < now {
+            reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        }
+        // Every key whose last change has a revision that the reader has seen is with the reader, in that state.
+        let seen: Vec<(Vec<u8>, bool)> =
+            sqlx::query_as("select hash, revoked_at is not null from api_keys where revision <= $1")
+                .bind(reader.revision.cast_signed())
+                .fetch_all(&pool)
+                .await
+                .unwrap();
+        for (hash, revoked) in seen {
+            let record = reader.keys.get(&KeyHash(hash.try_into().unwrap())).expect("a key that was seen");
+            assert!(!revoked || record.flags.contains(Flags::REVOKED));
+        }
+        if finished && reader.revision >= now {
+            break;
+        }
+    }
+    assert_eq!(reader.keys.len(), 1 + 8 * 25);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_reader_of_another_epoch_or_of_the_future_gets_a_snapshot(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let reader = synced(&fixture, &sync).await;
+    let epoch = reader.epoch.unwrap();
+    for uri in [
+        "/sync/v1/keys?epoch=00000000-0000-0000-0000-000000000001&revision=1".to_owned(),
+        format!("/sync/v1/keys?epoch={epoch}&revision={}", reader.revision + 5),
+        "/sync/v1/keys?epoch=00000000-0000-0000-0000-000000000001&cursor=700".to_owned(),
+    ] {
+        let header = Reader::default().apply(&fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+        assert_eq!((header.epoch, header.part), (epoch, Part::Snapshot { from: 0, to: BUCKETS }), "{uri}");
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_database_that_goes_back_or_is_another_begins_a_new_epoch(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let old = synced(&fixture, &sync).await.epoch.unwrap();
+    let mut positions = fixture.app.store.positions();
+
+    // As after a restore of older files: the revision is lower than it was.
+    sqlx::query("update store_state set revision = 0").execute(&pool).await.unwrap();
+    fixture.app.store.nudge();
+    let (second, _) = positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != old)).await.unwrap().unwrap();
+    assert_ne!(synced(&fixture, &sync).await.epoch, Some(old));
+
+    // As after a restore of a dump: what the epoch was drawn for is not this server.
+    sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
+    feed::identify(&pool).await.unwrap();
+    fixture.app.store.nudge();
+    positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != second)).await.unwrap();
+
+    // And the same server does not.
+    let before: uuid::Uuid = sqlx::query_scalar("select epoch from store_state").fetch_one(&pool).await.unwrap();
+    feed::identify(&pool).await.unwrap();
+    let after: uuid::Uuid = sqlx::query_scalar("select epoch from store_state").fetch_one(&pool).await.unwrap();
+    assert_eq!(before, after);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, secret) = fixture.key("a@example.com", &[]).await;
+    store::revoke(&pool, id).await.unwrap();
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
+    assert_eq!(store::withdraw(&pool, 30).await.unwrap(), 0);
+    sqlx::query("update api_keys set revoked_at = now() - interval '31 days' where id = $1")
+        .bind(id)
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!(store::withdraw(&pool, 30).await.unwrap(), 1);
+    fixture.in_step().await;
+    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+    assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
+    assert_eq!(store::get(&pool, id).await.unwrap().unwrap().id, id);
+
+    // A control plane that starts now does not know the key, and a reader from before gets a snapshot.
+    let restarted = Fixture::new(pool.clone()).await;
+    let uri = format!("/sync/v1/keys?epoch={}&revision=1", header.epoch);
+    let header = Reader::default().apply(&restarted.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+    assert!(matches!(header.part, Part::Snapshot { .. }));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn rows_of_keys_cannot_be_deleted(pool: PgPool) {
+    support::key(&pool, "a@example.com", &[]).await;
+    let error = sqlx::query("delete from api_keys").execute(&pool).await.unwrap_err().to_string();
+    assert!(error.contains("never deleted: revoke the key instead"), "{error}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn only_a_key_with_the_scope_sync_may_sync(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, plain) = fixture.key("a@example.com", &[]).await;
+    let unknown = Secret::from_presented("sk_live_nobody".into());
+    for (method, uri) in [("GET", "/sync/v1/keys"), ("POST", "/sync/v1/usage")] {
+        for (key, status, code) in [
+            (None, 401, "missing"),
+            (Some(&unknown), 401, "unknown"),
+            (Some(&plain), 403, "scope_denied"),
+            (Some(&admin), 403, "scope_denied"),
+        ] {
+            let reply = fixture.send(request(method, uri, key, Body::empty())).await;
+            assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (status, Some(code)), "{method} {uri}");
+            assert_eq!(reply.header("content-type"), "application/problem+json");
+        }
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn senseless_polls_are_refused_with_the_field(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    for (query, field) in [
+        ("revision=1", Some("epoch")),
+        ("cursor=1", Some("epoch")),
+        ("epoch=00000000-0000-0000-0000-000000000001&cursor=65536", Some("cursor")),
+        ("epoch=nonsense&revision=1", None),
+        ("revision=-1", None),
+        ("colour=red", None),
+    ] {
+        let reply = fixture.send(request("GET", &format!("/sync/v1/keys?{query}"), Some(&sync), Body::empty())).await;
+        assert_eq!(reply.status.as_u16(), 400, "{query}");
+        if let Some(field) = field {
+            assert_eq!(reply.json()["field"], field, "{query}");
+        }
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn people_can_read_a_page_as_json(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let mut people = request("GET", "/sync/v1/keys", Some(&sync), Body::empty());
+    people.headers_mut().insert("accept", "application/json".parse().unwrap());
+    let reply = fixture.send(people).await;
+    let view: PageView = serde_json::from_value(reply.json()).unwrap();
+    let binary = fixture.send(request("GET", "/sync/v1/keys", Some(&sync), Body::empty())).await;
+    assert_eq!(view, PageView::of(&Page::read(&binary.body).unwrap()).unwrap());
+}

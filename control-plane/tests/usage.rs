@@ -1,0 +1,187 @@
+//! Usage on its way into the database, over the real router and a real PostgreSQL.
+
+mod support;
+
+use std::io::Cursor;
+
+use axum::body::Body;
+use contract::id::{KeyId, ReporterId};
+use contract::key::Secret;
+use contract::outcome::Outcome;
+use contract::usage::{Ack, Count, KeyRef, Report, Subject, write_reports};
+use control_plane::usage::import::{Imported, import};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request};
+use uuid::Uuid;
+
+const REPORTER: ReporterId = ReporterId([5; 16]);
+const HOUR: u32 = 490_000;
+const LAST_MS: u64 = 1_764_000_123_456;
+
+fn count(key: Option<Uuid>, outcome: Outcome, requests: u64) -> Count {
+    let key = key.map(|id| KeyRef { id: KeyId::from(id), generation: 1 });
+    Count { of: Subject { key, outcome: outcome.code(), hour: HOUR }, requests, cost: requests, last_ms: LAST_MS }
+}
+
+fn report(reporter: ReporterId, seq: u64, counts: &[Count]) -> Report {
+    Report { reporter, seq, counts: counts.to_vec() }
+}
+
+async fn send(fixture: &Fixture, sync: &Secret, reports: &[Report]) -> Reply {
+    fixture.send(request("POST", "/sync/v1/usage", Some(sync), write_reports(reports).unwrap())).await
+}
+
+fn acknowledged(reply: &Reply) -> u64 {
+    assert_eq!((reply.status.as_u16(), reply.header("content-type")), (200, "application/vnd.portcullis.ack"));
+    Ack::read(&reply.body).unwrap().seq
+}
+
+async fn allowed(pool: &PgPool, id: Uuid) -> i64 {
+    sqlx::query_scalar("select coalesce(sum(requests), 0)::bigint from key_usage where key_id = $1")
+        .bind(id)
+        .fetch_one(pool)
+        .await
+        .unwrap()
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_report_is_applied_once_however_often_it_is_sent(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let first = report(
+        REPORTER,
+        1,
+        &[
+            count(Some(id), Outcome::Allowed, 10),
+            count(Some(id), Outcome::RateLimited, 3),
+            count(None, Outcome::Unknown, 7),
+        ],
+    );
+    for _ in 0..3 {
+        assert_eq!(acknowledged(&send(&fixture, &sync, &[first.clone()]).await), 1);
+    }
+    assert_eq!(allowed(&pool, id).await, 10);
+    let hourly: Vec<(i16, i64, i64)> =
+        sqlx::query_as("select outcome, requests, cost from usage_hourly where key_id = $1 order by outcome")
+            .bind(id)
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    assert_eq!(hourly, [(0, 10, 10), (8, 3, 3)]);
+    let keyless: Vec<(i16, i64)> =
+        sqlx::query_as("select outcome, requests from usage_keyless_hourly").fetch_all(&pool).await.unwrap();
+    assert_eq!(keyless, [(2, 7)]);
+
+    // A batch with a report that is known and one that is not.
+    let second = report(REPORTER, 2, &[count(Some(id), Outcome::Allowed, 5)]);
+    assert_eq!(acknowledged(&send(&fixture, &sync, &[first, second]).await), 2);
+    assert_eq!(allowed(&pool, id).await, 15);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn many_envoys_that_report_at_once_are_all_counted(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let (other, _) = fixture.key("b@example.com", &[]).await;
+    let sends = (0..60_u8).map(|envoy| {
+        let (fixture, sync) = (&fixture, &sync);
+        async move {
+            let reporter = ReporterId([envoy; 16]);
+            for seq in 1..=5 {
+                let counts = [count(Some(id), Outcome::Allowed, 2), count(Some(other), Outcome::Allowed, 1)];
+                assert_eq!(acknowledged(&send(fixture, sync, &[report(reporter, seq, &counts)]).await), seq);
+            }
+        }
+    });
+    futures_util::future::join_all(sends).await;
+    assert_eq!((allowed(&pool, id).await, allowed(&pool, other).await), (600, 300));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_reporter_belongs_to_the_key_that_first_spoke_for_it(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (_, thief) = fixture.key("thief@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let forged = [report(REPORTER, 100, &[count(Some(id), Outcome::Allowed, 1_000)])];
+    assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &[])]).await), 1);
+    let reply = send(&fixture, &thief, &forged).await;
+    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (403, Some("forbidden")));
+    assert_eq!(allowed(&pool, id).await, 0);
+    assert_eq!(
+        acknowledged(&send(&fixture, &sync, &[report(REPORTER, 2, &[count(Some(id), Outcome::Allowed, 1)])]).await),
+        2
+    );
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn counts_of_keys_that_the_database_does_not_hold_do_not_stop_the_others(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let counts = [count(Some(Uuid::from_u128(9)), Outcome::Allowed, 4), count(Some(id), Outcome::Allowed, 1)];
+    assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &counts)]).await), 1);
+    assert_eq!(allowed(&pool, id).await, 1);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_message_that_is_damaged_or_senseless_changes_nothing(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let good = write_reports(&[report(REPORTER, 1, &[count(Some(id), Outcome::Allowed, 1)])]).unwrap();
+    let mut damaged = good.clone();
+    damaged[20] ^= 1;
+    let far = Count { last_ms: u64::MAX, ..count(Some(id), Outcome::Allowed, 1) };
+    for body in [
+        Vec::new(),
+        b"nonsense".to_vec(),
+        damaged,
+        good[..good.len() - 1].to_vec(),
+        write_reports(&[]).unwrap(),
+        write_reports(&[report(REPORTER, 1, &[far])]).unwrap(),
+        write_reports(&[report(REPORTER, 1, &[count(Some(id), Outcome::Allowed, u64::MAX)])]).unwrap(),
+    ] {
+        let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&sync), body)).await;
+        assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (400, Some("invalid")), "{}", reply.json());
+    }
+    assert_eq!(allowed(&pool, id).await, 0);
+    assert_eq!(acknowledged(&fixture.send(request("POST", "/sync/v1/usage", Some(&sync), good)).await), 1);
+    assert_eq!(allowed(&pool, id).await, 1);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_message_that_is_too_large_is_refused(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&sync), Body::from(vec![0; (4 << 20) + 1]))).await;
+    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (413, Some("too_large")));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn last_words_in_a_log_are_imported_once(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let reports = [
+        report(REPORTER, 1, &[count(Some(id), Outcome::Allowed, 10)]),
+        report(REPORTER, 2, &[count(Some(id), Outcome::Allowed, 5)]),
+    ];
+    // The first had arrived before Envoy ended.
+    acknowledged(&send(&fixture, &sync, &reports[..1]).await);
+    let log = format!(
+        "[2026-11-24 02:44:59.436][1][warning][main] caught ENVOY_SIGTERM\n\
+         [2026-11-24 02:44:59.439][1][warning][wasm] wasm log portcullis portcullis: portcullis-usage {}\n\
+         portcullis-usage 00ff\n",
+        hex::encode(write_reports(&reports).unwrap())
+    );
+    let bad = vec![(3, "the message is cut short".to_owned())];
+    let imported = import(&pool, Cursor::new(&log)).await.unwrap();
+    assert_eq!(imported, Imported { applied: 1, known: 1, bad: bad.clone() });
+    assert_eq!(allowed(&pool, id).await, 15);
+    let again = import(&pool, Cursor::new(&log)).await.unwrap();
+    assert_eq!(again, Imported { applied: 0, known: 2, bad });
+    assert_eq!(allowed(&pool, id).await, 15);
+}
