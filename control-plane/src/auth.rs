@@ -10,6 +10,7 @@ use contract::decision::{Facts, Presented, decide};
 use contract::hash::KeyHash;
 use contract::key::PRESENTED_BYTES;
 use contract::outcome::Outcome;
+use contract::record::{RateLimit, Record};
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use time::OffsetDateTime;
@@ -18,7 +19,7 @@ use uuid::Uuid;
 use crate::App;
 use crate::error::ApiError;
 use crate::key::domain::{ADMIN, Email, SYNC, Scopes};
-use crate::key::store;
+use crate::key::store::{self, NewKey};
 
 /// The header that carries the caller's key. Of several, the first counts, as with Envoy.
 pub const KEY_HEADER: &str = "x-api-key";
@@ -74,6 +75,10 @@ pub struct Caller {
     pub email: String,
     /// Scopes granted to the key.
     pub scopes: Vec<String>,
+    /// The key's own rate limits.
+    rate_limits: Vec<RateLimit>,
+    /// When the key ends, in seconds of Unix time.
+    expires_at_s: Option<u64>,
 }
 
 impl Caller {
@@ -150,6 +155,19 @@ impl Caller {
         })
     }
 
+    /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own and has the same rate
+    /// limits, if that has any. Admins are not bound.
+    pub fn bind(&self, new: &mut NewKey) {
+        if self.is_admin() {
+            return;
+        }
+        let end = self.expires_at_s.and_then(|end| OffsetDateTime::from_unix_timestamp(i64::try_from(end).ok()?).ok());
+        new.expires_at = [new.expires_at, end].into_iter().flatten().min();
+        if !self.rate_limits.is_empty() {
+            new.rate_limits.clone_from(&self.rate_limits);
+        }
+    }
+
     fn require_scope(&self, scope: &str) -> Result<(), ApiError> {
         if self.has_scope(scope) {
             return Ok(());
@@ -178,8 +196,8 @@ impl FromRequestParts<App> for Caller {
             (Outcome::Allowed, Some(found)) => {
                 let key_id = found.record.key_id.into();
                 app.callers.count(Limited::Key(key_id))?;
-                let owner_id = found.record.owner_id.into();
-                Ok(Self { key_id, owner_id, email: found.email, scopes: found.record.scopes })
+                let Record { owner_id, scopes, rate_limits, expires_at_s, .. } = found.record;
+                Ok(Self { key_id, owner_id: owner_id.into(), email: found.email, scopes, rate_limits, expires_at_s })
             }
             (outcome, _) => {
                 app.callers.count(Limited::Address(peer(parts)))?;
@@ -208,6 +226,8 @@ mod tests {
             owner_id: Uuid::nil(),
             email: "user@example.com".into(),
             scopes: scopes.iter().map(|scope| (*scope).into()).collect(),
+            rate_limits: Vec::new(),
+            expires_at_s: None,
         }
     }
 

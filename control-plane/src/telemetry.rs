@@ -49,7 +49,7 @@ pub fn start_metrics() -> Result<PrometheusHandle, String> {
 /// Gives the request its id, logs and counts it.
 pub async fn observe(mut request: Request, next: Next) -> Response {
     let given = request.headers().get(&REQUEST_ID).filter(|id| is_sane(id)).cloned();
-    let id = given.unwrap_or_else(|| new_id());
+    let id = given.unwrap_or_else(new_id);
     request.headers_mut().insert(REQUEST_ID, id.clone());
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();

@@ -59,7 +59,7 @@ async fn a_report_is_applied_once_however_often_it_is_sent(pool: PgPool) {
         ],
     );
     for _ in 0..3 {
-        assert_eq!(acknowledged(&send(&fixture, &sync, &[first.clone()]).await), 1);
+        assert_eq!(acknowledged(&send(&fixture, &sync, std::slice::from_ref(&first)).await), 1);
     }
     assert_eq!(allowed(&pool, id).await, 10);
     let hourly: Vec<(i16, i64, i64)> =

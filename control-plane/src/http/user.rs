@@ -178,7 +178,9 @@ pub async fn generate(
     let email = Email::parse(&body.email)?;
     let name = KeyName::parse("key_name", &body.key_name)?;
     caller.require_owner_or_admin(&email)?;
-    let key = store::replace_primary(&app.pool, &NewKey::plain(email, name)).await?;
+    let mut new = NewKey::plain(email, name);
+    caller.bind(&mut new);
+    let key = store::replace_primary(&app.pool, &new).await?;
     app.store.nudge();
     let key_prefix = key.display_prefix();
     Ok(Json(GenerateReply { success: true, message: "API key generated successfully", key, key_prefix }))

@@ -5,9 +5,8 @@
 //! (by a trigger, with the first change of a key), then rows of keys.
 
 use contract::hash::KeyHash;
-use contract::id::{KeyId, OwnerId};
 use contract::key::{KeyKind, Secret};
-use contract::record::{Flags, RateLimit, Record, Requires};
+use contract::record::{RateLimit, Record};
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
@@ -106,26 +105,7 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>
     )
     .fetch_optional(pool)
     .await?;
-    Ok(row.map(|row| Found {
-        record: Record {
-            requires: Requires::default(),
-            key_id: KeyId::from(row.id),
-            owner_id: OwnerId::from(row.owner_id),
-            generation: row.generation.cast_unsigned(),
-            flags: Flags::default()
-                .with(Flags::REVOKED, row.revoked_at.is_some())
-                .with(Flags::DISABLED, row.disabled)
-                .with(Flags::QUOTA_EXCEEDED, row.quota_exceeded)
-                .with(Flags::CREDITS_EXHAUSTED, row.credits_exhausted),
-            expires_at_s: row.expires_at.map(|end| u64::try_from(end.unix_timestamp()).unwrap_or_default()),
-            cost: row.cost.cast_unsigned(),
-            rate_limits: row.rate_limits.0,
-            scopes: row.scopes,
-            roles: Vec::new(),
-            address_list: row.address_list_id.map(i32::cast_unsigned),
-        },
-        email: row.email,
-    }))
+    Ok(row.map(|row| Found { record: record_of!(row), email: row.email }))
 }
 
 /// Makes a key.

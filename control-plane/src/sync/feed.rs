@@ -6,18 +6,19 @@
 
 use std::time::Duration;
 
-use contract::id::{Epoch, KeyId, OwnerId};
-use contract::record::{Flags, RateLimit, Record, Requires};
+use contract::hash::KeyHash;
+use contract::id::Epoch;
+use contract::record::RateLimit;
 use futures_util::TryStreamExt;
 use sqlx::postgres::PgListener;
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
-use time::OffsetDateTime;
 use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::Store;
 use super::mirror::{Mirror, Row};
+use crate::key::record_of;
 
 /// How long to wait before the database is tried again after a fault.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -147,34 +148,13 @@ async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Res
     let mut rows = Vec::new();
     while let Some(row) = stream.try_next().await? {
         let bad = || FeedError::Row(row.id);
-        let record = Record {
-            requires: Requires::default(),
-            key_id: KeyId::from(row.id),
-            owner_id: OwnerId::from(row.owner_id),
-            generation: row.generation.cast_unsigned(),
-            flags: Flags::default()
-                .with(Flags::REVOKED, row.revoked_at.is_some())
-                .with(Flags::DISABLED, row.disabled)
-                .with(Flags::QUOTA_EXCEEDED, row.quota_exceeded)
-                .with(Flags::CREDITS_EXHAUSTED, row.credits_exhausted),
-            expires_at_s: row.expires_at.map(seconds),
-            cost: row.cost.cast_unsigned(),
-            rate_limits: row.rate_limits.0,
-            scopes: row.scopes,
-            roles: Vec::new(),
-            address_list: row.address_list_id.map(i32::cast_unsigned),
-        };
+        let record = record_of!(row);
         let bytes = record.to_bytes().map_err(|_| bad())?;
         rows.push(Row {
-            hash: contract::hash::KeyHash(row.hash.as_slice().try_into().map_err(|_| bad())?),
+            hash: KeyHash(row.hash.as_slice().try_into().map_err(|_| bad())?),
             revision: row.revision.cast_unsigned(),
             record: (!row.withdrawn).then(|| bytes.into_boxed_slice()),
         });
     }
     Ok(rows)
-}
-
-/// Seconds of Unix time; what lies before them has long passed.
-fn seconds(at: OffsetDateTime) -> u64 {
-    u64::try_from(at.unix_timestamp()).unwrap_or_default()
 }

@@ -84,7 +84,7 @@ pub struct PatchBody {
     disabled: Option<bool>,
 }
 
-/// Make a key.
+/// Make a key. One that a user's own key makes ends no later than that and keeps to its rate limits.
 ///
 /// # Errors
 /// 400, 401, 403, 413, 415, 429, 503.
@@ -108,7 +108,7 @@ pub async fn create(
     Json(body): Json<CreateBody>,
 ) -> Result<Response, ApiError> {
     let now = OffsetDateTime::now_utc();
-    let new = NewKey {
+    let mut new = NewKey {
         email: Email::parse(&body.email)?,
         name: KeyName::parse("name", &body.name)?,
         kind: match body.kind {
@@ -121,6 +121,7 @@ pub async fn create(
     };
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
+    caller.bind(&mut new);
     let (key, secret) = store::create(&app.pool, new).await?;
     app.store.nudge();
     let location = format!("/v1/keys/{}", key.id);
