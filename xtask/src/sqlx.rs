@@ -51,12 +51,10 @@ async fn described() -> Result<BTreeMap<String, String>> {
     let home = tempfile::TempDir::new()?;
     progress("compiling the control plane against a live database");
     let mut check = cargo(&["check", "--locked", "--package", "control-plane", "--all-targets"]);
-    // A directory of its own: what is compiled already would not be asked about again.
-    check.env("CARGO_TARGET_DIR", paths::target().join("sqlx"));
     check.env("DATABASE_URL", &database.url).env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", home.path());
-    // Cargo does not know that the queries depend on the database.
-    let touched = paths::target().join("sqlx/debug/.fingerprint");
-    for entry in std::fs::read_dir(&touched).into_iter().flatten().flatten() {
+    // What is compiled already would not be asked about again: cargo does not know that queries depend on the database.
+    let known = paths::target().join("debug/.fingerprint");
+    for entry in std::fs::read_dir(&known).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with("control-plane-") {
             std::fs::remove_dir_all(entry.path())?;
         }

@@ -167,7 +167,7 @@ fn contract_wasm() -> Result<()> {
     if !runner.is_file() {
         progress(&format!("installing wasm-bindgen-cli {version} into {} (some minutes)", home.display()));
         let install = |locked: &[&str]| {
-            let mut install = cargo(&["install", "wasm-bindgen-cli", "--version", &version, "--root"]);
+            let mut install = cargo(&["install", "--debug", "wasm-bindgen-cli", "--version", &version, "--root"]);
             // Its dependencies are compiled once for all tries.
             install.arg(&home).args(locked).env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
             run(install)
@@ -180,7 +180,7 @@ fn contract_wasm() -> Result<()> {
     }
     let mut path = vec![node.parent().context("Node lies nowhere")?.to_owned()];
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
-    let mut tests = cargo(&["test", "--locked", "--package", "contract", "--tests", "--target", TARGET]);
+    let mut tests = cargo(&["test", "--locked", "--package", "contract", "--test", "*", "--target", TARGET]);
     tests.env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUNNER", runner).env("PATH", std::env::join_paths(path)?);
     run(tests)
 }
