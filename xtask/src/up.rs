@@ -167,18 +167,18 @@ impl Up {
 Copy and paste:
 
 # Without a key: 401.
-curl -si http://{envoy}/orders
+curl -si http://{envoy}/orders; echo
 # Generate a key.
 GENERATED=$(curl -s http://{rest}/api/user/key -H "x-api-key: $(cat '{home}/admin.key')" -H 'content-type: application/json' -d '{{"email": "ada@example.com", "key_name": "Production Key"}}'); echo "$GENERATED"
 KEY=$(printf '%s' "$GENERATED" | sed 's/.*"key": *"\([^"]*\)".*/\1/')
 # With the key: 200. The demo API shows what it got: who calls, and not the key.
-curl -si http://{envoy}/orders -H "x-api-key: $KEY"
+curl -si http://{envoy}/orders -H "x-api-key: $KEY"; echo
 # What the key was used for; counts arrive within a second.
 sleep 1; curl -s http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(cat '{home}/admin.key')"; echo
 # Revoke it.
 curl -s -X DELETE http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(cat '{home}/admin.key')"; echo
 # 401 at once.
-curl -si http://{envoy}/orders -H "x-api-key: $KEY"
+curl -si http://{envoy}/orders -H "x-api-key: $KEY"; echo
 
 Ctrl-C stops everything."#,
             admin = self.envoy.admin(),
