@@ -38,7 +38,7 @@ const UPDATE_ATTEMPTS: usize = 1_000;
 /// nothing is to be written; with the bytes it returns the result for the case that they are written.
 ///
 /// # Errors
-/// [`Raced`] after [`UPDATE_ATTEMPTS`]; nothing was written then.
+/// [`Raced`] after `UPDATE_ATTEMPTS`; nothing was written then.
 pub fn update<T>(
     cells: &impl Cells,
     name: &str,

@@ -247,9 +247,7 @@ impl Core {
                 let state = store::state(&SharedData, &self.names);
                 leading.sync.failed(state.as_ref(), now_ms, random());
                 self.metrics.sync_failures.increment();
-                host::warn(&format!(
-                    "Envoy has no usable cluster {cluster:?}: check control_plane.cluster"
-                ));
+                host::warn(&format!("Envoy has no usable cluster {cluster:?}: check control_plane.cluster"));
             }
         }
     }
