@@ -15,6 +15,9 @@ use contract::page::{Header, PAGE_BYTES, PageWriter, Part};
 /// Most tombstones that are kept. Beyond, the oldest go, and filters that are further behind get a snapshot.
 const TOMBSTONES: usize = 100_000;
 
+/// Most bytes of an entry beside its record: length, kind and hash.
+const ENTRY_BYTES: usize = 40;
+
 /// One key as the feed reads it.
 #[derive(Clone, Debug)]
 pub struct Row {
@@ -155,7 +158,8 @@ impl Mirror {
         let mut page = PageWriter::new();
         let mut to = BUCKETS;
         for (bucket, rows) in (0..BUCKETS).zip(&self.buckets).skip(from as usize) {
-            let bytes: usize = rows.iter().filter_map(|row| row.record.as_ref()).map(|record| record.len() + 40).sum();
+            let bytes: usize =
+                rows.iter().filter_map(|row| row.record.as_ref()).map(|record| record.len() + ENTRY_BYTES).sum();
             if bucket > from && page.bytes() + bytes > PAGE_BYTES {
                 to = bucket;
                 break;
@@ -170,24 +174,107 @@ impl Mirror {
     }
 
     fn changes(&self, after: u64) -> Result<Bytes, DecodeError> {
-        let mut page = PageWriter::new();
-        let mut complete = after;
-        let mut revision = self.revision;
         let first = (after + 1, KeyHash([0; 32]));
-        for (changed, hash) in self.by_revision.range(first..) {
-            if *changed > complete {
-                // A page ends between two revisions, never within one.
-                if page.bytes() > PAGE_BYTES {
-                    revision = complete;
-                    break;
-                }
-                complete = *changed;
-            }
+        let Some(to) = self.fitting(first) else { return self.snapshot(0) };
+        let mut page = PageWriter::new();
+        for (_, hash) in self.by_revision.range(first..).take_while(|(changed, _)| *changed <= to) {
             match self.find(hash) {
                 Some(record) => page.put(hash, record),
                 None => page.remove(hash),
             }
         }
-        page.finish(&self.header(revision, Part::Changes { after })).map(Bytes::from)
+        page.finish(&self.header(to, Part::Changes { after })).map(Bytes::from)
+    }
+
+    /// Up to which revision the changes from `first` on fit one page, which ends between two revisions and never within
+    /// one. `None` if one revision alone is too large, as after a bulk insert: its keys travel as a snapshot, whose pages
+    /// are bounded.
+    fn fitting(&self, first: (u64, KeyHash)) -> Option<u64> {
+        let mut bytes = 0;
+        let (mut complete, mut current) = (None, None);
+        for (changed, hash) in self.by_revision.range(first..) {
+            if current != Some(*changed) {
+                complete = current.replace(*changed);
+            }
+            bytes += ENTRY_BYTES + self.find(hash).map_or(0, <[u8]>::len);
+            if bytes > PAGE_BYTES {
+                return complete;
+            }
+        }
+        Some(self.revision)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::id::{KeyId, OwnerId};
+    use contract::page::Page;
+    use contract::record::Record;
+
+    use super::*;
+
+    /// `keys` keys that changed at one revision.
+    fn rows(first: u32, keys: u32, revision: u64) -> Vec<Row> {
+        let record = Record::plain(KeyId([1; 16]), OwnerId([2; 16])).to_bytes().unwrap().into_boxed_slice();
+        let hash = |number: u32| KeyHash::of(&number.to_be_bytes());
+        (first..first + keys).map(|number| Row { hash: hash(number), revision, record: Some(record.clone()) }).collect()
+    }
+
+    fn mirror(revisions: &[u32]) -> Mirror {
+        let mut mirror = Mirror::new(Epoch([7; 16]), 0);
+        for (revision, keys) in (1..).zip(revisions) {
+            mirror.apply(rows(1_000_000 * u32::try_from(revision).unwrap(), *keys, revision), revision);
+        }
+        mirror
+    }
+
+    fn changes(mirror: &Mirror, after: u64) -> (Header, usize, usize) {
+        let bytes = mirror.page(Wanted::Changes(after)).unwrap();
+        let page = Page::read(&bytes).unwrap();
+        (page.header, page.entries().count(), bytes.len())
+    }
+
+    #[test]
+    fn a_page_of_changes_ends_between_two_revisions_before_it_grows_too_large() {
+        let mirror = mirror(&[1, 9_000, 9_000, 1]);
+        let (header, entries, bytes) = changes(&mirror, 1);
+        assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 1 }, 9_000));
+        assert!(bytes <= PAGE_BYTES + 100, "{bytes}");
+        let (header, entries, _) = changes(&mirror, 2);
+        assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 2 }, 9_001));
+        let (header, entries, _) = changes(&mirror, 4);
+        assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 4 }, 0));
+    }
+
+    #[test]
+    fn a_revision_too_large_for_a_page_is_told_as_a_snapshot_in_bounded_pages() {
+        let mirror = mirror(&[1, 30_000]);
+        let (mut header, mut entries, bytes) = changes(&mirror, 1);
+        assert!(
+            matches!(header.part, Part::Snapshot { from: 0, .. }) && bytes <= PAGE_BYTES + 100,
+            "{header:?} {bytes}"
+        );
+        while let Part::Snapshot { to, .. } = header.part
+            && to < BUCKETS
+        {
+            let bytes = mirror.page(Wanted::Snapshot(to)).unwrap();
+            assert!(bytes.len() <= PAGE_BYTES + 100, "{}", bytes.len());
+            let page = Page::read(&bytes).unwrap();
+            (header, entries) = (page.header, entries + page.entries().count());
+        }
+        assert_eq!((header.revision, entries), (2, 30_001));
+    }
+
+    #[test]
+    fn a_reader_that_tombstones_no_longer_reach_gets_a_snapshot() {
+        let mut mirror = mirror(&[3]);
+        let gone =
+            |revision: u64, number: u32| Row { hash: KeyHash::of(&number.to_be_bytes()), revision, record: None };
+        mirror.apply([gone(2, 1_000_000)], 2);
+        assert_eq!((mirror.keys(), changes(&mirror, 1).1), (2, 1));
+        let many = u32::try_from(TOMBSTONES).unwrap();
+        mirror.apply((0..many).map(|number| gone(3, number)), 3);
+        assert!(!mirror.reaches_back_to(1) && mirror.reaches_back_to(2));
+        assert!(matches!(changes(&mirror, 1).0.part, Part::Snapshot { from: 0, .. }));
     }
 }
