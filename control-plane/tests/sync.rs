@@ -212,6 +212,88 @@ async fn a_reader_of_another_epoch_or_of_the_future_gets_a_snapshot(pool: PgPool
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_again(pool: PgPool) {
+    let (ahead, behind) = (Fixture::new(pool.clone()).await, Fixture::new(pool.clone()).await);
+    let (_, sync) = ahead.key("operator@example.com", &["sync"]).await;
+    let (revoked, secret) = ahead.key("a@example.com", &[]).await;
+    ahead.in_step().await;
+    behind.in_step().await;
+    behind.stop_feed();
+    let old = synced(&behind, &sync).await.epoch;
+    store::revoke(&pool, revoked).await.unwrap();
+    let new = feed::new_epoch(&pool).await.unwrap();
+    feed::refresh(&pool, &ahead.app.store).await.unwrap();
+    let mut reader = synced(&ahead, &sync).await;
+    assert_eq!(reader.epoch, Some(new.into()));
+
+    let poll = Box::pin(behind.send(request("GET", &reader.poll(), Some(&sync), Body::empty())));
+    if let Ok(reply) = tokio::time::timeout(Duration::from_secs(1), poll).await {
+        reader.apply(&reply);
+    }
+    assert_ne!(reader.epoch, old);
+    assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
+    assert_eq!(behind.app.store.position().map(|(epoch, _)| epoch), reader.epoch);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_replica_without_its_database_keeps_readers_where_they_are(pool: PgPool) {
+    let mut fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let ours = synced(&fixture, &sync).await;
+    fixture.stop_feed();
+    fixture.shorten_polls();
+    pool.close().await;
+    let another = Epoch([9; 16]);
+    for (epoch, revision) in [(ours.epoch.unwrap(), ours.revision + 5), (another, 1)] {
+        let uri = format!("/sync/v1/keys?epoch={epoch}&revision={revision}");
+        let header = Reader::default().apply(&fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+        assert_eq!(
+            (header.epoch, header.revision, header.part),
+            (epoch, revision, Part::Changes { after: revision }),
+            "{uri}"
+        );
+    }
+    let uri = format!("/sync/v1/keys?epoch={another}&cursor=700");
+    let reply = fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await;
+    assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, "1"));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_who_may_not_see_the_server_still_tells_databases_apart(pool: PgPool) {
+    let restricted = "
+        do $$ begin create role portcullis_restricted login; exception when duplicate_object then null; end $$;
+        revoke execute on function pg_control_system() from public;
+        grant select, update on store_state to portcullis_restricted;";
+    sqlx::raw_sql(restricted).execute(&pool).await.unwrap();
+    let options = pool.connect_options().as_ref().clone().username("portcullis_restricted");
+    let theirs = PgPool::connect_with(options).await.unwrap();
+    let epoch = async || sqlx::query_scalar::<_, uuid::Uuid>("select epoch from store_state").fetch_one(&pool).await;
+    feed::identify(&theirs).await.unwrap();
+    let drawn = epoch().await.unwrap();
+    feed::identify(&theirs).await.unwrap();
+    assert_eq!(epoch().await.unwrap(), drawn);
+    let identity: String = sqlx::query_scalar("select identity from store_state").fetch_one(&pool).await.unwrap();
+    let parts: Vec<_> = identity.split('/').collect();
+    assert!(parts.len() == 3 && parts[0] == "hidden" && parts[1] == "00000001", "{identity}");
+    assert!(parts[2].parse::<u32>().is_ok(), "{identity}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_lost_connection_makes_the_feed_ask_who_the_database_is(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (old, _) = fixture.app.store.position().unwrap();
+    sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
+    let mut positions = fixture.app.store.positions();
+    // Nothing else fails: the listening connection alone goes, as if the server had been replaced in a moment.
+    let gone = "select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and query ilike 'listen%'";
+    assert_eq!(sqlx::query(gone).execute(&pool).await.unwrap().rows_affected(), 1);
+    let found = positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != old));
+    tokio::time::timeout(Duration::from_secs(10), found).await.expect("a new epoch begins").unwrap();
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn a_database_that_goes_back_or_is_another_begins_a_new_epoch(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;

@@ -63,6 +63,7 @@ pub async fn poll(State(app): State<App>, headers: HeaderMap, Query(poll): Query
 }
 
 async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
+    let deadline = Instant::now() + app.long_poll;
     let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
         (Some(epoch), _, Some(cursor)) => {
             if cursor >= BUCKETS {
@@ -71,7 +72,11 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
                     format!("must be below {BUCKETS}: take it from the last page"),
                 ));
             }
-            let same = app.store.position().is_some_and(|(ours, _)| ours == Epoch::from(epoch));
+            let epoch = Epoch::from(epoch);
+            if !up_to_date(app, epoch, 0, deadline).await {
+                return Err(ApiError::Unavailable("This replica does not know that state of the keys. Try again."));
+            }
+            let same = app.store.position().is_some_and(|(ours, _)| ours == epoch);
             return written(app, Wanted::Snapshot(if same { cursor } else { 0 }));
         }
         (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
@@ -85,19 +90,14 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
     let held = metrics::gauge!("portcullis_sync_held_polls");
     held.increment(1);
     let _held = Defer(|| held.decrement(1));
-    let deadline = Instant::now() + app.long_poll;
     let mut stopping = app.stopping.clone();
-    // A reader that is ahead of this replica was told by another, or of a database that has since been restored. Look at
-    // the database before judging; if it is away, hold the poll: a snapshot of an older state would bring revoked keys
-    // back.
-    let ours = app.store.position();
-    let ahead = ours.is_some_and(|(ours, at)| ours == epoch && revision > at);
-    let behind = ahead && feed::refresh(&app.pool, &app.store).await.is_err();
+    let may_judge = up_to_date(app, epoch, revision, deadline).await;
     loop {
         let now = *positions.borrow_and_update();
         let (ours, at) = now.ok_or(ApiError::Unavailable("The keys are being loaded. Try again shortly."))?;
-        let waits = ours == epoch && (at == revision || (revision > at && behind));
-        if !waits {
+        let in_step = ours == epoch && at == revision;
+        let elsewhere = ours != epoch || at < revision;
+        if !in_step && (may_judge || !elsewhere) {
             return written(app, Wanted::Changes(if ours == epoch { revision } else { u64::MAX }));
         }
         tokio::select! {
@@ -105,6 +105,20 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
             () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision),
             _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision),
         }
+    }
+}
+
+/// Whether the mirror is recent enough to judge what a reader has. One with another epoch, or ahead of this replica, was
+/// told by another replica, or of a database that has since been restored: the database is looked at before it is sent a
+/// snapshot, which otherwise could be of an older state and bring revoked keys back. No, if the database is away.
+async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -> bool {
+    if app.store.position().is_none_or(|(ours, at)| ours == epoch && revision <= at) {
+        return true;
+    }
+    let mut stopping = app.stopping.clone();
+    tokio::select! {
+        looked = tokio::time::timeout_at(deadline, feed::refresh(&app.pool, &app.store)) => matches!(looked, Ok(Ok(()))),
+        _ = stopping.wait_for(|stopping| *stopping) => false,
     }
 }
 
@@ -160,6 +174,9 @@ async fn admit(app: &App, headers: &HeaderMap) -> Result<Uuid, ApiError> {
     let presented = headers.get(HeaderName::from_static("x-api-key")).map(|value| value.as_bytes()).unwrap_or_default();
     if presented.is_empty() {
         return Err(ApiError::Refused(Outcome::Missing));
+    }
+    if app.store.position().is_none() {
+        return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
     }
     let hash = KeyHash::of(presented);
     let record = match app.store.find(&hash) {

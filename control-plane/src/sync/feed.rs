@@ -23,12 +23,24 @@ use crate::key::record_of;
 /// How long to wait before the database is tried again after a fault.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// How long one refresh may take: a million keys load in seconds, so a server that takes longer has stopped answering.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What stands in the identity of a database for a part that it does not let us see. The other parts still tell.
+const HIDDEN: &str = "hidden";
+
 /// Why a refresh did not come about.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedError {
     /// The database did not answer as it should.
     #[error("the database: {0}")]
     Database(#[from] sqlx::Error),
+    /// The connection that announces changes was lost.
+    #[error("the connection to the database was lost")]
+    Interrupted,
+    /// The database took longer than a minute.
+    #[error("the database did not answer in time")]
+    Late,
     /// A row that the schema does not allow.
     #[error("key {0} cannot be written as a record")]
     Row(Uuid),
@@ -48,10 +60,12 @@ async fn session(pool: &PgPool, store: &Store, poll_interval: Duration) -> Resul
     listener.listen("portcullis_changes").await?;
     identify(pool).await?;
     loop {
-        refresh(pool, store).await?;
+        tokio::time::timeout(PATIENCE, refresh(pool, store)).await.map_err(|_| FeedError::Late)??;
         tokio::select! {
-            // An error here is a lost connection: changes may have been missed, and the session starts over.
-            notification = listener.recv() => { notification?; }
+            notification = listener.try_recv() => {
+                // The connection was lost, perhaps to a server that has failed over or was restored: ask who it is.
+                notification?.ok_or(FeedError::Interrupted)?;
+            }
             () = store.nudged() => {}
             () = tokio::time::sleep(poll_interval) => {}
         }
@@ -64,13 +78,17 @@ async fn session(pool: &PgPool, store: &Store, poll_interval: Duration) -> Resul
 /// # Errors
 /// Those of the database.
 pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
-    let identity = sqlx::query_scalar!(
-        r#"select (select system_identifier from pg_control_system())::text || '/' ||
-            (select timeline_id from pg_control_checkpoint())::text || '/' ||
-            (select oid from pg_database where datname = current_database())::text as "identity!""#
-    )
-    .fetch_one(pool)
-    .await?;
+    let system = sqlx::query_scalar!(r#"select system_identifier::text as "text!" from pg_control_system()"#);
+    // Of the present WAL file: the control file tells a new timeline only after the next checkpoint.
+    let timeline = sqlx::query_scalar!(r#"select substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as "timeline!""#);
+    let database =
+        sqlx::query_scalar!(r#"select oid::text as "text!" from pg_database where datname = current_database()"#);
+    let identity = [
+        or_hidden(system.fetch_one(pool).await)?,
+        or_hidden(timeline.fetch_one(pool).await)?,
+        database.fetch_one(pool).await?,
+    ]
+    .join("/");
     let drawn = sqlx::query!(
         "update store_state set epoch = gen_random_uuid(), identity = $1 where identity <> $1 returning epoch",
         identity
@@ -81,6 +99,14 @@ pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
         info!(epoch = %drawn.epoch, identity, "a new epoch begins: this is a new or restored database");
     }
     Ok(())
+}
+
+/// A part of the identity; managed services do not let every user see all of them.
+fn or_hidden(part: Result<String, sqlx::Error>) -> Result<String, sqlx::Error> {
+    part.or_else(|error| match error.as_database_error().and_then(|error| error.code()) {
+        Some(code) if code == "42501" => Ok(HIDDEN.to_owned()),
+        _ => Err(error),
+    })
 }
 
 /// Draws a new epoch: every filter will load the whole store anew.
@@ -118,7 +144,10 @@ pub async fn refresh(pool: &PgPool, store: &Store) -> Result<(), FeedError> {
         Some((ours, since)) if ours == epoch => {
             warn!(since, revision, "the database has gone back to an earlier revision: a new epoch begins");
             drop(transaction);
-            new_epoch(pool).await?;
+            // Only if no other replica has done so meanwhile.
+            sqlx::query!("update store_state set epoch = gen_random_uuid() where epoch = $1", state.epoch)
+                .execute(pool)
+                .await?;
             store.nudge();
         }
         Some(_) | None => {

@@ -66,6 +66,17 @@ impl Fixture {
         self.stop.send(true).unwrap();
     }
 
+    /// Polls are held for a moment only.
+    pub fn shorten_polls(&mut self) {
+        self.app.long_poll = Duration::from_millis(100);
+        self.router = http::router(self.app.clone(), None);
+    }
+
+    /// From here on the mirror stays as it is, as that of a replica that has not heard yet.
+    pub fn stop_feed(&self) {
+        self.feed.abort();
+    }
+
     /// Makes a key; its id and secret.
     pub async fn key(&self, email: &str, scopes: &[&str]) -> (Uuid, Secret) {
         key(&self.pool, email, scopes).await
