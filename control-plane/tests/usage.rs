@@ -8,7 +8,7 @@ use axum::body::Body;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
-use contract::usage::{Ack, Count, KeyRef, Report, Subject, write_reports};
+use contract::usage::{Ack, Count, KeyRef, REPORT_COUNTS, Report, Subject, write_reports};
 use control_plane::usage::import::{Imported, import};
 use sqlx::PgPool;
 use support::{Fixture, Reply, request};
@@ -124,6 +124,27 @@ async fn counts_of_keys_that_the_database_does_not_hold_do_not_stop_the_others(p
     let counts = [count(Some(Uuid::from_u128(9)), Outcome::Allowed, 4), count(Some(id), Outcome::Allowed, 1)];
     assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &counts)]).await), 1);
     assert_eq!(allowed(&pool, id).await, 1);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn sums_that_are_forged_beyond_all_numbers_stop_nobody(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (_, admin) = fixture.key("operator@example.com", &["admin"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let most = Count { cost: 1_000_000_000_000_000, ..count(Some(id), Outcome::Allowed, 1_000_000_000_000) };
+    for seq in 1..=2 {
+        let forged = report(REPORTER, seq, &vec![most; REPORT_COUNTS]);
+        assert_eq!(acknowledged(&send(&fixture, &sync, &[forged]).await), seq);
+    }
+    let (other, _) = fixture.key("b@example.com", &[]).await;
+    let honest = report(ReporterId([6; 16]), 1, &[count(Some(other), Outcome::Allowed, 3)]);
+    assert_eq!(acknowledged(&send(&fixture, &sync, &[honest]).await), 1);
+    assert_eq!(allowed(&pool, other).await, 3);
+    let uri = format!("/v1/keys/{id}/usage?from=2025-11-20T00:00:00Z&to=2025-12-01T00:00:00Z");
+    let reply = fixture.send(request("GET", &uri, Some(&admin), Body::empty())).await;
+    let sums = serde_json::json!({"allowed": {"requests": 40_000_000_000_000_000_i64, "cost": i64::MAX}});
+    assert_eq!((reply.status.as_u16(), &reply.json()["totals"]), (200, &sums));
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -205,11 +205,13 @@ pub async fn revoke(pool: &PgPool, id: Uuid) -> Result<bool, ApiError> {
 /// Those of the database.
 pub async fn revoke_primary(pool: &PgPool, email: &Email) -> Result<bool, ApiError> {
     let mut transaction = pool.begin().await?;
-    let primary =
-        sqlx::query_scalar!("select primary_key_id from user_preferences where email = $1 for update", email.as_str())
-            .fetch_optional(&mut *transaction)
-            .await?
-            .flatten();
+    let primary = sqlx::query_scalar!(
+        "select primary_key_id from user_preferences where email = $1 for no key update",
+        email.as_str()
+    )
+    .fetch_optional(&mut *transaction)
+    .await?
+    .flatten();
     let Some(id) = primary else { return Ok(false) };
     let revoked = revoke_row(&mut transaction, id).await?;
     transaction.commit().await?;
@@ -273,7 +275,9 @@ pub async fn get(pool: &PgPool, id: Uuid) -> Result<Option<Key>, ApiError> {
             k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
-            select sum(requests)::bigint as requests, max(last_used_at) as last_used_at from key_usage where key_id = k.id
+            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
+                max(last_used_at) as last_used_at
+            from key_usage where key_id = k.id
         ) u on true
         where k.id = $1"#,
         id
@@ -295,7 +299,9 @@ pub async fn list(pool: &PgPool, email: Option<&str>, before: Option<Uuid>, limi
             k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
-            select sum(requests)::bigint as requests, max(last_used_at) as last_used_at from key_usage where key_id = k.id
+            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
+                max(last_used_at) as last_used_at
+            from key_usage where key_id = k.id
         ) u on true
         where k.id < $1 and ($2::text is null or p.email = $2)
         order by k.id desc limit $3"#,

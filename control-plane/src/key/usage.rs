@@ -31,7 +31,8 @@ pub async fn hourly(
 ) -> Result<Vec<Hour>, ApiError> {
     let hours = sqlx::query_as!(
         Hour,
-        r#"select hour, outcome, sum(requests)::bigint as "requests!", sum(cost)::bigint as "cost!"
+        r#"select hour, outcome, least(sum(requests), 9223372036854775807)::bigint as "requests!",
+            least(sum(cost), 9223372036854775807)::bigint as "cost!"
         from usage_hourly where key_id = $1 and hour >= $2 and hour < $3
         group by hour, outcome order by hour, outcome"#,
         key_id,

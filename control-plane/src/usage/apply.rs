@@ -125,14 +125,15 @@ impl Sums {
     fn add(&mut self, counts: &[Count]) {
         for Count { of, requests, cost, last_ms } in counts {
             let Some(key) = of.key else {
-                *self.keyless.entry((of.hour, of.outcome)).or_default() += requests;
+                let sum = self.keyless.entry((of.hour, of.outcome)).or_default();
+                *sum = sum.saturating_add(*requests);
                 continue;
             };
             let hourly = self.hourly.entry((key, of.hour, of.outcome)).or_default();
-            *hourly = (hourly.0 + requests, hourly.1 + cost);
+            *hourly = (hourly.0.saturating_add(*requests), hourly.1.saturating_add(*cost));
             if of.outcome == Outcome::Allowed.code() {
                 let total = self.totals.entry(key).or_default();
-                *total = (total.0 + requests, total.1.max(*last_ms));
+                *total = (total.0.saturating_add(*requests), total.1.max(*last_ms));
             }
         }
     }
@@ -149,7 +150,7 @@ impl Sums {
 
         let (keys, totals): (Vec<KeyRef>, Vec<(u64, u64)>) = self.totals.into_iter().unzip();
         let (requests, last): (Vec<i64>, Vec<OffsetDateTime>) =
-            totals.into_iter().map(|(requests, last_ms)| (requests.cast_signed(), time_of_ms(last_ms))).unzip();
+            totals.into_iter().map(|(requests, last_ms)| (signed(requests), time_of_ms(last_ms))).unzip();
         let (ids, generations): (Vec<Uuid>, Vec<i32>) = keys.into_iter().map(parts).unzip();
         sqlx::query!(
             "insert into key_usage (key_id, generation, requests, last_used_at)
@@ -157,7 +158,7 @@ impl Sums {
                 as new (key_id, generation, requests, last_used_at)
             join api_keys on api_keys.id = new.key_id
             on conflict (key_id, generation) do update set
-                requests = key_usage.requests + excluded.requests,
+                requests = least(key_usage.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
                 last_used_at = greatest(key_usage.last_used_at, excluded.last_used_at)",
             &ids,
             &generations,
@@ -169,7 +170,7 @@ impl Sums {
 
         let rows = self.hourly.into_iter().map(|((key, hour, outcome), (requests, cost))| {
             let (id, generation) = parts(key);
-            ((id, generation), ((time_of_hour(hour), i16::from(outcome)), (requests.cast_signed(), cost.cast_signed())))
+            ((id, generation), ((time_of_hour(hour), i16::from(outcome)), (signed(requests), signed(cost))))
         });
         let (keys, rest): (Vec<_>, Vec<_>) = rows.unzip();
         let (ids, generations): (Vec<Uuid>, Vec<i32>) = keys.into_iter().unzip();
@@ -183,7 +184,8 @@ impl Sums {
                 as new (key_id, generation, hour, outcome, requests, cost)
             join api_keys on api_keys.id = new.key_id
             on conflict (key_id, hour, outcome, generation) do update set
-                requests = usage_hourly.requests + excluded.requests, cost = usage_hourly.cost + excluded.cost",
+                requests = least(usage_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
+                cost = least(usage_hourly.cost, 9223372036854775807 - excluded.cost) + excluded.cost",
             &ids,
             &generations,
             &hours,
@@ -197,13 +199,14 @@ impl Sums {
         let rows = self
             .keyless
             .into_iter()
-            .map(|((hour, outcome), requests)| ((time_of_hour(hour), i16::from(outcome)), requests.cast_signed()));
+            .map(|((hour, outcome), requests)| ((time_of_hour(hour), i16::from(outcome)), signed(requests)));
         let (when, requests): (Vec<_>, Vec<i64>) = rows.unzip();
         let (hours, outcomes): (Vec<OffsetDateTime>, Vec<i16>) = when.into_iter().unzip();
         sqlx::query!(
             "insert into usage_keyless_hourly (hour, outcome, requests)
             select * from unnest($1::timestamptz[], $2::smallint[], $3::bigint[])
-            on conflict (hour, outcome) do update set requests = usage_keyless_hourly.requests + excluded.requests",
+            on conflict (hour, outcome) do update set requests =
+                least(usage_keyless_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests",
             &hours,
             &outcomes,
             &requests
@@ -216,6 +219,12 @@ impl Sums {
 
 fn parts(key: KeyRef) -> (Uuid, i32) {
     (key.id.into(), key.generation.cast_signed())
+}
+
+/// A sum as PostgreSQL holds it. Sums end at the largest number: no honest count comes near, and a forged one must not
+/// stop those that wait with it.
+fn signed(sum: u64) -> i64 {
+    i64::try_from(sum).unwrap_or(i64::MAX)
 }
 
 fn time_of_ms(ms: u64) -> OffsetDateTime {
