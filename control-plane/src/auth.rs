@@ -180,6 +180,9 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        if app.store.position().is_none() {
+            return Err(ApiError::Unavailable("The control plane is starting. Try again shortly."));
+        }
         let presented = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
         let found = match presented.len() {
             0 => None,

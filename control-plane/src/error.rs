@@ -78,6 +78,20 @@ impl From<sqlx::Error> for ApiError {
     }
 }
 
+/// Whether the database cannot work at the moment, so that the same call may succeed later.
+#[must_use]
+pub fn is_away(error: &sqlx::Error) -> bool {
+    let passing = |code: &str| {
+        // Connection exceptions, resources, shutting down or starting up; a deadlock, a lock or a statement given up.
+        ["08", "53", "57P"].iter().any(|class| code.starts_with(class)) || ["40P01", "55P03", "57014"].contains(&code)
+    };
+    match error {
+        sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) | sqlx::Error::Tls(_) => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| passing(&code)),
+        _ => false,
+    }
+}
+
 /// The body of an error (RFC 9457).
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
@@ -98,15 +112,6 @@ pub struct Problem {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let away = |error: &sqlx::Error| {
-            matches!(
-                error,
-                sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) | sqlx::Error::Tls(_)
-            ) || error.as_database_error().and_then(|error| error.code()).is_some_and(|code| {
-                // Connection exceptions, too many connections, shutting down or starting up.
-                code.starts_with("08") || code.starts_with("53") || code.starts_with("57P")
-            })
-        };
         match self {
             Self::Invalid { field, detail } => {
                 respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field)
@@ -131,7 +136,7 @@ impl IntoResponse for ApiError {
                 with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
             }
             Self::Unavailable(why) => unavailable(why),
-            Self::Database(error) if away(&error) => {
+            Self::Database(error) if is_away(&error) => {
                 tracing::warn!(%error, "the database is away");
                 unavailable("The database does not answer at the moment. Try again shortly.")
             }

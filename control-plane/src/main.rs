@@ -10,7 +10,7 @@ use control_plane::config::{Admin, Cli, Command, Database, Usage};
 use control_plane::key::domain::{Email, KeyName, Scopes, parse_expiry};
 use control_plane::key::store::{self as keys, NewKey};
 use control_plane::sync::feed;
-use control_plane::{MIGRATIONS, http, serve, usage};
+use control_plane::{http, serve, usage};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 
@@ -18,7 +18,15 @@ type Failure = Box<dyn std::error::Error>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Cli::parse().command).await {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) if error.use_stderr() => {
+            let _ = writeln!(std::io::stderr(), "control-plane: {}", one_line(&error.render().to_string()));
+            return ExitCode::from(2);
+        }
+        Err(help) => help.exit(),
+    };
+    match run(command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "control-plane: {error}");
@@ -67,10 +75,14 @@ async fn run(command: Command) -> Result<(), Failure> {
     }
 }
 
+/// What is wrong with the command line, without the advice that follows it.
+fn one_line(rendered: &str) -> String {
+    let lines: Vec<_> = rendered.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    lines.join(" ").trim_start_matches("error: ").to_owned()
+}
+
 async fn connect(database: &Database) -> Result<PgPool, Failure> {
-    let pool = serve::connect(&database.database_url, 2).await?;
-    MIGRATIONS.run(&pool).await?;
-    Ok(pool)
+    serve::connect(&database.database_url).await
 }
 
 fn print(text: &str) -> Result<(), Failure> {

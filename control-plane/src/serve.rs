@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use axum::extract::connect_info::ConnectInfo;
 use contract::key::Secret;
-use sqlx::PgPool;
+use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection, PgConnection, PgPool};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -18,7 +19,8 @@ use tracing::{info, warn};
 
 use crate::auth::Callers;
 use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key};
-use crate::key::domain::{Email, KeyName, Scopes};
+use crate::error::{ApiError, is_away};
+use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::store as keys;
 use crate::sync::{Store, feed};
 use crate::usage::Ingest;
@@ -32,6 +34,17 @@ const GRACE: Duration = Duration::from_secs(10);
 /// How long a request waits for a connection to the database.
 const ACQUIRE: Duration = Duration::from_secs(3);
 
+/// How long a change waits for another transaction, and how long one statement may take, before the request is told to
+/// come back. As PostgreSQL reads them.
+const LOCK: &str = "3s";
+const STATEMENT: &str = "60s";
+
+/// Connections of the feed: one listens, one reads.
+const FEED_CONNECTIONS: u32 = 2;
+
+/// How long to wait before the database is tried again.
+const PAUSE: Duration = Duration::from_millis(500);
+
 const HOUR: Duration = Duration::from_hours(1);
 
 /// Serves until SIGTERM or SIGINT.
@@ -43,10 +56,8 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let metrics = telemetry::start_metrics()?;
     let admin_key = given_key(ADMIN_KEY)?;
     let sync_key = given_key(SYNC_KEY)?;
-    let pool = connect(&settings.database.database_url, settings.database_connections).await?;
-    MIGRATIONS.run(&pool).await.map_err(|error| format!("the schema of the database: {error}"))?;
-    store_given(&pool, admin_key.as_ref(), "bootstrap admin", "admin", ADMIN_KEY).await?;
-    store_given(&pool, sync_key.as_ref(), "bootstrap sync", "sync", SYNC_KEY).await?;
+    let options = options(&settings.database.database_url)?;
+    let pool = open(&options, settings.database_connections);
 
     let listener =
         TcpListener::bind(settings.listen).await.map_err(|error| format!("--listen {}: {error}", settings.listen))?;
@@ -61,8 +72,13 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         long_poll: Duration::from_secs(settings.long_poll_seconds),
         stopping,
     };
-    let feeding =
-        tokio::spawn(feed::run(pool.clone(), app.store.clone(), Duration::from_millis(settings.poll_interval_ms)));
+    // The feed has connections of its own: a revocation reaches the filters however many requests wait for one.
+    let (feed_pool, store) = (open(&options, FEED_CONNECTIONS), app.store.clone());
+    let mut feeding = tokio::spawn(async move {
+        prepare(&options, &feed_pool, [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
+        feed::run(feed_pool, store, Duration::from_millis(settings.poll_interval_ms)).await;
+        Ok::<_, String>(())
+    });
     let tidying = tokio::spawn(tidy(pool, Arc::clone(&app.callers), settings.revoked_retention_days));
 
     let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<SocketAddr>();
@@ -79,6 +95,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     });
     tokio::select! {
         served = server.into_future() => served?,
+        unprepared = &mut feeding => unprepared??,
         () = async {
             let _ = told.wait_for(|told| *told).await;
             tokio::time::sleep(GRACE).await;
@@ -94,28 +111,90 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Connects to the database.
+/// Connects to the database and brings its schema up to date.
 ///
 /// # Errors
 /// One line that names the setting.
-pub async fn connect(url: &str, connections: u32) -> Result<PgPool, Failure> {
-    let options: PgConnectOptions = url.parse().map_err(|error| format!("DATABASE_URL: {error}"))?;
-    let options = options.application_name("portcullis");
-    let pool = PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE).connect_with(options).await;
-    Ok(pool.map_err(|error| format!("DATABASE_URL: cannot connect to the database: {error}"))?)
+pub async fn connect(url: &str) -> Result<PgPool, Failure> {
+    let options = options(url)?;
+    schema(&options).await.map_err(|fault| fault.to_string())?;
+    Ok(open(&options, 2))
 }
 
-async fn store_given(
+fn options(url: &str) -> Result<PgConnectOptions, String> {
+    let options: PgConnectOptions = url.parse().map_err(|error| format!("DATABASE_URL: {error}"))?;
+    Ok(options.application_name("portcullis"))
+}
+
+/// Connections are made when they are needed, so that the process runs, and says so, while the database is away.
+fn open(options: &PgConnectOptions, connections: u32) -> PgPool {
+    let options = options.clone().options([("lock_timeout", LOCK), ("statement_timeout", STATEMENT)]);
+    PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE).connect_lazy_with(options)
+}
+
+/// What keeps the database from being prepared.
+#[derive(Debug, thiserror::Error)]
+enum Unprepared {
+    #[error("DATABASE_URL: cannot connect to the database: {0}")]
+    Connection(sqlx::Error),
+    #[error("the schema of the database: {0}")]
+    Schema(#[from] MigrateError),
+    #[error("{0}")]
+    Key(ApiError),
+}
+
+impl Unprepared {
+    /// Whether waiting helps.
+    fn passes(&self) -> bool {
+        match self {
+            Self::Connection(error)
+            | Self::Schema(MigrateError::Execute(error))
+            | Self::Key(ApiError::Database(error)) => is_away(error),
+            Self::Schema(_) | Self::Key(_) => false,
+        }
+    }
+}
+
+async fn schema(options: &PgConnectOptions) -> Result<(), Unprepared> {
+    // A pool would only say that it timed out.
+    let connection = PgConnection::connect_with(options).await.map_err(Unprepared::Connection)?;
+    connection.close().await.map_err(Unprepared::Connection)?;
+    // Migrations may take as long as they need.
+    let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(options.clone());
+    MIGRATIONS.run(&pool).await?;
+    pool.close().await;
+    Ok(())
+}
+
+/// Brings the schema up to date and enters the keys that were given, as soon as the database answers.
+async fn prepare(
+    options: &PgConnectOptions,
     pool: &PgPool,
-    key: Option<&Secret>,
-    name: &str,
-    scope: &str,
-    variable: &str,
-) -> Result<(), Failure> {
+    given: [(Option<Secret>, &'static str); 2],
+) -> Result<(), String> {
+    loop {
+        let prepared = async {
+            schema(options).await?;
+            for (key, scope) in &given {
+                enter(pool, key.as_ref(), scope).await.map_err(Unprepared::Key)?;
+            }
+            Ok::<_, Unprepared>(())
+        };
+        match prepared.await {
+            Ok(()) => return Ok(()),
+            Err(fault) if fault.passes() => warn!(%fault, "waiting for the database"),
+            Err(fault) => return Err(fault.to_string()),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn enter(pool: &PgPool, key: Option<&Secret>, scope: &str) -> Result<(), ApiError> {
     let Some(key) = key else { return Ok(()) };
-    let (name, scopes) = (KeyName::parse("name", name)?, Scopes::parse(vec![scope.to_owned()])?);
+    let name = KeyName::parse("name", &format!("bootstrap {scope}"))?;
+    let scopes = Scopes::parse(vec![scope.to_owned()])?;
     if keys::insert_given(pool, key, &name, &scopes, &Email::parse(OPERATOR)?).await? {
-        info!(variable, scope, "the key given in the environment is stored");
+        info!(scope, "the key given in the environment is stored");
     }
     Ok(())
 }
@@ -128,10 +207,15 @@ async fn tidy(pool: PgPool, callers: Arc<Callers>, retention_days: i32) {
     loop {
         tokio::select! {
             _ = often.tick() => callers.tidy(),
-            _ = seldom.tick() => match keys::withdraw(&pool, retention_days).await {
-                Ok(0) => {}
-                Ok(keys) => info!(keys, "filters forget keys that were revoked long ago"),
-                Err(error) => warn!(%error, "revoked keys could not be withdrawn; the next hour will do"),
+            _ = seldom.tick() => loop {
+                match keys::withdraw(&pool, retention_days).await {
+                    Ok(0) => break,
+                    Ok(keys) => info!(keys, "filters forget keys that were revoked long ago"),
+                    Err(error) => {
+                        warn!(%error, "revoked keys could not be withdrawn; the next hour will do");
+                        break;
+                    }
+                }
             },
         }
     }
