@@ -385,7 +385,6 @@ async fn senseless_polls_are_refused_with_the_field(pool: PgPool) {
         ("epoch=00000000-0000-0000-0000-000000000001&cursor=65536", Some("cursor")),
         ("epoch=nonsense&revision=1", None),
         ("revision=-1", None),
-        ("colour=red", None),
     ] {
         let reply = fixture.send(request("GET", &format!("/sync/v1/keys?{query}"), Some(&sync), Body::empty())).await;
         assert_eq!(reply.status.as_u16(), 400, "{query}");
@@ -393,6 +392,15 @@ async fn senseless_polls_are_refused_with_the_field(pool: PgPool) {
             assert_eq!(reply.json()["field"], field, "{query}");
         }
     }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_a_newer_filter_says_beside_is_left_alone(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let uri = "/sync/v1/keys?reporter=00000000-0000-0000-0000-000000000001&version=7";
+    let reply = fixture.send(request("GET", uri, Some(&sync), Body::empty())).await;
+    assert_eq!(Page::read(&reply.body).unwrap().header.part, Part::Snapshot { from: 0, to: BUCKETS });
 }
 
 #[sqlx::test(migrations = "./migrations")]

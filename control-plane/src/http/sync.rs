@@ -34,15 +34,12 @@ const PAGE_TYPE: &str = "application/vnd.portcullis.page";
 /// The media type of an acknowledgement.
 const ACK_TYPE: &str = "application/vnd.portcullis.ack";
 
-/// Who syncs, and from where on.
+/// From where on a filter syncs. What a newer filter says beside that is left alone.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Poll {
     epoch: Option<Uuid>,
     revision: Option<u64>,
     cursor: Option<u32>,
-    #[serde(rename = "reporter")]
-    _reporter: Option<Uuid>,
 }
 
 /// `GET /sync/v1/keys`: the next page for a filter.
