@@ -10,6 +10,9 @@ use crate::reply::Challenge;
 /// has no news.
 pub const MIN_STALENESS_S: u64 = 60;
 
+/// The usual names of the identity headers: consumer, credential, scopes.
+const IDENTITY_HEADERS: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+
 /// The checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -48,6 +51,9 @@ pub struct IdentityHeaders {
     pub credential: Option<String>,
     /// The key's scopes, separated by spaces (RFC 6749, section 3.3).
     pub scopes: Option<String>,
+    /// The usual names where others are used instead, or none. Upstreams may trust them all the same, so a client must
+    /// not get them through.
+    pub unused: Vec<String>,
 }
 
 /// What to do with a request that cannot be judged.
@@ -117,11 +123,8 @@ struct RawRateLimit {
 
 impl Default for RawIdentityHeaders {
     fn default() -> Self {
-        Self {
-            consumer: "x-consumer-id".into(),
-            credential: "x-credential-identifier".into(),
-            scopes: "x-credential-scopes".into(),
-        }
+        let [consumer, credential, scopes] = IDENTITY_HEADERS.map(str::to_owned);
+        Self { consumer, credential, scopes }
     }
 }
 
@@ -172,7 +175,7 @@ impl Config {
             ));
         }
         let raw: Raw = serde_json::from_slice(json).map_err(|error| ConfigError(error.to_string()))?;
-        let config = Self {
+        let mut config = Self {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
             authority: filled("control_plane.authority", raw.control_plane.authority)?,
             sync_key_variable: filled("control_plane.sync_key_variable", raw.control_plane.sync_key_variable)?,
@@ -183,6 +186,7 @@ impl Config {
                 consumer: optional_header("identity_headers.consumer", &raw.identity_headers.consumer)?,
                 credential: optional_header("identity_headers.credential", &raw.identity_headers.credential)?,
                 scopes: optional_header("identity_headers.scopes", &raw.identity_headers.scopes)?,
+                unused: Vec::new(),
             },
             rate_limit: raw.rate_limit.map(rate_limit).transpose()?,
             on_not_ready: raw.on_not_ready,
@@ -191,7 +195,7 @@ impl Config {
             challenge: Challenge::new(&raw.realm)
                 .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?,
         };
-        let IdentityHeaders { consumer, credential, scopes } = &config.identity;
+        let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
         let names = [Some(&config.key_header), consumer.as_ref(), credential.as_ref(), scopes.as_ref()];
         for (place, name) in names.iter().enumerate() {
             if let Some(name) = name
@@ -200,6 +204,8 @@ impl Config {
                 return Err(ConfigError(format!("the header name {name} is used twice; give each purpose its own")));
             }
         }
+        let used = |usual: &&str| names.iter().flatten().any(|name| name == usual);
+        config.identity.unused = IDENTITY_HEADERS.into_iter().filter(|usual| !used(usual)).map(str::to_owned).collect();
         Ok(config)
     }
 }
@@ -282,6 +288,7 @@ mod tests {
                     consumer: Some("x-consumer-id".into()),
                     credential: Some("x-credential-identifier".into()),
                     scopes: Some("x-credential-scopes".into()),
+                    unused: vec![],
                 },
                 rate_limit: Some(Limit { name: "default".into(), requests: 1_000, window_s: 1, burst: 2_000 }),
                 on_not_ready: WhenBlind::Refuse,
@@ -303,7 +310,11 @@ mod tests {
         }"#;
         let config = Config::parse(json.as_bytes()).unwrap();
         assert_eq!(config.key_header, "authorization-key");
-        assert_eq!(config.identity, IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None });
+        let unused = IDENTITY_HEADERS.map(str::to_owned).to_vec();
+        assert_eq!(
+            config.identity,
+            IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, unused }
+        );
         assert_eq!(config.rate_limit, Some(Limit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
         assert_eq!((config.on_not_ready, config.on_stale), (WhenBlind::Allow, WhenBlind::Allow));
         assert_eq!((config.max_staleness_ms, config.strip_key), (Some(90_000), false));

@@ -11,7 +11,7 @@ use std::time::Duration;
 use contract::decision::{Facts, Presented, decide};
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
-use contract::page::Page;
+use contract::page::{Header, Page};
 use contract::record::Record;
 use contract::usage::{Ack, KeyRef, Report, write_reports};
 
@@ -64,22 +64,26 @@ pub(crate) struct Decided {
 
 impl Core {
     /// The core of this VM for the store that a configuration names.
-    pub(crate) fn of(config: &Config) -> Rc<Self> {
+    ///
+    /// # Errors
+    /// If the system has no randomness, without which VMs and Envoys cannot be told apart.
+    pub(crate) fn of(config: &Config) -> Result<Rc<Self>, String> {
         let names = Names::of(&config.cluster, &config.store);
         CORES.with_borrow_mut(|cores| {
-            let known = cores.iter().find(|core| core.names == names).map(Rc::clone);
-            known.unwrap_or_else(|| {
-                let core = Rc::new(Self::new(names));
-                cores.push(Rc::clone(&core));
-                core
-            })
+            if let Some(known) = cores.iter().find(|core| core.names == names) {
+                return Ok(Rc::clone(known));
+            }
+            let me = host::random_bytes().map(u64::from_le_bytes).ok_or("the system has no randomness")?;
+            let core = Rc::new(Self::new(names, Holder(me.max(1))));
+            cores.push(Rc::clone(&core));
+            Ok(core)
         })
     }
 
-    fn new(names: Names) -> Self {
+    fn new(names: Names, me: Holder) -> Self {
         Self {
             names,
-            me: Holder(u64::from_le_bytes(host::random_bytes()).max(1)),
+            me,
             slot: Slot::new(None),
             metrics: Metrics::define(),
             state: Slot::new(None),
@@ -172,14 +176,11 @@ impl Core {
             return;
         }
         usage::collect(&SharedData, &self.names);
-        if let Some(outbox) = usage::freeze(&SharedData, &self.names, true) {
-            let reports = outbox.reports();
-            if !reports.is_empty() {
-                let _ = send(config, key, &reports);
-                // Nobody is left to hear the answer. Importing what did arrive does nothing.
-                let line = write_reports(&reports).map(hex::encode).unwrap_or_default();
-                host::warn(&format!("portcullis-usage {line}"));
-            }
+        let last = usage::freeze(&SharedData, &self.names, true);
+        for reports in last.iter().flat_map(Outbox::batches) {
+            let _ = send(config, key, &reports);
+            // Nobody is left to hear the answer. Importing what did arrive does nothing.
+            log_reports(&reports);
         }
         *self.leading.borrow_mut() = None;
         lease::release(&SharedData, &self.names, self.me);
@@ -196,7 +197,11 @@ impl Core {
         let status = host::answer_status();
         if sync {
             let applied = match status {
-                Some(200) => self.apply(&host::answer_body(body_bytes), now_ms),
+                Some(200) => {
+                    // What the control plane tells may be older than its answer, if it has lost its database.
+                    let age_ms = host::answer_number::<u64>("age").unwrap_or_default().saturating_mul(MS_PER_S);
+                    self.apply(&host::answer_body(body_bytes), now_ms.saturating_sub(age_ms))
+                }
                 _ => Err(explain(status, "sync")),
             };
             if let Err(why) = applied {
@@ -207,7 +212,8 @@ impl Core {
         } else if report {
             let acknowledged = match status {
                 Some(200) => Ack::read(&host::answer_body(body_bytes)).map_err(|error| error.to_string()),
-                _ => Err(explain(status, "usage report")),
+                Some(400 | 413) => self.give_up(status),
+                _ => Err(explain(status, "report usage")),
             };
             self.reported(acknowledged, now_ms);
         }
@@ -228,7 +234,7 @@ impl Core {
             return false;
         }
         if leading.is_none() {
-            let ours = ReporterId(host::random_bytes());
+            let Some(ours) = host::random_bytes().map(ReporterId) else { return false };
             let Some(reporter) = Outbox::open(&SharedData, &self.names, ours) else { return false };
             let sync = Sync::from(store::state(&SharedData, &self.names).as_ref());
             *leading = Some(Leading { sync, reporter, report: None, report_failures: 0, report_at_ms: 0 });
@@ -244,15 +250,14 @@ impl Core {
             Some(token) => leading.sync.sent(token, now_ms),
             None => {
                 let cluster = &config.cluster;
-                let state = store::state(&SharedData, &self.names);
-                leading.sync.failed(state.as_ref(), now_ms, random());
+                leading.sync.failed(now_ms, random());
                 self.metrics.sync_failures.increment();
                 host::warn(&format!("Envoy has no usable cluster {cluster:?}: check control_plane.cluster"));
             }
         }
     }
 
-    fn apply(&self, body: &[u8], now_ms: u64) -> Result<(), String> {
+    fn apply(&self, body: &[u8], synced_ms: u64) -> Result<(), String> {
         let page = Page::read(body).map_err(|error| format!("the page was refused: {error}"))?;
         let mut leading = self.leading.borrow_mut();
         let Some(sync) = leading.as_mut().map(|leading| &mut leading.sync) else { return Ok(()) };
@@ -261,9 +266,10 @@ impl Core {
             sync.restart();
             return Err("the page does not continue the store: starting over".into());
         }
-        let applied = store::apply(&SharedData, &self.names, self.me, &page).and_then(|()| match progress {
+        let applied = self.lower(&page.header).and_then(|()| store::apply(&SharedData, &self.names, self.me, &page));
+        let applied = applied.and_then(|()| match progress {
             Progress::Complete { epoch, revision, keys } => {
-                let state = State { epoch, revision, keys, synced_ms: now_ms };
+                let state = State { epoch, revision, keys, synced_ms };
                 store::set_state(&SharedData, &self.names, self.me, &state)?;
                 if self.state.get().is_none() {
                     host::info(&format!("{keys} keys loaded, revision {revision}"));
@@ -271,7 +277,6 @@ impl Core {
                 self.state.set(Some(state));
                 self.metrics.store_version.set(revision);
                 self.metrics.keys.set(keys);
-                self.metrics.sync_age.set(0);
                 Ok(())
             }
             Progress::Partial | Progress::Misplaced => Ok(()),
@@ -284,12 +289,23 @@ impl Core {
         Ok(())
     }
 
+    /// Should a page go back behind what the store holds, the store is said to be no further than the page before any of
+    /// it is written: whoever takes over in the middle then asks for all that came after.
+    fn lower(&self, header: &Header) -> Result<(), store::Deposed> {
+        match store::state(&SharedData, &self.names) {
+            Some(state) if state.epoch == header.epoch && state.revision > header.revision => {
+                let lowered = State { revision: header.revision, ..state };
+                store::set_state(&SharedData, &self.names, self.me, &lowered)
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn sync_failed(&self, why: &str, now_ms: u64) {
         self.metrics.sync_failures.increment();
         let mut leading = self.leading.borrow_mut();
         let Some(leading) = leading.as_mut() else { return };
-        let state = store::state(&SharedData, &self.names);
-        let pause_ms = leading.sync.failed(state.as_ref(), now_ms, random());
+        let pause_ms = leading.sync.failed(now_ms, random());
         host::warn(&format!("sync failed, trying again in {pause_ms} ms: {why}"));
     }
 
@@ -328,6 +344,17 @@ impl Core {
         }
     }
 
+    /// The control plane will never take these reports as they are. So that they do not hold up all that come after, they
+    /// go to the log, from where they can be imported once the cause is found.
+    fn give_up(&self, status: Option<u16>) -> Result<Ack, String> {
+        let reports = Outbox::read(&SharedData, &self.names).map(|outbox| outbox.reports()).unwrap_or_default();
+        let last = reports.last().ok_or("the control plane refused nothing")?;
+        host::error(&format!("usage reports were refused for good: {}; they follow", explain(status, "report usage")));
+        log_reports(&reports);
+        self.metrics.report_failures.increment();
+        Ok(Ack { reporter: last.reporter, seq: last.seq })
+    }
+
     /// Brings the gauges up to date.
     fn show(&self, now_ms: u64) {
         if let Some(state) = self.state.get() {
@@ -346,7 +373,13 @@ fn now_ms() -> u64 {
 }
 
 fn random() -> u64 {
-    u64::from_le_bytes(host::random_bytes())
+    host::random_bytes().map(u64::from_le_bytes).unwrap_or_default()
+}
+
+/// The line that `control-plane usage import` reads.
+fn log_reports(reports: &[Report]) {
+    let line = write_reports(reports).map(hex::encode).unwrap_or_default();
+    host::warn(&format!("portcullis-usage {line}"));
 }
 
 fn call<'a>(
@@ -372,7 +405,7 @@ fn explain(status: Option<u16>, what: &str) -> String {
         Some(401) => {
             "the control plane does not know the sync key (401): check the environment variable that holds it".into()
         }
-        Some(403) => format!("the key may not {what} (403): it needs the scope sync"),
+        Some(403) => format!("the sync key may not {what} (403): it needs the scope sync, and the reporter to itself"),
         Some(status) => format!("the control plane answered {status}"),
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! The SDK's hostcalls return an error only where one is possible; where none is, their result is dropped here.
 
+use std::str::FromStr;
 use std::time::{Duration, UNIX_EPOCH};
 
 use proxy_wasm::hostcalls;
@@ -35,11 +36,10 @@ pub(crate) fn now_ns() -> u64 {
     now.and_then(|now| u64::try_from(now.as_nanos()).ok()).unwrap_or_default()
 }
 
-/// Randomness of the operating system. Not for secrets: zero if there is none.
-pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
+/// Randomness of the operating system, if it has any.
+pub(crate) fn random_bytes<const N: usize>() -> Option<[u8; N]> {
     let mut bytes = [0; N];
-    let _ = getrandom::fill(&mut bytes);
-    bytes
+    getrandom::fill(&mut bytes).is_ok().then_some(bytes)
 }
 
 /// An environment variable that Envoy's `vm_config` passes on.
@@ -128,8 +128,13 @@ impl Call<'_> {
 
 /// The status of the answer to a call; `None` if there was none (returns data).
 pub(crate) fn answer_status() -> Option<u16> {
-    let status = hostcalls::get_map_value_bytes(MapType::HttpCallResponseHeaders, ":status").ok().flatten()?;
-    std::str::from_utf8(&status).ok()?.parse().ok()
+    answer_number(":status")
+}
+
+/// A header of the answer to a call, if it is a number (returns data).
+pub(crate) fn answer_number<T: FromStr>(name: &str) -> Option<T> {
+    let value = hostcalls::get_map_value_bytes(MapType::HttpCallResponseHeaders, name).ok().flatten()?;
+    std::str::from_utf8(&value).ok()?.parse().ok()
 }
 
 /// The body of the answer to a call (returns data).

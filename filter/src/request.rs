@@ -63,6 +63,9 @@ fn tell_upstream(config: &Config, record: Option<&Record>) {
             (None, _) => {}
         }
     }
+    for name in &identity.unused {
+        host::remove_request_header(name);
+    }
     if config.strip_key {
         host::remove_request_header(&config.key_header);
     }

@@ -38,6 +38,8 @@ enum Position {
 #[derive(Clone, Debug)]
 pub struct Sync {
     position: Position,
+    /// The newest that was ever in the store. A replica that has not seen it must not fill the store.
+    newest: Option<(Epoch, u64)>,
     failures: u32,
     next_at_ms: u64,
     in_flight: Option<(u32, u64)>,
@@ -65,9 +67,9 @@ impl Sync {
     /// Starts from what the store holds, polling at once.
     #[must_use]
     pub fn from(state: Option<&State>) -> Self {
-        let position =
-            state.map_or(Position::Empty, |state| Position::At { epoch: state.epoch, revision: state.revision });
-        Self { position, failures: 0, next_at_ms: 0, in_flight: None }
+        let newest = state.map(|state| (state.epoch, state.revision));
+        let position = newest.map_or(Position::Empty, |(epoch, revision)| Position::At { epoch, revision });
+        Self { position, newest, failures: 0, next_at_ms: 0, in_flight: None }
     }
 
     /// The path to poll now, or `None` if a poll is under way or a pause has not ended.
@@ -80,13 +82,18 @@ impl Sync {
     }
 
     fn path(&self, reporter: ReporterId) -> String {
-        match self.position {
-            Position::Empty => format!("/sync/v1/keys?reporter={reporter}"),
-            Position::At { epoch, revision } => {
+        let newest = |epoch| self.newest.filter(|(ours, _)| *ours == epoch).map_or(0, |(_, revision)| revision);
+        match (self.position, self.newest) {
+            (Position::Empty, None) => format!("/sync/v1/keys?reporter={reporter}"),
+            (Position::Empty, Some((epoch, revision))) => {
+                format!("/sync/v1/keys?epoch={epoch}&cursor=0&revision={revision}&reporter={reporter}")
+            }
+            (Position::At { epoch, revision }, _) => {
                 format!("/sync/v1/keys?epoch={epoch}&revision={revision}&reporter={reporter}")
             }
-            Position::Loading { epoch, cursor, .. } => {
-                format!("/sync/v1/keys?epoch={epoch}&cursor={cursor}&reporter={reporter}")
+            (Position::Loading { epoch, least_revision, cursor }, _) => {
+                let revision = newest(epoch).max(least_revision);
+                format!("/sync/v1/keys?epoch={epoch}&cursor={cursor}&revision={revision}&reporter={reporter}")
             }
         }
     }
@@ -101,22 +108,15 @@ impl Sync {
         self.in_flight.take_if(|(awaited, _)| *awaited == token).is_some()
     }
 
-    /// The context that polled is gone, and its poll with it.
-    pub const fn abandon(&mut self) {
-        self.in_flight = None;
-    }
-
-    /// No usable answer: pause, then start from `state`. `random` spreads the pauses; any number will do. Returns the
-    /// pause in milliseconds.
-    pub fn failed(&mut self, state: Option<&State>, now_ms: u64, random: u64) -> u64 {
+    /// No usable answer: pause, then go on from where the store is. `random` spreads the pauses; any number will do.
+    /// Returns the pause in milliseconds.
+    pub fn failed(&mut self, now_ms: u64, random: u64) -> u64 {
         let doubled = MIN_PAUSE_MS.checked_shl(self.failures).unwrap_or(MAX_PAUSE_MS).min(MAX_PAUSE_MS);
         let spread = random.checked_rem(doubled.saturating_add(1)).unwrap_or_default();
         let pause_ms = doubled.saturating_add(spread).checked_div(2).unwrap_or(doubled);
-        let failures = self.failures.saturating_add(1).min(16);
-        // A snapshot that was under way goes on where it was: its pages up to there are in the buckets.
-        let position =
-            if matches!(self.position, Position::Loading { .. }) { self.position } else { Self::from(state).position };
-        *self = Self { position, failures, next_at_ms: now_ms.saturating_add(pause_ms), in_flight: None };
+        self.failures = self.failures.saturating_add(1).min(16);
+        self.next_at_ms = now_ms.saturating_add(pause_ms);
+        self.in_flight = None;
         pause_ms
     }
 
@@ -135,6 +135,9 @@ impl Sync {
     /// A page was applied: go on from there, at once.
     pub fn applied(&mut self, header: &Header) {
         self.position = self.next(header).unwrap_or(Position::Empty);
+        if let Position::At { epoch, revision } = self.position {
+            self.newest = Some((epoch, revision));
+        }
         self.failures = 0;
         self.next_at_ms = 0;
     }
@@ -204,7 +207,9 @@ mod tests {
         sync.applied(&first);
         assert_eq!(
             sync.due(ME, 0),
-            Some(format!("/sync/v1/keys?epoch=01010101-0101-0101-0101-010101010101&cursor=40000&{REPORTER}"))
+            Some(format!(
+                "/sync/v1/keys?epoch=01010101-0101-0101-0101-010101010101&cursor=40000&revision=10&{REPORTER}"
+            ))
         );
         let last = snapshot(12, 40_000, BUCKETS);
         // The first page did not have the changes 11 and 12: they are asked for once more.
@@ -268,9 +273,6 @@ mod tests {
         sync.sent(7, 0);
         assert_eq!(sync.due(ME, LOST_AFTER_MS - 1), None);
         assert!(sync.due(ME, LOST_AFTER_MS).is_some());
-        sync.sent(8, 0);
-        sync.abandon();
-        assert!(sync.due(ME, 1).is_some());
     }
 
     #[test]
@@ -278,30 +280,47 @@ mod tests {
         let mut sync = Sync::from(Some(&state(1)));
         let mut bounds = Vec::new();
         for _ in 0..8 {
-            let least = sync.clone().failed(Some(&state(1)), 0, 0);
-            let most = sync.failed(Some(&state(1)), 0, 0).max(least);
+            let least = sync.clone().failed(0, 0);
+            let most = sync.failed(0, 0).max(least);
             bounds.push(most);
             assert!(sync.due(ME, 0).is_none() && sync.due(ME, least).is_some());
         }
         assert_eq!(bounds, [50, 100, 200, 400, 800, 1_600, 2_500, 2_500]);
-        assert_eq!(sync.clone().failed(None, 0, MAX_PAUSE_MS), MAX_PAUSE_MS);
+        assert_eq!(sync.clone().failed(0, MAX_PAUSE_MS), MAX_PAUSE_MS);
         sync.applied(&header(EPOCH, 1, Part::Changes { after: 1 }));
         assert!(sync.due(ME, 0).is_some());
-        assert_eq!(sync.failed(Some(&state(1)), 0, 0), 50);
+        assert_eq!(sync.failed(0, 0), 50);
     }
 
     #[test]
     fn a_failure_in_the_middle_of_a_snapshot_keeps_its_place() {
         let mut sync = Sync::from(None);
         sync.applied(&snapshot(5, 0, 100));
-        sync.failed(None, 0, 0);
+        sync.failed(0, 0);
         assert_eq!(sync.judge(&snapshot(5, 100, BUCKETS)), complete(5));
+    }
+
+    #[test]
+    fn starting_over_outlasts_the_pause_and_asks_for_nothing_older_than_was_there() {
+        let mut sync = Sync::from(Some(&state(7)));
+        sync.restart();
+        sync.failed(0, 0);
+        let start = format!("/sync/v1/keys?epoch={EPOCH}&cursor=0&revision=7&{REPORTER}");
+        assert_eq!(sync.due(ME, MAX_PAUSE_MS), Some(start));
+        // The first page is of a newer revision: the others must be too.
+        sync.applied(&snapshot(9, 0, 100));
+        let next = format!("/sync/v1/keys?epoch={EPOCH}&cursor=100&revision=9&{REPORTER}");
+        assert_eq!(sync.due(ME, 0), Some(next));
+        // Unless the database has gone back, which the control plane finds out before it answers.
+        sync.applied(&snapshot(6, 100, 200));
+        let next = format!("/sync/v1/keys?epoch={EPOCH}&cursor=200&revision=7&{REPORTER}");
+        assert_eq!(sync.due(ME, 0), Some(next));
     }
 
     #[test]
     fn a_clock_that_steps_back_ends_a_pause() {
         let mut sync = Sync::from(None);
-        sync.failed(None, 10_000_000, 0);
+        sync.failed(10_000_000, 0);
         assert!(sync.due(ME, 1_000).is_some());
     }
 }

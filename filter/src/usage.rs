@@ -98,9 +98,14 @@ impl Outbox {
     /// The reports that wait for their acknowledgement, as many as fit one batch.
     #[must_use]
     pub fn reports(&self) -> Vec<Report> {
+        self.batches().next().unwrap_or_default()
+    }
+
+    /// All reports that wait for their acknowledgement, batch by batch.
+    pub fn batches(&self) -> impl Iterator<Item = Vec<Report>> {
         let report =
             |(seq, counts): &(u64, Vec<Count>)| Report { reporter: self.reporter, seq: *seq, counts: counts.clone() };
-        self.frozen.iter().take(BATCH_REPORTS).map(report).collect()
+        self.frozen.chunks(BATCH_REPORTS).map(move |batch| batch.iter().map(report).collect())
     }
 
     fn freeze_one(&mut self) {
@@ -349,6 +354,26 @@ mod tests {
         acknowledge(&cells, &names(), REPORTER, 1);
         let second = one_report(&cells);
         assert_eq!((second.seq, second.counts.len()), (2, 5));
+    }
+
+    #[test]
+    fn last_words_of_any_length_leave_batch_by_batch() {
+        let cells = open();
+        let keys = (REPORT_COUNTS * 5 + 1) as u32;
+        let mut counts = Counts::default();
+        for number in 0..keys {
+            let mut id = KeyId([0; 16]);
+            id.0[..4].copy_from_slice(&number.to_be_bytes());
+            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, 1, NOW);
+        }
+        counts.publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        let outbox = freeze(&cells, &names(), true).unwrap();
+        let batches: Vec<Vec<Report>> = outbox.batches().collect();
+        assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [BATCH_REPORTS, 2]);
+        let numbers: Vec<u64> = batches.iter().flatten().map(|report| report.seq).collect();
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(batches.iter().flatten().map(|report| report.counts.len()).sum::<usize>(), keys as usize);
     }
 
     #[test]
