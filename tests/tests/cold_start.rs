@@ -25,14 +25,14 @@ async fn an_envoy_that_starts_cold_judges_a_hundred_thousand_keys_within_three_s
     let stack = Stack::start().await?;
     stack.database.execute(&INSERT.replace("{keys}", &KEYS.to_string())).await?;
     let inserted = Instant::now();
-    // The Envoy that runs already gets them as changes.
+    // The Envoy that runs already gets them too: one commit, too large for a page of changes, comes as a snapshot.
     let envoy = stack.envoy();
     let keys = "wasmcustom.portcullis_keys";
-    eventually_within("100,000 keys to arrive as changes", Duration::from_secs(60), async || {
+    eventually_within("100,000 keys to arrive", Duration::from_secs(60), async || {
         (envoy.stat(keys).await.ok()? >= KEYS).then_some(())
     })
     .await?;
-    let as_changes = inserted.elapsed();
+    let arrived = inserted.elapsed();
 
     let mut took = Vec::new();
     for _ in 0..3 {
@@ -48,7 +48,9 @@ async fn an_envoy_that_starts_cold_judges_a_hundred_thousand_keys_within_three_s
     }
     took.sort();
     let most = took.last().copied().unwrap_or_default();
-    println!("cold start: {KEYS} keys judged {took:.2?} after the start of Envoy (sync as changes: {as_changes:.2?})");
+    println!(
+        "cold start: {KEYS} keys judged {took:.2?} after the start of Envoy (at one that ran: after {arrived:.2?})"
+    );
     assert!(most <= AT_MOST, "{took:?}");
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Every request that was let in is counted, once.
 #![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use portcullis_tests::load::{Load, Plan, with_status};
@@ -55,11 +55,13 @@ async fn twenty_thousand_requests_are_counted_to_the_last_though_the_control_pla
         counted += sent;
     }
     let complete = start.elapsed();
-    // Nothing comes later either, once the Envoys have said their last words.
+    // Nothing comes later either, once the Envoys have said their last words and the control plane, told to stop, has
+    // committed all that reached it.
     for envoy in &stack.envoys {
         envoy.stop(Signal::SIGTERM).await?;
     }
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    stack.control_plane.stop(Signal::SIGTERM).await?;
+    stack.control_plane.restart().await?;
     let mut all = 0;
     for email in &emails {
         all += rest.status(email).await?["usageCount"].as_u64().unwrap_or_default();

@@ -85,7 +85,10 @@ async fn names_and_stripping_are_the_operators_choice() -> Result<()> {
     let stack = Stack::builder().plugin(&plugin).start_unsynced().await?;
     let key = stack.rest().generate("ada@example.com").await?;
     let ask = async || {
+        // The usual names too: an upstream may trust them all the same.
         let request = Request::get("/").header("authorization-key", &key).header("x-who", "root");
+        let request = request.header("x-consumer-id", "root").header("x-credential-identifier", "root");
+        let request = request.header("x-credential-scopes", "admin");
         send(stack.envoy().address(), request.body(Full::default()).ok()?)
             .await
             .ok()

@@ -11,7 +11,12 @@ async fn no_key_and_no_hash_stands_in_any_log_even_at_level_debug() -> Result<()
     let rest = stack.rest();
     let key = stack.working_key("ada@example.com").await?;
     assert_eq!(stack.get(Some("sk_live_nobodyhasthiskeyatall")).await?.status, 401);
-    assert_eq!(rest.call(hyper::Method::POST, "/api/user/key", Some(&json!({"email": key}))).await?.status / 100, 4);
+    for misplaced in
+        [json!({"email": key, "key_name": "a"}), json!({"email": "a@example.com", "key_name": "a", (&key): 1})]
+    {
+        assert_eq!(rest.call(hyper::Method::POST, "/api/user/key", Some(&misplaced)).await?.status, 400);
+    }
+    assert_eq!(rest.call(hyper::Method::GET, &format!("/v1/keys/{key}"), None).await?.status, 400);
     stack.wait_for_usage("ada@example.com", stack.demo.requests()).await?;
     rest.revoke("ada@example.com").await?;
     stack.wait_for_status(Some(&key), 401).await?;
