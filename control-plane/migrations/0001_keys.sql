@@ -86,14 +86,24 @@ end $$;
 
 create trigger api_keys_1_next_revision
     before insert or update of
-        owner_id, hash, generation, scopes, rate_limits, cost, address_list_id, expires_at, disabled, quota_exceeded,
+        owner_id, generation, scopes, rate_limits, cost, address_list_id, expires_at, disabled, quota_exceeded,
         credits_exhausted, revoked_at, withdrawn
     on api_keys for each statement execute function next_revision();
 
 create trigger api_keys_2_assign_revision
     before insert or update of
-        owner_id, hash, generation, scopes, rate_limits, cost, address_list_id, expires_at, disabled, quota_exceeded,
+        owner_id, generation, scopes, rate_limits, cost, address_list_id, expires_at, disabled, quota_exceeded,
         credits_exhausted, revoked_at, withdrawn
     on api_keys for each row execute function assign_revision();
+
+-- Filters know a key by its hash: they would keep the old one alive if it changed.
+
+create function keep_hashes() returns trigger language plpgsql as $$
+begin
+    raise exception 'the hash of a key never changes: make another key and revoke this one';
+end $$;
+
+create trigger api_keys_4_keep_hash before update of hash on api_keys
+    for each row when (new.hash is distinct from old.hash) execute function keep_hashes();
 
 create trigger api_keys_3_keep before delete or truncate on api_keys for each statement execute function keep_keys();

@@ -1,7 +1,7 @@
-//! Who calls the REST API: the header `X-API-Key` comes in, a [`Caller`] goes out. A key is judged as the filter judges
-//! it. Refused are callers without a good key, and those that call too often.
+//! Who calls: the header `X-API-Key` comes in, a [`Caller`] of the REST API or a [`SyncCaller`] goes out. A key is judged
+//! as the filter judges it. Refused are callers without a good key, and those that call too often.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU32;
 
 use axum::extract::{ConnectInfo, FromRequestParts};
@@ -17,9 +17,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::App;
+use crate::connection::Peer;
 use crate::error::ApiError;
 use crate::key::domain::{ADMIN, Email, SYNC, Scopes};
-use crate::key::store::{self, NewKey};
+use crate::key::store::{self, LIVE_KEYS, NewKey};
 
 /// The header that carries the caller's key. Of several, the first counts, as with Envoy.
 pub const KEY_HEADER: &str = "x-api-key";
@@ -94,22 +95,6 @@ impl Caller {
         self.has_scope(ADMIN)
     }
 
-    /// Admits keys with the scope `admin`.
-    ///
-    /// # Errors
-    /// 403 for any other.
-    pub fn require_admin(&self) -> Result<(), ApiError> {
-        self.require_scope(ADMIN)
-    }
-
-    /// Admits keys with the scope `sync`.
-    ///
-    /// # Errors
-    /// 403 for any other.
-    pub fn require_sync(&self) -> Result<(), ApiError> {
-        self.require_scope(SYNC)
-    }
-
     /// Admits keys that may manage keys at all: not those of filters, which lie in the configuration of Envoys.
     ///
     /// # Errors
@@ -139,6 +124,19 @@ impl Caller {
         self.is_admin() || self.owner_id == owner_id
     }
 
+    /// Admits keys that the caller may switch off or revoke: those that open the control plane are for admins, or any key
+    /// of their owner could end the sync of all filters.
+    ///
+    /// # Errors
+    /// 403 that names the scope.
+    pub fn require_changeable(&self, scopes: &[String]) -> Result<(), ApiError> {
+        let beyond = scopes.iter().find(|scope| opens_the_control_plane(scope)).filter(|_| !self.is_admin());
+        beyond.map_or(Ok(()), |scope| {
+            let detail = format!("A key with the scope {scope} is changed and revoked with an admin's key only.");
+            Err(ApiError::Forbidden(detail))
+        })
+    }
+
     /// Admits scopes that the caller may give to a new key: any for admins, a subset of their own for others, and never
     /// those that open the control plane.
     ///
@@ -148,15 +146,14 @@ impl Caller {
         if self.is_admin() {
             return Ok(());
         }
-        let too_many =
-            scopes.as_slice().iter().find(|scope| [ADMIN, SYNC].contains(&scope.as_str()) || !self.has_scope(scope));
+        let too_many = scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !self.has_scope(scope));
         too_many.map_or(Ok(()), |scope| {
             Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}: it does not have it to give.")))
         })
     }
 
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own and has the same rate
-    /// limits, if that has any. Admins are not bound.
+    /// limits, if that has any, and its owner has no more than so many keys. Admins are not bound.
     pub fn bind(&self, new: &mut NewKey) {
         if self.is_admin() {
             return;
@@ -166,44 +163,96 @@ impl Caller {
         if !self.rate_limits.is_empty() {
             new.rate_limits.clone_from(&self.rate_limits);
         }
+        new.at_most = Some(LIVE_KEYS);
     }
+}
 
-    fn require_scope(&self, scope: &str) -> Result<(), ApiError> {
-        if self.has_scope(scope) {
-            return Ok(());
-        }
-        Err(ApiError::Forbidden(format!("This call needs a key with the scope {scope}.")))
-    }
+fn opens_the_control_plane(scope: &str) -> bool {
+    [ADMIN, SYNC].contains(&scope)
 }
 
 impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        if app.store.position().is_none() {
-            return Err(ApiError::Unavailable("The control plane is starting. Try again shortly."));
-        }
-        let presented = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
-        let found = match presented.len() {
-            0 => None,
-            1..=PRESENTED_BYTES => store::find_by_hash(&app.pool, &KeyHash::of(presented)).await?,
-            _ => None,
+        let presenting = Presenting::of(app, parts)?;
+        let found = match &presenting.hash {
+            Some(hash) => store::find_by_hash(&app.pool, hash).await?,
+            None => None,
         };
-        let record = match &found {
-            Some(found) => Presented::Key(&found.record),
-            None if presented.is_empty() => Presented::Nothing,
+        let (record, email) = found.map(|found| (found.record, found.email)).unzip();
+        let record = presenting.admit(record, None)?;
+        let key_id = record.key_id.into();
+        app.callers.count(Limited::Key(key_id))?;
+        let Record { owner_id, scopes, rate_limits, expires_at_s, .. } = record;
+        let email = email.unwrap_or_default();
+        Ok(Self { key_id, owner_id: owner_id.into(), email, scopes, rate_limits, expires_at_s })
+    }
+}
+
+/// A filter: the id of its key, which has the scope `sync`.
+///
+/// The mirror knows its key, so that Envoys are answered while the database is down; a key that the mirror does not know
+/// may be newer than the mirror and is looked up in the database.
+#[derive(Clone, Copy, Debug)]
+pub struct SyncCaller(pub Uuid);
+
+impl FromRequestParts<App> for SyncCaller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let presenting = Presenting::of(app, parts)?;
+        let record = match (&presenting.mirrored, &presenting.hash) {
+            (Some(record), _) => Some(record.clone()),
+            (None, Some(hash)) => store::find_by_hash(&app.pool, hash).await?.map(|found| found.record),
+            (None, None) => None,
+        };
+        Ok(Self(presenting.admit(record, Some(SYNC))?.key_id.into()))
+    }
+}
+
+/// What a request presents as its key, and whom to limit if it is refused.
+struct Presenting<'a> {
+    app: &'a App,
+    bytes: &'a [u8],
+    address: IpAddr,
+    /// None if what is presented cannot be a key.
+    hash: Option<KeyHash>,
+    /// What the mirror knows of the key.
+    mirrored: Option<Record>,
+}
+
+impl<'a> Presenting<'a> {
+    /// Whoever presents no key that the mirror knows is counted before the database is asked: guessing keys costs the
+    /// database no more than the limit, and callers with a good key do not pay for guesses from their address.
+    fn of(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
+        if app.store.position().is_none() {
+            return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
+        }
+        let bytes = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
+        let hash = (1..=PRESENTED_BYTES).contains(&bytes.len()).then(|| KeyHash::of(bytes));
+        let mirrored = hash.as_ref().and_then(|hash| app.store.find(hash));
+        let address = peer(parts);
+        if mirrored.is_none() {
+            app.callers.count(Limited::Address(address))?;
+        }
+        Ok(Self { app, bytes, address, hash, mirrored })
+    }
+
+    /// Decides as the filter does. A refusal counts against the address, once.
+    fn admit(self, record: Option<Record>, required_scope: Option<&str>) -> Result<Record, ApiError> {
+        let presented = match &record {
+            Some(record) => Presented::Key(record),
+            None if self.bytes.is_empty() => Presented::Nothing,
             None => Presented::Stranger,
         };
         let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
-        match (decide(record, &Facts::at(now_s)), found) {
-            (Outcome::Allowed, Some(found)) => {
-                let key_id = found.record.key_id.into();
-                app.callers.count(Limited::Key(key_id))?;
-                let Record { owner_id, scopes, rate_limits, expires_at_s, .. } = found.record;
-                Ok(Self { key_id, owner_id: owner_id.into(), email: found.email, scopes, rate_limits, expires_at_s })
-            }
+        match (decide(presented, &Facts { required_scope, ..Facts::at(now_s) }), record) {
+            (Outcome::Allowed, Some(record)) => Ok(record),
             (outcome, _) => {
-                app.callers.count(Limited::Address(peer(parts)))?;
+                if self.mirrored.is_some() {
+                    self.app.callers.count(Limited::Address(self.address))?;
+                }
                 Err(ApiError::Refused(outcome))
             }
         }
@@ -212,7 +261,7 @@ impl FromRequestParts<App> for Caller {
 
 /// The address that a call comes from; one for all where the server does not tell.
 fn peer(parts: &Parts) -> IpAddr {
-    let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip().to_canonical());
+    let peer = parts.extensions.get::<ConnectInfo<Peer>>().map(|info| info.0.0.ip().to_canonical());
     match peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
         address @ IpAddr::V4(_) => address,
@@ -221,6 +270,8 @@ fn peer(parts: &Parts) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
 
     fn caller(scopes: &[&str]) -> Caller {
@@ -236,7 +287,7 @@ mod tests {
 
     fn peer_of(address: &str) -> IpAddr {
         let (mut parts, ()) = axum::http::Request::new(()).into_parts();
-        parts.extensions.insert(ConnectInfo(SocketAddr::new(address.parse().unwrap(), 1)));
+        parts.extensions.insert(ConnectInfo(Peer(SocketAddr::new(address.parse().unwrap(), 1))));
         peer(&parts)
     }
 
@@ -257,6 +308,15 @@ mod tests {
         assert!(caller(&["a"]).require_grantable(&scopes("b")).is_err());
         assert!(caller(&["sync"]).require_grantable(&scopes("sync")).is_err());
         assert!(caller(&["admin"]).require_grantable(&scopes("admin")).is_ok());
+    }
+
+    #[test]
+    fn keys_that_open_the_control_plane_are_changed_by_admins_only() {
+        for scope in ["admin", "sync"] {
+            assert!(caller(&["a"]).require_changeable(&["a".into(), scope.into()]).is_err());
+            assert!(caller(&["admin"]).require_changeable(&[scope.into()]).is_ok());
+        }
+        assert!(caller(&[]).require_changeable(&["a".into()]).is_ok());
     }
 
     #[test]

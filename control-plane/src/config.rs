@@ -117,13 +117,15 @@ pub enum Admin {
         /// What people recognise the key by
         #[arg(long)]
         name: String,
-        /// The user that the key belongs to
-        #[arg(long, default_value = OPERATOR)]
-        email: String,
+        /// The user that the key belongs to; may be left out if its scopes are only admin and sync
+        #[arg(long)]
+        email: Option<String>,
         /// After how many seconds the key expires; never if left out
         #[arg(long)]
         expires_in_seconds: Option<i64>,
     },
+    /// Print a fresh key and store nothing, for PORTCULLIS_ADMIN_KEY or PORTCULLIS_SYNC_KEY. Needs no database
+    GenerateKey,
     /// Make every filter load all keys anew. Needed after the files of the database were put back by hand
     NewEpoch {
         /// The database.
@@ -164,7 +166,7 @@ pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
         Ok(text) if text.is_empty() => Ok(None),
         Ok(text) => match check(&text) {
             Ok(_) => Ok(Some(Secret::from_presented(text))),
-            Err(error) => Err(format!("{variable}: {error}; `control-plane admin create-key` makes one")),
+            Err(error) => Err(format!("{variable}: {error}; `control-plane admin generate-key` makes one")),
         },
         Err(std::env::VarError::NotUnicode(_)) => Err(format!("{variable}: the key is not text")),
     }

@@ -116,6 +116,10 @@ impl IntoResponse for ApiError {
             Self::Invalid { field, detail } => {
                 respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field)
             }
+            Self::Unreadable(status, detail) if status.is_server_error() => {
+                tracing::error!(%status, detail, "the framework failed");
+                internal()
+            }
             Self::Unreadable(status, detail) => {
                 let (code, title) = match status {
                     StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "Body too large"),

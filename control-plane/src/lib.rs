@@ -3,10 +3,12 @@
 //!
 //! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
 //! [`auth`] says who calls; [`key`] is the domain and its SQL; [`sync`] brings keys to the filters; [`usage`] brings counts
-//! back; [`error`] is what goes wrong; [`serve`] starts and stops it all.
+//! back; [`error`] is what goes wrong; [`serve`] starts and stops it all, over
+//! [`connection`]s that lose nothing.
 
 pub mod auth;
 pub mod config;
+pub mod connection;
 pub mod error;
 pub mod http;
 pub mod key;
@@ -27,6 +29,8 @@ pub struct App {
     pub pool: sqlx::PgPool,
     /// Keys on their way to the filters.
     pub store: sync::Store,
+    /// What brings them there, for polls that cannot wait for it.
+    pub feed: sync::feed::Feed,
     /// The way in for usage.
     pub usage: usage::Ingest,
     /// How often callers may call.

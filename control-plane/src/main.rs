@@ -6,8 +6,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use control_plane::config::{Admin, Cli, Command, Database, Usage};
-use control_plane::key::domain::{Email, KeyName, Scopes, parse_expiry};
+use contract::key::KeyKind;
+use control_plane::config::{Admin, Cli, Command, Database, OPERATOR, Usage};
+use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, parse_expiry};
 use control_plane::key::store::{self as keys, NewKey};
 use control_plane::sync::feed;
 use control_plane::{http, serve, usage};
@@ -40,16 +41,26 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Serve(settings) => serve::serve(*settings).await,
         Command::Openapi => print(&http::openapi().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds }) => {
+            let scopes = Scopes::parse(scopes)?;
+            let operators = scopes.as_slice().iter().all(|scope| [ADMIN, SYNC].contains(&scope.as_str()));
+            let email = match &email {
+                Some(email) => email,
+                None if operators => OPERATOR,
+                None => {
+                    return Err("--email: say whom the key is for; only keys for admin and sync need no user".into());
+                }
+            };
             let new = NewKey {
-                scopes: Scopes::parse(scopes)?,
+                scopes,
                 expires_at: parse_expiry(None, expires_in_seconds, OffsetDateTime::now_utc())?,
-                ..NewKey::plain(Email::parse(&email)?, KeyName::parse("name", &name)?)
+                ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
             };
             let pool = connect(&database).await?;
             let (key, secret) = keys::create(&pool, new).await?;
             writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
             print(secret.reveal())
         }
+        Command::Admin(Admin::GenerateKey) => print(keys::generate(KeyKind::Live)?.reveal()),
         Command::Admin(Admin::NewEpoch { database }) => {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
             print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))

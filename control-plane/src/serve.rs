@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::connect_info::ConnectInfo;
 use contract::key::Secret;
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -19,10 +18,12 @@ use tracing::{info, warn};
 
 use crate::auth::Callers;
 use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key};
+use crate::connection::{Connections, Peer};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::store as keys;
-use crate::sync::{Store, feed};
+use crate::sync::Store;
+use crate::sync::feed::Feed;
 use crate::usage::Ingest;
 use crate::{App, MIGRATIONS, http, telemetry};
 
@@ -39,8 +40,8 @@ const ACQUIRE: Duration = Duration::from_secs(3);
 const LOCK: &str = "3s";
 const STATEMENT: &str = "60s";
 
-/// Connections of the feed: one listens, one reads.
-const FEED_CONNECTIONS: u32 = 2;
+/// Connections of the feed: one listens, one reads, one asks who the database is.
+const FEED_CONNECTIONS: u32 = 3;
 
 /// How long to wait before the database is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -64,31 +65,34 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let address = listener.local_addr()?;
     let (stop, stopping) = watch::channel(false);
     let (usage, committing) = Ingest::start(pool.clone());
+    // The feed has connections of its own: a revocation reaches the filters however many requests wait for one.
+    let (feed_pool, store) = (open(&options, FEED_CONNECTIONS), Store::new());
+    let feed = Feed::new(feed_pool.clone(), store.clone());
     let app = App {
         pool: pool.clone(),
-        store: Store::new(),
+        store,
+        feed: feed.clone(),
         usage,
         callers: Arc::new(Callers::new(settings.api_rate_limit, settings.api_burst)),
         long_poll: Duration::from_secs(settings.long_poll_seconds),
         stopping,
     };
-    // The feed has connections of its own: a revocation reaches the filters however many requests wait for one.
-    let (feed_pool, store) = (open(&options, FEED_CONNECTIONS), app.store.clone());
     let mut feeding = tokio::spawn(async move {
         prepare(&options, &feed_pool, [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
-        feed::run(feed_pool, store, Duration::from_millis(settings.poll_interval_ms)).await;
+        feed.run(Duration::from_millis(settings.poll_interval_ms)).await;
         Ok::<_, String>(())
     });
-    let tidying = tokio::spawn(tidy(pool, Arc::clone(&app.callers), settings.revoked_retention_days));
+    let tidying =
+        tokio::spawn(tidy(pool, app.store.clone(), Arc::clone(&app.callers), settings.revoked_retention_days));
 
-    let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<SocketAddr>();
+    let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<Peer>();
     if let Some(file) = &settings.address_file {
         write_address(file, address).map_err(|error| format!("--address-file {}: {error}", file.display()))?;
     }
     info!(%address, "listening");
     let ended = told_to_end()?;
     let mut told = stop.subscribe();
-    let server = axum::serve(listener, service).with_graceful_shutdown(async move {
+    let server = axum::serve(Connections(listener), service).with_graceful_shutdown(async move {
         ended.await;
         info!("ending: no new requests, held polls end now");
         let _ = stop.send(true);
@@ -201,13 +205,14 @@ async fn enter(pool: &PgPool, key: Option<&Secret>, scope: &str) -> Result<(), A
 
 /// Work that is done now and then: forgetting callers that have gone, and letting filters forget keys that were revoked
 /// long ago.
-async fn tidy(pool: PgPool, callers: Arc<Callers>, retention_days: i32) {
+async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days: i32) {
     let mut often = tokio::time::interval(Duration::from_secs(60));
     let mut seldom = tokio::time::interval(HOUR);
     loop {
         tokio::select! {
             _ = often.tick() => callers.tidy(),
-            _ = seldom.tick() => loop {
+            // Not before the schema is there.
+            _ = seldom.tick(), if store.position().is_some() => loop {
                 match keys::withdraw(&pool, retention_days).await {
                     Ok(0) => break,
                     Ok(keys) => info!(keys, "filters forget keys that were revoked long ago"),
@@ -239,6 +244,3 @@ fn told_to_end() -> std::io::Result<impl Future<Output = ()>> {
         }
     })
 }
-
-/// The peer of a request, where the server knows it.
-pub type Peer = ConnectInfo<SocketAddr>;

@@ -331,3 +331,53 @@ fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
         );
     }
 }
+
+#[sqlx::test(migrations = "./migrations")]
+async fn keys_that_open_the_control_plane_are_changed_by_admins_only(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    for scope in ["admin", "sync"] {
+        let (id, _) = fixture.key("user@example.com", &["orders:read", scope]).await;
+        let uri = format!("/v1/keys/{id}");
+        sqlx::query("update user_preferences set primary_key_id = $1 where email = 'user@example.com'")
+            .bind(id)
+            .execute(&pool)
+            .await
+            .unwrap();
+        let detail = format!("A key with the scope {scope} is changed and revoked with an admin's key only.");
+        let primary = json!({"email": "user@example.com", "key_name": "x"});
+        for reply in [
+            send_json(&fixture, "PATCH", &uri, &user, &json!({"disabled": true})).await,
+            send(&fixture, "DELETE", &uri, &user).await,
+            send(&fixture, "DELETE", "/api/user/key/user@example.com", &user).await,
+            send_json(&fixture, "POST", "/api/user/key", &user, &primary).await,
+        ] {
+            assert_status(&reply, 403, "forbidden", &detail, None);
+        }
+        assert_eq!(send(&fixture, "GET", &uri, &user).await.json()["state"], "active");
+        assert_eq!(send(&fixture, "DELETE", "/api/user/key/user@example.com", &admin).await.status.as_u16(), 200);
+        assert_eq!(send(&fixture, "GET", &uri, &user).await.json()["state"], "revoked");
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_makes_a_hundred_keys_and_an_admin_more(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let bulk = "insert into api_keys (id, owner_id, name, hash, revoked_at, expires_at)
+        select gen_random_uuid(), p.id, 'bulk', sha256(n::text::bytea), case when n = 1 then now() end,
+            case when n = 2 then now() end
+        from generate_series(1, 100) n, user_preferences p where p.email = 'user@example.com'";
+    sqlx::query(bulk).execute(&pool).await.unwrap();
+    let body = json!({"email": "user@example.com", "name": "one more"});
+    // 99 are live: keys that were revoked or have expired do not count.
+    let last = send_json(&fixture, "POST", "/v1/keys", &user, &body).await;
+    assert_eq!(last.status.as_u16(), 201);
+    let detail = "This user has 100 live keys. Revoke one that is not needed, or ask an admin.";
+    assert_status(&send_json(&fixture, "POST", "/v1/keys", &user, &body).await, 409, "conflict", detail, None);
+    let primary = json!({"email": "user@example.com", "key_name": "x"});
+    assert_status(&send_json(&fixture, "POST", "/api/user/key", &user, &primary).await, 409, "conflict", detail, None);
+    assert_eq!(send_json(&fixture, "POST", "/v1/keys", &admin, &body).await.status.as_u16(), 201);
+}

@@ -298,6 +298,7 @@ async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
     let fixture = Fixture::with_callers(pool, 2).await;
     let (_, one) = fixture.key("one@example.com", &[]).await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
+    fixture.in_step().await;
     let uri = "/api/user/key/one@example.com";
     for _ in 0..2 {
         assert_eq!(get(&fixture, uri, &one).await.status.as_u16(), 200);
@@ -310,6 +311,11 @@ async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
 
     let codes = async || fixture.send(request("GET", uri, None, Body::empty())).await.status.as_u16();
     assert_eq!([codes().await, codes().await, codes().await], [401, 401, 429]);
+    // So are guesses at either door, and keys that are known are not held up by guesses from their address.
+    let guess = Secret::from_presented("sk_live_guess".into());
+    assert_eq!(status_of(&fixture, &guess).await, 429);
+    assert_eq!(get(&fixture, "/sync/v1/keys", &guess).await.status.as_u16(), 429);
+    assert_eq!(status_of(&fixture, &other).await, 200);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -222,7 +222,7 @@ async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_
     let old = synced(&behind, &sync).await.epoch;
     store::revoke(&pool, revoked).await.unwrap();
     let new = feed::new_epoch(&pool).await.unwrap();
-    feed::refresh(&pool, &ahead.app.store).await.unwrap();
+    ahead.app.feed.refresh(None).await.unwrap();
     let mut reader = synced(&ahead, &sync).await;
     assert_eq!(reader.epoch, Some(new.into()));
 
@@ -353,6 +353,68 @@ async fn rows_of_keys_cannot_be_deleted(pool: PgPool) {
     support::key(&pool, "a@example.com", &[]).await;
     let error = sqlx::query("delete from api_keys").execute(&pool).await.unwrap_err().to_string();
     assert!(error.contains("never deleted: revoke the key instead"), "{error}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_hash_of_a_key_never_changes(pool: PgPool) {
+    support::key(&pool, "a@example.com", &[]).await;
+    let change = "update api_keys set hash = sha256('another')";
+    let error = sqlx::query(change).execute(&pool).await.unwrap_err().to_string();
+    assert!(error.contains("make another key and revoke this one"), "{error}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
+    let (id, _) = support::key(&pool, "a@example.com", &[]).await;
+    store::revoke(&pool, id).await.unwrap();
+    let (live, _) = support::key(&pool, "a@example.com", &[]).await;
+    let before = revision(&pool).await;
+    assert_eq!(store::withdraw(&pool, 30).await.unwrap(), 0);
+    assert!(store::revoke(&pool, id).await.unwrap());
+    assert!(!store::change(&pool, id, None, Some(true)).await.unwrap());
+    assert!(store::change(&pool, live, None, Some(false)).await.unwrap());
+    assert_eq!(revision(&pool).await, before);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
+    let mut behind = Fixture::new(pool.clone()).await;
+    let (_, sync) = behind.key("operator@example.com", &["sync"]).await;
+    behind.in_step().await;
+    behind.stop_feed();
+    behind.shorten_polls();
+    let (epoch, at) = behind.app.store.position().unwrap();
+    let continued = async |epoch: Epoch, least: u64| {
+        let uri = format!("/sync/v1/keys?epoch={epoch}&cursor=700&revision={least}");
+        behind.send(request("GET", &uri, Some(&sync), Body::empty())).await
+    };
+
+    // Recent enough: it does not look.
+    let (newer, _) = behind.key("a@example.com", &[]).await;
+    let header = Reader::default().apply(&continued(epoch, at).await);
+    assert_eq!((header.revision, header.part), (at, Part::Snapshot { from: 700, to: BUCKETS }));
+
+    // Behind: it looks, and goes on.
+    store::revoke(&pool, newer).await.unwrap();
+    let now = revision(&pool).await;
+    let header = Reader::default().apply(&continued(epoch, now).await);
+    assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 700, to: BUCKETS }));
+
+    // The database itself is behind: it was restored, and the snapshot starts over.
+    let header = Reader::default().apply(&continued(epoch, now + 5).await);
+    assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 0, to: BUCKETS }));
+
+    // So it does with the epoch that begins then.
+    sqlx::query("update store_state set revision = revision - 1").execute(&pool).await.unwrap();
+    let header = Reader::default().apply(&continued(epoch, now + 5).await);
+    assert_eq!((header.epoch == epoch, header.part), (false, Part::Snapshot { from: 0, to: BUCKETS }));
+    let epoch = header.epoch;
+
+    // It cannot look: the reader waits.
+    pool.close().await;
+    let reply = continued(epoch, now + 5).await;
+    assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, "1"));
+    assert_eq!(continued(epoch, now - 1).await.status.as_u16(), 200);
 }
 
 #[sqlx::test(migrations = "./migrations")]

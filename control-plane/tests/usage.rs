@@ -155,14 +155,12 @@ async fn a_message_that_is_damaged_or_senseless_changes_nothing(pool: PgPool) {
     let good = write_reports(&[report(REPORTER, 1, &[count(Some(id), Outcome::Allowed, 1)])]).unwrap();
     let mut damaged = good.clone();
     damaged[20] ^= 1;
-    let far = Count { last_ms: u64::MAX, ..count(Some(id), Outcome::Allowed, 1) };
     for body in [
         Vec::new(),
         b"nonsense".to_vec(),
         damaged,
         good[..good.len() - 1].to_vec(),
         write_reports(&[]).unwrap(),
-        write_reports(&[report(REPORTER, 1, &[far])]).unwrap(),
         write_reports(&[report(REPORTER, 1, &[count(Some(id), Outcome::Allowed, u64::MAX)])]).unwrap(),
     ] {
         let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&sync), body)).await;
@@ -171,6 +169,41 @@ async fn a_message_that_is_damaged_or_senseless_changes_nothing(pool: PgPool) {
     assert_eq!(allowed(&pool, id).await, 0);
     assert_eq!(acknowledged(&fixture.send(request("POST", "/sync/v1/usage", Some(&sync), good)).await), 1);
     assert_eq!(allowed(&pool, id).await, 1);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn usage_from_the_future_counts_as_of_now(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    let mut far = Count { last_ms: u64::MAX, ..count(Some(id), Outcome::Allowed, 1) };
+    far.of.hour = u32::MAX;
+    assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &[far])]).await), 1);
+    let line = format!("portcullis-usage {}", hex::encode(write_reports(&[report(REPORTER, 2, &[far])]).unwrap()));
+    assert_eq!(import(&pool, Cursor::new(&line)).await.unwrap().applied, 1);
+    let now: bool = sqlx::query_scalar(
+        "select bool_and(last_used_at between now() - interval '1 minute' and now() + interval '1 second'
+            and hour between now() - interval '61 minutes' and now())
+        from key_usage join usage_hourly using (key_id)",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!((now, allowed(&pool, id).await), (true, 2));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_log_may_hold_the_lines_of_an_envoy_in_any_order(pool: PgPool) {
+    let (id, _) = support::key(&pool, "a@example.com", &[]).await;
+    let line = |reporter: u8, seq: u64| {
+        let reports = [report(ReporterId([reporter; 16]), seq, &[count(Some(id), Outcome::Allowed, 1)])];
+        format!("portcullis-usage {}\n", hex::encode(write_reports(&reports).unwrap()))
+    };
+    // More than one message holds, the highest first, of two Envoys by turns.
+    let log: String = (1..=20).rev().flat_map(|seq| [line(1, seq), line(2, seq)]).collect();
+    let imported = import(&pool, Cursor::new(&log)).await.unwrap();
+    assert_eq!(imported, Imported { applied: 40, known: 0, bad: Vec::new() });
+    assert_eq!(allowed(&pool, id).await, 40);
 }
 
 #[sqlx::test(migrations = "./migrations")]

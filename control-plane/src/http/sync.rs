@@ -1,20 +1,12 @@
 //! The filters' side: polls are held here until there is something to tell, usage reports are taken. Only keys with the
 //! scope `sync` come in, and they can do nothing else.
-//!
-//! Keys are looked up in the mirror, so that Envoys are answered while the database is down; a key that the mirror does
-//! not know may be newer than the mirror and is looked up in the database.
-
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use contract::decision::{Facts, Presented, decide};
 use contract::hash::BUCKETS;
-use contract::hash::KeyHash;
 use contract::id::Epoch;
-use contract::outcome::Outcome;
 use contract::page::{Header, Page, PageView, PageWriter, Part};
 use contract::usage::read_reports;
 use serde::Deserialize;
@@ -22,10 +14,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::App;
+use crate::auth::SyncCaller;
 use crate::error::ApiError;
 use crate::http::extract::Query;
-use crate::key::store as keys;
-use crate::sync::feed;
 use crate::sync::mirror::Wanted;
 use crate::usage::IngestError;
 
@@ -34,7 +25,8 @@ const PAGE_TYPE: &str = "application/vnd.portcullis.page";
 /// The media type of an acknowledgement.
 const ACK_TYPE: &str = "application/vnd.portcullis.ack";
 
-/// From where on a filter syncs. What a newer filter says beside that is left alone.
+/// From where on a filter syncs: nothing for a new one; epoch and revision for the changes after it; epoch, cursor and the
+/// least revision that the page must have for the next page of a snapshot. What a newer filter says beside that is left alone.
 #[derive(Debug, Deserialize)]
 pub struct Poll {
     epoch: Option<Uuid>,
@@ -46,8 +38,12 @@ pub struct Poll {
 ///
 /// # Errors
 /// A refused key, a senseless query, or 503 before the mirror is loaded.
-pub async fn poll(State(app): State<App>, headers: HeaderMap, Query(poll): Query<Poll>) -> Result<Response, ApiError> {
-    admit(&app, &headers).await?;
+pub async fn poll(
+    State(app): State<App>,
+    _: SyncCaller,
+    headers: HeaderMap,
+    Query(poll): Query<Poll>,
+) -> Result<Response, ApiError> {
     let page = page_for(&app, &poll).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
@@ -56,25 +52,33 @@ pub async fn poll(State(app): State<App>, headers: HeaderMap, Query(poll): Query
         return Ok(axum::Json(view).into_response());
     }
     metrics::counter!("portcullis_sync_pages_total").increment(1);
-    Ok(([(header::CONTENT_TYPE, PAGE_TYPE), (header::CACHE_CONTROL, "no-store")], page).into_response())
+    // How old what the page tells may be (RFC 9111, section 5.1): seconds, if the database has not been reached for so
+    // long. Filters that must not serve old keys count it in.
+    let age = HeaderValue::from(app.store.age().unwrap_or_default().as_secs());
+    let no_store = HeaderValue::from_static("no-store");
+    let kind = HeaderValue::from_static(PAGE_TYPE);
+    let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, no_store), (header::AGE, age)];
+    Ok((headers, page).into_response())
 }
 
 async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
     let deadline = Instant::now() + app.long_poll;
     let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
-        (Some(epoch), _, Some(cursor)) => {
+        (Some(epoch), least, Some(cursor)) => {
             if cursor >= BUCKETS {
                 return Err(ApiError::invalid(
                     "cursor",
                     format!("must be below {BUCKETS}: take it from the last page"),
                 ));
             }
-            let epoch = Epoch::from(epoch);
-            if !up_to_date(app, epoch, 0, deadline).await {
+            let (epoch, least) = (Epoch::from(epoch), least.unwrap_or(0));
+            if !up_to_date(app, epoch, least, deadline).await {
                 return Err(ApiError::Unavailable("This replica does not know that state of the keys. Try again."));
             }
-            let same = app.store.position().is_some_and(|(ours, _)| ours == epoch);
-            return written(app, Wanted::Snapshot(if same { cursor } else { 0 }));
+            // A page of an older state than those before it could bring revoked keys back. Where the database itself is
+            // behind, it was restored: the snapshot starts over.
+            let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
+            return written(app, Wanted::Snapshot(if continues { cursor } else { 0 }));
         }
         (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
         (None, Some(_), None) => {
@@ -114,7 +118,7 @@ async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -
     }
     let mut stopping = app.stopping.clone();
     tokio::select! {
-        looked = tokio::time::timeout_at(deadline, feed::refresh(&app.pool, &app.store)) => matches!(looked, Ok(Ok(()))),
+        looked = tokio::time::timeout_at(deadline, app.feed.refresh(Some((epoch, revision)))) => matches!(looked, Ok(Ok(()))),
         _ = stopping.wait_for(|stopping| *stopping) => false,
     }
 }
@@ -137,8 +141,7 @@ fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> 
 ///
 /// # Errors
 /// A refused key, reports that do not make sense or are another's, 503 if they cannot be taken now.
-pub async fn report(State(app): State<App>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
-    let key = admit(&app, &headers).await?;
+pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: Bytes) -> Result<Response, ApiError> {
     let reports = read_reports(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() });
     let reports = reports.inspect_err(|_| rejected())?;
     let ack = app.usage.submit(reports, key).await.map_err(|error| match error {
@@ -164,29 +167,6 @@ pub async fn report(State(app): State<App>, headers: HeaderMap, body: Bytes) -> 
 
 fn rejected() {
     metrics::counter!("portcullis_usage_reports_total", "result" => "rejected").increment(1);
-}
-
-/// Admits a key with the scope `sync`; returns its id.
-async fn admit(app: &App, headers: &HeaderMap) -> Result<Uuid, ApiError> {
-    let presented = headers.get(HeaderName::from_static("x-api-key")).map(|value| value.as_bytes()).unwrap_or_default();
-    if presented.is_empty() {
-        return Err(ApiError::Refused(Outcome::Missing));
-    }
-    if app.store.position().is_none() {
-        return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
-    }
-    let hash = KeyHash::of(presented);
-    let record = match app.store.find(&hash) {
-        Some(record) => Some(record),
-        None => keys::find_by_hash(&app.pool, &hash).await?.map(|found| found.record),
-    };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    let facts = Facts { required_scope: Some("sync"), ..Facts::at(now.as_secs()) };
-    let outcome = decide(record.as_ref().map_or(Presented::Stranger, Presented::Key), &facts);
-    match record {
-        Some(record) if outcome == Outcome::Allowed => Ok(record.key_id.into()),
-        _ => Err(ApiError::Refused(outcome)),
-    }
 }
 
 /// Does something when it is dropped, however the future that holds it ends.

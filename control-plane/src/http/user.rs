@@ -156,7 +156,7 @@ pub async fn status(
 /// Make a key for a user. The one before it, if any, is revoked with it.
 ///
 /// # Errors
-/// 400, 401, 403, 413, 415, 429, 503.
+/// 400, 401, 403, 409, 413, 415, 429, 503.
 #[utoipa::path(
     post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
     responses(
@@ -164,6 +164,7 @@ pub async fn status(
         (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The user has too many keys", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
@@ -180,7 +181,7 @@ pub async fn generate(
     caller.require_owner_or_admin(&email)?;
     let mut new = NewKey::plain(email, name);
     caller.bind(&mut new);
-    let key = store::replace_primary(&app.pool, &new).await?;
+    let key = store::replace_primary(&app.pool, &new, |scopes| caller.require_changeable(scopes)).await?;
     app.store.nudge();
     let key_prefix = key.display_prefix();
     Ok(Json(GenerateReply { success: true, message: "API key generated successfully", key, key_prefix }))
@@ -209,7 +210,7 @@ pub async fn revoke(
 ) -> Result<Json<RevokeReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
-    if !store::revoke_primary(&app.pool, &email).await? {
+    if !store::revoke_primary(&app.pool, &email, |scopes| caller.require_changeable(scopes)).await? {
         return Err(ApiError::NotFound(format!("{email} has no API key.")));
     }
     app.store.nudge();

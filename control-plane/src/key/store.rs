@@ -63,14 +63,20 @@ pub struct NewKey {
     pub rate_limits: Vec<RateLimit>,
     /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
+    /// How many live keys its owner may have with it; as many as they like if none.
+    pub at_most: Option<i64>,
 }
+
+/// Live keys that a user may make for themselves, so that no key of a user can fill the memory of every Envoy. Admins
+/// make as many as they like.
+pub const LIVE_KEYS: i64 = 100;
 
 impl NewKey {
     /// A live key that grants nothing in particular and does not end.
     #[must_use]
     pub fn plain(email: Email, name: KeyName) -> Self {
         let (scopes, rate_limits) = (Scopes::default(), Vec::new());
-        Self { email, name, kind: KeyKind::Live, scopes, rate_limits, expires_at: None }
+        Self { email, name, kind: KeyKind::Live, scopes, rate_limits, expires_at: None, at_most: None }
     }
 }
 
@@ -137,16 +143,21 @@ pub async fn create(pool: &PgPool, new: NewKey) -> Result<(Key, Secret), ApiErro
     Ok((key, secret))
 }
 
-/// Makes the user's primary key anew; the one before it dies with the same commit.
+/// Makes the user's primary key anew; the one before it dies with the same commit. `may` judges by its scopes whether it
+/// may.
 ///
 /// # Errors
-/// Those of the database and of the operating system's randomness.
-pub async fn replace_primary(pool: &PgPool, new: &NewKey) -> Result<Secret, ApiError> {
+/// Those of `may`, of the database and of the operating system's randomness.
+pub async fn replace_primary(
+    pool: &PgPool,
+    new: &NewKey,
+    may: impl Fn(&[String]) -> Result<(), ApiError>,
+) -> Result<Secret, ApiError> {
     let secret = generate(new.kind)?;
     let mut transaction = pool.begin().await?;
     let user = lock_user(&mut transaction, &new.email).await?;
     if let Some(old) = user.primary_key_id {
-        revoke_row(&mut transaction, old).await?;
+        revoke_row(&mut transaction, old, may).await?;
     }
     let id = insert(&mut transaction, user.id, new, &secret).await?.id;
     sqlx::query!("update user_preferences set primary_key_id = $2 where id = $1", user.id, id)
@@ -189,21 +200,21 @@ pub async fn insert_given(
 /// Those of the database.
 pub async fn revoke(pool: &PgPool, id: Uuid) -> Result<bool, ApiError> {
     let mut transaction = pool.begin().await?;
-    let revoked = sqlx::query_scalar!(r#"select revoked_at is not null as "revoked!" from api_keys where id = $1"#, id)
-        .fetch_optional(&mut *transaction)
-        .await?;
-    if revoked == Some(false) {
-        revoke_row(&mut transaction, id).await?;
-        transaction.commit().await?;
-    }
+    let revoked = revoke_row(&mut transaction, id, |_| Ok(())).await?;
+    transaction.commit().await?;
     Ok(revoked.is_some())
 }
 
-/// Revokes the user's primary key. Says whether there was one that was not revoked.
+/// Revokes the user's primary key. Says whether there was one that was not revoked. `may` judges by its scopes whether it
+/// may.
 ///
 /// # Errors
-/// Those of the database.
-pub async fn revoke_primary(pool: &PgPool, email: &Email) -> Result<bool, ApiError> {
+/// Those of `may` and of the database.
+pub async fn revoke_primary(
+    pool: &PgPool,
+    email: &Email,
+    may: impl Fn(&[String]) -> Result<(), ApiError>,
+) -> Result<bool, ApiError> {
     let mut transaction = pool.begin().await?;
     let primary = sqlx::query_scalar!(
         "select primary_key_id from user_preferences where email = $1 for no key update",
@@ -213,9 +224,9 @@ pub async fn revoke_primary(pool: &PgPool, email: &Email) -> Result<bool, ApiErr
     .await?
     .flatten();
     let Some(id) = primary else { return Ok(false) };
-    let revoked = revoke_row(&mut transaction, id).await?;
+    let revoked = revoke_row(&mut transaction, id, may).await?;
     transaction.commit().await?;
-    Ok(revoked)
+    Ok(revoked == Some(true))
 }
 
 /// Lets filters forget keys that were revoked longer ago than `days`. Says how many.
@@ -223,6 +234,18 @@ pub async fn revoke_primary(pool: &PgPool, email: &Email) -> Result<bool, ApiErr
 /// # Errors
 /// Those of the database.
 pub async fn withdraw(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    // A statement that changes nothing would wake every filter all the same.
+    let any = sqlx::query_scalar!(
+        r#"select exists (
+            select from api_keys where not withdrawn and revoked_at < now() - make_interval(days => $1)
+        ) as "any!""#,
+        days
+    )
+    .fetch_one(pool)
+    .await?;
+    if !any {
+        return Ok(0);
+    }
     let withdrawn = sqlx::query!(
         "update api_keys set withdrawn = true
         where id in (
@@ -242,8 +265,13 @@ pub async fn withdraw(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
 /// Those of the database.
 pub async fn change(pool: &PgPool, id: Uuid, name: Option<&KeyName>, disabled: Option<bool>) -> Result<bool, ApiError> {
     let name = name.map(KeyName::as_str);
-    // Filters know nothing of names: a statement that leaves `disabled` alone costs them nothing.
-    let changed = match disabled {
+    // Filters know nothing of names: a statement that leaves `disabled` alone costs them nothing. One that names it wakes
+    // them even if it changes nothing.
+    let there = sqlx::query_scalar!(r#"select disabled from api_keys where id = $1 and revoked_at is null"#, id)
+        .fetch_optional(pool)
+        .await?;
+    let Some(present) = there else { return Ok(false) };
+    let changed = match disabled.filter(|wanted| *wanted != present) {
         Some(disabled) => {
             sqlx::query!(
                 "update api_keys set disabled = $2, name = coalesce($3, name) where id = $1 and revoked_at is null",
@@ -314,20 +342,50 @@ pub async fn list(pool: &PgPool, email: Option<&str>, before: Option<Uuid>, limi
     Ok(keys)
 }
 
-/// Reads a user's balance and primary key; an unknown user has neither.
+/// Reads a user's balance and primary key, in one statement: a key that is being replaced is there before and after. An
+/// unknown user has neither.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
-    let user = sqlx::query!("select balance, primary_key_id from user_preferences where email = $1", email.as_str())
-        .fetch_optional(pool)
-        .await?;
-    let Some(user) = user else { return Ok(PrimaryStatus::default()) };
-    let key = match user.primary_key_id {
-        Some(id) => get(pool, id).await?.filter(|key| key.revoked_at.is_none()),
-        None => None,
+    let row = sqlx::query!(
+        r#"select p.balance, p.id as owner_id, p.email, k.id as "id?", k.name as "name?", k.prefix as "prefix?",
+            k.scopes as "scopes?", k.rate_limits as "rate_limits?: Json<Vec<RateLimit>>", k.generation as "generation?",
+            k.disabled as "disabled?", k.created_at as "created_at?", k.expires_at as "expires_at?",
+            u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+        from user_preferences p left join api_keys k on k.id = p.primary_key_id and k.revoked_at is null
+        left join lateral (
+            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
+                max(last_used_at) as last_used_at
+            from key_usage where key_id = k.id
+        ) u on true
+        where p.email = $1"#,
+        email.as_str()
+    )
+    .fetch_optional(pool)
+    .await?;
+    let Some(row) = row else { return Ok(PrimaryStatus::default()) };
+    // The rest of the key is there if its id is.
+    let key = match (row.id, row.created_at) {
+        (Some(id), Some(created_at)) => Some(Key {
+            id,
+            owner_id: row.owner_id,
+            email: row.email,
+            name: row.name.unwrap_or_default(),
+            prefix: row.prefix,
+            scopes: row.scopes.unwrap_or_default(),
+            rate_limits: row.rate_limits.unwrap_or_default(),
+            generation: row.generation.unwrap_or_default(),
+            disabled: row.disabled.unwrap_or_default(),
+            created_at,
+            expires_at: row.expires_at,
+            revoked_at: None,
+            last_used_at: row.last_used_at,
+            usage_count: row.usage_count,
+        }),
+        _ => None,
     };
-    Ok(PrimaryStatus { balance: user.balance, key })
+    Ok(PrimaryStatus { balance: row.balance, key })
 }
 
 struct User {
@@ -365,6 +423,19 @@ async fn insert(
     new: &NewKey,
     secret: &Secret,
 ) -> Result<Inserted, ApiError> {
+    if let Some(most) = new.at_most {
+        let live = sqlx::query_scalar!(
+            r#"select count(*) as "live!" from api_keys
+            where owner_id = $1 and revoked_at is null and (expires_at is null or expires_at > now())"#,
+            owner_id
+        )
+        .fetch_one(&mut *connection)
+        .await?;
+        if live >= most {
+            let detail = format!("This user has {most} live keys. Revoke one that is not needed, or ask an admin.");
+            return Err(ApiError::Conflict(detail));
+        }
+    }
     let inserted = sqlx::query_as!(
         Inserted,
         "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at)
@@ -386,14 +457,32 @@ async fn insert(
     })
 }
 
-async fn revoke_row(connection: &mut PgConnection, id: Uuid) -> Result<bool, ApiError> {
+/// Says whether there is such a key, and whether it was revoked now. One that was revoked before is left alone: a statement
+/// that changes nothing would wake every filter all the same.
+async fn revoke_row(
+    connection: &mut PgConnection,
+    id: Uuid,
+    may: impl Fn(&[String]) -> Result<(), ApiError>,
+) -> Result<Option<bool>, ApiError> {
+    let key = sqlx::query!(r#"select scopes, revoked_at is not null as "revoked!" from api_keys where id = $1"#, id)
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(key) = key else { return Ok(None) };
+    if key.revoked {
+        return Ok(Some(false));
+    }
+    may(&key.scopes)?;
     let revoked = sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", id)
         .execute(connection)
         .await?;
-    Ok(revoked.rows_affected() > 0)
+    Ok(Some(revoked.rows_affected() > 0))
 }
 
-fn generate(kind: KeyKind) -> Result<Secret, ApiError> {
+/// Makes a secret, which nobody knows yet.
+///
+/// # Errors
+/// Those of the operating system's randomness.
+pub fn generate(kind: KeyKind) -> Result<Secret, ApiError> {
     Secret::generate(kind, &mut getrandom::SysRng)
         .map_err(|error| ApiError::Internal(format!("the operating system gives no random bytes: {error}")))
 }

@@ -4,7 +4,8 @@
 //! one read of the rows after the mirror's revision, in one snapshot of the database, so the mirror steps from one
 //! committed state to a later one. After any fault the session starts over, and with it the check of who the database is.
 
-use std::time::Duration;
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
 
 use contract::hash::KeyHash;
 use contract::id::Epoch;
@@ -46,29 +47,64 @@ pub enum FeedError {
     Row(Uuid),
 }
 
-/// Keeps the store's mirror up to date until the future is dropped.
-pub async fn run(pool: PgPool, store: Store, poll_interval: Duration) {
-    loop {
-        let Err(error) = session(&pool, &store, poll_interval).await;
-        warn!(%error, "the change feed was interrupted");
-        tokio::time::sleep(PAUSE).await;
-    }
+/// The feed: it has connections of its own, so that no request waits for others to learn what was committed.
+#[derive(Clone, Debug)]
+pub struct Feed {
+    pool: PgPool,
+    store: Store,
 }
 
-async fn session(pool: &PgPool, store: &Store, poll_interval: Duration) -> Result<std::convert::Infallible, FeedError> {
-    let mut listener = PgListener::connect_with(pool).await?;
-    listener.listen("portcullis_changes").await?;
-    identify(pool).await?;
-    loop {
-        tokio::time::timeout(PATIENCE, refresh(pool, store)).await.map_err(|_| FeedError::Late)??;
-        tokio::select! {
-            notification = listener.try_recv() => {
-                // The connection was lost, perhaps to a server that has failed over or was restored: ask who it is.
-                notification?.ok_or(FeedError::Interrupted)?;
-            }
-            () = store.nudged() => {}
-            () = tokio::time::sleep(poll_interval) => {}
+impl Feed {
+    /// A feed into a store.
+    #[must_use]
+    pub const fn new(pool: PgPool, store: Store) -> Self {
+        Self { pool, store }
+    }
+
+    /// Keeps the store's mirror up to date until the future is dropped.
+    pub async fn run(self, poll_interval: Duration) {
+        loop {
+            let Err(error) = self.session(poll_interval).await;
+            warn!(%error, "the change feed was interrupted");
+            tokio::time::sleep(PAUSE).await;
         }
+    }
+
+    async fn session(&self, poll_interval: Duration) -> Result<Infallible, FeedError> {
+        let mut listener = PgListener::connect_with(&self.pool).await?;
+        listener.listen("portcullis_changes").await?;
+        identify(&self.pool).await?;
+        loop {
+            tokio::time::timeout(PATIENCE, self.refresh(None)).await.map_err(|_| FeedError::Late)??;
+            tokio::select! {
+                notification = listener.try_recv() => {
+                    // The connection was lost, perhaps to a server that has failed over or was restored: ask who it is.
+                    notification?.ok_or(FeedError::Interrupted)?;
+                }
+                () = self.store.nudged() => {}
+                () = tokio::time::sleep(poll_interval) => {}
+            }
+        }
+    }
+
+    /// Brings the mirror to the present revision of the database. Returns at once if the mirror has what is `wanted`, or
+    /// somebody else has looked since this was called: however many polls ask, the database is asked once.
+    ///
+    /// # Errors
+    /// [`FeedError`]; the mirror is as it was.
+    pub async fn refresh(&self, wanted: Option<(Epoch, u64)>) -> Result<(), FeedError> {
+        let called = Instant::now();
+        // One at a time, and the mirror is looked at before the database: what the database says then is never older.
+        let mut last_look = self.store.refreshing().await;
+        let reached =
+            |(epoch, revision)| self.store.position().is_some_and(|(ours, at)| ours == epoch && at >= revision);
+        if wanted.is_some_and(reached) || last_look.is_some_and(|began| began >= called) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        while !look(&self.pool, &self.store).await? {}
+        *last_look = Some(began);
+        Ok(())
     }
 }
 
@@ -117,20 +153,16 @@ pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
 }
 
-/// Brings the mirror to the present revision of the database.
-///
-/// # Errors
-/// [`FeedError`]; the mirror is as it was.
-pub async fn refresh(pool: &PgPool, store: &Store) -> Result<(), FeedError> {
-    // One at a time, and the mirror is looked at before the database: what the database says then is never older.
-    let _alone = store.refreshing().await;
+/// One look at the database. Says whether the mirror is now what the database holds; if not, a new epoch has begun and is
+/// there to be loaded.
+async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     let known = store.position();
     let mut transaction = pool.begin_with("begin isolation level repeatable read read only").await?;
     let state = sqlx::query!("select epoch, revision from store_state").fetch_one(&mut *transaction).await?;
     let (epoch, revision) = (Epoch::from(state.epoch), state.revision);
     if known == Some((epoch, revision.cast_unsigned())) {
         store.seen();
-        return Ok(());
+        return Ok(true);
     }
     match known {
         Some((ours, since)) if ours == epoch && revision.cast_unsigned() > since => {
@@ -148,7 +180,7 @@ pub async fn refresh(pool: &PgPool, store: &Store) -> Result<(), FeedError> {
             sqlx::query!("update store_state set epoch = gen_random_uuid() where epoch = $1", state.epoch)
                 .execute(pool)
                 .await?;
-            store.nudge();
+            return Ok(false);
         }
         Some(_) | None => {
             let horizon =
@@ -162,7 +194,7 @@ pub async fn refresh(pool: &PgPool, store: &Store) -> Result<(), FeedError> {
             store.update(|present| *present = Some(mirror));
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Result<Vec<Row>, FeedError> {

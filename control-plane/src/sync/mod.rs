@@ -34,7 +34,7 @@ struct Shared {
     mirror: RwLock<Option<Mirror>>,
     position: watch::Sender<Position>,
     nudge: Notify,
-    refreshing: tokio::sync::Mutex<()>,
+    refreshing: tokio::sync::Mutex<Option<Instant>>,
     seen: Mutex<Option<Instant>>,
     pages: Mutex<Pages>,
 }
@@ -55,7 +55,7 @@ impl Store {
             mirror: RwLock::new(None),
             position: watch::Sender::new(None),
             nudge: Notify::new(),
-            refreshing: tokio::sync::Mutex::new(()),
+            refreshing: tokio::sync::Mutex::new(None),
             seen: Mutex::new(None),
             pages: Mutex::default(),
         }))
@@ -96,8 +96,8 @@ impl Store {
         self.0.nudge.notified().await;
     }
 
-    /// Waits until nobody else refreshes the mirror.
-    pub async fn refreshing(&self) -> tokio::sync::MutexGuard<'_, ()> {
+    /// Waits until nobody else refreshes the mirror. What is locked is when the last look that succeeded began.
+    pub async fn refreshing(&self) -> tokio::sync::MutexGuard<'_, Option<Instant>> {
         self.0.refreshing.lock().await
     }
 

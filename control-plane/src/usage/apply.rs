@@ -86,6 +86,11 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
         let mut fresh = 0;
         for report in &submission.reports {
             if report.seq > *seq {
+                if *seq > 0 && report.seq != *seq + 1 {
+                    metrics::counter!("portcullis_usage_gaps_total").increment(1);
+                    let (reporter, last, next) = (submission.reporter, *seq, report.seq);
+                    warn!(%reporter, last, next, "reports of an Envoy are missing: it may have dropped them");
+                }
                 sums.add(&report.counts);
                 *seq = report.seq;
                 fresh += 1;
@@ -157,6 +162,7 @@ impl Sums {
             select new.* from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[])
                 as new (key_id, generation, requests, last_used_at)
             join api_keys on api_keys.id = new.key_id
+            order by new.key_id, new.generation
             on conflict (key_id, generation) do update set
                 requests = least(key_usage.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
                 last_used_at = greatest(key_usage.last_used_at, excluded.last_used_at)",
@@ -183,6 +189,7 @@ impl Sums {
                 unnest($1::uuid[], $2::int[], $3::timestamptz[], $4::smallint[], $5::bigint[], $6::bigint[])
                 as new (key_id, generation, hour, outcome, requests, cost)
             join api_keys on api_keys.id = new.key_id
+            order by new.key_id, new.hour, new.outcome, new.generation
             on conflict (key_id, hour, outcome, generation) do update set
                 requests = least(usage_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
                 cost = least(usage_hourly.cost, 9223372036854775807 - excluded.cost) + excluded.cost",
@@ -204,7 +211,8 @@ impl Sums {
         let (hours, outcomes): (Vec<OffsetDateTime>, Vec<i16>) = when.into_iter().unzip();
         sqlx::query!(
             "insert into usage_keyless_hourly (hour, outcome, requests)
-            select * from unnest($1::timestamptz[], $2::smallint[], $3::bigint[])
+            select new.* from unnest($1::timestamptz[], $2::smallint[], $3::bigint[]) as new (hour, outcome, requests)
+            order by new.hour, new.outcome
             on conflict (hour, outcome) do update set requests =
                 least(usage_keyless_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests",
             &hours,

@@ -3,11 +3,11 @@
 
 use std::io::BufRead;
 
-use contract::usage::read_reports;
+use contract::usage::{Report, read_reports};
 use sqlx::PgPool;
 
 use super::apply::{Applied, Submission, apply};
-use super::ingest::{check, now};
+use super::ingest::{REPORTS, check, no_later_than, now};
 
 /// What stands before the reports, with whatever Envoy puts before it.
 const MARK: &str = "portcullis-usage ";
@@ -29,30 +29,35 @@ pub struct Imported {
 /// If the log cannot be read or the database does not take it; what was applied until then stays applied.
 pub async fn import(pool: &PgPool, log: impl BufRead) -> Result<Imported, Box<dyn std::error::Error>> {
     let mut imported = Imported::default();
+    let mut found = Vec::new();
     for (number, line) in (1..).zip(log.split(b'\n')) {
         let line = line?;
         let Some(text) = marked(&line) else { continue };
-        let reports = hex::decode(text)
-            .map_err(|error| error.to_string())
-            .and_then(|bytes| read_reports(&bytes).map_err(|error| error.to_string()))
-            .and_then(|reports| {
-                check(&reports, now()).map(|reporter| (reporter, reports)).map_err(|error| error.to_string())
-            });
-        let (reporter, reports) = match reports {
-            Ok(reports) => reports,
-            Err(why) => {
-                imported.bad.push((number, why));
-                continue;
-            }
-        };
-        let sent = reports.len();
-        for applied in apply(pool, &[Submission { reporter, sync_key: None, reports }]).await? {
+        match read(text) {
+            Ok(reports) => found.extend(reports),
+            Err(why) => imported.bad.push((number, why)),
+        }
+    }
+    // The lines of one Envoy may stand in any order, as where logs were joined: a number that comes late would be skipped.
+    found.sort_by_key(|report| (report.reporter, report.seq));
+    for reports in found.chunk_by(|one, next| one.reporter == next.reporter).flat_map(|all| all.chunks(REPORTS)) {
+        let Some(first) = reports.first() else { continue };
+        let submission = Submission { reporter: first.reporter, sync_key: None, reports: reports.to_vec() };
+        for applied in apply(pool, &[submission]).await? {
             let Applied::UpTo { fresh, .. } = applied else { continue };
             imported.applied += fresh;
-            imported.known += sent - fresh;
+            imported.known += reports.len() - fresh;
         }
     }
     Ok(imported)
+}
+
+fn read(text: &[u8]) -> Result<Vec<Report>, String> {
+    let bytes = hex::decode(text).map_err(|error| error.to_string())?;
+    let mut reports = read_reports(&bytes).map_err(|error| error.to_string())?;
+    check(&reports).map_err(|error| error.to_string())?;
+    no_later_than(&mut reports, now());
+    Ok(reports)
 }
 
 /// The hexadecimal digits after the mark, if the line has it.

@@ -20,10 +20,10 @@ const QUEUE: usize = 1_024;
 const TOGETHER: usize = 256;
 
 /// Most reports in one submission.
-const REPORTS: usize = 16;
+pub(super) const REPORTS: usize = 16;
 
-/// Reports are refused that count hours further ahead of this clock: Envoy's clock or this one is wrong.
-const AHEAD: Duration = Duration::from_hours(24);
+/// How far ahead of this clock an Envoy's may be before it is worth a line in the log.
+const AHEAD: Duration = Duration::from_secs(60);
 
 /// Most requests that one count can honestly have: a million a second for the eleven days of a long outage.
 const REQUESTS: u64 = 1_000_000_000_000;
@@ -66,8 +66,9 @@ impl Ingest {
     /// # Errors
     /// [`IngestError`]; nothing of the reports is in the database then, or all of it if the fault came with the commit's
     /// answer.
-    pub async fn submit(&self, reports: Vec<Report>, sync_key: Uuid) -> Result<Ack, IngestError> {
-        let reporter = check(&reports, now())?;
+    pub async fn submit(&self, mut reports: Vec<Report>, sync_key: Uuid) -> Result<Ack, IngestError> {
+        let reporter = check(&reports)?;
+        no_later_than(&mut reports, now());
         let counts: usize = reports.iter().map(|report| report.counts.len()).sum();
         let (answer, answered) = oneshot::channel();
         let submission = Submission { reporter, sync_key: Some(sync_key), reports };
@@ -88,7 +89,7 @@ impl Ingest {
 }
 
 /// Checks what one reporter sends.
-pub(super) fn check(reports: &[Report], now: Duration) -> Result<ReporterId, IngestError> {
+pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
     let senseless = |why: String| Err(IngestError::Senseless(why));
     let Some(first) = reports.first() else { return senseless("there is no report in the message".into()) };
     if reports.len() > REPORTS {
@@ -107,11 +108,7 @@ pub(super) fn check(reports: &[Report], now: Duration) -> Result<ReporterId, Ing
         if report.counts.len() > REPORT_COUNTS {
             return senseless(format!("counts: more than {REPORT_COUNTS} in one report"));
         }
-        for Count { of, requests, cost, last_ms } in &report.counts {
-            let latest = now + AHEAD;
-            if u64::from(of.hour) * HOUR_S > latest.as_secs() || u128::from(*last_ms) > latest.as_millis() {
-                return senseless("hour, last_ms: further in the future than a day; set the clocks".into());
-            }
+        for Count { of, requests, cost, .. } in &report.counts {
             if *requests > REQUESTS || *cost > REQUESTS.saturating_mul(1_000) {
                 return senseless(format!("requests: more than {REQUESTS} in one count"));
             }
@@ -121,6 +118,27 @@ pub(super) fn check(reports: &[Report], now: Duration) -> Result<ReporterId, Ing
         }
     }
     Ok(first.reporter)
+}
+
+/// Moves what was counted in the future to now. An Envoy whose clock is ahead sends the same report until it is taken: to
+/// refuse it would lose all that comes after it.
+pub(super) fn no_later_than(reports: &mut [Report], now: Duration) {
+    let hour = u32::try_from(now.as_secs() / HOUR_S).unwrap_or(u32::MAX);
+    let ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+    let tolerated = now + AHEAD;
+    let mut ahead = None;
+    for report in reports {
+        for Count { of, last_ms, .. } in &mut report.counts {
+            if u64::from(of.hour) * HOUR_S > tolerated.as_secs() || u128::from(*last_ms) > tolerated.as_millis() {
+                ahead = Some(report.reporter);
+            }
+            of.hour = of.hour.min(hour);
+            *last_ms = (*last_ms).min(ms);
+        }
+    }
+    if let Some(reporter) = ahead {
+        warn!(%reporter, "usage from the future counts as of now: set the clock of that Envoy, or of this machine");
+    }
 }
 
 pub(super) fn now() -> Duration {
@@ -177,13 +195,22 @@ mod tests {
     }
 
     fn refusal(reports: &[Report]) -> String {
-        check(reports, NOW).unwrap_err().to_string()
+        check(reports).unwrap_err().to_string()
     }
 
     #[test]
     fn honest_reports_are_taken() {
         let reports = [report(7, 1, 500_000, 10), report(7, 5, 499_000, 10)];
-        assert_eq!(check(&reports, NOW).unwrap(), ReporterId([7; 16]));
+        assert_eq!(check(&reports).unwrap(), ReporterId([7; 16]));
+    }
+
+    #[test]
+    fn what_was_counted_in_the_future_counts_as_of_now() {
+        let mut reports = [report(7, 1, u32::MAX, 10), report(7, 2, 499_999, 10)];
+        reports[0].counts[0].last_ms = u64::MAX;
+        no_later_than(&mut reports, NOW);
+        assert_eq!((reports[0].counts[0].of.hour, reports[0].counts[0].last_ms), (500_000, 500_000 * 3_600_000));
+        assert_eq!(reports[1], report(7, 2, 499_999, 10));
     }
 
     #[test]
@@ -193,7 +220,6 @@ mod tests {
         assert!(refusal(&[report(7, 2, 0, 1), report(7, 2, 0, 1)]).starts_with("seq:"));
         assert!(refusal(&[report(7, 0, 0, 1)]).starts_with("seq:"));
         assert!(refusal(&[report(7, u64::MAX, 0, 1)]).starts_with("seq:"));
-        assert!(refusal(&[report(7, 1, 500_025, 1)]).starts_with("hour"));
         assert!(refusal(&[report(7, 1, 500_000, REQUESTS + 1)]).starts_with("requests:"));
         let mut large = report(7, 1, 0, 1);
         large.counts = vec![large.counts[0]; REPORT_COUNTS + 1];

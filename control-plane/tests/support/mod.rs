@@ -13,7 +13,8 @@ use contract::key::Secret;
 use control_plane::auth::Callers;
 use control_plane::key::domain::{Email, KeyName, Scopes};
 use control_plane::key::store::{self, NewKey};
-use control_plane::sync::{Store, feed};
+use control_plane::sync::Store;
+use control_plane::sync::feed::Feed;
 use control_plane::usage::Ingest;
 use control_plane::{App, http};
 use serde_json::Value;
@@ -46,15 +47,17 @@ impl Fixture {
         let (stop, stopping) = watch::channel(false);
         let (usage, _) = Ingest::start(pool.clone());
         let burst = NonZeroU32::new(burst).unwrap();
+        let store = Store::new();
         let app = App {
             pool: pool.clone(),
-            store: Store::new(),
+            feed: Feed::new(pool.clone(), store.clone()),
+            store,
             usage,
             callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
             long_poll: Duration::from_secs(20),
             stopping,
         };
-        let feed = tokio::spawn(feed::run(pool.clone(), app.store.clone(), Duration::from_secs(60)));
+        let feed = tokio::spawn(app.feed.clone().run(Duration::from_secs(60)));
         let mut positions = app.store.positions();
         positions.wait_for(Option::is_some).await.unwrap();
         let router = http::router(app.clone(), None);

@@ -87,7 +87,7 @@ pub struct PatchBody {
 /// Make a key. One that a user's own key makes ends no later than that and keeps to its rate limits.
 ///
 /// # Errors
-/// 400, 401, 403, 413, 415, 429, 503.
+/// 400, 401, 403, 409, 413, 415, 429, 503.
 #[utoipa::path(
     post, path = "/v1/keys", tag = "keys", request_body = CreateBody, security(("api_key" = [])),
     responses(
@@ -96,6 +96,7 @@ pub struct PatchBody {
         (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Not the caller's to give", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The user has too many keys", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
@@ -118,6 +119,7 @@ pub async fn create(
         scopes: Scopes::parse(body.scopes)?,
         rate_limits: parse_rate_limits(body.rate_limits)?,
         expires_at: parse_expiry(body.expires_at.as_deref(), body.expires_in_seconds, now)?,
+        at_most: None,
     };
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
@@ -139,7 +141,7 @@ pub async fn create(
         (status = 200, description = "The key as it is now", body = KeyView),
         (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The key is revoked", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
@@ -158,7 +160,7 @@ pub async fn patch(
     if name.is_none() && body.disabled.is_none() {
         return Err(ApiError::Invalid { field: None, detail: "Give name, disabled or both.".into() });
     }
-    managed(&app, &caller, path.id).await?;
+    caller.require_changeable(&managed(&app, &caller, path.id).await?.scopes)?;
     if !store::change(&app.pool, path.id, name.as_ref(), body.disabled).await? {
         return Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into()));
     }
@@ -177,7 +179,7 @@ pub async fn patch(
         (status = 204, description = "The key is revoked"),
         (status = 400, description = "Not an id", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
@@ -185,6 +187,7 @@ pub async fn patch(
 )]
 pub async fn revoke(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<StatusCode, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
+    caller.require_changeable(&key.scopes)?;
     store::revoke(&app.pool, key.id).await?;
     app.store.nudge();
     Ok(StatusCode::NO_CONTENT)

@@ -1,0 +1,160 @@
+//! The binary itself: its commands, its one line when something is wrong, and how it ends.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use contract::key::{KeyKind, Secret, check};
+use sqlx::PgPool;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_control-plane");
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    for (variable, _) in std::env::vars_os() {
+        if variable == "DATABASE_URL" || variable.as_encoded_bytes().starts_with(b"PORTCULLIS_") {
+            command.env_remove(variable);
+        }
+    }
+    command.args(arguments);
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+fn printed(output: &Output) -> &str {
+    assert!(output.status.success(), "{output:?}");
+    std::str::from_utf8(&output.stdout).unwrap().trim_end()
+}
+
+/// The one line that says what is wrong.
+fn complaint(output: &Output) -> &str {
+    assert!(!output.status.success(), "{output:?}");
+    let said = std::str::from_utf8(&output.stderr).unwrap().trim_end();
+    assert_eq!((said.lines().count(), output.stdout.len()), (1, 0), "{said}");
+    said
+}
+
+/// Where the test's own database is.
+fn url(pool: &PgPool) -> String {
+    let database = pool.connect_options().get_database().unwrap().to_owned();
+    let server = std::env::var("DATABASE_URL").unwrap();
+    let (address, parameters) = server.split_once('?').unwrap_or((&server, ""));
+    let (address, _) = address.rsplit_once('/').unwrap();
+    format!("{address}/{database}?{parameters}")
+}
+
+/// Ends with the test, however that ends.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn poll(address: &str, uri: &str, key: &Secret) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let request = format!(
+        "GET {uri} HTTP/1.1\r\nhost: test\r\nx-api-key: {}\r\naccept: application/json\r\nconnection: close\r\n\r\n",
+        key.reveal()
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    stream
+}
+
+fn answer(mut stream: TcpStream) -> (u16, String) {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+#[test]
+fn a_key_is_generated_without_a_database() {
+    let [one, other] = [run(&["admin", "generate-key"]), run(&["admin", "generate-key"])];
+    assert_eq!(check(printed(&one)), Ok(KeyKind::Live));
+    assert_ne!(printed(&one), printed(&other));
+    let help = run(&["admin", "--help"]);
+    assert!(printed(&help).contains("PORTCULLIS_ADMIN_KEY"), "{}", printed(&help));
+}
+
+#[test]
+fn the_openapi_document_is_printed() {
+    let output = run(&["openapi"]);
+    let document: serde_json::Value = serde_json::from_str(printed(&output)).unwrap();
+    assert_eq!(document["info"]["title"], "Portcullis");
+}
+
+#[test]
+fn a_bad_setting_is_named_in_one_line() {
+    for arguments in [
+        &["serve", "--database-url", "nonsense", "--listen", "127.0.0.1:0"][..],
+        &["admin", "new-epoch", "--database-url", "postgres://nobody@127.0.0.1:1/nothing"],
+    ] {
+        let output = run(arguments);
+        let said = complaint(&output);
+        assert!(said.starts_with("control-plane: DATABASE_URL: "), "{said}");
+    }
+    let output = run(&["admin", "create-key", "--database-url", "x", "--scope", "orders", "--name", "n"]);
+    assert!(complaint(&output).starts_with("control-plane: --email: "), "{output:?}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
+    let url = url(&pool);
+    let create = |rest: &[&str]| {
+        let output = run(&[&["admin", "create-key", "--database-url", &url, "--name", "n"], rest].concat());
+        Secret::from_presented(printed(&output).to_owned())
+    };
+    let sync = create(&["--scope", "sync"]);
+    let user = create(&["--scope", "orders", "--email", "user@example.com", "--expires-in-seconds", "60"]);
+    for (key, email, expires) in [(sync, "operator@portcullis.invalid", false), (user, "user@example.com", true)] {
+        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
+        assert_eq!((found.email.as_str(), found.record.expires_at_s.is_some()), (email, expires));
+    }
+    let epoch = async || sqlx::query_scalar::<_, uuid::Uuid>("select epoch from store_state").fetch_one(&pool).await;
+    let before = epoch().await.unwrap();
+    let output = run(&["admin", "new-epoch", "--database-url", &url]);
+    let now = epoch().await.unwrap();
+    assert!(now != before && printed(&output).contains(&now.to_string()), "{output:?}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
+    let sync = control_plane::key::store::generate(KeyKind::Live).unwrap();
+    let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
+    let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
+    serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_SYNC_KEY", sync.reveal());
+    serve.env("PORTCULLIS_ADDRESS_FILE", &file).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut running = Running(serve.spawn().unwrap());
+    let started = Instant::now();
+    let (address, page) = loop {
+        assert!(started.elapsed() < Duration::from_secs(60), "it does not start");
+        if let Ok(address) = std::fs::read_to_string(&file)
+            && let (200, page) = answer(poll(&address, "/sync/v1/keys", &sync))
+        {
+            break (address, page);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    std::fs::remove_file(&file).unwrap();
+    let page: serde_json::Value = serde_json::from_str(&page).unwrap();
+    let (epoch, revision) = (page["epoch"].as_str().unwrap(), &page["revision"]);
+    let held = poll(&address, &format!("/sync/v1/keys?epoch={epoch}&revision={revision}"), &sync);
+    std::thread::sleep(Duration::from_millis(300));
+
+    let told = Instant::now();
+    let id = running.0.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    assert_eq!(answer(held).0, 200);
+    assert!(running.0.wait().unwrap().success());
+    assert!(told.elapsed() < Duration::from_secs(5), "it took {:?}", told.elapsed());
+}
