@@ -17,7 +17,7 @@ use contract::id::{Epoch, ReporterId};
 use contract::outcome::Outcome;
 use contract::page::{Header, PageWriter, Part};
 use contract::record::Record;
-use contract::usage::{Ack, read_reports};
+use contract::usage::{Ack, Report, read_reports};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -34,16 +34,27 @@ pub struct Scripted {
     server: JoinHandle<()>,
 }
 
+/// What goes wrong before all goes well.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// So many answers to polls are damaged: a byte flipped, cut short, replaced by text, or an error, in turn.
+    pub pages: u32,
+    /// So many reports are taken, and the answer that says so is lost.
+    pub acknowledgements: u32,
+}
+
 #[derive(Debug)]
 struct Shared {
     records: Vec<(KeyHash, Record)>,
+    faults: Mutex<Faults>,
     usage: Mutex<Usage>,
 }
 
 #[derive(Debug, Default)]
 struct Usage {
-    last: BTreeMap<ReporterId, u64>,
+    taken: BTreeMap<(ReporterId, u64), Report>,
     requests: BTreeMap<u8, u64>,
+    changed: u64,
 }
 
 impl Scripted {
@@ -51,13 +62,13 @@ impl Scripted {
     ///
     /// # Errors
     /// If there is no free port.
-    pub async fn start(keys: &[(&str, Record)]) -> Result<Self> {
+    pub async fn start(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;
         let mut records: Vec<_> =
             keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record.clone())).collect();
         records.sort_by_key(|(hash, _)| *hash);
-        let shared = Arc::new(Shared { records, usage: Mutex::default() });
+        let shared = Arc::new(Shared { records, faults: Mutex::new(faults), usage: Mutex::default() });
         let router = Router::new()
             .route("/sync/v1/keys", get(page))
             .route("/sync/v1/usage", post(usage))
@@ -81,6 +92,18 @@ impl Scripted {
         let usage = self.shared.usage.lock().unwrap_or_else(PoisonError::into_inner);
         usage.requests.get(&outcome.code()).copied().unwrap_or_default()
     }
+
+    /// Reports that came again with other counts than before under their number. There must be none.
+    #[must_use]
+    pub fn changed_reports(&self) -> u64 {
+        self.shared.usage.lock().unwrap_or_else(PoisonError::into_inner).changed
+    }
+
+    /// What is still to go wrong.
+    #[must_use]
+    pub fn faults(&self) -> Faults {
+        *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Scripted {
@@ -95,7 +118,8 @@ async fn page(
 ) -> Result<Vec<u8>, StatusCode> {
     let total_keys = shared.records.len().try_into().unwrap_or(u64::MAX);
     let mut page = PageWriter::new();
-    let part = match query.get("revision").and_then(|revision| revision.parse().ok()) {
+    let changes = query.get("revision").filter(|_| !query.contains_key("cursor"));
+    let part = match changes.and_then(|revision| revision.parse().ok()) {
         Some(after) => {
             tokio::time::sleep(HOLD).await;
             Part::Changes { after }
@@ -108,7 +132,17 @@ async fn page(
         }
     };
     let header = Header { epoch: EPOCH, revision: REVISION, total_keys, part };
-    page.finish(&header).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+    let mut bytes = page.finish(&header).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(left) = faults.pages.checked_sub(1) else { return Ok(bytes) };
+    faults.pages = left;
+    match left % 4 {
+        0 => bytes.iter_mut().rev().take(1).for_each(|byte| *byte ^= 1),
+        1 => bytes.truncate(bytes.len() / 2),
+        2 => bytes = b"<html>a proxy's idea of an error</html>".to_vec(),
+        _ => return Err(StatusCode::BAD_GATEWAY),
+    }
+    Ok(bytes)
 }
 
 async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>, StatusCode> {
@@ -116,14 +150,22 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
     let mut usage = shared.usage.lock().unwrap_or_else(PoisonError::into_inner);
     let mut ack = None;
     for report in reports {
-        let last = usage.last.get(&report.reporter).copied().unwrap_or_default();
-        if report.seq > last {
-            usage.last.insert(report.reporter, report.seq);
-            for count in report.counts {
-                *usage.requests.entry(count.of.outcome).or_default() += count.requests;
+        ack = Some(Ack { reporter: report.reporter, seq: report.seq });
+        match usage.taken.get(&(report.reporter, report.seq)) {
+            Some(before) if *before == report => {}
+            Some(_) => usage.changed += 1,
+            None => {
+                for count in &report.counts {
+                    *usage.requests.entry(count.of.outcome).or_default() += count.requests;
+                }
+                usage.taken.insert((report.reporter, report.seq), report);
             }
         }
-        ack = Some(Ack { reporter: report.reporter, seq: report.seq.max(last) });
+    }
+    let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(left) = faults.acknowledgements.checked_sub(1) {
+        faults.acknowledgements = left;
+        return Err(StatusCode::SERVICE_UNAVAILABLE);
     }
     ack.and_then(|ack| ack.write().ok()).ok_or(StatusCode::BAD_REQUEST)
 }

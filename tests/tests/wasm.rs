@@ -13,7 +13,7 @@ use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http::{Reply, get_request, send};
 use portcullis_tests::log::Log;
 use portcullis_tests::process::Signal;
-use portcullis_tests::scripted::Scripted;
+use portcullis_tests::scripted::{Faults, Scripted};
 use portcullis_tests::stack::wait_for_status;
 use portcullis_tests::tools::silently;
 use portcullis_tests::wait::eventually;
@@ -28,9 +28,13 @@ struct Bench {
 
 impl Bench {
     async fn start(keys: &[(&str, Record)]) -> Result<Self> {
+        Self::start_with(keys, Faults::default()).await
+    }
+
+    async fn start_with(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-")?;
         let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-        let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys).await?);
+        let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys, faults).await?);
         let replacements = Replacements {
             listener: any,
             admin: any,
@@ -87,6 +91,29 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
     for (_, _, outcome) in &keys {
         assert_eq!(bench.script.reported(*outcome), 1, "{outcome:?}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_twice() -> Result<()> {
+    let faults = Faults { pages: 8, acknowledgements: 3 };
+    let bench = Bench::start_with(&[("good", record(1))], faults).await?;
+    // The store is loaded, so all damaged pages were fetched again.
+    assert_eq!(bench.script.faults().pages, 0);
+    assert!(bench.envoy.stat("wasmcustom.portcullis_sync_failures").await? >= 8);
+    for _ in 0..5 {
+        assert_upstream(&bench.get("good").await?, &["x-consumer-id", "x-credential-identifier"]);
+    }
+    let told = async || {
+        let all = bench.script.faults().acknowledgements == 0 && bench.script.reported(Outcome::Allowed) == 5;
+        all.then_some(())
+    };
+    eventually("reports to be sent until they are acknowledged", told).await?;
+    let acknowledged =
+        async || (bench.envoy.stat("wasmcustom.portcullis_usage_pending_requests").await.ok()? == 0).then_some(());
+    eventually("nothing to be pending", acknowledged).await?;
+    assert_eq!((bench.script.reported(Outcome::Allowed), bench.script.changed_reports()), (5, 0));
+    assert!(bench.envoy.stat("wasmcustom.portcullis_report_failures").await? >= 3);
     Ok(())
 }
 
