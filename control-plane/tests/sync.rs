@@ -108,6 +108,18 @@ async fn a_poll_is_held_until_a_key_changes(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_reader_that_does_not_want_to_wait_is_told_at_once_that_it_has_everything(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    let after = reader.revision;
+    let poll = fixture.send(request("GET", &format!("{}&wait=0", reader.poll()), Some(&sync), Body::empty()));
+    let reply = tokio::time::timeout(Duration::from_secs(5), poll).await.expect("the answer comes at once");
+    assert_eq!(reader.apply(&reply).part, Part::Changes { after });
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
     let fixture = Fixture::new(pool).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;

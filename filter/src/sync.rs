@@ -40,6 +40,9 @@ pub struct Sync {
     position: Position,
     /// The newest that was ever in the store. A replica that has not seen it must not fill the store.
     newest: Option<(Epoch, u64)>,
+    /// Whether the control plane has answered since the machine began or since it last failed to. Until then it is asked
+    /// not to hold the poll, so that a store that is as new as can be need not pass for stale meanwhile.
+    confirmed: bool,
     failures: u32,
     next_at_ms: u64,
     in_flight: Option<(u32, u64)>,
@@ -69,7 +72,7 @@ impl Sync {
     pub fn from(state: Option<&State>) -> Self {
         let newest = state.map(|state| (state.epoch, state.revision));
         let position = newest.map_or(Position::Empty, |(epoch, revision)| Position::At { epoch, revision });
-        Self { position, newest, failures: 0, next_at_ms: 0, in_flight: None }
+        Self { position, newest, confirmed: false, failures: 0, next_at_ms: 0, in_flight: None }
     }
 
     /// The path to poll now, or `None` if a poll is under way or a pause has not ended.
@@ -89,7 +92,8 @@ impl Sync {
                 format!("/sync/v1/keys?epoch={epoch}&cursor=0&revision={revision}&reporter={reporter}")
             }
             (Position::At { epoch, revision }, _) => {
-                format!("/sync/v1/keys?epoch={epoch}&revision={revision}&reporter={reporter}")
+                let wait = if self.confirmed { "" } else { "&wait=0" };
+                format!("/sync/v1/keys?epoch={epoch}&revision={revision}{wait}&reporter={reporter}")
             }
             (Position::Loading { epoch, least_revision, cursor }, _) => {
                 let revision = newest(epoch).max(least_revision);
@@ -114,6 +118,7 @@ impl Sync {
         let doubled = MIN_PAUSE_MS.checked_shl(self.failures).unwrap_or(MAX_PAUSE_MS).min(MAX_PAUSE_MS);
         let spread = random.checked_rem(doubled.saturating_add(1)).unwrap_or_default();
         let pause_ms = doubled.saturating_add(spread).checked_div(2).unwrap_or(doubled);
+        self.confirmed = false;
         self.failures = self.failures.saturating_add(1).min(16);
         self.next_at_ms = now_ms.saturating_add(pause_ms);
         self.in_flight = None;
@@ -138,6 +143,7 @@ impl Sync {
         if let Position::At { epoch, revision } = self.position {
             self.newest = Some((epoch, revision));
         }
+        self.confirmed = true;
         self.failures = 0;
         self.next_at_ms = 0;
     }
@@ -298,6 +304,17 @@ mod tests {
         sync.applied(&snapshot(5, 0, 100));
         sync.failed(0, 0);
         assert_eq!(sync.judge(&snapshot(5, 100, BUCKETS)), complete(5));
+    }
+
+    #[test]
+    fn a_poll_is_not_held_until_the_store_is_confirmed() {
+        let (held, not) = (format!("&revision=7&{REPORTER}"), format!("&revision=7&wait=0&{REPORTER}"));
+        let mut sync = Sync::from(Some(&state(7)));
+        assert!(sync.due(ME, 0).unwrap().ends_with(&not));
+        sync.applied(&header(EPOCH, 7, Part::Changes { after: 7 }));
+        assert!(sync.due(ME, 0).unwrap().ends_with(&held));
+        sync.failed(0, 0);
+        assert!(sync.due(ME, MAX_PAUSE_MS).unwrap().ends_with(&not));
     }
 
     #[test]

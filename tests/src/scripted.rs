@@ -41,6 +41,8 @@ pub struct Faults {
     pub pages: u32,
     /// So many reports are taken, and the answer that says so is lost.
     pub acknowledgements: u32,
+    /// Pages are so old, in seconds, as those of a control plane that has lost its database.
+    pub age_s: u64,
 }
 
 #[derive(Debug)]
@@ -115,13 +117,15 @@ impl Drop for Scripted {
 async fn page(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<BTreeMap<String, String>>,
-) -> Result<Vec<u8>, StatusCode> {
+) -> Result<([(&'static str, String); 1], Vec<u8>), StatusCode> {
     let total_keys = shared.records.len().try_into().unwrap_or(u64::MAX);
     let mut page = PageWriter::new();
     let changes = query.get("revision").filter(|_| !query.contains_key("cursor"));
     let part = match changes.and_then(|revision| revision.parse().ok()) {
         Some(after) => {
-            tokio::time::sleep(HOLD).await;
+            if query.get("wait").is_none_or(|wait| wait != "0") {
+                tokio::time::sleep(HOLD).await;
+            }
             Part::Changes { after }
         }
         None => {
@@ -134,7 +138,8 @@ async fn page(
     let header = Header { epoch: EPOCH, revision: REVISION, total_keys, part };
     let mut bytes = page.finish(&header).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(left) = faults.pages.checked_sub(1) else { return Ok(bytes) };
+    let age = [("age", faults.age_s.to_string())];
+    let Some(left) = faults.pages.checked_sub(1) else { return Ok((age, bytes)) };
     faults.pages = left;
     match left % 4 {
         0 => bytes.iter_mut().rev().take(1).for_each(|byte| *byte ^= 1),
@@ -142,7 +147,7 @@ async fn page(
         2 => bytes = b"<html>a proxy's idea of an error</html>".to_vec(),
         _ => return Err(StatusCode::BAD_GATEWAY),
     }
-    Ok(bytes)
+    Ok((age, bytes))
 }
 
 async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>, StatusCode> {

@@ -17,6 +17,7 @@ use portcullis_tests::scripted::{Faults, Scripted};
 use portcullis_tests::stack::wait_for_status;
 use portcullis_tests::tools::silently;
 use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 struct Bench {
@@ -28,10 +29,12 @@ struct Bench {
 
 impl Bench {
     async fn start(keys: &[(&str, Record)]) -> Result<Self> {
-        Self::start_with(keys, Faults::default()).await
+        let bench = Self::start_with(keys, Faults::default(), Value::Null).await?;
+        wait_for_status(&bench.envoy, Some("no such key"), 401).await?;
+        Ok(bench)
     }
 
-    async fn start_with(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
+    async fn start_with(keys: &[(&str, Record)], faults: Faults, plugin: Value) -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-")?;
         let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
         let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys, faults).await?);
@@ -40,13 +43,12 @@ impl Bench {
             admin: any,
             control_plane: script.address(),
             upstream: demo.address(),
-            plugin: serde_json::Map::new(),
+            plugin: plugin.as_object().cloned().unwrap_or_default(),
         };
         let log_level = "warning,wasm:info".into();
         let settings = Settings { replacements, workers: 2, log_level, sync_key: fresh_key()? };
         let log = Log::create(&home.path().join("envoy.log"))?;
         let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
-        wait_for_status(&envoy, Some("no such key"), 401).await?;
         Ok(Self { envoy, demo, script, _home: home })
     }
 
@@ -96,8 +98,9 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
 
 #[tokio::test]
 async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_twice() -> Result<()> {
-    let faults = Faults { pages: 8, acknowledgements: 3 };
-    let bench = Bench::start_with(&[("good", record(1))], faults).await?;
+    let faults = Faults { pages: 8, acknowledgements: 3, ..Faults::default() };
+    let bench = Bench::start_with(&[("good", record(1))], faults, Value::Null).await?;
+    wait_for_status(&bench.envoy, Some("no such key"), 401).await?;
     // The store is loaded, so all damaged pages were fetched again.
     assert_eq!(bench.script.faults().pages, 0);
     assert!(bench.envoy.stat("wasmcustom.portcullis_sync_failures").await? >= 8);
@@ -114,6 +117,18 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
     eventually("nothing to be pending", acknowledged).await?;
     assert_eq!((bench.script.reported(Outcome::Allowed), bench.script.changed_reports()), (5, 0));
     assert!(bench.envoy.stat("wasmcustom.portcullis_report_failures").await? >= 3);
+    Ok(())
+}
+
+#[tokio::test]
+async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_answers() -> Result<()> {
+    let faults = Faults { age_s: 3_600, ..Faults::default() };
+    let keys = [("good", record(1))];
+    let bench = Bench::start_with(&keys, faults, json!({"max_staleness_seconds": 600})).await?;
+    let loaded = async || (bench.envoy.stat("wasmcustom.portcullis_keys").await.ok()? == 1).then_some(());
+    eventually("the keys to be loaded", loaded).await?;
+    assert_refused(&bench.get("good").await?, Outcome::Stale, &[]);
+    assert_eq!(bench.demo.requests(), 0);
     Ok(())
 }
 

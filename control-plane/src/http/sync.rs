@@ -1,6 +1,8 @@
 //! The filters' side: polls are held here until there is something to tell, usage reports are taken. Only keys with the
 //! scope `sync` come in, and they can do nothing else.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -32,6 +34,7 @@ pub struct Poll {
     epoch: Option<Uuid>,
     revision: Option<u64>,
     cursor: Option<u32>,
+    wait: Option<u64>,
 }
 
 /// `GET /sync/v1/keys`: the next page for a filter.
@@ -62,7 +65,8 @@ pub async fn poll(
 }
 
 async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
-    let deadline = Instant::now() + app.long_poll;
+    let deadline =
+        Instant::now() + poll.wait.map_or(app.long_poll, |wait| app.long_poll.min(Duration::from_secs(wait)));
     let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
         (Some(epoch), least, Some(cursor)) => {
             if cursor >= BUCKETS {
