@@ -149,7 +149,10 @@ async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
     let page: serde_json::Value = serde_json::from_str(&page).unwrap();
     let (epoch, revision) = (page["epoch"].as_str().unwrap(), &page["revision"]);
     let held = poll(&address, &format!("/sync/v1/keys?epoch={epoch}&revision={revision}"), &sync);
-    std::thread::sleep(Duration::from_millis(300));
+    let asked = Instant::now();
+    while !answer(poll(&address, "/metrics", &sync)).1.contains("portcullis_sync_held_polls 1\n") {
+        assert!(asked.elapsed() < Duration::from_secs(20), "the poll is not held");
+    }
 
     let told = Instant::now();
     let id = running.0.id().to_string();

@@ -5,6 +5,7 @@ use portcullis_tests::http;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
 
 #[tokio::test]
 async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() -> Result<()> {
@@ -67,6 +68,16 @@ async fn the_control_plane_tells_prometheus_and_the_platform_how_it_is() -> Resu
     let address = stack.control_plane.address();
     assert_eq!(http::get(address, "/healthz").await?.status, 200);
     assert_eq!(http::get(address, "/readyz").await?.status, 200);
+    // Each reply has a request id, and the line of the log that tells of it has the same.
+    let reply = http::get(address, "/readyz").await?;
+    let id = reply.header("x-request-id").unwrap_or_default().to_owned();
+    assert_eq!(id.len(), 36, "{reply:?}");
+    let line = stack.control_plane.log().wait_for(&id).await?;
+    let line: Value = serde_json::from_str(&line)?;
+    assert_eq!(
+        (&line["message"], &line["route"], &line["status"]),
+        (&json!("answered"), &json!("/readyz"), &json!(200))
+    );
     let metrics = http::get(address, "/metrics").await?;
     assert_eq!(metrics.status, 200);
     assert!(metrics.header("content-type").is_some_and(|kind| kind.starts_with("text/plain")), "{metrics:?}");
