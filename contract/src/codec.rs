@@ -65,6 +65,11 @@ pub fn seal<T: Serialize>(mark: Mark, body: &T) -> Result<Vec<u8>, DecodeError> 
 /// # Errors
 /// Each variant of [`DecodeError`].
 pub fn open<'a, T: Deserialize<'a>>(mark: Mark, bytes: &'a [u8]) -> Result<T, DecodeError> {
+    open_part(mark, bytes).map(|(value, _newer)| value)
+}
+
+/// The same, with what follows in the body.
+pub(crate) fn open_part<'a, T: Deserialize<'a>>(mark: Mark, bytes: &'a [u8]) -> Result<(T, &'a [u8]), DecodeError> {
     let (seal, body) = bytes.split_at_checked(SEAL_BYTES).ok_or(DecodeError::Short)?;
     let (found, checksum) = seal.split_at_checked(4).ok_or(DecodeError::Short)?;
     if found != mark.0 {
@@ -73,12 +78,17 @@ pub fn open<'a, T: Deserialize<'a>>(mark: Mark, bytes: &'a [u8]) -> Result<T, De
     if checksum != crc32fast::hash(body).to_le_bytes() {
         return Err(DecodeError::Checksum);
     }
-    part(body)
+    part_of(body)
 }
 
 /// Reads the fields that this version knows and leaves the rest to newer ones.
 pub(crate) fn part<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, DecodeError> {
-    postcard::take_from_bytes(bytes).map(|(value, _newer)| value).map_err(|_| DecodeError::Malformed)
+    part_of(bytes).map(|(value, _newer)| value)
+}
+
+/// The same, with what follows.
+pub(crate) fn part_of<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a [u8]), DecodeError> {
+    postcard::take_from_bytes(bytes).map_err(|_| DecodeError::Malformed)
 }
 
 /// Writes something that may grow, to stand as a byte string of its own.

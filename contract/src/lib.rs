@@ -1,8 +1,9 @@
 //! What the filter and the control plane must agree on, and nothing else: no HTTP, no SQL, no Envoy.
 //!
-//! In reading order: a [`key`] is presented, its [`hash`] names a [`record`], records travel in a [`page`], the [`decision`]
-//! turns record and request into an [`outcome`], and outcomes are counted into a [`usage`] report. Pages and reports are
-//! sealed by the [`codec`].
+//! In reading order: a [`key`] is presented, its [`hash`] names a [`record`], which may be bound to a [`network`] and refer
+//! to a [`definition`]; all of that travels in a [`page`]. The [`policy`] of a route says what is asked of a request, the
+//! [`decision`] turns record and request into an [`outcome`], [`rate`] and [`budget`] bound how often, and outcomes are
+//! counted into a [`usage`] report. Pages and reports are sealed by the [`codec`].
 //!
 //! Everything here is pure: bytes, values and `now` come in, values go out. The crate runs natively in the control plane
 //! and as WebAssembly in Envoy, and is tested as both.
@@ -26,12 +27,17 @@
     )
 )]
 
+pub mod budget;
 pub mod codec;
 pub mod decision;
+pub mod definition;
 pub mod hash;
 pub mod id;
 pub mod key;
+pub mod network;
 pub mod outcome;
 pub mod page;
+pub mod policy;
+pub mod rate;
 pub mod record;
 pub mod usage;

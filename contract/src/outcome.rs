@@ -40,9 +40,14 @@ pub enum Outcome {
     Unsupported = 13,
     /// Let through without a check, as the operator chose for a filter that has no keys yet or only stale ones.
     FailedOpen = 14,
+    /// Let through without a key, as the route's policy allows.
+    Anonymous = 15,
+    /// The route names a policy that the filter does not have.
+    PolicyUnknown = 16,
 }
 
-/// How an outcome is answered. [`Outcome::Allowed`] and [`Outcome::FailedOpen`] go upstream and are not.
+/// How an outcome is answered. [`Outcome::Allowed`], [`Outcome::Anonymous`] and [`Outcome::FailedOpen`] go upstream and are
+/// not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// HTTP status.
@@ -55,7 +60,7 @@ pub struct Refusal {
 
 impl Outcome {
     /// Every outcome, in the order of the codes.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Allowed,
         Self::Missing,
         Self::Unknown,
@@ -71,6 +76,8 @@ impl Outcome {
         Self::Stale,
         Self::Unsupported,
         Self::FailedOpen,
+        Self::Anonymous,
+        Self::PolicyUnknown,
     ];
 
     /// The number that stands in usage reports.
@@ -104,6 +111,8 @@ impl Outcome {
             Self::Stale => "stale",
             Self::Unsupported => "unsupported",
             Self::FailedOpen => "failed_open",
+            Self::Anonymous => "anonymous",
+            Self::PolicyUnknown => "policy_unknown",
         }
     }
 
@@ -126,6 +135,8 @@ impl Outcome {
             Self::Stale => "urn:portcullis:problem:stale",
             Self::Unsupported => "urn:portcullis:problem:unsupported",
             Self::FailedOpen => "urn:portcullis:problem:failed_open",
+            Self::Anonymous => "urn:portcullis:problem:anonymous",
+            Self::PolicyUnknown => "urn:portcullis:problem:policy_unknown",
         }
     }
 
@@ -133,7 +144,7 @@ impl Outcome {
     #[must_use]
     pub const fn refusal(self) -> Option<Refusal> {
         let (status, title, detail) = match self {
-            Self::Allowed | Self::FailedOpen => return None,
+            Self::Allowed | Self::FailedOpen | Self::Anonymous => return None,
             Self::Missing => (401, "API key missing", "Send your API key in the header that this service expects."),
             Self::Unknown => (401, "API key unknown", "No such API key. Check that it was copied whole."),
             Self::Revoked => (401, "API key revoked", "This API key was revoked. Ask its owner for a new one."),
@@ -157,6 +168,11 @@ impl Outcome {
             Self::Unsupported => {
                 (503, "Key not supported", "The gateway is too old to judge this API key. Its operator must update it.")
             }
+            Self::PolicyUnknown => (
+                503,
+                "Policy unknown",
+                "The gateway is not configured for this route. Its operator must name its policy.",
+            ),
         };
         Some(Refusal { status, title, detail })
     }
@@ -178,7 +194,7 @@ mod tests {
             assert_eq!(usize::from(outcome.code()), place);
             assert_eq!(Outcome::from_code(outcome.code()), Some(outcome));
         }
-        assert_eq!(Outcome::from_code(15), None);
+        assert_eq!(Outcome::from_code(17), None);
     }
 
     #[test]

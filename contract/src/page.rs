@@ -6,16 +6,20 @@
 //! ```text
 //! seal │ header (byte string, may grow) │ entries (byte string)
 //! entries: length │ kind │ hash (32 bytes) │ record (may grow)      repeated
+//!          length │ kind │ number (4 bytes, little-endian) │ definition (may grow)
 //! ```
+//! The first page of a snapshot holds every definition that there is, before its records.
 //! A reader steps over kinds of entry that it does not know.
 
 extern crate alloc;
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, DecodeError, PAGE};
+use crate::definition::Definition;
 use crate::hash::{BUCKETS, KeyHash};
 use crate::id::Epoch;
 use crate::record::Record;
@@ -34,6 +38,30 @@ pub struct Header {
     pub total_keys: u64,
     /// Which part of the store the page carries.
     pub part: Part,
+    /// How many Envoys sync at present, as far as the writer knows; 0 if it does not say. An Envoy that was leased no share
+    /// of a limit yet judges this part of it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub filters: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants a reference")]
+const fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+impl Header {
+    /// Without `filters` it is written as the first version wrote it.
+    fn to_bytes(self) -> Result<Vec<u8>, DecodeError> {
+        let Self { epoch, revision, total_keys, part, filters } = self;
+        let first = (epoch, revision, total_keys, part);
+        if filters == 0 { codec::grown(&first) } else { codec::grown(&(first, filters)) }
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let ((epoch, revision, total_keys, part), rest) = codec::part_of(bytes)?;
+        let filters = if rest.is_empty() { 0 } else { codec::part(rest)? };
+        Ok(Self { epoch, revision, total_keys, part, filters })
+    }
 }
 
 /// Which part of the store a page carries.
@@ -69,12 +97,26 @@ pub enum Entry<'a> {
         /// Which key.
         hash: KeyHash,
     },
+    /// Records refer to this by its number.
+    Define {
+        /// Its number.
+        number: u32,
+        /// [`Definition::from_bytes`] reads it.
+        definition: &'a [u8],
+    },
+    /// No record refers to this number any longer.
+    Undefine {
+        /// Its number.
+        number: u32,
+    },
     /// Of a kind that a newer version brought. Step over it.
     Newer,
 }
 
 const PUT: u8 = 0;
 const REMOVE: u8 = 1;
+const DEFINE: u8 = 2;
+const UNDEFINE: u8 = 3;
 const ENTRY_OVERHEAD: usize = 1 + 32;
 
 /// A page being written.
@@ -92,12 +134,22 @@ impl PageWriter {
 
     /// Appends a key and its record in binary form.
     pub fn put(&mut self, hash: &KeyHash, record: &[u8]) {
-        self.entry(PUT, hash, record);
+        self.entry(PUT, &hash.0, record);
     }
 
     /// Appends the removal of a key.
     pub fn remove(&mut self, hash: &KeyHash) {
-        self.entry(REMOVE, hash, &[]);
+        self.entry(REMOVE, &hash.0, &[]);
+    }
+
+    /// Appends a definition in binary form.
+    pub fn define(&mut self, number: u32, definition: &[u8]) {
+        self.entry(DEFINE, &number.to_le_bytes(), definition);
+    }
+
+    /// Appends the removal of a definition.
+    pub fn undefine(&mut self, number: u32) {
+        self.entry(UNDEFINE, &number.to_le_bytes(), &[]);
     }
 
     /// Bytes that the entries take so far, and would take with one more record of `record_bytes`.
@@ -117,12 +169,12 @@ impl PageWriter {
     /// # Errors
     /// None in practice: see [`codec::seal`].
     pub fn finish(&self, header: &Header) -> Result<Vec<u8>, DecodeError> {
-        let header = codec::grown(header)?;
+        let header = header.to_bytes()?;
         codec::seal(PAGE, &Body { header: Bytes(&header), entries: Bytes(&self.entries) })
     }
 
-    fn entry(&mut self, kind: u8, hash: &KeyHash, record: &[u8]) {
-        let mut length = ENTRY_OVERHEAD.saturating_add(record.len());
+    fn entry(&mut self, kind: u8, name: &[u8], value: &[u8]) {
+        let mut length = name.len().saturating_add(value.len()).saturating_add(1);
         // The length as postcard writes it: seven bits a byte, the lowest first.
         while length > 0x7f {
             self.entries.push(u8::try_from(length & 0x7f).unwrap_or_default() | 0x80);
@@ -130,8 +182,8 @@ impl PageWriter {
         }
         self.entries.push(u8::try_from(length).unwrap_or_default());
         self.entries.push(kind);
-        self.entries.extend_from_slice(&hash.0);
-        self.entries.extend_from_slice(record);
+        self.entries.extend_from_slice(name);
+        self.entries.extend_from_slice(value);
     }
 }
 
@@ -156,7 +208,7 @@ impl<'a> Page<'a> {
     /// Each variant of [`DecodeError`]; a snapshot whose entries lie outside its buckets is malformed too.
     pub fn read(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let body: Body<'a> = codec::open(PAGE, bytes)?;
-        let header: Header = codec::part(body.header.0)?;
+        let header = Header::from_bytes(body.header.0)?;
         let page = Self { header, entries: body.entries.0 };
         if let Part::Snapshot { from, to } = header.part
             && (from >= to || to > BUCKETS)
@@ -171,7 +223,11 @@ impl<'a> Page<'a> {
                     hash
                 }
                 Entry::Remove { hash } => hash,
-                Entry::Newer => continue,
+                Entry::Define { definition, .. } => {
+                    Definition::from_bytes(definition)?;
+                    continue;
+                }
+                Entry::Undefine { .. } | Entry::Newer => continue,
             };
             if let Part::Snapshot { from, to } = header.part {
                 let bucket = u32::from(hash.bucket());
@@ -212,12 +268,19 @@ impl<'a> Iterator for Entries<'a> {
 
 fn read_entry(bytes: &[u8]) -> Result<Entry<'_>, DecodeError> {
     let (kind, rest) = bytes.split_first().ok_or(DecodeError::Malformed)?;
-    if *kind > REMOVE {
-        return Ok(Entry::Newer);
+    match *kind {
+        PUT | REMOVE => {
+            let (hash, record) = rest.split_first_chunk::<32>().ok_or(DecodeError::Malformed)?;
+            let hash = KeyHash(*hash);
+            Ok(if *kind == PUT { Entry::Put { hash, record } } else { Entry::Remove { hash } })
+        }
+        DEFINE | UNDEFINE => {
+            let (number, definition) = rest.split_first_chunk::<4>().ok_or(DecodeError::Malformed)?;
+            let number = u32::from_le_bytes(*number);
+            Ok(if *kind == DEFINE { Entry::Define { number, definition } } else { Entry::Undefine { number } })
+        }
+        _ => Ok(Entry::Newer),
     }
-    let (hash, record) = rest.split_first_chunk::<32>().ok_or(DecodeError::Malformed)?;
-    let hash = KeyHash(*hash);
-    Ok(if *kind == PUT { Entry::Put { hash, record } } else { Entry::Remove { hash } })
 }
 
 #[derive(Serialize, Deserialize)]
@@ -262,12 +325,24 @@ pub enum EntryView {
         /// Which key.
         hash: KeyHash,
         /// What is known of it.
-        record: Record,
+        record: Box<Record>,
     },
     /// See [`Entry::Remove`].
     Remove {
         /// Which key.
         hash: KeyHash,
+    },
+    /// See [`Entry::Define`].
+    Define {
+        /// Its number.
+        number: u32,
+        /// What it is.
+        definition: Definition,
+    },
+    /// See [`Entry::Undefine`].
+    Undefine {
+        /// Its number.
+        number: u32,
     },
 }
 
@@ -275,15 +350,19 @@ impl PageView {
     /// Spells out a page.
     ///
     /// # Errors
-    /// [`DecodeError::Malformed`] for a record that does not decode; [`Page::read`] has excluded that.
+    /// [`DecodeError::Malformed`] for a record or a definition that does not decode; [`Page::read`] has excluded that.
     pub fn of(page: &Page<'_>) -> Result<Self, DecodeError> {
         let entries = page
             .entries()
             .filter_map(|entry| match entry {
                 Entry::Put { hash, record } => {
-                    Some(Record::from_bytes(record).map(|record| EntryView::Put { hash, record }))
+                    Some(Record::from_bytes(record).map(|record| EntryView::Put { hash, record: Box::new(record) }))
                 }
                 Entry::Remove { hash } => Some(Ok(EntryView::Remove { hash })),
+                Entry::Define { number, definition } => {
+                    Some(Definition::from_bytes(definition).map(|definition| EntryView::Define { number, definition }))
+                }
+                Entry::Undefine { number } => Some(Ok(EntryView::Undefine { number })),
                 Entry::Newer => None,
             })
             .collect::<Result<_, _>>()?;

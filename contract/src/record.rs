@@ -11,19 +11,27 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::DecodeError;
+use crate::codec::{self, DecodeError};
 use crate::id::{KeyId, OwnerId};
+use crate::network::Network;
 
 /// What this version of the decision understands of what a record may require.
-pub const UNDERSTOOD: Requires = Requires(0);
+pub const UNDERSTOOD: Requires = Requires(Requires::PLAN.0 | Requires::NETWORKS.0 | Requires::BUDGETS.0);
 
-/// Things that a reader has to understand before it may admit a key, one bit each. No bit is used so far: every field of
-/// [`Record`] belongs to the first version.
+/// Things that a reader has to understand before it may admit a key, one bit each. The fields of the first version need no
+/// bit; those of [`Further`] that restrict a key do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Requires(pub u32);
 
 impl Requires {
+    /// [`Further::plan`]: limits that stand elsewhere.
+    pub const PLAN: Self = Self(1);
+    /// [`Further::networks`].
+    pub const NETWORKS: Self = Self(1 << 1);
+    /// [`Further::quota`] and [`Further::credits`].
+    pub const BUDGETS: Self = Self(1 << 2);
+
     /// Whether a reader that understands `self` may judge a record that requires `needed`.
     #[must_use]
     pub const fn covers(self, needed: Self) -> bool {
@@ -52,10 +60,53 @@ pub struct Record {
     pub rate_limits: Vec<RateLimit>,
     /// Scopes granted to the key itself.
     pub scopes: Vec<String>,
-    /// Roles, by number: named sets of scopes that the store holds beside the records.
+    /// Roles, by number: named sets of scopes that the store holds beside the records, see
+    /// [`Definition`](crate::definition::Definition).
     pub roles: Vec<u32>,
-    /// The address list that a client must be on, by number. `None`: any address.
+    /// The address list that a client must be on, by number. `None`: any address. Lists by number were never written, so
+    /// that no address is on one; see [`Further::networks`].
     pub address_list: Option<u32>,
+    /// What later versions added.
+    #[serde(default, skip_serializing_if = "Further::is_empty")]
+    pub further: Further,
+}
+
+/// The fields that the first version of a record did not have. A record without any of them is written as the first
+/// version wrote it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Further {
+    /// The plan, by number: limits and scopes that the store holds beside the records.
+    pub plan: Option<u32>,
+    /// Networks that a client's address must be in. Empty: any address.
+    pub networks: Vec<Network>,
+    /// The key's quota, if it has one.
+    pub quota: Option<Budget>,
+    /// The credits of the key's owner, if they are metered.
+    pub credits: Option<Budget>,
+    /// Limits of [`Record::rate_limits`] that each Envoy judges alone, one bit each, the first limit's the lowest. The
+    /// others are shared by all Envoys.
+    pub alone: u32,
+}
+
+impl Further {
+    /// Nothing that the first version did not have.
+    const NOTHING: Self = Self { plan: None, networks: Vec::new(), quota: None, credits: None, alone: 0 };
+
+    fn is_empty(&self) -> bool {
+        *self == Self::NOTHING
+    }
+}
+
+/// A stock of requests or credits that all Envoys draw from by leases, as a filter needs to know it. What an Envoy has
+/// been leased comes with the answers to its usage reports: see [`crate::budget`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// What an Envoy may spend before it has been leased anything in this turn.
+    pub starter: u32,
+    /// Counted up whenever the stock is filled anew, from 1.
+    pub turn: u32,
+    /// The second (Unix time) at which a stock that is marked as used up is filled anew by itself.
+    pub resets_at_s: Option<u64>,
 }
 
 /// One rate limit: `requests` in each `window_s`, of which `burst` may come at once.
@@ -115,6 +166,7 @@ impl Record {
             scopes: Vec::new(),
             roles: Vec::new(),
             address_list: None,
+            further: Further::NOTHING,
         }
     }
 
@@ -123,7 +175,14 @@ impl Record {
     /// # Errors
     /// Never for a record that fits in memory; the codec's signature has the error.
     pub fn to_bytes(&self) -> Result<Vec<u8>, DecodeError> {
-        postcard::to_allocvec(self).map_err(|_| DecodeError::Malformed)
+        let Self { requires, key_id, owner_id, generation, flags, expires_at_s, cost, .. } = self;
+        let Self { rate_limits, scopes, roles, address_list, further, .. } = self;
+        let who = (requires, key_id, owner_id, generation, flags, expires_at_s, cost);
+        let first = codec::grown(&(who, (rate_limits, scopes, roles, address_list)))?;
+        if further.is_empty() {
+            return Ok(first);
+        }
+        postcard::to_extend(further, first).map_err(|_| DecodeError::Malformed)
     }
 
     /// Reads the binary form. Bytes after the known fields belong to a newer version and are left alone.
@@ -131,6 +190,25 @@ impl Record {
     /// # Errors
     /// [`DecodeError::Malformed`] if the known fields do not stand there.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
-        postcard::take_from_bytes(bytes).map(|(record, _newer)| record).map_err(|_| DecodeError::Malformed)
+        type Who = (Requires, KeyId, OwnerId, u32, Flags, Option<u64>, u32);
+        type May = (Vec<RateLimit>, Vec<String>, Vec<u32>, Option<u32>);
+        let ((who, may), rest): ((Who, May), _) = codec::part_of(bytes)?;
+        let (requires, key_id, owner_id, generation, flags, expires_at_s, cost) = who;
+        let (rate_limits, scopes, roles, address_list) = may;
+        let further = if rest.is_empty() { Further::default() } else { codec::part(rest)? };
+        Ok(Self {
+            requires,
+            key_id,
+            owner_id,
+            generation,
+            flags,
+            expires_at_s,
+            cost,
+            rate_limits,
+            scopes,
+            roles,
+            address_list,
+            further,
+        })
     }
 }

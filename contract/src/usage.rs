@@ -10,11 +10,18 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use crate::budget::Stock;
 use crate::codec::{self, ACK, DecodeError, USAGE};
 use crate::id::{KeyId, ReporterId};
 
 /// Most counts in one report: what is left over waits for the next. Keeps a report well below a megabyte.
 pub const REPORT_COUNTS: usize = 20_000;
+
+/// Added to the code of an outcome that was told and not enforced, in shadow mode.
+pub const SHADOW: u8 = 0x80;
+
+/// Most grants in one acknowledgement: what is left over comes with the next.
+pub const GRANTS: usize = 20_000;
 
 /// What was counted of one key, outcome and hour since the last report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +41,8 @@ pub struct Count {
 pub struct Subject {
     /// The secret that was used; `None` for requests without a known key, which are only ever counted in total.
     pub key: Option<KeyRef>,
-    /// [`Outcome::code`](crate::outcome::Outcome::code), kept as a number so that newer outcomes pass through.
+    /// [`Outcome::code`](crate::outcome::Outcome::code), kept as a number so that newer outcomes pass through. With
+    /// [`SHADOW`] added if the request was let through all the same.
     pub outcome: u8,
     /// Hours since the start of Unix time.
     pub hour: u32,
@@ -87,22 +95,50 @@ pub fn read_reports(bytes: &[u8]) -> Result<Vec<Report>, DecodeError> {
     reports.into_iter().map(wire::Report::read).collect()
 }
 
-/// Says that every report of the reporter up to a number is in the database, for good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Says that every report of the reporter up to a number is in the database, for good, and what the reporter is leased.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ack {
     /// Whose reports.
     pub reporter: ReporterId,
     /// The last number that is applied.
     pub seq: u64,
+    /// At most [`GRANTS`].
+    pub grants: Vec<Grant>,
+}
+
+/// What an Envoy is leased of one stock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// [`Stock::code`], kept as a number so that newer stocks are stepped over.
+    pub stock: u8,
+    /// The key's id, or the owner's for credits.
+    pub of: [u8; 16],
+    /// A share in parts per million, or all that was ever granted.
+    pub amount: u64,
+    /// As of which turn of the stock.
+    pub turn: u32,
+}
+
+impl Grant {
+    /// What it is of; `None` for stocks of newer versions.
+    #[must_use]
+    pub const fn stock(&self) -> Option<Stock> {
+        Stock::from_code(self.stock)
+    }
 }
 
 impl Ack {
-    /// The sealed form.
+    /// The sealed form. Without grants it is that of the first version.
     ///
     /// # Errors
     /// None in practice: see [`codec::seal`].
     pub fn write(&self) -> Result<Vec<u8>, DecodeError> {
-        codec::seal(ACK, self)
+        let first = (self.reporter, self.seq);
+        if self.grants.is_empty() {
+            return codec::seal(ACK, &first);
+        }
+        let grants = self.grants.iter().map(codec::grown).collect::<Result<Vec<_>, _>>()?;
+        codec::seal(ACK, &(first, grants))
     }
 
     /// Reads the sealed form.
@@ -110,7 +146,10 @@ impl Ack {
     /// # Errors
     /// Each variant of [`DecodeError`].
     pub fn read(bytes: &[u8]) -> Result<Self, DecodeError> {
-        codec::open(ACK, bytes)
+        let ((reporter, seq), rest) = codec::open_part(ACK, bytes)?;
+        let grants: Vec<Vec<u8>> = if rest.is_empty() { Vec::new() } else { codec::part(rest)? };
+        let grants = grants.iter().map(|grant| codec::part(grant)).collect::<Result<_, _>>()?;
+        Ok(Self { reporter, seq, grants })
     }
 }
 

@@ -1,15 +1,17 @@
-//! Bytes of the first version, kept for ever: what was written once must be read by every later version, and the JSON and
+//! Bytes of every version, kept for ever: what was written once must be read by every later version, and the JSON and
 //! the names must stay. Runs natively and as WebAssembly.
 
 #[cfg(all(target_arch = "wasm32", target_os = "unknown"))]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
+use contract::budget::Stock;
 use contract::codec::{DecodeError, PAGE, open};
+use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::page::{Entry, Header, Page, PageView, PageWriter, Part};
-use contract::record::{Flags, RateLimit, Record, Requires};
-use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
+use contract::record::{Budget, Flags, Further, RateLimit, Record, Requires, UNDERSTOOD};
+use contract::usage::{Ack, Count, Grant, KeyRef, Report, Subject, read_reports, write_reports};
 
 const PLAIN_RECORD: &str = concat!(
     "00",                               // requires nothing
@@ -63,7 +65,7 @@ fn full() -> Record {
 }
 
 fn header() -> Header {
-    Header { epoch: Epoch([0x33; 16]), revision: 1_000, total_keys: 2, part: Part::Changes { after: 998 } }
+    Header { epoch: Epoch([0x33; 16]), revision: 1_000, total_keys: 2, part: Part::Changes { after: 998 }, filters: 0 }
 }
 
 #[test]
@@ -76,9 +78,9 @@ fn the_first_version_of_a_record_is_read_and_written_to_the_byte() {
 
 #[test]
 fn fields_that_a_newer_version_appends_to_a_record_are_left_alone() {
-    let mut newer = bytes(PLAIN_RECORD);
+    let mut newer = bytes(FURTHER_RECORD);
     newer.extend([1, 2, 3]);
-    assert_eq!(Record::from_bytes(&newer), Ok(plain()));
+    assert_eq!(Record::from_bytes(&newer), Ok(further()));
 }
 
 #[test]
@@ -262,9 +264,110 @@ const ACK_BYTES: &str = "504b4131a64d328d44444444444444444444444444444444ac02";
 
 #[test]
 fn the_first_version_of_an_acknowledgement_is_read_and_written_to_the_byte() {
-    let ack = Ack { reporter: ReporterId([0x44; 16]), seq: 300 };
+    let ack = Ack { reporter: ReporterId([0x44; 16]), seq: 300, grants: vec![] };
     assert_eq!(hex::encode(ack.write().unwrap()), ACK_BYTES);
     assert_eq!(Ack::read(&bytes(ACK_BYTES)), Ok(ack));
+}
+
+const FURTHER_RECORD: &str = concat!(
+    "07",                               // requires plans, networks and budgets
+    "11111111111111111111111111111111", // key id
+    "22222222222222222222222222222222", // owner id
+    "0100000100000000",                 // as the plain record
+    "0103",                             // plan 3
+    "02",                               // two networks
+    "180180848080",                     // a prefix of 24 bits, IPv4: 192.0.2.0
+    "0c00",                             // not IPv6
+    "200001",                           // a prefix of 32 bits, not IPv4, IPv6:
+    "8080808080808080808080808080ee86", // 2001:db8::
+    "8140",                             //
+    "01e80702",                         // a quota: starter 1,000, turn 2,
+    "0180aea2ea06",                     // filled anew at 1,833,473,792
+    "01050100",                         // credits: starter 5, turn 1
+    "02",                               // the second limit is each Envoy's own
+);
+
+fn further() -> Record {
+    let mut record = plain();
+    record.requires = UNDERSTOOD;
+    record.further = Further {
+        plan: Some(3),
+        networks: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
+        quota: Some(Budget { starter: 1_000, turn: 2, resets_at_s: Some(1_833_473_792) }),
+        credits: Some(Budget { starter: 5, turn: 1, resets_at_s: None }),
+        alone: 2,
+    };
+    record
+}
+
+#[test]
+fn the_second_version_of_a_record_is_read_and_written_to_the_byte() {
+    assert_eq!(hex::encode(further().to_bytes().unwrap()), FURTHER_RECORD);
+    assert_eq!(Record::from_bytes(&bytes(FURTHER_RECORD)), Ok(further()));
+    let json = serde_json::to_value(further()).unwrap();
+    let expected = serde_json::json!({
+        "plan": 3, "networks": ["192.0.2.0/24", "2001:db8::/32"],
+        "quota": {"starter": 1000, "turn": 2, "resets_at_s": 1_833_473_792},
+        "credits": {"starter": 5, "turn": 1, "resets_at_s": null}, "alone": 2
+    });
+    assert_eq!(json["further"], expected);
+}
+
+const DEFINING_PAGE: &str = concat!(
+    "504b5031",                         // mark
+    "9c77cd68",                         // checksum
+    "17",                               // header, 23 bytes
+    "33333333333333333333333333333333", // epoch
+    "e8070201e607",                     // revision 1,000, keys, changes after 998
+    "08",                               // eight Envoys
+    "1b",                               // entries, 27 bytes
+    "1402",                             // 20 bytes: define
+    "03000000",                         // number 3
+    "0103613a2a",                       // one scope: a:*
+    "010362757264901c14",               // one limit, as above
+    "01",                               // which each Envoy judges alone
+    "0503",                             // 5 bytes: undefine
+    "04000000",                         // number 4
+);
+
+#[test]
+fn the_second_version_of_a_page_is_read_and_written_to_the_byte() {
+    let definition = Definition { scopes: vec!["a:*".into()], rate_limits: full().rate_limits, alone: 1 };
+    let mut writer = PageWriter::new();
+    writer.define(3, &definition.to_bytes().unwrap());
+    writer.undefine(4);
+    let header = Header { filters: 8, ..header() };
+    let written = writer.finish(&header).unwrap();
+    assert_eq!(hex::encode(&written), DEFINING_PAGE);
+    let page = Page::read(&written).unwrap();
+    assert_eq!(page.header, header);
+    let definition = definition.to_bytes().unwrap();
+    let expected = [Entry::Define { number: 3, definition: &definition }, Entry::Undefine { number: 4 }];
+    assert_eq!(page.entries().collect::<Vec<_>>(), expected);
+    let view = PageView::of(&page).unwrap();
+    assert_eq!(serde_json::from_value::<PageView>(serde_json::to_value(&view).unwrap()).unwrap(), view);
+}
+
+const GRANTING_ACK: &str = concat!(
+    "504b4131",                             // mark
+    "abf311f7",                             // checksum
+    "44444444444444444444444444444444ac02", // reporter, number 300
+    "02",                                   // two grants
+    "1500",                                 // 21 bytes: a share
+    "11111111111111111111111111111111",     // of a key
+    "95ac1400",                             // 333,333 parts per million, turn 0
+    "1502",                                 // 21 bytes: credits
+    "11111111111111111111111111111111",     // of an owner
+    "f0a20402",                             // 70,000 in all, turn 2
+);
+
+#[test]
+fn the_second_version_of_an_acknowledgement_is_read_and_written_to_the_byte() {
+    let grant = |stock: Stock, amount, turn| Grant { stock: stock.code(), of: [0x11; 16], amount, turn };
+    let grants = vec![grant(Stock::Share, 333_333, 0), grant(Stock::Credits, 70_000, 2)];
+    let ack = Ack { reporter: ReporterId([0x44; 16]), seq: 300, grants };
+    assert_eq!(hex::encode(ack.write().unwrap()), GRANTING_ACK);
+    assert_eq!(Ack::read(&ack.write().unwrap()), Ok(ack));
 }
 
 #[test]

@@ -3,13 +3,15 @@
 #![cfg(not(target_family = "wasm"))]
 
 use contract::codec::{DecodeError, PAGE, USAGE, seal};
-use contract::decision::{Facts, Presented, decide};
+use contract::decision::{Check, Facts, Presented, decide};
+use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::key::{self, FormError, Secret};
+use contract::network::Network;
 use contract::outcome::Outcome;
 use contract::page::{Entry, EntryView, Header, Page, PageView, PageWriter, Part};
-use contract::record::{Flags, RateLimit, Record, Requires};
+use contract::record::{Budget, Flags, Further, RateLimit, Record, Requires, UNDERSTOOD};
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
 use proptest::collection::vec;
 use proptest::option;
@@ -21,16 +23,51 @@ prop_compose! {
     }
 }
 
+fn budget() -> impl Strategy<Value = Option<Budget>> {
+    let fields = (any::<u32>(), any::<u32>(), option::of(any::<u64>()));
+    option::of(fields.prop_map(|(starter, turn, resets_at_s)| Budget { starter, turn, resets_at_s }))
+}
+
+fn network() -> impl Strategy<Value = Network> {
+    let text = prop_oneof![
+        (any::<u32>(), 0..=32_u32).prop_map(|(bits, prefix)| {
+            let bits = bits & u32::MAX.checked_shl(32 - prefix).unwrap_or(0);
+            format!("{}/{prefix}", std::net::Ipv4Addr::from_bits(bits))
+        }),
+        (any::<u128>(), 0..=128_u32).prop_map(|(bits, prefix)| {
+            let bits = bits & u128::MAX.checked_shl(128 - prefix).unwrap_or(0);
+            format!("{}/{prefix}", std::net::Ipv6Addr::from_bits(bits))
+        }),
+    ];
+    text.prop_map(|text| text.parse().unwrap())
+}
+
+prop_compose! {
+    fn further()(
+        plan in option::of(any::<u32>()), networks in vec(network(), 0..4), quota in budget(), credits in budget(),
+        alone in any::<u32>(),
+    ) -> Further {
+        Further { plan, networks, quota, credits, alone }
+    }
+}
+
+prop_compose! {
+    fn definition()(scopes in vec("[a-z:*]{1,12}", 0..4), rate_limits in vec(rate_limit(), 0..4), alone in any::<u32>()) -> Definition {
+        Definition { scopes, rate_limits, alone }
+    }
+}
+
 prop_compose! {
     fn record()(
         requires in any::<u32>(), key_id in any::<[u8; 16]>(), owner_id in any::<[u8; 16]>(), generation in any::<u32>(),
         flags in any::<u32>(), expires_at_s in option::of(any::<u64>()), cost in any::<u32>(),
         rate_limits in vec(rate_limit(), 0..4), scopes in vec("[a-z:*é]{0,12}", 0..4), roles in vec(any::<u32>(), 0..4),
-        address_list in option::of(any::<u32>()),
+        address_list in option::of(any::<u32>()), further in prop_oneof![Just(Further::default()), further()],
     ) -> Record {
         Record {
             requires: Requires(requires), key_id: KeyId(key_id), owner_id: OwnerId(owner_id), generation,
             flags: Flags(flags), expires_at_s, cost, rate_limits, scopes, roles, address_list,
+            further,
         }
     }
 }
@@ -38,8 +75,10 @@ prop_compose! {
 fn entry() -> impl Strategy<Value = EntryView> {
     let hash = any::<[u8; 32]>().prop_map(KeyHash);
     prop_oneof![
-        (hash.clone(), record()).prop_map(|(hash, record)| EntryView::Put { hash, record }),
+        (hash.clone(), record()).prop_map(|(hash, record)| EntryView::Put { hash, record: Box::new(record) }),
         hash.prop_map(|hash| EntryView::Remove { hash }),
+        (any::<u32>(), definition()).prop_map(|(number, definition)| EntryView::Define { number, definition }),
+        any::<u32>().prop_map(|number| EntryView::Undefine { number }),
     ]
 }
 
@@ -68,9 +107,11 @@ proptest! {
             match entry {
                 EntryView::Put { hash, record } => writer.put(hash, &record.to_bytes().unwrap()),
                 EntryView::Remove { hash } => writer.remove(hash),
+                EntryView::Define { number, definition } => writer.define(*number, &definition.to_bytes().unwrap()),
+                EntryView::Undefine { number } => writer.undefine(*number),
             }
         }
-        let header = Header { epoch: Epoch(epoch), revision: after, total_keys: 1, part: Part::Changes { after } };
+        let header = Header { epoch: Epoch(epoch), revision: after, total_keys: 1, part: Part::Changes { after }, filters: 3 };
         let bytes = writer.finish(&header).unwrap();
         let page = Page::read(&bytes).unwrap();
         prop_assert_eq!(PageView::of(&page).unwrap(), PageView { header, entries });
@@ -85,10 +126,10 @@ proptest! {
             writer.put(&KeyHash(*hash), &record);
         }
         let part = Part::Snapshot { from: 0, to: BUCKETS };
-        let bytes = writer.finish(&Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part }).unwrap();
+        let bytes = writer.finish(&Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
         let read: Vec<_> = Page::read(&bytes).unwrap().entries().map(|entry| match entry {
             Entry::Put { hash, .. } | Entry::Remove { hash } => hash.0,
-            Entry::Newer => [0; 32],
+            Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => [0; 32],
         }).collect();
         prop_assert_eq!(read, hashes);
     }
@@ -137,15 +178,29 @@ proptest! {
     }
 
     #[test]
-    fn nothing_but_a_clean_record_in_time_is_allowed(record in record(), now_s in any::<u64>(), listed in any::<bool>()) {
-        let facts = Facts { address_listed: listed, ..Facts::at(now_s) };
+    fn nothing_but_a_clean_record_in_time_and_place_is_allowed(record in record(), now_s in any::<u64>(), address in option::of(any::<std::net::IpAddr>())) {
+        let facts = Facts { address, ..Facts::at(now_s) };
         let allowed = decide(Presented::Key(&record), &facts) == Outcome::Allowed;
-        let blocking = Flags::REVOKED.0 | Flags::DISABLED.0 | Flags::QUOTA_EXCEEDED.0 | Flags::CREDITS_EXHAUSTED.0;
-        let clean = record.flags.0 & blocking == 0
-            && record.requires.0 == 0
+        let has = |flag: Flags| record.flags.contains(flag);
+        let used_up = |flag, budget: Option<Budget>| {
+            has(flag) && budget.and_then(|budget| budget.resets_at_s).is_none_or(|at| now_s < at)
+        };
+        let listed = |address| record.further.networks.iter().any(|network| network.contains(address));
+        let costs = record.cost > 0;
+        let blocked = has(Flags::REVOKED)
+            || has(Flags::DISABLED)
+            || used_up(Flags::QUOTA_EXCEEDED, record.further.quota)
+            || (costs && used_up(Flags::CREDITS_EXHAUSTED, record.further.credits));
+        let clean = !blocked
+            && record.requires.0 & !UNDERSTOOD.0 == 0
             && record.expires_at_s.is_none_or(|end| now_s < end)
-            && (record.address_list.is_none() || listed);
+            && record.address_list.is_none()
+            && record.further.plan.is_none()
+            && (record.further.networks.is_empty() || address.is_some_and(listed));
         prop_assert_eq!(allowed, clean);
+        // What `explain` shows is what decided.
+        let refusals: Vec<Outcome> = Check::ALL.into_iter().filter_map(|check| check.refusal(&record, &facts)).collect();
+        prop_assert_eq!(decide(Presented::Key(&record), &facts), refusals.first().copied().unwrap_or(Outcome::Allowed));
     }
 }
 

@@ -1,0 +1,276 @@
+//! What a route asks of a request: the operator's JSON comes in, a checked [`Policy`] goes out, or one sentence that names
+//! the field and the remedy.
+//!
+//! ```json
+//! { "key": "required", "scopes": {"all": ["orders:read"]}, "cost": 5,
+//!   "rate_limit": {"requests": 10, "window_seconds": 1, "burst": 20}, "shadow": false }
+//! ```
+//! Every field may be left out. The filter takes policies from its configuration, `explain` takes them from a request: both
+//! read them here.
+
+extern crate alloc;
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use serde::Deserialize;
+
+use crate::record::RateLimit;
+
+/// Most policies of one filter.
+pub const POLICIES: usize = 1_000;
+/// The name under which the default policy is spoken of.
+pub const DEFAULT_NAME: &str = "default";
+
+const SCOPES: usize = 32;
+const SCOPE_BYTES: usize = 64;
+const NAME_BYTES: usize = 64;
+const WINDOW_S: u32 = 31_622_400;
+
+/// What a route asks of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Whether a key is needed.
+    pub key: KeyNeed,
+    /// Scopes that the key must have.
+    pub scopes: ScopeNeed,
+    /// Credits that a request costs; the key's own cost unless given.
+    pub cost: Option<u32>,
+    /// A limit of this route: for each key, and for each client address where there is no key. It comes on top of those of
+    /// the key, and each Envoy judges it alone.
+    pub rate_limit: Option<RateLimit>,
+    /// Refuse nothing, but tell and count what would have been refused.
+    pub shadow: bool,
+}
+
+/// Whether a route needs a key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyNeed {
+    /// No request without a good key.
+    #[default]
+    Required,
+    /// A request without a key goes through without identity; a key that is presented must be good.
+    AnonymousAllowed,
+    /// The same, and a key that is not good counts as none.
+    Optional,
+}
+
+/// Scopes that a route asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScopeNeed {
+    /// None.
+    #[default]
+    None,
+    /// Each of these.
+    All(Vec<String>),
+    /// One of these.
+    Any(Vec<String>),
+}
+
+impl ScopeNeed {
+    /// The scopes that are asked for.
+    #[must_use]
+    pub fn as_slice(&self) -> &[String] {
+        match self {
+            Self::None => &[],
+            Self::All(scopes) | Self::Any(scopes) => scopes,
+        }
+    }
+}
+
+impl Policy {
+    /// Asks for a good key and nothing else.
+    pub const PLAIN: &'static Self =
+        &Self { key: KeyNeed::Required, scopes: ScopeNeed::None, cost: None, rate_limit: None, shadow: false };
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self::PLAIN.clone()
+    }
+}
+
+/// Why a policy was refused: the field and the remedy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct PolicyError(pub String);
+
+/// A policy as operators write it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PolicyText {
+    key: KeyNeed,
+    scopes: ScopeNeed,
+    cost: Option<u32>,
+    rate_limit: Option<LimitText>,
+    shadow: bool,
+}
+
+impl PolicyText {
+    /// Checks what stands in `field`, the policy of this name.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(self, field: &str, name: &str) -> Result<Policy, PolicyError> {
+        let bad = |what: &str, why: &str| Err(PolicyError(format!("{field}.{what}: {why}")));
+        let asked = self.scopes.as_slice();
+        if self.scopes != ScopeNeed::None && asked.is_empty() {
+            return bad("scopes", "name at least one scope, or leave it out");
+        }
+        if asked.len() > SCOPES {
+            return bad("scopes", &format!("name at most {SCOPES} scopes"));
+        }
+        let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b':' | b'_' | b'.' | b'-');
+        if !asked.iter().all(|scope| (1..=SCOPE_BYTES).contains(&scope.len()) && scope.bytes().all(allowed)) {
+            return bad(
+                "scopes",
+                &format!("each scope must have 1 to {SCOPE_BYTES} characters of a-z, 0-9 and : _ . -"),
+            );
+        }
+        if !asked.is_empty() && self.key != KeyNeed::Required {
+            return bad("key", "a route that asks for scopes needs a key: use \"required\", or ask for no scopes");
+        }
+        let rate_limit = self.rate_limit.map(|limit| limit.check(&format!("{field}.rate_limit"), name)).transpose()?;
+        Ok(Policy { key: self.key, scopes: self.scopes, cost: self.cost, rate_limit, shadow: self.shadow })
+    }
+}
+
+/// A rate limit as operators write it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitText {
+    /// How many requests the window allows.
+    pub requests: u32,
+    /// The window, in seconds.
+    pub window_seconds: u32,
+    /// How many requests may come at once after a pause; as many as `requests` unless given.
+    pub burst: Option<u32>,
+}
+
+impl LimitText {
+    /// Checks what stands in `field`; the limit gets this name.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(self, field: &str, name: &str) -> Result<RateLimit, PolicyError> {
+        let Self { requests, window_seconds: window_s, burst } = self;
+        let bad = |what: &str, why: &str| Err(PolicyError(format!("{field}.{what}: {why}")));
+        if requests == 0 {
+            return bad("requests", "must be at least 1; for no limit, set the whole field to null");
+        }
+        if !(1..=WINDOW_S).contains(&window_s) {
+            return bad("window_seconds", "must be from 1 to 31622400, a year");
+        }
+        let burst = burst.unwrap_or(requests);
+        if burst == 0 {
+            return bad("burst", "must be at least 1; leave it out for as many as requests");
+        }
+        Ok(RateLimit { name: name.into(), requests, window_s, burst })
+    }
+}
+
+/// The policies of a filter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policies {
+    /// For routes that name none.
+    pub default: Policy,
+    /// Those that routes name.
+    pub named: BTreeMap<String, Policy>,
+}
+
+impl Policies {
+    /// Checks the fields `default_policy` and `policies`.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(default: PolicyText, named: BTreeMap<String, PolicyText>) -> Result<Self, PolicyError> {
+        if named.len() > POLICIES {
+            return Err(PolicyError(format!("policies: name at most {POLICIES}")));
+        }
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+        let checked = |(name, text): (String, PolicyText)| {
+            if !(1..=NAME_BYTES).contains(&name.len()) || !name.bytes().all(allowed) || name == DEFAULT_NAME {
+                let why =
+                    format!("must have 1 to {NAME_BYTES} characters of a-z, A-Z, 0-9 and _ . -, and not be default");
+                return Err(PolicyError(format!("policies: the name {name:?} {why}")));
+            }
+            let policy = text.check(&format!("policies.{name}"), &name)?;
+            Ok((name, policy))
+        };
+        Ok(Self {
+            default: default.check("default_policy", DEFAULT_NAME)?,
+            named: named.into_iter().map(checked).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The policy of a route that names this one, or none; `None` if there is no policy of the name.
+    #[must_use]
+    pub fn find(&self, name: Option<&str>) -> Option<&Policy> {
+        name.map_or(Some(&self.default), |name| self.named.get(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::string::ToString;
+    use alloc::vec;
+
+    use super::*;
+
+    fn policy(json: &str) -> Result<Policy, PolicyError> {
+        serde_json::from_str::<PolicyText>(json).unwrap().check("policies.orders", "orders")
+    }
+
+    #[test]
+    fn an_empty_policy_asks_for_a_good_key_and_every_field_can_be_set() {
+        assert_eq!(policy("{}"), Ok(Policy::default()));
+        let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c"]}, "cost": 0, "shadow": true,
+            "rate_limit": {"requests": 5, "window_seconds": 60}}"#;
+        let limit = RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5 };
+        let expected = Policy {
+            key: KeyNeed::Required,
+            scopes: ScopeNeed::Any(vec!["a".into(), "b:c".into()]),
+            cost: Some(0),
+            rate_limit: Some(limit),
+            shadow: true,
+        };
+        assert_eq!(policy(json), Ok(expected));
+        assert_eq!(policy(r#"{"key": "anonymous_allowed"}"#).unwrap().key, KeyNeed::AnonymousAllowed);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_the_field() {
+        for (json, field) in [
+            (r#"{"scopes": {"all": []}}"#, "policies.orders.scopes: "),
+            (r#"{"scopes": {"all": ["A"]}}"#, "policies.orders.scopes: "),
+            (r#"{"scopes": {"all": ["a:*"]}}"#, "policies.orders.scopes: "),
+            (r#"{"scopes": {"all": ["a"]}, "key": "optional"}"#, "policies.orders.key: "),
+            (r#"{"rate_limit": {"requests": 0, "window_seconds": 1}}"#, "policies.orders.rate_limit.requests: "),
+            (r#"{"rate_limit": {"requests": 1, "window_seconds": 0}}"#, "policies.orders.rate_limit.window_seconds: "),
+            (
+                r#"{"rate_limit": {"requests": 1, "window_seconds": 1, "burst": 0}}"#,
+                "policies.orders.rate_limit.burst: ",
+            ),
+        ] {
+            let error = policy(json).unwrap_err().to_string();
+            assert!(error.starts_with(field), "{error}");
+        }
+        assert!(serde_json::from_str::<PolicyText>(r#"{"scope": "a"}"#).is_err());
+    }
+
+    #[test]
+    fn a_route_gets_the_policy_that_it_names_or_the_default_and_an_unknown_name_gets_none() {
+        let shadow = PolicyText { shadow: true, ..PolicyText::default() };
+        let policies = Policies::check(PolicyText::default(), [("dark".into(), shadow)].into()).unwrap();
+        assert_eq!(policies.find(None), Some(Policy::PLAIN));
+        assert!(policies.find(Some("dark")).unwrap().shadow);
+        assert_eq!(policies.find(Some("drak")), None);
+        for name in ["", "default", "a b", "é"] {
+            assert!(Policies::check(PolicyText::default(), [(name.into(), PolicyText::default())].into()).is_err());
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Rate limits: when a key was used comes in, whether it may be used now goes out.
+//!
+//! The algorithm is GCRA (ITU-T I.371): of each key and limit one time is remembered, the *theoretical arrival time* of the
+//! next request. A request moves it on by the interval between two requests; it is refused if that would move it further
+//! ahead of now than the burst allows.
+//!
+//! Of a limit that several Envoys share, each judges its share: rate and burst in that proportion.
+
+use crate::record::RateLimit;
+
+/// A whole limit, in the unit of shares: parts per million.
+pub const WHOLE: u32 = 1_000_000;
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// A limit as one Envoy judges it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    interval_ns: u64,
+    tolerance_ns: u64,
+}
+
+impl Rate {
+    /// A share of a limit, in parts per million. However small the share, one request may come at once.
+    #[must_use]
+    pub fn of(limit: &RateLimit, share: u32) -> Self {
+        let share = u64::from(share.clamp(1, WHOLE));
+        let window_ns = u64::from(limit.window_s.max(1)).saturating_mul(SECOND_NS);
+        let whole_ns = u128::from(window_ns).saturating_mul(u128::from(WHOLE));
+        let requests = u128::from(limit.requests.max(1)).saturating_mul(u128::from(share));
+        let interval_ns =
+            whole_ns.checked_div(requests).and_then(|ns| u64::try_from(ns).ok()).unwrap_or(u64::MAX).max(1);
+        let burst = u64::from(limit.burst).saturating_mul(share).checked_div(u64::from(WHOLE)).unwrap_or(1).max(1);
+        Self { interval_ns, tolerance_ns: interval_ns.saturating_mul(burst) }
+    }
+
+    /// Takes one request: from the time that is remembered, to the time to remember instead.
+    ///
+    /// # Errors
+    /// How long to wait, in nanoseconds; nothing is taken then.
+    pub fn take(&self, arrival_ns: Option<u64>, now_ns: u64) -> Result<u64, u64> {
+        let next_ns = self.within_reach(arrival_ns.unwrap_or(now_ns), now_ns).saturating_add(self.interval_ns);
+        match next_ns.saturating_sub(now_ns.saturating_add(self.tolerance_ns)) {
+            0 => Ok(next_ns),
+            wait_ns => Err(wait_ns),
+        }
+    }
+
+    /// A time further ahead than the burst can have moved it was set before the clock stepped back, or under another limit
+    /// or share: it counts as the furthest possible. One that has passed counts as now.
+    #[must_use]
+    pub fn within_reach(&self, arrival_ns: u64, now_ns: u64) -> u64 {
+        arrival_ns.clamp(now_ns, now_ns.saturating_add(self.tolerance_ns))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_800_000_000 * SECOND_NS;
+
+    fn rate(requests: u32, window_s: u32, burst: u32, share: u32) -> Rate {
+        Rate::of(&RateLimit { name: "a".into(), requests, window_s, burst }, share)
+    }
+
+    fn admitted(rate: Rate, at: impl IntoIterator<Item = u64>) -> usize {
+        let mut arrival = None;
+        let mut admit = |now| rate.take(arrival, now).map(|next| arrival = Some(next)).is_ok();
+        at.into_iter().filter(|now| admit(*now)).count()
+    }
+
+    #[test]
+    fn a_burst_is_admitted_and_then_the_steady_rate() {
+        assert_eq!(admitted(rate(10, 1, 5, WHOLE), [NOW; 20]), 5);
+        let ten_seconds = (0..1_000).map(|tick| NOW + tick * 10_000_000);
+        // The burst, and one each 100 ms.
+        assert_eq!(admitted(rate(10, 1, 5, WHOLE), ten_seconds), 5 + 99);
+    }
+
+    #[test]
+    fn shares_of_a_limit_add_up_to_it() {
+        let minute = || (0..6_000).map(|tick| NOW + tick * 10_000_000);
+        let whole = admitted(rate(100, 1, 100, WHOLE), minute().flat_map(|now| [now; 4]));
+        let thirds: usize =
+            (0..3).map(|_| admitted(rate(100, 1, 100, WHOLE / 3), minute().flat_map(|now| [now; 4]))).sum();
+        assert!(whole.abs_diff(thirds) <= 6, "{whole} {thirds}");
+    }
+
+    #[test]
+    fn the_smallest_share_still_admits_one_request_and_says_how_long_to_wait() {
+        let rate = rate(100, 1, 100, 0);
+        let next = rate.take(None, NOW).unwrap();
+        // One in ten thousand seconds.
+        assert_eq!(rate.take(Some(next), NOW), Err(10_000 * SECOND_NS));
+        assert!(rate.take(Some(next), NOW + 10_000 * SECOND_NS).is_ok());
+    }
+
+    #[test]
+    fn a_time_out_of_reach_is_brought_within_reach() {
+        let rate = rate(10, 1, 5, WHOLE);
+        assert_eq!(rate.take(Some(u64::MAX), NOW), Err(100_000_000));
+        assert_eq!(rate.within_reach(0, NOW), NOW);
+    }
+}
