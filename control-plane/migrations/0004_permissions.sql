@@ -46,6 +46,9 @@ comment on column user_preferences.refill_at is 'When they next do.';
 
 create index user_preferences_refill on user_preferences (refill_at) where refill_at is not null;
 
+drop trigger api_keys_1_next_revision on api_keys;
+drop trigger api_keys_2_assign_revision on api_keys;
+
 alter table api_keys
     drop column address_list_id,
     add column plan_number integer references definitions,
@@ -76,9 +79,6 @@ create index api_keys_plan on api_keys (coalesce(plan_number, owner_plan_number)
 create index api_keys_roles on api_keys using gin (role_numbers) where role_numbers <> '{}';
 create index api_keys_prefix on api_keys (prefix text_pattern_ops);
 create index api_keys_quota_reset on api_keys (quota_resets_at) where quota_exceeded;
-
-drop trigger api_keys_1_next_revision on api_keys;
-drop trigger api_keys_2_assign_revision on api_keys;
 
 create trigger api_keys_1_next_revision
     before insert or update of

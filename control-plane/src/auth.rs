@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU32;
+use std::sync::LazyLock;
 
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::request::Parts;
@@ -10,20 +11,27 @@ use contract::decision::{Facts, Presented, decide};
 use contract::hash::KeyHash;
 use contract::key::PRESENTED_BYTES;
 use contract::outcome::Outcome;
-use contract::record::{RateLimit, Record};
+use contract::policy::{Policy, ScopeNeed};
+use contract::record::Record;
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::App;
+use crate::audit::Actor;
 use crate::connection::Peer;
 use crate::error::ApiError;
-use crate::key::domain::{ADMIN, Email, SYNC, Scopes};
+use crate::key::domain::{ADMIN, Email, SYNC, Scopes, StoredLimit};
 use crate::key::store::{self, LIVE_KEYS, NewKey};
+use crate::telemetry::REQUEST_ID;
 
 /// The header that carries the caller's key. Of several, the first counts, as with Envoy.
 pub const KEY_HEADER: &str = "x-api-key";
+
+/// What the filters' side asks of a key.
+static SYNC_POLICY: LazyLock<Policy> =
+    LazyLock::new(|| Policy { scopes: ScopeNeed::All(vec![SYNC.to_owned()]), ..Policy::default() });
 
 /// Who is limited: an admitted key, or the address that refused calls come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,8 +84,10 @@ pub struct Caller {
     pub email: String,
     /// Scopes granted to the key.
     pub scopes: Vec<String>,
+    /// Who that is, for the audit trail.
+    pub actor: Actor,
     /// The key's own rate limits.
-    rate_limits: Vec<RateLimit>,
+    rate_limits: Vec<StoredLimit>,
     /// When the key ends, in seconds of Unix time.
     expires_at_s: Option<u64>,
 }
@@ -181,12 +191,20 @@ impl FromRequestParts<App> for Caller {
             None => None,
         };
         let (record, email) = found.map(|found| (found.record, found.email)).unzip();
-        let record = presenting.admit(record, None)?;
+        let record = presenting.admit(record, Policy::PLAIN)?;
         let key_id = record.key_id.into();
         app.callers.count(Limited::Key(key_id))?;
-        let Record { owner_id, scopes, rate_limits, expires_at_s, .. } = record;
+        let Record { owner_id, scopes, rate_limits, expires_at_s, further, .. } = record;
+        let rate_limits = StoredLimit::together(&rate_limits, further.alone);
         let email = email.unwrap_or_default();
-        Ok(Self { key_id, owner_id: owner_id.into(), email, scopes, rate_limits, expires_at_s })
+        let request_id = parts.headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
+        let actor = Actor {
+            key_id: Some(key_id),
+            email: Some(email.clone()),
+            address: Some(peer(parts).to_string()),
+            request_id: request_id.map(Into::into),
+        };
+        Ok(Self { key_id, owner_id: owner_id.into(), email, scopes, actor, rate_limits, expires_at_s })
     }
 }
 
@@ -207,7 +225,7 @@ impl FromRequestParts<App> for SyncCaller {
             (None, Some(hash)) => store::find_by_hash(&app.pool, hash).await?.map(|found| found.record),
             (None, None) => None,
         };
-        Ok(Self(presenting.admit(record, Some(SYNC))?.key_id.into()))
+        Ok(Self(presenting.admit(record, &SYNC_POLICY)?.key_id.into()))
     }
 }
 
@@ -234,24 +252,33 @@ impl<'a> Presenting<'a> {
         let mirrored = hash.as_ref().and_then(|hash| app.store.find(hash));
         let address = peer(parts);
         if mirrored.is_none() {
-            app.callers.count(Limited::Address(address))?;
+            app.callers.count(Limited::Address(network_of(address)))?;
         }
         Ok(Self { app, bytes, address, hash, mirrored })
     }
 
     /// Decides as the filter does. A refusal counts against the address, once.
-    fn admit(self, record: Option<Record>, required_scope: Option<&str>) -> Result<Record, ApiError> {
+    /// Quota and credits are for the services behind Envoy: callers that have used them up still manage their keys.
+    fn admit(self, record: Option<Record>, policy: &Policy) -> Result<Record, ApiError> {
         let presented = match &record {
             Some(record) => Presented::Key(record),
             None if self.bytes.is_empty() => Presented::Nothing,
             None => Presented::Stranger,
         };
         let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
-        match (decide(presented, &Facts { required_scope, ..Facts::at(now_s) }), record) {
+        let definitions = self.app.store.definitions();
+        let facts = Facts {
+            policy,
+            definitions: &definitions,
+            address: Some(self.address),
+            metered: false,
+            ..Facts::at(now_s)
+        };
+        match (decide(presented, &facts), record) {
             (Outcome::Allowed, Some(record)) => Ok(record),
             (outcome, _) => {
                 if self.mirrored.is_some() {
-                    self.app.callers.count(Limited::Address(self.address))?;
+                    self.app.callers.count(Limited::Address(network_of(self.address)))?;
                 }
                 Err(ApiError::Refused(outcome))
             }
@@ -262,9 +289,14 @@ impl<'a> Presenting<'a> {
 /// The address that a call comes from; one for all where the server does not tell.
 fn peer(parts: &Parts) -> IpAddr {
     let peer = parts.extensions.get::<ConnectInfo<Peer>>().map(|info| info.0.0.ip().to_canonical());
-    match peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) {
+    peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+}
+
+/// What one client has at will: an IPv4 address, or a /64 of IPv6.
+fn network_of(address: IpAddr) -> IpAddr {
+    match address {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
-        address @ IpAddr::V4(_) => address,
+        IpAddr::V4(_) => address,
     }
 }
 
@@ -280,6 +312,7 @@ mod tests {
             owner_id: Uuid::nil(),
             email: "user@example.com".into(),
             scopes: scopes.iter().map(|scope| (*scope).into()).collect(),
+            actor: Actor::system(),
             rate_limits: Vec::new(),
             expires_at_s: None,
         }
@@ -288,7 +321,7 @@ mod tests {
     fn peer_of(address: &str) -> IpAddr {
         let (mut parts, ()) = axum::http::Request::new(()).into_parts();
         parts.extensions.insert(ConnectInfo(Peer(SocketAddr::new(address.parse().unwrap(), 1))));
-        peer(&parts)
+        network_of(peer(&parts))
     }
 
     #[test]

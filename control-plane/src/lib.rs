@@ -2,10 +2,11 @@
 //! usage that they report.
 //!
 //! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
-//! [`auth`] says who calls; [`key`] is the domain and its SQL; [`sync`] brings keys to the filters; [`usage`] brings counts
+//! [`auth`] says who calls, [`audit`] what they did; [`key`] is the domain and its SQL; [`sync`] brings keys to the filters; [`usage`] brings counts
 //! back; [`error`] is what goes wrong; [`serve`] starts and stops it all, over
 //! [`connection`]s that lose nothing.
 
+pub mod audit;
 pub mod auth;
 pub mod config;
 pub mod connection;

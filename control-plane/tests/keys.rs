@@ -34,7 +34,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         "email": "User@example.com", "name": "Everything", "kind": "test", "scopes": ["orders:*", "sync", "sync"],
         "rate_limits": [
             {"name": "burst", "requests": 10, "window_seconds": 1},
-            {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5},
+            {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5, "shared": false},
         ],
         "expires_at": "2030-01-31T14:00:00.25+02:00",
     });
@@ -53,8 +53,8 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         "id": id, "owner_id": owner_id, "email": "user@example.com", "name": "Everything",
         "prefix": format!("sk_{}", &secret.reveal()[8..14]), "scopes": ["orders:*", "sync"],
         "rate_limits": [
-            {"name": "burst", "requests": 10, "window_seconds": 1, "burst": 10},
-            {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5},
+            {"name": "burst", "requests": 10, "window_seconds": 1, "burst": 10, "shared": true},
+            {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5, "shared": false},
         ],
         "generation": 1, "state": "active", "created_at": created["created_at"], "expires_at": "2030-01-31T12:00:01Z",
         "revoked_at": null, "last_used_at": null, "usage_count": 0,
@@ -68,6 +68,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
     fixture.in_step().await;
     let record = fixture.app.store.find(&secret.hash()).unwrap();
     assert_eq!(record.rate_limits.iter().map(|limit| limit.burst).collect::<Vec<_>>(), [10, 5]);
+    assert_eq!(record.further.alone, 0b10);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -39,7 +39,9 @@ impl Reader {
                 Entry::Remove { hash } => {
                     self.keys.remove(&hash);
                 }
-                Entry::Newer => panic!("a page of our own has no newer entries"),
+                Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => {
+                    panic!("a page of our own has no newer entries")
+                }
             }
         }
         self.epoch = Some(page.header.epoch);

@@ -135,7 +135,7 @@ async fn page(
             Part::Snapshot { from: 0, to: BUCKETS }
         }
     };
-    let header = Header { epoch: EPOCH, revision: REVISION, total_keys, part };
+    let header = Header { epoch: EPOCH, revision: REVISION, total_keys, part, filters: 0 };
     let mut bytes = page.finish(&header).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
     let age = [("age", faults.age_s.to_string())];
@@ -155,7 +155,7 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
     let mut usage = shared.usage.lock().unwrap_or_else(PoisonError::into_inner);
     let mut ack = None;
     for report in reports {
-        ack = Some(Ack { reporter: report.reporter, seq: report.seq });
+        ack = Some(Ack { reporter: report.reporter, seq: report.seq, grants: Vec::new() });
         match usage.taken.get(&(report.reporter, report.seq)) {
             Some(before) if *before == report => {}
             Some(_) => usage.changed += 1,

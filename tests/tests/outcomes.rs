@@ -17,7 +17,7 @@ const BY_THE_KEY: [(Outcome, &str); 6] = [
     (Outcome::Revoked, "revoked_at = now()"),
     (Outcome::Expired, "expires_at = now() - interval '1 second'"),
     (Outcome::Disabled, "disabled = true"),
-    (Outcome::AddressDenied, "address_list_id = 1"),
+    (Outcome::AddressDenied, "networks = '{192.0.2.0/24}'"),
     (Outcome::QuotaExceeded, "quota_exceeded = true"),
     (Outcome::CreditsExhausted, "credits_exhausted = true"),
 ];

@@ -136,7 +136,13 @@ fn written(app: &App, wanted: Wanted) -> Result<Bytes, ApiError> {
 
 /// The page that has no news.
 fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> {
-    let header = Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision } };
+    let header = Header {
+        epoch,
+        revision,
+        total_keys: app.store.keys(),
+        part: Part::Changes { after: revision },
+        filters: app.store.filters(),
+    };
     let page = PageWriter::new().finish(&header);
     page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page could not be written: {error}")))
 }

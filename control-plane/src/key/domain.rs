@@ -120,6 +120,34 @@ impl Scopes {
     }
 }
 
+/// A rate limit as the database keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredLimit {
+    /// The limit.
+    #[serde(flatten)]
+    pub limit: RateLimit,
+    /// Whether each Envoy judges it alone, rather than a share of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub alone: bool,
+}
+
+impl StoredLimit {
+    /// The limits, and which of them each Envoy judges alone, as records have it.
+    #[must_use]
+    pub fn apart(limits: Vec<Self>) -> (Vec<RateLimit>, u32) {
+        let alone =
+            limits.iter().zip(0..).filter(|(limit, _)| limit.alone).fold(0, |bits, (_, place)| bits | 1 << place);
+        (limits.into_iter().map(|stored| stored.limit).collect(), alone)
+    }
+
+    /// The limits of a record.
+    #[must_use]
+    pub fn together(limits: &[RateLimit], alone: u32) -> Vec<Self> {
+        let limits = limits.iter().cloned().zip(0_u32..);
+        limits.map(|(limit, place)| Self { limit, alone: alone & (1 << place) != 0 }).collect()
+    }
+}
+
 /// A rate limit as clients write and read it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -137,13 +165,21 @@ pub struct RateLimitBody {
     #[schema(example = 20, minimum = 1, maximum = 1_000_000_000)]
     #[serde(default)]
     pub burst: Option<i64>,
+    /// Whether it counts over all Envoys together; otherwise each Envoy judges it alone.
+    #[serde(default = "yes")]
+    pub shared: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 impl RateLimitBody {
     /// Shows a limit.
     #[must_use]
-    pub fn of(limit: &RateLimit) -> Self {
+    pub fn of(StoredLimit { limit, alone }: &StoredLimit) -> Self {
         Self {
+            shared: !alone,
             name: limit.name.clone(),
             requests: limit.requests.into(),
             window_seconds: limit.window_s.into(),
@@ -151,7 +187,7 @@ impl RateLimitBody {
         }
     }
 
-    fn parse(self) -> Result<RateLimit, ApiError> {
+    fn parse(self) -> Result<StoredLimit, ApiError> {
         let bad = |detail: String| ApiError::invalid("rate_limits", detail);
         let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
         if !(1..=RATE_LIMIT_NAME_CHARS).contains(&self.name.len()) || !self.name.bytes().all(allowed) {
@@ -162,12 +198,13 @@ impl RateLimitBody {
             let in_range = u32::try_from(value).ok().filter(|_| (1..=most).contains(&value));
             in_range.ok_or_else(|| bad(format!("{what} of {:?} must be a number from 1 to {most}", self.name)))
         };
-        Ok(RateLimit {
+        let limit = RateLimit {
             requests: within("requests", self.requests, RATE_LIMIT_REQUESTS)?,
             window_s: within("window_seconds", self.window_seconds, RATE_LIMIT_WINDOW_S)?,
             burst: within("burst", self.burst.unwrap_or(self.requests), RATE_LIMIT_REQUESTS)?,
             name: self.name,
-        })
+        };
+        Ok(StoredLimit { limit, alone: !self.shared })
     }
 }
 
@@ -175,12 +212,12 @@ impl RateLimitBody {
 ///
 /// # Errors
 /// What is wrong with `rate_limits`.
-pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<RateLimit>, ApiError> {
+pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<StoredLimit>, ApiError> {
     if limits.len() > RATE_LIMITS {
         return Err(ApiError::invalid("rate_limits", format!("must have at most {RATE_LIMITS} entries")));
     }
     let limits = limits.into_iter().map(RateLimitBody::parse).collect::<Result<Vec<_>, _>>()?;
-    let names: BTreeSet<_> = limits.iter().map(|limit| &limit.name).collect();
+    let names: BTreeSet<_> = limits.iter().map(|stored| &stored.limit.name).collect();
     if names.len() < limits.len() {
         return Err(ApiError::invalid("rate_limits", "the names must differ"));
     }
@@ -294,9 +331,10 @@ mod tests {
             requests,
             window_seconds,
             burst,
+            shared: true,
         };
         let parsed = parse_rate_limits(vec![limit("a", 5, 60, None), limit("b", 5, 60, Some(9))]).unwrap();
-        assert_eq!(parsed.iter().map(|limit| limit.burst).collect::<Vec<_>>(), [5, 9]);
+        assert_eq!(parsed.iter().map(|stored| stored.limit.burst).collect::<Vec<_>>(), [5, 9]);
         for bad in [
             vec![limit("A", 1, 1, None)],
             vec![limit("", 1, 1, None)],

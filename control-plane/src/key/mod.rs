@@ -4,9 +4,17 @@
 /// The record that filters know of a key, from a row with the columns that make it up. A macro, since the rows of two
 /// checked queries are of two types.
 macro_rules! record_of {
-    ($row:expr) => {
+    ($row:expr) => {{
+        let (rate_limits, alone) = $crate::key::domain::StoredLimit::apart($row.rate_limits.0);
+        let further = $crate::key::further(
+            $row.plan_number,
+            &$row.networks,
+            ($row.quota_starter, $row.quota_turn, $row.quota_resets_at),
+            ($row.credits_starter, $row.credits_turn),
+            alone,
+        );
         contract::record::Record {
-            requires: contract::record::Requires::default(),
+            requires: $crate::key::requires(&further),
             key_id: contract::id::KeyId::from($row.id),
             owner_id: contract::id::OwnerId::from($row.owner_id),
             generation: $row.generation.cast_unsigned(),
@@ -17,14 +25,55 @@ macro_rules! record_of {
                 .with(contract::record::Flags::CREDITS_EXHAUSTED, $row.credits_exhausted),
             expires_at_s: $row.expires_at.map(|end| u64::try_from(end.unix_timestamp()).unwrap_or_default()),
             cost: $row.cost.cast_unsigned(),
-            rate_limits: $row.rate_limits.0,
+            rate_limits,
             scopes: $row.scopes,
-            roles: Vec::new(),
-            address_list: $row.address_list_id.map(i32::cast_unsigned),
+            roles: $row.role_numbers.into_iter().map(i32::cast_unsigned).collect(),
+            address_list: None,
+            further,
         }
-    };
+    }};
 }
 pub(crate) use record_of;
+
+use contract::record::{Budget, Further, Requires};
+use time::OffsetDateTime;
+
+/// The part of a record that restricts a key further. Networks that do not parse were put there by hand: the key then works
+/// from nowhere, which is what a list of unknown networks says.
+pub(crate) fn further(
+    plan: Option<i32>,
+    networks: &[String],
+    quota: (Option<i32>, i32, Option<OffsetDateTime>),
+    credits: (Option<i32>, i32),
+    alone: u32,
+) -> Further {
+    let seconds = |at: OffsetDateTime| u64::try_from(at.unix_timestamp()).unwrap_or_default();
+    let budget = |starter: Option<i32>, turn: i32, resets_at: Option<OffsetDateTime>| {
+        starter.map(|starter| Budget {
+            starter: starter.max(0).cast_unsigned(),
+            turn: turn.cast_unsigned(),
+            resets_at_s: resets_at.map(seconds),
+        })
+    };
+    let nowhere = || "::/128".parse().ok();
+    Further {
+        plan: plan.map(i32::cast_unsigned),
+        networks: networks.iter().filter_map(|network| network.parse().ok().or_else(nowhere)).collect(),
+        quota: budget(quota.0, quota.1, quota.2),
+        credits: budget(credits.0, credits.1, None),
+        alone,
+    }
+}
+
+/// What a filter has to understand of it.
+pub(crate) fn requires(further: &Further) -> Requires {
+    let needed = [
+        (Requires::PLAN, further.plan.is_some()),
+        (Requires::NETWORKS, !further.networks.is_empty()),
+        (Requires::BUDGETS, further.quota.is_some() || further.credits.is_some()),
+    ];
+    Requires(needed.into_iter().filter(|(_, needed)| *needed).fold(0, |bits, (bit, _)| bits | bit.0))
+}
 
 pub mod domain;
 pub mod store;

@@ -6,13 +6,13 @@
 
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
-use contract::record::{RateLimit, Record};
+use contract::record::Record;
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::domain::{Email, KeyName, Scopes};
+use super::domain::{Email, KeyName, Scopes, StoredLimit};
 use crate::error::ApiError;
 
 /// A key as people see it.
@@ -31,7 +31,7 @@ pub struct Key {
     /// Scopes granted to it.
     pub scopes: Vec<String>,
     /// Its own rate limits.
-    pub rate_limits: Json<Vec<RateLimit>>,
+    pub rate_limits: Json<Vec<StoredLimit>>,
     /// Which of its secrets is the present one, from 1.
     pub generation: i32,
     /// Whether it is switched off.
@@ -60,7 +60,7 @@ pub struct NewKey {
     /// Scopes granted to it.
     pub scopes: Scopes,
     /// Its own rate limits.
-    pub rate_limits: Vec<RateLimit>,
+    pub rate_limits: Vec<StoredLimit>,
     /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
     /// How many live keys its owner may have with it; as many as they like if none.
@@ -104,9 +104,17 @@ pub struct PrimaryStatus {
 /// Those of the database.
 pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>, ApiError> {
     let row = sqlx::query!(
-        r#"select k.id, k.owner_id, k.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
-            k.address_list_id, k.expires_at, k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, p.email
-        from api_keys k join user_preferences p on p.id = k.owner_id where k.hash = $1"#,
+        r#"select k.id, k.owner_id, s.generation as "generation!", k.scopes,
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
+            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at,
+            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
+            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn, p.email
+        from (
+            select id, generation, null::timestamptz as ends_at from api_keys where hash = $1
+            union all
+            select key_id, generation, ends_at from retired_secrets where hash = $1
+        ) s
+        join api_keys k on k.id = s.id join user_preferences p on p.id = k.owner_id"#,
         hash.0.as_slice()
     )
     .fetch_optional(pool)
@@ -299,7 +307,7 @@ pub async fn get(pool: &PgPool, id: Uuid) -> Result<Option<Key>, ApiError> {
     let key = sqlx::query_as!(
         Key,
         r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
             k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
@@ -323,7 +331,7 @@ pub async fn list(pool: &PgPool, email: Option<&str>, before: Option<Uuid>, limi
     let keys = sqlx::query_as!(
         Key,
         r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
             k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
@@ -350,7 +358,7 @@ pub async fn list(pool: &PgPool, email: Option<&str>, before: Option<Uuid>, limi
 pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
     let row = sqlx::query!(
         r#"select p.balance, p.id as owner_id, p.email, k.id as "id?", k.name as "name?", k.prefix as "prefix?",
-            k.scopes as "scopes?", k.rate_limits as "rate_limits?: Json<Vec<RateLimit>>", k.generation as "generation?",
+            k.scopes as "scopes?", k.rate_limits as "rate_limits?: Json<Vec<StoredLimit>>", k.generation as "generation?",
             k.disabled as "disabled?", k.created_at as "created_at?", k.expires_at as "expires_at?",
             u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from user_preferences p left join api_keys k on k.id = p.primary_key_id and k.revoked_at is null

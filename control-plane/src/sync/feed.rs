@@ -7,9 +7,9 @@
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
+use contract::definition::Definition;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
-use contract::record::RateLimit;
 use futures_util::TryStreamExt;
 use sqlx::postgres::PgListener;
 use sqlx::types::Json;
@@ -18,7 +18,8 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::Store;
-use super::mirror::{Mirror, Row};
+use super::mirror::{Defined, Mirror, Row};
+use crate::key::domain::StoredLimit;
 use crate::key::record_of;
 
 /// How long to wait before the database is tried again after a fault.
@@ -167,8 +168,10 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     match known {
         Some((ours, since)) if ours == epoch && revision.cast_unsigned() > since => {
             let rows = rows(&mut transaction, since.cast_signed(), true).await?;
+            let defined = definitions(&mut transaction, since.cast_signed(), true).await?;
             store.update(|mirror| {
                 if let Some(mirror) = mirror {
+                    mirror.define(defined);
                     mirror.apply(rows, revision.cast_unsigned());
                 }
             });
@@ -183,12 +186,18 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
             return Ok(false);
         }
         Some(_) | None => {
-            let horizon =
-                sqlx::query_scalar!(r#"select coalesce(max(revision), 0) as "horizon!" from api_keys where withdrawn"#)
-                    .fetch_one(&mut *transaction)
-                    .await?;
+            let horizon = sqlx::query_scalar!(
+                r#"select greatest(
+                        (select max(revision) from api_keys where withdrawn),
+                        (select max(revision) from retired_secrets where withdrawn), 0
+                    ) as "horizon!""#
+            )
+            .fetch_one(&mut *transaction)
+            .await?;
             let rows = rows(&mut transaction, -1, false).await?;
             let mut mirror = Mirror::new(epoch, horizon.cast_unsigned());
+            // Those that were removed too: readers who know them are told.
+            mirror.define(definitions(&mut transaction, -1, true).await?);
             mirror.apply(rows, revision.cast_unsigned());
             info!(%epoch, revision, keys = mirror.keys(), "the store is loaded");
             store.update(|present| *present = Some(mirror));
@@ -199,9 +208,25 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
 
 async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Result<Vec<Row>, FeedError> {
     let mut stream = sqlx::query!(
-        r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", cost,
-            address_list_id, expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn, revision
-        from api_keys where revision > $1 and (not withdrawn or $2)"#,
+        r#"select id as "id!", owner_id as "owner_id!", hash as "hash!", generation as "generation!", scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", cost as "cost!", expires_at, disabled as "disabled!",
+            quota_exceeded as "quota_exceeded!", credits_exhausted as "credits_exhausted!", revoked_at,
+            withdrawn as "withdrawn!", coalesce(plan_number, owner_plan_number) as plan_number,
+            role_numbers as "role_numbers!", networks as "networks!", quota_starter, quota_turn as "quota_turn!",
+            quota_resets_at, credits_starter, credits_turn as "credits_turn!", revision as "revision!"
+        from api_keys where revision > $1 and (not withdrawn or $2)
+        union all
+        select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits, k.cost, least(k.expires_at, r.ends_at),
+            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn,
+            coalesce(k.plan_number, k.owner_plan_number), k.role_numbers, k.networks, k.quota_starter, k.quota_turn,
+            k.quota_resets_at, k.credits_starter, k.credits_turn, greatest(k.revision, r.revision)
+        from (
+            select hash from retired_secrets where revision > $1
+            union
+            select o.hash from api_keys c join retired_secrets o on o.key_id = c.id where c.revision > $1
+        ) changed
+        join retired_secrets r on r.hash = changed.hash join api_keys k on k.id = r.key_id
+        where not (k.withdrawn or r.withdrawn) or $2"#,
         since,
         withdrawn
     )
@@ -209,13 +234,36 @@ async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Res
     let mut rows = Vec::new();
     while let Some(row) = stream.try_next().await? {
         let bad = || FeedError::Row(row.id);
-        let record = record_of!(row);
-        let bytes = record.to_bytes().map_err(|_| bad())?;
-        rows.push(Row {
-            hash: KeyHash(row.hash.as_slice().try_into().map_err(|_| bad())?),
-            revision: row.revision.cast_unsigned(),
-            record: (!row.withdrawn).then(|| bytes.into_boxed_slice()),
-        });
+        let revision = row.revision.cast_unsigned();
+        let hash = KeyHash(row.hash.as_slice().try_into().map_err(|_| bad())?);
+        if row.withdrawn {
+            rows.push(Row { hash, revision, record: None });
+            continue;
+        }
+        let id = row.id;
+        let record = record_of!(row).to_bytes().map_err(|_| FeedError::Row(id))?;
+        rows.push(Row { hash, revision, record: Some(record.into_boxed_slice()) });
     }
     Ok(rows)
+}
+
+async fn definitions(connection: &mut PgConnection, since: i64, removed: bool) -> Result<Vec<Defined>, FeedError> {
+    let rows = sqlx::query!(
+        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
+        from definitions where revision > $1 and (not removed or $2)"#,
+        since,
+        removed
+    )
+    .fetch_all(connection)
+    .await?;
+    let defined = rows.into_iter().map(|row| {
+        let (rate_limits, alone) = StoredLimit::apart(row.rate_limits.0);
+        let definition = Definition { scopes: row.scopes, rate_limits, alone };
+        Defined {
+            number: row.number.cast_unsigned(),
+            revision: row.revision.cast_unsigned(),
+            definition: (!row.removed).then_some(definition),
+        }
+    });
+    Ok(defined.collect())
 }

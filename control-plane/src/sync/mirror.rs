@@ -4,10 +4,12 @@
 //! Of each key the mirror holds its present record, in the binary form of the pages, and the revision of its last change.
 //! Changes are found through an index by revision; a key that was withdrawn stays in it as a tombstone for a while.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use contract::codec::DecodeError;
+use contract::definition::{Definition, Definitions};
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::page::{Header, PAGE_BYTES, PageWriter, Part};
@@ -29,6 +31,17 @@ pub struct Row {
     pub record: Option<Box<[u8]>>,
 }
 
+/// One role or plan as the feed reads it.
+#[derive(Clone, Debug)]
+pub struct Defined {
+    /// What records call it.
+    pub number: u32,
+    /// The revision of its last change.
+    pub revision: u64,
+    /// What it is; `None` if it was removed.
+    pub definition: Option<Definition>,
+}
+
 /// What a reader asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
@@ -37,6 +50,9 @@ pub enum Wanted {
     /// The changes after this revision.
     Changes(u64),
 }
+
+/// A page before its header: what it holds, up to which revision, and which part of the store that is.
+type Written = (PageWriter, u64, Part);
 
 /// The store at one revision.
 #[derive(Debug)]
@@ -48,6 +64,9 @@ pub struct Mirror {
     tombstones: BTreeSet<(u64, KeyHash)>,
     buckets: Vec<Vec<Row>>,
     by_revision: BTreeSet<(u64, KeyHash)>,
+    /// Few: the REST API bounds them. Those that were removed stay, so that every reader can be told.
+    defined: BTreeMap<u32, Defined>,
+    definitions: Arc<Definitions>,
 }
 
 impl Mirror {
@@ -63,6 +82,8 @@ impl Mirror {
             tombstones: BTreeSet::new(),
             buckets,
             by_revision: BTreeSet::new(),
+            defined: BTreeMap::new(),
+            definitions: Arc::default(),
         }
     }
 
@@ -95,6 +116,22 @@ impl Mirror {
         }
     }
 
+    /// Takes over roles and plans that changed.
+    pub fn define(&mut self, changed: Vec<Defined>) {
+        if changed.is_empty() {
+            return;
+        }
+        self.defined.extend(changed.into_iter().map(|defined| (defined.number, defined)));
+        let live = self.defined.values().filter_map(|row| Some((row.number, row.definition.clone()?)));
+        self.definitions = Arc::new(Definitions(live.collect()));
+    }
+
+    /// All roles and plans.
+    #[must_use]
+    pub fn definitions(&self) -> Arc<Definitions> {
+        Arc::clone(&self.definitions)
+    }
+
     /// Finds a key's record.
     #[must_use]
     pub fn find(&self, hash: &KeyHash) -> Option<&[u8]> {
@@ -109,16 +146,19 @@ impl Mirror {
         revision >= self.horizon && revision <= self.revision
     }
 
-    /// Writes the page that a reader gets. Changes that cannot be told become a snapshot.
+    /// Writes the page that a reader gets, of a store that so many filters sync. Changes that cannot be told become a
+    /// snapshot.
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: Wanted) -> Result<Bytes, DecodeError> {
-        match wanted {
-            Wanted::Changes(after) if self.reaches_back_to(after) => self.changes(after),
-            Wanted::Changes(_) => self.snapshot(0),
-            Wanted::Snapshot(from) => self.snapshot(from),
-        }
+    pub fn page(&self, wanted: Wanted, filters: u32) -> Result<Bytes, DecodeError> {
+        let (page, revision, part) = match wanted {
+            Wanted::Changes(after) if self.reaches_back_to(after) => self.changes(after)?,
+            Wanted::Changes(_) => self.snapshot(0)?,
+            Wanted::Snapshot(from) => self.snapshot(from)?,
+        };
+        let header = Header { epoch: self.epoch, revision, total_keys: self.keys, part, filters };
+        page.finish(&header).map(Bytes::from)
     }
 
     fn put(&mut self, row: Row) {
@@ -150,12 +190,13 @@ impl Mirror {
         self.horizon = self.horizon.max(revision);
     }
 
-    fn header(&self, revision: u64, part: Part) -> Header {
-        Header { epoch: self.epoch, revision, total_keys: self.keys, part }
-    }
-
-    fn snapshot(&self, from: u32) -> Result<Bytes, DecodeError> {
+    fn snapshot(&self, from: u32) -> Result<Written, DecodeError> {
         let mut page = PageWriter::new();
+        if from == 0 {
+            for (number, definition) in &self.definitions.0 {
+                page.define(*number, &definition.to_bytes()?);
+            }
+        }
         let mut to = BUCKETS;
         for (bucket, rows) in (0..BUCKETS).zip(&self.buckets).skip(from as usize) {
             let bytes: usize =
@@ -170,20 +211,26 @@ impl Mirror {
                 }
             }
         }
-        page.finish(&self.header(self.revision, Part::Snapshot { from, to })).map(Bytes::from)
+        Ok((page, self.revision, Part::Snapshot { from, to }))
     }
 
-    fn changes(&self, after: u64) -> Result<Bytes, DecodeError> {
+    fn changes(&self, after: u64) -> Result<Written, DecodeError> {
         let first = (after + 1, KeyHash([0; 32]));
         let Some(to) = self.fitting(first) else { return self.snapshot(0) };
         let mut page = PageWriter::new();
+        for row in self.defined.values().filter(|row| row.revision > after && row.revision <= to) {
+            match &row.definition {
+                Some(definition) => page.define(row.number, &definition.to_bytes()?),
+                None => page.undefine(row.number),
+            }
+        }
         for (_, hash) in self.by_revision.range(first..).take_while(|(changed, _)| *changed <= to) {
             match self.find(hash) {
                 Some(record) => page.put(hash, record),
                 None => page.remove(hash),
             }
         }
-        page.finish(&self.header(to, Part::Changes { after })).map(Bytes::from)
+        Ok((page, to, Part::Changes { after }))
     }
 
     /// Up to which revision the changes from `first` on fit one page, which ends between two revisions and never within
@@ -229,7 +276,7 @@ mod tests {
     }
 
     fn changes(mirror: &Mirror, after: u64) -> (Header, usize, usize) {
-        let bytes = mirror.page(Wanted::Changes(after)).unwrap();
+        let bytes = mirror.page(Wanted::Changes(after), 0).unwrap();
         let page = Page::read(&bytes).unwrap();
         (page.header, page.entries().count(), bytes.len())
     }
@@ -257,7 +304,7 @@ mod tests {
         while let Part::Snapshot { to, .. } = header.part
             && to < BUCKETS
         {
-            let bytes = mirror.page(Wanted::Snapshot(to)).unwrap();
+            let bytes = mirror.page(Wanted::Snapshot(to), 0).unwrap();
             assert!(bytes.len() <= PAGE_BYTES + 100, "{}", bytes.len());
             let page = Page::read(&bytes).unwrap();
             (header, entries) = (page.header, entries + page.entries().count());

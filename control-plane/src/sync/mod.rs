@@ -6,11 +6,13 @@ pub mod feed;
 pub mod mirror;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use contract::codec::DecodeError;
+use contract::definition::Definitions;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
 use contract::record::Record;
@@ -37,6 +39,7 @@ struct Shared {
     refreshing: tokio::sync::Mutex<Option<Instant>>,
     seen: Mutex<Option<Instant>>,
     pages: Mutex<Pages>,
+    filters: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +61,7 @@ impl Store {
             refreshing: tokio::sync::Mutex::new(None),
             seen: Mutex::new(None),
             pages: Mutex::default(),
+            filters: AtomicU32::new(0),
         }))
     }
 
@@ -84,6 +88,25 @@ impl Store {
     pub fn age(&self) -> Option<Duration> {
         let seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.map(|at| at.elapsed())
+    }
+
+    /// What records refer to by number.
+    #[must_use]
+    pub fn definitions(&self) -> Arc<Definitions> {
+        self.read(|mirror| mirror.map(Mirror::definitions)).unwrap_or_default()
+    }
+
+    /// How many Envoys sync at present.
+    #[must_use]
+    pub fn filters(&self) -> u32 {
+        self.0.filters.load(Ordering::Relaxed)
+    }
+
+    /// Notes how many Envoys sync at present, for the pages that are written from now on.
+    pub fn set_filters(&self, filters: u32) {
+        if self.0.filters.swap(filters, Ordering::Relaxed) != filters {
+            *self.0.pages.lock().unwrap_or_else(PoisonError::into_inner) = Pages::default();
+        }
     }
 
     /// Asks the feed to look at the database now. Called after each change of keys.
@@ -144,7 +167,7 @@ impl Store {
             if let Some(page) = self.pages_at(at).pages.get(&key) {
                 return Some(Ok(page.clone()));
             }
-            let page = mirror.page(wanted);
+            let page = mirror.page(wanted, self.filters());
             if let Ok(page) = &page {
                 let mut shared = self.pages_at(at);
                 if shared.pages.len() >= SHARED_PAGES {

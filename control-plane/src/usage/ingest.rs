@@ -80,7 +80,7 @@ impl Ingest {
                 metrics::counter!("portcullis_usage_reports_total", "result" => "repeated")
                     .increment((sent - fresh) as u64);
                 metrics::counter!("portcullis_usage_counts_total").increment(counts as u64);
-                Ok(Ack { reporter, seq })
+                Ok(Ack { reporter, seq, grants: Vec::new() })
             }
             Ok(Applied::Foreign) => Err(IngestError::Foreign),
             Err(error) => Err(IngestError::Database(error)),
