@@ -1,0 +1,523 @@
+//! Random lives of keys, judged twice: by the decision, from records that travelled in pages, and by a reference that is as
+//! simple as it can be. In 100,000 steps they never differ.
+
+#![cfg(not(target_family = "wasm"))]
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use contract::budget::{Held, Stock};
+use contract::decision::{Facts, Presented, cost, decide};
+use contract::definition::{Definition, Definitions};
+use contract::hash::KeyHash;
+use contract::id::{Epoch, KeyId, OwnerId};
+use contract::outcome::Outcome;
+use contract::page::{Entry, Header, Page, PageWriter, Part};
+use contract::policy::{KeyNeed, Policy, ScopeNeed};
+use contract::rate::{Rate, WHOLE};
+use contract::record::{Budget, Flags, RateLimit, Record, Requires};
+
+const STEPS: usize = 100_000;
+const OWNERS: usize = 4;
+const KEYS: usize = 12;
+const SCOPES: [&str; 4] = ["orders:read", "orders:write", "orders:*", "stock:read"];
+const ADDRESSES: [&str; 4] = ["192.0.2.7", "198.51.100.7", "2001:db8::7", "2001:db9::7"];
+const NETWORKS: [(&str, [bool; 4]); 3] = [
+    ("192.0.2.0/24", [true, false, false, false]),
+    ("198.51.100.7", [false, true, false, false]),
+    ("2001:db8::/32", [false, false, true, false]),
+];
+
+/// xorshift64*: enough for drawing steps, and the same everywhere.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        usize::try_from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33).unwrap() % bound
+    }
+
+    fn once_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
+    }
+
+    fn some_of<T: Clone>(&mut self, all: &[T]) -> Vec<T> {
+        all.iter().filter(|_| self.once_in(3)).cloned().collect()
+    }
+}
+
+/// What is true of a key. Both sides start from this.
+#[derive(Clone, Default)]
+struct Key {
+    owner: usize,
+    /// The secrets, the present one last, with the end of those that were retired.
+    secrets: Vec<(String, Option<u64>)>,
+    revoked: bool,
+    disabled: bool,
+    expires_at_s: Option<u64>,
+    scopes: Vec<&'static str>,
+    role: bool,
+    plan: bool,
+    /// Places in [`NETWORKS`].
+    networks: Vec<usize>,
+    limits: Vec<RateLimit>,
+    cost: u32,
+    quota: Option<Fill>,
+}
+
+/// What is true of a stock.
+#[derive(Clone, Copy, Default)]
+struct Fill {
+    starter: u32,
+    turn: u32,
+    used_up: bool,
+    resets_at_s: Option<u64>,
+}
+
+#[derive(Default)]
+struct Truth {
+    now_ns: u64,
+    keys: Vec<Key>,
+    credits: [Option<Fill>; OWNERS],
+    role_scopes: Vec<&'static str>,
+    plan_limits: Vec<RateLimit>,
+    /// Secrets that are not known any longer, since the last change.
+    forgotten: Vec<String>,
+}
+
+impl Truth {
+    fn now_s(&self) -> u64 {
+        self.now_ns / 1_000_000_000
+    }
+}
+
+/// Judges from records, as a filter does.
+#[derive(Default)]
+struct Filter {
+    records: BTreeMap<KeyHash, Vec<u8>>,
+    definitions: Definitions,
+    arrivals: BTreeMap<(KeyId, String), u64>,
+    held: BTreeMap<(Stock, [u8; 16]), Held>,
+}
+
+fn key_id(number: usize) -> KeyId {
+    KeyId([u8::try_from(number).unwrap() + 1; 16])
+}
+
+fn owner_id(number: usize) -> OwnerId {
+    OwnerId([u8::try_from(number).unwrap() + 101; 16])
+}
+
+fn record(truth: &Truth, number: usize, generation: usize) -> Record {
+    let key = &truth.keys[number];
+    let (credits, quota) = (truth.credits[key.owner], key.quota);
+    let budget = |fill: Fill| Budget { starter: fill.starter, turn: fill.turn, resets_at_s: fill.resets_at_s };
+    let used_up = |fill: Option<Fill>| fill.is_some_and(|fill| fill.used_up);
+    let mut record = Record::plain(key_id(number), owner_id(key.owner));
+    record.requires = Requires(
+        u32::from(key.plan) * Requires::PLAN.0
+            + u32::from(!key.networks.is_empty()) * Requires::NETWORKS.0
+            + u32::from(quota.is_some() || credits.is_some()) * Requires::BUDGETS.0,
+    );
+    record.generation = u32::try_from(generation).unwrap() + 1;
+    record.flags = Flags::default()
+        .with(Flags::REVOKED, key.revoked)
+        .with(Flags::DISABLED, key.disabled)
+        .with(Flags::QUOTA_EXCEEDED, used_up(quota))
+        .with(Flags::CREDITS_EXHAUSTED, used_up(credits));
+    record.expires_at_s = [key.expires_at_s, key.secrets[generation].1].into_iter().flatten().min();
+    record.cost = key.cost;
+    record.rate_limits.clone_from(&key.limits);
+    record.scopes = key.scopes.iter().map(ToString::to_string).collect();
+    record.roles = if key.role { vec![1] } else { vec![] };
+    record.further.plan = key.plan.then_some(2);
+    record.further.networks = key.networks.iter().map(|place| NETWORKS[*place].0.parse().unwrap()).collect();
+    record.further.quota = quota.map(budget);
+    record.further.credits = credits.map(budget);
+    record
+}
+
+impl Filter {
+    /// A page of all that there is, and back.
+    fn sync(&mut self, truth: &Truth) {
+        let mut page = PageWriter::new();
+        let scopes = truth.role_scopes.iter().map(ToString::to_string).collect();
+        let role = Definition { scopes, ..Definition::default() };
+        let plan = Definition { rate_limits: truth.plan_limits.clone(), ..Definition::default() };
+        page.define(1, &role.to_bytes().unwrap());
+        page.define(2, &plan.to_bytes().unwrap());
+        for (number, key) in truth.keys.iter().enumerate() {
+            for (generation, (secret, _)) in key.secrets.iter().enumerate() {
+                let record = record(truth, number, generation).to_bytes().unwrap();
+                page.put(&KeyHash::of(secret.as_bytes()), &record);
+            }
+        }
+        for secret in &truth.forgotten {
+            page.remove(&KeyHash::of(secret.as_bytes()));
+        }
+        let part = Part::Changes { after: 0 };
+        let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 0, part, filters: 1 };
+        let bytes = page.finish(&header).unwrap();
+        for entry in Page::read(&bytes).unwrap().entries() {
+            match entry {
+                Entry::Put { hash, record } => drop(self.records.insert(hash, record.to_vec())),
+                Entry::Define { number, definition } => {
+                    drop(self.definitions.0.insert(number, Definition::from_bytes(definition).unwrap()));
+                }
+                Entry::Remove { hash } => drop(self.records.remove(&hash)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn judge(&mut self, secret: Option<&str>, policy: &Policy, address: IpAddr, now_ns: u64) -> Outcome {
+        let bytes = secret.and_then(|secret| self.records.get(&KeyHash::of(secret.as_bytes())));
+        let record = bytes.map(|bytes| Record::from_bytes(bytes).unwrap());
+        let presented = match (secret, &record) {
+            (None, _) => Presented::Nothing,
+            (Some(_), None) => Presented::Stranger,
+            (Some(_), Some(record)) => Presented::Key(record),
+        };
+        let now_s = now_ns / 1_000_000_000;
+        let facts = Facts { policy, definitions: &self.definitions, address: Some(address), ..Facts::at(now_s) };
+        let outcome = decide(presented, &facts);
+        let Some(record) = record.filter(|_| outcome == Outcome::Allowed) else { return outcome };
+        let (limits, _) = self.definitions.rate_limits(&record);
+        let mut taken = Vec::new();
+        for limit in limits.iter().chain(&policy.rate_limit) {
+            let of = (record.key_id, limit.name.clone());
+            match Rate::of(limit, WHOLE).take(self.arrivals.get(&of).copied(), now_ns) {
+                Ok(arrival) => taken.push((of, arrival)),
+                Err(_) => return Outcome::RateLimited,
+            }
+        }
+        self.arrivals.extend(taken);
+        if let Some(budget) = &record.further.quota
+            && !self.held.entry((Stock::Quota, record.key_id.0)).or_default().spend(budget, 1)
+        {
+            return Outcome::QuotaExceeded;
+        }
+        if let Some(budget) = &record.further.credits
+            && !self
+                .held
+                .entry((Stock::Credits, record.owner_id.0))
+                .or_default()
+                .spend(budget, cost(&record, policy).into())
+        {
+            if let Some(held) = self.held.get_mut(&(Stock::Quota, record.key_id.0)) {
+                held.spent -= u64::from(record.further.quota.is_some());
+            }
+            return Outcome::CreditsExhausted;
+        }
+        Outcome::Allowed
+    }
+}
+
+/// Judges from what is true, in the plainest way.
+#[derive(Default)]
+struct Reference {
+    /// By key and limit: nanoseconds of work that are owed, and since when.
+    debts: BTreeMap<(usize, String), (u64, u64)>,
+    /// By key or owner: what is left of the lease, and the turn in which the starter was had.
+    quotas: BTreeMap<usize, (u64, u32)>,
+    credits: BTreeMap<usize, (u64, u32)>,
+}
+
+impl Reference {
+    fn judge(&mut self, truth: &Truth, secret: Option<&str>, policy: &Policy, address: usize) -> Outcome {
+        let anonymous = |allowed: bool, outcome| if allowed { Outcome::Anonymous } else { outcome };
+        let Some(secret) = secret else {
+            return anonymous(policy.key != KeyNeed::Required, Outcome::Missing);
+        };
+        let optional = policy.key == KeyNeed::Optional;
+        let of = |key: &Key| key.secrets.iter().position(|(text, _)| text == secret);
+        let found = truth.keys.iter().enumerate().find_map(|(number, key)| Some((number, key, of(key)?)));
+        let Some((number, key, generation)) = found else { return anonymous(optional, Outcome::Unknown) };
+        let now_s = truth.now_s();
+        let passed = |end: Option<u64>| end.is_some_and(|end| end <= now_s);
+        if key.revoked {
+            return anonymous(optional, Outcome::Revoked);
+        }
+        if passed(key.expires_at_s) || passed(key.secrets[generation].1) {
+            return anonymous(optional, Outcome::Expired);
+        }
+        if key.disabled {
+            return anonymous(optional, Outcome::Disabled);
+        }
+        if !key.networks.is_empty() && !key.networks.iter().any(|place| NETWORKS[*place].1[address]) {
+            return anonymous(optional, Outcome::AddressDenied);
+        }
+        let role: &[&str] = if key.role { &truth.role_scopes } else { &[] };
+        let has = |wanted: &String| {
+            let star =
+                wanted.starts_with("orders:") && (key.scopes.contains(&"orders:*") || role.contains(&"orders:*"));
+            star || key.scopes.contains(&wanted.as_str()) || role.contains(&wanted.as_str())
+        };
+        let scopes = match &policy.scopes {
+            ScopeNeed::None => true,
+            ScopeNeed::All(wanted) => wanted.iter().filter(|scope| has(scope)).count() == wanted.len(),
+            ScopeNeed::Any(wanted) => wanted.iter().filter(|scope| has(scope)).count() > 0,
+        };
+        if !scopes {
+            return Outcome::ScopeDenied;
+        }
+        let price = policy.cost.unwrap_or(key.cost);
+        let shut = |fill: &Fill| fill.used_up && !passed(fill.resets_at_s);
+        if key.quota.as_ref().is_some_and(shut) {
+            return Outcome::QuotaExceeded;
+        }
+        if price > 0 && truth.credits[key.owner].as_ref().is_some_and(shut) {
+            return Outcome::CreditsExhausted;
+        }
+        let own = if key.limits.is_empty() && key.plan { &truth.plan_limits } else { &key.limits };
+        let mut debts = Vec::new();
+        for limit in own.iter().chain(&policy.rate_limit) {
+            let each = u64::from(limit.window_s) * 1_000_000_000 / u64::from(limit.requests);
+            let most = each * u64::from(limit.burst);
+            let of = (number, limit.name.clone());
+            let (owed, since) = self.debts.get(&of).copied().unwrap_or((0, truth.now_ns));
+            let owed = owed.saturating_sub(truth.now_ns - since).min(most);
+            if owed + each > most {
+                return Outcome::RateLimited;
+            }
+            debts.push((of, (owed + each, truth.now_ns)));
+        }
+        self.debts.extend(debts);
+        if let Some(fill) = key.quota
+            && !Self::spend(self.quotas.entry(number).or_default(), fill, 1)
+        {
+            return Outcome::QuotaExceeded;
+        }
+        if let Some(fill) = truth.credits[key.owner]
+            && !Self::spend(self.credits.entry(key.owner).or_default(), fill, price.into())
+        {
+            if key.quota.is_some() {
+                self.quotas.entry(number).or_default().0 += 1;
+            }
+            return Outcome::CreditsExhausted;
+        }
+        Outcome::Allowed
+    }
+
+    fn spend((left, turn): &mut (u64, u32), fill: Fill, price: u64) -> bool {
+        if *turn != fill.turn {
+            (*left, *turn) = ((*left).max(fill.starter.into()), fill.turn);
+        }
+        let enough = *left >= price;
+        *left -= if enough { price } else { 0 };
+        enough
+    }
+}
+
+/// One run: the two sides, what is true, and the dice.
+struct Run {
+    dice: Dice,
+    truth: Truth,
+    filter: Filter,
+    reference: Reference,
+    secrets: usize,
+}
+
+impl Run {
+    fn secret(&mut self) -> String {
+        self.secrets += 1;
+        format!("secret {}", self.secrets)
+    }
+
+    fn limits(&mut self) -> Vec<RateLimit> {
+        // Intervals that are whole nanoseconds, so that both sides count in the same unit.
+        let all = [("second", 10, 1, 2), ("minute", 30, 60, 3), ("hour", 100, 3_600, 10)];
+        let all =
+            all.map(|(name, requests, window_s, burst)| RateLimit { name: name.into(), requests, window_s, burst });
+        self.dice.some_of(&all)
+    }
+
+    fn fill(&mut self) -> Fill {
+        let starter = u32::try_from(self.dice.below(8)).unwrap();
+        Fill { starter, turn: 1, used_up: false, resets_at_s: None }
+    }
+
+    fn create(&mut self) {
+        let secret = self.secret();
+        let key = Key {
+            owner: self.dice.below(OWNERS),
+            secrets: vec![(secret, None)],
+            scopes: self.dice.some_of(&SCOPES),
+            role: self.dice.once_in(3),
+            plan: self.dice.once_in(3),
+            networks: if self.dice.once_in(3) { self.dice.some_of(&[0, 1, 2]) } else { vec![] },
+            limits: self.limits(),
+            cost: u32::try_from(self.dice.below(4)).unwrap(),
+            quota: if self.dice.once_in(3) { Some(self.fill()) } else { None },
+            expires_at_s: self.dice.once_in(4).then(|| self.truth.now_s() + 600),
+            ..Key::default()
+        };
+        self.truth.keys.push(key);
+    }
+
+    fn change(&mut self) {
+        let now_s = self.truth.now_s();
+        if self.truth.keys.len() < KEYS && self.dice.once_in(2) {
+            return self.create();
+        }
+        let number = self.dice.below(self.truth.keys.len().max(1));
+        let owner = self.dice.below(OWNERS);
+        match self.dice.below(14) {
+            0 if self.truth.keys[number].secrets.len() < 6 => {
+                let grace_s = self.dice.below(60) as u64;
+                let next = self.secret();
+                let secrets = &mut self.truth.keys[number].secrets;
+                secrets.last_mut().unwrap().1 = Some(now_s + grace_s);
+                secrets.push((next, None));
+            }
+            1 => self.truth.keys[number].disabled ^= true,
+            2 if self.dice.once_in(8) => self.truth.keys[number].revoked = true,
+            3 if self.dice.once_in(20) => {
+                self.truth.keys.iter_mut().filter(|key| key.owner == owner).for_each(|key| key.revoked = true);
+            }
+            4 => self.truth.role_scopes = self.dice.some_of(&SCOPES),
+            5 => self.truth.plan_limits = self.limits(),
+            6 => self.truth.keys[number].limits = self.limits(),
+            // A top-up: the door opens, with a starter for everybody.
+            7 => {
+                let fill = self.fill();
+                let turn = self.truth.credits[owner].map_or(1, |fill| fill.turn + 1);
+                self.truth.credits[owner] = Some(Fill { turn, ..fill });
+            }
+            8 => {
+                let resets_at_s = self.dice.once_in(2).then_some(now_s + 5);
+                for fill in [&mut self.truth.keys[number].quota, &mut self.truth.credits[owner]].into_iter().flatten() {
+                    (fill.used_up, fill.resets_at_s) = (true, resets_at_s);
+                }
+            }
+            9 => {
+                if let Some(fill) = &mut self.truth.keys[number].quota {
+                    *fill = Fill { turn: fill.turn + 1, used_up: false, resets_at_s: None, ..*fill };
+                }
+            }
+            10 => self.truth.keys[number].expires_at_s = self.dice.once_in(2).then_some(now_s + 30),
+            // Keys end, and others take their places: here under the same id, which remembers what was used.
+            11 | 12 => {
+                let secret = self.secret();
+                for key in self.truth.keys.iter_mut().filter(|key| key.revoked) {
+                    (key.revoked, key.disabled, key.expires_at_s) = (false, false, None);
+                }
+                let secrets = &mut self.truth.keys[number].secrets;
+                secrets.push((secret, None));
+                // The oldest are forgotten, as filters forget what ended long ago.
+                let forgotten = secrets.drain(..secrets.len().saturating_sub(6)).map(|(secret, _)| secret);
+                self.truth.forgotten = forgotten.collect();
+            }
+            _ => self.truth.keys[number].networks = self.dice.some_of(&[0, 1, 2]),
+        }
+    }
+
+    /// The control plane grants a lease, or takes it back.
+    fn grant(&mut self) {
+        let (number, extra) = (self.dice.below(self.truth.keys.len()), self.dice.below(20) as u64);
+        let key = &self.truth.keys[number];
+        let quota = key.quota.map(|fill| (Stock::Quota, key_id(number).0, fill.turn));
+        let credits = self.truth.credits[key.owner].map(|fill| (Stock::Credits, owner_id(key.owner).0, fill.turn));
+        for (stock, of, turn) in quota.into_iter().chain(credits) {
+            let held = self.filter.held.entry((stock, of)).or_default();
+            held.grant(held.spent + extra, turn);
+            let (leases, of) = match stock {
+                Stock::Quota => (&mut self.reference.quotas, number),
+                _ => (&mut self.reference.credits, key.owner),
+            };
+            leases.insert(of, (extra, turn));
+        }
+    }
+
+    fn policy(&mut self) -> Policy {
+        let mut policy = Policy::default();
+        match self.dice.below(8) {
+            0 => policy.key = KeyNeed::AnonymousAllowed,
+            1 => policy.key = KeyNeed::Optional,
+            2 => policy.scopes = ScopeNeed::All(self.wanted()),
+            3 => policy.scopes = ScopeNeed::Any(self.wanted()),
+            4 => policy.cost = Some(u32::try_from(self.dice.below(3)).unwrap()),
+            5 => policy.rate_limit = Some(RateLimit { name: "route".into(), requests: 2, window_s: 1, burst: 2 }),
+            _ => {}
+        }
+        policy
+    }
+
+    fn wanted(&mut self) -> Vec<String> {
+        let wanted = self.dice.some_of(&["orders:read", "orders:write", "stock:read"]);
+        if wanted.is_empty() { vec!["orders:read".into()] } else { wanted.into_iter().map(Into::into).collect() }
+    }
+
+    fn request(&mut self) -> (Outcome, Outcome) {
+        let key = &self.truth.keys[self.dice.below(self.truth.keys.len())];
+        let secret = match self.dice.below(20) {
+            0 => None,
+            1 => Some("nobody's".to_owned()),
+            // Mostly the newest secrets: the others have all ended long ago.
+            _ => key.secrets.iter().rev().nth(self.dice.below(4).min(self.dice.below(3))).map(|(text, _)| text.clone()),
+        };
+        let (policy, address) = (self.policy(), self.dice.below(ADDRESSES.len()));
+        let client = ADDRESSES[address].parse().unwrap();
+        let judged = self.filter.judge(secret.as_deref(), &policy, client, self.truth.now_ns);
+        (judged, self.reference.judge(&self.truth, secret.as_deref(), &policy, address))
+    }
+}
+
+fn run(seed: u64) -> BTreeMap<Outcome, usize> {
+    let truth = Truth { now_ns: 1_800_000_000_000_000_000, ..Truth::default() };
+    let mut run =
+        Run { dice: Dice(seed), truth, filter: Filter::default(), reference: Reference::default(), secrets: 0 };
+    let mut outcomes = BTreeMap::new();
+    run.create();
+    run.filter.sync(&run.truth);
+    for step in 0..STEPS {
+        run.truth.now_ns += match run.dice.below(40) {
+            0 if run.dice.once_in(8) => 20_000_000_000,
+            1..4 => 300_000_000,
+            _ => 1_000_000 * run.dice.below(20) as u64,
+        };
+        match run.dice.below(20) {
+            0 => {
+                run.truth.forgotten.clear();
+                run.change();
+                run.filter.sync(&run.truth);
+            }
+            1 => run.grant(),
+            _ => {
+                let (judged, expected) = run.request();
+                assert_eq!(judged, expected, "step {step} of seed {seed}");
+                *outcomes.entry(judged).or_default() += 1;
+            }
+        }
+    }
+    outcomes
+}
+
+#[test]
+fn decision_and_reference_agree_in_a_hundred_thousand_steps_and_meet_every_outcome() {
+    // A new seed each time, and one that stays.
+    let fresh = std::time::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_secs() | 1);
+    for seed in [0x5eed, fresh] {
+        let outcomes = run(seed);
+        let met: Vec<Outcome> = outcomes.keys().copied().collect();
+        let expected = [
+            Outcome::Allowed,
+            Outcome::Missing,
+            Outcome::Unknown,
+            Outcome::Revoked,
+            Outcome::Expired,
+            Outcome::Disabled,
+            Outcome::ScopeDenied,
+            Outcome::AddressDenied,
+            Outcome::RateLimited,
+            Outcome::QuotaExceeded,
+            Outcome::CreditsExhausted,
+            Outcome::Anonymous,
+        ];
+        assert_eq!(met, expected, "seed {seed}: {outcomes:?}");
+        // Not one of them is rare.
+        assert!(outcomes.values().all(|count| *count > 100), "seed {seed}: {outcomes:?}");
+    }
+}
