@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 
+use contract::budget::Stock;
+
 /// A cell as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cell {
@@ -67,7 +69,7 @@ pub struct Names {
 }
 
 /// The layout of all cells, as part of their names. To be raised with any change to what a cell holds.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 
 impl Names {
     /// The names for the store of this name that is fed through this Envoy cluster.
@@ -86,10 +88,39 @@ impl Names {
         self.numbered('b', bucket)
     }
 
-    /// A cell of the rate limiter.
+    /// A cell of the rate limiter for keys.
     #[must_use]
     pub fn limiter(&self, cell: u16) -> String {
         self.numbered('l', cell)
+    }
+
+    /// A cell of the rate limiter for addresses.
+    #[must_use]
+    pub fn addresses(&self, cell: u16) -> String {
+        self.numbered('a', cell)
+    }
+
+    /// What this Envoy holds of stocks of one kind.
+    #[must_use]
+    pub fn stock(&self, stock: Stock, cell: u16) -> String {
+        let kind = match stock {
+            Stock::Share => 's',
+            Stock::Quota => 'q',
+            Stock::Credits => 'c',
+        };
+        self.numbered(kind, cell)
+    }
+
+    /// What records refer to by number.
+    #[must_use]
+    pub fn definitions(&self) -> String {
+        self.named("definitions")
+    }
+
+    /// How often the definitions were written.
+    #[must_use]
+    pub fn definitions_version(&self) -> String {
+        self.named("definitions-version")
     }
 
     /// A cell in which workers lay their counts for the leader.
@@ -229,6 +260,13 @@ mod tests {
             }
         }
         assert!(names[0].bucket(0xff).ends_with(":b00ff"));
-        assert_ne!(names[0].bucket(1), names[0].limiter(1));
+        let [a, ..] = &names;
+        let stocks = [Stock::Share, Stock::Quota, Stock::Credits].map(|stock| a.stock(stock, 1));
+        let mut kinds = vec![a.bucket(1), a.limiter(1), a.addresses(1), a.usage(1)];
+        kinds.extend(stocks);
+        let all = kinds.len();
+        kinds.sort();
+        kinds.dedup();
+        assert_eq!(kinds.len(), all);
     }
 }

@@ -1,10 +1,14 @@
 //! What the operator chose: the plugin configuration of the filter, JSON, comes in; a checked [`Config`] or one sentence
 //! that names the field and the remedy goes out. Unknown fields are refused, so that a misspelt limit is not no limit.
 
+use std::collections::BTreeMap;
+
+use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
+use contract::record::RateLimit;
 use serde::Deserialize;
 
-use crate::limiter::Limit;
 use crate::reply::Challenge;
+use crate::source::Source;
 
 /// The least that may be asked as `max_staleness_seconds`: twice what passes between two answers of a control plane that
 /// has no news.
@@ -12,6 +16,16 @@ pub const MIN_STALENESS_S: u64 = 60;
 
 /// The usual names of the identity headers: consumer, credential, scopes.
 const IDENTITY_HEADERS: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+
+/// Tells the upstream what would have been refused. Nobody else may say so.
+pub const SHADOW_HEADER: &str = "x-portcullis-shadow";
+
+/// Most key sources.
+const SOURCES: usize = 8;
+/// Most bytes of the name of a query parameter or cookie.
+const SOURCE_NAME_BYTES: usize = 64;
+/// The name of the default policy's limit in replies: `default` is that of the filter's.
+const DEFAULT_POLICY_LIMIT: &str = "default_policy";
 
 /// The checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,14 +38,18 @@ pub struct Config {
     pub sync_key_variable: String,
     /// Tells stores apart that are fed through the same cluster.
     pub store: String,
-    /// Where the key stands, in lower case.
-    pub key_header: String,
+    /// Where the key may stand, in the order in which one looks for it. At least one place.
+    pub key_sources: Vec<Source>,
     /// Whether the key is removed from what goes upstream.
     pub strip_key: bool,
     /// Headers that tell the upstream who calls.
     pub identity: IdentityHeaders,
     /// The limit of keys that have none of their own.
-    pub rate_limit: Option<Limit>,
+    pub rate_limit: Option<RateLimit>,
+    /// What routes ask for.
+    pub policies: Policies,
+    /// Refuse nothing on any route, but tell and count what would have been refused.
+    pub shadow: bool,
     /// What to do with requests before the first sync.
     pub on_not_ready: WhenBlind,
     /// After how long without a word from the control plane the store is stale. `None`: never.
@@ -77,14 +95,20 @@ struct Raw {
     control_plane: RawControlPlane,
     #[serde(default = "default_store")]
     store: String,
-    #[serde(default = "default_key_header")]
-    key_header: String,
+    key_header: Option<String>,
+    key_sources: Option<Vec<Source>>,
     #[serde(default = "yes")]
     strip_key: bool,
     #[serde(default)]
     identity_headers: RawIdentityHeaders,
-    #[serde(default = "RawRateLimit::filter_default")]
-    rate_limit: Option<RawRateLimit>,
+    #[serde(default = "default_rate_limit")]
+    rate_limit: Option<LimitText>,
+    #[serde(default)]
+    default_policy: PolicyText,
+    #[serde(default)]
+    policies: BTreeMap<String, PolicyText>,
+    #[serde(default)]
+    shadow: bool,
     #[serde(default = "refuse")]
     on_not_ready: WhenBlind,
     #[serde(default)]
@@ -113,14 +137,6 @@ struct RawIdentityHeaders {
     scopes: String,
 }
 
-#[derive(Clone, Copy, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawRateLimit {
-    requests: u32,
-    window_seconds: u32,
-    burst: Option<u32>,
-}
-
 impl Default for RawIdentityHeaders {
     fn default() -> Self {
         let [consumer, credential, scopes] = IDENTITY_HEADERS.map(str::to_owned);
@@ -128,19 +144,13 @@ impl Default for RawIdentityHeaders {
     }
 }
 
-impl RawRateLimit {
-    #[expect(clippy::unnecessary_wraps, reason = "serde wants the type of the field")]
-    const fn filter_default() -> Option<Self> {
-        Some(Self { requests: 1_000, window_seconds: 1, burst: Some(2_000) })
-    }
+#[expect(clippy::unnecessary_wraps, reason = "serde wants the type of the field")]
+const fn default_rate_limit() -> Option<LimitText> {
+    Some(LimitText { requests: 1_000, window_seconds: 1, burst: Some(2_000) })
 }
 
 fn default_store() -> String {
     "default".into()
-}
-
-fn default_key_header() -> String {
-    "x-api-key".into()
 }
 
 fn default_authority() -> String {
@@ -175,12 +185,18 @@ impl Config {
             ));
         }
         let raw: Raw = serde_json::from_slice(json).map_err(|error| ConfigError(error.to_string()))?;
+        let key_sources = key_sources(raw.key_header, raw.key_sources)?;
+        let bearer = key_sources.contains(&Source::Bearer(true));
+        let mut policies = Policies::check(raw.default_policy, raw.policies)?;
+        if let Some(limit) = &mut policies.default.rate_limit {
+            limit.name = DEFAULT_POLICY_LIMIT.into();
+        }
         let mut config = Self {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
             authority: filled("control_plane.authority", raw.control_plane.authority)?,
             sync_key_variable: filled("control_plane.sync_key_variable", raw.control_plane.sync_key_variable)?,
             store: filled("store", raw.store)?,
-            key_header: header("key_header", &raw.key_header)?,
+            key_sources,
             strip_key: raw.strip_key,
             identity: IdentityHeaders {
                 consumer: optional_header("identity_headers.consumer", &raw.identity_headers.consumer)?,
@@ -188,23 +204,28 @@ impl Config {
                 scopes: optional_header("identity_headers.scopes", &raw.identity_headers.scopes)?,
                 unused: Vec::new(),
             },
-            rate_limit: raw.rate_limit.map(rate_limit).transpose()?,
+            rate_limit: raw.rate_limit.map(|limit| limit.check("rate_limit", "default")).transpose()?,
+            policies,
+            shadow: raw.shadow,
             on_not_ready: raw.on_not_ready,
             max_staleness_ms: raw.max_staleness_seconds.map(staleness).transpose()?,
             on_stale: raw.on_stale,
-            challenge: Challenge::new(&raw.realm)
+            challenge: Challenge::new(&raw.realm, bearer)
                 .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?,
         };
         let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
-        let names = [Some(&config.key_header), consumer.as_ref(), credential.as_ref(), scopes.as_ref()];
+        let identity = [consumer, credential, scopes].into_iter().flatten().map(String::as_str);
+        let mut names: Vec<&str> = config.key_sources.iter().map(Source::header).collect();
+        // Several parameters, or several cookies, stand in one header.
+        names.sort_unstable();
+        names.dedup();
+        names.extend(identity.chain([SHADOW_HEADER]));
         for (place, name) in names.iter().enumerate() {
-            if let Some(name) = name
-                && names.iter().skip(place.saturating_add(1)).any(|other| *other == Some(*name))
-            {
+            if names.iter().skip(place.saturating_add(1)).any(|other| other == name) {
                 return Err(ConfigError(format!("the header name {name} is used twice; give each purpose its own")));
             }
         }
-        let used = |usual: &&str| names.iter().flatten().any(|name| name == usual);
+        let used = |usual: &&str| names.contains(usual);
         config.identity.unused = IDENTITY_HEADERS.into_iter().filter(|usual| !used(usual)).map(str::to_owned).collect();
         Ok(config)
     }
@@ -233,21 +254,55 @@ fn optional_header(field: &str, name: &str) -> Result<Option<String>, ConfigErro
     if name.is_empty() { Ok(None) } else { header(field, name).map(Some) }
 }
 
-fn rate_limit(raw: RawRateLimit) -> Result<Limit, ConfigError> {
-    let RawRateLimit { requests, window_seconds: window_s, burst } = raw;
-    if requests == 0 {
-        return Err(ConfigError(
-            "rate_limit.requests: must be at least 1; for no limit, set rate_limit to null".into(),
-        ));
+/// One header, `x-api-key` unless named otherwise, or a list of places.
+fn key_sources(header_name: Option<String>, listed: Option<Vec<Source>>) -> Result<Vec<Source>, ConfigError> {
+    let bad = |why: &str| Err(ConfigError(format!("key_sources: {why}")));
+    let sources = match (header_name, listed) {
+        (Some(_), Some(_)) => {
+            return bad(
+                "key_header is given too; name the header in the list, as {\"header\": \"x-api-key\"}, and leave key_header out",
+            );
+        }
+        (name, None) => {
+            let name = name.unwrap_or_else(|| "x-api-key".into());
+            return Ok(vec![Source::Header(header("key_header", &name)?)]);
+        }
+        (None, Some(sources)) => sources,
+    };
+    if !(1..=SOURCES).contains(&sources.len()) {
+        return bad("name 1 to 8 places, or leave it out for the header x-api-key");
     }
-    if !(1..=31_622_400).contains(&window_s) {
-        return Err(ConfigError("rate_limit.window_seconds: must be from 1 to 31622400, a year".into()));
+    let sources = sources.into_iter().map(key_source).collect::<Result<Vec<_>, _>>()?;
+    // Whatever stands in a header of its own takes all of it.
+    let same = |one: &Source, other: &Source| {
+        one == other || (one.header() == other.header() && (one.is_whole_header() || other.is_whole_header()))
+    };
+    let later = |place: usize| sources.iter().skip(place.saturating_add(1));
+    let twice = sources.iter().enumerate().any(|(place, source)| later(place).any(|other| same(source, other)));
+    if twice { bad("names a place twice") } else { Ok(sources) }
+}
+
+fn key_source(source: Source) -> Result<Source, ConfigError> {
+    let bad = |why: &str| Err(ConfigError(format!("key_sources: {why}")));
+    match &source {
+        Source::Header(name) => header("key_sources", name).map(Source::Header),
+        Source::Bearer(false) => bad("\"bearer\" can only be true; leave it out for no bearer tokens"),
+        Source::Query(name) | Source::Cookie(name) => {
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+            if (1..=SOURCE_NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed) {
+                Ok(source)
+            } else {
+                bad("the name of a query parameter or cookie must have 1 to 64 characters of a-z, A-Z, 0-9 and _ . -")
+            }
+        }
+        Source::Bearer(true) => Ok(source),
     }
-    let burst = burst.unwrap_or(requests);
-    if burst == 0 {
-        return Err(ConfigError("rate_limit.burst: must be at least 1; leave it out for as many as requests".into()));
+}
+
+impl From<PolicyError> for ConfigError {
+    fn from(PolicyError(why): PolicyError) -> Self {
+        Self(why)
     }
-    Ok(Limit { name: "default".into(), requests, window_s, burst })
 }
 
 fn staleness(seconds: u64) -> Result<u64, ConfigError> {
@@ -282,7 +337,7 @@ mod tests {
                 authority: "portcullis".into(),
                 sync_key_variable: "PORTCULLIS_SYNC_KEY".into(),
                 store: "default".into(),
-                key_header: "x-api-key".into(),
+                key_sources: vec![Source::Header("x-api-key".into())],
                 strip_key: true,
                 identity: IdentityHeaders {
                     consumer: Some("x-consumer-id".into()),
@@ -290,11 +345,13 @@ mod tests {
                     scopes: Some("x-credential-scopes".into()),
                     unused: vec![],
                 },
-                rate_limit: Some(Limit { name: "default".into(), requests: 1_000, window_s: 1, burst: 2_000 }),
+                rate_limit: Some(RateLimit { name: "default".into(), requests: 1_000, window_s: 1, burst: 2_000 }),
+                policies: Policies::default(),
+                shadow: false,
                 on_not_ready: WhenBlind::Refuse,
                 max_staleness_ms: None,
                 on_stale: WhenBlind::Refuse,
-                challenge: Challenge::new("portcullis").unwrap(),
+                challenge: Challenge::new("portcullis", false).unwrap(),
             }
         );
     }
@@ -309,13 +366,13 @@ mod tests {
             "on_not_ready": "allow", "max_staleness_seconds": 90, "on_stale": "allow", "realm": "orders"
         }"#;
         let config = Config::parse(json.as_bytes()).unwrap();
-        assert_eq!(config.key_header, "authorization-key");
+        assert_eq!(config.key_sources, [Source::Header("authorization-key".into())]);
         let unused = IDENTITY_HEADERS.map(str::to_owned).to_vec();
         assert_eq!(
             config.identity,
             IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, unused }
         );
-        assert_eq!(config.rate_limit, Some(Limit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
+        assert_eq!(config.rate_limit, Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
         assert_eq!((config.on_not_ready, config.on_stale), (WhenBlind::Allow, WhenBlind::Allow));
         assert_eq!((config.max_staleness_ms, config.strip_key), (Some(90_000), false));
         assert_eq!(Config::parse(with(r#""rate_limit": null"#).as_bytes()).unwrap().rate_limit, None);
@@ -332,12 +389,60 @@ mod tests {
         assert!(error(&with(r#""key_header": "host""#)).contains("key_header"));
         assert!(error(&with(r#""key_header": "X-Consumer-Id""#)).contains("x-consumer-id is used twice"));
         assert!(
-            error(&with(r#""rate_limit": {"requests": 0, "window_seconds": 1}"#)).contains("set rate_limit to null")
+            error(&with(r#""rate_limit": {"requests": 0, "window_seconds": 1}"#))
+                .contains("set the whole field to null")
         );
         assert!(error(&with(r#""rate_limit": {"requests": 1, "window_seconds": 0}"#)).contains("window_seconds"));
         assert!(error(&with(r#""rate_limit": {"requests": 1, "window_seconds": 1, "burst": 0}"#)).contains("burst"));
         assert!(error(&with(r#""max_staleness_seconds": 5"#)).contains("at least 60"));
         assert!(error(&with(r#""on_stale": "open""#)).contains("expected `refuse` or `allow`"));
         assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
+    }
+
+    #[test]
+    fn keys_may_stand_in_several_places() {
+        let json = with(
+            r#""key_sources": [{"header": "X-Api-Key"}, {"bearer": true}, {"query": "api_key"}, {"cookie": "session_key"}]"#,
+        );
+        let config = Config::parse(json.as_bytes()).unwrap();
+        let expected = [
+            Source::Header("x-api-key".into()),
+            Source::Bearer(true),
+            Source::Query("api_key".into()),
+            Source::Cookie("session_key".into()),
+        ];
+        assert_eq!(config.key_sources, expected);
+        assert_eq!(config.challenge, Challenge::new("portcullis", true).unwrap());
+        let two = with(r#""key_sources": [{"query": "a"}, {"query": "b"}]"#);
+        assert_eq!(Config::parse(two.as_bytes()).unwrap().key_sources.len(), 2);
+
+        let of = |sources: &str| error(&with(&format!(r#""key_sources": {sources}"#)));
+        assert!(of(r#"[{"query": "a"}], "key_header": "x-key""#).contains("key_header is given too"));
+        assert!(of("[]").contains("key_sources: name 1 to 8"));
+        assert!(of(r#"[{"bearer": false}]"#).contains("\"bearer\" can only be true"));
+        assert!(of(r#"[{"query": "a&b"}]"#).contains("name of a query parameter"));
+        assert!(of(r#"[{"cookie": ""}]"#).contains("name of a query parameter or cookie"));
+        assert!(of(r#"[{"header": ":path"}]"#).contains("key_sources: \":path\" is not"));
+        assert!(of(r#"[{"header": "a"}, {"header": "A"}]"#).contains("a place twice"));
+        assert!(of(r#"[{"bearer": true}, {"header": "authorization"}]"#).contains("a place twice"));
+        assert!(of(r#"[{"url": "a"}]"#).contains("unknown variant `url`"));
+        assert!(of(r#"[{"bearer": true}], "identity_headers": {"consumer": "authorization"}"#).contains("used twice"));
+        assert!(error(&with(r#""key_header": "x-portcullis-shadow""#)).contains("used twice"));
+    }
+
+    #[test]
+    fn policies_are_checked_and_the_default_has_a_limit_of_another_name() {
+        let json = with(
+            r#""policies": {"search": {"cost": 5}}, "shadow": true,
+            "default_policy": {"key": "optional", "rate_limit": {"requests": 1, "window_seconds": 1}}"#,
+        );
+        let config = Config::parse(json.as_bytes()).unwrap();
+        assert!(config.shadow);
+        assert_eq!(config.policies.find(Some("search")).unwrap().cost, Some(5));
+        let limit = config.policies.default.rate_limit.unwrap();
+        assert_eq!(limit, RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1 });
+        assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
+        assert!(error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("unknown field `scope`"));
+        assert!(error(&with(r#""default_policy": {"scopes": {"any": []}}"#)).contains("default_policy.scopes"));
     }
 }

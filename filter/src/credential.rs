@@ -1,8 +1,10 @@
-//! The key on a request: the value of a header comes in, what was presented goes out. The bytes are hashed here and go no
-//! further.
+//! The key on a request: the values of headers come in, what was presented goes out, and where it stood. The bytes are
+//! hashed here and go no further.
 
 use contract::hash::KeyHash;
 use contract::key::PRESENTED_BYTES;
+
+use crate::source::Source;
 
 /// What stands where a key is expected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,19 +17,37 @@ pub enum Credential {
     Presented(KeyHash),
 }
 
-/// Judges the value of the key header. Of several headers of the name, Envoy gives the first.
-#[must_use]
-pub fn read(value: Option<&[u8]>) -> Credential {
-    match value {
-        None | Some([]) => Credential::Missing,
-        Some(value) if value.len() > PRESENTED_BYTES => Credential::Oversized,
-        Some(value) => Credential::Presented(KeyHash::of(value)),
+/// What was found, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found<'a> {
+    /// What it is.
+    pub credential: Credential,
+    /// Where it stood, and the whole value of the header there. `None` if nothing was found.
+    pub at: Option<(&'a Source, Vec<u8>)>,
+}
+
+/// Looks for a key in one source after the other; the first that has one counts, and only that is hashed. `header` gives
+/// the value of a header, the first of its name.
+pub fn find<'a>(sources: &'a [Source], header: impl Fn(&str) -> Option<Vec<u8>>) -> Found<'a> {
+    for source in sources {
+        let Some(value) = header(source.header()) else { continue };
+        let credential = match source.find(&value) {
+            None => continue,
+            Some(key) if key.len() > PRESENTED_BYTES => Credential::Oversized,
+            Some(key) => Credential::Presented(KeyHash::of(&key)),
+        };
+        return Found { credential, at: Some((source, value)) };
     }
+    Found { credential: Credential::Missing, at: None }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn read(value: Option<&[u8]>) -> Credential {
+        find(&[Source::Header("x-api-key".into())], |_| value.map(<[u8]>::to_vec)).credential
+    }
 
     #[test]
     fn an_absent_and_an_empty_header_are_the_same() {
@@ -41,5 +61,27 @@ mod tests {
         let longest = vec![b'a'; PRESENTED_BYTES];
         assert_eq!(read(Some(&longest)), Credential::Presented(KeyHash::of(&longest)));
         assert_eq!(read(Some(&vec![b'a'; PRESENTED_BYTES + 1])), Credential::Oversized);
+    }
+
+    #[test]
+    fn the_first_source_that_has_a_key_counts() {
+        let sources = [Source::Bearer(true), Source::Query("k".into()), Source::Cookie("k".into())];
+        let of = |authorization: &str, path: &str, cookie: &str| {
+            let values = [authorization, path, cookie].map(|value| value.as_bytes().to_vec());
+            let [authorization, path, cookie] = values;
+            let found = find(&sources, |name| match name {
+                "authorization" => Some(authorization.clone()),
+                ":path" => Some(path.clone()),
+                _ => Some(cookie.clone()),
+            });
+            (found.credential, found.at.map(|(source, _)| source.header().to_owned()))
+        };
+        let key = |text: &[u8]| Credential::Presented(KeyHash::of(text));
+        assert_eq!(of("Bearer a", "/?k=b", "k=c"), (key(b"a"), Some("authorization".into())));
+        assert_eq!(of("Basic a", "/?k=b", "k=c"), (key(b"b"), Some(":path".into())));
+        assert_eq!(of("", "/?k=", "k=c"), (key(b"c"), Some("cookie".into())));
+        assert_eq!(of("", "/", ""), (Credential::Missing, None));
+        let long = "x".repeat(PRESENTED_BYTES + 1);
+        assert_eq!(of("", &format!("/?k={long}"), "k=c"), (Credential::Oversized, Some(":path".into())));
     }
 }

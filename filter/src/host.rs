@@ -3,12 +3,14 @@
 //!
 //! The SDK's hostcalls return an error only where one is possible; where none is, their result is dropped here.
 
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::{Duration, UNIX_EPOCH};
 
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
 
+use crate::address;
 use crate::cells::{Cell, Cells, Raced};
 use crate::reply::Reply;
 
@@ -82,6 +84,11 @@ pub(crate) fn replace_request_header(name: &str, value: &str) {
     let _ = hostcalls::set_map_value(MapType::HttpRequestHeaders, name, Some(value));
 }
 
+/// The same, with a value of any bytes.
+pub(crate) fn replace_request_header_bytes(name: &str, value: &[u8]) {
+    let _ = hostcalls::set_map_value_bytes(MapType::HttpRequestHeaders, name, Some(value));
+}
+
 /// Removes all headers of a name from the request.
 pub(crate) fn remove_request_header(name: &str) {
     let _ = hostcalls::remove_map_value(MapType::HttpRequestHeaders, name);
@@ -90,6 +97,34 @@ pub(crate) fn remove_request_header(name: &str) {
 /// Sets filter state `wasm.<name>`, for the access log.
 pub(crate) fn set_filter_state(name: &str, value: &str) {
     let _ = hostcalls::set_property(vec![name], Some(value.as_bytes()));
+}
+
+/// The policy that the request's route names in its metadata, if it names one (returns data).
+pub(crate) fn route_policy() -> Option<String> {
+    let path = vec!["xds", "route_metadata", "filter_metadata", "portcullis", "policy"];
+    let name = hostcalls::get_property(path).ok().flatten()?;
+    Some(String::from_utf8_lossy(&name).into_owned())
+}
+
+/// The address of the client, as far as Envoy trusts what it was told (returns data).
+pub(crate) fn client_address() -> Option<IpAddr> {
+    let address = hostcalls::get_property(vec!["source", "address"]).ok().flatten()?;
+    address::read(&address)
+}
+
+/// Traps unless the filter may ask for properties, after it told the log what is missing. A trap that comes while Envoy
+/// loads the configuration is better than one with the first request that needs a property; the SDK has no other answer to
+/// a capability that is missing (returns data).
+pub(crate) fn need_properties() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {
+        error(
+            "the plugin configuration was refused: the filter may not ask for properties: add \
+             proxy_get_property to capability_restriction_config.allowed_capabilities",
+        );
+    }));
+    let _ = hostcalls::get_property(vec!["plugin_root_id"]);
+    std::panic::set_hook(usual);
 }
 
 /// Answers the request.

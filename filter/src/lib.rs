@@ -1,14 +1,17 @@
 //! The filter: a stock Envoy runs it as WebAssembly and asks it about every request. It answers from its own copy of the
 //! key store and never waits for anybody.
 //!
-//! Reading order, the way of a request first: [`config`] is what the operator chose; [`credential`] finds the key on the
-//! request; [`store`] finds its record; `contract::decision` decides; [`limiter`] remembers rates; [`reply`] says what is
-//! answered or sent upstream; [`usage`] counts. Then what happens between requests: [`lease`] settles which VM speaks
-//! with the control plane, [`sync`] keeps the store up to date, `core` does each on time. `root` and `request` are
-//! Envoy's callbacks, `metrics` its statistics, and `host` is the only file that names hostcalls.
+//! Reading order, the way of a request first: [`config`] is what the operator chose; [`credential`] looks for the key in
+//! each [`source`], with [`query`] and [`cookie`] for two of them; [`store`] finds its record and [`definitions`] what that
+//! refers to; [`judge`] lets `contract::decision` decide, with [`address`] where it matters, and then asks [`limiter`] and
+//! [`stock`], which remember; [`reply`] says what is answered or sent upstream; [`usage`] counts. Then what happens between
+//! requests: [`lease`] settles which VM speaks with the control plane, [`sync`] keeps the store up to date, [`reports`] says
+//! when usage is told, [`grants`] takes what is leased in return, `conversation` does each on time. `core` is what one VM
+//! knows, `root` and `request` are Envoy's callbacks, `metrics` its statistics, and `host` is the only file that names
+//! hostcalls.
 //!
-//! The VMs of one Envoy share nothing but Envoy's shared data, seen here as [`cells`]. Everything but the last four
-//! modules is free of Envoy and tested natively.
+//! The VMs of one Envoy share nothing but Envoy's shared data, seen here as [`cells`]. Everything but the modules for Envoy
+//! itself is tested natively.
 
 #![deny(
     clippy::unwrap_used,
@@ -31,14 +34,28 @@
 
 pub mod cells;
 pub mod config;
+
+pub mod address;
+pub mod cookie;
 pub mod credential;
-pub mod lease;
+pub mod query;
+pub mod source;
+
+pub mod definitions;
+pub mod judge;
 pub mod limiter;
 pub mod reply;
+pub mod stock;
 pub mod store;
-pub mod sync;
 pub mod usage;
 
+pub mod grants;
+pub mod lease;
+pub mod reports;
+pub mod sync;
+
+#[cfg(target_arch = "wasm32")]
+mod conversation;
 #[cfg(target_arch = "wasm32")]
 mod core;
 #[cfg(target_arch = "wasm32")]

@@ -1,50 +1,108 @@
-//! Rate limits: how often a key was used comes in, whether it may be used once more goes out.
-//!
-//! The algorithm is GCRA (ITU-T I.371): of each key and limit one time is remembered, the *theoretical arrival time* of the
-//! next request. A request moves it on by the interval between two requests; it is refused if that would move it further
-//! ahead of now than the burst allows.
+//! Rate limits: how often a key was used comes in, whether it may be used once more goes out. The arithmetic is
+//! `contract::rate`; here is its memory.
 //!
 //! The times live in cells that all VMs share and each change of a cell insists on the version that it read, so limits are
-//! exact for an Envoy process. There are at most [`LIMITER_CELLS`] cells; a cell forgets times that have passed whenever
-//! it is written, so it holds about as many as keys were used lately. Only known keys get here.
+//! exact for an Envoy process. Beside the times of a key stands the share of its limits that this Envoy was granted, so
+//! that a request costs one read and one write however many limits there are.
+//!
+//! A cell forgets times that have passed, and shares that nobody used for an hour, whenever it is written, so it holds
+//! about as many as keys were used lately. Keys are known ones; client addresses are anybody's, so they have cells of their
+//! own and those are bounded.
 
+use contract::hash::KeyHash;
 use contract::id::KeyId;
+use contract::rate::{Rate, WHOLE};
+use contract::record::RateLimit;
 
-use crate::cells::{Cells, Names, update};
+use crate::address::Client;
+use crate::cells::{Cells, Names, Raced, update};
 
-/// Cells of the limiter: the last 16 bits of the key's id name one.
-pub const LIMITER_CELLS: u32 = 65_536;
+/// Cells for keys: the last 16 bits of the key's id name one.
+pub const KEY_CELLS: u32 = 65_536;
+
+/// Cells for client addresses.
+pub const ADDRESS_CELLS: u16 = 4_096;
+
+/// Most entries of a cell for addresses, 32 bytes each, so that all of them take 64 MiB at the most. Beyond it the address
+/// that has rested longest is forgotten, which gives it a fresh burst.
+pub const ADDRESS_ENTRIES: usize = 512;
+
+/// A granted share that was not used for so long is forgotten: the default share applies again.
+pub const SHARE_REST_S: u32 = 3_600;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// One limit, as the algorithm needs it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limit {
-    /// Its name in replies.
-    pub name: String,
-    /// Requests in each window.
-    pub requests: u32,
-    /// The window, in seconds.
-    pub window_s: u32,
-    /// Requests that may come at once after a pause; at least 1.
-    pub burst: u32,
+/// Whose limits are asked, and where they are remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// Those of a key.
+    Key(KeyId),
+    /// Those of a client without a key.
+    Client(Client),
 }
 
-impl Limit {
-    /// Between two requests of a steady stream, in nanoseconds.
-    fn interval_ns(&self) -> u64 {
-        let window_ns = u64::from(self.window_s.max(1)).saturating_mul(SECOND_NS);
-        window_ns.checked_div(u64::from(self.requests)).unwrap_or(window_ns).max(1)
+impl Subject {
+    fn id(self) -> [u8; 16] {
+        match self {
+            Self::Key(key) => key.0,
+            Self::Client(client) => client.0,
+        }
     }
 
-    fn tolerance_ns(&self) -> u64 {
-        self.interval_ns().saturating_mul(u64::from(self.burst.max(1)))
+    fn cell(self, names: &Names) -> String {
+        match self {
+            Self::Key(key) => {
+                let [.., high, low] = key.0;
+                names.limiter(u16::from_be_bytes([high, low]))
+            }
+            // Clients choose their addresses: the hash spreads them.
+            Self::Client(client) => {
+                let bucket = KeyHash::of(&client.0).bucket();
+                names.addresses(bucket.checked_rem(ADDRESS_CELLS).unwrap_or_default())
+            }
+        }
+    }
+
+    const fn most_entries(self) -> usize {
+        match self {
+            Self::Key(_) => usize::MAX,
+            Self::Client(_) => ADDRESS_ENTRIES,
+        }
     }
 }
 
-impl From<&contract::record::RateLimit> for Limit {
-    fn from(limit: &contract::record::RateLimit) -> Self {
-        Self { name: limit.name.clone(), requests: limit.requests, window_s: limit.window_s, burst: limit.burst }
+/// One limit of a subject.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit<'a> {
+    /// The limit.
+    pub limit: &'a RateLimit,
+    /// Tells it apart from the other limits of the subject.
+    pub tag: Tag,
+    /// Whether all Envoys judge it together, each its share.
+    pub shared: bool,
+}
+
+/// Tells the limits of a subject apart where they are remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tag(u64);
+
+impl Tag {
+    /// The entry that is no time but the granted share.
+    const SHARE: Self = Self(u64::MAX);
+
+    /// A limit of a key, by its place.
+    #[must_use]
+    pub fn of_place(place: usize) -> Self {
+        // Records have few limits; all beyond the last number would share one.
+        Self(u64::from(u8::try_from(place).unwrap_or(u8::MAX)))
+    }
+
+    /// A limit of a policy, by its name, which configurations keep while places change.
+    #[must_use]
+    pub fn of_policy(name: &str) -> Self {
+        let [a, b, c, d, e, f, g, ..] = KeyHash::of(name.as_bytes()).0;
+        // Beyond all places and below the share.
+        Self(u64::from_le_bytes([a, b, c, d, e, f, g, 1]))
     }
 }
 
@@ -57,18 +115,28 @@ pub struct Refused {
     pub retry_after_s: u64,
 }
 
-/// Takes one request from each of a key's limits, or from none of them if one refuses: the one with the longest wait.
+/// Takes one request from each limit of a subject, or from none of them if one refuses: the one with the longest wait.
+/// Of shared limits this Envoy judges the share that it was granted, or else the default share.
 ///
 /// # Errors
 /// [`Refused`].
-pub fn take(cells: &impl Cells, names: &Names, key: KeyId, limits: &[Limit], now_ns: u64) -> Result<(), Refused> {
-    let [.., high, low] = key.0;
-    let name = names.limiter(u16::from_be_bytes([high, low]));
-    let taken = update(cells, &name, |cell| {
-        let mut times = Times::read(cell);
-        match times.take(key, limits, now_ns) {
-            Ok(()) => Ok((times.write(now_ns), Ok(()))),
-            Err(refused) if times.settle(key, limits, now_ns) => Ok((times.write(now_ns), Err(refused))),
+pub fn take(
+    cells: &impl Cells,
+    names: &Names,
+    subject: Subject,
+    limits: &[Limit<'_>],
+    default_share: u32,
+    now_ns: u64,
+) -> Result<(), Refused> {
+    let taken = update(cells, &subject.cell(names), |cell| {
+        let mut entries = Entries::read(cell);
+        let share = entries.use_share(subject, now_ns).unwrap_or(default_share);
+        let judged = Judged { subject, limits, share, now_ns };
+        match entries.take(&judged) {
+            Ok(()) => Ok((entries.write(now_ns, subject.most_entries()), Ok(()))),
+            Err(refused) if entries.settle(&judged) => {
+                Ok((entries.write(now_ns, subject.most_entries()), Err(refused)))
+            }
             Err(refused) => Err(Err(refused)),
         }
     });
@@ -76,85 +144,162 @@ pub fn take(cells: &impl Cells, names: &Names, key: KeyId, limits: &[Limit], now
     taken.unwrap_or(Err(Refused { limit: 0, retry_after_s: 1 }))
 }
 
-/// What a cell holds: `key id (16 bytes) │ place of the limit (1 byte) │ time (8 bytes)`, repeated.
-struct Times(Vec<Time>);
-
-#[derive(Clone, Copy)]
-struct Time {
+/// Notes the share of a key's limits that this Envoy was granted. The default share need not be noted.
+///
+/// # Errors
+/// [`Raced`], as good as never.
+pub fn grant(
+    cells: &impl Cells,
+    names: &Names,
     key: KeyId,
-    limit: u8,
-    arrival_ns: u64,
+    share: u32,
+    default_share: u32,
+    now_ns: u64,
+) -> Result<(), Raced> {
+    let subject = Subject::Key(key);
+    update(cells, &subject.cell(names), |cell| {
+        let mut entries = Entries::read(cell);
+        let before = entries.0.len();
+        entries.0.retain(|entry| entry.id != key.0 || entry.tag != Tag::SHARE);
+        if share == default_share && entries.0.len() == before {
+            return Err(());
+        }
+        if share != default_share {
+            entries.0.push(Entry { id: key.0, tag: Tag::SHARE, value: share_value(share, now_ns) });
+        }
+        Ok((entries.write(now_ns, subject.most_entries()), ()))
+    })
 }
 
-const TIME_BYTES: usize = 25;
+/// A share and when it was last used, in seconds of Unix time.
+fn share_value(share: u32, now_ns: u64) -> u64 {
+    u64::from(share) << 32 | u64::from(seconds(now_ns))
+}
 
-impl Times {
+fn seconds(now_ns: u64) -> u32 {
+    u32::try_from(now_ns.checked_div(SECOND_NS).unwrap_or_default()).unwrap_or(u32::MAX)
+}
+
+/// What a cell holds: `id (16 bytes) │ tag (8 bytes) │ time, or share and second (8 bytes)`, repeated.
+struct Entries(Vec<Entry>);
+
+#[derive(Clone, Copy)]
+struct Entry {
+    id: [u8; 16],
+    tag: Tag,
+    value: u64,
+}
+
+const ENTRY_BYTES: usize = 32;
+
+/// What is asked of a cell.
+struct Judged<'a> {
+    subject: Subject,
+    limits: &'a [Limit<'a>],
+    share: u32,
+    now_ns: u64,
+}
+
+impl Judged<'_> {
+    fn rates(&self) -> impl Iterator<Item = (usize, Tag, Rate)> {
+        let rate = |limit: &Limit<'_>| Rate::of(limit.limit, if limit.shared { self.share } else { WHOLE });
+        self.limits.iter().enumerate().map(move |(place, limit)| (place, limit.tag, rate(limit)))
+    }
+}
+
+impl Entry {
+    fn is_worth_keeping(&self, now_ns: u64) -> bool {
+        if self.tag == Tag::SHARE {
+            let used_s = u32::try_from(self.value & u64::from(u32::MAX)).unwrap_or_default();
+            used_s.abs_diff(seconds(now_ns)) <= SHARE_REST_S
+        } else {
+            self.value > now_ns
+        }
+    }
+}
+
+impl Entries {
     fn read(bytes: &[u8]) -> Self {
-        let time = |bytes: &[u8]| {
-            let (key, rest) = bytes.split_first_chunk::<16>()?;
-            let (limit, rest) = rest.split_first()?;
-            let (arrival_ns, _) = rest.split_first_chunk::<8>()?;
-            Some(Time { key: KeyId(*key), limit: *limit, arrival_ns: u64::from_le_bytes(*arrival_ns) })
+        let entry = |bytes: &[u8]| {
+            let (id, rest) = bytes.split_first_chunk::<16>()?;
+            let (tag, rest) = rest.split_first_chunk::<8>()?;
+            let (value, _) = rest.split_first_chunk::<8>()?;
+            Some(Entry { id: *id, tag: Tag(u64::from_le_bytes(*tag)), value: u64::from_le_bytes(*value) })
         };
-        Self(bytes.chunks_exact(TIME_BYTES).filter_map(time).collect())
+        Self(bytes.chunks_exact(ENTRY_BYTES).filter_map(entry).collect())
     }
 
-    fn write(&self, now_ns: u64) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.0.len().saturating_mul(TIME_BYTES));
-        for time in self.0.iter().filter(|time| time.arrival_ns > now_ns) {
-            bytes.extend_from_slice(&time.key.0);
-            bytes.push(time.limit);
-            bytes.extend_from_slice(&time.arrival_ns.to_le_bytes());
+    fn write(mut self, now_ns: u64, most: usize) -> Vec<u8> {
+        self.0.retain(|entry| entry.is_worth_keeping(now_ns));
+        if self.0.len() > most {
+            // The furthest ahead stay.
+            self.0.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.value));
+            self.0.truncate(most);
+        }
+        let mut bytes = Vec::with_capacity(self.0.len().saturating_mul(ENTRY_BYTES));
+        for entry in &self.0 {
+            bytes.extend_from_slice(&entry.id);
+            bytes.extend_from_slice(&entry.tag.0.to_le_bytes());
+            bytes.extend_from_slice(&entry.value.to_le_bytes());
         }
         bytes
     }
 
-    fn take(&mut self, key: KeyId, limits: &[Limit], now_ns: u64) -> Result<(), Refused> {
+    /// The share that was granted, which is used now.
+    fn use_share(&mut self, subject: Subject, now_ns: u64) -> Option<u32> {
+        let id = subject.id();
+        let entry = self.0.iter_mut().find(|entry| entry.id == id && entry.tag == Tag::SHARE)?;
+        if !entry.is_worth_keeping(now_ns) {
+            return None;
+        }
+        let share = u32::try_from(entry.value >> 32).unwrap_or(WHOLE);
+        entry.value = share_value(share, now_ns);
+        Some(share)
+    }
+
+    fn take(&mut self, judged: &Judged<'_>) -> Result<(), Refused> {
+        let id = judged.subject.id();
+        let mut next = Vec::with_capacity(judged.limits.len());
         let mut worst: Option<Refused> = None;
-        for (place, limit) in limits.iter().enumerate() {
-            let next_ns = self.next(key, place, limit, now_ns);
-            let wait_ns = next_ns.saturating_sub(now_ns.saturating_add(limit.tolerance_ns()));
-            let retry_after_s = wait_ns.div_ceil(SECOND_NS);
-            if wait_ns > 0 && worst.is_none_or(|worst| retry_after_s > worst.retry_after_s) {
-                worst = Some(Refused { limit: place, retry_after_s });
+        for (place, tag, rate) in judged.rates() {
+            let arrival_ns = self.0.iter().find(|entry| entry.id == id && entry.tag == tag).map(|entry| entry.value);
+            match rate.take(arrival_ns, judged.now_ns) {
+                Ok(next_ns) => next.push((tag, next_ns)),
+                Err(wait_ns) => {
+                    let retry_after_s = wait_ns.div_ceil(SECOND_NS);
+                    if worst.is_none_or(|worst| retry_after_s > worst.retry_after_s) {
+                        worst = Some(Refused { limit: place, retry_after_s });
+                    }
+                }
             }
         }
         if let Some(refused) = worst {
             return Err(refused);
         }
-        for (place, limit) in limits.iter().enumerate() {
-            let arrival_ns = self.next(key, place, limit, now_ns);
-            let number = u8::try_from(place).unwrap_or(u8::MAX);
-            match self.0.iter_mut().find(|time| time.key == key && time.limit == number) {
-                Some(time) => time.arrival_ns = arrival_ns,
-                None => self.0.push(Time { key, limit: number, arrival_ns }),
+        for (tag, value) in next {
+            match self.0.iter_mut().find(|entry| entry.id == id && entry.tag == tag) {
+                Some(entry) => entry.value = value,
+                None => self.0.push(Entry { id, tag, value }),
             }
         }
         Ok(())
     }
 
-    /// Brings times that were set before the clock stepped back within reach again, so that a key is not refused until the
-    /// clock has caught up. Clocks of workers that differ by a blink are no step. Returns whether anything changed.
-    fn settle(&mut self, key: KeyId, limits: &[Limit], now_ns: u64) -> bool {
+    /// Brings times that were set before the clock stepped back, or under a larger limit, within reach again, so that a key
+    /// is not refused until the clock has caught up. Clocks of workers that differ by a blink are no step. Returns whether
+    /// anything changed.
+    fn settle(&mut self, judged: &Judged<'_>) -> bool {
+        let id = judged.subject.id();
         let mut changed = false;
-        for time in self.0.iter_mut().filter(|time| time.key == key) {
-            let Some(limit) = limits.get(usize::from(time.limit)) else { continue };
-            let furthest_ns = now_ns.saturating_add(limit.tolerance_ns());
-            if time.arrival_ns > furthest_ns.saturating_add(SECOND_NS) {
-                time.arrival_ns = furthest_ns;
+        for (_, tag, rate) in judged.rates() {
+            let Some(entry) = self.0.iter_mut().find(|entry| entry.id == id && entry.tag == tag) else { continue };
+            let reach_ns = rate.within_reach(entry.value, judged.now_ns);
+            if entry.value > reach_ns.saturating_add(SECOND_NS) {
+                entry.value = reach_ns;
                 changed = true;
             }
         }
         changed
-    }
-
-    /// Where one more request would move the theoretical arrival time. A time further ahead than the burst can have moved
-    /// it was set before the clock stepped back, or under another limit: it counts as the furthest possible.
-    fn next(&self, key: KeyId, place: usize, limit: &Limit, now_ns: u64) -> u64 {
-        let arrival_ns = self.0.iter().find(|time| time.key == key && usize::from(time.limit) == place);
-        let furthest_ns = now_ns.saturating_add(limit.tolerance_ns());
-        let from_ns = arrival_ns.map_or(now_ns, |time| time.arrival_ns.clamp(now_ns, furthest_ns));
-        from_ns.saturating_add(limit.interval_ns())
     }
 }
 
@@ -171,12 +316,33 @@ mod tests {
         Names::of("cluster", "default")
     }
 
-    fn limit(requests: u32, window_s: u32, burst: u32) -> Limit {
-        Limit { name: "default".into(), requests, window_s, burst }
+    fn limit(requests: u32, window_s: u32, burst: u32) -> RateLimit {
+        RateLimit { name: "default".into(), requests, window_s, burst }
     }
 
-    fn admitted(cells: &MemoryCells, limits: &[Limit], at: impl IntoIterator<Item = u64>) -> usize {
-        at.into_iter().filter(|now| take(cells, &names(), KEY, limits, *now).is_ok()).count()
+    fn placed(limits: &[RateLimit], shared: bool) -> Vec<Limit<'_>> {
+        let placed = |(place, limit)| Limit { limit, tag: Tag::of_place(place), shared };
+        limits.iter().enumerate().map(placed).collect()
+    }
+
+    fn take_of(cells: &MemoryCells, key: KeyId, limits: &[RateLimit], now_ns: u64) -> Result<(), Refused> {
+        take(cells, &names(), Subject::Key(key), &placed(limits, false), 1, now_ns)
+    }
+
+    fn admitted(cells: &MemoryCells, limits: &[RateLimit], at: impl IntoIterator<Item = u64>) -> usize {
+        at.into_iter().filter(|now| take_of(cells, KEY, limits, *now).is_ok()).count()
+    }
+
+    /// How many of a hundred are admitted of a shared limit, when nothing else was granted but what `cells` remember.
+    fn admitted_of_share(cells: &MemoryCells, default_share: u32, now_ns: u64) -> usize {
+        let limits = [limit(100, 1, 100)];
+        let limits = placed(&limits, true);
+        let subject = Subject::Key(KEY);
+        (0..100).filter(|_| take(cells, &names(), subject, &limits, default_share, now_ns).is_ok()).count()
+    }
+
+    fn client(address: &str) -> Subject {
+        Subject::Client(Client::of(address.parse().unwrap()))
     }
 
     #[test]
@@ -192,11 +358,11 @@ mod tests {
     fn a_refusal_says_when_to_come_back_and_that_is_true() {
         let cells = MemoryCells::default();
         let limits = [limit(1, 10, 1)];
-        assert_eq!(take(&cells, &names(), KEY, &limits, NOW), Ok(()));
-        let refused = take(&cells, &names(), KEY, &limits, NOW + 500 * MS).unwrap_err();
+        assert_eq!(take_of(&cells, KEY, &limits, NOW), Ok(()));
+        let refused = take_of(&cells, KEY, &limits, NOW + 500 * MS).unwrap_err();
         assert_eq!(refused, Refused { limit: 0, retry_after_s: 10 });
-        assert!(take(&cells, &names(), KEY, &limits, NOW + 9_999 * MS).is_err());
-        assert_eq!(take(&cells, &names(), KEY, &limits, NOW + 10_000 * MS), Ok(()));
+        assert!(take_of(&cells, KEY, &limits, NOW + 9_999 * MS).is_err());
+        assert_eq!(take_of(&cells, KEY, &limits, NOW + 10_000 * MS), Ok(()));
     }
 
     #[test]
@@ -204,7 +370,7 @@ mod tests {
         let cells = MemoryCells::default();
         let limits = [limit(100, 1, 100), limit(2, 3_600, 2)];
         assert_eq!(admitted(&cells, &limits, [NOW; 10]), 2);
-        let refused = take(&cells, &names(), KEY, &limits, NOW).unwrap_err();
+        let refused = take_of(&cells, KEY, &limits, NOW).unwrap_err();
         assert_eq!(refused, Refused { limit: 1, retry_after_s: 1_800 });
         // The eight refused requests have not touched the first limit.
         assert_eq!(admitted(&cells, &limits[..1], [NOW; 200]), 98);
@@ -216,10 +382,10 @@ mod tests {
         let mut neighbour = KEY;
         neighbour.0[0] = 8;
         let limits = [limit(1, 60, 1)];
-        assert_eq!(take(&cells, &names(), KEY, &limits, NOW), Ok(()));
-        assert_eq!(take(&cells, &names(), neighbour, &limits, NOW), Ok(()));
-        assert!(take(&cells, &names(), KEY, &limits, NOW).is_err());
-        assert!(take(&cells, &names(), neighbour, &limits, NOW).is_err());
+        assert_eq!(take_of(&cells, KEY, &limits, NOW), Ok(()));
+        assert_eq!(take_of(&cells, neighbour, &limits, NOW), Ok(()));
+        assert!(take_of(&cells, KEY, &limits, NOW).is_err());
+        assert!(take_of(&cells, neighbour, &limits, NOW).is_err());
         assert_eq!(cells.names().len(), 1);
     }
 
@@ -230,11 +396,11 @@ mod tests {
         for number in 0..100 {
             let mut key = KEY;
             key.0[0] = number;
-            assert_eq!(take(&cells, &names(), key, &limits, NOW), Ok(()));
+            assert_eq!(take_of(&cells, key, &limits, NOW), Ok(()));
         }
-        assert_eq!(take(&cells, &names(), KEY, &limits, NOW + 5 * SECOND_NS), Ok(()));
+        assert_eq!(take_of(&cells, KEY, &limits, NOW + 5 * SECOND_NS), Ok(()));
         let cell = cells.get(&names().limiter(0x0707)).unwrap();
-        assert_eq!(cell.value.len(), TIME_BYTES);
+        assert_eq!(cell.value.len(), ENTRY_BYTES);
     }
 
     #[test]
@@ -242,8 +408,8 @@ mod tests {
         let cells = MemoryCells::default();
         let limits = [limit(1, 60, 1)];
         let other = limits.clone();
-        cells.before_next_put(move |cells| assert_eq!(take(cells, &names(), KEY, &other, NOW), Ok(())));
-        assert!(take(&cells, &names(), KEY, &limits, NOW).is_err());
+        cells.before_next_put(move |cells| assert_eq!(take_of(cells, KEY, &other, NOW), Ok(())));
+        assert!(take_of(&cells, KEY, &limits, NOW).is_err());
     }
 
     #[test]
@@ -260,5 +426,79 @@ mod tests {
     fn a_limit_of_nothing_admits_one_burst_a_window() {
         let cells = MemoryCells::default();
         assert_eq!(admitted(&cells, &[limit(0, 1, 0)], [NOW; 3]), 1);
+    }
+
+    #[test]
+    fn of_a_shared_limit_an_envoy_admits_its_share_and_of_others_the_whole() {
+        let cells = MemoryCells::default();
+        assert_eq!(admitted_of_share(&cells, WHOLE / 4, NOW), 25);
+        let cells = MemoryCells::default();
+        grant(&cells, &names(), KEY, WHOLE / 10, WHOLE / 4, NOW).unwrap();
+        assert_eq!(admitted_of_share(&cells, WHOLE / 4, NOW), 10);
+        let cells = MemoryCells::default();
+        grant(&cells, &names(), KEY, WHOLE / 10, WHOLE / 4, NOW).unwrap();
+        assert_eq!(admitted(&cells, &[limit(100, 1, 100)], [NOW; 200]), 100);
+    }
+
+    #[test]
+    fn a_share_is_remembered_as_long_as_it_is_used_and_an_hour_more() {
+        let cells = MemoryCells::default();
+        grant(&cells, &names(), KEY, WHOLE / 10, WHOLE, NOW).unwrap();
+        let half_an_hour = |number: u64| NOW + number * 1_800 * SECOND_NS;
+        for number in 1..10 {
+            assert_eq!(admitted_of_share(&cells, WHOLE, half_an_hour(number)), 10);
+        }
+        assert_eq!(admitted_of_share(&cells, WHOLE, half_an_hour(12)), 100);
+    }
+
+    #[test]
+    fn a_share_that_is_the_default_again_takes_no_room() {
+        let cells = MemoryCells::default();
+        grant(&cells, &names(), KEY, WHOLE, WHOLE, NOW).unwrap();
+        assert_eq!(cells.names(), Vec::<String>::new());
+        grant(&cells, &names(), KEY, 5, WHOLE, NOW).unwrap();
+        grant(&cells, &names(), KEY, 7, WHOLE, NOW).unwrap();
+        let bytes = || cells.get(&names().limiter(0x0707)).unwrap().value.len();
+        assert_eq!(bytes(), ENTRY_BYTES);
+        grant(&cells, &names(), KEY, WHOLE, WHOLE, NOW).unwrap();
+        assert_eq!(bytes(), 0);
+    }
+
+    #[test]
+    fn a_policys_limit_stands_beside_those_of_the_key() {
+        let cells = MemoryCells::default();
+        let (own, policy) = (limit(100, 1, 100), limit(3, 60, 3));
+        let own = Limit { limit: &own, tag: Tag::of_place(0), shared: false };
+        let of = |name| Limit { limit: &policy, tag: Tag::of_policy(name), shared: false };
+        let admitted = |limits: &[Limit<'_>]| {
+            (0..10).filter(|_| take(&cells, &names(), Subject::Key(KEY), limits, 1, NOW).is_ok()).count()
+        };
+        assert_eq!(admitted(&[own, of("search")]), 3);
+        assert_eq!(admitted(&[own, of("export")]), 3);
+        assert_eq!(admitted(&[own]), 10);
+    }
+
+    #[test]
+    fn clients_without_a_key_are_told_apart_by_address_and_v6_by_network() {
+        let cells = MemoryCells::default();
+        let limits = [limit(1, 60, 1)];
+        let one = |client| take(&cells, &names(), client, &placed(&limits, false), WHOLE, NOW).is_ok();
+        assert!(one(client("192.0.2.1")) && one(client("192.0.2.2")) && one(client("2001:db8::1")));
+        assert!(!one(client("192.0.2.1")) && !one(client("2001:db8::ffff")) && one(client("2001:db8:0:1::1")));
+        assert!(cells.names().iter().all(|name| name.contains(":a")));
+    }
+
+    #[test]
+    fn a_cell_of_addresses_is_bounded_and_keeps_those_that_are_furthest_ahead() {
+        let mut entries = Entries(Vec::new());
+        for number in 0..2_000_u64 {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&number.to_be_bytes());
+            entries.0.push(Entry { id, tag: Tag(0), value: NOW + 1 + number });
+        }
+        let bytes = entries.write(NOW, ADDRESS_ENTRIES);
+        assert_eq!(bytes.len(), ADDRESS_ENTRIES * ENTRY_BYTES);
+        let least = Entries::read(&bytes).0.iter().map(|entry| entry.value).min();
+        assert_eq!(least, Some(NOW + 2_000 - ADDRESS_ENTRIES as u64 + 1));
     }
 }

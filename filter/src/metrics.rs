@@ -7,6 +7,8 @@ use crate::host::Metric;
 /// All of them, defined once for each VM.
 pub(crate) struct Metrics {
     decisions: Vec<Option<Metric>>,
+    /// One for each outcome that refuses; nothing in the places of the others.
+    shadow: Vec<Option<Metric>>,
     /// The revision that the store holds.
     pub(crate) store_version: Gauge,
     /// Keys in the store.
@@ -30,10 +32,14 @@ pub(crate) struct Counter(Option<Metric>);
 impl Metrics {
     pub(crate) fn define() -> Self {
         let decision = |outcome: Outcome| Metric::counter(&format!("portcullis_decisions_{}", outcome.name()));
+        let shadow = |outcome: Outcome| {
+            outcome.refusal().and_then(|_| Metric::counter(&format!("portcullis_shadow_{}", outcome.name())))
+        };
         let gauge = |name| Gauge(Metric::gauge(name));
         let counter = |name| Counter(Metric::counter(name));
         Self {
             decisions: Outcome::ALL.into_iter().map(decision).collect(),
+            shadow: Outcome::ALL.into_iter().map(shadow).collect(),
             store_version: gauge("portcullis_store_version"),
             keys: gauge("portcullis_keys"),
             sync_age: gauge("portcullis_sync_age_seconds"),
@@ -43,9 +49,10 @@ impl Metrics {
         }
     }
 
-    /// Counts a decision.
-    pub(crate) fn decided(&self, outcome: Outcome) {
-        if let Some(Some(metric)) = self.decisions.get(usize::from(outcome.code())) {
+    /// Counts a decision; `shadowed` if it was told and not enforced.
+    pub(crate) fn decided(&self, outcome: Outcome, shadowed: bool) {
+        let counters = if shadowed { &self.shadow } else { &self.decisions };
+        if let Some(Some(metric)) = counters.get(usize::from(outcome.code())) {
             metric.increment();
         }
     }

@@ -2,26 +2,39 @@
 //! outcome's name as `code`; nothing of the request stands in it.
 
 use contract::outcome::Outcome;
+use contract::record::RateLimit;
 
-use crate::limiter::{Limit, Refused};
+use crate::limiter::Refused;
+use crate::stock::RETRY_EXHAUSTED_S;
 
 /// How long a client should wait before it tries again when the filter has no keys, in seconds.
 const RETRY_NOT_READY_S: u64 = 1;
 
-/// The same when a quota or a balance is used up: the filter hears at once when there is more, so ask now and then.
-const RETRY_EXHAUSTED_S: u64 = 60;
-
-/// The value of `WWW-Authenticate` (RFC 9110, section 11.6.1). The scheme is not registered; API keys have none.
+/// The values of `WWW-Authenticate` (RFC 9110, section 11.6.1). The first scheme is not registered; API keys have none.
+/// Where keys may come as bearer tokens, there is one for those too (RFC 6750, section 3).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Challenge(String);
+pub struct Challenge(Vec<String>);
 
 impl Challenge {
-    /// The challenge for a realm; `None` if the realm cannot stand in a quoted string as it is.
+    /// The challenges for a realm; `None` if the realm cannot stand in a quoted string as it is.
     #[must_use]
-    pub fn new(realm: &str) -> Option<Self> {
+    pub fn new(realm: &str, bearer: bool) -> Option<Self> {
         let plain = realm.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\');
-        plain.then(|| Self(format!("ApiKey realm=\"{realm}\"")))
+        let schemes = ["ApiKey", "Bearer"].into_iter().take(if bearer { 2 } else { 1 });
+        plain.then(|| Self(schemes.map(|scheme| format!("{scheme} realm=\"{realm}\"")).collect()))
     }
+}
+
+/// How long a refused client should wait, where it is not always the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Wait {
+    /// As long as is usual for the outcome.
+    #[default]
+    Usual,
+    /// So many seconds.
+    Seconds(u64),
+    /// As one of these limits, all those that the request was judged by, says.
+    Limits(Vec<RateLimit>, Refused),
 }
 
 /// A reply to be sent instead of going upstream.
@@ -35,25 +48,19 @@ pub struct Reply {
     pub body: String,
 }
 
-/// The reply to an outcome; `None` if the request goes upstream. `refused` names the limit in case of a refusal by one.
+/// The reply to an outcome; `None` if the request goes upstream.
 #[must_use]
-pub fn reply(outcome: Outcome, challenge: &Challenge, refused: Option<(&Limit, Refused)>) -> Option<Reply> {
+pub fn reply(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Option<Reply> {
     let refusal = outcome.refusal()?;
     let mut headers =
         vec![("content-type", "application/problem+json".to_owned()), ("cache-control", "no-store".to_owned())];
-    match refusal.status {
-        401 => headers.push(("www-authenticate", challenge.0.clone())),
-        429 if refused.is_none() => headers.push(("retry-after", RETRY_EXHAUSTED_S.to_string())),
-        503 => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
+    match (refusal.status, wait) {
+        (401, _) => headers.extend(challenge.0.iter().map(|value| ("www-authenticate", value.clone()))),
+        (429, Wait::Usual) => headers.push(("retry-after", RETRY_EXHAUSTED_S.to_string())),
+        (429, Wait::Seconds(seconds)) => headers.push(("retry-after", seconds.to_string())),
+        (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
+        (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
         _ => {}
-    }
-    if let Some((limit, Refused { retry_after_s, .. })) = refused {
-        // draft-ietf-httpapi-ratelimit-headers-10: structured fields, a parameter q for the quota and w for its window,
-        // r for what remains and t for the seconds until there is more.
-        let Limit { name, requests, window_s, .. } = limit;
-        headers.push(("retry-after", retry_after_s.to_string()));
-        headers.push(("ratelimit-policy", format!("\"{name}\";q={requests};w={window_s}")));
-        headers.push(("ratelimit", format!("\"{name}\";r=0;t={retry_after_s}")));
     }
     let body = format!(
         "{{\"type\":\"{}\",\"title\":\"{}\",\"status\":{},\"detail\":\"{}\",\"code\":\"{}\"}}",
@@ -66,18 +73,30 @@ pub fn reply(outcome: Outcome, challenge: &Challenge, refused: Option<(&Limit, R
     Some(Reply { status: refusal.status, headers, body })
 }
 
+/// draft-ietf-httpapi-ratelimit-headers-10: structured fields, a parameter q for the quota and w for its window, r for what
+/// remains and t for the seconds until there is more.
+fn limit_headers(limits: &[RateLimit], refused: Refused) -> impl Iterator<Item = (&'static str, String)> {
+    let Refused { limit, retry_after_s } = refused;
+    let policy =
+        |RateLimit { name, requests, window_s, .. }: &RateLimit| format!("\"{name}\";q={requests};w={window_s}");
+    let policies: Vec<String> = limits.iter().map(policy).collect();
+    let left = limits.get(limit).map(|limit| ("ratelimit", format!("\"{}\";r=0;t={retry_after_s}", limit.name)));
+    let headers = [("retry-after", retry_after_s.to_string()), ("ratelimit-policy", policies.join(", "))];
+    headers.into_iter().chain(left)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn challenge() -> Challenge {
-        Challenge::new("portcullis").unwrap()
+        Challenge::new("portcullis", false).unwrap()
     }
 
     #[test]
     fn every_refusal_is_a_problem_with_its_code() {
         for outcome in Outcome::ALL {
-            let Some(reply) = reply(outcome, &challenge(), None) else {
+            let Some(reply) = reply(outcome, &challenge(), &Wait::Usual) else {
                 assert!(outcome.goes_upstream());
                 continue;
             };
@@ -95,26 +114,43 @@ mod tests {
         }
     }
 
+    fn headers(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Vec<(&'static str, String)> {
+        reply(outcome, challenge, wait).unwrap().headers.split_off(2)
+    }
+
     #[test]
-    fn a_refusal_by_a_limit_says_which_and_how_long() {
-        let limit = Limit { name: "default".into(), requests: 100, window_s: 60, burst: 10 };
-        let reply =
-            reply(Outcome::RateLimited, &challenge(), Some((&limit, Refused { limit: 0, retry_after_s: 7 }))).unwrap();
-        assert_eq!(reply.status, 429);
+    fn a_refusal_by_a_limit_says_which_of_all_and_how_long() {
+        let limit = |name: &str, requests, window_s| RateLimit { name: name.into(), requests, window_s, burst: 10 };
+        let limits = vec![limit("second", 10, 1), limit("hour", 1_000, 3_600)];
+        let wait = Wait::Limits(limits, Refused { limit: 1, retry_after_s: 7 });
         let expected = [
-            ("content-type", "application/problem+json"),
-            ("cache-control", "no-store"),
             ("retry-after", "7"),
-            ("ratelimit-policy", "\"default\";q=100;w=60"),
-            ("ratelimit", "\"default\";r=0;t=7"),
+            ("ratelimit-policy", "\"second\";q=10;w=1, \"hour\";q=1000;w=3600"),
+            ("ratelimit", "\"hour\";r=0;t=7"),
         ];
-        assert_eq!(reply.headers.iter().map(|(name, value)| (*name, value.as_str())).collect::<Vec<_>>(), expected);
+        let expected = expected.map(|(name, value)| (name, value.to_owned()));
+        assert_eq!(headers(Outcome::RateLimited, &challenge(), &wait), expected);
+    }
+
+    #[test]
+    fn a_refusal_for_the_lack_of_a_stock_says_how_long() {
+        let seconds = |wait: &Wait| headers(Outcome::QuotaExceeded, &challenge(), wait);
+        assert_eq!(seconds(&Wait::Seconds(5)), [("retry-after", "5".to_owned())]);
+        assert_eq!(seconds(&Wait::Usual), [("retry-after", "60".to_owned())]);
+    }
+
+    #[test]
+    fn where_keys_may_be_bearer_tokens_both_schemes_are_offered() {
+        let challenge = Challenge::new("orders", true).unwrap();
+        let expected = ["ApiKey realm=\"orders\"", "Bearer realm=\"orders\""];
+        let expected = expected.map(|value| ("www-authenticate", value.to_owned()));
+        assert_eq!(headers(Outcome::Missing, &challenge, &Wait::Usual), expected);
     }
 
     #[test]
     fn a_realm_that_would_break_out_of_its_quotes_is_refused() {
-        assert_eq!(Challenge::new("orders \"x\""), None);
-        assert_eq!(Challenge::new("ordérs"), None);
-        assert_eq!(Challenge::new("orders api"), Some(Challenge("ApiKey realm=\"orders api\"".into())));
+        assert_eq!(Challenge::new("orders \"x\"", false), None);
+        assert_eq!(Challenge::new("ordérs", false), None);
+        assert_eq!(Challenge::new("orders api", false), Some(Challenge(vec!["ApiKey realm=\"orders api\"".into()])));
     }
 }

@@ -1,23 +1,27 @@
-//! One request: header in, decision, reply or upstream. Never pauses and never calls out.
+//! One request: headers in, decision, reply or upstream. Never pauses and never calls out.
 
 use std::rc::Rc;
 
 use contract::outcome::Outcome;
-use contract::record::Record;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
-use crate::config::Config;
-use crate::core::{Core, Decided};
-use crate::credential;
+use crate::config::{Config, SHADOW_HEADER};
+use crate::core::Core;
+use crate::credential::{self, Found};
 use crate::host;
+use crate::judge::Verdict;
 use crate::reply::reply;
+use crate::source::{Left, Source};
 
 /// Filter state for the access log: the key's id, if the key is known, as `wasm.portcullis.key_id`.
 const KEY_ID_STATE: &str = "portcullis.key_id";
 
 /// Filter state for the access log: the outcome, if the request was refused, as `wasm.portcullis.refused`.
 const REFUSED_STATE: &str = "portcullis.refused";
+
+/// The same, if it would have been refused, as `wasm.portcullis.shadow`.
+const SHADOW_STATE: &str = "portcullis.shadow";
 
 pub(crate) struct Request {
     pub(crate) core: Rc<Core>,
@@ -29,28 +33,34 @@ impl Context for Request {}
 impl HttpContext for Request {
     fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
         let config = &*self.config;
-        let credential = credential::read(host::request_header(&config.key_header).as_deref());
-        let Decided { outcome, record, refused } = self.core.decide(config, credential);
-        if let Some(record) = &record {
+        let found = credential::find(&config.key_sources, host::request_header);
+        let verdict = self.core.decide(config, found.credential);
+        if let Some(record) = &verdict.record {
             host::set_filter_state(KEY_ID_STATE, &record.key_id.to_string());
         }
-        let refused = refused.as_ref().map(|(limit, refused)| (limit, *refused));
-        if let Some(reply) = reply(outcome, &config.challenge, refused) {
-            host::set_filter_state(REFUSED_STATE, outcome.name());
-            host::send_reply(&reply);
-            return Action::Pause;
+        let outcome = verdict.outcome;
+        match reply(outcome, &config.challenge, &verdict.wait) {
+            Some(reply) if !verdict.shadowed => {
+                host::set_filter_state(REFUSED_STATE, outcome.name());
+                host::send_reply(&reply);
+                return Action::Pause;
+            }
+            _ => {}
         }
-        let record = record.filter(|_| outcome == Outcome::Allowed);
-        tell_upstream(config, record.as_ref());
+        tell_upstream(config, &verdict);
+        if config.strip_key {
+            strip(config, &found);
+        }
         Action::Continue
     }
 }
 
-/// Sets the identity headers in place of whatever the client sent under their names, and removes the key. Refused
-/// requests go nowhere, so only here can a client's headers reach the upstream.
-fn tell_upstream(config: &Config, record: Option<&Record>) {
+/// Sets the headers for the upstream in place of whatever the client sent under their names. Refused requests go nowhere,
+/// so only here can a client's headers reach the upstream.
+fn tell_upstream(config: &Config, verdict: &Verdict) {
     let identity = &config.identity;
-    let scopes = record.map(|record| record.scopes.join(" ")).filter(|scopes| !scopes.is_empty());
+    let record = verdict.record.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
+    let scopes = record.map(|record| verdict.definitions.scopes(record).join(" ")).filter(|scopes| !scopes.is_empty());
     let headers = [
         (&identity.consumer, record.map(|record| record.owner_id.to_string())),
         (&identity.credential, record.map(|record| record.key_id.to_string())),
@@ -66,7 +76,26 @@ fn tell_upstream(config: &Config, record: Option<&Record>) {
     for name in &identity.unused {
         host::remove_request_header(name);
     }
-    if config.strip_key {
-        host::remove_request_header(&config.key_header);
+    if verdict.shadowed {
+        host::set_filter_state(SHADOW_STATE, verdict.outcome.name());
+        host::replace_request_header(SHADOW_HEADER, verdict.outcome.name());
+    } else {
+        host::remove_request_header(SHADOW_HEADER);
+    }
+}
+
+/// Removes the key from where it stood. Headers that have no other use are removed in any case.
+fn strip(config: &Config, found: &Found<'_>) {
+    for source in &config.key_sources {
+        if let Source::Header(name) = source {
+            host::remove_request_header(name);
+        }
+    }
+    match &found.at {
+        None | Some((Source::Header(_), _)) => {}
+        Some((source, value)) => match source.without(value) {
+            Left::Nothing => host::remove_request_header(source.header()),
+            Left::Value(left) => host::replace_request_header_bytes(source.header(), &left),
+        },
     }
 }

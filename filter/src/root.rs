@@ -41,6 +41,7 @@ impl Root {
         if !sync_key.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(format!("the environment variable {variable} holds characters that no key has"));
         }
+        host::need_properties();
         let core = Core::of(&config)?;
         Ok(Configured { config: Rc::new(config), sync_key, core })
     }

@@ -13,10 +13,12 @@ use std::collections::HashMap;
 use contract::hash::{BUCKETS, KeyHash, SUFFIX_BYTES};
 use contract::id::Epoch;
 use contract::page::{Entry, Header, Page, Part};
+use contract::rate::WHOLE;
 use contract::record::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::cells::{Cell, Cells, Names};
+use crate::definitions;
 use crate::lease::{Holder, is_held_by};
 
 /// How far the store is. Kept in a cell of its own, written after the buckets: what it says is there, is there.
@@ -30,6 +32,16 @@ pub struct State {
     pub keys: u64,
     /// When the control plane last confirmed that this is the newest, in milliseconds of Unix time.
     pub synced_ms: u64,
+    /// How many Envoys sync, as the control plane counts them; 0 if it does not say.
+    pub filters: u32,
+}
+
+impl State {
+    /// What an Envoy judges of a shared limit of which it was granted nothing yet, in parts per million.
+    #[must_use]
+    pub fn default_share(&self) -> u32 {
+        WHOLE.checked_div(self.filters).unwrap_or(WHOLE).max(1)
+    }
 }
 
 /// Another VM has taken the lease: this one must stop writing.
@@ -59,11 +71,12 @@ pub fn set_state(cells: &impl Cells, names: &Names, me: Holder, state: &State) -
     write(cells, names, me, &names.state(), |_| Some(bytes.clone())).map(|_| ())
 }
 
-/// Writes what a page says into the buckets.
+/// Writes what a page says: definitions first, so that no record refers to one that is not there, then the buckets.
 ///
 /// # Errors
 /// [`Deposed`]: some of the page may be written, and whoever leads now will write it all.
 pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> Result<(), Deposed> {
+    definitions::apply(cells, names, me, page)?;
     let mut changed: HashMap<u16, Vec<Entry<'_>>> = HashMap::new();
     for entry in page.entries() {
         let (Entry::Put { hash, .. } | Entry::Remove { hash }) = entry else { continue };
@@ -87,7 +100,7 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
 }
 
 /// Reads a cell, checks the lease, writes what `change` makes of the cell, or nothing if it makes nothing of it.
-fn write(
+pub(crate) fn write(
     cells: &impl Cells,
     names: &Names,
     me: Holder,
@@ -196,7 +209,7 @@ mod tests {
         for hash in removals {
             writer.remove(hash);
         }
-        writer.finish(&Header { epoch: EPOCH, revision: 1, total_keys: 1, part }).unwrap()
+        writer.finish(&Header { epoch: EPOCH, revision: 1, total_keys: 1, part, filters: 0 }).unwrap()
     }
 
     fn apply_bytes(cells: &MemoryCells, bytes: &[u8]) -> Result<(), Deposed> {
@@ -237,11 +250,13 @@ mod tests {
     fn a_snapshot_leaves_empty_buckets_unwritten_and_equal_ones_alone() {
         let cells = leading();
         let bytes = page(Part::Snapshot { from: 0, to: BUCKETS }, &[(hash(0xffff, 1), record(1))], &[]);
+        // The definitions and their version are written each time, so the buckets are told by their names.
         let before = cells.writes.get();
         apply_bytes(&cells, &bytes).unwrap();
-        assert_eq!(cells.writes.get() - before, 1);
+        assert_eq!(cells.writes.get() - before, 3);
         apply_bytes(&cells, &bytes).unwrap();
-        assert_eq!(cells.writes.get() - before, 1);
+        assert_eq!(cells.writes.get() - before, 5);
+        assert_eq!(cells.names().iter().filter(|name| name.contains(":b")).count(), 1);
     }
 
     #[test]
@@ -273,10 +288,16 @@ mod tests {
     fn the_state_is_there_once_it_was_set() {
         let cells = leading();
         assert_eq!(state(&cells, &names()), None);
-        let full = State { epoch: EPOCH, revision: 7, keys: 3, synced_ms: 1_000 };
+        let full = State { epoch: EPOCH, revision: 7, keys: 3, synced_ms: 1_000, filters: 3 };
         set_state(&cells, &names(), ME, &full).unwrap();
         assert_eq!(state(&cells, &names()), Some(full));
         assert_eq!(set_state(&cells, &names(), Holder(2), &full), Err(Deposed));
+    }
+
+    #[test]
+    fn an_envoy_that_was_granted_nothing_judges_its_part_of_all_envoys() {
+        let share = |filters| State { epoch: EPOCH, revision: 7, keys: 3, synced_ms: 0, filters }.default_share();
+        assert_eq!([0, 1, 3, 5_000_000].map(share), [WHOLE, WHOLE, 333_333, 1]);
     }
 
     #[test]

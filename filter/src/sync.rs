@@ -17,6 +17,9 @@ pub const POLL_TIMEOUT_MS: u64 = 40_000;
 /// The longest pause between two tries.
 pub const MAX_PAUSE_MS: u64 = 5_000;
 
+/// The version of the filter, as it tells the control plane.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 const MIN_PAUSE_MS: u64 = 100;
 
 /// A poll whose end nobody told us of is given up this long after its own timeout: its context is gone.
@@ -75,13 +78,14 @@ impl Sync {
         Self { position, newest, confirmed: false, failures: 0, next_at_ms: 0, in_flight: None }
     }
 
-    /// The path to poll now, or `None` if a poll is under way or a pause has not ended.
+    /// The path to poll now, or `None` if a poll is under way or a pause has not ended. It tells who asks: the reporter,
+    /// the version of the filter, and how many requests no acknowledged report has told of.
     #[must_use]
-    pub fn due(&self, reporter: ReporterId, now_ms: u64) -> Option<String> {
+    pub fn due(&self, reporter: ReporterId, pending: u64, now_ms: u64) -> Option<String> {
         let under_way = self.in_flight.is_some_and(|(_, since_ms)| now_ms.abs_diff(since_ms) < LOST_AFTER_MS);
         // A pause that seems longer than any was set before the clock stepped back.
         let pausing = self.next_at_ms > now_ms && self.next_at_ms.saturating_sub(now_ms) <= MAX_PAUSE_MS;
-        (!under_way && !pausing).then(|| self.path(reporter))
+        (!under_way && !pausing).then(|| format!("{}&version={VERSION}&pending={pending}", self.path(reporter)))
     }
 
     fn path(&self, reporter: ReporterId) -> String {
@@ -186,14 +190,14 @@ mod tests {
     const EPOCH: Epoch = Epoch([1; 16]);
     const OTHER: Epoch = Epoch([2; 16]);
     const ME: ReporterId = ReporterId([0; 16]);
-    const REPORTER: &str = "reporter=00000000-0000-0000-0000-000000000000";
+    const REPORTER: &str = "reporter=00000000-0000-0000-0000-000000000000&version=0.1.0&pending=3";
 
     fn state(revision: u64) -> State {
-        State { epoch: EPOCH, revision, keys: 1, synced_ms: 0 }
+        State { epoch: EPOCH, revision, keys: 1, synced_ms: 0, filters: 0 }
     }
 
     fn header(epoch: Epoch, revision: u64, part: Part) -> Header {
-        Header { epoch, revision, total_keys: 3, part }
+        Header { epoch, revision, total_keys: 3, part, filters: 2 }
     }
 
     fn snapshot(revision: u64, from: u32, to: u32) -> Header {
@@ -207,12 +211,12 @@ mod tests {
     #[test]
     fn an_empty_store_loads_a_snapshot_page_by_page_and_then_follows_changes() {
         let mut sync = Sync::from(None);
-        assert_eq!(sync.due(ME, 0), Some(format!("/sync/v1/keys?{REPORTER}")));
+        assert_eq!(sync.due(ME, 3, 0), Some(format!("/sync/v1/keys?{REPORTER}")));
         let first = snapshot(10, 0, 40_000);
         assert_eq!(sync.judge(&first), Progress::Partial);
         sync.applied(&first);
         assert_eq!(
-            sync.due(ME, 0),
+            sync.due(ME, 3, 0),
             Some(format!(
                 "/sync/v1/keys?epoch=01010101-0101-0101-0101-010101010101&cursor=40000&revision=10&{REPORTER}"
             ))
@@ -222,7 +226,7 @@ mod tests {
         assert_eq!(sync.judge(&last), complete(10));
         sync.applied(&last);
         assert_eq!(
-            sync.due(ME, 0),
+            sync.due(ME, 3, 0),
             Some(format!("/sync/v1/keys?epoch=01010101-0101-0101-0101-010101010101&revision=10&{REPORTER}"))
         );
         assert_eq!(sync.judge(&header(EPOCH, 12, Part::Changes { after: 10 })), complete(12));
@@ -266,19 +270,19 @@ mod tests {
     fn one_poll_is_under_way_at_a_time_and_only_its_answer_counts() {
         let mut sync = Sync::from(None);
         sync.sent(7, 1_000);
-        assert_eq!(sync.due(ME, 2_000), None);
+        assert_eq!(sync.due(ME, 3, 2_000), None);
         assert!(!sync.answered(6));
         assert!(sync.answered(7));
         assert!(!sync.answered(7));
-        assert!(sync.due(ME, 2_000).is_some());
+        assert!(sync.due(ME, 3, 2_000).is_some());
     }
 
     #[test]
     fn a_poll_that_nobody_answers_is_given_up() {
         let mut sync = Sync::from(None);
         sync.sent(7, 0);
-        assert_eq!(sync.due(ME, LOST_AFTER_MS - 1), None);
-        assert!(sync.due(ME, LOST_AFTER_MS).is_some());
+        assert_eq!(sync.due(ME, 3, LOST_AFTER_MS - 1), None);
+        assert!(sync.due(ME, 3, LOST_AFTER_MS).is_some());
     }
 
     #[test]
@@ -289,12 +293,12 @@ mod tests {
             let least = sync.clone().failed(0, 0);
             let most = sync.failed(0, 0).max(least);
             bounds.push(most);
-            assert!(sync.due(ME, 0).is_none() && sync.due(ME, least).is_some());
+            assert!(sync.due(ME, 3, 0).is_none() && sync.due(ME, 3, least).is_some());
         }
         assert_eq!(bounds, [50, 100, 200, 400, 800, 1_600, 2_500, 2_500]);
         assert_eq!(sync.clone().failed(0, MAX_PAUSE_MS), MAX_PAUSE_MS);
         sync.applied(&header(EPOCH, 1, Part::Changes { after: 1 }));
-        assert!(sync.due(ME, 0).is_some());
+        assert!(sync.due(ME, 3, 0).is_some());
         assert_eq!(sync.failed(0, 0), 50);
     }
 
@@ -310,11 +314,11 @@ mod tests {
     fn a_poll_is_not_held_until_the_store_is_confirmed() {
         let (held, not) = (format!("&revision=7&{REPORTER}"), format!("&revision=7&wait=0&{REPORTER}"));
         let mut sync = Sync::from(Some(&state(7)));
-        assert!(sync.due(ME, 0).unwrap().ends_with(&not));
+        assert!(sync.due(ME, 3, 0).unwrap().ends_with(&not));
         sync.applied(&header(EPOCH, 7, Part::Changes { after: 7 }));
-        assert!(sync.due(ME, 0).unwrap().ends_with(&held));
+        assert!(sync.due(ME, 3, 0).unwrap().ends_with(&held));
         sync.failed(0, 0);
-        assert!(sync.due(ME, MAX_PAUSE_MS).unwrap().ends_with(&not));
+        assert!(sync.due(ME, 3, MAX_PAUSE_MS).unwrap().ends_with(&not));
     }
 
     #[test]
@@ -323,21 +327,21 @@ mod tests {
         sync.restart();
         sync.failed(0, 0);
         let start = format!("/sync/v1/keys?epoch={EPOCH}&cursor=0&revision=7&{REPORTER}");
-        assert_eq!(sync.due(ME, MAX_PAUSE_MS), Some(start));
+        assert_eq!(sync.due(ME, 3, MAX_PAUSE_MS), Some(start));
         // The first page is of a newer revision: the others must be too.
         sync.applied(&snapshot(9, 0, 100));
         let next = format!("/sync/v1/keys?epoch={EPOCH}&cursor=100&revision=9&{REPORTER}");
-        assert_eq!(sync.due(ME, 0), Some(next));
+        assert_eq!(sync.due(ME, 3, 0), Some(next));
         // Unless the database has gone back, which the control plane finds out before it answers.
         sync.applied(&snapshot(6, 100, 200));
         let next = format!("/sync/v1/keys?epoch={EPOCH}&cursor=200&revision=7&{REPORTER}");
-        assert_eq!(sync.due(ME, 0), Some(next));
+        assert_eq!(sync.due(ME, 3, 0), Some(next));
     }
 
     #[test]
     fn a_clock_that_steps_back_ends_a_pause() {
         let mut sync = Sync::from(None);
         sync.failed(10_000_000, 0);
-        assert!(sync.due(ME, 1_000).is_some());
+        assert!(sync.due(ME, 3, 1_000).is_some());
     }
 }

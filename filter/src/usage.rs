@@ -12,7 +12,7 @@ use std::collections::HashMap;
 
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
-use contract::usage::{Count, KeyRef, REPORT_COUNTS, Report, Subject};
+use contract::usage::{Count, KeyRef, REPORT_COUNTS, Report, SHADOW, Subject};
 use serde::{Deserialize, Serialize};
 
 use crate::cells::{Cells, Names, update};
@@ -32,10 +32,11 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Counts one decided request.
-    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, cost: u32, now_ms: u64) {
+    /// Counts one decided request; `shadowed` if it should have been refused and was not.
+    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, cost: u32, now_ms: u64) {
         let hour = u32::try_from(now_ms.checked_div(HOUR_MS).unwrap_or_default()).unwrap_or(u32::MAX);
-        let of = Subject { key, outcome: outcome.code(), hour };
+        let code = outcome.code() | if shadowed { SHADOW } else { 0 };
+        let of = Subject { key, outcome: code, hour };
         let cost = if outcome == Outcome::Allowed { u64::from(cost) } else { 0 };
         let one = Count { of, requests: 1, cost, last_ms: now_ms };
         self.counts.entry(of).and_modify(|count| count.add(&one)).or_insert(one);
@@ -155,18 +156,32 @@ pub fn collect(cells: &impl Cells, names: &Names) {
     }
 }
 
-/// Freezes what is pending: into the next report if none waits for its acknowledgement, or, as the `last` words of an
-/// Envoy, all of it into as many reports as it takes. Returns the outbox as it is then.
-pub fn freeze(cells: &impl Cells, names: &Names, last: bool) -> Option<Outbox> {
-    let frozen = change(cells, names, |outbox| match outbox {
-        Some(mut outbox) if (last || outbox.frozen.is_empty()) && !outbox.pending.is_empty() => {
-            outbox.freeze_one();
-            while last && !outbox.pending.is_empty() {
-                outbox.freeze_one();
-            }
-            Ok((outbox.clone(), Some(outbox)))
+/// What to freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Freeze {
+    /// What is pending, as much as fits one report, if none waits for its acknowledgement.
+    Pending,
+    /// The same, and a report without counts if nothing is pending.
+    EvenNothing,
+    /// As the last words of an Envoy: all that is pending, into as many reports as it takes.
+    All,
+}
+
+/// Freezes what is pending. Returns the outbox as it is then.
+pub fn freeze(cells: &impl Cells, names: &Names, what: Freeze) -> Option<Outbox> {
+    let frozen = change(cells, names, |outbox| {
+        let mut outbox = outbox.ok_or(None)?;
+        let reports = match what {
+            Freeze::Pending if outbox.frozen.is_empty() => usize::from(!outbox.pending.is_empty()),
+            Freeze::EvenNothing if outbox.frozen.is_empty() => 1,
+            Freeze::Pending | Freeze::EvenNothing => 0,
+            Freeze::All => outbox.pending.len().div_ceil(REPORT_COUNTS),
+        };
+        if reports == 0 {
+            return Err(Some(outbox));
         }
-        outbox => Err(outbox),
+        (0..reports).for_each(|_| outbox.freeze_one());
+        Ok((outbox.clone(), Some(outbox)))
     });
     frozen.ok().flatten()
 }
@@ -243,7 +258,7 @@ mod tests {
     fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
         let mut counts = Counts::default();
         for (key, outcome) in requests {
-            counts.add(*key, *outcome, 2, NOW);
+            counts.add(*key, *outcome, false, 2, NOW);
         }
         counts
     }
@@ -259,7 +274,7 @@ mod tests {
     }
 
     fn one_report(cells: &MemoryCells) -> Report {
-        let [mut report] = freeze(cells, &names(), false).unwrap().reports().try_into().unwrap();
+        let [mut report] = freeze(cells, &names(), Freeze::Pending).unwrap().reports().try_into().unwrap();
         report.counts.sort_by_key(|count| count.of);
         report
     }
@@ -304,7 +319,7 @@ mod tests {
         let second = one_report(&cells);
         assert_eq!((second.seq, second.counts.len()), (2, 1));
         acknowledge(&cells, &names(), REPORTER, 2);
-        assert_eq!(freeze(&cells, &names(), false).unwrap().reports(), []);
+        assert_eq!(freeze(&cells, &names(), Freeze::Pending).unwrap().reports(), []);
         assert_eq!(requests(&cells), 0);
     }
 
@@ -346,7 +361,7 @@ mod tests {
         for number in 0..(REPORT_COUNTS as u32 + 5) {
             let mut id = KeyId([0; 16]);
             id.0[..4].copy_from_slice(&number.to_be_bytes());
-            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, 1, NOW);
+            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, 1, NOW);
         }
         counts.publish(&cells, &names(), 0);
         collect(&cells, &names());
@@ -364,11 +379,11 @@ mod tests {
         for number in 0..keys {
             let mut id = KeyId([0; 16]);
             id.0[..4].copy_from_slice(&number.to_be_bytes());
-            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, 1, NOW);
+            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, 1, NOW);
         }
         counts.publish(&cells, &names(), 0);
         collect(&cells, &names());
-        let outbox = freeze(&cells, &names(), true).unwrap();
+        let outbox = freeze(&cells, &names(), Freeze::All).unwrap();
         let batches: Vec<Vec<Report>> = outbox.batches().collect();
         assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [BATCH_REPORTS, 2]);
         let numbers: Vec<u64> = batches.iter().flatten().map(|report| report.seq).collect();
@@ -384,13 +399,13 @@ mod tests {
         let first = one_report(&cells);
         counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
         collect(&cells, &names());
-        let last = freeze(&cells, &names(), true).unwrap().reports();
+        let last = freeze(&cells, &names(), Freeze::All).unwrap().reports();
         assert_eq!(last.iter().map(|report| report.seq).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(last[0], first);
 
         counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
         collect(&cells, &names());
-        let later = freeze(&cells, &names(), true).unwrap().reports();
+        let later = freeze(&cells, &names(), Freeze::All).unwrap().reports();
         assert_eq!(later[..2], last);
         assert_eq!(later[2].seq, 3);
         acknowledge(&cells, &names(), REPORTER, 2);
@@ -402,13 +417,38 @@ mod tests {
         let cells = open();
         let mut counts = Counts::default();
         for minutes in [0, 10, 70, 30] {
-            counts.add(key(1), Outcome::Allowed, 1, NOW + minutes * 60_000);
+            counts.add(key(1), Outcome::Allowed, false, 1, NOW + minutes * 60_000);
         }
         counts.publish(&cells, &names(), 0);
         collect(&cells, &names());
         let report = one_report(&cells);
         let seen: Vec<_> = report.counts.iter().map(|count| (count.of.hour, count.requests, count.last_ms)).collect();
         assert_eq!(seen, [(500_000, 3, NOW + 30 * 60_000), (500_001, 1, NOW + 70 * 60_000)]);
+    }
+
+    #[test]
+    fn a_report_without_counts_has_a_number_like_others_and_no_other_waits_for_it() {
+        let cells = open();
+        assert_eq!(freeze(&cells, &names(), Freeze::Pending).unwrap().reports(), []);
+        let empty = freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports();
+        assert_eq!(empty, [Report { reporter: REPORTER, seq: 1, counts: vec![] }]);
+        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
+        collect(&cells, &names());
+        // It is sent again as it is until it is acknowledged.
+        assert_eq!(freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports(), empty);
+        acknowledge(&cells, &names(), REPORTER, 1);
+        let next = freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports();
+        assert_eq!((next[0].seq, next[0].counts.len()), (2, 1));
+    }
+
+    #[test]
+    fn what_was_told_and_not_enforced_is_counted_apart_and_costs_nothing() {
+        let mut counts = Counts::default();
+        counts.add(key(1), Outcome::Expired, false, 1, NOW);
+        counts.add(key(1), Outcome::Expired, true, 1, NOW);
+        let mut seen: Vec<_> = counts.counts.values().map(|count| (count.of.outcome, count.cost)).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, [(4, 0), (132, 0)]);
     }
 
     #[test]

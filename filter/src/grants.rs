@@ -1,0 +1,43 @@
+//! What the control plane leases to this Envoy: the grants of an acknowledgement come in and stand in the cells of limits
+//! and stocks afterwards. Stocks of newer versions are stepped over.
+
+use contract::budget::Stock;
+use contract::id::KeyId;
+use contract::rate::WHOLE;
+use contract::usage::Grant;
+
+use crate::cells::{Cells, Names};
+use crate::{limiter, stock};
+
+/// Notes what was granted. Each grant says all that was ever granted, so that one that is lost is made up for by the next.
+pub fn apply(cells: &impl Cells, names: &Names, grants: &[Grant], default_share: u32, now_ns: u64) {
+    for grant in grants {
+        let applied = match grant.stock() {
+            Some(Stock::Share) => {
+                let share = u32::try_from(grant.amount).unwrap_or(WHOLE).min(WHOLE);
+                limiter::grant(cells, names, KeyId(grant.of), share, default_share, now_ns)
+            }
+            Some(kind @ (Stock::Quota | Stock::Credits)) => {
+                stock::grant(cells, names, kind, &grant.of, grant.amount, grant.turn)
+            }
+            None => Ok(()),
+        };
+        // Nobody gets through to the cell: this Envoy goes on with what it had.
+        let _ = applied;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cells::memory::MemoryCells;
+
+    #[test]
+    fn each_grant_finds_its_cell_and_unknown_stocks_none() {
+        let (cells, names) = (MemoryCells::default(), Names::of("cluster", "default"));
+        let grant = |stock, of, amount| Grant { stock, of: [of; 16], amount, turn: 1 };
+        apply(&cells, &names, &[grant(0, 1, 5), grant(1, 2, 5), grant(2, 3, 5), grant(9, 4, 5)], WHOLE, 0);
+        let expected = [names.stock(Stock::Credits, 0x0303), names.limiter(0x0101), names.stock(Stock::Quota, 0x0202)];
+        assert_eq!(cells.names(), expected);
+    }
+}

@@ -1,0 +1,240 @@
+//! Quotas and credits: what a request costs comes in, whether this Envoy's leases pay for it goes out. The arithmetic is
+//! `contract::budget`; here is its memory.
+//!
+//! ```text
+//! cell: id (16 bytes) │ granted (8) │ spent (8) │ turn (4)      repeated
+//! ```
+//! Cells are shared by all VMs and each change insists on the version that was read, so leases are exact for an Envoy
+//! process. An entry is kept as long as Envoy runs, since grants count from its start: there are at most as many as keys
+//! with a quota, and owners with credits, were used since, 36 bytes each.
+
+use contract::budget::{Held, Stock};
+use contract::decision::cost;
+use contract::outcome::Outcome;
+use contract::policy::Policy;
+use contract::record::{Budget, Flags, Record};
+
+use crate::cells::{Cells, Names, Raced, update};
+
+/// Cells of each kind of stock: the last 16 bits of the id name one.
+pub const STOCK_CELLS: u32 = 65_536;
+
+/// How long a client should wait while a lease is being renewed, in seconds.
+pub const RETRY_RENEWAL_S: u64 = 1;
+/// The same when the stock is used up and nobody knows until when: the filter hears at once when there is more.
+pub const RETRY_EXHAUSTED_S: u64 = 60;
+
+/// Pays for one allowed request: one of the key's quota, and its cost in the owner's credits; both or nothing. A record
+/// without them costs no look at any cell. Says which of them refused.
+pub fn spend(cells: &impl Cells, names: &Names, record: &Record, policy: &Policy) -> Option<Outcome> {
+    let paid = |stock, of, budget: Option<Budget>, cost| match budget {
+        Some(budget) if cost > 0 => take(cells, names, stock, of, &budget, cost),
+        _ => true,
+    };
+    let further = &record.further;
+    if !paid(Stock::Quota, &record.key_id.0, further.quota, 1) {
+        return Some(Outcome::QuotaExceeded);
+    }
+    if !paid(Stock::Credits, &record.owner_id.0, further.credits, cost(record, policy).into()) {
+        if further.quota.is_some() {
+            // Should it not go back, the key has one request less, which is better than one too many.
+            let _ = give_back(cells, names, Stock::Quota, &record.key_id.0, 1);
+        }
+        return Some(Outcome::CreditsExhausted);
+    }
+    None
+}
+
+/// Takes over what the control plane says that this Envoy was granted so far.
+///
+/// # Errors
+/// [`Raced`], as good as never.
+pub fn grant(
+    cells: &impl Cells,
+    names: &Names,
+    stock: Stock,
+    of: &[u8; 16],
+    granted: u64,
+    turn: u32,
+) -> Result<(), Raced> {
+    change(cells, names, stock, of, |held| {
+        held.grant(granted, turn);
+        true
+    })
+    .map(|_| ())
+}
+
+/// When a client that was refused for the lack of one of these should come back, in seconds; `None` for other outcomes.
+#[must_use]
+pub fn retry_after_s(outcome: Outcome, record: &Record, now_s: u64) -> Option<u64> {
+    let (flag, budget) = match outcome {
+        Outcome::QuotaExceeded => (Flags::QUOTA_EXCEEDED, record.further.quota),
+        Outcome::CreditsExhausted => (Flags::CREDITS_EXHAUSTED, record.further.credits),
+        _ => return None,
+    };
+    if !record.flags.contains(flag) {
+        return Some(RETRY_RENEWAL_S);
+    }
+    let resets_at_s = budget.and_then(|budget| budget.resets_at_s);
+    // The stock is filled anew already, or will never be: then ask now and then.
+    Some(resets_at_s.map_or(RETRY_EXHAUSTED_S, |at| at.saturating_sub(now_s).max(RETRY_RENEWAL_S)))
+}
+
+fn take(cells: &impl Cells, names: &Names, stock: Stock, of: &[u8; 16], budget: &Budget, cost: u64) -> bool {
+    // Nobody gets through to the cell: as good as used up.
+    change(cells, names, stock, of, |held| held.spend(budget, cost)).unwrap_or(false)
+}
+
+fn give_back(cells: &impl Cells, names: &Names, stock: Stock, of: &[u8; 16], cost: u64) -> Result<bool, Raced> {
+    change(cells, names, stock, of, |held| {
+        held.spent = held.spent.saturating_sub(cost);
+        true
+    })
+}
+
+/// Changes what is held of one stock, where `change` says so, and passes on what it says.
+fn change(
+    cells: &impl Cells,
+    names: &Names,
+    stock: Stock,
+    of: &[u8; 16],
+    change: impl Fn(&mut Held) -> bool,
+) -> Result<bool, Raced> {
+    let [.., high, low] = *of;
+    update(cells, &names.stock(stock, u16::from_be_bytes([high, low])), |cell| {
+        let mut held = find(cell, of).unwrap_or_default();
+        if !change(&mut held) {
+            return Err(false);
+        }
+        let mut bytes = Vec::with_capacity(cell.len().saturating_add(ENTRY_BYTES));
+        let others = cell.chunks_exact(ENTRY_BYTES).filter(|entry| !entry.starts_with(of));
+        others.for_each(|entry| bytes.extend_from_slice(entry));
+        bytes.extend_from_slice(of);
+        bytes.extend_from_slice(&held.granted.to_le_bytes());
+        bytes.extend_from_slice(&held.spent.to_le_bytes());
+        bytes.extend_from_slice(&held.turn.to_le_bytes());
+        Ok((bytes, true))
+    })
+}
+
+const ENTRY_BYTES: usize = 36;
+
+fn find(cell: &[u8], of: &[u8; 16]) -> Option<Held> {
+    let entry = cell.chunks_exact(ENTRY_BYTES).find(|entry| entry.starts_with(of))?;
+    let (_, rest) = entry.split_first_chunk::<16>()?;
+    let (granted, rest) = rest.split_first_chunk::<8>()?;
+    let (spent, rest) = rest.split_first_chunk::<8>()?;
+    let (turn, _) = rest.split_first_chunk::<4>()?;
+    Some(Held {
+        granted: u64::from_le_bytes(*granted),
+        spent: u64::from_le_bytes(*spent),
+        turn: u32::from_le_bytes(*turn),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::id::{KeyId, OwnerId};
+
+    use super::*;
+    use crate::cells::memory::MemoryCells;
+
+    const KEY: [u8; 16] = [7; 16];
+    const OWNER: [u8; 16] = [8; 16];
+
+    fn names() -> Names {
+        Names::of("cluster", "default")
+    }
+
+    const fn budget(starter: u32) -> Option<Budget> {
+        Some(Budget { starter, turn: 1, resets_at_s: None })
+    }
+
+    fn record(quota: Option<Budget>, credits: Option<Budget>) -> Record {
+        let mut record = Record::plain(KeyId(KEY), OwnerId(OWNER));
+        record.further.quota = quota;
+        record.further.credits = credits;
+        record
+    }
+
+    fn held(cells: &MemoryCells, stock: Stock, of: &[u8; 16]) -> Held {
+        let [.., high, low] = *of;
+        let cell = cells.get(&names().stock(stock, u16::from_be_bytes([high, low])));
+        cell.and_then(|cell| find(&cell.value, of)).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_key_without_quota_and_credits_touches_no_cell() {
+        let cells = MemoryCells::default();
+        assert_eq!(spend(&cells, &names(), &record(None, None), Policy::PLAIN), None);
+        let free = Policy { cost: Some(0), ..Policy::default() };
+        assert_eq!(spend(&cells, &names(), &record(None, budget(0)), &free), None);
+        assert_eq!(cells.names(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_starter_is_spent_then_what_was_granted_and_then_nothing() {
+        let cells = MemoryCells::default();
+        let record = record(budget(2), None);
+        let spent = || (0..10).filter(|_| spend(&cells, &names(), &record, Policy::PLAIN).is_none()).count();
+        assert_eq!(spent(), 2);
+        for _ in 0..2 {
+            grant(&cells, &names(), Stock::Quota, &KEY, 5, 1).unwrap();
+            grant(&cells, &names(), Stock::Credits, &KEY, 9, 1).unwrap();
+        }
+        assert_eq!(spent(), 3);
+        assert_eq!(spend(&cells, &names(), &record, Policy::PLAIN), Some(Outcome::QuotaExceeded));
+        assert_eq!(held(&cells, Stock::Quota, &KEY), Held { granted: 5, spent: 5, turn: 1 });
+    }
+
+    #[test]
+    fn a_request_pays_its_quota_and_its_cost_or_nothing() {
+        let cells = MemoryCells::default();
+        let record = record(budget(10), budget(10));
+        let dear = Policy { cost: Some(4), ..Policy::default() };
+        let outcomes: Vec<_> = (0..4).map(|_| spend(&cells, &names(), &record, &dear)).collect();
+        let refused = Some(Outcome::CreditsExhausted);
+        assert_eq!(outcomes, [None, None, refused, refused]);
+        assert_eq!(held(&cells, Stock::Quota, &KEY).spent, 2);
+        assert_eq!(held(&cells, Stock::Credits, &OWNER).spent, 8);
+        // The rest of the credits is enough for cheaper requests.
+        assert_eq!(spend(&cells, &names(), &record, Policy::PLAIN), None);
+    }
+
+    #[test]
+    fn keys_of_one_owner_share_the_credits_and_stocks_that_share_a_cell_do_not_mix() {
+        let cells = MemoryCells::default();
+        let mut neighbour = record(budget(1), budget(3));
+        neighbour.key_id.0[0] = 1;
+        let ours = record(budget(2), budget(3));
+        assert_eq!(spend(&cells, &names(), &ours, Policy::PLAIN), None);
+        assert_eq!(spend(&cells, &names(), &neighbour, Policy::PLAIN), None);
+        assert_eq!(spend(&cells, &names(), &neighbour, Policy::PLAIN), Some(Outcome::QuotaExceeded));
+        assert_eq!(spend(&cells, &names(), &ours, Policy::PLAIN), None);
+        assert_eq!(held(&cells, Stock::Credits, &OWNER).spent, 3);
+        assert_eq!(held(&cells, Stock::Quota, &neighbour.key_id.0).spent, 1);
+    }
+
+    #[test]
+    fn two_workers_that_meet_spend_two() {
+        let cells = MemoryCells::default();
+        let record = record(budget(1), None);
+        let other = record.clone();
+        cells.before_next_put(move |cells| assert_eq!(spend(cells, &names(), &other, Policy::PLAIN), None));
+        assert_eq!(spend(&cells, &names(), &record, Policy::PLAIN), Some(Outcome::QuotaExceeded));
+    }
+
+    #[test]
+    fn who_is_refused_is_told_when_there_may_be_more() {
+        let retry = |flags, resets_at_s| {
+            let quota = Some(Budget { starter: 1, turn: 1, resets_at_s });
+            let record = Record { flags, ..record(quota, None) };
+            retry_after_s(Outcome::QuotaExceeded, &record, 1_000)
+        };
+        assert_eq!(retry(Flags(0), Some(9_000)), Some(1));
+        assert_eq!(retry(Flags::QUOTA_EXCEEDED, None), Some(60));
+        assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(9_000)), Some(8_000));
+        assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(500)), Some(1));
+        assert_eq!(retry_after_s(Outcome::RateLimited, &record(None, None), 0), None);
+    }
+}
