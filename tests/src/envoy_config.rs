@@ -19,6 +19,22 @@ pub struct Replacements {
     pub upstream: SocketAddr,
     /// Fields of the plugin configuration beside those that the template has, or instead of them.
     pub plugin: Map<String, Value>,
+    /// Routes before the one that takes everything: the prefix of their paths, and the policy that they name.
+    pub routes: Vec<(String, String)>,
+    /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
+    pub trusted_hops: u32,
+    /// A capability that the template grants the filter and this Envoy does not.
+    pub withheld: Option<String>,
+}
+
+impl Replacements {
+    /// The template between these two, on free ports.
+    #[must_use]
+    pub fn between(control_plane: SocketAddr, upstream: SocketAddr) -> Self {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (plugin, routes) = (Map::new(), Vec::new());
+        Self { listener: any, admin: any, control_plane, upstream, plugin, routes, trusted_hops: 0, withheld: None }
+    }
 }
 
 /// The template is not what this code knows how to change.
@@ -38,6 +54,9 @@ impl std::error::Error for TemplateError {}
 
 /// The plugin configuration of the template.
 pub const PLUGIN: &str = r#"{"control_plane": {"cluster": "portcullis_control_plane"}}"#;
+const TRUSTED_HOPS: &str = "xff_num_trusted_hops: 0";
+const ROUTE: &str = "- match: { prefix: / }";
+const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:";
 
 /// Replaces the addresses, and adds to the plugin configuration if there is something to add.
 ///
@@ -55,6 +74,19 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
         let new = format!("{{ address: \"{}\", port_value: {} }}", address.ip(), address.port());
         text = replace_once(&text, &format!("\u{0}{port}\u{0}"), &new)?;
     }
+    text = replace_once(&text, TRUSTED_HOPS, &format!("xff_num_trusted_hops: {}", with.trusted_hops))?;
+    if let Some(capability) = &with.withheld {
+        text = replace_once(&text, &format!("{capability}: {{}}\n"), "\n")?;
+    }
+    let indent = format!("\n{}", " ".repeat(24));
+    let route = |(prefix, policy): &(String, String)| {
+        let metadata = format!("{POLICY_FIELD} \"{policy}\" }} }} }}");
+        format!(
+            "- match: {{ prefix: \"{prefix}\" }}{indent}  {metadata}{indent}  route: {{ cluster: upstream }}{indent}"
+        )
+    };
+    let routes: String = with.routes.iter().map(route).collect();
+    text = replace_once(&text, ROUTE, &format!("{routes}{ROUTE}"))?;
     if with.plugin.is_empty() {
         return Ok(text);
     }
@@ -79,7 +111,8 @@ mod tests {
     fn replacements(plugin: &Value) -> Replacements {
         let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
         let plugin = plugin.as_object().unwrap().clone();
-        Replacements { listener: at(8_080), admin: at(0), control_plane: at(10_000), upstream: at(8_081), plugin }
+        let between = Replacements::between(at(10_000), at(8_081));
+        Replacements { listener: at(8_080), admin: at(0), plugin, ..between }
     }
 
     fn lines_that_differ(one: &str, other: &str) -> Vec<String> {
@@ -106,6 +139,23 @@ mod tests {
         let text = render(TEMPLATE, &replacements(&serde_json::json!({"rate_limit": null}))).unwrap();
         let expected = r#"{"control_plane":{"cluster":"portcullis_control_plane"},"rate_limit":null}"#;
         assert_eq!(lines_that_differ(&plain, &text), [expected]);
+    }
+
+    #[test]
+    fn routes_with_policies_stand_before_the_one_for_everything() {
+        let plain = replacements(&serde_json::json!({}));
+        let routes = vec![("/a".into(), "one".into()), ("/b".into(), "two".into())];
+        let text = render(TEMPLATE, &Replacements { routes, trusted_hops: 1, ..plain.clone() }).unwrap();
+        let before = render(TEMPLATE, &plain).unwrap();
+        let new: Vec<&str> = text.lines().filter(|line| !before.contains(line)).map(str::trim).collect();
+        let expected = [
+            "xff_num_trusted_hops: 1",
+            "- match: { prefix: \"/a\" }",
+            "metadata: { filter_metadata: { portcullis: { policy: \"one\" } } }",
+            "- match: { prefix: \"/b\" }",
+            "metadata: { filter_metadata: { portcullis: { policy: \"two\" } } }",
+        ];
+        assert_eq!(new, expected);
     }
 
     #[test]

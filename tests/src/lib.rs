@@ -20,6 +20,7 @@ pub mod envoy_config;
 pub mod postgres;
 pub mod scripted;
 
+pub mod bench;
 pub mod stack;
 
 pub mod expect;

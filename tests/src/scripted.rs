@@ -1,9 +1,9 @@
-//! A control plane that plays a script, for what the real one never does: it serves the records that a test gives it, to
-//! one filter or many, and adds up the usage reports.
+//! A control plane that plays a script, for what the real one never does: it serves the records and definitions that a test
+//! gives it and changes at will, to one filter or many, adds up the usage reports and grants what the test says.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -12,18 +12,20 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
+use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, ReporterId};
 use contract::outcome::Outcome;
 use contract::page::{Header, PageWriter, Part};
 use contract::record::Record;
-use contract::usage::{Ack, Report, read_reports};
+use contract::usage::{Ack, Grant, Report, SHADOW, read_reports};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 const EPOCH: Epoch = Epoch([1; 16]);
-const REVISION: u64 = 5;
-/// How long a poll is held that asks for changes: there are none.
+const FIRST_REVISION: u64 = 5;
+/// How long a poll is held that asks for changes, if there are none.
 const HOLD: Duration = Duration::from_secs(25);
 
 /// A running script. It ends when dropped.
@@ -47,16 +49,43 @@ pub struct Faults {
 
 #[derive(Debug)]
 struct Shared {
-    records: Vec<(KeyHash, Record)>,
+    store: watch::Sender<Store>,
     faults: Mutex<Faults>,
     usage: Mutex<Usage>,
+}
+
+/// What filters are told.
+#[derive(Clone, Debug)]
+struct Store {
+    revision: u64,
+    records: BTreeMap<KeyHash, Record>,
+    definitions: BTreeMap<u32, Definition>,
+    filters: u32,
+}
+
+/// What a test may change of the store.
+#[derive(Clone, Debug)]
+pub enum Change<'a> {
+    /// The record of a key, new or in place of the one before.
+    Key(&'a str, Box<Record>),
+    /// A role or a plan, new or in place of the one before.
+    Define(u32, Definition),
+    /// A role or a plan that is gone.
+    Undefine(u32),
+    /// How many Envoys there are said to be.
+    Filters(u32),
 }
 
 #[derive(Debug, Default)]
 struct Usage {
     taken: BTreeMap<(ReporterId, u64), Report>,
     requests: BTreeMap<u8, u64>,
+    cost: u64,
     changed: u64,
+    /// Goes with every acknowledgement from now on.
+    grants: Vec<Grant>,
+    acknowledged_with_grants: u64,
+    polls: Vec<BTreeMap<String, String>>,
 }
 
 impl Scripted {
@@ -67,10 +96,10 @@ impl Scripted {
     pub async fn start(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;
-        let mut records: Vec<_> =
-            keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record.clone())).collect();
-        records.sort_by_key(|(hash, _)| *hash);
-        let shared = Arc::new(Shared { records, faults: Mutex::new(faults), usage: Mutex::default() });
+        let records = keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record.clone())).collect();
+        let store = Store { revision: FIRST_REVISION, records, definitions: BTreeMap::new(), filters: 0 };
+        let (store, faults) = (watch::Sender::new(store), Mutex::new(faults));
+        let shared = Arc::new(Shared { store, faults, usage: Mutex::default() });
         let router = Router::new()
             .route("/sync/v1/keys", get(page))
             .route("/sync/v1/usage", post(usage))
@@ -88,23 +117,102 @@ impl Scripted {
         self.address
     }
 
+    /// Changes the store; polls that are held are answered. Returns the new revision.
+    pub fn change(&self, changes: &[Change<'_>]) -> u64 {
+        self.shared.store.send_modify(|store| {
+            store.revision += 1;
+            for change in changes.iter().cloned() {
+                match change {
+                    Change::Key(key, record) => drop(store.records.insert(KeyHash::of(key.as_bytes()), *record)),
+                    Change::Define(number, definition) => drop(store.definitions.insert(number, definition)),
+                    Change::Undefine(number) => drop(store.definitions.remove(&number)),
+                    Change::Filters(filters) => store.filters = filters,
+                }
+            }
+        });
+        self.shared.store.borrow().revision
+    }
+
+    /// Sends these grants with every acknowledgement from now on.
+    pub fn grant(&self, grants: &[Grant]) {
+        let mut usage = self.usage();
+        usage.grants = grants.to_vec();
+        usage.acknowledged_with_grants = 0;
+    }
+
+    /// How many acknowledgements have carried the grants of the last call of [`grant`](Self::grant).
+    #[must_use]
+    pub fn acknowledged_with_grants(&self) -> u64 {
+        self.usage().acknowledged_with_grants
+    }
+
     /// How many requests of an outcome have been reported.
     #[must_use]
     pub fn reported(&self, outcome: Outcome) -> u64 {
-        let usage = self.shared.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        usage.requests.get(&outcome.code()).copied().unwrap_or_default()
+        self.usage().requests.get(&outcome.code()).copied().unwrap_or_default()
+    }
+
+    /// How many requests have been reported that an outcome would have refused and shadow mode let through.
+    #[must_use]
+    pub fn reported_in_shadow(&self, outcome: Outcome) -> u64 {
+        self.usage().requests.get(&(outcome.code() | SHADOW)).copied().unwrap_or_default()
+    }
+
+    /// What all reported requests have cost together.
+    #[must_use]
+    pub fn reported_cost(&self) -> u64 {
+        self.usage().cost
+    }
+
+    /// For each report in the order of their numbers, how many counts it had.
+    #[must_use]
+    pub fn report_sizes(&self) -> Vec<usize> {
+        self.usage().taken.values().map(|report| report.counts.len()).collect()
+    }
+
+    /// What the polls have asked, in their order.
+    #[must_use]
+    pub fn polls(&self) -> Vec<BTreeMap<String, String>> {
+        self.usage().polls.clone()
+    }
+
+    fn usage(&self) -> MutexGuard<'_, Usage> {
+        self.shared.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reports that came again with other counts than before under their number. There must be none.
     #[must_use]
     pub fn changed_reports(&self) -> u64 {
-        self.shared.usage.lock().unwrap_or_else(PoisonError::into_inner).changed
+        self.usage().changed
     }
 
     /// What is still to go wrong.
     #[must_use]
     pub fn faults(&self) -> Faults {
         *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store {
+    /// All of it as a snapshot, or as changes after a revision: to tell a filter of everything once more does no harm.
+    fn page(&self, after: Option<u64>) -> Option<Vec<u8>> {
+        let mut page = PageWriter::new();
+        if after.is_none_or(|after| after < self.revision) {
+            for (number, definition) in &self.definitions {
+                page.define(*number, &definition.to_bytes().ok()?);
+            }
+            // Those that are gone: tests use few numbers.
+            for number in (0..16).filter(|number| after.is_some() && !self.definitions.contains_key(number)) {
+                page.undefine(number);
+            }
+            for (hash, record) in &self.records {
+                page.put(hash, &record.to_bytes().ok()?);
+            }
+        }
+        let part = after.map_or(Part::Snapshot { from: 0, to: BUCKETS }, |after| Part::Changes { after });
+        let total_keys = self.records.len().try_into().unwrap_or(u64::MAX);
+        let header = Header { epoch: EPOCH, revision: self.revision, total_keys, part, filters: self.filters };
+        page.finish(&header).ok()
     }
 }
 
@@ -118,25 +226,17 @@ async fn page(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<BTreeMap<String, String>>,
 ) -> Result<([(&'static str, String); 1], Vec<u8>), StatusCode> {
-    let total_keys = shared.records.len().try_into().unwrap_or(u64::MAX);
-    let mut page = PageWriter::new();
+    shared.usage.lock().unwrap_or_else(PoisonError::into_inner).polls.push(query.clone());
     let changes = query.get("revision").filter(|_| !query.contains_key("cursor"));
-    let part = match changes.and_then(|revision| revision.parse().ok()) {
-        Some(after) => {
-            if query.get("wait").is_none_or(|wait| wait != "0") {
-                tokio::time::sleep(HOLD).await;
-            }
-            Part::Changes { after }
-        }
-        None => {
-            for (hash, record) in &shared.records {
-                page.put(hash, &record.to_bytes().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?);
-            }
-            Part::Snapshot { from: 0, to: BUCKETS }
-        }
-    };
-    let header = Header { epoch: EPOCH, revision: REVISION, total_keys, part, filters: 0 };
-    let mut bytes = page.finish(&header).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    let after = changes.and_then(|revision| revision.parse().ok());
+    let waits = query.get("wait").is_none_or(|wait| wait != "0");
+    if let Some(after) = after.filter(|_| waits) {
+        let mut store = shared.store.subscribe();
+        // Without news in time, there are none.
+        let _ = tokio::time::timeout(HOLD, store.wait_for(|store| store.revision > after)).await;
+    }
+    let store = shared.store.borrow().clone();
+    let mut bytes = store.page(after).ok_or(StatusCode::INTERNAL_SERVER_ERROR)?;
     let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
     let age = [("age", faults.age_s.to_string())];
     let Some(left) = faults.pages.checked_sub(1) else { return Ok((age, bytes)) };
@@ -155,13 +255,14 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
     let mut usage = shared.usage.lock().unwrap_or_else(PoisonError::into_inner);
     let mut ack = None;
     for report in reports {
-        ack = Some(Ack { reporter: report.reporter, seq: report.seq, grants: Vec::new() });
+        ack = Some(Ack { reporter: report.reporter, seq: report.seq, grants: usage.grants.clone() });
         match usage.taken.get(&(report.reporter, report.seq)) {
             Some(before) if *before == report => {}
             Some(_) => usage.changed += 1,
             None => {
                 for count in &report.counts {
                     *usage.requests.entry(count.of.outcome).or_default() += count.requests;
+                    usage.cost += count.cost;
                 }
                 usage.taken.insert((report.reporter, report.seq), report);
             }
@@ -172,5 +273,6 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
         faults.acknowledgements = left;
         return Err(StatusCode::SERVICE_UNAVAILABLE);
     }
+    usage.acknowledged_with_grants += u64::from(!usage.grants.is_empty());
     ack.and_then(|ack| ack.write().ok()).ok_or(StatusCode::BAD_REQUEST)
 }

@@ -44,6 +44,8 @@ pub struct Builder {
     envoys: usize,
     workers: usize,
     plugin: Map<String, Value>,
+    routes: Vec<(String, String)>,
+    trusted_hops: u32,
     envoy_log_level: String,
     control_plane_log_level: String,
     own_postgres: bool,
@@ -58,6 +60,8 @@ impl Stack {
             envoys: 1,
             workers: 2,
             plugin: Map::new(),
+            routes: Vec::new(),
+            trusted_hops: 0,
             envoy_log_level: "warning,wasm:info".into(),
             control_plane_log_level: "info".into(),
             own_postgres: false,
@@ -202,6 +206,20 @@ impl Builder {
         self
     }
 
+    /// A route for paths with this prefix that names a policy.
+    #[must_use]
+    pub fn route(mut self, prefix: &str, policy: &str) -> Self {
+        self.routes.push((prefix.to_owned(), policy.to_owned()));
+        self
+    }
+
+    /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
+    #[must_use]
+    pub const fn trusted_hops(mut self, hops: u32) -> Self {
+        self.trusted_hops = hops;
+        self
+    }
+
     /// Everything that is logged at level debug.
     #[must_use]
     pub fn debug_logs(mut self) -> Self {
@@ -263,11 +281,10 @@ impl Builder {
         let mut envoys = Vec::new();
         for number in 0..self.envoys {
             let replacements = Replacements {
-                listener: ANY_PORT,
-                admin: ANY_PORT,
-                control_plane: control_plane.address(),
-                upstream: demo.address(),
                 plugin: self.plugin.clone(),
+                routes: self.routes.clone(),
+                trusted_hops: self.trusted_hops,
+                ..Replacements::between(control_plane.address(), demo.address())
             };
             let home = directory.path().join(format!("envoy-{number}"));
             let log = Log::create(&directory.path().join(format!("envoy-{number}.log")))?;

@@ -12,13 +12,13 @@ use tempfile::TempDir;
 const PREFIX: &str = "the plugin configuration was refused: ";
 
 /// Starts an Envoy that should not start, and gives the filter's lines.
-async fn refused(plugin: &Value) -> Result<Vec<String>> {
+async fn refused(plugin: &Value, withheld: Option<&str>) -> Result<Vec<String>> {
     let home = TempDir::with_prefix("portcullis-")?;
     let log = Log::create(&home.path().join("envoy.log"))?;
-    let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
     let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
     let plugin = plugin.as_object().cloned().unwrap_or_default();
-    let replacements = Replacements { listener: any, admin: any, control_plane: nobody, upstream: nobody, plugin };
+    let replacements =
+        Replacements { plugin, withheld: withheld.map(Into::into), ..Replacements::between(nobody, nobody) };
     let settings = Settings { replacements, workers: 1, log_level: "warning".into(), sync_key: fresh_key()? };
     let started = Envoy::start(settings, home.path(), log.clone(), &silently).await;
     assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));
@@ -36,12 +36,21 @@ async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
         (json!({"on_not_ready": "open"}), "expected `refuse` or `allow`"),
         (json!({"key_header": ":path"}), "key_header: \":path\" is not a header name"),
         (json!({"identity_headers": {"consumer": "x-api-key"}}), "x-api-key is used twice"),
+        (json!({"key_header": "x-key", "key_sources": [{"bearer": true}]}), "key_header is given too"),
+        (json!({"policies": {"search": {"scopes": {"all": []}}}}), "policies.search.scopes: name at least one scope"),
     ];
     for (plugin, expected) in mistakes {
-        let lines = refused(&plugin).await?;
+        let lines = refused(&plugin, None).await?;
         // One for each of the VMs that Envoy tried it in.
         assert!(!lines.is_empty() && lines.len() <= 2, "{lines:?}");
         assert!(lines.iter().all(|line| line.contains(expected)), "{expected}: {lines:?}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_envoy_that_lets_the_filter_ask_for_no_property_is_told_so_when_it_starts() -> Result<()> {
+    let lines = refused(&json!({}), Some("proxy_get_property")).await?;
+    assert!(!lines.is_empty() && lines.iter().all(|line| line.contains("add proxy_get_property to")), "{lines:?}");
     Ok(())
 }

@@ -2,70 +2,15 @@
 //! including those that the real control plane cannot bring about yet, and the counts that the filter reports of them.
 
 use anyhow::Result;
-use contract::id::{KeyId, OwnerId};
 use contract::outcome::Outcome;
-use contract::record::{Flags, RateLimit, Record, Requires};
-use portcullis_tests::control_plane::fresh_key;
-use portcullis_tests::demo::DemoApi;
-use portcullis_tests::envoy::{Envoy, Settings};
-use portcullis_tests::envoy_config::Replacements;
+use contract::record::{Flags, RateLimit, Requires};
+use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
-use portcullis_tests::http::{Reply, get_request, send};
-use portcullis_tests::log::Log;
 use portcullis_tests::process::Signal;
-use portcullis_tests::scripted::{Faults, Scripted};
+use portcullis_tests::scripted::Faults;
 use portcullis_tests::stack::wait_for_status;
-use portcullis_tests::tools::silently;
 use portcullis_tests::wait::eventually;
-use serde_json::{Value, json};
-use tempfile::TempDir;
-
-struct Bench {
-    envoy: Envoy,
-    demo: DemoApi,
-    script: Scripted,
-    _home: TempDir,
-}
-
-impl Bench {
-    async fn start(keys: &[(&str, Record)]) -> Result<Self> {
-        let bench = Self::start_with(keys, Faults::default(), Value::Null).await?;
-        wait_for_status(&bench.envoy, Some("no such key"), 401).await?;
-        Ok(bench)
-    }
-
-    async fn start_with(keys: &[(&str, Record)], faults: Faults, plugin: Value) -> Result<Self> {
-        let home = TempDir::with_prefix("portcullis-")?;
-        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-        let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys, faults).await?);
-        let replacements = Replacements {
-            listener: any,
-            admin: any,
-            control_plane: script.address(),
-            upstream: demo.address(),
-            plugin: plugin.as_object().cloned().unwrap_or_default(),
-        };
-        let log_level = "warning,wasm:info".into();
-        let settings = Settings { replacements, workers: 2, log_level, sync_key: fresh_key()? };
-        let log = Log::create(&home.path().join("envoy.log"))?;
-        let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
-        Ok(Self { envoy, demo, script, _home: home })
-    }
-
-    async fn get(&self, key: &str) -> Result<Reply> {
-        send(self.envoy.address(), get_request("/", Some(key))?).await
-    }
-}
-
-fn record(number: u8) -> Record {
-    Record::plain(KeyId([number; 16]), OwnerId([0x22; 16]))
-}
-
-fn with(number: u8, change: impl FnOnce(&mut Record)) -> Record {
-    let mut record = record(number);
-    change(&mut record);
-    record
-}
+use serde_json::json;
 
 #[tokio::test]
 async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Result<()> {
@@ -81,7 +26,7 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
     let records: Vec<_> = keys.iter().map(|(key, record, _)| (*key, record.clone())).collect();
     let bench = Bench::start(&records).await?;
     for (key, _, outcome) in &keys {
-        assert_refused(&bench.get(key).await?, *outcome, &[]);
+        assert_refused(&bench.get("/", Some(key)).await?, *outcome, &[]);
     }
     assert_eq!(bench.demo.requests(), 0);
     for (_, _, outcome) in &keys {
@@ -99,13 +44,13 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
 #[tokio::test]
 async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_twice() -> Result<()> {
     let faults = Faults { pages: 8, acknowledgements: 3, ..Faults::default() };
-    let bench = Bench::start_with(&[("good", record(1))], faults, Value::Null).await?;
+    let bench = Bench::builder().faults(faults).start_unsynced(&[("good", record(1))]).await?;
     wait_for_status(&bench.envoy, Some("no such key"), 401).await?;
     // The store is loaded, so all damaged pages were fetched again.
     assert_eq!(bench.script.faults().pages, 0);
     assert!(bench.envoy.stat("wasmcustom.portcullis_sync_failures").await? >= 8);
     for _ in 0..5 {
-        assert_upstream(&bench.get("good").await?, &["x-consumer-id", "x-credential-identifier"]);
+        assert_upstream(&bench.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
     }
     let told = async || {
         let all = bench.script.faults().acknowledgements == 0 && bench.script.reported(Outcome::Allowed) == 5;
@@ -124,10 +69,8 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
 async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_answers() -> Result<()> {
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let keys = [("good", record(1))];
-    let bench = Bench::start_with(&keys, faults, json!({"max_staleness_seconds": 600})).await?;
-    let loaded = async || (bench.envoy.stat("wasmcustom.portcullis_keys").await.ok()? == 1).then_some(());
-    eventually("the keys to be loaded", loaded).await?;
-    assert_refused(&bench.get("good").await?, Outcome::Stale, &[]);
+    let bench = Bench::builder().faults(faults).plugin(json!({"max_staleness_seconds": 600})).start(&keys).await?;
+    assert_refused(&bench.get("/", Some("good")).await?, Outcome::Stale, &[]);
     assert_eq!(bench.demo.requests(), 0);
     Ok(())
 }
@@ -148,7 +91,7 @@ async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
                 allowed += 1;
             } else {
                 assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
-                assert_eq!(reply.header("ratelimit-policy"), Some("\"day\";q=86400;w=86400"));
+                assert_eq!(reply.header("ratelimit-policy"), Some("\"hour\";q=3600;w=3600, \"day\";q=86400;w=86400"));
             }
         }
     }
@@ -162,7 +105,7 @@ async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
 async fn the_identity_is_the_records() -> Result<()> {
     let bench = Bench::start(&[("good", with(0x11, |r| r.scopes = vec!["a".into(), "b:c".into()]))]).await?;
     let identity = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
-    let headers = assert_upstream(&bench.get("good").await?, &identity);
+    let headers = assert_upstream(&bench.get("/", Some("good")).await?, &identity);
     assert_eq!(headers["x-consumer-id"][0], "22222222-2222-2222-2222-222222222222");
     assert_eq!(headers["x-credential-identifier"][0], "11111111-1111-1111-1111-111111111111");
     assert_eq!(headers["x-credential-scopes"][0], "a b:c");

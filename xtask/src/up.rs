@@ -140,9 +140,7 @@ impl Up {
             replacements: Replacements {
                 listener: local(options.envoy_port),
                 admin: local(options.envoy_admin_port),
-                control_plane: control_plane.address(),
-                upstream: demo.address(),
-                plugin: Default::default(),
+                ..Replacements::between(control_plane.address(), demo.address())
             },
             workers: options.concurrency,
             log_level: "warning,wasm:info".into(),

@@ -1,0 +1,191 @@
+//! The filter alone for a test: an Envoy with it, a control plane that plays a script and a demo API, without a database.
+
+use anyhow::Result;
+use contract::id::{KeyId, OwnerId};
+use contract::record::Record;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::control_plane::fresh_key;
+use crate::demo::DemoApi;
+use crate::envoy::{Envoy, Settings};
+use crate::envoy_config::Replacements;
+use crate::http::{Outgoing, Reply, get_request, send};
+use crate::log::Log;
+use crate::scripted::{Change, Faults, Scripted};
+use crate::tools::silently;
+use crate::wait::eventually;
+
+/// What runs. All of it ends when dropped.
+#[derive(Debug)]
+pub struct Bench {
+    /// Envoy, with two workers unless the test asked for more.
+    pub envoy: Envoy,
+    /// The API behind it.
+    pub demo: DemoApi,
+    /// The control plane.
+    pub script: Scripted,
+    _home: TempDir,
+}
+
+/// What a test wants.
+#[derive(Clone, Debug, Default)]
+pub struct Builder {
+    faults: Faults,
+    plugin: Value,
+    routes: Vec<(String, String)>,
+    trusted_hops: u32,
+    changes: Vec<Change<'static>>,
+}
+
+impl Bench {
+    /// Nothing but the template.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Starts it with the records of these keys, and waits until Envoy has them.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start(keys: &[(&str, Record)]) -> Result<Self> {
+        Self::builder().start(keys).await
+    }
+
+    /// A request with a key in the usual header.
+    ///
+    /// # Errors
+    /// If Envoy does not answer.
+    pub async fn get(&self, path: &str, key: Option<&str>) -> Result<Reply> {
+        self.send(get_request(path, key)?).await
+    }
+
+    /// A request.
+    ///
+    /// # Errors
+    /// If Envoy does not answer.
+    pub async fn send(&self, request: Outgoing) -> Result<Reply> {
+        send(self.envoy.address(), request).await
+    }
+
+    /// Sends a request with a key so many times, one after the other, and tells how many were answered with 200, and the
+    /// last answer.
+    ///
+    /// # Errors
+    /// If Envoy does not answer.
+    pub async fn get_many(&self, times: usize, path: &str, key: Option<&str>) -> Result<(usize, Reply)> {
+        let mut allowed = 0;
+        let mut last = self.get(path, key).await?;
+        for number in 1..=times {
+            allowed += usize::from(last.status == 200);
+            if number < times {
+                last = self.get(path, key).await?;
+            }
+        }
+        Ok((allowed, last))
+    }
+
+    /// Changes the store and waits until Envoy has it.
+    ///
+    /// # Errors
+    /// If it has not before the deadline.
+    pub async fn change(&self, changes: &[Change<'_>]) -> Result<()> {
+        let revision = self.script.change(changes);
+        self.stat_is("store_version", revision).await
+    }
+
+    /// Waits until a statistic of the filter has this value.
+    ///
+    /// # Errors
+    /// If it has not before the deadline.
+    pub async fn stat_is(&self, name: &str, value: u64) -> Result<()> {
+        let stat = format!("wasmcustom.portcullis_{name}");
+        let reached = async || (self.envoy.stat(&stat).await.ok()? == value).then_some(());
+        eventually(&format!("{name} to be {value}"), reached).await
+    }
+}
+
+impl Builder {
+    /// Fields of the filter's configuration.
+    #[must_use]
+    pub fn plugin(mut self, plugin: Value) -> Self {
+        self.plugin = plugin;
+        self
+    }
+
+    /// What the control plane does wrong.
+    #[must_use]
+    pub const fn faults(mut self, faults: Faults) -> Self {
+        self.faults = faults;
+        self
+    }
+
+    /// A route for paths with this prefix that names a policy.
+    #[must_use]
+    pub fn route(mut self, prefix: &str, policy: &str) -> Self {
+        self.routes.push((prefix.to_owned(), policy.to_owned()));
+        self
+    }
+
+    /// What the store holds beside the keys, before Envoy starts.
+    #[must_use]
+    pub fn change(mut self, change: Change<'static>) -> Self {
+        self.changes.push(change);
+        self
+    }
+
+    /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
+    #[must_use]
+    pub const fn trusted_hops(mut self, hops: u32) -> Self {
+        self.trusted_hops = hops;
+        self
+    }
+
+    /// Starts it with the records of these keys, and waits until Envoy has them.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start(self, keys: &[(&str, Record)]) -> Result<Bench> {
+        let bench = self.start_unsynced(keys).await?;
+        // The statistic is written after the store, so every worker has the keys.
+        bench.stat_is("keys", keys.len().try_into()?).await?;
+        Ok(bench)
+    }
+
+    /// Starts it, and does not wait for Envoy to have the keys.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start_unsynced(self, keys: &[(&str, Record)]) -> Result<Bench> {
+        let home = TempDir::with_prefix("portcullis-")?;
+        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys, self.faults).await?);
+        script.change(&self.changes);
+        let replacements = Replacements {
+            plugin: self.plugin.as_object().cloned().unwrap_or_default(),
+            routes: self.routes,
+            trusted_hops: self.trusted_hops,
+            ..Replacements::between(script.address(), demo.address())
+        };
+        let log_level = "warning,wasm:info".into();
+        let settings = Settings { replacements, workers: 2, log_level, sync_key: fresh_key()? };
+        let log = Log::create(&home.path().join("envoy.log"))?;
+        let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
+        Ok(Bench { envoy, demo, script, _home: home })
+    }
+}
+
+/// The record of a plain key.
+#[must_use]
+pub fn record(number: u8) -> Record {
+    Record::plain(KeyId([number; 16]), OwnerId([0x22; 16]))
+}
+
+/// The record of a key with something particular.
+#[must_use]
+pub fn with(number: u8, change: impl FnOnce(&mut Record)) -> Record {
+    let mut record = record(number);
+    change(&mut record);
+    record
+}

@@ -1,0 +1,81 @@
+//! Roles and plans reach every worker like a revocation does.
+
+use anyhow::Result;
+use contract::definition::Definition;
+use contract::outcome::Outcome;
+use contract::record::{RateLimit, Requires};
+use portcullis_tests::bench::{Bench, with};
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::Connection;
+use portcullis_tests::scripted::Change;
+use serde_json::json;
+
+const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+
+fn scopes(scopes: &[&str]) -> Definition {
+    Definition { scopes: scopes.iter().map(ToString::to_string).collect(), ..Definition::default() }
+}
+
+/// The statuses of a path on each worker, at once.
+async fn statuses(workers: &mut [Connection], path: &str, key: &str) -> Result<Vec<u16>> {
+    let mut statuses = Vec::new();
+    for worker in workers {
+        statuses.push(worker.get(path, Some(key)).await?.status);
+    }
+    Ok(statuses)
+}
+
+#[tokio::test]
+async fn once_a_role_has_changed_no_worker_uses_the_old_one() -> Result<()> {
+    let plugin = json!({"policies": {
+        "read": {"scopes": {"all": ["orders:read"]}}, "write": {"scopes": {"all": ["orders:write"]}},
+    }});
+    let clerk = with(1, |r| {
+        r.scopes = vec!["base".into()];
+        r.roles = vec![1, 3];
+    });
+    let bench = Bench::builder().plugin(plugin).route("/read", "read").route("/write", "write");
+    let bench = bench.change(Change::Define(1, scopes(&["orders:read"]))).start(&[("clerk", clerk)]).await?;
+    let headers = assert_upstream(&bench.get("/read", Some("clerk")).await?, &SCOPED);
+    assert_eq!(headers["x-credential-scopes"], json!(["base orders:read"]));
+    assert_refused(&bench.get("/write", Some("clerk")).await?, Outcome::ScopeDenied, &[]);
+
+    let mut workers = bench.envoy.connection_per_worker().await?;
+    for _ in 0..5 {
+        bench.change(&[Change::Define(1, scopes(&["orders:*"]))]).await?;
+        assert_eq!(statuses(&mut workers, "/write", "clerk").await?, [200, 200]);
+        bench.change(&[Change::Define(1, scopes(&["orders:read"]))]).await?;
+        assert_eq!(statuses(&mut workers, "/write", "clerk").await?, [403, 403]);
+        assert_eq!(statuses(&mut workers, "/read", "clerk").await?, [200, 200]);
+    }
+    bench.change(&[Change::Undefine(1)]).await?;
+    assert_eq!(statuses(&mut workers, "/read", "clerk").await?, [403, 403]);
+    let headers = assert_upstream(&bench.get("/", Some("clerk")).await?, &SCOPED);
+    assert_eq!(headers["x-credential-scopes"], json!(["base"]));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_plan_brings_scopes_and_limits_and_a_key_waits_for_its_plan() -> Result<()> {
+    let plan = |requests| Definition {
+        rate_limits: vec![RateLimit { name: "gold".into(), requests, window_s: 3_600, burst: requests }],
+        ..scopes(&["reports"])
+    };
+    let key = with(1, |r| {
+        r.further.plan = Some(2);
+        r.requires = Requires::PLAN;
+    });
+    let bench = Bench::start(&[("gold", key)]).await?;
+    assert_refused(&bench.get("/", Some("gold")).await?, Outcome::Unsupported, &[]);
+    bench.change(&[Change::Define(2, plan(3))]).await?;
+    let headers = assert_upstream(&bench.get("/", Some("gold")).await?, &SCOPED);
+    assert_eq!(headers["x-credential-scopes"], json!(["reports"]));
+    let (allowed, reply) = bench.get_many(5, "/", Some("gold")).await?;
+    assert_eq!(allowed, 2);
+    assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+    assert_eq!(reply.header("ratelimit-policy"), Some("\"gold\";q=3;w=3600"));
+    // A larger plan opens the door without a word about the key.
+    bench.change(&[Change::Define(2, plan(3_600))]).await?;
+    assert_eq!(bench.get("/", Some("gold")).await?.status, 200);
+    Ok(())
+}

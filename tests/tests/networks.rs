@@ -1,0 +1,61 @@
+//! Keys that are bound to networks are judged by the address that Envoy trusts.
+
+use anyhow::Result;
+use contract::outcome::Outcome;
+use contract::record::{Record, Requires};
+use http_body_util::Full;
+use hyper::Request;
+use portcullis_tests::bench::{Bench, with};
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::{Outgoing, Reply};
+
+fn bound(number: u8, networks: &[&str]) -> Record {
+    with(number, |r| {
+        r.further.networks = networks.iter().filter_map(|network| network.parse().ok()).collect();
+        r.requires = Requires::NETWORKS;
+    })
+}
+
+fn request(key: &str, forwarded_for: &str) -> Result<Outgoing> {
+    Ok(Request::get("/").header("x-api-key", key).header("x-forwarded-for", forwarded_for).body(Full::default())?)
+}
+
+#[track_caller]
+fn assert_admitted(reply: &Reply, admitted: bool) {
+    if admitted {
+        assert_eq!(reply.status, 200);
+    } else {
+        assert_refused(reply, Outcome::AddressDenied, &[]);
+    }
+}
+
+#[tokio::test]
+async fn behind_a_trusted_proxy_the_address_that_it_saw_counts() -> Result<()> {
+    let keys = [("bound", bound(1, &["192.0.2.0/24", "2001:db8::/32"]))];
+    let bench = Bench::builder().trusted_hops(1).start(&keys).await?;
+    for (forwarded_for, admitted) in [
+        ("192.0.2.7", true),
+        ("192.0.3.7", false),
+        ("2001:db8::5", true),
+        ("2001:db9::5", false),
+        // What the client says of itself stands before what the proxy saw.
+        ("192.0.2.7, 198.51.100.1", false),
+        ("198.51.100.1, 192.0.2.7", true),
+        ("no address", false),
+    ] {
+        assert_admitted(&bench.send(request("bound", forwarded_for)?).await?, admitted);
+    }
+    assert_refused(&bench.get("/", Some("bound")).await?, Outcome::AddressDenied, &[]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_a_trusted_proxy_only_the_peers_address_counts() -> Result<()> {
+    let keys = [("remote", bound(1, &["192.0.2.0/24"])), ("local", bound(2, &["127.0.0.0/8", "::1"]))];
+    let bench = Bench::start(&keys).await?;
+    assert_admitted(&bench.send(request("remote", "192.0.2.7")?).await?, false);
+    assert_admitted(&bench.send(request("local", "192.0.2.7")?).await?, true);
+    let identity = ["x-consumer-id", "x-credential-identifier"];
+    assert_upstream(&bench.get("/", Some("local")).await?, &identity);
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! What routes ask for, by the policy that they name in their metadata.
+
+use anyhow::Result;
+use contract::outcome::Outcome;
+use http_body_util::Full;
+use hyper::Request;
+use portcullis_tests::bench::{Bench, record, with};
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::Outgoing;
+use serde_json::json;
+
+const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
+const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+
+fn from(address: &str, path: &str) -> Result<Outgoing> {
+    Ok(Request::get(path).header("x-forwarded-for", address).body(Full::default())?)
+}
+
+#[tokio::test]
+async fn a_route_asks_for_all_or_for_one_of_its_scopes_and_others_ask_for_what_the_default_says() -> Result<()> {
+    let plugin = json!({
+        "policies": {
+            "both": {"scopes": {"all": ["orders:read", "orders:write"]}},
+            "one": {"scopes": {"any": ["orders:write", "orders:read"]}},
+        },
+        "default_policy": {"scopes": {"all": ["base"]}},
+    });
+    let scopes =
+        |number, scopes: &[&str]| with(number, |r| r.scopes = scopes.iter().map(ToString::to_string).collect());
+    let keys =
+        [("none", record(1)), ("reader", scopes(2, &["orders:read"])), ("all", scopes(3, &["orders:*", "base"]))];
+    let bench = Bench::builder().plugin(plugin).route("/both", "both").route("/one", "one").start(&keys).await?;
+    for (key, allowed) in [("none", &[][..]), ("reader", &["/one"]), ("all", &["/both", "/one", "/"])] {
+        for path in ["/both", "/one", "/"] {
+            let reply = bench.get(path, Some(key)).await?;
+            if allowed.contains(&path) {
+                assert_upstream(&reply, &SCOPED);
+            } else {
+                assert_refused(&reply, Outcome::ScopeDenied, &[]);
+            }
+        }
+    }
+    assert_eq!(bench.demo.requests(), 4);
+    assert_refused(&bench.get("/one", None).await?, Outcome::Missing, &[]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_good() -> Result<()> {
+    let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}, "any": {"key": "optional"}}});
+    let keys = [("good", record(1)), ("old", with(2, |r| r.expires_at_s = Some(1)))];
+    let bench = Bench::builder().plugin(plugin).route("/open", "open").route("/any", "any").start(&keys).await?;
+    assert_upstream(&bench.get("/open", None).await?, &[]);
+    assert_upstream(&bench.get("/open", Some("good")).await?, &IDENTITY);
+    assert_refused(&bench.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
+    assert_refused(&bench.get("/open", Some("old")).await?, Outcome::Expired, &[]);
+
+    assert_upstream(&bench.get("/any", None).await?, &[]);
+    assert_upstream(&bench.get("/any", Some("good")).await?, &IDENTITY);
+    // The key that was no good goes no further, and neither does an identity that the client made up.
+    assert_upstream(&bench.get("/any", Some("stranger")).await?, &[]);
+    let spoofing = Request::get("/any").header("x-api-key", "old").header("x-consumer-id", "root");
+    assert_upstream(&bench.send(spoofing.body(Full::default())?).await?, &[]);
+    assert_refused(&bench.get("/", None).await?, Outcome::Missing, &[]);
+    assert_eq!(bench.envoy.stat("wasmcustom.portcullis_decisions_anonymous").await?, 4);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Result<()> {
+    let limit = json!({"requests": 2, "window_seconds": 3600});
+    let plugin = json!({"policies": {
+        "search": {"rate_limit": limit},
+        "open": {"key": "anonymous_allowed", "rate_limit": limit},
+    }});
+    let keys = [("one", record(1)), ("two", record(2))];
+    let bench = Bench::builder().plugin(plugin).trusted_hops(1).route("/search", "search").route("/open", "open");
+    let bench = bench.start(&keys).await?;
+    for key in ["one", "two"] {
+        let (allowed, reply) = bench.get_many(4, "/search", Some(key)).await?;
+        assert_eq!(allowed, 2);
+        assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+        // The default limit applies too.
+        assert_eq!(reply.header("ratelimit-policy"), Some("\"default\";q=1000;w=1, \"search\";q=2;w=3600"));
+        let wait = reply.header("retry-after").unwrap_or_default();
+        assert_eq!(reply.header("ratelimit"), Some(format!("\"search\";r=0;t={wait}").as_str()));
+        // Elsewhere the key still works, and each route has its own.
+        assert_eq!(bench.get("/", Some(key)).await?.status, 200);
+        assert_eq!(bench.get("/open", Some(key)).await?.status, 200);
+    }
+    for (address, allowed) in [
+        ("192.0.2.1", [true, true, false]),
+        ("192.0.2.2", [true, true, false]),
+        ("2001:db8::1", [true, true, false]),
+        // The same network of 64 bits, and another.
+        ("2001:db8::2", [false; 3]),
+        ("2001:db8:0:1::1", [true, true, false]),
+    ] {
+        for allowed in allowed {
+            let reply = bench.send(from(address, "/open")?).await?;
+            assert_eq!(reply.status == 200, allowed, "{address}");
+            if !allowed {
+                assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+                assert_eq!(reply.header("ratelimit-policy"), Some("\"open\";q=2;w=3600"));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_route_that_names_an_unknown_policy_refuses_all_requests_and_says_so() -> Result<()> {
+    let plugin = json!({"policies": {"read": {}}});
+    let bench = Bench::builder().plugin(plugin).route("/typo", "raed").route("/read", "read");
+    let bench = bench.start(&[("good", record(1))]).await?;
+    for _ in 0..20 {
+        assert_refused(&bench.get("/typo", Some("good")).await?, Outcome::PolicyUnknown, &[]);
+    }
+    assert_refused(&bench.get("/typo", None).await?, Outcome::PolicyUnknown, &[]);
+    assert_eq!(bench.demo.requests(), 0);
+    assert_upstream(&bench.get("/read", Some("good")).await?, &IDENTITY);
+    assert_upstream(&bench.get("/", Some("good")).await?, &IDENTITY);
+    assert_eq!(bench.envoy.stat("wasmcustom.portcullis_decisions_policy_unknown").await?, 21);
+    // Once for each of the two workers, at the most.
+    let lines = bench.envoy.log().lines_with("names the policy \"raed\"");
+    assert!((1..=2).contains(&lines.len()), "{lines:?}");
+    portcullis_tests::wait::eventually("the refusals to be reported", async || {
+        (bench.script.reported(Outcome::PolicyUnknown) == 21).then_some(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn without_policies_nobody_asks_which_one_a_route_names() -> Result<()> {
+    let bench = Bench::builder().route("/any", "whatever").start(&[("good", record(1))]).await?;
+    assert_upstream(&bench.get("/any", Some("good")).await?, &IDENTITY);
+    assert_refused(&bench.get("/any", None).await?, Outcome::Missing, &[]);
+    Ok(())
+}

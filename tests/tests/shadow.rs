@@ -1,0 +1,116 @@
+//! Shadow mode: nothing is refused, and what would have been is told to the upstream, to the operator and in usage.
+
+use anyhow::{Context, Result};
+use contract::outcome::Outcome;
+use contract::record::{Flags, RateLimit};
+use http_body_util::Full;
+use hyper::Request;
+use portcullis_tests::bench::{Bench, record, with};
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::Reply;
+use portcullis_tests::scripted::Faults;
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+
+const HEADER: &str = "x-portcullis-shadow";
+const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
+
+/// The request went upstream without identity, and the upstream heard why it should not have.
+#[track_caller]
+fn assert_shadowed(reply: &Reply, outcome: Outcome) {
+    let headers = assert_upstream(reply, &[HEADER]);
+    assert_eq!(headers[HEADER], json!([outcome.name()]));
+}
+
+#[tokio::test]
+async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused() -> Result<()> {
+    let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
+    let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1 };
+    let keys = [
+        ("good", with(1, |r| r.scopes = vec!["orders:read".into()])),
+        ("revoked", with(2, |r| r.flags = Flags::REVOKED)),
+        ("scopeless", record(3)),
+        (
+            "limited",
+            with(4, |r| {
+                r.scopes = vec!["orders:read".into()];
+                r.rate_limits = vec![limit];
+            }),
+        ),
+    ];
+    let bench = Bench::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
+    let scoped = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+    assert_upstream(&bench.get("/dark", Some("good")).await?, &scoped);
+    assert_upstream(&bench.get("/dark", Some("limited")).await?, &scoped);
+    let would_be = [
+        (None, Outcome::Missing),
+        (Some("stranger"), Outcome::Unknown),
+        (Some("revoked"), Outcome::Revoked),
+        (Some("scopeless"), Outcome::ScopeDenied),
+        (Some("limited"), Outcome::RateLimited),
+    ];
+    for (key, outcome) in would_be {
+        assert_shadowed(&bench.get("/dark", key).await?, outcome);
+        let stat = |kind| format!("wasmcustom.portcullis_{kind}_{}", outcome.name());
+        assert_eq!(bench.envoy.stat(&stat("shadow")).await?, 1, "{outcome:?}");
+        assert_eq!(bench.envoy.stat(&stat("decisions")).await?, 0, "{outcome:?}");
+    }
+    // Other routes refuse as ever.
+    assert_refused(&bench.get("/", Some("revoked")).await?, Outcome::Revoked, &[]);
+    for (_, outcome) in would_be {
+        let reported = async || (bench.script.reported_in_shadow(outcome) == 1).then_some(());
+        eventually(&format!("{outcome:?} to be reported"), reported).await?;
+    }
+    assert_eq!((bench.script.reported(Outcome::Revoked), bench.script.reported(Outcome::Missing)), (1, 0));
+    assert_eq!(bench.script.reported_cost(), 2);
+
+    bench.send(Request::get("/dark/logged").body(Full::default())?).await?;
+    let line: Value = serde_json::from_str(&bench.envoy.log().wait_for("/dark/logged").await?)?;
+    assert_eq!((&line["shadow"], &line["refused"], &line["status"]), (&json!("missing"), &Value::Null, &json!(200)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request() -> Result<()> {
+    let plugin = json!({"shadow": true, "max_staleness_seconds": 60, "policies": {"read": {}}});
+    // Only damaged pages, so that there are no keys yet.
+    let faults = Faults { pages: u32::MAX, ..Faults::default() };
+    let keys = [("good", record(1))];
+    let bench = Bench::builder().plugin(plugin.clone()).route("/typo", "raed").faults(faults);
+    let bench = bench.start_unsynced(&keys).await?;
+    assert_shadowed(&bench.get("/", Some("good")).await?, Outcome::NotReady);
+    assert_shadowed(&bench.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
+    assert_eq!(bench.envoy.stat("wasmcustom.portcullis_shadow_not_ready").await?, 1);
+
+    let faults = Faults { age_s: 3_600, ..Faults::default() };
+    let bench = Bench::builder().plugin(plugin).faults(faults).start(&keys).await?;
+    assert_shadowed(&bench.get("/", Some("good")).await?, Outcome::Stale);
+    Ok(())
+}
+
+#[tokio::test]
+async fn in_shadow_everywhere_good_keys_have_their_identity() -> Result<()> {
+    let bench = Bench::builder().plugin(json!({"shadow": true})).start(&[("good", record(1))]).await?;
+    assert_upstream(&bench.get("/", Some("good")).await?, &IDENTITY);
+    assert_shadowed(&bench.get("/", Some("stranger")).await?, Outcome::Unknown);
+    Ok(())
+}
+
+#[tokio::test]
+async fn nobody_but_the_filter_speaks_of_shadow() -> Result<()> {
+    let plugin = json!({"policies": {"dark": {"shadow": true}, "open": {"key": "anonymous_allowed"}}});
+    let bench = Bench::builder().plugin(plugin).route("/dark", "dark").route("/open", "open");
+    let bench = bench.start(&[("good", record(1))]).await?;
+    let claim = async |path: &str, key: Option<&str>| {
+        let mut request = Request::get(path).header(HEADER, "allowed").header("X-Portcullis-Shadow", "expired");
+        if let Some(key) = key {
+            request = request.header("x-api-key", key);
+        }
+        bench.send(request.body(Full::default()).context("a request")?).await
+    };
+    assert_upstream(&claim("/", Some("good")).await?, &IDENTITY);
+    assert_upstream(&claim("/dark", Some("good")).await?, &IDENTITY);
+    assert_upstream(&claim("/open", None).await?, &[]);
+    assert_shadowed(&claim("/dark", None).await?, Outcome::Missing);
+    Ok(())
+}
