@@ -33,6 +33,7 @@ comment on column retired_secrets.revision is 'Of the last change that filters s
 
 create index retired_secrets_key on retired_secrets (key_id, generation);
 create index retired_secrets_revision on retired_secrets (revision);
+create index retired_secrets_prefix on retired_secrets (prefix text_pattern_ops);
 
 create trigger retired_secrets_1_next_revision before insert or update on retired_secrets
     for each statement execute function next_revision();
@@ -63,6 +64,11 @@ begin
     end if;
     raise exception 'the hash of a secret never changes: retire the secret and give the key a new one';
 end $$;
+
+-- With a predicate, so that no foreign key could refer to it: otherwise a rotation would wait for every transaction that
+-- counts the key's usage, and could wait in a circle.
+alter table api_keys drop constraint api_keys_hash_key;
+create unique index api_keys_hash_key on api_keys (hash) where hash is not null;
 
 create trigger api_keys_4_keep_hash before update of hash on api_keys
     for each row when (new.hash is distinct from old.hash) execute function keep_hashes();

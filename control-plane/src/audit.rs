@@ -1,8 +1,10 @@
 //! Who did what: a change and its actor come in, a row of the audit trail goes out, in the transaction of the change, so
-//! that neither is there without the other. No secret is ever part of it.
+//! that neither is there without the other; later, a filter comes in and a page of the trail goes out. No secret is ever
+//! part of it.
 
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Who changes something.
@@ -73,4 +75,110 @@ pub async fn note(connection: &mut PgConnection, actor: &Actor, deed: Deed<'_>) 
     .execute(connection)
     .await?;
     Ok(())
+}
+
+/// Writes down that the same was done to several keys.
+///
+/// # Errors
+/// Those of the database.
+pub async fn note_each(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    action: &'static str,
+    keys: &[Uuid],
+    detail: &Value,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "insert into audit (actor_key_id, actor_email, address, request_id, action, key_id, detail)
+        select $1, $2, $3, $4, $5, key_id, $7 from unnest($6::uuid[]) as done (key_id)",
+        actor.key_id,
+        actor.email,
+        actor.address,
+        actor.request_id,
+        action,
+        keys,
+        detail
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// A row of the trail.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Ascending with time.
+    pub id: i64,
+    /// When.
+    pub at: OffsetDateTime,
+    /// The key that called.
+    pub actor_key_id: Option<Uuid>,
+    /// Its owner's address.
+    pub actor_email: Option<String>,
+    /// Where the call came from.
+    pub address: Option<String>,
+    /// The id of the request.
+    pub request_id: Option<String>,
+    /// What was done.
+    pub action: String,
+    /// To which key.
+    pub key_id: Option<Uuid>,
+    /// To what else.
+    pub target: Option<String>,
+    /// What is worth knowing beside.
+    pub detail: Value,
+}
+
+/// Which rows; what is none does not matter.
+#[derive(Clone, Debug, Default)]
+pub struct Filter<'a> {
+    /// What was done to this key.
+    pub key_id: Option<Uuid>,
+    /// What this key did.
+    pub actor_key_id: Option<Uuid>,
+    /// This was done.
+    pub action: Option<&'a str>,
+    /// To this.
+    pub target: Option<&'a str>,
+    /// At or after this time.
+    pub from: Option<OffsetDateTime>,
+    /// Before this time.
+    pub to: Option<OffsetDateTime>,
+    /// Only what was done to this user or to keys of theirs.
+    pub owner: Option<(Uuid, &'a str)>,
+}
+
+/// Reads rows before `before`, the newest first, at most `limit`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn trail(
+    pool: &PgPool,
+    filter: &Filter<'_>,
+    before: Option<i64>,
+    limit: i64,
+) -> Result<Vec<Entry>, sqlx::Error> {
+    let (owner_id, owner_email) = filter.owner.unzip();
+    sqlx::query_as!(
+        Entry,
+        "select id, at, actor_key_id, actor_email, address, request_id, action, key_id, target, detail
+        from audit
+        where id < $1 and ($2::uuid is null or key_id = $2) and ($3::uuid is null or actor_key_id = $3)
+            and ($4::text is null or action = $4) and ($5::text is null or target = $5)
+            and ($6::timestamptz is null or at >= $6) and ($7::timestamptz is null or at < $7)
+            and ($8::uuid is null or target = $9 or key_id in (select id from api_keys where owner_id = $8))
+        order by id desc limit $10",
+        before.unwrap_or(i64::MAX),
+        filter.key_id,
+        filter.actor_key_id,
+        filter.action,
+        filter.target,
+        filter.from,
+        filter.to,
+        owner_id,
+        owner_email,
+        limit
+    )
+    .fetch_all(pool)
+    .await
 }

@@ -116,6 +116,17 @@ impl Caller {
         Ok(())
     }
 
+    /// Admits admins.
+    ///
+    /// # Errors
+    /// 403 for anybody else.
+    pub fn require_admin(&self) -> Result<(), ApiError> {
+        if self.is_admin() {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden("This call is for admins. Use a key with the scope admin.".into()))
+    }
+
     /// Admits admins, and users to what is their own.
     ///
     /// # Errors
@@ -162,14 +173,45 @@ impl Caller {
         })
     }
 
+    /// Admits an end that the caller may give to a key in place of its present one: any for admins; for others any that is
+    /// no later, and later ones up to the end of their own key. A key that has ended comes back by an admin only.
+    ///
+    /// # Errors
+    /// 403 that says which end is too late.
+    pub fn require_end(
+        &self,
+        end: Option<OffsetDateTime>,
+        present: Option<OffsetDateTime>,
+        now: OffsetDateTime,
+    ) -> Result<(), ApiError> {
+        let later = |one: Option<OffsetDateTime>, other: Option<OffsetDateTime>| match (one, other) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(one), Some(other)) => one > other,
+        };
+        if self.is_admin() || !later(end, present) {
+            return Ok(());
+        }
+        if present.is_some_and(|present| present <= now) {
+            return Err(ApiError::Forbidden("This key has expired. Only an admin's key can bring it back.".into()));
+        }
+        if later(end, self.end()) {
+            return Err(ApiError::Forbidden("A key cannot let another one live longer than itself.".into()));
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Option<OffsetDateTime> {
+        self.expires_at_s.and_then(|end| OffsetDateTime::from_unix_timestamp(i64::try_from(end).ok()?).ok())
+    }
+
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own and has the same rate
     /// limits, if that has any, and its owner has no more than so many keys. Admins are not bound.
     pub fn bind(&self, new: &mut NewKey) {
         if self.is_admin() {
             return;
         }
-        let end = self.expires_at_s.and_then(|end| OffsetDateTime::from_unix_timestamp(i64::try_from(end).ok()?).ok());
-        new.expires_at = [new.expires_at, end].into_iter().flatten().min();
+        new.expires_at = [new.expires_at, self.end()].into_iter().flatten().min();
         if !self.rate_limits.is_empty() {
             new.rate_limits.clone_from(&self.rate_limits);
         }

@@ -25,6 +25,9 @@ pub enum Command {
     /// Work on the database directly
     #[command(subcommand)]
     Admin(Admin),
+    /// Work on many keys
+    #[command(subcommand)]
+    Keys(Keys),
     /// Work on usage
     #[command(subcommand)]
     Usage(Usage),
@@ -131,6 +134,20 @@ pub enum Admin {
         /// The database.
         #[command(flatten)]
         database: Database,
+    },
+}
+
+/// Commands below `keys`.
+#[derive(Debug, Subcommand)]
+pub enum Keys {
+    /// Import keys of another system: one JSON object a line, as POST /v1/keys/import takes them
+    Import {
+        /// The database.
+        #[command(flatten)]
+        database: Database,
+        /// The lines, or - for standard input
+        #[arg(default_value = "-")]
+        file: PathBuf,
     },
 }
 

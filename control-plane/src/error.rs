@@ -31,6 +31,12 @@ pub enum ApiError {
     NotFound(String),
     /// 409: it contradicts what is there.
     Conflict(String),
+    /// 409: the same request is still being worked on.
+    InProgress,
+    /// 412: what is to be changed is not as the client believes.
+    Precondition(String),
+    /// 422: an Idempotency-Key that another request had.
+    Mismatch(&'static str),
     /// 429: too many requests of this caller.
     TooMany {
         /// When to come back, in seconds.
@@ -61,7 +67,10 @@ impl std::fmt::Display for ApiError {
             | Self::Forbidden(detail)
             | Self::NotFound(detail)
             | Self::Conflict(detail)
+            | Self::Precondition(detail)
             | Self::Internal(detail) => f.write_str(detail),
+            Self::InProgress => f.write_str("the same request is still being worked on"),
+            Self::Mismatch(detail) => f.write_str(detail),
             Self::Refused(outcome) => write!(f, "the key was refused: {}", outcome.name()),
             Self::TooMany { retry_after_s } => write!(f, "too many requests; come back in {retry_after_s} s"),
             Self::Unavailable(why) => f.write_str(why),
@@ -133,6 +142,22 @@ impl IntoResponse for ApiError {
             Self::Forbidden(detail) => respond(StatusCode::FORBIDDEN, "forbidden", "Forbidden", &detail, None),
             Self::NotFound(detail) => respond(StatusCode::NOT_FOUND, "not_found", "Not found", &detail, None),
             Self::Conflict(detail) => respond(StatusCode::CONFLICT, "conflict", "Conflict", &detail, None),
+            Self::InProgress => {
+                let detail = "The first request with this Idempotency-Key is still being worked on. Try again shortly.";
+                let response =
+                    respond(StatusCode::CONFLICT, "idempotency_in_progress", "Request in progress", detail, None);
+                with(response, RETRY_AFTER, HeaderValue::from(RETRY_UNAVAILABLE_S))
+            }
+            Self::Precondition(detail) => {
+                respond(StatusCode::PRECONDITION_FAILED, "precondition_failed", "Precondition failed", &detail, None)
+            }
+            Self::Mismatch(detail) => respond(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "idempotency_mismatch",
+                "Idempotency-Key used before",
+                detail,
+                None,
+            ),
             Self::TooMany { retry_after_s } => {
                 let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
                 let response =

@@ -1,14 +1,16 @@
 //! The binary: reads the command line, does what it says, and says in one line what kept it from doing so.
 
 use std::fs::File;
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use contract::key::KeyKind;
-use control_plane::config::{Admin, Cli, Command, Database, OPERATOR, Usage};
+use control_plane::audit::Actor;
+use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage};
 use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, parse_expiry};
+use control_plane::key::import::Import;
 use control_plane::key::store::{self as keys, NewKey};
 use control_plane::sync::feed;
 use control_plane::{http, serve, usage};
@@ -56,7 +58,9 @@ async fn run(command: Command) -> Result<(), Failure> {
                 ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
             };
             let pool = connect(&database).await?;
-            let (key, secret) = keys::create(&pool, new).await?;
+            let mut transaction = pool.begin().await?;
+            let (key, secret) = keys::create(&mut transaction, &Actor::system(), new).await?;
+            transaction.commit().await?;
             writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
             print(secret.reveal())
         }
@@ -64,6 +68,15 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Admin(Admin::NewEpoch { database }) => {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
             print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
+        }
+        Command::Keys(Keys::Import { database, file }) => {
+            let import = Import::new(connect(&database).await?, Actor::system());
+            if file == Path::new("-") {
+                import_keys(import, std::io::stdin()).await
+            } else {
+                let lines = File::open(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+                import_keys(import, lines).await
+            }
         }
         Command::Usage(Usage::Import { database, file }) => {
             let pool = connect(&database).await?;
@@ -84,6 +97,22 @@ async fn run(command: Command) -> Result<(), Failure> {
             if bad.is_empty() { Ok(()) } else { Err("some lines could not be read".into()) }
         }
     }
+}
+
+async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Failure> {
+    let mut piece = vec![0; 64 * 1_024];
+    loop {
+        let length = lines.read(&mut piece)?;
+        if length == 0 || !import.take(piece.get(..length).unwrap_or_default()).await? {
+            break;
+        }
+    }
+    let imported = import.finish().await?;
+    for bad in &imported.errors {
+        writeln!(std::io::stderr(), "line {}: {}: {}", bad.line, bad.code.name(), bad.reason)?;
+    }
+    print(&format!("keys imported: {}, lines that were not taken: {}", imported.imported, imported.failed))?;
+    if imported.failed == 0 { Ok(()) } else { Err("some lines were not taken".into()) }
 }
 
 /// What is wrong with the command line, without the advice that follows it.

@@ -21,6 +21,7 @@ use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key};
 use crate::connection::{Connections, Peer};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
+use crate::key::revoke::withdraw;
 use crate::key::store as keys;
 use crate::sync::Store;
 use crate::sync::feed::Feed;
@@ -203,8 +204,8 @@ async fn enter(pool: &PgPool, key: Option<&Secret>, scope: &str) -> Result<(), A
     Ok(())
 }
 
-/// Work that is done now and then: forgetting callers that have gone, and letting filters forget keys that were revoked
-/// long ago.
+/// Work that is done now and then: forgetting callers that have gone and answers that are a day old, and letting filters
+/// forget keys and secrets that ended long ago.
 async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days: i32) {
     let mut often = tokio::time::interval(Duration::from_secs(60));
     let mut seldom = tokio::time::interval(HOUR);
@@ -213,9 +214,12 @@ async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days:
             _ = often.tick() => callers.tidy(),
             // Not before the schema is there.
             _ = seldom.tick(), if store.position().is_some() => loop {
-                match keys::withdraw(&pool, retention_days).await {
+                if let Err(error) = http::once::tidy(&pool).await {
+                    warn!(%error, "old answers could not be forgotten; the next hour will do");
+                }
+                match withdraw(&pool, retention_days).await {
                     Ok(0) => break,
-                    Ok(keys) => info!(keys, "filters forget keys that were revoked long ago"),
+                    Ok(keys) => info!(keys, "filters forget keys and secrets that ended long ago"),
                     Err(error) => {
                         warn!(%error, "revoked keys could not be withdrawn; the next hour will do");
                         break;

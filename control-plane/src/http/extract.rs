@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use crate::error::ApiError;
 
 /// Fields that a problem can name. What else a client sends is spoken of in the detail only.
-const FIELDS: [&str; 14] = [
+const FIELDS: &[&str] = &[
     "email",
     "key_name",
     "name",
@@ -27,6 +27,13 @@ const FIELDS: [&str; 14] = [
     "limit",
     "from",
     "to",
+    "grace_seconds",
+    "generation",
+    "prefix",
+    "state",
+    "last_used_before",
+    "key_id",
+    "actor_key_id",
 ];
 
 /// A JSON body. As a reply it forbids caches to keep it, since all there is here is somebody's own.
@@ -91,7 +98,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     }
 }
 
-fn unread(error: &BytesRejection) -> ApiError {
+pub(super) fn unread(error: &BytesRejection) -> ApiError {
     match error.status() {
         StatusCode::PAYLOAD_TOO_LARGE => {
             ApiError::Unreadable(StatusCode::PAYLOAD_TOO_LARGE, "The body is larger than this call allows.".into())
@@ -114,7 +121,7 @@ fn unreadable(text: &str) -> ApiError {
 
 /// Finds the field in what serde says: `email: invalid type…`, `rate_limits[0].name: …`, `` missing field `email` ``.
 fn field_of(told: &str) -> Option<&'static str> {
-    let known = |name: &str| FIELDS.into_iter().find(|field| *field == name);
+    let known = |name: &str| FIELDS.iter().copied().find(|field| *field == name);
     let path = told.split([':', '.', '[', ' ']).next().unwrap_or_default();
     let quoted = || {
         let named =

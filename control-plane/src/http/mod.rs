@@ -1,11 +1,16 @@
 //! All routes, on one page. Each resource has its file; what they share is here: limits, request ids, and that whatever
 //! is not served is answered with a problem too.
 
+pub mod audit;
+pub mod conditional;
 pub mod extract;
 pub mod health;
 pub mod keys;
+pub mod once;
+pub mod paging;
 pub mod sync;
 pub mod user;
+pub mod users;
 
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
@@ -39,6 +44,8 @@ const USAGE_BYTES: usize = 4 << 20;
     tags(
         (name = "user", description = "A user's primary key"),
         (name = "keys", description = "All keys"),
+        (name = "users", description = "All that belongs to a user"),
+        (name = "audit", description = "Who did what"),
         (name = "platform", description = "For the platform that the control plane runs on")
     )
 )]
@@ -60,7 +67,12 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(user::usage))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::get, keys::patch, keys::revoke))
+        .routes(routes!(keys::rotate))
+        .routes(routes!(keys::cut_off))
+        .routes(routes!(keys::import))
         .routes(routes!(keys::usage))
+        .routes(routes!(users::revoke_keys))
+        .routes(routes!(audit::trail))
         .routes(routes!(health::alive))
         .routes(routes!(health::ready))
 }

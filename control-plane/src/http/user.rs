@@ -4,15 +4,19 @@
 #![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
 
 use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
 use contract::key::Secret;
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
 
 use super::extract::{Json, Path};
+use super::once::{Answer, Begun, Once};
 use crate::App;
 use crate::auth::Caller;
 use crate::error::{ApiError, Problem};
 use crate::key::domain::{Email, KeyName, Timestamp};
+use crate::key::revoke::revoke_primary;
 use crate::key::store::{self, NewKey, PrimaryStatus};
 
 /// Which user.
@@ -21,7 +25,7 @@ use crate::key::store::{self, NewKey, PrimaryStatus};
 pub struct ByEmail {
     /// The user's email address.
     #[param(example = "user@example.com")]
-    email: String,
+    pub(super) email: String,
 }
 
 /// What there is to know of a user's primary key. Without a key all but `hasKey` and `balance` are null.
@@ -156,35 +160,41 @@ pub async fn status(
 /// Make a key for a user. The one before it, if any, is revoked with it.
 ///
 /// # Errors
-/// 400, 401, 403, 409, 413, 415, 429, 503.
+/// 400, 401, 403, 409, 413, 415, 422, 429, 503.
 #[utoipa::path(
     post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
     responses(
         (status = 200, description = "The new key, told this once", body = GenerateReply),
         (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The user has too many keys", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The user has too many keys, or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn generate(
-    State(app): State<App>,
-    caller: Caller,
-    Json(body): Json<GenerateBody>,
-) -> Result<Json<GenerateReply>, ApiError> {
+pub async fn generate(State(app): State<App>, caller: Caller, mut once: Once) -> Result<Response, ApiError> {
+    let body: GenerateBody = once.body().await?;
     let email = Email::parse(&body.email)?;
     let name = KeyName::parse("key_name", &body.key_name)?;
     caller.require_owner_or_admin(&email)?;
     let mut new = NewKey::plain(email, name);
     caller.bind(&mut new);
-    let key = store::replace_primary(&app.pool, &new, |scopes| caller.require_changeable(scopes)).await?;
-    app.store.nudge();
+    let mut doing = match once.begin(&app.pool, &caller).await? {
+        Begun::Before(answer) => return Ok(answer),
+        Begun::Now(doing) => doing,
+    };
+    let may = |scopes: &[String]| caller.require_changeable(scopes);
+    let key = store::replace_primary(doing.connection(), &caller.actor, &new, may).await?;
     let key_prefix = key.display_prefix();
-    Ok(Json(GenerateReply { success: true, message: "API key generated successfully", key, key_prefix }))
+    let reply = GenerateReply { success: true, message: "API key generated successfully", key, key_prefix };
+    let response = doing.answer(Answer::new(StatusCode::OK, &reply)?).await?;
+    app.store.nudge();
+    Ok(response)
 }
 
 /// Revoke a user's key.
@@ -210,9 +220,12 @@ pub async fn revoke(
 ) -> Result<Json<RevokeReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
-    if !store::revoke_primary(&app.pool, &email, |scopes| caller.require_changeable(scopes)).await? {
+    let mut transaction = app.pool.begin().await?;
+    let may = |scopes: &[String]| caller.require_changeable(scopes);
+    if !revoke_primary(&mut transaction, &caller.actor, &email, may).await? {
         return Err(ApiError::NotFound(format!("{email} has no API key.")));
     }
+    transaction.commit().await?;
     app.store.nudge();
     Ok(Json(RevokeReply { success: true, message: "API key revoked successfully" }))
 }

@@ -1,5 +1,6 @@
-//! Keys in the control plane: what clients say of them is parsed in [`domain`], what is kept of them is read and written
-//! in [`store`], what was counted of them is read in [`usage`].
+//! Keys in the control plane: what clients say of them is parsed in [`domain`]; what is kept of them is made and read in
+//! [`store`], altered in [`change`], given a new secret in [`rotate`], ended in [`revoke`], found in [`search`], taken over
+//! from elsewhere in [`import`]; what was counted of them is read in [`usage`].
 
 /// The record that filters know of a key, from a row with the columns that make it up. A macro, since the rows of two
 /// checked queries are of two types.
@@ -75,6 +76,11 @@ pub(crate) fn requires(further: &Further) -> Requires {
     Requires(needed.into_iter().filter(|(_, needed)| *needed).fold(0, |bits, (bit, _)| bits | bit.0))
 }
 
+pub mod change;
 pub mod domain;
+pub mod import;
+pub mod revoke;
+pub mod rotate;
+pub mod search;
 pub mod store;
 pub mod usage;

@@ -1,18 +1,22 @@
-//! Keys and users in PostgreSQL: parsed values come in, rows go out. Each function is one fact: it commits wholly or not
-//! at all. A secret is made here and leaves once, to whoever asked for it; only its hash and prefix are written.
+//! Keys and users in PostgreSQL: parsed values come in, rows go out. A secret is made here and leaves once, to whoever asked
+//! for it; only its hash and prefix are written. What changes takes the caller's transaction and notes who did it there, so
+//! that the fact, its audit and its reply commit together or not at all.
 //!
-//! Locks are taken in one order, so that no two changes wait for each other: the row of the user, then `store_state`
-//! (by a trigger, with the first change of a key), then rows of keys.
+//! Locks are taken in one order, so that no two changes wait for each other: the row of the user (of several: by id), then
+//! `store_state` (by [`hold`], or by a trigger with the first change of a key), then rows of keys.
 
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
 use contract::record::Record;
+use serde_json::json;
 use sqlx::types::Json;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::domain::{Email, KeyName, Scopes, StoredLimit};
+use super::domain::{Email, KeyName, Scopes, StoredLimit, Timestamp};
+use super::revoke::revoke_row;
+use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
 
 /// A key as people see it.
@@ -34,6 +38,8 @@ pub struct Key {
     pub rate_limits: Json<Vec<StoredLimit>>,
     /// Which of its secrets is the present one, from 1.
     pub generation: i32,
+    /// Counted up with each change.
+    pub version: i64,
     /// Whether it is switched off.
     pub disabled: bool,
     /// When it was made.
@@ -126,12 +132,11 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>
 ///
 /// # Errors
 /// Those of the database and of the operating system's randomness.
-pub async fn create(pool: &PgPool, new: NewKey) -> Result<(Key, Secret), ApiError> {
+pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -> Result<(Key, Secret), ApiError> {
     let secret = generate(new.kind)?;
-    let mut transaction = pool.begin().await?;
-    let user = lock_user(&mut transaction, &new.email).await?;
-    let row = insert(&mut transaction, user.id, &new, &secret).await?;
-    transaction.commit().await?;
+    let user = lock_user(connection, &new.email).await?;
+    let row = insert(connection, user.id, &new, &secret).await?;
+    audit::note(connection, actor, Deed::to_key("key.create", row.id, told(&new))).await?;
     let key = Key {
         id: row.id,
         owner_id: user.id,
@@ -141,6 +146,7 @@ pub async fn create(pool: &PgPool, new: NewKey) -> Result<(Key, Secret), ApiErro
         scopes: new.scopes.as_slice().into(),
         rate_limits: Json(new.rate_limits),
         generation: row.generation,
+        version: row.version,
         disabled: false,
         created_at: row.created_at,
         expires_at: new.expires_at,
@@ -151,27 +157,35 @@ pub async fn create(pool: &PgPool, new: NewKey) -> Result<(Key, Secret), ApiErro
     Ok((key, secret))
 }
 
+/// What the audit trail tells of a new key.
+fn told(new: &NewKey) -> serde_json::Value {
+    json!({
+        "email": new.email.as_str(), "name": new.name.as_str(), "scopes": new.scopes.as_slice(),
+        "expires_at": new.expires_at.map(Timestamp::from),
+    })
+}
+
 /// Makes the user's primary key anew; the one before it dies with the same commit. `may` judges by its scopes whether it
 /// may.
 ///
 /// # Errors
 /// Those of `may`, of the database and of the operating system's randomness.
 pub async fn replace_primary(
-    pool: &PgPool,
+    connection: &mut PgConnection,
+    actor: &Actor,
     new: &NewKey,
     may: impl Fn(&[String]) -> Result<(), ApiError>,
 ) -> Result<Secret, ApiError> {
     let secret = generate(new.kind)?;
-    let mut transaction = pool.begin().await?;
-    let user = lock_user(&mut transaction, &new.email).await?;
+    let user = lock_user(connection, &new.email).await?;
     if let Some(old) = user.primary_key_id {
-        revoke_row(&mut transaction, old, may).await?;
+        revoke_row(connection, actor, old, may).await?;
     }
-    let id = insert(&mut transaction, user.id, new, &secret).await?.id;
+    let id = insert(connection, user.id, new, &secret).await?.id;
     sqlx::query!("update user_preferences set primary_key_id = $2 where id = $1", user.id, id)
-        .execute(&mut *transaction)
+        .execute(&mut *connection)
         .await?;
-    transaction.commit().await?;
+    audit::note(connection, actor, Deed::to_key("key.generate", id, told(new))).await?;
     Ok(secret)
 }
 
@@ -196,118 +210,50 @@ pub async fn insert_given(
             .await?;
     if !there {
         let new = NewKey { scopes: scopes.clone(), ..NewKey::plain(email.clone(), name.clone()) };
-        insert(&mut transaction, user.id, &new, secret).await?;
+        let row = insert(&mut transaction, user.id, &new, secret).await?;
+        audit::note(&mut transaction, &Actor::system(), Deed::to_key("key.create", row.id, told(&new))).await?;
     }
     transaction.commit().await?;
     Ok(!there)
 }
 
-/// Revokes a key for good. Says whether there is such a key; one that was revoked before keeps its time.
-///
-/// # Errors
-/// Those of the database.
-pub async fn revoke(pool: &PgPool, id: Uuid) -> Result<bool, ApiError> {
-    let mut transaction = pool.begin().await?;
-    let revoked = revoke_row(&mut transaction, id, |_| Ok(())).await?;
-    transaction.commit().await?;
-    Ok(revoked.is_some())
-}
+/// A key that nobody else changes until the transaction ends.
+#[derive(Debug)]
+pub struct Held(Key);
 
-/// Revokes the user's primary key. Says whether there was one that was not revoked. `may` judges by its scopes whether it
-/// may.
-///
-/// # Errors
-/// Those of `may` and of the database.
-pub async fn revoke_primary(
-    pool: &PgPool,
-    email: &Email,
-    may: impl Fn(&[String]) -> Result<(), ApiError>,
-) -> Result<bool, ApiError> {
-    let mut transaction = pool.begin().await?;
-    let primary = sqlx::query_scalar!(
-        "select primary_key_id from user_preferences where email = $1 for no key update",
-        email.as_str()
-    )
-    .fetch_optional(&mut *transaction)
-    .await?
-    .flatten();
-    let Some(id) = primary else { return Ok(false) };
-    let revoked = revoke_row(&mut transaction, id, may).await?;
-    transaction.commit().await?;
-    Ok(revoked == Some(true))
-}
+impl std::ops::Deref for Held {
+    type Target = Key;
 
-/// Lets filters forget keys that were revoked longer ago than `days`. Says how many.
-///
-/// # Errors
-/// Those of the database.
-pub async fn withdraw(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
-    // A statement that changes nothing would wake every filter all the same.
-    let any = sqlx::query_scalar!(
-        r#"select exists (
-            select from api_keys where not withdrawn and revoked_at < now() - make_interval(days => $1)
-        ) as "any!""#,
-        days
-    )
-    .fetch_one(pool)
-    .await?;
-    if !any {
-        return Ok(0);
+    fn deref(&self) -> &Key {
+        &self.0
     }
-    let withdrawn = sqlx::query!(
-        "update api_keys set withdrawn = true
-        where id in (
-            select id from api_keys
-            where not withdrawn and revoked_at < now() - make_interval(days => $1) limit 10000
-        )",
-        days
-    )
-    .execute(pool)
-    .await?;
-    Ok(withdrawn.rows_affected())
 }
 
-/// Renames a key, switches it off or on. Says whether there is such a key that is not revoked.
+/// Holds a key: takes the lock that orders all changes that filters see, then reads the key. Takes no revision: if nothing
+/// is changed then, no filter is woken.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn change(pool: &PgPool, id: Uuid, name: Option<&KeyName>, disabled: Option<bool>) -> Result<bool, ApiError> {
-    let name = name.map(KeyName::as_str);
-    // Filters know nothing of names: a statement that leaves `disabled` alone costs them nothing. One that names it wakes
-    // them even if it changes nothing.
-    let there = sqlx::query_scalar!(r#"select disabled from api_keys where id = $1 and revoked_at is null"#, id)
-        .fetch_optional(pool)
-        .await?;
-    let Some(present) = there else { return Ok(false) };
-    let changed = match disabled.filter(|wanted| *wanted != present) {
-        Some(disabled) => {
-            sqlx::query!(
-                "update api_keys set disabled = $2, name = coalesce($3, name) where id = $1 and revoked_at is null",
-                id,
-                disabled,
-                name
-            )
-            .execute(pool)
-            .await?
-        }
-        None => {
-            sqlx::query!("update api_keys set name = coalesce($2, name) where id = $1 and revoked_at is null", id, name)
-                .execute(pool)
-                .await?
-        }
-    };
-    Ok(changed.rows_affected() > 0)
+pub async fn hold(connection: &mut PgConnection, id: Uuid) -> Result<Option<Held>, ApiError> {
+    lock_store(connection).await?;
+    Ok(get(connection, id).await?.map(Held))
+}
+
+/// Takes the lock of `store_state`.
+pub(super) async fn lock_store(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query!("select one from store_state for no key update").fetch_one(connection).await.map(|_| ())
 }
 
 /// Reads one key.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn get(pool: &PgPool, id: Uuid) -> Result<Option<Key>, ApiError> {
+pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>, ApiError> {
     let key = sqlx::query_as!(
         Key,
         r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.created_at,
+            k.expires_at,
             k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
@@ -318,36 +264,9 @@ pub async fn get(pool: &PgPool, id: Uuid) -> Result<Option<Key>, ApiError> {
         where k.id = $1"#,
         id
     )
-    .fetch_optional(pool)
+    .fetch_optional(executor)
     .await?;
     Ok(key)
-}
-
-/// Reads keys, the newest first: those before `before`, of one user if given, at most `limit`.
-///
-/// # Errors
-/// Those of the database.
-pub async fn list(pool: &PgPool, email: Option<&str>, before: Option<Uuid>, limit: i64) -> Result<Vec<Key>, ApiError> {
-    let keys = sqlx::query_as!(
-        Key,
-        r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.disabled, k.created_at, k.expires_at,
-            k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
-        from api_keys k join user_preferences p on p.id = k.owner_id
-        left join lateral (
-            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
-                max(last_used_at) as last_used_at
-            from key_usage where key_id = k.id
-        ) u on true
-        where k.id < $1 and ($2::text is null or p.email = $2)
-        order by k.id desc limit $3"#,
-        before.unwrap_or(Uuid::max()),
-        email,
-        limit
-    )
-    .fetch_all(pool)
-    .await?;
-    Ok(keys)
 }
 
 /// Reads a user's balance and primary key, in one statement: a key that is being replaced is there before and after. An
@@ -359,7 +278,7 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
     let row = sqlx::query!(
         r#"select p.balance, p.id as owner_id, p.email, k.id as "id?", k.name as "name?", k.prefix as "prefix?",
             k.scopes as "scopes?", k.rate_limits as "rate_limits?: Json<Vec<StoredLimit>>", k.generation as "generation?",
-            k.disabled as "disabled?", k.created_at as "created_at?", k.expires_at as "expires_at?",
+            k.version as "version?", k.disabled as "disabled?", k.created_at as "created_at?", k.expires_at as "expires_at?",
             u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from user_preferences p left join api_keys k on k.id = p.primary_key_id and k.revoked_at is null
         left join lateral (
@@ -384,6 +303,7 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
             scopes: row.scopes.unwrap_or_default(),
             rate_limits: row.rate_limits.unwrap_or_default(),
             generation: row.generation.unwrap_or_default(),
+            version: row.version.unwrap_or_default(),
             disabled: row.disabled.unwrap_or_default(),
             created_at,
             expires_at: row.expires_at,
@@ -422,6 +342,7 @@ async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<User,
 struct Inserted {
     id: Uuid,
     generation: i32,
+    version: i64,
     created_at: OffsetDateTime,
 }
 
@@ -447,7 +368,7 @@ async fn insert(
     let inserted = sqlx::query_as!(
         Inserted,
         "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at)
-        values ($1, $2, $3, $4, $5, $6, $7, $8) returning id, generation, created_at",
+        values ($1, $2, $3, $4, $5, $6, $7, $8) returning id, generation, version, created_at",
         Uuid::now_v7(),
         owner_id,
         new.name.as_str(),
@@ -463,27 +384,6 @@ async fn insert(
         Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
         _ => error.into(),
     })
-}
-
-/// Says whether there is such a key, and whether it was revoked now. One that was revoked before is left alone: a statement
-/// that changes nothing would wake every filter all the same.
-async fn revoke_row(
-    connection: &mut PgConnection,
-    id: Uuid,
-    may: impl Fn(&[String]) -> Result<(), ApiError>,
-) -> Result<Option<bool>, ApiError> {
-    let key = sqlx::query!(r#"select scopes, revoked_at is not null as "revoked!" from api_keys where id = $1"#, id)
-        .fetch_optional(&mut *connection)
-        .await?;
-    let Some(key) = key else { return Ok(None) };
-    if key.revoked {
-        return Ok(Some(false));
-    }
-    may(&key.scopes)?;
-    let revoked = sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", id)
-        .execute(connection)
-        .await?;
-    Ok(Some(revoked.rows_affected() > 0))
 }
 
 /// Makes a secret, which nobody knows yet.

@@ -1,25 +1,31 @@
 //! All keys, many to a user, below `/v1/keys`. What every call here shares: which key a path names, how a key is shown,
 //! and that a key of somebody else is answered like one that does not exist.
 
+pub mod import;
 pub mod read;
+pub mod rotate;
 pub mod usage;
 pub mod write;
 
 use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 // What `#[utoipa::path]` makes beside each handler goes with it.
+pub use import::{__path_import, import};
 pub use read::{__path_get, __path_list, get, list};
+pub use rotate::{__path_cut_off, __path_rotate, cut_off, rotate};
 pub use usage::{__path_usage, usage};
 pub use write::{__path_create, __path_patch, __path_revoke, create, patch, revoke};
 
 use crate::App;
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::http::conditional::Conditions;
 use crate::key::domain::{RateLimitBody, Timestamp};
-use crate::key::store::{self, Key};
+use crate::key::store::{self, Held, Key};
 
 /// Which key.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -30,7 +36,7 @@ pub struct ById {
 }
 
 /// Whether a key opens anything at the moment, and if not, why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// It is good.
@@ -44,6 +50,16 @@ pub enum State {
 }
 
 impl State {
+    /// Its name.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Disabled => "disabled",
+            Self::Expired => "expired",
+            Self::Revoked => "revoked",
+        }
+    }
+
     fn of(key: &Key, now: OffsetDateTime) -> Self {
         if key.revoked_at.is_some() {
             Self::Revoked
@@ -121,5 +137,27 @@ impl KeyView {
 async fn managed(app: &App, caller: &Caller, id: Uuid) -> Result<Key, ApiError> {
     caller.require_manager()?;
     let key = store::get(&app.pool, id).await?.filter(|key| caller.manages(key.owner_id));
-    key.ok_or_else(|| ApiError::NotFound(format!("There is no key {id}.")))
+    key.ok_or_else(|| there_is_none(id))
+}
+
+/// Holds a key that the caller may change, if it is as they expect. Nobody who may not is let to hold anything.
+async fn held(
+    connection: &mut PgConnection,
+    caller: &Caller,
+    id: Uuid,
+    conditions: &Conditions,
+) -> Result<Held, ApiError> {
+    caller.require_manager()?;
+    let may = |key: &Key| {
+        if caller.manages(key.owner_id) { caller.require_changeable(&key.scopes) } else { Err(there_is_none(id)) }
+    };
+    may(&store::get(&mut *connection, id).await?.ok_or_else(|| there_is_none(id))?)?;
+    let held = store::hold(connection, id).await?.ok_or_else(|| there_is_none(id))?;
+    may(&held)?;
+    conditions.require(held.version)?;
+    Ok(held)
+}
+
+fn there_is_none(id: Uuid) -> ApiError {
+    ApiError::NotFound(format!("There is no key {id}."))
 }

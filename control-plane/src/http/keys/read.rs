@@ -3,23 +3,26 @@
 #![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
 
 use axum::extract::State;
-use axum::http::{HeaderValue, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{ById, KeyView, managed};
+use super::{ById, KeyView, State as KeyState, managed};
 use crate::App;
 use crate::auth::Caller;
 use crate::error::{ApiError, Problem};
+use crate::http::conditional::{Conditions, etag};
 use crate::http::extract::{Json, Path, Query};
-use crate::key::domain::Email;
-use crate::key::store;
+use crate::http::paging;
+use crate::key::domain::{Email, Timestamp, parse_time};
+use crate::key::rotate::{SecretUse, secrets};
+use crate::key::search::{Filter, search};
 
-const LIMIT: i64 = 50;
-const MOST: i64 = 200;
+/// Longest text to search for, in characters.
+const TEXT_CHARS: usize = 100;
 
 /// Which keys, and how many.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -29,6 +32,18 @@ pub struct ListQuery {
     /// Only this user's keys. Callers without the scope `admin` see only their own anyway.
     #[param(example = "user@example.com")]
     email: Option<String>,
+    /// Only keys with a secret, present or retired, whose prefix starts so.
+    #[param(example = "sk_abc", max_length = 100)]
+    prefix: Option<String>,
+    /// Only keys whose name contains this, in upper or lower case.
+    #[param(example = "production", max_length = 100)]
+    name: Option<String>,
+    /// Only keys in this state.
+    #[param(inline)]
+    state: Option<KeyState>,
+    /// Only keys that were last used before this time (RFC 3339), or made before it and never used.
+    #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
+    last_used_before: Option<String>,
     /// `next_cursor` of the page before.
     cursor: Option<Uuid>,
     /// How many keys; 50 unless given.
@@ -67,40 +82,105 @@ pub async fn list(
     caller: Caller,
     Query(query): Query<ListQuery>,
 ) -> Result<Response, ApiError> {
-    let limit = query.limit.unwrap_or(LIMIT);
-    if !(1..=MOST).contains(&limit) {
-        return Err(ApiError::invalid("limit", format!("must be a number from 1 to {MOST}")));
-    }
+    let limit = paging::limit(query.limit)?;
     let asked = query.email.as_deref().map(Email::parse).transpose()?;
     match &asked {
         Some(email) => caller.require_owner_or_admin(email)?,
         None => caller.require_manager()?,
     }
     let owner = if caller.is_admin() { asked.as_ref().map(Email::as_str) } else { Some(caller.email.as_str()) };
+    let filter = Filter {
+        email: owner,
+        prefix: text("prefix", query.prefix.as_deref())?,
+        name: text("name", query.name.as_deref())?,
+        state: query.state.map(KeyState::name),
+        last_used_before: query.last_used_before.as_deref().map(|t| parse_time("last_used_before", t)).transpose()?,
+    };
     // One more than asked for tells whether there is a next page.
-    let mut keys = store::list(&app.pool, owner, query.cursor, limit + 1).await?;
-    let shown = usize::try_from(limit).unwrap_or(usize::MAX);
-    let more = keys.len() > shown;
-    keys.truncate(shown);
-    let next_cursor = keys.last().map(|key| key.id).filter(|_| more);
+    let mut keys = search(&app.pool, &filter, query.cursor, limit + 1).await?;
+    let next_cursor = paging::cut(&mut keys, limit, |key| key.id);
     let now = OffsetDateTime::now_utc();
     let keys = keys.into_iter().map(|key| KeyView::of(key, now)).collect();
     let mut response = Json(KeyPage { keys, next_cursor }).into_response();
     if let Some(cursor) = next_cursor {
-        let link = next_link(asked.as_ref(), cursor, limit);
+        let kept = [
+            ("email", asked.map(|email| email.to_string())),
+            ("prefix", query.prefix.clone()),
+            ("name", query.name.clone()),
+            ("state", query.state.map(|state| state.name().into())),
+            ("last_used_before", query.last_used_before.clone()),
+        ];
+        let link = paging::next_link("/v1/keys", &kept, &cursor.to_string(), limit);
         response.headers_mut().insert(header::LINK, link);
     }
     Ok(response)
 }
 
-/// Get a key.
+/// A text to search for: a NUL would choke the database.
+fn text<'a>(field: &'static str, text: Option<&'a str>) -> Result<Option<&'a str>, ApiError> {
+    let Some(text) = text else { return Ok(None) };
+    if !(1..=TEXT_CHARS).contains(&text.chars().count()) || text.chars().any(char::is_control) {
+        let detail = format!("must have 1 to {TEXT_CHARS} characters, none of them a control character");
+        return Err(ApiError::invalid(field, detail));
+    }
+    Ok(Some(text))
+}
+
+/// One secret of a key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct SecretView {
+    /// Which one, from 1.
+    generation: i32,
+    /// What people recognise it by; null for keys of a foreign form.
+    #[schema(required, example = "sk_abc123")]
+    prefix: Option<String>,
+    /// Whether it is the present one.
+    current: bool,
+    /// When it stops working; null for the present one, which works as long as the key.
+    #[schema(required)]
+    ends_at: Option<Timestamp>,
+    /// Requests that were allowed with it.
+    usage_count: i64,
+    /// When it was last used, as far as filters have reported.
+    #[schema(required)]
+    last_used_at: Option<Timestamp>,
+}
+
+impl From<SecretUse> for SecretView {
+    fn from(secret: SecretUse) -> Self {
+        Self {
+            generation: secret.generation,
+            prefix: secret.prefix,
+            current: secret.ends_at.is_none(),
+            ends_at: secret.ends_at.map(Into::into),
+            usage_count: secret.usage_count,
+            last_used_at: secret.last_used_at.map(Into::into),
+        }
+    }
+}
+
+/// A key with what belongs to it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeyDetails {
+    /// The key.
+    #[serde(flatten)]
+    view: KeyView,
+    /// Its secrets that filters still know, the newest first: how much an old one is still used tells when it is safe to
+    /// cut it off.
+    secrets: Vec<SecretView>,
+}
+
+/// Get a key. Its ETag counts what is set of it, not how much it is used.
 ///
 /// # Errors
 /// 400, 401, 403, 404, 429, 503.
 #[utoipa::path(
-    get, path = "/v1/keys/{id}", tag = "keys", params(ById), security(("api_key" = [])),
+    get, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
+    params(ById, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
     responses(
-        (status = 200, description = "The key", body = KeyView),
+        (status = 200, description = "The key", body = KeyDetails,
+            headers(("etag" = String, description = "The version of the key"))),
+        (status = 304, description = "The client has this version already"),
         (status = 400, description = "Not an id", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
@@ -109,40 +189,18 @@ pub async fn list(
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<Json<KeyView>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    conditions: Conditions,
+    Path(path): Path<ById>,
+) -> Result<Response, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
-    Ok(Json(KeyView::of(key, OffsetDateTime::now_utc())))
-}
-
-/// The address of the next page (RFC 8288), relative to the service.
-fn next_link(email: Option<&Email>, cursor: Uuid, limit: i64) -> HeaderValue {
-    let email = email.map(|email| format!("email={}&", escaped(email.as_str()))).unwrap_or_default();
-    let link = format!("</v1/keys?{email}cursor={cursor}&limit={limit}>; rel=\"next\"");
-    HeaderValue::try_from(link).unwrap_or_else(|_| HeaderValue::from_static(""))
-}
-
-/// Percent-encodes all but the unreserved characters (RFC 3986, section 2.3).
-fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => out.push(char::from(byte)),
-            _ => out.push_str(&format!("%{byte:02X}")),
-        }
+    let tag = [(header::ETAG, etag(key.version))];
+    if conditions.known(key.version) {
+        return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
     }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_link_survives_every_character_of_an_address() {
-        let email = Email::parse("a+b&c@example.com").unwrap();
-        assert_eq!(
-            next_link(Some(&email), Uuid::nil(), 2),
-            "</v1/keys?email=a%2Bb%26c%40example.com&cursor=00000000-0000-0000-0000-000000000000&limit=2>; rel=\"next\""
-        );
-    }
+    let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
+    let view = KeyView::of(key, OffsetDateTime::now_utc());
+    Ok((tag, Json(KeyDetails { view, secrets })).into_response())
 }

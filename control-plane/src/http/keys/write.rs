@@ -7,17 +7,21 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use contract::key::{KeyKind, Secret};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use super::{ById, KeyView, managed};
+use super::{ById, KeyView, held, there_is_none};
 use crate::App;
 use crate::auth::Caller;
 use crate::error::{ApiError, Problem};
+use crate::http::conditional::{Conditions, etag};
 use crate::http::extract::{Json, Path};
+use crate::http::once::{Answer, Begun, Once};
 use crate::http::user::reveal;
+use crate::key::change::{Changes, change};
 use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, parse_expiry, parse_rate_limits};
+use crate::key::revoke;
 use crate::key::store::{self, NewKey};
 
 /// Which environments a key is for. Filters treat both alike.
@@ -29,6 +33,15 @@ pub enum Kind {
     Live,
     /// `sk_test_…`
     Test,
+}
+
+impl From<Kind> for KeyKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Live => Self::Live,
+            Kind::Test => Self::Test,
+        }
+    }
 }
 
 /// A key to be made.
@@ -67,10 +80,10 @@ pub struct CreateReply {
     /// The whole key, told this once.
     #[serde(serialize_with = "reveal")]
     #[schema(value_type = String)]
-    key: Secret,
+    pub(super) key: Secret,
     /// What there is to see of it from now on.
     #[serde(flatten)]
-    view: KeyView,
+    pub(super) view: KeyView,
 }
 
 /// What to change of a key: at least one field.
@@ -82,40 +95,66 @@ pub struct PatchBody {
     name: Option<String>,
     /// Whether it is switched off.
     disabled: Option<bool>,
+    /// When it ends: RFC 3339, at most ten years from now; null: never. Not with `expires_in_seconds`.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    expires_at: Option<Option<String>>,
+    /// After how many seconds from now it ends, at most ten years; null: never. Not with `expires_at`.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<i64>, minimum = 1, maximum = 315_360_000)]
+    expires_in_seconds: Option<Option<i64>>,
+}
+
+/// Tells a field that is null from one that is not there.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+impl PatchBody {
+    fn parse(self, now: OffsetDateTime) -> Result<Changes, ApiError> {
+        let expires_at = match (self.expires_at, self.expires_in_seconds) {
+            (None, None) => None,
+            (at, seconds) => Some(match (at, seconds) {
+                (Some(_), Some(_)) => {
+                    let detail = "give either expires_at or expires_in_seconds, not both";
+                    return Err(ApiError::invalid("expires_at", detail));
+                }
+                (at, seconds) => parse_expiry(at.flatten().as_deref(), seconds.flatten(), now)?,
+            }),
+        };
+        let name = self.name.map(|name| KeyName::parse("name", &name)).transpose()?;
+        Ok(Changes { name, disabled: self.disabled, expires_at })
+    }
 }
 
 /// Make a key. One that a user's own key makes ends no later than that and keeps to its rate limits.
 ///
 /// # Errors
-/// 400, 401, 403, 409, 413, 415, 429, 503.
+/// 400, 401, 403, 409, 413, 415, 422, 429, 503.
 #[utoipa::path(
     post, path = "/v1/keys", tag = "keys", request_body = CreateBody, security(("api_key" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
     responses(
         (status = 201, description = "The new key, its secret told this once", body = CreateReply,
-            headers(("location" = String, description = "Where to find the key"))),
+            headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
         (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Not the caller's to give", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The user has too many keys", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The user has too many keys, or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn create(
-    State(app): State<App>,
-    caller: Caller,
-    Json(body): Json<CreateBody>,
-) -> Result<Response, ApiError> {
+pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> Result<Response, ApiError> {
+    let body: CreateBody = once.body().await?;
     let now = OffsetDateTime::now_utc();
     let mut new = NewKey {
         email: Email::parse(&body.email)?,
         name: KeyName::parse("name", &body.name)?,
-        kind: match body.kind {
-            Kind::Live => KeyKind::Live,
-            Kind::Test => KeyKind::Test,
-        },
+        kind: body.kind.into(),
         scopes: Scopes::parse(body.scopes)?,
         rate_limits: parse_rate_limits(body.rate_limits)?,
         expires_at: parse_expiry(body.expires_at.as_deref(), body.expires_in_seconds, now)?,
@@ -124,26 +163,35 @@ pub async fn create(
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
     caller.bind(&mut new);
-    let (key, secret) = store::create(&app.pool, new).await?;
+    let mut doing = match once.begin(&app.pool, &caller).await? {
+        Begun::Before(answer) => return Ok(answer),
+        Begun::Now(doing) => doing,
+    };
+    let (key, secret) = store::create(doing.connection(), &caller.actor, new).await?;
+    let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+    let reply = CreateReply { key: secret, view: KeyView::of(key, now) };
+    let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
+    let response = doing.answer(answer).await?;
     app.store.nudge();
-    let location = format!("/v1/keys/{}", key.id);
-    let reply = Json(CreateReply { key: secret, view: KeyView::of(key, now) });
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], reply).into_response())
+    Ok(response)
 }
 
-/// Rename a key, switch it off or on.
+/// Rename a key, switch it off or on, move its end. A user's own key lets none live longer than itself.
 ///
 /// # Errors
-/// 400, 401, 403, 404, 409, 413, 415, 429, 503.
+/// 400, 401, 403, 404, 409, 412, 413, 415, 429, 503.
 #[utoipa::path(
-    patch, path = "/v1/keys/{id}", tag = "keys", params(ById), request_body = PatchBody, security(("api_key" = [])),
+    patch, path = "/v1/keys/{id}", tag = "keys", request_body = PatchBody, security(("api_key" = [])),
+    params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(
-        (status = 200, description = "The key as it is now", body = KeyView),
+        (status = 200, description = "The key as it is now", body = KeyView,
+            headers(("etag" = String, description = "The version of the key"))),
         (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The key is revoked", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
@@ -153,42 +201,56 @@ pub async fn create(
 pub async fn patch(
     State(app): State<App>,
     caller: Caller,
+    conditions: Conditions,
     Path(path): Path<ById>,
     Json(body): Json<PatchBody>,
-) -> Result<Json<KeyView>, ApiError> {
-    let name = body.name.map(|name| KeyName::parse("name", &name)).transpose()?;
-    if name.is_none() && body.disabled.is_none() {
-        return Err(ApiError::Invalid { field: None, detail: "Give name, disabled or both.".into() });
+) -> Result<Response, ApiError> {
+    let now = OffsetDateTime::now_utc();
+    let changes = body.parse(now)?;
+    if changes.is_empty() {
+        let detail = "Give at least one of name, disabled, expires_at and expires_in_seconds.";
+        return Err(ApiError::Invalid { field: None, detail: detail.into() });
     }
-    caller.require_changeable(&managed(&app, &caller, path.id).await?.scopes)?;
-    if !store::change(&app.pool, path.id, name.as_ref(), body.disabled).await? {
-        return Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into()));
+    let mut transaction = app.pool.begin().await?;
+    let key = held(&mut transaction, &caller, path.id, &conditions).await?;
+    if let Some(end) = changes.expires_at {
+        caller.require_end(end, key.expires_at, now)?;
     }
+    change(&mut transaction, &caller.actor, &key, changes).await?;
+    let key = store::get(&mut *transaction, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
+    transaction.commit().await?;
     app.store.nudge();
-    let key = managed(&app, &caller, path.id).await?;
-    Ok(Json(KeyView::of(key, OffsetDateTime::now_utc())))
+    Ok(([(header::ETAG, etag(key.version))], Json(KeyView::of(key, now))).into_response())
 }
 
 /// Revoke a key for good. To revoke it once more changes nothing.
 ///
 /// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// 400, 401, 403, 404, 412, 429, 503.
 #[utoipa::path(
-    delete, path = "/v1/keys/{id}", tag = "keys", params(ById), security(("api_key" = [])),
+    delete, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
+    params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(
         (status = 204, description = "The key is revoked"),
         (status = 400, description = "Not an id", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn revoke(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<StatusCode, ApiError> {
-    let key = managed(&app, &caller, path.id).await?;
-    caller.require_changeable(&key.scopes)?;
-    store::revoke(&app.pool, key.id).await?;
+pub async fn revoke(
+    State(app): State<App>,
+    caller: Caller,
+    conditions: Conditions,
+    Path(path): Path<ById>,
+) -> Result<StatusCode, ApiError> {
+    let mut transaction = app.pool.begin().await?;
+    let key = held(&mut transaction, &caller, path.id, &conditions).await?;
+    revoke::revoke(&mut transaction, &caller.actor, &key).await?;
+    transaction.commit().await?;
     app.store.nudge();
     Ok(StatusCode::NO_CONTENT)
 }

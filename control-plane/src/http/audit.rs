@@ -1,0 +1,174 @@
+//! The audit trail: a filter comes in, a page of who did what goes out, the newest first. Users see what was done to their
+//! own keys.
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::extract::{Json, Query};
+use super::paging;
+use crate::App;
+use crate::audit::{self, Entry, Filter};
+use crate::auth::Caller;
+use crate::error::{ApiError, Problem};
+use crate::key::domain::{Timestamp, parse_time};
+
+/// Longest action or target to look for, in characters.
+const TEXT_CHARS: usize = 254;
+
+/// Which entries, and how many.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct AuditQuery {
+    /// Only what was done to this key.
+    key_id: Option<Uuid>,
+    /// Only what this key did.
+    actor_key_id: Option<Uuid>,
+    /// Only this.
+    #[param(example = "key.rotate", max_length = 254)]
+    action: Option<String>,
+    /// Only what was done to this user, role or plan.
+    #[param(example = "user@example.com", max_length = 254)]
+    target: Option<String>,
+    /// From when on (RFC 3339).
+    #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
+    from: Option<String>,
+    /// Until before when (RFC 3339).
+    #[param(example = "2026-05-08T00:00:00Z", format = DateTime)]
+    to: Option<String>,
+    /// `next_cursor` of the page before.
+    cursor: Option<i64>,
+    /// How many entries; 50 unless given.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<i64>,
+}
+
+/// Who did what.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuditEntry {
+    /// Ascending with time.
+    id: i64,
+    /// When.
+    at: Timestamp,
+    /// The key that called; null for the command line.
+    #[schema(required)]
+    actor_key_id: Option<Uuid>,
+    /// Its owner's email address.
+    #[schema(required, example = "admin@example.com")]
+    actor_email: Option<String>,
+    /// Where the call came from.
+    #[schema(required, example = "192.0.2.7")]
+    address: Option<String>,
+    /// The id of the request, as in the log.
+    #[schema(required)]
+    request_id: Option<String>,
+    /// What was done.
+    #[schema(example = "key.rotate")]
+    action: String,
+    /// To which key, if it was one.
+    #[schema(required)]
+    key_id: Option<Uuid>,
+    /// To what else: a user's address, the name of a role or plan.
+    #[schema(required)]
+    target: Option<String>,
+    /// What is worth knowing beside, such as each field that was changed, as it was and as it is.
+    #[schema(value_type = Object)]
+    detail: Value,
+}
+
+impl From<Entry> for AuditEntry {
+    fn from(entry: Entry) -> Self {
+        Self {
+            id: entry.id,
+            at: entry.at.into(),
+            actor_key_id: entry.actor_key_id,
+            actor_email: entry.actor_email,
+            address: entry.address,
+            request_id: entry.request_id,
+            action: entry.action,
+            key_id: entry.key_id,
+            target: entry.target,
+            detail: entry.detail,
+        }
+    }
+}
+
+/// A page of the trail, the newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuditPage {
+    /// The entries.
+    entries: Vec<AuditEntry>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<i64>,
+}
+
+/// Look up who did what to which key, when, from where. Users see what was done to their own keys.
+///
+/// # Errors
+/// 400, 401, 403, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/audit", tag = "audit", params(AuditQuery), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "A page of the trail", body = AuditPage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn trail(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<AuditQuery>,
+) -> Result<Response, ApiError> {
+    caller.require_manager()?;
+    let limit = paging::limit(query.limit)?;
+    let time = |field, text: &Option<String>| text.as_deref().map(|text| parse_time(field, text)).transpose();
+    let filter = Filter {
+        key_id: query.key_id,
+        actor_key_id: query.actor_key_id,
+        action: text("action", query.action.as_deref())?,
+        target: text("target", query.target.as_deref())?,
+        from: time("from", &query.from)?,
+        to: time("to", &query.to)?,
+        owner: (!caller.is_admin()).then_some((caller.owner_id, caller.email.as_str())),
+    };
+    let mut entries = audit::trail(&app.pool, &filter, query.cursor, limit + 1).await?;
+    let next_cursor = paging::cut(&mut entries, limit, |entry| entry.id);
+    let entries = entries.into_iter().map(Into::into).collect();
+    let mut response = Json(AuditPage { entries, next_cursor }).into_response();
+    if let Some(cursor) = next_cursor {
+        let kept = [
+            ("key_id", query.key_id.map(|id| id.to_string())),
+            ("actor_key_id", query.actor_key_id.map(|id| id.to_string())),
+            ("action", query.action.clone()),
+            ("target", query.target.clone()),
+            ("from", query.from.clone()),
+            ("to", query.to.clone()),
+        ];
+        let link = paging::next_link("/v1/audit", &kept, &cursor.to_string(), limit);
+        response.headers_mut().insert(header::LINK, link);
+    }
+    Ok(response)
+}
+
+/// A text to look for: a NUL would choke the database.
+fn text<'a>(field: &'static str, text: Option<&'a str>) -> Result<Option<&'a str>, ApiError> {
+    match text {
+        Some(text) if text.chars().count() > TEXT_CHARS || text.chars().any(char::is_control) => {
+            let detail = format!("must have at most {TEXT_CHARS} characters, none of them a control character");
+            Err(ApiError::invalid(field, detail))
+        }
+        text => Ok(text),
+    }
+}

@@ -1,0 +1,137 @@
+//! Rotating keys: an id and a grace come in, the new secret goes out once; an old secret is cut off when nobody uses it any
+//! more. Refused are keys that open nothing any more.
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Deserialize;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::write::{CreateReply, Kind};
+use super::{ById, KeyView, held, there_is_none};
+use crate::App;
+use crate::auth::Caller;
+use crate::error::{ApiError, Problem};
+use crate::http::conditional::{Conditions, etag};
+use crate::http::extract::Path;
+use crate::http::once::{Answer, Begun, Once};
+use crate::key::{rotate as rotation, store};
+
+/// How to rotate. All of it may be left out.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RotateBody {
+    /// For how many seconds the old secret goes on working, at most thirty days; not at all unless given.
+    #[serde(default)]
+    #[schema(example = 86_400, minimum = 0, maximum = 2_592_000, default = 0)]
+    grace_seconds: i64,
+    /// Of the new secret; live unless given.
+    #[serde(default)]
+    #[schema(inline)]
+    kind: Kind,
+}
+
+/// Which secret of which key.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct BySecret {
+    /// The key's id.
+    id: Uuid,
+    /// Which of its secrets, from 1.
+    #[param(minimum = 1)]
+    generation: i32,
+}
+
+/// Give a key a new secret. The key keeps its end, limits, credits and usage; the old secret works until the grace ends.
+///
+/// # Errors
+/// 400, 401, 403, 404, 409, 412, 413, 415, 422, 429, 503.
+#[utoipa::path(
+    post, path = "/v1/keys/{id}/rotate", tag = "keys", security(("api_key" = [])),
+    request_body(content = Option<RotateBody>),
+    params(
+        ById,
+        ("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again"),
+        ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for"),
+    ),
+    responses(
+        (status = 201, description = "The key, its new secret told this once", body = CreateReply,
+            headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
+        (status = 400, description = "A field is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The key is revoked, has expired, or has too many old secrets; or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
+        (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn rotate(
+    State(app): State<App>,
+    caller: Caller,
+    conditions: Conditions,
+    Path(path): Path<ById>,
+    mut once: Once,
+) -> Result<Response, ApiError> {
+    let body: RotateBody = once.body_or_default().await?;
+    let grace = rotation::parse_grace(body.grace_seconds)?;
+    caller.require_manager()?;
+    let mut doing = match once.begin(&app.pool, &caller).await? {
+        Begun::Before(answer) => return Ok(answer),
+        Begun::Now(doing) => doing,
+    };
+    let connection = doing.connection();
+    let key = held(connection, &caller, path.id, &conditions).await?;
+    let secret = rotation::rotate(connection, &caller.actor, &key, body.kind.into(), grace).await?;
+    let key = store::get(connection, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
+    let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+    let reply = CreateReply { key: secret, view: KeyView::of(key, OffsetDateTime::now_utc()) };
+    let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
+    let response = doing.answer(answer).await?;
+    app.store.nudge();
+    Ok(response)
+}
+
+/// Cut an old secret off now. To cut it off once more changes nothing.
+///
+/// # Errors
+/// 400, 401, 403, 404, 409, 412, 429, 503.
+#[utoipa::path(
+    delete, path = "/v1/keys/{id}/secrets/{generation}", tag = "keys", security(("api_key" = [])),
+    params(BySecret, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
+    responses(
+        (status = 204, description = "The secret has ended"),
+        (status = 400, description = "Not an id or not a number", body = Problem, content_type = "application/problem+json"),
+        (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key or secret", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "It is the present secret", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn cut_off(
+    State(app): State<App>,
+    caller: Caller,
+    conditions: Conditions,
+    Path(path): Path<BySecret>,
+) -> Result<StatusCode, ApiError> {
+    let mut transaction = app.pool.begin().await?;
+    let key = held(&mut transaction, &caller, path.id, &conditions).await?;
+    if !rotation::cut_off(&mut transaction, &caller.actor, &key, path.generation).await? {
+        let detail = format!("There is no secret {} of the key {}.", path.generation, path.id);
+        return Err(ApiError::NotFound(detail));
+    }
+    transaction.commit().await?;
+    app.store.nudge();
+    Ok(StatusCode::NO_CONTENT)
+}

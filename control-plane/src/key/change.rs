@@ -1,0 +1,101 @@
+//! Changes of a key: the fields to set come in, one statement sets them. What filters do not see is set without waking
+//! them.
+
+use serde_json::{Map, Value, json};
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+use super::domain::{KeyName, Timestamp};
+use super::store::Held;
+use crate::audit::{self, Actor, Deed};
+use crate::error::ApiError;
+
+/// What to set; what is none stays as it is.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// What people call it.
+    pub name: Option<KeyName>,
+    /// Whether it is switched off.
+    pub disabled: Option<bool>,
+    /// When it ends, if ever.
+    pub expires_at: Option<Option<OffsetDateTime>>,
+}
+
+impl Changes {
+    /// Whether there is nothing to set.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        let Self { name, disabled, expires_at } = self;
+        name.is_none() && disabled.is_none() && expires_at.is_none()
+    }
+
+    /// Without what the key has already.
+    fn beyond(mut self, key: &Held) -> Self {
+        self.name = self.name.filter(|name| name.as_str() != key.name);
+        self.disabled = self.disabled.filter(|disabled| *disabled != key.disabled);
+        self.expires_at = self.expires_at.filter(|end| *end != key.expires_at);
+        self
+    }
+
+    /// Whether filters see any of it.
+    const fn seen(&self) -> bool {
+        self.disabled.is_some() || self.expires_at.is_some()
+    }
+
+    /// What the audit trail tells: each field that changes, as it was and as it is.
+    fn told(&self, key: &Held) -> Value {
+        let mut told = Map::new();
+        let end = |end: Option<OffsetDateTime>| end.map(Timestamp::from);
+        if let Some(name) = &self.name {
+            told.insert("name".into(), json!({"from": key.name, "to": name.as_str()}));
+        }
+        if let Some(disabled) = self.disabled {
+            told.insert("disabled".into(), json!({"from": key.disabled, "to": disabled}));
+        }
+        if let Some(expires_at) = self.expires_at {
+            told.insert("expires_at".into(), json!({"from": end(key.expires_at), "to": end(expires_at)}));
+        }
+        Value::Object(told)
+    }
+}
+
+/// Changes a key that is held.
+///
+/// # Errors
+/// 409 for a key that was revoked; those of the database.
+pub async fn change(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    key: &Held,
+    changes: Changes,
+) -> Result<(), ApiError> {
+    if key.revoked_at.is_some() {
+        return Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into()));
+    }
+    let changes = changes.beyond(key);
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let name = changes.name.as_ref().map(KeyName::as_str);
+    // A statement that names a column that filters see wakes them, even if it sets what stands there.
+    if changes.seen() {
+        sqlx::query!(
+            "update api_keys set name = coalesce($2, name), disabled = coalesce($3, disabled),
+                expires_at = case when $4 then $5 else expires_at end
+            where id = $1",
+            key.id,
+            name,
+            changes.disabled,
+            changes.expires_at.is_some(),
+            changes.expires_at.flatten()
+        )
+        .execute(&mut *connection)
+        .await?;
+    } else {
+        sqlx::query!("update api_keys set name = coalesce($2, name) where id = $1", key.id, name)
+            .execute(&mut *connection)
+            .await?;
+    }
+    audit::note(connection, actor, Deed::to_key("key.change", key.id, changes.told(key))).await?;
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! Finding keys: a filter comes in, a page of keys goes out, the newest first.
+
+use sqlx::PgPool;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::domain::StoredLimit;
+use super::store::Key;
+use crate::error::ApiError;
+
+/// Which keys; what is none does not matter.
+#[derive(Clone, Debug, Default)]
+pub struct Filter<'a> {
+    /// Those of the user with this address.
+    pub email: Option<&'a str>,
+    /// Those with a secret, present or retired, whose prefix starts so.
+    pub prefix: Option<&'a str>,
+    /// Those whose name contains it, in upper or lower case.
+    pub name: Option<&'a str>,
+    /// Those in this state: `active`, `disabled`, `expired` or `revoked`.
+    pub state: Option<&'a str>,
+    /// Those that were last used before then, or made before then and never used.
+    pub last_used_before: Option<OffsetDateTime>,
+}
+
+/// Reads the keys before `before`, at most `limit`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn search(
+    pool: &PgPool,
+    filter: &Filter<'_>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Key>, ApiError> {
+    let prefix = filter.prefix.map(|prefix| format!("{}%", literally(prefix)));
+    let keys = sqlx::query_as!(
+        Key,
+        r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.created_at,
+            k.expires_at, k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+        from api_keys k join user_preferences p on p.id = k.owner_id
+        left join lateral (
+            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
+                max(last_used_at) as last_used_at
+            from key_usage where key_id = k.id
+        ) u on true
+        where k.id < $1 and ($2::text is null or p.email = $2)
+            and ($3::text is null or k.prefix like $3 or k.id in (
+                select key_id from retired_secrets where prefix like $3 and not withdrawn
+            ))
+            and ($4::text is null or strpos(lower(k.name), lower($4)) > 0)
+            and ($5::text is null or $5 = case
+                when k.revoked_at is not null then 'revoked'
+                when k.expires_at <= now() then 'expired'
+                when k.disabled then 'disabled'
+                else 'active'
+            end)
+            and ($6::timestamptz is null or coalesce(u.last_used_at, k.created_at) < $6)
+        order by k.id desc limit $7"#,
+        before.unwrap_or(Uuid::max()),
+        filter.email,
+        prefix,
+        filter.name,
+        filter.state,
+        filter.last_used_before,
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(keys)
+}
+
+/// A text that stands for itself in a pattern of `like`.
+fn literally(text: &str) -> String {
+    text.chars().flat_map(|c| ['\\'].into_iter().filter(move |_| "\\%_".contains(c)).chain([c])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_pattern_would_read_as_more_stands_for_itself() {
+        assert_eq!(literally("sk_a%\\"), "sk\\_a\\%\\\\");
+    }
+}
