@@ -38,6 +38,12 @@ impl Network {
         let (bits, v6) = bits_of(address.to_canonical());
         v6 == self.v6 && masked(bits, self.prefix, v6) == self.bits
     }
+
+    /// Whether every address of another network is in this one.
+    #[must_use]
+    pub fn holds(&self, other: &Self) -> bool {
+        other.v6 == self.v6 && other.prefix >= self.prefix && masked(other.bits, self.prefix, self.v6) == self.bits
+    }
 }
 
 fn bits_of(address: IpAddr) -> (u128, bool) {
@@ -152,6 +158,20 @@ mod tests {
     fn the_two_families_are_kept_apart_but_for_mapped_addresses() {
         assert!(!holds("0.0.0.0/0", "2001:db8::1") && !holds("::/0", "192.0.2.1"));
         assert!(holds("192.0.2.0/24", "::ffff:192.0.2.1"));
+    }
+
+    #[test]
+    fn a_network_holds_itself_and_narrower_ones() {
+        for (wide, narrow, expected) in [
+            ("192.0.2.0/24", "192.0.2.0/24", true),
+            ("192.0.2.0/24", "192.0.2.7", true),
+            ("192.0.2.0/24", "192.0.0.0/16", false),
+            ("192.0.2.0/24", "192.0.3.0/25", false),
+            ("0.0.0.0/0", "::/0", false),
+            ("::/0", "2001:db8::/32", true),
+        ] {
+            assert_eq!(network(wide).holds(&network(narrow)), expected, "{wide} {narrow}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ create table definitions (
     kind text not null constraint definitions_kind check (kind in ('role', 'plan')),
     name text not null,
     description text not null default '',
-    scopes text[] not null default '{}',
+    scopes text[] not null default '{}' constraint definitions_scopes check (not scopes && '{admin, sync}'),
     rate_limits jsonb not null default '[]',
     quota jsonb,
     removed boolean not null default false,
@@ -15,6 +15,7 @@ create table definitions (
 );
 
 comment on table definitions is 'Roles and plans. Keys refer to them by number; names are free again once they are removed.';
+comment on column definitions.scopes is 'Never those that open the control plane: a key has them from nobody but itself.';
 comment on column definitions.rate_limits is 'As in api_keys; of plans.';
 comment on column definitions.quota is 'As in api_keys; of plans.';
 comment on column definitions.version is 'Counted up with each change: the ETag.';
@@ -52,7 +53,7 @@ drop trigger api_keys_2_assign_revision on api_keys;
 alter table api_keys
     drop column address_list_id,
     add column plan_number integer references definitions,
-    add column owner_plan_number integer references definitions,
+    add column owner_plan_number integer,
     add column role_numbers integer[] not null default '{}',
     add column networks text[] not null default '{}',
     add column quota jsonb,
@@ -64,7 +65,7 @@ alter table api_keys
 
 comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_s", "burst", "alone"}; window in seconds; alone: each Envoy judges it by itself.';
 comment on column api_keys.plan_number is 'The key''s own plan.';
-comment on column api_keys.owner_plan_number is 'Its owner''s, which applies if it has none of its own; kept by triggers.';
+comment on column api_keys.owner_plan_number is 'Its owner''s, which applies if it has none of its own; kept by triggers. It refers to definitions by way of the owner, whose row has the foreign key: a check here would lock the definition after store_state.';
 comment on column api_keys.role_numbers is 'Its roles.';
 comment on column api_keys.networks is 'Networks in CIDR notation that it may be used from; empty: any.';
 comment on column api_keys.quota is '{"requests", "period": "day" | "week" | "month" | "rolling", "time_zone", "window_s"}; the plan''s applies if it has none of its own.';

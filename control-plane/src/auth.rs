@@ -8,8 +8,10 @@ use std::sync::LazyLock;
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::request::Parts;
 use contract::decision::{Facts, Presented, decide};
+use contract::definition::{Definitions, covers};
 use contract::hash::KeyHash;
 use contract::key::PRESENTED_BYTES;
+use contract::network::Network;
 use contract::outcome::Outcome;
 use contract::policy::{Policy, ScopeNeed};
 use contract::record::Record;
@@ -23,7 +25,8 @@ use crate::audit::Actor;
 use crate::connection::Peer;
 use crate::error::ApiError;
 use crate::key::domain::{ADMIN, Email, SYNC, Scopes, StoredLimit};
-use crate::key::store::{self, LIVE_KEYS, NewKey};
+use crate::key::permissions::{Permissions, Plan, within};
+use crate::key::store::{self, LIVE_KEYS, NewKey, Own};
 use crate::telemetry::REQUEST_ID;
 
 /// The header that carries the caller's key. Of several, the first counts, as with Envoy.
@@ -82,12 +85,21 @@ pub struct Caller {
     pub owner_id: Uuid,
     /// The owner's address.
     pub email: String,
-    /// Scopes granted to the key.
+    /// Scopes granted to the key itself. Those of its roles and plan open nothing here, and are not the key's to give: they
+    /// would outlive a change of the role.
     pub scopes: Vec<String>,
     /// Who that is, for the audit trail.
     pub actor: Actor,
     /// The key's own rate limits.
     rate_limits: Vec<StoredLimit>,
+    /// Networks that the key may be used from.
+    networks: Vec<Network>,
+    /// Whether a plan applies to the key, its own or its owner's.
+    has_plan: bool,
+    /// Credits that a request with the key costs.
+    cost: u32,
+    /// The key's own plan and quota.
+    own: Own,
     /// When the key ends, in seconds of Unix time.
     expires_at_s: Option<u64>,
 }
@@ -121,6 +133,7 @@ impl Caller {
     /// # Errors
     /// 403 for anybody else.
     pub fn require_admin(&self) -> Result<(), ApiError> {
+        self.require_manager()?;
         if self.is_admin() {
             return Ok(());
         }
@@ -167,7 +180,8 @@ impl Caller {
         if self.is_admin() {
             return Ok(());
         }
-        let too_many = scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !self.has_scope(scope));
+        let own = |scope: &str| self.scopes.iter().any(|granted| covers(granted, scope));
+        let too_many = scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !own(scope));
         too_many.map_or(Ok(()), |scope| {
             Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}: it does not have it to give.")))
         })
@@ -201,20 +215,65 @@ impl Caller {
         Ok(())
     }
 
+    /// Admits fields that the caller may set at all: any for admins, `allowed_addresses` for others.
+    ///
+    /// # Errors
+    /// 403 that names the field.
+    pub fn require_privileges(&self, permissions: &Permissions) -> Result<(), ApiError> {
+        match permissions.privileged() {
+            Some(field) if !self.is_admin() => {
+                Err(ApiError::Forbidden(format!("Only a key with the scope admin sets {field}.")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Admits what the caller may set of a key that may be used from the networks `present`: anything for admins; for
+    /// others what narrows those networks, and nothing else.
+    ///
+    /// # Errors
+    /// 403 that names the field.
+    pub fn require_permissible(&self, permissions: &Permissions, present: &[Network]) -> Result<(), ApiError> {
+        self.require_privileges(permissions)?;
+        if self.is_admin() {
+            return Ok(());
+        }
+        if permissions.networks.as_ref().is_some_and(|networks| !within(networks, present)) {
+            let detail = "Only a key with the scope admin widens allowed_addresses.";
+            return Err(ApiError::Forbidden(detail.into()));
+        }
+        Ok(())
+    }
+
     fn end(&self) -> Option<OffsetDateTime> {
         self.expires_at_s.and_then(|end| OffsetDateTime::from_unix_timestamp(i64::try_from(end).ok()?).ok())
     }
 
-    /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own and has the same rate
-    /// limits, if that has any, and its owner has no more than so many keys. Admins are not bound.
+    /// Networks that the caller may be used from.
+    #[must_use]
+    pub fn networks(&self) -> &[Network] {
+        &self.networks
+    }
+
+    /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same
+    /// networks unless it has narrower ones, has the same plan, quota, cost and rate limits, and its owner has no more than
+    /// so many keys. Roles do not pass on. Where a plan applies, a key has no rate limits in its place. Admins are not
+    /// bound.
     pub fn bind(&self, new: &mut NewKey) {
         if self.is_admin() {
             return;
         }
         new.expires_at = [new.expires_at, self.end()].into_iter().flatten().min();
-        if !self.rate_limits.is_empty() {
+        if !self.rate_limits.is_empty() || self.has_plan {
             new.rate_limits.clone_from(&self.rate_limits);
         }
+        let permissions = &mut new.permissions;
+        if permissions.networks.is_none() && !self.networks.is_empty() {
+            permissions.networks = Some(self.networks.clone());
+        }
+        permissions.plan = self.own.plan.map(|number| Some(Plan::Numbered(number)));
+        permissions.quota = self.own.quota.clone().map(Some);
+        permissions.cost = i32::try_from(self.cost).ok();
         new.at_most = Some(LIVE_KEYS);
     }
 }
@@ -232,13 +291,13 @@ impl FromRequestParts<App> for Caller {
             Some(hash) => store::find_by_hash(&app.pool, hash).await?,
             None => None,
         };
-        let (record, email) = found.map(|found| (found.record, found.email)).unzip();
+        let (record, beside) = found.map(|found| (found.record, (found.email, found.own))).unzip();
         let record = presenting.admit(record, Policy::PLAIN)?;
         let key_id = record.key_id.into();
         app.callers.count(Limited::Key(key_id))?;
-        let Record { owner_id, scopes, rate_limits, expires_at_s, further, .. } = record;
+        let Record { owner_id, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
         let rate_limits = StoredLimit::together(&rate_limits, further.alone);
-        let email = email.unwrap_or_default();
+        let (email, own): (String, Own) = beside.unwrap_or_default();
         let request_id = parts.headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
         let actor = Actor {
             key_id: Some(key_id),
@@ -246,7 +305,9 @@ impl FromRequestParts<App> for Caller {
             address: Some(peer(parts).to_string()),
             request_id: request_id.map(Into::into),
         };
-        Ok(Self { key_id, owner_id: owner_id.into(), email, scopes, actor, rate_limits, expires_at_s })
+        let (has_plan, networks) = (further.plan.is_some(), further.networks);
+        let owner_id = owner_id.into();
+        Ok(Self { key_id, owner_id, email, scopes, actor, rate_limits, networks, has_plan, cost, own, expires_at_s })
     }
 }
 
@@ -308,10 +369,10 @@ impl<'a> Presenting<'a> {
             None => Presented::Stranger,
         };
         let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
-        let definitions = self.app.store.definitions();
         let facts = Facts {
             policy,
-            definitions: &definitions,
+            // What opens the control plane, a key has from nobody but itself.
+            definitions: Definitions::NONE,
             address: Some(self.address),
             metered: false,
             ..Facts::at(now_s)
@@ -356,6 +417,10 @@ mod tests {
             scopes: scopes.iter().map(|scope| (*scope).into()).collect(),
             actor: Actor::system(),
             rate_limits: Vec::new(),
+            networks: Vec::new(),
+            has_plan: false,
+            cost: 1,
+            own: Own::default(),
             expires_at_s: None,
         }
     }
@@ -381,6 +446,8 @@ mod tests {
         let scopes = |scope: &str| Scopes::parse(vec![scope.into()]).unwrap();
         assert!(caller(&["a"]).require_grantable(&scopes("a")).is_ok());
         assert!(caller(&["a"]).require_grantable(&scopes("b")).is_err());
+        assert!(caller(&["a:*"]).require_grantable(&scopes("a:b")).is_ok());
+        assert!(caller(&["a:b"]).require_grantable(&scopes("a:*")).is_err());
         assert!(caller(&["sync"]).require_grantable(&scopes("sync")).is_err());
         assert!(caller(&["admin"]).require_grantable(&scopes("admin")).is_ok());
     }

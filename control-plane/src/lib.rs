@@ -2,14 +2,16 @@
 //! usage that they report.
 //!
 //! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
-//! [`auth`] says who calls, [`audit`] what they did; [`key`] is the domain and its SQL; [`sync`] brings keys to the filters; [`usage`] brings counts
+//! [`auth`] says who calls, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings counts
 //! back; [`error`] is what goes wrong; [`serve`] starts and stops it all, over
 //! [`connection`]s that lose nothing.
 
 pub mod audit;
 pub mod auth;
+pub mod condition;
 pub mod config;
 pub mod connection;
+pub mod definition;
 pub mod error;
 pub mod http;
 pub mod key;
@@ -17,6 +19,7 @@ pub mod serve;
 pub mod sync;
 pub mod telemetry;
 pub mod usage;
+pub mod user;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -57,7 +57,8 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
             {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5, "shared": false},
         ],
         "generation": 1, "state": "active", "created_at": created["created_at"], "expires_at": "2030-01-31T12:00:01Z",
-        "revoked_at": null, "last_used_at": null, "usage_count": 0,
+        "revoked_at": null, "last_used_at": null, "usage_count": 0, "roles": [], "plan": null, "effective_plan": null,
+        "effective_scopes": ["orders:*", "sync"], "allowed_addresses": [], "quota": null, "cost": 1,
     });
     created.as_object_mut().unwrap().remove("key");
     assert_eq!(created, expected);
@@ -91,7 +92,7 @@ async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
     assert_eq!(patched(json!({"name": "Again"})).await.json()["name"], "Again");
     assert_eq!(support::revision(&pool).await, before, "filters know nothing of names");
 
-    assert_status(&patched(json!({})).await, 400, "invalid", "Give name, disabled or both.", None);
+    assert_status(&patched(json!({})).await, 400, "invalid", "Give at least one field to change.", None);
     let reply = patched(json!({"name": ""})).await;
     assert_status(&reply, 400, "invalid", "must have 1 to 100 characters", Some("name"));
     assert_eq!(patched(json!({"scopes": ["admin"]})).await.status.as_u16(), 400);

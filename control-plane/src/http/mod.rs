@@ -2,12 +2,15 @@
 //! is not served is answered with a problem too.
 
 pub mod audit;
-pub mod conditional;
+pub mod definitions;
 pub mod extract;
 pub mod health;
 pub mod keys;
 pub mod once;
 pub mod paging;
+pub mod plans;
+pub mod refusals;
+pub mod roles;
 pub mod sync;
 pub mod user;
 pub mod users;
@@ -44,7 +47,9 @@ const USAGE_BYTES: usize = 4 << 20;
     tags(
         (name = "user", description = "A user's primary key"),
         (name = "keys", description = "All keys"),
-        (name = "users", description = "All that belongs to a user"),
+        (name = "users", description = "The owners of keys"),
+        (name = "roles", description = "Named sets of scopes"),
+        (name = "plans", description = "Named bundles of scopes, limits and a quota"),
         (name = "audit", description = "Who did what"),
         (name = "platform", description = "For the platform that the control plane runs on")
     )
@@ -71,7 +76,13 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(keys::cut_off))
         .routes(routes!(keys::import))
         .routes(routes!(keys::usage))
+        .routes(routes!(users::list))
+        .routes(routes!(users::get, users::patch))
         .routes(routes!(users::revoke_keys))
+        .routes(routes!(roles::list))
+        .routes(routes!(roles::get, roles::put, roles::delete))
+        .routes(routes!(plans::list))
+        .routes(routes!(plans::get, plans::put, plans::delete))
         .routes(routes!(audit::trail))
         .routes(routes!(health::alive))
         .routes(routes!(health::ready))

@@ -1,7 +1,10 @@
 //! Pages: how many entries one has, and the address of the next, which keeps all that was asked for.
 
-use axum::http::HeaderValue;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 
+use super::extract::Json;
 use crate::error::ApiError;
 
 /// Entries of a page unless asked for more or fewer.
@@ -39,8 +42,17 @@ pub fn next_link(path: &str, asked: &[(&str, Option<String>)], cursor: &str, lim
             link.push_str(&format!("{name}={}&", escaped(value)));
         }
     }
-    link.push_str(&format!("cursor={cursor}&limit={limit}>; rel=\"next\""));
+    link.push_str(&format!("cursor={}&limit={limit}>; rel=\"next\"", escaped(cursor)));
     HeaderValue::try_from(link).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// A page as a reply, with a link to the next one.
+pub fn reply<T: Serialize>(page: T, next: Option<HeaderValue>) -> Response {
+    let mut response = Json(page).into_response();
+    if let Some(link) = next {
+        response.headers_mut().insert(header::LINK, link);
+    }
+    response
 }
 
 /// Percent-encodes all but the unreserved characters (RFC 3986, section 2.3).

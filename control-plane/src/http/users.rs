@@ -1,18 +1,96 @@
-//! All that belongs to a user, below `/v1/users`: an address comes in, all of its keys are revoked.
+//! Users below `/v1/users`: an email address comes in, a user with the plan and the number of their keys goes out, or all of
+//! their keys are revoked. A user sees themselves; the list, and every change of a user, is for admins.
 
 #![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
 
 use axum::extract::State;
-use serde::Serialize;
-use utoipa::ToSchema;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
 
-use super::extract::{Json, Path};
+use super::extract::{Json, Path, Query};
+use super::paging;
+use super::refusals::{Reading, Writing};
 use super::user::ByEmail;
 use crate::App;
 use crate::auth::Caller;
+use crate::definition::Name;
 use crate::error::{ApiError, Problem};
-use crate::key::domain::Email;
+use crate::key::domain::{Email, Timestamp};
+use crate::key::permissions::said;
 use crate::key::revoke::revoke_all;
+use crate::user::{self, User};
+
+/// How many keys a user has.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeyCounts {
+    /// Keys that are neither revoked nor expired.
+    live: i64,
+    /// Keys that were ever made.
+    total: i64,
+}
+
+/// A user.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UserView {
+    /// Names the user for ever; the upstream hears of it as the consumer.
+    id: Uuid,
+    /// The email address.
+    #[schema(example = "user@example.com")]
+    email: String,
+    /// The plan of keys that have none of their own.
+    #[schema(required, example = "gold")]
+    plan: Option<String>,
+    /// Credits.
+    balance: i64,
+    /// Whether requests cost credits. Otherwise they are free.
+    metered: bool,
+    /// Since when there is the user.
+    created_at: Timestamp,
+    /// How many keys the user has.
+    keys: KeyCounts,
+}
+
+impl UserView {
+    fn of(user: User) -> Self {
+        Self {
+            id: user.id,
+            email: user.email,
+            plan: user.plan,
+            balance: user.balance,
+            metered: user.metered,
+            created_at: user.created_at.into(),
+            keys: KeyCounts { live: user.live_keys, total: user.total_keys },
+        }
+    }
+}
+
+/// A page of users, by address.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UserPage {
+    /// The users.
+    users: Vec<UserView>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<String>,
+}
+
+/// Which users, and how many.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct UsersQuery {
+    /// Only those whose address starts with this, in lower case.
+    #[param(example = "user@", max_length = 254)]
+    email_prefix: Option<String>,
+    /// `next_cursor` of the page before.
+    #[param(max_length = 254)]
+    cursor: Option<String>,
+    /// How many users; 50 unless given.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<i64>,
+}
 
 /// What became of a user's keys.
 #[derive(Debug, Serialize, ToSchema)]
@@ -23,6 +101,93 @@ pub struct RevokeKeysReply {
     /// Keys with the scope admin or sync, which only an admin's key revokes.
     #[schema(minimum = 0)]
     kept: i64,
+}
+
+/// What to change of a user: at least one field.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UserBody {
+    /// The plan of keys that have none of their own; null for none.
+    #[serde(default, deserialize_with = "said")]
+    #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
+    plan: Option<Option<String>>,
+}
+
+/// List users, by address.
+///
+/// # Errors
+/// 400, 401, 403, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/users", tag = "users", operation_id = "list_users", params(UsersQuery), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "A page of users", body = UserPage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        Reading,
+    )
+)]
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<UsersQuery>,
+) -> Result<Response, ApiError> {
+    let limit = paging::limit(query.limit)?;
+    let prefix = part_of_address("email_prefix", query.email_prefix)?;
+    let after = part_of_address("cursor", query.cursor)?;
+    caller.require_admin()?;
+    let mut users = user::list(&app.pool, &prefix, &after, limit + 1).await?;
+    let next_cursor = paging::cut(&mut users, limit, |last| last.email.clone());
+    let asked = [("email_prefix", Some(prefix).filter(|prefix| !prefix.is_empty()))];
+    let next = next_cursor.as_ref().map(|cursor| paging::next_link("/v1/users", &asked, cursor, limit));
+    let users = users.into_iter().map(UserView::of).collect();
+    Ok(paging::reply(UserPage { users, next_cursor }, next))
+}
+
+/// Get a user.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/users/{email}", tag = "users", operation_id = "get_user", params(ByEmail), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The user", body = UserView),
+        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+) -> Result<Json<UserView>, ApiError> {
+    let email = Email::parse(&path.email)?;
+    caller.require_owner_or_admin(&email)?;
+    show(&app, &email).await
+}
+
+/// Change a user, who is made if not one yet.
+///
+/// # Errors
+/// 400, 401, 403, 413, 415, 429, 503.
+#[utoipa::path(
+    patch, path = "/v1/users/{email}", tag = "users", operation_id = "patch_user", params(ByEmail),
+    request_body = UserBody, security(("api_key" = [])),
+    responses((status = 200, description = "The user as they are now", body = UserView), Writing)
+)]
+pub async fn patch(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+    Json(body): Json<UserBody>,
+) -> Result<Json<UserView>, ApiError> {
+    let email = Email::parse(&path.email)?;
+    let Some(plan) = body.plan else {
+        return Err(ApiError::Invalid { field: None, detail: "Give plan.".into() });
+    };
+    let plan = plan.map(|name| Name::parse("plan", &name)).transpose()?;
+    caller.require_admin()?;
+    user::set_plan(&app.pool, &caller.actor, &email, plan.as_ref()).await?;
+    app.store.nudge();
+    show(&app, &email).await
 }
 
 /// Revoke all keys of a user for good, the caller's own among them.
@@ -54,4 +219,18 @@ pub async fn revoke_keys(
     transaction.commit().await?;
     app.store.nudge();
     Ok(Json(RevokeKeysReply { revoked: all.revoked, kept: all.kept }))
+}
+
+async fn show(app: &App, email: &Email) -> Result<Json<UserView>, ApiError> {
+    let user = user::get(&app.pool, email).await?;
+    user.map(|user| Json(UserView::of(user))).ok_or_else(|| ApiError::NotFound(format!("There is no user {email}.")))
+}
+
+/// What may stand at the start of an address: any text that PostgreSQL can hold, in lower case as addresses are.
+fn part_of_address(field: &'static str, text: Option<String>) -> Result<String, ApiError> {
+    let text = text.unwrap_or_default();
+    if text.chars().any(char::is_control) || text.chars().count() > 254 {
+        return Err(ApiError::invalid(field, "must have at most 254 characters and no control characters"));
+    }
+    Ok(text.to_lowercase())
 }

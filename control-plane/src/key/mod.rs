@@ -1,6 +1,7 @@
 //! Keys in the control plane: what clients say of them is parsed in [`domain`]; what is kept of them is made and read in
 //! [`store`], altered in [`change`], given a new secret in [`rotate`], ended in [`revoke`], found in [`search`], taken over
-//! from elsewhere in [`import`]; what was counted of them is read in [`usage`].
+//! from elsewhere in [`import`]; what they may stands in [`permissions`] and [`quota`]; what was counted of them is read in
+//! [`usage`].
 
 /// The record that filters know of a key, from a row with the columns that make it up. A macro, since the rows of two
 /// checked queries are of two types.
@@ -79,6 +80,8 @@ pub(crate) fn requires(further: &Further) -> Requires {
 pub mod change;
 pub mod domain;
 pub mod import;
+pub mod permissions;
+pub mod quota;
 pub mod revoke;
 pub mod rotate;
 pub mod search;

@@ -3,7 +3,8 @@
 //! that the fact, its audit and its reply commit together or not at all.
 //!
 //! Locks are taken in one order, so that no two changes wait for each other: the row of the user (of several: by id), then
-//! `store_state` (by [`hold`], or by a trigger with the first change of a key), then rows of keys.
+//! rows of definitions (see [`crate::definition::store`]), then `store_state` (by [`hold`], or by a trigger with the first
+//! change of a key), then rows of keys.
 
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
@@ -15,6 +16,8 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::domain::{Email, KeyName, Scopes, StoredLimit, Timestamp};
+use super::permissions::{Permissions, Resolved, permit};
+use super::quota::Quota;
 use super::revoke::revoke_row;
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
@@ -67,6 +70,8 @@ pub struct NewKey {
     pub scopes: Scopes,
     /// Its own rate limits.
     pub rate_limits: Vec<StoredLimit>,
+    /// What else it may.
+    pub permissions: Permissions,
     /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
     /// How many live keys its owner may have with it; as many as they like if none.
@@ -81,8 +86,8 @@ impl NewKey {
     /// A live key that grants nothing in particular and does not end.
     #[must_use]
     pub fn plain(email: Email, name: KeyName) -> Self {
-        let (scopes, rate_limits) = (Scopes::default(), Vec::new());
-        Self { email, name, kind: KeyKind::Live, scopes, rate_limits, expires_at: None, at_most: None }
+        let (scopes, rate_limits, permissions) = (Scopes::default(), Vec::new(), Permissions::default());
+        Self { email, name, kind: KeyKind::Live, scopes, rate_limits, permissions, expires_at: None, at_most: None }
     }
 }
 
@@ -93,6 +98,17 @@ pub struct Found {
     pub record: Record,
     /// The owner's address.
     pub email: String,
+    /// What is the key's own.
+    pub own: Own,
+}
+
+/// What a key has of its own rather than by its plan or its owner.
+#[derive(Clone, Debug, Default)]
+pub struct Own {
+    /// Its plan, by number.
+    pub plan: Option<i32>,
+    /// Its quota.
+    pub quota: Option<Quota>,
 }
 
 /// The user's side of the primary key.
@@ -114,7 +130,8 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>
             k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at,
             coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
-            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn, p.email
+            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn, p.email,
+            k.plan_number as own_plan, k.quota as "quota: Json<Quota>"
         from (
             select id, generation, null::timestamptz as ends_at from api_keys where hash = $1
             union all
@@ -125,7 +142,10 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>
     )
     .fetch_optional(pool)
     .await?;
-    Ok(row.map(|row| Found { record: record_of!(row), email: row.email }))
+    Ok(row.map(|row| {
+        let own = Own { plan: row.own_plan, quota: row.quota.map(|quota| quota.0) };
+        Found { record: record_of!(row), email: row.email, own }
+    }))
 }
 
 /// Makes a key.
@@ -135,7 +155,8 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>
 pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -> Result<(Key, Secret), ApiError> {
     let secret = generate(new.kind)?;
     let user = lock_user(connection, &new.email).await?;
-    let row = insert(connection, user.id, &new, &secret).await?;
+    let permissions = new.permissions.resolve(connection).await?;
+    let row = insert(connection, user.id, &new, &permissions, &secret).await?;
     audit::note(connection, actor, Deed::to_key("key.create", row.id, told(&new))).await?;
     let key = Key {
         id: row.id,
@@ -178,10 +199,11 @@ pub async fn replace_primary(
 ) -> Result<Secret, ApiError> {
     let secret = generate(new.kind)?;
     let user = lock_user(connection, &new.email).await?;
+    let permissions = new.permissions.resolve(connection).await?;
     if let Some(old) = user.primary_key_id {
         revoke_row(connection, actor, old, may).await?;
     }
-    let id = insert(connection, user.id, new, &secret).await?.id;
+    let id = insert(connection, user.id, new, &permissions, &secret).await?.id;
     sqlx::query!("update user_preferences set primary_key_id = $2 where id = $1", user.id, id)
         .execute(&mut *connection)
         .await?;
@@ -210,7 +232,7 @@ pub async fn insert_given(
             .await?;
     if !there {
         let new = NewKey { scopes: scopes.clone(), ..NewKey::plain(email.clone(), name.clone()) };
-        let row = insert(&mut transaction, user.id, &new, secret).await?;
+        let row = insert(&mut transaction, user.id, &new, &Resolved::default(), secret).await?;
         audit::note(&mut transaction, &Actor::system(), Deed::to_key("key.create", row.id, told(&new))).await?;
     }
     transaction.commit().await?;
@@ -316,13 +338,14 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
     Ok(PrimaryStatus { balance: row.balance, key })
 }
 
-struct User {
-    id: Uuid,
+/// A user whose row is held.
+pub(crate) struct User {
+    pub(crate) id: Uuid,
     primary_key_id: Option<Uuid>,
 }
 
 /// Finds or makes the user and holds their row until the transaction ends.
-async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<User, ApiError> {
+pub(crate) async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<User, ApiError> {
     let user = sqlx::query_as!(
         User,
         "insert into user_preferences (id, email) values ($1, $2)
@@ -350,6 +373,7 @@ async fn insert(
     connection: &mut PgConnection,
     owner_id: Uuid,
     new: &NewKey,
+    permissions: &Resolved,
     secret: &Secret,
 ) -> Result<Inserted, ApiError> {
     if let Some(most) = new.at_most {
@@ -378,12 +402,14 @@ async fn insert(
         Json(&new.rate_limits) as _,
         new.expires_at
     )
-    .fetch_one(connection)
+    .fetch_one(&mut *connection)
     .await;
-    inserted.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+    let inserted = inserted.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
         Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
         _ => error.into(),
-    })
+    })?;
+    permit(connection, inserted.id, permissions).await?;
+    Ok(inserted)
 }
 
 /// Makes a secret, which nobody knows yet.

@@ -93,6 +93,26 @@ impl Fixture {
         at.unwrap().1
     }
 
+    /// One call, with a body if one is given.
+    pub async fn call(&self, method: &str, uri: &str, key: &Secret, body: Option<&Value>) -> Reply {
+        self.send(request(method, uri, Some(key), body.map_or_else(Body::empty, |body| body.to_string().into()))).await
+    }
+
+    /// The same with one more header.
+    pub async fn call_with(
+        &self,
+        (name, value): (&'static str, &str),
+        method: &str,
+        uri: &str,
+        key: &Secret,
+        body: Option<&Value>,
+    ) -> Reply {
+        let mut request =
+            request(method, uri, Some(key), body.map_or_else(Body::empty, |body| body.to_string().into()));
+        request.headers_mut().insert(name, value.parse().unwrap());
+        self.send(request).await
+    }
+
     pub async fn send(&self, request: Request<Body>) -> Reply {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
@@ -114,6 +134,15 @@ impl Reply {
 
     pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    /// What a problem says.
+    #[track_caller]
+    pub fn assert_problem(&self, status: u16, code: &str, detail: &str, field: Option<&str>) {
+        let body = self.json();
+        assert_eq!((self.status.as_u16(), &body["code"], &body["detail"]), (status, &code.into(), &detail.into()));
+        assert_eq!(body.get("field").and_then(Value::as_str), field);
+        assert_eq!(self.header("content-type"), "application/problem+json");
     }
 }
 

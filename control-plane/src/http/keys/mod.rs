@@ -8,7 +8,7 @@ pub mod usage;
 pub mod write;
 
 use serde::{Deserialize, Serialize};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgExecutor};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -22,9 +22,10 @@ pub use write::{__path_create, __path_patch, __path_revoke, create, patch, revok
 
 use crate::App;
 use crate::auth::Caller;
+use crate::condition::Condition;
 use crate::error::ApiError;
-use crate::http::conditional::Conditions;
 use crate::key::domain::{RateLimitBody, Timestamp};
+use crate::key::permissions::{self, Permitted};
 use crate::key::store::{self, Held, Key};
 
 /// Which key.
@@ -110,12 +111,16 @@ pub struct KeyView {
     last_used_at: Option<Timestamp>,
     /// Requests that were allowed with it.
     usage_count: i64,
+    /// What it may.
+    #[serde(flatten)]
+    permitted: Permitted,
 }
 
 impl KeyView {
-    fn of(key: Key, now: OffsetDateTime) -> Self {
+    fn of(key: Key, permitted: Permitted, now: OffsetDateTime) -> Self {
         Self {
             state: State::of(&key, now),
+            permitted,
             id: key.id,
             owner_id: key.owner_id,
             email: key.email,
@@ -133,6 +138,23 @@ impl KeyView {
     }
 }
 
+/// Shows keys. What they may is read after them: a tag that is older than what it stands by makes a change fail, and does not
+/// overwrite another.
+async fn show_all(executor: impl PgExecutor<'_>, keys: Vec<Key>) -> Result<Vec<KeyView>, ApiError> {
+    let ids: Vec<_> = keys.iter().map(|key| key.id).collect();
+    let mut permitted = permissions::of_keys(executor, &ids).await?;
+    let now = OffsetDateTime::now_utc();
+    let view = |key: Key| permitted.remove(&key.id).map(|permitted| KeyView::of(key, permitted, now));
+    Ok(keys.into_iter().filter_map(view).collect())
+}
+
+/// Shows one key.
+async fn show(executor: impl PgExecutor<'_>, key: Key) -> Result<KeyView, ApiError> {
+    let id = key.id;
+    let view = show_all(executor, vec![key]).await?.pop();
+    view.ok_or_else(|| ApiError::Internal(format!("key {id} is gone")))
+}
+
 /// Reads a key that the caller manages. One of somebody else is not there for them.
 async fn managed(app: &App, caller: &Caller, id: Uuid) -> Result<Key, ApiError> {
     caller.require_manager()?;
@@ -145,7 +167,7 @@ async fn held(
     connection: &mut PgConnection,
     caller: &Caller,
     id: Uuid,
-    conditions: &Conditions,
+    condition: &Condition,
 ) -> Result<Held, ApiError> {
     caller.require_manager()?;
     let may = |key: &Key| {
@@ -154,7 +176,7 @@ async fn held(
     may(&store::get(&mut *connection, id).await?.ok_or_else(|| there_is_none(id))?)?;
     let held = store::hold(connection, id).await?.ok_or_else(|| there_is_none(id))?;
     may(&held)?;
-    conditions.require(held.version)?;
+    condition.check(Some(held.version))?;
     Ok(held)
 }
 

@@ -6,15 +6,14 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{ById, KeyView, State as KeyState, managed};
+use super::{ById, KeyView, State as KeyState, managed, show, show_all};
 use crate::App;
 use crate::auth::Caller;
+use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
-use crate::http::conditional::{Conditions, etag};
 use crate::http::extract::{Json, Path, Query};
 use crate::http::paging;
 use crate::key::domain::{Email, Timestamp, parse_time};
@@ -99,10 +98,8 @@ pub async fn list(
     // One more than asked for tells whether there is a next page.
     let mut keys = search(&app.pool, &filter, query.cursor, limit + 1).await?;
     let next_cursor = paging::cut(&mut keys, limit, |key| key.id);
-    let now = OffsetDateTime::now_utc();
-    let keys = keys.into_iter().map(|key| KeyView::of(key, now)).collect();
-    let mut response = Json(KeyPage { keys, next_cursor }).into_response();
-    if let Some(cursor) = next_cursor {
+    let keys = show_all(&app.pool, keys).await?;
+    let next = next_cursor.map(|cursor| {
         let kept = [
             ("email", asked.map(|email| email.to_string())),
             ("prefix", query.prefix.clone()),
@@ -110,10 +107,9 @@ pub async fn list(
             ("state", query.state.map(|state| state.name().into())),
             ("last_used_before", query.last_used_before.clone()),
         ];
-        let link = paging::next_link("/v1/keys", &kept, &cursor.to_string(), limit);
-        response.headers_mut().insert(header::LINK, link);
-    }
-    Ok(response)
+        paging::next_link("/v1/keys", &kept, &cursor.to_string(), limit)
+    });
+    Ok(paging::reply(KeyPage { keys, next_cursor }, next))
 }
 
 /// A text to search for: a NUL would choke the database.
@@ -192,15 +188,15 @@ pub struct KeyDetails {
 pub async fn get(
     State(app): State<App>,
     caller: Caller,
-    conditions: Conditions,
+    condition: Condition,
     Path(path): Path<ById>,
 ) -> Result<Response, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
     let tag = [(header::ETAG, etag(key.version))];
-    if conditions.known(key.version) {
+    if condition.knows(key.version) {
         return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
     }
     let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
-    let view = KeyView::of(key, OffsetDateTime::now_utc());
+    let view = show(&app.pool, key).await?;
     Ok((tag, Json(KeyDetails { view, secrets })).into_response())
 }

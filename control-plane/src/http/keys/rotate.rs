@@ -7,16 +7,15 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use serde::Deserialize;
-use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::write::{CreateReply, Kind};
-use super::{ById, KeyView, held, there_is_none};
+use super::{ById, held, show, there_is_none};
 use crate::App;
 use crate::auth::Caller;
+use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
-use crate::http::conditional::{Conditions, etag};
 use crate::http::extract::Path;
 use crate::http::once::{Answer, Begun, Once};
 use crate::key::{rotate as rotation, store};
@@ -77,7 +76,7 @@ pub struct BySecret {
 pub async fn rotate(
     State(app): State<App>,
     caller: Caller,
-    conditions: Conditions,
+    condition: Condition,
     Path(path): Path<ById>,
     mut once: Once,
 ) -> Result<Response, ApiError> {
@@ -89,11 +88,11 @@ pub async fn rotate(
         Begun::Now(doing) => doing,
     };
     let connection = doing.connection();
-    let key = held(connection, &caller, path.id, &conditions).await?;
+    let key = held(connection, &caller, path.id, &condition).await?;
     let secret = rotation::rotate(connection, &caller.actor, &key, body.kind.into(), grace).await?;
     let key = store::get(connection, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
     let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-    let reply = CreateReply { key: secret, view: KeyView::of(key, OffsetDateTime::now_utc()) };
+    let reply = CreateReply { key: secret, view: show(doing.connection(), key).await? };
     let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
     let response = doing.answer(answer).await?;
     app.store.nudge();
@@ -122,11 +121,11 @@ pub async fn rotate(
 pub async fn cut_off(
     State(app): State<App>,
     caller: Caller,
-    conditions: Conditions,
+    condition: Condition,
     Path(path): Path<BySecret>,
 ) -> Result<StatusCode, ApiError> {
     let mut transaction = app.pool.begin().await?;
-    let key = held(&mut transaction, &caller, path.id, &conditions).await?;
+    let key = held(&mut transaction, &caller, path.id, &condition).await?;
     if !rotation::cut_off(&mut transaction, &caller.actor, &key, path.generation).await? {
         let detail = format!("There is no secret {} of the key {}.", path.generation, path.id);
         return Err(ApiError::NotFound(detail));

@@ -7,20 +7,22 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use contract::key::{KeyKind, Secret};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use super::{ById, KeyView, held, there_is_none};
+use super::{ById, KeyView, held, show, there_is_none};
 use crate::App;
 use crate::auth::Caller;
+use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
-use crate::http::conditional::{Conditions, etag};
 use crate::http::extract::{Json, Path};
 use crate::http::once::{Answer, Begun, Once};
 use crate::http::user::reveal;
 use crate::key::change::{Changes, change};
 use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, parse_expiry, parse_rate_limits};
+use crate::key::permissions::{self, Permissions, Said, said};
+use crate::key::quota::QuotaBody;
 use crate::key::revoke;
 use crate::key::store::{self, NewKey};
 
@@ -66,6 +68,23 @@ pub struct CreateBody {
     #[serde(default)]
     #[schema(max_items = 8)]
     rate_limits: Vec<RateLimitBody>,
+    /// Names of its roles, at most 16. Set by admins only.
+    #[schema(example = json!(["support"]), max_items = 16)]
+    roles: Option<Vec<String>>,
+    /// The name of its plan; without one that of its owner applies. Set by admins only.
+    #[serde(default, deserialize_with = "said")]
+    #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
+    plan: Option<Option<String>>,
+    /// Networks (CIDR) or addresses that it may be used from, at most 32; without any from everywhere.
+    #[schema(example = json!(["192.0.2.0/24", "2001:db8::7"]), max_items = 32)]
+    allowed_addresses: Option<Vec<String>>,
+    /// Its own quota; without one that of its plan applies. Set by admins only.
+    #[serde(default, deserialize_with = "said")]
+    #[schema(value_type = Option<QuotaBody>)]
+    quota: Option<Option<QuotaBody>>,
+    /// Credits that a request costs unless its route says otherwise; 1 unless given. Set by admins only.
+    #[schema(minimum = 0, maximum = 1_000_000)]
+    cost: Option<i64>,
     /// When it ends: RFC 3339, at most ten years from now. Not with `expires_in_seconds`.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
@@ -96,22 +115,38 @@ pub struct PatchBody {
     /// Whether it is switched off.
     disabled: Option<bool>,
     /// When it ends: RFC 3339, at most ten years from now; null: never. Not with `expires_in_seconds`.
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "said")]
     #[schema(value_type = Option<String>, format = DateTime)]
     expires_at: Option<Option<String>>,
     /// After how many seconds from now it ends, at most ten years; null: never. Not with `expires_at`.
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "said")]
     #[schema(value_type = Option<i64>, minimum = 1, maximum = 315_360_000)]
     expires_in_seconds: Option<Option<i64>>,
-}
-
-/// Tells a field that is null from one that is not there.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<Option<T>>, D::Error> {
-    Option::deserialize(deserializer).map(Some)
+    /// Names of its roles, at most 16. Set by admins only.
+    #[schema(example = json!(["support"]), max_items = 16)]
+    roles: Option<Vec<String>>,
+    /// The name of its plan, null for that of its owner. Set by admins only.
+    #[serde(default, deserialize_with = "said")]
+    #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
+    plan: Option<Option<String>>,
+    /// Networks (CIDR) or addresses that it may be used from, at most 32; an empty list for everywhere. Widened by admins
+    /// only.
+    #[schema(example = json!(["192.0.2.0/24"]), max_items = 32)]
+    allowed_addresses: Option<Vec<String>>,
+    /// Its own quota, null for that of its plan. Set by admins only.
+    #[serde(default, deserialize_with = "said")]
+    #[schema(value_type = Option<QuotaBody>)]
+    quota: Option<Option<QuotaBody>>,
+    /// Credits that a request costs unless its route says otherwise. Set by admins only.
+    #[schema(minimum = 0, maximum = 1_000_000)]
+    cost: Option<i64>,
+    /// Its own rate limits, at most 8; an empty list for those of its plan or the filter's default. Set by admins only.
+    #[schema(max_items = 8)]
+    rate_limits: Option<Vec<RateLimitBody>>,
 }
 
 impl PatchBody {
-    fn parse(self, now: OffsetDateTime) -> Result<Changes, ApiError> {
+    fn parse(self, now: OffsetDateTime) -> Result<(Changes, Permissions), ApiError> {
         let expires_at = match (self.expires_at, self.expires_in_seconds) {
             (None, None) => None,
             (at, seconds) => Some(match (at, seconds) {
@@ -123,11 +158,20 @@ impl PatchBody {
             }),
         };
         let name = self.name.map(|name| KeyName::parse("name", &name)).transpose()?;
-        Ok(Changes { name, disabled: self.disabled, expires_at })
+        let permissions = Permissions::parse(Said {
+            roles: self.roles,
+            plan: self.plan,
+            allowed_addresses: self.allowed_addresses,
+            quota: self.quota,
+            cost: self.cost,
+            rate_limits: self.rate_limits,
+        })?;
+        Ok((Changes { name, disabled: self.disabled, expires_at }, permissions))
     }
 }
 
-/// Make a key. One that a user's own key makes ends no later than that and keeps to its rate limits.
+/// Make a key. One that a user's own key makes ends no later than that and keeps to its networks, plan, quota, cost and rate
+/// limits.
 ///
 /// # Errors
 /// 400, 401, 403, 409, 413, 415, 422, 429, 503.
@@ -157,11 +201,20 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
         kind: body.kind.into(),
         scopes: Scopes::parse(body.scopes)?,
         rate_limits: parse_rate_limits(body.rate_limits)?,
+        permissions: Permissions::parse(Said {
+            roles: body.roles,
+            plan: body.plan,
+            allowed_addresses: body.allowed_addresses,
+            quota: body.quota,
+            cost: body.cost,
+            rate_limits: None,
+        })?,
         expires_at: parse_expiry(body.expires_at.as_deref(), body.expires_in_seconds, now)?,
         at_most: None,
     };
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
+    caller.require_permissible(&new.permissions, caller.networks())?;
     caller.bind(&mut new);
     let mut doing = match once.begin(&app.pool, &caller).await? {
         Begun::Before(answer) => return Ok(answer),
@@ -169,14 +222,15 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
     };
     let (key, secret) = store::create(doing.connection(), &caller.actor, new).await?;
     let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-    let reply = CreateReply { key: secret, view: KeyView::of(key, now) };
+    let reply = CreateReply { key: secret, view: show(doing.connection(), key).await? };
     let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
     let response = doing.answer(answer).await?;
     app.store.nudge();
     Ok(response)
 }
 
-/// Rename a key, switch it off or on, move its end. A user's own key lets none live longer than itself.
+/// Rename a key, switch it off or on, move its end, change what it may. Fields that are not given stay as they are. A user's
+/// own key lets none live longer than itself.
 ///
 /// # Errors
 /// 400, 401, 403, 404, 409, 412, 413, 415, 429, 503.
@@ -201,26 +255,33 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
 pub async fn patch(
     State(app): State<App>,
     caller: Caller,
-    conditions: Conditions,
+    condition: Condition,
     Path(path): Path<ById>,
     Json(body): Json<PatchBody>,
 ) -> Result<Response, ApiError> {
     let now = OffsetDateTime::now_utc();
-    let changes = body.parse(now)?;
-    if changes.is_empty() {
-        let detail = "Give at least one of name, disabled, expires_at and expires_in_seconds.";
-        return Err(ApiError::Invalid { field: None, detail: detail.into() });
+    let (changes, permissions) = body.parse(now)?;
+    if changes.is_empty() && permissions.is_empty() {
+        return Err(ApiError::Invalid { field: None, detail: "Give at least one field to change.".into() });
     }
+    caller.require_privileges(&permissions)?;
     let mut transaction = app.pool.begin().await?;
-    let key = held(&mut transaction, &caller, path.id, &conditions).await?;
+    let wanted = permissions.resolve(&mut transaction).await?;
+    let key = held(&mut transaction, &caller, path.id, &condition).await?;
     if let Some(end) = changes.expires_at {
         caller.require_end(end, key.expires_at, now)?;
     }
+    if !permissions.is_empty() {
+        caller.require_permissible(&permissions, &permissions::networks(&mut transaction, path.id).await?)?;
+        permissions::change(&mut transaction, &caller.actor, &key, &permissions, &wanted).await?;
+    }
     change(&mut transaction, &caller.actor, &key, changes).await?;
     let key = store::get(&mut *transaction, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
+    let tag = etag(key.version);
+    let view = show(&mut *transaction, key).await?;
     transaction.commit().await?;
     app.store.nudge();
-    Ok(([(header::ETAG, etag(key.version))], Json(KeyView::of(key, now))).into_response())
+    Ok(([(header::ETAG, tag)], Json(view)).into_response())
 }
 
 /// Revoke a key for good. To revoke it once more changes nothing.
@@ -244,11 +305,11 @@ pub async fn patch(
 pub async fn revoke(
     State(app): State<App>,
     caller: Caller,
-    conditions: Conditions,
+    condition: Condition,
     Path(path): Path<ById>,
 ) -> Result<StatusCode, ApiError> {
     let mut transaction = app.pool.begin().await?;
-    let key = held(&mut transaction, &caller, path.id, &conditions).await?;
+    let key = held(&mut transaction, &caller, path.id, &condition).await?;
     revoke::revoke(&mut transaction, &caller.actor, &key).await?;
     transaction.commit().await?;
     app.store.nudge();

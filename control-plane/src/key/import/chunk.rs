@@ -10,6 +10,7 @@ use super::Code;
 use super::line::ImportedKey;
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
+use crate::key::quota::{Whose, refresh_starters};
 use crate::key::store::lock_store;
 
 /// Writes keys with their line numbers. Gives the numbers of those that were not written, and why.
@@ -49,6 +50,8 @@ pub(super) async fn write(
     }
     if !rows.ids.is_empty() {
         rows.insert(&mut transaction).await?;
+        // Their owners' plans may have quotas.
+        refresh_starters(&mut transaction, Whose::Keys(&rows.ids)).await?;
         let first = chunk.first().map_or(0, |(number, _)| *number);
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
         let deed = Deed { action: "keys.import_chunk", key_id: None, target: None, detail };

@@ -1,0 +1,177 @@
+//! Plans below `/v1/plans`: named bundles of scopes, limits and a quota that keys and users have. What they share with roles is in
+//! [`super::definitions`].
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::definitions::{self, ByName, Conditions, ListQuery};
+use super::extract::{Json, Path, Query};
+use super::paging;
+use super::refusals::{Reading, Writing};
+use crate::App;
+use crate::auth::Caller;
+use crate::condition::Condition;
+use crate::definition::store::Definition;
+use crate::definition::{Content, Kind};
+use crate::error::{ApiError, Problem};
+use crate::key::domain::{RateLimitBody, Timestamp};
+use crate::key::quota::QuotaBody;
+
+/// What a plan is to be.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlanBody {
+    /// For people: at most 500 characters.
+    #[serde(default)]
+    #[schema(max_length = 500)]
+    description: String,
+    /// Scopes that it grants: at most 32; not `admin` and `sync`, which are granted to a key only.
+    #[serde(default)]
+    #[schema(example = json!(["orders:read"]), max_items = 32)]
+    scopes: Vec<String>,
+    /// Limits of keys that have none of their own, at most 8.
+    #[serde(default)]
+    #[schema(max_items = 8)]
+    rate_limits: Vec<RateLimitBody>,
+    /// The quota of each key that has none of its own.
+    #[serde(default)]
+    quota: Option<QuotaBody>,
+}
+
+/// A plan: a named bundle of scopes, limits and a quota.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PlanView {
+    /// What keys call it.
+    #[schema(example = "gold")]
+    name: String,
+    /// For people.
+    description: String,
+    /// Scopes that it grants.
+    scopes: Vec<String>,
+    /// Limits of keys that have none of their own.
+    rate_limits: Vec<RateLimitBody>,
+    /// The quota of each key that has none of its own.
+    #[schema(required)]
+    quota: Option<QuotaBody>,
+    /// Since when there is one of that name.
+    created_at: Timestamp,
+}
+
+impl PlanView {
+    fn of(definition: Definition) -> Self {
+        Self {
+            name: definition.name,
+            description: definition.description,
+            scopes: definition.scopes,
+            rate_limits: definition.rate_limits.iter().map(RateLimitBody::of).collect(),
+            quota: definition.quota.map(|quota| QuotaBody::of(&quota)),
+            created_at: definition.created_at.into(),
+        }
+    }
+}
+
+/// A page of plans, by name.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PlanPage {
+    /// The plans.
+    plans: Vec<PlanView>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<String>,
+}
+
+/// List plans, by name.
+///
+/// # Errors
+/// 400, 401, 403, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/plans", tag = "plans", operation_id = "list_plans", params(ListQuery), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "A page of plans", body = PlanPage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        Reading,
+    )
+)]
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let listed = definitions::list(&app, &caller, query, Kind::Plan).await?;
+    let plans = listed.definitions.into_iter().map(PlanView::of).collect();
+    Ok(paging::reply(PlanPage { plans, next_cursor: listed.next_cursor }, listed.next))
+}
+
+/// Get a plan.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/plans/{name}", tag = "plans", operation_id = "get_plan", params(ByName), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The plan", body = PlanView,
+            headers(("etag" = String, description = "Its version, for If-Match"))),
+        (status = 404, description = "No such plan", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByName>) -> Result<Response, ApiError> {
+    definitions::get(&app, &caller, &path, Kind::Plan, PlanView::of).await
+}
+
+/// Make a plan, or replace it as a whole. A change reaches every Envoy as fast as a revocation does.
+///
+/// # Errors
+/// 400, 401, 403, 409, 412, 413, 415, 429, 503.
+#[utoipa::path(
+    put, path = "/v1/plans/{name}", tag = "plans", operation_id = "put_plan", params(ByName, Conditions),
+    request_body = PlanBody, security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The plan as it is now", body = PlanView,
+            headers(("etag" = String, description = "Its version, for If-Match"))),
+        (status = 201, description = "The new plan", body = PlanView,
+            headers(("etag" = String, description = "Its version, for If-Match"))),
+        (status = 409, description = "There are too many plans", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "It is not what If-Match or If-None-Match asks for", body = Problem, content_type = "application/problem+json"),
+        Writing,
+    )
+)]
+pub async fn put(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByName>,
+    condition: Condition,
+    Json(body): Json<PlanBody>,
+) -> Result<Response, ApiError> {
+    let content = Content::parse(&body.description, body.scopes, body.rate_limits, body.quota)?;
+    definitions::put(&app, &caller, (Kind::Plan, &path), &content, &condition, PlanView::of).await
+}
+
+/// Delete a plan that no key and no user has.
+///
+/// # Errors
+/// 400, 401, 403, 404, 409, 412, 429, 503.
+#[utoipa::path(
+    delete, path = "/v1/plans/{name}", tag = "plans", operation_id = "delete_plan", params(ByName, Conditions),
+    security(("api_key" = [])),
+    responses(
+        (status = 204, description = "The plan is gone"),
+        (status = 404, description = "No such plan", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "It is in use", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "It is not what If-Match asks for", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByName>,
+    condition: Condition,
+) -> Result<StatusCode, ApiError> {
+    definitions::remove(&app, &caller, (Kind::Plan, &path), &condition).await
+}

@@ -1,0 +1,162 @@
+//! Roles below `/v1/roles`: named sets of scopes that keys have. What they share with plans is in
+//! [`super::definitions`].
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::definitions::{self, ByName, Conditions, ListQuery};
+use super::extract::{Json, Path, Query};
+use super::paging;
+use super::refusals::{Reading, Writing};
+use crate::App;
+use crate::auth::Caller;
+use crate::condition::Condition;
+use crate::definition::store::Definition;
+use crate::definition::{Content, Kind};
+use crate::error::{ApiError, Problem};
+use crate::key::domain::Timestamp;
+
+/// What a role is to be.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RoleBody {
+    /// For people: at most 500 characters.
+    #[serde(default)]
+    #[schema(max_length = 500)]
+    description: String,
+    /// Scopes that it grants: at most 32; not `admin` and `sync`, which are granted to a key only.
+    #[serde(default)]
+    #[schema(example = json!(["orders:read"]), max_items = 32)]
+    scopes: Vec<String>,
+}
+
+/// A role: a named set of scopes.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RoleView {
+    /// What keys call it.
+    #[schema(example = "support")]
+    name: String,
+    /// For people.
+    description: String,
+    /// Scopes that it grants.
+    scopes: Vec<String>,
+    /// Since when there is one of that name.
+    created_at: Timestamp,
+}
+
+impl RoleView {
+    fn of(definition: Definition) -> Self {
+        Self {
+            name: definition.name,
+            description: definition.description,
+            scopes: definition.scopes,
+            created_at: definition.created_at.into(),
+        }
+    }
+}
+
+/// A page of roles, by name.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RolePage {
+    /// The roles.
+    roles: Vec<RoleView>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<String>,
+}
+
+/// List roles, by name.
+///
+/// # Errors
+/// 400, 401, 403, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/roles", tag = "roles", operation_id = "list_roles", params(ListQuery), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "A page of roles", body = RolePage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        Reading,
+    )
+)]
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let listed = definitions::list(&app, &caller, query, Kind::Role).await?;
+    let roles = listed.definitions.into_iter().map(RoleView::of).collect();
+    Ok(paging::reply(RolePage { roles, next_cursor: listed.next_cursor }, listed.next))
+}
+
+/// Get a role.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/roles/{name}", tag = "roles", operation_id = "get_role", params(ByName), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The role", body = RoleView,
+            headers(("etag" = String, description = "Its version, for If-Match"))),
+        (status = 404, description = "No such role", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByName>) -> Result<Response, ApiError> {
+    definitions::get(&app, &caller, &path, Kind::Role, RoleView::of).await
+}
+
+/// Make a role, or replace it as a whole. A change reaches every Envoy as fast as a revocation does.
+///
+/// # Errors
+/// 400, 401, 403, 409, 412, 413, 415, 429, 503.
+#[utoipa::path(
+    put, path = "/v1/roles/{name}", tag = "roles", operation_id = "put_role", params(ByName, Conditions),
+    request_body = RoleBody, security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The role as it is now", body = RoleView,
+            headers(("etag" = String, description = "Its version, for If-Match"))),
+        (status = 201, description = "The new role", body = RoleView,
+            headers(("etag" = String, description = "Its version, for If-Match"))),
+        (status = 409, description = "There are too many roles", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "It is not what If-Match or If-None-Match asks for", body = Problem, content_type = "application/problem+json"),
+        Writing,
+    )
+)]
+pub async fn put(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByName>,
+    condition: Condition,
+    Json(body): Json<RoleBody>,
+) -> Result<Response, ApiError> {
+    let content = Content::parse(&body.description, body.scopes, Vec::new(), None)?;
+    definitions::put(&app, &caller, (Kind::Role, &path), &content, &condition, RoleView::of).await
+}
+
+/// Delete a role that no key has.
+///
+/// # Errors
+/// 400, 401, 403, 404, 409, 412, 429, 503.
+#[utoipa::path(
+    delete, path = "/v1/roles/{name}", tag = "roles", operation_id = "delete_role", params(ByName, Conditions),
+    security(("api_key" = [])),
+    responses(
+        (status = 204, description = "The role is gone"),
+        (status = 404, description = "No such role", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "It is in use", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "It is not what If-Match asks for", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByName>,
+    condition: Condition,
+) -> Result<StatusCode, ApiError> {
+    definitions::remove(&app, &caller, (Kind::Role, &path), &condition).await
+}

@@ -1,0 +1,110 @@
+//! Users in PostgreSQL: the owners of keys, with what applies to all their keys. An email address comes in, a row goes out.
+
+use serde_json::json;
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::audit::{self, Actor, Deed};
+use crate::definition::store::numbers;
+use crate::definition::{Kind, Name};
+use crate::error::ApiError;
+use crate::key::domain::Email;
+use crate::key::quota::{Whose, refresh_starters};
+use crate::key::store::lock_user;
+
+/// A user.
+#[derive(Clone, Debug)]
+pub struct User {
+    /// Names the user for ever; the upstream hears of it as the consumer.
+    pub id: Uuid,
+    /// The address, in lower case.
+    pub email: String,
+    /// The plan of keys that have none of their own.
+    pub plan: Option<String>,
+    /// Credits.
+    pub balance: i64,
+    /// Whether requests cost credits.
+    pub metered: bool,
+    /// Since when there is the user.
+    pub created_at: OffsetDateTime,
+    /// Keys that are neither revoked nor expired.
+    pub live_keys: i64,
+    /// Keys that were ever made.
+    pub total_keys: i64,
+}
+
+/// Reads one.
+///
+/// # Errors
+/// Those of the database.
+pub async fn get(pool: &PgPool, email: &Email) -> Result<Option<User>, ApiError> {
+    let user = sqlx::query_as!(
+        User,
+        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, k.live as "live_keys!",
+            k.total as "total_keys!"
+        from user_preferences p left join definitions d on d.number = p.plan_number
+        cross join lateral (
+            select count(*) as total,
+                count(*) filter (where revoked_at is null and (expires_at is null or expires_at > now())) as live
+            from api_keys where owner_id = p.id
+        ) k
+        where p.email = $1"#,
+        email.as_str()
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(user)
+}
+
+/// Reads those whose address starts with `prefix` and comes after `after`, by address, at most `limit`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Result<Vec<User>, ApiError> {
+    let users = sqlx::query_as!(
+        User,
+        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, k.live as "live_keys!",
+            k.total as "total_keys!"
+        from user_preferences p left join definitions d on d.number = p.plan_number
+        cross join lateral (
+            select count(*) as total,
+                count(*) filter (where revoked_at is null and (expires_at is null or expires_at > now())) as live
+            from api_keys where owner_id = p.id
+        ) k
+        where p.email > $2 and starts_with(p.email, $1) order by p.email limit $3"#,
+        prefix,
+        after,
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(users)
+}
+
+/// Gives a user a plan, or takes it away; makes the user if not one yet. What is so already is left alone.
+///
+/// # Errors
+/// A plan that is unknown; those of the database.
+pub async fn set_plan(pool: &PgPool, actor: &Actor, email: &Email, plan: Option<&Name>) -> Result<(), ApiError> {
+    let mut transaction = pool.begin().await?;
+    let user = lock_user(&mut transaction, email).await?;
+    let number = match plan {
+        Some(plan) => numbers(&mut transaction, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),
+        None => None,
+    };
+    let changed = sqlx::query!(
+        "update user_preferences set plan_number = $2 where id = $1 and plan_number is distinct from $2",
+        user.id,
+        number
+    )
+    .execute(&mut *transaction)
+    .await?;
+    if changed.rows_affected() > 0 {
+        refresh_starters(&mut transaction, Whose::Owner(user.id)).await?;
+        let detail = json!({"plan": plan.map(Name::as_str)});
+        audit::note(&mut transaction, actor, Deed::to("user.change", email.as_str(), detail)).await?;
+    }
+    transaction.commit().await?;
+    Ok(())
+}

@@ -1,0 +1,437 @@
+//! Plans, quotas, networks and costs of keys, over the real router and a real PostgreSQL.
+
+mod support;
+
+use axum::extract::ConnectInfo;
+use contract::key::Secret;
+use contract::record::{Record, Requires};
+use control_plane::connection::Peer;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request, revision};
+use uuid::Uuid;
+
+const ADMIN: &[&str] = &["admin"];
+
+async fn admin(fixture: &Fixture) -> Secret {
+    fixture.key("admin@example.com", ADMIN).await.1
+}
+
+async fn put(fixture: &Fixture, admin: &Secret, name: &str, body: Value) -> Reply {
+    fixture.call("PUT", &format!("/v1/plans/{name}"), admin, Some(&body)).await
+}
+
+/// Makes a key of user@example.com; its id and secret.
+async fn create(fixture: &Fixture, caller: &Secret, more: Value) -> (Uuid, Secret) {
+    let mut body = json!({"email": "user@example.com", "name": "x"});
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let reply = fixture.call("POST", "/v1/keys", caller, Some(&body)).await;
+    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    let made = reply.json();
+    (made["id"].as_str().unwrap().parse().unwrap(), Secret::from_presented(made["key"].as_str().unwrap().into()))
+}
+
+async fn patch(fixture: &Fixture, caller: &Secret, id: Uuid, body: Value) -> Reply {
+    fixture.call("PATCH", &format!("/v1/keys/{id}"), caller, Some(&body)).await
+}
+
+async fn record(fixture: &Fixture, key: &Secret) -> Record {
+    fixture.in_step().await;
+    fixture.app.store.find(&key.hash()).unwrap()
+}
+
+async fn starter(pool: &PgPool, id: Uuid) -> Option<i32> {
+    sqlx::query_scalar("select quota_starter from api_keys where id = $1").bind(id).fetch_one(pool).await.unwrap()
+}
+
+fn daily(requests: i64) -> Value {
+    json!({"requests": requests, "period": "day"})
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    let body = json!({
+        "description": "The best", "scopes": ["orders:*"],
+        "rate_limits": [
+            {"name": "burst", "requests": 10, "window_seconds": 1},
+            {"name": "hour", "requests": 1000, "window_seconds": 3600, "burst": 5, "shared": false},
+        ],
+        "quota": {"requests": 1_000_000, "period": "month", "time_zone": "Europe/Berlin"},
+    });
+    let made = put(&fixture, &admin, "gold", body.clone()).await;
+    let mut expected = body;
+    expected["name"] = "gold".into();
+    expected["rate_limits"][0]["burst"] = 10.into();
+    expected["rate_limits"][0]["shared"] = true.into();
+    expected["created_at"] = made.json()["created_at"].clone();
+    assert_eq!((made.status.as_u16(), made.header("etag"), made.json()), (201, "\"1\"", expected.clone()));
+    assert_eq!(fixture.call("GET", "/v1/plans/gold", &admin, None).await.json(), expected);
+    let listed = fixture.call("GET", "/v1/plans", &admin, None).await.json();
+    assert_eq!(listed, json!({"plans": [expected], "next_cursor": null}));
+    let stored: Value = sqlx::query_scalar("select quota from definitions").fetch_one(&pool).await.unwrap();
+    assert_eq!(stored, json!({"requests": 1_000_000, "period": "month", "time_zone": "Europe/Berlin"}));
+    let before = revision(&pool).await;
+    assert_eq!(
+        put(&fixture, &admin, "gold", {
+            let mut same = expected.clone();
+            for field in ["name", "created_at"] {
+                same.as_object_mut().unwrap().remove(field);
+            }
+            same
+        })
+        .await
+        .header("etag"),
+        "\"1\""
+    );
+    assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
+
+    // A key has what its plan has, and its own limits before those of the plan.
+    let (id, key) = create(&fixture, &admin, json!({"plan": "gold", "scopes": ["own"]})).await;
+    let shown = fixture.call("GET", &format!("/v1/keys/{id}"), &admin, None).await.json();
+    assert_eq!((&shown["plan"], &shown["effective_plan"]), (&json!("gold"), &json!("gold")));
+    assert_eq!((&shown["effective_scopes"], &shown["quota"]), (&json!(["own", "orders:*"]), &Value::Null));
+    let record = record(&fixture, &key).await;
+    assert_eq!(
+        (record.requires, record.further.quota.unwrap().starter),
+        (Requires(Requires::PLAN.0 | Requires::BUDGETS.0), 62_500)
+    );
+    let definitions = fixture.app.store.definitions();
+    let (limits, alone) = definitions.rate_limits(&record);
+    assert_eq!((limits.iter().map(|limit| limit.burst).collect::<Vec<_>>(), alone), (vec![10, 5], 0b10));
+    let own = json!([{"name": "own", "requests": 1, "window_seconds": 1, "burst": 1, "shared": true}]);
+    let patched = patch(&fixture, &admin, id, json!({"rate_limits": own})).await.json();
+    assert_eq!(patched["rate_limits"], own);
+    let record = self::record(&fixture, &key).await;
+    assert_eq!(fixture.app.store.definitions().rate_limits(&record).0[0].name, "own");
+    assert_eq!(patch(&fixture, &admin, id, json!({"rate_limits": []})).await.json()["rate_limits"], json!([]));
+
+    let audit: (Value, Uuid) =
+        sqlx::query_as("select detail, key_id from audit where action = 'key.permit' order by id limit 1")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert_eq!(audit, (json!({"rate_limits": own}), id));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    put(&fixture, &admin, "gold", json!({"scopes": ["g"]})).await;
+    put(&fixture, &admin, "free", json!({"scopes": ["f"]})).await;
+    let (id, key) = create(&fixture, &admin, json!({})).await;
+    let uri = format!("/v1/keys/{id}");
+    let plans = async || {
+        let shown = fixture.call("GET", &uri, &admin, None).await.json();
+        let record = record(&fixture, &key).await;
+        let known = fixture.app.store.definitions().scopes(&record).join(" ");
+        assert_eq!(
+            known,
+            shown["effective_scopes"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|scope| scope.as_str().unwrap())
+                .collect::<Vec<_>>()
+                .join(" ")
+        );
+        (shown["plan"].clone(), shown["effective_plan"].clone(), known)
+    };
+    let owner = async |plan: Value| {
+        fixture.call("PATCH", "/v1/users/user@example.com", &admin, Some(&json!({"plan": plan}))).await
+    };
+    assert_eq!(plans().await, (Value::Null, Value::Null, "".into()));
+    owner(json!("free")).await;
+    assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
+    patch(&fixture, &admin, id, json!({"plan": "gold"})).await;
+    assert_eq!(plans().await, (json!("gold"), json!("gold"), "g".into()));
+    // What is not said stays; what is null goes.
+    patch(&fixture, &admin, id, json!({"name": "y", "cost": 2})).await;
+    assert_eq!(plans().await, (json!("gold"), json!("gold"), "g".into()));
+    patch(&fixture, &admin, id, json!({"plan": null})).await;
+    assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
+
+    let delete = async || fixture.call("DELETE", "/v1/plans/free", &admin, None).await;
+    let detail = "The plan free is used by 1 key and 1 user. Take it from them first.";
+    delete().await.assert_problem(409, "conflict", detail, None);
+    fixture.call("DELETE", &uri, &admin, None).await;
+    let detail = "The plan free is used by 0 keys and 1 user. Take it from them first.";
+    delete().await.assert_problem(409, "conflict", detail, None);
+    owner(Value::Null).await;
+    assert_eq!(delete().await.status.as_u16(), 204);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    let (id, _) = create(&fixture, &admin, json!({})).await;
+    let zone = "time_zone must be a time zone of the IANA database such as Europe/Berlin";
+    for (quota, detail) in [
+        (json!({"requests": 0, "period": "day"}), "requests must be a number from 1 to 1000000000000"),
+        (json!({"requests": 1, "period": "day", "time_zone": "Europe/Atlantis"}), zone),
+        (json!({"requests": 1, "period": "day", "time_zone": "a\u{0}"}), zone),
+        (
+            json!({"requests": 1, "period": "day", "window_seconds": 60}),
+            "window_seconds goes with the period rolling only",
+        ),
+        (
+            json!({"requests": 1, "period": "rolling"}),
+            "a rolling quota needs window_seconds, a number from 60 to 31622400",
+        ),
+        (
+            json!({"requests": 1, "period": "rolling", "window_seconds": 60, "time_zone": "UTC"}),
+            "a rolling quota has no time_zone",
+        ),
+    ] {
+        let body = json!({"quota": quota});
+        put(&fixture, &admin, "gold", body.clone()).await.assert_problem(400, "invalid", detail, Some("quota"));
+        patch(&fixture, &admin, id, body.clone()).await.assert_problem(400, "invalid", detail, Some("quota"));
+        let mut key = json!({"email": "user@example.com", "name": "x"});
+        key["quota"] = body["quota"].clone();
+        let reply = fixture.call("POST", "/v1/keys", &admin, Some(&key)).await;
+        reply.assert_problem(400, "invalid", detail, Some("quota"));
+    }
+    for (quota, field) in [(json!({"requests": 1, "period": "year"}), "quota"), (json!({"period": "day"}), "quota")] {
+        let reply = patch(&fixture, &admin, id, json!({"quota": quota})).await;
+        assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
+    }
+    for (quota, shown) in [
+        (daily(5), json!({"requests": 5, "period": "day", "time_zone": "UTC"})),
+        (
+            json!({"requests": 5, "period": "rolling", "window_seconds": 60}),
+            json!({"requests": 5, "period": "rolling", "window_seconds": 60}),
+        ),
+        (
+            json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata"}),
+            json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata"}),
+        ),
+    ] {
+        assert_eq!(patch(&fixture, &admin, id, json!({"quota": quota})).await.json()["quota"], shown);
+    }
+    let stored: Value =
+        sqlx::query_scalar("select quota from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
+    assert_eq!(stored, json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata"}));
+    patch(&fixture, &admin, id, json!({"quota": {"requests": 5, "period": "rolling", "window_seconds": 90}})).await;
+    let stored: Value =
+        sqlx::query_scalar("select quota from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
+    assert_eq!(stored, json!({"requests": 5, "period": "rolling", "window_s": 90}));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    let owner = async |plan: Value| {
+        let reply = fixture.call("PATCH", "/v1/users/user@example.com", &admin, Some(&json!({"plan": plan}))).await;
+        assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
+    };
+    put(&fixture, &admin, "gold", json!({"quota": daily(1_600)})).await;
+    let (plain, _) = create(&fixture, &admin, json!({})).await;
+    let (own, key) = create(&fixture, &admin, json!({"quota": daily(160)})).await;
+    let (planned, _) = create(&fixture, &admin, json!({"plan": "gold"})).await;
+    let starters = async || [starter(&pool, plain).await, starter(&pool, own).await, starter(&pool, planned).await];
+    assert_eq!(starters().await, [None, Some(10), Some(100)]);
+    assert_eq!(record(&fixture, &key).await.further.quota.unwrap().starter, 10);
+
+    owner(json!("gold")).await;
+    assert_eq!(starters().await, [Some(100), Some(10), Some(100)]);
+    // A change of the plan is one change of all its keys.
+    let before = revision(&pool).await;
+    put(&fixture, &admin, "gold", json!({"quota": daily(3_200)})).await;
+    assert_eq!(starters().await, [Some(200), Some(10), Some(200)]);
+    assert_eq!(revision(&pool).await, before + 2);
+    put(&fixture, &admin, "gold", json!({"quota": daily(3_200), "scopes": ["a"]})).await;
+    assert_eq!(revision(&pool).await, before + 3, "no key changed");
+
+    patch(&fixture, &admin, own, json!({"quota": null})).await;
+    assert_eq!(starter(&pool, own).await, Some(200));
+    assert_eq!(record(&fixture, &key).await.further.quota.unwrap().starter, 200);
+    for (requests, expected) in [(1, 1), (31, 1), (32, 2), (16_000_000, 1_000_000), (1_000_000_000_000, 1_000_000)] {
+        patch(&fixture, &admin, own, json!({"quota": daily(requests)})).await;
+        assert_eq!(starter(&pool, own).await, Some(expected), "{requests}");
+    }
+    patch(&fixture, &admin, own, json!({"quota": null})).await;
+    owner(Value::Null).await;
+    assert_eq!(starters().await, [None, None, Some(200)]);
+    // Keys of a user who has a plan already.
+    owner(json!("gold")).await;
+    let (late, _) = create(&fixture, &admin, json!({})).await;
+    let body = json!({"email": "user@example.com", "key_name": "x"});
+    assert_eq!(fixture.call("POST", "/api/user/key", &admin, Some(&body)).await.status.as_u16(), 200);
+    let primary: Uuid =
+        sqlx::query_scalar("select primary_key_id from user_preferences where email = 'user@example.com'")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert_eq!((starter(&pool, late).await, starter(&pool, primary).await), (Some(200), Some(200)));
+    put(&fixture, &admin, "gold", json!({})).await;
+    assert_eq!(starters().await, [None, None, None]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_quota_that_grew_or_is_gone_opens_at_once(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    let (id, key) = create(&fixture, &admin, json!({"quota": daily(160)})).await;
+    let used_up = async || {
+        let update =
+            "update api_keys set quota_exceeded = true, quota_resets_at = now() + interval '1 h' where id = $1";
+        sqlx::query(update).bind(id).execute(&pool).await.unwrap();
+    };
+    let insert = "insert into quota_use (key_id, window_start, window_end, used)
+        values ($1, now() - interval '1 h', now() + interval '1 h', 170)";
+    sqlx::query(insert).bind(id).execute(&pool).await.unwrap();
+    used_up().await;
+    let state = async || {
+        let record = record(&fixture, &key).await;
+        let turn = record.further.quota.map(|quota| (quota.turn, quota.resets_at_s.is_some()));
+        (record.flags.contains(contract::record::Flags::QUOTA_EXCEEDED), turn)
+    };
+    assert_eq!(state().await, (true, Some((1, true))));
+    // Not enough.
+    patch(&fixture, &admin, id, json!({"quota": daily(170)})).await;
+    assert_eq!(state().await, (true, Some((1, true))));
+    patch(&fixture, &admin, id, json!({"quota": daily(171)})).await;
+    assert_eq!(state().await, (false, Some((2, false))));
+    used_up().await;
+    patch(&fixture, &admin, id, json!({"quota": null})).await;
+    assert_eq!(state().await, (false, None));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    let (id, key) =
+        create(&fixture, &admin, json!({"allowed_addresses": ["192.0.2.7", "2001:DB8::/32", "192.0.2.7/32"]})).await;
+    let shown = fixture.call("GET", &format!("/v1/keys/{id}"), &admin, None).await.json();
+    assert_eq!(shown["allowed_addresses"], json!(["192.0.2.7/32", "2001:db8::/32"]));
+    let known = record(&fixture, &key).await;
+    assert_eq!((known.requires, known.further.networks.len()), (Requires::NETWORKS, 2));
+    // The control plane keeps to them too.
+    let from = async |address: &str| {
+        let mut request = request("GET", "/v1/keys", Some(&key), axum::body::Body::empty());
+        request.extensions_mut().insert(ConnectInfo(Peer(format!("{address}:1").parse().unwrap())));
+        fixture.send(request).await.status.as_u16()
+    };
+    assert_eq!((from("192.0.2.7").await, from("192.0.2.8").await, from("[2001:db8::1]").await), (200, 403, 200));
+    for (bad, detail) in [
+        ("192.0.2.0/33", "entry 1: the prefix is longer than the address"),
+        ("192.0.2.1/24", "entry 1: the address has bits beyond its prefix; write the first address of the network"),
+        ("example.com", "entry 1: must be an address or a network such as 192.0.2.0/24 or 2001:db8::/32"),
+    ] {
+        let reply = patch(&fixture, &admin, id, json!({"allowed_addresses": ["::1", bad]})).await;
+        reply.assert_problem(400, "invalid", detail, Some("allowed_addresses"));
+    }
+    assert_eq!(
+        patch(&fixture, &admin, id, json!({"allowed_addresses": []})).await.json()["allowed_addresses"],
+        json!([])
+    );
+    assert_eq!(record(&fixture, &key).await.requires, Requires(0));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_narrows_addresses_and_sets_nothing_that_frees_a_key(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    put(&fixture, &admin, "gold", json!({})).await;
+    // No address is told by these calls: the user's own key has to be good from anywhere.
+    let (id, user) = create(&fixture, &admin, json!({})).await;
+    let (bound, _) = create(&fixture, &admin, json!({"allowed_addresses": ["192.0.2.0/24"]})).await;
+    let limit = json!([{"name": "a", "requests": 1, "window_seconds": 1}]);
+    for (field, value) in [
+        ("roles", json!([])),
+        ("plan", json!("gold")),
+        ("plan", json!(null)),
+        ("quota", json!(null)),
+        ("quota", daily(1)),
+        ("cost", json!(0)),
+        ("rate_limits", limit),
+    ] {
+        let detail = format!("Only a key with the scope admin sets {field}.");
+        let mut body = json!({});
+        body[field] = value;
+        patch(&fixture, &user, id, body.clone()).await.assert_problem(403, "forbidden", &detail, None);
+        if field != "rate_limits" {
+            body["email"] = "user@example.com".into();
+            body["name"] = "x".into();
+            let reply = fixture.call("POST", "/v1/keys", &user, Some(&body)).await;
+            reply.assert_problem(403, "forbidden", &detail, None);
+        }
+    }
+    let detail = "Only a key with the scope admin widens allowed_addresses.";
+    for wider in [json!([]), json!(["192.0.2.0/23"]), json!(["192.0.2.7", "203.0.113.0/24"])] {
+        let reply = patch(&fixture, &user, bound, json!({"allowed_addresses": wider})).await;
+        reply.assert_problem(403, "forbidden", detail, None);
+    }
+    let narrower = json!(["192.0.2.0/25", "192.0.2.200/32"]);
+    let reply = patch(&fixture, &user, bound, json!({"allowed_addresses": narrower})).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["allowed_addresses"]), (200, &narrower));
+    let reply = patch(&fixture, &user, id, json!({"allowed_addresses": ["0.0.0.0/0"]})).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["allowed_addresses"]), (200, &json!(["0.0.0.0/0"])));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_binds_a_user_s_key_binds_those_that_it_makes(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    put(&fixture, &admin, "gold", json!({"rate_limits": [{"name": "a", "requests": 5, "window_seconds": 1}]})).await;
+    fixture.call("PUT", "/v1/roles/reader", &admin, Some(&json!({"scopes": ["r"]}))).await;
+    let quota = json!({"requests": 160, "period": "day", "time_zone": "UTC"});
+    let all = json!({
+        "plan": "gold", "roles": ["reader"], "quota": quota, "cost": 7, "allowed_addresses": ["0.0.0.0/1", "128.0.0.0/1"],
+    });
+    let (_, user) = create(&fixture, &admin, all).await;
+    let call = async |uri: &str, body: Value| {
+        let mut request = request("POST", uri, Some(&user), body.to_string());
+        request.extensions_mut().insert(ConnectInfo(Peer("192.0.2.1:1".parse().unwrap())));
+        fixture.send(request).await
+    };
+    let free = json!([{"name": "free", "requests": 1_000_000_000, "window_seconds": 1}]);
+    let body = json!({"email": "user@example.com", "name": "x", "rate_limits": free});
+    let made = call("/v1/keys", body).await.json();
+    let bound = |key: &Value, addresses: Value| {
+        let told = ["plan", "effective_plan", "roles", "quota", "cost", "rate_limits", "allowed_addresses"]
+            .map(|field| key[field].clone());
+        let expected = [json!("gold"), json!("gold"), json!([]), quota.clone(), json!(7), json!([]), addresses];
+        assert_eq!(told, expected);
+    };
+    bound(&made, json!(["0.0.0.0/1", "128.0.0.0/1"]));
+    assert_eq!(starter(&pool, made["id"].as_str().unwrap().parse().unwrap()).await, Some(10));
+    let narrow = json!({"email": "user@example.com", "name": "x", "allowed_addresses": ["192.0.2.0/24"]});
+    bound(&call("/v1/keys", narrow).await.json(), json!(["192.0.2.0/24"]));
+    let detail = "Only a key with the scope admin widens allowed_addresses.";
+    for wide in [json!([]), json!(["::/0"])] {
+        let body = json!({"email": "user@example.com", "name": "x", "allowed_addresses": wide});
+        call("/v1/keys", body).await.assert_problem(403, "forbidden", detail, None);
+    }
+    // So it is with the primary key.
+    assert_eq!(call("/api/user/key", json!({"email": "user@example.com", "key_name": "x"})).await.status.as_u16(), 200);
+    let primary: Uuid =
+        sqlx::query_scalar("select primary_key_id from user_preferences where email = 'user@example.com'")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    let primary = fixture.call("GET", &format!("/v1/keys/{primary}"), &admin, None).await.json();
+    bound(&primary, json!(["0.0.0.0/1", "128.0.0.0/1"]));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_a_request_costs_is_bounded_and_told_to_filters(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let admin = admin(&fixture).await;
+    let (id, key) = create(&fixture, &admin, json!({"cost": 0})).await;
+    assert_eq!(record(&fixture, &key).await.cost, 0);
+    assert_eq!(patch(&fixture, &admin, id, json!({"cost": 1_000_000})).await.json()["cost"], 1_000_000);
+    assert_eq!(record(&fixture, &key).await.cost, 1_000_000);
+    for cost in [-1, 1_000_001, i64::MAX] {
+        let reply = patch(&fixture, &admin, id, json!({"cost": cost})).await;
+        reply.assert_problem(400, "invalid", "must be a number from 0 to 1000000", Some("cost"));
+    }
+    let detail = "This key is revoked for good and cannot be changed.";
+    fixture.call("DELETE", &format!("/v1/keys/{id}"), &admin, None).await;
+    patch(&fixture, &admin, id, json!({"cost": 1})).await.assert_problem(409, "conflict", detail, None);
+}
