@@ -128,6 +128,31 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn keys_are_imported_from_the_command_line(pool: PgPool) {
+    let url = url(&pool);
+    let file = std::env::temp_dir().join(format!("portcullis-keys-{}", uuid::Uuid::now_v7()));
+    let line = |name: &str| format!("{{\"email\": \"user@example.com\", \"name\": \"{name}\", \"key\": \"a-key-named-{name}\"}}\n");
+    std::fs::write(&file, line("alpha")).unwrap();
+    let import = || run(&["keys", "import", "--database-url", &url, file.to_str().unwrap()]);
+    assert_eq!(printed(&import()), "keys imported: 1, lines that were not taken: 0");
+    std::fs::write(&file, line("alpha") + &line("beta1")).unwrap();
+    let output = import();
+    std::fs::remove_file(&file).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let expected = "line 1: duplicate: this key exists already\ncontrol-plane: some lines were not taken\n";
+    assert_eq!((output.status.success(), &*said), (false, expected));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "keys imported: 1, lines that were not taken: 1\n");
+    for name in ["alpha", "beta1"] {
+        let key = Secret::from_presented(format!("a-key-named-{name}"));
+        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap();
+        assert_eq!(found.unwrap().email, "user@example.com");
+    }
+    let actors: Vec<Option<uuid::Uuid>> =
+        sqlx::query_scalar("select actor_key_id from audit where action = 'keys.import'").fetch_all(&pool).await.unwrap();
+    assert_eq!(actors, [None, None]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
     let sync = control_plane::key::store::generate(KeyKind::Live).unwrap();
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));

@@ -64,7 +64,15 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
     assert_eq!(created, expected);
     let created_at = created["created_at"].as_str().unwrap();
     assert!(created_at.len() == 20 && created_at.ends_with('Z'), "{created_at}");
-    assert_eq!(send(&fixture, "GET", &format!("/v1/keys/{id}"), &admin).await.json(), expected);
+    assert_eq!(reply.header("etag"), "\"1\"");
+    let reply = send(&fixture, "GET", &format!("/v1/keys/{id}"), &admin).await;
+    assert_eq!(reply.header("etag"), "\"1\"");
+    let mut details = expected;
+    details["secrets"] = json!([{
+        "generation": 1, "prefix": details["prefix"], "current": true, "ends_at": null, "usage_count": 0,
+        "last_used_at": null,
+    }]);
+    assert_eq!(reply.json(), details);
 
     fixture.in_step().await;
     let record = fixture.app.store.find(&secret.hash()).unwrap();

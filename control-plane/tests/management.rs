@@ -217,6 +217,11 @@ async fn every_management_route_needs_a_good_key(pool: PgPool) {
         ("PATCH", format!("/v1/keys/{id}")),
         ("DELETE", format!("/v1/keys/{id}")),
         ("GET", format!("/v1/keys/{id}/usage")),
+        ("POST", format!("/v1/keys/{id}/rotate")),
+        ("DELETE", format!("/v1/keys/{id}/secrets/1")),
+        ("POST", "/v1/keys/import".into()),
+        ("POST", "/v1/users/user@example.com/revoke-keys".into()),
+        ("GET", "/v1/audit".into()),
     ] {
         let reply = fixture.send(request(method, &uri, None, Body::empty())).await;
         let detail = "Send your API key in the header that this service expects.";

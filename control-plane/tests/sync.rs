@@ -11,6 +11,9 @@ use contract::id::Epoch;
 use contract::key::Secret;
 use contract::page::{Entry, Header, Page, PageView, Part};
 use contract::record::{Flags, Record};
+use control_plane::audit::Actor;
+use control_plane::key::change::{Changes, change};
+use control_plane::key::revoke::withdraw;
 use control_plane::key::store;
 use control_plane::sync::feed;
 use sqlx::PgPool;
@@ -83,7 +86,7 @@ async fn a_snapshot_and_the_changes_after_it_are_the_table(pool: PgPool) {
     assert_eq!(reader.keys.len(), 2);
 
     fixture.key("b@example.com", &[]).await;
-    store::revoke(&pool, first).await.unwrap();
+    support::revoke(&pool, first).await;
     fixture.in_step().await;
     let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
     assert!(matches!(header.part, Part::Changes { .. }));
@@ -177,7 +180,7 @@ async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool
                 for number in 0..25 {
                     let (id, _) = support::key(&pool, &format!("{writer}@example.com"), &[]).await;
                     if number % 3 == 0 {
-                        store::revoke(&pool, id).await.unwrap();
+                        support::revoke(&pool, id).await;
                     }
                 }
             })
@@ -234,7 +237,7 @@ async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_
     behind.in_step().await;
     behind.stop_feed();
     let old = synced(&behind, &sync).await.epoch;
-    store::revoke(&pool, revoked).await.unwrap();
+    support::revoke(&pool, revoked).await;
     let new = feed::new_epoch(&pool).await.unwrap();
     ahead.app.feed.refresh(None).await.unwrap();
     let mut reader = synced(&ahead, &sync).await;
@@ -339,17 +342,17 @@ async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool:
     let fixture = Fixture::new(pool.clone()).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let (id, secret) = fixture.key("a@example.com", &[]).await;
-    store::revoke(&pool, id).await.unwrap();
+    support::revoke(&pool, id).await;
     fixture.in_step().await;
     let mut reader = synced(&fixture, &sync).await;
     assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
-    assert_eq!(store::withdraw(&pool, 30).await.unwrap(), 0);
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
     sqlx::query("update api_keys set revoked_at = now() - interval '31 days' where id = $1")
         .bind(id)
         .execute(&pool)
         .await
         .unwrap();
-    assert_eq!(store::withdraw(&pool, 30).await.unwrap(), 1);
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 1);
     fixture.in_step().await;
     let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
     assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
@@ -374,19 +377,22 @@ async fn the_hash_of_a_key_never_changes(pool: PgPool) {
     support::key(&pool, "a@example.com", &[]).await;
     let change = "update api_keys set hash = sha256('another')";
     let error = sqlx::query(change).execute(&pool).await.unwrap_err().to_string();
-    assert!(error.contains("make another key and revoke this one"), "{error}");
+    assert!(error.contains("retire the secret and give the key a new one"), "{error}");
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
     let (id, _) = support::key(&pool, "a@example.com", &[]).await;
-    store::revoke(&pool, id).await.unwrap();
+    support::revoke(&pool, id).await;
     let (live, _) = support::key(&pool, "a@example.com", &[]).await;
     let before = revision(&pool).await;
-    assert_eq!(store::withdraw(&pool, 30).await.unwrap(), 0);
-    assert!(store::revoke(&pool, id).await.unwrap());
-    assert!(!store::change(&pool, id, None, Some(true)).await.unwrap());
-    assert!(store::change(&pool, live, None, Some(false)).await.unwrap());
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
+    support::revoke(&pool, id).await;
+    let mut transaction = pool.begin().await.unwrap();
+    let held = store::hold(&mut transaction, live).await.unwrap().unwrap();
+    let same = Changes { disabled: Some(false), expires_at: Some(None), ..Changes::default() };
+    change(&mut transaction, &Actor::system(), &held, same).await.unwrap();
+    transaction.commit().await.unwrap();
     assert_eq!(revision(&pool).await, before);
 }
 
@@ -409,7 +415,7 @@ async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
     assert_eq!((header.revision, header.part), (at, Part::Snapshot { from: 700, to: BUCKETS }));
 
     // Behind: it looks, and goes on.
-    store::revoke(&pool, newer).await.unwrap();
+    support::revoke(&pool, newer).await;
     let now = revision(&pool).await;
     let header = Reader::default().apply(&continued(epoch, now).await);
     assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 700, to: BUCKETS }));

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use contract::key::Secret;
-use hyper::Method;
+use hyper::{Method, Request};
 use serde_json::{Value, json};
 
 use crate::http::{self, Reply};
@@ -52,6 +52,41 @@ impl Rest {
     pub async fn status(&self, email: &str) -> Result<Value> {
         let mut answer = self.succeed(Method::GET, &format!("/api/user/key/{email}"), None).await?;
         Ok(answer["keyPreference"].take())
+    }
+
+    /// A call that answers with JSON and this status.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub async fn expect(&self, method: Method, path: &str, body: Option<&Value>, status: u16) -> Result<Value> {
+        let reply = self.call(method.clone(), path, body).await?;
+        ensure!(reply.status == status, "{method} {path}: {} {:?}", reply.status, reply.body);
+        reply.json()
+    }
+
+    /// Makes a key of the user; its id and the key itself.
+    ///
+    /// # Errors
+    /// If that does not succeed.
+    pub async fn create(&self, email: &str) -> Result<(String, String)> {
+        let body = json!({"email": email, "name": "Test Key"});
+        let made = self.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).context("a field is missing");
+        Ok((text("id")?, text("key")?))
+    }
+
+    /// Imports keys: one JSON object a line.
+    ///
+    /// # Errors
+    /// If the control plane does not answer as it should.
+    pub async fn import(&self, lines: String) -> Result<Value> {
+        let request = Request::post("/v1/keys/import")
+            .header("x-api-key", self.key.reveal())
+            .header("content-type", "application/x-ndjson")
+            .body(lines.into())?;
+        let reply = http::send(self.address, request).await?;
+        ensure!(reply.status == 200, "import: {} {:?}", reply.status, reply.body);
+        reply.json()
     }
 
     async fn succeed(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value> {

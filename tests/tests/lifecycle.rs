@@ -115,3 +115,63 @@ async fn what_every_envoy_counted_adds_up() -> Result<()> {
     stack.wait_for_usage(ADA, stack.demo.requests()).await?;
     Ok(())
 }
+
+#[tokio::test]
+async fn a_key_is_switched_off_and_on_again() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let (id, key) = rest.create(ADA).await?;
+    let uri = format!("/v1/keys/{id}");
+    stack.wait_for_status(Some(&key), 200).await?;
+    let off = rest.expect(Method::PATCH, &uri, Some(&json!({"disabled": true})), 200).await?;
+    assert_eq!(off["state"], "disabled");
+    stack.wait_for_status(Some(&key), 403).await?;
+    assert_refused(&stack.get(Some(&key)).await?, Outcome::Disabled, &[]);
+    let on = rest.expect(Method::PATCH, &uri, Some(&json!({"disabled": false})), 200).await?;
+    assert_eq!(on["state"], "active");
+    stack.wait_for_status(Some(&key), 200).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_ends_at_its_time_without_anybody_acting_and_comes_back_when_its_end_is_moved() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let (id, key) = rest.create(ADA).await?;
+    let uri = format!("/v1/keys/{id}");
+    stack.wait_for_status(Some(&key), 200).await?;
+    let ends = rest.expect(Method::PATCH, &uri, Some(&json!({"expires_in_seconds": 2})), 200).await?;
+    assert!(ends["expires_at"].is_string(), "{ends}");
+    stack.wait_for_status(Some(&key), 401).await?;
+    assert_refused(&stack.get(Some(&key)).await?, Outcome::Expired, &[]);
+    let ended = rest.expect(Method::GET, &uri, None, 200).await?;
+    assert_eq!(ended["state"], "expired");
+    let back = rest.expect(Method::PATCH, &uri, Some(&json!({"expires_at": null})), 200).await?;
+    assert_eq!((&back["state"], &back["expires_at"]), (&json!("active"), &Value::Null));
+    stack.wait_for_status(Some(&key), 200).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn all_keys_of_a_user_are_revoked_at_once_and_nobody_elses() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let rest = stack.rest();
+    let mut keys = Vec::new();
+    for _ in 0..3 {
+        keys.push(rest.create(ADA).await?.1);
+    }
+    keys.push(rest.generate(ADA).await?);
+    let (_, other) = rest.create("other@example.com").await?;
+    for key in keys.iter().chain([&other]) {
+        stack.wait_for_status(Some(key), 200).await?;
+    }
+    let all = rest.expect(Method::POST, &format!("/v1/users/{ADA}/revoke-keys"), None, 200).await?;
+    assert_eq!(all, json!({"revoked": 4, "kept": 0}));
+    stack.wait_for_status(keys.first().map(String::as_str), 401).await?;
+    // They died in one transaction: whoever knows of one knows of all.
+    for key in &keys {
+        assert_refused(&stack.get(Some(key)).await?, Outcome::Revoked, &[]);
+    }
+    assert_upstream(&stack.get(Some(&other)).await?, &IDENTITY);
+    Ok(())
+}

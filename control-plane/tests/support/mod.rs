@@ -10,8 +10,10 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use contract::hash::KeyHash;
 use contract::key::Secret;
+use control_plane::audit::Actor;
 use control_plane::auth::Callers;
 use control_plane::key::domain::{Email, KeyName, Scopes};
+use control_plane::key::revoke;
 use control_plane::key::store::{self, NewKey};
 use control_plane::sync::Store;
 use control_plane::sync::feed::Feed;
@@ -85,6 +87,28 @@ impl Fixture {
         key(&self.pool, email, scopes).await
     }
 
+    /// One call of the REST API, with a JSON body if there is one.
+    pub async fn call(&self, method: &str, uri: &str, key: &Secret, body: Option<&Value>) -> Reply {
+        self.call_with(method, uri, key, body, &[]).await
+    }
+
+    /// One call with further headers.
+    pub async fn call_with(
+        &self,
+        method: &str,
+        uri: &str,
+        key: &Secret,
+        body: Option<&Value>,
+        headers: &[(&'static str, &str)],
+    ) -> Reply {
+        let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
+        let mut request = request(method, uri, Some(key), body);
+        for (name, value) in headers {
+            request.headers_mut().append(*name, value.parse().unwrap());
+        }
+        self.send(request).await
+    }
+
     /// Waits until the mirror has the present revision of the database.
     pub async fn in_step(&self) -> u64 {
         let now = revision(&self.pool).await;
@@ -151,8 +175,18 @@ pub async fn key(pool: &PgPool, email: &str, scopes: &[&str]) -> (Uuid, Secret) 
         scopes: Scopes::parse(scopes.iter().map(ToString::to_string).collect()).unwrap(),
         ..NewKey::plain(Email::parse(email).unwrap(), KeyName::parse("name", "a key").unwrap())
     };
-    let (key, secret) = store::create(pool, new).await.unwrap();
+    let mut transaction = pool.begin().await.unwrap();
+    let (key, secret) = store::create(&mut transaction, &Actor::system(), new).await.unwrap();
+    transaction.commit().await.unwrap();
     (key.id, secret)
+}
+
+/// Revokes a key for good.
+pub async fn revoke(pool: &PgPool, id: Uuid) {
+    let mut transaction = pool.begin().await.unwrap();
+    let held = store::hold(&mut transaction, id).await.unwrap().unwrap();
+    revoke::revoke(&mut transaction, &Actor::system(), &held).await.unwrap();
+    transaction.commit().await.unwrap();
 }
 
 pub async fn revision(pool: &PgPool) -> u64 {

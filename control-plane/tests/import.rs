@@ -1,0 +1,203 @@
+//! Importing keys in bulk, over the real router and a real PostgreSQL.
+#![expect(clippy::print_stdout, reason = "a test that measures prints its figures")]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use contract::hash::KeyHash;
+use contract::key::{KeyKind, Secret};
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request, revision};
+
+const ADMIN: &[&str] = &["admin"];
+
+async fn import(fixture: &Fixture, caller: &Secret, body: impl Into<Body>) -> Reply {
+    let mut request = request("POST", "/v1/keys/import", Some(caller), body);
+    request.headers_mut().insert("content-type", "application/x-ndjson; charset=utf-8".parse().unwrap());
+    fixture.send(request).await
+}
+
+fn line(number: usize) -> String {
+    let (email, key) = (format!("user{}@example.com", number % 5_000), format!("imported-key-{number:08}"));
+    json!({"email": email, "name": format!("key {number}"), "key": key}).to_string()
+}
+
+fn key(number: usize) -> Secret {
+    Secret::from_presented(format!("imported-key-{number:08}"))
+}
+
+async fn status(fixture: &Fixture, key: &Secret) -> Value {
+    let reply = fixture.call("GET", "/v1/keys", key, None).await;
+    if reply.status.as_u16() == 200 { json!("allowed") } else { reply.json()["code"].clone() }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, ours) = fixture.key("user@example.com", &[]).await;
+    let reply = fixture.call("POST", &format!("/v1/keys/{id}/rotate"), &admin, None).await;
+    let rotated = reply.json()["key"].as_str().unwrap().to_owned();
+    let own_form = Secret::generate(KeyKind::Live, &mut getrandom::SysRng).unwrap();
+    let hashed = |key: &str| format!("sha256:{}", hex::encode(KeyHash::of(key.as_bytes()).0));
+    let lines = [
+        json!({
+            "email": "User@Example.com", "name": "Everything", "hash": hashed("a key of sixteen"), "prefix": "abc",
+            "scopes": ["orders:read", "orders:write"], "expires_at": "2030-01-01T00:00:00Z", "disabled": true,
+            "rate_limits": [{"name": "burst", "requests": 10, "window_seconds": 1, "shared": false}],
+        })
+        .to_string(),
+        String::new(),
+        json!({"email": "new@example.com", "name": "plain", "key": "a-key-of-another-system"}).to_string(),
+        json!({"email": "new@example.com", "name": "twice", "hash": hashed("a-key-of-another-system")}).to_string(),
+        "{\"email\": \"secret-key-that-must-not-show\"".into(),
+        json!({"email": "nobody", "name": "x", "key": "secret-key-that-must-not-show"}).to_string(),
+        json!({"email": "u@example.com", "name": "x", "keys": "secret-key-that-must-not-show"}).to_string(),
+        "x".repeat(16_385),
+        json!({"email": "u@example.com", "name": "short", "key": "fifteen-letters"}).to_string(),
+        json!({"email": "u@example.com", "name": "there", "key": rotated}).to_string(),
+        json!({"email": "u@example.com", "name": "retired", "key": ours.reveal()}).to_string(),
+        json!({"email": "u@example.com", "name": "own form", "key": own_form.reveal()}).to_string(),
+    ];
+    let reply = import(&fixture, &admin, lines.join("\n")).await;
+    let bad = |line: u64, code: &str, reason: &str| json!({"line": line, "code": code, "reason": reason});
+    let expected = json!({
+        "imported": 3, "failed": 8, "errors_truncated": false,
+        "errors": [
+            bad(4, "duplicate", "this key stands in an earlier line"),
+            bad(5, "invalid", "column 41: is not JSON"),
+            bad(6, "invalid", "email: must be an email address such as user@example.com"),
+            bad(7, "invalid", "column 43: a field is unknown, repeated, or of the wrong type"),
+            bad(8, "too_long", "a line has at most 16384 bytes"),
+            bad(9, "invalid", "key: must have 16 to 1024 visible ASCII characters"),
+            bad(10, "duplicate", "this key exists already"),
+            bad(11, "duplicate", "this key exists already"),
+        ],
+    });
+    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!((reply.header("content-type"), reply.header("cache-control")), ("application/json", "no-store"));
+    assert!(!String::from_utf8(reply.body).unwrap().contains("must-not-show"));
+
+    assert_eq!(status(&fixture, &Secret::from_presented("a-key-of-another-system".into())).await, "allowed");
+    assert_eq!(status(&fixture, &Secret::from_presented("a key of sixteen".into())).await, "disabled");
+    let listed = fixture.call("GET", "/v1/keys?name=everything", &admin, None).await.json();
+    let everything = &listed["keys"][0];
+    let shown = ["email", "name", "prefix", "scopes", "rate_limits", "generation", "state", "expires_at"];
+    assert_eq!(
+        json!(shown.map(|field| everything[field].clone())),
+        json!([
+            "user@example.com", "Everything", "abc", ["orders:read", "orders:write"],
+            [{"name": "burst", "requests": 10, "window_seconds": 1, "burst": 10, "shared": false}],
+            1, "disabled", "2030-01-01T00:00:00Z",
+        ])
+    );
+    let own = fixture.call("GET", "/v1/keys", &own_form, None).await.json();
+    assert_eq!(own["keys"][0]["prefix"], json!(own_form.display_prefix()));
+    let kept: String = sqlx::query_scalar("select string_agg(concat(k::text, (select string_agg(a::text, ' ') from audit a)), ' ') from api_keys k")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    assert!(!kept.contains("a-key-of-another-system"));
+
+    // All of it once more does no harm.
+    let before = revision(&pool).await;
+    let again = import(&fixture, &admin, lines.join("\n")).await.json();
+    assert_eq!((&again["imported"], &again["failed"]), (&json!(0), &json!(11)));
+    assert_eq!(revision(&pool).await, before, "nothing for filters to learn");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn only_admins_import_and_only_lines_of_json(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    let reply = import(&fixture, &user, line(1)).await.json();
+    let detail = "This call is for admins. Use a key with the scope admin.";
+    assert_eq!((&reply["code"], &reply["detail"]), (&json!("forbidden"), &json!(detail)));
+    let reply = fixture.send(request("POST", "/v1/keys/import", Some(&admin), line(1))).await;
+    let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
+    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (415, &json!(detail)));
+    let empty = json!({"imported": 0, "failed": 0, "errors": [], "errors_truncated": false});
+    assert_eq!(import(&fixture, &admin, "").await.json(), empty);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    // Bad lines at the end, more than are told, and five lines too many.
+    let mut lines: Vec<_> = (0..98_500).map(line).collect();
+    lines.extend((0..1_505).map(|_| "{}".to_owned()));
+    let pieces: Vec<_> = lines.join("\n").into_bytes().chunks(60_000).map(Bytes::copy_from_slice).collect();
+    let start = Instant::now();
+    let reply = import(&fixture, &admin, Body::from_stream(stream::iter(pieces.into_iter().map(Ok::<_, String>)))).await;
+    let took = start.elapsed();
+    let told = reply.json();
+    assert_eq!(reply.status.as_u16(), 200, "{told}");
+    assert_eq!(
+        (&told["imported"], &told["failed"], &told["errors_truncated"]),
+        (&json!(98_500), &json!(1_505), &json!(true))
+    );
+    let errors = told["errors"].as_array().unwrap();
+    assert_eq!((errors.len(), &errors[0]), (1_000, &json!({"line": 98_501, "code": "invalid", "reason": "email: is missing"})));
+    println!("import: 100,000 lines, 98,500 keys of 5,000 users, in {took:.1?}");
+    for number in [0, 1, 50_000, 98_499] {
+        assert_eq!(status(&fixture, &key(number)).await, "allowed");
+    }
+    fixture.in_step().await;
+    assert_eq!(fixture.app.store.keys(), 98_501);
+    let audited: Vec<(String, i64)> =
+        sqlx::query_as("select action, count(*) from audit where action like 'keys.%' group by action order by action")
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    assert_eq!(audited, [("keys.import".into(), 1), ("keys.import_chunk".into(), 99)]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_is_beyond_the_last_line_is_told_once_and_counted(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let text = format!("{}{}\n{}\n", "\n".repeat(100_000), line(1), line(2));
+    let reason = "an import has at most 100000 lines; this one and all after it were not taken";
+    let expected = json!({
+        "imported": 0, "failed": 2, "errors": [{"line": 100_001, "code": "too_many", "reason": reason}],
+        "errors_truncated": false,
+    });
+    assert_eq!(import(&fixture, &admin, text).await.json(), expected);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, other) = fixture.key("other@example.com", &[]).await;
+    // The import gets its lines for as long as the revocation is not done.
+    let (done, is_done) = tokio::sync::watch::channel(false);
+    let pieces = stream::iter(0_usize..100).take_while(|_| {
+        let going = !*is_done.borrow();
+        async move { going }
+    });
+    let pieces = pieces.map(|chunk| {
+        let lines: Vec<_> = (chunk * 1_000..(chunk + 1) * 1_000).map(line).collect();
+        Ok::<_, String>(Bytes::from(lines.join("\n") + "\n"))
+    });
+    let (imported, waited) = tokio::join!(import(&fixture, &admin, Body::from_stream(pieces)), async {
+        while sqlx::query_scalar::<_, i64>("select count(*) from api_keys").fetch_one(&pool).await.unwrap() < 3_000 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let start = Instant::now();
+        assert_eq!(fixture.call("DELETE", &format!("/v1/keys/{id}"), &admin, None).await.status.as_u16(), 204);
+        let waited = start.elapsed();
+        done.send(true).unwrap();
+        waited
+    });
+    let imported = imported.json()["imported"].as_u64().unwrap();
+    println!("import: a revocation took {waited:.1?} beside an import that had {imported} lines to go on with");
+    assert!((3_000..100_000).contains(&imported), "{imported}: the import was under way all the while");
+    assert_eq!(status(&fixture, &other).await, "revoked");
+}

@@ -1,0 +1,238 @@
+//! Rotating keys, over the real router and a real PostgreSQL.
+
+mod support;
+
+use contract::key::{KeyKind, Secret, check};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, revision};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+const ADMIN: &[&str] = &["admin"];
+
+fn assert_problem(reply: &Reply, status: u16, code: &str, detail: &str) {
+    let body = reply.json();
+    assert_eq!((reply.status.as_u16(), &body["code"], &body["detail"]), (status, &json!(code), &json!(detail)));
+    assert_eq!(reply.header("content-type"), "application/problem+json");
+}
+
+async fn rotate(fixture: &Fixture, caller: &Secret, id: Uuid, body: Option<&Value>) -> Reply {
+    fixture.call("POST", &format!("/v1/keys/{id}/rotate"), caller, body).await
+}
+
+async fn rotated(fixture: &Fixture, caller: &Secret, id: Uuid, grace_seconds: i64) -> Secret {
+    let reply = rotate(fixture, caller, id, Some(&json!({"grace_seconds": grace_seconds}))).await;
+    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    Secret::from_presented(reply.json()["key"].as_str().unwrap().into())
+}
+
+async fn opens(fixture: &Fixture, key: &Secret) -> Value {
+    let reply = fixture.call("GET", "/v1/keys", key, None).await;
+    if reply.status.as_u16() == 200 { json!("allowed") } else { reply.json()["code"].clone() }
+}
+
+async fn secrets(fixture: &Fixture, caller: &Secret, id: Uuid) -> Vec<Value> {
+    let reply = fixture.call("GET", &format!("/v1/keys/{id}"), caller, None).await;
+    reply.json()["secrets"].as_array().unwrap().clone()
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let body = json!({
+        "email": "user@example.com", "name": "kept", "scopes": ["orders:read"], "expires_in_seconds": 86_400,
+        "rate_limits": [{"name": "burst", "requests": 10, "window_seconds": 1}],
+    });
+    let created = fixture.call("POST", "/v1/keys", &admin, Some(&body)).await.json();
+    let id: Uuid = created["id"].as_str().unwrap().parse().unwrap();
+    let old = Secret::from_presented(created["key"].as_str().unwrap().into());
+    for (generation, requests) in [(1, 40), (2, 2)] {
+        sqlx::query("insert into key_usage values ($1, $2, $3, '2026-05-16 09:12:43.5Z')")
+            .bind(id)
+            .bind(generation)
+            .bind(requests)
+            .execute(&pool)
+            .await
+            .unwrap();
+    }
+
+    let before = OffsetDateTime::now_utc();
+    let reply = rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 3_600, "kind": "test"}))).await;
+    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    assert_eq!((reply.header("location"), reply.header("etag")), (&*format!("/v1/keys/{id}"), "\"2\""));
+    assert_eq!(reply.header("cache-control"), "no-store");
+    let new = Secret::from_presented(reply.json()["key"].as_str().unwrap().into());
+    assert_eq!(check(new.reveal()), Ok(KeyKind::Test));
+    let mut expected = created.clone();
+    expected["key"] = new.reveal().into();
+    expected["prefix"] = new.display_prefix().into();
+    expected["generation"] = 2.into();
+    expected["usage_count"] = 42.into();
+    expected["last_used_at"] = "2026-05-16T09:12:43Z".into();
+    assert_eq!(reply.json(), expected, "what else there is to see of the key is as it was");
+
+    assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("allowed"), json!("allowed")));
+    let known = secrets(&fixture, &admin, id).await;
+    let ends_at = known[1]["ends_at"].clone();
+    let secret = |generation: i32, of: &Secret, ends_at: &Value, usage_count: i64| {
+        json!({
+            "generation": generation, "prefix": of.display_prefix(), "current": ends_at.is_null(), "ends_at": ends_at,
+            "usage_count": usage_count, "last_used_at": "2026-05-16T09:12:43Z",
+        })
+    };
+    assert_eq!(known, [secret(2, &new, &Value::Null, 2), secret(1, &old, &ends_at, 40)]);
+    let ends_at = OffsetDateTime::parse(ends_at.as_str().unwrap(), &Rfc3339).unwrap();
+    let grace = (ends_at - before).as_seconds_f64();
+    assert!((3_600.0..3_615.0).contains(&grace), "{grace}");
+
+    // Filters have both: the old one with its end, both under one key with its limits.
+    fixture.in_step().await;
+    let record = |secret: &Secret| fixture.app.store.find(&secret.hash()).unwrap();
+    let (was, is) = (record(&old), record(&new));
+    assert_eq!((was.generation, is.generation), (1, 2));
+    assert_eq!(was.expires_at_s, Some(ends_at.unix_timestamp().cast_unsigned()));
+    let end = OffsetDateTime::parse(created["expires_at"].as_str().unwrap(), &Rfc3339).unwrap();
+    assert_eq!(is.expires_at_s, Some(end.unix_timestamp().cast_unsigned()));
+    assert_eq!((was.key_id, &was.rate_limits, &was.scopes), (is.key_id, &is.rate_limits, &is.scopes));
+
+    // The old one dies without anybody acting: here its end is put into the past.
+    sqlx::query("update retired_secrets set ends_at = now()").execute(&pool).await.unwrap();
+    assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_grace_never_outlives_the_key(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, old) = fixture.key("user@example.com", &[]).await;
+    let end = json!({"expires_in_seconds": 60});
+    fixture.call("PATCH", &format!("/v1/keys/{id}"), &admin, Some(&end)).await;
+    rotated(&fixture, &admin, id, 86_400).await;
+    fixture.in_step().await;
+    let record = fixture.app.store.find(&old.hash()).unwrap();
+    let left = record.expires_at_s.unwrap().cast_signed() - OffsetDateTime::now_utc().unix_timestamp();
+    assert!((30..=61).contains(&left), "{left}");
+    // Whoever revokes the key revokes all of its secrets.
+    support::revoke(&pool, id).await;
+    assert_eq!(opens(&fixture, &old).await, "revoked");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn without_grace_and_without_a_body_the_old_secret_is_dead_at_once(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    // The primary key of a user, by the user, with the key itself.
+    let body = json!({"email": "user@example.com", "key_name": "primary"});
+    let generated = fixture.call("POST", "/api/user/key", &admin, Some(&body)).await.json();
+    let old = Secret::from_presented(generated["key"].as_str().unwrap().into());
+    let listed = fixture.call("GET", "/v1/keys", &old, None).await.json();
+    let id: Uuid = listed["keys"][0]["id"].as_str().unwrap().parse().unwrap();
+    let reply = rotate(&fixture, &old, id, None).await;
+    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    let new = Secret::from_presented(reply.json()["key"].as_str().unwrap().into());
+    assert_eq!(check(new.reveal()), Ok(KeyKind::Live));
+    assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
+    let status = fixture.call("GET", "/api/user/key/user@example.com", &admin, None).await.json();
+    assert_eq!(status["keyPreference"]["keyPrefix"], json!(new.display_prefix()));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, first) = fixture.key("user@example.com", &[]).await;
+    let second = rotated(&fixture, &admin, id, 3_600).await;
+    let third = rotated(&fixture, &admin, id, 3_600).await;
+    let cut = async |generation: i32| {
+        fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/{generation}"), &admin, None).await
+    };
+    let reply = cut(1).await;
+    assert_eq!((reply.status.as_u16(), reply.body.len()), (204, 0));
+    for (secret, outcome) in [(&first, "expired"), (&second, "allowed"), (&third, "allowed")] {
+        assert_eq!(opens(&fixture, secret).await, outcome);
+    }
+    let (ended, at) = (secrets(&fixture, &admin, id).await, revision(&pool).await);
+    assert_eq!(cut(1).await.status.as_u16(), 204);
+    assert_eq!((secrets(&fixture, &admin, id).await, revision(&pool).await), (ended, at), "once is enough");
+    assert_problem(&cut(4).await, 404, "not_found", &format!("There is no secret 4 of the key {id}."));
+    let detail = "This is the present secret of the key. Rotate the key, disable it, or revoke it.";
+    assert_problem(&cut(3).await, 409, "conflict", detail);
+    let reply = fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/x"), &admin, None).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("generation")), "{}", reply.json());
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, _) = fixture.key("user@example.com", &[]).await;
+    for grace in [-1, 30 * 86_400 + 1] {
+        let reply = rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": grace}))).await;
+        assert_problem(&reply, 400, "invalid", "must be a number from 0 to 2592000, which is thirty days");
+        assert_eq!(reply.json()["field"], "grace_seconds");
+    }
+    for _ in 0..8 {
+        rotated(&fixture, &admin, id, 30 * 86_400).await;
+    }
+    let detail = "8 old secrets of this key still work. Cut one off first, or rotate without grace.";
+    assert_problem(&rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1}))).await, 409, "conflict", detail);
+    rotated(&fixture, &admin, id, 0).await;
+    fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/3"), &admin, None).await;
+    rotated(&fixture, &admin, id, 1).await;
+    assert_eq!(secrets(&fixture, &admin, id).await.len(), 11);
+
+    sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
+    let detail = "This key has expired and cannot be rotated. Move its end first.";
+    assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
+    support::revoke(&pool, id).await;
+    let detail = "This key is revoked for good and cannot be rotated.";
+    assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
+
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    let (foreign, _) = fixture.key("other@example.com", &[]).await;
+    let detail = format!("There is no key {foreign}.");
+    assert_problem(&rotate(&fixture, &user, foreign, None).await, 404, "not_found", &detail);
+    let (privileged, _) = fixture.key("user@example.com", &["sync"]).await;
+    let detail = "A key with the scope sync is changed and revoked with an admin's key only.";
+    assert_problem(&rotate(&fixture, &user, privileged, None).await, 403, "forbidden", detail);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn rotations_at_the_same_time_lose_no_secret(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, first) = fixture.key("user@example.com", &[]).await;
+    let one = || rotated(&fixture, &admin, id, 600);
+    let (a, b, c, d) = tokio::join!(one(), one(), one(), one());
+    for secret in [first, a, b, c, d] {
+        assert_eq!(opens(&fixture, &secret).await, "allowed");
+    }
+    let generations: Vec<_> =
+        secrets(&fixture, &admin, id).await.iter().map(|secret| secret["generation"].clone()).collect();
+    assert_eq!(generations, [5, 4, 3, 2, 1]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn secrets_that_ended_long_ago_are_forgotten_and_never_come_back(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (id, old) = fixture.key("user@example.com", &[]).await;
+    rotated(&fixture, &admin, id, 0).await;
+    let withdraw = async || control_plane::key::revoke::withdraw(&pool, 30).await.unwrap();
+    let before = revision(&pool).await;
+    assert_eq!((withdraw().await, revision(&pool).await), (0, before));
+    sqlx::query("update retired_secrets set ends_at = now() - interval '31 days'").execute(&pool).await.unwrap();
+    assert_eq!(withdraw().await, 1);
+    fixture.in_step().await;
+    assert!(fixture.app.store.find(&old.hash()).is_none());
+    assert_eq!(secrets(&fixture, &admin, id).await.len(), 1);
+    let line = json!({"email": "user@example.com", "name": "again", "key": old.reveal()}).to_string();
+    let mut request = support::request("POST", "/v1/keys/import", Some(&admin), line);
+    request.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
+    assert_eq!(fixture.send(request).await.json()["errors"][0]["code"], "duplicate");
+    let error = sqlx::query("delete from retired_secrets").execute(&pool).await.unwrap_err().to_string();
+    assert!(error.contains("never deleted: set their end instead"), "{error}");
+}
