@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::request::Parts;
 use contract::decision::{Facts, Presented, decide};
-use contract::definition::{Definitions, covers};
+use contract::definition::{Definition, Definitions, covers};
 use contract::hash::KeyHash;
 use contract::key::PRESENTED_BYTES;
 use contract::network::Network;
@@ -369,10 +369,13 @@ impl<'a> Presenting<'a> {
             None => Presented::Stranger,
         };
         let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
+        // What opens the control plane, a key has from nobody but itself: of its roles and plan nothing counts here, and the
+        // plan, which it has to have, is there without the mirror.
+        let plan = record.as_ref().and_then(|record| record.further.plan);
+        let definitions = Definitions(plan.map(|number| (number, Definition::default())).into_iter().collect());
         let facts = Facts {
             policy,
-            // What opens the control plane, a key has from nobody but itself.
-            definitions: Definitions::NONE,
+            definitions: &definitions,
             address: Some(self.address),
             metered: false,
             ..Facts::at(now_s)

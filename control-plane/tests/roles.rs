@@ -5,7 +5,7 @@ mod support;
 use contract::definition::Definition;
 use contract::id::Epoch;
 use contract::key::Secret;
-use contract::page::{Page, Part};
+use contract::page::{Entry, Page, Part};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use support::{Fixture, Reply, revision};
@@ -164,10 +164,9 @@ async fn a_changed_role_is_told_as_one_small_page(pool: PgPool) {
     let reply = changes(epoch, at).await;
     let page = Page::read(&reply.body).unwrap();
     assert_eq!((page.header.part, page.header.revision), (Part::Changes { after: at }, at + 1));
-    assert_eq!(page.entries().count(), 0);
-    let told: Vec<_> = page.definitions().map(|entry| entry.unwrap()).collect();
-    let expected = Definition { scopes: vec!["orders:list".into()], ..Definition::default() };
-    assert_eq!(told, [(number.cast_unsigned(), Some(expected))]);
+    let told: Vec<_> = page.entries().collect();
+    let expected = Definition { scopes: vec!["orders:list".into()], ..Definition::default() }.to_bytes().unwrap();
+    assert_eq!(told, [Entry::Define { number: number.cast_unsigned(), definition: &expected }]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -1,0 +1,126 @@
+//! Scopes that routes ask for and keys have by their roles: a change of a role reaches every worker of every Envoy as a
+//! revocation does.
+#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use contract::outcome::Outcome;
+use hyper::Method;
+use portcullis_tests::envoy::Envoy;
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::{self, Reply};
+use portcullis_tests::rest::Rest;
+use portcullis_tests::stack::{Builder, Stack};
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+
+const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+const TRIES: usize = 50;
+const KEYS: usize = 200;
+const GIVE_UP: Duration = Duration::from_secs(10);
+const P99_AT_MOST: Duration = Duration::from_millis(50);
+
+/// `/orders` asks for `orders:read`; other routes ask for a good key.
+fn guarded() -> Builder {
+    let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
+    Stack::builder().routes(&[("/orders", "orders-read")]).plugin(&json!({"policies": policies, "rate_limit": null}))
+}
+
+async fn call(rest: &Rest, method: Method, path: &str, body: Value, status: u16) -> Result<Value> {
+    let reply = rest.call(method.clone(), path, Some(&body)).await?;
+    ensure!(reply.status == status, "{method} {path}: {} {:?}", reply.status, reply.body);
+    reply.json()
+}
+
+async fn grant(rest: &Rest, scopes: &[&str], status: u16) -> Result<()> {
+    call(rest, Method::PUT, "/v1/roles/support", json!({"scopes": scopes}), status).await.map(|_| ())
+}
+
+/// Makes a key of this role; its path and secret.
+async fn create(rest: &Rest, email: &str) -> Result<(String, String)> {
+    let body = json!({"email": email, "name": "Test Key", "roles": ["support"]});
+    let made = call(rest, Method::POST, "/v1/keys", body, 201).await?;
+    let id = made["id"].as_str().context("no id")?;
+    Ok((format!("/v1/keys/{id}"), made["key"].as_str().context("no key")?.to_owned()))
+}
+
+async fn orders(envoy: &Envoy, key: &str) -> Result<Reply> {
+    http::send(envoy.address(), http::get_request("/orders", Some(key))?).await
+}
+
+async fn wait_for_orders(stack: &Stack, key: &str, status: u16) -> Result<()> {
+    for envoy in &stack.envoys {
+        let seen = async || orders(envoy, key).await.is_ok_and(|reply| reply.status == status).then_some(());
+        eventually(&format!("status {status} of /orders"), seen).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_opens_what_its_roles_grant_and_nothing_more() -> Result<()> {
+    let stack = guarded().envoys(2).start().await?;
+    let rest = stack.rest();
+    grant(&rest, &["users:read"], 201).await?;
+    let (path, key) = create(&rest, "ada@example.com").await?;
+    stack.wait_for_status(Some(&key), 200).await?;
+    for envoy in &stack.envoys {
+        assert_refused(&orders(envoy, &key).await?, Outcome::ScopeDenied, &[]);
+    }
+    grant(&rest, &["users:read", "orders:*"], 200).await?;
+    wait_for_orders(&stack, &key, 200).await?;
+    for envoy in &stack.envoys {
+        let upstream = assert_upstream(&orders(envoy, &key).await?, &SCOPED);
+        assert_eq!(upstream["x-credential-scopes"], json!(["users:read orders:*"]));
+    }
+    // Without the role nothing is left of it.
+    call(&rest, Method::PATCH, &path, json!({"roles": []}), 200).await?;
+    wait_for_orders(&stack, &key, 403).await?;
+    for envoy in &stack.envoys {
+        assert_refused(&orders(envoy, &key).await?, Outcome::ScopeDenied, &[]);
+    }
+    // With a scope of its own the key needs no role.
+    let body = json!({"email": "ada@example.com", "name": "Own", "scopes": ["orders:read"]});
+    let own = call(&rest, Method::POST, "/v1/keys", body, 201).await?;
+    wait_for_orders(&stack, own["key"].as_str().context("no key")?, 200).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_loses_a_scope_shuts_every_worker_within_fifty_milliseconds() -> Result<()> {
+    let stack = guarded().envoys(2).start().await?;
+    let rest = stack.rest();
+    grant(&rest, &["orders:read"], 201).await?;
+    // Many keys have the role: none of their records travels.
+    let mut keys = Vec::new();
+    for number in 0..KEYS {
+        keys.push(create(&rest, &format!("user{}@example.com", number % 10)).await?.1);
+    }
+    let mut workers = Vec::new();
+    for envoy in &stack.envoys {
+        workers.extend(envoy.connection_per_worker().await?);
+    }
+    let mut took = Vec::new();
+    for round in 0..TRIES {
+        let key = &keys[round % KEYS];
+        wait_for_orders(&stack, key, 200).await?;
+        grant(&rest, &["users:read"], 200).await?;
+        let answered = Instant::now();
+        for worker in &mut workers {
+            while worker.get("/orders", Some(key)).await?.status != 403 {
+                ensure!(answered.elapsed() < GIVE_UP, "the scope is there {GIVE_UP:?} after the role lost it");
+            }
+        }
+        took.push(answered.elapsed());
+        // Once refused, refused for all keys of the role, whichever worker is asked.
+        let other = &keys[(round + 1) % KEYS];
+        for worker in &mut workers {
+            assert_refused(&worker.get("/orders", Some(other)).await?, Outcome::ScopeDenied, &[]);
+        }
+        grant(&rest, &["orders:read"], 200).await?;
+    }
+    took.sort();
+    let (p50, p99, most) = (took[TRIES / 2], took[TRIES * 99 / 100 - 1], took[TRIES - 1]);
+    println!("role change: {TRIES} tries, {KEYS} keys: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
+    assert!(p99 <= P99_AT_MOST, "{took:?}");
+    Ok(())
+}
