@@ -131,7 +131,9 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
 async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     let url = url(&pool);
     let file = std::env::temp_dir().join(format!("portcullis-keys-{}", uuid::Uuid::now_v7()));
-    let line = |name: &str| format!("{{\"email\": \"user@example.com\", \"name\": \"{name}\", \"key\": \"a-key-named-{name}\"}}\n");
+    let line = |name: &str| {
+        format!("{{\"email\": \"user@example.com\", \"name\": \"{name}\", \"key\": \"a-key-named-{name}\"}}\n")
+    };
     std::fs::write(&file, line("alpha")).unwrap();
     let import = || run(&["keys", "import", "--database-url", &url, file.to_str().unwrap()]);
     assert_eq!(printed(&import()), "keys imported: 1, lines that were not taken: 0");
@@ -148,7 +150,10 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
         assert_eq!(found.unwrap().email, "user@example.com");
     }
     let actors: Vec<Option<uuid::Uuid>> =
-        sqlx::query_scalar("select actor_key_id from audit where action = 'keys.import'").fetch_all(&pool).await.unwrap();
+        sqlx::query_scalar("select actor_key_id from audit where action = 'keys.import'")
+            .fetch_all(&pool)
+            .await
+            .unwrap();
     assert_eq!(actors, [None, None]);
 }
 

@@ -97,10 +97,12 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
     );
     let own = fixture.call("GET", "/v1/keys", &own_form, None).await.json();
     assert_eq!(own["keys"][0]["prefix"], json!(own_form.display_prefix()));
-    let kept: String = sqlx::query_scalar("select string_agg(concat(k::text, (select string_agg(a::text, ' ') from audit a)), ' ') from api_keys k")
-        .fetch_one(&pool)
-        .await
-        .unwrap();
+    let kept: String = sqlx::query_scalar(
+        "select string_agg(concat(k::text, (select string_agg(a::text, ' ') from audit a)), ' ') from api_keys k",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
     assert!(!kept.contains("a-key-of-another-system"));
 
     // All of it once more does no harm.
@@ -134,7 +136,8 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
     lines.extend((0..1_505).map(|_| "{}".to_owned()));
     let pieces: Vec<_> = lines.join("\n").into_bytes().chunks(60_000).map(Bytes::copy_from_slice).collect();
     let start = Instant::now();
-    let reply = import(&fixture, &admin, Body::from_stream(stream::iter(pieces.into_iter().map(Ok::<_, String>)))).await;
+    let reply =
+        import(&fixture, &admin, Body::from_stream(stream::iter(pieces.into_iter().map(Ok::<_, String>)))).await;
     let took = start.elapsed();
     let told = reply.json();
     assert_eq!(reply.status.as_u16(), 200, "{told}");
@@ -143,7 +146,10 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
         (&json!(98_500), &json!(1_505), &json!(true))
     );
     let errors = told["errors"].as_array().unwrap();
-    assert_eq!((errors.len(), &errors[0]), (1_000, &json!({"line": 98_501, "code": "invalid", "reason": "email: is missing"})));
+    assert_eq!(
+        (errors.len(), &errors[0]),
+        (1_000, &json!({"line": 98_501, "code": "invalid", "reason": "email: is missing"}))
+    );
     println!("import: 100,000 lines, 98,500 keys of 5,000 users, in {took:.1?}");
     for number in [0, 1, 50_000, 98_499] {
         assert_eq!(status(&fixture, &key(number)).await, "allowed");

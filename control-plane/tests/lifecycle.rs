@@ -85,7 +85,8 @@ async fn a_users_key_lets_none_live_longer_than_itself(pool: PgPool) {
         assert_problem(&to(id, end).await, 403, "forbidden", detail, None);
     }
     // What is no extension is theirs to do.
-    for (id, end) in [(later, "2031-01-01T00:00:00Z"), (endless, "2031-01-01T00:00:00Z"), (own, "2029-01-01T00:00:00Z")] {
+    for (id, end) in [(later, "2031-01-01T00:00:00Z"), (endless, "2031-01-01T00:00:00Z"), (own, "2029-01-01T00:00:00Z")]
+    {
         assert_eq!(to(id, json!(end)).await.json()["expires_at"], end);
     }
     let (short, _) = ending(&fixture, &admin, "user@example.com", "2028-01-01T00:00:00Z").await;

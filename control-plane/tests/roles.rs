@@ -26,7 +26,7 @@ async fn a_role_is_made_replaced_and_deleted_under_its_tag(pool: PgPool) {
     let admin = admin(&fixture).await;
     let uri = "/v1/roles/support_2-x";
     let body = json!({"description": " Helps people ", "scopes": ["orders:read", "users:*", "orders:read"]});
-    let made = fixture.call_with(("if-none-match", "*"), "PUT", uri, &admin, Some(&body)).await;
+    let made = fixture.call_with("PUT", uri, &admin, Some(&body), &[("if-none-match", "*")]).await;
     let created_at = made.json()["created_at"].clone();
     let mut expected = json!({
         "name": "support_2-x", "description": "Helps people", "scopes": ["orders:read", "users:*"],
@@ -43,7 +43,7 @@ async fn a_role_is_made_replaced_and_deleted_under_its_tag(pool: PgPool) {
     assert_eq!(revision(&pool).await, before);
 
     let body = json!({"scopes": []});
-    let changed = fixture.call_with(("if-match", "\"1\""), "PUT", uri, &admin, Some(&body)).await;
+    let changed = fixture.call_with("PUT", uri, &admin, Some(&body), &[("if-match", "\"1\"")]).await;
     expected["description"] = "".into();
     expected["scopes"] = json!([]);
     assert_eq!((changed.status.as_u16(), changed.header("etag"), changed.json()), (200, "\"2\"", expected.clone()));
@@ -55,14 +55,14 @@ async fn a_role_is_made_replaced_and_deleted_under_its_tag(pool: PgPool) {
         (("if-match", "*"), "PUT", "/v1/roles/nobody", stale),
         (("if-none-match", "*"), "PUT", uri, there),
     ] {
-        let reply = fixture.call_with(header, method, uri, &admin, Some(&json!({"scopes": ["a"]}))).await;
+        let reply = fixture.call_with(method, uri, &admin, Some(&json!({"scopes": ["a"]})), &[header]).await;
         reply.assert_problem(412, "precondition_failed", detail, None);
     }
-    let reply = fixture.call_with(("if-match", "1"), "PUT", uri, &admin, Some(&body)).await;
+    let reply = fixture.call_with("PUT", uri, &admin, Some(&body), &[("if-match", "1")]).await;
     reply.assert_problem(400, "invalid", "if-match must be * or a list of entity tags such as \"7\"", None);
     assert_eq!(fixture.call("GET", uri, &admin, None).await.json(), expected);
 
-    let gone = fixture.call_with(("if-match", "\"2\""), "DELETE", uri, &admin, None).await;
+    let gone = fixture.call_with("DELETE", uri, &admin, None, &[("if-match", "\"2\"")]).await;
     assert_eq!((gone.status.as_u16(), gone.body.len()), (204, 0));
     for method in ["GET", "DELETE"] {
         let reply = fixture.call(method, uri, &admin, None).await;

@@ -39,8 +39,14 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
     let (fourth, user) = named(&fixture, &admin, "user@example.com", "Caller").await;
     named(&fixture, &admin, "other@example.com", "Foreign production").await;
 
-    assert_eq!(names(&fixture, &admin, "name=PRODUCTION").await, ["Foreign production", "production_two", "Production 100%"]);
-    assert_eq!(names(&fixture, &admin, "name=production&email=user%40example.com").await, ["production_two", "Production 100%"]);
+    assert_eq!(
+        names(&fixture, &admin, "name=PRODUCTION").await,
+        ["Foreign production", "production_two", "Production 100%"]
+    );
+    assert_eq!(
+        names(&fixture, &admin, "name=production&email=user%40example.com").await,
+        ["production_two", "Production 100%"]
+    );
     assert_eq!(names(&fixture, &user, "name=production").await, ["production_two", "Production 100%"]);
     assert_eq!(names(&fixture, &admin, "name=0%25").await, ["Production 100%"]);
     assert_eq!(names(&fixture, &admin, "name=n_t").await, ["production_two"]);
@@ -56,12 +62,9 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
     change(&pool, first, "disabled = true").await;
     change(&pool, second, "expires_at = now(), disabled = true").await;
     support::revoke(&pool, third).await;
-    for (state, found) in [
-        ("active", "Caller"),
-        ("disabled", "Production 100%"),
-        ("expired", "production_two"),
-        ("revoked", "Staging"),
-    ] {
+    for (state, found) in
+        [("active", "Caller"), ("disabled", "Production 100%"), ("expired", "production_two"), ("revoked", "Staging")]
+    {
         assert_eq!(names(&fixture, &user, &format!("state={state}")).await, [found]);
     }
 
@@ -98,7 +101,8 @@ async fn the_next_page_keeps_all_that_was_asked(pool: PgPool) {
         named(&fixture, &admin, "user@example.com", &format!("á & {number}")).await;
         named(&fixture, &admin, "user@example.com", "another").await;
     }
-    let asked = "email=user%40example.com&prefix=sk_&name=%C3%A1%20%26&state=active&last_used_before=2099-01-01T00%3A00%3A00Z";
+    let asked =
+        "email=user%40example.com&prefix=sk_&name=%C3%A1%20%26&state=active&last_used_before=2099-01-01T00%3A00%3A00Z";
     let (mut uri, mut seen, mut pages) = (format!("/v1/keys?{asked}&limit=2"), Vec::new(), 0);
     loop {
         let reply = fixture.call("GET", &uri, &admin, None).await;
@@ -140,8 +144,17 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     let entries = trail["entries"].as_array().unwrap();
     let done: Vec<_> = entries.iter().rev().map(|entry| entry["action"].as_str().unwrap()).collect();
     let expected = [
-        "key.create", "key.create", "key.change", "key.rotate", "key.cut_off", "key.generate", "key.revoke",
-        "key.generate", "key.revoke", "key.revoke", "user.revoke_keys",
+        "key.create",
+        "key.create",
+        "key.change",
+        "key.rotate",
+        "key.cut_off",
+        "key.generate",
+        "key.revoke",
+        "key.generate",
+        "key.revoke",
+        "key.revoke",
+        "user.revoke_keys",
     ];
     assert_eq!(done, expected);
     assert_eq!(entries[10]["actor_key_id"], Value::Null, "the command line");
@@ -156,7 +169,10 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     });
     assert_eq!(change, &expected);
     assert_eq!(entries[7]["detail"], json!({"retired": 1, "grace_seconds": 60}));
-    assert_eq!((&entries[0]["target"], &entries[0]["detail"]), (&json!("user@example.com"), &json!({"revoked": 0, "kept": 0})));
+    assert_eq!(
+        (&entries[0]["target"], &entries[0]["detail"]),
+        (&json!("user@example.com"), &json!({"revoked": 0, "kept": 0}))
+    );
     let all = trail.to_string();
     for secret in secrets {
         assert!(!all.contains(&secret[8..]));

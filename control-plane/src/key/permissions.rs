@@ -231,11 +231,11 @@ pub struct Resolved {
 
 /// Sets them and the starter that goes with them. A statement that changes nothing would wake every filter, and is not
 /// made. Also right, with nothing to set, for a key that was just made: its owner's plan may have a quota. Says whether
-/// there is such a key that is not revoked.
+/// anything changed; none if there is no such key that is not revoked.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn permit(connection: &mut PgConnection, id: Uuid, wanted: &Resolved) -> Result<bool, ApiError> {
+pub async fn permit(connection: &mut PgConnection, id: Uuid, wanted: &Resolved) -> Result<Option<bool>, ApiError> {
     let quota = wanted.quota.as_ref().and_then(Option::as_ref).map(Json);
     let rate_limits = wanted.rate_limits.as_ref().map(Json);
     let differs = sqlx::query_scalar!(
@@ -256,7 +256,7 @@ pub async fn permit(connection: &mut PgConnection, id: Uuid, wanted: &Resolved) 
     )
     .fetch_optional(&mut *connection)
     .await?;
-    let Some(differs) = differs else { return Ok(false) };
+    let Some(differs) = differs else { return Ok(None) };
     if differs {
         sqlx::query!(
             "update api_keys set
@@ -278,7 +278,7 @@ pub async fn permit(connection: &mut PgConnection, id: Uuid, wanted: &Resolved) 
         .await?;
     }
     refresh_starters(connection, Whose::Keys(&[id])).await?;
-    Ok(true)
+    Ok(Some(differs))
 }
 
 /// Changes what a key that is held may.
@@ -292,11 +292,14 @@ pub async fn change(
     permissions: &Permissions,
     wanted: &Resolved,
 ) -> Result<(), ApiError> {
-    if !permit(connection, key.id, wanted).await? {
-        return Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into()));
+    match permit(connection, key.id, wanted).await? {
+        None => Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into())),
+        Some(false) => Ok(()),
+        Some(true) => {
+            audit::note(connection, actor, Deed::to_key("key.permit", key.id, permissions.told())).await?;
+            Ok(())
+        }
     }
-    audit::note(connection, actor, Deed::to_key("key.permit", key.id, permissions.told())).await?;
-    Ok(())
 }
 
 /// Networks that a key may be used from at present.

@@ -117,26 +117,6 @@ impl Fixture {
         at.unwrap().1
     }
 
-    /// One call, with a body if one is given.
-    pub async fn call(&self, method: &str, uri: &str, key: &Secret, body: Option<&Value>) -> Reply {
-        self.send(request(method, uri, Some(key), body.map_or_else(Body::empty, |body| body.to_string().into()))).await
-    }
-
-    /// The same with one more header.
-    pub async fn call_with(
-        &self,
-        (name, value): (&'static str, &str),
-        method: &str,
-        uri: &str,
-        key: &Secret,
-        body: Option<&Value>,
-    ) -> Reply {
-        let mut request =
-            request(method, uri, Some(key), body.map_or_else(Body::empty, |body| body.to_string().into()));
-        request.headers_mut().insert(name, value.parse().unwrap());
-        self.send(request).await
-    }
-
     pub async fn send(&self, request: Request<Body>) -> Reply {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
