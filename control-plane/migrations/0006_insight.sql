@@ -14,8 +14,9 @@ create table filters (
 );
 
 comment on table filters is 'Envoys that sync, as they said with their last poll.';
+comment on column filters.epoch is 'All zeros if it has not said yet that its store is complete.';
 comment on column filters.revision is 'Every change up to it is in the Envoy''s store.';
-comment on column filters.confirmed_at is 'When the Envoy last said so.';
+comment on column filters.confirmed_at is 'When the Envoy last said so; when it first came, if it has not yet.';
 comment on column filters.seen_at is 'When it was last heard of.';
 comment on column filters.pending_requests is 'Requests that it counted and has not seen acknowledged.';
 
@@ -32,6 +33,16 @@ create table usage_daily (
 
 comment on table usage_daily is 'Rows of usage_hourly that were rolled up.';
 comment on column usage_daily.day is 'The start of the day, in UTC.';
+
+create table usage_keyless_daily (
+    day timestamptz not null,
+    outcome smallint not null,
+    requests bigint not null,
+    primary key (day, outcome)
+);
+
+comment on table usage_keyless_daily is 'Rows of usage_keyless_hourly that were rolled up.';
+comment on column usage_keyless_daily.day is 'The start of the day, in UTC.';
 
 alter table usage_hourly
     add column exported_requests bigint not null default 0,

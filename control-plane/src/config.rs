@@ -88,6 +88,26 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(0..=3650))]
     pub revoked_retention_days: i32,
 
+    /// Policies and routes of the Envoys, as a JSON file, so that requests can be explained by path and by policy
+    #[arg(long, env = "PORTCULLIS_POLICIES_FILE", value_name = "FILE")]
+    pub policies: Option<PathBuf>,
+
+    /// For how long usage is kept by the hour, in days; after that by the day
+    #[arg(long, env = "PORTCULLIS_USAGE_HOURLY_DAYS", default_value = "90", value_parser = clap::value_parser!(i32).range(1..=3650))]
+    pub usage_hourly_days: i32,
+
+    /// For how long usage is kept by the day, in days; 0 for ever
+    #[arg(long, env = "PORTCULLIS_USAGE_DAILY_DAYS", default_value = "1100", value_parser = clap::value_parser!(i32).range(0..=36500))]
+    pub usage_daily_days: i32,
+
+    /// How often usage is written as events for other systems, in seconds
+    #[arg(long, env = "PORTCULLIS_USAGE_EVENT_SECONDS", default_value = "60", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub usage_event_seconds: u64,
+
+    /// For how long usage events are kept, in days
+    #[arg(long, env = "PORTCULLIS_USAGE_EVENT_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(1..=3650))]
+    pub usage_event_days: i32,
+
     /// How to write the log
     #[arg(long, env = "PORTCULLIS_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,

@@ -37,6 +37,8 @@ pub enum ApiError {
     Precondition(String),
     /// 422: an Idempotency-Key that another request had.
     Mismatch(&'static str),
+    /// 410: it was there and is no longer kept. What, and what to do.
+    Gone(String),
     /// 429: too many requests of this caller.
     TooMany {
         /// When to come back, in seconds.
@@ -68,6 +70,7 @@ impl std::fmt::Display for ApiError {
             | Self::NotFound(detail)
             | Self::Conflict(detail)
             | Self::Precondition(detail)
+            | Self::Gone(detail)
             | Self::Internal(detail) => f.write_str(detail),
             Self::InProgress => f.write_str("the same request is still being worked on"),
             Self::Mismatch(detail) => f.write_str(detail),
@@ -158,6 +161,7 @@ impl IntoResponse for ApiError {
                 detail,
                 None,
             ),
+            Self::Gone(detail) => respond(StatusCode::GONE, "gone", "Gone", &detail, None),
             Self::TooMany { retry_after_s } => {
                 let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
                 let response =

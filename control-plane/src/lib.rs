@@ -2,8 +2,10 @@
 //! usage that they report.
 //!
 //! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
-//! [`auth`] says who calls, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings counts
-//! back; [`error`] is what goes wrong; [`serve`] starts and stops it all, over
+//! [`auth`] says who calls, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
+//! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
+//! counts back; [`policies`] are those of Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`]
+//! is what goes wrong; [`serve`] starts and stops it all, over
 //! [`connection`]s that lose nothing.
 
 pub mod audit;
@@ -13,8 +15,10 @@ pub mod config;
 pub mod connection;
 pub mod definition;
 pub mod error;
+pub mod explain;
 pub mod http;
 pub mod key;
+pub mod policies;
 pub mod serve;
 pub mod sync;
 pub mod telemetry;
@@ -37,6 +41,10 @@ pub struct App {
     pub feed: sync::feed::Feed,
     /// The way in for usage.
     pub usage: usage::Ingest,
+    /// Which Envoys sync, and how far they are.
+    pub filters: sync::registry::Registry,
+    /// What Envoys' routes ask for, as far as the operator told, for `explain`.
+    pub policies: Arc<policies::Configured>,
     /// How often callers may call.
     pub callers: Arc<auth::Callers>,
     /// How long a poll is held without news.

@@ -23,10 +23,13 @@ use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::revoke::withdraw;
 use crate::key::store as keys;
-use crate::sync::Store;
+use crate::policies::Configured;
 use crate::sync::feed::Feed;
+use crate::sync::registry::Registry;
+use crate::sync::{Store, filters};
 use crate::usage::Ingest;
-use crate::{App, MIGRATIONS, http, telemetry};
+use crate::usage::retention::Retention;
+use crate::{App, MIGRATIONS, http, telemetry, usage};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -58,6 +61,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let metrics = telemetry::start_metrics()?;
     let admin_key = given_key(ADMIN_KEY)?;
     let sync_key = given_key(SYNC_KEY)?;
+    let policies = settings.policies.as_deref().map(Configured::read).transpose()?.unwrap_or_default();
     let options = options(&settings.database.database_url)?;
     let pool = open(&options, settings.database_connections);
 
@@ -74,6 +78,8 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         store,
         feed: feed.clone(),
         usage,
+        filters: Registry::new(),
+        policies: Arc::new(policies),
         callers: Arc::new(Callers::new(settings.api_rate_limit, settings.api_burst)),
         long_poll: Duration::from_secs(settings.long_poll_seconds),
         stopping,
@@ -83,8 +89,22 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         feed.run(Duration::from_millis(settings.poll_interval_ms)).await;
         Ok::<_, String>(())
     });
-    let tidying =
-        tokio::spawn(tidy(pool, app.store.clone(), Arc::clone(&app.callers), settings.revoked_retention_days));
+    let retention = Retention {
+        hourly_days: settings.usage_hourly_days,
+        daily_days: settings.usage_daily_days,
+        event_days: settings.usage_event_days,
+    };
+    let filters = app.filters.clone();
+    let hearing = tokio::spawn(filters.clone().run(pool.clone(), app.store.clone()));
+    let every = Duration::from_secs(settings.usage_event_seconds);
+    let exporting = tokio::spawn(usage::events::run(pool.clone(), app.store.clone(), every));
+    let tidying = tokio::spawn(tidy(
+        pool.clone(),
+        app.store.clone(),
+        Arc::clone(&app.callers),
+        settings.revoked_retention_days,
+        retention,
+    ));
 
     let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<Peer>();
     if let Some(file) = &settings.address_file {
@@ -108,9 +128,15 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     }
     feeding.abort();
     tidying.abort();
+    exporting.abort();
+    hearing.abort();
     // The server and with it the ways in for usage are gone: what waits is committed.
     if tokio::time::timeout(GRACE, committing).await.is_err() {
         warn!("usage that waited could not be committed; the filters will send it again");
+    }
+    match tokio::time::timeout(GRACE, filters.write(&pool)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) | Err(_) => warn!("what Envoys said last could not be written; they will say it again"),
     }
     info!("ended");
     Ok(())
@@ -204,28 +230,38 @@ async fn enter(pool: &PgPool, key: Option<&Secret>, scope: &str) -> Result<(), A
     Ok(())
 }
 
-/// Work that is done now and then: forgetting callers that have gone and answers that are a day old, and letting filters
-/// forget keys and secrets that ended long ago.
-async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days: i32) {
+/// Work that is done now and then: forgetting callers that have gone and answers that are a day old, letting filters forget
+/// keys and secrets that ended long ago, rolling up usage, and forgetting Envoys that have gone.
+async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days: i32, retention: Retention) {
     let mut often = tokio::time::interval(Duration::from_secs(60));
     let mut seldom = tokio::time::interval(HOUR);
     loop {
         tokio::select! {
             _ = often.tick() => callers.tidy(),
             // Not before the schema is there.
-            _ = seldom.tick(), if store.position().is_some() => loop {
+            _ = seldom.tick(), if store.position().is_some() => {
                 if let Err(error) = http::once::tidy(&pool).await {
                     warn!(%error, "old answers could not be forgotten; the next hour will do");
                 }
-                match withdraw(&pool, retention_days).await {
-                    Ok(0) => break,
-                    Ok(keys) => info!(keys, "filters forget keys and secrets that ended long ago"),
-                    Err(error) => {
-                        warn!(%error, "revoked keys could not be withdrawn; the next hour will do");
-                        break;
-                    }
+                forget_keys(&pool, retention_days).await;
+                usage::retention::tidy(&pool, retention).await;
+                if let Err(error) = filters::forget(&pool).await {
+                    warn!(%error, "Envoys that have gone could not be forgotten; the next hour will do");
                 }
-            },
+            }
+        }
+    }
+}
+
+async fn forget_keys(pool: &PgPool, retention_days: i32) {
+    loop {
+        match withdraw(pool, retention_days).await {
+            Ok(0) => return,
+            Ok(keys) => info!(keys, "filters forget keys and secrets that ended long ago"),
+            Err(error) => {
+                warn!(%error, "revoked keys could not be withdrawn; the next hour will do");
+                return;
+            }
         }
     }
 }

@@ -40,6 +40,18 @@ const FIELDS: &[&str] = &[
     "last_used_before",
     "key_id",
     "actor_key_id",
+    "key",
+    "method",
+    "path",
+    "policy",
+    "address",
+    "time",
+    "group_by",
+    "interval",
+    "outcome",
+    "format",
+    "after",
+    "wait",
 ];
 
 /// A JSON body. As a reply it forbids caches to keep it, since all there is here is somebody's own.

@@ -2,8 +2,12 @@
 //! is not served is answered with a problem too.
 
 pub mod audit;
+pub mod csv;
 pub mod definitions;
+pub mod events;
+pub mod explain;
 pub mod extract;
+pub mod filters;
 pub mod health;
 pub mod keys;
 pub mod once;
@@ -12,6 +16,7 @@ pub mod plans;
 pub mod refusals;
 pub mod roles;
 pub mod sync;
+pub mod usage;
 pub mod user;
 pub mod users;
 
@@ -51,6 +56,7 @@ const USAGE_BYTES: usize = 4 << 20;
         (name = "roles", description = "Named sets of scopes"),
         (name = "plans", description = "Named bundles of scopes, limits and a quota"),
         (name = "audit", description = "Who did what"),
+        (name = "insight", description = "Why requests are decided as they are, what was counted, how far Envoys are"),
         (name = "platform", description = "For the platform that the control plane runs on")
     )
 )]
@@ -84,6 +90,10 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(plans::list))
         .routes(routes!(plans::get, plans::put, plans::delete))
         .routes(routes!(audit::trail))
+        .routes(routes!(explain::explain))
+        .routes(routes!(usage::usage))
+        .routes(routes!(events::events))
+        .routes(routes!(filters::filters))
         .routes(routes!(health::alive))
         .routes(routes!(health::ready))
 }

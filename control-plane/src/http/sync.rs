@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{ConnectInfo, Extension, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use contract::hash::BUCKETS;
-use contract::id::Epoch;
+use contract::id::{Epoch, ReporterId};
 use contract::page::{Header, Page, PageView, PageWriter, Part};
 use contract::usage::read_reports;
 use serde::Deserialize;
@@ -17,9 +17,11 @@ use uuid::Uuid;
 
 use crate::App;
 use crate::auth::SyncCaller;
+use crate::connection::Peer;
 use crate::error::ApiError;
 use crate::http::extract::Query;
 use crate::sync::mirror::Wanted;
+use crate::sync::registry::Heard;
 use crate::usage::IngestError;
 
 /// The media type of a page.
@@ -35,7 +37,14 @@ pub struct Poll {
     revision: Option<u64>,
     cursor: Option<u32>,
     wait: Option<u64>,
+    /// Of these three, whatever does not make sense is left alone: they only tell the operator about the filter.
+    reporter: Option<String>,
+    version: Option<String>,
+    pending: Option<String>,
 }
+
+/// Longest version that is shown, in bytes.
+const VERSION_BYTES: usize = 64;
 
 /// `GET /sync/v1/keys`: the next page for a filter.
 ///
@@ -43,10 +52,12 @@ pub struct Poll {
 /// A refused key, a senseless query, or 503 before the mirror is loaded.
 pub async fn poll(
     State(app): State<App>,
-    _: SyncCaller,
+    SyncCaller(key): SyncCaller,
+    peer: Option<Extension<ConnectInfo<Peer>>>,
     headers: HeaderMap,
     Query(poll): Query<Poll>,
 ) -> Result<Response, ApiError> {
+    let _heard = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
     let page = page_for(&app, &poll).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
@@ -62,6 +73,30 @@ pub async fn poll(
     let kind = HeaderValue::from_static(PAGE_TYPE);
     let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, no_store), (header::AGE, age)];
     Ok((headers, page).into_response())
+}
+
+/// Notes what the filter says of itself; and, when what is returned is dropped, that it was there until then.
+fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<impl Drop + use<>> {
+    let reporter: ReporterId = poll.reporter.as_deref()?.parse().ok()?;
+    let shown = |version: &&str| {
+        (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    let heard = Heard {
+        sync_key,
+        address: peer.map(|Peer(address)| address.ip().to_canonical().to_string()),
+        version: poll.version.as_deref().filter(shown).map(Into::into),
+        // Whoever asks for the changes after a revision has all before; whoever loads a snapshot has not said so yet.
+        holds: poll.epoch.zip(poll.revision).filter(|_| poll.cursor.is_none()).map(|(epoch, at)| (epoch.into(), at)),
+        pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
+    };
+    if app.filters.polled(reporter, heard) {
+        // The very page that it gets is to count it.
+        app.store.set_filters(app.store.filters().max(app.filters.live()));
+    }
+    let filters = app.filters.clone();
+    Some(Defer(move || {
+        filters.held(reporter, sync_key);
+    }))
 }
 
 async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
@@ -171,6 +206,7 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
             ApiError::Unavailable("The database does not take usage reports at the moment. Send it again.")
         }
     })?;
+    app.filters.reported(ack.reporter, key);
     let body = ack.write().map_err(|error| ApiError::Internal(format!("an acknowledgement: {error}")))?;
     Ok((StatusCode::OK, [(header::CONTENT_TYPE, ACK_TYPE)], body).into_response())
 }

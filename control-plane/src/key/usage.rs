@@ -19,7 +19,8 @@ pub struct Hour {
     pub cost: i64,
 }
 
-/// Reads the hours that start within `from..to`, the oldest first.
+/// Reads the hours that start within `from..to`, the oldest first. A day that hours were rolled up to counts as its first
+/// hour.
 ///
 /// # Errors
 /// Those of the database.
@@ -31,9 +32,13 @@ pub async fn hourly(
 ) -> Result<Vec<Hour>, ApiError> {
     let hours = sqlx::query_as!(
         Hour,
-        r#"select hour, outcome, least(sum(requests), 9223372036854775807)::bigint as "requests!",
+        r#"select hour as "hour!", outcome as "outcome!", least(sum(requests), 9223372036854775807)::bigint as "requests!",
             least(sum(cost), 9223372036854775807)::bigint as "cost!"
-        from usage_hourly where key_id = $1 and hour >= $2 and hour < $3
+        from (
+            select hour, outcome, requests, cost from usage_hourly where key_id = $1 and hour >= $2 and hour < $3
+            union all
+            select day, outcome, requests, cost from usage_daily where key_id = $1 and day >= $2 and day < $3
+        ) counted
         group by hour, outcome order by hour, outcome"#,
         key_id,
         from,

@@ -1,9 +1,12 @@
-//! Keys on their way to the filters: the feed brings committed changes into the mirror, pages of it go out to polls.
+//! Keys on their way to the filters: the feed brings committed changes into the mirror, pages of it go out to polls. And back: [`registry`]
+//! hears from polls how far each filter is, [`filters`] keeps it.
 //!
 //! [`Store`] is what the rest of the control plane holds of it.
 
 pub mod feed;
+pub mod filters;
 pub mod mirror;
+pub mod registry;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};

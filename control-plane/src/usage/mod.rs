@@ -1,9 +1,13 @@
 //! Usage on its way into the database: reports come in from filters or from log lines, counts are added to the tables,
-//! once for each number of each reporter.
+//! once for each number of each reporter. And out of it: as sums that people ask for, and as events for other systems.
 
 mod apply;
+pub mod events;
 pub mod import;
 mod ingest;
+pub mod outcome;
+pub mod query;
+pub mod retention;
 
 pub use apply::{Applied, Submission, apply};
 pub use ingest::{Ingest, IngestError};

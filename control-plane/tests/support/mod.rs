@@ -17,6 +17,7 @@ use control_plane::key::revoke;
 use control_plane::key::store::{self, NewKey};
 use control_plane::sync::Store;
 use control_plane::sync::feed::Feed;
+use control_plane::sync::registry::Registry;
 use control_plane::usage::Ingest;
 use control_plane::{App, http};
 use serde_json::Value;
@@ -55,6 +56,8 @@ impl Fixture {
             feed: Feed::new(pool.clone(), store.clone()),
             store,
             usage,
+            filters: Registry::new(),
+            policies: Arc::default(),
             callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
             long_poll: Duration::from_secs(20),
             stopping,

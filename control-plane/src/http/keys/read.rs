@@ -15,6 +15,7 @@ use crate::auth::Caller;
 use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path, Query};
+use crate::http::filters::{AppliedOn, key_applied_on};
 use crate::http::paging;
 use crate::key::domain::{Email, Timestamp, parse_time};
 use crate::key::rotate::{SecretUse, secrets};
@@ -164,9 +165,11 @@ pub struct KeyDetails {
     /// Its secrets that filters still know, the newest first: how much an old one is still used tells when it is safe to
     /// cut it off.
     secrets: Vec<SecretView>,
+    /// By how many Envoys its last change was applied, as they say themselves.
+    applied_on: AppliedOn,
 }
 
-/// Get a key. Its ETag counts what is set of it, not how much it is used.
+/// Get a key. Its ETag counts what is set of it, not how much it is used, nor where it was applied.
 ///
 /// # Errors
 /// 400, 401, 403, 404, 429, 503.
@@ -198,5 +201,6 @@ pub async fn get(
     }
     let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
     let view = show(&app.pool, key).await?;
-    Ok((tag, Json(KeyDetails { view, secrets })).into_response())
+    let applied_on = key_applied_on(&app, path.id).await?;
+    Ok((tag, Json(KeyDetails { view, secrets, applied_on })).into_response())
 }

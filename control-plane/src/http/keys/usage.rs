@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 
 use axum::extract::State;
-use contract::outcome::Outcome;
 use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
 use utoipa::{IntoParams, ToSchema};
@@ -18,6 +17,7 @@ use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path, Query};
 use crate::key::domain::{Timestamp, parse_time};
 use crate::key::usage::hourly;
+use crate::usage::outcome;
 
 const SPAN: Duration = Duration::days(7);
 /// Longest span: bounds the reply to some 9,000 hours of each outcome.
@@ -39,9 +39,9 @@ pub struct UsageQuery {
 /// What was counted in one hour.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UsageHour {
-    /// The start of the hour.
+    /// The start of the hour; of the day, for usage that was rolled up to days.
     hour: Timestamp,
-    /// What came of the requests.
+    /// What came of the requests; after `shadow:`, what would have.
     #[schema(example = "allowed")]
     outcome: String,
     /// How many requests.
@@ -94,12 +94,12 @@ pub async fn usage(
     Path(path): Path<ById>,
     Query(query): Query<UsageQuery>,
 ) -> Result<Json<UsageView>, ApiError> {
-    let (from, to) = span(&query, OffsetDateTime::now_utc())?;
+    let (from, to) = span(query.from.as_deref(), query.to.as_deref(), OffsetDateTime::now_utc())?;
     let key = managed(&app, &caller, path.id).await?;
     let mut hours = Vec::new();
     let mut totals = BTreeMap::<String, UsageTotal>::new();
     for row in hourly(&app.pool, key.id, from, to).await? {
-        let outcome = outcome_name(row.outcome);
+        let outcome = outcome::name(row.outcome);
         let total = totals.entry(outcome.clone()).or_default();
         total.requests = total.requests.saturating_add(row.requests);
         total.cost = total.cost.saturating_add(row.cost);
@@ -108,9 +108,17 @@ pub async fn usage(
     Ok(Json(UsageView { from: from.into(), to: to.into(), hours, totals }))
 }
 
-fn span(query: &UsageQuery, now: OffsetDateTime) -> Result<(OffsetDateTime, OffsetDateTime), ApiError> {
-    let to = query.to.as_deref().map_or(Ok(now), |text| parse_time("to", text))?;
-    let from = match query.from.as_deref() {
+/// Parses a span of time: the last seven days unless given.
+///
+/// # Errors
+/// What is wrong with `from` or `to`.
+pub(in crate::http) fn span(
+    from: Option<&str>,
+    to: Option<&str>,
+    now: OffsetDateTime,
+) -> Result<(OffsetDateTime, OffsetDateTime), ApiError> {
+    let to = to.map_or(Ok(now), |text| parse_time("to", text))?;
+    let from = match from {
         Some(text) => parse_time("from", text)?,
         None => to.checked_sub(SPAN).ok_or_else(|| ApiError::invalid("to", "lies too far back"))?,
     };
@@ -121,10 +129,4 @@ fn span(query: &UsageQuery, now: OffsetDateTime) -> Result<(OffsetDateTime, Offs
         return Err(ApiError::invalid("from", "must lie at most 366 days before to"));
     }
     Ok((from, to))
-}
-
-/// The name of an outcome; newer ones, which filters may report before this program knows them, have their number.
-fn outcome_name(code: i16) -> String {
-    let known = u8::try_from(code).ok().and_then(Outcome::from_code);
-    known.map_or_else(|| format!("outcome_{code}"), |outcome| outcome.name().into())
 }

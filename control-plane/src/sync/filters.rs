@@ -1,0 +1,223 @@
+//! The table of Envoys: what each said last, through whichever replica. How many are live, how far each is, and by how many
+//! of them a change was applied.
+
+use contract::id::{Epoch, ReporterId};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::registry::{Known, Registry, SILENT};
+
+/// For how long an Envoy that is gone is shown, in hours.
+pub const SHOWN_HOURS: i32 = 24;
+
+/// One Envoy.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    /// The id of its process.
+    pub reporter: Uuid,
+    /// The key that it syncs with.
+    pub sync_key_id: Option<Uuid>,
+    /// Where it polled from.
+    pub address: Option<String>,
+    /// Its version of the filter.
+    pub version: Option<String>,
+    /// The life of the database that it holds; all zeros if it has not said yet.
+    pub epoch: Uuid,
+    /// Every change up to it is in the Envoy's store.
+    pub revision: i64,
+    /// When it last said so.
+    pub confirmed_at: OffsetDateTime,
+    /// When it was last heard of.
+    pub seen_at: OffsetDateTime,
+    /// Requests that it counted and has not seen acknowledged.
+    pub pending_requests: Option<i64>,
+    /// When reports of it last came into the database.
+    pub reported_at: Option<OffsetDateTime>,
+    /// Whether it is live.
+    pub live: bool,
+}
+
+/// How far the store is, and the time, as the database has them.
+#[derive(Clone, Copy, Debug)]
+pub struct Present {
+    /// The life of the database.
+    pub epoch: Uuid,
+    /// The newest revision.
+    pub revision: i64,
+    /// Now.
+    pub now: OffsetDateTime,
+}
+
+/// By how many Envoys a change was applied.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Applied {
+    /// Live Envoys.
+    pub filters: i64,
+    /// Those of them that hold the change.
+    pub applied: i64,
+    /// For how long the slowest of the others has lagged behind, in seconds.
+    pub oldest_seconds: Option<f64>,
+}
+
+fn silent_s() -> f64 {
+    SILENT.as_secs_f64()
+}
+
+/// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree; what another
+/// replica heard later stays.
+pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Result<(), sqlx::Error> {
+    // In one order, so that replicas lock rows in one order.
+    let mut heard: Vec<_> = heard.iter().collect();
+    heard.sort_by_key(|(reporter, _)| *reporter);
+    let column = |of: &dyn Fn(&Known) -> Option<i64>| heard.iter().map(|(_, known)| of(known)).collect::<Vec<_>>();
+    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    let ids: Vec<Uuid> = heard.iter().map(|(reporter, _)| (*reporter).into()).collect();
+    let sync_keys: Vec<Uuid> = heard.iter().map(|(_, known)| known.sync_key).collect();
+    let addresses: Vec<Option<String>> = heard.iter().map(|(_, known)| known.address.clone()).collect();
+    let versions: Vec<Option<String>> = heard.iter().map(|(_, known)| known.version.clone()).collect();
+    let epochs: Vec<Uuid> = heard
+        .iter()
+        .map(|(_, known)| known.holds.map_or(Uuid::nil(), |(epoch, _)| Uuid::from_bytes(epoch.0)))
+        .collect();
+    let revisions = column(&|known| Some(known.holds.map_or(0, |(_, revision)| number(revision))));
+    let confirmed: Vec<f64> = heard.iter().map(|(_, known)| known.confirmed.elapsed().as_secs_f64()).collect();
+    let seen: Vec<f64> = heard.iter().map(|(_, known)| known.seen.elapsed().as_secs_f64()).collect();
+    let pending = column(&|known| known.pending.map(number));
+    let reported: Vec<Option<f64>> =
+        heard.iter().map(|(_, known)| known.reported.map(|at| at.elapsed().as_secs_f64())).collect();
+    sqlx::query!(
+        "insert into filters (reporter, sync_key_id, address, version, epoch, revision, confirmed_at, seen_at,
+            pending_requests, reported_at)
+        select new.reporter, k.id, new.address, new.version, new.epoch, new.revision,
+            now() - make_interval(secs => new.confirmed_s), now() - make_interval(secs => new.seen_s), new.pending,
+            now() - make_interval(secs => new.reported_s)
+        from unnest(
+            $1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::bigint[], $7::float8[], $8::float8[],
+            $9::bigint[], $10::float8[]
+        ) as new (
+            reporter, sync_key, address, version, epoch, revision, confirmed_s, seen_s, pending, reported_s
+        )
+        left join api_keys k on k.id = new.sync_key
+        order by new.reporter
+        on conflict (reporter) do update set
+            sync_key_id = coalesce(excluded.sync_key_id, filters.sync_key_id),
+            address = coalesce(excluded.address, filters.address),
+            version = coalesce(excluded.version, filters.version),
+            (epoch, revision, confirmed_at) = (
+                select case when newer then excluded.epoch else filters.epoch end,
+                    case when newer then excluded.revision else filters.revision end,
+                    case when newer then excluded.confirmed_at else filters.confirmed_at end
+                from (
+                    select excluded.epoch <> '00000000-0000-0000-0000-000000000000'
+                        and (filters.epoch = '00000000-0000-0000-0000-000000000000'
+                            or excluded.confirmed_at >= filters.confirmed_at) as newer
+                ) judged
+            ),
+            seen_at = greatest(filters.seen_at, excluded.seen_at),
+            pending_requests = coalesce(excluded.pending_requests, filters.pending_requests),
+            reported_at = greatest(filters.reported_at, excluded.reported_at)",
+        &ids,
+        &sync_keys,
+        &addresses as &[Option<String>],
+        &versions as &[Option<String>],
+        &epochs,
+        &revisions as &[Option<i64>],
+        &confirmed,
+        &seen,
+        &pending as &[Option<i64>],
+        &reported as &[Option<f64>]
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// How many Envoys are live, over all replicas.
+///
+/// # Errors
+/// Those of the database.
+pub async fn live(pool: &PgPool) -> Result<u32, sqlx::Error> {
+    let live = sqlx::query_scalar!(
+        r#"select count(*) as "live!" from filters where seen_at > now() - make_interval(secs => $1)"#,
+        silent_s()
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(u32::try_from(live).unwrap_or(u32::MAX))
+}
+
+/// Reads the Envoys that were heard of within a day, after one by its id, at most `limit`, and how far the store is.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Present, Vec<Filter>), sqlx::Error> {
+    // The Envoys before the store: none is ahead of it then.
+    let filters = sqlx::query_as!(
+        Filter,
+        r#"select reporter, sync_key_id, address, version, epoch, revision, confirmed_at, seen_at, pending_requests,
+            reported_at, seen_at > now() - make_interval(secs => $1) as "live!"
+        from filters
+        where seen_at > now() - make_interval(hours => $2) and ($3::uuid is null or reporter > $3)
+        order by reporter limit $4"#,
+        silent_s(),
+        SHOWN_HOURS,
+        after,
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    let present = sqlx::query_as!(Present, r#"select epoch, revision, now() as "now!" from store_state"#);
+    Ok((present.fetch_one(pool).await?, filters))
+}
+
+/// The newest revision that brought a change of this key: of itself, of a secret that it had, of its roles or its plan.
+///
+/// # Errors
+/// Those of the database.
+pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sqlx::Error> {
+    let revision = sqlx::query_scalar!(
+        "select greatest(
+            k.revision,
+            (select max(revision) from retired_secrets where key_id = k.id),
+            (select max(revision) from definitions
+                where number = any(k.role_numbers) or number = coalesce(k.plan_number, k.owner_plan_number))
+        )
+        from api_keys k where k.id = $1",
+        key_id
+    );
+    Ok(revision.fetch_optional(pool).await?.flatten())
+}
+
+/// Counts the live Envoys and those of them that hold a revision, from what they said themselves.
+///
+/// # Errors
+/// Those of the database.
+pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Result<Applied, sqlx::Error> {
+    let row = sqlx::query!(
+        r#"select s.epoch, count(f.reporter) as "filters!",
+            count(f.reporter) filter (where f.epoch = s.epoch and f.revision >= $1) as "applied!",
+            extract(epoch from now() - min(f.confirmed_at) filter (where f.epoch <> s.epoch or f.revision < $1))::float8
+                as confirmed_s
+        from store_state s left join filters f on f.seen_at > now() - make_interval(secs => $2)
+        group by s.epoch"#,
+        revision,
+        silent_s()
+    )
+    .fetch_one(pool)
+    .await?;
+    // It lags since the change came, or since it last said that it has less, whichever was later.
+    let arrived = registry.since_arrival(Epoch::from(row.epoch), revision.cast_unsigned());
+    let arrived_s = arrived.map_or(f64::INFINITY, |arrived| arrived.as_secs_f64());
+    let oldest_seconds = row.confirmed_s.map(|confirmed_s| confirmed_s.min(arrived_s).max(0.0));
+    Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds })
+}
+
+/// Forgets Envoys that were not heard of for a day.
+///
+/// # Errors
+/// Those of the database.
+pub async fn forget(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let gone = sqlx::query!("delete from filters where seen_at < now() - make_interval(hours => $1)", SHOWN_HOURS);
+    Ok(gone.execute(pool).await?.rows_affected())
+}

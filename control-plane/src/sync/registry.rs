@@ -1,0 +1,348 @@
+//! Which Envoys sync and how far each is: polls and reports come in, rows of the table `filters` go out, together and not
+//! one by one, and the number of Envoys goes to the store.
+//!
+//! What polls say is kept in memory, so that none waits for the database or needs it, and written every so often in one
+//! statement. The database holds what all replicas have heard.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use contract::id::{Epoch, ReporterId};
+use sqlx::PgPool;
+use tokio::sync::Notify;
+use tracing::warn;
+use uuid::Uuid;
+
+use super::Store;
+use super::filters;
+
+/// Most Envoys that are remembered here. Beyond, the one that has been silent for longest makes room, if it has been for
+/// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_ignored_total` and not shown.
+const REPORTERS: usize = 10_000;
+
+/// An Envoy that was heard of within this time is live. Longer than any poll is held.
+pub const SILENT: Duration = Duration::from_secs(60);
+
+/// How often what was heard is written at most.
+const WRITE: Duration = Duration::from_millis(250);
+
+/// How often the live Envoys of all replicas are counted.
+const COUNT: Duration = Duration::from_secs(3);
+
+/// How long to wait before the database is tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Most revisions whose arrival is remembered; the oldest go.
+const ARRIVALS: usize = 10_000;
+
+/// What an Envoy says with a poll.
+#[derive(Clone, Debug, Default)]
+pub struct Heard {
+    /// The key that it came under.
+    pub sync_key: Uuid,
+    /// Where it came from.
+    pub address: Option<String>,
+    /// Its version of the filter.
+    pub version: Option<String>,
+    /// Everything up to this revision of this epoch is in its store.
+    pub holds: Option<(Epoch, u64)>,
+    /// Requests that it counted and has not seen acknowledged.
+    pub pending: Option<u64>,
+}
+
+/// What is known of an Envoy.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    pub(super) sync_key: Uuid,
+    pub(super) address: Option<String>,
+    pub(super) version: Option<String>,
+    pub(super) holds: Option<(Epoch, u64)>,
+    pub(super) pending: Option<u64>,
+    /// When it said what it holds; when it first came, if it has not.
+    pub(super) confirmed: Instant,
+    pub(super) seen: Instant,
+    pub(super) reported: Option<Instant>,
+    unwritten: bool,
+}
+
+/// The Envoys that speak to this process. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Registry(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// There is something to write.
+    heard: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    known: HashMap<ReporterId, Known>,
+    /// Somebody came whom this process had not heard of.
+    newcomers: bool,
+    /// The live Envoys of all replicas, when they were last counted.
+    counted: u32,
+    epoch: Option<Epoch>,
+    arrivals: BTreeMap<u64, Instant>,
+}
+
+impl Registry {
+    /// Nobody yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Notes a poll; costs no more than the lock. Says whether this process had not heard of the Envoy.
+    pub fn polled(&self, reporter: ReporterId, heard: Heard) -> bool {
+        let now = Instant::now();
+        let Heard { sync_key, .. } = heard;
+        self.note(reporter, sync_key, now, |known| {
+            known.sync_key = sync_key;
+            known.address = heard.address.or_else(|| known.address.take());
+            known.version = heard.version.or_else(|| known.version.take());
+            known.pending = heard.pending.or(known.pending);
+            if heard.holds.is_some() {
+                (known.holds, known.confirmed) = (heard.holds, now);
+            }
+        })
+    }
+
+    /// Notes that an Envoy is still there: its poll was held until now.
+    pub fn held(&self, reporter: ReporterId, sync_key: Uuid) {
+        self.note(reporter, sync_key, Instant::now(), |_| ());
+    }
+
+    /// Notes that reports of an Envoy are in the database.
+    pub fn reported(&self, reporter: ReporterId, sync_key: Uuid) {
+        let now = Instant::now();
+        self.note(reporter, sync_key, now, |known| known.reported = Some(now));
+    }
+
+    /// For how long this process has known the first revision that is at or after this one; `None` if it has not seen it
+    /// come.
+    #[must_use]
+    pub fn since_arrival(&self, epoch: Epoch, revision: u64) -> Option<Duration> {
+        let state = self.state();
+        let arrived = state.arrivals.range(revision..).next().filter(|_| state.epoch == Some(epoch));
+        arrived.map(|(_, at)| at.elapsed())
+    }
+
+    /// Writes and counts until the future is dropped. [`Registry::write`] once more at the end loses nothing.
+    pub async fn run(self, pool: PgPool, store: Store) {
+        let mut positions = store.positions();
+        // Not before the schema is there.
+        if positions.wait_for(Option::is_some).await.is_err() {
+            return;
+        }
+        let arrivals = async {
+            loop {
+                let position = *positions.borrow_and_update();
+                self.arrived(position);
+                if positions.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        let writing = async {
+            let mut counted: Option<Instant> = None;
+            loop {
+                let newcomers = std::mem::take(&mut self.state().newcomers);
+                let wrote = async {
+                    self.write(&pool).await?;
+                    if newcomers || counted.is_none_or(|at| at.elapsed() >= COUNT) {
+                        self.count(&pool, &store).await?;
+                        counted = Some(Instant::now());
+                    }
+                    Ok::<_, sqlx::Error>(())
+                };
+                let pause = match wrote.await {
+                    Ok(()) => WRITE,
+                    Err(error) => {
+                        warn!(%error, "what Envoys said could not be written; it waits");
+                        self.state().newcomers |= newcomers;
+                        PAUSE
+                    }
+                };
+                // Without the database, those that are known here are the best that is known.
+                let here = self.live();
+                let counted = self.state().counted;
+                store.set_filters(counted.max(here));
+                metrics::gauge!("portcullis_filters_live").set(f64::from(counted.max(here)));
+                tokio::time::sleep(pause).await;
+                tokio::select! {
+                    () = self.0.heard.notified() => {}
+                    () = tokio::time::sleep(COUNT) => {}
+                }
+            }
+        };
+        tokio::join!(arrivals, writing);
+    }
+
+    /// Writes what was heard since the last time, in one statement.
+    ///
+    /// # Errors
+    /// Those of the database; it is written the next time then.
+    pub async fn write(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
+        let unwritten: Vec<(ReporterId, Known)> = {
+            let mut state = self.state();
+            // Those that have gone are in the database.
+            state.known.retain(|_, known| known.unwritten || known.seen.elapsed() < SILENT * 10);
+            let fresh = state.known.iter_mut().filter(|(_, known)| known.unwritten);
+            let taken = fresh.map(|(reporter, known)| {
+                known.unwritten = false;
+                (*reporter, known.clone())
+            });
+            taken.collect()
+        };
+        if unwritten.is_empty() {
+            return Ok(());
+        }
+        let mut restore =
+            Restore { registry: self, reporters: unwritten.iter().map(|(reporter, _)| *reporter).collect() };
+        filters::write(pool, &unwritten).await?;
+        restore.reporters.clear();
+        metrics::counter!("portcullis_filters_writes_total").increment(1);
+        Ok(())
+    }
+
+    async fn count(&self, pool: &PgPool, store: &Store) -> Result<(), sqlx::Error> {
+        let live = filters::live(pool).await?;
+        self.state().counted = live;
+        store.set_filters(live.max(self.live()));
+        Ok(())
+    }
+
+    /// How many live Envoys have spoken to this process.
+    #[must_use]
+    pub fn live(&self) -> u32 {
+        let live = self.state().known.values().filter(|known| known.seen.elapsed() < SILENT).count();
+        u32::try_from(live).unwrap_or(u32::MAX)
+    }
+
+    fn note(&self, reporter: ReporterId, sync_key: Uuid, now: Instant, change: impl FnOnce(&mut Known)) -> bool {
+        let mut state = self.state();
+        let newcomer = !state.known.contains_key(&reporter);
+        if newcomer {
+            if state.known.len() >= REPORTERS && !make_room(&mut state.known) {
+                metrics::counter!("portcullis_filters_ignored_total").increment(1);
+                return false;
+            }
+            state.newcomers = true;
+        }
+        let known = state.known.entry(reporter).or_insert_with(|| Known {
+            sync_key,
+            address: None,
+            version: None,
+            holds: None,
+            pending: None,
+            confirmed: now,
+            seen: now,
+            reported: None,
+            unwritten: true,
+        });
+        change(known);
+        (known.seen, known.unwritten) = (now, true);
+        drop(state);
+        self.0.heard.notify_one();
+        newcomer
+    }
+
+    fn arrived(&self, position: super::Position) {
+        let Some((epoch, revision)) = position else { return };
+        let mut state = self.state();
+        if state.epoch != Some(epoch) {
+            // What was there before this process is of no known age.
+            let began = state.epoch.replace(epoch).is_none();
+            state.arrivals.clear();
+            if began {
+                return;
+            }
+        }
+        state.arrivals.entry(revision).or_insert_with(Instant::now);
+        while state.arrivals.len() > ARRIVALS {
+            state.arrivals.pop_first();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets the Envoy that has been silent for longest, if it is gone. Says whether it did.
+fn make_room(known: &mut HashMap<ReporterId, Known>) -> bool {
+    let oldest = known.iter().min_by_key(|(_, known)| known.seen);
+    let gone = oldest.filter(|(_, known)| known.seen.elapsed() >= SILENT).map(|(reporter, _)| *reporter);
+    gone.is_some_and(|reporter| known.remove(&reporter).is_some())
+}
+
+/// Marks as unwritten again what was not written, also if nobody waits for the end of the statement.
+struct Restore<'a> {
+    registry: &'a Registry,
+    reporters: Vec<ReporterId>,
+}
+
+impl Drop for Restore<'_> {
+    fn drop(&mut self) {
+        let mut state = self.registry.state();
+        for reporter in &self.reporters {
+            if let Some(known) = state.known.get_mut(reporter) {
+                known.unwritten = true;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EPOCH: Epoch = Epoch([7; 16]);
+
+    fn reporter(number: u32) -> ReporterId {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&number.to_be_bytes());
+        ReporterId(bytes)
+    }
+
+    #[test]
+    fn what_an_envoy_holds_is_what_it_said_last_and_silence_takes_nothing_back() {
+        let registry = Registry::new();
+        registry.polled(reporter(1), Heard { holds: Some((EPOCH, 4)), pending: Some(3), ..Heard::default() });
+        registry.polled(reporter(1), Heard::default());
+        registry.reported(reporter(1), Uuid::nil());
+        let state = registry.state();
+        let known = &state.known[&reporter(1)];
+        assert_eq!((known.holds, known.pending, known.reported.is_some()), (Some((EPOCH, 4)), Some(3), true));
+        assert!(known.confirmed < known.seen);
+    }
+
+    #[test]
+    fn the_number_of_envoys_in_memory_is_bounded() {
+        let registry = Registry::new();
+        for number in 0..=u32::try_from(REPORTERS).unwrap() {
+            registry.held(reporter(number), Uuid::nil());
+        }
+        assert_eq!(registry.state().known.len(), REPORTERS);
+        let long_ago = Instant::now().checked_sub(SILENT).unwrap();
+        registry.state().known.get_mut(&reporter(5)).unwrap().seen = long_ago;
+        registry.held(reporter(u32::MAX), Uuid::nil());
+        let state = registry.state();
+        assert_eq!(state.known.len(), REPORTERS);
+        assert!(!state.known.contains_key(&reporter(5)) && state.known.contains_key(&reporter(u32::MAX)));
+    }
+
+    #[test]
+    fn the_age_of_a_revision_is_that_of_the_first_that_has_it() {
+        let registry = Registry::new();
+        registry.arrived(Some((EPOCH, 10)));
+        assert_eq!(registry.since_arrival(EPOCH, 10), None, "it was there before");
+        registry.arrived(Some((EPOCH, 12)));
+        assert!(registry.since_arrival(EPOCH, 11).is_some() && registry.since_arrival(EPOCH, 12).is_some());
+        assert_eq!(registry.since_arrival(EPOCH, 13), None);
+        assert_eq!(registry.since_arrival(Epoch([8; 16]), 11), None);
+    }
+}

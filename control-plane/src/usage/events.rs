@@ -1,0 +1,176 @@
+//! Usage for other systems to take over: what was counted since the last time goes into numbered events, which never
+//! change, and is read back from a number on.
+//!
+//! One writer at a time numbers events without gaps in the order of commits: a reader that remembers the last number that
+//! it took gets every count once, whatever happens between.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use tokio::time::MissedTickBehavior;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::sync::Store;
+
+/// Names the lock that the writer holds until it commits.
+const WRITER: i64 = 0x706f_7274_0000_0001;
+
+/// Most rows of usage in one statement.
+const TOGETHER: i64 = 50_000;
+
+/// What was counted of one key, hour and outcome since the event before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Its place in the stream, from 1.
+    pub seq: i64,
+    /// Names the event for good.
+    pub id: Uuid,
+    /// Whose requests.
+    pub key_id: Uuid,
+    /// Whom the key belonged to when the event was written.
+    pub owner_id: Uuid,
+    /// The start of the hour in which they came.
+    pub hour: OffsetDateTime,
+    /// The code of what came of them.
+    pub outcome: i16,
+    /// How many.
+    pub requests: i64,
+    /// Credits that they cost together.
+    pub cost: i64,
+    /// When the event was written.
+    pub created_at: OffsetDateTime,
+}
+
+/// Writes events every so often until the future is dropped.
+pub async fn run(pool: PgPool, store: Store, every: Duration) {
+    let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        // Not before the schema is there.
+        if store.position().is_none() {
+            let mut positions = store.positions();
+            if positions.wait_for(Option::is_some).await.is_err() {
+                return;
+            }
+        }
+        if let Err(error) = export_all(&pool).await {
+            warn!(%error, "usage events could not be written; the next time will do");
+        }
+    }
+}
+
+/// Writes what there is, in statements of a bounded size. Says how many events that were.
+///
+/// # Errors
+/// Those of the database; what was written before stays.
+pub async fn export_all(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        match export(pool).await? {
+            0 => return Ok(all),
+            written => all += written,
+        }
+    }
+}
+
+/// Writes events for up to 50,000 rows of usage. Says how many; none if there is nothing to tell, or another writer is at it.
+///
+/// Rows that somebody else is changing at the moment are left for the next time, so that this never waits for a report, and
+/// no report and this for each other.
+///
+/// # Errors
+/// Those of the database; nothing is written then.
+pub async fn export(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, WRITER);
+    if !alone.fetch_one(&mut *transaction).await? {
+        return Ok(0);
+    }
+    let written = sqlx::query!(
+        "with counted as materialized (
+            select key_id, hour, outcome, generation, requests, cost, requests - exported_requests as more,
+                cost - exported_cost as more_cost
+            from usage_hourly where requests <> exported_requests
+            order by hour limit $1 for update skip locked
+        ),
+        marked as (
+            update usage_hourly u set exported_requests = c.requests, exported_cost = c.cost
+            from counted c
+            where u.key_id = c.key_id and u.hour = c.hour and u.outcome = c.outcome and u.generation = c.generation
+        )
+        insert into usage_events (seq, key_id, owner_id, hour, outcome, requests, cost)
+        select
+            (select coalesce(max(seq), 0) from usage_events)
+                + row_number() over (order by c.hour, c.key_id, c.outcome),
+            c.key_id, k.owner_id, c.hour, c.outcome, least(sum(c.more), 9223372036854775807)::bigint,
+            least(sum(c.more_cost), 9223372036854775807)::bigint
+        from counted c join api_keys k on k.id = c.key_id
+        group by c.key_id, k.owner_id, c.hour, c.outcome",
+        TOGETHER
+    )
+    .execute(&mut *transaction)
+    .await?
+    .rows_affected();
+    transaction.commit().await?;
+    if written > 0 {
+        metrics::counter!("portcullis_usage_events_total").increment(written);
+    }
+    Ok(written)
+}
+
+/// Forgets events that are older than so many days; the newest stays, since numbers count on from it. Says how many.
+///
+/// # Errors
+/// Those of the database.
+pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        // The oldest first, so that what is left has no gaps.
+        let gone = sqlx::query!(
+            "delete from usage_events where seq in (
+                select seq from usage_events
+                where created_at < now() - make_interval(days => $1) and seq < (select max(seq) from usage_events)
+                order by seq limit 10000
+            )",
+            days
+        )
+        .execute(pool)
+        .await?
+        .rows_affected();
+        if gone == 0 {
+            if all > 0 {
+                info!(events = all, "usage events were forgotten, as old as they are");
+            }
+            return Ok(all);
+        }
+        all += gone;
+    }
+}
+
+/// The numbers of the oldest and the newest event; none if there is no event.
+///
+/// # Errors
+/// Those of the database.
+pub async fn bounds(pool: &PgPool) -> Result<Option<(i64, i64)>, sqlx::Error> {
+    let row = sqlx::query!("select min(seq) as oldest, max(seq) as newest from usage_events").fetch_one(pool).await?;
+    Ok(row.oldest.zip(row.newest))
+}
+
+/// Reads the events after a number, in order, at most `limit`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn after(pool: &PgPool, seq: i64, limit: i64) -> Result<Vec<Event>, sqlx::Error> {
+    sqlx::query_as!(
+        Event,
+        "select seq, id, key_id, owner_id, hour, outcome, requests, cost, created_at
+        from usage_events where seq > $1 order by seq limit $2",
+        seq,
+        limit
+    )
+    .fetch_all(pool)
+    .await
+}

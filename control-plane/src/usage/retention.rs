@@ -1,0 +1,153 @@
+//! How long usage is kept: hours that are older than the operator wants become days, days that are older are forgotten.
+//!
+//! Rows move in one statement each time, from one table to the other: none is ever in both or in neither. Hours that are not
+//! told as events yet wait. Reports that come late for an hour that has become a day make a row of their own, which moves
+//! with the next round. Several replicas take turns by a lock.
+
+use sqlx::{PgPool, Postgres, Transaction};
+use tracing::{info, warn};
+
+use super::events;
+
+/// Names the lock of whoever moves rows.
+const MOVER: i64 = 0x706f_7274_0000_0002;
+
+/// Most rows that move together.
+const TOGETHER: i64 = 10_000;
+
+/// For how long what is kept, in days.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Usage by the hour.
+    pub hourly_days: i32,
+    /// Usage by the day; 0: for ever.
+    pub daily_days: i32,
+    /// Usage events.
+    pub event_days: i32,
+}
+
+/// Does all of it. What fails is logged and done the next time.
+pub async fn tidy(pool: &PgPool, retention: Retention) {
+    let done = async {
+        let rolled_up = roll_up(pool, retention.hourly_days).await?;
+        let forgotten = if retention.daily_days > 0 { forget(pool, retention.daily_days).await? } else { 0 };
+        events::forget(pool, retention.event_days).await?;
+        Ok::<_, sqlx::Error>((rolled_up, forgotten))
+    };
+    match done.await {
+        Ok((0, 0)) => {}
+        Ok((rolled_up, forgotten)) => info!(rolled_up, forgotten, "old usage was rolled up and forgotten"),
+        Err(error) => warn!(%error, "old usage could not be rolled up or forgotten; the next hour will do"),
+    }
+}
+
+/// Moves hours of days that ended more than so many days ago to their days. Says how many rows moved.
+///
+/// # Errors
+/// Those of the database; what moved before stays moved.
+pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        let Some(mut transaction) = alone(pool).await? else { return Ok(all) };
+        // Rows that a report is changing at the moment wait for the next round: nobody waits for anybody here.
+        let keyed = sqlx::query_scalar!(
+            r#"with old as materialized (
+                select key_id, hour, outcome, generation from usage_hourly
+                where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC') and requests = exported_requests
+                limit $2 for update skip locked
+            ),
+            moved as (
+                delete from usage_hourly u using old
+                where u.key_id = old.key_id and u.hour = old.hour and u.outcome = old.outcome
+                    and u.generation = old.generation
+                returning u.key_id, u.hour, u.outcome, u.requests, u.cost
+            ),
+            added as (
+                insert into usage_daily (key_id, day, outcome, requests, cost)
+                select key_id, date_trunc('day', hour, 'UTC'), outcome,
+                    least(sum(requests), 9223372036854775807)::bigint, least(sum(cost), 9223372036854775807)::bigint
+                from moved group by 1, 2, 3
+                on conflict (key_id, day, outcome) do update set
+                    requests = least(usage_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
+                    cost = least(usage_daily.cost, 9223372036854775807 - excluded.cost) + excluded.cost
+            )
+            select count(*) as "moved!" from moved"#,
+            days,
+            TOGETHER
+        )
+        .fetch_one(&mut *transaction)
+        .await?;
+        let keyless = sqlx::query_scalar!(
+            r#"with old as materialized (
+                select hour, outcome from usage_keyless_hourly
+                where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC')
+                limit $2 for update skip locked
+            ),
+            moved as (
+                delete from usage_keyless_hourly u using old where u.hour = old.hour and u.outcome = old.outcome
+                returning u.hour, u.outcome, u.requests
+            ),
+            added as (
+                insert into usage_keyless_daily (day, outcome, requests)
+                select date_trunc('day', hour, 'UTC'), outcome, least(sum(requests), 9223372036854775807)::bigint
+                from moved group by 1, 2
+                on conflict (day, outcome) do update set requests =
+                    least(usage_keyless_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests
+            )
+            select count(*) as "moved!" from moved"#,
+            days,
+            TOGETHER
+        )
+        .fetch_one(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        let moved = keyed.saturating_add(keyless).cast_unsigned();
+        if moved == 0 {
+            return Ok(all);
+        }
+        metrics::counter!("portcullis_usage_rolled_up_total").increment(moved);
+        all += moved;
+    }
+}
+
+/// Forgets days that began more than so many days ago. Says how many rows went.
+///
+/// # Errors
+/// Those of the database; what went before stays gone.
+pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        let Some(mut transaction) = alone(pool).await? else { return Ok(all) };
+        let keyed = sqlx::query!(
+            "delete from usage_daily where ctid = any(array(
+                select ctid from usage_daily
+                where day < date_trunc('day', now() - make_interval(days => $1), 'UTC') limit $2
+            ))",
+            days,
+            TOGETHER
+        )
+        .execute(&mut *transaction)
+        .await?;
+        let keyless = sqlx::query!(
+            "delete from usage_keyless_daily
+            where day < date_trunc('day', now() - make_interval(days => $1), 'UTC')",
+            days
+        )
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        let gone = keyed.rows_affected() + keyless.rows_affected();
+        if gone == 0 {
+            return Ok(all);
+        }
+        all += gone;
+    }
+}
+
+/// A transaction whose owner alone moves rows; none while another replica does.
+async fn alone(pool: &PgPool) -> Result<Option<Transaction<'static, Postgres>>, sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, MOVER);
+    let alone = alone.fetch_one(&mut *transaction).await?;
+    Ok(alone.then_some(transaction))
+}

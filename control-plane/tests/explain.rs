@@ -1,0 +1,256 @@
+//! `explain`, over the real router and a real PostgreSQL: every check with what it saw, from the record that Envoys get.
+
+mod support;
+
+use std::sync::Arc;
+
+use contract::key::{KeyKind, Secret};
+use control_plane::http;
+use control_plane::policies::Configured;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request};
+use uuid::Uuid;
+
+const POLICIES: &str = r#"{
+    "policies": {
+        "orders-read": {"scopes": {"all": ["orders:read"]}, "cost": 5,
+            "rate_limit": {"requests": 10, "window_seconds": 1, "burst": 20}},
+        "open": {"key": "optional"},
+        "dark": {"scopes": {"any": ["orders:admin"]}, "shadow": true}
+    },
+    "routes": [{"prefix": "/orders", "methods": ["GET"], "policy": "orders-read"}, {"prefix": "/open", "policy": "open"}]
+}"#;
+
+async fn fixture(pool: PgPool) -> (Fixture, Secret) {
+    let mut fixture = Fixture::new(pool).await;
+    fixture.app.policies = Arc::new(Configured::parse(POLICIES).unwrap());
+    fixture.router = http::router(fixture.app.clone(), None);
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    (fixture, admin)
+}
+
+async fn explain(fixture: &Fixture, caller: &Secret, body: Value) -> Reply {
+    fixture.send(request("POST", "/v1/explain", Some(caller), body.to_string())).await
+}
+
+/// Outcome, status and the names of the checks that fail.
+async fn verdict(fixture: &Fixture, caller: &Secret, body: Value) -> (String, Value, Vec<String>) {
+    let reply = explain(fixture, caller, body).await;
+    let json = reply.json();
+    assert_eq!(reply.status.as_u16(), 200, "{json}");
+    let failed = json["checks"].as_array().unwrap().iter().filter(|check| check["passed"] == false);
+    let failed = failed.map(|check| check["name"].as_str().unwrap().to_owned()).collect();
+    (json["outcome"].as_str().unwrap().to_owned(), json["status"].clone(), failed)
+}
+
+async fn change(pool: &PgPool, id: Uuid, change: &str) {
+    let change = sqlx::AssertSqlSafe(format!("update api_keys set {change} where id = $1"));
+    sqlx::query(change).bind(id).execute(pool).await.unwrap();
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
+    let (fixture, admin) = fixture(pool.clone()).await;
+    let (id, key) = fixture.key("user@example.com", &["orders:write"]).await;
+    change(
+        &pool,
+        id,
+        r#"rate_limits = '[{"name": "burst", "requests": 9, "window_s": 60, "burst": 3},
+            {"name": "own", "requests": 2, "window_s": 1, "burst": 2, "alone": true}]'"#,
+    )
+    .await;
+    let body = json!({"key": key.reveal(), "path": "/orders?page=2", "address": "192.0.2.7"});
+    let reply = explain(&fixture, &admin, body).await;
+    let passed = |name: &str, saw: &str| json!({"name": name, "passed": true, "saw": saw});
+    let expected = json!({
+        "outcome": "scope_denied", "status": 403, "policy": "orders-read", "shadow": false,
+        "checks": [
+            passed("credential", &format!("the key {id}, its secret number 1; well-formed")),
+            passed("policy", "orders-read: GET /orders?page=2 is of the route with the prefix /orders"),
+            passed("revocation", "the key is not revoked"),
+            passed("expiry", "the key does not end"),
+            passed("switch", "the key is switched on"),
+            passed("support", "the key requires 0x0, 0x7 is understood"),
+            passed("address", "the key may be used from any address"),
+            {"name": "scopes", "passed": false, "outcome": "scope_denied",
+                "saw": "the route asks for all of orders:read, the key has orders:write"},
+            passed("quota", "none is set"),
+            passed("credits", "none is set; the request costs 5"),
+            {"name": "rate_limit", "passed": null,
+                "saw": "of the key: burst 9 in 60 s, 3 at once, shared by all Envoys; of the key: own 2 in 1 s, 2 at once, \
+                        each Envoy by itself; of the route: orders-read 10 in 1 s, 20 at once, each Envoy by itself; \
+                        judged by each Envoy"},
+        ],
+    });
+    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!(reply.header("cache-control"), "no-store");
+    assert!(!String::from_utf8_lossy(&reply.body).contains(key.reveal()), "the secret is never told");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn every_outcome_that_the_decision_knows_is_explained_by_secret_and_by_id(pool: PgPool) {
+    let (fixture, admin) = fixture(pool.clone()).await;
+    for (columns, outcome, status, check) in [
+        ("cost = 1", "allowed", Value::Null, None),
+        ("revoked_at = now()", "revoked", json!(401), Some("revocation")),
+        ("expires_at = now()", "expired", json!(401), Some("expiry")),
+        ("disabled = true", "disabled", json!(403), Some("switch")),
+        ("networks = '{198.51.100.0/24}'", "address_denied", json!(403), Some("address")),
+        ("quota_exceeded = true, quota_starter = 1", "quota_exceeded", json!(429), Some("quota")),
+        ("credits_exhausted = true, credits_starter = 1", "credits_exhausted", json!(429), Some("credits")),
+    ] {
+        let (id, key) = fixture.key("user@example.com", &["orders:read"]).await;
+        change(&pool, id, columns).await;
+        for named in [json!({"key": key.reveal()}), json!({"key_id": id})] {
+            let mut body = named;
+            body["path"] = "/orders".into();
+            body["address"] = "192.0.2.7".into();
+            let failed = check.map(ToOwned::to_owned).into_iter().collect();
+            let expected = (outcome.to_owned(), status.clone(), failed);
+            assert_eq!(verdict(&fixture, &admin, body).await, expected, "{columns}");
+        }
+    }
+    // At another time, from another address, under another policy.
+    let (id, _) = fixture.key("user@example.com", &["orders:read"]).await;
+    change(&pool, id, "expires_at = '2030-01-01Z', networks = '{198.51.100.0/24}'").await;
+    let mut body = json!({"key_id": id, "address": "::ffff:198.51.100.9", "time": "2029-12-31T23:59:59Z"});
+    assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "allowed");
+    body["time"] = "2030-01-01T00:00:00Z".into();
+    assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "expired");
+    body["time"] = "2029-01-01T00:00:00Z".into();
+    body["policy"] = json!({"scopes": {"any": ["orders:write", "orders:list"]}});
+    assert_eq!(verdict(&fixture, &admin, body).await.0, "scope_denied");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_role_and_a_plan_are_those_that_envoys_have(pool: PgPool) {
+    let (fixture, admin) = fixture(pool.clone()).await;
+    let (id, _) = fixture.key("user@example.com", &[]).await;
+    let body = json!({"key_id": id, "policy": "orders-read"});
+    assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "scope_denied");
+    let role: i32 = sqlx::query_scalar(
+        "insert into definitions (kind, name, scopes) values ('role', 'r', '{orders:*}') returning number",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    change(&pool, id, &format!("role_numbers = '{{{role}}}'")).await;
+    assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "allowed");
+    sqlx::query("update definitions set scopes = '{}' where number = $1").bind(role).execute(&pool).await.unwrap();
+    assert_eq!(verdict(&fixture, &admin, body).await.0, "scope_denied");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_is_left_of_quota_and_credits_is_told_from_the_database(pool: PgPool) {
+    let (fixture, admin) = fixture(pool.clone()).await;
+    let (id, _) = fixture.key("user@example.com", &[]).await;
+    for statement in [
+        "insert into ledger (owner_id, kind, amount, balance) select owner_id, 'top_up', 90, 0 from api_keys where id = $1",
+        "update user_preferences set metered = true, credits_starter = 5
+            where id = (select owner_id from api_keys where id = $1)",
+        r#"update api_keys set quota = '{"requests": 100, "period": "day", "time_zone": "UTC"}', quota_starter = 6
+            where id = $1"#,
+        "insert into quota_use (key_id, window_start, window_end, used)
+            values ($1, '2026-05-01Z', '2026-05-02Z', 40)",
+        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
+            values (1, $1, gen_random_uuid(), 12, 12, 1, 5), (1, $1, gen_random_uuid(), 3, 3, 1, 0)",
+        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
+            select 2, owner_id, gen_random_uuid(), 30, 30, 1, 10 from api_keys where id = $1",
+    ] {
+        sqlx::query(statement).bind(id).execute(&pool).await.unwrap();
+    }
+    let reply = explain(&fixture, &admin, json!({"key_id": id})).await.json();
+    let checks = reply["checks"].as_array().unwrap();
+    assert_eq!(
+        checks[checks.len() - 2..],
+        [
+            json!({"name": "quota_left", "passed": null, "saw": "40 of 100 requests by the day are used, in the window \
+                that ends at 2026-05-02 0:00:00.0 +00:00:00; 10 are leased to Envoys"}),
+            json!({"name": "credits_left", "passed": null, "saw": "the balance is 90, of which 20 are leased to Envoys"}),
+        ]
+    );
+    assert_eq!((&reply["outcome"], &checks[8]["saw"]), (&json!("allowed"), &json!("not used up")));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(pool: PgPool) {
+    let (fixture, admin) = fixture(pool.clone()).await;
+    let stranger = Secret::generate(KeyKind::Live, &mut getrandom::SysRng).unwrap();
+    let reply = explain(&fixture, &admin, json!({"key": stranger.reveal(), "path": "/x"})).await;
+    let expected = json!({
+        "outcome": "unknown", "status": 401, "policy": "default", "shadow": false,
+        "checks": [
+            {"name": "credential", "passed": false, "saw": "a key that Envoys do not know; well-formed", "outcome": "unknown"},
+            {"name": "policy", "passed": true, "saw": "default: no route is for GET /x"},
+        ],
+    });
+    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert!(!String::from_utf8_lossy(&reply.body).contains(stranger.reveal()));
+
+    let mistyped = format!("{}x", &stranger.reveal()[..43]);
+    for (body, outcome, status, failed) in [
+        (json!({"key": mistyped, "policy": "open"}), "anonymous", Value::Null, vec!["credential"]),
+        (json!({"key": "k".repeat(2_000)}), "unknown", json!(401), vec!["credential"]),
+        (json!({}), "missing", json!(401), vec!["credential"]),
+        (json!({"key": ""}), "missing", json!(401), vec!["credential"]),
+        (json!({"path": "/open/x", "method": "POST"}), "anonymous", Value::Null, vec!["credential"]),
+        (json!({"policy": "wrong"}), "policy_unknown", json!(503), vec!["credential", "policy"]),
+        (json!({"key": admin.reveal(), "policy": "wrong"}), "policy_unknown", json!(503), vec!["policy"]),
+        (json!({"key": admin.reveal(), "policy": "dark"}), "scope_denied", Value::Null, vec!["scopes"]),
+        (json!({"key": admin.reveal(), "path": "/orders", "method": "POST"}), "allowed", Value::Null, vec![]),
+    ] {
+        let expected = (outcome.to_owned(), status, failed.into_iter().map(ToOwned::to_owned).collect());
+        assert_eq!(verdict(&fixture, &admin, body.clone()).await, expected, "{body}");
+    }
+    let id = Uuid::now_v7();
+    let reply = explain(&fixture, &admin, json!({"key_id": id})).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_explains_keys_of_their_own_and_a_filters_key_explains_none(pool: PgPool) {
+    let (fixture, _) = fixture(pool).await;
+    let (own, user) = fixture.key("user@example.com", &[]).await;
+    let (foreign, secret) = fixture.key("other@example.com", &[]).await;
+    let (_, sync) = fixture.key("user@example.com", &["sync"]).await;
+    assert_eq!(verdict(&fixture, &user, json!({"key_id": own})).await.0, "allowed");
+    assert_eq!(verdict(&fixture, &user, json!({"key": user.reveal()})).await.0, "allowed");
+    // A key of somebody else is explained like one that does not exist.
+    assert_eq!(verdict(&fixture, &user, json!({"key": secret.reveal()})).await.0, "unknown");
+    let reply = explain(&fixture, &user, json!({"key_id": foreign})).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (404, &json!(format!("There is no key {foreign}."))));
+    let reply = explain(&fixture, &sync, json!({"key_id": own})).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (403, &json!("forbidden")));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_wrong_field_is_named_and_no_secret_is_told(pool: PgPool) {
+    let (fixture, admin) = fixture(pool).await;
+    let id = Uuid::nil();
+    for (body, field, detail) in [
+        (json!({"key": "sk_live_x", "key_id": id}), "key_id", "give either key or key_id, not both"),
+        (json!({"address": "here"}), "address", "must be an IPv4 or IPv6 address such as 192.0.2.7"),
+        (json!({"time": "now"}), "time", "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z"),
+        (json!({"method": "get"}), "method", "must be a method in capitals, such as GET"),
+        (json!({"path": "orders"}), "path", "must start with / and have at most 4096 bytes"),
+        (
+            json!({"policy": {"scopes": {"all": []}}}),
+            "policy",
+            "policy.scopes: name at least one scope, or leave it out",
+        ),
+    ] {
+        let reply = explain(&fixture, &admin, body).await;
+        let problem = reply.json();
+        assert_eq!(
+            (reply.status.as_u16(), &problem["field"], &problem["detail"]),
+            (400, &json!(field), &json!(detail)),
+            "{problem}"
+        );
+    }
+    for body in [json!({"policy": 5}), json!({"policy": {"scope": "a"}}), json!({"key": ["sk_live_hidden"]})] {
+        let reply = explain(&fixture, &admin, body).await;
+        assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (400, &json!("invalid")));
+        assert!(!reply.json().to_string().contains("hidden"), "{}", reply.json());
+    }
+}

@@ -1,0 +1,260 @@
+//! Which Envoys sync and how far they are, over the real router and a real PostgreSQL: from what their polls say.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use contract::id::{Epoch, ReporterId};
+use contract::key::Secret;
+use contract::page::Page;
+use contract::usage::{Report, write_reports};
+use control_plane::key::store;
+use control_plane::sync::filters;
+use control_plane::sync::registry::{Heard, Registry};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request, revision};
+use uuid::Uuid;
+
+fn envoy(number: u8) -> ReporterId {
+    ReporterId([number; 16])
+}
+
+async fn poll(fixture: &Fixture, sync: &Secret, query: &str) -> Reply {
+    let reply = fixture.send(request("GET", &format!("/sync/v1/keys?{query}"), Some(sync), Body::empty())).await;
+    assert_eq!(reply.status.as_u16(), 200);
+    reply
+}
+
+async fn get(fixture: &Fixture, key: &Secret, uri: &str) -> Reply {
+    fixture.send(request("GET", uri, Some(key), Body::empty())).await
+}
+
+async fn applied_on(fixture: &Fixture, key: &Secret, id: Uuid) -> Value {
+    fixture.app.filters.write(&fixture.pool).await.unwrap();
+    get(fixture, key, &format!("/v1/keys/{id}")).await.json()["applied_on"].clone()
+}
+
+async fn epoch(pool: &PgPool) -> Uuid {
+    sqlx::query_scalar("select epoch from store_state").fetch_one(pool).await.unwrap()
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (sync_id, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let now = fixture.in_step().await;
+    let epoch = epoch(&pool).await;
+    let [one, two, three] = [1, 2, 3].map(envoy);
+    // In step, two behind with requests that wait, and still loading; a reporter and numbers that make no sense.
+    poll(&fixture, &sync, &format!("epoch={epoch}&revision={now}&wait=0&reporter={one}&version=0.3.0&pending=0")).await;
+    poll(&fixture, &sync, &format!("epoch={epoch}&revision={}&reporter={two}&pending=7", now - 2)).await;
+    poll(&fixture, &sync, &format!("epoch={epoch}&cursor=0&revision={now}&reporter={three}&pending=x&version=%0a"))
+        .await;
+    poll(&fixture, &sync, "reporter=nonsense").await;
+    let report = write_reports(&[Report { reporter: two, seq: 1, counts: Vec::new() }]).unwrap();
+    assert_eq!(fixture.send(request("POST", "/sync/v1/usage", Some(&sync), report)).await.status.as_u16(), 200);
+    fixture.app.filters.write(&pool).await.unwrap();
+
+    let reply = get(&fixture, &admin, "/v1/filters").await;
+    let mut page = reply.json();
+    assert_eq!(reply.status.as_u16(), 200, "{page}");
+    let mut ages = Vec::new();
+    for filter in page["filters"].as_array_mut().unwrap() {
+        assert_eq!(filter["live"], true);
+        for (name, of) in [("seen_at", 0), ("synced_at", 0), ("age_seconds", 0), ("reported_at", 1), ("lag_seconds", 1)]
+        {
+            let place = if of == 0 { &mut filter[name] } else { &mut filter["usage"][name] };
+            if let Some(age) = place.as_f64() {
+                assert!((0.0..30.0).contains(&age), "{name}: {age}");
+                ages.push(name);
+            }
+            if !place.is_null() {
+                *place = json!("checked");
+            }
+        }
+    }
+    assert_eq!(ages, ["age_seconds", "lag_seconds", "age_seconds", "lag_seconds"]);
+    let filter = |id: ReporterId, version: Value, far: [Value; 5], usage: Value| {
+        let [epoch, revision, behind, in_step, synced] = far;
+        json!({
+            "id": Uuid::from(id), "sync_key_id": sync_id, "address": null, "version": version, "live": true,
+            "seen_at": "checked", "epoch": epoch, "revision": revision, "revisions_behind": behind, "in_step": in_step,
+            "synced_at": synced, "age_seconds": synced, "usage": usage,
+        })
+    };
+    let usage = |pending: Value, reported: Value, lag: Value| json!({"pending_requests": pending, "reported_at": reported, "lag_seconds": lag});
+    let checked = json!("checked");
+    let expected = json!({
+        "epoch": epoch, "revision": now, "next_cursor": null,
+        "filters": [
+            filter(one, json!("0.3.0"), [json!(epoch), json!(now), json!(0), json!(true), checked.clone()],
+                usage(json!(0), Value::Null, checked.clone())),
+            filter(two, Value::Null, [json!(epoch), json!(now - 2), json!(2), json!(false), checked.clone()],
+                usage(json!(7), checked.clone(), checked.clone())),
+            filter(three, Value::Null, [Value::Null, Value::Null, Value::Null, json!(false), Value::Null],
+                usage(Value::Null, Value::Null, Value::Null)),
+        ],
+    });
+    assert_eq!(page, expected);
+
+    let first = get(&fixture, &admin, "/v1/filters?limit=2").await;
+    let link = format!("</v1/filters?cursor={}&limit=2>; rel=\"next\"", Uuid::from(two));
+    assert_eq!((first.header("link"), &first.json()["next_cursor"]), (link.as_str(), &json!(Uuid::from(two))));
+    let second = get(&fixture, &admin, &format!("/v1/filters?cursor={}&limit=2", Uuid::from(two))).await;
+    assert_eq!((second.json()["filters"].as_array().unwrap().len(), second.headers.get("link")), (1, None));
+    assert_eq!(get(&fixture, &admin, "/v1/filters?limit=0").await.json()["field"], "limit");
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    for key in [&user, &sync] {
+        let detail = "This is for admins. Use a key with the scope admin.";
+        let reply = get(&fixture, key, "/v1/filters").await;
+        assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, user) = fixture.key("user@example.com", &[]).await;
+    assert_eq!(applied_on(&fixture, &user, id).await, json!({"filters": 0, "applied": 0, "oldest_seconds": null}));
+    let before = fixture.in_step().await;
+    let epoch = epoch(&pool).await;
+    let says = async |number: u8, revision: u64| {
+        let poll_of = format!("epoch={epoch}&revision={revision}&wait=0&reporter={}", envoy(number));
+        poll(&fixture, &sync, &poll_of).await;
+    };
+    says(1, before).await;
+    says(2, before).await;
+    assert_eq!(applied_on(&fixture, &user, id).await, json!({"filters": 2, "applied": 2, "oldest_seconds": null}));
+
+    let revoked = Instant::now();
+    store::revoke(&pool, id).await.unwrap();
+    let after = fixture.in_step().await;
+    let none = applied_on(&fixture, &admin, id).await;
+    assert_eq!((&none["filters"], &none["applied"]), (&json!(2), &json!(0)));
+    says(1, after).await;
+    let one = applied_on(&fixture, &admin, id).await;
+    assert_eq!((&one["filters"], &one["applied"]), (&json!(2), &json!(1)));
+    let (lags, most) = (one["oldest_seconds"].as_f64().unwrap(), revoked.elapsed().as_secs_f64());
+    assert!((0.0..=most).contains(&lags), "{lags} of {most}");
+    let later = applied_on(&fixture, &admin, id).await["oldest_seconds"].as_f64().unwrap();
+    assert!(later > lags, "{later} after {lags}");
+    says(2, after).await;
+    assert_eq!(applied_on(&fixture, &admin, id).await, json!({"filters": 2, "applied": 2, "oldest_seconds": null}));
+
+    // A role of the key is part of it; a filter of another epoch has nothing of this one; silent ones do not count.
+    let role: i32 = sqlx::query_scalar("insert into definitions (kind, name) values ('role', 'r') returning number")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    sqlx::query("update api_keys set role_numbers = array[$2] where id = $1")
+        .bind(id)
+        .bind(role)
+        .execute(&pool)
+        .await
+        .unwrap();
+    let after = fixture.in_step().await;
+    says(1, after).await;
+    assert_eq!(applied_on(&fixture, &admin, id).await["applied"], 1);
+    sqlx::query("update definitions set scopes = '{a}' where number = $1").bind(role).execute(&pool).await.unwrap();
+    assert_eq!(applied_on(&fixture, &admin, id).await["applied"], 0);
+    let foreign = Heard { holds: Some((Epoch([9; 16]), u64::MAX)), ..Heard::default() };
+    fixture.app.filters.polled(envoy(3), foreign);
+    let three = applied_on(&fixture, &admin, id).await;
+    assert_eq!((&three["filters"], &three["applied"]), (&json!(3), &json!(0)));
+    sqlx::query("update filters set seen_at = now() - interval '61 seconds'").execute(&pool).await.unwrap();
+    assert_eq!(applied_on(&fixture, &admin, id).await["filters"], 0);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool) {
+    let (one, other) = (Registry::new(), Registry::new());
+    let epoch = Epoch::from(epoch(&pool).await);
+    let (sync, _) = support::key(&pool, "operator@example.com", &["sync"]).await;
+    let says = |revision| Heard { sync_key: sync, holds: Some((epoch, revision)), ..Heard::default() };
+    let stored = async || -> (i64, Option<Uuid>) {
+        sqlx::query_as("select revision, sync_key_id from filters").fetch_one(&pool).await.unwrap()
+    };
+    other.held(envoy(1), Uuid::nil());
+    other.write(&pool).await.unwrap();
+    one.polled(envoy(1), says(5));
+    other.polled(envoy(1), says(6));
+    other.write(&pool).await.unwrap();
+    one.write(&pool).await.unwrap();
+    assert_eq!(stored().await, (6, Some(sync)), "the older word came later");
+    other.held(envoy(1), Uuid::nil());
+    one.reported(envoy(1), sync);
+    other.write(&pool).await.unwrap();
+    one.write(&pool).await.unwrap();
+    assert_eq!(stored().await, (6, Some(sync)));
+    one.polled(envoy(1), says(7));
+    one.write(&pool).await.unwrap();
+    assert_eq!((stored().await.0, filters::live(&pool).await.unwrap()), (7, 1));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn nothing_is_lost_while_the_database_is_away(pool: PgPool) {
+    let registry = Registry::new();
+    let away = pool.clone();
+    let here = sqlx::postgres::PgPoolOptions::new().connect_with((*pool.connect_options()).clone()).await.unwrap();
+    away.close().await;
+    registry.polled(envoy(1), Heard { holds: Some((Epoch([7; 16]), 5)), ..Heard::default() });
+    assert!(registry.write(&away).await.is_err());
+    registry.polled(envoy(2), Heard::default());
+    assert!(registry.write(&away).await.is_err());
+    registry.write(&here).await.unwrap();
+    let rows: Vec<(Uuid, i64)> =
+        sqlx::query_as("select reporter, revision from filters order by 1").fetch_all(&here).await.unwrap();
+    assert_eq!(rows, [(envoy(1).into(), 5), (envoy(2).into(), 0)]);
+    here.close().await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let filters_of = |reply: &Reply| Page::read(&reply.body).unwrap().header.filters;
+    assert_eq!(filters_of(&poll(&fixture, &sync, "").await), 0);
+    // The very first page of an Envoy counts it.
+    assert_eq!(filters_of(&poll(&fixture, &sync, &format!("reporter={}", envoy(1))).await), 1);
+    let other = Registry::new();
+    other.polled(envoy(2), Heard::default());
+    other.polled(envoy(3), Heard::default());
+    other.write(&pool).await.unwrap();
+    let running = tokio::spawn(fixture.app.filters.clone().run(pool.clone(), fixture.app.store.clone()));
+    let counted = async {
+        while filters_of(&poll(&fixture, &sync, "").await) != 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), counted).await.expect("those of the other replica are counted");
+    running.abort();
+    sqlx::query("update filters set seen_at = now() - interval '25 hours' where reporter <> $1")
+        .bind(Uuid::from(envoy(1)))
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!((filters::forget(&pool).await.unwrap(), filters::live(&pool).await.unwrap()), (2, 1));
+    assert!(revision(&pool).await > 0);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn polls_are_written_together(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    for _ in 0..50 {
+        for number in 1..=4 {
+            poll(&fixture, &sync, &format!("reporter={}", envoy(number))).await;
+        }
+    }
+    let rows = async || -> i64 { sqlx::query_scalar("select count(*) from filters").fetch_one(&pool).await.unwrap() };
+    assert_eq!(rows().await, 0, "no poll writes");
+    fixture.app.filters.write(&pool).await.unwrap();
+    assert_eq!(rows().await, 4);
+}

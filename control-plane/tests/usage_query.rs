@@ -1,0 +1,383 @@
+//! `GET /v1/usage`, and what becomes of usage as it grows old, over the real router and a real PostgreSQL.
+
+mod support;
+
+use axum::body::Body;
+use axum::http::Request;
+use contract::id::{KeyId, ReporterId};
+use contract::key::Secret;
+use contract::usage::{Count, KeyRef, Report, Subject};
+use control_plane::usage::retention::{Retention, forget, roll_up, tidy};
+use control_plane::usage::{Submission, apply, events};
+use serde_json::{Value, json};
+use sqlx::PgPool;
+use support::{Fixture, Reply, request};
+use uuid::Uuid;
+
+const SPAN: &str = "from=2026-05-01T00:00:00Z&to=2026-07-01T00:00:00Z";
+
+async fn count(pool: &PgPool, id: Uuid, hour: &str, outcome: i16, requests: i64) {
+    sqlx::query("insert into usage_hourly values ($1, $2::text::timestamptz, $3, 1, $4, $4 * 2)")
+        .bind(id)
+        .bind(hour)
+        .bind(outcome)
+        .bind(requests)
+        .execute(pool)
+        .await
+        .unwrap();
+}
+
+async fn get(fixture: &Fixture, key: &Secret, query: &str) -> Reply {
+    fixture.send(request("GET", &format!("/v1/usage?{query}"), Some(key), Body::empty())).await
+}
+
+async fn rows(fixture: &Fixture, key: &Secret, query: &str) -> Value {
+    let reply = get(fixture, key, &format!("{SPAN}&{query}")).await;
+    let json = reply.json();
+    assert_eq!(reply.status.as_u16(), 200, "{json}");
+    json["usage"].clone()
+}
+
+/// Two users, three keys, a role and a plan; what they used in May and June; requests without a key.
+async fn counted(pool: &PgPool) -> (Fixture, Secret, [(Uuid, Secret); 3]) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let one = fixture.key("a@example.com", &["orders:read", "orders:write"]).await;
+    let two = fixture.key("a@example.com", &[]).await;
+    let three = fixture.key("b@example.com", &["orders:read"]).await;
+    let number = async |sql: &'static str| sqlx::query_scalar::<_, i32>(sql).fetch_one(pool).await.unwrap();
+    let role =
+        number("insert into definitions (kind, name, scopes) values ('role', 'r', '{from:role}') returning number")
+            .await;
+    let plan =
+        number("insert into definitions (kind, name, scopes) values ('plan', 'gold', '{from:plan}') returning number")
+            .await;
+    sqlx::query("update user_preferences set plan_number = $1 where email = 'b@example.com'")
+        .bind(plan)
+        .execute(pool)
+        .await
+        .unwrap();
+    sqlx::query("update api_keys set role_numbers = array[$2] where id = $1")
+        .bind(two.0)
+        .bind(role)
+        .execute(pool)
+        .await
+        .unwrap();
+    for (id, hour, outcome, requests) in [
+        (one.0, "2026-05-01 10:00Z", 0, 1),
+        (one.0, "2026-05-01 11:00Z", 0, 2),
+        (one.0, "2026-05-01 11:00Z", 8, 4),
+        (one.0, "2026-05-02 00:00Z", 136, 8),
+        (two.0, "2026-06-10 10:00Z", 0, 16),
+        (three.0, "2026-06-30 23:00Z", 0, 32),
+        (three.0, "2026-07-01 00:00Z", 0, 64),
+    ] {
+        count(pool, id, hour, outcome, requests).await;
+    }
+    sqlx::query("insert into usage_keyless_hourly values ('2026-05-01 10:00Z', 1, 128), ('2026-06-01 10:00Z', 2, 256)")
+        .execute(pool)
+        .await
+        .unwrap();
+    (fixture, admin, [one, two, three])
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
+    let (fixture, admin, [one, two, three]) = counted(&pool).await;
+    assert_eq!(rows(&fixture, &admin, "").await, json!([{"requests": 447, "cost": 126}]));
+    assert_eq!(
+        rows(&fixture, &admin, "group_by=key").await,
+        json!([
+            {"key_id": null, "key_name": null, "requests": 384, "cost": 0},
+            {"key_id": one.0, "key_name": "a key", "requests": 15, "cost": 30},
+            {"key_id": two.0, "key_name": "a key", "requests": 16, "cost": 32},
+            {"key_id": three.0, "key_name": "a key", "requests": 32, "cost": 64},
+        ])
+    );
+    assert_eq!(
+        rows(&fixture, &admin, "group_by=outcome&key_id=".to_owned().as_str().trim_end_matches("&key_id=")).await,
+        json!([
+            {"outcome": "allowed", "requests": 51, "cost": 102},
+            {"outcome": "missing", "requests": 128, "cost": 0},
+            {"outcome": "unknown", "requests": 256, "cost": 0},
+            {"outcome": "rate_limited", "requests": 4, "cost": 8},
+            {"outcome": "shadow:rate_limited", "requests": 8, "cost": 16},
+        ])
+    );
+    assert_eq!(
+        rows(&fixture, &admin, "group_by=user,plan&interval=month").await,
+        json!([
+            {"start": "2026-05-01T00:00:00Z", "email": null, "plan": null, "requests": 128, "cost": 0},
+            {"start": "2026-05-01T00:00:00Z", "email": "a@example.com", "plan": null, "requests": 15, "cost": 30},
+            {"start": "2026-06-01T00:00:00Z", "email": null, "plan": null, "requests": 256, "cost": 0},
+            {"start": "2026-06-01T00:00:00Z", "email": "a@example.com", "plan": null, "requests": 16, "cost": 32},
+            {"start": "2026-06-01T00:00:00Z", "email": "b@example.com", "plan": "gold", "requests": 32, "cost": 64},
+        ])
+    );
+    // A key counts under each of its scopes: its own, its roles', its plan's.
+    assert_eq!(
+        rows(&fixture, &admin, "group_by=scope").await,
+        json!([
+            {"scope": null, "requests": 384, "cost": 0},
+            {"scope": "from:plan", "requests": 32, "cost": 64},
+            {"scope": "from:role", "requests": 16, "cost": 32},
+            {"scope": "orders:read", "requests": 47, "cost": 94},
+            {"scope": "orders:write", "requests": 15, "cost": 30},
+        ])
+    );
+    let hours = "interval=hour&from=2026-05-01T00:00:00Z&to=2026-05-02T01:00:00Z&email=A%40example.com";
+    assert_eq!(
+        get(&fixture, &admin, hours).await.json(),
+        json!({
+            "from": "2026-05-01T00:00:00Z", "to": "2026-05-02T01:00:00Z", "next_cursor": null,
+            "usage": [
+                {"start": "2026-05-01T10:00:00Z", "requests": 1, "cost": 2},
+                {"start": "2026-05-01T11:00:00Z", "requests": 6, "cost": 12},
+                {"start": "2026-05-02T00:00:00Z", "requests": 8, "cost": 16},
+            ],
+        })
+    );
+    for (query, requests) in [
+        (format!("key_id={}", one.0), 15),
+        ("email=b@example.com".into(), 32),
+        ("plan=gold".into(), 32),
+        ("scope=orders:read".into(), 47),
+        ("scope=from:role".into(), 16),
+        ("outcome=allowed".into(), 51),
+        ("outcome=shadow:rate_limited".into(), 8),
+        ("outcome=missing".into(), 128),
+        ("outcome=allowed&scope=orders:read&plan=gold".into(), 32),
+    ] {
+        assert_eq!(rows(&fixture, &admin, &query).await[0]["requests"], requests, "{query}");
+    }
+    assert_eq!(rows(&fixture, &admin, "plan=silver").await, json!([]));
+    let per_key = format!("/v1/keys/{}/usage?{SPAN}", one.0);
+    let per_key = fixture.send(request("GET", &per_key, Some(&admin), Body::empty())).await.json();
+    assert_eq!(per_key["totals"]["shadow:rate_limited"], json!({"requests": 8, "cost": 16}));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn users_see_their_own_usage_and_filters_none(pool: PgPool) {
+    let (fixture, _, [one, _, three]) = counted(&pool).await;
+    assert_eq!(rows(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
+    assert_eq!(rows(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
+    let reply = get(&fixture, &one.1, "email=b@example.com").await;
+    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
+    for id in [three.0, Uuid::now_v7()] {
+        let reply = get(&fixture, &one.1, &format!("key_id={id}")).await;
+        assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
+    }
+    let (_, sync) = fixture.key("a@example.com", &["sync"]).await;
+    assert_eq!(get(&fixture, &sync, "").await.status.as_u16(), 403);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_same_comes_as_csv_that_no_spreadsheet_takes_for_formulas(pool: PgPool) {
+    let (fixture, admin, [one, two, three]) = counted(&pool).await;
+    sqlx::query("update api_keys set name = '=HYPERLINK(\"x\", 1)' where id = $1")
+        .bind(one.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    let expected = format!(
+        "start,key_id,key_name,email,requests,cost\r\n\
+         2026-05-01T00:00:00Z,,,,128,0\r\n\
+         2026-05-01T00:00:00Z,{},\"'=HYPERLINK(\"\"x\"\", 1)\",a@example.com,15,30\r\n\
+         2026-06-01T00:00:00Z,,,,256,0\r\n\
+         2026-06-01T00:00:00Z,{},a key,a@example.com,16,32\r\n\
+         2026-06-01T00:00:00Z,{},a key,b@example.com,32,64\r\n",
+        one.0, two.0, three.0
+    );
+    let query = format!("{SPAN}&group_by=key,user&interval=month");
+    let accepting =
+        Request::get(format!("/v1/usage?{query}")).header("x-api-key", admin.reveal()).header("accept", "text/csv");
+    for reply in [
+        get(&fixture, &admin, &format!("{query}&format=csv")).await,
+        fixture.send(accepting.body(Body::empty()).unwrap()).await,
+    ] {
+        assert_eq!(reply.header("content-type"), "text/csv; charset=utf-8; header=present");
+        assert_eq!(reply.header("cache-control"), "no-store");
+        assert_eq!((reply.status.as_u16(), String::from_utf8(reply.body).unwrap()), (200, expected.clone()));
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn pages_hold_every_row_once_though_usage_goes_on(pool: PgPool) {
+    let (fixture, admin, [one, ..]) = counted(&pool).await;
+    for format in ["json", "csv"] {
+        let all = rows(&fixture, &admin, "group_by=key,scope,outcome&interval=day").await;
+        let first = format!("{SPAN}&group_by=key,scope,outcome&interval=day&limit=2&format={format}");
+        let (mut seen, mut lines, mut pages) = (Vec::new(), 0, 0);
+        let mut uri = format!("/v1/usage?{first}");
+        loop {
+            let reply = fixture.send(request("GET", &uri, Some(&admin), Body::empty())).await;
+            assert_eq!(reply.status.as_u16(), 200);
+            pages += 1;
+            match format {
+                "json" => seen.extend(reply.json()["usage"].as_array().unwrap().clone()),
+                _ => lines += String::from_utf8_lossy(&reply.body).lines().count() - 1,
+            }
+            let Some(next) = reply.headers.get("link") else { break };
+            let next = next.to_str().unwrap();
+            uri = next.strip_prefix('<').unwrap().strip_suffix(">; rel=\"next\"").unwrap().to_owned();
+            if format == "json" {
+                assert!(uri.contains(reply.json()["next_cursor"].as_str().unwrap()));
+            }
+            // Counted in a row that was told already.
+            sqlx::query(
+                "update usage_hourly set requests = requests + 1 where key_id = $1 and hour = '2026-05-01 10:00Z'",
+            )
+            .bind(one.0)
+            .execute(&pool)
+            .await
+            .unwrap();
+        }
+        let rows = all.as_array().unwrap().len();
+        assert_eq!(pages, rows.div_ceil(2));
+        if format == "json" {
+            assert_eq!(
+                seen.iter().map(|row| &row["scope"]).collect::<Vec<_>>(),
+                all.as_array().unwrap().iter().map(|row| &row["scope"]).collect::<Vec<_>>()
+            );
+            assert_eq!(seen.len(), rows);
+        } else {
+            assert_eq!(lines, rows);
+        }
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_wrong_parameter_is_named(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    for (query, field, detail) in [
+        ("group_by=keys", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
+        ("group_by=", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
+        ("interval=week", "interval", "must be hour, day, month or total"),
+        ("outcome=fine", "outcome", "must be the name of an outcome, as allowed or shadow:rate_limited"),
+        ("format=xml", "format", "must be json or csv"),
+        ("cursor=7b7d", "cursor", "must be the next_cursor of the page before"),
+        ("limit=1001", "limit", "must be a number from 1 to 1000"),
+        ("from=2024-05-02T00:00:00Z&to=2026-05-02T00:00:00Z", "from", "must lie at most 366 days before to"),
+        (
+            "interval=hour&from=2026-05-01T00:00:00Z&to=2026-06-02T00:00:00Z",
+            "from",
+            "must lie at most 31 days before to, by the hour",
+        ),
+        ("email=x", "email", "must be an email address such as user@example.com"),
+        ("plan=%00", "plan", "must have 1 to 256 characters"),
+    ] {
+        let reply = get(&fixture, &admin, query).await;
+        let problem = reply.json();
+        assert_eq!(
+            (reply.status.as_u16(), &problem["field"], &problem["detail"]),
+            (400, &json!(field), &json!(detail)),
+            "{query}: {problem}"
+        );
+    }
+    assert_eq!(get(&fixture, &admin, "hours=1").await.status.as_u16(), 400);
+}
+
+/// Sums by key and outcome of all there is, hours and days together.
+async fn all_sums(pool: &PgPool) -> Vec<(Option<Uuid>, i16, i64, i64)> {
+    sqlx::query_as(
+        "select key_id, outcome, sum(requests)::bigint, sum(cost)::bigint from (
+            select key_id, outcome, requests, cost from usage_hourly
+            union all select key_id, outcome, requests, cost from usage_daily
+            union all select null, outcome, requests, 0 from usage_keyless_hourly
+            union all select null, outcome, requests, 0 from usage_keyless_daily
+        ) u group by 1, 2 order by 1, 2",
+    )
+    .fetch_all(pool)
+    .await
+    .unwrap()
+}
+
+fn submission(reporter: u8, seq: u64, counts: Vec<Count>) -> Submission {
+    let reporter = ReporterId([reporter; 16]);
+    Submission { reporter, sync_key: None, reports: vec![Report { reporter, seq, counts }] }
+}
+
+fn of(key: Option<Uuid>, outcome: u8, hour: u32, requests: u64) -> Count {
+    let key = key.map(|id| KeyRef { id: KeyId::from(id), generation: 1 });
+    Count { of: Subject { key, outcome, hour }, requests, cost: requests * 3, last_ms: 0 }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn every_sum_stays_as_it_is_while_usage_is_rolled_up_and_reports_go_on(pool: PgPool) {
+    let mut keys = Vec::new();
+    for number in 0..3 {
+        keys.push(support::key(&pool, &format!("user{number}@example.com"), &[]).await.0);
+    }
+    let now = u32::try_from(time::OffsetDateTime::now_utc().unix_timestamp() / 3_600).unwrap();
+    // 100 hours of the time around the end of retention, again and again, from three Envoys.
+    let ingest = (1..=3_u8).map(|reporter| {
+        let (pool, keys) = (&pool, &keys);
+        async move {
+            for seq in 1..=60_u64 {
+                let counts = (0..20_u64).map(|number| {
+                    let mix = seq * 7 + number * 13 + u64::from(reporter);
+                    let hour = now - 30 * 24 - 50 + u32::try_from(mix % 100).unwrap();
+                    let key = keys.get(usize::try_from(mix % 4).unwrap()).copied();
+                    of(key, if mix % 3 == 0 { 8 } else { 0 }, hour, mix % 5 + 1)
+                });
+                apply(pool, &[submission(reporter, seq, counts.collect())]).await.unwrap();
+            }
+        }
+    });
+    let moved = async {
+        let mut moved = 0;
+        for _ in 0..40 {
+            events::export_all(&pool).await.unwrap();
+            // Two replicas at once.
+            let (one, other) = tokio::join!(roll_up(&pool, 30), roll_up(&pool, 30));
+            moved += one.unwrap() + other.unwrap();
+        }
+        moved
+    };
+    let (_, moved) = tokio::join!(futures_util::future::join_all(ingest), moved);
+    assert!(moved > 0, "some rows moved while reports came");
+
+    let expected: u64 = (1..=3_u64)
+        .flat_map(|reporter| {
+            (1..=60_u64).flat_map(move |seq| (0..20_u64).map(move |n| (seq * 7 + n * 13 + reporter) % 5 + 1))
+        })
+        .sum();
+    let before = all_sums(&pool).await;
+    assert_eq!(before.iter().map(|(.., requests, _)| requests).sum::<i64>().cast_unsigned(), expected);
+    events::export_all(&pool).await.unwrap();
+    roll_up(&pool, 30).await.unwrap();
+    assert_eq!(all_sums(&pool).await, before);
+    let old: i64 = sqlx::query_scalar(
+        "select (select count(*) from usage_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))
+            + (select count(*) from usage_keyless_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(old, 0, "all of it was rolled up");
+    assert_eq!(roll_up(&pool, 30).await.unwrap(), 0);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn hours_wait_for_their_events_and_days_end(pool: PgPool) {
+    let (id, _) = support::key(&pool, "user@example.com", &[]).await;
+    count(&pool, id, "2020-05-01 10:00Z", 0, 5).await;
+    assert_eq!(roll_up(&pool, 90).await.unwrap(), 0, "not told as an event yet");
+    events::export_all(&pool).await.unwrap();
+    assert_eq!(roll_up(&pool, 90).await.unwrap(), 1);
+    let before = all_sums(&pool).await;
+    assert_eq!(before, [(Some(id), 0, 5, 10)]);
+    // A report that comes late makes a row of its own, and moves with the next round.
+    count(&pool, id, "2020-05-01 10:00Z", 0, 7).await;
+    let retention = Retention { hourly_days: 90, daily_days: 0, event_days: 30 };
+    events::export_all(&pool).await.unwrap();
+    tidy(&pool, retention).await;
+    let daily: Vec<(i64, i64)> =
+        sqlx::query_as("select requests, cost from usage_daily").fetch_all(&pool).await.unwrap();
+    assert_eq!(daily, [(12, 24)], "0 days: for ever");
+    assert_eq!(forget(&pool, 36_500).await.unwrap(), 0);
+    tidy(&pool, Retention { daily_days: 1_100, ..retention }).await;
+    assert_eq!(all_sums(&pool).await, []);
+}
