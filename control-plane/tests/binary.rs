@@ -103,6 +103,19 @@ fn a_bad_setting_is_named_in_one_line() {
         let said = complaint(&output);
         assert!(said.starts_with("control-plane: DATABASE_URL: "), "{said}");
     }
+    let file = std::env::temp_dir().join(format!("portcullis-policies-{}", uuid::Uuid::now_v7()));
+    for (text, what) in [
+        (r#"{"policies": {"a": {"scopes": {"all": []}}}}"#, "policies.a.scopes: name at least one scope"),
+        (r#"{"routes": [{"prefix": "/", "policy": "a"}]}"#, "routes[0].policy: there is no policy"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let policies = file.to_str().unwrap();
+        let output =
+            run(&["serve", "--database-url", "postgres://x", "--listen", "127.0.0.1:0", "--policies", policies]);
+        let said = complaint(&output);
+        assert!(said.starts_with(&format!("control-plane: --policies {policies}: {what}")), "{said}");
+    }
+    std::fs::remove_file(&file).unwrap();
     let output = run(&["admin", "create-key", "--database-url", "x", "--scope", "orders", "--name", "n"]);
     assert!(complaint(&output).starts_with("control-plane: --email: "), "{output:?}");
 }

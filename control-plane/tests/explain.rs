@@ -67,7 +67,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
         "outcome": "scope_denied", "status": 403, "policy": "orders-read", "shadow": false,
         "checks": [
             passed("credential", &format!("the key {id}, its secret number 1; well-formed")),
-            passed("policy", "orders-read: GET /orders?page=2 is of the route with the prefix /orders"),
+            passed("policy", "orders-read: GET /orders is of the route with the prefix /orders"),
             passed("revocation", "the key is not revoked"),
             passed("expiry", "the key does not end"),
             passed("switch", "the key is switched on"),

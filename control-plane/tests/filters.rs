@@ -120,6 +120,8 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let (id, user) = fixture.key("user@example.com", &[]).await;
+    // Notes when changes arrive.
+    let running = tokio::spawn(fixture.app.filters.clone().run(pool.clone(), fixture.app.store.clone()));
     assert_eq!(applied_on(&fixture, &user, id).await, json!({"filters": 0, "applied": 0, "oldest_seconds": null}));
     let before = fixture.in_step().await;
     let epoch = epoch(&pool).await;
@@ -167,6 +169,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let three = applied_on(&fixture, &admin, id).await;
     assert_eq!((&three["filters"], &three["applied"]), (&json!(3), &json!(0)));
     sqlx::query("update filters set seen_at = now() - interval '61 seconds'").execute(&pool).await.unwrap();
+    running.abort();
     assert_eq!(applied_on(&fixture, &admin, id).await["filters"], 0);
 }
 

@@ -49,7 +49,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         .fetch_one(&pool)
         .await
         .unwrap();
-    let expected = json!({
+    let mut expected = json!({
         "id": id, "owner_id": owner_id, "email": "user@example.com", "name": "Everything",
         "prefix": format!("sk_{}", &secret.reveal()[8..14]), "scopes": ["orders:*", "sync"],
         "rate_limits": [
@@ -72,6 +72,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         "generation": 1, "prefix": details["prefix"], "current": true, "ends_at": null, "usage_count": 0,
         "last_used_at": null,
     }]);
+    details["applied_on"] = json!({"filters": 0, "applied": 0, "oldest_seconds": null});
     assert_eq!(reply.json(), details);
 
     fixture.in_step().await;

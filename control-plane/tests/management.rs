@@ -222,6 +222,10 @@ async fn every_management_route_needs_a_good_key(pool: PgPool) {
         ("POST", "/v1/keys/import".into()),
         ("POST", "/v1/users/user@example.com/revoke-keys".into()),
         ("GET", "/v1/audit".into()),
+        ("POST", "/v1/explain".into()),
+        ("GET", "/v1/usage".into()),
+        ("GET", "/v1/usage/events".into()),
+        ("GET", "/v1/filters".into()),
     ] {
         let reply = fixture.send(request(method, &uri, None, Body::empty())).await;
         let detail = "Send your API key in the header that this service expects.";

@@ -117,6 +117,15 @@ impl Envoy {
         process.ok_or_else(|| anyhow!("Envoy does not run"))?.stop(signal).await
     }
 
+    /// Sends a signal, such as SIGSTOP, and does not wait.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().ok_or_else(|| anyhow!("Envoy does not run"))?.signal(signal)
+    }
+
     /// # Errors
     /// If it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {

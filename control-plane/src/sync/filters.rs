@@ -64,8 +64,8 @@ fn silent_s() -> f64 {
     SILENT.as_secs_f64()
 }
 
-/// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree; what another
-/// replica heard later stays.
+/// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree. What an Envoy
+/// said through another replica stays if it is more: within an epoch its store never goes back.
 pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Result<(), sqlx::Error> {
     // In one order, so that replicas lock rows in one order.
     let mut heard: Vec<_> = heard.iter().collect();
@@ -107,11 +107,14 @@ pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Resul
             (epoch, revision, confirmed_at) = (
                 select case when newer then excluded.epoch else filters.epoch end,
                     case when newer then excluded.revision else filters.revision end,
-                    case when newer then excluded.confirmed_at else filters.confirmed_at end
+                    case when newer then greatest(excluded.confirmed_at, filters.confirmed_at)
+                        else filters.confirmed_at end
                 from (
-                    select excluded.epoch <> '00000000-0000-0000-0000-000000000000'
-                        and (filters.epoch = '00000000-0000-0000-0000-000000000000'
-                            or excluded.confirmed_at >= filters.confirmed_at) as newer
+                    select excluded.epoch <> '00000000-0000-0000-0000-000000000000' and case filters.epoch
+                        when '00000000-0000-0000-0000-000000000000' then true
+                        when excluded.epoch then excluded.revision >= filters.revision
+                        else excluded.confirmed_at >= filters.confirmed_at
+                    end as newer
                 ) judged
             ),
             seen_at = greatest(filters.seen_at, excluded.seen_at),
