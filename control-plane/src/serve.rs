@@ -134,6 +134,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     if tokio::time::timeout(GRACE, committing).await.is_err() {
         warn!("usage that waited could not be committed; the filters will send it again");
     }
+    let _ = hearing.await;
     match tokio::time::timeout(GRACE, filters.write(&pool)).await {
         Ok(Ok(())) => {}
         Ok(Err(_)) | Err(_) => warn!("what Envoys said last could not be written; they will say it again"),

@@ -1,0 +1,289 @@
+//! What the operator can see: why a request is decided as it is, what was counted, what other systems take over, and how far
+//! each Envoy is.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hyper::Method;
+use portcullis_tests::http::{self, Reply};
+use portcullis_tests::load::{Load, Plan, with_status};
+use portcullis_tests::process::Signal;
+use portcullis_tests::rest::Rest;
+use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const ARGUMENTS: [&str; 4] = ["--api-rate-limit", "10000", "--api-burst", "20000"];
+const STORE_VERSION: &str = "wasmcustom.portcullis_store_version";
+
+async fn get(rest: &Rest, path: &str) -> Result<Value> {
+    let reply = rest.call(Method::GET, path, None).await?;
+    ensure!(reply.status == 200, "{path}: {} {:?}", reply.status, reply.body);
+    reply.json()
+}
+
+/// Makes a key; its id and secret.
+async fn create(rest: &Rest, email: &str, scopes: &[&str]) -> Result<(String, String)> {
+    let body = json!({"email": email, "name": "a key", "scopes": scopes});
+    let reply = rest.call(Method::POST, "/v1/keys", Some(&body)).await?;
+    ensure!(reply.status == 201, "{} {:?}", reply.status, reply.body);
+    let made = reply.json()?;
+    let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
+    Ok((text("id")?, text("key")?))
+}
+
+/// Waits until every Envoy has all that the database has.
+async fn in_step(stack: &Stack) -> Result<()> {
+    let revision = stack.database.text("select revision::text from store_state").await?.parse::<u64>()?;
+    for envoy in &stack.envoys {
+        let told = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
+        eventually("an Envoy to have every change", told).await?;
+    }
+    Ok(())
+}
+
+/// What Envoy made of a request: the outcome as far as an answer tells it, and the status of a refusal.
+fn answered(reply: &Reply) -> Result<(Option<String>, Option<u16>)> {
+    if reply.status == 200 {
+        return Ok((None, None));
+    }
+    let code = reply.json()?["code"].as_str().context("no code")?.to_owned();
+    Ok((Some(code), Some(reply.status)))
+}
+
+#[tokio::test]
+async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_whatever_the_route_asks() -> Result<()> {
+    for policy in [
+        json!({"scopes": {"all": ["orders:read"]}}),
+        json!({"scopes": {"any": ["orders:read", "orders:list"]}, "shadow": true}),
+        json!({"key": "anonymous_allowed"}),
+        json!({"key": "optional"}),
+    ] {
+        let home = TempDir::new()?;
+        let file = home.path().join("policies.json");
+        std::fs::write(&file, json!({"default_policy": policy}).to_string())?;
+        let file = file.to_str().context("a path that is no text")?;
+        let stack = Stack::builder()
+            .plugin(&json!({"rate_limit": null, "default_policy": policy}))
+            .control_plane_arguments(&[&ARGUMENTS[..], &["--policies", file]].concat())
+            .start_unsynced()
+            .await?;
+        let rest = stack.rest();
+        let mut presented = vec![None, Some("sk_live_nobody".to_owned())];
+        for (number, (scopes, change)) in [
+            (&["orders:read"][..], None),
+            (&["orders:*"], None),
+            (&["orders:write"], None),
+            (&["orders:read"], Some("revoked_at = now()")),
+            (&["orders:read"], Some("expires_at = now()")),
+            (&["orders:read"], Some("disabled = true")),
+            (&["orders:read"], Some("networks = '{192.0.2.0/24}'")),
+            (&["orders:read"], Some("networks = '{127.0.0.0/8}'")),
+            (&["orders:read"], Some("quota_exceeded = true")),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let (id, key) = create(&rest, &format!("user{number}@example.com"), scopes).await?;
+            if let Some(change) = change {
+                stack.database.execute(&format!("update api_keys set {change} where id = '{id}'")).await?;
+            }
+            presented.push(Some(key));
+        }
+        in_step(&stack).await?;
+        for key in &presented {
+            let reply = stack.get(key.as_deref()).await?;
+            let (code, status) = answered(&reply)?;
+            let mut asked = json!({"path": "/orders?page=2", "address": "127.0.0.1"});
+            if let Some(key) = key {
+                asked["key"] = key.as_str().into();
+            }
+            let explained = rest.call(Method::POST, "/v1/explain", Some(&asked)).await?;
+            let explained = explained.json()?;
+            assert_eq!(explained["status"], json!(status), "{policy}: {explained}");
+            if let Some(code) = code {
+                assert_eq!(explained["outcome"], code, "{policy}: {explained}");
+            }
+            // The secret is not in the answer, and in no log.
+            if let Some(key) = key {
+                assert!(!explained.to_string().contains(key.as_str()));
+                assert!(!stack.control_plane.log().text().contains(key.as_str()));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> Result<()> {
+    let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
+    let rest = stack.rest();
+    let (id, key) = create(&rest, "ada@example.com", &["orders:read"]).await?;
+    wait_for_status(stack.envoy(), Some(&key), 200).await?;
+    for _ in 0..9 {
+        assert_eq!(stack.get(Some(&key)).await?.status, 200);
+    }
+    stack.database.execute(&format!("update api_keys set disabled = true where id = '{id}'")).await?;
+    stack.wait_for_status(Some(&key), 403).await?;
+    let allowed = stack.demo.requests();
+    for interval in ["hour", "day", "month", "total"] {
+        let path = format!("/v1/usage?group_by=key,user,scope,outcome&key_id={id}&interval={interval}");
+        let counted = async || {
+            let usage = get(&rest, &path).await.ok()?["usage"].as_array()?.clone();
+            // A new hour may begin meanwhile.
+            let sum = |outcome: &str| -> u64 {
+                let rows = usage.iter().filter(|row| row["outcome"] == outcome);
+                rows.filter_map(|row| row["requests"].as_u64()).sum()
+            };
+            (sum("allowed") >= allowed && sum("disabled") >= 1).then_some((sum("allowed"), usage.clone()))
+        };
+        let (sum, usage) = eventually("all requests to be counted", counted).await?;
+        assert_eq!(sum, allowed);
+        let row = &usage[0];
+        assert_eq!((&row["key_id"], &row["email"]), (&json!(id), &json!("ada@example.com")));
+        assert_eq!((&row["scope"], row.get("start").is_some()), (&json!("orders:read"), interval != "total"));
+    }
+    let path = format!("/v1/usage?group_by=outcome&key_id={id}&outcome=allowed&format=csv");
+    let csv = rest.call(Method::GET, &path, None).await?;
+    assert_eq!(csv.header("content-type"), Some("text/csv; charset=utf-8; header=present"));
+    let expected = format!("outcome,requests,cost\r\nallowed,{allowed},{allowed}\r\n");
+    assert_eq!(std::str::from_utf8(&csv.body)?, expected);
+    // Those without a known key count for the operator.
+    let keyless = async || {
+        let usage = get(&rest, "/v1/usage?group_by=key,outcome").await.ok()?["usage"].as_array()?.clone();
+        usage.iter().any(|row| row["key_id"].is_null() && row["outcome"] == "unknown").then_some(())
+    };
+    eventually("requests with an unknown key to be counted", keyless).await
+}
+
+/// A reader that takes over usage and remembers the last event that it took.
+#[derive(Default)]
+struct Meter {
+    cursor: String,
+    ids: std::collections::BTreeSet<String>,
+    requests: BTreeMap<String, u64>,
+}
+
+impl Meter {
+    /// Takes what there is; leaves everything as it is if the control plane does not answer.
+    async fn read(&mut self, rest: &Rest) -> Result<()> {
+        loop {
+            let path =
+                format!("/v1/usage/events?after={}&limit=2", if self.cursor.is_empty() { "0" } else { &self.cursor });
+            let reply = rest.call(Method::GET, &path, None).await?;
+            ensure!(reply.status == 200, "{path}: {} {:?}", reply.status, reply.body);
+            ensure!(reply.header("content-type") == Some("application/cloudevents-batch+json"), "{:?}", reply.headers);
+            let events = reply.json()?.as_array().cloned().unwrap_or_default();
+            if events.is_empty() {
+                return Ok(());
+            }
+            for event in &events {
+                ensure!(event["specversion"] == "1.0" && event["type"] == "dev.portcullis.usage.v1", "{event}");
+                let id = event["id"].as_str().context("no id")?;
+                ensure!(self.ids.insert(id.to_owned()), "{event} came twice");
+                let outcome = event["data"]["outcome"].as_str().context("no outcome")?;
+                let requests = event["data"]["requests"].as_u64().context("no requests")?;
+                *self.requests.entry(outcome.to_owned()).or_default() += requests;
+            }
+            self.cursor = reply.header("portcullis-cursor").context("no cursor")?.to_owned();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_metering_system_takes_over_every_request_once_though_the_control_plane_is_killed_and_restarted() -> Result<()>
+{
+    const REQUESTS: u64 = 5_000;
+    let arguments = [&ARGUMENTS[..], &["--usage-event-seconds", "1"]].concat();
+    let stack = Stack::builder()
+        .envoys(2)
+        .plugin(&json!({"rate_limit": null}))
+        .control_plane_arguments(&arguments)
+        .start()
+        .await?;
+    let rest = stack.rest();
+    let (_, key) = create(&rest, "ada@example.com", &[]).await?;
+    stack.wait_for_status(Some(&key), 200).await?;
+    let before = stack.demo.requests();
+    let load = Load::start(Plan {
+        targets: stack.envoys.iter().map(portcullis_tests::envoy::Envoy::address).collect(),
+        keys: vec![key],
+        connections: 8,
+        requests: REQUESTS,
+        per_second: Some(1_000),
+    });
+    let mut meter = Meter::default();
+    for (share, signal) in [(3, Signal::SIGKILL), (2, Signal::SIGTERM)] {
+        let what = format!("a part of {share} of the requests");
+        eventually(&what, async || (load.sent() >= REQUESTS / share).then_some(())).await?;
+        meter.read(&rest).await?;
+        stack.control_plane.stop(signal).await?;
+        stack.control_plane.restart().await?;
+    }
+    let answers = load.finish().await;
+    assert_eq!(with_status(&answers, 200), REQUESTS, "{answers:?}");
+    let all = before + REQUESTS;
+    let taken = async || {
+        meter.read(&rest).await.ok()?;
+        (meter.requests.get("allowed").copied().unwrap_or_default() >= all).then_some(())
+    };
+    eventually("every request to be told as an event", taken).await?;
+    assert_eq!(meter.requests.get("allowed"), Some(&all));
+    let usage = get(&rest, "/v1/usage?group_by=outcome&outcome=allowed").await?;
+    assert_eq!(usage["usage"], json!([{"outcome": "allowed", "requests": all, "cost": all}]));
+    // Who reads it all again reads the same.
+    let mut again = Meter::default();
+    again.read(&rest).await?;
+    assert_eq!((again.ids, again.requests), (meter.ids, meter.requests));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_one_lags() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let rest = stack.rest();
+    let revoked = async |email: &str| -> Result<String> {
+        let (id, key) = create(&rest, email, &[]).await?;
+        // The stopped one does not answer.
+        wait_for_status(stack.envoy(), Some(&key), 200).await?;
+        let reply = rest.call(Method::DELETE, &format!("/v1/keys/{id}"), None).await?;
+        ensure!(reply.status == 204, "{} {:?}", reply.status, reply.body);
+        Ok(format!("/v1/keys/{id}"))
+    };
+    let applied_on = async |path: &str| -> Result<Value> { Ok(get(&rest, path).await?["applied_on"].clone()) };
+    let everywhere = json!({"filters": 2, "applied": 2, "oldest_seconds": null});
+
+    let path = revoked("one@example.com").await?;
+    let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
+    eventually("the revocation to be applied on both Envoys", told).await?;
+    let filters = get(&rest, "/v1/filters").await?;
+    let shown = filters["filters"].as_array().context("no filters")?.clone();
+    assert_eq!(shown.len(), 2, "{filters}");
+    for filter in &shown {
+        assert_eq!((&filter["live"], &filter["address"]), (&json!(true), &json!("127.0.0.1")), "{filter}");
+        assert_eq!(filter["epoch"], filters["epoch"], "{filter}");
+    }
+
+    let stopped = stack.envoys.last().context("no Envoy")?;
+    stopped.signal(Signal::SIGSTOP)?;
+    let path = revoked("two@example.com").await?;
+    let lagging = async |more_than: f64| {
+        let told = applied_on(&path).await.ok()?;
+        let oldest = told["oldest_seconds"].as_f64()?;
+        (told["filters"] == 2 && told["applied"] == 1 && oldest > more_than).then_some(oldest)
+    };
+    let first = eventually("one of two Envoys to have the revocation", async || lagging(0.0).await).await?;
+    let later = eventually("the other to lag for longer", async || lagging(first + 1.0).await).await?;
+    ensure!(later < 20.0, "{later}");
+    let behind = get(&rest, "/v1/filters").await?;
+    let behind = behind["filters"].as_array().context("no filters")?.clone();
+    assert_eq!(behind.iter().filter(|filter| filter["in_step"] == false).count(), 1, "{behind:?}");
+
+    stopped.signal(Signal::SIGCONT)?;
+    let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
+    eventually("the revocation to be applied on both Envoys again", told).await?;
+    assert_eq!(http::get(stack.control_plane.address(), "/readyz").await?.status, 200);
+    tokio::time::timeout(Duration::from_secs(20), in_step(&stack)).await?
+}
