@@ -73,6 +73,8 @@ pub struct Registry(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
+    /// Held by whoever writes: when [`Registry::write`] returns, nothing that was heard before is under way.
+    writing: tokio::sync::Mutex<()>,
     /// There is something to write.
     heard: Notify,
 }
@@ -186,6 +188,7 @@ impl Registry {
     /// # Errors
     /// Those of the database; it is written the next time then.
     pub async fn write(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
+        let _writing = self.0.writing.lock().await;
         let unwritten: Vec<(ReporterId, Known)> = {
             let mut state = self.state();
             // Those that have gone are in the database.
