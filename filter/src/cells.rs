@@ -46,16 +46,32 @@ pub fn update<T>(
     name: &str,
     mut change: impl FnMut(&[u8]) -> Result<(Vec<u8>, T), T>,
 ) -> Result<T, Raced> {
+    let mut result = None;
+    // The loop is compiled once for all kinds of results.
+    update_untyped(cells, name, &mut |cell| match change(cell) {
+        Ok((value, written)) => {
+            result = Some(written);
+            Some(value)
+        }
+        Err(unwritten) => {
+            result = Some(unwritten);
+            None
+        }
+    })?;
+    result.ok_or(Raced)
+}
+
+fn update_untyped(
+    cells: &impl Cells,
+    name: &str,
+    change: &mut dyn FnMut(&[u8]) -> Option<Vec<u8>>,
+) -> Result<(), Raced> {
     for _ in 0..UPDATE_ATTEMPTS {
         let cell = cells.get(name);
         let (value, seen) = cell.map_or((Vec::new(), None), |cell| (cell.value, Some(cell.version)));
-        match change(&value) {
-            Err(result) => return Ok(result),
-            Ok((value, result)) => {
-                if cells.put(name, &value, seen).is_ok() {
-                    return Ok(result);
-                }
-            }
+        let Some(value) = change(&value) else { return Ok(()) };
+        if cells.put(name, &value, seen).is_ok() {
+            return Ok(());
         }
     }
     Err(Raced)

@@ -8,7 +8,7 @@ use contract::record::RateLimit;
 use serde::Deserialize;
 
 use crate::reply::Challenge;
-use crate::source::Source;
+use crate::source::{self, Source};
 
 /// The least that may be asked as `max_staleness_seconds`: twice what passes between two answers of a control plane that
 /// has no news.
@@ -20,10 +20,6 @@ const IDENTITY_HEADERS: [&str; 3] = ["x-consumer-id", "x-credential-identifier",
 /// Tells the upstream what would have been refused. Nobody else may say so.
 pub const SHADOW_HEADER: &str = "x-portcullis-shadow";
 
-/// Most key sources.
-const SOURCES: usize = 8;
-/// Most bytes of the name of a query parameter or cookie.
-const SOURCE_NAME_BYTES: usize = 64;
 /// The name of the default policy's limit in replies: `default` is that of the filter's.
 const DEFAULT_POLICY_LIMIT: &str = "default_policy";
 
@@ -185,7 +181,7 @@ impl Config {
             ));
         }
         let raw: Raw = serde_json::from_slice(json).map_err(|error| ConfigError(error.to_string()))?;
-        let key_sources = key_sources(raw.key_header, raw.key_sources)?;
+        let key_sources = source::check(raw.key_header, raw.key_sources).map_err(ConfigError)?;
         let bearer = key_sources.contains(&Source::Bearer(true));
         let mut policies = Policies::check(raw.default_policy, raw.policies)?;
         if let Some(limit) = &mut policies.default.rate_limit {
@@ -215,10 +211,13 @@ impl Config {
         };
         let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
         let identity = [consumer, credential, scopes].into_iter().flatten().map(String::as_str);
-        let mut names: Vec<&str> = config.key_sources.iter().map(Source::header).collect();
-        // Several parameters, or several cookies, stand in one header.
-        names.sort_unstable();
-        names.dedup();
+        let mut names: Vec<&str> = Vec::new();
+        for source in &config.key_sources {
+            // Several parameters, or several cookies, stand in one header.
+            if !names.contains(&source.header()) {
+                names.push(source.header());
+            }
+        }
         names.extend(identity.chain([SHADOW_HEADER]));
         for (place, name) in names.iter().enumerate() {
             if names.iter().skip(place.saturating_add(1)).any(|other| other == name) {
@@ -235,68 +234,8 @@ fn filled(field: &str, text: String) -> Result<String, ConfigError> {
     if text.is_empty() { Err(ConfigError(format!("{field}: must not be empty"))) } else { Ok(text) }
 }
 
-/// A field name (RFC 9110, section 5.1) that a filter may set: no pseudo-header, and none that frames the message.
-fn header(field: &str, name: &str) -> Result<String, ConfigError> {
-    const FRAMING: [&str; 6] = ["host", "content-length", "transfer-encoding", "connection", "te", "upgrade"];
-    let lower = name.to_ascii_lowercase();
-    let token =
-        !lower.is_empty() && lower.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b));
-    if token && !FRAMING.contains(&lower.as_str()) {
-        Ok(lower)
-    } else {
-        Err(ConfigError(format!(
-            "{field}: {name:?} is not a header name that can be used here; choose one like x-api-key"
-        )))
-    }
-}
-
 fn optional_header(field: &str, name: &str) -> Result<Option<String>, ConfigError> {
-    if name.is_empty() { Ok(None) } else { header(field, name).map(Some) }
-}
-
-/// One header, `x-api-key` unless named otherwise, or a list of places.
-fn key_sources(header_name: Option<String>, listed: Option<Vec<Source>>) -> Result<Vec<Source>, ConfigError> {
-    let bad = |why: &str| Err(ConfigError(format!("key_sources: {why}")));
-    let sources = match (header_name, listed) {
-        (Some(_), Some(_)) => {
-            return bad(
-                "key_header is given too; name the header in the list, as {\"header\": \"x-api-key\"}, and leave key_header out",
-            );
-        }
-        (name, None) => {
-            let name = name.unwrap_or_else(|| "x-api-key".into());
-            return Ok(vec![Source::Header(header("key_header", &name)?)]);
-        }
-        (None, Some(sources)) => sources,
-    };
-    if !(1..=SOURCES).contains(&sources.len()) {
-        return bad("name 1 to 8 places, or leave it out for the header x-api-key");
-    }
-    let sources = sources.into_iter().map(key_source).collect::<Result<Vec<_>, _>>()?;
-    // Whatever stands in a header of its own takes all of it.
-    let same = |one: &Source, other: &Source| {
-        one == other || (one.header() == other.header() && (one.is_whole_header() || other.is_whole_header()))
-    };
-    let later = |place: usize| sources.iter().skip(place.saturating_add(1));
-    let twice = sources.iter().enumerate().any(|(place, source)| later(place).any(|other| same(source, other)));
-    if twice { bad("names a place twice") } else { Ok(sources) }
-}
-
-fn key_source(source: Source) -> Result<Source, ConfigError> {
-    let bad = |why: &str| Err(ConfigError(format!("key_sources: {why}")));
-    match &source {
-        Source::Header(name) => header("key_sources", name).map(Source::Header),
-        Source::Bearer(false) => bad("\"bearer\" can only be true; leave it out for no bearer tokens"),
-        Source::Query(name) | Source::Cookie(name) => {
-            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-            if (1..=SOURCE_NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed) {
-                Ok(source)
-            } else {
-                bad("the name of a query parameter or cookie must have 1 to 64 characters of a-z, A-Z, 0-9 and _ . -")
-            }
-        }
-        Source::Bearer(true) => Ok(source),
-    }
+    if name.is_empty() { Ok(None) } else { source::header_name(field, name).map(Some).map_err(ConfigError) }
 }
 
 impl From<PolicyError> for ConfigError {
@@ -401,32 +340,20 @@ mod tests {
 
     #[test]
     fn keys_may_stand_in_several_places() {
-        let json = with(
-            r#""key_sources": [{"header": "X-Api-Key"}, {"bearer": true}, {"query": "api_key"}, {"cookie": "session_key"}]"#,
-        );
-        let config = Config::parse(json.as_bytes()).unwrap();
+        let sources = r#""key_sources": [{"header": "X-Api-Key"}, {"bearer": true}, {"query": "a"}, {"query": "b"}]"#;
+        let config = Config::parse(with(sources).as_bytes()).unwrap();
         let expected = [
             Source::Header("x-api-key".into()),
             Source::Bearer(true),
-            Source::Query("api_key".into()),
-            Source::Cookie("session_key".into()),
+            Source::Query("a".into()),
+            Source::Query("b".into()),
         ];
         assert_eq!(config.key_sources, expected);
         assert_eq!(config.challenge, Challenge::new("portcullis", true).unwrap());
-        let two = with(r#""key_sources": [{"query": "a"}, {"query": "b"}]"#);
-        assert_eq!(Config::parse(two.as_bytes()).unwrap().key_sources.len(), 2);
-
-        let of = |sources: &str| error(&with(&format!(r#""key_sources": {sources}"#)));
-        assert!(of(r#"[{"query": "a"}], "key_header": "x-key""#).contains("key_header is given too"));
-        assert!(of("[]").contains("key_sources: name 1 to 8"));
-        assert!(of(r#"[{"bearer": false}]"#).contains("\"bearer\" can only be true"));
-        assert!(of(r#"[{"query": "a&b"}]"#).contains("name of a query parameter"));
-        assert!(of(r#"[{"cookie": ""}]"#).contains("name of a query parameter or cookie"));
-        assert!(of(r#"[{"header": ":path"}]"#).contains("key_sources: \":path\" is not"));
-        assert!(of(r#"[{"header": "a"}, {"header": "A"}]"#).contains("a place twice"));
-        assert!(of(r#"[{"bearer": true}, {"header": "authorization"}]"#).contains("a place twice"));
-        assert!(of(r#"[{"url": "a"}]"#).contains("unknown variant `url`"));
-        assert!(of(r#"[{"bearer": true}], "identity_headers": {"consumer": "authorization"}"#).contains("used twice"));
+        let wrong = |fields: &str| error(&with(&format!(r#""key_sources": [{{"bearer": true}}], {fields}"#)));
+        assert!(wrong(r#""key_header": "x-key""#).contains("key_header is given too"));
+        assert!(wrong(r#""identity_headers": {"consumer": "authorization"}"#).contains("used twice"));
+        assert!(error(&with(r#""key_sources": [{"url": "a"}]"#)).contains("unknown variant `url`"));
         assert!(error(&with(r#""key_header": "x-portcullis-shadow""#)).contains("used twice"));
     }
 

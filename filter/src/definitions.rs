@@ -26,7 +26,7 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
     if !anew && !page.entries().any(about) {
         return Ok(());
     }
-    write(cells, names, me, &names.definitions(), |old| {
+    write(cells, names, me, &names.definitions(), &|old| {
         let mut definitions = if anew { Definitions::default() } else { read(old) };
         for entry in page.entries() {
             match entry {
@@ -43,7 +43,7 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
         Some(postcard::to_allocvec(&definitions).unwrap_or_default())
     })?;
     // Even if they are the same as before: a leader that was cut off may have written them and not their version.
-    write(cells, names, me, &names.definitions_version(), |old| {
+    write(cells, names, me, &names.definitions_version(), &|old| {
         Some(version(old).unwrap_or_default().wrapping_add(1).to_le_bytes().to_vec())
     })
 }

@@ -7,6 +7,11 @@ use serde::Deserialize;
 
 use crate::{cookie, query};
 
+/// Most key sources.
+const SOURCES: usize = 8;
+/// Most bytes of the name of a query parameter or cookie.
+const NAME_BYTES: usize = 64;
+
 /// One place where a key may stand.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -75,6 +80,70 @@ impl Source {
     }
 }
 
+/// Checks the fields `key_header`, one header, and `key_sources`, a list of places; the header `x-api-key` without either.
+///
+/// # Errors
+/// The first thing that is wrong, with the field and the remedy.
+pub fn check(key_header: Option<String>, listed: Option<Vec<Source>>) -> Result<Vec<Source>, String> {
+    let bad = |why: &str| Err(format!("key_sources: {why}"));
+    let sources = match (key_header, listed) {
+        (Some(_), Some(_)) => {
+            return bad(
+                "key_header is given too; name the header in the list, as {\"header\": \"x-api-key\"}, and leave key_header out",
+            );
+        }
+        (name, None) => {
+            let name = name.unwrap_or_else(|| "x-api-key".into());
+            return Ok(vec![Source::Header(header_name("key_header", &name)?)]);
+        }
+        (None, Some(sources)) => sources,
+    };
+    if !(1..=SOURCES).contains(&sources.len()) {
+        return bad("name 1 to 8 places, or leave it out for the header x-api-key");
+    }
+    let sources = sources.into_iter().map(check_one).collect::<Result<Vec<_>, _>>()?;
+    // Whatever stands in a header of its own takes all of it.
+    let same = |one: &Source, other: &Source| {
+        one == other || (one.header() == other.header() && (one.is_whole_header() || other.is_whole_header()))
+    };
+    let later = |place: usize| sources.iter().skip(place.saturating_add(1));
+    let twice = sources.iter().enumerate().any(|(place, source)| later(place).any(|other| same(source, other)));
+    if twice { bad("names a place twice") } else { Ok(sources) }
+}
+
+fn check_one(source: Source) -> Result<Source, String> {
+    let bad = |why: &str| Err(format!("key_sources: {why}"));
+    match &source {
+        Source::Header(name) => header_name("key_sources", name).map(Source::Header),
+        Source::Bearer(false) => bad("\"bearer\" can only be true; leave it out for no bearer tokens"),
+        Source::Query(name) | Source::Cookie(name) => {
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+            if (1..=NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed) {
+                Ok(source)
+            } else {
+                bad("the name of a query parameter or cookie must have 1 to 64 characters of a-z, A-Z, 0-9 and _ . -")
+            }
+        }
+        Source::Bearer(true) => Ok(source),
+    }
+}
+
+/// Checks a field name (RFC 9110, section 5.1) that the filter is to use, and gives it in lower case.
+///
+/// # Errors
+/// If it is none, a pseudo-header, or one that frames the message.
+pub fn header_name(field: &str, name: &str) -> Result<String, String> {
+    const FRAMING: [&str; 6] = ["host", "content-length", "transfer-encoding", "connection", "te", "upgrade"];
+    let lower = name.to_ascii_lowercase();
+    let token =
+        !lower.is_empty() && lower.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b));
+    if token && !FRAMING.contains(&lower.as_str()) {
+        Ok(lower)
+    } else {
+        Err(format!("{field}: {name:?} is not a header name that can be used here; choose one like x-api-key"))
+    }
+}
+
 /// The token of a bearer; the name of the scheme may be in any case (RFC 9110, section 11.1).
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, rest) = value.split_at_checked(6)?;
@@ -121,6 +190,28 @@ mod tests {
             assert_eq!(found(&source, value.as_bytes()).as_deref(), Some(&b"abc"[..]), "{source:?}");
             assert_eq!(source.without(value.as_bytes()), left, "{source:?}");
             assert_eq!(found(&source, b""), None);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_list_is_said_with_the_remedy() {
+        let of = |json: &str| check(None, Some(serde_json::from_str(json).unwrap()));
+        let all = r#"[{"header": "X-Api-Key"}, {"bearer": true}, {"query": "api_key"}, {"cookie": "session_key"}]"#;
+        let headers: Vec<String> = of(all).unwrap().iter().map(|source| source.header().to_owned()).collect();
+        assert_eq!(headers, ["x-api-key", "authorization", ":path", "cookie"]);
+        assert_eq!(check(None, None).unwrap(), [Source::Header("x-api-key".into())]);
+        for (json, why) in [
+            ("[]", "key_sources: name 1 to 8"),
+            (r#"[{"bearer": false}]"#, "\"bearer\" can only be true"),
+            (r#"[{"query": "a&b"}]"#, "name of a query parameter"),
+            (r#"[{"cookie": ""}]"#, "name of a query parameter or cookie"),
+            (r#"[{"header": ":path"}]"#, "key_sources: \":path\" is not"),
+            (r#"[{"header": "a"}, {"header": "A"}]"#, "a place twice"),
+            (r#"[{"bearer": true}, {"header": "authorization"}]"#, "a place twice"),
+            (r#"[{"cookie": "a"}, {"cookie": "a"}]"#, "a place twice"),
+        ] {
+            let error = of(json).unwrap_err();
+            assert!(error.contains(why), "{error}");
         }
     }
 }

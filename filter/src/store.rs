@@ -68,7 +68,7 @@ pub fn state(cells: &impl Cells, names: &Names) -> Option<State> {
 /// [`Deposed`].
 pub fn set_state(cells: &impl Cells, names: &Names, me: Holder, state: &State) -> Result<(), Deposed> {
     let bytes = postcard::to_allocvec(state).unwrap_or_default();
-    write(cells, names, me, &names.state(), |_| Some(bytes.clone())).map(|_| ())
+    write(cells, names, me, &names.state(), &|_| Some(bytes.clone())).map(|_| ())
 }
 
 /// Writes what a page says: definitions first, so that no record refers to one that is not there, then the buckets.
@@ -85,14 +85,14 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
     match page.header {
         Header { part: Part::Changes { .. }, .. } => {
             for (bucket, entries) in changed {
-                write(cells, names, me, &names.bucket(bucket), |old| Some(merged(old, &entries)))?;
+                write(cells, names, me, &names.bucket(bucket), &|old| Some(merged(old, &entries)))?;
             }
         }
         Header { part: Part::Snapshot { from, to }, .. } => {
             for bucket in (from..to.min(BUCKETS)).filter_map(|bucket| u16::try_from(bucket).ok()) {
                 let entries = changed.remove(&bucket).unwrap_or_default();
                 let new = merged(&[], &entries);
-                write(cells, names, me, &names.bucket(bucket), |old| (old != new).then(|| new.clone()))?;
+                write(cells, names, me, &names.bucket(bucket), &|old| (old != new).then(|| new.clone()))?;
             }
         }
     }
@@ -105,7 +105,7 @@ pub(crate) fn write(
     names: &Names,
     me: Holder,
     name: &str,
-    change: impl Fn(&[u8]) -> Option<Vec<u8>>,
+    change: &dyn Fn(&[u8]) -> Option<Vec<u8>>,
 ) -> Result<(), Deposed> {
     loop {
         let cell = cells.get(name);
