@@ -201,6 +201,7 @@ pub(crate) mod memory {
     pub(crate) struct MemoryCells {
         cells: RefCell<BTreeMap<String, Cell>>,
         versions: Slot<u32>,
+        pub(crate) reads: Slot<u32>,
         pub(crate) writes: Slot<u32>,
         before_put: RefCell<Option<BeforePut>>,
     }
@@ -218,6 +219,7 @@ pub(crate) mod memory {
 
     impl Cells for MemoryCells {
         fn get(&self, name: &str) -> Option<Cell> {
+            self.reads.set(self.reads.get() + 1);
             self.cells.borrow().get(name).cloned()
         }
 
@@ -226,7 +228,7 @@ pub(crate) mod memory {
             if let Some(act) = act {
                 act(self);
             }
-            let present = self.get(name).map(|cell| cell.version);
+            let present = self.cells.borrow().get(name).map(|cell| cell.version);
             if present != seen {
                 return Err(Raced);
             }

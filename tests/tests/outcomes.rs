@@ -1,5 +1,5 @@
-//! Every outcome that a request can have, with its whole answer. `scope_denied` is missing: no route can require a scope
-//! yet; for `unsupported` see `wasm.rs`.
+//! Every outcome that a key or the state of the store can cause, with its whole answer. For those that routes cause,
+//! `scope_denied`, `anonymous` and `policy_unknown`, see `policies.rs`; for `unsupported` see `wasm.rs`.
 
 use std::time::Duration;
 

@@ -81,15 +81,16 @@ fn admitted(outcomes: &[Outcome]) -> usize {
 }
 
 #[test]
-fn a_plain_key_costs_one_write_and_no_question() {
+fn a_plain_key_costs_two_reads_one_write_and_no_question() {
     let bench = Bench::new(json!({}), &[("k", record())]);
-    let before = bench.cells.writes.get();
+    let (reads, writes) = (bench.cells.reads.get(), bench.cells.writes.get());
     let verdict = bench.ask(Some("k"), None);
     assert_eq!(
         (verdict.outcome, verdict.shadowed, verdict.cost, verdict.wait),
         (Outcome::Allowed, false, 1, Wait::Usual)
     );
-    assert_eq!((bench.cells.writes.get() - before, bench.asked.get()), (1, 0));
+    // Its bucket and its limits.
+    assert_eq!((bench.cells.reads.get() - reads, bench.cells.writes.get() - writes, bench.asked.get()), (2, 1, 0));
     assert_eq!(verdict.record, Some(record()));
 }
 
