@@ -184,7 +184,7 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
     let (id, other) = fixture.key("other@example.com", &[]).await;
     // The import gets its lines for as long as the revocation is not done.
     let (done, is_done) = tokio::sync::watch::channel(false);
-    let pieces = stream::iter(0_usize..100).take_while(|_| {
+    let pieces = stream::iter(0_usize..100).take_while(move |_| {
         let going = !*is_done.borrow();
         async move { going }
     });

@@ -56,7 +56,7 @@ pub fn reply<T: Serialize>(page: T, next: Option<HeaderValue>) -> Response {
 }
 
 /// Percent-encodes all but the unreserved characters (RFC 3986, section 2.3).
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {

@@ -12,8 +12,8 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::csv;
-use super::keys::read::escaped;
 use super::keys::usage::span;
+use super::paging::escaped;
 use crate::App;
 use crate::auth::Caller;
 use crate::error::{ApiError, Problem};
