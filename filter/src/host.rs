@@ -99,11 +99,14 @@ pub(crate) fn set_filter_state(name: &str, value: &str) {
     let _ = hostcalls::set_property(vec![name], Some(value.as_bytes()));
 }
 
-/// The policy that the request's route names in its metadata, if it names one (returns data).
+/// The policy that the request's route names in its metadata, if it names one (returns data). Should Envoy not tell, the
+/// name is empty, which is that of no policy.
 pub(crate) fn route_policy() -> Option<String> {
     let path = vec!["xds", "route_metadata", "filter_metadata", "portcullis", "policy"];
-    let name = hostcalls::get_property(path).ok().flatten()?;
-    Some(String::from_utf8_lossy(&name).into_owned())
+    match hostcalls::get_property(path) {
+        Ok(name) => Some(String::from_utf8_lossy(&name?).into_owned()),
+        Err(_) => Some(String::new()),
+    }
 }
 
 /// The address of the client, as far as Envoy trusts what it was told (returns data).
@@ -112,19 +115,9 @@ pub(crate) fn client_address() -> Option<IpAddr> {
     address::read(&address)
 }
 
-/// Traps unless the filter may ask for properties, after it told the log what is missing. A trap that comes while Envoy
-/// loads the configuration is better than one with the first request that needs a property; the SDK has no other answer to
-/// a capability that is missing (returns data).
-pub(crate) fn need_properties() {
-    let usual = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {
-        error(
-            "the plugin configuration was refused: the filter may not ask for properties: add \
-             proxy_get_property to capability_restriction_config.allowed_capabilities",
-        );
-    }));
-    let _ = hostcalls::get_property(vec!["plugin_root_id"]);
-    std::panic::set_hook(usual);
+/// Whether the filter may ask for properties at all: Envoy's configuration may restrict it (returns data).
+pub(crate) fn may_ask_for_properties() -> bool {
+    hostcalls::get_property(vec!["plugin_root_id"]).is_ok()
 }
 
 /// Answers the request.

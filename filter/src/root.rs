@@ -41,7 +41,14 @@ impl Root {
         if !sync_key.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(format!("the environment variable {variable} holds characters that no key has"));
         }
-        host::need_properties();
+        if !host::may_ask_for_properties() {
+            let remedy = "add proxy_get_property to capability_restriction_config.allowed_capabilities";
+            // Without it, routes would silently get the default policy.
+            if !config.policies.named.is_empty() {
+                return Err(format!("policies: the filter may not ask which one a route names: {remedy}"));
+            }
+            host::warn(&format!("keys that are bound to networks will be refused from everywhere: {remedy}"));
+        }
         let core = Core::of(&config)?;
         Ok(Configured { config: Rc::new(config), sync_key, core })
     }

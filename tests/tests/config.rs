@@ -49,8 +49,8 @@ async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_envoy_that_lets_the_filter_ask_for_no_property_is_told_so_when_it_starts() -> Result<()> {
-    let lines = refused(&json!({}), Some("proxy_get_property")).await?;
+async fn policies_are_refused_where_the_filter_may_not_ask_which_one_a_route_names() -> Result<()> {
+    let lines = refused(&json!({"policies": {"read": {}}}), Some("proxy_get_property")).await?;
     assert!(!lines.is_empty() && lines.iter().all(|line| line.contains("add proxy_get_property to")), "{lines:?}");
     Ok(())
 }
