@@ -9,12 +9,11 @@ use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::page::Page;
 use contract::usage::{Report, write_reports};
-use control_plane::key::store;
 use control_plane::sync::filters;
 use control_plane::sync::registry::{Heard, Registry};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request, revision};
+use support::{Fixture, Reply, request, revision, revoke};
 use uuid::Uuid;
 
 fn envoy(number: u8) -> ReporterId {
@@ -134,7 +133,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     assert_eq!(applied_on(&fixture, &user, id).await, json!({"filters": 2, "applied": 2, "oldest_seconds": null}));
 
     let revoked = Instant::now();
-    store::revoke(&pool, id).await.unwrap();
+    revoke(&pool, id).await;
     let after = fixture.in_step().await;
     let none = applied_on(&fixture, &admin, id).await;
     assert_eq!((&none["filters"], &none["applied"]), (&json!(2), &json!(0)));

@@ -49,7 +49,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         .fetch_one(&pool)
         .await
         .unwrap();
-    let mut expected = json!({
+    let expected = json!({
         "id": id, "owner_id": owner_id, "email": "user@example.com", "name": "Everything",
         "prefix": format!("sk_{}", &secret.reveal()[8..14]), "scopes": ["orders:*", "sync"],
         "rate_limits": [
