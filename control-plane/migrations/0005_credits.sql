@@ -19,6 +19,7 @@ comment on column ledger.balance is 'The balance with this row; set by a trigger
 comment on column ledger.refill_due is 'Of a refill: when it was due, so that each is booked once.';
 
 create index ledger_owner on ledger (owner_id, id);
+create index ledger_detail on ledger (at) where kind = 'usage' and note = '';
 
 -- A balance changes by a row of the ledger, and by nothing else.
 
@@ -60,11 +61,13 @@ create table quota_use (
     key_id uuid primary key references api_keys,
     window_start timestamptz not null,
     window_end timestamptz not null,
+    kind text not null,
     used bigint not null default 0,
     slots bigint[] not null default '{}'
 );
 
 comment on table quota_use is 'What was used of the quotas of keys, in the running window.';
+comment on column quota_use.kind is 'What windows these are, as day/Europe/Berlin or rolling/3600: a quota of another kind begins a new window.';
 comment on column quota_use.slots is 'Of a rolling window: what was used in each sixtieth of it, the oldest first; the last is the running one.';
 
 create table leases (
@@ -74,6 +77,7 @@ create table leases (
     told bigint not null,
     held bigint not null,
     told_seq bigint not null,
+    turn integer not null default 0,
     spent bigint not null default 0,
     demand double precision not null default 0,
     renewed_at timestamptz not null default now(),
@@ -81,12 +85,26 @@ create table leases (
 );
 
 comment on table leases is 'What each Envoy holds of stocks that all of them draw from.';
+comment on column leases.reporter is 'The Envoy process; all zeros in the row whose lock orders the changes of a stock.';
 comment on column leases.stock is '0: share of a key''s rate limits, parts per million; 1: quota of a key, requests; 2: credits of an owner.';
 comment on column leases.subject is 'The key, or the owner.';
 comment on column leases.told is 'What the Envoy was last told: a share, or all that it was ever granted.';
 comment on column leases.held is 'The most that the Envoy may believe it holds, until a report shows that it has heard what it was told last.';
 comment on column leases.told_seq is 'The report that was answered with it.';
+comment on column leases.turn is 'As of which turn of the stock.';
 comment on column leases.spent is 'All that the Envoy has reported as spent.';
 comment on column leases.demand is 'Requests or credits a second, lately.';
 
 create index leases_reporter on leases (reporter);
+
+-- Calendar windows of quotas and refills. A time zone that this server does not know counts as UTC.
+
+create function calendar_window(period text, zone text, at timestamptz, out starts timestamptz, out ends timestamptz)
+language plpgsql stable as $$
+begin
+    starts := date_trunc(period, at, zone);
+    ends := ((starts at time zone zone) + ('1 ' || period)::interval) at time zone zone;
+exception when invalid_parameter_value then
+    starts := date_trunc(period, at, 'UTC');
+    ends := ((starts at time zone 'UTC') + ('1 ' || period)::interval) at time zone 'UTC';
+end $$;

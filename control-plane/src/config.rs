@@ -108,6 +108,10 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_USAGE_EVENT_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(1..=3650))]
     pub usage_event_days: i32,
 
+    /// For how long every booking of usage stays a row of the ledger of its own, in days; older ones are summed up by day
+    #[arg(long, env = "PORTCULLIS_LEDGER_DETAIL_DAYS", default_value = "35", value_parser = clap::value_parser!(i32).range(1..=3650))]
+    pub ledger_detail_days: i32,
+
     /// How to write the log
     #[arg(long, env = "PORTCULLIS_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,

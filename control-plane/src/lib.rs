@@ -4,21 +4,25 @@
 //! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
 //! [`auth`] says who calls, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
 //! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
-//! counts back; [`policies`] are those of Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`]
-//! is what goes wrong; [`serve`] starts and stops it all, over
+//! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
+//! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
+//! without being asked for; [`serve`] starts and stops it all, over
 //! [`connection`]s that lose nothing.
 
 pub mod audit;
 pub mod auth;
+pub mod chores;
 pub mod condition;
 pub mod config;
 pub mod connection;
+pub mod credits;
 pub mod definition;
 pub mod error;
 pub mod explain;
 pub mod http;
 pub mod key;
 pub mod policies;
+pub mod quota;
 pub mod serve;
 pub mod sync;
 pub mod telemetry;

@@ -29,7 +29,7 @@ use crate::sync::registry::Registry;
 use crate::sync::{Store, filters};
 use crate::usage::Ingest;
 use crate::usage::retention::Retention;
-use crate::{App, MIGRATIONS, http, telemetry, usage};
+use crate::{App, MIGRATIONS, chores, http, telemetry, usage};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -105,6 +105,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         settings.revoked_retention_days,
         retention,
     ));
+    let chores = tokio::spawn(chores::run(pool.clone(), app.store.clone(), settings.ledger_detail_days));
 
     let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<Peer>();
     if let Some(file) = &settings.address_file {
@@ -127,6 +128,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         } => warn!("some requests did not end in time"),
     }
     feeding.abort();
+    chores.abort();
     tidying.abort();
     exporting.abort();
     hearing.abort();

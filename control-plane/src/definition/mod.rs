@@ -5,7 +5,8 @@ pub mod store;
 
 use crate::error::ApiError;
 use crate::key::domain::{ADMIN, RateLimitBody, SYNC, Scopes, StoredLimit, parse_rate_limits};
-use crate::key::quota::{Quota, QuotaBody};
+use crate::key::quota::QuotaBody;
+use crate::quota::Quota;
 
 const NAME_CHARS: usize = 64;
 const DESCRIPTION_CHARS: usize = 500;

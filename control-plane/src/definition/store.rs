@@ -16,7 +16,8 @@ use crate::audit::{self, Actor, Deed};
 use crate::condition::Condition;
 use crate::error::ApiError;
 use crate::key::domain::StoredLimit;
-use crate::key::quota::{Quota, QuotaBody, Whose, refresh_starters};
+use crate::key::quota::{QuotaBody, Whose, check_time_zone, refresh_starters};
+use crate::quota::Quota;
 
 /// A role or a plan.
 #[derive(Clone, Debug)]
@@ -101,7 +102,7 @@ pub async fn put(
     loop {
         let mut transaction = pool.begin().await?;
         if let Some(quota) = &content.quota {
-            quota.check_time_zone(&mut transaction).await?;
+            check_time_zone(quota, &mut transaction).await?;
         }
         let present = sqlx::query_as!(
             Definition,

@@ -52,6 +52,10 @@ const FIELDS: &[&str] = &[
     "format",
     "after",
     "wait",
+    "amount",
+    "note",
+    "metered",
+    "refill",
 ];
 
 /// A JSON body. As a reply it forbids caches to keep it, since all there is here is somebody's own.

@@ -2,6 +2,7 @@
 //! is not served is answered with a problem too.
 
 pub mod audit;
+pub mod credits;
 pub mod csv;
 pub mod definitions;
 pub mod events;
@@ -53,6 +54,7 @@ const USAGE_BYTES: usize = 4 << 20;
         (name = "user", description = "A user's primary key"),
         (name = "keys", description = "All keys"),
         (name = "users", description = "The owners of keys"),
+        (name = "credits", description = "Credits of users, and every change of them"),
         (name = "roles", description = "Named sets of scopes"),
         (name = "plans", description = "Named bundles of scopes, limits and a quota"),
         (name = "audit", description = "Who did what"),
@@ -82,9 +84,12 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(keys::cut_off))
         .routes(routes!(keys::import))
         .routes(routes!(keys::usage))
+        .routes(routes!(keys::quota))
         .routes(routes!(users::list))
         .routes(routes!(users::get, users::patch))
         .routes(routes!(users::revoke_keys))
+        .routes(routes!(credits::account, credits::credit, credits::change))
+        .routes(routes!(credits::ledger))
         .routes(routes!(roles::list))
         .routes(routes!(roles::get, roles::put, roles::delete))
         .routes(routes!(plans::list))

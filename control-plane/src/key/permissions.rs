@@ -12,12 +12,13 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::domain::{RateLimitBody, StoredLimit, parse_rate_limits};
-use super::quota::{Quota, QuotaBody, Whose, refresh_starters};
+use super::quota::{QuotaBody, Whose, check_time_zone, refresh_starters};
 use super::store::Held;
 use crate::audit::{self, Actor, Deed};
 use crate::definition::store::{hold, numbers};
 use crate::definition::{Kind, Name};
 use crate::error::ApiError;
+use crate::quota::Quota;
 
 const ROLES: usize = 16;
 const NETWORKS: usize = 32;
@@ -158,7 +159,7 @@ impl Permissions {
     /// A role, a plan or a time zone that is unknown; those of the database.
     pub async fn resolve(&self, connection: &mut PgConnection) -> Result<Resolved, ApiError> {
         if let Some(Some(quota)) = &self.quota {
-            quota.check_time_zone(connection).await?;
+            check_time_zone(quota, connection).await?;
         }
         let roles = match &self.roles {
             Some(roles) => Some(numbers(connection, Kind::Role, roles).await?),

@@ -10,40 +10,12 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::error::ApiError;
+use crate::quota::{Period, Quota, reconsider};
 
 const REQUESTS: i64 = 1_000_000_000_000;
 const WINDOW_S: std::ops::RangeInclusive<i64> = 60..=31_622_400;
 const TIME_ZONE_CHARS: usize = 64;
 const UTC: &str = "UTC";
-
-/// Over which time a quota counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Period {
-    /// From midnight to midnight.
-    Day,
-    /// From Monday to Monday.
-    Week,
-    /// From the first of a month to the first of the next.
-    Month,
-    /// The seconds that have just passed.
-    Rolling,
-}
-
-/// A quota as the database keeps it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Quota {
-    /// How many requests.
-    pub requests: i64,
-    /// In which time.
-    pub period: Period,
-    /// Whose calendar: of a day, a week or a month.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub time_zone: Option<String>,
-    /// How long the window is, in seconds: of a rolling one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window_s: Option<i64>,
-}
 
 /// A quota as clients write and read it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -77,7 +49,7 @@ impl QuotaBody {
         }
     }
 
-    /// Parses a quota, but for the name of its time zone, which the database judges: [`Quota::check_time_zone`].
+    /// Parses a quota, but for the name of its time zone, which the database judges: [`check_time_zone`].
     ///
     /// # Errors
     /// What is wrong with `quota`.
@@ -116,19 +88,17 @@ fn unknown_time_zone() -> ApiError {
     ApiError::invalid("quota", "time_zone must be a time zone of the IANA database such as Europe/Berlin")
 }
 
-impl Quota {
-    /// Refuses a time zone that the database does not know.
-    ///
-    /// # Errors
-    /// What is wrong with `quota`; those of the database.
-    pub async fn check_time_zone(&self, connection: &mut PgConnection) -> Result<(), ApiError> {
-        let Some(zone) = self.time_zone.as_deref().filter(|zone| *zone != UTC) else { return Ok(()) };
-        let known =
-            sqlx::query_scalar!(r#"select exists (select from pg_timezone_names where name = $1) as "known!""#, zone)
-                .fetch_one(connection)
-                .await?;
-        if known { Ok(()) } else { Err(unknown_time_zone()) }
-    }
+/// Refuses a quota whose time zone the database does not know.
+///
+/// # Errors
+/// What is wrong with `quota`; those of the database.
+pub async fn check_time_zone(quota: &Quota, connection: &mut PgConnection) -> Result<(), ApiError> {
+    let Some(zone) = quota.time_zone.as_deref().filter(|zone| *zone != UTC) else { return Ok(()) };
+    let known =
+        sqlx::query_scalar!(r#"select exists (select from pg_timezone_names where name = $1) as "known!""#, zone)
+            .fetch_one(connection)
+            .await?;
+    if known { Ok(()) } else { Err(unknown_time_zone()) }
 }
 
 /// Keys whose quota may have changed.
@@ -142,9 +112,9 @@ pub enum Whose<'a> {
     Owner(Uuid),
 }
 
-/// Sets the starters of keys to a sixteenth of their quota (at least 1, at most 1,000,000, none without a quota). Quotas
-/// that were used up and are not any more, because they grew or are gone, open at once. Says how many keys changed; a
-/// statement that changes none would wake every filter, and is not made.
+/// Sets the starters of keys to a sixteenth of their quota (at least 1, at most 1,000,000, none without a quota), then opens
+/// those whose quota was used up and is not any more, because it grew or is gone, and shuts those that it shrank for. Says
+/// how many keys changed; a statement that changes none would wake every filter, and is not made.
 ///
 /// To be called in the transaction that changes the quota, the plan or the assignment, after that change: its lock of
 /// `store_state` keeps other changes out.
@@ -157,47 +127,42 @@ pub async fn refresh_starters(connection: &mut PgConnection, whose: Whose<'_>) -
         Whose::Plan(number) => (None, Some(number), None),
         Whose::Owner(id) => (None, None, Some(id)),
     };
-    let due = sqlx::query!(
-        r#"select id as "id!", starter as "starter!", opens as "opens!" from (
-            select k.id, coalesce(k.quota_starter, 0) as present,
+    let of = sqlx::query!(
+        r#"select id as "id!", starter as "starter!", starter <> present as "differs!", exceeded as "exceeded!" from (
+            select k.id, coalesce(k.quota_starter, 0) as present, k.quota_exceeded as exceeded,
                 case when q.requests is null then 0 else least(greatest(q.requests / 16, 1), 1000000) end::integer
-                    as starter,
-                k.quota_exceeded and (q.requests is null or q.requests > coalesce(u.used, 0)) as opens
+                    as starter
             from api_keys k
             left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number)
-            left join quota_use u on u.key_id = k.id and u.window_end > now()
             cross join lateral (select (coalesce(k.quota, d.quota) ->> 'requests')::bigint as requests) q
             where k.revoked_at is null
                 and ($1::uuid[] is null or k.id = any($1))
                 and ($2::integer is null or coalesce(k.plan_number, k.owner_plan_number) = $2)
                 and ($3::uuid is null or k.owner_id = $3)
-        ) keys where starter <> present or opens"#,
+        ) keys where starter <> 0 or present <> 0 or exceeded"#,
         keys,
         plan,
         owner
     )
     .fetch_all(&mut *connection)
     .await?;
-    if due.is_empty() {
-        return Ok(0);
+    let due: Vec<_> = of.iter().filter(|key| key.differs).collect();
+    let mut changed = due.len();
+    if !due.is_empty() {
+        let ids: Vec<_> = due.iter().map(|key| key.id).collect();
+        let starters: Vec<_> = due.iter().map(|key| key.starter).collect();
+        sqlx::query!(
+            "update api_keys k set quota_starter = nullif(due.starter, 0)
+            from unnest($1::uuid[], $2::integer[]) due (id, starter) where k.id = due.id",
+            &ids,
+            &starters
+        )
+        .execute(&mut *connection)
+        .await?;
     }
-    let ids: Vec<_> = due.iter().map(|key| key.id).collect();
-    let starters: Vec<_> = due.iter().map(|key| key.starter).collect();
-    let opens: Vec<_> = due.iter().map(|key| key.opens).collect();
-    let changed = sqlx::query!(
-        "update api_keys k set
-            quota_starter = nullif(due.starter, 0),
-            quota_exceeded = k.quota_exceeded and not due.opens,
-            quota_turn = k.quota_turn + due.opens::integer,
-            quota_resets_at = case when not due.opens then k.quota_resets_at end
-        from unnest($1::uuid[], $2::integer[], $3::boolean[]) due (id, starter, opens) where k.id = due.id",
-        &ids,
-        &starters,
-        &opens
-    )
-    .execute(connection)
-    .await?;
-    Ok(changed.rows_affected())
+    let with_quota: Vec<_> = of.iter().map(|key| key.id).collect();
+    changed = changed.saturating_add(reconsider(connection, &with_quota).await?);
+    Ok(u64::try_from(changed).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@
 //!
 //! Locks are taken in one order, so that no two changes wait for each other: the row of the user (of several: by id), then
 //! rows of definitions (see [`crate::definition::store`]), then `store_state` (by [`hold`], or by a trigger with the first
-//! change of a key), then rows of keys.
+//! change of a key), then rows of keys. Where usage is booked, the rows of leases and quotas come between users and
+//! `store_state`: see `usage/apply.rs`.
 
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
@@ -17,10 +18,10 @@ use uuid::Uuid;
 
 use super::domain::{Email, KeyName, Scopes, StoredLimit, Timestamp};
 use super::permissions::{Permissions, Resolved, permit};
-use super::quota::Quota;
 use super::revoke::revoke_row;
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
+use crate::quota::Quota;
 
 /// A key as people see it.
 #[derive(Clone, Debug)]

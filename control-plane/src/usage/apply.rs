@@ -1,15 +1,23 @@
 //! Applies reports in one transaction: numbers and counts commit together, so a report is applied once however often it
-//! is sent, and to however many replicas.
+//! is sent, and to however many replicas. What the counts draw from quotas and credits is booked with them.
+//!
+//! Locks are taken in one order, so that no two transactions wait for each other: the rows of the reporters, of users, of
+//! leases (their anchors) and of quotas' windows, each in the order of their ids; then, only if a stock is used up,
+//! `store_state` (by a trigger) and rows of keys; then rows of the usage tables. Rotation, which holds `store_state` and then
+//! a key's row, would wait in a circle with counts that refer to the key if those came first.
 
 use std::collections::{BTreeMap, HashMap};
 
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
-use contract::usage::{Count, KeyRef, Report};
+use contract::usage::{Count, Grant, KeyRef, Report};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
+
+use super::draw::{Fresh, draw};
+use super::lease;
 
 /// Reports of one reporter, in ascending order, and the key that they came under. A log line that is imported comes under
 /// no key: whoever can read Envoy's log and write to the database is trusted.
@@ -24,7 +32,7 @@ pub struct Submission {
 }
 
 /// What became of a submission.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Applied {
     /// Everything up to this number is in the database.
     UpTo {
@@ -32,6 +40,8 @@ pub enum Applied {
         seq: u64,
         /// Reports of the submission that were applied now; the others had been before.
         fresh: usize,
+        /// What the reporter is leased.
+        grants: Vec<Grant>,
     },
     /// Another key reports for this reporter.
     Foreign,
@@ -60,15 +70,22 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
     .execute(&mut *transaction)
     .await?;
     let known = sqlx::query!(
-        "select reporter, sync_key_id, last_seq from usage_reporters where reporter = any($1) order by reporter for update",
+        r#"select reporter, sync_key_id, last_seq, now() as "now!",
+            case when last_seq > 0 then extract(epoch from now() - reported_at)::double precision end as since_last_s
+        from usage_reporters where reporter = any($1) order by reporter for update"#,
         &ids
     )
     .fetch_all(&mut *transaction)
     .await?;
+    let now = known.first().map_or_else(OffsetDateTime::now_utc, |row| row.now);
+    let elapsed: HashMap<Uuid, f64> =
+        known.iter().map(|row| (row.reporter, lease::elapsed_s(row.since_last_s))).collect();
     let mut last: HashMap<Uuid, (Option<Uuid>, u64)> =
         known.into_iter().map(|row| (row.reporter, (row.sync_key_id, row.last_seq.cast_unsigned()))).collect();
 
     let mut sums = Sums::default();
+    let mut drawn: BTreeMap<Uuid, Fresh<'_>> = BTreeMap::new();
+    let mut repeated = Vec::new();
     let mut results = Vec::with_capacity(submissions.len());
     for submission in submissions {
         let Some((owner, seq)) = last.get_mut(&submission.reporter.into()) else {
@@ -94,10 +111,27 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
                 sums.add(&report.counts);
                 *seq = report.seq;
                 fresh += 1;
+                let reporter = submission.reporter.into();
+                let of = drawn.entry(reporter).or_insert_with(|| Fresh {
+                    reporter,
+                    seq: 0,
+                    elapsed_s: elapsed.get(&reporter).copied().unwrap_or_else(|| lease::elapsed_s(None)),
+                    hears: false,
+                    reports: Vec::new(),
+                });
+                of.seq = report.seq;
+                of.hears |= submission.sync_key.is_some();
+                of.reports.push(report);
             }
         }
-        results.push(Applied::UpTo { seq: *seq, fresh });
+        if fresh == 0 {
+            repeated.push((submission.reporter.into(), *seq));
+        }
+        results.push(Applied::UpTo { seq: *seq, fresh, grants: Vec::new() });
     }
+    repeated.retain(|(reporter, _)| !drawn.contains_key(reporter));
+    repeated.sort_unstable();
+    repeated.dedup();
 
     let (ids, rest): (Vec<Uuid>, Vec<(Option<Uuid>, u64)>) = last.into_iter().unzip();
     let (keys, seqs): (Vec<Option<Uuid>>, Vec<i64>) =
@@ -112,8 +146,15 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
     )
     .execute(&mut *transaction)
     .await?;
+    let fresh: Vec<Fresh<'_>> = drawn.into_values().collect();
+    let told = draw(&mut transaction, &fresh, &repeated, now).await?;
     sums.write(&mut transaction).await?;
     transaction.commit().await?;
+    for (submission, result) in submissions.iter().zip(&mut results) {
+        if let (Applied::UpTo { grants, .. }, Some(told)) = (result, told.get(&submission.reporter.into())) {
+            grants.clone_from(told);
+        }
+    }
     Ok(results)
 }
 

@@ -75,12 +75,12 @@ impl Ingest {
         let sent = submission.reports.len();
         self.0.try_send((submission, answer)).map_err(|_| IngestError::Full)?;
         match answered.await.map_err(|_| IngestError::Full)? {
-            Ok(Applied::UpTo { seq, fresh }) => {
+            Ok(Applied::UpTo { seq, fresh, grants }) => {
                 metrics::counter!("portcullis_usage_reports_total", "result" => "applied").increment(fresh as u64);
                 metrics::counter!("portcullis_usage_reports_total", "result" => "repeated")
                     .increment((sent - fresh) as u64);
                 metrics::counter!("portcullis_usage_counts_total").increment(counts as u64);
-                Ok(Ack { reporter, seq, grants: Vec::new() })
+                Ok(Ack { reporter, seq, grants })
             }
             Ok(Applied::Foreign) => Err(IngestError::Foreign),
             Err(error) => Err(IngestError::Database(error)),

@@ -1,10 +1,13 @@
 //! Usage on its way into the database: reports come in from filters or from log lines, counts are added to the tables,
-//! once for each number of each reporter. And out of it: as sums that people ask for, and as events for other systems.
+//! once for each number of each reporter. What they draw from quotas and credits is booked with them, and the answers say what
+//! each Envoy is leased. And out of it: as sums that people ask for, and as events for other systems.
 
 mod apply;
+mod draw;
 pub mod events;
 pub mod import;
 mod ingest;
+pub mod lease;
 pub mod outcome;
 pub mod query;
 pub mod retention;

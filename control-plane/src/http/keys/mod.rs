@@ -2,6 +2,7 @@
 //! and that a key of somebody else is answered like one that does not exist.
 
 pub mod import;
+pub mod quota;
 pub mod read;
 pub mod rotate;
 pub mod usage;
@@ -15,6 +16,7 @@ use uuid::Uuid;
 
 // What `#[utoipa::path]` makes beside each handler goes with it.
 pub use import::{__path_import, import};
+pub use quota::{__path_quota, quota};
 pub use read::{__path_get, __path_list, get, list};
 pub use rotate::{__path_cut_off, __path_rotate, cut_off, rotate};
 pub use usage::{__path_usage, usage};

@@ -1,0 +1,57 @@
+//! Work on quotas, credits and leases that no request asks for: books refills, opens keys whose quota is filled anew,
+//! forgets what Envoys held that are long gone, and keeps the ledger short. Any number of replicas may do it at once.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio::time::{Interval, MissedTickBehavior};
+use tracing::{info, warn};
+
+use crate::sync::Store;
+use crate::usage::lease;
+use crate::{credits, quota};
+
+/// Does it until the future is dropped.
+pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
+    let (mut second, mut minute, mut hour) = (every(1), every(60), every(3_600));
+    loop {
+        tokio::select! {
+            // Not before the schema is there.
+            _ = second.tick(), if store.position().is_some() => {
+                let refilled = credits::refill::refill(&pool).await;
+                let opened = quota::reopen(&pool).await;
+                if matches!(refilled, Ok(1..)) || matches!(opened, Ok(1..)) {
+                    store.nudge();
+                }
+                told("credits could not be refilled", refilled);
+                told("quotas could not be opened", opened);
+            }
+            _ = minute.tick(), if store.position().is_some() => {
+                told("leases could not be tidied", lease::tidy(&pool).await);
+            }
+            _ = hour.tick(), if store.position().is_some() => loop {
+                match credits::rollup::roll_up(&pool, ledger_detail_days).await {
+                    Ok(0) => break,
+                    Ok(rows) => info!(rows, "usage of a day became one row of the ledger for each owner"),
+                    Err(error) => {
+                        warn!(%error, "the ledger could not be rolled up; the next hour will do");
+                        break;
+                    }
+                }
+            },
+        }
+    }
+}
+
+fn every(seconds: u64) -> Interval {
+    let mut interval = tokio::time::interval(Duration::from_secs(seconds));
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+/// What does not succeed now is tried again with the next tick.
+fn told<T>(what: &str, result: Result<T, sqlx::Error>) {
+    if let Err(error) = result {
+        warn!(%error, "{what}");
+    }
+}

@@ -1,0 +1,201 @@
+//! Credits: every change of a balance is a row of the ledger. Top-ups and corrections come in by hand, [`refill`] books
+//! those that come by themselves, usage is booked with the reports, and [`rollup`] keeps the ledger short.
+
+pub mod refill;
+pub mod rollup;
+mod store;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::error::ApiError;
+
+pub(crate) use store::usage;
+pub use store::{Account, Change, Entry, Locked, account, book_usage, change, credit, ledger, lock};
+
+/// Most credits that come in or go out in one row by hand.
+pub const AMOUNT: i64 = 1_000_000_000_000;
+
+/// The largest balance, either way, that rows by hand may lead to: JSON readers know such numbers exactly.
+pub const BALANCE: i64 = 1_000_000_000_000_000;
+
+const NOTE_CHARS: usize = 200;
+
+/// What a row of the ledger is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// The balance from before there was a ledger.
+    Opening,
+    /// Credits that were bought or given.
+    TopUp,
+    /// Credits that came by schedule.
+    Refill,
+    /// Credits that requests have cost.
+    Usage,
+    /// What was wrong before.
+    Correction,
+}
+
+impl Kind {
+    /// The name, as the database has it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::TopUp => "top_up",
+            Self::Refill => "refill",
+            Self::Usage => "usage",
+            Self::Correction => "correction",
+        }
+    }
+}
+
+/// How often credits come in by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Every {
+    /// At midnight.
+    Day,
+    /// At midnight before Monday.
+    Week,
+    /// At midnight before the first.
+    Month,
+}
+
+impl Every {
+    /// The name, as PostgreSQL knows it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Week => "week",
+            Self::Month => "month",
+        }
+    }
+}
+
+/// Credits that come in by themselves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Refill {
+    /// How many.
+    #[schema(example = 1_000, minimum = 1, maximum = 1_000_000_000_000_i64)]
+    pub amount: i64,
+    /// How often.
+    pub period: Every,
+    /// Where it is midnight: a name of the IANA time zone database.
+    #[serde(default = "utc")]
+    #[schema(example = "Europe/Berlin", max_length = 64)]
+    pub time_zone: String,
+    /// The balance is filled up to this and no further; any balance grows unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = 10_000, minimum = 1, maximum = 1_000_000_000_000_i64)]
+    pub up_to: Option<i64>,
+}
+
+fn utc() -> String {
+    "UTC".into()
+}
+
+impl Refill {
+    /// Checks the numbers; the time zone is PostgreSQL's to know.
+    ///
+    /// # Errors
+    /// What is wrong with `refill`.
+    pub fn check(&self) -> Result<(), ApiError> {
+        for (field, value) in [("amount", Some(self.amount)), ("up_to", self.up_to)] {
+            if value.is_some_and(|value| !(1..=AMOUNT).contains(&value)) {
+                return Err(ApiError::invalid("refill", format!("{field} must be a number from 1 to {AMOUNT}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What comes in to a balance.
+    #[must_use]
+    pub fn amount(&self, balance: i64) -> i64 {
+        self.up_to.map_or(self.amount, |most| most.saturating_sub(balance).clamp(0, self.amount))
+    }
+}
+
+/// What an Envoy may spend of so many credits before it was leased any.
+#[must_use]
+pub fn starter(balance: i64) -> i32 {
+    i32::try_from((balance / 16).clamp(1, 1_000_000)).unwrap_or(1)
+}
+
+/// Parses the note of a row.
+///
+/// # Errors
+/// What is wrong with `note`.
+pub fn parse_note(note: Option<String>) -> Result<String, ApiError> {
+    let note = note.unwrap_or_default().trim().to_owned();
+    if note.chars().count() > NOTE_CHARS || note.chars().any(char::is_control) {
+        let detail = format!("must have at most {NOTE_CHARS} characters and no control characters");
+        return Err(ApiError::invalid("note", detail));
+    }
+    Ok(note)
+}
+
+/// Parses the amount of a row that is made by hand.
+///
+/// # Errors
+/// What is wrong with `amount` or `kind`.
+pub fn parse_amount(amount: i64, kind: Kind) -> Result<i64, ApiError> {
+    match kind {
+        Kind::TopUp if (1..=AMOUNT).contains(&amount) => Ok(amount),
+        Kind::TopUp => {
+            let detail = format!("must be a number from 1 to {AMOUNT}; to take credits away, give kind correction");
+            Err(ApiError::invalid("amount", detail))
+        }
+        Kind::Correction if amount != 0 && (-AMOUNT..=AMOUNT).contains(&amount) => Ok(amount),
+        Kind::Correction => {
+            Err(ApiError::invalid("amount", format!("must be a number from -{AMOUNT} to {AMOUNT} other than 0")))
+        }
+        Kind::Opening | Kind::Refill | Kind::Usage => {
+            Err(ApiError::invalid("kind", "must be top_up or correction: other rows are made by themselves"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_top_up_adds_and_a_correction_may_take_away() {
+        assert_eq!(parse_amount(AMOUNT, Kind::TopUp).unwrap(), AMOUNT);
+        assert_eq!(parse_amount(-5, Kind::Correction).unwrap(), -5);
+        for (amount, kind) in [
+            (0, Kind::TopUp),
+            (-1, Kind::TopUp),
+            (AMOUNT + 1, Kind::TopUp),
+            (0, Kind::Correction),
+            (-AMOUNT - 1, Kind::Correction),
+            (i64::MIN, Kind::Correction),
+            (1, Kind::Usage),
+        ] {
+            assert!(parse_amount(amount, kind).is_err(), "{amount} {kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_refill_adds_or_fills_up() {
+        let refill = Refill { amount: 100, period: Every::Day, time_zone: utc(), up_to: None };
+        assert_eq!((refill.amount(-50), refill.amount(1_000)), (100, 100));
+        let up_to = Refill { up_to: Some(120), ..refill };
+        assert_eq!([-50, 20, 50, 120, 500].map(|balance| up_to.amount(balance)), [100, 100, 70, 0, 0]);
+    }
+
+    #[test]
+    fn the_starter_is_a_sixteenth_and_never_nothing() {
+        assert_eq!([-5, 0, 15, 1_000, i64::MAX].map(starter), [1, 1, 1, 62, 1_000_000]);
+    }
+
+    #[test]
+    fn a_note_is_short_and_plain() {
+        assert_eq!(parse_note(Some("  thanks ".into())).unwrap(), "thanks");
+        assert!(parse_note(Some("x".repeat(201))).is_err() && parse_note(Some("a\0b".into())).is_err());
+    }
+}

@@ -1,0 +1,66 @@
+//! Keeps the ledger short: rows of usage that are older than the operator wants in detail become one row for each owner
+//! and UTC day, and for each stretch between other rows, so that the balance beside every row that stays is still the sum
+//! of all rows up to it.
+
+use sqlx::PgPool;
+
+/// What the merged rows are marked with.
+pub const NOTE: &str = "sum of a day";
+
+/// Merges the rows of the oldest day that has any, if it is over for so many days. Says how many rows went.
+///
+/// # Errors
+/// Those of the database; the ledger is as it was then.
+pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    // One replica at a time.
+    let ours = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock(hashtext('portcullis.roll_up')) as "ours!""#);
+    if !ours.fetch_one(&mut *transaction).await? {
+        return Ok(0);
+    }
+    let day = sqlx::query_scalar!(
+        "select date_trunc('day', min(at), 'UTC') from ledger where kind = 'usage' and note = ''
+            and at < date_trunc('day', now() - make_interval(days => $1), 'UTC')",
+        detail_days
+    )
+    .fetch_one(&mut *transaction)
+    .await?;
+    let Some(day) = day else { return Ok(0) };
+    sqlx::query!("set local portcullis.roll_up = 'on'").execute(&mut *transaction).await?;
+    // The last row of each stretch has the balance of the stretch's end: it takes the others' amounts.
+    let gone = sqlx::query_scalar!(
+        r#"with spans as (
+            select owner_id, min(id) as first, max(id) as last from ledger
+            where kind = 'usage' and note = '' and at >= $1 and at < $1 + interval '1 day' group by owner_id
+        ),
+        rows as (
+            select l.id, l.owner_id, l.amount, w.is_detail,
+                count(*) filter (where not w.is_detail) over (partition by l.owner_id order by l.id) as stretch
+            from spans s join ledger l on l.owner_id = s.owner_id and l.id between s.first and s.last
+            cross join lateral (
+                select l.kind = 'usage' and l.note = '' and l.at >= $1 and l.at < $1 + interval '1 day' as is_detail
+            ) w
+        ),
+        stretches as (
+            select owner_id, stretch, max(id) as last, sum(amount)::bigint as amount
+            from rows where is_detail group by owner_id, stretch
+        ),
+        merged as (
+            update ledger set amount = s.amount, note = $2 from stretches s where ledger.id = s.last returning ledger.id
+        ),
+        deleted as (
+            delete from ledger using rows r, stretches s
+            where ledger.id = r.id and r.is_detail and s.owner_id = r.owner_id and s.stretch = r.stretch and r.id <> s.last
+            returning ledger.id
+        )
+        select (select count(*) from deleted) + 0 * (select count(*) from merged) as "gone!""#,
+        day,
+        NOTE
+    )
+    .fetch_one(&mut *transaction)
+    .await?;
+    transaction.commit().await?;
+    metrics::counter!("portcullis_ledger_rolled_up_total").increment(gone.cast_unsigned());
+    // At least the day is done, even if each owner had one row.
+    Ok(gone.cast_unsigned().max(1))
+}

@@ -1,0 +1,317 @@
+//! Balances and the ledger in PostgreSQL. Whoever books holds the user's row first, so that the rows of an owner stand in
+//! the order in which their balance changed.
+
+use sqlx::types::Json;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{BALANCE, Kind, Refill, starter};
+use crate::audit::{self, Actor, Deed};
+use crate::error::ApiError;
+use crate::key::domain::Email;
+
+/// How far below zero usage can bring a balance: no honest usage comes near, and a forged one must not stop those that are
+/// booked with it.
+const LOWEST: i64 = -1_000_000_000_000_000_000;
+
+/// A row of the ledger.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Counted up with each row of all owners.
+    pub id: i64,
+    /// When it was booked.
+    pub at: OffsetDateTime,
+    /// What it is: see [`Kind`].
+    pub kind: String,
+    /// Credits that came in, or, below zero, went out.
+    pub amount: i64,
+    /// The balance with it.
+    pub balance: i64,
+    /// Why.
+    pub note: String,
+    /// The key that made it, if one did.
+    pub actor_key_id: Option<Uuid>,
+    /// Of a refill: when it was due.
+    pub refill_due: Option<OffsetDateTime>,
+}
+
+/// What stands on an owner's account.
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// The owner.
+    pub owner_id: Uuid,
+    /// The sum of the ledger.
+    pub balance: i64,
+    /// Whether requests cost credits.
+    pub metered: bool,
+    /// What an Envoy may spend before it was leased any.
+    pub credits_starter: i32,
+    /// What Envoys hold and have not told of.
+    pub leased: i64,
+    /// What comes in by itself.
+    pub refill: Option<Json<Refill>>,
+    /// When it next does.
+    pub refill_at: Option<OffsetDateTime>,
+}
+
+/// What of an account is to be changed.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// Whether requests cost credits.
+    pub metered: Option<bool>,
+    /// What comes in by itself, or that nothing does.
+    pub refill: Option<Option<Refill>>,
+}
+
+/// An owner whose row is held.
+#[derive(Clone, Copy, Debug)]
+pub struct Locked {
+    /// The owner.
+    pub id: Uuid,
+    /// The balance before.
+    pub balance: i64,
+    /// Whether requests cost credits.
+    pub metered: bool,
+    /// The starter as filters know it.
+    pub credits_starter: i32,
+    /// The turn as filters know it.
+    pub credits_turn: i32,
+}
+
+/// Holds the rows of owners until the transaction ends, in the order of their ids.
+///
+/// # Errors
+/// Those of the database.
+pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<Locked>, sqlx::Error> {
+    sqlx::query_as!(
+        Locked,
+        "select id, balance, metered, credits_starter, credits_turn from user_preferences
+        where id = any($1) order by id for no key update",
+        owners
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Adds to a balance by hand, or takes from it; the user is made if not one yet. A top-up makes the user metered.
+///
+/// # Errors
+/// 409 if the balance would grow out of bounds, and those of the database.
+pub async fn credit(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    email: &Email,
+    kind: Kind,
+    amount: i64,
+    note: &str,
+) -> Result<Entry, ApiError> {
+    let owner = hold(connection, email).await?;
+    let balance = owner.balance.saturating_add(amount);
+    if balance.checked_abs().is_none_or(|size| size > BALANCE) {
+        let detail = format!("The balance would be {balance}: it stays within {BALANCE} either way.");
+        return Err(ApiError::Conflict(detail));
+    }
+    let metered = owner.metered || kind == Kind::TopUp;
+    open(connection, &owner, metered, balance).await?;
+    let entry = book(connection, owner.id, kind, amount, note, actor.key_id, None).await?;
+    let detail = serde_json::json!({"kind": kind.name(), "amount": amount, "balance": entry.balance});
+    audit::note(connection, actor, Deed::to("credits.add", email.as_str(), detail)).await?;
+    Ok(entry)
+}
+
+/// Changes whether requests cost credits, and what comes in by itself. Says whether there is such a user.
+///
+/// # Errors
+/// 400 for a time zone that PostgreSQL does not know, and those of the database.
+pub async fn change(pool: &PgPool, actor: &Actor, email: &Email, change: Change) -> Result<bool, ApiError> {
+    let mut transaction = pool.begin().await?;
+    let known = sqlx::query_as!(
+        Locked,
+        "select id, balance, metered, credits_starter, credits_turn from user_preferences
+        where email = $1 for no key update",
+        email.as_str()
+    );
+    let Some(owner) = known.fetch_optional(&mut *transaction).await? else { return Ok(false) };
+    let scheduled = matches!(change.refill, Some(Some(_)));
+    let metered = change.metered.unwrap_or(owner.metered || scheduled);
+    if metered != owner.metered {
+        open(&mut transaction, &owner, metered, owner.balance).await?;
+    }
+    if let Some(refill) = &change.refill {
+        if let Some(refill) = refill {
+            let known = sqlx::query_scalar!(
+                r#"select exists (select from pg_timezone_names where name = $1) as "known!""#,
+                refill.time_zone
+            );
+            if !known.fetch_one(&mut *transaction).await? {
+                let detail = "time_zone must be a name of the IANA time zone database such as Europe/Berlin";
+                return Err(ApiError::invalid("refill", detail));
+            }
+        }
+        sqlx::query!(
+            "update user_preferences set refill = $2,
+                refill_at = case when $3::text is not null then (select ends from calendar_window($3, $4, now())) end
+            where id = $1",
+            owner.id,
+            refill.as_ref().map(Json) as _,
+            refill.as_ref().map(|refill| refill.period.name()),
+            refill.as_ref().map(|refill| refill.time_zone.as_str())
+        )
+        .execute(&mut *transaction)
+        .await?;
+    }
+    let mut detail = serde_json::Map::new();
+    if metered != owner.metered {
+        detail.insert("metered".into(), metered.into());
+    }
+    if let Some(refill) = &change.refill {
+        detail.insert("refill".into(), serde_json::to_value(refill).unwrap_or_default());
+    }
+    audit::note(&mut transaction, actor, Deed::to("credits.change", email.as_str(), detail.into())).await?;
+    transaction.commit().await?;
+    Ok(true)
+}
+
+/// Finds or makes the user and holds their row until the transaction ends.
+async fn hold(connection: &mut PgConnection, email: &Email) -> Result<Locked, ApiError> {
+    let owner = sqlx::query_as!(
+        Locked,
+        "insert into user_preferences (id, email) values ($1, $2)
+        on conflict (email) do update set email = excluded.email
+        returning id, balance, metered, credits_starter, credits_turn",
+        Uuid::now_v7(),
+        email.as_str()
+    )
+    .fetch_one(connection)
+    .await;
+    owner.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+        Some("user_preferences_email_lower") => ApiError::invalid("email", "must be in lower case"),
+        _ => error.into(),
+    })
+}
+
+/// Prepares an account for the balance that it is about to have: how much an Envoy may begin with, and, if credits come in
+/// where there were none, that every Envoy begins anew.
+///
+/// # Errors
+/// Those of the database.
+pub(super) async fn open(
+    connection: &mut PgConnection,
+    owner: &Locked,
+    metered: bool,
+    balance: i64,
+) -> Result<(), sqlx::Error> {
+    let opens = metered && (!owner.metered || (owner.balance <= 0 && balance > 0));
+    let turn = owner.credits_turn.saturating_add(i32::from(opens));
+    sqlx::query!(
+        "update user_preferences set metered = $2, credits_starter = $3, credits_turn = $4 where id = $1",
+        owner.id,
+        metered,
+        starter(balance),
+        turn
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Writes a row of the ledger. The owner's row is held.
+pub(super) async fn book(
+    connection: &mut PgConnection,
+    owner_id: Uuid,
+    kind: Kind,
+    amount: i64,
+    note: &str,
+    actor: Option<Uuid>,
+    refill_due: Option<OffsetDateTime>,
+) -> Result<Entry, sqlx::Error> {
+    let entry = sqlx::query_as!(
+        Entry,
+        "insert into ledger (owner_id, kind, amount, balance, note, actor_key_id, refill_due)
+        values ($1, $2, $3, 0, $4, $5, $6)
+        returning id, at, kind, amount, balance, note, actor_key_id, refill_due",
+        owner_id,
+        kind.name(),
+        amount,
+        note,
+        actor,
+        refill_due
+    )
+    .fetch_one(connection)
+    .await?;
+    metrics::counter!("portcullis_ledger_rows_total", "kind" => kind.name()).increment(1);
+    Ok(entry)
+}
+
+/// Books what requests have cost: one row for each owner. Their rows are held.
+///
+/// # Errors
+/// Those of the database.
+pub async fn book_usage(connection: &mut PgConnection, costs: &[(Locked, u64)]) -> Result<(), sqlx::Error> {
+    let (owners, amounts): (Vec<Uuid>, Vec<i64>) = costs
+        .iter()
+        .filter(|(owner, cost)| owner.metered && *cost > 0)
+        .map(|(owner, cost)| (owner.id, usage(owner.balance, *cost)))
+        .unzip();
+    if owners.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "insert into ledger (owner_id, kind, amount, balance)
+        select owner_id, 'usage', amount, 0 from unnest($1::uuid[], $2::bigint[]) as new (owner_id, amount)
+        order by owner_id",
+        &owners,
+        &amounts
+    )
+    .execute(connection)
+    .await?;
+    metrics::counter!("portcullis_ledger_rows_total", "kind" => "usage").increment(owners.len() as u64);
+    Ok(())
+}
+
+/// What usage does to a balance, which it cannot bring below the lowest.
+pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
+    let most = balance.saturating_sub(LOWEST).max(0);
+    i64::try_from(cost).unwrap_or(i64::MAX).min(most).saturating_neg()
+}
+
+/// Reads an account.
+///
+/// # Errors
+/// Those of the database.
+pub async fn account(pool: &PgPool, email: &Email) -> Result<Option<Account>, ApiError> {
+    let account = sqlx::query_as!(
+        Account,
+        r#"select p.id as owner_id, p.balance, p.metered, p.credits_starter, p.refill as "refill: Json<Refill>", p.refill_at,
+            (
+                select coalesce(sum(greatest(l.held - l.spent, 0)), 0)::bigint
+                from leases l join usage_reporters r on r.reporter = l.reporter
+                where l.stock = 2 and l.subject = p.id
+                    and greatest(l.renewed_at, r.reported_at) > now() - interval '60 seconds'
+            ) as "leased!"
+        from user_preferences p where p.email = $1"#,
+        email.as_str()
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(account)
+}
+
+/// Reads rows of an owner, the newest first: those before `before`, at most `limit`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn ledger(pool: &PgPool, owner_id: Uuid, before: Option<i64>, limit: i64) -> Result<Vec<Entry>, ApiError> {
+    let entries = sqlx::query_as!(
+        Entry,
+        "select id, at, kind, amount, balance, note, actor_key_id, refill_due
+        from ledger where owner_id = $1 and id < $2 order by id desc limit $3",
+        owner_id,
+        before.unwrap_or(i64::MAX),
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(entries)
+}

@@ -1,0 +1,316 @@
+//! Credits of a user: an address comes in, the account or a page of its ledger goes out; admins add to it and say what
+//! comes in by itself. Refused are rows that would bring a balance out of bounds.
+
+#![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
+
+use axum::extract::State;
+use axum::http::{StatusCode, Uri};
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use crate::App;
+use crate::auth::Caller;
+use crate::credits::{self, Account, Change, Entry, Kind, Refill, parse_amount, parse_note};
+use crate::error::{ApiError, Problem};
+use crate::http::extract::{Json, Path, Query};
+use crate::http::once::{Answer, Begun, Once};
+use crate::http::paging;
+use crate::http::refusals::{Reading, Writing};
+use crate::http::user::ByEmail;
+use crate::key::domain::{Email, Timestamp};
+use crate::key::permissions::said;
+
+/// Credits to be added, or taken away.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreditBody {
+    /// How many: 1 to 10^12 for a `top_up`, -10^12 to 10^12 for a `correction`.
+    #[schema(example = 1_000, minimum = -1_000_000_000_000_i64, maximum = 1_000_000_000_000_i64)]
+    amount: i64,
+    /// `top_up` unless given. The first top-up makes the user metered; a `correction` may be negative.
+    #[serde(default = "top_up")]
+    #[schema(inline)]
+    kind: ByHand,
+    /// Why, for people.
+    #[schema(example = "invoice 2027-001", max_length = 200)]
+    note: Option<String>,
+}
+
+/// What rows of the ledger are made by hand.
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ByHand {
+    /// Credits that were bought or given.
+    TopUp,
+    /// What was wrong before.
+    Correction,
+}
+
+const fn top_up() -> ByHand {
+    ByHand::TopUp
+}
+
+/// A row of the ledger.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct EntryView {
+    /// Counted up with each row of all users.
+    id: i64,
+    /// When it was booked.
+    at: Timestamp,
+    /// What it is: `opening`, `top_up`, `refill`, `usage` or `correction`.
+    #[schema(example = "top_up")]
+    kind: String,
+    /// Credits that came in or, below zero, went out.
+    amount: i64,
+    /// The balance with it.
+    balance: i64,
+    /// Why.
+    note: String,
+    /// The key that made it; null for those that were made by themselves.
+    #[schema(required)]
+    actor_key_id: Option<Uuid>,
+    /// Of a refill: when it was due.
+    #[schema(required)]
+    refill_due: Option<Timestamp>,
+}
+
+impl From<Entry> for EntryView {
+    fn from(entry: Entry) -> Self {
+        Self {
+            id: entry.id,
+            at: entry.at.into(),
+            kind: entry.kind,
+            amount: entry.amount,
+            balance: entry.balance,
+            note: entry.note,
+            actor_key_id: entry.actor_key_id,
+            refill_due: entry.refill_due.map(Into::into),
+        }
+    }
+}
+
+/// What was booked.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Credited {
+    /// The row of the ledger.
+    entry: EntryView,
+    /// The balance with it.
+    balance: i64,
+}
+
+/// What stands on a user's account.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AccountView {
+    /// The user's email address.
+    #[schema(example = "user@example.com")]
+    email: String,
+    /// The sum of the ledger. Below zero by what Envoys spent before they heard that it was used up.
+    balance: i64,
+    /// Whether requests cost credits; otherwise they are free.
+    metered: bool,
+    /// What Envoys hold of it and have not told of.
+    leased: i64,
+    /// What is left beside: balance less leased, and never below zero.
+    available: i64,
+    /// What an Envoy may spend before it was leased any.
+    starter: i32,
+    /// What comes in by itself.
+    #[schema(required)]
+    refill: Option<Refill>,
+    /// When it next does.
+    #[schema(required)]
+    refill_at: Option<Timestamp>,
+}
+
+impl AccountView {
+    fn of(email: &Email, account: Account) -> Self {
+        Self {
+            email: email.as_str().into(),
+            balance: account.balance,
+            metered: account.metered,
+            leased: account.leased,
+            available: account.balance.saturating_sub(account.leased).max(0),
+            starter: if account.metered { account.credits_starter } else { 0 },
+            refill: account.refill.map(|refill| refill.0),
+            refill_at: account.refill_at.map(Into::into),
+        }
+    }
+}
+
+/// What of an account is to be changed.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AccountPatch {
+    /// Whether requests cost credits. A refill switches it on unless this says otherwise.
+    metered: Option<bool>,
+    /// What comes in by itself, from the next midnight on; null: nothing.
+    #[serde(default, deserialize_with = "said")]
+    #[schema(value_type = Option<Refill>)]
+    refill: Option<Option<Refill>>,
+}
+
+/// Which rows, and how many.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct LedgerQuery {
+    /// `next_cursor` of the page before.
+    #[param(minimum = 1)]
+    cursor: Option<i64>,
+    /// How many rows; 50 unless given.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<i64>,
+}
+
+/// A page of the ledger, the newest row first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct LedgerPage {
+    /// The rows.
+    entries: Vec<EntryView>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<i64>,
+}
+
+/// Add credits to a user's balance, or correct it. The user is made if not one yet. Credits that come in after all were used
+/// up open every Envoy's door at once.
+///
+/// # Errors
+/// 400, 401, 403, 409, 413, 415, 422, 429, 503.
+#[utoipa::path(
+    post, path = "/v1/users/{email}/credits", tag = "credits", request_body = CreditBody,
+    params(ByEmail, ("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
+    security(("api_key" = [])),
+    responses(
+        (status = 201, description = "The row of the ledger", body = Credited),
+        (status = 409, description = "The balance would be out of bounds, or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        Writing,
+    )
+)]
+pub async fn credit(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+    mut once: Once,
+) -> Result<Response, ApiError> {
+    caller.require_admin()?;
+    let body: CreditBody = once.body().await?;
+    let email = Email::parse(&path.email)?;
+    let kind = match body.kind {
+        ByHand::TopUp => Kind::TopUp,
+        ByHand::Correction => Kind::Correction,
+    };
+    let amount = parse_amount(body.amount, kind)?;
+    let note = parse_note(body.note)?;
+    let mut doing = match once.begin(&app.pool, &caller).await? {
+        Begun::Before(answer) => return Ok(answer),
+        Begun::Now(doing) => doing,
+    };
+    let entry = credits::credit(doing.connection(), &caller.actor, &email, kind, amount, &note).await?;
+    let balance = entry.balance;
+    let answer = Answer::new(StatusCode::CREATED, &Credited { entry: entry.into(), balance })?;
+    let response = doing.answer(answer).await?;
+    app.store.nudge();
+    Ok(response)
+}
+
+/// Change whether a user's requests cost credits, and what comes in by itself.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    patch, path = "/v1/users/{email}/credits", tag = "credits", params(ByEmail), request_body = AccountPatch,
+    security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The account", body = AccountView),
+        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+        Writing,
+    )
+)]
+pub async fn change(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+    Json(body): Json<AccountPatch>,
+) -> Result<Json<AccountView>, ApiError> {
+    caller.require_admin()?;
+    let email = Email::parse(&path.email)?;
+    if body.metered.is_none() && body.refill.is_none() {
+        return Err(ApiError::Invalid { field: None, detail: "Give metered, refill or both.".into() });
+    }
+    if let Some(Some(refill)) = &body.refill {
+        refill.check()?;
+    }
+    let change = Change { metered: body.metered, refill: body.refill };
+    if !credits::change(&app.pool, &caller.actor, &email, change).await? {
+        return Err(unknown(&email));
+    }
+    app.store.nudge();
+    shown(&app, &email).await
+}
+
+/// Get what stands on a user's account.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/users/{email}/credits", tag = "credits", params(ByEmail), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "The account", body = AccountView),
+        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn account(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ByEmail>,
+) -> Result<Json<AccountView>, ApiError> {
+    let email = Email::parse(&path.email)?;
+    caller.require_owner_or_admin(&email)?;
+    shown(&app, &email).await
+}
+
+/// List every change of a user's balance, the newest first. Usage of long ago is summed up by day.
+///
+/// # Errors
+/// 400, 401, 403, 404, 429, 503.
+#[utoipa::path(
+    get, path = "/v1/users/{email}/ledger", tag = "credits", params(ByEmail, LedgerQuery), security(("api_key" = [])),
+    responses(
+        (status = 200, description = "A page of the ledger", body = LedgerPage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+        Reading,
+    )
+)]
+pub async fn ledger(
+    State(app): State<App>,
+    caller: Caller,
+    uri: Uri,
+    Path(path): Path<ByEmail>,
+    Query(query): Query<LedgerQuery>,
+) -> Result<Response, ApiError> {
+    let email = Email::parse(&path.email)?;
+    caller.require_owner_or_admin(&email)?;
+    let limit = paging::limit(query.limit)?;
+    let account = credits::account(&app.pool, &email).await?.ok_or_else(|| unknown(&email))?;
+    // One more than asked for tells whether there is a next page.
+    let mut entries = credits::ledger(&app.pool, account.owner_id, query.cursor, limit + 1).await?;
+    let next_cursor = paging::cut(&mut entries, limit, |entry| entry.id);
+    let next = next_cursor.map(|cursor| paging::next_link(uri.path(), &[], &cursor.to_string(), limit));
+    let entries = entries.into_iter().map(Into::into).collect();
+    Ok(paging::reply(LedgerPage { entries, next_cursor }, next))
+}
+
+async fn shown(app: &App, email: &Email) -> Result<Json<AccountView>, ApiError> {
+    let account = credits::account(&app.pool, email).await?.ok_or_else(|| unknown(email))?;
+    Ok(Json(AccountView::of(email, account)))
+}
+
+fn unknown(email: &Email) -> ApiError {
+    ApiError::NotFound(format!("There is no user {email}."))
+}

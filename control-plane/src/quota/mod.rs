@@ -1,0 +1,241 @@
+//! Quotas: requests of a key in a window of time. A quota and what was used of it come in, whether it is used up and until
+//! when goes out. Calendar windows are PostgreSQL's matter, which knows time zones; rolling ones are reckoned here.
+
+mod store;
+
+use serde::{Deserialize, Serialize};
+use time::{Duration, OffsetDateTime};
+
+pub use store::{View, count, reconsider, reopen, shut, view};
+
+/// Into how many slots a rolling window is divided.
+pub const SLOTS: usize = 60;
+
+/// A quota, as the database keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    /// How many requests a window has.
+    pub requests: i64,
+    /// What windows there are.
+    pub period: Period,
+    /// Where days begin at midnight; UTC unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
+    /// Of a rolling window: its length in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_s: Option<i64>,
+}
+
+/// What windows there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Period {
+    /// From midnight to midnight.
+    Day,
+    /// From Monday to Monday.
+    Week,
+    /// From the first to the first.
+    Month,
+    /// The last so many seconds, at any time.
+    Rolling,
+}
+
+impl Period {
+    /// The name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Week => "week",
+            Self::Month => "month",
+            Self::Rolling => "rolling",
+        }
+    }
+}
+
+impl Quota {
+    /// What stands in the database; none if it makes no sense.
+    #[must_use]
+    pub fn of(value: Option<serde_json::Value>) -> Option<Self> {
+        value.and_then(|value| serde_json::from_value(value).ok())
+    }
+
+    /// The time zone of its calendar.
+    #[must_use]
+    pub fn zone(&self) -> &str {
+        self.time_zone.as_deref().unwrap_or("UTC")
+    }
+
+    /// The length of a rolling window, in seconds.
+    #[must_use]
+    pub fn window_s(&self) -> i64 {
+        self.window_s.unwrap_or(86_400).clamp(1, 366 * 86_400)
+    }
+
+    /// Names the windows: a quota of another kind begins a new one.
+    #[must_use]
+    pub fn kind(&self) -> String {
+        match self.period {
+            Period::Rolling => format!("rolling/{}", self.window_s()),
+            period => format!("{}/{}", period.name(), self.zone()),
+        }
+    }
+
+    /// What an Envoy may let in before it was leased any; `told` is what filters know.
+    #[must_use]
+    pub fn starter(&self, told: Option<i32>) -> i64 {
+        told.map_or(self.requests / 16, i64::from).max(1)
+    }
+}
+
+/// What was used of a quota in the running window.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Use {
+    /// When the window began.
+    pub window_start: OffsetDateTime,
+    /// When it ends, or, if it rolls, its running slot.
+    pub window_end: OffsetDateTime,
+    /// Requests that were allowed in it.
+    pub used: i64,
+    /// Of a rolling window: in each slot of it, the oldest first.
+    pub slots: Vec<i64>,
+}
+
+impl Use {
+    /// A rolling window that begins now, with nothing used.
+    #[must_use]
+    pub fn rolling(window_s: i64, now: OffsetDateTime) -> Self {
+        let slot = slot(window_s);
+        let window_end = now + slot;
+        Self { window_start: window_end - slot * 60, window_end, used: 0, slots: vec![0; SLOTS] }
+    }
+
+    /// Lets a rolling window roll on to now. Says whether it did.
+    pub fn roll(&mut self, window_s: i64, now: OffsetDateTime) -> bool {
+        if now < self.window_end {
+            return false;
+        }
+        let slot = slot(window_s);
+        let late = (now - self.window_end).whole_microseconds() / slot.whole_microseconds().max(1);
+        let past = usize::try_from(late).unwrap_or(SLOTS).saturating_add(1);
+        if past >= SLOTS {
+            *self = Self::rolling(window_s, now);
+            return true;
+        }
+        self.slots.resize(SLOTS, 0);
+        self.slots.drain(..past);
+        self.slots.resize(SLOTS, 0);
+        self.used = self.slots.iter().fold(0, |sum, used| sum.saturating_add(*used));
+        let on = slot * i32::try_from(past).unwrap_or(i32::MAX);
+        (self.window_start, self.window_end) = (self.window_start + on, self.window_end + on);
+        true
+    }
+
+    /// Counts requests, whenever they came: late reports count in the window that runs now.
+    pub fn add(&mut self, requests: i64) {
+        self.used = self.used.saturating_add(requests);
+        if let Some(running) = self.slots.last_mut() {
+            *running = running.saturating_add(requests);
+        }
+    }
+
+    /// Whether the quota is used up.
+    #[must_use]
+    pub const fn exceeds(&self, quota: &Quota) -> bool {
+        self.used >= quota.requests
+    }
+
+    /// When a quota that is used up opens again: with the next window, or, where it rolls, when it has room for one
+    /// Envoy's starter. On a whole second, as filters know it.
+    #[must_use]
+    pub fn opens_at(&self, quota: &Quota, starter: i64) -> OffsetDateTime {
+        if quota.period != Period::Rolling {
+            return whole(self.window_end);
+        }
+        let room = quota.requests.saturating_sub(starter).max(0);
+        let slot = slot(quota.window_s());
+        let (mut left, mut at) = (self.used, self.window_end);
+        for used in &self.slots {
+            left = left.saturating_sub(*used);
+            if left <= room {
+                break;
+            }
+            at += slot;
+        }
+        whole(at)
+    }
+}
+
+fn slot(window_s: i64) -> Duration {
+    Duration::microseconds(window_s.saturating_mul(1_000_000) / 60)
+}
+
+/// The first whole second that is not before.
+fn whole(at: OffsetDateTime) -> OffsetDateTime {
+    let part = Duration::nanoseconds(at.nanosecond().into());
+    if part.is_zero() { at } else { at - part + Duration::SECOND }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::macros::datetime;
+
+    use super::*;
+
+    const NOW: OffsetDateTime = datetime!(2026-01-01 00:00:00 UTC);
+
+    fn hour(requests: i64) -> Quota {
+        Quota { requests, period: Period::Rolling, time_zone: None, window_s: Some(3_600) }
+    }
+
+    #[test]
+    fn what_was_used_leaves_a_rolling_window_slot_by_slot() {
+        let mut used = Use::rolling(3_600, NOW);
+        for minute in 0..60 {
+            used.roll(3_600, NOW + Duration::minutes(minute));
+            used.add(1);
+        }
+        assert_eq!(used.used, 60);
+        assert!(!used.roll(3_600, NOW + Duration::seconds(59 * 60 + 59)));
+        assert!(used.roll(3_600, NOW + Duration::minutes(60)));
+        assert_eq!((used.used, used.slots.len()), (59, SLOTS));
+        used.roll(3_600, NOW + Duration::minutes(89));
+        assert_eq!(used.used, 30);
+        used.roll(3_600, NOW + Duration::hours(9));
+        assert_eq!(used, Use::rolling(3_600, NOW + Duration::hours(9)));
+    }
+
+    #[test]
+    fn a_rolling_quota_opens_when_it_has_room_for_a_starter() {
+        let mut used = Use::rolling(3_600, NOW);
+        used.add(8);
+        used.roll(3_600, NOW + Duration::minutes(10));
+        used.add(8);
+        let quota = hour(16);
+        assert!(used.exceeds(&quota));
+        // The first eight leave with their slot, an hour after its end.
+        assert_eq!(used.opens_at(&quota, 1), NOW + Duration::minutes(60));
+        assert_eq!(used.opens_at(&quota, 9), NOW + Duration::minutes(70));
+        let mut then = used.clone();
+        then.roll(3_600, used.opens_at(&quota, 1));
+        assert_eq!(then.used, 8);
+    }
+
+    #[test]
+    fn a_calendar_quota_opens_with_the_next_window() {
+        let quota = Quota { requests: 1, period: Period::Day, time_zone: None, window_s: None };
+        let used = Use { window_start: NOW, window_end: NOW + Duration::days(1), used: 1, slots: Vec::new() };
+        assert!(used.exceeds(&quota));
+        assert_eq!(used.opens_at(&quota, 1), NOW + Duration::days(1));
+        assert_eq!((quota.kind(), hour(1).kind()), ("day/UTC".into(), "rolling/3600".into()));
+    }
+
+    #[test]
+    fn the_json_of_the_database_leads_back_and_nonsense_is_no_quota() {
+        let json = serde_json::json!({"requests": 5, "period": "week", "time_zone": "Europe/Berlin"});
+        let quota = Quota::of(Some(json.clone())).unwrap();
+        assert_eq!((quota.period, quota.zone()), (Period::Week, "Europe/Berlin"));
+        assert_eq!(serde_json::to_value(&quota).unwrap(), json);
+        assert_eq!(Quota::of(Some(serde_json::json!({"requests": "many"}))), None);
+    }
+}
