@@ -100,7 +100,7 @@ create index leases_reporter on leases (reporter);
 -- Calendar windows of quotas and refills. A time zone that this server does not know counts as UTC.
 
 create function calendar_window(period text, zone text, at timestamptz, out starts timestamptz, out ends timestamptz)
-language plpgsql stable as $$
+language plpgsql stable strict as $$
 begin
     starts := date_trunc(period, at, zone);
     ends := ((starts at time zone zone) + ('1 ' || period)::interval) at time zone zone;

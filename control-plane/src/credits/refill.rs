@@ -67,18 +67,21 @@ async fn book_all(
             select (select ends from calendar_window($1, $2, due.at)), due.number + 1
             from due where due.at <= now() and due.number <= $4
         )
-        select at as "at!", at <= now() as "is_due!", (select ends from calendar_window($1, $2, now())) as "after_now!"
+        select at as "at!", at <= now() as "is_due!",
+            exists (select from ledger l where l.owner_id = $5 and l.refill_due = due.at) as "is_booked!", (select ends from calendar_window($1, $2, now())) as "after_now!"
         from due order by number"#,
         refill.period.name(),
         refill.time_zone,
         due,
-        MISSED
+        MISSED,
+        owner.id
     )
     .fetch_all(&mut *connection)
     .await?;
     let mut amounts = Vec::new();
     let mut balance = owner.balance;
-    for time in times.iter().filter(|time| time.is_due).take(usize::try_from(MISSED).unwrap_or(0)) {
+    let due = times.iter().filter(|time| time.is_due).take(usize::try_from(MISSED).unwrap_or(0));
+    for time in due.filter(|time| !time.is_booked) {
         let amount = refill.amount(balance);
         balance = balance.saturating_add(amount);
         if amount > 0 {

@@ -251,8 +251,9 @@ pub(super) async fn book(
 pub async fn book_usage(connection: &mut PgConnection, costs: &[(Locked, u64)]) -> Result<(), sqlx::Error> {
     let (owners, amounts): (Vec<Uuid>, Vec<i64>) = costs
         .iter()
-        .filter(|(owner, cost)| owner.metered && *cost > 0)
+        .filter(|(owner, _)| owner.metered)
         .map(|(owner, cost)| (owner.id, usage(owner.balance, *cost)))
+        .filter(|(_, amount)| *amount != 0)
         .unzip();
     if owners.is_empty() {
         return Ok(());

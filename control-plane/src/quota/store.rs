@@ -40,8 +40,10 @@ pub async fn count(
             case when isfinite(q.window_end) then q.window_end end as window_end
         from unnest($1::uuid[], $2::text[], $3::text[], $4::text[]) as new (key_id, kind, period, zone)
         join quota_use q on q.key_id = new.key_id
-        left join lateral calendar_window(new.period, new.zone, now()) c
-            on new.period <> 'rolling' and (q.kind <> new.kind or q.window_end <= now())
+        cross join lateral calendar_window(
+            new.period, new.zone,
+            case when new.period <> 'rolling' and (q.kind <> new.kind or q.window_end <= now()) then now() end
+        ) c
         order by q.key_id for update of q"#,
         &keys,
         &kinds,
@@ -55,12 +57,8 @@ pub async fn count(
     for row in rows {
         let Some((quota, requests)) = of.get(&row.key_id) else { continue };
         let known = row.window_start.zip(row.window_end).filter(|_| row.same);
-        let known = known.map(|(window_start, window_end)| Use {
-            window_start,
-            window_end,
-            used: row.used,
-            slots: row.slots,
-        });
+        let known =
+            known.map(|(window_start, window_end)| Use { window_start, window_end, used: row.used, slots: row.slots });
         let (mut used, mut new) = match (known, quota.period, row.starts.zip(row.ends)) {
             (Some(mut used), Period::Rolling, _) => {
                 let rolled = used.roll(quota.window_s(), row.now);

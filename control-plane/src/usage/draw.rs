@@ -125,9 +125,10 @@ pub(super) async fn draw(
     let with_quota = needs.values().filter_map(|need| Some((need, need.quota.as_ref()?)));
     let counted: BTreeMap<Uuid, (&Quota, i64)> = with_quota
         .map(|(need, quota)| {
-            let allowed = seen.iter().filter(|((_, key), _)| *key == need.key).fold(0_u64, |sum, (_, seen)| {
-                sum.saturating_add(seen.allowed)
-            });
+            let allowed = seen
+                .iter()
+                .filter(|((_, key), _)| *key == need.key)
+                .fold(0_u64, |sum, (_, seen)| sum.saturating_add(seen.allowed));
             (need.key, (quota, i64::try_from(allowed).unwrap_or(i64::MAX)))
         })
         .collect();
@@ -206,8 +207,7 @@ async fn needs(
             resets_at_s: None,
         };
         let cost = u64::from(row.cost.cast_unsigned());
-        let need =
-            Need { key, owner: row.owner, metered: row.metered, shared: row.shared, cost, quota, quota_budget };
+        let need = Need { key, owner: row.owner, metered: row.metered, shared: row.shared, cost, quota, quota_budget };
         needs.insert(key, need);
     }
     Ok((needs, owners))

@@ -1,6 +1,8 @@
 //! What database tests share: an app over the test's own database, and requests to its router.
 #![allow(dead_code, reason = "each test crate uses its part of it")]
 
+pub mod reports;
+
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;

@@ -88,7 +88,11 @@ impl QuotaView {
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn quota(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<Json<QuotaView>, ApiError> {
+pub async fn quota(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ById>,
+) -> Result<Json<QuotaView>, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
     let view = QuotaView::read(&app, key.id).await?;
     view.map(Json).ok_or_else(|| ApiError::NotFound(format!("The key {} has no quota.", key.id)))

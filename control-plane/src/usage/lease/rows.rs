@@ -150,7 +150,8 @@ pub async fn repeat(connection: &mut PgConnection, of: &[(Uuid, u64)]) -> Result
     )
     .fetch_all(connection)
     .await?;
-    let grant = |stock, subject, told: i64, turn: i32| grant((stock, subject), told.cast_unsigned(), turn.cast_unsigned());
+    let grant =
+        |stock, subject, told: i64, turn: i32| grant((stock, subject), told.cast_unsigned(), turn.cast_unsigned());
     Ok(rows.into_iter().map(|row| (row.reporter, grant(row.stock, row.subject, row.told, row.turn))).collect())
 }
 

@@ -1,0 +1,401 @@
+//! Credits and their ledger, over the real router and a real PostgreSQL.
+
+mod support;
+
+use contract::key::Secret;
+use contract::outcome::Outcome;
+use contract::usage::SHADOW;
+use control_plane::credits::{refill, rollup};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, PgPool};
+use support::reports::{Envoy, coded, count};
+use support::{Fixture, Reply, request};
+use uuid::Uuid;
+
+const ADA: &str = "ada@example.com";
+
+async fn call(fixture: &Fixture, method: &str, path: &str, key: &Secret, body: Option<Value>) -> Reply {
+    let body = body.map(|body| body.to_string()).unwrap_or_default();
+    fixture.send(request(method, path, Some(key), body)).await
+}
+
+async fn top_up(fixture: &Fixture, admin: &Secret, amount: i64) -> Value {
+    let reply =
+        call(fixture, "POST", "/v1/users/ada@example.com/credits", admin, Some(json!({"amount": amount}))).await;
+    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    reply.json()
+}
+
+async fn account(fixture: &Fixture, key: &Secret) -> Value {
+    let reply = call(fixture, "GET", "/v1/users/ada@example.com/credits", key, None).await;
+    assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
+    reply.json()
+}
+
+/// Kind and amount of all rows, and that each balance is the sum of the rows up to it.
+async fn rows(pool: &PgPool) -> Vec<(String, i64)> {
+    let wrong: i64 = sqlx::query_scalar(
+        "select count(*) from (
+            select balance, sum(amount) over (partition by owner_id order by id) as sum from ledger
+        ) l where balance <> sum",
+    )
+    .fetch_one(pool)
+    .await
+    .unwrap();
+    let unequal: i64 = sqlx::query_scalar(
+        "select count(*) from user_preferences p
+        where balance <> coalesce((select sum(amount) from ledger where owner_id = p.id), 0)",
+    )
+    .fetch_one(pool)
+    .await
+    .unwrap();
+    assert_eq!((wrong, unequal), (0, 0), "the ledger does not sum to the balance");
+    sqlx::query_as("select kind, amount from ledger order by id").fetch_all(pool).await.unwrap()
+}
+
+/// Flag, starter and turn of the user's keys.
+async fn as_filters_know(pool: &PgPool) -> Vec<(bool, Option<i32>, i32)> {
+    sqlx::query_as(
+        "select credits_exhausted, k.credits_starter, k.credits_turn from api_keys k
+        join user_preferences p on p.id = k.owner_id where email = $1 order by k.id",
+    )
+    .bind(ADA)
+    .fetch_all(pool)
+    .await
+    .unwrap()
+}
+
+async fn execute(pool: &PgPool, sql: &str) -> Result<u64, String> {
+    let done = sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await;
+    done.map(|done| done.rows_affected()).map_err(|error| error.to_string())
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (admin_id, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, own) = fixture.key(ADA, &[]).await;
+    assert_eq!(as_filters_know(&pool).await, [(false, None, 1)]);
+    let body = json!({"amount": 1_000, "note": " invoice 7 "});
+    let reply = call(&fixture, "POST", "/v1/users/Ada@example.com/credits", &admin, Some(body)).await;
+    assert_eq!(reply.status.as_u16(), 201);
+    let mut told = reply.json();
+    let entry = told["entry"].take();
+    assert_eq!(told["balance"], 1_000);
+    let expected = json!({
+        "id": entry["id"], "at": entry["at"], "kind": "top_up", "amount": 1_000, "balance": 1_000, "note": "invoice 7",
+        "actor_key_id": admin_id, "refill_due": null
+    });
+    assert_eq!(entry, expected);
+    assert_eq!(as_filters_know(&pool).await, [(false, Some(62), 2)]);
+    let expected = json!({
+        "email": ADA, "balance": 1_000, "metered": true, "leased": 0, "available": 1_000, "starter": 62,
+        "refill": null, "refill_at": null
+    });
+    assert_eq!(account(&fixture, &own).await, expected);
+    // More where there is some opens no door anew.
+    top_up(&fixture, &admin, 600).await;
+    assert_eq!(as_filters_know(&pool).await, [(false, Some(100), 2)]);
+    assert_eq!(rows(&pool).await, [("top_up".into(), 1_000), ("top_up".into(), 600)]);
+    let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> =
+        sqlx::query_as("select action, actor_key_id, target, detail from audit order by id")
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    let detail = json!({"kind": "top_up", "amount": 1_000, "balance": 1_000});
+    assert_eq!(audited[0], ("credits.add".into(), Some(admin_id), Some(ADA.into()), detail));
+    // A user who was not there before is now.
+    let reply = call(&fixture, "POST", "/v1/users/new@example.com/credits", &admin, Some(json!({"amount": 5}))).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["balance"]), (201, &json!(5)));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn users_see_their_own_and_only_admins_change(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, own) = fixture.key(ADA, &[]).await;
+    let (_, other) = fixture.key("other@example.com", &[]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    for path in ["/v1/users/ada@example.com/credits", "/v1/users/ada@example.com/ledger"] {
+        for (key, status) in [(&own, 200), (&admin, 200), (&other, 403), (&sync, 403)] {
+            assert_eq!(call(&fixture, "GET", path, key, None).await.status.as_u16(), status, "{path}");
+        }
+    }
+    for key in [&own, &other, &sync] {
+        for (method, body) in [("POST", json!({"amount": 5})), ("PATCH", json!({"metered": true}))] {
+            let reply = call(&fixture, method, "/v1/users/ada@example.com/credits", key, Some(body)).await;
+            assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (403, Some("forbidden")));
+        }
+    }
+    let reply = call(&fixture, "GET", "/v1/users/nobody@example.com/credits", &admin, None).await;
+    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (404, Some("not_found")));
+    let reply =
+        call(&fixture, "PATCH", "/v1/users/nobody@example.com/credits", &admin, Some(json!({"metered": true}))).await;
+    assert_eq!(reply.status.as_u16(), 404);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, _) = fixture.key(ADA, &[]).await;
+    let path = "/v1/users/ada@example.com/credits";
+    for (method, body, field) in [
+        ("POST", json!({"amount": 0}), Some("amount")),
+        ("POST", json!({"amount": -5}), Some("amount")),
+        ("POST", json!({"amount": 1_000_000_000_001_i64}), Some("amount")),
+        ("POST", json!({"amount": 1.5}), Some("amount")),
+        ("POST", json!({"amount": 0, "kind": "correction"}), Some("amount")),
+        ("POST", json!({"amount": 1, "kind": "usage"}), Some("kind")),
+        ("POST", json!({"amount": 1, "note": "a\0b"}), Some("note")),
+        ("POST", json!({"amount": 1, "note": "x".repeat(201)}), Some("note")),
+        ("PATCH", json!({}), None),
+        ("PATCH", json!({"metered": 1}), Some("metered")),
+        ("PATCH", json!({"refill": {"amount": 0, "period": "day"}}), Some("refill")),
+        ("PATCH", json!({"refill": {"amount": 1, "period": "day", "up_to": 0}}), Some("refill")),
+        ("PATCH", json!({"refill": {"amount": 1, "period": "year"}}), Some("refill")),
+        ("PATCH", json!({"refill": {"amount": 1, "period": "day", "time_zone": "Mars/Olympus"}}), Some("refill")),
+    ] {
+        let reply = call(&fixture, method, path, &admin, Some(body.clone())).await;
+        let told = reply.json();
+        assert_eq!(
+            (reply.status.as_u16(), told["code"].as_str(), told["field"].as_str()),
+            (400, Some("invalid"), field),
+            "{body}: {told}"
+        );
+    }
+    assert_eq!(rows(&pool).await, []);
+    // Balances stay within what JSON readers know exactly.
+    for _ in 0..1_000 {
+        execute(&pool, "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000, 0 from user_preferences where email = 'ada@example.com'").await.unwrap();
+    }
+    let reply = call(&fixture, "POST", path, &admin, Some(json!({"amount": 1}))).await;
+    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (409, Some("conflict")));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn allowed_requests_cost_credits_and_the_door_shuts_and_opens(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (one, _) = fixture.key(ADA, &[]).await;
+    let (two, _) = fixture.key(ADA, &[]).await;
+    let (free, _) = fixture.key("free@example.com", &[]).await;
+    let mut envoy = Envoy::new(1, &sync);
+    // Nobody is metered yet.
+    envoy.report(&fixture, &[count(one, Outcome::Allowed, 50), count(free, Outcome::Allowed, 50)]).await;
+    assert_eq!(rows(&pool).await, []);
+    top_up(&fixture, &admin, 100).await;
+    let counts = [
+        count(one, Outcome::Allowed, 10),
+        coded(two, 0, 1, 25),
+        count(free, Outcome::Allowed, 50),
+        count(one, Outcome::RateLimited, 7),
+        // Told and not enforced: costs nothing, whatever the Envoy says.
+        coded(one, SHADOW | Outcome::RateLimited.code(), 5, 5),
+    ];
+    envoy.report(&fixture, &counts).await;
+    envoy.again(&fixture, &counts).await;
+    assert_eq!(rows(&pool).await, [("top_up".into(), 100), ("usage".into(), -35)]);
+    let before = support::revision(&pool).await;
+    envoy.report(&fixture, &[count(one, Outcome::Allowed, 64)]).await;
+    assert_eq!(support::revision(&pool).await, before, "filters need not know of every booking");
+    envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
+    assert_eq!(as_filters_know(&pool).await, [(true, Some(6), 2), (true, Some(6), 2)]);
+    assert_eq!(account(&fixture, &admin).await["balance"], -2);
+    // A key that is made now is exhausted too.
+    fixture.key(ADA, &[]).await;
+    assert_eq!(as_filters_know(&pool).await[2], (true, Some(6), 2));
+    top_up(&fixture, &admin, 2).await;
+    assert_eq!(as_filters_know(&pool).await[0], (true, Some(1), 2));
+    top_up(&fixture, &admin, 1_600).await;
+    assert_eq!(as_filters_know(&pool).await, [(false, Some(100), 3); 3]);
+    fixture.in_step().await;
+    // A correction takes away; who is not metered pays nothing.
+    let body = json!({"amount": -1_700, "kind": "correction", "note": "by mistake"});
+    let reply = call(&fixture, "POST", "/v1/users/ada@example.com/credits", &admin, Some(body)).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["balance"]), (201, &json!(-100)));
+    assert!(as_filters_know(&pool).await[0].0);
+    let reply =
+        call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(json!({"metered": false}))).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["metered"]), (200, &json!(false)));
+    assert_eq!(as_filters_know(&pool).await[0], (false, None, 3));
+    envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
+    assert_eq!(rows(&pool).await.len(), 7);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn forged_costs_beyond_all_numbers_stop_nobody(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key(ADA, &[]).await;
+    top_up(&fixture, &admin, 100).await;
+    let mut envoy = Envoy::new(1, &sync);
+    for _ in 0..3 {
+        envoy.report(&fixture, &vec![coded(id, 0, 1_000_000_000_000, 1_000_000_000_000_000); 20_000]).await;
+    }
+    let (_, other) = (envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await, rows(&pool).await);
+    assert_eq!(other.len(), 2);
+    assert_eq!(account(&fixture, &admin).await["balance"], -1_000_000_000_000_000_000_i64);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_balance_changes_by_a_row_of_the_ledger_and_by_nothing_else(pool: PgPool) {
+    support::key(&pool, ADA, &[]).await;
+    for (sql, refusal) in [
+        ("update user_preferences set balance = 5", "a balance is the sum of its rows in ledger"),
+        ("update user_preferences set balance = balance + 1", "a balance is the sum of its rows in ledger"),
+        (
+            "insert into user_preferences (id, email, balance) values (gen_random_uuid(), 'b@example.com', 1)",
+            "a balance is the sum",
+        ),
+    ] {
+        assert!(execute(&pool, sql).await.unwrap_err().contains(refusal), "{sql}");
+    }
+    let add = |kind: &str, amount: i64| {
+        format!(
+            "insert into ledger (owner_id, kind, amount, balance) select id, '{kind}', {amount}, 77 from user_preferences"
+        )
+    };
+    // Sums hold whatever the order and sizes, also where somebody writes a balance of their own into the row.
+    let mut random = 88_172_645_463_325_252_u64;
+    for _ in 0..200 {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let kind = ["top_up", "usage", "refill", "correction"][(random % 4) as usize];
+        let amount = (random >> 20) as i64 % 2_001 - 1_000;
+        assert_eq!(execute(&pool, &add(kind, amount)).await, Ok(1));
+    }
+    assert_eq!(rows(&pool).await.len(), 200);
+    for sql in ["update ledger set amount = 1", "delete from ledger"] {
+        assert!(execute(&pool, sql).await.unwrap_err().contains("rows of ledger are never changed"), "{sql}");
+    }
+    assert!(execute(&pool, &add("gift", 1)).await.unwrap_err().contains("ledger_kind"));
+    assert_eq!(rows(&pool).await.len(), 200);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_refill_is_booked_once_for_each_period_by_whoever_comes_first(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    fixture.key(ADA, &[]).await;
+    let body = json!({"refill": {"amount": 100, "period": "day", "time_zone": "Europe/Berlin", "up_to": 250}});
+    let reply = call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(body.clone())).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["refill"]), (200, &body["refill"]));
+    assert_eq!(reply.json()["metered"], true);
+    let next: bool = sqlx::query_scalar(
+        "select refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') + interval '1 day') at time zone 'Europe/Berlin'
+        from user_preferences where email = 'ada@example.com'",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert!(next, "{}", reply.json()["refill_at"]);
+    assert_eq!(refill::refill(&pool).await.unwrap(), 0);
+    assert_eq!(as_filters_know(&pool).await, [(true, Some(1), 2)]);
+
+    // Two midnights have passed unseen.
+    execute(&pool, "update user_preferences set refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') - interval '1 day') at time zone 'Europe/Berlin' where refill is not null").await.unwrap();
+    let replicas = (0..4).map(|_| refill::refill(&pool));
+    let booked: usize = futures_util::future::join_all(replicas).await.into_iter().map(Result::unwrap).sum();
+    assert_eq!(booked, 1);
+    assert_eq!(rows(&pool).await, [("refill".into(), 100), ("refill".into(), 100)]);
+    assert_eq!(as_filters_know(&pool).await, [(false, Some(12), 3)]);
+    let due: i64 = sqlx::query_scalar("select count(distinct refill_due) from ledger where refill_due <= now()")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    assert_eq!(due, 2);
+    assert_eq!(refill::refill(&pool).await.unwrap(), 0);
+
+    // Up to 250 and no further; a schedule that lay idle for years goes on from now.
+    execute(&pool, "update user_preferences set refill_at = '2020-01-01' where refill is not null").await.unwrap();
+    assert_eq!(refill::refill(&pool).await.unwrap(), 1);
+    assert_eq!(rows(&pool).await.last(), Some(&("refill".into(), 50)));
+    execute(
+        &pool,
+        "update user_preferences set refill = refill - 'up_to', refill_at = '2020-01-01' where refill is not null",
+    )
+    .await
+    .unwrap();
+    assert_eq!(refill::refill(&pool).await.unwrap(), 1);
+    // One of the 400 was booked before.
+    assert_eq!(rows(&pool).await.len(), 3 + 399);
+    let ahead: bool = sqlx::query_scalar("select refill_at > now() and refill_at < now() + interval '26 hours' from user_preferences where refill is not null").fetch_one(&pool).await.unwrap();
+    assert!(ahead);
+
+    let reply =
+        call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(json!({"refill": null}))).await;
+    assert_eq!((&reply.json()["refill"], &reply.json()["refill_at"]), (&Value::Null, &Value::Null));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_ledger_is_paged_with_the_newest_first(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    for amount in 1..=5 {
+        top_up(&fixture, &admin, amount).await;
+    }
+    let mut path = "/v1/users/ada@example.com/ledger?limit=2".to_owned();
+    let mut seen = Vec::new();
+    loop {
+        let reply = call(&fixture, "GET", &path, &admin, None).await;
+        let page = reply.json();
+        seen.extend(page["entries"].as_array().unwrap().iter().map(|entry| entry["amount"].as_i64().unwrap()));
+        let Some(link) = reply.header("link").strip_suffix(">; rel=\"next\"") else {
+            assert_eq!(page["next_cursor"], Value::Null);
+            break;
+        };
+        path = link.strip_prefix('<').unwrap().to_owned();
+        assert_eq!(path, format!("/v1/users/ada@example.com/ledger?cursor={}&limit=2", page["next_cursor"]));
+    }
+    assert_eq!(seen, [5, 4, 3, 2, 1]);
+    for query in ["limit=0", "limit=201", "cursor=x"] {
+        let reply = call(&fixture, "GET", &format!("/v1/users/ada@example.com/ledger?{query}"), &admin, None).await;
+        assert_eq!(reply.status.as_u16(), 400, "{query}");
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn old_usage_becomes_one_row_a_day_and_no_sum_changes(pool: PgPool) {
+    support::key(&pool, ADA, &[]).await;
+    support::key(&pool, "b@example.com", &[]).await;
+    let add = async |email: &str, kind: &str, amount: i64, days: i64| {
+        let sql = format!(
+            "insert into ledger (owner_id, kind, amount, balance, at)
+            select id, '{kind}', {amount}, 0, date_trunc('day', now(), 'UTC') - interval '{days} days' + interval '7 hours'
+            from user_preferences where email = '{email}'"
+        );
+        execute(&pool, &sql).await.unwrap();
+    };
+    for days in [40, 39, 3] {
+        add(ADA, "top_up", 100, days).await;
+        for amount in 1..=10 {
+            add(ADA, "usage", -amount, days).await;
+            add("b@example.com", "usage", -1, days).await;
+            if amount == 4 {
+                add(ADA, "correction", 7, days).await;
+            }
+        }
+    }
+    let before = rows(&pool).await;
+    while rollup::roll_up(&pool, 35).await.unwrap() > 0 {}
+    let after = rows(&pool).await;
+    let sum = |rows: &[(String, i64)]| rows.iter().map(|(_, amount)| amount).sum::<i64>();
+    assert_eq!(sum(&before), sum(&after));
+    // Each of two days: a top-up, what came before the correction, the correction, what came after; and one of the other's.
+    assert_eq!((before.len(), after.len()), (66, 22 + 2 * 5));
+    let kept: Vec<(String, i64, i64)> = sqlx::query_as(
+        "select kind, amount, l.balance from ledger l join user_preferences p on p.id = owner_id
+        where email = $1 order by l.id limit 4",
+    )
+    .bind(ADA)
+    .fetch_all(&pool)
+    .await
+    .unwrap();
+    let row = |kind: &str, amount, balance| (kind.to_owned(), amount, balance);
+    assert_eq!(kept, [row("top_up", 100, 100), row("usage", -10, 90), row("correction", 7, 97), row("usage", -45, 52)]);
+    assert_eq!(rollup::roll_up(&pool, 35).await.unwrap(), 0);
+}

@@ -1,0 +1,219 @@
+//! Quotas, over the real router and a real PostgreSQL.
+
+mod support;
+
+use axum::body::Body;
+use contract::key::Secret;
+use contract::outcome::Outcome;
+use contract::usage::SHADOW;
+use control_plane::quota::{Of, reconsider, reopen};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, PgPool};
+use support::reports::{Envoy, coded, count, granted};
+use support::{Fixture, request};
+use uuid::Uuid;
+
+async fn execute(pool: &PgPool, sql: &str) -> u64 {
+    sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await.unwrap().rows_affected()
+}
+
+async fn set_quota(pool: &PgPool, id: Uuid, quota: &Value) {
+    let starter = quota["requests"].as_i64().unwrap() / 16;
+    execute(
+        pool,
+        &format!("update api_keys set quota = '{quota}', quota_starter = {} where id = '{id}'", starter.max(1)),
+    )
+    .await;
+}
+
+/// Flag, turn, and whether the end lies ahead.
+async fn as_filters_know(pool: &PgPool, id: Uuid) -> (bool, i32, Option<bool>) {
+    sqlx::query_as("select quota_exceeded, quota_turn, quota_resets_at > now() from api_keys where id = $1")
+        .bind(id)
+        .fetch_one(pool)
+        .await
+        .unwrap()
+}
+
+async fn view(fixture: &Fixture, admin: &Secret, id: Uuid) -> Value {
+    let reply = fixture.send(request("GET", &format!("/v1/keys/{id}/quota"), Some(admin), Body::empty())).await;
+    assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
+    reply.json()
+}
+
+/// What is the same at any time of day.
+fn timeless(mut view: Value) -> Value {
+    for field in ["window_start", "window_end", "resets_at"] {
+        view.as_object_mut().unwrap().remove(field);
+    }
+    view
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("ada@example.com", &[]).await;
+    let reply = fixture.send(request("GET", &format!("/v1/keys/{id}/quota"), Some(&admin), Body::empty())).await;
+    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (404, Some("not_found")));
+
+    set_quota(&pool, id, &json!({"requests": 100, "period": "month", "time_zone": "Europe/Berlin"})).await;
+    let mut envoy = Envoy::new(1, &sync);
+    let shadow = coded(id, SHADOW | Outcome::QuotaExceeded.code(), 9, 0);
+    let grants =
+        envoy.report(&fixture, &[count(id, Outcome::Allowed, 40), count(id, Outcome::ScopeDenied, 5), shadow]).await;
+    // Half of what is left, as nobody else is there.
+    assert_eq!(granted(&grants, 1, id), Some((40 + 30, 1)));
+    let seen = view(&fixture, &admin, id).await;
+    let expected = json!({
+        "requests": 100, "period": "month", "time_zone": "Europe/Berlin", "window_seconds": null,
+        "used": 40, "leased": 30, "remaining": 30, "exceeded": false
+    });
+    let calendar: (String, String) = sqlx::query_as(
+        "select to_char(starts at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), to_char(ends at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
+        from calendar_window('month', 'Europe/Berlin', now())",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(
+        (seen["window_start"].as_str().unwrap(), seen["window_end"].as_str().unwrap()),
+        (&*calendar.0, &*calendar.1)
+    );
+    assert_eq!(seen["resets_at"], Value::Null);
+    assert_eq!(timeless(seen), expected);
+
+    let before = support::revision(&pool).await;
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 59)]).await;
+    assert_eq!((as_filters_know(&pool, id).await, support::revision(&pool).await), ((false, 1, None), before));
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 3)]).await;
+    assert_eq!(as_filters_know(&pool, id).await, (true, 1, Some(true)));
+    let seen = view(&fixture, &admin, id).await;
+    assert_eq!(seen["resets_at"], seen["window_end"]);
+    assert_eq!((&seen["used"], &seen["remaining"], &seen["exceeded"]), (&json!(102), &json!(0), &json!(true)));
+    // Reports that come late say nothing new.
+    let before = support::revision(&pool).await;
+    let grants = envoy.report(&fixture, &[count(id, Outcome::QuotaExceeded, 3)]).await;
+    assert_eq!((granted(&grants, 1, id), support::revision(&pool).await), (Some((102, 1)), before));
+    assert_eq!(reopen(&pool).await.unwrap(), 0);
+
+    // The month ends.
+    execute(
+        &pool,
+        "update quota_use set window_start = now() - interval '32 days', window_end = now() - interval '1 second'",
+    )
+    .await;
+    execute(&pool, "update api_keys set quota_resets_at = now() - interval '1 second' where quota_exceeded").await;
+    assert_eq!(timeless(view(&fixture, &admin, id).await)["used"], 0);
+    assert_eq!(reopen(&pool).await.unwrap(), 1);
+    assert_eq!(as_filters_know(&pool, id).await, (false, 2, None));
+    let grants = envoy.report(&fixture, &[count(id, Outcome::Allowed, 4)]).await;
+    assert_eq!(granted(&grants, 1, id), Some((102 + 4 + 16, 2)));
+    let seen = view(&fixture, &admin, id).await;
+    assert_eq!((&seen["used"], seen["window_start"].as_str()), (&json!(4), Some(&*calendar.0)));
+    fixture.in_step().await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_rolling_quota_opens_when_enough_has_left_it(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("ada@example.com", &[]).await;
+    set_quota(&pool, id, &json!({"requests": 32, "period": "rolling", "window_s": 3_600})).await;
+    let mut envoy = Envoy::new(1, &sync);
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 20)]).await;
+    // Half an hour passes.
+    execute(&pool, "update quota_use set window_start = window_start - interval '30 minutes', window_end = window_end - interval '30 minutes'").await;
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 12)]).await;
+    let (exceeded, minutes): (bool, i32) = sqlx::query_as(
+        "select quota_exceeded, round(extract(epoch from quota_resets_at - now()) / 60)::int from api_keys where id = $1",
+    )
+    .bind(id)
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert!(exceeded && (29..=31).contains(&minutes), "{exceeded} {minutes}");
+    let seen = view(&fixture, &admin, id).await;
+    assert_eq!(
+        (&seen["period"], &seen["time_zone"], &seen["window_seconds"]),
+        (&json!("rolling"), &Value::Null, &json!(3_600))
+    );
+    execute(&pool, "update quota_use set window_start = window_start - interval '31 minutes', window_end = window_end - interval '31 minutes'").await;
+    assert_eq!(timeless(view(&fixture, &admin, id).await)["used"], 12);
+    execute(&pool, "update api_keys set quota_resets_at = now() where quota_exceeded").await;
+    assert_eq!(reopen(&pool).await.unwrap(), 1);
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await;
+    assert_eq!(timeless(view(&fixture, &admin, id).await)["used"], 13);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("ada@example.com", &[]).await;
+    let (own, _) = fixture.key("ada@example.com", &[]).await;
+    execute(
+        &pool,
+        r#"insert into definitions (kind, name, quota) values ('plan', 'small', '{"requests": 10, "period": "day"}')"#,
+    )
+    .await;
+    let plan: i32 = sqlx::query_scalar("select number from definitions").fetch_one(&pool).await.unwrap();
+    execute(
+        &pool,
+        "update user_preferences set plan_number = (select number from definitions) where email = 'ada@example.com'",
+    )
+    .await;
+    execute(&pool, "update api_keys set quota_starter = 1 where owner_plan_number is not null").await;
+    set_quota(&pool, own, &json!({"requests": 5, "period": "day"})).await;
+    let mut envoy = Envoy::new(1, &sync);
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 10), count(own, Outcome::Allowed, 6)]).await;
+    assert_eq!((as_filters_know(&pool, id).await.0, as_filters_know(&pool, own).await.0), (true, true));
+    assert_eq!(view(&fixture, &admin, id).await["requests"], 10);
+
+    let mut transaction = pool.begin().await.unwrap();
+    sqlx::query(r#"update definitions set quota = '{"requests": 20, "period": "day"}'"#)
+        .execute(&mut *transaction)
+        .await
+        .unwrap();
+    assert_eq!(reconsider(&mut transaction, Of::Plan(plan)).await.unwrap(), 1);
+    transaction.commit().await.unwrap();
+    assert_eq!(as_filters_know(&pool, id).await, (false, 2, None));
+    assert_eq!(as_filters_know(&pool, own).await, (true, 1, Some(true)));
+
+    let mut connection = pool.acquire().await.unwrap();
+    // Nothing was changed: nothing happens, and filters sleep on.
+    let before = support::revision(&pool).await;
+    assert_eq!(reconsider(&mut connection, Of::Keys(&[id, own])).await.unwrap(), 0);
+    assert_eq!(support::revision(&pool).await, before);
+    set_quota(&pool, own, &json!({"requests": 6, "period": "day"})).await;
+    assert_eq!(reconsider(&mut connection, Of::Keys(&[own])).await.unwrap(), 0);
+    // Of another kind, so nothing of it is used.
+    set_quota(&pool, own, &json!({"requests": 6, "period": "week"})).await;
+    assert_eq!(reconsider(&mut connection, Of::Keys(&[own])).await.unwrap(), 1);
+    assert_eq!(as_filters_know(&pool, own).await, (false, 2, None));
+    assert_eq!(view(&fixture, &admin, own).await["used"], 0);
+    set_quota(&pool, id, &json!({"requests": 3, "period": "day"})).await;
+    assert_eq!(reconsider(&mut connection, Of::Keys(&[id])).await.unwrap(), 1);
+    assert_eq!(as_filters_know(&pool, id).await, (true, 2, Some(true)));
+    execute(&pool, &format!("update api_keys set quota = null, quota_starter = null where id = '{id}'")).await;
+    execute(&pool, "update definitions set removed = true").await;
+    assert_eq!(reconsider(&mut connection, Of::Keys(&[id])).await.unwrap(), 1);
+    assert_eq!(as_filters_know(&pool, id).await, (false, 3, None));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_quota_that_makes_no_sense_or_a_zone_that_nobody_knows_stops_no_report(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (odd, _) = fixture.key("ada@example.com", &[]).await;
+    let (lost, _) = fixture.key("ada@example.com", &[]).await;
+    execute(&pool, &format!("update api_keys set quota = '{{\"requests\": \"many\"}}' where id = '{odd}'")).await;
+    set_quota(&pool, lost, &json!({"requests": 3, "period": "day", "time_zone": "Mars/Olympus"})).await;
+    let counts = [count(odd, Outcome::Allowed, 2), count(lost, Outcome::Allowed, 2)];
+    Envoy::new(1, &sync).report(&fixture, &counts).await;
+    assert_eq!(view(&fixture, &admin, lost).await["used"], 2);
+}

@@ -1,0 +1,57 @@
+//! Envoys as the control plane sees them: reports go in, what was acknowledged and granted comes out.
+
+use contract::id::{KeyId, ReporterId};
+use contract::key::Secret;
+use contract::outcome::Outcome;
+use contract::usage::{Ack, Count, Grant, KeyRef, Report, Subject, write_reports};
+use uuid::Uuid;
+
+use super::{Fixture, request};
+
+/// One Envoy process.
+pub struct Envoy {
+    pub id: ReporterId,
+    pub seq: u64,
+    sync: Secret,
+}
+
+impl Envoy {
+    pub fn new(number: u8, sync: &Secret) -> Self {
+        Self { id: ReporterId([number; 16]), seq: 0, sync: Secret::from_presented(sync.reveal().into()) }
+    }
+
+    /// Sends the next report.
+    pub async fn report(&mut self, fixture: &Fixture, counts: &[Count]) -> Vec<Grant> {
+        self.seq += 1;
+        self.again(fixture, counts).await
+    }
+
+    /// Sends the last report once more.
+    pub async fn again(&self, fixture: &Fixture, counts: &[Count]) -> Vec<Grant> {
+        let report = Report { reporter: self.id, seq: self.seq, counts: counts.to_vec() };
+        let body = write_reports(&[report]).unwrap();
+        let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&self.sync), body)).await;
+        assert_eq!(reply.status.as_u16(), 200, "{}", String::from_utf8_lossy(&reply.body));
+        let ack = Ack::read(&reply.body).unwrap();
+        assert_eq!((ack.reporter, ack.seq), (self.id, self.seq));
+        ack.grants
+    }
+}
+
+/// Requests that cost one credit each if they were allowed.
+pub fn count(key: Uuid, outcome: Outcome, requests: u64) -> Count {
+    let cost = if outcome == Outcome::Allowed { requests } else { 0 };
+    coded(key, outcome.code(), requests, cost)
+}
+
+pub fn coded(key: Uuid, outcome: u8, requests: u64, cost: u64) -> Count {
+    let key = Some(KeyRef { id: KeyId::from(key), generation: 1 });
+    Count { of: Subject { key, outcome, hour: 490_000 }, requests, cost, last_ms: 1_764_000_000_000 }
+}
+
+/// The amount and turn granted of a stock.
+pub fn granted(grants: &[Grant], stock: u8, of: Uuid) -> Option<(u64, u32)> {
+    let found: Vec<_> = grants.iter().filter(|grant| grant.stock == stock && grant.of == of.into_bytes()).collect();
+    assert!(found.len() <= 1, "{grants:?}");
+    found.first().map(|grant| (grant.amount, grant.turn))
+}

@@ -1,0 +1,131 @@
+//! Credits of one owner, three Envoys: they are spent once, and credits that come in open the door like a new key.
+#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use contract::outcome::Outcome;
+use hyper::Method;
+use portcullis_tests::envoy::Envoy;
+use portcullis_tests::expect::assert_refused;
+use portcullis_tests::http::{get_request, send};
+use portcullis_tests::load::{Load, Plan, with_status};
+use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+
+const ADA: &str = "ada@example.com";
+const CREDITS: u64 = 1_000;
+const ENVOYS: u64 = 3;
+/// A sixteenth of the credits, which each Envoy may spend before it was leased any.
+const STARTER: u64 = CREDITS / 16;
+
+async fn call(stack: &Stack, method: Method, path: &str, body: Option<Value>) -> Result<Value> {
+    let reply = stack.rest().call(method, path, body.as_ref()).await?;
+    assert!([200, 201].contains(&reply.status), "{} {:?}", reply.status, reply.body);
+    reply.json()
+}
+
+async fn account(stack: &Stack) -> Result<Value> {
+    call(stack, Method::GET, "/v1/users/ada@example.com/credits", None).await
+}
+
+async fn top_up(stack: &Stack, amount: u64) -> Result<()> {
+    call(stack, Method::POST, "/v1/users/ada@example.com/credits", Some(json!({"amount": amount}))).await.map(|_| ())
+}
+
+/// Waits until every Envoy has what the database holds.
+async fn in_step(stack: &Stack) -> Result<()> {
+    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
+    for envoy in &stack.envoys {
+        let told = async || {
+            let version = envoy.stat("wasmcustom.portcullis_store_version").await.ok()?;
+            (version >= revision).then_some(())
+        };
+        eventually("the filter to be told of the credits", told).await?;
+    }
+    Ok(())
+}
+
+/// As many requests as come through, at every Envoy, until each refuses for want of credits. What was admitted.
+async fn spend_all(stack: &Stack, key: &str) -> Result<u64> {
+    let load = Load::start(Plan {
+        targets: stack.envoys.iter().map(Envoy::address).collect(),
+        keys: vec![key.to_owned()],
+        connections: 12,
+        requests: u64::MAX,
+        per_second: None,
+    });
+    let spent = async || (account(stack).await.ok()?["balance"].as_i64()? <= 0).then_some(());
+    eventually("all credits to be spent", spent).await?;
+    for envoy in &stack.envoys {
+        wait_for_status(envoy, Some(key), 429).await?;
+    }
+    let answers = load.stop().await;
+    let admitted = with_status(&answers, 200);
+    assert_eq!(admitted + with_status(&answers, 429), answers.values().sum::<u64>(), "{answers:?}");
+    assert!(with_status(&answers, 429) > 0);
+    Ok(admitted)
+}
+
+/// Waits until the ledger has a balance, and says whether it is the sum of its rows.
+async fn wait_for_balance(stack: &Stack, balance: i64) -> Result<()> {
+    let told = async || (account(stack).await.ok()?["balance"] == balance).then_some(());
+    eventually(&format!("a balance of {balance}"), told).await.with_context(|| "credits are counted wrongly")?;
+    let sum = stack.database.text("select sum(amount)::text from ledger").await?;
+    assert_eq!(sum.parse::<i64>()?, balance);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() -> Result<()> {
+    let stack = Stack::builder().envoys(3).plugin(&json!({"rate_limit": null})).start().await?;
+    let key = stack.rest().generate(ADA).await?;
+    stack.wait_for_status(Some(&key), 200).await?;
+    // Requests from before the user is metered are free.
+    let free = stack.demo.requests();
+    stack.wait_for_usage(ADA, free).await?;
+    top_up(&stack, CREDITS).await?;
+    in_step(&stack).await?;
+
+    let start = Instant::now();
+    let admitted = spend_all(&stack, &key).await?;
+    let (seen, bound) = (stack.demo.requests() - free, CREDITS + ENVOYS * STARTER);
+    println!(
+        "credits: {seen} requests were admitted in {:.1?}, {CREDITS} credits, the bound is {bound}",
+        start.elapsed()
+    );
+    assert!(admitted <= seen && seen <= bound, "{admitted} {seen} {bound}");
+    assert!(seen >= CREDITS, "{seen}: credits were left over");
+    wait_for_balance(&stack, CREDITS.cast_signed() - seen.cast_signed()).await?;
+    for envoy in &stack.envoys {
+        let reply = send(envoy.address(), get_request("/orders", Some(&key))?).await?;
+        assert_refused(&reply, Outcome::CreditsExhausted, &[]);
+    }
+    assert_eq!(stack.demo.requests() - free, seen);
+
+    // Credits that come in open the door at every Envoy, as fast as a new key is known.
+    let debt = seen - CREDITS;
+    let start = Instant::now();
+    top_up(&stack, CREDITS + debt).await?;
+    for envoy in &stack.envoys {
+        wait_for_status(envoy, Some(&key), 200).await?;
+    }
+    println!("credits: a top-up opened three doors after {:.0?}", start.elapsed());
+    spend_all(&stack, &key).await?;
+    let again = stack.demo.requests() - free - seen;
+    assert!((CREDITS..=bound).contains(&again), "{again}");
+    wait_for_balance(&stack, CREDITS.cast_signed() - again.cast_signed()).await?;
+
+    // So do those that come by themselves.
+    let refill = json!({"refill": {"amount": 500, "period": "day", "time_zone": "Europe/Berlin"}});
+    let account = call(&stack, Method::PATCH, "/v1/users/ada@example.com/credits", Some(refill)).await?;
+    assert_eq!(account["refill"]["amount"], 500);
+    assert!(account["refill_at"].is_string(), "{account}");
+    stack.database.execute("update user_preferences set refill_at = now() where refill is not null").await?;
+    stack.wait_for_status(Some(&key), 200).await?;
+    let ledger = call(&stack, Method::GET, "/v1/users/ada@example.com/ledger?limit=200", None).await?;
+    let refills = ledger["entries"].as_array().into_iter().flatten().filter(|entry| entry["kind"] == "refill");
+    assert_eq!(refills.map(|entry| &entry["amount"]).collect::<Vec<_>>(), [500]);
+    Ok(())
+}
