@@ -92,10 +92,9 @@ async fn a_generated_key_is_told_once_and_its_state_ever_after(pool: PgPool) {
     .fetch_one(&pool)
     .await
     .unwrap();
-    sqlx::query("update user_preferences set balance = 42 where email = 'user@example.com'")
-        .execute(&pool)
-        .await
-        .unwrap();
+    let book = "insert into ledger (owner_id, kind, amount, balance)
+        select id, 'top_up', 42, 0 from user_preferences where email = 'user@example.com'";
+    sqlx::query(book).execute(&pool).await.unwrap();
     let mut expected = json!({
         "hasKey": true, "generatedAt": "2026-05-15T14:30:00Z", "lastUsed": null, "usageCount": 0,
         "keyName": "Production Key", "keyPrefix": prefix, "balance": 42,

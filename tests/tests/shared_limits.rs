@@ -13,7 +13,7 @@ const LIMIT: u64 = 100;
 const ENVOYS: usize = 3;
 
 /// One load for each Envoy, at its own pace, for so many seconds; what was admitted, and in how many seconds.
-async fn admitted(stack: &Stack, key: &str, paces: [u32; ENVOYS], seconds: u32) -> Result<(u64, f64)> {
+async fn load_each(stack: &Stack, key: &str, paces: [u32; ENVOYS], seconds: u32) -> Result<(u64, f64)> {
     let start = Instant::now();
     let loads = stack.envoys.iter().zip(paces).filter(|(_, pace)| *pace > 0).map(|(envoy, pace)| {
         let plan = Plan {
@@ -57,7 +57,7 @@ async fn three_envoys_admit_what_one_limit_allows_under_uneven_and_even_load() -
         for most in 0..ENVOYS {
             let mut paces = [if round % 2 == 0 { 20 } else { 0 }; ENVOYS];
             paces[most] = 240;
-            let (more, seconds) = admitted(&stack, key, paces, 5).await?;
+            let (more, seconds) = load_each(&stack, key, paces, 5).await?;
             (admitted, took, phases) = (admitted + more, took + seconds, phases + 1);
         }
     }
@@ -66,7 +66,7 @@ async fn three_envoys_admit_what_one_limit_allows_under_uneven_and_even_load() -
     println!("shared_limits: uneven load admitted {admitted} in {took:.1} s, the bound is {bound}");
     assert!(admitted <= bound, "{admitted} admitted, {bound} allowed");
 
-    let (admitted, took) = admitted(&stack, key, [100; ENVOYS], 60).await?;
+    let (admitted, took) = load_each(&stack, key, [100; ENVOYS], 60).await?;
     let part = admitted as f64 / (LIMIT as f64 * took);
     println!("shared_limits: even load admitted {admitted} in {took:.1} s, {:.1} % of the limit", part * 100.0);
     assert!((0.95..=1.05).contains(&part), "{admitted} in {took} s");
