@@ -6,7 +6,8 @@ use axum::body::Body;
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::SHADOW;
-use control_plane::quota::{Of, reconsider, reopen};
+use control_plane::key::quota::{Whose, refresh_starters};
+use control_plane::quota::{reconsider, reopen};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
 use support::reports::{Envoy, coded, count, granted};
@@ -178,7 +179,7 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
         .execute(&mut *transaction)
         .await
         .unwrap();
-    assert_eq!(reconsider(&mut transaction, Of::Plan(plan)).await.unwrap(), 1);
+    assert_eq!(refresh_starters(&mut transaction, Whose::Plan(plan)).await.unwrap(), 1);
     transaction.commit().await.unwrap();
     assert_eq!(as_filters_know(&pool, id).await, (false, 2, None));
     assert_eq!(as_filters_know(&pool, own).await, (true, 1, Some(true)));
@@ -186,21 +187,21 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
     let mut connection = pool.acquire().await.unwrap();
     // Nothing was changed: nothing happens, and filters sleep on.
     let before = support::revision(&pool).await;
-    assert_eq!(reconsider(&mut connection, Of::Keys(&[id, own])).await.unwrap(), 0);
+    assert_eq!(reconsider(&mut connection, &[id, own]).await.unwrap(), 0);
     assert_eq!(support::revision(&pool).await, before);
     set_quota(&pool, own, &json!({"requests": 6, "period": "day"})).await;
-    assert_eq!(reconsider(&mut connection, Of::Keys(&[own])).await.unwrap(), 0);
+    assert_eq!(reconsider(&mut connection, &[own]).await.unwrap(), 0);
     // Of another kind, so nothing of it is used.
     set_quota(&pool, own, &json!({"requests": 6, "period": "week"})).await;
-    assert_eq!(reconsider(&mut connection, Of::Keys(&[own])).await.unwrap(), 1);
+    assert_eq!(reconsider(&mut connection, &[own]).await.unwrap(), 1);
     assert_eq!(as_filters_know(&pool, own).await, (false, 2, None));
     assert_eq!(view(&fixture, &admin, own).await["used"], 0);
     set_quota(&pool, id, &json!({"requests": 3, "period": "day"})).await;
-    assert_eq!(reconsider(&mut connection, Of::Keys(&[id])).await.unwrap(), 1);
+    assert_eq!(reconsider(&mut connection, &[id]).await.unwrap(), 1);
     assert_eq!(as_filters_know(&pool, id).await, (true, 2, Some(true)));
     execute(&pool, &format!("update api_keys set quota = null, quota_starter = null where id = '{id}'")).await;
     execute(&pool, "update definitions set removed = true").await;
-    assert_eq!(reconsider(&mut connection, Of::Keys(&[id])).await.unwrap(), 1);
+    assert_eq!(reconsider(&mut connection, &[id]).await.unwrap(), 1);
     assert_eq!(as_filters_know(&pool, id).await, (false, 3, None));
 }
 

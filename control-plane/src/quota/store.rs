@@ -189,7 +189,7 @@ pub async fn reopen(pool: &PgPool) -> Result<u64, sqlx::Error> {
 /// Those of the database.
 pub async fn reconsider(connection: &mut PgConnection, keys: &[Uuid]) -> Result<usize, sqlx::Error> {
     let rows = sqlx::query!(
-        r#"select k.id, k.quota_exceeded, k.quota_starter, coalesce(k.quota, d.quota) as quota, now() as "now!",
+        r#"select k.id as "id!", k.quota_exceeded as "quota_exceeded!", k.quota_starter, coalesce(k.quota, d.quota) as quota, now() as "now!",
             q.kind as "kind?", q.used as "used?", q.slots as "slots?",
             case when isfinite(q.window_start) then q.window_start end as window_start,
             case when isfinite(q.window_end) then q.window_end end as window_end

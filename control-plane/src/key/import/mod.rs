@@ -1,6 +1,6 @@
 //! Keys of another system: lines of JSON come in, keys go out, a thousand to a transaction, so that a revocation waits for
 //! one of them and never for the whole. A line that cannot be taken is told by its number, with a reason that has nothing
-//! of the key; the others are taken all the same. Lines are cut out in [`lines`], understood in [`line`], written in
+//! of the key; the others are taken all the same. Lines are cut out in [`lines`], understood in [`mod@line`], written in
 //! [`chunk`].
 
 pub mod chunk;
