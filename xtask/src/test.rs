@@ -135,17 +135,22 @@ impl Step {
             }
             Self::ContractWasm => contract_wasm()?,
             Self::Database => {
-                on_database(cargo(&["test", "--locked", "--package", "control-plane"])).await?;
+                on_database(cargo(&["test", "--locked", "--package", "control-plane", "--no-fail-fast"])).await?;
             }
             Self::Api => api::check().await?,
             Self::EndToEnd => {
                 run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
                 ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
                 tools::envoy(&progress)?;
-                let mut scenarios = cargo(&["test", "--locked", "--package", "portcullis-tests", "--test", "*"]);
-                // What scenarios measure is worth printing.
-                scenarios.args(["--no-fail-fast", "--", "--show-output", END_TO_END_THREADS]);
-                on_database(scenarios).await?;
+                // What scenarios measure is worth printing, and is measured with nothing beside it.
+                let program = |name, threads| {
+                    let mut scenarios = cargo(&["test", "--locked", "--package", "portcullis-tests", "--test", name]);
+                    scenarios.args(["--", "--show-output", threads]);
+                    on_database(scenarios)
+                };
+                let together = program("scenarios", END_TO_END_THREADS).await;
+                program("measured", "--test-threads=1").await?;
+                together?;
             }
         }
         Ok(Done::Yes)

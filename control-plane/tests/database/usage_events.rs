@@ -1,10 +1,9 @@
 //! Usage as a stream of events, over the real router and a real PostgreSQL: every count once, whoever writes and reads.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::support::{Fixture, Reply, request};
 use axum::body::Body;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
@@ -12,7 +11,6 @@ use contract::usage::{Count, KeyRef, Report, Subject};
 use control_plane::usage::{Submission, apply, events};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request};
 use uuid::Uuid;
 
 const HOUR: u32 = 490_000;

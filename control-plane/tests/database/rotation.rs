@@ -1,11 +1,9 @@
 //! Rotating keys, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, revision};
 use contract::key::{KeyKind, Secret, check};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, revision};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
@@ -116,7 +114,7 @@ async fn a_grace_never_outlives_the_key(pool: PgPool) {
     let left = record.expires_at_s.unwrap().cast_signed() - OffsetDateTime::now_utc().unix_timestamp();
     assert!((30..=61).contains(&left), "{left}");
     // Whoever revokes the key revokes all of its secrets.
-    support::revoke(&pool, id).await;
+    crate::support::revoke(&pool, id).await;
     assert_eq!(opens(&fixture, &old).await, "revoked");
 }
 
@@ -187,7 +185,7 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
     let detail = "This key has expired and cannot be rotated. Move its end first.";
     assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
-    support::revoke(&pool, id).await;
+    crate::support::revoke(&pool, id).await;
     let detail = "This key is revoked for good and cannot be rotated.";
     assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
 
@@ -230,7 +228,7 @@ async fn secrets_that_ended_long_ago_are_forgotten_and_never_come_back(pool: PgP
     assert!(fixture.app.store.find(&old.hash()).is_none());
     assert_eq!(secrets(&fixture, &admin, id).await.len(), 1);
     let line = json!({"email": "user@example.com", "name": "again", "key": old.reveal()}).to_string();
-    let mut request = support::request("POST", "/v1/keys/import", Some(&admin), line);
+    let mut request = crate::support::request("POST", "/v1/keys/import", Some(&admin), line);
     request.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
     assert_eq!(fixture.send(request).await.json()["errors"][0]["code"], "duplicate");
     let error = sqlx::query("delete from retired_secrets").execute(&pool).await.unwrap_err().to_string();

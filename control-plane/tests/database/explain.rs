@@ -1,15 +1,13 @@
 //! `explain`, over the real router and a real PostgreSQL: every check with what it saw, from the record that Envoys get.
 
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::{Fixture, Reply, request};
 use contract::key::{KeyKind, Secret};
 use control_plane::http;
 use control_plane::policies::Configured;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request};
 use uuid::Uuid;
 
 const POLICIES: &str = r#"{

@@ -1,14 +1,12 @@
 //! Plans, quotas, networks and costs of keys, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, request, revision};
 use axum::extract::ConnectInfo;
 use contract::key::Secret;
 use contract::record::{Record, Requires};
 use control_plane::connection::Peer;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request, revision};
 use uuid::Uuid;
 
 const ADMIN: &[&str] = &["admin"];

@@ -1,13 +1,11 @@
 //! Requests that come again under one Idempotency-Key, over the real router and a real PostgreSQL.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Fixture, Reply};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply};
 use uuid::Uuid;
 
 const ADMIN: &[&str] = &["admin"];

@@ -1,9 +1,8 @@
 //! Usage on its way into the database, over the real router and a real PostgreSQL.
 
-mod support;
-
 use std::io::Cursor;
 
+use crate::support::{Fixture, Reply, request};
 use axum::body::Body;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
@@ -11,7 +10,6 @@ use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, KeyRef, REPORT_COUNTS, Report, Subject, write_reports};
 use control_plane::usage::import::{Imported, import};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request};
 use uuid::Uuid;
 
 const REPORTER: ReporterId = ReporterId([5; 16]);
@@ -194,7 +192,7 @@ async fn usage_from_the_future_counts_as_of_now(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_log_may_hold_the_lines_of_an_envoy_in_any_order(pool: PgPool) {
-    let (id, _) = support::key(&pool, "a@example.com", &[]).await;
+    let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
     let line = |reporter: u8, seq: u64| {
         let reports = [report(ReporterId([reporter; 16]), seq, &[count(Some(id), Outcome::Allowed, 1)])];
         format!("portcullis-usage {}\n", hex::encode(write_reports(&reports).unwrap()))

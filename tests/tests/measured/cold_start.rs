@@ -1,5 +1,4 @@
 //! How soon an Envoy that starts cold can judge a large store.
-#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
 
 use std::time::{Duration, Instant};
 

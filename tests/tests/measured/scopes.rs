@@ -1,6 +1,5 @@
 //! Scopes that routes ask for and keys have by their roles: a change of a role reaches every worker of every Envoy as a
 //! revocation does.
-#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +23,7 @@ const P99_AT_MOST: Duration = Duration::from_millis(50);
 /// `/orders` asks for `orders:read`; other routes ask for a good key.
 fn guarded() -> Builder {
     let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
-    Stack::builder().routes(&[("/orders", "orders-read")]).plugin(&json!({"policies": policies, "rate_limit": null}))
+    Stack::builder().route("/orders", "orders-read").plugin(&json!({"policies": policies, "rate_limit": null}))
 }
 
 async fn call(rest: &Rest, method: Method, path: &str, body: Value, status: u16) -> Result<Value> {

@@ -1,5 +1,4 @@
 //! Credits of one owner, three Envoys: they are spent once, and credits that come in open the door like a new key.
-#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
 
 use std::time::Instant;
 

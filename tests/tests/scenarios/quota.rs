@@ -1,5 +1,4 @@
 //! A quota of one key, three Envoys: so many requests in a window, and the door opens by itself with the next.
-#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;

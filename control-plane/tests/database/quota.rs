@@ -1,7 +1,7 @@
 //! Quotas, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::reports::{Envoy, coded, count, granted};
+use crate::support::{Fixture, request};
 use axum::body::Body;
 use contract::key::Secret;
 use contract::outcome::Outcome;
@@ -10,8 +10,6 @@ use control_plane::key::quota::{Whose, refresh_starters};
 use control_plane::quota::{reconsider, reopen};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
-use support::reports::{Envoy, coded, count, granted};
-use support::{Fixture, request};
 use uuid::Uuid;
 
 async fn execute(pool: &PgPool, sql: &str) -> u64 {
@@ -85,18 +83,18 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
     assert_eq!(seen["resets_at"], Value::Null);
     assert_eq!(timeless(seen), expected);
 
-    let before = support::revision(&pool).await;
+    let before = crate::support::revision(&pool).await;
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 59)]).await;
-    assert_eq!((as_filters_know(&pool, id).await, support::revision(&pool).await), ((false, 1, None), before));
+    assert_eq!((as_filters_know(&pool, id).await, crate::support::revision(&pool).await), ((false, 1, None), before));
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 3)]).await;
     assert_eq!(as_filters_know(&pool, id).await, (true, 1, Some(true)));
     let seen = view(&fixture, &admin, id).await;
     assert_eq!(seen["resets_at"], seen["window_end"]);
     assert_eq!((&seen["used"], &seen["remaining"], &seen["exceeded"]), (&json!(102), &json!(0), &json!(true)));
     // Reports that come late say nothing new.
-    let before = support::revision(&pool).await;
+    let before = crate::support::revision(&pool).await;
     let grants = envoy.report(&fixture, &[count(id, Outcome::QuotaExceeded, 3)]).await;
-    assert_eq!((granted(&grants, 1, id), support::revision(&pool).await), (Some((102, 1)), before));
+    assert_eq!((granted(&grants, 1, id), crate::support::revision(&pool).await), (Some((102, 1)), before));
     assert_eq!(reopen(&pool).await.unwrap(), 0);
 
     // The month ends.
@@ -186,9 +184,9 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
 
     let mut connection = pool.acquire().await.unwrap();
     // Nothing was changed: nothing happens, and filters sleep on.
-    let before = support::revision(&pool).await;
+    let before = crate::support::revision(&pool).await;
     assert_eq!(reconsider(&mut connection, &[id, own]).await.unwrap(), 0);
-    assert_eq!(support::revision(&pool).await, before);
+    assert_eq!(crate::support::revision(&pool).await, before);
     set_quota(&pool, own, &json!({"requests": 6, "period": "day"})).await;
     assert_eq!(reconsider(&mut connection, &[own]).await.unwrap(), 0);
     // Of another kind, so nothing of it is used.

@@ -1,11 +1,9 @@
 //! Conditional changes, ends that move, and the end of all keys of a user, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, revision};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, revision};
 use uuid::Uuid;
 
 const ADMIN: &[&str] = &["admin"];

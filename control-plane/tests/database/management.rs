@@ -1,8 +1,7 @@
 //! The four endpoints of a user's primary key, and who may call the REST API at all, over the real router and a real
 //! PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, request, revision};
 use axum::body::Body;
 use axum::http::Request;
 use contract::key::{KeyKind, Secret, check};
@@ -10,7 +9,6 @@ use control_plane::key::domain::{Email, KeyName, Scopes};
 use control_plane::key::store;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request, revision};
 
 const ADMIN: &[&str] = &["admin"];
 

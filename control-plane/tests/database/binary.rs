@@ -1,7 +1,5 @@
 //! The binary itself: its commands, its one line when something is wrong, and how it ends.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Output, Stdio};

@@ -1,7 +1,6 @@
 //! `GET /v1/usage`, and what becomes of usage as it grows old, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, request};
 use axum::body::Body;
 use axum::http::Request;
 use contract::id::{KeyId, ReporterId};
@@ -11,7 +10,6 @@ use control_plane::usage::retention::{Retention, forget, roll_up, tidy};
 use control_plane::usage::{Submission, apply, events};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request};
 use uuid::Uuid;
 
 const SPAN: &str = "from=2026-05-01T00:00:00Z&to=2026-07-01T00:00:00Z";
@@ -308,7 +306,7 @@ fn of(key: Option<Uuid>, outcome: u8, hour: u32, requests: u64) -> Count {
 async fn every_sum_stays_as_it_is_while_usage_is_rolled_up_and_reports_go_on(pool: PgPool) {
     let mut keys = Vec::new();
     for number in 0..3 {
-        keys.push(support::key(&pool, &format!("user{number}@example.com"), &[]).await.0);
+        keys.push(crate::support::key(&pool, &format!("user{number}@example.com"), &[]).await.0);
     }
     let now = u32::try_from(time::OffsetDateTime::now_utc().unix_timestamp() / 3_600).unwrap();
     // 100 hours of the time around the end of retention, again and again, from three Envoys.
@@ -362,7 +360,7 @@ async fn every_sum_stays_as_it_is_while_usage_is_rolled_up_and_reports_go_on(poo
 
 #[sqlx::test(migrations = "./migrations")]
 async fn hours_wait_for_their_events_and_days_end(pool: PgPool) {
-    let (id, _) = support::key(&pool, "user@example.com", &[]).await;
+    let (id, _) = crate::support::key(&pool, "user@example.com", &[]).await;
     count(&pool, id, "2020-05-01 10:00Z", 0, 5).await;
     assert_eq!(roll_up(&pool, 90).await.unwrap(), 0, "not told as an event yet");
     events::export_all(&pool).await.unwrap();

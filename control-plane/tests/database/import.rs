@@ -1,17 +1,14 @@
 //! Importing keys in bulk, over the real router and a real PostgreSQL.
-#![expect(clippy::print_stdout, reason = "a test that measures prints its figures")]
-
-mod support;
 
 use std::time::{Duration, Instant};
 
+use crate::support::{Fixture, Reply, request, revision};
 use axum::body::{Body, Bytes};
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request, revision};
 
 const ADMIN: &[&str] = &["admin"];
 

@@ -1,9 +1,8 @@
 //! Which Envoys sync and how far they are, over the real router and a real PostgreSQL: from what their polls say.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
+use crate::support::{Fixture, Reply, request, revision, revoke};
 use axum::body::Body;
 use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
@@ -13,7 +12,6 @@ use control_plane::sync::filters;
 use control_plane::sync::registry::{Heard, Registry};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request, revision, revoke};
 use uuid::Uuid;
 
 fn envoy(number: u8) -> ReporterId {
@@ -176,7 +174,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
 async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool) {
     let (one, other) = (Registry::new(), Registry::new());
     let epoch = Epoch::from(epoch(&pool).await);
-    let (sync, _) = support::key(&pool, "operator@example.com", &["sync"]).await;
+    let (sync, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     let says = |revision| Heard { sync_key: sync, holds: Some((epoch, revision)), ..Heard::default() };
     let stored = async || -> (i64, Option<Uuid>) {
         sqlx::query_as("select revision, sync_key_id from filters").fetch_one(&pool).await.unwrap()

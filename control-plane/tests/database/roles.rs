@@ -1,14 +1,12 @@
 //! Roles and what keys have by them, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, revision};
 use contract::definition::Definition;
 use contract::id::Epoch;
 use contract::key::Secret;
 use contract::page::{Entry, Page, Part};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, revision};
 
 const ADMIN: &[&str] = &["admin"];
 

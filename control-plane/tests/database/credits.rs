@@ -1,15 +1,13 @@
 //! Credits and their ledger, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::reports::{Envoy, coded, count};
+use crate::support::{Fixture, Reply, request};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::SHADOW;
 use control_plane::credits::{refill, rollup};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
-use support::reports::{Envoy, coded, count};
-use support::{Fixture, Reply, request};
 use uuid::Uuid;
 
 const ADA: &str = "ada@example.com";
@@ -197,9 +195,9 @@ async fn allowed_requests_cost_credits_and_the_door_shuts_and_opens(pool: PgPool
     envoy.report(&fixture, &counts).await;
     envoy.again(&fixture, &counts).await;
     assert_eq!(rows(&pool).await, [("top_up".into(), 100), ("usage".into(), -35)]);
-    let before = support::revision(&pool).await;
+    let before = crate::support::revision(&pool).await;
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 64)]).await;
-    assert_eq!(support::revision(&pool).await, before, "filters need not know of every booking");
+    assert_eq!(crate::support::revision(&pool).await, before, "filters need not know of every booking");
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
     assert_eq!(as_filters_know(&pool).await, [(true, Some(6), 2), (true, Some(6), 2)]);
     assert_eq!(account(&fixture, &admin).await["balance"], -2);
@@ -242,7 +240,7 @@ async fn forged_costs_beyond_all_numbers_stop_nobody(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_balance_changes_by_a_row_of_the_ledger_and_by_nothing_else(pool: PgPool) {
-    support::key(&pool, ADA, &[]).await;
+    crate::support::key(&pool, ADA, &[]).await;
     for (sql, refusal) in [
         ("update user_preferences set balance = 5", "a balance is the sum of its rows in ledger"),
         ("update user_preferences set balance = balance + 1", "a balance is the sum of its rows in ledger"),
@@ -360,8 +358,8 @@ async fn the_ledger_is_paged_with_the_newest_first(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn old_usage_becomes_one_row_a_day_and_no_sum_changes(pool: PgPool) {
-    support::key(&pool, ADA, &[]).await;
-    support::key(&pool, "b@example.com", &[]).await;
+    crate::support::key(&pool, ADA, &[]).await;
+    crate::support::key(&pool, "b@example.com", &[]).await;
     let add = async |email: &str, kind: &str, amount: i64, days: i64| {
         let sql = format!(
             "insert into ledger (owner_id, kind, amount, balance, at)

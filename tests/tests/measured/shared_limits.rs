@@ -1,5 +1,4 @@
 //! One rate limit, three Envoys: together they admit what one would, wherever the load is.
-#![expect(clippy::print_stdout, reason = "a scenario that measures prints its figures")]
 
 use std::time::Instant;
 

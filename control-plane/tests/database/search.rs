@@ -1,11 +1,9 @@
 //! Finding keys, and looking up who did what, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::Fixture;
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::Fixture;
 use uuid::Uuid;
 
 const ADMIN: &[&str] = &["admin"];
@@ -61,7 +59,7 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
 
     change(&pool, first, "disabled = true").await;
     change(&pool, second, "expires_at = now(), disabled = true").await;
-    support::revoke(&pool, third).await;
+    crate::support::revoke(&pool, third).await;
     for (state, found) in
         [("active", "Caller"), ("disabled", "Production 100%"), ("expired", "production_two"), ("revoked", "Staging")]
     {

@@ -1,7 +1,7 @@
 //! Leases in the answers to reports, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::reports::{Envoy, count, granted};
+use crate::support::{Fixture, request};
 use axum::body::Body;
 use contract::outcome::Outcome;
 use contract::rate::WHOLE;
@@ -9,8 +9,6 @@ use contract::usage::Report;
 use control_plane::usage::{Submission, apply, lease};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
-use support::reports::{Envoy, count, granted};
-use support::{Fixture, request};
 use uuid::Uuid;
 
 const LIMITS: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100}]"#;
@@ -177,7 +175,7 @@ async fn however_many_envoys_come_at_once_no_more_than_the_whole_is_held(pool: P
 
 #[sqlx::test(migrations = "./migrations")]
 async fn last_words_from_a_log_are_booked_and_lease_nothing(pool: PgPool) {
-    let (id, _) = support::key(&pool, "a@example.com", &[]).await;
+    let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
     limit(&pool, id, LIMITS).await;
     execute(&pool, "update user_preferences set metered = true, credits_starter = 1").await;
     execute(

@@ -1,12 +1,10 @@
 //! All keys below `/v1/keys`, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, Reply, request};
 use axum::body::Body;
 use contract::key::{KeyKind, Secret, check};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, Reply, request};
 use uuid::Uuid;
 
 const ADMIN: &[&str] = &["admin"];
@@ -97,9 +95,9 @@ async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
     assert_eq!(send(&fixture, "GET", "/v1/keys", &key).await.json()["code"], "disabled");
     assert_eq!(patched(json!({"disabled": false})).await.json()["state"], "active");
     assert_eq!(send(&fixture, "GET", "/v1/keys", &key).await.status.as_u16(), 200);
-    let before = support::revision(&pool).await;
+    let before = crate::support::revision(&pool).await;
     assert_eq!(patched(json!({"name": "Again"})).await.json()["name"], "Again");
-    assert_eq!(support::revision(&pool).await, before, "filters know nothing of names");
+    assert_eq!(crate::support::revision(&pool).await, before, "filters know nothing of names");
 
     assert_status(&patched(json!({})).await, 400, "invalid", "Give at least one field to change.", None);
     let reply = patched(json!({"name": ""})).await;
@@ -112,10 +110,10 @@ async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
     assert_eq!((reply.status.as_u16(), reply.body.len()), (204, 0));
     let revoked = send(&fixture, "GET", &uri, &admin).await.json();
     assert_eq!(revoked["state"], "revoked");
-    let before = support::revision(&pool).await;
+    let before = crate::support::revision(&pool).await;
     assert_eq!(send(&fixture, "DELETE", &uri, &admin).await.status.as_u16(), 204);
     assert_eq!(send(&fixture, "GET", &uri, &admin).await.json(), revoked);
-    assert_eq!(support::revision(&pool).await, before, "revoked before: nothing for filters to learn");
+    assert_eq!(crate::support::revision(&pool).await, before, "revoked before: nothing for filters to learn");
     let detail = "This key is revoked for good and cannot be changed.";
     assert_status(&patched(json!({"disabled": false})).await, 409, "conflict", detail, None);
 }

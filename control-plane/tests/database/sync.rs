@@ -1,10 +1,9 @@
 //! Keys on their way to the filters, over the real router and a real PostgreSQL.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::support::{Fixture, Reply, request, revision};
 use axum::body::Body;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
@@ -17,7 +16,6 @@ use control_plane::key::revoke::withdraw;
 use control_plane::key::store;
 use control_plane::sync::feed;
 use sqlx::PgPool;
-use support::{Fixture, Reply, request, revision};
 
 /// A reader as simple as can be: applies pages to a map.
 #[derive(Default)]
@@ -86,7 +84,7 @@ async fn a_snapshot_and_the_changes_after_it_are_the_table(pool: PgPool) {
     assert_eq!(reader.keys.len(), 2);
 
     fixture.key("b@example.com", &[]).await;
-    support::revoke(&pool, first).await;
+    crate::support::revoke(&pool, first).await;
     fixture.in_step().await;
     let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
     assert!(matches!(header.part, Part::Changes { .. }));
@@ -142,7 +140,7 @@ async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_snapshot_of_several_pages_holds_every_key_once(pool: PgPool) {
-    let (_, sync) = support::key(&pool, "operator@example.com", &["sync"]).await;
+    let (_, sync) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     sqlx::query(
         "insert into api_keys (id, owner_id, name, hash)
         select gen_random_uuid(), (select id from user_preferences limit 1), 'bulk', sha256(n::text::bytea)
@@ -178,9 +176,9 @@ async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool
             let pool = pool.clone();
             tokio::spawn(async move {
                 for number in 0..25 {
-                    let (id, _) = support::key(&pool, &format!("{writer}@example.com"), &[]).await;
+                    let (id, _) = crate::support::key(&pool, &format!("{writer}@example.com"), &[]).await;
                     if number % 3 == 0 {
-                        support::revoke(&pool, id).await;
+                        crate::support::revoke(&pool, id).await;
                     }
                 }
             })
@@ -237,7 +235,7 @@ async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_
     behind.in_step().await;
     behind.stop_feed();
     let old = synced(&behind, &sync).await.epoch;
-    support::revoke(&pool, revoked).await;
+    crate::support::revoke(&pool, revoked).await;
     let new = feed::new_epoch(&pool).await.unwrap();
     ahead.app.feed.refresh(None).await.unwrap();
     let mut reader = synced(&ahead, &sync).await;
@@ -342,7 +340,7 @@ async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool:
     let fixture = Fixture::new(pool.clone()).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let (id, secret) = fixture.key("a@example.com", &[]).await;
-    support::revoke(&pool, id).await;
+    crate::support::revoke(&pool, id).await;
     fixture.in_step().await;
     let mut reader = synced(&fixture, &sync).await;
     assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
@@ -367,14 +365,14 @@ async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool:
 
 #[sqlx::test(migrations = "./migrations")]
 async fn rows_of_keys_cannot_be_deleted(pool: PgPool) {
-    support::key(&pool, "a@example.com", &[]).await;
+    crate::support::key(&pool, "a@example.com", &[]).await;
     let error = sqlx::query("delete from api_keys").execute(&pool).await.unwrap_err().to_string();
     assert!(error.contains("never deleted: revoke the key instead"), "{error}");
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_hash_of_a_key_never_changes(pool: PgPool) {
-    support::key(&pool, "a@example.com", &[]).await;
+    crate::support::key(&pool, "a@example.com", &[]).await;
     let change = "update api_keys set hash = sha256('another')";
     let error = sqlx::query(change).execute(&pool).await.unwrap_err().to_string();
     assert!(error.contains("retire the secret and give the key a new one"), "{error}");
@@ -382,12 +380,12 @@ async fn the_hash_of_a_key_never_changes(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
-    let (id, _) = support::key(&pool, "a@example.com", &[]).await;
-    support::revoke(&pool, id).await;
-    let (live, _) = support::key(&pool, "a@example.com", &[]).await;
+    let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
+    crate::support::revoke(&pool, id).await;
+    let (live, _) = crate::support::key(&pool, "a@example.com", &[]).await;
     let before = revision(&pool).await;
     assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
-    support::revoke(&pool, id).await;
+    crate::support::revoke(&pool, id).await;
     let mut transaction = pool.begin().await.unwrap();
     let held = store::hold(&mut transaction, live).await.unwrap().unwrap();
     let same = Changes { disabled: Some(false), expires_at: Some(None), ..Changes::default() };
@@ -415,7 +413,7 @@ async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
     assert_eq!((header.revision, header.part), (at, Part::Snapshot { from: 700, to: BUCKETS }));
 
     // Behind: it looks, and goes on.
-    support::revoke(&pool, newer).await;
+    crate::support::revoke(&pool, newer).await;
     let now = revision(&pool).await;
     let header = Reader::default().apply(&continued(epoch, now).await);
     assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 700, to: BUCKETS }));

@@ -1,10 +1,8 @@
 //! Users, over the real router and a real PostgreSQL.
 
-mod support;
-
+use crate::support::{Fixture, revision};
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use support::{Fixture, revision};
 
 const ADMIN: &[&str] = &["admin"];
 

@@ -1,0 +1,24 @@
+//! The control plane on a real PostgreSQL: its router, its binary, what it keeps. One program, so that it is linked once.
+#![allow(clippy::print_stdout, reason = "a test that measures prints its figures")]
+
+mod binary;
+mod credits;
+mod explain;
+mod filters;
+mod idempotency;
+mod import;
+mod keys;
+mod leases;
+mod lifecycle;
+mod management;
+mod plans;
+mod quota;
+mod roles;
+mod rotation;
+mod search;
+mod support;
+mod sync;
+mod usage;
+mod usage_events;
+mod usage_query;
+mod users;

@@ -1,0 +1,24 @@
+//! Scenarios on the whole stack, or on the built filter in a real Envoy against a control plane that plays a script.
+#![allow(clippy::print_stdout, reason = "some print figures")]
+
+mod config;
+mod definitions;
+mod faults;
+mod identity;
+mod import;
+mod insight;
+mod lifecycle;
+mod limits;
+mod metrics;
+mod networks;
+mod odd_keys;
+mod outcomes;
+mod plans;
+mod policies;
+mod quota;
+mod rotation;
+mod secrecy;
+mod shadow;
+mod sources;
+mod stocks;
+mod wasm;
