@@ -137,7 +137,7 @@ impl Caller {
         if self.is_admin() {
             return Ok(());
         }
-        Err(ApiError::Forbidden("This call is for admins. Use a key with the scope admin.".into()))
+        Err(ApiError::Forbidden("This is for admins: use a key with the scope admin.".into()))
     }
 
     /// Admits admins, and users to what is their own.

@@ -13,11 +13,14 @@ use crate::{credits, quota};
 
 /// Does it until the future is dropped.
 pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
+    // Not before the schema is there.
+    if store.positions().wait_for(Option::is_some).await.is_err() {
+        return;
+    }
     let (mut second, mut minute, mut hour) = (every(1), every(60), every(3_600));
     loop {
         tokio::select! {
-            // Not before the schema is there.
-            _ = second.tick(), if store.position().is_some() => {
+            _ = second.tick() => {
                 let refilled = credits::refill::refill(&pool).await;
                 let opened = quota::reopen(&pool).await;
                 if matches!(refilled, Ok(1..)) || matches!(opened, Ok(1..)) {
@@ -26,10 +29,10 @@ pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
                 told("credits could not be refilled", refilled);
                 told("quotas could not be opened", opened);
             }
-            _ = minute.tick(), if store.position().is_some() => {
+            _ = minute.tick() => {
                 told("leases could not be tidied", lease::tidy(&pool).await);
             }
-            _ = hour.tick(), if store.position().is_some() => loop {
+            _ = hour.tick() => loop {
                 match credits::rollup::roll_up(&pool, ledger_detail_days).await {
                     Ok(0) => break,
                     Ok(rows) => info!(rows, "usage of a day became one row of the ledger for each owner"),

@@ -1,12 +1,13 @@
 //! What `explain` needs from the database beside the record that Envoys have: which hash a key has, and what is left of its
 //! stocks.
 
-use contract::budget::Stock;
 use contract::hash::KeyHash;
 use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::error::ApiError;
+use crate::key::domain::{Email, Timestamp};
+use crate::{credits, quota};
 
 /// How Envoys know a key.
 #[derive(Clone, Copy, Debug)]
@@ -42,37 +43,21 @@ pub async fn hash_of(pool: &PgPool, key_id: Uuid) -> Result<Option<Hashed>, ApiE
 /// # Errors
 /// Those of the database.
 pub async fn budgets(pool: &PgPool, key_id: Uuid) -> Result<Left, ApiError> {
-    let row = sqlx::query!(
-        r#"select coalesce(k.quota, d.quota) as quota, coalesce(q.used, 0) as "used!", q.window_end as "window_end?",
-            p.metered, p.balance, coalesce(quota_leases.held, 0)::bigint as "quota_leased!",
-            coalesce(credit_leases.held, 0)::bigint as "credits_leased!"
-        from api_keys k join user_preferences p on p.id = k.owner_id
-        left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
-        left join quota_use q on q.key_id = k.id
-        left join lateral (
-            select sum(greatest(held - spent, 0)) as held from leases where stock = $2 and subject = k.id
-        ) quota_leases on true
-        left join lateral (
-            select sum(greatest(held - spent, 0)) as held from leases where stock = $3 and subject = k.owner_id
-        ) credit_leases on true
-        where k.id = $1"#,
-        key_id,
-        i16::from(Stock::Quota.code()),
-        i16::from(Stock::Credits.code())
-    )
-    .fetch_optional(pool)
-    .await?;
-    let Some(row) = row else { return Ok(Left::default()) };
-    let quota = row.quota.map(|quota| {
-        let (most, period) = (&quota["requests"], quota["period"].as_str().unwrap_or_default());
-        let end = row.window_end.map_or_else(String::new, |end| format!(", in the window that ends at {end}"));
-        format!(
-            "{} of {most} requests by the {period} are used{end}; {} are leased to Envoys",
-            row.used, row.quota_leased
-        )
+    let quota = quota::view(pool, key_id).await?.map(|view| {
+        let end = Timestamp::from(view.used.window_end);
+        let (used, most, leased) = (view.used.used, view.quota.requests, view.leased);
+        format!("{used} of {most} requests are used in the window that ends at {end}; {leased} are leased to Envoys")
     });
-    let credits = row
-        .metered
-        .then(|| format!("the balance is {}, of which {} are leased to Envoys", row.balance, row.credits_leased));
+    let owner = sqlx::query_scalar!(
+        "select p.email from api_keys k join user_preferences p on p.id = k.owner_id where k.id = $1",
+        key_id
+    );
+    let account = match owner.fetch_optional(pool).await? {
+        Some(email) => credits::account(pool, &Email::parse(&email)?).await?,
+        None => None,
+    };
+    let credits = account
+        .filter(|account| account.metered)
+        .map(|account| format!("the balance is {}, of which {} are leased to Envoys", account.balance, account.leased));
     Ok(Left { quota, credits })
 }

@@ -14,6 +14,7 @@ use sqlx::{Connection, PgConnection, PgPool};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::auth::Callers;
@@ -94,18 +95,14 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         daily_days: settings.usage_daily_days,
         event_days: settings.usage_event_days,
     };
-    let filters = app.filters.clone();
-    let hearing = tokio::spawn(filters.clone().run(pool.clone(), app.store.clone()));
+    let (filters, store, callers) = (app.filters.clone(), app.store.clone(), Arc::clone(&app.callers));
     let every = Duration::from_secs(settings.usage_event_seconds);
-    let exporting = tokio::spawn(usage::events::run(pool.clone(), app.store.clone(), every));
-    let tidying = tokio::spawn(tidy(
-        pool.clone(),
-        app.store.clone(),
-        Arc::clone(&app.callers),
-        settings.revoked_retention_days,
-        retention,
-    ));
-    let chores = tokio::spawn(chores::run(pool.clone(), app.store.clone(), settings.ledger_detail_days));
+    // None of it ends by itself: that one has panicked must not go unnoticed for ever.
+    let mut background = JoinSet::new();
+    background.spawn(filters.clone().run(pool.clone(), store.clone()));
+    background.spawn(usage::events::run(pool.clone(), store.clone(), every));
+    background.spawn(tidy(pool.clone(), store.clone(), callers, settings.revoked_retention_days, retention));
+    background.spawn(chores::run(pool.clone(), store, settings.ledger_detail_days));
 
     let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<Peer>();
     if let Some(file) = &settings.address_file {
@@ -122,21 +119,21 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     tokio::select! {
         served = server.into_future() => served?,
         unprepared = &mut feeding => unprepared??,
+        Some(broken) = background.join_next() => {
+            let why = broken.err().map_or_else(|| "it returned".into(), |error| error.to_string());
+            return Err(format!("a task in the background ended: {why}").into());
+        }
         () = async {
             let _ = told.wait_for(|told| *told).await;
             tokio::time::sleep(GRACE).await;
         } => warn!("some requests did not end in time"),
     }
     feeding.abort();
-    chores.abort();
-    tidying.abort();
-    exporting.abort();
-    hearing.abort();
     // The server and with it the ways in for usage are gone: what waits is committed.
     if tokio::time::timeout(GRACE, committing).await.is_err() {
         warn!("usage that waited could not be committed; the filters will send it again");
     }
-    let _ = hearing.await;
+    background.shutdown().await;
     match tokio::time::timeout(GRACE, filters.write(&pool)).await {
         Ok(Ok(())) => {}
         Ok(Err(_)) | Err(_) => warn!("what Envoys said last could not be written; they will say it again"),

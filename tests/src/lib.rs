@@ -17,6 +17,7 @@ pub mod control_plane;
 pub mod demo;
 pub mod envoy;
 pub mod envoy_config;
+pub mod policies;
 pub mod postgres;
 pub mod scripted;
 

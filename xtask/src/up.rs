@@ -18,7 +18,7 @@ use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::log::Log;
 use portcullis_tests::postgres::Postgres;
 use portcullis_tests::process::Signal;
-use portcullis_tests::{paths, stack};
+use portcullis_tests::{paths, policies, stack};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::output::{progress, say};
@@ -129,15 +129,18 @@ impl Up {
             database_url: database.url,
             admin_key: kept_key(&home.join("admin.key"))?,
             sync_key: sync_key.clone(),
-            arguments: Vec::new(),
+            arguments: vec!["--policies".into(), policies::file().display().to_string()],
             log_level: "info".into(),
         };
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 
         progress("starting Envoy");
         let demo = DemoApi::start(local(0)).await?;
+        let (plugin, routes) = policies::for_envoy()?;
         let settings = envoy::Settings {
             replacements: Replacements {
+                plugin,
+                routes,
                 listener: local(options.envoy_port),
                 admin: local(options.envoy_admin_port),
                 ..Replacements::between(control_plane.address(), demo.address())
@@ -178,6 +181,8 @@ curl -s -X DELETE http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(ca
 # 401 at once.
 curl -si http://{envoy}/orders -H "x-api-key: $KEY"; echo
 
+README.md has a longer tour: roles, policies of routes, rotation, plans, quotas, credits, explain, usage.
+The routes /reports, /status and /beta name policies of envoy/demo-policies.json.
 Ctrl-C stops everything."#,
             admin = self.envoy.admin(),
         ));

@@ -299,6 +299,20 @@ pub async fn account(pool: &PgPool, email: &Email) -> Result<Option<Account>, Ap
     Ok(account)
 }
 
+/// Credits that were ever used by requests of a user's keys.
+///
+/// # Errors
+/// Those of the database.
+pub async fn spent(pool: &PgPool, owner: Uuid) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar!(
+        r#"select least(coalesce(-sum(amount), 0), 9223372036854775807)::bigint as "spent!"
+        from ledger where owner_id = $1 and kind = 'usage'"#,
+        owner
+    )
+    .fetch_one(pool)
+    .await
+}
+
 /// Reads rows of an owner, the newest first: those before `before`, at most `limit`.
 ///
 /// # Errors

@@ -273,6 +273,12 @@ pub fn parse_time(field: &'static str, text: &str) -> Result<OffsetDateTime, Api
 #[schema(value_type = String, format = DateTime, example = "2026-05-15T14:30:00Z")]
 pub struct Timestamp(#[serde(with = "time::serde::rfc3339")] OffsetDateTime);
 
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.format(&Rfc3339).map_err(|_| fmt::Error)?)
+    }
+}
+
 impl From<OffsetDateTime> for Timestamp {
     fn from(time: OffsetDateTime) -> Self {
         Self(whole_seconds(time.to_offset(UtcOffset::UTC)))

@@ -149,12 +149,15 @@ async fn what_is_left_of_quota_and_credits_is_told_from_the_database(pool: PgPoo
             where id = (select owner_id from api_keys where id = $1)",
         r#"update api_keys set quota = '{"requests": 100, "period": "day", "time_zone": "UTC"}', quota_starter = 6
             where id = $1"#,
-        "insert into quota_use (key_id, window_start, window_end, used)
-            values ($1, '2026-05-01Z', '2026-05-02Z', 40)",
+        "insert into quota_use (key_id, kind, window_start, window_end, used)
+            values ($1, 'day/UTC', '2026-05-01Z', '2126-05-02Z', 40)",
+        "insert into usage_reporters (reporter, last_seq, reported_at)
+            select reporter, 1, now() from (values (md5('1')::uuid), (md5('2')::uuid)) envoys (reporter)
+            where $1::uuid is not null",
         "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
-            values (1, $1, gen_random_uuid(), 12, 12, 1, 5), (1, $1, gen_random_uuid(), 3, 3, 1, 0)",
+            values (1, $1, md5('1')::uuid, 12, 12, 1, 5), (1, $1, md5('2')::uuid, 3, 3, 1, 0)",
         "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
-            select 2, owner_id, gen_random_uuid(), 30, 30, 1, 10 from api_keys where id = $1",
+            select 2, owner_id, md5('1')::uuid, 30, 30, 1, 10 from api_keys where id = $1",
     ] {
         sqlx::query(statement).bind(id).execute(&pool).await.unwrap();
     }
@@ -163,8 +166,8 @@ async fn what_is_left_of_quota_and_credits_is_told_from_the_database(pool: PgPoo
     assert_eq!(
         checks[checks.len() - 2..],
         [
-            json!({"name": "quota_left", "passed": null, "saw": "40 of 100 requests by the day are used, in the window \
-                that ends at 2026-05-02 0:00:00.0 +00:00:00; 10 are leased to Envoys"}),
+            json!({"name": "quota_left", "passed": null, "saw": "40 of 100 requests are used in the window that \
+                ends at 2126-05-02T00:00:00Z; 10 are leased to Envoys"}),
             json!({"name": "credits_left", "passed": null, "saw": "the balance is 90, of which 20 are leased to Envoys"}),
         ]
     );

@@ -279,8 +279,8 @@ async fn a_quota_that_grew_or_is_gone_opens_at_once(pool: PgPool) {
             "update api_keys set quota_exceeded = true, quota_resets_at = now() + interval '1 h' where id = $1";
         sqlx::query(update).bind(id).execute(&pool).await.unwrap();
     };
-    let insert = "insert into quota_use (key_id, window_start, window_end, used)
-        values ($1, now() - interval '1 h', now() + interval '1 h', 170)";
+    let insert = "insert into quota_use (key_id, kind, window_start, window_end, used)
+        values ($1, 'day/UTC', now() - interval '1 h', now() + interval '1 h', 170)";
     sqlx::query(insert).bind(id).execute(&pool).await.unwrap();
     used_up().await;
     let state = async || {

@@ -76,7 +76,7 @@ async fn a_user_sees_themselves_and_changes_nothing(pool: PgPool) {
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let (_, sync) = fixture.key("user@example.com", &["sync"]).await;
     fixture.call("PUT", "/v1/plans/gold", &admin, Some(&json!({}))).await;
-    let admins = "This is for keys with the scope admin.";
+    let admins = "This is for admins: use a key with the scope admin.";
     let own = "This key manages its owner's data only. Use a key with the scope admin.";
     let filters = "A key with the scope sync serves filters and cannot manage keys.";
     let body = json!({"plan": "gold"});

@@ -16,6 +16,7 @@ mod outcomes;
 mod plans;
 mod policies;
 mod quota;
+mod readme;
 mod rotation;
 mod secrecy;
 mod shadow;

@@ -9,10 +9,12 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
+use super::quota::QuotaView;
 use super::{ById, KeyView, State as KeyState, managed, show, show_all};
 use crate::App;
 use crate::auth::Caller;
 use crate::condition::{Condition, etag};
+use crate::credits;
 use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path, Query};
 use crate::http::filters::{AppliedOn, key_applied_on};
@@ -165,8 +167,34 @@ pub struct KeyDetails {
     /// Its secrets that filters still know, the newest first: how much an old one is still used tells when it is safe to
     /// cut it off.
     secrets: Vec<SecretView>,
+    /// What was used of its quota, and what Envoys hold of it; null without one.
+    #[schema(required)]
+    quota_use: Option<QuotaView>,
+    /// What is left of its owner's credits, and what Envoys hold of them; null if the owner is not metered.
+    #[schema(required)]
+    credits: Option<CreditsView>,
     /// By how many Envoys its last change was applied, as they say themselves.
     applied_on: AppliedOn,
+}
+
+/// The credits of a key's owner.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CreditsView {
+    /// The sum of the ledger.
+    balance: i64,
+    /// What Envoys hold of it and have not told of.
+    leased: i64,
+    /// What requests have ever cost.
+    spent: i64,
+}
+
+impl CreditsView {
+    async fn read(app: &App, email: &str) -> Result<Option<Self>, ApiError> {
+        let account = credits::account(&app.pool, &Email::parse(email)?).await?;
+        let Some(account) = account.filter(|account| account.metered) else { return Ok(None) };
+        let spent = credits::spent(&app.pool, account.owner_id).await?;
+        Ok(Some(Self { balance: account.balance, leased: account.leased, spent }))
+    }
 }
 
 /// Get a key. Its ETag counts what is set of it, not how much it is used, nor where it was applied.
@@ -200,7 +228,9 @@ pub async fn get(
         return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
     }
     let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
+    let quota_use = QuotaView::read(&app, key.id).await?;
+    let credits = CreditsView::read(&app, &key.email).await?;
     let view = show(&app.pool, key).await?;
     let applied_on = key_applied_on(&app, path.id).await?;
-    Ok((tag, Json(KeyDetails { view, secrets, applied_on })).into_response())
+    Ok((tag, Json(KeyDetails { view, secrets, quota_use, credits, applied_on })).into_response())
 }
