@@ -11,6 +11,9 @@ use utoipa::ToSchema;
 /// How long a client should wait before it tries again while the database or the mirror is away, in seconds.
 const RETRY_UNAVAILABLE_S: u64 = 1;
 
+/// The rule of the database that keeps one admin key alive.
+const LAST_ADMIN: &str = "api_keys_last_admin";
+
 /// What a handler may fail with.
 #[derive(Debug)]
 pub enum ApiError {
@@ -86,6 +89,11 @@ impl std::error::Error for ApiError {}
 
 impl From<sqlx::Error> for ApiError {
     fn from(error: sqlx::Error) -> Self {
+        if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN) {
+            let detail = "This would end the last key with the scope admin that works for longer than a day, and nobody could manage \
+                          keys any more. Create another one first.";
+            return Self::Conflict(detail.into());
+        }
         Self::Database(error)
     }
 }

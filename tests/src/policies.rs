@@ -14,11 +14,14 @@ pub fn file() -> PathBuf {
     paths::workspace().join("envoy/demo-policies.json")
 }
 
-/// Its policies as fields of the plugin configuration, and its routes: prefix and policy.
+/// What Envoy's configuration needs of it: fields of the plugin configuration, and routes as prefix and policy.
+pub type ForEnvoy = (Map<String, Value>, Vec<(String, String)>);
+
+/// Reads it for Envoy.
 ///
 /// # Errors
 /// If the file is not there or not what it should be.
-pub fn for_envoy() -> Result<(Map<String, Value>, Vec<(String, String)>)> {
+pub fn for_envoy() -> Result<ForEnvoy> {
     let text = std::fs::read_to_string(file())?;
     let mut all: Map<String, Value> = serde_json::from_str(&text)?;
     let routes = all.remove("routes").context("demo-policies.json has no routes")?;

@@ -209,6 +209,7 @@ pub async fn generate(State(app): State<App>, caller: Caller, mut once: Once) ->
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "The user has no key", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The last admin key", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
