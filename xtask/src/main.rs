@@ -13,6 +13,8 @@ mod test;
 
 mod up;
 
+mod bench;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -32,6 +34,11 @@ enum Command {
     Up(up::Options),
     /// Check and test everything, as CI does.
     Test(test::Options),
+    /// Measure what a check costs, against the other ways to do it.
+    Bench(bench::Options),
+    /// Answer every gRPC authorization request with yes: one of the peers of `bench`.
+    #[command(hide = true)]
+    Authorizer(bench::authorizer::Options),
     /// Build the filter into target/portcullis.wasm.
     Wasm,
     /// Write control-plane/.sqlx anew, after a query or a migration changed.
@@ -48,6 +55,8 @@ fn main() -> ExitCode {
         match cli.command {
             Command::Up(options) => up::up(&options).await,
             Command::Test(options) => test::test(&options).await,
+            Command::Bench(options) => bench::bench(&options).await,
+            Command::Authorizer(options) => bench::authorizer::serve(&options).await,
             Command::Wasm => wasm::build(),
             Command::Sqlx => sqlx::write().await,
         }

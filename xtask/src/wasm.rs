@@ -1,6 +1,6 @@
 //! The filter as it is shipped: built for WASI, then rid of the exports that it does not need, then measured.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use portcullis_tests::paths;
@@ -39,6 +39,16 @@ const EXPORTS: [&str; 13] = [
 ];
 /// A function whose name is the version of the interface.
 const ABI_EXPORT: &str = "proxy_abi_version_";
+
+/// Builds target/empty-filter.wasm, the filter that does nothing, the same way.
+pub(crate) fn build_empty() -> Result<PathBuf> {
+    need_target(TARGET)?;
+    progress("building the filter that does nothing");
+    run(cargo(&["build", "--locked", "--package", "empty-filter", "--target", TARGET, "--profile", "wasm"]))?;
+    let stripped = paths::target().join("empty-filter.wasm");
+    strip(&paths::target().join(TARGET).join("wasm/empty_filter.wasm"), &stripped)?;
+    Ok(stripped)
+}
 
 /// Builds target/portcullis.wasm.
 pub(crate) fn build() -> Result<()> {

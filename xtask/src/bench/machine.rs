@@ -1,0 +1,104 @@
+//! The machine: which cores there are and who runs on which, and what a process has used of it so far (Linux only).
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// Who runs where.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cores {
+    /// The Envoy that is measured, and nothing else.
+    pub(super) measured: usize,
+    /// The load generator, this process, and whatever Envoy asks.
+    pub(super) load: usize,
+}
+
+impl Cores {
+    /// Takes the first and the last core that this process may use, and moves this process to the last.
+    pub(super) fn choose() -> Result<Self> {
+        let allowed = sched_getaffinity(Pid::from_raw(0)).context("the cores of this process cannot be read")?;
+        let cores: Vec<usize> = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap_or(false)).collect();
+        let (Some(&measured), Some(&load)) = (cores.first(), cores.last()) else { anyhow::bail!("there is no core") };
+        ensure!(measured != load, "two cores are needed: one for Envoy, one for the load generator");
+        Ok(Self { measured, load })
+    }
+
+    /// Moves all threads of this process to the core of the load generator.
+    pub(super) fn stay_off(self) -> Result<()> {
+        for thread in std::fs::read_dir("/proc/self/task")? {
+            let thread = thread?.file_name().to_string_lossy().parse().unwrap_or_default();
+            // A thread that has ended meanwhile needs no core.
+            let _ = sched_setaffinity(Pid::from_raw(thread), &only(self.load)?);
+        }
+        Ok(())
+    }
+}
+
+fn only(core: usize) -> Result<CpuSet> {
+    let mut set = CpuSet::new();
+    set.set(core).with_context(|| format!("core {core} cannot be named"))?;
+    Ok(set)
+}
+
+/// Lets a command run on one core only.
+pub(super) fn pin(command: &mut Command, core: usize) -> Result<()> {
+    let set = only(core)?;
+    // SAFETY: the closure makes one system call, which may be made between fork and exec.
+    unsafe {
+        command.pre_exec(move || sched_setaffinity(Pid::from_raw(0), &set).map_err(Into::into));
+    }
+    Ok(())
+}
+
+/// Nanoseconds on a processor of all threads of a process together.
+pub(super) fn cpu_ns(process: u32) -> Result<u64> {
+    let mut sum = 0;
+    for thread in threads(process)? {
+        sum += thread_cpu_ns(&thread.1);
+    }
+    Ok(sum)
+}
+
+/// The threads of a process: name and directory.
+pub(super) fn threads(process: u32) -> Result<Vec<(String, std::path::PathBuf)>> {
+    let directory = format!("/proc/{process}/task");
+    let entries = std::fs::read_dir(&directory).with_context(|| format!("{directory} cannot be read"))?;
+    let paths = entries.flatten().map(|entry| entry.path());
+    let named = |path: std::path::PathBuf| {
+        let name = std::fs::read_to_string(path.join("comm")).ok()?;
+        Some((name.trim().to_owned(), path))
+    };
+    Ok(paths.filter_map(named).collect())
+}
+
+/// Nanoseconds on a processor; a thread that has ended has none.
+fn thread_cpu_ns(thread: &Path) -> u64 {
+    let text = std::fs::read_to_string(thread.join("schedstat")).unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
+}
+
+/// Bytes of memory that a process holds.
+pub(super) fn resident_bytes(process: u32) -> Result<u64> {
+    let file = format!("/proc/{process}/status");
+    let status = std::fs::read_to_string(&file).with_context(|| format!("{file} cannot be read"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("the process is gone")?;
+    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kilobytes * 1_024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_this_process_uses_can_be_read() {
+        let me = std::process::id();
+        assert!(cpu_ns(me).unwrap() > 0);
+        assert!(resident_bytes(me).unwrap() > 100_000);
+        assert!(cpu_ns(u32::MAX).is_err());
+    }
+}

@@ -1,0 +1,84 @@
+//! `cargo xtask bench`: suites come in; each peer is started on the same Envoy binary and measured, and a table, JSON
+//! (`target/bench/results.json`) and a plot (`target/bench/results.svg`) go out, with a verdict on each target.
+//!
+//! Reading order: [`stats`] makes figures of samples, [`report`] shows them and judges, `plot` draws. `machine` reads
+//! what a process used and pins it, `load` is the load generator, `server` an Envoy, `feed` a control plane with keys
+//! and nothing else, `peers` the configurations that are held against each other. Then one file a suite.
+
+mod report;
+mod stats;
+
+mod plot;
+
+mod machine;
+
+mod load;
+
+pub(crate) mod authorizer;
+mod feed;
+mod peers;
+mod server;
+
+mod request;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use portcullis_tests::paths;
+
+use self::machine::Cores;
+use self::report::Report;
+use crate::output::{progress, say};
+use crate::wasm;
+
+/// What to measure, and how long.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Fewer rounds and keys: under three minutes once everything is built. Not for figures that count.
+    #[arg(long)]
+    quick: bool,
+    /// Only these suites; all of them otherwise.
+    #[arg(long, value_name = "SUITE")]
+    suite: Vec<Suite>,
+    /// How often each peer is measured in the suite `request`.
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+}
+
+/// What can be measured on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// CPU time of Envoy for each request, with each way to check a key.
+    Request,
+}
+
+impl Suite {
+    const ALL: [Self; 1] = [Self::Request];
+}
+
+/// Measures.
+pub(crate) async fn bench(options: &Options) -> Result<()> {
+    let cores = Cores::choose()?;
+    wasm::build()?;
+    let home = paths::target().join("bench");
+    std::fs::create_dir_all(&home)?;
+    let mut report = Report::new(options.quick);
+    for suite in Suite::ALL {
+        if !options.suite.is_empty() && !options.suite.contains(&suite) {
+            continue;
+        }
+        let done = match suite {
+            Suite::Request => request::measure(options, cores, &mut report).await,
+        };
+        // One suite that cannot run does not cost the figures of the others.
+        if let Err(error) = done {
+            progress(&format!("suite {suite:?} failed: {error:#}"));
+            report.note(format!("suite {suite:?} failed: {error:#}"));
+        }
+    }
+    say(&report.table());
+    let (json, svg) = (home.join("results.json"), home.join("results.svg"));
+    std::fs::write(&json, format!("{:#}\n", report.json()))?;
+    std::fs::write(&svg, plot::draw(&report))?;
+    say(&format!("{}\n{}", json.display(), svg.display()));
+    Ok(())
+}

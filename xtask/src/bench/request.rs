@@ -1,0 +1,294 @@
+//! What a request costs: each way to check a key, interleaved in random order, round by round. The figure is the CPU time
+//! of all threads of the Envoy process for each request, and what of it is more than without any filter.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use contract::record::{RateLimit, Record};
+use portcullis_tests::log::Log;
+use portcullis_tests::paths;
+use portcullis_tests::process::{Process, Signal};
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::Options;
+use super::feed::{Feed, key};
+use super::load::{Answers, Generator};
+use super::machine::{self, Cores};
+use super::peers::Peer;
+use super::report::{Bound, Report};
+use super::server::{Server, free_port};
+use super::stats::{Estimate, Random, Samples};
+use crate::output::progress;
+use crate::wasm;
+
+const SUITE: &str = "request: added CPU, same Envoy, one worker";
+const WHOLE: &str = "request: CPU of the whole request";
+const UNIT: &str = "µs";
+
+/// Files of addresses for each peer, taken in turn, so that a round does not find the keys of the last one in the caches.
+const FILES: u64 = 8;
+
+/// Names that verdicts refer to.
+const NOTHING: &str = "no filter";
+const EMPTY: &str = "empty filter of the Rust SDK";
+const NATIVE: &str = "api_key_auth, 1,000 keys, forwarding";
+const LUA: &str = "Lua table, 1,000 keys";
+const AUTHZ_HTTP: &str = "ext_authz, HTTP, instant answer";
+const AUTHZ_GRPC: &str = "ext_authz, gRPC, tonic (its CPU not counted)";
+const PLAIN: &str = "Portcullis, 1,000 keys";
+const LIMITED: &str = "Portcullis, 1,000 keys, each with a rate limit";
+const POLICY: &str = "Portcullis, 1,000 keys, route policy";
+const UNKNOWN: &str = "Portcullis, 1,000 keys, unknown key";
+const MILLION: &str = "Portcullis, 1,000,000 keys";
+const NOTHING_UP: &str = "no filter, to an upstream";
+const KNOWN_UP: &str = "Portcullis, known key, to an upstream";
+const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
+
+/// One thing that is measured.
+struct Subject {
+    name: &'static str,
+    process: u32,
+    /// Addresses to ask for.
+    files: Vec<PathBuf>,
+    /// Whether its requests are refused.
+    refused: bool,
+    samples: Samples,
+}
+
+/// All that runs while it is measured.
+#[derive(Default)]
+struct Running {
+    subjects: Vec<Subject>,
+    servers: Vec<Server>,
+    feeds: Vec<Feed>,
+    others: Vec<Process>,
+}
+
+/// Measures.
+pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
+    let generator = Generator::install(cores)?;
+    let (rounds, requests) = if options.quick { (7, 4_000) } else { (30, 10_000) };
+    let rounds = options.rounds.unwrap_or(rounds);
+    let home = TempDir::with_prefix("portcullis-bench-")?;
+    cores.stay_off()?;
+    let mut running = Running::default();
+    start(&mut running, options, cores, home.path(), report).await?;
+    let mut random = Random::new(1);
+    for round in 0..rounds {
+        progress(&format!("suite request: round {} of {rounds}", round + 1));
+        let mut order: Vec<usize> = (0..running.subjects.len()).collect();
+        random.shuffle(&mut order);
+        for place in order {
+            let Some(subject) = running.subjects.get_mut(place) else { continue };
+            subject.sample(&generator, round, requests).await?;
+        }
+    }
+    report.note(format!(
+        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection; verdicts from lower quartiles.",
+        generator.name()
+    ));
+    judge(&running.subjects, report);
+    Ok(())
+}
+
+impl Subject {
+    async fn sample(&mut self, generator: &Generator, round: usize, requests: u64) -> Result<()> {
+        let file = |offset: usize| self.files.get((round + offset) % self.files.len().max(1)).context("no addresses");
+        // Warm-up: with other keys, so that only code and connections are warm.
+        generator.send(requests / 5, file(1)?).await?;
+        let before = machine::cpu_ns(self.process)?;
+        let answers = generator.send(requests, file(0)?).await?;
+        let used_ns = machine::cpu_ns(self.process)? - before;
+        let expected =
+            if self.refused { Answers { good: 0, refused: requests, failed: 0 } } else { Answers { good: requests, refused: 0, failed: 0 } };
+        ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
+        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+        self.samples.push(used_ns as f64 / requests as f64 / 1_000.0);
+        Ok(())
+    }
+}
+
+async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Path, report: &mut Report) -> Result<()> {
+    progress("suite request: starting all peers");
+    let upstream = Server::start(&Peer::nothing().config(), 1, Some(cores.load)).await?;
+    let to_upstream = upstream.address();
+    let authorizer_file = home.join("authorizer.address");
+    let authorizer = authorizer(&authorizer_file, home, cores).await?;
+    running.servers.push(upstream);
+    running.others.push(authorizer.0);
+
+    let nothing = Peer::nothing().with_upstream(to_upstream);
+    let server = running.serve(&nothing, cores).await?;
+    running.subject(NOTHING, server, "/", 0..1_000, home, false)?;
+    running.subject(NOTHING_UP, server, "/up", 0..1_000, home, false)?;
+    let peers = [
+        (EMPTY, Peer::empty(&wasm::build_empty()?)),
+        (NATIVE, Peer::api_key_auth(1_000)),
+        (LUA, Peer::lua(1_000, &home.join("keys.lua"))?),
+        (AUTHZ_HTTP, Peer::ext_authz_http(free_port()?)),
+        (AUTHZ_GRPC, Peer::ext_authz_grpc(authorizer.1)),
+    ];
+    for (name, peer) in peers {
+        let server = running.serve(&peer, cores).await?;
+        running.subject(name, server, "/", 0..1_000, home, false)?;
+    }
+
+    let unlimited = || json!({"rate_limit": null});
+    let stores = [
+        ("Portcullis, 10 keys", 10),
+        (PLAIN, 1_000),
+        ("Portcullis, 100,000 keys", 100_000),
+        (MILLION, 1_000_000),
+    ];
+    for (name, keys) in stores {
+        if options.quick && keys > 100_000 {
+            report.note("A quick run leaves out 1,000,000 keys.");
+            continue;
+        }
+        progress(&format!("suite request: {name}"));
+        let server = running.portcullis(keys, |_| (), unlimited(), None, Some(to_upstream), cores).await?;
+        running.subject(name, server, "/", 0..keys, home, false)?;
+        if keys == 1_000 {
+            let unknown = 10_000_000..11_000_000;
+            running.subject(UNKNOWN, server, "/", unknown.clone(), home, true)?;
+            running.subject(KNOWN_UP, server, "/up", 0..keys, home, false)?;
+            running.subject(UNKNOWN_UP, server, "/up", unknown, home, true)?;
+        }
+    }
+    let limit = |record: &mut Record| {
+        record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
+    };
+    let server = running.portcullis(1_000, limit, unlimited(), None, None, cores).await?;
+    running.subject(LIMITED, server, "/", 0..1_000, home, false)?;
+
+    // Filters before route policies refuse their configuration.
+    let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
+    let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
+    match running.portcullis(1_000, scope, plugin, Some("orders"), None, cores).await {
+        Ok(server) => running.subject(POLICY, server, "/", 0..1_000, home, false)?,
+        Err(_) => report.note("Not measured: route policies, which this filter does not know."),
+    }
+    Ok(())
+}
+
+impl Running {
+    /// Starts an Envoy on the core for what is measured; gives its place.
+    async fn serve(&mut self, peer: &Peer, cores: Cores) -> Result<usize> {
+        self.servers.push(Server::start(&peer.config(), 1, Some(cores.measured)).await?);
+        Ok(self.servers.len() - 1)
+    }
+
+    async fn portcullis(
+        &mut self,
+        keys: u64,
+        change: impl Fn(&mut Record),
+        plugin: Value,
+        policy: Option<&str>,
+        upstream: Option<std::net::SocketAddr>,
+        cores: Cores,
+    ) -> Result<usize> {
+        let feed = Feed::start(keys, change).await?;
+        let mut peer = Peer::portcullis(&paths::wasm(), feed.address(), plugin);
+        if let Some(upstream) = upstream {
+            peer = peer.with_upstream(upstream);
+        }
+        if let Some(policy) = policy {
+            peer = peer.with_policy(policy);
+        }
+        let place = self.serve(&peer, cores).await?;
+        self.server(place)?.wait_for_keys(keys).await?;
+        self.feeds.push(feed);
+        Ok(place)
+    }
+
+    fn server(&self, place: usize) -> Result<&Server> {
+        self.servers.get(place).context("no such server")
+    }
+
+    fn subject(
+        &mut self,
+        name: &'static str,
+        server: usize,
+        path: &str,
+        keys: std::ops::Range<u64>,
+        home: &Path,
+        refused: bool,
+    ) -> Result<()> {
+        let server = self.server(server)?;
+        let mut files = Vec::new();
+        for number in 0..FILES {
+            let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
+            let mut random = Random::new(number);
+            let width = usize::try_from(keys.end - keys.start)?;
+            let line = |_| {
+                let chosen = keys.start + random.below(width) as u64;
+                format!("http://{}{path}?key={}\n", server.address(), key(chosen))
+            };
+            std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
+            files.push(file);
+        }
+        let process = server.pid();
+        self.subjects.push(Subject { name, process, files, refused, samples: Samples::default() });
+        Ok(())
+    }
+}
+
+/// Starts this program as the gRPC authorizer, on the core of the load generator.
+async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, std::net::SocketAddr)> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("authorizer").arg("--address-file").arg(file);
+    machine::pin(&mut command, cores.load)?;
+    let log = Log::create(&home.join("authorizer.log"))?;
+    let process = Process::spawn("the authorizer", command, &log, Signal::SIGKILL)?;
+    let listens = async || match process.must_run() {
+        Err(error) => Some(Err(error)),
+        Ok(()) => std::fs::read_to_string(file).ok().map(Ok),
+    };
+    let address = eventually("the authorizer to listen", listens).await??;
+    Ok((process, address.parse()?))
+}
+
+fn judge(subjects: &[Subject], report: &mut Report) {
+    let samples = |name: &str| subjects.iter().find(|subject| subject.name == name).map(|subject| &subject.samples);
+    let Some(nothing) = samples(NOTHING) else { return };
+    let added = |name: &str| samples(name).map(|of| Estimate::of([of, nothing], |[of, nothing]| of - nothing));
+    let empty = added(EMPTY).map(|empty| empty.lower_quartile);
+    for subject in subjects.iter().filter(|subject| !subject.name.contains("upstream") && !subject.name.contains("same route")) {
+        if subject.name == NOTHING {
+            continue;
+        }
+        let Some(found) = added(subject.name) else { continue };
+        report.compared(SUITE, subject.name, UNIT, found, empty.map(|empty| (found.lower_quartile / empty, "empty")));
+    }
+    for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
+        let Some(whole) = samples(name) else { continue };
+        report.figure(WHOLE, name, UNIT, Estimate::of([whole], |[whole]| whole));
+    }
+
+    let ratio = |over: &str, under: &str| {
+        let (over, under) = (samples(over)?, samples(under)?);
+        Some(Estimate::of([over, under, nothing], |[over, under, nothing]| (over - nothing) / (under - nothing)))
+    };
+    let mut target = |name, most, found: Option<Estimate>| {
+        if let Some(found) = found {
+            report.target(name, Bound::AtMost(most), "", found);
+        }
+    };
+    target("Portcullis plain, 1,000 keys ÷ empty SDK filter", 1.0, ratio(PLAIN, EMPTY));
+    target("÷ Lua table", 0.7, ratio(PLAIN, LUA));
+    let fastest = [AUTHZ_HTTP, AUTHZ_GRPC].into_iter().filter_map(|name| ratio(PLAIN, name));
+    target("÷ ext_authz, fastest authorizer", 0.10, fastest.max_by(|a, b| a.lower_quartile.total_cmp(&b.lower_quartile)));
+    target("÷ api_key_auth with forwarding", 2.0, ratio(PLAIN, NATIVE));
+    target("with a rate limit on every key ÷ without", 1.25, ratio(LIMITED, PLAIN));
+    let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));
+    target(
+        "unknown key ÷ known key, whole request",
+        1.0,
+        whole.map(|(unknown, known)| Estimate::of([unknown, known], |[unknown, known]| unknown / known)),
+    );
+    target("1,000,000 keys ÷ 1,000 keys", 1.10, ratio(MILLION, PLAIN));
+}
+
