@@ -39,10 +39,18 @@ pub fn wasm() -> PathBuf {
     std::env::var_os("PORTCULLIS_WASM").map_or_else(|| target().join("portcullis.wasm"), PathBuf::from)
 }
 
+static CONTROL_PLANE: OnceLock<PathBuf> = OnceLock::new();
+
 /// The control plane. `CONTROL_PLANE_BIN` names another than the one that the development profile built.
 #[must_use]
 pub fn control_plane() -> PathBuf {
-    std::env::var_os("CONTROL_PLANE_BIN").map_or_else(|| target().join("debug/control-plane"), PathBuf::from)
+    let built = || CONTROL_PLANE.get().cloned().unwrap_or_else(|| target().join("debug/control-plane"));
+    std::env::var_os("CONTROL_PLANE_BIN").map_or_else(built, PathBuf::from)
+}
+
+/// From now on, [`control_plane`] is this one. The first that is named stays.
+pub fn use_control_plane(binary: PathBuf) {
+    let _ = CONTROL_PLANE.set(binary);
 }
 
 /// A directory of the given name that every user of the machine can reach. PostgreSQL refuses to run as root, and the

@@ -40,14 +40,15 @@ const EXPORTS: [&str; 13] = [
 /// A function whose name is the version of the interface.
 const ABI_EXPORT: &str = "proxy_abi_version_";
 
-/// Builds target/empty-filter.wasm, the filter that does nothing, the same way.
-pub(crate) fn build_empty() -> Result<PathBuf> {
+/// Builds the filter that does nothing; gives it as the SDK makes it, with all exports, and as this one is shipped.
+pub(crate) fn build_empty() -> Result<[PathBuf; 2]> {
     need_target(TARGET)?;
     progress("building the filter that does nothing");
     run(cargo(&["build", "--locked", "--package", "empty-filter", "--target", TARGET, "--profile", "wasm"]))?;
     let stripped = paths::target().join("empty-filter.wasm");
-    strip(&paths::target().join(TARGET).join("wasm/empty_filter.wasm"), &stripped)?;
-    Ok(stripped)
+    let built = paths::target().join(TARGET).join("wasm/empty_filter.wasm");
+    strip(&built, &stripped)?;
+    Ok([built, stripped])
 }
 
 /// Builds target/portcullis.wasm.

@@ -3,7 +3,8 @@
 //!
 //! Reading order: [`stats`] makes figures of samples, [`report`] shows them and judges, `plot` draws. `machine` reads
 //! what a process used and pins it, `load` is the load generator, `server` an Envoy, `feed` a control plane with keys
-//! and nothing else, `peers` the configurations that are held against each other. Then one file a suite.
+//! and nothing else, `peers` the configurations that are held against each other. Then one file a
+//! suite; `store` is the control plane that the last three stand on.
 
 mod report;
 mod stats;
@@ -19,7 +20,14 @@ mod feed;
 mod peers;
 mod server;
 
+mod memory;
 mod request;
+
+mod store;
+
+mod api;
+mod sync;
+mod usage;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -49,10 +57,18 @@ pub(crate) struct Options {
 enum Suite {
     /// CPU time of Envoy for each request, with each way to check a key.
     Request,
+    /// Memory of Envoy for each key.
+    Memory,
+    /// How soon Envoys have all keys, or one change.
+    Sync,
+    /// How fast usage reports are taken.
+    Usage,
+    /// How fast the REST API is.
+    Api,
 }
 
 impl Suite {
-    const ALL: [Self; 1] = [Self::Request];
+    const ALL: [Self; 5] = [Self::Request, Self::Memory, Self::Sync, Self::Usage, Self::Api];
 }
 
 /// Measures.
@@ -68,6 +84,10 @@ pub(crate) async fn bench(options: &Options) -> Result<()> {
         }
         let done = match suite {
             Suite::Request => request::measure(options, cores, &mut report).await,
+            Suite::Memory => memory::measure(options, &mut report).await,
+            Suite::Sync => sync::measure(options, &mut report).await,
+            Suite::Usage => usage::measure(options, &mut report).await,
+            Suite::Api => api::measure(options, &mut report).await,
         };
         // One suite that cannot run does not cost the figures of the others.
         if let Err(error) = done {

@@ -34,6 +34,7 @@ const FILES: u64 = 8;
 /// Names that verdicts refer to.
 const NOTHING: &str = "no filter";
 const EMPTY: &str = "empty filter of the Rust SDK";
+const EMPTY_UNSTRIPPED: &str = "empty filter, with all exports of the SDK";
 const NATIVE: &str = "api_key_auth, 1,000 keys, forwarding";
 const LUA: &str = "Lua table, 1,000 keys";
 const AUTHZ_HTTP: &str = "ext_authz, HTTP, instant answer";
@@ -124,8 +125,10 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
     let server = running.serve(&nothing, cores).await?;
     running.subject(NOTHING, server, "/", 0..1_000, home, false)?;
     running.subject(NOTHING_UP, server, "/up", 0..1_000, home, false)?;
+    let [unstripped, stripped] = wasm::build_empty()?;
     let peers = [
-        (EMPTY, Peer::empty(&wasm::build_empty()?)),
+        (EMPTY, Peer::empty(&stripped)),
+        (EMPTY_UNSTRIPPED, Peer::empty(&unstripped)),
         (NATIVE, Peer::api_key_auth(1_000)),
         (LUA, Peer::lua(1_000, &home.join("keys.lua"))?),
         (AUTHZ_HTTP, Peer::ext_authz_http(free_port()?)),

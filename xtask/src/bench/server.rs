@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use contract::key::Secret;
 use portcullis_tests::control_plane::fresh_key;
 use portcullis_tests::http;
 use portcullis_tests::log::Log;
@@ -33,6 +34,11 @@ pub(super) struct Server {
 impl Server {
     /// Starts it, on one core if one is named, and waits until it takes requests.
     pub(super) async fn start(config: &Value, workers: usize, core: Option<usize>) -> Result<Self> {
+        Self::start_with_key(config, workers, core, &fresh_key()?).await
+    }
+
+    /// The same, with the key with which its filter syncs.
+    pub(super) async fn start_with_key(config: &Value, workers: usize, core: Option<usize>, key: &Secret) -> Result<Self> {
         let binary = tools::envoy(&progress)?;
         let home = TempDir::with_prefix("portcullis-bench-")?;
         std::fs::write(home.path().join("envoy.json"), config.to_string())?;
@@ -41,7 +47,7 @@ impl Server {
         // At level warning, api_key_auth writes a line for each key.
         envoy.args(["-l", "error", "--drain-time-s", "1", "--parent-shutdown-time-s", "2", "--concurrency"]);
         envoy.arg(workers.to_string()).current_dir(home.path());
-        envoy.env("PORTCULLIS_SYNC_KEY", fresh_key()?.reveal());
+        envoy.env("PORTCULLIS_SYNC_KEY", key.reveal());
         if let Some(core) = core {
             machine::pin(&mut envoy, core)?;
         }

@@ -1,0 +1,113 @@
+//! What the steps of a request cost natively, with cells in memory in place of Envoy's: `cargo bench -p filter`.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use contract::hash::KeyHash;
+use contract::id::{Epoch, KeyId, OwnerId};
+use contract::outcome::Outcome;
+use contract::page::{Header, Page, PageWriter, Part};
+use contract::record::Record;
+use contract::usage::KeyRef;
+use divan::{Bencher, black_box};
+use filter::cells::{Cell, Cells, Names, Raced};
+use filter::credential::{self, Credential};
+use filter::lease::{self, Holder};
+use filter::limiter::{self, Limit, Refused};
+use filter::reply::{Challenge, reply};
+use filter::store;
+use filter::usage::Counts;
+
+fn main() {
+    divan::main();
+}
+
+const KEY: &[u8] = b"sk_live_0123456789abcdefghijABCDEFGHIJ4Xy0zQ";
+const NOW_NS: u64 = 1_800_000_000_000_000_000;
+
+/// Cells like Envoy's, for one VM.
+#[derive(Default)]
+struct Memory(RefCell<HashMap<String, Cell>>);
+
+impl Cells for Memory {
+    fn get(&self, name: &str) -> Option<Cell> {
+        self.0.borrow().get(name).cloned()
+    }
+
+    fn put(&self, name: &str, value: &[u8], seen: Option<u32>) -> Result<(), Raced> {
+        let mut cells = self.0.borrow_mut();
+        let version = cells.get(name).map(|cell| cell.version);
+        if version != seen {
+            return Err(Raced);
+        }
+        let cell = Cell { value: value.to_vec(), version: version.unwrap_or_default().wrapping_add(1) };
+        cells.insert(name.to_owned(), cell);
+        Ok(())
+    }
+}
+
+fn names() -> Names {
+    Names::of("cluster", "default")
+}
+
+#[divan::bench]
+fn read_and_hash_the_header() -> Credential {
+    credential::read(black_box(Some(KEY)))
+}
+
+#[divan::bench]
+fn name_a_bucket(bencher: Bencher<'_, '_>) {
+    let names = names();
+    bencher.bench_local(|| names.bucket(black_box(0xabcd)));
+}
+
+/// In a bucket of 1 key, of 15 (a million keys in all) and of 150 (ten million).
+#[divan::bench(args = [1, 15, 150])]
+fn find_a_record(bencher: Bencher<'_, '_>, keys: u8) {
+    let (cells, names) = (Memory::default(), names());
+    assert!(lease::hold(&cells, &names, Holder(1), 0));
+    let hash = |number| {
+        let mut hash = [number; 32];
+        [hash[0], hash[1]] = [0xab, 0xcd];
+        KeyHash(hash)
+    };
+    let mut page = PageWriter::new();
+    for number in 0..keys {
+        let record = Record::plain(KeyId([number; 16]), OwnerId([0; 16]));
+        page.put(&hash(number), &record.to_bytes().expect("a record can be written"));
+    }
+    let part = Part::Changes { after: 0 };
+    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part };
+    let bytes = page.finish(&header).expect("a page can be written");
+    store::apply(&cells, &names, Holder(1), &Page::read(&bytes).expect("our own page")).expect("the lease is held");
+    let wanted = hash(keys.saturating_sub(1));
+    bencher.bench_local(|| store::find(&cells, &names, black_box(&wanted)).is_some());
+}
+
+#[divan::bench]
+fn take_from_a_limit(bencher: Bencher<'_, '_>) {
+    let (cells, names) = (Memory::default(), names());
+    let limits = [Limit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX }];
+    bencher.bench_local(|| limiter::take(&cells, &names, black_box(KeyId([7; 16])), &limits, NOW_NS));
+}
+
+#[divan::bench]
+fn count_a_request(bencher: Bencher<'_, '_>) {
+    let mut counts = Counts::default();
+    let key = Some(KeyRef { id: KeyId([7; 16]), generation: 1 });
+    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, 1, 1_800_000_000_000));
+}
+
+#[divan::bench]
+fn refuse_an_unknown_key(bencher: Bencher<'_, '_>) {
+    let challenge = Challenge::new("portcullis").expect("a plain realm");
+    bencher.bench_local(|| reply(black_box(Outcome::Unknown), &challenge, None));
+}
+
+#[divan::bench]
+fn refuse_by_a_limit(bencher: Bencher<'_, '_>) {
+    let challenge = Challenge::new("portcullis").expect("a plain realm");
+    let limit = Limit { name: "own".into(), requests: 100, window_s: 1, burst: 100 };
+    let refused = Refused { limit: 0, retry_after_s: 7 };
+    bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, Some((&limit, refused))));
+}

@@ -1,0 +1,65 @@
+//! A control plane, as it is shipped, with many keys in a database of its own: what the suites stand on that measure it.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use portcullis_tests::paths;
+use portcullis_tests::process::Signal;
+use portcullis_tests::stack::Stack;
+
+use crate::output::progress;
+use crate::run::{cargo, run};
+
+/// Builds the control plane with all optimisations and uses it from now on.
+pub(super) fn build() -> Result<()> {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    if std::env::var_os("CONTROL_PLANE_BIN").is_some() || BUILT.get().is_some() {
+        return Ok(());
+    }
+    progress("building the control plane with all optimisations (some minutes the first time)");
+    run(cargo(&["build", "--locked", "--release", "--package", "control-plane"]))?;
+    paths::use_control_plane(paths::target().join("release/control-plane"));
+    let _ = BUILT.set(());
+    Ok(())
+}
+
+/// A control plane with a database of its own and so many Envoys. Callers may ask as much as they like.
+pub(super) async fn start(envoys: usize) -> Result<Stack> {
+    build()?;
+    let generous = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
+    let plugin = serde_json::json!({"rate_limit": null});
+    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).control_plane_arguments(&generous).start().await
+}
+
+/// Key number n is the text `key-n`, as if imported from elsewhere.
+const INSERT: &str = "
+    insert into user_preferences (id, email)
+    select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
+    insert into api_keys (id, owner_id, name, hash, revision)
+    select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
+    from generate_series(1, {keys}) n
+    join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com';
+    analyze";
+
+/// Enters so many keys into a database that has none, and starts the control plane anew, so that it holds them as one
+/// that has been running for long.
+pub(super) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
+    progress(&format!("entering {keys} keys"));
+    stack.database.execute(&INSERT.replace("{keys}", &keys.to_string())).await?;
+    stack.control_plane.stop(Signal::SIGTERM).await?;
+    stack.control_plane.restart().await
+}
+
+/// The number of the control plane's process.
+pub(super) fn control_plane_pid(stack: &Stack) -> Result<u32> {
+    stack.control_plane.pid().context("the control plane does not run")
+}
+
+pub(super) fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+pub(super) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1_000.0
+}

@@ -1,0 +1,224 @@
+//! How soon Envoys know: all keys after a cold start, one change while requests flow, one change among a thousand
+//! pollers; and what that costs the thread that syncs and the control plane.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures_util::StreamExt;
+use portcullis_tests::http::Connection;
+use portcullis_tests::load::{Load, Plan};
+use portcullis_tests::paths;
+use portcullis_tests::stack::{Stack, wait_for_status};
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use super::Options;
+use super::machine;
+use super::peers::Peer;
+use super::report::{Bound, Report};
+use super::server::Server;
+use super::stats::{Estimate, Samples};
+use super::store::{self, milliseconds, seconds};
+use crate::output::progress;
+
+const COLD: &str = "sync: cold start";
+const CHANGE: &str = "sync: one change";
+const POLLERS: &str = "sync: many pollers";
+
+/// What filters are told of a key, as columns.
+const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, address_list_id, expires_at, \
+    disabled, quota_exceeded, credits_exhausted, revoked_at from api_keys) to stdout";
+
+/// Measures.
+pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
+    let sizes: &[u64] = if options.quick { &[100_000] } else { &[100_000, 1_000_000] };
+    for &keys in sizes {
+        cold(options, keys, report).await?;
+    }
+    change(options, report).await?;
+    pollers(options, report).await
+}
+
+/// What one cold start took.
+struct Cold {
+    from_start: Duration,
+    from_live: Duration,
+    longest_stall: Duration,
+}
+
+async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
+    let stack = store::start(0).await?;
+    store::fill(&stack, keys).await?;
+    let rounds = if options.quick { 2 } else { 5 };
+    let (mut copies, mut starts, mut syncs, mut stalls) =
+        (Samples::default(), Samples::default(), Samples::default(), Samples::default());
+    for round in 1..=rounds {
+        progress(&format!("suite sync: {keys} keys, round {round} of {rounds}"));
+        copies.push(seconds(copy(&stack).await?));
+        let Cold { from_start, from_live, longest_stall } = start_cold(&stack, keys).await?;
+        starts.push(seconds(from_start));
+        syncs.push(seconds(from_live));
+        stalls.push(milliseconds(longest_stall));
+    }
+    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
+    report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", plain(&copies));
+    let ratio = Estimate::of([&syncs, &copies], |[sync, copy]| sync / copy);
+    let compared = Some((ratio.lower_quartile, "COPY"));
+    report.compared(COLD, format!("Portcullis, {keys} keys, from a live Envoy to all loaded"), "s", plain(&syncs), compared);
+    report.figure(COLD, format!("Portcullis, {keys} keys, from the start of Envoy"), "s", plain(&starts));
+    report.figure(COLD, format!("longest stall of the syncing thread, {keys} keys"), "ms", plain(&stalls));
+    if options.quick || keys == 1_000_000 {
+        report.target("cold sync ÷ COPY of the same rows to a client", Bound::AtMost(3.0), "", ratio);
+        // The worst of the rounds counts here.
+        let worst = Estimate::once(stalls.quantile(1.0));
+        report.target("longest stall while syncing", Bound::AtMost(10.0), "ms", worst);
+    }
+    Ok(())
+}
+
+async fn copy(stack: &Stack) -> Result<Duration> {
+    let mut connection = stack.database.connect().await?;
+    let start = Instant::now();
+    let mut rows = connection.copy_out_raw(COPY).await?;
+    let mut bytes = 0;
+    while let Some(part) = rows.next().await {
+        bytes += part?.len();
+    }
+    ensure!(bytes > 0, "COPY gave nothing");
+    Ok(start.elapsed())
+}
+
+/// Starts an Envoy and asks its admin interface over and over. The main thread answers there, and it is the main thread
+/// that syncs: whatever it does in one piece keeps an answer waiting.
+async fn start_cold(stack: &Stack, keys: u64) -> Result<Cold> {
+    let peer = Peer::portcullis(&paths::wasm(), stack.control_plane.address(), json!({"rate_limit": null}));
+    let sync_key = stack.control_plane.settings().sync_key;
+    let start = Instant::now();
+    let server = Server::start_with_key(&peer.config(), 2, None, &sync_key).await?;
+    let live = Instant::now();
+    let mut admin = Connection::open(server.admin()).await?;
+    let mut longest_stall = Duration::ZERO;
+    loop {
+        let asked = Instant::now();
+        let stats = admin.get("/stats?format=json&filter=wasmcustom.portcullis_keys", None).await?.json()?;
+        longest_stall = longest_stall.max(asked.elapsed());
+        if stats["stats"].as_array().into_iter().flatten().any(|stat| stat["value"].as_u64() >= Some(keys)) {
+            break;
+        }
+        ensure!(start.elapsed() < Duration::from_secs(120), "the keys do not arrive");
+        // Other work of the main thread gets its turn.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(Cold { from_start: start.elapsed(), from_live: live.elapsed(), longest_stall })
+}
+
+const PER_SECOND: u32 = 2_000;
+
+async fn change(options: &Options, report: &mut Report) -> Result<()> {
+    let stack = store::start(1).await?;
+    let (rest, envoy) = (stack.rest(), stack.envoy());
+    let tries = if options.quick { 50 } else { 300 };
+    progress(&format!("suite sync: {tries} changes while requests flow"));
+    let flowing = stack.working_key("flow@example.com").await?;
+    let load = Load::start(Plan {
+        targets: vec![envoy.address()],
+        keys: vec![flowing],
+        connections: 8,
+        requests: u64::MAX,
+        per_second: Some(PER_SECOND),
+    });
+    let (began, mut took) = (Instant::now(), Samples::default());
+    let mut workers = envoy.connection_per_worker().await?;
+    for number in 0..tries {
+        let email = format!("user{number}@example.com");
+        let key = rest.generate(&email).await?;
+        wait_for_status(envoy, Some(&key), 200).await?;
+        rest.revoke(&email).await?;
+        let answered = Instant::now();
+        for worker in &mut workers {
+            while worker.get("/", Some(&key)).await?.status != 401 {
+                ensure!(answered.elapsed() < Duration::from_secs(10), "a revoked key is admitted for too long");
+            }
+        }
+        took.push(milliseconds(answered.elapsed()));
+    }
+    let lasted = began.elapsed();
+    let flowed: u64 = load.stop().await.values().sum();
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    let rate = flowed as f64 / seconds(lasted);
+    report.note(format!("Suite sync: {rate:.0} requests/s flowed beside {tries} changes."));
+    report.figure(CHANGE, "Portcullis, change → refused by all workers, p50", "ms", Estimate::once(took.median()));
+    let p99 = Estimate::once(took.quantile(0.99));
+    report.figure(CHANGE, "Portcullis, change → refused by all workers, p99", "ms", p99);
+    report.target("change → refused on all workers, p99, with load", Bound::AtMost(10.0), "ms", p99);
+    Ok(())
+}
+
+/// Polls that are held at once, each on a connection of its own.
+const MANY: usize = 1_000;
+
+async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
+    let stack = store::start(0).await?;
+    let process = store::control_plane_pid(&stack)?;
+    let sync_key = stack.control_plane.settings().sync_key;
+    let changes = if options.quick { 3 } else { 10 };
+    progress(&format!("suite sync: {changes} changes with {MANY} pollers"));
+    let few = machine::resident_bytes(process)?;
+    let mut connections = Vec::new();
+    for _ in 0..MANY {
+        connections.push(Connection::open(stack.control_plane.address()).await?);
+    }
+    let (mut last, mut cpu, mut memory) = (Samples::default(), Samples::default(), Samples::default());
+    for number in 0..changes {
+        let position = stack.database.text("select epoch || ' ' || revision from store_state").await?;
+        let (epoch, revision) = position.split_once(' ').context("the store has no state")?;
+        let path = format!("/sync/v1/keys?epoch={epoch}&revision={revision}");
+        let mut polls = JoinSet::new();
+        for mut connection in connections.drain(..) {
+            let (path, key) = (path.clone(), sync_key.reveal().to_owned());
+            polls.spawn(async move {
+                let reply = connection.get(&path, Some(&key)).await?;
+                ensure!(reply.status == 200, "a poll was answered with {}", reply.status);
+                Ok((connection, Instant::now()))
+            });
+        }
+        held(&stack).await?;
+        memory.push(by_one(machine::resident_bytes(process)?.saturating_sub(few)) / 1_024.0);
+        let before = machine::cpu_ns(process)?;
+        stack.rest().generate(&format!("change{number}@example.com")).await?;
+        let answered = Instant::now();
+        let mut latest = answered;
+        while let Some(done) = polls.join_next().await {
+            let (connection, at) = done??;
+            latest = latest.max(at);
+            connections.push(connection);
+        }
+        last.push(milliseconds(latest - answered));
+        cpu.push(by_one(machine::cpu_ns(process)? - before) / 1_000.0);
+    }
+    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
+    report.figure(POLLERS, format!("Portcullis, {MANY} pollers, change → the last has it"), "ms", plain(&last));
+    report.figure(POLLERS, "Portcullis, CPU of the control plane by poller and change", "µs", plain(&cpu));
+    report.figure(POLLERS, "Portcullis, memory of the control plane by held poll", "KiB", plain(&memory));
+    report.target("1,000 pollers: change at the last one", Bound::AtMost(250.0), "ms", plain(&last));
+    Ok(())
+}
+
+/// Waits until the control plane says that all polls are held.
+async fn held(stack: &Stack) -> Result<()> {
+    let address = stack.control_plane.address();
+    portcullis_tests::wait::eventually("all polls to be held", async || {
+        let metrics = portcullis_tests::http::get(address, "/metrics").await.ok()?;
+        let text = String::from_utf8_lossy(&metrics.body).into_owned();
+        let held = text.lines().find_map(|line| line.strip_prefix("portcullis_sync_held_polls "))?;
+        #[expect(clippy::cast_precision_loss, reason = "a small number")]
+        let all = MANY as f64;
+        (held.trim().parse::<f64>().ok()? >= all).then_some(())
+    })
+    .await
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+fn by_one(sum: u64) -> f64 {
+    sum as f64 / MANY as f64
+}

@@ -1,0 +1,171 @@
+//! How fast usage reports get into the database: through the control plane, and as the bare upsert of the same rows, in
+//! turn.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use contract::id::{KeyId, ReporterId};
+use contract::usage::{Count, KeyRef, Report as UsageReport, Subject, write_reports};
+use portcullis_tests::http::Connection;
+use portcullis_tests::stack::Stack;
+use sqlx::types::Uuid;
+use sqlx::{Connection as _, PgConnection};
+use tokio::task::JoinSet;
+
+use super::Options;
+use super::machine;
+use super::report::{Bound, Report};
+use super::stats::{Estimate, Random, Samples};
+use super::store::{self, seconds};
+use crate::output::progress;
+
+const SUITE: &str = "usage: ingest";
+/// Envoys that report at once.
+const REPORTERS: u8 = 8;
+/// Keys in each report, and reports of each Envoy in a round.
+const COUNTS: usize = 2_000;
+const REPORTS: u64 = 10;
+
+const BARE: &str = "
+    create table bare_usage (like key_usage including all);
+    create table bare_hourly (like usage_hourly including all)";
+
+/// Measures.
+pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
+    let stack = store::start(0).await?;
+    let keys = if options.quick { 20_000 } else { 100_000 };
+    store::fill(&stack, keys).await?;
+    stack.database.execute(BARE).await?;
+    let mut connection = stack.database.connect().await?;
+    let ids: Vec<Uuid> = sqlx::query_scalar("select id from api_keys").fetch_all(&mut connection).await?;
+    let hour = u32::try_from(stack.database.number("select floor(extract(epoch from now()) / 3600)::bigint").await?)?;
+    let rounds = if options.quick { 3 } else { 9 };
+    let (mut ours, mut bare, mut cpu) = (Samples::default(), Samples::default(), Samples::default());
+    let mut random = Random::new(3);
+    let total = f64::from(REPORTERS) * f64::from(u32::try_from(COUNTS)?) * f64::from(u32::try_from(REPORTS)?);
+    // One round before those that count: it finds the tables empty.
+    for round in 0..=rounds {
+        progress(&format!("suite usage: round {round} of {rounds}"));
+        let work = work(&ids, hour, round, &mut random)?;
+        let before = used(&stack)?;
+        let reported = report_all(&stack, &work).await?;
+        let used_s = (used(&stack)? - before) / 1e9;
+        let upserted = upsert_all(&mut connection, &work).await?;
+        if round > 0 {
+            ours.push(total / reported);
+            bare.push(total / upserted);
+            cpu.push(total / used_s);
+        }
+    }
+    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
+    let ratio = Estimate::of([&ours, &bare], |[ours, bare]| ours / bare);
+    report.figure(SUITE, "bare bulk upsert of the same rows", "counts/s", plain(&bare));
+    report.compared(SUITE, "Portcullis, reports of 2,000 counts", "counts/s", plain(&ours), Some((ratio.lower_quartile, "bare")));
+    let reports = Samples::of([ours.median() / f64::from(u32::try_from(COUNTS)?)]);
+    report.figure(SUITE, "Portcullis, the same as reports", "reports/s", plain(&reports));
+    report.figure(SUITE, "Portcullis, by core of the control plane alone", "counts/s", plain(&cpu));
+    report.target("usage ingest ÷ bare bulk upsert", Bound::AtLeast(0.7), "", ratio);
+    Ok(())
+}
+
+/// Nanoseconds that the control plane has used so far.
+#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+fn used(stack: &Stack) -> Result<f64> {
+    Ok(machine::cpu_ns(store::control_plane_pid(stack)?)? as f64)
+}
+
+/// The reports of each Envoy, in order.
+type Work = Vec<Vec<UsageReport>>;
+
+fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work> {
+    let mut work = Work::new();
+    for reporter in 0..REPORTERS {
+        let mut reports = Vec::new();
+        for number in 1..=REPORTS {
+            // A run of keys from a random place on: no key twice in a report.
+            let start = random.below(ids.len());
+            let chosen = ids.iter().cycle().skip(start).take(COUNTS);
+            let count = |id: &Uuid| Count {
+                of: Subject { key: Some(KeyRef { id: KeyId(id.into_bytes()), generation: 1 }), outcome: 0, hour },
+                requests: 10,
+                cost: 10,
+                last_ms: u64::from(hour) * 3_600_000,
+            };
+            let seq = round * REPORTS + number;
+            reports.push(UsageReport { reporter: ReporterId([reporter; 16]), seq, counts: chosen.map(count).collect() });
+        }
+        work.push(reports);
+    }
+    ensure!(ids.len() >= COUNTS, "too few keys");
+    Ok(work)
+}
+
+/// Sends everything, each Envoy one report after the other; gives the seconds that took.
+async fn report_all(stack: &Stack, work: &Work) -> Result<f64> {
+    let sync_key = stack.control_plane.settings().sync_key;
+    let mut envoys = JoinSet::new();
+    for reports in work {
+        let mut connection = Connection::open(stack.control_plane.address()).await?;
+        let key = sync_key.reveal().to_owned();
+        let bodies: Vec<Vec<u8>> =
+            reports.iter().map(|one| write_reports(std::slice::from_ref(one))).collect::<Result<_, _>>()?;
+        envoys.spawn(async move {
+            for body in bodies {
+                let request = axum::http::Request::post("/sync/v1/usage").header("x-api-key", &key);
+                let reply = connection.send(request.body(body.into())?).await?;
+                ensure!(reply.status == 200, "a report was answered with {}", reply.status);
+            }
+            Ok(())
+        });
+    }
+    let start = Instant::now();
+    while let Some(done) = envoys.join_next().await {
+        done??;
+    }
+    Ok(seconds(start.elapsed()))
+}
+
+/// Upserts the same rows on one connection, as many in a transaction as Envoys report at once; gives the seconds.
+async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
+    let start = Instant::now();
+    for number in 0..usize::try_from(REPORTS)? {
+        let mut counts: Vec<Count> = work.iter().filter_map(|reports| reports.get(number)).flat_map(|one| one.counts.clone()).collect();
+        counts.sort_by_key(|count| count.of);
+        counts.dedup_by(|next, first| {
+            let same = next.of == first.of;
+            if same {
+                first.add(next);
+            }
+            same
+        });
+        let ids: Vec<Uuid> = counts.iter().filter_map(|count| count.of.key).map(|key| Uuid::from_bytes(key.id.0)).collect();
+        let requests: Vec<i64> = counts.iter().map(|count| count.requests.cast_signed()).collect();
+        let hour = counts.first().map(|count| f64::from(count.of.hour) * 3_600.0).context("no counts")?;
+        let mut transaction = connection.begin().await?;
+        sqlx::query(
+            "insert into bare_usage (key_id, generation, requests, last_used_at)
+            select id, 1, requests, to_timestamp($3) from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
+            on conflict (key_id, generation) do update set requests = bare_usage.requests + excluded.requests,
+                last_used_at = greatest(bare_usage.last_used_at, excluded.last_used_at)",
+        )
+        .bind(&ids)
+        .bind(&requests)
+        .bind(hour)
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query(
+            "insert into bare_hourly (key_id, generation, hour, outcome, requests, cost)
+            select id, 1, to_timestamp($3), 0, requests, requests
+            from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
+            on conflict (key_id, hour, outcome, generation) do update set
+                requests = bare_hourly.requests + excluded.requests, cost = bare_hourly.cost + excluded.cost",
+        )
+        .bind(&ids)
+        .bind(&requests)
+        .bind(hour)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+    }
+    Ok(seconds(start.elapsed()))
+}
