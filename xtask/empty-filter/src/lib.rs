@@ -2,33 +2,36 @@
 //! sandbox, which no filter on the SDK gets below.
 #![cfg(target_arch = "wasm32")]
 
-use proxy_wasm::traits::{Context, HttpContext, RootContext};
-use proxy_wasm::types::{Action, ContextType};
+/// Where Envoy enters.
+mod entry {
+    use proxy_wasm::traits::{Context, HttpContext, RootContext};
+    use proxy_wasm::types::{Action, ContextType};
 
-proxy_wasm::main! {{
-    proxy_wasm::set_root_context(|_| Box::new(Root));
-}}
+    proxy_wasm::main! {{
+        proxy_wasm::set_root_context(|_| Box::new(Root));
+    }}
 
-struct Root;
+    struct Root;
 
-impl Context for Root {}
+    impl Context for Root {}
 
-impl RootContext for Root {
-    fn get_type(&self) -> Option<ContextType> {
-        Some(ContextType::HttpContext)
+    impl RootContext for Root {
+        fn get_type(&self) -> Option<ContextType> {
+            Some(ContextType::HttpContext)
+        }
+
+        fn create_http_context(&self, _context_id: u32) -> Option<Box<dyn HttpContext>> {
+            Some(Box::new(Request))
+        }
     }
 
-    fn create_http_context(&self, _context_id: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Request))
-    }
-}
+    struct Request;
 
-struct Request;
+    impl Context for Request {}
 
-impl Context for Request {}
-
-impl HttpContext for Request {
-    fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
-        Action::Continue
+    impl HttpContext for Request {
+        fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
+            Action::Continue
+        }
     }
 }

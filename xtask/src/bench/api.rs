@@ -83,7 +83,9 @@ commit;
 /// Measures.
 pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let Some(pgbench) = pgbench()? else {
-        report.note("Suite api: left out, for there is no pgbench: install it (Debian: postgresql-contrib or postgresql-15).");
+        report.note(
+            "Suite api: left out, for there is no pgbench: install it (Debian: postgresql-contrib or postgresql-15).",
+        );
         return Ok(());
     };
     let stack = store::start(0).await?;
@@ -111,7 +113,13 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
         let ratio = Estimate::of([&ours, &theirs], |[ours, theirs]| ours / theirs);
         let name = verb.name();
         report.figure(SUITE, format!("pgbench, the statements of {name}"), "1/s", plain(&theirs));
-        report.compared(SUITE, format!("Portcullis, {name}"), "1/s", plain(&ours), Some((ratio.lower_quartile, "pgbench")));
+        report.compared(
+            SUITE,
+            format!("Portcullis, {name}"),
+            "1/s",
+            plain(&ours),
+            Some((ratio.lower_quartile, "pgbench")),
+        );
         report.figure(SUITE, format!("Portcullis, {name}, p99"), "ms", plain(&p99));
         if verb == Verb::Create {
             report.target("key creation ÷ pgbench of the same statements", Bound::AtLeast(0.7), "", ratio);

@@ -157,7 +157,8 @@ fn compiled_oha() -> Result<PathBuf> {
     let program = home.join("bin/oha");
     if !program.is_file() {
         progress(&format!("installing oha {OHA_VERSION} into {} (some minutes)", home.display()));
-        let mut install = cargo(&["install", "oha", "--version", OHA_VERSION, "--no-default-features", "--locked", "--root"]);
+        let mut install =
+            cargo(&["install", "oha", "--version", OHA_VERSION, "--no-default-features", "--locked", "--root"]);
         install.arg(&home).env("CARGO_TARGET_DIR", tools::tools().join("build"));
         run(install).context("no load generator: put h2load (of nghttp2) or oha on the path")?;
     }

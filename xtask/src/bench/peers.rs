@@ -35,9 +35,16 @@ impl Peer {
 
     /// A filter of the Rust SDK that does nothing.
     pub(super) fn empty(wasm: &Path) -> Self {
-        Self { filters: vec![filter("empty", "wasm.v3.Wasm", json!({"config": {
-            "name": "empty", "root_id": "empty", "vm_config": vm("empty", wasm),
-        }}))], ..Self::default() }
+        Self {
+            filters: vec![filter(
+                "empty",
+                "wasm.v3.Wasm",
+                json!({"config": {
+                    "name": "empty", "root_id": "empty", "vm_config": vm("empty", wasm),
+                }}),
+            )],
+            ..Self::default()
+        }
     }
 
     /// Portcullis, with its keys from `feed`.
@@ -65,11 +72,18 @@ impl Peer {
     /// Envoy's own filter, which does as much as it can of the same: tells the upstream who calls, and hides the key.
     pub(super) fn api_key_auth(keys: u64) -> Self {
         let credential = |number| json!({"key": key(number), "client": format!("client-{number}")});
-        Self { filters: vec![filter("api_key_auth", "api_key_auth.v3.ApiKeyAuth", json!({
-            "credentials": (0..keys).map(credential).collect::<Vec<_>>(),
-            "key_sources": [{"header": "x-api-key"}],
-            "forwarding": {"header": "x-consumer-id", "hide_credentials": true},
-        }))], ..Self::default() }
+        Self {
+            filters: vec![filter(
+                "api_key_auth",
+                "api_key_auth.v3.ApiKeyAuth",
+                json!({
+                    "credentials": (0..keys).map(credential).collect::<Vec<_>>(),
+                    "key_sources": [{"header": "x-api-key"}],
+                    "forwarding": {"header": "x-consumer-id", "hide_credentials": true},
+                }),
+            )],
+            ..Self::default()
+        }
     }
 
     /// A Lua script with a table, which does the same. The script is written to `file`.
@@ -119,10 +133,14 @@ impl Peer {
 
     /// The configuration.
     pub(super) fn config(&self) -> Value {
-        let key_from_query = filter("key", "header_mutation.v3.HeaderMutation", json!({"mutations": {"request_mutations": [
-            {"append": {"header": {"key": "x-api-key", "value": "%QUERY_PARAM(key)%"},
-                        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}},
-        ]}}));
+        let key_from_query = filter(
+            "key",
+            "header_mutation.v3.HeaderMutation",
+            json!({"mutations": {"request_mutations": [
+                {"append": {"header": {"key": "x-api-key", "value": "%QUERY_PARAM(key)%"},
+                            "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}},
+            ]}}),
+        );
         let mut filters = vec![key_from_query];
         filters.extend(self.filters.clone());
         let mut main = listener(INGRESS, 0, &filters, self.route_metadata.as_ref());

@@ -32,7 +32,12 @@ pub(super) fn draw(report: &Report) -> String {
             let middle = y - ROW / 2.0;
             let (low, high) = (LABELS + scale(estimate.low), LABELS + scale(estimate.high));
             let colour = if figure.name.starts_with("Portcullis") { "#2a6fbb" } else { "#9aa5b1" };
-            let _ = writeln!(body, r#"<text x="{}" y="{text}" text-anchor="end">{}</text>"#, LABELS - 8.0, escape(&figure.name));
+            let _ = writeln!(
+                body,
+                r#"<text x="{}" y="{text}" text-anchor="end">{}</text>"#,
+                LABELS - 8.0,
+                escape(&figure.name)
+            );
             let _ = writeln!(
                 body,
                 r#"<rect x="{LABELS}" y="{bar}" width="{:.1}" height="{}" fill="{colour}"/>"#,
@@ -40,7 +45,12 @@ pub(super) fn draw(report: &Report) -> String {
                 ROW - 6.0
             );
             let _ = writeln!(body, r##"<path d="M{low:.1} {middle}H{high:.1}" stroke="#222" stroke-width="1.5"/>"##);
-            let _ = writeln!(body, r#"<text x="{:.1}" y="{text}">{}</text>"#, high.max(LABELS + scale(estimate.lower_quartile)) + 6.0, short(estimate.lower_quartile));
+            let _ = writeln!(
+                body,
+                r#"<text x="{:.1}" y="{text}">{}</text>"#,
+                high.max(LABELS + scale(estimate.lower_quartile)) + 6.0,
+                short(estimate.lower_quartile)
+            );
         }
     }
     let height = y + 20.0;

@@ -57,7 +57,13 @@ impl Report {
         Self { quick, figures: Vec::new(), targets: Vec::new(), notes: Vec::new() }
     }
 
-    pub(super) fn figure(&mut self, suite: &'static str, name: impl Into<String>, unit: &'static str, estimate: Estimate) {
+    pub(super) fn figure(
+        &mut self,
+        suite: &'static str,
+        name: impl Into<String>,
+        unit: &'static str,
+        estimate: Estimate,
+    ) {
         self.compared(suite, name, unit, estimate, None);
     }
 
@@ -97,7 +103,8 @@ impl Report {
             let name = format!("{} [{}]", figure.name, figure.unit);
             let spread = format!("{} … {}", short(low), short(high));
             let ratio = figure.ratio.map_or_else(String::new, |(ratio, of)| format!("{} × {of}", short(ratio)));
-            let _ = writeln!(out, "{name:<58} {:>12} {:>12} {spread:>22}  {ratio}", short(lower_quartile), short(median));
+            let _ =
+                writeln!(out, "{name:<58} {:>12} {:>12} {spread:>22}  {ratio}", short(lower_quartile), short(median));
         }
         if !self.targets.is_empty() {
             let _ = writeln!(out, "\n{:<58} {:>12} {:>12} {:>22}  verdict", "target", "wanted", "found", "90 %");
@@ -107,10 +114,18 @@ impl Report {
                 Bound::AtMost(most) => format!("≤ {}", short(most)),
                 Bound::AtLeast(least) => format!("≥ {}", short(least)),
             };
-            let name = if target.unit.is_empty() { target.name.to_owned() } else { format!("{} [{}]", target.name, target.unit) };
+            let name = if target.unit.is_empty() {
+                target.name.to_owned()
+            } else {
+                format!("{} [{}]", target.name, target.unit)
+            };
             let spread = format!("{} … {}", short(target.found.low), short(target.found.high));
             let verdict = if target.met() { "pass" } else { "FAIL" };
-            let _ = writeln!(out, "{name:<58} {wanted:>12} {:>12} {spread:>22}  {verdict}", short(target.found.lower_quartile));
+            let _ = writeln!(
+                out,
+                "{name:<58} {wanted:>12} {:>12} {spread:>22}  {verdict}",
+                short(target.found.lower_quartile)
+            );
         }
         if self.quick {
             let _ = writeln!(out, "\nA quick run: too few rounds and keys for figures that count.");

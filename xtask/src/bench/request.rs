@@ -103,8 +103,11 @@ impl Subject {
         let before = machine::cpu_ns(self.process)?;
         let answers = generator.send(requests, file(0)?).await?;
         let used_ns = machine::cpu_ns(self.process)? - before;
-        let expected =
-            if self.refused { Answers { good: 0, refused: requests, failed: 0 } } else { Answers { good: requests, refused: 0, failed: 0 } };
+        let expected = if self.refused {
+            Answers { good: 0, refused: requests, failed: 0 }
+        } else {
+            Answers { good: requests, refused: 0, failed: 0 }
+        };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         self.samples.push(used_ns as f64 / requests as f64 / 1_000.0);
@@ -140,12 +143,8 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
     }
 
     let unlimited = || json!({"rate_limit": null});
-    let stores = [
-        ("Portcullis, 10 keys", 10),
-        (PLAIN, 1_000),
-        ("Portcullis, 100,000 keys", 100_000),
-        (MILLION, 1_000_000),
-    ];
+    let stores =
+        [("Portcullis, 10 keys", 10), (PLAIN, 1_000), ("Portcullis, 100,000 keys", 100_000), (MILLION, 1_000_000)];
     for (name, keys) in stores {
         if options.quick && keys > 100_000 {
             report.note("A quick run leaves out 1,000,000 keys.");
@@ -259,7 +258,9 @@ fn judge(subjects: &[Subject], report: &mut Report) {
     let Some(nothing) = samples(NOTHING) else { return };
     let added = |name: &str| samples(name).map(|of| Estimate::of([of, nothing], |[of, nothing]| of - nothing));
     let empty = added(EMPTY).map(|empty| empty.lower_quartile);
-    for subject in subjects.iter().filter(|subject| !subject.name.contains("upstream") && !subject.name.contains("same route")) {
+    for subject in
+        subjects.iter().filter(|subject| !subject.name.contains("upstream") && !subject.name.contains("same route"))
+    {
         if subject.name == NOTHING {
             continue;
         }
@@ -283,7 +284,11 @@ fn judge(subjects: &[Subject], report: &mut Report) {
     target("Portcullis plain, 1,000 keys ÷ empty SDK filter", 1.0, ratio(PLAIN, EMPTY));
     target("÷ Lua table", 0.7, ratio(PLAIN, LUA));
     let fastest = [AUTHZ_HTTP, AUTHZ_GRPC].into_iter().filter_map(|name| ratio(PLAIN, name));
-    target("÷ ext_authz, fastest authorizer", 0.10, fastest.max_by(|a, b| a.lower_quartile.total_cmp(&b.lower_quartile)));
+    target(
+        "÷ ext_authz, fastest authorizer",
+        0.10,
+        fastest.max_by(|a, b| a.lower_quartile.total_cmp(&b.lower_quartile)),
+    );
     target("÷ api_key_auth with forwarding", 2.0, ratio(PLAIN, NATIVE));
     target("with a rate limit on every key ÷ without", 1.25, ratio(LIMITED, PLAIN));
     let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));
@@ -294,4 +299,3 @@ fn judge(subjects: &[Subject], report: &mut Report) {
     );
     target("1,000,000 keys ÷ 1,000 keys", 1.10, ratio(MILLION, PLAIN));
 }
-

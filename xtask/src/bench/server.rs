@@ -38,7 +38,12 @@ impl Server {
     }
 
     /// The same, with the key with which its filter syncs.
-    pub(super) async fn start_with_key(config: &Value, workers: usize, core: Option<usize>, key: &Secret) -> Result<Self> {
+    pub(super) async fn start_with_key(
+        config: &Value,
+        workers: usize,
+        core: Option<usize>,
+        key: &Secret,
+    ) -> Result<Self> {
         let binary = tools::envoy(&progress)?;
         let home = TempDir::with_prefix("portcullis-bench-")?;
         std::fs::write(home.path().join("envoy.json"), config.to_string())?;
@@ -64,7 +69,8 @@ impl Server {
         };
         let admin = eventually_within("Envoy to be live", READY_WITHIN, live).await??;
         let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
-        let ingress = listeners["listener_statuses"].as_array().into_iter().flatten().find(|one| one["name"] == INGRESS);
+        let ingress =
+            listeners["listener_statuses"].as_array().into_iter().flatten().find(|one| one["name"] == INGRESS);
         let port = ingress.and_then(|one| one["local_address"]["socket_address"]["port_value"].as_u64());
         let port = port.and_then(|port| u16::try_from(port).ok());
         let address = port.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));

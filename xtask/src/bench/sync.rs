@@ -64,7 +64,13 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", plain(&copies));
     let ratio = Estimate::of([&syncs, &copies], |[sync, copy]| sync / copy);
     let compared = Some((ratio.lower_quartile, "COPY"));
-    report.compared(COLD, format!("Portcullis, {keys} keys, from a live Envoy to all loaded"), "s", plain(&syncs), compared);
+    report.compared(
+        COLD,
+        format!("Portcullis, {keys} keys, from a live Envoy to all loaded"),
+        "s",
+        plain(&syncs),
+        compared,
+    );
     report.figure(COLD, format!("Portcullis, {keys} keys, from the start of Envoy"), "s", plain(&starts));
     report.figure(COLD, format!("longest stall of the syncing thread, {keys} keys"), "ms", plain(&stalls));
     if options.quick || keys == 1_000_000 {

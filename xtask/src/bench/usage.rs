@@ -60,7 +60,13 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
     let ratio = Estimate::of([&ours, &bare], |[ours, bare]| ours / bare);
     report.figure(SUITE, "bare bulk upsert of the same rows", "counts/s", plain(&bare));
-    report.compared(SUITE, "Portcullis, reports of 2,000 counts", "counts/s", plain(&ours), Some((ratio.lower_quartile, "bare")));
+    report.compared(
+        SUITE,
+        "Portcullis, reports of 2,000 counts",
+        "counts/s",
+        plain(&ours),
+        Some((ratio.lower_quartile, "bare")),
+    );
     let reports = Samples::of([ours.median() / f64::from(u32::try_from(COUNTS)?)]);
     report.figure(SUITE, "Portcullis, the same as reports", "reports/s", plain(&reports));
     report.figure(SUITE, "Portcullis, by core of the control plane alone", "counts/s", plain(&cpu));
@@ -92,7 +98,11 @@ fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work
                 last_ms: u64::from(hour) * 3_600_000,
             };
             let seq = round * REPORTS + number;
-            reports.push(UsageReport { reporter: ReporterId([reporter; 16]), seq, counts: chosen.map(count).collect() });
+            reports.push(UsageReport {
+                reporter: ReporterId([reporter; 16]),
+                seq,
+                counts: chosen.map(count).collect(),
+            });
         }
         work.push(reports);
     }
@@ -129,7 +139,8 @@ async fn report_all(stack: &Stack, work: &Work) -> Result<f64> {
 async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
     let start = Instant::now();
     for number in 0..usize::try_from(REPORTS)? {
-        let mut counts: Vec<Count> = work.iter().filter_map(|reports| reports.get(number)).flat_map(|one| one.counts.clone()).collect();
+        let mut counts: Vec<Count> =
+            work.iter().filter_map(|reports| reports.get(number)).flat_map(|one| one.counts.clone()).collect();
         counts.sort_by_key(|count| count.of);
         counts.dedup_by(|next, first| {
             let same = next.of == first.of;
@@ -138,7 +149,8 @@ async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
             }
             same
         });
-        let ids: Vec<Uuid> = counts.iter().filter_map(|count| count.of.key).map(|key| Uuid::from_bytes(key.id.0)).collect();
+        let ids: Vec<Uuid> =
+            counts.iter().filter_map(|count| count.of.key).map(|key| Uuid::from_bytes(key.id.0)).collect();
         let requests: Vec<i64> = counts.iter().map(|count| count.requests.cast_signed()).collect();
         let hour = counts.first().map(|count| f64::from(count.of.hour) * 3_600.0).context("no counts")?;
         let mut transaction = connection.begin().await?;
