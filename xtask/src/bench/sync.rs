@@ -25,9 +25,9 @@ const COLD: &str = "sync: cold start";
 const CHANGE: &str = "sync: one change";
 const POLLERS: &str = "sync: many pollers";
 
-/// What filters are told of a key, as columns.
-const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, address_list_id, expires_at, \
-    disabled, quota_exceeded, credits_exhausted, revoked_at from api_keys) to stdout";
+/// What filters are told of every key, as columns.
+const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, expires_at, disabled, revoked_at \
+    from api_keys) to stdout";
 
 /// Measures.
 pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
