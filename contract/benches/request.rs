@@ -5,6 +5,7 @@ use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::key;
 use contract::page::{Header, Page, PageWriter, Part};
+use contract::policy::{Policy, ScopeNeed};
 use contract::record::{RateLimit, Record};
 use divan::{Bencher, black_box};
 
@@ -52,7 +53,9 @@ fn decode_a_record_with_limits_and_scopes(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn decide_on_a_record(bencher: Bencher<'_, '_>) {
     let record = rich();
-    let facts = Facts { required_scope: Some("invoices:read"), ..Facts::at(1_000) };
+    let scopes = ScopeNeed::All(vec!["invoices:read".into()]);
+    let policy = Policy { scopes, ..Policy::default() };
+    let facts = Facts { policy: &policy, ..Facts::at(1_000) };
     bencher.bench_local(|| decide(black_box(Presented::Key(&record)), black_box(&facts)));
 }
 
@@ -64,7 +67,7 @@ fn read_a_page_of_ten_thousand_keys(bencher: Bencher<'_, '_>) {
         writer.put(&KeyHash::of(&number.to_le_bytes()), &record);
     }
     let part = Part::Changes { after: 0 };
-    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 10_000, part };
+    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 10_000, part, filters: 1 };
     let page = writer.finish(&header).expect("a page can be written");
     bencher.bench_local(|| Page::read(black_box(&page)).is_ok());
 }

@@ -7,14 +7,16 @@ use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::outcome::Outcome;
 use contract::page::{Header, Page, PageWriter, Part};
-use contract::record::Record;
+use contract::rate::WHOLE;
+use contract::record::{RateLimit, Record};
 use contract::usage::KeyRef;
 use divan::{Bencher, black_box};
 use filter::cells::{Cell, Cells, Names, Raced};
-use filter::credential::{self, Credential};
+use filter::credential;
 use filter::lease::{self, Holder};
-use filter::limiter::{self, Limit, Refused};
-use filter::reply::{Challenge, reply};
+use filter::limiter::{self, Limit, Refused, Subject, Tag};
+use filter::reply::{Challenge, Wait, reply};
+use filter::source::Source;
 use filter::store;
 use filter::usage::Counts;
 
@@ -51,8 +53,9 @@ fn names() -> Names {
 }
 
 #[divan::bench]
-fn read_and_hash_the_header() -> Credential {
-    credential::read(black_box(Some(KEY)))
+fn read_and_hash_the_header(bencher: Bencher<'_, '_>) {
+    let sources = [Source::Header("x-api-key".into())];
+    bencher.bench_local(|| credential::find(black_box(&sources), |_| Some(KEY.to_vec())).credential);
 }
 
 #[divan::bench]
@@ -77,7 +80,7 @@ fn find_a_record(bencher: Bencher<'_, '_>, keys: u8) {
         page.put(&hash(number), &record.to_bytes().expect("a record can be written"));
     }
     let part = Part::Changes { after: 0 };
-    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part };
+    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part, filters: 1 };
     let bytes = page.finish(&header).expect("a page can be written");
     store::apply(&cells, &names, Holder(1), &Page::read(&bytes).expect("our own page")).expect("the lease is held");
     let wanted = hash(keys.saturating_sub(1));
@@ -87,27 +90,29 @@ fn find_a_record(bencher: Bencher<'_, '_>, keys: u8) {
 #[divan::bench]
 fn take_from_a_limit(bencher: Bencher<'_, '_>) {
     let (cells, names) = (Memory::default(), names());
-    let limits = [Limit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX }];
-    bencher.bench_local(|| limiter::take(&cells, &names, black_box(KeyId([7; 16])), &limits, NOW_NS));
+    let limit = RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX };
+    let limits = [Limit { limit: &limit, tag: Tag::of_place(0), shared: true }];
+    let subject = Subject::Key(KeyId([7; 16]));
+    bencher.bench_local(|| limiter::take(&cells, &names, black_box(subject), &limits, WHOLE, NOW_NS));
 }
 
 #[divan::bench]
 fn count_a_request(bencher: Bencher<'_, '_>) {
     let mut counts = Counts::default();
     let key = Some(KeyRef { id: KeyId([7; 16]), generation: 1 });
-    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, 1, 1_800_000_000_000));
+    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, false, 1, 1_800_000_000_000));
 }
 
 #[divan::bench]
 fn refuse_an_unknown_key(bencher: Bencher<'_, '_>) {
-    let challenge = Challenge::new("portcullis").expect("a plain realm");
-    bencher.bench_local(|| reply(black_box(Outcome::Unknown), &challenge, None));
+    let challenge = Challenge::new("portcullis", false).expect("a plain realm");
+    bencher.bench_local(|| reply(black_box(Outcome::Unknown), &challenge, &Wait::Usual));
 }
 
 #[divan::bench]
 fn refuse_by_a_limit(bencher: Bencher<'_, '_>) {
-    let challenge = Challenge::new("portcullis").expect("a plain realm");
-    let limit = Limit { name: "own".into(), requests: 100, window_s: 1, burst: 100 };
-    let refused = Refused { limit: 0, retry_after_s: 7 };
-    bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, Some((&limit, refused))));
+    let challenge = Challenge::new("portcullis", false).expect("a plain realm");
+    let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100 };
+    let wait = Wait::Limits(vec![limit], Refused { limit: 0, retry_after_s: 7 });
+    bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, &wait));
 }

@@ -115,7 +115,7 @@ impl Pages {
     }
 
     const fn header(&self, part: Part) -> Header {
-        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part }
+        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part, filters: 1 }
     }
 }
 
@@ -139,7 +139,7 @@ async fn usage(body: Bytes) -> Result<Vec<u8>, StatusCode> {
     let acknowledged = || {
         let reports = read_reports(&body).ok()?;
         let last = reports.last()?;
-        Ack { reporter: last.reporter, seq: last.seq }.write().ok()
+        Ack { reporter: last.reporter, seq: last.seq, grants: Vec::new() }.write().ok()
     };
     acknowledged().context("no reports").map_err(|_| StatusCode::BAD_REQUEST)
 }
