@@ -81,6 +81,8 @@ impl Callers {
 pub struct Caller {
     /// The key that was presented.
     pub key_id: Uuid,
+    /// Which of its secrets that was.
+    generation: u32,
     /// Whom it belongs to.
     pub owner_id: Uuid,
     /// The owner's address.
@@ -94,8 +96,6 @@ pub struct Caller {
     rate_limits: Vec<StoredLimit>,
     /// Networks that the key may be used from.
     networks: Vec<Network>,
-    /// Whether a plan applies to the key, its own or its owner's.
-    has_plan: bool,
     /// Credits that a request with the key costs.
     cost: u32,
     /// The key's own plan and quota.
@@ -255,6 +255,21 @@ impl Caller {
         &self.networks
     }
 
+    /// Admits the rotation of a key, whose new secret the caller is told: any for admins, its own for others. Whoever has
+    /// an old secret of a key, which may be why it was rotated, does not get hold of its new one.
+    ///
+    /// # Errors
+    /// 403.
+    pub fn require_rotatable(&self, id: Uuid, generation: i32) -> Result<(), ApiError> {
+        if self.key_id == id && self.generation != generation.cast_unsigned() {
+            return Err(ApiError::Forbidden("An old secret does not rotate its key. Use the present one.".into()));
+        }
+        if self.key_id == id || self.is_admin() {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden("A key rotates itself only. Use that key, or one with the scope admin.".into()))
+    }
+
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same
     /// networks unless it has narrower ones, has the same plan, quota, cost and rate limits, and its owner has no more than
     /// so many keys. Roles do not pass on. Where a plan applies, a key has no rate limits in its place. Admins are not
@@ -264,9 +279,7 @@ impl Caller {
             return;
         }
         new.expires_at = [new.expires_at, self.end()].into_iter().flatten().min();
-        if !self.rate_limits.is_empty() || self.has_plan {
-            new.rate_limits.clone_from(&self.rate_limits);
-        }
+        new.rate_limits.clone_from(&self.rate_limits);
         let permissions = &mut new.permissions;
         if permissions.networks.is_none() && !self.networks.is_empty() {
             permissions.networks = Some(self.networks.clone());
@@ -295,7 +308,7 @@ impl FromRequestParts<App> for Caller {
         let record = presenting.admit(record, Policy::PLAIN)?;
         let key_id = record.key_id.into();
         app.callers.count(Limited::Key(key_id))?;
-        let Record { owner_id, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
+        let Record { owner_id, generation, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
         let rate_limits = StoredLimit::together(&rate_limits, further.alone);
         let (email, own): (String, Own) = beside.unwrap_or_default();
         let request_id = parts.headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
@@ -305,9 +318,9 @@ impl FromRequestParts<App> for Caller {
             address: Some(peer(parts).to_string()),
             request_id: request_id.map(Into::into),
         };
-        let (has_plan, networks) = (further.plan.is_some(), further.networks);
+        let networks = further.networks;
         let owner_id = owner_id.into();
-        Ok(Self { key_id, owner_id, email, scopes, actor, rate_limits, networks, has_plan, cost, own, expires_at_s })
+        Ok(Self { key_id, generation, owner_id, email, scopes, actor, rate_limits, networks, cost, own, expires_at_s })
     }
 }
 
@@ -415,13 +428,13 @@ mod tests {
     fn caller(scopes: &[&str]) -> Caller {
         Caller {
             key_id: Uuid::nil(),
+            generation: 1,
             owner_id: Uuid::nil(),
             email: "user@example.com".into(),
             scopes: scopes.iter().map(|scope| (*scope).into()).collect(),
             actor: Actor::system(),
             rate_limits: Vec::new(),
             networks: Vec::new(),
-            has_plan: false,
             cost: 1,
             own: Own::default(),
             expires_at_s: None,

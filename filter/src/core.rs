@@ -104,7 +104,10 @@ impl Core {
         let verdict = judge.judge(credential, policy, now_ns);
         let key = verdict.record.as_ref().map(|record| KeyRef { id: record.key_id, generation: record.generation });
         let now_ms = now_ns.checked_div(NS_PER_MS).unwrap_or_default();
-        self.counts.borrow_mut().add(key, verdict.outcome, verdict.shadowed, verdict.cost, now_ms);
+        // Requests of owners whose credits are not metered are free: what is told is what was drawn from the lease.
+        let metered = verdict.record.as_ref().is_some_and(|record| record.further.credits.is_some());
+        let cost = if metered { verdict.cost } else { 0 };
+        self.counts.borrow_mut().add(key, verdict.outcome, verdict.shadowed, cost, now_ms);
         self.metrics.decided(verdict.outcome, verdict.shadowed);
         verdict
     }

@@ -206,6 +206,7 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     Ok(true)
 }
 
+/// Rows of keys, and of their old secrets. One that has ended by the database's clock has ended by any Envoy's.
 async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Result<Vec<Row>, FeedError> {
     let mut stream = sqlx::query!(
         r#"select id as "id!", owner_id as "owner_id!", hash as "hash!", generation as "generation!", scopes as "scopes!",
@@ -216,7 +217,7 @@ async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Res
             quota_resets_at, credits_starter, credits_turn as "credits_turn!", revision as "revision!"
         from api_keys where revision > $1 and (not withdrawn or $2)
         union all
-        select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits, k.cost, least(k.expires_at, r.ends_at),
+        select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits, k.cost, least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end),
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn,
             coalesce(k.plan_number, k.owner_plan_number), k.role_numbers, k.networks, k.quota_starter, k.quota_turn,
             k.quota_resets_at, k.credits_starter, k.credits_turn, greatest(k.revision, r.revision)

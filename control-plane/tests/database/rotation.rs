@@ -196,6 +196,15 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     let (privileged, _) = fixture.key("user@example.com", &["sync"]).await;
     let detail = "A key with the scope sync is changed and revoked with an admin's key only.";
     assert_problem(&rotate(&fixture, &user, privileged, None).await, 403, "forbidden", detail);
+    // Whoever rotates a key is told its secret: that of a key that may more is not for the taking.
+    let (sibling, _) = fixture.key("user@example.com", &["orders:write"]).await;
+    let detail = "A key rotates itself only. Use that key, or one with the scope admin.";
+    assert_problem(&rotate(&fixture, &user, sibling, None).await, 403, "forbidden", detail);
+    let (own, old) = fixture.key("user@example.com", &[]).await;
+    let grace = json!({"grace_seconds": 60});
+    assert_eq!(rotate(&fixture, &old, own, Some(&grace)).await.status.as_u16(), 201);
+    let detail = "An old secret does not rotate its key. Use the present one.";
+    assert_problem(&rotate(&fixture, &old, own, None).await, 403, "forbidden", detail);
 }
 
 #[sqlx::test(migrations = "./migrations")]

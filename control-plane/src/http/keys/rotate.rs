@@ -89,6 +89,7 @@ pub async fn rotate(
     };
     let connection = doing.connection();
     let key = held(connection, &caller, path.id, &condition).await?;
+    caller.require_rotatable(key.id, key.generation)?;
     let secret = rotation::rotate(connection, &caller.actor, &key, body.kind.into(), grace).await?;
     let key = store::get(connection, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
     let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
