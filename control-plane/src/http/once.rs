@@ -136,8 +136,11 @@ impl Once {
     pub async fn begin(self, pool: &PgPool, caller: &Caller) -> Result<Begun, ApiError> {
         let mut transaction = pool.begin().await?;
         let Some(named) = self.named else { return Ok(Begun::Now(Doing { transaction, named: None })) };
-        if let Some(before) = named.before(&mut transaction, caller.key_id).await? {
-            return Ok(Begun::Before(before.into_response()));
+        let before = named.before(&mut transaction, caller.key_id).await;
+        if let Some(before) = before.transpose() {
+            // Before the answer: dropped, it would hold the name of the request for a while yet.
+            transaction.rollback().await?;
+            return before.map(|before| Begun::Before(before.into_response()));
         }
         Ok(Begun::Now(Doing { transaction, named: Some((named, caller.key_id)) }))
     }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
-use contract::record::{Flags, RateLimit};
+use contract::record::{Budget, Flags, RateLimit};
 use http_body_util::Full;
 use hyper::Request;
 use portcullis_tests::bench::{Bench, record, with};
@@ -25,9 +25,16 @@ fn assert_shadowed(reply: &Reply, outcome: Outcome) {
 #[tokio::test]
 async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused() -> Result<()> {
     let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
+    let credits = Some(Budget { starter: 10, turn: 1, resets_at_s: None });
     let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1 };
     let keys = [
-        ("good", with(1, |r| r.scopes = vec!["orders:read".into()])),
+        (
+            "good",
+            with(1, |r| {
+                r.scopes = vec!["orders:read".into()];
+                r.further.credits = credits;
+            }),
+        ),
         ("revoked", with(2, |r| r.flags = Flags::REVOKED)),
         ("scopeless", record(3)),
         (
@@ -35,6 +42,7 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
             with(4, |r| {
                 r.scopes = vec!["orders:read".into()];
                 r.rate_limits = vec![limit];
+                r.further.credits = credits;
             }),
         ),
     ];
