@@ -30,7 +30,7 @@ pub struct Count {
     pub of: Subject,
     /// How many requests.
     pub requests: u64,
-    /// Credits that they cost together.
+    /// Credits that were drawn for them; none where the owner's credits are not metered.
     pub cost: u64,
     /// When the last of them came, in milliseconds of Unix time.
     pub last_ms: u64,
