@@ -32,6 +32,8 @@ pub struct Count {
     pub requests: u64,
     /// Credits that were drawn for them; none where the owner's credits are not metered.
     pub cost: u64,
+    /// Those of them that drew from a lease of the key's quota: fewer than all if the filter did not know of it yet.
+    pub drawn: u64,
     /// When the last of them came, in milliseconds of Unix time.
     pub last_ms: u64,
 }
@@ -62,6 +64,7 @@ impl Count {
     pub fn add(&mut self, other: &Self) {
         self.requests = self.requests.saturating_add(other.requests);
         self.cost = self.cost.saturating_add(other.cost);
+        self.drawn = self.drawn.saturating_add(other.drawn);
         self.last_ms = self.last_ms.max(other.last_ms);
     }
 }
@@ -153,14 +156,15 @@ impl Ack {
     }
 }
 
-/// The layout of reports: each count a byte string of its own, so that counts may grow.
+/// The layout of reports: each count a byte string of its own, so that counts may grow. What drew from quotas was not in the
+/// first version; where there is nothing to say of it, a count is still that of the first.
 mod wire {
     use alloc::vec::Vec;
 
     use serde::{Deserialize, Serialize};
 
-    use super::Count;
-    use crate::codec::{DecodeError, grown, part};
+    use super::Subject;
+    use crate::codec::{DecodeError, grown, part, part_of};
     use crate::id::ReporterId;
 
     extern crate alloc;
@@ -177,17 +181,42 @@ mod wire {
         seq: u64,
     }
 
+    #[derive(Serialize, Deserialize)]
+    struct Count {
+        of: Subject,
+        requests: u64,
+        cost: u64,
+        last_ms: u64,
+    }
+
+    impl Count {
+        fn write(count: &super::Count) -> Result<Vec<u8>, DecodeError> {
+            let super::Count { of, requests, cost, drawn, last_ms } = *count;
+            let mut bytes = grown(&Self { of, requests, cost, last_ms })?;
+            if drawn > 0 {
+                bytes.extend(grown(&drawn)?);
+            }
+            Ok(bytes)
+        }
+
+        fn read(bytes: &[u8]) -> Result<super::Count, DecodeError> {
+            let (Self { of, requests, cost, last_ms }, rest) = part_of(bytes)?;
+            let drawn = if rest.is_empty() { 0 } else { part(rest)? };
+            Ok(super::Count { of, requests, cost, drawn, last_ms })
+        }
+    }
+
     impl Report {
         pub(super) fn of(report: &super::Report) -> Result<Self, DecodeError> {
             Ok(Self {
                 header: grown(&Header { reporter: report.reporter, seq: report.seq })?,
-                counts: report.counts.iter().map(grown).collect::<Result<_, _>>()?,
+                counts: report.counts.iter().map(Count::write).collect::<Result<_, _>>()?,
             })
         }
 
         pub(super) fn read(self) -> Result<super::Report, DecodeError> {
             let Header { reporter, seq } = part(&self.header)?;
-            let counts = self.counts.iter().map(|count| part::<Count>(count)).collect::<Result<_, _>>()?;
+            let counts = self.counts.iter().map(|count| Count::read(count)).collect::<Result<_, _>>()?;
             Ok(super::Report { reporter, seq, counts })
         }
     }

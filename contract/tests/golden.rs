@@ -234,6 +234,7 @@ fn reports() -> Vec<Report> {
         of: Subject { key, outcome, hour: 500_000 },
         requests,
         cost: requests * 10,
+        drawn: 0,
         last_ms: 1_800_000_000_123,
     };
     let reporter = ReporterId([0x44; 16]);
@@ -247,6 +248,18 @@ fn reports() -> Vec<Report> {
 fn the_first_version_of_usage_reports_is_read_and_written_to_the_byte() {
     assert_eq!(hex::encode(write_reports(&reports()).unwrap()), REPORT_BYTES);
     assert_eq!(read_reports(&bytes(REPORT_BYTES)), Ok(reports()));
+}
+
+#[test]
+fn what_drew_from_a_quota_stands_behind_what_the_first_version_has() {
+    let mut reports = reports();
+    reports.truncate(1);
+    reports[0].counts.truncate(1);
+    reports[0].counts[0].drawn = 19_000;
+    let first = concat!("0111111111111111111111111111111111", "0200a0c21ea09c01c09a0cfba0f1c2b134");
+    let written = hex::encode(write_reports(&reports).unwrap());
+    assert!(written.ends_with(&format!("25{first}b89401")), "{written}");
+    assert_eq!(read_reports(&bytes(&written)), Ok(reports));
 }
 
 #[test]

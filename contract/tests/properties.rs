@@ -85,10 +85,10 @@ fn entry() -> impl Strategy<Value = EntryView> {
 prop_compose! {
     fn count()(
         key in option::of((any::<[u8; 16]>(), any::<u32>())), outcome in any::<u8>(), hour in any::<u32>(),
-        requests in any::<u64>(), cost in any::<u64>(), last_ms in any::<u64>(),
+        requests in any::<u64>(), cost in any::<u64>(), drawn in any::<u64>(), last_ms in any::<u64>(),
     ) -> Count {
         let key = key.map(|(id, generation)| KeyRef { id: KeyId(id), generation });
-        Count { of: Subject { key, outcome, hour }, requests, cost, last_ms }
+        Count { of: Subject { key, outcome, hour }, requests, cost, drawn, last_ms }
     }
 }
 

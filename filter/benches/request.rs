@@ -18,7 +18,7 @@ use filter::limiter::{self, Limit, Refused, Subject, Tag};
 use filter::reply::{Challenge, Wait, reply};
 use filter::source::Source;
 use filter::store;
-use filter::usage::Counts;
+use filter::usage::{Counts, Drawn};
 
 fn main() {
     divan::main();
@@ -100,7 +100,7 @@ fn take_from_a_limit(bencher: Bencher<'_, '_>) {
 fn count_a_request(bencher: Bencher<'_, '_>) {
     let mut counts = Counts::default();
     let key = Some(KeyRef { id: KeyId([7; 16]), generation: 1 });
-    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, false, 1, 1_800_000_000_000));
+    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, false, Drawn::default(), 1_800_000_000_000));
 }
 
 #[divan::bench]

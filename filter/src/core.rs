@@ -20,7 +20,7 @@ use crate::judge::{Judge, Verdict};
 use crate::lease::Holder;
 use crate::metrics::Metrics;
 use crate::store::{self, State};
-use crate::usage::Counts;
+use crate::usage::{Counts, Drawn};
 
 const NS_PER_MS: u64 = 1_000_000;
 
@@ -105,9 +105,11 @@ impl Core {
         let key = verdict.record.as_ref().map(|record| KeyRef { id: record.key_id, generation: record.generation });
         let now_ms = now_ns.checked_div(NS_PER_MS).unwrap_or_default();
         // Requests of owners whose credits are not metered are free: what is told is what was drawn from the lease.
-        let metered = verdict.record.as_ref().is_some_and(|record| record.further.credits.is_some());
-        let cost = if metered { verdict.cost } else { 0 };
-        self.counts.borrow_mut().add(key, verdict.outcome, verdict.shadowed, cost, now_ms);
+        let drawn = verdict.record.as_ref().map_or_else(Drawn::default, |record| Drawn {
+            credits: record.further.credits.map_or(0, |_| verdict.cost),
+            quota: record.further.quota.is_some(),
+        });
+        self.counts.borrow_mut().add(key, verdict.outcome, verdict.shadowed, drawn, now_ms);
         self.metrics.decided(verdict.outcome, verdict.shadowed);
         verdict
     }

@@ -25,6 +25,15 @@ pub const BATCH_REPORTS: usize = 4;
 
 const HOUR_MS: u64 = 3_600_000;
 
+/// What leases paid for one request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drawn {
+    /// Of its owner's credits.
+    pub credits: u32,
+    /// Of its key's quota.
+    pub quota: bool,
+}
+
 /// What one VM counted since it last published.
 #[derive(Debug, Default)]
 pub struct Counts {
@@ -33,12 +42,13 @@ pub struct Counts {
 
 impl Counts {
     /// Counts one decided request; `shadowed` if it should have been refused and was not.
-    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, cost: u32, now_ms: u64) {
+    /// `drawn`: credits and, of its key's quota, requests that leases paid for it.
+    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, drawn: Drawn, now_ms: u64) {
         let hour = u32::try_from(now_ms.checked_div(HOUR_MS).unwrap_or_default()).unwrap_or(u32::MAX);
         let code = outcome.code() | if shadowed { SHADOW } else { 0 };
         let of = Subject { key, outcome: code, hour };
-        let cost = if outcome == Outcome::Allowed { u64::from(cost) } else { 0 };
-        let one = Count { of, requests: 1, cost, last_ms: now_ms };
+        let Drawn { credits, quota } = if outcome == Outcome::Allowed { drawn } else { Drawn::default() };
+        let one = Count { of, requests: 1, cost: credits.into(), drawn: quota.into(), last_ms: now_ms };
         self.counts.entry(of).and_modify(|count| count.add(&one)).or_insert(one);
     }
 
@@ -245,6 +255,8 @@ mod tests {
     use crate::cells::memory::MemoryCells;
 
     const REPORTER: ReporterId = ReporterId([5; 16]);
+    const ONE: Drawn = Drawn { credits: 1, quota: true };
+    const TWO: Drawn = Drawn { credits: 2, quota: true };
     const NOW: u64 = 1_800_000_000_000;
 
     fn names() -> Names {
@@ -258,7 +270,7 @@ mod tests {
     fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
         let mut counts = Counts::default();
         for (key, outcome) in requests {
-            counts.add(*key, *outcome, false, 2, NOW);
+            counts.add(*key, *outcome, false, TWO, NOW);
         }
         counts
     }
@@ -290,13 +302,14 @@ mod tests {
         counted(&[(key(1), Outcome::Allowed), (None, Outcome::Unknown)]).publish(&cells, &names(), 1);
         collect(&cells, &names());
         let report = one_report(&cells);
-        let seen: Vec<_> = report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost)).collect();
+        let seen: Vec<_> =
+            report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost, c.drawn)).collect();
         assert_eq!(
             seen,
             [
-                (None, Outcome::Unknown.code(), 1, 0),
-                (key(1), Outcome::Allowed.code(), 3, 6),
-                (key(1), Outcome::RateLimited.code(), 1, 0)
+                (None, Outcome::Unknown.code(), 1, 0, 0),
+                (key(1), Outcome::Allowed.code(), 3, 6, 3),
+                (key(1), Outcome::RateLimited.code(), 1, 0, 0)
             ]
         );
     }
@@ -361,7 +374,7 @@ mod tests {
         for number in 0..(REPORT_COUNTS as u32 + 5) {
             let mut id = KeyId([0; 16]);
             id.0[..4].copy_from_slice(&number.to_be_bytes());
-            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, 1, NOW);
+            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
         }
         counts.publish(&cells, &names(), 0);
         collect(&cells, &names());
@@ -379,7 +392,7 @@ mod tests {
         for number in 0..keys {
             let mut id = KeyId([0; 16]);
             id.0[..4].copy_from_slice(&number.to_be_bytes());
-            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, 1, NOW);
+            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
         }
         counts.publish(&cells, &names(), 0);
         collect(&cells, &names());
@@ -417,7 +430,7 @@ mod tests {
         let cells = open();
         let mut counts = Counts::default();
         for minutes in [0, 10, 70, 30] {
-            counts.add(key(1), Outcome::Allowed, false, 1, NOW + minutes * 60_000);
+            counts.add(key(1), Outcome::Allowed, false, ONE, NOW + minutes * 60_000);
         }
         counts.publish(&cells, &names(), 0);
         collect(&cells, &names());
@@ -444,8 +457,8 @@ mod tests {
     #[test]
     fn what_was_told_and_not_enforced_is_counted_apart_and_costs_nothing() {
         let mut counts = Counts::default();
-        counts.add(key(1), Outcome::Expired, false, 1, NOW);
-        counts.add(key(1), Outcome::Expired, true, 1, NOW);
+        counts.add(key(1), Outcome::Expired, false, ONE, NOW);
+        counts.add(key(1), Outcome::Expired, true, ONE, NOW);
         let mut seen: Vec<_> = counts.counts.values().map(|count| (count.of.outcome, count.cost)).collect();
         seen.sort_unstable();
         assert_eq!(seen, [(4, 0), (132, 0)]);

@@ -169,7 +169,7 @@ struct Sums {
 
 impl Sums {
     fn add(&mut self, counts: &[Count]) {
-        for Count { of, requests, cost, last_ms } in counts {
+        for Count { of, requests, cost, last_ms, .. } in counts {
             let Some(key) = of.key else {
                 let sum = self.keyless.entry((of.hour, of.outcome)).or_default();
                 *sum = sum.saturating_add(*requests);

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use contract::budget::Stock;
 use contract::outcome::Outcome;
 use contract::record::Budget;
-use contract::usage::{GRANTS, Grant, Report, SHADOW};
+use contract::usage::{Count, GRANTS, Grant, Report, SHADOW};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -57,6 +57,8 @@ struct Need {
 #[derive(Clone, Copy, Default)]
 struct Seen {
     allowed: u64,
+    /// Of those: what drew from a lease of the key's quota.
+    drawn: u64,
     cost: u64,
     limited: u64,
     over_quota: u64,
@@ -66,15 +68,17 @@ struct Seen {
 }
 
 impl Seen {
-    fn add(&mut self, outcome: u8, requests: u64, cost: u64) {
+    fn add(&mut self, count: &Count) {
+        let Count { of, requests, cost, drawn, .. } = *count;
         let sum = |to: &mut u64, more: u64| *to = to.saturating_add(more);
-        if outcome == Outcome::Allowed.code() {
+        if of.outcome == Outcome::Allowed.code() {
             sum(&mut self.allowed, requests);
+            sum(&mut self.drawn, drawn);
             sum(&mut self.cost, cost);
             return;
         }
         // What was told and not enforced is demand as well.
-        match Outcome::from_code(outcome & !SHADOW) {
+        match Outcome::from_code(of.outcome & !SHADOW) {
             Some(Outcome::RateLimited) => sum(&mut self.limited, requests),
             Some(Outcome::QuotaExceeded) => sum(&mut self.over_quota, requests),
             Some(Outcome::CreditsExhausted) => sum(&mut self.unpaid, requests),
@@ -221,7 +225,7 @@ fn seen(fresh: &[Fresh<'_>], needs: &BTreeMap<Uuid, Need>) -> BTreeMap<(usize, U
             let Some(key) = count.of.key.map(|key| Uuid::from(key.id)) else { continue };
             let Some(need) = needs.get(&key) else { continue };
             let seen = all.entry((place, key)).or_default();
-            seen.add(count.of.outcome, count.requests, count.cost);
+            seen.add(count);
             if seen.unpaid > 0 {
                 seen.least = need.cost.max(1);
             }
@@ -315,7 +319,7 @@ fn grant(
                 counted.insert((SHARE, *key), Heard { spent: seen.allowed, refused: seen.limited, ..blank });
             }
             if need.quota.is_some() {
-                counted.insert((QUOTA, *key), Heard { spent: seen.allowed, refused: seen.over_quota, ..blank });
+                counted.insert((QUOTA, *key), Heard { spent: seen.drawn, refused: seen.over_quota, ..blank });
             }
             of_owners.entry(need.owner).or_default().merge(seen);
         }

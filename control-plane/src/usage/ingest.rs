@@ -108,7 +108,10 @@ pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
         if report.counts.len() > REPORT_COUNTS {
             return senseless(format!("counts: more than {REPORT_COUNTS} in one report"));
         }
-        for Count { of, requests, cost, .. } in &report.counts {
+        for Count { of, requests, cost, drawn, .. } in &report.counts {
+            if drawn > requests {
+                return senseless("drawn: more than the requests of its count".into());
+            }
             if *requests > REQUESTS || *cost > REQUESTS.saturating_mul(1_000) {
                 return senseless(format!("requests: more than {REQUESTS} in one count"));
             }
@@ -190,7 +193,7 @@ mod tests {
 
     fn report(reporter: u8, seq: u64, hour: u32, requests: u64) -> Report {
         let key = Some(KeyRef { id: KeyId([1; 16]), generation: 1 });
-        let count = Count { of: Subject { key, outcome: 0, hour }, requests, cost: 0, last_ms: 0 };
+        let count = Count { of: Subject { key, outcome: 0, hour }, requests, cost: 0, drawn: 0, last_ms: 0 };
         Report { reporter: ReporterId([reporter; 16]), seq, counts: vec![count] }
     }
 

@@ -5,7 +5,7 @@ use crate::support::{Fixture, request};
 use axum::body::Body;
 use contract::key::Secret;
 use contract::outcome::Outcome;
-use contract::usage::SHADOW;
+use contract::usage::{Count, SHADOW};
 use control_plane::key::quota::{Whose, refresh_starters};
 use control_plane::quota::{reconsider, reopen};
 use serde_json::{Value, json};
@@ -46,6 +46,23 @@ fn timeless(mut view: Value) -> Value {
         view.as_object_mut().unwrap().remove(field);
     }
     view
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_an_envoy_let_in_before_it_knew_of_a_quota_is_used_and_was_not_drawn_from_a_lease(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, _) = fixture.key("ada@example.com", &[]).await;
+    set_quota(&pool, id, &json!({"requests": 100, "period": "month", "time_zone": "UTC"})).await;
+    let mut envoy = Envoy::new(1, &sync);
+    let before = Count { drawn: 0, ..count(id, Outcome::Allowed, 20) };
+    assert_eq!(granted(&envoy.report(&fixture, &[before]).await, 1, id), None);
+    let some = Count { drawn: 10, ..count(id, Outcome::Allowed, 40) };
+    // The lease is half of the 40 that are left, on top of the 10 that the Envoy knows it has spent.
+    assert_eq!(granted(&envoy.report(&fixture, &[some]).await, 1, id), Some((10 + 20, 1)));
+    let seen = view(&fixture, &admin, id).await;
+    assert_eq!((&seen["used"], &seen["leased"], &seen["remaining"]), (&json!(60), &json!(20), &json!(20)), "{seen}");
 }
 
 #[sqlx::test(migrations = "./migrations")]

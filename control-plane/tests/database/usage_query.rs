@@ -299,7 +299,7 @@ fn submission(reporter: u8, seq: u64, counts: Vec<Count>) -> Submission {
 
 fn of(key: Option<Uuid>, outcome: u8, hour: u32, requests: u64) -> Count {
     let key = key.map(|id| KeyRef { id: KeyId::from(id), generation: 1 });
-    Count { of: Subject { key, outcome, hour }, requests, cost: requests * 3, last_ms: 0 }
+    Count { of: Subject { key, outcome, hour }, requests, cost: requests * 3, drawn: 0, last_ms: 0 }
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -38,7 +38,7 @@ impl Envoy {
     }
 }
 
-/// Requests that cost one credit each if they were allowed.
+/// Requests that cost one credit each, and draw from a quota, if they were allowed.
 pub fn count(key: Uuid, outcome: Outcome, requests: u64) -> Count {
     let cost = if outcome == Outcome::Allowed { requests } else { 0 };
     coded(key, outcome.code(), requests, cost)
@@ -46,7 +46,8 @@ pub fn count(key: Uuid, outcome: Outcome, requests: u64) -> Count {
 
 pub fn coded(key: Uuid, outcome: u8, requests: u64, cost: u64) -> Count {
     let key = Some(KeyRef { id: KeyId::from(key), generation: 1 });
-    Count { of: Subject { key, outcome, hour: 490_000 }, requests, cost, last_ms: 1_764_000_000_000 }
+    let drawn = if outcome == Outcome::Allowed.code() { requests } else { 0 };
+    Count { of: Subject { key, outcome, hour: 490_000 }, requests, cost, drawn, last_ms: 1_764_000_000_000 }
 }
 
 /// The amount and turn granted of a stock.
