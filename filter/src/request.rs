@@ -84,18 +84,35 @@ fn tell_upstream(config: &Config, verdict: &Verdict) {
     }
 }
 
-/// Removes the key from where it stood. Headers that have no other use are removed in any case.
+/// Removes the key from where it stood, and from every other place where it stands as well. Headers that have no other use
+/// are removed in any case. Only where several places are configured are others looked at.
 fn strip(config: &Config, found: &Found<'_>) {
     for source in &config.key_sources {
         if let Source::Header(name) = source {
             host::remove_request_header(name);
         }
     }
-    match &found.at {
-        None | Some((Source::Header(_), _)) => {}
-        Some((source, value)) => match source.without(value) {
-            Left::Nothing => host::remove_request_header(source.header()),
-            Left::Value(left) => host::replace_request_header_bytes(source.header(), &left),
-        },
+    let Some((place, value)) = &found.at else { return };
+    if !matches!(place, Source::Header(_)) {
+        cut(place, value);
+    }
+    let Some(key) = place.find(value) else { return };
+    for other in &config.key_sources {
+        if other == *place || matches!(other, Source::Header(_)) {
+            continue;
+        }
+        // Read anew: what was cut may have stood in the same header.
+        let Some(value) = host::request_header(other.header()) else { continue };
+        if other.find(&value).as_ref() == Some(&key) {
+            cut(other, &value);
+        }
+    }
+}
+
+/// Leaves of a header what is no key.
+fn cut(source: &Source, value: &[u8]) {
+    match source.without(value) {
+        Left::Nothing => host::remove_request_header(source.header()),
+        Left::Value(left) => host::replace_request_header_bytes(source.header(), &left),
     }
 }

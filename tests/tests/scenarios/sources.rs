@@ -90,6 +90,26 @@ async fn the_first_place_that_has_a_key_counts() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_key_that_stands_in_several_places_is_taken_out_of_all_of_them() -> Result<()> {
+    let list =
+        json!([{"header": "x-api-key"}, {"bearer": true}, {"query": "api_key"}, {"query": "k"}, {"cookie": "s"}]);
+    let bench = start(json!({"key_sources": list})).await?;
+    let good = "sk_live_good";
+    let everywhere = Request::get(format!("/a?api_key={good}&b=1&k={good}"))
+        .header("x-api-key", good)
+        .header("authorization", format!("Bearer {good}"))
+        .header("cookie", format!("s={good}"));
+    let reply = ask(&bench, everywhere).await?;
+    assert_upstream(&reply, &IDENTITY);
+    assert_eq!(path(&reply)?, "/a?b=1");
+    // The first of two parameters of one header counts, and the rest of the header is looked at without it.
+    let reply = ask(&bench, Request::get(format!("/a?k={good}&api_key={good}")).header("cookie", "s=other")).await?;
+    assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
+    assert_eq!(path(&reply)?, "/a");
+    Ok(())
+}
+
+#[tokio::test]
 async fn where_bearers_are_taken_a_refusal_offers_both_schemes_and_elsewhere_one() -> Result<()> {
     let bench = start(json!({"key_sources": sources()})).await?;
     for request in [Request::get("/"), Request::get("/?api_key=").header("cookie", "session_key=; session_key")] {
