@@ -3,7 +3,7 @@
 //!
 //! ```json
 //! { "policies": {"orders-read": {"scopes": {"all": ["orders:read"]}}},
-//!   "default_policy": {},
+//!   "default_policy": {}, "shadow": false,
 //!   "routes": [{"prefix": "/orders", "methods": ["GET"], "policy": "orders-read"}] }
 //! ```
 
@@ -19,6 +19,8 @@ const ROUTES: usize = 10_000;
 /// Policies by name and by path.
 #[derive(Clone, Debug, Default)]
 pub struct Configured {
+    /// Whether Envoys are in shadow mode as a whole, whatever a policy says.
+    pub shadow: bool,
     policies: Policies,
     routes: Vec<Route>,
 }
@@ -36,6 +38,7 @@ struct Route {
 struct File {
     policies: BTreeMap<String, PolicyText>,
     default_policy: PolicyText,
+    shadow: bool,
     routes: Vec<Route>,
 }
 
@@ -66,7 +69,7 @@ impl Configured {
     /// # Errors
     /// The field and the remedy.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let File { policies, default_policy, routes } =
+        let File { policies, default_policy, shadow, routes } =
             serde_json::from_str(text).map_err(|error| error.to_string())?;
         let policies = Policies::check(default_policy, policies).map_err(|error| error.to_string())?;
         if routes.len() > ROUTES {
@@ -86,7 +89,7 @@ impl Configured {
                 return bad("policy", &why);
             }
         }
-        Ok(Self { policies, routes })
+        Ok(Self { shadow, policies, routes })
     }
 
     /// The policy of this name.

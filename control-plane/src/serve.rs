@@ -37,6 +37,9 @@ type Failure = Box<dyn std::error::Error>;
 /// How long requests that are under way may take to end.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// For how long a connection to the database is taken to live since it last was used.
+const TRUSTED: Duration = Duration::from_secs(1);
+
 /// How long a request waits for a connection to the database.
 const ACQUIRE: Duration = Duration::from_secs(3);
 
@@ -160,7 +163,17 @@ fn options(url: &str) -> Result<PgConnectOptions, String> {
 /// Connections are made when they are needed, so that the process runs, and says so, while the database is away.
 fn open(options: &PgConnectOptions, connections: u32) -> PgPool {
     let options = options.clone().options([("lock_timeout", LOCK), ("statement_timeout", STATEMENT)]);
-    PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE).connect_lazy_with(options)
+    let pool = PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE);
+    // To ask each time costs a call to the database as long as many a statement.
+    let pool = pool.test_before_acquire(false).before_acquire(|connection, meta| {
+        Box::pin(async move {
+            if meta.idle_for > TRUSTED {
+                connection.ping().await?;
+            }
+            Ok(true)
+        })
+    });
+    pool.connect_lazy_with(options)
 }
 
 /// What keeps the database from being prepared.

@@ -43,6 +43,8 @@ pub struct Account {
     pub owner_id: Uuid,
     /// The sum of the ledger.
     pub balance: i64,
+    /// What requests have ever cost.
+    pub spent: i64,
     /// Whether requests cost credits.
     pub metered: bool,
     /// What an Envoy may spend before it was leased any.
@@ -191,8 +193,8 @@ async fn hold(connection: &mut PgConnection, email: &Email) -> Result<Locked, Ap
     })
 }
 
-/// Prepares an account for the balance that it is about to have: how much an Envoy may begin with, and, if credits come in
-/// where there were none, that every Envoy begins anew.
+/// Prepares an account for the balance that it is about to have: how much an Envoy may begin with, and, if what was there
+/// is less than that, that every Envoy begins anew. So a rest that no longer pays for a request keeps no door shut.
 ///
 /// # Errors
 /// Those of the database.
@@ -202,13 +204,14 @@ pub(super) async fn open(
     metered: bool,
     balance: i64,
 ) -> Result<(), sqlx::Error> {
-    let opens = metered && (!owner.metered || (owner.balance <= 0 && balance > 0));
+    let starter = starter(balance);
+    let opens = metered && (!owner.metered || (balance > 0 && owner.balance < starter.into()));
     let turn = owner.credits_turn.saturating_add(i32::from(opens));
     sqlx::query!(
         "update user_preferences set metered = $2, credits_starter = $3, credits_turn = $4 where id = $1",
         owner.id,
         metered,
-        starter(balance),
+        starter,
         turn
     )
     .execute(connection)
@@ -284,7 +287,7 @@ pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
 pub async fn account(pool: &PgPool, email: &Email) -> Result<Option<Account>, ApiError> {
     let account = sqlx::query_as!(
         Account,
-        r#"select p.id as owner_id, p.balance, p.metered, p.credits_starter, p.refill as "refill: Json<Refill>", p.refill_at,
+        r#"select p.id as owner_id, p.balance, p.credits_spent as spent, p.metered, p.credits_starter, p.refill as "refill: Json<Refill>", p.refill_at,
             (
                 select coalesce(sum(greatest(l.held - l.spent, 0)), 0)::bigint
                 from leases l join usage_reporters r on r.reporter = l.reporter
@@ -297,20 +300,6 @@ pub async fn account(pool: &PgPool, email: &Email) -> Result<Option<Account>, Ap
     .fetch_optional(pool)
     .await?;
     Ok(account)
-}
-
-/// Credits that were ever used by requests of a user's keys.
-///
-/// # Errors
-/// Those of the database.
-pub async fn spent(pool: &PgPool, owner: Uuid) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar!(
-        r#"select least(coalesce(-sum(amount), 0), 9223372036854775807)::bigint as "spent!"
-        from ledger where owner_id = $1 and kind = 'usage'"#,
-        owner
-    )
-    .fetch_one(pool)
-    .await
 }
 
 /// Reads rows of an owner, the newest first: those before `before`, at most `limit`.

@@ -75,7 +75,8 @@ pub struct Explanation {
     /// The policy that applies: its name, `default`, or `inline`.
     #[schema(example = "orders-read")]
     policy: String,
-    /// Whether the policy lets the request through whatever comes of it, and only tells and counts that.
+    /// Whether the request goes upstream whatever comes of it, and that is only told and counted: by the policy's shadow
+    /// mode, or by that of all Envoys, if `--policies` says so.
     shadow: bool,
     /// Every check, in the order in which they are asked. The first that fails decides.
     checks: Vec<CheckView>,
@@ -160,7 +161,7 @@ pub async fn explain(
     let found = if applies.policy.is_some() { None } else { Some(Outcome::PolicyUnknown) };
     checks.push(CheckView::judged("policy", found, format!("{}: {}", applies.name, applies.how)));
     let Some(policy) = applies.policy else {
-        return Ok(Json(explanation(Outcome::PolicyUnknown, applies.name, false, checks)));
+        return Ok(Json(explanation(Outcome::PolicyUnknown, applies.name, app.policies.shadow, checks)));
     };
     let definitions = app.store.definitions();
     let facts = Facts {
@@ -187,7 +188,7 @@ pub async fn explain(
     } else if let Some(limit) = &policy.rate_limit {
         checks.push(CheckView::told("rate_limit", format!("of the route, for each client address: {}", alone(limit))));
     }
-    Ok(Json(explanation(outcome, applies.name, policy.shadow, checks)))
+    Ok(Json(explanation(outcome, applies.name, policy.shadow || app.policies.shadow, checks)))
 }
 
 fn explanation(outcome: Outcome, policy: String, shadow: bool, checks: Vec<CheckView>) -> Explanation {

@@ -143,6 +143,10 @@ pub struct AppliedOn {
     /// For how long the slowest of the others has lagged behind, in seconds; null if all have the change.
     #[schema(required, example = 1.2)]
     oldest_seconds: Option<f64>,
+    /// Further Envoys that were heard of within 24 hours but not within the last 60 seconds, and did not have the change
+    /// then. They have ended, or are cut off and still serve what they had: `GET /v1/filters` names them.
+    #[schema(example = 0)]
+    silent: i64,
 }
 
 /// By how many Envoys a change with this revision was applied.
@@ -150,9 +154,9 @@ pub struct AppliedOn {
 /// # Errors
 /// Those of the database.
 pub async fn applied_on(app: &App, revision: i64) -> Result<AppliedOn, ApiError> {
-    let filters::Applied { filters, applied, oldest_seconds } =
+    let filters::Applied { filters, applied, oldest_seconds, silent } =
         filters::applied(&app.pool, &app.filters, revision).await?;
-    Ok(AppliedOn { filters, applied, oldest_seconds })
+    Ok(AppliedOn { filters, applied, oldest_seconds, silent })
 }
 
 /// The same for the last change of a key, of a secret that it had, of its roles and its plan.

@@ -59,18 +59,24 @@ impl Changes {
     }
 }
 
-/// Changes a key that is held.
+/// Changes a key that is held. What an admin has switched off, only an admin switches on again.
 ///
 /// # Errors
-/// 409 for a key that was revoked; those of the database.
+/// 403 for a key that is an admin's to switch on; 409 for one that was revoked; those of the database.
 pub async fn change(
     connection: &mut PgConnection,
     actor: &Actor,
+    by_admin: bool,
     key: &Held,
     changes: Changes,
 ) -> Result<(), ApiError> {
     if key.revoked_at.is_some() {
         return Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into()));
+    }
+    match changes.disabled {
+        Some(true) if key.disabled && by_admin => keep_off(connection, actor, key).await?,
+        Some(false) if key.disabled && !by_admin => require_ours(connection, key).await?,
+        _ => {}
     }
     let changes = changes.beyond(key);
     if changes.is_empty() {
@@ -81,11 +87,13 @@ pub async fn change(
     if changes.seen() {
         sqlx::query!(
             "update api_keys set name = coalesce($2, name), disabled = coalesce($3, disabled),
-                expires_at = case when $4 then $5 else expires_at end
+                disabled_by_admin = coalesce($3 and $4, disabled_by_admin),
+                expires_at = case when $5 then $6 else expires_at end
             where id = $1",
             key.id,
             name,
             changes.disabled,
+            by_admin,
             changes.expires_at.is_some(),
             changes.expires_at.flatten()
         )
@@ -97,5 +105,28 @@ pub async fn change(
             .await?;
     }
     audit::note(connection, actor, Deed::to_key("key.change", key.id, changes.told(key))).await?;
+    Ok(())
+}
+
+/// Makes what its owner has switched off an admin's to switch on.
+async fn keep_off(connection: &mut PgConnection, actor: &Actor, key: &Held) -> Result<(), ApiError> {
+    let changed =
+        sqlx::query!("update api_keys set disabled_by_admin = true where id = $1 and not disabled_by_admin", key.id)
+            .execute(&mut *connection)
+            .await?;
+    if changed.rows_affected() > 0 {
+        let detail = json!({"disabled_by_admin": {"from": false, "to": true}});
+        audit::note(connection, actor, Deed::to_key("key.change", key.id, detail)).await?;
+    }
+    Ok(())
+}
+
+/// Refuses to switch on what an admin has switched off.
+async fn require_ours(connection: &mut PgConnection, key: &Held) -> Result<(), ApiError> {
+    let by_admin = sqlx::query_scalar!("select disabled_by_admin from api_keys where id = $1", key.id);
+    if by_admin.fetch_one(connection).await? {
+        let detail = "An admin has switched this key off: ask one to switch it on again.";
+        return Err(ApiError::Forbidden(detail.into()));
+    }
     Ok(())
 }

@@ -157,10 +157,12 @@ pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -
     let secret = generate(new.kind)?;
     let user = lock_user(connection, &new.email).await?;
     let permissions = new.permissions.resolve(connection).await?;
-    let row = insert(connection, user.id, &new, &permissions, &secret).await?;
-    audit::note(connection, actor, Deed::to_key("key.create", row.id, told(&new))).await?;
+    let id = Uuid::now_v7();
+    // The key comes last: it takes the lock that orders the changes of all keys.
+    audit::note(connection, actor, Deed::to_key("key.create", id, told(&new))).await?;
+    let row = insert(connection, id, user.id, &new, &permissions, &secret).await?;
     let key = Key {
-        id: row.id,
+        id,
         owner_id: user.id,
         email: new.email.as_str().into(),
         name: new.name.as_str().into(),
@@ -204,7 +206,8 @@ pub async fn replace_primary(
     if let Some(old) = user.primary_key_id {
         revoke_row(connection, actor, old, may).await?;
     }
-    let id = insert(connection, user.id, new, &permissions, &secret).await?.id;
+    let id = Uuid::now_v7();
+    insert(connection, id, user.id, new, &permissions, &secret).await?;
     sqlx::query!("update user_preferences set primary_key_id = $2 where id = $1", user.id, id)
         .execute(&mut *connection)
         .await?;
@@ -233,8 +236,9 @@ pub async fn insert_given(
             .await?;
     if !there {
         let new = NewKey { scopes: scopes.clone(), ..NewKey::plain(email.clone(), name.clone()) };
-        let row = insert(&mut transaction, user.id, &new, &Resolved::default(), secret).await?;
-        audit::note(&mut transaction, &Actor::system(), Deed::to_key("key.create", row.id, told(&new))).await?;
+        let id = Uuid::now_v7();
+        insert(&mut transaction, id, user.id, &new, &Resolved::default(), secret).await?;
+        audit::note(&mut transaction, &Actor::system(), Deed::to_key("key.create", id, told(&new))).await?;
     }
     transaction.commit().await?;
     Ok(!there)
@@ -364,7 +368,6 @@ pub(crate) async fn lock_user(connection: &mut PgConnection, email: &Email) -> R
 }
 
 struct Inserted {
-    id: Uuid,
     generation: i32,
     version: i64,
     created_at: OffsetDateTime,
@@ -372,6 +375,7 @@ struct Inserted {
 
 async fn insert(
     connection: &mut PgConnection,
+    id: Uuid,
     owner_id: Uuid,
     new: &NewKey,
     permissions: &Resolved,
@@ -393,8 +397,8 @@ async fn insert(
     let inserted = sqlx::query_as!(
         Inserted,
         "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at)
-        values ($1, $2, $3, $4, $5, $6, $7, $8) returning id, generation, version, created_at",
-        Uuid::now_v7(),
+        values ($1, $2, $3, $4, $5, $6, $7, $8) returning generation, version, created_at",
+        id,
         owner_id,
         new.name.as_str(),
         &secret.hash().0[..],
@@ -409,7 +413,7 @@ async fn insert(
         Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
         _ => error.into(),
     })?;
-    permit(connection, inserted.id, permissions).await?;
+    permit(connection, id, permissions).await?;
     Ok(inserted)
 }
 

@@ -58,6 +58,9 @@ pub struct Applied {
     pub applied: i64,
     /// For how long the slowest of the others has lagged behind, in seconds.
     pub oldest_seconds: Option<f64>,
+    /// Envoys that are not live, were heard of within [`SHOWN_HOURS`] and did not say then that they hold the change:
+    /// ended, or cut off and still serving what they had.
+    pub silent: i64,
 }
 
 fn silent_s() -> f64 {
@@ -198,14 +201,19 @@ pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sql
 /// Those of the database.
 pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Result<Applied, sqlx::Error> {
     let row = sqlx::query!(
-        r#"select s.epoch, count(f.reporter) as "filters!",
-            count(f.reporter) filter (where f.epoch = s.epoch and f.revision >= $1) as "applied!",
-            extract(epoch from now() - min(f.confirmed_at) filter (where f.epoch <> s.epoch or f.revision < $1))::float8
-                as confirmed_s
-        from store_state s left join filters f on f.seen_at > now() - make_interval(secs => $2)
+        r#"select s.epoch, count(*) filter (where f.live) as "filters!",
+            count(*) filter (where f.live and f.applied) as "applied!",
+            count(*) filter (where not f.live and not f.applied) as "silent!",
+            extract(epoch from now() - min(f.confirmed_at) filter (where f.live and not f.applied))::float8 as confirmed_s
+        from store_state s left join lateral (
+            select confirmed_at, seen_at > now() - make_interval(secs => $2) as live,
+                filters.epoch = s.epoch and filters.revision >= $1 as applied
+            from filters where seen_at > now() - make_interval(hours => $3)
+        ) f on true
         group by s.epoch"#,
         revision,
-        silent_s()
+        silent_s(),
+        SHOWN_HOURS
     )
     .fetch_one(pool)
     .await?;
@@ -213,7 +221,7 @@ pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Resul
     let arrived = registry.since_arrival(Epoch::from(row.epoch), revision.cast_unsigned());
     let arrived_s = arrived.map_or(f64::INFINITY, |arrived| arrived.as_secs_f64());
     let oldest_seconds = row.confirmed_s.map(|confirmed_s| confirmed_s.min(arrived_s).max(0.0));
-    Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds })
+    Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds, silent: row.silent })
 }
 
 /// Forgets Envoys that were not heard of for a day.

@@ -42,7 +42,8 @@ async fn rows(pool: &PgPool) -> Vec<(String, i64)> {
     .unwrap();
     let unequal: i64 = sqlx::query_scalar(
         "select count(*) from user_preferences p
-        where balance <> coalesce((select sum(amount) from ledger where owner_id = p.id), 0)",
+        where balance <> coalesce((select sum(amount) from ledger where owner_id = p.id), 0)
+            or credits_spent <> coalesce((select -sum(amount) from ledger where owner_id = p.id and kind = 'usage'), 0)",
     )
     .fetch_one(pool)
     .await
@@ -91,10 +92,16 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
         "refill": null, "refill_at": null
     });
     assert_eq!(account(&fixture, &own).await, expected);
-    // More where there is some opens no door anew.
+    // More where there is some opens no door anew, but much where there was little does: the rest may have been too little
+    // for a single request.
     top_up(&fixture, &admin, 600).await;
     assert_eq!(as_filters_know(&pool).await, [(false, Some(100), 2)]);
-    assert_eq!(rows(&pool).await, [("top_up".into(), 1_000), ("top_up".into(), 600)]);
+    top_up(&fixture, &admin, 24_000).await;
+    assert_eq!(as_filters_know(&pool).await, [(false, Some(1_600), 2)]);
+    top_up(&fixture, &admin, 384_016).await;
+    assert_eq!(as_filters_know(&pool).await, [(false, Some(25_601), 3)]);
+    let amounts = [1_000, 600, 24_000, 384_016].map(|amount| ("top_up".into(), amount));
+    assert_eq!(rows(&pool).await, amounts);
     let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> = sqlx::query_as(
         "select action, actor_key_id, target, detail from audit where action like 'credits.%' order by id",
     )

@@ -210,6 +210,21 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn where_all_envoys_are_in_shadow_mode_nothing_is_said_to_be_refused(pool: PgPool) {
+    let (mut fixture, admin) = fixture(pool).await;
+    fixture.app.policies = Arc::new(Configured::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
+    fixture.router = http::router(fixture.app.clone(), None);
+    for (body, outcome) in [
+        (json!({}), "missing"),
+        (json!({"policy": "wrong"}), "policy_unknown"),
+        (json!({"policy": {"scopes": {"all": ["a"]}}, "key": admin.reveal()}), "scope_denied"),
+    ] {
+        let told = explain(&fixture, &admin, body).await.json();
+        assert_eq!((&told["outcome"], &told["status"], &told["shadow"]), (&json!(outcome), &Value::Null, &json!(true)));
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn a_user_explains_keys_of_their_own_and_a_filters_key_explains_none(pool: PgPool) {
     let (fixture, _) = fixture(pool).await;
     let (own, user) = fixture.key("user@example.com", &[]).await;

@@ -119,7 +119,10 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let (id, user) = fixture.key("user@example.com", &[]).await;
     // Notes when changes arrive.
     let running = tokio::spawn(fixture.app.filters.clone().run(pool.clone(), fixture.app.store.clone()));
-    assert_eq!(applied_on(&fixture, &user, id).await, json!({"filters": 0, "applied": 0, "oldest_seconds": null}));
+    assert_eq!(
+        applied_on(&fixture, &user, id).await,
+        json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 0})
+    );
     let before = fixture.in_step().await;
     let epoch = epoch(&pool).await;
     let says = async |number: u8, revision: u64| {
@@ -128,7 +131,10 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     };
     says(1, before).await;
     says(2, before).await;
-    assert_eq!(applied_on(&fixture, &user, id).await, json!({"filters": 2, "applied": 2, "oldest_seconds": null}));
+    assert_eq!(
+        applied_on(&fixture, &user, id).await,
+        json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0})
+    );
 
     let revoked = Instant::now();
     revoke(&pool, id).await;
@@ -143,7 +149,10 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let later = applied_on(&fixture, &admin, id).await["oldest_seconds"].as_f64().unwrap();
     assert!(later > lags, "{later} after {lags}");
     says(2, after).await;
-    assert_eq!(applied_on(&fixture, &admin, id).await, json!({"filters": 2, "applied": 2, "oldest_seconds": null}));
+    assert_eq!(
+        applied_on(&fixture, &admin, id).await,
+        json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0})
+    );
 
     // A role of the key is part of it; a filter of another epoch has nothing of this one; silent ones do not count.
     let role: i32 = sqlx::query_scalar("insert into definitions (kind, name) values ('role', 'r') returning number")
@@ -164,10 +173,18 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let foreign = Heard { holds: Some((Epoch([9; 16]), u64::MAX)), ..Heard::default() };
     fixture.app.filters.polled(envoy(3), foreign);
     let three = applied_on(&fixture, &admin, id).await;
-    assert_eq!((&three["filters"], &three["applied"]), (&json!(3), &json!(0)));
+    assert_eq!((&three["filters"], &three["applied"], &three["silent"]), (&json!(3), &json!(0), &json!(0)));
     sqlx::query("update filters set seen_at = now() - interval '61 seconds'").execute(&pool).await.unwrap();
     running.abort();
-    assert_eq!(applied_on(&fixture, &admin, id).await["filters"], 0);
+    // They may be gone, or serve what they had: that is told beside.
+    let silent = json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 3});
+    assert_eq!(applied_on(&fixture, &admin, id).await, silent);
+    sqlx::query("update filters set seen_at = now() - interval '25 hours' where reporter = $1")
+        .bind(Uuid::from(envoy(1)))
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!(applied_on(&fixture, &admin, id).await["silent"], 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -1,6 +1,6 @@
 //! Importing keys in bulk, over the real router and a real PostgreSQL.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::support::{Fixture, Reply, request, revision};
 use axum::body::{Body, Bytes};
@@ -9,6 +9,7 @@ use contract::key::{KeyKind, Secret};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use sqlx::postgres::PgListener;
 
 const ADMIN: &[&str] = &["admin"];
 
@@ -181,6 +182,8 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
     let (id, other) = fixture.key("other@example.com", &[]).await;
     // The import gets its lines for as long as the revocation is not done.
     let (done, is_done) = tokio::sync::watch::channel(false);
+    let mut committed = PgListener::connect_with(&pool).await.unwrap();
+    committed.listen("portcullis_changes").await.unwrap();
     let pieces = stream::iter(0_usize..100).take_while(move |_| {
         let going = !*is_done.borrow();
         async move { going }
@@ -190,8 +193,9 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
         Ok::<_, String>(Bytes::from(lines.join("\n") + "\n"))
     });
     let (imported, waited) = tokio::join!(import(&fixture, &admin, Body::from_stream(pieces)), async {
+        // Each chunk that is committed is told of, as filters hear of it.
         while sqlx::query_scalar::<_, i64>("select count(*) from api_keys").fetch_one(&pool).await.unwrap() < 3_000 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            committed.recv().await.unwrap();
         }
         let start = Instant::now();
         assert_eq!(fixture.call("DELETE", &format!("/v1/keys/{id}"), &admin, None).await.status.as_u16(), 204);

@@ -71,7 +71,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         "last_used_at": null,
     }]);
     (details["quota_use"], details["credits"]) = (Value::Null, Value::Null);
-    details["applied_on"] = json!({"filters": 0, "applied": 0, "oldest_seconds": null});
+    details["applied_on"] = json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 0});
     assert_eq!(reply.json(), details);
 
     fixture.in_step().await;
@@ -390,4 +390,42 @@ async fn a_user_makes_a_hundred_keys_and_an_admin_more(pool: PgPool) {
     let primary = json!({"email": "user@example.com", "key_name": "x"});
     assert_status(&send_json(&fixture, "POST", "/api/user/key", &user, &primary).await, 409, "conflict", detail, None);
     assert_eq!(send_json(&fixture, "POST", "/v1/keys", &admin, &body).await.status.as_u16(), 201);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_an_admin_has_switched_off_only_an_admin_switches_on(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    let (id, _) = fixture.key("user@example.com", &[]).await;
+    let uri = format!("/v1/keys/{id}");
+    let switch = async |caller: &Secret, off: bool| {
+        let reply = send_json(&fixture, "PATCH", &uri, caller, &json!({"disabled": off})).await;
+        (reply.status.as_u16(), reply)
+    };
+    let detail = "An admin has switched this key off: ask one to switch it on again.";
+    // What its owner has switched off is the owner's to switch on, unless an admin wants it off as well.
+    assert_eq!((switch(&user, true).await.0, switch(&user, false).await.0), (200, 200));
+    for owner_was_first in [false, true] {
+        if owner_was_first {
+            assert_eq!(switch(&user, true).await.0, 200);
+        }
+        let (status, reply) = switch(&admin, true).await;
+        assert_eq!((status, &reply.json()["state"]), (200, &json!("disabled")));
+        assert_eq!(switch(&user, true).await.0, 200);
+        let (_, refused) = switch(&user, false).await;
+        assert_status(&refused, 403, "forbidden", detail, None);
+        // Other changes of it are still the owner's.
+        let renamed = send_json(&fixture, "PATCH", &uri, &user, &json!({"name": "mine"})).await;
+        assert_eq!((renamed.status.as_u16(), &renamed.json()["state"]), (200, &json!("disabled")));
+        let (status, reply) = switch(&admin, false).await;
+        assert_eq!((status, &reply.json()["state"]), (200, &json!("active")));
+    }
+    let told: Vec<Value> =
+        sqlx::query_scalar("select detail from audit where key_id = $1 and detail ? 'disabled_by_admin'")
+            .bind(id)
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    assert_eq!(told, [json!({"disabled_by_admin": {"from": false, "to": true}})]);
 }

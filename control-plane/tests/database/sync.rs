@@ -389,7 +389,7 @@ async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
     let mut transaction = pool.begin().await.unwrap();
     let held = store::hold(&mut transaction, live).await.unwrap().unwrap();
     let same = Changes { disabled: Some(false), expires_at: Some(None), ..Changes::default() };
-    change(&mut transaction, &Actor::system(), &held, same).await.unwrap();
+    change(&mut transaction, &Actor::system(), true, &held, same).await.unwrap();
     transaction.commit().await.unwrap();
     assert_eq!(revision(&pool).await, before);
 }

@@ -253,7 +253,7 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
         Ok(format!("/v1/keys/{id}"))
     };
     let applied_on = async |path: &str| -> Result<Value> { Ok(get(&rest, path).await?["applied_on"].clone()) };
-    let everywhere = json!({"filters": 2, "applied": 2, "oldest_seconds": null});
+    let everywhere = json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0});
 
     let path = revoked("one@example.com").await?;
     let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());

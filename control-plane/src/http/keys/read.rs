@@ -192,8 +192,7 @@ impl CreditsView {
     async fn read(app: &App, email: &str) -> Result<Option<Self>, ApiError> {
         let account = credits::account(&app.pool, &Email::parse(email)?).await?;
         let Some(account) = account.filter(|account| account.metered) else { return Ok(None) };
-        let spent = credits::spent(&app.pool, account.owner_id).await?;
-        Ok(Some(Self { balance: account.balance, leased: account.leased, spent }))
+        Ok(Some(Self { balance: account.balance, leased: account.leased, spent: account.spent }))
     }
 }
 

@@ -230,7 +230,7 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
 }
 
 /// Rename a key, switch it off or on, move its end, change what it may. Fields that are not given stay as they are. A user's
-/// own key lets none live longer than itself.
+/// own key lets none live longer than itself, and switches on none that an admin has switched off.
 ///
 /// # Errors
 /// 400, 401, 403, 404, 409, 412, 413, 415, 429, 503.
@@ -275,7 +275,7 @@ pub async fn patch(
         caller.require_permissible(&permissions, &permissions::networks(&mut transaction, path.id).await?)?;
         permissions::change(&mut transaction, &caller.actor, &key, &permissions, &wanted).await?;
     }
-    change(&mut transaction, &caller.actor, &key, changes).await?;
+    change(&mut transaction, &caller.actor, caller.is_admin(), &key, changes).await?;
     let key = store::get(&mut *transaction, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
     let tag = etag(key.version);
     let view = show(&mut *transaction, key).await?;

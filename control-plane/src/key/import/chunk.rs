@@ -121,9 +121,11 @@ impl Rows {
 
     async fn insert(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
-            "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at, disabled)
+            "insert into api_keys (
+                id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at, disabled, disabled_by_admin
+            )
             select id, owner_id, name, hash, prefix, array(select jsonb_array_elements_text(scopes)), rate_limits,
-                expires_at, disabled
+                expires_at, disabled, disabled
             from unnest(
                 $1::uuid[], $2::uuid[], $3::text[], $4::bytea[], $5::text[], $6::jsonb[], $7::jsonb[],
                 $8::timestamptz[], $9::boolean[]
