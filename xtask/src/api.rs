@@ -1,18 +1,22 @@
 //! The REST API against its own OpenAPI document: schemathesis makes requests out of the document, good ones and bad ones,
-//! and looks at each answer. Refused are answers of 500 and more, and those that the document does not describe.
+//! and looks at each answer. Refused are answers of 500 and more, and those that the document does not describe. All of it
+//! is asked with an admin's key, and some of it again with a user's, which meets other rules.
 
 use anyhow::{Context, Result, bail, ensure};
+use contract::key::Secret;
 use hyper::Method;
 use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
 use portcullis_tests::log::Log;
 use portcullis_tests::postgres::Postgres;
 use portcullis_tests::{http, tools};
+use serde_json::json;
 
 use crate::output::progress;
 use crate::run::{cargo, run};
 
-/// Requests for each operation and each way of making them. With the seed they are the same in every run.
-const EXAMPLES: &str = "40";
+/// Requests for each operation and each way of making them, with the admin's key and with the user's. With the seed they
+/// are the same in every run.
+const EXAMPLES: [&str; 2] = ["40", "10"];
 const SEED: &str = "20261125";
 
 /// What is asked of each answer. Not asked is whether every request that fits the document is taken and every other refused:
@@ -20,10 +24,12 @@ const SEED: &str = "20261125";
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,unsupported_method";
 
+/// What schemathesis has to be taught.
+const HOOKS: &str = include_str!("../schemathesis_hooks.py");
+
 /// Runs it.
 pub(crate) async fn check() -> Result<()> {
     run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
-    let mut schemathesis = tools::schemathesis(&progress)?;
     let server = Postgres::private().await?;
     let database = server.create_database().await?;
     let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
@@ -39,27 +45,34 @@ pub(crate) async fn check() -> Result<()> {
     };
     let control_plane = ControlPlane::start(settings, home.path(), log).await?;
 
-    let document = home.path().join("openapi.json");
-    std::fs::write(&document, http::get(control_plane.address(), "/openapi.json").await?.body)?;
-    schemathesis.current_dir(home.path()).arg("run").arg(&document);
-    schemathesis.arg("--url").arg(format!("http://{}", control_plane.address()));
-    // With the admin's key: without it the rest would only show that strangers are refused.
-    schemathesis.arg("--header").arg(format!("X-API-Key: {}", admin_key.reveal()));
-    schemathesis.args(["--checks", CHECKS, "--max-examples", EXAMPLES, "--seed", SEED, "--continue-on-failure"]);
-    schemathesis.args(["--phases", "examples,coverage,fuzzing", "--no-color", "--suppress-health-check", "all"]);
-    // It does not know how to write lines of JSON; imports have tests of their own.
-    schemathesis.args(["--exclude-path", "/v1/keys/import"]);
-    schemathesis.args(["--request-timeout", "30", "--warnings", "off"]);
-    let status = tokio::task::spawn_blocking(move || schemathesis.status()).await?.context("python3 cannot be run")?;
-    control_plane.must_run()?;
-    let still =
-        http::send_json(control_plane.address(), Method::GET, "/v1/keys", Some(admin_key.reveal()), None).await?;
-    ensure!(
-        still.status == 200,
-        "the requests revoked the key that they came with, and the rest of them showed nothing"
-    );
-    if !status.success() {
-        bail!("the REST API does not keep to its document; what it logged:\n{}", control_plane.log().tail(20));
+    let document = http::get(control_plane.address(), "/openapi.json").await?.body;
+    // Of an address that no example in the document has, lest the key be revoked with it.
+    let new = json!({"email": "generated@portcullis.example", "name": "asks"});
+    let address = control_plane.address();
+    let reply = http::send_json(address, Method::POST, "/v1/keys", Some(admin_key.reveal()), Some(&new)).await?;
+    let user_key = reply.json()?["key"].as_str().map(|key| Secret::from_presented(key.to_owned()));
+    let user_key = user_key.context("no key for the user")?;
+    for (key, examples) in [&admin_key, &user_key].into_iter().zip(EXAMPLES) {
+        let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
+        let mut generated = tools::schemathesis(&progress)?;
+        std::fs::write(home.path().join("openapi.json"), &document)?;
+        std::fs::write(home.path().join("hooks.py"), HOOKS)?;
+        generated.current_dir(home.path()).env("SCHEMATHESIS_HOOKS", "hooks").args(["run", "openapi.json"]);
+        generated.arg("--url").arg(format!("http://{address}"));
+        generated.arg("--header").arg(format!("X-API-Key: {}", key.reveal()));
+        generated.args(["--checks", CHECKS, "--max-examples", examples, "--seed", SEED, "--continue-on-failure"]);
+        generated.args(["--phases", "examples,coverage,fuzzing", "--no-color", "--suppress-health-check", "all"]);
+        generated.args(["--request-timeout", "30", "--warnings", "off"]);
+        let status = tokio::task::spawn_blocking(move || generated.status()).await?.context("python3 cannot be run")?;
+        control_plane.must_run()?;
+        let still = http::send_json(address, Method::GET, "/v1/keys", Some(key.reveal()), None).await?;
+        ensure!(
+            still.status == 200,
+            "the requests ended the key that they came with, and the rest of them showed nothing"
+        );
+        if !status.success() {
+            bail!("the REST API does not keep to its document; what it logged:\n{}", control_plane.log().tail(20));
+        }
     }
     Ok(())
 }

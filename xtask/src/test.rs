@@ -128,14 +128,17 @@ impl Step {
             Self::Wasm => wasm::build()?,
             Self::Unit => {
                 let others = ["--exclude", "control-plane", "--exclude", "portcullis-tests"];
-                let mut unit = cargo(&["test", "--locked", "--workspace"]);
+                let mut unit = cargo(&["test", "--locked", "--workspace", "--lib", "--bins", "--tests"]);
                 unit.args(others);
                 run(unit)?;
                 run(cargo(&["test", "--locked", "--package", "portcullis-tests", "--lib"]))?;
             }
             Self::ContractWasm => contract_wasm()?,
             Self::Database => {
-                on_database(cargo(&["test", "--locked", "--package", "control-plane", "--no-fail-fast"])).await?;
+                let all = ["--package", "control-plane", "--lib", "--bins", "--tests", "--no-fail-fast"];
+                let mut tests = cargo(&["test", "--locked"]);
+                tests.args(all);
+                on_database(tests).await?;
             }
             Self::Api => api::check().await?,
             Self::EndToEnd => {

@@ -1,4 +1,5 @@
-//! A quota of one key, three Envoys: so many requests in a window, and the door opens by itself with the next.
+//! Quotas: so many requests in a window, and the door opens by itself with the next. Of one key over three Envoys, and
+//! of every period that there is.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
@@ -82,4 +83,82 @@ async fn a_quota_is_shared_by_all_envoys_and_opens_by_itself_with_the_next_windo
     }
     let counted = async || (quota(&stack).await.ok()?["used"].as_u64()? <= 3 * STARTER).then_some(());
     eventually("a window that begins anew", counted).await
+}
+
+/// The weekday, from 1 for Monday, and the day of the month on which the window ends, where the quota says it is midnight.
+async fn ends_on(stack: &Stack, view: &Value, zone: &str) -> Result<(u8, u8)> {
+    let end = view["window_end"].as_str().context("no window_end")?;
+    let sql = format!("select to_char('{end}'::timestamptz at time zone '{zone}', 'ID DD HH24:MI:SS')");
+    let told = stack.database.text(&sql).await?;
+    let mut parts = told.split(' ');
+    let mut part = || parts.next().context("too few parts");
+    let (weekday, day) = (part()?.parse()?, part()?.parse()?);
+    assert_eq!(part()?, "00:00:00", "{told}");
+    Ok((weekday, day))
+}
+
+#[tokio::test]
+async fn a_quota_of_every_period_is_used_up_says_when_it_opens_and_opens_then() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    for (number, quota) in [
+        json!({"requests": 4, "period": "day", "time_zone": "Asia/Kathmandu"}),
+        json!({"requests": 4, "period": "week", "time_zone": "Europe/Berlin"}),
+        json!({"requests": 4, "period": "month", "time_zone": "America/St_Johns"}),
+        json!({"requests": 4, "period": "rolling", "window_seconds": 3_600}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let body = json!({"email": format!("user{number}@example.com"), "name": "with a quota", "quota": quota});
+        let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
+        let (id, key) = (text("id")?, text("key")?);
+        let path = format!("/v1/keys/{id}/quota");
+        let before = stack.demo.requests();
+        wait_for_status(stack.envoy(), Some(&key), 200).await?;
+        let used_up = async || {
+            send(stack.envoy().address(), get_request("/orders", Some(&key)).ok()?).await.ok()?;
+            let view = rest.expect(Method::GET, &path, None, 200).await.ok()?;
+            (view["exceeded"] == true).then_some(view)
+        };
+        let view = eventually("the quota to be used up", used_up).await?;
+        assert_eq!((&view["used"], &view["remaining"]), (&json!(4), &json!(0)), "{view}");
+        assert_eq!(stack.demo.requests() - before, 4, "one Envoy admits just the quota");
+        wait_for_status(stack.envoy(), Some(&key), 429).await?;
+        let reply = send(stack.envoy().address(), get_request("/orders", Some(&key))?).await?;
+        assert_refused(&reply, Outcome::QuotaExceeded, &[]);
+        let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
+        let (period, zone) = (&quota["period"], quota["time_zone"].as_str().unwrap_or("UTC"));
+        let most = match period.as_str() {
+            Some("day") => {
+                ends_on(&stack, &view, zone).await?;
+                86_400 + 3_600
+            }
+            Some("week") => {
+                assert_eq!(ends_on(&stack, &view, zone).await?.0, 1, "{view}");
+                // An hour more at most, where clocks are set back.
+                7 * 86_400 + 3_600
+            }
+            Some("month") => {
+                assert_eq!(ends_on(&stack, &view, zone).await?.1, 1, "{view}");
+                31 * 86_400 + 3_600
+            }
+            _ => 3_660,
+        };
+        assert!((1..=most).contains(&wait), "{period}: {wait}");
+        // So long ago: the window has passed, or has rolled on.
+        let past = "update quota_use set window_start = window_start - interval '40 days',
+            window_end = now() - interval '40 days' where key_id = ";
+        stack.database.execute(&format!("{past}'{id}'")).await?;
+        let soon = "update api_keys set quota_resets_at = now() + interval '2 seconds' where id = ";
+        stack.database.execute(&format!("{soon}'{id}'")).await?;
+        wait_for_status(stack.envoy(), Some(&key), 200).await?;
+        let counted = async || {
+            let view = rest.expect(Method::GET, &path, None, 200).await.ok()?;
+            (view["used"].as_u64()? == 1).then_some(())
+        };
+        eventually("a window that begins anew", counted).await?;
+    }
+    Ok(())
 }
