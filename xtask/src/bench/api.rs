@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 
 use super::Options;
 use super::report::{Bound, Report};
+use super::statements::Statements;
 use super::stats::{Estimate, Samples};
 use super::store::{self, milliseconds, seconds};
 use crate::output::progress;
@@ -43,40 +44,63 @@ impl Verb {
         }
     }
 
-    const fn statements(self) -> &'static str {
-        match self {
+    /// A script of all that the control plane asks of the database for one call.
+    fn script(self, all: &Statements) -> Result<String> {
+        const KEY: &str = "(select id from pgbench_keys where n = :n)";
+        let caller = all.with(&["select k.id, k.owner_id, s.generation"], &["decode(:admin, 'hex')"])?;
+        let noted = |key: &str| {
+            let parts = ["insert into audit (", "action, key_id, target, detail)", "values ("];
+            let note = ["null", "'a@example.com'", "'127.0.0.1'", "null", "'key.bench'", key, "null", "'{}'"];
+            all.with(&parts, &note)
+        };
+        let shown = |key: &str| all.with(&["select k.id as \"id!\", k.networks"], &[&format!("array[{key}]")]);
+        let one = |key: &str| all.with(&["select k.id, k.owner_id, p.email", "where k.id = $1"], &[key]);
+        let lines = match self {
             Self::Create => {
-                "\\set n random(1, 1000000000000)
-begin;
-insert into user_preferences (id, email) values (gen_random_uuid(), 'pgbench-' || :n::text || '@example.com')
-    on conflict (email) do update set email = excluded.email returning id as owner, primary_key_id as primary_key \\gset
-insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at)
-    values (gen_random_uuid(), :owner, 'Bench', sha256(convert_to(:n::text || random()::text, 'UTF8')), 'sk_abc123',
-        '{}', '[]', null) returning id, generation, created_at;
-commit;
-"
+                let owner = "'pgbench-' || :n::text || '@example.com'";
+                let id = "md5(:n::text)::uuid";
+                let hash = "sha256(convert_to(:n::text || random()::text, 'UTF8'))";
+                let key = [id, ":id", "'Bench'", hash, "'sk_abc123'", "'{}'", "'[]'", "null"];
+                let user = ["insert into user_preferences (id, email)", "returning id, primary_key_id"];
+                let into = ["insert into api_keys (id, owner_id, name, hash", "values ("];
+                [
+                    "\\set n random(1, 1000000000000)\n".into(),
+                    caller + ";\nbegin;\n",
+                    all.with(&user, &["gen_random_uuid()", owner])? + " \\gset\n",
+                    noted(id)? + ";\n",
+                    all.with(&into, &key)? + ";\n",
+                    shown(id)? + ";\ncommit;\n",
+                ]
+                .concat()
             }
             Self::Get => {
-                "\\set n random(1, 1000)
-select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes, k.rate_limits, k.generation, k.disabled, k.created_at,
-    k.expires_at, k.revoked_at, u.last_used_at, coalesce(u.requests, 0)
-from api_keys k join user_preferences p on p.id = k.owner_id
-left join lateral (
-    select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests, max(last_used_at) as last_used_at
-    from key_usage where key_id = k.id
-) u on true
-where k.id = (select id from pgbench_keys where n = :n);
-"
+                let owner = format!("(select email from user_preferences p join api_keys k on k.owner_id = p.id where k.id = {KEY})");
+                [
+                    "\\set n random(1, 1000)\n".into(),
+                    caller + ";\n",
+                    one(KEY)? + ";\n",
+                    all.with(&["select s.generation as \"generation!\", s.prefix"], &[KEY])? + ";\n",
+                    all.with(&["select coalesce(k.quota, d.quota) as quota, k.quota_exceeded"], &[KEY])? + ";\n",
+                    all.with(&["select p.id as owner_id, p.balance"], &[&owner])? + ";\n",
+                    shown(KEY)? + ";\n",
+                    all.with(&["from retired_secrets where key_id = k.id"], &[KEY])? + ";\n",
+                    all.with(&["select s.epoch, count(*)"], &["0", "60", "24"])? + ";\n",
+                ]
+                .concat()
             }
-            Self::Revoke => {
-                "begin;
-select nextval('pgbench_next') as n \\gset
-select id, scopes, revoked_at is not null as revoked from api_keys where id = (select id from pgbench_keys where n = :n);
-update api_keys set revoked_at = now() where id = (select id from pgbench_keys where n = :n) and revoked_at is null;
-commit;
-"
-            }
-        }
+            Self::Revoke => [
+                "select nextval('pgbench_next') as n \\gset\n".into(),
+                caller + ";\nbegin;\n",
+                one(KEY)? + ";\n",
+                all.with(&["select one from store_state for no key update"], &[])? + ";\n",
+                one(KEY)? + ";\n",
+                all.with(&["select scopes, revoked_at is not null as \"revoked!\""], &[KEY])? + ";\n",
+                all.with(&["update api_keys set revoked_at = now() where id = $1"], &[KEY])? + ";\n",
+                noted(KEY)? + ";\ncommit;\n",
+            ]
+            .concat(),
+        };
+        Ok(lines)
     }
 }
 
@@ -90,8 +114,11 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     };
     let stack = store::start(0).await?;
     let home = TempDir::with_prefix("portcullis-bench-")?;
+    let statements = Statements::read()?;
     let (rounds, calls) = if options.quick { (2, 1_000) } else { (5, 3_000) };
     for verb in Verb::ALL {
+        let script = home.path().join(format!("{}.sql", verb.name()));
+        std::fs::write(&script, verb.script(&statements)?)?;
         let (mut ours, mut theirs, mut p99) = (Samples::default(), Samples::default(), Samples::default());
         for round in 1..=rounds {
             progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
@@ -107,7 +134,7 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
             }
             ours.push(rate);
             p99.push(latencies.quantile(0.99));
-            theirs.push(by_pgbench(&pgbench, &stack, verb, calls, home.path())?);
+            theirs.push(by_pgbench(&pgbench, &stack, calls, &script)?);
         }
         let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
         let ratio = Estimate::of([&ours, &theirs], |[ours, theirs]| ours / theirs);
@@ -212,12 +239,13 @@ fn request(verb: Verb, key: &str, email: &str, id: Option<&String>) -> Result<Ou
     })
 }
 
-fn by_pgbench(pgbench: &Path, stack: &Stack, verb: Verb, calls: usize, home: &Path) -> Result<f64> {
-    let script = home.join(format!("{}.sql", verb.name()));
-    std::fs::write(&script, verb.statements())?;
+fn by_pgbench(pgbench: &Path, stack: &Stack, calls: usize, script: &Path) -> Result<f64> {
     let each = (calls / CALLERS).to_string();
     let mut command = Command::new(pgbench);
     command.args(["--no-vacuum", "--protocol=prepared", "--jobs=1", "--client"]).arg(CALLERS.to_string());
+    let hash = stack.control_plane.settings().admin_key.hash().0;
+    let admin: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    command.arg(format!("--define=admin={admin}"));
     command.args(["--transactions", &each, "--file"]).arg(script).arg(&stack.database.url);
     let output = read(command)?;
     let line = output.lines().find_map(|line| line.strip_prefix("tps = "));

@@ -7,6 +7,7 @@
 //! suite; `store` is the control plane that the last three stand on.
 
 mod report;
+mod statements;
 mod stats;
 
 mod plot;
