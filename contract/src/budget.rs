@@ -18,6 +18,8 @@ pub enum Stock {
     Quota,
     /// The credits of an owner.
     Credits,
+    /// How far a limit of a key is used over all Envoys, which is told beside a share of it: see [`crate::rate`].
+    Used,
 }
 
 impl Stock {
@@ -28,6 +30,7 @@ impl Stock {
             Self::Share => 0,
             Self::Quota => 1,
             Self::Credits => 2,
+            Self::Used => 3,
         }
     }
 
@@ -38,6 +41,7 @@ impl Stock {
             0 => Some(Self::Share),
             1 => Some(Self::Quota),
             2 => Some(Self::Credits),
+            3 => Some(Self::Used),
             _ => None,
         }
     }
@@ -124,9 +128,9 @@ mod tests {
 
     #[test]
     fn codes_lead_back() {
-        for stock in [Stock::Share, Stock::Quota, Stock::Credits] {
+        for stock in [Stock::Share, Stock::Quota, Stock::Credits, Stock::Used] {
             assert_eq!(Stock::from_code(stock.code()), Some(stock));
         }
-        assert_eq!(Stock::from_code(3), None);
+        assert_eq!(Stock::from_code(4), None);
     }
 }

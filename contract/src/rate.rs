@@ -4,7 +4,10 @@
 //! next request. A request moves it on by the interval between two requests; it is refused if that would move it further
 //! ahead of now than the burst allows.
 //!
-//! Of a limit that several Envoys share, each judges its share: rate and burst in that proportion.
+//! Of a limit that several Envoys share, each judges its share: rate and burst in that proportion. How far ahead of now the
+//! remembered time is says which *part* of the burst is used, whatever the share: all of it, if it is ahead by the time that
+//! the burst takes. So a share that becomes smaller is used to the same part, and what is added to a share brings with it
+//! the part that all Envoys together have used of the limit ([`merged_ns`]).
 
 use crate::record::RateLimit;
 
@@ -12,6 +15,26 @@ use crate::record::RateLimit;
 pub const WHOLE: u32 = 1_000_000;
 
 const SECOND_NS: u64 = 1_000_000_000;
+
+/// The number by which a limit of a key is known where it is remembered, from its name: 56 bits of FNV-1a, the rest zero.
+#[must_use]
+pub fn tag(name: &str) -> u64 {
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    hash >> 8
+}
+
+/// How far ahead a limit is used once a share of it has grown: what it had is used as before, what came is used as much as
+/// the whole limit is over all Envoys, by `all_ns`.
+#[must_use]
+pub fn merged_ns(own_ns: u64, share: u32, all_ns: u64, grown: u32) -> u64 {
+    let (share, grown) = (u128::from(share), u128::from(grown.max(1)));
+    let came = grown.saturating_sub(share);
+    let kept = grown.saturating_sub(came);
+    let sum = u128::from(own_ns).saturating_mul(kept).saturating_add(u128::from(all_ns).saturating_mul(came));
+    sum.checked_div(grown).and_then(|ns| u64::try_from(ns).ok()).unwrap_or(u64::MAX)
+}
 
 /// A limit as one Envoy judges it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +67,27 @@ impl Rate {
             0 => Ok(next_ns),
             wait_ns => Err(wait_ns),
         }
+    }
+
+    /// Counts requests that were admitted already, wherever: from the time that is remembered, to the time to remember
+    /// instead.
+    #[must_use]
+    pub fn count(&self, arrival_ns: Option<u64>, requests: u64, now_ns: u64) -> u64 {
+        let used_ns = self.interval_ns.saturating_mul(requests);
+        let next_ns = self.within_reach(arrival_ns.unwrap_or(now_ns), now_ns).saturating_add(used_ns);
+        self.within_reach(next_ns, now_ns)
+    }
+
+    /// The time between two requests.
+    #[must_use]
+    pub const fn interval_ns(&self) -> u64 {
+        self.interval_ns
+    }
+
+    /// The time that the burst takes.
+    #[must_use]
+    pub const fn tolerance_ns(&self) -> u64 {
+        self.tolerance_ns
     }
 
     /// A time further ahead than the burst can have moved it was set before the clock stepped back, or under another limit
@@ -94,6 +138,43 @@ mod tests {
         // One in ten thousand seconds.
         assert_eq!(rate.take(Some(next), NOW), Err(10_000 * SECOND_NS));
         assert!(rate.take(Some(next), NOW + 10_000 * SECOND_NS).is_ok());
+    }
+
+    #[test]
+    fn what_comes_to_a_share_is_used_as_the_whole_limit_is() {
+        let half = WHOLE / 2;
+        // Nothing came; all of it came; the rest of the limit is fresh; it is used up.
+        assert_eq!(merged_ns(100, WHOLE, 900, WHOLE), 100);
+        assert_eq!(merged_ns(100, 0, 900, WHOLE), 900);
+        assert_eq!(merged_ns(100, half, 0, WHOLE), 50);
+        assert_eq!(merged_ns(0, half, 100, WHOLE), 50);
+        assert_eq!(merged_ns(u64::MAX, half, u64::MAX, WHOLE), u64::MAX);
+        // A share that did not grow keeps what it has.
+        assert_eq!(merged_ns(100, WHOLE, 0, half), 100);
+    }
+
+    #[test]
+    fn requests_that_were_admitted_elsewhere_are_counted_up_to_the_burst() {
+        let rate = rate(10, 1, 5, WHOLE);
+        let after = rate.count(None, 3, NOW);
+        assert_eq!(admitted_after(rate, after), 2);
+        assert_eq!(rate.count(Some(after), 100, NOW), NOW + rate.tolerance_ns());
+        assert_eq!(rate.count(Some(after), 0, NOW + SECOND_NS), NOW + SECOND_NS);
+    }
+
+    fn admitted_after(rate: Rate, arrival: u64) -> usize {
+        let mut arrival = Some(arrival);
+        (0..9).filter(|_| rate.take(arrival, NOW).map(|next| arrival = Some(next)).is_ok()).count()
+    }
+
+    #[test]
+    fn names_have_tags_of_their_own() {
+        let names = ["", "a", "b", "ab", "ba", "hour", "second", "default"];
+        let tags: std::collections::BTreeSet<u64> = names.iter().map(|name| tag(name)).collect();
+        assert_eq!(tags.len(), names.len());
+        assert!(tags.iter().all(|tag| tag >> 56 == 0));
+        // They stand in the database.
+        assert_eq!(tag("hour"), 0x407efecc7eb576);
     }
 
     #[test]

@@ -116,9 +116,10 @@ pub struct Grant {
     pub stock: u8,
     /// The key's id, or the owner's for credits.
     pub of: [u8; 16],
-    /// A share in parts per million, or all that was ever granted.
+    /// A share in parts per million, none for one that the Envoy has left to others; or all that was ever granted; or the
+    /// [tag](crate::rate::tag) of a limit.
     pub amount: u64,
-    /// As of which turn of the stock.
+    /// As of which turn of the stock; for a limit, how far ahead of now it is used, in hundredths of a second.
     pub turn: u32,
 }
 
@@ -156,8 +157,8 @@ impl Ack {
     }
 }
 
-/// The layout of reports: each count a byte string of its own, so that counts may grow. What drew from quotas was not in the
-/// first version; where there is nothing to say of it, a count is still that of the first.
+/// The layout of reports: each count a byte string of its own, so that counts may grow. The first version did not say what
+/// drew from a quota: it took all requests for that.
 mod wire {
     use alloc::vec::Vec;
 
@@ -193,15 +194,13 @@ mod wire {
         fn write(count: &super::Count) -> Result<Vec<u8>, DecodeError> {
             let super::Count { of, requests, cost, drawn, last_ms } = *count;
             let mut bytes = grown(&Self { of, requests, cost, last_ms })?;
-            if drawn > 0 {
-                bytes.extend(grown(&drawn)?);
-            }
+            bytes.extend(grown(&drawn)?);
             Ok(bytes)
         }
 
         fn read(bytes: &[u8]) -> Result<super::Count, DecodeError> {
             let (Self { of, requests, cost, last_ms }, rest) = part_of(bytes)?;
-            let drawn = if rest.is_empty() { 0 } else { part(rest)? };
+            let drawn = if rest.is_empty() { requests } else { part(rest)? };
             Ok(super::Count { of, requests, cost, drawn, last_ms })
         }
     }

@@ -6,6 +6,9 @@ alter table api_keys
 
 comment on column api_keys.disabled_by_admin is 'Whether an admin switched it off: then only an admin switches it on again.';
 
+-- Nobody noted who it was: whoever wants such a key on asks an admin.
+update api_keys set disabled_by_admin = true where disabled;
+
 alter table user_preferences add column credits_spent bigint not null default 0;
 
 comment on column user_preferences.credits_spent is 'Credits that requests have ever cost; kept by the trigger that keeps the balance.';

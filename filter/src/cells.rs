@@ -85,7 +85,7 @@ pub struct Names {
 }
 
 /// The layout of all cells, as part of their names. To be raised with any change to what a cell holds.
-const LAYOUT: u32 = 2;
+const LAYOUT: u32 = 3;
 
 impl Names {
     /// The names for the store of this name that is fed through this Envoy cluster.
@@ -123,6 +123,7 @@ impl Names {
             Stock::Share => 's',
             Stock::Quota => 'q',
             Stock::Credits => 'c',
+            Stock::Used => 'u',
         };
         self.numbered(kind, cell)
     }

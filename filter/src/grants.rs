@@ -7,20 +7,28 @@ use contract::rate::WHOLE;
 use contract::usage::Grant;
 
 use crate::cells::{Cells, Names};
+use crate::limiter::Used;
 use crate::{limiter, stock};
 
 /// Notes what was granted. Each grant says all that was ever granted, so that one that is lost is made up for by the next.
 pub fn apply(cells: &impl Cells, names: &Names, grants: &[Grant], default_share: u32, now_ns: u64) {
-    for grant in grants {
+    let mut rest = grants;
+    while let Some((grant, after)) = rest.split_first() {
+        rest = after;
         let applied = match grant.stock() {
             Some(Stock::Share) => {
                 let share = u32::try_from(grant.amount).unwrap_or(WHOLE).min(WHOLE);
-                limiter::grant(cells, names, KeyId(grant.of), share, default_share, now_ns)
+                let of_it = |used: &&Grant| used.stock() == Some(Stock::Used) && used.of == grant.of;
+                let used = after.iter().take_while(of_it).map(|used| Used::told(used.amount, used.turn));
+                let used: Vec<Used> = used.collect();
+                let share = Some(share).filter(|share| *share > 0);
+                limiter::grant(cells, names, KeyId(grant.of), share, &used, default_share, now_ns)
             }
             Some(kind @ (Stock::Quota | Stock::Credits)) => {
                 stock::grant(cells, names, kind, &grant.of, grant.amount, grant.turn)
             }
-            None => Ok(()),
+            // Read with the share that it stands behind.
+            Some(Stock::Used) | None => Ok(()),
         };
         // Nobody gets through to the cell: this Envoy goes on with what it had.
         let _ = applied;

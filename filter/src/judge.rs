@@ -134,8 +134,11 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>> Judge<'_, C, A> {
             let bit = u32::try_from(place).ok().and_then(|place| alone.checked_shr(place));
             bit.is_none_or(|bit| bit & 1 == 1)
         };
-        let place = |(place, limit)| Limit { limit, tag: Tag::of_place(place), shared: !is_alone(place) };
-        let limits: Vec<Limit<'_>> = own.iter().enumerate().map(place).chain(of_route(policy)).collect();
+        let of_key = own.iter().enumerate().map(|(place, limit)| {
+            let tag = Tag::of_key(&limit.name);
+            Limit { limit, tag, shared: !is_alone(place) }
+        });
+        let limits: Vec<Limit<'_>> = of_key.chain(of_route(policy)).collect();
         if let Some(wait) = self.limit(Subject::Key(record.key_id), &limits, now_ns) {
             verdict.outcome = Outcome::RateLimited;
             verdict.wait = wait;

@@ -11,7 +11,7 @@
 
 use contract::hash::KeyHash;
 use contract::id::KeyId;
-use contract::rate::{Rate, WHOLE};
+use contract::rate::{Rate, WHOLE, merged_ns, tag};
 use contract::record::RateLimit;
 
 use crate::address::Client;
@@ -31,6 +31,7 @@ pub const ADDRESS_ENTRIES: usize = 512;
 pub const SHARE_REST_S: u32 = 3_600;
 
 const SECOND_NS: u64 = 1_000_000_000;
+const HUNDREDTH_NS: u64 = 10_000_000;
 
 /// Whose limits are asked, and where they are remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,19 +91,34 @@ impl Tag {
     /// The entry that is no time but the granted share.
     const SHARE: Self = Self(u64::MAX);
 
-    /// A limit of a key, by its place.
+    /// A limit of a key or its plan, by its name, which stays while places change.
     #[must_use]
-    pub fn of_place(place: usize) -> Self {
-        // Records have few limits; all beyond the last number would share one.
-        Self(u64::from(u8::try_from(place).unwrap_or(u8::MAX)))
+    pub fn of_key(name: &str) -> Self {
+        Self(tag(name))
     }
 
-    /// A limit of a policy, by its name, which configurations keep while places change.
+    /// A limit of a policy, by its name.
     #[must_use]
     pub fn of_policy(name: &str) -> Self {
-        let [a, b, c, d, e, f, g, ..] = KeyHash::of(name.as_bytes()).0;
-        // Beyond all places and below the share.
-        Self(u64::from_le_bytes([a, b, c, d, e, f, g, 1]))
+        // Beyond all of keys and below the share.
+        Self(tag(name) | 1 << 56)
+    }
+}
+
+/// How far a limit that Envoys share is used over all of them, as the control plane told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// Which of the key's limits.
+    pub tag: Tag,
+    /// How far ahead of now, in nanoseconds.
+    pub ahead_ns: u64,
+}
+
+impl Used {
+    /// What a grant tells of the limit with this number, in hundredths of a second.
+    #[must_use]
+    pub fn told(tag: u64, ahead: u32) -> Self {
+        Self { tag: Tag(tag), ahead_ns: u64::from(ahead).saturating_mul(HUNDREDTH_NS) }
     }
 }
 
@@ -144,7 +160,9 @@ pub fn take(
     taken.unwrap_or(Err(Refused { limit: 0, retry_after_s: 1 }))
 }
 
-/// Notes the share of a key's limits that this Envoy was granted. The default share need not be noted.
+/// Notes the share of a key's limits that this Envoy was granted; none if it has left it to others, so that it begins with
+/// the default share when the key is used again. The default share need not be noted. What comes to a share is used as far
+/// as the limits are over all Envoys.
 ///
 /// # Errors
 /// [`Raced`], as good as never.
@@ -152,20 +170,27 @@ pub fn grant(
     cells: &impl Cells,
     names: &Names,
     key: KeyId,
-    share: u32,
+    share: Option<u32>,
+    used: &[Used],
     default_share: u32,
     now_ns: u64,
 ) -> Result<(), Raced> {
     let subject = Subject::Key(key);
+    let grown = share.unwrap_or(default_share);
     update(cells, &subject.cell(names), |cell| {
         let mut entries = Entries::read(cell);
         let before = entries.0.len();
+        let had = entries.use_share(subject, now_ns).unwrap_or(default_share);
         entries.0.retain(|entry| entry.id != key.0 || entry.tag != Tag::SHARE);
-        if share == default_share && entries.0.len() == before {
+        let noted = entries.0.len() != before;
+        if grown == default_share && !noted {
             return Err(());
         }
-        if share != default_share {
-            entries.0.push(Entry { id: key.0, tag: Tag::SHARE, value: share_value(share, now_ns) });
+        if grown > had {
+            used.iter().for_each(|used| entries.merge(key, used, had, grown, now_ns));
+        }
+        if grown != default_share {
+            entries.0.push(Entry { id: key.0, tag: Tag::SHARE, value: share_value(grown, now_ns) });
         }
         Ok((entries.write(now_ns, subject.most_entries()), ()))
     })
@@ -204,6 +229,13 @@ impl Judged<'_> {
     fn rates(&self) -> impl Iterator<Item = (usize, Tag, Rate)> {
         let rate = |limit: &Limit<'_>| Rate::of(limit.limit, if limit.shared { self.share } else { WHOLE });
         self.limits.iter().enumerate().map(move |(place, limit)| (place, limit.tag, rate(limit)))
+    }
+
+    /// What a client is told to wait, in seconds: as the whole limit would have it, since shares change in less.
+    fn retry_after_s(&self, place: usize, rate: &Rate, wait_ns: u64) -> u64 {
+        let whole = self.limits.get(place).map_or(*rate, |limit| Rate::of(limit.limit, WHOLE));
+        let longer_ns = rate.interval_ns().saturating_sub(whole.interval_ns());
+        wait_ns.saturating_sub(longer_ns).div_ceil(SECOND_NS).max(1)
     }
 }
 
@@ -266,7 +298,7 @@ impl Entries {
             match rate.take(arrival_ns, judged.now_ns) {
                 Ok(next_ns) => next.push((tag, next_ns)),
                 Err(wait_ns) => {
-                    let retry_after_s = wait_ns.div_ceil(SECOND_NS);
+                    let retry_after_s = judged.retry_after_s(place, &rate, wait_ns);
                     if worst.is_none_or(|worst| retry_after_s > worst.retry_after_s) {
                         worst = Some(Refused { limit: place, retry_after_s });
                     }
@@ -283,6 +315,17 @@ impl Entries {
             }
         }
         Ok(())
+    }
+
+    /// Brings what all Envoys have used of a limit to the part of a share that has come.
+    fn merge(&mut self, key: KeyId, used: &Used, share: u32, grown: u32, now_ns: u64) {
+        let entry = self.0.iter_mut().find(|entry| entry.id == key.0 && entry.tag == used.tag);
+        let own_ns = entry.as_ref().map_or(0, |entry| entry.value.saturating_sub(now_ns));
+        let value = now_ns.saturating_add(merged_ns(own_ns, share, used.ahead_ns, grown));
+        match entry {
+            Some(entry) => entry.value = value,
+            None => self.0.push(Entry { id: key.0, tag: used.tag, value }),
+        }
     }
 
     /// Brings times that were set before the clock stepped back, or under a larger limit, within reach again, so that a key

@@ -46,18 +46,19 @@ pub(crate) async fn check() -> Result<()> {
     let control_plane = ControlPlane::start(settings, home.path(), log).await?;
 
     let document = http::get(control_plane.address(), "/openapi.json").await?.body;
-    // Of an address that no example in the document has, lest the key be revoked with it.
     let new = json!({"email": "generated@portcullis.example", "name": "asks"});
     let address = control_plane.address();
     let reply = http::send_json(address, Method::POST, "/v1/keys", Some(admin_key.reveal()), Some(&new)).await?;
-    let user_key = reply.json()?["key"].as_str().map(|key| Secret::from_presented(key.to_owned()));
-    let user_key = user_key.context("no key for the user")?;
+    let made = reply.json()?;
+    let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
+    let (user_key, spared) = (Secret::from_presented(text("key")?), format!("{},{}", text("id")?, text("email")?));
     for (key, examples) in [&admin_key, &user_key].into_iter().zip(EXAMPLES) {
         let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
         let mut generated = tools::schemathesis(&progress)?;
         std::fs::write(home.path().join("openapi.json"), &document)?;
         std::fs::write(home.path().join("hooks.py"), HOOKS)?;
-        generated.current_dir(home.path()).env("SCHEMATHESIS_HOOKS", "hooks").args(["run", "openapi.json"]);
+        generated.current_dir(home.path()).env("SCHEMATHESIS_HOOKS", "hooks").env("SPARED", &spared);
+        generated.args(["run", "openapi.json"]);
         generated.arg("--url").arg(format!("http://{address}"));
         generated.arg("--header").arg(format!("X-API-Key: {}", key.reveal()));
         generated.args(["--checks", CHECKS, "--max-examples", examples, "--seed", SEED, "--continue-on-failure"]);

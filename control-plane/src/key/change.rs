@@ -87,7 +87,7 @@ pub async fn change(
     if changes.seen() {
         sqlx::query!(
             "update api_keys set name = coalesce($2, name), disabled = coalesce($3, disabled),
-                disabled_by_admin = coalesce($3 and $4, disabled_by_admin),
+                disabled_by_admin = case when $3 is null then disabled_by_admin else $3 and $4 end,
                 expires_at = case when $5 then $6 else expires_at end
             where id = $1",
             key.id,

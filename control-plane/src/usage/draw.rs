@@ -7,13 +7,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use contract::budget::Stock;
 use contract::outcome::Outcome;
-use contract::record::Budget;
+use contract::record::{Budget, RateLimit};
 use contract::usage::{Count, GRANTS, Grant, Report, SHADOW};
 use sqlx::PgConnection;
+use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::lease::{self, Heard, Row, Subject, share, stock};
+use super::lease::{self, Heard, Row, Subject, UsedTable, share, stock};
 use crate::credits::{self, Locked};
 use crate::quota::{self, Quota, Use};
 
@@ -47,7 +48,8 @@ struct Need {
     key: Uuid,
     owner: Uuid,
     metered: bool,
-    shared: bool,
+    /// Its limits that Envoys share.
+    shared: Vec<RateLimit>,
     cost: u64,
     quota: Option<Quota>,
     quota_budget: Budget,
@@ -124,7 +126,8 @@ pub(super) async fn draw(
 
     let listens = fresh.iter().any(|fresh| fresh.hears);
     let subjects = if listens { subjects(&needs, &locked) } else { Vec::new() };
-    let mut table = if subjects.is_empty() { BTreeMap::new() } else { lease::load(connection, &subjects).await? };
+    let (mut table, mut used_of) =
+        if subjects.is_empty() { Default::default() } else { lease::load(connection, &subjects).await? };
 
     let with_quota = needs.values().filter_map(|need| Some((need, need.quota.as_ref()?)));
     let counted: BTreeMap<Uuid, (&Quota, i64)> = with_quota
@@ -141,9 +144,13 @@ pub(super) async fn draw(
     let costs = costs(&locked, &needs, &seen);
     let stocks = Stocks::of(&needs, &locked, &used, &costs);
     let now_ms = i64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(i64::MAX);
-    let (grants, changed) = grant(fresh, &needs, &seen, &stocks, &mut table, now_ms);
+    if listens {
+        count_limits(&needs, &seen, &mut used_of, now_ms);
+    }
+    let (grants, changed) = grant(fresh, &needs, &seen, &stocks, &mut table, &used_of, now_ms);
     metrics::counter!("portcullis_lease_grants_total").increment(changed.len() as u64);
     lease::keep(connection, &changed).await?;
+    lease::keep_used(connection, &used_of).await?;
     told.extend(grants);
 
     // From here on `store_state` may be held, until the transaction ends.
@@ -173,7 +180,7 @@ async fn needs(
     }
     let rows = sqlx::query!(
         r#"select k.id as "key?", k.owner_id as "owner!", k.credits_starter is not null as "metered!",
-            coalesce(k.quota, d.quota) as quota, s.shared as "shared!", k.cost as "cost!", k.quota_starter,
+            coalesce(k.quota, d.quota) as quota, s.shared as "shared: Json<Vec<RateLimit>>", k.cost as "cost!", k.quota_starter,
             k.quota_turn as "quota_turn!"
         from (
             select unnest($1::uuid[]) as id
@@ -183,14 +190,14 @@ async fn needs(
         join api_keys k on k.id = of.id
         left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
         cross join lateral (
-            select jsonb_path_exists(
+            select jsonb_path_query_array(
                 case when k.rate_limits <> '[]' then k.rate_limits else coalesce(d.rate_limits, '[]') end,
                 '$[*] ? (!(@.alone == true))'
             ) as shared
         ) s
-        where k.credits_starter is not null or coalesce(k.quota, d.quota) is not null or s.shared
+        where k.credits_starter is not null or coalesce(k.quota, d.quota) is not null or s.shared <> '[]'
         union all
-        select null, subject, true, null, false, 0, null, 0
+        select null, subject, true, null, '[]', 0, null, 0
         from leases where reporter = any($2) and stock = 2 and held > spent"#,
         &keys,
         &reporters
@@ -211,7 +218,8 @@ async fn needs(
             resets_at_s: None,
         };
         let cost = u64::from(row.cost.cast_unsigned());
-        let need = Need { key, owner: row.owner, metered: row.metered, shared: row.shared, cost, quota, quota_budget };
+        let shared = row.shared.map(|limits| limits.0).unwrap_or_default();
+        let need = Need { key, owner: row.owner, metered: row.metered, shared, cost, quota, quota_budget };
         needs.insert(key, need);
     }
     Ok((needs, owners))
@@ -235,7 +243,7 @@ fn seen(fresh: &[Fresh<'_>], needs: &BTreeMap<Uuid, Need>) -> BTreeMap<(usize, U
 }
 
 fn subjects(needs: &BTreeMap<Uuid, Need>, owners: &BTreeMap<Uuid, Locked>) -> Vec<Subject> {
-    let shares = needs.values().filter(|need| need.shared).map(|need| (SHARE, need.key));
+    let shares = needs.values().filter(|need| !need.shared.is_empty()).map(|need| (SHARE, need.key));
     let quotas = needs.values().filter(|need| need.quota.is_some()).map(|need| (QUOTA, need.key));
     shares.chain(quotas).chain(owners.keys().map(|owner| (CREDITS, *owner))).collect()
 }
@@ -254,6 +262,20 @@ fn costs(
         }
     }
     locked.values().map(|owner| (*owner, costs.get(&owner.id).copied().unwrap_or(0))).collect()
+}
+
+/// Counts what was admitted of limits that Envoys share.
+fn count_limits(
+    needs: &BTreeMap<Uuid, Need>,
+    seen: &BTreeMap<(usize, Uuid), Seen>,
+    used_of: &mut UsedTable,
+    now_ms: i64,
+) {
+    for need in needs.values().filter(|need| !need.shared.is_empty()) {
+        let of_it = seen.iter().filter(|((_, key), _)| *key == need.key);
+        let allowed = of_it.fold(0_u64, |sum, (_, seen)| sum.saturating_add(seen.allowed));
+        used_of.entry(need.key).or_default().count(&need.shared, allowed, now_ms);
+    }
 }
 
 /// What is left of each stock, with these reports, and its turn.
@@ -291,6 +313,7 @@ fn grant(
     seen: &BTreeMap<(usize, Uuid), Seen>,
     stocks: &Stocks,
     table: &mut BTreeMap<Subject, Vec<Row>>,
+    used_of: &UsedTable,
     now_ms: i64,
 ) -> (Told, Vec<(Subject, Row)>) {
     let hearing = || fresh.iter().enumerate().filter(|(_, fresh)| fresh.hears);
@@ -315,7 +338,7 @@ fn grant(
         let mut counted = BTreeMap::<Subject, Heard>::new();
         for ((_, key), seen) in seen.range((place, Uuid::nil())..=(place, Uuid::max())) {
             let Some(need) = needs.get(key) else { continue };
-            if need.shared {
+            if !need.shared.is_empty() {
                 counted.insert((SHARE, *key), Heard { spent: seen.allowed, refused: seen.limited, ..blank });
             }
             if need.quota.is_some() {
@@ -348,18 +371,30 @@ fn grant(
         let (Some(fresh), Some(rows)) = (fresh.get(*place), table.get_mut(subject)) else { continue };
         let me = lease::place(rows, fresh.reporter);
         let grants = told.entry(fresh.reporter).or_default();
-        let (amount, turn) = match stocks.0.get(subject) {
+        let turn = match stocks.0.get(subject) {
             // The rest is answered with later reports; until then it holds what it holds.
             _ if grants.len() >= GRANTS => {
                 changed.extend(rows.get(me).map(|row| (*subject, row.clone())));
                 continue;
             }
-            Some((left, budget)) => (stock::answer(rows, me, heard, *left, budget.turn), budget.turn),
-            None if subject.0 == SHARE => (share::answer(rows, me, heard), 0),
+            Some((left, budget)) => {
+                stock::answer(rows, me, heard, *left, budget.turn);
+                budget.turn
+            }
+            None if subject.0 == SHARE => {
+                share::answer(rows, me, heard);
+                0
+            }
             None => continue,
         };
-        grants.push(lease::grant(*subject, amount, turn));
-        changed.extend(rows.get(me).map(|row| (*subject, row.clone())));
+        let Some(row) = rows.get(me) else { continue };
+        grants.push(lease::grant(*subject, row, turn));
+        if subject.0 == SHARE
+            && let Some(used) = used_of.get(&subject.1)
+        {
+            grants.extend(used.grants(subject.1, now_ms));
+        }
+        changed.push((*subject, row.clone()));
     }
     (told, changed)
 }

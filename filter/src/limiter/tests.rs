@@ -16,7 +16,7 @@ fn limit(requests: u32, window_s: u32, burst: u32) -> RateLimit {
 }
 
 fn placed(limits: &[RateLimit], shared: bool) -> Vec<Limit<'_>> {
-    let placed = |(place, limit)| Limit { limit, tag: Tag::of_place(place), shared };
+    let placed = |(place, limit)| Limit { limit, tag: Tag(place as u64), shared };
     limits.iter().enumerate().map(placed).collect()
 }
 
@@ -128,17 +128,17 @@ fn of_a_shared_limit_an_envoy_admits_its_share_and_of_others_the_whole() {
     let cells = MemoryCells::default();
     assert_eq!(admitted_of_share(&cells, WHOLE / 4, NOW), 25);
     let cells = MemoryCells::default();
-    grant(&cells, &names(), KEY, WHOLE / 10, WHOLE / 4, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(WHOLE / 10), &[], WHOLE / 4, NOW).unwrap();
     assert_eq!(admitted_of_share(&cells, WHOLE / 4, NOW), 10);
     let cells = MemoryCells::default();
-    grant(&cells, &names(), KEY, WHOLE / 10, WHOLE / 4, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(WHOLE / 10), &[], WHOLE / 4, NOW).unwrap();
     assert_eq!(admitted(&cells, &[limit(100, 1, 100)], [NOW; 200]), 100);
 }
 
 #[test]
 fn a_share_is_remembered_as_long_as_it_is_used_and_an_hour_more() {
     let cells = MemoryCells::default();
-    grant(&cells, &names(), KEY, WHOLE / 10, WHOLE, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(WHOLE / 10), &[], WHOLE, NOW).unwrap();
     let half_an_hour = |number: u64| NOW + number * 1_800 * SECOND_NS;
     for number in 1..10 {
         assert_eq!(admitted_of_share(&cells, WHOLE, half_an_hour(number)), 10);
@@ -149,21 +149,76 @@ fn a_share_is_remembered_as_long_as_it_is_used_and_an_hour_more() {
 #[test]
 fn a_share_that_is_the_default_again_takes_no_room() {
     let cells = MemoryCells::default();
-    grant(&cells, &names(), KEY, WHOLE, WHOLE, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(WHOLE), &[], WHOLE, NOW).unwrap();
     assert_eq!(cells.names(), Vec::<String>::new());
-    grant(&cells, &names(), KEY, 5, WHOLE, NOW).unwrap();
-    grant(&cells, &names(), KEY, 7, WHOLE, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(5), &[], WHOLE, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(7), &[], WHOLE, NOW).unwrap();
     let bytes = || cells.get(&names().limiter(0x0707)).unwrap().value.len();
     assert_eq!(bytes(), ENTRY_BYTES);
-    grant(&cells, &names(), KEY, WHOLE, WHOLE, NOW).unwrap();
+    grant(&cells, &names(), KEY, Some(WHOLE), &[], WHOLE, NOW).unwrap();
     assert_eq!(bytes(), 0);
+}
+
+/// How many requests of a shared limit, of 1,000 an hour, are admitted at once.
+fn admitted_of_an_hour(cells: &MemoryCells, default_share: u32, most: usize, now_ns: u64) -> usize {
+    let limits = [limit(1_000, 3_600, 1_000)];
+    let limits = [Limit { limit: &limits[0], tag: Tag::of_key("hour"), shared: true }];
+    let subject = Subject::Key(KEY);
+    (0..most).filter(|_| take(cells, &names(), subject, &limits, default_share, now_ns).is_ok()).count()
+}
+
+fn used(requests: u64) -> [Used; 1] {
+    [Used { tag: Tag::of_key("hour"), ahead_ns: requests * 3_600 * MS }]
+}
+
+#[test]
+fn a_share_that_was_left_to_others_begins_anew_and_forgets_nothing_that_was_used() {
+    let cells = MemoryCells::default();
+    // One Envoy: bursts of five, each followed by a rest in which the control plane takes the share back.
+    for round in 0..20 {
+        let now_ns = NOW + round * 5 * SECOND_NS;
+        assert_eq!(admitted_of_an_hour(&cells, WHOLE, 5, now_ns), 5);
+        grant(&cells, &names(), KEY, Some(WHOLE), &used(5 * (round + 1)), WHOLE, now_ns).unwrap();
+        grant(&cells, &names(), KEY, None, &[], WHOLE, now_ns).unwrap();
+    }
+    // A hundred are used, and those came back that an interval of 3.6 s gives in 95 seconds.
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE, 2_000, NOW + 95 * SECOND_NS), 926);
+}
+
+#[test]
+fn what_comes_to_a_share_is_used_as_far_as_all_envoys_have_used_the_limit() {
+    let cells = MemoryCells::default();
+    // Another Envoy had the limit and has used all of it: this one begins with its third, and gets no more with the rest.
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE / 3, 2_000, NOW), 333);
+    grant(&cells, &names(), KEY, Some(WHOLE), &used(1_000), WHOLE / 3, NOW).unwrap();
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE / 3, 2_000, NOW), 0);
+    // Nobody else has used any.
+    let cells = MemoryCells::default();
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE / 2, 2_000, NOW), 500);
+    grant(&cells, &names(), KEY, Some(WHOLE), &used(0), WHOLE / 2, NOW).unwrap();
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE / 2, 2_000, NOW), 500);
+    // A share that shrinks is used to the same part.
+    let cells = MemoryCells::default();
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE, 500, NOW), 500);
+    grant(&cells, &names(), KEY, Some(WHOLE / 10), &used(500), WHOLE, NOW).unwrap();
+    assert_eq!(admitted_of_an_hour(&cells, WHOLE, 2_000, NOW), 50);
+}
+
+#[test]
+fn who_is_refused_by_a_small_share_waits_no_longer_than_the_whole_limit_would_have_it() {
+    let cells = MemoryCells::default();
+    let limits = [limit(1_000, 3_600, 1_000)];
+    let limits = [Limit { limit: &limits[0], tag: Tag::of_key("hour"), shared: true }];
+    grant(&cells, &names(), KEY, Some(1), &[], WHOLE, NOW).unwrap();
+    let ask = || take(&cells, &names(), Subject::Key(KEY), &limits, WHOLE, NOW);
+    assert_eq!((ask(), ask()), (Ok(()), Err(Refused { limit: 0, retry_after_s: 4 })));
 }
 
 #[test]
 fn a_policys_limit_stands_beside_those_of_the_key() {
     let cells = MemoryCells::default();
     let (own, policy) = (limit(100, 1, 100), limit(3, 60, 3));
-    let own = Limit { limit: &own, tag: Tag::of_place(0), shared: false };
+    let own = Limit { limit: &own, tag: Tag::of_key("own"), shared: false };
     let of = |name| Limit { limit: &policy, tag: Tag::of_policy(name), shared: false };
     let admitted = |limits: &[Limit<'_>]| {
         (0..10).filter(|_| take(&cells, &names(), Subject::Key(KEY), limits, 1, NOW).is_ok()).count()

@@ -74,7 +74,9 @@ impl Verb {
                 .concat()
             }
             Self::Get => {
-                let owner = format!("(select email from user_preferences p join api_keys k on k.owner_id = p.id where k.id = {KEY})");
+                let owner = format!(
+                    "(select email from user_preferences p join api_keys k on k.owner_id = p.id where k.id = {KEY})"
+                );
                 [
                     "\\set n random(1, 1000)\n".into(),
                     caller + ";\n",

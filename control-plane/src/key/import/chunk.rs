@@ -54,6 +54,7 @@ pub(super) async fn write(
         refresh_starters(&mut transaction, Whose::Keys(&rows.ids)).await?;
         let first = chunk.first().map_or(0, |(number, _)| *number);
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
+        audit::note_each(&mut transaction, actor, "key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
         let deed = Deed { action: "keys.import_chunk", key_id: None, target: None, detail };
         audit::note(&mut transaction, actor, deed).await?;
     }

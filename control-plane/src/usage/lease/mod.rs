@@ -11,19 +11,20 @@
 //!   Envoys hold that were cut off for longer than [`CUT_OFF_MS`] and still serve. (Another starter, in the worst case, for
 //!   an Envoy that hears an answer of a new turn before it hears of the turn itself.)
 //! - Of a shared rate limit all Envoys together admit no more than the limit and its burst, plus the shares of Envoys that
-//!   were cut off for longer than [`CUT_OFF_MS`], plus, for each Envoy that begins to use the key, its implicit share of
-//!   one Nth until the answer to its first report. An Envoy with a share of nothing still admits one request after a pause.
+//!   were cut off for longer than [`CUT_OFF_MS`], plus, for each Envoy that begins to use the key, or begins again after it
+//!   has left its share to others, its even share of one Nth, of the burst too, until the answer to its first report.
 
 mod rows;
 pub mod share;
 #[cfg(test)]
 mod simulation;
 pub mod stock;
+pub mod used;
 
 use uuid::Uuid;
 
 pub use rows::tidy;
-pub(super) use rows::{Subject, grant, keep, load, repeat};
+pub(super) use rows::{Subject, UsedTable, grant, keep, keep_used, load, repeat};
 
 /// How long an Envoy counts as one that uses a key after it last did.
 pub const ACTIVE_MS: i64 = 3_000;

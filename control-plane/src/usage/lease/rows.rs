@@ -5,11 +5,14 @@
 
 use std::collections::BTreeMap;
 
+use contract::budget::Stock;
 use contract::usage::Grant;
+use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::Row;
+use super::used::Used;
 
 /// A stock ([`Stock::code`](contract::budget::Stock::code)) and the key or owner that it is of.
 pub type Subject = (i16, Uuid);
@@ -17,18 +20,22 @@ pub type Subject = (i16, Uuid);
 /// The rows of each subject.
 pub type Table = BTreeMap<Subject, Vec<Row>>;
 
+/// How far the limits of each key are used.
+pub type UsedTable = BTreeMap<Uuid, Used>;
+
 /// How often anchors are looked for again that were removed in the moment they were wanted.
 const TRIES: usize = 3;
 
-/// Locks subjects and reads their rows.
+/// Locks subjects and reads their rows, and how far the limits of keys among them are used.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result<Table, sqlx::Error> {
+pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result<(Table, UsedTable), sqlx::Error> {
+    let mut used = UsedTable::new();
     let (stocks, ids): (Vec<i16>, Vec<Uuid>) = subjects.iter().copied().unzip();
     for left in (0..TRIES).rev() {
-        let locked = sqlx::query_scalar!(
-            r#"select 1 as "one!" from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
+        let locked = sqlx::query!(
+            r#"select l.subject, l.used as "used: Json<Used>" from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
             join leases l on l.stock = of.stock and l.subject = of.subject and l.reporter = $3
             order by l.stock, l.subject for update of l"#,
             &stocks,
@@ -38,6 +45,7 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
         .fetch_all(&mut *connection)
         .await?;
         if locked.len() == subjects.len() {
+            used.extend(locked.into_iter().filter(|row| !row.used.is_empty()).map(|row| (row.subject, row.used.0)));
             break;
         }
         if left == 0 {
@@ -83,7 +91,29 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
             heard_ms: row.heard_ms,
         });
     }
-    Ok(table)
+    Ok((table, used))
+}
+
+/// Writes how far limits are used.
+///
+/// # Errors
+/// Those of the database.
+pub async fn keep_used(connection: &mut PgConnection, used: &UsedTable) -> Result<(), sqlx::Error> {
+    if used.is_empty() {
+        return Ok(());
+    }
+    let keys: Vec<Uuid> = used.keys().copied().collect();
+    let used: Vec<Json<&Used>> = used.values().map(Json).collect();
+    sqlx::query!(
+        "update leases set used = new.used from unnest($2::uuid[], $3::jsonb[]) as new (subject, used)
+        where leases.stock = 0 and leases.subject = new.subject and leases.reporter = $1",
+        Uuid::nil(),
+        &keys,
+        &used as &[Json<&Used>]
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 /// Writes rows that have changed.
@@ -141,24 +171,36 @@ pub async fn repeat(connection: &mut PgConnection, of: &[(Uuid, u64)]) -> Result
     let (reporters, seqs): (Vec<Uuid>, Vec<i64>) =
         of.iter().map(|(reporter, seq)| (*reporter, seq.cast_signed())).unzip();
     let rows = sqlx::query!(
-        "select l.reporter, l.stock, l.subject, l.told, l.turn
+        r#"select l.reporter, l.stock, l.subject, l.told, l.turn, l.demand, anchor.used as "used?: Json<Used>",
+            (extract(epoch from now()) * 1000)::bigint as "now_ms!"
         from unnest($1::uuid[], $2::bigint[]) as of (reporter, seq)
         join leases l on l.reporter = of.reporter and l.told_seq = of.seq
-        order by l.stock, l.subject",
+        left join leases anchor on anchor.stock = l.stock and anchor.subject = l.subject and anchor.reporter = $3
+        order by l.stock, l.subject"#,
         &reporters,
-        &seqs
+        &seqs,
+        Uuid::nil()
     )
     .fetch_all(connection)
     .await?;
-    let grant =
-        |stock, subject, told: i64, turn: i32| grant((stock, subject), told.cast_unsigned(), turn.cast_unsigned());
-    Ok(rows.into_iter().map(|row| (row.reporter, grant(row.stock, row.subject, row.told, row.turn))).collect())
+    let mut grants = Vec::with_capacity(rows.len());
+    for row in rows {
+        let told = Row { told: row.told.cast_unsigned(), demand: row.demand, ..Row::new(row.reporter) };
+        let (subject, turn) = ((row.stock, row.subject), row.turn.cast_unsigned());
+        grants.push((row.reporter, grant(subject, &told, turn)));
+        let used = row.used.filter(|_| row.stock == i16::from(Stock::Share.code()));
+        let used = used.map(|used| used.grants(row.subject, row.now_ms)).unwrap_or_default();
+        grants.extend(used.into_iter().map(|used| (row.reporter, used)));
+    }
+    Ok(grants)
 }
 
-/// What the Envoy is told. Nobody is told of a share of nothing: one part per million lets it ask.
-pub fn grant(subject: Subject, told: u64, turn: u32) -> Grant {
+/// What the Envoy of a row is told. One that wants a share and has none yet has one part per million of it, which lets it
+/// ask; a share of nothing is left to others.
+pub fn grant(subject: Subject, row: &Row, turn: u32) -> Grant {
     let stock = u8::try_from(subject.0).unwrap_or(u8::MAX);
-    let amount = if stock == contract::budget::Stock::Share.code() { told.max(1) } else { told };
+    let waits = stock == Stock::Share.code() && row.told == 0 && row.demand > 0.0;
+    let amount = if waits { 1 } else { row.told };
     Grant { stock, of: subject.1.into_bytes(), amount, turn }
 }
 
@@ -175,6 +217,8 @@ pub async fn tidy(pool: &PgPool) -> Result<u64, sqlx::Error> {
             where l.renewed_at < now() - interval '1 hour' and case
                 when l.reporter = $1 then not exists (
                     select from leases o where o.stock = l.stock and o.subject = l.subject and o.reporter <> $1
+                ) and not exists (
+                    select from jsonb_each_text(l.used) u where u.value::bigint > extract(epoch from now()) * 1000
                 )
                 when l.stock = 0 then l.held = 0 or coalesce(r.reported_at < now() - interval '1 hour', true)
                 else coalesce(greatest(r.reported_at, f.seen_at) < now() - interval '7 days', true)

@@ -21,6 +21,9 @@ pub fn answer(rows: &mut [Row], me: usize, report: &Heard) -> u64 {
     }
     let share = share(rows, me, report.now_ms);
     if let Some(row) = rows.get_mut(me) {
+        if !row.is_active(report.now_ms) {
+            row.demand = 0.0;
+        }
         row.tell(share, report.seq, 0);
     }
     share
