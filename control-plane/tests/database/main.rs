@@ -18,6 +18,7 @@ mod rotation;
 mod search;
 mod support;
 mod sync;
+mod tls;
 mod usage;
 mod usage_events;
 mod usage_query;
