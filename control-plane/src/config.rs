@@ -164,9 +164,12 @@ pub enum Admin {
         /// The user that the key belongs to; may be left out if its scopes are only admin and sync
         #[arg(long)]
         email: Option<String>,
-        /// After how many seconds the key expires; never if left out
+        /// After how many seconds the key expires; if left out, never, but an admin key after 90 days
         #[arg(long)]
         expires_in_seconds: Option<i64>,
+        /// Let an admin key never expire
+        #[arg(long, conflicts_with = "expires_in_seconds")]
+        no_expiry: bool,
     },
     /// Print a fresh key and store nothing, for PORTCULLIS_ADMIN_KEY or PORTCULLIS_SYNC_KEY. Needs no database
     GenerateKey,
