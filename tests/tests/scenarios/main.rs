@@ -4,6 +4,7 @@
 mod config;
 mod definitions;
 mod faults;
+mod hardened;
 mod identity;
 mod import;
 mod insight;
