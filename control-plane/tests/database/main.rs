@@ -1,10 +1,12 @@
 //! The control plane on a real PostgreSQL: its router, its binary, what it keeps. One program, so that it is linked once.
 #![allow(clippy::print_stdout, reason = "a test that measures prints its figures")]
 
+mod authorization;
 mod binary;
 mod credits;
 mod explain;
 mod filters;
+mod hostile;
 mod idempotency;
 mod import;
 mod keys;
