@@ -6,6 +6,7 @@ mod binary;
 mod credits;
 mod explain;
 mod filters;
+mod fuzz;
 mod hostile;
 mod idempotency;
 mod import;
