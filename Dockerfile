@@ -31,5 +31,8 @@ RUN sed --in-place \
     -e 's/{ address: 127.0.0.1, port_value: 8081 }/{ address: control-plane, port_value: 8081 }/' \
     -e 's/{ address: 127.0.0.1, port_value: 8080 }/{ address: upstream, port_value: 8080 }/' \
     minimal.yaml
+# Nobody from the start: the image's own start script would need root to get there.
+USER 65532:65532
 EXPOSE 10000
-CMD ["envoy", "-c", "minimal.yaml"]
+ENTRYPOINT ["envoy"]
+CMD ["-c", "minimal.yaml"]

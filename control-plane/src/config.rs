@@ -64,6 +64,23 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_ADDRESS_FILE")]
     pub address_file: Option<PathBuf>,
 
+    /// Certificate to serve TLS with, in PEM, followed by those between it and its authority; without it HTTP is in the
+    /// clear. Read anew on SIGHUP and when it changes
+    #[arg(long, env = "PORTCULLIS_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of the certificate, in PEM
+    #[arg(long, env = "PORTCULLIS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Authorities whose certificates clients must have, in PEM; without it they need none
+    #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// How long a client may take to shake hands, to send the head of a request, and each MiB of its body, in seconds
+    #[arg(long, env = "PORTCULLIS_READ_TIMEOUT_SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=300))]
+    pub read_timeout_seconds: u64,
+
     /// Connections to the database
     #[arg(long, env = "PORTCULLIS_DATABASE_CONNECTIONS", default_value = "16", value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub database_connections: u32,
@@ -147,9 +164,12 @@ pub enum Admin {
         /// The user that the key belongs to; may be left out if its scopes are only admin and sync
         #[arg(long)]
         email: Option<String>,
-        /// After how many seconds the key expires; never if left out
+        /// After how many seconds the key expires; if left out, never, but an admin key after 90 days
         #[arg(long)]
         expires_in_seconds: Option<i64>,
+        /// Let an admin key never expire
+        #[arg(long, conflicts_with = "expires_in_seconds")]
+        no_expiry: bool,
     },
     /// Print a fresh key and store nothing, for PORTCULLIS_ADMIN_KEY or PORTCULLIS_SYNC_KEY. Needs no database
     GenerateKey,

@@ -142,6 +142,7 @@ impl IntoResponse for ApiError {
             }
             Self::Unreadable(status, detail) => {
                 let (code, title) = match status {
+                    StatusCode::REQUEST_TIMEOUT => ("timeout", "Request timeout"),
                     StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "Body too large"),
                     StatusCode::UNSUPPORTED_MEDIA_TYPE => ("unsupported_media_type", "Unsupported media type"),
                     StatusCode::METHOD_NOT_ALLOWED => ("method_not_allowed", "Method not allowed"),

@@ -6,8 +6,10 @@
 //! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
 //! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
-//! without being asked for; [`serve`] starts and stops it all, over
+//! without being asked for; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
 //! [`connection`]s that lose nothing.
+
+#![forbid(unsafe_code)]
 
 pub mod audit;
 pub mod auth;
@@ -21,11 +23,13 @@ pub mod error;
 pub mod explain;
 pub mod http;
 pub mod key;
+pub mod listen;
 pub mod policies;
 pub mod quota;
 pub mod serve;
 pub mod sync;
 pub mod telemetry;
+pub mod tls;
 pub mod usage;
 pub mod user;
 

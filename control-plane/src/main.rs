@@ -1,5 +1,7 @@
 //! The binary: reads the command line, does what it says, and says in one line what kept it from doing so.
 
+#![forbid(unsafe_code)]
+
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::Path;
@@ -9,7 +11,7 @@ use clap::Parser;
 use contract::key::KeyKind;
 use control_plane::audit::Actor;
 use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage};
-use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, parse_expiry};
+use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
 use control_plane::key::import::Import;
 use control_plane::key::store::{self as keys, NewKey};
 use control_plane::sync::feed;
@@ -42,7 +44,7 @@ async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(settings) => serve::serve(*settings).await,
         Command::Openapi => print(&http::openapi().to_pretty_json()?),
-        Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds }) => {
+        Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds, no_expiry }) => {
             let scopes = Scopes::parse(scopes)?;
             let operators = scopes.as_slice().iter().all(|scope| [ADMIN, SYNC].contains(&scope.as_str()));
             let email = match &email {
@@ -52,9 +54,11 @@ async fn run(command: Command) -> Result<(), Failure> {
                     return Err("--email: say whom the key is for; only keys for admin and sync need no user".into());
                 }
             };
+            let now = OffsetDateTime::now_utc();
+            let expiry = parse_expiry(None, expires_in_seconds, now)?;
             let new = NewKey {
+                expires_at: expiry.or(default_expiry(&scopes, now).filter(|_| !no_expiry)),
                 scopes,
-                expires_at: parse_expiry(None, expires_in_seconds, OffsetDateTime::now_utc())?,
                 ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
             };
             let pool = connect(&database).await?;

@@ -19,15 +19,16 @@ use tracing::{info, warn};
 
 use crate::auth::Callers;
 use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key};
-use crate::connection::{Connections, Peer};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::revoke::withdraw;
 use crate::key::store as keys;
+use crate::listen::{self, Manners};
 use crate::policies::Configured;
 use crate::sync::feed::Feed;
 use crate::sync::registry::Registry;
 use crate::sync::{Store, filters};
+use crate::tls::{Files, Tls};
 use crate::usage::Ingest;
 use crate::usage::retention::Retention;
 use crate::{App, MIGRATIONS, chores, http, telemetry, usage};
@@ -69,6 +70,8 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let options = options(&settings.database.database_url)?;
     let pool = open(&options, settings.database_connections);
 
+    let tls = tls(&settings)?;
+    let patience = Duration::from_secs(settings.read_timeout_seconds);
     let listener =
         TcpListener::bind(settings.listen).await.map_err(|error| format!("--listen {}: {error}", settings.listen))?;
     let address = listener.local_addr()?;
@@ -107,20 +110,23 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     background.spawn(tidy(pool.clone(), store.clone(), callers, settings.revoked_retention_days, retention));
     background.spawn(chores::run(pool.clone(), store, settings.ledger_detail_days));
 
-    let service = http::router(app, Some(metrics)).into_make_service_with_connect_info::<Peer>();
+    if let Some(tls) = tls.clone() {
+        background.spawn(tls.follow());
+    }
+    let router = http::patient_router(app, Some(metrics), patience);
     if let Some(file) = &settings.address_file {
         write_address(file, address).map_err(|error| format!("--address-file {}: {error}", file.display()))?;
     }
-    info!(%address, "listening");
+    info!(%address, tls = tls.is_some(), client_certificates = settings.tls_client_ca.is_some(), "listening");
     let ended = told_to_end()?;
     let mut told = stop.subscribe();
-    let server = axum::serve(Connections(listener), service).with_graceful_shutdown(async move {
+    let ended = async move {
         ended.await;
         info!("ending: no new requests, held polls end now");
         let _ = stop.send(true);
-    });
+    };
     tokio::select! {
-        served = server.into_future() => served?,
+        () = listen::serve(listener, router, Manners { tls, patience }, ended) => {}
         unprepared = &mut feeding => unprepared??,
         Some(broken) = background.join_next() => {
             let why = broken.err().map_or_else(|| "it returned".into(), |error| error.to_string());
@@ -143,6 +149,12 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     }
     info!("ended");
     Ok(())
+}
+
+fn tls(settings: &Serve) -> Result<Option<Arc<Tls>>, String> {
+    let (Some(certificate), Some(key)) = (settings.tls_cert.clone(), settings.tls_key.clone()) else { return Ok(None) };
+    let files = Files { certificate, key, client_ca: settings.tls_client_ca.clone() };
+    Ok(Some(Arc::new(Tls::load(files)?)))
 }
 
 /// Connects to the database and brings its schema up to date.

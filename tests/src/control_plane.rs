@@ -54,10 +54,15 @@ impl ControlPlane {
     /// # Errors
     /// If it does not get ready, with the last lines of its log.
     pub async fn start(settings: Settings, directory: &Path, log: Log) -> Result<Self> {
-        let this =
-            Self { settings: Mutex::new(settings), directory: directory.to_owned(), log, process: Mutex::new(None) };
+        let this = Self::prepare(settings, directory, log);
         this.restart().await?;
         Ok(this)
+    }
+
+    /// Prepares one that [`launch`](Self::launch) starts: whether one within TLS is ready is for the test to ask.
+    #[must_use]
+    pub fn prepare(settings: Settings, directory: &Path, log: Log) -> Self {
+        Self { settings: Mutex::new(settings), directory: directory.to_owned(), log, process: Mutex::new(None) }
     }
 
     /// Starts it again, on the same port, and waits until it is ready.

@@ -34,6 +34,7 @@ pub struct Settings {
 pub struct Envoy {
     binary: PathBuf,
     settings: Mutex<Settings>,
+    template: &'static str,
     directory: PathBuf,
     log: Log,
     process: Mutex<Option<Process>>,
@@ -62,7 +63,16 @@ impl Envoy {
         std::fs::copy(&wasm, directory.join("portcullis.wasm"))
             .with_context(|| format!("{} is missing; run `cargo xtask wasm`", wasm.display()))?;
         let (settings, process) = (Mutex::new(settings), Mutex::new(None));
-        Ok(Self { binary, settings, directory: directory.to_owned(), log, process })
+        let template = "minimal.yaml";
+        Ok(Self { binary, settings, template, directory: directory.to_owned(), log, process })
+    }
+
+    /// Another file of the directory `envoy` to start from than `minimal.yaml`. What it names must lie in the directory of
+    /// this Envoy.
+    #[must_use]
+    pub const fn with_template(mut self, template: &'static str) -> Self {
+        self.template = template;
+        self
     }
 
     /// Starts it, on the same ports as before, and waits until it takes requests.
@@ -71,7 +81,7 @@ impl Envoy {
     /// If it does not, with the last lines of its log.
     pub async fn restart(&self) -> Result<()> {
         let settings = self.settings();
-        let template = std::fs::read_to_string(paths::workspace().join("envoy/minimal.yaml"))?;
+        let template = std::fs::read_to_string(paths::workspace().join("envoy").join(self.template))?;
         std::fs::write(self.directory.join("envoy.yaml"), render(&template, &settings.replacements)?)?;
         let admin_file = self.directory.join("admin.address");
         // Whatever an earlier run left says nothing about this one.
@@ -130,6 +140,18 @@ impl Envoy {
     /// If it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
+    }
+
+    /// How much of its memory is resident, in KiB.
+    ///
+    /// # Errors
+    /// If it does not run, or this is not Linux.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let pid = process.as_ref().context("Envoy does not run")?.pid();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS in its status")?;
+        Ok(line.trim().trim_end_matches("kB").trim().parse()?)
     }
 
     /// Where it takes requests.

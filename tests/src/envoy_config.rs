@@ -46,7 +46,7 @@ pub struct TemplateError {
 
 impl std::fmt::Display for TemplateError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "envoy/minimal.yaml has {} times, not once: {}", self.found, self.marker)
+        write!(f, "the template has {} times, not once: {}", self.found, self.marker)
     }
 }
 
@@ -156,6 +156,23 @@ mod tests {
             "metadata: { filter_metadata: { portcullis: { policy: \"two\" } } }",
         ];
         assert_eq!(new, expected);
+    }
+
+    #[test]
+    fn the_hardened_template_has_the_same_markers_and_the_same_filter() {
+        const HARDENED: &str = include_str!("../../envoy/hardened.yaml");
+        let text = render(HARDENED, &replacements(&serde_json::json!({"rate_limit": null}))).unwrap();
+        assert_eq!(lines_that_differ(HARDENED, &text).len(), 5);
+        let filter = |template: &'static str| {
+            let (_, rest) = template.split_once("access_log:").unwrap();
+            rest.split_once("route_config:").unwrap().0
+        };
+        assert_eq!(filter(HARDENED), filter(TEMPLATE));
+        let normalisation = |template: &'static str| {
+            let (_, rest) = template.split_once("use_remote_address: true").unwrap();
+            rest.split_once("# Idle clients").unwrap().0
+        };
+        assert_eq!(normalisation(HARDENED), normalisation(TEMPLATE));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //!
 //! Waiting is always for something that can be observed, with a deadline: see [`wait`].
 
+#![deny(unsafe_code)]
+
 pub mod paths;
 pub mod wait;
 
@@ -27,4 +29,8 @@ pub mod stack;
 pub mod expect;
 pub mod http;
 pub mod load;
+pub mod raw;
 pub mod rest;
+
+pub mod certificates;
+pub mod tls;

@@ -37,6 +37,7 @@ pub(crate) fn spawn(mut command: Command, on_death: Signal) -> Result<Child> {
 }
 
 #[cfg(target_os = "linux")]
+#[expect(unsafe_code, reason = "the standard library has no safe way to set the parent's death signal")]
 fn die_with_parent(command: &mut Command, signal: Signal) {
     // SAFETY: the closure makes one system call, which may be made between fork and exec.
     unsafe {

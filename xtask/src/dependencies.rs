@@ -1,5 +1,6 @@
-//! What the workspace depends on: where it comes from, under which licences, and whether it is used. It asks cargo alone,
-//! so that it runs on every machine; where `cargo deny` and `cargo machete` are installed, they are asked too.
+//! What the workspace depends on: where it comes from, under which licences, whether it is used, and whether it has known
+//! faults. It asks cargo alone, so that it runs on every machine; where `cargo deny` and `cargo machete` are installed, they
+//! are asked too.
 
 use std::path::Path;
 
@@ -7,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use portcullis_tests::{paths, tools};
 use serde_json::Value;
 
+use crate::advisories;
 use crate::output::say;
 use crate::run::{cargo, read, run};
 
@@ -18,11 +20,12 @@ pub(crate) fn check() -> Result<()> {
     let allowed = allowed_licences(&deny).context("deny.toml has no list `allow = [` of licences")?;
     sources_and_licences(&allowed)?;
     nothing_unused()?;
+    advisories::check(&deny)?;
     for (tool, arguments) in [("cargo-deny", &["deny", "check"][..]), ("cargo-machete", &["machete"])] {
         if tools::on_path(tool).is_some() {
             run(cargo(arguments))?;
         } else {
-            say(&format!("{tool} is not installed; what it looks for was looked for without it, advisories apart"));
+            say(&format!("{tool} is not installed; what it looks for was looked for without it"));
         }
     }
     Ok(())

@@ -1,13 +1,18 @@
 //! `cargo xtask`: a command line comes in, one of the commands that a person or CI needs is carried out. What is missing
 //! or goes wrong is said in one line.
 
+#![deny(unsafe_code)]
+
 mod output;
 mod run;
 
 mod wasm;
 
+mod advisories;
 mod api;
 mod dependencies;
+mod lock;
+mod sbom;
 mod sqlx;
 mod test;
 
@@ -43,6 +48,8 @@ enum Command {
     Wasm,
     /// Write control-plane/.sqlx anew, after a query or a migration changed.
     Sqlx,
+    /// Write what is built into the product, with versions, licences and checksums (CycloneDX 1.5).
+    Sbom(sbom::Options),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +66,7 @@ fn main() -> ExitCode {
             Command::Authorizer(options) => bench::authorizer::serve(&options).await,
             Command::Wasm => wasm::build(),
             Command::Sqlx => sqlx::write().await,
+            Command::Sbom(options) => sbom::write(&options),
         }
     });
     match done {

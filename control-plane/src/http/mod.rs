@@ -13,6 +13,7 @@ pub mod health;
 pub mod keys;
 pub mod once;
 pub mod paging;
+pub mod patience;
 pub mod plans;
 pub mod refusals;
 pub mod roles;
@@ -20,6 +21,8 @@ pub mod sync;
 pub mod usage;
 pub mod user;
 pub mod users;
+
+use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
@@ -38,6 +41,9 @@ use crate::{App, telemetry};
 
 /// Longest body of a management request, in bytes.
 const BODY_BYTES: usize = 16 * 1_024;
+
+/// How long a client may take to send what it has begun, unless the operator says otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Longest body of a message with usage reports, in bytes.
 const USAGE_BYTES: usize = 4 << 20;
@@ -111,6 +117,11 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 
 /// The whole service. `metrics` are shown under `/metrics` if they are collected.
 pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
+    patient_router(app, metrics, PATIENCE)
+}
+
+/// The whole service, with bodies that have to be there before `patience` is over.
+pub fn patient_router(app: App, metrics: Option<PrometheusHandle>, patience: Duration) -> Router {
     let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
     let shown = app.clone();
     let filters = Router::new()
@@ -126,6 +137,7 @@ pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
             ApiError::Unreadable(StatusCode::METHOD_NOT_ALLOWED, detail.into())
         })
         .layer(middleware::from_fn(explain_plain_errors))
+        .layer(middleware::from_fn_with_state(patience, patience::limit))
         .layer(middleware::from_fn(telemetry::observe))
         .with_state(app)
 }

@@ -27,6 +27,8 @@ const RATE_LIMITS: usize = 8;
 const RATE_LIMIT_NAME_CHARS: usize = 32;
 const RATE_LIMIT_REQUESTS: i64 = 1_000_000_000;
 const RATE_LIMIT_WINDOW_S: i64 = 31_622_400;
+/// How long an admin key lives unless it is said how long.
+const ADMIN_LIFETIME: Duration = Duration::days(90);
 const LIFETIME_S: i64 = 10 * 365 * 86_400;
 
 /// An email address: at most 254 characters, in lower case.
@@ -39,6 +41,8 @@ impl Email {
     /// # Errors
     /// What is wrong with `email`.
     pub fn parse(text: &str) -> Result<Self, ApiError> {
+        // Some letters are longer in lower case.
+        let text = &text.to_lowercase();
         if text.chars().count() > EMAIL_CHARS {
             return Err(ApiError::invalid("email", format!("must have at most {EMAIL_CHARS} characters")));
         }
@@ -48,7 +52,7 @@ impl Email {
         }
         let options = Options::default().without_display_text().without_domain_literal();
         let address = EmailAddress::parse_with_options(text, options).map_err(|_| bad())?;
-        Ok(Self(address.as_str().to_lowercase()))
+        Ok(Self(address.as_str().to_owned()))
     }
 
     /// The address.
@@ -222,6 +226,13 @@ pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<StoredLimit>,
         return Err(ApiError::invalid("rate_limits", "the names must differ"));
     }
     Ok(limits)
+}
+
+/// When a key ends of which nobody said when: one that opens everything does not stay good for ever by oversight.
+#[must_use]
+pub fn default_expiry(scopes: &Scopes, now: OffsetDateTime) -> Option<OffsetDateTime> {
+    let admin = scopes.as_slice().iter().any(|scope| scope == ADMIN);
+    admin.then(|| whole_seconds(now).saturating_add(ADMIN_LIFETIME))
 }
 
 /// Parses when a key ends: at a time, after some seconds, or never. Keys end on a whole second.

@@ -122,7 +122,8 @@ pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Resul
             ),
             seen_at = greatest(filters.seen_at, excluded.seen_at),
             pending_requests = coalesce(excluded.pending_requests, filters.pending_requests),
-            reported_at = greatest(filters.reported_at, excluded.reported_at)",
+            reported_at = greatest(filters.reported_at, excluded.reported_at)
+        where filters.sync_key_id is null or excluded.sync_key_id is null or filters.sync_key_id = excluded.sync_key_id",
         &ids,
         &sync_keys,
         &addresses as &[Option<String>],

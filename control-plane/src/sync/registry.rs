@@ -246,6 +246,11 @@ impl Registry {
             reported: None,
             unwritten: true,
         });
+        if known.sync_key != sync_key {
+            // A sync key speaks for its own Envoys only.
+            metrics::counter!("portcullis_filters_ignored_total").increment(1);
+            return false;
+        }
         change(known);
         (known.seen, known.unwritten) = (now, true);
         drop(state);

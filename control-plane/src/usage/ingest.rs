@@ -22,6 +22,10 @@ const TOGETHER: usize = 256;
 /// Most reports in one submission.
 pub(super) const REPORTS: usize = 16;
 
+/// How old counts can honestly be. What says that it is older counts as so old: reports must not fill the tables with
+/// hours in which nobody counted anything.
+const OLDEST_HOURS: u32 = 366 * 24;
+
 /// How far ahead of this clock an Envoy's may be before it is worth a line in the log.
 const AHEAD: Duration = Duration::from_secs(60);
 
@@ -123,8 +127,8 @@ pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
     Ok(first.reporter)
 }
 
-/// Moves what was counted in the future to now. An Envoy whose clock is ahead sends the same report until it is taken: to
-/// refuse it would lose all that comes after it.
+/// Moves what was counted in the future to now, and what was counted longer ago than can be to where that time begins. An
+/// Envoy whose clock is ahead sends the same report until it is taken: to refuse it would lose all that comes after it.
 pub(super) fn no_later_than(reports: &mut [Report], now: Duration) {
     let hour = u32::try_from(now.as_secs() / HOUR_S).unwrap_or(u32::MAX);
     let ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
@@ -135,7 +139,7 @@ pub(super) fn no_later_than(reports: &mut [Report], now: Duration) {
             if u64::from(of.hour) * HOUR_S > tolerated.as_secs() || u128::from(*last_ms) > tolerated.as_millis() {
                 ahead = Some(report.reporter);
             }
-            of.hour = of.hour.min(hour);
+            of.hour = of.hour.clamp(hour.saturating_sub(OLDEST_HOURS), hour);
             *last_ms = (*last_ms).min(ms);
         }
     }
@@ -214,6 +218,9 @@ mod tests {
         no_later_than(&mut reports, NOW);
         assert_eq!((reports[0].counts[0].of.hour, reports[0].counts[0].last_ms), (500_000, 500_000 * 3_600_000));
         assert_eq!(reports[1], report(7, 2, 499_999, 10));
+        let mut ancient = [report(7, 3, 0, 10)];
+        no_later_than(&mut ancient, NOW);
+        assert_eq!(ancient[0].counts[0].of.hour, 500_000 - OLDEST_HOURS);
     }
 
     #[test]

@@ -126,6 +126,15 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
         Secret::from_presented(printed(&output).to_owned())
     };
     let sync = create(&["--scope", "sync"]);
+    let lifetime_days = async |key: Secret| {
+        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        found.record.expires_at_s.map(|end| (end.saturating_sub(now) + 43_200) / 86_400)
+    };
+    let admin = &["--scope", "admin"][..];
+    assert_eq!(lifetime_days(create(admin)).await, Some(90));
+    assert_eq!(lifetime_days(create(&[admin, &["--no-expiry"]].concat())).await, None);
+    assert_eq!(lifetime_days(create(&[admin, &["--expires-in-seconds", "86400"]].concat())).await, Some(1));
     let user = create(&["--scope", "orders", "--email", "user@example.com", "--expires-in-seconds", "60"]);
     for (key, email, expires) in [(sync, "operator@portcullis.invalid", false), (user, "user@example.com", true)] {
         let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();

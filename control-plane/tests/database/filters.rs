@@ -196,14 +196,14 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
     let stored = async || -> (i64, Option<Uuid>) {
         sqlx::query_as("select revision, sync_key_id from filters").fetch_one(&pool).await.unwrap()
     };
-    other.held(envoy(1), Uuid::nil());
+    other.held(envoy(1), sync);
     other.write(&pool).await.unwrap();
     one.polled(envoy(1), says(5));
     other.polled(envoy(1), says(6));
     other.write(&pool).await.unwrap();
     one.write(&pool).await.unwrap();
     assert_eq!(stored().await, (6, Some(sync)), "the older word came later");
-    other.held(envoy(1), Uuid::nil());
+    other.held(envoy(1), sync);
     one.reported(envoy(1), sync);
     other.write(&pool).await.unwrap();
     one.write(&pool).await.unwrap();
@@ -211,6 +211,13 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
     one.polled(envoy(1), says(7));
     one.write(&pool).await.unwrap();
     assert_eq!((stored().await.0, filters::live(&pool).await.unwrap()), (7, 1));
+    // A sync key speaks for its own Envoys only, whichever replica hears it.
+    let (stranger, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
+    for replica in [one, Registry::new()] {
+        replica.polled(envoy(1), Heard { sync_key: stranger, ..says(8) });
+        replica.write(&pool).await.unwrap();
+        assert_eq!(stored().await, (7, Some(sync)));
+    }
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -1,10 +1,13 @@
 //! The control plane on a real PostgreSQL: its router, its binary, what it keeps. One program, so that it is linked once.
 #![allow(clippy::print_stdout, reason = "a test that measures prints its figures")]
 
+mod authorization;
 mod binary;
 mod credits;
 mod explain;
 mod filters;
+mod fuzz;
+mod hostile;
 mod idempotency;
 mod import;
 mod keys;
@@ -18,6 +21,7 @@ mod rotation;
 mod search;
 mod support;
 mod sync;
+mod tls;
 mod usage;
 mod usage_events;
 mod usage_query;

@@ -4,6 +4,7 @@
 mod cold_start;
 mod counts;
 mod credits;
+mod flood;
 mod revocation;
 mod scopes;
 mod shared_limits;

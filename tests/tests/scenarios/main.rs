@@ -4,6 +4,8 @@
 mod config;
 mod definitions;
 mod faults;
+mod hardened;
+mod hostile;
 mod identity;
 mod import;
 mod insight;
@@ -13,6 +15,7 @@ mod metrics;
 mod networks;
 mod odd_keys;
 mod outcomes;
+mod paths;
 mod plans;
 mod policies;
 mod quota;

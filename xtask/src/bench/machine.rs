@@ -45,6 +45,7 @@ fn only(core: usize) -> Result<CpuSet> {
 }
 
 /// Lets a command run on one core only.
+#[expect(unsafe_code, reason = "the standard library has no safe way to choose a child's processor")]
 pub(super) fn pin(command: &mut Command, core: usize) -> Result<()> {
     let set = only(core)?;
     // SAFETY: the closure makes one system call, which may be made between fork and exec.

@@ -20,7 +20,7 @@ use crate::http::extract::{Json, Path};
 use crate::http::once::{Answer, Begun, Once};
 use crate::http::user::reveal;
 use crate::key::change::{Changes, change};
-use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, parse_expiry, parse_rate_limits};
+use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
 use crate::key::permissions::{self, Permissions, Said, said};
 use crate::key::quota::QuotaBody;
 use crate::key::revoke;
@@ -85,7 +85,8 @@ pub struct CreateBody {
     /// Credits that a request costs unless its route says otherwise; 1 unless given. Set by admins only.
     #[schema(minimum = 0, maximum = 1_000_000)]
     cost: Option<i64>,
-    /// When it ends: RFC 3339, at most ten years from now. Not with `expires_in_seconds`.
+    /// When it ends: RFC 3339, at most ten years from now. Not with `expires_in_seconds`. Without either it never ends, but for
+    /// a key with the scope `admin`, which ends after 90 days.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
     /// After how many seconds it ends, at most ten years. Not with `expires_at`.
@@ -212,6 +213,7 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
         expires_at: parse_expiry(body.expires_at.as_deref(), body.expires_in_seconds, now)?,
         at_most: None,
     };
+    new.expires_at = new.expires_at.or(default_expiry(&new.scopes, now));
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
     caller.require_permissible(&new.permissions, caller.networks())?;

@@ -1,0 +1,122 @@
+//! How long a client may take over a body: whoever sends one drop by drop would hold a request, and what it holds, for ever.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode, Version, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tokio::time::{Instant, Sleep};
+
+use crate::error::ApiError;
+
+/// Whoever has sent so much, in bytes, has all the time again: an import is large and may come over a slow line.
+const RENEWED_BYTES: usize = 1 << 20;
+
+/// Answers 408 where a client keeps a body waiting for longer than `patience` in all. Time in which the body waits for us,
+/// as that of an import does while its keys are written, is not the client's.
+pub async fn limit(State(patience): State<Duration>, request: Request, next: Next) -> Response {
+    if request.body().is_end_stream() {
+        return next.run(request).await;
+    }
+    let version = request.version();
+    let late = Arc::new(AtomicBool::new(false));
+    let left = Left { patience, time: patience, bytes: RENEWED_BYTES };
+    let request = request.map(|body| Body::new(Timed { body, left, waiting: None, late: Arc::clone(&late) }));
+    let response = next.run(request).await;
+    if !late.load(Ordering::Relaxed) {
+        return response;
+    }
+    let detail = format!("The body did not come within {} seconds.", patience.as_secs());
+    let mut response = ApiError::Unreadable(StatusCode::REQUEST_TIMEOUT, detail).into_response();
+    if version < Version::HTTP_2 {
+        // What is left of the body is not waited for.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// How much of our patience is left.
+struct Left {
+    patience: Duration,
+    time: Duration,
+    bytes: usize,
+}
+
+impl Left {
+    /// A piece came after so long.
+    fn took(&mut self, waited: Duration, bytes: usize) {
+        self.time = self.time.saturating_sub(waited);
+        if bytes < self.bytes {
+            self.bytes -= bytes;
+        } else {
+            (self.time, self.bytes) = (self.patience, RENEWED_BYTES);
+        }
+    }
+}
+
+struct Timed {
+    body: Body,
+    left: Left,
+    /// Since when the client has kept us waiting, and until when it may.
+    waiting: Option<(Instant, Pin<Box<Sleep>>)>,
+    late: Arc<AtomicBool>,
+}
+
+impl HttpBody for Timed {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
+            let waited = self.waiting.take().map(|(since, _)| since.elapsed()).unwrap_or_default();
+            let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+            let bytes = data.map_or(0, Bytes::len);
+            self.left.took(waited, bytes);
+            return Poll::Ready(frame);
+        }
+        let time = self.left.time;
+        let (_, until) = self.waiting.get_or_insert_with(|| (Instant::now(), Box::pin(tokio::time::sleep(time))));
+        if until.as_mut().poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+        self.late.store(true, Ordering::Relaxed);
+        Poll::Ready(Some(Err(axum::Error::new(std::io::Error::from(std::io::ErrorKind::TimedOut)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_is_used_up_by_waiting_and_renewed_by_a_mebibyte() {
+        let second = Duration::from_secs(1);
+        let mut left = Left { patience: second * 3, time: second * 3, bytes: RENEWED_BYTES };
+        for _ in 0..2 {
+            left.took(second, RENEWED_BYTES / 4);
+        }
+        assert_eq!((left.time, left.bytes), (second, RENEWED_BYTES / 2));
+        left.took(second / 2, RENEWED_BYTES / 2);
+        assert_eq!((left.time, left.bytes), (second * 3, RENEWED_BYTES));
+        left.took(second * 9, 1);
+        assert_eq!(left.time, Duration::ZERO);
+    }
+}

@@ -1,0 +1,283 @@
+//! Who may do what: every route with every kind of caller, in one table. A route of the OpenAPI document without a row
+//! fails the test.
+
+use std::collections::BTreeSet;
+
+use contract::id::ReporterId;
+use contract::key::Secret;
+use contract::usage::{Report, write_reports};
+use control_plane::http;
+use serde_json::json;
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::support::{Fixture, request};
+
+/// The callers, in the order of the columns.
+const CALLERS: [&str; 9] = [
+    "no key",
+    "unknown key",
+    "another user's key",
+    "own key",
+    "sync key",
+    "admin key",
+    "revoked admin key",
+    "expired admin key",
+    "disabled admin key",
+];
+
+/// What a call is answered with, by caller.
+type Row = [u16; CALLERS.len()];
+
+/// For everybody.
+const PUBLIC: Row = [200; CALLERS.len()];
+
+/// For everybody too, where metrics are collected; tests collect none.
+const METRICS: Row = [404; CALLERS.len()];
+
+/// A call that finds its target by the user's address: others are told that it is not theirs.
+const fn by_email(done: u16) -> Row {
+    [401, 401, 403, done, 403, done, 401, 401, 403]
+}
+
+/// A call that finds its target by its id: what belongs to others is not there.
+const fn by_id(done: u16) -> Row {
+    [401, 401, 404, done, 403, done, 401, 401, 403]
+}
+
+/// A call whose answer is about the caller's own, unless an admin asks.
+const fn for_users(done: u16) -> Row {
+    [401, 401, done, done, 403, done, 401, 401, 403]
+}
+
+/// What the operator does, and nobody else.
+const fn for_admins(done: u16) -> Row {
+    [401, 401, 403, 403, 403, done, 401, 401, 403]
+}
+
+/// What filters do, and nobody else.
+const fn for_filters(done: u16) -> Row {
+    [401, 401, 403, 403, done, 403, 401, 401, 403]
+}
+
+/// Method, route as the document has it, query, body, and the answers. In each, `EMAIL` is the owner's address and `ID` the
+/// target's id.
+const TABLE: &[(&str, &str, &str, &str, Row)] = &[
+    ("GET", "/api/user/key/{email}", "", "", by_email(200)),
+    ("DELETE", "/api/user/key/{email}", "", "", by_email(200)),
+    ("POST", "/api/user/key", "", r#"{"email": "EMAIL", "key_name": "n"}"#, by_email(200)),
+    ("GET", "/api/user/usage/{email}", "", "", by_email(200)),
+    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n"}"#, by_email(201)),
+    // What a user's key does not have it cannot give, and what only admins set it cannot either.
+    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["orders"]}"#, for_admins(201)),
+    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["admin"]}"#, for_admins(201)),
+    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["sync"]}"#, for_admins(201)),
+    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "cost": 0}"#, for_admins(201)),
+    ("GET", "/v1/keys", "", "", for_users(200)),
+    ("GET", "/v1/keys", "?email=EMAIL", "", by_email(200)),
+    ("GET", "/v1/keys/{id}", "", "", by_id(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"name": "n"}"#, by_id(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"disabled": true}"#, by_id(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"allowed_addresses": ["192.0.2.0/24"]}"#, by_id(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"roles": []}"#, for_admins(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"plan": null}"#, for_admins(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"quota": null}"#, for_admins(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"cost": 0}"#, for_admins(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"rate_limits": []}"#, for_admins(200)),
+    ("DELETE", "/v1/keys/{id}", "", "", by_id(204)),
+    // A key rotates itself only.
+    ("POST", "/v1/keys/{id}/rotate", "", "{}", [401, 401, 404, 403, 403, 201, 401, 401, 403]),
+    ("DELETE", "/v1/keys/{id}/secrets/{generation}", "", "", by_id(204)),
+    ("POST", "/v1/keys/import", "", "NDJSON", for_admins(200)),
+    ("GET", "/v1/keys/{id}/usage", "", "", by_id(200)),
+    ("GET", "/v1/keys/{id}/quota", "", "", by_id(200)),
+    ("GET", "/v1/users", "", "", for_admins(200)),
+    ("GET", "/v1/users/{email}", "", "", by_email(200)),
+    ("PATCH", "/v1/users/{email}", "", r#"{"plan": null}"#, for_admins(200)),
+    ("POST", "/v1/users/{email}/revoke-keys", "", "", by_email(200)),
+    ("GET", "/v1/users/{email}/credits", "", "", by_email(200)),
+    ("POST", "/v1/users/{email}/credits", "", r#"{"amount": 1}"#, for_admins(201)),
+    ("PATCH", "/v1/users/{email}/credits", "", r#"{"metered": false}"#, for_admins(200)),
+    ("GET", "/v1/users/{email}/ledger", "", "", by_email(200)),
+    ("GET", "/v1/roles", "", "", for_admins(200)),
+    ("GET", "/v1/roles/{name}", "", "", for_admins(200)),
+    ("PUT", "/v1/roles/{name}", "", r#"{"scopes": []}"#, for_admins(200)),
+    ("DELETE", "/v1/roles/{name}", "", "", for_admins(204)),
+    ("GET", "/v1/plans", "", "", for_admins(200)),
+    ("GET", "/v1/plans/{name}", "", "", for_admins(200)),
+    ("PUT", "/v1/plans/{name}", "", "{}", for_admins(200)),
+    ("DELETE", "/v1/plans/{name}", "", "", for_admins(204)),
+    ("GET", "/v1/audit", "", "", for_users(200)),
+    // Another's key is explained as one that nobody has.
+    ("POST", "/v1/explain", "", r#"{"key_id": "ID"}"#, by_id(200)),
+    ("GET", "/v1/usage", "", "", for_users(200)),
+    ("GET", "/v1/usage", "?email=EMAIL", "", by_email(200)),
+    ("GET", "/v1/usage", "?key_id=ID", "", by_id(200)),
+    ("GET", "/v1/usage/events", "", "", for_admins(200)),
+    ("GET", "/v1/filters", "", "", for_admins(200)),
+    ("GET", "/healthz", "", "", PUBLIC),
+    ("GET", "/readyz", "", "", PUBLIC),
+    // Not in the document:
+    ("GET", "/openapi.json", "", "", PUBLIC),
+    ("GET", "/metrics", "", "", METRICS),
+    ("GET", "/sync/v1/keys", "?wait=0", "", for_filters(200)),
+    ("POST", "/sync/v1/usage", "", "REPORT", for_filters(200)),
+];
+
+/// Where rows of the table go that are not in the document.
+const BESIDE_THE_DOCUMENT: [&str; 4] = ["/openapi.json", "/metrics", "/sync/v1/keys", "/sync/v1/usage"];
+
+/// What calls find: a user with a primary key and another one, a role and a plan.
+struct Found {
+    email: String,
+    target: Uuid,
+    /// The user's other key.
+    own: Secret,
+    /// Of the role and of the plan.
+    name: String,
+}
+
+/// Makes what calls find; the target has a quota and an old secret.
+async fn find(fixture: &Fixture, admin: &Secret, number: usize) -> Found {
+    let (email, name) = (format!("owner-{number}@example.com"), format!("definition-{number}"));
+    let (target, _) = fixture.key(&email, &[]).await;
+    let (_, own) = fixture.key(&email, &[]).await;
+    let quota = r#"{"quota": {"requests": 1, "period": "day", "time_zone": "UTC"}}"#;
+    for (method, uri, body, done) in [
+        ("PATCH", format!("/v1/keys/{target}"), quota, 200),
+        ("POST", format!("/v1/keys/{target}/rotate"), r#"{"grace_seconds": 3600}"#, 201),
+        ("PUT", format!("/v1/roles/{name}"), r#"{"scopes": []}"#, 201),
+        ("PUT", format!("/v1/plans/{name}"), "{}", 201),
+    ] {
+        let reply = fixture.send(request(method, &uri, Some(admin), body)).await;
+        assert_eq!(reply.status.as_u16(), done, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
+    }
+    sqlx::query("update user_preferences set primary_key_id = $1 where email = $2")
+        .bind(target)
+        .bind(&email)
+        .execute(&fixture.pool)
+        .await
+        .unwrap();
+    Found { email, target, own, name }
+}
+
+/// The callers' keys; the one of `own key` comes with what calls find.
+async fn callers(fixture: &Fixture) -> [Option<Secret>; CALLERS.len()] {
+    let admin = async |columns: &str| {
+        let (id, secret) = fixture.key("admin@example.com", &["admin"]).await;
+        if !columns.is_empty() {
+            let change = format!("update api_keys set {columns} where id = '{id}'");
+            sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&fixture.pool).await.unwrap();
+        }
+        Some(secret)
+    };
+    [
+        None,
+        Some(Secret::from_presented("sk_live_nobody".into())),
+        Some(fixture.key("stranger@example.com", &[]).await.1),
+        None,
+        Some(fixture.key("operator@example.com", &["sync"]).await.1),
+        admin("").await,
+        admin("revoked_at = now()").await,
+        admin("expires_at = now() - interval '1 second'").await,
+        admin("disabled = true").await,
+    ]
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
+    let fixture = Fixture::with_callers(pool, 1_000_000).await;
+    let callers = callers(&fixture).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let mut wrong = Vec::new();
+    let mut finds = 0;
+    let mut found = find(&fixture, &admin, finds).await;
+    for (method, route, query, body, row) in TABLE.iter().copied() {
+        for ((who, key), expected) in CALLERS.into_iter().zip(&callers).zip(row) {
+            let id = found.target.to_string();
+            let fill = |text: &str| text.replace("EMAIL", &found.email).replace("ID", &id);
+            let uri = route.replace("{email}", &found.email).replace("{id}", &id).replace("{generation}", "1");
+            let uri = uri.replace("{name}", &found.name) + &fill(query);
+            let (kind, body) = match body {
+                "REPORT" => {
+                    let reporter = ReporterId::from(Uuid::now_v7());
+                    let report = Report { reporter, seq: 1, counts: Vec::new() };
+                    ("application/octet-stream", write_reports(&[report]).unwrap())
+                }
+                "NDJSON" => ("application/x-ndjson", Vec::new()),
+                body => ("application/json", fill(body).into_bytes()),
+            };
+            let key = if who == "own key" { Some(&found.own) } else { key.as_ref() };
+            let mut request = request(method, &uri, key, body);
+            request.headers_mut().insert("content-type", kind.parse().unwrap());
+            let reply = fixture.send(request).await;
+            let status = reply.status.as_u16();
+            if status != expected {
+                wrong.push(format!("{method} {route}{query} {kind} with {who}: {status}, not {expected}"));
+            }
+            if status >= 400 {
+                assert_eq!(reply.header("content-type"), "application/problem+json", "{method} {uri}");
+                assert_eq!(reply.json()["status"], status, "{method} {uri}");
+                // Whoever is refused learns nothing of the key that they asked for.
+                assert!(!String::from_utf8_lossy(&reply.body).contains("sk_"), "{method} {uri}");
+            } else if method != "GET" {
+                // A call that was refused changes nothing, so that the next caller finds what the one before found.
+                finds += 1;
+                found = find(&fixture, &admin, finds).await;
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_route_of_the_document_has_a_row_and_every_row_a_route() {
+    let document = serde_json::to_value(http::openapi()).unwrap();
+    let mut documented = BTreeSet::new();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for method in methods.as_object().unwrap().keys().filter(|key| *key != "parameters") {
+            documented.insert((method.to_uppercase(), path.clone()));
+        }
+    }
+    let rows: BTreeSet<_> = TABLE
+        .iter()
+        .filter(|(_, route, ..)| !BESIDE_THE_DOCUMENT.contains(route))
+        .map(|(method, route, ..)| ((*method).to_owned(), (*route).to_owned()))
+        .collect();
+    let missing: Vec<_> = documented.difference(&rows).collect();
+    let invented: Vec<_> = rows.difference(&documented).collect();
+    assert!(missing.is_empty() && invented.is_empty(), "without a row: {missing:?}; without a route: {invented:?}");
+}
+
+#[test]
+fn every_route_that_wants_a_key_says_so_in_the_document() {
+    let document = serde_json::to_value(http::openapi()).unwrap();
+    for (method, route, _, _, row) in TABLE {
+        if BESIDE_THE_DOCUMENT.contains(route) {
+            continue;
+        }
+        let secured = document["paths"][*route][method.to_lowercase()]["security"] == json!([{"api_key": []}]);
+        assert_eq!(secured, *row != PUBLIC, "{method} {route}");
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn an_admin_key_ends_after_ninety_days_unless_it_is_said_when(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let lifetime_days = async |more: serde_json::Value| {
+        let mut body = json!({"email": "a@example.com", "name": "n"});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let reply = fixture.send(request("POST", "/v1/keys", Some(&admin), body.to_string())).await;
+        assert_eq!(reply.status.as_u16(), 201);
+        let time = |field: &str| {
+            let text = reply.json()[field].as_str().map(str::to_owned)?;
+            time::OffsetDateTime::parse(&text, &time::format_description::well_known::Rfc3339).ok()
+        };
+        Some((time("expires_at")? - time("created_at").unwrap()).whole_hours().saturating_add(1) / 24)
+    };
+    assert_eq!(lifetime_days(json!({})).await, None);
+    assert_eq!(lifetime_days(json!({"scopes": ["sync"]})).await, None);
+    assert_eq!(lifetime_days(json!({"scopes": ["orders", "admin"]})).await, Some(90));
+    assert_eq!(lifetime_days(json!({"scopes": ["admin"], "expires_in_seconds": 31_536_000})).await, Some(365));
+}

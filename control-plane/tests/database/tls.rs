@@ -1,0 +1,216 @@
+//! TLS: who is believed, over which protocols, and what is said of files that make no sense.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::ConnectInfo;
+use axum::routing::get;
+use control_plane::connection::Peer;
+use control_plane::listen::{self, Manners};
+use control_plane::tls::{Files, Tls};
+use portcullis_tests::certificates::{Authority, For, Identity};
+use portcullis_tests::http::get_request;
+use portcullis_tests::tls::Client;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+const NAME: &str = "keys.example.com";
+const BOTH: [&str; 2] = ["h2", "http/1.1"];
+
+struct Home(PathBuf);
+
+impl Home {
+    fn new() -> Self {
+        let home = std::env::temp_dir().join(format!("portcullis-tls-{}", uuid::Uuid::now_v7()));
+        std::fs::create_dir(&home).unwrap();
+        Self(home)
+    }
+
+    fn files(&self, server: &Identity, client_ca: Option<&Authority>) -> Files {
+        let (certificate, key) = server.write(&self.0, "server").unwrap();
+        let client_ca = client_ca.map(|authority| {
+            let file = self.0.join("client-ca.pem");
+            std::fs::write(&file, &authority.certificate).unwrap();
+            file
+        });
+        Files { certificate, key, client_ca }
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A server that says who calls, until it is told to end.
+struct Server {
+    address: SocketAddr,
+    end: oneshot::Sender<()>,
+    serving: JoinHandle<()>,
+}
+
+impl Server {
+    async fn start(tls: Option<Arc<Tls>>, patience: Duration) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router =
+            Router::new().route("/", get(async |ConnectInfo(Peer(peer)): ConnectInfo<Peer>| peer.ip().to_string()));
+        let (end, ended) = oneshot::channel();
+        let serving = tokio::spawn(listen::serve(listener, router, Manners { tls, patience }, async {
+            let _ = ended.await;
+        }));
+        Self { address, end, serving }
+    }
+
+    async fn with(files: Files) -> Self {
+        Self::start(Some(Arc::new(Tls::load(files).unwrap())), Duration::from_secs(20)).await
+    }
+
+    /// The answer and its protocol, or why there is none.
+    async fn ask(&self, client: &Client) -> Result<(u16, &'static str), String> {
+        match client.send(self.address, NAME, get_request("/", None).unwrap()).await {
+            Ok((reply, protocol)) => {
+                assert_eq!(&reply.body[..], b"127.0.0.1");
+                Ok((reply.status, protocol))
+            }
+            Err(error) => Err(format!("{error:?}")),
+        }
+    }
+}
+
+#[tokio::test]
+async fn it_serves_both_protocols_by_choice_of_the_client_who_must_believe_its_certificate() {
+    let (home, authority, other) = (Home::new(), Authority::new("one").unwrap(), Authority::new("other").unwrap());
+    let server = Server::with(home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None)).await;
+    let client = |protocols: &[&str]| Client::new(&authority.certificate, None, protocols).unwrap();
+    assert_eq!(server.ask(&client(&BOTH)).await, Ok((200, "h2")));
+    assert_eq!(server.ask(&client(&["http/1.1"])).await, Ok((200, "http/1.1")));
+    assert_eq!(server.ask(&client(&[])).await, Ok((200, "http/1.1")));
+    let refused = server.ask(&client(&["spdy/3"])).await.unwrap_err();
+    assert!(refused.contains("NoApplicationProtocol"), "{refused}");
+    let stranger = server.ask(&Client::new(&other.certificate, None, &BOTH).unwrap()).await.unwrap_err();
+    assert!(stranger.contains("UnknownIssuer"), "{stranger}");
+    // In the clear nothing is told.
+    let plain = portcullis_tests::http::get(server.address, "/").await;
+    assert!(plain.is_err(), "{plain:?}");
+    // It ends when it is told to, and waits for nobody who only keeps a connection.
+    let _idle = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    server.end.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(5), server.serving).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn with_a_client_authority_nobody_is_answered_without_a_certificate_of_it() {
+    let (home, servers, clients) =
+        (Home::new(), Authority::new("servers").unwrap(), Authority::new("clients").unwrap());
+    let identity = servers.issue(&[NAME], For::Servers).unwrap();
+    let server = Server::with(home.files(&identity, Some(&clients))).await;
+    let client = |identity: Option<&Identity>| Client::new(&servers.certificate, identity, &BOTH).unwrap();
+    let good = clients.issue(&["envoy"], For::Clients).unwrap();
+    assert_eq!(server.ask(&client(Some(&good))).await, Ok((200, "h2")));
+
+    let none = server.ask(&client(None)).await.unwrap_err();
+    assert!(none.contains("CertificateRequired"), "{none}");
+    let strangers = [
+        ("of another authority", servers.issue(&["envoy"], For::Clients).unwrap(), "UnknownCA"),
+        ("for servers only", clients.issue(&["envoy"], For::Servers).unwrap(), "Certificate"),
+    ];
+    for (what, stranger, expected) in strangers {
+        let refused = server.ask(&client(Some(&stranger))).await.unwrap_err();
+        assert!(refused.contains(expected), "{what}: {refused}");
+    }
+    assert_eq!(server.ask(&client(Some(&good))).await, Ok((200, "h2")));
+}
+
+#[tokio::test]
+async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let server = Server::start(None, Duration::from_millis(700)).await;
+    let told = async |text: &[u8]| {
+        let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(text).await.unwrap();
+        let mut answer = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await.unwrap();
+        read.map(|_| String::from_utf8_lossy(&answer).into_owned()).unwrap_or_default()
+    };
+    // Nothing, a piece of what could be either protocol, and heads that never end.
+    for text in [&b""[..], b"PRI", b"GET / HTTP/1.1\r\nhost: x\r\nslow: ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+        let answer = told(text).await;
+        assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    // One that asks twice with a pause is not cut off by the clock of its first request.
+    let mut connection = portcullis_tests::http::Connection::open(server.address).await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(connection.get("/", None).await.unwrap().status, 200);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+#[tokio::test]
+async fn certificates_that_were_renewed_are_used_and_nonsense_leaves_the_good_ones_in_place() {
+    let (home, old, new) = (Home::new(), Authority::new("old").unwrap(), Authority::new("new").unwrap());
+    let files = home.files(&old.issue(&[NAME], For::Servers).unwrap(), None);
+    let tls = Arc::new(Tls::load(files.clone()).unwrap());
+    let server = Server::start(Some(Arc::clone(&tls)), Duration::from_secs(20)).await;
+    let of = |authority: &Authority| Client::new(&authority.certificate, None, &BOTH).unwrap();
+    assert_eq!(tls.refresh(), Ok(false));
+    std::fs::write(&files.certificate, "-----BEGIN CERTIFICATE-----\nhalf").unwrap();
+    let why = tls.refresh().unwrap_err();
+    assert!(why.starts_with("--tls-cert ") && why.contains("holds no certificate in PEM"), "{why}");
+    assert_eq!(server.ask(&of(&old)).await, Ok((200, "h2")));
+    home.files(&new.issue(&[NAME], For::Servers).unwrap(), None);
+    assert_eq!(tls.refresh(), Ok(true));
+    assert_eq!(server.ask(&of(&new)).await, Ok((200, "h2")));
+    assert!(server.ask(&of(&old)).await.is_err());
+}
+
+fn complaint(arguments: &[(&str, &Path)]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_control-plane"));
+    command.args(["serve", "--database-url", "postgres://nobody@127.0.0.1:1/none", "--listen", "127.0.0.1:0"]);
+    for (setting, value) in arguments {
+        command.arg(setting).arg(value);
+    }
+    let output = command.env("PORTCULLIS_LOG", "off").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.lines().count() == 1, "{said}");
+    said
+}
+
+#[test]
+fn a_file_that_is_wrong_is_named_with_its_setting_in_one_line() {
+    let (home, authority) = (Home::new(), Authority::new("one").unwrap());
+    let (good, other) =
+        (authority.issue(&[NAME], For::Servers).unwrap(), authority.issue(&[NAME], For::Servers).unwrap());
+    let Files { certificate, key, .. } = home.files(&good, None);
+    let (_, other_key) = other.write(&home.0, "other").unwrap();
+    let (missing, empty) = (home.0.join("missing"), home.0.join("empty"));
+    std::fs::write(&empty, "").unwrap();
+    let cases: [(Vec<(&str, &Path)>, String); 7] = [
+        (vec![("--tls-cert", &certificate)], "--tls-key".into()),
+        (vec![("--tls-key", &key)], "--tls-cert".into()),
+        (vec![("--tls-client-ca", &certificate)], "--tls-cert".into()),
+        (both(&missing, &key), format!("--tls-cert {}: No such file", missing.display())),
+        (both(&key, &key), format!("--tls-cert {}: holds no certificate in PEM", key.display())),
+        (both(&certificate, &empty), format!("--tls-key {}: holds no private key in PEM", empty.display())),
+        (both(&certificate, &other_key), format!("--tls-key {}: is not the key of the", other_key.display())),
+    ];
+    for (arguments, expected) in cases {
+        let said = complaint(&arguments);
+        assert!(said.starts_with("control-plane: ") && said.contains(&expected), "{expected}: {said}");
+    }
+    let mut all = both(&certificate, &key);
+    all.push(("--tls-client-ca", &empty));
+    let said = complaint(&all);
+    assert!(said.contains(&format!("--tls-client-ca {}: holds no certificate in PEM", empty.display())), "{said}");
+}
+
+/// The settings of a certificate and its key.
+fn both<'a>(certificate: &'a Path, key: &'a Path) -> Vec<(&'static str, &'a Path)> {
+    vec![("--tls-cert", certificate), ("--tls-key", key)]
+}

@@ -1,0 +1,145 @@
+//! Where bytes of strangers enter, as plain functions: any bytes come in; each function returns, or panics where a promise
+//! does not hold. cargo-fuzz calls them from `fuzz_targets`, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
+
+use contract::codec::{PAGE, USAGE, seal};
+use contract::definition::Definition;
+use contract::key::{self, Secret};
+use contract::page::{Entry, Page, PageView};
+use contract::record::Record;
+use contract::usage::{Ack, read_reports, write_reports};
+use control_plane::key::domain::{Email, KeyName, Scopes};
+use filter::config::Config;
+use filter::{cookie, query as path_query};
+
+/// An entry point.
+pub type Entrance = fn(&[u8]);
+
+/// All of them, by the name of their corpus.
+pub const ENTRANCES: [(&str, Entrance); 7] = [
+    ("key", key),
+    ("page", page),
+    ("report", report),
+    ("plugin_configuration", plugin_configuration),
+    ("email_and_name", email_and_name),
+    ("query", query),
+    ("cookies", cookies),
+];
+
+/// What a client presents as its key.
+pub fn key(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    let judged = key::check(&text);
+    let secret = Secret::from_presented(text.clone());
+    assert_eq!(format!("{secret:?}"), "Secret(…)");
+    let prefix = secret.display_prefix();
+    assert_eq!(prefix.is_some(), judged.is_ok());
+    if let Some(prefix) = prefix {
+        // Six of thirty characters are shown, and the tag.
+        assert!(prefix.len() == 9 && text.len() == key::KEY_CHARS && text.contains(&prefix[3..]));
+    }
+    if let Err(error) = judged {
+        assert!(text.len() < 8 || !error.to_string().contains(&text));
+    }
+}
+
+/// What a filter takes for a page of the store.
+pub fn page(bytes: &[u8]) {
+    let _ = Record::from_bytes(bytes);
+    let _ = Definition::from_bytes(bytes);
+    let _ = Ack::read(bytes);
+    read_page(bytes);
+    // The checksum keeps chance out, not intent: the first byte says how long the header is.
+    let (header, entries) = divided(bytes);
+    if let Ok(sealed) = seal(PAGE, &(header, entries)) {
+        read_page(&sealed);
+    }
+}
+
+fn read_page(bytes: &[u8]) {
+    let Ok(page) = Page::read(bytes) else { return };
+    // What was let in can be spelled out, to the last record.
+    let view = PageView::of(&page);
+    let told = view.as_ref().map_or(0, |view| view.entries.len());
+    assert!(view.is_ok());
+    assert_eq!(told, page.entries().filter(|entry| !matches!(entry, Entry::Newer)).count());
+}
+
+/// What the control plane takes for reports.
+pub fn report(bytes: &[u8]) {
+    read_report(bytes);
+    let (header, rest) = divided(bytes);
+    let counts: Vec<&[u8]> = rest.chunks(48).collect();
+    if let Ok(sealed) = seal(USAGE, &vec![(header, counts)]) {
+        read_report(&sealed);
+    }
+}
+
+fn read_report(bytes: &[u8]) {
+    let Ok(reports) = read_reports(bytes) else { return };
+    let again = write_reports(&reports).and_then(|bytes| read_reports(&bytes));
+    assert_eq!(again, Ok(reports));
+}
+
+/// What an operator writes into Envoy's configuration.
+pub fn plugin_configuration(bytes: &[u8]) {
+    let config = match Config::parse(bytes) {
+        Ok(config) => config,
+        Err(error) => return assert!(!error.to_string().is_empty()),
+    };
+    assert!(!config.cluster.is_empty() && !config.key_sources.is_empty());
+    let identity = [&config.identity.consumer, &config.identity.credential, &config.identity.scopes];
+    let identity = identity.into_iter().flatten().map(String::as_str);
+    // A key in the query stands in the path, which is the one source with a name of Envoy's own.
+    let sources = config.key_sources.iter().map(filter::source::Source::header).filter(|name| *name != ":path");
+    for name in identity.chain(sources) {
+        assert!(
+            !name.starts_with(':') && name.bytes().all(|byte| byte.is_ascii_graphic() && !byte.is_ascii_uppercase())
+        );
+    }
+}
+
+/// What a client of the REST API calls people and keys.
+pub fn email_and_name(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Ok(email) = Email::parse(&text) {
+        assert_eq!(Email::parse(email.as_str()).ok(), Some(email.clone()), "{email}");
+        assert!(email.as_str().chars().count() <= 254 && !email.as_str().chars().any(char::is_control));
+    }
+    if let Ok(name) = KeyName::parse("name", &text) {
+        assert_eq!(KeyName::parse("name", name.as_str()).ok(), Some(name.clone()));
+        assert!((1..=100).contains(&name.as_str().chars().count()) && !name.as_str().chars().any(char::is_control));
+    }
+    if let Ok(scopes) = Scopes::parse(text.split(' ').map(str::to_owned).collect()) {
+        assert!(scopes.as_slice().iter().all(|scope| scope.is_ascii() && scope.len() <= 64));
+    }
+}
+
+/// A path in whose query a key may stand: the name of the parameter, as long as the first byte says, then the path.
+pub fn query(bytes: &[u8]) {
+    let (name, path) = divided(bytes);
+    let found = path_query::find(path, name);
+    match path_query::without(path, name) {
+        None => assert!(found.is_none()),
+        Some(rest) => {
+            // Nothing of the key goes upstream, and nothing else is lost.
+            assert!(path_query::without(&rest, name).is_none() && path_query::find(&rest, name).is_none());
+            assert!(rest.len() < path.len());
+        }
+    }
+}
+
+/// A header with cookies, one of which may be a key: its name, as long as the first byte says, then the header.
+pub fn cookies(bytes: &[u8]) {
+    let (name, header) = divided(bytes);
+    let found = cookie::find(header, name);
+    match cookie::without(header, name) {
+        None => assert!(found.is_none()),
+        Some(rest) => assert!(cookie::without(&rest, name).is_none() && cookie::find(&rest, name).is_none()),
+    }
+}
+
+/// A header, as long as the first byte says, and the rest.
+fn divided(bytes: &[u8]) -> (&[u8], &[u8]) {
+    let Some((&length, rest)) = bytes.split_first() else { return (&[], &[]) };
+    rest.split_at_checked(usize::from(length)).unwrap_or((rest, &[]))
+}

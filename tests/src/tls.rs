@@ -1,0 +1,82 @@
+//! HTTP within TLS, as a client speaks it: whom to believe and who one is come in, answers go out.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use http_body_util::BodyExt;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use crate::certificates::Identity;
+use crate::http::{Outgoing, Reply};
+
+/// No answer takes longer.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A client.
+#[derive(Clone, Debug)]
+pub struct Client(Arc<ClientConfig>);
+
+impl Client {
+    /// One that believes servers of this authority (in PEM), shows this certificate, and speaks one of these protocols.
+    ///
+    /// # Errors
+    /// If a certificate is none.
+    pub fn new(authority: &str, identity: Option<&Identity>, protocols: &[&str]) -> Result<Self> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(authority.as_bytes())?)?;
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots);
+        let mut config = match identity {
+            None => builder.with_no_client_auth(),
+            Some(Identity { certificate, key }) => builder.with_client_auth_cert(
+                vec![CertificateDer::from_pem_slice(certificate.as_bytes())?],
+                PrivateKeyDer::from_pem_slice(key.as_bytes())?,
+            )?,
+        };
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        Ok(Self(Arc::new(config)))
+    }
+
+    /// One request on a connection of its own to the server of this name, and over which protocol it went.
+    ///
+    /// # Errors
+    /// If either does not believe the other, or the connection breaks.
+    pub async fn send(&self, address: SocketAddr, name: &str, request: Outgoing) -> Result<(Reply, &'static str)> {
+        tokio::time::timeout(TIMEOUT, self.exchange(address, name, request)).await.context("no answer")?
+    }
+
+    async fn exchange(&self, address: SocketAddr, name: &str, mut request: Outgoing) -> Result<(Reply, &'static str)> {
+        let stream = TcpStream::connect(address).await?;
+        let name = ServerName::try_from(name.to_owned())?;
+        let authority = name.to_str().into_owned();
+        let stream = TlsConnector::from(Arc::clone(&self.0)).connect(name, stream).await?;
+        let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        let io = TokioIo::new(stream);
+        let response = if http2 {
+            let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+            *request.uri_mut() = format!("https://{authority}{path}").parse()?;
+            let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+            tokio::spawn(connection);
+            sender.send_request(request).await?
+        } else {
+            request.headers_mut().insert("host", authority.parse()?);
+            let (mut sender, connection) = http1::handshake(io).await?;
+            tokio::spawn(connection);
+            sender.send_request(request).await?
+        };
+        let (head, body) = response.into_parts();
+        let body = body.collect().await?.to_bytes();
+        let reply = Reply { status: head.status.as_u16(), headers: head.headers, body };
+        Ok((reply, if http2 { "h2" } else { "http/1.1" }))
+    }
+}

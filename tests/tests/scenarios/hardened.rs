@@ -1,0 +1,198 @@
+//! `envoy/hardened.yaml`: TLS for clients, mutual TLS to the control plane. What works on the minimal Envoy works there,
+//! and nobody is believed without a good certificate.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use contract::outcome::Outcome;
+use portcullis_tests::certificates::{Authority, For, Identity};
+use portcullis_tests::control_plane::{self, ControlPlane};
+use portcullis_tests::envoy::{self, Envoy};
+use portcullis_tests::envoy_config::Replacements;
+use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::http::{Outgoing, Reply, get_request};
+use portcullis_tests::log::Log;
+use portcullis_tests::process::Signal;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::tls::Client;
+use portcullis_tests::tools::silently;
+use portcullis_tests::wait::eventually;
+
+const CONTROL_PLANE: &str = "portcullis-control-plane";
+const API: &str = "api.example.com";
+const ANY_PORT: std::net::SocketAddr =
+    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
+
+/// A stack whose Envoy and control plane speak TLS. A second control plane in the clear is there for the test to manage
+/// keys with.
+struct Hardened {
+    envoy: Envoy,
+    home: PathBuf,
+    control_plane: ControlPlane,
+    stack: Stack,
+    authorities: Authorities,
+}
+
+/// Who vouches for whom.
+struct Authorities {
+    public: Authority,
+    control_plane: Authority,
+    envoys: Authority,
+}
+
+impl Authorities {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            public: Authority::new("public")?,
+            control_plane: Authority::new("control planes")?,
+            envoys: Authority::new("Envoys")?,
+        })
+    }
+}
+
+/// A control plane with this certificate, over the database of the stack.
+async fn control_plane_with(
+    stack: &Stack,
+    identity: &Identity,
+    clients: &Authority,
+    name: &str,
+) -> Result<ControlPlane> {
+    let home = stack.directory().join(name);
+    std::fs::create_dir_all(&home)?;
+    let (certificate, key) = identity.write(&home, "control-plane")?;
+    let client_ca = home.join("client-ca.pem");
+    std::fs::write(&client_ca, &clients.certificate)?;
+    let mut arguments = Vec::new();
+    for (setting, file) in [("--tls-cert", certificate), ("--tls-key", key), ("--tls-client-ca", client_ca)] {
+        arguments.extend([setting.to_owned(), file.display().to_string()]);
+    }
+    let settings = control_plane::Settings { listen: ANY_PORT, arguments, ..stack.control_plane.settings() };
+    let control_plane = ControlPlane::prepare(settings, &home, Log::create(&home.join("control-plane.log"))?);
+    control_plane.launch().await?;
+    Ok(control_plane)
+}
+
+impl Hardened {
+    async fn start() -> Result<Self> {
+        let authorities = Authorities::new()?;
+        let stack = Stack::builder().envoys(0).start().await?;
+        let identity = authorities.control_plane.issue(&[CONTROL_PLANE], For::Servers)?;
+        let control_plane = control_plane_with(&stack, &identity, &authorities.envoys, "secure").await?;
+        let home = stack.directory().join("hardened");
+        std::fs::create_dir_all(home.join("tls"))?;
+        authorities.public.issue(&[API], For::Servers)?.write(&home.join("tls"), "ingress")?;
+        authorities.envoys.issue(&["envoy-1"], For::Clients)?.write(&home.join("tls"), "envoy")?;
+        std::fs::write(home.join("tls/control-plane-ca.pem"), &authorities.control_plane.certificate)?;
+        let replacements = Replacements::between(control_plane.address(), stack.demo.address());
+        let sync_key = stack.control_plane.settings().sync_key;
+        let settings = envoy::Settings { replacements, workers: 2, log_level: "warning,wasm:info".into(), sync_key };
+        let log = Log::create(&home.join("envoy.log"))?;
+        let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("hardened.yaml");
+        envoy.restart().await?;
+        Ok(Self { envoy, home, control_plane, stack, authorities })
+    }
+
+    async fn get(&self, protocol: &str, key: Option<&str>) -> Result<Reply> {
+        self.send(protocol, get_request("/orders", key)?).await
+    }
+
+    async fn send(&self, protocol: &str, request: Outgoing) -> Result<Reply> {
+        let client = Client::new(&self.authorities.public.certificate, None, &[protocol])?;
+        let (reply, spoken) = client.send(self.envoy.address(), API, request).await?;
+        assert_eq!(spoken, protocol);
+        Ok(reply)
+    }
+
+    async fn wait_for(&self, key: &str, status: u16) -> Result<()> {
+        let seen = async || (self.get("h2", Some(key)).await.ok()?.status == status).then_some(());
+        eventually(&format!("status {status}"), seen).await
+    }
+
+    /// Envoy starts anew and has no keys, for a reason that a statistic tells.
+    async fn stays_without_keys(&self, key: &str, reason: &str) -> Result<()> {
+        self.envoy.stop(Signal::SIGKILL).await?;
+        self.envoy.restart().await?;
+        let name = format!("cluster.portcullis_control_plane.{reason}");
+        let told = async || (self.envoy.stat(&name).await.ok()? > 1).then_some(());
+        eventually(&format!("{name} to tell of it"), told).await?;
+        assert_refused(&self.get("h2", Some(key)).await?, Outcome::NotReady, &[]);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<()> {
+    let hardened = Hardened::start().await?;
+    let rest = hardened.stack.rest();
+    let key = rest.generate("ada@example.com").await?;
+    hardened.wait_for(&key, 200).await?;
+    for protocol in ["h2", "http/1.1"] {
+        let received = assert_upstream(&hardened.get(protocol, Some(&key)).await?, &IDENTITY);
+        assert_eq!(received["x-forwarded-proto"][0], "https");
+        assert_refused(&hardened.get(protocol, None).await?, Outcome::Missing, &[]);
+    }
+    hardened.stack.wait_for_usage("ada@example.com", hardened.stack.demo.requests()).await?;
+
+    // In the clear nobody is answered, on either side.
+    let plain = get_request("/", Some(&key))?;
+    assert!(portcullis_tests::http::send(hardened.envoy.address(), plain).await.is_err());
+    assert!(portcullis_tests::http::get(hardened.control_plane.address(), "/healthz").await.is_err());
+
+    // The last report of an Envoy that ends arrives through TLS too.
+    for _ in 0..5 {
+        assert_upstream(&hardened.get("h2", Some(&key)).await?, &IDENTITY);
+    }
+    hardened.envoy.stop(Signal::SIGTERM).await?;
+    hardened.stack.wait_for_usage("ada@example.com", hardened.stack.demo.requests()).await?;
+    hardened.envoy.restart().await?;
+    hardened.wait_for(&key, 200).await?;
+
+    // What an application server may read otherwise than Envoy does not reach it.
+    for path in ["/;x/orders", "/a/%2e%2e;/orders", "/orders;v=1?a=b"] {
+        let reply = hardened.send("h2", get_request(path, Some(&key))?).await?;
+        assert_eq!((reply.status, &reply.body[..]), (400, &b"Semicolons are not served here."[..]), "{path}");
+        assert_refused(&hardened.send("http/1.1", get_request(path, None)?).await?, Outcome::Missing, &[]);
+    }
+    let mut request = get_request("/orders?page=1;2", Some(&key))?;
+    for name in ["x-original-url", "x-rewrite-url", "x-http-method-override", "x-http-method", "x-method-override"] {
+        request.headers_mut().insert(name, "/admin".parse()?);
+    }
+    assert_upstream(&hardened.send("h2", request).await?, &IDENTITY);
+
+    rest.revoke("ada@example.com").await?;
+    hardened.wait_for(&key, 401).await?;
+    assert_refused(&hardened.get("http/1.1", Some(&key)).await?, Outcome::Revoked, &[]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<()> {
+    let hardened = Hardened::start().await?;
+    let (stack, authorities) = (&hardened.stack, &hardened.authorities);
+    let key = stack.rest().generate("ada@example.com").await?;
+    hardened.wait_for(&key, 200).await?;
+
+    // Somebody who has the database and the address, but a certificate of another authority; or of the right one for
+    // another name.
+    for (identity, reason) in [
+        (Authority::new("false")?.issue(&[CONTROL_PLANE], For::Servers)?, "ssl.fail_verify_error"),
+        (authorities.control_plane.issue(&["other.example.com"], For::Servers)?, "ssl.fail_verify_san"),
+    ] {
+        let pretender = control_plane_with(stack, &identity, &authorities.envoys, "pretender").await?;
+        hardened.envoy.change_settings(|settings| settings.replacements.control_plane = pretender.address());
+        hardened.stays_without_keys(&key, reason).await?;
+    }
+
+    // The right control plane answers no Envoy without a certificate of its authority.
+    hardened.envoy.change_settings(|settings| settings.replacements.control_plane = hardened.control_plane.address());
+    let good = std::fs::read_to_string(hardened.home.join("tls/envoy.pem"))?;
+    let good = Identity { certificate: good, key: std::fs::read_to_string(hardened.home.join("tls/envoy.key"))? };
+    Authority::new("false")?.issue(&["envoy-1"], For::Clients)?.write(&hardened.home.join("tls"), "envoy")?;
+    hardened.stays_without_keys(&key, "upstream_cx_destroy_remote_with_active_rq").await?;
+
+    good.write(&hardened.home.join("tls"), "envoy")?;
+    hardened.envoy.stop(Signal::SIGKILL).await?;
+    hardened.envoy.restart().await?;
+    hardened.wait_for(&key, 200).await
+}
