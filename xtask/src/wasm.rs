@@ -65,6 +65,19 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
+/// Builds what only tests of faults need: target/portcullis-trap.wasm, the filter with a switch that traps its VM, and the
+/// library that shifts a process's clock.
+pub(crate) fn build_for_faults() -> Result<()> {
+    need_target(TARGET)?;
+    progress("building the filter that traps on demand");
+    let mut filter = cargo(&["build", "--locked", "--package", "filter", "--features", "trap", "--target", TARGET]);
+    // Apart, lest one build be taken for the other.
+    filter.args(["--profile", "wasm"]).env("CARGO_TARGET_DIR", paths::target().join("trap"));
+    run(filter)?;
+    strip(&paths::target().join("trap").join(TARGET).join("wasm/filter.wasm"), &paths::trap_wasm())?;
+    run(cargo(&["build", "--locked", "--package", "shifted-clock"]))
+}
+
 /// Removes the exports that are not in the list, and whatever only they used.
 fn strip(from: &Path, to: &Path) -> Result<()> {
     let mut module = walrus::Module::from_file(from).map_err(|error| anyhow!("{}: {error}", from.display()))?;
