@@ -112,7 +112,7 @@ pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
     let (listener, clusters) = rest.split_once(CLUSTERS).unwrap_or_default();
     let kind = "type.googleapis.com/envoy.config.listener.v3.Listener";
     let listener = format!("resources:\n    - \"@type\": {kind}\n      name: {listener}\n");
-    let source = format!("{{ resource_api_version: V3, path_config_source: {{ path: {LISTENER_FILE} }} }}");
+    let source = format!("{{ resource_api_version: V3, path_config_source: {{ path: ./{LISTENER_FILE} }} }}");
     let dynamic = format!("node: {{ id: test, cluster: test }}\n\ndynamic_resources:\n  lds_config: {source}\n");
     Ok((format!("{before}{dynamic}\nstatic_resources:{CLUSTERS}{clusters}"), listener))
 }
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn the_listener_moves_to_a_file_of_its_own_and_everything_else_stays() {
         let (bootstrap, listener) = apart(TEMPLATE).unwrap();
-        assert!(bootstrap.contains("lds_config: { resource_api_version: V3, path_config_source: { path: listener.yaml } }"));
+        assert!(bootstrap.contains("lds_config: { resource_api_version: V3, path_config_source: { path: ./listener.yaml } }"));
         assert!(bootstrap.contains("static_resources:\n  clusters:\n") && !bootstrap.contains("listeners:"));
         assert!(listener.starts_with("resources:\n    - \"@type\": type.googleapis.com/envoy.config.listener.v3.Listener\n"));
         for line in TEMPLATE.lines().filter(|line| line.len() > 20 && !line.contains("- name: ingress")) {

@@ -28,3 +28,5 @@ pub mod expect;
 pub mod http;
 pub mod load;
 pub mod rest;
+
+pub mod torture;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
 use portcullis_tests::paths;
 
 use crate::output::{progress, say};
@@ -40,6 +41,20 @@ const EXPORTS: [&str; 13] = [
 /// A function whose name is the version of the interface.
 const ABI_EXPORT: &str = "proxy_abi_version_";
 
+/// What to build.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Also what tests of faults need: target/portcullis-trap.wasm, which must not be shipped, and a clock to preload.
+    #[arg(long)]
+    for_faults: bool,
+}
+
+/// Builds it.
+pub(crate) fn wasm(options: Options) -> Result<()> {
+    build()?;
+    if options.for_faults { build_for_faults() } else { Ok(()) }
+}
+
 /// Builds the filter that does nothing; gives it as the SDK makes it, with all exports, and as this one is shipped.
 pub(crate) fn build_empty() -> Result<[PathBuf; 2]> {
     need_target(TARGET)?;
@@ -65,8 +80,7 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
-/// Builds what only tests of faults need: target/portcullis-trap.wasm, the filter with a switch that traps its VM, and the
-/// library that shifts a process's clock.
+/// Builds what only tests of faults need.
 pub(crate) fn build_for_faults() -> Result<()> {
     need_target(TARGET)?;
     progress("building the filter that traps on demand");

@@ -7,3 +7,4 @@ mod credits;
 mod revocation;
 mod scopes;
 mod shared_limits;
+mod torture;

@@ -1,0 +1,549 @@
+//! What must hold, and whether it did: changes of keys, faults and answers to requests come in, broken promises go out.
+//!
+//! **Bound.** A change of a key counts from the moment that the API said it was done: it is committed then. From there it
+//! takes [`BOUND`] at the most until every worker of every Envoy obeys, as long as that Envoy can hear a control plane that
+//! can hear the database. A fault that comes in between stops the clock: a *spell* lasts as long as the fault does, and as
+//! much longer as the parts need to find each other again, which is stated with each fault. What an Envoy knows already
+//! needs no control plane: the end of a key is kept to the second whatever is broken, by that Envoy's own clock.
+//!
+//! A request counts from the moment that it was sent: it was decided later than that.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::plan::Dice;
+use super::report::Journal;
+
+/// How long a change takes to be obeyed everywhere when nothing is broken. Measured, it is some milliseconds; this leaves
+/// room for a machine that is busy with the whole stack and its load.
+pub const BOUND: Duration = Duration::from_secs(2);
+
+/// Times in records are whole seconds.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// For how long single answers are remembered, to say how many came lately.
+const LATELY: Duration = Duration::from_secs(20);
+
+/// Most broken promises that are kept word for word; further ones are counted.
+const WORD_FOR_WORD: usize = 50;
+
+/// What is known of a secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It must be admitted.
+    Good,
+    /// It must be refused.
+    Dead,
+    /// A change of it is under way, or nobody knows what became of it.
+    Doubtful,
+}
+
+/// One secret of one key.
+#[derive(Clone, Debug)]
+struct Secret {
+    key: Arc<str>,
+    text: Arc<str>,
+    standing: Standing,
+    since: Instant,
+    version: u64,
+    ends_at: Option<SystemTime>,
+    metered: bool,
+}
+
+/// A request that is about to be sent, and what was known of its secret then.
+#[derive(Clone, Debug)]
+pub struct Ticket {
+    /// The secret.
+    pub text: Arc<str>,
+    secret: Option<usize>,
+    standing: Standing,
+    since: Instant,
+    version: u64,
+    ends_at: Option<SystemTime>,
+}
+
+/// What came of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nobody listened: it was never sent.
+    Unsent,
+    /// It was sent, and the connection ended or nothing came.
+    Lost,
+    /// A status, and the code of the problem if there is one.
+    Came(u16, Option<String>),
+}
+
+/// A time in which something is broken.
+#[derive(Clone, Copy, Debug)]
+struct Spell {
+    start: Instant,
+    end: Option<Instant>,
+    after: Duration,
+}
+
+impl Spell {
+    /// Whether it falls into the time from `from` until now.
+    fn meets(&self, from: Instant) -> bool {
+        self.end.is_none_or(|end| from <= end + self.after)
+    }
+}
+
+/// Names a spell, to end it.
+#[derive(Clone, Debug)]
+pub struct Spells(Vec<(usize, usize)>, Hinders);
+
+/// What a fault hinders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hinders {
+    /// An Envoy hears of changes late.
+    Changes,
+    /// Requests to an Envoy may go unanswered, or get an answer that is not the filter's.
+    Requests,
+}
+
+/// What was counted of a key's requests by the client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Answered by the API behind Envoy.
+    pub admitted: u64,
+    /// Refused by the filter.
+    pub refused: u64,
+    /// Without an answer: maybe decided, maybe not.
+    pub doubtful: u64,
+}
+
+/// One Envoy.
+#[derive(Debug, Default)]
+struct Gate {
+    changes: Vec<Spell>,
+    requests: Vec<Spell>,
+    /// When it first gave an answer other than `not_ready`.
+    ready: Option<Instant>,
+    behind: Duration,
+    ahead: Duration,
+    decided: VecDeque<Instant>,
+    last_admitted: Option<Instant>,
+    longest_gap: Duration,
+}
+
+#[derive(Debug)]
+struct Known {
+    secrets: Vec<Secret>,
+    steady: usize,
+    gates: Vec<Gate>,
+    tallies: HashMap<Arc<str>, Tally>,
+    keyless: Tally,
+    forgotten: HashSet<Arc<str>>,
+    answers: BTreeMap<String, u64>,
+    sent: u64,
+    admitted_wrongly: u64,
+    broken: Vec<String>,
+    unnamed: u64,
+    last_admitted: Option<Instant>,
+    longest_gap: Duration,
+    losses: BTreeMap<String, u64>,
+}
+
+/// The judge.
+#[derive(Debug)]
+pub struct Oracle {
+    known: Mutex<Known>,
+    journal: Journal,
+}
+
+/// What the keys were at some time.
+#[derive(Clone, Debug)]
+pub struct Snapshot(Vec<(Standing, Option<SystemTime>)>);
+
+impl Oracle {
+    /// The judge of so many Envoys.
+    #[must_use]
+    pub fn new(envoys: usize, journal: Journal) -> Self {
+        let known = Known {
+            secrets: Vec::new(),
+            steady: 0,
+            gates: (0..envoys).map(|_| Gate::default()).collect(),
+            tallies: HashMap::new(),
+            keyless: Tally::default(),
+            forgotten: HashSet::new(),
+            answers: BTreeMap::new(),
+            sent: 0,
+            admitted_wrongly: 0,
+            broken: Vec::new(),
+            unnamed: 0,
+            last_admitted: None,
+            longest_gap: Duration::ZERO,
+            losses: BTreeMap::new(),
+        };
+        Self { known: Mutex::new(known), journal }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A secret that the API has just given out. Those before [`Self::all_are_steady`] are never touched.
+    pub fn add(&self, key: &str, text: &str, ends_at: Option<SystemTime>, metered: bool) -> usize {
+        let mut known = self.known();
+        let (standing, since) = (Standing::Good, Instant::now());
+        let secret = Secret { key: key.into(), text: text.into(), standing, since, version: 0, ends_at, metered };
+        known.secrets.push(secret);
+        known.secrets.len() - 1
+    }
+
+    /// The secrets so far stay as they are.
+    pub fn all_are_steady(&self) {
+        let mut known = self.known();
+        known.steady = known.secrets.len();
+    }
+
+    /// A change of a secret is about to be asked for.
+    pub fn doubt(&self, secret: usize) {
+        self.turn(secret, Standing::Doubtful, None);
+    }
+
+    /// The API has said what the secret is now, and until when if it ends by itself.
+    pub fn settle(&self, secret: usize, standing: Standing, ends_at: Option<SystemTime>) {
+        self.turn(secret, standing, ends_at);
+    }
+
+    fn turn(&self, secret: usize, standing: Standing, ends_at: Option<SystemTime>) {
+        if let Some(secret) = self.known().secrets.get_mut(secret) {
+            secret.standing = standing;
+            secret.since = Instant::now();
+            secret.version += 1;
+            secret.ends_at = ends_at.or(secret.ends_at);
+        }
+    }
+
+    /// What all keys are now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot(self.known().secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect())
+    }
+
+    /// Nobody knows what any key is: the database is being put back.
+    pub fn doubt_all(&self) {
+        for secret in &mut self.known().secrets {
+            secret.standing = Standing::Doubtful;
+            secret.version += 1;
+        }
+    }
+
+    /// The keys are again what they were then; those that came later never were.
+    pub fn go_back(&self, to: &Snapshot) {
+        let mut known = self.known();
+        let Known { secrets, forgotten, .. } = &mut *known;
+        let kept: HashSet<Arc<str>> = secrets.iter().take(to.0.len()).map(|secret| Arc::clone(&secret.key)).collect();
+        for (number, secret) in secrets.iter_mut().enumerate() {
+            let (standing, ends_at) = to.0.get(number).copied().unwrap_or((Standing::Dead, secret.ends_at));
+            (secret.standing, secret.ends_at) = (standing, ends_at);
+            secret.since = Instant::now();
+            secret.version += 1;
+            if !kept.contains(&secret.key) {
+                forgotten.insert(Arc::clone(&secret.key));
+            }
+        }
+    }
+
+    /// A fault begins that hinders these Envoys. `after` says how long they may take to recover once it has ended.
+    pub fn begin(&self, hinders: Hinders, envoys: &[usize], after: Duration) -> Spells {
+        let mut known = self.known();
+        let spell = Spell { start: Instant::now(), end: None, after };
+        let mut places = Vec::new();
+        for envoy in envoys {
+            if let Some(gate) = known.gates.get_mut(*envoy) {
+                let spells = gate.spells(hinders);
+                spells.push(spell);
+                places.push((*envoy, spells.len() - 1));
+            }
+        }
+        Spells(places, hinders)
+    }
+
+    /// The fault has ended.
+    pub fn end(&self, spells: &Spells) {
+        let mut known = self.known();
+        for (envoy, place) in &spells.0 {
+            if let Some(spell) = known.gates.get_mut(*envoy).and_then(|gate| gate.spells(spells.1).get_mut(*place)) {
+                spell.end = Some(Instant::now());
+            }
+        }
+    }
+
+    /// An Envoy has ended: until it has its keys again, it refuses everything.
+    pub fn unready(&self, envoy: usize) {
+        if let Some(gate) = self.known().gates.get_mut(envoy) {
+            gate.ready = None;
+        }
+    }
+
+    /// By how much the clock of an Envoy may be off, from now on.
+    pub fn clock(&self, envoy: usize, behind: Duration, ahead: Duration) {
+        if let Some(gate) = self.known().gates.get_mut(envoy) {
+            (gate.behind, gate.ahead) = (behind, ahead);
+        }
+    }
+
+    /// How many requests an Envoy decided in the time before now.
+    #[must_use]
+    pub fn decided_within(&self, envoy: usize, lately: Duration) -> u64 {
+        let known = self.known();
+        let recent = |gate: &Gate| gate.decided.iter().filter(|at| at.elapsed() <= lately).count();
+        known.gates.get(envoy).map_or(0, |gate| recent(gate).try_into().unwrap_or(u64::MAX))
+    }
+
+    /// So many requests may go uncounted, for a reason that is stated.
+    pub fn may_lose(&self, why: &str, requests: u64) {
+        *self.known().losses.entry(why.to_owned()).or_default() += requests;
+        self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
+    }
+
+    /// Somebody beside the clients sent requests without a known key: so many were decided, so many maybe.
+    pub fn probed(&self, decided: u64, doubtful: u64) {
+        let mut known = self.known();
+        known.keyless.refused += decided;
+        known.keyless.doubtful += doubtful;
+    }
+
+    /// A promise was broken.
+    pub fn broken(&self, what: &str) {
+        let mut known = self.known();
+        known.break_promise(what.to_owned(), &self.journal);
+    }
+
+    /// A secret for the next request, and what is known of it.
+    pub fn pick(&self, dice: &mut Dice, unknown: &[Arc<str>]) -> Ticket {
+        let known = self.known();
+        let all = known.secrets.len();
+        let recent = all.saturating_sub(known.steady).min(80);
+        let number = match dice.below(100) {
+            0..45 => Some(dice.below(known.steady)),
+            45..92 if recent > 0 => Some(all - 1 - dice.below(recent)),
+            92..95 => Some(dice.below(all)),
+            _ => None,
+        };
+        let unknown = || {
+            let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
+            let (standing, since) = (Standing::Dead, self.journal.start());
+            Ticket { text, secret: None, standing, since, version: 0, ends_at: None }
+        };
+        let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
+        known.map_or_else(unknown, |(number, secret)| Ticket {
+            text: Arc::clone(&secret.text),
+            secret: Some(number),
+            standing: secret.standing,
+            since: secret.since,
+            version: secret.version,
+            ends_at: secret.ends_at,
+        })
+    }
+
+    /// Judges the answer to a request that was sent to an Envoy at a time.
+    pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
+        let mut known = self.known();
+        known.count(envoy, ticket, answer);
+        if let Some(why) = known.wrong(envoy, ticket, sent, sent_at, answer) {
+            let key = ticket.secret.and_then(|secret| known.secrets.get(secret)).map_or("-", |secret| &*secret.key);
+            let why = format!("Envoy {envoy}, key {key}, sent {:.3} s ago: {why}", sent.elapsed().as_secs_f64());
+            known.break_promise(why, &self.journal);
+        }
+    }
+
+    /// What came of it all.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        let known = self.known();
+        let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));
+        Verdict {
+            sent: known.sent,
+            answers: known.answers.clone(),
+            admitted_wrongly: known.admitted_wrongly,
+            broken: known.broken.clone(),
+            unnamed: known.unnamed,
+            longest_gap: known.longest_gap,
+            longest_gaps: known.gates.iter().map(|gate| gate.longest_gap).collect(),
+            tallies: of_known.map(|(key, tally)| (key.to_string(), *tally)).collect(),
+            keyless: known.keyless,
+            losses: known.losses.clone(),
+        }
+    }
+}
+
+/// What came of it all.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// Requests.
+    pub sent: u64,
+    /// Answers, by status and code.
+    pub answers: BTreeMap<String, u64>,
+    /// Requests with a dead key that were admitted later than the bound.
+    pub admitted_wrongly: u64,
+    /// Promises that were broken, word for word.
+    pub broken: Vec<String>,
+    /// How many more were.
+    pub unnamed: u64,
+    /// The longest time in which no Envoy admitted anybody.
+    pub longest_gap: Duration,
+    /// The same for each Envoy.
+    pub longest_gaps: Vec<Duration>,
+    /// What the client counted of each key that the database still knows.
+    pub tallies: BTreeMap<String, Tally>,
+    /// What the client counted of requests without a known key.
+    pub keyless: Tally,
+    /// How many requests may go uncounted, by the reason.
+    pub losses: BTreeMap<String, u64>,
+}
+
+impl Gate {
+    fn spells(&mut self, hinders: Hinders) -> &mut Vec<Spell> {
+        match hinders {
+            Hinders::Changes => &mut self.changes,
+            Hinders::Requests => &mut self.requests,
+        }
+    }
+
+    /// When a change that was made at a time has to be obeyed; never, while something is broken.
+    fn deadline(&self, since: Instant) -> Option<Instant> {
+        let mut deadline = since + BOUND;
+        // They stand in the order of their starts.
+        for spell in &self.changes {
+            if spell.start <= deadline && spell.end.is_none_or(|end| end + spell.after >= since) {
+                deadline = deadline.max(spell.end? + spell.after + BOUND);
+            }
+        }
+        Some(deadline)
+    }
+
+    fn admitted(&mut self, now: Instant) {
+        gap(&mut self.last_admitted, &mut self.longest_gap, now);
+    }
+}
+
+fn gap(last: &mut Option<Instant>, longest: &mut Duration, now: Instant) {
+    if let Some(last) = *last {
+        *longest = (*longest).max(now.saturating_duration_since(last));
+    }
+    *last = Some(now);
+}
+
+impl Known {
+    fn count(&mut self, envoy: usize, ticket: &Ticket, answer: &Answer) {
+        let name = match answer {
+            Answer::Unsent => "nobody listened".to_owned(),
+            Answer::Lost => "no answer".to_owned(),
+            Answer::Came(status, None) => format!("{status}"),
+            Answer::Came(status, Some(code)) => format!("{status} {code}"),
+        };
+        *self.answers.entry(name).or_default() += 1;
+        if *answer == Answer::Unsent {
+            return;
+        }
+        self.sent += 1;
+        let keyless = matches!(answer, Answer::Came(_, Some(code)) if code == "unknown" || code == "not_ready");
+        let key = ticket.secret.and_then(|secret| self.secrets.get(secret)).filter(|_| !keyless);
+        let tally = match key {
+            Some(secret) => self.tallies.entry(Arc::clone(&secret.key)).or_default(),
+            None => &mut self.keyless,
+        };
+        let now = Instant::now();
+        let decided = match answer {
+            Answer::Came(200, _) => {
+                tally.admitted += 1;
+                gap(&mut self.last_admitted, &mut self.longest_gap, now);
+                true
+            }
+            Answer::Came(_, Some(_)) => {
+                tally.refused += 1;
+                true
+            }
+            Answer::Came(_, None) | Answer::Lost | Answer::Unsent => {
+                tally.doubtful += 1;
+                false
+            }
+        };
+        let Some(gate) = self.gates.get_mut(envoy) else { return };
+        if matches!(answer, Answer::Came(200, _)) {
+            gate.admitted(now);
+        }
+        if decided {
+            gate.decided.push_back(now);
+            while gate.decided.front().is_some_and(|at| at.elapsed() > LATELY) {
+                gate.decided.pop_front();
+            }
+        }
+    }
+
+    /// What is wrong with an answer.
+    fn wrong(
+        &mut self,
+        envoy: usize,
+        ticket: &Ticket,
+        sent: Instant,
+        sent_at: SystemTime,
+        answer: &Answer,
+    ) -> Option<String> {
+        let secret = ticket.secret.and_then(|secret| self.secrets.get(secret));
+        let unchanged = secret.is_none_or(|secret| secret.version == ticket.version);
+        let metered = secret.is_some_and(|secret| secret.metered);
+        let gate = self.gates.get_mut(envoy)?;
+        let (status, code) = match answer {
+            Answer::Unsent | Answer::Lost | Answer::Came(_, None) if gate.requests.iter().any(|spell| spell.meets(sent)) => {
+                (answer_status(answer), None)
+            }
+            Answer::Unsent => return Some("nobody listens, and nothing is broken".into()),
+            Answer::Lost => return Some("no answer, and nothing is broken".into()),
+            Answer::Came(200, _) => (200, None),
+            Answer::Came(status, None) => return Some(format!("an answer that is not documented: {status}")),
+            Answer::Came(status, Some(code)) => (*status, Some(code.as_str())),
+        };
+        if code == Some("not_ready") {
+            return gate.ready.is_some_and(|ready| sent > ready).then(|| "not_ready once it was ready".into());
+        }
+        if code.is_some() || status == 200 {
+            gate.ready.get_or_insert_with(Instant::now);
+        }
+        if status == 200 {
+            let died = match (ticket.standing, ticket.ends_at) {
+                (Standing::Dead, _) => gate.deadline(ticket.since).filter(|deadline| sent > *deadline),
+                (Standing::Good | Standing::Doubtful, _) => None,
+            };
+            if let Some(deadline) = died {
+                self.admitted_wrongly += 1;
+                return Some(format!("admitted {:?} later than the bound", sent - deadline));
+            }
+            // By the Envoy's own clock, and known to it since it first admitted the key.
+            let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + gate.behind + SECOND).ok());
+            if let Some(late) = ended.filter(|_| ticket.standing == Standing::Good) {
+                self.admitted_wrongly += 1;
+                return Some(format!("admitted {late:?} after its end"));
+            }
+            return None;
+        }
+        let code = code?;
+        if code == "credits_exhausted" && metered {
+            return None;
+        }
+        let expected = ticket.standing == Standing::Good && unchanged;
+        let ends = ticket.ends_at.is_some_and(|end| SystemTime::now() + gate.ahead + SECOND > end);
+        let overdue = gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+        (expected && overdue && !ends).then(|| format!("a good key was refused: {status} {code}"))
+    }
+
+    fn break_promise(&mut self, what: String, journal: &Journal) {
+        if self.broken.len() < WORD_FOR_WORD {
+            journal.note(&format!("BROKEN: {what}"));
+            self.broken.push(what);
+        } else {
+            self.unnamed += 1;
+        }
+    }
+}
+
+const fn answer_status(answer: &Answer) -> u16 {
+    match answer {
+        Answer::Came(status, _) => *status,
+        Answer::Unsent | Answer::Lost => 0,
+    }
+}
