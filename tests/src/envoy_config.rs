@@ -183,9 +183,15 @@ mod tests {
     #[test]
     fn the_listener_moves_to_a_file_of_its_own_and_everything_else_stays() {
         let (bootstrap, listener) = apart(TEMPLATE).unwrap();
-        assert!(bootstrap.contains("lds_config: { resource_api_version: V3, path_config_source: { path: ./listener.yaml } }"));
+        assert!(
+            bootstrap
+                .contains("lds_config: { resource_api_version: V3, path_config_source: { path: ./listener.yaml } }")
+        );
         assert!(bootstrap.contains("static_resources:\n  clusters:\n") && !bootstrap.contains("listeners:"));
-        assert!(listener.starts_with("resources:\n    - \"@type\": type.googleapis.com/envoy.config.listener.v3.Listener\n"));
+        assert!(
+            listener
+                .starts_with("resources:\n    - \"@type\": type.googleapis.com/envoy.config.listener.v3.Listener\n")
+        );
         for line in TEMPLATE.lines().filter(|line| line.len() > 20 && !line.contains("- name: ingress")) {
             assert!(bootstrap.contains(line) || listener.contains(line), "{line}");
         }

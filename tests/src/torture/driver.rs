@@ -290,9 +290,11 @@ mod tests {
 
     #[test]
     fn times_are_read_as_the_api_writes_them() {
-        for (text, seconds) in
-            [("1970-01-01T00:00:01Z", 1), ("2000-02-29T12:00:00Z", 951_825_600), ("2026-11-25T04:15:24Z", 1_795_580_124)]
-        {
+        for (text, seconds) in [
+            ("1970-01-01T00:00:01Z", 1),
+            ("2000-02-29T12:00:00Z", 951_825_600),
+            ("2026-11-25T04:15:24Z", 1_795_580_124),
+        ] {
             assert_eq!(time_of(text).unwrap(), SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         }
         assert!(time_of("soon").is_err());

@@ -242,10 +242,8 @@ impl Faults {
         server.execute(&format!("alter database {name} allow_connections false")).await?;
         server.execute(&cut_off(name)).await?;
         let connected = format!("select count(*) from pg_stat_activity where datname = '{name}'");
-        eventually("all connections to have ended", async || {
-            (server.number(&connected).await.ok()? == 0).then_some(())
-        })
-        .await
+        eventually("all connections to have ended", async || (server.number(&connected).await.ok()? == 0).then_some(()))
+            .await
     }
 
     fn server(&self) -> Database {

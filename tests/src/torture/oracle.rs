@@ -489,7 +489,9 @@ impl Known {
         let metered = secret.is_some_and(|secret| secret.metered);
         let gate = self.gates.get_mut(envoy)?;
         let (status, code) = match answer {
-            Answer::Unsent | Answer::Lost | Answer::Came(_, None) if gate.requests.iter().any(|spell| spell.meets(sent)) => {
+            Answer::Unsent | Answer::Lost | Answer::Came(_, None)
+                if gate.requests.iter().any(|spell| spell.meets(sent)) =>
+            {
                 (answer_status(answer), None)
             }
             Answer::Unsent => return Some("nobody listens, and nothing is broken".into()),

@@ -17,7 +17,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub struct Doing {
     /// Raised whenever an Envoy is stopped: what its next process tells has nothing to do with what the last one told.
     pub envoys: Vec<AtomicU64>,
-    /// Raised whenever the database is put back.
+    /// Raised when the database is about to be put back, and again once every Envoy has the new epoch.
     pub epochs: AtomicU64,
 }
 
@@ -31,6 +31,11 @@ impl Doing {
     fn life(&self, envoy: usize) -> (u64, u64) {
         let of_envoy = self.envoys.get(envoy).map_or(0, |life| life.load(Ordering::SeqCst));
         (of_envoy, self.epochs.load(Ordering::SeqCst))
+    }
+
+    /// Whether the database is being put back.
+    fn between_epochs(&self) -> bool {
+        self.epochs.load(Ordering::SeqCst) % 2 == 1
     }
 }
 
@@ -71,7 +76,7 @@ async fn one_envoy(envoy: usize, rig: Arc<Rig>, oracle: Arc<Oracle>, doing: Arc<
         let life = doing.life(envoy);
         let Some(version) = rig.stat(envoy, "store_version").await else { continue };
         // Whatever happened while the answer was on its way makes it worthless.
-        if doing.life(envoy) != life {
+        if doing.life(envoy) != life || doing.between_epochs() {
             continue;
         }
         if newest.0 == life && version < newest.1 {
