@@ -7,8 +7,9 @@ use anyhow::{Result, ensure};
 use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::driver::Book;
-use super::oracle::{Oracle, Tally};
+use super::oracle::Oracle;
 use super::rig::Rig;
+use super::verdict::Tally;
 use crate::wait::eventually_within;
 
 /// How long the stack may take to come to rest.

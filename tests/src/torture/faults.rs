@@ -10,7 +10,8 @@ use hyper::Method;
 
 use super::count::usage;
 use super::driver::Driver;
-use super::oracle::{Hinders, Oracle};
+use super::gate::Hinders;
+use super::oracle::Oracle;
 use super::plan::{Dice, Kind, Step};
 use super::proxy::Mischief;
 use super::rig::Rig;

@@ -2,7 +2,8 @@
 //! what each key is and counts every answer.
 //!
 //! Reading order: [`plan`] says when what breaks, [`rig`] is the stack, [`proxy`] stands between Envoys and control planes,
-//! [`load`] are the clients, [`driver`] is the administrator, [`oracle`] judges each answer, [`watch`] looks at what must
+//! [`load`] are the clients, [`driver`] is the administrator, [`oracle`] judges each answer, with
+//! `gate` for what it knows of an Envoy, [`watch`] looks at what must
 //! never go back, [`faults`] is what each fault does, [`count`] the reckoning, [`report`] what is told.
 
 pub mod plan;
@@ -13,8 +14,11 @@ pub mod proxy;
 pub mod driver;
 pub mod load;
 
+mod gate;
 pub mod oracle;
 pub mod watch;
+
+pub mod verdict;
 
 pub mod faults;
 
@@ -146,7 +150,7 @@ pub async fn run(options: Options) -> Result<Report> {
     // What changed last has to arrive, too, and to be seen by the load.
     driver.stop();
     changing.await?;
-    tokio::time::sleep(oracle::BOUND * 2).await;
+    tokio::time::sleep(gate::BOUND * 2).await;
     load.stop().await;
     let memory: Vec<_> =
         warm.into_iter().zip(memory(&rig)).map(|((name, first), (_, last))| (name, first, last)).collect();

@@ -8,22 +8,17 @@
 //!
 //! A request counts from the moment that it was sent: it was decided later than that.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::gate::{BOUND, Gate, Hinders, Spell, gap};
 use super::plan::Dice;
 use super::report::Journal;
-
-/// How long a change takes to be obeyed everywhere when nothing is broken. Measured, it is some milliseconds; this leaves
-/// room for a machine that is busy with the whole stack and its load.
-pub const BOUND: Duration = Duration::from_secs(2);
+use super::verdict::{Tally, Verdict};
 
 /// Times in records are whole seconds.
 const SECOND: Duration = Duration::from_secs(1);
-
-/// For how long single answers are remembered, to say how many came lately.
-const LATELY: Duration = Duration::from_secs(20);
 
 /// Most broken promises that are kept word for word; further ones are counted.
 const WORD_FOR_WORD: usize = 50;
@@ -74,58 +69,9 @@ pub enum Answer {
     Came(u16, Option<String>),
 }
 
-/// A time in which something is broken.
-#[derive(Clone, Copy, Debug)]
-struct Spell {
-    start: Instant,
-    end: Option<Instant>,
-    after: Duration,
-}
-
-impl Spell {
-    /// Whether it falls into the time from `from` until now.
-    fn meets(&self, from: Instant) -> bool {
-        self.end.is_none_or(|end| from <= end + self.after)
-    }
-}
-
 /// Names a spell, to end it.
 #[derive(Clone, Debug)]
-pub struct Spells(Vec<(usize, usize)>, Hinders);
-
-/// What a fault hinders.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hinders {
-    /// An Envoy hears of changes late.
-    Changes,
-    /// Requests to an Envoy may go unanswered, or get an answer that is not the filter's.
-    Requests,
-}
-
-/// What was counted of a key's requests by the client.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Answered by the API behind Envoy.
-    pub admitted: u64,
-    /// Refused by the filter.
-    pub refused: u64,
-    /// Without an answer: maybe decided, maybe not.
-    pub doubtful: u64,
-}
-
-/// One Envoy.
-#[derive(Debug, Default)]
-struct Gate {
-    changes: Vec<Spell>,
-    requests: Vec<Spell>,
-    /// When it first gave an answer other than `not_ready`.
-    ready: Option<Instant>,
-    behind: Duration,
-    ahead: Duration,
-    decided: VecDeque<Instant>,
-    last_admitted: Option<Instant>,
-    longest_gap: Duration,
-}
+pub(super) struct Spells(Vec<(usize, usize)>, Hinders);
 
 #[derive(Debug)]
 struct Known {
@@ -138,6 +84,7 @@ struct Known {
     answers: BTreeMap<String, u64>,
     sent: u64,
     admitted_wrongly: u64,
+    longest_open: Duration,
     broken: Vec<String>,
     unnamed: u64,
     last_admitted: Option<Instant>,
@@ -170,6 +117,7 @@ impl Oracle {
             answers: BTreeMap::new(),
             sent: 0,
             admitted_wrongly: 0,
+            longest_open: Duration::ZERO,
             broken: Vec::new(),
             unnamed: 0,
             last_admitted: None,
@@ -248,7 +196,7 @@ impl Oracle {
     }
 
     /// A fault begins that hinders these Envoys. `after` says how long they may take to recover once it has ended.
-    pub fn begin(&self, hinders: Hinders, envoys: &[usize], after: Duration) -> Spells {
+    pub(super) fn begin(&self, hinders: Hinders, envoys: &[usize], after: Duration) -> Spells {
         let mut known = self.known();
         let spell = Spell { start: Instant::now(), end: None, after };
         let mut places = Vec::new();
@@ -263,7 +211,7 @@ impl Oracle {
     }
 
     /// The fault has ended.
-    pub fn end(&self, spells: &Spells) {
+    pub(super) fn end(&self, spells: &Spells) {
         let mut known = self.known();
         for (envoy, place) in &spells.0 {
             if let Some(spell) = known.gates.get_mut(*envoy).and_then(|gate| gate.spells(spells.1).get_mut(*place)) {
@@ -289,9 +237,7 @@ impl Oracle {
     /// How many requests an Envoy decided in the time before now.
     #[must_use]
     pub fn decided_within(&self, envoy: usize, lately: Duration) -> u64 {
-        let known = self.known();
-        let recent = |gate: &Gate| gate.decided.iter().filter(|at| at.elapsed() <= lately).count();
-        known.gates.get(envoy).map_or(0, |gate| recent(gate).try_into().unwrap_or(u64::MAX))
+        self.known().gates.get(envoy).map_or(0, |gate| gate.decided_within(lately, Instant::now()))
     }
 
     /// So many requests may go uncounted, for a reason that is stated.
@@ -360,6 +306,7 @@ impl Oracle {
             sent: known.sent,
             answers: known.answers.clone(),
             admitted_wrongly: known.admitted_wrongly,
+            longest_open: known.longest_open,
             broken: known.broken.clone(),
             unnamed: known.unnamed,
             longest_gap: known.longest_gap,
@@ -369,63 +316,6 @@ impl Oracle {
             losses: known.losses.clone(),
         }
     }
-}
-
-/// What came of it all.
-#[derive(Clone, Debug)]
-pub struct Verdict {
-    /// Requests.
-    pub sent: u64,
-    /// Answers, by status and code.
-    pub answers: BTreeMap<String, u64>,
-    /// Requests with a dead key that were admitted later than the bound.
-    pub admitted_wrongly: u64,
-    /// Promises that were broken, word for word.
-    pub broken: Vec<String>,
-    /// How many more were.
-    pub unnamed: u64,
-    /// The longest time in which no Envoy admitted anybody.
-    pub longest_gap: Duration,
-    /// The same for each Envoy.
-    pub longest_gaps: Vec<Duration>,
-    /// What the client counted of each key that the database still knows.
-    pub tallies: BTreeMap<String, Tally>,
-    /// What the client counted of requests without a known key.
-    pub keyless: Tally,
-    /// How many requests may go uncounted, by the reason.
-    pub losses: BTreeMap<String, u64>,
-}
-
-impl Gate {
-    fn spells(&mut self, hinders: Hinders) -> &mut Vec<Spell> {
-        match hinders {
-            Hinders::Changes => &mut self.changes,
-            Hinders::Requests => &mut self.requests,
-        }
-    }
-
-    /// When a change that was made at a time has to be obeyed; never, while something is broken.
-    fn deadline(&self, since: Instant) -> Option<Instant> {
-        let mut deadline = since + BOUND;
-        // They stand in the order of their starts.
-        for spell in &self.changes {
-            if spell.start <= deadline && spell.end.is_none_or(|end| end + spell.after >= since) {
-                deadline = deadline.max(spell.end? + spell.after + BOUND);
-            }
-        }
-        Some(deadline)
-    }
-
-    fn admitted(&mut self, now: Instant) {
-        gap(&mut self.last_admitted, &mut self.longest_gap, now);
-    }
-}
-
-fn gap(last: &mut Option<Instant>, longest: &mut Duration, now: Instant) {
-    if let Some(last) = *last {
-        *longest = (*longest).max(now.saturating_duration_since(last));
-    }
-    *last = Some(now);
 }
 
 impl Known {
@@ -468,10 +358,7 @@ impl Known {
             gate.admitted(now);
         }
         if decided {
-            gate.decided.push_back(now);
-            while gate.decided.front().is_some_and(|at| at.elapsed() > LATELY) {
-                gate.decided.pop_front();
-            }
+            gate.decided(now);
         }
     }
 
@@ -507,6 +394,9 @@ impl Known {
             gate.ready.get_or_insert_with(Instant::now);
         }
         if status == 200 {
+            if ticket.standing == Standing::Dead && gate.deadline(ticket.since) == Some(ticket.since + BOUND) {
+                self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
+            }
             let died = match (ticket.standing, ticket.ends_at) {
                 (Standing::Dead, _) => gate.deadline(ticket.since).filter(|deadline| sent > *deadline),
                 (Standing::Good | Standing::Doubtful, _) => None,
@@ -547,5 +437,138 @@ const fn answer_status(answer: &Answer) -> u16 {
     match answer {
         Answer::Came(status, _) => *status,
         Answer::Unsent | Answer::Lost => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LATER: Duration = Duration::from_secs(3);
+
+    struct Judged {
+        oracle: Oracle,
+        key: usize,
+        _home: tempfile::TempDir,
+    }
+
+    impl Judged {
+        /// One key that must be admitted, at one Envoy.
+        fn new(ends_at: Option<SystemTime>) -> Self {
+            let home = tempfile::TempDir::new().unwrap();
+            let oracle = Oracle::new(1, Journal::create(&home.path().join("journal")).unwrap());
+            let key = oracle.add("id", "secret", ends_at, false);
+            oracle.all_are_steady();
+            Self { oracle, key, _home: home }
+        }
+
+        fn ticket(&self) -> Ticket {
+            let mut dice = Dice::new(0);
+            (0..).map(|_| self.oracle.pick(&mut dice, &[])).find(|ticket| ticket.secret.is_some()).unwrap()
+        }
+
+        /// What is said of an answer to a request that is sent so much later than now.
+        fn judge(&self, later: Duration, ticket: &Ticket, answer: &Answer) -> Vec<String> {
+            let before = self.oracle.verdict().broken.len();
+            self.oracle.judge(0, ticket, Instant::now() + later, SystemTime::now() + later, answer);
+            self.oracle.verdict().broken.split_off(before)
+        }
+
+        fn is_fine(&self, later: Duration, answer: &Answer) -> bool {
+            self.judge(later, &self.ticket(), answer).is_empty()
+        }
+    }
+
+    fn came(status: u16, code: &str) -> Answer {
+        Answer::Came(status, (!code.is_empty()).then(|| code.to_owned()))
+    }
+
+    #[test]
+    fn a_dead_key_may_be_admitted_within_the_bound_and_not_later() {
+        let judged = Judged::new(None);
+        judged.oracle.settle(judged.key, Standing::Dead, None);
+        assert!(judged.is_fine(Duration::ZERO, &came(200, "")));
+        assert!(judged.is_fine(LATER, &came(401, "revoked")));
+        assert_eq!(judged.oracle.verdict().admitted_wrongly, 0);
+        assert!(!judged.is_fine(LATER, &came(200, "")));
+        assert_eq!(judged.oracle.verdict().admitted_wrongly, 1);
+        // Nobody knows: nothing is held against anybody.
+        judged.oracle.doubt(judged.key);
+        assert!(judged.is_fine(LATER, &came(200, "")) && judged.is_fine(LATER, &came(401, "revoked")));
+    }
+
+    #[test]
+    fn nothing_is_held_against_an_envoy_that_cannot_hear_of_it() {
+        let judged = Judged::new(None);
+        judged.oracle.settle(judged.key, Standing::Dead, None);
+        let spell = judged.oracle.begin(Hinders::Changes, &[0], Duration::from_secs(10));
+        assert!(judged.is_fine(LATER * 100, &came(200, "")));
+        judged.oracle.end(&spell);
+        assert!(judged.is_fine(Duration::from_secs(11), &came(200, "")));
+        assert!(!judged.is_fine(Duration::from_secs(13), &came(200, "")));
+    }
+
+    #[test]
+    fn a_good_key_may_not_be_refused_once_it_is_known_everywhere() {
+        let judged = Judged::new(None);
+        assert!(judged.is_fine(Duration::ZERO, &came(401, "unknown")));
+        for refusal in
+            [came(401, "unknown"), came(401, "revoked"), came(403, "disabled"), came(429, "credits_exhausted")]
+        {
+            assert!(!judged.is_fine(LATER, &refusal), "{refusal:?}");
+        }
+        // It was changed while the request was under way.
+        let ticket = judged.ticket();
+        judged.oracle.doubt(judged.key);
+        assert_eq!(judged.judge(LATER, &ticket, &came(401, "revoked")), [""; 0]);
+    }
+
+    #[test]
+    fn an_end_is_kept_to_the_second_by_the_envoys_own_clock() {
+        let judged = Judged::new(Some(SystemTime::now() + LATER));
+        // Whatever is broken.
+        judged.oracle.begin(Hinders::Changes, &[0], Duration::ZERO);
+        assert!(judged.is_fine(LATER, &came(200, "")));
+        assert!(!judged.is_fine(LATER * 2, &came(200, "")));
+        judged.oracle.clock(0, LATER * 2, Duration::ZERO);
+        assert!(judged.is_fine(LATER * 2, &came(200, "")));
+    }
+
+    #[test]
+    fn answers_that_are_missing_or_not_documented_need_a_fault_that_excuses_them() {
+        let judged = Judged::new(None);
+        for answer in [Answer::Lost, Answer::Unsent, came(503, ""), came(500, "")] {
+            assert!(!judged.is_fine(Duration::ZERO, &answer), "{answer:?}");
+        }
+        let spell = judged.oracle.begin(Hinders::Requests, &[0], Duration::ZERO);
+        assert!(judged.is_fine(Duration::ZERO, &Answer::Lost));
+        judged.oracle.end(&spell);
+        // Sent once it was over.
+        assert!(judged.judge(Duration::ZERO, &judged.ticket(), &Answer::Lost).len() == 1);
+    }
+
+    #[test]
+    fn an_envoy_may_not_be_ready_before_its_first_answer_only() {
+        let judged = Judged::new(None);
+        assert!(judged.is_fine(LATER, &came(503, "not_ready")));
+        assert!(judged.is_fine(LATER, &came(200, "")));
+        assert!(!judged.is_fine(LATER, &came(503, "not_ready")));
+        judged.oracle.unready(0);
+        assert!(judged.is_fine(LATER, &came(503, "not_ready")));
+    }
+
+    #[test]
+    fn keys_go_back_with_the_database_and_what_came_later_is_not_counted() {
+        let judged = Judged::new(None);
+        let then = judged.oracle.snapshot();
+        judged.oracle.settle(judged.key, Standing::Dead, None);
+        judged.oracle.add("later", "later's secret", None, false);
+        judged.oracle.go_back(&then);
+        assert!(!judged.is_fine(LATER, &came(401, "revoked")));
+        let later = Ticket { secret: Some(1), standing: Standing::Dead, ..judged.ticket() };
+        assert_eq!(judged.judge(LATER, &later, &came(200, "")).len(), 1);
+        let verdict = judged.oracle.verdict();
+        assert_eq!(verdict.tallies.keys().collect::<Vec<_>>(), ["id"]);
+        assert_eq!((verdict.sent, verdict.tallies["id"].refused), (2, 1));
     }
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::count::Counted;
-use super::oracle::Verdict;
 use super::plan::Kind;
+use super::verdict::Verdict;
 
 /// What happened, line by line, with the time since the start.
 #[derive(Clone, Debug)]
@@ -100,6 +100,7 @@ impl Report {
             row(&format!("answered: {answer}"), times);
         }
         row("admitted wrongly", admitted_wrongly);
+        row("longest that a dead key opened, s", &format!("{:.3}", self.verdict.longest_open.as_secs_f64()));
         let Counted { decided, doubtful, counted, keys, top_ups, log_lines } = self.counted;
         row("requests decided, as clients saw", &decided);
         row("requests without an answer", &doubtful);
