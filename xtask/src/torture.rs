@@ -19,6 +19,9 @@ pub(crate) struct Options {
     /// Repeats the schedule of an earlier run; drawn if it is not given.
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
+    /// Leave out the faults that may lose counts, so that every request has to be counted to the last.
+    #[arg(long)]
+    without_loss: bool,
 }
 
 /// Tortures. Fails if a promise was broken.
@@ -31,7 +34,12 @@ pub(crate) async fn torture(options: &Options) -> Result<()> {
     let journal = paths::target().join("torture").join(format!("{seed}.log"));
     say(&format!("seed {seed}; what happens is written to {}", journal.display()));
     let length = Duration::from_secs(options.minutes.saturating_mul(60));
-    let report = torture::run(torture::Options::long(seed, length, journal)).await?;
+    let mut chosen = torture::Options::long(seed, length, journal);
+    if options.without_loss {
+        chosen.behind.retain(|kind| !kind.may_lose());
+        chosen.before.retain(|kind| !kind.may_lose());
+    }
+    let report = torture::run(chosen).await?;
     let table = report.table();
     say(&table);
     std::fs::write(paths::target().join("torture").join(format!("{seed}.txt")), table)?;

@@ -195,7 +195,8 @@ impl Faults {
         let (copy, gone) = (format!("{name}_copy"), format!("{name}_gone"));
         let everywhere = self.rig.everywhere();
         let server = self.server();
-        let _ = server.execute(&format!("drop database if exists {gone} with (force)")).await?;
+        eventually("the last restore to be over", async || (!self.doing.between_epochs()).then_some(())).await?;
+        server.execute(&format!("drop database if exists {gone} with (force)")).await?;
 
         let book = self.driver.hold().await;
         let (keys, then) = (self.oracle.snapshot(), book.clone());
@@ -231,9 +232,12 @@ impl Faults {
         eventually("the REST API to find the restored database", answers).await?;
         self.oracle.end(&spells);
         drop(book);
-        // Envoys take up the new epoch; from then on their versions ascend again.
-        tokio::time::sleep(FEED + BACKOFF).await;
-        self.doing.epochs.fetch_add(1, Ordering::SeqCst);
+        // Envoys take up the new epoch while other faults go on; from then on their versions ascend again.
+        let doing = Arc::clone(&self.doing);
+        tokio::spawn(async move {
+            tokio::time::sleep(FEED + BACKOFF).await;
+            doing.epochs.fetch_add(1, Ordering::SeqCst);
+        });
         Ok(())
     }
 

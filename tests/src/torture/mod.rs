@@ -150,7 +150,7 @@ pub async fn run(options: Options) -> Result<Report> {
     // What changed last has to arrive, too, and to be seen by the load.
     driver.stop();
     changing.await?;
-    tokio::time::sleep(gate::BOUND * 2).await;
+    tokio::time::sleep(gate::BOUND + Duration::from_millis(500)).await;
     load.stop().await;
     let memory: Vec<_> =
         warm.into_iter().zip(memory(&rig)).map(|((name, first), (_, last))| (name, first, last)).collect();

@@ -114,6 +114,14 @@ pub const BEHIND: [Kind; 12] = [
 pub const BEFORE: [Kind; 6] =
     [Kind::EnvoyTerm, Kind::EnvoyKill, Kind::EnvoyTrap, Kind::EnvoyUpdate, Kind::EnvoyDrain, Kind::EnvoyClock];
 
+impl Kind {
+    /// Whether requests may go uncounted with it.
+    #[must_use]
+    pub const fn may_lose(self) -> bool {
+        matches!(self, Self::PostgresRestore | Self::EnvoyKill | Self::EnvoyTrap)
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

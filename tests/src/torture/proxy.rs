@@ -130,9 +130,8 @@ async fn there(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
 }
 
 async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) {
-    let mut frame = Vec::new();
     loop {
-        frame.resize(FRAME_HEADER, 0);
+        let mut frame = vec![0; FRAME_HEADER];
         if from.read_exact(&mut frame).await.is_err() {
             let _ = to.shutdown().await;
             return;

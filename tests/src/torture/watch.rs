@@ -34,7 +34,7 @@ impl Doing {
     }
 
     /// Whether the database is being put back.
-    fn between_epochs(&self) -> bool {
+    pub(super) fn between_epochs(&self) -> bool {
         self.epochs.load(Ordering::SeqCst) % 2 == 1
     }
 }
