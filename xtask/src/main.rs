@@ -61,7 +61,7 @@ fn main() -> ExitCode {
             Command::Bench(options) => bench::bench(&options).await,
             Command::Authorizer(options) => bench::authorizer::serve(&options).await,
             Command::Torture(options) => torture::torture(&options).await,
-            Command::Wasm(options) => wasm::wasm(options),
+            Command::Wasm(options) => wasm::wasm(&options),
             Command::Sqlx => sqlx::write().await,
         }
     });

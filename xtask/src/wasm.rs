@@ -41,6 +41,9 @@ const EXPORTS: [&str; 13] = [
 /// A function whose name is the version of the interface.
 const ABI_EXPORT: &str = "proxy_abi_version_";
 
+/// The header that traps a VM stands in filters that were built for tests of faults, and in no other.
+const TRAP: &str = "x-portcullis-trap";
+
 /// What to build.
 #[derive(Args)]
 pub(crate) struct Options {
@@ -50,7 +53,7 @@ pub(crate) struct Options {
 }
 
 /// Builds it.
-pub(crate) fn wasm(options: Options) -> Result<()> {
+pub(crate) fn wasm(options: &Options) -> Result<()> {
     build()?;
     if options.for_faults { build_for_faults() } else { Ok(()) }
 }
@@ -74,7 +77,10 @@ pub(crate) fn build() -> Result<()> {
     let built = paths::target().join(TARGET).join("wasm/filter.wasm");
     let shipped = paths::target().join("portcullis.wasm");
     strip(&built, &shipped)?;
-    let bytes = std::fs::metadata(&shipped)?.len();
+    let filter = std::fs::read(&shipped)?;
+    let traps = filter.windows(TRAP.len()).any(|part| part == TRAP.as_bytes());
+    ensure!(!traps, "{} traps on demand: it was built with the feature for tests of faults", shipped.display());
+    let bytes = filter.len() as u64;
     say(&format!("{}: {bytes} bytes ({} KiB; at most {})", shipped.display(), bytes / 1024, MOST_BYTES / 1024));
     ensure!(bytes <= MOST_BYTES, "the filter has grown beyond {} KiB", MOST_BYTES / 1024);
     Ok(())
@@ -85,10 +91,10 @@ pub(crate) fn build_for_faults() -> Result<()> {
     need_target(TARGET)?;
     progress("building the filter that traps on demand");
     let mut filter = cargo(&["build", "--locked", "--package", "filter", "--features", "trap", "--target", TARGET]);
-    // Apart, lest one build be taken for the other.
-    filter.args(["--profile", "wasm"]).env("CARGO_TARGET_DIR", paths::target().join("trap"));
+    filter.args(["--profile", "wasm"]);
     run(filter)?;
-    strip(&paths::target().join("trap").join(TARGET).join("wasm/filter.wasm"), &paths::trap_wasm())?;
+    // Cargo puts both filters into one place, each as soon as it is asked for.
+    strip(&paths::target().join(TARGET).join("wasm/filter.wasm"), &paths::trap_wasm())?;
     run(cargo(&["build", "--locked", "--package", "shifted-clock"]))
 }
 
