@@ -3,7 +3,7 @@
 //!
 //! Reading order: [`plan`] says when what breaks, [`rig`] is the stack, [`proxy`] stands between Envoys and control planes,
 //! [`load`] are the clients, [`driver`] is the administrator, [`oracle`] judges each answer, with
-//! `gate` for what it knows of an Envoy, [`watch`] looks at what must
+//! [`gate`] for what it knows of an Envoy, [`watch`] looks at what must
 //! never go back, [`faults`] is what each fault does, [`count`] the reckoning, [`report`] what is told.
 
 pub mod plan;
@@ -14,7 +14,7 @@ pub mod proxy;
 pub mod driver;
 pub mod load;
 
-mod gate;
+pub mod gate;
 pub mod oracle;
 pub mod watch;
 
