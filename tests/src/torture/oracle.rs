@@ -4,7 +4,8 @@
 //! takes [`BOUND`] at the most until every worker of every Envoy obeys, as long as that Envoy can hear a control plane that
 //! can hear the database. A fault that comes in between stops the clock: a *spell* lasts as long as the fault does, and as
 //! much longer as the parts need to find each other again, which is stated with each fault. What an Envoy knows already
-//! needs no control plane: the end of a key is kept to the second whatever is broken, by that Envoy's own clock.
+//! needs no control plane: the end that a key was made with is kept to the second whatever is broken, by that Envoy's own
+//! clock. An end that a rotation sets for the old secret is a change.
 //!
 //! A request counts from the moment that it was sent: it was decided later than that.
 
@@ -43,6 +44,8 @@ struct Secret {
     since: Instant,
     version: u64,
     ends_at: Option<SystemTime>,
+    /// The end came with a change, so an Envoy that knows the secret need not know it.
+    end_changed: bool,
     metered: bool,
 }
 
@@ -56,6 +59,7 @@ pub struct Ticket {
     since: Instant,
     version: u64,
     ends_at: Option<SystemTime>,
+    end_changed: bool,
 }
 
 /// What came of a request.
@@ -135,7 +139,16 @@ impl Oracle {
     pub fn add(&self, key: &str, text: &str, ends_at: Option<SystemTime>, metered: bool) -> usize {
         let mut known = self.known();
         let (standing, since) = (Standing::Good, Instant::now());
-        let secret = Secret { key: key.into(), text: text.into(), standing, since, version: 0, ends_at, metered };
+        let secret = Secret {
+            key: key.into(),
+            text: text.into(),
+            standing,
+            since,
+            version: 0,
+            ends_at,
+            end_changed: false,
+            metered,
+        };
         known.secrets.push(secret);
         known.secrets.len() - 1
     }
@@ -162,6 +175,7 @@ impl Oracle {
             secret.since = Instant::now();
             secret.version += 1;
             secret.ends_at = ends_at.or(secret.ends_at);
+            secret.end_changed |= ends_at.is_some();
         }
     }
 
@@ -273,7 +287,7 @@ impl Oracle {
         let unknown = || {
             let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
             let (standing, since) = (Standing::Dead, self.journal.start());
-            Ticket { text, secret: None, standing, since, version: 0, ends_at: None }
+            Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: false }
         };
         let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
         known.map_or_else(unknown, |(number, secret)| Ticket {
@@ -283,6 +297,7 @@ impl Oracle {
             since: secret.since,
             version: secret.version,
             ends_at: secret.ends_at,
+            end_changed: secret.end_changed,
         })
     }
 
@@ -405,9 +420,11 @@ impl Known {
                 self.admitted_wrongly += 1;
                 return Some(format!("admitted {:?} later than the bound", sent - deadline));
             }
-            // By the Envoy's own clock, and known to it since it first admitted the key.
+            // By the Envoy's own clock, and known to it since it first admitted the key: but for an end that a rotation set,
+            // of which it has to hear first.
+            let heard = !ticket.end_changed || gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
             let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + gate.behind + SECOND).ok());
-            if let Some(late) = ended.filter(|_| ticket.standing == Standing::Good) {
+            if let Some(late) = ended.filter(|_| heard && ticket.standing == Standing::Good) {
                 self.admitted_wrongly += 1;
                 return Some(format!("admitted {late:?} after its end"));
             }
@@ -532,6 +549,17 @@ mod tests {
         assert!(!judged.is_fine(LATER * 2, &came(200, "")));
         judged.oracle.clock(0, LATER * 2, Duration::ZERO);
         assert!(judged.is_fine(LATER * 2, &came(200, "")));
+    }
+
+    #[test]
+    fn an_end_that_a_change_brought_has_to_be_heard_of_first() {
+        let judged = Judged::new(None);
+        judged.oracle.settle(judged.key, Standing::Good, Some(SystemTime::now() + LATER));
+        let spell = judged.oracle.begin(Hinders::Changes, &[0], LATER * 10);
+        assert!(judged.is_fine(LATER * 5, &came(200, "")));
+        judged.oracle.end(&spell);
+        assert!(judged.is_fine(LATER * 5, &came(200, "")));
+        assert!(!judged.is_fine(LATER * 20, &came(200, "")));
     }
 
     #[test]
