@@ -61,14 +61,13 @@ impl Core {
     }
 
     /// An answer to a call of this VM. Whoever called, it is told to the conversation.
-    pub(crate) fn answered(&self, config: &Config, key: &str, token: u32, body_bytes: usize) {
+    pub(crate) fn answered(&self, config: &Config, key: &str, token: u32, status: Option<u16>, body_bytes: usize) {
         let now_ms = now_ms();
         let (sync, report) = {
             let mut leading = self.leading.borrow_mut();
             let Some(leading) = leading.as_mut() else { return };
             (leading.sync.answered(token), leading.reports.answered(token))
         };
-        let status = host::answer_status();
         if sync {
             let applied = match status {
                 Some(200) => {

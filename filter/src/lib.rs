@@ -66,6 +66,8 @@ mod metrics;
 mod request;
 #[cfg(target_arch = "wasm32")]
 mod root;
+#[cfg(all(target_arch = "wasm32", feature = "trap"))]
+mod trap;
 
 /// Where Envoy enters: it starts each VM with this.
 #[cfg(target_arch = "wasm32")]

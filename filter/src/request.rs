@@ -32,6 +32,8 @@ impl Context for Request {}
 
 impl HttpContext for Request {
     fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
+        #[cfg(feature = "trap")]
+        crate::trap::spring();
         let config = &*self.config;
         let found = credential::find(&config.key_sources, host::request_header);
         let verdict = self.core.decide(config, found.credential);

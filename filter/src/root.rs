@@ -55,9 +55,11 @@ impl Root {
 }
 
 impl Context for Root {
-    fn on_http_call_response(&mut self, token: u32, _headers: usize, body_bytes: usize, _trailers: usize) {
+    fn on_http_call_response(&mut self, token: u32, headers: usize, body_bytes: usize, _trailers: usize) {
         if let Some(Configured { config, sync_key, core }) = &self.configured {
-            core.answered(config, sync_key, token, body_bytes);
+            // None: the answer broke off. Envoy has no headers then, and the SDK would panic asking for one.
+            let status = if headers == 0 { None } else { host::answer_status() };
+            core.answered(config, sync_key, token, status, body_bytes);
         }
     }
 

@@ -169,7 +169,8 @@ impl Builder {
             ..Replacements::between(script.address(), demo.address())
         };
         let log_level = "warning,wasm:info".into();
-        let settings = Settings { replacements, workers: 2, log_level, sync_key: fresh_key()? };
+        let (sync_key, environment) = (fresh_key()?, Vec::new());
+        let settings = Settings { replacements, workers: 2, log_level, sync_key, environment, listener_file: false };
         let log = Log::create(&home.path().join("envoy.log"))?;
         let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
         Ok(Bench { envoy, demo, script, _home: home })

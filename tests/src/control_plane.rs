@@ -29,6 +29,8 @@ pub struct Settings {
     pub arguments: Vec<String>,
     /// The value of `PORTCULLIS_LOG`.
     pub log_level: String,
+    /// Further variables of its environment.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A control plane.
@@ -93,7 +95,7 @@ impl ControlPlane {
         serve.args(&settings.arguments).current_dir(&self.directory);
         serve.env("PORTCULLIS_ADMIN_KEY", settings.admin_key.reveal());
         serve.env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
-        serve.env("PORTCULLIS_LOG", &settings.log_level);
+        serve.env("PORTCULLIS_LOG", &settings.log_level).envs(settings.environment);
         let process = Process::spawn("the control plane", serve, &self.log, Signal::SIGKILL)?;
         let listens = async || match process.must_run() {
             Err(error) => Some(Err(error)),
@@ -131,6 +133,15 @@ impl ControlPlane {
     pub async fn stop(&self, signal: Signal) -> Result<std::process::ExitStatus> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("the control plane does not run"))?.stop(signal).await
+    }
+
+    /// Sends a signal, such as SIGSTOP, and does not wait.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().ok_or_else(|| anyhow!("the control plane does not run"))?.signal(signal)
     }
 
     /// # Errors

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, anyhow, bail};
 use contract::key::Secret;
 
-use crate::envoy_config::{Replacements, render};
+use crate::envoy_config::{LISTENER_FILE, Replacements, apart, render};
 use crate::http;
 use crate::log::Log;
 use crate::paths;
@@ -27,6 +27,10 @@ pub struct Settings {
     pub log_level: String,
     /// The key with the scope `sync`.
     pub sync_key: Secret,
+    /// Further variables of its environment.
+    pub environment: Vec<(String, String)>,
+    /// Whether the listener stands in a file of its own, which can be changed while Envoy runs.
+    pub listener_file: bool,
 }
 
 /// An Envoy.
@@ -81,8 +85,7 @@ impl Envoy {
     /// If it does not, with the last lines of its log.
     pub async fn restart(&self) -> Result<()> {
         let settings = self.settings();
-        let template = std::fs::read_to_string(paths::workspace().join("envoy").join(self.template))?;
-        std::fs::write(self.directory.join("envoy.yaml"), render(&template, &settings.replacements)?)?;
+        self.write_configuration(&settings)?;
         let admin_file = self.directory.join("admin.address");
         // Whatever an earlier run left says nothing about this one.
         let _ = std::fs::remove_file(&admin_file);
@@ -98,6 +101,7 @@ impl Envoy {
         // The default waits ten minutes for clients to leave.
         envoy.args(["--drain-time-s", "1", "--parent-shutdown-time-s", "2"]);
         envoy.current_dir(&self.directory).env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
+        envoy.envs(settings.environment);
         let process = Process::spawn("Envoy", envoy, &self.log, Signal::SIGKILL)?;
 
         let live = async || match process.must_run() {
@@ -175,6 +179,35 @@ impl Envoy {
     /// Changes what it is started with the next time.
     pub fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The number of its process, if it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
+    }
+
+    /// Writes the configuration anew, with what [`change_settings`](Self::change_settings) changed of the listener. An
+    /// Envoy whose listener stands in a file of its own takes it up at once.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn update_listener(&self) -> Result<()> {
+        self.write_configuration(&self.settings())
+    }
+
+    fn write_configuration(&self, settings: &Settings) -> Result<()> {
+        let template = std::fs::read_to_string(paths::workspace().join("envoy").join(self.template))?;
+        let mut bootstrap = render(&template, &settings.replacements)?;
+        if settings.listener_file {
+            let listener;
+            (bootstrap, listener) = apart(&bootstrap)?;
+            // Moved to its place: that is what Envoy watches for.
+            let new = self.directory.join("listener.yaml.new");
+            std::fs::write(&new, listener)?;
+            std::fs::rename(new, self.directory.join(LISTENER_FILE))?;
+        }
+        Ok(std::fs::write(self.directory.join("envoy.yaml"), bootstrap)?)
     }
 
     /// What it wrote: its own log and the access log.

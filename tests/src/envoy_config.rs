@@ -95,6 +95,28 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
     replace_once(&text, PLUGIN, &Value::from(plugin).to_string())
 }
 
+/// The file in Envoy's directory that holds the listener, if it stands apart.
+pub const LISTENER_FILE: &str = "listener.yaml";
+
+/// Takes the listener out of a configuration: the rest, which names [`LISTENER_FILE`], and what that file is to hold.
+///
+/// # Errors
+/// If there is not one list of listeners, followed by the clusters.
+pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
+    const LISTENERS: &str = "static_resources:\n  listeners:\n    - name: ";
+    const CLUSTERS: &str = "\n  clusters:\n";
+    for marker in [LISTENERS, CLUSTERS] {
+        replace_once(configuration, marker, "")?;
+    }
+    let (before, rest) = configuration.split_once(LISTENERS).unwrap_or_default();
+    let (listener, clusters) = rest.split_once(CLUSTERS).unwrap_or_default();
+    let kind = "type.googleapis.com/envoy.config.listener.v3.Listener";
+    let listener = format!("resources:\n    - \"@type\": {kind}\n      name: {listener}\n");
+    let source = format!("{{ resource_api_version: V3, path_config_source: {{ path: ./{LISTENER_FILE} }} }}");
+    let dynamic = format!("node: {{ id: test, cluster: test }}\n\ndynamic_resources:\n  lds_config: {source}\n");
+    Ok((format!("{before}{dynamic}\nstatic_resources:{CLUSTERS}{clusters}"), listener))
+}
+
 fn replace_once(text: &str, marker: &str, new: &str) -> Result<String, TemplateError> {
     match text.matches(marker).count() {
         1 => Ok(text.replacen(marker, new, 1)),
@@ -173,6 +195,24 @@ mod tests {
             rest.split_once("# Idle clients").unwrap().0
         };
         assert_eq!(normalisation(HARDENED), normalisation(TEMPLATE));
+    }
+
+    #[test]
+    fn the_listener_moves_to_a_file_of_its_own_and_everything_else_stays() {
+        let (bootstrap, listener) = apart(TEMPLATE).unwrap();
+        assert!(
+            bootstrap
+                .contains("lds_config: { resource_api_version: V3, path_config_source: { path: ./listener.yaml } }")
+        );
+        assert!(bootstrap.contains("static_resources:\n  clusters:\n") && !bootstrap.contains("listeners:"));
+        assert!(
+            listener
+                .starts_with("resources:\n    - \"@type\": type.googleapis.com/envoy.config.listener.v3.Listener\n")
+        );
+        for line in TEMPLATE.lines().filter(|line| line.len() > 20 && !line.contains("- name: ingress")) {
+            assert!(bootstrap.contains(line) || listener.contains(line), "{line}");
+        }
+        assert!(apart(&TEMPLATE.replace("listeners:", "listener:")).is_err());
     }
 
     #[test]

@@ -69,6 +69,12 @@ impl Connection {
         Ok(Self { sender, authority: address.to_string() })
     }
 
+    /// Whether the other end has not closed it, as far as is known.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        !self.sender.is_closed()
+    }
+
     /// Sends a request and waits for the whole answer.
     ///
     /// # Errors

@@ -34,3 +34,4 @@ pub mod rest;
 
 pub mod certificates;
 pub mod tls;
+pub mod torture;

@@ -39,6 +39,18 @@ pub fn wasm() -> PathBuf {
     std::env::var_os("PORTCULLIS_WASM").map_or_else(|| target().join("portcullis.wasm"), PathBuf::from)
 }
 
+/// The filter with a switch that traps its VM, for tests of faults.
+#[must_use]
+pub fn trap_wasm() -> PathBuf {
+    target().join("portcullis-trap.wasm")
+}
+
+/// The library that shifts the clock of a process that it is preloaded into.
+#[must_use]
+pub fn shifted_clock() -> PathBuf {
+    target().join("debug/libshifted_clock.so")
+}
+
 static CONTROL_PLANE: OnceLock<PathBuf> = OnceLock::new();
 
 /// The control plane. `CONTROL_PLANE_BIN` names another than the one that the development profile built.

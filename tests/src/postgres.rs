@@ -131,6 +131,12 @@ impl Postgres {
         Ok(())
     }
 
+    /// What it wrote.
+    #[must_use]
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+
     /// # Errors
     /// If it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {

@@ -274,6 +274,7 @@ impl Builder {
             sync_key: sync_key.clone(),
             arguments: self.arguments,
             log_level: self.control_plane_log_level,
+            environment: Vec::new(),
         };
         let log = Log::create(&directory.path().join("control-plane.log"))?;
         let control_plane = ControlPlane::start(settings, directory.path(), log).await?;
@@ -293,6 +294,8 @@ impl Builder {
                 workers: self.workers,
                 log_level: self.envoy_log_level.clone(),
                 sync_key: sync_key.clone(),
+                environment: Vec::new(),
+                listener_file: false,
             };
             envoys.push(Envoy::start(settings, &home, log, &silently).await?);
         }

@@ -42,6 +42,7 @@ pub(crate) async fn check() -> Result<()> {
         sync_key: fresh_key()?,
         arguments: ["--api-rate-limit", "100000", "--api-burst", "100000"].map(Into::into).into(),
         log_level: "info".into(),
+        environment: Vec::new(),
     };
     let control_plane = ControlPlane::start(settings, home.path(), log).await?;
 

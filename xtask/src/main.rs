@@ -15,6 +15,7 @@ mod lock;
 mod sbom;
 mod sqlx;
 mod test;
+mod torture;
 
 mod up;
 
@@ -39,13 +40,15 @@ enum Command {
     Up(up::Options),
     /// Check and test everything, as CI does.
     Test(test::Options),
+    /// Break the stack at random, under load, and check that nothing is lost and nobody let in.
+    Torture(torture::Options),
     /// Measure what a check costs, against the other ways to do it.
     Bench(bench::Options),
     /// Answer every gRPC authorization request with yes: one of the peers of `bench`.
     #[command(hide = true)]
     Authorizer(bench::authorizer::Options),
     /// Build the filter into target/portcullis.wasm.
-    Wasm,
+    Wasm(wasm::Options),
     /// Write control-plane/.sqlx anew, after a query or a migration changed.
     Sqlx,
     /// Write what is built into the product, with versions, licences and checksums (CycloneDX 1.5).
@@ -64,7 +67,8 @@ fn main() -> ExitCode {
             Command::Test(options) => test::test(&options).await,
             Command::Bench(options) => bench::bench(&options).await,
             Command::Authorizer(options) => bench::authorizer::serve(&options).await,
-            Command::Wasm => wasm::build(),
+            Command::Torture(options) => torture::torture(&options).await,
+            Command::Wasm(options) => wasm::wasm(&options),
             Command::Sqlx => sqlx::write().await,
             Command::Sbom(options) => sbom::write(&options),
         }

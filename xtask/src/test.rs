@@ -144,6 +144,7 @@ impl Step {
             Self::EndToEnd => {
                 run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
                 ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
+                wasm::build_for_faults()?;
                 tools::envoy(&progress)?;
                 // What scenarios measure is worth printing, and is measured with nothing beside it.
                 let program = |name, threads| {

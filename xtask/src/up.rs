@@ -131,6 +131,7 @@ impl Up {
             sync_key: sync_key.clone(),
             arguments: vec!["--policies".into(), policies::file().display().to_string()],
             log_level: "info".into(),
+            environment: Vec::new(),
         };
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 
@@ -148,6 +149,8 @@ impl Up {
             workers: options.concurrency,
             log_level: "warning,wasm:info".into(),
             sync_key,
+            environment: Vec::new(),
+            listener_file: false,
         };
         let envoy = Envoy::start(settings, &home.join("envoy"), log("envoy.log")?, &progress).await?;
 

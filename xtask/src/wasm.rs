@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
 use portcullis_tests::paths;
 
 use crate::output::{progress, say};
@@ -40,6 +41,23 @@ const EXPORTS: [&str; 13] = [
 /// A function whose name is the version of the interface.
 const ABI_EXPORT: &str = "proxy_abi_version_";
 
+/// The header that traps a VM stands in filters that were built for tests of faults, and in no other.
+const TRAP: &str = "x-portcullis-trap";
+
+/// What to build.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Also what tests of faults need: target/portcullis-trap.wasm, which must not be shipped, and a clock to preload.
+    #[arg(long)]
+    for_faults: bool,
+}
+
+/// Builds it.
+pub(crate) fn wasm(options: &Options) -> Result<()> {
+    build()?;
+    if options.for_faults { build_for_faults() } else { Ok(()) }
+}
+
 /// Builds the filter that does nothing; gives it as the SDK makes it, with all exports, and as this one is shipped.
 pub(crate) fn build_empty() -> Result<[PathBuf; 2]> {
     need_target(TARGET)?;
@@ -59,10 +77,25 @@ pub(crate) fn build() -> Result<()> {
     let built = paths::target().join(TARGET).join("wasm/filter.wasm");
     let shipped = paths::target().join("portcullis.wasm");
     strip(&built, &shipped)?;
-    let bytes = std::fs::metadata(&shipped)?.len();
+    let filter = std::fs::read(&shipped)?;
+    let traps = filter.windows(TRAP.len()).any(|part| part == TRAP.as_bytes());
+    ensure!(!traps, "{} traps on demand: it was built with the feature for tests of faults", shipped.display());
+    let bytes = filter.len() as u64;
     say(&format!("{}: {bytes} bytes ({} KiB; at most {})", shipped.display(), bytes / 1024, MOST_BYTES / 1024));
     ensure!(bytes <= MOST_BYTES, "the filter has grown beyond {} KiB", MOST_BYTES / 1024);
     Ok(())
+}
+
+/// Builds what only tests of faults need.
+pub(crate) fn build_for_faults() -> Result<()> {
+    need_target(TARGET)?;
+    progress("building the filter that traps on demand");
+    let mut filter = cargo(&["build", "--locked", "--package", "filter", "--features", "trap", "--target", TARGET]);
+    filter.args(["--profile", "wasm"]);
+    run(filter)?;
+    // Cargo puts both filters into one place, each as soon as it is asked for.
+    strip(&paths::target().join(TARGET).join("wasm/filter.wasm"), &paths::trap_wasm())?;
+    run(cargo(&["build", "--locked", "--package", "shifted-clock"]))
 }
 
 /// Removes the exports that are not in the list, and whatever only they used.

@@ -8,3 +8,4 @@ mod flood;
 mod revocation;
 mod scopes;
 mod shared_limits;
+mod torture;

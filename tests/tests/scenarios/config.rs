@@ -19,7 +19,9 @@ async fn refused(plugin: &Value, withheld: Option<&str>) -> Result<Vec<String>> 
     let plugin = plugin.as_object().cloned().unwrap_or_default();
     let replacements =
         Replacements { plugin, withheld: withheld.map(Into::into), ..Replacements::between(nobody, nobody) };
-    let settings = Settings { replacements, workers: 1, log_level: "warning".into(), sync_key: fresh_key()? };
+    let (sync_key, environment) = (fresh_key()?, Vec::new());
+    let settings =
+        Settings { replacements, workers: 1, log_level: "warning".into(), sync_key, environment, listener_file: false };
     let started = Envoy::start(settings, home.path(), log.clone(), &silently).await;
     assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));
     let lines = log.lines_with(PREFIX);

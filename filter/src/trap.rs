@@ -1,0 +1,14 @@
+//! A trap on demand, for tests of what is lost with a VM: compiled in with the feature `trap` only, which no filter that is
+//! shipped has. Whoever can send a request could stop a worker's VM with it.
+
+use crate::host;
+
+/// A request that carries this header traps.
+const HEADER: &str = "x-portcullis-trap";
+
+/// Ends this VM if the request asks for it.
+pub(crate) fn spring() {
+    if host::request_header(HEADER).is_some() {
+        core::arch::wasm32::unreachable();
+    }
+}

@@ -1,0 +1,166 @@
+//! The reckoning: once everything has come to rest, what the database counted is compared with what clients saw.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use super::driver::Book;
+use super::oracle::Oracle;
+use super::rig::Rig;
+use super::verdict::Tally;
+use crate::wait::eventually_within;
+
+/// How long the stack may take to come to rest.
+const REST: Duration = Duration::from_secs(60);
+
+/// All that usage tables hold, and what they hold of each key: allowed and other requests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Allowed and other requests, by key.
+    pub keys: BTreeMap<String, (u64, u64)>,
+    /// Requests without a known key.
+    pub keyless: u64,
+}
+
+/// What was counted, beside what clients saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Requests that clients know were decided, of keys that the database still knows, and of none.
+    pub decided: u64,
+    /// Requests that may have been decided.
+    pub doubtful: u64,
+    /// Requests that the database counted.
+    pub counted: u64,
+    /// Keys whose count was compared.
+    pub keys: u64,
+    /// Top-ups that the API confirmed.
+    pub top_ups: u64,
+    /// Lines with last words.
+    pub log_lines: u64,
+}
+
+/// Reads the usage tables of a database.
+///
+/// # Errors
+/// PostgreSQL's.
+pub async fn usage(connection: &mut PgConnection) -> Result<Usage> {
+    let keys = "select key_id::text, (coalesce(sum(requests) filter (where outcome = 0), 0))::bigint,
+        (coalesce(sum(requests) filter (where outcome <> 0), 0))::bigint from usage_hourly group by key_id";
+    let rows: Vec<(String, i64, i64)> = sqlx::query_as(AssertSqlSafe(keys)).fetch_all(&mut *connection).await?;
+    let keyless = "select coalesce(sum(requests), 0)::bigint from usage_keyless_hourly";
+    let keyless: i64 = sqlx::query_scalar(AssertSqlSafe(keyless)).fetch_one(&mut *connection).await?;
+    let keys = rows.into_iter().map(|(key, allowed, other)| (key, (allowed.cast_unsigned(), other.cast_unsigned())));
+    Ok(Usage { keys: keys.collect(), keyless: keyless.cast_unsigned() })
+}
+
+impl Usage {
+    /// All requests.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        self.keys.values().map(|(allowed, other)| allowed + other).sum::<u64>() + self.keyless
+    }
+}
+
+/// Waits until no Envoy has anything left to tell.
+///
+/// # Errors
+/// If that takes too long: then something is stuck.
+pub async fn come_to_rest(rig: &Rig) -> Result<()> {
+    for envoy in 0..rig.envoys.len() {
+        let mut quiet = 0;
+        eventually_within(&format!("Envoy {envoy} to have told all it counted"), REST, async || {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let pending = rig.stat(envoy, "usage_pending_requests").await?;
+            quiet = if pending == 0 { quiet + 1 } else { 0 };
+            // Longer than counts take from a worker to the outbox.
+            (quiet > 10).then_some(())
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// Imports what Envoys logged when they ended, twice: the second time changes nothing. Says how many lines there were.
+///
+/// # Errors
+/// If the import fails.
+pub fn import_last_words(rig: &Rig) -> Result<u64> {
+    let control_plane = rig.control_planes.first();
+    let mut lines = 0;
+    for envoy in &rig.envoys {
+        let words = envoy.log().lines_with("portcullis-usage ");
+        lines += words.len() as u64;
+        for _ in 0..2 {
+            control_plane.map(|control_plane| control_plane.import_usage(&words.join("\n"))).transpose()?;
+        }
+    }
+    Ok(lines)
+}
+
+/// Compares. What does not fit is told to the oracle.
+///
+/// # Errors
+/// If the database does not answer.
+pub async fn compare(rig: &Rig, oracle: &Oracle, book: &Book, log_lines: u64) -> Result<Counted> {
+    let mut connection = rig.database.connect().await?;
+    let counted = usage(&mut connection).await?;
+    let verdict = oracle.verdict();
+    let lost: u64 = verdict.losses.values().sum();
+    let seen = |of: &dyn Fn(&Tally) -> u64| verdict.tallies.values().map(of).sum::<u64>() + of(&verdict.keyless);
+    let sums = Counted {
+        decided: seen(&|tally| tally.admitted + tally.refused),
+        doubtful: seen(&|tally| tally.doubtful),
+        counted: counted.requests(),
+        keys: verdict.tallies.len() as u64,
+        top_ups: book.top_ups.len() as u64,
+        log_lines,
+    };
+    for (key, tally) in &verdict.tallies {
+        let (allowed, _) = counted.keys.get(key).copied().unwrap_or_default();
+        if allowed > tally.admitted + tally.doubtful {
+            oracle.broken(&format!("key {key}: {allowed} requests counted, {tally:?} seen: counted twice"));
+        }
+        if allowed + lost < tally.admitted {
+            oracle.broken(&format!("key {key}: {allowed} requests counted, {tally:?} seen: lost"));
+        }
+    }
+    if sums.counted > sums.decided + sums.doubtful {
+        oracle.broken(&format!("{} requests counted, {} seen: counted twice", sums.counted, sums.decided));
+    }
+    if sums.counted + lost < sums.decided {
+        oracle.broken(&format!("{} requests counted, {} seen, {lost} may be lost", sums.counted, sums.decided));
+    }
+    ledger(&mut connection, oracle, book).await?;
+    Ok(sums)
+}
+
+/// The balance is the sum of the ledger, what was used is what was counted, and each top-up that was confirmed is there
+/// once.
+async fn ledger(connection: &mut PgConnection, oracle: &Oracle, book: &Book) -> Result<()> {
+    let wrong = "select u.email || ': balance ' || u.balance || ', ledger ' || coalesce(sum(l.amount), 0)
+        from user_preferences u left join ledger l on l.owner_id = u.id
+        group by u.id having u.balance <> coalesce(sum(l.amount), 0)";
+    let wrong: Vec<String> = sqlx::query_scalar(AssertSqlSafe(wrong)).fetch_all(&mut *connection).await?;
+    let used = "select coalesce((select -sum(amount) from ledger where kind = 'usage'), 0)::bigint,
+        coalesce((select sum(cost) from usage_hourly), 0)::bigint";
+    let (used, cost): (i64, i64) = sqlx::query_as(AssertSqlSafe(used)).fetch_one(&mut *connection).await?;
+    let booked = "select note, count(*) from ledger where kind = 'top_up' group by note";
+    let booked: BTreeMap<String, i64> =
+        sqlx::query_as(AssertSqlSafe(booked)).fetch_all(&mut *connection).await?.into_iter().collect();
+    for wrong in wrong {
+        oracle.broken(&format!("the ledger does not add up: {wrong}"));
+    }
+    if used != cost {
+        oracle.broken(&format!("{used} credits were booked as used, {cost} were counted"));
+    }
+    for note in &book.top_ups {
+        let times = booked.get(note).copied().unwrap_or_default();
+        if times != 1 {
+            oracle.broken(&format!("the top-up {note} was confirmed and is booked {times} times"));
+        }
+    }
+    ensure!(!book.top_ups.is_empty(), "nothing was topped up");
+    Ok(())
+}

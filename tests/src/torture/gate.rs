@@ -1,0 +1,155 @@
+//! What is known of one Envoy: when faults hinder it, and so by when it has to obey a change; by how much its clock may be
+//! off; what it answered lately.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// How long a change takes to be obeyed everywhere when nothing is broken. Measured, it is some milliseconds; this leaves
+/// room for a machine that is busy with the whole stack and its load.
+pub const BOUND: Duration = Duration::from_secs(2);
+
+/// For how long single answers are remembered, to say how many came lately.
+const LATELY: Duration = Duration::from_secs(20);
+
+/// A time in which something is broken.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spell {
+    pub(super) start: Instant,
+    pub(super) end: Option<Instant>,
+    pub(super) after: Duration,
+}
+
+impl Spell {
+    /// Whether it falls into the time from `from` until now.
+    pub(super) fn meets(&self, from: Instant) -> bool {
+        self.end.is_none_or(|end| from <= end + self.after)
+    }
+}
+
+/// What a fault hinders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hinders {
+    /// An Envoy hears of changes late.
+    Changes,
+    /// Requests to an Envoy may go unanswered, or get an answer that is not the filter's.
+    Requests,
+}
+
+/// One Envoy.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    pub(super) changes: Vec<Spell>,
+    pub(super) requests: Vec<Spell>,
+    /// When it first gave an answer other than `not_ready`.
+    pub(super) ready: Option<Instant>,
+    pub(super) behind: Duration,
+    pub(super) ahead: Duration,
+    pub(super) decided: VecDeque<Instant>,
+    pub(super) last_admitted: Option<Instant>,
+    pub(super) longest_gap: Duration,
+}
+
+impl Gate {
+    /// The times in which it is hindered.
+    pub(super) fn spells(&mut self, hinders: Hinders) -> &mut Vec<Spell> {
+        match hinders {
+            Hinders::Changes => &mut self.changes,
+            Hinders::Requests => &mut self.requests,
+        }
+    }
+
+    /// When a change that was made at a time has to be obeyed; never, while something is broken.
+    pub(super) fn deadline(&self, since: Instant) -> Option<Instant> {
+        let mut deadline = since + BOUND;
+        // They stand in the order of their starts.
+        for spell in &self.changes {
+            if spell.start <= deadline && spell.end.is_none_or(|end| end + spell.after >= since) {
+                deadline = deadline.max(spell.end? + spell.after + BOUND);
+            }
+        }
+        Some(deadline)
+    }
+
+    /// It decided a request.
+    pub(super) fn decided(&mut self, now: Instant) {
+        self.decided.push_back(now);
+        while self.decided.front().is_some_and(|at| now.saturating_duration_since(*at) > LATELY) {
+            self.decided.pop_front();
+        }
+    }
+
+    /// How many requests it decided in the time before now.
+    pub(super) fn decided_within(&self, lately: Duration, now: Instant) -> u64 {
+        let recent = self.decided.iter().filter(|at| now.saturating_duration_since(**at) <= lately).count();
+        recent.try_into().unwrap_or(u64::MAX)
+    }
+
+    /// It admitted a request.
+    pub(super) fn admitted(&mut self, now: Instant) {
+        gap(&mut self.last_admitted, &mut self.longest_gap, now);
+    }
+}
+
+/// Something happened now: the time since it last did, if that is the longest.
+pub(super) fn gap(last: &mut Option<Instant>, longest: &mut Duration, now: Instant) {
+    if let Some(last) = *last {
+        *longest = (*longest).max(now.saturating_duration_since(last));
+    }
+    *last = Some(now);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn hindered(spells: &[(u32, Option<u32>, u32)], zero: Instant) -> Gate {
+        let spell = |(start, end, after): &(u32, Option<u32>, u32)| Spell {
+            start: zero + MS * *start,
+            end: end.map(|end| zero + MS * end),
+            after: MS * *after,
+        };
+        Gate { changes: spells.iter().map(spell).collect(), ..Gate::default() }
+    }
+
+    /// In milliseconds after zero.
+    fn deadline(spells: &[(u32, Option<u32>, u32)], since: u32) -> Option<u128> {
+        let zero = Instant::now();
+        Some((hindered(spells, zero).deadline(zero + MS * since)? - zero).as_millis())
+    }
+
+    #[test]
+    fn a_change_has_to_be_obeyed_within_the_bound_when_nothing_is_broken() {
+        assert_eq!(BOUND, MS * 2_000);
+        assert_eq!(deadline(&[], 500), Some(2_500));
+        // Long over, and not yet begun.
+        assert_eq!(deadline(&[(0, Some(100), 50)], 500), Some(2_500));
+        assert_eq!(deadline(&[(2_501, Some(9_000), 0)], 500), Some(2_500));
+    }
+
+    #[test]
+    fn a_fault_puts_the_deadline_off_until_it_is_over_and_recovered_from() {
+        assert_eq!(deadline(&[(1_000, Some(4_000), 700)], 500), Some(6_700));
+        // The recovery of one that ended before.
+        assert_eq!(deadline(&[(0, Some(400), 700)], 500), Some(3_100));
+        assert_eq!(deadline(&[(1_000, None, 0)], 500), None);
+    }
+
+    #[test]
+    fn faults_that_follow_on_each_other_put_it_off_together_and_others_do_not() {
+        assert_eq!(deadline(&[(1_000, Some(4_000), 0), (5_900, Some(7_000), 100)], 500), Some(9_100));
+        assert_eq!(deadline(&[(1_000, Some(4_000), 0), (6_100, Some(7_000), 100)], 500), Some(6_000));
+        assert_eq!(deadline(&[(1_000, Some(4_000), 0), (1_500, Some(2_000), 0)], 500), Some(6_000));
+    }
+
+    #[test]
+    fn what_was_decided_lately_is_counted_and_what_is_long_ago_forgotten() {
+        let (mut gate, zero) = (Gate::default(), Instant::now());
+        for ms in [0, 100, 200, 30_000] {
+            gate.decided(zero + MS * ms);
+        }
+        assert_eq!(gate.decided_within(MS * 10, zero + MS * 30_005), 1);
+        assert_eq!(gate.decided.len(), 1);
+    }
+}

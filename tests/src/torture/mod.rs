@@ -1,0 +1,252 @@
+//! Torture: the real stack under constant load, a random schedule of faults from a seed, and a judge who knows at any time
+//! what each key is and counts every answer.
+//!
+//! Reading order: [`plan`] says when what breaks, [`rig`] is the stack, [`proxy`] stands between Envoys and control planes,
+//! [`load`] are the clients, [`driver`] is the administrator, [`oracle`] judges each answer, with
+//! [`gate`] for what it knows of an Envoy, [`watch`] looks at what must
+//! never go back, [`faults`] is what each fault does, [`count`] the reckoning, [`report`] what is told.
+
+pub mod plan;
+pub mod rig;
+
+pub mod proxy;
+
+pub mod driver;
+pub mod load;
+
+pub mod gate;
+pub mod oracle;
+pub mod watch;
+
+pub mod verdict;
+
+pub mod faults;
+
+pub mod count;
+pub mod report;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use driver::Driver;
+use faults::Faults;
+use load::{Load, Pace};
+use oracle::Oracle;
+use plan::{Kind, Lane};
+use report::{Journal, Report};
+use rig::{Rig, Size};
+use watch::{Doing, Watch, resident_kib};
+
+/// When memory is measured first.
+const WARM: Duration = Duration::from_secs(120);
+
+/// How much it may have grown by the end, in percent.
+const GROWTH: u64 = 10;
+
+/// A run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Repeats a run.
+    pub seed: u64,
+    /// For how long faults are injected. With none, each kind comes once.
+    pub length: Option<Duration>,
+    /// The stack.
+    pub size: Size,
+    /// The clients.
+    pub pace: Pace,
+    /// What may happen to the control planes and PostgreSQL.
+    pub behind: Vec<Kind>,
+    /// What may happen to the Envoys.
+    pub before: Vec<Kind>,
+    /// The time from one fault of a lane to the next.
+    pub pause: (Duration, Duration),
+    /// How long a fault lasts, where that is a choice.
+    pub lasts: (Duration, Duration),
+    /// Where the journal goes.
+    pub journal: PathBuf,
+}
+
+impl Options {
+    /// The short form: each fault once.
+    #[must_use]
+    pub fn short(seed: u64, journal: PathBuf) -> Self {
+        let ms = Duration::from_millis;
+        Self {
+            seed,
+            length: None,
+            size: Size { envoys: 2, workers: 2, control_planes: 2 },
+            pace: Pace { connections: 4, period: ms(40) },
+            behind: plan::BEHIND.to_vec(),
+            before: plan::BEFORE.to_vec(),
+            pause: (ms(200), ms(600)),
+            lasts: (ms(1_000), ms(2_000)),
+            journal,
+        }
+    }
+
+    /// The long form.
+    #[must_use]
+    pub fn long(seed: u64, length: Duration, journal: PathBuf) -> Self {
+        let ms = Duration::from_millis;
+        Self {
+            length: Some(length),
+            size: Size { envoys: 3, workers: 2, control_planes: 2 },
+            pause: (ms(500), ms(4_000)),
+            lasts: (ms(1_000), ms(6_000)),
+            ..Self::short(seed, journal)
+        }
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// If the stack does not start or does not come to rest. That a promise was broken is no error here: the report says so.
+pub async fn run(options: Options) -> Result<Report> {
+    let journal = Journal::create(&options.journal)?;
+    journal.note(&format!("seed {}", options.seed));
+    let rig = Arc::new(Rig::start(options.size).await?);
+    journal.note(&format!("the stack runs in {}", rig.directory().display()));
+    let oracle = Arc::new(Oracle::new(rig.envoys.len(), journal.clone()));
+    let driver = Driver::start(&rig, &oracle).await?;
+    let doing = Doing::nothing(rig.envoys.len());
+    let watch = Watch::start(&rig, &oracle, &doing);
+    // The keys that stay reach every Envoy before anything breaks, and what was asked to see that all runs is counted.
+    count::come_to_rest(&rig).await?;
+    oracle.probed(count::usage(&mut rig.database.connect().await?).await?.requests(), 0);
+    let load = Load::start(&rig, &oracle, options.pace, options.seed)?;
+    let changing = driver.run(options.seed, Duration::from_millis(250));
+
+    let spare = options.length.is_some_and(|length| length > WARM);
+    let traps = Arc::new(AtomicU64::new(0));
+    let faults = Faults {
+        rig: Arc::clone(&rig),
+        oracle: Arc::clone(&oracle),
+        driver: Arc::clone(&driver),
+        doing,
+        spare,
+        traps: Arc::clone(&traps),
+    };
+    let start = Instant::now();
+    let warm = async {
+        if !spare {
+            return Vec::new();
+        }
+        tokio::time::sleep(WARM).await;
+        memory(&rig)
+    };
+    let (behind, before) = (&options.behind, &options.before);
+    let lanes = (lane(&options, behind, &faults, &journal), lane(&options, before, &faults, &journal));
+    let (mut injected, others, warm) = tokio::join!(lanes.0, lanes.1, warm);
+    injected.extend(others);
+    let took = start.elapsed();
+    journal.note("no more faults");
+
+    // What changed last has to arrive, too, and to be seen by the load.
+    driver.stop();
+    changing.await?;
+    tokio::time::sleep(gate::BOUND + Duration::from_millis(500)).await;
+    load.stop().await;
+    let memory: Vec<_> =
+        warm.into_iter().zip(memory(&rig)).map(|((name, first), (_, last))| (name, first, last)).collect();
+    count::come_to_rest(&rig).await?;
+    watch.stop().await;
+    let log_lines = count::import_last_words(&rig)?;
+    let book = driver.hold().await.clone();
+    let counted = count::compare(&rig, &oracle, &book, log_lines).await?;
+    read_logs(&rig, &oracle, traps.load(Ordering::Relaxed))?;
+    grown(&oracle, &memory);
+    let verdict = oracle.verdict();
+    Ok(Report {
+        seed: options.seed,
+        took,
+        faults: injected,
+        verdict,
+        counted,
+        memory,
+        journal: journal.path().to_owned(),
+    })
+}
+
+/// One fault after another; how often each was injected.
+async fn lane(options: &Options, kinds: &[Kind], faults: &Faults, journal: &Journal) -> BTreeMap<Kind, u64> {
+    let (start, length) = (Instant::now(), options.length);
+    let most = if length.is_some() { usize::MAX } else { kinds.len() };
+    let mut injected = BTreeMap::new();
+    for step in Lane::new(options.seed, kinds, options.pause, options.lasts).take(most) {
+        tokio::time::sleep(step.pause).await;
+        if length.is_some_and(|length| start.elapsed() >= length) {
+            break;
+        }
+        journal.note(&format!("begins: {} ({}, {:.1?})", step.kind, step.target, step.lasts));
+        if let Err(error) = faults.inject(&step).await {
+            faults.oracle.broken(&format!("the stack did not recover: {}: {error:#}", step.kind));
+            break;
+        }
+        journal.note(&format!("over: {}", step.kind));
+        *injected.entry(step.kind).or_default() += 1;
+    }
+    injected
+}
+
+/// Of the processes that are spared.
+fn memory(rig: &Rig) -> Vec<(String, u64)> {
+    let envoy = rig.envoys.last().and_then(crate::envoy::Envoy::pid).and_then(resident_kib);
+    let control_plane = rig.control_planes.last().and_then(crate::control_plane::ControlPlane::pid);
+    let control_plane = control_plane.and_then(resident_kib);
+    let named = [("an Envoy", envoy), ("a control plane", control_plane)];
+    named.into_iter().filter_map(|(name, kib)| Some((name.to_owned(), kib?))).collect()
+}
+
+fn grown(oracle: &Oracle, memory: &[(String, u64, u64)]) {
+    for (name, first, last) in memory {
+        if *last > first + first * GROWTH / 100 {
+            oracle.broken(&format!("the memory of {name} grew from {first} to {last} KiB"));
+        }
+    }
+}
+
+/// Everything runs, nothing panicked, no VM trapped but those that were made to, and nobody waited in a circle.
+fn read_logs(rig: &Rig, oracle: &Oracle, traps: u64) -> Result<()> {
+    let mut trapped = 0;
+    for control_plane in &rig.control_planes {
+        control_plane.must_run()?;
+        for sign in ["panicked", "\"level\":\"ERROR\""] {
+            if let Some(line) = control_plane.log().lines_with(sign).first() {
+                oracle.broken(&format!("a control plane says: {line}"));
+            }
+        }
+    }
+    for envoy in &rig.envoys {
+        envoy.must_run()?;
+        // In a request: those were meant to. Anywhere else, the filter is at fault.
+        let (meant, others): (Vec<_>, Vec<_>) = envoy
+            .log()
+            .lines_with("Uncaught RuntimeError")
+            .into_iter()
+            .partition(|line| line.contains("request_headers"));
+        trapped += meant.len() as u64;
+        for line in others {
+            oracle.broken(&format!("a VM trapped by itself: {line}"));
+        }
+        for sign in ["assert failure", "Segmentation fault", "[critical]"] {
+            if let Some(line) = envoy.log().lines_with(sign).iter().find(|line| !line.contains("Uncaught")) {
+                oracle.broken(&format!("an Envoy says: {line}"));
+            }
+        }
+    }
+    if trapped != traps {
+        oracle.broken(&format!("{trapped} VMs trapped, {traps} were made to"));
+    }
+    for sign in ["deadlock detected", "PANIC"] {
+        if let Some(line) = rig.postgres.log().lines_with(sign).first() {
+            oracle.broken(&format!("PostgreSQL says: {line}"));
+        }
+    }
+    Ok(())
+}

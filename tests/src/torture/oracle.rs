@@ -1,0 +1,602 @@
+//! What must hold, and whether it did: changes of keys, faults and answers to requests come in, broken promises go out.
+//!
+//! **Bound.** A change of a key counts from the moment that the API said it was done: it is committed then. From there it
+//! takes [`BOUND`] at the most until every worker of every Envoy obeys, as long as that Envoy can hear a control plane that
+//! can hear the database. A fault that comes in between stops the clock: a *spell* lasts as long as the fault does, and as
+//! much longer as the parts need to find each other again, which is stated with each fault. What an Envoy knows already
+//! needs no control plane: the end that a key was made with is kept to the second whatever is broken, by that Envoy's own
+//! clock. An end that a rotation sets for the old secret is a change.
+//!
+//! A request counts from the moment that it was sent: it was decided later than that.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::gate::{BOUND, Gate, Hinders, Spell, gap};
+use super::plan::Dice;
+use super::report::Journal;
+use super::verdict::{Tally, Verdict};
+
+/// Times in records are whole seconds.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Most broken promises that are kept word for word; further ones are counted.
+const WORD_FOR_WORD: usize = 50;
+
+/// What is known of a secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It must be admitted.
+    Good,
+    /// It must be refused.
+    Dead,
+    /// A change of it is under way, or nobody knows what became of it.
+    Doubtful,
+}
+
+/// One secret of one key.
+#[derive(Clone, Debug)]
+struct Secret {
+    key: Arc<str>,
+    text: Arc<str>,
+    standing: Standing,
+    since: Instant,
+    version: u64,
+    ends_at: Option<SystemTime>,
+    /// The end came with a change, so an Envoy that knows the secret need not know it.
+    end_changed: bool,
+    metered: bool,
+}
+
+/// A request that is about to be sent, and what was known of its secret then.
+#[derive(Clone, Debug)]
+pub struct Ticket {
+    /// The secret.
+    pub text: Arc<str>,
+    secret: Option<usize>,
+    standing: Standing,
+    since: Instant,
+    version: u64,
+    ends_at: Option<SystemTime>,
+    end_changed: bool,
+}
+
+/// What came of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nobody listened: it was never sent.
+    Unsent,
+    /// It was sent, and the connection ended or nothing came.
+    Lost,
+    /// A status, and the code of the problem if there is one.
+    Came(u16, Option<String>),
+}
+
+/// Names a spell, to end it.
+#[derive(Clone, Debug)]
+pub(super) struct Spells(Vec<(usize, usize)>, Hinders);
+
+#[derive(Debug)]
+struct Known {
+    secrets: Vec<Secret>,
+    steady: usize,
+    gates: Vec<Gate>,
+    tallies: HashMap<Arc<str>, Tally>,
+    keyless: Tally,
+    forgotten: HashSet<Arc<str>>,
+    answers: BTreeMap<String, u64>,
+    sent: u64,
+    admitted_wrongly: u64,
+    longest_open: Duration,
+    broken: Vec<String>,
+    unnamed: u64,
+    last_admitted: Option<Instant>,
+    longest_gap: Duration,
+    losses: BTreeMap<String, u64>,
+}
+
+/// The judge.
+#[derive(Debug)]
+pub struct Oracle {
+    known: Mutex<Known>,
+    journal: Journal,
+}
+
+/// What the keys were at some time.
+#[derive(Clone, Debug)]
+pub struct Snapshot(Vec<(Standing, Option<SystemTime>)>);
+
+impl Oracle {
+    /// The judge of so many Envoys.
+    #[must_use]
+    pub fn new(envoys: usize, journal: Journal) -> Self {
+        let known = Known {
+            secrets: Vec::new(),
+            steady: 0,
+            gates: (0..envoys).map(|_| Gate::default()).collect(),
+            tallies: HashMap::new(),
+            keyless: Tally::default(),
+            forgotten: HashSet::new(),
+            answers: BTreeMap::new(),
+            sent: 0,
+            admitted_wrongly: 0,
+            longest_open: Duration::ZERO,
+            broken: Vec::new(),
+            unnamed: 0,
+            last_admitted: None,
+            longest_gap: Duration::ZERO,
+            losses: BTreeMap::new(),
+        };
+        Self { known: Mutex::new(known), journal }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A secret that the API has just given out. Those before [`Self::all_are_steady`] are never touched.
+    pub fn add(&self, key: &str, text: &str, ends_at: Option<SystemTime>, metered: bool) -> usize {
+        let mut known = self.known();
+        let (standing, since) = (Standing::Good, Instant::now());
+        let secret = Secret {
+            key: key.into(),
+            text: text.into(),
+            standing,
+            since,
+            version: 0,
+            ends_at,
+            end_changed: false,
+            metered,
+        };
+        known.secrets.push(secret);
+        known.secrets.len() - 1
+    }
+
+    /// The secrets so far stay as they are.
+    pub fn all_are_steady(&self) {
+        let mut known = self.known();
+        known.steady = known.secrets.len();
+    }
+
+    /// A change of a secret is about to be asked for.
+    pub fn doubt(&self, secret: usize) {
+        self.turn(secret, Standing::Doubtful, None);
+    }
+
+    /// The API has said what the secret is now, and until when if it ends by itself.
+    pub fn settle(&self, secret: usize, standing: Standing, ends_at: Option<SystemTime>) {
+        self.turn(secret, standing, ends_at);
+    }
+
+    fn turn(&self, secret: usize, standing: Standing, ends_at: Option<SystemTime>) {
+        if let Some(secret) = self.known().secrets.get_mut(secret) {
+            secret.standing = standing;
+            secret.since = Instant::now();
+            secret.version += 1;
+            secret.ends_at = ends_at.or(secret.ends_at);
+            secret.end_changed |= ends_at.is_some();
+        }
+    }
+
+    /// What all keys are now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot(self.known().secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect())
+    }
+
+    /// Nobody knows what any key is: the database is being put back.
+    pub fn doubt_all(&self) {
+        for secret in &mut self.known().secrets {
+            secret.standing = Standing::Doubtful;
+            secret.version += 1;
+        }
+    }
+
+    /// The keys are again what they were then; those that came later never were.
+    pub fn go_back(&self, to: &Snapshot) {
+        let mut known = self.known();
+        let Known { secrets, forgotten, .. } = &mut *known;
+        let kept: HashSet<Arc<str>> = secrets.iter().take(to.0.len()).map(|secret| Arc::clone(&secret.key)).collect();
+        for (number, secret) in secrets.iter_mut().enumerate() {
+            let (standing, ends_at) = to.0.get(number).copied().unwrap_or((Standing::Dead, secret.ends_at));
+            (secret.standing, secret.ends_at) = (standing, ends_at);
+            secret.since = Instant::now();
+            secret.version += 1;
+            if !kept.contains(&secret.key) {
+                forgotten.insert(Arc::clone(&secret.key));
+            }
+        }
+    }
+
+    /// A fault begins that hinders these Envoys. `after` says how long they may take to recover once it has ended.
+    pub(super) fn begin(&self, hinders: Hinders, envoys: &[usize], after: Duration) -> Spells {
+        let mut known = self.known();
+        let spell = Spell { start: Instant::now(), end: None, after };
+        let mut places = Vec::new();
+        for envoy in envoys {
+            if let Some(gate) = known.gates.get_mut(*envoy) {
+                let spells = gate.spells(hinders);
+                spells.push(spell);
+                places.push((*envoy, spells.len() - 1));
+            }
+        }
+        Spells(places, hinders)
+    }
+
+    /// The fault has ended.
+    pub(super) fn end(&self, spells: &Spells) {
+        let mut known = self.known();
+        for (envoy, place) in &spells.0 {
+            if let Some(spell) = known.gates.get_mut(*envoy).and_then(|gate| gate.spells(spells.1).get_mut(*place)) {
+                spell.end = Some(Instant::now());
+            }
+        }
+    }
+
+    /// An Envoy has ended: until it has its keys again, it refuses everything.
+    pub fn unready(&self, envoy: usize) {
+        if let Some(gate) = self.known().gates.get_mut(envoy) {
+            gate.ready = None;
+        }
+    }
+
+    /// By how much the clock of an Envoy may be off, from now on.
+    pub fn clock(&self, envoy: usize, behind: Duration, ahead: Duration) {
+        if let Some(gate) = self.known().gates.get_mut(envoy) {
+            (gate.behind, gate.ahead) = (behind, ahead);
+        }
+    }
+
+    /// How many requests an Envoy decided in the time before now.
+    #[must_use]
+    pub fn decided_within(&self, envoy: usize, lately: Duration) -> u64 {
+        self.known().gates.get(envoy).map_or(0, |gate| gate.decided_within(lately, Instant::now()))
+    }
+
+    /// So many requests may go uncounted, for a reason that is stated.
+    pub fn may_lose(&self, why: &str, requests: u64) {
+        *self.known().losses.entry(why.to_owned()).or_default() += requests;
+        self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
+    }
+
+    /// Somebody beside the clients sent requests without a known key: so many were decided, so many maybe.
+    pub fn probed(&self, decided: u64, doubtful: u64) {
+        let mut known = self.known();
+        known.keyless.refused += decided;
+        known.keyless.doubtful += doubtful;
+    }
+
+    /// A promise was broken.
+    pub fn broken(&self, what: &str) {
+        let mut known = self.known();
+        known.break_promise(what.to_owned(), &self.journal);
+    }
+
+    /// A secret for the next request, and what is known of it.
+    pub fn pick(&self, dice: &mut Dice, unknown: &[Arc<str>]) -> Ticket {
+        let known = self.known();
+        let all = known.secrets.len();
+        let recent = all.saturating_sub(known.steady).min(80);
+        let number = match dice.below(100) {
+            0..45 => Some(dice.below(known.steady)),
+            45..92 if recent > 0 => Some(all - 1 - dice.below(recent)),
+            92..95 => Some(dice.below(all)),
+            _ => None,
+        };
+        let unknown = || {
+            let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
+            let (standing, since) = (Standing::Dead, self.journal.start());
+            Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: false }
+        };
+        let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
+        known.map_or_else(unknown, |(number, secret)| Ticket {
+            text: Arc::clone(&secret.text),
+            secret: Some(number),
+            standing: secret.standing,
+            since: secret.since,
+            version: secret.version,
+            ends_at: secret.ends_at,
+            end_changed: secret.end_changed,
+        })
+    }
+
+    /// Judges the answer to a request that was sent to an Envoy at a time.
+    pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
+        let mut known = self.known();
+        known.count(envoy, ticket, answer);
+        if let Some(why) = known.wrong(envoy, ticket, sent, sent_at, answer) {
+            let key = ticket.secret.and_then(|secret| known.secrets.get(secret)).map_or("-", |secret| &*secret.key);
+            let why = format!("Envoy {envoy}, key {key}, sent {:.3} s ago: {why}", sent.elapsed().as_secs_f64());
+            known.break_promise(why, &self.journal);
+        }
+    }
+
+    /// What came of it all.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        let known = self.known();
+        let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));
+        Verdict {
+            sent: known.sent,
+            answers: known.answers.clone(),
+            admitted_wrongly: known.admitted_wrongly,
+            longest_open: known.longest_open,
+            broken: known.broken.clone(),
+            unnamed: known.unnamed,
+            longest_gap: known.longest_gap,
+            longest_gaps: known.gates.iter().map(|gate| gate.longest_gap).collect(),
+            tallies: of_known.map(|(key, tally)| (key.to_string(), *tally)).collect(),
+            keyless: known.keyless,
+            losses: known.losses.clone(),
+        }
+    }
+}
+
+impl Known {
+    fn count(&mut self, envoy: usize, ticket: &Ticket, answer: &Answer) {
+        let name = match answer {
+            Answer::Unsent => "nobody listened".to_owned(),
+            Answer::Lost => "no answer".to_owned(),
+            Answer::Came(status, None) => format!("{status}"),
+            Answer::Came(status, Some(code)) => format!("{status} {code}"),
+        };
+        *self.answers.entry(name).or_default() += 1;
+        if *answer == Answer::Unsent {
+            return;
+        }
+        self.sent += 1;
+        let keyless = matches!(answer, Answer::Came(_, Some(code)) if code == "unknown" || code == "not_ready");
+        let key = ticket.secret.and_then(|secret| self.secrets.get(secret)).filter(|_| !keyless);
+        let tally = match key {
+            Some(secret) => self.tallies.entry(Arc::clone(&secret.key)).or_default(),
+            None => &mut self.keyless,
+        };
+        let now = Instant::now();
+        let decided = match answer {
+            Answer::Came(200, _) => {
+                tally.admitted += 1;
+                gap(&mut self.last_admitted, &mut self.longest_gap, now);
+                true
+            }
+            Answer::Came(_, Some(_)) => {
+                tally.refused += 1;
+                true
+            }
+            Answer::Came(_, None) | Answer::Lost | Answer::Unsent => {
+                tally.doubtful += 1;
+                false
+            }
+        };
+        let Some(gate) = self.gates.get_mut(envoy) else { return };
+        if matches!(answer, Answer::Came(200, _)) {
+            gate.admitted(now);
+        }
+        if decided {
+            gate.decided(now);
+        }
+    }
+
+    /// What is wrong with an answer.
+    fn wrong(
+        &mut self,
+        envoy: usize,
+        ticket: &Ticket,
+        sent: Instant,
+        sent_at: SystemTime,
+        answer: &Answer,
+    ) -> Option<String> {
+        let secret = ticket.secret.and_then(|secret| self.secrets.get(secret));
+        let unchanged = secret.is_none_or(|secret| secret.version == ticket.version);
+        let metered = secret.is_some_and(|secret| secret.metered);
+        let gate = self.gates.get_mut(envoy)?;
+        let (status, code) = match answer {
+            Answer::Unsent | Answer::Lost | Answer::Came(_, None)
+                if gate.requests.iter().any(|spell| spell.meets(sent)) =>
+            {
+                (answer_status(answer), None)
+            }
+            Answer::Unsent => return Some("nobody listens, and nothing is broken".into()),
+            Answer::Lost => return Some("no answer, and nothing is broken".into()),
+            Answer::Came(200, _) => (200, None),
+            Answer::Came(status, None) => return Some(format!("an answer that is not documented: {status}")),
+            Answer::Came(status, Some(code)) => (*status, Some(code.as_str())),
+        };
+        if code == Some("not_ready") {
+            return gate.ready.is_some_and(|ready| sent > ready).then(|| "not_ready once it was ready".into());
+        }
+        if code.is_some() || status == 200 {
+            gate.ready.get_or_insert_with(Instant::now);
+        }
+        if status == 200 {
+            if ticket.standing == Standing::Dead && gate.deadline(ticket.since) == Some(ticket.since + BOUND) {
+                self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
+            }
+            let died = match (ticket.standing, ticket.ends_at) {
+                (Standing::Dead, _) => gate.deadline(ticket.since).filter(|deadline| sent > *deadline),
+                (Standing::Good | Standing::Doubtful, _) => None,
+            };
+            if let Some(deadline) = died {
+                self.admitted_wrongly += 1;
+                return Some(format!("admitted {:?} later than the bound", sent - deadline));
+            }
+            // By the Envoy's own clock, and known to it since it first admitted the key: but for an end that a rotation set,
+            // of which it has to hear first.
+            let heard = !ticket.end_changed || gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+            let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + gate.behind + SECOND).ok());
+            if let Some(late) = ended.filter(|_| heard && ticket.standing == Standing::Good) {
+                self.admitted_wrongly += 1;
+                return Some(format!("admitted {late:?} after its end"));
+            }
+            return None;
+        }
+        let code = code?;
+        if code == "credits_exhausted" && metered {
+            return None;
+        }
+        let expected = ticket.standing == Standing::Good && unchanged;
+        let ends = ticket.ends_at.is_some_and(|end| SystemTime::now() + gate.ahead + SECOND > end);
+        let overdue = gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+        (expected && overdue && !ends).then(|| format!("a good key was refused: {status} {code}"))
+    }
+
+    fn break_promise(&mut self, what: String, journal: &Journal) {
+        if self.broken.len() < WORD_FOR_WORD {
+            journal.note(&format!("BROKEN: {what}"));
+            self.broken.push(what);
+        } else {
+            self.unnamed += 1;
+        }
+    }
+}
+
+const fn answer_status(answer: &Answer) -> u16 {
+    match answer {
+        Answer::Came(status, _) => *status,
+        Answer::Unsent | Answer::Lost => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LATER: Duration = Duration::from_secs(3);
+
+    struct Judged {
+        oracle: Oracle,
+        key: usize,
+        _home: tempfile::TempDir,
+    }
+
+    impl Judged {
+        /// One key that must be admitted, at one Envoy.
+        fn new(ends_at: Option<SystemTime>) -> Self {
+            let home = tempfile::TempDir::new().unwrap();
+            let oracle = Oracle::new(1, Journal::create(&home.path().join("journal")).unwrap());
+            let key = oracle.add("id", "secret", ends_at, false);
+            oracle.all_are_steady();
+            Self { oracle, key, _home: home }
+        }
+
+        fn ticket(&self) -> Ticket {
+            let mut dice = Dice::new(0);
+            (0..).map(|_| self.oracle.pick(&mut dice, &[])).find(|ticket| ticket.secret.is_some()).unwrap()
+        }
+
+        /// What is said of an answer to a request that is sent so much later than now.
+        fn judge(&self, later: Duration, ticket: &Ticket, answer: &Answer) -> Vec<String> {
+            let before = self.oracle.verdict().broken.len();
+            self.oracle.judge(0, ticket, Instant::now() + later, SystemTime::now() + later, answer);
+            self.oracle.verdict().broken.split_off(before)
+        }
+
+        fn is_fine(&self, later: Duration, answer: &Answer) -> bool {
+            self.judge(later, &self.ticket(), answer).is_empty()
+        }
+    }
+
+    fn came(status: u16, code: &str) -> Answer {
+        Answer::Came(status, (!code.is_empty()).then(|| code.to_owned()))
+    }
+
+    #[test]
+    fn a_dead_key_may_be_admitted_within_the_bound_and_not_later() {
+        let judged = Judged::new(None);
+        judged.oracle.settle(judged.key, Standing::Dead, None);
+        assert!(judged.is_fine(Duration::ZERO, &came(200, "")));
+        assert!(judged.is_fine(LATER, &came(401, "revoked")));
+        assert_eq!(judged.oracle.verdict().admitted_wrongly, 0);
+        assert!(!judged.is_fine(LATER, &came(200, "")));
+        assert_eq!(judged.oracle.verdict().admitted_wrongly, 1);
+        // Nobody knows: nothing is held against anybody.
+        judged.oracle.doubt(judged.key);
+        assert!(judged.is_fine(LATER, &came(200, "")) && judged.is_fine(LATER, &came(401, "revoked")));
+    }
+
+    #[test]
+    fn nothing_is_held_against_an_envoy_that_cannot_hear_of_it() {
+        let judged = Judged::new(None);
+        judged.oracle.settle(judged.key, Standing::Dead, None);
+        let spell = judged.oracle.begin(Hinders::Changes, &[0], Duration::from_secs(10));
+        assert!(judged.is_fine(LATER * 100, &came(200, "")));
+        judged.oracle.end(&spell);
+        assert!(judged.is_fine(Duration::from_secs(11), &came(200, "")));
+        assert!(!judged.is_fine(Duration::from_secs(13), &came(200, "")));
+    }
+
+    #[test]
+    fn a_good_key_may_not_be_refused_once_it_is_known_everywhere() {
+        let judged = Judged::new(None);
+        assert!(judged.is_fine(Duration::ZERO, &came(401, "unknown")));
+        for refusal in
+            [came(401, "unknown"), came(401, "revoked"), came(403, "disabled"), came(429, "credits_exhausted")]
+        {
+            assert!(!judged.is_fine(LATER, &refusal), "{refusal:?}");
+        }
+        // It was changed while the request was under way.
+        let ticket = judged.ticket();
+        judged.oracle.doubt(judged.key);
+        assert_eq!(judged.judge(LATER, &ticket, &came(401, "revoked")), [""; 0]);
+    }
+
+    #[test]
+    fn an_end_is_kept_to_the_second_by_the_envoys_own_clock() {
+        let judged = Judged::new(Some(SystemTime::now() + LATER));
+        // Whatever is broken.
+        judged.oracle.begin(Hinders::Changes, &[0], Duration::ZERO);
+        assert!(judged.is_fine(LATER, &came(200, "")));
+        assert!(!judged.is_fine(LATER * 2, &came(200, "")));
+        judged.oracle.clock(0, LATER * 2, Duration::ZERO);
+        assert!(judged.is_fine(LATER * 2, &came(200, "")));
+    }
+
+    #[test]
+    fn an_end_that_a_change_brought_has_to_be_heard_of_first() {
+        let judged = Judged::new(None);
+        judged.oracle.settle(judged.key, Standing::Good, Some(SystemTime::now() + LATER));
+        let spell = judged.oracle.begin(Hinders::Changes, &[0], LATER * 10);
+        assert!(judged.is_fine(LATER * 5, &came(200, "")));
+        judged.oracle.end(&spell);
+        assert!(judged.is_fine(LATER * 5, &came(200, "")));
+        assert!(!judged.is_fine(LATER * 20, &came(200, "")));
+    }
+
+    #[test]
+    fn answers_that_are_missing_or_not_documented_need_a_fault_that_excuses_them() {
+        let judged = Judged::new(None);
+        for answer in [Answer::Lost, Answer::Unsent, came(503, ""), came(500, "")] {
+            assert!(!judged.is_fine(Duration::ZERO, &answer), "{answer:?}");
+        }
+        let spell = judged.oracle.begin(Hinders::Requests, &[0], Duration::ZERO);
+        assert!(judged.is_fine(Duration::ZERO, &Answer::Lost));
+        judged.oracle.end(&spell);
+        // Sent once it was over.
+        assert!(judged.judge(Duration::ZERO, &judged.ticket(), &Answer::Lost).len() == 1);
+    }
+
+    #[test]
+    fn an_envoy_may_not_be_ready_before_its_first_answer_only() {
+        let judged = Judged::new(None);
+        assert!(judged.is_fine(LATER, &came(503, "not_ready")));
+        assert!(judged.is_fine(LATER, &came(200, "")));
+        assert!(!judged.is_fine(LATER, &came(503, "not_ready")));
+        judged.oracle.unready(0);
+        assert!(judged.is_fine(LATER, &came(503, "not_ready")));
+    }
+
+    #[test]
+    fn keys_go_back_with_the_database_and_what_came_later_is_not_counted() {
+        let judged = Judged::new(None);
+        let then = judged.oracle.snapshot();
+        judged.oracle.settle(judged.key, Standing::Dead, None);
+        judged.oracle.add("later", "later's secret", None, false);
+        judged.oracle.go_back(&then);
+        assert!(!judged.is_fine(LATER, &came(401, "revoked")));
+        let later = Ticket { secret: Some(1), standing: Standing::Dead, ..judged.ticket() };
+        assert_eq!(judged.judge(LATER, &later, &came(200, "")).len(), 1);
+        let verdict = judged.oracle.verdict();
+        assert_eq!(verdict.tallies.keys().collect::<Vec<_>>(), ["id"]);
+        assert_eq!((verdict.sent, verdict.tallies["id"].refused), (2, 1));
+    }
+}

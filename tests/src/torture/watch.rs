@@ -1,0 +1,116 @@
+//! What is looked at all the time: how far each Envoy and the database are, how much usage each Envoy has yet to tell, how
+//! much memory processes take, and that nothing ends by itself.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+
+use super::oracle::Oracle;
+use super::rig::Rig;
+
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// What is being done to the parts, so that what follows from it is not held against them.
+#[derive(Debug)]
+pub struct Doing {
+    /// Raised whenever an Envoy is stopped: what its next process tells has nothing to do with what the last one told.
+    pub envoys: Vec<AtomicU64>,
+    /// Raised when the database is about to be put back, and again once every Envoy has the new epoch.
+    pub epochs: AtomicU64,
+}
+
+impl Doing {
+    /// Nothing yet.
+    #[must_use]
+    pub fn nothing(envoys: usize) -> Arc<Self> {
+        Arc::new(Self { envoys: (0..envoys).map(|_| AtomicU64::new(0)).collect(), epochs: AtomicU64::new(0) })
+    }
+
+    fn life(&self, envoy: usize) -> (u64, u64) {
+        let of_envoy = self.envoys.get(envoy).map_or(0, |life| life.load(Ordering::SeqCst));
+        (of_envoy, self.epochs.load(Ordering::SeqCst))
+    }
+
+    /// Whether the database is being put back.
+    pub(super) fn between_epochs(&self) -> bool {
+        self.epochs.load(Ordering::SeqCst) % 2 == 1
+    }
+}
+
+/// Watches until it is dropped.
+#[derive(Debug)]
+pub struct Watch {
+    stop: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Starts.
+    #[must_use]
+    pub fn start(rig: &Arc<Rig>, oracle: &Arc<Oracle>, doing: &Arc<Doing>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut tasks = vec![tokio::spawn(database(Arc::clone(rig), Arc::clone(oracle), Arc::clone(&stop)))];
+        for envoy in 0..rig.envoys.len() {
+            let (rig, oracle, doing) = (Arc::clone(rig), Arc::clone(oracle), Arc::clone(doing));
+            tasks.push(tokio::spawn(one_envoy(envoy, rig, oracle, doing, Arc::clone(&stop))));
+        }
+        Self { stop, tasks }
+    }
+
+    /// Stops.
+    pub async fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            let _ = task.await;
+        }
+    }
+}
+
+/// The version of an Envoy's store never goes back within an epoch.
+async fn one_envoy(envoy: usize, rig: Arc<Rig>, oracle: Arc<Oracle>, doing: Arc<Doing>, stop: Arc<AtomicBool>) {
+    let mut newest = (doing.life(envoy), 0);
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep(PAUSE).await;
+        let life = doing.life(envoy);
+        let Some(version) = rig.stat(envoy, "store_version").await else { continue };
+        // Whatever happened while the answer was on its way makes it worthless.
+        if doing.life(envoy) != life || doing.between_epochs() {
+            continue;
+        }
+        if newest.0 == life && version < newest.1 {
+            oracle.broken(&format!("the store of Envoy {envoy} went back from version {} to {version}", newest.1));
+        }
+        newest = (life, version);
+    }
+}
+
+/// Nor does the revision of the database, whose epoch it names itself.
+async fn database(rig: Arc<Rig>, oracle: Arc<Oracle>, stop: Arc<AtomicBool>) {
+    let mut newest: Option<(String, i64)> = None;
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep(PAUSE).await;
+        let asked = rig.database.text("select epoch::text || ' ' || revision from store_state");
+        let Ok(Ok(state)) = tokio::time::timeout(Duration::from_secs(1), asked).await else { continue };
+        let Some((epoch, revision)) = state.split_once(' ') else { continue };
+        let revision: i64 = revision.parse().unwrap_or_default();
+        if newest.as_ref().is_some_and(|(known, at)| known == epoch && revision < *at) {
+            // A database that was just put back has its old epoch until a control plane has looked at it.
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let now = rig.database.text("select epoch::text from store_state").await;
+            if now.is_ok_and(|now| now == epoch) {
+                oracle.broken(&format!("the database went back to revision {revision} and kept its epoch"));
+            }
+        }
+        newest = Some((epoch.to_owned(), revision));
+    }
+}
+
+/// Resident memory of a process in KiB.
+#[must_use]
+pub fn resident_kib(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}

@@ -1,0 +1,51 @@
+//! Faults of every kind on the whole stack, each once, in an order and at a time that a seed gives. `cargo xtask torture` does
+//! the same for longer. Linux only: elsewhere no clock can be shifted.
+#![cfg(target_os = "linux")]
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, ensure};
+use portcullis_tests::paths;
+use portcullis_tests::torture::plan::Kind;
+use portcullis_tests::torture::{Options, run};
+
+/// A seed of one's own choice repeats a run: `PORTCULLIS_SEED=7 cargo test …`.
+fn seed() -> Result<u64> {
+    match std::env::var("PORTCULLIS_SEED") {
+        Ok(seed) => Ok(seed.parse()?),
+        Err(_) => Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs() % 1_000_000),
+    }
+}
+
+async fn keeps_its_promises(options: Options) -> Result<()> {
+    println!("seed {}: PORTCULLIS_SEED={} repeats it", options.seed, options.seed);
+    let report = run(options).await?;
+    println!("{}", report.table());
+    ensure!(report.is_clean(), "{} promises were broken", report.verdict.broken.len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_fault_once_and_nobody_is_let_in_and_nothing_is_lost_but_what_is_stated() -> Result<()> {
+    keeps_its_promises(Options::short(seed()?, paths::target().join("torture/short.log"))).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_of_the_control_planes_loses_nothing_and_no_request_sees_it() -> Result<()> {
+    let options = Options {
+        length: Some(Duration::from_secs(8)),
+        behind: vec![Kind::ControlPlaneTerm],
+        before: Vec::new(),
+        pause: (Duration::from_millis(200), Duration::from_millis(400)),
+        lasts: (Duration::from_millis(100), Duration::from_millis(200)),
+        ..Options::short(seed()?, paths::target().join("torture/rolling.log"))
+    };
+    let mut seen = run(options).await?;
+    println!("{}", seen.table());
+    ensure!(seen.is_clean(), "{:?}", seen.verdict.broken);
+    // To the last: nothing is excused here.
+    ensure!(seen.counted.decided == seen.counted.counted && seen.counted.doubtful == 0, "{:?}", seen.counted);
+    let restarts = seen.faults.remove(&Kind::ControlPlaneTerm).unwrap_or_default();
+    ensure!(restarts >= 4, "only {restarts} restarts");
+    Ok(())
+}
