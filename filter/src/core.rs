@@ -14,11 +14,11 @@ use crate::cells::Names;
 use crate::config::Config;
 use crate::conversation::Leading;
 use crate::credential::Credential;
-use crate::definitions::Cached;
 use crate::host::{self, SharedData};
 use crate::judge::{Judge, Verdict};
 use crate::lease::Holder;
 use crate::metrics::Metrics;
+use crate::recent::{Recent, Writes};
 use crate::store::{self, State};
 use crate::usage::Counts;
 
@@ -43,7 +43,7 @@ pub(crate) struct Core {
     pub(crate) pending: Slot<u64>,
     /// The conversation with the control plane, while this VM leads.
     pub(crate) leading: RefCell<Option<Leading>>,
-    definitions: Cached,
+    recent: Recent,
     unknown_policies: RefCell<BTreeSet<String>>,
 }
 
@@ -75,7 +75,7 @@ impl Core {
             counts: RefCell::default(),
             pending: Slot::new(0),
             leading: RefCell::new(None),
-            definitions: Cached::default(),
+            recent: Recent::default(),
             unknown_policies: RefCell::default(),
         }
     }
@@ -93,19 +93,22 @@ impl Core {
         if self.state.get().is_none() {
             self.state.set(store::state(&SharedData, &self.names));
         }
+        // Read before the store: what is found then is at least as new.
+        let number = if matches!(credential, Credential::Presented(_)) { self.metrics.store_writes.number() } else { None };
         let judge = Judge {
             cells: &SharedData,
             names: &self.names,
             config,
             state: self.state.get(),
-            definitions: &self.definitions,
+            recent: &self.recent,
+            number,
             address: host::client_address,
         };
         let verdict = judge.judge(credential, policy, now_ns);
-        let key = verdict.record.as_ref().map(|record| KeyRef { id: record.key_id, generation: record.generation });
+        let key = verdict.key.as_ref().map(|key| KeyRef { id: key.record.key_id, generation: key.record.generation });
         let now_ms = now_ns.checked_div(NS_PER_MS).unwrap_or_default();
         // Requests of owners whose credits are not metered are free: what is told is what was drawn from the lease.
-        let metered = verdict.record.as_ref().is_some_and(|record| record.further.credits.is_some());
+        let metered = verdict.key.as_ref().is_some_and(|key| key.record.further.credits.is_some());
         let cost = if metered { verdict.cost } else { 0 };
         self.counts.borrow_mut().add(key, verdict.outcome, verdict.shadowed, cost, now_ms);
         self.metrics.decided(verdict.outcome, verdict.shadowed);

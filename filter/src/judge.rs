@@ -5,23 +5,24 @@
 //! limits of requests without a key, definitions only for keys that refer to some, stocks only for keys that have some.
 
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::rc::Rc;
 
 use contract::decision::{Facts, Presented, cost, decide};
 use contract::definition::Definitions;
 use contract::outcome::Outcome;
 use contract::policy::Policy;
-use contract::record::{RateLimit, Record};
+use contract::record::RateLimit;
 
 use crate::address::Client;
 use crate::cells::{Cells, Names};
 use crate::config::{Config, WhenBlind};
 use crate::credential::Credential;
-use crate::definitions::Cached;
 use crate::limiter::{self, Limit, Subject, Tag};
+use crate::recent::{Known, Recent};
 use crate::reply::Wait;
 use crate::stock;
-use crate::store::{self, State};
+use crate::store::State;
 
 const NS_PER_MS: u64 = 1_000_000;
 const MS_PER_S: u64 = 1_000;
@@ -36,8 +37,10 @@ pub struct Judge<'a, C, A> {
     pub config: &'a Config,
     /// How far the store is; `None` before the first sync.
     pub state: Option<State>,
-    /// The VM's copy of the definitions.
-    pub definitions: &'a Cached,
+    /// What the VM remembers of keys.
+    pub recent: &'a Recent,
+    /// The number of writes of the store, read before anything else.
+    pub number: Option<NonZeroU64>,
     /// Tells the client's address, if it is asked.
     pub address: A,
 }
@@ -50,9 +53,7 @@ pub struct Verdict {
     /// Whether the request goes upstream though the outcome refuses it.
     pub shadowed: bool,
     /// What is known of the key.
-    pub record: Option<Record>,
-    /// What the record refers to.
-    pub definitions: Rc<Definitions>,
+    pub key: Option<Rc<Known>>,
     /// What the request costs, if it is allowed.
     pub cost: u32,
     /// How long to wait, if it is refused.
@@ -60,15 +61,15 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    const fn without_a_key(outcome: Outcome, definitions: Rc<Definitions>) -> Self {
-        Self { outcome, shadowed: false, record: None, definitions, cost: 0, wait: Wait::Usual }
+    const fn without_a_key(outcome: Outcome) -> Self {
+        Self { outcome, shadowed: false, key: None, cost: 0, wait: Wait::Usual }
     }
 }
 
 impl<C: Cells, A: Fn() -> Option<IpAddr>> Judge<'_, C, A> {
     /// Judges a request. `policy` is that of its route; `None` if the route names one that there is not.
     pub fn judge(&self, credential: Credential, policy: Option<&Policy>, now_ns: u64) -> Verdict {
-        let blind = |outcome| Verdict::without_a_key(outcome, Rc::default());
+        let blind = Verdict::without_a_key;
         let mut verdict = match (policy, self.blind(now_ns)) {
             (None, _) => blind(Outcome::PolicyUnknown),
             (Some(_), Some(outcome)) => blind(outcome),
@@ -97,37 +98,37 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>> Judge<'_, C, A> {
     }
 
     fn decide(&self, credential: Credential, policy: &Policy, now_ns: u64) -> Verdict {
-        let record = match credential {
-            Credential::Presented(hash) => store::find(self.cells, self.names, &hash),
+        let key = match credential {
+            Credential::Presented(hash) => self.recent.find(self.cells, self.names, self.number, &hash),
             Credential::Missing | Credential::Oversized => None,
         };
-        let definitions = record.as_ref().map(|record| self.definitions.for_record(self.cells, self.names, record));
-        let definitions = definitions.unwrap_or_default();
-        let presented = match (credential, &record) {
+        let presented = match (credential, &key) {
             (Credential::Missing, _) => Presented::Nothing,
             (_, None) => Presented::Stranger,
-            (_, Some(record)) => Presented::Key(record),
+            (_, Some(key)) => Presented::Key(&key.record),
         };
-        let bound = record.as_ref().is_some_and(|record| !record.further.networks.is_empty());
+        let bound = key.as_ref().is_some_and(|key| !key.record.further.networks.is_empty());
+        let definitions = key.as_ref().map_or(Definitions::NONE, |key| &key.definitions);
         let address = if bound { (self.address)() } else { None };
         let now_s = now_ns.checked_div(NS_PER_MS.saturating_mul(MS_PER_S)).unwrap_or_default();
-        let facts = Facts { policy, definitions: &definitions, address, ..Facts::at(now_s) };
-        let mut verdict = Verdict::without_a_key(decide(presented, &facts), Rc::clone(&definitions));
-        match (&record, verdict.outcome) {
-            (Some(record), Outcome::Allowed) => self.charge(&mut verdict, record, policy, now_ns),
+        let facts = Facts { policy, definitions, address, ..Facts::at(now_s) };
+        let mut verdict = Verdict::without_a_key(decide(presented, &facts));
+        match (&key, verdict.outcome) {
+            (Some(key), Outcome::Allowed) => self.charge(&mut verdict, key, policy, now_ns),
             (_, Outcome::Anonymous) => self.limit_client(&mut verdict, policy, now_ns),
-            (Some(record), outcome) => {
-                verdict.wait = stock::retry_after_s(outcome, record, now_s).map_or(Wait::Usual, Wait::Seconds);
+            (Some(key), outcome) => {
+                verdict.wait = stock::retry_after_s(outcome, &key.record, now_s).map_or(Wait::Usual, Wait::Seconds);
             }
             (None, _) => {}
         }
-        Verdict { record, ..verdict }
+        Verdict { key, ..verdict }
     }
 
     /// Takes an allowed request from the limits and stocks of its key, or refuses it after all.
-    fn charge(&self, verdict: &mut Verdict, record: &Record, policy: &Policy, now_ns: u64) {
+    fn charge(&self, verdict: &mut Verdict, key: &Known, policy: &Policy, now_ns: u64) {
+        let Known { record, definitions, .. } = key;
         verdict.cost = cost(record, policy);
-        let (own, alone) = verdict.definitions.rate_limits(record);
+        let (own, alone) = definitions.rate_limits(record);
         // The default is each Envoy's own.
         let (own, alone) = if own.is_empty() { (self.config.rate_limit.as_slice(), u32::MAX) } else { (own, alone) };
         let is_alone = |place: usize| {

@@ -60,12 +60,15 @@ impl Context for Root {
             core.answered(config, sync_key, token, body_bytes);
         }
     }
+}
 
-    fn on_done(&mut self) -> bool {
+/// The last words. Envoy tells of the end of every request too if `proxy_on_done` is exported, so it is not; a root context
+/// that ends is dropped as `proxy_on_delete` is called, which can do the same.
+impl Drop for Root {
+    fn drop(&mut self) {
         if let Some(Configured { config, sync_key, core }) = &self.configured {
             core.end(config, sync_key);
         }
-        true
     }
 }
 

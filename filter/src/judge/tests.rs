@@ -6,13 +6,14 @@ use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::page::{Header, Page, PageWriter, Part};
 use contract::rate::WHOLE;
-use contract::record::{Budget, Flags};
+use contract::record::{Budget, Flags, Record};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::cells::memory::MemoryCells;
 use crate::lease::{Holder, hold};
 use crate::limiter::Refused;
+use crate::store;
 
 const NOW_S: u64 = 1_800_000_000;
 const ME: Holder = Holder(1);
@@ -22,7 +23,7 @@ struct Bench {
     names: Names,
     config: Config,
     state: Option<State>,
-    definitions: Cached,
+    recent: Recent,
     address: Option<IpAddr>,
     asked: Slot<u32>,
 }
@@ -44,7 +45,7 @@ impl Bench {
         store::apply(&cells, &names, ME, &Page::read(&page).unwrap()).unwrap();
         let state = Some(State { epoch, revision: 1, keys: 1, synced_ms: NOW_S * 1_000, filters: 4 });
         let config = Config::parse(plugin.to_string().as_bytes()).unwrap();
-        Self { cells, names, config, state, definitions: Cached::default(), address: None, asked: Slot::new(0) }
+        Self { cells, names, config, state, recent: Recent::default(), address: None, asked: Slot::new(0) }
     }
 
     fn ask(&self, key: Option<&str>, policy: Option<&str>) -> Verdict {
@@ -54,7 +55,8 @@ impl Bench {
             names: &self.names,
             config: &self.config,
             state: self.state,
-            definitions: &self.definitions,
+            recent: &self.recent,
+            number: None,
             address: || {
                 self.asked.set(self.asked.get() + 1);
                 self.address
@@ -91,7 +93,7 @@ fn a_plain_key_costs_two_reads_one_write_and_no_question() {
     );
     // Its bucket and its limits.
     assert_eq!((bench.cells.reads.get() - reads, bench.cells.writes.get() - writes, bench.asked.get()), (2, 1, 0));
-    assert_eq!(verdict.record, Some(record()));
+    assert_eq!(verdict.key.map(|key| key.record.clone()), Some(record()));
 }
 
 #[test]
