@@ -14,6 +14,7 @@ use crate::grants;
 use crate::host::{self, Call, SharedData};
 use crate::lease;
 use crate::reports::{REPORT_TIMEOUT_MS, Reports};
+use crate::root::TICK_MS;
 use crate::store::{self, State};
 use crate::sync::{POLL_TIMEOUT_MS, Progress, Sync};
 use crate::usage::{self, Freeze, Outbox};
@@ -34,6 +35,7 @@ impl Core {
         let now_ms = now_ms();
         self.publish();
         self.metrics.tell();
+        self.next_tick_ms.set(now_ms.saturating_add(TICK_MS));
         self.state.set(store::state(&SharedData, &self.names));
         if !self.lead(now_ms) {
             return;

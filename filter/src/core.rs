@@ -4,7 +4,7 @@
 //! The core belongs to the VM and not to a root context: after a configuration update the same VM serves the old root
 //! context and the new one, and both must see the same counts and the same conversation.
 
-use std::cell::{Cell as Slot, RefCell};
+use std::cell::{Cell as Slot, OnceCell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -39,6 +39,9 @@ pub(crate) struct Core {
     pub(crate) metrics: Metrics,
     pub(crate) state: Slot<Option<State>>,
     pub(crate) counts: RefCell<Counts>,
+    /// When the next tick is due, in milliseconds of Unix time; 0 before the first. Requests that need no time otherwise
+    /// are counted under this one, so that no use of a key ever seems to come before what made it possible.
+    pub(crate) next_tick_ms: Slot<u64>,
     /// Requests that no acknowledged report has told of, as of the last tick.
     pub(crate) pending: Slot<u64>,
     /// The conversation with the control plane, while this VM leads.
@@ -73,6 +76,7 @@ impl Core {
             metrics: Metrics::define(),
             state: Slot::new(None),
             counts: RefCell::default(),
+            next_tick_ms: Slot::new(0),
             pending: Slot::new(0),
             leading: RefCell::new(None),
             recent: Recent::default(),
@@ -82,7 +86,8 @@ impl Core {
 
     /// Decides one request and counts it.
     pub(crate) fn decide(&self, config: &Config, credential: Credential) -> Verdict {
-        let now_ns = host::now_ns();
+        let asked_ns = OnceCell::new();
+        let now_ns = || *asked_ns.get_or_init(host::now_ns);
         // Without named policies, there is nothing that a route could name.
         let named = if config.policies.named.is_empty() { None } else { host::route_policy() };
         let policy = config.policies.find(named.as_deref());
@@ -103,10 +108,15 @@ impl Core {
             recent: &self.recent,
             number,
             address: host::client_address,
+            now_ns,
         };
-        let verdict = judge.judge(credential, policy, now_ns);
+        let verdict = judge.judge(credential, policy);
         let key = verdict.key.as_ref().map(|key| KeyRef { id: key.record.key_id, generation: key.record.generation });
-        let now_ms = now_ns.checked_div(NS_PER_MS).unwrap_or_default();
+        // What is counted carries the time, to a quarter of a second: see `next_tick_ms`.
+        let now_ms = match (asked_ns.get(), self.next_tick_ms.get()) {
+            (None, ahead_ms) if ahead_ms > 0 => ahead_ms,
+            _ => now_ns().checked_div(NS_PER_MS).unwrap_or_default(),
+        };
         // Requests of owners whose credits are not metered are free: what is told is what was drawn from the lease.
         let metered = verdict.key.as_ref().is_some_and(|key| key.record.further.credits.is_some());
         let cost = if metered { verdict.cost } else { 0 };

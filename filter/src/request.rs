@@ -35,13 +35,15 @@ impl HttpContext for Request {
         let config = &*self.config;
         let found = credential::find(&config.key_sources, host::request_header);
         let verdict = self.core.decide(config, found.credential);
-        if let Some(known) = &verdict.key {
+        if let Some(known) = verdict.key.as_ref().filter(|_| config.access_log_state) {
             host::set_filter_state(KEY_ID_STATE, &known.key);
         }
         let outcome = verdict.outcome;
         match reply(outcome, &config.challenge, &verdict.wait) {
             Some(reply) if !verdict.shadowed => {
-                host::set_filter_state(REFUSED_STATE, outcome.name());
+                if config.access_log_state {
+                    host::set_filter_state(REFUSED_STATE, outcome.name());
+                }
                 host::send_reply(&reply);
                 return Action::Pause;
             }
@@ -76,7 +78,9 @@ fn tell_upstream(config: &Config, verdict: &Verdict) {
         host::remove_request_header(name);
     }
     if verdict.shadowed {
-        host::set_filter_state(SHADOW_STATE, verdict.outcome.name());
+        if config.access_log_state {
+            host::set_filter_state(SHADOW_STATE, verdict.outcome.name());
+        }
         host::replace_request_header(SHADOW_HEADER, verdict.outcome.name());
     } else {
         host::remove_request_header(SHADOW_HEADER);

@@ -14,8 +14,8 @@ use crate::core::Core;
 use crate::host;
 use crate::request::Request;
 
-/// How often counts are published, the lease renewed and pauses looked after.
-const TICK: Duration = Duration::from_millis(250);
+/// How often counts are published, the lease renewed and pauses looked after, in milliseconds.
+pub(crate) const TICK_MS: u64 = 250;
 
 #[derive(Default)]
 pub(crate) struct Root {
@@ -77,7 +77,7 @@ impl RootContext for Root {
         match Self::configure() {
             Ok(configured) => {
                 self.configured = Some(configured);
-                host::tick_every(TICK);
+                host::tick_every(Duration::from_millis(TICK_MS));
                 true
             }
             Err(why) => {

@@ -86,9 +86,13 @@ impl Counts {
             return;
         }
         let published = update(cells, &names.usage(slot), |cell| {
+            if cell.is_empty() {
+                // As it is most of the time: the leader has taken what was there.
+                return Ok::<_, ()>((written(self.counts.values()), ()));
+            }
             let mut all = Merged::read(cell);
             all.extend(self.counts.values());
-            Ok::<_, ()>((all.write(), ()))
+            Ok((written(all.0.values()), ()))
         });
         if published == Ok(()) {
             self.counts.clear();
@@ -269,10 +273,11 @@ impl Merged {
     fn counts(self) -> Vec<Count> {
         self.0.into_values().collect()
     }
+}
 
-    fn write(self) -> Vec<u8> {
-        postcard::to_allocvec(&self.counts()).unwrap_or_default()
-    }
+/// The form in a cell.
+fn written<'a>(counts: impl Iterator<Item = &'a Count>) -> Vec<u8> {
+    postcard::to_allocvec(&counts.collect::<Vec<_>>()).unwrap_or_default()
 }
 
 #[cfg(test)]
