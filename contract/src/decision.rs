@@ -84,6 +84,13 @@ const fn keyless(policy: &Policy, outcome: Outcome) -> Outcome {
     if lets_through { Outcome::Anonymous } else { outcome }
 }
 
+/// Whether the decision on a key may depend on the time. If not, any time will do, and need not be asked for.
+#[must_use]
+pub const fn depends_on_time(record: &Record) -> bool {
+    let used_up = Flags::QUOTA_EXCEEDED.0 | Flags::CREDITS_EXHAUSTED.0;
+    record.expires_at_s.is_some() || record.flags.0 & used_up != 0
+}
+
 /// What a request of this key costs, in credits.
 #[must_use]
 pub fn cost(record: &Record, policy: &Policy) -> u32 {

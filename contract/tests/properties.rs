@@ -3,7 +3,7 @@
 #![cfg(not(target_family = "wasm"))]
 
 use contract::codec::{DecodeError, PAGE, USAGE, seal};
-use contract::decision::{Check, Facts, Presented, decide};
+use contract::decision::{Check, Facts, Presented, decide, depends_on_time};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
@@ -98,6 +98,15 @@ proptest! {
         prop_assert_eq!(Record::from_bytes(&record.to_bytes().unwrap()), Ok(record.clone()));
         let json = serde_json::to_string(&record).unwrap();
         prop_assert_eq!(serde_json::from_str::<Record>(&json).unwrap(), record);
+    }
+
+    #[test]
+    fn a_decision_that_does_not_depend_on_the_time_is_the_same_at_any(
+        record in record(), flags in 0..16_u32, one in any::<u64>(), other in any::<u64>(),
+    ) {
+        let record = Record { requires: Requires(0), flags: Flags(flags), address_list: None, ..record };
+        let at = |now_s| decide(Presented::Key(&record), &Facts::at(now_s));
+        prop_assert!(depends_on_time(&record) || at(one) == at(other));
     }
 
     #[test]

@@ -1,8 +1,6 @@
 //! Envoy's shared data, as this filter uses it: named cells of bytes that all VMs of the process see, each with a version
 //! that changes whenever the cell is written. There is no delete, so names come from bounded sets only.
 
-use std::fmt::Write;
-
 use contract::budget::Stock;
 
 /// A cell as it was read.
@@ -181,8 +179,10 @@ impl Names {
         let mut full = String::with_capacity(self.prefix.len().saturating_add(5));
         full.push_str(&self.prefix);
         full.push(kind);
-        // Writing to a String cannot fail.
-        let _ = write!(full, "{number:04x}");
+        for shift in [12_u32, 8, 4, 0] {
+            let digit = u32::from(number).checked_shr(shift).unwrap_or_default() & 0xf;
+            full.push(char::from_digit(digit, 16).unwrap_or('0'));
+        }
         full
     }
 }

@@ -42,6 +42,8 @@ pub struct Config {
     pub identity: IdentityHeaders,
     /// The limit of keys that have none of their own.
     pub rate_limit: Option<RateLimit>,
+    /// Whether the access log may tell of the key's id and of the reason of a refusal.
+    pub access_log_state: bool,
     /// What routes ask for.
     pub policies: Policies,
     /// Refuse nothing on any route, but tell and count what would have been refused.
@@ -99,6 +101,8 @@ struct Raw {
     identity_headers: RawIdentityHeaders,
     #[serde(default = "default_rate_limit")]
     rate_limit: Option<LimitText>,
+    #[serde(default = "yes")]
+    access_log_state: bool,
     #[serde(default)]
     default_policy: PolicyText,
     #[serde(default)]
@@ -201,6 +205,7 @@ impl Config {
                 unused: Vec::new(),
             },
             rate_limit: raw.rate_limit.map(|limit| limit.check("rate_limit", "default")).transpose()?,
+            access_log_state: raw.access_log_state,
             policies,
             shadow: raw.shadow,
             on_not_ready: raw.on_not_ready,
@@ -285,6 +290,7 @@ mod tests {
                     unused: vec![],
                 },
                 rate_limit: Some(RateLimit { name: "default".into(), requests: 1_000, window_s: 1, burst: 2_000 }),
+                access_log_state: true,
                 policies: Policies::default(),
                 shadow: false,
                 on_not_ready: WhenBlind::Refuse,
@@ -301,7 +307,7 @@ mod tests {
             "control_plane": {"cluster": "cp", "authority": "keys.internal", "sync_key_variable": "KEY"},
             "store": "second", "key_header": "Authorization-Key", "strip_key": false,
             "identity_headers": {"consumer": "X-Who", "credential": "", "scopes": ""},
-            "rate_limit": {"requests": 5, "window_seconds": 60},
+            "rate_limit": {"requests": 5, "window_seconds": 60}, "access_log_state": false,
             "on_not_ready": "allow", "max_staleness_seconds": 90, "on_stale": "allow", "realm": "orders"
         }"#;
         let config = Config::parse(json.as_bytes()).unwrap();
@@ -313,7 +319,7 @@ mod tests {
         );
         assert_eq!(config.rate_limit, Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
         assert_eq!((config.on_not_ready, config.on_stale), (WhenBlind::Allow, WhenBlind::Allow));
-        assert_eq!((config.max_staleness_ms, config.strip_key), (Some(90_000), false));
+        assert_eq!((config.max_staleness_ms, config.strip_key, config.access_log_state), (Some(90_000), false, false));
         assert_eq!(Config::parse(with(r#""rate_limit": null"#).as_bytes()).unwrap().rate_limit, None);
     }
 

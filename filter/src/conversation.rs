@@ -14,6 +14,7 @@ use crate::grants;
 use crate::host::{self, Call, SharedData};
 use crate::lease;
 use crate::reports::{REPORT_TIMEOUT_MS, Reports};
+use crate::root::TICK_MS;
 use crate::store::{self, State};
 use crate::sync::{POLL_TIMEOUT_MS, Progress, Sync};
 use crate::usage::{self, Freeze, Outbox};
@@ -33,6 +34,8 @@ impl Core {
     pub(crate) fn tick(&self, config: &Config, key: &str) {
         let now_ms = now_ms();
         self.publish();
+        self.metrics.tell();
+        self.next_tick_ms.set(now_ms.saturating_add(TICK_MS));
         self.state.set(store::state(&SharedData, &self.names));
         if !self.lead(now_ms) {
             return;
@@ -46,6 +49,7 @@ impl Core {
     /// The VM's root context ends: everything counted goes into shared data and, if this VM leads or nobody does, out.
     pub(crate) fn end(&self, config: &Config, key: &str) {
         self.publish();
+        self.metrics.tell();
         if !self.lead(now_ms()) {
             return;
         }
@@ -139,7 +143,9 @@ impl Core {
             sync.restart();
             return Err("the page does not continue the store: starting over".into());
         }
-        let applied = self.lower(&page.header).and_then(|()| store::apply(&SharedData, &self.names, self.me, &page));
+        let applied = self
+            .lower(&page.header)
+            .and_then(|()| store::publish(&SharedData, &self.names, self.me, &page, &self.metrics.store_writes));
         let applied = applied.and_then(|()| match progress {
             Progress::Complete { epoch, revision, keys } => {
                 let state = State { epoch, revision, keys, synced_ms, filters: page.header.filters };

@@ -4,7 +4,7 @@
 //! The core belongs to the VM and not to a root context: after a configuration update the same VM serves the old root
 //! context and the new one, and both must see the same counts and the same conversation.
 
-use std::cell::{Cell as Slot, RefCell};
+use std::cell::{Cell as Slot, OnceCell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -14,11 +14,11 @@ use crate::cells::Names;
 use crate::config::Config;
 use crate::conversation::Leading;
 use crate::credential::Credential;
-use crate::definitions::Cached;
 use crate::host::{self, SharedData};
 use crate::judge::{Judge, Verdict};
 use crate::lease::Holder;
 use crate::metrics::Metrics;
+use crate::recent::{Recent, Writes};
 use crate::store::{self, State};
 use crate::usage::{Counts, Drawn};
 
@@ -39,11 +39,14 @@ pub(crate) struct Core {
     pub(crate) metrics: Metrics,
     pub(crate) state: Slot<Option<State>>,
     pub(crate) counts: RefCell<Counts>,
+    /// When the next tick is due, in milliseconds of Unix time; 0 before the first. Requests that need no time otherwise
+    /// are counted under this one, so that no use of a key ever seems to come before what made it possible.
+    pub(crate) next_tick_ms: Slot<u64>,
     /// Requests that no acknowledged report has told of, as of the last tick.
     pub(crate) pending: Slot<u64>,
     /// The conversation with the control plane, while this VM leads.
     pub(crate) leading: RefCell<Option<Leading>>,
-    definitions: Cached,
+    recent: Recent,
     unknown_policies: RefCell<BTreeSet<String>>,
 }
 
@@ -73,16 +76,18 @@ impl Core {
             metrics: Metrics::define(),
             state: Slot::new(None),
             counts: RefCell::default(),
+            next_tick_ms: Slot::new(0),
             pending: Slot::new(0),
             leading: RefCell::new(None),
-            definitions: Cached::default(),
+            recent: Recent::default(),
             unknown_policies: RefCell::default(),
         }
     }
 
     /// Decides one request and counts it.
     pub(crate) fn decide(&self, config: &Config, credential: Credential) -> Verdict {
-        let now_ns = host::now_ns();
+        let asked_ns = OnceCell::new();
+        let now_ns = || *asked_ns.get_or_init(host::now_ns);
         // Without named policies, there is nothing that a route could name.
         let named = if config.policies.named.is_empty() { None } else { host::route_policy() };
         let policy = config.policies.find(named.as_deref());
@@ -93,21 +98,30 @@ impl Core {
         if self.state.get().is_none() {
             self.state.set(store::state(&SharedData, &self.names));
         }
+        // Read before the store: what is found then is at least as new.
+        let number =
+            if matches!(credential, Credential::Presented(_)) { self.metrics.store_writes.number() } else { None };
         let judge = Judge {
             cells: &SharedData,
             names: &self.names,
             config,
             state: self.state.get(),
-            definitions: &self.definitions,
+            recent: &self.recent,
+            number,
             address: host::client_address,
+            now_ns,
         };
-        let verdict = judge.judge(credential, policy, now_ns);
-        let key = verdict.record.as_ref().map(|record| KeyRef { id: record.key_id, generation: record.generation });
-        let now_ms = now_ns.checked_div(NS_PER_MS).unwrap_or_default();
+        let verdict = judge.judge(credential, policy);
+        let key = verdict.key.as_ref().map(|key| KeyRef { id: key.record.key_id, generation: key.record.generation });
+        // What is counted carries the time, to a quarter of a second: see `next_tick_ms`.
+        let now_ms = match (asked_ns.get(), self.next_tick_ms.get()) {
+            (None, ahead_ms) if ahead_ms > 0 => ahead_ms,
+            _ => now_ns().checked_div(NS_PER_MS).unwrap_or_default(),
+        };
         // Requests of owners whose credits are not metered are free: what is told is what was drawn from the lease.
-        let drawn = verdict.record.as_ref().map_or_else(Drawn::default, |record| Drawn {
-            credits: record.further.credits.map_or(0, |_| verdict.cost),
-            quota: record.further.quota.is_some(),
+        let drawn = verdict.key.as_ref().map_or_else(Drawn::default, |key| Drawn {
+            credits: key.record.further.credits.map_or(0, |_| verdict.cost),
+            quota: key.record.further.quota.is_some(),
         });
         self.counts.borrow_mut().add(key, verdict.outcome, verdict.shadowed, drawn, now_ms);
         self.metrics.decided(verdict.outcome, verdict.shadowed);

@@ -61,13 +61,15 @@ fn version(cell: &[u8]) -> Option<u64> {
 pub struct Cached {
     version: RefCell<Option<u64>>,
     definitions: RefCell<Rc<Definitions>>,
+    none: Rc<Definitions>,
 }
 
 impl Cached {
-    /// The definitions that a record needs: none if it refers to none, which costs nothing.
+    /// The definitions that a record needs: none if it refers to none, which costs nothing. As long as they do not change,
+    /// they are the same in memory too.
     pub fn for_record(&self, cells: &impl Cells, names: &Names, record: &Record) -> Rc<Definitions> {
         if record.roles.is_empty() && record.further.plan.is_none() {
-            return Rc::clone(&self.definitions.borrow());
+            return Rc::clone(&self.none);
         }
         let newest = cells.get(&names.definitions_version()).and_then(|cell| version(&cell.value));
         if *self.version.borrow() != newest {

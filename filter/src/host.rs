@@ -183,8 +183,13 @@ impl Metric {
         hostcalls::define_metric(MetricType::Gauge, name).ok().map(Self)
     }
 
-    pub(crate) fn increment(self) {
-        let _ = hostcalls::increment_metric(self.0, 1);
+    pub(crate) fn add(self, more: u64) {
+        let _ = hostcalls::increment_metric(self.0, i64::try_from(more).unwrap_or(i64::MAX));
+    }
+
+    /// Its value, which all VMs of the process see; 0 if Envoy was told not to keep it.
+    pub(crate) fn value(self) -> u64 {
+        hostcalls::get_metric(self.0).unwrap_or_default()
     }
 
     pub(crate) fn record(self, value: u64) {

@@ -2,8 +2,8 @@
 //! key store and never waits for anybody.
 //!
 //! Reading order, the way of a request first: [`config`] is what the operator chose; [`credential`] looks for the key in
-//! each [`source`], with [`query`] and [`cookie`] for two of them; [`store`] finds its record and [`definitions`] what that
-//! refers to; [`judge`] lets `contract::decision` decide, with [`address`] where it matters, and then asks [`limiter`] and
+//! each [`source`], with [`query`] and [`cookie`] for two of them; [`recent`] remembers what [`store`] said of it, which finds
+//! its record, and [`definitions`], what that refers to; [`judge`] lets `contract::decision` decide, with [`address`] where it matters, and then asks [`limiter`] and
 //! [`stock`], which remember; [`reply`] says what is answered or sent upstream; [`usage`] counts. Then what happens between
 //! requests: [`lease`] settles which VM speaks with the control plane, [`sync`] keeps the store up to date, [`reports`] says
 //! when usage is told, [`grants`] takes what is leased in return, `conversation` does each on time. `core` is what one VM
@@ -44,6 +44,7 @@ pub mod source;
 pub mod definitions;
 pub mod judge;
 pub mod limiter;
+pub mod recent;
 pub mod reply;
 pub mod stock;
 pub mod store;

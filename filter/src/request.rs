@@ -37,13 +37,15 @@ impl HttpContext for Request {
         let config = &*self.config;
         let found = credential::find(&config.key_sources, host::request_header);
         let verdict = self.core.decide(config, found.credential);
-        if let Some(record) = &verdict.record {
-            host::set_filter_state(KEY_ID_STATE, &record.key_id.to_string());
+        if let Some(known) = verdict.key.as_ref().filter(|_| config.access_log_state) {
+            host::set_filter_state(KEY_ID_STATE, &known.key);
         }
         let outcome = verdict.outcome;
         match reply(outcome, &config.challenge, &verdict.wait) {
             Some(reply) if !verdict.shadowed => {
-                host::set_filter_state(REFUSED_STATE, outcome.name());
+                if config.access_log_state {
+                    host::set_filter_state(REFUSED_STATE, outcome.name());
+                }
                 host::send_reply(&reply);
                 return Action::Pause;
             }
@@ -61,16 +63,15 @@ impl HttpContext for Request {
 /// so only here can a client's headers reach the upstream.
 fn tell_upstream(config: &Config, verdict: &Verdict) {
     let identity = &config.identity;
-    let record = verdict.record.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
-    let scopes = record.map(|record| verdict.definitions.scopes(record).join(" ")).filter(|scopes| !scopes.is_empty());
+    let known = verdict.key.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
     let headers = [
-        (&identity.consumer, record.map(|record| record.owner_id.to_string())),
-        (&identity.credential, record.map(|record| record.key_id.to_string())),
-        (&identity.scopes, scopes),
+        (&identity.consumer, known.map(|known| &*known.owner)),
+        (&identity.credential, known.map(|known| &*known.key)),
+        (&identity.scopes, known.and_then(|known| known.scopes.as_deref())),
     ];
     for (name, value) in headers {
         match (name, value) {
-            (Some(name), Some(value)) => host::replace_request_header(name, &value),
+            (Some(name), Some(value)) => host::replace_request_header(name, value),
             (Some(name), None) => host::remove_request_header(name),
             (None, _) => {}
         }
@@ -79,7 +80,9 @@ fn tell_upstream(config: &Config, verdict: &Verdict) {
         host::remove_request_header(name);
     }
     if verdict.shadowed {
-        host::set_filter_state(SHADOW_STATE, verdict.outcome.name());
+        if config.access_log_state {
+            host::set_filter_state(SHADOW_STATE, verdict.outcome.name());
+        }
         host::replace_request_header(SHADOW_HEADER, verdict.outcome.name());
     } else {
         host::remove_request_header(SHADOW_HEADER);

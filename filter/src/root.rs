@@ -14,8 +14,8 @@ use crate::core::Core;
 use crate::host;
 use crate::request::Request;
 
-/// How often counts are published, the lease renewed and pauses looked after.
-const TICK: Duration = Duration::from_millis(250);
+/// How often counts are published, the lease renewed and pauses looked after, in milliseconds.
+pub(crate) const TICK_MS: u64 = 250;
 
 #[derive(Default)]
 pub(crate) struct Root {
@@ -62,12 +62,15 @@ impl Context for Root {
             core.answered(config, sync_key, token, status, body_bytes);
         }
     }
+}
 
-    fn on_done(&mut self) -> bool {
+/// The last words. Envoy tells of the end of every request too if `proxy_on_done` is exported, so it is not; a root context
+/// that ends is dropped as `proxy_on_delete` is called, which can do the same.
+impl Drop for Root {
+    fn drop(&mut self) {
         if let Some(Configured { config, sync_key, core }) = &self.configured {
             core.end(config, sync_key);
         }
-        true
     }
 }
 
@@ -76,7 +79,7 @@ impl RootContext for Root {
         match Self::configure() {
             Ok(configured) => {
                 self.configured = Some(configured);
-                host::tick_every(TICK);
+                host::tick_every(Duration::from_millis(TICK_MS));
                 true
             }
             Err(why) => {

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::cells::{Cell, Cells, Names};
 use crate::definitions;
 use crate::lease::{Holder, is_held_by};
+use crate::recent::Writes;
 
 /// How far the store is. Kept in a cell of its own, written after the buckets: what it says is there, is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +98,23 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
         }
     }
     Ok(())
+}
+
+/// The same, after which the number of `writes` is raised: whoever reads it from now on and remembers what it found before
+/// looks again. A page counts as applied when this returns, and not before.
+///
+/// # Errors
+/// [`Deposed`], as [`apply`]. What was written by then is seen all the same.
+pub fn publish(
+    cells: &impl Cells,
+    names: &Names,
+    me: Holder,
+    page: &Page<'_>,
+    writes: &impl Writes,
+) -> Result<(), Deposed> {
+    let applied = apply(cells, names, me, page);
+    writes.raise();
+    applied
 }
 
 /// Reads a cell, checks the lease, writes what `change` makes of the cell, or nothing if it makes nothing of it.

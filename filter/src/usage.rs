@@ -9,6 +9,7 @@
 //! outage costs memory by active keys and not by requests.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
@@ -37,7 +38,44 @@ pub struct Drawn {
 /// What one VM counted since it last published.
 #[derive(Debug, Default)]
 pub struct Counts {
-    counts: HashMap<Subject, Count>,
+    counts: BySubject,
+}
+
+type BySubject = HashMap<Subject, Count, BuildHasherDefault<Mixed>>;
+
+/// A hash for subjects. Their keys are ids that the control plane drew at random, so nobody can make them collide.
+#[derive(Default)]
+struct Mixed(u64);
+
+impl Mixed {
+    fn mix(&mut self, word: u64) {
+        // The fraction of the golden ratio (Knuth, The Art of Computer Programming, volume 3, section 6.4).
+        self.0 = (self.0.rotate_left(26) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+}
+
+impl Hasher for Mixed {
+    fn write(&mut self, bytes: &[u8]) {
+        let mut words = bytes.chunks_exact(8);
+        words.by_ref().for_each(|word| self.mix(word.iter().fold(0, |all, byte| all << 8 | u64::from(*byte))));
+        words.remainder().iter().for_each(|byte| self.mix(u64::from(*byte)));
+    }
+
+    fn write_u8(&mut self, word: u8) {
+        self.mix(word.into());
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.mix(word.into());
+    }
+
+    fn write_usize(&mut self, _length: usize) {
+        // Lengths of arrays, always the same, and which variant, which the following tells.
+    }
+
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
 }
 
 impl Counts {
@@ -58,9 +96,13 @@ impl Counts {
             return;
         }
         let published = update(cells, &names.usage(slot), |cell| {
+            if cell.is_empty() {
+                // As it is most of the time: the leader has taken what was there.
+                return Ok::<_, ()>((written(self.counts.values()), ()));
+            }
             let mut all = Merged::read(cell);
             all.extend(self.counts.values());
-            Ok::<_, ()>((all.write(), ()))
+            Ok((written(all.0.values()), ()))
         });
         if published == Ok(()) {
             self.counts.clear();
@@ -222,7 +264,7 @@ fn change<T>(
 
 /// Counts by subject, in no order, and their form in a cell.
 #[derive(Default)]
-struct Merged(HashMap<Subject, Count>);
+struct Merged(BySubject);
 
 impl Merged {
     fn read(bytes: &[u8]) -> Self {
@@ -241,10 +283,11 @@ impl Merged {
     fn counts(self) -> Vec<Count> {
         self.0.into_values().collect()
     }
+}
 
-    fn write(self) -> Vec<u8> {
-        postcard::to_allocvec(&self.counts()).unwrap_or_default()
-    }
+/// The form in a cell.
+fn written<'a>(counts: impl Iterator<Item = &'a Count>) -> Vec<u8> {
+    postcard::to_allocvec(&counts.collect::<Vec<_>>()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -6,13 +6,14 @@ use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::page::{Header, Page, PageWriter, Part};
 use contract::rate::WHOLE;
-use contract::record::{Budget, Flags};
+use contract::record::{Budget, Flags, Record};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::cells::memory::MemoryCells;
 use crate::lease::{Holder, hold};
 use crate::limiter::Refused;
+use crate::store;
 
 const NOW_S: u64 = 1_800_000_000;
 const ME: Holder = Holder(1);
@@ -22,9 +23,10 @@ struct Bench {
     names: Names,
     config: Config,
     state: Option<State>,
-    definitions: Cached,
+    recent: Recent,
     address: Option<IpAddr>,
     asked: Slot<u32>,
+    timed: Slot<u32>,
 }
 
 impl Bench {
@@ -44,7 +46,16 @@ impl Bench {
         store::apply(&cells, &names, ME, &Page::read(&page).unwrap()).unwrap();
         let state = Some(State { epoch, revision: 1, keys: 1, synced_ms: NOW_S * 1_000, filters: 4 });
         let config = Config::parse(plugin.to_string().as_bytes()).unwrap();
-        Self { cells, names, config, state, definitions: Cached::default(), address: None, asked: Slot::new(0) }
+        Self {
+            cells,
+            names,
+            config,
+            state,
+            recent: Recent::default(),
+            address: None,
+            asked: Slot::new(0),
+            timed: Slot::new(0),
+        }
     }
 
     fn ask(&self, key: Option<&str>, policy: Option<&str>) -> Verdict {
@@ -54,13 +65,18 @@ impl Bench {
             names: &self.names,
             config: &self.config,
             state: self.state,
-            definitions: &self.definitions,
+            recent: &self.recent,
+            number: None,
             address: || {
                 self.asked.set(self.asked.get() + 1);
                 self.address
             },
+            now_ns: || {
+                self.timed.set(self.timed.get() + 1);
+                NOW_S * 1_000_000_000
+            },
         };
-        judge.judge(credential, self.config.policies.find(policy), NOW_S * 1_000_000_000)
+        judge.judge(credential, self.config.policies.find(policy))
     }
 
     fn outcomes(&self, times: usize, key: Option<&str>, policy: Option<&str>) -> Vec<Outcome> {
@@ -91,7 +107,7 @@ fn a_plain_key_costs_two_reads_one_write_and_no_question() {
     );
     // Its bucket and its limits.
     assert_eq!((bench.cells.reads.get() - reads, bench.cells.writes.get() - writes, bench.asked.get()), (2, 1, 0));
-    assert_eq!(verdict.record, Some(record()));
+    assert_eq!(verdict.key.map(|key| key.record.clone()), Some(record()));
 }
 
 #[test]
@@ -230,4 +246,28 @@ fn with_one_envoy_the_share_is_the_whole() {
     bench.state = bench.state.map(|state| State { filters: 1, ..state });
     assert_eq!(bench.state.map(|state| state.default_share()), Some(WHOLE));
     assert_eq!(admitted(&bench.outcomes(10, Some("k"), None)), 8);
+}
+
+#[test]
+fn the_time_is_asked_for_only_where_it_matters() {
+    let with = |number: u8, change: fn(&mut Record)| {
+        let mut record = Record { key_id: KeyId([number; 16]), ..record() };
+        change(&mut record);
+        record
+    };
+    let ended = with(1, |record| record.expires_at_s = Some(NOW_S));
+    let ends = with(2, |record| record.expires_at_s = Some(NOW_S + 1));
+    let limited = with(3, |record| record.rate_limits = vec![limit("own", 1)]);
+    let keys = [("plain", with(0, |_| ())), ("ended", ended), ("ends", ends), ("limited", limited)];
+    let bench = Bench::new(json!({"rate_limit": null}), &keys);
+    let asks = |key| {
+        let before = bench.timed.get();
+        (bench.ask(key, None).outcome, bench.timed.get() > before)
+    };
+    assert_eq!(asks(Some("plain")), (Outcome::Allowed, false));
+    assert_eq!(asks(Some("stranger")), (Outcome::Unknown, false));
+    assert_eq!(asks(None), (Outcome::Missing, false));
+    assert_eq!(asks(Some("ended")), (Outcome::Expired, true));
+    assert_eq!(asks(Some("ends")), (Outcome::Allowed, true));
+    assert_eq!(asks(Some("limited")), (Outcome::Allowed, true));
 }

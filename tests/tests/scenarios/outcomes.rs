@@ -9,7 +9,7 @@ use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::{Stack, wait_for_status};
-use portcullis_tests::wait::eventually_within;
+use portcullis_tests::wait::{eventually, eventually_within};
 use serde_json::json;
 
 /// What the database has to say of a key for each outcome that the key itself causes.
@@ -99,7 +99,8 @@ async fn before_the_first_sync_requests_are_refused_or_by_choice_let_in_without_
     // The key that nobody checked goes no further either.
     assert_upstream(&stack.get(Some(&key)).await?, &[]);
     assert_upstream(&stack.get(None).await?, &[]);
-    assert_eq!(envoy.stat("wasmcustom.portcullis_decisions_failed_open").await?, 2);
+    let failed_open = "wasmcustom.portcullis_decisions_failed_open";
+    eventually("both requests to be told", async || (envoy.stat(failed_open).await.ok()? == 2).then_some(())).await?;
     Ok(())
 }
 
@@ -125,7 +126,8 @@ async fn keys_that_are_older_than_the_operator_allows_are_refused_or_by_choice_l
         (reply.status == 200).then_some(())
     })
     .await?;
-    assert!(allows.stat("wasmcustom.portcullis_decisions_failed_open").await? > 0);
+    let failed_open = "wasmcustom.portcullis_decisions_failed_open";
+    eventually("the choice to be told", async || (allows.stat(failed_open).await.ok()? > 0).then_some(())).await?;
     wait_for_status(refuses, Some(&key), 503).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Stale, &[]);
 

@@ -59,9 +59,9 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
     ];
     for (key, outcome) in would_be {
         assert_shadowed(&bench.get("/dark", key).await?, outcome);
-        let stat = |kind| format!("wasmcustom.portcullis_{kind}_{}", outcome.name());
-        assert_eq!(bench.envoy.stat(&stat("shadow")).await?, 1, "{outcome:?}");
-        assert_eq!(bench.envoy.stat(&stat("decisions")).await?, 0, "{outcome:?}");
+        let stat = |kind| format!("{kind}_{}", outcome.name());
+        bench.stat_is(&stat("shadow"), 1).await?;
+        bench.stat_is(&stat("decisions"), 0).await?;
     }
     // Other routes refuse as ever.
     assert_refused(&bench.get("/", Some("revoked")).await?, Outcome::Revoked, &[]);
@@ -92,7 +92,7 @@ async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request
     let bench = bench.start_unsynced(&keys).await?;
     assert_shadowed(&bench.get("/", Some("good")).await?, Outcome::NotReady);
     assert_shadowed(&bench.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
-    assert_eq!(bench.envoy.stat("wasmcustom.portcullis_shadow_not_ready").await?, 1);
+    bench.stat_is("shadow_not_ready", 1).await?;
 
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let bench = Bench::builder().plugin(plugin).faults(faults).start(&keys).await?;
