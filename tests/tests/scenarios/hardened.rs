@@ -86,7 +86,14 @@ impl Hardened {
         std::fs::write(home.join("tls/control-plane-ca.pem"), &authorities.control_plane.certificate)?;
         let replacements = Replacements::between(control_plane.address(), stack.demo.address());
         let sync_key = stack.control_plane.settings().sync_key;
-        let settings = envoy::Settings { replacements, workers: 2, log_level: "warning,wasm:info".into(), sync_key };
+        let settings = envoy::Settings {
+            replacements,
+            workers: 2,
+            log_level: "warning,wasm:info".into(),
+            sync_key,
+            environment: Vec::new(),
+            listener_file: false,
+        };
         let log = Log::create(&home.join("envoy.log"))?;
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("hardened.yaml");
         envoy.restart().await?;
