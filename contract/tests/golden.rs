@@ -289,14 +289,14 @@ fn damaged_reports_are_refused() {
 #[test]
 fn reports_to_which_a_newer_version_appends_fields_and_outcomes_are_read_for_what_is_known_of_them() {
     // As above; from its end: the second count's outcome is number 99, two bytes more in the first count and the first header.
-    let mut newer = bytes(&REPORT_BYTES[16..]);
-    assert_eq!((newer[1], newer[20], newer[57]), (17, 34, 2));
-    newer[57] = 99;
-    newer.splice(55..55, [7, 7]);
+    let mut newer = bytes(&SECOND_REPORT_BYTES[16..]);
+    assert_eq!((newer[1], newer[20], newer[60]), (17, 37, 2));
+    newer[60] = 99;
+    newer.splice(58..58, [7, 7]);
     newer[20] += 2;
     newer.splice(19..19, [7, 7]);
     newer[1] += 2;
-    let mut sealed = bytes(&REPORT_BYTES[..8]);
+    let mut sealed = bytes(&SECOND_REPORT_BYTES[..8]);
     sealed.extend(crc32fast::hash(&newer).to_le_bytes());
     sealed.extend(newer);
     let mut expected = reports();
