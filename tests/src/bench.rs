@@ -158,7 +158,8 @@ impl Builder {
     /// # Errors
     /// If it does not start.
     pub async fn start_unsynced(self, keys: &[(&str, Record)]) -> Result<Bench> {
-        let home = TempDir::with_prefix("portcullis-")?;
+        let mut home = TempDir::with_prefix("portcullis-")?;
+        home.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
         let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
         let (demo, script) = (DemoApi::start(any).await?, Scripted::start(keys, self.faults).await?);
         script.change(&self.changes);
