@@ -2,6 +2,7 @@
 
 import json
 import os
+from urllib.parse import unquote
 
 import schemathesis
 
@@ -14,6 +15,15 @@ def one_line(_context, value):
     return value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
 
 
+def spares(parameters):
+    return not any(unquote(str(value)).lower() in SPARED for value in (parameters or {}).values())
+
+
 @schemathesis.hook
 def filter_path_parameters(_context, path_parameters):
-    return path_parameters is None or not any(str(value).lower() in SPARED for value in path_parameters.values())
+    return spares(path_parameters)
+
+
+@schemathesis.hook
+def filter_case(_context, case):
+    return spares(case.path_parameters)

@@ -47,13 +47,14 @@ pub(crate) async fn check() -> Result<()> {
     let control_plane = ControlPlane::start(settings, home.path(), log).await?;
 
     let document = http::get(control_plane.address(), "/openapi.json").await?.body;
-    let new = json!({"email": "generated@portcullis.example", "name": "asks"});
     let address = control_plane.address();
-    let reply = http::send_json(address, Method::POST, "/v1/keys", Some(admin_key.reveal()), Some(&new)).await?;
-    let made = reply.json()?;
-    let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
-    let (user_key, spared) = (Secret::from_presented(text("key")?), format!("{},{}", text("id")?, text("email")?));
-    for (key, examples) in [&admin_key, &user_key].into_iter().zip(EXAMPLES) {
+    for (as_user, examples) in [false, true].into_iter().zip(EXAMPLES) {
+        let new = json!({"email": "generated@portcullis.example", "name": "asks"});
+        let made =
+            http::send_json(address, Method::POST, "/v1/keys", Some(admin_key.reveal()), Some(&new)).await?.json()?;
+        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
+        let (user_key, id) = (Secret::from_presented(text("key")?), text("id")?);
+        let (key, spared) = (if as_user { &user_key } else { &admin_key }, format!("{id},{}", text("email")?));
         let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
         let mut generated = tools::schemathesis(&progress)?;
         std::fs::write(home.path().join("openapi.json"), &document)?;
@@ -67,10 +68,12 @@ pub(crate) async fn check() -> Result<()> {
         generated.args(["--request-timeout", "30", "--warnings", "off"]);
         let status = tokio::task::spawn_blocking(move || generated.status()).await?.context("python3 cannot be run")?;
         control_plane.must_run()?;
-        let still = http::send_json(address, Method::GET, "/v1/keys", Some(key.reveal()), None).await?;
+        let path = if as_user { format!("/v1/keys/{id}") } else { "/v1/keys".to_owned() };
+        let still = http::send_json(address, Method::GET, &path, Some(key.reveal()), None).await?;
+        let told = String::from_utf8_lossy(&still.body).into_owned();
         ensure!(
             still.status == 200,
-            "the requests ended the key that they came with, and the rest of them showed nothing"
+            "the requests ended the key that they came with, and the rest of them showed nothing: {told}"
         );
         if !status.success() {
             bail!("the REST API does not keep to its document; what it logged:\n{}", control_plane.log().tail(20));
