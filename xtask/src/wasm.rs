@@ -40,10 +40,6 @@ const EXPORTS: [&str; 12] = [
 /// A function whose name is the version of the interface.
 const ABI_EXPORT: &str = "proxy_abi_version_";
 
-/// V8 leaves WebAssembly for each `memory.copy` and `memory.fill`, and most of what is copied is a few words: without them,
-/// the compiler writes a loop or calls one. Worth 7 µs a request.
-const RUSTFLAGS: &str = "-C target-feature=-bulk-memory";
-
 /// The header that traps a VM stands in filters that were built for tests of faults, and in no other.
 const TRAP: &str = "x-portcullis-trap";
 
@@ -101,7 +97,6 @@ pub(crate) fn build_for_faults() -> Result<()> {
 
 fn compile(package: &str, more: &[&str]) -> Result<()> {
     let mut build = cargo(&["build", "--locked", "--package", package, "--target", TARGET, "--profile", "wasm"]);
-    build.env("CARGO_TARGET_WASM32_WASIP1_RUSTFLAGS", RUSTFLAGS);
     build.args(more);
     run(build)
 }
