@@ -121,7 +121,8 @@ impl Names {
             Stock::Share => 's',
             Stock::Quota => 'q',
             Stock::Credits => 'c',
-            Stock::Used => 'u',
+            // Is told and not kept.
+            Stock::Used => 'x',
         };
         self.numbered(kind, cell)
     }

@@ -1,5 +1,5 @@
 //! Envoy, as this filter sees it. The only file that names hostcalls, so that their number per request can be counted
-//! here: those that return data are marked, for they cost about ten times as much as the others.
+//! here: those that return data are marked, for they cost several times as much as most others.
 //!
 //! The SDK's hostcalls return an error only where one is possible; where none is, their result is dropped here.
 

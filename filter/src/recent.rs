@@ -24,7 +24,7 @@ use crate::store;
 /// Most keys that a VM remembers.
 pub const REMEMBERED: usize = SETS * WAYS;
 
-/// Most bytes of scopes, as text, of a key that is remembered. So all of them take 16 MiB at the most, and 3 MiB if they
+/// Most bytes of scopes, as text, of a key that is remembered. So all of them take some 20 MiB at the most, and 3 MiB if they
 /// are plain. Keys with more are looked up each time.
 const SCOPES_BYTES: usize = 1_024;
 

@@ -12,6 +12,7 @@ use proxy_wasm::types::ContextType;
 use crate::config::Config;
 use crate::core::Core;
 use crate::host;
+use crate::recent::Writes;
 use crate::request::Request;
 
 /// How often counts are published, the lease renewed and pauses looked after, in milliseconds.
@@ -50,6 +51,9 @@ impl Root {
             host::warn(&format!("keys that are bound to networks will be refused from everywhere: {remedy}"));
         }
         let core = Core::of(&config)?;
+        // Every request asks for it. Where Envoy's configuration keeps it from the filter, the SDK traps: better here, where
+        // Envoy refuses the configuration and its log names proxy_get_metric, than with the first request.
+        let _ = core.metrics.store_writes.number();
         Ok(Configured { config: Rc::new(config), sync_key, core })
     }
 }

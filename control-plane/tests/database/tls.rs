@@ -148,7 +148,7 @@ async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
     let mut connection = portcullis_tests::http::Connection::open(server.address).await.unwrap();
     for _ in 0..3 {
         assert_eq!(connection.get("/", None).await.unwrap().status, 200);
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
     }
 }
 

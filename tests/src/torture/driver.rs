@@ -202,6 +202,7 @@ impl Driver {
             return self.switch(book, rest, key).await;
         }
         self.oracle.doubt(key.secret);
+        let asked = SystemTime::now();
         let body = json!({"grace_seconds": grace_s});
         match call(rest, Method::POST, &format!("/v1/keys/{}/rotate", key.id), Some(&body)).await? {
             None => book.doomed.push(key),
@@ -210,9 +211,12 @@ impl Driver {
                 if grace_s == 0 {
                     self.oracle.settle(key.secret, Standing::Dead, None);
                 } else {
-                    // By the database's clock, which is this machine's; on the next whole second.
-                    let ends_at = SystemTime::now() + Duration::from_secs(grace_s + 1);
-                    self.oracle.settle(key.secret, Standing::Good, Some(ends_at));
+                    // By the database's clock, which is this machine's, on the next whole second; but from when on was told to
+                    // nobody: since then, the call may have waited for locks.
+                    let now = SystemTime::now();
+                    let latest = now + Duration::from_secs(grace_s + 1);
+                    let earlier = now.duration_since(asked).unwrap_or_default() + Duration::from_secs(1);
+                    self.oracle.settle(key.secret, Standing::Good, Some((latest, earlier)));
                 }
                 key.old.push(key.secret);
                 key.secret = self.oracle.add(&id, &secret, None, false);

@@ -44,8 +44,9 @@ struct Secret {
     since: Instant,
     version: u64,
     ends_at: Option<SystemTime>,
-    /// The end came with a change, so an Envoy that knows the secret need not know it.
-    end_changed: bool,
+    /// The end came with a change, so an Envoy that knows the secret need not know it; it may be so much earlier, since nobody
+    /// was told when the change was made.
+    end_changed: Option<Duration>,
     metered: bool,
 }
 
@@ -59,7 +60,7 @@ pub struct Ticket {
     since: Instant,
     version: u64,
     ends_at: Option<SystemTime>,
-    end_changed: bool,
+    end_changed: Option<Duration>,
 }
 
 /// What came of a request.
@@ -146,7 +147,7 @@ impl Oracle {
             since,
             version: 0,
             ends_at,
-            end_changed: false,
+            end_changed: None,
             metered,
         };
         known.secrets.push(secret);
@@ -164,18 +165,20 @@ impl Oracle {
         self.turn(secret, Standing::Doubtful, None);
     }
 
-    /// The API has said what the secret is now, and until when if it ends by itself.
-    pub fn settle(&self, secret: usize, standing: Standing, ends_at: Option<SystemTime>) {
-        self.turn(secret, standing, ends_at);
+    /// The API has said what the secret is now, and until when at the latest if it ends by itself, and by how much earlier it
+    /// may.
+    pub fn settle(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
+        self.turn(secret, standing, ends);
     }
 
-    fn turn(&self, secret: usize, standing: Standing, ends_at: Option<SystemTime>) {
+    fn turn(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
         if let Some(secret) = self.known().secrets.get_mut(secret) {
             secret.standing = standing;
             secret.since = Instant::now();
             secret.version += 1;
-            secret.ends_at = ends_at.or(secret.ends_at);
-            secret.end_changed |= ends_at.is_some();
+            if let Some((latest, earlier)) = ends {
+                (secret.ends_at, secret.end_changed) = (Some(latest), Some(earlier));
+            }
         }
     }
 
@@ -287,7 +290,7 @@ impl Oracle {
         let unknown = || {
             let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
             let (standing, since) = (Standing::Dead, self.journal.start());
-            Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: false }
+            Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: None }
         };
         let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
         known.map_or_else(unknown, |(number, secret)| Ticket {
@@ -422,7 +425,8 @@ impl Known {
             }
             // By the Envoy's own clock, and known to it since it first admitted the key: but for an end that a rotation set,
             // of which it has to hear first.
-            let heard = !ticket.end_changed || gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+            let heard =
+                ticket.end_changed.is_none() || gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
             let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + gate.behind + SECOND).ok());
             if let Some(late) = ended.filter(|_| heard && ticket.standing == Standing::Good) {
                 self.admitted_wrongly += 1;
@@ -435,7 +439,8 @@ impl Known {
             return None;
         }
         let expected = ticket.standing == Standing::Good && unchanged;
-        let ends = ticket.ends_at.is_some_and(|end| SystemTime::now() + gate.ahead + SECOND > end);
+        let earlier = gate.ahead + SECOND + ticket.end_changed.unwrap_or_default();
+        let ends = ticket.ends_at.is_some_and(|end| sent_at.max(SystemTime::now()) + earlier > end);
         let overdue = gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
         (expected && overdue && !ends).then(|| format!("a good key was refused: {status} {code}"))
     }
@@ -554,12 +559,24 @@ mod tests {
     #[test]
     fn an_end_that_a_change_brought_has_to_be_heard_of_first() {
         let judged = Judged::new(None);
-        judged.oracle.settle(judged.key, Standing::Good, Some(SystemTime::now() + LATER));
+        judged.oracle.settle(judged.key, Standing::Good, Some((SystemTime::now() + LATER, Duration::ZERO)));
         let spell = judged.oracle.begin(Hinders::Changes, &[0], LATER * 10);
         assert!(judged.is_fine(LATER * 5, &came(200, "")));
         judged.oracle.end(&spell);
         assert!(judged.is_fine(LATER * 5, &came(200, "")));
         assert!(!judged.is_fine(LATER * 20, &came(200, "")));
+    }
+
+    #[test]
+    fn an_end_that_a_change_brought_may_be_as_much_earlier_as_the_change_took() {
+        let refused_at = |earlier| {
+            let judged = Judged::new(None);
+            let latest = SystemTime::now() + LATER * 10;
+            judged.oracle.settle(judged.key, Standing::Good, Some((latest, earlier)));
+            judged.is_fine(LATER * 8, &came(401, "expired"))
+        };
+        assert!(!refused_at(Duration::ZERO));
+        assert!(refused_at(LATER * 2));
     }
 
     #[test]

@@ -11,8 +11,8 @@ use tempfile::TempDir;
 
 const PREFIX: &str = "the plugin configuration was refused: ";
 
-/// Starts an Envoy that should not start, and gives the filter's lines.
-async fn refused(plugin: &Value, withheld: Option<&str>) -> Result<Vec<String>> {
+/// Starts an Envoy that should not start, and gives the lines of its log that have a part.
+async fn lines_of_refusal(plugin: &Value, withheld: Option<&str>, part: &str) -> Result<Vec<String>> {
     let home = TempDir::with_prefix("portcullis-")?;
     let log = Log::create(&home.path().join("envoy.log"))?;
     let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
@@ -24,7 +24,12 @@ async fn refused(plugin: &Value, withheld: Option<&str>) -> Result<Vec<String>> 
         Settings { replacements, workers: 1, log_level: "warning".into(), sync_key, environment, listener_file: false };
     let started = Envoy::start(settings, home.path(), log.clone(), &silently).await;
     assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));
-    let lines = log.lines_with(PREFIX);
+    Ok(log.lines_with(part))
+}
+
+/// The same, but the filter's lines.
+async fn refused(plugin: &Value, withheld: Option<&str>) -> Result<Vec<String>> {
+    let lines = lines_of_refusal(plugin, withheld, PREFIX).await?;
     Ok(lines.iter().filter_map(|line| line.split_once(PREFIX)).map(|(_, why)| why.to_owned()).collect())
 }
 
@@ -54,5 +59,12 @@ async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
 async fn policies_are_refused_where_the_filter_may_not_ask_which_one_a_route_names() -> Result<()> {
     let lines = refused(&json!({"policies": {"read": {}}}), Some("proxy_get_property")).await?;
     assert!(!lines.is_empty() && lines.iter().all(|line| line.contains("add proxy_get_property to")), "{lines:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_filter_that_may_not_ask_whether_the_store_was_written_is_refused_before_any_request_comes() -> Result<()> {
+    let named = "restricted proxy-wasm capability: proxy_get_metric";
+    assert!(!lines_of_refusal(&json!({}), Some("proxy_get_metric"), named).await?.is_empty());
     Ok(())
 }

@@ -106,7 +106,8 @@ pub async fn keep_used(connection: &mut PgConnection, used: &UsedTable) -> Resul
     let used: Vec<Json<&Used>> = used.values().map(Json).collect();
     sqlx::query!(
         "update leases set used = new.used from unnest($2::uuid[], $3::jsonb[]) as new (subject, used)
-        where leases.stock = 0 and leases.subject = new.subject and leases.reporter = $1",
+        where leases.stock = 0 and leases.subject = new.subject and leases.reporter = $1
+            and leases.used is distinct from new.used",
         Uuid::nil(),
         &keys,
         &used as &[Json<&Used>]

@@ -41,7 +41,8 @@ impl Used {
             }
             let arrival = self.0.entry(tag(&limit.name)).or_insert(now_ms);
             let next_ns = rate.count(Some(ns(*arrival)), requests, now_ns);
-            *arrival = i64::try_from(next_ns / NS_PER_MS).unwrap_or(i64::MAX);
+            // Rounded up: of a fast limit, a request takes less than a millisecond.
+            *arrival = i64::try_from(next_ns.div_ceil(NS_PER_MS)).unwrap_or(i64::MAX);
         }
         self.0.retain(|_, arrival| *arrival > now_ms);
     }
@@ -87,6 +88,10 @@ mod tests {
         used.count(&limits, 0, NOW + 6_000 + 3_600_000);
         assert!(used.is_empty());
         let grant = Grant { stock: 3, of: key.into_bytes(), amount: tag("hour"), turn: 1 };
+        let fast = [limit("fast", 10_000_000, 3_600)];
+        (0..20).for_each(|_| used.count(&fast, 1, NOW));
+        assert_eq!(told(&used, NOW), [2]);
+        used = Used::default();
         used.count(&limits[1..], 1, NOW);
         assert_eq!(used.grants(key, NOW + 3_590), [grant]);
     }
