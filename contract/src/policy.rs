@@ -21,6 +21,8 @@ use crate::record::RateLimit;
 
 /// Most policies of one filter.
 pub const POLICIES: usize = 1_000;
+/// Most credits that a request costs.
+pub const COST: u32 = 1_000_000;
 /// The name under which the default policy is spoken of.
 pub const DEFAULT_NAME: &str = "default";
 
@@ -133,6 +135,9 @@ impl PolicyText {
         }
         if !asked.is_empty() && self.key != KeyNeed::Required {
             return bad("key", "a route that asks for scopes needs a key: use \"required\", or ask for no scopes");
+        }
+        if self.cost.is_some_and(|cost| cost > COST) {
+            return bad("cost", &format!("must be a number from 0 to {COST}"));
         }
         let rate_limit = self.rate_limit.map(|limit| limit.check(&format!("{field}.rate_limit"), name)).transpose()?;
         Ok(Policy { key: self.key, scopes: self.scopes, cost: self.cost, rate_limit, shadow: self.shadow })
@@ -249,6 +254,7 @@ mod tests {
             (r#"{"scopes": {"all": ["A"]}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["a:*"]}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["a"]}, "key": "optional"}"#, "policies.orders.key: "),
+            (r#"{"cost": 1000001}"#, "policies.orders.cost: "),
             (r#"{"rate_limit": {"requests": 0, "window_seconds": 1}}"#, "policies.orders.rate_limit.requests: "),
             (r#"{"rate_limit": {"requests": 1, "window_seconds": 0}}"#, "policies.orders.rate_limit.window_seconds: "),
             (

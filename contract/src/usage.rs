@@ -30,7 +30,8 @@ pub struct Count {
     pub of: Subject,
     /// How many requests.
     pub requests: u64,
-    /// Credits that were drawn for them; none where the owner's credits are not metered.
+    /// Credits that were drawn for them, or would have been, had there been enough; none for those that were refused for
+    /// another reason, and none where the owner's credits are not metered.
     pub cost: u64,
     /// Those of them that drew from a lease of the key's quota: fewer than all if the filter did not know of it yet.
     pub drawn: u64,

@@ -1,11 +1,9 @@
 //! A key in a cookie: the value of the `Cookie` header (RFC 6265, section 4.2.1) comes in, the cookie's value goes out, and
 //! the header without it.
 
-/// The first value of a cookie that is not empty, without the quotes that may stand around it.
-#[must_use]
-pub fn find<'a>(header: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
-    let values = pairs(header).filter(|pair| is_named(pair, name)).map(value);
-    values.into_iter().find(|value| !value.is_empty())
+/// The values of all cookies of a name, without the quotes that may stand around them.
+pub fn values<'a>(header: &'a [u8], name: &[u8]) -> impl Iterator<Item = &'a [u8]> {
+    pairs(header).filter(move |pair| is_named(pair, name)).map(value)
 }
 
 /// The header without all cookies of a name, empty if there are no others; `None` if it has none of them.
@@ -39,6 +37,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn find<'a>(header: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+        values(header, name).find(|value| !value.is_empty())
+    }
 
     #[test]
     fn the_key_is_found_and_cut_out_and_the_other_cookies_stay() {

@@ -57,7 +57,7 @@ pub struct Verdict {
     pub shadowed: bool,
     /// What is known of the key.
     pub key: Option<Rc<Known>>,
-    /// What the request costs, if it is allowed.
+    /// What the request costs, if its key is known.
     pub cost: u32,
     /// How long to wait, if it is refused.
     pub wait: Wait,
@@ -118,6 +118,7 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
         let now_s = if timed { self.now_s() } else { 0 };
         let facts = Facts { policy, definitions, address, ..Facts::at(now_s) };
         let mut verdict = Verdict::without_a_key(decide(presented, &facts));
+        verdict.cost = key.as_ref().map_or(0, |key| cost(&key.record, policy));
         match (&key, verdict.outcome) {
             (Some(key), Outcome::Allowed) => self.charge(&mut verdict, key, policy),
             (_, Outcome::Anonymous) => self.limit_client(&mut verdict, policy),
@@ -132,7 +133,6 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
     /// Takes an allowed request from the limits and stocks of its key, or refuses it after all.
     fn charge(&self, verdict: &mut Verdict, key: &Known, policy: &Policy) {
         let Known { record, definitions, .. } = key;
-        verdict.cost = cost(record, policy);
         let (own, alone) = definitions.rate_limits(record);
         // The default is each Envoy's own.
         let (own, alone) = if own.is_empty() { (self.config.rate_limit.as_slice(), u32::MAX) } else { (own, alone) };

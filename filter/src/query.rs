@@ -3,12 +3,10 @@
 
 use std::borrow::Cow;
 
-/// The first value of a parameter that is not empty, percent-decoded.
-#[must_use]
-pub fn find<'a>(path: &'a [u8], name: &[u8]) -> Option<Cow<'a, [u8]>> {
-    let (_, query, _) = parts(path)?;
-    let values = parameters(query).filter(|parameter| is_named(parameter, name)).map(value);
-    values.into_iter().find(|value| !value.is_empty())
+/// The values of all parameters of a name, percent-decoded.
+pub fn values<'a>(path: &'a [u8], name: &[u8]) -> impl Iterator<Item = Cow<'a, [u8]>> {
+    let query = parts(path).map(|(_, query, _)| query);
+    query.into_iter().flat_map(parameters).filter(move |parameter| is_named(parameter, name)).map(value)
 }
 
 /// The path without all parameters of a name; `None` if it has none of them.
@@ -86,6 +84,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn find<'a>(path: &'a [u8], name: &[u8]) -> Option<Cow<'a, [u8]>> {
+        values(path, name).find(|value| !value.is_empty())
+    }
 
     fn found(path: &str) -> Option<String> {
         find(path.as_bytes(), b"api_key").map(|value| String::from_utf8(value.into_owned()).unwrap())

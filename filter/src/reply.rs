@@ -56,8 +56,8 @@ pub fn reply(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Option<Rep
         vec![("content-type", "application/problem+json".to_owned()), ("cache-control", "no-store".to_owned())];
     match (refusal.status, wait) {
         (401, _) => headers.extend(challenge.0.iter().map(|value| ("www-authenticate", value.clone()))),
-        (429, Wait::Usual) => headers.push(("retry-after", RETRY_EXHAUSTED_S.to_string())),
-        (429, Wait::Seconds(seconds)) => headers.push(("retry-after", seconds.to_string())),
+        (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S)),
+        (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds)),
         (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
         (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
         _ => {}
@@ -83,6 +83,13 @@ fn limit_headers(limits: &[RateLimit], refused: Refused) -> impl Iterator<Item =
     let left = limits.get(limit).map(|limit| ("ratelimit", format!("\"{}\";r=0;t={retry_after_s}", limit.name)));
     let headers = [("retry-after", retry_after_s.to_string()), ("ratelimit-policy", policies.join(", "))];
     headers.into_iter().chain(left)
+}
+
+/// The same for a quota or credits, without a policy: how large they are is not the filter's to know.
+fn stock_headers(outcome: Outcome, retry_after_s: u64) -> impl Iterator<Item = (&'static str, String)> {
+    let name = if outcome == Outcome::CreditsExhausted { "credits" } else { "quota" };
+    let left = format!("\"{name}\";r=0;t={retry_after_s}");
+    [("retry-after", retry_after_s.to_string()), ("ratelimit", left)].into_iter()
 }
 
 #[cfg(test)]
@@ -134,9 +141,13 @@ mod tests {
 
     #[test]
     fn a_refusal_for_the_lack_of_a_stock_says_how_long() {
-        let seconds = |wait: &Wait| headers(Outcome::QuotaExceeded, &challenge(), wait);
-        assert_eq!(seconds(&Wait::Seconds(5)), [("retry-after", "5".to_owned())]);
-        assert_eq!(seconds(&Wait::Usual), [("retry-after", "60".to_owned())]);
+        for (outcome, wait, seconds, left) in [
+            (Outcome::QuotaExceeded, Wait::Seconds(5), "5", "\"quota\";r=0;t=5"),
+            (Outcome::CreditsExhausted, Wait::Usual, "60", "\"credits\";r=0;t=60"),
+        ] {
+            let expected = [("retry-after", seconds.to_owned()), ("ratelimit", left.to_owned())];
+            assert_eq!(headers(outcome, &challenge(), &wait), expected);
+        }
     }
 
     #[test]

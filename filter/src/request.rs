@@ -108,7 +108,7 @@ fn strip(config: &Config, found: &Found<'_>) {
         }
         // Read anew: what was cut may have stood in the same header.
         let Some(value) = host::request_header(other.header()) else { continue };
-        if other.find(&value).as_ref() == Some(&key) {
+        if other.holds(&value, &key) {
             cut(other, &value);
         }
     }

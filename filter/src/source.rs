@@ -53,16 +53,26 @@ impl Source {
         matches!(self, Self::Header(_) | Self::Bearer(_))
     }
 
-    /// The key in the value of that header, if there is one that is not empty.
+    /// The key in the value of that header, if there is one that is not empty. Of several, the first counts.
     #[must_use]
     pub fn find<'a>(&self, value: &'a [u8]) -> Option<Cow<'a, [u8]>> {
+        let is_some = |key: &Cow<'a, [u8]>| !key.is_empty();
         match self {
-            Self::Header(_) => Some(Cow::Borrowed(value)),
-            Self::Bearer(_) => bearer(value).map(Cow::Borrowed),
-            Self::Query(name) => query::find(value, name.as_bytes()),
-            Self::Cookie(name) => cookie::find(value, name.as_bytes()).map(Cow::Borrowed),
+            Self::Header(_) => Some(Cow::Borrowed(value)).filter(is_some),
+            Self::Bearer(_) => bearer(value).map(Cow::Borrowed).filter(is_some),
+            Self::Query(name) => query::values(value, name.as_bytes()).find(is_some),
+            Self::Cookie(name) => cookie::values(value, name.as_bytes()).map(Cow::Borrowed).find(is_some),
         }
-        .filter(|key| !key.is_empty())
+    }
+
+    /// Whether a key stands in the value of that header, as the first or behind others.
+    #[must_use]
+    pub fn holds(&self, value: &[u8], key: &[u8]) -> bool {
+        match self {
+            Self::Header(_) | Self::Bearer(_) => self.find(value).is_some_and(|found| *found == *key),
+            Self::Query(name) => query::values(value, name.as_bytes()).any(|found| *found == *key),
+            Self::Cookie(name) => cookie::values(value, name.as_bytes()).any(|found| found == key),
+        }
     }
 
     /// What is left of the value of that header without the key.
@@ -190,7 +200,11 @@ mod tests {
             assert_eq!(found(&source, value.as_bytes()).as_deref(), Some(&b"abc"[..]), "{source:?}");
             assert_eq!(source.without(value.as_bytes()), left, "{source:?}");
             assert_eq!(found(&source, b""), None);
+            assert!(source.holds(value.as_bytes(), b"abc") && !source.holds(value.as_bytes(), b"b"));
         }
+        // Behind another of its name.
+        assert!(Source::Query("k".into()).holds(b"/?k=x&k=%61bc", b"abc"));
+        assert!(Source::Cookie("k".into()).holds(b"k=x; k=\"abc\"", b"abc"));
     }
 
     #[test]

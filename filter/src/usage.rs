@@ -26,7 +26,7 @@ pub const BATCH_REPORTS: usize = 4;
 
 const HOUR_MS: u64 = 3_600_000;
 
-/// What leases paid for one request.
+/// What leases paid for one request, or should have paid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drawn {
     /// Of its owner's credits.
@@ -80,12 +80,17 @@ impl Hasher for Mixed {
 
 impl Counts {
     /// Counts one decided request; `shadowed` if it should have been refused and was not.
-    /// `drawn`: credits and, of its key's quota, requests that leases paid for it.
+    /// `drawn`: credits and, of its key's quota, requests that leases paid for it. If they could not pay its credits, those
+    /// that it would have cost are told, so that the next lease is large enough.
     pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, drawn: Drawn, now_ms: u64) {
         let hour = u32::try_from(now_ms.checked_div(HOUR_MS).unwrap_or_default()).unwrap_or(u32::MAX);
         let code = outcome.code() | if shadowed { SHADOW } else { 0 };
         let of = Subject { key, outcome: code, hour };
-        let Drawn { credits, quota } = if outcome == Outcome::Allowed { drawn } else { Drawn::default() };
+        let Drawn { credits, quota } = match outcome {
+            Outcome::Allowed => drawn,
+            Outcome::CreditsExhausted => Drawn { quota: false, ..drawn },
+            _ => Drawn::default(),
+        };
         let one = Count { of, requests: 1, cost: credits.into(), drawn: quota.into(), last_ms: now_ms };
         self.counts.entry(of).and_modify(|count| count.add(&one)).or_insert(one);
     }
@@ -291,228 +296,4 @@ fn written<'a>(counts: impl Iterator<Item = &'a Count>) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
-    use contract::id::KeyId;
-
-    use super::*;
-    use crate::cells::memory::MemoryCells;
-
-    const REPORTER: ReporterId = ReporterId([5; 16]);
-    const ONE: Drawn = Drawn { credits: 1, quota: true };
-    const TWO: Drawn = Drawn { credits: 2, quota: true };
-    const NOW: u64 = 1_800_000_000_000;
-
-    fn names() -> Names {
-        Names::of("cluster", "default")
-    }
-
-    fn key(number: u8) -> Option<KeyRef> {
-        Some(KeyRef { id: KeyId([number; 16]), generation: 1 })
-    }
-
-    fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
-        let mut counts = Counts::default();
-        for (key, outcome) in requests {
-            counts.add(*key, *outcome, false, TWO, NOW);
-        }
-        counts
-    }
-
-    fn open() -> MemoryCells {
-        let cells = MemoryCells::default();
-        assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
-        cells
-    }
-
-    fn requests(cells: &MemoryCells) -> u64 {
-        Outbox::read(cells, &names()).unwrap().requests()
-    }
-
-    fn one_report(cells: &MemoryCells) -> Report {
-        let [mut report] = freeze(cells, &names(), Freeze::Pending).unwrap().reports().try_into().unwrap();
-        report.counts.sort_by_key(|count| count.of);
-        report
-    }
-
-    #[test]
-    fn counts_of_one_subject_merge_and_only_allowed_requests_cost() {
-        let cells = open();
-        counted(&[(key(1), Outcome::Allowed), (key(1), Outcome::Allowed), (key(1), Outcome::RateLimited)]).publish(
-            &cells,
-            &names(),
-            0,
-        );
-        counted(&[(key(1), Outcome::Allowed), (None, Outcome::Unknown)]).publish(&cells, &names(), 1);
-        collect(&cells, &names());
-        let report = one_report(&cells);
-        let seen: Vec<_> =
-            report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost, c.drawn)).collect();
-        assert_eq!(
-            seen,
-            [
-                (None, Outcome::Unknown.code(), 1, 0, 0),
-                (key(1), Outcome::Allowed.code(), 3, 6, 3),
-                (key(1), Outcome::RateLimited.code(), 1, 0, 0)
-            ]
-        );
-    }
-
-    #[test]
-    fn a_frozen_report_stays_the_same_until_it_is_acknowledged() {
-        let cells = open();
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        let first = one_report(&cells);
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        assert_eq!(one_report(&cells), first);
-
-        acknowledge(&cells, &names(), ReporterId([6; 16]), 1);
-        acknowledge(&cells, &names(), REPORTER, 0);
-        assert_eq!(one_report(&cells), first);
-
-        acknowledge(&cells, &names(), REPORTER, 1);
-        let second = one_report(&cells);
-        assert_eq!((second.seq, second.counts.len()), (2, 1));
-        acknowledge(&cells, &names(), REPORTER, 2);
-        assert_eq!(freeze(&cells, &names(), Freeze::Pending).unwrap().reports(), []);
-        assert_eq!(requests(&cells), 0);
-    }
-
-    #[test]
-    fn a_new_leader_takes_the_outbox_over_as_it_is() {
-        let cells = open();
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        one_report(&cells);
-        assert_eq!(Outbox::open(&cells, &names(), ReporterId([6; 16])), Some(REPORTER));
-        assert_eq!(requests(&cells), 1);
-    }
-
-    #[test]
-    fn a_worker_that_publishes_while_its_cell_is_taken_loses_nothing() {
-        let cells = open();
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 3);
-        cells.before_next_put(|cells| counted(&[(key(1), Outcome::Allowed)]).publish(cells, &names(), 3));
-        collect(&cells, &names());
-        assert_eq!(requests(&cells), 0);
-        collect(&cells, &names());
-        assert_eq!(requests(&cells), 2);
-    }
-
-    #[test]
-    fn counts_that_find_no_outbox_wait_for_one() {
-        let cells = MemoryCells::default();
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 3);
-        collect(&cells, &names());
-        assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
-        collect(&cells, &names());
-        assert_eq!(requests(&cells), 1);
-    }
-
-    #[test]
-    fn a_large_backlog_leaves_in_several_reports_of_bounded_size() {
-        let cells = open();
-        let mut counts = Counts::default();
-        for number in 0..(REPORT_COUNTS as u32 + 5) {
-            let mut id = KeyId([0; 16]);
-            id.0[..4].copy_from_slice(&number.to_be_bytes());
-            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
-        }
-        counts.publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        assert_eq!(one_report(&cells).counts.len(), REPORT_COUNTS);
-        acknowledge(&cells, &names(), REPORTER, 1);
-        let second = one_report(&cells);
-        assert_eq!((second.seq, second.counts.len()), (2, 5));
-    }
-
-    #[test]
-    fn last_words_of_any_length_leave_batch_by_batch() {
-        let cells = open();
-        let keys = (REPORT_COUNTS * 5 + 1) as u32;
-        let mut counts = Counts::default();
-        for number in 0..keys {
-            let mut id = KeyId([0; 16]);
-            id.0[..4].copy_from_slice(&number.to_be_bytes());
-            counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
-        }
-        counts.publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        let outbox = freeze(&cells, &names(), Freeze::All).unwrap();
-        let batches: Vec<Vec<Report>> = outbox.batches().collect();
-        assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [BATCH_REPORTS, 2]);
-        let numbers: Vec<u64> = batches.iter().flatten().map(|report| report.seq).collect();
-        assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
-        assert_eq!(batches.iter().flatten().map(|report| report.counts.len()).sum::<usize>(), keys as usize);
-    }
-
-    #[test]
-    fn last_words_freeze_everything_and_later_counts_get_numbers_of_their_own() {
-        let cells = open();
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        let first = one_report(&cells);
-        counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        let last = freeze(&cells, &names(), Freeze::All).unwrap().reports();
-        assert_eq!(last.iter().map(|report| report.seq).collect::<Vec<_>>(), [1, 2]);
-        assert_eq!(last[0], first);
-
-        counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        let later = freeze(&cells, &names(), Freeze::All).unwrap().reports();
-        assert_eq!(later[..2], last);
-        assert_eq!(later[2].seq, 3);
-        acknowledge(&cells, &names(), REPORTER, 2);
-        assert_eq!(one_report(&cells), later[2]);
-    }
-
-    #[test]
-    fn hours_are_kept_apart_and_the_last_time_is_the_latest() {
-        let cells = open();
-        let mut counts = Counts::default();
-        for minutes in [0, 10, 70, 30] {
-            counts.add(key(1), Outcome::Allowed, false, ONE, NOW + minutes * 60_000);
-        }
-        counts.publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        let report = one_report(&cells);
-        let seen: Vec<_> = report.counts.iter().map(|count| (count.of.hour, count.requests, count.last_ms)).collect();
-        assert_eq!(seen, [(500_000, 3, NOW + 30 * 60_000), (500_001, 1, NOW + 70 * 60_000)]);
-    }
-
-    #[test]
-    fn a_report_without_counts_has_a_number_like_others_and_no_other_waits_for_it() {
-        let cells = open();
-        assert_eq!(freeze(&cells, &names(), Freeze::Pending).unwrap().reports(), []);
-        let empty = freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports();
-        assert_eq!(empty, [Report { reporter: REPORTER, seq: 1, counts: vec![] }]);
-        counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-        collect(&cells, &names());
-        // It is sent again as it is until it is acknowledged.
-        assert_eq!(freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports(), empty);
-        acknowledge(&cells, &names(), REPORTER, 1);
-        let next = freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports();
-        assert_eq!((next[0].seq, next[0].counts.len()), (2, 1));
-    }
-
-    #[test]
-    fn what_was_told_and_not_enforced_is_counted_apart_and_costs_nothing() {
-        let mut counts = Counts::default();
-        counts.add(key(1), Outcome::Expired, false, ONE, NOW);
-        counts.add(key(1), Outcome::Expired, true, ONE, NOW);
-        let mut seen: Vec<_> = counts.counts.values().map(|count| (count.of.outcome, count.cost)).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, [(4, 0), (132, 0)]);
-    }
-
-    #[test]
-    fn slots_are_taken_in_turn() {
-        let cells = MemoryCells::default();
-        let taken: Vec<_> = (0..=SLOTS).map(|_| take_slot(&cells, &names())).collect();
-        assert_eq!(taken.first(), Some(&0));
-        assert_eq!(taken.last(), Some(&0));
-        assert_eq!(taken[1], 1);
-    }
-}
+mod tests;

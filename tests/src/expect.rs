@@ -35,6 +35,9 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
             let seconds = reply.header("retry-after").and_then(|seconds| seconds.parse::<u64>().ok());
             assert!(seconds.is_some_and(|seconds| seconds >= 1), "retry-after: {seconds:?}");
             names.push("retry-after");
+            if matches!(outcome, Outcome::QuotaExceeded | Outcome::CreditsExhausted) {
+                names.push("ratelimit");
+            }
         }
         503 => {
             assert_eq!(reply.header("retry-after"), Some("1"));

@@ -80,7 +80,7 @@ pub enum Change<'a> {
 struct Usage {
     taken: BTreeMap<(ReporterId, u64), Report>,
     requests: BTreeMap<u8, u64>,
-    cost: u64,
+    cost: BTreeMap<u8, u64>,
     changed: u64,
     /// Goes with every acknowledgement from now on.
     grants: Vec<Grant>,
@@ -158,10 +158,10 @@ impl Scripted {
         self.usage().requests.get(&(outcome.code() | SHADOW)).copied().unwrap_or_default()
     }
 
-    /// What all reported requests have cost together.
+    /// What all reported requests of an outcome have cost together, or would have.
     #[must_use]
-    pub fn reported_cost(&self) -> u64 {
-        self.usage().cost
+    pub fn reported_cost(&self, outcome: Outcome) -> u64 {
+        self.usage().cost.get(&outcome.code()).copied().unwrap_or_default()
     }
 
     /// For each report in the order of their numbers, how many counts it had.
@@ -262,7 +262,7 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
             None => {
                 for count in &report.counts {
                     *usage.requests.entry(count.of.outcome).or_default() += count.requests;
-                    usage.cost += count.cost;
+                    *usage.cost.entry(count.of.outcome).or_default() += count.cost;
                 }
                 usage.taken.insert((report.reporter, report.seq), report);
             }

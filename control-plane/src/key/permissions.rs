@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use contract::network::Network;
+use contract::policy::COST;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use sqlx::types::Json;
@@ -22,7 +23,6 @@ use crate::quota::Quota;
 
 const ROLES: usize = 16;
 const NETWORKS: usize = 32;
-const COST: i64 = 1_000_000;
 
 /// A field that may be absent, null, or a value.
 ///
@@ -92,7 +92,7 @@ impl Permissions {
             None => None,
         };
         let cost = |cost: i64| {
-            let in_range = i32::try_from(cost).ok().filter(|_| (0..=COST).contains(&cost));
+            let in_range = i32::try_from(cost).ok().filter(|_| (0..=i64::from(COST)).contains(&cost));
             in_range.ok_or_else(|| ApiError::invalid("cost", format!("must be a number from 0 to {COST}")))
         };
         Ok(Self {

@@ -12,7 +12,7 @@ use contract::codec::DecodeError;
 use contract::definition::{Definition, Definitions};
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
-use contract::page::{Header, PAGE_BYTES, PageWriter, Part};
+use contract::page::{Header, PAGE_BYTES, PageWriter, Part, REVISION_BYTES};
 
 /// Most tombstones that are kept. Beyond, the oldest go, and filters that are further behind get a snapshot.
 const TOMBSTONES: usize = 100_000;
@@ -244,7 +244,7 @@ impl Mirror {
                 complete = current.replace(*changed);
             }
             bytes += ENTRY_BYTES + self.find(hash).map_or(0, <[u8]>::len);
-            if bytes > PAGE_BYTES {
+            if bytes > REVISION_BYTES || (bytes > PAGE_BYTES && complete.is_some()) {
                 return complete;
             }
         }
@@ -283,14 +283,18 @@ mod tests {
 
     #[test]
     fn a_page_of_changes_ends_between_two_revisions_before_it_grows_too_large() {
-        let mirror = mirror(&[1, 9_000, 9_000, 1]);
-        let (header, entries, bytes) = changes(&mirror, 1);
-        assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 1 }, 9_000));
+        let mirror = mirror(&[1, 900, 900, 9_000, 1]);
+        let (header, entries, bytes) = changes(&mirror, 0);
+        assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 0 }, 901));
         assert!(bytes <= PAGE_BYTES + 100, "{bytes}");
         let (header, entries, _) = changes(&mirror, 2);
-        assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 2 }, 9_001));
-        let (header, entries, _) = changes(&mirror, 4);
-        assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 4 }, 0));
+        assert_eq!((header.revision, header.part, entries), (3, Part::Changes { after: 2 }, 900));
+        // One revision alone may be larger.
+        let (header, entries, bytes) = changes(&mirror, 3);
+        assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 3 }, 9_000));
+        assert!(PAGE_BYTES < bytes && bytes <= REVISION_BYTES + 100, "{bytes}");
+        let (header, entries, _) = changes(&mirror, 5);
+        assert_eq!((header.revision, header.part, entries), (5, Part::Changes { after: 5 }, 0));
     }
 
     #[test]

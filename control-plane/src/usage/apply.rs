@@ -176,8 +176,10 @@ impl Sums {
                 continue;
             };
             let hourly = self.hourly.entry((key, of.hour, of.outcome)).or_default();
-            *hourly = (hourly.0.saturating_add(*requests), hourly.1.saturating_add(*cost));
+            hourly.0 = hourly.0.saturating_add(*requests);
+            // What refused requests would have cost was not spent.
             if of.outcome == Outcome::Allowed.code() {
+                hourly.1 = hourly.1.saturating_add(*cost);
                 let total = self.totals.entry(key).or_default();
                 *total = (total.0.saturating_add(*requests), total.1.max(*last_ms));
             }

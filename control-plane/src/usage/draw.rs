@@ -65,7 +65,9 @@ struct Seen {
     limited: u64,
     over_quota: u64,
     unpaid: u64,
-    /// What the cheapest request that was not paid for costs, as far as its key tells.
+    /// What the requests that were not paid for would have cost.
+    wanted: u64,
+    /// What a request that was not paid for costs, on average; of several keys, the least.
     least: u64,
 }
 
@@ -83,7 +85,10 @@ impl Seen {
         match Outcome::from_code(of.outcome & !SHADOW) {
             Some(Outcome::RateLimited) => sum(&mut self.limited, requests),
             Some(Outcome::QuotaExceeded) => sum(&mut self.over_quota, requests),
-            Some(Outcome::CreditsExhausted) => sum(&mut self.unpaid, requests),
+            Some(Outcome::CreditsExhausted) => {
+                sum(&mut self.unpaid, requests);
+                sum(&mut self.wanted, cost);
+            }
             _ => {}
         }
     }
@@ -235,7 +240,9 @@ fn seen(fresh: &[Fresh<'_>], needs: &BTreeMap<Uuid, Need>) -> BTreeMap<(usize, U
             let seen = all.entry((place, key)).or_default();
             seen.add(count);
             if seen.unpaid > 0 {
-                seen.least = need.cost.max(1);
+                // Older filters do not tell what their routes would have cost.
+                let told = seen.wanted.div_ceil(seen.unpaid);
+                seen.least = if told > 0 { told } else { need.cost.max(1) };
             }
         }
     }

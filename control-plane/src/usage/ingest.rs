@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use contract::id::ReporterId;
+use contract::policy::COST;
 use contract::usage::{Ack, Count, REPORT_COUNTS, Report};
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
@@ -116,7 +117,7 @@ pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
             if drawn > requests {
                 return senseless("drawn: more than the requests of its count".into());
             }
-            if *requests > REQUESTS || *cost > REQUESTS.saturating_mul(1_000) {
+            if *requests > REQUESTS || *cost > REQUESTS.saturating_mul(COST.into()) {
                 return senseless(format!("requests: more than {REQUESTS} in one count"));
             }
             if of.key.is_some_and(|key| i32::try_from(key.generation).is_err()) {

@@ -72,7 +72,7 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
     // Workers publish on their own, so what was enforced may come later.
     let enforced = async || (bench.script.reported(Outcome::Revoked) == 1).then_some(());
     eventually("the refusal to be reported", enforced).await?;
-    let paid = async || (bench.script.reported_cost() == 2).then_some(());
+    let paid = async || (bench.script.reported_cost(Outcome::Allowed) == 2).then_some(());
     eventually("what was allowed to be reported", paid).await?;
     assert_eq!((bench.script.reported(Outcome::Revoked), bench.script.reported(Outcome::Missing)), (1, 0));
 

@@ -106,6 +106,11 @@ async fn a_key_that_stands_in_several_places_is_taken_out_of_all_of_them() -> Re
     let reply = ask(&bench, Request::get(format!("/a?k={good}&api_key={good}")).header("cookie", "s=other")).await?;
     assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
     assert_eq!(path(&reply)?, "/a");
+    // Behind something else of the same name, too.
+    let behind = Request::get(format!("/a?k=other&k={good}&b=1")).header("x-api-key", good);
+    let reply = ask(&bench, behind.header("cookie", format!("s=other; s={good}; c=1"))).await?;
+    let headers = assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
+    assert_eq!((path(&reply)?, &headers["cookie"]), (json!("/a?b=1"), &json!(["c=1"])));
     Ok(())
 }
 

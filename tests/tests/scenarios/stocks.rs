@@ -95,6 +95,8 @@ async fn a_route_has_its_price_and_credits_are_their_owners() -> Result<()> {
     let bench = bench.start(&[("cheap", cheap), ("double", double)]).await?;
     let exhausted = Outcome::CreditsExhausted;
     assert_eq!(allowed(&bench, "/dear", "cheap", exhausted, "1").await?, 2);
+    let wanted = async || (bench.script.reported_cost(exhausted) == 14 * 4).then_some(());
+    eventually("the price of 14 refused requests to be told", wanted).await?;
     // Two credits are left, for whichever key of the owner.
     assert_eq!(allowed(&bench, "/", "double", exhausted, "1").await?, 1);
     assert_eq!(allowed(&bench, "/", "cheap", exhausted, "1").await?, 0);
@@ -102,7 +104,7 @@ async fn a_route_has_its_price_and_credits_are_their_owners() -> Result<()> {
     grant(&bench, &[of(Stock::Credits, OWNER, 15, 1)]).await?;
     assert_eq!(allowed(&bench, "/dear", "double", exhausted, "1").await?, 1);
     assert_eq!(allowed(&bench, "/", "cheap", exhausted, "1").await?, 1);
-    let cost = async || (bench.script.reported_cost() == 15).then_some(());
+    let cost = async || (bench.script.reported_cost(Outcome::Allowed) == 15).then_some(());
     eventually("15 credits to be reported", cost).await?;
     // Used up by the word of the control plane: what costs nothing still goes through.
     let mut flagged = metered(1, None, budget(10, 1, None));
