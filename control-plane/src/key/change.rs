@@ -74,8 +74,11 @@ pub async fn change(
         return Err(ApiError::Conflict("This key is revoked for good and cannot be changed.".into()));
     }
     match changes.disabled {
-        Some(true) if key.disabled && by_admin => keep_off(connection, actor, key).await?,
-        Some(false) if key.disabled && !by_admin => require_ours(connection, key).await?,
+        Some(true) if key.disabled && !key.disabled_by_admin && by_admin => keep_off(connection, actor, key).await?,
+        Some(false) if key.disabled_by_admin && !by_admin => {
+            let detail = "An admin has switched this key off: ask one to switch it on again.";
+            return Err(ApiError::Forbidden(detail.into()));
+        }
         _ => {}
     }
     let changes = changes.beyond(key);
@@ -110,23 +113,10 @@ pub async fn change(
 
 /// Makes what its owner has switched off an admin's to switch on.
 async fn keep_off(connection: &mut PgConnection, actor: &Actor, key: &Held) -> Result<(), ApiError> {
-    let changed =
-        sqlx::query!("update api_keys set disabled_by_admin = true where id = $1 and not disabled_by_admin", key.id)
-            .execute(&mut *connection)
-            .await?;
-    if changed.rows_affected() > 0 {
-        let detail = json!({"disabled_by_admin": {"from": false, "to": true}});
-        audit::note(connection, actor, Deed::to_key("key.change", key.id, detail)).await?;
-    }
-    Ok(())
-}
-
-/// Refuses to switch on what an admin has switched off.
-async fn require_ours(connection: &mut PgConnection, key: &Held) -> Result<(), ApiError> {
-    let by_admin = sqlx::query_scalar!("select disabled_by_admin from api_keys where id = $1", key.id);
-    if by_admin.fetch_one(connection).await? {
-        let detail = "An admin has switched this key off: ask one to switch it on again.";
-        return Err(ApiError::Forbidden(detail.into()));
-    }
+    sqlx::query!("update api_keys set disabled_by_admin = true where id = $1", key.id)
+        .execute(&mut *connection)
+        .await?;
+    let detail = json!({"disabled_by_admin": {"from": false, "to": true}});
+    audit::note(connection, actor, Deed::to_key("key.change", key.id, detail)).await?;
     Ok(())
 }

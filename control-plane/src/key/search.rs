@@ -38,8 +38,8 @@ pub async fn search(
     let keys = sqlx::query_as!(
         Key,
         r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.created_at,
-            k.expires_at, k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.disabled_by_admin,
+            k.created_at, k.expires_at, k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
             select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,

@@ -46,6 +46,8 @@ pub struct Key {
     pub version: i64,
     /// Whether it is switched off.
     pub disabled: bool,
+    /// Whether an admin has done so: then only an admin switches it on again.
+    pub disabled_by_admin: bool,
     /// When it was made.
     pub created_at: OffsetDateTime,
     /// When it ends.
@@ -172,6 +174,7 @@ pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -
         generation: row.generation,
         version: row.version,
         disabled: false,
+        disabled_by_admin: false,
         created_at: row.created_at,
         expires_at: new.expires_at,
         revoked_at: None,
@@ -279,9 +282,8 @@ pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>,
     let key = sqlx::query_as!(
         Key,
         r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.created_at,
-            k.expires_at,
-            k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.disabled_by_admin,
+            k.created_at, k.expires_at, k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from api_keys k join user_preferences p on p.id = k.owner_id
         left join lateral (
             select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
@@ -305,8 +307,8 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
     let row = sqlx::query!(
         r#"select p.balance, p.id as owner_id, p.email, k.id as "id?", k.name as "name?", k.prefix as "prefix?",
             k.scopes as "scopes?", k.rate_limits as "rate_limits?: Json<Vec<StoredLimit>>", k.generation as "generation?",
-            k.version as "version?", k.disabled as "disabled?", k.created_at as "created_at?", k.expires_at as "expires_at?",
-            u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
+            k.version as "version?", k.disabled as "disabled?", k.disabled_by_admin as "disabled_by_admin?",
+            k.created_at as "created_at?", k.expires_at as "expires_at?", u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
         from user_preferences p left join api_keys k on k.id = p.primary_key_id and k.revoked_at is null
         left join lateral (
             select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
@@ -332,6 +334,7 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
             generation: row.generation.unwrap_or_default(),
             version: row.version.unwrap_or_default(),
             disabled: row.disabled.unwrap_or_default(),
+            disabled_by_admin: row.disabled_by_admin.unwrap_or_default(),
             created_at,
             expires_at: row.expires_at,
             revoked_at: None,

@@ -54,8 +54,8 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
             {"name": "burst", "requests": 10, "window_seconds": 1, "burst": 10, "shared": true},
             {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5, "shared": false},
         ],
-        "generation": 1, "state": "active", "created_at": created["created_at"], "expires_at": "2030-01-31T12:00:01Z",
-        "revoked_at": null, "last_used_at": null, "usage_count": 0, "roles": [], "plan": null, "effective_plan": null,
+        "generation": 1, "state": "active", "disabled_by_admin": false, "created_at": created["created_at"],
+        "expires_at": "2030-01-31T12:00:01Z", "revoked_at": null, "last_used_at": null, "usage_count": 0, "roles": [], "plan": null, "effective_plan": null,
         "effective_scopes": ["orders:*", "sync"], "allowed_addresses": [], "quota": null, "cost": 1,
     });
     created.as_object_mut().unwrap().remove("key");
@@ -405,14 +405,20 @@ async fn what_an_admin_has_switched_off_only_an_admin_switches_on(pool: PgPool) 
     };
     let detail = "An admin has switched this key off: ask one to switch it on again.";
     // What its owner has switched off is the owner's to switch on, unless an admin wants it off as well.
-    assert_eq!((switch(&user, true).await.0, switch(&user, false).await.0), (200, 200));
+    assert_eq!(switch(&user, true).await.1.json()["disabled_by_admin"], false);
+    assert_eq!(switch(&user, false).await.0, 200);
     for owner_was_first in [false, true] {
         if owner_was_first {
             assert_eq!(switch(&user, true).await.0, 200);
         }
         let (status, reply) = switch(&admin, true).await;
         assert_eq!((status, &reply.json()["state"]), (200, &json!("disabled")));
-        assert_eq!(switch(&user, true).await.0, 200);
+        assert_eq!(reply.json()["disabled_by_admin"], true);
+        // Its owner sees who it was, wherever the key is shown.
+        assert_eq!(send(&fixture, "GET", &uri, &user).await.json()["disabled_by_admin"], true);
+        let listed = send(&fixture, "GET", "/v1/keys?state=disabled", &user).await.json();
+        assert_eq!((&listed["keys"][0]["id"], &listed["keys"][0]["disabled_by_admin"]), (&json!(id), &json!(true)));
+        assert_eq!(switch(&user, true).await.1.json()["disabled_by_admin"], true);
         let (_, refused) = switch(&user, false).await;
         assert_status(&refused, 403, "forbidden", detail, None);
         // Other changes of it are still the owner's.
@@ -423,6 +429,7 @@ async fn what_an_admin_has_switched_off_only_an_admin_switches_on(pool: PgPool) 
         }
         let (status, reply) = switch(&admin, false).await;
         assert_eq!((status, &reply.json()["state"]), (200, &json!("active")));
+        assert_eq!(reply.json()["disabled_by_admin"], false);
     }
     let told: Vec<Value> =
         sqlx::query_scalar("select detail from audit where key_id = $1 and detail ? 'disabled_by_admin'")

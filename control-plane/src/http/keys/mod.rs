@@ -100,6 +100,8 @@ pub struct KeyView {
     generation: i32,
     /// Whether it opens anything at the moment.
     state: State,
+    /// Whether an admin has switched it off: then only an admin switches it on again.
+    disabled_by_admin: bool,
     /// When it was made.
     created_at: Timestamp,
     /// When it ends, if ever.
@@ -122,6 +124,7 @@ impl KeyView {
     fn of(key: Key, permitted: Permitted, now: OffsetDateTime) -> Self {
         Self {
             state: State::of(&key, now),
+            disabled_by_admin: key.disabled_by_admin,
             permitted,
             id: key.id,
             owner_id: key.owner_id,
