@@ -1,11 +1,12 @@
 //! Users in PostgreSQL: the owners of keys, with what applies to all their keys. An email address comes in, a row goes out.
 
 use serde_json::json;
-use sqlx::PgPool;
+use sqlx::{PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::audit::{self, Actor, Deed};
+use crate::condition::Condition;
 use crate::definition::store::numbers;
 use crate::definition::{Kind, Name};
 use crate::error::ApiError;
@@ -32,17 +33,19 @@ pub struct User {
     pub live_keys: i64,
     /// Keys that were ever made.
     pub total_keys: i64,
+    /// Counted up whenever what is set of the user changes.
+    pub version: i64,
 }
 
 /// Reads one.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn get(pool: &PgPool, email: &Email) -> Result<Option<User>, ApiError> {
+pub async fn get(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<User>, ApiError> {
     let user = sqlx::query_as!(
         User,
-        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, k.live as "live_keys!",
-            k.total as "total_keys!"
+        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, p.version,
+            k.live as "live_keys!", k.total as "total_keys!"
         from user_preferences p left join definitions d on d.number = p.plan_number
         cross join lateral (
             select count(*) as total,
@@ -52,7 +55,7 @@ pub async fn get(pool: &PgPool, email: &Email) -> Result<Option<User>, ApiError>
         where p.email = $1"#,
         email.as_str()
     )
-    .fetch_optional(pool)
+    .fetch_optional(executor)
     .await?;
     Ok(user)
 }
@@ -64,8 +67,8 @@ pub async fn get(pool: &PgPool, email: &Email) -> Result<Option<User>, ApiError>
 pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Result<Vec<User>, ApiError> {
     let users = sqlx::query_as!(
         User,
-        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, k.live as "live_keys!",
-            k.total as "total_keys!"
+        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, p.version,
+            k.live as "live_keys!", k.total as "total_keys!"
         from user_preferences p left join definitions d on d.number = p.plan_number
         cross join lateral (
             select count(*) as total,
@@ -82,13 +85,21 @@ pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Resul
     Ok(users)
 }
 
-/// Gives a user a plan, or takes it away; makes the user if not one yet. What is so already is left alone.
+/// Gives a user a plan, or takes it away, if they are as `condition` says; makes the user if not one yet. What is so already
+/// is left alone. The user as they are then.
 ///
 /// # Errors
-/// A plan that is unknown; those of the database.
-pub async fn set_plan(pool: &PgPool, actor: &Actor, email: &Email, plan: Option<&Name>) -> Result<(), ApiError> {
+/// 412 by the condition, a plan that is unknown, those of the database.
+pub async fn set_plan(
+    pool: &PgPool,
+    actor: &Actor,
+    email: &Email,
+    plan: Option<&Name>,
+    condition: &Condition,
+) -> Result<Option<User>, ApiError> {
     let mut transaction = pool.begin().await?;
     let user = lock_user(&mut transaction, email).await?;
+    condition.check(user.version)?;
     let number = match plan {
         Some(plan) => numbers(&mut transaction, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),
         None => None,
@@ -105,6 +116,7 @@ pub async fn set_plan(pool: &PgPool, actor: &Actor, email: &Email, plan: Option<
         let detail = json!({"plan": plan.map(Name::as_str)});
         audit::note(&mut transaction, actor, Deed::to("user.change", email.as_str(), detail)).await?;
     }
+    let user = get(&mut *transaction, email).await?;
     transaction.commit().await?;
-    Ok(())
+    Ok(user)
 }

@@ -2,12 +2,13 @@
 //! the order in which their balance changed.
 
 use sqlx::types::Json;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{BALANCE, Kind, Refill, starter};
 use crate::audit::{self, Actor, Deed};
+use crate::condition::Condition;
 use crate::error::ApiError;
 use crate::key::domain::Email;
 
@@ -55,6 +56,8 @@ pub struct Account {
     pub refill: Option<Json<Refill>>,
     /// When it next does.
     pub refill_at: Option<OffsetDateTime>,
+    /// Counted up whenever what is set of the owner changes.
+    pub version: i64,
 }
 
 /// What of an account is to be changed.
@@ -122,46 +125,40 @@ pub async fn credit(
     Ok(entry)
 }
 
-/// Changes whether requests cost credits, and what comes in by itself. Says whether there is such a user.
+/// Changes whether requests cost credits, and what comes in by itself, if the user is as `condition` says. The account as it
+/// is then; none if there is no such user.
 ///
 /// # Errors
-/// 400 for a time zone that PostgreSQL does not know, and those of the database.
-pub async fn change(pool: &PgPool, actor: &Actor, email: &Email, change: Change) -> Result<bool, ApiError> {
+/// 412 by the condition, 400 for a time zone that PostgreSQL does not know, and those of the database.
+pub async fn change(
+    pool: &PgPool,
+    actor: &Actor,
+    email: &Email,
+    change: Change,
+    condition: &Condition,
+) -> Result<Option<Account>, ApiError> {
     let mut transaction = pool.begin().await?;
-    let known = sqlx::query_as!(
-        Locked,
-        "select id, balance, metered, credits_starter, credits_turn from user_preferences
+    let known = sqlx::query!(
+        "select id, balance, metered, credits_starter, credits_turn, version from user_preferences
         where email = $1 for no key update",
         email.as_str()
     );
-    let Some(owner) = known.fetch_optional(&mut *transaction).await? else { return Ok(false) };
+    let Some(known) = known.fetch_optional(&mut *transaction).await? else { return Ok(None) };
+    condition.check(Some(known.version))?;
+    let owner = Locked {
+        id: known.id,
+        balance: known.balance,
+        metered: known.metered,
+        credits_starter: known.credits_starter,
+        credits_turn: known.credits_turn,
+    };
     let scheduled = matches!(change.refill, Some(Some(_)));
     let metered = change.metered.unwrap_or(owner.metered || scheduled);
     if metered != owner.metered {
         open(&mut transaction, &owner, metered, owner.balance).await?;
     }
     if let Some(refill) = &change.refill {
-        if let Some(refill) = refill {
-            let known = sqlx::query_scalar!(
-                r#"select exists (select from pg_timezone_names where name = $1) as "known!""#,
-                refill.time_zone
-            );
-            if !known.fetch_one(&mut *transaction).await? {
-                let detail = "time_zone must be a name of the IANA time zone database such as Europe/Berlin";
-                return Err(ApiError::invalid("refill", detail));
-            }
-        }
-        sqlx::query!(
-            "update user_preferences set refill = $2,
-                refill_at = case when $3::text is not null then (select ends from calendar_window($3, $4, now())) end
-            where id = $1",
-            owner.id,
-            refill.as_ref().map(Json) as _,
-            refill.as_ref().map(|refill| refill.period.name()),
-            refill.as_ref().map(|refill| refill.time_zone.as_str())
-        )
-        .execute(&mut *transaction)
-        .await?;
+        set_refill(&mut transaction, owner.id, refill.as_ref()).await?;
     }
     let mut detail = serde_json::Map::new();
     if metered != owner.metered {
@@ -171,8 +168,35 @@ pub async fn change(pool: &PgPool, actor: &Actor, email: &Email, change: Change)
         detail.insert("refill".into(), serde_json::to_value(refill).unwrap_or_default());
     }
     audit::note(&mut transaction, actor, Deed::to("credits.change", email.as_str(), detail.into())).await?;
+    let account = account(&mut *transaction, email).await?;
     transaction.commit().await?;
-    Ok(true)
+    Ok(account)
+}
+
+/// Sets what comes in by itself. The owner's row is held.
+async fn set_refill(connection: &mut PgConnection, owner_id: Uuid, refill: Option<&Refill>) -> Result<(), ApiError> {
+    if let Some(refill) = refill {
+        let known = sqlx::query_scalar!(
+            r#"select exists (select from pg_timezone_names where name = $1) as "known!""#,
+            refill.time_zone
+        );
+        if !known.fetch_one(&mut *connection).await? {
+            let detail = "time_zone must be a name of the IANA time zone database such as Europe/Berlin";
+            return Err(ApiError::invalid("refill", detail));
+        }
+    }
+    sqlx::query!(
+        "update user_preferences set refill = $2,
+            refill_at = case when $3::text is not null then (select ends from calendar_window($3, $4, now())) end
+        where id = $1",
+        owner_id,
+        refill.map(Json) as _,
+        refill.map(|refill| refill.period.name()),
+        refill.map(|refill| refill.time_zone.as_str())
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 /// Finds or makes the user and holds their row until the transaction ends.
@@ -284,10 +308,10 @@ pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
 ///
 /// # Errors
 /// Those of the database.
-pub async fn account(pool: &PgPool, email: &Email) -> Result<Option<Account>, ApiError> {
+pub async fn account(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<Account>, ApiError> {
     let account = sqlx::query_as!(
         Account,
-        r#"select p.id as owner_id, p.balance, p.credits_spent as spent, p.metered, p.credits_starter, p.refill as "refill: Json<Refill>", p.refill_at,
+        r#"select p.id as owner_id, p.balance, p.credits_spent as spent, p.metered, p.credits_starter, p.refill as "refill: Json<Refill>", p.refill_at, p.version,
             (
                 select coalesce(sum(greatest(l.held - l.spent, 0)), 0)::bigint
                 from leases l join usage_reporters r on r.reporter = l.reporter
@@ -297,7 +321,7 @@ pub async fn account(pool: &PgPool, email: &Email) -> Result<Option<Account>, Ap
         from user_preferences p where p.email = $1"#,
         email.as_str()
     )
-    .fetch_optional(pool)
+    .fetch_optional(executor)
     .await?;
     Ok(account)
 }

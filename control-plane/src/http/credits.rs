@@ -4,14 +4,15 @@
 #![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
 
 use axum::extract::State;
-use axum::http::{StatusCode, Uri};
-use axum::response::Response;
+use axum::http::{StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use crate::App;
 use crate::auth::Caller;
+use crate::condition::{Condition, etag};
 use crate::credits::{self, Account, Change, Entry, Kind, Refill, parse_amount, parse_note};
 use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path, Query};
@@ -220,22 +221,25 @@ pub async fn credit(
 /// Change whether a user's requests cost credits, and what comes in by itself.
 ///
 /// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// 400, 401, 403, 404, 412, 413, 415, 429, 503.
 #[utoipa::path(
-    patch, path = "/v1/users/{email}/credits", tag = "credits", params(ByEmail), request_body = AccountPatch,
-    security(("api_key" = [])),
+    patch, path = "/v1/users/{email}/credits", tag = "credits", request_body = AccountPatch, security(("api_key" = [])),
+    params(ByEmail, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(
-        (status = 200, description = "The account", body = AccountView),
+        (status = 200, description = "The account as it is now", body = AccountView,
+            headers(("etag" = String, description = "The version of what is set of the user"))),
         (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The user was changed since", body = Problem, content_type = "application/problem+json"),
         Writing,
     )
 )]
 pub async fn change(
     State(app): State<App>,
     caller: Caller,
+    condition: Condition,
     Path(path): Path<ByEmail>,
     Json(body): Json<AccountPatch>,
-) -> Result<Json<AccountView>, ApiError> {
+) -> Result<Response, ApiError> {
     caller.require_admin()?;
     let email = Email::parse(&path.email)?;
     if body.metered.is_none() && body.refill.is_none() {
@@ -245,21 +249,23 @@ pub async fn change(
         refill.check()?;
     }
     let change = Change { metered: body.metered, refill: body.refill };
-    if !credits::change(&app.pool, &caller.actor, &email, change).await? {
-        return Err(unknown(&email));
-    }
+    let account = credits::change(&app.pool, &caller.actor, &email, change, &condition).await?;
     app.store.nudge();
-    shown(&app, &email).await
+    account.map(|account| show(&email, account)).ok_or_else(|| unknown(&email))
 }
 
-/// Get what stands on a user's account.
+/// Get what stands on a user's account. The ETag is that of the user, and stands for what is set of them: plan, metered,
+/// refill. What comes in and what is used does not count.
 ///
 /// # Errors
 /// 400, 401, 403, 404, 429, 503.
 #[utoipa::path(
-    get, path = "/v1/users/{email}/credits", tag = "credits", params(ByEmail), security(("api_key" = [])),
+    get, path = "/v1/users/{email}/credits", tag = "credits", security(("api_key" = [])),
+    params(ByEmail, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
     responses(
-        (status = 200, description = "The account", body = AccountView),
+        (status = 200, description = "The account", body = AccountView,
+            headers(("etag" = String, description = "The version of what is set of the user"))),
+        (status = 304, description = "What is set of the user is as the client knows it; the balance may be another"),
         (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
         Reading,
     )
@@ -267,11 +273,16 @@ pub async fn change(
 pub async fn account(
     State(app): State<App>,
     caller: Caller,
+    condition: Condition,
     Path(path): Path<ByEmail>,
-) -> Result<Json<AccountView>, ApiError> {
+) -> Result<Response, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
-    shown(&app, &email).await
+    let account = credits::account(&app.pool, &email).await?.ok_or_else(|| unknown(&email))?;
+    if condition.knows(account.version) {
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag(account.version))]).into_response());
+    }
+    Ok(show(&email, account))
 }
 
 /// List every change of a user's balance, the newest first. Usage of long ago is summed up by day.
@@ -306,9 +317,8 @@ pub async fn ledger(
     Ok(paging::reply(LedgerPage { entries, next_cursor }, next))
 }
 
-async fn shown(app: &App, email: &Email) -> Result<Json<AccountView>, ApiError> {
-    let account = credits::account(&app.pool, email).await?.ok_or_else(|| unknown(email))?;
-    Ok(Json(AccountView::of(email, account)))
+fn show(email: &Email, account: Account) -> Response {
+    ([(header::ETAG, etag(account.version))], Json(AccountView::of(email, account))).into_response()
 }
 
 fn unknown(email: &Email) -> ApiError {

@@ -4,17 +4,20 @@
 #![allow(unused_qualifications, reason = "what utoipa makes of the handlers' arguments")]
 
 use axum::extract::State;
-use axum::response::Response;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
+use super::definitions::Conditions;
 use super::extract::{Json, Path, Query};
 use super::paging;
 use super::refusals::{Reading, Writing};
 use super::user::ByEmail;
 use crate::App;
 use crate::auth::Caller;
+use crate::condition::{Condition, etag};
 use crate::definition::Name;
 use crate::error::{ApiError, Problem};
 use crate::key::domain::{Email, Timestamp};
@@ -142,14 +145,17 @@ pub async fn list(
     Ok(paging::reply(UserPage { users, next_cursor }, next))
 }
 
-/// Get a user.
+/// Get a user. The ETag stands for what is set of them: plan, metered, refill. Balance and number of keys do not count.
 ///
 /// # Errors
 /// 400, 401, 403, 404, 429, 503.
 #[utoipa::path(
-    get, path = "/v1/users/{email}", tag = "users", operation_id = "get_user", params(ByEmail), security(("api_key" = [])),
+    get, path = "/v1/users/{email}", tag = "users", operation_id = "get_user", security(("api_key" = [])),
+    params(ByEmail, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
     responses(
-        (status = 200, description = "The user", body = UserView),
+        (status = 200, description = "The user", body = UserView,
+            headers(("etag" = String, description = "The version of what is set of the user"))),
+        (status = 304, description = "What is set of the user is as the client knows it"),
         (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
         Reading,
     )
@@ -157,37 +163,48 @@ pub async fn list(
 pub async fn get(
     State(app): State<App>,
     caller: Caller,
+    condition: Condition,
     Path(path): Path<ByEmail>,
-) -> Result<Json<UserView>, ApiError> {
+) -> Result<Response, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
-    show(&app, &email).await
+    let user = user::get(&app.pool, &email).await?.ok_or_else(|| unknown(&email))?;
+    if condition.knows(user.version) {
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag(user.version))]).into_response());
+    }
+    Ok(show(user))
 }
 
 /// Change a user, who is made if not one yet.
 ///
 /// # Errors
-/// 400, 401, 403, 413, 415, 429, 503.
+/// 400, 401, 403, 412, 413, 415, 429, 503.
 #[utoipa::path(
-    patch, path = "/v1/users/{email}", tag = "users", operation_id = "patch_user", params(ByEmail),
+    patch, path = "/v1/users/{email}", tag = "users", operation_id = "patch_user", params(ByEmail, Conditions),
     request_body = UserBody, security(("api_key" = [])),
-    responses((status = 200, description = "The user as they are now", body = UserView), Writing)
+    responses(
+        (status = 200, description = "The user as they are now", body = UserView,
+            headers(("etag" = String, description = "The version of what is set of the user"))),
+        (status = 412, description = "The user is not what If-Match or If-None-Match asks for", body = Problem, content_type = "application/problem+json"),
+        Writing,
+    )
 )]
 pub async fn patch(
     State(app): State<App>,
     caller: Caller,
+    condition: Condition,
     Path(path): Path<ByEmail>,
     Json(body): Json<UserBody>,
-) -> Result<Json<UserView>, ApiError> {
+) -> Result<Response, ApiError> {
     let email = Email::parse(&path.email)?;
     let Some(plan) = body.plan else {
         return Err(ApiError::Invalid { field: None, detail: "Give plan.".into() });
     };
     let plan = plan.map(|name| Name::parse("plan", &name)).transpose()?;
     caller.require_admin()?;
-    user::set_plan(&app.pool, &caller.actor, &email, plan.as_ref()).await?;
+    let user = user::set_plan(&app.pool, &caller.actor, &email, plan.as_ref(), &condition).await?;
     app.store.nudge();
-    show(&app, &email).await
+    user.map(show).ok_or_else(|| unknown(&email))
 }
 
 /// Revoke all keys of a user for good, the caller's own among them.
@@ -216,15 +233,18 @@ pub async fn revoke_keys(
     caller.require_owner_or_admin(&email)?;
     let mut transaction = app.pool.begin().await?;
     let all = revoke_all(&mut transaction, &caller.actor, &email, caller.is_admin()).await?;
-    let all = all.ok_or_else(|| ApiError::NotFound(format!("There is no user {email}.")))?;
+    let all = all.ok_or_else(|| unknown(&email))?;
     transaction.commit().await?;
     app.store.nudge();
     Ok(Json(RevokeKeysReply { revoked: all.revoked, kept: all.kept }))
 }
 
-async fn show(app: &App, email: &Email) -> Result<Json<UserView>, ApiError> {
-    let user = user::get(&app.pool, email).await?;
-    user.map(|user| Json(UserView::of(user))).ok_or_else(|| ApiError::NotFound(format!("There is no user {email}.")))
+fn show(user: User) -> Response {
+    ([(header::ETAG, etag(user.version))], Json(UserView::of(user))).into_response()
+}
+
+fn unknown(email: &Email) -> ApiError {
+    ApiError::NotFound(format!("There is no user {email}."))
 }
 
 /// What may stand at the start of an address: any text that PostgreSQL can hold, in lower case as addresses are.

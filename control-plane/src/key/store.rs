@@ -350,24 +350,28 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
 pub(crate) struct User {
     pub(crate) id: Uuid,
     primary_key_id: Option<Uuid>,
+    /// Of what is set of them; none of a user who was made just now.
+    pub(crate) version: Option<i64>,
 }
 
 /// Finds or makes the user and holds their row until the transaction ends.
 pub(crate) async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<User, ApiError> {
-    let user = sqlx::query_as!(
-        User,
+    let new = Uuid::now_v7();
+    let user = sqlx::query!(
         "insert into user_preferences (id, email) values ($1, $2)
-        on conflict (email) do update set email = excluded.email returning id, primary_key_id",
-        Uuid::now_v7(),
+        on conflict (email) do update set email = excluded.email returning id, primary_key_id, version",
+        new,
         email.as_str()
     )
     .fetch_one(connection)
     .await;
-    user.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+    let user = user.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
         // The database and Rust may differ about the lower case of a letter that is new to one of them.
         Some("user_preferences_email_lower") => ApiError::invalid("email", "must be in lower case"),
         _ => error.into(),
-    })
+    })?;
+    let version = Some(user.version).filter(|_| user.id != new);
+    Ok(User { id: user.id, primary_key_id: user.primary_key_id, version })
 }
 
 struct Inserted {

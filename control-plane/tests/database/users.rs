@@ -1,10 +1,14 @@
 //! Users, over the real router and a real PostgreSQL.
 
 use crate::support::{Fixture, revision};
+use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
 const ADMIN: &[&str] = &["admin"];
+const USER: &str = "/v1/users/user@example.com";
+const CREDITS: &str = "/v1/users/user@example.com/credits";
+const CHANGED: &str = "It was changed since it was read. Read it again, then repeat the change with its new ETag.";
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
@@ -127,4 +131,123 @@ async fn pages_hold_every_user_once_by_address_and_prefix(pool: PgPool) {
         let reply = fixture.call("GET", &format!("/v1/users?{query}"), &admin, None).await;
         reply.assert_problem(400, "invalid", detail, Some(field));
     }
+}
+
+/// The user and the account of the user, as they are now and with their ETag.
+async fn tags(fixture: &Fixture, key: &Secret) -> [String; 2] {
+    let user = fixture.call("GET", USER, key, None).await;
+    let account = fixture.call("GET", CREDITS, key, None).await;
+    [user, account].map(|reply| {
+        assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
+        reply.header("etag").to_owned()
+    })
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_is_changed_only_as_the_client_has_seen_them(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    for name in ["gold", "silver"] {
+        fixture.call("PUT", &format!("/v1/plans/{name}"), &admin, Some(&json!({}))).await;
+    }
+    assert_eq!(tags(&fixture, &user).await, ["\"1\"", "\"1\""]);
+    for uri in [USER, CREDITS] {
+        let reply = fixture.call_with("GET", uri, &user, None, &[("if-none-match", "W/\"1\"")]).await;
+        assert_eq!((reply.status.as_u16(), reply.body.len(), reply.header("etag")), (304, 0, "\"1\""), "{uri}");
+        let reply = fixture.call_with("GET", uri, &user, None, &[("if-none-match", "\"2\"")]).await;
+        assert_eq!(reply.status.as_u16(), 200, "{uri}");
+    }
+    let patch = async |uri: &str, body: Value, tag: &str| {
+        fixture.call_with("PATCH", uri, &admin, Some(&body), &[("if-match", tag)]).await
+    };
+    let refill = json!({"refill": {"amount": 5, "period": "day", "time_zone": "UTC"}});
+    for (uri, body, before, after) in [
+        (USER, json!({"plan": "gold"}), "\"1\"", "\"2\""),
+        (CREDITS, json!({"metered": true}), "\"7\", \"2\"", "\"3\""),
+        (CREDITS, refill.clone(), "\"3\"", "\"4\""),
+        // Nothing to change is no change.
+        (CREDITS, refill, "*", "\"4\""),
+        (USER, json!({"plan": "gold"}), "*", "\"4\""),
+    ] {
+        let reply = patch(uri, body.clone(), before).await;
+        assert_eq!((reply.status.as_u16(), reply.header("etag")), (200, after), "{uri} {body}");
+        assert_eq!(tags(&fixture, &user).await, [after, after], "{uri} {body}");
+    }
+    for (uri, body) in [(USER, json!({"plan": "silver"})), (CREDITS, json!({"metered": false}))] {
+        for tag in ["\"3\"", "W/\"4\""] {
+            patch(uri, body.clone(), tag).await.assert_problem(412, "precondition_failed", CHANGED, None);
+        }
+        let detail = "if-match must be * or a list of entity tags such as \"7\"";
+        patch(uri, body, "4").await.assert_problem(400, "invalid", detail, None);
+    }
+    let shown = fixture.call("GET", USER, &user, None).await.json();
+    assert_eq!((&shown["plan"], &shown["metered"]), (&json!("gold"), &json!(true)));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_comes_in_and_is_used_does_not_stand_in_the_way_of_a_change(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    let top_up = async || {
+        let reply = fixture.call("POST", CREDITS, &admin, Some(&json!({"amount": 1_000}))).await;
+        assert_eq!(reply.status.as_u16(), 201);
+    };
+    // The first top-up makes the user metered, which is set from then on.
+    top_up().await;
+    assert_eq!(tags(&fixture, &user).await, ["\"2\"", "\"2\""]);
+    top_up().await;
+    sqlx::query("insert into ledger (owner_id, kind, amount, balance) select id, 'usage', -700, 0 from user_preferences where email = 'user@example.com'")
+        .execute(&pool).await.unwrap();
+    fixture.key("user@example.com", &[]).await;
+    assert_eq!(fixture.call("GET", CREDITS, &user, None).await.json()["balance"], 1_300);
+    assert_eq!(tags(&fixture, &user).await, ["\"2\"", "\"2\""]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_change_that_expects_a_user_makes_none(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    fixture.call("PUT", "/v1/plans/gold", &admin, Some(&json!({}))).await;
+    let body = json!({"plan": "gold"});
+    let patch = async |header: &'static str, tag: &str| {
+        fixture.call_with("PATCH", USER, &admin, Some(&body), &[(header, tag)]).await
+    };
+    for tag in ["*", "\"1\""] {
+        patch("if-match", tag).await.assert_problem(412, "precondition_failed", CHANGED, None);
+    }
+    let detail = "There is no user user@example.com.";
+    fixture.call("GET", USER, &admin, None).await.assert_problem(404, "not_found", detail, None);
+    let metered = json!({"metered": true});
+    let reply = fixture.call_with("PATCH", CREDITS, &admin, Some(&metered), &[("if-match", "*")]).await;
+    reply.assert_problem(404, "not_found", detail, None);
+    let made = patch("if-none-match", "*").await;
+    assert_eq!((made.status.as_u16(), made.header("etag"), &made.json()["plan"]), (200, "\"2\"", &json!("gold")));
+    let detail = "It is there already, and If-None-Match asks that it is not.";
+    patch("if-none-match", "*").await.assert_problem(412, "precondition_failed", detail, None);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn of_changes_of_a_user_at_the_same_time_that_expect_the_same_version_one_is_made(pool: PgPool) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    fixture.call("PUT", "/v1/plans/gold", &admin, Some(&json!({}))).await;
+    let one = async |uri: &str, body: Value| {
+        fixture.call_with("PATCH", uri, &admin, Some(&body), &[("if-match", "\"1\"")]).await.status.as_u16()
+    };
+    let refill = |amount: i64| json!({"refill": {"amount": amount, "period": "day"}});
+    let (a, b, c, d) = tokio::join!(
+        one(USER, json!({"plan": "gold"})),
+        one(CREDITS, json!({"metered": true})),
+        one(CREDITS, refill(1)),
+        one(CREDITS, refill(2))
+    );
+    let mut statuses = [a, b, c, d];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [200, 412, 412, 412]);
+    // A refill also makes the user metered: two things in two statements.
+    let [now, _] = tags(&fixture, &user).await;
+    assert!(["\"2\"", "\"3\""].contains(&&*now), "{now}");
 }
