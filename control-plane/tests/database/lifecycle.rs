@@ -180,25 +180,3 @@ async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: 
     assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 0, "kept": 0}));
     assert_eq!(revision(&pool).await, before, "nothing for filters to learn");
 }
-
-#[sqlx::test(migrations = "./migrations")]
-async fn the_last_key_of_an_admin_is_not_lost_by_accident(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (id, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let uri = format!("/v1/keys/{id}");
-    let detail = "This would end the last key with the scope admin that works for longer than a day, and nobody could manage \
-                  keys any more. Create another one first.";
-    let (off, soon) = (json!({"disabled": true}), json!({"expires_in_seconds": 60}));
-    for (method, uri, body) in [
-        ("DELETE", &*uri, None),
-        ("PATCH", &*uri, Some(&off)),
-        ("PATCH", &*uri, Some(&soon)),
-        ("POST", "/v1/users/admin@example.com/revoke-keys", None),
-    ] {
-        let reply = fixture.call(method, uri, &admin, body).await;
-        let problem = reply.json();
-        assert_eq!((reply.status.as_u16(), &problem["detail"]), (409, &detail.into()), "{method} {uri}");
-    }
-    fixture.key("other@example.com", &["admin"]).await;
-    assert_eq!(fixture.call("DELETE", &uri, &admin, None).await.status.as_u16(), 204);
-}

@@ -11,6 +11,7 @@ mod hostile;
 mod idempotency;
 mod import;
 mod keys;
+mod last_admin;
 mod leases;
 mod lifecycle;
 mod management;

@@ -1,0 +1,104 @@
+//! The last key that manages keys, which nothing ends by accident: each way to do so, over the real router and a real
+//! PostgreSQL.
+
+use crate::support::Fixture;
+use contract::key::Secret;
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, PgPool};
+use uuid::Uuid;
+
+const ADMIN: &[&str] = &["admin"];
+
+const DETAIL: &str = "This would end the last key with the scope admin that works for longer than a day, and nobody could manage \
+                      keys any more. Create another one first.";
+
+/// Asks for what would end the only admin key, which is refused and changes nothing; then again beside another one.
+async fn refused_for_the_last(fixture: &Fixture, method: &str, uri: &str, body: Option<&Value>, admin: &Secret) {
+    let shown = fixture.call("GET", "/v1/keys", admin, None).await.json();
+    fixture.call(method, uri, admin, body).await.assert_problem(409, "conflict", DETAIL, None);
+    assert_eq!(fixture.call("GET", "/v1/keys", admin, None).await.json(), shown);
+    fixture.key("other@example.com", ADMIN).await;
+    let status = fixture.call(method, uri, admin, body).await.status;
+    assert!(status.is_success(), "{method} {uri} beside another one: {status}");
+}
+
+async fn with_one_admin(pool: PgPool) -> (Fixture, Uuid, Secret, String) {
+    let fixture = Fixture::new(pool).await;
+    let (id, admin) = fixture.key("admin@example.com", ADMIN).await;
+    // Neither of them manages keys.
+    fixture.key("admin@example.com", &["sync"]).await;
+    fixture.key("user@example.com", &["admin:not"]).await;
+    (fixture, id, admin, format!("/v1/keys/{id}"))
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_is_not_revoked(pool: PgPool) {
+    let (fixture, _, admin, uri) = with_one_admin(pool).await;
+    refused_for_the_last(&fixture, "DELETE", &uri, None, &admin).await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_is_not_switched_off(pool: PgPool) {
+    let (fixture, _, admin, uri) = with_one_admin(pool).await;
+    refused_for_the_last(&fixture, "PATCH", &uri, Some(&json!({"disabled": true})), &admin).await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_is_not_made_to_end_within_a_day(pool: PgPool) {
+    let (fixture, _, admin, uri) = with_one_admin(pool).await;
+    // Later ends leave time to make another.
+    let later = json!({"expires_in_seconds": 2 * 86_400});
+    assert_eq!(fixture.call("PATCH", &uri, &admin, Some(&later)).await.status.as_u16(), 200);
+    refused_for_the_last(&fixture, "PATCH", &uri, Some(&json!({"expires_in_seconds": 86_000})), &admin).await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_is_not_revoked_with_all_of_its_user(pool: PgPool) {
+    let (fixture, _, admin, _) = with_one_admin(pool).await;
+    refused_for_the_last(&fixture, "POST", "/v1/users/admin@example.com/revoke-keys", None, &admin).await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_is_not_lost_as_the_primary_key_of_its_user(pool: PgPool) {
+    let (fixture, id, admin, _) = with_one_admin(pool.clone()).await;
+    let primary = "update user_preferences set primary_key_id = $1 where email = 'admin@example.com'";
+    sqlx::query(primary).bind(id).execute(&pool).await.unwrap();
+    let new = json!({"email": "admin@example.com", "key_name": "a new one"});
+    let reply = fixture.call("POST", "/api/user/key", &admin, Some(&new)).await;
+    reply.assert_problem(409, "conflict", DETAIL, None);
+    refused_for_the_last(&fixture, "DELETE", "/api/user/key/admin@example.com", None, &admin).await;
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_does_not_lose_its_scope(pool: PgPool) {
+    let (fixture, id, admin, uri) = with_one_admin(pool.clone()).await;
+    // No call of the REST API changes scopes.
+    let reply = fixture.call("PATCH", &uri, &admin, Some(&json!({"scopes": []}))).await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (400, &json!("invalid")));
+    // By hand it is refused, unless it is said to be meant.
+    let by_hand = async |before: &str| {
+        let sql = format!("begin; {before} update api_keys set scopes = '{{orders:read}}' where id = '{id}'; commit");
+        let mut connection = pool.acquire().await.unwrap();
+        let done = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await;
+        // Whatever is left of the transaction ends with the connection.
+        connection.close().await.unwrap();
+        done.map(|_| ()).map_err(|error| error.as_database_error().and_then(|e| e.constraint()).unwrap().to_owned())
+    };
+    assert_eq!(by_hand("").await, Err("api_keys_last_admin".into()));
+    assert_eq!(fixture.call("GET", &uri, &admin, None).await.json()["scopes"], json!(["admin"]));
+    assert_eq!(by_hand("set local portcullis.force = 'on';").await, Ok(()));
+    assert_eq!(fixture.call("GET", "/v1/users", &admin, None).await.status.as_u16(), 403);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn two_admins_who_revoke_each_other_at_once_do_not_both_succeed(pool: PgPool) {
+    let (fixture, one, first, _) = with_one_admin(pool).await;
+    let (other, second) = fixture.key("other@example.com", ADMIN).await;
+    let end = async |caller: &Secret, id: Uuid| {
+        fixture.call("DELETE", &format!("/v1/keys/{id}"), caller, None).await.status.as_u16()
+    };
+    let (a, b) = tokio::join!(end(&first, other), end(&second, one));
+    assert_eq!([a, b].iter().filter(|status| **status == 204).count(), 1, "{a} {b}");
+    let alive = async |key: &Secret| fixture.call("GET", "/v1/users", key, None).await.status.as_u16() == 200;
+    assert_ne!(alive(&first).await, alive(&second).await);
+}
