@@ -112,7 +112,7 @@ fn management() -> OpenApiRouter<App> {
 /// The OpenAPI document, made from the handlers.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    management().to_openapi()
+    refusals::told_of_slow_bodies(management().to_openapi())
 }
 
 /// The whole service. `metrics` are shown under `/metrics` if they are collected.
@@ -123,6 +123,7 @@ pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
 /// The whole service, with bodies that have to be there before `patience` is over.
 pub fn patient_router(app: App, metrics: Option<PrometheusHandle>, patience: Duration) -> Router {
     let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
+    let openapi = refusals::told_of_slow_bodies(openapi);
     let shown = app.clone();
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))

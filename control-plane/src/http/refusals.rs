@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use utoipa::IntoResponses;
-use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
+use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder};
 
 /// Of every route that reads.
 pub(super) struct Reading;
@@ -29,6 +30,25 @@ impl IntoResponses for Writing {
         all.extend(problems(&[("413", "Body too large"), ("415", "Body not JSON")]));
         all
     }
+}
+
+/// Adds to every route that takes a body what the server itself answers, whichever route it is: see
+/// [`super::patience::limit`]. A route that says more about it is left as it is.
+pub(super) fn told_of_slow_bodies(mut openapi: OpenApi) -> OpenApi {
+    let late = problems(&[("408", "The body did not come in time")]);
+    for operation in openapi.paths.paths.values_mut().flat_map(operations) {
+        if operation.request_body.is_some() {
+            for (status, response) in &late {
+                operation.responses.responses.entry(status.clone()).or_insert_with(|| response.clone());
+            }
+        }
+    }
+    openapi
+}
+
+fn operations(path: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    let PathItem { get, put, post, delete, patch, .. } = path;
+    [get, put, post, delete, patch].into_iter().filter_map(Option::as_mut)
 }
 
 fn problems(known: &[(&str, &str)]) -> BTreeMap<String, RefOr<Response>> {

@@ -250,6 +250,23 @@ fn every_route_of_the_document_has_a_row_and_every_row_a_route() {
 }
 
 #[test]
+fn every_route_that_takes_a_body_says_what_becomes_of_a_slow_one() {
+    let document = serde_json::to_value(http::openapi()).unwrap();
+    let mut with_body = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let late = &operation["responses"]["408"]["content"]["application/problem+json"]["schema"]["$ref"];
+            let takes_a_body = operation.get("requestBody").is_some();
+            assert_eq!(late == "#/components/schemas/Problem", takes_a_body, "{method} {path}");
+            with_body += usize::from(takes_a_body);
+        }
+    }
+    assert!(with_body > 5);
+    let import = &document["paths"]["/v1/keys/import"]["post"]["responses"]["408"]["description"];
+    assert_eq!(import, "The body did not come in time; what was written until then stays");
+}
+
+#[test]
 fn every_route_that_wants_a_key_says_so_in_the_document() {
     let document = serde_json::to_value(http::openapi()).unwrap();
     for (method, route, _, _, row) in TABLE {

@@ -92,18 +92,20 @@ impl From<Imported> for ImportReply {
 }
 
 /// Import keys of another system, one JSON object a line, at most 100,000 lines of 16 KiB. Good lines are kept whatever the
-/// others are, a thousand at a time; to send them again does no harm, since they are duplicates then.
+/// others are, a thousand at a time. If the import ends early (400, 408, 503), those of its lines that were written until then
+/// stay; to send all of them again does no harm, since they are duplicates then.
 ///
 /// # Errors
-/// 400, 401, 403, 415, 429, 503.
+/// 400, 401, 403, 408, 415, 429, 503.
 #[utoipa::path(
     post, path = "/v1/keys/import", tag = "keys", security(("api_key" = [])),
     request_body(content = ImportLine, content_type = "application/x-ndjson"),
     responses(
         (status = 200, description = "What became of the lines", body = ImportReply),
-        (status = 400, description = "The body broke off", body = Problem, content_type = "application/problem+json"),
+        (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 401, description = "No good key presented", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Not an admin's key", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not come in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not NDJSON", body = Problem, content_type = "application/problem+json"),
         (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away; what was written until then stays", body = Problem, content_type = "application/problem+json"),
