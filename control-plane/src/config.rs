@@ -77,7 +77,9 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// How long a client may take to shake hands, to send the head of a request, and each MiB of its body, in seconds
+    /// How long a client may take to shake hands, to send the head of its first request, and each MiB of a body, in seconds. Over
+    /// HTTP/1.1 also the head of each further request; over HTTP/2 a client is asked every 20 seconds whether it is still
+    /// there instead
     #[arg(long, env = "PORTCULLIS_READ_TIMEOUT_SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=300))]
     pub read_timeout_seconds: u64,
 

@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -38,7 +39,7 @@ const HEADER_LIST_BYTES: u32 = 16 * 1_024;
 /// How often a peer over HTTP/2 is asked whether it is still there, and how long it may take to say so.
 const ALIVE: Duration = Duration::from_secs(20);
 
-/// How long to wait when the operating system gives no connection.
+/// How long to wait when the operating system has no connection for us.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// How connections are taken.
@@ -46,7 +47,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub struct Manners {
     /// Within it, if there are certificates.
     pub tls: Option<Arc<Tls>>,
-    /// How long a client may take to shake hands, to send its first request, and the head of each.
+    /// How long a client may take to shake hands, to send its first request and, over HTTP/1.1, the head of each further one.
+    /// Over HTTP/2 it may take its time over those, as long as it says that it is alive.
     pub patience: Duration,
 }
 
@@ -66,6 +68,7 @@ pub async fn serve(listener: TcpListener, router: Router, manners: Manners, ende
                 Ok((stream, peer)) => {
                     connections.spawn(connection(stream, peer, router.clone(), manners.clone(), stopping.clone()));
                 }
+                Err(error) if broke(&error) => debug!(%error, "a connection broke before it was taken"),
                 Err(error) => {
                     warn!(%error, "a connection could not be taken");
                     tokio::time::sleep(PAUSE).await;
@@ -76,6 +79,13 @@ pub async fn serve(listener: TcpListener, router: Router, manners: Manners, ende
     drop(listener);
     let _ = stop.send(true);
     while connections.join_next().await.is_some() {}
+}
+
+/// Whether it is the other end that gave up: then the next connection can be taken at once. Otherwise we lack something, such
+/// as file descriptors, and to ask again at once would be to ask without end.
+fn broke(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
 async fn connection(
@@ -142,4 +152,24 @@ where
 /// Returns when the process is told to end.
 async fn told(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stopping| *stopping).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_broke_keeps_no_other_waiting() {
+        for (kind, expected) in [
+            (io::ErrorKind::ConnectionAborted, true),
+            (io::ErrorKind::ConnectionReset, true),
+            (io::ErrorKind::ConnectionRefused, true),
+            (io::ErrorKind::OutOfMemory, false),
+            (io::ErrorKind::Other, false),
+        ] {
+            assert_eq!(broke(&kind.into()), expected, "{kind}");
+        }
+        // Too many open files.
+        assert!(!broke(&io::Error::from_raw_os_error(24)));
+    }
 }
