@@ -37,6 +37,7 @@ pub mod key;
 pub mod network;
 pub mod outcome;
 pub mod page;
+pub mod pepper;
 pub mod policy;
 pub mod rate;
 pub mod record;

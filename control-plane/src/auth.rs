@@ -13,6 +13,7 @@ use contract::hash::KeyHash;
 use contract::key::PRESENTED_BYTES;
 use contract::network::Network;
 use contract::outcome::Outcome;
+use contract::pepper::hashes;
 use contract::policy::{Policy, ScopeNeed};
 use contract::record::Record;
 use governor::clock::{Clock, DefaultClock};
@@ -26,7 +27,7 @@ use crate::connection::Peer;
 use crate::error::ApiError;
 use crate::key::domain::{ADMIN, Email, SYNC, Scopes, StoredLimit};
 use crate::key::permissions::{Permissions, Plan, within};
-use crate::key::store::{self, LIVE_KEYS, NewKey, Own};
+use crate::key::store::{self, Found, LIVE_KEYS, NewKey, Own};
 use crate::telemetry::REQUEST_ID;
 
 /// The header that carries the caller's key. Of several, the first counts, as with Envoy.
@@ -300,11 +301,7 @@ impl FromRequestParts<App> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let presenting = Presenting::of(app, parts)?;
-        let found = match &presenting.hash {
-            Some(hash) => store::find_by_hash(&app.pool, hash).await?,
-            None => None,
-        };
-        let (record, beside) = found.map(|found| (found.record, (found.email, found.own))).unzip();
+        let (record, beside) = presenting.stored().await?.map(|found| (found.record, (found.email, found.own))).unzip();
         let record = presenting.admit(record, Policy::PLAIN)?;
         let key_id = record.key_id.into();
         app.callers.count(Limited::Key(key_id))?;
@@ -336,10 +333,9 @@ impl FromRequestParts<App> for SyncCaller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let presenting = Presenting::of(app, parts)?;
-        let record = match (&presenting.mirrored, &presenting.hash) {
-            (Some(record), _) => Some(record.clone()),
-            (None, Some(hash)) => store::find_by_hash(&app.pool, hash).await?.map(|found| found.record),
-            (None, None) => None,
+        let record = match &presenting.mirrored {
+            Some(record) => Some(record.clone()),
+            None => presenting.stored().await?.map(|found| found.record),
         };
         Ok(Self(presenting.admit(record, &SYNC_POLICY)?.key_id.into()))
     }
@@ -350,8 +346,8 @@ struct Presenting<'a> {
     app: &'a App,
     bytes: &'a [u8],
     address: IpAddr,
-    /// None if what is presented cannot be a key.
-    hash: Option<KeyHash>,
+    /// Under which it may be stored; none if what is presented cannot be a key.
+    hashes: Vec<KeyHash>,
     /// What the mirror knows of the key.
     mirrored: Option<Record>,
 }
@@ -364,13 +360,24 @@ impl<'a> Presenting<'a> {
             return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
         }
         let bytes = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
-        let hash = (1..=PRESENTED_BYTES).contains(&bytes.len()).then(|| KeyHash::of(bytes));
-        let mirrored = hash.as_ref().and_then(|hash| app.store.find(hash));
+        let plain = (1..=PRESENTED_BYTES).contains(&bytes.len()).then(|| KeyHash::of(bytes));
+        let hashes: Vec<KeyHash> = plain.into_iter().flat_map(|plain| hashes(plain, app.pepper.as_ref())).collect();
+        let mirrored = hashes.iter().find_map(|hash| app.store.find(hash));
         let address = peer(parts);
         if mirrored.is_none() {
             app.callers.count(Limited::Address(network_of(address)))?;
         }
-        Ok(Self { app, bytes, address, hash, mirrored })
+        Ok(Self { app, bytes, address, hashes, mirrored })
+    }
+
+    /// What the database knows of the key.
+    async fn stored(&self) -> Result<Option<Found>, ApiError> {
+        for hash in &self.hashes {
+            if let Some(found) = store::find_by_hash(&self.app.pool, hash).await? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     /// Decides as the filter does. A refusal counts against the address, once.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
+use contract::pepper::Pepper;
 
 /// The control plane of Portcullis: API keys for Envoy.
 #[derive(Debug, Parser)]
@@ -219,6 +220,9 @@ pub const ADMIN_KEY: &str = "PORTCULLIS_ADMIN_KEY";
 /// The environment variable with the key of the filters.
 pub const SYNC_KEY: &str = "PORTCULLIS_SYNC_KEY";
 
+/// Holds the pepper of imported keys.
+pub const PEPPER: &str = "PORTCULLIS_PEPPER";
+
 /// A key that is given in the environment, to be stored (as its hash) if it is not there yet.
 ///
 /// # Errors
@@ -232,6 +236,19 @@ pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
             Err(error) => Err(format!("{variable}: {error}; `control-plane admin generate-key` makes one")),
         },
         Err(std::env::VarError::NotUnicode(_)) => Err(format!("{variable}: the key is not text")),
+    }
+}
+
+/// The pepper of imported keys that the environment gives.
+///
+/// # Errors
+/// One line, if it is none. The line has nothing of it.
+pub fn given_pepper() -> Result<Option<Pepper>, String> {
+    match std::env::var(PEPPER) {
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Ok(text) if text.is_empty() => Ok(None),
+        Ok(text) => Pepper::parse(&text).map(Some).map_err(|error| format!("{PEPPER}: {error}")),
+        Err(std::env::VarError::NotUnicode(_)) => Err(format!("{PEPPER}: the pepper is not text")),
     }
 }
 

@@ -45,6 +45,8 @@ pub struct App {
     pub pool: sqlx::PgPool,
     /// Keys on their way to the filters.
     pub store: sync::Store,
+    /// What imported keys are stored under, beside the plain hash.
+    pub pepper: Option<contract::pepper::Pepper>,
     /// What brings them there, for polls that cannot wait for it.
     pub feed: sync::feed::Feed,
     /// The way in for usage.

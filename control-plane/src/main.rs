@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use contract::key::KeyKind;
 use control_plane::audit::Actor;
-use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage};
+use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage, given_pepper};
 use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
 use control_plane::key::import::Import;
 use control_plane::key::store::{self as keys, NewKey};
@@ -74,7 +74,7 @@ async fn run(command: Command) -> Result<(), Failure> {
             print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
         }
         Command::Keys(Keys::Import { database, file }) => {
-            let import = Import::new(connect(&database).await?, Actor::system());
+            let import = Import::new(connect(&database).await?, Actor::system(), given_pepper()?);
             if file == Path::new("-") {
                 import_keys(import, std::io::stdin()).await
             } else {

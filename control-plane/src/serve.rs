@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::auth::Callers;
-use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key};
+use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key, given_pepper};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::revoke::withdraw;
@@ -66,6 +66,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let metrics = telemetry::start_metrics()?;
     let admin_key = given_key(ADMIN_KEY)?;
     let sync_key = given_key(SYNC_KEY)?;
+    let pepper = given_pepper()?;
     let policies = settings.policies.as_deref().map(Configured::read).transpose()?.unwrap_or_default();
     let options = options(&settings.database.database_url)?;
     let pool = open(&options, settings.database_connections);
@@ -83,6 +84,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let app = App {
         pool: pool.clone(),
         store,
+        pepper,
         feed: feed.clone(),
         usage,
         filters: Registry::new(),

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use contract::pepper::Pepper;
 use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
 use serde::Deserialize;
@@ -32,6 +33,10 @@ pub struct Config {
     pub authority: String,
     /// The environment variable of the VM that holds the key with the scope `sync`.
     pub sync_key_variable: String,
+    /// The environment variable of the VM that holds the pepper of imported keys, if the configuration names one.
+    pub pepper_variable: Option<String>,
+    /// That pepper, which is not part of the configuration's text.
+    pub pepper: Option<Pepper>,
     /// Tells stores apart that are fed through the same cluster.
     pub store: String,
     /// Where the key may stand, in the order in which one looks for it. At least one place.
@@ -93,6 +98,7 @@ struct Raw {
     control_plane: RawControlPlane,
     #[serde(default = "default_store")]
     store: String,
+    pepper_variable: Option<String>,
     key_header: Option<String>,
     key_sources: Option<Vec<Source>>,
     #[serde(default = "yes")]
@@ -195,6 +201,8 @@ impl Config {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
             authority: filled("control_plane.authority", raw.control_plane.authority)?,
             sync_key_variable: filled("control_plane.sync_key_variable", raw.control_plane.sync_key_variable)?,
+            pepper_variable: raw.pepper_variable.map(|name| filled("pepper_variable", name)).transpose()?,
+            pepper: None,
             store: filled("store", raw.store)?,
             key_sources,
             strip_key: raw.strip_key,
@@ -280,6 +288,8 @@ mod tests {
                 cluster: "cp".into(),
                 authority: "portcullis".into(),
                 sync_key_variable: "PORTCULLIS_SYNC_KEY".into(),
+                pepper_variable: None,
+                pepper: None,
                 store: "default".into(),
                 key_sources: vec![Source::Header("x-api-key".into())],
                 strip_key: true,

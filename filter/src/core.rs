@@ -107,6 +107,7 @@ impl Core {
             config,
             state: self.state.get(),
             recent: &self.recent,
+            pepper: config.pepper.as_ref(),
             number,
             address: host::client_address,
             now_ns,

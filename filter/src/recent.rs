@@ -15,6 +15,7 @@ use std::rc::Rc;
 
 use contract::definition::Definitions;
 use contract::hash::KeyHash;
+use contract::pepper::{Pepper, hashes};
 use contract::record::Record;
 
 use crate::cells::{Cells, Names};
@@ -88,27 +89,29 @@ struct Entry {
 }
 
 impl Recent {
-    /// Looks a key up. `number` is that of [`Writes`], read before this; without one, nothing is remembered.
+    /// Looks a key up by its SHA-256, and by what an imported key is stored under where there is a pepper. `number` is that
+    /// of [`Writes`], read before this; without one, nothing is remembered.
     pub fn find(
         &self,
         cells: &impl Cells,
         names: &Names,
         number: Option<NonZeroU64>,
         hash: &KeyHash,
+        pepper: Option<&Pepper>,
     ) -> Option<Rc<Known>> {
-        let Some(number) = number else { return self.read(cells, names, hash) };
+        let Some(number) = number else { return self.read(cells, names, hash, pepper) };
         if let Some(known) = self.remembered(number, hash) {
             return Some(known);
         }
-        let known = self.read(cells, names, hash)?;
+        let known = self.read(cells, names, hash, pepper)?;
         if known.scopes.as_ref().is_none_or(|scopes| scopes.len() <= SCOPES_BYTES) {
             self.remember(Entry { hash: *hash, number, known: Rc::clone(&known) });
         }
         Some(known)
     }
 
-    fn read(&self, cells: &impl Cells, names: &Names, hash: &KeyHash) -> Option<Rc<Known>> {
-        let record = store::find(cells, names, hash)?;
+    fn read(&self, cells: &impl Cells, names: &Names, hash: &KeyHash, pepper: Option<&Pepper>) -> Option<Rc<Known>> {
+        let record = hashes(*hash, pepper).find_map(|hash| store::find(cells, names, &hash))?;
         let definitions = self.definitions.for_record(cells, names, &record);
         // Entries do not count any longer, but would keep older definitions, and might be many.
         if !definitions.0.is_empty() && !Rc::ptr_eq(&definitions, &self.held.borrow()) {

@@ -6,6 +6,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use contract::pepper::Pepper;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
@@ -17,6 +18,9 @@ use crate::request::Request;
 
 /// How often counts are published, the lease renewed and pauses looked after, in milliseconds.
 pub(crate) const TICK_MS: u64 = 250;
+
+/// Where the pepper is, unless the configuration says otherwise.
+const PEPPER_VARIABLE: &str = "PORTCULLIS_PEPPER";
 
 #[derive(Default)]
 pub(crate) struct Root {
@@ -31,7 +35,8 @@ struct Configured {
 
 impl Root {
     fn configure() -> Result<Configured, String> {
-        let config = Config::parse(&host::plugin_configuration()).map_err(|error| error.to_string())?;
+        let mut config = Config::parse(&host::plugin_configuration()).map_err(|error| error.to_string())?;
+        config.pepper = pepper(config.pepper_variable.as_deref())?;
         let variable = &config.sync_key_variable;
         let sync_key = host::environment(variable).filter(|key| !key.is_empty()).ok_or_else(|| {
             format!(
@@ -55,6 +60,21 @@ impl Root {
         // Envoy refuses the configuration and its log names proxy_get_metric, than with the first request.
         let _ = core.metrics.store_writes.number();
         Ok(Configured { config: Rc::new(config), sync_key, core })
+    }
+}
+
+/// The pepper of imported keys: there may be none, unless the configuration says in which variable it is.
+fn pepper(named: Option<&str>) -> Result<Option<Pepper>, String> {
+    let variable = named.unwrap_or(PEPPER_VARIABLE);
+    match host::environment(variable).filter(|text| !text.is_empty()) {
+        Some(text) => {
+            Pepper::parse(&text).map(Some).map_err(|error| format!("the environment variable {variable}: {error}"))
+        }
+        None if named.is_some() => Err(format!(
+            "pepper_variable: the environment variable {variable} is not set: start Envoy with the control plane's pepper in it \
+             and name it in vm_config.environment_variables.host_env_keys"
+        )),
+        None => Ok(None),
     }
 }
 

@@ -49,6 +49,7 @@ pub struct Builder {
     envoy_log_level: String,
     control_plane_log_level: String,
     own_postgres: bool,
+    environment: Vec<(String, String)>,
     arguments: Vec<String>,
 }
 
@@ -65,6 +66,7 @@ impl Stack {
             envoy_log_level: "warning,wasm:info".into(),
             control_plane_log_level: "info".into(),
             own_postgres: false,
+            environment: Vec::new(),
             // Tests ask more of the REST API than people do.
             arguments: ["--api-rate-limit", "10000", "--api-burst", "20000"].map(Into::into).into(),
         }
@@ -235,6 +237,13 @@ impl Builder {
         self
     }
 
+    /// A variable of the environment of the control plane and of every Envoy.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// Further arguments of `control-plane serve`.
     #[must_use]
     pub fn control_plane_arguments(mut self, arguments: &[&str]) -> Self {
@@ -274,7 +283,7 @@ impl Builder {
             sync_key: sync_key.clone(),
             arguments: self.arguments,
             log_level: self.control_plane_log_level,
-            environment: Vec::new(),
+            environment: self.environment.clone(),
         };
         let log = Log::create(&directory.path().join("control-plane.log"))?;
         let control_plane = ControlPlane::start(settings, directory.path(), log).await?;
@@ -294,7 +303,7 @@ impl Builder {
                 workers: self.workers,
                 log_level: self.envoy_log_level.clone(),
                 sync_key: sync_key.clone(),
-                environment: Vec::new(),
+                environment: self.environment.clone(),
                 listener_file: false,
             };
             envoys.push(Envoy::start(settings, &home, log, &silently).await?);

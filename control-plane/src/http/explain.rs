@@ -12,6 +12,7 @@ use contract::decision::{Check, Facts, Presented, decide};
 use contract::hash::KeyHash;
 use contract::key::{PRESENTED_BYTES, Secret, check};
 use contract::outcome::Outcome;
+use contract::pepper::hashes;
 use contract::policy::{Policy, PolicyText};
 use contract::record::{RateLimit, Record};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -227,12 +228,12 @@ fn presents_nothing(body: &ExplainBody) -> bool {
 
 /// The record of the key, if Envoys know it and the caller may know of it, and the check of that.
 async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(Option<Record>, CheckView), ApiError> {
-    let (hash, form) = match (&body.key, body.key_id) {
+    let (stored, form) = match (&body.key, body.key_id) {
         (Some(_), Some(_)) => return Err(ApiError::invalid("key_id", "give either key or key_id, not both")),
         (None, Some(id)) => {
             let key = hash_of(&app.pool, id).await?.filter(|key| caller.manages(key.owner_id));
             let key = key.ok_or_else(|| ApiError::NotFound(format!("There is no key {id}.")))?;
-            (Some(key.hash), "named by its id".to_owned())
+            (vec![key.hash], "named by its id".to_owned())
         }
         (Some(key), None) if !key.reveal().is_empty() => {
             let bytes = key.reveal().as_bytes();
@@ -240,7 +241,8 @@ async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(O
                 Ok(_) => "well-formed".to_owned(),
                 Err(error) => format!("not of the form of keys that are made here: {error}"),
             };
-            ((bytes.len() <= PRESENTED_BYTES).then(|| KeyHash::of(bytes)), form)
+            let plain = (bytes.len() <= PRESENTED_BYTES).then(|| KeyHash::of(bytes));
+            (plain.into_iter().flat_map(|plain| hashes(plain, app.pepper.as_ref())).collect(), form)
         }
         (_, None) => {
             let saw = "the request presents no key".to_owned();
@@ -248,7 +250,8 @@ async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(O
         }
     };
     // A key of somebody else is explained like one that does not exist.
-    let record = hash.and_then(|hash| app.store.find(&hash)).filter(|record| caller.manages(record.owner_id.into()));
+    let record =
+        stored.iter().find_map(|hash| app.store.find(hash)).filter(|record| caller.manages(record.owner_id.into()));
     let view = match &record {
         Some(record) => {
             let saw = format!("the key {}, its secret number {}; {form}", record.key_id, record.generation);

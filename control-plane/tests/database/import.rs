@@ -6,6 +6,9 @@ use crate::support::{Fixture, Reply, request, revision};
 use axum::body::{Body, Bytes};
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
+use contract::pepper::Pepper;
+use control_plane::audit::Actor;
+use control_plane::key::import::{Code, Import};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -211,4 +214,28 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
     println!("import: a revocation took {waited:.1?} beside an import that had {imported} lines to go on with");
     assert!((3_000..100_000).contains(&imported), "{imported}: the import was under way all the while");
     assert_eq!(status(&fixture, &other).await, "revoked");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn with_a_pepper_a_key_that_was_imported_without_one_is_still_the_same_key(pool: PgPool) {
+    let pepper = Pepper::parse(&"5e".repeat(32)).unwrap();
+    let import = async |numbers: std::ops::Range<usize>, pepper: Option<&Pepper>| {
+        let mut import = Import::new(pool.clone(), Actor::system(), pepper.cloned());
+        let lines: Vec<String> = numbers.map(line).collect();
+        assert!(import.take(lines.join("\n").as_bytes()).await.unwrap());
+        import.finish().await.unwrap()
+    };
+    assert_eq!(import(0..2, None).await.imported, 2);
+    let told = import(0..4, Some(&pepper)).await;
+    assert_eq!((told.imported, told.failed), (2, 2));
+    assert_eq!(
+        told.errors.iter().map(|bad| (bad.line, bad.code)).collect::<Vec<_>>(),
+        [1, 2].map(|line| (line, Code::Duplicate))
+    );
+    assert_eq!(import(2..4, Some(&pepper)).await.failed, 2);
+    let stored: Vec<Vec<u8>> =
+        sqlx::query_scalar("select hash from api_keys order by name").fetch_all(&pool).await.unwrap();
+    let plain = |number| key(number).hash();
+    let expected = [plain(0), plain(1), pepper.hash(&plain(2)), pepper.hash(&plain(3))].map(|hash| hash.0.to_vec());
+    assert_eq!(stored, expected);
 }

@@ -31,11 +31,15 @@ struct Bench {
 
 impl Bench {
     fn new(plugin: Value, keys: &[(&str, Record)]) -> Self {
+        Self::stored(plugin, keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record)).collect())
+    }
+
+    /// With records under hashes that are not those of keys.
+    fn stored(plugin: Value, mut keys: Vec<(KeyHash, &Record)>) -> Self {
         let mut plugin = plugin;
         plugin["control_plane"] = json!({"cluster": "cp"});
         let (cells, names) = (MemoryCells::default(), Names::of("cp", "default"));
         assert!(hold(&cells, &names, ME, 0));
-        let mut keys: Vec<_> = keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record)).collect();
         keys.sort_by_key(|(hash, _)| *hash);
         let mut writer = PageWriter::new();
         for (hash, record) in keys {
@@ -66,6 +70,7 @@ impl Bench {
             config: &self.config,
             state: self.state,
             recent: &self.recent,
+            pepper: self.config.pepper.as_ref(),
             number: None,
             address: || {
                 self.asked.set(self.asked.get() + 1);
@@ -165,6 +170,20 @@ fn requests_without_a_key_are_limited_by_address_where_the_policy_says_so() {
     let asked = bench.asked.get();
     assert_eq!(bench.outcomes(9, Some("stranger"), Some("wide")), [anonymous; 9]);
     assert_eq!(bench.asked.get(), asked);
+}
+
+#[test]
+fn an_imported_key_is_found_under_its_peppered_hash_and_only_with_the_pepper() {
+    let pepper = |digit: &str| Some(Pepper::parse(&digit.repeat(64)).unwrap());
+    let stored = pepper("1").unwrap().hash(&KeyHash::of(b"legacy"));
+    let mut bench = Bench::stored(json!({}), vec![(KeyHash::of(b"k"), &record()), (stored, &record())]);
+    for (pepper, outcome) in
+        [(None, Outcome::Unknown), (pepper("2"), Outcome::Unknown), (pepper("1"), Outcome::Allowed)]
+    {
+        bench.config.pepper = pepper;
+        assert_eq!(bench.ask(Some("legacy"), None).outcome, outcome);
+        assert_eq!(bench.ask(Some("k"), None).outcome, Outcome::Allowed);
+    }
 }
 
 #[test]

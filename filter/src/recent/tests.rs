@@ -46,12 +46,12 @@ impl Store {
     }
 
     fn find(&self, recent: &Recent, hash: &KeyHash) -> Option<Rc<Known>> {
-        recent.find(&self.cells, &self.names, self.writes.number(), hash)
+        recent.find(&self.cells, &self.names, self.writes.number(), hash, None)
     }
 
     /// What a VM finds that remembers nothing.
     fn truth(&self, hash: &KeyHash) -> Option<Rc<Known>> {
-        Recent::default().find(&self.cells, &self.names, None, hash)
+        Recent::default().find(&self.cells, &self.names, None, hash, None)
     }
 
     fn reads(&self, act: impl FnOnce()) -> u32 {
@@ -150,14 +150,14 @@ fn what_was_read_while_the_leader_wrote_does_not_outlive_the_change() {
     store.publish(&put(1, Flags(0)));
     // A worker has read the number and is held up; or it reads the bucket just before it is written.
     let early = store.writes.number();
-    let before = recent.find(&store.cells, &store.names, early, &hash(1)).unwrap();
+    let before = recent.find(&store.cells, &store.names, early, &hash(1), None).unwrap();
     apply(&store.cells, &store.names, ME, &Page::read(&put(1, Flags::REVOKED)).unwrap()).unwrap();
     // Written, not yet said to be done: old or new, both are true.
     assert_eq!(store.find(&recent, &hash(1)), Some(before));
     store.writes.raise();
     assert_eq!(store.find(&recent, &hash(1)).unwrap().record.flags, Flags::REVOKED);
     // The one that was held up remembers under the old number, which counts for nobody.
-    assert_eq!(recent.find(&store.cells, &store.names, early, &hash(1)).unwrap().record.flags, Flags::REVOKED);
+    assert_eq!(recent.find(&store.cells, &store.names, early, &hash(1), None).unwrap().record.flags, Flags::REVOKED);
     assert_eq!(store.find(&recent, &hash(1)).unwrap().record.flags, Flags::REVOKED);
 }
 

@@ -44,6 +44,7 @@ async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
         (json!({"key_header": ":path"}), "key_header: \":path\" is not a header name"),
         (json!({"identity_headers": {"consumer": "x-api-key"}}), "x-api-key is used twice"),
         (json!({"key_header": "x-key", "key_sources": [{"bearer": true}]}), "key_header is given too"),
+        (json!({"pepper_variable": "NONE"}), "pepper_variable: the environment variable NONE is not set"),
         (json!({"policies": {"search": {"scopes": {"all": []}}}}), "policies.search.scopes: name at least one scope"),
     ];
     for (plugin, expected) in mistakes {

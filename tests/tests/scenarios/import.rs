@@ -2,9 +2,17 @@
 
 use anyhow::Result;
 use contract::hash::KeyHash;
+use contract::key::Secret;
 use contract::outcome::Outcome;
+use hyper::Method;
+use portcullis_tests::envoy::Envoy;
+use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::expect::{assert_refused, assert_upstream};
-use portcullis_tests::stack::Stack;
+use portcullis_tests::http::{get_request, send};
+use portcullis_tests::log::Log;
+use portcullis_tests::rest::Rest;
+use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::tools::silently;
 use serde_json::json;
 
 const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
@@ -31,5 +39,43 @@ async fn imported_keys_open_whether_they_came_in_the_clear_or_as_hashes() -> Res
         assert_upstream(&stack.get(Some(key)).await?, &IDENTITY);
     }
     assert_refused(&stack.get(Some(off)).await?, Outcome::Disabled, &[]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn with_a_pepper_the_database_has_no_hash_of_an_imported_key_that_could_be_guessed() -> Result<()> {
+    let pepper = "5e".repeat(32);
+    let stack = Stack::builder().variable("PORTCULLIS_PEPPER", &pepper).start().await?;
+    let (plain, hashed) = ("key-of-the-old-gateway-1", "key of the old gateway 2");
+    let told = |key: &str| format!("sha256:{}", KeyHash::of(key.as_bytes()));
+    let lines = [
+        json!({"email": "ada@example.com", "name": "plain", "key": plain}),
+        json!({"email": "bob@example.com", "name": "hashed", "hash": told(hashed)}),
+    ];
+    let lines = lines.map(|line| line.to_string()).join("\n");
+    assert_eq!(stack.rest().import(lines.clone()).await?["imported"], 2);
+    for key in [plain, hashed] {
+        stack.wait_for_status(Some(key), 200).await?;
+        assert_upstream(&stack.get(Some(key)).await?, &IDENTITY);
+        let guessed = format!("select count(*)::text from api_keys where hash = sha256('{key}'::bytea)");
+        assert_eq!(stack.database.text(&guessed).await?, "0");
+    }
+    // Keys that are made here need no pepper, and imported ones manage what is their owner's and are explained.
+    stack.working_key("ada@example.com").await?;
+    let legacy = Rest { address: stack.control_plane.address(), key: Secret::from_presented(plain.into()) };
+    assert_eq!(legacy.expect(Method::GET, "/v1/keys", None, 200).await?["keys"][0]["name"], "Test Key");
+    let explained = legacy.expect(Method::POST, "/v1/explain", Some(&json!({"key": plain})), 200).await?;
+    assert_eq!(explained["outcome"], "allowed");
+    assert_eq!(stack.rest().import(lines).await?["failed"], 2);
+
+    // An Envoy without the pepper does not know them.
+    let mut settings = stack.envoy().settings();
+    settings.environment.clear();
+    settings.replacements = Replacements::between(stack.control_plane.address(), stack.demo.address());
+    let log = Log::create(&stack.directory().join("without.log"))?;
+    let without = Envoy::start(settings, &stack.directory().join("without"), log, &silently).await?;
+    wait_for_status(&without, Some("no such key"), 401).await?;
+    let reply = send(without.address(), get_request("/orders", Some(plain))?).await?;
+    assert_refused(&reply, Outcome::Unknown, &[]);
     Ok(())
 }

@@ -6,8 +6,7 @@ use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use super::Code;
-use super::line::ImportedKey;
+use super::{Accepted, Code};
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
 use crate::key::quota::{Whose, refresh_starters};
@@ -20,13 +19,16 @@ use crate::key::store::lock_store;
 pub(super) async fn write(
     pool: &PgPool,
     actor: &Actor,
-    chunk: &[(u64, ImportedKey)],
+    chunk: &[Accepted],
 ) -> Result<Vec<(u64, Code, String)>, ApiError> {
     let mut transaction = pool.begin().await?;
     let owners = lock_owners(&mut transaction, chunk).await?;
     // From here on nobody makes or rotates a key until the commit, so what is not there now is not there then.
     lock_store(&mut transaction).await?;
-    let hashes: Vec<Vec<u8>> = chunk.iter().map(|(_, key)| key.hash.0.to_vec()).collect();
+    // A key that is there without the pepper, from before there was one, is the same key.
+    let mut hashes: Vec<Vec<u8>> =
+        chunk.iter().flat_map(|line| [line.stored, line.key.hash]).map(|hash| hash.0.to_vec()).collect();
+    hashes.dedup();
     let there = sqlx::query_scalar!(
         r#"select k.hash as "hash!" from unnest($1::bytea[]) as new (hash) join api_keys k on k.hash = new.hash
         union all
@@ -37,12 +39,13 @@ pub(super) async fn write(
     .await?;
     let there: HashSet<_> = there.into_iter().collect();
     let (mut refused, mut rows, mut last) = (Vec::new(), Rows::default(), 0);
-    for (number, key) in chunk {
+    for accepted in chunk {
+        let Accepted { line: number, key, stored } = accepted;
         match owners.get(key.email.as_str()) {
-            _ if there.contains(key.hash.0.as_slice()) => {
+            _ if [stored, &key.hash].into_iter().any(|hash| there.contains(hash.0.as_slice())) => {
                 refused.push((*number, Code::Duplicate, "this key exists already".into()));
             }
-            Some(owner) => rows.push(*owner, key)?,
+            Some(owner) => rows.push(*owner, accepted)?,
             // The database and Rust may differ about the lower case of a letter that is new to one of them.
             None => refused.push((*number, Code::Invalid, "email: must be in lower case".into())),
         }
@@ -52,7 +55,7 @@ pub(super) async fn write(
         rows.insert(&mut transaction).await?;
         // Their owners' plans may have quotas.
         refresh_starters(&mut transaction, Whose::Keys(&rows.ids)).await?;
-        let first = chunk.first().map_or(0, |(number, _)| *number);
+        let first = chunk.first().map_or(0, |first| first.line);
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
         audit::note_each(&mut transaction, actor, "key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
         let deed = Deed { action: "keys.import_chunk", key_id: None, target: None, detail };
@@ -64,11 +67,8 @@ pub(super) async fn write(
 
 /// Makes the owners who are not there yet and holds the rows of all, so that what keys have from their owners stays as it
 /// is until they are written.
-async fn lock_owners(
-    connection: &mut PgConnection,
-    chunk: &[(u64, ImportedKey)],
-) -> Result<HashMap<String, Uuid>, ApiError> {
-    let mut emails: Vec<_> = chunk.iter().map(|(_, key)| key.email.as_str().to_owned()).collect();
+async fn lock_owners(connection: &mut PgConnection, chunk: &[Accepted]) -> Result<HashMap<String, Uuid>, ApiError> {
+    let mut emails: Vec<_> = chunk.iter().map(|line| line.key.email.as_str().to_owned()).collect();
     emails.sort_unstable();
     emails.dedup();
     let ids: Vec<_> = emails.iter().map(|_| Uuid::now_v7()).collect();
@@ -106,12 +106,12 @@ struct Rows {
 }
 
 impl Rows {
-    fn push(&mut self, owner: Uuid, key: &ImportedKey) -> Result<(), ApiError> {
+    fn push(&mut self, owner: Uuid, Accepted { key, stored, .. }: &Accepted) -> Result<(), ApiError> {
         let rate_limits = serde_json::to_value(&key.rate_limits);
         self.ids.push(Uuid::now_v7());
         self.owners.push(owner);
         self.names.push(key.name.as_str().into());
-        self.hashes.push(key.hash.0.to_vec());
+        self.hashes.push(stored.0.to_vec());
         self.prefixes.push(key.prefix.clone());
         self.scopes.push(json!(key.scopes.as_slice()));
         self.rate_limits.push(rate_limits.map_err(|error| ApiError::Internal(error.to_string()))?);

@@ -41,7 +41,7 @@ pub struct ImportedKey {
     pub email: Email,
     /// What people call it.
     pub name: KeyName,
-    /// What is stored of it.
+    /// Its SHA-256.
     pub hash: KeyHash,
     /// What people recognise it by.
     pub prefix: Option<String>,

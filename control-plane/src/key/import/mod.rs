@@ -10,6 +10,7 @@ pub mod lines;
 use std::collections::HashSet;
 
 use contract::hash::KeyHash;
+use contract::pepper::Pepper;
 use serde_json::json;
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -81,24 +82,43 @@ pub struct Imported {
     pub errors_truncated: bool,
 }
 
+/// A line that was understood.
+#[derive(Debug)]
+struct Accepted {
+    line: u64,
+    key: ImportedKey,
+    /// What is stored of the key.
+    stored: KeyHash,
+}
+
 /// An import under way: bytes come in as they arrive.
 #[derive(Debug)]
 pub struct Import {
     pool: PgPool,
     actor: Actor,
+    pepper: Option<Pepper>,
     lines: Lines,
     seen: HashSet<KeyHash>,
-    chunk: Vec<(u64, ImportedKey)>,
+    chunk: Vec<Accepted>,
     so_far: Imported,
     over: bool,
 }
 
 impl Import {
-    /// Begins.
+    /// Begins. With a pepper, keys are stored under their peppered hash.
     #[must_use]
-    pub fn new(pool: PgPool, actor: Actor) -> Self {
+    pub fn new(pool: PgPool, actor: Actor, pepper: Option<Pepper>) -> Self {
         let so_far = Imported::default();
-        Self { pool, actor, lines: Lines::default(), seen: HashSet::new(), chunk: Vec::new(), so_far, over: false }
+        Self {
+            pool,
+            actor,
+            pepper,
+            lines: Lines::default(),
+            seen: HashSet::new(),
+            chunk: Vec::new(),
+            so_far,
+            over: false,
+        }
     }
 
     /// Takes the next bytes. Says whether more are of use.
@@ -160,7 +180,10 @@ impl Import {
             Ok(key) if !self.seen.insert(key.hash) => {
                 self.fail(number, Code::Duplicate, "this key stands in an earlier line".into());
             }
-            Ok(key) => self.chunk.push((number, key)),
+            Ok(key) => {
+                let stored = self.pepper.as_ref().map_or(key.hash, |pepper| pepper.hash(&key.hash));
+                self.chunk.push(Accepted { line: number, key, stored });
+            }
         }
         if self.chunk.len() >= CHUNK { self.commit().await } else { Ok(()) }
     }

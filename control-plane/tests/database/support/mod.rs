@@ -57,6 +57,7 @@ impl Fixture {
             pool: pool.clone(),
             feed: Feed::new(pool.clone(), store.clone()),
             store,
+            pepper: None,
             usage,
             filters: Registry::new(),
             policies: Arc::default(),
