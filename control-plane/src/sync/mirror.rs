@@ -1,8 +1,12 @@
 //! The key store in memory, as filters are to have it: rows of the change feed come in, pages go out. Nothing here waits
 //! for the database, so that Envoys are answered while it is down.
 //!
-//! Of each key the mirror holds its present record, in the binary form of the pages, and the revision of its last change.
-//! Changes are found through an index by revision; a key that was withdrawn stays in it as a tombstone for a while.
+//! Of each key the mirror holds its present record, in the binary form of the pages, and the revision of its last change,
+//! in the order of hashes, which is the order of a snapshot. Changes are found through an index by revision; a key that was
+//! withdrawn stays in it as a tombstone for a while.
+//!
+//! Trees, and no table of buckets: a mirror is built anew whenever the database is restored, while the present one still
+//! serves. One large block that comes and goes leaves a gap between small ones that stay, into which the next does not fit.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -42,6 +46,13 @@ pub struct Defined {
     pub definition: Option<Definition>,
 }
 
+/// What is held of one key.
+#[derive(Debug)]
+struct Held {
+    revision: u64,
+    record: Option<Box<[u8]>>,
+}
+
 /// What a reader asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
@@ -62,7 +73,7 @@ pub struct Mirror {
     horizon: u64,
     keys: u64,
     tombstones: BTreeSet<(u64, KeyHash)>,
-    buckets: Vec<Vec<Row>>,
+    held: BTreeMap<KeyHash, Held>,
     by_revision: BTreeSet<(u64, KeyHash)>,
     /// Few: the REST API bounds them. Those that were removed stay, so that every reader can be told.
     defined: BTreeMap<u32, Defined>,
@@ -73,14 +84,13 @@ impl Mirror {
     /// An empty store. A reader behind `horizon` cannot be told all changes and gets a snapshot.
     #[must_use]
     pub fn new(epoch: Epoch, horizon: u64) -> Self {
-        let buckets = (0..BUCKETS).map(|_| Vec::new()).collect();
         Self {
             epoch,
             revision: 0,
             horizon,
             keys: 0,
             tombstones: BTreeSet::new(),
-            buckets,
+            held: BTreeMap::new(),
             by_revision: BTreeSet::new(),
             defined: BTreeMap::new(),
             definitions: Arc::default(),
@@ -135,9 +145,7 @@ impl Mirror {
     /// Finds a key's record.
     #[must_use]
     pub fn find(&self, hash: &KeyHash) -> Option<&[u8]> {
-        let bucket = self.buckets.get(usize::from(hash.bucket()))?;
-        let place = bucket.binary_search_by_key(hash, |row| row.hash).ok()?;
-        bucket.get(place)?.record.as_deref()
+        self.held.get(hash)?.record.as_deref()
     }
 
     /// Whether changes after this revision can be told.
@@ -162,20 +170,14 @@ impl Mirror {
     }
 
     fn put(&mut self, row: Row) {
-        let Some(bucket) = self.buckets.get_mut(usize::from(row.hash.bucket())) else { return };
-        let (hash, revision, alive) = (row.hash, row.revision, row.record.is_some());
-        let was_alive = match bucket.binary_search_by_key(&hash, |row| row.hash) {
-            Ok(place) => {
-                let old = std::mem::replace(&mut bucket[place], row);
-                self.by_revision.remove(&(old.revision, hash));
-                self.tombstones.remove(&(old.revision, hash));
-                old.record.is_some()
-            }
-            Err(place) => {
-                bucket.insert(place, row);
-                false
-            }
-        };
+        let Row { hash, revision, record } = row;
+        let alive = record.is_some();
+        let mut was_alive = false;
+        if let Some(old) = self.held.insert(hash, Held { revision, record }) {
+            self.by_revision.remove(&(old.revision, hash));
+            self.tombstones.remove(&(old.revision, hash));
+            was_alive = old.record.is_some();
+        }
         self.by_revision.insert((revision, hash));
         if !alive {
             self.tombstones.insert((revision, hash));
@@ -186,7 +188,7 @@ impl Mirror {
     fn forget_a_tombstone(&mut self) {
         let Some((revision, hash)) = self.tombstones.pop_first() else { return };
         self.by_revision.remove(&(revision, hash));
-        self.buckets[usize::from(hash.bucket())].retain(|row| row.hash != hash);
+        self.held.remove(&hash);
         self.horizon = self.horizon.max(revision);
     }
 
@@ -198,17 +200,18 @@ impl Mirror {
             }
         }
         let mut to = BUCKETS;
-        for (bucket, rows) in (0..BUCKETS).zip(&self.buckets).skip(from as usize) {
-            let bytes: usize =
-                rows.iter().filter_map(|row| row.record.as_ref()).map(|record| record.len() + ENTRY_BYTES).sum();
-            if bucket > from && page.bytes() + bytes > PAGE_BYTES {
-                to = bucket;
+        let living = self.held.range(first_of(from)..).filter_map(|(hash, held)| Some((hash, held.record.as_deref()?)));
+        let (mut living, mut whole) = (living.peekable(), Vec::new());
+        while let Some(bucket) = living.peek().map(|(hash, _)| hash.bucket()) {
+            whole.clear();
+            whole.extend(std::iter::from_fn(|| living.next_if(|(hash, _)| hash.bucket() == bucket)));
+            let bytes: usize = whole.iter().map(|(_, record)| record.len() + ENTRY_BYTES).sum();
+            if u32::from(bucket) > from && page.bytes() + bytes > PAGE_BYTES {
+                to = bucket.into();
                 break;
             }
-            for row in rows {
-                if let Some(record) = &row.record {
-                    page.put(&row.hash, record);
-                }
+            for (hash, record) in &whole {
+                page.put(hash, record);
             }
         }
         Ok((page, self.revision, Part::Snapshot { from, to }))
@@ -250,6 +253,14 @@ impl Mirror {
         }
         Some(self.revision)
     }
+}
+
+/// The least hash of one of the [`BUCKETS`].
+const fn first_of(bucket: u32) -> KeyHash {
+    let [_, _, high, low] = bucket.to_be_bytes();
+    let mut hash = [0; 32];
+    [hash[0], hash[1]] = [high, low];
+    KeyHash(hash)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod cold_start;
 mod counts;
 mod credits;
 mod flood;
+mod memory;
 mod revocation;
 mod scopes;
 mod shared_limits;
