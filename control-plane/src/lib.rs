@@ -24,6 +24,7 @@ pub mod explain;
 pub mod http;
 pub mod key;
 pub mod listen;
+pub mod pepper;
 pub mod policies;
 pub mod quota;
 pub mod serve;

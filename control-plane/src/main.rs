@@ -74,7 +74,9 @@ async fn run(command: Command) -> Result<(), Failure> {
             print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
         }
         Command::Keys(Keys::Import { database, file }) => {
-            let import = Import::new(connect(&database).await?, Actor::system(), given_pepper()?);
+            let (pool, pepper) = (connect(&database).await?, given_pepper()?);
+            control_plane::pepper::check(&pool, pepper.as_ref()).await??;
+            let import = Import::new(pool, Actor::system(), pepper);
             if file == Path::new("-") {
                 import_keys(import, std::io::stdin()).await
             } else {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use contract::key::Secret;
+use contract::pepper::Pepper;
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
@@ -24,6 +25,7 @@ use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::revoke::withdraw;
 use crate::key::store as keys;
 use crate::listen::{self, Manners};
+use crate::pepper;
 use crate::policies::Configured;
 use crate::sync::feed::Feed;
 use crate::sync::registry::Registry;
@@ -93,8 +95,9 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         long_poll: Duration::from_secs(settings.long_poll_seconds),
         stopping,
     };
+    let pepper = app.pepper.clone();
     let mut feeding = tokio::spawn(async move {
-        prepare(&options, &feed_pool, [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
+        prepare(&options, &feed_pool, pepper.as_ref(), [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
         feed.run(Duration::from_millis(settings.poll_interval_ms)).await;
         Ok::<_, String>(())
     });
@@ -199,6 +202,8 @@ enum Unprepared {
     Schema(#[from] MigrateError),
     #[error("{0}")]
     Key(ApiError),
+    #[error("{0}")]
+    Pepper(String),
 }
 
 impl Unprepared {
@@ -208,7 +213,7 @@ impl Unprepared {
             Self::Connection(error)
             | Self::Schema(MigrateError::Execute(error))
             | Self::Key(ApiError::Database(error)) => is_away(error),
-            Self::Schema(_) | Self::Key(_) => false,
+            Self::Schema(_) | Self::Key(_) | Self::Pepper(_) => false,
         }
     }
 }
@@ -228,11 +233,14 @@ async fn schema(options: &PgConnectOptions) -> Result<(), Unprepared> {
 async fn prepare(
     options: &PgConnectOptions,
     pool: &PgPool,
+    pepper: Option<&Pepper>,
     given: [(Option<Secret>, &'static str); 2],
 ) -> Result<(), String> {
     loop {
         let prepared = async {
             schema(options).await?;
+            let checked = pepper::check(pool, pepper).await;
+            checked.map_err(|error| Unprepared::Key(error.into()))?.map_err(Unprepared::Pepper)?;
             for (key, scope) in &given {
                 enter(pool, key.as_ref(), scope).await.map_err(Unprepared::Key)?;
             }

@@ -126,7 +126,7 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
             (Some(key), Outcome::Allowed) => self.charge(&mut verdict, key, policy),
             (_, Outcome::Anonymous) => self.limit_client(&mut verdict, policy),
             (Some(key), outcome) => {
-                verdict.wait = stock::retry_after_s(outcome, &key.record, now_s).map_or(Wait::Usual, Wait::Seconds);
+                verdict.wait = stock::wait(outcome, &key.record, now_s);
             }
             (None, _) => {}
         }
@@ -153,7 +153,7 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
             verdict.wait = wait;
         } else if let Some(outcome) = stock::spend(self.cells, self.names, record, policy) {
             verdict.outcome = outcome;
-            verdict.wait = stock::retry_after_s(outcome, record, self.now_s()).map_or(Wait::Usual, Wait::Seconds);
+            verdict.wait = stock::wait(outcome, record, self.now_s());
         }
     }
 

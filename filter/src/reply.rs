@@ -5,7 +5,7 @@ use contract::outcome::Outcome;
 use contract::record::RateLimit;
 
 use crate::limiter::Refused;
-use crate::stock::RETRY_EXHAUSTED_S;
+use crate::stock::{RETRY_EXHAUSTED_S, RETRY_RENEWAL_S};
 
 /// How long a client should wait before it tries again when the filter has no keys, in seconds.
 const RETRY_NOT_READY_S: u64 = 1;
@@ -31,6 +31,8 @@ pub enum Wait {
     /// As long as is usual for the outcome.
     #[default]
     Usual,
+    /// Until a lease is renewed: there is some left, but not here.
+    Renewal,
     /// So many seconds.
     Seconds(u64),
     /// As one of these limits, all those that the request was judged by, says.
@@ -57,6 +59,7 @@ pub fn reply(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Option<Rep
     match (refusal.status, wait) {
         (401, _) => headers.extend(challenge.0.iter().map(|value| ("www-authenticate", value.clone()))),
         (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S)),
+        (429, Wait::Renewal) => headers.push(("retry-after", RETRY_RENEWAL_S.to_string())),
         (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds)),
         (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
         (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
@@ -148,6 +151,9 @@ mod tests {
             let expected = [("retry-after", seconds.to_owned()), ("ratelimit", left.to_owned())];
             assert_eq!(headers(outcome, &challenge(), &wait), expected);
         }
+        // While a lease is being renewed there is something left.
+        let renewal = headers(Outcome::QuotaExceeded, &challenge(), &Wait::Renewal);
+        assert_eq!(renewal, [("retry-after", "1".to_owned())]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use contract::policy::Policy;
 use contract::record::{Budget, Flags, Record};
 
 use crate::cells::{Cells, Names, Raced, update};
+use crate::reply::Wait;
 
 /// Cells of each kind of stock: the last 16 bits of the id name one.
 pub const STOCK_CELLS: u32 = 65_536;
@@ -64,20 +65,20 @@ pub fn grant(
     .map(|_| ())
 }
 
-/// When a client that was refused for the lack of one of these should come back, in seconds; `None` for other outcomes.
+/// How long a client should wait that was refused for the lack of one of these; as usual for other outcomes.
 #[must_use]
-pub fn retry_after_s(outcome: Outcome, record: &Record, now_s: u64) -> Option<u64> {
+pub fn wait(outcome: Outcome, record: &Record, now_s: u64) -> Wait {
     let (flag, budget) = match outcome {
         Outcome::QuotaExceeded => (Flags::QUOTA_EXCEEDED, record.further.quota),
         Outcome::CreditsExhausted => (Flags::CREDITS_EXHAUSTED, record.further.credits),
-        _ => return None,
+        _ => return Wait::Usual,
     };
     if !record.flags.contains(flag) {
-        return Some(RETRY_RENEWAL_S);
+        return Wait::Renewal;
     }
+    // The stock is filled anew already, or nobody knows when it will be: then ask now and then.
     let resets_at_s = budget.and_then(|budget| budget.resets_at_s);
-    // The stock is filled anew already, or will never be: then ask now and then.
-    Some(resets_at_s.map_or(RETRY_EXHAUSTED_S, |at| at.saturating_sub(now_s).max(RETRY_RENEWAL_S)))
+    resets_at_s.map_or(Wait::Usual, |at| Wait::Seconds(at.saturating_sub(now_s).max(RETRY_RENEWAL_S)))
 }
 
 fn take(cells: &impl Cells, names: &Names, stock: Stock, of: &[u8; 16], budget: &Budget, cost: u64) -> bool {
@@ -229,12 +230,12 @@ mod tests {
         let retry = |flags, resets_at_s| {
             let quota = Some(Budget { starter: 1, turn: 1, resets_at_s });
             let record = Record { flags, ..record(quota, None) };
-            retry_after_s(Outcome::QuotaExceeded, &record, 1_000)
+            wait(Outcome::QuotaExceeded, &record, 1_000)
         };
-        assert_eq!(retry(Flags(0), Some(9_000)), Some(1));
-        assert_eq!(retry(Flags::QUOTA_EXCEEDED, None), Some(60));
-        assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(9_000)), Some(8_000));
-        assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(500)), Some(1));
-        assert_eq!(retry_after_s(Outcome::RateLimited, &record(None, None), 0), None);
+        assert_eq!(retry(Flags(0), Some(9_000)), Wait::Renewal);
+        assert_eq!(retry(Flags::QUOTA_EXCEEDED, None), Wait::Usual);
+        assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(9_000)), Wait::Seconds(8_000));
+        assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(500)), Wait::Seconds(1));
+        assert_eq!(wait(Outcome::RateLimited, &record(None, None), 0), Wait::Usual);
     }
 }

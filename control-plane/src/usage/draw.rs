@@ -67,7 +67,7 @@ struct Seen {
     unpaid: u64,
     /// What the requests that were not paid for would have cost.
     wanted: u64,
-    /// What a request that was not paid for costs, on average; of several keys, the least.
+    /// What a request that was not paid for costs, on average; of several keys, the most.
     least: u64,
 }
 
@@ -96,7 +96,7 @@ impl Seen {
     fn merge(&mut self, other: &Self) {
         self.cost = self.cost.saturating_add(other.cost);
         self.unpaid = self.unpaid.saturating_add(other.unpaid);
-        self.least = [self.least, other.least].into_iter().filter(|least| *least > 0).min().unwrap_or(0);
+        self.least = self.least.max(other.least);
     }
 }
 
@@ -385,7 +385,7 @@ fn grant(
                 continue;
             }
             Some((left, budget)) => {
-                stock::answer(rows, me, heard, *left, budget.turn);
+                stock::answer(rows, me, heard, *left, budget);
                 budget.turn
             }
             None if subject.0 == SHARE => {

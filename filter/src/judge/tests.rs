@@ -221,7 +221,7 @@ fn who_is_refused_for_a_stock_is_told_when_to_come_back() {
     let verdict = bench.ask(Some("spent"), None);
     assert_eq!((verdict.outcome, verdict.wait), (Outcome::QuotaExceeded, Wait::Seconds(500)));
     let verdict = bench.ask(Some("renewing"), None);
-    assert_eq!((verdict.outcome, verdict.wait), (Outcome::CreditsExhausted, Wait::Seconds(1)));
+    assert_eq!((verdict.outcome, verdict.wait), (Outcome::CreditsExhausted, Wait::Renewal));
 }
 
 #[test]

@@ -23,6 +23,7 @@ mod quota;
 mod readme;
 mod rotation;
 mod secrecy;
+mod seldom;
 mod shadow;
 mod shares;
 mod sources;

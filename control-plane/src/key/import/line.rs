@@ -7,7 +7,9 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 
 use crate::error::ApiError;
-use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, StoredLimit, parse_expiry, parse_rate_limits};
+use crate::key::domain::{
+    Email, KeyName, RateLimitBody, Scopes, StoredLimit, default_expiry, parse_expiry, parse_rate_limits,
+};
 
 /// Shortest plain key. What is shorter could be guessed.
 const KEY_BYTES: usize = 16;
@@ -76,14 +78,16 @@ fn understood(body: Body, now: OffsetDateTime) -> Result<ImportedKey, ApiError> 
         (None, Some(hash)) => (hashed(&hash)?, None),
         _ => return Err(ApiError::invalid("key", "give either key or hash")),
     };
+    let scopes = Scopes::parse(body.scopes)?;
+    let expires_at = parse_expiry(body.expires_at.as_deref(), None, now)?.or(default_expiry(&scopes, now));
     Ok(ImportedKey {
         email: Email::parse(&body.email)?,
         name: KeyName::parse("name", &body.name)?,
         hash,
         prefix: body.prefix.map(prefix).transpose()?.or(known_prefix),
-        scopes: Scopes::parse(body.scopes)?,
+        scopes,
         rate_limits: parse_rate_limits(body.rate_limits)?,
-        expires_at: parse_expiry(body.expires_at.as_deref(), None, now)?,
+        expires_at,
         disabled: body.disabled,
     })
 }

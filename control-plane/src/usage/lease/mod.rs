@@ -7,8 +7,8 @@
 //! waits for an Envoy: one that was not heard of for [`CUT_OFF_MS`] counts as gone, with what it held.
 //!
 //! # Bounds
-//! - Of a stock no more is spent than it holds, plus one starter for each Envoy that begins to use it in a turn, plus what
-//!   Envoys hold that were cut off for longer than [`CUT_OFF_MS`] and still serve. (Another starter, in the worst case, for
+//! - Of a stock no more is spent than it holds, plus one starter for each Envoy that begins to use it in a turn, or begins
+//!   again after it gave its lease back, plus what Envoys hold that were cut off for longer than [`CUT_OFF_MS`] and still serve. (Another starter, in the worst case, for
 //!   an Envoy that hears an answer of a new turn before it hears of the turn itself.)
 //! - Of a shared rate limit all Envoys together admit no more than the limit and its burst, plus the shares of Envoys that
 //!   were cut off for longer than [`CUT_OFF_MS`], plus, for each Envoy that begins to use the key, or begins again after it
@@ -57,6 +57,8 @@ pub struct Row {
     pub turn: u32,
     /// All that it has reported as spent.
     pub spent: u64,
+    /// What it was told beyond, of a stock, to begin again with.
+    pub rest: u64,
     /// Requests or credits a second, lately.
     pub demand: f64,
     /// When it last used the stock, in milliseconds of Unix time.
@@ -76,6 +78,7 @@ impl Row {
             told_seq: 0,
             turn: 0,
             spent: 0,
+            rest: 0,
             demand: 0.0,
             renewed_ms: i64::MIN,
             heard_ms: i64::MIN,
@@ -124,6 +127,7 @@ impl Row {
     fn tell(&mut self, told: u64, seq: u64, turn: u32) {
         self.held = self.held.max(told);
         self.told = told;
+        self.rest = 0;
         self.told_seq = seq;
         self.turn = turn;
     }
@@ -144,7 +148,7 @@ pub struct Heard {
     pub spent: u64,
     /// Requests that were refused for want of it.
     pub refused: u64,
-    /// The least that one of those needed.
+    /// What one of those needed.
     pub least: u64,
 }
 

@@ -64,7 +64,7 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
     }
     // A statement of its own: it sees what was committed while the locks were waited for.
     let rows = sqlx::query!(
-        r#"select l.stock, l.subject, l.reporter, l.told, l.held, l.told_seq, l.turn, l.spent, l.demand,
+        r#"select l.stock, l.subject, l.reporter, l.told, l.held, l.told_seq, l.turn, l.spent, l.rest, l.demand,
             (extract(epoch from l.renewed_at) * 1000)::bigint as "renewed_ms!",
             (extract(epoch from greatest(l.renewed_at, r.reported_at)) * 1000)::bigint as "heard_ms!"
         from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
@@ -86,6 +86,7 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
             told_seq: row.told_seq.cast_unsigned(),
             turn: row.turn.cast_unsigned(),
             spent: row.spent.cast_unsigned(),
+            rest: row.rest.cast_unsigned(),
             demand: row.demand,
             renewed_ms: row.renewed_ms,
             heard_ms: row.heard_ms,
@@ -134,17 +135,18 @@ pub async fn keep(connection: &mut PgConnection, changed: &[(Subject, Row)]) -> 
     let seqs: Vec<i64> = changed.iter().map(|(_, row)| signed(row.told_seq)).collect();
     let turns: Vec<i32> = changed.iter().map(|(_, row)| row.turn.cast_signed()).collect();
     let spent: Vec<i64> = changed.iter().map(|(_, row)| signed(row.spent)).collect();
+    let rests: Vec<i64> = changed.iter().map(|(_, row)| signed(row.rest)).collect();
     let demands: Vec<f64> = changed.iter().map(|(_, row)| row.demand).collect();
     let renewed: Vec<i64> = changed.iter().map(|(_, row)| row.renewed_ms.max(0)).collect();
     sqlx::query!(
-        "insert into leases (stock, subject, reporter, told, held, told_seq, turn, spent, demand, renewed_at)
-        select stock, subject, reporter, told, held, told_seq, turn, spent, demand, to_timestamp(renewed_ms / 1000.0)
+        "insert into leases (stock, subject, reporter, told, held, told_seq, turn, spent, rest, demand, renewed_at)
+        select stock, subject, reporter, told, held, told_seq, turn, spent, rest, demand, to_timestamp(renewed_ms / 1000.0)
         from unnest($1::smallint[], $2::uuid[], $3::uuid[], $4::bigint[], $5::bigint[], $6::bigint[], $7::int[],
-                $8::bigint[], $9::double precision[], $10::bigint[])
-            as new (stock, subject, reporter, told, held, told_seq, turn, spent, demand, renewed_ms)
+                $8::bigint[], $9::bigint[], $10::double precision[], $11::bigint[])
+            as new (stock, subject, reporter, told, held, told_seq, turn, spent, rest, demand, renewed_ms)
         on conflict (stock, subject, reporter) do update set told = excluded.told, held = excluded.held,
-            told_seq = excluded.told_seq, turn = excluded.turn, spent = excluded.spent, demand = excluded.demand,
-            renewed_at = excluded.renewed_at",
+            told_seq = excluded.told_seq, turn = excluded.turn, spent = excluded.spent, rest = excluded.rest,
+            demand = excluded.demand, renewed_at = excluded.renewed_at",
         &stocks,
         &subjects,
         &reporters,
@@ -153,6 +155,7 @@ pub async fn keep(connection: &mut PgConnection, changed: &[(Subject, Row)]) -> 
         &seqs,
         &turns,
         &spent,
+        &rests,
         &demands,
         &renewed
     )
@@ -172,7 +175,7 @@ pub async fn repeat(connection: &mut PgConnection, of: &[(Uuid, u64)]) -> Result
     let (reporters, seqs): (Vec<Uuid>, Vec<i64>) =
         of.iter().map(|(reporter, seq)| (*reporter, seq.cast_signed())).unzip();
     let rows = sqlx::query!(
-        r#"select l.reporter, l.stock, l.subject, l.told, l.turn, l.demand, anchor.used as "used?: Json<Used>",
+        r#"select l.reporter, l.stock, l.subject, l.told, l.rest, l.turn, l.demand, anchor.used as "used?: Json<Used>",
             (extract(epoch from now()) * 1000)::bigint as "now_ms!"
         from unnest($1::uuid[], $2::bigint[]) as of (reporter, seq)
         join leases l on l.reporter = of.reporter and l.told_seq = of.seq
@@ -186,7 +189,8 @@ pub async fn repeat(connection: &mut PgConnection, of: &[(Uuid, u64)]) -> Result
     .await?;
     let mut grants = Vec::with_capacity(rows.len());
     for row in rows {
-        let told = Row { told: row.told.cast_unsigned(), demand: row.demand, ..Row::new(row.reporter) };
+        let (told, rest) = (row.told.cast_unsigned(), row.rest.cast_unsigned());
+        let told = Row { told, rest, demand: row.demand, ..Row::new(row.reporter) };
         let (subject, turn) = ((row.stock, row.subject), row.turn.cast_unsigned());
         grants.push((row.reporter, grant(subject, &told, turn)));
         let used = row.used.filter(|_| row.stock == i16::from(Stock::Share.code()));
@@ -201,7 +205,7 @@ pub async fn repeat(connection: &mut PgConnection, of: &[(Uuid, u64)]) -> Result
 pub fn grant(subject: Subject, row: &Row, turn: u32) -> Grant {
     let stock = u8::try_from(subject.0).unwrap_or(u8::MAX);
     let waits = stock == Stock::Share.code() && row.told == 0 && row.demand > 0.0;
-    let amount = if waits { 1 } else { row.told };
+    let amount = if waits { 1 } else { row.told.saturating_add(row.rest) };
     Grant { stock, of: subject.1.into_bytes(), amount, turn }
 }
 

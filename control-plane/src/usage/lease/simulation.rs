@@ -277,7 +277,7 @@ impl World {
                     self.tell();
                 }
                 stock::spend(&mut self.rows[me], &report, &self.budget);
-                (stock::answer(&mut self.rows, me, &report, self.balance, self.budget.turn), self.budget.turn)
+                (stock::answer(&mut self.rows, me, &report, self.balance, &self.budget), self.budget.turn)
             }
         };
         if matches!(self.of, Of::Limit(_)) {
@@ -463,5 +463,39 @@ fn what_a_busy_envoy_leaves_behind_when_it_falls_quiet_is_spent_by_another() {
         world.run(60_000, &[0, 300, 0]);
         assert!(world.balance <= 0, "{}", world.balance);
         assert!(world.admitted() <= 10_000 + 3 * 625);
+    }
+}
+
+#[test]
+fn requests_that_come_seldom_are_not_refused_while_there_are_credits() {
+    for seed in 0..5 {
+        for (envoys, loss) in [(1, 0), (1, 5), (3, 0), (3, 5)] {
+            for rest_ms in [1_300, 2_000, 5_000, 20_000] {
+                let mut world = World::new(Of::Credits { cost: 5 }, envoys, seed, loss);
+                world.top_up(1_000);
+                world.run(2 * TOLD_MS, &vec![0; envoys]);
+                for turn in 0..100 {
+                    world.request(turn % envoys);
+                    world.run(rest_ms, &vec![0; envoys]);
+                }
+                assert_eq!(world.admitted(), 500, "{envoys} Envoys, loss {loss} %, rests of {rest_ms} ms, seed {seed}");
+            }
+        }
+    }
+}
+
+#[test]
+fn envoys_that_rest_spend_no_more_beyond_than_a_starter_each() {
+    for seed in 0..20 {
+        let mut world = World::new(Of::Credits { cost: 1 }, 3, seed, 5);
+        world.top_up(1_000);
+        for turn in 0..200 {
+            let mut loads = [0; 3];
+            loads[turn % 3] = 200;
+            world.run(300, &loads);
+            world.run(2_500, &[0; 3]);
+        }
+        let admitted = world.admitted();
+        assert!((1_000..=1_000 + 3 * 62).contains(&admitted), "seed {seed}: {admitted}");
     }
 }

@@ -34,13 +34,20 @@ pub fn spend(row: &mut Row, report: &Heard, budget: &Budget) {
 
 /// Answers a report of the Envoy in place `me`: all that it is granted up to now, out of what is `left` of the stock. Its
 /// row is up to date then.
-pub fn answer(rows: &mut [Row], me: usize, report: &Heard, left: i64, turn: u32) -> u64 {
+///
+/// One that gives its lease back keeps as much as its starter, as far as there is as much: a request that comes seldom is
+/// not to be refused first. That is leased to others as well, as the starter is.
+pub fn answer(rows: &mut [Row], me: usize, report: &Heard, left: i64, budget: &Budget) -> u64 {
     let Some(own) = rows.get(me) else { return 0 };
-    let told = own.spent.saturating_add(lease(rows, me, report, left));
+    let lease = lease(rows, me, report, left);
+    let told = own.spent.saturating_add(lease);
+    let rest =
+        if lease == 0 && report.used() == 0 { free(rows, me, report, left).min(budget.starter.into()) } else { 0 };
     if let Some(row) = rows.get_mut(me) {
-        row.tell(told, report.seq, turn);
+        row.tell(told, report.seq, budget.turn);
+        row.rest = rest;
     }
-    told
+    told.saturating_add(rest)
 }
 
 /// What Envoys hold and have not spent.
@@ -49,10 +56,19 @@ pub fn leased<'a>(rows: impl IntoIterator<Item = &'a Row>, now_ms: i64) -> u64 {
     rows.into_iter().filter(|row| row.is_live(now_ms)).fold(0, |sum, row| sum.saturating_add(row.unspent()))
 }
 
+/// What of `left` nobody else holds.
+fn free(rows: &[Row], me: usize, report: &Heard, left: i64) -> u64 {
+    u64::try_from(left).unwrap_or(0).saturating_sub(leased(others(rows, me), report.now_ms))
+}
+
+fn others(rows: &[Row], me: usize) -> impl Iterator<Item = &Row> {
+    rows.iter().zip(0..).filter(move |(_, place)| *place != me).map(|(row, _)| row)
+}
+
 fn lease(rows: &[Row], me: usize, report: &Heard, left: i64) -> u64 {
     let Some(own) = rows.get(me) else { return 0 };
-    let others = || rows.iter().zip(0..).filter(|(_, place)| *place != me).map(|(row, _)| row);
-    let free = u64::try_from(left).unwrap_or(0).saturating_sub(leased(others(), report.now_ms));
+    let others = || others(rows, me);
+    let free = free(rows, me, report, left);
     let lease = own.told.saturating_sub(own.spent);
     if report.used() == 0 {
         let keeps = !report.quiet && report.now_ms.saturating_sub(own.renewed_ms) < KEEP_MS;
@@ -96,8 +112,7 @@ mod tests {
     fn report(rows: &mut Vec<Row>, envoy: u128, report: Heard, left: i64) -> u64 {
         let me = place(rows, Uuid::from_u128(envoy));
         spend(&mut rows[me], &report, &BUDGET);
-        let told = answer(rows, me, &report, left, BUDGET.turn);
-        told - rows[me].spent
+        answer(rows, me, &report, left, &BUDGET) - rows[me].spent
     }
 
     #[test]
@@ -123,10 +138,12 @@ mod tests {
     fn what_a_quiet_envoy_held_is_free_once_it_has_confirmed() {
         let mut rows = Vec::new();
         assert_eq!(report(&mut rows, 1, heard(1, 100, 0), 1_000), 400);
-        assert_eq!(report(&mut rows, 1, heard(2, 0, 0), 1_000), 0);
+        // It may begin again with its starter, as far as there is as much, which nobody is leased less for.
+        assert_eq!(report(&mut rows, 1, heard(2, 0, 0), 1_000), 10);
         assert_eq!(leased(&rows, NOW), 400);
-        assert_eq!(report(&mut rows, 1, heard(3, 0, 0), 1_000), 0);
+        assert_eq!(report(&mut rows, 1, heard(3, 0, 0), 7), 7);
         assert_eq!(leased(&rows, NOW), 0);
+        assert_eq!(report(&mut rows, 1, heard(4, 0, 0), 0), 0);
     }
 
     #[test]

@@ -1,0 +1,54 @@
+//! Requests that come seldom: each begins after the lease of the one before was given back, and none is refused while there
+//! is enough of the quota and of the credits.
+
+use anyhow::Result;
+use hyper::Method;
+use portcullis_tests::http::{get_request, send};
+use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
+use serde_json::json;
+
+const ADA: &str = "ada@example.com";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let rest = stack.rest();
+    let credits = format!("/v1/users/{ADA}/credits");
+    rest.expect(Method::POST, &credits, Some(&json!({"amount": 1_000})), 201).await?;
+    let body = json!({
+        "email": ADA, "name": "seldom", "cost": 3,
+        "quota": {"requests": 500, "period": "day", "time_zone": "UTC"}
+    });
+    let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+    let key = made["key"].as_str().unwrap_or_default();
+    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
+    for envoy in &stack.envoys {
+        let told = async || (envoy.stat("wasmcustom.portcullis_store_version").await.ok()? >= revision).then_some(());
+        eventually("the filter to be told of the key", told).await?;
+    }
+    for number in 1..=3_i64 {
+        for envoy in &stack.envoys {
+            let reply = send(envoy.address(), get_request("/orders", Some(key))?).await?;
+            assert_eq!(reply.status, 200, "request {number}: {:?}", reply.body);
+        }
+        let booked = 1_000 - 3 * 2 * number;
+        let told =
+            async || (rest.expect(Method::GET, &credits, None, 200).await.ok()?["balance"] == booked).then_some(());
+        eventually("the requests to be booked", told).await?;
+        let seqs = "select string_agg(last_seq::text, ' ' order by reporter) from usage_reporters";
+        let before = stack.database.text(seqs).await?;
+        // A quiet Envoy reports twice: with the second it has heard the answer to the first, which took its lease back.
+        let quiet = async || {
+            let numbers =
+                |text: &str| -> Vec<u64> { text.split(' ').filter_map(|number| number.parse().ok()).collect() };
+            let now = numbers(&stack.database.text(seqs).await.ok()?);
+            let twice = now.iter().zip(numbers(&before)).all(|(now, before)| *now >= before + 2);
+            let held =
+                stack.database.text("select count(*)::text from leases where stock > 0 and held > spent").await.ok()?;
+            (twice && held == "0").then_some(())
+        };
+        eventually("the leases to be given back", quiet).await?;
+    }
+    Ok(())
+}
