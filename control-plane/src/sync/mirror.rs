@@ -6,7 +6,7 @@
 //! withdrawn stays in it as a tombstone for a while.
 //!
 //! Trees, and no table of buckets: a mirror is built anew whenever the database is restored, while the present one still
-//! serves. One large block that comes and goes leaves a gap between small ones that stay, into which the next does not fit.
+//! serves. Allocators keep a heap for each thread, and each would keep the room of a large block that came and went.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
