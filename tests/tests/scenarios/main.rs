@@ -11,6 +11,7 @@ mod import;
 mod insight;
 mod lifecycle;
 mod limits;
+mod lineage;
 mod metrics;
 mod networks;
 mod odd_keys;

@@ -1,0 +1,93 @@
+//! Limits and quotas belong to a key and not to one of its secrets: a rotation goes on where the old secret was. The quota is
+//! that of the key's plan.
+
+use anyhow::{Context, Result};
+use contract::outcome::Outcome;
+use hyper::Method;
+use portcullis_tests::expect::assert_refused;
+use portcullis_tests::http::{Reply, get_request, send};
+use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+
+const ADA: &str = "ada@example.com";
+
+async fn ask(stack: &Stack, key: &str) -> Result<Reply> {
+    send(stack.envoy().address(), get_request("/orders", Some(key))?).await
+}
+
+/// Makes a key; its id and the key itself.
+async fn made(stack: &Stack, body: Value) -> Result<(String, String)> {
+    let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+    let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
+    let both = (text("id")?, text("key")?);
+    in_step(stack).await?;
+    Ok(both)
+}
+
+/// The new secret of a key, whose old one goes on working.
+async fn rotated(stack: &Stack, id: &str) -> Result<String> {
+    let reply = stack
+        .rest()
+        .call(Method::POST, &format!("/v1/keys/{id}/rotate"), Some(&json!({"grace_seconds": 3_600})))
+        .await?;
+    let key = reply.json()?["key"].as_str().map(ToOwned::to_owned).context("no key in the answer")?;
+    in_step(stack).await?;
+    Ok(key)
+}
+
+/// Waits until Envoy has what the database holds.
+async fn in_step(stack: &Stack) -> Result<()> {
+    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
+    let told =
+        async || (stack.envoy().stat("wasmcustom.portcullis_store_version").await.ok()? >= revision).then_some(());
+    eventually("the filter to be told of the key", told).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotation_begins_no_limit_anew() -> Result<()> {
+    let stack = Stack::start().await?;
+    let limits = json!([{"name": "hour", "requests": 6, "window_seconds": 3_600}]);
+    let (id, old) = made(&stack, json!({"email": ADA, "name": "limited", "rate_limits": limits})).await?;
+    for _ in 0..4 {
+        assert_eq!(ask(&stack, &old).await?.status, 200);
+    }
+    let new = rotated(&stack, &id).await?;
+    for key in [&new, &old] {
+        assert_eq!(ask(&stack, key).await?.status, 200);
+    }
+    for key in [&new, &old] {
+        assert_refused(&ask(&stack, key).await?, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotation_begins_no_quota_of_a_plan_anew() -> Result<()> {
+    let stack = Stack::start().await?;
+    let plan = json!({"quota": {"requests": 8, "period": "day", "time_zone": "UTC"}});
+    stack.rest().call(Method::PUT, "/v1/plans/small", Some(&plan)).await?;
+    let (id, old) = made(&stack, json!({"email": ADA, "name": "metered", "plan": "small"})).await?;
+    let before = stack.demo.requests();
+    let used = async |key: &str, most: u64| {
+        let spent = async || {
+            ask(&stack, key).await.ok()?;
+            (stack.demo.requests() - before >= most).then_some(())
+        };
+        eventually("the quota to be used", spent).await
+    };
+    used(&old, 5).await?;
+    let new = rotated(&stack, &id).await?;
+    used(&new, 8).await?;
+    let quota = async || {
+        let view = stack.rest().expect(Method::GET, &format!("/v1/keys/{id}/quota"), None, 200).await.ok()?;
+        (view["exceeded"] == true && view["used"] == 8).then_some(())
+    };
+    eventually("the quota to be used up", quota).await?;
+    in_step(&stack).await?;
+    for key in [&new, &old] {
+        assert_refused(&ask(&stack, key).await?, Outcome::QuotaExceeded, &[]);
+    }
+    assert_eq!(stack.demo.requests() - before, 8);
+    Ok(())
+}
