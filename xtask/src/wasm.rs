@@ -89,9 +89,11 @@ pub(crate) fn build() -> Result<()> {
 pub(crate) fn build_for_faults() -> Result<()> {
     need_target(TARGET)?;
     progress("building the filter that traps on demand");
-    compile("filter", &["--features", "trap"])?;
-    // Cargo puts both filters into one place, each as soon as it is asked for.
-    strip(&paths::target().join(TARGET).join("wasm/filter.wasm"), &paths::trap_wasm())?;
+    // In a place of its own: cargo gives both filters one name, and takes whichever is there for the one it is asked for.
+    let apart = paths::target().join("faults");
+    let folder = apart.to_str().context("the path of the target directory is not text")?;
+    compile("filter", &["--features", "trap", "--target-dir", folder])?;
+    strip(&apart.join(TARGET).join("wasm/filter.wasm"), &paths::trap_wasm())?;
     run(cargo(&["build", "--locked", "--package", "shifted-clock"]))
 }
 
