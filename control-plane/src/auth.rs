@@ -1,8 +1,7 @@
 //! Who calls: the header `X-API-Key` comes in, a [`Caller`] of the REST API or a [`SyncCaller`] goes out. A key is judged
-//! as the filter judges it. Refused are callers without a good key, and those that call too often.
+//! as the filter judges it. Refused are callers without a good key, and those that call too often, see [`crate::callers`].
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::num::NonZeroU32;
 use std::sync::LazyLock;
 
 use axum::extract::{ConnectInfo, FromRequestParts};
@@ -16,8 +15,6 @@ use contract::outcome::Outcome;
 use contract::pepper::hashes;
 use contract::policy::{Policy, ScopeNeed};
 use contract::record::Record;
-use governor::clock::{Clock, DefaultClock};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -36,46 +33,6 @@ pub const KEY_HEADER: &str = "x-api-key";
 /// What the filters' side asks of a key.
 static SYNC_POLICY: LazyLock<Policy> =
     LazyLock::new(|| Policy { scopes: ScopeNeed::All(vec![SYNC.to_owned()]), ..Policy::default() });
-
-/// Who is limited: an admitted key, or the address that refused calls come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Limited {
-    Key(Uuid),
-    Address(IpAddr),
-}
-
-/// The rate limit of the REST API, for each caller by itself.
-///
-/// Holds one cell for each key and each address seen since the last [`Callers::tidy`], which drops those that are idle.
-/// IPv6 addresses count by their /64, which is what one client has at will.
-#[derive(Debug)]
-pub struct Callers {
-    limiter: DefaultKeyedRateLimiter<Limited>,
-    clock: DefaultClock,
-}
-
-impl Callers {
-    /// A limit of so many calls per second, of which `burst` may come at once.
-    #[must_use]
-    pub fn new(per_second: NonZeroU32, burst: NonZeroU32) -> Self {
-        let quota = Quota::per_second(per_second).allow_burst(burst);
-        Self { limiter: RateLimiter::keyed(quota), clock: DefaultClock::default() }
-    }
-
-    /// Forgets callers that have been idle for so long that they start afresh anyway. To be called now and then.
-    pub fn tidy(&self) {
-        self.limiter.retain_recent();
-        self.limiter.shrink_to_fit();
-    }
-
-    fn count(&self, caller: Limited) -> Result<(), ApiError> {
-        self.limiter.check_key(&caller).map_err(|not_until| {
-            let wait = not_until.wait_time_from(self.clock.now());
-            let started = u64::from(wait.subsec_nanos() > 0);
-            ApiError::TooMany { retry_after_s: wait.as_secs().saturating_add(started).max(1) }
-        })
-    }
-}
 
 /// An admitted caller.
 #[derive(Clone, Debug)]
@@ -304,7 +261,7 @@ impl FromRequestParts<App> for Caller {
         let (record, beside) = presenting.stored().await?.map(|found| (found.record, (found.email, found.own))).unzip();
         let record = presenting.admit(record, Policy::PLAIN)?;
         let key_id = record.key_id.into();
-        app.callers.count(Limited::Key(key_id))?;
+        app.callers.count_key(key_id)?;
         let Record { owner_id, generation, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
         let rate_limits = StoredLimit::together(&rate_limits, further.alone);
         let (email, own): (String, Own) = beside.unwrap_or_default();
@@ -365,7 +322,7 @@ impl<'a> Presenting<'a> {
         let mirrored = hashes.iter().find_map(|hash| app.store.find(hash));
         let address = peer(parts);
         if mirrored.is_none() {
-            app.callers.count(Limited::Address(network_of(address)))?;
+            app.callers.count_address(address)?;
         }
         Ok(Self { app, bytes, address, hashes, mirrored })
     }
@@ -404,7 +361,7 @@ impl<'a> Presenting<'a> {
             (Outcome::Allowed, Some(record)) => Ok(record),
             (outcome, _) => {
                 if self.mirrored.is_some() {
-                    self.app.callers.count(Limited::Address(network_of(self.address)))?;
+                    self.app.callers.count_address(self.address)?;
                 }
                 Err(ApiError::Refused(outcome))
             }
@@ -418,18 +375,8 @@ fn peer(parts: &Parts) -> IpAddr {
     peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
 }
 
-/// What one client has at will: an IPv4 address, or a /64 of IPv6.
-fn network_of(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
-        IpAddr::V4(_) => address,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use super::*;
 
     fn caller(scopes: &[&str]) -> Caller {
@@ -446,12 +393,6 @@ mod tests {
             own: Own::default(),
             expires_at_s: None,
         }
-    }
-
-    fn peer_of(address: &str) -> IpAddr {
-        let (mut parts, ()) = axum::http::Request::new(()).into_parts();
-        parts.extensions.insert(ConnectInfo(Peer(SocketAddr::new(address.parse().unwrap(), 1))));
-        network_of(peer(&parts))
     }
 
     #[test]
@@ -485,19 +426,9 @@ mod tests {
     }
 
     #[test]
-    fn callers_are_limited_each_by_itself_and_told_whole_seconds() {
-        let one = NonZeroU32::MIN;
-        let callers = Callers::new(one, one);
-        assert!(callers.count(Limited::Key(Uuid::nil())).is_ok());
-        assert!(callers.count(Limited::Key(Uuid::max())).is_ok());
-        let refused = callers.count(Limited::Key(Uuid::nil()));
-        assert!(matches!(refused, Err(ApiError::TooMany { retry_after_s: 1 })), "{refused:?}");
-    }
-
-    #[test]
-    fn an_ipv6_client_counts_by_its_network_and_a_mapped_address_as_ipv4() {
-        assert_eq!(peer_of("2001:db8:1:2:3:4:5:6"), peer_of("2001:db8:1:2::9"));
-        assert_ne!(peer_of("2001:db8:1:2::1"), peer_of("2001:db8:1:3::1"));
-        assert_eq!(peer_of("::ffff:192.0.2.1"), peer_of("192.0.2.1"));
+    fn a_mapped_address_is_that_of_ipv4() {
+        let (mut parts, ()) = axum::http::Request::new(()).into_parts();
+        parts.extensions.insert(ConnectInfo(Peer("[::ffff:192.0.2.1]:1".parse().unwrap())));
+        assert_eq!(peer(&parts), "192.0.2.1".parse::<IpAddr>().unwrap());
     }
 }

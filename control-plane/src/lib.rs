@@ -2,17 +2,18 @@
 //! usage that they report.
 //!
 //! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
-//! [`auth`] says who calls, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
+//! [`auth`] says who calls and [`callers`] how often, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
 //! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
 //! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
-//! without being asked for; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
+//! without being asked for; [`pepper`] is that of imported keys; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
 //! [`connection`]s that lose nothing.
 
 #![forbid(unsafe_code)]
 
 pub mod audit;
 pub mod auth;
+pub mod callers;
 pub mod chores;
 pub mod condition;
 pub mod config;
@@ -57,7 +58,7 @@ pub struct App {
     /// What Envoys' routes ask for, as far as the operator told, for `explain`.
     pub policies: Arc<policies::Configured>,
     /// How often callers may call.
-    pub callers: Arc<auth::Callers>,
+    pub callers: Arc<callers::Callers>,
     /// How long a poll is held without news.
     pub long_poll: Duration,
     /// Becomes true when the process is told to end: held polls end then.

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use crate::auth::Callers;
+use crate::callers::Callers;
 use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key, given_pepper};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};

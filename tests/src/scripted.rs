@@ -191,6 +191,11 @@ impl Scripted {
     pub fn faults(&self) -> Faults {
         *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// From now on these faults happen.
+    pub fn disturb(&self, faults: Faults) {
+        *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
+    }
 }
 
 impl Store {

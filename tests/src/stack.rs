@@ -21,6 +21,9 @@ use crate::wait::eventually;
 const ANY_PORT: std::net::SocketAddr =
     std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
+/// The statistic that says how far an Envoy's store is.
+pub const STORE_VERSION: &str = "wasmcustom.portcullis_store_version";
+
 /// A running stack. All of it ends when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct Stack {
@@ -110,6 +113,19 @@ impl Stack {
     pub async fn wait_for_status(&self, key: Option<&str>, status: u16) -> Result<()> {
         for envoy in &self.envoys {
             wait_for_status(envoy, key, status).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until every Envoy has all that the database has.
+    ///
+    /// # Errors
+    /// If one of them has not before the deadline.
+    pub async fn in_step(&self) -> Result<()> {
+        let revision: u64 = self.database.text("select revision::text from store_state").await?.parse()?;
+        for envoy in &self.envoys {
+            let told = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
+            eventually("an Envoy to have every change", told).await?;
         }
         Ok(())
     }

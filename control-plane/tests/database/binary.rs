@@ -211,3 +211,28 @@ async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
     assert!(running.0.wait().unwrap().success());
     assert!(told.elapsed() < Duration::from_secs(5), "it took {:?}", told.elapsed());
 }
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool: PgPool) {
+    let url = url(&pool);
+    let with = |pepper: &str, arguments: &[&str]| {
+        let mut command = command(arguments);
+        command.args(["--database-url", &url]).env("PORTCULLIS_PEPPER", pepper).stdin(Stdio::null());
+        command.output().unwrap()
+    };
+    let (ours, other) = ("5e".repeat(32), "e5".repeat(32));
+    let import = ["keys", "import", "-"];
+    let serve = ["serve", "--listen", "127.0.0.1:0", "--log", "off"];
+    assert!(complaint(&with("5e", &import)).starts_with("control-plane: PORTCULLIS_PEPPER: a pepper has 64"));
+    // As long as there was none, there need not be one.
+    printed(&with("", &import));
+    printed(&with(&ours, &import));
+    for (pepper, what) in [(&*other, "keys were imported under another pepper"), ("", "is not set")] {
+        for arguments in [&import[..], &serve] {
+            let output = with(pepper, arguments);
+            let said = complaint(&output);
+            assert!(said.starts_with(&format!("control-plane: PORTCULLIS_PEPPER: {what}")), "{said}");
+        }
+    }
+    printed(&with(&ours, &import));
+}

@@ -33,19 +33,6 @@ async fn top_up(stack: &Stack, amount: u64) -> Result<()> {
     call(stack, Method::POST, "/v1/users/ada@example.com/credits", Some(json!({"amount": amount}))).await.map(|_| ())
 }
 
-/// Waits until every Envoy has what the database holds.
-async fn in_step(stack: &Stack) -> Result<()> {
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    for envoy in &stack.envoys {
-        let told = async || {
-            let version = envoy.stat("wasmcustom.portcullis_store_version").await.ok()?;
-            (version >= revision).then_some(())
-        };
-        eventually("the filter to be told of the credits", told).await?;
-    }
-    Ok(())
-}
-
 /// As many requests as come through, at every Envoy, until each refuses for want of credits. What was admitted.
 async fn spend_all(stack: &Stack, key: &str) -> Result<u64> {
     let load = Load::start(Plan {
@@ -84,7 +71,7 @@ async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() ->
     // Requests from before the user is metered are free, even those that are told of only later.
     let free = stack.demo.requests();
     top_up(&stack, CREDITS).await?;
-    in_step(&stack).await?;
+    stack.in_step().await?;
 
     let start = Instant::now();
     let admitted = spend_all(&stack, &key).await?;

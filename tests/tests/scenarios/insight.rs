@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const ARGUMENTS: [&str; 4] = ["--api-rate-limit", "10000", "--api-burst", "20000"];
-const STORE_VERSION: &str = "wasmcustom.portcullis_store_version";
 
 async fn get(rest: &Rest, path: &str) -> Result<Value> {
     let reply = rest.call(Method::GET, path, None).await?;
@@ -32,16 +31,6 @@ async fn create(rest: &Rest, email: &str, scopes: &[&str]) -> Result<(String, St
     let made = reply.json()?;
     let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
     Ok((text("id")?, text("key")?))
-}
-
-/// Waits until every Envoy has all that the database has.
-async fn in_step(stack: &Stack) -> Result<()> {
-    let revision = stack.database.text("select revision::text from store_state").await?.parse::<u64>()?;
-    for envoy in &stack.envoys {
-        let told = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
-        eventually("an Envoy to have every change", told).await?;
-    }
-    Ok(())
 }
 
 /// What Envoy made of a request: the outcome as far as an answer tells it, and the status of a refusal.
@@ -92,7 +81,7 @@ async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_what
             }
             presented.push(Some(key));
         }
-        in_step(&stack).await?;
+        stack.in_step().await?;
         for key in &presented {
             let reply = stack.get(key.as_deref()).await?;
             let (code, status) = answered(&reply)?;
@@ -121,6 +110,9 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
     let rest = stack.rest();
     let (id, key) = create(&rest, "ada@example.com", &["orders:read"]).await?;
+    let plan = json!({"scopes": ["stock:read"]});
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan), 201).await?;
+    rest.expect(Method::PATCH, &format!("/v1/keys/{id}"), Some(&json!({"plan": "gold"})), 200).await?;
     wait_for_status(stack.envoy(), Some(&key), 200).await?;
     for _ in 0..9 {
         assert_eq!(stack.get(Some(&key)).await?.status, 200);
@@ -145,6 +137,8 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
         assert_eq!((&row["key_id"], &row["email"]), (&json!(id), &json!("ada@example.com")));
         assert_eq!((&row["scope"], row.get("start").is_some()), (&json!("orders:read"), interval != "total"));
     }
+    let by_plan = get(&rest, "/v1/usage?group_by=plan&outcome=allowed").await?;
+    assert_eq!(by_plan["usage"], json!([{"plan": "gold", "requests": allowed, "cost": 0}]));
     let path = format!("/v1/usage?group_by=outcome&key_id={id}&outcome=allowed&format=csv");
     let csv = rest.call(Method::GET, &path, None).await?;
     assert_eq!(csv.header("content-type"), Some("text/csv; charset=utf-8; header=present"));
@@ -285,5 +279,5 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
     eventually("the revocation to be applied on both Envoys again", told).await?;
     assert_eq!(http::get(stack.control_plane.address(), "/readyz").await?.status, 200);
-    tokio::time::timeout(Duration::from_secs(20), in_step(&stack)).await?
+    tokio::time::timeout(Duration::from_secs(20), stack.in_step()).await?
 }

@@ -136,3 +136,19 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
     };
     eventually("a poll with five requests pending", told).await
 }
+
+#[tokio::test]
+async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()> {
+    let shared = with(1, |r| r.rate_limits = vec![limit("hour", 40, 3_600)]);
+    // One of four Envoys, and half of the limit is leased to it.
+    let bench = Bench::builder().change(Change::Filters(4)).start(&[("shared", shared)]).await?;
+    grant(&bench, &[share(1, 500_000)]).await?;
+    bench.script.disturb(Faults { pages: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
+    let (mut allowed, reply) = bench.get_many(10, "/", Some("shared")).await?;
+    assert_eq!((allowed, reply.status), (10, 200));
+    let alone = async || (bench.envoy.stat("wasmcustom.portcullis_report_failures").await.ok()? >= 1).then_some(());
+    eventually("a report to go unanswered", alone).await?;
+    allowed += bench.get_many(30, "/", Some("shared")).await?.0;
+    assert_eq!(allowed, 20);
+    Ok(())
+}

@@ -1,4 +1,4 @@
-//! Limits and quotas belong to a key and not to one of its secrets: a rotation goes on where the old secret was. The quota is
+//! Limits, quotas and credits belong to a key and not to one of its secrets: a rotation goes on where the old secret was. The quota is
 //! that of the key's plan.
 
 use anyhow::{Context, Result};
@@ -21,7 +21,7 @@ async fn made(stack: &Stack, body: Value) -> Result<(String, String)> {
     let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
     let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
     let both = (text("id")?, text("key")?);
-    in_step(stack).await?;
+    stack.in_step().await?;
     Ok(both)
 }
 
@@ -32,16 +32,17 @@ async fn rotated(stack: &Stack, id: &str) -> Result<String> {
         .call(Method::POST, &format!("/v1/keys/{id}/rotate"), Some(&json!({"grace_seconds": 3_600})))
         .await?;
     let key = reply.json()?["key"].as_str().map(ToOwned::to_owned).context("no key in the answer")?;
-    in_step(stack).await?;
+    stack.in_step().await?;
     Ok(key)
 }
 
-/// Waits until Envoy has what the database holds.
-async fn in_step(stack: &Stack) -> Result<()> {
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    let told =
-        async || (stack.envoy().stat("wasmcustom.portcullis_store_version").await.ok()? >= revision).then_some(());
-    eventually("the filter to be told of the key", told).await
+/// Asks until so many requests have come through in all; a lease may have to be renewed between them.
+async fn spend(stack: &Stack, key: &str, in_all: u64) -> Result<()> {
+    let spent = async || {
+        ask(stack, key).await.ok()?;
+        (stack.demo.requests() >= in_all).then_some(())
+    };
+    eventually("the requests to come through", spent).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -69,24 +70,40 @@ async fn a_rotation_begins_no_quota_of_a_plan_anew() -> Result<()> {
     stack.rest().call(Method::PUT, "/v1/plans/small", Some(&plan)).await?;
     let (id, old) = made(&stack, json!({"email": ADA, "name": "metered", "plan": "small"})).await?;
     let before = stack.demo.requests();
-    let used = async |key: &str, most: u64| {
-        let spent = async || {
-            ask(&stack, key).await.ok()?;
-            (stack.demo.requests() - before >= most).then_some(())
-        };
-        eventually("the quota to be used", spent).await
-    };
-    used(&old, 5).await?;
+    spend(&stack, &old, before + 5).await?;
     let new = rotated(&stack, &id).await?;
-    used(&new, 8).await?;
+    spend(&stack, &new, before + 8).await?;
     let quota = async || {
         let view = stack.rest().expect(Method::GET, &format!("/v1/keys/{id}/quota"), None, 200).await.ok()?;
         (view["exceeded"] == true && view["used"] == 8).then_some(())
     };
     eventually("the quota to be used up", quota).await?;
-    in_step(&stack).await?;
+    stack.in_step().await?;
     for key in [&new, &old] {
         assert_refused(&ask(&stack, key).await?, Outcome::QuotaExceeded, &[]);
+    }
+    assert_eq!(stack.demo.requests() - before, 8);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotation_brings_no_credits() -> Result<()> {
+    let stack = Stack::start().await?;
+    let credits = format!("/v1/users/{ADA}/credits");
+    stack.rest().expect(Method::POST, &credits, Some(&json!({"amount": 8})), 201).await?;
+    let (id, old) = made(&stack, json!({"email": ADA, "name": "metered"})).await?;
+    let before = stack.demo.requests();
+    spend(&stack, &old, before + 5).await?;
+    let new = rotated(&stack, &id).await?;
+    spend(&stack, &new, before + 8).await?;
+    let booked = async || {
+        let account = stack.rest().expect(Method::GET, &credits, None, 200).await.ok()?;
+        (account["balance"] == 0).then_some(())
+    };
+    eventually("the credits to be used up", booked).await?;
+    stack.in_step().await?;
+    for key in [&new, &old] {
+        assert_refused(&ask(&stack, key).await?, Outcome::CreditsExhausted, &[]);
     }
     assert_eq!(stack.demo.requests() - before, 8);
     Ok(())

@@ -50,10 +50,7 @@ async fn a_key_that_runs_out_of_time_stops_working_without_any_message() -> Resu
     let stack = Stack::start().await?;
     let key = stack.working_key("brief@example.com").await?;
     stack.change_key("brief@example.com", "expires_at = now() + interval '5 seconds'").await?;
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    let version = "wasmcustom.portcullis_store_version";
-    let told = async || (stack.envoy().stat(version).await.ok()? >= revision).then_some(());
-    portcullis_tests::wait::eventually("the filter to be told of the end", told).await?;
+    stack.in_step().await?;
     stack.control_plane.stop(Signal::SIGKILL).await?;
     assert_upstream(&stack.get(Some(&key)).await?, &["x-consumer-id", "x-credential-identifier"]);
     stack.wait_for_status(Some(&key), 401).await?;

@@ -29,10 +29,7 @@ async fn one_refusal_is_enough_to_be_leased_the_price_of_a_dear_route() -> Resul
     rest.expect(Method::POST, &path, Some(&json!({"amount": CREDITS})), 201).await?;
     let starter = account().await?["starter"].as_u64().context("no starter")?;
     assert!(starter < PRICE, "{starter}");
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    let told =
-        async || (stack.envoy().stat("wasmcustom.portcullis_store_version").await.ok()? >= revision).then_some(());
-    eventually("the filter to be told of the credits", told).await?;
+    stack.in_step().await?;
 
     for left in [CREDITS - PRICE, CREDITS - 2 * PRICE] {
         // What was leased beyond the first request is taken back while nobody asks, so each begins without.

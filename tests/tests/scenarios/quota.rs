@@ -37,14 +37,7 @@ async fn a_quota_is_shared_by_all_envoys_and_opens_by_itself_with_the_next_windo
         "quota = '{{\"requests\": {REQUESTS}, \"period\": \"day\", \"time_zone\": \"UTC\"}}', quota_starter = {STARTER}"
     );
     stack.change_key(ADA, &set).await?;
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    for envoy in &stack.envoys {
-        let version = async || {
-            let version = envoy.stat("wasmcustom.portcullis_store_version").await.ok()?;
-            (version >= revision).then_some(())
-        };
-        eventually("the filter to be told of the quota", version).await?;
-    }
+    stack.in_step().await?;
 
     let load = Load::start(Plan {
         targets: stack.envoys.iter().map(Envoy::address).collect(),

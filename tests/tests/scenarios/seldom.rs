@@ -22,11 +22,7 @@ async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
     });
     let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
     let key = made["key"].as_str().unwrap_or_default();
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    for envoy in &stack.envoys {
-        let told = async || (envoy.stat("wasmcustom.portcullis_store_version").await.ok()? >= revision).then_some(());
-        eventually("the filter to be told of the key", told).await?;
-    }
+    stack.in_step().await?;
     for number in 1..=3_i64 {
         for envoy in &stack.envoys {
             let reply = send(envoy.address(), get_request("/orders", Some(key))?).await?;

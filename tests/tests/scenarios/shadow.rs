@@ -46,6 +46,25 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
             }),
         ),
     ];
+    let all_the_others = ["quotaless", "creditless", "elsewhere", "off", "ended"];
+    let others = all_the_others.into_iter().zip(5..).map(|(name, number)| {
+        let record = with(number, |r| {
+            r.scopes = vec!["orders:read".into()];
+            match name {
+                "quotaless" => r.further.quota = Some(Budget { starter: 0, turn: 1, resets_at_s: None }),
+                "creditless" => {
+                    // An owner of its own.
+                    r.owner_id.0 = [0x33; 16];
+                    r.further.credits = Some(Budget { starter: 0, turn: 1, resets_at_s: None });
+                }
+                "elsewhere" => r.further.networks = vec!["192.0.2.0/24".parse().unwrap()],
+                "off" => r.flags = Flags::DISABLED,
+                _ => r.expires_at_s = Some(1),
+            }
+        });
+        (name, record)
+    });
+    let keys: Vec<_> = keys.into_iter().chain(others).collect();
     let bench = Bench::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
     let scoped = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
     assert_upstream(&bench.get("/dark", Some("good")).await?, &scoped);
@@ -56,6 +75,11 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
         (Some("revoked"), Outcome::Revoked),
         (Some("scopeless"), Outcome::ScopeDenied),
         (Some("limited"), Outcome::RateLimited),
+        (Some("quotaless"), Outcome::QuotaExceeded),
+        (Some("creditless"), Outcome::CreditsExhausted),
+        (Some("elsewhere"), Outcome::AddressDenied),
+        (Some("off"), Outcome::Disabled),
+        (Some("ended"), Outcome::Expired),
     ];
     for (key, outcome) in would_be {
         assert_shadowed(&bench.get("/dark", key).await?, outcome);

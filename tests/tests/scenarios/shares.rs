@@ -50,11 +50,7 @@ async fn limited(stack: &Stack, email: &str) -> Result<String> {
     });
     let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
     let key = made["key"].as_str().context("no key in the answer")?;
-    let revision: u64 = stack.database.text("select revision::text from store_state").await?.parse()?;
-    for envoy in &stack.envoys {
-        let told = async || (envoy.stat("wasmcustom.portcullis_store_version").await.ok()? >= revision).then_some(());
-        eventually("the filter to be told of the key", told).await?;
-    }
+    stack.in_step().await?;
     Ok(key.to_owned())
 }
 

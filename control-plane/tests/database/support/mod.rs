@@ -13,7 +13,7 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use contract::hash::KeyHash;
 use contract::key::Secret;
 use control_plane::audit::Actor;
-use control_plane::auth::Callers;
+use control_plane::callers::Callers;
 use control_plane::key::domain::{Email, KeyName, Scopes};
 use control_plane::key::revoke;
 use control_plane::key::store::{self, NewKey};
