@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, PgConnection};
 use super::driver::Book;
 use super::oracle::Oracle;
 use super::rig::Rig;
-use super::verdict::Tally;
+use super::verdict::{Restored, Tally, Verdict};
 use crate::wait::eventually_within;
 
 /// How long the stack may take to come to rest.
@@ -60,6 +60,47 @@ impl Usage {
     #[must_use]
     pub fn requests(&self) -> u64 {
         self.keys.values().map(|(allowed, other)| allowed + other).sum::<u64>() + self.keyless
+    }
+
+    /// What is lost if this takes the place of a later one.
+    #[must_use]
+    pub fn lost_of(&self, later: &Self) -> Restored {
+        let lost = |key: &String, (allowed, other): &(u64, u64)| {
+            let kept = self.keys.get(key).copied().unwrap_or_default();
+            (key.clone(), (allowed.saturating_sub(kept.0), other.saturating_sub(kept.1)))
+        };
+        Restored {
+            keys: later.keys.iter().map(|(key, counts)| lost(key, counts)).collect(),
+            keyless: later.keyless.saturating_sub(self.keyless),
+        }
+    }
+
+    /// What does not fit what clients saw, key by key and of requests without a known key.
+    fn misfits(&self, verdict: &Verdict) -> Vec<String> {
+        let others = verdict.other_losses();
+        let mut misfits = Vec::new();
+        for (key, tally) in &verdict.tallies {
+            let (allowed, _) = self.keys.get(key).copied().unwrap_or_default();
+            let (lost, _) = verdict.restored.keys.get(key).copied().unwrap_or_default();
+            if allowed > tally.admitted + tally.doubtful {
+                misfits.push(format!("key {key}: {allowed} requests counted, {tally:?} seen: counted twice"));
+            }
+            if allowed + lost + others < tally.admitted {
+                let may = format!("{lost} may be lost with databases, {others} otherwise");
+                misfits.push(format!("key {key}: {allowed} requests counted, {tally:?} seen, {may}"));
+            }
+        }
+        let (keyless, lost) = (&verdict.keyless, verdict.restored.keyless);
+        // What got no answer may have been decided without a known key, whichever it had.
+        let doubtful = keyless.doubtful + verdict.tallies.values().map(|tally| tally.doubtful).sum::<u64>();
+        if self.keyless > keyless.refused + doubtful {
+            misfits.push(format!("{} requests counted without a key, {keyless:?} seen: counted twice", self.keyless));
+        }
+        if self.keyless + lost + others < keyless.refused {
+            let may = format!("{lost} may be lost with databases, {others} otherwise");
+            misfits.push(format!("{} requests counted without a key, {keyless:?} seen, {may}", self.keyless));
+        }
+        misfits
     }
 }
 
@@ -117,15 +158,7 @@ pub async fn compare(rig: &Rig, oracle: &Oracle, book: &Book, log_lines: u64) ->
         top_ups: book.top_ups.len() as u64,
         log_lines,
     };
-    for (key, tally) in &verdict.tallies {
-        let (allowed, _) = counted.keys.get(key).copied().unwrap_or_default();
-        if allowed > tally.admitted + tally.doubtful {
-            oracle.broken(&format!("key {key}: {allowed} requests counted, {tally:?} seen: counted twice"));
-        }
-        if allowed + lost < tally.admitted {
-            oracle.broken(&format!("key {key}: {allowed} requests counted, {tally:?} seen: lost"));
-        }
-    }
+    counted.misfits(&verdict).iter().for_each(|misfit| oracle.broken(misfit));
     if sums.counted > sums.decided + sums.doubtful {
         oracle.broken(&format!("{} requests counted, {} seen: counted twice", sums.counted, sums.decided));
     }
@@ -163,4 +196,52 @@ async fn ledger(connection: &mut PgConnection, oracle: &Oracle, book: &Book) -> 
     }
     ensure!(!book.top_ups.is_empty(), "nothing was topped up");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(keys: &[(&str, u64)], keyless: u64) -> Usage {
+        Usage { keys: keys.iter().map(|(key, allowed)| ((*key).to_owned(), (*allowed, 0))).collect(), keyless }
+    }
+
+    /// 100 requests of each key and 50 without any were seen; one database was restored, and 5 requests were lost otherwise.
+    fn verdict(restored: Restored) -> Verdict {
+        let seen = Tally { admitted: 100, ..Tally::default() };
+        let losses = [(Restored::WHY.to_owned(), restored.all()), ("otherwise".to_owned(), 5)];
+        Verdict {
+            sent: 250,
+            answers: BTreeMap::new(),
+            admitted_wrongly: 0,
+            longest_open: Duration::ZERO,
+            broken: Vec::new(),
+            unnamed: 0,
+            longest_gap: Duration::ZERO,
+            longest_gaps: Vec::new(),
+            tallies: [("a".to_owned(), seen), ("b".to_owned(), seen)].into(),
+            keyless: Tally { refused: 50, doubtful: 0, admitted: 0 },
+            losses: losses.into(),
+            restored,
+            judged_dead: 1,
+        }
+    }
+
+    #[test]
+    fn what_a_restore_loses_is_known_of_each_key_and_excuses_no_other() {
+        let lost = usage(&[("a", 10)], 3).lost_of(&usage(&[("a", 70), ("new", 7)], 13));
+        assert_eq!((lost.keys["a"], lost.keys["new"], lost.keyless, lost.all()), ((60, 0), (7, 0), 10, 77));
+        let misfits = |a, b, keyless| usage(&[("a", a), ("b", b)], keyless).misfits(&verdict(lost.clone())).len();
+        assert_eq!(misfits(100, 100, 50), 0);
+        assert_eq!(misfits(35, 95, 35), 0);
+        assert_eq!(misfits(34, 100, 50), 1);
+        assert_eq!(misfits(100, 94, 50), 1);
+        assert_eq!(misfits(100, 100, 34), 1);
+    }
+
+    #[test]
+    fn nothing_may_be_counted_twice() {
+        let misfits = |a, keyless| usage(&[("a", a), ("b", 100)], keyless).misfits(&verdict(Restored::default())).len();
+        assert_eq!((misfits(100, 50), misfits(101, 50), misfits(100, 51)), (0, 1, 1));
+    }
 }

@@ -86,6 +86,7 @@ impl Driver {
                 let reply = credit(&rest, "0").await?;
                 anyhow::ensure!(reply.status == 201, "top-up: {} {:?}", reply.status, reply.body);
                 this.book.lock().await.top_ups.push("0".into());
+                oracle.topped_up(TOP_UP);
             }
         }
         oracle.all_are_steady();
@@ -232,6 +233,7 @@ impl Driver {
             Ok(Ok(201)) => {
                 book.unconfirmed = None;
                 book.top_ups.push(note);
+                self.oracle.topped_up(TOP_UP);
             }
             // Again, under the same name: it is booked once.
             Ok(Ok(503 | 409)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),

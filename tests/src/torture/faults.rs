@@ -10,7 +10,7 @@ use hyper::Method;
 
 use super::count::usage;
 use super::driver::Driver;
-use super::gate::Hinders;
+use super::gate::{BOUND, Hinders};
 use super::oracle::Oracle;
 use super::plan::{Dice, Kind, Step};
 use super::proxy::Mischief;
@@ -61,6 +61,8 @@ pub struct Faults {
     pub doing: Arc<Doing>,
     /// Whether the last Envoy and the last control plane are spared from ending, so that their memory can be compared.
     pub spare: bool,
+    /// Whether there is time for long faults.
+    pub long: bool,
     /// VMs that were trapped.
     pub traps: Arc<AtomicU64>,
 }
@@ -79,7 +81,7 @@ impl Faults {
         match step.kind {
             Kind::ControlPlaneKill => self.end_control_plane(mortal_control_plane, Signal::SIGKILL, step).await,
             Kind::ControlPlaneTerm => self.end_control_plane(mortal_control_plane, Signal::SIGTERM, step).await,
-            Kind::ControlPlanePause => self.pause_control_plane(control_plane, step.lasts).await,
+            Kind::ControlPlanePause => self.pause_control_plane(control_plane, self.standstill(step.lasts)).await,
             Kind::ControlPlaneClock => self.control_plane_clock(control_plane, step).await,
             Kind::AnswerLost => self.mischief(envoy, Mischief::LoseAcknowledgements, step.lasts).await,
             Kind::AnswerCut => self.mischief(envoy, Mischief::CutPages, step.lasts).await,
@@ -120,14 +122,27 @@ impl Faults {
         Ok(())
     }
 
+    /// So long that Envoys notice; in a run that has the time, so long that a control plane still stands when they must have
+    /// found another and obey.
+    fn standstill(&self, lasts: Duration) -> Duration {
+        if self.long { KEEP_ALIVE + BACKOFF + BOUND + lasts } else { KEEP_ALIVE + Duration::from_secs(1) }
+    }
+
+    /// How long an Envoy that connects anew may take to hear of changes: longer, if it may come to one that stands still.
+    fn after(&self, usual: Duration) -> Duration {
+        if self.doing.standing_still.load(Ordering::SeqCst) { usual + KEEP_ALIVE } else { usual }
+    }
+
     async fn pause_control_plane(&self, number: usize, lasts: Duration) -> Result<()> {
         let control_plane = self.rig.control_planes.get(number).context("no such control plane")?;
         let spells = self.oracle.begin(Hinders::Changes, &self.rig.everywhere(), BACKOFF);
+        self.doing.standing_still.store(true, Ordering::SeqCst);
         control_plane.signal(Signal::SIGSTOP)?;
         // However long it stands still, Envoys find another: the spell does not last longer than they take to notice.
         tokio::time::sleep(lasts.min(KEEP_ALIVE)).await;
         self.oracle.end(&spells);
         tokio::time::sleep(lasts.saturating_sub(KEEP_ALIVE)).await;
+        self.doing.standing_still.store(false, Ordering::SeqCst);
         control_plane.signal(Signal::SIGCONT)
     }
 
@@ -179,14 +194,17 @@ impl Faults {
         cut.map(|_| ())
     }
 
-    /// For longer than changes wait for a lock: they are told to come back.
+    /// For longer than changes wait for a lock: they are told to come back. Nor is anything leased.
     async fn lock_postgres(&self, lasts: Duration) -> Result<()> {
         let seconds = lasts.as_secs_f64();
         let lock = format!(
             "begin; select revision from store_state for update; lock table usage_hourly in share mode;
             select 1 from (select id from api_keys for update) locked limit 1; select pg_sleep({seconds}); commit"
         );
-        self.rig.database.execute(&lock).await.map(|_| ())
+        let spells = self.oracle.begin(Hinders::Leases, &self.rig.everywhere(), FEED);
+        let locked = self.rig.database.execute(&lock).await;
+        self.oracle.end(&spells);
+        locked.map(|_| ())
     }
 
     /// A copy is made, life goes on for a while, and then the copy takes the place of the original.
@@ -229,7 +247,7 @@ impl Faults {
         .await?;
         self.oracle.go_back(&keys);
         *book = then;
-        self.oracle.may_lose("counted after the backup that was restored", after.requests() - before.requests());
+        self.oracle.restored(&before.lost_of(&after));
         let rest = self.rig.rest(0)?;
         let answers = async || rest.call(Method::GET, "/v1/keys?limit=1", None).await.ok().filter(|r| r.status == 200);
         eventually("the REST API to find the restored database", answers).await?;
@@ -266,7 +284,7 @@ impl Faults {
     async fn end_envoy(&self, number: usize, signal: Signal, drained: bool) -> Result<()> {
         let envoy = self.rig.envoys.get(number).context("no such Envoy")?;
         let requests = self.oracle.begin(Hinders::Requests, &[number], ONE_FAILURE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], BACKOFF);
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(BACKOFF));
         if drained {
             let drain = hyper::Request::post("/drain_listeners?graceful").body(http_body_util::Full::default())?;
             let reply = http::send(envoy.admin(), drain).await?;
@@ -307,7 +325,7 @@ impl Faults {
     async fn trap(&self, number: usize) -> Result<()> {
         let envoy = self.rig.envoys.get(number).context("no such Envoy")?;
         let spells = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], LEASE);
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
         let request = hyper::Request::get("/").header("x-portcullis-trap", "1").body(http_body_util::Full::default())?;
         let reply = http::send(envoy.address(), request).await;
         let untold = self.oracle.decided_within(number, MERGE);
@@ -323,7 +341,7 @@ impl Faults {
     async fn update(&self, number: usize, dice: u64) -> Result<()> {
         let envoy = self.rig.envoys.get(number).context("no such Envoy")?;
         let requests = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], LEASE);
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
         let realm = format!("torture {dice:x}");
         envoy.change_settings(|settings| {
             settings.replacements.plugin.insert("realm".into(), realm.clone().into());
@@ -351,7 +369,7 @@ impl Faults {
         self.oracle.clock(number, behind, ahead);
         for shift in [shift, 0] {
             // A lease that ends early, or late, moves the lead.
-            let spells = self.oracle.begin(Hinders::Changes, &[number], LEASE);
+            let spells = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
             clock.shift(shift)?;
             self.oracle.end(&spells);
             tokio::time::sleep(step.lasts).await;

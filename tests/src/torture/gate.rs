@@ -33,6 +33,8 @@ pub enum Hinders {
     Changes,
     /// Requests to an Envoy may go unanswered, or get an answer that is not the filter's.
     Requests,
+    /// An Envoy is granted no credits, though it hears of changes.
+    Leases,
 }
 
 /// One Envoy.
@@ -40,6 +42,7 @@ pub enum Hinders {
 pub(super) struct Gate {
     pub(super) changes: Vec<Spell>,
     pub(super) requests: Vec<Spell>,
+    pub(super) leases: Vec<Spell>,
     /// When it first gave an answer other than `not_ready`.
     pub(super) ready: Option<Instant>,
     pub(super) behind: Duration,
@@ -55,6 +58,7 @@ impl Gate {
         match hinders {
             Hinders::Changes => &mut self.changes,
             Hinders::Requests => &mut self.requests,
+            Hinders::Leases => &mut self.leases,
         }
     }
 
@@ -88,6 +92,11 @@ impl Gate {
     pub(super) fn admitted(&mut self, now: Instant) {
         gap(&mut self.last_admitted, &mut self.longest_gap, now);
     }
+
+    /// The load, which began at a time, is over: what has not ended counts up to now.
+    pub(super) fn close(&mut self, start: Instant, now: Instant) {
+        close(self.last_admitted, &mut self.longest_gap, start, now);
+    }
 }
 
 /// Something happened now: the time since it last did, if that is the longest.
@@ -96,6 +105,11 @@ pub(super) fn gap(last: &mut Option<Instant>, longest: &mut Duration, now: Insta
         *longest = (*longest).max(now.saturating_duration_since(last));
     }
     *last = Some(now);
+}
+
+/// Nothing more happens: the time since it last did, or since the start.
+pub(super) fn close(last: Option<Instant>, longest: &mut Duration, start: Instant, now: Instant) {
+    gap(&mut Some(last.unwrap_or(start)), longest, now);
 }
 
 #[cfg(test)]
@@ -141,6 +155,20 @@ mod tests {
         assert_eq!(deadline(&[(1_000, Some(4_000), 0), (5_900, Some(7_000), 100)], 500), Some(9_100));
         assert_eq!(deadline(&[(1_000, Some(4_000), 0), (6_100, Some(7_000), 100)], 500), Some(6_000));
         assert_eq!(deadline(&[(1_000, Some(4_000), 0), (1_500, Some(2_000), 0)], 500), Some(6_000));
+    }
+
+    #[test]
+    fn a_gap_that_lasts_to_the_end_is_a_gap() {
+        let (mut gate, zero) = (Gate::default(), Instant::now());
+        gate.admitted(zero + MS * 100);
+        gate.admitted(zero + MS * 300);
+        assert_eq!(gate.longest_gap, MS * 200);
+        gate.close(zero, zero + MS * 900);
+        assert_eq!(gate.longest_gap, MS * 600);
+        // It never admitted anybody.
+        let mut gate = Gate::default();
+        gate.close(zero, zero + MS * 900);
+        assert_eq!(gate.longest_gap, MS * 900);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! Reading order: [`plan`] says when what breaks, [`rig`] is the stack, [`proxy`] stands between Envoys and control planes,
 //! [`load`] are the clients, [`driver`] is the administrator, [`oracle`] judges each answer, with
-//! [`gate`] for what it knows of an Envoy, [`watch`] looks at what must
+//! [`gate`] for what it knows of an Envoy and `purse` for what it knows of credits, [`watch`] looks at what must
 //! never go back, [`faults`] is what each fault does, [`count`] the reckoning, [`report`] what is told.
 
 pub mod plan;
@@ -16,6 +16,7 @@ pub mod load;
 
 pub mod gate;
 pub mod oracle;
+mod purse;
 pub mod watch;
 
 pub mod verdict;
@@ -130,15 +131,16 @@ pub async fn run(options: Options) -> Result<Report> {
         driver: Arc::clone(&driver),
         doing,
         spare,
+        long: options.length.is_some(),
         traps: Arc::clone(&traps),
     };
     let start = Instant::now();
     let warm = async {
         if !spare {
-            return Vec::new();
+            return None;
         }
         tokio::time::sleep(WARM).await;
-        memory(&rig)
+        Some(memory(&rig))
     };
     let (behind, before) = (&options.behind, &options.before);
     let lanes = (lane(&options, behind, &faults, &journal), lane(&options, before, &faults, &journal));
@@ -147,20 +149,21 @@ pub async fn run(options: Options) -> Result<Report> {
     let took = start.elapsed();
     journal.note("no more faults");
 
-    // What changed last has to arrive, too, and to be seen by the load.
+    // What changed last has to be obeyed, too, and to be seen to be by the load.
     driver.stop();
     changing.await?;
-    tokio::time::sleep(gate::BOUND + Duration::from_millis(500)).await;
+    // A fault that did not end is a broken promise already.
+    let obeyed = oracle.all_obey_by().unwrap_or_else(Instant::now) + Duration::from_millis(500);
+    tokio::time::sleep_until(obeyed.into()).await;
     load.stop().await;
-    let memory: Vec<_> =
-        warm.into_iter().zip(memory(&rig)).map(|((name, first), (_, last))| (name, first, last)).collect();
+    oracle.load_is_over();
+    let memory = warm.map(|first| grown(&oracle, first, memory(&rig))).unwrap_or_default();
     count::come_to_rest(&rig).await?;
     watch.stop().await;
     let log_lines = count::import_last_words(&rig)?;
     let book = driver.hold().await.clone();
     let counted = count::compare(&rig, &oracle, &book, log_lines).await?;
     read_logs(&rig, &oracle, traps.load(Ordering::Relaxed))?;
-    grown(&oracle, &memory);
     let verdict = oracle.verdict();
     Ok(Report {
         seed: options.seed,
@@ -195,20 +198,26 @@ async fn lane(options: &Options, kinds: &[Kind], faults: &Faults, journal: &Jour
 }
 
 /// Of the processes that are spared.
-fn memory(rig: &Rig) -> Vec<(String, u64)> {
+fn memory(rig: &Rig) -> [Option<u64>; 2] {
     let envoy = rig.envoys.last().and_then(crate::envoy::Envoy::pid).and_then(resident_kib);
     let control_plane = rig.control_planes.last().and_then(crate::control_plane::ControlPlane::pid);
-    let control_plane = control_plane.and_then(resident_kib);
-    let named = [("an Envoy", envoy), ("a control plane", control_plane)];
-    named.into_iter().filter_map(|(name, kib)| Some((name.to_owned(), kib?))).collect()
+    [envoy, control_plane.and_then(resident_kib)]
 }
 
-fn grown(oracle: &Oracle, memory: &[(String, u64, u64)]) {
-    for (name, first, last) in memory {
-        if *last > first + first * GROWTH / 100 {
+/// What each took at first and at last. Both have to be known.
+fn grown(oracle: &Oracle, first: [Option<u64>; 2], last: [Option<u64>; 2]) -> Vec<(String, u64, u64)> {
+    let mut grown = Vec::new();
+    for ((name, first), last) in ["an Envoy", "a control plane"].into_iter().zip(first).zip(last) {
+        let (Some(first), Some(last)) = (first, last) else {
+            oracle.broken(&format!("the memory of {name} could not be read"));
+            continue;
+        };
+        if last > first + first * GROWTH / 100 {
             oracle.broken(&format!("the memory of {name} grew from {first} to {last} KiB"));
         }
+        grown.push((name.to_owned(), first, last));
     }
+    grown
 }
 
 /// Everything runs, nothing panicked, no VM trapped but those that were made to, and nobody waited in a circle.

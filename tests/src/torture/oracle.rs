@@ -13,10 +13,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::gate::{BOUND, Gate, Hinders, Spell, gap};
+use super::gate::{BOUND, Gate, Hinders, Spell, close, gap};
 use super::plan::Dice;
+use super::purse::Purse;
 use super::report::Journal;
-use super::verdict::{Tally, Verdict};
+use super::verdict::{Restored, Tally, Verdict};
 
 /// Times in records are whole seconds.
 const SECOND: Duration = Duration::from_secs(1);
@@ -95,6 +96,9 @@ struct Known {
     last_admitted: Option<Instant>,
     longest_gap: Duration,
     losses: BTreeMap<String, u64>,
+    restored: Restored,
+    purse: Purse,
+    judged_dead: u64,
 }
 
 /// The judge.
@@ -106,7 +110,10 @@ pub struct Oracle {
 
 /// What the keys were at some time.
 #[derive(Clone, Debug)]
-pub struct Snapshot(Vec<(Standing, Option<SystemTime>)>);
+pub struct Snapshot {
+    secrets: Vec<(Standing, Option<SystemTime>)>,
+    top_ups: usize,
+}
 
 impl Oracle {
     /// The judge of so many Envoys.
@@ -128,6 +135,9 @@ impl Oracle {
             last_admitted: None,
             longest_gap: Duration::ZERO,
             losses: BTreeMap::new(),
+            restored: Restored::default(),
+            purse: Purse::default(),
+            judged_dead: 0,
         };
         Self { known: Mutex::new(known), journal }
     }
@@ -185,24 +195,30 @@ impl Oracle {
     /// What all keys are now.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot(self.known().secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect())
+        let known = self.known();
+        let secrets = known.secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect();
+        Snapshot { secrets, top_ups: known.purse.top_ups() }
     }
 
-    /// Nobody knows what any key is: the database is being put back.
+    /// Nobody knows what any key is: the database is being put back. But for those that are steady: they stand in both.
     pub fn doubt_all(&self) {
-        for secret in &mut self.known().secrets {
+        let mut known = self.known();
+        let steady = known.steady;
+        for secret in known.secrets.iter_mut().skip(steady) {
             secret.standing = Standing::Doubtful;
             secret.version += 1;
         }
     }
 
-    /// The keys are again what they were then; those that came later never were.
+    /// The keys are again what they were then; those that came later never were. Nothing has changed for those that are steady.
     pub fn go_back(&self, to: &Snapshot) {
         let mut known = self.known();
-        let Known { secrets, forgotten, .. } = &mut *known;
-        let kept: HashSet<Arc<str>> = secrets.iter().take(to.0.len()).map(|secret| Arc::clone(&secret.key)).collect();
-        for (number, secret) in secrets.iter_mut().enumerate() {
-            let (standing, ends_at) = to.0.get(number).copied().unwrap_or((Standing::Dead, secret.ends_at));
+        let Known { secrets, forgotten, purse, steady, .. } = &mut *known;
+        purse.go_back(to.top_ups);
+        let kept: HashSet<Arc<str>> =
+            secrets.iter().take(to.secrets.len()).map(|secret| Arc::clone(&secret.key)).collect();
+        for (number, secret) in secrets.iter_mut().enumerate().skip(*steady) {
+            let (standing, ends_at) = to.secrets.get(number).copied().unwrap_or((Standing::Dead, secret.ends_at));
             (secret.standing, secret.ends_at) = (standing, ends_at);
             secret.since = Instant::now();
             secret.version += 1;
@@ -261,6 +277,42 @@ impl Oracle {
     pub fn may_lose(&self, why: &str, requests: u64) {
         *self.known().losses.entry(why.to_owned()).or_default() += requests;
         self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
+    }
+
+    /// An older copy has taken the database's place: these requests, which only the database that is gone had counted, may be
+    /// lost of each key, and so many without a known key.
+    pub fn restored(&self, lost: &Restored) {
+        self.known().restored.add(lost);
+        self.may_lose(Restored::WHY, lost.all());
+    }
+
+    /// The API has said that so many credits were added to those of the metered key.
+    pub fn topped_up(&self, amount: u64) {
+        self.known().purse.add(amount);
+    }
+
+    /// By when every Envoy has to obey what changes now; `None` while something is broken.
+    #[must_use]
+    pub fn all_obey_by(&self) -> Option<Instant> {
+        let now = Instant::now();
+        self.known().gates.iter().try_fold(now, |latest, gate| gate.deadline(now).map(|deadline| latest.max(deadline)))
+    }
+
+    /// The load is over: gaps in service end now, and it has to have been worth something.
+    pub fn load_is_over(&self) {
+        let (start, now) = (self.journal.start(), Instant::now());
+        let mut known = self.known();
+        known.gates.iter_mut().for_each(|gate| gate.close(start, now));
+        let last = known.last_admitted;
+        close(last, &mut known.longest_gap, start, now);
+        if known.judged_dead == 0 {
+            known.break_promise("no request with a dead key was judged".into(), &self.journal);
+        }
+        let metered =
+            known.secrets.iter().find(|secret| secret.metered).map(|secret| known.tally(&secret.key).admitted);
+        if metered == Some(0) {
+            known.break_promise("no request of the metered key was admitted".into(), &self.journal);
+        }
     }
 
     /// Somebody beside the clients sent requests without a known key: so many were decided, so many maybe.
@@ -332,11 +384,17 @@ impl Oracle {
             tallies: of_known.map(|(key, tally)| (key.to_string(), *tally)).collect(),
             keyless: known.keyless,
             losses: known.losses.clone(),
+            restored: known.restored.clone(),
+            judged_dead: known.judged_dead,
         }
     }
 }
 
 impl Known {
+    fn tally(&self, key: &str) -> Tally {
+        self.tallies.get(key).copied().unwrap_or_default()
+    }
+
     fn count(&mut self, envoy: usize, ticket: &Ticket, answer: &Answer) {
         let name = match answer {
             Answer::Unsent => "nobody listened".to_owned(),
@@ -391,7 +449,7 @@ impl Known {
     ) -> Option<String> {
         let secret = ticket.secret.and_then(|secret| self.secrets.get(secret));
         let unchanged = secret.is_none_or(|secret| secret.version == ticket.version);
-        let metered = secret.is_some_and(|secret| secret.metered);
+        let spent = secret.filter(|secret| secret.metered).map(|secret| self.tally(&secret.key));
         let gate = self.gates.get_mut(envoy)?;
         let (status, code) = match answer {
             Answer::Unsent | Answer::Lost | Answer::Came(_, None)
@@ -411,6 +469,10 @@ impl Known {
         if code.is_some() || status == 200 {
             gate.ready.get_or_insert_with(Instant::now);
         }
+        let overdue = gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+        if secret.is_some() && ticket.standing == Standing::Dead && overdue && answer_status(answer) > 0 {
+            self.judged_dead += 1;
+        }
         if status == 200 {
             if ticket.standing == Standing::Dead && gate.deadline(ticket.since) == Some(ticket.since + BOUND) {
                 self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
@@ -425,8 +487,7 @@ impl Known {
             }
             // By the Envoy's own clock, and known to it since it first admitted the key: but for an end that a rotation set,
             // of which it has to hear first.
-            let heard =
-                ticket.end_changed.is_none() || gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+            let heard = ticket.end_changed.is_none() || overdue;
             let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + gate.behind + SECOND).ok());
             if let Some(late) = ended.filter(|_| heard && ticket.standing == Standing::Good) {
                 self.admitted_wrongly += 1;
@@ -435,13 +496,13 @@ impl Known {
             return None;
         }
         let code = code?;
-        if code == "credits_exhausted" && metered {
+        let spent = spent.filter(|_| code == "credits_exhausted").map(|tally| tally.admitted + tally.doubtful);
+        if spent.is_some_and(|spent| self.purse.may_refuse(gate, sent, spent)) {
             return None;
         }
         let expected = ticket.standing == Standing::Good && unchanged;
         let earlier = gate.ahead + SECOND + ticket.end_changed.unwrap_or_default();
         let ends = ticket.ends_at.is_some_and(|end| sent_at.max(SystemTime::now()) + earlier > end);
-        let overdue = gate.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
         (expected && overdue && !ends).then(|| format!("a good key was refused: {status} {code}"))
     }
 
@@ -463,157 +524,4 @@ const fn answer_status(answer: &Answer) -> u16 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LATER: Duration = Duration::from_secs(3);
-
-    struct Judged {
-        oracle: Oracle,
-        key: usize,
-        _home: tempfile::TempDir,
-    }
-
-    impl Judged {
-        /// One key that must be admitted, at one Envoy.
-        fn new(ends_at: Option<SystemTime>) -> Self {
-            let home = tempfile::TempDir::new().unwrap();
-            let oracle = Oracle::new(1, Journal::create(&home.path().join("journal")).unwrap());
-            let key = oracle.add("id", "secret", ends_at, false);
-            oracle.all_are_steady();
-            Self { oracle, key, _home: home }
-        }
-
-        fn ticket(&self) -> Ticket {
-            let mut dice = Dice::new(0);
-            (0..).map(|_| self.oracle.pick(&mut dice, &[])).find(|ticket| ticket.secret.is_some()).unwrap()
-        }
-
-        /// What is said of an answer to a request that is sent so much later than now.
-        fn judge(&self, later: Duration, ticket: &Ticket, answer: &Answer) -> Vec<String> {
-            let before = self.oracle.verdict().broken.len();
-            self.oracle.judge(0, ticket, Instant::now() + later, SystemTime::now() + later, answer);
-            self.oracle.verdict().broken.split_off(before)
-        }
-
-        fn is_fine(&self, later: Duration, answer: &Answer) -> bool {
-            self.judge(later, &self.ticket(), answer).is_empty()
-        }
-    }
-
-    fn came(status: u16, code: &str) -> Answer {
-        Answer::Came(status, (!code.is_empty()).then(|| code.to_owned()))
-    }
-
-    #[test]
-    fn a_dead_key_may_be_admitted_within_the_bound_and_not_later() {
-        let judged = Judged::new(None);
-        judged.oracle.settle(judged.key, Standing::Dead, None);
-        assert!(judged.is_fine(Duration::ZERO, &came(200, "")));
-        assert!(judged.is_fine(LATER, &came(401, "revoked")));
-        assert_eq!(judged.oracle.verdict().admitted_wrongly, 0);
-        assert!(!judged.is_fine(LATER, &came(200, "")));
-        assert_eq!(judged.oracle.verdict().admitted_wrongly, 1);
-        // Nobody knows: nothing is held against anybody.
-        judged.oracle.doubt(judged.key);
-        assert!(judged.is_fine(LATER, &came(200, "")) && judged.is_fine(LATER, &came(401, "revoked")));
-    }
-
-    #[test]
-    fn nothing_is_held_against_an_envoy_that_cannot_hear_of_it() {
-        let judged = Judged::new(None);
-        judged.oracle.settle(judged.key, Standing::Dead, None);
-        let spell = judged.oracle.begin(Hinders::Changes, &[0], Duration::from_secs(10));
-        assert!(judged.is_fine(LATER * 100, &came(200, "")));
-        judged.oracle.end(&spell);
-        assert!(judged.is_fine(Duration::from_secs(11), &came(200, "")));
-        assert!(!judged.is_fine(Duration::from_secs(13), &came(200, "")));
-    }
-
-    #[test]
-    fn a_good_key_may_not_be_refused_once_it_is_known_everywhere() {
-        let judged = Judged::new(None);
-        assert!(judged.is_fine(Duration::ZERO, &came(401, "unknown")));
-        for refusal in
-            [came(401, "unknown"), came(401, "revoked"), came(403, "disabled"), came(429, "credits_exhausted")]
-        {
-            assert!(!judged.is_fine(LATER, &refusal), "{refusal:?}");
-        }
-        // It was changed while the request was under way.
-        let ticket = judged.ticket();
-        judged.oracle.doubt(judged.key);
-        assert_eq!(judged.judge(LATER, &ticket, &came(401, "revoked")), [""; 0]);
-    }
-
-    #[test]
-    fn an_end_is_kept_to_the_second_by_the_envoys_own_clock() {
-        let judged = Judged::new(Some(SystemTime::now() + LATER));
-        // Whatever is broken.
-        judged.oracle.begin(Hinders::Changes, &[0], Duration::ZERO);
-        assert!(judged.is_fine(LATER, &came(200, "")));
-        assert!(!judged.is_fine(LATER * 2, &came(200, "")));
-        judged.oracle.clock(0, LATER * 2, Duration::ZERO);
-        assert!(judged.is_fine(LATER * 2, &came(200, "")));
-    }
-
-    #[test]
-    fn an_end_that_a_change_brought_has_to_be_heard_of_first() {
-        let judged = Judged::new(None);
-        judged.oracle.settle(judged.key, Standing::Good, Some((SystemTime::now() + LATER, Duration::ZERO)));
-        let spell = judged.oracle.begin(Hinders::Changes, &[0], LATER * 10);
-        assert!(judged.is_fine(LATER * 5, &came(200, "")));
-        judged.oracle.end(&spell);
-        assert!(judged.is_fine(LATER * 5, &came(200, "")));
-        assert!(!judged.is_fine(LATER * 20, &came(200, "")));
-    }
-
-    #[test]
-    fn an_end_that_a_change_brought_may_be_as_much_earlier_as_the_change_took() {
-        let refused_at = |earlier| {
-            let judged = Judged::new(None);
-            let latest = SystemTime::now() + LATER * 10;
-            judged.oracle.settle(judged.key, Standing::Good, Some((latest, earlier)));
-            judged.is_fine(LATER * 8, &came(401, "expired"))
-        };
-        assert!(!refused_at(Duration::ZERO));
-        assert!(refused_at(LATER * 2));
-    }
-
-    #[test]
-    fn answers_that_are_missing_or_not_documented_need_a_fault_that_excuses_them() {
-        let judged = Judged::new(None);
-        for answer in [Answer::Lost, Answer::Unsent, came(503, ""), came(500, "")] {
-            assert!(!judged.is_fine(Duration::ZERO, &answer), "{answer:?}");
-        }
-        let spell = judged.oracle.begin(Hinders::Requests, &[0], Duration::ZERO);
-        assert!(judged.is_fine(Duration::ZERO, &Answer::Lost));
-        judged.oracle.end(&spell);
-        // Sent once it was over.
-        assert!(judged.judge(Duration::ZERO, &judged.ticket(), &Answer::Lost).len() == 1);
-    }
-
-    #[test]
-    fn an_envoy_may_not_be_ready_before_its_first_answer_only() {
-        let judged = Judged::new(None);
-        assert!(judged.is_fine(LATER, &came(503, "not_ready")));
-        assert!(judged.is_fine(LATER, &came(200, "")));
-        assert!(!judged.is_fine(LATER, &came(503, "not_ready")));
-        judged.oracle.unready(0);
-        assert!(judged.is_fine(LATER, &came(503, "not_ready")));
-    }
-
-    #[test]
-    fn keys_go_back_with_the_database_and_what_came_later_is_not_counted() {
-        let judged = Judged::new(None);
-        let then = judged.oracle.snapshot();
-        judged.oracle.settle(judged.key, Standing::Dead, None);
-        judged.oracle.add("later", "later's secret", None, false);
-        judged.oracle.go_back(&then);
-        assert!(!judged.is_fine(LATER, &came(401, "revoked")));
-        let later = Ticket { secret: Some(1), standing: Standing::Dead, ..judged.ticket() };
-        assert_eq!(judged.judge(LATER, &later, &came(200, "")).len(), 1);
-        let verdict = judged.oracle.verdict();
-        assert_eq!(verdict.tallies.keys().collect::<Vec<_>>(), ["id"]);
-        assert_eq!((verdict.sent, verdict.tallies["id"].refused), (2, 1));
-    }
-}
+mod tests;

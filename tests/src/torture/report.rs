@@ -101,6 +101,7 @@ impl Report {
         }
         row("admitted wrongly", admitted_wrongly);
         row("longest that a dead key opened, s", &format!("{:.3}", self.verdict.longest_open.as_secs_f64()));
+        row("requests with dead keys judged", &self.verdict.judged_dead);
         let Counted { decided, doubtful, counted, keys, top_ups, log_lines } = self.counted;
         row("requests decided, as clients saw", &decided);
         row("requests without an answer", &doubtful);

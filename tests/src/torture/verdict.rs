@@ -39,4 +39,46 @@ pub struct Verdict {
     pub keyless: Tally,
     /// How many requests may go uncounted, by the reason.
     pub losses: BTreeMap<String, u64>,
+    /// … of which were lost with databases that were replaced by older copies.
+    pub restored: Restored,
+    /// Requests with a dead key of ours that were sent later than the bound and answered.
+    pub judged_dead: u64,
+}
+
+/// What only databases that are gone had counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Allowed and other requests, by key; of keys that the copy did not know, too.
+    pub keys: BTreeMap<String, (u64, u64)>,
+    /// Requests without a known key.
+    pub keyless: u64,
+}
+
+impl Restored {
+    /// The reason, as it is told.
+    pub const WHY: &str = "counted after the backup that was restored";
+
+    /// All requests.
+    #[must_use]
+    pub fn all(&self) -> u64 {
+        self.keys.values().map(|(allowed, other)| allowed + other).sum::<u64>() + self.keyless
+    }
+
+    /// Once more.
+    pub fn add(&mut self, more: &Self) {
+        for (key, (allowed, other)) in &more.keys {
+            let sum = self.keys.entry(key.clone()).or_default();
+            *sum = (sum.0 + allowed, sum.1 + other);
+        }
+        self.keyless += more.keyless;
+    }
+}
+
+impl Verdict {
+    /// How many requests may be lost of any key, whatever else is: all but what was lost with databases, which is known of
+    /// each key.
+    #[must_use]
+    pub fn other_losses(&self) -> u64 {
+        self.losses.iter().filter(|(why, _)| *why != Restored::WHY).map(|(_, requests)| requests).sum()
+    }
 }

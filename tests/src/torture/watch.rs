@@ -19,13 +19,16 @@ pub struct Doing {
     pub envoys: Vec<AtomicU64>,
     /// Raised when the database is about to be put back, and again once every Envoy has the new epoch.
     pub epochs: AtomicU64,
+    /// Whether a control plane stands still.
+    pub standing_still: AtomicBool,
 }
 
 impl Doing {
     /// Nothing yet.
     #[must_use]
     pub fn nothing(envoys: usize) -> Arc<Self> {
-        Arc::new(Self { envoys: (0..envoys).map(|_| AtomicU64::new(0)).collect(), epochs: AtomicU64::new(0) })
+        let envoys = (0..envoys).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self { envoys, epochs: AtomicU64::new(0), standing_still: AtomicBool::new(false) })
     }
 
     fn life(&self, envoy: usize) -> (u64, u64) {
