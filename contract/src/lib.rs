@@ -1,6 +1,6 @@
 //! What the filter and the control plane must agree on, and nothing else: no HTTP, no SQL, no Envoy.
 //!
-//! In reading order: a [`key`] is presented, its [`hash`] names a [`record`], which may be bound to a [`network`] and refer
+//! In reading order: a [`key`] is presented, its [`hash`], with a [`pepper`] or without, names a [`record`], which may be bound to a [`network`] and refer
 //! to a [`definition`]; all of that travels in a [`page`]. The [`policy`] of a route says what is asked of a request, the
 //! [`decision`] turns record and request into an [`outcome`], [`rate`] and [`budget`] bound how often, and outcomes are
 //! counted into a [`usage`] report. Pages and reports are sealed by the [`codec`].

@@ -303,8 +303,8 @@ struct Presenting<'a> {
     app: &'a App,
     bytes: &'a [u8],
     address: IpAddr,
-    /// Under which it may be stored; none if what is presented cannot be a key.
-    hashes: Vec<KeyHash>,
+    /// None if what is presented cannot be a key.
+    plain: Option<KeyHash>,
     /// What the mirror knows of the key.
     mirrored: Option<Record>,
 }
@@ -318,19 +318,20 @@ impl<'a> Presenting<'a> {
         }
         let bytes = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
         let plain = (1..=PRESENTED_BYTES).contains(&bytes.len()).then(|| KeyHash::of(bytes));
-        let hashes: Vec<KeyHash> = plain.into_iter().flat_map(|plain| hashes(plain, app.pepper.as_ref())).collect();
-        let mirrored = hashes.iter().find_map(|hash| app.store.find(hash));
+        let mirrored =
+            plain.and_then(|plain| hashes(plain, app.pepper.as_ref()).find_map(|hash| app.store.find(&hash)));
         let address = peer(parts);
         if mirrored.is_none() {
             app.callers.count_address(address)?;
         }
-        Ok(Self { app, bytes, address, hashes, mirrored })
+        Ok(Self { app, bytes, address, plain, mirrored })
     }
 
     /// What the database knows of the key.
     async fn stored(&self) -> Result<Option<Found>, ApiError> {
-        for hash in &self.hashes {
-            if let Some(found) = store::find_by_hash(&self.app.pool, hash).await? {
+        let Some(plain) = self.plain else { return Ok(None) };
+        for hash in hashes(plain, self.app.pepper.as_ref()) {
+            if let Some(found) = store::find_by_hash(&self.app.pool, &hash).await? {
                 return Ok(Some(found));
             }
         }

@@ -24,11 +24,11 @@ pub async fn check(pool: &PgPool, pepper: Option<&Pepper>) -> Result<Result<(), 
     .await?;
     let known = sqlx::query_scalar!("select pepper_check from store_state").fetch_one(pool).await?;
     Ok(match (known, ours) {
-        (Some(known), Some(ours)) if known != ours => {
-            Err(format!("{PEPPER}: keys were imported under another pepper, and would be unknown; give that one"))
-        }
+        (Some(known), Some(ours)) if known != ours => Err(format!(
+            "{PEPPER}: another pepper was given before, and keys that were imported under it would be unknown; give that one"
+        )),
         (Some(_), None) => Err(format!(
-            "{PEPPER}: is not set, but keys were imported under a pepper; give it, or set store_state.pepper_check to null in \
+            "{PEPPER}: is not set, but was before, and keys may have been imported under it; give it, or set store_state.pepper_check to null in \
              SQL to do without those keys"
         )),
         _ => Ok(()),

@@ -204,6 +204,8 @@ enum Unprepared {
     Key(ApiError),
     #[error("{0}")]
     Pepper(String),
+    #[error("the database: {0}")]
+    Database(sqlx::Error),
 }
 
 impl Unprepared {
@@ -211,6 +213,7 @@ impl Unprepared {
     fn passes(&self) -> bool {
         match self {
             Self::Connection(error)
+            | Self::Database(error)
             | Self::Schema(MigrateError::Execute(error))
             | Self::Key(ApiError::Database(error)) => is_away(error),
             Self::Schema(_) | Self::Key(_) | Self::Pepper(_) => false,
@@ -240,7 +243,7 @@ async fn prepare(
         let prepared = async {
             schema(options).await?;
             let checked = pepper::check(pool, pepper).await;
-            checked.map_err(|error| Unprepared::Key(error.into()))?.map_err(Unprepared::Pepper)?;
+            checked.map_err(Unprepared::Database)?.map_err(Unprepared::Pepper)?;
             for (key, scope) in &given {
                 enter(pool, key.as_ref(), scope).await.map_err(Unprepared::Key)?;
             }

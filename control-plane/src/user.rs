@@ -96,7 +96,7 @@ pub async fn set_plan(
     email: &Email,
     plan: Option<&Name>,
     condition: &Condition,
-) -> Result<Option<User>, ApiError> {
+) -> Result<User, ApiError> {
     let mut transaction = pool.begin().await?;
     let user = lock_user(&mut transaction, email).await?;
     condition.check(user.version)?;
@@ -116,7 +116,7 @@ pub async fn set_plan(
         let detail = json!({"plan": plan.map(Name::as_str)});
         audit::note(&mut transaction, actor, Deed::to("user.change", email.as_str(), detail)).await?;
     }
-    let user = get(&mut *transaction, email).await?;
+    let user = get(&mut *transaction, email).await?.ok_or(sqlx::Error::RowNotFound)?;
     transaction.commit().await?;
     Ok(user)
 }

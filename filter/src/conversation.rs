@@ -114,7 +114,8 @@ impl Core {
             let Some(ours) = host::random_bytes().map(ReporterId) else { return false };
             let Some(reporter) = Outbox::open(&SharedData, &self.names, ours) else { return false };
             let sync = Sync::from(store::state(&SharedData, &self.names).as_ref());
-            *leading = Some(Leading { sync, reports: Reports::default(), reporter });
+            let reports = if reporter == ours { Reports::default() } else { Reports::taken_over() };
+            *leading = Some(Leading { sync, reports, reporter });
         }
         true
     }

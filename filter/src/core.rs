@@ -107,7 +107,6 @@ impl Core {
             config,
             state: self.state.get(),
             recent: &self.recent,
-            pepper: config.pepper.as_ref(),
             number,
             address: host::client_address,
             now_ns,

@@ -12,7 +12,6 @@ use std::rc::Rc;
 use contract::decision::{Facts, Presented, cost, decide, depends_on_time};
 use contract::definition::Definitions;
 use contract::outcome::Outcome;
-use contract::pepper::Pepper;
 use contract::policy::Policy;
 use contract::record::RateLimit;
 
@@ -41,8 +40,6 @@ pub struct Judge<'a, C, A, N> {
     pub state: Option<State>,
     /// What the VM remembers of keys.
     pub recent: &'a Recent,
-    /// What imported keys are stored under.
-    pub pepper: Option<&'a Pepper>,
     /// The number of writes of the store, read before anything else.
     pub number: Option<NonZeroU64>,
     /// Tells the client's address, if it is asked.
@@ -106,7 +103,9 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
 
     fn decide(&self, credential: Credential, policy: &Policy) -> Verdict {
         let key = match credential {
-            Credential::Presented(hash) => self.recent.find(self.cells, self.names, self.number, &hash, self.pepper),
+            Credential::Presented(hash) => {
+                self.recent.find(self.cells, self.names, self.number, &hash, self.config.pepper.as_ref())
+            }
             Credential::Missing | Credential::Oversized => None,
         };
         let presented = match (credential, &key) {

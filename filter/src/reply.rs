@@ -5,10 +5,15 @@ use contract::outcome::Outcome;
 use contract::record::RateLimit;
 
 use crate::limiter::Refused;
-use crate::stock::{RETRY_EXHAUSTED_S, RETRY_RENEWAL_S};
 
 /// How long a client should wait before it tries again when the filter has no keys, in seconds.
 const RETRY_NOT_READY_S: u64 = 1;
+
+/// How long a client should wait while a lease is being renewed, in seconds.
+pub const RETRY_RENEWAL_S: u64 = 1;
+
+/// The same when a stock is used up and nobody knows until when: the filter hears at once when there is more.
+const RETRY_EXHAUSTED_S: u64 = 60;
 
 /// The values of `WWW-Authenticate` (RFC 9110, section 11.6.1). The first scheme is not registered; API keys have none.
 /// Where keys may come as bearer tokens, there is one for those too (RFC 6750, section 3).
@@ -58,9 +63,9 @@ pub fn reply(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Option<Rep
         vec![("content-type", "application/problem+json".to_owned()), ("cache-control", "no-store".to_owned())];
     match (refusal.status, wait) {
         (401, _) => headers.extend(challenge.0.iter().map(|value| ("www-authenticate", value.clone()))),
-        (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S)),
+        (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
         (429, Wait::Renewal) => headers.push(("retry-after", RETRY_RENEWAL_S.to_string())),
-        (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds)),
+        (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
         (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
         (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
         _ => {}
@@ -88,10 +93,12 @@ fn limit_headers(limits: &[RateLimit], refused: Refused) -> impl Iterator<Item =
     headers.into_iter().chain(left)
 }
 
-/// The same for a quota or credits, without a policy: how large they are is not the filter's to know.
-fn stock_headers(outcome: Outcome, retry_after_s: u64) -> impl Iterator<Item = (&'static str, String)> {
+/// The same for a quota or credits, without a policy: how large they are is not the filter's to know; nor, unless the wait is
+/// `known`, when there will be more.
+fn stock_headers(outcome: Outcome, retry_after_s: u64, known: bool) -> impl Iterator<Item = (&'static str, String)> {
     let name = if outcome == Outcome::CreditsExhausted { "credits" } else { "quota" };
-    let left = format!("\"{name}\";r=0;t={retry_after_s}");
+    let until = if known { format!(";t={retry_after_s}") } else { String::new() };
+    let left = format!("\"{name}\";r=0{until}");
     [("retry-after", retry_after_s.to_string()), ("ratelimit", left)].into_iter()
 }
 
@@ -146,7 +153,7 @@ mod tests {
     fn a_refusal_for_the_lack_of_a_stock_says_how_long() {
         for (outcome, wait, seconds, left) in [
             (Outcome::QuotaExceeded, Wait::Seconds(5), "5", "\"quota\";r=0;t=5"),
-            (Outcome::CreditsExhausted, Wait::Usual, "60", "\"credits\";r=0;t=60"),
+            (Outcome::CreditsExhausted, Wait::Usual, "60", "\"credits\";r=0"),
         ] {
             let expected = [("retry-after", seconds.to_owned()), ("ratelimit", left.to_owned())];
             assert_eq!(headers(outcome, &challenge(), &wait), expected);

@@ -11,8 +11,9 @@ use crate::usage::Freeze;
 pub const REPORT_TIMEOUT_MS: u64 = 10_000;
 /// The longest pause between two tries.
 pub const MAX_PAUSE_MS: u64 = 5_000;
-/// How many reports without counts follow the last with some.
-pub const EMPTY_REPORTS: u8 = 2;
+/// How many reports without counts follow the last with some: a lease is kept for three seconds, and what is told then has to
+/// be heard.
+pub const EMPTY_REPORTS: u8 = 4;
 /// How long after the answer to the one before each of them is sent.
 pub const EMPTY_AFTER_MS: u64 = 1_000;
 
@@ -38,6 +39,12 @@ struct UnderWay {
 }
 
 impl Reports {
+    /// Those of a VM that takes over from another, which may have been leased something and not have told that it was heard.
+    #[must_use]
+    pub fn taken_over() -> Self {
+        Self { holds: true, empty_left: EMPTY_REPORTS, ..Self::default() }
+    }
+
     /// What to freeze and send now; `None` while a report is under way or a pause has not ended.
     #[must_use]
     pub fn due(&self, now_ms: u64) -> Option<Freeze> {
@@ -123,21 +130,32 @@ mod tests {
     }
 
     #[test]
-    fn an_envoy_that_was_leased_something_sends_two_empty_reports_when_it_falls_quiet() {
+    fn an_envoy_that_was_leased_something_sends_empty_reports_when_it_falls_quiet() {
         let mut reports = Reports::default();
         acknowledged(&mut reports, false, true, NOW);
         // Nothing granted with the last report: what was granted before is held all the same.
         acknowledged(&mut reports, false, false, NOW);
-        assert_eq!(reports.due(NOW + 999), Some(Freeze::Pending));
-        assert_eq!(reports.due(NOW + 1_000), Some(Freeze::EvenNothing));
-        acknowledged(&mut reports, true, true, NOW + 1_000);
-        assert_eq!(reports.due(NOW + 1_999), Some(Freeze::Pending));
-        assert_eq!(reports.due(NOW + 2_000), Some(Freeze::EvenNothing));
-        acknowledged(&mut reports, true, false, NOW + 2_000);
+        for number in 1..=u64::from(EMPTY_REPORTS) {
+            let at_ms = NOW + number * EMPTY_AFTER_MS;
+            assert_eq!(reports.due(at_ms - 1), Some(Freeze::Pending));
+            assert_eq!(reports.due(at_ms), Some(Freeze::EvenNothing));
+            acknowledged(&mut reports, true, number == 1, at_ms);
+        }
         assert_eq!(reports.due(NOW + 60_000), Some(Freeze::Pending));
         // Nothing is held any longer.
         acknowledged(&mut reports, false, false, NOW + 60_000);
         assert_eq!(reports.due(NOW + 70_000), Some(Freeze::Pending));
+    }
+
+    #[test]
+    fn who_takes_over_sends_the_empty_reports_that_another_may_owe() {
+        let mut reports = Reports::taken_over();
+        for number in 0..u64::from(EMPTY_REPORTS) {
+            let at_ms = NOW + number * EMPTY_AFTER_MS;
+            assert_eq!(reports.due(at_ms), Some(Freeze::EvenNothing));
+            acknowledged(&mut reports, true, false, at_ms);
+        }
+        assert_eq!(reports.due(NOW + 60_000), Some(Freeze::Pending));
     }
 
     #[test]

@@ -56,12 +56,12 @@ impl Source {
     /// The key in the value of that header, if there is one that is not empty. Of several, the first counts.
     #[must_use]
     pub fn find<'a>(&self, value: &'a [u8]) -> Option<Cow<'a, [u8]>> {
-        let is_some = |key: &Cow<'a, [u8]>| !key.is_empty();
+        let is_there = |key: &Cow<'a, [u8]>| !key.is_empty();
         match self {
-            Self::Header(_) => Some(Cow::Borrowed(value)).filter(is_some),
-            Self::Bearer(_) => bearer(value).map(Cow::Borrowed).filter(is_some),
-            Self::Query(name) => query::values(value, name.as_bytes()).find(is_some),
-            Self::Cookie(name) => cookie::values(value, name.as_bytes()).map(Cow::Borrowed).find(is_some),
+            Self::Header(_) => Some(Cow::Borrowed(value)).filter(is_there),
+            Self::Bearer(_) => bearer(value).map(Cow::Borrowed).filter(is_there),
+            Self::Query(name) => query::values(value, name.as_bytes()).find(is_there),
+            Self::Cookie(name) => cookie::values(value, name.as_bytes()).map(Cow::Borrowed).find(is_there),
         }
     }
 

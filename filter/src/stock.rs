@@ -15,15 +15,10 @@ use contract::policy::Policy;
 use contract::record::{Budget, Flags, Record};
 
 use crate::cells::{Cells, Names, Raced, update};
-use crate::reply::Wait;
+use crate::reply::{RETRY_RENEWAL_S, Wait};
 
 /// Cells of each kind of stock: the last 16 bits of the id name one.
 pub const STOCK_CELLS: u32 = 65_536;
-
-/// How long a client should wait while a lease is being renewed, in seconds.
-pub const RETRY_RENEWAL_S: u64 = 1;
-/// The same when the stock is used up and nobody knows until when: the filter hears at once when there is more.
-pub const RETRY_EXHAUSTED_S: u64 = 60;
 
 /// Pays for one allowed request: one of the key's quota, and its cost in the owner's credits; both or nothing. A record
 /// without them costs no look at any cell. Says which of them refused.

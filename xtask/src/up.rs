@@ -53,7 +53,7 @@ pub(crate) async fn up(options: &Options) -> Result<()> {
     options.check()?;
     // Before signals are taken over: cargo ends by itself when it is interrupted.
     wasm::build()?;
-    progress("building the control plane");
+    progress("building the control plane (some minutes the first time)");
     run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
 
     let mut interrupted = signal(SignalKind::interrupt())?;

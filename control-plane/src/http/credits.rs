@@ -261,27 +261,18 @@ pub async fn change(
 /// 400, 401, 403, 404, 429, 503.
 #[utoipa::path(
     get, path = "/v1/users/{email}/credits", tag = "credits", security(("api_key" = [])),
-    params(ByEmail, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
+    params(ByEmail),
     responses(
         (status = 200, description = "The account", body = AccountView,
             headers(("etag" = String, description = "The version of what is set of the user"))),
-        (status = 304, description = "What is set of the user is as the client knows it; the balance may be another"),
         (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
         Reading,
     )
 )]
-pub async fn account(
-    State(app): State<App>,
-    caller: Caller,
-    condition: Condition,
-    Path(path): Path<ByEmail>,
-) -> Result<Response, ApiError> {
+pub async fn account(State(app): State<App>, caller: Caller, Path(path): Path<ByEmail>) -> Result<Response, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
     let account = credits::account(&app.pool, &email).await?.ok_or_else(|| unknown(&email))?;
-    if condition.knows(account.version) {
-        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag(account.version))]).into_response());
-    }
     Ok(show(&email, account))
 }
 

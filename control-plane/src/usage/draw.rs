@@ -68,7 +68,7 @@ struct Seen {
     /// What the requests that were not paid for would have cost.
     wanted: u64,
     /// What a request that was not paid for costs, on average; of several keys, the most.
-    least: u64,
+    price: u64,
 }
 
 impl Seen {
@@ -96,7 +96,7 @@ impl Seen {
     fn merge(&mut self, other: &Self) {
         self.cost = self.cost.saturating_add(other.cost);
         self.unpaid = self.unpaid.saturating_add(other.unpaid);
-        self.least = self.least.max(other.least);
+        self.price = self.price.max(other.price);
     }
 }
 
@@ -242,7 +242,7 @@ fn seen(fresh: &[Fresh<'_>], needs: &BTreeMap<Uuid, Need>) -> BTreeMap<(usize, U
             if seen.unpaid > 0 {
                 // Older filters do not tell what their routes would have cost.
                 let told = seen.wanted.div_ceil(seen.unpaid);
-                seen.least = if told > 0 { told } else { need.cost.max(1) };
+                seen.price = if told > 0 { told } else { need.cost.max(1) };
             }
         }
     }
@@ -339,7 +339,7 @@ fn grant(
             quiet: fresh.is_quiet(),
             spent: 0,
             refused: 0,
-            least: 1,
+            price: 1,
         };
         let mut of_owners = BTreeMap::<Uuid, Seen>::new();
         let mut counted = BTreeMap::<Subject, Heard>::new();
@@ -354,8 +354,8 @@ fn grant(
             of_owners.entry(need.owner).or_default().merge(seen);
         }
         for (owner, seen) in of_owners {
-            let least = seen.least.max(1);
-            counted.insert((CREDITS, owner), Heard { spent: seen.cost, refused: seen.unpaid, least, ..blank });
+            let price = seen.price.max(1);
+            counted.insert((CREDITS, owner), Heard { spent: seen.cost, refused: seen.unpaid, price, ..blank });
         }
         counted.retain(|subject, heard| heard.used() > 0 && table.contains_key(subject));
         // What it holds of others and does not use.

@@ -227,7 +227,7 @@ async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool:
     // As long as there was none, there need not be one.
     printed(&with("", &import));
     printed(&with(&ours, &import));
-    for (pepper, what) in [(&*other, "keys were imported under another pepper"), ("", "is not set")] {
+    for (pepper, what) in [(&*other, "another pepper was given before"), ("", "is not set")] {
         for arguments in [&import[..], &serve] {
             let output = with(pepper, arguments);
             let said = complaint(&output);

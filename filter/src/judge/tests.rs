@@ -5,6 +5,7 @@ use std::cell::Cell as Slot;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::page::{Header, Page, PageWriter, Part};
+use contract::pepper::Pepper;
 use contract::rate::WHOLE;
 use contract::record::{Budget, Flags, Record};
 use serde_json::{Value, json};
@@ -70,7 +71,6 @@ impl Bench {
             config: &self.config,
             state: self.state,
             recent: &self.recent,
-            pepper: self.config.pepper.as_ref(),
             number: None,
             address: || {
                 self.asked.set(self.asked.get() + 1);

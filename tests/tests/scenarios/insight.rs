@@ -110,7 +110,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
     let rest = stack.rest();
     let (id, key) = create(&rest, "ada@example.com", &["orders:read"]).await?;
-    let plan = json!({"scopes": ["stock:read"]});
+    let plan = json!({});
     rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan), 201).await?;
     rest.expect(Method::PATCH, &format!("/v1/keys/{id}"), Some(&json!({"plan": "gold"})), 200).await?;
     wait_for_status(stack.envoy(), Some(&key), 200).await?;

@@ -7,9 +7,10 @@
 //! waits for an Envoy: one that was not heard of for [`CUT_OFF_MS`] counts as gone, with what it held.
 //!
 //! # Bounds
-//! - Of a stock no more is spent than it holds, plus one starter for each Envoy that begins to use it in a turn, or begins
-//!   again after it gave its lease back, plus what Envoys hold that were cut off for longer than [`CUT_OFF_MS`] and still serve. (Another starter, in the worst case, for
-//!   an Envoy that hears an answer of a new turn before it hears of the turn itself.)
+//! - Of a stock no more is spent than it holds, plus one starter for each Envoy that begins to use it in a turn, or rests
+//!   after it gave its lease back (the starter as it was then), plus what Envoys hold that were cut off for longer than
+//!   [`CUT_OFF_MS`] and still serve. (Another starter, in the worst case, for an Envoy that hears an answer of a new turn
+//!   before it hears of the turn itself.)
 //! - Of a shared rate limit all Envoys together admit no more than the limit and its burst, plus the shares of Envoys that
 //!   were cut off for longer than [`CUT_OFF_MS`], plus, for each Envoy that begins to use the key, or begins again after it
 //!   has left its share to others, its even share of one Nth, of the burst too, until the answer to its first report.
@@ -149,14 +150,14 @@ pub struct Heard {
     /// Requests that were refused for want of it.
     pub refused: u64,
     /// What one of those needed.
-    pub least: u64,
+    pub price: u64,
 }
 
 impl Heard {
-    /// What would have been used, had all been there.
+    /// What was used, and how often more was wanted: none if it rested.
     #[must_use]
     pub const fn used(&self) -> u64 {
-        self.spent.saturating_add(self.refused.saturating_mul(if self.least > 1 { self.least } else { 1 }))
+        self.spent.saturating_add(self.refused)
     }
 }
 

@@ -94,7 +94,7 @@ mod tests {
 
     fn heard(seq: u64, requests: u64, at_ms: i64) -> Heard {
         let now_ms = NOW + at_ms;
-        Heard { seq, now_ms, elapsed_s: 0.25, quiet: requests == 0, spent: requests, refused: 0, least: 1 }
+        Heard { seq, now_ms, elapsed_s: 0.25, quiet: requests == 0, spent: requests, refused: 0, price: 1 }
     }
 
     /// Rounds in which each Envoy reports so many requests; what each is told last.

@@ -181,7 +181,7 @@ impl World {
             }
             None => envoy.pending.refused += 1,
         }
-        envoy.empty_left = 2;
+        envoy.empty_left = 4;
     }
 
     /// What the leader of an Envoy does now and then.
@@ -263,7 +263,7 @@ impl World {
             quiet: counts == Counts::default(),
             spent: counts.spent,
             refused: counts.refused,
-            least: 1,
+            price: 1,
         };
         let me = place(&mut self.rows, Uuid::from_u128(envoy as u128 + 1));
         let (amount, turn) = match &self.of {
@@ -279,7 +279,8 @@ impl World {
                     self.tell();
                 }
                 stock::spend(&mut self.rows[me], &report, &self.budget);
-                (stock::answer(&mut self.rows, me, &report, self.balance, &self.budget), self.budget.turn)
+                stock::answer(&mut self.rows, me, &report, self.balance, &self.budget);
+                (rows::grant((2, Uuid::nil()), &self.rows[me], self.budget.turn).amount, self.budget.turn)
             }
         };
         if matches!(self.of, Of::Limit(_)) {

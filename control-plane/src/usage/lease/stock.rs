@@ -14,8 +14,8 @@ const INTERVALS: u64 = 4;
 /// The part of what is left that whoever uses a stock is leased at least.
 const AT_LEAST: u64 = 64;
 
-/// How long an Envoy that sends reports keeps a lease that it does not use.
-const KEEP_MS: i64 = 1_000;
+/// How long an Envoy keeps a lease that it does not use: for longer than a client that was refused is told to wait.
+const KEEP_MS: i64 = 3_000;
 
 /// Takes note of what an Envoy has spent. To be done for all reports before any is answered, as `left` of [`answer`]
 /// already lacks it.
@@ -37,8 +37,8 @@ pub fn spend(row: &mut Row, report: &Heard, budget: &Budget) {
 ///
 /// One that gives its lease back keeps as much as its starter, as far as there is as much: a request that comes seldom is
 /// not to be refused first. That is leased to others as well, as the starter is.
-pub fn answer(rows: &mut [Row], me: usize, report: &Heard, left: i64, budget: &Budget) -> u64 {
-    let Some(own) = rows.get(me) else { return 0 };
+pub fn answer(rows: &mut [Row], me: usize, report: &Heard, left: i64, budget: &Budget) {
+    let Some(own) = rows.get(me) else { return };
     let lease = lease(rows, me, report, left);
     let told = own.spent.saturating_add(lease);
     let rest =
@@ -47,7 +47,6 @@ pub fn answer(rows: &mut [Row], me: usize, report: &Heard, left: i64, budget: &B
         row.tell(told, report.seq, budget.turn);
         row.rest = rest;
     }
-    told.saturating_add(rest)
 }
 
 /// What Envoys hold and have not spent.
@@ -71,13 +70,13 @@ fn lease(rows: &[Row], me: usize, report: &Heard, left: i64) -> u64 {
     let free = free(rows, me, report, left);
     let lease = own.told.saturating_sub(own.spent);
     if report.used() == 0 {
-        let keeps = !report.quiet && report.now_ms.saturating_sub(own.renewed_ms) < KEEP_MS;
+        let keeps = report.now_ms.saturating_sub(own.renewed_ms) < KEEP_MS;
         return if keeps { lease.min(free) } else { 0 };
     }
     let active = others().filter(|row| row.is_active(report.now_ms)).count() as u64;
-    let least = if report.refused > 0 { report.least.max(1) } else { 1 };
-    let part = (free / active.saturating_add(1).saturating_mul(2)).max(least);
-    let wanted = report.spent.saturating_mul(INTERVALS).max(free / AT_LEAST).max(least);
+    let price = if report.refused > 0 { report.price.max(1) } else { 1 };
+    let part = (free / active.saturating_add(1).saturating_mul(2)).max(price);
+    let wanted = report.spent.saturating_mul(INTERVALS).max(free / AT_LEAST).max(price);
     if report.refused == 0 || report.spent > 0 {
         return wanted.min(part).min(free);
     }
@@ -105,14 +104,19 @@ mod tests {
     const BUDGET: Budget = Budget { starter: 10, turn: 1, resets_at_s: None };
 
     fn heard(seq: u64, spent: u64, refused: u64) -> Heard {
-        let now_ms = NOW + 250 * seq.cast_signed();
-        Heard { seq, now_ms, elapsed_s: 0.25, quiet: spent + refused == 0, spent, refused, least: 1 }
+        at(250, seq, spent, refused)
+    }
+
+    fn at(each_ms: i64, seq: u64, spent: u64, refused: u64) -> Heard {
+        let now_ms = NOW + each_ms * seq.cast_signed();
+        Heard { seq, now_ms, elapsed_s: 0.25, quiet: spent + refused == 0, spent, refused, price: 1 }
     }
 
     fn report(rows: &mut Vec<Row>, envoy: u128, report: Heard, left: i64) -> u64 {
         let me = place(rows, Uuid::from_u128(envoy));
         spend(&mut rows[me], &report, &BUDGET);
-        answer(rows, me, &report, left, &BUDGET) - rows[me].spent
+        answer(rows, me, &report, left, &BUDGET);
+        rows[me].told + rows[me].rest - rows[me].spent
     }
 
     #[test]
@@ -137,13 +141,17 @@ mod tests {
     #[test]
     fn what_a_quiet_envoy_held_is_free_once_it_has_confirmed() {
         let mut rows = Vec::new();
+        let heard = |seq, spent, refused| at(1_000, seq, spent, refused);
         assert_eq!(report(&mut rows, 1, heard(1, 100, 0), 1_000), 400);
+        // It keeps it for longer than a client that was refused is told to wait.
+        assert_eq!(report(&mut rows, 1, heard(2, 0, 0), 1_000), 400);
+        assert_eq!(report(&mut rows, 1, heard(3, 0, 0), 1_000), 400);
         // It may begin again with its starter, as far as there is as much, which nobody is leased less for.
-        assert_eq!(report(&mut rows, 1, heard(2, 0, 0), 1_000), 10);
+        assert_eq!(report(&mut rows, 1, heard(4, 0, 0), 1_000), 10);
         assert_eq!(leased(&rows, NOW), 400);
-        assert_eq!(report(&mut rows, 1, heard(3, 0, 0), 7), 7);
+        assert_eq!(report(&mut rows, 1, heard(5, 0, 0), 7), 7);
         assert_eq!(leased(&rows, NOW), 0);
-        assert_eq!(report(&mut rows, 1, heard(4, 0, 0), 0), 0);
+        assert_eq!(report(&mut rows, 1, heard(6, 0, 0), 0), 0);
     }
 
     #[test]
