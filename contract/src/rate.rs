@@ -62,7 +62,16 @@ impl Rate {
     /// # Errors
     /// How long to wait, in nanoseconds; nothing is taken then.
     pub fn take(&self, arrival_ns: Option<u64>, now_ns: u64) -> Result<u64, u64> {
-        let next_ns = self.within_reach(arrival_ns.unwrap_or(now_ns), now_ns).saturating_add(self.interval_ns);
+        self.take_ahead(1, arrival_ns, now_ns)
+    }
+
+    /// The same for several requests, of which the last may come later: all of them or none.
+    ///
+    /// # Errors
+    /// How long to wait for all of them, in nanoseconds; nothing is taken then.
+    pub fn take_ahead(&self, requests: u32, arrival_ns: Option<u64>, now_ns: u64) -> Result<u64, u64> {
+        let taken_ns = self.interval_ns.saturating_mul(requests.into());
+        let next_ns = self.within_reach(arrival_ns.unwrap_or(now_ns), now_ns).saturating_add(taken_ns);
         match next_ns.saturating_sub(now_ns.saturating_add(self.tolerance_ns)) {
             0 => Ok(next_ns),
             wait_ns => Err(wait_ns),
@@ -76,6 +85,19 @@ impl Rate {
         let used_ns = self.interval_ns.saturating_mul(requests);
         let next_ns = self.within_reach(arrival_ns.unwrap_or(now_ns), now_ns).saturating_add(used_ns);
         self.within_reach(next_ns, now_ns)
+    }
+
+    /// Gives back requests that were taken and did not come: from the time that is remembered, to the time to remember
+    /// instead.
+    #[must_use]
+    pub const fn give_back(&self, requests: u32, arrival_ns: u64) -> u64 {
+        arrival_ns.saturating_sub(self.interval_ns.saturating_mul(requests as u64))
+    }
+
+    /// How many requests may come at once.
+    #[must_use]
+    pub fn burst(&self) -> u64 {
+        self.tolerance_ns.checked_div(self.interval_ns).unwrap_or(1)
     }
 
     /// The time between two requests.
@@ -120,6 +142,17 @@ mod tests {
         let ten_seconds = (0..1_000).map(|tick| NOW + tick * 10_000_000);
         // The burst, and one each 100 ms.
         assert_eq!(admitted(rate(10, 1, 5, WHOLE), ten_seconds), 5 + 99);
+    }
+
+    #[test]
+    fn requests_are_taken_ahead_all_or_none_and_those_that_did_not_come_are_given_back() {
+        let rate = rate(10, 1, 5, WHOLE);
+        assert_eq!(rate.burst(), 5);
+        let next = rate.take_ahead(3, None, NOW).unwrap();
+        assert_eq!(admitted_after(rate, next), 2);
+        assert_eq!(rate.take_ahead(3, Some(next), NOW), Err(100_000_000));
+        assert_eq!(admitted_after(rate, rate.give_back(2, next)), 4);
+        assert_eq!(rate.give_back(9, 0), 0);
     }
 
     #[test]

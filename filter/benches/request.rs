@@ -93,7 +93,7 @@ fn take_from_a_limit(bencher: Bencher<'_, '_>) {
     let limit = RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX };
     let limits = [Limit { limit: &limit, tag: Tag::of_key(&limit.name), shared: true }];
     let subject = Subject::Key(KeyId([7; 16]));
-    bencher.bench_local(|| limiter::take(&cells, &names, black_box(subject), &limits, WHOLE, NOW_NS));
+    bencher.bench_local(|| limiter::take(&cells, &names, black_box(subject), &limits, 1, WHOLE, NOW_NS));
 }
 
 #[divan::bench]

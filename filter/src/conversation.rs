@@ -21,6 +21,7 @@ use crate::usage::{self, Freeze, Outbox};
 
 const NS_PER_MS: u64 = 1_000_000;
 const MS_PER_S: u64 = 1_000;
+const TICKS_A_SECOND: u8 = 4;
 
 /// What the leader remembers of the conversation with the control plane.
 pub(crate) struct Leading {
@@ -35,6 +36,7 @@ impl Core {
         let now_ms = now_ms();
         self.publish();
         self.metrics.tell();
+        self.give_back(now_ms);
         self.next_tick_ms.set(now_ms.saturating_add(TICK_MS));
         self.state.set(store::state(&SharedData, &self.names));
         if !self.lead(now_ms) {
@@ -101,6 +103,15 @@ impl Core {
         let slot = self.slot.get().unwrap_or_else(|| usage::take_slot(&SharedData, &self.names));
         self.slot.set(Some(slot));
         counts.publish(&SharedData, &self.names, slot);
+    }
+
+    /// Gives back each second what was taken from limits and not used.
+    fn give_back(&self, now_ms: u64) {
+        let ticks = self.ticks.get().wrapping_add(1).checked_rem(TICKS_A_SECOND).unwrap_or_default();
+        self.ticks.set(ticks);
+        if ticks == 0 {
+            self.slices.give_back(&SharedData, &self.names, now_ms.saturating_mul(NS_PER_MS));
+        }
     }
 
     /// Whether this VM leads; becoming the leader, it starts from what the store and the outbox hold.

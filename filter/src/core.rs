@@ -19,6 +19,7 @@ use crate::judge::{Judge, Verdict};
 use crate::lease::Holder;
 use crate::metrics::Metrics;
 use crate::recent::{Recent, Writes};
+use crate::slice::Slices;
 use crate::store::{self, State};
 use crate::usage::{Counts, Drawn};
 
@@ -47,6 +48,9 @@ pub(crate) struct Core {
     /// The conversation with the control plane, while this VM leads.
     pub(crate) leading: RefCell<Option<Leading>>,
     recent: Recent,
+    pub(crate) slices: Slices,
+    /// Ticks since what was left of the slices was given back.
+    pub(crate) ticks: Slot<u8>,
     unknown_policies: RefCell<BTreeSet<String>>,
 }
 
@@ -80,6 +84,8 @@ impl Core {
             pending: Slot::new(0),
             leading: RefCell::new(None),
             recent: Recent::default(),
+            slices: Slices::default(),
+            ticks: Slot::new(0),
             unknown_policies: RefCell::default(),
         }
     }
@@ -107,6 +113,7 @@ impl Core {
             config,
             state: self.state.get(),
             recent: &self.recent,
+            slices: &self.slices,
             number,
             address: host::client_address,
             now_ns,

@@ -11,17 +11,19 @@ use std::rc::Rc;
 
 use contract::decision::{Facts, Presented, cost, decide, depends_on_time};
 use contract::definition::Definitions;
+use contract::id::KeyId;
 use contract::outcome::Outcome;
 use contract::policy::Policy;
-use contract::record::RateLimit;
+use contract::rate::WHOLE;
 
 use crate::address::Client;
 use crate::cells::{Cells, Names};
 use crate::config::{Config, WhenBlind};
 use crate::credential::Credential;
-use crate::limiter::{self, Limit, Subject, Tag};
+use crate::limiter::{self, Refused, Subject};
 use crate::recent::{Known, Recent};
 use crate::reply::Wait;
+use crate::slice::{Limits, Slices};
 use crate::stock;
 use crate::store::State;
 
@@ -40,6 +42,8 @@ pub struct Judge<'a, C, A, N> {
     pub state: Option<State>,
     /// What the VM remembers of keys.
     pub recent: &'a Recent,
+    /// What the VM took from limits ahead.
+    pub slices: &'a Slices,
     /// The number of writes of the store, read before anything else.
     pub number: Option<NonZeroU64>,
     /// Tells the client's address, if it is asked.
@@ -138,16 +142,8 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
         let (own, alone) = definitions.rate_limits(record);
         // The default is each Envoy's own.
         let (own, alone) = if own.is_empty() { (self.config.rate_limit.as_slice(), u32::MAX) } else { (own, alone) };
-        let is_alone = |place: usize| {
-            let bit = u32::try_from(place).ok().and_then(|place| alone.checked_shr(place));
-            bit.is_none_or(|bit| bit & 1 == 1)
-        };
-        let of_key = own.iter().enumerate().map(|(place, limit)| {
-            let tag = Tag::of_key(&limit.name);
-            Limit { limit, tag, shared: !is_alone(place) }
-        });
-        let limits: Vec<Limit<'_>> = of_key.chain(of_route(policy)).collect();
-        if let Some(wait) = self.limit(Subject::Key(record.key_id), &limits) {
+        let limits = Limits { own, alone, route: policy.rate_limit.as_ref() };
+        if let Some(wait) = self.limit_key(record.key_id, &limits) {
             verdict.outcome = Outcome::RateLimited;
             verdict.wait = wait;
         } else if let Some(outcome) = stock::spend(self.cells, self.names, record, policy) {
@@ -158,25 +154,25 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
 
     /// Takes a request without a key from the route's limit, if it has one.
     fn limit_client(&self, verdict: &mut Verdict, policy: &Policy) {
-        let limits: Vec<Limit<'_>> = of_route(policy).collect();
+        let limits = Limits { own: &[], alone: 0, route: policy.rate_limit.as_ref() };
         if limits.is_empty() {
             return;
         }
-        let client = (self.address)().map_or(Client::UNKNOWN, Client::of);
-        if let Some(wait) = self.limit(Subject::Client(client), &limits) {
+        let client = Subject::Client((self.address)().map_or(Client::UNKNOWN, Client::of));
+        let taken = limiter::take(self.cells, self.names, client, &limits.all(), 1, WHOLE, (self.now_ns)());
+        if let Err(refused) = taken {
             verdict.outcome = Outcome::RateLimited;
-            verdict.wait = wait;
+            verdict.wait = wait_of(&limits, refused);
         }
     }
 
-    fn limit(&self, subject: Subject, limits: &[Limit<'_>]) -> Option<Wait> {
+    fn limit_key(&self, key: KeyId, limits: &Limits<'_>) -> Option<Wait> {
         if limits.is_empty() {
             return None;
         }
-        let share = self.state.map_or(contract::rate::WHOLE, |state| state.default_share());
-        let refused = limiter::take(self.cells, self.names, subject, limits, share, (self.now_ns)()).err()?;
-        let limits: Vec<RateLimit> = limits.iter().map(|limit| limit.limit.clone()).collect();
-        Some(Wait::Limits(limits, refused))
+        let share = self.state.map_or(WHOLE, |state| state.default_share());
+        let taken = self.slices.take(self.cells, self.names, key, limits, share, &self.now_ns);
+        taken.err().map(|refused| wait_of(limits, refused))
     }
 
     fn now_s(&self) -> u64 {
@@ -184,10 +180,8 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
     }
 }
 
-/// The limit of a route. Each Envoy judges it alone.
-fn of_route(policy: &Policy) -> impl Iterator<Item = Limit<'_>> {
-    let limit = |limit: &'_ RateLimit| Tag::of_policy(&limit.name);
-    policy.rate_limit.iter().map(move |of| Limit { limit: of, tag: limit(of), shared: false })
+fn wait_of(limits: &Limits<'_>, refused: Refused) -> Wait {
+    Wait::Limits(limits.own.iter().chain(limits.route).cloned().collect(), refused)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Rate limits: how often a key was used comes in, whether it may be used once more goes out. The arithmetic is
 //! `contract::rate`; here is its memory.
 //!
-//! The times live in cells that all VMs share and each change of a cell insists on the version that it read, so limits are
-//! exact for an Envoy process. Beside the times of a key stands the share of its limits that this Envoy was granted, so
+//! The times live in cells that all VMs share and each change of a cell insists on the version that it read, so what is taken
+//! is exact for an Envoy process; VMs may take some of it ahead, see [`crate::slice`]. Beside the times of a key stands the share of its limits that this Envoy was granted, so
 //! that a request costs one read and one write however many limits there are.
 //!
 //! A cell forgets times that have passed, and shares that nobody used for an hour, whenever it is written, so it holds
@@ -29,6 +29,9 @@ pub const ADDRESS_ENTRIES: usize = 512;
 
 /// A granted share that was not used for so long is forgotten: the default share applies again.
 pub const SHARE_REST_S: u32 = 3_600;
+
+/// One request in so many of a burst may be taken ahead at once.
+pub const PART: u64 = 64;
 
 const SECOND_NS: u64 = 1_000_000_000;
 const HUNDREDTH_NS: u64 = 10_000_000;
@@ -131,8 +134,19 @@ pub struct Refused {
     pub retry_after_s: u64,
 }
 
-/// Takes one request from each limit of a subject, or from none of them if one refuses: the one with the longest wait.
+/// What was taken from the limits of a subject.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// How many requests, one at least.
+    pub requests: u32,
+    /// The share of shared limits that they were taken from.
+    pub share: u32,
+}
+
+/// Takes a request from each limit of a subject, or from none of them if one refuses: the one with the longest wait.
 /// Of shared limits this Envoy judges the share that it was granted, or else the default share.
+///
+/// Takes as many as are `wanted`, but of no limit more than a [`PART`] of its burst, and one if that many are not left.
 ///
 /// # Errors
 /// [`Refused`].
@@ -141,15 +155,19 @@ pub fn take(
     names: &Names,
     subject: Subject,
     limits: &[Limit<'_>],
+    wanted: u32,
     default_share: u32,
     now_ns: u64,
-) -> Result<(), Refused> {
+) -> Result<Taken, Refused> {
     let taken = update(cells, &subject.cell(names), |cell| {
         let mut entries = Entries::read(cell);
         let share = entries.use_share(subject, now_ns).unwrap_or(default_share);
         let judged = Judged { subject, limits, share, now_ns };
-        match entries.take(&judged) {
-            Ok(()) => Ok((entries.write(now_ns, subject.most_entries()), Ok(()))),
+        let requests = judged.slice(wanted);
+        let ahead = if requests > 1 { entries.take(&judged, requests).ok() } else { None };
+        let requests = ahead.map_or(1, |()| requests);
+        match ahead.map_or_else(|| entries.take(&judged, 1), Ok) {
+            Ok(()) => Ok((entries.write(now_ns, subject.most_entries()), Ok(Taken { requests, share }))),
             Err(refused) if entries.settle(&judged) => {
                 Ok((entries.write(now_ns, subject.most_entries()), Err(refused)))
             }
@@ -158,6 +176,30 @@ pub fn take(
     });
     // Nobody gets through to the cell: as good as used up.
     taken.unwrap_or(Err(Refused { limit: 0, retry_after_s: 1 }))
+}
+
+/// Gives back to the limits of a subject what was taken and not used. They must be the limits that it was taken from.
+///
+/// # Errors
+/// [`Raced`], as good as never.
+pub fn give_back(
+    cells: &impl Cells,
+    names: &Names,
+    subject: Subject,
+    limits: &[Limit<'_>],
+    taken: Taken,
+    now_ns: u64,
+) -> Result<(), Raced> {
+    update(cells, &subject.cell(names), |cell| {
+        let mut entries = Entries::read(cell);
+        let Taken { requests, share } = taken;
+        for (_, tag, rate) in (Judged { subject, limits, share, now_ns }).rates() {
+            if let Some(entry) = entries.find(subject, tag) {
+                entry.value = rate.give_back(requests, entry.value);
+            }
+        }
+        Ok((entries.write(now_ns, subject.most_entries()), ()))
+    })
 }
 
 /// Notes the share of a key's limits that this Envoy was granted; none if it has left it to others, so that it begins with
@@ -231,6 +273,12 @@ impl Judged<'_> {
         self.limits.iter().enumerate().map(move |(place, limit)| (place, limit.tag, rate(limit)))
     }
 
+    /// How many of the requests that are wanted may be taken at once.
+    fn slice(&self, wanted: u32) -> u32 {
+        let part = |rate: Rate| rate.burst().checked_div(PART).and_then(|part| u32::try_from(part).ok());
+        self.rates().filter_map(|(_, _, rate)| part(rate)).fold(wanted, u32::min).max(1)
+    }
+
     /// What a client is told to wait, in seconds: as the whole limit would have it, since shares change in less.
     fn retry_after_s(&self, place: usize, rate: &Rate, wait_ns: u64) -> u64 {
         let whole = self.limits.get(place).map_or(*rate, |limit| Rate::of(limit.limit, WHOLE));
@@ -289,13 +337,18 @@ impl Entries {
         Some(share)
     }
 
-    fn take(&mut self, judged: &Judged<'_>) -> Result<(), Refused> {
+    fn find(&mut self, subject: Subject, tag: Tag) -> Option<&mut Entry> {
+        let id = subject.id();
+        self.0.iter_mut().find(|entry| entry.id == id && entry.tag == tag)
+    }
+
+    fn take(&mut self, judged: &Judged<'_>, requests: u32) -> Result<(), Refused> {
         let id = judged.subject.id();
         let mut next = Vec::with_capacity(judged.limits.len());
         let mut worst: Option<Refused> = None;
         for (place, tag, rate) in judged.rates() {
             let arrival_ns = self.0.iter().find(|entry| entry.id == id && entry.tag == tag).map(|entry| entry.value);
-            match rate.take(arrival_ns, judged.now_ns) {
+            match rate.take_ahead(requests, arrival_ns, judged.now_ns) {
                 Ok(next_ns) => next.push((tag, next_ns)),
                 Err(wait_ns) => {
                     let retry_after_s = judged.retry_after_s(place, &rate, wait_ns);
@@ -309,7 +362,7 @@ impl Entries {
             return Err(refused);
         }
         for (tag, value) in next {
-            match self.0.iter_mut().find(|entry| entry.id == id && entry.tag == tag) {
+            match self.find(judged.subject, tag) {
                 Some(entry) => entry.value = value,
                 None => self.0.push(Entry { id, tag, value }),
             }
@@ -332,10 +385,9 @@ impl Entries {
     /// is not refused until the clock has caught up. Clocks of workers that differ by a blink are no step. Returns whether
     /// anything changed.
     fn settle(&mut self, judged: &Judged<'_>) -> bool {
-        let id = judged.subject.id();
         let mut changed = false;
         for (_, tag, rate) in judged.rates() {
-            let Some(entry) = self.0.iter_mut().find(|entry| entry.id == id && entry.tag == tag) else { continue };
+            let Some(entry) = self.find(judged.subject, tag) else { continue };
             let reach_ns = rate.within_reach(entry.value, judged.now_ns);
             if entry.value > reach_ns.saturating_add(SECOND_NS) {
                 entry.value = reach_ns;

@@ -9,7 +9,7 @@
 //! outage costs memory by active keys and not by requests.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
@@ -17,6 +17,7 @@ use contract::usage::{Count, KeyRef, REPORT_COUNTS, Report, SHADOW, Subject};
 use serde::{Deserialize, Serialize};
 
 use crate::cells::{Cells, Names, update};
+use crate::mixed::Mixed;
 
 /// Cells that VMs publish to. VMs take them in turn; those beyond share.
 pub const SLOTS: u16 = 64;
@@ -42,41 +43,6 @@ pub struct Counts {
 }
 
 type BySubject = HashMap<Subject, Count, BuildHasherDefault<Mixed>>;
-
-/// A hash for subjects. Their keys are ids that the control plane drew at random, so nobody can make them collide.
-#[derive(Default)]
-struct Mixed(u64);
-
-impl Mixed {
-    fn mix(&mut self, word: u64) {
-        // The fraction of the golden ratio (Knuth, The Art of Computer Programming, volume 3, section 6.4).
-        self.0 = (self.0.rotate_left(26) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    }
-}
-
-impl Hasher for Mixed {
-    fn write(&mut self, bytes: &[u8]) {
-        let mut words = bytes.chunks_exact(8);
-        words.by_ref().for_each(|word| self.mix(word.iter().fold(0, |all, byte| all << 8 | u64::from(*byte))));
-        words.remainder().iter().for_each(|byte| self.mix(u64::from(*byte)));
-    }
-
-    fn write_u8(&mut self, word: u8) {
-        self.mix(word.into());
-    }
-
-    fn write_u32(&mut self, word: u32) {
-        self.mix(word.into());
-    }
-
-    fn write_usize(&mut self, _length: usize) {
-        // Lengths of arrays, always the same, and which variant, which the following tells.
-    }
-
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
-    }
-}
 
 impl Counts {
     /// Counts one decided request; `shadowed` if it should have been refused and was not.

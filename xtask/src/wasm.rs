@@ -15,7 +15,7 @@ pub(crate) const TARGET: &str = "wasm32-wasip1";
 /// The filter is downloaded, kept and compiled by every Envoy: it must not grow unnoticed. It was below 300 KiB when all
 /// that it knew of a key was one header and its limits; policies, key sources, networks, roles, plans, shares, quotas and
 /// credits took the rest.
-const MOST_BYTES: u64 = 400 * 1024;
+const MOST_BYTES: u64 = 416 * 1024;
 
 /// What Envoy calls. The SDK exports every callback there is, and Envoy goes into the VM for each that is exported: for
 /// request bodies, responses and logs too, which this filter has no part in. Leaving those out saves about 4 µs a request.

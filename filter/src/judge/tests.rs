@@ -6,8 +6,7 @@ use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::page::{Header, Page, PageWriter, Part};
 use contract::pepper::Pepper;
-use contract::rate::WHOLE;
-use contract::record::{Budget, Flags, Record};
+use contract::record::{Budget, Flags, RateLimit, Record};
 use serde_json::{Value, json};
 
 use super::*;
@@ -25,6 +24,7 @@ struct Bench {
     config: Config,
     state: Option<State>,
     recent: Recent,
+    slices: Slices,
     address: Option<IpAddr>,
     asked: Slot<u32>,
     timed: Slot<u32>,
@@ -57,6 +57,7 @@ impl Bench {
             config,
             state,
             recent: Recent::default(),
+            slices: Slices::default(),
             address: None,
             asked: Slot::new(0),
             timed: Slot::new(0),
@@ -71,6 +72,7 @@ impl Bench {
             config: &self.config,
             state: self.state,
             recent: &self.recent,
+            slices: &self.slices,
             number: None,
             address: || {
                 self.asked.set(self.asked.get() + 1);

@@ -21,7 +21,7 @@ fn placed(limits: &[RateLimit], shared: bool) -> Vec<Limit<'_>> {
 }
 
 fn take_of(cells: &MemoryCells, key: KeyId, limits: &[RateLimit], now_ns: u64) -> Result<(), Refused> {
-    take(cells, &names(), Subject::Key(key), &placed(limits, false), 1, now_ns)
+    take(cells, &names(), Subject::Key(key), &placed(limits, false), 1, 1, now_ns).map(|_| ())
 }
 
 fn admitted(cells: &MemoryCells, limits: &[RateLimit], at: impl IntoIterator<Item = u64>) -> usize {
@@ -33,7 +33,7 @@ fn admitted_of_share(cells: &MemoryCells, default_share: u32, now_ns: u64) -> us
     let limits = [limit(100, 1, 100)];
     let limits = placed(&limits, true);
     let subject = Subject::Key(KEY);
-    (0..100).filter(|_| take(cells, &names(), subject, &limits, default_share, now_ns).is_ok()).count()
+    (0..100).filter(|_| take(cells, &names(), subject, &limits, 1, default_share, now_ns).is_ok()).count()
 }
 
 fn client(address: &str) -> Subject {
@@ -164,7 +164,7 @@ fn admitted_of_an_hour(cells: &MemoryCells, default_share: u32, most: usize, now
     let limits = [limit(1_000, 3_600, 1_000)];
     let limits = [Limit { limit: &limits[0], tag: Tag::of_key("hour"), shared: true }];
     let subject = Subject::Key(KEY);
-    (0..most).filter(|_| take(cells, &names(), subject, &limits, default_share, now_ns).is_ok()).count()
+    (0..most).filter(|_| take(cells, &names(), subject, &limits, 1, default_share, now_ns).is_ok()).count()
 }
 
 fn used(requests: u64) -> [Used; 1] {
@@ -210,7 +210,7 @@ fn who_is_refused_by_a_small_share_waits_no_longer_than_the_whole_limit_would_ha
     let limits = [limit(1_000, 3_600, 1_000)];
     let limits = [Limit { limit: &limits[0], tag: Tag::of_key("hour"), shared: true }];
     grant(&cells, &names(), KEY, Some(1), &[], WHOLE, NOW).unwrap();
-    let ask = || take(&cells, &names(), Subject::Key(KEY), &limits, WHOLE, NOW);
+    let ask = || take(&cells, &names(), Subject::Key(KEY), &limits, 1, WHOLE, NOW).map(|_| ());
     assert_eq!((ask(), ask()), (Ok(()), Err(Refused { limit: 0, retry_after_s: 4 })));
 }
 
@@ -221,7 +221,7 @@ fn a_policys_limit_stands_beside_those_of_the_key() {
     let own = Limit { limit: &own, tag: Tag::of_key("own"), shared: false };
     let of = |name| Limit { limit: &policy, tag: Tag::of_policy(name), shared: false };
     let admitted = |limits: &[Limit<'_>]| {
-        (0..10).filter(|_| take(&cells, &names(), Subject::Key(KEY), limits, 1, NOW).is_ok()).count()
+        (0..10).filter(|_| take(&cells, &names(), Subject::Key(KEY), limits, 1, 1, NOW).is_ok()).count()
     };
     assert_eq!(admitted(&[own, of("search")]), 3);
     assert_eq!(admitted(&[own, of("export")]), 3);
@@ -232,7 +232,7 @@ fn a_policys_limit_stands_beside_those_of_the_key() {
 fn clients_without_a_key_are_told_apart_by_address_and_v6_by_network() {
     let cells = MemoryCells::default();
     let limits = [limit(1, 60, 1)];
-    let one = |client| take(&cells, &names(), client, &placed(&limits, false), WHOLE, NOW).is_ok();
+    let one = |client| take(&cells, &names(), client, &placed(&limits, false), 1, WHOLE, NOW).is_ok();
     assert!(one(client("192.0.2.1")) && one(client("192.0.2.2")) && one(client("2001:db8::1")));
     assert!(!one(client("192.0.2.1")) && !one(client("2001:db8::ffff")) && one(client("2001:db8:0:1::1")));
     assert!(cells.names().iter().all(|name| name.contains(":a")));

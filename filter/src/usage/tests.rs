@@ -26,6 +26,17 @@ fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
     counts
 }
 
+/// One request of each of so many keys.
+fn of_many(keys: u32) -> Counts {
+    let mut counts = Counts::default();
+    for number in 0..keys {
+        let mut id = KeyId([0; 16]);
+        id.0[..4].copy_from_slice(&number.to_be_bytes());
+        counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
+    }
+    counts
+}
+
 fn open() -> MemoryCells {
     let cells = MemoryCells::default();
     assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
@@ -120,13 +131,7 @@ fn counts_that_find_no_outbox_wait_for_one() {
 #[test]
 fn a_large_backlog_leaves_in_several_reports_of_bounded_size() {
     let cells = open();
-    let mut counts = Counts::default();
-    for number in 0..(REPORT_COUNTS as u32 + 5) {
-        let mut id = KeyId([0; 16]);
-        id.0[..4].copy_from_slice(&number.to_be_bytes());
-        counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
-    }
-    counts.publish(&cells, &names(), 0);
+    of_many(REPORT_COUNTS as u32 + 5).publish(&cells, &names(), 0);
     collect(&cells, &names());
     assert_eq!(one_report(&cells).counts.len(), REPORT_COUNTS);
     acknowledge(&cells, &names(), REPORTER, 1);
@@ -138,13 +143,7 @@ fn a_large_backlog_leaves_in_several_reports_of_bounded_size() {
 fn last_words_of_any_length_leave_batch_by_batch() {
     let cells = open();
     let keys = (REPORT_COUNTS * 5 + 1) as u32;
-    let mut counts = Counts::default();
-    for number in 0..keys {
-        let mut id = KeyId([0; 16]);
-        id.0[..4].copy_from_slice(&number.to_be_bytes());
-        counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
-    }
-    counts.publish(&cells, &names(), 0);
+    of_many(keys).publish(&cells, &names(), 0);
     collect(&cells, &names());
     let outbox = freeze(&cells, &names(), Freeze::All).unwrap();
     let batches: Vec<Vec<Report>> = outbox.batches().collect();

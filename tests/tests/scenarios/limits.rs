@@ -1,5 +1,7 @@
 //! Several limits of one key, and limits that several Envoys share.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result};
 use contract::budget::Stock;
 use contract::outcome::Outcome;
@@ -58,6 +60,37 @@ async fn of_several_limits_the_one_that_refuses_is_named_among_all() -> Result<(
     // Two seconds and some went by until the hour's burst was used up, which grows by one each 120 s.
     assert_eq!((allowed, by_second > 0), (30, true));
     assert_eq!(bench.demo.requests(), 30);
+    Ok(())
+}
+
+/// Workers take some of a large limit ahead. What one has and does not use comes back within a second.
+#[tokio::test]
+async fn of_a_large_limit_workers_use_all_and_no_more() -> Result<()> {
+    let own = with(1, |r| {
+        r.rate_limits = vec![limit("hour", 1_280, 3_600)];
+        r.further.alone = 1;
+    });
+    let bench = Bench::start(&[("large", own)]).await?;
+    let start = Instant::now();
+    let mut workers = bench.envoy.connection_per_worker().await?;
+    assert!(workers.len() > 1);
+    let mut allowed: u64 = 0;
+    for worker in &mut workers {
+        for _ in 0..600 {
+            allowed += u64::from(worker.get("/", Some("large")).await?.status == 200);
+        }
+    }
+    assert_eq!(allowed, 600 * workers.len() as u64, "the burst was not used up yet");
+    // One is added each 2.8 s.
+    let added = || start.elapsed().as_secs() / 2 + 1;
+    let used_up = async || {
+        for worker in &mut workers {
+            allowed += u64::from(worker.get("/", Some("large")).await.ok()?.status == 200);
+        }
+        assert!(allowed <= 1_280 + added(), "{allowed}");
+        (allowed >= 1_280).then_some(())
+    };
+    eventually("all of the limit to be used", used_up).await?;
     Ok(())
 }
 

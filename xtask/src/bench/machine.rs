@@ -1,8 +1,10 @@
 //! The machine: which cores there are and who runs on which, and what a process has used of it so far (Linux only).
 
+use std::hint::black_box;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -53,6 +55,57 @@ pub(super) fn pin(command: &mut Command, core: usize) -> Result<()> {
         command.pre_exec(move || sched_setaffinity(Pid::from_raw(0), &set).map_err(Into::into));
     }
     Ok(())
+}
+
+/// Tells how fast a core runs now. On a shared machine, what others do on the other half of the same physical core makes the
+/// same work take up to twice as long, for seconds at a time.
+pub(super) struct Speed {
+    core: usize,
+    /// What the probe took when it was fastest.
+    fastest: Duration,
+}
+
+impl Speed {
+    /// Learns how fast a core can be.
+    pub(super) fn learn(core: usize) -> Result<Self> {
+        let mut fastest = Duration::MAX;
+        for _ in 0..200 {
+            fastest = fastest.min(probe(core)?);
+        }
+        Ok(Self { core, fastest })
+    }
+
+    /// How much slower than ever it is now: 1 at full speed.
+    pub(super) fn slower(&mut self) -> Result<f64> {
+        let took = probe(self.core)?;
+        self.fastest = self.fastest.min(took);
+        Ok(took.as_secs_f64() / self.fastest.as_secs_f64())
+    }
+}
+
+/// How long work of a few milliseconds takes on a core: the fastest of three tries.
+fn probe(core: usize) -> Result<Duration> {
+    let on_core = move || -> Result<Duration> {
+        sched_setaffinity(Pid::from_raw(0), &only(core)?)?;
+        let tries = (0..3).map(|_| {
+            let start = Instant::now();
+            black_box(work(black_box(1)));
+            start.elapsed()
+        });
+        Ok(tries.min().unwrap_or_default())
+    };
+    std::thread::spawn(on_core).join().map_err(|_| anyhow::anyhow!("the probe panicked"))?
+}
+
+/// Sums in four chains that do not wait for each other, so that they take what the core has.
+fn work(seed: u64) -> u64 {
+    let mut sums = [seed, seed ^ 2, seed ^ 3, seed ^ 4];
+    for round in 0..300_000_u64 {
+        for sum in &mut sums {
+            *sum = sum.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17) ^ round;
+        }
+    }
+    sums.into_iter().fold(0, u64::wrapping_add)
 }
 
 /// Nanoseconds on a processor of all threads of a process together.

@@ -30,6 +30,8 @@ mod api;
 mod sync;
 mod usage;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use portcullis_tests::paths;
@@ -51,6 +53,19 @@ pub(crate) struct Options {
     /// How often each peer is measured in the suite `request`.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
+    /// Another build of the filter, to be measured beside this one in the suite `request`, plain and with limits.
+    #[arg(long, value_name = "FILE")]
+    beside: Vec<PathBuf>,
+    /// Of the suite `request`, only rows with this in their names, and the one without a filter.
+    #[arg(long, value_name = "TEXT")]
+    row: Vec<String>,
+}
+
+impl Options {
+    /// Whether a row of the suite `request` is measured.
+    fn wants(&self, name: &str) -> bool {
+        self.row.is_empty() || self.row.iter().any(|part| name.contains(part))
+    }
 }
 
 /// What can be measured on its own.

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use super::Options;
 use super::feed::{Feed, key};
 use super::load::{Answers, Generator};
-use super::machine::{self, Cores};
+use super::machine::{self, Cores, Speed};
 use super::peers::Peer;
 use super::report::{Bound, Report};
 use super::server::{Server, free_port};
@@ -50,7 +50,7 @@ const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
 
 /// One thing that is measured.
 struct Subject {
-    name: &'static str,
+    name: String,
     process: u32,
     /// Addresses to ask for.
     files: Vec<PathBuf>,
@@ -60,8 +60,8 @@ struct Subject {
 }
 
 /// All that runs while it is measured.
-#[derive(Default)]
 struct Running {
+    cores: Cores,
     subjects: Vec<Subject>,
     servers: Vec<Server>,
     feeds: Vec<Feed>,
@@ -71,24 +71,27 @@ struct Running {
 /// Measures.
 pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
     let generator = Generator::install(cores)?;
-    let (rounds, requests) = if options.quick { (7, 4_000) } else { (30, 10_000) };
+    let (rounds, requests) = if options.quick { (7, 2_000) } else { (40, 4_000) };
     let rounds = options.rounds.unwrap_or(rounds);
     let home = TempDir::with_prefix("portcullis-bench-")?;
     cores.stay_off()?;
-    let mut running = Running::default();
-    start(&mut running, options, cores, home.path(), report).await?;
+    let mut running = Running::on(cores);
+    start(&mut running, options, home.path(), report).await?;
+    running.subjects.retain(|subject| subject.name == NOTHING || options.wants(&subject.name));
     let mut random = Random::new(1);
+    let mut speed = Speed::learn(cores.measured)?;
     for round in 0..rounds {
         progress(&format!("suite request: round {} of {rounds}", round + 1));
         let mut order: Vec<usize> = (0..running.subjects.len()).collect();
         random.shuffle(&mut order);
         for place in order {
             let Some(subject) = running.subjects.get_mut(place) else { continue };
-            subject.sample(&generator, round, requests).await?;
+            subject.sample(&generator, &mut speed, round, requests).await?;
         }
     }
     report.note(format!(
-        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection; verdicts from lower quartiles.",
+        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection; verdicts from lower quartiles. \
+         Each sample is divided by how much slower than ever the core was before and after it.",
         generator.name()
     ));
     judge(&running.subjects, report);
@@ -96,13 +99,16 @@ pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report
 }
 
 impl Subject {
-    async fn sample(&mut self, generator: &Generator, round: usize, requests: u64) -> Result<()> {
+    /// Takes one sample, as it would be had the core run at full speed.
+    async fn sample(&mut self, generator: &Generator, speed: &mut Speed, round: usize, requests: u64) -> Result<()> {
         let file = |offset: usize| self.files.get((round + offset) % self.files.len().max(1)).context("no addresses");
         // Warm-up: with other keys, so that only code and connections are warm.
         generator.send(requests / 5, file(1)?).await?;
+        let slower = speed.slower()?;
         let before = machine::cpu_ns(self.process)?;
         let answers = generator.send(requests, file(0)?).await?;
         let used_ns = machine::cpu_ns(self.process)? - before;
+        let slower = f64::midpoint(slower, speed.slower()?);
         let expected = if self.refused {
             Answers { good: 0, refused: requests, failed: 0 }
         } else {
@@ -110,12 +116,13 @@ impl Subject {
         };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-        self.samples.push(used_ns as f64 / requests as f64 / 1_000.0);
+        self.samples.push(used_ns as f64 / requests as f64 / 1_000.0 / slower);
         Ok(())
     }
 }
 
-async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Path, report: &mut Report) -> Result<()> {
+async fn start(running: &mut Running, options: &Options, home: &Path, report: &mut Report) -> Result<()> {
+    let cores = running.cores;
     progress("suite request: starting all peers");
     let upstream = Server::start(&Peer::nothing().config(), 1, Some(cores.load)).await?;
     let to_upstream = upstream.address();
@@ -125,7 +132,7 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
     running.others.push(authorizer.0);
 
     let nothing = Peer::nothing().with_upstream(to_upstream);
-    let server = running.serve(&nothing, cores).await?;
+    let server = running.serve(&nothing).await?;
     running.subject(NOTHING, server, "/", 0..1_000, home, false)?;
     running.subject(NOTHING_UP, server, "/up", 0..1_000, home, false)?;
     let [unstripped, stripped] = wasm::build_empty()?;
@@ -138,7 +145,7 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
         (AUTHZ_GRPC, Peer::ext_authz_grpc(authorizer.1)),
     ];
     for (name, peer) in peers {
-        let server = running.serve(&peer, cores).await?;
+        let server = running.serve(&peer).await?;
         running.subject(name, server, "/", 0..1_000, home, false)?;
     }
 
@@ -150,8 +157,11 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
             report.note("A quick run leaves out 1,000,000 keys.");
             continue;
         }
+        if keys > 1_000 && !options.wants(name) {
+            continue;
+        }
         progress(&format!("suite request: {name}"));
-        let server = running.portcullis(keys, |_| (), unlimited(), None, Some(to_upstream), cores).await?;
+        let server = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
         running.subject(name, server, "/", 0..keys, home, false)?;
         if keys == 1_000 {
             let unknown = 10_000_000..11_000_000;
@@ -163,13 +173,20 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
     let limit = |record: &mut Record| {
         record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
     };
-    let server = running.portcullis(1_000, limit, unlimited(), None, None, cores).await?;
+    let server = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
     running.subject(LIMITED, server, "/", 0..1_000, home, false)?;
+    for filter in &options.beside {
+        let name = |what| format!("{}, 1,000 keys{what}", filter.display());
+        let server = running.portcullis(filter, 1_000, |_| (), unlimited(), None, None).await?;
+        running.subject(&name(""), server, "/", 0..1_000, home, false)?;
+        let server = running.portcullis(filter, 1_000, limit, unlimited(), None, None).await?;
+        running.subject(&name(", each with a rate limit"), server, "/", 0..1_000, home, false)?;
+    }
 
     // Filters before route policies refuse their configuration.
     let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
     let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
-    match running.portcullis(1_000, scope, plugin, Some("orders"), None, cores).await {
+    match running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await {
         Ok(server) => running.subject(POLICY, server, "/", 0..1_000, home, false)?,
         Err(_) => report.note("Not measured: route policies, which this filter does not know."),
     }
@@ -177,30 +194,34 @@ async fn start(running: &mut Running, options: &Options, cores: Cores, home: &Pa
 }
 
 impl Running {
+    const fn on(cores: Cores) -> Self {
+        Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
+    }
+
     /// Starts an Envoy on the core for what is measured; gives its place.
-    async fn serve(&mut self, peer: &Peer, cores: Cores) -> Result<usize> {
-        self.servers.push(Server::start(&peer.config(), 1, Some(cores.measured)).await?);
+    async fn serve(&mut self, peer: &Peer) -> Result<usize> {
+        self.servers.push(Server::start(&peer.config(), 1, Some(self.cores.measured)).await?);
         Ok(self.servers.len() - 1)
     }
 
     async fn portcullis(
         &mut self,
+        filter: &Path,
         keys: u64,
         change: impl Fn(&mut Record),
         plugin: Value,
         policy: Option<&str>,
         upstream: Option<std::net::SocketAddr>,
-        cores: Cores,
     ) -> Result<usize> {
         let feed = Feed::start(keys, change).await?;
-        let mut peer = Peer::portcullis(&paths::wasm(), feed.address(), plugin);
+        let mut peer = Peer::portcullis(filter, feed.address(), plugin);
         if let Some(upstream) = upstream {
             peer = peer.with_upstream(upstream);
         }
         if let Some(policy) = policy {
             peer = peer.with_policy(policy);
         }
-        let place = self.serve(&peer, cores).await?;
+        let place = self.serve(&peer).await?;
         self.server(place)?.wait_for_keys(keys).await?;
         self.feeds.push(feed);
         Ok(place)
@@ -212,7 +233,7 @@ impl Running {
 
     fn subject(
         &mut self,
-        name: &'static str,
+        name: &str,
         server: usize,
         path: &str,
         keys: std::ops::Range<u64>,
@@ -233,7 +254,7 @@ impl Running {
             files.push(file);
         }
         let process = server.pid();
-        self.subjects.push(Subject { name, process, files, refused, samples: Samples::default() });
+        self.subjects.push(Subject { name: name.to_owned(), process, files, refused, samples: Samples::default() });
         Ok(())
     }
 }
@@ -264,8 +285,14 @@ fn judge(subjects: &[Subject], report: &mut Report) {
         if subject.name == NOTHING {
             continue;
         }
-        let Some(found) = added(subject.name) else { continue };
-        report.compared(SUITE, subject.name, UNIT, found, empty.map(|empty| (found.lower_quartile / empty, "empty")));
+        let Some(found) = added(&subject.name) else { continue };
+        report.compared(
+            SUITE,
+            subject.name.clone(),
+            UNIT,
+            found,
+            empty.map(|empty| (found.lower_quartile / empty, "empty")),
+        );
     }
     for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
         let Some(whole) = samples(name) else { continue };

@@ -1,0 +1,154 @@
+//! What a VM took from the limits of busy keys ahead of the requests that will use it: a key and its limits come in, whether
+//! the request is admitted goes out, most of the time without a look at shared data.
+//!
+//! A slice grows with the requests that its key made lately in this VM, up to [`MOST`] and a 64th of each burst
+//! ([`limiter::PART`]); so limits with a burst below 128 know no slices and are exact in every moment. What is left of a slice
+//! is given back after a second ([`Slices::give_back`]). So
+//! - an Envoy never admits more than its limits and, in the second after it was taken, what its VMs had taken ahead;
+//! - a request may be refused while other VMs hold a slice that they do not use, for a second at the most.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use contract::id::KeyId;
+use contract::record::RateLimit;
+
+use crate::cells::{Cells, Names};
+use crate::limiter::{self, Limit, Refused, Subject, Tag, Taken};
+use crate::mixed::Mixed;
+
+/// Most requests that a slice is for.
+pub const MOST: u32 = 64;
+
+/// Most keys that a VM has slices of. Requests of others ask shared data each time.
+const KEYS: usize = 4_096;
+
+/// The limits that a request is judged by.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits<'a> {
+    /// Those of its key, of its plan or of the filter.
+    pub own: &'a [RateLimit],
+    /// Which of them each Envoy judges alone, a bit each.
+    pub alone: u32,
+    /// That of its route, which each Envoy judges alone.
+    pub route: Option<&'a RateLimit>,
+}
+
+impl<'a> Limits<'a> {
+    /// Each of them.
+    #[must_use]
+    pub fn all(&self) -> Vec<Limit<'a>> {
+        let is_alone = |place: usize| {
+            let bit = u32::try_from(place).ok().and_then(|place| self.alone.checked_shr(place));
+            bit.is_none_or(|bit| bit & 1 == 1)
+        };
+        let own = self.own.iter().enumerate().map(|(place, limit)| {
+            let tag = Tag::of_key(&limit.name);
+            Limit { limit, tag, shared: !is_alone(place) }
+        });
+        let of_route = |limit: &'a RateLimit| Limit { limit, tag: Tag::of_policy(&limit.name), shared: false };
+        own.chain(self.route.map(of_route)).collect()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.own.is_empty() && self.route.is_none()
+    }
+}
+
+/// The slices of one VM.
+#[derive(Debug, Default)]
+pub struct Slices(RefCell<HashMap<KeyId, Slice, BuildHasherDefault<Mixed>>>);
+
+#[derive(Debug, Default)]
+struct Slice {
+    /// Requests of its key, halved each second.
+    asked: u32,
+    left: u32,
+    from: Option<From>,
+}
+
+/// What a slice was taken from.
+#[derive(Debug)]
+struct From {
+    own: Vec<RateLimit>,
+    alone: u32,
+    route: Option<RateLimit>,
+    share: u32,
+}
+
+impl From {
+    fn limits(&self) -> Limits<'_> {
+        Limits { own: &self.own, alone: self.alone, route: self.route.as_ref() }
+    }
+
+    fn is(&self, limits: &Limits<'_>) -> bool {
+        self.own == limits.own && self.alone == limits.alone && self.route.as_ref() == limits.route
+    }
+}
+
+impl Slices {
+    /// Takes one request from the limits of a key, of which there is one at least. `now_ns` tells the time, if it is asked.
+    ///
+    /// # Errors
+    /// [`Refused`], as [`limiter::take`].
+    pub fn take(
+        &self,
+        cells: &impl Cells,
+        names: &Names,
+        key: KeyId,
+        limits: &Limits<'_>,
+        default_share: u32,
+        now_ns: impl Fn() -> u64,
+    ) -> Result<(), Refused> {
+        let take =
+            |wanted| limiter::take(cells, names, Subject::Key(key), &limits.all(), wanted, default_share, now_ns());
+        let mut slices = self.0.borrow_mut();
+        if slices.len() >= KEYS && !slices.contains_key(&key) {
+            return take(1).map(|_| ());
+        }
+        let slice = slices.entry(key).or_default();
+        slice.asked = slice.asked.saturating_add(1).min(MOST);
+        if slice.left > 0 {
+            if slice.from.as_ref().is_some_and(|from| from.is(limits)) {
+                slice.left = slice.left.saturating_sub(1);
+                return Ok(());
+            }
+            // Its limits have changed, or it comes on another route.
+            slice.give_back(cells, names, key, now_ns());
+        }
+        let Taken { requests, share } = take(slice.asked)?;
+        slice.left = requests.saturating_sub(1);
+        if slice.left > 0 {
+            let Limits { own, alone, route } = *limits;
+            slice.from = Some(From { own: own.to_vec(), alone, route: route.cloned(), share });
+        }
+        Ok(())
+    }
+
+    /// Gives back what is left of all slices, as is due each second, and forgets keys that have rested.
+    pub fn give_back(&self, cells: &impl Cells, names: &Names, now_ns: u64) {
+        self.0.borrow_mut().retain(|key, slice| {
+            slice.give_back(cells, names, *key, now_ns);
+            slice.asked = slice.asked.checked_shr(1).unwrap_or_default();
+            slice.asked > 0
+        });
+    }
+}
+
+impl Slice {
+    fn give_back(&mut self, cells: &impl Cells, names: &Names, key: KeyId, now_ns: u64) {
+        let (Some(from), left) = (self.from.take(), std::mem::take(&mut self.left)) else { return };
+        if left == 0 {
+            return;
+        }
+        let taken = Taken { requests: left, share: from.share };
+        // Nobody gets through to the cell: those requests count as used.
+        let _ = limiter::give_back(cells, names, Subject::Key(key), &from.limits().all(), taken, now_ns);
+    }
+}
+
+#[cfg(test)]
+mod tests;
