@@ -75,6 +75,8 @@ impl Core {
             (leading.sync.answered(token), leading.reports.answered(token))
         };
         if sync {
+            #[cfg(feature = "trap")]
+            crate::trap::spring_on_answer();
             let applied = match status {
                 Some(200) => {
                     // What the control plane tells may be older than its answer, if it has lost its database.

@@ -1,14 +1,21 @@
 //! A trap on demand, for tests of what is lost with a VM: compiled in with the feature `trap` only, which no filter that is
-//! shipped has. Whoever can send a request could stop a worker's VM with it.
+//! shipped has. Whoever can send a request could stop a worker's VM with it, and a control plane the one that leads.
 
 use crate::host;
 
-/// A request that carries this header traps.
+/// A request, or an answer of the control plane, that carries this header traps.
 const HEADER: &str = "x-portcullis-trap";
 
 /// Ends this VM if the request asks for it.
 pub(crate) fn spring() {
     if host::request_header(HEADER).is_some() {
+        core::arch::wasm32::unreachable();
+    }
+}
+
+/// Ends this VM, which leads then, if the answer to a call of it asks for it.
+pub(crate) fn spring_on_answer() {
+    if host::answer_number::<u8>(HEADER).is_some() {
         core::arch::wasm32::unreachable();
     }
 }

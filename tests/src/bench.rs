@@ -1,6 +1,6 @@
 //! The filter alone for a test: an Envoy with it, a control plane that plays a script and a demo API, without a database.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use contract::id::{KeyId, OwnerId};
 use contract::record::Record;
 use serde_json::Value;
@@ -12,6 +12,7 @@ use crate::envoy::{Envoy, Settings};
 use crate::envoy_config::Replacements;
 use crate::http::{Outgoing, Reply, get_request, send};
 use crate::log::Log;
+use crate::paths;
 use crate::scripted::{Change, Faults, Scripted};
 use crate::tools::silently;
 use crate::wait::eventually;
@@ -36,6 +37,7 @@ pub struct Builder {
     routes: Vec<(String, String)>,
     trusted_hops: u32,
     changes: Vec<Change<'static>>,
+    traps: bool,
 }
 
 impl Bench {
@@ -142,6 +144,13 @@ impl Builder {
         self
     }
 
+    /// With the filter that can be made to trap.
+    #[must_use]
+    pub const fn that_can_trap(mut self) -> Self {
+        self.traps = true;
+        self
+    }
+
     /// Starts it with the records of these keys, and waits until Envoy has them.
     ///
     /// # Errors
@@ -173,7 +182,14 @@ impl Builder {
         let (sync_key, environment) = (fresh_key()?, Vec::new());
         let settings = Settings { replacements, workers: 2, log_level, sync_key, environment, listener_file: false };
         let log = Log::create(&home.path().join("envoy.log"))?;
-        let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
+        let directory = home.path().join("envoy");
+        let envoy = Envoy::prepare(settings, &directory, log, &silently)?;
+        if self.traps {
+            let filter = paths::trap_wasm();
+            std::fs::copy(&filter, directory.join("portcullis.wasm"))
+                .with_context(|| format!("{} is missing; run `cargo xtask wasm --for-faults`", filter.display()))?;
+        }
+        envoy.restart().await?;
         Ok(Bench { envoy, demo, script, _home: home })
     }
 }

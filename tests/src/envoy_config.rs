@@ -25,6 +25,9 @@ pub struct Replacements {
     pub trusted_hops: u32,
     /// A capability that the template grants the filter and this Envoy does not.
     pub withheld: Option<String>,
+    /// A file in Envoy's directory that says how full its heap is, from 0 to 1, in place of what it is. Envoy reads it again
+    /// when another file is moved there. For `hardened.yaml` only.
+    pub heap: Option<String>,
 }
 
 impl Replacements {
@@ -33,7 +36,17 @@ impl Replacements {
     pub fn between(control_plane: SocketAddr, upstream: SocketAddr) -> Self {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let (plugin, routes) = (Map::new(), Vec::new());
-        Self { listener: any, admin: any, control_plane, upstream, plugin, routes, trusted_hops: 0, withheld: None }
+        Self {
+            listener: any,
+            admin: any,
+            control_plane,
+            upstream,
+            plugin,
+            routes,
+            trusted_hops: 0,
+            withheld: None,
+            heap: None,
+        }
     }
 }
 
@@ -77,6 +90,11 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
     text = replace_once(&text, TRUSTED_HOPS, &format!("xff_num_trusted_hops: {}", with.trusted_hops))?;
     if let Some(capability) = &with.withheld {
         text = replace_once(&text, &format!("{capability}: {{}}\n"), "\n")?;
+    }
+    if let Some(file) = &with.heap {
+        text = replace_once(&text, "max_heap_size_bytes: 1073741824", &format!("filename: {file}"))?;
+        text = replace_once(&text, "fixed_heap.v3.FixedHeapConfig", "injected_resource.v3.InjectedResourceConfig")?;
+        text = text.replace("envoy.resource_monitors.fixed_heap", "envoy.resource_monitors.injected_resource");
     }
     let indent = format!("\n{}", " ".repeat(24));
     let route = |(prefix, policy): &(String, String)| {

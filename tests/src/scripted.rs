@@ -10,7 +10,8 @@ use anyhow::Result;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
+use axum::http::header::AGE;
+use axum::http::{HeaderMap, StatusCode};
 use axum::routing::{get, post};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
@@ -45,6 +46,8 @@ pub struct Faults {
     pub acknowledgements: u32,
     /// Pages are so old, in seconds, as those of a control plane that has lost its database.
     pub age_s: u64,
+    /// So many answers to polls make the VM that asked trap, if its filter is the one that can.
+    pub traps: u32,
 }
 
 #[derive(Debug)]
@@ -230,7 +233,7 @@ impl Drop for Scripted {
 async fn page(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<BTreeMap<String, String>>,
-) -> Result<([(&'static str, String); 1], Vec<u8>), StatusCode> {
+) -> Result<(HeaderMap, Vec<u8>), StatusCode> {
     shared.usage.lock().unwrap_or_else(PoisonError::into_inner).polls.push(query.clone());
     let changes = query.get("revision").filter(|_| !query.contains_key("cursor"));
     let after = changes.and_then(|revision| revision.parse().ok());
@@ -243,8 +246,12 @@ async fn page(
     let store = shared.store.borrow().clone();
     let mut bytes = store.page(after).ok_or(StatusCode::INTERNAL_SERVER_ERROR)?;
     let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
-    let age = [("age", faults.age_s.to_string())];
-    let Some(left) = faults.pages.checked_sub(1) else { return Ok((age, bytes)) };
+    let mut headers = HeaderMap::from_iter([(AGE, faults.age_s.into())]);
+    if let Some(left) = faults.traps.checked_sub(1) {
+        faults.traps = left;
+        headers.insert("x-portcullis-trap", 1.into());
+    }
+    let Some(left) = faults.pages.checked_sub(1) else { return Ok((headers, bytes)) };
     faults.pages = left;
     match left % 4 {
         0 => bytes.iter_mut().rev().take(1).for_each(|byte| *byte ^= 1),
@@ -252,7 +259,7 @@ async fn page(
         2 => bytes = b"<html>a proxy's idea of an error</html>".to_vec(),
         _ => return Err(StatusCode::BAD_GATEWAY),
     }
-    Ok((age, bytes))
+    Ok((headers, bytes))
 }
 
 async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>, StatusCode> {

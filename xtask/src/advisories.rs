@@ -23,7 +23,7 @@ struct Advisory {
 
 /// Refuses packages with a known vulnerability that deny.toml does not name in `ignore`; tells of those without a keeper.
 pub(crate) fn check(deny: &str) -> Result<()> {
-    let Some(database) = database() else {
+    let Some(database) = database()? else {
         say("no copy of the advisory database here (ADVISORY_DB names one): known vulnerabilities were not looked for");
         return Ok(());
     };
@@ -54,12 +54,22 @@ pub(crate) fn check(deny: &str) -> Result<()> {
     Ok(())
 }
 
-fn database() -> Option<PathBuf> {
-    let named = std::env::var_os("ADVISORY_DB").map(PathBuf::from);
+fn database() -> Result<Option<PathBuf>> {
+    let is_one = |path: &PathBuf| path.join("crates").is_dir();
+    if let Some(named) = std::env::var_os("ADVISORY_DB").map(PathBuf::from) {
+        ensure!(
+            is_one(&named),
+            "ADVISORY_DB: {} is no copy of the advisory database: it has no folder crates",
+            named.display()
+        );
+        return Ok(Some(named));
+    }
     let cargo = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let cargo = cargo.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")))?;
+    let Some(cargo) = cargo.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo"))) else {
+        return Ok(None);
+    };
     let deny = std::fs::read_dir(cargo.join("advisory-dbs")).into_iter().flatten().flatten().map(|entry| entry.path());
-    named.into_iter().chain([cargo.join("advisory-db")]).chain(deny).find(|path| path.join("crates").is_dir())
+    Ok([cargo.join("advisory-db")].into_iter().chain(deny).find(is_one))
 }
 
 fn of(database: &Path, package: &str) -> Result<Vec<Advisory>> {

@@ -18,7 +18,9 @@ const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 pub(crate) fn check() -> Result<()> {
     let deny = std::fs::read_to_string(paths::workspace().join("deny.toml"))?;
     let allowed = allowed_licences(&deny).context("deny.toml has no list `allow = [` of licences")?;
-    sources_and_licences(&allowed)?;
+    let packages = packages()?;
+    sources_and_licences(&packages, &allowed)?;
+    nothing_banned(&packages, &deny)?;
     nothing_unused()?;
     advisories::check(&deny)?;
     for (tool, arguments) in [("cargo-deny", &["deny", "check"][..]), ("cargo-machete", &["machete"])] {
@@ -37,11 +39,18 @@ fn allowed_licences(deny: &str) -> Option<Vec<String>> {
     Some(list.split('"').skip(1).step_by(2).map(str::to_owned).collect())
 }
 
-/// Every package comes from crates.io or this workspace, under a licence that deny.toml allows.
-fn sources_and_licences(allowed: &[String]) -> Result<()> {
+/// All that cargo knows of this workspace and what it depends on.
+fn packages() -> Result<Vec<Value>> {
     let metadata = read(cargo(&["metadata", "--locked", "--format-version", "1", "--all-features"]))?;
-    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata speaks no JSON")?;
-    let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
+    let mut metadata: Value = serde_json::from_str(&metadata).context("cargo metadata speaks no JSON")?;
+    match metadata["packages"].take() {
+        Value::Array(packages) => Ok(packages),
+        _ => bail!("cargo metadata names no packages"),
+    }
+}
+
+/// Every package comes from crates.io or this workspace, under a licence that deny.toml allows.
+fn sources_and_licences(packages: &[Value], allowed: &[String]) -> Result<()> {
     for package in packages {
         let (name, licence) = (&package["name"], package["license"].as_str().unwrap_or_default());
         ensure!(satisfied(licence, allowed), "{name}: the licence {licence:?} is not allowed by deny.toml");
@@ -50,6 +59,33 @@ fn sources_and_licences(allowed: &[String]) -> Result<()> {
     }
     say(&format!("{} packages, from crates.io or this workspace, under allowed licences", packages.len()));
     Ok(())
+}
+
+/// No package is one that deny.toml bans, and none of ours asks for just any version of another.
+fn nothing_banned(packages: &[Value], deny: &str) -> Result<()> {
+    let banned = banned(deny).context("deny.toml has no list `deny = [` of crates")?;
+    for package in packages {
+        let name = package["name"].as_str().unwrap_or_default();
+        ensure!(!banned.iter().any(|banned| banned == name), "{name} is banned by deny.toml");
+        if !package["source"].is_null() {
+            continue;
+        }
+        for dependency in package["dependencies"].as_array().into_iter().flatten() {
+            let any = dependency["req"] == "*" && dependency["path"].is_null();
+            ensure!(!any, "{name}: name the version of {}", dependency["name"]);
+        }
+    }
+    say(&format!("none of the {} crates that deny.toml bans", banned.len()));
+    Ok(())
+}
+
+fn banned(deny: &str) -> Option<Vec<String>> {
+    let (_, bans) = deny.split_once("[bans]")?;
+    let (_, list) = bans.split_once("\ndeny = [")?;
+    let (list, _) = list.split_once(']')?;
+    let names: Vec<String> =
+        list.split("crate = \"").skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.into())).collect();
+    (!names.is_empty()).then_some(names)
 }
 
 /// Whether an SPDX expression can be met by allowed licences. `OR` binds weaker than `AND`; `/` is an old spelling of
@@ -151,6 +187,20 @@ mod tests {
         for bad in ["", "GPL-3.0", "MIT AND GPL-3.0", "(MIT OR Apache-2.0) AND GPL-3.0", "Apache-2.0 WITH other"] {
             assert!(!satisfied(bad, &allowed), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_banned_crate_and_a_version_that_is_not_named_are_refused() {
+        let deny = "[bans]\nwildcards = \"deny\"\ndeny = [{ crate = \"a-sys\" }, { crate = \"b\" }]\n[sources]\n";
+        assert_eq!(banned(deny).unwrap(), ["a-sys", "b"]);
+        assert_eq!(banned("[bans]\ndeny = []\n"), None);
+        let ours = |requirement: &str, path: Value| {
+            serde_json::json!({"name": "ours", "source": null,
+                "dependencies": [{"name": "c", "req": requirement, "path": path}]})
+        };
+        assert!(nothing_banned(&[ours("^1", Value::Null), ours("*", "/c".into())], deny).is_ok());
+        assert!(nothing_banned(&[ours("*", Value::Null)], deny).is_err());
+        assert!(nothing_banned(&[serde_json::json!({"name": "a-sys", "source": CRATES_IO})], deny).is_err());
     }
 
     #[test]

@@ -20,6 +20,7 @@ use portcullis_tests::wait::eventually;
 
 const CONTROL_PLANE: &str = "portcullis-control-plane";
 const API: &str = "api.example.com";
+const HEAP: &str = "heap/full";
 const ANY_PORT: std::net::SocketAddr =
     std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
@@ -98,6 +99,13 @@ impl Hardened {
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("hardened.yaml");
         envoy.restart().await?;
         Ok(Self { envoy, home, control_plane, stack, authorities })
+    }
+
+    /// Says how full Envoy's heap is, where [`HEAP`] says so.
+    fn fill_heap(&self, part: &str) -> Result<()> {
+        let next = self.home.join("next");
+        std::fs::write(&next, part)?;
+        Ok(std::fs::rename(next, self.home.join(HEAP))?)
     }
 
     async fn get(&self, protocol: &str, key: Option<&str>) -> Result<Reply> {
@@ -202,4 +210,40 @@ async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<
     hardened.envoy.stop(Signal::SIGKILL).await?;
     hardened.envoy.restart().await?;
     hardened.wait_for(&key, 200).await
+}
+
+/// Before the heap is full, requests are refused, then connections; what has not come in cannot fill it further.
+#[tokio::test]
+async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()> {
+    let hardened = Hardened::start().await?;
+    let key = hardened.stack.rest().generate("ada@example.com").await?;
+    std::fs::create_dir_all(hardened.home.join("heap"))?;
+    hardened.fill_heap("0.5")?;
+    hardened.envoy.stop(Signal::SIGTERM).await?;
+    hardened.envoy.change_settings(|settings| settings.replacements.heap = Some(HEAP.into()));
+    hardened.envoy.restart().await?;
+    hardened.wait_for(&key, 200).await?;
+
+    for (part, refused) in [("0.96", true), ("0.7", false)] {
+        hardened.fill_heap(part)?;
+        let active = async || {
+            let name = "overload.envoy.overload_actions.stop_accepting_requests.active";
+            (hardened.envoy.stat(name).await.ok()? == u64::from(refused)).then_some(())
+        };
+        eventually(&format!("a heap that is full to {part} to be noticed"), active).await?;
+        if refused {
+            // Workers hear of it a little later.
+            hardened.wait_for(&key, 503).await?;
+            let before = hardened.stack.demo.requests();
+            for protocol in ["h2", "http/1.1"] {
+                assert_eq!(hardened.get(protocol, Some(&key)).await?.status, 503);
+            }
+            assert_eq!(hardened.stack.demo.requests(), before);
+        } else {
+            hardened.wait_for(&key, 200).await?;
+        }
+    }
+    // What the filter holds was not touched.
+    hardened.stack.rest().revoke("ada@example.com").await?;
+    hardened.wait_for(&key, 401).await
 }

@@ -7,7 +7,7 @@ use contract::record::{Flags, RateLimit, Requires};
 use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::process::Signal;
-use portcullis_tests::scripted::Faults;
+use portcullis_tests::scripted::{Change, Faults};
 use portcullis_tests::stack::wait_for_status;
 use portcullis_tests::wait::eventually;
 use serde_json::json;
@@ -109,5 +109,26 @@ async fn the_identity_is_the_records() -> Result<()> {
     assert_eq!(headers["x-consumer-id"][0], "22222222-2222-2222-2222-222222222222");
     assert_eq!(headers["x-credential-identifier"][0], "11111111-1111-1111-1111-111111111111");
     assert_eq!(headers["x-credential-scopes"][0], "a b:c");
+    Ok(())
+}
+
+/// The VM of Envoy's main thread leads, and nothing makes it anew when it traps, for no request ever comes to it.
+#[tokio::test]
+async fn when_the_vm_that_leads_traps_a_worker_goes_on_with_the_store_and_the_counts() -> Result<()> {
+    let bench = Bench::builder().that_can_trap().start(&[("a", record(1)), ("b", record(2))]).await?;
+    let polls = || {
+        let polls = bench.script.polls();
+        polls.iter().filter_map(|poll| poll.get("revision")?.parse::<u64>().ok()).collect::<Vec<_>>()
+    };
+    assert_eq!(bench.get_many(50, "/", Some("a")).await?.0, 50);
+    bench.script.disturb(Faults { traps: 1, ..Faults::default() });
+    bench.change(&[Change::Key("a", Box::new(with(1, |r| r.flags = Flags::REVOKED)))]).await?;
+    let asked = polls();
+    assert_refused(&bench.get("/", Some("a")).await?, Outcome::Revoked, &[]);
+    assert_eq!(bench.get_many(50, "/", Some("b")).await?.0, 50);
+    // The answer that trapped was not applied: whoever took over asked the same once more.
+    assert!(asked.windows(2).any(|two| two[0] == two[1]), "{asked:?}");
+    eventually("all counts", async || (bench.script.reported(Outcome::Allowed) == 100).then_some(())).await?;
+    assert_eq!((bench.script.reported(Outcome::Revoked), bench.script.changed_reports()), (1, 0));
     Ok(())
 }
