@@ -63,7 +63,7 @@ async fn run(command: Command) -> Result<(), Failure> {
             };
             let pool = connect(&database).await?;
             let mut transaction = pool.begin().await?;
-            let (key, secret) = keys::create(&mut transaction, &Actor::system(), new).await?;
+            let keys::Made { key, secret, .. } = keys::create(&mut transaction, &Actor::system(), new).await?;
             transaction.commit().await?;
             writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
             print(secret.reveal())

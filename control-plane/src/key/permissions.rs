@@ -230,6 +230,20 @@ pub struct Resolved {
     rate_limits: Option<Vec<StoredLimit>>,
 }
 
+impl Resolved {
+    /// Whether nothing is to be set.
+    #[must_use]
+    pub const fn is_nothing(&self) -> bool {
+        let Self { roles, plan, networks, quota, cost, rate_limits } = self;
+        roles.is_none()
+            && plan.is_none()
+            && networks.is_none()
+            && quota.is_none()
+            && cost.is_none()
+            && rate_limits.is_none()
+    }
+}
+
 /// Sets them and the starter that goes with them. A statement that changes nothing would wake every filter, and is not
 /// made. Also right, with nothing to set, for a key that was just made: its owner's plan may have a quota. Says whether
 /// anything changed; none if there is no such key that is not revoked.
@@ -338,6 +352,20 @@ pub struct Permitted {
     pub cost: i32,
 }
 
+impl Permitted {
+    /// What a key may that has scopes of its own and nothing else, nor an owner with a plan.
+    #[must_use]
+    pub fn plain(scopes: &[String], cost: i32) -> Self {
+        Self { effective_scopes: once_each(scopes.iter().cloned()), cost, ..Self::default() }
+    }
+}
+
+/// Each of them once, where it comes first.
+fn once_each(scopes: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut seen = HashSet::new();
+    scopes.into_iter().filter(|scope| seen.insert(scope.clone())).collect()
+}
+
 /// Reads what keys may.
 ///
 /// # Errors
@@ -366,12 +394,11 @@ pub async fn of_keys(executor: impl PgExecutor<'_>, ids: &[Uuid]) -> Result<Hash
     .fetch_all(executor)
     .await?;
     let permitted = rows.into_iter().map(|row| {
-        let mut seen = HashSet::new();
         let permitted = Permitted {
             roles: row.roles,
             plan: row.plan,
             effective_plan: row.effective_plan,
-            effective_scopes: row.scopes.into_iter().filter(|scope| seen.insert(scope.clone())).collect(),
+            effective_scopes: once_each(row.scopes),
             allowed_addresses: row.networks,
             quota: row.quota.map(|quota| QuotaBody::of(&quota)),
             cost: row.cost,

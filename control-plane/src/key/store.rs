@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::domain::{Email, KeyName, Scopes, StoredLimit, Timestamp};
-use super::permissions::{Permissions, Resolved, permit};
+use super::permissions::{Permissions, Permitted, Resolved, permit};
 use super::revoke::revoke_row;
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
@@ -151,11 +151,22 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Found>
     }))
 }
 
+/// A key that was made.
+#[derive(Debug)]
+pub struct Made {
+    /// The key.
+    pub key: Key,
+    /// Its secret, which nobody can ask for later.
+    pub secret: Secret,
+    /// What it may, if that is known without asking.
+    pub permitted: Option<Permitted>,
+}
+
 /// Makes a key.
 ///
 /// # Errors
 /// Those of the database and of the operating system's randomness.
-pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -> Result<(Key, Secret), ApiError> {
+pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -> Result<Made, ApiError> {
     let secret = generate(new.kind)?;
     let user = lock_user(connection, &new.email).await?;
     let permissions = new.permissions.resolve(connection).await?;
@@ -163,6 +174,7 @@ pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -
     // The key comes last: it takes the lock that orders the changes of all keys.
     audit::note(connection, actor, Deed::to_key("key.create", id, told(&new))).await?;
     let row = insert(connection, id, user.id, &new, &permissions, &secret).await?;
+    let permitted = row.is_plain(&permissions).then(|| Permitted::plain(new.scopes.as_slice(), row.cost));
     let key = Key {
         id,
         owner_id: user.id,
@@ -181,7 +193,7 @@ pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -
         last_used_at: None,
         usage_count: 0,
     };
-    Ok((key, secret))
+    Ok(Made { key, secret, permitted })
 }
 
 /// What the audit trail tells of a new key.
@@ -378,6 +390,15 @@ struct Inserted {
     generation: i32,
     version: i64,
     created_at: OffsetDateTime,
+    cost: i32,
+    owner_plan_number: Option<i32>,
+}
+
+impl Inserted {
+    /// Whether nothing applies to it but what stands in its own row.
+    const fn is_plain(&self, permissions: &Resolved) -> bool {
+        permissions.is_nothing() && self.owner_plan_number.is_none()
+    }
 }
 
 async fn insert(
@@ -404,7 +425,7 @@ async fn insert(
     let inserted = sqlx::query_as!(
         Inserted,
         "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at)
-        values ($1, $2, $3, $4, $5, $6, $7, $8) returning generation, version, created_at",
+        values ($1, $2, $3, $4, $5, $6, $7, $8) returning generation, version, created_at, cost, owner_plan_number",
         id,
         owner_id,
         new.name.as_str(),
@@ -420,7 +441,10 @@ async fn insert(
         Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
         _ => error.into(),
     })?;
-    permit(connection, id, permissions).await?;
+    // The lock that orders all changes is held from here to the end: nothing is asked that is known.
+    if !inserted.is_plain(permissions) {
+        permit(connection, id, permissions).await?;
+    }
     Ok(inserted)
 }
 

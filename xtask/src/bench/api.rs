@@ -68,8 +68,7 @@ impl Verb {
                     caller + ";\nbegin;\n",
                     all.with(&user, &["gen_random_uuid()", owner])? + " \\gset\n",
                     noted(id)? + ";\n",
-                    all.with(&into, &key)? + ";\n",
-                    shown(id)? + ";\ncommit;\n",
+                    all.with(&into, &key)? + ";\ncommit;\n",
                 ]
                 .concat()
             }

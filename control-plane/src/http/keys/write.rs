@@ -24,7 +24,7 @@ use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, 
 use crate::key::permissions::{self, Permissions, Said, said};
 use crate::key::quota::QuotaBody;
 use crate::key::revoke;
-use crate::key::store::{self, NewKey};
+use crate::key::store::{self, Made, NewKey};
 
 /// Which environments a key is for. Filters treat both alike.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
@@ -222,9 +222,13 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
         Begun::Before(answer) => return Ok(answer),
         Begun::Now(doing) => doing,
     };
-    let (key, secret) = store::create(doing.connection(), &caller.actor, new).await?;
+    let Made { key, secret, permitted } = store::create(doing.connection(), &caller.actor, new).await?;
     let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-    let reply = CreateReply { key: secret, view: show(doing.connection(), key).await? };
+    let view = match permitted {
+        Some(permitted) => KeyView::of(key, permitted, now),
+        None => show(doing.connection(), key).await?,
+    };
+    let reply = CreateReply { key: secret, view };
     let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
     let response = doing.answer(answer).await?;
     app.store.nudge();

@@ -16,7 +16,7 @@ use control_plane::audit::Actor;
 use control_plane::callers::Callers;
 use control_plane::key::domain::{Email, KeyName, Scopes};
 use control_plane::key::revoke;
-use control_plane::key::store::{self, NewKey};
+use control_plane::key::store::{self, Made, NewKey};
 use control_plane::sync::Store;
 use control_plane::sync::feed::Feed;
 use control_plane::sync::registry::Registry;
@@ -162,7 +162,7 @@ pub async fn key(pool: &PgPool, email: &str, scopes: &[&str]) -> (Uuid, Secret) 
         ..NewKey::plain(Email::parse(email).unwrap(), KeyName::parse("name", "a key").unwrap())
     };
     let mut transaction = pool.begin().await.unwrap();
-    let (key, secret) = store::create(&mut transaction, &Actor::system(), new).await.unwrap();
+    let Made { key, secret, .. } = store::create(&mut transaction, &Actor::system(), new).await.unwrap();
     transaction.commit().await.unwrap();
     (key.id, secret)
 }
