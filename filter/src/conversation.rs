@@ -76,7 +76,9 @@ impl Core {
         };
         if sync {
             #[cfg(feature = "trap")]
-            crate::trap::spring_on_answer();
+            if status.is_some() {
+                crate::trap::spring_on_answer();
+            }
             let applied = match status {
                 Some(200) => {
                     // What the control plane tells may be older than its answer, if it has lost its database.
