@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
@@ -47,6 +47,9 @@ const UNTOLD: Duration = Duration::from_secs(1);
 /// One merge interval, and a little: what a trap may lose. Of one worker; clients cannot tell workers apart, so all that the
 /// Envoy decided is allowed here.
 const MERGE: Duration = Duration::from_millis(300);
+
+/// Longest that spells follow on each other without a gap.
+const SPELLS: Duration = Duration::from_secs(90);
 
 /// What faults act on.
 #[derive(Clone, Debug)]
@@ -213,7 +216,8 @@ impl Faults {
         let (copy, gone) = (format!("{name}_copy"), format!("{name}_gone"));
         let everywhere = self.rig.everywhere();
         let server = self.server();
-        eventually("the last restore to be over", async || (!self.doing.between_epochs()).then_some(())).await?;
+        let over = async || (!self.doing.between_epochs()).then_some(());
+        eventually_within("the last restore to be over", SPELLS, over).await?;
         server.execute(&format!("drop database if exists {gone} with (force)")).await?;
 
         let book = self.driver.hold().await;
@@ -254,9 +258,11 @@ impl Faults {
         self.oracle.end(&spells);
         drop(book);
         // Envoys take up the new epoch while other faults go on; from then on their versions ascend again.
-        let doing = Arc::clone(&self.doing);
+        let (doing, oracle, restored) = (Arc::clone(&self.doing), Arc::clone(&self.oracle), Instant::now());
         tokio::spawn(async move {
-            tokio::time::sleep(FEED + BACKOFF).await;
+            while oracle.all_obey_by(restored).is_none_or(|by| by > Instant::now()) {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
             doing.epochs.fetch_add(1, Ordering::SeqCst);
         });
         Ok(())

@@ -153,7 +153,7 @@ pub async fn run(options: Options) -> Result<Report> {
     driver.stop();
     changing.await?;
     // A fault that did not end is a broken promise already.
-    let obeyed = oracle.all_obey_by().unwrap_or_else(Instant::now) + Duration::from_millis(500);
+    let obeyed = oracle.all_obey_by(Instant::now()).unwrap_or_else(Instant::now) + Duration::from_millis(500);
     tokio::time::sleep_until(obeyed.into()).await;
     load.stop().await;
     oracle.load_is_over();

@@ -291,11 +291,11 @@ impl Oracle {
         self.known().purse.add(amount);
     }
 
-    /// By when every Envoy has to obey what changes now; `None` while something is broken.
+    /// By when every Envoy has to obey what changed at a time; `None` while something is broken.
     #[must_use]
-    pub fn all_obey_by(&self) -> Option<Instant> {
-        let now = Instant::now();
-        self.known().gates.iter().try_fold(now, |latest, gate| gate.deadline(now).map(|deadline| latest.max(deadline)))
+    pub fn all_obey_by(&self, since: Instant) -> Option<Instant> {
+        let latest = |latest: Instant, deadline: Option<Instant>| deadline.map(|deadline| latest.max(deadline));
+        self.known().gates.iter().try_fold(since, |by, gate| latest(by, gate.deadline(since)))
     }
 
     /// The load is over: gaps in service end now, and it has to have been worth something.

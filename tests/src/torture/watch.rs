@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
 
@@ -99,15 +99,28 @@ async fn database(rig: Arc<Rig>, oracle: Arc<Oracle>, stop: Arc<AtomicBool>) {
         let Some((epoch, revision)) = state.split_once(' ') else { continue };
         let revision: i64 = revision.parse().unwrap_or_default();
         if newest.as_ref().is_some_and(|(known, at)| known == epoch && revision < *at) {
-            // A database that was just put back has its old epoch until a control plane has looked at it.
-            tokio::time::sleep(Duration::from_secs(5)).await;
-            let now = rig.database.text("select epoch::text from store_state").await;
-            if now.is_ok_and(|now| now == epoch) {
+            if keeps_epoch(&rig, epoch, &stop).await {
                 oracle.broken(&format!("the database went back to revision {revision} and kept its epoch"));
             }
         }
         newest = Some((epoch.to_owned(), revision));
     }
+}
+
+/// Whether a database that went back has its old epoch for longer than control planes need to look at it. While its row is
+/// locked, nobody can write another.
+async fn keeps_epoch(rig: &Rig, epoch: &str, stop: &AtomicBool) -> bool {
+    let mut since = Instant::now();
+    while !stop.load(Ordering::Relaxed) && since.elapsed() < Duration::from_secs(5) {
+        tokio::time::sleep(PAUSE).await;
+        let asked = rig.database.text("select epoch::text from store_state for key share nowait");
+        match tokio::time::timeout(Duration::from_secs(1), asked).await {
+            Ok(Ok(now)) if now != epoch => return false,
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => since = Instant::now(),
+        }
+    }
+    !stop.load(Ordering::Relaxed)
 }
 
 /// Resident memory of a process in KiB.

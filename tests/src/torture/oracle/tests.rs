@@ -220,7 +220,7 @@ fn a_run_that_judged_no_dead_key_or_served_nobody_who_pays_proves_nothing() {
 fn all_obey_once_the_last_of_the_envoys_has_recovered() {
     let home = tempfile::TempDir::new().unwrap();
     let oracle = Oracle::new(2, Journal::create(&home.path().join("journal")).unwrap());
-    let by = || oracle.all_obey_by().map(|at| at.duration_since(Instant::now()));
+    let by = || oracle.all_obey_by(Instant::now()).map(|at| at.duration_since(Instant::now()));
     assert!(by().is_some_and(|by| by <= BOUND));
     let spell = oracle.begin(Hinders::Changes, &[1], LATER);
     assert_eq!(by(), None);
