@@ -98,10 +98,9 @@ async fn database(rig: Arc<Rig>, oracle: Arc<Oracle>, stop: Arc<AtomicBool>) {
         let Ok(Ok(state)) = tokio::time::timeout(Duration::from_secs(1), asked).await else { continue };
         let Some((epoch, revision)) = state.split_once(' ') else { continue };
         let revision: i64 = revision.parse().unwrap_or_default();
-        if newest.as_ref().is_some_and(|(known, at)| known == epoch && revision < *at) {
-            if keeps_epoch(&rig, epoch, &stop).await {
-                oracle.broken(&format!("the database went back to revision {revision} and kept its epoch"));
-            }
+        let went_back = newest.as_ref().is_some_and(|(known, at)| known == epoch && revision < *at);
+        if went_back && keeps_epoch(&rig, epoch, &stop).await {
+            oracle.broken(&format!("the database went back to revision {revision} and kept its epoch"));
         }
         newest = Some((epoch.to_owned(), revision));
     }
