@@ -4,7 +4,7 @@
 //! A slice grows with the requests that its key made lately in this VM, up to [`MOST`] and a 64th of each burst
 //! ([`limiter::PART`]); so limits with a burst below 128 know no slices and are exact in every moment. What is left of a slice
 //! is given back after a second ([`Slices::give_back`]). So
-//! - an Envoy never admits more than its limits and, in the second after it was taken, what its VMs had taken ahead;
+//! - in any span of time an Envoy admits no more than its limits, and what its VMs had ahead when the span began;
 //! - a request may be refused while other VMs hold a slice that they do not use, for a second at the most.
 
 use std::cell::RefCell;
@@ -116,8 +116,8 @@ impl Slices {
                 slice.left = slice.left.saturating_sub(1);
                 return Ok(());
             }
-            // Its limits have changed, or it comes on another route.
-            slice.give_back(cells, names, key, now_ns());
+            // It comes on another route, or its limits have changed: the slice waits for others, or for the end of its second.
+            return take(1).map(|_| ());
         }
         let Taken { requests, share } = take(slice.asked)?;
         slice.left = requests.saturating_sub(1);
