@@ -21,7 +21,6 @@ use crate::usage::{self, Freeze, Outbox};
 
 const NS_PER_MS: u64 = 1_000_000;
 const MS_PER_S: u64 = 1_000;
-const TICKS_A_SECOND: u8 = 4;
 
 /// What the leader remembers of the conversation with the control plane.
 pub(crate) struct Leading {
@@ -36,7 +35,8 @@ impl Core {
         let now_ms = now_ms();
         self.publish();
         self.metrics.tell();
-        self.give_back(now_ms);
+        self.quarter.set(self.quarter.get().wrapping_add(1) & 3);
+        self.give_back(self.quarter.get(), now_ms);
         self.next_tick_ms.set(now_ms.saturating_add(TICK_MS));
         self.state.set(store::state(&SharedData, &self.names));
         if !self.lead(now_ms) {
@@ -52,6 +52,9 @@ impl Core {
     pub(crate) fn end(&self, config: &Config, key: &str) {
         self.publish();
         self.metrics.tell();
+        for quarter in 0..4 {
+            self.give_back(quarter, now_ms());
+        }
         if !self.lead(now_ms()) {
             return;
         }
@@ -109,13 +112,11 @@ impl Core {
         counts.publish(&SharedData, &self.names, slot);
     }
 
-    /// Gives back each second what was taken from limits and not used.
-    fn give_back(&self, now_ms: u64) {
-        let ticks = self.ticks.get().wrapping_add(1).checked_rem(TICKS_A_SECOND).unwrap_or_default();
-        self.ticks.set(ticks);
-        if ticks == 0 {
-            self.slices.give_back(&SharedData, &self.names, now_ms.saturating_mul(NS_PER_MS));
-        }
+    /// Gives back what was taken from the limits of a quarter of the keys and not used.
+    fn give_back(&self, quarter: u8, now_ms: u64) {
+        let share = self.state.get().map_or(WHOLE, |state| state.default_share());
+        let now_ns = now_ms.saturating_mul(NS_PER_MS);
+        self.slices.give_back(quarter, &SharedData, &self.names, share, now_ns);
     }
 
     /// Whether this VM leads; becoming the leader, it starts from what the store and the outbox hold.

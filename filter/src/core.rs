@@ -49,8 +49,8 @@ pub(crate) struct Core {
     pub(crate) leading: RefCell<Option<Leading>>,
     recent: Recent,
     pub(crate) slices: Slices,
-    /// Ticks since what was left of the slices was given back.
-    pub(crate) ticks: Slot<u8>,
+    /// The quarter of the keys whose slices were given back last.
+    pub(crate) quarter: Slot<u8>,
     unknown_policies: RefCell<BTreeSet<String>>,
 }
 
@@ -85,7 +85,7 @@ impl Core {
             leading: RefCell::new(None),
             recent: Recent::default(),
             slices: Slices::default(),
-            ticks: Slot::new(0),
+            quarter: Slot::new(0),
             unknown_policies: RefCell::default(),
         }
     }

@@ -178,7 +178,8 @@ pub fn take(
     taken.unwrap_or(Err(Refused { limit: 0, retry_after_s: 1 }))
 }
 
-/// Gives back to the limits of a subject what was taken and not used. They must be the limits that it was taken from.
+/// Gives back to the limits of a subject what was taken and not used. They must be the limits that it was taken from. Should
+/// the share have grown since, what was taken became the smaller part of it ([`grant`]), and so does what is given back.
 ///
 /// # Errors
 /// [`Raced`], as good as never.
@@ -188,17 +189,22 @@ pub fn give_back(
     subject: Subject,
     limits: &[Limit<'_>],
     taken: Taken,
+    default_share: u32,
     now_ns: u64,
 ) -> Result<(), Raced> {
     update(cells, &subject.cell(names), |cell| {
         let mut entries = Entries::read(cell);
-        let Taken { requests, share } = taken;
-        for (_, tag, rate) in (Judged { subject, limits, share, now_ns }).rates() {
-            if let Some(entry) = entries.find(subject, tag) {
-                entry.value = rate.give_back(requests, entry.value);
+        let present = entries.find(subject, Tag::SHARE).map_or(default_share, |entry| entry.share());
+        let judged = Judged { subject, limits, share: taken.share.max(present), now_ns };
+        let mut changed = false;
+        for (_, tag, rate) in judged.rates() {
+            // A time that has passed is full again.
+            if let Some(entry) = entries.find(subject, tag).filter(|entry| entry.value > now_ns) {
+                entry.value = rate.give_back(taken.requests, entry.value);
+                changed = true;
             }
         }
-        Ok((entries.write(now_ns, subject.most_entries()), ()))
+        if changed { Ok((entries.write(now_ns, subject.most_entries()), ())) } else { Err(()) }
     })
 }
 
@@ -288,6 +294,11 @@ impl Judged<'_> {
 }
 
 impl Entry {
+    /// What the entry that is no time says.
+    fn share(&self) -> u32 {
+        u32::try_from(self.value >> 32).unwrap_or(WHOLE)
+    }
+
     fn is_worth_keeping(&self, now_ns: u64) -> bool {
         if self.tag == Tag::SHARE {
             let used_s = u32::try_from(self.value & u64::from(u32::MAX)).unwrap_or_default();
@@ -332,7 +343,7 @@ impl Entries {
         if !entry.is_worth_keeping(now_ns) {
             return None;
         }
-        let share = u32::try_from(entry.value >> 32).unwrap_or(WHOLE);
+        let share = entry.share();
         entry.value = share_value(share, now_ns);
         Some(share)
     }

@@ -1,5 +1,5 @@
-//! A hash for tables whose keys are ids. The control plane draws those at random, so nobody can make them collide, and a hash
-//! that withstands it would cost more than the rest of a look-up.
+//! A hash for tables whose keys are ids. The control plane draws most of their bits at random, so nobody can make them collide,
+//! and a hash that withstands it would cost more than the rest of a look-up.
 
 use std::hash::Hasher;
 

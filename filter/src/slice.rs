@@ -121,17 +121,27 @@ impl Slices {
         }
         let Taken { requests, share } = take(slice.asked)?;
         slice.left = requests.saturating_sub(1);
-        if slice.left > 0 {
-            let Limits { own, alone, route } = *limits;
-            slice.from = Some(From { own: own.to_vec(), alone, route: route.cloned(), share });
+        match &mut slice.from {
+            _ if slice.left == 0 => {}
+            Some(from) if from.is(limits) => from.share = share,
+            from => {
+                let Limits { own, alone, route } = *limits;
+                *from = Some(From { own: own.to_vec(), alone, route: route.cloned(), share });
+            }
         }
         Ok(())
     }
 
-    /// Gives back what is left of all slices, as is due each second, and forgets keys that have rested.
-    pub fn give_back(&self, cells: &impl Cells, names: &Names, now_ns: u64) {
+    /// Gives back what is left of the slices of one quarter of all keys, and forgets those that have rested. Due for each
+    /// quarter once a second: one after the other, so that no tick has all the work.
+    pub fn give_back(&self, quarter: u8, cells: &impl Cells, names: &Names, default_share: u32, now_ns: u64) {
         self.0.borrow_mut().retain(|key, slice| {
-            slice.give_back(cells, names, *key, now_ns);
+            // The last byte of an id is random.
+            let [.., last] = key.0;
+            if last & 3 != quarter {
+                return true;
+            }
+            slice.give_back(cells, names, *key, default_share, now_ns);
             slice.asked = slice.asked.checked_shr(1).unwrap_or_default();
             slice.asked > 0
         });
@@ -139,14 +149,12 @@ impl Slices {
 }
 
 impl Slice {
-    fn give_back(&mut self, cells: &impl Cells, names: &Names, key: KeyId, now_ns: u64) {
-        let (Some(from), left) = (self.from.take(), std::mem::take(&mut self.left)) else { return };
-        if left == 0 {
-            return;
-        }
-        let taken = Taken { requests: left, share: from.share };
+    fn give_back(&mut self, cells: &impl Cells, names: &Names, key: KeyId, default_share: u32, now_ns: u64) {
+        let left = std::mem::take(&mut self.left);
+        let Some(from) = self.from.as_ref().filter(|_| left > 0) else { return };
+        let (subject, taken) = (Subject::Key(key), Taken { requests: left, share: from.share });
         // Nobody gets through to the cell: those requests count as used.
-        let _ = limiter::give_back(cells, names, Subject::Key(key), &from.limits().all(), taken, now_ns);
+        let _ = limiter::give_back(cells, names, subject, &from.limits().all(), taken, default_share, now_ns);
     }
 }
 

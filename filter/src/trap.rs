@@ -3,7 +3,7 @@
 
 use crate::host;
 
-/// A request, or an answer of the control plane, that carries this header traps.
+/// A request, or the answer to a poll, that carries this header traps.
 const HEADER: &str = "x-portcullis-trap";
 
 /// Ends this VM if the request asks for it.
@@ -13,7 +13,7 @@ pub(crate) fn spring() {
     }
 }
 
-/// Ends this VM, which leads then, if the answer to a call of it asks for it.
+/// Ends this VM, which leads then, if the answer to its poll asks for it.
 pub(crate) fn spring_on_answer() {
     if host::answer_number::<u8>(HEADER).is_some() {
         core::arch::wasm32::unreachable();

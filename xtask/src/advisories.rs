@@ -56,7 +56,7 @@ pub(crate) fn check(deny: &str) -> Result<()> {
 
 fn database() -> Result<Option<PathBuf>> {
     let is_one = |path: &PathBuf| path.join("crates").is_dir();
-    if let Some(named) = std::env::var_os("ADVISORY_DB").map(PathBuf::from) {
+    if let Some(named) = std::env::var_os("ADVISORY_DB").filter(|named| !named.is_empty()).map(PathBuf::from) {
         ensure!(
             is_one(&named),
             "ADVISORY_DB: {} is no copy of the advisory database: it has no folder crates",

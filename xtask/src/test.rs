@@ -32,7 +32,7 @@ enum Step {
     ClippyWasm,
     /// Documentation builds without warnings.
     Doc,
-    /// Dependencies: sources, licences, none unused.
+    /// Dependencies: sources, licences, none banned, unused or known to be faulty.
     Dependencies,
     /// docker-compose.yml is well-formed.
     Compose,

@@ -28,6 +28,10 @@ fn admitted(slices: &Slices, cells: &MemoryCells, limits: &Limits<'_>, requests:
     (0..requests).filter(ask).count() as u32
 }
 
+fn give_back(slices: &Slices, cells: &MemoryCells, now_ns: u64) {
+    (0..4).for_each(|quarter| slices.give_back(quarter, cells, &names(), WHOLE, now_ns));
+}
+
 #[test]
 fn a_busy_key_seldom_asks_shared_data() {
     let (cells, slices, own) = (MemoryCells::default(), Slices::default(), [limit(1_000_000, 1)]);
@@ -35,7 +39,7 @@ fn a_busy_key_seldom_asks_shared_data() {
     // 1, 2, 4 and so on, and then 64 at a time.
     assert!(cells.writes.get() <= 7 + 15, "{}", cells.writes.get());
     let writes = cells.writes.get();
-    slices.give_back(&cells, &names(), NOW);
+    give_back(&slices, &cells, NOW);
     assert_eq!(cells.writes.get(), writes + 1);
 }
 
@@ -62,8 +66,8 @@ fn what_was_not_used_is_given_back_within_a_second() {
     // One has taken some ahead: at most a 64th is missing.
     let at_once = admitted(&other, &cells, &of_own(&own), 2_000, NOW);
     assert!((1_240 - 20..1_240).contains(&at_once), "{at_once}");
-    one.give_back(&cells, &names(), NOW);
-    other.give_back(&cells, &names(), NOW);
+    give_back(&one, &cells, NOW);
+    give_back(&other, &cells, NOW);
     assert_eq!(at_once + admitted(&other, &cells, &of_own(&own), 2_000, NOW), 1_240);
 }
 
@@ -89,7 +93,7 @@ fn keys_that_have_rested_and_keys_beyond_the_bound_have_no_slice() {
     }
     assert_eq!(slices.0.borrow().len(), KEYS);
     let writes = cells.writes.get();
-    slices.give_back(&cells, &names(), NOW);
+    give_back(&slices, &cells, NOW);
     assert_eq!((slices.0.borrow().len(), cells.writes.get()), (0, writes));
 }
 
@@ -104,6 +108,31 @@ fn a_key_that_comes_on_two_routes_in_turn_costs_no_more_than_without_slices() {
         assert_eq!(admitted(&slices, &cells, limits, 1, NOW), 1);
     }
     assert!(cells.writes.get() - writes <= 100, "{}", cells.writes.get() - writes);
+}
+
+#[test]
+fn what_is_given_back_after_a_share_has_grown_is_no_more_than_was_taken() {
+    let (cells, slices, own) = (MemoryCells::default(), Slices::default(), [limit(12_800, 3_600)]);
+    let shared = Limits { own: &own, alone: 0, route: None };
+    let tenth = WHOLE / 10;
+    limiter::grant(&cells, &names(), KEY, Some(tenth), &[], 1, NOW).unwrap();
+    assert_eq!(admitted(&slices, &cells, &shared, 40, NOW), 40);
+    let left = ahead(std::slice::from_ref(&slices));
+    assert!(left > 0);
+    let unused = [limiter::Used::told(contract::rate::tag("own"), 0)];
+    limiter::grant(&cells, &names(), KEY, Some(WHOLE), &unused, 1, NOW).unwrap();
+    give_back(&slices, &cells, NOW);
+    // All but the forty, which is told to the nanosecond.
+    assert!((12_759..=12_760).contains(&admitted(&slices, &cells, &shared, 20_000, NOW)));
+}
+
+#[test]
+fn what_has_passed_is_not_written_again() {
+    let (cells, slices, own) = (MemoryCells::default(), Slices::default(), [limit(1_000, 1)]);
+    assert_eq!(admitted(&slices, &cells, &of_own(&own), 40, NOW), 40);
+    let writes = cells.writes.get();
+    give_back(&slices, &cells, NOW + SECOND_NS);
+    assert_eq!((cells.writes.get(), ahead(std::slice::from_ref(&slices))), (writes, 0));
 }
 
 /// What one of three VMs does next.
@@ -143,7 +172,7 @@ proptest! {
                 Step::Ask { vm, requests } => {
                     used += u64::from(admitted(&vms[vm], &cells, &of_own(&own), requests, now_ns));
                 }
-                Step::GiveBack { vm } => vms[vm].give_back(&cells, &names(), now_ns),
+                Step::GiveBack { vm } => give_back(&vms[vm], &cells, now_ns),
                 Step::Wait { ms } => now_ns += ms * 1_000_000,
             }
             for (since_ns, before, ahead) in &begun {
@@ -153,7 +182,7 @@ proptest! {
             }
             begun.push((now_ns, used, ahead(&vms)));
         }
-        vms.iter().for_each(|vm| vm.give_back(&cells, &names(), now_ns));
+        vms.iter().for_each(|vm| give_back(vm, &cells, now_ns));
         // Whatever came before: after a full rest, the burst is there again, to the last request.
         let rested_ns = now_ns + 10 * SECOND_NS;
         prop_assert_eq!(admitted(&vms[0], &cells, &of_own(&own), 2 * requests, rested_ns), requests);

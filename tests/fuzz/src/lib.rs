@@ -1,6 +1,8 @@
 //! Where bytes of strangers enter, as plain functions: any bytes come in; each function returns, or panics where a promise
 //! does not hold. cargo-fuzz calls them from `fuzz_targets`, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
 
+#![forbid(unsafe_code)]
+
 use contract::codec::{PAGE, USAGE, seal};
 use contract::definition::Definition;
 use contract::key::{self, Secret};

@@ -260,8 +260,13 @@ impl Faults {
         // Envoys take up the new epoch while other faults go on; from then on their versions ascend again.
         let (doing, oracle, restored) = (Arc::clone(&self.doing), Arc::clone(&self.oracle), Instant::now());
         tokio::spawn(async move {
-            while oracle.all_obey_by(restored).is_none_or(|by| by > Instant::now()) {
-                tokio::time::sleep(Duration::from_millis(200)).await;
+            // Faults begin meanwhile and put it off: each time, it is looked at again. While one lasts, nobody knows until when.
+            loop {
+                match oracle.all_obey_by(restored) {
+                    Some(by) if by <= Instant::now() => break,
+                    Some(by) => tokio::time::sleep_until(by.into()).await,
+                    None => tokio::time::sleep(Duration::from_millis(200)).await,
+                }
             }
             doing.epochs.fetch_add(1, Ordering::SeqCst);
         });

@@ -73,7 +73,7 @@ impl Watch {
 
 /// The version of an Envoy's store never goes back within an epoch.
 async fn one_envoy(envoy: usize, rig: Arc<Rig>, oracle: Arc<Oracle>, doing: Arc<Doing>, stop: Arc<AtomicBool>) {
-    let mut newest = (doing.life(envoy), 0);
+    let (mut newest, mut compared) = ((doing.life(envoy), 0), 0_u64);
     while !stop.load(Ordering::Relaxed) {
         tokio::time::sleep(PAUSE).await;
         let life = doing.life(envoy);
@@ -82,10 +82,16 @@ async fn one_envoy(envoy: usize, rig: Arc<Rig>, oracle: Arc<Oracle>, doing: Arc<
         if doing.life(envoy) != life || doing.between_epochs() {
             continue;
         }
-        if newest.0 == life && version < newest.1 {
-            oracle.broken(&format!("the store of Envoy {envoy} went back from version {} to {version}", newest.1));
+        if newest.0 == life {
+            compared += 1;
+            if version < newest.1 {
+                oracle.broken(&format!("the store of Envoy {envoy} went back from version {} to {version}", newest.1));
+            }
         }
         newest = (life, version);
+    }
+    if compared == 0 {
+        oracle.broken(&format!("no two versions of the store of Envoy {envoy} were held against each other"));
     }
 }
 

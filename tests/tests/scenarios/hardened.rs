@@ -247,3 +247,30 @@ async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()>
     hardened.stack.rest().revoke("ada@example.com").await?;
     hardened.wait_for(&key, 401).await
 }
+
+/// What one request may hold is bounded: 64 headers, 32 KiB of them.
+#[tokio::test]
+async fn more_headers_than_anybody_needs_are_refused_before_the_filter_sees_them() -> Result<()> {
+    let hardened = Hardened::start().await?;
+    let key = hardened.stack.rest().generate("ada@example.com").await?;
+    hardened.wait_for(&key, 200).await?;
+    let with = |headers: usize, bytes: usize| {
+        let mut request = get_request("/orders", Some(&key))?;
+        for number in 0..headers {
+            request.headers_mut().insert(axum::http::HeaderName::try_from(format!("x-{number}"))?, "1".parse()?);
+        }
+        request.headers_mut().insert("x-long", "x".repeat(bytes).parse()?);
+        Ok::<_, anyhow::Error>(request)
+    };
+    assert_eq!(hardened.send("http/1.1", with(40, 20_000)?).await?.status, 200);
+    let before = hardened.stack.demo.requests();
+    for (headers, bytes) in [(70, 1), (1, 33_000)] {
+        assert_eq!(hardened.send("http/1.1", with(headers, bytes)?).await?.status, 431, "{headers} {bytes}");
+        // Over HTTP/2 the stream is reset, or answered so.
+        let reply = hardened.send("h2", with(headers, bytes)?).await;
+        assert!(reply.as_ref().map_or(true, |reply| reply.status == 431), "{reply:?}");
+    }
+    assert_eq!(hardened.stack.demo.requests(), before);
+    assert_upstream(&hardened.get("h2", Some(&key)).await?, &IDENTITY);
+    Ok(())
+}

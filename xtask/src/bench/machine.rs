@@ -97,7 +97,7 @@ fn probe(core: usize) -> Result<Duration> {
     std::thread::spawn(on_core).join().map_err(|_| anyhow::anyhow!("the probe panicked"))?
 }
 
-/// Sums in four chains that do not wait for each other, so that they take what the core has.
+/// Arithmetic in four chains that do not wait for each other, so that they take what the core has.
 fn work(seed: u64) -> u64 {
     let mut sums = [seed, seed ^ 2, seed ^ 3, seed ^ 4];
     for round in 0..300_000_u64 {

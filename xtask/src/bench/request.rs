@@ -78,6 +78,7 @@ pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report
     let mut running = Running::on(cores);
     start(&mut running, options, home.path(), report).await?;
     running.subjects.retain(|subject| subject.name == NOTHING || options.wants(&subject.name));
+    ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
     let mut random = Random::new(1);
     let mut speed = Speed::learn(cores.measured)?;
     for round in 0..rounds {
@@ -176,10 +177,12 @@ async fn start(running: &mut Running, options: &Options, home: &Path, report: &m
     let server = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
     running.subject(LIMITED, server, "/", 0..1_000, home, false)?;
     for filter in &options.beside {
+        // Envoy runs in a directory of its own.
+        let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
         let name = |what| format!("{}, 1,000 keys{what}", filter.display());
-        let server = running.portcullis(filter, 1_000, |_| (), unlimited(), None, None).await?;
+        let server = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
         running.subject(&name(""), server, "/", 0..1_000, home, false)?;
-        let server = running.portcullis(filter, 1_000, limit, unlimited(), None, None).await?;
+        let server = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
         running.subject(&name(", each with a rate limit"), server, "/", 0..1_000, home, false)?;
     }
 
