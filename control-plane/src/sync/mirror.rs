@@ -294,12 +294,12 @@ mod tests {
 
     #[test]
     fn a_page_of_changes_ends_between_two_revisions_before_it_grows_too_large() {
-        let mirror = mirror(&[1, 450, 450, 9_000, 1]);
+        let mirror = mirror(&[1, 225, 225, 9_000, 1]);
         let (header, entries, bytes) = changes(&mirror, 0);
-        assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 0 }, 451));
+        assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 0 }, 226));
         assert!(bytes <= PAGE_BYTES + 100, "{bytes}");
         let (header, entries, _) = changes(&mirror, 2);
-        assert_eq!((header.revision, header.part, entries), (3, Part::Changes { after: 2 }, 450));
+        assert_eq!((header.revision, header.part, entries), (3, Part::Changes { after: 2 }, 225));
         // One revision alone may be larger.
         let (header, entries, bytes) = changes(&mirror, 3);
         assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 3 }, 9_000));

@@ -6,9 +6,9 @@
 //! `store_state` (by a trigger) and rows of keys; then rows of the usage tables. Rotation, which holds `store_state` and then
 //! a key's row, would wait in a circle with counts that refer to the key if those came first.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use contract::id::ReporterId;
+use contract::id::{KeyId, ReporterId};
 use contract::outcome::Outcome;
 use contract::usage::{Count, Grant, KeyRef, Report};
 use sqlx::PgPool;
@@ -147,7 +147,8 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
     .execute(&mut *transaction)
     .await?;
     let fresh: Vec<Fresh<'_>> = drawn.into_values().collect();
-    let told = draw(&mut transaction, &fresh, &repeated, now).await?;
+    let drawing = sums.look_up(&mut transaction).await?;
+    let told = draw(&mut transaction, &fresh, &drawing, &repeated, now).await?;
     sums.write(&mut transaction).await?;
     transaction.commit().await?;
     for (submission, result) in submissions.iter().zip(&mut results) {
@@ -158,12 +159,12 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
     Ok(results)
 }
 
-/// Counts of several reports, added up by the rows of the tables, in the order of their keys, so that replicas lock rows
-/// in one order.
+/// Counts of several reports, added up by the rows of the tables, in the order of their primary keys. An insert from
+/// `unnest` takes rows in the order of the arrays, so replicas lock rows in one order.
 #[derive(Default)]
 struct Sums {
     totals: BTreeMap<KeyRef, (u64, u64)>,
-    hourly: BTreeMap<(KeyRef, u32, u8), (u64, u64)>,
+    hourly: BTreeMap<(KeyId, u32, u8, u32), (u64, u64)>,
     keyless: BTreeMap<(u32, u8), u64>,
 }
 
@@ -175,7 +176,7 @@ impl Sums {
                 *sum = sum.saturating_add(*requests);
                 continue;
             };
-            let hourly = self.hourly.entry((key, of.hour, of.outcome)).or_default();
+            let hourly = self.hourly.entry((key.id, of.hour, of.outcome, key.generation)).or_default();
             hourly.0 = hourly.0.saturating_add(*requests);
             // What refused requests would have cost was not spent.
             if of.outcome == Outcome::Allowed.code() {
@@ -186,26 +187,41 @@ impl Sums {
         }
     }
 
-    async fn write(self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
-        let mut ids: Vec<Uuid> = self.hourly.keys().map(|(key, ..)| key.id.into()).collect();
+    /// Looks the keys up: leaves out those that the database does not hold, as after a restore, and gives those that may draw
+    /// from a stock.
+    async fn look_up(&mut self, connection: &mut sqlx::PgConnection) -> Result<Vec<Uuid>, sqlx::Error> {
+        let mut ids: Vec<Uuid> = self.hourly.keys().map(|(id, ..)| (*id).into()).collect();
         ids.dedup();
-        let known =
-            sqlx::query_scalar!("select count(*) from api_keys where id = any($1)", &ids).fetch_one(&mut *connection);
-        if known.await?.unwrap_or_default().cast_unsigned() < ids.len() as u64 {
+        let found = sqlx::query!(
+            r#"select count(*) as "known!", coalesce(array_agg(id) filter (
+                where rate_limits <> '[]' or quota is not null or credits_starter is not null
+                    or coalesce(plan_number, owner_plan_number) is not null
+            ), '{}') as "drawing!"
+            from api_keys where id = any($1)"#,
+            &ids
+        )
+        .fetch_one(&mut *connection)
+        .await?;
+        if found.known.cast_unsigned() < ids.len() as u64 {
             metrics::counter!("portcullis_usage_unknown_keys_total").increment(1);
             warn!("reports count requests of keys that this database does not hold; those are left out");
+            let known = sqlx::query_scalar!("select id from api_keys where id = any($1)", &ids).fetch_all(connection);
+            let known: HashSet<Uuid> = known.await?.into_iter().collect();
+            self.hourly.retain(|(id, ..), _| known.contains(&(*id).into()));
+            self.totals.retain(|key, _| known.contains(&key.id.into()));
         }
+        Ok(found.drawing)
+    }
 
+    async fn write(self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         let (keys, totals): (Vec<KeyRef>, Vec<(u64, u64)>) = self.totals.into_iter().unzip();
         let (requests, last): (Vec<i64>, Vec<OffsetDateTime>) =
             totals.into_iter().map(|(requests, last_ms)| (signed(requests), time_of_ms(last_ms))).unzip();
         let (ids, generations): (Vec<Uuid>, Vec<i32>) = keys.into_iter().map(parts).unzip();
         sqlx::query!(
             "insert into key_usage (key_id, generation, requests, last_used_at)
-            select new.* from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[])
+            select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[])
                 as new (key_id, generation, requests, last_used_at)
-            join api_keys on api_keys.id = new.key_id
-            order by new.key_id, new.generation
             on conflict (key_id, generation) do update set
                 requests = least(key_usage.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
                 last_used_at = greatest(key_usage.last_used_at, excluded.last_used_at)",
@@ -217,9 +233,11 @@ impl Sums {
         .execute(&mut *connection)
         .await?;
 
-        let rows = self.hourly.into_iter().map(|((key, hour, outcome), (requests, cost))| {
-            let (id, generation) = parts(key);
-            ((id, generation), ((time_of_hour(hour), i16::from(outcome)), (signed(requests), signed(cost))))
+        let rows = self.hourly.into_iter().map(|((id, hour, outcome, generation), (requests, cost))| {
+            (
+                parts(KeyRef { id, generation }),
+                ((time_of_hour(hour), i16::from(outcome)), (signed(requests), signed(cost))),
+            )
         });
         let (keys, rest): (Vec<_>, Vec<_>) = rows.unzip();
         let (ids, generations): (Vec<Uuid>, Vec<i32>) = keys.into_iter().unzip();
@@ -228,11 +246,9 @@ impl Sums {
         let (requests, costs): (Vec<i64>, Vec<i64>) = sums.into_iter().unzip();
         sqlx::query!(
             "insert into usage_hourly (key_id, generation, hour, outcome, requests, cost)
-            select new.* from
+            select * from
                 unnest($1::uuid[], $2::int[], $3::timestamptz[], $4::smallint[], $5::bigint[], $6::bigint[])
                 as new (key_id, generation, hour, outcome, requests, cost)
-            join api_keys on api_keys.id = new.key_id
-            order by new.key_id, new.hour, new.outcome, new.generation
             on conflict (key_id, hour, outcome, generation) do update set
                 requests = least(usage_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
                 cost = least(usage_hourly.cost, 9223372036854775807 - excluded.cost) + excluded.cost",
@@ -254,8 +270,7 @@ impl Sums {
         let (hours, outcomes): (Vec<OffsetDateTime>, Vec<i16>) = when.into_iter().unzip();
         sqlx::query!(
             "insert into usage_keyless_hourly (hour, outcome, requests)
-            select new.* from unnest($1::timestamptz[], $2::smallint[], $3::bigint[]) as new (hour, outcome, requests)
-            order by new.hour, new.outcome
+            select * from unnest($1::timestamptz[], $2::smallint[], $3::bigint[]) as new (hour, outcome, requests)
             on conflict (hour, outcome) do update set requests =
                 least(usage_keyless_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests",
             &hours,

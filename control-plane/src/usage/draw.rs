@@ -1,7 +1,7 @@
 //! What reports draw from stocks: new reports come in, the ledger, the quotas' windows and the leases are brought up to date,
 //! and what each Envoy is granted goes out.
 //!
-//! Keys without a quota, without shared limits and whose owner is not metered cost nothing here but one look by their ids.
+//! Keys without a quota, without limits and whose owner is not metered cost nothing here.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -103,11 +103,13 @@ impl Seen {
 /// What Envoys are told, by their ids.
 pub(super) type Told = HashMap<Uuid, Vec<Grant>>;
 
-/// Books what new reports have used and gives what each Envoy is granted with the answer. Envoys in `repeated` did not hear
+/// Books what new reports have used and gives what each Envoy is granted with the answer. `keys`: those that they count and
+/// that may draw from a stock. Envoys in `repeated` did not hear
 /// the answer to their last report and are told again.
 pub(super) async fn draw(
     connection: &mut PgConnection,
     fresh: &[Fresh<'_>],
+    keys: &[Uuid],
     repeated: &[(Uuid, u64)],
     now: OffsetDateTime,
 ) -> Result<Told, sqlx::Error> {
@@ -115,7 +117,7 @@ pub(super) async fn draw(
     for (reporter, grant) in lease::repeat(connection, repeated).await? {
         told.entry(reporter).or_default().push(grant);
     }
-    let (needs, held_of) = needs(connection, fresh).await?;
+    let (needs, held_of) = needs(connection, fresh, keys).await?;
     if needs.is_empty() && held_of.is_empty() {
         return Ok(told);
     }
@@ -169,16 +171,13 @@ pub(super) async fn draw(
     Ok(told)
 }
 
-/// Of the keys that reports count, and of those that their Envoys hold something of: those that draw from a stock; and the
-/// owners whose credits the Envoys hold.
+/// Of some keys, and of those that the Envoys hold something of: those that draw from a stock; and the owners whose credits
+/// the Envoys hold.
 async fn needs(
     connection: &mut PgConnection,
     fresh: &[Fresh<'_>],
+    keys: &[Uuid],
 ) -> Result<(BTreeMap<Uuid, Need>, Vec<Uuid>), sqlx::Error> {
-    let counts = fresh.iter().flat_map(|fresh| &fresh.reports).flat_map(|report| &report.counts);
-    let mut keys: Vec<Uuid> = counts.filter_map(|count| count.of.key).map(|key| key.id.into()).collect();
-    keys.sort_unstable();
-    keys.dedup();
     let reporters: Vec<Uuid> = fresh.iter().filter(|fresh| fresh.hears).map(|fresh| fresh.reporter).collect();
     if keys.is_empty() && reporters.is_empty() {
         return Ok((BTreeMap::new(), Vec::new()));
@@ -189,7 +188,7 @@ async fn needs(
             k.quota_turn as "quota_turn!"
         from (
             select unnest($1::uuid[]) as id
-            union
+            union all
             select subject from leases where reporter = any($2) and stock < 2 and held > case stock when 0 then 0 else spent end
         ) of
         join api_keys k on k.id = of.id
@@ -204,7 +203,7 @@ async fn needs(
         union all
         select null, subject, true, null, '[]', 0, null, 0
         from leases where reporter = any($2) and stock = 2 and held > spent"#,
-        &keys,
+        keys,
         &reporters
     )
     .fetch_all(connection)

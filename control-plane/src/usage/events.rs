@@ -93,7 +93,7 @@ pub async fn export(pool: &PgPool) -> Result<u64, sqlx::Error> {
         "with counted as materialized (
             select key_id, hour, outcome, generation, requests, cost, requests - exported_requests as more,
                 cost - exported_cost as more_cost
-            from usage_hourly where requests <> exported_requests
+            from usage_hourly where unexported
             order by hour limit $1 for update skip locked
         ),
         marked as (

@@ -53,7 +53,7 @@ pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
         let keyed = sqlx::query_scalar!(
             r#"with old as materialized (
                 select key_id, hour, outcome, generation from usage_hourly
-                where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC') and requests = exported_requests
+                where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC') and not unexported
                 limit $2 for update skip locked
             ),
             moved as (
