@@ -26,7 +26,7 @@ use crate::record::Record;
 
 /// A writer closes a page before it grows past this many bytes, but never within a bucket or a revision. A filter applies
 /// a page in one piece, some milliseconds in which its thread does nothing else.
-pub const PAGE_BYTES: usize = 1 << 16;
+pub const PAGE_BYTES: usize = 1 << 15;
 
 /// A revision that takes more than this is told as a snapshot.
 pub const REVISION_BYTES: usize = 1 << 20;

@@ -83,7 +83,7 @@ pub struct Names {
 }
 
 /// The layout of all cells, as part of their names. To be raised with any change to what a cell holds.
-const LAYOUT: u32 = 3;
+const LAYOUT: u32 = 4;
 
 impl Names {
     /// The names for the store of this name that is fed through this Envoy cluster.
@@ -205,13 +205,18 @@ pub(crate) mod memory {
         versions: Slot<u32>,
         pub(crate) reads: Slot<u32>,
         pub(crate) writes: Slot<u32>,
-        before_put: RefCell<Option<BeforePut>>,
+        before_put: RefCell<Option<(String, BeforePut)>>,
     }
 
     impl MemoryCells {
         /// Lets `act` happen once, just before the next write.
         pub(crate) fn before_next_put(&self, act: impl FnOnce(&MemoryCells) + 'static) {
-            *self.before_put.borrow_mut() = Some(Box::new(act));
+            self.before_put_of("", act);
+        }
+
+        /// Lets `act` happen once, just before the next write of a cell with `part` in its name.
+        pub(crate) fn before_put_of(&self, part: &str, act: impl FnOnce(&MemoryCells) + 'static) {
+            *self.before_put.borrow_mut() = Some((part.to_owned(), Box::new(act)));
         }
 
         pub(crate) fn names(&self) -> Vec<String> {
@@ -226,8 +231,8 @@ pub(crate) mod memory {
         }
 
         fn put(&self, name: &str, value: &[u8], seen: Option<u32>) -> Result<(), Raced> {
-            let act = self.before_put.borrow_mut().take();
-            if let Some(act) = act {
+            let act = self.before_put.borrow_mut().take_if(|(part, _)| name.contains(part.as_str()));
+            if let Some((_, act)) = act {
                 act(self);
             }
             let present = self.cells.borrow().get(name).map(|cell| cell.version);

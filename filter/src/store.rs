@@ -6,20 +6,19 @@
 //! ```
 //! Each bucket is written in one piece, so a reader sees either all of a change to a key or nothing of it. Each write
 //! insists on the version that was read before the lease was checked, so that a leader that was held up for longer than
-//! its lease cannot put old records over new ones (see [`crate::lease`]).
-
-use std::collections::HashMap;
+//! its lease cannot put old records over new ones (see [`crate::lease`]). One look at the lease serves [`AT_ONCE`] buckets,
+//! all of which were read before it.
 
 use contract::hash::{BUCKETS, KeyHash, SUFFIX_BYTES};
 use contract::id::Epoch;
-use contract::page::{Entry, Header, Page, Part};
+use contract::page::{Entry, Page, Part};
 use contract::rate::WHOLE;
 use contract::record::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::cells::{Cell, Cells, Names};
 use crate::definitions;
-use crate::lease::{Holder, is_held_by};
+use crate::lease::{Holder, Lead, lead};
 use crate::recent::Writes;
 
 /// How far the store is. Kept in a cell of its own, written after the buckets: what it says is there, is there.
@@ -74,26 +73,69 @@ pub fn set_state(cells: &impl Cells, names: &Names, me: Holder, state: &State) -
 
 /// Writes what a page says: definitions first, so that no record refers to one that is not there, then the buckets.
 ///
+/// A snapshot leaves buckets alone that are as they should be. Not so if the lease was taken from a VM that may still be about
+/// to write one of them: it is written all the same, so that the other loses the race for it.
+///
 /// # Errors
 /// [`Deposed`]: some of the page may be written, and whoever leads now will write it all.
 pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> Result<(), Deposed> {
     definitions::apply(cells, names, me, page)?;
-    let mut changed: HashMap<u16, Vec<Entry<'_>>> = HashMap::new();
-    for entry in page.entries() {
-        let (Entry::Put { hash, .. } | Entry::Remove { hash }) = entry else { continue };
-        changed.entry(hash.bucket()).or_default().push(entry);
-    }
-    match page.header {
-        Header { part: Part::Changes { .. }, .. } => {
-            for (bucket, entries) in changed {
-                write(cells, names, me, &names.bucket(bucket), &|old| Some(merged(old, &entries)))?;
-            }
+    let mut entries: Vec<(u16, Entry<'_>)> = page
+        .entries()
+        .filter_map(|entry| match entry {
+            Entry::Put { hash, .. } | Entry::Remove { hash } => Some((hash.bucket(), entry)),
+            Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => None,
+        })
+        .collect();
+    // A later word on a key stays behind an earlier one. A snapshot comes in this order.
+    entries.sort_by_key(|(bucket, _)| *bucket);
+    let of = |bucket: u16| {
+        let start = entries.partition_point(|(other, _)| *other < bucket);
+        let end = entries.partition_point(|(other, _)| *other <= bucket);
+        entries.get(start..end).unwrap_or_default()
+    };
+    match page.header.part {
+        Part::Changes { .. } => {
+            let mut buckets: Vec<u16> = entries.iter().map(|(bucket, _)| *bucket).collect();
+            buckets.dedup();
+            write_buckets(cells, names, me, &buckets, &|bucket, old, _| Some(merged(old, of(bucket))))
         }
-        Header { part: Part::Snapshot { from, to }, .. } => {
-            for bucket in (from..to.min(BUCKETS)).filter_map(|bucket| u16::try_from(bucket).ok()) {
-                let entries = changed.remove(&bucket).unwrap_or_default();
-                let new = merged(&[], &entries);
-                write(cells, names, me, &names.bucket(bucket), &|old| (old != new).then(|| new.clone()))?;
+        Part::Snapshot { from, to } => {
+            let buckets: Vec<u16> = (from..to.min(BUCKETS)).filter_map(|bucket| u16::try_from(bucket).ok()).collect();
+            write_buckets(cells, names, me, &buckets, &|bucket, old, lead| {
+                let new = merged(&[], of(bucket));
+                (lead == Lead::Taken || old != new).then_some(new)
+            })
+        }
+    }
+}
+
+/// Buckets that are written after one look at the lease.
+const AT_ONCE: usize = 64;
+
+/// Reads some buckets, checks the lease, writes what `change` makes of each, or nothing where it makes nothing of it; then
+/// the next.
+fn write_buckets(
+    cells: &impl Cells,
+    names: &Names,
+    me: Holder,
+    buckets: &[u16],
+    change: &dyn Fn(u16, &[u8], Lead) -> Option<Vec<u8>>,
+) -> Result<(), Deposed> {
+    for some in buckets.chunks(AT_ONCE) {
+        let found: Vec<_> = some
+            .iter()
+            .map(|bucket| {
+                let name = names.bucket(*bucket);
+                let (old, seen) = read(cells, &name);
+                (*bucket, name, old, seen)
+            })
+            .collect();
+        let lead = lead(cells, names, me).ok_or(Deposed)?;
+        for (bucket, name, old, seen) in found {
+            let Some(new) = change(bucket, &old, lead) else { continue };
+            if cells.put(&name, &new, seen).is_err() {
+                write(cells, names, me, &name, &|old| change(bucket, old, Lead::Taken))?;
             }
         }
     }
@@ -126,12 +168,9 @@ pub(crate) fn write(
     change: &dyn Fn(&[u8]) -> Option<Vec<u8>>,
 ) -> Result<(), Deposed> {
     loop {
-        let cell = cells.get(name);
-        let (old, seen) = cell.map_or((Vec::new(), None), |Cell { value, version }| (value, Some(version)));
+        let (old, seen) = read(cells, name);
         let Some(new) = change(&old) else { return Ok(()) };
-        if !is_held_by(cells, names, me) {
-            return Err(Deposed);
-        }
+        lead(cells, names, me).ok_or(Deposed)?;
         // Only leaders write these cells: whoever came in between led a moment ago or leads now. Look again.
         if cells.put(name, &new, seen) == Ok(()) {
             return Ok(());
@@ -139,21 +178,26 @@ pub(crate) fn write(
     }
 }
 
-fn merged(old: &[u8], entries: &[Entry<'_>]) -> Vec<u8> {
+/// A cell's bytes, none if it was never written, and its version.
+fn read(cells: &impl Cells, name: &str) -> (Vec<u8>, Option<u32>) {
+    cells.get(name).map_or((Vec::new(), None), |Cell { value, version }| (value, Some(version)))
+}
+
+fn merged(old: &[u8], entries: &[(u16, Entry<'_>)]) -> Vec<u8> {
     let mut new = Vec::with_capacity(old.len().saturating_add(entries.len().saturating_mul(80)));
     let names = |suffix: &[u8; SUFFIX_BYTES]| {
-        entries
-            .iter()
-            .any(|entry| matches!(entry, Entry::Put { hash, .. } | Entry::Remove { hash } if hash.suffix() == suffix))
+        entries.iter().any(
+            |(_, entry)| matches!(entry, Entry::Put { hash, .. } | Entry::Remove { hash } if hash.suffix() == suffix),
+        )
     };
     for (suffix, record) in Bucket(old).filter(|(suffix, _)| !names(suffix)) {
         push(&mut new, suffix, record);
     }
-    for (place, entry) in entries.iter().enumerate() {
+    for (place, (_, entry)) in entries.iter().enumerate() {
         let Entry::Put { hash, record } = entry else { continue };
         // The last word on a key counts, should a page ever name one twice.
         let superseded = entries.iter().skip(place.saturating_add(1)).any(
-            |later| matches!(later, Entry::Put { hash: other, .. } | Entry::Remove { hash: other } if other == hash),
+            |(_, later)| matches!(later, Entry::Put { hash: other, .. } | Entry::Remove { hash: other } if other == hash),
         );
         if !superseded {
             push(&mut new, hash.suffix(), record);
@@ -189,7 +233,7 @@ impl<'a> Iterator for Bucket<'a> {
 #[cfg(test)]
 mod tests {
     use contract::id::{KeyId, OwnerId};
-    use contract::page::PageWriter;
+    use contract::page::{Header, PageWriter};
     use contract::record::Flags;
 
     use super::*;
@@ -294,12 +338,40 @@ mod tests {
         revoked.flags = Flags::REVOKED;
         let newer = page(CHANGES, &[(key, revoked.clone())], &[]);
         // Between the late leader's check of its lease and its write, another VM takes the lease and revokes the key.
-        cells.before_next_put(move |cells| {
+        cells.before_put_of(&names().bucket(5), move |cells| {
             assert!(hold(cells, &names(), Holder(2), LEASE_MS));
             apply(cells, &names(), Holder(2), &Page::read(&newer).unwrap()).unwrap();
         });
         assert_eq!(apply_bytes(&cells, &page(CHANGES, &[(key, record(1))], &[])), Err(Deposed));
         assert_eq!(find(&cells, &names(), &key), Some(revoked));
+    }
+
+    #[test]
+    fn a_leader_that_is_deposed_during_its_write_cannot_bring_back_what_a_snapshot_leaves_out() {
+        let cells = leading();
+        let gone = hash(5, 1);
+        // Another VM takes the lease between the late leader's check and its write. As it sees the store, the key is gone, and
+        // its bucket is as empty as it was before.
+        let newer = page(Part::Snapshot { from: 0, to: 20 }, &[], &[]);
+        cells.before_put_of(&names().bucket(5), move |cells| {
+            assert!(hold(cells, &names(), Holder(2), LEASE_MS));
+            apply(cells, &names(), Holder(2), &Page::read(&newer).unwrap()).unwrap();
+        });
+        let older = page(Part::Snapshot { from: 0, to: 20 }, &[(gone, record(1))], &[]);
+        assert_eq!(apply_bytes(&cells, &older), Err(Deposed));
+        assert_eq!(find(&cells, &names(), &gone), None);
+    }
+
+    #[test]
+    fn one_look_at_the_lease_serves_many_buckets() {
+        let cells = leading();
+        let keys: Vec<(KeyHash, Record)> = (0..AT_ONCE as u16 * 2).map(|bucket| (hash(bucket, 1), record(1))).collect();
+        let bytes = page(CHANGES, &keys, &[]);
+        let before = cells.reads.get();
+        apply_bytes(&cells, &bytes).unwrap();
+        // The definitions have cells of their own.
+        assert!(cells.reads.get() - before <= keys.len() as u32 + 2 + 10);
+        assert!(keys.iter().all(|(key, known)| find(&cells, &names(), key).as_ref() == Some(known)));
     }
 
     #[test]
