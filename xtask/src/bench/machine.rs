@@ -57,34 +57,9 @@ pub(super) fn pin(command: &mut Command, core: usize) -> Result<()> {
     Ok(())
 }
 
-/// Tells how fast a core runs now. On a shared machine, what others do on the other half of the same physical core makes the
-/// same work take up to twice as long, for seconds at a time.
-pub(super) struct Speed {
-    core: usize,
-    /// What the probe took when it was fastest.
-    fastest: Duration,
-}
-
-impl Speed {
-    /// Learns how fast a core can be.
-    pub(super) fn learn(core: usize) -> Result<Self> {
-        let mut fastest = Duration::MAX;
-        for _ in 0..200 {
-            fastest = fastest.min(probe(core)?);
-        }
-        Ok(Self { core, fastest })
-    }
-
-    /// How much slower than ever it is now: 1 at full speed.
-    pub(super) fn slower(&mut self) -> Result<f64> {
-        let took = probe(self.core)?;
-        self.fastest = self.fastest.min(took);
-        Ok(took.as_secs_f64() / self.fastest.as_secs_f64())
-    }
-}
-
-/// How long work of a few milliseconds takes on a core: the fastest of three tries.
-fn probe(core: usize) -> Result<Duration> {
+/// How long work of a few milliseconds takes on a core now: the fastest of three tries. On a shared machine, what others do on
+/// the other half of the same physical core makes the same work take up to twice as long, for seconds at a time.
+pub(super) fn probe(core: usize) -> Result<Duration> {
     let on_core = move || -> Result<Duration> {
         sched_setaffinity(Pid::from_raw(0), &only(core)?)?;
         let tries = (0..3).map(|_| {

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use contract::record::{RateLimit, Record};
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use super::Options;
 use super::feed::{Feed, key};
 use super::load::{Answers, Generator};
-use super::machine::{self, Cores, Speed};
+use super::machine::{self, Cores};
 use super::peers::Peer;
 use super::report::{Bound, Report};
 use super::server::{Server, free_port};
@@ -28,8 +29,12 @@ const SUITE: &str = "request: added CPU, same Envoy, one worker";
 const WHOLE: &str = "request: CPU of the whole request";
 const UNIT: &str = "µs";
 
-/// Files of addresses for each peer, taken in turn, so that a round does not find the keys of the last one in the caches.
-const FILES: u64 = 8;
+/// Envoys for each row, measured in turn. Where the pages of a process lie in memory, and so which of them drive each other
+/// out of the caches, is settled when it starts and makes several microseconds.
+const PROCESSES: usize = 3;
+
+/// Files of addresses for each of them, taken in turn, so that a round does not find the keys of the last one in the caches.
+const FILES: u64 = 4;
 
 /// Names that verdicts refer to.
 const NOTHING: &str = "no filter";
@@ -51,12 +56,31 @@ const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
 /// One thing that is measured.
 struct Subject {
     name: String,
+    processes: Vec<Measured>,
+    /// Whether its requests are refused.
+    refused: bool,
+    samples: Vec<Sample>,
+}
+
+/// One process that answers for it.
+struct Measured {
     process: u32,
     /// Addresses to ask for.
     files: Vec<PathBuf>,
-    /// Whether its requests are refused.
-    refused: bool,
-    samples: Samples,
+}
+
+/// What requests took.
+struct Sample {
+    /// Of the processor, each.
+    micros: f64,
+    /// What the probe of the core took around them.
+    probe: Duration,
+}
+
+/// How long the probe of the core took around a sample, and when it was fastest.
+struct Speed {
+    core: usize,
+    fastest: Duration,
 }
 
 /// All that runs while it is measured.
@@ -71,7 +95,7 @@ struct Running {
 /// Measures.
 pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
     let generator = Generator::install(cores)?;
-    let (rounds, requests) = if options.quick { (7, 2_000) } else { (40, 4_000) };
+    let (rounds, requests) = if options.quick { (6, 2_000) } else { (42, 4_000) };
     let rounds = options.rounds.unwrap_or(rounds);
     let home = TempDir::with_prefix("portcullis-bench-")?;
     cores.stay_off()?;
@@ -80,7 +104,7 @@ pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report
     running.subjects.retain(|subject| subject.name == NOTHING || options.wants(&subject.name));
     ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
     let mut random = Random::new(1);
-    let mut speed = Speed::learn(cores.measured)?;
+    let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
     for round in 0..rounds {
         progress(&format!("suite request: round {} of {rounds}", round + 1));
         let mut order: Vec<usize> = (0..running.subjects.len()).collect();
@@ -91,25 +115,38 @@ pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report
         }
     }
     report.note(format!(
-        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection; verdicts from lower quartiles. \
-         Each sample is divided by how much slower than ever the core was before and after it.",
+        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection, to {PROCESSES} Envoys for each \
+         row in turn; verdicts from lower quartiles. Each sample is divided by how much slower than ever the core was before and after it.",
         generator.name()
     ));
-    judge(&running.subjects, report);
+    let measured: Vec<_> =
+        running.subjects.iter().map(|subject| (subject.name.as_str(), subject.at_full_speed(speed.fastest))).collect();
+    judge(&measured, report);
     Ok(())
 }
 
+impl Speed {
+    fn probe(&mut self) -> Result<Duration> {
+        let took = machine::probe(self.core)?;
+        self.fastest = self.fastest.min(took);
+        Ok(took)
+    }
+}
+
 impl Subject {
-    /// Takes one sample, as it would be had the core run at full speed.
+    /// Takes one sample.
     async fn sample(&mut self, generator: &Generator, speed: &mut Speed, round: usize, requests: u64) -> Result<()> {
-        let file = |offset: usize| self.files.get((round + offset) % self.files.len().max(1)).context("no addresses");
+        let Measured { process, files } =
+            self.processes.get(round % self.processes.len().max(1)).context("no process")?;
+        let turn = round / PROCESSES;
+        let file = |offset: usize| files.get((turn + offset) % files.len().max(1)).context("no addresses");
         // Warm-up: with other keys, so that only code and connections are warm.
         generator.send(requests / 5, file(1)?).await?;
-        let slower = speed.slower()?;
-        let before = machine::cpu_ns(self.process)?;
+        let before = speed.probe()?;
+        let used_before = machine::cpu_ns(*process)?;
         let answers = generator.send(requests, file(0)?).await?;
-        let used_ns = machine::cpu_ns(self.process)? - before;
-        let slower = f64::midpoint(slower, speed.slower()?);
+        let used_ns = machine::cpu_ns(*process)? - used_before;
+        let probe = (before + speed.probe()?) / 2;
         let expected = if self.refused {
             Answers { good: 0, refused: requests, failed: 0 }
         } else {
@@ -117,8 +154,14 @@ impl Subject {
         };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-        self.samples.push(used_ns as f64 / requests as f64 / 1_000.0 / slower);
+        self.samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
         Ok(())
+    }
+
+    /// What requests would have taken had the core always run as fast as the probe when it was fastest.
+    fn at_full_speed(&self, fastest: Duration) -> Samples {
+        let slower = |sample: &Sample| sample.probe.as_secs_f64() / fastest.as_secs_f64();
+        Samples::of(self.samples.iter().map(|sample| sample.micros / slower(sample)))
     }
 }
 
@@ -130,24 +173,26 @@ async fn start(running: &mut Running, options: &Options, home: &Path, report: &m
     let authorizer_file = home.join("authorizer.address");
     let authorizer = authorizer(&authorizer_file, home, cores).await?;
     running.servers.push(upstream);
-    running.others.push(authorizer.0);
 
-    let nothing = Peer::nothing().with_upstream(to_upstream);
-    let server = running.serve(&nothing).await?;
-    running.subject(NOTHING, server, "/", 0..1_000, home, false)?;
-    running.subject(NOTHING_UP, server, "/up", 0..1_000, home, false)?;
+    let servers = running.serve(|| Ok(Peer::nothing().with_upstream(to_upstream))).await?;
+    running.subject(NOTHING, &servers, "/", 0..1_000, home, false)?;
+    running.subject(NOTHING_UP, &servers, "/up", 0..1_000, home, false)?;
     let [unstripped, stripped] = wasm::build_empty()?;
-    let peers = [
-        (EMPTY, Peer::empty(&stripped)),
-        (EMPTY_UNSTRIPPED, Peer::empty(&unstripped)),
-        (NATIVE, Peer::api_key_auth(1_000)),
-        (LUA, Peer::lua(1_000, &home.join("keys.lua"))?),
-        (AUTHZ_HTTP, Peer::ext_authz_http(free_port()?)),
-        (AUTHZ_GRPC, Peer::ext_authz_grpc(authorizer.1)),
+    let lua = home.join("keys.lua");
+    let peers: [(_, &dyn Fn() -> Result<Peer>); 6] = [
+        (EMPTY, &|| Ok(Peer::empty(&stripped))),
+        (EMPTY_UNSTRIPPED, &|| Ok(Peer::empty(&unstripped))),
+        (NATIVE, &|| Ok(Peer::api_key_auth(1_000))),
+        (LUA, &|| Peer::lua(1_000, &lua)),
+        (AUTHZ_HTTP, &|| Ok(Peer::ext_authz_http(free_port()?))),
+        (AUTHZ_GRPC, &|| Ok(Peer::ext_authz_grpc(authorizer.1))),
     ];
+    running.others.push(authorizer.0);
     for (name, peer) in peers {
-        let server = running.serve(&peer).await?;
-        running.subject(name, server, "/", 0..1_000, home, false)?;
+        if options.wants(name) {
+            let servers = running.serve(peer).await?;
+            running.subject(name, &servers, "/", 0..1_000, home, false)?;
+        }
     }
 
     let unlimited = || json!({"rate_limit": null});
@@ -162,35 +207,35 @@ async fn start(running: &mut Running, options: &Options, home: &Path, report: &m
             continue;
         }
         progress(&format!("suite request: {name}"));
-        let server = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
-        running.subject(name, server, "/", 0..keys, home, false)?;
+        let servers = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
+        running.subject(name, &servers, "/", 0..keys, home, false)?;
         if keys == 1_000 {
             let unknown = 10_000_000..11_000_000;
-            running.subject(UNKNOWN, server, "/", unknown.clone(), home, true)?;
-            running.subject(KNOWN_UP, server, "/up", 0..keys, home, false)?;
-            running.subject(UNKNOWN_UP, server, "/up", unknown, home, true)?;
+            running.subject(UNKNOWN, &servers, "/", unknown.clone(), home, true)?;
+            running.subject(KNOWN_UP, &servers, "/up", 0..keys, home, false)?;
+            running.subject(UNKNOWN_UP, &servers, "/up", unknown, home, true)?;
         }
     }
     let limit = |record: &mut Record| {
         record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
     };
-    let server = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
-    running.subject(LIMITED, server, "/", 0..1_000, home, false)?;
+    let servers = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
+    running.subject(LIMITED, &servers, "/", 0..1_000, home, false)?;
     for filter in &options.beside {
         // Envoy runs in a directory of its own.
         let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
         let name = |what| format!("{}, 1,000 keys{what}", filter.display());
-        let server = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
-        running.subject(&name(""), server, "/", 0..1_000, home, false)?;
-        let server = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
-        running.subject(&name(", each with a rate limit"), server, "/", 0..1_000, home, false)?;
+        let servers = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
+        running.subject(&name(""), &servers, "/", 0..1_000, home, false)?;
+        let servers = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
+        running.subject(&name(", each with a rate limit"), &servers, "/", 0..1_000, home, false)?;
     }
 
     // Filters before route policies refuse their configuration.
     let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
     let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
     match running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await {
-        Ok(server) => running.subject(POLICY, server, "/", 0..1_000, home, false)?,
+        Ok(servers) => running.subject(POLICY, &servers, "/", 0..1_000, home, false)?,
         Err(_) => report.note("Not measured: route policies, which this filter does not know."),
     }
     Ok(())
@@ -201,10 +246,12 @@ impl Running {
         Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
     }
 
-    /// Starts an Envoy on the core for what is measured; gives its place.
-    async fn serve(&mut self, peer: &Peer) -> Result<usize> {
-        self.servers.push(Server::start(&peer.config(), 1, Some(self.cores.measured)).await?);
-        Ok(self.servers.len() - 1)
+    /// Starts Envoys on the core for what is measured; gives their places.
+    async fn serve(&mut self, peer: impl Fn() -> Result<Peer>) -> Result<Vec<usize>> {
+        for _ in 0..PROCESSES {
+            self.servers.push(Server::start(&peer()?.config(), 1, Some(self.cores.measured)).await?);
+        }
+        Ok((self.servers.len() - PROCESSES..self.servers.len()).collect())
     }
 
     async fn portcullis(
@@ -215,19 +262,24 @@ impl Running {
         plugin: Value,
         policy: Option<&str>,
         upstream: Option<std::net::SocketAddr>,
-    ) -> Result<usize> {
+    ) -> Result<Vec<usize>> {
         let feed = Feed::start(keys, change).await?;
-        let mut peer = Peer::portcullis(filter, feed.address(), plugin);
-        if let Some(upstream) = upstream {
-            peer = peer.with_upstream(upstream);
+        let peer = || {
+            let mut peer = Peer::portcullis(filter, feed.address(), plugin.clone());
+            if let Some(upstream) = upstream {
+                peer = peer.with_upstream(upstream);
+            }
+            if let Some(policy) = policy {
+                peer = peer.with_policy(policy);
+            }
+            Ok(peer)
+        };
+        let places = self.serve(peer).await?;
+        for place in &places {
+            self.server(*place)?.wait_for_keys(keys).await?;
         }
-        if let Some(policy) = policy {
-            peer = peer.with_policy(policy);
-        }
-        let place = self.serve(&peer).await?;
-        self.server(place)?.wait_for_keys(keys).await?;
         self.feeds.push(feed);
-        Ok(place)
+        Ok(places)
     }
 
     fn server(&self, place: usize) -> Result<&Server> {
@@ -237,27 +289,30 @@ impl Running {
     fn subject(
         &mut self,
         name: &str,
-        server: usize,
+        servers: &[usize],
         path: &str,
         keys: std::ops::Range<u64>,
         home: &Path,
         refused: bool,
     ) -> Result<()> {
-        let server = self.server(server)?;
-        let mut files = Vec::new();
-        for number in 0..FILES {
-            let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
-            let mut random = Random::new(number);
-            let width = usize::try_from(keys.end - keys.start)?;
-            let line = |_| {
-                let chosen = keys.start + random.below(width) as u64;
-                format!("http://{}{path}?key={}\n", server.address(), key(chosen))
-            };
-            std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
-            files.push(file);
+        let mut processes = Vec::new();
+        for server in servers {
+            let server = self.server(*server)?;
+            let mut files = Vec::new();
+            for number in 0..FILES {
+                let file = home.join(format!("{}-{}-{number}.urls", self.subjects.len(), processes.len()));
+                let mut random = Random::new(number);
+                let width = usize::try_from(keys.end - keys.start)?;
+                let line = |_| {
+                    let chosen = keys.start + random.below(width) as u64;
+                    format!("http://{}{path}?key={}\n", server.address(), key(chosen))
+                };
+                std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
+                files.push(file);
+            }
+            processes.push(Measured { process: server.pid(), files });
         }
-        let process = server.pid();
-        self.subjects.push(Subject { name: name.to_owned(), process, files, refused, samples: Samples::default() });
+        self.subjects.push(Subject { name: name.to_owned(), processes, refused, samples: Vec::new() });
         Ok(())
     }
 }
@@ -277,25 +332,14 @@ async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, 
     Ok((process, address.parse()?))
 }
 
-fn judge(subjects: &[Subject], report: &mut Report) {
-    let samples = |name: &str| subjects.iter().find(|subject| subject.name == name).map(|subject| &subject.samples);
+fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
+    let samples = |name: &str| subjects.iter().find(|(other, _)| *other == name).map(|(_, samples)| samples);
     let Some(nothing) = samples(NOTHING) else { return };
     let added = |name: &str| samples(name).map(|of| Estimate::of([of, nothing], |[of, nothing]| of - nothing));
     let empty = added(EMPTY).map(|empty| empty.lower_quartile);
-    for subject in
-        subjects.iter().filter(|subject| !subject.name.contains("upstream") && !subject.name.contains("same route"))
-    {
-        if subject.name == NOTHING {
-            continue;
-        }
-        let Some(found) = added(&subject.name) else { continue };
-        report.compared(
-            SUITE,
-            subject.name.clone(),
-            UNIT,
-            found,
-            empty.map(|empty| (found.lower_quartile / empty, "empty")),
-        );
+    for (name, _) in subjects.iter().filter(|(name, _)| !name.contains("upstream") && !name.contains("same route")) {
+        let Some(found) = added(name).filter(|_| *name != NOTHING) else { continue };
+        report.compared(SUITE, *name, UNIT, found, empty.map(|empty| (found.lower_quartile / empty, "empty")));
     }
     for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
         let Some(whole) = samples(name) else { continue };
