@@ -95,3 +95,18 @@ pub(crate) fn part_of<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a
 pub(crate) fn grown<T: Serialize>(value: &T) -> Result<Vec<u8>, DecodeError> {
     postcard::to_allocvec(value).map_err(|_| DecodeError::Malformed)
 }
+
+/// A byte string that is written in one piece and read without copying.
+pub(crate) struct Bytes<'a>(pub(crate) &'a [u8]);
+
+impl Serialize for Bytes<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        <&'de [u8]>::deserialize(deserializer).map(Self)
+    }
+}

@@ -18,7 +18,7 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::{self, DecodeError, PAGE};
+use crate::codec::{self, Bytes, DecodeError, PAGE};
 use crate::definition::Definition;
 use crate::hash::{BUCKETS, KeyHash};
 use crate::id::Epoch;
@@ -293,21 +293,6 @@ struct Body<'a> {
     header: Bytes<'a>,
     #[serde(borrow)]
     entries: Bytes<'a>,
-}
-
-/// A byte string that is written in one piece and read without copying.
-struct Bytes<'a>(&'a [u8]);
-
-impl Serialize for Bytes<'_> {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(self.0)
-    }
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        <&'de [u8]>::deserialize(deserializer).map(Self)
-    }
 }
 
 /// The same page in a form for people: what `Accept: application/json` gets.

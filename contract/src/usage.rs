@@ -86,8 +86,7 @@ pub struct Report {
 /// # Errors
 /// None in practice: see [`codec::seal`].
 pub fn write_reports(reports: &[Report]) -> Result<Vec<u8>, DecodeError> {
-    let reports = reports.iter().map(wire::Report::of).collect::<Result<Vec<_>, _>>()?;
-    codec::seal(USAGE, &reports)
+    codec::seal(USAGE, &wire::List::of(reports))
 }
 
 /// Reads what [`write_reports`] wrote.
@@ -95,8 +94,8 @@ pub fn write_reports(reports: &[Report]) -> Result<Vec<u8>, DecodeError> {
 /// # Errors
 /// Each variant of [`DecodeError`].
 pub fn read_reports(bytes: &[u8]) -> Result<Vec<Report>, DecodeError> {
-    let reports: Vec<wire::Report> = codec::open(USAGE, bytes)?;
-    reports.into_iter().map(wire::Report::read).collect()
+    let reports: Vec<wire::Report<'_>> = codec::open(USAGE, bytes)?;
+    reports.iter().map(wire::Report::read).collect()
 }
 
 /// Says that every report of the reporter up to a number is in the database, for good, and what the reporter is leased.
@@ -163,18 +162,32 @@ impl Ack {
 mod wire {
     use alloc::vec::Vec;
 
-    use serde::{Deserialize, Serialize};
+    use serde::ser::Error;
+    use serde::{Deserialize, Serialize, Serializer};
 
     use super::Subject;
-    use crate::codec::{DecodeError, grown, part, part_of};
+    use crate::codec::{Bytes, DecodeError, part, part_of};
     use crate::id::ReporterId;
 
     extern crate alloc;
 
-    #[derive(Serialize, Deserialize)]
-    pub(super) struct Report {
-        header: Vec<u8>,
-        counts: Vec<Vec<u8>>,
+    /// More than what stands in a byte string takes: eight numbers of ten bytes at the most, an id and two marks.
+    const MOST_BYTES: usize = 100;
+
+    /// A report as it is read.
+    #[derive(Deserialize)]
+    pub(super) struct Report<'a> {
+        #[serde(borrow)]
+        header: Bytes<'a>,
+        #[serde(borrow)]
+        counts: Vec<Bytes<'a>>,
+    }
+
+    /// A report as it is written.
+    #[derive(Serialize)]
+    pub(super) struct Written<'a> {
+        header: Grown<Header>,
+        counts: List<'a, super::Count, Grown<(Count, u64)>>,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -191,33 +204,48 @@ mod wire {
         last_ms: u64,
     }
 
-    impl Count {
-        fn write(count: &super::Count) -> Result<Vec<u8>, DecodeError> {
-            let super::Count { of, requests, cost, drawn, last_ms } = *count;
-            let mut bytes = grown(&Self { of, requests, cost, last_ms })?;
-            bytes.extend(grown(&drawn)?);
-            Ok(bytes)
-        }
+    /// Written as a byte string.
+    struct Grown<T>(T);
 
-        fn read(bytes: &[u8]) -> Result<super::Count, DecodeError> {
-            let (Self { of, requests, cost, last_ms }, rest) = part_of(bytes)?;
-            let drawn = if rest.is_empty() { requests } else { part(rest)? };
-            Ok(super::Count { of, requests, cost, drawn, last_ms })
+    impl<T: Serialize> Serialize for Grown<T> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let mut buffer = [0; MOST_BYTES];
+            serializer.serialize_bytes(postcard::to_slice(&self.0, &mut buffer).map_err(S::Error::custom)?)
         }
     }
 
-    impl Report {
-        pub(super) fn of(report: &super::Report) -> Result<Self, DecodeError> {
-            Ok(Self {
-                header: grown(&Header { reporter: report.reporter, seq: report.seq })?,
-                counts: report.counts.iter().map(Count::write).collect::<Result<_, _>>()?,
+    /// Written one by one, each in another form.
+    pub(super) struct List<'a, T, W>(&'a [T], fn(&'a T) -> W);
+
+    impl<T, W: Serialize> Serialize for List<'_, T, W> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(self.0.iter().map(self.1))
+        }
+    }
+
+    impl<'a> List<'a, super::Report, Written<'a>> {
+        pub(super) fn of(reports: &'a [super::Report]) -> Self {
+            Self(reports, |report| Written {
+                header: Grown(Header { reporter: report.reporter, seq: report.seq }),
+                counts: List(&report.counts, |count| {
+                    let super::Count { of, requests, cost, drawn, last_ms } = *count;
+                    Grown((Count { of, requests, cost, last_ms }, drawn))
+                }),
             })
         }
+    }
 
-        pub(super) fn read(self) -> Result<super::Report, DecodeError> {
-            let Header { reporter, seq } = part(&self.header)?;
-            let counts = self.counts.iter().map(|count| Count::read(count)).collect::<Result<_, _>>()?;
+    impl Report<'_> {
+        pub(super) fn read(&self) -> Result<super::Report, DecodeError> {
+            let Header { reporter, seq } = part(self.header.0)?;
+            let counts = self.counts.iter().map(|count| read_count(count.0)).collect::<Result<_, _>>()?;
             Ok(super::Report { reporter, seq, counts })
         }
+    }
+
+    fn read_count(bytes: &[u8]) -> Result<super::Count, DecodeError> {
+        let (Count { of, requests, cost, last_ms }, rest) = part_of(bytes)?;
+        let drawn = if rest.is_empty() { requests } else { part(rest)? };
+        Ok(super::Count { of, requests, cost, drawn, last_ms })
     }
 }

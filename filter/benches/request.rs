@@ -4,12 +4,12 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use contract::hash::KeyHash;
-use contract::id::{Epoch, KeyId, OwnerId};
+use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::outcome::Outcome;
 use contract::page::{Header, Page, PageWriter, Part};
 use contract::rate::WHOLE;
 use contract::record::{RateLimit, Record};
-use contract::usage::KeyRef;
+use contract::usage::{KeyRef, write_reports};
 use divan::{Bencher, black_box};
 use filter::cells::{Cell, Cells, Names, Raced};
 use filter::credential;
@@ -18,7 +18,7 @@ use filter::limiter::{self, Limit, Refused, Subject, Tag};
 use filter::reply::{Challenge, Wait, reply};
 use filter::source::Source;
 use filter::store;
-use filter::usage::{Counts, Drawn};
+use filter::usage::{self, Counts, Drawn, Freeze, Outbox};
 
 fn main() {
     divan::main();
@@ -101,6 +101,31 @@ fn count_a_request(bencher: Bencher<'_, '_>) {
     let mut counts = Counts::default();
     let key = Some(KeyRef { id: KeyId([7; 16]), generation: 1 });
     bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, false, Drawn::default(), 1_800_000_000_000));
+}
+
+/// What a quarter of a second leaves to do that saw so many keys: their counts go from the VM to the leader, out, and away.
+#[divan::bench(args = [1, 4_000])]
+fn report_keys(bencher: Bencher<'_, '_>, keys: u16) {
+    let (cells, names, reporter) = (Memory::default(), names(), ReporterId([1; 16]));
+    Outbox::open(&cells, &names, reporter).expect("an outbox");
+    let counted = || {
+        let mut counts = Counts::default();
+        for number in 0..keys {
+            let mut id = [7; 16];
+            [id[0], id[1]] = number.to_be_bytes();
+            let key = Some(KeyRef { id: KeyId(id), generation: 1 });
+            counts.add(key, Outcome::Allowed, false, Drawn::default(), 1_800_000_000_000);
+        }
+        counts
+    };
+    bencher.with_inputs(counted).bench_local_values(|mut counts| {
+        counts.publish(&cells, &names, 0);
+        usage::collect(&cells, &names);
+        let outbox = usage::freeze(&cells, &names, Freeze::Pending).expect("an outbox");
+        let bytes = write_reports(&outbox.reports()).expect("a report can be written");
+        usage::acknowledge(&cells, &names, reporter, outbox.frozen_seq);
+        bytes
+    });
 }
 
 #[divan::bench]

@@ -260,7 +260,7 @@ impl Core {
             let age_ms = now_ms.saturating_sub(state.synced_ms);
             self.metrics.sync_age.set(age_ms.checked_div(MS_PER_S).unwrap_or_default());
         }
-        let pending = Outbox::read(&SharedData, &self.names).map_or(0, |outbox| outbox.requests());
+        let pending = usage::waiting(&SharedData, &self.names);
         self.metrics.usage_pending.set(pending);
         self.pending.set(pending);
     }

@@ -14,9 +14,8 @@ use std::hash::BuildHasherDefault;
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
 use contract::usage::{Count, KeyRef, REPORT_COUNTS, Report, SHADOW, Subject};
-use serde::{Deserialize, Serialize};
 
-use crate::cells::{Cells, Names, update};
+use crate::cells::{Cells, Names, Raced, update};
 use crate::mixed::Mixed;
 
 /// Cells that VMs publish to. VMs take them in turn; those beyond share.
@@ -66,14 +65,15 @@ impl Counts {
         if self.counts.is_empty() {
             return;
         }
-        let published = update(cells, &names.usage(slot), |cell| {
-            if cell.is_empty() {
+        let published = update(cells, &names.usage(slot), |old| {
+            if old.is_empty() {
                 // As it is most of the time: the leader has taken what was there.
-                return Ok::<_, ()>((written(self.counts.values()), ()));
+                return Ok::<_, ()>((cell::write_counts(self.counts.values()), ()));
             }
-            let mut all = Merged::read(cell);
+            let mut all = Merged::default();
+            all.extend(&cell::read_counts(old));
             all.extend(self.counts.values());
-            Ok((written(all.0.values()), ()))
+            Ok((cell::write_counts(all.0.values()), ()))
         });
         if published == Ok(()) {
             self.counts.clear();
@@ -92,7 +92,7 @@ pub fn take_slot(cells: &impl Cells, names: &Names) -> u16 {
 }
 
 /// What the leader holds for the control plane.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outbox {
     /// This Envoy process.
     pub reporter: ReporterId,
@@ -107,7 +107,7 @@ pub struct Outbox {
 impl Outbox {
     /// Reads the outbox; `None` before the first leader opened it.
     pub fn read(cells: &impl Cells, names: &Names) -> Option<Self> {
-        postcard::from_bytes(&cells.get(&names.outbox())?.value).ok()
+        cell::read_outbox(&cells.get(&names.outbox())?.value)
     }
 
     /// Opens the outbox under the given reporter, unless a leader has done so before. Returns the one that counts.
@@ -116,7 +116,7 @@ impl Outbox {
             Some(outbox) => Err(outbox.reporter),
             None => Ok((Self { reporter, frozen_seq: 0, frozen: Vec::new(), pending: Vec::new() }, reporter)),
         });
-        opened.ok()
+        opened.ok().map(|(_, reporter)| reporter)
     }
 
     /// The reports that wait for their acknowledgement, as many as fit one batch.
@@ -146,33 +146,35 @@ impl Outbox {
     }
 }
 
+/// Requests that no acknowledged report has told of; none before the first leader opened the outbox.
+pub fn waiting(cells: &impl Cells, names: &Names) -> u64 {
+    cells.get(&names.outbox()).map_or(0, |outbox| cell::requests(&outbox.value))
+}
+
 /// Moves what VMs have published into the outbox. Whoever is cut off here by a trap loses what it had taken out: no more
 /// than one interval.
 pub fn collect(cells: &impl Cells, names: &Names) {
-    let mut taken = Merged::default();
+    let mut taken: Vec<Vec<Count>> = Vec::new();
     for slot in 0..SLOTS {
         let name = names.usage(slot);
         let Some(cell) = cells.get(&name) else { continue };
         // A VM that publishes at this moment wins, and its cell is taken the next time.
         if !cell.value.is_empty() && cells.put(&name, &[], Some(cell.version)).is_ok() {
-            taken.extend(&Merged::read(&cell.value).counts());
+            taken.push(cell::read_counts(&cell.value));
         }
     }
-    let taken = taken.counts();
+    let taken = merged(taken);
     if taken.is_empty() {
         return;
     }
     let kept = change(cells, names, |outbox| match outbox {
         None => Err(false),
         Some(mut outbox) => {
-            let mut pending = Merged::default();
-            pending.extend(&outbox.pending);
-            pending.extend(&taken);
-            outbox.pending = pending.counts();
+            outbox.pending = merged(vec![outbox.pending, taken.clone()]);
             Ok((outbox, true))
         }
     });
-    if kept != Ok(true) {
+    if !matches!(kept, Ok((_, true))) {
         // No outbox to put them in: back to where they come from, to be collected again.
         let mut counts = Counts { counts: taken.into_iter().map(|count| (count.of, count)).collect() };
         counts.publish(cells, names, 0);
@@ -204,9 +206,9 @@ pub fn freeze(cells: &impl Cells, names: &Names, what: Freeze) -> Option<Outbox>
             return Err(Some(outbox));
         }
         (0..reports).for_each(|_| outbox.freeze_one());
-        Ok((outbox.clone(), Some(outbox)))
+        Ok((outbox, None))
     });
-    frozen.ok().flatten()
+    frozen.ok().and_then(|(changed, unchanged)| changed.or(unchanged))
 }
 
 /// Forgets the frozen reports that the control plane has.
@@ -222,44 +224,42 @@ pub fn acknowledge(cells: &impl Cells, names: &Names, reporter: ReporterId, seq:
     let _ = done;
 }
 
+/// Changes the outbox; gives what was written, if something was, and what `change` says.
 fn change<T>(
     cells: &impl Cells,
     names: &Names,
     change: impl Fn(Option<Outbox>) -> Result<(Outbox, T), T>,
-) -> Result<T, crate::cells::Raced> {
-    update(cells, &names.outbox(), |cell| {
-        let (outbox, result) = change(postcard::from_bytes(cell).ok())?;
-        Ok((postcard::to_allocvec(&outbox).unwrap_or_default(), result))
+) -> Result<(Option<Outbox>, T), Raced> {
+    update(cells, &names.outbox(), |old| match change(cell::read_outbox(old)) {
+        Ok((outbox, result)) => Ok((cell::write_outbox(&outbox), (Some(outbox), result))),
+        Err(result) => Err((None, result)),
     })
 }
 
-/// Counts by subject, in no order, and their form in a cell.
+/// Counts by subject, in no order.
 #[derive(Default)]
 struct Merged(BySubject);
 
 impl Merged {
-    fn read(bytes: &[u8]) -> Self {
-        let counts: Vec<Count> = postcard::from_bytes(bytes).unwrap_or_default();
-        let mut merged = Self::default();
-        merged.extend(&counts);
-        merged
-    }
-
     fn extend<'a>(&mut self, counts: impl IntoIterator<Item = &'a Count>) {
         for count in counts {
             self.0.entry(count.of).and_modify(|sum| sum.add(count)).or_insert(*count);
         }
     }
+}
 
-    fn counts(self) -> Vec<Count> {
-        self.0.into_values().collect()
+/// Several lists of counts, each without two of one subject, as one such list.
+fn merged(mut lists: Vec<Vec<Count>>) -> Vec<Count> {
+    lists.retain(|list| !list.is_empty());
+    // As it is most of the time: there is nothing to merge.
+    if lists.len() <= 1 {
+        return lists.pop().unwrap_or_default();
     }
+    let mut merged = Merged::default();
+    lists.iter().for_each(|list| merged.extend(list));
+    merged.0.into_values().collect()
 }
 
-/// The form in a cell.
-fn written<'a>(counts: impl Iterator<Item = &'a Count>) -> Vec<u8> {
-    postcard::to_allocvec(&counts.collect::<Vec<_>>()).unwrap_or_default()
-}
-
+mod cell;
 #[cfg(test)]
 mod tests;
