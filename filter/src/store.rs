@@ -113,6 +113,9 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
 /// Buckets that are written after one look at the lease.
 const AT_ONCE: usize = 64;
 
+/// What becomes of a bucket, by what it holds and who else may write it; `None` leaves it alone.
+type Change<'a> = &'a dyn Fn(u16, &[u8], Lead) -> Option<Vec<u8>>;
+
 /// Reads some buckets, checks the lease, writes what `change` makes of each, or nothing where it makes nothing of it; then
 /// the next.
 fn write_buckets(
@@ -120,7 +123,7 @@ fn write_buckets(
     names: &Names,
     me: Holder,
     buckets: &[u16],
-    change: &dyn Fn(u16, &[u8], Lead) -> Option<Vec<u8>>,
+    change: Change<'_>,
 ) -> Result<(), Deposed> {
     for some in buckets.chunks(AT_ONCE) {
         let found: Vec<_> = some
