@@ -17,6 +17,8 @@ pub(super) struct Cores {
     pub(super) measured: usize,
     /// The load generator, this process, and whatever Envoy asks.
     pub(super) load: usize,
+    /// All that this process may use.
+    all: CpuSet,
 }
 
 impl Cores {
@@ -26,18 +28,27 @@ impl Cores {
         let cores: Vec<usize> = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap_or(false)).collect();
         let (Some(&measured), Some(&load)) = (cores.first(), cores.last()) else { anyhow::bail!("there is no core") };
         ensure!(measured != load, "two cores are needed: one for Envoy, one for the load generator");
-        Ok(Self { measured, load })
+        Ok(Self { measured, load, all: allowed })
     }
 
-    /// Moves all threads of this process to the core of the load generator.
+    /// Moves all threads of this process to the core of the load generator. What they start stays there too.
     pub(super) fn stay_off(self) -> Result<()> {
-        for thread in std::fs::read_dir("/proc/self/task")? {
-            let thread = thread?.file_name().to_string_lossy().parse().unwrap_or_default();
-            // A thread that has ended meanwhile needs no core.
-            let _ = sched_setaffinity(Pid::from_raw(thread), &only(self.load)?);
-        }
-        Ok(())
+        move_threads(&only(self.load)?)
     }
+
+    /// Lets them, and what they start from now on, run on all cores again.
+    pub(super) fn spread(self) -> Result<()> {
+        move_threads(&self.all)
+    }
+}
+
+fn move_threads(to: &CpuSet) -> Result<()> {
+    for thread in std::fs::read_dir("/proc/self/task")? {
+        let thread = thread?.file_name().to_string_lossy().parse().unwrap_or_default();
+        // A thread that has ended meanwhile needs no core.
+        let _ = sched_setaffinity(Pid::from_raw(thread), to);
+    }
+    Ok(())
 }
 
 fn only(core: usize) -> Result<CpuSet> {

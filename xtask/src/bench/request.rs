@@ -92,13 +92,19 @@ struct Running {
     others: Vec<Process>,
 }
 
-/// Measures.
+/// Measures. Whatever comes of it, the suites after this one have all cores.
 pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
+    cores.stay_off()?;
+    let measured = measure_on(options, cores, report).await;
+    cores.spread()?;
+    measured
+}
+
+async fn measure_on(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
     let generator = Generator::install(cores)?;
     let (rounds, requests) = if options.quick { (6, 2_000) } else { (42, 4_000) };
     let rounds = options.rounds.unwrap_or(rounds);
     let home = TempDir::with_prefix("portcullis-bench-")?;
-    cores.stay_off()?;
     let mut running = Running::on(cores);
     start(&mut running, options, home.path(), report).await?;
     running.subjects.retain(|subject| subject.name == NOTHING || options.wants(&subject.name));
