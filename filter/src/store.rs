@@ -6,7 +6,7 @@
 //! ```
 //! Each bucket is written in one piece, so a reader sees either all of a change to a key or nothing of it. Each write
 //! insists on the version that was read before the lease was checked, so that a leader that was held up for longer than
-//! its lease cannot put old records over new ones (see [`crate::lease`]). One look at the lease serves [`AT_ONCE`] buckets,
+//! its lease cannot put old records over new ones (see [`crate::lease`]). One look at the lease serves several buckets,
 //! all of which were read before it.
 
 use contract::hash::{BUCKETS, KeyHash, SUFFIX_BYTES};
