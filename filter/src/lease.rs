@@ -26,7 +26,7 @@ const NOBODY: Holder = Holder(0);
 pub enum Lead {
     /// Nobody: no lease was ever taken from a VM in this process.
     Alone,
-    /// A VM whose lease ended before it gave it back.
+    /// A VM whose lease ended before it gave it back. Nobody knows when it goes on, so this lasts as long as the process.
     Taken,
 }
 

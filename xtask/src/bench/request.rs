@@ -90,6 +90,8 @@ struct Running {
     servers: Vec<Server>,
     feeds: Vec<Feed>,
     others: Vec<Process>,
+    /// Envoys for each row.
+    processes: usize,
 }
 
 /// Measures. Whatever comes of it, the suites after this one have all cores.
@@ -104,8 +106,9 @@ async fn measure_on(options: &Options, cores: Cores, report: &mut Report) -> Res
     let generator = Generator::install(cores)?;
     let (rounds, requests) = if options.quick { (6, 2_000) } else { (42, 4_000) };
     let rounds = options.rounds.unwrap_or(rounds);
+    let processes = if options.quick { 1 } else { PROCESSES };
     let home = TempDir::with_prefix("portcullis-bench-")?;
-    let mut running = Running::on(cores);
+    let mut running = Running::on(cores, processes);
     start(&mut running, options, home.path(), report).await?;
     running.subjects.retain(|subject| subject.name == NOTHING || options.wants(&subject.name));
     ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
@@ -121,7 +124,7 @@ async fn measure_on(options: &Options, cores: Cores, report: &mut Report) -> Res
         }
     }
     report.note(format!(
-        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection, to {PROCESSES} Envoys for each \
+        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection, to {processes} Envoys for each \
          row in turn; verdicts from lower quartiles. Each sample is divided by how much slower than ever the core was before and after it.",
         generator.name()
     ));
@@ -144,7 +147,7 @@ impl Subject {
     async fn sample(&mut self, generator: &Generator, speed: &mut Speed, round: usize, requests: u64) -> Result<()> {
         let Measured { process, files } =
             self.processes.get(round % self.processes.len().max(1)).context("no process")?;
-        let turn = round / PROCESSES;
+        let turn = round / self.processes.len().max(1);
         let file = |offset: usize| files.get((turn + offset) % files.len().max(1)).context("no addresses");
         // Warm-up: with other keys, so that only code and connections are warm.
         generator.send(requests / 5, file(1)?).await?;
@@ -248,16 +251,16 @@ async fn start(running: &mut Running, options: &Options, home: &Path, report: &m
 }
 
 impl Running {
-    const fn on(cores: Cores) -> Self {
-        Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
+    const fn on(cores: Cores, processes: usize) -> Self {
+        Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new(), processes }
     }
 
     /// Starts Envoys on the core for what is measured; gives their places.
     async fn serve(&mut self, peer: impl Fn() -> Result<Peer>) -> Result<Vec<usize>> {
-        for _ in 0..PROCESSES {
+        for _ in 0..self.processes {
             self.servers.push(Server::start(&peer()?.config(), 1, Some(self.cores.measured)).await?);
         }
-        Ok((self.servers.len() - PROCESSES..self.servers.len()).collect())
+        Ok((self.servers.len() - self.processes..self.servers.len()).collect())
     }
 
     async fn portcullis(
