@@ -10,8 +10,6 @@ use crate::id::byte_name;
 
 /// Buckets of the store: the first 16 bits of the hash name one.
 pub const BUCKETS: u32 = 65_536;
-/// Bytes of a hash that its bucket does not already tell.
-pub const SUFFIX_BYTES: usize = 30;
 
 byte_name! {
     /// The SHA-256 of a key. As text: 64 lower-case hexadecimal digits.
@@ -30,13 +28,6 @@ impl KeyHash {
     pub const fn bucket(&self) -> u16 {
         let [high, low, ..] = self.0;
         u16::from_be_bytes([high, low])
-    }
-
-    /// The bytes that tell this key from the others of its bucket.
-    #[must_use]
-    pub fn suffix(&self) -> &[u8; SUFFIX_BYTES] {
-        let [_, _, suffix @ ..] = &self.0;
-        suffix
     }
 }
 
@@ -66,6 +57,5 @@ mod tests {
         let hash = KeyHash::of(b"abc");
         assert_eq!(alloc::format!("{hash}"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(hash.bucket(), 0xba78);
-        assert_eq!(hash.suffix().len(), SUFFIX_BYTES);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
@@ -12,12 +13,16 @@ use contract::record::{RateLimit, Record};
 use contract::usage::{KeyRef, write_reports};
 use divan::{Bencher, black_box};
 use filter::cells::{Cell, Cells, Names, Raced};
-use filter::credential;
+use filter::config::Config;
+use filter::credential::{self, Credential};
+use filter::judge::Judge;
 use filter::lease::{self, Holder};
 use filter::limiter::{self, Limit, Refused, Subject, Tag};
+use filter::recent::Recent;
 use filter::reply::{Challenge, Wait, reply};
+use filter::slice::Slices;
 use filter::source::Source;
-use filter::store;
+use filter::store::{self, State};
 use filter::usage::{self, Counts, Drawn, Freeze, Outbox};
 
 fn main() {
@@ -59,32 +64,75 @@ fn read_and_hash_the_header(bencher: Bencher<'_, '_>) {
 }
 
 #[divan::bench]
-fn name_a_bucket(bencher: Bencher<'_, '_>) {
+fn name_a_cell(bencher: Bencher<'_, '_>) {
     let names = names();
-    bencher.bench_local(|| names.bucket(black_box(0xabcd)));
+    bencher.bench_local(|| names.records(black_box(0xabcd)));
 }
 
-/// In a bucket of 1 key, of 15 (a million keys in all) and of 150 (ten million).
-#[divan::bench(args = [1, 15, 150])]
+/// Fills one cell of the store with such records.
+fn fill(cells: &Memory, names: &Names, records: impl IntoIterator<Item = (KeyHash, Record)>) {
+    assert!(lease::hold(cells, names, Holder(1), 0));
+    let mut page = PageWriter::new();
+    for (hash, record) in records {
+        page.put(&hash, &record.to_bytes().expect("a record can be written"));
+    }
+    let part = Part::Changes { after: 0 };
+    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part, filters: 1 };
+    let bytes = page.finish(&header).expect("a page can be written");
+    store::apply(cells, names, Holder(1), &Page::read(&bytes).expect("our own page")).expect("the lease is held");
+}
+
+/// In a cell with 1 key, with 31 (a million keys in all) and with 250 (eight million).
+#[divan::bench(args = [1, 31, 250])]
 fn find_a_record(bencher: Bencher<'_, '_>, keys: u8) {
     let (cells, names) = (Memory::default(), names());
-    assert!(lease::hold(&cells, &names, Holder(1), 0));
     let hash = |number| {
         let mut hash = [number; 32];
         [hash[0], hash[1]] = [0xab, 0xcd];
         KeyHash(hash)
     };
-    let mut page = PageWriter::new();
-    for number in 0..keys {
-        let record = Record::plain(KeyId([number; 16]), OwnerId([0; 16]));
-        page.put(&hash(number), &record.to_bytes().expect("a record can be written"));
-    }
-    let part = Part::Changes { after: 0 };
-    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part, filters: 1 };
-    let bytes = page.finish(&header).expect("a page can be written");
-    store::apply(&cells, &names, Holder(1), &Page::read(&bytes).expect("our own page")).expect("the lease is held");
+    let record = |number| Record::plain(KeyId([number; 16]), OwnerId([0; 16]));
+    fill(&cells, &names, (0..keys).map(|number| (hash(number), record(number))));
     let wanted = hash(keys.saturating_sub(1));
     bencher.bench_local(|| store::find(&cells, &names, black_box(&wanted)).is_some());
+}
+
+/// What comes before a request is judged: whether the VM remembers its key, and whether that has a limit.
+#[derive(Clone, Copy, Debug)]
+enum Of {
+    Remembered,
+    Forgotten,
+    Limited,
+}
+
+/// From the hash of the key to the verdict.
+#[divan::bench(args = [Of::Remembered, Of::Forgotten, Of::Limited])]
+fn judge_a_request(bencher: Bencher<'_, '_>, of: Of) {
+    let (cells, names, hash) = (Memory::default(), names(), KeyHash::of(KEY));
+    let mut record = Record::plain(KeyId([7; 16]), OwnerId([0; 16]));
+    if matches!(of, Of::Limited) {
+        record.rate_limits = vec![RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX }];
+    }
+    fill(&cells, &names, [(hash, record)]);
+    let config = br#"{"control_plane": {"cluster": "portcullis"}, "rate_limit": null}"#;
+    let config = Config::parse(config).expect("a configuration");
+    let state = State { epoch: Epoch([1; 16]), revision: 1, keys: 1, synced_ms: NOW_NS / 1_000_000, filters: 1 };
+    let (recent, slices) = (Recent::default(), Slices::default());
+    let judge = Judge {
+        cells: &cells,
+        names: &names,
+        config: &config,
+        state: Some(state),
+        recent: &recent,
+        slices: &slices,
+        number: NonZeroU64::new(1).filter(|_| !matches!(of, Of::Forgotten)),
+        address: || None,
+        now_ns: || NOW_NS,
+    };
+    let policy = config.policies.find(None).expect("the policy of routes that name none");
+    let judged = || judge.judge(Credential::Presented(black_box(hash)), Some(policy));
+    assert_eq!(judged().outcome, Outcome::Allowed);
+    bencher.bench_local(judged);
 }
 
 #[divan::bench]

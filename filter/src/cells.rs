@@ -83,7 +83,7 @@ pub struct Names {
 }
 
 /// The layout of all cells, as part of their names. To be raised with any change to what a cell holds.
-const LAYOUT: u32 = 4;
+const LAYOUT: u32 = 5;
 
 impl Names {
     /// The names for the store of this name that is fed through this Envoy cluster.
@@ -96,10 +96,10 @@ impl Names {
         Self { prefix: format!("portcullis{LAYOUT}:{:08x}:", both.finalize()) }
     }
 
-    /// A bucket of the store.
+    /// A cell of the store.
     #[must_use]
-    pub fn bucket(&self, bucket: u16) -> String {
-        self.numbered('b', bucket)
+    pub fn records(&self, cell: u16) -> String {
+        self.numbered('b', cell)
     }
 
     /// A cell of the rate limiter for keys.
@@ -281,13 +281,13 @@ mod tests {
             [Names::of("a", "default"), Names::of("b", "default"), Names::of("a", "other"), Names::of("ad", "efault")];
         for (place, one) in names.iter().enumerate() {
             for other in names.iter().skip(place + 1) {
-                assert_ne!(one.bucket(0xff), other.bucket(0xff));
+                assert_ne!(one.records(0xff), other.records(0xff));
             }
         }
-        assert!(names[0].bucket(0xff).ends_with(":b00ff"));
+        assert!(names[0].records(0xff).ends_with(":b00ff"));
         let [a, ..] = &names;
         let stocks = [Stock::Share, Stock::Quota, Stock::Credits].map(|stock| a.stock(stock, 1));
-        let mut kinds = vec![a.bucket(1), a.limiter(1), a.addresses(1), a.usage(1)];
+        let mut kinds = vec![a.records(1), a.limiter(1), a.addresses(1), a.usage(1)];
         kinds.extend(stocks);
         let all = kinds.len();
         kinds.sort();

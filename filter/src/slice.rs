@@ -1,7 +1,7 @@
 //! What a VM took from the limits of busy keys ahead of the requests that will use it: a key and its limits come in, whether
 //! the request is admitted goes out, most of the time without a look at shared data.
 //!
-//! A slice grows with the requests that its key made lately in this VM, up to [`MOST`] and a 64th of each burst
+//! A slice is for several times the requests that its key made lately in this VM, up to [`MOST`] and a 64th of each burst
 //! ([`limiter::PART`]); so limits with a burst below 128 know no slices and are exact in every moment. What is left of a slice
 //! is given back after a second ([`Slices::give_back`]). So
 //! - in any span of time an Envoy admits no more than its limits, and what its VMs had ahead when the span began;
@@ -20,6 +20,10 @@ use crate::mixed::Mixed;
 
 /// Most requests that a slice is for.
 pub const MOST: u32 = 64;
+
+/// A slice is for so many times the requests that its key made lately, from the second request on: a key that comes once and not
+/// again leaves nothing to give back.
+const AHEAD: u32 = 4;
 
 /// Most keys that a VM has slices of. Requests of others ask shared data each time.
 const KEYS: usize = 4_096;
@@ -119,7 +123,8 @@ impl Slices {
             // It comes on another route, or its limits have changed: the slice waits for others, or for the end of its second.
             return take(1).map(|_| ());
         }
-        let Taken { requests, share } = take(slice.asked)?;
+        let wanted = if slice.asked == 1 { 1 } else { slice.asked.saturating_mul(AHEAD).min(MOST) };
+        let Taken { requests, share } = take(wanted)?;
         slice.left = requests.saturating_sub(1);
         match &mut slice.from {
             _ if slice.left == 0 => {}

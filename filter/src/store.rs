@@ -1,15 +1,18 @@
-//! The key store: one copy per Envoy process, in 65,536 buckets of shared data. Pages come in from the leader, records go
-//! out to every request.
+//! The key store: one copy per Envoy process, in 32,768 cells of shared data, each with two of the 65,536 buckets. Pages come
+//! in from the leader, records go out to every request.
 //!
 //! ```text
-//! bucket: hash from its third byte on (30 bytes) │ length (2 bytes, little-endian) │ record      repeated
+//! cell: hash from its second byte on (31 bytes) │ length (2 bytes, little-endian) │ record      repeated
 //! ```
-//! Each bucket is written in one piece, so a reader sees either all of a change to a key or nothing of it. Each write
+//! Each cell is written in one piece, so a reader sees either all of a change to a key or nothing of it. Each write
 //! insists on the version that was read before the lease was checked, so that a leader that was held up for longer than
-//! its lease cannot put old records over new ones (see [`crate::lease`]). One look at the lease serves several buckets,
+//! its lease cannot put old records over new ones (see [`crate::lease`]). One look at the lease serves several cells,
 //! all of which were read before it.
+//!
+//! Envoy keeps cells in a hash table that doubles when it is full, the last times with its 25,718th and 51,438th cell, and holds
+//! up all VMs and the leader's thread until each cell has its new place: a bucket a cell would double it to twice the size.
 
-use contract::hash::{BUCKETS, KeyHash, SUFFIX_BYTES};
+use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::page::{Entry, Page, Part};
 use contract::rate::WHOLE;
@@ -49,11 +52,34 @@ impl State {
 #[error("another VM leads now")]
 pub struct Deposed;
 
+/// Buckets whose records share a cell.
+const BUCKETS_OF_A_CELL: u16 = 2;
+
+/// Bytes of a hash that tell a key from the others of its cell.
+const SUFFIX_BYTES: usize = 31;
+type Suffix = [u8; SUFFIX_BYTES];
+
+const fn cell_of(bucket: u16) -> u16 {
+    bucket / BUCKETS_OF_A_CELL
+}
+
+const fn suffix(hash: &KeyHash) -> &Suffix {
+    let [_, suffix @ ..] = &hash.0;
+    suffix
+}
+
+/// The bucket of a record of a cell: the first 16 bits of its hash.
+const fn bucket_of(cell: u16, suffix: &Suffix) -> u16 {
+    let [first, _] = cell.wrapping_mul(BUCKETS_OF_A_CELL).to_be_bytes();
+    let [second, ..] = *suffix;
+    u16::from_be_bytes([first, second])
+}
+
 /// Looks a key up. `None`: no such key, or nothing loaded yet; [`state`] tells which.
 pub fn find(cells: &impl Cells, names: &Names, hash: &KeyHash) -> Option<Record> {
-    let bucket = cells.get(&names.bucket(hash.bucket()))?.value;
-    let record = Bucket(&bucket).find(|(suffix, _)| *suffix == hash.suffix()).map(|(_, record)| record)?;
-    // Only pages that were checked get into buckets, so a record that does not decode is not to be expected.
+    let cell = cells.get(&names.records(cell_of(hash.bucket())))?.value;
+    let record = Records(&cell).find(|(of, _)| *of == suffix(hash)).map(|(_, record)| record)?;
+    // Only pages that were checked get into cells, so a record that does not decode is not to be expected.
     Record::from_bytes(record).ok()
 }
 
@@ -71,9 +97,9 @@ pub fn set_state(cells: &impl Cells, names: &Names, me: Holder, state: &State) -
     write(cells, names, me, &names.state(), &|_| Some(bytes.clone())).map(|_| ())
 }
 
-/// Writes what a page says: definitions first, so that no record refers to one that is not there, then the buckets.
+/// Writes what a page says: definitions first, so that no record refers to one that is not there, then the records.
 ///
-/// A snapshot leaves buckets alone that are as they should be. Not so if the lease was taken from a VM that may still be about
+/// A snapshot leaves cells alone that are as they should be. Not so if the lease was taken from a VM that may still be about
 /// to write one of them: it is written all the same, so that the other loses the race for it.
 ///
 /// # Errors
@@ -83,62 +109,66 @@ pub fn apply(cells: &impl Cells, names: &Names, me: Holder, page: &Page<'_>) -> 
     let mut entries: Vec<(u16, Entry<'_>)> = page
         .entries()
         .filter_map(|entry| match entry {
-            Entry::Put { hash, .. } | Entry::Remove { hash } => Some((hash.bucket(), entry)),
+            Entry::Put { hash, .. } | Entry::Remove { hash } => Some((cell_of(hash.bucket()), entry)),
             Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => None,
         })
         .collect();
     // A later word on a key stays behind an earlier one. A snapshot comes in this order.
-    entries.sort_by_key(|(bucket, _)| *bucket);
-    let of = |bucket: u16| {
-        let start = entries.partition_point(|(other, _)| *other < bucket);
-        let end = entries.partition_point(|(other, _)| *other <= bucket);
+    entries.sort_by_key(|(cell, _)| *cell);
+    let of = |cell: u16| {
+        let start = entries.partition_point(|(other, _)| *other < cell);
+        let end = entries.partition_point(|(other, _)| *other <= cell);
         entries.get(start..end).unwrap_or_default()
     };
     match page.header.part {
         Part::Changes { .. } => {
-            let mut buckets: Vec<u16> = entries.iter().map(|(bucket, _)| *bucket).collect();
-            buckets.dedup();
-            write_buckets(cells, names, me, &buckets, &|bucket, old, _| Some(merged(old, of(bucket))))
+            let mut changed: Vec<u16> = entries.iter().map(|(cell, _)| *cell).collect();
+            changed.dedup();
+            write_cells(cells, names, me, &changed, &|cell, old, _| Some(merged(old, of(cell), |_| false)))
         }
         Part::Snapshot { from, to } => {
-            let buckets: Vec<u16> = (from..to.min(BUCKETS)).filter_map(|bucket| u16::try_from(bucket).ok()).collect();
-            write_buckets(cells, names, me, &buckets, &|bucket, old, lead| {
-                let new = merged(&[], of(bucket));
+            let buckets = (from..to.min(BUCKETS)).filter_map(|bucket| u16::try_from(bucket).ok());
+            let mut whole: Vec<u16> = buckets.map(cell_of).collect();
+            whole.dedup();
+            write_cells(cells, names, me, &whole, &|cell, old, lead| {
+                // The first and the last cell may have a bucket that is another page's.
+                let is_ours = |of: &Suffix| (from..to).contains(&u32::from(bucket_of(cell, of)));
+                let new = merged(old, of(cell), is_ours);
                 (lead == Lead::Taken || old != new).then_some(new)
             })
         }
     }
 }
 
-/// Buckets that are written after one look at the lease.
+/// Cells that are written after one look at the lease.
 const AT_ONCE: usize = 64;
 
-/// What becomes of a bucket, by what it holds and who else may write it; `None` leaves it alone.
+/// What becomes of a cell, by what it holds and who else may write it; `None` leaves it alone.
 type Change<'a> = &'a dyn Fn(u16, &[u8], Lead) -> Option<Vec<u8>>;
 
-/// Reads some buckets, checks the lease, writes what `change` makes of each, or nothing where it makes nothing of it; then
+/// Reads some cells, checks the lease, writes what `change` makes of each, or nothing where it makes nothing of it; then
 /// the next.
-fn write_buckets(
+fn write_cells(
     cells: &impl Cells,
     names: &Names,
     me: Holder,
-    buckets: &[u16],
+    numbers: &[u16],
     change: Change<'_>,
 ) -> Result<(), Deposed> {
-    for some in buckets.chunks(AT_ONCE) {
+    for some in numbers.chunks(AT_ONCE) {
         let found: Vec<_> = some
             .iter()
-            .map(|bucket| {
-                let name = names.bucket(*bucket);
+            .map(|number| {
+                let name = names.records(*number);
                 let (old, seen) = read(cells, &name);
-                (*bucket, name, old, seen)
+                (*number, name, old, seen)
             })
             .collect();
         let lead = lead(cells, names, me).ok_or(Deposed)?;
-        for (bucket, name, old, seen) in found {
-            let Some(new) = change(bucket, &old, lead) else { continue };
+        for (number, name, old, seen) in found {
+            let Some(new) = change(number, &old, lead) else { continue };
             if cells.put(&name, &new, seen).is_err() {
-                write(cells, names, me, &name, &|old| change(bucket, old, Lead::Taken))?;
+                write(cells, names, me, &name, &|old| change(number, old, Lead::Taken))?;
             }
         }
     }
@@ -186,43 +216,41 @@ fn read(cells: &impl Cells, name: &str) -> (Vec<u8>, Option<u32>) {
     cells.get(name).map_or((Vec::new(), None), |Cell { value, version }| (value, Some(version)))
 }
 
-fn merged(old: &[u8], entries: &[(u16, Entry<'_>)]) -> Vec<u8> {
-    let mut new = Vec::with_capacity(old.len().saturating_add(entries.len().saturating_mul(80)));
-    let names = |suffix: &[u8; SUFFIX_BYTES]| {
-        entries.iter().any(
-            |(_, entry)| matches!(entry, Entry::Put { hash, .. } | Entry::Remove { hash } if hash.suffix() == suffix),
-        )
-    };
-    for (suffix, record) in Bucket(old).filter(|(suffix, _)| !names(suffix)) {
-        push(&mut new, suffix, record);
-    }
-    for (place, (_, entry)) in entries.iter().enumerate() {
-        let Entry::Put { hash, record } = entry else { continue };
+/// A cell after what a page says of it, in the order of hashes. Records that are `replaced` are gone unless the page has them.
+fn merged<'a>(old: &'a [u8], entries: &'a [(u16, Entry<'a>)], is_replaced: impl Fn(&Suffix) -> bool) -> Vec<u8> {
+    let mut records: Vec<(&Suffix, &[u8])> = Records(old).filter(|(of, _)| !is_replaced(of)).collect();
+    for (_, entry) in entries {
+        let (Entry::Put { hash, .. } | Entry::Remove { hash }) = entry else { continue };
+        let place = records.binary_search_by_key(&suffix(hash), |(of, _)| *of);
         // The last word on a key counts, should a page ever name one twice.
-        let superseded = entries.iter().skip(place.saturating_add(1)).any(
-            |(_, later)| matches!(later, Entry::Put { hash: other, .. } | Entry::Remove { hash: other } if other == hash),
-        );
-        if !superseded {
-            push(&mut new, hash.suffix(), record);
+        if let Ok(place) = place {
+            records.remove(place);
         }
+        if let Entry::Put { record, .. } = entry {
+            records.insert(place.unwrap_or_else(|place| place), (suffix(hash), record));
+        }
+    }
+    let mut new = Vec::with_capacity(old.len().saturating_add(entries.len().saturating_mul(80)));
+    for (of, record) in records {
+        push(&mut new, of, record);
     }
     new
 }
 
-fn push(bucket: &mut Vec<u8>, suffix: &[u8; SUFFIX_BYTES], record: &[u8]) {
+fn push(cell: &mut Vec<u8>, suffix: &Suffix, record: &[u8]) {
     // The control plane bounds scopes and limits of a key; a record that is longer all the same is left out, which
     // refuses the key.
     let Ok(length) = u16::try_from(record.len()) else { return };
-    bucket.extend_from_slice(suffix);
-    bucket.extend_from_slice(&length.to_le_bytes());
-    bucket.extend_from_slice(record);
+    cell.extend_from_slice(suffix);
+    cell.extend_from_slice(&length.to_le_bytes());
+    cell.extend_from_slice(record);
 }
 
-/// The records of a bucket.
-struct Bucket<'a>(&'a [u8]);
+/// The records of a cell.
+struct Records<'a>(&'a [u8]);
 
-impl<'a> Iterator for Bucket<'a> {
-    type Item = (&'a [u8; SUFFIX_BYTES], &'a [u8]);
+impl<'a> Iterator for Records<'a> {
+    type Item = (&'a Suffix, &'a [u8]);
 
     fn next(&mut self) -> Option<Self::Item> {
         let (suffix, rest) = self.0.split_first_chunk::<SUFFIX_BYTES>()?;
@@ -312,10 +340,51 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_leaves_empty_buckets_unwritten_and_equal_ones_alone() {
+    fn a_snapshot_that_is_cut_between_two_buckets_of_a_cell_keeps_both() {
+        let cells = leading();
+        let all =
+            [(hash(8, 1), record(1)), (hash(9, 1), record(2)), (hash(10, 1), record(3)), (hash(0xffff, 1), record(4))];
+        let [first, second, third, last] = &all;
+        let pages = [
+            page(Part::Snapshot { from: 0, to: 9 }, std::slice::from_ref(first), &[]),
+            page(Part::Snapshot { from: 9, to: 10 }, std::slice::from_ref(second), &[]),
+            page(Part::Snapshot { from: 10, to: 11 }, std::slice::from_ref(third), &[]),
+            page(Part::Snapshot { from: 11, to: BUCKETS }, std::slice::from_ref(last), &[]),
+        ];
+        for bytes in &pages {
+            apply_bytes(&cells, bytes).unwrap();
+        }
+        let found = |(hash, _): &(KeyHash, Record)| find(&cells, &names(), hash);
+        assert!(all.iter().all(|one| found(one).as_ref() == Some(&one.1)));
+
+        // The same again, and in one page, writes the definitions and their version at each beginning, and no records.
+        let whole = page(Part::Snapshot { from: 0, to: BUCKETS }, &all, &[]);
+        let writes = pages.iter().chain([&whole]).map(|bytes| {
+            let before = cells.writes.get();
+            apply_bytes(&cells, bytes).unwrap();
+            cells.writes.get() - before
+        });
+        assert_eq!(writes.collect::<Vec<_>>(), [2, 0, 0, 0, 2]);
+
+        // Either bucket can be emptied without the other.
+        apply_bytes(&cells, &page(Part::Snapshot { from: 0, to: 9 }, &[], &[])).unwrap();
+        assert_eq!((found(first), found(second)), (None, Some(record(2))));
+        apply_bytes(&cells, &page(Part::Snapshot { from: 9, to: 10 }, &[], &[])).unwrap();
+        assert_eq!((found(first), found(second), found(third)), (None, None, Some(record(3))));
+    }
+
+    #[test]
+    fn a_bucket_is_told_by_its_cell_and_what_the_cell_keeps_of_the_hash() {
+        for bucket in [0, 1, 0x00ff, 0x0100, 0x7fff, 0x8000, 0xba78, 0xffff] {
+            assert_eq!(bucket_of(cell_of(bucket), suffix(&hash(bucket, 3))), bucket);
+        }
+    }
+
+    #[test]
+    fn a_snapshot_leaves_empty_cells_unwritten_and_equal_ones_alone() {
         let cells = leading();
         let bytes = page(Part::Snapshot { from: 0, to: BUCKETS }, &[(hash(0xffff, 1), record(1))], &[]);
-        // The definitions and their version are written each time, so the buckets are told by their names.
+        // The definitions and their version are written each time, so the cells are told by their names.
         let before = cells.writes.get();
         apply_bytes(&cells, &bytes).unwrap();
         assert_eq!(cells.writes.get() - before, 3);
@@ -341,7 +410,7 @@ mod tests {
         revoked.flags = Flags::REVOKED;
         let newer = page(CHANGES, &[(key, revoked.clone())], &[]);
         // Between the late leader's check of its lease and its write, another VM takes the lease and revokes the key.
-        cells.before_put_of(&names().bucket(5), move |cells| {
+        cells.before_put_of(&names().records(cell_of(5)), move |cells| {
             assert!(hold(cells, &names(), Holder(2), LEASE_MS));
             apply(cells, &names(), Holder(2), &Page::read(&newer).unwrap()).unwrap();
         });
@@ -356,7 +425,7 @@ mod tests {
         // Another VM takes the lease between the late leader's check and its write. As it sees the store, the key is gone, and
         // its bucket is as empty as it was before.
         let newer = page(Part::Snapshot { from: 0, to: 20 }, &[], &[]);
-        cells.before_put_of(&names().bucket(5), move |cells| {
+        cells.before_put_of(&names().records(cell_of(5)), move |cells| {
             assert!(hold(cells, &names(), Holder(2), LEASE_MS));
             apply(cells, &names(), Holder(2), &Page::read(&newer).unwrap()).unwrap();
         });
@@ -366,9 +435,10 @@ mod tests {
     }
 
     #[test]
-    fn one_look_at_the_lease_serves_many_buckets() {
+    fn one_look_at_the_lease_serves_many_cells() {
         let cells = leading();
-        let keys: Vec<(KeyHash, Record)> = (0..AT_ONCE as u16 * 2).map(|bucket| (hash(bucket, 1), record(1))).collect();
+        let buckets = (0..AT_ONCE as u16 * 2).map(|cell| cell * BUCKETS_OF_A_CELL);
+        let keys: Vec<(KeyHash, Record)> = buckets.map(|bucket| (hash(bucket, 1), record(1))).collect();
         let bytes = page(CHANGES, &keys, &[]);
         let before = cells.reads.get();
         apply_bytes(&cells, &bytes).unwrap();
@@ -393,12 +463,12 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_that_is_cut_short_ends_there() {
-        let mut bucket = Vec::new();
-        push(&mut bucket, &[1; SUFFIX_BYTES], &[1, 2, 3]);
-        for length in 0..bucket.len() {
-            assert_eq!(Bucket(&bucket[..length]).count(), 0);
+    fn a_cell_that_is_cut_short_ends_there() {
+        let mut cell = Vec::new();
+        push(&mut cell, &[1; SUFFIX_BYTES], &[1, 2, 3]);
+        for length in 0..cell.len() {
+            assert_eq!(Records(&cell[..length]).count(), 0);
         }
-        assert_eq!(Bucket(&bucket).count(), 1);
+        assert_eq!(Records(&cell).count(), 1);
     }
 }
