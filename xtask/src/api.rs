@@ -12,7 +12,6 @@ use portcullis_tests::{http, tools};
 use serde_json::json;
 
 use crate::output::progress;
-use crate::run::{cargo, run};
 
 /// Requests for each operation and each way of making them, with the admin's key and with the user's. With the seed they
 /// are the same in every run.
@@ -27,9 +26,8 @@ const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_co
 /// What schemathesis has to be taught.
 const HOOKS: &str = include_str!("../schemathesis_hooks.py");
 
-/// Runs it.
+/// Runs it, on the control plane that is built.
 pub(crate) async fn check() -> Result<()> {
-    run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
     let server = Postgres::private().await?;
     let database = server.create_database().await?;
     let home = tempfile::TempDir::with_prefix("portcullis-api-")?;

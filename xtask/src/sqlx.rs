@@ -50,7 +50,9 @@ async fn described() -> Result<BTreeMap<String, String>> {
     }
     let home = tempfile::TempDir::new()?;
     progress("compiling the control plane against a live database");
-    let mut check = cargo(&["check", "--locked", "--package", "control-plane", "--all-targets"]);
+    // By itself, as it is shipped: tests are built with features that it may have forgotten to ask for. They query nothing
+    // that is checked.
+    let mut check = cargo(&["check", "--locked", "--package", "control-plane"]);
     check.env("DATABASE_URL", &database.url).env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", home.path());
     // What is compiled already would not be asked about again: cargo does not know that queries depend on the database.
     let known = paths::target().join("debug/.fingerprint");

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use portcullis_tests::postgres::{Database, Postgres};
 use portcullis_tests::{paths, tools};
+use serde_json::Value;
 
 use crate::output::{progress, say};
 use crate::run::{cargo, need_target, read, run};
@@ -51,6 +52,9 @@ enum Step {
     /// Rings 3 and 4: the built filter in real Envoy, with the whole stack.
     EndToEnd,
 }
+
+/// The programs of tests that need something started, and have steps of their own.
+const RINGS: [&str; 3] = ["database", "scenarios", "measured"];
 
 /// At the same time; each is a whole stack, and each stack has several processes.
 const END_TO_END_THREADS: &str = "--test-threads=2";
@@ -127,31 +131,25 @@ impl Step {
             Self::Sqlx => sqlx::check().await?,
             Self::Wasm => wasm::build()?,
             Self::Unit => {
-                let others = ["--exclude", "control-plane", "--exclude", "portcullis-tests"];
-                let mut unit = cargo(&["test", "--locked", "--workspace", "--lib", "--bins", "--tests"]);
-                unit.args(others);
+                let mut unit = tests(&["--lib", "--bins"]);
+                for program in programs()?.iter().filter(|program| !RINGS.contains(&program.as_str())) {
+                    unit.args(["--test", program]);
+                }
                 run(unit)?;
-                run(cargo(&["test", "--locked", "--package", "portcullis-tests", "--lib"]))?;
             }
             Self::ContractWasm => contract_wasm()?,
-            Self::Database => {
-                let all = ["--package", "control-plane", "--lib", "--bins", "--tests", "--no-fail-fast"];
-                let mut tests = cargo(&["test", "--locked"]);
-                tests.args(all);
-                on_database(tests).await?;
+            Self::Database => on_database(tests(&["--test", "database"])).await?,
+            Self::Api => {
+                build_control_plane()?;
+                api::check().await?;
             }
-            Self::Api => api::check().await?,
             Self::EndToEnd => {
-                run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+                build_control_plane()?;
                 ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
                 wasm::build_for_faults()?;
                 tools::envoy(&progress)?;
                 // What scenarios measure is worth printing, and is measured with nothing beside it.
-                let program = |name, threads| {
-                    let mut scenarios = cargo(&["test", "--locked", "--package", "portcullis-tests", "--test", name]);
-                    scenarios.args(["--", "--show-output", threads]);
-                    on_database(scenarios)
-                };
+                let program = |name, threads| on_database(tests(&["--test", name, "--", "--show-output", threads]));
                 let together = program("scenarios", END_TO_END_THREADS).await;
                 program("measured", "--test-threads=1").await?;
                 together?;
@@ -159,6 +157,29 @@ impl Step {
         }
         Ok(Done::Yes)
     }
+}
+
+/// Tests of the whole workspace, whichever are chosen: cargo unites the features that the named packages ask for, and
+/// for every other choice of packages it would compile most of what they share once more.
+fn tests(chosen: &[&str]) -> Command {
+    let mut tests = cargo(&["test", "--locked", "--workspace"]);
+    tests.args(chosen);
+    tests
+}
+
+/// Builds target/debug/control-plane out of what the tests are built of: cargo builds a package's program for its tests.
+fn build_control_plane() -> Result<()> {
+    run(tests(&["--no-run", "--test", "database"]))
+}
+
+/// All programs of tests in the workspace, so that a new one is not left out.
+fn programs() -> Result<Vec<String>> {
+    let metadata = read(cargo(&["metadata", "--locked", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata speaks no JSON")?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let targets = packages.filter_map(|package| package["targets"].as_array()).flatten();
+    let programs = targets.filter(|target| target["kind"][0] == "test").filter_map(|target| target["name"].as_str());
+    Ok(programs.map(ToOwned::to_owned).collect())
 }
 
 /// Runs tests that find a PostgreSQL server of their own at `DATABASE_URL`.
@@ -180,8 +201,10 @@ fn contract_wasm() -> Result<()> {
         progress(&format!("installing wasm-bindgen-cli {version} into {} (some minutes)", home.display()));
         let install = |locked: &[&str]| {
             let mut install = cargo(&["install", "--debug", "wasm-bindgen-cli", "--version", &version, "--root"]);
-            // Its dependencies are compiled once for all tries.
-            install.arg(&home).args(locked).env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
+            install.arg(&home).args(["--bin", "wasm-bindgen-test-runner"]).args(locked);
+            // Nobody debugs it. Its dependencies are compiled once for all tries.
+            install.env("CARGO_PROFILE_DEV_DEBUG", "false");
+            install.env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
             run(install)
         };
         // A registry mirror may lag behind the versions that the tool was released with.

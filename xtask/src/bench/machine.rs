@@ -22,7 +22,7 @@ pub(super) struct Cores {
 }
 
 impl Cores {
-    /// Takes the first and the last core that this process may use, and moves this process to the last.
+    /// Takes the first and the last core that this process may use.
     pub(super) fn choose() -> Result<Self> {
         let allowed = sched_getaffinity(Pid::from_raw(0)).context("the cores of this process cannot be read")?;
         let cores: Vec<usize> = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap_or(false)).collect();
@@ -103,6 +103,31 @@ pub(super) fn cpu_ns(process: u32) -> Result<u64> {
     Ok(sum)
 }
 
+/// The same of a process and those that it has started, also of those that have ended and that it has waited for.
+pub(super) fn family_cpu_ns(process: u32) -> Result<u64> {
+    /// How `/proc` counts the time of those that have ended (USER_HZ).
+    const TICK_NS: u64 = 10_000_000;
+    /// Places in `/proc/<number>/stat`, counted from behind the name, which may hold spaces (proc_pid_stat(5)).
+    const PARENT: usize = 1;
+    const ENDED: [usize; 2] = [13, 14];
+    let numbers = |of: u32| -> Option<Vec<i64>> {
+        let stat = std::fs::read_to_string(format!("/proc/{of}/stat")).ok()?;
+        let behind = stat.rsplit_once(") ")?.1;
+        // The state, which comes first, is a letter.
+        Some(behind.split_whitespace().map(|field| field.parse().unwrap_or_default()).collect())
+    };
+    let own = numbers(process).context("the process is gone")?;
+    let ticks: i64 = ENDED.iter().filter_map(|place| own.get(*place)).sum();
+    let mut sum = cpu_ns(process)? + ticks.unsigned_abs() * TICK_NS;
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(other) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if numbers(other).is_some_and(|fields| fields.get(PARENT) == Some(&i64::from(process))) {
+            sum += cpu_ns(other).unwrap_or_default();
+        }
+    }
+    Ok(sum)
+}
+
 /// The threads of a process: name and directory.
 pub(super) fn threads(process: u32) -> Result<Vec<(String, std::path::PathBuf)>> {
     let directory = format!("/proc/{process}/task");
@@ -140,5 +165,22 @@ mod tests {
         assert!(cpu_ns(me).unwrap() > 0);
         assert!(resident_bytes(me).unwrap() > 100_000);
         assert!(cpu_ns(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn what_a_child_uses_counts_while_it_runs_and_after_it_has_ended() {
+        const BUSY: u64 = 50_000_000;
+        let me = std::process::id();
+        let grown = |before| family_cpu_ns(me).unwrap().saturating_sub(before) >= BUSY;
+        let mut child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let before = family_cpu_ns(me).unwrap();
+        // Threads of other tests may end meanwhile, with what they have used.
+        while cpu_ns(child.id()).unwrap() < 4 * BUSY {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(grown(before));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(grown(before));
     }
 }

@@ -32,7 +32,7 @@ mod usage;
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 use portcullis_tests::paths;
 
@@ -50,7 +50,8 @@ pub(crate) struct Options {
     /// Only these suites; all of them otherwise.
     #[arg(long, value_name = "SUITE")]
     suite: Vec<Suite>,
-    /// How often each peer is measured in the suite `request`.
+    /// How often each peer is measured in the suite `request`, rounded up to a multiple of the Envoys that are started for
+    /// it: three, one in a quick run.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
     /// Another build of the filter, to be measured beside this one in the suite `request`, plain and with limits.
@@ -94,6 +95,7 @@ pub(crate) async fn bench(options: &Options) -> Result<()> {
     let home = paths::target().join("bench");
     std::fs::create_dir_all(&home)?;
     let mut report = Report::new(options.quick);
+    let mut failed = Vec::new();
     for suite in Suite::ALL {
         if !options.suite.is_empty() && !options.suite.contains(&suite) {
             continue;
@@ -109,6 +111,7 @@ pub(crate) async fn bench(options: &Options) -> Result<()> {
         if let Err(error) = done {
             progress(&format!("suite {suite:?} failed: {error:#}"));
             report.note(format!("suite {suite:?} failed: {error:#}"));
+            failed.push(format!("{suite:?}"));
         }
     }
     say(&report.table());
@@ -116,5 +119,6 @@ pub(crate) async fn bench(options: &Options) -> Result<()> {
     std::fs::write(&json, format!("{:#}\n", report.json()))?;
     std::fs::write(&svg, plot::draw(&report))?;
     say(&format!("{}\n{}", json.display(), svg.display()));
+    ensure!(failed.is_empty(), "suites that failed: {}", failed.join(", "));
     Ok(())
 }

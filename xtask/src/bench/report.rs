@@ -15,7 +15,7 @@ pub(super) struct Figure {
     pub(super) unit: &'static str,
     pub(super) estimate: Estimate,
     /// Held against the figure of this name and suite.
-    pub(super) ratio: Option<(f64, &'static str)>,
+    pub(super) ratio: Option<(Estimate, &'static str)>,
 }
 
 /// A target of the project, and how far it is met.
@@ -24,7 +24,8 @@ pub(super) struct Target {
     pub(super) name: &'static str,
     pub(super) bound: Bound,
     pub(super) unit: &'static str,
-    pub(super) found: Estimate,
+    /// None if it could not be measured.
+    pub(super) found: Option<Estimate>,
 }
 
 /// How much or how little is wanted.
@@ -35,13 +36,30 @@ pub(super) enum Bound {
 }
 
 impl Target {
-    fn met(&self) -> bool {
-        match self.bound {
-            Bound::AtMost(most) => self.found.lower_quartile <= most,
-            Bound::AtLeast(least) => self.found.lower_quartile >= least,
+    /// None if nothing can be said: it was not measured, or not for long enough. What is below nothing, or is no number,
+    /// comes of a disturbed run and meets no target.
+    fn met(&self, quick: bool) -> Option<bool> {
+        let found = self.found.filter(|_| !quick)?.lower_quartile;
+        let within = match self.bound {
+            Bound::AtMost(most) => found <= most,
+            Bound::AtLeast(least) => found >= least,
+        };
+        Some(within && found.is_finite() && found >= 0.0)
+    }
+
+    fn verdict(&self, quick: bool) -> &'static str {
+        match (&self.found, self.met(quick)) {
+            (None, _) => "not measured",
+            (Some(_), None) => "not judged",
+            (Some(_), Some(true)) => "pass",
+            (Some(_), Some(false)) => "FAIL",
         }
     }
 }
+
+/// How the columns are to be read.
+const LEGEND: &str = "low quartile, found: from the lower quartiles of the times that were measured, which are those of \
+    undisturbed rounds. A rate is so much by such a time, a ratio is between two of them.";
 
 /// Everything that one run found.
 #[derive(Debug)]
@@ -73,13 +91,20 @@ impl Report {
         name: impl Into<String>,
         unit: &'static str,
         estimate: Estimate,
-        ratio: Option<(f64, &'static str)>,
+        ratio: Option<(Estimate, &'static str)>,
     ) {
         self.figures.push(Figure { suite, name: name.into(), unit, estimate, ratio });
     }
 
-    pub(super) fn target(&mut self, name: &'static str, bound: Bound, unit: &'static str, found: Estimate) {
-        self.targets.push(Target { name, bound, unit, found });
+    /// A target, with nothing found if it could not be measured.
+    pub(super) fn target(
+        &mut self,
+        name: &'static str,
+        bound: Bound,
+        unit: &'static str,
+        found: impl Into<Option<Estimate>>,
+    ) {
+        self.targets.push(Target { name, bound, unit, found: found.into() });
     }
 
     /// Something that the reader of the table has to know.
@@ -102,12 +127,19 @@ impl Report {
             let Estimate { lower_quartile, median, low, high } = figure.estimate;
             let name = format!("{} [{}]", figure.name, figure.unit);
             let spread = format!("{} … {}", short(low), short(high));
-            let ratio = figure.ratio.map_or_else(String::new, |(ratio, of)| format!("{} × {of}", short(ratio)));
+            let ratio = figure.ratio.map_or_else(String::new, |(ratio, of)| {
+                let ratio = short(ratio.lower_quartile);
+                format!("{ratio} × {of}")
+            });
             let _ =
                 writeln!(out, "{name:<58} {:>12} {:>12} {spread:>22}  {ratio}", short(lower_quartile), short(median));
         }
         if !self.targets.is_empty() {
-            let _ = writeln!(out, "\n{:<58} {:>12} {:>12} {:>22}  verdict", "target", "wanted", "found", "90 %");
+            let _ = writeln!(
+                out,
+                "\n{:<58} {:>8} {:>8} {:>8} {:>22}  verdict",
+                "target", "wanted", "found", "median", "90 % of resamples"
+            );
         }
         for target in &self.targets {
             let wanted = match target.bound {
@@ -119,16 +151,15 @@ impl Report {
             } else {
                 format!("{} [{}]", target.name, target.unit)
             };
-            let spread = format!("{} … {}", short(target.found.low), short(target.found.high));
-            let verdict = if target.met() { "pass" } else { "FAIL" };
-            let _ = writeln!(
-                out,
-                "{name:<58} {wanted:>12} {:>12} {spread:>22}  {verdict}",
-                short(target.found.lower_quartile)
-            );
+            let Estimate { lower_quartile, median, low, high } = target.found.unwrap_or(Estimate::once(f64::NAN));
+            let spread = format!("{} … {}", short(low), short(high));
+            let (found, median, verdict) = (short(lower_quartile), short(median), target.verdict(self.quick));
+            let _ = writeln!(out, "{name:<58} {wanted:>8} {found:>8} {median:>8} {spread:>22}  {verdict}");
         }
+        let _ = writeln!(out, "\n{LEGEND}");
         if self.quick {
-            let _ = writeln!(out, "\nA quick run: too few rounds and keys for figures that count.");
+            let _ =
+                writeln!(out, "\nA quick run: too few rounds and keys for figures that count, so nothing is judged.");
         }
         for note in &self.notes {
             let _ = writeln!(out, "\n{note}");
@@ -144,7 +175,9 @@ impl Report {
             })
         };
         let figures = self.figures.iter().map(|figure| {
-            let ratio = figure.ratio.map(|(ratio, of)| json!({"ratio": ratio, "of": of}));
+            let ratio = figure
+                .ratio
+                .map(|(ratio, of)| json!({"ratio": ratio.lower_quartile, "ratio_of_medians": ratio.median, "of": of}));
             json!({
                 "suite": figure.suite, "name": figure.name, "unit": figure.unit,
                 "found": estimate(&figure.estimate), "compared": ratio,
@@ -157,7 +190,7 @@ impl Report {
             };
             json!({
                 "name": target.name, "unit": target.unit, "at_most": most, "at_least": least,
-                "found": estimate(&target.found), "met": target.met(),
+                "found": target.found.as_ref().map(estimate), "met": target.met(self.quick),
             })
         });
         json!({
@@ -185,14 +218,35 @@ pub(super) fn short(value: f64) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_table_says_pass_or_fail_for_each_target() {
-        let mut report = Report::new(false);
+    /// What table and JSON say of each target, and how each ends.
+    fn verdicts(quick: bool) -> Vec<(String, Value)> {
+        let mut report = Report::new(quick);
         report.target("small", Bound::AtMost(1.0), "", Estimate::once(0.5));
         report.target("large", Bound::AtLeast(0.7), "", Estimate::once(0.5));
-        let table = report.table();
-        let verdict = |name: &str| table.lines().find(|line| line.starts_with(name)).map(|line| line.ends_with("pass"));
-        assert_eq!((verdict("small"), verdict("large")), (Some(true), Some(false)));
-        assert_eq!(report.json()["targets"][1]["met"], false);
+        report.target("negative", Bound::AtMost(1.0), "", Estimate::once(-0.5));
+        report.target("no number", Bound::AtMost(1.0), "", Estimate::once(f64::NAN));
+        report.target("endless", Bound::AtLeast(1.0), "", Estimate::once(f64::INFINITY));
+        report.target("away", Bound::AtLeast(1.0), "", None);
+        let (table, json) = (report.table(), report.json());
+        let said = |target: &Target| {
+            let line = table.lines().find(|line| line.starts_with(target.name)).unwrap();
+            line.rsplit("  ").next().unwrap().to_owned()
+        };
+        let met = json["targets"].as_array().unwrap().iter().map(|target| target["met"].clone());
+        report.targets.iter().map(said).zip(met).collect()
+    }
+
+    #[test]
+    fn only_a_sensible_figure_within_the_bound_passes() {
+        let (pass, fail) = (("pass".to_owned(), json!(true)), ("FAIL".to_owned(), json!(false)));
+        let away = ("not measured".to_owned(), Value::Null);
+        assert_eq!(verdicts(false), [pass, fail.clone(), fail.clone(), fail.clone(), fail, away]);
+    }
+
+    #[test]
+    fn a_quick_run_judges_nothing() {
+        let unjudged = ("not judged".to_owned(), Value::Null);
+        let away = ("not measured".to_owned(), Value::Null);
+        assert_eq!(verdicts(true), [vec![unjudged; 5], vec![away]].concat());
     }
 }

@@ -34,6 +34,7 @@ const UNIT: &str = "µs";
 const PROCESSES: usize = 3;
 
 /// Files of addresses for each of them, taken in turn, so that a round does not find the keys of the last one in the caches.
+/// Another one is for warming up.
 const FILES: u64 = 4;
 
 /// Names that verdicts refer to.
@@ -59,14 +60,16 @@ struct Subject {
     processes: Vec<Measured>,
     /// Whether its requests are refused.
     refused: bool,
-    samples: Vec<Sample>,
 }
 
 /// One process that answers for it.
 struct Measured {
     process: u32,
+    /// Addresses to ask for before a sample is taken.
+    warm_up: PathBuf,
     /// Addresses to ask for.
     files: Vec<PathBuf>,
+    samples: Vec<Sample>,
 }
 
 /// What requests took.
@@ -96,21 +99,28 @@ struct Running {
 
 /// Measures. Whatever comes of it, the suites after this one have all cores.
 pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
+    // What is compiled may have all cores too.
+    let generator = Generator::install(cores)?;
+    let empty = wasm::build_empty()?;
     cores.stay_off()?;
-    let measured = measure_on(options, cores, report).await;
+    let measured = measure_on(options, cores, &generator, &empty, report).await;
     cores.spread()?;
     measured
 }
 
-async fn measure_on(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
-    let generator = Generator::install(cores)?;
+async fn measure_on(
+    options: &Options,
+    cores: Cores,
+    generator: &Generator,
+    empty: &[PathBuf; 2],
+    report: &mut Report,
+) -> Result<()> {
     let (rounds, requests) = if options.quick { (6, 2_000) } else { (42, 4_000) };
-    let rounds = options.rounds.unwrap_or(rounds);
     let processes = if options.quick { 1 } else { PROCESSES };
+    let rounds = options.rounds.unwrap_or(rounds).next_multiple_of(processes);
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let mut running = Running::on(cores, processes);
-    start(&mut running, options, home.path(), report).await?;
-    running.subjects.retain(|subject| subject.name == NOTHING || options.wants(&subject.name));
+    start(&mut running, options, empty, home.path(), report).await?;
     ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
     let mut random = Random::new(1);
     let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
@@ -120,12 +130,13 @@ async fn measure_on(options: &Options, cores: Cores, report: &mut Report) -> Res
         random.shuffle(&mut order);
         for place in order {
             let Some(subject) = running.subjects.get_mut(place) else { continue };
-            subject.sample(&generator, &mut speed, round, requests).await?;
+            subject.sample(generator, &mut speed, round, requests).await?;
         }
     }
     report.note(format!(
         "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection, to {processes} Envoys for each \
-         row in turn; verdicts from lower quartiles. Each sample is divided by how much slower than ever the core was before and after it.",
+         row in turn; a figure is the mean of what each of them gives on its own, verdicts are from lower quartiles. \
+         Each sample is divided by how much slower than ever the core was before and after it.",
         generator.name()
     ));
     let measured: Vec<_> =
@@ -145,15 +156,15 @@ impl Speed {
 impl Subject {
     /// Takes one sample.
     async fn sample(&mut self, generator: &Generator, speed: &mut Speed, round: usize, requests: u64) -> Result<()> {
-        let Measured { process, files } =
-            self.processes.get(round % self.processes.len().max(1)).context("no process")?;
-        let turn = round / self.processes.len().max(1);
-        let file = |offset: usize| files.get((turn + offset) % files.len().max(1)).context("no addresses");
-        // Warm-up: with other keys, so that only code and connections are warm.
-        generator.send(requests / 5, file(1)?).await?;
+        let processes = self.processes.len().max(1);
+        let Measured { process, warm_up, files, samples } =
+            self.processes.get_mut(round % processes).context("no process")?;
+        let file = files.get(round / processes % files.len().max(1)).context("no addresses")?;
+        // With addresses of its own, so that of many keys only code and connections are warm.
+        generator.send(requests / 5, warm_up).await?;
         let before = speed.probe()?;
         let used_before = machine::cpu_ns(*process)?;
-        let answers = generator.send(requests, file(0)?).await?;
+        let answers = generator.send(requests, file).await?;
         let used_ns = machine::cpu_ns(*process)? - used_before;
         let probe = (before + speed.probe()?) / 2;
         let expected = if self.refused {
@@ -163,89 +174,109 @@ impl Subject {
         };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-        self.samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
+        samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
         Ok(())
     }
 
     /// What requests would have taken had the core always run as fast as the probe when it was fastest.
     fn at_full_speed(&self, fastest: Duration) -> Samples {
         let slower = |sample: &Sample| sample.probe.as_secs_f64() / fastest.as_secs_f64();
-        Samples::of(self.samples.iter().map(|sample| sample.micros / slower(sample)))
+        let of = |one: &Measured| one.samples.iter().map(|sample| sample.micros / slower(sample)).collect();
+        Samples::in_groups(self.processes.iter().map(of))
     }
 }
 
-async fn start(running: &mut Running, options: &Options, home: &Path, report: &mut Report) -> Result<()> {
+/// Starts what the rows stand on that are wanted; without a filter, always.
+async fn start(
+    running: &mut Running,
+    options: &Options,
+    [unstripped, stripped]: &[PathBuf; 2],
+    home: &Path,
+    report: &mut Report,
+) -> Result<()> {
     let cores = running.cores;
-    progress("suite request: starting all peers");
+    progress("suite request: starting the peers");
     let upstream = Server::start(&Peer::nothing().config(), 1, Some(cores.load)).await?;
     let to_upstream = upstream.address();
-    let authorizer_file = home.join("authorizer.address");
-    let authorizer = authorizer(&authorizer_file, home, cores).await?;
     running.servers.push(upstream);
 
     let servers = running.serve(|| Ok(Peer::nothing().with_upstream(to_upstream))).await?;
     running.subject(NOTHING, &servers, "/", 0..1_000, home, false)?;
-    running.subject(NOTHING_UP, &servers, "/up", 0..1_000, home, false)?;
-    let [unstripped, stripped] = wasm::build_empty()?;
+    if options.wants(NOTHING_UP) {
+        running.subject(NOTHING_UP, &servers, "/up", 0..1_000, home, false)?;
+    }
     let lua = home.join("keys.lua");
-    let peers: [(_, &dyn Fn() -> Result<Peer>); 6] = [
-        (EMPTY, &|| Ok(Peer::empty(&stripped))),
-        (EMPTY_UNSTRIPPED, &|| Ok(Peer::empty(&unstripped))),
+    let peers: [(_, &dyn Fn() -> Result<Peer>); 5] = [
+        (EMPTY, &|| Ok(Peer::empty(stripped))),
+        (EMPTY_UNSTRIPPED, &|| Ok(Peer::empty(unstripped))),
         (NATIVE, &|| Ok(Peer::api_key_auth(1_000))),
         (LUA, &|| Peer::lua(1_000, &lua)),
         (AUTHZ_HTTP, &|| Ok(Peer::ext_authz_http(free_port()?))),
-        (AUTHZ_GRPC, &|| Ok(Peer::ext_authz_grpc(authorizer.1))),
     ];
-    running.others.push(authorizer.0);
     for (name, peer) in peers {
         if options.wants(name) {
             let servers = running.serve(peer).await?;
             running.subject(name, &servers, "/", 0..1_000, home, false)?;
         }
     }
+    if options.wants(AUTHZ_GRPC) {
+        let (process, address) = authorizer(&home.join("authorizer.address"), home, cores).await?;
+        running.others.push(process);
+        let servers = running.serve(|| Ok(Peer::ext_authz_grpc(address))).await?;
+        running.subject(AUTHZ_GRPC, &servers, "/", 0..1_000, home, false)?;
+    }
 
     let unlimited = || json!({"rate_limit": null});
     let stores =
         [("Portcullis, 10 keys", 10), (PLAIN, 1_000), ("Portcullis, 100,000 keys", 100_000), (MILLION, 1_000_000)];
     for (name, keys) in stores {
+        let unknown = 10_000_000..11_000_000;
+        let mut rows = vec![(name, "/", 0..keys, false)];
+        if keys == 1_000 {
+            rows.push((UNKNOWN, "/", unknown.clone(), true));
+            rows.push((KNOWN_UP, "/up", 0..keys, false));
+            rows.push((UNKNOWN_UP, "/up", unknown, true));
+        }
+        rows.retain(|(name, ..)| options.wants(name));
+        if rows.is_empty() {
+            continue;
+        }
         if options.quick && keys > 100_000 {
             report.note("A quick run leaves out 1,000,000 keys.");
             continue;
         }
-        if keys > 1_000 && !options.wants(name) {
-            continue;
-        }
         progress(&format!("suite request: {name}"));
         let servers = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
-        running.subject(name, &servers, "/", 0..keys, home, false)?;
-        if keys == 1_000 {
-            let unknown = 10_000_000..11_000_000;
-            running.subject(UNKNOWN, &servers, "/", unknown.clone(), home, true)?;
-            running.subject(KNOWN_UP, &servers, "/up", 0..keys, home, false)?;
-            running.subject(UNKNOWN_UP, &servers, "/up", unknown, home, true)?;
+        for (name, path, keys, refused) in rows {
+            running.subject(name, &servers, path, keys, home, refused)?;
         }
     }
     let limit = |record: &mut Record| {
         record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
     };
-    let servers = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
-    running.subject(LIMITED, &servers, "/", 0..1_000, home, false)?;
+    if options.wants(LIMITED) {
+        let servers = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
+        running.subject(LIMITED, &servers, "/", 0..1_000, home, false)?;
+    }
     for filter in &options.beside {
         // Envoy runs in a directory of its own.
         let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
-        let name = |what| format!("{}, 1,000 keys{what}", filter.display());
-        let servers = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
-        running.subject(&name(""), &servers, "/", 0..1_000, home, false)?;
-        let servers = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
-        running.subject(&name(", each with a rate limit"), &servers, "/", 0..1_000, home, false)?;
+        let plain = format!("{}, 1,000 keys", filter.display());
+        let limited = format!("{plain}, each with a rate limit");
+        if options.wants(&plain) {
+            let servers = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
+            running.subject(&plain, &servers, "/", 0..1_000, home, false)?;
+        }
+        if options.wants(&limited) {
+            let servers = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
+            running.subject(&limited, &servers, "/", 0..1_000, home, false)?;
+        }
     }
-
-    // Filters before route policies refuse their configuration.
-    let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
-    let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
-    match running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await {
-        Ok(servers) => running.subject(POLICY, &servers, "/", 0..1_000, home, false)?,
-        Err(_) => report.note("Not measured: route policies, which this filter does not know."),
+    if options.wants(POLICY) {
+        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
+        let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
+        let servers = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
+        running.subject(POLICY, &servers, "/", 0..1_000, home, false)?;
     }
     Ok(())
 }
@@ -307,8 +338,7 @@ impl Running {
         let mut processes = Vec::new();
         for server in servers {
             let server = self.server(*server)?;
-            let mut files = Vec::new();
-            for number in 0..FILES {
+            let file = |number: u64| -> Result<PathBuf> {
                 let file = home.join(format!("{}-{}-{number}.urls", self.subjects.len(), processes.len()));
                 let mut random = Random::new(number);
                 let width = usize::try_from(keys.end - keys.start)?;
@@ -317,11 +347,12 @@ impl Running {
                     format!("http://{}{path}?key={}\n", server.address(), key(chosen))
                 };
                 std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
-                files.push(file);
-            }
-            processes.push(Measured { process: server.pid(), files });
+                Ok(file)
+            };
+            let files = (0..FILES).map(file).collect::<Result<_>>()?;
+            processes.push(Measured { process: server.pid(), warm_up: file(FILES)?, files, samples: Vec::new() });
         }
-        self.subjects.push(Subject { name: name.to_owned(), processes, refused, samples: Vec::new() });
+        self.subjects.push(Subject { name: name.to_owned(), processes, refused });
         Ok(())
     }
 }
@@ -345,20 +376,22 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     let samples = |name: &str| subjects.iter().find(|(other, _)| *other == name).map(|(_, samples)| samples);
     let Some(nothing) = samples(NOTHING) else { return };
     let added = |name: &str| samples(name).map(|of| Estimate::of([of, nothing], |[of, nothing]| of - nothing));
-    let empty = added(EMPTY).map(|empty| empty.lower_quartile);
+    let ratio = |over: &str, under: &str| {
+        let (over, under) = (samples(over)?, samples(under)?);
+        Some(Estimate::of([over, under, nothing], |[over, under, nothing]| {
+            // Where disturbance has left nothing to divide by, there is no ratio.
+            if under > nothing { (over - nothing) / (under - nothing) } else { f64::NAN }
+        }))
+    };
     for (name, _) in subjects.iter().filter(|(name, _)| !name.contains("upstream") && !name.contains("same route")) {
         let Some(found) = added(name).filter(|_| *name != NOTHING) else { continue };
-        report.compared(SUITE, *name, UNIT, found, empty.map(|empty| (found.lower_quartile / empty, "empty")));
+        report.compared(SUITE, *name, UNIT, found, ratio(name, EMPTY).map(|ratio| (ratio, "empty")));
     }
     for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
         let Some(whole) = samples(name) else { continue };
         report.figure(WHOLE, name, UNIT, Estimate::of([whole], |[whole]| whole));
     }
 
-    let ratio = |over: &str, under: &str| {
-        let (over, under) = (samples(over)?, samples(under)?);
-        Some(Estimate::of([over, under, nothing], |[over, under, nothing]| (over - nothing) / (under - nothing)))
-    };
     let mut target = |name, most, found: Option<Estimate>| {
         if let Some(found) = found {
             report.target(name, Bound::AtMost(most), "", found);

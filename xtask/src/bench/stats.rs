@@ -1,26 +1,34 @@
 //! Samples come in, figures that other users of the machine disturb little go out: lower quartile, median, and the range
 //! in which they would lie if the run were made again.
 
-/// Samples of one thing, one a round.
+/// Samples of one thing, one a round: in one group, or in a group for each process that they were taken of. A process may
+/// be luckier than another in all of its rounds, so each counts as much as the others, whatever its samples are.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Samples(Vec<f64>);
+pub(super) struct Samples(Vec<Vec<f64>>);
 
 impl Samples {
+    /// Adds one to the only group.
     pub(super) fn push(&mut self, sample: f64) {
-        self.0.push(sample);
+        match self.0.last_mut() {
+            Some(group) => group.push(sample),
+            None => self.0.push(vec![sample]),
+        }
     }
 
-    pub(super) fn of(samples: impl IntoIterator<Item = f64>) -> Self {
-        Self(samples.into_iter().collect())
+    pub(super) fn in_groups(groups: impl IntoIterator<Item = Vec<f64>>) -> Self {
+        Self(groups.into_iter().collect())
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// The value below which this share of the samples lies, between two of them where it falls between.
+    /// The value below which this share of the samples of a group lies, between two of them where it falls between: the
+    /// mean over the groups.
     pub(super) fn quantile(&self, share: f64) -> f64 {
-        let mut sorted = self.0.clone();
+        #[expect(clippy::cast_precision_loss, reason = "there are few groups")]
+        let groups = self.0.len() as f64;
+        self.0.iter().map(|group| Self::quantile_of(group, share)).sum::<f64>() / groups
+    }
+
+    fn quantile_of(group: &[f64], share: f64) -> f64 {
+        let mut sorted = group.to_vec();
         sorted.sort_by(f64::total_cmp);
         #[expect(clippy::cast_precision_loss, reason = "there are few samples")]
         let place = share * sorted.len().saturating_sub(1) as f64;
@@ -39,20 +47,26 @@ impl Samples {
         self.quantile(0.5)
     }
 
-    /// The samples of these rounds.
-    fn drawn(&self, rounds: &[usize]) -> Self {
-        Self(rounds.iter().filter_map(|round| self.0.get(*round).copied()).collect())
+    /// The samples of these rounds of these groups.
+    fn drawn(&self, choice: &[(usize, Vec<usize>)]) -> Self {
+        let of = |(group, rounds): &(usize, Vec<usize>)| {
+            let group = self.0.get(*group)?;
+            Some(rounds.iter().filter_map(|round| group.get(*round).copied()).collect())
+        };
+        Self(choice.iter().filter_map(of).collect())
     }
 }
 
 /// A figure that is computed from several samples of the same rounds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Estimate {
-    /// From lower quartiles. Whatever disturbs a round makes it slower, so this is what counts.
+    /// From lower quartiles. Whatever disturbs a round makes it slower, so this is what counts; and so samples are times,
+    /// never rates, whose lower quartile is of the disturbed rounds.
     pub(super) lower_quartile: f64,
     /// From medians.
     pub(super) median: f64,
-    /// Within these lies the figure from lower quartiles for nine of ten choices of rounds (bootstrap).
+    /// Within these lies the figure from lower quartiles for nine of ten choices of groups, and of rounds within each
+    /// (bootstrap).
     pub(super) low: f64,
     /// See `low`.
     pub(super) high: f64,
@@ -63,11 +77,18 @@ const DRAWS: usize = 1_000;
 impl Estimate {
     /// Computes `figure` from one number of each of the samples.
     pub(super) fn of<const N: usize>(samples: [&Samples; N], figure: impl Fn([f64; N]) -> f64) -> Self {
-        let rounds = samples.iter().map(|samples| samples.len()).min().unwrap_or_default();
-        let mut random = Random::new(rounds as u64);
+        let groups = samples.iter().map(|samples| samples.0.len()).min().unwrap_or_default();
+        let rounds = |group: usize| samples.iter().map(|samples| samples.0.get(group).map_or(0, Vec::len)).min();
+        let rounds: Vec<usize> = (0..groups).filter_map(rounds).collect();
+        let mut random = Random::new(rounds.iter().sum::<usize>() as u64);
         let mut drawn = Samples::default();
         for _ in 0..DRAWS {
-            let choice: Vec<usize> = (0..rounds).map(|_| random.below(rounds)).collect();
+            let mut choice: Vec<(usize, Vec<usize>)> = Vec::new();
+            for _ in 0..groups {
+                let group = random.below(groups);
+                let rounds = rounds.get(group).copied().unwrap_or_default();
+                choice.push((group, (0..rounds).map(|_| random.below(rounds)).collect()));
+            }
             drawn.push(figure(samples.map(|samples| samples.drawn(&choice).lower_quartile())));
         }
         Self {
@@ -115,6 +136,12 @@ impl Random {
 mod tests {
     use super::*;
 
+    impl Samples {
+        fn of(samples: impl IntoIterator<Item = f64>) -> Self {
+            Self::in_groups([samples.into_iter().collect()])
+        }
+    }
+
     #[test]
     fn quantiles_lie_between_samples() {
         let samples = Samples::of([4.0, 1.0, 3.0, 2.0, 5.0]);
@@ -128,6 +155,35 @@ mod tests {
         let (one, two) = (Samples::of([2.0; 9]), Samples::of([4.0; 9]));
         let ratio = Estimate::of([&two, &one], |[two, one]| two / one);
         assert_eq!((ratio.lower_quartile, ratio.median, ratio.low, ratio.high), (2.0, 2.0, 2.0, 2.0));
+    }
+
+    #[test]
+    fn a_lucky_process_counts_no_more_than_the_others() {
+        let groups = Samples::in_groups([vec![1.0; 4], vec![3.0; 4], vec![8.0; 4]]);
+        assert_eq!((groups.lower_quartile(), groups.median()), (4.0, 4.0));
+        assert!(Samples::in_groups([vec![1.0], Vec::new()]).median().is_nan());
+    }
+
+    #[test]
+    fn the_range_tells_of_processes_that_differ() {
+        let pooled = Samples::of([1.0, 3.0, 8.0].into_iter().flat_map(|sample| [sample; 40]));
+        let apart = Samples::in_groups([vec![1.0; 40], vec![3.0; 40], vec![8.0; 40]]);
+        let range = |samples: &Samples| {
+            let found = Estimate::of([samples], |[found]| found);
+            (found.low, found.lower_quartile, found.high)
+        };
+        assert_eq!(range(&pooled), (1.0, 1.0, 1.0));
+        let (low, found, high) = range(&apart);
+        assert_eq!(found, 4.0);
+        assert!(low < 2.0 && high > 6.0, "{low} … {high}");
+    }
+
+    #[test]
+    fn a_rate_is_of_the_undisturbed_rounds() {
+        let times = Samples::of([0.5, 0.5, 0.5, 0.5, 4.0, 5.0]);
+        let rate = Estimate::of([&times], |[time]| 1.0 / time);
+        assert_eq!((rate.lower_quartile, rate.median, rate.high), (2.0, 2.0, 2.0));
+        assert!(rate.low < 2.0);
     }
 
     #[test]

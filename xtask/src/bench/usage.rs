@@ -1,7 +1,7 @@
-//! How fast usage reports get into the database: through the control plane, and as the bare upsert of the same rows, in
-//! turn.
+//! How fast usage reports get into the database, by second and by second of processor: through the control plane, and as
+//! the bare upsert of the same rows, in turn.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use contract::id::{KeyId, ReporterId};
@@ -20,6 +20,7 @@ use super::store::{self, seconds};
 use crate::output::progress;
 
 const SUITE: &str = "usage: ingest";
+const BY_CORE: &str = "usage: ingest by second of processor";
 /// Envoys that report at once.
 const REPORTERS: u8 = 8;
 /// Keys in each report, and reports of each Envoy in a round.
@@ -41,44 +42,75 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let ids: Vec<Uuid> = sqlx::query_scalar("select id from api_keys").fetch_all(&mut connection).await?;
     let hour = u32::try_from(stack.database.number("select floor(extract(epoch from now()) / 3600)::bigint").await?)?;
     let rounds = if options.quick { 3 } else { 9 };
-    let (mut ours, mut bare, mut cpu) = (Samples::default(), Samples::default(), Samples::default());
+    let postmaster = postmaster(&stack).await?;
+    // Seconds by count, of the clock and of the processor.
+    let (mut ours, mut bare) = (Samples::default(), Samples::default());
+    let (mut cpu, mut cpu_with_database, mut bare_cpu) = (Samples::default(), Samples::default(), Samples::default());
     let mut random = Random::new(3);
     let total = f64::from(REPORTERS) * f64::from(u32::try_from(COUNTS)?) * f64::from(u32::try_from(REPORTS)?);
     // One round before those that count: it finds the tables empty.
     for round in 0..=rounds {
         progress(&format!("suite usage: round {round} of {rounds}"));
         let work = work(&ids, hour, round, &mut random)?;
-        let before = used(&stack)?;
+        let before = Used::read(&stack, postmaster)?;
         let reported = report_all(&stack, &work).await?;
-        let used_s = (used(&stack)? - before) / 1e9;
+        let between = Used::read(&stack, postmaster)?;
         let upserted = upsert_all(&mut connection, &work).await?;
+        let after = Used::read(&stack, postmaster)?;
         if round > 0 {
-            ours.push(total / reported);
-            bare.push(total / upserted);
-            cpu.push(total / used_s);
+            ours.push(reported / total);
+            bare.push(upserted / total);
+            let (control_plane, database) = between.since(&before);
+            cpu.push(control_plane / total);
+            cpu_with_database.push((control_plane + database) / total);
+            bare_cpu.push(after.since(&between).1 / total);
         }
     }
-    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-    let ratio = Estimate::of([&ours, &bare], |[ours, bare]| ours / bare);
-    report.figure(SUITE, "bare bulk upsert of the same rows", "counts/s", plain(&bare));
-    report.compared(
-        SUITE,
-        "Portcullis, reports of 2,000 counts",
-        "counts/s",
-        plain(&ours),
-        Some((ratio.lower_quartile, "bare")),
-    );
-    let reports = Samples::of([ours.median() / f64::from(u32::try_from(COUNTS)?)]);
-    report.figure(SUITE, "Portcullis, the same as reports", "reports/s", plain(&reports));
-    report.figure(SUITE, "Portcullis, by core of the control plane alone", "counts/s", plain(&cpu));
+    let in_report = f64::from(u32::try_from(COUNTS)?);
+    let counts = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
+    let reports = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time / in_report);
+    let to_bare = |ours: &Samples, bare: &Samples| Estimate::of([bare, ours], |[bare, ours]| bare / ours);
+    let ratio = to_bare(&ours, &bare);
+    report.figure(SUITE, "bare bulk upsert of the same rows", "counts/s", counts(&bare));
+    let name = "Portcullis, reports of 2,000 counts";
+    report.compared(SUITE, name, "counts/s", counts(&ours), Some((ratio, "bare")));
+    report.figure(SUITE, "Portcullis, the same as reports", "reports/s", reports(&ours));
+    report.figure(BY_CORE, "bare bulk upsert, PostgreSQL", "counts/s", counts(&bare_cpu));
+    let name = "Portcullis, control plane and PostgreSQL";
+    let by_core = Some((to_bare(&cpu_with_database, &bare_cpu), "bare"));
+    report.compared(BY_CORE, name, "counts/s", counts(&cpu_with_database), by_core);
+    report.figure(BY_CORE, name, "reports/s", reports(&cpu_with_database));
+    let name = "Portcullis, control plane alone";
+    report.figure(BY_CORE, name, "counts/s", counts(&cpu));
+    report.figure(BY_CORE, name, "reports/s", reports(&cpu));
     report.target("usage ingest ÷ bare bulk upsert", Bound::AtLeast(0.7), "", ratio);
     Ok(())
 }
 
-/// Nanoseconds that the control plane has used so far.
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-fn used(stack: &Stack) -> Result<f64> {
-    Ok(machine::cpu_ns(store::control_plane_pid(stack)?)? as f64)
+/// What has been used of the processors so far, in nanoseconds.
+struct Used {
+    control_plane: u64,
+    database: u64,
+}
+
+impl Used {
+    fn read(stack: &Stack, postmaster: u32) -> Result<Self> {
+        let control_plane = machine::cpu_ns(store::control_plane_pid(stack)?)?;
+        Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })
+    }
+
+    /// Seconds of the control plane, and of PostgreSQL.
+    fn since(&self, before: &Self) -> (f64, f64) {
+        let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
+        (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
+    }
+}
+
+/// The process that all of PostgreSQL's are children of.
+async fn postmaster(stack: &Stack) -> Result<u32> {
+    let file = stack.database.text("select pg_read_file('postmaster.pid')").await?;
+    let first = file.lines().next().and_then(|line| line.trim().parse().ok());
+    first.context("postmaster.pid names no process")
 }
 
 /// The reports of each Envoy, in order.
