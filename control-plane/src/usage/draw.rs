@@ -188,7 +188,7 @@ async fn needs(
             k.quota_turn as "quota_turn!"
         from (
             select unnest($1::uuid[]) as id
-            union all
+            union
             select subject from leases where reporter = any($2) and stock < 2 and held > case stock when 0 then 0 else spent end
         ) of
         join api_keys k on k.id = of.id
@@ -200,7 +200,7 @@ async fn needs(
             ) as shared
         ) s
         where k.credits_starter is not null or coalesce(k.quota, d.quota) is not null or s.shared <> '[]'
-        union all
+        union
         select null, subject, true, null, '[]', 0, null, 0
         from leases where reporter = any($2) and stock = 2 and held > spent"#,
         keys,

@@ -116,7 +116,7 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let stack = store::start(0).await?;
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let statements = Statements::read()?;
-    let (rounds, calls) = if options.quick { (2, 1_000) } else { (5, 3_000) };
+    let (rounds, calls) = if options.quick { (2, 1_000) } else { (12, 1_200) };
     let mut batch = 0;
     for verb in Verb::ALL {
         let script = home.path().join(format!("{}.sql", verb.name()));
@@ -144,13 +144,13 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
         }
         let rate = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
         let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-        let ratio = Estimate::of([&theirs.seconds, &ours.seconds], |[theirs, ours]| theirs / ours);
+        let ratio = Estimate::by_the_round(&theirs.seconds, &ours.seconds);
         let (by_us, by_pgbench) =
             (format!("Portcullis, {}", verb.name()), format!("pgbench, the statements of {}", verb.name()));
         report.figure(SUITE, by_pgbench.as_str(), "1/s", rate(&theirs.seconds));
         report.compared(SUITE, by_us.as_str(), "1/s", rate(&ours.seconds), Some((ratio, "pgbench")));
         report.figure(SUITE, format!("{by_pgbench}, p99"), "ms", plain(&theirs.p99_ms));
-        let longer = Estimate::of([&ours.p99_ms, &theirs.p99_ms], |[ours, theirs]| ours / theirs);
+        let longer = Estimate::by_the_round(&ours.p99_ms, &theirs.p99_ms);
         report.compared(SUITE, format!("{by_us}, p99"), "ms", plain(&ours.p99_ms), Some((longer, "pgbench")));
         if verb == Verb::Create {
             report.target(target, bound, "", ratio);

@@ -41,15 +41,15 @@ pub(super) fn draw(report: &Report) -> String {
             let _ = writeln!(
                 body,
                 r#"<rect x="{LABELS}" y="{bar}" width="{:.1}" height="{}" fill="{colour}"/>"#,
-                scale(estimate.lower_quartile),
+                scale(estimate.judged),
                 ROW - 6.0
             );
             let _ = writeln!(body, r##"<path d="M{low:.1} {middle}H{high:.1}" stroke="#222" stroke-width="1.5"/>"##);
             let _ = writeln!(
                 body,
                 r#"<text x="{:.1}" y="{text}">{}</text>"#,
-                high.max(LABELS + scale(estimate.lower_quartile)) + 6.0,
-                short(estimate.lower_quartile)
+                high.max(LABELS + scale(estimate.judged)) + 6.0,
+                short(estimate.judged)
             );
         }
     }

@@ -39,7 +39,7 @@ impl Target {
     /// None if nothing can be said: it was not measured, or not for long enough. What is below nothing, or is no number,
     /// comes of a disturbed run and meets no target.
     fn met(&self, quick: bool) -> Option<bool> {
-        let found = self.found.filter(|_| !quick)?.lower_quartile;
+        let found = self.found.filter(|_| !quick)?.judged;
         let within = match self.bound {
             Bound::AtMost(most) => found <= most,
             Bound::AtLeast(least) => found >= least,
@@ -59,7 +59,8 @@ impl Target {
 
 /// How the columns are to be read.
 const LEGEND: &str = "low quartile, found: from the lower quartiles of the times that were measured, which are those of \
-    undisturbed rounds. A rate is so much by such a time, a ratio is between two of them.";
+    undisturbed rounds. A rate is so much by such a time, a ratio is between two of them. Where two things were measured \
+    right after each other in each round (usage and api), a ratio is the median of the rounds'.";
 
 /// Everything that one run found.
 #[derive(Debug)]
@@ -124,15 +125,14 @@ impl Report {
                     "low quartile", "median", "90 % of resamples"
                 );
             }
-            let Estimate { lower_quartile, median, low, high } = figure.estimate;
+            let Estimate { judged, median, low, high } = figure.estimate;
             let name = format!("{} [{}]", figure.name, figure.unit);
             let spread = format!("{} … {}", short(low), short(high));
             let ratio = figure.ratio.map_or_else(String::new, |(ratio, of)| {
-                let ratio = short(ratio.lower_quartile);
+                let ratio = short(ratio.judged);
                 format!("{ratio} × {of}")
             });
-            let _ =
-                writeln!(out, "{name:<58} {:>12} {:>12} {spread:>22}  {ratio}", short(lower_quartile), short(median));
+            let _ = writeln!(out, "{name:<58} {:>12} {:>12} {spread:>22}  {ratio}", short(judged), short(median));
         }
         if !self.targets.is_empty() {
             let _ = writeln!(
@@ -151,9 +151,9 @@ impl Report {
             } else {
                 format!("{} [{}]", target.name, target.unit)
             };
-            let Estimate { lower_quartile, median, low, high } = target.found.unwrap_or(Estimate::once(f64::NAN));
+            let Estimate { judged, median, low, high } = target.found.unwrap_or(Estimate::once(f64::NAN));
             let spread = format!("{} … {}", short(low), short(high));
-            let (found, median, verdict) = (short(lower_quartile), short(median), target.verdict(self.quick));
+            let (found, median, verdict) = (short(judged), short(median), target.verdict(self.quick));
             let _ = writeln!(out, "{name:<58} {wanted:>8} {found:>8} {median:>8} {spread:>22}  {verdict}");
         }
         let _ = writeln!(out, "\n{LEGEND}");
@@ -170,14 +170,14 @@ impl Report {
     pub(super) fn json(&self) -> Value {
         let estimate = |found: &Estimate| {
             json!({
-                "lower_quartile": found.lower_quartile, "median": found.median,
+                "judged": found.judged, "median": found.median,
                 "resampled_5": found.low, "resampled_95": found.high,
             })
         };
         let figures = self.figures.iter().map(|figure| {
             let ratio = figure
                 .ratio
-                .map(|(ratio, of)| json!({"ratio": ratio.lower_quartile, "ratio_of_medians": ratio.median, "of": of}));
+                .map(|(ratio, of)| json!({"ratio": ratio.judged, "ratio_of_medians": ratio.median, "of": of}));
             json!({
                 "suite": figure.suite, "name": figure.name, "unit": figure.unit,
                 "found": estimate(&figure.estimate), "compared": ratio,

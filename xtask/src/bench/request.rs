@@ -1,6 +1,7 @@
 //! What a request costs: each way to check a key, interleaved in random order, round by round. The figure is the CPU time
 //! of all threads of the Envoy process for each request, and what of it is more than without any filter.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -29,9 +30,9 @@ const SUITE: &str = "request: added CPU, same Envoy, one worker";
 const WHOLE: &str = "request: CPU of the whole request";
 const UNIT: &str = "µs";
 
-/// Envoys for each row, measured in turn. Where the pages of a process lie in memory, and so which of them drive each other
+/// Envoys for each row, one after the other. Where the pages of a process lie in memory, and so which of them drive each other
 /// out of the caches, is settled when it starts and makes several microseconds.
-const PROCESSES: usize = 3;
+const PROCESSES: usize = 7;
 
 /// Files of addresses for each of them, taken in turn, so that a round does not find the keys of the last one in the caches.
 /// Another one is for warming up.
@@ -54,22 +55,23 @@ const NOTHING_UP: &str = "no filter, to an upstream";
 const KNOWN_UP: &str = "Portcullis, known key, to an upstream";
 const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
 
-/// One thing that is measured.
+/// One thing that is measured, and the process that answers for it.
 struct Subject {
     name: String,
-    processes: Vec<Measured>,
-    /// Whether its requests are refused.
-    refused: bool,
-}
-
-/// One process that answers for it.
-struct Measured {
     process: u32,
     /// Addresses to ask for before a sample is taken.
     warm_up: PathBuf,
     /// Addresses to ask for.
     files: Vec<PathBuf>,
+    /// Whether its requests are refused.
+    refused: bool,
     samples: Vec<Sample>,
+}
+
+/// What was found of one thing, by the process.
+struct Row {
+    name: String,
+    samples: Vec<Vec<Sample>>,
 }
 
 /// What requests took.
@@ -86,6 +88,13 @@ struct Speed {
     fastest: Duration,
 }
 
+/// Where an Envoy is.
+#[derive(Clone, Copy)]
+struct Place {
+    process: u32,
+    address: SocketAddr,
+}
+
 /// All that runs while it is measured.
 struct Running {
     cores: Cores,
@@ -93,8 +102,6 @@ struct Running {
     servers: Vec<Server>,
     feeds: Vec<Feed>,
     others: Vec<Process>,
-    /// Envoys for each row.
-    processes: usize,
 }
 
 /// Measures. Whatever comes of it, the suites after this one have all cores.
@@ -115,32 +122,39 @@ async fn measure_on(
     empty: &[PathBuf; 2],
     report: &mut Report,
 ) -> Result<()> {
-    let (rounds, requests) = if options.quick { (6, 2_000) } else { (42, 4_000) };
-    let processes = if options.quick { 1 } else { PROCESSES };
-    let rounds = options.rounds.unwrap_or(rounds).next_multiple_of(processes);
-    let home = TempDir::with_prefix("portcullis-bench-")?;
-    let mut running = Running::on(cores, processes);
-    start(&mut running, options, empty, home.path(), report).await?;
-    ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
+    let (processes, requests) = if options.quick { (1, 2_000) } else { (PROCESSES, 4_000) };
+    let rounds = options.rounds.unwrap_or(6 * processes).div_ceil(processes);
+    let mut rows: Vec<Row> = Vec::new();
     let mut random = Random::new(1);
     let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
-    for round in 0..rounds {
-        progress(&format!("suite request: round {} of {rounds}", round + 1));
-        let mut order: Vec<usize> = (0..running.subjects.len()).collect();
-        random.shuffle(&mut order);
-        for place in order {
-            let Some(subject) = running.subjects.get_mut(place) else { continue };
-            subject.sample(generator, &mut speed, round, requests).await?;
+    for process in 1..=processes {
+        let home = TempDir::with_prefix("portcullis-bench-")?;
+        let mut running = Running::on(cores);
+        start(&mut running, options, empty, home.path(), report).await?;
+        ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
+        for round in 0..rounds {
+            progress(&format!("suite request: Envoys {process} of {processes}, round {} of {rounds}", round + 1));
+            let mut order: Vec<usize> = (0..running.subjects.len()).collect();
+            random.shuffle(&mut order);
+            for place in order {
+                let Some(subject) = running.subjects.get_mut(place) else { continue };
+                subject.sample(generator, &mut speed, round, requests).await?;
+            }
+        }
+        for (place, Subject { name, samples, .. }) in running.subjects.into_iter().enumerate() {
+            match rows.get_mut(place) {
+                Some(row) => row.samples.push(samples),
+                None => rows.push(Row { name, samples: vec![samples] }),
+            }
         }
     }
     report.note(format!(
-        "Suite request: {rounds} rounds of {requests} requests, {} over one HTTP/2 connection, to {processes} Envoys for each \
-         row in turn; a figure is the mean of what each of them gives on its own, verdicts are from lower quartiles. \
-         Each sample is divided by how much slower than ever the core was before and after it.",
+        "Suite request: {processes} Envoys for each row, one after the other, each in {rounds} rounds of {requests} requests, {} \
+         over one HTTP/2 connection; a figure is the mean of what each of them gives on its own, verdicts are from lower \
+         quartiles. Each sample is divided by how much slower than ever the core was before and after it.",
         generator.name()
     ));
-    let measured: Vec<_> =
-        running.subjects.iter().map(|subject| (subject.name.as_str(), subject.at_full_speed(speed.fastest))).collect();
+    let measured: Vec<_> = rows.iter().map(|row| (row.name.as_str(), row.at_full_speed(speed.fastest))).collect();
     judge(&measured, report);
     Ok(())
 }
@@ -156,16 +170,13 @@ impl Speed {
 impl Subject {
     /// Takes one sample.
     async fn sample(&mut self, generator: &Generator, speed: &mut Speed, round: usize, requests: u64) -> Result<()> {
-        let processes = self.processes.len().max(1);
-        let Measured { process, warm_up, files, samples } =
-            self.processes.get_mut(round % processes).context("no process")?;
-        let file = files.get(round / processes % files.len().max(1)).context("no addresses")?;
+        let file = self.files.get(round % self.files.len().max(1)).context("no addresses")?;
         // With addresses of its own, so that of many keys only code and connections are warm.
-        generator.send(requests / 5, warm_up).await?;
+        generator.send(requests / 5, &self.warm_up).await?;
         let before = speed.probe()?;
-        let used_before = machine::cpu_ns(*process)?;
+        let used_before = machine::cpu_ns(self.process)?;
         let answers = generator.send(requests, file).await?;
-        let used_ns = machine::cpu_ns(*process)? - used_before;
+        let used_ns = machine::cpu_ns(self.process)? - used_before;
         let probe = (before + speed.probe()?) / 2;
         let expected = if self.refused {
             Answers { good: 0, refused: requests, failed: 0 }
@@ -174,15 +185,17 @@ impl Subject {
         };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-        samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
+        self.samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
         Ok(())
     }
+}
 
+impl Row {
     /// What requests would have taken had the core always run as fast as the probe when it was fastest.
     fn at_full_speed(&self, fastest: Duration) -> Samples {
         let slower = |sample: &Sample| sample.probe.as_secs_f64() / fastest.as_secs_f64();
-        let of = |one: &Measured| one.samples.iter().map(|sample| sample.micros / slower(sample)).collect();
-        Samples::in_groups(self.processes.iter().map(of))
+        let of = |samples: &Vec<Sample>| samples.iter().map(|sample| sample.micros / slower(sample)).collect();
+        Samples::in_groups(self.samples.iter().map(of))
     }
 }
 
@@ -200,10 +213,10 @@ async fn start(
     let to_upstream = upstream.address();
     running.servers.push(upstream);
 
-    let servers = running.serve(|| Ok(Peer::nothing().with_upstream(to_upstream))).await?;
-    running.subject(NOTHING, &servers, "/", 0..1_000, home, false)?;
+    let place = running.serve(&Peer::nothing().with_upstream(to_upstream)).await?;
+    running.subject(NOTHING, place, "/", 0..1_000, home, false)?;
     if options.wants(NOTHING_UP) {
-        running.subject(NOTHING_UP, &servers, "/up", 0..1_000, home, false)?;
+        running.subject(NOTHING_UP, place, "/up", 0..1_000, home, false)?;
     }
     let lua = home.join("keys.lua");
     let peers: [(_, &dyn Fn() -> Result<Peer>); 5] = [
@@ -215,15 +228,15 @@ async fn start(
     ];
     for (name, peer) in peers {
         if options.wants(name) {
-            let servers = running.serve(peer).await?;
-            running.subject(name, &servers, "/", 0..1_000, home, false)?;
+            let place = running.serve(&peer()?).await?;
+            running.subject(name, place, "/", 0..1_000, home, false)?;
         }
     }
     if options.wants(AUTHZ_GRPC) {
         let (process, address) = authorizer(&home.join("authorizer.address"), home, cores).await?;
         running.others.push(process);
-        let servers = running.serve(|| Ok(Peer::ext_authz_grpc(address))).await?;
-        running.subject(AUTHZ_GRPC, &servers, "/", 0..1_000, home, false)?;
+        let place = running.serve(&Peer::ext_authz_grpc(address)).await?;
+        running.subject(AUTHZ_GRPC, place, "/", 0..1_000, home, false)?;
     }
 
     let unlimited = || json!({"rate_limit": null});
@@ -246,17 +259,17 @@ async fn start(
             continue;
         }
         progress(&format!("suite request: {name}"));
-        let servers = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
+        let place = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
         for (name, path, keys, refused) in rows {
-            running.subject(name, &servers, path, keys, home, refused)?;
+            running.subject(name, place, path, keys, home, refused)?;
         }
     }
     let limit = |record: &mut Record| {
         record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
     };
     if options.wants(LIMITED) {
-        let servers = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
-        running.subject(LIMITED, &servers, "/", 0..1_000, home, false)?;
+        let place = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
+        running.subject(LIMITED, place, "/", 0..1_000, home, false)?;
     }
     for filter in &options.beside {
         // Envoy runs in a directory of its own.
@@ -264,34 +277,34 @@ async fn start(
         let plain = format!("{}, 1,000 keys", filter.display());
         let limited = format!("{plain}, each with a rate limit");
         if options.wants(&plain) {
-            let servers = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
-            running.subject(&plain, &servers, "/", 0..1_000, home, false)?;
+            let place = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
+            running.subject(&plain, place, "/", 0..1_000, home, false)?;
         }
         if options.wants(&limited) {
-            let servers = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
-            running.subject(&limited, &servers, "/", 0..1_000, home, false)?;
+            let place = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
+            running.subject(&limited, place, "/", 0..1_000, home, false)?;
         }
     }
     if options.wants(POLICY) {
         let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
         let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
-        let servers = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
-        running.subject(POLICY, &servers, "/", 0..1_000, home, false)?;
+        let place = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
+        running.subject(POLICY, place, "/", 0..1_000, home, false)?;
     }
     Ok(())
 }
 
 impl Running {
-    const fn on(cores: Cores, processes: usize) -> Self {
-        Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new(), processes }
+    const fn on(cores: Cores) -> Self {
+        Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
     }
 
-    /// Starts Envoys on the core for what is measured; gives their places.
-    async fn serve(&mut self, peer: impl Fn() -> Result<Peer>) -> Result<Vec<usize>> {
-        for _ in 0..self.processes {
-            self.servers.push(Server::start(&peer()?.config(), 1, Some(self.cores.measured)).await?);
-        }
-        Ok((self.servers.len() - self.processes..self.servers.len()).collect())
+    /// Starts an Envoy on the core for what is measured.
+    async fn serve(&mut self, peer: &Peer) -> Result<Place> {
+        let server = Server::start(&peer.config(), 1, Some(self.cores.measured)).await?;
+        let place = Place { process: server.pid(), address: server.address() };
+        self.servers.push(server);
+        Ok(place)
     }
 
     async fn portcullis(
@@ -301,64 +314,51 @@ impl Running {
         change: impl Fn(&mut Record),
         plugin: Value,
         policy: Option<&str>,
-        upstream: Option<std::net::SocketAddr>,
-    ) -> Result<Vec<usize>> {
+        upstream: Option<SocketAddr>,
+    ) -> Result<Place> {
         let feed = Feed::start(keys, change).await?;
-        let peer = || {
-            let mut peer = Peer::portcullis(filter, feed.address(), plugin.clone());
-            if let Some(upstream) = upstream {
-                peer = peer.with_upstream(upstream);
-            }
-            if let Some(policy) = policy {
-                peer = peer.with_policy(policy);
-            }
-            Ok(peer)
-        };
-        let places = self.serve(peer).await?;
-        for place in &places {
-            self.server(*place)?.wait_for_keys(keys).await?;
+        let mut peer = Peer::portcullis(filter, feed.address(), plugin);
+        if let Some(upstream) = upstream {
+            peer = peer.with_upstream(upstream);
         }
+        if let Some(policy) = policy {
+            peer = peer.with_policy(policy);
+        }
+        let place = self.serve(&peer).await?;
+        self.servers.last().context("no server")?.wait_for_keys(keys).await?;
         self.feeds.push(feed);
-        Ok(places)
-    }
-
-    fn server(&self, place: usize) -> Result<&Server> {
-        self.servers.get(place).context("no such server")
+        Ok(place)
     }
 
     fn subject(
         &mut self,
         name: &str,
-        servers: &[usize],
+        place: Place,
         path: &str,
         keys: std::ops::Range<u64>,
         home: &Path,
         refused: bool,
     ) -> Result<()> {
-        let mut processes = Vec::new();
-        for server in servers {
-            let server = self.server(*server)?;
-            let file = |number: u64| -> Result<PathBuf> {
-                let file = home.join(format!("{}-{}-{number}.urls", self.subjects.len(), processes.len()));
-                let mut random = Random::new(number);
-                let width = usize::try_from(keys.end - keys.start)?;
-                let line = |_| {
-                    let chosen = keys.start + random.below(width) as u64;
-                    format!("http://{}{path}?key={}\n", server.address(), key(chosen))
-                };
-                std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
-                Ok(file)
+        let file = |number: u64| -> Result<PathBuf> {
+            let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
+            let mut random = Random::new(number);
+            let width = usize::try_from(keys.end - keys.start)?;
+            let line = |_| {
+                let chosen = keys.start + random.below(width) as u64;
+                format!("http://{}{path}?key={}\n", place.address, key(chosen))
             };
-            let files = (0..FILES).map(file).collect::<Result<_>>()?;
-            processes.push(Measured { process: server.pid(), warm_up: file(FILES)?, files, samples: Vec::new() });
-        }
-        self.subjects.push(Subject { name: name.to_owned(), processes, refused });
+            std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
+            Ok(file)
+        };
+        let files = (0..FILES).map(file).collect::<Result<_>>()?;
+        let (name, process, warm_up) = (name.to_owned(), place.process, file(FILES)?);
+        self.subjects.push(Subject { name, process, warm_up, files, refused, samples: Vec::new() });
         Ok(())
     }
 }
 
 /// Starts this program as the gRPC authorizer, on the core of the load generator.
-async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, std::net::SocketAddr)> {
+async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, SocketAddr)> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("authorizer").arg("--address-file").arg(file);
     machine::pin(&mut command, cores.load)?;
@@ -400,11 +400,7 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     target("Portcullis plain, 1,000 keys ÷ empty SDK filter", 1.0, ratio(PLAIN, EMPTY));
     target("÷ Lua table", 0.7, ratio(PLAIN, LUA));
     let fastest = [AUTHZ_HTTP, AUTHZ_GRPC].into_iter().filter_map(|name| ratio(PLAIN, name));
-    target(
-        "÷ ext_authz, fastest authorizer",
-        0.10,
-        fastest.max_by(|a, b| a.lower_quartile.total_cmp(&b.lower_quartile)),
-    );
+    target("÷ ext_authz, fastest authorizer", 0.10, fastest.max_by(|a, b| a.judged.total_cmp(&b.judged)));
     target("÷ api_key_auth with forwarding", 2.0, ratio(PLAIN, NATIVE));
     target("with a rate limit on every key ÷ without", 1.25, ratio(LIMITED, PLAIN));
     let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));

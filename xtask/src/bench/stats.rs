@@ -60,12 +60,12 @@ impl Samples {
 /// A figure that is computed from several samples of the same rounds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Estimate {
-    /// From lower quartiles. Whatever disturbs a round makes it slower, so this is what counts; and so samples are times,
-    /// never rates, whose lower quartile is of the disturbed rounds.
-    pub(super) lower_quartile: f64,
+    /// What counts. From lower quartiles, since whatever disturbs a round makes it slower; and so samples are times, never
+    /// rates, whose lower quartile is of the disturbed rounds. Of ratios by the round, the median.
+    pub(super) judged: f64,
     /// From medians.
     pub(super) median: f64,
-    /// Within these lies the figure from lower quartiles for nine of ten choices of groups, and of rounds within each
+    /// Within these lies the figure that counts for nine of ten choices of groups, and of rounds within each
     /// (bootstrap).
     pub(super) low: f64,
     /// See `low`.
@@ -92,16 +92,31 @@ impl Estimate {
             drawn.push(figure(samples.map(|samples| samples.drawn(&choice).lower_quartile())));
         }
         Self {
-            lower_quartile: figure(samples.map(Samples::lower_quartile)),
+            judged: figure(samples.map(Samples::lower_quartile)),
             median: figure(samples.map(Samples::median)),
             low: drawn.quantile(0.05),
             high: drawn.quantile(0.95),
         }
     }
 
+    /// The ratio of two things that were measured right after each other in each round: what makes the machine slow by the
+    /// minute makes both slow. A round may be disturbed in the one or in the other, so the median counts.
+    pub(super) fn by_the_round(over: &Samples, under: &Samples) -> Self {
+        let rounds = over.0.iter().flatten().zip(under.0.iter().flatten());
+        let ratios: Vec<f64> = rounds.map(|(over, under)| over / under).collect();
+        let median = Samples::quantile_of(&ratios, 0.5);
+        let mut random = Random::new(ratios.len() as u64);
+        let mut drawn = Samples::default();
+        for _ in 0..DRAWS {
+            let choice = ratios.iter().filter_map(|_| ratios.get(random.below(ratios.len())).copied());
+            drawn.push(Samples::quantile_of(&choice.collect::<Vec<_>>(), 0.5));
+        }
+        Self { judged: median, median, low: drawn.quantile(0.05), high: drawn.quantile(0.95) }
+    }
+
     /// One number that was measured once.
     pub(super) const fn once(value: f64) -> Self {
-        Self { lower_quartile: value, median: value, low: value, high: value }
+        Self { judged: value, median: value, low: value, high: value }
     }
 }
 
@@ -154,7 +169,7 @@ mod tests {
     fn a_ratio_of_steady_samples_is_certain() {
         let (one, two) = (Samples::of([2.0; 9]), Samples::of([4.0; 9]));
         let ratio = Estimate::of([&two, &one], |[two, one]| two / one);
-        assert_eq!((ratio.lower_quartile, ratio.median, ratio.low, ratio.high), (2.0, 2.0, 2.0, 2.0));
+        assert_eq!((ratio.judged, ratio.median, ratio.low, ratio.high), (2.0, 2.0, 2.0, 2.0));
     }
 
     #[test]
@@ -170,7 +185,7 @@ mod tests {
         let apart = Samples::in_groups([vec![1.0; 40], vec![3.0; 40], vec![8.0; 40]]);
         let range = |samples: &Samples| {
             let found = Estimate::of([samples], |[found]| found);
-            (found.low, found.lower_quartile, found.high)
+            (found.low, found.judged, found.high)
         };
         assert_eq!(range(&pooled), (1.0, 1.0, 1.0));
         let (low, found, high) = range(&apart);
@@ -182,8 +197,17 @@ mod tests {
     fn a_rate_is_of_the_undisturbed_rounds() {
         let times = Samples::of([0.5, 0.5, 0.5, 0.5, 4.0, 5.0]);
         let rate = Estimate::of([&times], |[time]| 1.0 / time);
-        assert_eq!((rate.lower_quartile, rate.median, rate.high), (2.0, 2.0, 2.0));
+        assert_eq!((rate.judged, rate.median, rate.high), (2.0, 2.0, 2.0));
         assert!(rate.low < 2.0);
+    }
+
+    #[test]
+    fn a_ratio_by_the_round_is_not_of_rounds_that_differ() {
+        // The machine was slow in the last three rounds, and once in the middle of one.
+        let (over, under) = (Samples::of([1.0, 1.0, 1.0, 3.0, 3.0, 3.0]), Samples::of([2.0, 2.0, 2.0, 6.0, 6.0, 2.0]));
+        let ratio = Estimate::by_the_round(&over, &under);
+        assert_eq!((ratio.judged, ratio.median, ratio.low), (0.5, 0.5, 0.5));
+        assert!(Estimate::by_the_round(&Samples::default(), &under).judged.is_nan());
     }
 
     #[test]
