@@ -12,6 +12,7 @@ use contract::id::{KeyId, ReporterId};
 use contract::outcome::Outcome;
 use contract::usage::{Count, Grant, KeyRef, Report};
 use sqlx::PgPool;
+use sqlx::error::DatabaseError;
 use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
@@ -47,11 +48,25 @@ pub enum Applied {
     Foreign,
 }
 
-/// Applies submissions, of different reporters or of the same, in one transaction.
+/// Applies submissions, of different reporters or of the same, in one transaction. That the database holds their keys is left
+/// to its foreign keys: only if they object, as after a restore, keys are looked up, and counts of unknown ones left out.
 ///
 /// # Errors
 /// Those of the database; nothing is applied then.
 pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Applied>, sqlx::Error> {
+    match apply_once(pool, submissions, false).await {
+        Err(error) if error.as_database_error().is_some_and(DatabaseError::is_foreign_key_violation) => {
+            apply_once(pool, submissions, true).await
+        }
+        done => done,
+    }
+}
+
+async fn apply_once(
+    pool: &PgPool,
+    submissions: &[Submission],
+    some_are_unknown: bool,
+) -> Result<Vec<Applied>, sqlx::Error> {
     let mut transaction = pool.begin().await?;
 
     // The rows of all reporters, locked in one order by all replicas.
@@ -147,7 +162,10 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
     .execute(&mut *transaction)
     .await?;
     let fresh: Vec<Fresh<'_>> = drawn.into_values().collect();
-    let drawing = sums.look_up(&mut transaction).await?;
+    if some_are_unknown {
+        sums.leave_out_unknown(&mut transaction).await?;
+    }
+    let drawing = sums.drawing(&mut transaction).await?;
     let told = draw(&mut transaction, &fresh, &drawing, &repeated, now).await?;
     sums.write(&mut transaction).await?;
     transaction.commit().await?;
@@ -187,30 +205,42 @@ impl Sums {
         }
     }
 
-    /// Looks the keys up: leaves out those that the database does not hold, as after a restore, and gives those that may draw
-    /// from a stock.
-    async fn look_up(&mut self, connection: &mut sqlx::PgConnection) -> Result<Vec<Uuid>, sqlx::Error> {
+    fn keys(&self) -> Vec<Uuid> {
         let mut ids: Vec<Uuid> = self.hourly.keys().map(|(id, ..)| (*id).into()).collect();
         ids.dedup();
-        let found = sqlx::query!(
-            r#"select count(*) as "known!", coalesce(array_agg(id) filter (
-                where rate_limits <> '[]' or quota is not null or credits_starter is not null
-                    or coalesce(plan_number, owner_plan_number) is not null
-            ), '{}') as "drawing!"
-            from api_keys where id = any($1)"#,
-            &ids
-        )
-        .fetch_one(&mut *connection)
-        .await?;
-        if found.known.cast_unsigned() < ids.len() as u64 {
+        ids
+    }
+
+    /// Leaves out keys that the database does not hold.
+    async fn leave_out_unknown(&mut self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        let ids = self.keys();
+        let known =
+            sqlx::query_scalar!("select id from api_keys where id = any($1)", &ids).fetch_all(connection).await?;
+        if known.len() < ids.len() {
             metrics::counter!("portcullis_usage_unknown_keys_total").increment(1);
             warn!("reports count requests of keys that this database does not hold; those are left out");
-            let known = sqlx::query_scalar!("select id from api_keys where id = any($1)", &ids).fetch_all(connection);
-            let known: HashSet<Uuid> = known.await?.into_iter().collect();
+            let known: HashSet<Uuid> = known.into_iter().collect();
             self.hourly.retain(|(id, ..), _| known.contains(&(*id).into()));
             self.totals.retain(|key, _| known.contains(&key.id.into()));
         }
-        Ok(found.drawing)
+        Ok(())
+    }
+
+    /// The keys that may draw from a stock. An index has them and no others, so that to ask costs little where there are few.
+    async fn drawing(&self, connection: &mut sqlx::PgConnection) -> Result<Vec<Uuid>, sqlx::Error> {
+        let ids = self.keys();
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        sqlx::query_scalar!(
+            "select id from api_keys where id = any($1) and (
+                rate_limits <> '[]' or quota is not null or credits_starter is not null
+                or coalesce(plan_number, owner_plan_number) is not null
+            )",
+            &ids
+        )
+        .fetch_all(connection)
+        .await
     }
 
     async fn write(self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {

@@ -1,7 +1,8 @@
 //! What reports draw from stocks: new reports come in, the ledger, the quotas' windows and the leases are brought up to date,
 //! and what each Envoy is granted goes out.
 //!
-//! Keys without a quota, a plan or limits and whose owner is not metered cost nothing here: `Sums::look_up` leaves them out.
+//! Keys without a quota, a plan or limits and whose owner is not metered cost nothing here: `Sums::drawing` leaves them out. What
+//! [`needs`] looks at, the index behind that query (`api_keys_drawing`) must look at too.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
