@@ -18,7 +18,7 @@ use super::Options;
 use super::report::{Bound, Report};
 use super::statements::Statements;
 use super::stats::{Estimate, Samples};
-use super::store::{self, milliseconds, seconds};
+use super::store::{self, Used, milliseconds, seconds};
 use crate::output::progress;
 use crate::run::read;
 
@@ -118,6 +118,7 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let statements = Statements::read()?;
     let (rounds, calls) = if options.quick { (2, 1_000) } else { (12, 1_200) };
     let mut batch = 0;
+    let postmaster = store::postmaster(&stack).await?;
     for verb in Verb::ALL {
         let script = home.path().join(format!("{}.sql", verb.name()));
         std::fs::write(&script, verb.script(&statements)?)?;
@@ -127,19 +128,23 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
             progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
             batch += 1;
             let ids = if verb == Verb::Create { Vec::new() } else { made(&stack, batch, calls).await? };
+            let before = Used::read(&stack, postmaster)?;
             let by_us = call(&stack, verb, calls, ids).await?;
+            let used_by_us = Used::read(&stack, postmaster)?.since(&before);
             batch += 1;
             if verb != Verb::Create {
                 made(&stack, batch, calls).await?;
             }
+            let before = Used::read(&stack, postmaster)?;
             let by_pgbench = by_pgbench(&pgbench, &stack, batch, calls, &script)?;
+            let used_by_pgbench = Used::read(&stack, postmaster)?.since(&before);
             if verb == Verb::Revoke {
                 let left = left(&stack, batch).await?;
                 ensure!(left == 0, "{left} of {calls} keys are not those that pgbench means");
             }
             if round > 0 {
-                ours.push(&by_us);
-                theirs.push(&by_pgbench);
+                ours.push(&by_us, used_by_us, calls);
+                theirs.push(&by_pgbench, used_by_pgbench, calls);
             }
         }
         let rate = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
@@ -152,6 +157,11 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
         report.figure(SUITE, format!("{by_pgbench}, p99"), "ms", plain(&theirs.p99_ms));
         let longer = Estimate::by_the_round(&ours.p99_ms, &theirs.p99_ms);
         report.compared(SUITE, format!("{by_us}, p99"), "ms", plain(&ours.p99_ms), Some((longer, "pgbench")));
+        report.figure(SUITE, format!("{by_pgbench}, PostgreSQL's CPU"), "µs", plain(&theirs.database_us));
+        let more = Estimate::by_the_round(&ours.database_us, &theirs.database_us);
+        let database = format!("{by_us}, PostgreSQL's CPU");
+        report.compared(SUITE, database, "µs", plain(&ours.database_us), Some((more, "pgbench")));
+        report.figure(SUITE, format!("{by_us}, the control plane's CPU"), "µs", plain(&ours.control_plane_us));
         if verb == Verb::Create {
             report.target(target, bound, "", ratio);
         }
@@ -173,12 +183,19 @@ struct Measured {
     /// By call.
     seconds: Samples,
     p99_ms: Samples,
+    /// Of the processor, by call.
+    control_plane_us: Samples,
+    database_us: Samples,
 }
 
 impl Measured {
-    fn push(&mut self, calls: &Calls) {
+    fn push(&mut self, calls: &Calls, (control_plane_s, database_s): (f64, f64), number: usize) {
         self.seconds.push(calls.seconds);
         self.p99_ms.push(calls.latencies_ms.quantile(0.99));
+        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+        let by_call = 1e6 / number as f64;
+        self.control_plane_us.push(control_plane_s * by_call);
+        self.database_us.push(database_s * by_call);
     }
 }
 

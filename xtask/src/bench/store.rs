@@ -8,6 +8,7 @@ use portcullis_tests::paths;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 
+use super::machine;
 use crate::output::progress;
 use crate::run::{cargo, run};
 
@@ -62,4 +63,32 @@ pub(super) fn seconds(duration: Duration) -> f64 {
 
 pub(super) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1_000.0
+}
+
+/// What has been used of the processors so far, in nanoseconds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Used {
+    control_plane: u64,
+    database: u64,
+}
+
+impl Used {
+    /// Reads it.
+    pub(super) fn read(stack: &Stack, postmaster: u32) -> Result<Self> {
+        let control_plane = machine::cpu_ns(control_plane_pid(stack)?)?;
+        Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })
+    }
+
+    /// Seconds of the control plane, and of PostgreSQL.
+    pub(super) fn since(&self, before: &Self) -> (f64, f64) {
+        let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
+        (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
+    }
+}
+
+/// The process that all of PostgreSQL's are children of.
+pub(super) async fn postmaster(stack: &Stack) -> Result<u32> {
+    let file = stack.database.text("select pg_read_file('postmaster.pid')").await?;
+    let first = file.lines().next().and_then(|line| line.trim().parse().ok());
+    first.context("postmaster.pid names no process")
 }

@@ -1,7 +1,7 @@
 //! How fast usage reports get into the database, by second and by second of processor: through the control plane, and as
 //! the bare upsert of the same rows, in turn.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use contract::id::{KeyId, ReporterId};
@@ -13,10 +13,9 @@ use sqlx::{Connection as _, PgConnection};
 use tokio::task::JoinSet;
 
 use super::Options;
-use super::machine;
 use super::report::{Bound, Report};
 use super::stats::{Estimate, Random, Samples};
-use super::store::{self, seconds};
+use super::store::{self, Used, seconds};
 use crate::output::progress;
 
 const SUITE: &str = "usage: ingest";
@@ -42,7 +41,7 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let ids: Vec<Uuid> = sqlx::query_scalar("select id from api_keys").fetch_all(&mut connection).await?;
     let hour = u32::try_from(stack.database.number("select floor(extract(epoch from now()) / 3600)::bigint").await?)?;
     let rounds = if options.quick { 3 } else { 20 };
-    let postmaster = postmaster(&stack).await?;
+    let postmaster = store::postmaster(&stack).await?;
     // Seconds by count, of the clock and of the processor.
     let (mut ours, mut bare) = (Samples::default(), Samples::default());
     let (mut cpu, mut cpu_with_database, mut bare_cpu) = (Samples::default(), Samples::default(), Samples::default());
@@ -85,32 +84,6 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     report.figure(BY_CORE, name, "reports/s", reports(&cpu));
     report.target("usage ingest ÷ bare bulk upsert", Bound::AtLeast(0.7), "", ratio);
     Ok(())
-}
-
-/// What has been used of the processors so far, in nanoseconds.
-struct Used {
-    control_plane: u64,
-    database: u64,
-}
-
-impl Used {
-    fn read(stack: &Stack, postmaster: u32) -> Result<Self> {
-        let control_plane = machine::cpu_ns(store::control_plane_pid(stack)?)?;
-        Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })
-    }
-
-    /// Seconds of the control plane, and of PostgreSQL.
-    fn since(&self, before: &Self) -> (f64, f64) {
-        let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
-        (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
-    }
-}
-
-/// The process that all of PostgreSQL's are children of.
-async fn postmaster(stack: &Stack) -> Result<u32> {
-    let file = stack.database.text("select pg_read_file('postmaster.pid')").await?;
-    let first = file.lines().next().and_then(|line| line.trim().parse().ok());
-    first.context("postmaster.pid names no process")
 }
 
 /// The reports of each Envoy, in order.
