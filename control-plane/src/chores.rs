@@ -1,5 +1,5 @@
 //! Work on quotas, credits and leases that no request asks for: books refills, opens keys whose quota is filled anew,
-//! forgets what Envoys held that are long gone, and keeps the ledger short. Any number of replicas may do it at once.
+//! forgets what Envoys held that are long gone, keeps the ledger short, and PostgreSQL's plans up to date. Any number of replicas may do it at once.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use crate::sync::Store;
 use crate::usage::lease;
-use crate::{credits, quota};
+use crate::{credits, quota, statistics};
 
 /// Does it until the future is dropped.
 pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
@@ -17,7 +17,7 @@ pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
     if store.positions().wait_for(Option::is_some).await.is_err() {
         return;
     }
-    let (mut second, mut minute, mut hour) = (every(1), every(60), every(3_600));
+    let (mut second, mut seconds, mut minute, mut hour) = (every(1), every(5), every(60), every(3_600));
     loop {
         tokio::select! {
             _ = second.tick() => {
@@ -28,6 +28,9 @@ pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
                 }
                 told("credits could not be refilled", refilled);
                 told("quotas could not be opened", opened);
+            }
+            _ = seconds.tick() => {
+                told("tables could not be analyzed", statistics::renew(&pool).await);
             }
             _ = minute.tick() => {
                 told("leases could not be tidied", lease::tidy(&pool).await);

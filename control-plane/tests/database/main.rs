@@ -20,6 +20,7 @@ mod quota;
 mod roles;
 mod rotation;
 mod search;
+mod statistics;
 mod support;
 mod sync;
 mod tls;
