@@ -12,6 +12,7 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::page::{Header, PAGE_BYTES, PageWriter, Part};
@@ -67,6 +68,8 @@ impl Feed {
         let address = listener.local_addr()?;
         let router =
             Router::new().route("/sync/v1/keys", get(page)).route("/sync/v1/usage", post(usage)).with_state(pages);
+        // As the control plane does: otherwise the end of each page waits for Envoy's delayed acknowledgement.
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         let server = tokio::spawn(async move {
             // Ends with the task only.
             let _ = axum::serve(listener, router).await;
