@@ -1,5 +1,6 @@
 //! Work on quotas, credits and leases that no request asks for: books refills, opens keys whose quota is filled anew,
-//! forgets what Envoys held that are long gone, keeps the ledger short, and PostgreSQL's plans up to date. Any number of replicas may do it at once.
+//! forgets what Envoys held that are long gone, keeps the ledger short, and PostgreSQL's plans up to date. Any number of
+//! replicas may do it at once.
 
 use std::time::Duration;
 

@@ -9,8 +9,9 @@
 //! its lease cannot put old records over new ones (see [`crate::lease`]). One look at the lease serves several cells,
 //! all of which were read before it.
 //!
-//! Envoy keeps cells in a hash table that doubles when it is full, the last times with its 25,718th and 51,438th cell, and holds
-//! up all VMs and the leader's thread until each cell has its new place: a bucket a cell would double it to twice the size.
+//! Envoy keeps cells in a hash table that doubles when it is full, with its 25,718th cell and again with its 51,438th, and holds
+//! up all VMs and the leader's thread until each cell has its new place. With a bucket in each cell, the store alone would
+//! come to the second, which takes twice as long; so do limits and stocks of some 20,000 keys, whose cells lie there too.
 
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
@@ -216,7 +217,7 @@ fn read(cells: &impl Cells, name: &str) -> (Vec<u8>, Option<u32>) {
     cells.get(name).map_or((Vec::new(), None), |Cell { value, version }| (value, Some(version)))
 }
 
-/// A cell after what a page says of it, in the order of hashes. Records that are `replaced` are gone unless the page has them.
+/// A cell after what a page says of it, in the order of hashes. Records that the page replaces are gone unless it has them.
 fn merged<'a>(old: &'a [u8], entries: &'a [(u16, Entry<'a>)], is_replaced: impl Fn(&Suffix) -> bool) -> Vec<u8> {
     let mut records: Vec<(&Suffix, &[u8])> = Records(old).filter(|(of, _)| !is_replaced(of)).collect();
     for (_, entry) in entries {

@@ -54,11 +54,13 @@ pub enum Applied {
 /// # Errors
 /// Those of the database; nothing is applied then.
 pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Applied>, sqlx::Error> {
+    const OF_KEYS: [&str; 2] = ["key_usage_key_id_fkey", "usage_hourly_key_id_fkey"];
     match apply_once(pool, submissions, false).await {
-        Err(error) if error.as_database_error().is_some_and(DatabaseError::is_foreign_key_violation) => {
-            apply_once(pool, submissions, true).await
-        }
-        done => done,
+        Err(error) => match error.as_database_error().and_then(DatabaseError::constraint) {
+            Some(constraint) if OF_KEYS.contains(&constraint) => apply_once(pool, submissions, true).await,
+            _ => Err(error),
+        },
+        applied => applied,
     }
 }
 
@@ -102,6 +104,7 @@ async fn apply_once(
     let mut drawn: BTreeMap<Uuid, Fresh<'_>> = BTreeMap::new();
     let mut repeated = Vec::new();
     let mut results = Vec::with_capacity(submissions.len());
+    let mut gaps = Vec::new();
     for submission in submissions {
         let Some((owner, seq)) = last.get_mut(&submission.reporter.into()) else {
             results.push(Applied::Foreign);
@@ -119,9 +122,7 @@ async fn apply_once(
         for report in &submission.reports {
             if report.seq > *seq {
                 if *seq > 0 && report.seq != *seq + 1 {
-                    metrics::counter!("portcullis_usage_gaps_total").increment(1);
-                    let (reporter, last, next) = (submission.reporter, *seq, report.seq);
-                    warn!(%reporter, last, next, "reports of an Envoy are missing: it may have dropped them");
+                    gaps.push((submission.reporter, *seq, report.seq));
                 }
                 sums.add(&report.counts);
                 *seq = report.seq;
@@ -169,6 +170,10 @@ async fn apply_once(
     let told = draw(&mut transaction, &fresh, &drawing, &repeated, now).await?;
     sums.write(&mut transaction).await?;
     transaction.commit().await?;
+    for (reporter, last, next) in gaps {
+        metrics::counter!("portcullis_usage_gaps_total").increment(1);
+        warn!(%reporter, last, next, "reports of an Envoy are missing: it may have dropped them");
+    }
     for (submission, result) in submissions.iter().zip(&mut results) {
         if let (Applied::UpTo { grants, .. }, Some(told)) = (result, told.get(&submission.reporter.into())) {
             grants.clone_from(told);

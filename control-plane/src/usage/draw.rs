@@ -1,8 +1,8 @@
 //! What reports draw from stocks: new reports come in, the ledger, the quotas' windows and the leases are brought up to date,
 //! and what each Envoy is granted goes out.
 //!
-//! Keys without a quota, a plan or limits and whose owner is not metered cost nothing here: `Sums::drawing` leaves them out. What
-//! [`needs`] looks at, the index behind that query (`api_keys_drawing`) must look at too.
+//! Keys without a quota, a plan or limits and whose owner is not metered cost nothing here: `Sums::drawing` leaves them
+//! out. What [`needs`] looks at, that query and the index behind it (`api_keys_drawing`) must look at too.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -201,7 +201,7 @@ async fn needs(
             ) as shared
         ) s
         where k.credits_starter is not null or coalesce(k.quota, d.quota) is not null or s.shared <> '[]'
-        union
+        union all
         select null, subject, true, null, '[]', 0, null, 0
         from leases where reporter = any($2) and stock = 2 and held > spent"#,
         keys,
