@@ -4,7 +4,7 @@
 
 use sqlx::PgPool;
 
-/// Counts anew if there are several times the keys or users that the plans were made for, and says whether it did.
+/// Counts anew if there are several times the keys or users that the plans were made for, and says whether it was due.
 ///
 /// # Errors
 /// Those of the database.

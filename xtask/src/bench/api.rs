@@ -130,6 +130,7 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
             progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
             batch += 1;
             let ids = if verb == Verb::Create { Vec::new() } else { made(&stack, batch, calls).await? };
+            settled(&stack).await?;
             let before = Used::read(&stack, postmaster)?;
             let by_us = call(&stack, verb, calls, ids).await?;
             let used_by_us = Used::read(&stack, postmaster)?.since(&before);
