@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use portcullis_tests::http::{Connection, Outgoing, get};
+use portcullis_tests::http::{Connection, Outgoing};
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::tools;
-use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -237,15 +236,8 @@ async fn made(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<String>> {
 /// Waits until the control plane has read all changes, so that one round is not slowed down by another.
 async fn settled(stack: &Stack) -> Result<()> {
     let revision = stack.database.number("select revision from store_state").await?;
-    eventually("the control plane to read all changes", async || {
-        let metrics = get(stack.control_plane.address(), "/metrics").await.ok()?;
-        let text = String::from_utf8_lossy(&metrics.body).into_owned();
-        let mirror = text.lines().find_map(|line| line.strip_prefix("portcullis_mirror_revision "))?;
-        #[expect(clippy::cast_precision_loss, reason = "far below where numbers are rounded")]
-        let all = revision as f64;
-        (mirror.trim().parse::<f64>().ok()? >= all).then_some(())
-    })
-    .await
+    #[expect(clippy::cast_precision_loss, reason = "far below where numbers are rounded")]
+    store::reaches(stack, "portcullis_mirror_revision", revision as f64).await
 }
 
 /// How many keys of a batch are not revoked.

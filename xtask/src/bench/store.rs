@@ -4,9 +4,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use portcullis_tests::http::get;
 use portcullis_tests::paths;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
 
 use super::machine;
 use crate::output::progress;
@@ -55,6 +57,17 @@ pub(super) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
 /// The number of the control plane's process.
 pub(super) fn control_plane_pid(stack: &Stack) -> Result<u32> {
     stack.control_plane.pid().context("the control plane does not run")
+}
+
+/// Waits until a metric of the control plane is as large as this.
+pub(super) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<()> {
+    eventually(&format!("{metric} to reach {least}"), async || {
+        let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
+        let text = String::from_utf8_lossy(&reply.body).into_owned();
+        let value = text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?;
+        (value.trim().parse::<f64>().ok()? >= least).then_some(())
+    })
+    .await
 }
 
 pub(super) fn seconds(duration: Duration) -> f64 {

@@ -222,16 +222,8 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
 
 /// Waits until the control plane says that all polls are held.
 async fn held(stack: &Stack) -> Result<()> {
-    let address = stack.control_plane.address();
-    portcullis_tests::wait::eventually("all polls to be held", async || {
-        let metrics = portcullis_tests::http::get(address, "/metrics").await.ok()?;
-        let text = String::from_utf8_lossy(&metrics.body).into_owned();
-        let held = text.lines().find_map(|line| line.strip_prefix("portcullis_sync_held_polls "))?;
-        #[expect(clippy::cast_precision_loss, reason = "a small number")]
-        let all = MANY as f64;
-        (held.trim().parse::<f64>().ok()? >= all).then_some(())
-    })
-    .await
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    store::reaches(stack, "portcullis_sync_held_polls", MANY as f64).await
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
