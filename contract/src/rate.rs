@@ -49,10 +49,16 @@ impl Rate {
     pub fn of(limit: &RateLimit, share: u32) -> Self {
         let share = u64::from(share.clamp(1, WHOLE));
         let window_ns = u64::from(limit.window_s.max(1)).saturating_mul(SECOND_NS);
-        let whole_ns = u128::from(window_ns).saturating_mul(u128::from(WHOLE));
-        let requests = u128::from(limit.requests.max(1)).saturating_mul(u128::from(share));
-        let interval_ns =
-            whole_ns.checked_div(requests).and_then(|ns| u64::try_from(ns).ok()).unwrap_or(u64::MAX).max(1);
+        let requests = u64::from(limit.requests.max(1)).saturating_mul(share);
+        let interval_ns = match window_ns.checked_mul(WHOLE.into()) {
+            Some(whole_ns) => whole_ns.checked_div(requests),
+            // A window of five hours and more.
+            None => u128::from(window_ns)
+                .saturating_mul(u128::from(WHOLE))
+                .checked_div(requests.into())
+                .and_then(|ns| u64::try_from(ns).ok()),
+        };
+        let interval_ns = interval_ns.unwrap_or(u64::MAX).max(1);
         let burst = u64::from(limit.burst).saturating_mul(share).checked_div(u64::from(WHOLE)).unwrap_or(1).max(1);
         Self { interval_ns, tolerance_ns: interval_ns.saturating_mul(burst) }
     }

@@ -179,7 +179,8 @@ fn options(url: &str) -> Result<PgConnectOptions, String> {
 
 /// Connections are made when they are needed, so that the process runs, and says so, while the database is away.
 fn open(options: &PgConnectOptions, connections: u32) -> PgPool {
-    let options = options.clone().options([("lock_timeout", LOCK), ("statement_timeout", STATEMENT)]);
+    // Statements are short: to compile one takes longer than to run it.
+    let options = options.clone().options([("lock_timeout", LOCK), ("statement_timeout", STATEMENT), ("jit", "off")]);
     let pool = PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE);
     // To ask each time costs a call to the database as long as many a statement.
     let pool = pool.test_before_acquire(false).before_acquire(|connection, meta| {

@@ -7,7 +7,8 @@
 //! look-up that begins sees another number than any look-up before the change did, and reads the store.
 //!
 //! Only keys that the store holds are remembered, [`REMEMBERED`] of them, so that nobody fills the memory with made-up
-//! keys; where that many are not enough, an older one gives way.
+//! keys. Where that many are not enough, one newcomer in [`STAY`] takes the place of an older one: were it each, keys
+//! that come in turn, more than fit, would all be forgotten before they come again.
 
 use std::cell::RefCell;
 use std::num::NonZeroU64;
@@ -31,6 +32,9 @@ const SCOPES_BYTES: usize = 1_024;
 
 const SETS: usize = 1_024;
 const WAYS: usize = 4;
+
+/// In a full set so many newcomers come before one of them stays.
+const STAY: usize = 8;
 
 /// A number that is raised whenever the store was written, and seen by all VMs of the process.
 pub trait Writes {
@@ -77,8 +81,8 @@ pub struct Recent {
 #[derive(Clone, Debug, Default)]
 struct Set {
     entries: [Option<Entry>; WAYS],
-    /// The entry that gives way next.
-    next: usize,
+    /// Newcomers that found the set full.
+    came: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -138,11 +142,12 @@ impl Recent {
         let gives_way = |entry: &Option<Entry>| {
             entry.as_ref().is_none_or(|entry| entry.hash == new.hash || entry.number != new.number)
         };
-        let place = set.entries.iter().position(gives_way).unwrap_or_else(|| {
-            set.next = set.next.wrapping_add(1).checked_rem(WAYS).unwrap_or_default();
-            set.next
+        let place = set.entries.iter().position(gives_way).or_else(|| {
+            set.came = set.came.wrapping_add(1);
+            let stays = set.came.checked_rem(STAY) == Some(0);
+            stays.then(|| set.came.checked_div(STAY).and_then(|turn| turn.checked_rem(WAYS)).unwrap_or_default())
         });
-        if let Some(entry) = set.entries.get_mut(place) {
+        if let Some(entry) = place.and_then(|place| set.entries.get_mut(place)) {
             *entry = Some(new);
         }
     }

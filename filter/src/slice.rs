@@ -3,11 +3,12 @@
 //!
 //! A slice is for several times the requests that its key made lately in this VM, up to [`MOST`] and a 64th of each burst
 //! ([`limiter::PART`]); so limits with a burst below 128 know no slices and are exact in every moment. What is left of a slice
-//! is given back after a second ([`Slices::give_back`]). So
+//! is given back after a second ([`Slices::give_back`]). How much a key that comes after a rest will need nobody knows, so
+//! its first slice is for twice what keys of this VM usually make before they rest again. So
 //! - in any span of time an Envoy admits no more than its limits, and what its VMs had ahead when the span began;
 //! - a request may be refused while other VMs hold a slice that they do not use, for a second at the most.
 
-use std::cell::RefCell;
+use std::cell::{Cell as Slot, RefCell};
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
@@ -21,9 +22,17 @@ use crate::mixed::Mixed;
 /// Most requests that a slice is for.
 pub const MOST: u32 = 64;
 
-/// A slice is for so many times the requests that its key made lately, from the second request on: a key that comes once and not
-/// again leaves nothing to give back.
+/// A slice is for so many times the requests that its key made lately, from the second request on.
 const AHEAD: u32 = 4;
+
+/// The same, of the first request after a rest, for what keys usually make.
+const AHEAD_AT_FIRST: u32 = 2;
+
+/// One key that rests moves what is usual by this part of the difference.
+const WEIGHT: u32 = 16;
+
+/// What is usual is kept in this part of a request.
+const SCALE: u32 = 256;
 
 /// Most keys that a VM has slices of. Requests of others ask shared data each time.
 const KEYS: usize = 4_096;
@@ -64,12 +73,18 @@ impl<'a> Limits<'a> {
 
 /// The slices of one VM.
 #[derive(Debug, Default)]
-pub struct Slices(RefCell<HashMap<KeyId, Slice, BuildHasherDefault<Mixed>>>);
+pub struct Slices {
+    of_keys: RefCell<HashMap<KeyId, Slice, BuildHasherDefault<Mixed>>>,
+    /// How many requests a key made lately from its first to its rest, on average, in [`SCALE`]ths.
+    usual: Slot<u32>,
+}
 
 #[derive(Debug, Default)]
 struct Slice {
     /// Requests of its key, halved each second.
     asked: u32,
+    /// Requests of its key since it came, [`MOST`] at the most.
+    came: u32,
     left: u32,
     from: Option<From>,
 }
@@ -109,12 +124,13 @@ impl Slices {
     ) -> Result<(), Refused> {
         let take =
             |wanted| limiter::take(cells, names, Subject::Key(key), &limits.all(), wanted, default_share, now_ns());
-        let mut slices = self.0.borrow_mut();
+        let mut slices = self.of_keys.borrow_mut();
         if slices.len() >= KEYS && !slices.contains_key(&key) {
             return take(1).map(|_| ());
         }
         let slice = slices.entry(key).or_default();
         slice.asked = slice.asked.saturating_add(1).min(MOST);
+        slice.came = slice.came.saturating_add(1).min(MOST);
         if slice.left > 0 {
             if slice.from.as_ref().is_some_and(|from| from.is(limits)) {
                 slice.left = slice.left.saturating_sub(1);
@@ -123,7 +139,7 @@ impl Slices {
             // It comes on another route, or its limits have changed: the slice waits for others, or for the end of its second.
             return take(1).map(|_| ());
         }
-        let wanted = if slice.asked == 1 { 1 } else { slice.asked.saturating_mul(AHEAD).min(MOST) };
+        let wanted = if slice.came == 1 { self.wanted_at_first() } else { slice.asked.saturating_mul(AHEAD).min(MOST) };
         let Taken { requests, share } = take(wanted)?;
         slice.left = requests.saturating_sub(1);
         match &mut slice.from {
@@ -140,7 +156,7 @@ impl Slices {
     /// Gives back what is left of the slices of one quarter of all keys, and forgets those that have rested. Due for each
     /// quarter once a second: one after the other, so that no tick has all the work.
     pub fn give_back(&self, quarter: u8, cells: &impl Cells, names: &Names, default_share: u32, now_ns: u64) {
-        self.0.borrow_mut().retain(|key, slice| {
+        self.of_keys.borrow_mut().retain(|key, slice| {
             // The last byte of an id is random.
             let [.., last] = key.0;
             if last & 3 != quarter {
@@ -148,8 +164,26 @@ impl Slices {
             }
             slice.give_back(cells, names, *key, default_share, now_ns);
             slice.asked = slice.asked.checked_shr(1).unwrap_or_default();
+            if slice.asked == 0 {
+                self.rests(slice.came);
+            }
             slice.asked > 0
         });
+    }
+
+    /// What the first request of a key takes. Where keys come once and rest, nothing is left to give back.
+    fn wanted_at_first(&self) -> u32 {
+        match self.usual.get().checked_div(SCALE).unwrap_or_default() {
+            0 | 1 => 1,
+            usual => usual.saturating_mul(AHEAD_AT_FIRST).min(MOST),
+        }
+    }
+
+    /// A key that has made so many requests rests.
+    fn rests(&self, came: u32) {
+        let usual = self.usual.get();
+        let rest = usual.saturating_sub(usual.checked_div(WEIGHT).unwrap_or_default());
+        self.usual.set(rest.saturating_add(came.saturating_mul(SCALE).checked_div(WEIGHT).unwrap_or_default()));
     }
 }
 

@@ -1,19 +1,21 @@
 //! The change feed: what was committed in PostgreSQL comes in, the mirror is brought up to date.
 //!
 //! Polling is the truth, LISTEN/NOTIFY and the nudge after own writes are hints that make it immediate. Each refresh is
-//! one read of the rows after the mirror's revision, in one snapshot of the database, so the mirror steps from one
-//! committed state to a later one. After any fault the session starts over, and with it the check of who the database is.
+//! one read of the rows after the mirror's revision, in one snapshot of the database or as good as one (`glance`), so the mirror
+//! steps from one committed state to a later one. After any fault the session starts over, and with it the check of who the database is.
 
 use std::convert::Infallible;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use contract::definition::Definition;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
-use futures_util::TryStreamExt;
+use futures_util::{Stream, TryStreamExt};
 use sqlx::postgres::PgListener;
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -77,13 +79,27 @@ impl Feed {
         identify(&self.pool).await?;
         loop {
             tokio::time::timeout(PATIENCE, self.refresh(None)).await.map_err(|_| FeedError::Late)??;
+            self.news(&mut listener, poll_interval).await?;
+        }
+    }
+
+    /// Waits until there may be something to read.
+    async fn news(&self, listener: &mut PgListener, poll_interval: Duration) -> Result<(), FeedError> {
+        let mut due = pin!(tokio::time::sleep(poll_interval));
+        loop {
             tokio::select! {
                 notification = listener.try_recv() => {
                     // The connection was lost, perhaps to a server that has failed over or was restored: ask who it is.
-                    notification?.ok_or(FeedError::Interrupted)?;
+                    let notification = notification?.ok_or(FeedError::Interrupted)?;
+                    // Of what this replica wrote itself it was told before, and has read it. That a database has gone back to
+                    // earlier revisions is found when the time is over.
+                    let is_read = |revision: u64| self.store.position().is_some_and(|(_, at)| revision <= at);
+                    if !notification.payload().parse().is_ok_and(is_read) {
+                        return Ok(());
+                    }
                 }
-                () = self.store.nudged() => {}
-                () = tokio::time::sleep(poll_interval) => {}
+                () = self.store.nudged() => return Ok(()),
+                () = &mut due => return Ok(()),
             }
         }
     }
@@ -154,25 +170,99 @@ pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
 }
 
-/// One look at the database. Says whether the mirror is now what the database holds; if not, a new epoch has begun and is
-/// there to be loaded.
-async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
-    let known = store.position();
-    let mut transaction = pool.begin_with("begin isolation level repeatable read read only").await?;
-    let state = sqlx::query!("select epoch, revision from store_state").fetch_one(&mut *transaction).await?;
-    let (epoch, revision) = (Epoch::from(state.epoch), state.revision);
-    if known == Some((epoch, revision.cast_unsigned())) {
+/// Reads the keys that a condition names: as a stream.
+macro_rules! keys {
+    ($connection:expr, $where:literal $(, $of:expr)*) => {
+        sqlx::query_as!(
+            Stored,
+            r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", cost,
+                expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
+                coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_starter, quota_turn,
+                quota_resets_at, credits_starter, credits_turn, revision
+            from api_keys where "# + $where
+            $(, $of)*
+        )
+        .fetch($connection)
+    };
+}
+
+/// How far the database is.
+struct State {
+    epoch: Uuid,
+    revision: i64,
+    /// The revision of the newest change of an old secret, and of a role or plan; 0 if there is none.
+    newest_old_secret: i64,
+    newest_definition: i64,
+}
+
+impl State {
+    async fn read(connection: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        sqlx::query_as!(
+            Self,
+            r#"select epoch, revision, coalesce((select max(revision) from retired_secrets), 0) as "newest_old_secret!",
+                coalesce((select max(revision) from definitions), 0) as "newest_definition!"
+            from store_state"#
+        )
+        .fetch_one(connection)
+        .await
+    }
+
+    fn position(&self) -> (Epoch, u64) {
+        (Epoch::from(self.epoch), self.revision.cast_unsigned())
+    }
+}
+
+/// A look that is enough most of the time: when nothing has changed, or a few keys and nothing else. Says whether it was.
+///
+/// Its two statements see a moment each. All that changed up to the revision of the first is among what the second finds; a
+/// key that has changed since tells by its revision, and then, or if there may be more than is found, the look was not enough.
+async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
+    let Some(known) = store.position() else { return Ok(false) };
+    let mut connection = pool.acquire().await?;
+    let state = State::read(&mut connection).await?;
+    let (now, since) = (state.position(), known.1.cast_signed());
+    if now == known {
         store.seen();
         return Ok(true);
     }
+    if now.0 != known.0 || state.revision < since || state.newest_old_secret.max(state.newest_definition) > since {
+        return Ok(false);
+    }
+    let Keys { rows, rotated } = few_keys(&mut connection, since).await?;
+    let newer = rows.iter().any(|row| row.revision > now.1);
+    if rows.len() == FEW || !rotated.is_empty() || newer {
+        return Ok(false);
+    }
+    store.update(|mirror| {
+        if let Some(mirror) = mirror {
+            mirror.apply(rows, now.1);
+        }
+    });
+    Ok(true)
+}
+
+/// One look at the database. Says whether the mirror is now what the database holds; if not, a new epoch has begun and is
+/// there to be loaded.
+async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
+    if glance(pool, store).await? {
+        return Ok(true);
+    }
+    let known = store.position();
+    let mut transaction = pool.begin_with("begin isolation level repeatable read read only").await?;
+    let state = State::read(&mut transaction).await?;
+    let (epoch, revision) = state.position();
     match known {
-        Some((ours, since)) if ours == epoch && revision.cast_unsigned() > since => {
-            let rows = rows(&mut transaction, since.cast_signed(), true).await?;
-            let defined = definitions(&mut transaction, since.cast_signed(), true).await?;
+        Some((ours, since)) if ours == epoch && revision >= since => {
+            let since = since.cast_signed();
+            let Keys { mut rows, rotated } = Keys::read(keys!(&mut *transaction, "revision > $1", since)).await?;
+            if state.newest_old_secret > since || !rotated.is_empty() {
+                rows.extend(old_secrets(&mut transaction, since, &rotated, true).await?);
+            }
+            let defined = definitions(&mut transaction, since).await?;
             store.update(|mirror| {
                 if let Some(mirror) = mirror {
                     mirror.define(defined);
-                    mirror.apply(rows, revision.cast_unsigned());
+                    mirror.apply(rows, revision);
                 }
             });
         }
@@ -194,11 +284,12 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
             )
             .fetch_one(&mut *transaction)
             .await?;
-            let rows = rows(&mut transaction, -1, false).await?;
+            let mut rows = Keys::read(keys!(&mut *transaction, "not withdrawn")).await?.rows;
+            rows.extend(old_secrets(&mut transaction, -1, &[], false).await?);
             let mut mirror = Mirror::new(epoch, horizon.cast_unsigned());
             // Those that were removed too: readers who know them are told.
-            mirror.define(definitions(&mut transaction, -1, true).await?);
-            mirror.apply(rows, revision.cast_unsigned());
+            mirror.define(definitions(&mut transaction, -1).await?);
+            mirror.apply(rows, revision);
             info!(%epoch, revision, keys = mirror.keys(), "the store is loaded");
             store.update(|present| *present = Some(mirror));
         }
@@ -206,54 +297,116 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     Ok(true)
 }
 
-/// Rows of keys, and of their old secrets. One that has ended by the database's clock has ended by any Envoy's.
-async fn rows(connection: &mut PgConnection, since: i64, withdrawn: bool) -> Result<Vec<Row>, FeedError> {
-    let mut stream = sqlx::query!(
-        r#"select id as "id!", owner_id as "owner_id!", hash as "hash!", generation as "generation!", scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", cost as "cost!", expires_at, disabled as "disabled!",
-            quota_exceeded as "quota_exceeded!", credits_exhausted as "credits_exhausted!", revoked_at,
-            withdrawn as "withdrawn!", coalesce(plan_number, owner_plan_number) as plan_number,
-            role_numbers as "role_numbers!", networks as "networks!", quota_starter, quota_turn as "quota_turn!",
-            quota_resets_at, credits_starter, credits_turn as "credits_turn!", revision as "revision!"
-        from api_keys where revision > $1 and (not withdrawn or $2)
-        union all
-        select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits, k.cost, least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end),
-            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn,
-            coalesce(k.plan_number, k.owner_plan_number), k.role_numbers, k.networks, k.quota_starter, k.quota_turn,
-            k.quota_resets_at, k.credits_starter, k.credits_turn, greatest(k.revision, r.revision)
+/// What filters are told of one secret: as the key is, but for the hash, the generation and the end.
+struct Stored {
+    id: Uuid,
+    owner_id: Uuid,
+    hash: Vec<u8>,
+    generation: i32,
+    scopes: Vec<String>,
+    rate_limits: Json<Vec<StoredLimit>>,
+    cost: i32,
+    expires_at: Option<OffsetDateTime>,
+    disabled: bool,
+    quota_exceeded: bool,
+    credits_exhausted: bool,
+    revoked_at: Option<OffsetDateTime>,
+    withdrawn: bool,
+    plan_number: Option<i32>,
+    role_numbers: Vec<i32>,
+    networks: Vec<String>,
+    quota_starter: Option<i32>,
+    quota_turn: i32,
+    quota_resets_at: Option<OffsetDateTime>,
+    credits_starter: Option<i32>,
+    credits_turn: i32,
+    revision: i64,
+}
+
+impl Stored {
+    fn row(self) -> Result<Row, FeedError> {
+        let (id, revision) = (self.id, self.revision.cast_unsigned());
+        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| FeedError::Row(id))?);
+        if self.withdrawn {
+            return Ok(Row { hash, revision, record: None });
+        }
+        let record = record_of!(self).to_bytes().map_err(|_| FeedError::Row(id))?;
+        Ok(Row { hash, revision, record: Some(record.into_boxed_slice()) })
+    }
+}
+
+/// What is read of keys.
+#[derive(Default)]
+struct Keys {
+    rows: Vec<Row>,
+    /// Those that may have old secrets.
+    rotated: Vec<Uuid>,
+}
+
+impl Keys {
+    async fn read(mut keys: impl Stream<Item = Result<Stored, sqlx::Error>> + Unpin) -> Result<Self, FeedError> {
+        let mut read = Self::default();
+        while let Some(key) = keys.try_next().await? {
+            // A key has old secrets only from its second generation on.
+            if key.generation > 1 {
+                read.rotated.push(key.id);
+            }
+            read.rows.push(key.row()?);
+        }
+        Ok(read)
+    }
+}
+
+/// So many changes are read by a statement that finds no more, and that PostgreSQL therefore plans once. One that finds however
+/// many there are it plans each time, which takes longer than to find a few.
+const FEW: usize = 64;
+
+/// Those of the keys that have changed after a revision that changed first, [`FEW`] at the most.
+async fn few_keys(connection: &mut PgConnection, since: i64) -> Result<Keys, FeedError> {
+    Keys::read(keys!(connection, "revision > $1 order by revision limit 64", since)).await
+}
+
+/// Rows of the old secrets that have changed after a revision, and of those of some keys.
+async fn old_secrets(
+    connection: &mut PgConnection,
+    since: i64,
+    of_keys: &[Uuid],
+    withdrawn: bool,
+) -> Result<Vec<Row>, FeedError> {
+    // One that has ended by the database's clock has ended by any Envoy's.
+    let mut secrets = sqlx::query_as!(
+        Stored,
+        r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost,
+            least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
+            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
+            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
+            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn,
+            greatest(k.revision, r.revision) as "revision!"
         from (
             select hash from retired_secrets where revision > $1
             union
-            select o.hash from api_keys c join retired_secrets o on o.key_id = c.id where c.revision > $1
+            select hash from retired_secrets where key_id = any($3)
         ) changed
         join retired_secrets r on r.hash = changed.hash join api_keys k on k.id = r.key_id
         where not (k.withdrawn or r.withdrawn) or $2"#,
         since,
-        withdrawn
+        withdrawn,
+        of_keys
     )
     .fetch(connection);
     let mut rows = Vec::new();
-    while let Some(row) = stream.try_next().await? {
-        let bad = || FeedError::Row(row.id);
-        let revision = row.revision.cast_unsigned();
-        let hash = KeyHash(row.hash.as_slice().try_into().map_err(|_| bad())?);
-        if row.withdrawn {
-            rows.push(Row { hash, revision, record: None });
-            continue;
-        }
-        let id = row.id;
-        let record = record_of!(row).to_bytes().map_err(|_| FeedError::Row(id))?;
-        rows.push(Row { hash, revision, record: Some(record.into_boxed_slice()) });
+    while let Some(secret) = secrets.try_next().await? {
+        rows.push(secret.row()?);
     }
     Ok(rows)
 }
 
-async fn definitions(connection: &mut PgConnection, since: i64, removed: bool) -> Result<Vec<Defined>, FeedError> {
+/// Roles and plans that have changed after a revision, those that were removed too.
+async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<Defined>, FeedError> {
     let rows = sqlx::query!(
         r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
-        from definitions where revision > $1 and (not removed or $2)"#,
-        since,
-        removed
+        from definitions where revision > $1"#,
+        since
     )
     .fetch_all(connection)
     .await?;

@@ -1,15 +1,18 @@
 //! The table of Envoys: what each said last, through whichever replica. How many are live, how far each is, and by how many
 //! of them a change was applied.
 
+use std::time::Duration;
+
 use contract::id::{Epoch, ReporterId};
 use sqlx::PgPool;
+use sqlx::postgres::types::PgInterval;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::registry::{Known, Registry, SILENT};
 
-/// For how long an Envoy that is gone is shown, in hours.
-pub const SHOWN_HOURS: i32 = 24;
+/// For how long an Envoy that is gone is shown.
+pub const SHOWN: Duration = Duration::from_hours(24);
 
 /// One Envoy.
 #[derive(Clone, Debug)]
@@ -58,13 +61,14 @@ pub struct Applied {
     pub applied: i64,
     /// For how long the slowest of the others has lagged behind, in seconds.
     pub oldest_seconds: Option<f64>,
-    /// Envoys that are not live, were heard of within [`SHOWN_HOURS`] and did not say then that they hold the change:
+    /// Envoys that are not live, were heard of within [`SHOWN`] and did not say then that they hold the change:
     /// ended, or cut off and still serving what they had.
     pub silent: i64,
 }
 
-fn silent_s() -> f64 {
-    SILENT.as_secs_f64()
+/// As PostgreSQL has it.
+fn interval(of: Duration) -> PgInterval {
+    PgInterval { months: 0, days: 0, microseconds: i64::try_from(of.as_micros()).unwrap_or(i64::MAX) }
 }
 
 /// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree. What an Envoy
@@ -146,8 +150,8 @@ pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Resul
 /// Those of the database.
 pub async fn live(pool: &PgPool) -> Result<u32, sqlx::Error> {
     let live = sqlx::query_scalar!(
-        r#"select count(*) as "live!" from filters where seen_at > now() - make_interval(secs => $1)"#,
-        silent_s()
+        r#"select count(*) as "live!" from filters where seen_at > now() - $1::interval"#,
+        interval(SILENT)
     )
     .fetch_one(pool)
     .await?;
@@ -163,12 +167,12 @@ pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Pre
     let filters = sqlx::query_as!(
         Filter,
         r#"select reporter, sync_key_id, address, version, epoch, revision, confirmed_at, seen_at, pending_requests,
-            reported_at, seen_at > now() - make_interval(secs => $1) as "live!"
+            reported_at, seen_at > now() - $1::interval as "live!"
         from filters
-        where seen_at > now() - make_interval(hours => $2) and ($3::uuid is null or reporter > $3)
+        where seen_at > now() - $2::interval and ($3::uuid is null or reporter > $3)
         order by reporter limit $4"#,
-        silent_s(),
-        SHOWN_HOURS,
+        interval(SILENT),
+        interval(SHOWN),
         after,
         limit
     )
@@ -202,19 +206,23 @@ pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sql
 /// Those of the database.
 pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Result<Applied, sqlx::Error> {
     let row = sqlx::query!(
-        r#"select s.epoch, count(*) filter (where f.live) as "filters!",
-            count(*) filter (where f.live and f.applied) as "applied!",
-            count(*) filter (where not f.live and not f.applied) as "silent!",
-            extract(epoch from now() - min(f.confirmed_at) filter (where f.live and not f.applied))::float8 as confirmed_s
-        from store_state s left join lateral (
-            select confirmed_at, seen_at > now() - make_interval(secs => $2) as live,
-                filters.epoch = s.epoch and filters.revision >= $1 as applied
-            from filters where seen_at > now() - make_interval(hours => $3)
-        ) f on true
-        group by s.epoch"#,
+        // The plan does not depend on the parameters, so that PostgreSQL makes it once.
+        r#"select s.epoch, f.filters as "filters!", f.applied as "applied!", f.silent as "silent!",
+            extract(epoch from now() - f.behind_since)::float8 as confirmed_s
+        from store_state s cross join lateral (
+            select count(*) filter (where live) as filters, count(*) filter (where live and applied) as applied,
+                count(*) filter (where shown and not live and not applied) as silent,
+                min(confirmed_at) filter (where live and not applied) as behind_since
+            from (
+                select confirmed_at, seen_at > now() - $2::interval as live, seen_at > now() - $3::interval as shown,
+                    epoch = s.epoch and revision >= $1 as applied
+                from filters
+            ) judged
+        ) f
+        where s.one"#,
         revision,
-        silent_s(),
-        SHOWN_HOURS
+        interval(SILENT),
+        interval(SHOWN)
     )
     .fetch_one(pool)
     .await?;
@@ -230,6 +238,6 @@ pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Resul
 /// # Errors
 /// Those of the database.
 pub async fn forget(pool: &PgPool) -> Result<u64, sqlx::Error> {
-    let gone = sqlx::query!("delete from filters where seen_at < now() - make_interval(hours => $1)", SHOWN_HOURS);
+    let gone = sqlx::query!("delete from filters where seen_at < now() - $1::interval", interval(SHOWN));
     Ok(gone.execute(pool).await?.rows_affected())
 }

@@ -209,6 +209,51 @@ async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool
     assert_eq!(reader.keys.len(), 1 + 8 * 25);
 }
 
+/// What the database was at a revision can be told of the revision alone: one change after the other, each of one key, and the
+/// n-th sets what a request costs to n.
+#[sqlx::test(migrations = "./migrations")]
+async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer(pool: PgPool) {
+    const KEYS: u64 = 8;
+    const CHANGES: u64 = 2_000;
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let mut ids = Vec::new();
+    for number in 0..KEYS {
+        ids.push(fixture.key(&format!("user{number}@example.com"), &[]).await.0);
+    }
+    let first = fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    assert_eq!(reader.revision, first);
+    let writes = tokio::spawn(async move {
+        for number in 1..=CHANGES {
+            let id = ids[usize::try_from(number % KEYS).unwrap()];
+            let cost = i32::try_from(number).unwrap();
+            sqlx::query("update api_keys set cost = $2 where id = $1")
+                .bind(id)
+                .bind(cost)
+                .execute(&pool)
+                .await
+                .unwrap();
+        }
+        ids
+    });
+    let mut seen = Vec::new();
+    while reader.revision < first + CHANGES {
+        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        seen.push((reader.revision - first, reader.keys.clone()));
+    }
+    let ids = writes.await.unwrap();
+    assert!(seen.len() > 50, "{} looks are too few to tell anything", seen.len());
+    for (changes, keys) in seen {
+        for record in keys.values() {
+            let Some(place) = ids.iter().position(|id| record.key_id == (*id).into()) else { continue };
+            // The last of the changes so far that was of this key.
+            let last = (0..KEYS).filter_map(|back| changes.checked_sub(back)).find(|n| n % KEYS == place as u64);
+            assert_eq!(u64::from(record.cost), last.filter(|n| *n > 0).unwrap_or(1), "after {changes} changes");
+        }
+    }
+}
+
 #[sqlx::test(migrations = "./migrations")]
 async fn a_reader_of_another_epoch_or_of_the_future_gets_a_snapshot(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;

@@ -195,6 +195,21 @@ fn no_more_keys_are_remembered_than_stated_and_none_with_endless_scopes() {
 }
 
 #[test]
+fn keys_that_come_in_turn_and_are_more_than_fit_are_not_all_forgotten() {
+    let (store, recent) = (Store::new(), Recent::default());
+    // All in one set, which has room for half of them.
+    let keys: Vec<KeyHash> = (0..2 * WAYS as u8).map(|number| hash(2 * number + 1)).collect();
+    (0..2 * WAYS as u8).for_each(|number| store.publish(&put(2 * number + 1, Flags(0))));
+    let ask = |keys: &[KeyHash]| keys.iter().for_each(|key| drop(store.find(&recent, key)));
+    let reads = store.reads(|| (0..100).for_each(|_| ask(&keys)));
+    assert!(reads < 100 * 6, "{reads} of 800");
+    // Those that come alone from now on have their place before long.
+    let newcomers = &keys[WAYS..];
+    (0..WAYS * STAY).for_each(|_| ask(newcomers));
+    assert_eq!(store.reads(|| ask(newcomers)), 0);
+}
+
+#[test]
 fn definitions_that_were_replaced_are_let_go() {
     let (store, recent) = (Store::new(), Recent::default());
     store.publish(&role("old"));

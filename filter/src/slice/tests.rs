@@ -91,10 +91,37 @@ fn keys_that_have_rested_and_keys_beyond_the_bound_have_no_slice() {
         key.0[..4].copy_from_slice(&number.to_be_bytes());
         assert_eq!(slices.take(&cells, &names(), key, &of_own(&own), WHOLE, || NOW), Ok(()));
     }
-    assert_eq!(slices.0.borrow().len(), KEYS);
+    assert_eq!(slices.of_keys.borrow().len(), KEYS);
     let writes = cells.writes.get();
     give_back(&slices, &cells, NOW);
-    assert_eq!((slices.0.borrow().len(), cells.writes.get()), (0, writes));
+    assert_eq!((slices.of_keys.borrow().len(), cells.writes.get()), (0, writes));
+}
+
+#[test]
+fn a_key_that_comes_back_takes_at_once_what_keys_usually_need() {
+    let (cells, slices, own) = (MemoryCells::default(), Slices::default(), [limit(1_000_000, 1)]);
+    // Each key makes so many requests and rests; gives how often the last of them asked shared data before it rested.
+    let writes_of_the_last = |requests: u32| {
+        let mut asked = 0;
+        for number in 0..200 {
+            let mut key = KEY;
+            key.0[15] = number;
+            let before = cells.writes.get();
+            for _ in 0..requests {
+                assert_eq!(slices.take(&cells, &names(), key, &of_own(&own), WHOLE, || NOW), Ok(()));
+            }
+            asked = cells.writes.get() - before;
+            (0..8).for_each(|_| give_back(&slices, &cells, NOW));
+        }
+        asked
+    };
+    assert_eq!(writes_of_the_last(1), 1);
+    assert_eq!(slices.wanted_at_first(), 1);
+    // The first takes for all of them.
+    assert_eq!(writes_of_the_last(5), 1);
+    // Once more they come but once: nothing is taken ahead that would have to be given back.
+    writes_of_the_last(1);
+    assert_eq!(slices.wanted_at_first(), 1);
 }
 
 #[test]
@@ -154,7 +181,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// How many requests of a limit a VM has ahead.
 fn ahead(vms: &[Slices]) -> u64 {
-    vms.iter().flat_map(|vm| vm.0.borrow().values().map(|slice| u64::from(slice.left)).collect::<Vec<_>>()).sum()
+    vms.iter().flat_map(|vm| vm.of_keys.borrow().values().map(|slice| u64::from(slice.left)).collect::<Vec<_>>()).sum()
 }
 
 proptest! {

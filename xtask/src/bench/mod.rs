@@ -54,7 +54,8 @@ pub(crate) struct Options {
     /// it: seven, one in a quick run.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Another build of the filter, to be measured beside this one in the suite `request`, plain and with limits.
+    /// Another build of the filter, to be measured beside this one in the suite `request`: with a thousand keys, with
+    /// limits, and with a million keys, all of which are asked for or few.
     #[arg(long, value_name = "FILE")]
     beside: Vec<PathBuf>,
     /// Of the suite `request`, only rows with this in their names, and the one without a filter.

@@ -107,7 +107,7 @@ struct Running {
 /// Measures. Whatever comes of it, the suites after this one have all cores.
 pub(super) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
     // What is compiled may have all cores too.
-    let generator = Generator::install(cores)?;
+    let generator = Generator::install()?;
     let empty = wasm::build_empty()?;
     cores.stay_off()?;
     let measured = measure_on(options, cores, &generator, &empty, report).await;
@@ -138,7 +138,7 @@ async fn measure_on(
             random.shuffle(&mut order);
             for place in order {
                 let Some(subject) = running.subjects.get_mut(place) else { continue };
-                subject.sample(generator, &mut speed, round, requests).await?;
+                subject.sample(generator, cores.load, &mut speed, round, requests).await?;
             }
         }
         for (place, Subject { name, samples, .. }) in running.subjects.into_iter().enumerate() {
@@ -169,13 +169,20 @@ impl Speed {
 
 impl Subject {
     /// Takes one sample.
-    async fn sample(&mut self, generator: &Generator, speed: &mut Speed, round: usize, requests: u64) -> Result<()> {
+    async fn sample(
+        &mut self,
+        generator: &Generator,
+        from: usize,
+        speed: &mut Speed,
+        round: usize,
+        requests: u64,
+    ) -> Result<()> {
         let file = self.files.get(round % self.files.len().max(1)).context("no addresses")?;
         // With addresses of its own, so that of many keys only code and connections are warm.
-        generator.send(requests / 5, &self.warm_up).await?;
+        generator.send(requests / 5, &self.warm_up, from).await?;
         let before = speed.probe()?;
         let used_before = machine::cpu_ns(self.process)?;
-        let answers = generator.send(requests, file).await?;
+        let answers = generator.send(requests, file, from).await?;
         let used_ns = machine::cpu_ns(self.process)? - used_before;
         let probe = (before + speed.probe()?) / 2;
         let expected = if self.refused {
@@ -274,12 +281,22 @@ async fn start(
     for filter in &options.beside {
         // Envoy runs in a directory of its own.
         let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
-        let plain = format!("{}, 1,000 keys", filter.display());
-        let limited = format!("{plain}, each with a rate limit");
-        if options.wants(&plain) {
-            let place = running.portcullis(&file, 1_000, |_| (), unlimited(), None, None).await?;
-            running.subject(&plain, place, "/", 0..1_000, home, false)?;
+        let name = |keys: &str| format!("{}, {keys} keys", filter.display());
+        // Of many keys a few that are asked for again and again are remembered, as those of a small store are.
+        let stores = [
+            (1_000, vec![("1,000", 1_000)]),
+            (1_000_000, vec![("1,000,000", 1_000_000), ("1,000 of 1,000,000", 1_000)]),
+        ];
+        for (keys, mut rows) in stores {
+            rows.retain(|(asked, _)| options.wants(&name(asked)));
+            if !rows.is_empty() {
+                let place = running.portcullis(&file, keys, |_| (), unlimited(), None, None).await?;
+                for (asked, keys) in rows {
+                    running.subject(&name(asked), place, "/", 0..keys, home, false)?;
+                }
+            }
         }
+        let limited = format!("{}, each with a rate limit", name("1,000"));
         if options.wants(&limited) {
             let place = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
             running.subject(&limited, place, "/", 0..1_000, home, false)?;

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use portcullis_tests::http::Connection;
-use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::paths;
 use portcullis_tests::stack::{Stack, wait_for_status};
 use serde_json::json;
@@ -14,11 +13,12 @@ use sqlx::types::Uuid;
 use tokio::task::JoinSet;
 
 use super::Options;
+use super::load::{Answers, Flow, Generator};
 use super::machine;
 use super::peers::Peer;
 use super::report::{Bound, Report};
 use super::server::Server;
-use super::stats::{Estimate, Samples};
+use super::stats::{Estimate, Random, Samples};
 use super::store::{self, milliseconds, seconds};
 use crate::output::progress;
 
@@ -40,6 +40,13 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
     pollers(options, report).await
 }
 
+/// Which of the two is measured.
+#[derive(Clone, Copy)]
+enum Side {
+    Copy,
+    Start,
+}
+
 /// What one cold start took.
 struct Cold {
     from_start: Duration,
@@ -53,13 +60,30 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     let rounds = if options.quick { 2 } else { 5 };
     let (mut copies, mut starts, mut syncs, mut stalls) =
         (Samples::default(), Samples::default(), Samples::default(), Samples::default());
-    for round in 1..=rounds {
+    let mut random = Random::new(keys);
+    // One round before those that count: what is read finds no cache full.
+    for round in 0..=rounds {
         progress(&format!("suite sync: {keys} keys, round {round} of {rounds}"));
-        copies.push(seconds(copy(&stack).await?));
-        let Cold { from_start, from_live, longest_stall } = start_cold(&stack, keys).await?;
-        starts.push(seconds(from_start));
-        syncs.push(seconds(from_live));
-        stalls.push(milliseconds(longest_stall));
+        let mut sides = [Side::Copy, Side::Start];
+        random.shuffle(&mut sides);
+        for side in sides {
+            match side {
+                Side::Copy => {
+                    let took = copy(&stack).await?;
+                    if round > 0 {
+                        copies.push(seconds(took));
+                    }
+                }
+                Side::Start => {
+                    let Cold { from_start, from_live, longest_stall } = start_cold(&stack, keys).await?;
+                    if round > 0 {
+                        starts.push(seconds(from_start));
+                        syncs.push(seconds(from_live));
+                        stalls.push(milliseconds(longest_stall));
+                    }
+                }
+            }
+        }
     }
     let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
     report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", plain(&copies));
@@ -122,24 +146,31 @@ async fn start_cold(stack: &Stack, keys: u64) -> Result<Cold> {
 const PER_SECOND: u32 = 2_000;
 /// Of that, what must have flowed for the figures to be of an Envoy under load.
 const LEAST_FLOW: f64 = 0.95;
+/// Changes before those that count.
+const WARM_UP: u32 = 10;
 
 async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(1).await?;
     let (rest, envoy) = (stack.rest(), stack.envoy());
-    let tries = if options.quick { 50 } else { 300 };
-    progress(&format!("suite sync: {tries} changes while requests flow"));
-    let flowing = stack.working_key("flow@example.com").await?;
-    let load = Load::start(Plan {
-        targets: vec![envoy.address()],
-        keys: vec![flowing],
+    let lasts = Duration::from_secs(if options.quick { 4 } else { 20 });
+    progress(&format!("suite sync: changes while requests flow, for {} s", lasts.as_secs()));
+    let flow = Flow {
+        to: envoy.address(),
+        key: stack.working_key("flow@example.com").await?,
         connections: 8,
-        requests: u64::MAX,
-        per_second: Some(PER_SECOND),
-    });
-    let (began, mut took) = (Instant::now(), Samples::default());
+        per_second: PER_SECOND,
+        lasts,
+    };
+    let generator = Generator::install()?;
+    let mut took = Samples::default();
     let mut workers = envoy.connection_per_worker().await?;
-    for number in 0..tries {
-        let email = format!("user{number}@example.com");
+    let flowing = tokio::spawn({
+        let generator = generator.clone();
+        async move { generator.flow(&flow).await }
+    });
+    let mut tries = 0;
+    loop {
+        let email = format!("user{tries}@example.com");
         let key = rest.generate(&email).await?;
         wait_for_status(envoy, Some(&key), 200).await?;
         rest.revoke(&email).await?;
@@ -149,17 +180,24 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
                 ensure!(answered.elapsed() < Duration::from_secs(10), "a revoked key is admitted for too long");
             }
         }
-        took.push(milliseconds(answered.elapsed()));
+        // What the end of the load fell into does not count.
+        if flowing.is_finished() {
+            break;
+        }
+        tries += 1;
+        if tries > WARM_UP {
+            took.push(milliseconds(answered.elapsed()));
+        }
     }
-    let lasted = began.elapsed();
-    let answers = load.stop().await;
-    let flowed = with_status(&answers, 200);
-    ensure!(flowed == answers.values().sum::<u64>(), "a key that nobody revoked was refused: {answers:?}");
+    ensure!(tries > 2 * WARM_UP, "only {tries} changes while requests flowed");
+    let Answers { good, refused, failed } = flowing.await??;
+    ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let rate = flowed as f64 / seconds(lasted);
+    let rate = good as f64 / seconds(lasts);
     let least = f64::from(PER_SECOND) * LEAST_FLOW;
     ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
-    report.note(format!("Suite sync: {rate:.0} requests/s flowed beside {tries} changes."));
+    let (counted, name) = (tries - WARM_UP, generator.name());
+    report.note(format!("Suite sync: {rate:.0} requests/s by {name} flowed beside {counted} changes that count."));
     report.figure(CHANGE, "Portcullis, change → refused by all workers, p50", "ms", Estimate::once(took.median()));
     let p99 = Estimate::once(took.quantile(0.99));
     report.figure(CHANGE, "Portcullis, change → refused by all workers, p99", "ms", p99);
@@ -182,7 +220,8 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
         connections.push(Connection::open(stack.control_plane.address()).await?);
     }
     let (mut last, mut cpu, mut memory) = (Samples::default(), Samples::default(), Samples::default());
-    for number in 0..changes {
+    // One change before those that count.
+    for number in 0..=changes {
         let position = stack.database.text("select epoch || ' ' || revision from store_state").await?;
         let (epoch, revision) = position.split_once(' ').context("the store has no state")?;
         let mut polls = JoinSet::new();
@@ -199,7 +238,7 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
             });
         }
         held(&stack).await?;
-        memory.push(by_one(machine::resident_bytes(process)?.saturating_sub(few)) / 1_024.0);
+        let held = machine::resident_bytes(process)?.saturating_sub(few);
         let before = machine::cpu_ns(process)?;
         stack.rest().generate(&format!("change{number}@example.com")).await?;
         let answered = Instant::now();
@@ -209,8 +248,11 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
             latest = latest.max(at);
             connections.push(connection);
         }
-        last.push(milliseconds(latest - answered));
-        cpu.push(by_one(machine::cpu_ns(process)?.saturating_sub(before)) / 1_000.0);
+        if number > 0 {
+            last.push(milliseconds(latest - answered));
+            cpu.push(by_one(machine::cpu_ns(process)?.saturating_sub(before)) / 1_000.0);
+            memory.push(by_one(held) / 1_024.0);
+        }
     }
     let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
     report.figure(POLLERS, format!("Portcullis, {MANY} pollers, change → the last has it"), "ms", plain(&last));
