@@ -52,7 +52,7 @@ impl Rate {
         let requests = u64::from(limit.requests.max(1)).saturating_mul(share);
         let interval_ns = match window_ns.checked_mul(WHOLE.into()) {
             Some(whole_ns) => whole_ns.checked_div(requests),
-            // A window of five hours and more.
+            // A window of more than five hours.
             None => u128::from(window_ns)
                 .saturating_mul(u128::from(WHOLE))
                 .checked_div(requests.into())

@@ -25,7 +25,7 @@ pub const MOST: u32 = 64;
 /// A slice is for so many times the requests that its key made lately, from the second request on.
 const AHEAD: u32 = 4;
 
-/// The same, of the first request after a rest, for what keys usually make.
+/// The first slice after a rest is for so many times what keys usually make.
 const AHEAD_AT_FIRST: u32 = 2;
 
 /// One key that rests moves what is usual by this part of the difference.
@@ -75,7 +75,7 @@ impl<'a> Limits<'a> {
 #[derive(Debug, Default)]
 pub struct Slices {
     of_keys: RefCell<HashMap<KeyId, Slice, BuildHasherDefault<Mixed>>>,
-    /// How many requests a key made lately from its first to its rest, on average, in [`SCALE`]ths.
+    /// How many requests of a key were admitted lately from its first to its rest, on average, in [`SCALE`]ths.
     usual: Slot<u32>,
 }
 
@@ -83,7 +83,7 @@ pub struct Slices {
 struct Slice {
     /// Requests of its key, halved each second.
     asked: u32,
-    /// Requests of its key since it came, [`MOST`] at the most.
+    /// Requests of its key that were admitted since it came, [`MOST`] at the most.
     came: u32,
     left: u32,
     from: Option<From>,
@@ -130,18 +130,19 @@ impl Slices {
         }
         let slice = slices.entry(key).or_default();
         slice.asked = slice.asked.saturating_add(1).min(MOST);
-        slice.came = slice.came.saturating_add(1).min(MOST);
         if slice.left > 0 {
             if slice.from.as_ref().is_some_and(|from| from.is(limits)) {
                 slice.left = slice.left.saturating_sub(1);
+                slice.comes();
                 return Ok(());
             }
             // It comes on another route, or its limits have changed: the slice waits for others, or for the end of its second.
-            return take(1).map(|_| ());
+            return take(1).map(|_| slice.comes());
         }
-        let wanted = if slice.came == 1 { self.wanted_at_first() } else { slice.asked.saturating_mul(AHEAD).min(MOST) };
+        let wanted = if slice.came == 0 { self.wanted_at_first() } else { slice.asked.saturating_mul(AHEAD).min(MOST) };
         let Taken { requests, share } = take(wanted)?;
         slice.left = requests.saturating_sub(1);
+        slice.comes();
         match &mut slice.from {
             _ if slice.left == 0 => {}
             Some(from) if from.is(limits) => from.share = share,
@@ -179,7 +180,7 @@ impl Slices {
         }
     }
 
-    /// A key that has made so many requests rests.
+    /// A key rests of which so many requests were admitted.
     fn rests(&self, came: u32) {
         let usual = self.usual.get();
         let rest = usual.saturating_sub(usual.checked_div(WEIGHT).unwrap_or_default());
@@ -188,6 +189,11 @@ impl Slices {
 }
 
 impl Slice {
+    /// A request was admitted.
+    fn comes(&mut self) {
+        self.came = self.came.saturating_add(1).min(MOST);
+    }
+
     fn give_back(&mut self, cells: &impl Cells, names: &Names, key: KeyId, default_share: u32, now_ns: u64) {
         let left = std::mem::take(&mut self.left);
         let Some(from) = self.from.as_ref().filter(|_| left > 0) else { return };

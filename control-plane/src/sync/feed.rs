@@ -214,8 +214,9 @@ impl State {
 
 /// A look that is enough most of the time: when nothing has changed, or a few keys and nothing else. Says whether it was.
 ///
-/// Its two statements see a moment each. All that changed up to the revision of the first is among what the second finds; a
-/// key that has changed since tells by its revision, and then, or if there may be more than is found, the look was not enough.
+/// Its two statements see a moment each. All that changed up to the revision of the first is among what the second finds, unless
+/// that is [`FEW`], so that there may be more. A key that has changed since tells by its revision. In both cases the look was
+/// not enough.
 async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     let Some(known) = store.position() else { return Ok(false) };
     let mut connection = pool.acquire().await?;
@@ -230,7 +231,7 @@ async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     }
     let Keys { rows, rotated } = few_keys(&mut connection, since).await?;
     let newer = rows.iter().any(|row| row.revision > now.1);
-    if rows.len() == FEW || !rotated.is_empty() || newer {
+    if rows.len() >= FEW || !rotated.is_empty() || newer {
         return Ok(false);
     }
     store.update(|mirror| {
@@ -358,7 +359,8 @@ impl Keys {
 }
 
 /// So many changes are read by a statement that finds no more, and that PostgreSQL therefore plans once. One that finds however
-/// many there are it plans each time, which takes longer than to find a few.
+/// many there are it plans each time, which takes longer than to find a few. The number stands in the statement too: a parameter
+/// would tell PostgreSQL nothing.
 const FEW: usize = 64;
 
 /// Those of the keys that have changed after a revision that changed first, [`FEW`] at the most.

@@ -255,6 +255,34 @@ async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn however_many_keys_a_statement_changes_a_reader_has_them_all(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    for _ in 0..70 {
+        fixture.key("many@example.com", &[]).await;
+    }
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    for (cost, number) in [(2, 1), (3, 63), (4, 64), (5, 65), (6, 70)] {
+        let changed: Vec<(Vec<u8>,)> = sqlx::query_as(
+            "update api_keys set cost = $1 where id in (select id from api_keys order by id limit $2)
+            returning hash",
+        )
+        .bind(cost)
+        .bind(number)
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+        assert_eq!(changed.len() as i64, number);
+        fixture.in_step().await;
+        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        for (hash,) in changed {
+            assert_eq!(reader.keys[&KeyHash(hash.try_into().unwrap())].cost, cost.cast_unsigned());
+        }
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn a_reader_of_another_epoch_or_of_the_future_gets_a_snapshot(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;

@@ -205,7 +205,7 @@ fn keys_that_come_in_turn_and_are_more_than_fit_are_not_all_forgotten() {
     assert!(reads < 100 * 6, "{reads} of 800");
     // Those that come alone from now on have their place before long.
     let newcomers = &keys[WAYS..];
-    (0..WAYS * STAY).for_each(|_| ask(newcomers));
+    (0..2 * WAYS * STAY).for_each(|_| ask(newcomers));
     assert_eq!(store.reads(|| ask(newcomers)), 0);
 }
 

@@ -78,7 +78,7 @@ pub(super) enum What {
 /// What calls took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Took {
-    /// From the first question to the last answer.
+    /// From the first question to the last answer; of oha, with connecting.
     pub(super) seconds: f64,
     /// Of a hundred calls one took longer.
     pub(super) p99_ms: f64,
@@ -124,8 +124,12 @@ impl Generator {
         }
     }
 
+    /// Runs it; it ends with whoever waits for it.
     async fn run(&self, command: Command) -> Result<(Answers, String)> {
-        let output = tokio::task::spawn_blocking(move || read(command)).await??;
+        let output = tokio::process::Command::from(command).kill_on_drop(true).output().await?;
+        let why = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{} failed: {}", self.name(), why.trim());
+        let output = String::from_utf8_lossy(&output.stdout).into_owned();
         let answers = match self {
             Self::H2load { .. } => h2load_answers(&output),
             Self::Oha { .. } => oha_answers(&output),
@@ -134,7 +138,7 @@ impl Generator {
         Ok((answers, output))
     }
 
-    /// Sends so many requests to the addresses of a file, one a line, in turn, from one core.
+    /// Sends so many requests to the addresses of a file, one a line, from one core: in turn, or by lot if it is oha.
     pub(super) async fn send(&self, requests: u64, addresses: &Path, core: usize) -> Result<Answers> {
         let requests = requests.to_string();
         let mut command = self.command();
@@ -160,7 +164,11 @@ impl Generator {
                 let by_each = (flow.per_second / flow.connections.max(1)).to_string();
                 command.args(["--h1", "--rps", &by_each, "-D", &seconds.to_string()])
             }
-            Self::Oha { .. } => command.args(["-q", &flow.per_second.to_string(), "-z", &format!("{seconds}s")]),
+            Self::Oha { .. } => {
+                command.args(["-q", &flow.per_second.to_string(), "-z", &format!("{seconds}s")]);
+                // Or else it counts what is under way at the end as failed.
+                command.arg("--wait-ongoing-requests-after-deadline")
+            }
         };
         command.arg(&address);
         Ok(self.run(command).await?.0)

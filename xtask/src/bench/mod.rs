@@ -55,7 +55,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
     /// Another build of the filter, to be measured beside this one in the suite `request`: with a thousand keys, with
-    /// limits, and with a million keys, all of which are asked for or few.
+    /// limits, and with a million keys, of which any are asked for or always the same thousand.
     #[arg(long, value_name = "FILE")]
     beside: Vec<PathBuf>,
     /// Of the suite `request`, only rows with this in their names, and the one without a filter.

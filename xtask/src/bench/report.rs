@@ -60,7 +60,7 @@ impl Target {
 /// How the columns are to be read.
 const LEGEND: &str = "low quartile, found: from the lower quartiles of the times that were measured, which are those of \
     undisturbed rounds. A rate is so much by such a time, a ratio is between two of them. Where two things were measured \
-    right after each other in each round (usage and api), a ratio is the median of the rounds'.";
+    right after each other in each round (cold start, usage and api), a ratio is the median of the rounds'.";
 
 /// Everything that one run found.
 #[derive(Debug)]

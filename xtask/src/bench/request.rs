@@ -34,9 +34,8 @@ const UNIT: &str = "µs";
 /// out of the caches, is settled when it starts and makes several microseconds.
 const PROCESSES: usize = 7;
 
-/// Files of addresses for each of them, taken in turn, so that a round does not find the keys of the last one in the caches.
-/// Another one is for warming up.
-const FILES: u64 = 4;
+/// Requests in a sample.
+const REQUESTS: u64 = 4_000;
 
 /// Names that verdicts refer to.
 const NOTHING: &str = "no filter";
@@ -61,7 +60,7 @@ struct Subject {
     process: u32,
     /// Addresses to ask for before a sample is taken.
     warm_up: PathBuf,
-    /// Addresses to ask for.
+    /// Addresses to ask for, other ones in each round: nothing is in a cache because it was asked for in the last.
     files: Vec<PathBuf>,
     /// Whether its requests are refused.
     refused: bool,
@@ -98,6 +97,7 @@ struct Place {
 /// All that runs while it is measured.
 struct Running {
     cores: Cores,
+    rounds: usize,
     subjects: Vec<Subject>,
     servers: Vec<Server>,
     feeds: Vec<Feed>,
@@ -122,14 +122,14 @@ async fn measure_on(
     empty: &[PathBuf; 2],
     report: &mut Report,
 ) -> Result<()> {
-    let (processes, requests) = if options.quick { (1, 2_000) } else { (PROCESSES, 4_000) };
+    let (processes, requests) = if options.quick { (1, REQUESTS / 2) } else { (PROCESSES, REQUESTS) };
     let rounds = options.rounds.unwrap_or(6 * processes).div_ceil(processes);
     let mut rows: Vec<Row> = Vec::new();
     let mut random = Random::new(1);
     let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
     for process in 1..=processes {
         let home = TempDir::with_prefix("portcullis-bench-")?;
-        let mut running = Running::on(cores);
+        let mut running = Running::on(cores, rounds);
         start(&mut running, options, empty, home.path(), report).await?;
         ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
         for round in 0..rounds {
@@ -177,7 +177,7 @@ impl Subject {
         round: usize,
         requests: u64,
     ) -> Result<()> {
-        let file = self.files.get(round % self.files.len().max(1)).context("no addresses")?;
+        let file = self.files.get(round).context("no addresses")?;
         // With addresses of its own, so that of many keys only code and connections are warm.
         generator.send(requests / 5, &self.warm_up, from).await?;
         let before = speed.probe()?;
@@ -312,8 +312,8 @@ async fn start(
 }
 
 impl Running {
-    const fn on(cores: Cores) -> Self {
-        Self { cores, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
+    const fn on(cores: Cores, rounds: usize) -> Self {
+        Self { cores, rounds, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
     }
 
     /// Starts an Envoy on the core for what is measured.
@@ -356,19 +356,19 @@ impl Running {
         home: &Path,
         refused: bool,
     ) -> Result<()> {
-        let file = |number: u64| -> Result<PathBuf> {
+        let file = |number: usize| -> Result<PathBuf> {
             let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
-            let mut random = Random::new(number);
+            let mut random = Random::new(number as u64);
             let width = usize::try_from(keys.end - keys.start)?;
             let line = |_| {
                 let chosen = keys.start + random.below(width) as u64;
                 format!("http://{}{path}?key={}\n", place.address, key(chosen))
             };
-            std::fs::write(&file, (0..10_000).map(line).collect::<String>())?;
+            std::fs::write(&file, (0..REQUESTS).map(line).collect::<String>())?;
             Ok(file)
         };
-        let files = (0..FILES).map(file).collect::<Result<_>>()?;
-        let (name, process, warm_up) = (name.to_owned(), place.process, file(FILES)?);
+        let files = (0..self.rounds).map(file).collect::<Result<_>>()?;
+        let (name, process, warm_up) = (name.to_owned(), place.process, file(self.rounds)?);
         self.subjects.push(Subject { name, process, warm_up, files, refused, samples: Vec::new() });
         Ok(())
     }

@@ -26,7 +26,7 @@ const COLD: &str = "sync: cold start";
 const CHANGE: &str = "sync: one change";
 const POLLERS: &str = "sync: many pollers";
 
-/// What filters are told of every key, as columns.
+/// Most of what filters are told of every key, as columns.
 const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, expires_at, disabled, revoked_at \
     from api_keys) to stdout";
 
@@ -76,10 +76,11 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
                 }
                 Side::Start => {
                     let Cold { from_start, from_live, longest_stall } = start_cold(&stack, keys).await?;
+                    // Of stalls the worst counts, of the first round too.
+                    stalls.push(milliseconds(longest_stall));
                     if round > 0 {
                         starts.push(seconds(from_start));
                         syncs.push(seconds(from_live));
-                        stalls.push(milliseconds(longest_stall));
                     }
                 }
             }
@@ -87,7 +88,7 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     }
     let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
     report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", plain(&copies));
-    let ratio = Estimate::of([&syncs, &copies], |[sync, copy]| sync / copy);
+    let ratio = Estimate::by_the_round(&syncs, &copies);
     let compared = Some((ratio, "COPY"));
     report.compared(
         COLD,
@@ -164,12 +165,12 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let generator = Generator::install()?;
     let mut took = Samples::default();
     let mut workers = envoy.connection_per_worker().await?;
-    let flowing = tokio::spawn({
-        let generator = generator.clone();
-        async move { generator.flow(&flow).await }
-    });
+    // Whatever happens here, it ends with this.
+    let mut flowing = JoinSet::new();
+    let name = generator.name();
+    flowing.spawn(async move { generator.flow(&flow).await });
     let mut tries = 0;
-    loop {
+    let Answers { good, refused, failed } = loop {
         let email = format!("user{tries}@example.com");
         let key = rest.generate(&email).await?;
         wait_for_status(envoy, Some(&key), 200).await?;
@@ -181,22 +182,21 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
             }
         }
         // What the end of the load fell into does not count.
-        if flowing.is_finished() {
-            break;
+        if let Some(flowed) = flowing.try_join_next() {
+            break flowed??;
         }
         tries += 1;
         if tries > WARM_UP {
             took.push(milliseconds(answered.elapsed()));
         }
-    }
+    };
     ensure!(tries > 2 * WARM_UP, "only {tries} changes while requests flowed");
-    let Answers { good, refused, failed } = flowing.await??;
     ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = good as f64 / seconds(lasts);
     let least = f64::from(PER_SECOND) * LEAST_FLOW;
     ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
-    let (counted, name) = (tries - WARM_UP, generator.name());
+    let counted = tries - WARM_UP;
     report.note(format!("Suite sync: {rate:.0} requests/s by {name} flowed beside {counted} changes that count."));
     report.figure(CHANGE, "Portcullis, change → refused by all workers, p50", "ms", Estimate::once(took.median()));
     let p99 = Estimate::once(took.quantile(0.99));
