@@ -7,7 +7,7 @@
 //! look-up that begins sees another number than any look-up before the change did, and reads the store.
 //!
 //! Only keys that the store holds are remembered, [`REMEMBERED`] of them, so that nobody fills the memory with made-up
-//! keys. Where that many are not enough, one newcomer in [`STAY`] takes the place of an older one: were it each, keys
+//! keys. Where that many are not enough, one newcomer in several takes the place of an older one: were it each, keys
 //! that come in turn, more than fit, would all be forgotten before they come again.
 
 use std::cell::RefCell;

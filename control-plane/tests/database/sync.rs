@@ -263,7 +263,7 @@ async fn however_many_keys_a_statement_changes_a_reader_has_them_all(pool: PgPoo
     }
     fixture.in_step().await;
     let mut reader = synced(&fixture, &sync).await;
-    for (cost, number) in [(2, 1), (3, 63), (4, 64), (5, 65), (6, 70)] {
+    for (cost, number) in [(2_i32, 1), (3, 63), (4, 64), (5, 65), (6, 70)] {
         let changed: Vec<(Vec<u8>,)> = sqlx::query_as(
             "update api_keys set cost = $1 where id in (select id from api_keys order by id limit $2)
             returning hash",
