@@ -5,6 +5,7 @@ mod authorization;
 mod binary;
 mod credits;
 mod explain;
+mod feed;
 mod filters;
 mod fuzz;
 mod hostile;

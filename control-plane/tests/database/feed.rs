@@ -1,0 +1,354 @@
+//! What the control plane reads of the database for the filters: every change, in the order of commits, and of no other
+//! database than the one it began with. Rows of keys stay, and keep what filters know them by.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::support::{Fixture, request, revision};
+use crate::sync::{Reader, synced};
+use axum::body::Body;
+use contract::hash::{BUCKETS, KeyHash};
+use contract::id::Epoch;
+use contract::page::Part;
+use contract::record::Flags;
+use control_plane::audit::Actor;
+use control_plane::key::change::{Changes, change};
+use control_plane::key::revoke::withdraw;
+use control_plane::key::store;
+use control_plane::sync::feed;
+use sqlx::PgPool;
+
+#[sqlx::test(migrations = "./migrations")]
+async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                for number in 0..25 {
+                    let (id, _) = crate::support::key(&pool, &format!("{writer}@example.com"), &[]).await;
+                    if number % 3 == 0 {
+                        crate::support::revoke(&pool, id).await;
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut reader = Reader::default();
+    loop {
+        let finished = writers.iter().all(tokio::task::JoinHandle::is_finished);
+        let now = if finished { fixture.in_step().await } else { 0 };
+        if !finished || reader.revision < now {
+            reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        }
+        // Every key whose last change has a revision that the reader has seen is with the reader, in that state.
+        let seen: Vec<(Vec<u8>, bool)> =
+            sqlx::query_as("select hash, revoked_at is not null from api_keys where revision <= $1")
+                .bind(reader.revision.cast_signed())
+                .fetch_all(&pool)
+                .await
+                .unwrap();
+        for (hash, revoked) in seen {
+            let record = reader.keys.get(&KeyHash(hash.try_into().unwrap())).expect("a key that was seen");
+            assert!(!revoked || record.flags.contains(Flags::REVOKED));
+        }
+        if finished && reader.revision >= now {
+            break;
+        }
+    }
+    assert_eq!(reader.keys.len(), 1 + 8 * 25);
+}
+
+/// What the database was at a revision can be told of the revision alone: one change after the other, each of one key, and the
+/// n-th sets what a request costs to n.
+#[sqlx::test(migrations = "./migrations")]
+async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer(pool: PgPool) {
+    const KEYS: u64 = 8;
+    const LOOKS: usize = 200;
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let mut ids = Vec::new();
+    for number in 0..KEYS {
+        ids.push(fixture.key(&format!("user{number}@example.com"), &[]).await.0);
+    }
+    let first = fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    assert_eq!(reader.revision, first);
+    let enough = Arc::new(AtomicBool::new(false));
+    let writes = tokio::spawn({
+        let enough = Arc::clone(&enough);
+        async move {
+            let mut changes = 0;
+            while !enough.load(Ordering::Relaxed) {
+                changes += 1;
+                let id = ids[usize::try_from(changes % KEYS).unwrap()];
+                let cost = i32::try_from(changes).unwrap();
+                sqlx::query("update api_keys set cost = $2 where id = $1")
+                    .bind(id)
+                    .bind(cost)
+                    .execute(&pool)
+                    .await
+                    .unwrap();
+            }
+            (ids, changes)
+        }
+    });
+    let mut seen = Vec::new();
+    while seen.len() < LOOKS {
+        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        seen.push((reader.revision - first, reader.keys.clone()));
+    }
+    enough.store(true, Ordering::Relaxed);
+    let (ids, changes) = writes.await.unwrap();
+    while reader.revision < first + changes {
+        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        seen.push((reader.revision - first, reader.keys.clone()));
+    }
+    for (changes, keys) in seen {
+        for record in keys.values() {
+            let Some(place) = ids.iter().position(|id| record.key_id == (*id).into()) else { continue };
+            // The last of the changes so far that was of this key.
+            let last = (0..KEYS).filter_map(|back| changes.checked_sub(back)).find(|n| n % KEYS == place as u64);
+            assert_eq!(u64::from(record.cost), last.filter(|n| *n > 0).unwrap_or(1), "after {changes} changes");
+        }
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn however_many_keys_a_statement_changes_a_reader_has_them_all(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    for _ in 0..70 {
+        fixture.key("many@example.com", &[]).await;
+    }
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    for (cost, number) in [(2_i32, 1), (3, 63), (4, 64), (5, 65), (6, 70)] {
+        let changed: Vec<(Vec<u8>,)> = sqlx::query_as(
+            "update api_keys set cost = $1 where id in (select id from api_keys order by id limit $2)
+            returning hash",
+        )
+        .bind(cost)
+        .bind(number)
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+        assert_eq!(changed.len() as i64, number);
+        fixture.in_step().await;
+        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        for (hash,) in changed {
+            assert_eq!(reader.keys[&KeyHash(hash.try_into().unwrap())].cost, cost.cast_unsigned());
+        }
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_again(pool: PgPool) {
+    let (ahead, behind) = (Fixture::new(pool.clone()).await, Fixture::new(pool.clone()).await);
+    let (_, sync) = ahead.key("operator@example.com", &["sync"]).await;
+    let (revoked, secret) = ahead.key("a@example.com", &[]).await;
+    ahead.in_step().await;
+    behind.in_step().await;
+    behind.stop_feed();
+    let old = synced(&behind, &sync).await.epoch;
+    crate::support::revoke(&pool, revoked).await;
+    let new = feed::new_epoch(&pool).await.unwrap();
+    ahead.app.feed.refresh(None).await.unwrap();
+    let mut reader = synced(&ahead, &sync).await;
+    assert_eq!(reader.epoch, Some(new.into()));
+
+    let poll = Box::pin(behind.send(request("GET", &reader.poll(), Some(&sync), Body::empty())));
+    if let Ok(reply) = tokio::time::timeout(Duration::from_secs(1), poll).await {
+        reader.apply(&reply);
+    }
+    assert_ne!(reader.epoch, old);
+    assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
+    assert_eq!(behind.app.store.position().map(|(epoch, _)| epoch), reader.epoch);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_replica_without_its_database_keeps_readers_where_they_are(pool: PgPool) {
+    let mut fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let ours = synced(&fixture, &sync).await;
+    fixture.stop_feed();
+    fixture.shorten_polls();
+    pool.close().await;
+    let another = Epoch([9; 16]);
+    for (epoch, revision) in [(ours.epoch.unwrap(), ours.revision + 5), (another, 1)] {
+        let uri = format!("/sync/v1/keys?epoch={epoch}&revision={revision}");
+        let header = Reader::default().apply(&fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+        assert_eq!(
+            (header.epoch, header.revision, header.part),
+            (epoch, revision, Part::Changes { after: revision }),
+            "{uri}"
+        );
+    }
+    let uri = format!("/sync/v1/keys?epoch={another}&cursor=700");
+    let reply = fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await;
+    assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, "1"));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_user_who_may_not_see_the_server_still_tells_databases_apart(pool: PgPool) {
+    let restricted = "
+        do $$ begin create role portcullis_restricted login; exception when duplicate_object then null; end $$;
+        revoke execute on function pg_control_system() from public;
+        grant select, update on store_state to portcullis_restricted;";
+    sqlx::raw_sql(restricted).execute(&pool).await.unwrap();
+    let options = pool.connect_options().as_ref().clone().username("portcullis_restricted");
+    let theirs = PgPool::connect_with(options).await.unwrap();
+    let epoch = async || sqlx::query_scalar::<_, uuid::Uuid>("select epoch from store_state").fetch_one(&pool).await;
+    feed::identify(&theirs).await.unwrap();
+    let drawn = epoch().await.unwrap();
+    feed::identify(&theirs).await.unwrap();
+    assert_eq!(epoch().await.unwrap(), drawn);
+    let identity: String = sqlx::query_scalar("select identity from store_state").fetch_one(&pool).await.unwrap();
+    let parts: Vec<_> = identity.split('/').collect();
+    assert!(parts.len() == 3 && parts[0] == "hidden" && parts[1] == "00000001", "{identity}");
+    assert!(parts[2].parse::<u32>().is_ok(), "{identity}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_lost_connection_makes_the_feed_ask_who_the_database_is(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (old, _) = fixture.app.store.position().unwrap();
+    sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
+    let mut positions = fixture.app.store.positions();
+    // Nothing else fails: the listening connection alone goes, as if the server had been replaced in a moment.
+    let gone = "select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and query ilike 'listen%'";
+    assert_eq!(sqlx::query(gone).execute(&pool).await.unwrap().rows_affected(), 1);
+    let found = positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != old));
+    tokio::time::timeout(Duration::from_secs(10), found).await.expect("a new epoch begins").unwrap();
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_database_that_goes_back_or_is_another_begins_a_new_epoch(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    fixture.in_step().await;
+    let old = synced(&fixture, &sync).await.epoch.unwrap();
+    let mut positions = fixture.app.store.positions();
+
+    // As after a restore of older files: the revision is lower than it was.
+    sqlx::query("update store_state set revision = 0").execute(&pool).await.unwrap();
+    fixture.app.store.nudge();
+    let (second, _) = positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != old)).await.unwrap().unwrap();
+    assert_ne!(synced(&fixture, &sync).await.epoch, Some(old));
+
+    // As after a restore of a dump: what the epoch was drawn for is not this server.
+    sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
+    feed::identify(&pool).await.unwrap();
+    fixture.app.store.nudge();
+    positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != second)).await.unwrap();
+
+    // And the same server does not.
+    let before: uuid::Uuid = sqlx::query_scalar("select epoch from store_state").fetch_one(&pool).await.unwrap();
+    feed::identify(&pool).await.unwrap();
+    let after: uuid::Uuid = sqlx::query_scalar("select epoch from store_state").fetch_one(&pool).await.unwrap();
+    assert_eq!(before, after);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (id, secret) = fixture.key("a@example.com", &[]).await;
+    crate::support::revoke(&pool, id).await;
+    fixture.in_step().await;
+    let mut reader = synced(&fixture, &sync).await;
+    assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
+    sqlx::query("update api_keys set revoked_at = now() - interval '31 days' where id = $1")
+        .bind(id)
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 1);
+    fixture.in_step().await;
+    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+    assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
+    assert_eq!(store::get(&pool, id).await.unwrap().unwrap().id, id);
+
+    // A control plane that starts now does not know the key, and a reader from before gets a snapshot.
+    let restarted = Fixture::new(pool.clone()).await;
+    let uri = format!("/sync/v1/keys?epoch={}&revision=1", header.epoch);
+    let header = Reader::default().apply(&restarted.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+    assert!(matches!(header.part, Part::Snapshot { .. }));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn rows_of_keys_cannot_be_deleted(pool: PgPool) {
+    crate::support::key(&pool, "a@example.com", &[]).await;
+    let error = sqlx::query("delete from api_keys").execute(&pool).await.unwrap_err().to_string();
+    assert!(error.contains("never deleted: revoke the key instead"), "{error}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_hash_of_a_key_never_changes(pool: PgPool) {
+    crate::support::key(&pool, "a@example.com", &[]).await;
+    let change = "update api_keys set hash = sha256('another')";
+    let error = sqlx::query(change).execute(&pool).await.unwrap_err().to_string();
+    assert!(error.contains("retire the secret and give the key a new one"), "{error}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
+    let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
+    crate::support::revoke(&pool, id).await;
+    let (live, _) = crate::support::key(&pool, "a@example.com", &[]).await;
+    let before = revision(&pool).await;
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
+    crate::support::revoke(&pool, id).await;
+    let mut transaction = pool.begin().await.unwrap();
+    let held = store::hold(&mut transaction, live).await.unwrap().unwrap();
+    let same = Changes { disabled: Some(false), expires_at: Some(None), ..Changes::default() };
+    change(&mut transaction, &Actor::system(), true, &held, same).await.unwrap();
+    transaction.commit().await.unwrap();
+    assert_eq!(revision(&pool).await, before);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
+    let mut behind = Fixture::new(pool.clone()).await;
+    let (_, sync) = behind.key("operator@example.com", &["sync"]).await;
+    behind.in_step().await;
+    behind.stop_feed();
+    behind.shorten_polls();
+    let (epoch, at) = behind.app.store.position().unwrap();
+    let continued = async |epoch: Epoch, least: u64| {
+        let uri = format!("/sync/v1/keys?epoch={epoch}&cursor=700&revision={least}");
+        behind.send(request("GET", &uri, Some(&sync), Body::empty())).await
+    };
+
+    // Recent enough: it does not look.
+    let (newer, _) = behind.key("a@example.com", &[]).await;
+    let header = Reader::default().apply(&continued(epoch, at).await);
+    assert_eq!((header.revision, header.part), (at, Part::Snapshot { from: 700, to: BUCKETS }));
+
+    // Behind: it looks, and goes on.
+    crate::support::revoke(&pool, newer).await;
+    let now = revision(&pool).await;
+    let header = Reader::default().apply(&continued(epoch, now).await);
+    assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 700, to: BUCKETS }));
+
+    // The database itself is behind: it was restored, and the snapshot starts over.
+    let header = Reader::default().apply(&continued(epoch, now + 5).await);
+    assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 0, to: BUCKETS }));
+
+    // So it does with the epoch that begins then.
+    sqlx::query("update store_state set revision = revision - 1").execute(&pool).await.unwrap();
+    let header = Reader::default().apply(&continued(epoch, now + 5).await);
+    assert_eq!((header.epoch == epoch, header.part), (false, Part::Snapshot { from: 0, to: BUCKETS }));
+    let epoch = header.epoch;
+
+    // It cannot look: the reader waits.
+    pool.close().await;
+    let reply = continued(epoch, now + 5).await;
+    assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, "1"));
+    assert_eq!(continued(epoch, now - 1).await.status.as_u16(), 200);
+}
