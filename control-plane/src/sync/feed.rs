@@ -8,27 +8,26 @@ use std::convert::Infallible;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use contract::definition::Definition;
-use contract::hash::KeyHash;
 use contract::id::Epoch;
-use futures_util::{Stream, TryStreamExt};
+use sqlx::PgPool;
 use sqlx::postgres::PgListener;
-use sqlx::types::Json;
-use sqlx::{PgConnection, PgPool};
-use time::OffsetDateTime;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::Store;
-use super::mirror::{Defined, Mirror, Row};
-use crate::key::domain::StoredLimit;
-use crate::key::record_of;
+use super::mirror::Mirror;
+use super::rows::{FEW, Keys, State, definitions, old_secrets};
+use super::{Position, Store};
 
 /// How long to wait before the database is tried again after a fault.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// How long one refresh may take: a million keys load in seconds, so a server that takes longer has stopped answering.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// After a look that found more than one revision, the next begins no sooner than so long after it began: while changes come in a
+/// stream, each look then finds several, which leaves the database more time for those who make them. After any other look, what
+/// changes is read at once.
+const IN_A_STREAM: Duration = Duration::from_millis(5);
 
 /// What stands in the identity of a database for a part that it does not let us see. The other parts still tell.
 const HIDDEN: &str = "hidden";
@@ -78,8 +77,13 @@ impl Feed {
         listener.listen("portcullis_changes").await?;
         identify(&self.pool).await?;
         loop {
+            let (began, before) = (tokio::time::Instant::now(), self.store.position());
             tokio::time::timeout(PATIENCE, self.refresh(None)).await.map_err(|_| FeedError::Late)??;
+            let streams = several_between(before, self.store.position());
             self.news(&mut listener, poll_interval).await?;
+            if streams {
+                tokio::time::sleep_until(began + IN_A_STREAM).await;
+            }
         }
     }
 
@@ -123,6 +127,11 @@ impl Feed {
         *last_look = Some(began);
         Ok(())
     }
+}
+
+/// Whether a look has found more than one revision.
+fn several_between(before: Position, after: Position) -> bool {
+    before.zip(after).is_some_and(|((old, from), (epoch, to))| old == epoch && to > from + 1)
 }
 
 /// Draws a new epoch if this is not the database that the present one was drawn for: another server, another timeline
@@ -170,48 +179,6 @@ pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
 }
 
-/// Reads the keys that a condition names: as a stream.
-macro_rules! keys {
-    ($connection:expr, $where:literal $(, $of:expr)*) => {
-        sqlx::query_as!(
-            Stored,
-            r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", cost,
-                expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
-                coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_starter, quota_turn,
-                quota_resets_at, credits_starter, credits_turn, revision
-            from api_keys where "# + $where
-            $(, $of)*
-        )
-        .fetch($connection)
-    };
-}
-
-/// How far the database is.
-struct State {
-    epoch: Uuid,
-    revision: i64,
-    /// The revision of the newest change of an old secret, and of a role or plan; 0 if there is none.
-    newest_old_secret: i64,
-    newest_definition: i64,
-}
-
-impl State {
-    async fn read(connection: &mut PgConnection) -> Result<Self, sqlx::Error> {
-        sqlx::query_as!(
-            Self,
-            r#"select epoch, revision, coalesce((select max(revision) from retired_secrets), 0) as "newest_old_secret!",
-                coalesce((select max(revision) from definitions), 0) as "newest_definition!"
-            from store_state"#
-        )
-        .fetch_one(connection)
-        .await
-    }
-
-    fn position(&self) -> (Epoch, u64) {
-        (Epoch::from(self.epoch), self.revision.cast_unsigned())
-    }
-}
-
 /// A look that is enough most of the time: when nothing has changed, or a few keys and nothing else. Says whether it was.
 ///
 /// Its two statements see a moment each. All that changed up to the revision of the first is among what the second finds, unless
@@ -229,7 +196,7 @@ async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     if now.0 != known.0 || state.revision < since || state.newest_old_secret.max(state.newest_definition) > since {
         return Ok(false);
     }
-    let Keys { rows, rotated } = few_keys(&mut connection, since).await?;
+    let Keys { rows, rotated } = Keys::few_changed(&mut connection, since).await?;
     let newer = rows.iter().any(|row| row.revision > now.1);
     if rows.len() >= FEW || !rotated.is_empty() || newer {
         return Ok(false);
@@ -255,7 +222,7 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     match known {
         Some((ours, since)) if ours == epoch && revision >= since => {
             let since = since.cast_signed();
-            let Keys { mut rows, rotated } = Keys::read(keys!(&mut *transaction, "revision > $1", since)).await?;
+            let Keys { mut rows, rotated } = Keys::changed(&mut transaction, since).await?;
             if state.newest_old_secret > since || !rotated.is_empty() {
                 rows.extend(old_secrets(&mut transaction, since, &rotated, true).await?);
             }
@@ -285,7 +252,7 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
             )
             .fetch_one(&mut *transaction)
             .await?;
-            let mut rows = Keys::read(keys!(&mut *transaction, "not withdrawn")).await?.rows;
+            let mut rows = Keys::all(&mut transaction).await?.rows;
             rows.extend(old_secrets(&mut transaction, -1, &[], false).await?);
             let mut mirror = Mirror::new(epoch, horizon.cast_unsigned());
             // Those that were removed too: readers who know them are told.
@@ -298,128 +265,17 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     Ok(true)
 }
 
-/// What filters are told of one secret: as the key is, but for the hash, the generation and the end.
-struct Stored {
-    id: Uuid,
-    owner_id: Uuid,
-    hash: Vec<u8>,
-    generation: i32,
-    scopes: Vec<String>,
-    rate_limits: Json<Vec<StoredLimit>>,
-    cost: i32,
-    expires_at: Option<OffsetDateTime>,
-    disabled: bool,
-    quota_exceeded: bool,
-    credits_exhausted: bool,
-    revoked_at: Option<OffsetDateTime>,
-    withdrawn: bool,
-    plan_number: Option<i32>,
-    role_numbers: Vec<i32>,
-    networks: Vec<String>,
-    quota_starter: Option<i32>,
-    quota_turn: i32,
-    quota_resets_at: Option<OffsetDateTime>,
-    credits_starter: Option<i32>,
-    credits_turn: i32,
-    revision: i64,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Stored {
-    fn row(self) -> Result<Row, FeedError> {
-        let (id, revision) = (self.id, self.revision.cast_unsigned());
-        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| FeedError::Row(id))?);
-        if self.withdrawn {
-            return Ok(Row { hash, revision, record: None });
-        }
-        let record = record_of!(self).to_bytes().map_err(|_| FeedError::Row(id))?;
-        Ok(Row { hash, revision, record: Some(record.into_boxed_slice()) })
+    #[test]
+    fn one_revision_is_no_stream() {
+        let (epoch, other) = (Epoch([1; 16]), Epoch([2; 16]));
+        let at = |revision| Some((epoch, revision));
+        assert!(!several_between(at(7), at(7)) && !several_between(at(7), at(8)));
+        assert!(several_between(at(7), at(9)));
+        // The whole store was read, now or for the first time.
+        assert!(!several_between(None, at(9)) && !several_between(Some((other, 1)), at(9)));
     }
-}
-
-/// What is read of keys.
-#[derive(Default)]
-struct Keys {
-    rows: Vec<Row>,
-    /// Those that may have old secrets.
-    rotated: Vec<Uuid>,
-}
-
-impl Keys {
-    async fn read(mut keys: impl Stream<Item = Result<Stored, sqlx::Error>> + Unpin) -> Result<Self, FeedError> {
-        let mut read = Self::default();
-        while let Some(key) = keys.try_next().await? {
-            // A key has old secrets only from its second generation on.
-            if key.generation > 1 {
-                read.rotated.push(key.id);
-            }
-            read.rows.push(key.row()?);
-        }
-        Ok(read)
-    }
-}
-
-/// So many changes are read by a statement that finds no more, and that PostgreSQL therefore plans once. One that finds however
-/// many there are it plans each time, which takes longer than to find a few. The number stands in the statement too: a parameter
-/// would tell PostgreSQL nothing.
-const FEW: usize = 64;
-
-/// Those of the keys that have changed after a revision that changed first, [`FEW`] at the most.
-async fn few_keys(connection: &mut PgConnection, since: i64) -> Result<Keys, FeedError> {
-    Keys::read(keys!(connection, "revision > $1 order by revision limit 64", since)).await
-}
-
-/// Rows of the old secrets that have changed after a revision, and of those of some keys.
-async fn old_secrets(
-    connection: &mut PgConnection,
-    since: i64,
-    of_keys: &[Uuid],
-    withdrawn: bool,
-) -> Result<Vec<Row>, FeedError> {
-    // One that has ended by the database's clock has ended by any Envoy's.
-    let mut secrets = sqlx::query_as!(
-        Stored,
-        r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost,
-            least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
-            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
-            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
-            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn,
-            greatest(k.revision, r.revision) as "revision!"
-        from (
-            select hash from retired_secrets where revision > $1
-            union
-            select hash from retired_secrets where key_id = any($3)
-        ) changed
-        join retired_secrets r on r.hash = changed.hash join api_keys k on k.id = r.key_id
-        where not (k.withdrawn or r.withdrawn) or $2"#,
-        since,
-        withdrawn,
-        of_keys
-    )
-    .fetch(connection);
-    let mut rows = Vec::new();
-    while let Some(secret) = secrets.try_next().await? {
-        rows.push(secret.row()?);
-    }
-    Ok(rows)
-}
-
-/// Roles and plans that have changed after a revision, those that were removed too.
-async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<Defined>, FeedError> {
-    let rows = sqlx::query!(
-        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
-        from definitions where revision > $1"#,
-        since
-    )
-    .fetch_all(connection)
-    .await?;
-    let defined = rows.into_iter().map(|row| {
-        let (rate_limits, alone) = StoredLimit::apart(row.rate_limits.0);
-        let definition = Definition { scopes: row.scopes, rate_limits, alone };
-        Defined {
-            number: row.number.cast_unsigned(),
-            revision: row.revision.cast_unsigned(),
-            definition: (!row.removed).then_some(definition),
-        }
-    });
-    Ok(defined.collect())
 }

@@ -1,5 +1,5 @@
-//! Keys on their way to the filters: the feed brings committed changes into the mirror, pages of it go out to polls. And back: [`registry`]
-//! hears from polls how far each filter is, [`filters`] keeps it.
+//! Keys on their way to the filters: the feed brings committed changes, which `rows` reads, into the mirror, pages of it go out
+//! to polls. And back: [`registry`] hears from polls how far each filter is, [`filters`] keeps it.
 //!
 //! [`Store`] is what the rest of the control plane holds of it.
 
@@ -7,6 +7,8 @@ pub mod feed;
 pub mod filters;
 pub mod mirror;
 pub mod registry;
+
+mod rows;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -1,0 +1,194 @@
+//! What the database holds for filters: a connection and a revision come in, rows as the mirror keeps them go out. Who reads
+//! sees to it that all is of one moment.
+
+use contract::definition::Definition;
+use contract::hash::KeyHash;
+use contract::id::Epoch;
+use futures_util::{Stream, TryStreamExt};
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::feed::FeedError;
+use super::mirror::{Defined, Row};
+use crate::key::domain::StoredLimit;
+use crate::key::record_of;
+
+/// Reads the keys that a condition names: as a stream.
+macro_rules! keys {
+    ($connection:expr, $where:literal $(, $of:expr)*) => {
+        sqlx::query_as!(
+            Stored,
+            r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", cost,
+                expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
+                coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_starter, quota_turn,
+                quota_resets_at, credits_starter, credits_turn, revision
+            from api_keys where "# + $where
+            $(, $of)*
+        )
+        .fetch($connection)
+    };
+}
+
+/// How far the database is.
+pub(super) struct State {
+    pub(super) epoch: Uuid,
+    pub(super) revision: i64,
+    /// The revision of the newest change of an old secret, and of a role or plan; 0 if there is none.
+    pub(super) newest_old_secret: i64,
+    pub(super) newest_definition: i64,
+}
+
+impl State {
+    pub(super) async fn read(connection: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        sqlx::query_as!(
+            Self,
+            r#"select epoch, revision, coalesce((select max(revision) from retired_secrets), 0) as "newest_old_secret!",
+                coalesce((select max(revision) from definitions), 0) as "newest_definition!"
+            from store_state"#
+        )
+        .fetch_one(connection)
+        .await
+    }
+
+    pub(super) fn position(&self) -> (Epoch, u64) {
+        (Epoch::from(self.epoch), self.revision.cast_unsigned())
+    }
+}
+
+/// What filters are told of one secret: as the key is, but for the hash, the generation and the end.
+struct Stored {
+    id: Uuid,
+    owner_id: Uuid,
+    hash: Vec<u8>,
+    generation: i32,
+    scopes: Vec<String>,
+    rate_limits: Json<Vec<StoredLimit>>,
+    cost: i32,
+    expires_at: Option<OffsetDateTime>,
+    disabled: bool,
+    quota_exceeded: bool,
+    credits_exhausted: bool,
+    revoked_at: Option<OffsetDateTime>,
+    withdrawn: bool,
+    plan_number: Option<i32>,
+    role_numbers: Vec<i32>,
+    networks: Vec<String>,
+    quota_starter: Option<i32>,
+    quota_turn: i32,
+    quota_resets_at: Option<OffsetDateTime>,
+    credits_starter: Option<i32>,
+    credits_turn: i32,
+    revision: i64,
+}
+
+impl Stored {
+    fn row(self) -> Result<Row, FeedError> {
+        let (id, revision) = (self.id, self.revision.cast_unsigned());
+        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| FeedError::Row(id))?);
+        if self.withdrawn {
+            return Ok(Row { hash, revision, record: None });
+        }
+        let record = record_of!(self).to_bytes().map_err(|_| FeedError::Row(id))?;
+        Ok(Row { hash, revision, record: Some(record.into_boxed_slice()) })
+    }
+}
+
+/// So many changes are read by a statement that finds no more, and that PostgreSQL therefore plans once. One that finds however
+/// many there are it plans each time, which takes longer than to find a few. The number stands in the statement too: a parameter
+/// would tell PostgreSQL nothing.
+pub(super) const FEW: usize = 64;
+
+/// What is read of keys.
+#[derive(Default)]
+pub(super) struct Keys {
+    pub(super) rows: Vec<Row>,
+    /// Those that may have old secrets.
+    pub(super) rotated: Vec<Uuid>,
+}
+
+impl Keys {
+    /// Those that were not removed.
+    pub(super) async fn all(connection: &mut PgConnection) -> Result<Self, FeedError> {
+        Self::read(keys!(connection, "not withdrawn")).await
+    }
+
+    /// Those that have changed after a revision.
+    pub(super) async fn changed(connection: &mut PgConnection, since: i64) -> Result<Self, FeedError> {
+        Self::read(keys!(connection, "revision > $1", since)).await
+    }
+
+    /// Of those the ones that changed first, [`FEW`] at the most.
+    pub(super) async fn few_changed(connection: &mut PgConnection, since: i64) -> Result<Self, FeedError> {
+        Self::read(keys!(connection, "revision > $1 order by revision limit 64", since)).await
+    }
+
+    async fn read(mut keys: impl Stream<Item = Result<Stored, sqlx::Error>> + Unpin) -> Result<Self, FeedError> {
+        let mut read = Self::default();
+        while let Some(key) = keys.try_next().await? {
+            // A key has old secrets only from its second generation on.
+            if key.generation > 1 {
+                read.rotated.push(key.id);
+            }
+            read.rows.push(key.row()?);
+        }
+        Ok(read)
+    }
+}
+
+/// Rows of the old secrets that have changed after a revision, and of those of some keys.
+pub(super) async fn old_secrets(
+    connection: &mut PgConnection,
+    since: i64,
+    of_keys: &[Uuid],
+    withdrawn: bool,
+) -> Result<Vec<Row>, FeedError> {
+    // One that has ended by the database's clock has ended by any Envoy's.
+    let mut secrets = sqlx::query_as!(
+        Stored,
+        r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost,
+            least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
+            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
+            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
+            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn,
+            greatest(k.revision, r.revision) as "revision!"
+        from (
+            select hash from retired_secrets where revision > $1
+            union
+            select hash from retired_secrets where key_id = any($3)
+        ) changed
+        join retired_secrets r on r.hash = changed.hash join api_keys k on k.id = r.key_id
+        where not (k.withdrawn or r.withdrawn) or $2"#,
+        since,
+        withdrawn,
+        of_keys
+    )
+    .fetch(connection);
+    let mut rows = Vec::new();
+    while let Some(secret) = secrets.try_next().await? {
+        rows.push(secret.row()?);
+    }
+    Ok(rows)
+}
+
+/// Roles and plans that have changed after a revision, those that were removed too.
+pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<Defined>, FeedError> {
+    let rows = sqlx::query!(
+        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
+        from definitions where revision > $1"#,
+        since
+    )
+    .fetch_all(connection)
+    .await?;
+    let defined = rows.into_iter().map(|row| {
+        let (rate_limits, alone) = StoredLimit::apart(row.rate_limits.0);
+        let definition = Definition { scopes: row.scopes, rate_limits, alone };
+        Defined {
+            number: row.number.cast_unsigned(),
+            revision: row.revision.cast_unsigned(),
+            definition: (!row.removed).then_some(definition),
+        }
+    });
+    Ok(defined.collect())
+}
