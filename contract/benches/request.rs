@@ -9,6 +9,10 @@ use contract::policy::{Policy, ScopeNeed};
 use contract::record::{RateLimit, Record};
 use divan::{Bencher, black_box};
 
+/// Tells of the allocations of each step too.
+#[global_allocator]
+static ALLOCATOR: divan::AllocProfiler = divan::AllocProfiler::system();
+
 fn main() {
     divan::main();
 }

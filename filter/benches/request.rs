@@ -25,6 +25,10 @@ use filter::source::Source;
 use filter::store::{self, State};
 use filter::usage::{self, Counts, Drawn, Freeze, Outbox};
 
+/// Tells of the allocations of each step too.
+#[global_allocator]
+static ALLOCATOR: divan::AllocProfiler = divan::AllocProfiler::system();
+
 fn main() {
     divan::main();
 }

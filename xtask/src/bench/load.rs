@@ -138,19 +138,29 @@ impl Generator {
         Ok((answers, output))
     }
 
-    /// Sends so many requests to the addresses of a file, one a line, from one core: in turn, or by lot if it is oha.
+    /// Sends so many requests over one connection to the addresses of a file, one a line, from one core: in turn, or by lot if
+    /// it is oha.
     pub(super) async fn send(&self, requests: u64, addresses: &Path, core: usize) -> Result<Answers> {
-        let requests = requests.to_string();
-        let mut command = self.command();
-        match self {
-            Self::H2load { .. } => command.args(["-n", &requests, "-c", "1", "-m", STREAMS, "-i"]),
-            Self::Oha { .. } => {
-                command.args(["--http2", "-c", "1", "-p", STREAMS, "-n", &requests, "--urls-from-file"])
-            }
-        };
-        command.arg(addresses);
+        let mut command = self.sending(requests, 1, addresses);
         machine::pin(&mut command, core)?;
         Ok(self.run(command).await?.0)
+    }
+
+    /// The same over several connections, from any core.
+    pub(super) async fn spread(&self, requests: u64, connections: usize, addresses: &Path) -> Result<Answers> {
+        Ok(self.run(self.sending(requests, connections, addresses)).await?.0)
+    }
+
+    fn sending(&self, requests: u64, connections: usize, addresses: &Path) -> Command {
+        let (requests, connections) = (requests.to_string(), connections.to_string());
+        let mut command = self.command();
+        command.args(["-n", &requests, "-c", &connections]);
+        match self {
+            Self::H2load { .. } => command.args(["-m", STREAMS, "-i"]),
+            Self::Oha { .. } => command.args(["--http2", "-p", STREAMS, "--urls-from-file"]),
+        };
+        command.arg(addresses);
+        command
     }
 
     /// Keeps requests flowing for a while.

@@ -51,7 +51,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "SUITE")]
     suite: Vec<Suite>,
     /// How often each peer is measured in the suite `request`, rounded up to a multiple of the Envoys that are started for
-    /// it: seven, one in a quick run.
+    /// it: twelve, one in a quick run.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
     /// Another build of the filter, to be measured beside this one in the suite `request`: with a thousand keys, with

@@ -23,7 +23,7 @@ pub(super) fn draw(report: &Report) -> String {
     for (title, figures) in &panels {
         y += 26.0;
         let _ = writeln!(body, r#"<text x="10" y="{y}" class="title">{}</text>"#, escape(title));
-        let most = figures.iter().map(|figure| figure.estimate.median.max(figure.estimate.high)).fold(0.0, f64::max);
+        let most = figures.iter().map(|figure| figure.estimate.judged.max(figure.estimate.high)).fold(0.0, f64::max);
         let scale = |value: f64| if most > 0.0 && value.is_finite() { value.max(0.0) / most * BARS } else { 0.0 };
         for figure in figures {
             y += ROW;
@@ -44,7 +44,10 @@ pub(super) fn draw(report: &Report) -> String {
                 scale(estimate.judged),
                 ROW - 6.0
             );
-            let _ = writeln!(body, r##"<path d="M{low:.1} {middle}H{high:.1}" stroke="#222" stroke-width="1.5"/>"##);
+            if estimate.low.is_finite() && estimate.high.is_finite() {
+                let _ =
+                    writeln!(body, r##"<path d="M{low:.1} {middle}H{high:.1}" stroke="#222" stroke-width="1.5"/>"##);
+            }
             let _ = writeln!(
                 body,
                 r#"<text x="{:.1}" y="{text}">{}</text>"#,

@@ -60,7 +60,8 @@ impl Target {
 /// How the columns are to be read.
 const LEGEND: &str = "low quartile, found: from the lower quartiles of the times that were measured, which are those of \
     undisturbed rounds. A rate is so much by such a time, a ratio is between two of them. Where two things were measured \
-    right after each other in each round (cold start, usage and api), a ratio is the median of the rounds'.";
+    right after each other in each round (cold start, usage and api), a ratio is the median of the rounds'. A p99 stands \
+    for itself, and so does the worst of several, whose range is from the best to the worst.";
 
 /// Everything that one run found.
 #[derive(Debug)]
@@ -121,18 +122,18 @@ impl Report {
                 suite = figure.suite;
                 let _ = writeln!(
                     out,
-                    "\n{suite:<58} {:>12} {:>12} {:>22}  ratio",
-                    "low quartile", "median", "90 % of resamples"
+                    "\n{suite:<58} {:>12} {:>12} {:>22}  {:>8} {:>8} {:>22}",
+                    "low quartile", "median", "90 % of resamples", "ratio", "median", "90 % of resamples"
                 );
             }
-            let Estimate { judged, median, low, high } = figure.estimate;
+            let Estimate { judged, median, .. } = figure.estimate;
             let name = format!("{} [{}]", figure.name, figure.unit);
-            let spread = format!("{} … {}", short(low), short(high));
             let ratio = figure.ratio.map_or_else(String::new, |(ratio, of)| {
-                let ratio = short(ratio.judged);
-                format!("{ratio} × {of}")
+                let (judged, median, range) = (short(ratio.judged), short(ratio.median), range(&ratio));
+                format!("  {judged:>8} {median:>8} {range:>22} × {of}")
             });
-            let _ = writeln!(out, "{name:<58} {:>12} {:>12} {spread:>22}  {ratio}", short(judged), short(median));
+            let (judged, median, range) = (short(judged), short(median), range(&figure.estimate));
+            let _ = writeln!(out, "{name:<58} {judged:>12} {median:>12} {range:>22}{ratio}");
         }
         if !self.targets.is_empty() {
             let _ = writeln!(
@@ -151,10 +152,10 @@ impl Report {
             } else {
                 format!("{} [{}]", target.name, target.unit)
             };
-            let Estimate { judged, median, low, high } = target.found.unwrap_or(Estimate::once(f64::NAN));
-            let spread = format!("{} … {}", short(low), short(high));
-            let (found, median, verdict) = (short(judged), short(median), target.verdict(self.quick));
-            let _ = writeln!(out, "{name:<58} {wanted:>8} {found:>8} {median:>8} {spread:>22}  {verdict}");
+            let found = target.found.unwrap_or(Estimate::NOTHING);
+            let (range, verdict) = (range(&found), target.verdict(self.quick));
+            let (found, median) = (short(found.judged), short(found.median));
+            let _ = writeln!(out, "{name:<58} {wanted:>8} {found:>8} {median:>8} {range:>22}  {verdict}");
         }
         let _ = writeln!(out, "\n{LEGEND}");
         if self.quick {
@@ -175,9 +176,7 @@ impl Report {
             })
         };
         let figures = self.figures.iter().map(|figure| {
-            let ratio = figure
-                .ratio
-                .map(|(ratio, of)| json!({"ratio": ratio.judged, "ratio_of_medians": ratio.median, "of": of}));
+            let ratio = figure.ratio.map(|(ratio, of)| json!({"ratio": estimate(&ratio), "of": of}));
             json!({
                 "suite": figure.suite, "name": figure.name, "unit": figure.unit,
                 "found": estimate(&figure.estimate), "compared": ratio,
@@ -197,6 +196,15 @@ impl Report {
             "quick": self.quick, "figures": figures.collect::<Vec<_>>(), "targets": targets.collect::<Vec<_>>(),
             "notes": self.notes,
         })
+    }
+}
+
+/// Where nine of ten resamples put a figure, if that is known.
+fn range(found: &Estimate) -> String {
+    if !found.low.is_finite() && !found.high.is_finite() {
+        "–".into()
+    } else {
+        format!("{} … {}", short(found.low), short(found.high))
     }
 }
 
@@ -220,12 +228,13 @@ mod tests {
 
     /// What table and JSON say of each target, and how each ends.
     fn verdicts(quick: bool) -> Vec<(String, Value)> {
+        let of = |value| Estimate { judged: value, ..Estimate::NOTHING };
         let mut report = Report::new(quick);
-        report.target("small", Bound::AtMost(1.0), "", Estimate::once(0.5));
-        report.target("large", Bound::AtLeast(0.7), "", Estimate::once(0.5));
-        report.target("negative", Bound::AtMost(1.0), "", Estimate::once(-0.5));
-        report.target("no number", Bound::AtMost(1.0), "", Estimate::once(f64::NAN));
-        report.target("endless", Bound::AtLeast(1.0), "", Estimate::once(f64::INFINITY));
+        report.target("small", Bound::AtMost(1.0), "", of(0.5));
+        report.target("large", Bound::AtLeast(0.7), "", of(0.5));
+        report.target("negative", Bound::AtMost(1.0), "", of(-0.5));
+        report.target("no number", Bound::AtMost(1.0), "", of(f64::NAN));
+        report.target("endless", Bound::AtLeast(1.0), "", of(f64::INFINITY));
         report.target("away", Bound::AtLeast(1.0), "", None);
         let (table, json) = (report.table(), report.json());
         let said = |target: &Target| {

@@ -61,12 +61,14 @@ impl Samples {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Estimate {
     /// What counts. From lower quartiles, since whatever disturbs a round makes it slower; and so samples are times, never
-    /// rates, whose lower quartile is of the disturbed rounds. Of ratios by the round, the median.
+    /// rates, whose lower quartile is of the disturbed rounds. Of ratios by the round, the median; of a p99 or a worst
+    /// case, that.
     pub(super) judged: f64,
-    /// From medians.
+    /// From medians. Of a p99, the median of those of the resamples.
     pub(super) median: f64,
-    /// Within these lies the figure that counts for nine of ten choices of groups, and of rounds within each
-    /// (bootstrap).
+    /// Within these lies the figure that counts for nine of ten choices of groups, or of rounds if there is one group
+    /// (bootstrap). Of a worst case, the best and the worst of all. No number if there was one sample, which tells of no
+    /// spread.
     pub(super) low: f64,
     /// See `low`.
     pub(super) high: f64,
@@ -87,37 +89,53 @@ impl Estimate {
             for _ in 0..groups {
                 let group = random.below(groups);
                 let rounds = rounds.get(group).copied().unwrap_or_default();
-                choice.push((group, (0..rounds).map(|_| random.below(rounds)).collect()));
+                // Groups differ by more than their rounds do, and a few rounds drawn again have another lower quartile.
+                let of_rounds = |round| if groups > 1 { round } else { random.below(rounds) };
+                choice.push((group, (0..rounds).map(of_rounds).collect()));
             }
             drawn.push(figure(samples.map(|samples| samples.drawn(&choice).lower_quartile())));
         }
-        Self {
-            judged: figure(samples.map(Samples::lower_quartile)),
-            median: figure(samples.map(Samples::median)),
-            low: drawn.quantile(0.05),
-            high: drawn.quantile(0.95),
-        }
+        let (judged, median) = (figure(samples.map(Samples::lower_quartile)), figure(samples.map(Samples::median)));
+        Self { judged, median, ..Self::NOTHING }.within(&drawn, rounds.iter().sum())
     }
 
     /// The ratio of two things that were measured right after each other in each round: what makes the machine slow by the
     /// minute makes both slow. A round may be disturbed in the one or in the other, so the median counts.
     pub(super) fn by_the_round(over: &Samples, under: &Samples) -> Self {
         let rounds = over.0.iter().flatten().zip(under.0.iter().flatten());
-        let ratios: Vec<f64> = rounds.map(|(over, under)| over / under).collect();
-        let median = Samples::quantile_of(&ratios, 0.5);
-        let mut random = Random::new(ratios.len() as u64);
-        let mut drawn = Samples::default();
-        for _ in 0..DRAWS {
-            let choice = ratios.iter().filter_map(|_| ratios.get(random.below(ratios.len())).copied());
-            drawn.push(Samples::quantile_of(&choice.collect::<Vec<_>>(), 0.5));
-        }
-        Self { judged: median, median, low: drawn.quantile(0.05), high: drawn.quantile(0.95) }
+        let ratios = Samples::in_groups([rounds.map(|(over, under)| over / under).collect()]);
+        let found = Self::at(&ratios, 0.5);
+        Self { median: found.judged, ..found }
     }
 
-    /// One number that was measured once.
-    pub(super) const fn once(value: f64) -> Self {
-        Self { judged: value, median: value, low: value, high: value }
+    /// The value below which this share of all samples lies, as [`Samples::quantile`] finds it.
+    pub(super) fn at(samples: &Samples, share: f64) -> Self {
+        let all: Vec<f64> = samples.0.iter().flatten().copied().collect();
+        let mut random = Random::new(all.len() as u64);
+        let mut drawn = Samples::default();
+        for _ in 0..DRAWS {
+            let choice = all.iter().filter_map(|_| all.get(random.below(all.len())).copied());
+            drawn.push(Samples::quantile_of(&choice.collect::<Vec<_>>(), share));
+        }
+        let judged = Samples::quantile_of(&all, share);
+        Self { judged, median: drawn.median(), ..Self::NOTHING }.within(&drawn, all.len())
     }
+
+    /// The largest of all samples. Resamples would tell nothing of how much larger another one may be.
+    pub(super) fn worst(samples: &Samples) -> Self {
+        let all: Vec<f64> = samples.0.iter().flatten().copied().collect();
+        let found =
+            Self { judged: Samples::quantile_of(&all, 1.0), median: Samples::quantile_of(&all, 0.5), ..Self::NOTHING };
+        if all.len() > 1 { Self { low: Samples::quantile_of(&all, 0.0), high: found.judged, ..found } } else { found }
+    }
+
+    /// With the range of what the resamples of so many samples gave.
+    fn within(self, drawn: &Samples, samples: usize) -> Self {
+        if samples > 1 { Self { low: drawn.quantile(0.05), high: drawn.quantile(0.95), ..self } } else { self }
+    }
+
+    /// What could not be measured.
+    pub(super) const NOTHING: Self = Self { judged: f64::NAN, median: f64::NAN, low: f64::NAN, high: f64::NAN };
 }
 
 /// Random enough to shuffle with, and the same in every run (SplitMix64).
@@ -208,6 +226,25 @@ mod tests {
         let ratio = Estimate::by_the_round(&over, &under);
         assert_eq!((ratio.judged, ratio.median, ratio.low), (0.5, 0.5, 0.5));
         assert!(Estimate::by_the_round(&Samples::default(), &under).judged.is_nan());
+    }
+
+    #[test]
+    fn a_worst_and_a_p99_have_a_range_too() {
+        let waits = Samples::of((1..=1_000).map(f64::from));
+        let p99 = Estimate::at(&waits, 0.99);
+        assert!((p99.judged - 990.0).abs() < 0.1 && (p99.median - 990.0).abs() < 2.0);
+        assert!(p99.low < 988.0 && p99.low > 980.0 && p99.high > 992.0 && p99.high < 999.0, "{p99:?}");
+        let worst = Estimate::worst(&Samples::of([3.0, 9.0, 4.0, 5.0]));
+        assert_eq!((worst.judged, worst.median, worst.low, worst.high), (9.0, 4.5, 3.0, 9.0));
+    }
+
+    #[test]
+    fn one_sample_tells_of_no_spread() {
+        let one = Samples::of([7.0]);
+        let (plain, ratio) = (Estimate::of([&one], |[one]| one), Estimate::by_the_round(&one, &one));
+        for found in [plain, ratio, Estimate::at(&one, 0.99), Estimate::worst(&one)] {
+            assert!(found.judged.is_finite() && found.low.is_nan() && found.high.is_nan(), "{found:?}");
+        }
     }
 
     #[test]

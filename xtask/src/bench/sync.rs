@@ -13,7 +13,7 @@ use sqlx::types::Uuid;
 use tokio::task::JoinSet;
 
 use super::Options;
-use super::load::{Answers, Flow, Generator};
+use super::load::{Answers, Calls, Flow, Generator, Took, What};
 use super::machine;
 use super::peers::Peer;
 use super::report::{Bound, Report};
@@ -97,12 +97,13 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
         plain(&syncs),
         compared,
     );
-    report.figure(COLD, format!("Portcullis, {keys} keys, from the start of Envoy"), "s", plain(&starts));
-    report.figure(COLD, format!("longest stall of the syncing thread, {keys} keys"), "ms", plain(&stalls));
+    let compared = Some((Estimate::by_the_round(&starts, &copies), "COPY"));
+    let from_start = format!("Portcullis, {keys} keys, from the start of Envoy");
+    report.compared(COLD, from_start, "s", plain(&starts), compared);
+    let worst = Estimate::worst(&stalls);
+    report.figure(COLD, format!("Portcullis, {keys} keys, longest stall of the syncing thread"), "ms", worst);
     if options.quick || keys == 1_000_000 {
         report.target("cold sync ÷ COPY of the same rows to a client", Bound::AtMost(3.0), "", ratio);
-        // The worst of the rounds counts here.
-        let worst = Estimate::once(stalls.quantile(1.0));
         report.target("longest stall while syncing", Bound::AtMost(10.0), "ms", worst);
     }
     Ok(())
@@ -150,28 +151,81 @@ const LEAST_FLOW: f64 = 0.95;
 /// Changes before those that count.
 const WARM_UP: u32 = 10;
 
+/// Callers that create keys at once, beside other changes.
+const CREATE_AT_ONCE: usize = 8;
+
 async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(1).await?;
-    let (rest, envoy) = (stack.rest(), stack.envoy());
     let lasts = Duration::from_secs(if options.quick { 4 } else { 20 });
     progress(&format!("suite sync: changes while requests flow, for {} s", lasts.as_secs()));
     let flow = Flow {
-        to: envoy.address(),
+        to: stack.envoy().address(),
         key: stack.working_key("flow@example.com").await?,
         connections: 8,
         per_second: PER_SECOND,
         lasts,
     };
     let generator = Generator::install()?;
-    let mut took = Samples::default();
-    let mut workers = envoy.connection_per_worker().await?;
+    let name = generator.name();
     // Whatever happens here, it ends with this.
     let mut flowing = JoinSet::new();
-    let name = generator.name();
     flowing.spawn(async move { generator.flow(&flow).await });
+    let (took, counted, Answers { good, refused, failed }) = revocations(&stack, "user", &mut flowing).await?;
+    ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    let rate = good as f64 / seconds(lasts);
+    let least = f64::from(PER_SECOND) * LEAST_FLOW;
+    ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
+    report.note(format!("Suite sync: {rate:.0} requests/s by {name} flowed beside {counted} changes that count."));
+    report.figure(CHANGE, "Portcullis, change → refused by all workers, p50", "ms", Estimate::at(&took, 0.5));
+    let p99 = Estimate::at(&took, 0.99);
+    report.figure(CHANGE, "Portcullis, change → refused by all workers, p99", "ms", p99);
+    report.target("change → refused on all workers, p99, with load", Bound::AtMost(10.0), "ms", p99);
+
+    let generator = match Generator::oha() {
+        Ok(generator) => generator,
+        Err(why) => {
+            report.note(format!("Suite sync: changes while keys are created left out: there is no oha: {why:#}"));
+            return Ok(());
+        }
+    };
+    let number = if options.quick { 1_500 } else { 10_000 };
+    progress(&format!("suite sync: changes while {number} keys are created"));
+    let body = |n| json!({"email": format!("many-{n}@example.com"), "name": "Bench"}).to_string();
+    let calls = Calls {
+        method: "POST",
+        key: stack.control_plane.settings().admin_key.reveal().to_owned(),
+        in_flight: CREATE_AT_ONCE,
+        number,
+        what: What::Bodies(
+            format!("http://{}/v1/keys", stack.control_plane.address()),
+            (0..number).map(body).collect(),
+        ),
+    };
+    let mut creating = JoinSet::new();
+    creating.spawn(async move { generator.call(&calls).await });
+    let (took, counted, Took { seconds, .. }) = revocations(&stack, "other", &mut creating).await?;
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    let rate = number as f64 / seconds;
+    report.note(format!("Suite sync: {rate:.0} keys a second were created beside {counted} changes that count."));
+    report.figure(CHANGE, "Portcullis, the same while eight callers create keys, p50", "ms", Estimate::at(&took, 0.5));
+    report.figure(CHANGE, "Portcullis, the same while eight callers create keys, p99", "ms", Estimate::at(&took, 0.99));
+    Ok(())
+}
+
+/// Makes keys and revokes them, one after the other, until what happens beside ends; gives how long it took from the answer to
+/// the revocation until every worker refused, for how many, and what came of the other.
+async fn revocations<T: 'static>(
+    stack: &Stack,
+    whose: &str,
+    beside: &mut JoinSet<Result<T>>,
+) -> Result<(Samples, u32, T)> {
+    let (rest, envoy) = (stack.rest(), stack.envoy());
+    let mut workers = envoy.connection_per_worker().await?;
+    let mut took = Samples::default();
     let mut tries = 0;
-    let Answers { good, refused, failed } = loop {
-        let email = format!("user{tries}@example.com");
+    loop {
+        let email = format!("{whose}{tries}@example.com");
         let key = rest.generate(&email).await?;
         wait_for_status(envoy, Some(&key), 200).await?;
         rest.revoke(&email).await?;
@@ -181,28 +235,16 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
                 ensure!(answered.elapsed() < Duration::from_secs(10), "a revoked key is admitted for too long");
             }
         }
-        // What the end of the load fell into does not count.
-        if let Some(flowed) = flowing.try_join_next() {
-            break flowed??;
+        // What the end of the other fell into does not count.
+        if let Some(done) = beside.try_join_next() {
+            ensure!(tries > 2 * WARM_UP, "only {tries} changes beside it");
+            return Ok((took, tries - WARM_UP, done??));
         }
         tries += 1;
         if tries > WARM_UP {
             took.push(milliseconds(answered.elapsed()));
         }
-    };
-    ensure!(tries > 2 * WARM_UP, "only {tries} changes while requests flowed");
-    ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let rate = good as f64 / seconds(lasts);
-    let least = f64::from(PER_SECOND) * LEAST_FLOW;
-    ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
-    let counted = tries - WARM_UP;
-    report.note(format!("Suite sync: {rate:.0} requests/s by {name} flowed beside {counted} changes that count."));
-    report.figure(CHANGE, "Portcullis, change → refused by all workers, p50", "ms", Estimate::once(took.median()));
-    let p99 = Estimate::once(took.quantile(0.99));
-    report.figure(CHANGE, "Portcullis, change → refused by all workers, p99", "ms", p99);
-    report.target("change → refused on all workers, p99, with load", Bound::AtMost(10.0), "ms", p99);
-    Ok(())
+    }
 }
 
 /// Polls that are held at once, each on a connection of its own.

@@ -158,9 +158,16 @@ async fn report_all(stack: &Stack, work: &Work) -> Result<f64> {
     Ok(seconds(start.elapsed()))
 }
 
-/// Upserts the same rows on one connection, as many in a transaction as Envoys report at once; gives the seconds.
-async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
-    let start = Instant::now();
+/// Rows of one transaction.
+struct Batch {
+    ids: Vec<Uuid>,
+    requests: Vec<i64>,
+    hour_s: f64,
+}
+
+/// The same rows, as many in a transaction as Envoys report at once.
+fn batches(work: &Work) -> Result<Vec<Batch>> {
+    let mut batches = Vec::new();
     for number in 0..usize::try_from(REPORTS)? {
         let mut counts: Vec<Count> =
             work.iter().filter_map(|reports| reports.get(number)).flat_map(|one| one.counts.clone()).collect();
@@ -172,10 +179,20 @@ async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
             }
             same
         });
-        let ids: Vec<Uuid> =
-            counts.iter().filter_map(|count| count.of.key).map(|key| Uuid::from_bytes(key.id.0)).collect();
-        let requests: Vec<i64> = counts.iter().map(|count| count.requests.cast_signed()).collect();
-        let hour = counts.first().map(|count| f64::from(count.of.hour) * 3_600.0).context("no counts")?;
+        batches.push(Batch {
+            ids: counts.iter().filter_map(|count| count.of.key).map(|key| Uuid::from_bytes(key.id.0)).collect(),
+            requests: counts.iter().map(|count| count.requests.cast_signed()).collect(),
+            hour_s: counts.first().map(|count| f64::from(count.of.hour) * 3_600.0).context("no counts")?,
+        });
+    }
+    Ok(batches)
+}
+
+/// Upserts the same rows on one connection; gives the seconds.
+async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
+    let batches = batches(work)?;
+    let start = Instant::now();
+    for Batch { ids, requests, hour_s } in &batches {
         let mut transaction = connection.begin().await?;
         sqlx::query(
             "insert into bare_usage (key_id, generation, requests, last_used_at)
@@ -183,9 +200,9 @@ async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
             on conflict (key_id, generation) do update set requests = bare_usage.requests + excluded.requests,
                 last_used_at = greatest(bare_usage.last_used_at, excluded.last_used_at)",
         )
-        .bind(&ids)
-        .bind(&requests)
-        .bind(hour)
+        .bind(ids)
+        .bind(requests)
+        .bind(hour_s)
         .execute(&mut *transaction)
         .await?;
         sqlx::query(
@@ -195,9 +212,9 @@ async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
             on conflict (key_id, hour, outcome, generation) do update set
                 requests = bare_hourly.requests + excluded.requests, cost = bare_hourly.cost + excluded.cost",
         )
-        .bind(&ids)
-        .bind(&requests)
-        .bind(hour)
+        .bind(ids)
+        .bind(requests)
+        .bind(hour_s)
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
