@@ -36,6 +36,7 @@ pub struct Builder {
     plugin: Value,
     routes: Vec<(String, String)>,
     trusted_hops: u32,
+    edits: Vec<(&'static str, String)>,
     changes: Vec<Change<'static>>,
     traps: bool,
 }
@@ -144,6 +145,13 @@ impl Builder {
         self
     }
 
+    /// Other text in place of a text that the template has once.
+    #[must_use]
+    pub fn edit(mut self, marker: &'static str, new: &str) -> Self {
+        self.edits.push((marker, new.to_owned()));
+        self
+    }
+
     /// With the filter that can be made to trap.
     #[must_use]
     pub const fn that_can_trap(mut self) -> Self {
@@ -176,6 +184,7 @@ impl Builder {
             plugin: self.plugin.as_object().cloned().unwrap_or_default(),
             routes: self.routes,
             trusted_hops: self.trusted_hops,
+            edits: self.edits,
             ..Replacements::between(script.address(), demo.address())
         };
         let log_level = "warning,wasm:info".into();

@@ -8,9 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use axum::extract::State;
-use axum::http::{HeaderMap, Method, Uri};
+use axum::extract::{Request, State};
+use axum::http::header::{HOST, LOCATION};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::{Json, Router};
+use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -70,15 +73,41 @@ impl Drop for DemoApi {
     }
 }
 
-async fn echo(State(seen): State<Arc<Seen>>, method: Method, uri: Uri, headers: HeaderMap) -> Json<Value> {
+/// The path whose answer waits for the whole request and tells of its trailers too.
+pub const TRAILERS: &str = "/trailers";
+
+/// The path that redirects to `/redirected`.
+pub const REDIRECT: &str = "/redirect";
+
+async fn echo(State(seen): State<Arc<Seen>>, request: Request) -> Result<Json<Value>, (StatusCode, HeaderMap)> {
+    let (Parts { method, uri, headers, .. }, body) = request.into_parts();
     seen.requests.fetch_add(1, Ordering::SeqCst);
     let delay = seen.delay_ms.load(Ordering::SeqCst);
     if delay > 0 {
         tokio::time::sleep(Duration::from_millis(delay)).await;
     }
+    let mut seen = json!({"method": method.as_str(), "path": uri.to_string(), "headers": names_and_values(&headers)});
+    match uri.path() {
+        REDIRECT => {
+            // A whole URL: Envoy follows no other by itself.
+            let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+            let location = HeaderValue::try_from(format!("http://{host}/redirected"));
+            let location = location.map_err(|_| (StatusCode::BAD_REQUEST, HeaderMap::new()))?;
+            return Err((StatusCode::FOUND, HeaderMap::from_iter([(LOCATION, location)])));
+        }
+        TRAILERS => {
+            let body = body.collect().await.map_err(|_| (StatusCode::BAD_REQUEST, HeaderMap::new()))?;
+            seen["trailers"] = names_and_values(body.trailers().unwrap_or(&HeaderMap::new()));
+        }
+        _ => {}
+    }
+    Ok(Json(seen))
+}
+
+fn names_and_values(headers: &HeaderMap) -> Value {
     let mut all = BTreeMap::<&str, Vec<String>>::new();
-    for (name, value) in &headers {
+    for (name, value) in headers {
         all.entry(name.as_str()).or_default().push(String::from_utf8_lossy(value.as_bytes()).into_owned());
     }
-    Json(json!({"method": method.as_str(), "path": uri.to_string(), "headers": all}))
+    json!(all)
 }

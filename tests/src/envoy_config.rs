@@ -28,6 +28,8 @@ pub struct Replacements {
     /// A file in Envoy's directory that says how full its heap is, from 0 to 1, in place of what it is. Envoy reads it again
     /// when another file is moved there. For `hardened.yaml` only.
     pub heap: Option<String>,
+    /// Further text of the template, which must stand there once, and what stands there instead.
+    pub edits: Vec<(&'static str, String)>,
 }
 
 impl Replacements {
@@ -46,6 +48,7 @@ impl Replacements {
             trusted_hops: 0,
             withheld: None,
             heap: None,
+            edits: Vec::new(),
         }
     }
 }
@@ -86,6 +89,9 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
     for (port, address) in addresses {
         let new = format!("{{ address: \"{}\", port_value: {} }}", address.ip(), address.port());
         text = replace_once(&text, &format!("\u{0}{port}\u{0}"), &new)?;
+    }
+    for (marker, new) in &with.edits {
+        text = replace_once(&text, marker, new)?;
     }
     text = replace_once(&text, TRUSTED_HOPS, &format!("xff_num_trusted_hops: {}", with.trusted_hops))?;
     if let Some(capability) = &with.withheld {

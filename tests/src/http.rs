@@ -8,8 +8,9 @@ use anyhow::{Context, Result, anyhow};
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::client::conn::http2;
 use hyper::{HeaderMap, Method, Request};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
@@ -127,6 +128,27 @@ pub async fn get(address: SocketAddr, path: &str) -> Result<Reply> {
 /// If the connection breaks.
 pub async fn send(address: SocketAddr, request: Outgoing) -> Result<Reply> {
     Connection::open(address).await?.send(request).await
+}
+
+/// One request over HTTP/2, on a connection of its own. Its URI names the authority.
+///
+/// # Errors
+/// If the connection breaks.
+pub async fn over_http_2<B>(address: SocketAddr, request: Request<B>) -> Result<Reply>
+where
+    B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let exchange = async {
+        let (head, body) = sender.send_request(request).await?.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+    };
+    let reply = tokio::time::timeout(TIMEOUT, exchange);
+    Ok(reply.await.map_err(|_| anyhow!("{address} does not answer"))??)
 }
 
 /// One JSON request on a connection of its own.

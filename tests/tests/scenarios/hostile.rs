@@ -4,16 +4,13 @@
 use anyhow::{Result, ensure};
 use axum::body::Bytes;
 use contract::outcome::Outcome;
-use http_body_util::{BodyExt, Full, StreamBody};
+use http_body_util::{Full, StreamBody};
 use hyper::body::Frame;
-use hyper::client::conn::http2;
 use hyper::{HeaderMap, Request};
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
-use portcullis_tests::http::Reply;
+use portcullis_tests::http::over_http_2;
 use portcullis_tests::raw::{Heard, fields, frame, frames, opening, say};
 use portcullis_tests::stack::Stack;
-use tokio::net::TcpStream;
 
 const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
@@ -175,18 +172,6 @@ async fn http_1_as_nobody_should_speak_it_gets_its_answer_and_nothing_of_it_goes
     assert_unharmed(&stack, &key).await
 }
 
-async fn over_http_2<B>(stack: &Stack, request: Request<B>) -> Result<Reply>
-where
-    B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let stream = TcpStream::connect(stack.envoy().address()).await?;
-    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let (head, body) = sender.send_request(request).await?.into_parts();
-    Ok(Reply { status: head.status.as_u16(), headers: head.headers, body: body.collect().await?.to_bytes() })
-}
-
 #[tokio::test]
 async fn http_2_is_judged_alike_and_what_breaks_its_rules_gets_no_answer() -> Result<()> {
     let stack = Stack::start().await?;
@@ -198,10 +183,10 @@ async fn http_2_is_judged_alike_and_what_breaks_its_rules_gets_no_answer() -> Re
         }
         request.body(Full::<Bytes>::default())
     };
-    assert_upstream(&over_http_2(&stack, get(Some(key.as_bytes()))?).await?, &IDENTITY);
-    assert_refused(&over_http_2(&stack, get(None)?).await?, Outcome::Missing, &[]);
+    assert_upstream(&over_http_2(stack.envoy().address(), get(Some(key.as_bytes()))?).await?, &IDENTITY);
+    assert_refused(&over_http_2(stack.envoy().address(), get(None)?).await?, Outcome::Missing, &[]);
     for stranger in [&b"\xff\xfe\x80"[..], &[b'k'; 8_192], &[b'k'; 50_000]] {
-        assert_refused(&over_http_2(&stack, get(Some(stranger))?).await?, Outcome::Unknown, &[]);
+        assert_refused(&over_http_2(stack.envoy().address(), get(Some(stranger))?).await?, Outcome::Unknown, &[]);
     }
     // Trailers bring neither a key nor an identity.
     let with_trailers = |key: Option<&str>| {
@@ -217,8 +202,8 @@ async fn http_2_is_judged_alike_and_what_breaks_its_rules_gets_no_answer() -> Re
         }
         request.body(StreamBody::new(futures_util::stream::iter(frames)))
     };
-    assert_refused(&over_http_2(&stack, with_trailers(None)?).await?, Outcome::Missing, &[]);
-    let seen = over_http_2(&stack, with_trailers(Some(&key))?).await?.json()?;
+    assert_refused(&over_http_2(stack.envoy().address(), with_trailers(None)?).await?, Outcome::Missing, &[]);
+    let seen = over_http_2(stack.envoy().address(), with_trailers(Some(&key))?).await?.json()?;
     assert_ne!(seen["headers"]["x-consumer-id"][0], "root", "{seen}");
 
     let through = stack.demo.requests();
