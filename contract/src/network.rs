@@ -31,7 +31,21 @@ pub enum NetworkError {
     Host,
 }
 
+/// What stands before the 32 bits of an IPv4 address that is written as an IPv6 one, `::ffff:192.0.2.7` (RFC 4291, section
+/// 2.5.5.2), and how many bits that are.
+const MAPPED: u128 = 0xffff;
+const MAPPED_BITS: u8 = 96;
+
 impl Network {
+    /// The one form of a network: an IPv4 network that is written as an IPv6 one is the IPv4 network.
+    fn canonical(bits: u128, prefix: u8, v6: bool) -> Self {
+        let mapped = v6 && bits.checked_shr(32) == Some(MAPPED);
+        match prefix.checked_sub(MAPPED_BITS) {
+            Some(prefix) if mapped => Self { bits: bits & u128::from(u32::MAX), prefix, v6: false },
+            _ => Self { bits, prefix, v6 },
+        }
+    }
+
     /// Whether an address is in the network. An IPv4 address that is written as an IPv6 one counts as IPv4.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
@@ -85,7 +99,7 @@ impl FromStr for Network {
         if masked(bits, prefix, v6) != bits {
             return Err(NetworkError::Host);
         }
-        Ok(Self { bits, prefix, v6 })
+        Ok(Self::canonical(bits, prefix, v6))
     }
 }
 
@@ -128,7 +142,7 @@ impl<'de> Deserialize<'de> for Network {
         if prefix > width(v6) || masked(bits, prefix, v6) != bits {
             return Err(D::Error::custom(NetworkError::Prefix));
         }
-        Ok(Self { bits, prefix, v6 })
+        Ok(Self::canonical(bits, prefix, v6))
     }
 }
 
@@ -158,6 +172,32 @@ mod tests {
     fn the_two_families_are_kept_apart_but_for_mapped_addresses() {
         assert!(!holds("0.0.0.0/0", "2001:db8::1") && !holds("::/0", "192.0.2.1"));
         assert!(holds("192.0.2.0/24", "::ffff:192.0.2.1"));
+    }
+
+    #[test]
+    fn an_ipv4_network_that_is_written_as_an_ipv6_one_is_the_ipv4_network() {
+        for (text, expected) in [
+            ("::ffff:192.0.2.7", "192.0.2.7/32"),
+            ("::FFFF:c000:207/128", "192.0.2.7/32"),
+            ("::ffff:192.0.2.0/120", "192.0.2.0/24"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            // Neither is in the mapped block.
+            ("::192.0.2.7", "::c000:207/128"),
+            ("64:ff9b::192.0.2.7", "64:ff9b::c000:207/128"),
+        ] {
+            assert_eq!(network(text).to_string(), expected, "{text}");
+        }
+        for address in ["192.0.2.9", "::ffff:192.0.2.9"] {
+            assert!(holds("::ffff:192.0.2.0/120", address), "{address}");
+        }
+        assert!(!holds("::ffff:192.0.2.0/120", "192.0.3.9"));
+        assert!(network("192.0.0.0/16").holds(&network("::ffff:192.0.2.0/120")));
+        // A prefix of IPv4 behind an address of IPv6 is ambiguous.
+        assert_eq!("::ffff:192.0.2.0/24".parse::<Network>(), Err(NetworkError::Host));
+        // Nor do bytes bring the other form in.
+        let written = (120_u8, None::<u32>, Some(0xffff_c000_0200_u128));
+        let bytes = postcard::to_allocvec(&written).unwrap();
+        assert_eq!(postcard::from_bytes::<Network>(&bytes), Ok(network("192.0.2.0/24")));
     }
 
     #[test]

@@ -67,9 +67,9 @@ impl Callers {
 
 /// What one client has at will: an IPv4 address, or a /64 of IPv6.
 fn network_of(address: IpAddr) -> IpAddr {
-    match address {
+    match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
-        IpAddr::V4(_) => address,
+        IpAddr::V4(address) => IpAddr::V4(address),
     }
 }
 

@@ -59,3 +59,39 @@ async fn without_a_trusted_proxy_only_the_peers_address_counts() -> Result<()> {
     assert_upstream(&bench.get("/", Some("local")).await?, &identity);
     Ok(())
 }
+
+#[tokio::test]
+async fn an_ipv4_address_that_is_written_as_an_ipv6_one_is_that_ipv4_address() -> Result<()> {
+    let keys = [
+        ("plain", bound(1, &["192.0.2.0/24"])),
+        ("mapped", bound(2, &["::ffff:192.0.2.0/120"])),
+        ("one", bound(3, &["::ffff:192.0.2.7"])),
+        ("all", bound(4, &["::ffff:0:0/96"])),
+        ("other", bound(5, &["::ffff:198.51.100.0/120", "::/0"])),
+    ];
+    let bench = Bench::builder().trusted_hops(1).start(&keys).await?;
+    for address in ["192.0.2.7", "::ffff:192.0.2.7", "::FFFF:c000:207"] {
+        for key in ["plain", "mapped", "one", "all"] {
+            assert_admitted(&bench.send(request(key, address)?).await?, true);
+        }
+        assert_admitted(&bench.send(request("other", address)?).await?, false);
+    }
+    assert_admitted(&bench.send(request("one", "::ffff:192.0.2.8")?).await?, false);
+    Ok(())
+}
+
+/// A socket of both families tells of IPv4 peers in the form of IPv6.
+#[tokio::test]
+async fn a_listener_of_both_families_sees_ipv4_peers_as_such() -> Result<()> {
+    let keys = [("local", bound(1, &["127.0.0.0/8"])), ("remote", bound(2, &["192.0.2.0/24"]))];
+    let marker =
+        "    - name: ingress\n      address:\n        socket_address: { address: \"127.0.0.1\", port_value: 0 }";
+    let both = marker.replace("\"127.0.0.1\", port_value: 0", "\"::\", port_value: 0, ipv4_compat: true");
+    let bench = Bench::builder().edit(marker, &both).start(&keys).await?;
+    let address = (std::net::Ipv4Addr::LOCALHOST, bench.envoy.address().port()).into();
+    for (key, admitted) in [("local", true), ("remote", false)] {
+        let reply = portcullis_tests::http::send(address, portcullis_tests::http::get_request("/", Some(key))?).await?;
+        assert_admitted(&reply, admitted);
+    }
+    Ok(())
+}
