@@ -145,7 +145,7 @@ impl Outcome {
     pub const fn refusal(self) -> Option<Refusal> {
         let (status, title, detail) = match self {
             Self::Allowed | Self::FailedOpen | Self::Anonymous => return None,
-            Self::Missing => (401, "API key missing", "Send your API key in the header that this service expects."),
+            Self::Missing => (401, "API key missing", "Send your API key where this service expects it."),
             Self::Unknown => (401, "API key unknown", "No such API key. Check that it was copied whole."),
             Self::Revoked => (401, "API key revoked", "This API key was revoked. Ask its owner for a new one."),
             Self::Expired => (401, "API key expired", "This API key has expired. Ask its owner for a new one."),

@@ -19,7 +19,7 @@ use filter::judge::Judge;
 use filter::lease::{self, Holder};
 use filter::limiter::{self, Limit, Refused, Subject, Tag};
 use filter::recent::Recent;
-use filter::reply::{Challenge, Wait, reply};
+use filter::reply::{Challenge, RequestFacts, Wait, reply};
 use filter::slice::Slices;
 use filter::source::Source;
 use filter::store::{self, State};
@@ -182,14 +182,14 @@ fn report_keys(bencher: Bencher<'_, '_>, keys: u16) {
 
 #[divan::bench]
 fn refuse_an_unknown_key(bencher: Bencher<'_, '_>) {
-    let challenge = Challenge::new("portcullis", false).expect("a plain realm");
-    bencher.bench_local(|| reply(black_box(Outcome::Unknown), &challenge, &Wait::Usual));
+    let challenge = Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).expect("a plain realm");
+    bencher.bench_local(|| reply(black_box(Outcome::Unknown), &challenge, &Wait::Usual, |_| RequestFacts::default()));
 }
 
 #[divan::bench]
 fn refuse_by_a_limit(bencher: Bencher<'_, '_>) {
-    let challenge = Challenge::new("portcullis", false).expect("a plain realm");
+    let challenge = Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).expect("a plain realm");
     let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100 };
     let wait = Wait::Limits(vec![limit], Refused { limit: 0, retry_after_s: 7 });
-    bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, &wait));
+    bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, &wait, |_| RequestFacts::default()));
 }

@@ -8,6 +8,7 @@ use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
 use serde::Deserialize;
 
+use crate::identity::{FOREIGN, USUAL};
 use crate::reply::Challenge;
 use crate::source::{self, Source};
 
@@ -15,8 +16,8 @@ use crate::source::{self, Source};
 /// has no news.
 pub const MIN_STALENESS_S: u64 = 60;
 
-/// The usual names of the identity headers: consumer, credential, scopes.
-const IDENTITY_HEADERS: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+/// Most names of headers to remove.
+const REMOVED_HEADERS: usize = 64;
 
 /// Tells the upstream what would have been refused. Nobody else may say so.
 pub const SHADOW_HEADER: &str = "x-portcullis-shadow";
@@ -45,6 +46,10 @@ pub struct Config {
     pub strip_key: bool,
     /// Headers that tell the upstream who calls.
     pub identity: IdentityHeaders,
+    /// Further headers that are removed from what goes upstream, in lower case.
+    pub remove_headers: Vec<String>,
+    /// Trailers that are removed: whatever would mean something if it were a header.
+    pub trailers_removed: Vec<String>,
     /// The limit of keys that have none of their own.
     pub rate_limit: Option<RateLimit>,
     /// Whether the access log may tell of the key's id and of the reason of a refusal.
@@ -105,6 +110,8 @@ struct Raw {
     strip_key: bool,
     #[serde(default)]
     identity_headers: RawIdentityHeaders,
+    #[serde(default)]
+    remove_headers: Vec<String>,
     #[serde(default = "default_rate_limit")]
     rate_limit: Option<LimitText>,
     #[serde(default = "yes")]
@@ -145,7 +152,7 @@ struct RawIdentityHeaders {
 
 impl Default for RawIdentityHeaders {
     fn default() -> Self {
-        let [consumer, credential, scopes] = IDENTITY_HEADERS.map(str::to_owned);
+        let [consumer, credential, scopes] = USUAL.map(str::to_owned);
         Self { consumer, credential, scopes }
     }
 }
@@ -192,7 +199,8 @@ impl Config {
         }
         let raw: Raw = serde_json::from_slice(json).map_err(|error| ConfigError(error.to_string()))?;
         let key_sources = source::check(raw.key_header, raw.key_sources).map_err(ConfigError)?;
-        let bearer = key_sources.contains(&Source::Bearer(true));
+        let challenge = Challenge::new(&raw.realm, &key_sources)
+            .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?;
         let mut policies = Policies::check(raw.default_policy, raw.policies)?;
         if let Some(limit) = &mut policies.default.rate_limit {
             limit.name = DEFAULT_POLICY_LIMIT.into();
@@ -212,6 +220,8 @@ impl Config {
                 scopes: optional_header("identity_headers.scopes", &raw.identity_headers.scopes)?,
                 unused: Vec::new(),
             },
+            remove_headers: removed(&raw.remove_headers)?,
+            trailers_removed: Vec::new(),
             rate_limit: raw.rate_limit.map(|limit| limit.check("rate_limit", "default")).transpose()?,
             access_log_state: raw.access_log_state,
             policies,
@@ -219,8 +229,7 @@ impl Config {
             on_not_ready: raw.on_not_ready,
             max_staleness_ms: raw.max_staleness_seconds.map(staleness).transpose()?,
             on_stale: raw.on_stale,
-            challenge: Challenge::new(&raw.realm, bearer)
-                .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?,
+            challenge,
         };
         let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
         let identity = [consumer, credential, scopes].into_iter().flatten().map(String::as_str);
@@ -232,13 +241,17 @@ impl Config {
             }
         }
         names.extend(identity.chain([SHADOW_HEADER]));
+        names.extend(config.remove_headers.iter().map(String::as_str));
         for (place, name) in names.iter().enumerate() {
             if names.iter().skip(place.saturating_add(1)).any(|other| other == name) {
                 return Err(ConfigError(format!("the header name {name} is used twice; give each purpose its own")));
             }
         }
         let used = |usual: &&str| names.contains(usual);
-        config.identity.unused = IDENTITY_HEADERS.into_iter().filter(|usual| !used(usual)).map(str::to_owned).collect();
+        let unused: Vec<&str> = USUAL.into_iter().filter(|usual| !used(usual)).collect();
+        let trailers = names.iter().copied().chain(unused.iter().copied()).chain(FOREIGN);
+        config.trailers_removed = trailers.filter(|name| !name.starts_with(':')).map(str::to_owned).collect();
+        config.identity.unused = unused.into_iter().map(str::to_owned).collect();
         Ok(config)
     }
 }
@@ -249,6 +262,13 @@ fn filled(field: &str, text: String) -> Result<String, ConfigError> {
 
 fn optional_header(field: &str, name: &str) -> Result<Option<String>, ConfigError> {
     if name.is_empty() { Ok(None) } else { source::header_name(field, name).map(Some).map_err(ConfigError) }
+}
+
+fn removed(names: &[String]) -> Result<Vec<String>, ConfigError> {
+    if names.len() > REMOVED_HEADERS {
+        return Err(ConfigError(format!("remove_headers: name at most {REMOVED_HEADERS}")));
+    }
+    names.iter().map(|name| source::header_name("remove_headers", name).map_err(ConfigError)).collect()
 }
 
 impl From<PolicyError> for ConfigError {
@@ -297,6 +317,12 @@ mod tests {
                 scopes: Some("x-credential-scopes".into()),
                 unused: vec![],
             },
+            remove_headers: vec![],
+            trailers_removed: {
+                let [consumer, credential, scopes] = USUAL;
+                let own = ["x-api-key", consumer, credential, scopes, "x-portcullis-shadow"];
+                own.into_iter().chain(FOREIGN).map(str::to_owned).collect()
+            },
             rate_limit: Some(RateLimit { name: "default".into(), requests: 1_000, window_s: 1, burst: 2_000 }),
             access_log_state: true,
             policies: Policies::default(),
@@ -304,7 +330,7 @@ mod tests {
             on_not_ready: WhenBlind::Refuse,
             max_staleness_ms: None,
             on_stale: WhenBlind::Refuse,
-            challenge: Challenge::new("portcullis", false).unwrap(),
+            challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
         };
         assert_eq!(format!("{config:?}"), format!("{expected:?}"));
     }
@@ -315,16 +341,22 @@ mod tests {
             "control_plane": {"cluster": "cp", "authority": "keys.internal", "sync_key_variable": "KEY"},
             "store": "second", "key_header": "Authorization-Key", "strip_key": false,
             "identity_headers": {"consumer": "X-Who", "credential": "", "scopes": ""},
-            "rate_limit": {"requests": 5, "window_seconds": 60}, "access_log_state": false,
+            "rate_limit": {"requests": 5, "window_seconds": 60}, "access_log_state": false, "remove_headers": ["X-Tenant"],
             "on_not_ready": "allow", "max_staleness_seconds": 90, "on_stale": "allow", "realm": "orders"
         }"#;
         let config = Config::parse(json.as_bytes()).unwrap();
         assert_eq!(config.key_sources, [Source::Header("authorization-key".into())]);
-        let unused = IDENTITY_HEADERS.map(str::to_owned).to_vec();
+        let unused = USUAL.map(str::to_owned).to_vec();
         assert_eq!(
             config.identity,
             IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, unused }
         );
+        assert_eq!(config.remove_headers, ["x-tenant"]);
+        for name in
+            ["x-tenant", "x-who", "authorization-key", "x-consumer-id", "x-portcullis-shadow", "x-consumer-groups"]
+        {
+            assert!(config.trailers_removed.iter().any(|removed| removed == name), "{name}");
+        }
         assert_eq!(config.rate_limit, Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
         assert_eq!((config.on_not_ready, config.on_stale), (WhenBlind::Allow, WhenBlind::Allow));
         assert_eq!((config.max_staleness_ms, config.strip_key, config.access_log_state), (Some(90_000), false, false));
@@ -350,6 +382,12 @@ mod tests {
         assert!(error(&with(r#""max_staleness_seconds": 5"#)).contains("at least 60"));
         assert!(error(&with(r#""on_stale": "open""#)).contains("expected `refuse` or `allow`"));
         assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
+        assert!(
+            error(&with(r#""remove_headers": ["host"]"#)).contains("remove_headers: \"host\" is not a header name")
+        );
+        assert!(error(&with(r#""remove_headers": ["X-Consumer-Id"]"#)).contains("x-consumer-id is used twice"));
+        let many = serde_json::to_string(&vec!["x"; 65]).unwrap();
+        assert!(error(&with(&format!(r#""remove_headers": {many}"#))).contains("remove_headers: name at most 64"));
     }
 
     #[test]
@@ -363,7 +401,7 @@ mod tests {
             Source::Query("b".into()),
         ];
         assert_eq!(config.key_sources, expected);
-        assert_eq!(config.challenge, Challenge::new("portcullis", true).unwrap());
+        assert_eq!(config.challenge, Challenge::new("portcullis", &expected).unwrap());
         let wrong = |fields: &str| error(&with(&format!(r#""key_sources": [{{"bearer": true}}], {fields}"#)));
         assert!(wrong(r#""key_header": "x-key""#).contains("key_header is given too"));
         assert!(wrong(r#""identity_headers": {"consumer": "authorization"}"#).contains("used twice"));

@@ -1,6 +1,20 @@
 //! A key in a cookie: the value of the `Cookie` header (RFC 6265, section 4.2.1) comes in, the cookie's value goes out, and
 //! the header without it.
 
+/// One value for several `Cookie` lines. `first` is the first line; `joined` are all lines with a comma between each two, which
+/// is how Envoy tells them. A user agent sends one line (RFC 6265, section 5.4), so what follows the first needs no better
+/// reading than this: each comma there ends a cookie.
+#[must_use]
+pub fn merged(first: &[u8], joined: &[u8]) -> Vec<u8> {
+    match joined.strip_prefix(first) {
+        Some([b',', others @ ..]) => {
+            let others = others.iter().map(|byte| if *byte == b',' { b';' } else { *byte });
+            first.iter().copied().chain(*b"; ").chain(others).collect()
+        }
+        _ => joined.to_vec(),
+    }
+}
+
 /// The values of all cookies of a name, without the quotes that may stand around them.
 pub fn values<'a>(header: &'a [u8], name: &[u8]) -> impl Iterator<Item = &'a [u8]> {
     pairs(header).filter(move |pair| is_named(pair, name)).map(value)
@@ -62,6 +76,20 @@ mod tests {
             assert_eq!((found, std::str::from_utf8(&stripped).unwrap()), (key, rest), "{header}");
         }
         assert_eq!(find(b"k=\xff\xfe", b"k"), Some(&b"\xff\xfe"[..]));
+    }
+
+    #[test]
+    fn several_lines_are_one_value_and_one_line_with_commas_stays_as_it_is() {
+        for (first, joined, expected) in [
+            ("a=1,2; k=x", "a=1,2; k=x", "a=1,2; k=x"),
+            ("a=1,2", "a=1,2,k=x", "a=1,2; k=x"),
+            ("a=1", "a=1,b=2,k=x; c=3", "a=1; b=2;k=x; c=3"),
+            ("", ",k=x", "; k=x"),
+            ("a=1", "b=1,k=x", "b=1,k=x"),
+        ] {
+            let value = merged(first.as_bytes(), joined.as_bytes());
+            assert_eq!(std::str::from_utf8(&value).unwrap(), expected, "{joined}");
+        }
     }
 
     proptest! {

@@ -139,9 +139,14 @@ impl Core {
     fn warn_of_policy(&self, name: String) {
         let mut known = self.unknown_policies.borrow_mut();
         if known.len() < UNKNOWN_POLICIES && !known.contains(&name) {
+            let problem = if name.is_empty() {
+                "filter_metadata.portcullis of a route is not {policy: NAME}".to_owned()
+            } else {
+                format!("a route names the policy {name:?}, which the plugin configuration does not have")
+            };
             host::error(&format!(
-                "a route names the policy {name:?}, which the plugin configuration does not have: requests to it are \
-                 refused; add it to policies, or correct filter_metadata.portcullis.policy of the route"
+                "{problem}: requests to it are refused; add the policy to policies, or correct \
+                 filter_metadata.portcullis.policy of the route"
             ));
             known.insert(name);
         }

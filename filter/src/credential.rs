@@ -26,11 +26,11 @@ pub struct Found<'a> {
     pub at: Option<(&'a Source, Vec<u8>)>,
 }
 
-/// Looks for a key in one source after the other; the first that has one counts, and only that is hashed. `header` gives
-/// the value of a header, the first of its name.
-pub fn find<'a>(sources: &'a [Source], header: impl Fn(&str) -> Option<Vec<u8>>) -> Found<'a> {
+/// Looks for a key in one source after the other; the first that has one counts, and only that is hashed. `value_of`
+/// gives the value of the header that a source stands in.
+pub fn find<'a>(sources: &'a [Source], value_of: impl Fn(&Source) -> Option<Vec<u8>>) -> Found<'a> {
     for source in sources {
-        let Some(value) = header(source.header()) else { continue };
+        let Some(value) = value_of(source) else { continue };
         let credential = match source.find(&value) {
             None => continue,
             Some(key) if key.len() > PRESENTED_BYTES => Credential::Oversized,
@@ -69,7 +69,7 @@ mod tests {
         let of = |authorization: &str, path: &str, cookie: &str| {
             let values = [authorization, path, cookie].map(|value| value.as_bytes().to_vec());
             let [authorization, path, cookie] = values;
-            let found = find(&sources, |name| match name {
+            let found = find(&sources, |source| match source.header() {
                 "authorization" => Some(authorization.clone()),
                 ":path" => Some(path.clone()),
                 _ => Some(cookie.clone()),

@@ -13,6 +13,7 @@ use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
 use crate::address;
 use crate::cells::{Cell, Cells, Raced};
 use crate::reply::Reply;
+use crate::route;
 
 /// Shared data (`get` returns data).
 pub(crate) struct SharedData;
@@ -79,6 +80,15 @@ pub(crate) fn request_header(name: &str) -> Option<Vec<u8>> {
     hostcalls::get_map_value_bytes(MapType::HttpRequestHeaders, name).ok().flatten()
 }
 
+/// All headers of a name of the request, joined by commas in their order; `None` if there is none, or nothing in them (returns
+/// data). Where Envoy tells no properties, the first of them.
+pub(crate) fn request_header_lines(name: &str) -> Option<Vec<u8>> {
+    match hostcalls::get_property(vec!["request", "headers", name]) {
+        Ok(lines) => lines,
+        Err(_) => request_header(name),
+    }
+}
+
 /// Sets a header of the request in place of all of its name.
 pub(crate) fn replace_request_header(name: &str, value: &str) {
     let _ = hostcalls::set_map_value(MapType::HttpRequestHeaders, name, Some(value));
@@ -94,6 +104,11 @@ pub(crate) fn remove_request_header(name: &str) {
     let _ = hostcalls::remove_map_value(MapType::HttpRequestHeaders, name);
 }
 
+/// Removes all trailers of a name from the request.
+pub(crate) fn remove_request_trailer(name: &str) {
+    let _ = hostcalls::remove_map_value(MapType::HttpRequestTrailers, name);
+}
+
 /// Sets filter state `wasm.<name>`, for the access log.
 pub(crate) fn set_filter_state(name: &str, value: &str) {
     let _ = hostcalls::set_property(vec![name], Some(value.as_bytes()));
@@ -102,9 +117,9 @@ pub(crate) fn set_filter_state(name: &str, value: &str) {
 /// The policy that the request's route names in its metadata, if it names one (returns data). Should Envoy not tell, the
 /// name is empty, which is that of no policy.
 pub(crate) fn route_policy() -> Option<String> {
-    let path = vec!["xds", "route_metadata", "filter_metadata", "portcullis", "policy"];
-    match hostcalls::get_property(path) {
-        Ok(name) => Some(String::from_utf8_lossy(&name?).into_owned()),
+    match hostcalls::get_property(vec!["xds", "route_metadata", "filter_metadata", "portcullis"]) {
+        Ok(metadata) => route::policy(&metadata?),
+        // A null stands there, for one.
         Err(_) => Some(String::new()),
     }
 }

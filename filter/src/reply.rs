@@ -1,10 +1,17 @@
 //! Refusals: an outcome comes in, status, headers and body of the reply go out. The body is a problem (RFC 9457) with the
-//! outcome's name as `code`; nothing of the request stands in it.
+//! outcome's name as `code`. Nothing of the request stands in it but its id, by which people find it in the access log.
 
 use contract::outcome::Outcome;
 use contract::record::RateLimit;
 
 use crate::limiter::Refused;
+use crate::source::{Source, places};
+
+/// Most bytes of a request's id. Envoy's own are UUIDs.
+const REQUEST_ID_BYTES: usize = 128;
+
+/// gRPC's `RESOURCE_EXHAUSTED`. Envoy makes `UNAVAILABLE` of 429, and gRPC clients try that again by themselves.
+const RESOURCE_EXHAUSTED: &str = "8";
 
 /// How long a client should wait before it tries again when the filter has no keys, in seconds.
 const RETRY_NOT_READY_S: u64 = 1;
@@ -15,19 +22,53 @@ pub const RETRY_RENEWAL_S: u64 = 1;
 /// The same when a stock is used up and nobody knows until when: the filter hears at once when there is more.
 const RETRY_EXHAUSTED_S: u64 = 60;
 
-/// The values of `WWW-Authenticate` (RFC 9110, section 11.6.1). The first scheme is not registered; API keys have none.
-/// Where keys may come as bearer tokens, there is one for those too (RFC 6750, section 3).
+/// What a 401 says of how keys are sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Challenge(Vec<String>);
+pub struct Challenge {
+    /// The values of `WWW-Authenticate` (RFC 9110, section 11.6.1). The first scheme is not registered; API keys have none.
+    /// Where keys may come as bearer tokens, there is one for those too (RFC 6750, section 3).
+    schemes: Vec<String>,
+    /// `detail` of the problem where there is no key.
+    missing: String,
+}
 
 impl Challenge {
     /// The challenges for a realm; `None` if the realm cannot stand in a quoted string as it is.
     #[must_use]
-    pub fn new(realm: &str, bearer: bool) -> Option<Self> {
+    pub fn new(realm: &str, sources: &[Source]) -> Option<Self> {
         let plain = realm.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\');
+        let bearer = sources.contains(&Source::Bearer(true));
         let schemes = ["ApiKey", "Bearer"].into_iter().take(if bearer { 2 } else { 1 });
-        plain.then(|| Self(schemes.map(|scheme| format!("{scheme} realm=\"{realm}\"")).collect()))
+        plain.then(|| Self {
+            schemes: schemes.map(|scheme| format!("{scheme} realm=\"{realm}\"")).collect(),
+            missing: format!("Send your API key {}.", places(sources)),
+        })
     }
+}
+
+/// What a reply needs to know of the request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RequestFacts {
+    /// Its id, if it has one that can be repeated as it is.
+    pub id: Option<String>,
+    /// Whether it is a gRPC call.
+    pub is_grpc: bool,
+}
+
+/// The id in the value of `x-request-id`; `None` if that may need quotes, or is longer than ids are: Envoy may have it from the
+/// client.
+#[must_use]
+pub fn request_id(value: &[u8]) -> Option<String> {
+    let plain = value.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=~".contains(byte));
+    let id = std::str::from_utf8(value).ok().filter(|_| plain && (1..=REQUEST_ID_BYTES).contains(&value.len()))?;
+    Some(id.to_owned())
+}
+
+/// Whether the value of `content-type` is that of a gRPC call, as Envoy sees it. gRPC-Web is not.
+#[must_use]
+pub fn is_grpc(content_type: &[u8]) -> bool {
+    let rest = content_type.strip_prefix(b"application/grpc");
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 /// How long a refused client should wait, where it is not always the same.
@@ -55,14 +96,21 @@ pub struct Reply {
     pub body: String,
 }
 
-/// The reply to an outcome; `None` if the request goes upstream.
+/// The reply to an outcome; `None` if the request goes upstream. `facts` is asked only if it does not, with the status of the
+/// reply.
 #[must_use]
-pub fn reply(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Option<Reply> {
+pub fn reply(
+    outcome: Outcome,
+    challenge: &Challenge,
+    wait: &Wait,
+    facts: impl FnOnce(u16) -> RequestFacts,
+) -> Option<Reply> {
     let refusal = outcome.refusal()?;
+    let facts = facts(refusal.status);
     let mut headers =
         vec![("content-type", "application/problem+json".to_owned()), ("cache-control", "no-store".to_owned())];
     match (refusal.status, wait) {
-        (401, _) => headers.extend(challenge.0.iter().map(|value| ("www-authenticate", value.clone()))),
+        (401, _) => headers.extend(challenge.schemes.iter().map(|value| ("www-authenticate", value.clone()))),
         (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
         (429, Wait::Renewal) => headers.push(("retry-after", RETRY_RENEWAL_S.to_string())),
         (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
@@ -70,14 +118,19 @@ pub fn reply(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Option<Rep
         (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
         _ => {}
     }
+    if refusal.status == 429 && facts.is_grpc {
+        headers.push(("grpc-status", RESOURCE_EXHAUSTED.to_owned()));
+    }
+    let detail = if outcome == Outcome::Missing { challenge.missing.as_str() } else { refusal.detail };
+    let id = facts.id.as_ref().map(|id| format!(",\"request_id\":\"{id}\"")).unwrap_or_default();
     let body = format!(
-        "{{\"type\":\"{}\",\"title\":\"{}\",\"status\":{},\"detail\":\"{}\",\"code\":\"{}\"}}",
+        "{{\"type\":\"{}\",\"title\":\"{}\",\"status\":{},\"detail\":\"{detail}\",\"code\":\"{}\"{id}}}",
         outcome.problem_type(),
         refusal.title,
         refusal.status,
-        refusal.detail,
         outcome.name()
     );
+    headers.extend(facts.id.map(|id| ("x-request-id", id)));
     Some(Reply { status: refusal.status, headers, body })
 }
 
@@ -107,32 +160,35 @@ mod tests {
     use super::*;
 
     fn challenge() -> Challenge {
-        Challenge::new("portcullis", false).unwrap()
+        Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap()
     }
 
     #[test]
     fn every_refusal_is_a_problem_with_its_code() {
         for outcome in Outcome::ALL {
-            let Some(reply) = reply(outcome, &challenge(), &Wait::Usual) else {
+            let facts = |_| RequestFacts { id: Some("1f-2".into()), is_grpc: false };
+            let Some(reply) = reply(outcome, &challenge(), &Wait::Usual, facts) else {
                 assert!(outcome.goes_upstream());
                 continue;
             };
             let refusal = outcome.refusal().unwrap();
             let body: serde_json::Value = serde_json::from_str(&reply.body).unwrap();
+            let missing = outcome == Outcome::Missing;
+            let detail = if missing { "Send your API key in the header x-api-key." } else { refusal.detail };
             let expected = serde_json::json!({
                 "type": outcome.problem_type(), "title": refusal.title, "status": reply.status,
-                "detail": refusal.detail, "code": outcome.name(),
+                "detail": detail, "code": outcome.name(), "request_id": "1f-2",
             });
             assert_eq!(body, expected);
             let has = |name| reply.headers.iter().any(|(header, _)| *header == name);
-            assert!(has("content-type") && has("cache-control"));
+            assert!(has("content-type") && has("cache-control") && has("x-request-id") && !has("grpc-status"));
             assert_eq!(has("www-authenticate"), reply.status == 401, "{outcome:?}");
             assert_eq!(has("retry-after"), matches!(reply.status, 429 | 503), "{outcome:?}");
         }
     }
 
     fn headers(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Vec<(&'static str, String)> {
-        reply(outcome, challenge, wait).unwrap().headers.split_off(2)
+        reply(outcome, challenge, wait, |_| RequestFacts::default()).unwrap().headers.split_off(2)
     }
 
     #[test]
@@ -165,7 +221,11 @@ mod tests {
 
     #[test]
     fn where_keys_may_be_bearer_tokens_both_schemes_are_offered() {
-        let challenge = Challenge::new("orders", true).unwrap();
+        let sources = [Source::Bearer(true), Source::Query("k".into()), Source::Cookie("c".into())];
+        let challenge = Challenge::new("orders", &sources).unwrap();
+        let reply = reply(Outcome::Missing, &challenge, &Wait::Usual, |_| RequestFacts::default()).unwrap();
+        let detail = "Send your API key as a bearer token in the header authorization, in the query parameter k or in the cookie c.";
+        assert!(reply.body.contains(detail) && !reply.body.contains("request_id"), "{}", reply.body);
         let expected = ["ApiKey realm=\"orders\"", "Bearer realm=\"orders\""];
         let expected = expected.map(|value| ("www-authenticate", value.to_owned()));
         assert_eq!(headers(Outcome::Missing, &challenge, &Wait::Usual), expected);
@@ -173,8 +233,41 @@ mod tests {
 
     #[test]
     fn a_realm_that_would_break_out_of_its_quotes_is_refused() {
-        assert_eq!(Challenge::new("orders \"x\"", false), None);
-        assert_eq!(Challenge::new("ordérs", false), None);
-        assert_eq!(Challenge::new("orders api", false), Some(Challenge(vec!["ApiKey realm=\"orders api\"".into()])));
+        let of = |realm| Challenge::new(realm, &[]).map(|challenge| challenge.schemes);
+        assert_eq!(of("orders \"x\""), None);
+        assert_eq!(of("ordérs"), None);
+        assert_eq!(of("orders api"), Some(vec!["ApiKey realm=\"orders api\"".into()]));
+    }
+
+    #[test]
+    fn a_grpc_call_is_told_that_a_limit_is_exhausted_and_nothing_else_by_this_filter() {
+        let grpc = |outcome| {
+            let facts = |_| RequestFacts { id: None, is_grpc: true };
+            let headers = reply(outcome, &challenge(), &Wait::Usual, facts)?.headers;
+            headers.into_iter().find(|(name, _)| *name == "grpc-status").map(|(_, value)| value)
+        };
+        for outcome in Outcome::ALL {
+            let limit = outcome.refusal().is_some_and(|refusal| refusal.status == 429);
+            assert_eq!(grpc(outcome).as_deref(), limit.then_some("8"), "{outcome:?}");
+        }
+        for (content_type, expected) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc;charset=utf-8", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+            ("", false),
+        ] {
+            assert_eq!(is_grpc(content_type.as_bytes()), expected, "{content_type}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_repeated_only_if_it_can_stand_in_a_string_as_it_is() {
+        let id = "0b1c2d3e-0000-4000-8000-0123456789ab";
+        assert_eq!(request_id(id.as_bytes()).as_deref(), Some(id));
+        for other in [&b""[..], b"a\"b", b"a\\b", b"a b", b"\xff", &[b'a'; REQUEST_ID_BYTES + 1]] {
+            assert_eq!(request_id(other), None);
+        }
     }
 }

@@ -7,11 +7,12 @@ use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
 use crate::config::{Config, SHADOW_HEADER};
+use crate::cookie;
 use crate::core::Core;
 use crate::credential::{self, Found};
 use crate::host;
 use crate::judge::Verdict;
-use crate::reply::reply;
+use crate::reply::{RequestFacts, is_grpc, reply, request_id};
 use crate::source::{Left, Source};
 
 /// Filter state for the access log: the key's id, if the key is known, as `wasm.portcullis.key_id`.
@@ -22,6 +23,9 @@ const REFUSED_STATE: &str = "portcullis.refused";
 
 /// The same, if it would have been refused, as `wasm.portcullis.shadow`.
 const SHADOW_STATE: &str = "portcullis.shadow";
+
+/// The header by which Envoy tells requests apart in its access log.
+const REQUEST_ID: &str = "x-request-id";
 
 pub(crate) struct Request {
     pub(crate) core: Rc<Core>,
@@ -35,27 +39,71 @@ impl HttpContext for Request {
         #[cfg(feature = "trap")]
         crate::trap::spring();
         let config = &*self.config;
-        let found = credential::find(&config.key_sources, host::request_header);
+        let found = credential::find(&config.key_sources, value_of);
         let verdict = self.core.decide(config, found.credential);
         if let Some(known) = verdict.key.as_ref().filter(|_| config.access_log_state) {
             host::set_filter_state(KEY_ID_STATE, &known.key);
         }
         let outcome = verdict.outcome;
-        match reply(outcome, &config.challenge, &verdict.wait) {
-            Some(reply) if !verdict.shadowed => {
-                if config.access_log_state {
-                    host::set_filter_state(REFUSED_STATE, outcome.name());
-                }
-                host::send_reply(&reply);
-                return Action::Pause;
+        if !verdict.shadowed
+            && let Some(reply) = reply(outcome, &config.challenge, &verdict.wait, request_facts)
+        {
+            if config.access_log_state {
+                host::set_filter_state(REFUSED_STATE, outcome.name());
             }
-            _ => {}
+            conceal(config);
+            host::send_reply(&reply);
+            return Action::Pause;
         }
         tell_upstream(config, &verdict);
         if config.strip_key {
             strip(config, &found);
         }
         Action::Continue
+    }
+
+    /// Envoy calls this only for requests that have trailers; others pay nothing for it.
+    fn on_http_request_trailers(&mut self, _trailers: usize) -> Action {
+        for name in &self.config.trailers_removed {
+            host::remove_request_trailer(name);
+        }
+        Action::Continue
+    }
+}
+
+/// The value of the header that a source stands in. All lines of it where lines have other uses than the key; of other
+/// headers the first line counts, and they are removed with all their lines.
+fn value_of(source: &Source) -> Option<Vec<u8>> {
+    match source {
+        Source::Header(_) | Source::Query(_) => host::request_header(source.header()),
+        Source::Bearer(_) => host::request_header_lines(source.header()),
+        Source::Cookie(_) => {
+            let joined = host::request_header_lines(source.header())?;
+            // Without a comma there is only one line. With one there may be, and the first line has to be known.
+            if !joined.contains(&b',') {
+                return Some(joined);
+            }
+            Some(cookie::merged(&host::request_header(source.header()).unwrap_or_default(), &joined))
+        }
+    }
+}
+
+/// What the reply to a refused request needs to know of it.
+fn request_facts(status: u16) -> RequestFacts {
+    RequestFacts {
+        id: host::request_header(REQUEST_ID).as_deref().and_then(request_id),
+        is_grpc: status == 429 && host::request_header("content-type").as_deref().is_some_and(is_grpc),
+    }
+}
+
+/// Removes what stands in a key's place from the path and the cookies of a refused request, since access logs show those.
+fn conceal(config: &Config) {
+    for source in &config.key_sources {
+        if let Source::Query(_) | Source::Cookie(_) = source
+            && let Some(value) = value_of(source)
+        {
+            cut(source, &value);
+        }
     }
 }
 
@@ -87,6 +135,9 @@ fn tell_upstream(config: &Config, verdict: &Verdict) {
     } else {
         host::remove_request_header(SHADOW_HEADER);
     }
+    for name in &config.remove_headers {
+        host::remove_request_header(name);
+    }
 }
 
 /// Removes the key from where it stood, and from every other place where it stands as well. Headers that have no other use
@@ -107,7 +158,7 @@ fn strip(config: &Config, found: &Found<'_>) {
             continue;
         }
         // Read anew: what was cut may have stood in the same header.
-        let Some(value) = host::request_header(other.header()) else { continue };
+        let Some(value) = value_of(other) else { continue };
         if other.holds(&value, &key) {
             cut(other, &value);
         }
@@ -118,6 +169,7 @@ fn strip(config: &Config, found: &Found<'_>) {
 fn cut(source: &Source, value: &[u8]) {
     match source.without(value) {
         Left::Nothing => host::remove_request_header(source.header()),
+        Left::Value(left) if left == value => {}
         Left::Value(left) => host::replace_request_header_bytes(source.header(), &left),
     }
 }

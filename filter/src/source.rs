@@ -47,6 +47,16 @@ impl Source {
         }
     }
 
+    /// Where a client is to send its key, as an adverbial.
+    fn place(&self) -> String {
+        match self {
+            Self::Header(name) => format!("in the header {name}"),
+            Self::Bearer(_) => "as a bearer token in the header authorization".into(),
+            Self::Query(name) => format!("in the query parameter {name}"),
+            Self::Cookie(name) => format!("in the cookie {name}"),
+        }
+    }
+
     /// Whether the header has no other use than the key.
     #[must_use]
     pub const fn is_whole_header(&self) -> bool {
@@ -59,7 +69,7 @@ impl Source {
         let is_there = |key: &Cow<'a, [u8]>| !key.is_empty();
         match self {
             Self::Header(_) => Some(Cow::Borrowed(value)).filter(is_there),
-            Self::Bearer(_) => bearer(value).map(Cow::Borrowed).filter(is_there),
+            Self::Bearer(_) => bearers(value).map(Cow::Borrowed).find(is_there),
             Self::Query(name) => query::values(value, name.as_bytes()).find(is_there),
             Self::Cookie(name) => cookie::values(value, name.as_bytes()).map(Cow::Borrowed).find(is_there),
         }
@@ -69,7 +79,8 @@ impl Source {
     #[must_use]
     pub fn holds(&self, value: &[u8], key: &[u8]) -> bool {
         match self {
-            Self::Header(_) | Self::Bearer(_) => self.find(value).is_some_and(|found| *found == *key),
+            Self::Header(_) => value == key,
+            Self::Bearer(_) => bearers(value).any(|found| found == key),
             Self::Query(name) => query::values(value, name.as_bytes()).any(|found| *found == *key),
             Self::Cookie(name) => cookie::values(value, name.as_bytes()).any(|found| found == key),
         }
@@ -79,7 +90,8 @@ impl Source {
     #[must_use]
     pub fn without(&self, value: &[u8]) -> Left {
         match self {
-            Self::Header(_) | Self::Bearer(_) => Left::Nothing,
+            Self::Header(_) => Left::Nothing,
+            Self::Bearer(_) => without_bearers(value),
             Self::Query(name) => Left::Value(query::without(value, name.as_bytes()).unwrap_or_else(|| value.to_vec())),
             Self::Cookie(name) => match cookie::without(value, name.as_bytes()) {
                 Some(left) if left.is_empty() => Left::Nothing,
@@ -87,6 +99,16 @@ impl Source {
                 None => Left::Value(value.to_vec()),
             },
         }
+    }
+}
+
+/// Says where keys may stand: `in the header x-api-key or in the cookie session_key`.
+#[must_use]
+pub fn places(sources: &[Source]) -> String {
+    let places: Vec<String> = sources.iter().map(Source::place).collect();
+    match places.split_last() {
+        Some((last, others @ [_, ..])) => format!("{} or {last}", others.join(", ")),
+        _ => places.concat(),
     }
 }
 
@@ -154,6 +176,23 @@ pub fn header_name(field: &str, name: &str) -> Result<String, String> {
     }
 }
 
+/// The tokens of bearers in `Authorization`: the whole of the value, then each of the lines that Envoy has joined by commas.
+/// A token has no comma (RFC 6750, section 2.1), and the header should come once (RFC 9110, section 11.6.2).
+fn bearers(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let lines = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter_map(bearer);
+    bearer(value).into_iter().chain(lines)
+}
+
+/// What is left of `Authorization` without bearers: other lines, if the first is none.
+fn without_bearers(value: &[u8]) -> Left {
+    let is_bearer = |line: &[u8]| bearer(line.trim_ascii()).is_some();
+    if is_bearer(value) {
+        return Left::Nothing;
+    }
+    let kept: Vec<&[u8]> = value.split(|byte| *byte == b',').filter(|line| !is_bearer(line)).collect();
+    Left::Value(kept.join(&b","[..]))
+}
+
 /// The token of a bearer; the name of the scheme may be in any case (RFC 9110, section 11.1).
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, rest) = value.split_at_checked(6)?;
@@ -185,6 +224,24 @@ mod tests {
             assert_eq!(found.as_deref(), key.map(str::as_bytes), "{value}");
         }
         assert_eq!(bearer.without(b"Bearer abc"), Left::Nothing);
+    }
+
+    #[test]
+    fn a_bearer_is_found_behind_other_lines_and_of_two_that_are_joined_the_first_makes_no_key() {
+        let bearer = Source::Bearer(true);
+        let value = |text: &str| Left::Value(text.as_bytes().to_vec());
+        for (joined, key, left) in [
+            ("Basic x,Bearer abc", "abc", value("Basic x")),
+            ("Basic x, bearer  abc ,Basic y", "abc", value("Basic x,Basic y")),
+            ("Bearer,Bearer abc", "abc", value("Bearer")),
+            ("Bearer abc,Basic x", "abc,Basic x", Left::Nothing),
+            ("Bearer x,Bearer abc", "x,Bearer abc", Left::Nothing),
+        ] {
+            assert_eq!(found(&bearer, joined.as_bytes()).as_deref(), Some(key.as_bytes()), "{joined}");
+            assert!(bearer.holds(joined.as_bytes(), b"abc"), "{joined}");
+            assert_eq!(bearer.without(joined.as_bytes()), left, "{joined}");
+        }
+        assert!(!bearer.holds(b"Basic abc,Digest abc", b"abc"));
     }
 
     #[test]

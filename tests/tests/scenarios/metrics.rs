@@ -54,14 +54,19 @@ async fn the_access_log_names_the_key_by_its_id_and_the_reason_of_a_refusal() ->
     let key = stack.working_key("ada@example.com").await?;
     let seen = http::send(stack.envoy().address(), http::get_request("/named?secret=1", Some(&key))?).await?.json()?;
     let id = seen["headers"]["x-credential-identifier"][0].as_str().unwrap_or_default().to_owned();
-    http::send(stack.envoy().address(), http::get_request("/nameless", None)?).await?;
+    let refused = http::send(stack.envoy().address(), http::get_request("/nameless", None)?).await?;
 
     let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/named").await?)?;
     assert_eq!((&line["key_id"], &line["refused"]), (&id.into(), &serde_json::Value::Null));
     assert_eq!((&line["path"], &line["status"]), (&"/named".into(), &200.into()));
+    assert_eq!(line["request_id"], seen["headers"]["x-request-id"][0]);
     let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/nameless").await?)?;
     assert_eq!((&line["key_id"], &line["refused"]), (&serde_json::Value::Null, &"missing".into()));
     assert_eq!(line["status"], 401);
+    // By its id, a refusal that somebody complains of is found.
+    let id = refused.header("x-request-id").unwrap_or_default();
+    assert_eq!((&line["request_id"], id.len()), (&id.into(), 36));
+    assert_eq!(refused.json()?["request_id"], id);
     Ok(())
 }
 

@@ -137,3 +137,54 @@ async fn without_policies_nobody_asks_which_one_a_route_names() -> Result<()> {
     assert_refused(&bench.get("/any", None).await?, Outcome::Missing, &[]);
     Ok(())
 }
+
+/// Only a name counts as one: what else stands in a name's place would otherwise be the default policy, or none.
+#[tokio::test]
+async fn a_route_that_names_its_policy_in_no_way_that_is_one_refuses_all_requests() -> Result<()> {
+    let wrong = [
+        "{ policy: \"\" }",
+        "{ policy: 5 }",
+        "{ policy: 0 }",
+        "{ policy: true }",
+        "{ policy: null }",
+        "{ policy: { name: open } }",
+        "{ policy: {} }",
+        "{ policy: [open] }",
+        "{ policy: [] }",
+        "{ polciy: open }",
+        "{ policy: open, cost: 5 }",
+        "{ policy: open, other: null }",
+    ];
+    let route = |prefix: String, metadata: &str| {
+        format!(
+            "                        - match: {{ path: {prefix} }}
+                          route: {{ cluster: upstream }}
+                          metadata: {{ filter_metadata: {{ portcullis: {metadata} }} }}
+"
+        )
+    };
+    let mut routes: String =
+        wrong.iter().zip(0..).map(|(metadata, n): (_, u8)| route(format!("/{n}"), metadata)).collect();
+    routes += &route("/open".into(), "{ policy: open }");
+    routes += &route("/none".into(), "{}");
+    let marker = "                      routes:\n";
+    let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}}, "default_policy": {"key": "optional"}});
+    let bench = Bench::builder().plugin(plugin).edit(marker, &format!("{marker}{routes}"));
+    let bench = bench.start(&[("good", record(1))]).await?;
+    for (metadata, number) in wrong.iter().zip(0..) {
+        let number: u8 = number;
+        for key in [Some("good"), None] {
+            let reply = bench.get(&format!("/{number}"), key).await?;
+            assert_eq!((reply.status, &reply.json()?["code"]), (503, &json!("policy_unknown")), "{metadata}");
+            assert_refused(&reply, Outcome::PolicyUnknown, &[]);
+        }
+    }
+    assert_eq!(bench.demo.requests(), 0);
+    assert!(!bench.envoy.log().lines_with("is not {policy: NAME}").is_empty());
+    assert_upstream(&bench.get("/open", None).await?, &[]);
+    assert_refused(&bench.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
+    // These name none.
+    assert_upstream(&bench.get("/none", Some("stranger")).await?, &[]);
+    assert_upstream(&bench.get("/", Some("stranger")).await?, &[]);
+    Ok(())
+}

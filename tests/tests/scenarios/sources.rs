@@ -7,7 +7,7 @@ use hyper::Request;
 use hyper::http::request::Builder;
 use portcullis_tests::bench::{Bench, record};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
-use portcullis_tests::http::Reply;
+use portcullis_tests::http::{Reply, over_http_2};
 use serde_json::{Value, json};
 
 const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
@@ -164,5 +164,160 @@ async fn odd_requests_are_refused_and_good_ones_still_work_afterwards() -> Resul
     assert_eq!(bench.demo.requests(), 0);
     assert_upstream(&ask(&bench, Request::get("/?api_key=sk_live_good")).await?, &IDENTITY);
     assert!(bench.envoy.log().lines_with("panicked").is_empty());
+    Ok(())
+}
+
+/// The lines of a request, and what the upstream receives of their headers.
+type Lines<'a> = (&'a [&'a str], &'a [(&'a str, Value)]);
+
+/// A request as nobody should send it: lines of a name as they are, over HTTP/1.1.
+async fn lines(bench: &Bench, lines: &[&str]) -> Result<Reply> {
+    let mut request = Request::get("/a");
+    for line in lines {
+        let (name, value) = line.split_once(": ").unwrap_or_default();
+        request = request.header(name, value);
+    }
+    ask(bench, request).await
+}
+
+#[tokio::test]
+async fn a_key_is_found_on_every_line_of_its_header_and_none_of_them_goes_upstream_with_it() -> Result<()> {
+    let bench = start(json!({"key_sources": sources()})).await?;
+    let cases: [Lines<'_>; 12] = [
+        (&["cookie: a=1", "cookie: session_key=sk_live_good"], &[("cookie", json!(["a=1"]))]),
+        (&["cookie: session_key=sk_live_good", "cookie: a=1"], &[("cookie", json!(["a=1"]))]),
+        (&["cookie: session_key=sk_live_good", "cookie: session_key=sk_live_good"], &[]),
+        (
+            &["cookie: a=1,2; b=3", "cookie: c=4; session_key=sk_live_good", "cookie: d=5"],
+            &[("cookie", json!(["a=1,2; b=3; c=4; d=5"]))],
+        ),
+        (
+            &["cookie: a=1,session_key=b", "cookie: session_key=sk_live_good"],
+            &[("cookie", json!(["a=1,session_key=b"]))],
+        ),
+        (
+            &["authorization: Basic eA==", "authorization: Bearer sk_live_good"],
+            &[("authorization", json!(["Basic eA=="]))],
+        ),
+        (
+            &["authorization: Bearer", "authorization: bearer sk_live_good", "authorization: Digest a=\"b\", c=d"],
+            &[("authorization", json!(["Bearer,Digest a=\"b\", c=d"]))],
+        ),
+        // The key stood elsewhere: lines that hold it go, others stay.
+        (
+            &[
+                "x-api-key: sk_live_good",
+                "cookie: a=1",
+                "cookie: session_key=sk_live_good",
+                "authorization: Basic eA==",
+            ],
+            &[("cookie", json!(["a=1"])), ("authorization", json!(["Basic eA=="]))],
+        ),
+        (
+            &["x-api-key: sk_live_good", "authorization: Basic eA==", "authorization: Bearer sk_live_good"],
+            &[("authorization", json!(["Basic eA=="]))],
+        ),
+        (&["x-api-key: sk_live_good", "authorization: Bearer sk_live_good", "authorization: Basic eA=="], &[]),
+        (&["x-api-key: sk_live_good", "x-api-key: sk_live_good", "x-api-key: other"], &[]),
+        (&["x-api-key: sk_live_good", "cookie: a=1,2", "cookie: b=3"], &[("cookie", json!(["a=1,2", "b=3"]))]),
+    ];
+    for (sent, more) in cases {
+        let reply = lines(&bench, sent).await?;
+        let names: Vec<&str> = more.iter().map(|(name, _)| *name).chain(IDENTITY).collect();
+        assert_eq!(reply.status, 200, "{sent:?}: {:?}", reply.body);
+        let headers = assert_upstream(&reply, &names);
+        assert!(!headers.to_string().contains("sk_live_good"), "{sent:?}: {headers}");
+        for (name, value) in more {
+            assert_eq!(headers[name], *value, "{sent:?}");
+        }
+    }
+    // Two lines with a bearer first are no key: which of them is meant?
+    for second in ["authorization: Basic eA==", "authorization: Bearer other"] {
+        let reply = lines(&bench, &["authorization: Bearer sk_live_good", second]).await?;
+        assert_eq!((reply.status, &reply.json()?["code"]), (401, &json!("unknown")), "{second}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn cookies_that_come_in_crumbs_over_http_2_are_one_header() -> Result<()> {
+    let bench = start(json!({"key_sources": sources()})).await?;
+    let request = Request::get("http://api/a").header("cookie", "a=1").header("cookie", "session_key=sk_live_good");
+    let request = request.header("cookie", "b=2").body(Full::<axum::body::Bytes>::default())?;
+    let reply = over_http_2(bench.envoy.address(), request).await?;
+    let headers = assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
+    assert_eq!(headers["cookie"], json!(["a=1; b=2"]));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_that_was_refused_is_let_through_by_shadow_mode_on_no_line() -> Result<()> {
+    let bench = start(json!({"key_sources": sources(), "shadow": true})).await?;
+    for sent in [
+        &["authorization: Bearer sk_live_good", "authorization: Bearer bad"][..],
+        &["authorization: Basic eA==", "authorization: Bearer bad", "authorization: Bearer sk_live_good"],
+        &["cookie: session_key=bad", "cookie: a=1; session_key=sk_live_good"],
+    ] {
+        let reply = lines(&bench, sent).await?;
+        assert_eq!(reply.status, 200, "{sent:?}");
+        let headers = reply.json()?["headers"].to_string();
+        assert!(!headers.contains("sk_live_good") && !headers.contains("bad"), "{sent:?}: {headers}");
+        assert!(headers.contains("\"x-portcullis-shadow\":[\"unknown\"]"), "{headers}");
+    }
+    Ok(())
+}
+
+/// Many people log paths and cookies whole.
+#[tokio::test]
+async fn a_request_that_is_refused_keeps_no_key_that_an_access_log_could_show() -> Result<()> {
+    let marker = "path: \"%PATH(NQ:PATH)%\"";
+    let plugin = json!({
+        "key_sources": sources(), "strip_key": false, "rate_limit": {"requests": 1, "window_seconds": 3600},
+    });
+    let keys: Vec<_> = KEYS.iter().zip(1..).map(|(key, number)| (*key, record(number))).collect();
+    let bench = Bench::builder()
+        .plugin(plugin)
+        .edit(marker, "path: \"%REQ(:PATH)%\"\n                          cookie: \"%REQ(COOKIE)%\"");
+    let bench = bench.start(&keys).await?;
+    for (path, cookies, code, path_left, cookies_left) in [
+        ("/1?a=1&api_key=sk_live_good&b", "", None, "/1?a=1&api_key=sk_live_good&b", None),
+        ("/2?a=1&api_key=sk_live_good&b", "", Some("rate_limited"), "/2?a=1&b", None),
+        ("/3?%61pi_key=sk_live_nobody", "c=1", Some("unknown"), "/3", Some("c=1")),
+        ("/4", "c=1; session_key=sk_live_good", Some("rate_limited"), "/4", Some("c=1")),
+        ("/5", "session_key=sk_live_nobody", Some("unknown"), "/5", None),
+        // In a key's place, though another counted.
+        ("/6?api_key=sk_live_nobody", "session_key=sk_live_good", Some("unknown"), "/6", None),
+        ("/7?api_key=&d=e", "f", Some("missing"), "/7?d=e", Some("f")),
+    ] {
+        let mut request = Request::get(path);
+        if !cookies.is_empty() {
+            request = request.header("cookie", cookies);
+        }
+        let reply = ask(&bench, request).await?;
+        assert_eq!(reply.json()?.get("code").and_then(Value::as_str), code, "{path}");
+        let line = bench.envoy.log().wait_for(&format!("\"path\":\"{path_left}\"")).await?;
+        let line: Value = serde_json::from_str(&line)?;
+        assert_eq!(line["cookie"].as_str(), cookies_left, "{line}");
+        assert_eq!(line["request_id"].as_str(), reply.header("x-request-id").or(line["request_id"].as_str()), "{line}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_sends_no_key_is_told_where_to_send_it() -> Result<()> {
+    for (plugin, places) in [
+        (json!({}), "in the header x-api-key"),
+        (json!({"key_header": "X-Key"}), "in the header x-key"),
+        (json!({"key_sources": [{"query": "k"}]}), "in the query parameter k"),
+        (
+            json!({"key_sources": sources()}),
+            "in the header x-api-key, as a bearer token in the header authorization, in the query parameter api_key or in \
+             the cookie session_key",
+        ),
+    ] {
+        let bench = start(plugin).await?;
+        let reply = ask(&bench, Request::get("/")).await?;
+        assert_eq!((reply.status, &reply.json()?["detail"]), (401, &json!(format!("Send your API key {places}."))));
+    }
     Ok(())
 }
