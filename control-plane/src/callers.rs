@@ -92,5 +92,6 @@ mod tests {
         let counted = |address: &str| callers.count_address(address.parse().unwrap()).is_ok();
         assert!(counted("2001:db8:1:2:3:4:5:6") && !counted("2001:db8:1:2::9"));
         assert!(counted("2001:db8:1:3::1") && counted("192.0.2.1") && counted("192.0.2.2"));
+        assert!(!counted("::ffff:192.0.2.1") && counted("::ffff:192.0.2.3") && !counted("192.0.2.3"));
     }
 }

@@ -197,7 +197,9 @@ impl IntoResponse for ApiError {
 fn refuse(outcome: Outcome) -> Response {
     let Some(refusal) = outcome.refusal() else { return internal() };
     let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::FORBIDDEN);
-    let response = respond(status, outcome.name(), refusal.title, refusal.detail, None);
+    let missing = outcome == Outcome::Missing;
+    let detail = if missing { "Send your API key in the header x-api-key." } else { refusal.detail };
+    let response = respond(status, outcome.name(), refusal.title, detail, None);
     if status == StatusCode::UNAUTHORIZED {
         with(response, WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey realm=\"portcullis\""))
     } else {

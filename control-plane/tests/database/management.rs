@@ -225,7 +225,7 @@ async fn every_management_route_needs_a_good_key(pool: PgPool) {
         ("GET", "/v1/filters".into()),
     ] {
         let reply = fixture.send(request(method, &uri, None, Body::empty())).await;
-        let detail = "Send your API key in the header that this service expects.";
+        let detail = "Send your API key in the header x-api-key.";
         assert_problem(&reply, 401, "missing", "API key missing", detail, None);
         assert_eq!(reply.header("www-authenticate"), "ApiKey realm=\"portcullis\"");
         let reply = fixture.send(request(method, &uri, Some(&stranger), Body::empty())).await;

@@ -316,8 +316,18 @@ async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
         fixture.send(request).await.status.as_u16()
     };
     assert_eq!((from("192.0.2.7").await, from("192.0.2.8").await, from("[2001:db8::1]").await), (200, 403, 200));
+    // IPv4 that is written as IPv6 is IPv4, in the list and in the address of the peer.
+    let mapped = json!({"allowed_addresses": ["::ffff:192.0.2.0/120", "192.0.2.0/24", "::ffff:198.51.100.7"]});
+    let shown = patch(&fixture, &admin, id, mapped).await.json();
+    assert_eq!(shown["allowed_addresses"], json!(["192.0.2.0/24", "198.51.100.7/32"]));
+    let seen = (from("192.0.2.8").await, from("[::ffff:192.0.2.9]").await, from("198.51.100.8").await);
+    assert_eq!((seen, from("[::ffff:198.51.100.7]").await), ((200, 200, 403), 200));
     for (bad, detail) in [
         ("192.0.2.0/33", "entry 1: the prefix is longer than the address"),
+        (
+            "::ffff:192.0.2.0/24",
+            "entry 1: the address has bits beyond its prefix; write the first address of the network",
+        ),
         ("192.0.2.1/24", "entry 1: the address has bits beyond its prefix; write the first address of the network"),
         ("example.com", "entry 1: must be an address or a network such as 192.0.2.0/24 or 2001:db8::/32"),
     ] {
