@@ -1,6 +1,7 @@
 //! The log and the metrics: one line and one count for each request, under a request id. Headers, bodies and queries
 //! never get here, so no key does.
 
+use std::io::Write;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request};
@@ -17,8 +18,9 @@ use crate::config::LogFormat;
 /// Where the request id stands, coming and going.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Longest request id of a client's that is taken over.
-const REQUEST_ID_BYTES: usize = 64;
+/// The length of a UUID with hyphens. Nothing else is taken over from a client: Envoy's request ids are UUIDs, and one can neither
+/// hold a key nor be mistaken for another part of a log line.
+const REQUEST_ID_BYTES: usize = 36;
 
 /// Starts the log, on standard error.
 ///
@@ -26,12 +28,41 @@ const REQUEST_ID_BYTES: usize = 64;
 /// One line, if `filter` makes no sense.
 pub fn start_log(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::builder().parse(filter).map_err(|error| format!("--log: {error}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(|| LogWriter(std::io::stderr()));
     match format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
     Ok(())
+}
+
+/// Writes events of the log, one line each: control characters within an event are escaped, whoever they came from. Otherwise the text
+/// of a client or of the database could begin a line, or steer the terminal of who reads it.
+struct LogWriter<W>(W);
+
+impl<W: Write> Write for LogWriter<W> {
+    /// Takes a whole event, which ends with a newline.
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        let (line, end) = event.strip_suffix(b"\n").map_or((event, &b""[..]), |line| (line, b"\n"));
+        match one_line(&String::from_utf8_lossy(line)) {
+            Some(escaped) => self.0.write_all(&[escaped.as_bytes(), end].concat())?,
+            None => self.0.write_all(event)?,
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// The text with its control characters escaped, if it has any.
+fn one_line(text: &str) -> Option<String> {
+    let breaks = |c: char| c.is_control() || ['\u{2028}', '\u{2029}'].contains(&c);
+    text.contains(breaks).then(|| {
+        let escaped = |c: char| if breaks(c) { c.escape_default().to_string() } else { c.to_string() };
+        text.chars().map(escaped).collect()
+    })
 }
 
 /// Starts collecting metrics; the handle prints them.
@@ -76,9 +107,7 @@ fn label_of(method: &Method) -> &'static str {
 }
 
 fn is_sane(id: &HeaderValue) -> bool {
-    let bytes = id.as_bytes();
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
-    (1..=REQUEST_ID_BYTES).contains(&bytes.len()) && bytes.iter().all(plain) && !bytes.starts_with(b"sk_")
+    id.len() == REQUEST_ID_BYTES && Uuid::try_parse_ascii(id.as_bytes()).is_ok()
 }
 
 fn new_id() -> HeaderValue {
@@ -95,5 +124,29 @@ mod tests {
         for made_up in ["TRACE", "get", "X1"] {
             assert_eq!(label_of(&Method::from_bytes(made_up.as_bytes()).unwrap()), "OTHER");
         }
+    }
+
+    #[test]
+    fn request_ids_of_clients_are_uuids_or_not_taken_over() {
+        let sane = |id: &str| is_sane(&HeaderValue::from_str(id).unwrap());
+        assert!(sane("0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11") && sane("0192F0C1-2F0E-7C3A-8A53-3F1F0A9F6E11"));
+        for other in [
+            "",
+            "x",
+            "0192f0c12f0e7c3a8a533f1f0a9f6e11",
+            "{0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e}",
+            "sk_live_0192f0c12f0e7c3a8a533f1f0a9f",
+            "0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11\tstatus=200",
+        ] {
+            assert!(!sane(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn an_event_is_one_line_whatever_its_text() {
+        let mut log = Vec::new();
+        let event = "INFO why=a\nINFO answered\r\x1b[31m\u{85}\u{2028}é\n";
+        LogWriter(&mut log).write_all(event.as_bytes()).unwrap();
+        assert_eq!(String::from_utf8(log).unwrap(), "INFO why=a\\nINFO answered\\r\\u{1b}[31m\\u{85}\\u{2028}é\n");
     }
 }

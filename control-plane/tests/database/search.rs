@@ -122,7 +122,7 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     let uri = format!("/v1/keys/{id}");
     let mut secrets = vec![secret.reveal().to_owned()];
     let body = json!({"name": "m", "disabled": true, "expires_at": "2030-01-01T00:00:00Z"});
-    let headers = [("x-request-id", "the-request")];
+    let headers = [("x-request-id", "0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11")];
     fixture.call_with("PATCH", &uri, &admin, Some(&body), &headers).await;
     fixture.call("PATCH", &uri, &admin, Some(&json!({"name": "m"}))).await;
     let grace = json!({"grace_seconds": 60});
@@ -159,7 +159,7 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     let change = &entries[8];
     let expected = json!({
         "id": change["id"], "at": change["at"], "actor_key_id": admin_id, "actor_email": "admin@example.com",
-        "address": "0.0.0.0", "request_id": "the-request", "action": "key.change", "key_id": id, "target": null,
+        "address": "0.0.0.0", "request_id": "0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11", "action": "key.change", "key_id": id, "target": null,
         "detail": {
             "name": {"from": "n", "to": "m"}, "disabled": {"from": false, "to": true},
             "expires_at": {"from": null, "to": "2030-01-01T00:00:00Z"},
