@@ -2,7 +2,8 @@
 //! as the filter judges it. Refused are callers without a good key, and those that call too often, see [`crate::callers`].
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::request::Parts;
@@ -19,6 +20,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::App;
+use crate::admission::Place;
 use crate::audit::Actor;
 use crate::connection::Peer;
 use crate::error::ApiError;
@@ -257,11 +259,16 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let presenting = Presenting::of(app, parts)?;
+        let presenting = Presenting::of(app, parts).await?;
+        // Before the database is asked, where the mirror knows the key.
+        let counted = presenting.admitted(Policy::PLAIN).map(|record| record.owner_id.into());
+        counted.map_or(Ok(()), |owner| app.callers.count_owner(owner))?;
         let (record, beside) = presenting.stored().await?.map(|found| (found.record, (found.email, found.own))).unzip();
         let record = presenting.admit(record, Policy::PLAIN)?;
-        let key_id = record.key_id.into();
-        app.callers.count_key(key_id)?;
+        let (key_id, owner) = (record.key_id.into(), record.owner_id.into());
+        if counted != Some(owner) {
+            app.callers.count_owner(owner)?;
+        }
         let Record { owner_id, generation, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
         let rate_limits = StoredLimit::together(&rate_limits, further.alone);
         let (email, own): (String, Own) = beside.unwrap_or_default();
@@ -289,14 +296,38 @@ impl FromRequestParts<App> for SyncCaller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let presenting = Presenting::of(app, parts)?;
+        let presenting = Presenting::of(app, parts).await?;
         let record = match &presenting.mirrored {
             Some(record) => Some(record.clone()),
             None => presenting.stored().await?.map(|found| found.record),
         };
-        Ok(Self(presenting.admit(record, &SYNC_POLICY)?.key_id.into()))
+        let key = presenting.admit(record, &SYNC_POLICY)?.key_id.into();
+        if let Some(place) = parts.extensions.get::<Arc<Place>>() {
+            place.recognise_filter();
+        }
+        Ok(Self(key))
     }
 }
+
+/// A call of a route that needs no key. It counts against the owner of a good key, and otherwise against its address.
+#[derive(Clone, Copy, Debug)]
+pub struct Keyless;
+
+impl FromRequestParts<App> for Keyless {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let presenting = Presenting::read(app, parts);
+        match presenting.admitted(Policy::PLAIN) {
+            Some(record) => app.callers.count_owner(record.owner_id.into())?,
+            None => app.callers.count_address(presenting.address)?,
+        }
+        Ok(Self)
+    }
+}
+
+/// How long a key that the mirror does not know waits for the mirror to be brought up to date.
+const CATCH_UP: Duration = Duration::from_secs(3);
 
 /// What a request presents as its key, and whom to limit if it is refused.
 struct Presenting<'a> {
@@ -310,21 +341,44 @@ struct Presenting<'a> {
 }
 
 impl<'a> Presenting<'a> {
-    /// Whoever presents no key that the mirror knows is counted before the database is asked: guessing keys costs the
-    /// database no more than the limit, and callers with a good key do not pay for guesses from their address.
-    fn of(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
+    /// A key that the mirror does not know counts against its address before the database is asked for it, so guessing keys costs
+    /// the database no more than the limit. Beyond the limit the mirror is brought up to date, once for all that wait: a key that was
+    /// made a moment ago is told from a guess, and does not pay for the guesses.
+    async fn of(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
         if app.store.position().is_none() {
             return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
         }
+        let mut presenting = Self::read(app, parts);
+        if presenting.mirrored.is_none()
+            && let Err(too_many) = app.callers.count_address(presenting.address)
+        {
+            if presenting.plain.is_some() {
+                let _ = tokio::time::timeout(CATCH_UP, app.feed.catch_up()).await;
+                presenting.mirrored = presenting.find();
+            }
+            if presenting.mirrored.is_none() {
+                return Err(too_many);
+            }
+        }
+        Ok(presenting)
+    }
+
+    fn read(app: &'a App, parts: &'a Parts) -> Self {
         let bytes = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
         let plain = (1..=PRESENTED_BYTES).contains(&bytes.len()).then(|| KeyHash::of(bytes));
-        let mirrored =
-            plain.and_then(|plain| hashes(plain, app.pepper.as_ref()).find_map(|hash| app.store.find(&hash)));
-        let address = peer(parts);
-        if mirrored.is_none() {
-            app.callers.count_address(address)?;
-        }
-        Ok(Self { app, bytes, address, plain, mirrored })
+        let mut presenting = Self { app, bytes, address: peer(parts), plain, mirrored: None };
+        presenting.mirrored = presenting.find();
+        presenting
+    }
+
+    /// What the mirror knows of the key now.
+    fn find(&self) -> Option<Record> {
+        hashes(self.plain?, self.app.pepper.as_ref()).find_map(|hash| self.app.store.find(&hash))
+    }
+
+    /// What the mirror knows of the key, if that admits it.
+    fn admitted(&self, policy: &Policy) -> Option<&Record> {
+        self.mirrored.as_ref().filter(|record| self.judge(Some(record), policy) == Outcome::Allowed)
     }
 
     /// What the database knows of the key.
@@ -338,27 +392,9 @@ impl<'a> Presenting<'a> {
         Ok(None)
     }
 
-    /// Decides as the filter does. A refusal counts against the address, once.
-    /// Quota and credits are for the services behind Envoy: callers that have used them up still manage their keys.
+    /// Admits the key or refuses it. A refusal counts against the address, once.
     fn admit(self, record: Option<Record>, policy: &Policy) -> Result<Record, ApiError> {
-        let presented = match &record {
-            Some(record) => Presented::Key(record),
-            None if self.bytes.is_empty() => Presented::Nothing,
-            None => Presented::Stranger,
-        };
-        let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
-        // What opens the control plane, a key has from nobody but itself: of its roles and plan nothing counts here, and the
-        // plan, which it has to have, is there without the mirror.
-        let plan = record.as_ref().and_then(|record| record.further.plan);
-        let definitions = Definitions(plan.map(|number| (number, Definition::default())).into_iter().collect());
-        let facts = Facts {
-            policy,
-            definitions: &definitions,
-            address: Some(self.address),
-            metered: false,
-            ..Facts::at(now_s)
-        };
-        match (decide(presented, &facts), record) {
+        match (self.judge(record.as_ref(), policy), record) {
             (Outcome::Allowed, Some(record)) => Ok(record),
             (outcome, _) => {
                 if self.mirrored.is_some() {
@@ -367,6 +403,29 @@ impl<'a> Presenting<'a> {
                 Err(ApiError::Refused(outcome))
             }
         }
+    }
+
+    /// Decides as the filter does.
+    /// Quota and credits are for the services behind Envoy: callers that have used them up still manage their keys.
+    fn judge(&self, record: Option<&Record>, policy: &Policy) -> Outcome {
+        let presented = match record {
+            Some(record) => Presented::Key(record),
+            None if self.bytes.is_empty() => Presented::Nothing,
+            None => Presented::Stranger,
+        };
+        let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
+        // What opens the control plane, a key has from nobody but itself: of its roles and plan nothing counts here, and the
+        // plan, which it has to have, is there without the mirror.
+        let plan = record.and_then(|record| record.further.plan);
+        let definitions = Definitions(plan.map(|number| (number, Definition::default())).into_iter().collect());
+        let facts = Facts {
+            policy,
+            definitions: &definitions,
+            address: Some(self.address),
+            metered: false,
+            ..Facts::at(now_s)
+        };
+        decide(presented, &facts)
     }
 }
 

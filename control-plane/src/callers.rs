@@ -9,16 +9,16 @@ use uuid::Uuid;
 
 use crate::error::ApiError;
 
-/// Who is limited: an admitted key, or the network of an address that refused calls come from.
+/// Who is limited: the owner of an admitted key, or the network of an address that calls without one come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Limited {
-    Key(Uuid),
+    Owner(Uuid),
     Network(IpAddr),
 }
 
-/// The rate limit of the REST API, for each caller by itself.
+/// The rate limit of the REST API, for each caller by itself. The keys of one owner share a limit: more keys bring no more calls.
 ///
-/// Holds one cell for each key and each address seen since the last [`Callers::tidy`], which drops those that are idle.
+/// Holds one cell for each owner and each address seen since the last [`Callers::tidy`], which drops those that are idle.
 /// IPv6 addresses count by their /64, which is what one client has at will.
 #[derive(Debug)]
 pub struct Callers {
@@ -40,12 +40,12 @@ impl Callers {
         self.limiter.shrink_to_fit();
     }
 
-    /// Counts a call with an admitted key.
+    /// Counts a call with an admitted key of an owner.
     ///
     /// # Errors
-    /// 429 if it calls too often.
-    pub fn count_key(&self, key: Uuid) -> Result<(), ApiError> {
-        self.count(Limited::Key(key))
+    /// 429 if the owner calls too often.
+    pub fn count_owner(&self, owner: Uuid) -> Result<(), ApiError> {
+        self.count(Limited::Owner(owner))
     }
 
     /// Counts a call without a good key from an address.
@@ -66,7 +66,7 @@ impl Callers {
 }
 
 /// What one client has at will: an IPv4 address, or a /64 of IPv6.
-fn network_of(address: IpAddr) -> IpAddr {
+pub(crate) fn network_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
         IpAddr::V4(address) => IpAddr::V4(address),
@@ -80,9 +80,9 @@ mod tests {
     #[test]
     fn callers_are_limited_each_by_itself_and_told_whole_seconds() {
         let callers = Callers::new(NonZeroU32::MIN, NonZeroU32::MIN);
-        assert!(callers.count_key(Uuid::nil()).is_ok());
-        assert!(callers.count_key(Uuid::max()).is_ok());
-        let refused = callers.count_key(Uuid::nil());
+        assert!(callers.count_owner(Uuid::nil()).is_ok());
+        assert!(callers.count_owner(Uuid::max()).is_ok());
+        let refused = callers.count_owner(Uuid::nil());
         assert!(matches!(refused, Err(ApiError::TooMany { retry_after_s: 1 })), "{refused:?}");
     }
 

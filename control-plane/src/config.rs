@@ -78,17 +78,29 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// How long a client may take to shake hands, to send the head of its first request, and each MiB of a body, in seconds. Over
-    /// HTTP/1.1 also the head of each further request; over HTTP/2 a client is asked every 20 seconds whether it is still
-    /// there instead
+    /// How long a client may take to shake hands, to send the head of a request while none is under way, to send each MiB of a
+    /// body, and to take each 64 KiB of a response, in seconds
     #[arg(long, env = "PORTCULLIS_READ_TIMEOUT_SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=300))]
     pub read_timeout_seconds: u64,
+
+    /// Connections at once. The limit of open files (ulimit -n) lowers it
+    #[arg(long, env = "PORTCULLIS_MAX_CONNECTIONS", default_value = "16384", value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    pub max_connections: u32,
+
+    /// Connections at once of one address, those that presented a sync key not counted. Raise it where a load balancer or NAT
+    /// makes many clients one address. IPv6 addresses count by their /64
+    #[arg(long, env = "PORTCULLIS_MAX_CONNECTIONS_PER_ADDRESS", default_value = "256", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_connections_per_address: u32,
+
+    /// Connections of --max-connections that only clients with a sync key get; a quarter if left out
+    #[arg(long, env = "PORTCULLIS_CONNECTIONS_RESERVED_FOR_SYNC", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub connections_reserved_for_sync: Option<u32>,
 
     /// Connections to the database
     #[arg(long, env = "PORTCULLIS_DATABASE_CONNECTIONS", default_value = "16", value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub database_connections: u32,
 
-    /// Requests a second that one caller of the REST API may make
+    /// Requests a second that one caller of the REST API may make: the owner of a key, with all keys together; without a good key, an address
     #[arg(long, env = "PORTCULLIS_API_RATE_LIMIT", default_value = "50")]
     pub api_rate_limit: NonZeroU32,
 

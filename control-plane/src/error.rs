@@ -8,6 +8,8 @@ use contract::outcome::Outcome;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::http::extract::json_line;
+
 /// How long a client should wait before it tries again while the database or the mirror is away, in seconds.
 const RETRY_UNAVAILABLE_S: u64 = 1;
 
@@ -226,7 +228,7 @@ fn respond(status: StatusCode, code: &str, title: &str, detail: &str, field: Opt
         code: code.into(),
         field: field.map(Into::into),
     };
-    let body = serde_json::to_vec(&problem).unwrap_or_default();
+    let body = json_line(&problem).unwrap_or_default();
     (status, [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")], body)
         .into_response()
 }

@@ -7,10 +7,11 @@
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
 //! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
 //! without being asked for, [`statistics`] among them; [`pepper`] is that of imported keys; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
-//! [`connection`]s that lose nothing.
+//! [`connection`]s that lose nothing; [`admission`] bounds connections, [`delivery`] ends responses that are not taken.
 
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod audit;
 pub mod auth;
 pub mod callers;
@@ -20,6 +21,7 @@ pub mod config;
 pub mod connection;
 pub mod credits;
 pub mod definition;
+pub mod delivery;
 pub mod error;
 pub mod explain;
 pub mod http;
@@ -35,6 +37,7 @@ pub mod telemetry;
 pub mod tls;
 pub mod usage;
 pub mod user;
+pub mod wait_budget;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,6 +63,8 @@ pub struct App {
     pub policies: Arc<policies::Configured>,
     /// How often callers may call.
     pub callers: Arc<callers::Callers>,
+    /// Whether the database answers.
+    pub database: Arc<http::health::DatabaseCheck>,
     /// How long a poll is held without news.
     pub long_poll: Duration,
     /// Becomes true when the process is told to end: held polls end then.

@@ -1,5 +1,5 @@
-//! Takes connections and serves the routes on them, in the clear or within TLS, over HTTP/1.1 or HTTP/2. Whoever does not
-//! say in time what they want is disconnected.
+//! Takes connections and serves the routes on them, in the clear or within TLS, over HTTP/1.1 or HTTP/2. Connections of clients
+//! that do not send requests, or do not take responses, within the read time-out end. [`crate::admission`] bounds how many there are.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -13,28 +13,38 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use axum::http::Request;
+use axum::response::{IntoResponse, Response};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
+use crate::admission::{Admission, Held, Place};
 use crate::connection::{Begun, Connection, Peer};
+use crate::delivery::{StreamExecutor, Streams, deliver};
+use crate::error::ApiError;
 use crate::tls::Tls;
 
-/// Most connections at once. Beyond, new ones are closed at once: each Envoy needs one, and file descriptors run out.
-const CONNECTIONS: usize = 16_384;
+/// Where paths of the filters begin.
+const SYNC_PATHS: &str = "/sync/";
 
 /// Room for the head of a request over HTTP/1.1, in bytes.
 const HEAD_BYTES: usize = 64 * 1_024;
 
 /// Longest head of a request over HTTP/2, in bytes.
 const HEADER_LIST_BYTES: u32 = 16 * 1_024;
+
+/// Streams of a connection over HTTP/2 at once. An Envoy needs two: a poll is held while it reports usage.
+const STREAMS: u32 = 16;
+
+/// How much of request bodies a connection over HTTP/2 may send before they are read, in bytes.
+const WINDOW_BYTES: u32 = 256 * 1_024;
 
 /// How often a peer over HTTP/2 is asked whether it is still there, and how long it may take to say so.
 const ALIVE: Duration = Duration::from_secs(20);
@@ -47,9 +57,20 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub struct Manners {
     /// Within it, if there are certificates.
     pub tls: Option<Arc<Tls>>,
-    /// How long a client may take to shake hands, to send its first request and, over HTTP/1.1, the head of each further one.
-    /// Over HTTP/2 it may take its time over those, as long as it says that it is alive.
+    /// The read time-out: how long a client may take to shake hands, to send the head of a request while none is under way, and
+    /// to take each 64 KiB of a response.
     pub patience: Duration,
+    /// How many connections there may be.
+    pub admission: Arc<Admission>,
+}
+
+/// A connection that has its place.
+struct Accepted {
+    peer: SocketAddr,
+    held: Held,
+    router: Router,
+    manners: Manners,
+    stopping: watch::Receiver<bool>,
 }
 
 /// Serves until `ended`, then lets requests that are under way end.
@@ -62,12 +83,13 @@ pub async fn serve(listener: TcpListener, router: Router, manners: Manners, ende
             () = &mut ended => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             accepted = listener.accept() => match accepted {
-                Ok(_) if connections.len() >= CONNECTIONS => {
-                    metrics::counter!("portcullis_connections_refused_total").increment(1);
-                }
-                Ok((stream, peer)) => {
-                    connections.spawn(connection(stream, peer, router.clone(), manners.clone(), stopping.clone()));
-                }
+                Ok((stream, peer)) => match manners.admission.admit(peer.ip()) {
+                    Some(held) => {
+                        let (router, manners, stopping) = (router.clone(), manners.clone(), stopping.clone());
+                        connections.spawn(connection(stream, Accepted { peer, held, router, manners, stopping }));
+                    }
+                    None => metrics::counter!("portcullis_connections_refused_total").increment(1),
+                },
                 Err(error) if broke(&error) => debug!(%error, "a connection broke before it was taken"),
                 Err(error) => {
                     warn!(%error, "a connection could not be taken");
@@ -88,62 +110,107 @@ fn broke(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-async fn connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    router: Router,
-    manners: Manners,
-    mut stopping: watch::Receiver<bool>,
-) {
+async fn connection(stream: TcpStream, mut accepted: Accepted) {
     // Otherwise the second frame of an answer waits for the other end's delayed acknowledgement: 40 ms in which a revoked
     // key still works.
     let _ = stream.set_nodelay(true);
-    let Some(tls) = &manners.tls else { return speak(stream, peer, router, manners.patience, stopping).await };
-    let shaking = tokio::time::timeout(manners.patience, tls.acceptor().accept(stream));
+    let Some(tls) = accepted.manners.tls.clone() else { return speak(stream, accepted).await };
+    let shaking = tokio::time::timeout(accepted.manners.patience, tls.acceptor().accept(stream));
     let shaken = tokio::select! {
         shaken = shaking => shaken,
-        () = told(&mut stopping) => return,
+        () = told(&mut accepted.stopping) => return,
+        () = accepted.held.place().evicted() => return refused(),
     };
     match shaken {
-        Ok(Ok(stream)) => speak(stream, peer, router, manners.patience, stopping).await,
-        refused => {
+        Ok(Ok(stream)) => speak(stream, accepted).await,
+        failed => {
             metrics::counter!("portcullis_tls_handshakes_failed_total").increment(1);
-            let why = refused
+            let why = failed
                 .map_or_else(|late| late.to_string(), |done| done.err().map_or_else(String::new, |e| e.to_string()));
-            debug!(%peer, why, "no TLS with this client");
+            debug!(peer = %accepted.peer, why, "no TLS with this client");
         }
     }
 }
 
-async fn speak<S>(stream: S, peer: SocketAddr, router: Router, patience: Duration, mut stopping: watch::Receiver<bool>)
+async fn speak<S>(stream: S, accepted: Accepted)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let begun = Begun::default();
+    let Accepted { peer, held, router, manners: Manners { patience, .. }, mut stopping } = accepted;
+    let (begun, streams, place) = (Begun::default(), Arc::<Streams>::default(), held.place());
     let io = TokioIo::new(Connection::new(stream, patience, begun.clone()));
-    let service = service_fn(move |request: Request<Incoming>| {
+    let dismissed = Arc::new(Notify::new());
+    let service = service_fn(|request: Request<Incoming>| {
         begun.set();
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(ConnectInfo(Peer(peer)));
-        let answer = router.clone().oneshot(request);
-        async move { Ok::<_, Infallible>(answer.await.unwrap_or_else(|never| match never {})) }
+        let (router, place, dismissed) = (router.clone(), Arc::clone(place), Arc::clone(&dismissed));
+        async move { Ok::<_, Infallible>(deliver(answer(request, peer, router, place, &dismissed).await)) }
     });
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(patience).max_buf_size(HEAD_BYTES);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(ALIVE).keep_alive_timeout(ALIVE);
-    builder.http2().max_header_list_size(HEADER_LIST_BYTES);
+    let executor = StreamExecutor { streams: Arc::clone(&streams), patience };
+    let builder = protocols(executor, patience);
     let mut served = pin!(builder.serve_connection(io, service));
-    let early = tokio::select! {
-        served = served.as_mut() => Some(served),
+    // The process that ends has a time limit of its own.
+    let limit = tokio::select! {
+        served = served.as_mut() => return report(peer, served),
+        () = streams.stuck() => return debug!(%peer, "a response was not taken"),
+        () = place.evicted() => return refused(),
         () = told(&mut stopping) => None,
+        () = dismissed.notified() => Some(patience),
+        () = streams.idle(patience) => Some(patience),
     };
-    let served = match early {
-        Some(served) => served,
-        None => {
-            served.as_mut().graceful_shutdown();
-            served.await
+    served.as_mut().graceful_shutdown();
+    let late = async {
+        match limit {
+            Some(limit) => tokio::time::sleep(limit).await,
+            None => std::future::pending().await,
         }
     };
+    tokio::select! {
+        served = served => report(peer, served),
+        () = streams.stuck() => debug!(%peer, "a response was not taken"),
+        () = place.evicted() => refused(),
+        () = late => debug!(%peer, "the client did not close its connection"),
+    }
+}
+
+fn protocols(executor: StreamExecutor, patience: Duration) -> Builder<StreamExecutor> {
+    let mut builder = Builder::new(executor);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(patience).max_buf_size(HEAD_BYTES);
+    builder.http2().timer(TokioTimer::new()).keep_alive_interval(ALIVE).keep_alive_timeout(ALIVE);
+    builder.http2().max_header_list_size(HEADER_LIST_BYTES).max_concurrent_streams(STREAMS);
+    builder.http2().initial_connection_window_size(WINDOW_BYTES).initial_stream_window_size(WINDOW_BYTES);
+    builder
+}
+
+/// Answers a request. A connection in reserved room may only present a sync key, and is dismissed if it does not.
+async fn answer(
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    router: Router,
+    place: Arc<Place>,
+    dismissed: &Notify,
+) -> Response {
+    if place.is_newcomer() && !request.uri().path().starts_with(SYNC_PATHS) {
+        refused();
+        dismissed.notify_one();
+        let why = "Too many connections are open, of your address or in all. Close some, or try again shortly.";
+        return ApiError::Unavailable(why).into_response();
+    }
+    let mut request = request.map(Body::new);
+    request.extensions_mut().insert(ConnectInfo(Peer(peer)));
+    request.extensions_mut().insert(Arc::clone(&place));
+    let response = router.oneshot(request).await.unwrap_or_else(|never| match never {});
+    if place.is_newcomer() {
+        refused();
+        dismissed.notify_one();
+    }
+    response
+}
+
+fn refused() {
+    metrics::counter!("portcullis_connections_refused_total").increment(1);
+}
+
+fn report(peer: SocketAddr, served: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
     if let Err(error) = served {
         debug!(%peer, error, "a connection broke");
     }

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use crate::admission::{Admission, Limits, within_descriptors};
 use crate::callers::Callers;
 use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key, given_pepper};
 use crate::error::{ApiError, is_away};
@@ -74,6 +75,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let pool = open(&options, settings.database_connections);
 
     let tls = tls(&settings)?;
+    let admission = Admission::new(limits(&settings));
     let patience = Duration::from_secs(settings.read_timeout_seconds);
     let listener =
         TcpListener::bind(settings.listen).await.map_err(|error| format!("--listen {}: {error}", settings.listen))?;
@@ -92,6 +94,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         filters: Registry::new(),
         policies: Arc::new(policies),
         callers: Arc::new(Callers::new(settings.api_rate_limit, settings.api_burst)),
+        database: Arc::default(),
         long_poll: Duration::from_secs(settings.long_poll_seconds),
         stopping,
     };
@@ -131,7 +134,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         let _ = stop.send(true);
     };
     tokio::select! {
-        () = listen::serve(listener, router, Manners { tls, patience }, ended) => {}
+        () = listen::serve(listener, router, Manners { tls, patience, admission }, ended) => {}
         unprepared = &mut feeding => unprepared??,
         Some(broken) = background.join_next() => {
             let why = broken.err().map_or_else(|| "it returned".into(), |error| error.to_string());
@@ -154,6 +157,20 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     }
     info!("ended");
     Ok(())
+}
+
+/// How many connections there may be, as far as file descriptors reach.
+fn limits(settings: &Serve) -> Limits {
+    let wanted = usize::try_from(settings.max_connections).unwrap_or(usize::MAX);
+    let fits = within_descriptors(wanted, settings.database_connections.saturating_add(FEED_CONNECTIONS));
+    if fits < wanted {
+        warn!(wanted, fits, "--max-connections is more than the limit of open files allows (ulimit -n)");
+    }
+    let count = |setting: u32| usize::try_from(setting).unwrap_or(usize::MAX);
+    let reserved = settings.connections_reserved_for_sync.map(count);
+    let limits = Limits::new(fits, count(settings.max_connections_per_address), reserved);
+    info!(total = limits.total, by_address = limits.by_address, reserved = limits.reserved, "bounds of connections");
+    limits
 }
 
 fn tls(settings: &Serve) -> Result<Option<Arc<Tls>>, String> {

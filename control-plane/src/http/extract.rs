@@ -90,10 +90,25 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
 
 impl<T: Serialize> IntoResponse for Json<T> {
     fn into_response(self) -> Response {
-        let mut response = axum::Json(self.0).into_response();
-        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        response
+        match json_line(&self.0) {
+            Ok(body) => {
+                let kind = HeaderValue::from_static("application/json");
+                let no_store = HeaderValue::from_static("no-store");
+                ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, no_store)], body).into_response()
+            }
+            Err(error) => ApiError::Internal(format!("a reply could not be written: {error}")).into_response(),
+        }
     }
+}
+
+/// JSON that ends with a newline, so that a terminal shows what follows on a line of its own.
+///
+/// # Errors
+/// If a value cannot be written as JSON.
+pub fn json_line(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {

@@ -1,14 +1,40 @@
 //! For the platform: is the process alive, can it work, how does it do. No key needed.
 
-use axum::Json;
+use std::time::{Duration, Instant};
+
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
+use sqlx::PgPool;
+use tokio::sync::Mutex;
 use utoipa::ToSchema;
 
 use crate::App;
+use crate::http::extract::Json;
+
+/// For how long what the database said last is passed on. Probes need no key and are not limited by address, since a load balancer
+/// shares its address with all of its clients: so they must cost nothing.
+const FRESH: Duration = Duration::from_millis(500);
+
+/// Whether the database answers: asked once for all who want to know at a time.
+#[derive(Debug, Default)]
+pub struct DatabaseCheck(Mutex<Option<(Instant, bool)>>);
+
+impl DatabaseCheck {
+    async fn answers(&self, pool: &PgPool) -> bool {
+        let mut last = self.0.lock().await;
+        if let Some((asked, answered)) = *last
+            && asked.elapsed() < FRESH
+        {
+            return answered;
+        }
+        let answers = sqlx::query_scalar!("select 1").fetch_one(pool).await.is_ok();
+        *last = Some((Instant::now(), answers));
+        answers
+    }
+}
 
 /// What the process depends on.
 #[derive(Debug, Serialize, ToSchema)]
@@ -31,8 +57,7 @@ pub async fn alive() -> &'static str {
     (status = 503, description = "One of them is not", body = Readiness),
 ))]
 pub async fn ready(State(app): State<App>) -> Response {
-    let database = sqlx::query_scalar!("select 1").fetch_one(&app.pool).await.is_ok();
-    let readiness = Readiness { database, mirror: app.store.position().is_some() };
+    let readiness = Readiness { database: app.database.answers(&app.pool).await, mirror: app.store.position().is_some() };
     let status = if readiness.database && readiness.mirror { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(readiness)).into_response()
 }

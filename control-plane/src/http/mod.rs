@@ -24,20 +24,30 @@ pub mod users;
 
 use std::time::Duration;
 
+use axum::Router;
+use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Request};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::auth::Keyless;
 use crate::error::ApiError;
 use crate::{App, telemetry};
+
+/// What `/` answers: where to go.
+const INDEX: &[u8] = concat!(
+    r#"{"service": "Portcullis control plane", "openapi": "/openapi.json", "alive": "/healthz", "ready": "/readyz", "#,
+    r#""metrics": "/metrics", "documentation": "README.md of the release"}"#,
+    "\n"
+)
+.as_bytes();
 
 /// Longest body of a management request, in bytes.
 const BODY_BYTES: usize = 16 * 1_024;
@@ -123,17 +133,19 @@ pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
 /// The whole service, with bodies that have to be there before `patience` is over.
 pub fn patient_router(app: App, metrics: Option<PrometheusHandle>, patience: Duration) -> Router {
     let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
-    let openapi = refusals::told_of_slow_bodies(openapi);
+    // Written once: responses share it, however many wait to be taken.
+    let openapi = extract::json_line(&refusals::told_of_slow_bodies(openapi)).map(Bytes::from).unwrap_or_default();
     let shown = app.clone();
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))
         .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)));
     management
         .merge(filters)
-        .route("/metrics", get(move || health::metrics(shown, metrics)))
-        .route("/openapi.json", get(async move || Json(openapi)))
-        .fallback(async || ApiError::NotFound("There is no such route; /openapi.json lists them.".into()))
-        .method_not_allowed_fallback(async || {
+        .route("/metrics", get(move |_: Keyless| health::metrics(shown, metrics)))
+        .route("/openapi.json", get(async move |_: Keyless| document(openapi)))
+        .route("/", get(async |_: Keyless| document(Bytes::from_static(INDEX))))
+        .fallback(async |_: Keyless| ApiError::NotFound("There is no such route; /openapi.json lists them.".into()))
+        .method_not_allowed_fallback(async |_: Keyless| {
             let detail = "This route does not take that method; /openapi.json lists those it takes.";
             ApiError::Unreadable(StatusCode::METHOD_NOT_ALLOWED, detail.into())
         })
@@ -141,6 +153,11 @@ pub fn patient_router(app: App, metrics: Option<PrometheusHandle>, patience: Dur
         .layer(middleware::from_fn_with_state(patience, patience::limit))
         .layer(middleware::from_fn(telemetry::observe))
         .with_state(app)
+}
+
+/// A JSON document that is the same for everybody.
+fn document(body: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 
 /// Errors that the framework answers in plain text become problems.

@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::{PgConnection, PgPool, Postgres, Transaction};
 
-use super::extract::Json;
+use super::extract::{Json, json_line};
 use crate::auth::{Caller, KEY_HEADER};
 use crate::error::ApiError;
 
@@ -62,7 +62,7 @@ impl Answer {
     /// # Errors
     /// If the body cannot be written as JSON.
     pub fn new(status: StatusCode, body: &impl Serialize) -> Result<Self, ApiError> {
-        let body = serde_json::to_vec(body).map_err(|error| ApiError::Internal(error.to_string()))?;
+        let body = json_line(body).map_err(|error| ApiError::Internal(error.to_string()))?;
         Ok(Self { status, location: None, etag: None, body })
     }
 

@@ -15,6 +15,7 @@ use axum::response::{IntoResponse, Response};
 use tokio::time::{Instant, Sleep};
 
 use crate::error::ApiError;
+use crate::wait_budget::WaitBudget;
 
 /// Whoever has sent so much, in bytes, has all the time again: an import is large and may come over a slow line.
 const RENEWED_BYTES: usize = 1 << 20;
@@ -27,7 +28,7 @@ pub async fn limit(State(patience): State<Duration>, request: Request, next: Nex
     }
     let version = request.version();
     let late = Arc::new(AtomicBool::new(false));
-    let left = Left { patience, time: patience, bytes: RENEWED_BYTES };
+    let left = WaitBudget::new(patience, RENEWED_BYTES);
     let request = request.map(|body| Body::new(Timed { body, left, waiting: None, late: Arc::clone(&late) }));
     let response = next.run(request).await;
     if !late.load(Ordering::Relaxed) {
@@ -42,28 +43,9 @@ pub async fn limit(State(patience): State<Duration>, request: Request, next: Nex
     response
 }
 
-/// How much of our patience is left.
-struct Left {
-    patience: Duration,
-    time: Duration,
-    bytes: usize,
-}
-
-impl Left {
-    /// A piece came after so long.
-    fn took(&mut self, waited: Duration, bytes: usize) {
-        self.time = self.time.saturating_sub(waited);
-        if bytes < self.bytes {
-            self.bytes -= bytes;
-        } else {
-            (self.time, self.bytes) = (self.patience, RENEWED_BYTES);
-        }
-    }
-}
-
 struct Timed {
     body: Body,
-    left: Left,
+    left: WaitBudget,
     /// Since when the client has kept us waiting, and until when it may.
     waiting: Option<(Instant, Pin<Box<Sleep>>)>,
     late: Arc<AtomicBool>,
@@ -81,10 +63,10 @@ impl HttpBody for Timed {
             let waited = self.waiting.take().map(|(since, _)| since.elapsed()).unwrap_or_default();
             let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
             let bytes = data.map_or(0, Bytes::len);
-            self.left.took(waited, bytes);
+            self.left.record(waited, bytes);
             return Poll::Ready(frame);
         }
-        let time = self.left.time;
+        let time = self.left.left();
         let (_, until) = self.waiting.get_or_insert_with(|| (Instant::now(), Box::pin(tokio::time::sleep(time))));
         if until.as_mut().poll(cx).is_pending() {
             return Poll::Pending;
@@ -99,24 +81,5 @@ impl HttpBody for Timed {
 
     fn size_hint(&self) -> hyper::body::SizeHint {
         self.body.size_hint()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patience_is_used_up_by_waiting_and_renewed_by_a_mebibyte() {
-        let second = Duration::from_secs(1);
-        let mut left = Left { patience: second * 3, time: second * 3, bytes: RENEWED_BYTES };
-        for _ in 0..2 {
-            left.took(second, RENEWED_BYTES / 4);
-        }
-        assert_eq!((left.time, left.bytes), (second, RENEWED_BYTES / 2));
-        left.took(second / 2, RENEWED_BYTES / 2);
-        assert_eq!((left.time, left.bytes), (second * 3, RENEWED_BYTES));
-        left.took(second * 9, 1);
-        assert_eq!(left.time, Duration::ZERO);
     }
 }

@@ -19,7 +19,7 @@ use crate::App;
 use crate::auth::SyncCaller;
 use crate::connection::Peer;
 use crate::error::ApiError;
-use crate::http::extract::Query;
+use crate::http::extract::{Json, Query};
 use crate::sync::mirror::Wanted;
 use crate::sync::registry::Heard;
 use crate::usage::IngestError;
@@ -63,7 +63,7 @@ pub async fn poll(
     if json {
         let malformed = |error| ApiError::Internal(format!("a page of our own: {error}"));
         let view = PageView::of(&Page::read(&page).map_err(malformed)?).map_err(malformed)?;
-        return Ok(axum::Json(view).into_response());
+        return Ok(Json(view).into_response());
     }
     metrics::counter!("portcullis_sync_pages_total").increment(1);
     // How old what the page tells may be (RFC 9111, section 5.1): seconds, if the database has not been reached for so

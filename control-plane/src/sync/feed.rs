@@ -6,6 +6,7 @@
 
 use std::convert::Infallible;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use contract::id::Epoch;
@@ -28,6 +29,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// stream, each look then finds several, which leaves the database more time for those who make them. After any other look, what
 /// changes is read at once.
 const IN_A_STREAM: Duration = Duration::from_millis(5);
+
+/// Looks on behalf of keys that the mirror does not know begin no sooner than so long after the last one: guesses cost the database so
+/// many looks and no more.
+const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What stands in the identity of a database for a part that it does not let us see. The other parts still tell.
 const HIDDEN: &str = "hidden";
@@ -54,13 +59,15 @@ pub enum FeedError {
 pub struct Feed {
     pool: PgPool,
     store: Store,
+    /// When the last look for a key that the mirror does not know began.
+    caught_up: Arc<tokio::sync::Mutex<Option<Instant>>>,
 }
 
 impl Feed {
     /// A feed into a store.
     #[must_use]
-    pub const fn new(pool: PgPool, store: Store) -> Self {
-        Self { pool, store }
+    pub fn new(pool: PgPool, store: Store) -> Self {
+        Self { pool, store, caught_up: Arc::default() }
     }
 
     /// Keeps the store's mirror up to date until the future is dropped.
@@ -106,6 +113,26 @@ impl Feed {
                 () = &mut due => return Ok(()),
             }
         }
+    }
+
+    /// Brings the mirror to the revision that the database has when this is called, for a key that the mirror does not know. All
+    /// that wait share one look.
+    ///
+    /// # Errors
+    /// [`FeedError`]; the mirror is as it was.
+    pub async fn catch_up(&self) -> Result<(), FeedError> {
+        let called = Instant::now();
+        let mut last = self.caught_up.lock().await;
+        if let Some(began) = *last {
+            if began >= called {
+                return Ok(());
+            }
+            tokio::time::sleep_until((began + CATCH_UP_INTERVAL).into()).await;
+        }
+        let began = Instant::now();
+        self.refresh(None).await?;
+        *last = Some(began);
+        Ok(())
     }
 
     /// Brings the mirror to the present revision of the database. Returns at once if the mirror has what is `wanted`, or

@@ -9,6 +9,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::routing::get;
+use control_plane::admission::{Admission, Limits};
 use control_plane::connection::Peer;
 use control_plane::listen::{self, Manners};
 use control_plane::tls::{Files, Tls};
@@ -62,7 +63,8 @@ impl Server {
         let router =
             Router::new().route("/", get(async |ConnectInfo(Peer(peer)): ConnectInfo<Peer>| peer.ip().to_string()));
         let (end, ended) = oneshot::channel();
-        let serving = tokio::spawn(listen::serve(listener, router, Manners { tls, patience }, async {
+        let admission = Admission::new(Limits::new(1_000, 1_000, None));
+        let serving = tokio::spawn(listen::serve(listener, router, Manners { tls, patience, admission }, async {
             let _ = ended.await;
         }));
         Self { address, end, serving }

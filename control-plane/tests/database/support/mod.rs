@@ -62,6 +62,7 @@ impl Fixture {
             filters: Registry::new(),
             policies: Arc::default(),
             callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
+            database: Arc::default(),
             long_poll: Duration::from_secs(20),
             stopping,
         };

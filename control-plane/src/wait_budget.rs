@@ -1,0 +1,55 @@
+//! Time that a peer may keep the control plane waiting while it sends or takes data.
+
+use std::time::Duration;
+
+/// A budget of waiting time. It is whole again after each so many bytes, so a large body on a slow line may take long while
+/// a peer that sends or takes next to nothing uses the budget up.
+#[derive(Debug)]
+pub struct WaitBudget {
+    whole: Duration,
+    left: Duration,
+    renewed_bytes: usize,
+    bytes: usize,
+}
+
+impl WaitBudget {
+    /// A budget that is whole again after each `renewed_bytes`.
+    #[must_use]
+    pub const fn new(whole: Duration, renewed_bytes: usize) -> Self {
+        Self { whole, left: whole, renewed_bytes, bytes: 0 }
+    }
+
+    /// How long the peer may still keep us waiting.
+    #[must_use]
+    pub const fn left(&self) -> Duration {
+        self.left
+    }
+
+    /// Records that some bytes passed after a wait.
+    pub fn record(&mut self, waited: Duration, bytes: usize) {
+        self.left = self.left.saturating_sub(waited);
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes >= self.renewed_bytes {
+            (self.left, self.bytes) = (self.whole, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_uses_the_budget_up_and_bytes_renew_it() {
+        let second = Duration::from_secs(1);
+        let mut budget = WaitBudget::new(second * 3, 1 << 20);
+        for _ in 0..2 {
+            budget.record(second, 1 << 18);
+        }
+        assert_eq!(budget.left(), second);
+        budget.record(second / 2, 1 << 19);
+        assert_eq!(budget.left(), second * 3);
+        budget.record(second * 9, 1);
+        assert_eq!(budget.left(), Duration::ZERO);
+    }
+}
