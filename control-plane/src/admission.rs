@@ -115,7 +115,14 @@ impl Admission {
         let place = Arc::new(Place { admission: Arc::clone(self), id, network, kind: kind_now, evicted: Notify::new() });
         places.enter(&place, kind);
         places.held.insert(id, Arc::clone(&place));
+        metrics::gauge!("portcullis_connections").set(places.held.len() as f64);
         Some(Held(place))
+    }
+
+    /// How many connections there are.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.lock().held.len()
     }
 
     fn lock(&self) -> MutexGuard<'_, Places> {
@@ -212,6 +219,7 @@ impl Drop for Held {
         let mut places = self.0.admission.lock();
         places.leave(&self.0);
         places.held.remove(&self.0.id);
+        metrics::gauge!("portcullis_connections").set(places.held.len() as f64);
     }
 }
 
@@ -288,6 +296,6 @@ mod tests {
         assert!(other.place().is_newcomer(), "it was not evicted");
         assert_eq!(flood.iter().filter(|held| held.place().is(Kind::Evicted)).count(), 8);
         drop(flood);
-        assert_eq!(admission.lock().held.len(), 2);
+        assert_eq!(admission.open(), 2);
     }
 }

@@ -30,6 +30,7 @@ pub mod expect;
 pub mod http;
 pub mod load;
 pub mod raw;
+pub mod raw_http2;
 pub mod rest;
 
 pub mod certificates;

@@ -118,6 +118,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("GET", "/healthz", "", "", PUBLIC),
     ("GET", "/readyz", "", "", PUBLIC),
     // Not in the document:
+    ("GET", "/", "", "", PUBLIC),
     ("GET", "/openapi.json", "", "", PUBLIC),
     ("GET", "/metrics", "", "", METRICS),
     ("GET", "/sync/v1/keys", "?wait=0", "", for_filters(200)),
@@ -125,7 +126,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
 ];
 
 /// Where rows of the table go that are not in the document.
-const BESIDE_THE_DOCUMENT: [&str; 4] = ["/openapi.json", "/metrics", "/sync/v1/keys", "/sync/v1/usage"];
+const BESIDE_THE_DOCUMENT: [&str; 5] = ["/", "/openapi.json", "/metrics", "/sync/v1/keys", "/sync/v1/usage"];
 
 /// What calls find: a user with a primary key and another one, a role and a plan.
 struct Found {

@@ -3,7 +3,9 @@
 
 mod authorization;
 mod binary;
+mod connections;
 mod credits;
+mod entrance;
 mod explain;
 mod feed;
 mod filters;

@@ -10,3 +10,4 @@ mod revocation;
 mod scopes;
 mod shared_limits;
 mod torture;
+mod untaken;
