@@ -16,7 +16,7 @@ use crate::callers::network_of;
 /// File descriptors that other things need: the database, the log, certificates that are read, evicted connections that still end.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// Evicted connections that may still be ending. Beyond, new ones are refused, so that descriptors do not run out.
+/// Evicted connections that may still be ending. Beyond, new ones wait until one has ended, so that descriptors do not run out.
 const ENDING: usize = 16;
 
 /// Bounds of connections.
@@ -63,6 +63,16 @@ enum Kind {
 pub struct Admission {
     limits: Limits,
     places: Mutex<Places>,
+    freed: Notify,
+}
+
+/// Why there is no place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Full {
+    /// Evicted connections still end: there will be one in a moment.
+    Ending,
+    /// Nobody gives way.
+    Refused,
 }
 
 #[derive(Debug, Default)]
@@ -94,21 +104,35 @@ impl Admission {
     /// No connections yet.
     #[must_use]
     pub fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self { limits, places: Mutex::default() })
+        Arc::new(Self { limits, places: Mutex::default(), freed: Notify::new() })
     }
 
-    /// A place for a connection from an address, unless there is none left.
-    #[must_use]
-    pub fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Held> {
+    /// A place for a connection from an address, unless there is none left. Waits for evicted connections to end, which they do at
+    /// once.
+    pub async fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Held> {
+        loop {
+            let freed = self.freed.notified();
+            match self.try_admit(address) {
+                Ok(held) => return Some(held),
+                Err(Full::Refused) => return None,
+                Err(Full::Ending) => freed.await,
+            }
+        }
+    }
+
+    fn try_admit(self: &Arc<Self>, address: IpAddr) -> Result<Held, Full> {
         let network = network_of(address);
         let mut places = self.lock();
         let all = places.held.len();
         let of_network = places.public_by_network.get(&network).copied().unwrap_or(0);
         let fits = places.public < self.limits.public() && of_network < self.limits.by_address;
-        if all >= self.limits.total && (all >= self.limits.total.saturating_add(ENDING) || !places.evict()) {
-            return None;
+        if all >= self.limits.total.saturating_add(ENDING) {
+            return Err(Full::Ending);
         }
-        let kind = if fits && all < self.limits.total { Kind::Public } else { Kind::Newcomer };
+        if all >= self.limits.total && !places.evict() {
+            return Err(Full::Refused);
+        }
+        let kind = if fits { Kind::Public } else { Kind::Newcomer };
         let id = places.next;
         places.next = id.wrapping_add(1);
         let kind_now = AtomicU8::new(kind as u8);
@@ -116,7 +140,7 @@ impl Admission {
         places.enter(&place, kind);
         places.held.insert(id, Arc::clone(&place));
         metrics::gauge!("portcullis_connections").set(places.held.len() as f64);
-        Some(Held(place))
+        Ok(Held(place))
     }
 
     /// How many connections there are.
@@ -219,6 +243,7 @@ impl Drop for Held {
         let mut places = self.0.admission.lock();
         places.leave(&self.0);
         places.held.remove(&self.0.id);
+        self.0.admission.freed.notify_waiters();
         metrics::gauge!("portcullis_connections").set(places.held.len() as f64);
     }
 }
@@ -258,44 +283,64 @@ mod tests {
     #[test]
     fn an_address_has_its_bound_and_others_have_room() {
         let admission = admission(10, 2, 3);
-        let one: Vec<_> = (0..3).map(|_| admission.admit(address(1)).unwrap()).collect();
+        let one: Vec<_> = (0..3).map(|_| admission.try_admit(address(1)).unwrap()).collect();
         let newcomers: Vec<_> = one.iter().map(|held| held.place().is_newcomer()).collect();
         assert_eq!(newcomers, [false, false, true]);
-        assert!(!admission.admit(address(2)).unwrap().place().is_newcomer());
+        assert!(!admission.try_admit(address(2)).unwrap().place().is_newcomer());
         // An IPv6 client counts by its network, and an IPv4 address in IPv6 form as itself.
-        let six = |text: &str| admission.admit(text.parse().unwrap()).unwrap();
+        let six = |text: &str| admission.try_admit(text.parse().unwrap()).unwrap();
         let six = [six("2001:db8::1"), six("2001:db8::2"), six("2001:db8::3"), six("::ffff:192.0.2.1")];
         let newcomers: Vec<_> = six.iter().map(|held| held.place().is_newcomer()).collect();
         assert_eq!(newcomers, [false, false, true, true]);
         drop(one);
-        assert!(!admission.admit(address(1)).unwrap().place().is_newcomer());
+        assert!(!admission.try_admit(address(1)).unwrap().place().is_newcomer());
     }
 
     #[test]
     fn a_filter_gets_in_while_strangers_hold_everything_and_keeps_its_place() {
         let admission = admission(4, 4, 2);
-        let _strangers: Vec<_> = (0..4).map(|_| admission.admit(address(1)).unwrap()).collect();
-        let filter = admission.admit(address(2)).unwrap();
+        let _strangers: Vec<_> = (0..4).map(|_| admission.try_admit(address(1)).unwrap()).collect();
+        let filter = admission.try_admit(address(2)).unwrap();
         assert!(filter.place().is_newcomer());
         filter.place().recognise_filter();
         // Further strangers take the places of newcomers, never that of the filter.
-        let more: Vec<_> = (0..30).map_while(|_| admission.admit(address(1))).collect();
-        assert_eq!(more.len(), 1, "one newcomer was left to evict");
+        let more: Vec<_> = (0..10).map(|_| admission.try_admit(address(1)).unwrap()).collect();
         assert!(filter.place().is(Kind::Filter) && !filter.place().is_newcomer());
-        // One of the first two, which are within the bounds, is nobody's to evict.
+        assert_eq!(more.iter().filter(|held| held.place().is_newcomer()).count(), 1);
+        // The first two, which are within the bounds, stay.
         assert_eq!(admission.lock().public, 2);
+    }
+
+    #[test]
+    fn newcomers_of_one_address_take_no_room_from_others() {
+        let admission = admission(4, 1, 1);
+        let flood: Vec<_> = (0..4).map(|_| admission.try_admit(address(1)).unwrap()).collect();
+        assert!(!admission.try_admit(address(2)).unwrap().place().is_newcomer());
+        assert!(flood.iter().skip(1).any(|held| held.place().is(Kind::Evicted)));
     }
 
     #[test]
     fn an_address_that_floods_evicts_itself() {
         let admission = admission(6, 1, 5);
-        let _first = admission.admit(address(1)).unwrap();
-        let other = admission.admit(address(2)).unwrap();
-        let flood: Vec<_> = (0..12).map_while(|_| admission.admit(address(1))).collect();
+        let _first = admission.try_admit(address(1)).unwrap();
+        let other = admission.try_admit(address(2)).unwrap();
+        let flood: Vec<_> = (0..12).map_while(|_| admission.try_admit(address(1)).ok()).collect();
         assert_eq!(flood.len(), 12);
         assert!(other.place().is_newcomer(), "it was not evicted");
         assert_eq!(flood.iter().filter(|held| held.place().is(Kind::Evicted)).count(), 8);
-        drop(flood);
+        // So many may be ending, and no more.
+        let more: Vec<_> = (0..99).map_while(|_| admission.try_admit(address(1)).ok()).collect();
+        assert_eq!((more.len(), admission.open()), (8, 6 + ENDING));
+        assert_eq!(admission.try_admit(address(1)).unwrap_err(), Full::Ending);
+        drop((flood, more));
         assert_eq!(admission.open(), 2);
+    }
+
+    #[test]
+    fn where_filters_hold_everything_nobody_gives_way() {
+        let admission = admission(2, 1, 1);
+        let filters: Vec<_> = (0..2).map(|_| admission.try_admit(address(1)).unwrap()).collect();
+        filters.iter().for_each(|held| held.place().recognise_filter());
+        assert_eq!(admission.try_admit(address(2)).unwrap_err(), Full::Refused);
     }
 }

@@ -83,7 +83,7 @@ pub async fn serve(listener: TcpListener, router: Router, manners: Manners, ende
             () = &mut ended => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => match manners.admission.admit(peer.ip()) {
+                Ok((stream, peer)) => match manners.admission.admit(peer.ip()).await {
                     Some(held) => {
                         let (router, manners, stopping) = (router.clone(), manners.clone(), stopping.clone());
                         connections.spawn(connection(stream, Accepted { peer, held, router, manners, stopping }));

@@ -39,7 +39,7 @@ fn complaint(output: &Output) -> &str {
 }
 
 /// Where the test's own database is.
-fn url(pool: &PgPool) -> String {
+pub(crate) fn url(pool: &PgPool) -> String {
     let database = pool.connect_options().get_database().unwrap().to_owned();
     let server = std::env::var("DATABASE_URL").unwrap();
     let (address, parameters) = server.split_once('?').unwrap_or((&server, ""));

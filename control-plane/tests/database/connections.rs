@@ -1,6 +1,7 @@
 //! Connections and what clients do with them: responses that are not taken, idle connections, more than fit.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -257,4 +258,53 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     // A key that is no sync key opens no reserved room.
     let (_, user) = fixture.key("user@example.com", &[]).await;
     assert_eq!(status(server.address, host(253), poll, Some(&user)).await, "HTTP/1.1 403 Forbidden");
+}
+
+/// Ends with the test, however that ends.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts the binary with so many file descriptors; where it listens once it is ready.
+async fn start_with_descriptors(pool: &PgPool, descriptors: u32, arguments: &[&str]) -> (Running, SocketAddr) {
+    let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
+    let mut serve = Command::new("sh");
+    serve.args(["-c", &format!("ulimit -n {descriptors}; exec \"$@\""), "sh"]).arg(env!("CARGO_BIN_EXE_control-plane"));
+    serve.args(["serve", "--listen", "127.0.0.1:0", "--log", "warn"]).args(arguments);
+    serve.env("DATABASE_URL", crate::binary::url(pool)).env("PORTCULLIS_ADDRESS_FILE", &file);
+    let running = Running(serve.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let ready = async || {
+        let address = std::fs::read_to_string(&file).ok()?.parse().ok()?;
+        (status(address, None, "/readyz", None).await == "HTTP/1.1 200 OK").then_some(address)
+    };
+    let address = eventually_within("the binary to be ready", DEADLINE, ready).await.unwrap();
+    std::fs::remove_file(&file).unwrap();
+    (running, address)
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn one_client_with_idle_connections_shuts_nobody_out_of_300_descriptors(pool: PgPool) {
+    let (_, sync) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
+    let (_running, address) = start_with_descriptors(&pool, 300, &["--read-timeout-seconds", "10"]).await;
+    let mut attackers = tokio::task::JoinSet::new();
+    for _ in 0..400 {
+        let mut client = Client::open(address, host(2), 65_535).await.unwrap();
+        attackers.spawn(async move {
+            let _ = client.get(1, "/healthz", &[]).await;
+            while client.next().await.is_some() {}
+        });
+    }
+    // Somebody else, and a filter behind the same address as the attacker.
+    for _ in 0..5 {
+        assert_eq!(status(address, host(3), "/healthz", None).await, "HTTP/1.1 200 OK");
+        assert_eq!(status(address, host(2), "/sync/v1/keys", Some(&sync)).await, "HTTP/1.1 200 OK");
+    }
+    // Each connection had a request and is idle since: all of them end.
+    let ended = tokio::time::timeout(DEADLINE, async { while attackers.join_next().await.is_some() {} }).await;
+    assert!(ended.is_ok(), "{} connections are still open", attackers.len());
 }
