@@ -1,7 +1,7 @@
-//! Admission of connections: how many there may be at once, of one address and in all, and the room that is reserved for filters.
+//! Admission of connections: how many there may be at once, of one address and in all, and what is reserved for filters.
 //!
-//! Who connects is known only once a request presents a key. So a connection beyond the bounds of strangers is not closed at once: it
-//! becomes a *newcomer*, which may only present a sync key. Newcomers use the reserved room and give way to later ones.
+//! Who connects is known only once a request presents a key. So a connection beyond the bounds of strangers is not closed
+//! at once: it becomes a *newcomer*, which may only present a sync key. Newcomers give way to later connections.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -13,10 +13,10 @@ use tokio::sync::Notify;
 
 use crate::callers::network_of;
 
-/// File descriptors that other things need: the database, the log, certificates that are read, evicted connections that still end.
+/// File descriptors for everything else, such as the log, certificates that are read, and evicted connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// Evicted connections that may still be ending. Beyond, new ones wait until one has ended, so that descriptors do not run out.
+/// Evicted connections that may still be ending. Beyond, new ones wait for one to end, so that descriptors do not run out.
 const ENDING: usize = 16;
 
 /// Bounds of connections.
@@ -107,8 +107,8 @@ impl Admission {
         Arc::new(Self { limits, places: Mutex::default(), freed: Notify::new() })
     }
 
-    /// A place for a connection from an address, unless there is none left. Waits for evicted connections to end, which they do at
-    /// once.
+    /// A place for a connection from an address, unless there is none left. May wait for evicted connections to end, which
+    /// they do at once.
     pub async fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Held> {
         loop {
             let freed = self.freed.notified();
@@ -136,7 +136,8 @@ impl Admission {
         let id = places.next;
         places.next = id.wrapping_add(1);
         let kind_now = AtomicU8::new(kind as u8);
-        let place = Arc::new(Place { admission: Arc::clone(self), id, network, kind: kind_now, evicted: Notify::new() });
+        let place =
+            Arc::new(Place { admission: Arc::clone(self), id, network, kind: kind_now, evicted: Notify::new() });
         places.enter(&place, kind);
         places.held.insert(id, Arc::clone(&place));
         metrics::gauge!("portcullis_connections").set(places.held.len() as f64);
@@ -248,8 +249,8 @@ impl Drop for Held {
     }
 }
 
-/// How many of the wanted connections the process has file descriptors for, beside those to the database. Raises the soft limit of
-/// descriptors as far as the hard limit allows.
+/// How many of the wanted connections the process has file descriptors for, beside those to the database. Raises the soft
+/// limit of descriptors as far as the hard limit allows.
 #[must_use]
 pub fn within_descriptors(wanted: usize, database: u32) -> usize {
     let others = OTHER_DESCRIPTORS.saturating_add(database.into());

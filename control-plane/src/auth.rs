@@ -341,9 +341,9 @@ struct Presenting<'a> {
 }
 
 impl<'a> Presenting<'a> {
-    /// A key that the mirror does not know counts against its address before the database is asked for it, so guessing keys costs
-    /// the database no more than the limit. Beyond the limit the mirror is brought up to date, once for all that wait: a key that was
-    /// made a moment ago is told from a guess, and does not pay for the guesses.
+    /// A key that the mirror does not know counts against its address before the database is asked for it, so guessing keys
+    /// costs the database no more than the limit. Beyond the limit the mirror is brought up to date, once for all that wait:
+    /// a key that was made a moment ago is told from a guess, and does not pay for guesses.
     async fn of(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
         if app.store.position().is_none() {
             return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));

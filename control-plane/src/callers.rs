@@ -16,7 +16,7 @@ enum Limited {
     Network(IpAddr),
 }
 
-/// The rate limit of the REST API, for each caller by itself. The keys of one owner share a limit: more keys bring no more calls.
+/// The rate limit of the REST API, for each caller by itself. The keys of one owner share a limit.
 ///
 /// Holds one cell for each owner and each address seen since the last [`Callers::tidy`], which drops those that are idle.
 /// IPv6 addresses count by their /64, which is what one client has at will.

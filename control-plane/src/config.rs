@@ -78,8 +78,8 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// How long a client may take to shake hands, to send the head of a request while none is under way, to send each MiB of a
-    /// body, and to take each 64 KiB of a response, in seconds
+    /// How long a client may take to shake hands, to send the head of a request while none is under way, to send each MiB
+    /// of a body, and to take each 64 KiB of a response, in seconds
     #[arg(long, env = "PORTCULLIS_READ_TIMEOUT_SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=300))]
     pub read_timeout_seconds: u64,
 
@@ -100,7 +100,8 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_DATABASE_CONNECTIONS", default_value = "16", value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub database_connections: u32,
 
-    /// Requests a second that one caller of the REST API may make: the owner of a key, with all keys together; without a good key, an address
+    /// Requests a second that one caller of the REST API may make: the owner of a key, with all keys together; without a good
+    /// key, an address
     #[arg(long, env = "PORTCULLIS_API_RATE_LIMIT", default_value = "50")]
     pub api_rate_limit: NonZeroU32,
 

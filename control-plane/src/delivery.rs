@@ -1,8 +1,8 @@
 //! Delivery of responses over HTTP/2: a response that its client does not take within the read time-out ends.
 //!
-//! A client may answer PINGs and still grant a stream no flow-control window. Neither hyper nor h2 has a time-out for that. So each
-//! stream's task counts the bytes of its response that the connection has not written yet, and a stream without progress is reset.
-//! Over HTTP/1.1 a response waits for the socket only, where [`crate::connection`] has the time-out.
+//! A client may answer PINGs and still grant a stream no flow-control window. Neither hyper nor h2 has a time-out for that.
+//! So each stream's task counts the bytes of its response that the connection has not written yet. A stream without progress
+//! is reset. Over HTTP/1.1 a response waits for the socket only, where [`crate::connection`] has the time-out.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -20,9 +20,9 @@ use tokio::sync::{Notify, watch};
 /// A client that takes so many bytes within the read time-out has all of the time again.
 const RENEWED_BYTES: usize = 64 * 1_024;
 
-/// Larger responses send their end only after the client took all of their data: until then the stream can be reset by itself. For
-/// smaller ones this would cost a frame each; such a response that is not taken ends its connection. A proxy that multiplexes
-/// many clients grants more than this from the start (RFC 9113, section 6.9.2), so that none of its clients can end it.
+/// Larger responses send their end only after the client took all of their data: until then the stream can be reset by
+/// itself. For smaller ones this would cost a frame each; such a response that is not taken ends its connection. A proxy that
+/// multiplexes many clients grants more than this from the start (RFC 9113, section 6.9.2): none of them can end it.
 const SMALL_BYTES: usize = 16 * 1_024;
 
 tokio::task_local! {
@@ -147,7 +147,8 @@ impl HttpBody for DeliveredBody {
         }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         let delivery = self.delivery.clone();
-        let large = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()).map_or(0, Bytes::len) > SMALL_BYTES;
+        let large =
+            frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()).map_or(0, Bytes::len) > SMALL_BYTES;
         if let Some(delivery) = delivery.clone().filter(|_| large) {
             self.written = Some(Box::pin(async move { delivery.written().await }));
         }

@@ -7,7 +7,8 @@
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
 //! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
 //! without being asked for, [`statistics`] among them; [`pepper`] is that of imported keys; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
-//! [`connection`]s that lose nothing; [`admission`] bounds connections, [`delivery`] ends responses that are not taken.
+//! [`connection`]s that lose nothing; [`admission`] bounds connections, [`delivery`] ends responses that are not taken,
+//! [`wait_budget`] is how long a client may keep it waiting.
 
 #![forbid(unsafe_code)]
 

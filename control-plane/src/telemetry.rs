@@ -18,8 +18,8 @@ use crate::config::LogFormat;
 /// Where the request id stands, coming and going.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The length of a UUID with hyphens. Nothing else is taken over from a client: Envoy's request ids are UUIDs, and one can neither
-/// hold a key nor be mistaken for another part of a log line.
+/// The length of a UUID with hyphens. Nothing else is taken over from a client: Envoy's request ids are UUIDs, and a UUID
+/// can neither hold a key nor be mistaken for another part of a log line.
 const REQUEST_ID_BYTES: usize = 36;
 
 /// Starts the log, on standard error.
@@ -28,7 +28,8 @@ const REQUEST_ID_BYTES: usize = 36;
 /// One line, if `filter` makes no sense.
 pub fn start_log(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::builder().parse(filter).map_err(|error| format!("--log: {error}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(|| LogWriter(std::io::stderr()));
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(|| LogWriter(std::io::stderr()));
     match format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
@@ -36,8 +37,8 @@ pub fn start_log(format: LogFormat, filter: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Writes events of the log, one line each: control characters within an event are escaped, whoever they came from. Otherwise the text
-/// of a client or of the database could begin a line, or steer the terminal of who reads it.
+/// Writes events of the log, one line each: control characters within an event are escaped. Otherwise the text of a client
+/// or of the database could begin a line of its own, or steer the terminal that shows it.
 struct LogWriter<W>(W);
 
 impl<W: Write> Write for LogWriter<W> {

@@ -14,8 +14,8 @@ use utoipa::ToSchema;
 use crate::App;
 use crate::http::extract::Json;
 
-/// For how long what the database said last is passed on. Probes need no key and are not limited by address, since a load balancer
-/// shares its address with all of its clients: so they must cost nothing.
+/// For how long what the database said last is passed on. Probes need no key and are not limited by address, since a load
+/// balancer shares its address with all of its clients: so they must cost nothing.
 const FRESH: Duration = Duration::from_millis(500);
 
 /// Whether the database answers: asked once for all who want to know at a time.
@@ -57,7 +57,8 @@ pub async fn alive() -> &'static str {
     (status = 503, description = "One of them is not", body = Readiness),
 ))]
 pub async fn ready(State(app): State<App>) -> Response {
-    let readiness = Readiness { database: app.database.answers(&app.pool).await, mirror: app.store.position().is_some() };
+    let readiness =
+        Readiness { database: app.database.answers(&app.pool).await, mirror: app.store.position().is_some() };
     let status = if readiness.database && readiness.mirror { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(readiness)).into_response()
 }

@@ -1,5 +1,5 @@
-//! Clients that ask for responses and do not take them: memory of the control plane, how it answers others meanwhile, and that all
-//! of those connections end. The figures are printed.
+//! Clients that ask for responses and do not take them: memory of the control plane, how it answers others meanwhile, and
+//! that all of those connections end. The figures are printed.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -40,7 +40,13 @@ enum Attack {
 }
 
 /// One connection of the attack; returns when the control plane has ended it.
-async fn attack(address: SocketAddr, attack: Attack, path: String, key: Option<String>, resets: Arc<AtomicU64>) -> Result<()> {
+async fn attack(
+    address: SocketAddr,
+    attack: Attack,
+    path: String,
+    key: Option<String>,
+    resets: Arc<AtomicU64>,
+) -> Result<()> {
     match attack {
         Attack::NoWindow => {
             let mut client = Client::open(address, None, 0).await?;
@@ -145,7 +151,8 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn responses_that_are_not_taken_fill_no_memory_and_keep_nobody_waiting() -> Result<()> {
-    let stack = Stack::builder().envoys(0).control_plane_arguments(&["--read-timeout-seconds", PATIENCE]).start().await?;
+    let stack =
+        Stack::builder().envoys(0).control_plane_arguments(&["--read-timeout-seconds", PATIENCE]).start().await?;
     let line = |number: u32| {
         json!({"email": format!("user{number}@example.com"), "name": format!("key {number}"), "key": format!("an-imported-key-{number}")})
             .to_string()
