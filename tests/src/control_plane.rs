@@ -11,13 +11,14 @@ use contract::key::{KeyKind, Secret};
 use crate::http;
 use crate::log::Log;
 use crate::paths;
+use crate::ports::Port;
 use crate::process::{Process, Signal};
-use crate::wait::{eventually, eventually_within};
+use crate::wait::eventually;
 
 /// What a control plane is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Port 0: any that is free.
+    /// Port 0: one that is free, and reserved for this control plane.
     pub listen: SocketAddr,
     /// The PostgreSQL database.
     pub database_url: String,
@@ -40,6 +41,7 @@ pub struct ControlPlane {
     directory: PathBuf,
     log: Log,
     process: Mutex<Option<Process>>,
+    port: Mutex<Option<Port>>,
 }
 
 /// A key from the operating system's randomness.
@@ -64,7 +66,19 @@ impl ControlPlane {
     /// Prepares one that [`launch`](Self::launch) starts: whether one within TLS is ready is for the test to ask.
     #[must_use]
     pub fn prepare(settings: Settings, directory: &Path, log: Log) -> Self {
-        Self { settings: Mutex::new(settings), directory: directory.to_owned(), log, process: Mutex::new(None) }
+        let (settings, process, port) = (Mutex::new(settings), Mutex::new(None), Mutex::new(None));
+        Self { settings, directory: directory.to_owned(), log, process, port }
+    }
+
+    /// Reserves a port, unless there is one already.
+    fn reserve_port(&self) -> Result<()> {
+        let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        if settings.listen.port() == 0 {
+            let port = Port::reserve(settings.listen.ip())?;
+            settings.listen = port.address();
+            *self.port.lock().unwrap_or_else(PoisonError::into_inner) = Some(port);
+        }
+        Ok(())
     }
 
     /// Starts it again, on the same port, and waits until it is ready.
@@ -81,6 +95,7 @@ impl ControlPlane {
     /// # Errors
     /// If it does not, with the last lines of its log.
     pub async fn launch(&self) -> Result<()> {
+        self.reserve_port()?;
         let settings = self.settings();
         let program = paths::control_plane();
         if !program.is_file() {
@@ -120,8 +135,7 @@ impl ControlPlane {
                 (reply.status == 200).then_some(Ok(()))
             }
         };
-        let deadline = std::time::Duration::from_secs(60);
-        eventually_within("the control plane to be ready", deadline, asked)
+        eventually("the control plane to be ready", asked)
             .await
             .with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
     }

@@ -12,6 +12,7 @@ use crate::envoy_config::{LISTENER_FILE, Replacements, apart, render};
 use crate::http;
 use crate::log::Log;
 use crate::paths;
+use crate::ports::Port;
 use crate::process::{Process, Signal};
 use crate::tools::{self, Say};
 use crate::wait::eventually;
@@ -19,7 +20,8 @@ use crate::wait::eventually;
 /// What an Envoy is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What its configuration has in place of the template's.
+    /// What its configuration has in place of the template's. Port 0 of listener and admin interface: one that is free, and
+    /// reserved for this Envoy.
     pub replacements: Replacements,
     /// How many workers.
     pub workers: usize,
@@ -42,6 +44,7 @@ pub struct Envoy {
     directory: PathBuf,
     log: Log,
     process: Mutex<Option<Process>>,
+    _ports: Vec<Port>,
 }
 
 impl Envoy {
@@ -58,17 +61,25 @@ impl Envoy {
     /// Prepares one that [`restart`](Self::restart) starts.
     ///
     /// # Errors
-    /// If there is no Envoy or no filter.
-    pub fn prepare(settings: Settings, directory: &Path, log: Log, say: Say<'_>) -> Result<Self> {
+    /// If there is no Envoy, no filter or no free port.
+    pub fn prepare(mut settings: Settings, directory: &Path, log: Log, say: Say<'_>) -> Result<Self> {
         let binary = tools::envoy(say)?;
         std::fs::create_dir_all(directory)?;
         let wasm = paths::wasm();
         // A copy: a filter that is built anew must not change under a running Envoy.
         std::fs::copy(&wasm, directory.join("portcullis.wasm"))
             .with_context(|| format!("{} is missing; run `cargo xtask wasm`", wasm.display()))?;
+        let mut ports = Vec::new();
+        for address in [&mut settings.replacements.listener, &mut settings.replacements.admin] {
+            if address.port() == 0 {
+                let port = Port::reserve(address.ip())?;
+                *address = port.address();
+                ports.push(port);
+            }
+        }
         let (settings, process) = (Mutex::new(settings), Mutex::new(None));
         let template = "minimal.yaml";
-        Ok(Self { binary, settings, template, directory: directory.to_owned(), log, process })
+        Ok(Self { binary, settings, template, directory: directory.to_owned(), log, process, _ports: ports })
     }
 
     /// Another file of the directory `envoy` to start from than `minimal.yaml`. What it names must lie in the directory of

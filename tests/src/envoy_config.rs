@@ -33,7 +33,7 @@ pub struct Replacements {
 }
 
 impl Replacements {
-    /// The template between these two, on free ports.
+    /// The template between these two, on ports that are still to be chosen.
     #[must_use]
     pub fn between(control_plane: SocketAddr, upstream: SocketAddr) -> Self {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));

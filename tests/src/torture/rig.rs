@@ -130,7 +130,6 @@ impl Rig {
             let proxy = Proxy::start(backends.clone(), number).await?;
             let settings = envoy::Settings {
                 replacements: Replacements {
-                    listener: free_port()?,
                     plugin: json!({"rate_limit": null}).as_object().cloned().unwrap_or_default(),
                     ..Replacements::between(proxy.address(), demo.address())
                 },
@@ -190,9 +189,4 @@ impl Rig {
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
-}
-
-/// A port that nobody listens at now. An Envoy that is configured anew must find its listener under the same one.
-fn free_port() -> Result<std::net::SocketAddr> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
