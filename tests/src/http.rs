@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 /// No answer of this stack takes longer, held polls apart.
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The whole answer to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -28,6 +28,7 @@ pub mod bench;
 pub mod stack;
 
 pub mod expect;
+pub mod flood;
 pub mod http;
 pub mod load;
 pub mod raw;

@@ -13,8 +13,8 @@ use crate::log::Log;
 use crate::reap;
 use crate::wait::eventually_within;
 
-/// How long a process may take to end when it is asked to.
-const GRACE: Duration = Duration::from_secs(10);
+/// How long a process may take to end when it is asked to. The control plane gives its connections ten seconds of that.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// A child process.
 #[derive(Debug)]

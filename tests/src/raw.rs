@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// How long the other end may say nothing before what it said counts as all. Longer than any time limit that is tested.
-const QUIET: Duration = Duration::from_secs(15);
+const QUIET: Duration = Duration::from_secs(30);
 
 /// What came back.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use crate::certificates::Identity;
 use crate::http::{Outgoing, Reply};
 
 /// No answer takes longer.
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A client.
 #[derive(Clone, Debug)]

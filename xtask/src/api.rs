@@ -63,7 +63,7 @@ pub(crate) async fn check() -> Result<()> {
         generated.arg("--header").arg(format!("X-API-Key: {}", key.reveal()));
         generated.args(["--checks", CHECKS, "--max-examples", examples, "--seed", SEED, "--continue-on-failure"]);
         generated.args(["--phases", "examples,coverage,fuzzing", "--no-color", "--suppress-health-check", "all"]);
-        generated.args(["--request-timeout", "30", "--warnings", "off"]);
+        generated.args(["--request-timeout", "120", "--warnings", "off"]);
         let status = tokio::task::spawn_blocking(move || generated.status()).await?.context("python3 cannot be run")?;
         control_plane.must_run()?;
         let path = if as_user { format!("/v1/keys/{id}") } else { "/v1/keys".to_owned() };

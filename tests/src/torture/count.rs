@@ -13,7 +13,7 @@ use super::verdict::{Restored, Tally, Verdict};
 use crate::wait::eventually_within;
 
 /// How long the stack may take to come to rest.
-const REST: Duration = Duration::from_secs(60);
+const REST: Duration = Duration::from_secs(120);
 
 /// All that usage tables hold, and what they hold of each key: allowed and other requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -16,8 +16,8 @@ use super::rig::Rig;
 use crate::control_plane::fresh_key;
 use crate::http::Connection;
 
-/// How long a client waits for an answer. Nothing that is not broken takes longer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client waits for an answer. Nothing that is not broken takes longer, however busy the machine.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How many clients there are, and how fast each is.
 #[derive(Clone, Copy, Debug)]

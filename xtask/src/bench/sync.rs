@@ -1,10 +1,11 @@
-//! How soon Envoys know: all keys after a cold start, one change while requests flow, one change among a thousand
-//! pollers; and what that costs the thread that syncs and the control plane.
+//! How soon Envoys know: all keys after a cold start, one change while requests flow, a change of a role, one change among
+//! a thousand pollers; and what that costs the thread that syncs and the control plane.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
+use hyper::Method;
 use portcullis_tests::http::Connection;
 use portcullis_tests::paths;
 use portcullis_tests::stack::{Stack, wait_for_status};
@@ -37,6 +38,7 @@ pub(super) async fn measure(options: &Options, report: &mut Report) -> Result<()
         cold(options, keys, report).await?;
     }
     change(options, report).await?;
+    role(options, report).await?;
     pollers(options, report).await
 }
 
@@ -245,6 +247,56 @@ async fn revocations<T: 'static>(
             took.push(milliseconds(answered.elapsed()));
         }
     }
+}
+
+/// Keys of the role.
+const HAVE_ROLE: usize = 200;
+
+/// A role loses the scope that a route asks for, until every worker refuses one of its keys.
+async fn role(options: &Options, report: &mut Report) -> Result<()> {
+    store::build()?;
+    let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
+    let plugin = json!({"rate_limit": null, "policies": policies});
+    let stack = Stack::builder().own_postgres().route("/orders", "orders-read").plugin(&plugin).start().await?;
+    let (rest, envoy) = (stack.rest(), stack.envoy());
+    let changes = if options.quick { 10 } else { 200 };
+    progress(&format!("suite sync: {changes} changes of a role"));
+    let grant = async |scope: &str| {
+        let reply = rest.call(Method::PUT, "/v1/roles/bench", Some(&json!({"scopes": [scope]}))).await?;
+        ensure!([200, 201].contains(&reply.status), "a role: {} {:?}", reply.status, reply.body);
+        stack.in_step().await
+    };
+    grant("orders:read").await?;
+    let mut keys = Vec::new();
+    for number in 0..HAVE_ROLE {
+        let body = json!({"email": format!("role{number}@example.com"), "name": "Bench", "roles": ["bench"]});
+        let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+        keys.push(made["key"].as_str().context("no key")?.to_owned());
+    }
+    stack.in_step().await?;
+    let mut workers = envoy.connection_per_worker().await?;
+    let mut took = Samples::default();
+    for number in 0..WARM_UP + changes {
+        let key = keys.get(number as usize % HAVE_ROLE).context("no keys")?;
+        ensure!(workers[0].get("/orders", Some(key)).await?.status == 200, "the role does not open the route");
+        let body = json!({"scopes": ["users:read"]});
+        rest.expect(Method::PUT, "/v1/roles/bench", Some(&body), 200).await?;
+        let answered = Instant::now();
+        for worker in &mut workers {
+            while worker.get("/orders", Some(key)).await?.status != 403 {
+                ensure!(answered.elapsed() < Duration::from_secs(10), "a role's old scope is admitted for too long");
+            }
+        }
+        if number >= WARM_UP {
+            took.push(milliseconds(answered.elapsed()));
+        }
+        grant("orders:read").await?;
+    }
+    let p99 = Estimate::at(&took, 0.99);
+    report.figure(CHANGE, "Portcullis, role changed → refused by all workers, p50", "ms", Estimate::at(&took, 0.5));
+    report.figure(CHANGE, "Portcullis, role changed → refused by all workers, p99", "ms", p99);
+    report.target("role changed → refused on all workers, p99", Bound::AtMost(50.0), "ms", p99);
+    Ok(())
 }
 
 /// Polls that are held at once, each on a connection of its own.
