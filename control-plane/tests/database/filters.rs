@@ -10,6 +10,7 @@ use contract::page::Page;
 use contract::usage::{Report, write_reports};
 use control_plane::sync::filters;
 use control_plane::sync::registry::{Heard, Registry};
+use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -256,7 +257,7 @@ async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), counted).await.expect("those of the other replica are counted");
+    tokio::time::timeout(DEADLINE, counted).await.expect("those of the other replica are counted");
     running.abort();
     sqlx::query("update filters set seen_at = now() - interval '25 hours' where reporter <> $1")
         .bind(Uuid::from(envoy(1)))

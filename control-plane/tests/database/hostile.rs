@@ -12,6 +12,7 @@ use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, write_reports};
 use control_plane::http;
 use futures_util::{StreamExt, stream};
+use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tower::ServiceExt;
@@ -308,7 +309,7 @@ async fn a_body_that_comes_too_slowly_is_given_up(pool: PgPool) {
     for (uri, key) in [("/v1/keys", &admin), ("/sync/v1/usage", &sync)] {
         for body in [Body::from_stream(drops()), Body::from_stream(stream::pending::<Result<Bytes, Infallible>>())] {
             let request: Request<Body> = request("POST", uri, Some(key), body);
-            let response = tokio::time::timeout(Duration::from_secs(5), router.clone().oneshot(request)).await;
+            let response = tokio::time::timeout(DEADLINE, router.clone().oneshot(request)).await;
             let (head, body) = response.unwrap().unwrap().into_parts();
             let body = axum::body::to_bytes(body, 4_096).await.unwrap().to_vec();
             let reply = Reply { status: head.status, headers: head.headers, body };

@@ -211,7 +211,9 @@ async fn whoever_gives_a_role_away_keeps_it_from_being_deleted_meanwhile(pool: P
     let delete = fixture.call("DELETE", "/v1/roles/reader", &admin, None);
     let give = async {
         // The removal is seen to wait, and not overtaken.
-        let waits = "select exists (select from pg_locks where not granted)";
+        let waits = "select exists (
+            select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'
+        )";
         while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap() {
             tokio::task::yield_now().await;
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::{Fixture, Reply, request, revision};
+use crate::support::{EARLY, Fixture, Reply, request, revision};
 use axum::body::Body;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
@@ -100,7 +100,7 @@ async fn a_poll_is_held_until_a_key_changes(pool: PgPool) {
     // The poll is under way and has no answer.
     assert!(tokio::time::timeout(Duration::from_millis(100), &mut poll).await.is_err());
     let (id, secret) = fixture.key("a@example.com", &[]).await;
-    let reply = tokio::time::timeout(Duration::from_secs(5), poll).await.expect("the change ends the poll");
+    let reply = tokio::time::timeout(EARLY, poll).await.expect("the change ends the poll");
     reader.apply(&reply);
     assert_eq!(reader.keys[&secret.hash()].key_id, id.into());
 }
@@ -113,7 +113,7 @@ async fn a_reader_that_does_not_want_to_wait_is_told_at_once_that_it_has_everyth
     let mut reader = synced(&fixture, &sync).await;
     let after = reader.revision;
     let poll = fixture.send(request("GET", &format!("{}&wait=0", reader.poll()), Some(&sync), Body::empty()));
-    let reply = tokio::time::timeout(Duration::from_secs(5), poll).await.expect("the answer comes at once");
+    let reply = tokio::time::timeout(EARLY, poll).await.expect("the answer comes at once");
     assert_eq!(reader.apply(&reply).part, Part::Changes { after });
 }
 
@@ -127,7 +127,7 @@ async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
     let mut poll = Box::pin(fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())));
     assert!(tokio::time::timeout(Duration::from_millis(50), &mut poll).await.is_err());
     fixture.stop();
-    let reply = tokio::time::timeout(Duration::from_secs(5), poll).await.expect("the stop ends the poll");
+    let reply = tokio::time::timeout(EARLY, poll).await.expect("the stop ends the poll");
     let header = reader.apply(&reply);
     assert_eq!(header.part, Part::Changes { after: before.0 });
     assert_eq!((reader.revision, reader.keys), before);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::{Fixture, Reply, request};
+use crate::support::{EARLY, Fixture, Reply, request};
 use axum::body::Body;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
@@ -161,13 +161,13 @@ async fn a_reader_may_wait_for_the_next_event_and_is_let_go_when_the_process_end
     assert!(tokio::time::timeout(Duration::from_millis(100), &mut waiting).await.is_err());
     count(&pool, 1, 1, &[(id, 1, 0, 5)]).await;
     events::export_all(&pool).await.unwrap();
-    let reply = tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("the event ends the wait");
+    let reply = tokio::time::timeout(EARLY, waiting).await.expect("the event ends the wait");
     assert_eq!(reply.json()[0]["data"]["requests"], 5);
     assert_eq!(read(&fixture, &admin, "after=1").await.json(), json!([]));
     let mut waiting = Box::pin(read(&fixture, &admin, "after=1&wait=25"));
     assert!(tokio::time::timeout(Duration::from_millis(100), &mut waiting).await.is_err());
     fixture.stop();
-    let reply = tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("the stop ends the wait");
+    let reply = tokio::time::timeout(EARLY, waiting).await.expect("the stop ends the wait");
     assert_eq!((reply.json(), reply.header("portcullis-cursor")), (json!([]), "1"));
 }
 

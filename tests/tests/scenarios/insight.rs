@@ -2,7 +2,7 @@
 //! each Envoy is.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
@@ -262,6 +262,7 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
 
     let stopped = stack.envoys.last().context("no Envoy")?;
     stopped.signal(Signal::SIGSTOP)?;
+    let began = Instant::now();
     let path = revoked("two@example.com").await?;
     let lagging = async |more_than: f64| {
         let told = applied_on(&path).await.ok()?;
@@ -270,7 +271,8 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     };
     let first = eventually("one of two Envoys to have the revocation", async || lagging(0.0).await).await?;
     let later = eventually("the other to lag for longer", async || lagging(first + 1.0).await).await?;
-    ensure!(later < 20.0, "{later}");
+    let most = began.elapsed().as_secs_f64();
+    ensure!(later <= most, "{later} of {most}");
     let behind = get(&rest, "/v1/filters").await?;
     let behind = behind["filters"].as_array().context("no filters")?.clone();
     assert_eq!(behind.iter().filter(|filter| filter["in_step"] == false).count(), 1, "{behind:?}");
@@ -279,5 +281,5 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
     eventually("the revocation to be applied on both Envoys again", told).await?;
     assert_eq!(http::get(stack.control_plane.address(), "/readyz").await?.status, 200);
-    tokio::time::timeout(Duration::from_secs(20), stack.in_step()).await?
+    stack.in_step().await
 }

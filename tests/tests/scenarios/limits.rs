@@ -28,38 +28,63 @@ async fn grant(bench: &Bench, grants: &[Grant]) -> Result<()> {
     eventually("the grants to be noted", async || (bench.script.acknowledged_with_grants() >= 2).then_some(())).await
 }
 
+/// A month, so long that nothing of a limit comes back during a test, however slow the machine.
+const MONTH_S: u32 = 30 * 86_400;
+
 #[tokio::test]
 async fn of_several_limits_the_one_that_refuses_is_named_among_all() -> Result<()> {
-    let limits = vec![limit("second", 10, 1), limit("hour", 30, 3_600)];
-    let bench = Bench::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
-    let all = Some("\"second\";q=10;w=1, \"hour\";q=30;w=3600");
+    let week_s = 7 * 86_400;
+    let limits = |week, month| vec![limit("week", week, week_s), limit("month", month, MONTH_S)];
+    let keys = [
+        ("by week", with(1, |r| r.rate_limits = limits(10, 30))),
+        ("by month", with(2, |r| r.rate_limits = limits(30, 10))),
+    ];
+    let bench = Bench::start(&keys).await?;
     let mut workers = bench.envoy.connection_per_worker().await?;
-    let (mut allowed, mut by_second, mut by_hour) = (0, 0, 0);
-    let done = async || {
-        for worker in &mut workers {
-            let reply = worker.get("/", Some("limited")).await.ok()?;
-            if reply.status == 200 {
-                allowed += 1;
-                continue;
-            }
-            assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
-            assert_eq!(reply.header("ratelimit-policy"), all);
-            let wait: u64 = reply.header("retry-after")?.parse().ok()?;
-            let named = |name: &str| reply.header("ratelimit") == Some(&format!("\"{name}\";r=0;t={wait}"));
-            if named("second") {
-                assert_eq!(wait, 1);
-                by_second += 1;
-            } else {
-                assert!(named("hour") && (100..=120).contains(&wait), "{reply:?}");
-                by_hour += 1;
+    for (key, name, all, window_s) in [
+        ("by week", "week", "\"week\";q=10;w=604800, \"month\";q=30;w=2592000", week_s),
+        ("by month", "month", "\"week\";q=30;w=604800, \"month\";q=10;w=2592000", MONTH_S),
+    ] {
+        let (mut allowed, mut refused) = (0, 0);
+        for _ in 0..10 {
+            for worker in &mut workers {
+                let reply = worker.get("/", Some(key)).await?;
+                if reply.status == 200 {
+                    allowed += 1;
+                    continue;
+                }
+                assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+                assert_eq!(reply.header("ratelimit-policy"), Some(all));
+                let wait: u32 = reply.header("retry-after").context("no retry-after")?.parse()?;
+                assert_eq!(reply.header("ratelimit"), Some(format!("\"{name}\";r=0;t={wait}").as_str()));
+                // One of ten comes back in a tenth of the window, less the time that the test has taken.
+                assert!((window_s / 20..=window_s / 10).contains(&wait), "{wait} of {window_s}");
+                refused += 1;
             }
         }
-        (by_hour > 20).then_some(())
+        assert_eq!((allowed, refused), (10, 10), "{key}");
+    }
+    assert_eq!(bench.demo.requests(), 20);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_that_a_short_limit_refused_goes_on_until_its_long_limit_is_used_up() -> Result<()> {
+    let limits = vec![limit("seconds", 5, 5), limit("month", 8, MONTH_S)];
+    let bench = Bench::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
+    let mut allowed = 0;
+    let used_up = async || {
+        let reply = bench.get("/", Some("limited")).await.ok()?;
+        if reply.status == 200 {
+            allowed += 1;
+            return None;
+        }
+        let named = reply.header("ratelimit").unwrap_or_default();
+        assert!(named.starts_with("\"seconds\";r=0;t=1") || named.starts_with("\"month\";r=0;t="), "{named}");
+        named.starts_with("\"month\"").then_some(())
     };
-    eventually("the limit of the hour", done).await?;
-    // Two seconds and some went by until the hour's burst was used up, which grows by one each 120 s.
-    assert_eq!((allowed, by_second > 0), (30, true));
-    assert_eq!(bench.demo.requests(), 30);
+    eventually("the limit of the month to refuse", used_up).await?;
+    assert_eq!((allowed, bench.demo.requests()), (8, 8));
     Ok(())
 }
 
@@ -97,7 +122,7 @@ async fn of_a_large_limit_workers_use_all_and_no_more() -> Result<()> {
 async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() -> Result<()> {
     let own = |number, alone| {
         with(number, |r| {
-            r.rate_limits = vec![limit("hour", 40, 3_600)];
+            r.rate_limits = vec![limit("month", 40, MONTH_S)];
             r.further.alone = alone;
         })
     };
@@ -109,8 +134,8 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
         ("route", own(5, 1)),
     ];
     let plugin = json!({
-        "rate_limit": {"requests": 40, "window_seconds": 3600},
-        "policies": {"search": {"rate_limit": {"requests": 8, "window_seconds": 3600}}},
+        "rate_limit": {"requests": 40, "window_seconds": MONTH_S},
+        "policies": {"search": {"rate_limit": {"requests": 8, "window_seconds": MONTH_S}}},
     });
     // One of four Envoys.
     let bench = Bench::builder().plugin(plugin).route("/search", "search").change(Change::Filters(4));
@@ -125,10 +150,10 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
     }
     // The whole limit is told, whatever the share.
     let reply = bench.get("/", Some("granted")).await?;
-    assert_eq!(reply.header("ratelimit-policy"), Some("\"hour\";q=40;w=3600"));
-    // One each 90 s: 3,600 s, 40 requests. Half of them are here, but shares change in less.
-    let wait: u64 = reply.header("retry-after").unwrap_or_default().parse()?;
-    assert!((30..=90).contains(&wait), "{wait}");
+    assert_eq!(reply.header("ratelimit-policy"), Some("\"month\";q=40;w=2592000"));
+    // One of 40 requests comes back in a fortieth of the month. Half of them are here, but shares change in less.
+    let wait: u32 = reply.header("retry-after").unwrap_or_default().parse()?;
+    assert!((MONTH_S / 80..=MONTH_S / 40).contains(&wait), "{wait}");
     Ok(())
 }
 
@@ -172,7 +197,7 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
 
 #[tokio::test]
 async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()> {
-    let shared = with(1, |r| r.rate_limits = vec![limit("hour", 40, 3_600)]);
+    let shared = with(1, |r| r.rate_limits = vec![limit("month", 40, MONTH_S)]);
     // One of four Envoys, and half of the limit is leased to it.
     let bench = Bench::builder().change(Change::Filters(4)).start(&[("shared", shared)]).await?;
     grant(&bench, &[share(1, 500_000)]).await?;

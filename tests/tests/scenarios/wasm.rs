@@ -78,8 +78,9 @@ async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_
 #[tokio::test]
 async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
     let limits = vec![
-        RateLimit { name: "hour".into(), requests: 3_600, window_s: 3_600, burst: 30 },
-        RateLimit { name: "day".into(), requests: 86_400, window_s: 86_400, burst: 10 },
+        // One request comes back each hour, however slow the machine.
+        RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20 },
+        RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10 },
     ];
     let bench = Bench::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
     let mut workers = bench.envoy.connection_per_worker().await?;
@@ -91,13 +92,12 @@ async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
                 allowed += 1;
             } else {
                 assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
-                assert_eq!(reply.header("ratelimit-policy"), Some("\"hour\";q=3600;w=3600, \"day\";q=86400;w=86400"));
+                assert_eq!(reply.header("ratelimit-policy"), Some("\"day\";q=24;w=86400, \"month\";q=720;w=2592000"));
             }
         }
     }
-    // The burst, and one more for each second that it took.
-    assert!((10..=12).contains(&allowed), "{allowed}");
-    assert_eq!(bench.demo.requests(), allowed);
+    // The smaller burst.
+    assert_eq!((allowed, bench.demo.requests()), (10, 10));
     Ok(())
 }
 

@@ -28,6 +28,13 @@ use tokio::sync::watch;
 use tower::ServiceExt;
 use uuid::Uuid;
 
+/// How long polls are held.
+pub const HELD: Duration = Duration::from_secs(60);
+
+/// Something ended a poll, and not its time: so much earlier than [`HELD`], and than the time that clients may ask for, that
+/// a busy machine does not matter.
+pub const EARLY: Duration = Duration::from_secs(20);
+
 /// An app whose mirror is fed as in production, and the router over it.
 pub struct Fixture {
     pub app: App,
@@ -63,7 +70,7 @@ impl Fixture {
             policies: Arc::default(),
             callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
             database: Arc::default(),
-            long_poll: Duration::from_secs(20),
+            long_poll: HELD,
             stopping,
         };
         let feed = tokio::spawn(app.feed.clone().run(Duration::from_secs(60)));
