@@ -11,10 +11,8 @@ use sqlx::PgPool;
 
 use crate::support::EARLY;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_control-plane");
-
 fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(BINARY);
+    let mut command = Command::new(crate::support::binary());
     for (variable, _) in std::env::vars_os() {
         if variable == "DATABASE_URL" || variable.as_encoded_bytes().starts_with(b"PORTCULLIS_") {
             command.env_remove(variable);

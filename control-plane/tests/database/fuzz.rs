@@ -4,9 +4,8 @@
 #[path = "../../../tests/fuzz/src/lib.rs"]
 mod entrances;
 
-use std::path::Path;
-
 use entrances::ENTRANCES;
+use portcullis_tests::paths;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -16,7 +15,7 @@ use proptest::test_runner::{Config, TestRunner};
 const CASES: u32 = 2_000;
 
 fn corpus(name: &str) -> Vec<Vec<u8>> {
-    let home = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus").join(name);
+    let home = paths::workspace().join("tests/fuzz/corpus").join(name);
     let files = std::fs::read_dir(&home).unwrap_or_else(|error| panic!("{}: {error}", home.display()));
     files.map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect()
 }

@@ -180,7 +180,7 @@ async fn certificates_that_were_renewed_are_used_and_nonsense_leaves_the_good_on
 }
 
 fn complaint(arguments: &[(&str, &Path)]) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_control-plane"));
+    let mut command = Command::new(crate::support::binary());
     command.args(["serve", "--database-url", "postgres://nobody@127.0.0.1:1/none", "--listen", "127.0.0.1:0"]);
     for (setting, value) in arguments {
         command.arg(setting).arg(value);

@@ -4,6 +4,7 @@
 pub mod reports;
 
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use control_plane::sync::feed::Feed;
 use control_plane::sync::registry::Registry;
 use control_plane::usage::Ingest;
 use control_plane::{App, http};
+use portcullis_tests::paths;
 use serde_json::Value;
 use sqlx::PgPool;
 use tokio::sync::watch;
@@ -34,6 +36,11 @@ pub const HELD: Duration = Duration::from_secs(60);
 /// Something ended a poll, and not its time: so much earlier than [`HELD`], and than the time that clients may ask for, that
 /// a busy machine does not matter.
 pub const EARLY: Duration = Duration::from_secs(20);
+/// The control plane as cargo built it for these tests. Read when the test runs, since a checkout may be copied with its
+/// target directory.
+pub fn binary() -> PathBuf {
+    std::env::var_os("CARGO_BIN_EXE_control-plane").map_or_else(paths::control_plane, PathBuf::from)
+}
 
 /// An app whose mirror is fed as in production, and the router over it.
 pub struct Fixture {
