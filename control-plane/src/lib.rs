@@ -6,7 +6,8 @@
 //! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
 //! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
-//! without being asked for, [`statistics`] among them; [`pepper`] is that of imported keys; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
+//! without being asked for, [`statistics`] among them; [`metric`] lists the metrics; [`pepper`] is that of imported
+//! keys; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
 //! [`connection`]s that lose nothing; [`admission`] bounds connections, [`delivery`] ends responses that are not taken,
 //! [`wait_budget`] is how long a client may keep it waiting.
 
@@ -28,6 +29,7 @@ pub mod explain;
 pub mod http;
 pub mod key;
 pub mod listen;
+pub mod metric;
 pub mod pepper;
 pub mod policies;
 pub mod quota;

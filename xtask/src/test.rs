@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::output::{progress, say};
 use crate::run::{cargo, need_target, read, run};
-use crate::{api, dependencies, sqlx, wasm};
+use crate::{api, dependencies, metrics, sqlx, wasm};
 
 /// Which of the steps.
 #[derive(Args)]
@@ -49,6 +49,8 @@ enum Step {
     Database,
     /// Requests made out of the OpenAPI document: no answer of 500 and more, none that it does not describe.
     Api,
+    /// promtool finds no fault with the metrics that Prometheus reads.
+    Metrics,
     /// Rings 3 and 4: the built filter in real Envoy, with the whole stack.
     EndToEnd,
 }
@@ -143,9 +145,17 @@ impl Step {
                 build_control_plane()?;
                 api::check().await?;
             }
+            Self::Metrics => {
+                build_control_plane()?;
+                need_filter()?;
+                tools::envoy(&progress)?;
+                if !metrics::check().await? {
+                    return Ok(Done::NotHere("not checked: there is no promtool, and apt-get cannot fetch it"));
+                }
+            }
             Self::EndToEnd => {
                 build_control_plane()?;
-                ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
+                need_filter()?;
                 wasm::build_for_faults()?;
                 tools::envoy(&progress)?;
                 // What scenarios measure is worth printing, and is measured with nothing beside it.
@@ -170,6 +180,11 @@ fn tests(chosen: &[&str]) -> Command {
 /// Builds target/debug/control-plane out of what the tests are built of: cargo builds a package's program for its tests.
 fn build_control_plane() -> Result<()> {
     run(tests(&["--no-run", "--test", "database"]))
+}
+
+fn need_filter() -> Result<()> {
+    ensure!(paths::wasm().is_file(), "the filter is not built; run `cargo xtask wasm`");
+    Ok(())
 }
 
 /// All programs of tests in the workspace, so that a new one is not left out.

@@ -60,7 +60,7 @@ pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error
     .fetch_one(&mut *transaction)
     .await?;
     transaction.commit().await?;
-    metrics::counter!("portcullis_ledger_rolled_up_total").increment(gone.cast_unsigned());
+    metrics::counter!("portcullis_ledger_rows_rolled_up_total").increment(gone.cast_unsigned());
     // At least the day is done, even if each owner had one row.
     Ok(gone.cast_unsigned().max(1))
 }

@@ -127,7 +127,7 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
         (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
     };
     let mut positions = app.store.positions();
-    let held = metrics::gauge!("portcullis_sync_held_polls");
+    let held = metrics::gauge!("portcullis_sync_polls_in_flight");
     held.increment(1);
     let _held = Defer(|| held.decrement(1));
     let mut stopping = app.stopping.clone();

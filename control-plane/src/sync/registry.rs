@@ -18,7 +18,7 @@ use super::Store;
 use super::filters;
 
 /// Most Envoys that are remembered here. Beyond, the one that has been silent for longest makes room, if it has been for
-/// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_ignored_total` and not shown.
+/// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_rejected_total` and not shown.
 const REPORTERS: usize = 10_000;
 
 /// An Envoy that was heard of within this time is live. Longer than any poll is held.
@@ -230,7 +230,7 @@ impl Registry {
         let newcomer = !state.known.contains_key(&reporter);
         if newcomer {
             if state.known.len() >= REPORTERS && !make_room(&mut state.known) {
-                metrics::counter!("portcullis_filters_ignored_total").increment(1);
+                metrics::counter!("portcullis_filters_rejected_total").increment(1);
                 return false;
             }
             state.newcomers = true;
@@ -248,7 +248,7 @@ impl Registry {
         });
         if known.sync_key != sync_key {
             // A sync key speaks for its own Envoys only.
-            metrics::counter!("portcullis_filters_ignored_total").increment(1);
+            metrics::counter!("portcullis_filters_rejected_total").increment(1);
             return false;
         }
         change(known);

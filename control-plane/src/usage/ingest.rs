@@ -84,7 +84,7 @@ impl Ingest {
                 metrics::counter!("portcullis_usage_reports_total", "result" => "applied").increment(fresh as u64);
                 metrics::counter!("portcullis_usage_reports_total", "result" => "repeated")
                     .increment((sent - fresh) as u64);
-                metrics::counter!("portcullis_usage_counts_total").increment(counts as u64);
+                metrics::counter!("portcullis_usage_records_total").increment(counts as u64);
                 Ok(Ack { reporter, seq, grants })
             }
             Ok(Applied::Foreign) => Err(IngestError::Foreign),

@@ -105,7 +105,7 @@ pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
         if moved == 0 {
             return Ok(all);
         }
-        metrics::counter!("portcullis_usage_rolled_up_total").increment(moved);
+        metrics::counter!("portcullis_usage_rows_rolled_up_total").increment(moved);
         all += moved;
     }
 }

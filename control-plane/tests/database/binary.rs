@@ -201,7 +201,7 @@ async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
     let (epoch, revision) = (page["epoch"].as_str().unwrap(), &page["revision"]);
     let held = poll(&address, &format!("/sync/v1/keys?epoch={epoch}&revision={revision}"), &sync);
     let asked = Instant::now();
-    while !answer(poll(&address, "/metrics", &sync)).1.contains("portcullis_sync_held_polls 1\n") {
+    while !answer(poll(&address, "/metrics", &sync)).1.contains("portcullis_sync_polls_in_flight 1\n") {
         assert!(asked.elapsed() < DEADLINE, "the poll is not held");
     }
 

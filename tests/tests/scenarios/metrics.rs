@@ -1,5 +1,7 @@
 //! What operators watch.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use portcullis_tests::http;
 use portcullis_tests::process::Signal;
@@ -45,6 +47,40 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
         let grown = async || (envoy.stat(&name(stat)).await.ok()? > before).then_some(());
         eventually(&format!("{stat} to tell of the outage"), grown).await?;
     }
+    Ok(())
+}
+
+/// What Prometheus shows of the filter: the label that the shipped configurations cut out of the names.
+#[tokio::test]
+async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome() -> Result<()> {
+    let stack = Stack::start().await?;
+    stack.working_key("ada@example.com").await?;
+    stack.get(None).await?;
+    let metrics = async || {
+        let reply = http::get(stack.envoy().admin(), "/stats/prometheus?filter=^wasmcustom").await.ok()?;
+        Some(String::from_utf8_lossy(&reply.body).into_owned())
+    };
+    let allowed = format!("portcullis_decisions{{outcome=\"allowed\"}} {}\n", stack.demo.requests());
+    let told = async || {
+        let text = metrics().await?;
+        let both = [allowed.as_str(), "portcullis_decisions{outcome=\"missing\"} 1\n"];
+        both.iter().all(|sample| text.contains(sample)).then_some(text)
+    };
+    let text = eventually("the decisions by outcome", told).await?;
+    assert!(text.contains("portcullis_shadow{outcome=\"scope_denied\"} 0\n"), "{text}");
+    let names: BTreeSet<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+    let expected = [
+        "portcullis_decisions counter",
+        "portcullis_keys gauge",
+        "portcullis_report_failures counter",
+        "portcullis_shadow counter",
+        "portcullis_store_version gauge",
+        "portcullis_store_writes gauge",
+        "portcullis_sync_age_seconds gauge",
+        "portcullis_sync_failures counter",
+        "portcullis_usage_pending_requests gauge",
+    ];
+    assert_eq!(names, BTreeSet::from(expected));
     Ok(())
 }
 
@@ -95,6 +131,23 @@ async fn the_control_plane_tells_prometheus_and_the_platform_how_it_is() -> Resu
         let value = sample.rsplit(' ').next().unwrap_or_default();
         assert!(value.parse::<f64>().is_ok(), "{sample}");
     }
+    // Each metric has a help text, of which promtool says more, and then its type, once.
+    let lines_of = |mark: &str| -> Vec<_> {
+        let lines = text.lines().filter_map(|line| line.strip_prefix(mark)?.split(' ').next());
+        lines.map(ToOwned::to_owned).collect()
+    };
+    let (helped, typed) = (lines_of("# HELP "), lines_of("# TYPE "));
+    assert_eq!(helped, typed);
+    assert_eq!(typed.iter().collect::<BTreeSet<_>>().len(), typed.len(), "{typed:?}");
+    for sample in samples.clone() {
+        let name = sample.split(['{', ' ']).next().unwrap_or_default();
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
+        assert!(typed.iter().any(|known| known == family), "{sample}");
+    }
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(text.contains(&format!("portcullis_build_info{{version=\"{version}\"}} 1\n")), "{text}");
+    // A counter that nothing has raised yet stands at zero.
+    assert!(text.contains("portcullis_tls_handshakes_failed_total 0\n"), "{text}");
     // One admin key, one sync key; both Envoy's polls and our own calls were seen.
     assert!(text.contains("portcullis_mirror_keys 2\n"), "{text}");
     for name in ["portcullis_mirror_revision ", "portcullis_sync_pages_total ", "portcullis_http_requests_total{"] {

@@ -359,7 +359,7 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
 /// Waits until the control plane says that all polls are held.
 async fn held(stack: &Stack) -> Result<()> {
     #[expect(clippy::cast_precision_loss, reason = "a small number")]
-    store::reaches(stack, "portcullis_sync_held_polls", MANY as f64).await
+    store::reaches(stack, "portcullis_sync_polls_in_flight", MANY as f64).await
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a figure for people")]

@@ -1,0 +1,66 @@
+//! The metrics of the control plane and of the filter as promtool, Prometheus's own checker, judges them.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use portcullis_tests::http;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::tools;
+
+use crate::output::{progress, say};
+
+/// What promtool says of every metric of Envoy's, the filter's among them: Envoy prints no help texts, and its counters do
+/// not end with `_total`.
+const OF_ENVOY: [&str; 2] = ["no help text", "counter metrics should have \"_total\" suffix"];
+
+/// Examines them on a running stack. False if there is no promtool.
+pub(crate) async fn check() -> Result<bool> {
+    let Some(promtool) = tools::promtool(&progress)? else { return Ok(false) };
+    let stack = Stack::start().await?;
+    stack.working_key("metrics@portcullis.example").await?;
+    stack.get(None).await?;
+
+    let text = text(stack.control_plane.address(), "/metrics").await?;
+    let complaints = complaints(&promtool, &text)?;
+    ensure!(complaints.is_empty(), "promtool finds fault with the control plane's metrics:\n{}", complaints.join("\n"));
+    say(&format!("promtool: {} metrics of the control plane, no complaint", families(&text)));
+
+    let text = self::text(stack.envoy().admin(), "/stats/prometheus?filter=^wasmcustom").await?;
+    ensure!(text.contains("portcullis_decisions{outcome=\"allowed\"}"), "Envoy shows no decisions by outcome:\n{text}");
+    let complaints = self::complaints(&promtool, &text)?;
+    let ours: Vec<_> = complaints.into_iter().filter(|said| !OF_ENVOY.iter().any(|end| said.ends_with(end))).collect();
+    ensure!(ours.is_empty(), "promtool finds fault with the filter's statistics:\n{}", ours.join("\n"));
+    say(&format!(
+        "promtool: {} statistics of the filter, no complaint but those that every statistic of Envoy's gets ({})",
+        families(&text),
+        OF_ENVOY.join("; ")
+    ));
+    Ok(true)
+}
+
+async fn text(address: std::net::SocketAddr, path: &str) -> Result<String> {
+    let reply = http::get(address, path).await?;
+    ensure!(reply.status == 200, "{path} answers {}", reply.status);
+    Ok(String::from_utf8_lossy(&reply.body).into_owned())
+}
+
+fn families(text: &str) -> usize {
+    text.lines().filter(|line| line.starts_with("# TYPE ")).count()
+}
+
+/// What promtool says, a line for each fault.
+fn complaints(promtool: &Path, metrics: &str) -> Result<Vec<String>> {
+    let mut command = Command::new(promtool);
+    command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = command.spawn().with_context(|| format!("cannot run {}", promtool.display()))?;
+    // It reads all of it before it prints anything.
+    process.stdin.take().context("promtool takes no input")?.write_all(metrics.as_bytes())?;
+    let output = process.wait_with_output()?;
+    let all = [output.stdout, output.stderr].concat();
+    let lines: Vec<String> = String::from_utf8_lossy(&all).lines().map(ToOwned::to_owned).collect();
+    // 3: it has complaints; anything else is a failure of its own.
+    ensure!(output.status.success() || output.status.code() == Some(3), "promtool failed: {}", lines.join("\n"));
+    Ok(lines)
+}
