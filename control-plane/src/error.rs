@@ -116,6 +116,10 @@ pub fn is_away(error: &sqlx::Error) -> bool {
 
 /// The body of an error (RFC 9457).
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[schema(example = json!({
+    "type": "urn:portcullis:problem:invalid", "title": "Invalid request", "status": 400, "code": "invalid",
+    "detail": "must have 1 to 100 characters, none of them a control character", "field": "name"
+}))]
 pub struct Problem {
     /// A URN that names the kind of problem.
     pub r#type: String,

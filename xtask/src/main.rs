@@ -13,6 +13,7 @@ mod api;
 mod dependencies;
 mod lock;
 mod metrics;
+mod openapi;
 mod sbom;
 mod sqlx;
 mod test;

@@ -11,8 +11,8 @@ use portcullis_tests::tools;
 
 use crate::output::{progress, say};
 
-/// What promtool says of every metric of Envoy's, the filter's among them: Envoy prints no help texts, and its counters do
-/// not end with `_total`.
+/// What promtool says of every metric of Envoy's, the filter's among them: Envoy prints no help texts, and its counters
+/// do not end with `_total`.
 const OF_ENVOY: [&str; 2] = ["no help text", "counter metrics should have \"_total\" suffix"];
 
 /// Examines them on a running stack. False if there is no promtool.

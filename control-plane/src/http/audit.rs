@@ -110,11 +110,11 @@ pub struct AuditPage {
     next_cursor: Option<i64>,
 }
 
-/// Look up who did what to which key, when, from where. Users see what was done to their own keys.
+/// List the audit trail, the newest entry first.
 ///
-/// # Errors
-/// 400, 401, 403, 429, 503.
+/// Users see the entries of their own keys.
 #[utoipa::path(
+    operation_id = "listAuditEntries",
     get, path = "/v1/audit", tag = "audit", params(AuditQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of the trail", body = AuditPage,

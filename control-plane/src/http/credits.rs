@@ -26,6 +26,7 @@ use crate::key::permissions::said;
 /// Credits to be added, or taken away.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"amount": 1_000, "note": "invoice 2027-001"}))]
 pub struct CreditBody {
     /// How many: 1 to 10^12 for a `top_up`, -10^12 to 10^12 for a `correction`.
     #[schema(example = 1_000, minimum = -1_000_000_000_000_i64, maximum = 1_000_000_000_000_i64)]
@@ -143,6 +144,7 @@ impl AccountView {
 /// What of an account is to be changed.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"metered": true}))]
 pub struct AccountPatch {
     /// Whether requests cost credits. A refill switches it on unless this says otherwise.
     metered: Option<bool>,
@@ -175,12 +177,12 @@ pub struct LedgerPage {
     next_cursor: Option<i64>,
 }
 
-/// Add credits to a user's balance, or correct it. The user is made if not one yet. Credits that come in after all were used
-/// up open every Envoy's door at once.
+/// Add credits to a user's balance, or correct it.
 ///
-/// # Errors
-/// 400, 401, 403, 409, 413, 415, 422, 429, 503.
+/// The user is created if there is none. When credits arrive at an empty balance, every Envoy admits the user's requests
+/// again at once.
 #[utoipa::path(
+    operation_id = "addCredits",
     post, path = "/v1/users/{email}/credits", tag = "credits", request_body = CreditBody,
     params(ByEmail, ("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
     security(("api_key" = [])),
@@ -218,11 +220,9 @@ pub async fn credit(
     Ok(response)
 }
 
-/// Change whether a user's requests cost credits, and what comes in by itself.
-///
-/// # Errors
-/// 400, 401, 403, 404, 412, 413, 415, 429, 503.
+/// Change whether a user's requests cost credits, and the user's refill.
 #[utoipa::path(
+    operation_id = "updateCredits",
     patch, path = "/v1/users/{email}/credits", tag = "credits", request_body = AccountPatch, security(("api_key" = [])),
     params(ByEmail, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(
@@ -254,12 +254,11 @@ pub async fn change(
     account.map(|account| show(&email, account)).ok_or_else(|| unknown(&email))
 }
 
-/// Get what stands on a user's account. The ETag is that of the user, and stands for what is set of them: plan, metered,
-/// refill. What comes in and what is used does not count.
+/// Get the credits of a user.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// The ETag is that of the user. It changes with plan, metered and refill. It does not change with the balance.
 #[utoipa::path(
+    operation_id = "getCredits",
     get, path = "/v1/users/{email}/credits", tag = "credits", security(("api_key" = [])),
     params(ByEmail),
     responses(
@@ -276,11 +275,11 @@ pub async fn account(State(app): State<App>, caller: Caller, Path(path): Path<By
     Ok(show(&email, account))
 }
 
-/// List every change of a user's balance, the newest first. Usage of long ago is summed up by day.
+/// List the changes of a user's balance, the newest first.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// Usage that is no longer kept by the hour is one entry per day.
 #[utoipa::path(
+    operation_id = "listLedgerEntries",
     get, path = "/v1/users/{email}/ledger", tag = "credits", params(ByEmail, LedgerQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of the ledger", body = LedgerPage,

@@ -112,11 +112,11 @@ impl From<Event> for CloudEvent {
     }
 }
 
-/// Read usage as events, each of which is there once and for good.
+/// Read usage as events.
 ///
-/// # Errors
-/// 400, 401, 403, 409, 410, 429, 503.
+/// Each event is delivered in one place of the stream and never changes.
 #[utoipa::path(
+    operation_id = "listUsageEvents",
     get, path = "/v1/usage/events", tag = "insight", params(EventsQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "Events in order; none if there are no newer ones", body = Vec<CloudEvent>,

@@ -36,6 +36,7 @@ const INLINE: &str = "inline";
 /// The request to explain: with a key, named by its secret or its id, or without any.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"key": "sk_live_…", "path": "/orders"}))]
 pub struct ExplainBody {
     /// What the request presents as its key. Neither kept nor told to anybody.
     #[serde(default, deserialize_with = "secret")]
@@ -119,11 +120,9 @@ struct Applies {
     how: String,
 }
 
-/// Explain what comes of a request, and why.
-///
-/// # Errors
-/// 400, 401, 403, 404, 413, 415, 429, 503.
+/// Explain the decision on a request.
 #[utoipa::path(
+    operation_id = "explainRequest",
     post, path = "/v1/explain", tag = "insight", request_body = ExplainBody, security(("api_key" = [])),
     responses(
         (status = 200, description = "The outcome, and each check", body = Explanation),

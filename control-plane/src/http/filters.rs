@@ -180,10 +180,8 @@ pub(super) fn require_admin(caller: &Caller) -> Result<(), ApiError> {
 }
 
 /// List the Envoys that sync.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
 #[utoipa::path(
+    operation_id = "listFilters",
     get, path = "/v1/filters", tag = "insight", params(FiltersQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of Envoys", body = FilterPage,

@@ -45,17 +45,25 @@ pub struct Readiness {
     pub mirror: bool,
 }
 
-/// The process runs.
-#[utoipa::path(get, path = "/healthz", tag = "platform", responses((status = 200, description = "It runs", body = String)))]
+/// Check that the process runs.
+#[utoipa::path(
+    operation_id = "getHealth",
+    get, path = "/healthz", tag = "platform",
+    responses((status = 200, description = "The process runs", body = String)),
+)]
 pub async fn alive() -> &'static str {
     "ok\n"
 }
 
-/// The process can do all of its work.
-#[utoipa::path(get, path = "/readyz", tag = "platform", responses(
-    (status = 200, description = "Database and mirror are there", body = Readiness),
-    (status = 503, description = "One of them is not", body = Readiness),
-))]
+/// Check that the process can do all of its work.
+#[utoipa::path(
+    operation_id = "getReadiness",
+    get, path = "/readyz", tag = "platform",
+    responses(
+        (status = 200, description = "Database and mirror are available", body = Readiness),
+        (status = 503, description = "The database, the mirror or both are not available", body = Readiness),
+    )
+)]
 pub async fn ready(State(app): State<App>) -> Response {
     let readiness =
         Readiness { database: app.database.answers(&app.pool).await, mirror: app.store.position().is_some() };

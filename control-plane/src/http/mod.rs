@@ -5,6 +5,7 @@ pub mod audit;
 pub mod credits;
 pub mod csv;
 pub mod definitions;
+mod document;
 pub mod events;
 pub mod explain;
 pub mod extract;
@@ -65,16 +66,17 @@ const USAGE_BYTES: usize = 4 << 20;
         description = "API keys for Envoy: the REST API of the control plane.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
+    servers((url = "/", description = "The control plane that serves this document")),
     modifiers(&KeyHeader),
     tags(
-        (name = "user", description = "A user's primary key"),
-        (name = "keys", description = "All keys"),
+        (name = "user", description = "The primary key of a user"),
+        (name = "keys", description = "Keys of all users: create, find, change, rotate, import and revoke them"),
         (name = "users", description = "The owners of keys"),
-        (name = "credits", description = "Credits of users, and every change of them"),
+        (name = "credits", description = "Credits of users and the ledger of their changes"),
         (name = "roles", description = "Named sets of scopes"),
         (name = "plans", description = "Named bundles of scopes, limits and a quota"),
-        (name = "audit", description = "Who did what"),
-        (name = "insight", description = "Why requests are decided as they are, what was counted, how far Envoys are"),
+        (name = "audit", description = "The audit trail"),
+        (name = "insight", description = "Decisions explained, usage, and the state of every Envoy"),
         (name = "platform", description = "For the platform that the control plane runs on")
     )
 )]
@@ -84,7 +86,8 @@ struct KeyHeader;
 
 impl Modify for KeyHeader {
     fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
-        let scheme = SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::new("x-api-key")));
+        let description = "A key with the scope `admin` manages everything. A user's own key manages its owner's keys.";
+        let scheme = SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::with_description("X-API-Key", description)));
         openapi.components.get_or_insert_default().add_security_scheme("api_key", scheme);
     }
 }
@@ -122,7 +125,7 @@ fn management() -> OpenApiRouter<App> {
 /// The OpenAPI document, made from the handlers.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    refusals::told_of_slow_bodies(management().to_openapi())
+    document::complete(management().to_openapi())
 }
 
 /// The whole service. `metrics` are shown under `/metrics` if they are collected.
@@ -134,7 +137,7 @@ pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
 pub fn patient_router(app: App, metrics: Option<PrometheusHandle>, patience: Duration) -> Router {
     let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
     // Written once: responses share it, however many wait to be taken.
-    let openapi = extract::json_line(&refusals::told_of_slow_bodies(openapi)).map(Bytes::from).unwrap_or_default();
+    let openapi = extract::json_line(&document::complete(openapi)).map(Bytes::from).unwrap_or_default();
     let shown = app.clone();
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))

@@ -25,6 +25,7 @@ use crate::key::quota::QuotaBody;
 /// What a plan is to be.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"description": "For production", "scopes": ["orders:read"]}))]
 pub struct PlanBody {
     /// For people: at most 500 characters.
     #[serde(default)]
@@ -85,12 +86,10 @@ pub struct PlanPage {
     next_cursor: Option<String>,
 }
 
-/// List plans, by name.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
+/// List plans by name.
 #[utoipa::path(
-    get, path = "/v1/plans", tag = "plans", operation_id = "list_plans", params(ListQuery), security(("api_key" = [])),
+    operation_id = "listPlans",
+    get, path = "/v1/plans", tag = "plans", params(ListQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of plans", body = PlanPage,
             headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
@@ -108,11 +107,9 @@ pub async fn list(
 }
 
 /// Get a plan.
-///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
 #[utoipa::path(
-    get, path = "/v1/plans/{name}", tag = "plans", operation_id = "get_plan", params(ByName), security(("api_key" = [])),
+    operation_id = "getPlan",
+    get, path = "/v1/plans/{name}", tag = "plans", params(ByName), security(("api_key" = [])),
     responses(
         (status = 200, description = "The plan", body = PlanView,
             headers(("etag" = String, description = "Its version, for If-Match"))),
@@ -124,12 +121,12 @@ pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByName
     definitions::get(&app, &caller, &path, Kind::Plan, PlanView::of).await
 }
 
-/// Make a plan, or replace it as a whole. A change reaches every Envoy as fast as a revocation does.
+/// Create a plan, or replace it as a whole.
 ///
-/// # Errors
-/// 400, 401, 403, 409, 412, 413, 415, 429, 503.
+/// A change reaches every Envoy as fast as a revocation does.
 #[utoipa::path(
-    put, path = "/v1/plans/{name}", tag = "plans", operation_id = "put_plan", params(ByName, Conditions),
+    operation_id = "putPlan",
+    put, path = "/v1/plans/{name}", tag = "plans", params(ByName, Conditions),
     request_body = PlanBody, security(("api_key" = [])),
     responses(
         (status = 200, description = "The plan as it is now", body = PlanView,
@@ -153,11 +150,9 @@ pub async fn put(
 }
 
 /// Delete a plan that no key and no user has.
-///
-/// # Errors
-/// 400, 401, 403, 404, 409, 412, 429, 503.
 #[utoipa::path(
-    delete, path = "/v1/plans/{name}", tag = "plans", operation_id = "delete_plan", params(ByName, Conditions),
+    operation_id = "deletePlan",
+    delete, path = "/v1/plans/{name}", tag = "plans", params(ByName, Conditions),
     security(("api_key" = [])),
     responses(
         (status = 204, description = "The plan is gone"),

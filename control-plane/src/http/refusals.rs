@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use utoipa::IntoResponses;
-use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder};
 
 /// Of every route that reads.
@@ -36,7 +35,7 @@ impl IntoResponses for Writing {
 /// [`super::patience::limit`]. A route that says more about it is left as it is.
 pub(super) fn told_of_slow_bodies(mut openapi: OpenApi) -> OpenApi {
     let late = problems(&[("408", "The body did not come in time")]);
-    for operation in openapi.paths.paths.values_mut().flat_map(operations) {
+    for operation in openapi.paths.paths.values_mut().flat_map(super::document::operations) {
         if operation.request_body.is_some() {
             for (status, response) in &late {
                 operation.responses.responses.entry(status.clone()).or_insert_with(|| response.clone());
@@ -44,11 +43,6 @@ pub(super) fn told_of_slow_bodies(mut openapi: OpenApi) -> OpenApi {
         }
     }
     openapi
-}
-
-fn operations(path: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    let PathItem { get, put, post, delete, patch, .. } = path;
-    [get, put, post, delete, patch].into_iter().filter_map(Option::as_mut)
 }
 
 fn problems(known: &[(&str, &str)]) -> BTreeMap<String, RefOr<Response>> {

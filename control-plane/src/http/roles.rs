@@ -24,6 +24,7 @@ use crate::key::domain::Timestamp;
 /// What a role is to be.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"description": "For the support team", "scopes": ["orders:read"]}))]
 pub struct RoleBody {
     /// For people: at most 500 characters.
     #[serde(default)]
@@ -70,12 +71,10 @@ pub struct RolePage {
     next_cursor: Option<String>,
 }
 
-/// List roles, by name.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
+/// List roles by name.
 #[utoipa::path(
-    get, path = "/v1/roles", tag = "roles", operation_id = "list_roles", params(ListQuery), security(("api_key" = [])),
+    operation_id = "listRoles",
+    get, path = "/v1/roles", tag = "roles", params(ListQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of roles", body = RolePage,
             headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
@@ -93,11 +92,9 @@ pub async fn list(
 }
 
 /// Get a role.
-///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
 #[utoipa::path(
-    get, path = "/v1/roles/{name}", tag = "roles", operation_id = "get_role", params(ByName), security(("api_key" = [])),
+    operation_id = "getRole",
+    get, path = "/v1/roles/{name}", tag = "roles", params(ByName), security(("api_key" = [])),
     responses(
         (status = 200, description = "The role", body = RoleView,
             headers(("etag" = String, description = "Its version, for If-Match"))),
@@ -109,12 +106,12 @@ pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByName
     definitions::get(&app, &caller, &path, Kind::Role, RoleView::of).await
 }
 
-/// Make a role, or replace it as a whole. A change reaches every Envoy as fast as a revocation does.
+/// Create a role, or replace it as a whole.
 ///
-/// # Errors
-/// 400, 401, 403, 409, 412, 413, 415, 429, 503.
+/// A change reaches every Envoy as fast as a revocation does.
 #[utoipa::path(
-    put, path = "/v1/roles/{name}", tag = "roles", operation_id = "put_role", params(ByName, Conditions),
+    operation_id = "putRole",
+    put, path = "/v1/roles/{name}", tag = "roles", params(ByName, Conditions),
     request_body = RoleBody, security(("api_key" = [])),
     responses(
         (status = 200, description = "The role as it is now", body = RoleView,
@@ -138,11 +135,9 @@ pub async fn put(
 }
 
 /// Delete a role that no key has.
-///
-/// # Errors
-/// 400, 401, 403, 404, 409, 412, 429, 503.
 #[utoipa::path(
-    delete, path = "/v1/roles/{name}", tag = "roles", operation_id = "delete_role", params(ByName, Conditions),
+    operation_id = "deleteRole",
+    delete, path = "/v1/roles/{name}", tag = "roles", params(ByName, Conditions),
     security(("api_key" = [])),
     responses(
         (status = 204, description = "The role is gone"),

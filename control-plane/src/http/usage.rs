@@ -121,12 +121,10 @@ pub struct UsagePage {
 
 /// Sum up usage.
 ///
-/// Requests without a known key count for admins, unless only some keys are asked for; where sums are by key, their key is
-/// null.
-///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// Admins also see requests without a known key, unless the query selects keys. In sums by key, the key of these requests
+/// is null.
 #[utoipa::path(
+    operation_id = "getUsage",
     get, path = "/v1/usage", tag = "insight", params(SumsQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of sums; as CSV with a line of names before the rows",

@@ -89,6 +89,7 @@ pub struct UsageReply {
 /// For whom to make a key, and how to call it.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"email": "user@example.com", "key_name": "Production Key"}))]
 pub struct GenerateBody {
     /// The user's email address.
     #[schema(example = "user@example.com", max_length = 254)]
@@ -131,11 +132,9 @@ pub(super) fn reveal<S: Serializer>(secret: &Secret, serializer: S) -> Result<S:
     serializer.serialize_str(secret.reveal())
 }
 
-/// Get the state of a user's key.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
+/// Get the state of a user's primary key.
 #[utoipa::path(
+    operation_id = "getPrimaryKey",
     get, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
     responses(
         (status = 200, description = "The state of the key", body = StatusReply),
@@ -157,11 +156,11 @@ pub async fn status(
     Ok(Json(StatusReply { success: true, key_preference }))
 }
 
-/// Make a key for a user. The one before it, if any, is revoked with it.
+/// Create a user's primary key.
 ///
-/// # Errors
-/// 400, 401, 403, 409, 413, 415, 422, 429, 503.
+/// The previous primary key, if there is one, is revoked in the same transaction.
 #[utoipa::path(
+    operation_id = "createPrimaryKey",
     post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
     responses(
@@ -197,11 +196,9 @@ pub async fn generate(State(app): State<App>, caller: Caller, mut once: Once) ->
     Ok(response)
 }
 
-/// Revoke a user's key.
-///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// Revoke a user's primary key.
 #[utoipa::path(
+    operation_id = "revokePrimaryKey",
     delete, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
     responses(
         (status = 200, description = "The key is revoked", body = RevokeReply),
@@ -231,11 +228,9 @@ pub async fn revoke(
     Ok(Json(RevokeReply { success: true, message: "API key revoked successfully" }))
 }
 
-/// Get the usage of a user's key.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
+/// Get the usage of a user's primary key.
 #[utoipa::path(
+    operation_id = "getUserUsage",
     get, path = "/api/user/usage/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
     responses(
         (status = 200, description = "The usage of the key", body = UsageReply),

@@ -109,6 +109,7 @@ pub struct RevokeKeysReply {
 /// What to change of a user: at least one field.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"plan": "gold"}))]
 pub struct UserBody {
     /// The plan of keys that have none of their own; null for none.
     #[serde(default, deserialize_with = "said")]
@@ -116,12 +117,10 @@ pub struct UserBody {
     plan: Option<Option<String>>,
 }
 
-/// List users, by address.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
+/// List users by email address.
 #[utoipa::path(
-    get, path = "/v1/users", tag = "users", operation_id = "list_users", params(UsersQuery), security(("api_key" = [])),
+    operation_id = "listUsers",
+    get, path = "/v1/users", tag = "users", params(UsersQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of users", body = UserPage,
             headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
@@ -145,12 +144,12 @@ pub async fn list(
     Ok(paging::reply(UserPage { users, next_cursor }, next))
 }
 
-/// Get a user. The ETag stands for what is set of them: plan, metered, refill. Balance and number of keys do not count.
+/// Get a user.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// The ETag changes with plan, metered and refill. It does not change with the balance or the number of keys.
 #[utoipa::path(
-    get, path = "/v1/users/{email}", tag = "users", operation_id = "get_user", security(("api_key" = [])),
+    operation_id = "getUser",
+    get, path = "/v1/users/{email}", tag = "users", security(("api_key" = [])),
     params(ByEmail),
     responses(
         (status = 200, description = "The user", body = UserView,
@@ -166,12 +165,12 @@ pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByEmai
     Ok(show(user))
 }
 
-/// Change a user, who is made if not one yet.
+/// Change a user.
 ///
-/// # Errors
-/// 400, 401, 403, 412, 413, 415, 429, 503.
+/// The user is created if there is none.
 #[utoipa::path(
-    patch, path = "/v1/users/{email}", tag = "users", operation_id = "patch_user", params(ByEmail, Conditions),
+    operation_id = "updateUser",
+    patch, path = "/v1/users/{email}", tag = "users", params(ByEmail, Conditions),
     request_body = UserBody, security(("api_key" = [])),
     responses(
         (status = 200, description = "The user as they are now", body = UserView,
@@ -198,11 +197,11 @@ pub async fn patch(
     Ok(show(user))
 }
 
-/// Revoke all keys of a user for good, the caller's own among them.
+/// Revoke all keys of a user for good.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// The key of the caller is revoked too if it is one of them.
 #[utoipa::path(
+    operation_id = "revokeUserKeys",
     post, path = "/v1/users/{email}/revoke-keys", tag = "users", params(ByEmail), security(("api_key" = [])),
     responses(
         (status = 200, description = "How many were revoked", body = RevokeKeysReply),

@@ -6,6 +6,7 @@ mod binary;
 mod connections;
 mod credits;
 mod entrance;
+mod document;
 mod explain;
 mod feed;
 mod filters;

@@ -19,6 +19,7 @@ use crate::key::import::{BadLine, Import, Imported};
 /// One line of the body.
 #[derive(Debug, ToSchema)]
 #[expect(dead_code, reason = "for the document; lines are read where they are imported")]
+#[schema(example = json!({"email": "user@example.com", "name": "Legacy", "key": "a-key-of-another-system"}))]
 pub struct ImportLine {
     /// Whom the key is for.
     #[schema(example = "user@example.com", max_length = 254)]
@@ -91,13 +92,13 @@ impl From<Imported> for ImportReply {
     }
 }
 
-/// Import keys of another system, one JSON object a line, at most 100,000 lines of 16 KiB. Good lines are kept whatever the
-/// others are, a thousand at a time. If the import ends early (400, 408, 503), those of its lines that were written until then
-/// stay; to send all of them again does no harm, since they are duplicates then.
+/// Import keys of another system.
 ///
-/// # Errors
-/// 400, 401, 403, 408, 415, 429, 503.
+/// The body holds one JSON object per line, at most 100,000 lines of at most 16 KiB. Valid lines are imported, a thousand
+/// per transaction, whatever the other lines contain. If the import ends early (400, 408, 503), the lines that were
+/// committed stay imported. The same body can be sent again: those lines are then reported as duplicates.
 #[utoipa::path(
+    operation_id = "importKeys",
     post, path = "/v1/keys/import", tag = "keys", security(("api_key" = [])),
     request_body(content = ImportLine, content_type = "application/x-ndjson"),
     responses(

@@ -72,11 +72,9 @@ impl QuotaView {
     }
 }
 
-/// Get what is left of a key's quota.
-///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// Get the quota of a key and what is left of it.
 #[utoipa::path(
+    operation_id = "getKeyQuota",
     get, path = "/v1/keys/{id}/quota", tag = "keys", params(ById), security(("api_key" = [])),
     responses(
         (status = 200, description = "The quota and what was used of it", body = QuotaView),

@@ -64,10 +64,8 @@ pub struct KeyPage {
 }
 
 /// List keys, the newest first.
-///
-/// # Errors
-/// 400, 401, 403, 429, 503.
 #[utoipa::path(
+    operation_id = "listKeys",
     get, path = "/v1/keys", tag = "keys", params(ListQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "A page of keys", body = KeyPage,
@@ -196,11 +194,11 @@ impl CreditsView {
     }
 }
 
-/// Get a key. Its ETag counts what is set of it, not how much it is used, nor where it was applied.
+/// Get a key.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// The ETag changes with the settings of the key. It does not change with its usage or with the Envoys that applied it.
 #[utoipa::path(
+    operation_id = "getKey",
     get, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
     params(ById, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
     responses(

@@ -23,6 +23,7 @@ use crate::key::{rotate as rotation, store};
 /// How to rotate. All of it may be left out.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"grace_seconds": 86_400}))]
 pub struct RotateBody {
     /// For how many seconds the old secret goes on working, at most thirty days; not at all unless given.
     #[serde(default)]
@@ -45,11 +46,11 @@ pub struct BySecret {
     generation: i32,
 }
 
-/// Give a key a new secret. The key keeps its end, limits, credits and usage; the old secret works until the grace ends.
+/// Give a key a new secret.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 409, 412, 413, 415, 422, 429, 503.
+/// The key keeps its expiry, limits, credits and usage. The old secret works until the grace period ends.
 #[utoipa::path(
+    operation_id = "rotateKey",
     post, path = "/v1/keys/{id}/rotate", tag = "keys", security(("api_key" = [])),
     request_body(content = Option<RotateBody>),
     params(
@@ -100,11 +101,11 @@ pub async fn rotate(
     Ok(response)
 }
 
-/// Cut an old secret off now. To cut it off once more changes nothing.
+/// Revoke an old secret of a key.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 409, 412, 429, 503.
+/// Revoking a revoked secret changes nothing.
 #[utoipa::path(
+    operation_id = "revokeKeySecret",
     delete, path = "/v1/keys/{id}/secrets/{generation}", tag = "keys", security(("api_key" = [])),
     params(BySecret, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(

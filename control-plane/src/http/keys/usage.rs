@@ -72,11 +72,9 @@ pub struct UsageView {
     totals: BTreeMap<String, UsageTotal>,
 }
 
-/// Get the usage of a key, by hour and outcome.
-///
-/// # Errors
-/// 400, 401, 403, 404, 429, 503.
+/// Get the usage of a key by hour and outcome.
 #[utoipa::path(
+    operation_id = "getKeyUsage",
     get, path = "/v1/keys/{id}/usage", tag = "keys", params(ById, UsageQuery), security(("api_key" = [])),
     responses(
         (status = 200, description = "The usage of the key", body = UsageView),

@@ -49,6 +49,7 @@ impl From<Kind> for KeyKind {
 /// A key to be made.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"email": "user@example.com", "name": "Production Key", "expires_in_seconds": 86_400}))]
 pub struct CreateBody {
     /// Whom the key is for.
     #[schema(example = "user@example.com", max_length = 254)]
@@ -109,6 +110,7 @@ pub struct CreateReply {
 /// What to change of a key: at least one field.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"name": "Laptop", "disabled": false}))]
 pub struct PatchBody {
     /// What people call it.
     #[schema(min_length = 1, max_length = 100)]
@@ -171,12 +173,12 @@ impl PatchBody {
     }
 }
 
-/// Make a key. One that a user's own key makes ends no later than that and keeps to its networks, plan, quota, cost and rate
-/// limits.
+/// Create a key.
 ///
-/// # Errors
-/// 400, 401, 403, 409, 413, 415, 422, 429, 503.
+/// The response is the only one that contains the secret. A key that a user's own key creates expires no later than that
+/// key. It keeps that key's networks, plan, quota, cost and rate limits.
 #[utoipa::path(
+    operation_id = "createKey",
     post, path = "/v1/keys", tag = "keys", request_body = CreateBody, security(("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
     responses(
@@ -235,12 +237,12 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
     Ok(response)
 }
 
-/// Rename a key, switch it off or on, move its end, change what it may. Fields that are not given stay as they are. A user's
-/// own key lets none live longer than itself, and switches on none that an admin has switched off.
+/// Change a key.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 409, 412, 413, 415, 429, 503.
+/// Fields that are not given keep their values. A user's own key cannot let a key expire later than itself. It cannot
+/// enable a key that an admin disabled.
 #[utoipa::path(
+    operation_id = "updateKey",
     patch, path = "/v1/keys/{id}", tag = "keys", request_body = PatchBody, security(("api_key" = [])),
     params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(
@@ -290,11 +292,11 @@ pub async fn patch(
     Ok(([(header::ETAG, tag)], Json(view)).into_response())
 }
 
-/// Revoke a key for good. To revoke it once more changes nothing.
+/// Revoke a key for good.
 ///
-/// # Errors
-/// 400, 401, 403, 404, 412, 429, 503.
+/// Revoking a revoked key changes nothing.
 #[utoipa::path(
+    operation_id = "revokeKey",
     delete, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
     params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
     responses(
