@@ -36,7 +36,7 @@ pub struct Builder {
     plugin: Value,
     routes: Vec<(String, String)>,
     trusted_hops: u32,
-    edits: Vec<(&'static str, String)>,
+    texts: Vec<(String, String)>,
     changes: Vec<Change<'static>>,
     traps: bool,
 }
@@ -147,8 +147,8 @@ impl Builder {
 
     /// Other text in place of a text that the template has once.
     #[must_use]
-    pub fn edit(mut self, marker: &'static str, new: &str) -> Self {
-        self.edits.push((marker, new.to_owned()));
+    pub fn edit(mut self, marker: &str, new: &str) -> Self {
+        self.texts.push((marker.to_owned(), new.to_owned()));
         self
     }
 
@@ -184,7 +184,7 @@ impl Builder {
             plugin: self.plugin.as_object().cloned().unwrap_or_default(),
             routes: self.routes,
             trusted_hops: self.trusted_hops,
-            edits: self.edits,
+            texts: self.texts,
             ..Replacements::between(script.address(), demo.address())
         };
         let log_level = "warning,wasm:info".into();

@@ -1,12 +1,16 @@
-//! Certificates for tests, made when they are needed: names come in, PEM goes out. None outlives its test by more than a
-//! file.
+//! Certificates and JWTs for tests, made when they are needed: names come in, PEM goes out. None outlives its test by more
+//! than a file.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ED25519, SigningKey,
 };
+use serde_json::{Value, json};
 
 /// An authority that issues certificates.
 #[derive(Debug)]
@@ -81,5 +85,38 @@ impl Identity {
         std::fs::write(&certificate, &self.certificate)?;
         std::fs::write(&key, &self.key)?;
         Ok((certificate, key))
+    }
+}
+
+/// An issuer of JWTs (RFC 7519).
+#[derive(Debug)]
+pub struct TokenIssuer(KeyPair);
+
+impl TokenIssuer {
+    /// A new issuer.
+    ///
+    /// # Errors
+    /// If there is no randomness.
+    pub fn new() -> Result<Self> {
+        Ok(Self(KeyPair::generate_for(&PKCS_ED25519)?))
+    }
+
+    /// Its public key as a set of keys (RFC 7517, RFC 8037).
+    #[must_use]
+    pub fn jwks(&self) -> Value {
+        let public = URL_SAFE_NO_PAD.encode(self.0.public_key_raw());
+        json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "use": "sig", "kid": "1", "x": public}]})
+    }
+
+    /// A token with these claims.
+    ///
+    /// # Errors
+    /// If it cannot be signed.
+    pub fn token(&self, claims: &Value) -> Result<String> {
+        let header = json!({"alg": "EdDSA", "kid": "1", "typ": "JWT"});
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let signed = format!("{}.{}", part(&header), part(claims));
+        let signature = self.0.sign(signed.as_bytes())?;
+        Ok(format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature)))
     }
 }

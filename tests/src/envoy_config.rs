@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 
 use serde_json::{Map, Value};
 
+use crate::service::Service;
+
 /// What is replaced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replacements {
@@ -28,8 +30,10 @@ pub struct Replacements {
     /// A file in Envoy's directory that says how full its heap is, from 0 to 1, in place of what it is. Envoy reads it again
     /// when another file is moved there. For `hardened.yaml` only.
     pub heap: Option<String>,
-    /// Further text of the template, which must stand there once, and what stands there instead.
-    pub edits: Vec<(&'static str, String)>,
+    /// A service in place of `upstream`. For `minimal.yaml` only.
+    pub service: Option<Service>,
+    /// Other texts of the template and what stands there instead. Each must stand there exactly once.
+    pub texts: Vec<(String, String)>,
 }
 
 impl Replacements {
@@ -48,7 +52,8 @@ impl Replacements {
             trusted_hops: 0,
             withheld: None,
             heap: None,
-            edits: Vec::new(),
+            service: None,
+            texts: Vec::new(),
         }
     }
 }
@@ -70,8 +75,12 @@ impl std::error::Error for TemplateError {}
 
 /// The plugin configuration of the template.
 pub const PLUGIN: &str = r#"{"control_plane": {"cluster": "portcullis_control_plane"}}"#;
+/// The port of the gRPC service in `existing.yaml`.
+const GRPC_PORT: u16 = 50_051;
 const TRUSTED_HOPS: &str = "xff_num_trusted_hops: 0";
 const ROUTE: &str = "- match: { prefix: / }";
+/// How `minimal.yaml` sends a request to the upstream.
+pub const UPSTREAM_ROUTE: &str = "route: { cluster: upstream }";
 const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:";
 
 /// Replaces the addresses, and adds to the plugin configuration if there is something to add.
@@ -79,19 +88,29 @@ const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:
 /// # Errors
 /// If one of them does not stand there exactly once.
 pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateError> {
-    let addresses = [(10_000, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
-    // First to placeholders, lest a new address be taken for another old one.
+    let mut addresses =
+        vec![(10_000, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
     let mut text = template.to_owned();
-    for (port, _) in addresses {
+    for (old, new) in &with.texts {
+        text = replace_once(&text, old, new)?;
+    }
+    if let Some(service) = &with.service {
+        for (old, new) in service.replacements() {
+            text = replace_once(&text, &old, &new)?;
+        }
+        addresses.pop();
+    }
+    if text.contains(&format!("port_value: {GRPC_PORT}")) {
+        addresses.push((GRPC_PORT, with.upstream));
+    }
+    // First to placeholders, lest a new address be taken for another old one.
+    for &(port, _) in &addresses {
         let marker = format!("{{ address: 127.0.0.1, port_value: {port} }}");
         text = replace_once(&text, &marker, &format!("\u{0}{port}\u{0}"))?;
     }
     for (port, address) in addresses {
         let new = format!("{{ address: \"{}\", port_value: {} }}", address.ip(), address.port());
         text = replace_once(&text, &format!("\u{0}{port}\u{0}"), &new)?;
-    }
-    for (marker, new) in &with.edits {
-        text = replace_once(&text, marker, new)?;
     }
     text = replace_once(&text, TRUSTED_HOPS, &format!("xff_num_trusted_hops: {}", with.trusted_hops))?;
     if let Some(capability) = &with.withheld {
@@ -105,9 +124,8 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
     let indent = format!("\n{}", " ".repeat(24));
     let route = |(prefix, policy): &(String, String)| {
         let metadata = format!("{POLICY_FIELD} \"{policy}\" }} }} }}");
-        format!(
-            "- match: {{ prefix: \"{prefix}\" }}{indent}  {metadata}{indent}  route: {{ cluster: upstream }}{indent}"
-        )
+        let upstream = with.service.as_ref().map_or_else(|| UPSTREAM_ROUTE.to_owned(), Service::route);
+        format!("- match: {{ prefix: \"{prefix}\" }}{indent}  {metadata}{indent}  {upstream}{indent}")
     };
     let routes: String = with.routes.iter().map(route).collect();
     text = replace_once(&text, ROUTE, &format!("{routes}{ROUTE}"))?;
@@ -219,6 +237,27 @@ mod tests {
             rest.split_once("# Idle clients").unwrap().0
         };
         assert_eq!(normalisation(HARDENED), normalisation(TEMPLATE));
+    }
+
+    #[test]
+    fn the_template_of_an_existing_envoy_has_the_same_markers_and_the_same_filter() {
+        const EXISTING: &str = include_str!("../../envoy/existing.yaml");
+        let texts = vec![("tokens_per_fill: 5000".to_owned(), "tokens_per_fill: 1".to_owned())];
+        let text = render(EXISTING, &Replacements { texts, ..replacements(&serde_json::json!({})) }).unwrap();
+        // The four addresses, that of the gRPC service and the text.
+        assert_eq!(lines_that_differ(EXISTING, &text).len(), 6);
+        let same = |start: &str, end: &str| {
+            let part = |template: &'static str| {
+                let (_, rest) = template.split_once(start).unwrap();
+                rest.split_once(end).unwrap().0
+            };
+            assert_eq!(part(EXISTING), part(TEMPLATE), "from {start:?} to {end:?}");
+        };
+        same("access_log:", "http_filters:");
+        same("# Envoy answers the health checks", "                  - name: ");
+        same("- name: portcullis\n", "value: |");
+        same("vm_config:", "proc_exit: {}");
+        same("- name: portcullis_control_plane", "cluster_name: portcullis_control_plane");
     }
 
     #[test]

