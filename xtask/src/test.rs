@@ -55,10 +55,17 @@ enum Step {
     Metrics,
     /// Rings 3 and 4: the built filter in real Envoy, with the whole stack.
     EndToEnd,
+    /// The main scenarios and every shipped configuration on each supported version of Envoy.
+    EnvoyVersions,
 }
 
 /// The programs of tests that need something started, and have steps of their own.
 const RINGS: [&str; 3] = ["database", "scenarios", "measured"];
+
+/// What is run on each version of Envoy: a key from its making to its end, counted, over TLS; what an Envoy does beside
+/// Portcullis, and a policy; browsers; and that Envoy takes each file as it is shipped.
+const MAIN_SCENARIOS: [&str; 4] =
+    ["hardened::a_key_works_", "existing::health_checks_", "cors::a_browser_", "shipped::envoy_takes_"];
 
 /// At the same time; each is a whole stack, and each stack has several processes.
 const END_TO_END_THREADS: &str = "--test-threads=2";
@@ -159,6 +166,11 @@ impl Step {
                     return Ok(Done::NotHere("not checked: there is no promtool, and apt-get cannot fetch it"));
                 }
             }
+            Self::EnvoyVersions => {
+                build_control_plane()?;
+                need_filter()?;
+                on_each_envoy().await?;
+            }
             Self::EndToEnd => {
                 build_control_plane()?;
                 need_filter()?;
@@ -173,6 +185,22 @@ impl Step {
         }
         Ok(Done::Yes)
     }
+}
+
+/// Runs the main scenarios on each version of Envoy, and says at the end on which they failed.
+async fn on_each_envoy() -> Result<()> {
+    let mut failed = Vec::new();
+    for version in tools::ENVOY_VERSIONS {
+        let binary = tools::installed_envoy(version, &progress)?;
+        say(&format!("--- Envoy {version}"));
+        let mut scenarios = tests(&["--test", "scenarios", "--", END_TO_END_THREADS]);
+        scenarios.args(MAIN_SCENARIOS).env("ENVOY_BIN", binary);
+        if let Err(error) = on_database(scenarios).await {
+            failed.push(format!("Envoy {version}: {error:#}"));
+        }
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
 }
 
 /// Tests of the whole workspace, whichever are chosen: cargo unites the features that the named packages ask for, and
