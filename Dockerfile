@@ -1,21 +1,36 @@
-# The control plane (target `control-plane`) and an Envoy with the filter (target `envoy`).
+# Images: the control plane (target `control-plane`) and an Envoy with the filter (target `envoy`). Nothing that compiles
+# is in them.
 
-FROM rust:1.95-bookworm AS build
+# The toolchain, in a layer that changes with rust-toolchain.toml only. The tag is the version that this file names.
+FROM rust:1.95.0-bookworm AS toolchain
 WORKDIR /build
+COPY rust-toolchain.toml ./
+RUN rustup target add wasm32-wasip1
+
+FROM toolchain AS source
 COPY . .
-RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    --mount=type=cache,target=/build/target \
-    cargo build --locked --release --package control-plane \
-    && cargo xtask wasm \
-    && mkdir /out \
-    && cp target/release/control-plane target/portcullis.wasm /out/
+
+# Needs neither the control plane's crates nor those of the tests.
+FROM source AS build-filter
+RUN --mount=type=cache,id=portcullis-filter-registry,target=/usr/local/cargo/registry \
+    --mount=type=cache,id=portcullis-filter-target,target=/build/target \
+    cargo run --locked --package filter-build -- /out/portcullis.wasm
+
+FROM source AS build-control-plane
+# `dev` compiles in a fraction of the time, for trying things out.
+ARG PROFILE=release
+RUN --mount=type=cache,id=portcullis-control-plane-registry,target=/usr/local/cargo/registry \
+    --mount=type=cache,id=portcullis-control-plane-target,target=/build/target \
+    cargo build --locked --profile "$PROFILE" --package control-plane \
+    && case "$PROFILE" in dev) folder=debug ;; *) folder=$PROFILE ;; esac \
+    && install -D "target/$folder/control-plane" /out/control-plane
 
 FROM debian:bookworm-slim AS control-plane
-# curl is for the health check.
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates curl \
-    && rm -rf /var/lib/apt/lists/*
-COPY --from=build /out/control-plane /usr/local/bin/control-plane
+COPY --from=build-control-plane /out/control-plane /usr/local/bin/control-plane
+COPY --chmod=0755 containers/make-secrets containers/probe /usr/local/bin/
+COPY envoy/demo-policies.json containers/no-demo-policies.json /etc/portcullis/
+# An empty volume takes over owner and mode. The group is that of the Envoy image.
+RUN install --directory --owner=65532 --group=65533 --mode=0750 /secrets
 # No name is needed for a user that owns nothing.
 USER 65532:65532
 EXPOSE 8081
@@ -24,15 +39,11 @@ CMD ["serve", "--listen", "0.0.0.0:8081", "--log-format", "json"]
 
 FROM envoyproxy/envoy:v1.40.0 AS envoy
 WORKDIR /etc/portcullis
-COPY --from=build /out/portcullis.wasm envoy/minimal.yaml ./
-# Other containers are reached by name, and the listener from outside; the admin interface stays on loopback.
-RUN sed --in-place \
-    -e 's/{ address: 127.0.0.1, port_value: 10000 }/{ address: 0.0.0.0, port_value: 10000 }/' \
-    -e 's/{ address: 127.0.0.1, port_value: 8081 }/{ address: control-plane, port_value: 8081 }/' \
-    -e 's/{ address: 127.0.0.1, port_value: 8080 }/{ address: upstream, port_value: 8080 }/' \
-    minimal.yaml
-# Nobody from the start: the image's own start script would need root to get there.
-USER 65532:65532
+COPY --from=build-filter /out/portcullis.wasm ./
+COPY envoy/minimal.yaml envoy/demo-policies.json ./
+COPY --chmod=0755 containers/portcullis-envoy containers/probe /usr/local/bin/
+# Not the user of the control plane: Envoy may read the sync key and the pepper, and no other secret.
+USER 65533:65533
 EXPOSE 10000
-ENTRYPOINT ["envoy"]
-CMD ["-c", "minimal.yaml"]
+ENTRYPOINT ["portcullis-envoy"]
+CMD ["--log-level", "warning", "--component-log-level", "wasm:info"]

@@ -9,6 +9,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
 
+use crate::secret_setting;
+
 /// The control plane of Portcullis: API keys for Envoy.
 #[derive(Debug, Parser)]
 #[command(version, about, max_term_width = 110)]
@@ -39,9 +41,10 @@ pub enum Command {
 /// The database, for every command that needs it.
 #[derive(Args, Clone)]
 pub struct Database {
-    /// PostgreSQL, as postgres://user:password@host:port/database
+    /// PostgreSQL, as postgres://user@host:port/database; DATABASE_URL_FILE names a file with it instead. The password may
+    /// stand there, in PGPASSWORD, in a file that PGPASSWORD_FILE names, or in PGPASSFILE
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
-    pub database_url: String,
+    pub database_url: Option<String>,
 }
 
 impl std::fmt::Debug for Database {
@@ -236,33 +239,25 @@ pub const SYNC_KEY: &str = "PORTCULLIS_SYNC_KEY";
 /// Holds the pepper of imported keys.
 pub const PEPPER: &str = "PORTCULLIS_PEPPER";
 
-/// A key that is given in the environment, to be stored (as its hash) if it is not there yet.
+/// A key that is given in the environment or in a file, to be stored (as its hash) if it is not there yet.
 ///
 /// # Errors
 /// One line, if it is not of our form. The line has nothing of the key.
 pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
-    match std::env::var(variable) {
-        Err(std::env::VarError::NotPresent) => Ok(None),
-        Ok(text) if text.is_empty() => Ok(None),
-        Ok(text) => match check(&text) {
-            Ok(_) => Ok(Some(Secret::from_presented(text))),
-            Err(error) => Err(format!("{variable}: {error}; `control-plane admin generate-key` makes one")),
-        },
-        Err(std::env::VarError::NotUnicode(_)) => Err(format!("{variable}: the key is not text")),
+    let Some(text) = secret_setting::read(variable)? else { return Ok(None) };
+    match check(&text) {
+        Ok(_) => Ok(Some(Secret::from_presented(text))),
+        Err(error) => Err(format!("{variable}: {error}; `control-plane admin generate-key` makes one")),
     }
 }
 
-/// The pepper of imported keys that the environment gives.
+/// The pepper of imported keys that the environment or a file gives.
 ///
 /// # Errors
 /// One line, if it is none. The line has nothing of it.
 pub fn given_pepper() -> Result<Option<Pepper>, String> {
-    match std::env::var(PEPPER) {
-        Err(std::env::VarError::NotPresent) => Ok(None),
-        Ok(text) if text.is_empty() => Ok(None),
-        Ok(text) => Pepper::parse(&text).map(Some).map_err(|error| format!("{PEPPER}: {error}")),
-        Err(std::env::VarError::NotUnicode(_)) => Err(format!("{PEPPER}: the pepper is not text")),
-    }
+    let Some(text) = secret_setting::read(PEPPER)? else { return Ok(None) };
+    Pepper::parse(&text).map(Some).map_err(|error| format!("{PEPPER}: {error}"))
 }
 
 #[cfg(test)]
@@ -278,7 +273,7 @@ mod tests {
 
     #[test]
     fn the_database_url_is_never_printed() {
-        let database = Database { database_url: "postgres://user:secret@host/db".into() };
+        let database = Database { database_url: Some("postgres://user:secret@host/db".into()) };
         assert_eq!(format!("{database:?}"), "Database(…)");
     }
 }

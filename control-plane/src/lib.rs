@@ -1,7 +1,7 @@
 //! The control plane: it owns the keys in PostgreSQL, the REST API that manages them, the sync to the filters and the
 //! usage that they report.
 //!
-//! Reading order: [`config`] is what the operator chose; [`http`] has all routes on one page and a file for each resource;
+//! Reading order: [`config`] is what the operator chose, [`secret_setting`]s and the [`database`] included; [`http`] has all routes on one page and a file for each resource;
 //! [`auth`] says who calls and [`callers`] how often, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
 //! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
@@ -22,6 +22,7 @@ pub mod condition;
 pub mod config;
 pub mod connection;
 pub mod credits;
+pub mod database;
 pub mod definition;
 pub mod delivery;
 pub mod error;
@@ -33,6 +34,7 @@ pub mod metric;
 pub mod pepper;
 pub mod policies;
 pub mod quota;
+pub mod secret_setting;
 pub mod serve;
 pub mod statistics;
 pub mod sync;

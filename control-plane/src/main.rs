@@ -128,7 +128,7 @@ fn one_line(rendered: &str) -> String {
 }
 
 async fn connect(database: &Database) -> Result<PgPool, Failure> {
-    serve::connect(&database.database_url).await
+    serve::connect(database).await
 }
 
 fn print(text: &str) -> Result<(), Failure> {

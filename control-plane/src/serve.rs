@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use crate::admission::{Admission, Limits, within_descriptors};
 use crate::callers::Callers;
-use crate::config::{ADMIN_KEY, OPERATOR, SYNC_KEY, Serve, given_key, given_pepper};
+use crate::config::{ADMIN_KEY, Database, OPERATOR, SYNC_KEY, Serve, given_key, given_pepper};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
 use crate::key::revoke::withdraw;
@@ -34,7 +34,7 @@ use crate::sync::{Store, filters};
 use crate::tls::{Files, Tls};
 use crate::usage::Ingest;
 use crate::usage::retention::Retention;
-use crate::{App, MIGRATIONS, chores, http, telemetry, usage};
+use crate::{App, MIGRATIONS, chores, database, http, telemetry, usage};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -71,7 +71,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let sync_key = given_key(SYNC_KEY)?;
     let pepper = given_pepper()?;
     let policies = settings.policies.as_deref().map(Configured::read).transpose()?.unwrap_or_default();
-    let options = options(&settings.database.database_url)?;
+    let options = database::options(&settings.database)?;
     let pool = open(&options, settings.database_connections);
 
     let tls = tls(&settings)?;
@@ -183,15 +183,10 @@ fn tls(settings: &Serve) -> Result<Option<Arc<Tls>>, String> {
 ///
 /// # Errors
 /// One line that names the setting.
-pub async fn connect(url: &str) -> Result<PgPool, Failure> {
-    let options = options(url)?;
+pub async fn connect(database: &Database) -> Result<PgPool, Failure> {
+    let options = database::options(database)?;
     schema(&options).await.map_err(|fault| fault.to_string())?;
     Ok(open(&options, 2))
-}
-
-fn options(url: &str) -> Result<PgConnectOptions, String> {
-    let options: PgConnectOptions = url.parse().map_err(|error| format!("DATABASE_URL: {error}"))?;
-    Ok(options.application_name("portcullis"))
 }
 
 /// Connections are made when they are needed, so that the process runs, and says so, while the database is away.

@@ -9,7 +9,7 @@ use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tracing::{Instrument, info, info_span};
+use tracing::{Instrument, debug, info, info_span};
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
@@ -93,7 +93,12 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     async move {
         let mut response = next.run(request).await;
         let (status, elapsed) = (response.status().as_u16(), start.elapsed());
-        info!(%method, route, status, ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "answered");
+        let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        if is_quiet_probe(&route, status) {
+            debug!(%method, route, status, ms, "answered");
+        } else {
+            info!(%method, route, status, ms, "answered");
+        }
         let labels = [("method", label_of(&method).to_owned()), ("route", route), ("status", status.to_string())];
         metrics::counter!("portcullis_http_requests_total", &labels).increment(1);
         metrics::histogram!("portcullis_http_request_duration_seconds", &labels[..2]).record(elapsed.as_secs_f64());
@@ -102,6 +107,11 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     }
     .instrument(span)
     .await
+}
+
+/// Whether a platform asked how the process is, as it does every few seconds, and all is well.
+fn is_quiet_probe(route: &str, status: u16) -> bool {
+    ["/healthz", "/readyz", "/metrics"].contains(&route) && status < 400
 }
 
 /// Clients may make up methods: those that are not well known count together, or each would be a series of its own.
@@ -121,6 +131,12 @@ fn new_id() -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_probes_that_succeed_are_quiet() {
+        assert!(is_quiet_probe("/readyz", 200) && is_quiet_probe("/healthz", 200) && is_quiet_probe("/metrics", 200));
+        assert!(!is_quiet_probe("/readyz", 503) && !is_quiet_probe("/v1/keys", 200) && !is_quiet_probe("none", 404));
+    }
 
     #[test]
     fn methods_that_clients_make_up_count_together() {
