@@ -16,6 +16,7 @@ pub mod reap;
 
 pub mod tools;
 
+pub mod containers;
 pub mod control_plane;
 pub mod demo;
 pub mod envoy;

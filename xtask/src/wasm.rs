@@ -1,11 +1,12 @@
 //! The filter as it is shipped: built for WASI, then rid of the exports that it does not need, then measured.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use filter_build::{compiled, strip};
 use portcullis_tests::paths;
+use tempfile::TempDir;
 
 use crate::output::{progress, say};
 use crate::run::{cargo, need_target, run};
@@ -72,6 +73,39 @@ pub(crate) fn build_for_faults() -> Result<()> {
     compile("filter", &["--features", "trap", "--target-dir", folder])?;
     strip(&compiled(&apart, "filter"), &paths::trap_wasm())?;
     run(cargo(&["build", "--locked", "--package", "shifted-clock"]))
+}
+
+/// Builds the filter once more, from a copy of the sources in another directory, and compares the bytes.
+pub(crate) fn check_reproducible() -> Result<()> {
+    progress("building the filter in another directory");
+    let elsewhere = TempDir::with_prefix("portcullis-elsewhere-")?;
+    copy_sources(paths::workspace(), elsewhere.path())?;
+    let mut build = cargo(&[]);
+    build.current_dir(elsewhere.path()).env("CARGO_TARGET_DIR", elsewhere.path().join("target"));
+    filter_build::compile(build, "filter", &[])?;
+    let again = elsewhere.path().join("portcullis.wasm");
+    strip(&compiled(&elsewhere.path().join("target"), "filter"), &again)?;
+    let shipped = paths::target().join("portcullis.wasm");
+    let same = std::fs::read(&again)? == std::fs::read(&shipped)?;
+    ensure!(same, "{} is not what the same sources become in another directory", shipped.display());
+    Ok(())
+}
+
+/// Copies a directory without what cargo and git keep there.
+fn copy_sources(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let (entry, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+        if name == "target" || name == ".git" {
+            continue;
+        }
+        if entry.is_dir() {
+            copy_sources(&entry, &to.join(name))?;
+        } else {
+            std::fs::copy(&entry, to.join(name)).with_context(|| format!("cannot copy {}", entry.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn compile(package: &str, more: &[&str]) -> Result<()> {

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
 mod config;
+mod containers;
 mod cors;
 mod definitions;
 mod existing;

@@ -1,0 +1,57 @@
+//! The files that containers are made of, read without a container engine: what [`compose`] and [`dockerfile`] say, and
+//! whether it fits together.
+
+pub mod compose;
+pub mod dockerfile;
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use self::compose::Compose;
+use self::dockerfile::Dockerfile;
+
+/// Checks docker-compose.yml and the Dockerfile below `root`: all that they name is there.
+///
+/// # Errors
+/// What does not fit, one fault a line.
+pub fn check(root: &Path) -> Result<()> {
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).with_context(|| format!("cannot read {name}"));
+    let (compose, dockerfile) =
+        (Compose::parse(&read("docker-compose.yml")?)?, Dockerfile::parse(&read("Dockerfile")?)?);
+    let ignored = dockerfile::Ignored::parse(&read(".dockerignore")?);
+    let mut faults = dockerfile.faults(root, &ignored);
+    faults.extend(compose.faults(&dockerfile));
+    faults.extend(toolchain(&dockerfile, &read("rust-toolchain.toml")?));
+    ensure!(faults.is_empty(), "{}", faults.join("\n"));
+    Ok(())
+}
+
+/// The image of the toolchain has the version that rust-toolchain.toml names: with another, rustup would download a second
+/// one in every build.
+fn toolchain(dockerfile: &Dockerfile, toolchain: &str) -> Option<String> {
+    let channel = toolchain.lines().find_map(|line| line.strip_prefix("channel = "))?.trim_matches('"');
+    let wanted = format!("rust:{channel}-bookworm");
+    let missing = !dockerfile.stages.iter().any(|stage| stage.base == wanted);
+    missing.then(|| format!("Dockerfile: no stage starts from {wanted}, as rust-toolchain.toml asks for"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::paths;
+
+    #[test]
+    fn the_files_that_are_shipped_fit_together() {
+        check(paths::workspace()).unwrap();
+    }
+
+    #[test]
+    fn a_toolchain_of_another_version_than_the_workspace_asks_for_is_a_fault() {
+        let dockerfile = Dockerfile::parse("FROM rust:1.95.0-bookworm AS a\n").unwrap();
+        assert_eq!(toolchain(&dockerfile, "[toolchain]\nchannel = \"1.95.0\"\n"), None);
+        assert!(
+            toolchain(&dockerfile, "[toolchain]\nchannel = \"1.96.0\"\n").unwrap().contains("rust:1.96.0-bookworm")
+        );
+    }
+}

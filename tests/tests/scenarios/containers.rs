@@ -1,0 +1,277 @@
+//! What the containers run, without a container engine: the scripts, environments and health checks of docker-compose.yml
+//! with real processes. Only addresses and directories are replaced.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use portcullis_tests::containers::compose::Compose;
+use portcullis_tests::demo::DemoApi;
+use portcullis_tests::log::Log;
+use portcullis_tests::postgres::Postgres;
+use portcullis_tests::process::{Process, Signal};
+use portcullis_tests::rest::Rest;
+use portcullis_tests::tools::{self, silently};
+use portcullis_tests::wait::eventually;
+use portcullis_tests::{http, paths};
+use tempfile::TempDir;
+
+/// All that a URL, a shell or YAML could stumble over.
+const PASSWORD: &str = "a/b #c@d:e%f?g&h'i\"j\\k$l{m}ü";
+
+/// A directory in place of the images and the volume.
+struct Containers {
+    home: TempDir,
+    compose: Compose,
+}
+
+impl Containers {
+    fn new() -> Result<Self> {
+        let home = TempDir::with_prefix("portcullis-containers-")?;
+        let (programs, secrets) = (home.path().join("bin"), home.path().join("secrets"));
+        std::fs::create_dir_all(&programs)?;
+        std::fs::create_dir_all(secrets)?;
+        let root = paths::workspace();
+        for script in ["make-secrets", "probe", "portcullis-envoy"] {
+            symlink(root.join("containers").join(script), programs.join(script))?;
+        }
+        symlink(paths::control_plane(), programs.join("control-plane"))?;
+        symlink(tools::envoy(&silently)?, programs.join("envoy"))?;
+        for file in ["minimal.yaml", "demo-policies.json"] {
+            std::fs::copy(root.join("envoy").join(file), home.path().join(file))?;
+        }
+        std::fs::copy(paths::wasm(), home.path().join("portcullis.wasm"))?;
+        let compose = Compose::parse(&std::fs::read_to_string(root.join("docker-compose.yml"))?)?;
+        Ok(Self { home, compose })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    fn secret(&self, name: &str) -> Result<String> {
+        let text = std::fs::read_to_string(self.path("secrets").join(name)).with_context(|| name.to_owned())?;
+        Ok(text.trim_end_matches('\n').to_owned())
+    }
+
+    /// A program of the images, with nothing of this machine's settings.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env_clear().env("PATH", format!("{}:{path}", self.path("bin").display()));
+        command.current_dir(self.home.path());
+        command
+    }
+
+    fn make_secrets(&self, given: &[(&str, &str)]) -> Result<Output> {
+        let mut make = self.command("make-secrets");
+        Ok(make.arg(self.path("secrets")).envs(given.iter().copied()).output()?)
+    }
+
+    /// A program with the environment that its service has.
+    fn service(&self, program: &str, service: &str) -> Command {
+        let mut command = self.command(program);
+        let secrets = self.path("secrets").display().to_string();
+        for (name, value) in self.compose.environment(service) {
+            let demo = self.path("demo-policies.json").display().to_string();
+            let value = value.replace("/etc/portcullis/demo-policies.json", &demo);
+            command.env(name, value.replace("/secrets", &secrets));
+        }
+        command
+    }
+
+    /// Runs the health check of a service, with something in it replaced.
+    fn health(&self, service: &str, replaced: &str, by: &str) -> Result<bool> {
+        let words = self.compose.health_check(service)?;
+        ensure!(words.iter().any(|word| word.contains(replaced)), "{service}: no {replaced} in {words:?}");
+        let mut words = words.into_iter().map(|word| word.replace(replaced, by));
+        let mut check = self.command(&words.next().context("no command")?);
+        Ok(check.args(words).output()?.status.success())
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
+}
+
+fn mode(file: &Path) -> Result<u32> {
+    Ok(std::fs::metadata(file)?.permissions().mode() & 0o777)
+}
+
+#[test]
+fn secrets_are_made_on_the_first_start_and_kept_on_the_second() -> Result<()> {
+    let containers = Containers::new()?;
+    let first = containers.make_secrets(&[])?;
+    assert!(first.status.success(), "{}", said(&first));
+    let files = [("admin.key", 0o400), ("database.password", 0o400), ("pepper", 0o440), ("sync.key", 0o440)];
+    let made = files.map(|(file, _)| containers.secret(file).unwrap());
+    let [admin, password, pepper, sync] = &made;
+    assert!(contract::key::check(admin).is_ok() && contract::key::check(sync).is_ok() && admin != sync);
+    assert!(contract::pepper::Pepper::parse(pepper).is_ok());
+    assert!(password.len() == 64 && password != pepper);
+    let there: Vec<_> = std::fs::read_dir(containers.path("secrets"))?.collect();
+    assert_eq!(there.len(), files.len());
+    for (file, wanted) in files {
+        assert_eq!(mode(&containers.path("secrets").join(file))?, wanted, "{file}");
+        // What it says is for everybody's eyes.
+        assert!(said(&first).contains(file) && !said(&first).contains(&containers.secret(file)?));
+    }
+
+    let second = containers.make_secrets(&[])?;
+    assert!(second.status.success() && said(&second).is_empty(), "{}", said(&second));
+    assert_eq!(files.map(|(file, _)| containers.secret(file).unwrap()), made);
+
+    // A secret that is given takes the place of the one that was kept; but PostgreSQL has its password already.
+    let given = containers.make_secrets(&[("PORTCULLIS_ADMIN_KEY", sync), ("POSTGRES_PASSWORD", password)])?;
+    assert!(given.status.success(), "{}", said(&given));
+    assert_eq!(&containers.secret("admin.key")?, sync);
+    let other = containers.make_secrets(&[("POSTGRES_PASSWORD", PASSWORD)])?;
+    assert!(!other.status.success() && said(&other).contains("POSTGRES_PASSWORD differs"), "{}", said(&other));
+    assert_eq!(&containers.secret("database.password")?, password);
+    Ok(())
+}
+
+/// A server that asks the role `portcullis` for its password.
+async fn postgres_with_password(password: &str) -> Result<Postgres> {
+    let server = Postgres::private().await?;
+    let database = server.database("portcullis").await?;
+    let quoted = password.replace('\'', "''");
+    let hba = "local all postgres trust\nlocal all all scram-sha-256\n";
+    database.execute(&format!("create role portcullis login superuser password '{quoted}'")).await?;
+    let file = database.text("show hba_file").await?;
+    // Everything after the first line is a line of its own.
+    let copy = hba.trim_end().replace('\n', "'), ('");
+    database.execute(&format!("copy (values ('{copy}')) to '{file}'")).await?;
+    database.execute("select pg_reload_conf()").await?;
+    Ok(server)
+}
+
+async fn address_in(file: &Path, process: &Process) -> Result<SocketAddr> {
+    let written = async || match process.must_run() {
+        Err(error) => Some(Err(error)),
+        Ok(()) => std::fs::read_to_string(file).ok()?.trim().parse().ok().map(Ok),
+    };
+    eventually("an address", written).await?
+}
+
+/// Starts Envoy as its image does.
+async fn envoy(
+    containers: &Containers,
+    control_plane: SocketAddr,
+    more: &[(&str, &str)],
+    log: &Log,
+) -> Result<(Process, SocketAddr)> {
+    let mut envoy = containers.service("portcullis-envoy", "envoy");
+    let admin_file = containers.path("admin.address");
+    let _ = std::fs::remove_file(&admin_file);
+    envoy.args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning", "--admin-address-path"]);
+    envoy.arg(&admin_file).env("LISTEN", "127.0.0.1:0").env("ADMIN", "127.0.0.1:0");
+    envoy.env("CONTROL_PLANE", control_plane.to_string()).envs(more.iter().copied());
+    let envoy = Process::spawn("Envoy", envoy, log, Signal::SIGKILL)?;
+    let admin = address_in(&admin_file, &envoy).await?;
+    Ok((envoy, admin))
+}
+
+async fn listener(admin: SocketAddr) -> Result<SocketAddr> {
+    let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
+    let port = listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"].as_u64();
+    Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port.context("no listener")?.try_into()?)))
+}
+
+#[tokio::test]
+async fn the_stack_of_the_containers_works_with_any_password_and_its_health_checks_tell() -> Result<()> {
+    let containers = Containers::new()?;
+    let made = containers.make_secrets(&[("POSTGRES_PASSWORD", PASSWORD)])?;
+    assert!(made.status.success(), "{}", said(&made));
+    let postgres = postgres_with_password(PASSWORD).await?;
+    let url = postgres.url("portcullis").replace("postgres://postgres@", "postgres://portcullis@");
+    let (_, sockets) = url.split_once("?host=").context("no directory of sockets")?;
+    // As a client of that server's version.
+    symlink(tools::postgres(&silently)?.join("pg_isready"), containers.path("bin/pg_isready"))?;
+    assert!(containers.health("postgres", "127.0.0.1", sockets)?);
+    assert!(!containers.health("postgres", "127.0.0.1", "/nowhere")?);
+
+    // Envoy comes first here, so that its health check has something to wait for.
+    let demo = DemoApi::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+    let address = free_address()?;
+    let log = Log::create(&containers.path("envoy.log"))?;
+    let upstream = demo.address().to_string();
+    let demo_policies = [("UPSTREAM", upstream.as_str()), ("POLICIES", "demo-policies.json")];
+    let (envoy_process, admin) = envoy(&containers, address, &demo_policies, &log).await?;
+    let (admin_port, rest_port) = (admin.port().to_string(), address.port().to_string());
+    let live = async || http::get(admin, "/ready").await.ok().filter(|reply| reply.status == 200);
+    eventually("Envoy to be live", live).await?;
+    assert!(!containers.health("envoy", "9901", &admin_port)?, "healthy without keys");
+    assert!(!containers.health("control-plane", "8081", &rest_port)?, "healthy without a process");
+
+    let control_plane_log = Log::create(&containers.path("control-plane.log"))?;
+    let mut serve = containers.service("control-plane", "control-plane");
+    serve.args(["serve", "--log-format", "json", "--listen"]).arg(address.to_string()).env("DATABASE_URL", &url);
+    let _control_plane = Process::spawn("the control plane", serve, &control_plane_log, Signal::SIGKILL)?;
+    let healthy = async |service: &str, port: &str, its: &str| {
+        eventually(service, async || containers.health(service, port, its).ok().filter(|healthy| *healthy)).await
+    };
+    healthy("control-plane", "8081", &rest_port).await?;
+    healthy("envoy", "9901", &admin_port).await?;
+
+    // The keys and the pepper came from the files, and so did the policies of the demo.
+    let admin_key = contract::key::Secret::from_presented(containers.secret("admin.key")?);
+    let rest = Rest { address: address, key: admin_key };
+    let key = rest.generate("ada@example.com").await?;
+    let gate = listener(admin).await?;
+    let status = async |path: &str, key: Option<&str>| {
+        Ok::<_, anyhow::Error>(http::send(gate, http::get_request(path, key)?).await?.status)
+    };
+    let good = async || (status("/orders", Some(&key)).await.ok()? == 200).then_some(());
+    eventually("the key to reach Envoy", good).await?;
+    assert_eq!(status("/orders", None).await?, 401);
+    assert_eq!(status("/reports", Some(&key)).await?, 403);
+    assert_eq!(status("/status", None).await?, 200);
+    let log_of_probes = control_plane_log.lines_with("/readyz");
+    assert!(log_of_probes.iter().all(|line| line.contains("503")), "{log_of_probes:?}");
+    assert!(!log.text().contains("/stats") && !log.text().contains("/ready"));
+    envoy_process.stop(Signal::SIGTERM).await?;
+
+    // In front of somebody's own API there are no policies of the demo.
+    let (_envoy, admin) = envoy(&containers, address, &demo_policies[..1], &log).await?;
+    healthy("envoy", "9901", &admin.port().to_string()).await?;
+    assert_eq!(http::get(listener(admin).await?, "/status").await?.status, 401);
+    Ok(())
+}
+
+fn free_address() -> Result<SocketAddr> {
+    // The operating system gives others first before it gives this one again.
+    Ok(std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+#[test]
+fn a_setting_that_cannot_be_is_named_and_nothing_starts() -> Result<()> {
+    let containers = Containers::new()?;
+    let refused = |settings: &[(&str, &str)]| -> Result<String> {
+        let output = containers.command("portcullis-envoy").envs(settings.iter().copied()).output()?;
+        assert!(!output.status.success() && output.stdout.is_empty(), "{}", said(&output));
+        Ok(said(&output))
+    };
+    for (settings, error) in [
+        (&[("UPSTREAM", "api")][..], "UPSTREAM: api is not of the form host:port"),
+        (
+            &[("UPSTREAM", "https://api:443")],
+            "UPSTREAM: https://api:443: TLS to the upstream needs an Envoy configuration",
+        ),
+        (&[("UPSTREAM", "api:65536")], "UPSTREAM: api:65536: the port must be a number from 1 to 65535"),
+        (&[("UPSTREAM", "a\" }:1")], "UPSTREAM: a\" }:1 is not of the form host:port"),
+        (&[("POLICIES", "none.json")], "POLICIES: cannot read none.json"),
+        (&[("PORTCULLIS_SYNC_KEY_FILE", "none")], "PORTCULLIS_SYNC_KEY_FILE: cannot read none"),
+        (
+            &[("PORTCULLIS_PEPPER", "x"), ("PORTCULLIS_PEPPER_FILE", "minimal.yaml")],
+            "PORTCULLIS_PEPPER and PORTCULLIS_PEPPER_FILE are both set; set one of them",
+        ),
+    ] {
+        let said = refused(settings)?;
+        assert!(said.starts_with(&format!("portcullis-envoy: {error}")), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    Ok(())
+}
