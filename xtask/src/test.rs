@@ -90,7 +90,11 @@ pub(crate) async fn test(options: &Options) -> Result<()> {
     }
     say("\n=== summary");
     for (name, done, took) in &results {
-        let verdict = if done.is_ok() { "ok" } else { "FAILED" };
+        let verdict = match done {
+            Ok(Done::Yes) => "ok",
+            Ok(Done::NotHere(why)) => why,
+            Err(_) => "FAILED",
+        };
         say(&format!("{name:<16} {:>6.1} s  {verdict}", took.as_secs_f64()));
     }
     let total: Duration = results.iter().map(|(_, _, took)| *took).sum();
@@ -98,6 +102,13 @@ pub(crate) async fn test(options: &Options) -> Result<()> {
     let failed = results.iter().filter(|(_, done, _)| done.is_err()).count();
     ensure!(failed == 0, "{failed} of {} steps failed", results.len());
     Ok(())
+}
+
+/// The result of a step that did not fail.
+enum Done {
+    Yes,
+    /// This machine lacks what the step needs; says what.
+    NotHere(&'static str),
 }
 
 impl Step {
@@ -108,7 +119,7 @@ impl Step {
         (name, what)
     }
 
-    async fn run(self) -> Result<()> {
+    async fn run(self) -> Result<Done> {
         match self {
             Self::Fmt => run(cargo(&["fmt", "--all", "--check"]))?,
             Self::Clippy => {
@@ -175,7 +186,7 @@ impl Step {
                 together?;
             }
         }
-        Ok(())
+        Ok(Done::Yes)
     }
 }
 

@@ -218,7 +218,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
 
     // The keys and the pepper came from the files, and so did the policies of the demo.
     let admin_key = contract::key::Secret::from_presented(containers.secret("admin.key")?);
-    let rest = Rest { address: address, key: admin_key };
+    let rest = Rest { address, key: admin_key };
     let key = rest.generate("ada@example.com").await?;
     let gate = listener(admin).await?;
     let status = async |path: &str, key: Option<&str>| {
