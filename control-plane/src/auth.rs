@@ -112,6 +112,12 @@ impl Caller {
         Err(ApiError::Forbidden("This key manages its owner's data only. Use a key with the scope admin.".into()))
     }
 
+    /// Whether the caller presented the secret of this number, rather than one that was rotated away.
+    #[must_use]
+    pub const fn presents(&self, generation: i32) -> bool {
+        self.generation == generation.cast_unsigned()
+    }
+
     /// Whether the caller may see and manage a key of this owner.
     #[must_use]
     pub fn manages(&self, owner_id: Uuid) -> bool {
@@ -221,7 +227,7 @@ impl Caller {
     /// # Errors
     /// 403.
     pub fn require_rotatable(&self, id: Uuid, generation: i32) -> Result<(), ApiError> {
-        if self.key_id == id && self.generation != generation.cast_unsigned() {
+        if self.key_id == id && !self.presents(generation) {
             return Err(ApiError::Forbidden("An old secret does not rotate its key. Use the present one.".into()));
         }
         if self.key_id == id || self.is_admin() {

@@ -9,7 +9,7 @@
 //! without being asked for, [`statistics`] among them; [`metric`] lists the metrics; [`pepper`] is that of imported
 //! keys; [`serve`] starts and stops it all; it [`listen`]s, with [`tls`] or without, for
 //! [`connection`]s that lose nothing; [`admission`] bounds connections, [`delivery`] ends responses that are not taken,
-//! [`wait_budget`] is how long a client may keep it waiting.
+//! [`wait_budget`] is how long a client may keep it waiting, and [`transaction`] awaits the end of each transaction.
 
 #![forbid(unsafe_code)]
 
@@ -40,6 +40,7 @@ pub mod statistics;
 pub mod sync;
 pub mod telemetry;
 pub mod tls;
+pub mod transaction;
 pub mod usage;
 pub mod user;
 pub mod wait_budget;

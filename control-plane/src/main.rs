@@ -15,6 +15,7 @@ use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_ex
 use control_plane::key::import::Import;
 use control_plane::key::store::{self as keys, NewKey};
 use control_plane::sync::feed;
+use control_plane::transaction::transact;
 use control_plane::{http, serve, usage};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -62,9 +63,9 @@ async fn run(command: Command) -> Result<(), Failure> {
                 ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
             };
             let pool = connect(&database).await?;
-            let mut transaction = pool.begin().await?;
-            let keys::Made { key, secret, .. } = keys::create(&mut transaction, &Actor::system(), new).await?;
-            transaction.commit().await?;
+            let made =
+                transact(&pool, async |connection| keys::create(connection, &Actor::system(), new).await).await?;
+            let keys::Made { key, secret, .. } = made;
             writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
             print(secret.reveal())
         }

@@ -13,6 +13,7 @@ use crate::error::ApiError;
 use crate::key::domain::Email;
 use crate::key::quota::{Whose, refresh_starters};
 use crate::key::store::lock_user;
+use crate::transaction::transact;
 
 /// A user.
 #[derive(Clone, Debug)]
@@ -97,26 +98,26 @@ pub async fn set_plan(
     plan: Option<&Name>,
     condition: &Condition,
 ) -> Result<User, ApiError> {
-    let mut transaction = pool.begin().await?;
-    let user = lock_user(&mut transaction, email).await?;
-    condition.check(user.version)?;
-    let number = match plan {
-        Some(plan) => numbers(&mut transaction, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),
-        None => None,
-    };
-    let changed = sqlx::query!(
-        "update user_preferences set plan_number = $2 where id = $1 and plan_number is distinct from $2",
-        user.id,
-        number
-    )
-    .execute(&mut *transaction)
-    .await?;
-    if changed.rows_affected() > 0 {
-        refresh_starters(&mut transaction, Whose::Owner(user.id)).await?;
-        let detail = json!({"plan": plan.map(Name::as_str)});
-        audit::note(&mut transaction, actor, Deed::to("user.change", email.as_str(), detail)).await?;
-    }
-    let user = get(&mut *transaction, email).await?.ok_or(sqlx::Error::RowNotFound)?;
-    transaction.commit().await?;
-    Ok(user)
+    transact(pool, async |connection| {
+        let user = lock_user(connection, email).await?;
+        condition.check(user.version)?;
+        let number = match plan {
+            Some(plan) => numbers(connection, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),
+            None => None,
+        };
+        let changed = sqlx::query!(
+            "update user_preferences set plan_number = $2 where id = $1 and plan_number is distinct from $2",
+            user.id,
+            number
+        )
+        .execute(&mut *connection)
+        .await?;
+        if changed.rows_affected() > 0 {
+            refresh_starters(connection, Whose::Owner(user.id)).await?;
+            let detail = json!({"plan": plan.map(Name::as_str)});
+            audit::note(connection, actor, Deed::to("user.change", email.as_str(), detail)).await?;
+        }
+        Ok(get(&mut *connection, email).await?.ok_or(sqlx::Error::RowNotFound)?)
+    })
+    .await
 }

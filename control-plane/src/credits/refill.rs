@@ -6,6 +6,7 @@ use time::OffsetDateTime;
 
 use super::store::{Locked, book, open};
 use super::{Kind, Refill};
+use crate::transaction::transact;
 
 /// Most periods that are made up for at once. Beyond, the schedule goes on from now.
 const MISSED: i32 = 400;
@@ -16,21 +17,20 @@ const MISSED: i32 = 400;
 /// Those of the database; what was booked until then stays booked.
 pub async fn refill(pool: &PgPool) -> Result<usize, sqlx::Error> {
     let mut owners = 0;
-    while refill_one(pool).await? {
+    while transact(pool, async |connection| refill_one(connection).await).await? {
         owners += 1;
     }
     Ok(owners)
 }
 
 /// Books what is due of one owner whom no other replica is at. Says whether there was one.
-async fn refill_one(pool: &PgPool) -> Result<bool, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
+async fn refill_one(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let due = sqlx::query!(
         r#"select id, balance, metered, credits_starter, credits_turn, refill as "refill: Json<serde_json::Value>",
             refill_at as "refill_at!"
         from user_preferences where refill_at <= now() order by refill_at limit 1 for no key update skip locked"#
     )
-    .fetch_optional(&mut *transaction)
+    .fetch_optional(&mut *connection)
     .await?;
     let Some(row) = due else { return Ok(false) };
     let owner = Locked {
@@ -42,14 +42,13 @@ async fn refill_one(pool: &PgPool) -> Result<bool, sqlx::Error> {
     };
     let refill: Option<Refill> = row.refill.and_then(|refill| serde_json::from_value(refill.0).ok());
     let next = match &refill {
-        Some(refill) => book_all(&mut transaction, &owner, refill, row.refill_at).await?,
+        Some(refill) => book_all(connection, &owner, refill, row.refill_at).await?,
         // Put there by hand, and nothing that can be booked.
         None => None,
     };
     sqlx::query!("update user_preferences set refill_at = $2 where id = $1", owner.id, next)
-        .execute(&mut *transaction)
+        .execute(&mut *connection)
         .await?;
-    transaction.commit().await?;
     Ok(true)
 }
 

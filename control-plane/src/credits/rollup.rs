@@ -2,7 +2,9 @@
 //! and UTC day, and for each stretch between other rows, so that the balance beside every row that stays is still the sum
 //! of all rows up to it.
 
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
+
+use crate::transaction::transact;
 
 /// What the merged rows are marked with.
 pub const NOTE: &str = "sum of a day";
@@ -12,21 +14,29 @@ pub const NOTE: &str = "sum of a day";
 /// # Errors
 /// Those of the database; the ledger is as it was then.
 pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
+    let gone = transact(pool, async |connection| roll_up_a_day(connection, detail_days).await).await?;
+    let Some(gone) = gone else { return Ok(0) };
+    metrics::counter!("portcullis_ledger_rows_rolled_up_total").increment(gone);
+    // At least the day is done, even if each owner had one row.
+    Ok(gone.max(1))
+}
+
+/// Merges the rows of the oldest day. Says how many rows went; none if there is no such day, or another replica is at it.
+async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Result<Option<u64>, sqlx::Error> {
     // One replica at a time.
     let ours = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock(hashtext('portcullis.roll_up')) as "ours!""#);
-    if !ours.fetch_one(&mut *transaction).await? {
-        return Ok(0);
+    if !ours.fetch_one(&mut *connection).await? {
+        return Ok(None);
     }
     let day = sqlx::query_scalar!(
         "select date_trunc('day', min(at), 'UTC') from ledger where kind = 'usage' and note = ''
             and at < date_trunc('day', now() - make_interval(days => $1), 'UTC')",
         detail_days
     )
-    .fetch_one(&mut *transaction)
+    .fetch_one(&mut *connection)
     .await?;
-    let Some(day) = day else { return Ok(0) };
-    sqlx::query!("set local portcullis.roll_up = 'on'").execute(&mut *transaction).await?;
+    let Some(day) = day else { return Ok(None) };
+    sqlx::query!("set local portcullis.roll_up = 'on'").execute(&mut *connection).await?;
     // The last row of each stretch has the balance of the stretch's end: it takes the others' amounts.
     let gone = sqlx::query_scalar!(
         r#"with spans as (
@@ -57,10 +67,7 @@ pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error
         day,
         NOTE
     )
-    .fetch_one(&mut *transaction)
+    .fetch_one(&mut *connection)
     .await?;
-    transaction.commit().await?;
-    metrics::counter!("portcullis_ledger_rows_rolled_up_total").increment(gone.cast_unsigned());
-    // At least the day is done, even if each owner had one row.
-    Ok(gone.cast_unsigned().max(1))
+    Ok(Some(gone.cast_unsigned()))
 }

@@ -11,6 +11,7 @@ use crate::audit::{self, Actor, Deed};
 use crate::condition::Condition;
 use crate::error::ApiError;
 use crate::key::domain::Email;
+use crate::transaction::transact;
 
 /// How far below zero usage can bring a balance: no honest usage comes near, and a forged one must not stop those that are
 /// booked with it.
@@ -137,13 +138,22 @@ pub async fn change(
     change: Change,
     condition: &Condition,
 ) -> Result<Option<Account>, ApiError> {
-    let mut transaction = pool.begin().await?;
+    transact(pool, async |connection| change_in(connection, actor, email, change, condition).await).await
+}
+
+async fn change_in(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    email: &Email,
+    change: Change,
+    condition: &Condition,
+) -> Result<Option<Account>, ApiError> {
     let known = sqlx::query!(
         "select id, balance, metered, credits_starter, credits_turn, version from user_preferences
         where email = $1 for no key update",
         email.as_str()
     );
-    let Some(known) = known.fetch_optional(&mut *transaction).await? else { return Ok(None) };
+    let Some(known) = known.fetch_optional(&mut *connection).await? else { return Ok(None) };
     condition.check(Some(known.version))?;
     let owner = Locked {
         id: known.id,
@@ -155,10 +165,10 @@ pub async fn change(
     let scheduled = matches!(change.refill, Some(Some(_)));
     let metered = change.metered.unwrap_or(owner.metered || scheduled);
     if metered != owner.metered {
-        open(&mut transaction, &owner, metered, owner.balance).await?;
+        open(connection, &owner, metered, owner.balance).await?;
     }
     if let Some(refill) = &change.refill {
-        set_refill(&mut transaction, owner.id, refill.as_ref()).await?;
+        set_refill(connection, owner.id, refill.as_ref()).await?;
     }
     let mut detail = serde_json::Map::new();
     if metered != owner.metered {
@@ -167,9 +177,8 @@ pub async fn change(
     if let Some(refill) = &change.refill {
         detail.insert("refill".into(), serde_json::to_value(refill).unwrap_or_default());
     }
-    audit::note(&mut transaction, actor, Deed::to("credits.change", email.as_str(), detail.into())).await?;
-    let account = account(&mut *transaction, email).await?;
-    transaction.commit().await?;
+    audit::note(connection, actor, Deed::to("credits.change", email.as_str(), detail.into())).await?;
+    let account = account(&mut *connection, email).await?;
     Ok(account)
 }
 

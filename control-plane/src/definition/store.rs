@@ -18,6 +18,7 @@ use crate::error::ApiError;
 use crate::key::domain::StoredLimit;
 use crate::key::quota::{QuotaBody, Whose, check_time_zone, refresh_starters};
 use crate::quota::Quota;
+use crate::transaction::transact;
 
 /// A role or a plan.
 #[derive(Clone, Debug)]
@@ -100,44 +101,57 @@ pub async fn put(
     condition: &Condition,
 ) -> Result<(Definition, bool), ApiError> {
     loop {
-        let mut transaction = pool.begin().await?;
-        if let Some(quota) = &content.quota {
-            check_time_zone(quota, &mut transaction).await?;
-        }
-        let present = sqlx::query_as!(
-            Definition,
-            r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
-                quota as "quota: Json<Quota>", version, created_at
-            from definitions where kind = $1 and name = $2 and not removed for no key update"#,
-            kind.name(),
-            name.as_str()
-        )
-        .fetch_optional(&mut *transaction)
-        .await?;
-        condition.check(present.as_ref().map(|present| present.version))?;
-        let made = present.is_none();
-        let put = match present {
-            Some(present) if present.says(content) => return Ok((present, false)),
-            Some(present) => Some(replace(&mut transaction, present.number, content).await?),
-            None => make(&mut transaction, kind, name, content).await?,
-        };
+        let put = transact(pool, async |connection| put_once(connection, actor, kind, name, content, condition).await);
         // Somebody else has just made it. It is replaced from the start, so that locks are taken in their order.
-        let Some(put) = put else { continue };
-        let action = match (kind, made) {
-            (Kind::Role, true) => "role.create",
-            (Kind::Role, false) => "role.change",
-            (Kind::Plan, true) => "plan.create",
-            (Kind::Plan, false) => "plan.change",
-        };
-        let mut detail = json!({"scopes": put.scopes});
-        if kind == Kind::Plan {
-            detail["rate_limits"] = json!(put.rate_limits);
-            detail["quota"] = json!(put.quota.as_ref().map(|quota| QuotaBody::of(quota)));
+        if let Some(put) = put.await? {
+            return Ok(put);
         }
-        audit::note(&mut transaction, actor, Deed::to(action, name.as_str(), detail)).await?;
-        transaction.commit().await?;
-        return Ok((put, made));
     }
+}
+
+/// Makes or replaces one, unless another transaction made it meanwhile.
+async fn put_once(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    kind: Kind,
+    name: &Name,
+    content: &Content,
+    condition: &Condition,
+) -> Result<Option<(Definition, bool)>, ApiError> {
+    if let Some(quota) = &content.quota {
+        check_time_zone(quota, connection).await?;
+    }
+    let present = sqlx::query_as!(
+        Definition,
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+            quota as "quota: Json<Quota>", version, created_at
+        from definitions where kind = $1 and name = $2 and not removed for no key update"#,
+        kind.name(),
+        name.as_str()
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    condition.check(present.as_ref().map(|present| present.version))?;
+    let made = present.is_none();
+    let put = match present {
+        Some(present) if present.says(content) => return Ok(Some((present, false))),
+        Some(present) => Some(replace(connection, present.number, content).await?),
+        None => make(connection, kind, name, content).await?,
+    };
+    let Some(put) = put else { return Ok(None) };
+    let action = match (kind, made) {
+        (Kind::Role, true) => "role.create",
+        (Kind::Role, false) => "role.change",
+        (Kind::Plan, true) => "plan.create",
+        (Kind::Plan, false) => "plan.change",
+    };
+    let mut detail = json!({"scopes": put.scopes});
+    if kind == Kind::Plan {
+        detail["rate_limits"] = json!(put.rate_limits);
+        detail["quota"] = json!(put.quota.as_ref().map(|quota| QuotaBody::of(quota)));
+    }
+    audit::note(connection, actor, Deed::to(action, name.as_str(), detail)).await?;
+    Ok(Some((put, made)))
 }
 
 async fn make(
@@ -204,13 +218,22 @@ pub async fn remove(
     name: &Name,
     condition: &Condition,
 ) -> Result<bool, ApiError> {
-    let mut transaction = pool.begin().await?;
+    transact(pool, async |connection| remove_in(connection, actor, kind, name, condition).await).await
+}
+
+async fn remove_in(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    kind: Kind,
+    name: &Name,
+    condition: &Condition,
+) -> Result<bool, ApiError> {
     let present = sqlx::query!(
         "select number, version from definitions where kind = $1 and name = $2 and not removed for update",
         kind.name(),
         name.as_str()
     )
-    .fetch_optional(&mut *transaction)
+    .fetch_optional(&mut *connection)
     .await?;
     condition.check(present.as_ref().map(|present| present.version))?;
     let Some(present) = present else { return Ok(false) };
@@ -223,7 +246,7 @@ pub async fn remove(
             (select count(*) from user_preferences where plan_number = $1) as "users!""#,
         present.number
     )
-    .fetch_one(&mut *transaction)
+    .fetch_one(&mut *connection)
     .await?;
     if uses.keys > 0 || uses.users > 0 {
         let users = if uses.users > 0 { format!(" and {}", counted(uses.users, "user")) } else { String::new() };
@@ -233,14 +256,13 @@ pub async fn remove(
         )));
     }
     sqlx::query!("update definitions set removed = true where number = $1", present.number)
-        .execute(&mut *transaction)
+        .execute(&mut *connection)
         .await?;
     let action = match kind {
         Kind::Role => "role.delete",
         Kind::Plan => "plan.delete",
     };
-    audit::note(&mut transaction, actor, Deed::to(action, name.as_str(), json!({}))).await?;
-    transaction.commit().await?;
+    audit::note(connection, actor, Deed::to(action, name.as_str(), json!({}))).await?;
     Ok(true)
 }
 

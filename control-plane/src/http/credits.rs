@@ -16,7 +16,7 @@ use crate::condition::{Condition, etag};
 use crate::credits::{self, Account, Change, Entry, Kind, Refill, parse_amount, parse_note};
 use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path, Query};
-use crate::http::once::{Answer, Begun, Once};
+use crate::http::once::{Answer, Once};
 use crate::http::paging;
 use crate::http::refusals::{Reading, Writing};
 use crate::http::user::ByEmail;
@@ -208,14 +208,12 @@ pub async fn credit(
     };
     let amount = parse_amount(body.amount, kind)?;
     let note = parse_note(body.note)?;
-    let mut doing = match once.begin(&app.pool, &caller).await? {
-        Begun::Before(answer) => return Ok(answer),
-        Begun::Now(doing) => doing,
-    };
-    let entry = credits::credit(doing.connection(), &caller.actor, &email, kind, amount, &note).await?;
-    let balance = entry.balance;
-    let answer = Answer::new(StatusCode::CREATED, &Credited { entry: entry.into(), balance })?;
-    let response = doing.answer(answer).await?;
+    let response = once.answer(&app.pool, &caller, async |connection| {
+        let entry = credits::credit(connection, &caller.actor, &email, kind, amount, &note).await?;
+        let balance = entry.balance;
+        Answer::new(StatusCode::CREATED, &Credited { entry: entry.into(), balance })
+    });
+    let response = response.await?;
     app.store.nudge();
     Ok(response)
 }

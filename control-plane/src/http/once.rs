@@ -15,11 +15,12 @@ use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use contract::hash::KeyHash;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sqlx::{PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{PgConnection, PgPool};
 
 use super::extract::{Json, json_line};
 use crate::auth::{Caller, KEY_HEADER};
 use crate::error::ApiError;
+use crate::transaction::transact;
 
 /// The header that names a request.
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -33,7 +34,8 @@ pub const KEPT_HOURS: i32 = 24;
 /// What the sealing key is derived with, so that nothing else that is ever derived from a secret is the same.
 const DOMAIN: &[u8] = b"portcullis idempotent reply v1\0";
 
-/// A request that may come again: the last argument of its handler. Its body is read with [`Once::body`].
+/// A request that may come again: the last argument of its handler. Its body is read with [`Once::body`]; it is done with
+/// [`Once::answer`].
 pub struct Once {
     named: Option<Named>,
     request: Request,
@@ -97,20 +99,6 @@ impl IntoResponse for Answer {
     }
 }
 
-/// What is to be done with a request.
-pub enum Begun {
-    /// It was done before: this is the answer.
-    Before(Response),
-    /// It is to be done now.
-    Now(Doing),
-}
-
-/// A request that is being done: a transaction that ends with [`Doing::answer`], or with nothing.
-pub struct Doing {
-    transaction: Transaction<'static, Postgres>,
-    named: Option<(Named, uuid::Uuid)>,
-}
-
 impl Once {
     /// Reads the body as JSON.
     ///
@@ -129,46 +117,37 @@ impl Once {
         if self.empty { Ok(T::default()) } else { self.body().await }
     }
 
-    /// Begins: looks whether it was done before. It can be called once all that needs no database has been judged.
+    /// Does `work` in a transaction and keeps its answer there. If the request was done before, its answer is given again and
+    /// `work` is left alone. To be called once all that needs no database has been judged.
     ///
     /// # Errors
-    /// 409 if it is being done, 422 if another request had its name; those of the database.
-    pub async fn begin(self, pool: &PgPool, caller: &Caller) -> Result<Begun, ApiError> {
-        let mut transaction = pool.begin().await?;
-        let Some(named) = self.named else { return Ok(Begun::Now(Doing { transaction, named: None })) };
-        let before = named.before(&mut transaction, caller.key_id).await;
-        if let Some(before) = before.transpose() {
-            // Before the answer: dropped, it would hold the name of the request for a while yet.
-            transaction.rollback().await?;
-            return before.map(|before| Begun::Before(before.into_response()));
-        }
-        Ok(Begun::Now(Doing { transaction, named: Some((named, caller.key_id)) }))
-    }
-}
-
-impl Doing {
-    /// Where it is done.
-    pub fn connection(&mut self) -> &mut PgConnection {
-        &mut self.transaction
-    }
-
-    /// Keeps the answer and commits it with the fact.
-    ///
-    /// # Errors
-    /// Those of the database and of the operating system's randomness; then nothing was done.
-    pub async fn answer(mut self, answer: Answer) -> Result<Response, ApiError> {
-        if let Some((named, caller)) = &self.named {
-            named.keep(&mut self.transaction, *caller, &answer).await?;
-        }
-        self.transaction.commit().await?;
-        Ok(answer.into_response())
+    /// 409 if it is being done; 403 for a retired secret and 422 for another request if the name was used before; those of
+    /// `work` and of the database. Then nothing was done.
+    pub async fn answer(
+        self,
+        pool: &PgPool,
+        caller: &Caller,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<Answer, ApiError>,
+    ) -> Result<Response, ApiError> {
+        let named = self.named;
+        let answer = transact(pool, async |connection| {
+            let Some(named) = named else { return work(connection).await };
+            if let Some(before) = named.before(connection, caller).await? {
+                return Ok(before);
+            }
+            let answer = work(connection).await?;
+            named.keep(connection, caller.key_id, &answer).await?;
+            Ok(answer)
+        });
+        Ok(answer.await?.into_response())
     }
 }
 
 impl Named {
-    async fn before(&self, connection: &mut PgConnection, caller: uuid::Uuid) -> Result<Option<Answer>, ApiError> {
+    async fn before(&self, connection: &mut PgConnection, caller: &Caller) -> Result<Option<Answer>, ApiError> {
+        let caller_id = caller.key_id;
         // Held until the transaction ends. Whoever gets it sees what the one before has committed.
-        let KeyHash(name) = KeyHash::of(&[caller.as_bytes(), self.key.as_bytes()].concat());
+        let KeyHash(name) = KeyHash::of(&[caller_id.as_bytes(), self.key.as_bytes()].concat());
         let lock = name.first_chunk().map_or(0, |first| i64::from_be_bytes(*first));
         let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, lock)
             .fetch_one(&mut *connection)
@@ -177,10 +156,12 @@ impl Named {
             return Err(ApiError::InProgress);
         }
         let kept = sqlx::query!(
-            r#"select fingerprint, status as "status!", location, etag, nonce as "nonce!", body as "body!"
-            from idempotent_replies
-            where caller_key_id = $1 and idempotency_key = $2 and created_at > now() - make_interval(hours => $3)"#,
-            caller,
+            r#"select r.fingerprint, r.status as "status!", r.location, r.etag, r.nonce as "nonce!", r.body as "body!",
+                k.generation
+            from idempotent_replies r join api_keys k on k.id = r.caller_key_id
+            where r.caller_key_id = $1 and r.idempotency_key = $2
+                and r.created_at > now() - make_interval(hours => $3)"#,
+            caller_id,
             self.key,
             KEPT_HOURS
         )
@@ -191,8 +172,14 @@ impl Named {
             let detail = "Another request had this Idempotency-Key. Give each request its own.";
             return Err(ApiError::Mismatch(detail));
         }
+        // The answer may hold the secret that replaced the caller's. Whoever stole a secret must not get its successor.
+        if !caller.presents(kept.generation) {
+            let detail = "This request was done before, and its answer is not given again to an old secret of the key. \
+                          Look at the result with the present secret, or ask an admin to rotate the key.";
+            return Err(ApiError::Forbidden(detail.into()));
+        }
         let nonce: [u8; 24] = kept.nonce.try_into().map_err(|_| ApiError::Internal("a nonce of odd length".into()))?;
-        let sealed = Payload { msg: &kept.body, aad: &self.bound(caller) };
+        let sealed = Payload { msg: &kept.body, aad: &self.bound(caller_id) };
         let body = self.cipher.decrypt(&XNonce::from(nonce), sealed).map_err(|_| {
             let detail =
                 "The first request came with another secret of this key, and only that one can read its answer.";

@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
 
 use super::extract::{Json, Path};
-use super::once::{Answer, Begun, Once};
+use super::once::{Answer, Once};
 use crate::App;
 use crate::auth::Caller;
 use crate::error::{ApiError, Problem};
 use crate::key::domain::{Email, KeyName, Timestamp};
 use crate::key::revoke::revoke_primary;
 use crate::key::store::{self, NewKey, PrimaryStatus};
+use crate::transaction::transact;
 
 /// Which user.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -183,15 +184,14 @@ pub async fn generate(State(app): State<App>, caller: Caller, mut once: Once) ->
     caller.require_owner_or_admin(&email)?;
     let mut new = NewKey::plain(email, name);
     caller.bind(&mut new);
-    let mut doing = match once.begin(&app.pool, &caller).await? {
-        Begun::Before(answer) => return Ok(answer),
-        Begun::Now(doing) => doing,
-    };
-    let may = |scopes: &[String]| caller.require_changeable(scopes);
-    let key = store::replace_primary(doing.connection(), &caller.actor, &new, may).await?;
-    let key_prefix = key.display_prefix();
-    let reply = GenerateReply { success: true, message: "API key generated successfully", key, key_prefix };
-    let response = doing.answer(Answer::new(StatusCode::OK, &reply)?).await?;
+    let response = once.answer(&app.pool, &caller, async |connection| {
+        let may = |scopes: &[String]| caller.require_changeable(scopes);
+        let key = store::replace_primary(connection, &caller.actor, &new, may).await?;
+        let key_prefix = key.display_prefix();
+        let reply = GenerateReply { success: true, message: "API key generated successfully", key, key_prefix };
+        Answer::new(StatusCode::OK, &reply)
+    });
+    let response = response.await?;
     app.store.nudge();
     Ok(response)
 }
@@ -218,12 +218,14 @@ pub async fn revoke(
 ) -> Result<Json<RevokeReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
-    let mut transaction = app.pool.begin().await?;
-    let may = |scopes: &[String]| caller.require_changeable(scopes);
-    if !revoke_primary(&mut transaction, &caller.actor, &email, may).await? {
-        return Err(ApiError::NotFound(format!("{email} has no API key.")));
-    }
-    transaction.commit().await?;
+    let revoked = transact(&app.pool, async |connection| {
+        let may = |scopes: &[String]| caller.require_changeable(scopes);
+        if !revoke_primary(connection, &caller.actor, &email, may).await? {
+            return Err(ApiError::NotFound(format!("{email} has no API key.")));
+        }
+        Ok(())
+    });
+    revoked.await?;
     app.store.nudge();
     Ok(Json(RevokeReply { success: true, message: "API key revoked successfully" }))
 }

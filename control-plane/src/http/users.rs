@@ -23,6 +23,7 @@ use crate::error::{ApiError, Problem};
 use crate::key::domain::{Email, Timestamp};
 use crate::key::permissions::said;
 use crate::key::revoke::revoke_all;
+use crate::transaction::transact;
 use crate::user::{self, User};
 
 /// How many keys a user has.
@@ -221,10 +222,10 @@ pub async fn revoke_keys(
 ) -> Result<Json<RevokeKeysReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
-    let mut transaction = app.pool.begin().await?;
-    let all = revoke_all(&mut transaction, &caller.actor, &email, caller.is_admin()).await?;
-    let all = all.ok_or_else(|| unknown(&email))?;
-    transaction.commit().await?;
+    let all = transact(&app.pool, async |connection| {
+        revoke_all(connection, &caller.actor, &email, caller.is_admin()).await?.ok_or_else(|| unknown(&email))
+    });
+    let all = all.await?;
     app.store.nudge();
     Ok(Json(RevokeKeysReply { revoked: all.revoked, kept: all.kept }))
 }

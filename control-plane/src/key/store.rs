@@ -22,6 +22,7 @@ use super::revoke::revoke_row;
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
 use crate::quota::Quota;
+use crate::transaction::transact;
 
 /// A key as people see it.
 #[derive(Clone, Debug)]
@@ -242,21 +243,24 @@ pub async fn insert_given(
     scopes: &Scopes,
     email: &Email,
 ) -> Result<bool, ApiError> {
-    let mut transaction = pool.begin().await?;
-    let user = lock_user(&mut transaction, email).await?;
-    let hash = secret.hash();
-    let there =
-        sqlx::query_scalar!(r#"select exists (select from api_keys where hash = $1) as "there!""#, hash.0.as_slice())
-            .fetch_one(&mut *transaction)
-            .await?;
-    if !there {
-        let new = NewKey { scopes: scopes.clone(), ..NewKey::plain(email.clone(), name.clone()) };
-        let id = Uuid::now_v7();
-        insert(&mut transaction, id, user.id, &new, &Resolved::default(), secret).await?;
-        audit::note(&mut transaction, &Actor::system(), Deed::to_key("key.create", id, told(&new))).await?;
-    }
-    transaction.commit().await?;
-    Ok(!there)
+    transact(pool, async |connection| {
+        let user = lock_user(connection, email).await?;
+        let hash = secret.hash();
+        let there = sqlx::query_scalar!(
+            r#"select exists (select from api_keys where hash = $1) as "there!""#,
+            hash.0.as_slice()
+        )
+        .fetch_one(&mut *connection)
+        .await?;
+        if !there {
+            let new = NewKey { scopes: scopes.clone(), ..NewKey::plain(email.clone(), name.clone()) };
+            let id = Uuid::now_v7();
+            insert(connection, id, user.id, &new, &Resolved::default(), secret).await?;
+            audit::note(connection, &Actor::system(), Deed::to_key("key.create", id, told(&new))).await?;
+        }
+        Ok(!there)
+    })
+    .await
 }
 
 /// A key that nobody else changes until the transaction ends.

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use contract::id::{KeyId, ReporterId};
 use contract::outcome::Outcome;
 use contract::usage::{Count, Grant, KeyRef, Report};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use sqlx::error::DatabaseError;
 use time::OffsetDateTime;
 use tracing::warn;
@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use super::draw::{Fresh, draw};
 use super::lease;
+use crate::transaction::transact;
 
 /// Reports of one reporter, in ascending order, and the key that they came under. A log line that is imported comes under
 /// no key: whoever can read Envoy's log and write to the database is trusted.
@@ -55,22 +56,35 @@ pub enum Applied {
 /// Those of the database; nothing is applied then.
 pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Applied>, sqlx::Error> {
     const OF_KEYS: [&str; 2] = ["key_usage_key_id_fkey", "usage_hourly_key_id_fkey"];
-    match apply_once(pool, submissions, false).await {
+    let applied = match transact(pool, async |connection| apply_once(connection, submissions, false).await).await {
         Err(error) => match error.as_database_error().and_then(DatabaseError::constraint) {
-            Some(constraint) if OF_KEYS.contains(&constraint) => apply_once(pool, submissions, true).await,
+            Some(constraint) if OF_KEYS.contains(&constraint) => {
+                transact(pool, async |connection| apply_once(connection, submissions, true).await).await
+            }
             _ => Err(error),
         },
         applied => applied,
+    };
+    let (applied, gaps) = applied?;
+    for Gap { reporter, last, next } in gaps {
+        metrics::counter!("portcullis_usage_gaps_total").increment(1);
+        warn!(%reporter, last, next, "reports of an Envoy are missing: it may have dropped them");
     }
+    Ok(applied)
+}
+
+/// Reports of an Envoy that never came: those between these numbers.
+struct Gap {
+    reporter: ReporterId,
+    last: u64,
+    next: u64,
 }
 
 async fn apply_once(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     submissions: &[Submission],
     some_are_unknown: bool,
-) -> Result<Vec<Applied>, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
-
+) -> Result<(Vec<Applied>, Vec<Gap>), sqlx::Error> {
     // The rows of all reporters, locked in one order by all replicas.
     let mut reporters: Vec<(Uuid, Option<Uuid>)> =
         submissions.iter().map(|submission| (submission.reporter.into(), submission.sync_key)).collect();
@@ -84,7 +98,7 @@ async fn apply_once(
         &ids,
         &keys as &[Option<Uuid>]
     )
-    .execute(&mut *transaction)
+    .execute(&mut *connection)
     .await?;
     let known = sqlx::query!(
         r#"select reporter, sync_key_id, last_seq, now() as "now!",
@@ -92,7 +106,7 @@ async fn apply_once(
         from usage_reporters where reporter = any($1) order by reporter for update"#,
         &ids
     )
-    .fetch_all(&mut *transaction)
+    .fetch_all(&mut *connection)
     .await?;
     let now = known.first().map_or_else(OffsetDateTime::now_utc, |row| row.now);
     let elapsed: HashMap<Uuid, f64> =
@@ -122,7 +136,7 @@ async fn apply_once(
         for report in &submission.reports {
             if report.seq > *seq {
                 if *seq > 0 && report.seq != *seq + 1 {
-                    gaps.push((submission.reporter, *seq, report.seq));
+                    gaps.push(Gap { reporter: submission.reporter, last: *seq, next: report.seq });
                 }
                 sums.add(&report.counts);
                 *seq = report.seq;
@@ -160,26 +174,21 @@ async fn apply_once(
         &keys as &[Option<Uuid>],
         &seqs
     )
-    .execute(&mut *transaction)
+    .execute(&mut *connection)
     .await?;
     let fresh: Vec<Fresh<'_>> = drawn.into_values().collect();
     if some_are_unknown {
-        sums.leave_out_unknown(&mut transaction).await?;
+        sums.leave_out_unknown(connection).await?;
     }
-    let drawing = sums.drawing(&mut transaction).await?;
-    let told = draw(&mut transaction, &fresh, &drawing, &repeated, now).await?;
-    sums.write(&mut transaction).await?;
-    transaction.commit().await?;
-    for (reporter, last, next) in gaps {
-        metrics::counter!("portcullis_usage_gaps_total").increment(1);
-        warn!(%reporter, last, next, "reports of an Envoy are missing: it may have dropped them");
-    }
+    let drawing = sums.drawing(connection).await?;
+    let told = draw(connection, &fresh, &drawing, &repeated, now).await?;
+    sums.write(connection).await?;
     for (submission, result) in submissions.iter().zip(&mut results) {
         if let (Applied::UpTo { grants, .. }, Some(told)) = (result, told.get(&submission.reporter.into())) {
             grants.clone_from(told);
         }
     }
-    Ok(results)
+    Ok((results, gaps))
 }
 
 /// Counts of several reports, added up by the rows of the tables, in the order of their primary keys. An insert from
@@ -217,7 +226,7 @@ impl Sums {
     }
 
     /// Leaves out keys that the database does not hold.
-    async fn leave_out_unknown(&mut self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+    async fn leave_out_unknown(&mut self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         let ids = self.keys();
         let known =
             sqlx::query_scalar!("select id from api_keys where id = any($1)", &ids).fetch_all(connection).await?;
@@ -232,7 +241,7 @@ impl Sums {
     }
 
     /// The keys that may draw from a stock. An index has them and no others, so that to ask costs little where there are few.
-    async fn drawing(&self, connection: &mut sqlx::PgConnection) -> Result<Vec<Uuid>, sqlx::Error> {
+    async fn drawing(&self, connection: &mut PgConnection) -> Result<Vec<Uuid>, sqlx::Error> {
         let ids = self.keys();
         if ids.is_empty() {
             return Ok(Vec::new());
@@ -248,7 +257,7 @@ impl Sums {
         .await
     }
 
-    async fn write(self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+    async fn write(self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         let (keys, totals): (Vec<KeyRef>, Vec<(u64, u64)>) = self.totals.into_iter().unzip();
         let (requests, last): (Vec<i64>, Vec<OffsetDateTime>) =
             totals.into_iter().map(|(requests, last_ms)| (signed(requests), time_of_ms(last_ms))).unzip();

@@ -6,13 +6,14 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::sync::Store;
+use crate::transaction::transact;
 
 /// Names the lock that the writer holds until it commits.
 const WRITER: i64 = 0x706f_7274_0000_0001;
@@ -84,9 +85,16 @@ pub async fn export_all(pool: &PgPool) -> Result<u64, sqlx::Error> {
 /// # Errors
 /// Those of the database; nothing is written then.
 pub async fn export(pool: &PgPool) -> Result<u64, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
+    let written = transact(pool, async |connection| write(connection).await).await?;
+    if written > 0 {
+        metrics::counter!("portcullis_usage_events_total").increment(written);
+    }
+    Ok(written)
+}
+
+async fn write(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
     let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, WRITER);
-    if !alone.fetch_one(&mut *transaction).await? {
+    if !alone.fetch_one(&mut *connection).await? {
         return Ok(0);
     }
     let written = sqlx::query!(
@@ -111,13 +119,9 @@ pub async fn export(pool: &PgPool) -> Result<u64, sqlx::Error> {
         group by c.key_id, k.owner_id, c.hour, c.outcome",
         TOGETHER
     )
-    .execute(&mut *transaction)
+    .execute(&mut *connection)
     .await?
     .rows_affected();
-    transaction.commit().await?;
-    if written > 0 {
-        metrics::counter!("portcullis_usage_events_total").increment(written);
-    }
     Ok(written)
 }
 

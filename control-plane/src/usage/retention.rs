@@ -4,10 +4,11 @@
 //! told as events yet wait. Reports that come late for an hour that has become a day make a row of their own, which moves
 //! with the next round. Several replicas take turns by a lock.
 
-use sqlx::{PgPool, Postgres, Transaction};
+use sqlx::{PgConnection, PgPool};
 use tracing::{info, warn};
 
 use super::events;
+use crate::transaction::transact;
 
 /// Names the lock of whoever moves rows.
 const MOVER: i64 = 0x706f_7274_0000_0002;
@@ -48,66 +49,72 @@ pub async fn tidy(pool: &PgPool, retention: Retention) {
 pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {
-        let Some(mut transaction) = alone(pool).await? else { return Ok(all) };
-        // Rows that a report is changing at the moment wait for the next round: nobody waits for anybody here.
-        let keyed = sqlx::query_scalar!(
-            r#"with old as materialized (
-                select key_id, hour, outcome, generation from usage_hourly
-                where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC') and not unexported
-                limit $2 for update skip locked
-            ),
-            moved as (
-                delete from usage_hourly u using old
-                where u.key_id = old.key_id and u.hour = old.hour and u.outcome = old.outcome
-                    and u.generation = old.generation
-                returning u.key_id, u.hour, u.outcome, u.requests, u.cost
-            ),
-            added as (
-                insert into usage_daily (key_id, day, outcome, requests, cost)
-                select key_id, date_trunc('day', hour, 'UTC'), outcome,
-                    least(sum(requests), 9223372036854775807)::bigint, least(sum(cost), 9223372036854775807)::bigint
-                from moved group by 1, 2, 3
-                on conflict (key_id, day, outcome) do update set
-                    requests = least(usage_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
-                    cost = least(usage_daily.cost, 9223372036854775807 - excluded.cost) + excluded.cost
-            )
-            select count(*) as "moved!" from moved"#,
-            days,
-            TOGETHER
-        )
-        .fetch_one(&mut *transaction)
-        .await?;
-        let keyless = sqlx::query_scalar!(
-            r#"with old as materialized (
-                select hour, outcome from usage_keyless_hourly
-                where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC')
-                limit $2 for update skip locked
-            ),
-            moved as (
-                delete from usage_keyless_hourly u using old where u.hour = old.hour and u.outcome = old.outcome
-                returning u.hour, u.outcome, u.requests
-            ),
-            added as (
-                insert into usage_keyless_daily (day, outcome, requests)
-                select date_trunc('day', hour, 'UTC'), outcome, least(sum(requests), 9223372036854775807)::bigint
-                from moved group by 1, 2
-                on conflict (day, outcome) do update set requests =
-                    least(usage_keyless_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests
-            )
-            select count(*) as "moved!" from moved"#,
-            days,
-            TOGETHER
-        )
-        .fetch_one(&mut *transaction)
-        .await?;
-        transaction.commit().await?;
-        let moved = keyed.saturating_add(keyless).cast_unsigned();
+        let moved = transact(pool, async |connection| roll_up_some(connection, days).await).await?;
         if moved == 0 {
             return Ok(all);
         }
         metrics::counter!("portcullis_usage_rows_rolled_up_total").increment(moved);
         all += moved;
     }
+}
+
+/// Moves some hours. Says how many rows moved; none while another replica moves rows.
+async fn roll_up_some(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    if !alone(connection).await? {
+        return Ok(0);
+    }
+    // Rows that a report is changing at the moment wait for the next round: nobody waits for anybody here.
+    let keyed = sqlx::query_scalar!(
+        r#"with old as materialized (
+            select key_id, hour, outcome, generation from usage_hourly
+            where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC') and not unexported
+            limit $2 for update skip locked
+        ),
+        moved as (
+            delete from usage_hourly u using old
+            where u.key_id = old.key_id and u.hour = old.hour and u.outcome = old.outcome
+                and u.generation = old.generation
+            returning u.key_id, u.hour, u.outcome, u.requests, u.cost
+        ),
+        added as (
+            insert into usage_daily (key_id, day, outcome, requests, cost)
+            select key_id, date_trunc('day', hour, 'UTC'), outcome,
+                least(sum(requests), 9223372036854775807)::bigint, least(sum(cost), 9223372036854775807)::bigint
+            from moved group by 1, 2, 3
+            on conflict (key_id, day, outcome) do update set
+                requests = least(usage_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
+                cost = least(usage_daily.cost, 9223372036854775807 - excluded.cost) + excluded.cost
+        )
+        select count(*) as "moved!" from moved"#,
+        days,
+        TOGETHER
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    let keyless = sqlx::query_scalar!(
+        r#"with old as materialized (
+            select hour, outcome from usage_keyless_hourly
+            where hour < date_trunc('day', now() - make_interval(days => $1), 'UTC')
+            limit $2 for update skip locked
+        ),
+        moved as (
+            delete from usage_keyless_hourly u using old where u.hour = old.hour and u.outcome = old.outcome
+            returning u.hour, u.outcome, u.requests
+        ),
+        added as (
+            insert into usage_keyless_daily (day, outcome, requests)
+            select date_trunc('day', hour, 'UTC'), outcome, least(sum(requests), 9223372036854775807)::bigint
+            from moved group by 1, 2
+            on conflict (day, outcome) do update set requests =
+                least(usage_keyless_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests
+        )
+        select count(*) as "moved!" from moved"#,
+        days,
+        TOGETHER
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    Ok(keyed.saturating_add(keyless).cast_unsigned())
 }
 
 /// Forgets days that began more than so many days ago. Says how many rows went.
@@ -117,26 +124,7 @@ pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
 pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {
-        let Some(mut transaction) = alone(pool).await? else { return Ok(all) };
-        let keyed = sqlx::query!(
-            "delete from usage_daily where ctid = any(array(
-                select ctid from usage_daily
-                where day < date_trunc('day', now() - make_interval(days => $1), 'UTC') limit $2
-            ))",
-            days,
-            TOGETHER
-        )
-        .execute(&mut *transaction)
-        .await?;
-        let keyless = sqlx::query!(
-            "delete from usage_keyless_daily
-            where day < date_trunc('day', now() - make_interval(days => $1), 'UTC')",
-            days
-        )
-        .execute(&mut *transaction)
-        .await?;
-        transaction.commit().await?;
-        let gone = keyed.rows_affected() + keyless.rows_affected();
+        let gone = transact(pool, async |connection| forget_some(connection, days).await).await?;
         if gone == 0 {
             return Ok(all);
         }
@@ -144,10 +132,33 @@ pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     }
 }
 
-/// A transaction whose owner alone moves rows; none while another replica does.
-async fn alone(pool: &PgPool) -> Result<Option<Transaction<'static, Postgres>>, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
+/// Forgets some days. Says how many rows went; none while another replica moves rows.
+async fn forget_some(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    if !alone(connection).await? {
+        return Ok(0);
+    }
+    let keyed = sqlx::query!(
+        "delete from usage_daily where ctid = any(array(
+            select ctid from usage_daily
+            where day < date_trunc('day', now() - make_interval(days => $1), 'UTC') limit $2
+        ))",
+        days,
+        TOGETHER
+    )
+    .execute(&mut *connection)
+    .await?;
+    let keyless = sqlx::query!(
+        "delete from usage_keyless_daily
+        where day < date_trunc('day', now() - make_interval(days => $1), 'UTC')",
+        days
+    )
+    .execute(&mut *connection)
+    .await?;
+    Ok(keyed.rows_affected() + keyless.rows_affected())
+}
+
+/// Whether this transaction alone moves rows, until it ends.
+async fn alone(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, MOVER);
-    let alone = alone.fetch_one(&mut *transaction).await?;
-    Ok(alone.then_some(transaction))
+    alone.fetch_one(connection).await
 }

@@ -162,19 +162,10 @@ async fn what_failed_has_left_nothing_and_may_come_again(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn the_database_alone_opens_no_answer_and_after_a_day_there_is_none(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
-    let (caller, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
     let first = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await;
     let kept: Vec<u8> = sqlx::query_scalar("select body from idempotent_replies").fetch_one(&pool).await.unwrap();
     assert!(kept.len() == first.body.len() + 16 && !kept.windows(8).any(|window| window == b"sk_live_"));
-
-    // Only the secret that the request came with can read its answer.
-    let (uri, grace) = (format!("/v1/keys/{caller}/rotate"), json!({"grace_seconds": 60}));
-    let rotated = fixture.call("POST", &uri, &admin, Some(&grace)).await.json();
-    let rotated = Secret::from_presented(rotated["key"].as_str().unwrap().into());
-    let detail = "The first request came with another secret of this key, and only that one can read its answer.";
-    let other = post(&fixture, "/v1/keys", &rotated, Some(&body("n")), "one").await;
-    assert_problem(&other, 422, "idempotency_mismatch", detail);
-    same(&first, &post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await);
 
     // Nor can an answer be put in the place of another.
     post(&fixture, "/v1/keys", &admin, Some(&body("other")), "two").await;
@@ -191,4 +182,40 @@ async fn the_database_alone_opens_no_answer_and_after_a_day_there_is_none(pool: 
     assert_ne!(again.json()["id"], first.json()["id"]);
     assert_eq!(control_plane::http::once::tidy(&pool).await.unwrap(), 1);
     same(&again, &post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await);
+}
+
+const OLD_SECRET: &str = "This request was done before, and its answer is not given again to an old secret of the key. \
+                          Look at the result with the present secret, or ask an admin to rotate the key.";
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_secret_that_was_rotated_away_is_not_told_its_successor(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (id, old) = fixture.key("user@example.com", &[]).await;
+    let (uri, grace) = (format!("/v1/keys/{id}/rotate"), json!({"grace_seconds": 3_600}));
+    let rotated = post(&fixture, &uri, &old, Some(&grace), "one").await;
+    assert_eq!(rotated.status.as_u16(), 201, "{}", rotated.json());
+    // The old secret still works, and whoever stole it may know the body and the name of the request.
+    assert_eq!(fixture.call("GET", "/v1/keys", &old, None).await.status.as_u16(), 200);
+    let replayed = post(&fixture, &uri, &old, Some(&grace), "one").await;
+    assert_problem(&replayed, 403, "forbidden", OLD_SECRET);
+    assert!(!String::from_utf8_lossy(&replayed.body).contains("sk_live_"));
+
+    // Nor does the new secret read it: it is sealed under the old one.
+    let new = Secret::from_presented(rotated.json()["key"].as_str().unwrap().into());
+    let detail = "The first request came with another secret of this key, and only that one can read its answer.";
+    assert_problem(&post(&fixture, &uri, &new, Some(&grace), "one").await, 422, "idempotency_mismatch", detail);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_secret_that_was_rotated_away_is_told_no_other_answer_either(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (caller, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let first = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await;
+    same(&first, &post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await);
+    let (uri, grace) = (format!("/v1/keys/{caller}/rotate"), json!({"grace_seconds": 60}));
+    let rotated = fixture.call("POST", &uri, &admin, Some(&grace)).await;
+    assert_eq!(rotated.status.as_u16(), 201);
+    let replayed = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await;
+    assert_problem(&replayed, 403, "forbidden", OLD_SECRET);
+    assert_eq!(keys_of(&pool, "user@example.com").await, 1);
 }

@@ -1,5 +1,6 @@
 //! The control plane on a real PostgreSQL: its router, its binary, what it keeps. One program, so that it is linked once.
 #![allow(clippy::print_stdout, reason = "a test that measures prints its figures")]
+#![allow(clippy::disallowed_methods, reason = "tests hold locks of their own")]
 
 mod authorization;
 mod binary;
@@ -28,6 +29,7 @@ mod statistics;
 mod support;
 mod sync;
 mod tls;
+mod transactions;
 mod usage;
 mod usage_events;
 mod usage_query;

@@ -17,8 +17,9 @@ use crate::auth::Caller;
 use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
 use crate::http::extract::Path;
-use crate::http::once::{Answer, Begun, Once};
+use crate::http::once::{Answer, Once};
 use crate::key::{rotate as rotation, store};
+use crate::transaction::transact;
 
 /// How to rotate. All of it may be left out.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -84,19 +85,16 @@ pub async fn rotate(
     let body: RotateBody = once.body_or_default().await?;
     let grace = rotation::parse_grace(body.grace_seconds)?;
     caller.require_manager()?;
-    let mut doing = match once.begin(&app.pool, &caller).await? {
-        Begun::Before(answer) => return Ok(answer),
-        Begun::Now(doing) => doing,
-    };
-    let connection = doing.connection();
-    let key = held(connection, &caller, path.id, &condition).await?;
-    caller.require_rotatable(key.id, key.generation)?;
-    let secret = rotation::rotate(connection, &caller.actor, &key, body.kind.into(), grace).await?;
-    let key = store::get(connection, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
-    let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-    let reply = CreateReply { key: secret, view: show(doing.connection(), key).await? };
-    let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
-    let response = doing.answer(answer).await?;
+    let response = once.answer(&app.pool, &caller, async |connection| {
+        let key = held(connection, &caller, path.id, &condition).await?;
+        caller.require_rotatable(key.id, key.generation)?;
+        let secret = rotation::rotate(connection, &caller.actor, &key, body.kind.into(), grace).await?;
+        let key = store::get(&mut *connection, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
+        let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+        let reply = CreateReply { key: secret, view: show(connection, key).await? };
+        Ok(Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
+    });
+    let response = response.await?;
     app.store.nudge();
     Ok(response)
 }
@@ -126,13 +124,15 @@ pub async fn cut_off(
     condition: Condition,
     Path(path): Path<BySecret>,
 ) -> Result<StatusCode, ApiError> {
-    let mut transaction = app.pool.begin().await?;
-    let key = held(&mut transaction, &caller, path.id, &condition).await?;
-    if !rotation::cut_off(&mut transaction, &caller.actor, &key, path.generation).await? {
-        let detail = format!("There is no secret {} of the key {}.", path.generation, path.id);
-        return Err(ApiError::NotFound(detail));
-    }
-    transaction.commit().await?;
+    let cut_off = transact(&app.pool, async |connection| {
+        let key = held(connection, &caller, path.id, &condition).await?;
+        if !rotation::cut_off(connection, &caller.actor, &key, path.generation).await? {
+            let detail = format!("There is no secret {} of the key {}.", path.generation, path.id);
+            return Err(ApiError::NotFound(detail));
+        }
+        Ok(())
+    });
+    cut_off.await?;
     app.store.nudge();
     Ok(StatusCode::NO_CONTENT)
 }

@@ -17,7 +17,7 @@ use crate::auth::Caller;
 use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path};
-use crate::http::once::{Answer, Begun, Once};
+use crate::http::once::{Answer, Once};
 use crate::http::user::reveal;
 use crate::key::change::{Changes, change};
 use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
@@ -25,6 +25,7 @@ use crate::key::permissions::{self, Permissions, Said, said};
 use crate::key::quota::QuotaBody;
 use crate::key::revoke;
 use crate::key::store::{self, Made, NewKey};
+use crate::transaction::transact;
 
 /// Which environments a key is for. Filters treat both alike.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
@@ -220,19 +221,17 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
     caller.require_grantable(&new.scopes)?;
     caller.require_permissible(&new.permissions, caller.networks())?;
     caller.bind(&mut new);
-    let mut doing = match once.begin(&app.pool, &caller).await? {
-        Begun::Before(answer) => return Ok(answer),
-        Begun::Now(doing) => doing,
-    };
-    let Made { key, secret, permitted } = store::create(doing.connection(), &caller.actor, new).await?;
-    let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-    let view = match permitted {
-        Some(permitted) => KeyView::of(key, permitted, now),
-        None => show(doing.connection(), key).await?,
-    };
-    let reply = CreateReply { key: secret, view };
-    let answer = Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag);
-    let response = doing.answer(answer).await?;
+    let response = once.answer(&app.pool, &caller, async |connection| {
+        let Made { key, secret, permitted } = store::create(connection, &caller.actor, new).await?;
+        let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+        let view = match permitted {
+            Some(permitted) => KeyView::of(key, permitted, now),
+            None => show(connection, key).await?,
+        };
+        let reply = CreateReply { key: secret, view };
+        Ok(Answer::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
+    });
+    let response = response.await?;
     app.store.nudge();
     Ok(response)
 }
@@ -273,21 +272,22 @@ pub async fn patch(
         return Err(ApiError::Invalid { field: None, detail: "Give at least one field to change.".into() });
     }
     caller.require_privileges(&permissions)?;
-    let mut transaction = app.pool.begin().await?;
-    let wanted = permissions.resolve(&mut transaction).await?;
-    let key = held(&mut transaction, &caller, path.id, &condition).await?;
-    if let Some(end) = changes.expires_at {
-        caller.require_end(end, key.expires_at, now)?;
-    }
-    if !permissions.is_empty() {
-        caller.require_permissible(&permissions, &permissions::networks(&mut transaction, path.id).await?)?;
-        permissions::change(&mut transaction, &caller.actor, &key, &permissions, &wanted).await?;
-    }
-    change(&mut transaction, &caller.actor, caller.is_admin(), &key, changes).await?;
-    let key = store::get(&mut *transaction, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
-    let tag = etag(key.version);
-    let view = show(&mut *transaction, key).await?;
-    transaction.commit().await?;
+    let changed = transact(&app.pool, async |connection| {
+        let wanted = permissions.resolve(connection).await?;
+        let key = held(connection, &caller, path.id, &condition).await?;
+        if let Some(end) = changes.expires_at {
+            caller.require_end(end, key.expires_at, now)?;
+        }
+        if !permissions.is_empty() {
+            caller.require_permissible(&permissions, &permissions::networks(connection, path.id).await?)?;
+            permissions::change(connection, &caller.actor, &key, &permissions, &wanted).await?;
+        }
+        change(connection, &caller.actor, caller.is_admin(), &key, changes).await?;
+        let key = store::get(&mut *connection, path.id).await?.ok_or_else(|| there_is_none(path.id))?;
+        let tag = etag(key.version);
+        Ok::<_, ApiError>((tag, show(connection, key).await?))
+    });
+    let (tag, view) = changed.await?;
     app.store.nudge();
     Ok(([(header::ETAG, tag)], Json(view)).into_response())
 }
@@ -317,10 +317,11 @@ pub async fn revoke(
     condition: Condition,
     Path(path): Path<ById>,
 ) -> Result<StatusCode, ApiError> {
-    let mut transaction = app.pool.begin().await?;
-    let key = held(&mut transaction, &caller, path.id, &condition).await?;
-    revoke::revoke(&mut transaction, &caller.actor, &key).await?;
-    transaction.commit().await?;
+    let revoked = transact(&app.pool, async |connection| {
+        let key = held(connection, &caller, path.id, &condition).await?;
+        revoke::revoke(connection, &caller.actor, &key).await
+    });
+    revoked.await?;
     app.store.nudge();
     Ok(StatusCode::NO_CONTENT)
 }

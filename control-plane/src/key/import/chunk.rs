@@ -11,6 +11,7 @@ use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
 use crate::key::quota::{Whose, refresh_starters};
 use crate::key::store::lock_store;
+use crate::transaction::transact;
 
 /// Writes keys with their line numbers. Gives the numbers of those that were not written, and why.
 ///
@@ -21,10 +22,17 @@ pub(super) async fn write(
     actor: &Actor,
     chunk: &[Accepted],
 ) -> Result<Vec<(u64, Code, String)>, ApiError> {
-    let mut transaction = pool.begin().await?;
-    let owners = lock_owners(&mut transaction, chunk).await?;
+    transact(pool, async |connection| write_in(connection, actor, chunk).await).await
+}
+
+async fn write_in(
+    connection: &mut PgConnection,
+    actor: &Actor,
+    chunk: &[Accepted],
+) -> Result<Vec<(u64, Code, String)>, ApiError> {
+    let owners = lock_owners(connection, chunk).await?;
     // From here on nobody makes or rotates a key until the commit, so what is not there now is not there then.
-    lock_store(&mut transaction).await?;
+    lock_store(connection).await?;
     // A key that is there without the pepper, from before there was one, is the same key.
     let mut hashes: Vec<Vec<u8>> =
         chunk.iter().flat_map(|line| [line.stored, line.key.hash]).map(|hash| hash.0.to_vec()).collect();
@@ -35,7 +43,7 @@ pub(super) async fn write(
         select r.hash from unnest($1::bytea[]) as new (hash) join retired_secrets r on r.hash = new.hash"#,
         &hashes
     )
-    .fetch_all(&mut *transaction)
+    .fetch_all(&mut *connection)
     .await?;
     let there: HashSet<_> = there.into_iter().collect();
     let (mut refused, mut rows, mut last) = (Vec::new(), Rows::default(), 0);
@@ -52,16 +60,15 @@ pub(super) async fn write(
         last = *number;
     }
     if !rows.ids.is_empty() {
-        rows.insert(&mut transaction).await?;
+        rows.insert(connection).await?;
         // Their owners' plans may have quotas.
-        refresh_starters(&mut transaction, Whose::Keys(&rows.ids)).await?;
+        refresh_starters(connection, Whose::Keys(&rows.ids)).await?;
         let first = chunk.first().map_or(0, |first| first.line);
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
-        audit::note_each(&mut transaction, actor, "key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
+        audit::note_each(connection, actor, "key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
         let deed = Deed { action: "keys.import_chunk", key_id: None, target: None, detail };
-        audit::note(&mut transaction, actor, deed).await?;
+        audit::note(connection, actor, deed).await?;
     }
-    transaction.commit().await?;
     Ok(refused)
 }
 

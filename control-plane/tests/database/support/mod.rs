@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test crate uses its part of it")]
 
 pub mod reports;
+pub mod slow_rollback;
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
