@@ -167,6 +167,7 @@ pub async fn trail(
             and ($4::text is null or action = $4) and ($5::text is null or target = $5)
             and ($6::timestamptz is null or at >= $6) and ($7::timestamptz is null or at < $7)
             and ($8::uuid is null or target = $9 or key_id in (select id from api_keys where owner_id = $8))
+            and ($8::uuid is null or $3::uuid is null or actor_email = $9)
         order by id desc limit $10",
         before.unwrap_or(i64::MAX),
         filter.key_id,

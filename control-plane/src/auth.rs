@@ -238,9 +238,9 @@ impl Caller {
 
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same
     /// networks unless it has narrower ones, has the same plan, quota, cost and rate limits, and its owner has no more than
-    /// so many keys. Roles do not pass on. Where a plan applies, a key has no rate limits in its place. Admins are not
+    /// so many keys, and makes no more than `per_day` in 24 hours. Roles do not pass on. Where a plan applies, a key has no rate limits in its place. Admins are not
     /// bound.
-    pub fn bind(&self, new: &mut NewKey) {
+    pub fn bind(&self, new: &mut NewKey, per_day: u32) {
         if self.is_admin() {
             return;
         }
@@ -254,6 +254,7 @@ impl Caller {
         permissions.quota = self.own.quota.clone().map(Some);
         permissions.cost = i32::try_from(self.cost).ok();
         new.at_most = Some(LIVE_KEYS);
+        new.per_day = Some(per_day);
     }
 }
 

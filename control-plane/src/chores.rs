@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use tokio::time::{Interval, MissedTickBehavior};
 use tracing::{info, warn};
 
-use crate::sync::Store;
+use crate::sync::{Store, filters};
 use crate::usage::lease;
 use crate::{credits, quota, statistics};
 
@@ -35,6 +35,7 @@ pub async fn run(pool: PgPool, store: Store, ledger_detail_days: i32) {
             }
             _ = minute.tick() => {
                 told("leases could not be tidied", lease::tidy(&pool).await);
+                told("Envoys that are gone could not be forgotten", filters::trim(&pool).await);
             }
             _ = hour.tick() => loop {
                 match credits::rollup::roll_up(&pool, ledger_detail_days).await {

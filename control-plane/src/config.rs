@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
 
+use crate::bounds::Bounds;
 use crate::secret_setting;
 
 /// The control plane of Portcullis: API keys for Envoy.
@@ -123,6 +124,24 @@ pub struct Serve {
     /// For how long filters can tell a revoked key from an unknown one, in days
     #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(0..=3650))]
     pub revoked_retention_days: i32,
+
+    /// Keys that the keys of one user may make for that user, and rotations, together, in 24 hours; and ten times as many changes
+    /// of keys. Keys with the scope admin are not bound, and revoking is not
+    #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", default_value_t = Bounds::default().owner_keys_per_day, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub owner_keys_per_day: u32,
+
+    /// Live Envoys that one sync key may have; more are answered 429. An Envoy that is silent for 60 seconds does not count
+    #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub envoys_per_sync_key: u32,
+
+    /// For how long the rows of keys are kept that filters have forgotten, in days since the key ended; 0 for ever. A key
+    /// whose usage is still kept by the hour or by the day stays
+    #[arg(long, env = "PORTCULLIS_ENDED_KEY_DAYS", default_value = "0", value_parser = clap::value_parser!(i32).range(0..=36500))]
+    pub ended_key_days: i32,
+
+    /// For how long the audit trail is kept, in days; 0 for ever
+    #[arg(long, env = "PORTCULLIS_AUDIT_DAYS", default_value = "0", value_parser = clap::value_parser!(i32).range(0..=36500))]
+    pub audit_days: i32,
 
     /// Policies and routes of the Envoys, as a JSON file, so that requests can be explained by path and by policy
     #[arg(long, env = "PORTCULLIS_POLICIES_FILE", value_name = "FILE")]

@@ -13,8 +13,9 @@ use crate::http::extract::json_line;
 /// How long a client should wait before it tries again while the database or the mirror is away, in seconds.
 const RETRY_UNAVAILABLE_S: u64 = 1;
 
-/// The rule of the database that keeps one admin key alive.
+/// The rules of the database that keep one admin key alive, and one that can be used from where the caller is.
 const LAST_ADMIN: &str = "api_keys_last_admin";
+const LAST_ADMIN_HERE: &str = "api_keys_last_admin_here";
 
 /// What a handler may fail with.
 #[derive(Debug)]
@@ -49,6 +50,13 @@ pub enum ApiError {
         /// When to come back, in seconds.
         retry_after_s: u64,
     },
+    /// 429: as much as one owner or one sync key may have. Which bound that is, and what to do.
+    BoundReached {
+        /// Which bound, and what to do.
+        detail: String,
+        /// When to come back, in seconds.
+        retry_after_s: u64,
+    },
     /// 503: the database, the mirror or a queue cannot take it now. Why, for the client.
     Unavailable(&'static str),
     /// 500, or 503 if the database is away.
@@ -76,6 +84,7 @@ impl std::fmt::Display for ApiError {
             | Self::Conflict(detail)
             | Self::Precondition(detail)
             | Self::Gone(detail)
+            | Self::BoundReached { detail, .. }
             | Self::Internal(detail) => f.write_str(detail),
             Self::InProgress => f.write_str("the same request is still being worked on"),
             Self::Mismatch(detail) => f.write_str(detail),
@@ -94,6 +103,12 @@ impl From<sqlx::Error> for ApiError {
         if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN) {
             let detail = "This would end the last key with the scope admin that works for longer than a day, and nobody could manage \
                           keys any more. Create another one first.";
+            return Self::Conflict(detail.into());
+        }
+        if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN_HERE) {
+            let detail = "After this, no key with the scope admin could be used from your address for longer than a day, and you \
+                          could not manage keys any more. Let allowed_addresses hold your address, or create another admin key \
+                          that is not bound to networks first.";
             return Self::Conflict(detail.into());
         }
         Self::Database(error)
@@ -181,6 +196,10 @@ impl IntoResponse for ApiError {
                 let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
                 let response =
                     respond(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", "Too many requests", detail, None);
+                with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
+            }
+            Self::BoundReached { detail, retry_after_s } => {
+                let response = respond(StatusCode::TOO_MANY_REQUESTS, "bound_reached", "Bound reached", &detail, None);
                 with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
             }
             Self::Unavailable(why) => unavailable(why),

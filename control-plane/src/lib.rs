@@ -1,8 +1,9 @@
 //! The control plane: it owns the keys in PostgreSQL, the REST API that manages them, the sync to the filters and the
 //! usage that they report.
 //!
-//! Reading order: [`config`] is what the operator chose, [`secret_setting`]s and the [`database`] included; [`http`] has all routes on one page and a file for each resource;
-//! [`auth`] says who calls and [`callers`] how often, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
+//! Reading order: [`config`] is what the operator chose, [`secret_setting`]s and the [`database`] included; [`http`] has
+//! all routes on one page and a file for each resource; [`auth`] says who calls and [`callers`] how often, [`bounds`] how
+//! much one owner may make, [`condition`] what they take for granted, [`audit`] what they did; [`key`] is the domain and its
 //! SQL, [`definition`] roles and plans, [`user`] the owners of keys; [`sync`] brings keys to the filters; [`usage`] brings
 //! counts back, books what they draw from [`quota`]s and [`credits`], and leases Envoys their part; [`policies`] are those of
 //! Envoys' routes, and [`explain`] is why requests are decided as they are; [`error`] is what goes wrong; [`chores`] are done
@@ -16,6 +17,7 @@
 pub mod admission;
 pub mod audit;
 pub mod auth;
+pub mod bounds;
 pub mod callers;
 pub mod chores;
 pub mod condition;
@@ -67,6 +69,8 @@ pub struct App {
     pub filters: sync::registry::Registry,
     /// What Envoys' routes ask for, as far as the operator told, for `explain`.
     pub policies: Arc<policies::Configured>,
+    /// What one owner and one sync key may make.
+    pub bounds: bounds::Bounds,
     /// How often callers may call.
     pub callers: Arc<callers::Callers>,
     /// Whether the database answers.

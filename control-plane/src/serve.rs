@@ -19,10 +19,12 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::admission::{Admission, Limits, within_descriptors};
+use crate::bounds::Bounds;
 use crate::callers::Callers;
 use crate::config::{ADMIN_KEY, Database, OPERATOR, SYNC_KEY, Serve, given_key, given_pepper};
 use crate::error::{ApiError, is_away};
 use crate::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes};
+use crate::key::forget;
 use crate::key::revoke::withdraw;
 use crate::key::store as keys;
 use crate::listen::{self, Manners};
@@ -91,8 +93,12 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         pepper,
         feed: feed.clone(),
         usage,
-        filters: Registry::new(),
+        filters: Registry::bounded(settings.envoys_per_sync_key),
         policies: Arc::new(policies),
+        bounds: Bounds {
+            owner_keys_per_day: settings.owner_keys_per_day,
+            envoys_per_sync_key: settings.envoys_per_sync_key,
+        },
         callers: Arc::new(Callers::new(settings.api_rate_limit, settings.api_burst)),
         database: Arc::default(),
         long_poll: Duration::from_secs(settings.long_poll_seconds),
@@ -115,7 +121,12 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let mut background = JoinSet::new();
     background.spawn(filters.clone().run(pool.clone(), store.clone()));
     background.spawn(usage::events::run(pool.clone(), store.clone(), every));
-    background.spawn(tidy(pool.clone(), store.clone(), callers, settings.revoked_retention_days, retention));
+    let forgotten = Forgotten {
+        revoked_days: settings.revoked_retention_days,
+        ended_key_days: settings.ended_key_days,
+        audit_days: settings.audit_days,
+    };
+    background.spawn(tidy(pool.clone(), store.clone(), callers, forgotten, retention));
     background.spawn(chores::run(pool.clone(), store, settings.ledger_detail_days));
 
     if let Some(tls) = tls.clone() {
@@ -283,7 +294,7 @@ async fn enter(pool: &PgPool, key: Option<&Secret>, scope: &str) -> Result<(), A
 
 /// Work that is done now and then: forgetting callers that have gone and answers that are a day old, letting filters forget
 /// keys and secrets that ended long ago, rolling up usage, and forgetting Envoys that have gone.
-async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days: i32, retention: Retention) {
+async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, forgotten: Forgotten, retention: Retention) {
     let mut often = tokio::time::interval(Duration::from_secs(60));
     let mut seldom = tokio::time::interval(HOUR);
     loop {
@@ -294,12 +305,42 @@ async fn tidy(pool: PgPool, store: Store, callers: Arc<Callers>, retention_days:
                 if let Err(error) = http::once::tidy(&pool).await {
                     warn!(%error, "old answers could not be forgotten; the next hour will do");
                 }
-                forget_keys(&pool, retention_days).await;
+                forget_keys(&pool, forgotten.revoked_days).await;
+                purge(&pool, forgotten).await;
                 usage::retention::tidy(&pool, retention).await;
                 if let Err(error) = filters::forget(&pool).await {
                     warn!(%error, "Envoys that have gone could not be forgotten; the next hour will do");
                 }
             }
+        }
+    }
+}
+
+/// When keys and entries of the audit trail go, in days.
+#[derive(Clone, Copy, Debug)]
+struct Forgotten {
+    /// Filters forget a revoked key.
+    revoked_days: i32,
+    /// The row of a key that filters have forgotten is deleted; 0: never.
+    ended_key_days: i32,
+    /// An entry of the audit trail is deleted; 0: never.
+    audit_days: i32,
+}
+
+async fn purge(pool: &PgPool, forgotten: Forgotten) {
+    let purged = async {
+        let Forgotten { ended_key_days, audit_days, .. } = forgotten;
+        let keys = if ended_key_days > 0 { forget::purge(pool, ended_key_days).await? } else { 0 };
+        let entries = if audit_days > 0 { forget::purge_audit(pool, audit_days).await? } else { 0 };
+        Ok::<_, sqlx::Error>((keys, entries))
+    };
+    match purged.await {
+        Ok((0, 0)) => {}
+        Ok((keys, entries)) => {
+            info!(keys, entries, "keys that ended long ago and old entries of the audit trail were deleted");
+        }
+        Err(error) => {
+            warn!(%error, "old keys and entries of the audit trail could not be deleted; the next hour will do");
         }
     }
 }

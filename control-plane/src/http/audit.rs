@@ -57,16 +57,16 @@ pub struct AuditEntry {
     id: i64,
     /// When.
     at: Timestamp,
-    /// The key that called; null for the command line.
+    /// The key that called; null for the command line, and for an administrator if the caller is none.
     #[schema(required)]
     actor_key_id: Option<Uuid>,
-    /// Its owner's email address.
+    /// Its owner's email address; `an administrator` if that is one and the caller is none.
     #[schema(required, example = "admin@example.com")]
     actor_email: Option<String>,
-    /// Where the call came from.
+    /// Where the call came from; null for an administrator if the caller is none.
     #[schema(required, example = "192.0.2.7")]
     address: Option<String>,
-    /// The id of the request, as in the log.
+    /// The id of the request, as in the log; null for an administrator if the caller is none.
     #[schema(required)]
     request_id: Option<String>,
     /// What was done.
@@ -81,6 +81,23 @@ pub struct AuditEntry {
     /// What is worth knowing beside, such as each field that was changed, as it was and as it is.
     #[schema(value_type = Object)]
     detail: Value,
+}
+
+/// What users read in place of who an administrator is.
+const ADMINISTRATOR: &str = "an administrator";
+
+impl AuditEntry {
+    /// An entry as a caller may read it: what somebody else than the caller did to the caller's keys was done by an
+    /// administrator, and who that is and from where is for administrators to know.
+    fn shown_to(caller: &Caller, entry: Entry) -> Self {
+        let hidden = !caller.is_admin() && entry.actor_email.as_ref().is_some_and(|email| *email != caller.email);
+        let shown = Self::from(entry);
+        if !hidden {
+            return shown;
+        }
+        let actor_email = Some(ADMINISTRATOR.to_owned());
+        Self { actor_key_id: None, actor_email, address: None, request_id: None, ..shown }
+    }
 }
 
 impl From<Entry> for AuditEntry {
@@ -145,7 +162,7 @@ pub async fn trail(
     };
     let mut entries = audit::trail(&app.pool, &filter, query.cursor, limit + 1).await?;
     let next_cursor = paging::cut(&mut entries, limit, |entry| entry.id);
-    let entries = entries.into_iter().map(Into::into).collect();
+    let entries = entries.into_iter().map(|entry| AuditEntry::shown_to(&caller, entry)).collect();
     let mut response = Json(AuditPage { entries, next_cursor }).into_response();
     if let Some(cursor) = next_cursor {
         let kept = [

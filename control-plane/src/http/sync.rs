@@ -21,8 +21,8 @@ use crate::connection::Peer;
 use crate::error::ApiError;
 use crate::http::extract::{Json, Query};
 use crate::sync::mirror::Wanted;
-use crate::sync::registry::Heard;
-use crate::usage::IngestError;
+use crate::sync::registry::{Heard, Noted, SILENT};
+use crate::usage::{IngestError, NEW_REPORTERS};
 
 /// The media type of a page.
 const PAGE_TYPE: &str = "application/vnd.portcullis.page";
@@ -57,7 +57,7 @@ pub async fn poll(
     headers: HeaderMap,
     Query(poll): Query<Poll>,
 ) -> Result<Response, ApiError> {
-    let _heard = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
+    let _heard = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll)?;
     let page = page_for(&app, &poll).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
@@ -76,8 +76,13 @@ pub async fn poll(
 }
 
 /// Notes what the filter says of itself; and, when what is returned is dropped, that it was there until then.
-fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<impl Drop + use<>> {
-    let reporter: ReporterId = poll.reporter.as_deref()?.parse().ok()?;
+///
+/// # Errors
+/// 429 for an Envoy beyond those that its sync key may have.
+fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Result<Option<impl Drop + use<>>, ApiError> {
+    let Some(reporter) = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok()) else {
+        return Ok(None);
+    };
     let shown = |version: &&str| {
         (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
     };
@@ -89,14 +94,26 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<im
         holds: poll.epoch.zip(poll.revision).filter(|_| poll.cursor.is_none()).map(|(epoch, at)| (epoch.into(), at)),
         pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
     };
-    if app.filters.polled(reporter, heard) {
+    match app.filters.polled(reporter, heard) {
         // The very page that it gets is to count it.
-        app.store.set_filters(app.store.filters().max(app.filters.live()));
+        Noted::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
+        Noted::TooMany => return Err(too_many(app)),
+        Noted::Known | Noted::Ignored => {}
     }
     let filters = app.filters.clone();
-    Some(Defer(move || {
+    Ok(Some(Defer(move || {
         filters.held(reporter, sync_key);
-    }))
+    })))
+}
+
+/// More Envoys under a sync key than it may have.
+fn too_many(app: &App) -> ApiError {
+    let detail = format!(
+        "This sync key has {} live Envoys, which is as many as it may have. Give each zone a sync key of its own, raise \
+         --envoys-per-sync-key, or revoke the key if it was stolen.",
+        app.filters.per_sync_key()
+    );
+    ApiError::BoundReached { detail, retry_after_s: SILENT.as_secs() }
 }
 
 async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
@@ -189,6 +206,12 @@ fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> 
 pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: Bytes) -> Result<Response, ApiError> {
     let reports = read_reports(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() });
     let reports = reports.inspect_err(|_| rejected())?;
+    if let Some(first) = reports.first()
+        && app.filters.held(first.reporter, key) == Noted::TooMany
+    {
+        rejected();
+        return Err(too_many(&app));
+    }
     let ack = app.usage.submit(reports, key).await.map_err(|error| match error {
         IngestError::Senseless(detail) => {
             rejected();
@@ -199,6 +222,14 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
             ApiError::Forbidden(
                 "This reporter belongs to another sync key. Restart Envoy after changing its key.".into(),
             )
+        }
+        IngestError::TooMany => {
+            rejected();
+            let detail = format!(
+                "Reports of {NEW_REPORTERS} new Envoys came under this sync key within 24 hours, which is as many as it may \
+                 have. Give each zone a sync key of its own, or revoke the key if it was stolen."
+            );
+            ApiError::BoundReached { detail, retry_after_s: 3_600 }
         }
         IngestError::Full => ApiError::Unavailable("Too many usage reports wait. Send it again."),
         IngestError::Database(error) => {

@@ -173,7 +173,7 @@ pub async fn status(
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -183,7 +183,7 @@ pub async fn generate(State(app): State<App>, caller: Caller, mut once: Once) ->
     let name = KeyName::parse("key_name", &body.key_name)?;
     caller.require_owner_or_admin(&email)?;
     let mut new = NewKey::plain(email, name);
-    caller.bind(&mut new);
+    caller.bind(&mut new, app.bounds.owner_keys_per_day);
     let response = once.answer(&app.pool, &caller, async |connection| {
         let may = |scopes: &[String]| caller.require_changeable(scopes);
         let key = store::replace_primary(connection, &caller.actor, &new, may).await?;

@@ -4,8 +4,10 @@
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use super::domain::{KeyName, Timestamp};
+use super::quota::{Whose, refresh_starters};
 use super::store::Held;
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
@@ -81,6 +83,9 @@ pub async fn change(
         }
         _ => {}
     }
+    if changes.expires_at.is_some() {
+        return_to_filters(connection, key.id).await?;
+    }
     let changes = changes.beyond(key);
     if changes.is_empty() {
         return Ok(());
@@ -108,6 +113,17 @@ pub async fn change(
             .await?;
     }
     audit::note(connection, actor, Deed::to_key("key.change", key.id, changes.told(key))).await?;
+    Ok(())
+}
+
+/// Lets filters know a key again that they forgot after it expired.
+async fn return_to_filters(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
+    let forgotten =
+        sqlx::query_scalar!("select withdrawn from api_keys where id = $1", id).fetch_one(&mut *connection).await?;
+    if forgotten {
+        sqlx::query!("update api_keys set withdrawn = false where id = $1", id).execute(&mut *connection).await?;
+        refresh_starters(connection, Whose::Keys(&[id])).await?;
+    }
     Ok(())
 }
 

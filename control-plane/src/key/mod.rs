@@ -1,5 +1,5 @@
 //! Keys in the control plane: what clients say of them is parsed in [`domain`]; what is kept of them is made and read in
-//! [`store`], altered in [`change`], given a new secret in [`rotate`], ended in [`revoke`], found in [`search`], taken over
+//! [`store`], altered in [`change`], given a new secret in [`rotate`], ended in [`revoke`], forgotten in [`forget`], bounded in number by [`allowance`], found in [`search`], taken over
 //! from elsewhere in [`import`]; what they may stands in [`permissions`] and [`quota`]; what was counted of them is read in
 //! [`usage`].
 
@@ -77,8 +77,10 @@ pub(crate) fn requires(further: &Further) -> Requires {
     Requires(needed.into_iter().filter(|(_, needed)| *needed).fold(0, |bits, (bit, _)| bits | bit.0))
 }
 
+pub mod allowance;
 pub mod change;
 pub mod domain;
+pub mod forget;
 pub mod import;
 pub mod permissions;
 pub mod quota;

@@ -6,6 +6,7 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::domain::{ADMIN, Email, SYNC};
+use super::forget::forget_ended;
 use super::store::{Held, lock_store};
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
@@ -79,14 +80,29 @@ pub async fn revoke_all(
     let all = RevokedAll { revoked: count(ended.len()), kept: count(kept.len()) };
     // A statement that changes nothing would wake every filter all the same.
     if !ended.is_empty() {
+        name_address(connection, actor, &[ADMIN.to_owned()]).await?;
         sqlx::query!("update api_keys set revoked_at = now() where id = any($1)", &ended)
             .execute(&mut *connection)
             .await?;
+        forget_ended(connection, owner).await?;
         audit::note_each(connection, actor, "key.revoke", &ended, &json!({"all_of": email.as_str()})).await?;
     }
     let detail = json!({"revoked": all.revoked, "kept": all.kept});
     audit::note(connection, actor, Deed::to("user.revoke_keys", email.as_str(), detail)).await?;
     Ok(Some(all))
+}
+
+/// Tells the rule about the last admin key where the caller is, if a key with these scopes is one: see
+/// `migrations/0017_last_admin_networks.sql`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn name_address(connection: &mut PgConnection, actor: &Actor, scopes: &[String]) -> Result<(), sqlx::Error> {
+    if scopes.iter().any(|scope| scope == ADMIN) {
+        let address = actor.address.as_deref().unwrap_or_default();
+        sqlx::query!("select set_config('portcullis.address', $1, true)", address).fetch_one(connection).await?;
+    }
+    Ok(())
 }
 
 /// Says whether there is such a key, and whether it was revoked now. One that was revoked before is left alone: a statement
@@ -97,20 +113,25 @@ pub(super) async fn revoke_row(
     id: Uuid,
     may: impl Fn(&[String]) -> Result<(), ApiError>,
 ) -> Result<Option<bool>, ApiError> {
-    let key = sqlx::query!(r#"select scopes, revoked_at is not null as "revoked!" from api_keys where id = $1"#, id)
-        .fetch_optional(&mut *connection)
-        .await?;
+    let key = sqlx::query!(
+        r#"select owner_id, scopes, revoked_at is not null as "revoked!" from api_keys where id = $1"#,
+        id
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
     let Some(key) = key else { return Ok(None) };
     if key.revoked {
         return Ok(Some(false));
     }
     may(&key.scopes)?;
+    name_address(connection, actor, &key.scopes).await?;
     let revoked = sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", id)
         .execute(&mut *connection)
         .await?
         .rows_affected()
         > 0;
     if revoked {
+        forget_ended(connection, key.owner_id).await?;
         audit::note(connection, actor, Deed::to_key("key.revoke", id, json!({}))).await?;
     }
     Ok(Some(revoked))

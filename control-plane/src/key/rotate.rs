@@ -7,6 +7,7 @@ use sqlx::{PgConnection, PgPool};
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
+use super::forget::forget_ended;
 use super::store::{Held, generate};
 use crate::audit::{self, Actor, Deed};
 use crate::error::ApiError;
@@ -76,6 +77,7 @@ pub async fn rotate(
     )
     .execute(&mut *connection)
     .await?;
+    forget_ended(connection, key.owner_id).await?;
     let detail = json!({"retired": key.generation, "grace_seconds": grace.whole_seconds()});
     audit::note(connection, actor, Deed::to_key("key.rotate", key.id, detail)).await?;
     Ok(secret)

@@ -16,7 +16,9 @@ use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::allowance::{self, Act};
 use super::domain::{Email, KeyName, Scopes, StoredLimit, Timestamp};
+use super::forget::forget_ended;
 use super::permissions::{Permissions, Permitted, Resolved, permit};
 use super::revoke::revoke_row;
 use crate::audit::{self, Actor, Deed};
@@ -80,6 +82,8 @@ pub struct NewKey {
     pub expires_at: Option<OffsetDateTime>,
     /// How many live keys its owner may have with it; as many as they like if none.
     pub at_most: Option<i64>,
+    /// How many keys and rotations its owner may make in 24 hours with it; as many as they like if none.
+    pub per_day: Option<u32>,
 }
 
 /// Live keys that a user may make for themselves, so that no key of a user can fill the memory of every Envoy. Admins
@@ -91,7 +95,8 @@ impl NewKey {
     #[must_use]
     pub fn plain(email: Email, name: KeyName) -> Self {
         let (scopes, rate_limits, permissions) = (Scopes::default(), Vec::new(), Permissions::default());
-        Self { email, name, kind: KeyKind::Live, scopes, rate_limits, permissions, expires_at: None, at_most: None }
+        let kind = KeyKind::Live;
+        Self { email, name, kind, scopes, rate_limits, permissions, expires_at: None, at_most: None, per_day: None }
     }
 }
 
@@ -170,6 +175,7 @@ pub struct Made {
 pub async fn create(connection: &mut PgConnection, actor: &Actor, new: NewKey) -> Result<Made, ApiError> {
     let secret = generate(new.kind)?;
     let user = lock_user(connection, &new.email).await?;
+    allow(connection, user.id, &new).await?;
     let permissions = new.permissions.resolve(connection).await?;
     let id = Uuid::now_v7();
     // The key comes last: it takes the lock that orders the changes of all keys.
@@ -218,6 +224,7 @@ pub async fn replace_primary(
 ) -> Result<Secret, ApiError> {
     let secret = generate(new.kind)?;
     let user = lock_user(connection, &new.email).await?;
+    allow(connection, user.id, new).await?;
     let permissions = new.permissions.resolve(connection).await?;
     if let Some(old) = user.primary_key_id {
         revoke_row(connection, actor, old, may).await?;
@@ -390,6 +397,14 @@ pub(crate) async fn lock_user(connection: &mut PgConnection, email: &Email) -> R
     Ok(User { id: user.id, primary_key_id: user.primary_key_id, version })
 }
 
+/// Refuses a key beyond what its owner, whose row is held, may make in a day.
+async fn allow(connection: &mut PgConnection, owner_id: Uuid, new: &NewKey) -> Result<(), ApiError> {
+    match new.per_day {
+        Some(per_day) => allowance::take(connection, owner_id, Act::Make, per_day).await,
+        None => Ok(()),
+    }
+}
+
 struct Inserted {
     generation: i32,
     version: i64,
@@ -448,6 +463,10 @@ async fn insert(
     // The lock that orders all changes is held from here to the end: nothing is asked that is known.
     if !inserted.is_plain(permissions) {
         permit(connection, id, permissions).await?;
+    }
+    // Keys that expire do so without a call: the next key that a user makes has filters forget the oldest.
+    if new.per_day.is_some() {
+        forget_ended(connection, owner_id).await?;
     }
     Ok(inserted)
 }

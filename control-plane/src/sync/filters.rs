@@ -1,6 +1,7 @@
 //! The table of Envoys: what each said last, through whichever replica. How many are live, how far each is, and by how many
 //! of them a change was applied.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use contract::id::{Epoch, ReporterId};
@@ -13,6 +14,9 @@ use super::registry::{Known, Registry, SILENT};
 
 /// For how long an Envoy that is gone is shown.
 pub const SHOWN: Duration = Duration::from_hours(24);
+
+/// Most Envoys of one sync key that are shown and are gone.
+const SHOWN_OF_KEY: i64 = 10_000;
 
 /// One Envoy.
 #[derive(Clone, Debug)]
@@ -144,18 +148,20 @@ pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Resul
     Ok(())
 }
 
-/// How many Envoys are live, over all replicas.
+/// How many Envoys of each sync key are live, over all replicas. Those of a key that is gone count under the nil id.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn live(pool: &PgPool) -> Result<u32, sqlx::Error> {
-    let live = sqlx::query_scalar!(
-        r#"select count(*) as "live!" from filters where seen_at > now() - $1::interval"#,
+pub async fn live(pool: &PgPool) -> Result<HashMap<Uuid, u32>, sqlx::Error> {
+    let live = sqlx::query!(
+        r#"select sync_key_id, count(*) as "live!" from filters where seen_at > now() - $1::interval
+        group by sync_key_id"#,
         interval(SILENT)
     )
-    .fetch_one(pool)
+    .fetch_all(pool)
     .await?;
-    Ok(u32::try_from(live).unwrap_or(u32::MAX))
+    let count = |live: i64| u32::try_from(live).unwrap_or(u32::MAX);
+    Ok(live.into_iter().map(|row| (row.sync_key_id.unwrap_or_default(), count(row.live))).collect())
 }
 
 /// Reads the Envoys that were heard of within a day, after one by its id, at most `limit`, and how far the store is.
@@ -231,6 +237,24 @@ pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Resul
     let arrived_s = arrived.map_or(f64::INFINITY, |arrived| arrived.as_secs_f64());
     let oldest_seconds = row.confirmed_s.map(|confirmed_s| confirmed_s.min(arrived_s).max(0.0));
     Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds, silent: row.silent })
+}
+
+/// Forgets Envoys that are gone beyond the newest [`SHOWN_OF_KEY`] of each sync key: a stolen key could name new ones for ever.
+///
+/// # Errors
+/// Those of the database.
+pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let gone = sqlx::query!(
+        "delete from filters where reporter in (
+            select reporter from (
+                select reporter, row_number() over (partition by sync_key_id order by seen_at desc) as place from filters
+                where seen_at < now() - $1::interval
+            ) silent where place > $2
+        )",
+        interval(SILENT),
+        SHOWN_OF_KEY
+    );
+    Ok(gone.execute(pool).await?.rows_affected())
 }
 
 /// Forgets Envoys that were not heard of for a day.

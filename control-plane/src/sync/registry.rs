@@ -21,6 +21,9 @@ use super::filters;
 /// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_rejected_total` and not shown.
 const REPORTERS: usize = 10_000;
 
+/// How often the Envoys of a sync key that has too many are looked through for silent ones.
+const SWEEP: Duration = Duration::from_secs(1);
+
 /// An Envoy that was heard of within this time is live. Longer than any poll is held.
 pub const SILENT: Duration = Duration::from_secs(60);
 
@@ -66,12 +69,27 @@ pub(super) struct Known {
     unwritten: bool,
 }
 
+/// What came of a message of an Envoy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// This process had not heard of the Envoy.
+    Newcomer,
+    /// It was known.
+    Known,
+    /// It is not shown: the Envoy belongs to another sync key, or there are too many Envoys in all.
+    Ignored,
+    /// Its sync key has as many live Envoys as it may have.
+    TooMany,
+}
+
 /// The Envoys that speak to this process. Clones share it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Registry(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    /// Most live Envoys of one sync key.
+    per_sync_key: u32,
     state: Mutex<State>,
     /// Held by whoever writes: when [`Registry::write`] returns, nothing that was heard before is under way.
     writing: tokio::sync::Mutex<()>,
@@ -84,21 +102,57 @@ struct State {
     known: HashMap<ReporterId, Known>,
     /// Somebody came whom this process had not heard of.
     newcomers: bool,
-    /// The live Envoys of all replicas, when they were last counted.
+    /// How many of them came under each sync key.
+    of_key: HashMap<Uuid, u32>,
+    /// When silent ones were last looked for because a sync key had too many.
+    swept: Option<Instant>,
+    /// The live Envoys of all replicas, when they were last counted, and of each sync key.
     counted: u32,
+    counted_of_key: HashMap<Uuid, u32>,
     epoch: Option<Epoch>,
     arrivals: BTreeMap<u64, Instant>,
 }
 
-impl Registry {
-    /// Nobody yet.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+impl State {
+    fn forget(&mut self, gone: impl Fn(&Known) -> bool) {
+        self.known.retain(|_, known| !gone(known));
+        self.of_key.clear();
+        for known in self.known.values() {
+            *self.of_key.entry(known.sync_key).or_default() += 1;
+        }
     }
 
-    /// Notes a poll; costs no more than the lock. Says whether this process had not heard of the Envoy.
-    pub fn polled(&self, reporter: ReporterId, heard: Heard) -> bool {
+    /// Whether a sync key may have one more Envoy. Silent ones make room.
+    fn has_room(&mut self, sync_key: Uuid, most: u32, now: Instant) -> bool {
+        let of = |counts: &HashMap<Uuid, u32>| counts.get(&sync_key).copied().unwrap_or_default();
+        if of(&self.of_key) >= most && self.swept.is_none_or(|at| now.saturating_duration_since(at) >= SWEEP) {
+            self.swept = Some(now);
+            self.forget(|known| !known.unwritten && now.saturating_duration_since(known.seen) >= SILENT);
+        }
+        of(&self.of_key).max(of(&self.counted_of_key)) < most
+    }
+}
+
+impl Registry {
+    /// Nobody yet. A sync key may have so many live Envoys.
+    #[must_use]
+    pub fn bounded(per_sync_key: u32) -> Self {
+        Self(Arc::new(Shared {
+            per_sync_key,
+            state: Mutex::default(),
+            writing: tokio::sync::Mutex::default(),
+            heard: Notify::default(),
+        }))
+    }
+
+    /// How many live Envoys a sync key may have.
+    #[must_use]
+    pub fn per_sync_key(&self) -> u32 {
+        self.0.per_sync_key
+    }
+
+    /// Notes a poll; costs no more than the lock.
+    pub fn polled(&self, reporter: ReporterId, heard: Heard) -> Noted {
         let now = Instant::now();
         let Heard { sync_key, .. } = heard;
         self.note(reporter, sync_key, now, |known| {
@@ -112,9 +166,9 @@ impl Registry {
         })
     }
 
-    /// Notes that an Envoy is still there: its poll was held until now.
-    pub fn held(&self, reporter: ReporterId, sync_key: Uuid) {
-        self.note(reporter, sync_key, Instant::now(), |_| ());
+    /// Notes that an Envoy is still there: its poll was held until now, or it sends a report.
+    pub fn held(&self, reporter: ReporterId, sync_key: Uuid) -> Noted {
+        self.note(reporter, sync_key, Instant::now(), |_| ())
     }
 
     /// Notes that reports of an Envoy are in the database.
@@ -192,7 +246,7 @@ impl Registry {
         let unwritten: Vec<(ReporterId, Known)> = {
             let mut state = self.state();
             // Those that have gone are in the database.
-            state.known.retain(|_, known| known.unwritten || known.seen.elapsed() < SILENT * 10);
+            state.forget(|known| !known.unwritten && known.seen.elapsed() >= SILENT * 10);
             let fresh = state.known.iter_mut().filter(|(_, known)| known.unwritten);
             let taken = fresh.map(|(reporter, known)| {
                 known.unwritten = false;
@@ -212,8 +266,12 @@ impl Registry {
     }
 
     async fn count(&self, pool: &PgPool, store: &Store) -> Result<(), sqlx::Error> {
-        let live = filters::live(pool).await?;
-        self.state().counted = live;
+        let of_key = filters::live(pool).await?;
+        let live = of_key.values().fold(0_u32, |sum, live| sum.saturating_add(*live));
+        {
+            let mut state = self.state();
+            (state.counted, state.counted_of_key) = (live, of_key);
+        }
         store.set_filters(live.max(self.live()));
         Ok(())
     }
@@ -225,15 +283,20 @@ impl Registry {
         u32::try_from(live).unwrap_or(u32::MAX)
     }
 
-    fn note(&self, reporter: ReporterId, sync_key: Uuid, now: Instant, change: impl FnOnce(&mut Known)) -> bool {
+    fn note(&self, reporter: ReporterId, sync_key: Uuid, now: Instant, change: impl FnOnce(&mut Known)) -> Noted {
         let mut state = self.state();
         let newcomer = !state.known.contains_key(&reporter);
         if newcomer {
-            if state.known.len() >= REPORTERS && !make_room(&mut state.known) {
+            if !state.has_room(sync_key, self.0.per_sync_key, now) {
+                metrics::counter!("portcullis_filters_over_limit_total").increment(1);
+                return Noted::TooMany;
+            }
+            if state.known.len() >= REPORTERS && !make_room(&mut state) {
                 metrics::counter!("portcullis_filters_rejected_total").increment(1);
-                return false;
+                return Noted::Ignored;
             }
             state.newcomers = true;
+            *state.of_key.entry(sync_key).or_default() += 1;
         }
         let known = state.known.entry(reporter).or_insert_with(|| Known {
             sync_key,
@@ -249,13 +312,13 @@ impl Registry {
         if known.sync_key != sync_key {
             // A sync key speaks for its own Envoys only.
             metrics::counter!("portcullis_filters_rejected_total").increment(1);
-            return false;
+            return Noted::Ignored;
         }
         change(known);
         (known.seen, known.unwritten) = (now, true);
         drop(state);
         self.0.heard.notify_one();
-        newcomer
+        if newcomer { Noted::Newcomer } else { Noted::Known }
     }
 
     fn arrived(&self, position: super::Position) {
@@ -281,10 +344,14 @@ impl Registry {
 }
 
 /// Forgets the Envoy that has been silent for longest, if it is gone. Says whether it did.
-fn make_room(known: &mut HashMap<ReporterId, Known>) -> bool {
-    let oldest = known.iter().min_by_key(|(_, known)| known.seen);
+fn make_room(state: &mut State) -> bool {
+    let oldest = state.known.iter().min_by_key(|(_, known)| known.seen);
     let gone = oldest.filter(|(_, known)| known.seen.elapsed() >= SILENT).map(|(reporter, _)| *reporter);
-    gone.is_some_and(|reporter| known.remove(&reporter).is_some())
+    let Some(known) = gone.and_then(|reporter| state.known.remove(&reporter)) else { return false };
+    if let Some(count) = state.of_key.get_mut(&known.sync_key) {
+        *count = count.saturating_sub(1);
+    }
+    true
 }
 
 /// Marks as unwritten again what was not written, also if nobody waits for the end of the statement.
@@ -318,7 +385,7 @@ mod tests {
 
     #[test]
     fn what_an_envoy_holds_is_what_it_said_last_and_silence_takes_nothing_back() {
-        let registry = Registry::new();
+        let registry = Registry::bounded(u32::MAX);
         registry.polled(reporter(1), Heard { holds: Some((EPOCH, 4)), pending: Some(3), ..Heard::default() });
         registry.polled(reporter(1), Heard::default());
         registry.reported(reporter(1), Uuid::nil());
@@ -330,7 +397,7 @@ mod tests {
 
     #[test]
     fn the_number_of_envoys_in_memory_is_bounded() {
-        let registry = Registry::new();
+        let registry = Registry::bounded(u32::MAX);
         for number in 0..=u32::try_from(REPORTERS).unwrap() {
             registry.held(reporter(number), Uuid::nil());
         }
@@ -344,8 +411,33 @@ mod tests {
     }
 
     #[test]
+    fn a_sync_key_has_as_many_envoys_as_it_may_and_silent_ones_make_room() {
+        let registry = Registry::bounded(2);
+        let (stolen, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let noted = [1, 2, 3, 1].map(|number| registry.held(reporter(number), stolen));
+        assert_eq!(noted, [Noted::Newcomer, Noted::Newcomer, Noted::TooMany, Noted::Known]);
+        assert_eq!(registry.held(reporter(4), other), Noted::Newcomer);
+        // Silent ones are looked for once a second at most, and are in the database first.
+        let long_ago = Instant::now().checked_sub(SILENT).unwrap();
+        let silence = |number| {
+            let mut state = registry.state();
+            let known = state.known.get_mut(&reporter(number)).unwrap();
+            (known.seen, known.unwritten) = (long_ago, false);
+        };
+        silence(2);
+        registry.state().swept = None;
+        assert_eq!(registry.held(reporter(3), stolen), Noted::Newcomer);
+        assert_eq!(registry.held(reporter(2), stolen), Noted::TooMany);
+        // Those that speak to other replicas count.
+        silence(1);
+        registry.state().swept = None;
+        registry.state().counted_of_key.insert(stolen, 2);
+        assert_eq!(registry.held(reporter(2), stolen), Noted::TooMany);
+    }
+
+    #[test]
     fn the_age_of_a_revision_is_that_of_the_first_that_has_it() {
-        let registry = Registry::new();
+        let registry = Registry::bounded(u32::MAX);
         registry.arrived(Some((EPOCH, 10)));
         assert_eq!(registry.since_arrival(EPOCH, 10), None, "it was there before");
         registry.arrived(Some((EPOCH, 12)));

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use contract::id::{KeyId, ReporterId};
 use contract::outcome::Outcome;
 use contract::usage::{Count, Grant, KeyRef, Report};
-use sqlx::{PgConnection, PgPool};
 use sqlx::error::DatabaseError;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
@@ -47,7 +47,12 @@ pub enum Applied {
     },
     /// Another key reports for this reporter.
     Foreign,
+    /// The reporter is new, and its key has had [`NEW_REPORTERS`] new ones within a day.
+    TooMany,
 }
+
+/// Most new Envoys that report under one sync key within 24 hours. Each leaves a row for [`super::retention::REPORTER_DAYS`].
+pub const NEW_REPORTERS: i64 = 10_000;
 
 /// Applies submissions, of different reporters or of the same, in one transaction. That the database holds their keys is left
 /// to its foreign keys: only if they object, as after a restore, keys are looked up, and counts of unknown ones left out.
@@ -94,9 +99,15 @@ async fn apply_once(
     sqlx::query!(
         "insert into usage_reporters (reporter, sync_key_id, last_seq)
         select reporter, sync_key_id, 0 from unnest($1::uuid[], $2::uuid[]) as new (reporter, sync_key_id)
+        where not exists (select from usage_reporters r where r.reporter = new.reporter)
+            and (new.sync_key_id is null or (
+                select count(*) from usage_reporters r
+                where r.sync_key_id = new.sync_key_id and r.created_at > now() - interval '1 day'
+            ) < $3)
         order by reporter on conflict (reporter) do nothing",
         &ids,
-        &keys as &[Option<Uuid>]
+        &keys as &[Option<Uuid>],
+        NEW_REPORTERS
     )
     .execute(&mut *connection)
     .await?;
@@ -121,7 +132,7 @@ async fn apply_once(
     let mut gaps = Vec::new();
     for submission in submissions {
         let Some((owner, seq)) = last.get_mut(&submission.reporter.into()) else {
-            results.push(Applied::Foreign);
+            results.push(Applied::TooMany);
             continue;
         };
         if submission.sync_key.is_some() {

@@ -44,6 +44,9 @@ pub enum IngestError {
     /// They speak for a reporter that belongs to another key.
     #[error("the reporter belongs to another sync key")]
     Foreign,
+    /// Too many new Envoys reported under their key within a day.
+    #[error("too many new Envoys under this sync key")]
+    TooMany,
     /// Too many wait already, or this process is about to end.
     #[error("too many reports wait")]
     Full,
@@ -88,6 +91,7 @@ impl Ingest {
                 Ok(Ack { reporter, seq, grants })
             }
             Ok(Applied::Foreign) => Err(IngestError::Foreign),
+            Ok(Applied::TooMany) => Err(IngestError::TooMany),
             Err(error) => Err(IngestError::Database(error)),
         }
     }

@@ -12,5 +12,5 @@ pub mod outcome;
 pub mod query;
 pub mod retention;
 
-pub use apply::{Applied, Submission, apply};
+pub use apply::{Applied, NEW_REPORTERS, Submission, apply};
 pub use ingest::{Ingest, IngestError};

@@ -16,6 +16,10 @@ const MOVER: i64 = 0x706f_7274_0000_0002;
 /// Most rows that move together.
 const TOGETHER: i64 = 10_000;
 
+/// For how long the number of the last report of an Envoy is remembered after it came, in days. A log line of an Envoy that is
+/// imported later than that counts once more.
+pub const REPORTER_DAYS: i32 = 90;
+
 /// For how long what is kept, in days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
@@ -33,6 +37,7 @@ pub async fn tidy(pool: &PgPool, retention: Retention) {
         let rolled_up = roll_up(pool, retention.hourly_days).await?;
         let forgotten = if retention.daily_days > 0 { forget(pool, retention.daily_days).await? } else { 0 };
         events::forget(pool, retention.event_days).await?;
+        forget_reporters(pool).await?;
         Ok::<_, sqlx::Error>((rolled_up, forgotten))
     };
     match done.await {
@@ -155,6 +160,18 @@ async fn forget_some(connection: &mut PgConnection, days: i32) -> Result<u64, sq
     .execute(&mut *connection)
     .await?;
     Ok(keyed.rows_affected() + keyless.rows_affected())
+}
+
+/// Forgets Envoys whose last report came more than [`REPORTER_DAYS`] ago. Says how many.
+///
+/// # Errors
+/// Those of the database.
+pub async fn forget_reporters(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let gone = sqlx::query!(
+        "delete from usage_reporters where reported_at < now() - make_interval(days => $1)",
+        REPORTER_DAYS
+    );
+    Ok(gone.execute(pool).await?.rows_affected())
 }
 
 /// Whether this transaction alone moves rows, until it ends.

@@ -8,12 +8,19 @@ use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::page::Page;
 use contract::usage::{Report, write_reports};
+use control_plane::http;
 use control_plane::sync::filters;
 use control_plane::sync::registry::{Heard, Registry};
+use control_plane::usage::NEW_REPORTERS;
+use control_plane::usage::retention::forget_reporters;
 use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
+
+async fn live(pool: &PgPool) -> u32 {
+    filters::live(pool).await.unwrap().values().sum()
+}
 
 fn envoy(number: u8) -> ReporterId {
     ReporterId([number; 16])
@@ -190,7 +197,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
 
 #[sqlx::test(migrations = "./migrations")]
 async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool) {
-    let (one, other) = (Registry::new(), Registry::new());
+    let (one, other) = (Registry::bounded(1_000), Registry::bounded(1_000));
     let epoch = Epoch::from(epoch(&pool).await);
     let (sync, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     let says = |revision| Heard { sync_key: sync, holds: Some((epoch, revision)), ..Heard::default() };
@@ -211,10 +218,10 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
     assert_eq!(stored().await, (6, Some(sync)));
     one.polled(envoy(1), says(7));
     one.write(&pool).await.unwrap();
-    assert_eq!((stored().await.0, filters::live(&pool).await.unwrap()), (7, 1));
+    assert_eq!((stored().await.0, live(&pool).await), (7, 1));
     // A sync key speaks for its own Envoys only, whichever replica hears it.
     let (stranger, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
-    for replica in [one, Registry::new()] {
+    for replica in [one, Registry::bounded(1_000)] {
         replica.polled(envoy(1), Heard { sync_key: stranger, ..says(8) });
         replica.write(&pool).await.unwrap();
         assert_eq!(stored().await, (7, Some(sync)));
@@ -223,7 +230,7 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
 
 #[sqlx::test(migrations = "./migrations")]
 async fn nothing_is_lost_while_the_database_is_away(pool: PgPool) {
-    let registry = Registry::new();
+    let registry = Registry::bounded(1_000);
     let away = pool.clone();
     let here = sqlx::postgres::PgPoolOptions::new().connect_with((*pool.connect_options()).clone()).await.unwrap();
     away.close().await;
@@ -247,7 +254,7 @@ async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
     assert_eq!(filters_of(&poll(&fixture, &sync, "").await), 0);
     // The very first page of an Envoy counts it.
     assert_eq!(filters_of(&poll(&fixture, &sync, &format!("reporter={}", envoy(1))).await), 1);
-    let other = Registry::new();
+    let other = Registry::bounded(1_000);
     other.polled(envoy(2), Heard::default());
     other.polled(envoy(3), Heard::default());
     other.write(&pool).await.unwrap();
@@ -264,7 +271,7 @@ async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
         .execute(&pool)
         .await
         .unwrap();
-    assert_eq!((filters::forget(&pool).await.unwrap(), filters::live(&pool).await.unwrap()), (2, 1));
+    assert_eq!((filters::forget(&pool).await.unwrap(), live(&pool).await), (2, 1));
     assert!(revision(&pool).await > 0);
 }
 
@@ -282,4 +289,88 @@ async fn polls_are_written_together(pool: PgPool) {
     assert_eq!(rows().await, 0, "no poll writes");
     fixture.app.filters.write(&pool).await.unwrap();
     assert_eq!(rows().await, 4);
+}
+
+/// What a new Envoy is answered, once as it polls and once as it reports.
+async fn newcomer(fixture: &Fixture, sync: &Secret, number: u8) -> [Reply; 2] {
+    let query = format!("/sync/v1/keys?wait=0&reporter={}", envoy(number));
+    let polled = fixture.send(request("GET", &query, Some(sync), Body::empty())).await;
+    let report = Report { reporter: envoy(number), seq: 1, counts: Vec::new() };
+    let report = request("POST", "/sync/v1/usage", Some(sync), write_reports(&[report]).unwrap());
+    [polled, fixture.send(report).await]
+}
+
+async fn reporters(pool: &PgPool) -> i64 {
+    sqlx::query_scalar("select count(*) from usage_reporters").fetch_one(pool).await.unwrap()
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
+    let mut fixture = Fixture::new(pool.clone()).await;
+    fixture.app.filters = Registry::bounded(3);
+    fixture.router = http::router(fixture.app.clone(), None);
+    let (_, stolen) = fixture.key("operator@example.com", &["sync"]).await;
+    let (_, other) = fixture.key("operator@example.com", &["sync"]).await;
+    for number in 1..=3 {
+        let statuses = newcomer(&fixture, &stolen, number).await.map(|reply| reply.status.as_u16());
+        assert_eq!(statuses, [200, 200]);
+    }
+    let detail = "This sync key has 3 live Envoys, which is as many as it may have. Give each zone a sync key of its own, raise \
+                  --envoys-per-sync-key, or revoke the key if it was stolen.";
+    for number in 4..=9 {
+        for refused in newcomer(&fixture, &stolen, number).await {
+            refused.assert_problem(429, "bound_reached", detail, None);
+            assert_eq!(refused.header("retry-after"), "60");
+        }
+    }
+    // Those that are known go on, and so do those of another key.
+    for (sync, number) in [(&stolen, 2), (&other, 10)] {
+        let statuses = newcomer(&fixture, sync, number).await.map(|reply| reply.status.as_u16());
+        assert_eq!(statuses, [200, 200]);
+    }
+    fixture.app.filters.write(&pool).await.unwrap();
+    assert_eq!((live(&pool).await, fixture.app.filters.live(), reporters(&pool).await), (4, 4, 4));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_is_kept_of_envoys_that_are_gone_is_bounded_and_ages_out(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (key, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (_, other) = fixture.key("operator@example.com", &["sync"]).await;
+    assert_eq!(newcomer(&fixture, &sync, 1).await[1].status.as_u16(), 200);
+    let came = "insert into usage_reporters (reporter, sync_key_id, last_seq)
+        select gen_random_uuid(), $1, 1 from generate_series(2, $2)";
+    sqlx::query(came).bind(key).bind(NEW_REPORTERS).execute(&pool).await.unwrap();
+    let detail = "Reports of 10000 new Envoys came under this sync key within 24 hours, which is as many as it may have. Give each \
+                  zone a sync key of its own, or revoke the key if it was stolen.";
+    newcomer(&fixture, &sync, 2).await[1].assert_problem(429, "bound_reached", detail, None);
+    assert_eq!(newcomer(&fixture, &sync, 1).await[1].status.as_u16(), 200);
+    assert_eq!(newcomer(&fixture, &other, 3).await[1].status.as_u16(), 200);
+    sqlx::query("update usage_reporters set created_at = now() - interval '1 day' where reporter <> $1")
+        .bind(Uuid::from_bytes(envoy(1).0))
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!(newcomer(&fixture, &sync, 2).await[1].status.as_u16(), 200);
+
+    assert_eq!(forget_reporters(&pool).await.unwrap(), 0);
+    sqlx::query(
+        "update usage_reporters set reported_at = now() - interval '91 days' where last_seq > 0 and sync_key_id = $1",
+    )
+    .bind(key)
+    .execute(&pool)
+    .await
+    .unwrap();
+    assert_eq!((forget_reporters(&pool).await.unwrap(), reporters(&pool).await), (10_001, 1));
+
+    let shown = "insert into filters (reporter, sync_key_id, epoch, revision, confirmed_at, seen_at)
+        select gen_random_uuid(), $1, gen_random_uuid(), 0, now(), now() - make_interval(mins => 1 + n / 100)
+        from generate_series(1, 10007) n";
+    sqlx::query(shown).bind(key).execute(&pool).await.unwrap();
+    let trimmed = filters::trim(&pool).await.unwrap();
+    let left: i64 = sqlx::query_scalar("select count(*) from filters where seen_at < now() - interval '1 minute'")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    assert_eq!((trimmed, left), (7, 10_000));
 }

@@ -102,3 +102,55 @@ async fn two_admins_who_revoke_each_other_at_once_do_not_both_succeed(pool: PgPo
     let alive = async |key: &Secret| fixture.call("GET", "/v1/users", key, None).await.status.as_u16() == 200;
     assert_ne!(alive(&first).await, alive(&second).await);
 }
+
+const DETAIL_HERE: &str = "After this, no key with the scope admin could be used from your address for longer than a day, and you \
+                           could not manage keys any more. Let allowed_addresses hold your address, or create another admin key \
+                           that is not bound to networks first.";
+
+/// What callers of the router that tell no address come from.
+const HERE: &str = "0.0.0.0/32";
+const ELSEWHERE: &str = "192.0.2.1/32";
+
+async fn bind(fixture: &Fixture, caller: &Secret, id: Uuid, networks: &[&str]) -> crate::support::Reply {
+    let body = json!({"allowed_addresses": networks});
+    fixture.call("PATCH", &format!("/v1/keys/{id}"), caller, Some(&body)).await
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_is_not_bound_to_networks_that_its_holder_is_not_in(pool: PgPool) {
+    let (fixture, id, admin, uri) = with_one_admin(pool).await;
+    bind(&fixture, &admin, id, &[ELSEWHERE]).await.assert_problem(409, "conflict", DETAIL_HERE, None);
+    assert_eq!(fixture.call("GET", &uri, &admin, None).await.json()["allowed_addresses"], json!([]));
+    // To those that hold the caller it is, and from there to no others.
+    assert_eq!(bind(&fixture, &admin, id, &[ELSEWHERE, HERE]).await.status.as_u16(), 200);
+    bind(&fixture, &admin, id, &[ELSEWHERE, "::/0"]).await.assert_problem(409, "conflict", DETAIL_HERE, None);
+    assert_eq!(fixture.call("GET", "/v1/users", &admin, None).await.status.as_u16(), 200);
+    let (other, _) = fixture.key("other@example.com", ADMIN).await;
+    assert_eq!(bind(&fixture, &admin, id, &[ELSEWHERE]).await.status.as_u16(), 200);
+    assert_ne!(other, id);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_last_admin_key_that_works_here_is_not_ended_for_one_that_works_elsewhere(pool: PgPool) {
+    let (fixture, id, admin, uri) = with_one_admin(pool.clone()).await;
+    let (other, _) = fixture.key("other@example.com", ADMIN).await;
+    assert_eq!(bind(&fixture, &admin, other, &[ELSEWHERE]).await.status.as_u16(), 200);
+    for (method, uri, body) in [
+        ("DELETE", uri.as_str(), None),
+        ("PATCH", uri.as_str(), Some(json!({"disabled": true}))),
+        ("PATCH", uri.as_str(), Some(json!({"expires_in_seconds": 60}))),
+        ("POST", "/v1/users/admin@example.com/revoke-keys", None),
+    ] {
+        let reply = fixture.call(method, uri, &admin, body.as_ref()).await;
+        reply.assert_problem(409, "conflict", DETAIL_HERE, None);
+    }
+    // By hand nobody tells an address: keys that are bound to networks do not count.
+    let by_hand = "update api_keys set networks = '{192.0.2.1/32}' where id = $1";
+    let error = sqlx::query(by_hand).bind(id).execute(&pool).await.unwrap_err();
+    assert_eq!(error.as_database_error().and_then(|error| error.constraint()), Some("api_keys_last_admin_here"));
+    // What changes nothing of it is let through: a plan of the owner, which reaches all keys.
+    assert_eq!(bind(&fixture, &admin, other, &[HERE]).await.status.as_u16(), 200);
+    assert_eq!(fixture.call("DELETE", &uri, &admin, None).await.status.as_u16(), 204);
+    let metered = "update user_preferences set metered = true where email = 'other@example.com'";
+    sqlx::query(metered).execute(&pool).await.unwrap();
+}

@@ -20,6 +20,7 @@ mod last_admin;
 mod leases;
 mod lifecycle;
 mod management;
+mod owners;
 mod plans;
 mod quota;
 mod roles;

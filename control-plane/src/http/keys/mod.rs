@@ -28,6 +28,7 @@ use crate::condition::Condition;
 use crate::error::ApiError;
 use crate::key::domain::{RateLimitBody, Timestamp};
 use crate::key::permissions::{self, Permitted};
+use crate::key::revoke::name_address;
 use crate::key::store::{self, Held, Key};
 
 /// Which key.
@@ -182,6 +183,7 @@ async fn held(
     let held = store::hold(connection, id).await?.ok_or_else(|| there_is_none(id))?;
     may(&held)?;
     condition.check(Some(held.version))?;
+    name_address(connection, &caller.actor, &held.scopes).await?;
     Ok(held)
 }
 

@@ -18,6 +18,7 @@ use crate::condition::{Condition, etag};
 use crate::error::{ApiError, Problem};
 use crate::http::extract::Path;
 use crate::http::once::{Answer, Once};
+use crate::key::allowance::{self, Act};
 use crate::key::{rotate as rotation, store};
 use crate::transaction::transact;
 
@@ -71,7 +72,7 @@ pub struct BySecret {
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -86,6 +87,9 @@ pub async fn rotate(
     let grace = rotation::parse_grace(body.grace_seconds)?;
     caller.require_manager()?;
     let response = once.answer(&app.pool, &caller, async |connection| {
+        if !caller.is_admin() {
+            allowance::take(connection, caller.owner_id, Act::Make, app.bounds.owner_keys_per_day).await?;
+        }
         let key = held(connection, &caller, path.id, &condition).await?;
         caller.require_rotatable(key.id, key.generation)?;
         let secret = rotation::rotate(connection, &caller.actor, &key, body.kind.into(), grace).await?;

@@ -19,6 +19,7 @@ use crate::error::{ApiError, Problem};
 use crate::http::extract::{Json, Path};
 use crate::http::once::{Answer, Once};
 use crate::http::user::reveal;
+use crate::key::allowance::{self, Act};
 use crate::key::change::{Changes, change};
 use crate::key::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
 use crate::key::permissions::{self, Permissions, Said, said};
@@ -192,7 +193,7 @@ impl PatchBody {
         (status = 413, description = "Body too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not JSON", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many calls", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many calls, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is away", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -215,12 +216,13 @@ pub async fn create(State(app): State<App>, caller: Caller, mut once: Once) -> R
         })?,
         expires_at: parse_expiry(body.expires_at.as_deref(), body.expires_in_seconds, now)?,
         at_most: None,
+        per_day: None,
     };
     new.expires_at = new.expires_at.or(default_expiry(&new.scopes, now));
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
     caller.require_permissible(&new.permissions, caller.networks())?;
-    caller.bind(&mut new);
+    caller.bind(&mut new, app.bounds.owner_keys_per_day);
     let response = once.answer(&app.pool, &caller, async |connection| {
         let Made { key, secret, permitted } = store::create(connection, &caller.actor, new).await?;
         let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
@@ -273,6 +275,9 @@ pub async fn patch(
     }
     caller.require_privileges(&permissions)?;
     let changed = transact(&app.pool, async |connection| {
+        if !caller.is_admin() {
+            allowance::take(connection, caller.owner_id, Act::Change, app.bounds.owner_keys_per_day).await?;
+        }
         let wanted = permissions.resolve(connection).await?;
         let key = held(connection, &caller, path.id, &condition).await?;
         if let Some(end) = changes.expires_at {

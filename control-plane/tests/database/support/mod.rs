@@ -15,6 +15,7 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use contract::hash::KeyHash;
 use contract::key::Secret;
 use control_plane::audit::Actor;
+use control_plane::bounds::Bounds;
 use control_plane::callers::Callers;
 use control_plane::key::domain::{Email, KeyName, Scopes};
 use control_plane::key::revoke;
@@ -74,7 +75,8 @@ impl Fixture {
             store,
             pepper: None,
             usage,
-            filters: Registry::new(),
+            filters: Registry::bounded(1_000),
+            bounds: Bounds::default(),
             policies: Arc::default(),
             callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
             database: Arc::default(),
