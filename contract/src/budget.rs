@@ -20,6 +20,9 @@ pub enum Stock {
     Credits,
     /// How far a limit of a key is used over all Envoys, which is told beside a share of it: see [`crate::rate`].
     Used,
+    /// The credits that an owner has in all, which is told beside a lease of them after a request was refused: a request whose
+    /// price is higher cannot be paid however long its client waits. Neither spent nor held.
+    Balance,
 }
 
 impl Stock {
@@ -31,6 +34,7 @@ impl Stock {
             Self::Quota => 1,
             Self::Credits => 2,
             Self::Used => 3,
+            Self::Balance => 4,
         }
     }
 
@@ -42,6 +46,7 @@ impl Stock {
             1 => Some(Self::Quota),
             2 => Some(Self::Credits),
             3 => Some(Self::Used),
+            4 => Some(Self::Balance),
             _ => None,
         }
     }
@@ -128,9 +133,9 @@ mod tests {
 
     #[test]
     fn codes_lead_back() {
-        for stock in [Stock::Share, Stock::Quota, Stock::Credits, Stock::Used] {
+        for stock in [Stock::Share, Stock::Quota, Stock::Credits, Stock::Used, Stock::Balance] {
             assert_eq!(Stock::from_code(stock.code()), Some(stock));
         }
-        assert_eq!(Stock::from_code(4), None);
+        assert_eq!(Stock::from_code(5), None);
     }
 }

@@ -149,9 +149,11 @@ impl Outcome {
             Self::Unknown => (401, "API key unknown", "No such API key. Check that it was copied whole."),
             Self::Revoked => (401, "API key revoked", "This API key was revoked. Ask its owner for a new one."),
             Self::Expired => (401, "API key expired", "This API key has expired. Ask its owner for a new one."),
-            Self::Disabled => {
-                (403, "API key disabled", "This API key is switched off. Its owner can switch it on again.")
-            }
+            Self::Disabled => (
+                403,
+                "API key disabled",
+                "This API key is switched off. Its owner can switch it on again, or only an administrator if one switched it off.",
+            ),
             Self::ScopeDenied => (403, "Scope denied", "This API key lacks a scope that the request needs."),
             Self::AddressDenied => (403, "Address denied", "This API key may not be used from the client's address."),
             Self::RateLimited => (429, "Rate limit exceeded", "Too many requests. Wait as long as Retry-After says."),

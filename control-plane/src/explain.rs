@@ -38,11 +38,12 @@ pub async fn hash_of(pool: &PgPool, key_id: Uuid) -> Result<Option<Hashed>, ApiE
     Ok(Some(Hashed { owner_id: row.owner_id, hash: KeyHash(hash) }))
 }
 
-/// Reads what is left of a key's stocks, as the control plane has it; what Envoys hold in leases is spoken of beside it.
+/// Reads what is left of a key's stocks for a request of a price, as the control plane has it; what Envoys hold in leases is
+/// spoken of beside it.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn budgets(pool: &PgPool, key_id: Uuid) -> Result<Left, ApiError> {
+pub async fn budgets(pool: &PgPool, key_id: Uuid, price: u32) -> Result<Left, ApiError> {
     let quota = quota::view(pool, key_id).await?.map(|view| {
         let end = Timestamp::from(view.used.window_end);
         let (used, most, leased) = (view.used.used, view.quota.requests, view.leased);
@@ -56,8 +57,15 @@ pub async fn budgets(pool: &PgPool, key_id: Uuid) -> Result<Left, ApiError> {
         Some(email) => credits::account(pool, &Email::parse(&email)?).await?,
         None => None,
     };
-    let credits = account
-        .filter(|account| account.metered)
-        .map(|account| format!("the balance is {}, of which {} are leased to Envoys", account.balance, account.leased));
+    let credits = account.filter(|account| account.metered).map(|account| {
+        let (balance, leased) = (account.balance, account.leased);
+        let above = i64::from(price) > balance && balance > 0;
+        let above = if above {
+            format!("; the request costs {price}, which is more: waiting does not help")
+        } else {
+            String::new()
+        };
+        format!("the balance is {balance}, of which {leased} are leased to Envoys{above}")
+    });
     Ok(Left { quota, credits })
 }

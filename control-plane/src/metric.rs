@@ -41,6 +41,12 @@ const CATALOGUE: &[Metric] = &[
     metric(Gauge, "portcullis_filters_live", &[], "Envoys that polled or reported within the last minute."),
     metric(
         Counter,
+        "portcullis_filters_over_limit_total",
+        &[],
+        "Polls and reports that were refused because their sync key has as many Envoys as it may have.",
+    ),
+    metric(
+        Counter,
         "portcullis_filters_rejected_total",
         &[],
         "Polls and reports of Envoys that are not listed: too many Envoys, or the Envoy belongs to another sync key.",

@@ -121,6 +121,7 @@ impl Names {
             Stock::Share => 's',
             Stock::Quota => 'q',
             Stock::Credits => 'c',
+            Stock::Balance => 'b',
             // Is told and not kept.
             Stock::Used => 'x',
         };
@@ -286,7 +287,7 @@ mod tests {
         }
         assert!(names[0].records(0xff).ends_with(":b00ff"));
         let [a, ..] = &names;
-        let stocks = [Stock::Share, Stock::Quota, Stock::Credits].map(|stock| a.stock(stock, 1));
+        let stocks = [Stock::Share, Stock::Quota, Stock::Credits, Stock::Balance].map(|stock| a.stock(stock, 1));
         let mut kinds = vec![a.records(1), a.limiter(1), a.addresses(1), a.usage(1)];
         kinds.extend(stocks);
         let all = kinds.len();

@@ -24,7 +24,7 @@ pub fn apply(cells: &impl Cells, names: &Names, grants: &[Grant], default_share:
                 let share = Some(share).filter(|share| *share > 0);
                 limiter::grant(cells, names, KeyId(grant.of), share, &used, default_share, now_ns)
             }
-            Some(kind @ (Stock::Quota | Stock::Credits)) => {
+            Some(kind @ (Stock::Quota | Stock::Credits | Stock::Balance)) => {
                 stock::grant(cells, names, kind, &grant.of, grant.amount, grant.turn)
             }
             // Read with the share that it stands behind.

@@ -129,7 +129,7 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
             (Some(key), Outcome::Allowed) => self.charge(&mut verdict, key, policy),
             (_, Outcome::Anonymous) => self.limit_client(&mut verdict, policy),
             (Some(key), outcome) => {
-                verdict.wait = stock::wait(outcome, &key.record, now_s);
+                verdict.wait = stock::wait(self.cells, self.names, outcome, &key.record, verdict.cost, now_s);
             }
             (None, _) => {}
         }
@@ -148,7 +148,7 @@ impl<C: Cells, A: Fn() -> Option<IpAddr>, N: Fn() -> u64> Judge<'_, C, A, N> {
             verdict.wait = wait;
         } else if let Some(outcome) = stock::spend(self.cells, self.names, record, policy) {
             verdict.outcome = outcome;
-            verdict.wait = stock::wait(outcome, record, self.now_s());
+            verdict.wait = stock::wait(self.cells, self.names, outcome, record, verdict.cost, self.now_s());
         }
     }
 

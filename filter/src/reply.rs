@@ -22,6 +22,10 @@ pub const RETRY_RENEWAL_S: u64 = 1;
 /// The same when a stock is used up and nobody knows until when: the filter hears at once when there is more.
 const RETRY_EXHAUSTED_S: u64 = 60;
 
+/// The detail of a request that costs more credits than its key's owner has.
+const PRICE_ABOVE_BALANCE: &str =
+    "This request costs more credits than the owner of this API key has. Top them up to go on: waiting does not help.";
+
 /// What a 401 says of how keys are sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Challenge {
@@ -79,6 +83,8 @@ pub enum Wait {
     Usual,
     /// Until a lease is renewed: there is some left, but not here.
     Renewal,
+    /// Waiting does not help: the request costs more credits than there are.
+    Hopeless,
     /// So many seconds.
     Seconds(u64),
     /// As one of these limits, all those that the request was judged by, says.
@@ -112,6 +118,8 @@ pub fn reply(
     match (refusal.status, wait) {
         (401, _) => headers.extend(challenge.schemes.iter().map(|value| ("www-authenticate", value.clone()))),
         (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
+        // A client that retries by itself would do so for ever.
+        (429, Wait::Hopeless) => {}
         (429, Wait::Renewal) => headers.push(("retry-after", RETRY_RENEWAL_S.to_string())),
         (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
         (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
@@ -121,7 +129,11 @@ pub fn reply(
     if refusal.status == 429 && facts.is_grpc {
         headers.push(("grpc-status", RESOURCE_EXHAUSTED.to_owned()));
     }
-    let detail = if outcome == Outcome::Missing { challenge.missing.as_str() } else { refusal.detail };
+    let detail = match wait {
+        _ if outcome == Outcome::Missing => challenge.missing.as_str(),
+        Wait::Hopeless => PRICE_ABOVE_BALANCE,
+        _ => refusal.detail,
+    };
     let id = facts.id.as_ref().map(|id| format!(",\"request_id\":\"{id}\"")).unwrap_or_default();
     let body = format!(
         "{{\"type\":\"{}\",\"title\":\"{}\",\"status\":{},\"detail\":\"{detail}\",\"code\":\"{}\"{id}}}",
@@ -217,6 +229,10 @@ mod tests {
         // While a lease is being renewed there is something left.
         let renewal = headers(Outcome::QuotaExceeded, &challenge(), &Wait::Renewal);
         assert_eq!(renewal, [("retry-after", "1".to_owned())]);
+        let hopeless = reply(Outcome::CreditsExhausted, &challenge(), &Wait::Hopeless).unwrap();
+        assert!(hopeless.headers.iter().all(|(name, _)| *name != "retry-after"), "{:?}", hopeless.headers);
+        let body: serde_json::Value = serde_json::from_str(&hopeless.body).unwrap();
+        assert_eq!((&body["code"], &body["detail"]), (&"credits_exhausted".into(), &PRICE_ABOVE_BALANCE.into()));
     }
 
     #[test]

@@ -60,20 +60,32 @@ pub fn grant(
     .map(|_| ())
 }
 
-/// How long a client should wait that was refused for the lack of one of these; as usual for other outcomes.
+/// How long a client should wait whose request of this price was refused for the lack of one of these; as usual for other
+/// outcomes.
 #[must_use]
-pub fn wait(outcome: Outcome, record: &Record, now_s: u64) -> Wait {
+pub fn wait(cells: &impl Cells, names: &Names, outcome: Outcome, record: &Record, price: u32, now_s: u64) -> Wait {
     let (flag, budget) = match outcome {
         Outcome::QuotaExceeded => (Flags::QUOTA_EXCEEDED, record.further.quota),
         Outcome::CreditsExhausted => (Flags::CREDITS_EXHAUSTED, record.further.credits),
         _ => return Wait::Usual,
     };
     if !record.flags.contains(flag) {
-        return Wait::Renewal;
+        let hopeless = outcome == Outcome::CreditsExhausted && is_above_balance(cells, names, record, price.into());
+        return if hopeless { Wait::Hopeless } else { Wait::Renewal };
     }
     // The stock is filled anew already, or nobody knows when it will be: then ask now and then.
     let resets_at_s = budget.and_then(|budget| budget.resets_at_s);
     resets_at_s.map_or(Wait::Usual, |at| Wait::Seconds(at.saturating_sub(now_s).max(RETRY_RENEWAL_S)))
+}
+
+/// Whether a price is above all the credits that the owner has, as the control plane told after a request was refused.
+fn is_above_balance(cells: &impl Cells, names: &Names, record: &Record, price: u64) -> bool {
+    let of = &record.owner_id.0;
+    let [.., high, low] = *of;
+    let cell = cells.get(&names.stock(Stock::Balance, u16::from_be_bytes([high, low])));
+    let told = cell.and_then(|cell| find(&cell.value, of));
+    let turn = record.further.credits.map(|credits| credits.turn);
+    told.is_some_and(|told| Some(told.turn) == turn && price > told.granted)
 }
 
 fn take(cells: &impl Cells, names: &Names, stock: Stock, of: &[u8; 16], budget: &Budget, cost: u64) -> bool {
@@ -225,12 +237,27 @@ mod tests {
         let retry = |flags, resets_at_s| {
             let quota = Some(Budget { starter: 1, turn: 1, resets_at_s });
             let record = Record { flags, ..record(quota, None) };
-            wait(Outcome::QuotaExceeded, &record, 1_000)
+            wait(&MemoryCells::default(), &names(), Outcome::QuotaExceeded, &record, 1, 1_000)
         };
         assert_eq!(retry(Flags(0), Some(9_000)), Wait::Renewal);
         assert_eq!(retry(Flags::QUOTA_EXCEEDED, None), Wait::Usual);
         assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(9_000)), Wait::Seconds(8_000));
         assert_eq!(retry(Flags::QUOTA_EXCEEDED, Some(500)), Wait::Seconds(1));
-        assert_eq!(wait(Outcome::RateLimited, &record(None, None), 0), Wait::Usual);
+        let (cells, names) = (MemoryCells::default(), names());
+        assert_eq!(wait(&cells, &names, Outcome::RateLimited, &record(None, None), 1, 0), Wait::Usual);
+    }
+
+    #[test]
+    fn a_price_above_the_balance_is_hopeless_until_there_is_more() {
+        let (cells, names) = (MemoryCells::default(), names());
+        let record = record(None, budget(0));
+        let told = |balance, turn, price| {
+            grant(&cells, &names, Stock::Balance, &OWNER, balance, turn).unwrap();
+            wait(&cells, &names, Outcome::CreditsExhausted, &record, price, 0)
+        };
+        assert_eq!(wait(&cells, &names, Outcome::CreditsExhausted, &record, 5, 0), Wait::Renewal, "nothing was told");
+        assert_eq!((told(3, 1, 5), told(3, 1, 3), told(5, 1, 5)), (Wait::Hopeless, Wait::Renewal, Wait::Renewal));
+        // What was told before or after the turn of the record says nothing.
+        assert_eq!(told(3, 2, 5), Wait::Renewal);
     }
 }

@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 
 use axum::extract::State;
-use contract::decision::{Check, Facts, Presented, decide};
+use contract::decision::{Check, Facts, Presented, cost, decide};
 use contract::hash::KeyHash;
 use contract::key::{PRESENTED_BYTES, Secret, check};
 use contract::outcome::Outcome;
@@ -182,7 +182,7 @@ pub async fn explain(
                 CheckView::judged(check.name(), check.refusal(record, &facts), check.saw(record, &facts))
             }));
         checks.push(CheckView::told("rate_limit", limits(record, &facts)));
-        let left = budgets(&app.pool, record.key_id.into()).await?;
+        let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
         checks.extend(left.quota.map(|saw| CheckView::told("quota_left", saw)));
         checks.extend(left.credits.map(|saw| CheckView::told("credits_left", saw)));
     } else if let Some(limit) = &policy.rate_limit {

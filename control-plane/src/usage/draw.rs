@@ -313,6 +313,13 @@ impl Stocks {
     }
 }
 
+/// What an owner has in all, for an Envoy that refused requests for the lack of credits: whether waiting helps.
+fn balance(subject: Subject, heard: &Heard, stocks: &Stocks) -> Option<Grant> {
+    let (left, budget) = stocks.0.get(&subject).filter(|_| subject.0 == CREDITS && heard.refused > 0)?;
+    let amount = u64::try_from(*left).unwrap_or_default();
+    Some(Grant { stock: Stock::Balance.code(), of: subject.1.into_bytes(), amount, turn: budget.turn })
+}
+
 /// Answers each Envoy that hears, one after the other; gives the rows that have changed beside.
 fn grant(
     fresh: &[Fresh<'_>],
@@ -396,6 +403,7 @@ fn grant(
         };
         let Some(row) = rows.get(me) else { continue };
         grants.push(lease::grant(*subject, row, turn));
+        grants.extend(balance(*subject, heard, stocks));
         if subject.0 == SHARE
             && let Some(used) = used_of.get(&subject.1)
         {

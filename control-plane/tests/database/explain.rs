@@ -172,6 +172,12 @@ async fn what_is_left_of_quota_and_credits_is_told_from_the_database(pool: PgPoo
         ]
     );
     assert_eq!((&reply["outcome"], &checks[8]["saw"]), (&json!("allowed"), &json!("not used up")));
+
+    sqlx::query("update api_keys set cost = 91 where id = $1").bind(id).execute(&pool).await.unwrap();
+    fixture.in_step().await;
+    let reply = explain(&fixture, &admin, json!({"key_id": id})).await.json();
+    let saw = "the balance is 90, of which 20 are leased to Envoys; the request costs 91, which is more: waiting does not help";
+    assert_eq!(reply["checks"].as_array().unwrap().last().unwrap()["saw"], saw);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -113,6 +113,10 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     let grants = envoys[0].report(&fixture, &[count(id, Outcome::Allowed, 50)]).await;
     assert_eq!(granted(&grants, 2, owner), Some((50 + 200, 2)));
     assert_eq!(account().await, json!([950, 200, 750]));
+    assert_eq!(granted(&grants, 4, owner), None);
+    // An Envoy that refused a request is told what there is in all: waiting for more than that does not help.
+    let grants = envoys[0].report(&fixture, &[count(id, Outcome::CreditsExhausted, 1)]).await;
+    assert_eq!(granted(&grants, 4, owner), Some((950, 2)));
     let mut spent = 50;
     for round in 0..40 {
         for envoy in &mut envoys {

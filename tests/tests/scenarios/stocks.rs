@@ -119,6 +119,28 @@ async fn a_route_has_its_price_and_credits_are_their_owners() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_request_whose_price_is_above_the_balance_is_not_told_to_wait() -> Result<()> {
+    let plugin = json!({"policies": {"dear": {"cost": 4}}});
+    let keys = [("k", metered(1, None, budget(0, 1, None)))];
+    let bench = Bench::builder().plugin(plugin).route("/dear", "dear").start(&keys).await?;
+    let exhausted = Outcome::CreditsExhausted;
+    // Nobody knows yet how much there is.
+    assert_eq!(allowed(&bench, "/dear", "k", exhausted, "1").await?, 0);
+    grant(&bench, &[of(Stock::Balance, OWNER, 3, 1)]).await?;
+    let reply = bench.get("/dear", Some("k")).await?;
+    let body: serde_json::Value = serde_json::from_slice(&reply.body)?;
+    let detail = "This request costs more credits than the owner of this API key has. Top them up to go on: waiting does not help.";
+    assert_eq!((reply.status, reply.header("retry-after")), (429, None));
+    assert_eq!((&body["code"], &body["detail"]), (&json!("credits_exhausted"), &json!(detail)));
+    // What costs less is worth asking for again.
+    assert_eq!(allowed(&bench, "/", "k", exhausted, "1").await?, 0);
+    // So is the other, once there is enough.
+    grant(&bench, &[of(Stock::Balance, OWNER, 4, 1)]).await?;
+    assert_eq!(allowed(&bench, "/dear", "k", exhausted, "1").await?, 0);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_request_that_the_credits_refuse_leaves_the_quota_as_it_was() -> Result<()> {
     let plugin = json!({"policies": {"free": {"cost": 0}}});
     let keys = [("metered", metered(1, budget(5, 1, None), budget(2, 1, None)))];
