@@ -229,7 +229,8 @@ mod tests {
         // While a lease is being renewed there is something left.
         let renewal = headers(Outcome::QuotaExceeded, &challenge(), &Wait::Renewal);
         assert_eq!(renewal, [("retry-after", "1".to_owned())]);
-        let hopeless = reply(Outcome::CreditsExhausted, &challenge(), &Wait::Hopeless).unwrap();
+        let hopeless =
+            reply(Outcome::CreditsExhausted, &challenge(), &Wait::Hopeless, |_| RequestFacts::default()).unwrap();
         assert!(hopeless.headers.iter().all(|(name, _)| *name != "retry-after"), "{:?}", hopeless.headers);
         let body: serde_json::Value = serde_json::from_str(&hopeless.body).unwrap();
         assert_eq!((&body["code"], &body["detail"]), (&"credits_exhausted".into(), &PRICE_ABOVE_BALANCE.into()));
