@@ -14,7 +14,8 @@ use crate::support::EARLY;
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(crate::support::binary());
     for (variable, _) in std::env::vars_os() {
-        if variable == "DATABASE_URL" || variable.as_encoded_bytes().starts_with(b"PORTCULLIS_") {
+        let name = variable.as_encoded_bytes();
+        if [&b"DATABASE_URL"[..], b"PORTCULLIS_", b"PGPASS"].iter().any(|ours| name.starts_with(ours)) {
             command.env_remove(variable);
         }
     }
@@ -117,6 +118,45 @@ fn a_bad_setting_is_named_in_one_line() {
     std::fs::remove_file(&file).unwrap();
     let output = run(&["admin", "create-key", "--database-url", "x", "--scope", "orders", "--name", "n"]);
     assert!(complaint(&output).starts_with("control-plane: --email: "), "{output:?}");
+}
+
+#[test]
+fn a_secret_has_one_source_and_an_error_names_the_setting_and_not_the_secret() {
+    let file = std::env::temp_dir().join(format!("portcullis-secret-{}", uuid::Uuid::now_v7()));
+    std::fs::write(&file, "of-a-file\n").unwrap();
+    let path = file.to_str().unwrap();
+    let nowhere = "postgres://somebody@127.0.0.1:1/nothing";
+    for (settings, error) in [
+        (&[][..], "DATABASE_URL: say where PostgreSQL is"),
+        (&[("DATABASE_URL_FILE", path)], "DATABASE_URL: is not of the form postgres://"),
+        (&[("DATABASE_URL_FILE", "/missing")], "DATABASE_URL_FILE: /missing: No such file"),
+        (&[("DATABASE_URL", nowhere), ("DATABASE_URL_FILE", path)], "DATABASE_URL and DATABASE_URL_FILE are both set"),
+        (&[("DATABASE_URL", "postgres://a:in-the-url/x@host/db")], "DATABASE_URL: has a # / or ? that ends its user"),
+        (
+            &[("DATABASE_URL", "postgres://a:in-the-url@host/db"), ("PGPASSWORD_FILE", path)],
+            "DATABASE_URL has a password and PGPASSWORD_FILE is set",
+        ),
+        (&[("DATABASE_URL", nowhere), ("PGPASSFILE", "/missing")], "PGPASSFILE: /missing: No such file"),
+        (
+            &[("DATABASE_URL", nowhere), ("PGPASSWORD", "in-the-url"), ("PGPASSWORD_FILE", path)],
+            "PGPASSWORD and PGPASSWORD_FILE are both set",
+        ),
+        (
+            &[("DATABASE_URL", nowhere), ("PORTCULLIS_ADMIN_KEY_FILE", path)],
+            "PORTCULLIS_ADMIN_KEY: the key starts with",
+        ),
+        (&[("DATABASE_URL", nowhere), ("PORTCULLIS_PEPPER_FILE", path)], "PORTCULLIS_PEPPER: a pepper has 64"),
+        (
+            &[("DATABASE_URL", nowhere), ("PORTCULLIS_SYNC_KEY", "in-the-url"), ("PORTCULLIS_SYNC_KEY_FILE", path)],
+            "PORTCULLIS_SYNC_KEY and PORTCULLIS_SYNC_KEY_FILE are both set",
+        ),
+    ] {
+        let output = command(&["serve", "--listen", "127.0.0.1:0"]).envs(settings.iter().copied()).output().unwrap();
+        let said = complaint(&output);
+        assert!(said.starts_with(&format!("control-plane: {error}")), "{said}");
+        assert!(!said.contains("of-a-file") && !said.contains("in-the-url"), "{said}");
+    }
+    std::fs::remove_file(&file).unwrap();
 }
 
 #[sqlx::test(migrations = "./migrations")]
