@@ -168,16 +168,7 @@ impl Up {
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 
         progress("starting Envoy");
-        let (demo, (plugin, routes)) = match &service {
-            None => (Some(DemoApi::start(local(0)).await?), policies::for_envoy()?),
-            Some(service) => {
-                if let Some(why) = not_reached(service).await {
-                    let url = service.url();
-                    progress(&format!("{url} is not there yet ({why}); until it is, good keys get 503 from Envoy"));
-                }
-                (None, policies::ForEnvoy::default())
-            }
-        };
+        let (demo, (plugin, routes)) = upstream(service.as_ref()).await?;
         let settings = envoy::Settings {
             replacements: Replacements {
                 plugin,
@@ -275,6 +266,18 @@ Ctrl-C stops everything."#,
         let _ = self.control_plane.stop(Signal::SIGTERM).await;
         let _ = self.postgres.stop(Signal::SIGINT).await;
     }
+}
+
+/// The demo API with its policies, unless there is a service to protect.
+async fn upstream(service: Option<&Service>) -> Result<(Option<DemoApi>, policies::ForEnvoy)> {
+    let Some(service) = service else {
+        return Ok((Some(DemoApi::start(local(0)).await?), policies::for_envoy()?));
+    };
+    if let Some(why) = not_reached(service).await {
+        let url = service.url();
+        progress(&format!("{url} is not there yet ({why}); until it is, good keys get 503 from Envoy"));
+    }
+    Ok((None, policies::ForEnvoy::default()))
 }
 
 /// Why a service accepts no connection, if it does not.
