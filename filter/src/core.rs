@@ -140,7 +140,7 @@ impl Core {
         let mut known = self.unknown_policies.borrow_mut();
         if known.len() < UNKNOWN_POLICIES && !known.contains(&name) {
             let problem = if name.is_empty() {
-                "filter_metadata.portcullis of a route is not {policy: NAME}".to_owned()
+                "filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty".to_owned()
             } else {
                 format!("a route names the policy {name:?}, which the plugin configuration does not have")
             };

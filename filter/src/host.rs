@@ -13,7 +13,12 @@ use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
 use crate::address;
 use crate::cells::{Cell, Cells, Raced};
 use crate::reply::Reply;
-use crate::route;
+
+/// Where the metadata of a route holds what is meant for this filter.
+const METADATA: [&str; 4] = ["xds", "route_metadata", "filter_metadata", "portcullis"];
+
+/// How Envoy tells metadata without members: the number of its pairs.
+const NO_MEMBERS: [u8; 4] = [0; 4];
 
 /// Shared data (`get` returns data).
 pub(crate) struct SharedData;
@@ -114,13 +119,23 @@ pub(crate) fn set_filter_state(name: &str, value: &str) {
     let _ = hostcalls::set_property(vec![name], Some(value.as_bytes()));
 }
 
-/// The policy that the request's route names in its metadata, if it names one (returns data). Should Envoy not tell, the
-/// name is empty, which is that of no policy.
+/// The policy that the request's route names in its metadata, if it names one (returns data). Should Envoy not tell, or should
+/// something else stand there, the name is empty or odd, which is that of no policy.
+///
+/// The SDK tells an empty name like none at all. Where there is no name, a second call therefore asks for all of the metadata.
+/// On a route that has none it returns no data.
 pub(crate) fn route_policy() -> Option<String> {
-    match hostcalls::get_property(vec!["xds", "route_metadata", "filter_metadata", "portcullis"]) {
-        Ok(metadata) => route::policy(&metadata?),
+    let [xds, route, kind, own] = METADATA;
+    match hostcalls::get_property(vec![xds, route, kind, own, "policy"]) {
+        Ok(None) => {}
+        Ok(Some(name)) => return Some(String::from_utf8_lossy(&name).into_owned()),
         // A null stands there, for one.
-        Err(_) => Some(String::new()),
+        Err(_) => return Some(String::new()),
+    }
+    match hostcalls::get_property(METADATA.to_vec()) {
+        Ok(None) => None,
+        Ok(Some(metadata)) if metadata == NO_MEMBERS => None,
+        _ => Some(String::new()),
     }
 }
 

@@ -2,7 +2,7 @@
 //! key store and never waits for anybody.
 //!
 //! Reading order, the way of a request first: [`config`] is what the operator chose; [`credential`] looks for the key in
-//! each [`source`], with [`query`] and [`cookie`] for two of them; [`route`] reads which policy the route names; [`recent`] remembers what [`store`] said of it, which finds
+//! each [`source`], with [`query`] and [`cookie`] for two of them; [`recent`] remembers what [`store`] said of it, which finds
 //! its record, and [`definitions`], what that refers to; [`judge`] lets `contract::decision` decide, with [`address`] where it matters, and then asks [`mod@slice`] and
 //! [`limiter`], which remember how often, and [`stock`]; [`reply`] says what is answered; [`identity`] lists the headers that say who calls; [`usage`] counts. Then what happens between
 //! requests: [`lease`] settles which VM speaks with the control plane, [`sync`] keeps the store up to date, [`reports`] says
@@ -40,7 +40,6 @@ pub mod cookie;
 pub mod credential;
 pub mod identity;
 pub mod query;
-pub mod route;
 pub mod source;
 
 pub mod definitions;
