@@ -121,7 +121,7 @@ impl Names {
             Stock::Share => 's',
             Stock::Quota => 'q',
             Stock::Credits => 'c',
-            Stock::Balance => 'b',
+            Stock::Balance => 't',
             // Is told and not kept.
             Stock::Used => 'x',
         };

@@ -6,7 +6,8 @@
 //! ```
 //! Cells are shared by all VMs and each change insists on the version that was read, so leases are exact for an Envoy
 //! process. An entry is kept as long as Envoy runs, since grants count from its start: there are at most as many as keys
-//! with a quota, and owners with credits, were used since, 36 bytes each.
+//! with a quota, and owners with credits, were used since, 36 bytes each; and one more for each owner whose credits a request
+//! lacked: what the owner has in all.
 
 use contract::budget::{Held, Stock};
 use contract::decision::cost;

@@ -18,7 +18,7 @@ use crate::wait::eventually;
 /// What a control plane is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Port 0: one that is free, and reserved for this control plane.
+    /// Port 0 stands for a free port, which is reserved for this control plane.
     pub listen: SocketAddr,
     /// The PostgreSQL database.
     pub database_url: String,

@@ -20,8 +20,8 @@ use crate::wait::eventually;
 /// What an Envoy is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What its configuration has in place of the template's. Port 0 of listener and admin interface: one that is free, and
-    /// reserved for this Envoy.
+    /// What its configuration has in place of the template's. Port 0 of the listener and of the admin interface stands for a
+    /// free port, which is reserved for this Envoy.
     pub replacements: Replacements,
     /// How many workers.
     pub workers: usize,

@@ -1,4 +1,4 @@
-//! A flood of keys that nobody has, and how long requests with a good key take meanwhile.
+//! A flood of unknown keys, and the time that requests with a good key take meanwhile.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,26 +10,26 @@ use tokio::task::JoinSet;
 
 use crate::http::Connection;
 
-/// Connections that flood.
+/// Connections that send unknown keys.
 const CONNECTIONS: u64 = 8;
 
-/// Between two requests with a good key.
+/// The pause between two requests with a good key.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// How many keys are sent.
+/// How many keys are sent, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
     /// The number of the first key: other numbers make other keys.
     pub from: u64,
-    /// So many in any case, however long a busy machine takes for them.
+    /// The fewest keys, however long a busy machine takes for them.
     pub least: u64,
-    /// No more than this.
+    /// The most keys.
     pub most: u64,
-    /// Beyond the least, keys are sent for so long only.
+    /// The time after which no key beyond the fewest is sent.
     pub lasts: Duration,
 }
 
-/// A key that nobody has, of the right form or not, different each time (splitmix64).
+/// An unknown key, well-formed or not, a different one for each number (SplitMix64).
 fn stranger(seed: u64) -> String {
     let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -61,7 +61,7 @@ pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
                     return Ok::<u64, anyhow::Error>(refused);
                 }
                 let reply = connection.get("/", Some(&stranger(flood.from + number))).await?;
-                ensure!(reply.status == 401, "a stranger's key is answered with {}", reply.status);
+                ensure!(reply.status == 401, "an unknown key is answered with {}", reply.status);
                 refused += 1;
             }
         });
@@ -73,7 +73,7 @@ pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
     Ok(refused)
 }
 
-/// How long requests with a good key take, the shortest first, until there are enough or it is told to stop.
+/// The times that requests with a good key take, in ascending order. Ends after `enough` requests or when `stop` is set.
 ///
 /// # Errors
 /// If one of them is refused.

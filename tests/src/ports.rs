@@ -17,7 +17,7 @@ const NUMBER: u16 = 20_000;
 #[derive(Debug)]
 pub struct Port {
     address: SocketAddr,
-    /// Nothing here speaks UDP: the kernel lets one program at a time have the port of that number.
+    /// The kernel gives a UDP port to one program at a time. Nothing here uses UDP for anything else.
     _reservation: UdpSocket,
 }
 

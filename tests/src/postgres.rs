@@ -235,7 +235,7 @@ pub async fn test_database() -> Result<(Database, Option<Arc<Postgres>>)> {
 /// Makes a database with a name of its own.
 async fn create_in(server: &str) -> Result<Database> {
     static MADE: AtomicU32 = AtomicU32::new(0);
-    // A server that `DATABASE_URL` names may have databases of earlier programs, and of programs on other machines.
+    // The server of `DATABASE_URL` may hold databases of earlier test programs and of other machines.
     let mut random = [0; 8];
     getrandom::fill(&mut random).map_err(|error| anyhow!("no randomness: {error}"))?;
     let name = format!("test_{:016x}_{}", u64::from_ne_bytes(random), MADE.fetch_add(1, Ordering::Relaxed));

@@ -13,7 +13,7 @@ use crate::log::Log;
 use crate::reap;
 use crate::wait::eventually_within;
 
-/// How long a process may take to end when it is asked to. The control plane gives its connections ten seconds of that.
+/// How long a process may take to end after a signal. The control plane waits ten seconds for its connections.
 const GRACE: Duration = Duration::from_secs(30);
 
 /// A child process.

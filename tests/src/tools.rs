@@ -293,7 +293,7 @@ fn install(package: &str, home: &Path, how: &[&str], say: Say<'_>) -> Result<Pat
         return Ok(home.to_owned());
     }
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
-    // Tests that run at once need the same programs: one installs, and the others wait. The lock ends with the file.
+    // Tests that run at the same time need the same programs. One installs while the others wait. Closing the file unlocks it.
     let lock = std::fs::File::create(home.join(".lock"))?;
     lock.lock()?;
     if done.is_file() {

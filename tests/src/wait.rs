@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Long enough for a machine that does much else besides. Only a test that fails waits for so long.
+/// Deadline of a wait. It is long, since tests run on busy machines, and only a test that fails waits for all of it.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// How often the condition is looked at.

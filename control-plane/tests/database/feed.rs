@@ -318,11 +318,10 @@ async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
-    let mut behind = Fixture::new(pool.clone()).await;
+    let behind = Fixture::new(pool.clone()).await;
     let (_, sync) = behind.key("operator@example.com", &["sync"]).await;
     behind.in_step().await;
     behind.stop_feed();
-    behind.shorten_polls();
     let (epoch, at) = behind.app.store.position().unwrap();
     let continued = async |epoch: Epoch, least: u64| {
         let uri = format!("/sync/v1/keys?epoch={epoch}&cursor=700&revision={least}");

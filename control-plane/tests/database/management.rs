@@ -324,8 +324,8 @@ async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
     assert_eq!(status_of(&fixture, &other).await, 200);
 }
 
-/// Calls until one is refused for too many calls. Two may come at once, and each second allows another: on a slow machine
-/// more calls are admitted than two, but many at once are more than that.
+/// Calls until the control plane refuses one with 429. The limit admits two calls at once and one more each second. A slow
+/// machine takes seconds for a few calls in turn, so the test sends many at once.
 async fn until_refused(call: impl AsyncFn() -> Reply) -> Reply {
     for _ in 0..10 {
         let replies = futures_util::future::join_all((0..8).map(|_| call())).await;

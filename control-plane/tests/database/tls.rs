@@ -134,7 +134,7 @@ async fn with_a_client_authority_nobody_is_answered_without_a_certificate_of_it(
 #[tokio::test]
 async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    // The pauses below are so much shorter that a busy machine does not lengthen them to this.
+    // Four times the pauses below, so that a busy machine does not lengthen a pause to it.
     let patience = Duration::from_secs(4);
     let server = Server::start(None, patience).await;
     let told = async |text: &[u8]| {
@@ -147,7 +147,7 @@ async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
     // Nothing, a piece of what could be either protocol, and heads that never end.
     let slow = [&b""[..], b"PRI", b"GET / HTTP/1.1\r\nhost: x\r\nslow: ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"];
     let slow = futures_util::future::join_all(slow.map(told));
-    // One that asks again and again with pauses is not cut off by the clock of its first request.
+    // The time-out of the first request does not end a connection that sends others later.
     let busy = async {
         let mut connection = portcullis_tests::http::Connection::open(server.address).await.unwrap();
         for _ in 0..5 {

@@ -41,10 +41,10 @@ const LEASE: Duration = Duration::from_secs(4);
 const SETTLE: Duration = Duration::from_secs(3);
 
 /// How much of what an Envoy decided its gauge of pending usage does not tell yet: a tick of the worker and one of the
-/// leader, 250 ms each. The rest is for ticks that come late on a busy machine.
+/// leader, 250 ms each. The rest allows for late ticks on a busy machine.
 const UNTOLD: Duration = Duration::from_secs(2);
 
-/// What a trap may lose: one merge interval of one worker, 250 ms. The rest is for a tick that comes late on a busy machine.
+/// What a trap may lose: one merge interval of one worker, 250 ms. The rest allows for a late tick on a busy machine.
 /// Clients cannot tell workers apart, so all that the Envoy decided is allowed here.
 const MERGE: Duration = Duration::from_secs(1);
 

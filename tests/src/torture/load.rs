@@ -16,7 +16,7 @@ use super::rig::Rig;
 use crate::control_plane::fresh_key;
 use crate::http::Connection;
 
-/// How long a client waits for an answer. Nothing that is not broken takes longer, however busy the machine.
+/// Time-out of a request. Without a fault no request takes so long, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How many clients there are, and how fast each is.

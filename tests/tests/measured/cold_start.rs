@@ -1,4 +1,4 @@
-//! An Envoy that starts cold has a large store soon, and all of it.
+//! A cold start of Envoy with a large store.
 
 use std::time::Instant;
 
@@ -36,7 +36,7 @@ async fn an_envoy_that_starts_cold_judges_each_of_a_hundred_thousand_keys() -> R
         envoy.restart().await?;
         wait_for_status(envoy, Some("key-1"), 200).await?;
         took.push(start.elapsed());
-        // Whoever knows one of them knows all: a store that is not complete answers 503.
+        // The filter answers 503 until its store is complete, so an Envoy that admits one key has all of them.
         for number in (1..=KEYS).step_by(997).chain([KEYS / 2, KEYS]) {
             assert_eq!(stack.get(Some(&format!("key-{number}"))).await?.status, 200, "key-{number}");
         }

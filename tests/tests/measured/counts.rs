@@ -9,7 +9,7 @@ use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
 use serde_json::json;
 
-/// The fewest requests. The load goes on until the control plane has been restarted twice, however long that takes.
+/// The fewest requests. The load goes on until the control plane has been restarted twice.
 const REQUESTS: u64 = 20_000;
 const KEYS: usize = 10;
 

@@ -91,8 +91,7 @@ async fn a_flood_of_unknown_keys_leaves_nothing_behind_and_good_keys_alone() -> 
     assert!(memory <= memory_before + growth, "Envoy grew from {memory_before} to {memory} KiB");
     assert!(hourly <= 2 && keyless <= 4, "{hourly} rows by key, {keyless} without");
     assert_eq!(names, names_before);
-    // Each good key was admitted. Clients and servers share the machine's processors here, so this is a bound for what must
-    // never happen; `cargo xtask bench --suite flood` judges milliseconds.
+    // `probe` fails if a good key is refused. `cargo xtask bench --suite flood` judges milliseconds.
     assert!(at(&pressed, 990) <= BOUND, "good keys wait {:?}", at(&pressed, 990));
     for (name, value) in stack.envoy().stats("vm_reload").await? {
         assert_eq!(value, 0, "{name}");

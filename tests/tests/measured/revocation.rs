@@ -1,4 +1,4 @@
-//! A revoked key is soon refused by every worker, and from then on by all of them.
+//! The time from a revocation until every worker refuses the key.
 
 use std::time::Instant;
 
@@ -17,7 +17,7 @@ async fn a_revoked_key_is_refused_by_every_worker_within_the_bound_and_by_none_a
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
     let (rest, envoy) = (stack.rest(), stack.envoy());
     let flowing = stack.working_key("flow@example.com").await?;
-    // Envoy's counters tell which worker accepted a connection only while nobody else connects: so before the load.
+    // Before the load starts: Envoy's counters show which worker accepted a connection only while no other client connects.
     let mut workers = envoy.connection_per_worker().await?;
     let load = Load::start(Plan {
         targets: vec![envoy.address()],
@@ -53,7 +53,7 @@ async fn a_revoked_key_is_refused_by_every_worker_within_the_bound_and_by_none_a
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = flowed as f64 / lasted.as_secs_f64();
     println!("revocation: {TRIES} tries at {rate:.0} requests/s: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
-    // `cargo xtask bench` judges milliseconds: they depend on what else the machine does.
+    // `cargo xtask bench` judges milliseconds, which depend on what else the machine does.
     assert!(p99 <= BOUND, "{took:?}");
     assert!(flowed > TRIES as u64, "only {flowed} requests flowed beside");
     Ok(())

@@ -119,7 +119,7 @@ async fn a_role_that_loses_a_scope_shuts_every_worker_within_the_bound_and_for_a
     took.sort();
     let (p50, p99, most) = (took[TRIES / 2], took[TRIES * 99 / 100 - 1], took[TRIES - 1]);
     println!("role change: {TRIES} tries, {KEYS} keys: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
-    // `cargo xtask bench` judges milliseconds: they depend on what else the machine does.
+    // `cargo xtask bench` judges milliseconds, which depend on what else the machine does.
     assert!(p99 <= BOUND, "{took:?}");
     Ok(())
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 const LIMIT: u64 = 100;
 const ENVOYS: usize = 3;
 
-/// What became of a load.
+/// The result of a load.
 #[derive(Clone, Copy, Default)]
 struct Outcome {
     sent: u64,
@@ -38,13 +38,13 @@ impl Outcome {
         self.allowed() as u64 + LIMIT + LIMIT + begins_again * (LIMIT + LIMIT / 2) / ENVOYS as u64
     }
 
-    /// What could have been admitted: a busy machine may send less than the limit allows.
+    /// The most that a perfect limiter would have admitted: a busy machine may send less than the limit allows.
     fn usable(self) -> f64 {
         self.allowed().min(self.sent as f64)
     }
 }
 
-/// One load for each Envoy, at its own pace, for so many seconds; more, where the machine cannot keep the pace.
+/// One load for each Envoy, at its own pace, for so many seconds. It takes longer where the machine cannot keep the pace.
 async fn load_each(stack: &Stack, key: &str, paces: [u32; ENVOYS], seconds: u32) -> Result<Outcome> {
     let start = Instant::now();
     let loads = stack.envoys.iter().zip(paces).filter(|(_, pace)| *pace > 0).map(|(envoy, pace)| {
@@ -99,8 +99,7 @@ async fn under_uneven_load(stack: &Stack) -> Result<()> {
     let (Outcome { sent, admitted, seconds }, bound) = (all, all.bound(phases));
     println!("shared_limits: uneven load admitted {admitted} of {sent} in {seconds:.1} s, the bound is {bound}");
     assert!(admitted <= bound, "{admitted} admitted, {bound} allowed");
-    // The load that moves on every five seconds can use the limit: most of it on an idle machine, less where reports
-    // come late.
+    // A load that moves every five seconds can use most of the limit on an idle machine, and less where reports are late.
     assert!(admitted as f64 >= 0.25 * all.usable(), "{admitted} admitted of {sent}, {bound} allowed");
     Ok(())
 }

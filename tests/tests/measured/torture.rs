@@ -30,7 +30,7 @@ async fn every_fault_once_and_nobody_is_let_in_and_nothing_is_lost_but_what_is_s
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rolling_restart_of_the_control_planes_loses_nothing_and_no_request_sees_it() -> Result<()> {
-    // So many restarts, however long a busy machine takes for them.
+    // A number and not a time, since a busy machine takes long for each restart.
     const RESTARTS: usize = 8;
     let options = Options {
         behind: vec![Kind::ControlPlaneTerm; RESTARTS],

@@ -28,7 +28,7 @@ async fn grant(bench: &Bench, grants: &[Grant]) -> Result<()> {
     eventually("the grants to be noted", async || (bench.script.acknowledged_with_grants() >= 2).then_some(())).await
 }
 
-/// A month, so long that nothing of a limit comes back during a test, however slow the machine.
+/// A window so long that a limit refills nothing during a test, however slow the machine.
 const MONTH_S: u32 = 30 * 86_400;
 
 #[tokio::test]
@@ -57,7 +57,7 @@ async fn of_several_limits_the_one_that_refuses_is_named_among_all() -> Result<(
                 assert_eq!(reply.header("ratelimit-policy"), Some(all));
                 let wait: u32 = reply.header("retry-after").context("no retry-after")?.parse()?;
                 assert_eq!(reply.header("ratelimit"), Some(format!("\"{name}\";r=0;t={wait}").as_str()));
-                // One of ten comes back in a tenth of the window, less the time that the test has taken.
+                // A tenth of the window, less the time since the limit was used up.
                 assert!((window_s / 20..=window_s / 10).contains(&wait), "{wait} of {window_s}");
                 refused += 1;
             }
@@ -151,7 +151,8 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
     // The whole limit is told, whatever the share.
     let reply = bench.get("/", Some("granted")).await?;
     assert_eq!(reply.header("ratelimit-policy"), Some("\"month\";q=40;w=2592000"));
-    // One of 40 requests comes back in a fortieth of the month. Half of them are here, but shares change in less.
+    // The whole limit refills one of 40 requests in a fortieth of the window. This Envoy has half of it, but shares change
+    // sooner than that.
     let wait: u32 = reply.header("retry-after").unwrap_or_default().parse()?;
     assert!((MONTH_S / 80..=MONTH_S / 40).contains(&wait), "{wait}");
     Ok(())

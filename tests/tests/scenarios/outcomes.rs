@@ -53,7 +53,7 @@ async fn a_key_that_runs_out_of_time_stops_working_without_any_message() -> Resu
     stack.change_key("brief@example.com", "expires_at = now() + interval '8 seconds'").await?;
     stack.in_step().await?;
     stack.control_plane.stop(Signal::SIGKILL).await?;
-    // It works until its end, which is a whole second. A busy machine may have got here later than that.
+    // The key works until its end, which is cut to a whole second. On a busy machine, that may have passed already.
     let ended = async || {
         let reply = stack.get(Some(&key)).await.ok()?;
         if reply.status == 200 {
@@ -78,7 +78,7 @@ async fn a_key_that_is_used_too_fast_is_told_when_to_come_back() -> Result<()> {
     let reply = stack.get(Some(&key)).await?;
     assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
     assert_eq!(reply.header("ratelimit-policy"), Some("\"default\";q=2;w=86400"));
-    // One request each twelve hours, less the time that the test has taken.
+    // One request refills each twelve hours.
     let wait: u64 = reply.header("retry-after").unwrap_or_default().parse()?;
     assert!((42_000..=43_200).contains(&wait), "{wait}");
     assert_eq!(reply.header("ratelimit"), Some(format!("\"default\";r=0;t={wait}").as_str()));

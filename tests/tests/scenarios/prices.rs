@@ -1,4 +1,4 @@
-//! A route that costs more than an Envoy may spend before it was leased any: who is refused is leased enough for a next try.
+//! A route that costs more than an Envoy may spend before it has a lease: a refusal requests a lease for the next try.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ async fn export(stack: &Stack, key: &str) -> Result<Reply> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_is_refused_for_the_price_of_a_dear_route_comes_through_at_a_next_try() -> Result<()> {
+async fn a_client_that_retries_a_dear_route_after_retry_after_comes_through() -> Result<()> {
     let plugin = json!({"rate_limit": null, "policies": {"export": {"cost": PRICE}, "free": {"cost": 0}}});
     let stack = Stack::builder().plugin(&plugin).route("/export", "export").route("/", "free").start().await?;
     let rest = stack.rest();
@@ -40,8 +40,8 @@ async fn who_is_refused_for_the_price_of_a_dear_route_comes_through_at_a_next_tr
         let reply = export(&stack, &key).await?;
         assert_refused(&reply, Outcome::CreditsExhausted, &[]);
         assert_eq!(reply.header("retry-after"), Some("1"));
-        // One refusal is enough to be leased the price; the lease is given back three seconds later. A client that waits as
-        // long as it is told comes through in between, at its first or second try; on a busy machine, it may miss that.
+        // One refusal leases the price, and an idle lease is returned after three seconds. A client that retries after
+        // Retry-After comes through in between; on a busy machine it may need more than one try.
         let mut tries = 0;
         let through = async || {
             tokio::time::sleep(Duration::from_secs(1)).await;

@@ -44,7 +44,7 @@ async fn both_secrets_open_until_the_grace_ends_and_each_is_counted_by_itself() 
     let told = async || secrets(&stack, &id).await.ok().filter(|told| *told == expected);
     eventually(&format!("secrets {expected}"), told).await?;
 
-    // The hour is nearly over. Nobody acts: the old one ends at every Envoy when its time has come.
+    // Three seconds of the hour are left. The old secret then ends at every Envoy by itself.
     let soon = "update retired_secrets set ends_at = now() + interval '3 seconds'";
     assert_eq!(stack.database.execute(soon).await?, 1);
     stack.wait_for_status(Some(&old), 401).await?;

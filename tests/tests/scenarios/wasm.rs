@@ -78,7 +78,7 @@ async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_
 #[tokio::test]
 async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
     let limits = vec![
-        // One request comes back each hour, however slow the machine.
+        // Both refill one request each hour, so none during the test.
         RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20 },
         RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10 },
     ];

@@ -1,4 +1,4 @@
-//! How long requests with a good key take while others flood Envoy with keys that nobody has.
+//! The time that requests with a good key take during a flood of unknown keys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

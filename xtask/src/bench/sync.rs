@@ -249,10 +249,10 @@ async fn revocations<T: 'static>(
     }
 }
 
-/// Keys of the role.
+/// Keys that have the role.
 const HAVE_ROLE: usize = 200;
 
-/// A role loses the scope that a route asks for, until every worker refuses one of its keys.
+/// The time from a role's loss of the scope that a route requires until every worker refuses one of its keys.
 async fn role(options: &Options, report: &mut Report) -> Result<()> {
     store::build()?;
     let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
@@ -284,7 +284,10 @@ async fn role(options: &Options, report: &mut Report) -> Result<()> {
         let answered = Instant::now();
         for worker in &mut workers {
             while worker.get("/orders", Some(key)).await?.status != 403 {
-                ensure!(answered.elapsed() < Duration::from_secs(10), "a role's old scope is admitted for too long");
+                ensure!(
+                    answered.elapsed() < Duration::from_secs(10),
+                    "a scope that a role lost is admitted for too long"
+                );
             }
         }
         if number >= WARM_UP {

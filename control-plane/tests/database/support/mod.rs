@@ -32,11 +32,11 @@ use tokio::sync::watch;
 use tower::ServiceExt;
 use uuid::Uuid;
 
-/// How long polls are held.
+/// How long the control plane holds a poll that nothing ends.
 pub const HELD: Duration = Duration::from_secs(60);
 
-/// Something ended a poll, and not its time: so much earlier than [`HELD`], and than the time that clients may ask for, that
-/// a busy machine does not matter.
+/// A poll that ends within this time was ended by an event. It is far below [`HELD`] and the longest time that a client may
+/// ask for, and far above what a busy machine needs.
 pub const EARLY: Duration = Duration::from_secs(20);
 /// The control plane as cargo built it for these tests. Read when the test runs, since a checkout may be copied with its
 /// target directory.
@@ -95,7 +95,7 @@ impl Fixture {
         self.stop.send(true).unwrap();
     }
 
-    /// Polls are held for a moment only.
+    /// Polls are held for a moment only. That bounds the time to look at the database too, so only for tests without it.
     pub fn shorten_polls(&mut self) {
         self.app.long_poll = Duration::from_millis(100);
         self.router = http::router(self.app.clone(), None);
