@@ -3,7 +3,8 @@
 //! In reading order: a [`key`] is presented, its [`hash`], with a [`pepper`] or without, names a [`record`], which may be bound to a [`network`] and refer
 //! to a [`definition`]; all of that travels in a [`page`]. The [`policy`] of a route says what is asked of a request, the
 //! [`decision`] turns record and request into an [`outcome`], [`rate`] and [`budget`] bound how often, and outcomes are
-//! counted into a [`usage`] report. Pages and reports are sealed by the [`codec`].
+//! counted into a [`usage`] report. Pages and reports are sealed by the [`codec`]. Reports in a log are signed as
+//! [`usage_log`] says. What people write as JSON is read by [`json`].
 //!
 //! Everything here is pure: bytes, values and `now` come in, values go out. The crate runs natively in the control plane
 //! and as WebAssembly in Envoy, and is tested as both.
@@ -33,6 +34,7 @@ pub mod decision;
 pub mod definition;
 pub mod hash;
 pub mod id;
+pub mod json;
 pub mod key;
 pub mod network;
 pub mod outcome;
@@ -42,3 +44,4 @@ pub mod policy;
 pub mod rate;
 pub mod record;
 pub mod usage;
+pub mod usage_log;

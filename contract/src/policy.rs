@@ -17,6 +17,7 @@ use alloc::vec::Vec;
 
 use serde::Deserialize;
 
+use crate::json::null_is_default;
 use crate::record::RateLimit;
 
 /// Most policies of one filter.
@@ -105,10 +106,13 @@ pub struct PolicyError(pub String);
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PolicyText {
+    #[serde(deserialize_with = "null_is_default")]
     key: KeyNeed,
+    #[serde(deserialize_with = "null_is_default")]
     scopes: ScopeNeed,
     cost: Option<u32>,
     rate_limit: Option<LimitText>,
+    #[serde(deserialize_with = "null_is_default")]
     shadow: bool,
 }
 

@@ -1,9 +1,12 @@
 //! Errors at the boundary: whatever goes wrong in a handler becomes a problem (RFC 9457) with a stable `code` here, and
 //! nowhere else. What is nobody's business outside is logged once and not sent.
 
+use std::borrow::Cow;
+
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use contract::json::InputError;
 use contract::outcome::Outcome;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -22,8 +25,8 @@ const LAST_ADMIN_HERE: &str = "api_keys_last_admin_here";
 pub enum ApiError {
     /// 400: the request does not make sense. The field and the remedy.
     Invalid {
-        /// Which field of the body, the path or the query; none for the request as a whole.
-        field: Option<&'static str>,
+        /// Which field of the body, by its path, or of the path or the query; none for the request as a whole.
+        field: Option<Cow<'static, str>>,
         /// What is wrong and what to do.
         detail: String,
     },
@@ -67,8 +70,8 @@ pub enum ApiError {
 
 impl ApiError {
     /// A bad field.
-    pub fn invalid(field: &'static str, detail: impl Into<String>) -> Self {
-        Self::Invalid { field: Some(field), detail: detail.into() }
+    pub fn invalid(field: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
+        Self::Invalid { field: Some(field.into()), detail: detail.into() }
     }
 }
 
@@ -97,6 +100,16 @@ impl std::fmt::Display for ApiError {
 }
 
 impl std::error::Error for ApiError {}
+
+/// What is wrong with the body as JSON.
+impl From<InputError> for ApiError {
+    fn from(InputError { path, detail, .. }: InputError) -> Self {
+        if path.is_empty() {
+            return Self::Invalid { field: None, detail: format!("The body {detail}.") };
+        }
+        Self::invalid(path, detail)
+    }
+}
 
 impl From<sqlx::Error> for ApiError {
     fn from(error: sqlx::Error) -> Self {
@@ -146,7 +159,7 @@ pub struct Problem {
     pub detail: String,
     /// The kind of problem, for programs: stable.
     pub code: String,
-    /// The field of the request that is wrong, if it is one.
+    /// The field of the request that is wrong, if it is one: by its path, as `rate_limits[0].name`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
 }
@@ -155,7 +168,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         match self {
             Self::Invalid { field, detail } => {
-                respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field)
+                respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field.as_deref())
             }
             Self::Unreadable(status, detail) if status.is_server_error() => {
                 tracing::error!(%status, detail, "the framework failed");

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use contract::json::{self, null_is_default};
 use contract::policy::{DEFAULT_NAME, Policies, Policy, PolicyText};
 use serde::Deserialize;
 
@@ -36,9 +37,13 @@ struct Route {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
+    #[serde(deserialize_with = "null_is_default")]
     policies: BTreeMap<String, PolicyText>,
+    #[serde(deserialize_with = "null_is_default")]
     default_policy: PolicyText,
+    #[serde(deserialize_with = "null_is_default")]
     shadow: bool,
+    #[serde(deserialize_with = "null_is_default")]
     routes: Vec<Route>,
 }
 
@@ -70,7 +75,7 @@ impl Configured {
     /// The field and the remedy.
     pub fn parse(text: &str) -> Result<Self, String> {
         let File { policies, default_policy, shadow, routes } =
-            serde_json::from_str(text).map_err(|error| error.to_string())?;
+            json::read(text.as_bytes()).map_err(|error| error.to_string())?;
         let policies = Policies::check(default_policy, policies).map_err(|error| error.to_string())?;
         if routes.len() > ROUTES {
             return Err(format!("routes: name at most {ROUTES}"));
@@ -157,6 +162,9 @@ mod tests {
             let found = configured.of_request(method, path);
             assert_eq!((found.name, found.policy.is_some()), (name, true), "{method} {path}");
         }
+        let nulls = r#"{"policies": {"a": {"key": null, "scopes": null, "cost": null, "rate_limit": null, "shadow": null}},
+            "default_policy": null, "shadow": null, "routes": null}"#;
+        assert!(Configured::parse(nulls).unwrap().named("a").policy.is_some());
         assert_eq!(configured.default_policy().policy.unwrap().cost, Some(7));
         assert!(configured.named("wrong").policy.is_none() && configured.named("free").policy.is_some());
         assert_eq!(Configured::default().of_request("GET", "/").policy, Some(Policy::PLAIN));
@@ -165,8 +173,12 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_in_one_line_with_the_field() {
         for (text, start) in [
-            ("{", "EOF while parsing an object at line 1 column 1"),
-            (r#"{"policy": {}}"#, "unknown field `policy`, expected one of"),
+            ("{", "is not JSON: EOF while parsing an object at line 1 column 1"),
+            (r#"[{}, {}, false, []]"#, "must be an object"),
+            (r#"{"policies": {"a": ["required"]}}"#, "policies.a: must be an object"),
+            (r#"{"routes": [["/", null, "default"]]}"#, "routes[0]: must be an object"),
+            (r#"{"routes": [{"prefix": "/"}]}"#, "routes[0].policy: is missing"),
+            (r#"{"policy": {}}"#, "policy: is not a known field; the fields are `policies`"),
             (r#"{"policies": {"a": {"scopes": {"all": []}}}}"#, "policies.a.scopes: name at least one scope"),
             (
                 r#"{"default_policy": {"rate_limit": {"requests": 0, "window_seconds": 1}}}"#,

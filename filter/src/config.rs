@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use contract::json::{null_is_default, read};
 use contract::pepper::Pepper;
 use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
@@ -97,93 +98,55 @@ pub enum WhenBlind {
 #[error("{0}")]
 pub struct ConfigError(String);
 
+/// The text of the configuration. A field that may be left out may be null too, which means the same; but `rate_limit`,
+/// where null means no limit.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Raw {
     control_plane: RawControlPlane,
-    #[serde(default = "default_store")]
-    store: String,
+    store: Option<String>,
     pepper_variable: Option<String>,
     key_header: Option<String>,
     key_sources: Option<Vec<Source>>,
-    #[serde(default = "yes")]
-    strip_key: bool,
-    #[serde(default)]
+    strip_key: Option<bool>,
+    #[serde(default, deserialize_with = "null_is_default")]
     identity_headers: RawIdentityHeaders,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     remove_headers: Vec<String>,
     #[serde(default = "default_rate_limit")]
     rate_limit: Option<LimitText>,
-    #[serde(default = "yes")]
-    access_log_state: bool,
-    #[serde(default)]
+    access_log_state: Option<bool>,
+    #[serde(default, deserialize_with = "null_is_default")]
     default_policy: PolicyText,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     policies: BTreeMap<String, PolicyText>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     shadow: bool,
-    #[serde(default = "refuse")]
-    on_not_ready: WhenBlind,
-    #[serde(default)]
+    on_not_ready: Option<WhenBlind>,
     max_staleness_seconds: Option<u64>,
-    #[serde(default = "refuse")]
-    on_stale: WhenBlind,
-    #[serde(default = "default_realm")]
-    realm: String,
+    on_stale: Option<WhenBlind>,
+    realm: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawControlPlane {
     cluster: String,
-    #[serde(default = "default_authority")]
-    authority: String,
-    #[serde(default = "default_sync_key_variable")]
-    sync_key_variable: String,
+    authority: Option<String>,
+    sync_key_variable: Option<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct RawIdentityHeaders {
-    consumer: String,
-    credential: String,
-    scopes: String,
-}
-
-impl Default for RawIdentityHeaders {
-    fn default() -> Self {
-        let [consumer, credential, scopes] = USUAL.map(str::to_owned);
-        Self { consumer, credential, scopes }
-    }
+    consumer: Option<String>,
+    credential: Option<String>,
+    scopes: Option<String>,
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "serde wants the type of the field")]
 const fn default_rate_limit() -> Option<LimitText> {
     Some(LimitText { requests: 1_000, window_seconds: 1, burst: Some(2_000) })
-}
-
-fn default_store() -> String {
-    "default".into()
-}
-
-fn default_authority() -> String {
-    "portcullis".into()
-}
-
-fn default_sync_key_variable() -> String {
-    "PORTCULLIS_SYNC_KEY".into()
-}
-
-fn default_realm() -> String {
-    "portcullis".into()
-}
-
-const fn yes() -> bool {
-    true
-}
-
-const fn refuse() -> WhenBlind {
-    WhenBlind::Refuse
 }
 
 impl Config {
@@ -197,38 +160,47 @@ impl Config {
                 "the plugin has no configuration; it needs at least {\"control_plane\": {\"cluster\": \"…\"}}".into(),
             ));
         }
-        let raw: Raw = serde_json::from_slice(json).map_err(|error| ConfigError(error.to_string()))?;
+        let raw: Raw = read(json).map_err(|error| ConfigError(error.to_string()))?;
         let key_sources = source::check(raw.key_header, raw.key_sources).map_err(ConfigError)?;
-        let challenge = Challenge::new(&raw.realm, &key_sources)
+        let challenge = Challenge::new(raw.realm.as_deref().unwrap_or("portcullis"), &key_sources)
             .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?;
         let mut policies = Policies::check(raw.default_policy, raw.policies)?;
         if let Some(limit) = &mut policies.default.rate_limit {
             limit.name = DEFAULT_POLICY_LIMIT.into();
         }
+        let [usual_consumer, usual_credential, usual_scopes] = USUAL;
         let mut config = Self {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
-            authority: filled("control_plane.authority", raw.control_plane.authority)?,
-            sync_key_variable: filled("control_plane.sync_key_variable", raw.control_plane.sync_key_variable)?,
+            authority: filled_or("control_plane.authority", raw.control_plane.authority, "portcullis")?,
+            sync_key_variable: filled_or(
+                "control_plane.sync_key_variable",
+                raw.control_plane.sync_key_variable,
+                "PORTCULLIS_SYNC_KEY",
+            )?,
             pepper_variable: raw.pepper_variable.map(|name| filled("pepper_variable", name)).transpose()?,
             pepper: None,
-            store: filled("store", raw.store)?,
+            store: filled_or("store", raw.store, "default")?,
             key_sources,
-            strip_key: raw.strip_key,
+            strip_key: raw.strip_key.unwrap_or(true),
             identity: IdentityHeaders {
-                consumer: optional_header("identity_headers.consumer", &raw.identity_headers.consumer)?,
-                credential: optional_header("identity_headers.credential", &raw.identity_headers.credential)?,
-                scopes: optional_header("identity_headers.scopes", &raw.identity_headers.scopes)?,
+                consumer: identity_header("consumer", raw.identity_headers.consumer.as_deref(), usual_consumer)?,
+                credential: identity_header(
+                    "credential",
+                    raw.identity_headers.credential.as_deref(),
+                    usual_credential,
+                )?,
+                scopes: identity_header("scopes", raw.identity_headers.scopes.as_deref(), usual_scopes)?,
                 unused: Vec::new(),
             },
             remove_headers: removed(&raw.remove_headers)?,
             trailers_removed: Vec::new(),
             rate_limit: raw.rate_limit.map(|limit| limit.check("rate_limit", "default")).transpose()?,
-            access_log_state: raw.access_log_state,
+            access_log_state: raw.access_log_state.unwrap_or(true),
             policies,
             shadow: raw.shadow,
-            on_not_ready: raw.on_not_ready,
+            on_not_ready: raw.on_not_ready.unwrap_or(WhenBlind::Refuse),
             max_staleness_ms: raw.max_staleness_seconds.map(staleness).transpose()?,
-            on_stale: raw.on_stale,
+            on_stale: raw.on_stale.unwrap_or(WhenBlind::Refuse),
             challenge,
         };
         let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
@@ -260,8 +232,16 @@ fn filled(field: &str, text: String) -> Result<String, ConfigError> {
     if text.is_empty() { Err(ConfigError(format!("{field}: must not be empty"))) } else { Ok(text) }
 }
 
-fn optional_header(field: &str, name: &str) -> Result<Option<String>, ConfigError> {
-    if name.is_empty() { Ok(None) } else { source::header_name(field, name).map(Some).map_err(ConfigError) }
+fn filled_or(field: &str, text: Option<String>, usual: &str) -> Result<String, ConfigError> {
+    filled(field, text.unwrap_or_else(|| usual.to_owned()))
+}
+
+/// The name of an identity header: the usual one unless another is given; an empty text switches it off.
+fn identity_header(field: &str, name: Option<&str>, usual: &str) -> Result<Option<String>, ConfigError> {
+    match name.unwrap_or(usual) {
+        "" => Ok(None),
+        name => source::header_name(&format!("identity_headers.{field}"), name).map(Some).map_err(ConfigError),
+    }
 }
 
 fn removed(names: &[String]) -> Result<Vec<String>, ConfigError> {
@@ -333,6 +313,27 @@ mod tests {
             challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
         };
         assert_eq!(format!("{config:?}"), format!("{expected:?}"));
+        let fields = [
+            "store",
+            "pepper_variable",
+            "key_header",
+            "key_sources",
+            "strip_key",
+            "identity_headers",
+            "remove_headers",
+            "access_log_state",
+            "default_policy",
+            "policies",
+            "shadow",
+            "on_not_ready",
+            "max_staleness_seconds",
+            "on_stale",
+            "realm",
+        ];
+        let nulls = fields.map(|field| format!("\"{field}\": null")).join(", ");
+        let control_plane = r#"{"cluster": "cp", "authority": null, "sync_key_variable": null}"#;
+        let nulls = format!(r#"{{"control_plane": {control_plane}, {nulls}}}"#);
+        assert_eq!(format!("{:?}", Config::parse(nulls.as_bytes()).unwrap()), format!("{expected:?}"));
     }
 
     #[test]
@@ -366,9 +367,15 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_with_field_and_remedy() {
         assert!(error("").contains("at least {\"control_plane\""));
-        assert!(error("{}").contains("missing field `control_plane`"));
+        assert_eq!(error("{}"), "control_plane: is missing");
+        assert_eq!(error(r#"[{"cluster": "cp"}]"#), "must be an object");
+        assert_eq!(error(r#"{"control_plane": ["cp", "portcullis", "KEY"]}"#), "control_plane: must be an object");
+        assert_eq!(error(&with(r#""identity_headers": ["a", "b", "c"]"#)), "identity_headers: must be an object");
+        assert_eq!(error(&with(r#""policies": {"a": ["optional"]}"#)), "policies.a: must be an object");
+        assert_eq!(error(&with(r#""rate_limit": [5, 60, 5]"#)), "rate_limit: must be an object");
+        assert_eq!(error(&with(r#""rate_limit": {"requests": 5}"#)), "rate_limit.window_seconds: is missing");
         assert!(error("{").contains("EOF"));
-        assert!(error(&with(r#""rate_limits": {}"#)).contains("unknown field `rate_limits`"));
+        assert!(error(&with(r#""rate_limits": {}"#)).starts_with("rate_limits: is not a known field; the fields are "));
         assert!(error(r#"{"control_plane": {"cluster": ""}}"#).contains("control_plane.cluster: must not be empty"));
         assert!(error(&with(r#""key_header": ":path""#)).contains("key_header: \":path\" is not a header name"));
         assert!(error(&with(r#""key_header": "host""#)).contains("key_header"));
@@ -380,7 +387,7 @@ mod tests {
         assert!(error(&with(r#""rate_limit": {"requests": 1, "window_seconds": 0}"#)).contains("window_seconds"));
         assert!(error(&with(r#""rate_limit": {"requests": 1, "window_seconds": 1, "burst": 0}"#)).contains("burst"));
         assert!(error(&with(r#""max_staleness_seconds": 5"#)).contains("at least 60"));
-        assert!(error(&with(r#""on_stale": "open""#)).contains("expected `refuse` or `allow`"));
+        assert!(error(&with(r#""on_stale": "open""#)).starts_with("on_stale: must be `refuse` or `allow`"));
         assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
         assert!(
             error(&with(r#""remove_headers": ["host"]"#)).contains("remove_headers: \"host\" is not a header name")
@@ -405,7 +412,7 @@ mod tests {
         let wrong = |fields: &str| error(&with(&format!(r#""key_sources": [{{"bearer": true}}], {fields}"#)));
         assert!(wrong(r#""key_header": "x-key""#).contains("key_header is given too"));
         assert!(wrong(r#""identity_headers": {"consumer": "authorization"}"#).contains("used twice"));
-        assert!(error(&with(r#""key_sources": [{"url": "a"}]"#)).contains("unknown variant `url`"));
+        assert!(error(&with(r#""key_sources": [{"url": "a"}]"#)).starts_with("key_sources[0]"));
         assert!(error(&with(r#""key_header": "x-portcullis-shadow""#)).contains("used twice"));
     }
 
@@ -421,7 +428,9 @@ mod tests {
         let limit = config.policies.default.rate_limit.unwrap();
         assert_eq!(limit, RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1 });
         assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
-        assert!(error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("unknown field `scope`"));
+        assert!(
+            error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("policies.a.scope: is not a known field")
+        );
         assert!(error(&with(r#""default_policy": {"scopes": {"any": []}}"#)).contains("default_policy.scopes"));
     }
 }

@@ -85,8 +85,8 @@ pub struct Refill {
     /// How often.
     pub period: Every,
     /// Where it is midnight: a name of the IANA time zone database.
-    #[serde(default = "utc")]
-    #[schema(example = "Europe/Berlin", max_length = 64)]
+    #[serde(default = "utc", deserialize_with = "null_is_utc")]
+    #[schema(nullable, example = "Europe/Berlin", max_length = 64)]
     pub time_zone: String,
     /// The balance is filled up to this and no further; any balance grows unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -96,6 +96,10 @@ pub struct Refill {
 
 fn utc() -> String {
     "UTC".into()
+}
+
+fn null_is_utc<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Option::deserialize(deserializer).map(|zone| zone.unwrap_or_else(utc))
 }
 
 impl Refill {

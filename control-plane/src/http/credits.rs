@@ -6,6 +6,7 @@
 use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -32,8 +33,8 @@ pub struct CreditBody {
     #[schema(example = 1_000, minimum = -1_000_000_000_000_i64, maximum = 1_000_000_000_000_i64)]
     amount: i64,
     /// `top_up` unless given. The first top-up makes the user metered; a `correction` may be negative.
-    #[serde(default = "top_up")]
-    #[schema(inline)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, inline)]
     kind: ByHand,
     /// Why, for people.
     #[schema(example = "invoice 2027-001", max_length = 200)]
@@ -41,17 +42,14 @@ pub struct CreditBody {
 }
 
 /// What rows of the ledger are made by hand.
-#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ByHand {
     /// Credits that were bought or given.
+    #[default]
     TopUp,
     /// What was wrong before.
     Correction,
-}
-
-const fn top_up() -> ByHand {
-    ByHand::TopUp
 }
 
 /// A row of the ledger.

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use axum::extract::State;
 use contract::decision::{Check, Facts, Presented, cost, decide};
 use contract::hash::KeyHash;
+use contract::json::{InputError, read_value};
 use contract::key::{PRESENTED_BYTES, Secret, check};
 use contract::outcome::Outcome;
 use contract::pepper::hashes;
@@ -209,8 +210,10 @@ fn applies(app: &App, body: &ExplainBody) -> Result<Applies, ApiError> {
     let found = match (&body.policy, path) {
         (Some(serde_json::Value::String(name)), _) => app.policies.named(name),
         (Some(inline), _) => {
-            let text: PolicyText = serde_json::from_value(inline.clone())
-                .map_err(|error| ApiError::invalid("policy", error.to_string()))?;
+            let text: PolicyText = read_value(inline).map_err(|InputError { path, detail, .. }| {
+                let field = if path.is_empty() { "policy".into() } else { format!("policy.{path}") };
+                ApiError::invalid(field, detail)
+            })?;
             let policy =
                 text.check("policy", INLINE).map_err(|error| ApiError::invalid("policy", error.to_string()))?;
             return Ok(Applies { name: INLINE.into(), policy: Some(policy), how: "it stands in the request".into() });

@@ -1,62 +1,18 @@
-//! Bodies, paths and queries: bytes of a request come in, typed values go out. What cannot be read is refused with a
-//! problem that names the field, where the reader tells it. What the values mean is judged in [`crate::key::domain`].
+//! Bodies, paths and queries as typed values. A problem names the field that cannot be read, by its path. What the values
+//! mean is judged in [`crate::key::domain`].
 
-use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection};
+use axum::body::Bytes;
+use axum::extract::path::ErrorKind;
+use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use contract::json::{self, InputError, detail_of, in_words};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::ApiError;
-
-/// Fields that a problem can name. What else a client sends is spoken of in the detail only.
-const FIELDS: &[&str] = &[
-    "email",
-    "key_name",
-    "name",
-    "kind",
-    "scopes",
-    "rate_limits",
-    "expires_at",
-    "expires_in_seconds",
-    "disabled",
-    "roles",
-    "plan",
-    "allowed_addresses",
-    "quota",
-    "cost",
-    "description",
-    "id",
-    "cursor",
-    "limit",
-    "from",
-    "to",
-    "grace_seconds",
-    "generation",
-    "prefix",
-    "state",
-    "last_used_before",
-    "key_id",
-    "actor_key_id",
-    "key",
-    "method",
-    "path",
-    "policy",
-    "address",
-    "time",
-    "group_by",
-    "interval",
-    "outcome",
-    "format",
-    "after",
-    "wait",
-    "amount",
-    "note",
-    "metered",
-    "refill",
-];
 
 /// A JSON body. As a reply it forbids caches to keep it, since all there is here is somebody's own.
 #[derive(Debug)]
@@ -74,17 +30,12 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        match axum::Json::from_request(request, state).await {
-            Ok(axum::Json(value)) => Ok(Self(value)),
-            Err(JsonRejection::JsonDataError(error)) => Err(unreadable(&error.body_text())),
-            Err(JsonRejection::JsonSyntaxError(error)) => Err(unreadable(&error.body_text())),
-            Err(JsonRejection::MissingJsonContentType(error)) => {
-                let detail = "Send the body as JSON, with Content-Type: application/json.";
-                Err(ApiError::Unreadable(error.status(), detail.into()))
-            }
-            Err(JsonRejection::BytesRejection(error)) => Err(unread(&error)),
-            Err(error) => Err(ApiError::Unreadable(StatusCode::BAD_REQUEST, error.body_text())),
+        if !is_json(request.headers()) {
+            let detail = "Send the body as JSON, with Content-Type: application/json.";
+            return Err(ApiError::Unreadable(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail.into()));
         }
+        let bytes = Bytes::from_request(request, state).await.map_err(|error| unread(&error))?;
+        Ok(Self(json::read(&bytes)?))
     }
 }
 
@@ -117,7 +68,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T>
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         match axum::extract::Path::from_request_parts(parts, state).await {
             Ok(axum::extract::Path(value)) => Ok(Self(value)),
-            Err(PathRejection::FailedToDeserializePathParams(error)) => Err(unreadable(&error.body_text())),
+            Err(PathRejection::FailedToDeserializePathParams(error)) => Err(misread(error.into_kind())),
             Err(error) => Err(ApiError::Internal(error.body_text())),
         }
     }
@@ -127,11 +78,14 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        match axum::extract::Query::from_request_parts(parts, state).await {
-            Ok(axum::extract::Query(value)) => Ok(Self(value)),
-            Err(QueryRejection::FailedToDeserializeQueryString(error)) => Err(unreadable(&error.body_text())),
-            Err(error) => Err(ApiError::Unreadable(StatusCode::BAD_REQUEST, error.body_text())),
-        }
+        let _ = state;
+        let query = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+        let query = serde_urlencoded::Deserializer::new(query);
+        serde_path_to_error::deserialize(query).map(Self).map_err(|error| {
+            let InputError { path, detail, .. } = InputError::of(error.path(), &error.inner().to_string());
+            let field = (!path.is_empty()).then(|| path.into());
+            ApiError::Invalid { field, detail }
+        })
     }
 }
 
@@ -144,52 +98,40 @@ pub(super) fn unread(error: &BytesRejection) -> ApiError {
     }
 }
 
-/// Turns the reader's words into a problem, without those that say nothing to a client.
-fn unreadable(text: &str) -> ApiError {
-    let told = ["Failed to parse the request body as JSON: ", "Invalid URL: "]
-        .into_iter()
-        .fold(text, |text, prefix| text.strip_prefix(prefix).unwrap_or(text));
-    let told = match told.strip_prefix("Failed to deserialize ").and_then(|rest| rest.split_once(": ")) {
-        Some((_what, told)) => told,
-        None => told,
-    };
-    ApiError::Invalid { field: field_of(told), detail: told.into() }
+/// Whether the body is said to be JSON (RFC 8259), or something that is written as JSON (RFC 6839).
+fn is_json(headers: &HeaderMap) -> bool {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let subtype = essence.strip_prefix("application/");
+    subtype.is_some_and(|subtype| subtype == "json" || subtype.ends_with("+json"))
 }
 
-/// Finds the field in what serde says: `email: invalid type…`, `rate_limits[0].name: …`, `` missing field `email` ``.
-fn field_of(told: &str) -> Option<&'static str> {
-    let known = |name: &str| FIELDS.iter().copied().find(|field| *field == name);
-    let path = told.split([':', '.', '[', ' ']).next().unwrap_or_default();
-    let quoted = || {
-        let named =
-            told.starts_with("missing field") || told.starts_with("Cannot parse") || told.starts_with("Invalid");
-        told.split('`').nth(1).filter(|_| named)
-    };
-    known(path).or_else(|| quoted().and_then(known))
+fn misread(kind: ErrorKind) -> ApiError {
+    match kind {
+        ErrorKind::ParseErrorAtKey { key, expected_type, .. } => {
+            ApiError::invalid(key, format!("must be {}", in_words(expected_type)))
+        }
+        ErrorKind::DeserializeError { key, message, .. } => ApiError::invalid(key, detail_of(&message)),
+        ErrorKind::InvalidUtf8InPathParam { key } => ApiError::invalid(key, "must be UTF-8, with percent-encoding"),
+        other => ApiError::Internal(format!("a path that does not fit its route: {other}")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn told(text: &str) -> (Option<&'static str>, String) {
-        match unreadable(text) {
-            ApiError::Invalid { field, detail } => (field, detail),
-            other => panic!("{other:?}"),
-        }
-    }
-
     #[test]
-    fn the_field_is_found_wherever_the_reader_names_it() {
-        let body = "Failed to deserialize the JSON body into the target type: ";
-        for (text, field, detail) in [
-            ("missing field `email` at line 1 column 2", Some("email"), "missing field `email` at line 1 column 2"),
-            ("scopes[0]: invalid type: integer `1`", Some("scopes"), "scopes[0]: invalid type: integer `1`"),
-            ("unknown field `x`, expected `email`", None, "unknown field `x`, expected `email`"),
-        ] {
-            assert_eq!(told(&format!("{body}{text}")), (field, detail.into()));
+    fn json_is_known_by_its_media_type() {
+        let said = |value: &'static str| {
+            is_json(&HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(value))]))
+        };
+        for good in ["application/json", "Application/JSON; charset=utf-8", "application/merge-patch+json"] {
+            assert!(said(good), "{good}");
         }
-        let query = "Failed to deserialize query string: limit: invalid digit found in string";
-        assert_eq!(told(query), (Some("limit"), "limit: invalid digit found in string".into()));
+        for bad in ["", "text/json", "application/x-www-form-urlencoded", "application/jsonp", "json"] {
+            assert!(!said(bad), "{bad}");
+        }
+        assert!(!is_json(&HeaderMap::new()));
     }
 }

@@ -63,7 +63,11 @@ const USAGE_BYTES: usize = 4 << 20;
 #[openapi(
     info(
         title = "Portcullis",
-        description = "API keys for Envoy: the REST API of the control plane.",
+        description = "API keys for Envoy: the REST API of the control plane.\n\nBodies are JSON objects. A field that may be \
+                       left out may also be null, which means the same, unless the description of the field says what null \
+                       does. A problem names the field that is wrong by its path, as `rate_limits[0].name`. Email addresses \
+                       are kept in one canonical form: the domain in ASCII (UTS 46), the local part in normalisation form C \
+                       with ASCII letters in lower case.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     servers((url = "/", description = "The control plane that serves this document")),

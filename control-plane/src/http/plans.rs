@@ -6,6 +6,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -28,19 +29,18 @@ use crate::key::quota::QuotaBody;
 #[schema(example = json!({"description": "For production", "scopes": ["orders:read"]}))]
 pub struct PlanBody {
     /// For people: at most 500 characters.
-    #[serde(default)]
-    #[schema(max_length = 500)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, max_length = 500)]
     description: String,
     /// Scopes that it grants: at most 32; not `admin` and `sync`, which are granted to a key only.
-    #[serde(default)]
-    #[schema(example = json!(["orders:read"]), max_items = 32)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
     scopes: Vec<String>,
     /// Limits of keys that have none of their own, at most 8.
-    #[serde(default)]
-    #[schema(max_items = 8)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, max_items = 8)]
     rate_limits: Vec<RateLimitBody>,
     /// The quota of each key that has none of its own.
-    #[serde(default)]
     quota: Option<QuotaBody>,
 }
 

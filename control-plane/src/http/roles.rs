@@ -6,6 +6,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -27,12 +28,12 @@ use crate::key::domain::Timestamp;
 #[schema(example = json!({"description": "For the support team", "scopes": ["orders:read"]}))]
 pub struct RoleBody {
     /// For people: at most 500 characters.
-    #[serde(default)]
-    #[schema(max_length = 500)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, max_length = 500)]
     description: String,
     /// Scopes that it grants: at most 32; not `admin` and `sync`, which are granted to a key only.
-    #[serde(default)]
-    #[schema(example = json!(["orders:read"]), max_items = 32)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
     scopes: Vec<String>,
 }
 

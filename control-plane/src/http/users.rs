@@ -85,7 +85,7 @@ pub struct UserPage {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct UsersQuery {
-    /// Only those whose address starts with this, in lower case.
+    /// Only those whose address starts with this. Domains are kept in ASCII: give the start of `xn--…`, or a whole address.
     #[param(example = "user@", max_length = 254)]
     email_prefix: Option<String>,
     /// `next_cursor` of the page before.
@@ -238,11 +238,11 @@ fn unknown(email: &Email) -> ApiError {
     ApiError::NotFound(format!("There is no user {email}."))
 }
 
-/// What may stand at the start of an address: any text that PostgreSQL can hold, in lower case as addresses are.
+/// What may stand at the start of an address: any text that PostgreSQL can hold, as addresses are kept.
 fn part_of_address(field: &'static str, text: Option<String>) -> Result<String, ApiError> {
     let text = text.unwrap_or_default();
     if text.chars().any(char::is_control) || text.chars().count() > 254 {
         return Err(ApiError::invalid(field, "must have at most 254 characters and no control characters"));
     }
-    Ok(text.to_lowercase())
+    Ok(Email::start(&text))
 }

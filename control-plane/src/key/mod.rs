@@ -80,6 +80,7 @@ pub(crate) fn requires(further: &Further) -> Requires {
 pub mod allowance;
 pub mod change;
 pub mod domain;
+pub mod email;
 pub mod forget;
 pub mod import;
 pub mod permissions;

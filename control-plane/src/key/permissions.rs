@@ -436,9 +436,9 @@ pub async fn of_keys(executor: impl PgExecutor<'_>, ids: &[Uuid]) -> Result<Hash
 mod tests {
     use super::*;
 
-    fn field(said: Said) -> Option<&'static str> {
+    fn field(said: Said) -> Option<String> {
         match Permissions::parse(said) {
-            Err(ApiError::Invalid { field, .. }) => field,
+            Err(ApiError::Invalid { field, .. }) => field.map(Into::into),
             other => panic!("not refused: {other:?}"),
         }
     }
@@ -468,7 +468,7 @@ mod tests {
             (Said { cost: Some(-1), ..Said::default() }, "cost"),
             (Said { cost: Some(1_000_001), ..Said::default() }, "cost"),
         ] {
-            assert_eq!(field(said), Some(expected));
+            assert_eq!(field(said).as_deref(), Some(expected));
         }
     }
 

@@ -11,7 +11,7 @@ use sqlx::PgPool;
 
 use crate::support::EARLY;
 
-fn command(arguments: &[&str]) -> Command {
+pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(crate::support::binary());
     for (variable, _) in std::env::vars_os() {
         let name = variable.as_encoded_bytes();
@@ -41,7 +41,7 @@ fn complaint(output: &Output) -> &str {
 }
 
 /// Where the test's own database is.
-pub(crate) fn url(pool: &PgPool) -> String {
+pub fn url(pool: &PgPool) -> String {
     let database = pool.connect_options().get_database().unwrap().to_owned();
     let server = std::env::var("DATABASE_URL").unwrap();
     let (address, parameters) = server.split_once('?').unwrap_or((&server, ""));
@@ -50,7 +50,7 @@ pub(crate) fn url(pool: &PgPool) -> String {
 }
 
 /// Ends with the test, however that ends.
-struct Running(Child);
+pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -68,6 +68,23 @@ fn poll(address: &str, uri: &str, key: &Secret) -> TcpStream {
     );
     stream.write_all(request.as_bytes()).unwrap();
     stream
+}
+
+/// Starts a control plane and waits until it answers. It writes its address to a file of its own.
+pub fn serving(mut serve: Command, key: &Secret) -> (Running, String) {
+    let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
+    let running = Running(serve.env("PORTCULLIS_ADDRESS_FILE", &file).spawn().unwrap());
+    let started = Instant::now();
+    loop {
+        assert!(started.elapsed() < Duration::from_secs(60), "it does not start");
+        if let Ok(address) = std::fs::read_to_string(&file)
+            && let (200, _) = answer(poll(&address, "/v1/keys", key))
+        {
+            std::fs::remove_file(&file).unwrap();
+            return (running, address);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn answer(mut stream: TcpStream) -> (u16, String) {
@@ -195,7 +212,7 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     let line = |name: &str| {
         format!("{{\"email\": \"user@example.com\", \"name\": \"{name}\", \"key\": \"a-key-named-{name}\"}}\n")
     };
-    std::fs::write(&file, line("alpha")).unwrap();
+    std::fs::write(&file, format!("\u{feff}{}", line("alpha"))).unwrap();
     let import = || run(&["keys", "import", "--database-url", &url, file.to_str().unwrap()]);
     assert_eq!(printed(&import()), "keys imported: 1, lines that were not taken: 0");
     std::fs::write(&file, line("alpha") + &line("beta1")).unwrap();

@@ -159,7 +159,7 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
         ("PATCH", json!({"metered": 1}), Some("metered")),
         ("PATCH", json!({"refill": {"amount": 0, "period": "day"}}), Some("refill")),
         ("PATCH", json!({"refill": {"amount": 1, "period": "day", "up_to": 0}}), Some("refill")),
-        ("PATCH", json!({"refill": {"amount": 1, "period": "year"}}), Some("refill")),
+        ("PATCH", json!({"refill": {"amount": 1, "period": "year"}}), Some("refill.period")),
         ("PATCH", json!({"refill": {"amount": 1, "period": "day", "time_zone": "Mars/Olympus"}}), Some("refill")),
     ] {
         let reply = call(&fixture, method, path, &admin, Some(body.clone())).await;

@@ -64,15 +64,16 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
         json!({"email": "u@example.com", "name": "retired", "key": ours.reveal()}).to_string(),
         json!({"email": "u@example.com", "name": "own form", "key": own_form.reveal()}).to_string(),
     ];
-    let reply = import(&fixture, &admin, lines.join("\n")).await;
+    // Editors put a byte-order mark before a text: the first line counts all the same.
+    let reply = import(&fixture, &admin, format!("\u{feff}{}", lines.join("\n"))).await;
     let bad = |line: u64, code: &str, reason: &str| json!({"line": line, "code": code, "reason": reason});
     let expected = json!({
         "imported": 3, "failed": 8, "errors_truncated": false,
         "errors": [
             bad(4, "duplicate", "this key stands in an earlier line"),
-            bad(5, "invalid", "column 41: is not JSON"),
+            bad(5, "invalid", "the line is not JSON: EOF while parsing an object at line 1 column 41"),
             bad(6, "invalid", "email: must be an email address such as user@example.com"),
-            bad(7, "invalid", "column 31: a field is unknown, repeated, or of the wrong type"),
+            bad(7, "invalid", "the line has a field that is not known"),
             bad(8, "too_long", "a line has at most 16384 bytes"),
             bad(9, "invalid", "key: must have 16 to 1024 visible ASCII characters"),
             bad(10, "duplicate", "this key exists already"),

@@ -2,8 +2,10 @@
 #![allow(clippy::print_stdout, reason = "a test that measures prints its figures")]
 #![allow(clippy::disallowed_methods, reason = "tests hold locks of their own")]
 
+mod addresses;
 mod authorization;
 mod binary;
+mod bodies;
 mod connections;
 mod credits;
 mod document;

@@ -266,16 +266,12 @@ async fn a_wrong_field_is_named_with_the_remedy(pool: PgPool) {
             Some("key_name"),
             "must not contain control characters",
         ),
-        (json!({"email": "u@example.com"}), Some("key_name"), "missing field `key_name` at line 1 column 25"),
-        (
-            json!({"email": 1, "key_name": "x"}),
-            Some("email"),
-            "email: invalid type: integer `1`, expected a string at line 1 column 10",
-        ),
+        (json!({"email": "u@example.com"}), Some("key_name"), "is missing"),
+        (json!({"email": 1, "key_name": "x"}), Some("email"), "must be a string"),
         (
             json!({"email": "u@example.com", "key_name": "x", "x": 1}),
-            None,
-            "x: unknown field `x`, expected `email` or `key_name` at line 1 column 43",
+            Some("x"),
+            "is not a known field; the fields are `email` or `key_name`",
         ),
     ] {
         assert_problem(&post(&fixture, &admin, &body).await, 400, "invalid", "Invalid request", detail, field);
@@ -285,7 +281,7 @@ async fn a_wrong_field_is_named_with_the_remedy(pool: PgPool) {
     let reply = get(&fixture, "/api/user/key/%00@example.com", &admin).await;
     assert_problem(&reply, 400, "invalid", "Invalid request", address, Some("email"));
     let reply = get(&fixture, "/api/user/key/%ff", &admin).await;
-    assert_problem(&reply, 400, "invalid", "Invalid request", "Invalid UTF-8 in `email`", Some("email"));
+    assert_problem(&reply, 400, "invalid", "Invalid request", "must be UTF-8, with percent-encoding", Some("email"));
 
     let large = json!({"email": "u@example.com", "key_name": "x".repeat(100_000)});
     let detail = "The body is larger than this call allows.";
@@ -295,8 +291,8 @@ async fn a_wrong_field_is_named_with_the_remedy(pool: PgPool) {
     let reply = fixture.send(text).await;
     assert_problem(&reply, 415, "unsupported_media_type", "Unsupported media type", detail, None);
     let broken = fixture.send(request("POST", "/api/user/key", Some(&admin), "{\"email\": ")).await;
-    let detail = "email: EOF while parsing a value at line 1 column 10";
-    assert_problem(&broken, 400, "invalid", "Invalid request", detail, Some("email"));
+    let detail = "The body is not JSON: EOF while parsing a value at line 1 column 10.";
+    assert_problem(&broken, 400, "invalid", "Invalid request", detail, None);
 }
 
 #[sqlx::test(migrations = "./migrations")]

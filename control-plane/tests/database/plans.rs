@@ -192,7 +192,9 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
         let reply = fixture.call("POST", "/v1/keys", &admin, Some(&key)).await;
         reply.assert_problem(400, "invalid", detail, Some("quota"));
     }
-    for (quota, field) in [(json!({"requests": 1, "period": "year"}), "quota"), (json!({"period": "day"}), "quota")] {
+    for (quota, field) in
+        [(json!({"requests": 1, "period": "year"}), "quota.period"), (json!({"period": "day"}), "quota.requests")]
+    {
         let reply = patch(&fixture, &admin, id, json!({"quota": quota})).await;
         assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
     }

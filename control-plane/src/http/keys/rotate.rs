@@ -6,6 +6,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use contract::json::null_is_default;
 use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -28,12 +29,12 @@ use crate::transaction::transact;
 #[schema(example = json!({"grace_seconds": 86_400}))]
 pub struct RotateBody {
     /// For how many seconds the old secret goes on working, at most thirty days; not at all unless given.
-    #[serde(default)]
-    #[schema(example = 86_400, minimum = 0, maximum = 2_592_000, default = 0)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, example = 86_400, minimum = 0, maximum = 2_592_000, default = 0)]
     grace_seconds: i64,
     /// Of the new secret; live unless given.
-    #[serde(default)]
-    #[schema(inline)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, inline)]
     kind: Kind,
 }
 

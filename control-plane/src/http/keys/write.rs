@@ -6,6 +6,7 @@
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use contract::json::null_is_default;
 use contract::key::{KeyKind, Secret};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -60,16 +61,16 @@ pub struct CreateBody {
     #[schema(example = "Production Key", min_length = 1, max_length = 100)]
     name: String,
     /// Live unless given.
-    #[serde(default)]
-    #[schema(inline)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, inline)]
     kind: Kind,
     /// Scopes to grant: at most 32, each of 1 to 64 characters out of a-z, 0-9 and `: _ . * -`.
-    #[serde(default)]
-    #[schema(example = json!(["orders:read"]), max_items = 32)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
     scopes: Vec<String>,
     /// Its own rate limits, at most 8; without any the filter's default applies.
-    #[serde(default)]
-    #[schema(max_items = 8)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, max_items = 8)]
     rate_limits: Vec<RateLimitBody>,
     /// Names of its roles, at most 16. Set by admins only.
     #[schema(example = json!(["support"]), max_items = 16)]

@@ -54,8 +54,7 @@ async fn write_in(
                 refused.push((*number, Code::Duplicate, "this key exists already".into()));
             }
             Some(owner) => rows.push(*owner, accepted)?,
-            // The database and Rust may differ about the lower case of a letter that is new to one of them.
-            None => refused.push((*number, Code::Invalid, "email: must be in lower case".into())),
+            None => return Err(ApiError::Internal(format!("line {number}: its owner was made and is not there"))),
         }
         last = *number;
     }
@@ -81,8 +80,7 @@ async fn lock_owners(connection: &mut PgConnection, chunk: &[Accepted]) -> Resul
     let ids: Vec<_> = emails.iter().map(|_| Uuid::now_v7()).collect();
     sqlx::query!(
         "insert into user_preferences (id, email)
-        select id, email from unnest($1::uuid[], $2::text[]) as new (id, email) where email = lower(email)
-        order by email on conflict (email) do nothing",
+        select id, email from unnest($1::uuid[], $2::text[]) as new (id, email) order by email on conflict (email) do nothing",
         &ids,
         &emails
     )

@@ -2,6 +2,7 @@
 //! of the key, wherever in the line it stood.
 
 use contract::hash::KeyHash;
+use contract::json::{Fault, InputError, null_is_default, read};
 use contract::key::{PRESENTED_BYTES, Secret};
 use serde::Deserialize;
 use time::OffsetDateTime;
@@ -17,8 +18,6 @@ const KEY_BYTES: usize = 16;
 /// Longest prefix: shorter than the shortest key, so that no key is kept as its own prefix.
 const PREFIX_BYTES: usize = 12;
 
-const FIELDS: [&str; 9] = ["email", "name", "key", "hash", "prefix", "scopes", "rate_limits", "expires_at", "disabled"];
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Body {
@@ -27,12 +26,12 @@ struct Body {
     key: Option<String>,
     hash: Option<String>,
     prefix: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     scopes: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     rate_limits: Vec<RateLimitBody>,
     expires_at: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     disabled: bool,
 }
 
@@ -62,7 +61,7 @@ pub struct ImportedKey {
 /// # Errors
 /// What is wrong with it, without anything of the key.
 pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
-    let body: Body = serde_json::from_slice(line).map_err(|error| unreadable(&error))?;
+    let body: Body = read(line).map_err(|error| unreadable(&error))?;
     let (key, hash) = (body.key.clone(), body.hash.clone());
     understood(body, now).map_err(|error| {
         let told = error.to_string();
@@ -115,14 +114,14 @@ fn prefix(text: String) -> Result<String, ApiError> {
     Ok(text)
 }
 
-/// What the reader says quotes what it read, so only what it says of our own fields is told.
-fn unreadable(error: &serde_json::Error) -> String {
-    let told = error.to_string();
-    let missing = FIELDS.into_iter().find(|field| told.starts_with(&format!("missing field `{field}`")));
-    match (missing, error.is_data()) {
-        (Some(field), _) => format!("{field}: is missing"),
-        (None, true) => format!("column {}: a field is unknown, repeated, or of the wrong type", error.column()),
-        (None, false) => format!("column {}: is not JSON", error.column()),
+/// The name of a field that is not known comes from the line and may be a key: it is not repeated.
+fn unreadable(error: &InputError) -> String {
+    let InputError { parent, path, fault, detail } = error;
+    match (fault, parent.as_str()) {
+        (Fault::Unknown, "") => "the line has a field that is not known".into(),
+        (Fault::Unknown, parent) => format!("{parent}: has a field that is not known"),
+        (_, _) if path.is_empty() => format!("the line {detail}"),
+        (_, _) => format!("{path}: {detail}"),
     }
 }
 
@@ -185,11 +184,35 @@ mod tests {
         ] {
             assert_eq!(parsed(&line).unwrap_err(), reason, "{line}");
         }
-        for line in [json!({"email": "u@example.com", "name": "n", "scopes": key}), json!({key: 1}), json!(key)] {
-            let reason = parsed(&line).unwrap_err();
-            assert!(reason.ends_with("a field is unknown, repeated, or of the wrong type"), "{reason}");
+        let good = |field: &str, value: Value| {
+            let mut line = json!({"email": "u@example.com", "name": "n", "key": KEY});
+            line[field] = value;
+            line
+        };
+        let limit = json!({"name": "n", "requests": 1, "window_seconds": 1});
+        let unknown = json!({"name": "n", "requests": 1, "window_seconds": 1, (key): 1});
+        for (line, reason) in [
+            (good("scopes", json!(key)), "scopes: must be an array"),
+            (good("scopes", json!(["a", 1])), "scopes[1]: must be a string"),
+            (good("rate_limits", json!([limit, 5])), "rate_limits[1]: must be an object"),
+            (good("rate_limits", json!([["n", 1, 1]])), "rate_limits[0]: must be an object"),
+            (
+                good("rate_limits", json!([limit, {"name": "n", "requests": 1}])),
+                "rate_limits[1].window_seconds: is missing",
+            ),
+            (good("rate_limits", json!([unknown])), "rate_limits[0]: has a field that is not known"),
+            (good("disabled", json!("yes")), "disabled: must be true or false"),
+            (good("name", json!(null)), "name: must be a string"),
+            (good(key, json!(1)), "the line has a field that is not known"),
+            (json!([key]), "the line must be an object"),
+            (json!(key), "the line must be an object"),
+        ] {
+            assert_eq!(parsed(&line).unwrap_err(), reason, "{line}");
         }
+        let nulls = json!({"email": "u@example.com", "name": "n", "key": KEY, "hash": null, "prefix": null, "scopes": null,
+            "rate_limits": null, "expires_at": null, "disabled": null});
+        assert!(parsed(&nulls).is_ok());
         let broken = parse(format!("{{\"key\": {key}").as_bytes(), datetime!(2026-01-01 00:00 UTC)).unwrap_err();
-        assert!(broken.ends_with("is not JSON"), "{broken}");
+        assert!(broken.starts_with("the line is not JSON: ") && !broken.contains(key), "{broken}");
     }
 }

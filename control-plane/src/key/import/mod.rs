@@ -10,6 +10,7 @@ pub mod lines;
 use std::collections::HashSet;
 
 use contract::hash::KeyHash;
+use contract::json::BYTE_ORDER_MARK;
 use contract::pepper::Pepper;
 use serde_json::json;
 use sqlx::PgPool;
@@ -172,10 +173,11 @@ impl Import {
                 return Ok(());
             }
         };
+        let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
         if text.iter().all(u8::is_ascii_whitespace) {
             return Ok(());
         }
-        match parse(&text, OffsetDateTime::now_utc()) {
+        match parse(text, OffsetDateTime::now_utc()) {
             Err(reason) => self.fail(number, Code::Invalid, reason),
             Ok(key) if !self.seen.insert(key.hash) => {
                 self.fail(number, Code::Duplicate, "this key stands in an earlier line".into());
