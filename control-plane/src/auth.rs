@@ -308,11 +308,13 @@ impl FromRequestParts<App> for SyncCaller {
             Some(record) => Some(record.clone()),
             None => presenting.stored().await?.map(|found| found.record),
         };
-        let key = presenting.admit(record, &SYNC_POLICY)?.key_id.into();
+        let presented = presenting.bytes;
+        let record = presenting.admit(record, &SYNC_POLICY)?;
         if let Some(place) = parts.extensions.get::<Arc<Place>>() {
             place.recognise_filter();
         }
-        Ok(Self(key))
+        app.usage.learn(record.key_id.into(), record.generation, presented);
+        Ok(Self(record.key_id.into()))
     }
 }
 

@@ -96,12 +96,12 @@ async fn run(command: Command) -> Result<(), Failure> {
             for (line, why) in &imported.bad {
                 writeln!(std::io::stderr(), "line {line}: {why}")?;
             }
-            let usage::import::Imported { applied, known, bad } = imported;
-            print(&format!(
-                "reports applied: {applied}, known before: {known}, lines that cannot be read: {}",
-                bad.len()
-            ))?;
-            if bad.is_empty() { Ok(()) } else { Err("some lines could not be read".into()) }
+            let usage::import::Imported { applied, known, bad, refused } = imported;
+            if refused > bad.len() {
+                writeln!(std::io::stderr(), "and {} more lines", refused - bad.len())?;
+            }
+            print(&format!("reports applied: {applied}, known before: {known}, lines that were refused: {refused}"))?;
+            if refused == 0 { Ok(()) } else { Err("some lines were refused; nothing of them was booked".into()) }
         }
     }
 }

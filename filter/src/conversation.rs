@@ -7,6 +7,7 @@ use contract::id::ReporterId;
 use contract::page::{Header, Page};
 use contract::rate::WHOLE;
 use contract::usage::{Ack, Report, write_reports};
+use contract::usage_log::LogKey;
 
 use crate::config::Config;
 use crate::core::Core;
@@ -63,7 +64,7 @@ impl Core {
         for reports in last.iter().flat_map(Outbox::batches) {
             let _ = send(config, key, &reports);
             // Nobody is left to hear the answer. Importing what did arrive does nothing.
-            log_reports(&reports);
+            log_reports(key, &reports);
         }
         *self.leading.borrow_mut() = None;
         lease::release(&SharedData, &self.names, self.me);
@@ -98,7 +99,7 @@ impl Core {
         } else if let Some(empty) = report {
             let acknowledged = match status {
                 Some(200) => Ack::read(&host::answer_body(body_bytes)).map_err(|error| error.to_string()),
-                Some(400 | 413) => self.give_up(status),
+                Some(400 | 413) => self.give_up(key, status),
                 _ => Err(explain(status, "report usage")),
             };
             self.reported(acknowledged, empty, now_ms);
@@ -243,11 +244,11 @@ impl Core {
 
     /// The control plane will never take these reports as they are. So that they do not hold up all that come after, they
     /// go to the log, from where they can be imported once the cause is found.
-    fn give_up(&self, status: Option<u16>) -> Result<Ack, String> {
+    fn give_up(&self, key: &str, status: Option<u16>) -> Result<Ack, String> {
         let reports = Outbox::read(&SharedData, &self.names).map(|outbox| outbox.reports()).unwrap_or_default();
         let last = reports.last().ok_or("the control plane refused nothing")?;
         host::error(&format!("usage reports were refused for good: {}; they follow", explain(status, "report usage")));
-        log_reports(&reports);
+        log_reports(key, &reports);
         self.metrics.report_failures.increment();
         Ok(Ack { reporter: last.reporter, seq: last.seq, grants: Vec::new() })
     }
@@ -275,9 +276,10 @@ fn random() -> u64 {
 }
 
 /// The line that `control-plane usage import` reads.
-fn log_reports(reports: &[Report]) {
-    let line = write_reports(reports).map(hex::encode).unwrap_or_default();
-    host::warn(&format!("portcullis-usage {line}"));
+fn log_reports(key: &str, reports: &[Report]) {
+    if let Ok(reports) = write_reports(reports) {
+        host::warn(&LogKey::derive(key.as_bytes()).line(&reports));
+    }
 }
 
 fn call<'a>(

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -169,13 +169,21 @@ impl ControlPlane {
     /// # Errors
     /// If `control-plane usage import` fails, with what it says.
     pub fn import_usage(&self, line: &str) -> Result<()> {
+        let output = self.try_import_usage(line)?;
+        ensure!(output.status.success(), "usage import: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// The same, for logs with lines that are refused: what the command printed.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn try_import_usage(&self, line: &str) -> Result<Output> {
         let file = self.directory.join("last-words.log");
         std::fs::write(&file, line)?;
         let mut import = Command::new(paths::control_plane());
         import.args(["usage", "import", "--database-url"]).arg(self.settings().database_url).arg(file);
-        let output = import.output()?;
-        ensure!(output.status.success(), "usage import: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
+        Ok(import.output()?)
     }
 
     /// The number of its process, if it runs.

@@ -49,6 +49,7 @@ pub struct Builder {
     plugin: Map<String, Value>,
     routes: Vec<(String, String)>,
     trusted_hops: u32,
+    texts: Vec<(String, String)>,
     envoy_log_level: String,
     control_plane_log_level: String,
     own_postgres: bool,
@@ -66,6 +67,7 @@ impl Stack {
             plugin: Map::new(),
             routes: Vec::new(),
             trusted_hops: 0,
+            texts: Vec::new(),
             envoy_log_level: "warning,wasm:info".into(),
             control_plane_log_level: "info".into(),
             own_postgres: false,
@@ -238,6 +240,13 @@ impl Builder {
         self
     }
 
+    /// An access log that prints what clients call themselves.
+    #[must_use]
+    pub fn log_user_agents(mut self) -> Self {
+        self.texts.push(("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%".into(), "%REQ(USER-AGENT)%".into()));
+        self
+    }
+
     /// Everything that is logged at level debug.
     #[must_use]
     pub fn debug_logs(mut self) -> Self {
@@ -310,6 +319,7 @@ impl Builder {
                 plugin: self.plugin.clone(),
                 routes: self.routes.clone(),
                 trusted_hops: self.trusted_hops,
+                texts: self.texts.clone(),
                 ..Replacements::between(control_plane.address(), demo.address())
             };
             let home = directory.path().join(format!("envoy-{number}"));

@@ -21,14 +21,15 @@ use super::draw::{Fresh, draw};
 use super::lease;
 use crate::transaction::transact;
 
-/// Reports of one reporter, in ascending order, and the key that they came under. A log line that is imported comes under
-/// no key: whoever can read Envoy's log and write to the database is trusted.
+/// Reports of one reporter, in ascending order, and the key that they came under.
 #[derive(Clone, Debug)]
 pub struct Submission {
     /// Whose reports.
     pub reporter: ReporterId,
-    /// The sync key that they came under.
+    /// The sync key that they came under, or that signed them in a log.
     pub sync_key: Option<Uuid>,
+    /// Whether the Envoy itself sent them and takes the answer. Lines of a log are of Envoys that have ended.
+    pub live: bool,
     /// Ascending by number.
     pub reports: Vec<Report>,
 }
@@ -136,7 +137,7 @@ async fn apply_once(
             continue;
         };
         if submission.sync_key.is_some() {
-            // A reporter that so far is known from log lines only belongs to the first key that speaks for it.
+            // A reporter belongs to the first key that reports for it.
             *owner = owner.or(submission.sync_key);
             if *owner != submission.sync_key {
                 results.push(Applied::Foreign);
@@ -161,7 +162,7 @@ async fn apply_once(
                     reports: Vec::new(),
                 });
                 of.seq = report.seq;
-                of.hears |= submission.sync_key.is_some();
+                of.hears |= submission.live;
                 of.reports.push(report);
             }
         }

@@ -13,6 +13,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use super::apply::{Applied, Submission, apply};
+use super::log_keys::LogKeys;
 
 /// Most submissions that wait. Beyond, filters are told to come back: their counts are safe with them.
 const QUEUE: usize = 1_024;
@@ -59,14 +60,23 @@ type Answer = Result<Applied, Arc<sqlx::Error>>;
 
 /// The way in. Cloned into every handler; when the last is gone, the committing task ends with what it has.
 #[derive(Clone, Debug)]
-pub struct Ingest(mpsc::Sender<(Submission, oneshot::Sender<Answer>)>);
+pub struct Ingest {
+    queue: mpsc::Sender<(Submission, oneshot::Sender<Answer>)>,
+    log_keys: LogKeys,
+}
 
 impl Ingest {
     /// Starts the committing task. The handle ends when all clones of the way in are gone and the queue is empty.
     #[must_use]
     pub fn start(pool: PgPool) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        (Self(sender), tokio::spawn(commit(pool, receiver)))
+        (Self { queue: sender, log_keys: LogKeys::new(pool.clone()) }, tokio::spawn(commit(pool, receiver)))
+    }
+
+    /// Notes the secret of a sync key that a filter was admitted with, so that lines that it signs in its log can be
+    /// verified.
+    pub fn learn(&self, key_id: Uuid, generation: u32, sync_key: &[u8]) {
+        self.log_keys.learn(key_id, generation, sync_key);
     }
 
     /// Takes the reports of one reporter and returns once they are committed.
@@ -79,9 +89,9 @@ impl Ingest {
         no_later_than(&mut reports, now());
         let counts: usize = reports.iter().map(|report| report.counts.len()).sum();
         let (answer, answered) = oneshot::channel();
-        let submission = Submission { reporter, sync_key: Some(sync_key), reports };
+        let submission = Submission { reporter, sync_key: Some(sync_key), live: true, reports };
         let sent = submission.reports.len();
-        self.0.try_send((submission, answer)).map_err(|_| IngestError::Full)?;
+        self.queue.try_send((submission, answer)).map_err(|_| IngestError::Full)?;
         match answered.await.map_err(|_| IngestError::Full)? {
             Ok(Applied::UpTo { seq, fresh, grants }) => {
                 metrics::counter!("portcullis_usage_reports_total", "result" => "applied").increment(fresh as u64);

@@ -8,6 +8,7 @@ pub mod events;
 pub mod import;
 mod ingest;
 pub mod lease;
+mod log_keys;
 pub mod outcome;
 pub mod query;
 pub mod retention;

@@ -5,7 +5,8 @@ use std::process::Command;
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::binary::{BINARY, url};
+use crate::binary::url;
+use crate::support::binary;
 use crate::support::{Fixture, request};
 
 const FACE: &str = "must not have the character U+212A, which stands for another character: write that";
@@ -57,7 +58,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
         lines.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
         let told = fixture.send(lines).await.json();
         assert_eq!(told["errors"][0]["reason"], format!("email: {FACE}"));
-        let mut create = Command::new(BINARY);
+        let mut create = Command::new(binary());
         create.args(["admin", "create-key", "--scope", "orders", "--name", "n", "--email", trap]);
         let output = create.args(["--database-url", &url(&pool)]).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();

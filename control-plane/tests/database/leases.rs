@@ -191,7 +191,7 @@ async fn last_words_from_a_log_are_booked_and_lease_nothing(pool: PgPool) {
     .await;
     let reporter = contract::id::ReporterId([9; 16]);
     let reports = vec![Report { reporter, seq: 1, counts: vec![count(id, Outcome::Allowed, 4)] }];
-    apply(&pool, &[Submission { reporter, sync_key: None, reports }]).await.unwrap();
+    apply(&pool, &[Submission { reporter, sync_key: None, live: false, reports }]).await.unwrap();
     let balance: i64 = sqlx::query_scalar("select balance from user_preferences").fetch_one(&pool).await.unwrap();
     assert_eq!((balance, rows(&pool).await), (6, 0));
 }

@@ -35,5 +35,6 @@ mod tls;
 mod transactions;
 mod usage;
 mod usage_events;
+mod usage_log;
 mod usage_query;
 mod users;

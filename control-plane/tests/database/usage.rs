@@ -2,13 +2,14 @@
 
 use std::io::Cursor;
 
+use crate::support::reports::logged;
 use crate::support::{Fixture, Reply, request};
 use axum::body::Body;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, KeyRef, REPORT_COUNTS, Report, Subject, write_reports};
-use control_plane::usage::import::{Imported, import};
+use control_plane::usage::import::import;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -184,7 +185,7 @@ async fn usage_from_the_future_counts_as_of_now(pool: PgPool) {
     let mut far = Count { last_ms: u64::MAX, ..count(Some(id), Outcome::Allowed, 1) };
     far.of.hour = u32::MAX;
     assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &[far])]).await), 1);
-    let line = format!("portcullis-usage {}", hex::encode(write_reports(&[report(REPORTER, 2, &[far])]).unwrap()));
+    let line = logged(&pool, &sync, &[report(REPORTER, 2, &[far])]).await;
     assert_eq!(import(&pool, Cursor::new(&line)).await.unwrap().applied, 1);
     let now: bool = sqlx::query_scalar(
         "select bool_and(last_used_at between now() - interval '1 minute' and now() + interval '1 second'
@@ -198,49 +199,9 @@ async fn usage_from_the_future_counts_as_of_now(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_log_may_hold_the_lines_of_an_envoy_in_any_order(pool: PgPool) {
-    let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
-    let line = |reporter: u8, seq: u64| {
-        let reports = [report(ReporterId([reporter; 16]), seq, &[count(Some(id), Outcome::Allowed, 1)])];
-        format!("portcullis-usage {}\n", hex::encode(write_reports(&reports).unwrap()))
-    };
-    // More than one message holds, the highest first, of two Envoys by turns.
-    let log: String = (1..=20).rev().flat_map(|seq| [line(1, seq), line(2, seq)]).collect();
-    let imported = import(&pool, Cursor::new(&log)).await.unwrap();
-    assert_eq!(imported, Imported { applied: 40, known: 0, bad: Vec::new() });
-    assert_eq!(allowed(&pool, id).await, 40);
-}
-
-#[sqlx::test(migrations = "./migrations")]
 async fn a_message_that_is_too_large_is_refused(pool: PgPool) {
     let fixture = Fixture::new(pool).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&sync), Body::from(vec![0; (4 << 20) + 1]))).await;
     assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (413, Some("too_large")));
-}
-
-#[sqlx::test(migrations = "./migrations")]
-async fn last_words_in_a_log_are_imported_once(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    let (id, _) = fixture.key("a@example.com", &[]).await;
-    let reports = [
-        report(REPORTER, 1, &[count(Some(id), Outcome::Allowed, 10)]),
-        report(REPORTER, 2, &[count(Some(id), Outcome::Allowed, 5)]),
-    ];
-    // The first had arrived before Envoy ended.
-    acknowledged(&send(&fixture, &sync, &reports[..1]).await);
-    let log = format!(
-        "[2026-11-24 02:44:59.436][1][warning][main] caught ENVOY_SIGTERM\n\
-         [2026-11-24 02:44:59.439][1][warning][wasm] wasm log portcullis portcullis: portcullis-usage {}\n\
-         portcullis-usage 00ff\n",
-        hex::encode(write_reports(&reports).unwrap())
-    );
-    let bad = vec![(3, "the message is cut short".to_owned())];
-    let imported = import(&pool, Cursor::new(&log)).await.unwrap();
-    assert_eq!(imported, Imported { applied: 1, known: 1, bad: bad.clone() });
-    assert_eq!(allowed(&pool, id).await, 15);
-    let again = import(&pool, Cursor::new(&log)).await.unwrap();
-    assert_eq!(again, Imported { applied: 0, known: 2, bad });
-    assert_eq!(allowed(&pool, id).await, 15);
 }

@@ -23,7 +23,7 @@ async fn count(pool: &PgPool, reporter: u8, seq: u64, counts: &[(Uuid, u32, u8, 
         Count { of, requests: *requests, cost: requests * 2, drawn: 0, last_ms: 0 }
     });
     let report = Report { reporter, seq, counts: counts.collect() };
-    apply(pool, &[Submission { reporter, sync_key: None, reports: vec![report] }]).await.unwrap();
+    apply(pool, &[Submission { reporter, sync_key: None, live: false, reports: vec![report] }]).await.unwrap();
 }
 
 async fn read(fixture: &Fixture, admin: &Secret, query: &str) -> Reply {

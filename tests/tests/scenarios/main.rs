@@ -37,4 +37,5 @@ mod shipped;
 mod sources;
 mod stocks;
 mod trailers;
+mod usage_log;
 mod wasm;

@@ -4,9 +4,15 @@ use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, Grant, KeyRef, Report, Subject, write_reports};
+use contract::usage_log::LogKey;
+use sqlx::PgPool;
 use uuid::Uuid;
 
 use super::{Fixture, request};
+
+/// What Envoy puts before a message of the filter.
+pub const ENVOY_PREFIX: &str = "[2026-11-24 02:44:59.439][1][warning][wasm] [source/extensions/common/wasm/context.cc:1195] \
+                                wasm log portcullis portcullis: ";
 
 /// One Envoy process.
 pub struct Envoy {
@@ -36,6 +42,21 @@ impl Envoy {
         assert_eq!((ack.reporter, ack.seq), (self.id, self.seq));
         ack.grants
     }
+}
+
+/// The line that an Envoy with this sync key writes into its log, once the control plane knows how to verify it.
+pub async fn logged(pool: &PgPool, sync: &Secret, reports: &[Report]) -> String {
+    let of_key = "select count(*) from usage_log_keys l join api_keys k on k.id = l.key_id where k.hash = $1";
+    while sqlx::query_scalar::<_, i64>(of_key).bind(&sync.hash().0[..]).fetch_one(pool).await.unwrap() == 0 {
+        tokio::task::yield_now().await;
+    }
+    line(sync, reports)
+}
+
+/// The same, of any key.
+pub fn line(sync: &Secret, reports: &[Report]) -> String {
+    let line = LogKey::derive(sync.reveal().as_bytes()).line(&write_reports(reports).unwrap());
+    format!("{ENVOY_PREFIX}{line}")
 }
 
 /// Requests that cost one credit each, and draw from a quota, if they were allowed.
