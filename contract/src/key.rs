@@ -17,6 +17,8 @@ use core::fmt;
 
 use rand_core::TryCryptoRng;
 
+use zeroize::Zeroize;
+
 use crate::hash::KeyHash;
 
 /// The tag of keys for production use.
@@ -112,6 +114,12 @@ impl Secret {
         let mut prefix = String::from(PREFIX_TAG);
         prefix.push_str(random);
         Some(prefix)
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.zeroize();
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::alloc::System;
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::Path;
@@ -19,6 +20,11 @@ use control_plane::transaction::transact;
 use control_plane::{http, serve, usage};
 use sqlx::PgPool;
 use time::OffsetDateTime;
+use zeroizing_alloc::ZeroAlloc;
+
+/// Overwrites memory when it is freed, so that no key stays in it.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 type Failure = Box<dyn std::error::Error>;
 

@@ -22,6 +22,7 @@ mod last_admin;
 mod leases;
 mod lifecycle;
 mod management;
+mod memory;
 mod owners;
 mod plans;
 mod quota;
