@@ -3,21 +3,27 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::UNIX_EPOCH;
+
 use contract::codec::{PAGE, USAGE, seal};
 use contract::definition::Definition;
 use contract::key::{self, Secret};
 use contract::page::{Entry, Page, PageView};
 use contract::record::Record;
 use contract::usage::{Ack, read_reports, write_reports};
+use contract::usage_log::LogKey;
 use control_plane::key::domain::{Email, KeyName, Scopes};
+use control_plane::key::import::line;
+use control_plane::usage::import::signed_usage;
 use filter::config::Config;
 use filter::{cookie, query as path_query};
+use serde_json::Value;
 
 /// An entry point.
 pub type Entrance = fn(&[u8]);
 
 /// All of them, by the name of their corpus.
-pub const ENTRANCES: [(&str, Entrance); 7] = [
+pub const ENTRANCES: [(&str, Entrance); 9] = [
     ("key", key),
     ("page", page),
     ("report", report),
@@ -25,6 +31,8 @@ pub const ENTRANCES: [(&str, Entrance); 7] = [
     ("email_and_name", email_and_name),
     ("query", query),
     ("cookies", cookies),
+    ("import_line", import_line),
+    ("usage_line", usage_line),
 ];
 
 /// What a client presents as its key.
@@ -40,7 +48,9 @@ pub fn key(bytes: &[u8]) {
         assert!(prefix.len() == 9 && text.len() == key::KEY_CHARS && text.contains(&prefix[3..]));
     }
     if let Err(error) = judged {
-        assert!(text.len() < 8 || !error.to_string().contains(&text));
+        // What could be a key is not repeated. Shorter texts, and those with spaces, may be words of the error itself.
+        let could_be_a_key = text.len() >= 20 && text.bytes().all(|byte| byte.is_ascii_graphic());
+        assert!(!could_be_a_key || !error.to_string().contains(&text));
     }
 }
 
@@ -105,7 +115,13 @@ pub fn email_and_name(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     if let Ok(email) = Email::parse(&text) {
         assert_eq!(Email::parse(email.as_str()).ok(), Some(email.clone()), "{email}");
+        assert_eq!(Email::start(&text), email.as_str());
         assert!(email.as_str().chars().count() <= 254 && !email.as_str().chars().any(char::is_control));
+        // No other domain name looks like this one, and the database compares ASCII letters only.
+        let domain = email.as_str().rsplit_once('@').map_or("", |(_, domain)| domain);
+        assert!(domain.is_ascii() && !email.as_str().bytes().any(|byte| byte.is_ascii_uppercase()), "{email}");
+        // The case of ASCII letters makes no difference.
+        assert!(!text.is_ascii() || Email::parse(&text.to_ascii_uppercase()).ok().as_ref() == Some(&email), "{email}");
     }
     if let Ok(name) = KeyName::parse("name", &text) {
         assert_eq!(KeyName::parse("name", name.as_str()).ok(), Some(name.clone()));
@@ -137,6 +153,40 @@ pub fn cookies(bytes: &[u8]) {
     match cookie::without(header, name) {
         None => assert!(none(header)),
         Some(rest) => assert!(cookie::without(&rest, name).is_none() && none(&rest)),
+    }
+}
+
+/// A line of an import of keys.
+pub fn import_line(bytes: &[u8]) {
+    let Err(reason) = line::parse(bytes, UNIX_EPOCH.into()) else { return };
+    assert!(!reason.is_empty());
+    // The reason has nothing of the key, wherever it stands.
+    let body: Value = serde_json::from_slice(bytes).unwrap_or_default();
+    for field in ["key", "hash"] {
+        let key = body[field].as_str().unwrap_or_default();
+        let could_be_a_key = key.len() >= 20 && key.bytes().all(|byte| byte.is_ascii_graphic());
+        assert!(!could_be_a_key || !reason.contains(key), "{reason}");
+    }
+}
+
+/// A line of Envoy's log; and the same bytes as reports that a filter signed, of which the last byte is changed.
+pub fn usage_line(bytes: &[u8]) {
+    let (ours, other) = (LogKey::derive(b"ours"), LogKey::derive(b"other"));
+    if let Ok(Some(signed)) = signed_usage(bytes) {
+        assert!(bytes.starts_with(b"[") || bytes.starts_with(b"{"));
+        assert!(!other.has_signed(&signed));
+        let _ = read_reports(&signed.reports);
+    }
+    let line = format!("[2026-11-24 02:44:59.439][1][warning][wasm] [source/a.cc:1] wasm log x: {}", ours.line(bytes));
+    let mut line = line.into_bytes();
+    let read = |line: &[u8]| signed_usage(line).ok().flatten();
+    let signed = read(&line);
+    assert!(
+        signed.is_some_and(|signed| ours.has_signed(&signed) && !other.has_signed(&signed) && signed.reports == bytes)
+    );
+    if let Some(last) = line.last_mut().filter(|_| !bytes.is_empty()) {
+        *last = if *last == b'0' { b'1' } else { b'0' };
+        assert!(!read(&line).is_some_and(|signed| ours.has_signed(&signed)));
     }
 }
 
