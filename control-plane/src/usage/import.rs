@@ -5,6 +5,7 @@
 //! their number, so a log can be imported as often as one likes.
 
 use std::io::BufRead;
+use std::time::Duration;
 
 use contract::usage::{Report, read_reports};
 use contract::usage_log::{MARK, SignedReports};
@@ -12,15 +13,19 @@ use serde_json::{Map, Value};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::apply::{Applied, Submission, apply};
+use super::apply::{Applied, NEW_REPORTERS, Submission, apply};
 use super::ingest::{REPORTS, check, no_later_than, now};
 use super::log_keys::Verifier;
+use super::retention::REPORTER_DAYS;
 
 /// Lines that were refused and are told with the reason. Those after them are only counted.
 const TOLD: usize = 1_000;
 
 /// What stands before the name of the plugin in each message that a filter logs.
 const MESSAGE: &str = "wasm log";
+
+const OLD: &str = "the usage is older than the 90 days for which the numbers of reports are kept, so it may have been applied \
+                   before: import logs sooner";
 
 const ELSEWHERE: &str = "the usage does not stand where Envoy's own log prefix begins the line, as in \
                          `[2027-01-31 12:00:00.000][1][warning][wasm] [source/…] wasm log …: portcullis-usage …`: \
@@ -44,6 +49,14 @@ impl Imported {
         self.refused += 1;
         if self.bad.len() < TOLD {
             self.bad.push((line, why));
+        }
+    }
+
+    fn refuse_all(&mut self, found: &[Found], why: &str) {
+        let mut lines: Vec<usize> = found.iter().map(|found| found.line).collect();
+        lines.dedup();
+        for line in lines {
+            self.refuse(line, why.to_owned());
         }
     }
 }
@@ -90,17 +103,20 @@ pub async fn import(pool: &PgPool, log: impl BufRead) -> Result<Imported, Box<dy
                     imported.applied += fresh;
                     imported.known += found.len() - fresh;
                 }
-                Applied::Foreign => {
-                    let mut lines: Vec<usize> = found.iter().map(|found| found.line).collect();
-                    lines.dedup();
-                    for line in lines {
-                        let why = format!(
-                            "the Envoy {} belongs to another sync key than the one that signed the line",
-                            report.reporter
-                        );
-                        imported.refuse(line, why);
-                    }
-                }
+                Applied::Foreign => imported.refuse_all(
+                    found,
+                    &format!(
+                        "the Envoy {} belongs to another sync key than the one that signed the line",
+                        report.reporter
+                    ),
+                ),
+                Applied::TooMany => imported.refuse_all(
+                    found,
+                    &format!(
+                        "the sync key that signed the line has had {NEW_REPORTERS} new Envoys within a day: import the \
+                         line again tomorrow"
+                    ),
+                ),
             }
         }
     }
@@ -114,8 +130,19 @@ fn read(line: &[u8], verifier: &Verifier) -> Result<(Uuid, Vec<Report>), Option<
     let sync_key = verifier.signer(&signed)?;
     let mut reports = read_reports(&signed.reports).map_err(|error| error.to_string())?;
     check(&reports).map_err(|error| error.to_string())?;
+    if reports.iter().any(|report| may_be_forgotten(report, now())) {
+        return Err(Some(OLD.into()));
+    }
     no_later_than(&mut reports, now());
     Ok((sync_key, reports))
+}
+
+/// Whether the number of a report may be forgotten by now. A report arrives in the hour of its newest count or later, and its
+/// number is kept for [`REPORTER_DAYS`] from then.
+fn may_be_forgotten(report: &Report, now: Duration) -> bool {
+    let kept = Duration::from_hours(24) * REPORTER_DAYS.unsigned_abs();
+    let newest = report.counts.iter().map(|count| Duration::from_hours(count.of.hour.into())).max();
+    newest.is_some_and(|newest| newest < now.saturating_sub(kept))
 }
 
 /// The reports of a line, which nobody has verified yet. None if the line has no usage.

@@ -151,6 +151,28 @@ async fn a_line_counts_after_its_sync_key_was_rotated(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_line_that_is_older_than_the_kept_numbers_of_reports_is_refused(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, sync) = fixture.key("operator@example.com", SYNC).await;
+    let (id, _) = fixture.key("a@example.com", &[]).await;
+    fixture.call("GET", "/sync/v1/keys", &sync, None).await;
+    let aged = |reporter: u8, days: u32| {
+        let mut report = report(reporter, 1, id, 5);
+        for count in &mut report.counts {
+            count.of.hour -= days * 24;
+        }
+        report
+    };
+    let recent = logged(&pool, &sync, &[aged(1, 89)]).await;
+    let old = logged(&pool, &sync, &[aged(2, 91)]).await;
+    let found = imported(&pool, &format!("{recent}\n{old}\n")).await;
+    assert_eq!((found.applied, found.known, found.refused), (1, 0, 1));
+    let (line, why) = &found.bad[0];
+    assert!(*line == 2 && why.starts_with("the usage is older than the 90 days"), "{why}");
+    assert_eq!(allowed(&pool, id).await, 5);
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn of_many_refused_lines_the_first_thousand_are_told_and_all_are_counted(pool: PgPool) {
     let found = imported(&pool, &"portcullis-usage 00ff\n".repeat(1_500)).await;
     assert_eq!((found.refused, found.bad.len(), found.bad[999].0), (1_500, 1_000, 1_000));
