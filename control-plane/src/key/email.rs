@@ -277,9 +277,12 @@ mod tests {
 
     #[test]
     fn a_canonical_address_is_its_own_canonical_form() {
-        for text in
-            ["J\u{30c}o\u{308}@B\u{fc}cher.example", "Ünï@xn--bcher-kva.example", "٣٣@example.com", "ㅎㅏㄴ@한국.kr"]
-        {
+        for text in [
+            "J\u{30c}o\u{308}@B\u{fc}cher.example",
+            "Ünï@xn--bcher-kva.example",
+            "٣٣@example.com",
+            "\u{1112}\u{1161}\u{11ab}@한국.kr",
+        ] {
             let once = parsed(text);
             assert_eq!(parsed(&once), once);
         }

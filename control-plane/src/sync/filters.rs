@@ -239,7 +239,7 @@ pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Resul
     Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds, silent: row.silent })
 }
 
-/// Forgets Envoys that are gone beyond the newest [`SHOWN_OF_KEY`] of each sync key: a stolen key could name new ones for ever.
+/// Forgets Envoys that are gone beyond the newest `SHOWN_OF_KEY` of each sync key: a stolen key could name new ones for ever.
 ///
 /// # Errors
 /// Those of the database.

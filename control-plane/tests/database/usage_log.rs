@@ -1,6 +1,7 @@
 //! Usage in Envoys' logs: what Envoys signed is imported once, and nothing that somebody else wrote.
 
 use std::io::Cursor;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
@@ -20,8 +21,16 @@ async fn allowed(pool: &PgPool, id: Uuid) -> i64 {
     sqlx::query_scalar(sum).bind(id).fetch_one(pool).await.unwrap()
 }
 
+/// A report of requests that came so many days ago.
+fn aged(days: u64, reporter: u8, seq: u64, key: Uuid, requests: u64) -> Report {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let mut count = count(key, Outcome::Allowed, requests);
+    count.of.hour = u32::try_from(now.as_secs() / 3_600 - days * 24).unwrap();
+    Report { reporter: ReporterId([reporter; 16]), seq, counts: vec![count] }
+}
+
 fn report(reporter: u8, seq: u64, key: Uuid, requests: u64) -> Report {
-    Report { reporter: ReporterId([reporter; 16]), seq, counts: vec![count(key, Outcome::Allowed, requests)] }
+    aged(0, reporter, seq, key, requests)
 }
 
 async fn imported(pool: &PgPool, log: &str) -> Imported {
@@ -156,15 +165,8 @@ async fn a_line_that_is_older_than_the_kept_numbers_of_reports_is_refused(pool: 
     let (_, sync) = fixture.key("operator@example.com", SYNC).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     fixture.call("GET", "/sync/v1/keys", &sync, None).await;
-    let aged = |reporter: u8, days: u32| {
-        let mut report = report(reporter, 1, id, 5);
-        for count in &mut report.counts {
-            count.of.hour -= days * 24;
-        }
-        report
-    };
-    let recent = logged(&pool, &sync, &[aged(1, 89)]).await;
-    let old = logged(&pool, &sync, &[aged(2, 91)]).await;
+    let recent = logged(&pool, &sync, &[aged(89, 1, 1, id, 5)]).await;
+    let old = logged(&pool, &sync, &[aged(91, 2, 1, id, 5)]).await;
     let found = imported(&pool, &format!("{recent}\n{old}\n")).await;
     assert_eq!((found.applied, found.known, found.refused), (1, 0, 1));
     let (line, why) = &found.bad[0];
