@@ -20,8 +20,8 @@ pub enum Stock {
     Credits,
     /// How far a limit of a key is used over all Envoys, which is told beside a share of it: see [`crate::rate`].
     Used,
-    /// The credits that an owner has in all, which is told beside a lease of them after a request was refused: a request whose
-    /// price is higher cannot be paid however long its client waits. Neither spent nor held.
+    /// The credits that an owner has in all. The control plane sends them beside a lease after a request was refused:
+    /// for a request whose price is higher, waiting does not help. They are neither spent nor leased.
     Balance,
 }
 

@@ -108,7 +108,7 @@ impl SignedReports {
     }
 }
 
-/// `None` never: HMAC takes keys of any length.
+/// The HMAC of the parts. Never `None`, since HMAC takes keys of any length.
 fn mac(key: &[u8], parts: &[&[u8]]) -> Option<Hmac<Sha256>> {
     let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(key).ok()?;
     parts.iter().for_each(|part| mac.update(part));

@@ -71,7 +71,7 @@ pub struct Admission {
 enum Full {
     /// Evicted connections still end: there will be one in a moment.
     Ending,
-    /// Nobody gives way.
+    /// No connection can be evicted.
     Refused,
 }
 

@@ -237,9 +237,9 @@ impl Caller {
     }
 
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same
-    /// networks unless it has narrower ones, has the same plan, quota, cost and rate limits, and its owner has no more than
-    /// so many keys, and makes no more than `per_day` in 24 hours. Roles do not pass on. Where a plan applies, a key has no rate limits in its place. Admins are not
-    /// bound.
+    /// networks unless it has narrower ones, and has the same plan, quota, cost and rate limits. Its owner has at most
+    /// [`LIVE_KEYS`] keys and makes at most `per_day` in 24 hours. Roles do not pass on. Where a plan applies, a key has
+    /// no rate limits in its place. Admins are not bound.
     pub fn bind(&self, new: &mut NewKey, per_day: u32) {
         if self.is_admin() {
             return;
@@ -351,8 +351,8 @@ struct Presenting<'a> {
 
 impl<'a> Presenting<'a> {
     /// A key that the mirror does not know counts against its address before the database is asked for it, so guessing keys
-    /// costs the database no more than the limit. Beyond the limit the mirror is brought up to date, once for all that wait:
-    /// a key that was made a moment ago is told from a guess, and does not pay for guesses.
+    /// costs the database no more than the limit. Beyond the limit the mirror is brought up to date, once for all that
+    /// wait. So a key that was made a moment ago is not taken for a guess.
     async fn of(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
         if app.store.position().is_none() {
             return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));

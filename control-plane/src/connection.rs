@@ -18,7 +18,7 @@ use crate::wait_budget::WaitBudget;
 /// stream and closes the connection in one go; HTTP/2 as hyper has it drops requests that arrive together with the end.
 const END_DELAY: Duration = Duration::from_millis(50);
 
-/// A client that reads so many bytes has all of the write time-out again.
+/// Bytes that a client must read within the write time-out. Each time, the time-out begins anew.
 const RENEWED_BYTES: usize = 64 * 1_024;
 
 /// One connection, in the clear or within TLS.

@@ -17,7 +17,7 @@ use hyper::body::{Frame, SizeHint};
 use hyper::rt::Executor;
 use tokio::sync::{Notify, watch};
 
-/// A client that takes so many bytes within the read time-out has all of the time again.
+/// Bytes that a client must take within the read time-out. Each time, the time-out begins anew.
 const RENEWED_BYTES: usize = 64 * 1_024;
 
 /// Larger responses send their end only after the client took all of their data: until then the stream can be reset by

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// A budget of waiting time. It is whole again after each so many bytes, so a large body on a slow line may take long while
+/// A budget of waiting time. A number of bytes makes it whole again, so a large body on a slow line may take long while
 /// a peer that sends or takes next to nothing uses the budget up.
 #[derive(Debug)]
 pub struct WaitBudget {

@@ -49,7 +49,7 @@ pub struct Config {
     pub identity: IdentityHeaders,
     /// Further headers that are removed from what goes upstream, in lower case.
     pub remove_headers: Vec<String>,
-    /// Trailers that are removed: whatever would mean something if it were a header.
+    /// Trailers that are removed: names of headers that the filter sets or removes, and those of other gateways.
     pub trailers_removed: Vec<String>,
     /// The limit of keys that have none of their own.
     pub rate_limit: Option<RateLimit>,

@@ -2,7 +2,7 @@
 //! the header without it.
 
 /// One value for several `Cookie` lines. `first` is the first line; `joined` are all lines with a comma between each two, which
-/// is how Envoy tells them. A user agent sends one line (RFC 6265, section 5.4), so what follows the first needs no better
+/// is how Envoy gives them. A user agent sends one line (RFC 6265, section 5.4), so what follows the first needs no better
 /// reading than this: each comma there ends a cookie.
 #[must_use]
 pub fn merged(first: &[u8], joined: &[u8]) -> Vec<u8> {

@@ -17,7 +17,7 @@ use crate::reply::Reply;
 /// Where the metadata of a route holds what is meant for this filter.
 const METADATA: [&str; 4] = ["xds", "route_metadata", "filter_metadata", "portcullis"];
 
-/// How Envoy tells metadata without members: the number of its pairs.
+/// Metadata without members as Envoy encodes it: the number of its pairs.
 const NO_MEMBERS: [u8; 4] = [0; 4];
 
 /// Shared data (`get` returns data).
@@ -86,7 +86,7 @@ pub(crate) fn request_header(name: &str) -> Option<Vec<u8>> {
 }
 
 /// All headers of a name of the request, joined by commas in their order; `None` if there is none, or nothing in them (returns
-/// data). Where Envoy tells no properties, the first of them.
+/// data). The first of them where Envoy gives no properties.
 pub(crate) fn request_header_lines(name: &str) -> Option<Vec<u8>> {
     match hostcalls::get_property(vec!["request", "headers", name]) {
         Ok(lines) => lines,
@@ -119,10 +119,10 @@ pub(crate) fn set_filter_state(name: &str, value: &str) {
     let _ = hostcalls::set_property(vec![name], Some(value.as_bytes()));
 }
 
-/// The policy that the request's route names in its metadata, if it names one (returns data). Should Envoy not tell, or should
-/// something else stand there, the name is empty or odd, which is that of no policy.
+/// The policy that the request's route names in its metadata, if it names one (returns data). If Envoy gives no answer, or
+/// the metadata has another value in its place, the name is empty or odd, which is that of no policy.
 ///
-/// The SDK tells an empty name like none at all. Where there is no name, a second call therefore asks for all of the metadata.
+/// The SDK reports an empty name like a missing one. Where there is no name, a second call asks for all of the metadata.
 /// On a route that has none it returns no data.
 pub(crate) fn route_policy() -> Option<String> {
     let [xds, route, kind, own] = METADATA;

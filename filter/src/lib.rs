@@ -4,7 +4,8 @@
 //! Reading order, the way of a request first: [`config`] is what the operator chose; [`credential`] looks for the key in
 //! each [`source`], with [`query`] and [`cookie`] for two of them; [`recent`] remembers what [`store`] said of it, which finds
 //! its record, and [`definitions`], what that refers to; [`judge`] lets `contract::decision` decide, with [`address`] where it matters, and then asks [`mod@slice`] and
-//! [`limiter`], which remember how often, and [`stock`]; [`reply`] says what is answered; [`identity`] lists the headers that say who calls; [`usage`] counts. Then what happens between
+//! [`limiter`], which remember how often, and [`stock`]; [`reply`] says what is answered; [`identity`] lists the
+//! headers that say who calls; [`usage`] counts. Then what happens between
 //! requests: [`lease`] settles which VM speaks with the control plane, [`sync`] keeps the store up to date, [`reports`] says
 //! when usage is told, [`grants`] takes what is leased in return, `conversation` does each on time. `core` is what one VM
 //! knows, `root` and `request` are Envoy's callbacks, `metrics` its statistics, and `host` is the only file that names

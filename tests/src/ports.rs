@@ -22,7 +22,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// Reserves a port of this address on which nobody listens.
+    /// Reserves a port of this address on which no process listens.
     ///
     /// # Errors
     /// If there is none.

@@ -119,7 +119,7 @@ impl NodePrograms {
     #[must_use]
     pub fn redocly(&self) -> Command {
         let mut command = self.program("@redocly/cli/bin/cli.js");
-        // It would tell its makers of each run, and ask the registry for a newer version.
+        // Otherwise it reports each run to its makers, and asks the registry for a newer version.
         command.env("REDOCLY_TELEMETRY", "off").env("REDOCLY_SUPPRESS_UPDATE_NOTICE", "true");
         command
     }

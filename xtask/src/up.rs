@@ -57,7 +57,7 @@ pub(crate) struct Options {
 /// How often it is looked whether all parts still run.
 const WATCH: Duration = Duration::from_millis(500);
 
-/// Usage as events at once: whoever tries them does not want to wait a minute.
+/// Usage as events each second, so that a user who tries them does not wait a minute.
 const EVENTS: [&str; 2] = ["--usage-event-seconds", "1"];
 
 /// How long a service may take to accept a connection before it counts as not there yet.
@@ -122,7 +122,7 @@ const fn local(port: u16) -> SocketAddr {
 /// The running stack. Fields are dropped in their order.
 struct Up {
     envoy: Envoy,
-    /// None in front of a service of one's own.
+    /// None in front of the user's own service.
     demo: Option<DemoApi>,
     service: Option<Service>,
     control_plane: ControlPlane,

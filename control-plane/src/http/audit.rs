@@ -87,8 +87,8 @@ pub struct AuditEntry {
 const ADMINISTRATOR: &str = "an administrator";
 
 impl AuditEntry {
-    /// An entry as a caller may read it: what somebody else than the caller did to the caller's keys was done by an
-    /// administrator, and who that is and from where is for administrators to know.
+    /// An entry as a caller may read it. Another actor than the caller is an administrator: only administrators read
+    /// which one, and from which address.
     fn shown_to(caller: &Caller, entry: Entry) -> Self {
         let hidden = !caller.is_admin() && entry.actor_email.as_ref().is_some_and(|email| *email != caller.email);
         let shown = Self::from(entry);

@@ -162,7 +162,7 @@ pub fn patient_router(app: App, metrics: Option<PrometheusHandle>, patience: Dur
         .with_state(app)
 }
 
-/// A JSON document that is the same for everybody.
+/// A JSON document that is the same for all callers.
 fn document(body: Bytes) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }

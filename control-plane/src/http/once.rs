@@ -172,7 +172,7 @@ impl Named {
             let detail = "Another request had this Idempotency-Key. Give each request its own.";
             return Err(ApiError::Mismatch(detail));
         }
-        // The answer may hold the secret that replaced the caller's. Whoever stole a secret must not get its successor.
+        // The answer may hold the secret that replaced the caller's. A thief of the old secret must not get it.
         if !caller.presents(kept.generation) {
             let detail = "This request was done before, and its answer is not given again to an old secret of the key. \
                           Look at the result with the present secret, or ask an admin to rotate the key.";

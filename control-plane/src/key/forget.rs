@@ -51,7 +51,7 @@ pub(super) async fn forget_ended(connection: &mut PgConnection, owner_id: Uuid) 
     Ok(())
 }
 
-/// Deletes the rows of keys that filters have forgotten and that ended more than so many days ago, with their secrets. A key
+/// Deletes the rows of keys that filters have forgotten and that ended more than `days` ago, with their secrets. A key
 /// stays as long as there is usage of it by the hour or by the day, so that sums of usage stay exact. Says how many went.
 ///
 /// # Errors
@@ -98,7 +98,7 @@ async fn purge_some(connection: &mut PgConnection, days: i32) -> Result<u64, sql
     Ok(gone.rows_affected())
 }
 
-/// Deletes rows of the audit trail that are older than so many days. Says how many.
+/// Deletes rows of the audit trail that are older than `days`. Says how many.
 ///
 /// # Errors
 /// Those of the database; what went before stays gone.

@@ -1,5 +1,6 @@
 //! Keys in the control plane: what clients say of them is parsed in [`domain`]; what is kept of them is made and read in
-//! [`store`], altered in [`change`], given a new secret in [`rotate`], ended in [`revoke`], forgotten in [`forget`], bounded in number by [`allowance`], found in [`search`], taken over
+//! [`store`], altered in [`change`], given a new secret in [`rotate`], ended in [`revoke`], forgotten in [`forget`],
+//! bounded in number by [`allowance`], found in [`search`], taken over
 //! from elsewhere in [`import`]; what they may stands in [`permissions`] and [`quota`]; what was counted of them is read in
 //! [`usage`].
 

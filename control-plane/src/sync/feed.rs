@@ -30,8 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// changes is read at once.
 const IN_A_STREAM: Duration = Duration::from_millis(5);
 
-/// Looks on behalf of keys that the mirror does not know begin no sooner than so long after the last one: guesses cost the
-/// database so many looks and no more.
+/// Shortest time between two looks at the database on behalf of keys that the mirror does not know. It bounds what
+/// guesses cost the database.
 const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What stands in the identity of a database for a part that it does not let us see. The other parts still tell.

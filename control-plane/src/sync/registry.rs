@@ -69,10 +69,10 @@ pub(super) struct Known {
     unwritten: bool,
 }
 
-/// What came of a message of an Envoy.
+/// The result of noting a message of an Envoy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Noted {
-    /// This process had not heard of the Envoy.
+    /// The Envoy is new to this process.
     Newcomer,
     /// It was known.
     Known,
@@ -134,7 +134,7 @@ impl State {
 }
 
 impl Registry {
-    /// Nobody yet. A sync key may have so many live Envoys.
+    /// An empty registry, with the most live Envoys that a sync key may have.
     #[must_use]
     pub fn bounded(per_sync_key: u32) -> Self {
         Self(Arc::new(Shared {

@@ -18,7 +18,7 @@ use super::ingest::{REPORTS, check, no_later_than, now};
 use super::log_keys::Verifier;
 use super::retention::REPORTER_DAYS;
 
-/// Lines that were refused and are told with the reason. Those after them are only counted.
+/// Most refused lines that an import reports with the reason. It only counts further ones.
 const TOLD: usize = 1_000;
 
 /// What stands before the name of the plugin in each message that a filter logs.
@@ -145,7 +145,7 @@ fn may_be_forgotten(report: &Report, now: Duration) -> bool {
     newest.is_some_and(|newest| newest < now.saturating_sub(kept))
 }
 
-/// The reports of a line, which nobody has verified yet. None if the line has no usage.
+/// The reports of a line, not verified yet. None if the line has no usage.
 ///
 /// # Errors
 /// Why usage in the line does not count.

@@ -2,7 +2,7 @@
 //!
 //! A filter signs under a key that it derives from its sync key. The control plane sees that key in each call of the filter
 //! and stores what is derived from it, so that a line can be verified after its Envoy has ended, after its sync key was
-//! rotated, and without anybody who has the sync key. Filters get no derived keys, so one sync key signs for no other.
+//! rotated, and without the sync key. Filters get no derived keys, so one sync key signs for no other.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

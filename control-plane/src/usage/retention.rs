@@ -16,8 +16,8 @@ const MOVER: i64 = 0x706f_7274_0000_0002;
 /// Most rows that move together.
 const TOGETHER: i64 = 10_000;
 
-/// For how long the number of the last report of an Envoy is remembered after it came, in days. A log line of an Envoy that is
-/// imported later than that counts once more.
+/// For how long the number of an Envoy's last report is kept after the report came, in days. Without the number, a log
+/// line could be applied twice, so the import of logs refuses usage that is older.
 pub const REPORTER_DAYS: i32 = 90;
 
 /// For how long what is kept, in days.
@@ -68,7 +68,7 @@ async fn roll_up_some(connection: &mut PgConnection, days: i32) -> Result<u64, s
     if !alone(connection).await? {
         return Ok(0);
     }
-    // Rows that a report is changing at the moment wait for the next round: nobody waits for anybody here.
+    // Rows that a report is changing at the moment are left for the next round, so neither side waits for a lock.
     let keyed = sqlx::query_scalar!(
         r#"with old as materialized (
             select key_id, hour, outcome, generation from usage_hourly

@@ -201,7 +201,7 @@ async fn an_idle_connection_over_http_2_ends_and_one_with_a_held_request_does_no
     server.empties().await;
 }
 
-/// An address of this machine that nobody else in a test has.
+/// An address of this machine that no other client of a test has.
 fn host(last: u8) -> Option<IpAddr> {
     Some(Ipv4Addr::new(127, 0, 0, last).into())
 }
@@ -226,7 +226,7 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     let router = http::router(fixture.app.clone(), None);
     let limits = Limits::new(40, 12, Some(10));
     let server = Server::start(router, limits, Duration::from_secs(120)).await;
-    // Two addresses take what strangers get; a third one is told so.
+    // Two addresses take all connections of strangers; a further request is answered 503.
     let mut strangers = Vec::new();
     for last in [2, 2, 2, 3, 3, 3].into_iter().flat_map(|last| [last; 4]) {
         strangers.push(Client::open(server.address, host(last), 65_535).await.unwrap());

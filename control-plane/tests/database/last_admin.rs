@@ -144,7 +144,7 @@ async fn the_last_admin_key_that_works_here_is_not_ended_for_one_that_works_else
         let reply = fixture.call(method, uri, &admin, body.as_ref()).await;
         reply.assert_problem(409, "conflict", DETAIL_HERE, None);
     }
-    // By hand nobody tells an address: keys that are bound to networks do not count.
+    // A change by hand has no address: keys that are bound to networks do not count.
     let by_hand = "update api_keys set networks = '{192.0.2.1/32}' where id = $1";
     let error = sqlx::query(by_hand).bind(id).execute(&pool).await.unwrap_err();
     assert_eq!(error.as_database_error().and_then(|error| error.constraint()), Some("api_keys_last_admin_here"));

@@ -114,7 +114,7 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     assert_eq!(granted(&grants, 2, owner), Some((50 + 200, 2)));
     assert_eq!(account().await, json!([950, 200, 750]));
     assert_eq!(granted(&grants, 4, owner), None);
-    // An Envoy that refused a request is told what there is in all: waiting for more than that does not help.
+    // An Envoy that refused a request gets the balance: waiting does not help a request that costs more.
     let grants = envoys[0].report(&fixture, &[count(id, Outcome::CreditsExhausted, 1)]).await;
     assert_eq!(granted(&grants, 4, owner), Some((950, 2)));
     let mut spent = 50;

@@ -141,7 +141,7 @@ async fn what_failed_may_come_again_at_once_under_the_same_name(pool: PgPool) {
     };
     sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
     assert_eq!(post().await.json()["code"], "conflict");
-    // Nobody is told that the first request is still being worked on.
+    // The control plane does not answer that the first request is still in progress.
     assert_eq!(post().await.json()["code"], "conflict");
     sqlx::query("update api_keys set expires_at = null where id = $1").bind(id).execute(&pool).await.unwrap();
     assert_eq!(post().await.status.as_u16(), 201);

@@ -1,4 +1,4 @@
-//! Usage in Envoys' logs: what Envoys signed is imported once, and nothing that somebody else wrote.
+//! Usage in Envoys' logs: the import applies lines that Envoys signed, once, and no others.
 
 use std::io::Cursor;
 use std::time::{SystemTime, UNIX_EPOCH};

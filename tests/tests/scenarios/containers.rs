@@ -115,7 +115,7 @@ fn secrets_are_made_on_the_first_start_and_kept_on_the_second() -> Result<()> {
     assert_eq!(there.len(), files.len());
     for (file, wanted) in files {
         assert_eq!(mode(&containers.path("secrets").join(file))?, wanted, "{file}");
-        // What it says is for everybody's eyes.
+        // All readers of the log see what the command prints.
         assert!(said(&first).contains(file) && !said(&first).contains(&containers.secret(file)?));
     }
 
@@ -234,7 +234,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     assert!(!log.text().contains("/stats") && !log.text().contains("/ready"));
     envoy_process.stop(Signal::SIGTERM).await?;
 
-    // In front of somebody's own API there are no policies of the demo.
+    // In front of the user's own API, Envoy has none of the demo's policies.
     let (_envoy, admin) = envoy(&containers, address, &demo_policies[..1], &log).await?;
     healthy("envoy", "9901", &admin.port().to_string()).await?;
     assert_eq!(http::get(listener(admin).await?, "/status").await?.status, 401);

@@ -49,7 +49,7 @@ async fn a_grpc_client_is_told_of_a_limit_as_one_and_of_a_bad_key_as_one() -> Re
             assert_eq!(reply.header("retry-after").is_some(), status == "8", "{key:?}");
         }
     }
-    // Whoever speaks no gRPC hears nothing of it.
+    // Clients that speak no gRPC get no gRPC status.
     assert_refused(&call(&bench, "application/json", Some("quota")).await?, Outcome::QuotaExceeded, &[]);
     assert_eq!(bench.demo.requests(), 1);
     Ok(())

@@ -116,7 +116,7 @@ async fn a_name_with_underscores_cannot_pass_for_an_identity_header() -> Result<
     Ok(())
 }
 
-/// An upstream that came from another gateway may believe what that one told it.
+/// An upstream that stood behind another gateway may believe that gateway's headers.
 #[tokio::test]
 async fn what_other_gateways_tell_an_upstream_no_client_can_tell_it() -> Result<()> {
     let bench = Bench::builder().plugin(json!({"remove_headers": ["X-Tenant", "x-role"]}));

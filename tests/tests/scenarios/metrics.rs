@@ -99,7 +99,7 @@ async fn the_access_log_names_the_key_by_its_id_and_the_reason_of_a_refusal() ->
     let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/nameless").await?)?;
     assert_eq!((&line["key_id"], &line["refused"]), (&serde_json::Value::Null, &"missing".into()));
     assert_eq!(line["status"], 401);
-    // By its id, a refusal that somebody complains of is found.
+    // The id of a refusal leads to its line in the access log.
     let id = refused.header("x-request-id").unwrap_or_default();
     assert_eq!((&line["request_id"], id.len()), (&id.into(), 36));
     assert_eq!(refused.json()?["request_id"], id);

@@ -21,7 +21,7 @@ async fn following(plugin: Value) -> Result<Bench> {
 async fn an_internal_redirect_needs_the_key_to_be_left_on_the_request() -> Result<()> {
     let bench = following(json!({})).await?;
     assert_refused(&bench.get(REDIRECT, Some("good")).await?, Outcome::Missing, &[]);
-    // The upstream was asked once, and heard of no key.
+    // The upstream received one request, without a key.
     assert_eq!(bench.demo.requests(), 1);
 
     let bench = following(json!({"strip_key": false})).await?;

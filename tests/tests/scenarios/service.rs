@@ -1,4 +1,4 @@
-//! `cargo xtask up --upstream`: one's own service behind Envoy, by its URL.
+//! `cargo xtask up --upstream`: the user's own service behind Envoy, by its URL.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -121,7 +121,7 @@ async fn secure_service(identity: &Identity) -> Result<u16> {
         while let Ok((stream, _)) = listener.accept().await {
             let acceptor = acceptor.clone();
             tokio::spawn(async move {
-                // Whoever does not believe the certificate leaves.
+                // Clients that do not trust the certificate close the connection.
                 if let Ok(stream) = acceptor.accept(stream).await {
                     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)).await;
                 }

@@ -170,7 +170,7 @@ async fn odd_requests_are_refused_and_good_ones_still_work_afterwards() -> Resul
 /// The lines of a request, and what the upstream receives of their headers.
 type Lines<'a> = (&'a [&'a str], &'a [(&'a str, Value)]);
 
-/// A request as nobody should send it: lines of a name as they are, over HTTP/1.1.
+/// A request with several header lines of one name, over HTTP/1.1.
 async fn lines(bench: &Bench, lines: &[&str]) -> Result<Reply> {
     let mut request = Request::get("/a");
     for line in lines {

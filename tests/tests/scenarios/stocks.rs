@@ -124,7 +124,7 @@ async fn a_request_whose_price_is_above_the_balance_is_not_told_to_wait() -> Res
     let keys = [("k", metered(1, None, budget(0, 1, None)))];
     let bench = Bench::builder().plugin(plugin).route("/dear", "dear").start(&keys).await?;
     let exhausted = Outcome::CreditsExhausted;
-    // Nobody knows yet how much there is.
+    // The filter does not know yet how much there is.
     assert_eq!(allowed(&bench, "/dear", "k", exhausted, "1").await?, 0);
     grant(&bench, &[of(Stock::Balance, OWNER, 3, 1)]).await?;
     let reply = bench.get("/dear", Some("k")).await?;
