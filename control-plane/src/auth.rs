@@ -266,10 +266,13 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let presenting = Presenting::of(app, parts).await?;
+        let mut presenting = Presenting::of(app, parts).await?;
         // Before the database is asked, where the mirror knows the key.
         let counted = presenting.admitted(Policy::PLAIN).map(|record| record.owner_id.into());
-        counted.map_or(Ok(()), |owner| app.callers.count_owner(owner))?;
+        match counted {
+            Some(owner) => app.callers.count_owner(owner)?,
+            None => presenting.count_refused()?,
+        }
         let (record, beside) = presenting.stored().await?.map(|found| (found.record, (found.email, found.own))).unzip();
         let record = presenting.admit(record, Policy::PLAIN)?;
         let (key_id, owner) = (record.key_id.into(), record.owner_id.into());
@@ -347,6 +350,8 @@ struct Presenting<'a> {
     plain: Option<KeyHash>,
     /// What the mirror knows of the key.
     mirrored: Option<Record>,
+    /// Whether the call has counted against the address.
+    is_counted: bool,
 }
 
 impl<'a> Presenting<'a> {
@@ -359,7 +364,7 @@ impl<'a> Presenting<'a> {
         }
         let mut presenting = Self::read(app, parts);
         if presenting.mirrored.is_none()
-            && let Err(too_many) = app.callers.count_address(presenting.address)
+            && let Err(too_many) = presenting.count_refused()
         {
             if presenting.plain.is_some() {
                 let _ = tokio::time::timeout(CATCH_UP, app.feed.catch_up()).await;
@@ -375,7 +380,7 @@ impl<'a> Presenting<'a> {
     fn read(app: &'a App, parts: &'a Parts) -> Self {
         let bytes = parts.headers.get(KEY_HEADER).map_or(&[][..], |value| value.as_bytes());
         let plain = (1..=PRESENTED_BYTES).contains(&bytes.len()).then(|| KeyHash::of(bytes));
-        let mut presenting = Self { app, bytes, address: peer(parts), plain, mirrored: None };
+        let mut presenting = Self { app, bytes, address: peer(parts), plain, mirrored: None, is_counted: false };
         presenting.mirrored = presenting.find();
         presenting
     }
@@ -401,14 +406,21 @@ impl<'a> Presenting<'a> {
         Ok(None)
     }
 
+    /// Counts a key that the mirror knows and does not admit against its address. The others were counted before.
+    fn count_refused(&mut self) -> Result<(), ApiError> {
+        if !self.is_counted {
+            self.is_counted = true;
+            self.app.callers.count_address(self.address)?;
+        }
+        Ok(())
+    }
+
     /// Admits the key or refuses it. A refusal counts against the address, once.
-    fn admit(self, record: Option<Record>, policy: &Policy) -> Result<Record, ApiError> {
+    fn admit(mut self, record: Option<Record>, policy: &Policy) -> Result<Record, ApiError> {
         match (self.judge(record.as_ref(), policy), record) {
             (Outcome::Allowed, Some(record)) => Ok(record),
             (outcome, _) => {
-                if self.mirrored.is_some() {
-                    self.app.callers.count_address(self.address)?;
-                }
+                self.count_refused()?;
                 Err(ApiError::Refused(outcome))
             }
         }

@@ -121,7 +121,7 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_LONG_POLL_SECONDS", default_value = "25", value_parser = clap::value_parser!(u64).range(1..=30))]
     pub long_poll_seconds: u64,
 
-    /// For how long filters can tell a revoked key from an unknown one, in days
+    /// For how long filters can tell a revoked or expired key from an unknown one, in days
     #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(0..=3650))]
     pub revoked_retention_days: i32,
 
@@ -130,7 +130,8 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", default_value_t = Bounds::default().owner_keys_per_day, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub owner_keys_per_day: u32,
 
-    /// Live Envoys that one sync key may have; more are answered 429. An Envoy that is silent for 60 seconds does not count
+    /// Live Envoys that one sync key may have. More get the keys, but no part of shared limits, and their reports are answered 429.
+    /// An Envoy that is silent for 60 seconds does not count
     #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub envoys_per_sync_key: u32,
 

@@ -35,7 +35,9 @@ mod tests {
 
     #[test]
     fn every_configuration_that_is_shipped_removes_the_headers_of_other_gateways() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../envoy");
+        // Where cargo runs the test: the checkout may have been copied with its target directory.
+        let package = std::env::var("CARGO_MANIFEST_DIR").unwrap();
+        let folder = std::path::Path::new(&package).join("../envoy");
         let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
         let files: Vec<_> = files.filter(|file| file.extension().is_some_and(|kind| kind == "yaml")).collect();
         assert!(files.len() >= 2, "{files:?}");

@@ -47,9 +47,12 @@ pub(crate) struct Counter(Option<Metric>);
 impl Metrics {
     pub(crate) fn define() -> Self {
         let added = |metric| Added { metric, untold: Slot::new(0) };
-        let decision = |outcome: Outcome| added(Metric::counter(&format!("portcullis_decisions_{}", outcome.name())));
+        let decision =
+            |outcome: Outcome| added(Metric::counter(&format!("portcullis_decisions_{}_total", outcome.name())));
         let shadow = |outcome: Outcome| {
-            added(outcome.refusal().and_then(|_| Metric::counter(&format!("portcullis_shadow_{}", outcome.name()))))
+            added(
+                outcome.refusal().and_then(|_| Metric::counter(&format!("portcullis_shadow_{}_total", outcome.name()))),
+            )
         };
         let gauge = |name| Gauge(Metric::gauge(name));
         let counter = |name| Counter(Metric::counter(name));
@@ -61,8 +64,8 @@ impl Metrics {
             keys: gauge("portcullis_keys"),
             sync_age: gauge("portcullis_sync_age_seconds"),
             usage_pending: gauge("portcullis_usage_pending_requests"),
-            sync_failures: counter("portcullis_sync_failures"),
-            report_failures: counter("portcullis_report_failures"),
+            sync_failures: counter("portcullis_sync_failures_total"),
+            report_failures: counter("portcullis_report_failures_total"),
         }
     }
 

@@ -36,6 +36,7 @@ pub struct Builder {
     plugin: Value,
     routes: Vec<(String, String)>,
     trusted_hops: u32,
+    both_families: bool,
     texts: Vec<(String, String)>,
     changes: Vec<Change<'static>>,
     traps: bool,
@@ -152,6 +153,13 @@ impl Builder {
         self
     }
 
+    /// A listener that takes connections over IPv4 and IPv6 on one socket.
+    #[must_use]
+    pub const fn both_families(mut self) -> Self {
+        self.both_families = true;
+        self
+    }
+
     /// With the filter that can be made to trap.
     #[must_use]
     pub const fn that_can_trap(mut self) -> Self {
@@ -184,6 +192,7 @@ impl Builder {
             plugin: self.plugin.as_object().cloned().unwrap_or_default(),
             routes: self.routes,
             trusted_hops: self.trusted_hops,
+            both_families: self.both_families,
             texts: self.texts,
             ..Replacements::between(script.address(), demo.address())
         };

@@ -25,6 +25,8 @@ pub struct Replacements {
     pub routes: Vec<(String, String)>,
     /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
     pub trusted_hops: u32,
+    /// Whether the listener takes connections over IPv4 and IPv6 on one socket, on all addresses.
+    pub both_families: bool,
     /// A capability that the template grants the filter and this Envoy does not.
     pub withheld: Option<String>,
     /// A file in Envoy's directory that says how full its heap is, from 0 to 1, in place of what it is. Envoy reads it again
@@ -50,6 +52,7 @@ impl Replacements {
             plugin,
             routes,
             trusted_hops: 0,
+            both_families: false,
             withheld: None,
             heap: None,
             service: None,
@@ -75,6 +78,8 @@ impl std::error::Error for TemplateError {}
 
 /// The plugin configuration of the template.
 pub const PLUGIN: &str = r#"{"control_plane": {"cluster": "portcullis_control_plane"}}"#;
+/// The port of the listener in every template.
+const LISTENER_PORT: u16 = 10_000;
 /// The port of the gRPC service in `existing.yaml`.
 const GRPC_PORT: u16 = 50_051;
 const TRUSTED_HOPS: &str = "xff_num_trusted_hops: 0";
@@ -89,7 +94,7 @@ const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:
 /// If one of them does not stand there exactly once.
 pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateError> {
     let mut addresses =
-        vec![(10_000, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
+        vec![(LISTENER_PORT, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
     let mut text = template.to_owned();
     for (old, new) in &with.texts {
         text = replace_once(&text, old, new)?;
@@ -109,7 +114,11 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
         text = replace_once(&text, &marker, &format!("\u{0}{port}\u{0}"))?;
     }
     for (port, address) in addresses {
-        let new = format!("{{ address: \"{}\", port_value: {} }}", address.ip(), address.port());
+        let new = if port == LISTENER_PORT && with.both_families {
+            format!("{{ address: \"::\", ipv4_compat: true, port_value: {} }}", address.port())
+        } else {
+            format!("{{ address: \"{}\", port_value: {} }}", address.ip(), address.port())
+        };
         text = replace_once(&text, &format!("\u{0}{port}\u{0}"), &new)?;
     }
     text = replace_once(&text, TRUSTED_HOPS, &format!("xff_num_trusted_hops: {}", with.trusted_hops))?;

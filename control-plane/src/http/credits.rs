@@ -68,12 +68,20 @@ pub struct EntryView {
     balance: i64,
     /// Why.
     note: String,
-    /// The key that made it; null for those that were made by themselves.
+    /// The key that made it; null for those that were made by themselves, and for users who are no administrators.
     #[schema(required)]
     actor_key_id: Option<Uuid>,
     /// Of a refill: when it was due.
     #[schema(required)]
     refill_due: Option<Timestamp>,
+}
+
+impl EntryView {
+    /// An entry as a caller may read it. Who an administrator is, is for administrators to know.
+    fn shown_to(caller: &Caller, entry: Entry) -> Self {
+        let shown = Self::from(entry);
+        if caller.is_admin() { shown } else { Self { actor_key_id: None, ..shown } }
+    }
 }
 
 impl From<Entry> for EntryView {
@@ -299,7 +307,7 @@ pub async fn ledger(
     let mut entries = credits::ledger(&app.pool, account.owner_id, query.cursor, limit + 1).await?;
     let next_cursor = paging::cut(&mut entries, limit, |entry| entry.id);
     let next = next_cursor.map(|cursor| paging::next_link(uri.path(), &[], &cursor.to_string(), limit));
-    let entries = entries.into_iter().map(Into::into).collect();
+    let entries = entries.into_iter().map(|entry| EntryView::shown_to(&caller, entry)).collect();
     Ok(paging::reply(LedgerPage { entries, next_cursor }, next))
 }
 

@@ -57,7 +57,7 @@ pub async fn poll(
     headers: HeaderMap,
     Query(poll): Query<Poll>,
 ) -> Result<Response, ApiError> {
-    let _heard = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll)?;
+    let _heard = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
     let page = page_for(&app, &poll).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
@@ -75,14 +75,11 @@ pub async fn poll(
     Ok((headers, page).into_response())
 }
 
-/// Notes what the filter says of itself; and, when what is returned is dropped, that it was there until then.
-///
-/// # Errors
-/// 429 for an Envoy beyond those that its sync key may have.
-fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Result<Option<impl Drop + use<>>, ApiError> {
-    let Some(reporter) = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok()) else {
-        return Ok(None);
-    };
+/// Notes what the filter says of itself; and, when what is returned is dropped, that it was there until then. An Envoy beyond
+/// those that its sync key may have is not noted and gets the keys all the same: otherwise a thief of the sync key could
+/// keep Envoys that start from serving. Its reports are refused.
+fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<impl Drop + use<>> {
+    let reporter = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok())?;
     let shown = |version: &&str| {
         (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
     };
@@ -97,13 +94,13 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Result<Op
     match app.filters.polled(reporter, heard) {
         // The very page that it gets is to count it.
         Noted::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
-        Noted::TooMany => return Err(too_many(app)),
+        Noted::TooMany => return None,
         Noted::Known | Noted::Ignored => {}
     }
     let filters = app.filters.clone();
-    Ok(Some(Defer(move || {
+    Some(Defer(move || {
         filters.held(reporter, sync_key);
-    })))
+    }))
 }
 
 /// More Envoys under a sync key than it may have.

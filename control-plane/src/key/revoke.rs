@@ -137,7 +137,7 @@ pub(super) async fn revoke_row(
     Ok(Some(revoked))
 }
 
-/// Lets filters forget keys that were revoked, and secrets that ended, longer ago than `days`. Says how many.
+/// Lets filters forget keys that were revoked or expired, and secrets that ended, longer ago than `days`. Says how many.
 ///
 /// # Errors
 /// Those of the database.
@@ -145,7 +145,7 @@ pub async fn withdraw(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     // A statement that changes nothing would wake every filter all the same.
     let any = sqlx::query!(
         r#"select exists (
-                select from api_keys where not withdrawn and revoked_at < now() - make_interval(days => $1)
+                select from api_keys where not withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1)
             ) as "keys!",
             exists (
                 select from retired_secrets where not withdrawn and ends_at < now() - make_interval(days => $1)
@@ -160,7 +160,7 @@ pub async fn withdraw(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
             "update api_keys set withdrawn = true
             where id in (
                 select id from api_keys
-                where not withdrawn and revoked_at < now() - make_interval(days => $1) limit 10000
+                where not withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1) limit 10000
             )",
             days
         )

@@ -35,8 +35,7 @@ impl LogKeys {
     pub(super) fn learn(&self, key_id: Uuid, generation: u32, sync_key: &[u8]) {
         let secret = (key_id, generation);
         let now = Instant::now();
-        let before = self.stored.lock().unwrap_or_else(PoisonError::into_inner).insert(secret, now);
-        if before.is_some_and(|before| now - before < STORED) {
+        if !self.is_due(secret, now) {
             return;
         }
         // An imported key may be weak. What is derived from it would allow guesses that the pepper prevents.
@@ -50,6 +49,16 @@ impl LogKeys {
                 keys.stored.lock().unwrap_or_else(PoisonError::into_inner).remove(&secret);
             }
         });
+    }
+
+    /// Whether the key of a secret has to be stored, which counts as done then.
+    fn is_due(&self, secret: (Uuid, u32), now: Instant) -> bool {
+        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = stored.get(&secret).is_none_or(|before| now - *before >= STORED);
+        if due {
+            stored.insert(secret, now);
+        }
+        due
     }
 
     async fn store(&self, (key_id, generation): (Uuid, u32), log_key: &LogKey) -> Result<(), sqlx::Error> {
@@ -106,5 +115,21 @@ impl Verifier {
             return Err(format!("the sync key {} that signed the line is revoked", signer.key_id));
         }
         Ok(signer.key_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_key_is_stored_again_each_hour_though_its_filter_calls_more_often() {
+        let keys = LogKeys::new(PgPool::connect_lazy("postgres://127.0.0.1/none").unwrap());
+        let secret = (Uuid::nil(), 1);
+        let start = Instant::now();
+        let due: Vec<u64> =
+            (0..=7_300).step_by(25).filter(|s| keys.is_due(secret, start + Duration::from_secs(*s))).collect();
+        assert_eq!(due, [0, 3_600, 7_200]);
+        assert!(keys.is_due((Uuid::nil(), 2), start));
     }
 }

@@ -274,7 +274,7 @@ impl Drop for Running {
 async fn start_with_descriptors(pool: &PgPool, descriptors: u32, arguments: &[&str]) -> (Running, SocketAddr) {
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
     let mut serve = Command::new("sh");
-    serve.args(["-c", &format!("ulimit -n {descriptors}; exec \"$@\""), "sh"]).arg(env!("CARGO_BIN_EXE_control-plane"));
+    serve.args(["-c", &format!("ulimit -n {descriptors}; exec \"$@\""), "sh"]).arg(crate::support::binary());
     serve.args(["serve", "--listen", "127.0.0.1:0", "--log", "warn"]).args(arguments);
     serve.env("DATABASE_URL", crate::binary::url(pool)).env("PORTCULLIS_ADDRESS_FILE", &file);
     let running = Running(serve.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());

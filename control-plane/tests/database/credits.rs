@@ -127,6 +127,12 @@ async fn users_see_their_own_and_only_admins_change(pool: PgPool) {
             assert_eq!(call(&fixture, "GET", path, key, None).await.status.as_u16(), status, "{path}");
         }
     }
+    // Users do not read which key of an administrator topped them up.
+    top_up(&fixture, &admin, 3).await;
+    for (key, is_shown) in [(&own, false), (&admin, true)] {
+        let ledger = call(&fixture, "GET", "/v1/users/ada@example.com/ledger", key, None).await.json();
+        assert_eq!(ledger["entries"][0]["actor_key_id"].is_string(), is_shown, "{ledger}");
+    }
     for key in [&own, &other, &sync] {
         for (method, body) in [("POST", json!({"amount": 5})), ("PATCH", json!({"metered": true}))] {
             let reply = call(&fixture, method, "/v1/users/ada@example.com/credits", key, Some(body)).await;

@@ -69,6 +69,22 @@ async fn routes_without_a_key_are_limited_by_address_and_probes_are_not(pool: Pg
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_key_that_no_longer_works_is_limited_by_its_address_before_the_database_is_asked(pool: PgPool) {
+    let fixture = Fixture::with_callers(pool.clone(), 3).await;
+    let (id, key) = fixture.key("user@example.com", &[]).await;
+    crate::support::revoke(&pool, id).await;
+    fixture.in_step().await;
+    // From now on a question to the database is answered with 503.
+    fixture.app.pool.close().await;
+    let mut statuses = Vec::new();
+    while statuses.last() != Some(&429) {
+        statuses.push(status(&fixture, "/v1/keys", Some(&key)).await);
+        assert!(statuses.len() < 1_000, "never limited");
+    }
+    assert!(statuses[..statuses.len() - 1].iter().all(|status| *status == 503), "{statuses:?}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn every_answer_in_json_ends_with_a_newline(pool: PgPool) {
     let fixture = Fixture::new(pool).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;

@@ -258,13 +258,20 @@ async fn a_database_that_goes_back_or_is_another_begins_a_new_epoch(pool: PgPool
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool: PgPool) {
+async fn keys_that_were_revoked_or_expired_long_ago_are_forgotten_and_their_rows_stay(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let (id, secret) = fixture.key("a@example.com", &[]).await;
     crate::support::revoke(&pool, id).await;
+    let (expired, expired_secret) = fixture.key("a@example.com", &[]).await;
+    let expire = async |days: i32| {
+        let expire = "update api_keys set expires_at = now() - make_interval(days => $2) where id = $1";
+        sqlx::query(expire).bind(expired).bind(days).execute(&pool).await.unwrap();
+    };
+    expire(29).await;
     fixture.in_step().await;
     let mut reader = synced(&fixture, &sync).await;
+    assert!(reader.keys.contains_key(&expired_secret.hash()));
     assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
     assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
     sqlx::query("update api_keys set revoked_at = now() - interval '31 days' where id = $1")
@@ -272,10 +279,12 @@ async fn keys_that_were_revoked_long_ago_are_forgotten_and_their_rows_stay(pool:
         .execute(&pool)
         .await
         .unwrap();
-    assert_eq!(withdraw(&pool, 30).await.unwrap(), 1);
+    expire(31).await;
+    assert_eq!(withdraw(&pool, 30).await.unwrap(), 2);
     fixture.in_step().await;
     let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
     assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
+    assert!(!reader.keys.contains_key(&expired_secret.hash()));
     assert_eq!(store::get(&pool, id).await.unwrap().unwrap().id, id);
 
     // A control plane that starts now does not know the key, and a reader from before gets a snapshot.

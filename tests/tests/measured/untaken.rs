@@ -3,12 +3,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use portcullis_tests::raw_http2::{Client, RST_STREAM, connect};
 use portcullis_tests::stack::Stack;
+use portcullis_tests::torture::gate::BOUND;
 use portcullis_tests::torture::watch::resident_kib;
 use portcullis_tests::wait::eventually_within;
 use serde_json::json;
@@ -17,6 +18,8 @@ use tokio::task::JoinSet;
 
 /// Connections that attack, and requests on each.
 const CONNECTIONS: usize = 40;
+/// Where clients that do not read connect from, so that their connections can be told from others.
+const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const REQUESTS: u32 = 200;
 
 /// The read time-out of the control plane, in seconds.
@@ -45,7 +48,7 @@ async fn attack(
     attack: Attack,
     path: String,
     key: Option<String>,
-    resets: Arc<AtomicU64>,
+    (resets, sending): (Arc<AtomicU64>, Arc<AtomicUsize>),
 ) -> Result<()> {
     match attack {
         Attack::NoWindow => {
@@ -61,11 +64,12 @@ async fn attack(
             }
         }
         Attack::NoReading => {
-            let mut stream = connect(address, None).await?;
+            let mut stream = connect(address, Some(ATTACKER.into())).await?;
             let key = key.map_or_else(String::new, |key| format!("x-api-key: {key}\r\n"));
+            sending.fetch_add(1, Ordering::Relaxed);
             let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\n{key}\r\n");
             let _ = stream.write_all(request.repeat(REQUESTS as usize).as_bytes()).await;
-            // Watched by `connections`, since a client that does not read does not notice.
+            // Watched by `open_connections`, since a client that does not read does not notice.
             tokio::time::sleep(DEADLINE).await;
         }
     }
@@ -98,11 +102,20 @@ fn at(took: &[Duration], per_mille: usize) -> Duration {
     took.get(place).copied().unwrap_or_default()
 }
 
-/// How many connections the control plane has, as its metrics say.
-async fn connections(address: SocketAddr) -> Option<u64> {
-    let reply = portcullis_tests::http::get(address, "/metrics").await.ok()?;
-    let text = String::from_utf8(reply.body.to_vec()).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("portcullis_connections "))?.parse().ok()
+/// How many connections from [`ATTACKER`] the control plane has not closed, as the kernel says.
+fn open_connections(address: SocketAddr) -> Option<usize> {
+    const ESTABLISHED: &str = "01";
+    const CLOSE_WAIT: &str = "08";
+    let attacker = format!("{:08X}:", u32::from_ne_bytes(ATTACKER.octets()));
+    let port = format!(":{:04X}", address.port());
+    let is_open = |line: &&str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (local, remote, state) = (fields.next(), fields.next(), fields.next());
+        local.is_some_and(|local| local.ends_with(&port))
+            && remote.is_some_and(|remote| remote.starts_with(&attacker))
+            && state.is_some_and(|state| [ESTABLISHED, CLOSE_WAIT].contains(&state))
+    };
+    Some(std::fs::read_to_string("/proc/net/tcp").ok()?.lines().filter(is_open).count())
 }
 
 /// Attacks, waits until every connection of the attack has ended, and judges memory.
@@ -111,10 +124,11 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
     let before = resident(stack)?;
     let stop = Arc::new(AtomicBool::new(false));
     let probing = tokio::spawn(probe(address, Arc::clone(&stop)));
-    let (start, resets) = (Instant::now(), Arc::<AtomicU64>::default());
+    let (start, resets, sending) = (Instant::now(), Arc::<AtomicU64>::default(), Arc::<AtomicUsize>::default());
     let mut attackers = JoinSet::new();
     for _ in 0..CONNECTIONS {
-        attackers.spawn(attack(address, kind, path.to_owned(), key.map(Into::into), Arc::clone(&resets)));
+        let counters = (Arc::clone(&resets), Arc::clone(&sending));
+        attackers.spawn(attack(address, kind, path.to_owned(), key.map(Into::into), counters));
     }
     let mut most = before;
     let ended = eventually_within("the connections of the attack to end", DEADLINE, async || {
@@ -124,9 +138,8 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
                 while attackers.try_join_next().is_some() {}
                 attackers.is_empty().then_some(())
             }
-            // The probe and this question may have one each.
-            Attack::NoReading if start.elapsed() < Duration::from_secs(2) => None,
-            Attack::NoReading => (connections(address).await? <= 2).then_some(()),
+            Attack::NoReading if sending.load(Ordering::Relaxed) < CONNECTIONS => None,
+            Attack::NoReading => (open_connections(address)? == 0).then_some(()),
         }
     });
     ended.await?;
@@ -146,6 +159,8 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
         probes.len(),
     );
     ensure!(most <= before + growth_kib, "memory grew from {before} to {most} KiB");
+    let p99 = at(&probes, 990);
+    ensure!(p99 <= BOUND, "/healthz took {p99:?} for somebody else");
     stack.control_plane.must_run()
 }
 

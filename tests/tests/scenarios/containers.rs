@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use portcullis_tests::containers::compose::Compose;
 use portcullis_tests::demo::DemoApi;
 use portcullis_tests::log::Log;
+use portcullis_tests::ports::Port;
 use portcullis_tests::postgres::Postgres;
 use portcullis_tests::process::{Process, Signal};
 use portcullis_tests::rest::Rest;
@@ -195,7 +196,9 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
 
     // Envoy comes first here, so that its health check has something to wait for.
     let demo = DemoApi::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
-    let address = free_address()?;
+    // Envoy asks for it before the control plane listens.
+    let port = Port::reserve(Ipv4Addr::LOCALHOST.into())?;
+    let address = port.address();
     let log = Log::create(&containers.path("envoy.log"))?;
     let upstream = demo.address().to_string();
     let demo_policies = [("UPSTREAM", upstream.as_str()), ("POLICIES", "demo-policies.json")];
@@ -239,11 +242,6 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     healthy("envoy", "9901", &admin.port().to_string()).await?;
     assert_eq!(http::get(listener(admin).await?, "/status").await?.status, 401);
     Ok(())
-}
-
-fn free_address() -> Result<SocketAddr> {
-    // The operating system gives others first before it gives this one again.
-    Ok(std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
 #[test]

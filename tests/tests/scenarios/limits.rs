@@ -205,7 +205,8 @@ async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()>
     bench.script.disturb(Faults { pages: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
     let (mut allowed, reply) = bench.get_many(10, "/", Some("shared")).await?;
     assert_eq!((allowed, reply.status), (10, 200));
-    let alone = async || (bench.envoy.stat("wasmcustom.portcullis_report_failures").await.ok()? >= 1).then_some(());
+    let alone =
+        async || (bench.envoy.stat("wasmcustom.portcullis_report_failures_total").await.ok()? >= 1).then_some(());
     eventually("a report to go unanswered", alone).await?;
     allowed += bench.get_many(30, "/", Some("shared")).await?.0;
     assert_eq!(allowed, 20);

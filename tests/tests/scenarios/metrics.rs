@@ -19,10 +19,12 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
     let name = |stat: &str| format!("wasmcustom.portcullis_{stat}");
     // Workers add decisions up and tell of them on their ticks.
     let told = async |stat: &str| envoy.stat(&name(stat)).await.ok();
-    let allowed = async || (told("decisions_allowed").await? == stack.demo.requests()).then_some(());
+    let allowed = async || (told("decisions_allowed_total").await? == stack.demo.requests()).then_some(());
     eventually("all that were let through to be told", allowed).await?;
-    eventually("the missing key to be told", async || (told("decisions_missing").await? == 1).then_some(())).await?;
-    eventually("the unknown key to be told", async || (told("decisions_unknown").await? >= 1).then_some(())).await?;
+    eventually("the missing key to be told", async || (told("decisions_missing_total").await? == 1).then_some(()))
+        .await?;
+    eventually("the unknown key to be told", async || (told("decisions_unknown_total").await? >= 1).then_some(()))
+        .await?;
 
     // The admin key, the sync key and Ada's.
     eventually("the number of keys", async || (envoy.stat(&name("keys")).await.ok()? == 3).then_some(())).await?;
@@ -36,14 +38,14 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
         (envoy.stat(&name("usage_pending_requests")).await.ok()? == 0).then_some(())
     })
     .await?;
-    assert_eq!(envoy.stat(&name("report_failures")).await?, 0);
+    assert_eq!(envoy.stat(&name("report_failures_total")).await?, 0);
     assert!(envoy.stat(&name("sync_age_seconds")).await? <= 30);
 
-    let failures = envoy.stat(&name("sync_failures")).await?;
+    let failures = envoy.stat(&name("sync_failures_total")).await?;
     stack.control_plane.stop(Signal::SIGKILL).await?;
     stack.get(None).await?;
-    for stat in ["sync_failures", "report_failures", "usage_pending_requests", "sync_age_seconds"] {
-        let before = if stat == "sync_failures" { failures } else { 0 };
+    for stat in ["sync_failures_total", "report_failures_total", "usage_pending_requests", "sync_age_seconds"] {
+        let before = if stat == "sync_failures_total" { failures } else { 0 };
         let grown = async || (envoy.stat(&name(stat)).await.ok()? > before).then_some(());
         eventually(&format!("{stat} to tell of the outage"), grown).await?;
     }
@@ -60,24 +62,24 @@ async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome()
         let reply = http::get(stack.envoy().admin(), "/stats/prometheus?filter=^wasmcustom").await.ok()?;
         Some(String::from_utf8_lossy(&reply.body).into_owned())
     };
-    let allowed = format!("portcullis_decisions{{outcome=\"allowed\"}} {}\n", stack.demo.requests());
+    let allowed = format!("portcullis_decisions_total{{outcome=\"allowed\"}} {}\n", stack.demo.requests());
     let told = async || {
         let text = metrics().await?;
-        let both = [allowed.as_str(), "portcullis_decisions{outcome=\"missing\"} 1\n"];
+        let both = [allowed.as_str(), "portcullis_decisions_total{outcome=\"missing\"} 1\n"];
         both.iter().all(|sample| text.contains(sample)).then_some(text)
     };
     let text = eventually("the decisions by outcome", told).await?;
-    assert!(text.contains("portcullis_shadow{outcome=\"scope_denied\"} 0\n"), "{text}");
+    assert!(text.contains("portcullis_shadow_total{outcome=\"scope_denied\"} 0\n"), "{text}");
     let names: BTreeSet<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
     let expected = [
-        "portcullis_decisions counter",
+        "portcullis_decisions_total counter",
         "portcullis_keys gauge",
-        "portcullis_report_failures counter",
-        "portcullis_shadow counter",
+        "portcullis_report_failures_total counter",
+        "portcullis_shadow_total counter",
         "portcullis_store_version gauge",
         "portcullis_store_writes gauge",
         "portcullis_sync_age_seconds gauge",
-        "portcullis_sync_failures counter",
+        "portcullis_sync_failures_total counter",
         "portcullis_usage_pending_requests gauge",
     ];
     assert_eq!(names, BTreeSet::from(expected));

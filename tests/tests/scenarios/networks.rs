@@ -84,10 +84,7 @@ async fn an_ipv4_address_that_is_written_as_an_ipv6_one_is_that_ipv4_address() -
 #[tokio::test]
 async fn a_listener_of_both_families_sees_ipv4_peers_as_such() -> Result<()> {
     let keys = [("local", bound(1, &["127.0.0.0/8"])), ("remote", bound(2, &["192.0.2.0/24"]))];
-    let marker =
-        "    - name: ingress\n      address:\n        socket_address: { address: \"127.0.0.1\", port_value: 0 }";
-    let both = marker.replace("\"127.0.0.1\", port_value: 0", "\"::\", port_value: 0, ipv4_compat: true");
-    let bench = Bench::builder().edit(marker, &both).start(&keys).await?;
+    let bench = Bench::builder().both_families().start(&keys).await?;
     let address = (std::net::Ipv4Addr::LOCALHOST, bench.envoy.address().port()).into();
     for (key, admitted) in [("local", true), ("remote", false)] {
         let reply = portcullis_tests::http::send(address, portcullis_tests::http::get_request("/", Some(key))?).await?;

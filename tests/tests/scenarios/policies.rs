@@ -62,7 +62,7 @@ async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_g
     let spoofing = Request::get("/any").header("x-api-key", "old").header("x-consumer-id", "root");
     assert_upstream(&bench.send(spoofing.body(Full::default())?).await?, &[]);
     assert_refused(&bench.get("/", None).await?, Outcome::Missing, &[]);
-    bench.stat_is("decisions_anonymous", 4).await?;
+    bench.stat_is("decisions_anonymous_total", 4).await?;
     Ok(())
 }
 
@@ -120,7 +120,7 @@ async fn a_route_that_names_an_unknown_policy_refuses_all_requests_and_says_so()
     assert_eq!(bench.demo.requests(), 0);
     assert_upstream(&bench.get("/read", Some("good")).await?, &IDENTITY);
     assert_upstream(&bench.get("/", Some("good")).await?, &IDENTITY);
-    bench.stat_is("decisions_policy_unknown", 21).await?;
+    bench.stat_is("decisions_policy_unknown_total", 21).await?;
     // Once for each of the two workers, at the most.
     let lines = bench.envoy.log().lines_with("names the policy \"raed\"");
     assert!((1..=2).contains(&lines.len()), "{lines:?}");

@@ -45,11 +45,14 @@ fn shells() -> Vec<Command> {
     let mut shells = Vec::new();
     let bash = ("bash", &["--norc", "--noprofile", "-i", "+m"][..]);
     for (name, arguments) in [bash, bash, ("zsh", &["-f", "-i", "+m"])] {
-        if tools::on_path(name).is_some() {
-            let mut shell = Command::new(name);
-            shell.args(arguments).env("PS1", "").env("HISTFILE", "/dev/null");
-            shells.push(shell);
+        // A machine without bash fails when the shell is started.
+        if name == "zsh" && tools::on_path(name).is_none() {
+            println!("not pasted into zsh: this machine has none");
+            continue;
         }
+        let mut shell = Command::new(name);
+        shell.args(arguments).env("PS1", "").env("HISTFILE", "/dev/null");
+        shells.push(shell);
     }
     shells
 }

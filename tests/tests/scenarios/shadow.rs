@@ -116,7 +116,7 @@ async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request
     let bench = bench.start_unsynced(&keys).await?;
     assert_shadowed(&bench.get("/", Some("good")).await?, Outcome::NotReady);
     assert_shadowed(&bench.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
-    bench.stat_is("shadow_not_ready", 1).await?;
+    bench.stat_is("shadow_not_ready_total", 1).await?;
 
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let bench = Bench::builder().plugin(plugin).faults(faults).start(&keys).await?;

@@ -48,7 +48,7 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
     wait_for_status(&bench.envoy, Some("no such key"), 401).await?;
     // The store is loaded, so all damaged pages were fetched again.
     assert_eq!(bench.script.faults().pages, 0);
-    assert!(bench.envoy.stat("wasmcustom.portcullis_sync_failures").await? >= 8);
+    assert!(bench.envoy.stat("wasmcustom.portcullis_sync_failures_total").await? >= 8);
     for _ in 0..5 {
         assert_upstream(&bench.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
     }
@@ -61,7 +61,7 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
         async || (bench.envoy.stat("wasmcustom.portcullis_usage_pending_requests").await.ok()? == 0).then_some(());
     eventually("nothing to be pending", acknowledged).await?;
     assert_eq!((bench.script.reported(Outcome::Allowed), bench.script.changed_reports()), (5, 0));
-    assert!(bench.envoy.stat("wasmcustom.portcullis_report_failures").await? >= 3);
+    assert!(bench.envoy.stat("wasmcustom.portcullis_report_failures_total").await? >= 3);
     Ok(())
 }
 
