@@ -83,7 +83,7 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
     ];
     for (key, outcome) in would_be {
         assert_shadowed(&bench.get("/dark", key).await?, outcome);
-        let stat = |kind| format!("{kind}_{}", outcome.name());
+        let stat = |kind| format!("{kind}_{}_total", outcome.name());
         bench.stat_is(&stat("shadow"), 1).await?;
         bench.stat_is(&stat("decisions"), 0).await?;
     }
