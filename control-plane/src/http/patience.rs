@@ -29,7 +29,9 @@ pub async fn limit(State(patience): State<Duration>, request: Request, next: Nex
     let version = request.version();
     let late = Arc::new(AtomicBool::new(false));
     let left = WaitBudget::new(patience, RENEWED_BYTES);
-    let request = request.map(|body| Body::new(Timed { body, left, waiting: None, late: Arc::clone(&late) }));
+    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let request =
+        request.map(|body| Body::new(Timed { body, left, announced, waiting: None, late: Arc::clone(&late) }));
     let response = next.run(request).await;
     if !late.load(Ordering::Relaxed) {
         return response;
@@ -46,6 +48,9 @@ pub async fn limit(State(patience): State<Duration>, request: Request, next: Nex
 struct Timed {
     body: Body,
     left: WaitBudget,
+    /// Bytes that are still to come, if the client said how many there are. Once they are here, the body is whole, whatever
+    /// becomes of its stream: an Envoy that ends resets the stream of its last report right behind the last byte.
+    announced: Option<u64>,
     /// Since when the client has kept us waiting, and until when it may.
     waiting: Option<(Instant, Pin<Box<Sleep>>)>,
     late: Arc<AtomicBool>,
@@ -59,11 +64,15 @@ impl HttpBody for Timed {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        if self.announced == Some(0) {
+            return Poll::Ready(None);
+        }
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
             let waited = self.waiting.take().map(|(since, _)| since.elapsed()).unwrap_or_default();
             let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
             let bytes = data.map_or(0, Bytes::len);
             self.left.record(waited, bytes);
+            self.announced = self.announced.map(|left| left.saturating_sub(u64::try_from(bytes).unwrap_or(u64::MAX)));
             return Poll::Ready(frame);
         }
         let time = self.left.left();
@@ -76,7 +85,7 @@ impl HttpBody for Timed {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.announced == Some(0) || self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> hyper::body::SizeHint {
