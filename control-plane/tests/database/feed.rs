@@ -295,6 +295,28 @@ async fn keys_that_were_revoked_or_expired_long_ago_are_forgotten_and_their_rows
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn an_ended_key_that_gets_a_later_end_while_filters_forget_ended_keys_stays(pool: PgPool) {
+    let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
+    let end = "update api_keys set expires_at = now() + make_interval(days => $2) where id = $1";
+    sqlx::query(end).bind(id).bind(-31).execute(&pool).await.unwrap();
+    let mut change = pool.begin().await.unwrap();
+    sqlx::query(end).bind(id).bind(1).execute(&mut *change).await.unwrap();
+    let withdrawing = tokio::spawn({
+        let pool = pool.clone();
+        async move { withdraw(&pool, 30).await }
+    });
+    // It read the key as it was, and waits for the change.
+    let waits =
+        "select exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock')";
+    let waiting = async || sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap().then_some(());
+    portcullis_tests::wait::eventually("a wait for the change", waiting).await.unwrap();
+    change.commit().await.unwrap();
+    assert_eq!(withdrawing.await.unwrap().unwrap(), 0);
+    let withdrawn = sqlx::query_scalar::<_, bool>("select withdrawn from api_keys where id = $1").bind(id);
+    assert!(!withdrawn.fetch_one(&pool).await.unwrap());
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn rows_of_keys_cannot_be_deleted(pool: PgPool) {
     crate::support::key(&pool, "a@example.com", &[]).await;
     let error = sqlx::query("delete from api_keys").execute(&pool).await.unwrap_err().to_string();
