@@ -266,12 +266,11 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let mut presenting = Presenting::of(app, parts).await?;
+        let presenting = Presenting::of(app, parts, Policy::PLAIN).await?;
         // Before the database is asked, where the mirror knows the key.
         let counted = presenting.admitted(Policy::PLAIN).map(|record| record.owner_id.into());
-        match counted {
-            Some(owner) => app.callers.count_owner(owner)?,
-            None => presenting.count_refused()?,
+        if let Some(owner) = counted {
+            app.callers.count_owner(owner)?;
         }
         let (record, beside) = presenting.stored().await?.map(|found| (found.record, (found.email, found.own))).unzip();
         let record = presenting.admit(record, Policy::PLAIN)?;
@@ -306,7 +305,7 @@ impl FromRequestParts<App> for SyncCaller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let presenting = Presenting::of(app, parts).await?;
+        let presenting = Presenting::of(app, parts, &SYNC_POLICY).await?;
         let record = match &presenting.mirrored {
             Some(record) => Some(record.clone()),
             None => presenting.stored().await?.map(|found| found.record),
@@ -329,16 +328,16 @@ impl FromRequestParts<App> for Keyless {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let presenting = Presenting::read(app, parts);
-        match presenting.admitted(Policy::PLAIN) {
-            Some(record) => app.callers.count_owner(record.owner_id.into())?,
-            None => app.callers.count_address(presenting.address)?,
+        let mut presenting = Presenting::read(app, parts);
+        presenting.count_unless_admitted(Policy::PLAIN).await?;
+        if let Some(record) = presenting.admitted(Policy::PLAIN) {
+            app.callers.count_owner(record.owner_id.into())?;
         }
         Ok(Self)
     }
 }
 
-/// How long a key that the mirror does not know waits for the mirror to be brought up to date.
+/// How long a key that the mirror does not admit waits for the mirror to be brought up to date.
 const CATCH_UP: Duration = Duration::from_secs(3);
 
 /// What a request presents as its key, and whom to limit if it is refused.
@@ -355,26 +354,30 @@ struct Presenting<'a> {
 }
 
 impl<'a> Presenting<'a> {
-    /// A key that the mirror does not know counts against its address before the database is asked for it, so guessing keys
-    /// costs the database no more than the limit. Beyond the limit the mirror is brought up to date, once for all that
-    /// wait. So a key that was made a moment ago is not taken for a guess.
-    async fn of(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
+    async fn of(app: &'a App, parts: &'a Parts, policy: &Policy) -> Result<Self, ApiError> {
         if app.store.position().is_none() {
             return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
         }
         let mut presenting = Self::read(app, parts);
-        if presenting.mirrored.is_none()
-            && let Err(too_many) = presenting.count_refused()
-        {
-            if presenting.plain.is_some() {
-                let _ = tokio::time::timeout(CATCH_UP, app.feed.catch_up()).await;
-                presenting.mirrored = presenting.find();
-            }
-            if presenting.mirrored.is_none() {
-                return Err(too_many);
-            }
-        }
+        presenting.count_unless_admitted(policy).await?;
         Ok(presenting)
+    }
+
+    /// Counts a call against its address unless the mirror admits its key. This happens before the database is asked, so
+    /// guesses cost the database no more than the limit.
+    ///
+    /// Beyond the limit the mirror is brought up to date first, once for all calls that wait. So a key that was created or
+    /// enabled a moment ago does not pay for guesses from its address.
+    async fn count_unless_admitted(&mut self, policy: &Policy) -> Result<(), ApiError> {
+        if self.admitted(policy).is_some() {
+            return Ok(());
+        }
+        let Err(too_many) = self.count_refused() else { return Ok(()) };
+        if self.plain.is_some() {
+            let _ = tokio::time::timeout(CATCH_UP, self.app.feed.catch_up()).await;
+            self.mirrored = self.find();
+        }
+        if self.admitted(policy).is_some() { Ok(()) } else { Err(too_many) }
     }
 
     fn read(app: &'a App, parts: &'a Parts) -> Self {
@@ -406,7 +409,7 @@ impl<'a> Presenting<'a> {
         Ok(None)
     }
 
-    /// Counts a key that the mirror knows and does not admit against its address. The others were counted before.
+    /// Counts the call against its address, once.
     fn count_refused(&mut self) -> Result<(), ApiError> {
         if !self.is_counted {
             self.is_counted = true;

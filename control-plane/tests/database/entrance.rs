@@ -55,6 +55,27 @@ async fn a_key_that_the_mirror_does_not_know_yet_does_not_pay_for_guesses_from_i
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_key_that_works_again_does_not_pay_for_guesses_from_its_address(pool: PgPool) {
+    let fixture = Fixture::with_callers(pool.clone(), 3).await;
+    let guess = Secret::from_presented("sk_live_guess".into());
+    let (id, key) = fixture.key("user@example.com", &[]).await;
+    let set = async |disabled: bool| {
+        let statement = "update api_keys set disabled = $2 where id = $1";
+        sqlx::query(statement).bind(id).bind(disabled).execute(&pool).await.unwrap();
+    };
+    set(true).await;
+    fixture.in_step().await;
+    fixture.stop_feed();
+    for uri in ["/api/user/key/user@example.com", "/openapi.json"] {
+        while status(&fixture, uri, Some(&guess)).await != 429 {}
+        set(true).await;
+        assert_eq!(status(&fixture, "/api/user/key/user@example.com", Some(&key)).await, 429);
+        set(false).await;
+        assert_eq!(status(&fixture, uri, Some(&key)).await, 200, "{uri}");
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn routes_without_a_key_are_limited_by_address_and_probes_are_not(pool: PgPool) {
     for uri in ["/openapi.json", "/", "/metrics", "/nothing"] {
         let fixture = Fixture::with_callers(pool.clone(), 3).await;
