@@ -130,7 +130,7 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", default_value_t = Bounds::default().owner_keys_per_day, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub owner_keys_per_day: u32,
 
-    /// Live Envoys that one sync key may have. More get the keys, but no part of shared limits, and their reports are answered 429.
+    /// Live Envoys that one sync key may have. More get the keys and a millionth of each shared limit, and their reports are answered 429.
     /// An Envoy that is silent for 60 seconds does not count
     #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub envoys_per_sync_key: u32,

@@ -57,8 +57,8 @@ pub async fn poll(
     headers: HeaderMap,
     Query(poll): Query<Poll>,
 ) -> Result<Response, ApiError> {
-    let _heard = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
-    let page = page_for(&app, &poll).await?;
+    let noted = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
+    let page = page_for(&app, &poll, matches!(noted, Noting::TooMany)).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
         let malformed = |error| ApiError::Internal(format!("a page of our own: {error}"));
@@ -75,11 +75,26 @@ pub async fn poll(
     Ok((headers, page).into_response())
 }
 
-/// Notes what the filter says of itself; and, when what is returned is dropped, that it was there until then. An Envoy beyond
-/// those that its sync key may have is not noted and gets the keys all the same: otherwise a thief of the sync key could
-/// keep Envoys that start from serving. Its reports are refused.
-fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<impl Drop + use<>> {
-    let reporter = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok())?;
+/// What became of what a filter says of itself.
+enum Noting<D> {
+    /// It says nothing.
+    Nothing,
+    /// It is noted. Dropping the value notes that the filter was there until then.
+    Noted { _until: D },
+    /// Its sync key has as many Envoys as it may have.
+    TooMany,
+}
+
+/// The number of Envoys that the page of an Envoy beyond those of its sync key tells: its part of a shared limit is then the
+/// smallest that there is, a millionth, so that uncounted Envoys together do not exceed the limit.
+const UNCOUNTED: u32 = 1_000_000;
+
+/// Notes what the filter says of itself. An Envoy beyond those that its sync key may have is not noted and gets the keys all
+/// the same: otherwise a thief of the sync key could keep Envoys that start from serving. Its reports are refused.
+fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<impl Drop + use<>> {
+    let Some(reporter) = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok()) else {
+        return Noting::Nothing;
+    };
     let shown = |version: &&str| {
         (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
     };
@@ -94,13 +109,14 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<im
     match app.filters.polled(reporter, heard) {
         // The very page that it gets is to count it.
         Noted::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
-        Noted::TooMany => return None,
+        Noted::TooMany => return Noting::TooMany,
         Noted::Known | Noted::Ignored => {}
     }
     let filters = app.filters.clone();
-    Some(Defer(move || {
+    let until = Defer(move || {
         filters.held(reporter, sync_key);
-    }))
+    });
+    Noting::Noted { _until: until }
 }
 
 /// More Envoys under a sync key than it may have.
@@ -113,7 +129,8 @@ fn too_many(app: &App) -> ApiError {
     ApiError::BoundReached { detail, retry_after_s: SILENT.as_secs() }
 }
 
-async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
+async fn page_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, ApiError> {
+    let filters = || if is_uncounted { UNCOUNTED } else { app.store.filters() };
     let deadline =
         Instant::now() + poll.wait.map_or(app.long_poll, |wait| app.long_poll.min(Duration::from_secs(wait)));
     let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
@@ -131,13 +148,13 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
             // A page of an older state than those before it could bring revoked keys back. Where the database itself is
             // behind, it was restored: the snapshot starts over.
             let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
-            return written(app, Wanted::Snapshot(if continues { cursor } else { 0 }));
+            return written(app, Wanted::Snapshot(if continues { cursor } else { 0 }), filters());
         }
         (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
         (None, Some(_), None) => {
             return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last page"));
         }
-        (Some(_), None, None) | (None, None, None) => return written(app, Wanted::Snapshot(0)),
+        (Some(_), None, None) | (None, None, None) => return written(app, Wanted::Snapshot(0), filters()),
         (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
     };
     let mut positions = app.store.positions();
@@ -152,12 +169,12 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
         let in_step = ours == epoch && at == revision;
         let elsewhere = ours != epoch || at < revision;
         if !in_step && (may_judge || !elsewhere) {
-            return written(app, Wanted::Changes(if ours == epoch { revision } else { u64::MAX }));
+            return written(app, Wanted::Changes(if ours == epoch { revision } else { u64::MAX }), filters());
         }
         tokio::select! {
             _ = positions.changed() => {}
-            () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision),
-            _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision),
+            () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision, filters()),
+            _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision, filters()),
         }
     }
 }
@@ -176,22 +193,17 @@ async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -
     }
 }
 
-fn written(app: &App, wanted: Wanted) -> Result<Bytes, ApiError> {
-    match app.store.page(wanted) {
+fn written(app: &App, wanted: Wanted, filters: u32) -> Result<Bytes, ApiError> {
+    match app.store.page(wanted, filters) {
         None => Err(ApiError::Unavailable("The keys are being loaded. Try again shortly.")),
         Some(page) => page.map_err(|error| ApiError::Internal(format!("a page could not be written: {error}"))),
     }
 }
 
 /// The page that has no news.
-fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> {
-    let header = Header {
-        epoch,
-        revision,
-        total_keys: app.store.keys(),
-        part: Part::Changes { after: revision },
-        filters: app.store.filters(),
-    };
+fn unchanged(app: &App, epoch: Epoch, revision: u64, filters: u32) -> Result<Bytes, ApiError> {
+    let header =
+        Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision }, filters };
     let page = PageWriter::new().finish(&header);
     page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page could not be written: {error}")))
 }

@@ -53,7 +53,8 @@ struct Pages {
     pages: HashMap<WantedKey, Bytes>,
 }
 
-type WantedKey = (bool, u64);
+/// Changes or a snapshot, from where on, and the number of Envoys that the page tells.
+type WantedKey = (bool, u64, u32);
 
 impl Store {
     /// An empty store.
@@ -157,14 +158,15 @@ impl Store {
         self.read(|mirror| mirror.map(|mirror| mirror.epoch() == epoch && mirror.reaches_back_to(revision)))
     }
 
-    /// A page, written once for all who want the same at the same revision; `None` if nothing is loaded.
+    /// A page that tells of so many Envoys, written once for all readers that want the same at the same revision; `None` if
+    /// nothing is loaded.
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: Wanted) -> Option<Result<Bytes, DecodeError>> {
+    pub fn page(&self, wanted: Wanted, filters: u32) -> Option<Result<Bytes, DecodeError>> {
         let key = match wanted {
-            Wanted::Snapshot(from) => (false, u64::from(from)),
-            Wanted::Changes(after) => (true, after),
+            Wanted::Snapshot(from) => (false, u64::from(from), filters),
+            Wanted::Changes(after) => (true, after, filters),
         };
         self.read(|mirror| {
             let mirror = mirror?;
@@ -172,7 +174,7 @@ impl Store {
             if let Some(page) = self.pages_at(at).pages.get(&key) {
                 return Some(Ok(page.clone()));
             }
-            let page = mirror.page(wanted, self.filters());
+            let page = mirror.page(wanted, filters);
             if let Ok(page) = &page {
                 let mut shared = self.pages_at(at);
                 if shared.pages.len() >= SHARED_PAGES {

@@ -321,6 +321,8 @@ async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
         // It gets the keys, so that it can serve, and counts for nothing.
         let [polled, refused] = newcomer(&fixture, &stolen, number).await;
         assert_eq!(polled.status.as_u16(), 200);
+        // Its part of a shared limit is a millionth, which is the smallest.
+        assert_eq!(Page::read(&polled.body).unwrap().header.filters, 1_000_000);
         refused.assert_problem(429, "bound_reached", detail, None);
         assert_eq!(refused.header("retry-after"), "60");
     }
