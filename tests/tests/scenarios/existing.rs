@@ -242,6 +242,10 @@ async fn envoys_own_rate_limit_refuses_floods_of_unknown_keys_before_the_filter_
         reply = existing.get("/orders", &headers).await?;
     }
     assert_eq!((reply.status, &reply.body[..]), (429, &b"local_rate_limited"[..]));
+    // gRPC clients are told not to retry at once (RESOURCE_EXHAUSTED).
+    let grpc = [("x-api-key", "no such key"), ("content-type", "application/grpc")];
+    let refused = existing.get("/orders", &grpc).await?;
+    assert_eq!((refused.status, refused.header("grpc-status")), (200, Some("8")));
     // Pages can read this refusal too, and health checks and preflights pass.
     assert_eq!(reply.header("access-control-allow-origin"), Some(cors::ORIGIN));
     assert_eq!(existing.get("/healthz", &[]).await?.status, 200);
