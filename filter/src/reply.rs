@@ -136,7 +136,7 @@ pub fn reply(
     };
     let id = facts.id.as_ref().map(|id| format!(",\"request_id\":\"{id}\"")).unwrap_or_default();
     let body = format!(
-        "{{\"type\":\"{}\",\"title\":\"{}\",\"status\":{},\"detail\":\"{detail}\",\"code\":\"{}\"{id}}}",
+        "{{\"type\":\"{}\",\"title\":\"{}\",\"status\":{},\"detail\":\"{detail}\",\"code\":\"{}\"{id}}}\n",
         outcome.problem_type(),
         refusal.title,
         refusal.status,

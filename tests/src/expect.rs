@@ -28,6 +28,7 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
         "request_id": id,
     });
     assert_eq!((reply.status, &body, id.len()), (refusal.status, &expected, 36));
+    assert!(reply.body.ends_with(b"}\n"), "a terminal's next prompt would stand behind it");
     assert_eq!(reply.header("content-type"), Some("application/problem+json"));
     assert_eq!(reply.header("cache-control"), Some("no-store"));
     let mut names = vec!["cache-control", "content-length", "content-type", "date", "server", "x-request-id"];
