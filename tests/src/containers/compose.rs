@@ -44,6 +44,17 @@ impl Compose {
         }
     }
 
+    /// The command of a service, as its program gets it.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn command(&self, service: &str) -> Result<Vec<String>> {
+        let command = &self.0["services"][service]["command"];
+        let words: Vec<String> =
+            serde_json::from_value(command.clone()).with_context(|| format!("{service}: {command}"))?;
+        Ok(words.iter().map(|word| interpolated(word)).collect())
+    }
+
     /// The environment of a service, with nothing set on the machine that it is started from.
     #[must_use]
     pub fn environment(&self, service: &str) -> Vec<(String, String)> {

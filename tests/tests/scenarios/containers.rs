@@ -244,6 +244,58 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     Ok(())
 }
 
+/// Envoy of a service that has its configuration in docker-compose.yml.
+async fn plain_envoy(
+    containers: &Containers,
+    service: &str,
+    replaced: &[(&str, &str)],
+    log: &Log,
+) -> Result<(Process, SocketAddr)> {
+    let mut words = containers.compose.command(service)?;
+    let configuration = words.last_mut().context("no configuration")?;
+    for (replaced, by) in replaced {
+        ensure!(configuration.contains(replaced), "{service}: no {replaced}");
+        *configuration = configuration.replace(replaced, by);
+    }
+    configuration.push_str("admin: { address: { socket_address: { address: 127.0.0.1, port_value: 0 } } }\n");
+    let admin_file = containers.path(&format!("{service}.admin"));
+    let mut envoy = containers.command("envoy");
+    envoy.args(words).args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning"]);
+    envoy.arg("--admin-address-path").arg(&admin_file);
+    let envoy = Process::spawn(service, envoy, log, Signal::SIGKILL)?;
+    let admin = address_in(&admin_file, &envoy).await?;
+    let live = async || http::get(admin, "/ready").await.ok().filter(|reply| reply.status == 200);
+    eventually("Envoy to be live", live).await?;
+    let address = listener(admin).await?;
+    Ok((envoy, address))
+}
+
+#[tokio::test]
+async fn the_plain_envoys_of_the_containers_serve_and_their_health_checks_tell() -> Result<()> {
+    let containers = Containers::new()?;
+    let log = Log::create(&containers.path("plain.log"))?;
+    let closed = Port::reserve(Ipv4Addr::LOCALHOST.into())?.address().port().to_string();
+
+    let free = ("address: 0.0.0.0, port_value: 8080", "address: 127.0.0.1, port_value: 0");
+    let (_upstream, upstream) = plain_envoy(&containers, "upstream", &[free], &log).await?;
+    assert!(containers.health("upstream", "8080", &upstream.port().to_string())?);
+    assert!(!containers.health("upstream", "8080", &closed)?);
+    let reply = http::send(upstream, http::get_request("/orders?page=2", Some("of the demo"))?).await?;
+    let answer = reply.json()?;
+    assert_eq!((reply.status, &answer["method"], &answer["path"]), (200, &"GET".into(), &"/orders?page=2".into()));
+    assert_eq!(answer["headers"]["x-api-key"], serde_json::json!(["of the demo"]));
+
+    let free = ("address: 0.0.0.0, port_value: 8081", "address: 127.0.0.1, port_value: 0");
+    let port = format!("address: 127.0.0.1, port_value: {}", upstream.port());
+    let management = [free, ("address: control-plane, port_value: 8081", port.as_str())];
+    let (_management, management) = plain_envoy(&containers, "management", &management, &log).await?;
+    assert!(containers.health("management", "8081", &management.port().to_string())?);
+    assert!(!containers.health("management", "8081", &closed)?);
+    // What comes in goes to the control plane's address, which the other one has here.
+    assert_eq!(http::get(management, "/v1/keys").await?.json()?["path"], "/v1/keys");
+    Ok(())
+}
+
 #[test]
 fn a_setting_that_cannot_be_is_named_and_nothing_starts() -> Result<()> {
     let containers = Containers::new()?;
