@@ -92,3 +92,43 @@ impl HttpBody for Timed {
         self.body.size_hint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use hyper::body::Frame;
+
+    use super::*;
+
+    /// A body that gives its pieces and then ends as HTTP/2 does when the client resets the stream.
+    struct Reset(VecDeque<&'static [u8]>);
+
+    impl HttpBody for Reset {
+        type Data = Bytes;
+        type Error = std::io::Error;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+            let piece = self.0.pop_front().map(|piece| Frame::data(Bytes::from_static(piece)));
+            Poll::Ready(Some(piece.ok_or_else(|| std::io::ErrorKind::ConnectionReset.into())))
+        }
+    }
+
+    async fn read(pieces: &[&'static [u8]], announced: Option<u64>) -> Result<Bytes, axum::Error> {
+        let left = WaitBudget::new(Duration::from_secs(1), RENEWED_BYTES);
+        let body = Body::new(Reset(pieces.iter().copied().collect()));
+        let timed = Timed { body, left, announced, waiting: None, late: Arc::default() };
+        axum::body::to_bytes(Body::new(timed), usize::MAX).await
+    }
+
+    #[tokio::test]
+    async fn a_body_is_whole_once_its_announced_bytes_are_here_though_its_stream_is_reset() {
+        assert_eq!(read(&[b"rep", b"ort"], Some(6)).await.unwrap(), &b"report"[..]);
+        assert_eq!(read(&[], Some(0)).await.unwrap(), &b""[..]);
+        assert!(read(&[b"rep"], Some(6)).await.is_err());
+        assert!(read(&[b"report"], None).await.is_err());
+    }
+}

@@ -103,7 +103,8 @@ async fn outcome(client: &mut Client, stream: u32) -> (usize, bool) {
 
 #[tokio::test]
 async fn a_response_that_is_not_taken_over_http_2_is_reset_and_its_connection_serves_others() {
-    let server = Server::with_documents(PATIENCE).await;
+    // The client must grant within this time after it asked, on a busy machine too.
+    let server = Server::with_documents(Duration::from_secs(4)).await;
     let mut client = Client::open(server.address, None, 0).await.unwrap();
     client.get(1, "/medium", &[]).await.unwrap();
     // Of another one something is taken, but not all.

@@ -16,7 +16,8 @@ use control_plane::tls::{Files, Tls};
 use portcullis_tests::certificates::{Authority, For, Identity};
 use portcullis_tests::http::get_request;
 use portcullis_tests::tls::Client;
-use portcullis_tests::wait::DEADLINE;
+use portcullis_tests::wait::{DEADLINE, eventually_within};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -222,4 +223,31 @@ fn a_file_that_is_wrong_is_named_with_its_setting_in_one_line() {
 /// The settings of a certificate and its key.
 fn both<'a>(certificate: &'a Path, key: &'a Path) -> Vec<(&'static str, &'a Path)> {
     vec![("--tls-cert", certificate), ("--tls-key", key)]
+}
+
+#[tokio::test]
+async fn over_tls_a_client_that_does_not_read_its_response_is_disconnected() {
+    const BYTES: usize = 24 << 20;
+    let (home, authority) = (Home::new(), Authority::new("one").unwrap());
+    let files = home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None);
+    let body = axum::body::Bytes::from(vec![b'x'; BYTES]);
+    let router = Router::new().route("/large", get(async move || body));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let admission = Admission::new(Limits::new(1_000, 1_000, None));
+    let tls = Some(Arc::new(Tls::load(files).unwrap()));
+    let manners = Manners { tls, patience: Duration::from_secs(1), admission: Arc::clone(&admission) };
+    let serving = tokio::spawn(listen::serve(listener, router, manners, std::future::pending()));
+
+    let client = Client::new(&authority.certificate, None, &["http/1.1"]).unwrap();
+    let mut stream = client.connect(address, NAME).await.unwrap();
+    stream.write_all(format!("GET /large HTTP/1.1\r\nhost: {NAME}\r\n\r\n").as_bytes()).await.unwrap();
+    // The response has begun, so the server has the connection.
+    stream.read_u8().await.unwrap();
+    let none = async || (admission.open() == 0).then_some(());
+    eventually_within("the connection to end", DEADLINE, none).await.unwrap();
+    let mut rest = Vec::new();
+    let ended = stream.read_to_end(&mut rest).await;
+    assert!(rest.len() < BYTES, "the whole response came, {ended:?}");
+    serving.abort();
 }
