@@ -25,8 +25,6 @@ const NOTE_CHARS: usize = 200;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// The balance from before there was a ledger.
-    Opening,
     /// Credits that were bought or given.
     TopUp,
     /// Credits that came by schedule.
@@ -42,7 +40,6 @@ impl Kind {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Opening => "opening",
             Self::TopUp => "top_up",
             Self::Refill => "refill",
             Self::Usage => "usage",
@@ -157,7 +154,7 @@ pub fn parse_amount(amount: i64, kind: Kind) -> Result<i64, ApiError> {
         Kind::Correction => {
             Err(ApiError::invalid("amount", format!("must be a number from -{AMOUNT} to {AMOUNT} other than 0")))
         }
-        Kind::Opening | Kind::Refill | Kind::Usage => {
+        Kind::Refill | Kind::Usage => {
             Err(ApiError::invalid("kind", "must be top_up or correction: other rows are made by themselves"))
         }
     }

@@ -59,7 +59,7 @@ pub struct EntryView {
     id: i64,
     /// When it was booked.
     at: Timestamp,
-    /// What it is: `opening`, `top_up`, `refill`, `usage` or `correction`.
+    /// What it is: `top_up`, `refill`, `usage` or `correction`.
     #[schema(example = "top_up")]
     kind: String,
     /// Credits that came in or, below zero, went out.

@@ -156,11 +156,10 @@ impl Named {
             return Err(ApiError::InProgress);
         }
         let kept = sqlx::query!(
-            r#"select r.fingerprint, r.status as "status!", r.location, r.etag, r.nonce as "nonce!", r.body as "body!",
-                k.generation
+            "select r.fingerprint, r.status, r.location, r.etag, r.nonce, r.body, k.generation
             from idempotent_replies r join api_keys k on k.id = r.caller_key_id
             where r.caller_key_id = $1 and r.idempotency_key = $2
-                and r.created_at > now() - make_interval(hours => $3)"#,
+                and r.created_at > now() - make_interval(hours => $3)",
             caller_id,
             self.key,
             KEPT_HOURS

@@ -92,8 +92,8 @@ pub async fn revoke_all(
     Ok(Some(all))
 }
 
-/// Tells the rule about the last admin key where the caller is, if a key with these scopes is one: see
-/// `migrations/0017_last_admin_networks.sql`.
+/// Tells the rule about the last admin key where the caller is, if a key with these scopes is one: see section 7 of
+/// `migrations/0001_schema.sql`.
 ///
 /// # Errors
 /// Those of the database.

@@ -1,0 +1,799 @@
+-- The schema of the control plane.
+--
+--    1. Revisions and versions
+--    2. Roles and plans
+--    3. Users
+--    4. Keys
+--    5. Old secrets of keys
+--    6. Values that a key copies from its user
+--    7. Rules that the database enforces on keys
+--    8. Audit trail and idempotency
+--    9. Envoys
+--   10. Usage
+--   11. Credits
+--   12. Quotas
+--   13. Leases
+--
+-- Locks. Every transaction takes its locks in this order, so that no two transactions deadlock:
+--   usage_reporters → user_preferences → definitions → leases → quota_use → store_state → api_keys → usage tables.
+-- Several rows of one table are locked in the order of their ids.
+--
+-- Triggers. PostgreSQL fires BEFORE STATEMENT triggers first, then BEFORE ROW, then AFTER ROW; triggers of one kind fire in
+-- the alphabetical order of their names. This schema relies on the first rule and not on the second: next_revision
+-- (BEFORE STATEMENT) has to run before every row trigger. No row trigger reads a column that another one of its table sets.
+--
+-- Settings. A transaction lifts a rule with `set local`:
+--   portcullis.force = 'on'      allows a change that ends the last admin key
+--   portcullis.purge = 'on'      allows deletion of keys and of old secrets
+--   portcullis.roll_up = 'on'    allows changes of ledger rows
+-- The control plane also sets portcullis.address: see section 7.
+
+
+-- 1. Revisions and versions
+--
+-- A revision numbers the changes that filters see. A statement that makes such a change locks the row of store_state, takes
+-- the next revision, and keeps the lock until it commits. Revisions therefore follow commit order: a reader that has seen
+-- revision n has seen every change up to n.
+--
+-- A version numbers all changes of one row. It is the ETag of that row in the REST API.
+
+create table store_state (
+    one boolean primary key default true constraint store_state_one check (one),
+    epoch uuid not null default gen_random_uuid(),
+    identity text not null default '',
+    revision bigint not null default 0,
+    pepper_check bytea
+);
+
+comment on table store_state is 'The state of the key store, in a single row. Its lock orders the commits of all changes that filters see.';
+comment on column store_state.epoch is 'Identifies one history of revisions. A restored database gets a new epoch, and every filter then loads a snapshot.';
+comment on column store_state.identity is 'Server, timeline and database for which the epoch was generated.';
+comment on column store_state.revision is 'Revision of the newest change.';
+comment on column store_state.pepper_check is 'Hash under the pepper of imported keys, to detect a missing or a different pepper; null before the first use of a pepper.';
+
+insert into store_state default values;
+
+create function next_revision() returns trigger language plpgsql as $$
+declare
+    next bigint;
+begin
+    update store_state set revision = revision + 1 returning revision into next;
+    perform pg_notify('portcullis_changes', next::text);
+    return null;
+end $$;
+
+create function assign_revision() returns trigger language plpgsql as $$
+begin
+    select revision into new.revision from store_state;
+    return new;
+end $$;
+
+create function increment_version() returns trigger language plpgsql as $$
+begin
+    new.version := old.version + 1;
+    return new;
+end $$;
+
+
+-- 2. Roles and plans
+
+create table definitions (
+    number integer generated always as identity primary key,
+    kind text not null constraint definitions_kind check (kind in ('role', 'plan')),
+    name text not null,
+    description text not null default '',
+    scopes text[] not null default '{}' constraint definitions_scopes check (not scopes && '{admin, sync}'),
+    rate_limits jsonb not null default '[]',
+    quota jsonb,
+    removed boolean not null default false,
+    version bigint not null default 1,
+    revision bigint not null,
+    created_at timestamptz not null default now()
+);
+
+comment on table definitions is 'Roles and plans. Keys reference them by number, so that one change takes effect for all keys immediately.';
+comment on column definitions.scopes is 'Scopes granted to each key of the role or plan. The scopes of the control plane itself are granted to single keys only.';
+comment on column definitions.rate_limits is 'Plans only: see api_keys.rate_limits. Applies to keys without rate limits of their own.';
+comment on column definitions.quota is 'Plans only: see api_keys.quota. Applies to keys without a quota of their own.';
+comment on column definitions.removed is 'The row stays, so that filters learn of the removal. The name can be used again.';
+comment on column definitions.version is 'Incremented by each change: the ETag.';
+comment on column definitions.revision is 'Revision of the last change.';
+
+create unique index definitions_name on definitions (kind, name) where not removed;
+create index definitions_revision on definitions (revision);
+
+create trigger definitions_next_revision before insert or update on definitions
+    for each statement execute function next_revision();
+create trigger definitions_assign_revision before insert or update on definitions
+    for each row execute function assign_revision();
+create trigger definitions_version before update on definitions
+    for each row execute function increment_version();
+
+
+-- 3. Users
+--
+-- A user owns keys. The user's plan and credits apply to all of them.
+
+create table user_preferences (
+    id uuid primary key,
+    email text not null constraint user_preferences_email_key unique
+        constraint user_preferences_email_lower check (email = lower(email collate "C")),
+    primary_key_id uuid,
+    plan_number integer references definitions,
+    balance bigint not null default 0,
+    credits_spent bigint not null default 0,
+    metered boolean not null default false,
+    credits_starter integer not null default 0,
+    credits_turn integer not null default 1,
+    refill jsonb,
+    refill_at timestamptz,
+    makes integer not null default 0,
+    changes integer not null default 0,
+    makes_since timestamptz,
+    version bigint not null default 1,
+    created_at timestamptz not null default now()
+);
+
+comment on table user_preferences is 'Users: the owners of keys.';
+comment on column user_preferences.email is 'In the canonical form of the control plane. Only ASCII letters have lower case there: what lower() does to others depends on the locale.';
+comment on column user_preferences.primary_key_id is 'The key that the endpoints below /api/user manage.';
+comment on column user_preferences.plan_number is 'Applies to keys without a plan of their own.';
+comment on column user_preferences.balance is 'Credits: the sum of the user''s rows in ledger.';
+comment on column user_preferences.credits_spent is 'Credits that all requests so far have cost.';
+comment on column user_preferences.metered is 'Whether requests cost credits.';
+comment on column user_preferences.credits_starter is 'Credits that an Envoy may spend in a turn before it has a lease.';
+comment on column user_preferences.credits_turn is 'Incremented when credits are added to a balance that was nearly used up. In a new turn every Envoy has the starter again.';
+comment on column user_preferences.refill is 'Scheduled credits: {"amount", "period": "day" | "week" | "month", "time_zone", "up_to"}; amount and up_to in credits.';
+comment on column user_preferences.refill_at is 'When the next refill is due.';
+comment on column user_preferences.makes is 'Keys created and rotated by the user''s own keys in the 24 hours from makes_since.';
+comment on column user_preferences.changes is 'Changes made by the user''s own keys in the 24 hours from makes_since.';
+comment on column user_preferences.makes_since is 'Start of the 24 hours; null before the first creation or change.';
+comment on column user_preferences.version is 'Incremented when plan, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
+
+create index user_preferences_primary_key on user_preferences (primary_key_id) where primary_key_id is not null;
+create index user_preferences_refill on user_preferences (refill_at) where refill_at is not null;
+
+create trigger user_preferences_version before update of plan_number, metered, refill on user_preferences
+    for each row when (
+        new.plan_number is distinct from old.plan_number
+        or new.metered <> old.metered
+        or new.refill is distinct from old.refill
+    ) execute function increment_version();
+
+
+-- 4. Keys
+--
+-- A row holds the present secret of a key. Rotation replaces the secret and keeps the row.
+
+create table api_keys (
+    id uuid primary key,
+    owner_id uuid not null references user_preferences,
+    name text not null,
+
+    -- The present secret.
+    hash bytea not null constraint api_keys_hash_length check (octet_length(hash) = 32),
+    prefix text,
+    generation integer not null default 1,
+
+    -- Permissions.
+    scopes text[] not null default '{}',
+    role_numbers integer[] not null default '{}',
+    plan_number integer references definitions,
+    owner_plan_number integer,
+    networks text[] not null default '{}',
+
+    -- Limits.
+    rate_limits jsonb not null default '[]',
+    cost integer not null default 1 constraint api_keys_cost_not_negative check (cost >= 0),
+    quota jsonb,
+    quota_exceeded boolean not null default false,
+    quota_starter integer,
+    quota_turn integer not null default 1,
+    quota_resets_at timestamptz,
+    credits_exhausted boolean not null default false,
+    credits_starter integer,
+    credits_turn integer not null default 1,
+
+    -- Life.
+    created_at timestamptz not null default now(),
+    expires_at timestamptz,
+    disabled boolean not null default false,
+    disabled_by_admin boolean not null default false
+        constraint api_keys_disabled_by_admin check (disabled or not disabled_by_admin),
+    revoked_at timestamptz,
+    withdrawn boolean not null default false,
+
+    version bigint not null default 1,
+    revision bigint not null
+);
+
+comment on table api_keys is 'Keys. Only the hash of a secret is stored.';
+comment on column api_keys.hash is 'SHA-256 of the present secret; of an imported key, HMAC-SHA-256 under the pepper if there is one.';
+comment on column api_keys.prefix is 'First characters of the secret, by which people recognise it; null for imported keys of another format.';
+comment on column api_keys.generation is 'Number of the present secret, from 1. Rotation increments it.';
+comment on column api_keys.scopes is 'Scopes of the key itself. Its roles and its plan grant more.';
+comment on column api_keys.role_numbers is 'Roles, in the order in which they were given.';
+comment on column api_keys.plan_number is 'The key''s own plan.';
+comment on column api_keys.owner_plan_number is 'The plan of the user, which applies if the key has none of its own; kept by triggers. It has no foreign key: the check would lock the definition after store_state.';
+comment on column api_keys.networks is 'Networks in CIDR notation from which the key can be used; empty: all.';
+comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_s", "burst", "alone"}; window_s in seconds; alone: each Envoy enforces the limit by itself. Empty: those of the plan apply.';
+comment on column api_keys.cost is 'Credits for each request, unless the route sets another price.';
+comment on column api_keys.quota is '{"requests", "period": "day" | "week" | "month" | "rolling", "time_zone", "window_s"}; window_s in seconds. Null: that of the plan applies.';
+comment on column api_keys.quota_exceeded is 'The quota is used up, and filters refuse the key until quota_resets_at.';
+comment on column api_keys.quota_starter is 'Requests that an Envoy may admit in a turn before it has a lease; null without a quota.';
+comment on column api_keys.quota_turn is 'Incremented when a used-up quota opens again. In a new turn every Envoy has the starter again.';
+comment on column api_keys.quota_resets_at is 'When a used-up quota opens again.';
+comment on column api_keys.credits_exhausted is 'The user is metered and has no credits; kept by triggers.';
+comment on column api_keys.credits_starter is 'The starter of the user; null if the user is not metered; kept by triggers.';
+comment on column api_keys.credits_turn is 'The turn of the user; kept by triggers.';
+comment on column api_keys.disabled_by_admin is 'Whether an admin disabled the key. Then only an admin can enable it.';
+comment on column api_keys.withdrawn is 'Tombstone: filters no longer hold the key and refuse it as unknown. It ended long ago, or many keys of its user ended later.';
+comment on column api_keys.version is 'Incremented by each change, also by those that filters do not see: the ETag.';
+comment on column api_keys.revision is 'Revision of the last change that filters see.';
+
+-- The predicate keeps foreign keys from referencing this index. Otherwise a change of the hash would conflict with the row
+-- locks of foreign key checks, and rotation would wait for each transaction that counts usage of the key.
+create unique index api_keys_hash_key on api_keys (hash) where hash is not null;
+create index api_keys_owner on api_keys (owner_id, id);
+create index api_keys_prefix on api_keys (prefix text_pattern_ops);
+create index api_keys_revision on api_keys (revision);
+create index api_keys_plan on api_keys (coalesce(plan_number, owner_plan_number))
+    where coalesce(plan_number, owner_plan_number) is not null;
+create index api_keys_roles on api_keys using gin (role_numbers) where role_numbers <> '{}';
+create index api_keys_admins on api_keys (id) where 'admin' = any (scopes) and revoked_at is null;
+create index api_keys_ended on api_keys (owner_id, (least(revoked_at, expires_at))) where not withdrawn;
+create index api_keys_quota_reset on api_keys (quota_resets_at) where quota_exceeded;
+
+create index api_keys_drawing on api_keys (id) where
+    rate_limits <> '[]' or quota is not null or credits_starter is not null
+    or coalesce(plan_number, owner_plan_number) is not null;
+
+comment on index api_keys_drawing is 'Keys whose usage may count against a shared limit, a quota or credits. Most keys have none, so reports find them without a look at each counted key.';
+
+alter table user_preferences
+    add constraint user_preferences_primary_key_fkey foreign key (primary_key_id) references api_keys;
+
+-- A statement that names one of these columns takes a revision and wakes every filter, even if it changes no value. The
+-- columns that are left out are those that filters do not see: name, prefix, quota, disabled_by_admin, version.
+
+create trigger api_keys_next_revision
+    before insert or update of
+        owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
+        revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, quota_starter, quota_turn,
+        quota_resets_at, credits_starter, credits_turn
+    on api_keys for each statement execute function next_revision();
+
+create trigger api_keys_assign_revision
+    before insert or update of
+        owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
+        revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, quota_starter, quota_turn,
+        quota_resets_at, credits_starter, credits_turn
+    on api_keys for each row execute function assign_revision();
+
+create trigger api_keys_version before update on api_keys for each row execute function increment_version();
+
+
+-- 5. Old secrets of keys
+--
+-- Rotation moves the replaced secret here. It goes on working until ends_at.
+
+create table retired_secrets (
+    hash bytea primary key constraint retired_secrets_hash_length check (octet_length(hash) = 32),
+    key_id uuid not null references api_keys,
+    owner_id uuid not null,
+    generation integer not null,
+    prefix text,
+    ends_at timestamptz not null,
+    withdrawn boolean not null default false,
+    revision bigint not null
+);
+
+comment on table retired_secrets is 'Secrets that rotation has replaced.';
+comment on column retired_secrets.hash is 'As api_keys.hash.';
+comment on column retired_secrets.owner_id is 'The user of the key, to find old secrets by user; set by a trigger. It has no foreign key: the check would lock the user after store_state.';
+comment on column retired_secrets.generation is 'Number of the secret, from 1.';
+comment on column retired_secrets.ends_at is 'When the secret stops working.';
+comment on column retired_secrets.withdrawn is 'Tombstone, as api_keys.withdrawn.';
+comment on column retired_secrets.revision is 'Revision of the last change.';
+
+create index retired_secrets_key on retired_secrets (key_id, generation);
+create index retired_secrets_owner on retired_secrets (owner_id, ends_at) where not withdrawn;
+create index retired_secrets_prefix on retired_secrets (prefix text_pattern_ops);
+create index retired_secrets_revision on retired_secrets (revision);
+
+create trigger retired_secrets_next_revision before insert or update on retired_secrets
+    for each statement execute function next_revision();
+create trigger retired_secrets_assign_revision before insert or update on retired_secrets
+    for each row execute function assign_revision();
+
+create function set_secret_owner() returns trigger language plpgsql as $$
+begin
+    select owner_id into new.owner_id from api_keys where id = new.key_id;
+    return new;
+end $$;
+
+create trigger retired_secrets_owner before insert on retired_secrets
+    for each row execute function set_secret_owner();
+
+
+-- 6. Values that a key copies from its user
+--
+-- Filters' records are read from api_keys alone: a million records are loaded without a join, and a change of a user raises
+-- the revision of each key that it concerns.
+
+create function copy_owner_to_key() returns trigger language plpgsql as $$
+begin
+    select plan_number, case when metered then credits_starter end, credits_turn, metered and balance <= 0
+        into new.owner_plan_number, new.credits_starter, new.credits_turn, new.credits_exhausted
+        from user_preferences where id = new.owner_id;
+    return new;
+end $$;
+
+create trigger api_keys_copy_owner before insert on api_keys for each row execute function copy_owner_to_key();
+
+-- Tombstones miss the changes of their user. An expired key that gets a later expiry is no tombstone any more.
+create trigger api_keys_copy_owner_again before update of withdrawn on api_keys
+    for each row when (old.withdrawn and not new.withdrawn) execute function copy_owner_to_key();
+
+create function copy_owner_to_keys() returns trigger language plpgsql as $$
+begin
+    update api_keys set
+        owner_plan_number = new.plan_number,
+        credits_starter = case when new.metered then new.credits_starter end,
+        credits_turn = new.credits_turn,
+        credits_exhausted = new.metered and new.balance <= 0
+    where owner_id = new.id and not withdrawn;
+    return null;
+end $$;
+
+create trigger user_preferences_copy_to_keys
+    after update of plan_number, metered, credits_starter, credits_turn, balance on user_preferences
+    for each row when (
+        new.plan_number is distinct from old.plan_number
+        or new.metered <> old.metered
+        or new.credits_starter <> old.credits_starter
+        or new.credits_turn <> old.credits_turn
+        or (new.metered and (new.balance <= 0) <> (old.balance <= 0))
+    ) execute function copy_owner_to_keys();
+
+
+-- 7. Rules that the database enforces on keys
+
+-- Filters identify a secret by its hash. They would go on accepting the old hash of a row whose hash just changed.
+
+create function refuse_hash_change() returns trigger language plpgsql as $$
+begin
+    if tg_table_name = 'api_keys' and new.generation = old.generation + 1
+        and exists (select from retired_secrets where hash = old.hash and key_id = old.id)
+    then
+        return new;
+    end if;
+    raise exception 'the hash of a secret never changes: retire the secret and give the key a new one';
+end $$;
+
+create trigger api_keys_refuse_hash_change before update of hash on api_keys
+    for each row when (new.hash is distinct from old.hash) execute function refuse_hash_change();
+create trigger retired_secrets_refuse_hash_change before update of hash, key_id, generation on retired_secrets
+    for each row when (new.hash is distinct from old.hash or new.key_id <> old.key_id or new.generation <> old.generation)
+    execute function refuse_hash_change();
+
+-- A hash is unique over both tables.
+
+create function refuse_retired_hash() returns trigger language plpgsql as $$
+begin
+    if exists (select from retired_secrets where hash = new.hash) then
+        raise unique_violation using message = 'this key was used before', constraint = 'api_keys_hash_key';
+    end if;
+    return new;
+end $$;
+
+create trigger api_keys_refuse_retired_hash before insert or update of hash on api_keys
+    for each row execute function refuse_retired_hash();
+
+-- Filters learn of the end of a key from its row. Only the clean-up of tombstones deletes rows.
+
+create function refuse_key_deletion() returns trigger language plpgsql as $$
+begin
+    if tg_op = 'DELETE' and current_setting('portcullis.purge', true) = 'on' then
+        return null;
+    end if;
+    raise exception 'rows of api_keys are never deleted: revoke the key instead';
+end $$;
+
+create trigger api_keys_refuse_deletion before delete or truncate on api_keys
+    for each statement execute function refuse_key_deletion();
+
+create function refuse_secret_deletion() returns trigger language plpgsql as $$
+begin
+    if tg_op = 'DELETE' and current_setting('portcullis.purge', true) = 'on' then
+        return null;
+    end if;
+    raise exception 'rows of retired_secrets are never deleted: set their end instead';
+end $$;
+
+create trigger retired_secrets_refuse_deletion before delete or truncate on retired_secrets
+    for each statement execute function refuse_secret_deletion();
+
+-- An admin key that works now and one that works tomorrow must remain. Otherwise nobody could manage keys any more.
+--
+-- A key that is bound to networks counts only for a caller in one of them. The control plane puts the address of the present
+-- caller into portcullis.address. Changes by hand give no address: only keys without networks count for them.
+
+create function allows_address(networks text[], address text) returns boolean language plpgsql stable as $$
+begin
+    return networks = '{}' or (coalesce(address, '') <> '' and address::inet <<= any (networks::inet[]));
+exception when invalid_text_representation then
+    return false;
+end $$;
+
+create function keep_admin_key() returns trigger language plpgsql as $$
+declare
+    moment timestamptz;
+    address text := current_setting('portcullis.address', true);
+begin
+    if current_setting('portcullis.force', true) = 'on' then
+        return null;
+    end if;
+    -- Two changes at once cannot each rely on the other's key: both hold the lock of store_state, one after the other.
+    foreach moment in array array[clock_timestamp(), clock_timestamp() + interval '1 day'] loop
+        if old.expires_at is not null and old.expires_at <= moment then
+            continue;
+        end if;
+        if not exists (
+            select from api_keys
+            where 'admin' = any (scopes) and revoked_at is null and not disabled
+                and (expires_at is null or expires_at > moment)
+        ) then
+            raise exception 'this would end the last key that manages keys'
+                using errcode = 'check_violation', constraint = 'api_keys_last_admin';
+        end if;
+        if allows_address(old.networks, address) and not exists (
+            select from api_keys
+            where 'admin' = any (scopes) and revoked_at is null and not disabled
+                and (expires_at is null or expires_at > moment) and allows_address(networks, address)
+        ) then
+            raise exception 'no key that manages keys could be used from here any more'
+                using errcode = 'check_violation', constraint = 'api_keys_last_admin_here';
+        end if;
+    end loop;
+    return null;
+end $$;
+
+create trigger api_keys_keep_admin_key after update on api_keys
+    for each row when ('admin' = any (old.scopes) and old.revoked_at is null and not old.disabled)
+    execute function keep_admin_key();
+
+
+-- 8. Audit trail and idempotency
+
+create table audit (
+    id bigint generated always as identity primary key,
+    at timestamptz not null default now(),
+    actor_key_id uuid,
+    actor_email text,
+    address text,
+    request_id text,
+    action text not null,
+    key_id uuid,
+    target text,
+    detail jsonb not null default '{}'
+);
+
+comment on table audit is 'Who changed what, when and from where. Contains no secrets. Rows reference keys without foreign keys, because they outlive them.';
+comment on column audit.actor_key_id is 'The key of the caller; null for the command line and for the control plane itself.';
+comment on column audit.address is 'Address of the caller.';
+comment on column audit.key_id is 'The key that was changed, if a key was changed.';
+comment on column audit.target is 'The user, role or plan that was changed, if no key was changed.';
+
+create index audit_at on audit (at);
+create index audit_key on audit (key_id, id);
+create index audit_actor on audit (actor_key_id, id);
+
+create table idempotent_replies (
+    caller_key_id uuid not null references api_keys,
+    idempotency_key text not null,
+    fingerprint bytea not null,
+    status smallint not null,
+    location text,
+    etag text,
+    nonce bytea not null,
+    body bytea not null,
+    created_at timestamptz not null default now(),
+    primary key (caller_key_id, idempotency_key)
+);
+
+comment on table idempotent_replies is 'Replies to requests with an Idempotency-Key, kept for a day and given again to a retry.';
+comment on column idempotent_replies.fingerprint is 'SHA-256 of method, target and body. Another request with the same Idempotency-Key is refused.';
+comment on column idempotent_replies.status is 'HTTP status.';
+comment on column idempotent_replies.nonce is 'Nonce of the encryption of body.';
+comment on column idempotent_replies.body is 'Encrypted under the secret of the caller, because it can contain a new secret.';
+
+create index idempotent_replies_created on idempotent_replies (created_at);
+
+
+-- 9. Envoys
+--
+-- One Envoy process is one reporter: it has a random id from its start to its end.
+
+create table filters (
+    reporter uuid primary key,
+    sync_key_id uuid references api_keys,
+    address text,
+    version text,
+    epoch uuid not null,
+    revision bigint not null,
+    confirmed_at timestamptz not null,
+    seen_at timestamptz not null,
+    pending_requests bigint,
+    reported_at timestamptz
+);
+
+comment on table filters is 'Envoys that sync, as each described itself with its last poll. Kept for a day.';
+comment on column filters.sync_key_id is 'The key under which the Envoy polls.';
+comment on column filters.address is 'Address from which the Envoy polled last.';
+comment on column filters.version is 'Version of the filter.';
+comment on column filters.epoch is 'Epoch of the Envoy''s store; all zeros while the store is incomplete.';
+comment on column filters.revision is 'The Envoy''s store contains every change up to this revision.';
+comment on column filters.confirmed_at is 'When the Envoy last confirmed epoch and revision; before the first confirmation, when it first polled.';
+comment on column filters.seen_at is 'When the Envoy last polled or reported.';
+comment on column filters.pending_requests is 'Requests that the Envoy has counted and that are not acknowledged yet.';
+comment on column filters.reported_at is 'When a report of the Envoy last reached the database.';
+
+create index filters_seen on filters (seen_at);
+
+create table usage_reporters (
+    reporter uuid primary key,
+    sync_key_id uuid references api_keys,
+    last_seq bigint not null,
+    created_at timestamptz not null default now(),
+    reported_at timestamptz not null default now()
+);
+
+comment on table usage_reporters is 'The last report of each Envoy that was applied, so that no report is applied twice.';
+comment on column usage_reporters.sync_key_id is 'The key of the first report. Reports under another key are refused. Null if all reports came from log lines.';
+comment on column usage_reporters.last_seq is 'Number of the last applied report.';
+comment on column usage_reporters.created_at is 'When the first report came.';
+comment on column usage_reporters.reported_at is 'When the last report came.';
+
+create index usage_reporters_sync_key on usage_reporters (sync_key_id, created_at);
+
+create table usage_log_keys (
+    key_id uuid not null references api_keys on delete cascade,
+    generation integer not null,
+    log_key bytea not null constraint usage_log_keys_length check (octet_length(log_key) = 32),
+    primary key (key_id, generation)
+);
+
+comment on table usage_log_keys is 'Keys that verify the signed usage lines in Envoys'' logs: one for each secret of a sync key that a filter has used.';
+comment on column usage_log_keys.log_key is 'Derived from the secret by HMAC-SHA-256. It signs such lines and nothing else.';
+
+
+-- 10. Usage
+--
+-- Counts are added to existing rows again and again. PostgreSQL leaves the indexes alone if the page of the row has room and
+-- no indexed column changes. The fill factor keeps that room, and no index names a count.
+
+create table key_usage (
+    key_id uuid not null constraint key_usage_key_id_fkey references api_keys,
+    generation integer not null,
+    requests bigint not null,
+    last_used_at timestamptz not null,
+    primary key (key_id, generation)
+) with (fillfactor = 70);
+
+comment on table key_usage is 'Allowed requests of each secret of a key, in total.';
+
+create table usage_hourly (
+    key_id uuid not null constraint usage_hourly_key_id_fkey references api_keys,
+    hour timestamptz not null,
+    outcome smallint not null,
+    generation integer not null,
+    requests bigint not null,
+    cost bigint not null,
+    exported_requests bigint not null default 0,
+    exported_cost bigint not null default 0,
+    unexported boolean generated always as (requests <> exported_requests) stored,
+    primary key (key_id, hour, outcome, generation)
+) with (fillfactor = 70);
+
+comment on table usage_hourly is 'Requests of each secret of a key, by hour and outcome.';
+comment on column usage_hourly.hour is 'Start of the hour.';
+comment on column usage_hourly.outcome is 'Code of the outcome, as in the wire format: 0 allowed, 1 missing, 2 unknown, 3 revoked, 4 expired, 5 disabled, 6 scope_denied, 7 address_denied, 8 rate_limited, 9 quota_exceeded, 10 credits_exhausted, 11 not_ready, 12 stale, 13 unsupported, 14 failed_open, 15 anonymous, 16 policy_unknown. 128 is added if the refusal was shadowed and not enforced.';
+comment on column usage_hourly.cost is 'Credits.';
+comment on column usage_hourly.exported_requests is 'Requests that are in usage_events.';
+comment on column usage_hourly.exported_cost is 'Credits that are in usage_events.';
+comment on column usage_hourly.unexported is 'Whether some requests are not in usage_events yet.';
+
+create index usage_hourly_hour on usage_hourly (hour);
+create index usage_hourly_unexported on usage_hourly (hour) where unexported;
+
+create table usage_daily (
+    key_id uuid not null references api_keys,
+    day timestamptz not null,
+    outcome smallint not null,
+    requests bigint not null,
+    cost bigint not null,
+    primary key (key_id, day, outcome)
+);
+
+comment on table usage_daily is 'Old rows of usage_hourly, summed up by day.';
+comment on column usage_daily.day is 'Start of the day in UTC.';
+comment on column usage_daily.outcome is 'As in usage_hourly.';
+comment on column usage_daily.cost is 'Credits.';
+
+create table usage_keyless_hourly (
+    hour timestamptz not null,
+    outcome smallint not null,
+    requests bigint not null,
+    primary key (hour, outcome)
+);
+
+comment on table usage_keyless_hourly is 'Requests without a known key. They are counted in total only.';
+comment on column usage_keyless_hourly.hour is 'Start of the hour.';
+comment on column usage_keyless_hourly.outcome is 'As in usage_hourly.';
+
+create table usage_keyless_daily (
+    day timestamptz not null,
+    outcome smallint not null,
+    requests bigint not null,
+    primary key (day, outcome)
+);
+
+comment on table usage_keyless_daily is 'Old rows of usage_keyless_hourly, summed up by day.';
+comment on column usage_keyless_daily.day is 'Start of the day in UTC.';
+comment on column usage_keyless_daily.outcome is 'As in usage_hourly.';
+
+create table usage_events (
+    seq bigint primary key,
+    id uuid not null default gen_random_uuid(),
+    key_id uuid not null,
+    owner_id uuid not null,
+    hour timestamptz not null,
+    outcome smallint not null,
+    requests bigint not null,
+    cost bigint not null,
+    created_at timestamptz not null default now()
+);
+
+comment on table usage_events is 'Usage for other systems: what was counted since the event before, by key, hour and outcome. Events never change. They have no foreign keys, because they outlive keys.';
+comment on column usage_events.seq is 'Numbered without gaps in commit order, so that a reader resumes from the last number it has.';
+comment on column usage_events.hour is 'Start of the hour.';
+comment on column usage_events.outcome is 'As in usage_hourly.';
+comment on column usage_events.cost is 'Credits.';
+
+create index usage_events_created on usage_events (created_at);
+
+
+-- 11. Credits
+--
+-- A balance is the sum of the user's rows in ledger. Inserting a row is the only way to change it.
+
+create table ledger (
+    id bigint generated always as identity primary key,
+    owner_id uuid not null references user_preferences,
+    at timestamptz not null default now(),
+    kind text not null constraint ledger_kind check (kind in ('top_up', 'refill', 'usage', 'correction')),
+    amount bigint not null,
+    balance bigint not null,
+    note text not null default '',
+    actor_key_id uuid,
+    refill_due timestamptz,
+    constraint ledger_refill unique (owner_id, refill_due)
+);
+
+comment on table ledger is 'Every change of a balance.';
+comment on column ledger.kind is 'top_up and correction are made by hand, refill by schedule, usage by reports of filters.';
+comment on column ledger.amount is 'Credits; below zero: spent or taken away.';
+comment on column ledger.balance is 'Credits of the user after this row; set by a trigger.';
+comment on column ledger.actor_key_id is 'The key of the caller; null for refills and usage.';
+comment on column ledger.refill_due is 'Refills only: when the refill was due. Its uniqueness keeps a refill from being booked twice.';
+
+create index ledger_owner on ledger (owner_id, id);
+create index ledger_detail on ledger (at) where kind = 'usage' and note = '';
+
+create function book() returns trigger language plpgsql as $$
+declare
+    cost bigint := case when new.kind = 'usage' then -new.amount else 0 end;
+begin
+    update user_preferences
+    set balance = balance + new.amount,
+        credits_spent = least(credits_spent, 9223372036854775807 - greatest(cost, 0)) + cost
+    where id = new.owner_id returning balance into new.balance;
+    return new;
+end $$;
+
+create trigger ledger_book before insert on ledger for each row execute function book();
+
+-- The trigger depth is 1 for a statement of a client, and 2 for the update in book().
+
+create function require_ledger_row() returns trigger language plpgsql as $$
+begin
+    if pg_trigger_depth() < 2 then
+        raise exception 'a balance is the sum of its rows in ledger: insert a row there instead';
+    end if;
+    return new;
+end $$;
+
+create trigger user_preferences_require_ledger_row before update of balance on user_preferences
+    for each row when (new.balance <> old.balance) execute function require_ledger_row();
+create trigger user_preferences_start_at_zero before insert on user_preferences
+    for each row when (new.balance <> 0) execute function require_ledger_row();
+
+-- Only the roll-up changes rows: it merges old rows of usage and keeps their sum.
+
+create function refuse_ledger_change() returns trigger language plpgsql as $$
+begin
+    if current_setting('portcullis.roll_up', true) = 'on' then
+        return coalesce(new, old);
+    end if;
+    raise exception 'rows of ledger are never changed: insert a correction instead';
+end $$;
+
+create trigger ledger_refuse_change before update or delete on ledger
+    for each row execute function refuse_ledger_change();
+
+
+-- 12. Quotas
+
+create table quota_use (
+    key_id uuid primary key references api_keys,
+    window_start timestamptz not null,
+    window_end timestamptz not null,
+    kind text not null,
+    used bigint not null default 0,
+    slots bigint[] not null default '{}'
+);
+
+comment on table quota_use is 'Requests counted against the quota of a key in the present window.';
+comment on column quota_use.kind is 'Kind of the window, such as day/Europe/Berlin or rolling/3600. A quota of another kind starts a new window.';
+comment on column quota_use.used is 'Requests.';
+comment on column quota_use.slots is 'Rolling windows only: requests in each sixtieth of the window, the oldest first; the last one is still filling.';
+
+-- The calendar window that contains a moment, for quotas and refills. An unknown time zone counts as UTC: another server may
+-- have had newer time zone data.
+
+create function calendar_window(period text, zone text, at timestamptz, out starts timestamptz, out ends timestamptz)
+language plpgsql stable strict as $$
+begin
+    starts := date_trunc(period, at, zone);
+    ends := ((starts at time zone zone) + ('1 ' || period)::interval) at time zone zone;
+exception when invalid_parameter_value then
+    starts := date_trunc(period, at, 'UTC');
+    ends := ((starts at time zone 'UTC') + ('1 ' || period)::interval) at time zone 'UTC';
+end $$;
+
+
+-- 13. Leases
+--
+-- A lease is the part of a shared limit, a quota or a balance that one Envoy may use.
+
+create table leases (
+    stock smallint not null,
+    subject uuid not null,
+    reporter uuid not null,
+    told bigint not null,
+    held bigint not null,
+    told_seq bigint not null,
+    turn integer not null default 0,
+    spent bigint not null default 0,
+    rest bigint not null default 0,
+    demand double precision not null default 0,
+    used jsonb not null default '{}',
+    renewed_at timestamptz not null default now(),
+    primary key (stock, subject, reporter)
+);
+
+comment on table leases is 'What each Envoy may use of the shared limits, the quota or the credits of a subject.';
+comment on column leases.stock is '0: share of a key''s rate limits, in parts per million; 1: quota of a key, in requests; 2: credits of a user.';
+comment on column leases.subject is 'The key; for credits, the user.';
+comment on column leases.reporter is 'The Envoy process. The row with all zeros is the lock of the subject: it orders the changes of the subject''s other rows.';
+comment on column leases.told is 'What the Envoy was granted last: a share, or the sum of all grants.';
+comment on column leases.held is 'The most that the Envoy may believe it has, until it acknowledges the last grant.';
+comment on column leases.told_seq is 'Number of the report that was answered with the grant.';
+comment on column leases.turn is 'Turn of the quota or the credits in which the grant was made.';
+comment on column leases.spent is 'Sum of all usage that the Envoy has reported.';
+comment on column leases.rest is 'Granted on top of told, for a start after an idle time. It is not reserved: others may be granted it too.';
+comment on column leases.demand is 'Recent requests or credits a second.';
+comment on column leases.used is 'Lock row of a share only: for each rate limit, by its tag, until when it is used at its full rate, in milliseconds of Unix time.';
+
+create index leases_reporter on leases (reporter);
