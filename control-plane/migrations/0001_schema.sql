@@ -13,6 +13,7 @@
 --   11. Credits
 --   12. Quotas
 --   13. Leases
+--   14. Views
 --
 -- Locks. Every transaction takes its locks in this order, so that no two transactions deadlock:
 --   usage_reporters → user_preferences → definitions → leases → quota_use → store_state → api_keys → usage tables.
@@ -797,3 +798,20 @@ comment on column leases.demand is 'Recent requests or credits a second.';
 comment on column leases.used is 'Lock row of a share only: for each rate limit, by its tag, until when it is used at its full rate, in milliseconds of Unix time.';
 
 create index leases_reporter on leases (reporter);
+
+
+-- 14. Views
+--
+-- Shapes that several queries read. PostgreSQL does not say which columns of a view are never null, so the queries do.
+
+create view users_with_counts as
+select p.id, p.email, d.name as plan, p.balance, p.metered, p.created_at, p.version, k.live_keys, k.total_keys
+from user_preferences p
+left join definitions d on d.number = p.plan_number
+cross join lateral (
+    select count(*) as total_keys,
+        count(*) filter (where revoked_at is null and (expires_at is null or expires_at > now())) as live_keys
+    from api_keys where owner_id = p.id
+) k;
+
+comment on view users_with_counts is 'Users with the name of their plan and the number of their keys. A live key is neither revoked nor expired.';

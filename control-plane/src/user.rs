@@ -45,15 +45,9 @@ pub struct User {
 pub async fn get(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<User>, ApiError> {
     let user = sqlx::query_as!(
         User,
-        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, p.version,
-            k.live as "live_keys!", k.total as "total_keys!"
-        from user_preferences p left join definitions d on d.number = p.plan_number
-        cross join lateral (
-            select count(*) as total,
-                count(*) filter (where revoked_at is null and (expires_at is null or expires_at > now())) as live
-            from api_keys where owner_id = p.id
-        ) k
-        where p.email = $1"#,
+        r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!",
+            created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
+        from users_with_counts where email = $1"#,
         email.as_str()
     )
     .fetch_optional(executor)
@@ -68,15 +62,9 @@ pub async fn get(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<
 pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Result<Vec<User>, ApiError> {
     let users = sqlx::query_as!(
         User,
-        r#"select p.id, p.email, d.name as "plan?", p.balance, p.metered, p.created_at, p.version,
-            k.live as "live_keys!", k.total as "total_keys!"
-        from user_preferences p left join definitions d on d.number = p.plan_number
-        cross join lateral (
-            select count(*) as total,
-                count(*) filter (where revoked_at is null and (expires_at is null or expires_at > now())) as live
-            from api_keys where owner_id = p.id
-        ) k
-        where p.email > $2 and starts_with(p.email, $1) order by p.email limit $3"#,
+        r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!",
+            created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
+        from users_with_counts where email > $2 and starts_with(email, $1) order by email limit $3"#,
         prefix,
         after,
         limit
