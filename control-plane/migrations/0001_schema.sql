@@ -804,6 +804,19 @@ create index leases_reporter on leases (reporter);
 --
 -- Shapes that several queries read. PostgreSQL does not say which columns of a view are never null, so the queries do.
 
+create view keys_with_usage as
+select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes, k.rate_limits, k.generation, k.version, k.disabled,
+    k.disabled_by_admin, k.created_at, k.expires_at, k.revoked_at, u.last_used_at, u.usage_count
+from api_keys k
+join user_preferences p on p.id = k.owner_id
+cross join lateral (
+    select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as usage_count,
+        max(last_used_at) as last_used_at
+    from key_usage where key_id = k.id
+) u;
+
+comment on view keys_with_usage is 'Keys as people see them, with the allowed requests of all their secrets.';
+
 create view users_with_counts as
 select p.id, p.email, d.name as plan, p.balance, p.metered, p.created_at, p.version, k.live_keys, k.total_keys
 from user_preferences p

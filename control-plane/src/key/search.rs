@@ -37,28 +37,24 @@ pub async fn search(
     let prefix = filter.prefix.map(|prefix| format!("{}%", literally(prefix)));
     let keys = sqlx::query_as!(
         Key,
-        r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.disabled_by_admin,
-            k.created_at, k.expires_at, k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
-        from api_keys k join user_preferences p on p.id = k.owner_id
-        left join lateral (
-            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
-                max(last_used_at) as last_used_at
-            from key_usage where key_id = k.id
-        ) u on true
-        where k.id < $1 and ($2::text is null or p.email = $2)
-            and ($3::text is null or k.prefix like $3 or k.id in (
+        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+            revoked_at, last_used_at, usage_count as "usage_count!"
+        from keys_with_usage
+        where id < $1 and ($2::text is null or email = $2)
+            and ($3::text is null or prefix like $3 or id in (
                 select key_id from retired_secrets where prefix like $3 and not withdrawn
             ))
-            and ($4::text is null or strpos(lower(k.name), lower($4)) > 0)
+            and ($4::text is null or strpos(lower(name), lower($4)) > 0)
             and ($5::text is null or $5 = case
-                when k.revoked_at is not null then 'revoked'
-                when k.expires_at <= now() then 'expired'
-                when k.disabled then 'disabled'
+                when revoked_at is not null then 'revoked'
+                when expires_at <= now() then 'expired'
+                when disabled then 'disabled'
                 else 'active'
             end)
-            and ($6::timestamptz is null or coalesce(u.last_used_at, k.created_at) < $6)
-        order by k.id desc limit $7"#,
+            and ($6::timestamptz is null or coalesce(last_used_at, created_at) < $6)
+        order by id desc limit $7"#,
         before.unwrap_or(Uuid::max()),
         filter.email,
         prefix,

@@ -304,16 +304,11 @@ pub(super) async fn lock_store(connection: &mut PgConnection) -> Result<(), sqlx
 pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>, ApiError> {
     let key = sqlx::query_as!(
         Key,
-        r#"select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.generation, k.version, k.disabled, k.disabled_by_admin,
-            k.created_at, k.expires_at, k.revoked_at, u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
-        from api_keys k join user_preferences p on p.id = k.owner_id
-        left join lateral (
-            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
-                max(last_used_at) as last_used_at
-            from key_usage where key_id = k.id
-        ) u on true
-        where k.id = $1"#,
+        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+            revoked_at, last_used_at, usage_count as "usage_count!"
+        from keys_with_usage where id = $1"#,
         id
     )
     .fetch_optional(executor)
@@ -321,52 +316,29 @@ pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>,
     Ok(key)
 }
 
-/// Reads a user's balance and primary key, in one statement: a key that is being replaced is there before and after. An
-/// unknown user has neither.
+/// Reads a user's balance and primary key. One statement finds the key, so that a key that is being replaced is there before
+/// and after. An unknown user has neither.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
-    let row = sqlx::query!(
-        r#"select p.balance, p.id as owner_id, p.email, k.id as "id?", k.name as "name?", k.prefix as "prefix?",
-            k.scopes as "scopes?", k.rate_limits as "rate_limits?: Json<Vec<StoredLimit>>", k.generation as "generation?",
-            k.version as "version?", k.disabled as "disabled?", k.disabled_by_admin as "disabled_by_admin?",
-            k.created_at as "created_at?", k.expires_at as "expires_at?", u.last_used_at as "last_used_at?", coalesce(u.requests, 0) as "usage_count!"
-        from user_preferences p left join api_keys k on k.id = p.primary_key_id and k.revoked_at is null
-        left join lateral (
-            select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as requests,
-                max(last_used_at) as last_used_at
-            from key_usage where key_id = k.id
-        ) u on true
-        where p.email = $1"#,
+    let balance = sqlx::query_scalar!("select balance from user_preferences where email = $1", email.as_str())
+        .fetch_optional(pool)
+        .await?;
+    let Some(balance) = balance else { return Ok(PrimaryStatus::default()) };
+    let key = sqlx::query_as!(
+        Key,
+        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+            revoked_at, last_used_at, usage_count as "usage_count!"
+        from keys_with_usage
+        where id = (select primary_key_id from user_preferences where email = $1) and revoked_at is null"#,
         email.as_str()
     )
     .fetch_optional(pool)
     .await?;
-    let Some(row) = row else { return Ok(PrimaryStatus::default()) };
-    // The rest of the key is there if its id is.
-    let key = match (row.id, row.created_at) {
-        (Some(id), Some(created_at)) => Some(Key {
-            id,
-            owner_id: row.owner_id,
-            email: row.email,
-            name: row.name.unwrap_or_default(),
-            prefix: row.prefix,
-            scopes: row.scopes.unwrap_or_default(),
-            rate_limits: row.rate_limits.unwrap_or_default(),
-            generation: row.generation.unwrap_or_default(),
-            version: row.version.unwrap_or_default(),
-            disabled: row.disabled.unwrap_or_default(),
-            disabled_by_admin: row.disabled_by_admin.unwrap_or_default(),
-            created_at,
-            expires_at: row.expires_at,
-            revoked_at: None,
-            last_used_at: row.last_used_at,
-            usage_count: row.usage_count,
-        }),
-        _ => None,
-    };
-    Ok(PrimaryStatus { balance: row.balance, key })
+    Ok(PrimaryStatus { balance, key })
 }
 
 /// A user whose row is held.

@@ -65,7 +65,7 @@ impl Verb {
             all.with(&parts, &note)
         };
         let shown = |key: &str| all.with(&["select k.id as \"id!\", k.networks", "where k.id = $1"], &[key]);
-        let one = |key: &str| all.with(&["select k.id, k.owner_id, p.email", "where k.id = $1"], &[key]);
+        let one = |key: &str| all.with(&["from keys_with_usage where id = $1"], &[key]);
         let lines = match self {
             Self::Create => {
                 let owner = "'pgbench-' || :n::text || '@example.com'";
@@ -101,7 +101,7 @@ impl Verb {
                 one(KEY)? + ";\n",
                 all.with(&["select one from store_state for no key update"], &[])? + ";\n",
                 one(KEY)? + ";\n",
-                all.with(&["select scopes, revoked_at is not null as \"revoked!\""], &[KEY])? + ";\n",
+                all.with(&["select owner_id, scopes, revoked_at is not null as \"revoked!\""], &[KEY])? + ";\n",
                 all.with(&["update api_keys set revoked_at = now() where id = $1"], &[KEY])? + ";\n",
                 noted(KEY)? + ";\ncommit;\n",
             ]
