@@ -817,6 +817,28 @@ cross join lateral (
 
 comment on view keys_with_usage is 'Keys as people see them, with the allowed requests of all their secrets.';
 
+create view key_permissions as
+select k.id, k.networks, k.quota, k.cost, own.name as plan, effective.name as effective_plan,
+    array(
+        select d.name from unnest(k.role_numbers) with ordinality as r (number, place)
+        join definitions d on d.number = r.number where not d.removed order by r.place
+    ) as roles,
+    k.scopes || array(
+        select s.scope from unnest(k.role_numbers) with ordinality as r (number, place)
+        join definitions d on d.number = r.number
+        cross join lateral unnest(d.scopes) with ordinality as s (scope, place)
+        where not d.removed order by r.place, s.place
+    ) || coalesce(effective.scopes, '{}') as scopes
+from api_keys k
+left join definitions own on own.number = k.plan_number and not own.removed
+left join definitions effective
+    on effective.number = coalesce(k.plan_number, k.owner_plan_number) and not effective.removed;
+
+comment on view key_permissions is 'What keys may do, with roles and plans by name.';
+comment on column key_permissions.plan is 'The key''s own plan.';
+comment on column key_permissions.effective_plan is 'The plan that applies: the key''s own or that of the user.';
+comment on column key_permissions.scopes is 'Scopes of the key, of its roles and of its plan, in this order; one may occur several times.';
+
 create view users_with_counts as
 select p.id, p.email, d.name as plan, p.balance, p.metered, p.created_at, p.version, k.live_keys, k.total_keys
 from user_preferences p

@@ -366,35 +366,6 @@ fn once_each(scopes: impl IntoIterator<Item = String>) -> Vec<String> {
     scopes.into_iter().filter(|scope| seen.insert(scope.clone())).collect()
 }
 
-/// Reads what the keys may that a condition names.
-macro_rules! permitted {
-    ($where:literal, $of:expr, $executor:expr) => {
-        sqlx::query_as!(
-            Read,
-            r#"select k.id as "id!", k.networks as "networks!", k.quota as "quota: Json<Quota>", k.cost as "cost!",
-                own.name as "plan?", effective.name as "effective_plan?",
-                array(
-                    select d.name from unnest(k.role_numbers) with ordinality as r (number, place)
-                    join definitions d on d.number = r.number where not d.removed order by r.place
-                ) as "roles!",
-                k.scopes || array(
-                    select s.scope from unnest(k.role_numbers) with ordinality as r (number, place)
-                    join definitions d on d.number = r.number
-                    cross join lateral unnest(d.scopes) with ordinality as s (scope, place)
-                    where not d.removed order by r.place, s.place
-                ) || coalesce(effective.scopes, '{}') as "scopes!"
-            from api_keys k
-            left join definitions own on own.number = k.plan_number and not own.removed
-            left join definitions effective
-                on effective.number = coalesce(k.plan_number, k.owner_plan_number) and not effective.removed
-            where "#
-                + $where,
-            $of
-        )
-        .fetch_all($executor)
-    };
-}
-
 /// What the database holds of what a key may.
 struct Read {
     id: Uuid,
@@ -414,8 +385,28 @@ struct Read {
 pub async fn of_keys(executor: impl PgExecutor<'_>, ids: &[Uuid]) -> Result<HashMap<Uuid, Permitted>, ApiError> {
     // Of one among keys that may be many PostgreSQL would make a plan each time, which costs more than to read it.
     let rows = match *ids {
-        [id] => permitted!("k.id = $1", id, executor).await?,
-        _ => permitted!("k.id = any($1)", ids, executor).await?,
+        [id] => {
+            sqlx::query_as!(
+                Read,
+                r#"select id as "id!", networks as "networks!", quota as "quota: Json<Quota>", cost as "cost!", plan, effective_plan,
+                    roles as "roles!", scopes as "scopes!"
+                from key_permissions where id = $1"#,
+                id
+            )
+            .fetch_all(executor)
+            .await?
+        }
+        _ => {
+            sqlx::query_as!(
+                Read,
+                r#"select id as "id!", networks as "networks!", quota as "quota: Json<Quota>", cost as "cost!", plan, effective_plan,
+                    roles as "roles!", scopes as "scopes!"
+                from key_permissions where id = any($1)"#,
+                ids
+            )
+            .fetch_all(executor)
+            .await?
+        }
     };
     let permitted = rows.into_iter().map(|row| {
         let permitted = Permitted {

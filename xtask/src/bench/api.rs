@@ -64,7 +64,7 @@ impl Verb {
             let note = ["null", "'a@example.com'", "'127.0.0.1'", "null", "'key.bench'", key, "null", "'{}'"];
             all.with(&parts, &note)
         };
-        let shown = |key: &str| all.with(&["select k.id as \"id!\", k.networks", "where k.id = $1"], &[key]);
+        let shown = |key: &str| all.with(&["from key_permissions where id = $1"], &[key]);
         let one = |key: &str| all.with(&["from keys_with_usage where id = $1"], &[key]);
         let lines = match self {
             Self::Create => {
