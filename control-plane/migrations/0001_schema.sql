@@ -571,6 +571,17 @@ comment on column usage_log_keys.log_key is 'Derived from the secret by HMAC-SHA
 
 -- 10. Usage
 --
+-- Sums saturate: a forged report that overflows a count must not stop the reports that are applied with it. The sum of no
+-- rows is 0. Both functions are single expressions, which PostgreSQL inlines into the calling statement.
+
+create function saturate(sum numeric) returns bigint language sql immutable parallel safe as $$
+    select least(coalesce(sum, 0), 9223372036854775807)::bigint
+$$;
+
+create function saturating_add(count bigint, more bigint) returns bigint language sql immutable parallel safe as $$
+    select least(count, 9223372036854775807 - greatest(more, 0)) + more
+$$;
+
 -- Counts are added to existing rows again and again. PostgreSQL leaves the indexes alone if the page of the row has room and
 -- no indexed column changes. The fill factor keeps that room, and no index names a count.
 
@@ -698,7 +709,7 @@ declare
 begin
     update user_preferences
     set balance = balance + new.amount,
-        credits_spent = least(credits_spent, 9223372036854775807 - greatest(cost, 0)) + cost
+        credits_spent = saturating_add(credits_spent, cost)
     where id = new.owner_id returning balance into new.balance;
     return new;
 end $$;
@@ -810,9 +821,7 @@ select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes, k.rate_limits, k.g
 from api_keys k
 join user_preferences p on p.id = k.owner_id
 cross join lateral (
-    select least(coalesce(sum(requests), 0), 9223372036854775807)::bigint as usage_count,
-        max(last_used_at) as last_used_at
-    from key_usage where key_id = k.id
+    select saturate(sum(requests)) as usage_count, max(last_used_at) as last_used_at from key_usage where key_id = k.id
 ) u;
 
 comment on view keys_with_usage is 'Keys as people see them, with the allowed requests of all their secrets.';

@@ -56,14 +56,14 @@ async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Resul
             from rows where is_detail group by owner_id, stretch
         ),
         merged as (
-            update ledger set amount = s.amount, note = $2 from stretches s where ledger.id = s.last returning ledger.id
+            update ledger set amount = s.amount, note = $2 from stretches s where ledger.id = s.last
         ),
         deleted as (
             delete from ledger using rows r, stretches s
             where ledger.id = r.id and r.is_detail and s.owner_id = r.owner_id and s.stretch = r.stretch and r.id <> s.last
             returning ledger.id
         )
-        select (select count(*) from deleted) + 0 * (select count(*) from merged) as "gone!""#,
+        select count(*) as "gone!" from deleted"#,
         day,
         NOTE
     )

@@ -32,8 +32,8 @@ pub async fn hourly(
 ) -> Result<Vec<Hour>, ApiError> {
     let hours = sqlx::query_as!(
         Hour,
-        r#"select hour as "hour!", outcome as "outcome!", least(sum(requests), 9223372036854775807)::bigint as "requests!",
-            least(sum(cost), 9223372036854775807)::bigint as "cost!"
+        r#"select hour as "hour!", outcome as "outcome!", saturate(sum(requests)) as "requests!",
+            saturate(sum(cost)) as "cost!"
         from (
             select hour, outcome, requests, cost from usage_hourly where key_id = $1 and hour >= $2 and hour < $3
             union all

@@ -279,7 +279,7 @@ impl Sums {
             select * from unnest($1::uuid[], $2::int[], $3::bigint[], $4::timestamptz[])
                 as new (key_id, generation, requests, last_used_at)
             on conflict (key_id, generation) do update set
-                requests = least(key_usage.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
+                requests = saturating_add(key_usage.requests, excluded.requests),
                 last_used_at = greatest(key_usage.last_used_at, excluded.last_used_at)",
             &ids,
             &generations,
@@ -306,8 +306,8 @@ impl Sums {
                 unnest($1::uuid[], $2::int[], $3::timestamptz[], $4::smallint[], $5::bigint[], $6::bigint[])
                 as new (key_id, generation, hour, outcome, requests, cost)
             on conflict (key_id, hour, outcome, generation) do update set
-                requests = least(usage_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
-                cost = least(usage_hourly.cost, 9223372036854775807 - excluded.cost) + excluded.cost",
+                requests = saturating_add(usage_hourly.requests, excluded.requests),
+                cost = saturating_add(usage_hourly.cost, excluded.cost)",
             &ids,
             &generations,
             &hours,
@@ -327,8 +327,8 @@ impl Sums {
         sqlx::query!(
             "insert into usage_keyless_hourly (hour, outcome, requests)
             select * from unnest($1::timestamptz[], $2::smallint[], $3::bigint[]) as new (hour, outcome, requests)
-            on conflict (hour, outcome) do update set requests =
-                least(usage_keyless_hourly.requests, 9223372036854775807 - excluded.requests) + excluded.requests",
+            on conflict (hour, outcome) do update set
+                requests = saturating_add(usage_keyless_hourly.requests, excluded.requests)",
             &hours,
             &outcomes,
             &requests

@@ -113,8 +113,7 @@ async fn write(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
         select
             (select coalesce(max(seq), 0) from usage_events)
                 + row_number() over (order by c.hour, c.key_id, c.outcome),
-            c.key_id, k.owner_id, c.hour, c.outcome, least(sum(c.more), 9223372036854775807)::bigint,
-            least(sum(c.more_cost), 9223372036854775807)::bigint
+            c.key_id, k.owner_id, c.hour, c.outcome, saturate(sum(c.more)), saturate(sum(c.more_cost))
         from counted c join api_keys k on k.id = c.key_id
         group by c.key_id, k.owner_id, c.hour, c.outcome",
         TOGETHER

@@ -174,9 +174,8 @@ pub async fn sums(pool: &PgPool, question: &Question) -> Result<Vec<Sum>, sqlx::
             from described
         )
         select start as "start!", key_id as "key_id!", email as "email!", plan as "plan!", scope as "scope!",
-            outcome::smallint as "outcome!", max(name) as name,
-            least(sum(requests), 9223372036854775807)::bigint as "requests!",
-            least(sum(cost), 9223372036854775807)::bigint as "cost!"
+            outcome::smallint as "outcome!", max(name) as name, saturate(sum(requests)) as "requests!",
+            saturate(sum(cost)) as "cost!"
         from placed
         where $15::timestamptz is null
             or (start, key_id, email, plan, scope, outcome) > ($15, $16::uuid, $17::text, $18::text, $19::text, $20::int)

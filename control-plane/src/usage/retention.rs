@@ -83,12 +83,11 @@ async fn roll_up_some(connection: &mut PgConnection, days: i32) -> Result<u64, s
         ),
         added as (
             insert into usage_daily (key_id, day, outcome, requests, cost)
-            select key_id, date_trunc('day', hour, 'UTC'), outcome,
-                least(sum(requests), 9223372036854775807)::bigint, least(sum(cost), 9223372036854775807)::bigint
+            select key_id, date_trunc('day', hour, 'UTC'), outcome, saturate(sum(requests)), saturate(sum(cost))
             from moved group by 1, 2, 3
             on conflict (key_id, day, outcome) do update set
-                requests = least(usage_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests,
-                cost = least(usage_daily.cost, 9223372036854775807 - excluded.cost) + excluded.cost
+                requests = saturating_add(usage_daily.requests, excluded.requests),
+                cost = saturating_add(usage_daily.cost, excluded.cost)
         )
         select count(*) as "moved!" from moved"#,
         days,
@@ -108,10 +107,10 @@ async fn roll_up_some(connection: &mut PgConnection, days: i32) -> Result<u64, s
         ),
         added as (
             insert into usage_keyless_daily (day, outcome, requests)
-            select date_trunc('day', hour, 'UTC'), outcome, least(sum(requests), 9223372036854775807)::bigint
+            select date_trunc('day', hour, 'UTC'), outcome, saturate(sum(requests))
             from moved group by 1, 2
-            on conflict (day, outcome) do update set requests =
-                least(usage_keyless_daily.requests, 9223372036854775807 - excluded.requests) + excluded.requests
+            on conflict (day, outcome) do update set
+                requests = saturating_add(usage_keyless_daily.requests, excluded.requests)
         )
         select count(*) as "moved!" from moved"#,
         days,
