@@ -16,7 +16,7 @@
 --   14. Views
 --
 -- Locks. Every transaction takes its locks in this order, so that no two transactions deadlock:
---   usage_reporters → user_preferences → definitions → leases → quota_use → store_state → api_keys → usage tables.
+--   usage_reporters → user_preferences → definitions → lease_locks → quota_use → store_state → api_keys → usage tables.
 -- Several rows of one table are locked in the order of their ids.
 --
 -- Triggers. PostgreSQL fires BEFORE STATEMENT triggers first, then BEFORE ROW, then AFTER ROW; triggers of one kind fire in
@@ -790,7 +790,6 @@ create table leases (
     spent bigint not null default 0,
     rest bigint not null default 0,
     demand double precision not null default 0,
-    used jsonb not null default '{}',
     renewed_at timestamptz not null default now(),
     primary key (stock, subject, reporter)
 );
@@ -798,7 +797,7 @@ create table leases (
 comment on table leases is 'What each Envoy may use of the shared limits, the quota or the credits of a subject.';
 comment on column leases.stock is '0: share of a key''s rate limits, in parts per million; 1: quota of a key, in requests; 2: credits of a user.';
 comment on column leases.subject is 'The key; for credits, the user.';
-comment on column leases.reporter is 'The Envoy process. The row with all zeros is the lock of the subject: it orders the changes of the subject''s other rows.';
+comment on column leases.reporter is 'The Envoy process.';
 comment on column leases.told is 'What the Envoy was granted last: a share, or the sum of all grants.';
 comment on column leases.held is 'The most that the Envoy may believe it has, until it acknowledges the last grant.';
 comment on column leases.told_seq is 'Number of the report that was answered with the grant.';
@@ -806,9 +805,21 @@ comment on column leases.turn is 'Turn of the quota or the credits in which the 
 comment on column leases.spent is 'Sum of all usage that the Envoy has reported.';
 comment on column leases.rest is 'Granted on top of told, for a start after an idle time. It is not reserved: others may be granted it too.';
 comment on column leases.demand is 'Recent requests or credits a second.';
-comment on column leases.used is 'Lock row of a share only: for each rate limit, by its tag, until when it is used at its full rate, in milliseconds of Unix time.';
 
 create index leases_reporter on leases (reporter);
+
+create table lease_locks (
+    stock smallint not null,
+    subject uuid not null,
+    used jsonb not null default '{}',
+    created_at timestamptz not null default now(),
+    primary key (stock, subject)
+);
+
+comment on table lease_locks is 'One row for each subject. A transaction locks it before it reads or changes the leases of the subject.';
+comment on column lease_locks.stock is 'As leases.stock.';
+comment on column lease_locks.subject is 'As leases.subject.';
+comment on column lease_locks.used is 'Shares only: for each rate limit, by its tag, until when it is used at its full rate, in milliseconds of Unix time.';
 
 
 -- 14. Views

@@ -2,7 +2,7 @@
 //! is sent, and to however many replicas. What the counts draw from quotas and credits is booked with them.
 //!
 //! Locks are taken in one order, so that no two transactions wait for each other: the rows of the reporters, of users, of
-//! leases (their anchors) and of quotas' windows, each in the order of their ids; then, only if a stock is used up,
+//! `lease_locks` and of quotas' windows, each in the order of their ids; then, only if a stock is used up,
 //! `store_state` (by a trigger) and rows of keys; then rows of the usage tables. Rotation, which holds `store_state` and then
 //! a key's row, would wait in a circle with counts that refer to the key if those came first.
 

@@ -32,7 +32,8 @@ async fn held(pool: &PgPool, id: Uuid) -> i64 {
 }
 
 async fn rows(pool: &PgPool) -> i64 {
-    sqlx::query_scalar("select count(*) from leases").fetch_one(pool).await.unwrap()
+    let count = "select (select count(*) from leases) + (select count(*) from lease_locks)";
+    sqlx::query_scalar(count).fetch_one(pool).await.unwrap()
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -206,6 +207,7 @@ async fn what_envoys_held_that_are_long_gone_is_forgotten(pool: PgPool) {
     assert_eq!(lease::tidy(&pool).await.unwrap(), 0);
     execute(&pool, "update usage_reporters set reported_at = now() - interval '2 hours'").await;
     execute(&pool, "update leases set renewed_at = now() - interval '2 hours'").await;
+    execute(&pool, "update lease_locks set created_at = now() - interval '2 hours'").await;
     assert_eq!(lease::tidy(&pool).await.unwrap(), 1);
     assert_eq!(lease::tidy(&pool).await.unwrap(), 1);
     assert_eq!(rows(&pool).await, 0);

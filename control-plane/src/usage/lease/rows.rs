@@ -1,7 +1,7 @@
 //! What is kept of leases: subjects come in, the rows of all Envoys of each go out, and back.
 //!
-//! The row of no Envoy (all zeros) is the anchor of a subject: whoever changes its rows holds the anchor's lock, so that two
-//! Envoys that come at once see each other. Anchors are locked in the order of their subjects.
+//! A transaction locks the row of `lease_locks` of a subject before it reads or changes the leases of the subject, so that
+//! reports of two Envoys at once see each other. Rows are locked in the order of their subjects.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ pub type Table = BTreeMap<Subject, Vec<Row>>;
 /// How far the limits of each key are used.
 pub type UsedTable = BTreeMap<Uuid, Used>;
 
-/// How often anchors are looked for again that were removed in the moment they were wanted.
+/// How often lock rows are inserted again that [`tidy`] deleted in between.
 const TRIES: usize = 3;
 
 /// Locks subjects and reads their rows, and how far the limits of keys among them are used.
@@ -36,11 +36,10 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
     for left in (0..TRIES).rev() {
         let locked = sqlx::query!(
             r#"select l.subject, l.used as "used: Json<Used>" from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
-            join leases l on l.stock = of.stock and l.subject = of.subject and l.reporter = $3
+            join lease_locks l on l.stock = of.stock and l.subject = of.subject
             order by l.stock, l.subject for update of l"#,
             &stocks,
-            &ids,
-            Uuid::nil()
+            &ids
         )
         .fetch_all(&mut *connection)
         .await?;
@@ -52,12 +51,11 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
             return Err(sqlx::Error::Protocol("leases cannot be locked".into()));
         }
         sqlx::query!(
-            "insert into leases (stock, subject, reporter, told, held, told_seq)
-            select stock, subject, $3, 0, 0, 0 from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
+            "insert into lease_locks (stock, subject)
+            select stock, subject from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
             order by stock, subject on conflict do nothing",
             &stocks,
-            &ids,
-            Uuid::nil()
+            &ids
         )
         .execute(&mut *connection)
         .await?;
@@ -68,12 +66,11 @@ pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result
             (extract(epoch from l.renewed_at) * 1000)::bigint as "renewed_ms!",
             (extract(epoch from greatest(l.renewed_at, r.reported_at)) * 1000)::bigint as "heard_ms!"
         from unnest($1::smallint[], $2::uuid[]) as of (stock, subject)
-        join leases l on l.stock = of.stock and l.subject = of.subject and l.reporter <> $3
+        join leases l on l.stock = of.stock and l.subject = of.subject
         left join usage_reporters r on r.reporter = l.reporter
         order by l.stock, l.subject, l.reporter"#,
         &stocks,
-        &ids,
-        Uuid::nil()
+        &ids
     )
     .fetch_all(connection)
     .await?;
@@ -106,10 +103,8 @@ pub async fn keep_used(connection: &mut PgConnection, used: &UsedTable) -> Resul
     let keys: Vec<Uuid> = used.keys().copied().collect();
     let used: Vec<Json<&Used>> = used.values().map(Json).collect();
     sqlx::query!(
-        "update leases set used = new.used from unnest($2::uuid[], $3::jsonb[]) as new (subject, used)
-        where leases.stock = 0 and leases.subject = new.subject and leases.reporter = $1
-            and leases.used is distinct from new.used",
-        Uuid::nil(),
+        "update lease_locks set used = new.used from unnest($1::uuid[], $2::jsonb[]) as new (subject, used)
+        where lease_locks.stock = 0 and lease_locks.subject = new.subject and lease_locks.used is distinct from new.used",
         &keys,
         &used as &[Json<&Used>]
     )
@@ -175,15 +170,14 @@ pub async fn repeat(connection: &mut PgConnection, of: &[(Uuid, u64)]) -> Result
     let (reporters, seqs): (Vec<Uuid>, Vec<i64>) =
         of.iter().map(|(reporter, seq)| (*reporter, seq.cast_signed())).unzip();
     let rows = sqlx::query!(
-        r#"select l.reporter, l.stock, l.subject, l.told, l.rest, l.turn, l.demand, anchor.used as "used?: Json<Used>",
+        r#"select l.reporter, l.stock, l.subject, l.told, l.rest, l.turn, l.demand, k.used as "used?: Json<Used>",
             (extract(epoch from now()) * 1000)::bigint as "now_ms!"
         from unnest($1::uuid[], $2::bigint[]) as of (reporter, seq)
         join leases l on l.reporter = of.reporter and l.told_seq = of.seq
-        left join leases anchor on anchor.stock = l.stock and anchor.subject = l.subject and anchor.reporter = $3
+        left join lease_locks k on k.stock = l.stock and k.subject = l.subject
         order by l.stock, l.subject"#,
         &reporters,
-        &seqs,
-        Uuid::nil()
+        &seqs
     )
     .fetch_all(connection)
     .await?;
@@ -209,28 +203,35 @@ pub fn grant(subject: Subject, row: &Row, turn: u32) -> Grant {
     Grant { stock, of: subject.1.into_bytes(), amount, turn }
 }
 
-/// Forgets what Envoys held that are gone, and anchors of subjects that nobody holds, and counts what is held. What an
+/// Forgets what Envoys held that are gone, and lock rows of subjects without leases, and counts what is held. What an
 /// Envoy has spent is kept for a week after it was last heard of: it counts from the start of its process.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn tidy(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let locks = sqlx::query!(
+        "delete from lease_locks where (stock, subject) in (
+            select k.stock, k.subject from lease_locks k
+            where k.created_at < now() - interval '1 hour'
+                and not exists (select from leases l where l.stock = k.stock and l.subject = k.subject)
+                and not exists (
+                    select from jsonb_each_text(k.used) u where u.value::bigint > extract(epoch from now()) * 1000
+                )
+            limit 10000 for update of k skip locked
+        )"
+    )
+    .execute(pool)
+    .await?;
     let gone = sqlx::query!(
         "delete from leases where (stock, subject, reporter) in (
             select l.stock, l.subject, l.reporter from leases l
             left join usage_reporters r on r.reporter = l.reporter left join filters f on f.reporter = l.reporter
             where l.renewed_at < now() - interval '1 hour' and case
-                when l.reporter = $1 then not exists (
-                    select from leases o where o.stock = l.stock and o.subject = l.subject and o.reporter <> $1
-                ) and not exists (
-                    select from jsonb_each_text(l.used) u where u.value::bigint > extract(epoch from now()) * 1000
-                )
                 when l.stock = 0 then l.held = 0 or coalesce(r.reported_at < now() - interval '1 hour', true)
                 else coalesce(greatest(r.reported_at, f.seen_at) < now() - interval '7 days', true)
             end
             limit 10000 for update of l skip locked
-        )",
-        Uuid::nil()
+        )"
     )
     .execute(pool)
     .await?;
@@ -245,5 +246,5 @@ pub async fn tidy(pool: &PgPool) -> Result<u64, sqlx::Error> {
         let stock = ["share", "quota", "credits"].get(usize::try_from(row.stock).unwrap_or(usize::MAX));
         metrics::gauge!("portcullis_leases", "stock" => *stock.unwrap_or(&"other")).set(row.held as f64);
     }
-    Ok(gone.rows_affected())
+    Ok(locks.rows_affected() + gone.rows_affected())
 }
