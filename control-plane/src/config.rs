@@ -14,7 +14,7 @@ use crate::secret_setting;
 
 /// The control plane of Portcullis: API keys for Envoy.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110)]
+#[command(name = "portcullis", version, about, max_term_width = 110)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -267,7 +267,7 @@ pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
     let Some(text) = secret_setting::read(variable)? else { return Ok(None) };
     match check(&text) {
         Ok(_) => Ok(Some(Secret::from_presented(text))),
-        Err(error) => Err(format!("{variable}: {error}; `control-plane admin generate-key` makes one")),
+        Err(error) => Err(format!("{variable}: {error}; `portcullis admin generate-key` makes one")),
     }
 }
 

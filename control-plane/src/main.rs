@@ -33,7 +33,7 @@ async fn main() -> ExitCode {
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) if error.use_stderr() => {
-            let _ = writeln!(std::io::stderr(), "control-plane: {}", one_line(&error.render().to_string()));
+            let _ = writeln!(std::io::stderr(), "portcullis: {}", one_line(&error.render().to_string()));
             return ExitCode::from(2);
         }
         Err(help) => help.exit(),
@@ -41,7 +41,7 @@ async fn main() -> ExitCode {
     match run(command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "control-plane: {error}");
+            let _ = writeln!(std::io::stderr(), "portcullis: {error}");
             ExitCode::FAILURE
         }
     }

@@ -211,7 +211,7 @@ fn a_file_that_is_wrong_is_named_with_its_setting_in_one_line() {
     ];
     for (arguments, expected) in cases {
         let said = complaint(&arguments);
-        assert!(said.starts_with("control-plane: ") && said.contains(&expected), "{expected}: {said}");
+        assert!(said.starts_with("portcullis: ") && said.contains(&expected), "{expected}: {said}");
     }
     let mut all = both(&certificate, &key);
     all.push(("--tls-client-ca", &empty));

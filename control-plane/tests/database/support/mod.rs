@@ -41,7 +41,7 @@ pub const EARLY: Duration = Duration::from_secs(20);
 /// The control plane as cargo built it for these tests. Read when the test runs, since a checkout may be copied with its
 /// target directory.
 pub fn binary() -> PathBuf {
-    std::env::var_os("CARGO_BIN_EXE_control-plane").map_or_else(paths::control_plane, PathBuf::from)
+    std::env::var_os("CARGO_BIN_EXE_portcullis").map_or_else(paths::control_plane, PathBuf::from)
 }
 
 /// An app whose mirror is fed as in production, and the router over it.
