@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use clap::Parser;
 use contract::key::KeyKind;
 use control_plane::audit::Actor;
+use control_plane::change::{FeedWaker, Writer};
 use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage, given_pepper};
-use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
-use control_plane::key::import::Import;
-use control_plane::key::store::{self as keys, NewKey};
+use control_plane::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
+use control_plane::keys::create;
+use control_plane::keys::import::Import;
+use control_plane::keys::model::{CreatedKey, NewKey};
 use control_plane::sync::feed;
-use control_plane::transaction::transact;
-use control_plane::{http, serve, usage};
+use control_plane::{api, metering, server};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use zeroizing_alloc::ZeroAlloc;
@@ -49,8 +50,8 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Serve(settings) => serve::serve(*settings).await,
-        Command::Openapi => print(&http::openapi().to_pretty_json()?),
+        Command::Serve(settings) => server::serve(*settings).await,
+        Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds, no_expiry }) => {
             let scopes = Scopes::parse(scopes)?;
             let operators = scopes.as_slice().iter().all(|scope| [ADMIN, SYNC].contains(&scope.as_str()));
@@ -68,21 +69,20 @@ async fn run(command: Command) -> Result<(), Failure> {
                 scopes,
                 ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
             };
-            let pool = connect(&database).await?;
-            let made =
-                transact(&pool, async |connection| keys::create(connection, &Actor::system(), new).await).await?;
-            let keys::Made { key, secret, .. } = made;
+            let writer = Writer::new(connect(&database).await?, FeedWaker::default());
+            let created = writer.change(&Actor::system(), async |change| create::create(change, new).await).await?;
+            let CreatedKey { key, secret, .. } = created;
             writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
             print(secret.reveal())
         }
-        Command::Admin(Admin::GenerateKey) => print(keys::generate(KeyKind::Live)?.reveal()),
+        Command::Admin(Admin::GenerateKey) => print(create::generate(KeyKind::Live)?.reveal()),
         Command::Admin(Admin::NewEpoch { database }) => {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
             print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
         }
         Command::Keys(Keys::Import { database, file }) => {
             let (pool, pepper) = (connect(&database).await?, given_pepper()?);
-            control_plane::pepper::check(&pool, pepper.as_ref()).await??;
+            control_plane::keys::pepper::check(&pool, pepper.as_ref()).await??;
             let import = Import::new(pool, Actor::system(), pepper);
             if file == Path::new("-") {
                 import_keys(import, std::io::stdin()).await
@@ -94,15 +94,15 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Usage(Usage::Import { database, file }) => {
             let pool = connect(&database).await?;
             let imported = if file == Path::new("-") {
-                usage::import::import(&pool, BufReader::new(std::io::stdin())).await?
+                metering::import::import(&pool, BufReader::new(std::io::stdin())).await?
             } else {
                 let log = File::open(&file).map_err(|error| format!("{}: {error}", file.display()))?;
-                usage::import::import(&pool, BufReader::new(log)).await?
+                metering::import::import(&pool, BufReader::new(log)).await?
             };
             for (line, why) in &imported.bad {
                 writeln!(std::io::stderr(), "line {line}: {why}")?;
             }
-            let usage::import::Imported { applied, known, bad, refused } = imported;
+            let metering::import::Imported { applied, known, bad, refused } = imported;
             if refused > bad.len() {
                 writeln!(std::io::stderr(), "and {} more lines", refused - bad.len())?;
             }
@@ -135,7 +135,7 @@ fn one_line(rendered: &str) -> String {
 }
 
 async fn connect(database: &Database) -> Result<PgPool, Failure> {
-    serve::connect(database).await
+    server::schema::connect(database).await
 }
 
 fn print(text: &str) -> Result<(), Failure> {

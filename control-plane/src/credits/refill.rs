@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 
 use super::store::{Locked, book, open};
 use super::{Kind, Refill};
-use crate::transaction::transact;
+use crate::change::transact;
 
 /// Most periods that are made up for at once. Beyond, the schedule goes on from now.
 const MISSED: i32 = 400;

@@ -4,7 +4,8 @@
 
 use sqlx::{PgConnection, PgPool};
 
-use crate::transaction::transact;
+use crate::change::transact;
+use crate::job_lock::JobLock;
 
 /// What the merged rows are marked with.
 pub const NOTE: &str = "sum of a day";
@@ -23,9 +24,7 @@ pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error
 
 /// Merges the rows of the oldest day. Says how many rows went; none if there is no such day, or another replica is at it.
 async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Result<Option<u64>, sqlx::Error> {
-    // One replica at a time.
-    let ours = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock(hashtext('portcullis.roll_up')) as "ours!""#);
-    if !ours.fetch_one(&mut *connection).await? {
+    if !JobLock::LedgerRollUp.try_take(connection).await? {
         return Ok(None);
     }
     let day = sqlx::query_scalar!(
@@ -63,7 +62,7 @@ async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Resul
             where ledger.id = r.id and r.is_detail and s.owner_id = r.owner_id and s.stretch = r.stretch and r.id <> s.last
             returning ledger.id
         )
-        select (select count(*) from deleted) + 0 * (select count(*) from merged) as "gone!""#,
+        select (select count(*) from deleted) as "gone!""#,
         day,
         NOTE
     )

@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::mirror::Mirror;
-use super::rows::{FEW, Keys, State, definitions, old_secrets};
+use super::rows::{FEW, Keys, ReadError, State, definitions, old_secrets};
 use super::{Position, Store};
 
 /// How long to wait before the database is tried again after a fault.
@@ -40,18 +40,20 @@ const HIDDEN: &str = "hidden";
 /// Why a refresh did not come about.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedError {
-    /// The database did not answer as it should.
-    #[error("the database: {0}")]
-    Database(#[from] sqlx::Error),
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The connection that announces changes was lost.
     #[error("the connection to the database was lost")]
     Interrupted,
     /// The database took longer than a minute.
     #[error("the database did not answer in time")]
     Late,
-    /// A row that the schema does not allow.
-    #[error("key {0} cannot be written as a record")]
-    Row(Uuid),
+}
+
+impl From<sqlx::Error> for FeedError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Read(error.into())
+    }
 }
 
 /// The feed: it has connections of its own, so that no request waits for others to learn what was committed.
@@ -109,7 +111,7 @@ impl Feed {
                         return Ok(());
                     }
                 }
-                () = self.store.nudged() => return Ok(()),
+                () = self.store.waker().woken() => return Ok(()),
                 () = &mut due => return Ok(()),
             }
         }
@@ -163,9 +165,6 @@ fn several_between(before: Position, after: Position) -> bool {
 
 /// Draws a new epoch if this is not the database that the present one was drawn for: another server, another timeline
 /// after a promotion or a point-in-time recovery, or another database after a restore of a dump.
-///
-/// # Errors
-/// Those of the database.
 pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
     let system = sqlx::query_scalar!(r#"select system_identifier::text as "text!" from pg_control_system()"#);
     // Of the present WAL file: the control file tells a new timeline only after the next checkpoint.
@@ -199,9 +198,6 @@ fn or_hidden(part: Result<String, sqlx::Error>) -> Result<String, sqlx::Error> {
 }
 
 /// Draws a new epoch: every filter will load the whole store anew.
-///
-/// # Errors
-/// Those of the database.
 pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
 }

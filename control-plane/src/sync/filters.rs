@@ -2,7 +2,7 @@
 //! of them a change was applied.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use contract::id::{Epoch, ReporterId};
 use sqlx::PgPool;
@@ -10,13 +10,29 @@ use sqlx::postgres::types::PgInterval;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::registry::{Known, Registry, SILENT};
+/// An Envoy that was heard of within this time is live. Longer than any poll is held.
+pub const SILENT: Duration = Duration::from_secs(60);
 
 /// For how long an Envoy that is gone is shown.
 pub const SHOWN: Duration = Duration::from_hours(24);
 
 /// Most Envoys of one sync key that are shown and are gone.
 const SHOWN_OF_KEY: i64 = 10_000;
+
+/// What is known of an Envoy.
+#[derive(Clone, Debug)]
+pub(super) struct KnownEnvoy {
+    pub(super) sync_key: Uuid,
+    pub(super) address: Option<String>,
+    pub(super) version: Option<String>,
+    pub(super) holds: Option<(Epoch, u64)>,
+    pub(super) pending: Option<u64>,
+    /// When it said what it holds; when it first came, if it has not.
+    pub(super) confirmed: Instant,
+    pub(super) seen: Instant,
+    pub(super) reported: Option<Instant>,
+    pub(super) unwritten: bool,
+}
 
 /// One Envoy.
 #[derive(Clone, Debug)]
@@ -56,17 +72,19 @@ pub struct Present {
     pub now: OffsetDateTime,
 }
 
-/// By how many Envoys a change was applied.
+/// How far a change has reached the Envoys.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Applied {
+pub struct Rollout {
+    /// The epoch of the database.
+    pub epoch: Uuid,
     /// Live Envoys.
     pub filters: i64,
-    /// Those of them that hold the change.
+    /// Live Envoys that have the change.
     pub applied: i64,
-    /// For how long the slowest of the others has lagged behind, in seconds.
-    pub oldest_seconds: Option<f64>,
-    /// Envoys that are not live, were heard of within [`SHOWN`] and did not say then that they hold the change:
-    /// ended, or cut off and still serving what they had.
+    /// Seconds since the slowest of the other live Envoys last confirmed an older revision.
+    pub confirmed_s: Option<f64>,
+    /// Envoys that are not live, were live within [`SHOWN`], and did not have the change then. They have ended, or are cut
+    /// off and still serve what they had.
     pub silent: i64,
 }
 
@@ -77,11 +95,11 @@ fn interval(of: Duration) -> PgInterval {
 
 /// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree. What an Envoy
 /// said through another replica stays if it is more: within an epoch its store never goes back.
-pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Result<(), sqlx::Error> {
+pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, KnownEnvoy)]) -> Result<(), sqlx::Error> {
     // In one order, so that replicas lock rows in one order.
     let mut heard: Vec<_> = heard.iter().collect();
     heard.sort_by_key(|(reporter, _)| *reporter);
-    let column = |of: &dyn Fn(&Known) -> Option<i64>| heard.iter().map(|(_, known)| of(known)).collect::<Vec<_>>();
+    let column = |of: &dyn Fn(&KnownEnvoy) -> Option<i64>| heard.iter().map(|(_, known)| of(known)).collect::<Vec<_>>();
     let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     let ids: Vec<Uuid> = heard.iter().map(|(reporter, _)| (*reporter).into()).collect();
     let sync_keys: Vec<Uuid> = heard.iter().map(|(_, known)| known.sync_key).collect();
@@ -149,9 +167,6 @@ pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Resul
 }
 
 /// How many Envoys of each sync key are live, over all replicas. Those of a key that is gone count under the nil id.
-///
-/// # Errors
-/// Those of the database.
 pub async fn live(pool: &PgPool) -> Result<HashMap<Uuid, u32>, sqlx::Error> {
     let live = sqlx::query!(
         r#"select sync_key_id, count(*) as "live!" from filters where seen_at > now() - $1::interval
@@ -165,9 +180,6 @@ pub async fn live(pool: &PgPool) -> Result<HashMap<Uuid, u32>, sqlx::Error> {
 }
 
 /// Reads the Envoys that were heard of within a day, after one by its id, at most `limit`, and how far the store is.
-///
-/// # Errors
-/// Those of the database.
 pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Present, Vec<Filter>), sqlx::Error> {
     // The Envoys before the store: none is ahead of it then.
     let filters = sqlx::query_as!(
@@ -189,9 +201,6 @@ pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Pre
 }
 
 /// The newest revision that brought a change of this key: of itself, of a secret that it had, of its roles or its plan.
-///
-/// # Errors
-/// Those of the database.
 pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sqlx::Error> {
     let revision = sqlx::query_scalar!(
         "select greatest(
@@ -207,11 +216,9 @@ pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sql
 }
 
 /// Counts the live Envoys and those of them that hold a revision, from what they said themselves.
-///
-/// # Errors
-/// Those of the database.
-pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Result<Applied, sqlx::Error> {
-    let row = sqlx::query!(
+pub async fn rollout(pool: &PgPool, revision: i64) -> Result<Rollout, sqlx::Error> {
+    sqlx::query_as!(
+        Rollout,
         // The plan does not depend on the parameters, so that PostgreSQL makes it once.
         r#"select s.epoch, f.filters as "filters!", f.applied as "applied!", f.silent as "silent!",
             extract(epoch from now() - f.behind_since)::float8 as confirmed_s
@@ -231,18 +238,10 @@ pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Resul
         interval(SHOWN)
     )
     .fetch_one(pool)
-    .await?;
-    // It lags since the change came, or since it last said that it has less, whichever was later.
-    let arrived = registry.since_arrival(Epoch::from(row.epoch), revision.cast_unsigned());
-    let arrived_s = arrived.map_or(f64::INFINITY, |arrived| arrived.as_secs_f64());
-    let oldest_seconds = row.confirmed_s.map(|confirmed_s| confirmed_s.min(arrived_s).max(0.0));
-    Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds, silent: row.silent })
+    .await
 }
 
 /// Forgets Envoys that are gone beyond the newest `SHOWN_OF_KEY` of each sync key: a stolen key could name new ones for ever.
-///
-/// # Errors
-/// Those of the database.
 pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!(
         "delete from filters where reporter in (
@@ -258,9 +257,6 @@ pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
 }
 
 /// Forgets Envoys that were not heard of for a day.
-///
-/// # Errors
-/// Those of the database.
 pub async fn forget(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!("delete from filters where seen_at < now() - $1::interval", interval(SHOWN));
     Ok(gone.execute(pool).await?.rows_affected())

@@ -21,9 +21,10 @@ use contract::definition::Definitions;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
 use contract::record::Record;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
-use mirror::{Mirror, Wanted};
+use self::mirror::{Mirror, Wanted};
+use crate::change::FeedWaker;
 
 /// Most pages that are kept for other readers. Only the pages of the newest revision are; when the bound is reached, all
 /// go.
@@ -40,7 +41,7 @@ pub struct Store(Arc<Shared>);
 struct Shared {
     mirror: RwLock<Option<Mirror>>,
     position: watch::Sender<Position>,
-    nudge: Notify,
+    waker: FeedWaker,
     refreshing: tokio::sync::Mutex<Option<Instant>>,
     seen: Mutex<Option<Instant>>,
     pages: Mutex<Pages>,
@@ -62,7 +63,7 @@ impl Store {
         Self(Arc::new(Shared {
             mirror: RwLock::new(None),
             position: watch::Sender::new(None),
-            nudge: Notify::new(),
+            waker: FeedWaker::default(),
             refreshing: tokio::sync::Mutex::new(None),
             seen: Mutex::new(None),
             pages: Mutex::default(),
@@ -114,14 +115,10 @@ impl Store {
         }
     }
 
-    /// Asks the feed to look at the database now. Called after each change of keys.
-    pub fn nudge(&self) {
-        self.0.nudge.notify_one();
-    }
-
-    /// Waits for the next [`Store::nudge`], or returns at once if there was one since.
-    pub async fn nudged(&self) {
-        self.0.nudge.notified().await;
+    /// Wakes the feed.
+    #[must_use]
+    pub fn waker(&self) -> &FeedWaker {
+        &self.0.waker
     }
 
     /// Waits until nobody else refreshes the mirror. What is locked is when the last look that succeeded began.

@@ -15,7 +15,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use super::Store;
-use super::filters;
+use super::filters::{self, KnownEnvoy, SILENT};
 
 /// Most Envoys that are remembered here. Beyond, the one that has been silent for longest makes room, if it has been for
 /// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_rejected_total` and not shown.
@@ -23,9 +23,6 @@ const REPORTERS: usize = 10_000;
 
 /// How often the Envoys of a sync key that has too many are looked through for silent ones.
 const SWEEP: Duration = Duration::from_secs(1);
-
-/// An Envoy that was heard of within this time is live. Longer than any poll is held.
-pub const SILENT: Duration = Duration::from_secs(60);
 
 /// How often what was heard is written at most.
 const WRITE: Duration = Duration::from_millis(250);
@@ -52,21 +49,6 @@ pub struct Heard {
     pub holds: Option<(Epoch, u64)>,
     /// Requests that it counted and has not seen acknowledged.
     pub pending: Option<u64>,
-}
-
-/// What is known of an Envoy.
-#[derive(Clone, Debug)]
-pub(super) struct Known {
-    pub(super) sync_key: Uuid,
-    pub(super) address: Option<String>,
-    pub(super) version: Option<String>,
-    pub(super) holds: Option<(Epoch, u64)>,
-    pub(super) pending: Option<u64>,
-    /// When it said what it holds; when it first came, if it has not.
-    pub(super) confirmed: Instant,
-    pub(super) seen: Instant,
-    pub(super) reported: Option<Instant>,
-    unwritten: bool,
 }
 
 /// The result of noting a message of an Envoy.
@@ -99,7 +81,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    known: HashMap<ReporterId, Known>,
+    known: HashMap<ReporterId, KnownEnvoy>,
     /// Somebody came whom this process had not heard of.
     newcomers: bool,
     /// How many of them came under each sync key.
@@ -114,7 +96,7 @@ struct State {
 }
 
 impl State {
-    fn forget(&mut self, gone: impl Fn(&Known) -> bool) {
+    fn forget(&mut self, gone: impl Fn(&KnownEnvoy) -> bool) {
         self.known.retain(|_, known| !gone(known));
         self.of_key.clear();
         for known in self.known.values() {
@@ -243,7 +225,7 @@ impl Registry {
     /// Those of the database; it is written the next time then.
     pub async fn write(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
         let _writing = self.0.writing.lock().await;
-        let unwritten: Vec<(ReporterId, Known)> = {
+        let unwritten: Vec<(ReporterId, KnownEnvoy)> = {
             let mut state = self.state();
             // Those that have gone are in the database.
             state.forget(|known| !known.unwritten && known.seen.elapsed() >= SILENT * 10);
@@ -283,7 +265,7 @@ impl Registry {
         u32::try_from(live).unwrap_or(u32::MAX)
     }
 
-    fn note(&self, reporter: ReporterId, sync_key: Uuid, now: Instant, change: impl FnOnce(&mut Known)) -> Noted {
+    fn note(&self, reporter: ReporterId, sync_key: Uuid, now: Instant, change: impl FnOnce(&mut KnownEnvoy)) -> Noted {
         let mut state = self.state();
         let newcomer = !state.known.contains_key(&reporter);
         if newcomer {
@@ -298,7 +280,7 @@ impl Registry {
             state.newcomers = true;
             *state.of_key.entry(sync_key).or_default() += 1;
         }
-        let known = state.known.entry(reporter).or_insert_with(|| Known {
+        let known = state.known.entry(reporter).or_insert_with(|| KnownEnvoy {
             sync_key,
             address: None,
             version: None,

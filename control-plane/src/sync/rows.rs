@@ -10,10 +10,19 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::feed::FeedError;
 use super::mirror::{Defined, Row};
-use crate::key::domain::StoredLimit;
-use crate::key::record_of;
+use crate::domain::StoredLimit;
+use crate::domain::record::record_of;
+
+/// Why rows could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("the database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// A row that the schema does not allow.
+    #[error("key {0} cannot be written as a record")]
+    Row(Uuid),
+}
 
 /// Reads the keys that a condition names: as a stream.
 macro_rules! keys {
@@ -84,13 +93,13 @@ struct Stored {
 }
 
 impl Stored {
-    fn row(self) -> Result<Row, FeedError> {
+    fn row(self) -> Result<Row, ReadError> {
         let (id, revision) = (self.id, self.revision.cast_unsigned());
-        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| FeedError::Row(id))?);
+        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| ReadError::Row(id))?);
         if self.withdrawn {
             return Ok(Row { hash, revision, record: None });
         }
-        let record = record_of!(self).to_bytes().map_err(|_| FeedError::Row(id))?;
+        let record = record_of!(self).to_bytes().map_err(|_| ReadError::Row(id))?;
         Ok(Row { hash, revision, record: Some(record.into_boxed_slice()) })
     }
 }
@@ -110,21 +119,21 @@ pub(super) struct Keys {
 
 impl Keys {
     /// Those that were not removed.
-    pub(super) async fn all(connection: &mut PgConnection) -> Result<Self, FeedError> {
+    pub(super) async fn all(connection: &mut PgConnection) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "not withdrawn")).await
     }
 
     /// Those that have changed after a revision.
-    pub(super) async fn changed(connection: &mut PgConnection, since: i64) -> Result<Self, FeedError> {
+    pub(super) async fn changed(connection: &mut PgConnection, since: i64) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "revision > $1", since)).await
     }
 
     /// Of those the ones that changed first, [`FEW`] at the most.
-    pub(super) async fn few_changed(connection: &mut PgConnection, since: i64) -> Result<Self, FeedError> {
+    pub(super) async fn few_changed(connection: &mut PgConnection, since: i64) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "revision > $1 order by revision limit 64", since)).await
     }
 
-    async fn read(mut keys: impl Stream<Item = Result<Stored, sqlx::Error>> + Unpin) -> Result<Self, FeedError> {
+    async fn read(mut keys: impl Stream<Item = Result<Stored, sqlx::Error>> + Unpin) -> Result<Self, ReadError> {
         let mut read = Self::default();
         while let Some(key) = keys.try_next().await? {
             // A key has old secrets only from its second generation on.
@@ -143,7 +152,7 @@ pub(super) async fn old_secrets(
     since: i64,
     of_keys: &[Uuid],
     withdrawn: bool,
-) -> Result<Vec<Row>, FeedError> {
+) -> Result<Vec<Row>, ReadError> {
     // One that has ended by the database's clock has ended by any Envoy's.
     let mut secrets = sqlx::query_as!(
         Stored,
@@ -173,7 +182,7 @@ pub(super) async fn old_secrets(
 }
 
 /// Roles and plans that have changed after a revision, those that were removed too.
-pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<Defined>, FeedError> {
+pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<Defined>, ReadError> {
     let rows = sqlx::query!(
         r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
         from definitions where revision > $1"#,

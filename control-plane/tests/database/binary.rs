@@ -185,7 +185,7 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
     };
     let sync = create(&["--scope", "sync"]);
     let lifetime_days = async |key: Secret| {
-        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
+        let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
         found.record.expires_at_s.map(|end| (end.saturating_sub(now) + 43_200) / 86_400)
     };
@@ -195,7 +195,7 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
     assert_eq!(lifetime_days(create(&[admin, &["--expires-in-seconds", "86400"]].concat())).await, Some(1));
     let user = create(&["--scope", "orders", "--email", "user@example.com", "--expires-in-seconds", "60"]);
     for (key, email, expires) in [(sync, "operator@portcullis.invalid", false), (user, "user@example.com", true)] {
-        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
+        let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
         assert_eq!((found.email.as_str(), found.record.expires_at_s.is_some()), (email, expires));
     }
     let epoch = async || sqlx::query_scalar::<_, uuid::Uuid>("select epoch from store_state").fetch_one(&pool).await;
@@ -224,11 +224,11 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "keys imported: 1, lines that were not taken: 1\n");
     for name in ["alpha", "beta1"] {
         let key = Secret::from_presented(format!("a-key-named-{name}"));
-        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap();
+        let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap();
         assert_eq!(found.unwrap().email, "user@example.com");
     }
     let actors: Vec<Option<uuid::Uuid>> =
-        sqlx::query_scalar("select actor_key_id from audit where action = 'keys.import'")
+        sqlx::query_scalar("select actor_key_id from audit where action = 'import.finish'")
             .fetch_all(&pool)
             .await
             .unwrap();
@@ -237,7 +237,7 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
-    let sync = control_plane::key::store::generate(KeyKind::Live).unwrap();
+    let sync = control_plane::keys::create::generate(KeyKind::Live).unwrap();
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
     let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_SYNC_KEY", sync.reveal());

@@ -8,11 +8,11 @@ use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::page::Page;
 use contract::usage::{Report, write_reports};
-use control_plane::http;
+use control_plane::api;
+use control_plane::metering::NEW_REPORTERS;
+use control_plane::metering::retention::forget_reporters;
 use control_plane::sync::filters;
 use control_plane::sync::registry::{Heard, Registry};
-use control_plane::usage::NEW_REPORTERS;
-use control_plane::usage::retention::forget_reporters;
 use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -308,7 +308,7 @@ async fn reporters(pool: &PgPool) -> i64 {
 async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
     let mut fixture = Fixture::new(pool.clone()).await;
     fixture.app.filters = Registry::bounded(3);
-    fixture.router = http::router(fixture.app.clone(), None);
+    fixture.router = api::router(fixture.app.clone(), None);
     let (_, stolen) = fixture.key("operator@example.com", &["sync"]).await;
     let (_, other) = fixture.key("operator@example.com", &["sync"]).await;
     for number in 1..=3 {

@@ -180,7 +180,7 @@ async fn the_database_alone_opens_no_answer_and_after_a_day_there_is_none(pool: 
     let again = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await;
     assert_eq!(again.status.as_u16(), 201);
     assert_ne!(again.json()["id"], first.json()["id"]);
-    assert_eq!(control_plane::http::once::tidy(&pool).await.unwrap(), 1);
+    assert_eq!(control_plane::api::idempotency::tidy(&pool).await.unwrap(), 1);
     same(&again, &post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await);
 }
 

@@ -8,7 +8,7 @@ use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
 use contract::pepper::Pepper;
 use control_plane::audit::Actor;
-use control_plane::key::import::{Code, Import};
+use control_plane::keys::import::{Code, Import};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -153,10 +153,7 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
     .fetch_all(&pool)
     .await
     .unwrap();
-    assert_eq!(
-        audited,
-        [("key.import".into(), 100_000), ("keys.import".into(), 1), ("keys.import_chunk".into(), 100),]
-    );
+    assert_eq!(audited, [("key.import".into(), 100_000), ("import.commit".into(), 100), ("import.finish".into(), 1),]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -324,7 +324,7 @@ async fn a_wrong_field_of_a_new_key_is_named(pool: PgPool) {
 
 #[test]
 fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
-    let document = serde_json::to_value(control_plane::http::openapi()).unwrap();
+    let document = serde_json::to_value(control_plane::api::openapi_document()).unwrap();
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, operation) in methods.as_object().unwrap() {
             let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();

@@ -4,7 +4,7 @@ use crate::support::{Fixture, Reply, request, revision};
 use axum::extract::ConnectInfo;
 use contract::key::Secret;
 use contract::record::{Record, Requires};
-use control_plane::connection::Peer;
+use control_plane::net::connection::Peer;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -106,7 +106,7 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     assert_eq!(patch(&fixture, &admin, id, json!({"rate_limits": []})).await.json()["rate_limits"], json!([]));
 
     let audit: (Value, Uuid) =
-        sqlx::query_as("select detail, key_id from audit where action = 'key.permit' order by id limit 1")
+        sqlx::query_as("select detail, key_id from audit where action = 'key.update' order by id limit 1")
             .fetch_one(&pool)
             .await
             .unwrap();

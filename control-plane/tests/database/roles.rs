@@ -83,7 +83,7 @@ async fn a_role_is_made_replaced_and_deleted_under_its_tag(pool: PgPool) {
     };
     let expected = [
         done("role.create", json!({"scopes": ["orders:read", "users:*"]})),
-        done("role.change", json!({"scopes": []})),
+        done("role.update", json!({"scopes": []})),
         done("role.delete", json!({})),
         done("role.create", json!({"scopes": ["a"]})),
     ];
@@ -199,7 +199,7 @@ async fn a_role_in_use_is_not_deleted(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn whoever_gives_a_role_away_keeps_it_from_being_deleted_meanwhile(pool: PgPool) {
-    use control_plane::definition::{Kind, Name, store};
+    use control_plane::definitions::{Kind, Name, store};
 
     let fixture = Fixture::new(pool.clone()).await;
     let admin = admin(&fixture).await;

@@ -46,7 +46,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
             .fetch_all(&pool)
             .await
             .unwrap();
-    let changed = |plan: Value| ("user.change".to_owned(), Some("user@example.com".to_owned()), json!({"plan": plan}));
+    let changed = |plan: Value| ("user.update".to_owned(), Some("user@example.com".to_owned()), json!({"plan": plan}));
     assert_eq!(audit, [changed("gold".into()), changed(Value::Null)]);
 }
 
