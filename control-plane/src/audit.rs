@@ -1,6 +1,4 @@
-//! Who did what: a change and its actor come in, a row of the audit trail goes out, in the transaction of the change, so
-//! that neither is there without the other; later, a filter comes in and a page of the trail goes out. No secret is ever
-//! part of it.
+//! The audit trail: who changed what. An entry commits in the transaction of its change. It contains no secret.
 
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};

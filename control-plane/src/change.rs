@@ -45,7 +45,7 @@ impl Writer {
     }
 
     /// Runs `work` in a transaction and commits it. If `work` fails, the transaction is rolled back before the error is
-    /// returned. A change that recorded nothing in the audit trail has changed nothing, and wakes nobody.
+    /// returned. A change that recorded nothing in the audit trail has changed nothing, and does not wake the feed.
     ///
     /// # Errors
     /// The error of `work`, or of the database.

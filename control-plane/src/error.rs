@@ -1,4 +1,4 @@
-//! What a request may fail with. `api::problem` turns it into a response.
+//! Errors of requests. `api::problem` turns them into responses.
 
 use std::borrow::Cow;
 
@@ -30,7 +30,7 @@ pub enum ApiError {
     NotFound(String),
     /// 409: it contradicts what is there.
     Conflict(String),
-    /// 409: the same request is still being worked on.
+    /// 409: the same request is still running.
     InProgress,
     /// 412: what is to be changed is not as the client believes.
     Precondition(String),
@@ -65,7 +65,7 @@ impl ApiError {
     }
 }
 
-/// For the command line, where there is nobody to hide internals from.
+/// For the command line, which may show internal errors.
 impl std::fmt::Display for ApiError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -79,7 +79,7 @@ impl std::fmt::Display for ApiError {
             | Self::Gone(detail)
             | Self::BoundReached { detail, .. }
             | Self::Internal(detail) => f.write_str(detail),
-            Self::InProgress => f.write_str("the same request is still being worked on"),
+            Self::InProgress => f.write_str("the same request is still running"),
             Self::Mismatch(detail) => f.write_str(detail),
             Self::Refused(outcome) => write!(f, "the key was refused: {}", outcome.name()),
             Self::TooMany { retry_after_s } => write!(f, "too many requests; come back in {retry_after_s} s"),
@@ -104,14 +104,13 @@ impl From<InputError> for ApiError {
 impl From<sqlx::Error> for ApiError {
     fn from(error: sqlx::Error) -> Self {
         if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN) {
-            let detail = "This would end the last key with the scope admin that works for longer than a day, and nobody could manage \
-                          keys any more. Create another one first.";
+            let detail = "This is the last key with the scope admin that is valid for more than one day. Create another admin key \
+                          first.";
             return Self::Conflict(detail.into());
         }
         if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN_HERE) {
-            let detail = "After this, no key with the scope admin could be used from your address for longer than a day, and you \
-                          could not manage keys any more. Let allowed_addresses hold your address, or create another admin key \
-                          that is not bound to networks first.";
+            let detail = "After this change, no admin key that is valid for more than one day could be used from your address. Add \
+                          your address to allowed_addresses, or create an admin key without allowed_addresses first.";
             return Self::Conflict(detail.into());
         }
         Self::Database(error)

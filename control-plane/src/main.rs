@@ -59,7 +59,7 @@ async fn run(command: Command) -> Result<(), Failure> {
                 Some(email) => email,
                 None if operators => OPERATOR,
                 None => {
-                    return Err("--email: say whom the key is for; only keys for admin and sync need no user".into());
+                    return Err("--email: is required, unless the only scopes are admin and sync".into());
                 }
             };
             let now = OffsetDateTime::now_utc();
@@ -72,13 +72,13 @@ async fn run(command: Command) -> Result<(), Failure> {
             let writer = Writer::new(connect(&database).await?, FeedWaker::default());
             let created = writer.change(&Actor::system(), async |change| create::create(change, new).await).await?;
             let CreatedKey { key, secret, .. } = created;
-            writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
+            writeln!(std::io::stderr(), "created key {}; this is the only time it is shown:", key.id)?;
             print(secret.reveal())
         }
         Command::Admin(Admin::GenerateKey) => print(create::generate(KeyKind::Live)?.reveal()),
         Command::Admin(Admin::NewEpoch { database }) => {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
-            print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
+            print(&format!("the epoch is now {epoch}; every filter loads all keys again"))
         }
         Command::Keys(Keys::Import { database, file }) => {
             let (pool, pepper) = (connect(&database).await?, given_pepper()?);
@@ -106,8 +106,8 @@ async fn run(command: Command) -> Result<(), Failure> {
             if refused > bad.len() {
                 writeln!(std::io::stderr(), "and {} more lines", refused - bad.len())?;
             }
-            print(&format!("reports applied: {applied}, known before: {known}, lines that were refused: {refused}"))?;
-            if refused == 0 { Ok(()) } else { Err("some lines were refused; nothing of them was booked".into()) }
+            print(&format!("reports applied: {applied}, known before: {known}, lines refused: {refused}"))?;
+            if refused == 0 { Ok(()) } else { Err("some lines were refused and not booked".into()) }
         }
     }
 }
@@ -124,8 +124,8 @@ async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Fai
     for bad in &imported.errors {
         writeln!(std::io::stderr(), "line {}: {}: {}", bad.line, bad.code.name(), bad.reason)?;
     }
-    print(&format!("keys imported: {}, lines that were not taken: {}", imported.imported, imported.failed))?;
-    if imported.failed == 0 { Ok(()) } else { Err("some lines were not taken".into()) }
+    print(&format!("keys imported: {}, lines refused: {}", imported.imported, imported.failed))?;
+    if imported.failed == 0 { Ok(()) } else { Err("some lines were refused".into()) }
 }
 
 /// What is wrong with the command line, without the advice that follows it.

@@ -1,4 +1,4 @@
-//! What every handler has.
+//! The state that every handler shares.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::health::DatabaseCheck;
 use super::rate_limit::CallerRateLimiter;
 use crate::change::Writer;
 use crate::config::bounds::Bounds;
-use crate::explain::policies::Configured;
+use crate::explain::policies::ConfiguredPolicies;
 use crate::metering::Ingest;
 use crate::sync::Store;
 use crate::sync::feed::Feed;
@@ -34,7 +34,7 @@ pub struct App {
     /// Envoys that sync, and how far each is.
     pub filters: Registry,
     /// The policies and routes of Envoys, as far as the operator configured them, for `explain`.
-    pub policies: Arc<Configured>,
+    pub policies: Arc<ConfiguredPolicies>,
     pub bounds: Bounds,
     pub rate_limiter: Arc<CallerRateLimiter>,
     pub database: Arc<DatabaseCheck>,

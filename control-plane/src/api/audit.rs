@@ -1,5 +1,4 @@
-//! The audit trail: a filter comes in, a page of who did what goes out, the newest first. Users see what was done to their
-//! own keys.
+//! `GET /v1/audit`: the audit trail, the newest entry first. Users see the entries of their own keys.
 
 use std::ops::RangeInclusive;
 
@@ -138,7 +137,7 @@ pub struct AuditPage {
         ReadErrors,
         (status = 200, description = "A page of the trail", body = AuditPage,
             headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn trail(

@@ -36,7 +36,7 @@ pub async fn limit(State(read_timeout): State<Duration>, request: Request, next:
     if !late.load(Ordering::Relaxed) {
         return response;
     }
-    let detail = format!("The body did not come within {} seconds.", read_timeout.as_secs());
+    let detail = format!("The body did not arrive within {} seconds.", read_timeout.as_secs());
     let mut response = ApiError::Unreadable(StatusCode::REQUEST_TIMEOUT, detail).into_response();
     if version < Version::HTTP_2 {
         // What is left of the body is not waited for.

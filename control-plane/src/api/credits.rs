@@ -1,5 +1,4 @@
-//! Credits of a user: an address comes in, the account or a page of its ledger goes out; admins add to it and say what
-//! comes in by itself. Refused are rows that would bring a balance out of bounds.
+//! `/v1/users/{email}/credits` and `/ledger`: credits of a user. Only admins change them.
 
 use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
@@ -113,17 +112,17 @@ pub struct AccountView {
     /// The user's email address.
     #[schema(example = "user@example.com")]
     email: String,
-    /// The sum of the ledger. Below zero by what Envoys spent before they heard that it was used up.
+    /// The sum of the ledger. It can be below zero, by what Envoys spent before they learned that it was exhausted.
     balance: i64,
     /// Whether requests cost credits; otherwise they are free.
     metered: bool,
-    /// What Envoys hold of it and have not told of.
+    /// What Envoys hold of it and have not reported as spent.
     leased: i64,
     /// What is left beside: balance less leased, and never below zero.
     available: i64,
     /// What an Envoy may spend before it was leased any.
     starter: i32,
-    /// What comes in by itself.
+    /// Scheduled credits.
     #[schema(required)]
     refill: Option<Refill>,
     /// When it next does.
@@ -153,7 +152,7 @@ impl AccountView {
 pub struct AccountPatch {
     /// Whether requests cost credits. A refill switches it on unless this says otherwise.
     metered: Option<bool>,
-    /// What comes in by itself, from the next midnight on; null: nothing.
+    /// Scheduled credits, from the next midnight on; null: none.
     #[serde(default)]
     #[schema(value_type = Option<Refill>)]
     refill: Patch<Refill>,
@@ -189,13 +188,13 @@ pub struct LedgerPage {
 #[utoipa::path(
     operation_id = "addCredits",
     post, path = "/v1/users/{email}/credits", tag = "credits", request_body = CreditBody,
-    params(ByEmail, ("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
+    params(ByEmail, ("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely")),
     security(("api_key" = [])),
     responses(
         WriteErrors,
         (status = 201, description = "The row of the ledger", body = Credited),
-        (status = 409, description = "The balance would be out of bounds, or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The balance would be out of bounds, or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn credit(
@@ -301,7 +300,7 @@ pub async fn ledger(
     caller.require_owner_or_admin(&email)?;
     let limit = pagination::limit(query.limit)?;
     let account = credits::account(&app.pool, &email).await?.ok_or_else(|| unknown(&email))?;
-    // One more than asked for tells whether there is a next page.
+    // One entry more than the limit shows whether there is a next page.
     let mut entries = credits::ledger(&app.pool, account.owner_id, query.cursor, limit + 1).await?;
     let next_cursor = pagination::cut(&mut entries, limit, |entry| entry.id);
     let next = next_cursor

@@ -1,6 +1,8 @@
-//! Tables as CSV (RFC 4180). A spreadsheet runs formulas of the files that it opens. So that no name of a key or scope is
-//! one, an apostrophe stands before each character that could begin a formula: at the start of a field and, since
-//! spreadsheets of other locales separate fields otherwise, behind each separator within it.
+//! Tables as CSV (RFC 4180), safe to open in a spreadsheet.
+//!
+//! A spreadsheet runs formulas of the files that it opens. An apostrophe therefore stands before each character
+//! that could begin a formula: at the start of a field, and after each separator within it, since spreadsheets of
+//! other locales separate fields by other characters.
 
 use unicode_normalization::UnicodeNormalization;
 

@@ -1,5 +1,4 @@
-//! What the routes of roles and of plans share: a name or a body comes in, one definition or a page of them goes out. All
-//! of it is for admins.
+//! Handlers that `/v1/roles` and `/v1/plans` share. All of them are for admins.
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};

@@ -1,7 +1,7 @@
-//! Why a request is or would be decided as it is: a key, a policy and a time come in, the outcome and each check with what
-//! it saw go out. The record and the definitions are those that Envoys get, the decision is the one that they run.
+//! `POST /v1/explain`: why a request is decided as it is, with the result of each check. It uses the records and
+//! definitions that Envoys have, and the same decision function.
 //!
-//! A secret that is explained is hashed and forgotten: it is in no log and in no reply.
+//! A secret in the request is hashed and dropped. It is neither logged nor part of the response.
 
 use std::net::IpAddr;
 
@@ -39,7 +39,7 @@ const INLINE: &str = "inline";
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"key": "sk_live_…", "path": "/orders"}))]
 pub struct ExplainBody {
-    /// What the request presents as its key. Neither kept nor told to anybody.
+    /// The key of the request. It is neither stored nor logged.
     #[serde(default, deserialize_with = "secret")]
     #[schema(value_type = Option<String>, example = "sk_live_…", max_length = 8192)]
     key: Option<Secret>,
@@ -114,7 +114,7 @@ impl CheckView {
 }
 
 /// The policy that applies.
-struct Applies {
+struct AppliedPolicy {
     name: String,
     /// None if there is none of the name.
     policy: Option<Policy>,
@@ -128,7 +128,7 @@ struct Applies {
     responses(
         WriteErrors,
         (status = 200, description = "The outcome, and each check", body = Explanation),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No key of this id", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -148,8 +148,7 @@ pub async fn explain(
         None => None,
     };
     let applies = applies(&app, &body)?;
-    // Envoys hear of a change within milliseconds: so does this call of one that the caller has just made. Without the
-    // database it tells what Envoys have.
+    // The result includes a change that the caller has just made. Without the database, it is what Envoys have.
     let _ = app.feed.refresh(None).await;
     let (record, credential) = credential(&app, &caller, &body).await?;
 
@@ -192,7 +191,7 @@ fn explanation(outcome: Outcome, policy: String, shadow: bool, checks: Vec<Check
     Explanation { outcome, status, policy, shadow, checks }
 }
 
-fn applies(app: &App, body: &ExplainBody) -> Result<Applies, ApiError> {
+fn applies(app: &App, body: &ExplainBody) -> Result<AppliedPolicy, ApiError> {
     let method = body.method.as_deref().unwrap_or("GET");
     if !is_method(method) {
         return Err(ApiError::invalid("method", "must be a method in capitals, such as GET"));
@@ -211,12 +210,16 @@ fn applies(app: &App, body: &ExplainBody) -> Result<Applies, ApiError> {
             })?;
             let policy =
                 text.check("policy", INLINE).map_err(|error| ApiError::invalid("policy", error.to_string()))?;
-            return Ok(Applies { name: INLINE.into(), policy: Some(policy), how: "it stands in the request".into() });
+            return Ok(AppliedPolicy {
+                name: INLINE.into(),
+                policy: Some(policy),
+                how: "it stands in the request".into(),
+            });
         }
         (None, Some(path)) => app.policies.of_request(method, path),
         (None, None) => app.policies.default_policy(),
     };
-    Ok(Applies { name: found.name.to_owned(), policy: found.policy.cloned(), how: found.how })
+    Ok(AppliedPolicy { name: found.name.to_owned(), policy: found.policy.cloned(), how: found.how })
 }
 
 fn presents_nothing(body: &ExplainBody) -> bool {

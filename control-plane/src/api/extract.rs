@@ -1,5 +1,5 @@
-//! Bodies, paths and queries as typed values. A problem names the field that cannot be read, by its path. What the values
-//! mean is judged in [`crate::domain`].
+//! Extractors for bodies, paths and queries. A problem names the field that cannot be parsed, by its path.
+//! [`crate::domain`] parses the values further.
 
 use std::ops::RangeInclusive;
 
@@ -49,7 +49,7 @@ impl<T: Serialize> IntoResponse for Json<T> {
                 let no_store = HeaderValue::from_static("no-store");
                 ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, no_store)], body).into_response()
             }
-            Err(error) => ApiError::Internal(format!("a reply could not be written: {error}")).into_response(),
+            Err(error) => ApiError::Internal(format!("a reply cannot be encoded: {error}")).into_response(),
         }
     }
 }
@@ -96,7 +96,7 @@ pub(super) fn unread(error: &BytesRejection) -> ApiError {
         StatusCode::PAYLOAD_TOO_LARGE => {
             ApiError::Unreadable(StatusCode::PAYLOAD_TOO_LARGE, "The body is larger than this call allows.".into())
         }
-        _ => ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body broke off.".into()),
+        _ => ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body ended early.".into()),
     }
 }
 
@@ -119,7 +119,7 @@ pub fn search_text<'a>(
     }
 }
 
-/// Whether the body is said to be JSON (RFC 8259), or something that is written as JSON (RFC 6839).
+/// Whether the media type is JSON (RFC 8259), or one that is written as JSON (RFC 6839).
 fn is_json(headers: &HeaderMap) -> bool {
     let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();

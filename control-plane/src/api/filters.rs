@@ -1,4 +1,4 @@
-//! Every Envoy that syncs, and how far it is: from what its polls say, through whichever replica.
+//! `GET /v1/filters`: the Envoys that sync, and how far each is.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -15,7 +15,7 @@ use crate::api::pagination;
 use crate::api::problem::Problem;
 use crate::domain::Timestamp;
 use crate::error::ApiError;
-use crate::sync::filters::{self, Filter, Present, Rollout};
+use crate::sync::filters::{self, DatabasePosition, EnvoyStatus, Rollout};
 
 const LIMIT: i64 = 200;
 const MOST: i64 = 1_000;
@@ -43,12 +43,12 @@ pub struct FilterView {
     /// Where its polls come from; that of a proxy, if there is one between.
     #[schema(required, example = "192.0.2.7")]
     address: Option<String>,
-    /// Its version of the filter, if it says so.
+    /// Its version of the filter, if it reports one.
     #[schema(required, example = "0.3.0")]
     version: Option<String>,
-    /// Whether it was heard of within the last 60 seconds. A poll that is held counts.
+    /// Whether it polled or reported within the last 60 seconds. A poll that is held counts.
     live: bool,
-    /// When it was last heard of.
+    /// When it last polled or reported.
     seen_at: Timestamp,
     /// The life of the database that its store comes from; null until its store is complete.
     #[schema(required)]
@@ -61,10 +61,10 @@ pub struct FilterView {
     revisions_behind: Option<i64>,
     /// Whether it has every change that there is.
     in_step: bool,
-    /// When it last said what it has.
+    /// When it last confirmed its revision.
     #[schema(required)]
     synced_at: Option<Timestamp>,
-    /// How long ago that was, in seconds. An Envoy that has everything says so again within some 25 seconds.
+    /// How long ago that was, in seconds. An Envoy that is up to date confirms it about every 25 seconds.
     #[schema(required, example = 3.2)]
     age_seconds: Option<f64>,
     /// What it has counted.
@@ -80,7 +80,7 @@ pub struct FilterUsage {
     /// When reports of it last came into the database.
     #[schema(required)]
     reported_at: Option<Timestamp>,
-    /// For how long its requests have waited at most, in seconds: 0 if none wait, null if that is not known.
+    /// How long its requests have waited at most, in seconds: 0 if none wait, null if that is not known.
     #[schema(required, example = 0.0)]
     lag_seconds: Option<f64>,
 }
@@ -92,7 +92,7 @@ pub struct FilterPage {
     epoch: Uuid,
     /// The newest revision of the database.
     revision: i64,
-    /// Every Envoy that was heard of within 24 hours, by id.
+    /// Every Envoy that polled or reported within 24 hours, by id.
     filters: Vec<FilterView>,
     /// What to send as `cursor` for the next page; null on the last one.
     #[schema(required)]
@@ -100,13 +100,13 @@ pub struct FilterPage {
 }
 
 impl FilterView {
-    fn new(filter: Filter, present: &Present) -> Self {
+    fn new(filter: EnvoyStatus, present: &DatabasePosition) -> Self {
         let seconds_since = |at: time::OffsetDateTime| (present.now - at).as_seconds_f64().max(0.0);
         let complete = !filter.epoch.is_nil();
         let ours = filter.epoch == present.epoch;
         let lag_seconds = match filter.pending_requests {
             Some(0) => Some(0.0),
-            // Before its first report it has counted for no longer than it has been there, which nobody noted.
+            // Before its first report, the time since it started counting is not known.
             Some(_) => filter.reported_at.map(seconds_since),
             None => None,
         };
@@ -135,16 +135,16 @@ impl FilterView {
 /// By how many Envoys the last change of a key was applied, as they say themselves.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AppliedOn {
-    /// Envoys that were heard of within the last 60 seconds.
+    /// Envoys that polled or reported within the last 60 seconds.
     #[schema(example = 8)]
     filters: i64,
     /// Those of them that have the change.
     #[schema(example = 7)]
     applied: i64,
-    /// For how long the slowest of the others has lagged behind, in seconds; null if all have the change.
+    /// How long the slowest of the others has lagged behind, in seconds; null if all have the change.
     #[schema(required, example = 1.2)]
     oldest_seconds: Option<f64>,
-    /// Further Envoys that were heard of within 24 hours but not within the last 60 seconds, and did not have the change
+    /// Further Envoys that polled or reported within 24 hours but not within the last 60 seconds, and did not have the change
     /// then. They have ended, or are cut off and still serve what they had: `GET /v1/filters` names them.
     #[schema(example = 0)]
     silent: i64,
@@ -184,7 +184,7 @@ pub async fn filters(
 ) -> Result<Response, ApiError> {
     caller.require_admin()?;
     let limit = pagination::limit_within(query.limit, LIMIT, MOST)?;
-    // One more than asked for tells whether there is a next page.
+    // One entry more than the limit shows whether there is a next page.
     let (present, mut page) = filters::list(&app.pool, query.cursor, limit + 1).await?;
     let next_cursor = pagination::cut(&mut page, limit, |filter| filter.reporter);
     let filters = page.into_iter().map(|filter| FilterView::new(filter, &present)).collect();

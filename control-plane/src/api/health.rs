@@ -1,4 +1,4 @@
-//! For the platform: is the process alive, can it work, how does it do. No key needed.
+//! Health checks and metrics for the platform. They need no key.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use crate::App;
 use crate::api::extract::Json;
 
-/// For how long what the database said last is passed on. Probes need no key and are not limited by address, since a load
+/// How long the last answer of the database is reused. Probes need no key and are not limited by address, since a load
 /// balancer shares its address with all of its clients: so they must cost nothing.
 const FRESH: Duration = Duration::from_millis(500);
 

@@ -1,9 +1,9 @@
-//! Requests that may come again (draft-ietf-httpapi-idempotency-key-header): with an `Idempotency-Key`, what is done once
-//! is answered the same way for a day, and done no more. Fact and answer commit together, so that neither is there without
-//! the other; a request that failed has left nothing and may be sent again.
+//! Idempotent requests (draft-ietf-httpapi-idempotency-key-header). A request with an `Idempotency-Key` is handled
+//! once; for a day, the same request gets the same response. Change and response commit together. A request that
+//! failed has changed nothing and may be sent again.
 //!
-//! New secrets stand in answers. They are kept sealed (XChaCha20-Poly1305) under a key that is derived from the secret that
-//! the caller presents, which is not kept: the database alone opens none of them.
+//! Responses contain new secrets. They are stored encrypted (XChaCha20-Poly1305) under a key that is derived from
+//! the secret of the caller. That secret is not stored, so the database alone decrypts no response.
 
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Request};
@@ -150,7 +150,7 @@ impl NamedRequest {
         caller: &Caller,
     ) -> Result<Option<IdempotentResponse>, ApiError> {
         let caller_id = caller.key_id;
-        // Held until the transaction ends. Whoever gets it sees what the one before has committed.
+        // Held until the transaction ends. The next request with this key sees what was committed before.
         let KeyHash(name) = KeyHash::of(&[caller_id.as_bytes(), self.key.as_bytes()].concat());
         let lock = name.first_chunk().map_or(0, |first| i64::from_be_bytes(*first));
         let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, lock)
@@ -173,20 +173,19 @@ impl NamedRequest {
         .await?;
         let Some(kept) = kept else { return Ok(None) };
         if kept.fingerprint != self.fingerprint.0 {
-            let detail = "Another request had this Idempotency-Key. Give each request its own.";
+            let detail = "Another request used this Idempotency-Key. Use a new one for each request.";
             return Err(ApiError::Mismatch(detail));
         }
         // The answer may hold the secret that replaced the caller's. A thief of the old secret must not get it.
         if !caller.presents(kept.generation) {
-            let detail = "This request was done before, and its answer is not given again to an old secret of the key. \
-                          Look at the result with the present secret, or ask an admin to rotate the key.";
+            let detail = "This request was handled before, and an old secret cannot read its response. Use the current secret, or \
+                          ask an admin to rotate the key.";
             return Err(ApiError::Forbidden(detail.into()));
         }
         let nonce: [u8; 24] = kept.nonce.try_into().map_err(|_| ApiError::Internal("a nonce of odd length".into()))?;
         let sealed = Payload { msg: &kept.body, aad: &self.bound(caller_id) };
         let body = self.cipher.decrypt(&XNonce::from(nonce), sealed).map_err(|_| {
-            let detail =
-                "The first request came with another secret of this key, and only that one can read its answer.";
+            let detail = "The first request used another secret of this key. Only that secret can read the response.";
             ApiError::Mismatch(detail)
         })?;
         let status = u16::try_from(kept.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
@@ -273,7 +272,7 @@ fn name_of(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     match good {
         Some(text) => Ok(Some(text.to_owned())),
         None => {
-            let detail = format!("Idempotency-Key must be one text of 1 to {KEY_BYTES} visible ASCII characters");
+            let detail = format!("Idempotency-Key must have 1 to {KEY_BYTES} visible ASCII characters");
             Err(ApiError::Invalid { field: None, detail })
         }
     }

@@ -1,5 +1,4 @@
-//! The primary key of a user: an email comes in, the state of the user's one key goes out, a new secret once. Refused are
-//! callers who are neither an admin nor the user.
+//! `/api/user`: the primary key of a user. These four routes came before `/v1` and keep their form.
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -40,16 +39,16 @@ pub struct KeyPreference {
     /// When the key was made.
     #[schema(required)]
     generated_at: Option<Timestamp>,
-    /// When the key was last used, as far as filters have reported.
+    /// When the key was last used, as far as filters reported.
     #[schema(required)]
     last_used: Option<Timestamp>,
     /// Requests that were allowed with the key.
     #[schema(required, example = 127)]
     usage_count: Option<i64>,
-    /// What people call the key.
+    /// A name for people.
     #[schema(required, example = "Production Key")]
     key_name: Option<String>,
-    /// What people recognise the key by.
+    /// A name for people.
     #[schema(required, example = "sk_abc123")]
     key_prefix: Option<String>,
     /// The user's credits.
@@ -97,7 +96,7 @@ pub struct GenerateBody {
     /// The user's email address.
     #[schema(example = "user@example.com", max_length = 254)]
     email: String,
-    /// What people call the key.
+    /// A name for people.
     #[schema(example = "Production Key", min_length = 1, max_length = 100)]
     key_name: String,
 }
@@ -111,11 +110,11 @@ pub struct GenerateReply {
     /// What was done, in words.
     #[schema(value_type = String)]
     message: &'static str,
-    /// The whole key, told this once.
+    /// The whole key. No later response contains it.
     #[serde(serialize_with = "reveal")]
     #[schema(value_type = String)]
     key: Secret,
-    /// What people recognise the key by.
+    /// A name for people.
     #[schema(required, example = "sk_abc123")]
     key_prefix: Option<String>,
 }
@@ -157,14 +156,14 @@ pub async fn status(
 #[utoipa::path(
     operation_id = "createPrimaryKey",
     post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely")),
     responses(
         WriteErrors,
-        (status = 200, description = "The new key, told this once", body = GenerateReply),
+        (status = 200, description = "The new key. This is the only response that contains it", body = GenerateReply),
         (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The user has too many keys, or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many calls, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The user has too many keys, or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many requests, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn generate(

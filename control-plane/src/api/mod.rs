@@ -60,7 +60,7 @@ const INDEX: &[u8] = concat!(
 /// Longest body of a management request, in bytes.
 const BODY_BYTES: usize = 16 * 1_024;
 
-/// How long a client may take to send what it has begun, unless the operator says otherwise.
+/// The default read time-out.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest body of a message with usage reports, in bytes.
@@ -158,9 +158,11 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
         .route("/metrics", get(move |_: Keyless| health::metrics(shown, metrics)))
         .route("/openapi.json", get(async move |_: Keyless| document(openapi)))
         .route("/", get(async |_: Keyless| document(Bytes::from_static(INDEX))))
-        .fallback(async |_: Keyless| ApiError::NotFound("There is no such route; /openapi.json lists them.".into()))
+        .fallback(async |_: Keyless| {
+            ApiError::NotFound("There is no such route. See /openapi.json for all routes.".into())
+        })
         .method_not_allowed_fallback(async |_: Keyless| {
-            let detail = "This route does not take that method; /openapi.json lists those it takes.";
+            let detail = "This route does not support the method. See /openapi.json for the methods of each route.";
             ApiError::Unreadable(StatusCode::METHOD_NOT_ALLOWED, detail.into())
         })
         .layer(middleware::from_fn(explain_plain_errors))

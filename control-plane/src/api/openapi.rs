@@ -16,7 +16,7 @@ const AUTHENTICATE: &str = "www-authenticate";
 pub(super) fn complete(openapi: OpenApi) -> OpenApi {
     let mut openapi = add_request_timeout(openapi);
     for operation in openapi.paths.paths.values_mut().flat_map(operations) {
-        // An empty list says that the operation needs no key; without a list the document would leave that open.
+        // An empty list means that the operation needs no key. Without a list the document would leave it open.
         operation.security.get_or_insert_default();
         let idempotent = takes_idempotency_key(operation);
         for (status, response) in &mut operation.responses.responses {
@@ -81,11 +81,11 @@ pub(super) struct WriteErrors;
 impl IntoResponses for ReadErrors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         problems(&[
-            ("400", "Something in the request is wrong"),
-            ("401", "No good key presented"),
-            ("403", "Not for this key"),
-            ("429", "Too many calls"),
-            ("503", "The database is away"),
+            ("400", "The request is not valid"),
+            ("401", "The key is missing or not valid"),
+            ("403", "The key must not do this"),
+            ("429", "Too many requests"),
+            ("503", "The database is not available"),
         ])
     }
 }
@@ -100,7 +100,7 @@ impl IntoResponses for WriteErrors {
 
 /// Adds 408 to every route that takes a body, see [`super::body_timeout`]. A route that describes it by itself is left alone.
 fn add_request_timeout(mut openapi: OpenApi) -> OpenApi {
-    let late = problems(&[("408", "The body did not come in time")]);
+    let late = problems(&[("408", "The body did not arrive in time")]);
     for operation in openapi.paths.paths.values_mut().flat_map(operations) {
         if operation.request_body.is_some() {
             for (status, response) in &late {

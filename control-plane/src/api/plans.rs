@@ -1,5 +1,4 @@
-//! Plans below `/v1/plans`: named bundles of scopes, limits and a quota that keys and users have. What they share with roles is in
-//! [`super::definitions`].
+//! `/v1/plans`: named bundles of scopes, limits and a quota that keys and users have.
 
 use axum::extract::State;
 use axum::http::StatusCode;

@@ -42,7 +42,7 @@ impl IntoResponse for ApiError {
                 respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field.as_deref())
             }
             Self::Unreadable(status, detail) if status.is_server_error() => {
-                tracing::error!(%status, detail, "the framework failed");
+                tracing::error!(%status, detail, "could not handle a request");
                 internal()
             }
             Self::Unreadable(status, detail) => {
@@ -60,7 +60,7 @@ impl IntoResponse for ApiError {
             Self::NotFound(detail) => respond(StatusCode::NOT_FOUND, "not_found", "Not found", &detail, None),
             Self::Conflict(detail) => respond(StatusCode::CONFLICT, "conflict", "Conflict", &detail, None),
             Self::InProgress => {
-                let detail = "The first request with this Idempotency-Key is still being worked on. Try again shortly.";
+                let detail = "The first request with this Idempotency-Key is still running. Try again shortly.";
                 let response =
                     respond(StatusCode::CONFLICT, "idempotency_in_progress", "Request in progress", detail, None);
                 with(response, RETRY_AFTER, HeaderValue::from(RETRY_UNAVAILABLE_S))
@@ -77,7 +77,7 @@ impl IntoResponse for ApiError {
             ),
             Self::Gone(detail) => respond(StatusCode::GONE, "gone", "Gone", &detail, None),
             Self::TooMany { retry_after_s } => {
-                let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
+                let detail = "This caller sends too many requests. Wait as long as Retry-After demands.";
                 let response =
                     respond(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", "Too many requests", detail, None);
                 with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
@@ -88,11 +88,11 @@ impl IntoResponse for ApiError {
             }
             Self::Unavailable(why) => unavailable(why),
             Self::Database(error) if is_away(&error) => {
-                tracing::warn!(%error, "the database is away");
-                unavailable("The database does not answer at the moment. Try again shortly.")
+                tracing::warn!(%error, "the database is not available");
+                unavailable("The database is not available. Try again shortly.")
             }
             Self::Database(error) => {
-                tracing::error!(%error, "the database refused a statement");
+                tracing::error!(%error, "database error");
                 internal()
             }
             Self::Internal(why) => {
@@ -122,7 +122,7 @@ fn unavailable(why: &str) -> Response {
 }
 
 fn internal() -> Response {
-    let detail = "Something went wrong here. The log has more, under the request id of this reply.";
+    let detail = "Internal error. See the server log for the request id of this response.";
     respond(StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error", detail, None)
 }
 

@@ -1,5 +1,4 @@
-//! Roles below `/v1/roles`: named sets of scopes that keys have. What they share with plans is in
-//! [`super::definitions`].
+//! `/v1/roles`: named sets of scopes that keys have.
 
 use axum::extract::State;
 use axum::http::StatusCode;

@@ -1,5 +1,5 @@
-//! The filters' side: polls are held here until there is something to tell, usage reports are taken. Only keys with the
-//! scope `sync` come in, and they can do nothing else.
+//! `/sync/v1`: the API of the filters. A poll is held until there is a change. Only keys with the scope `sync` are
+//! admitted.
 
 use std::time::Duration;
 
@@ -22,8 +22,8 @@ use crate::error::ApiError;
 use crate::metering::{IngestError, NEW_REPORTERS};
 use crate::net::connection::Peer;
 use crate::sync::filters::SILENT;
-use crate::sync::mirror::Wanted;
-use crate::sync::registry::{Heard, Noted};
+use crate::sync::mirror::PageRequest;
+use crate::sync::registry::{PollStatus, Registration};
 
 /// The media type of a page.
 const PAGE_TYPE: &str = "application/vnd.portcullis.page";
@@ -84,19 +84,19 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<im
     let shown = |version: &&str| {
         (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
     };
-    let heard = Heard {
+    let heard = PollStatus {
         sync_key,
         address: peer.map(|Peer(address)| address.ip().to_canonical().to_string()),
         version: poll.version.as_deref().filter(shown).map(Into::into),
-        // Whoever asks for the changes after a revision has all before; whoever loads a snapshot has not said so yet.
+        // A filter that asks for the changes after a revision has all before. One that loads a snapshot has not confirmed any.
         holds: poll.epoch.zip(poll.revision).filter(|_| poll.cursor.is_none()).map(|(epoch, at)| (epoch.into(), at)),
         pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
     };
     match app.filters.polled(reporter, heard) {
         // The very page that it gets is to count it.
-        Noted::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
-        Noted::TooMany => return None,
-        Noted::Known | Noted::Ignored => {}
+        Registration::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
+        Registration::TooMany => return None,
+        Registration::Known | Registration::Ignored => {}
     }
     let filters = app.filters.clone();
     Some(Defer(move || {
@@ -127,18 +127,18 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
             }
             let (epoch, least) = (Epoch::from(epoch), least.unwrap_or(0));
             if !up_to_date(app, epoch, least, deadline).await {
-                return Err(ApiError::Unavailable("This replica does not know that state of the keys. Try again."));
+                return Err(ApiError::Unavailable("This replica does not have that revision yet. Try again."));
             }
             // A page of an older state than those before it could bring revoked keys back. Where the database itself is
             // behind, it was restored: the snapshot starts over.
             let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
-            return written(app, Wanted::Snapshot(if continues { cursor } else { 0 }));
+            return written(app, PageRequest::Snapshot(if continues { cursor } else { 0 }));
         }
         (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
         (None, Some(_), None) => {
             return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last page"));
         }
-        (Some(_), None, None) | (None, None, None) => return written(app, Wanted::Snapshot(0)),
+        (Some(_), None, None) | (None, None, None) => return written(app, PageRequest::Snapshot(0)),
         (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
     };
     let mut positions = app.store.positions();
@@ -149,11 +149,11 @@ async fn page_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
     let may_judge = up_to_date(app, epoch, revision, deadline).await;
     loop {
         let now = *positions.borrow_and_update();
-        let (ours, at) = now.ok_or(ApiError::Unavailable("The keys are being loaded. Try again shortly."))?;
+        let (ours, at) = now.ok_or(ApiError::Unavailable("The key store is not loaded yet. Try again shortly."))?;
         let in_step = ours == epoch && at == revision;
         let elsewhere = ours != epoch || at < revision;
         if !in_step && (may_judge || !elsewhere) {
-            return written(app, Wanted::Changes(if ours == epoch { revision } else { u64::MAX }));
+            return written(app, PageRequest::Changes(if ours == epoch { revision } else { u64::MAX }));
         }
         tokio::select! {
             _ = positions.changed() => {}
@@ -177,10 +177,10 @@ async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -
     }
 }
 
-fn written(app: &App, wanted: Wanted) -> Result<Bytes, ApiError> {
+fn written(app: &App, wanted: PageRequest) -> Result<Bytes, ApiError> {
     match app.store.page(wanted) {
-        None => Err(ApiError::Unavailable("The keys are being loaded. Try again shortly.")),
-        Some(page) => page.map_err(|error| ApiError::Internal(format!("a page could not be written: {error}"))),
+        None => Err(ApiError::Unavailable("The key store is not loaded yet. Try again shortly.")),
+        Some(page) => page.map_err(|error| ApiError::Internal(format!("a page cannot be encoded: {error}"))),
     }
 }
 
@@ -194,7 +194,7 @@ fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> 
         filters: app.store.filters(),
     };
     let page = PageWriter::new().finish(&header);
-    page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page could not be written: {error}")))
+    page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page cannot be encoded: {error}")))
 }
 
 /// `POST /sync/v1/usage`: takes reports and acknowledges them once they are committed.
@@ -205,7 +205,7 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
     let reports = read_reports(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() });
     let reports = reports.inspect_err(|_| rejected())?;
     if let Some(first) = reports.first()
-        && app.filters.held(first.reporter, key) == Noted::TooMany
+        && app.filters.held(first.reporter, key) == Registration::TooMany
     {
         rejected();
         return Err(too_many(&app));
@@ -229,10 +229,10 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
             );
             ApiError::BoundReached { detail, retry_after_s: 3_600 }
         }
-        IngestError::Full => ApiError::Unavailable("Too many usage reports wait. Send it again."),
+        IngestError::Full => ApiError::Unavailable("Too many usage reports are queued. Send the report again."),
         IngestError::Database(error) => {
-            tracing::warn!(%error, "usage reports could not be committed");
-            ApiError::Unavailable("The database does not take usage reports at the moment. Send it again.")
+            tracing::warn!(%error, "could not commit usage reports");
+            ApiError::Unavailable("The database is not available. Send the report again.")
         }
     })?;
     app.filters.reported(ack.reporter, key);

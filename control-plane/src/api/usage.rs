@@ -1,5 +1,5 @@
-//! Usage by key, user, plan, scope and outcome, by hour, day and month: filters and groups come in, a page of sums goes
-//! out, as JSON or CSV. Refused are spans that would take too long: more than 366 days, or 31 days by the hour.
+//! `GET /v1/usage`: sums of usage by key, user, plan, scope and outcome, as JSON or CSV. A query spans at most 366
+//! days, by the hour 31 days.
 
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, header};
@@ -59,7 +59,7 @@ pub struct SumsQuery {
     /// Until before when (RFC 3339); now unless given. At most 366 days after `from`, 31 by the hour.
     #[param(example = "2026-05-08T00:00:00Z")]
     to: Option<String>,
-    /// `json` or `csv`; what the header `accept` says unless given.
+    /// `json` or `csv`; by default as the header `accept` demands.
     format: Option<String>,
     /// `next_cursor` of the page before.
     cursor: Option<String>,
@@ -79,7 +79,7 @@ pub struct UsageRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Uuid>)]
     key_id: Option<Option<Uuid>>,
-    /// What people call it.
+    /// A name for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, example = "Production Key")]
     key_name: Option<Option<String>>,
@@ -215,7 +215,7 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery) -> Result<Quest
         outcome: outcome.transpose()?,
         keyless,
         after: after.transpose()?,
-        // One more than asked for tells whether there is a next page.
+        // One entry more than the limit shows whether there is a next page.
         limit: limit + 1,
     })
 }

@@ -1,5 +1,5 @@
-//! Usage as a stream of events for other systems (CloudEvents 1.0, JSON batches): the number of the last event that the
-//! reader has comes in, those after it go out. An event never changes, however often it is read.
+//! `GET /v1/usage/events`: usage as a stream of events for other systems (CloudEvents 1.0, JSON batches). An event
+//! never changes.
 
 use std::time::Duration;
 
@@ -171,15 +171,15 @@ async fn start(app: &App, after: Option<i64>) -> Result<i64, ApiError> {
     let Some(after) = after else { return Ok(oldest - 1) };
     if after > newest {
         let detail = format!(
-            "after: the newest event is {newest}. The database was put back to an earlier state; read on from there, and \
-             take back what came after it."
+            "after: the newest event is {newest}. The database was restored to an earlier state. Continue from that event, \
+             and discard the events after it."
         );
         return Err(ApiError::Conflict(detail));
     }
     if after < oldest - 1 {
         let detail = format!(
-            "after: the oldest event that is kept is {oldest}. Take what is missing from GET /v1/usage, and read on \
-             without `after`."
+            "after: the oldest stored event is {oldest}. Read the missing usage from GET /v1/usage, and continue without \
+             `after`."
         );
         return Err(ApiError::Gone(detail));
     }

@@ -1,5 +1,4 @@
-//! Users below `/v1/users`: an email address comes in, a user with the plan and the number of their keys goes out, or all of
-//! their keys are revoked. A user sees themselves; the list, and every change of a user, is for admins.
+//! `/v1/users`: the owners of keys. Users see themselves; only admins list and change users.
 
 use axum::extract::State;
 use axum::http::header;
@@ -36,7 +35,7 @@ pub struct KeyCounts {
 /// A user.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UserView {
-    /// Names the user for ever; the upstream hears of it as the consumer.
+    /// The id of the user, which the upstream gets as the consumer.
     id: Uuid,
     /// The email address.
     #[schema(example = "user@example.com")]
@@ -200,7 +199,7 @@ pub async fn patch(
     Ok(show(user))
 }
 
-/// Revoke all keys of a user for good.
+/// Revoke all keys of a user.
 ///
 /// The key of the caller is revoked too if it is one of them.
 #[utoipa::path(

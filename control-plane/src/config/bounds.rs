@@ -1,4 +1,4 @@
-//! Bounds on what one owner and one sync key may make, as the operator chose them.
+//! Bounds on what one owner and one sync key may create.
 
 /// The bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

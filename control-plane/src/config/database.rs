@@ -1,5 +1,5 @@
-//! Where the database is and with which password it is reached: `DATABASE_URL` and what PostgreSQL's own programs read
-//! (`PGPASSWORD`, `PGPASSFILE`), each secret also from a file.
+//! The address and the password of the database: `DATABASE_URL` and the variables of PostgreSQL's own programs
+//! (`PGPASSWORD`, `PGPASSFILE`). Each secret may stand in a file.
 
 use sqlx::postgres::PgConnectOptions;
 
@@ -13,7 +13,7 @@ const PASSWORD_FILES: &str = "PGPASSFILE";
 /// What special characters in a URL need, and the way around it.
 const REMEDY: &str = "percent-encode special characters of the password, or leave the password out and set PGPASSWORD or PGPASSWORD_FILE";
 
-/// How to reach the database that the operator chose.
+/// Options to connect to the database.
 ///
 /// # Errors
 /// One line that names the setting and has no password.
@@ -24,9 +24,9 @@ pub fn options(database: &Database) -> Result<PgConnectOptions, String> {
         (Some(url), None) => url.to_owned(),
         (None, Some(url)) => url,
         (Some(_), Some(_)) => {
-            return Err(format!("{URL} (--database-url) and {URL}_FILE are both set; set one of them"));
+            return Err(format!("{URL} (--database-url) and {URL}_FILE are both set; set only one"));
         }
-        (None, None) => return Err(format!("{URL}: say where PostgreSQL is, as postgres://user@host:port/database")),
+        (None, None) => return Err(format!("{URL}: is not set; set it to postgres://user@host:port/database")),
     };
     let options = parse(&url)?;
     if let Some(path) = std::env::var_os(PASSWORD_FILES).filter(|path| !path.is_empty()) {
@@ -35,7 +35,7 @@ pub fn options(database: &Database) -> Result<PgConnectOptions, String> {
     // sqlx reads PGPASSWORD by itself, but not the file.
     match secret_setting::read_file(PASSWORD)? {
         Some(_) if has_password(&url) => {
-            Err(format!("{URL} has a password and {PASSWORD}_FILE is set; give one of them"))
+            Err(format!("{URL} contains a password and {PASSWORD}_FILE is set; set only one"))
         }
         Some(password) => Ok(options.password(&password)),
         None => Ok(options),
@@ -44,7 +44,7 @@ pub fn options(database: &Database) -> Result<PgConnectOptions, String> {
 
 fn parse(url: &str) -> Result<PgConnectOptions, String> {
     if !(url.starts_with("postgres://") || url.starts_with("postgresql://")) {
-        return Err(format!("{URL}: is not of the form postgres://user@host:port/database"));
+        return Err(format!("{URL}: must have the form postgres://user@host:port/database"));
     }
     // Such a URL can be parsed, but names another host than was meant.
     if url.contains('#') || (!authority(url).contains('@') && url.contains('@')) {
@@ -86,7 +86,7 @@ mod tests {
         }
         assert_eq!(
             parse("nonsense").unwrap_err(),
-            "DATABASE_URL: is not of the form postgres://user@host:port/database"
+            "DATABASE_URL: must have the form postgres://user@host:port/database"
         );
         for url in [
             "postgres://u:a%2Fb%23c%40d@host/db?sslmode=disable",

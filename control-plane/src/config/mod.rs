@@ -1,5 +1,5 @@
-//! The command line and the environment: what the operator chose comes in, checked settings or one line that names the
-//! setting go out. Keys come from the environment only, since command lines are seen by everybody on the machine.
+//! The command line and the environment. An error is one line that names the setting. Keys come from the
+//! environment only, since every user of a machine can read command lines.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -29,7 +29,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve the REST API and the filters
     Serve(Box<Serve>),
-    /// Work on the database directly
+    /// Manage the database directly
     #[command(subcommand)]
     Admin(Admin),
     /// Work on many keys
@@ -45,8 +45,8 @@ pub enum Command {
 /// The database, for every command that needs it.
 #[derive(Args, Clone)]
 pub struct Database {
-    /// PostgreSQL, as postgres://user@host:port/database; DATABASE_URL_FILE names a file with it instead. The password may
-    /// stand there, in PGPASSWORD, in a file that PGPASSWORD_FILE names, or in PGPASSFILE
+    /// PostgreSQL, as postgres://user@host:port/database; or DATABASE_URL_FILE names a file with the URL. The password is part
+    /// of the URL, or comes from PGPASSWORD, from a file that PGPASSWORD_FILE names, or from PGPASSFILE
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<String>,
 }
@@ -68,12 +68,12 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_LISTEN", default_value = "127.0.0.1:8081")]
     pub listen: SocketAddr,
 
-    /// File to write the bound address to, once requests are taken
+    /// File to write the bound address to, once requests are accepted
     #[arg(long, env = "PORTCULLIS_ADDRESS_FILE")]
     pub address_file: Option<PathBuf>,
 
-    /// Certificate to serve TLS with, in PEM, followed by those between it and its authority; without it HTTP is in the
-    /// clear. Read anew on SIGHUP and when it changes
+    /// Certificate chain in PEM, leaf first. Without it, connections are in plain text. Reloaded on SIGHUP and when the file
+    /// changes
     #[arg(long, env = "PORTCULLIS_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
 
@@ -81,12 +81,12 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// Authorities whose certificates clients must have, in PEM; without it they need none
+    /// CA bundle in PEM for verifying client certificates (enables mTLS)
     #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// How long a client may take to shake hands, to send the head of a request while none is under way, to send each MiB
-    /// of a body, and to take each 64 KiB of a response, in seconds
+    /// Time-out in seconds for a TLS handshake, for the head of a request on an idle connection, for each MiB of a request
+    /// body, and for each 64 KiB of a response
     #[arg(long, env = "PORTCULLIS_READ_TIMEOUT_SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=300))]
     pub read_timeout_seconds: u64,
 
@@ -116,15 +116,15 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_API_BURST", default_value = "100")]
     pub api_burst: NonZeroU32,
 
-    /// How often the database is looked at for changes that nobody announced, in milliseconds
+    /// Polling interval for changes that LISTEN/NOTIFY missed, in milliseconds
     #[arg(long, env = "PORTCULLIS_POLL_INTERVAL_MS", default_value = "1000", value_parser = clap::value_parser!(u64).range(10..=60_000))]
     pub poll_interval_ms: u64,
 
-    /// How long a filter's poll is held when there is no news, in seconds; filters wait 40
+    /// How long the poll of a filter is held when there is no change, in seconds; filters wait 40
     #[arg(long, env = "PORTCULLIS_LONG_POLL_SECONDS", default_value = "25", value_parser = clap::value_parser!(u64).range(1..=30))]
     pub long_poll_seconds: u64,
 
-    /// For how long filters can tell a revoked or expired key from an unknown one, in days
+    /// How long filters can tell a revoked or expired key from an unknown one, in days
     #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(0..=3650))]
     pub revoked_retention_days: i32,
 
@@ -138,24 +138,24 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub envoys_per_sync_key: u32,
 
-    /// For how long the rows of keys are kept that filters have forgotten, in days since the key ended; 0 for ever. A key
+    /// How long the rows of keys are kept that filters have forgotten, in days since the key ended; 0 for ever. A key
     /// whose usage is still kept by the hour or by the day stays
     #[arg(long, env = "PORTCULLIS_ENDED_KEY_DAYS", default_value = "0", value_parser = clap::value_parser!(i32).range(0..=36500))]
     pub ended_key_days: i32,
 
-    /// For how long the audit trail is kept, in days; 0 for ever
+    /// How long the audit trail is kept, in days; 0 for ever
     #[arg(long, env = "PORTCULLIS_AUDIT_DAYS", default_value = "0", value_parser = clap::value_parser!(i32).range(0..=36500))]
     pub audit_days: i32,
 
-    /// Policies and routes of the Envoys, as a JSON file, so that requests can be explained by path and by policy
+    /// JSON file with the policies and routes of the Envoys, for explaining requests by path and by policy
     #[arg(long, env = "PORTCULLIS_POLICIES_FILE", value_name = "FILE")]
     pub policies: Option<PathBuf>,
 
-    /// For how long usage is kept by the hour, in days; after that by the day
+    /// How long usage is kept by the hour, in days; after that by the day
     #[arg(long, env = "PORTCULLIS_USAGE_HOURLY_DAYS", default_value = "90", value_parser = clap::value_parser!(i32).range(1..=3650))]
     pub usage_hourly_days: i32,
 
-    /// For how long usage is kept by the day, in days; 0 for ever
+    /// How long usage is kept by the day, in days; 0 for ever
     #[arg(long, env = "PORTCULLIS_USAGE_DAILY_DAYS", default_value = "1100", value_parser = clap::value_parser!(i32).range(0..=36500))]
     pub usage_daily_days: i32,
 
@@ -163,19 +163,19 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_USAGE_EVENT_SECONDS", default_value = "60", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub usage_event_seconds: u64,
 
-    /// For how long usage events are kept, in days
+    /// How long usage events are kept, in days
     #[arg(long, env = "PORTCULLIS_USAGE_EVENT_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(1..=3650))]
     pub usage_event_days: i32,
 
-    /// For how long every booking of usage stays a row of the ledger of its own, in days; older ones are summed up by day
+    /// How long each booking of usage stays a row of the ledger, in days; older rows are summed up by day
     #[arg(long, env = "PORTCULLIS_LEDGER_DETAIL_DAYS", default_value = "35", value_parser = clap::value_parser!(i32).range(1..=3650))]
     pub ledger_detail_days: i32,
 
-    /// How to write the log
+    /// Format of the log
     #[arg(long, env = "PORTCULLIS_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
 
-    /// What to log: a level, or a list as info,control_plane=debug
+    /// Log filter: a level, or a list such as info,control_plane=debug
     #[arg(long, env = "PORTCULLIS_LOG", default_value = "info")]
     pub log: String,
 }
@@ -192,7 +192,7 @@ pub enum LogFormat {
 /// Commands below `admin`.
 #[derive(Debug, Subcommand)]
 pub enum Admin {
-    /// Create a key and print it, this once
+    /// Create a key and print it. It is never shown again
     CreateKey {
         /// The database.
         #[command(flatten)]
@@ -200,22 +200,22 @@ pub enum Admin {
         /// A scope of the key, such as admin or sync; may be given several times
         #[arg(long = "scope", required = true)]
         scopes: Vec<String>,
-        /// What people recognise the key by
+        /// A name for people
         #[arg(long)]
         name: String,
         /// The user that the key belongs to; may be left out if its scopes are only admin and sync
         #[arg(long)]
         email: Option<String>,
-        /// After how many seconds the key expires; if left out, never, but an admin key after 90 days
+        /// In how many seconds the key expires; by default never, an admin key after 90 days
         #[arg(long)]
         expires_in_seconds: Option<i64>,
         /// Let an admin key never expire
         #[arg(long, conflicts_with = "expires_in_seconds")]
         no_expiry: bool,
     },
-    /// Print a fresh key and store nothing, for PORTCULLIS_ADMIN_KEY or PORTCULLIS_SYNC_KEY. Needs no database
+    /// Generate a key and print it, for PORTCULLIS_ADMIN_KEY or PORTCULLIS_SYNC_KEY. Stores nothing and needs no database
     GenerateKey,
-    /// Make every filter load all keys anew. Needed after the files of the database were put back by hand
+    /// Make every filter load all keys again. Needed after the files of the database were restored by hand
     NewEpoch {
         /// The database.
         #[command(flatten)]
@@ -240,7 +240,7 @@ pub enum Keys {
 /// Commands below `usage`.
 #[derive(Debug, Subcommand)]
 pub enum Usage {
-    /// Import usage that Envoys logged when they ended; what had arrived is skipped
+    /// Import usage that Envoys logged when they ended; usage that had arrived before is skipped
     Import {
         /// The database.
         #[command(flatten)]

@@ -29,7 +29,7 @@ fn choose(name: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<Opt
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
     match (set(name), set(&file_variable)) {
         (None, None) => Ok(None),
-        (Some(_), Some(_)) => Err(format!("{name} and {file_variable} are both set; set one of them")),
+        (Some(_), Some(_)) => Err(format!("{name} and {file_variable} are both set; set only one")),
         (Some(value), None) => value.into_string().map(Some).map_err(|_| format!("{name}: is not UTF-8")),
         (None, Some(path)) => {
             let shown = path.display();
@@ -76,7 +76,7 @@ mod tests {
             std::fs::write(&path, content).unwrap();
             assert_eq!(chosen(Some(""), file), Ok(Some(secret.into())), "{content:?}");
         }
-        assert_eq!(chosen(Some("here"), file), Err("SECRET and SECRET_FILE are both set; set one of them".into()));
+        assert_eq!(chosen(Some("here"), file), Err("SECRET and SECRET_FILE are both set; set only one".into()));
         std::fs::write(&path, "\n").unwrap();
         assert_eq!(chosen(None, file), Err(format!("SECRET_FILE: {}: is empty", path.display())));
         std::fs::write(&path, [b'x'; 65_537]).unwrap();

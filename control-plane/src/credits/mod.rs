@@ -1,5 +1,5 @@
-//! Credits: every change of a balance is a row of the ledger. Top-ups and corrections come in by hand, [`refill`] books
-//! those that come by themselves, usage is booked with the reports, and [`rollup`] keeps the ledger short.
+//! Credits. Every change of a balance is a row of the ledger. Admins add top-ups and corrections, [`refill`] books
+//! scheduled credits, usage is booked with the reports, and [`rollup`] keeps the ledger short.
 
 pub mod refill;
 pub mod rollup;
@@ -157,9 +157,7 @@ pub fn parse_amount(amount: i64, kind: Kind) -> Result<i64, ApiError> {
         Kind::Correction => {
             Err(ApiError::invalid("amount", format!("must be a number from -{AMOUNT} to {AMOUNT} other than 0")))
         }
-        Kind::Opening | Kind::Refill | Kind::Usage => {
-            Err(ApiError::invalid("kind", "must be top_up or correction: other rows are made by themselves"))
-        }
+        Kind::Opening | Kind::Refill | Kind::Usage => Err(ApiError::invalid("kind", "must be top_up or correction")),
     }
 }
 

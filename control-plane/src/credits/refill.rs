@@ -1,4 +1,4 @@
-//! Credits that come in by themselves: what is due is booked, each period once, by whichever replica comes first.
+//! Scheduled credits. Each period is booked once, by the replica that comes first.
 
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};

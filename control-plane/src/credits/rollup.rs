@@ -1,6 +1,5 @@
-//! Keeps the ledger short: rows of usage that are older than the operator wants in detail become one row for each owner
-//! and UTC day, and for each stretch between other rows, so that the balance beside every row that stays is still the sum
-//! of all rows up to it.
+//! Keeps the ledger short. Usage rows older than the detail period become one row per owner and UTC day, and per
+//! stretch between other rows. The balance beside every remaining row is still the sum of all rows up to it.
 
 use sqlx::{PgConnection, PgPool};
 

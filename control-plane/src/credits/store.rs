@@ -1,5 +1,5 @@
-//! Balances and the ledger in PostgreSQL. Whoever books holds the user's row first, so that the rows of an owner stand in
-//! the order in which their balance changed.
+//! Balances and the ledger in PostgreSQL. A booking locks the row of the user first, so that the rows of an owner
+//! stand in the order in which the balance changed.
 
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgExecutor, PgPool};
@@ -53,7 +53,7 @@ pub struct Account {
     pub credits_starter: i32,
     /// What Envoys hold and have not told of.
     pub leased: i64,
-    /// What comes in by itself.
+    /// Scheduled credits.
     pub refill: Option<Json<Refill>>,
     /// When it next does.
     pub refill_at: Option<OffsetDateTime>,
@@ -118,7 +118,7 @@ pub async fn credit(
     let owner = Locked::from(user);
     let balance = owner.balance.saturating_add(amount);
     if balance.checked_abs().is_none_or(|size| size > BALANCE) {
-        let detail = format!("The balance would be {balance}: it stays within {BALANCE} either way.");
+        let detail = format!("The balance would be {balance}. It must stay between -{BALANCE} and {BALANCE}.");
         return Err(ApiError::Conflict(detail));
     }
     let metered = owner.metered || kind == Kind::TopUp;

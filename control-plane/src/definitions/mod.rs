@@ -1,5 +1,5 @@
-//! Roles and plans: what clients say of them is parsed here, what is kept of them is read and written in [`store`]. Refused
-//! are names of another form and scopes that open the control plane, which a key has from nobody but itself.
+//! Roles and plans: parsed here, stored in [`store`]. They cannot grant the scopes `admin` and `sync`, which only a
+//! key itself has.
 
 pub mod store;
 
@@ -66,7 +66,7 @@ impl Name {
     }
 }
 
-/// What a definition says. Roles have scopes only.
+/// The content of a definition. Roles have scopes only.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Content {
     /// For people.
@@ -80,7 +80,7 @@ pub struct Content {
 }
 
 impl Content {
-    /// Parses what a client says.
+    /// Parses the fields of a client.
     ///
     /// # Errors
     /// What is wrong with `description`, `scopes`, `rate_limits` or `quota`.
@@ -97,7 +97,7 @@ impl Content {
         }
         let scopes = Scopes::parse(scopes)?;
         if let Some(scope) = scopes.as_slice().iter().find(|scope| [ADMIN, SYNC].contains(&scope.as_str())) {
-            let detail = format!("{scope} opens the control plane: grant it to a key itself");
+            let detail = format!("must not contain {scope}, which can be granted to a key only");
             return Err(ApiError::invalid("scopes", detail));
         }
         Ok(Self {

@@ -1,10 +1,9 @@
-//! Roles and plans in PostgreSQL: parsed values come in, rows go out. A definition that is removed keeps its row and its
-//! number, so that filters can be told.
+//! Roles and plans in PostgreSQL. A deleted definition keeps its row and its number, so that filters learn that it
+//! is gone.
 //!
-//! Locks are taken in one order: the row of a user, then rows of definitions, then `store_state` (by a trigger, with the
-//! first change), then rows of keys. Whoever gives a definition to a key or a user holds its row `for key share`
-//! ([`numbers`]), which only a removal waits for: it holds it `for update` and then sees every use. A replacement holds it
-//! `for no key update`, so that it waits for other replacements and removals, and for nobody else.
+//! A key or a user that gets a definition locks its row `for key share` ([`numbers`]), which only a deletion waits
+//! for. A deletion locks it `for update` and then sees every use. A replacement locks it `for no key update`: it
+//! waits for other replacements and deletions only. The order of locks stands in [`crate::keys::lock`].
 
 use serde_json::json;
 use sqlx::types::Json;
@@ -23,7 +22,7 @@ use crate::quota::{Whose, check_time_zone, refresh_starters};
 pub struct Definition {
     /// What keys and records call it.
     pub number: i32,
-    /// What people call it.
+    /// A name for people.
     pub name: String,
     /// For people.
     pub description: String,
@@ -35,7 +34,7 @@ pub struct Definition {
     pub quota: Option<Json<Quota>>,
     /// Counted up with each change.
     pub version: i64,
-    /// When it was made.
+    /// When it was created.
     pub created_at: OffsetDateTime,
 }
 
@@ -79,11 +78,11 @@ pub async fn list(pool: &PgPool, kind: Kind, after: Option<&Name>, limit: i64) -
     Ok(found)
 }
 
-/// Makes or replaces one. Says whether it is new. What says the same already stays as it is: a statement that changes
-/// nothing would wake every filter.
+/// Creates or replaces a definition. Says whether it is new. A definition with the same content stays as it is: a statement
+/// that changes nothing would wake every filter.
 ///
 /// # Errors
-/// 412 by the condition, 409 if there are too many, a time zone that is unknown.
+/// 412 by the preconditions, 409 if there are too many, a time zone that is unknown.
 pub async fn put(
     writer: &Writer,
     actor: &Actor,
@@ -166,7 +165,7 @@ async fn make(
     )
     .fetch_optional(&mut *connection)
     .await?;
-    // Since the insert others wait for `store_state`, so that nobody is overlooked.
+    // Since the insert, other transactions wait for `store_state`, so the count is complete.
     let there = sqlx::query_scalar!(
         r#"select count(*) as "there!" from definitions where kind = $1 and not removed"#,
         kind.name()
@@ -198,10 +197,10 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
     Ok(replaced)
 }
 
-/// Removes one that nobody uses. Says whether there was one.
+/// Deletes a definition that is not in use. Says whether there was one.
 ///
 /// # Errors
-/// 412 by the condition, 409 that says how many use it.
+/// 412 by the preconditions, 409 that says how many use it.
 pub async fn remove(
     writer: &Writer,
     actor: &Actor,
@@ -242,7 +241,7 @@ async fn remove_in(
         let users = if uses.users > 0 { format!(" and {}", counted(uses.users, "user")) } else { String::new() };
         let (kind, name, keys) = (kind.name(), name.as_str(), counted(uses.keys, "key"));
         return Err(ApiError::Conflict(format!(
-            "The {kind} {name} is used by {keys}{users}. Take it from them first."
+            "The {kind} {name} is used by {keys}{users}. Remove it from them first."
         )));
     }
     sqlx::query!("update definitions set removed = true where number = $1", present.number)
@@ -283,7 +282,10 @@ pub async fn numbers(connection: &mut PgConnection, kind: Kind, names: &[Name]) 
     let number = |name: &String| {
         let row = found.iter().find(|row| row.name == *name);
         row.map(|row| row.number).ok_or_else(|| {
-            ApiError::invalid(kind.field(), format!("there is no {} {name}; PUT /v1/{0}s/{name} makes it", kind.name()))
+            ApiError::invalid(
+                kind.field(),
+                format!("there is no {} {name}; create it with PUT /v1/{0}s/{name}", kind.name()),
+            )
         })
     };
     wanted.iter().map(number).collect()

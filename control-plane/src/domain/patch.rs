@@ -35,7 +35,7 @@ impl<T> Patch<T> {
         }
     }
 
-    /// The field after the change, if the change says anything of it.
+    /// The field after the change, if the change contains it.
     #[must_use]
     pub fn given(self) -> Option<Option<T>> {
         match self {

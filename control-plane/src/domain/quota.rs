@@ -80,7 +80,7 @@ impl Quota {
         }
     }
 
-    /// What an Envoy may let in before it was leased any; `told` is what filters know.
+    /// What an Envoy may admit before it was leased any; `told` is what filters know.
     #[must_use]
     pub fn starter(&self, told: Option<i32>) -> i64 {
         told.map_or(self.requests / 16, i64::from).max(1)

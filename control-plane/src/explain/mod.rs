@@ -14,7 +14,7 @@ use crate::{credits, quota};
 /// How Envoys know a key.
 #[derive(Clone, Copy, Debug)]
 pub struct CurrentSecret {
-    /// Whom it belongs to.
+    /// The id of its owner.
     pub owner_id: Uuid,
     /// The hash of its present secret.
     pub hash: KeyHash,

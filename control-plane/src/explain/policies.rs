@@ -19,7 +19,7 @@ const ROUTES: usize = 10_000;
 
 /// Policies by name and by path.
 #[derive(Clone, Debug, Default)]
-pub struct Configured {
+pub struct ConfiguredPolicies {
     /// Whether Envoys are in shadow mode as a whole, whatever a policy says.
     pub shadow: bool,
     policies: Policies,
@@ -49,7 +49,7 @@ struct File {
 
 /// A policy that was looked for.
 #[derive(Clone, Debug)]
-pub struct Found<'a> {
+pub struct MatchedPolicy<'a> {
     /// Its name.
     pub name: &'a str,
     /// What it asks for; `None` if there is none of the name.
@@ -58,7 +58,7 @@ pub struct Found<'a> {
     pub how: String,
 }
 
-impl Configured {
+impl ConfiguredPolicies {
     /// Reads the file.
     ///
     /// # Errors
@@ -99,15 +99,15 @@ impl Configured {
 
     /// The policy of this name.
     #[must_use]
-    pub fn named<'a>(&'a self, name: &'a str) -> Found<'a> {
+    pub fn named<'a>(&'a self, name: &'a str) -> MatchedPolicy<'a> {
         let policy = self.policies.find((name != DEFAULT_NAME).then_some(name));
         let how = if policy.is_some() { "the request names it" } else { "there is no policy of this name" };
-        Found { name, policy, how: how.into() }
+        MatchedPolicy { name, policy, how: how.into() }
     }
 
     /// The policy of the first route that a request matches; the default one if there is none.
     #[must_use]
-    pub fn of_request(&self, method: &str, path: &str) -> Found<'_> {
+    pub fn of_request(&self, method: &str, path: &str) -> MatchedPolicy<'_> {
         let path = path.split(['?', '#']).next().unwrap_or_default();
         let matches = |route: &&Route| {
             let takes = route.methods.as_ref().is_none_or(|methods| methods.iter().any(|taken| taken == method));
@@ -116,16 +116,16 @@ impl Configured {
         match self.routes.iter().find(matches) {
             Some(route) => {
                 let how = format!("{method} {path} is of the route with the prefix {}", route.prefix);
-                Found { how, ..self.named(&route.policy) }
+                MatchedPolicy { how, ..self.named(&route.policy) }
             }
-            None => Found { how: format!("no route is for {method} {path}"), ..self.named(DEFAULT_NAME) },
+            None => MatchedPolicy { how: format!("no route is for {method} {path}"), ..self.named(DEFAULT_NAME) },
         }
     }
 
     /// The policy of routes that name none.
     #[must_use]
-    pub fn default_policy(&self) -> Found<'_> {
-        Found { how: "the request names neither a policy nor a path".into(), ..self.named(DEFAULT_NAME) }
+    pub fn default_policy(&self) -> MatchedPolicy<'_> {
+        MatchedPolicy { how: "the request names neither a policy nor a path".into(), ..self.named(DEFAULT_NAME) }
     }
 }
 
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_first_route_that_matches_names_the_policy_and_the_default_is_for_the_rest() {
-        let configured = Configured::parse(FILE).unwrap();
+        let configured = ConfiguredPolicies::parse(FILE).unwrap();
         for (method, path, name) in [
             ("GET", "/orders?page=2", "read"),
             ("GET", "/orders/public", "read"),
@@ -164,10 +164,10 @@ mod tests {
         }
         let nulls = r#"{"policies": {"a": {"key": null, "scopes": null, "cost": null, "rate_limit": null, "shadow": null}},
             "default_policy": null, "shadow": null, "routes": null}"#;
-        assert!(Configured::parse(nulls).unwrap().named("a").policy.is_some());
+        assert!(ConfiguredPolicies::parse(nulls).unwrap().named("a").policy.is_some());
         assert_eq!(configured.default_policy().policy.unwrap().cost, Some(7));
         assert!(configured.named("wrong").policy.is_none() && configured.named("free").policy.is_some());
-        assert_eq!(Configured::default().of_request("GET", "/").policy, Some(Policy::PLAIN));
+        assert_eq!(ConfiguredPolicies::default().of_request("GET", "/").policy, Some(Policy::PLAIN));
     }
 
     #[test]
@@ -195,7 +195,7 @@ mod tests {
             ),
             (r#"{"routes": [{"prefix": "/", "policy": "a"}]}"#, "routes[0].policy: there is no policy \"a\": add it"),
         ] {
-            let error = Configured::parse(text).unwrap_err();
+            let error = ConfiguredPolicies::parse(text).unwrap_err();
             assert!(error.starts_with(start) && !error.contains('\n'), "{error}");
         }
     }

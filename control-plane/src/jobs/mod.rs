@@ -38,7 +38,7 @@ pub struct Context {
     retention: Retention,
 }
 
-/// A job: what it is called in the log, how often it runs, and what it does. It says how many rows it changed.
+/// A job: its name in the log, its interval, and its function, which returns the number of changed rows.
 pub struct Job {
     name: &'static str,
     interval: Duration,

@@ -1,10 +1,10 @@
-//! What PostgreSQL plans with. A connection keeps the plans that it made, and one of when there were a handful of keys reads
-//! all of them for each request. PostgreSQL looks after that only once a minute: while tables grow from nothing, or take in a
-//! large import, that is long.
+//! Statistics of the query planner. A connection keeps its query plans; one made while the tables had a handful of
+//! rows scans them as a whole later. PostgreSQL renews statistics once a minute, which is late while tables grow
+//! from nothing or during a large import.
 
 use sqlx::PgPool;
 
-/// Counts anew if there are several times the keys or users that the plans were made for, and says whether it was due.
+/// Renews the statistics if there are several times the keys or users that they know of. Says whether it did.
 pub async fn renew(pool: &PgPool) -> Result<bool, sqlx::Error> {
     let has_grown = sqlx::query_scalar!(
         r#"select exists (
@@ -16,7 +16,7 @@ pub async fn renew(pool: &PgPool) -> Result<bool, sqlx::Error> {
     .fetch_one(pool)
     .await?;
     if has_grown {
-        // Whoever else works on a table may do so: it is looked at again soon.
+        // A locked table is skipped. The next run takes it.
         sqlx::query!("analyze (skip_locked) api_keys, user_preferences").execute(pool).await?;
     }
     Ok(has_grown)

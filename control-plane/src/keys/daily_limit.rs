@@ -1,6 +1,5 @@
-//! How much the keys of an owner may do in a day: keys that they make and rotations are counted together, and changes of keys.
-//! Each leaves a row or more in the database, and most wake every filter. Revocations are not counted: nothing keeps a user from
-//! ending a key that was stolen.
+//! Daily limits of an owner: on keys created and rotated, and on changes of keys. Each leaves rows in the database,
+//! and most wake every filter. Revocations do not count, so nothing keeps a user from revoking a stolen key.
 
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -15,7 +14,7 @@ const CHANGES: u32 = 10;
 pub enum Act {
     /// A key is made or rotated.
     Create,
-    /// A key is renamed, switched off or on, given another end or other networks.
+    /// A key is changed in any way but rotation and revocation.
     Change,
 }
 

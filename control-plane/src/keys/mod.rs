@@ -1,4 +1,4 @@
-//! Keys: created, read, changed, rotated, revoked, imported and forgotten, in PostgreSQL.
+//! Keys: created, read, changed, rotated, revoked and imported.
 
 pub mod effective;
 pub mod model;

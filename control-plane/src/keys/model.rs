@@ -13,35 +13,35 @@ use crate::domain::{Email, KeyName, Quota, Scopes, StoredLimit};
 /// A key as people see it.
 #[derive(Clone, Debug)]
 pub struct Key {
-    /// Names the key for as long as it lives.
+    /// The id of the key.
     pub id: Uuid,
-    /// Whom it belongs to.
+    /// The id of its owner.
     pub owner_id: Uuid,
     /// The owner's address.
     pub email: String,
-    /// What people call it.
+    /// A name for people.
     pub name: String,
-    /// What people recognise it by; none for keys of a foreign form.
+    /// The start of the secret, by which people recognise it; none for keys of a foreign form.
     pub prefix: Option<String>,
     /// Scopes granted to it.
     pub scopes: Vec<String>,
     /// Its own rate limits.
     pub rate_limits: Json<Vec<StoredLimit>>,
-    /// Which of its secrets is the present one, from 1.
+    /// The number of its current secret, from 1.
     pub generation: i32,
     /// Counted up with each change.
     pub version: i64,
-    /// Whether it is switched off.
+    /// Whether it is disabled.
     pub disabled: bool,
     /// Whether an admin has done so: then only an admin switches it on again.
     pub disabled_by_admin: bool,
-    /// When it was made.
+    /// When it was created.
     pub created_at: OffsetDateTime,
     /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
     /// When it was revoked.
     pub revoked_at: Option<OffsetDateTime>,
-    /// When it was last used, as far as filters have reported.
+    /// When it was last used, as far as filters reported.
     pub last_used_at: Option<OffsetDateTime>,
     /// Allowed requests of all its secrets.
     pub usage_count: i64,
@@ -52,7 +52,7 @@ pub struct Key {
 pub struct NewKey {
     /// Whom it is for; made a user if not one yet.
     pub email: Email,
-    /// What people call it.
+    /// A name for people.
     pub name: KeyName,
     /// Live or test.
     pub kind: KeyKind,
@@ -118,7 +118,7 @@ pub struct PrimaryStatus {
 pub struct CreatedKey {
     /// The key.
     pub key: Key,
-    /// Its secret, which nobody can ask for later.
+    /// Its secret, which cannot be read later.
     pub secret: Secret,
     /// What it may, if no query is needed to know it.
     pub effective: Option<EffectivePermissions>,

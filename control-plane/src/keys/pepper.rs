@@ -1,5 +1,4 @@
-//! Whether the pepper of imported keys is the one that they were imported with: the pepper of the environment comes in, one
-//! line that says what to do goes out if it is another, or was forgotten.
+//! Checks that the pepper of imported keys is the one that they were imported with.
 
 use contract::hash::KeyHash;
 use contract::pepper::Pepper;
@@ -24,12 +23,12 @@ pub async fn check(pool: &PgPool, pepper: Option<&Pepper>) -> Result<Result<(), 
     .await?;
     let known = sqlx::query_scalar!("select pepper_check from store_state").fetch_one(pool).await?;
     Ok(match (known, ours) {
-        (Some(known), Some(ours)) if known != ours => Err(format!(
-            "{PEPPER}: another pepper was given before, and keys that were imported under it would be unknown; give that one"
-        )),
+        (Some(known), Some(ours)) if known != ours => {
+            Err(format!("{PEPPER}: differs from the pepper that keys were imported with; set that one"))
+        }
         (Some(_), None) => Err(format!(
-            "{PEPPER}: is not set, but was before, and keys may have been imported under it; give it, or set store_state.pepper_check to null in \
-             SQL to do without those keys"
+            "{PEPPER}: is not set, but keys may have been imported with a pepper; set it, or set store_state.pepper_check to null in SQL to \
+             give those keys up"
         )),
         _ => Ok(()),
     })

@@ -17,7 +17,7 @@ use crate::quota::check_time_zone;
 const ROLES: usize = 16;
 const NETWORKS: usize = 32;
 
-/// What a client says, field by field as in the body.
+/// The fields of a client, as in the body.
 #[derive(Debug, Default)]
 pub struct PermissionsPatch {
     /// Names of roles.
@@ -59,7 +59,7 @@ pub struct Permissions {
 }
 
 impl Permissions {
-    /// Parses what a client says.
+    /// Parses the fields of a client.
     ///
     /// # Errors
     /// The field that is wrong, and the remedy.

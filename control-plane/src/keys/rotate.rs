@@ -1,5 +1,5 @@
-//! Rotation: a key gets a new secret and keeps all else; the old secret works until its end, which nobody has to bring
-//! about. Refused are keys that open nothing any more, and more old secrets at once than [`ALIVE`].
+//! Rotation: a key gets a new secret and keeps everything else. The old secret works until its end. At most
+//! [`ALIVE`] old secrets of a key work at the same time.
 
 use contract::key::{KeyKind, Secret};
 use serde_json::json;
@@ -40,7 +40,7 @@ pub fn parse_grace(seconds: i64) -> Result<Duration, ApiError> {
 /// system's randomness.
 pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: Duration) -> Result<Secret, ApiError> {
     if key.revoked_at.is_some() {
-        return Err(ApiError::Conflict("This key is revoked for good and cannot be rotated.".into()));
+        return Err(ApiError::Conflict("This key is revoked and cannot be rotated.".into()));
     }
     let state = sqlx::query!(
         r#"select clock_timestamp() as "now!",
@@ -50,10 +50,14 @@ pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: 
     .fetch_one(&mut **change)
     .await?;
     if key.expires_at.is_some_and(|end| state.now >= end) {
-        return Err(ApiError::Conflict("This key has expired and cannot be rotated. Move its end first.".into()));
+        return Err(ApiError::Conflict(
+            "This key has expired and cannot be rotated. Set a later expires_at first.".into(),
+        ));
     }
     if state.alive >= ALIVE && !grace.is_zero() {
-        let detail = format!("{ALIVE} old secrets of this key still work. Cut one off first, or rotate without grace.");
+        let detail = format!(
+            "This key already has {ALIVE} active old secrets. Revoke one first, or rotate without grace_seconds."
+        );
         return Err(ApiError::Conflict(detail));
     }
     let secret = generate(kind)?;
@@ -86,7 +90,7 @@ pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: 
 /// 409 for the present secret.
 pub async fn revoke_secret(change: &mut Change, key: &LockedKey, generation: i32) -> Result<bool, ApiError> {
     if generation == key.generation {
-        let detail = "This is the present secret of the key. Rotate the key, disable it, or revoke it.";
+        let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";
         return Err(ApiError::Conflict(detail.into()));
     }
     let alive = sqlx::query_scalar!(
@@ -116,13 +120,13 @@ pub async fn revoke_secret(change: &mut Change, key: &LockedKey, generation: i32
 pub struct SecretUse {
     /// Which one, from 1.
     pub generation: i32,
-    /// What people recognise it by.
+    /// The start of the secret, by which people recognise it.
     pub prefix: Option<String>,
     /// When it ends, if it was rotated away.
     pub ends_at: Option<OffsetDateTime>,
     /// Requests that were allowed with it.
     pub usage_count: i64,
-    /// When it was last used, as far as filters have reported.
+    /// When it was last used, as far as filters reported.
     pub last_used_at: Option<OffsetDateTime>,
 }
 

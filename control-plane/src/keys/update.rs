@@ -150,7 +150,7 @@ pub async fn update(
         return Ok(());
     }
     if stored.differs || returns_to_filters {
-        // Enables or refuses the key again where its new quota says so.
+        // A new quota may admit the key again, or exhaust it.
         refresh_starters(change, Whose::Keys(&[key.id])).await?;
     }
     change.record(AuditEvent::on_key("key.update", key.id, detail)).await?;

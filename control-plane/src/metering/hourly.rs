@@ -1,4 +1,4 @@
-//! What was counted of a key, as filters have reported it: a key and a span of time come in, hourly rows go out.
+//! Hourly counts of one key.
 
 use sqlx::PgPool;
 use time::OffsetDateTime;

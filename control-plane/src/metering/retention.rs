@@ -13,11 +13,11 @@ use crate::job_lock::JobLock;
 /// Most rows that move together.
 const TOGETHER: i64 = 10_000;
 
-/// For how long the number of an Envoy's last report is kept after the report came, in days. Without the number, a log
+/// How long the number of an Envoy's last report is kept after the report came, in days. Without the number, a log
 /// line could be applied twice, so the import of logs refuses usage that is older.
 pub const REPORTER_DAYS: i32 = 90;
 
-/// For how long what is kept, in days.
+/// How long what is kept, in days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     /// Usage by the hour.

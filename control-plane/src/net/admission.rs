@@ -98,7 +98,7 @@ pub struct Place {
 
 /// Holds the place of a connection until it is dropped.
 #[derive(Debug)]
-pub struct Held(Arc<Place>);
+pub struct AdmittedConnection(Arc<Place>);
 
 impl Admission {
     /// No connections yet.
@@ -109,7 +109,7 @@ impl Admission {
 
     /// A place for a connection from an address, unless there is none left. May wait for evicted connections to end, which
     /// they do at once.
-    pub async fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Held> {
+    pub async fn admit(self: &Arc<Self>, address: IpAddr) -> Option<AdmittedConnection> {
         loop {
             let freed = self.freed.notified();
             match self.try_admit(address) {
@@ -120,7 +120,7 @@ impl Admission {
         }
     }
 
-    fn try_admit(self: &Arc<Self>, address: IpAddr) -> Result<Held, Full> {
+    fn try_admit(self: &Arc<Self>, address: IpAddr) -> Result<AdmittedConnection, Full> {
         let network = network_of(address);
         let mut places = self.lock();
         let all = places.held.len();
@@ -141,7 +141,7 @@ impl Admission {
         places.enter(&place, kind);
         places.held.insert(id, Arc::clone(&place));
         metrics::gauge!("portcullis_connections").set(places.held.len() as f64);
-        Ok(Held(place))
+        Ok(AdmittedConnection(place))
     }
 
     /// How many connections there are.
@@ -231,7 +231,7 @@ impl Place {
     }
 }
 
-impl Held {
+impl AdmittedConnection {
     /// For requests of the connection.
     #[must_use]
     pub const fn place(&self) -> &Arc<Place> {
@@ -239,7 +239,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for AdmittedConnection {
     fn drop(&mut self) {
         let mut places = self.0.admission.lock();
         places.leave(&self.0);

@@ -1,5 +1,5 @@
-//! Connections as filters need them: what is written leaves at once, and what an Envoy sent just before it ended is still
-//! read. A connection on which no request comes in time is ended, and so is one whose client does not read what is written.
+//! Connections with time-outs for clients that send no request, or do not read a response. A connection reads what
+//! an Envoy sent just before it closed.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::net::wait_budget::WaitBudget;
 
-/// By how much the end of a connection is told later than it came. An Envoy that ends sends its last report, resets the
+/// Delay before the end of a connection is passed on. An Envoy that ends sends its last report, resets the
 /// stream and closes the connection in one go; HTTP/2 as hyper has it drops requests that arrive together with the end.
 const END_DELAY: Duration = Duration::from_millis(50);
 
@@ -26,7 +26,7 @@ const RENEWED_BYTES: usize = 64 * 1_024;
 pub struct Connection<S> {
     stream: S,
     ending: Option<Pin<Box<Sleep>>>,
-    silence: Option<(Pin<Box<Sleep>>, Begun)>,
+    silence: Option<(Pin<Box<Sleep>>, FirstRequest)>,
     writing: WriteTimeout,
 }
 
@@ -39,7 +39,7 @@ struct WriteTimeout {
 }
 
 impl WriteTimeout {
-    /// Passes on what a write said, or says that it timed out.
+    /// Passes on the result of a write, or a time-out.
     fn check<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -62,9 +62,9 @@ impl WriteTimeout {
 
 /// Says that a request has come.
 #[derive(Clone, Debug, Default)]
-pub struct Begun(Arc<AtomicBool>);
+pub struct FirstRequest(Arc<AtomicBool>);
 
-impl Begun {
+impl FirstRequest {
     /// A request has come.
     pub fn set(&self) {
         self.0.store(true, Ordering::Relaxed);
@@ -79,7 +79,7 @@ impl<S> Connection<S> {
     /// A connection that ends unless a request has come before `timeout` is over. Which protocol it speaks is not known
     /// before, so the timers of the protocols do not run yet. It ends, too, if its client lets what is written wait for longer
     /// than that.
-    pub fn new(stream: S, timeout: Duration, begun: Begun) -> Self {
+    pub fn new(stream: S, timeout: Duration, begun: FirstRequest) -> Self {
         let writing = WriteTimeout { budget: WaitBudget::new(timeout, RENEWED_BYTES), waiting: None };
         Self { stream, ending: None, silence: Some((Box::pin(tokio::time::sleep(timeout)), begun)), writing }
     }

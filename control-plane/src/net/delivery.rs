@@ -84,7 +84,7 @@ impl Delivery {
     }
 }
 
-/// Data of a response that tells its `Delivery` what has been written.
+/// Data of a response that reports to its `Delivery` what has been written.
 #[derive(Debug)]
 pub struct Tracked {
     bytes: Bytes,

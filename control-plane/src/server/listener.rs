@@ -1,5 +1,6 @@
-//! Takes connections and serves the routes on them, in the clear or within TLS, over HTTP/1.1 or HTTP/2. Connections of clients
-//! that do not send requests, or do not take responses, within the read time-out end. [`crate::net::admission`] bounds how many there are.
+//! Accepts connections and serves the routes, in plain text or over TLS, by HTTP/1.1 or HTTP/2. A connection ends
+//! if its client sends no request, or takes no response, within the read time-out. [`crate::net::admission`] bounds
+//! the number of connections.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -27,8 +28,8 @@ use tracing::{debug, warn};
 
 use super::tls::Tls;
 use crate::error::ApiError;
-use crate::net::admission::{Admission, Held, Place};
-use crate::net::connection::{Begun, Connection, Peer};
+use crate::net::admission::{Admission, AdmittedConnection, Place};
+use crate::net::connection::{Connection, FirstRequest, Peer};
 use crate::net::delivery::{StreamExecutor, Streams, deliver};
 
 /// Where paths of the filters begin.
@@ -67,7 +68,7 @@ pub struct ServerOptions {
 /// A connection that has its place.
 struct Accepted {
     peer: SocketAddr,
-    held: Held,
+    held: AdmittedConnection,
     router: Router,
     options: ServerOptions,
     stopping: watch::Receiver<bool>,
@@ -137,7 +138,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Accepted { peer, held, router, options: ServerOptions { read_timeout, .. }, mut stopping } = accepted;
-    let (begun, streams, place) = (Begun::default(), Arc::<Streams>::default(), held.place());
+    let (begun, streams, place) = (FirstRequest::default(), Arc::<Streams>::default(), held.place());
     let io = TokioIo::new(Connection::new(stream, read_timeout, begun.clone()));
     let dismissed = Arc::new(Notify::new());
     let service = service_fn(|request: Request<Incoming>| {
@@ -151,7 +152,7 @@ where
     // The process that ends has a time limit of its own.
     let limit = tokio::select! {
         served = served.as_mut() => return report(peer, served),
-        () = streams.stuck() => return debug!(%peer, "a response was not taken"),
+        () = streams.stuck() => return debug!(%peer, "the client did not read a response in time"),
         () = place.evicted() => return refused(),
         () = stopped(&mut stopping) => None,
         () = dismissed.notified() => Some(read_timeout),
@@ -166,7 +167,7 @@ where
     };
     tokio::select! {
         served = served => report(peer, served),
-        () = streams.stuck() => debug!(%peer, "a response was not taken"),
+        () = streams.stuck() => debug!(%peer, "the client did not read a response in time"),
         () = place.evicted() => refused(),
         () = late => debug!(%peer, "the client did not close its connection"),
     }
@@ -192,7 +193,7 @@ async fn answer(
     if place.is_newcomer() && !request.uri().path().starts_with(SYNC_PATHS) {
         refused();
         dismissed.notify_one();
-        let why = "Too many connections are open, of your address or in all. Close some, or try again shortly.";
+        let why = "Too many connections are open, from your address or in total. Close some, or try again shortly.";
         return ApiError::Unavailable(why).into_response();
     }
     let mut request = request.map(Body::new);
@@ -216,7 +217,7 @@ fn report(peer: SocketAddr, served: Result<(), Box<dyn std::error::Error + Send 
     }
 }
 
-/// Returns when the process is told to end.
+/// Returns when the process shuts down.
 async fn stopped(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stopping| *stopping).await;
 }

@@ -159,7 +159,7 @@ mod tests {
         assert!(recorded.len() > 20, "{recorded:?}");
         let missing: Vec<_> = recorded.difference(&catalogued).collect();
         let unused: Vec<_> = catalogued.difference(&recorded).collect();
-        assert!(missing.is_empty(), "add to CATALOGUE in control-plane/src/metric.rs: {missing:?}");
+        assert!(missing.is_empty(), "add to CATALOGUE in control-plane/src/server/metric.rs: {missing:?}");
         assert!(unused.is_empty(), "nothing records, so remove from CATALOGUE: {unused:?}");
         assert_eq!(catalogued.len(), CATALOGUE.len(), "a name stands twice");
     }

@@ -29,7 +29,7 @@ use crate::change::Writer;
 use crate::config::bounds::Bounds;
 use crate::config::{ADMIN_KEY, SYNC_KEY, Serve, database, given_key, given_pepper};
 use crate::domain::{ADMIN, SYNC};
-use crate::explain::policies::Configured;
+use crate::explain::policies::ConfiguredPolicies;
 use crate::jobs;
 use crate::metering::Ingest;
 use crate::net::admission::{Admission, Limits, within_descriptors};
@@ -55,7 +55,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let admin_key = given_key(ADMIN_KEY)?;
     let sync_key = given_key(SYNC_KEY)?;
     let pepper = given_pepper()?;
-    let policies = settings.policies.as_deref().map(Configured::read).transpose()?.unwrap_or_default();
+    let policies = settings.policies.as_deref().map(ConfiguredPolicies::read).transpose()?.unwrap_or_default();
     let options = database::options(&settings.database)?;
     let pool = open(&options, settings.database_connections);
 
@@ -161,7 +161,7 @@ fn tls(settings: &Serve) -> Result<Option<Arc<Tls>>, String> {
     Ok(Some(Arc::new(Tls::load(files)?)))
 }
 
-/// Writes the address in one piece, so that whoever waits for the file never reads half of it.
+/// Writes the file under another name and renames it, so that no reader sees half of it.
 fn write_address(file: &Path, address: SocketAddr) -> std::io::Result<()> {
     let mut whole = file.as_os_str().to_owned();
     whole.push(".new");

@@ -18,7 +18,7 @@ use crate::error::{ApiError, is_away};
 use crate::keys::create::insert_given;
 use crate::keys::pepper;
 
-/// For how long a connection to the database is taken to live since it last was used.
+/// How long a connection to the database is taken to live since it last was used.
 const TRUSTED: Duration = Duration::from_secs(1);
 
 /// How long a request waits for a connection to the database.
@@ -42,7 +42,7 @@ pub async fn connect(database: &Database) -> Result<PgPool, Failure> {
     Ok(open(&options, 2))
 }
 
-/// Connections are made when they are needed, so that the process runs, and says so, while the database is away.
+/// Connections are opened when they are needed, so that the process starts without the database.
 pub(super) fn open(options: &PgConnectOptions, connections: u32) -> PgPool {
     // Statements are short: to compile one takes longer than to run it.
     let options = options.clone().options([("lock_timeout", LOCK), ("statement_timeout", STATEMENT), ("jit", "off")]);
@@ -64,7 +64,7 @@ pub(super) fn open(options: &PgConnectOptions, connections: u32) -> PgPool {
 enum Unprepared {
     #[error("DATABASE_URL: cannot connect to the database: {0}")]
     Connection(sqlx::Error),
-    #[error("the schema of the database: {0}")]
+    #[error("database schema: {0}")]
     Schema(#[from] MigrateError),
     #[error("{0}")]
     Key(ApiError),
@@ -131,7 +131,7 @@ async fn enter(writer: &Writer, key: Option<&Secret>, scope: &str) -> Result<(),
     let name = KeyName::parse("name", &format!("bootstrap {scope}"))?;
     let scopes = Scopes::parse(vec![scope.to_owned()])?;
     if insert_given(writer, key, &name, &scopes, &Email::parse(OPERATOR)?).await? {
-        info!(scope, "the key given in the environment is stored");
+        info!(scope, "stored the key from the environment");
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! TLS: files of certificates and keys come in, what a connection is accepted with goes out. The files are read anew on
-//! SIGHUP and when they change; ones that make no sense are said to be wrong and leave in place what was good before.
+//! TLS certificates and keys. They are read again on SIGHUP and when the files change. If new files are invalid,
+//! the ones before stay in use.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -86,7 +86,7 @@ impl Tls {
         let mut hangup = match signal(SignalKind::hangup()) {
             Ok(hangup) => hangup,
             Err(error) => {
-                warn!(%error, "SIGHUP cannot be heard");
+                warn!(%error, "cannot handle SIGHUP");
                 return;
             }
         };
@@ -101,12 +101,12 @@ impl Tls {
             match tokio::task::spawn_blocking(move || this.refresh()).await {
                 Ok(Ok(true)) => {
                     complaint.clear();
-                    info!("new certificates are in use for new connections");
+                    info!("reloaded the certificates");
                 }
                 Ok(Ok(false)) => complaint.clear(),
                 // A file that is being written makes no sense for a moment; one that stays so is worth one line.
                 Ok(Err(why)) if why != complaint => {
-                    warn!(%why, "the certificates cannot be read anew; those in use stay");
+                    warn!(%why, "could not reload the certificates; the loaded ones stay in use");
                     complaint = why;
                 }
                 Ok(Err(_)) | Err(_) => {}

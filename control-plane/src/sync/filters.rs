@@ -1,5 +1,4 @@
-//! The table of Envoys: what each said last, through whichever replica. How many are live, how far each is, and by how many
-//! of them a change was applied.
+//! The table of Envoys: the last status of each, whichever replica it reported to.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -10,10 +9,10 @@ use sqlx::postgres::types::PgInterval;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// An Envoy that was heard of within this time is live. Longer than any poll is held.
+/// An Envoy that polled or reported within this time is live. Longer than any poll is held.
 pub const SILENT: Duration = Duration::from_secs(60);
 
-/// For how long an Envoy that is gone is shown.
+/// How long an Envoy that is gone is shown.
 pub const SHOWN: Duration = Duration::from_hours(24);
 
 /// Most Envoys of one sync key that are shown and are gone.
@@ -27,7 +26,7 @@ pub(super) struct KnownEnvoy {
     pub(super) version: Option<String>,
     pub(super) holds: Option<(Epoch, u64)>,
     pub(super) pending: Option<u64>,
-    /// When it said what it holds; when it first came, if it has not.
+    /// When it confirmed its revision; when it first came, if it has not.
     pub(super) confirmed: Instant,
     pub(super) seen: Instant,
     pub(super) reported: Option<Instant>,
@@ -36,7 +35,7 @@ pub(super) struct KnownEnvoy {
 
 /// One Envoy.
 #[derive(Clone, Debug)]
-pub struct Filter {
+pub struct EnvoyStatus {
     /// The id of its process.
     pub reporter: Uuid,
     /// The key that it syncs with.
@@ -45,13 +44,13 @@ pub struct Filter {
     pub address: Option<String>,
     /// Its version of the filter.
     pub version: Option<String>,
-    /// The life of the database that it holds; all zeros if it has not said yet.
+    /// The epoch of its store; all zeros if it has confirmed none.
     pub epoch: Uuid,
     /// Every change up to it is in the Envoy's store.
     pub revision: i64,
-    /// When it last said so.
+    /// When it last confirmed that.
     pub confirmed_at: OffsetDateTime,
-    /// When it was last heard of.
+    /// When it last polled or reported.
     pub seen_at: OffsetDateTime,
     /// Requests that it counted and has not seen acknowledged.
     pub pending_requests: Option<i64>,
@@ -63,7 +62,7 @@ pub struct Filter {
 
 /// How far the store is, and the time, as the database has them.
 #[derive(Clone, Copy, Debug)]
-pub struct Present {
+pub struct DatabasePosition {
     /// The life of the database.
     pub epoch: Uuid,
     /// The newest revision.
@@ -93,8 +92,8 @@ fn interval(of: Duration) -> PgInterval {
     PgInterval { months: 0, days: 0, microseconds: i64::try_from(of.as_micros()).unwrap_or(i64::MAX) }
 }
 
-/// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree. What an Envoy
-/// said through another replica stays if it is more: within an epoch its store never goes back.
+/// Writes the status of some Envoys. Times are sent as ages, to avoid skew between the clocks of replicas. A newer revision
+/// that an Envoy reported through another replica is kept: within an epoch its store never goes back.
 pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, KnownEnvoy)]) -> Result<(), sqlx::Error> {
     // In one order, so that replicas lock rows in one order.
     let mut heard: Vec<_> = heard.iter().collect();
@@ -179,11 +178,15 @@ pub async fn live(pool: &PgPool) -> Result<HashMap<Uuid, u32>, sqlx::Error> {
     Ok(live.into_iter().map(|row| (row.sync_key_id.unwrap_or_default(), count(row.live))).collect())
 }
 
-/// Reads the Envoys that were heard of within a day, after one by its id, at most `limit`, and how far the store is.
-pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Present, Vec<Filter>), sqlx::Error> {
+/// Reads the Envoys that polled or reported within a day, after one by its id, at most `limit`, and the revision of the store.
+pub async fn list(
+    pool: &PgPool,
+    after: Option<Uuid>,
+    limit: i64,
+) -> Result<(DatabasePosition, Vec<EnvoyStatus>), sqlx::Error> {
     // The Envoys before the store: none is ahead of it then.
     let filters = sqlx::query_as!(
-        Filter,
+        EnvoyStatus,
         r#"select reporter, sync_key_id, address, version, epoch, revision, confirmed_at, seen_at, pending_requests,
             reported_at, seen_at > now() - $1::interval as "live!"
         from filters
@@ -196,7 +199,7 @@ pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Pre
     )
     .fetch_all(pool)
     .await?;
-    let present = sqlx::query_as!(Present, r#"select epoch, revision, now() as "now!" from store_state"#);
+    let present = sqlx::query_as!(DatabasePosition, r#"select epoch, revision, now() as "now!" from store_state"#);
     Ok((present.fetch_one(pool).await?, filters))
 }
 
@@ -215,7 +218,7 @@ pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sql
     Ok(revision.fetch_optional(pool).await?.flatten())
 }
 
-/// Counts the live Envoys and those of them that hold a revision, from what they said themselves.
+/// Counts the live Envoys, and those of them that confirmed a revision.
 pub async fn rollout(pool: &PgPool, revision: i64) -> Result<Rollout, sqlx::Error> {
     sqlx::query_as!(
         Rollout,
@@ -256,7 +259,7 @@ pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
     Ok(gone.execute(pool).await?.rows_affected())
 }
 
-/// Forgets Envoys that were not heard of for a day.
+/// Forgets Envoys that neither polled nor reported for a day.
 pub async fn forget(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!("delete from filters where seen_at < now() - $1::interval", interval(SHOWN));
     Ok(gone.execute(pool).await?.rows_affected())

@@ -1,7 +1,7 @@
-//! Keys on their way to the filters: the feed brings committed changes, which `rows` reads, into the mirror, pages of it go out
-//! to polls. And back: [`registry`] hears from polls how far each filter is, [`filters`] keeps it.
+//! Keys on their way to the filters. The [`feed`] brings committed changes into the [`mirror`], and polls get pages
+//! of the mirror. Polls also say how far each filter is: [`registry`] collects it, [`filters`] stores it.
 //!
-//! [`Store`] is what the rest of the control plane holds of it.
+//! [`Store`] is the mirror as the rest of the control plane uses it.
 
 pub mod feed;
 pub mod filters;
@@ -23,7 +23,7 @@ use contract::id::Epoch;
 use contract::record::Record;
 use tokio::sync::watch;
 
-use self::mirror::{Mirror, Wanted};
+use self::mirror::{Mirror, PageRequest};
 use crate::change::FeedWaker;
 
 /// Most pages that are kept for other readers. Only the pages of the newest revision are; when the bound is reached, all
@@ -121,7 +121,7 @@ impl Store {
         &self.0.waker
     }
 
-    /// Waits until nobody else refreshes the mirror. What is locked is when the last look that succeeded began.
+    /// Waits until no other task refreshes the mirror. The lock guards the start of the last successful refresh.
     pub async fn refreshing(&self) -> tokio::sync::MutexGuard<'_, Option<Instant>> {
         self.0.refreshing.lock().await
     }
@@ -131,7 +131,7 @@ impl Store {
         *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Changes the mirror and tells who waits.
+    /// Changes the mirror and wakes the polls that wait.
     pub fn update(&self, change: impl FnOnce(&mut Option<Mirror>)) {
         let position = {
             let mut mirror = self.0.mirror.write().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +148,7 @@ impl Store {
         self.read(|mirror| Record::from_bytes(mirror?.find(hash)?).ok())
     }
 
-    /// Whether the changes after a revision of an epoch can be told; `None` if nothing is loaded.
+    /// Whether the mirror has all changes after a revision of an epoch; `None` if nothing is loaded.
     #[must_use]
     pub fn follows(&self, epoch: Epoch, revision: u64) -> Option<bool> {
         self.read(|mirror| mirror.map(|mirror| mirror.epoch() == epoch && mirror.reaches_back_to(revision)))
@@ -158,10 +158,10 @@ impl Store {
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: Wanted) -> Option<Result<Bytes, DecodeError>> {
+    pub fn page(&self, wanted: PageRequest) -> Option<Result<Bytes, DecodeError>> {
         let key = match wanted {
-            Wanted::Snapshot(from) => (false, u64::from(from)),
-            Wanted::Changes(after) => (true, after),
+            PageRequest::Snapshot(from) => (false, u64::from(from)),
+            PageRequest::Changes(after) => (true, after),
         };
         self.read(|mirror| {
             let mirror = mirror?;

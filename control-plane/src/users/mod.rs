@@ -19,7 +19,7 @@ use crate::quota::{Whose, refresh_starters};
 /// A user.
 #[derive(Clone, Debug)]
 pub struct User {
-    /// Names the user for ever; the upstream hears of it as the consumer.
+    /// The id of the user, which the upstream gets as the consumer.
     pub id: Uuid,
     /// The address, in lower case.
     pub email: String,

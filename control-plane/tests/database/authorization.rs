@@ -264,7 +264,7 @@ fn every_route_that_takes_a_body_says_what_becomes_of_a_slow_one() {
     }
     assert!(with_body > 5);
     let import = &document["paths"]["/v1/keys/import"]["post"]["responses"]["408"]["description"];
-    assert_eq!(import, "The body did not come in time; what was written until then stays");
+    assert_eq!(import, "The body did not arrive in time; what was written until then stays");
 }
 
 #[test]

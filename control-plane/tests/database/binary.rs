@@ -219,7 +219,7 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     let output = import();
     std::fs::remove_file(&file).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    let expected = "line 1: duplicate: this key exists already\nportcullis: some lines were not taken\n";
+    let expected = "line 1: duplicate: this key exists already\nportcullis: some lines were refused\n";
     assert_eq!((output.status.success(), &*said), (false, expected));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "keys imported: 1, lines that were not taken: 1\n");
     for name in ["alpha", "beta1"] {

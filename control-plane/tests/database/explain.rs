@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::support::{Fixture, Reply, request};
 use contract::key::{KeyKind, Secret};
 use control_plane::api;
-use control_plane::explain::policies::Configured;
+use control_plane::explain::policies::ConfiguredPolicies;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -22,7 +22,7 @@ const POLICIES: &str = r#"{
 
 async fn fixture(pool: PgPool) -> (Fixture, Secret) {
     let mut fixture = Fixture::new(pool).await;
-    fixture.app.policies = Arc::new(Configured::parse(POLICIES).unwrap());
+    fixture.app.policies = Arc::new(ConfiguredPolicies::parse(POLICIES).unwrap());
     fixture.router = api::router(fixture.app.clone(), None);
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     (fixture, admin)
@@ -218,7 +218,7 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
 #[sqlx::test(migrations = "./migrations")]
 async fn where_all_envoys_are_in_shadow_mode_nothing_is_said_to_be_refused(pool: PgPool) {
     let (mut fixture, admin) = fixture(pool).await;
-    fixture.app.policies = Arc::new(Configured::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
+    fixture.app.policies = Arc::new(ConfiguredPolicies::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
     fixture.router = api::router(fixture.app.clone(), None);
     for (body, outcome) in [
         (json!({}), "missing"),

@@ -120,7 +120,7 @@ async fn only_admins_import_and_only_lines_of_json(pool: PgPool) {
     let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let reply = import(&fixture, &user, line(1)).await.json();
-    let detail = "This is for admins: use a key with the scope admin.";
+    let detail = "Use a key with the scope admin.";
     assert_eq!((&reply["code"], &reply["detail"]), (&json!("forbidden"), &json!(detail)));
     let reply = fixture.send(request("POST", "/v1/keys/import", Some(&admin), line(1))).await;
     let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";

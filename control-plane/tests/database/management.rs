@@ -184,7 +184,7 @@ async fn a_user_manages_their_own_key_and_nobody_elses(pool: PgPool) {
     assert_eq!(delete(&fixture, own, &user).await.status.as_u16(), 200);
 
     let foreign = json!({"email": "other@example.com", "key_name": "x"});
-    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     for reply in [
         get(&fixture, "/api/user/key/other@example.com", &user).await,
         get(&fixture, "/api/user/usage/other@example.com", &user).await,
@@ -193,7 +193,7 @@ async fn a_user_manages_their_own_key_and_nobody_elses(pool: PgPool) {
     ] {
         assert_problem(&reply, 403, "forbidden", "Forbidden", detail, None);
     }
-    let detail = "A key with the scope sync serves filters and cannot manage keys.";
+    let detail = "A key with the scope sync cannot manage keys. Use another key.";
     for reply in [get(&fixture, own, &sync).await, delete(&fixture, own, &sync).await] {
         assert_problem(&reply, 403, "forbidden", "Forbidden", detail, None);
     }
@@ -305,7 +305,7 @@ async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
     let uri = "/api/user/key/one@example.com";
     assert_eq!(get(&fixture, uri, &one).await.status.as_u16(), 200);
     let reply = until_refused(async || get(&fixture, uri, &one).await).await;
-    let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
+    let detail = "This caller sends too many requests. Wait as long as Retry-After demands.";
     assert_problem(&reply, 429, "too_many_requests", "Too many requests", detail, None);
     assert_eq!(reply.header("retry-after"), "1");
     assert_eq!(status_of(&fixture, &other).await, 200);

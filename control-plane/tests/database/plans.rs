@@ -152,10 +152,10 @@ async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) 
     assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
 
     let delete = async || fixture.call("DELETE", "/v1/plans/free", &admin, None).await;
-    let detail = "The plan free is used by 1 key and 1 user. Take it from them first.";
+    let detail = "The plan free is used by 1 key and 1 user. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     fixture.call("DELETE", &uri, &admin, None).await;
-    let detail = "The plan free is used by 0 keys and 1 user. Take it from them first.";
+    let detail = "The plan free is used by 0 keys and 1 user. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     owner(Value::Null).await;
     assert_eq!(delete().await.status.as_u16(), 204);

@@ -160,7 +160,7 @@ async fn users_see_their_own_usage_and_filters_none(pool: PgPool) {
     assert_eq!(rows(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
     assert_eq!(rows(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
     let reply = get(&fixture, &one.1, "email=b@example.com").await;
-    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
     for id in [three.0, Uuid::now_v7()] {
         let reply = get(&fixture, &one.1, &format!("key_id={id}")).await;

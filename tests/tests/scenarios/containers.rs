@@ -264,7 +264,7 @@ fn a_setting_that_cannot_be_is_named_and_nothing_starts() -> Result<()> {
         (&[("PORTCULLIS_SYNC_KEY_FILE", "none")], "PORTCULLIS_SYNC_KEY_FILE: cannot read none"),
         (
             &[("PORTCULLIS_PEPPER", "x"), ("PORTCULLIS_PEPPER_FILE", "minimal.yaml")],
-            "PORTCULLIS_PEPPER and PORTCULLIS_PEPPER_FILE are both set; set one of them",
+            "PORTCULLIS_PEPPER and PORTCULLIS_PEPPER_FILE are both set; set only one",
         ),
     ] {
         let said = refused(settings)?;

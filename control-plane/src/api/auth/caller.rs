@@ -25,7 +25,7 @@ pub struct Caller {
     pub key_id: Uuid,
     /// Which of its secrets that was.
     generation: u32,
-    /// Whom it belongs to.
+    /// The id of its owner.
     pub owner_id: Uuid,
     /// The owner's address.
     pub email: String,
@@ -53,7 +53,7 @@ impl Caller {
         self.scopes.iter().any(|granted| granted == scope)
     }
 
-    /// Whether the key opens everything.
+    /// Whether the key has the scope `admin`.
     #[must_use]
     pub fn is_admin(&self) -> bool {
         self.has_scope(ADMIN)
@@ -65,7 +65,7 @@ impl Caller {
     /// 403 for a key with the scope `sync` that is not an admin's.
     pub fn require_manager(&self) -> Result<(), ApiError> {
         if self.has_scope(SYNC) && !self.is_admin() {
-            return Err(ApiError::Forbidden("A key with the scope sync serves filters and cannot manage keys.".into()));
+            return Err(ApiError::Forbidden("A key with the scope sync cannot manage keys. Use another key.".into()));
         }
         Ok(())
     }
@@ -79,7 +79,7 @@ impl Caller {
         if self.is_admin() {
             return Ok(());
         }
-        Err(ApiError::Forbidden("This is for admins: use a key with the scope admin.".into()))
+        Err(ApiError::Forbidden("Use a key with the scope admin.".into()))
     }
 
     /// Admits admins, and users to what is their own.
@@ -91,7 +91,7 @@ impl Caller {
         if self.is_admin() || self.email == email.as_str() {
             return Ok(());
         }
-        Err(ApiError::Forbidden("This key manages its owner's data only. Use a key with the scope admin.".into()))
+        Err(ApiError::Forbidden("This key manages only its owner's data. Use a key with the scope admin.".into()))
     }
 
     /// Whether the caller presented the secret of this number, rather than one that was rotated away.
@@ -114,7 +114,9 @@ impl Caller {
     pub fn require_changeable(&self, scopes: &[String]) -> Result<(), ApiError> {
         let beyond = scopes.iter().find(|scope| opens_the_control_plane(scope)).filter(|_| !self.is_admin());
         beyond.map_or(Ok(()), |scope| {
-            let detail = format!("A key with the scope {scope} is changed and revoked with an admin's key only.");
+            let detail = format!(
+                "Only an admin changes or revokes a key with the scope {scope}. Use a key with the scope admin."
+            );
             Err(ApiError::Forbidden(detail))
         })
     }
@@ -131,7 +133,7 @@ impl Caller {
         let own = |scope: &str| self.scopes.iter().any(|granted| covers(granted, scope));
         let too_many = scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !own(scope));
         too_many.map_or(Ok(()), |scope| {
-            Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}: it does not have it to give.")))
+            Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}, which it does not have itself. Use a key with the scope admin.")))
         })
     }
 
@@ -155,10 +157,12 @@ impl Caller {
             return Ok(());
         }
         if present.is_some_and(|present| present <= now) {
-            return Err(ApiError::Forbidden("This key has expired. Only an admin's key can bring it back.".into()));
+            return Err(ApiError::Forbidden(
+                "This key has expired. Only a key with the scope admin can extend it.".into(),
+            ));
         }
         if later(end, self.end()) {
-            return Err(ApiError::Forbidden("A key cannot let another one live longer than itself.".into()));
+            return Err(ApiError::Forbidden("expires_at must not be later than the expiry of the calling key.".into()));
         }
         Ok(())
     }
@@ -203,19 +207,21 @@ impl Caller {
         &self.networks
     }
 
-    /// Admits the rotation of a key, whose new secret the caller is told: any for admins, its own for others. Whoever has
-    /// an old secret of a key, which may be why it was rotated, does not get hold of its new one.
+    /// Admits the rotation of a key: of any key for admins, of itself for others. The response contains the new secret. An old
+    /// secret may have been stolen, so it does not rotate its key.
     ///
     /// # Errors
     /// 403.
     pub fn require_rotatable(&self, id: Uuid, generation: i32) -> Result<(), ApiError> {
         if self.key_id == id && !self.presents(generation) {
-            return Err(ApiError::Forbidden("An old secret does not rotate its key. Use the present one.".into()));
+            return Err(ApiError::Forbidden("An old secret cannot rotate its key. Use the current secret.".into()));
         }
         if self.key_id == id || self.is_admin() {
             return Ok(());
         }
-        Err(ApiError::Forbidden("A key rotates itself only. Use that key, or one with the scope admin.".into()))
+        Err(ApiError::Forbidden(
+            "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.".into(),
+        ))
     }
 
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same

@@ -46,7 +46,7 @@ impl<'a> PresentedKey<'a> {
     /// wait. So a key that was made a moment ago is not taken for a guess.
     pub(super) async fn find(app: &'a App, parts: &'a Parts) -> Result<Self, ApiError> {
         if app.store.position().is_none() {
-            return Err(ApiError::Unavailable("The keys are being loaded. Try again shortly."));
+            return Err(ApiError::Unavailable("The key store is not loaded yet. Try again shortly."));
         }
         let mut presented = Self::read(app, parts);
         if presented.mirrored.is_none()
@@ -121,8 +121,8 @@ impl<'a> PresentedKey<'a> {
             None => Presented::Stranger,
         };
         let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
-        // What opens the control plane, a key has from nobody but itself: of its roles and plan nothing counts here, and the
-        // plan, which it has to have, is there without the mirror.
+        // Scopes of roles and plans do not apply to the control plane. An empty definition stands for the plan, so that the
+        // decision needs no mirror.
         let plan = record.and_then(|record| record.further.plan);
         let definitions = Definitions(plan.map(|number| (number, Definition::default())).into_iter().collect());
         let facts = Facts {
@@ -136,7 +136,7 @@ impl<'a> PresentedKey<'a> {
     }
 }
 
-/// The address that a call comes from; one for all where the server does not tell.
+/// The address of the caller; the unspecified address where the server does not know it.
 pub(super) fn peer(parts: &Parts) -> IpAddr {
     let peer = parts.extensions.get::<ConnectInfo<Peer>>().map(|info| info.0.0.ip().to_canonical());
     peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))

@@ -29,10 +29,10 @@ use crate::keys::permissions::{Permissions, PermissionsPatch};
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"email": "user@example.com", "name": "Production Key", "expires_in_seconds": 86_400}))]
 pub struct CreateBody {
-    /// Whom the key is for.
+    /// The email address of its owner.
     #[schema(example = "user@example.com", max_length = 254)]
     email: String,
-    /// What people call it.
+    /// A name for people.
     #[schema(example = "Production Key", min_length = 1, max_length = 100)]
     name: String,
     /// Live unless given.
@@ -64,11 +64,11 @@ pub struct CreateBody {
     /// Credits that a request costs unless its route says otherwise; 1 unless given. Set by admins only.
     #[schema(minimum = 0, maximum = 1_000_000)]
     cost: Option<i64>,
-    /// When it ends: RFC 3339, at most ten years from now. Not with `expires_in_seconds`. Without either it never ends, but for
-    /// a key with the scope `admin`, which ends after 90 days.
+    /// When it expires: RFC 3339, at most ten years from now. Not with `expires_in_seconds`. Without either it never expires, except
+    /// that a key with the scope `admin` expires after 90 days.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
-    /// After how many seconds it ends, at most ten years. Not with `expires_at`.
+    /// In how many seconds it expires, at most ten years. Not with `expires_at`.
     #[schema(minimum = 1, maximum = 315_360_000)]
     expires_in_seconds: Option<i64>,
 }
@@ -80,15 +80,15 @@ pub struct CreateBody {
 #[utoipa::path(
     operation_id = "createKey",
     post, path = "/v1/keys", tag = "keys", request_body = CreateBody, security(("api_key" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names the request, so that it can be sent again")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely")),
     responses(
         WriteErrors,
-        (status = 201, description = "The new key, its secret told this once", body = CreateReply,
+        (status = 201, description = "The new key with its secret. No later response contains the secret", body = CreateReply,
             headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
         (status = 403, description = "Not the caller's to give", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The user has too many keys, or the same request is being worked on", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request had this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many calls, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The user has too many keys, or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many requests, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn create(

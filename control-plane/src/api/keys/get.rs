@@ -26,7 +26,7 @@ use crate::keys::rotate::{SecretUse, secrets};
 pub struct SecretView {
     /// Which one, from 1.
     generation: i32,
-    /// What people recognise it by; null for keys of a foreign form.
+    /// The start of the secret, by which people recognise it; null for keys of a foreign form.
     #[schema(required, example = "sk_abc123")]
     prefix: Option<String>,
     /// Whether it is the present one.
@@ -36,7 +36,7 @@ pub struct SecretView {
     ends_at: Option<Timestamp>,
     /// Requests that were allowed with it.
     usage_count: i64,
-    /// When it was last used, as far as filters have reported.
+    /// When it was last used, as far as filters reported.
     #[schema(required)]
     last_used_at: Option<Timestamp>,
 }
@@ -60,8 +60,8 @@ pub struct KeyDetails {
     /// The key.
     #[serde(flatten)]
     view: KeyView,
-    /// Its secrets that filters still know, the newest first: how much an old one is still used tells when it is safe to
-    /// cut it off.
+    /// Its secrets that filters still know, the newest first: the use of an old one shows when it is safe to
+    /// revoke it.
     secrets: Vec<SecretView>,
     /// What was used of its quota, and what Envoys hold of it; null without one.
     #[schema(required)]
@@ -78,7 +78,7 @@ pub struct KeyDetails {
 pub struct CreditsView {
     /// The sum of the ledger.
     balance: i64,
-    /// What Envoys hold of it and have not told of.
+    /// What Envoys hold of it and have not reported as spent.
     leased: i64,
     /// What requests have ever cost.
     spent: i64,
@@ -104,7 +104,7 @@ impl CreditsView {
         (status = 200, description = "The key", body = KeyDetails,
             headers(("etag" = String, description = "The version of the key"))),
         (status = 304, description = "The client has this version already"),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
     )
 )]

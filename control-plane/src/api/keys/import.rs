@@ -1,4 +1,4 @@
-//! Importing keys: a stream of lines comes in, what became of them goes out. The body is never held as a whole.
+//! `POST /v1/keys/import`. The body is read as a stream, and never held in memory as a whole.
 
 use axum::body::Body;
 use axum::extract::State;
@@ -21,10 +21,10 @@ use crate::keys::import::{BadLine, Import, Imported};
 #[expect(dead_code, reason = "for the document; lines are read where they are imported")]
 #[schema(example = json!({"email": "user@example.com", "name": "Legacy", "key": "a-key-of-another-system"}))]
 pub struct ImportLine {
-    /// Whom the key is for.
+    /// The email address of its owner.
     #[schema(example = "user@example.com", max_length = 254)]
     email: String,
-    /// What people call it.
+    /// A name for people.
     #[schema(min_length = 1, max_length = 100)]
     name: String,
     /// The key itself: 16 to 1,024 visible ASCII characters. Not with `hash`.
@@ -33,7 +33,7 @@ pub struct ImportLine {
     /// Its SHA-256. Not with `key`.
     #[schema(pattern = "^sha256:[0-9a-fA-F]{64}$")]
     hash: Option<String>,
-    /// What people recognise it by; of keys of our own form it is known.
+    /// The start of the secret, by which people recognise it; of keys of our own form it is known.
     #[schema(min_length = 1, max_length = 12)]
     prefix: Option<String>,
     /// Scopes to grant.
@@ -45,7 +45,7 @@ pub struct ImportLine {
     /// When it ends: RFC 3339.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
-    /// Whether it is switched off.
+    /// Whether it is disabled.
     disabled: Option<bool>,
 }
 
@@ -77,7 +77,7 @@ pub struct ImportReply {
     /// The first thousand of them.
     #[schema(max_items = 1_000)]
     errors: Vec<ImportError>,
-    /// Whether there are more than are told.
+    /// Whether there are more errors than listed.
     errors_truncated: bool,
 }
 
@@ -106,9 +106,9 @@ impl From<Imported> for ImportReply {
         (status = 200, description = "What became of the lines", body = ImportReply),
         (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 403, description = "Not an admin's key", body = Problem, content_type = "application/problem+json"),
-        (status = 408, description = "The body did not come in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not NDJSON", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "The database is away; what was written until then stays", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The database is not available; what was written until then stays", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn import(
@@ -127,7 +127,7 @@ pub async fn import(
     let mut import = Import::new(app.pool.clone(), caller.actor, app.pepper.clone());
     let mut pieces = body.into_data_stream();
     while let Some(piece) = pieces.next().await {
-        let piece = piece.map_err(|_| ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body broke off.".into()))?;
+        let piece = piece.map_err(|_| ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body ended early.".into()))?;
         if !import.take(&piece).await? {
             break;
         }

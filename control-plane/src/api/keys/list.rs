@@ -90,7 +90,7 @@ pub async fn list(
         state: query.state.map(KeyState::name),
         last_used_before: query.last_used_before.as_deref().map(|t| parse_time("last_used_before", t)).transpose()?,
     };
-    // One more than asked for tells whether there is a next page.
+    // One entry more than the limit shows whether there is a next page.
     let mut keys = search(&app.pool, &filter, query.cursor, limit + 1).await?;
     let next_cursor = pagination::cut(&mut keys, limit, |key| key.id);
     let keys = show_all(&app.pool, keys).await?;

@@ -1,4 +1,4 @@
-//! The quota of one key: an id comes in, what was used in the running window and what is left goes out.
+//! `GET /v1/keys/{id}/quota`.
 
 use axum::extract::State;
 use serde::Serialize;
@@ -34,7 +34,7 @@ pub struct QuotaView {
     window_end: Timestamp,
     /// Requests that were allowed in it.
     used: i64,
-    /// Requests that Envoys hold and have not told of.
+    /// Requests that Envoys hold and have not reported as used.
     leased: i64,
     /// Requests that are left beside, never below zero.
     remaining: i64,
@@ -76,7 +76,7 @@ impl QuotaView {
     responses(
         ReadErrors,
         (status = 200, description = "The quota and what was used of it", body = QuotaView),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key, or it has no quota", body = Problem, content_type = "application/problem+json"),
     )
 )]

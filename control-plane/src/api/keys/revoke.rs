@@ -13,7 +13,7 @@ use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys;
 
-/// Revoke a key for good.
+/// Revoke a key.
 ///
 /// Revoking a revoked key changes nothing.
 #[utoipa::path(
@@ -23,7 +23,7 @@ use crate::keys;
     responses(
         ReadErrors,
         (status = 204, description = "The key is revoked"),
-        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The last admin key", body = Problem, content_type = "application/problem+json"),
         (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),

@@ -37,7 +37,7 @@ pub struct BySecret {
     responses(
         ReadErrors,
         (status = 204, description = "The secret has ended"),
-        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key or secret", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "It is the present secret", body = Problem, content_type = "application/problem+json"),
         (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),

@@ -27,16 +27,16 @@ use crate::keys::{self, read};
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"name": "Laptop", "disabled": false}))]
 pub struct PatchBody {
-    /// What people call it.
+    /// A name for people.
     #[schema(min_length = 1, max_length = 100)]
     name: Option<String>,
-    /// Whether it is switched off.
+    /// Whether it is disabled.
     disabled: Option<bool>,
-    /// When it ends: RFC 3339, at most ten years from now; null: never. Not with `expires_in_seconds`.
+    /// When it expires: RFC 3339, at most ten years from now; null: never. Not with `expires_in_seconds`.
     #[serde(default)]
     #[schema(value_type = Option<String>, format = DateTime)]
     expires_at: Patch<String>,
-    /// After how many seconds from now it ends, at most ten years; null: never. Not with `expires_at`.
+    /// In how many seconds it expires, at most ten years; null: never. Not with `expires_at`.
     #[serde(default)]
     #[schema(value_type = Option<i64>, minimum = 1, maximum = 315_360_000)]
     expires_in_seconds: Patch<i64>,
@@ -99,7 +99,7 @@ impl PatchBody {
         WriteErrors,
         (status = 200, description = "The key as it is now", body = KeyView,
             headers(("etag" = String, description = "The version of the key"))),
-        (status = 403, description = "A filter's key, or one for an admin to change", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The key is revoked, or the last admin key", body = Problem, content_type = "application/problem+json"),
         (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),

@@ -1,5 +1,4 @@
-//! The usage of one key: an id and a span of time come in, what was counted in its hours goes out. Refused are spans of
-//! more than 366 days.
+//! `GET /v1/keys/{id}/usage`: hourly counts of at most 366 days.
 
 use std::collections::BTreeMap;
 
@@ -79,7 +78,7 @@ pub struct UsageView {
     responses(
         ReadErrors,
         (status = 200, description = "The usage of the key", body = UsageView),
-        (status = 403, description = "A filter's key", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
     )
 )]

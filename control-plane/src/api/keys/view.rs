@@ -10,17 +10,17 @@ use crate::domain::{RateLimitBody, Timestamp};
 use crate::keys::effective::EffectivePermissions;
 use crate::keys::model::Key;
 
-/// Whether a key opens anything at the moment, and if not, why.
+/// Whether a key is valid, and if not, why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KeyState {
-    /// It is good.
+    /// It is valid.
     Active,
-    /// It is switched off and can be switched on again.
+    /// It is disabled and can be enabled.
     Disabled,
-    /// Its time is over.
+    /// It has expired.
     Expired,
-    /// It was revoked for good.
+    /// It was revoked, which cannot be undone.
     Revoked,
 }
 
@@ -51,38 +51,38 @@ impl KeyState {
 /// A key, without its secret.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct KeyView {
-    /// Names the key for as long as it lives.
+    /// The id of the key.
     id: Uuid,
-    /// Whom it belongs to.
+    /// The id of its owner.
     owner_id: Uuid,
     /// The owner's email address.
     #[schema(example = "user@example.com")]
     email: String,
-    /// What people call it.
+    /// A name for people.
     #[schema(example = "Production Key")]
     name: String,
-    /// What people recognise it by; null for keys of a foreign form.
+    /// The start of the secret, by which people recognise it; null for keys of a foreign form.
     #[schema(required, example = "sk_abc123")]
     prefix: Option<String>,
     /// Scopes granted to it.
     scopes: Vec<String>,
     /// Its own rate limits; without any the filter's default applies.
     rate_limits: Vec<RateLimitBody>,
-    /// Which of its secrets is the present one, from 1.
+    /// The number of its current secret, from 1.
     generation: i32,
-    /// Whether it opens anything at the moment.
+    /// Whether it is valid, and if not, why.
     state: KeyState,
-    /// Whether an admin has switched it off: then only an admin switches it on again.
+    /// Whether an admin disabled it. Then only an admin enables it.
     disabled_by_admin: bool,
-    /// When it was made.
+    /// When it was created.
     created_at: Timestamp,
-    /// When it ends, if ever.
+    /// When it expires; null: never.
     #[schema(required)]
     expires_at: Option<Timestamp>,
     /// When it was revoked.
     #[schema(required)]
     revoked_at: Option<Timestamp>,
-    /// When it was last used, as far as filters have reported.
+    /// When it was last used, as far as filters reported.
     #[schema(required)]
     last_used_at: Option<Timestamp>,
     /// Requests that were allowed with it.
@@ -138,7 +138,7 @@ impl From<Kind> for KeyKind {
 /// A new key.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct CreateReply {
-    /// The whole key, told this once.
+    /// The whole key. No later response contains it.
     #[serde(serialize_with = "reveal")]
     #[schema(value_type = String)]
     pub(super) key: Secret,

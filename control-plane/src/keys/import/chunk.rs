@@ -1,4 +1,4 @@
-//! Writes a chunk of an import: keys come in, those that are there already go out again; the others are committed together.
+//! Writes a chunk of an import in one transaction. Keys that are stored already are reported by their line.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,5 +1,4 @@
-//! Understands one line: JSON comes in, a key with its hash goes out. What is refused is said in words that have nothing
-//! of the key, wherever in the line it stood.
+//! Parses one line of an import. An error contains no part of the key, wherever in the line the key stood.
 
 use contract::hash::KeyHash;
 use contract::json::{Fault, InputError, null_is_default, read};

@@ -1,4 +1,4 @@
-//! Cuts a stream into lines: pieces of any length come in, whole lines go out. Of a line that is too long nothing is kept.
+//! Splits a stream into lines. Nothing is kept of a line that is too long.
 
 /// Longest line, in bytes: more than a key with all it may have.
 pub const LINE_BYTES: usize = 16 * 1_024;

@@ -1,7 +1,6 @@
-//! Keys of another system: lines of JSON come in, keys go out, a thousand to a transaction, so that a revocation waits for
-//! one of them and never for the whole. A line that cannot be taken is told by its number, with a reason that has nothing
-//! of the key; the others are taken all the same. Lines are cut out in [`lines`], understood in [`mod@line`], written in
-//! [`chunk`].
+//! Imports keys of another system from lines of JSON, a thousand per transaction, so that a revocation waits for
+//! one of them only. A bad line is reported by its number, with a reason that contains no part of the key; the
+//! other lines are imported. [`lines`] splits the stream, [`mod@line`] parses a line, [`chunk`] writes a thousand.
 
 pub mod chunk;
 pub mod line;
