@@ -23,10 +23,10 @@ RUN --mount=type=cache,id=portcullis-control-plane-registry,target=/usr/local/ca
     --mount=type=cache,id=portcullis-control-plane-target,target=/build/target \
     cargo build --locked --profile "$PROFILE" --package control-plane \
     && case "$PROFILE" in dev) folder=debug ;; *) folder=$PROFILE ;; esac \
-    && install -D "target/$folder/control-plane" /out/control-plane
+    && install -D "target/$folder/portcullis" /out/portcullis
 
 FROM debian:bookworm-slim AS control-plane
-COPY --from=build-control-plane /out/control-plane /usr/local/bin/control-plane
+COPY --from=build-control-plane /out/portcullis /usr/local/bin/portcullis
 COPY --chmod=0755 containers/make-secrets containers/probe /usr/local/bin/
 COPY envoy/demo-policies.json containers/no-demo-policies.json /etc/portcullis/
 # An empty volume takes over owner and mode. The group is that of the Envoy image.
@@ -34,7 +34,7 @@ RUN install --directory --owner=65532 --group=65533 --mode=0750 /secrets
 # No name is needed for a user that owns nothing.
 USER 65532:65532
 EXPOSE 8081
-ENTRYPOINT ["control-plane"]
+ENTRYPOINT ["portcullis"]
 CMD ["serve", "--listen", "0.0.0.0:8081", "--log-format", "json"]
 
 FROM envoyproxy/envoy:v1.40.0 AS envoy

@@ -1,11 +1,12 @@
-//! Who did what: a change and its actor come in, a row of the audit trail goes out, in the transaction of the change, so
-//! that neither is there without the other; later, a filter comes in and a page of the trail goes out. No secret is ever
-//! part of it.
+//! The audit trail: who changed what. An entry commits in the transaction of its change. It contains no secret.
 
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
+
+/// Most rows that are deleted in one statement.
+const DELETED_TOGETHER: i64 = 1_000;
 
 /// Who changes something.
 #[derive(Clone, Debug, Default)]
@@ -30,7 +31,7 @@ impl Actor {
 
 /// What was done. The names are stable: people search for them.
 #[derive(Clone, Debug)]
-pub struct Deed<'a> {
+pub struct AuditEvent<'a> {
     /// What, as `key.create`.
     pub action: &'static str,
     /// To which key, if it was one.
@@ -41,25 +42,22 @@ pub struct Deed<'a> {
     pub detail: Value,
 }
 
-impl<'a> Deed<'a> {
+impl<'a> AuditEvent<'a> {
     /// Something done to a key.
     #[must_use]
-    pub const fn to_key(action: &'static str, key_id: Uuid, detail: Value) -> Self {
+    pub const fn on_key(action: &'static str, key_id: Uuid, detail: Value) -> Self {
         Self { action, key_id: Some(key_id), target: None, detail }
     }
 
     /// Something done to anything else.
     #[must_use]
-    pub const fn to(action: &'static str, target: &'a str, detail: Value) -> Self {
+    pub const fn on(action: &'static str, target: &'a str, detail: Value) -> Self {
         Self { action, key_id: None, target: Some(target), detail }
     }
 }
 
 /// Writes it down.
-///
-/// # Errors
-/// Those of the database.
-pub async fn note(connection: &mut PgConnection, actor: &Actor, deed: Deed<'_>) -> Result<(), sqlx::Error> {
+pub async fn record(connection: &mut PgConnection, actor: &Actor, event: AuditEvent<'_>) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "insert into audit (actor_key_id, actor_email, address, request_id, action, key_id, target, detail)
         values ($1, $2, $3, $4, $5, $6, $7, $8)",
@@ -67,10 +65,10 @@ pub async fn note(connection: &mut PgConnection, actor: &Actor, deed: Deed<'_>) 
         actor.email,
         actor.address,
         actor.request_id,
-        deed.action,
-        deed.key_id,
-        deed.target,
-        deed.detail
+        event.action,
+        event.key_id,
+        event.target,
+        event.detail
     )
     .execute(connection)
     .await?;
@@ -78,10 +76,7 @@ pub async fn note(connection: &mut PgConnection, actor: &Actor, deed: Deed<'_>) 
 }
 
 /// Writes down that the same was done to several keys.
-///
-/// # Errors
-/// Those of the database.
-pub async fn note_each(
+pub async fn record_each(
     connection: &mut PgConnection,
     actor: &Actor,
     action: &'static str,
@@ -106,7 +101,7 @@ pub async fn note_each(
 
 /// A row of the trail.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct AuditRow {
     /// Ascending with time.
     pub id: i64,
     /// When.
@@ -131,7 +126,7 @@ pub struct Entry {
 
 /// Which rows; what is none does not matter.
 #[derive(Clone, Debug, Default)]
-pub struct Filter<'a> {
+pub struct AuditFilter<'a> {
     /// What was done to this key.
     pub key_id: Option<Uuid>,
     /// What this key did.
@@ -149,18 +144,15 @@ pub struct Filter<'a> {
 }
 
 /// Reads rows before `before`, the newest first, at most `limit`.
-///
-/// # Errors
-/// Those of the database.
 pub async fn trail(
     pool: &PgPool,
-    filter: &Filter<'_>,
+    filter: &AuditFilter<'_>,
     before: Option<i64>,
     limit: i64,
-) -> Result<Vec<Entry>, sqlx::Error> {
+) -> Result<Vec<AuditRow>, sqlx::Error> {
     let (owner_id, owner_email) = filter.owner.unzip();
     sqlx::query_as!(
-        Entry,
+        AuditRow,
         "select id, at, actor_key_id, actor_email, address, request_id, action, key_id, target, detail
         from audit
         where id < $1 and ($2::uuid is null or key_id = $2) and ($3::uuid is null or actor_key_id = $3)
@@ -182,4 +174,26 @@ pub async fn trail(
     )
     .fetch_all(pool)
     .await
+}
+
+/// Deletes rows that are older than `days`. Says how many.
+///
+/// # Errors
+/// Those of the database; what went before stays gone.
+pub async fn delete_old(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        let gone = sqlx::query!(
+            "delete from audit where id = any(array(
+                select id from audit where at < now() - make_interval(days => $1) order by at limit $2
+            ))",
+            days,
+            DELETED_TOGETHER
+        );
+        let gone = gone.execute(pool).await?.rows_affected();
+        all += gone;
+        if gone == 0 {
+            return Ok(all);
+        }
+    }
 }

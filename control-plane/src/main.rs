@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use clap::Parser;
 use contract::key::KeyKind;
 use control_plane::audit::Actor;
+use control_plane::change::{FeedWaker, Writer};
 use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage, given_pepper};
-use control_plane::key::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
-use control_plane::key::import::Import;
-use control_plane::key::store::{self as keys, NewKey};
+use control_plane::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
+use control_plane::keys::create;
+use control_plane::keys::import::Import;
+use control_plane::keys::model::{CreatedKey, NewKey};
 use control_plane::sync::feed;
-use control_plane::transaction::transact;
-use control_plane::{http, serve, usage};
+use control_plane::{api, metering, server};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use zeroizing_alloc::ZeroAlloc;
@@ -33,7 +34,7 @@ async fn main() -> ExitCode {
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) if error.use_stderr() => {
-            let _ = writeln!(std::io::stderr(), "control-plane: {}", one_line(&error.render().to_string()));
+            let _ = writeln!(std::io::stderr(), "portcullis: {}", one_line(&error.render().to_string()));
             return ExitCode::from(2);
         }
         Err(help) => help.exit(),
@@ -41,7 +42,7 @@ async fn main() -> ExitCode {
     match run(command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "control-plane: {error}");
+            let _ = writeln!(std::io::stderr(), "portcullis: {error}");
             ExitCode::FAILURE
         }
     }
@@ -49,8 +50,8 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Serve(settings) => serve::serve(*settings).await,
-        Command::Openapi => print(&http::openapi().to_pretty_json()?),
+        Command::Serve(settings) => server::serve(*settings).await,
+        Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds, no_expiry }) => {
             let scopes = Scopes::parse(scopes)?;
             let operators = scopes.as_slice().iter().all(|scope| [ADMIN, SYNC].contains(&scope.as_str()));
@@ -58,7 +59,7 @@ async fn run(command: Command) -> Result<(), Failure> {
                 Some(email) => email,
                 None if operators => OPERATOR,
                 None => {
-                    return Err("--email: say whom the key is for; only keys for admin and sync need no user".into());
+                    return Err("--email: is required, unless the only scopes are admin and sync".into());
                 }
             };
             let now = OffsetDateTime::now_utc();
@@ -68,21 +69,20 @@ async fn run(command: Command) -> Result<(), Failure> {
                 scopes,
                 ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
             };
-            let pool = connect(&database).await?;
-            let made =
-                transact(&pool, async |connection| keys::create(connection, &Actor::system(), new).await).await?;
-            let keys::Made { key, secret, .. } = made;
-            writeln!(std::io::stderr(), "created key {}; it is shown this once:", key.id)?;
+            let writer = Writer::new(connect(&database).await?, FeedWaker::default());
+            let created = writer.change(&Actor::system(), async |change| create::create(change, new).await).await?;
+            let CreatedKey { key, secret, .. } = created;
+            writeln!(std::io::stderr(), "created key {}; this is the only time it is shown:", key.id)?;
             print(secret.reveal())
         }
-        Command::Admin(Admin::GenerateKey) => print(keys::generate(KeyKind::Live)?.reveal()),
+        Command::Admin(Admin::GenerateKey) => print(create::generate(KeyKind::Live)?.reveal()),
         Command::Admin(Admin::NewEpoch { database }) => {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
-            print(&format!("the epoch is now {epoch}; every filter will load all keys anew"))
+            print(&format!("the epoch is now {epoch}; every filter loads all keys again"))
         }
         Command::Keys(Keys::Import { database, file }) => {
             let (pool, pepper) = (connect(&database).await?, given_pepper()?);
-            control_plane::pepper::check(&pool, pepper.as_ref()).await??;
+            control_plane::keys::pepper::check(&pool, pepper.as_ref()).await??;
             let import = Import::new(pool, Actor::system(), pepper);
             if file == Path::new("-") {
                 import_keys(import, std::io::stdin()).await
@@ -94,20 +94,20 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Usage(Usage::Import { database, file }) => {
             let pool = connect(&database).await?;
             let imported = if file == Path::new("-") {
-                usage::import::import(&pool, BufReader::new(std::io::stdin())).await?
+                metering::import::import(&pool, BufReader::new(std::io::stdin())).await?
             } else {
                 let log = File::open(&file).map_err(|error| format!("{}: {error}", file.display()))?;
-                usage::import::import(&pool, BufReader::new(log)).await?
+                metering::import::import(&pool, BufReader::new(log)).await?
             };
             for (line, why) in &imported.bad {
                 writeln!(std::io::stderr(), "line {line}: {why}")?;
             }
-            let usage::import::Imported { applied, known, bad, refused } = imported;
+            let metering::import::Imported { applied, known, bad, refused } = imported;
             if refused > bad.len() {
                 writeln!(std::io::stderr(), "and {} more lines", refused - bad.len())?;
             }
-            print(&format!("reports applied: {applied}, known before: {known}, lines that were refused: {refused}"))?;
-            if refused == 0 { Ok(()) } else { Err("some lines were refused; nothing of them was booked".into()) }
+            print(&format!("reports applied: {applied}, known before: {known}, lines refused: {refused}"))?;
+            if refused == 0 { Ok(()) } else { Err("some lines were refused and not booked".into()) }
         }
     }
 }
@@ -124,8 +124,8 @@ async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Fai
     for bad in &imported.errors {
         writeln!(std::io::stderr(), "line {}: {}: {}", bad.line, bad.code.name(), bad.reason)?;
     }
-    print(&format!("keys imported: {}, lines that were not taken: {}", imported.imported, imported.failed))?;
-    if imported.failed == 0 { Ok(()) } else { Err("some lines were not taken".into()) }
+    print(&format!("keys imported: {}, lines refused: {}", imported.imported, imported.failed))?;
+    if imported.failed == 0 { Ok(()) } else { Err("some lines were refused".into()) }
 }
 
 /// What is wrong with the command line, without the advice that follows it.
@@ -135,7 +135,7 @@ fn one_line(rendered: &str) -> String {
 }
 
 async fn connect(database: &Database) -> Result<PgPool, Failure> {
-    serve::connect(database).await
+    server::schema::connect(database).await
 }
 
 fn print(text: &str) -> Result<(), Failure> {

@@ -167,7 +167,7 @@ impl ControlPlane {
     /// Imports usage from a log line of an Envoy that could not report it.
     ///
     /// # Errors
-    /// If `control-plane usage import` fails, with what it says.
+    /// If `portcullis usage import` fails, with what it says.
     pub fn import_usage(&self, line: &str) -> Result<()> {
         let output = self.try_import_usage(line)?;
         ensure!(output.status.success(), "usage import: {}", String::from_utf8_lossy(&output.stderr));

@@ -84,7 +84,7 @@ static CONTROL_PLANE: OnceLock<PathBuf> = OnceLock::new();
 /// The control plane. `CONTROL_PLANE_BIN` names another than the one that the development profile built.
 #[must_use]
 pub fn control_plane() -> PathBuf {
-    let built = || CONTROL_PLANE.get().cloned().unwrap_or_else(|| target().join("debug/control-plane"));
+    let built = || CONTROL_PLANE.get().cloned().unwrap_or_else(|| target().join("debug/portcullis"));
     std::env::var_os("CONTROL_PLANE_BIN").map_or_else(built, PathBuf::from)
 }
 

@@ -269,7 +269,7 @@ impl Builder {
         self
     }
 
-    /// Further arguments of `control-plane serve`.
+    /// Further arguments of `portcullis serve`.
     #[must_use]
     pub fn control_plane_arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();

@@ -27,8 +27,8 @@ pub(crate) async fn check() -> Result<()> {
     let home = home.path();
     let mut openapi = Command::new(paths::control_plane());
     openapi.arg("openapi");
-    let document = succeeded("control-plane openapi", &done(openapi).await?)?;
-    let parsed: Value = serde_json::from_str(&document).context("control-plane openapi prints no JSON")?;
+    let document = succeeded("portcullis openapi", &done(openapi).await?)?;
+    let parsed: Value = serde_json::from_str(&document).context("portcullis openapi prints no JSON")?;
     for (name, text) in
         [("openapi.json", document.as_str()), ("redocly.yaml", RULES), ("client.ts", TYPESCRIPT_PROGRAM)]
     {

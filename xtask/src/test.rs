@@ -214,7 +214,7 @@ fn tests(chosen: &[&str]) -> Command {
     tests
 }
 
-/// Builds target/debug/control-plane out of what the tests are built of: cargo builds a package's program for its tests.
+/// Builds target/debug/portcullis out of what the tests are built of: cargo builds a package's program for its tests.
 fn build_control_plane() -> Result<()> {
     run(tests(&["--no-run", "--test", "database"]))
 }

@@ -1,5 +1,5 @@
-//! Credits: every change of a balance is a row of the ledger. Top-ups and corrections come in by hand, [`refill`] books
-//! those that come by themselves, usage is booked with the reports, and [`rollup`] keeps the ledger short.
+//! Credits. Every change of a balance is a row of the ledger. Admins add top-ups and corrections, [`refill`] books
+//! scheduled credits, usage is booked with the reports, and [`rollup`] keeps the ledger short.
 
 pub mod refill;
 pub mod rollup;
@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use crate::error::ApiError;
 
 pub(crate) use store::usage;
-pub use store::{Account, Change, Entry, Locked, account, book_usage, change, credit, ledger, lock};
+pub use store::{Account, AccountChange, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
 
 /// Most credits that come in or go out in one row by hand.
 pub const AMOUNT: i64 = 1_000_000_000_000;
@@ -154,9 +154,7 @@ pub fn parse_amount(amount: i64, kind: Kind) -> Result<i64, ApiError> {
         Kind::Correction => {
             Err(ApiError::invalid("amount", format!("must be a number from -{AMOUNT} to {AMOUNT} other than 0")))
         }
-        Kind::Refill | Kind::Usage => {
-            Err(ApiError::invalid("kind", "must be top_up or correction: other rows are made by themselves"))
-        }
+        Kind::Refill | Kind::Usage => Err(ApiError::invalid("kind", "must be top_up or correction")),
     }
 }
 

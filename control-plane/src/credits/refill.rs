@@ -1,4 +1,4 @@
-//! Credits that come in by themselves: what is due is booked, each period once, by whichever replica comes first.
+//! Scheduled credits. Each period is booked once, by the replica that comes first.
 
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 
 use super::store::{Locked, book, open};
 use super::{Kind, Refill};
-use crate::transaction::transact;
+use crate::change::transact;
 
 /// Most periods that are made up for at once. Beyond, the schedule goes on from now.
 const MISSED: i32 = 400;

@@ -1,10 +1,10 @@
-//! Keeps the ledger short: rows of usage that are older than the operator wants in detail become one row for each owner
-//! and UTC day, and for each stretch between other rows, so that the balance beside every row that stays is still the sum
-//! of all rows up to it.
+//! Keeps the ledger short. Usage rows older than the detail period become one row per owner and UTC day, and per
+//! stretch between other rows. The balance beside every remaining row is still the sum of all rows up to it.
 
 use sqlx::{PgConnection, PgPool};
 
-use crate::transaction::transact;
+use crate::change::transact;
+use crate::job_lock::JobLock;
 
 /// What the merged rows are marked with.
 pub const NOTE: &str = "sum of a day";
@@ -23,9 +23,7 @@ pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error
 
 /// Merges the rows of the oldest day. Says how many rows went; none if there is no such day, or another replica is at it.
 async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Result<Option<u64>, sqlx::Error> {
-    // One replica at a time.
-    let ours = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock(hashtext('portcullis.roll_up')) as "ours!""#);
-    if !ours.fetch_one(&mut *connection).await? {
+    if !JobLock::LedgerRollUp.try_take(connection).await? {
         return Ok(None);
     }
     let day = sqlx::query_scalar!(

@@ -1,5 +1,5 @@
-//! Balances and the ledger in PostgreSQL. Whoever books holds the user's row first, so that the rows of an owner stand in
-//! the order in which their balance changed.
+//! Balances and the ledger in PostgreSQL. A booking locks the row of the user first, so that the rows of an owner
+//! stand in the order in which the balance changed.
 
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgExecutor, PgPool};
@@ -7,11 +7,11 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{BALANCE, Kind, Refill, starter};
-use crate::audit::{self, Actor, Deed};
-use crate::condition::Condition;
+use crate::audit::AuditEvent;
+use crate::change::Change;
+use crate::domain::{Email, Patch, Preconditions};
 use crate::error::ApiError;
-use crate::key::domain::Email;
-use crate::transaction::transact;
+use crate::users::lock::{LockedUser, lock_or_create_user, lock_user};
 
 /// How far below zero usage can bring a balance: no honest usage comes near, and a forged one must not stop those that are
 /// booked with it.
@@ -19,7 +19,7 @@ const LOWEST: i64 = -1_000_000_000_000_000_000;
 
 /// A row of the ledger.
 #[derive(Clone, Debug)]
-pub struct Entry {
+pub struct LedgerRow {
     /// Counted up with each row of all owners.
     pub id: i64,
     /// When it was booked.
@@ -53,7 +53,7 @@ pub struct Account {
     pub credits_starter: i32,
     /// What Envoys hold and have not told of.
     pub leased: i64,
-    /// What comes in by itself.
+    /// Scheduled credits.
     pub refill: Option<Json<Refill>>,
     /// When it next does.
     pub refill_at: Option<OffsetDateTime>,
@@ -61,13 +61,12 @@ pub struct Account {
     pub version: i64,
 }
 
-/// What of an account is to be changed.
+/// What a change of an account sets.
 #[derive(Clone, Debug, Default)]
-pub struct Change {
+pub struct AccountChange {
     /// Whether requests cost credits.
     pub metered: Option<bool>,
-    /// What comes in by itself, or that nothing does.
-    pub refill: Option<Option<Refill>>,
+    pub refill: Patch<Refill>,
 }
 
 /// An owner whose row is held.
@@ -85,10 +84,14 @@ pub struct Locked {
     pub credits_turn: i32,
 }
 
+impl From<LockedUser> for Locked {
+    fn from(user: LockedUser) -> Self {
+        let LockedUser { id, balance, metered, credits_starter, credits_turn, .. } = user;
+        Self { id, balance, metered, credits_starter, credits_turn }
+    }
+}
+
 /// Holds the rows of owners until the transaction ends, in the order of their ids.
-///
-/// # Errors
-/// Those of the database.
 pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<Locked>, sqlx::Error> {
     sqlx::query_as!(
         Locked,
@@ -103,83 +106,56 @@ pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<
 /// Adds to a balance by hand, or takes from it; the user is made if not one yet. A top-up makes the user metered.
 ///
 /// # Errors
-/// 409 if the balance would grow out of bounds, and those of the database.
+/// 409 if the balance would grow out of bounds.
 pub async fn credit(
-    connection: &mut PgConnection,
-    actor: &Actor,
+    change: &mut Change,
     email: &Email,
     kind: Kind,
     amount: i64,
     note: &str,
-) -> Result<Entry, ApiError> {
-    let owner = hold(connection, email).await?;
+) -> Result<LedgerRow, ApiError> {
+    let (user, _) = lock_or_create_user(change, email).await?;
+    let owner = Locked::from(user);
     let balance = owner.balance.saturating_add(amount);
     if balance.checked_abs().is_none_or(|size| size > BALANCE) {
-        let detail = format!("The balance would be {balance}: it stays within {BALANCE} either way.");
+        let detail = format!("The balance would be {balance}. It must stay between -{BALANCE} and {BALANCE}.");
         return Err(ApiError::Conflict(detail));
     }
     let metered = owner.metered || kind == Kind::TopUp;
-    open(connection, &owner, metered, balance).await?;
-    let entry = book(connection, owner.id, kind, amount, note, actor.key_id, None).await?;
+    open(change, &owner, metered, balance).await?;
+    let actor_key_id = change.actor().key_id;
+    let entry = book(change, owner.id, kind, amount, note, actor_key_id, None).await?;
     let detail = serde_json::json!({"kind": kind.name(), "amount": amount, "balance": entry.balance});
-    audit::note(connection, actor, Deed::to("credits.add", email.as_str(), detail)).await?;
+    change.record(AuditEvent::on("credits.add", email.as_str(), detail)).await?;
     Ok(entry)
 }
 
-/// Changes whether requests cost credits, and what comes in by itself, if the user is as `condition` says. The account as it
-/// is then; none if there is no such user.
+/// Changes an account. None if there is no such user.
 ///
 /// # Errors
-/// 412 by the condition, 400 for a time zone that PostgreSQL does not know, and those of the database.
-pub async fn change(
-    pool: &PgPool,
-    actor: &Actor,
+/// 412 by the preconditions, 400 for a time zone that PostgreSQL does not know.
+pub async fn update(
+    change: &mut Change,
     email: &Email,
-    change: Change,
-    condition: &Condition,
+    account_change: AccountChange,
+    preconditions: &Preconditions,
 ) -> Result<Option<Account>, ApiError> {
-    transact(pool, async |connection| change_in(connection, actor, email, change, condition).await).await
-}
-
-async fn change_in(
-    connection: &mut PgConnection,
-    actor: &Actor,
-    email: &Email,
-    change: Change,
-    condition: &Condition,
-) -> Result<Option<Account>, ApiError> {
-    let known = sqlx::query!(
-        "select id, balance, metered, credits_starter, credits_turn, version from user_preferences
-        where email = $1 for no key update",
-        email.as_str()
-    );
-    let Some(known) = known.fetch_optional(&mut *connection).await? else { return Ok(None) };
-    condition.check(Some(known.version))?;
-    let owner = Locked {
-        id: known.id,
-        balance: known.balance,
-        metered: known.metered,
-        credits_starter: known.credits_starter,
-        credits_turn: known.credits_turn,
-    };
-    let scheduled = matches!(change.refill, Some(Some(_)));
-    let metered = change.metered.unwrap_or(owner.metered || scheduled);
-    if metered != owner.metered {
-        open(connection, &owner, metered, owner.balance).await?;
-    }
-    if let Some(refill) = &change.refill {
-        set_refill(connection, owner.id, refill.as_ref()).await?;
-    }
+    let Some(user) = lock_user(change, email).await? else { return Ok(None) };
+    preconditions.check(Some(user.version))?;
+    let owner = Locked::from(user);
+    let AccountChange { metered, refill } = account_change;
+    let metered = metered.unwrap_or(owner.metered || matches!(refill, Patch::Set(_)));
     let mut detail = serde_json::Map::new();
     if metered != owner.metered {
+        open(change, &owner, metered, owner.balance).await?;
         detail.insert("metered".into(), metered.into());
     }
-    if let Some(refill) = &change.refill {
+    if let Some(refill) = refill.given() {
+        set_refill(change, owner.id, refill.as_ref()).await?;
         detail.insert("refill".into(), serde_json::to_value(refill).unwrap_or_default());
     }
-    audit::note(connection, actor, Deed::to("credits.change", email.as_str(), detail.into())).await?;
-    let account = account(&mut *connection, email).await?;
-    Ok(account)
+    change.record(AuditEvent::on("credits.update", email.as_str(), detail.into())).await?;
+    account(&mut **change, email).await
 }
 
 /// Sets what comes in by itself. The owner's row is held.
@@ -208,29 +184,8 @@ async fn set_refill(connection: &mut PgConnection, owner_id: Uuid, refill: Optio
     Ok(())
 }
 
-/// Finds or makes the user and holds their row until the transaction ends.
-async fn hold(connection: &mut PgConnection, email: &Email) -> Result<Locked, ApiError> {
-    let owner = sqlx::query_as!(
-        Locked,
-        "insert into user_preferences (id, email) values ($1, $2)
-        on conflict (email) do update set email = excluded.email
-        returning id, balance, metered, credits_starter, credits_turn",
-        Uuid::now_v7(),
-        email.as_str()
-    )
-    .fetch_one(connection)
-    .await;
-    owner.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
-        Some("user_preferences_email_lower") => ApiError::invalid("email", "must be in lower case"),
-        _ => error.into(),
-    })
-}
-
 /// Prepares an account for the balance that it is about to have: how much an Envoy may begin with, and, if what was there
 /// is less than that, that every Envoy begins anew. So a rest that no longer pays for a request keeps no door shut.
-///
-/// # Errors
-/// Those of the database.
 pub(super) async fn open(
     connection: &mut PgConnection,
     owner: &Locked,
@@ -261,9 +216,9 @@ pub(super) async fn book(
     note: &str,
     actor: Option<Uuid>,
     refill_due: Option<OffsetDateTime>,
-) -> Result<Entry, sqlx::Error> {
+) -> Result<LedgerRow, sqlx::Error> {
     let entry = sqlx::query_as!(
-        Entry,
+        LedgerRow,
         "insert into ledger (owner_id, kind, amount, balance, note, actor_key_id, refill_due)
         values ($1, $2, $3, 0, $4, $5, $6)
         returning id, at, kind, amount, balance, note, actor_key_id, refill_due",
@@ -281,9 +236,6 @@ pub(super) async fn book(
 }
 
 /// Books what requests have cost: one row for each owner. Their rows are held.
-///
-/// # Errors
-/// Those of the database.
 pub async fn book_usage(connection: &mut PgConnection, costs: &[(Locked, u64)]) -> Result<(), sqlx::Error> {
     let (owners, amounts): (Vec<Uuid>, Vec<i64>) = costs
         .iter()
@@ -314,9 +266,6 @@ pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
 }
 
 /// Reads an account.
-///
-/// # Errors
-/// Those of the database.
 pub async fn account(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<Account>, ApiError> {
     let account = sqlx::query_as!(
         Account,
@@ -336,12 +285,14 @@ pub async fn account(executor: impl PgExecutor<'_>, email: &Email) -> Result<Opt
 }
 
 /// Reads rows of an owner, the newest first: those before `before`, at most `limit`.
-///
-/// # Errors
-/// Those of the database.
-pub async fn ledger(pool: &PgPool, owner_id: Uuid, before: Option<i64>, limit: i64) -> Result<Vec<Entry>, ApiError> {
+pub async fn ledger(
+    pool: &PgPool,
+    owner_id: Uuid,
+    before: Option<i64>,
+    limit: i64,
+) -> Result<Vec<LedgerRow>, ApiError> {
     let entries = sqlx::query_as!(
-        Entry,
+        LedgerRow,
         "select id, at, kind, amount, balance, note, actor_key_id, refill_due
         from ledger where owner_id = $1 and id < $2 order by id desc limit $3",
         owner_id,

@@ -1,92 +1,18 @@
 //! Quotas: requests of a key in a window of time. A quota and what was used of it come in, whether it is used up and until
 //! when goes out. Calendar windows are PostgreSQL's matter, which knows time zones; rolling ones are reckoned here.
 
+mod starters;
 mod store;
 
-use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
 
+use crate::domain::{Period, Quota, round_up_to_second};
+
+pub use starters::{Whose, check_time_zone, refresh_starters};
 pub use store::{View, count, reconsider, reopen, shut, view};
 
 /// Into how many slots a rolling window is divided.
 pub const SLOTS: usize = 60;
-
-/// A quota, as the database keeps it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Quota {
-    /// How many requests a window has.
-    pub requests: i64,
-    /// What windows there are.
-    pub period: Period,
-    /// Where days begin at midnight; UTC unless given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub time_zone: Option<String>,
-    /// Of a rolling window: its length in seconds.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub window_s: Option<i64>,
-}
-
-/// What windows there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Period {
-    /// From midnight to midnight.
-    Day,
-    /// From Monday to Monday.
-    Week,
-    /// From the first to the first.
-    Month,
-    /// The last so many seconds, at any time.
-    Rolling,
-}
-
-impl Period {
-    /// The name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Day => "day",
-            Self::Week => "week",
-            Self::Month => "month",
-            Self::Rolling => "rolling",
-        }
-    }
-}
-
-impl Quota {
-    /// What stands in the database; none if it makes no sense.
-    #[must_use]
-    pub fn of(value: Option<serde_json::Value>) -> Option<Self> {
-        value.and_then(|value| serde_json::from_value(value).ok())
-    }
-
-    /// The time zone of its calendar.
-    #[must_use]
-    pub fn zone(&self) -> &str {
-        self.time_zone.as_deref().unwrap_or("UTC")
-    }
-
-    /// The length of a rolling window, in seconds.
-    #[must_use]
-    pub fn window_s(&self) -> i64 {
-        self.window_s.unwrap_or(86_400).clamp(1, 366 * 86_400)
-    }
-
-    /// Names the windows: a quota of another kind begins a new one.
-    #[must_use]
-    pub fn kind(&self) -> String {
-        match self.period {
-            Period::Rolling => format!("rolling/{}", self.window_s()),
-            period => format!("{}/{}", period.name(), self.zone()),
-        }
-    }
-
-    /// What an Envoy may let in before it was leased any; `told` is what filters know.
-    #[must_use]
-    pub fn starter(&self, told: Option<i32>) -> i64 {
-        told.map_or(self.requests / 16, i64::from).max(1)
-    }
-}
 
 /// What was used of a quota in the running window.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,7 +76,7 @@ impl Use {
     #[must_use]
     pub fn opens_at(&self, quota: &Quota, starter: i64) -> OffsetDateTime {
         if quota.period != Period::Rolling {
-            return whole(self.window_end);
+            return round_up_to_second(self.window_end);
         }
         let room = quota.requests.saturating_sub(starter).max(0);
         let slot = slot(quota.window_s());
@@ -162,18 +88,12 @@ impl Use {
             }
             at += slot;
         }
-        whole(at)
+        round_up_to_second(at)
     }
 }
 
 fn slot(window_s: i64) -> Duration {
     Duration::microseconds(window_s.saturating_mul(1_000_000) / 60)
-}
-
-/// The first whole second that is not before.
-fn whole(at: OffsetDateTime) -> OffsetDateTime {
-    let part = Duration::nanoseconds(at.nanosecond().into());
-    if part.is_zero() { at } else { at - part + Duration::SECOND }
 }
 
 #[cfg(test)]
@@ -228,14 +148,5 @@ mod tests {
         assert!(used.exceeds(&quota));
         assert_eq!(used.opens_at(&quota, 1), NOW + Duration::days(1));
         assert_eq!((quota.kind(), hour(1).kind()), ("day/UTC".into(), "rolling/3600".into()));
-    }
-
-    #[test]
-    fn the_json_of_the_database_leads_back_and_nonsense_is_no_quota() {
-        let json = serde_json::json!({"requests": 5, "period": "week", "time_zone": "Europe/Berlin"});
-        let quota = Quota::of(Some(json.clone())).unwrap();
-        assert_eq!((quota.period, quota.zone()), (Period::Week, "Europe/Berlin"));
-        assert_eq!(serde_json::to_value(&quota).unwrap(), json);
-        assert_eq!(Quota::of(Some(serde_json::json!({"requests": "many"}))), None);
     }
 }

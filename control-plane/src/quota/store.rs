@@ -6,16 +6,14 @@ use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Period, Quota, Use};
+use super::Use;
+use crate::domain::{Period, Quota};
 
 /// Most keys that are opened in one statement.
 const TOGETHER: i64 = 10_000;
 
 /// Adds allowed requests to the running windows of keys, and lets windows begin anew that have ended. Gives what is used
 /// then. The rows are locked in the order of the keys.
-///
-/// # Errors
-/// Those of the database.
 pub async fn count(
     connection: &mut PgConnection,
     of: &BTreeMap<Uuid, (&Quota, i64)>,
@@ -118,9 +116,6 @@ async fn write(connection: &mut PgConnection, changed: Vec<(Uuid, String, Use)>)
 
 /// Tells filters that quotas are used up: of which keys, how much was used, and until when. Keys that they know it of
 /// already are left alone, and those whose quota was raised meanwhile.
-///
-/// # Errors
-/// Those of the database.
 pub async fn shut(connection: &mut PgConnection, keys: &[(Uuid, i64, OffsetDateTime)]) -> Result<(), sqlx::Error> {
     if keys.is_empty() {
         return Ok(());
@@ -159,9 +154,6 @@ pub async fn shut(connection: &mut PgConnection, keys: &[(Uuid, i64, OffsetDateT
 }
 
 /// Opens keys whose quota was used up and is filled anew by now, with a new starter for every Envoy. Says how many.
-///
-/// # Errors
-/// Those of the database.
 pub async fn reopen(pool: &PgPool) -> Result<u64, sqlx::Error> {
     // A statement that changes nothing would wake every filter all the same.
     let any = sqlx::query_scalar!(
@@ -184,9 +176,6 @@ pub async fn reopen(pool: &PgPool) -> Result<u64, sqlx::Error> {
 }
 
 /// Opens or shuts keys at once whose quota was changed, in the transaction that changed it. Says how many.
-///
-/// # Errors
-/// Those of the database.
 pub async fn reconsider(connection: &mut PgConnection, keys: &[Uuid]) -> Result<usize, sqlx::Error> {
     let rows = sqlx::query!(
         r#"select k.id as "id!", k.quota_exceeded as "quota_exceeded!", k.quota_starter, coalesce(k.quota, d.quota) as quota, now() as "now!",
@@ -249,9 +238,6 @@ pub struct View {
 }
 
 /// Reads the quota of a key; none if it has none.
-///
-/// # Errors
-/// Those of the database.
 pub async fn view(pool: &PgPool, key: Uuid) -> Result<Option<View>, sqlx::Error> {
     let row = sqlx::query!(
         r#"select coalesce(k.quota, d.quota) as quota, k.quota_exceeded, k.quota_resets_at, now() as "now!",

@@ -1,8 +1,9 @@
-//! The change feed: what was committed in PostgreSQL comes in, the mirror is brought up to date.
+//! The change feed: brings the mirror up to date with what was committed in PostgreSQL.
 //!
-//! Polling is the truth, LISTEN/NOTIFY and the nudge after own writes are hints that make it immediate. Each refresh is
-//! one read of the rows after the mirror's revision, in one snapshot of the database or as good as one (`glance`), so the mirror
-//! steps from one committed state to a later one. After any fault the session starts over, and with it the check of who the database is.
+//! Polling is the truth; LISTEN/NOTIFY, and the wake-up after a commit of this process, are hints that make it
+//! immediate. Each refresh reads the rows after the revision of the mirror, in one snapshot of the database or as
+//! good as one (`glance`). So the mirror steps from one committed state to a later one. After any fault the session
+//! starts over, and checks the identity of the database.
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -16,7 +17,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::mirror::Mirror;
-use super::rows::{FEW, Keys, State, definitions, old_secrets};
+use super::rows::{DatabaseState, FEW, Keys, ReadError, definitions, old_secrets};
 use super::{Position, Store};
 
 /// How long to wait before the database is tried again after a fault.
@@ -34,24 +35,26 @@ const IN_A_STREAM: Duration = Duration::from_millis(5);
 /// guesses cost the database.
 const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What stands in the identity of a database for a part that it does not let us see. The other parts still tell.
+/// Stands in the identity of a database for a part that it does not let us read. The other parts still identify it.
 const HIDDEN: &str = "hidden";
 
 /// Why a refresh did not come about.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedError {
-    /// The database did not answer as it should.
-    #[error("the database: {0}")]
-    Database(#[from] sqlx::Error),
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The connection that announces changes was lost.
     #[error("the connection to the database was lost")]
     Interrupted,
     /// The database took longer than a minute.
     #[error("the database did not answer in time")]
     Late,
-    /// A row that the schema does not allow.
-    #[error("key {0} cannot be written as a record")]
-    Row(Uuid),
+}
+
+impl From<sqlx::Error> for FeedError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Read(error.into())
+    }
 }
 
 /// The feed: it has connections of its own, so that no request waits for others to learn what was committed.
@@ -102,14 +105,14 @@ impl Feed {
                 notification = listener.try_recv() => {
                     // The connection was lost, perhaps to a server that has failed over or was restored: ask who it is.
                     let notification = notification?.ok_or(FeedError::Interrupted)?;
-                    // Of what this replica wrote itself it was told before, and has read it. That a database has gone back to
-                    // earlier revisions is found when the time is over.
+                    // This replica has read its own changes already. A database that went back to earlier revisions is found
+                    // by the next poll.
                     let is_read = |revision: u64| self.store.position().is_some_and(|(_, at)| revision <= at);
                     if !notification.payload().parse().is_ok_and(is_read) {
                         return Ok(());
                     }
                 }
-                () = self.store.nudged() => return Ok(()),
+                () = self.store.waker().woken() => return Ok(()),
                 () = &mut due => return Ok(()),
             }
         }
@@ -163,12 +166,9 @@ fn several_between(before: Position, after: Position) -> bool {
 
 /// Draws a new epoch if this is not the database that the present one was drawn for: another server, another timeline
 /// after a promotion or a point-in-time recovery, or another database after a restore of a dump.
-///
-/// # Errors
-/// Those of the database.
 pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
     let system = sqlx::query_scalar!(r#"select system_identifier::text as "text!" from pg_control_system()"#);
-    // Of the present WAL file: the control file tells a new timeline only after the next checkpoint.
+    // Of the current WAL file: the control file has a new timeline only after the next checkpoint.
     let timeline = sqlx::query_scalar!(r#"select substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as "timeline!""#);
     let database =
         sqlx::query_scalar!(r#"select oid::text as "text!" from pg_database where datname = current_database()"#);
@@ -185,7 +185,7 @@ pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
     .fetch_optional(pool)
     .await?;
     if let Some(drawn) = drawn {
-        info!(epoch = %drawn.epoch, identity, "a new epoch begins: this is a new or restored database");
+        info!(epoch = %drawn.epoch, identity, "new or restored database: a new epoch begins");
     }
     Ok(())
 }
@@ -199,9 +199,6 @@ fn or_hidden(part: Result<String, sqlx::Error>) -> Result<String, sqlx::Error> {
 }
 
 /// Draws a new epoch: every filter will load the whole store anew.
-///
-/// # Errors
-/// Those of the database.
 pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
 }
@@ -214,7 +211,7 @@ pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
 async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     let Some(known) = store.position() else { return Ok(false) };
     let mut connection = pool.acquire().await?;
-    let state = State::read(&mut connection).await?;
+    let state = DatabaseState::read(&mut connection).await?;
     let (now, since) = (state.position(), known.1.cast_signed());
     if now == known {
         store.seen();
@@ -244,7 +241,7 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     }
     let known = store.position();
     let mut transaction = pool.begin_with("begin isolation level repeatable read read only").await?;
-    let state = State::read(&mut transaction).await?;
+    let state = DatabaseState::read(&mut transaction).await?;
     let (epoch, revision) = state.position();
     match known {
         Some((ours, since)) if ours == epoch && revision >= since => {
@@ -262,7 +259,7 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
             });
         }
         Some((ours, since)) if ours == epoch => {
-            warn!(since, revision, "the database has gone back to an earlier revision: a new epoch begins");
+            warn!(since, revision, "the database went back to an earlier revision: a new epoch begins");
             drop(transaction);
             // Only if no other replica has done so meanwhile.
             sqlx::query!("update store_state set epoch = gen_random_uuid() where epoch = $1", state.epoch)
@@ -282,10 +279,10 @@ async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
             let mut rows = Keys::all(&mut transaction).await?.rows;
             rows.extend(old_secrets(&mut transaction, -1, &[], false).await?);
             let mut mirror = Mirror::new(epoch, horizon.cast_unsigned());
-            // Those that were removed too: readers who know them are told.
+            // Deleted ones too, so that filters which have them learn of it.
             mirror.define(definitions(&mut transaction, -1).await?);
             mirror.apply(rows, revision);
-            info!(%epoch, revision, keys = mirror.keys(), "the store is loaded");
+            info!(%epoch, revision, keys = mirror.keys(), "loaded the key store");
             store.update(|present| *present = Some(mirror));
         }
     }

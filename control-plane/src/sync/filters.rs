@@ -1,8 +1,7 @@
-//! The table of Envoys: what each said last, through whichever replica. How many are live, how far each is, and by how many
-//! of them a change was applied.
+//! The table of Envoys: the last status of each, whichever replica it reported to.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use contract::id::{Epoch, ReporterId};
 use sqlx::PgPool;
@@ -10,17 +9,33 @@ use sqlx::postgres::types::PgInterval;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::registry::{Known, Registry, SILENT};
+/// An Envoy that polled or reported within this time is live. Longer than any poll is held.
+pub const SILENT: Duration = Duration::from_secs(60);
 
-/// For how long an Envoy that is gone is shown.
+/// How long an Envoy that is gone is shown.
 pub const SHOWN: Duration = Duration::from_hours(24);
 
 /// Most Envoys of one sync key that are shown and are gone.
 const SHOWN_OF_KEY: i64 = 10_000;
 
+/// What is known of an Envoy.
+#[derive(Clone, Debug)]
+pub(super) struct KnownEnvoy {
+    pub(super) sync_key: Uuid,
+    pub(super) address: Option<String>,
+    pub(super) version: Option<String>,
+    pub(super) holds: Option<(Epoch, u64)>,
+    pub(super) pending: Option<u64>,
+    /// When it confirmed its revision; when it first came, if it has not.
+    pub(super) confirmed: Instant,
+    pub(super) seen: Instant,
+    pub(super) reported: Option<Instant>,
+    pub(super) unwritten: bool,
+}
+
 /// One Envoy.
 #[derive(Clone, Debug)]
-pub struct Filter {
+pub struct EnvoyStatus {
     /// The id of its process.
     pub reporter: Uuid,
     /// The key that it syncs with.
@@ -29,13 +44,13 @@ pub struct Filter {
     pub address: Option<String>,
     /// Its version of the filter.
     pub version: Option<String>,
-    /// The life of the database that it holds; all zeros if it has not said yet.
+    /// The epoch of its store; all zeros if it has confirmed none.
     pub epoch: Uuid,
     /// Every change up to it is in the Envoy's store.
     pub revision: i64,
-    /// When it last said so.
+    /// When it last confirmed that.
     pub confirmed_at: OffsetDateTime,
-    /// When it was last heard of.
+    /// When it last polled or reported.
     pub seen_at: OffsetDateTime,
     /// Requests that it counted and has not seen acknowledged.
     pub pending_requests: Option<i64>,
@@ -47,7 +62,7 @@ pub struct Filter {
 
 /// How far the store is, and the time, as the database has them.
 #[derive(Clone, Copy, Debug)]
-pub struct Present {
+pub struct DatabasePosition {
     /// The life of the database.
     pub epoch: Uuid,
     /// The newest revision.
@@ -56,17 +71,19 @@ pub struct Present {
     pub now: OffsetDateTime,
 }
 
-/// By how many Envoys a change was applied.
+/// How far a change has reached the Envoys.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Applied {
+pub struct Rollout {
+    /// The epoch of the database.
+    pub epoch: Uuid,
     /// Live Envoys.
     pub filters: i64,
-    /// Those of them that hold the change.
+    /// Live Envoys that have the change.
     pub applied: i64,
-    /// For how long the slowest of the others has lagged behind, in seconds.
-    pub oldest_seconds: Option<f64>,
-    /// Envoys that are not live, were heard of within [`SHOWN`] and did not say then that they hold the change:
-    /// ended, or cut off and still serving what they had.
+    /// Seconds since the slowest of the other live Envoys last confirmed an older revision.
+    pub confirmed_s: Option<f64>,
+    /// Envoys that are not live, were live within [`SHOWN`], and did not have the change then. They have ended, or are cut
+    /// off and still serve what they had.
     pub silent: i64,
 }
 
@@ -75,13 +92,13 @@ fn interval(of: Duration) -> PgInterval {
     PgInterval { months: 0, days: 0, microseconds: i64::try_from(of.as_micros()).unwrap_or(i64::MAX) }
 }
 
-/// Writes what was heard of some Envoys. Times travel as ages, so that the clocks of replicas need not agree. What an Envoy
-/// said through another replica stays if it is more: within an epoch its store never goes back.
-pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Result<(), sqlx::Error> {
+/// Writes the status of some Envoys. Times are sent as ages, to avoid skew between the clocks of replicas. A newer revision
+/// that an Envoy reported through another replica is kept: within an epoch its store never goes back.
+pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, KnownEnvoy)]) -> Result<(), sqlx::Error> {
     // In one order, so that replicas lock rows in one order.
     let mut heard: Vec<_> = heard.iter().collect();
     heard.sort_by_key(|(reporter, _)| *reporter);
-    let column = |of: &dyn Fn(&Known) -> Option<i64>| heard.iter().map(|(_, known)| of(known)).collect::<Vec<_>>();
+    let column = |of: &dyn Fn(&KnownEnvoy) -> Option<i64>| heard.iter().map(|(_, known)| of(known)).collect::<Vec<_>>();
     let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     let ids: Vec<Uuid> = heard.iter().map(|(reporter, _)| (*reporter).into()).collect();
     let sync_keys: Vec<Uuid> = heard.iter().map(|(_, known)| known.sync_key).collect();
@@ -149,9 +166,6 @@ pub(super) async fn write(pool: &PgPool, heard: &[(ReporterId, Known)]) -> Resul
 }
 
 /// How many Envoys of each sync key are live, over all replicas. Those of a key that is gone count under the nil id.
-///
-/// # Errors
-/// Those of the database.
 pub async fn live(pool: &PgPool) -> Result<HashMap<Uuid, u32>, sqlx::Error> {
     let live = sqlx::query!(
         r#"select sync_key_id, count(*) as "live!" from filters where seen_at > now() - $1::interval
@@ -164,14 +178,15 @@ pub async fn live(pool: &PgPool) -> Result<HashMap<Uuid, u32>, sqlx::Error> {
     Ok(live.into_iter().map(|row| (row.sync_key_id.unwrap_or_default(), count(row.live))).collect())
 }
 
-/// Reads the Envoys that were heard of within a day, after one by its id, at most `limit`, and how far the store is.
-///
-/// # Errors
-/// Those of the database.
-pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Present, Vec<Filter>), sqlx::Error> {
+/// Reads the Envoys that polled or reported within a day, after one by its id, at most `limit`, and the revision of the store.
+pub async fn list(
+    pool: &PgPool,
+    after: Option<Uuid>,
+    limit: i64,
+) -> Result<(DatabasePosition, Vec<EnvoyStatus>), sqlx::Error> {
     // The Envoys before the store: none is ahead of it then.
     let filters = sqlx::query_as!(
-        Filter,
+        EnvoyStatus,
         r#"select reporter, sync_key_id, address, version, epoch, revision, confirmed_at, seen_at, pending_requests,
             reported_at, seen_at > now() - $1::interval as "live!"
         from filters
@@ -184,14 +199,11 @@ pub async fn list(pool: &PgPool, after: Option<Uuid>, limit: i64) -> Result<(Pre
     )
     .fetch_all(pool)
     .await?;
-    let present = sqlx::query_as!(Present, r#"select epoch, revision, now() as "now!" from store_state"#);
+    let present = sqlx::query_as!(DatabasePosition, r#"select epoch, revision, now() as "now!" from store_state"#);
     Ok((present.fetch_one(pool).await?, filters))
 }
 
 /// The newest revision that brought a change of this key: of itself, of a secret that it had, of its roles or its plan.
-///
-/// # Errors
-/// Those of the database.
 pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sqlx::Error> {
     let revision = sqlx::query_scalar!(
         "select greatest(
@@ -206,12 +218,10 @@ pub async fn revision_of(pool: &PgPool, key_id: Uuid) -> Result<Option<i64>, sql
     Ok(revision.fetch_optional(pool).await?.flatten())
 }
 
-/// Counts the live Envoys and those of them that hold a revision, from what they said themselves.
-///
-/// # Errors
-/// Those of the database.
-pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Result<Applied, sqlx::Error> {
-    let row = sqlx::query!(
+/// Counts the live Envoys, and those of them that confirmed a revision.
+pub async fn rollout(pool: &PgPool, revision: i64) -> Result<Rollout, sqlx::Error> {
+    sqlx::query_as!(
+        Rollout,
         // The plan does not depend on the parameters, so that PostgreSQL makes it once.
         r#"select s.epoch, f.filters as "filters!", f.applied as "applied!", f.silent as "silent!",
             extract(epoch from now() - f.behind_since)::float8 as confirmed_s
@@ -231,18 +241,10 @@ pub async fn applied(pool: &PgPool, registry: &Registry, revision: i64) -> Resul
         interval(SHOWN)
     )
     .fetch_one(pool)
-    .await?;
-    // It lags since the change came, or since it last said that it has less, whichever was later.
-    let arrived = registry.since_arrival(Epoch::from(row.epoch), revision.cast_unsigned());
-    let arrived_s = arrived.map_or(f64::INFINITY, |arrived| arrived.as_secs_f64());
-    let oldest_seconds = row.confirmed_s.map(|confirmed_s| confirmed_s.min(arrived_s).max(0.0));
-    Ok(Applied { filters: row.filters, applied: row.applied, oldest_seconds, silent: row.silent })
+    .await
 }
 
 /// Forgets Envoys that are gone beyond the newest `SHOWN_OF_KEY` of each sync key: a stolen key could name new ones for ever.
-///
-/// # Errors
-/// Those of the database.
 pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!(
         "delete from filters where reporter in (
@@ -257,10 +259,7 @@ pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
     Ok(gone.execute(pool).await?.rows_affected())
 }
 
-/// Forgets Envoys that were not heard of for a day.
-///
-/// # Errors
-/// Those of the database.
+/// Forgets Envoys that neither polled nor reported for a day.
 pub async fn forget(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!("delete from filters where seen_at < now() - $1::interval", interval(SHOWN));
     Ok(gone.execute(pool).await?.rows_affected())

@@ -26,7 +26,7 @@ const ENTRY_BYTES: usize = 40;
 
 /// One key as the feed reads it.
 #[derive(Clone, Debug)]
-pub struct Row {
+pub struct KeyRow {
     /// Which key.
     pub hash: KeyHash,
     /// The revision of its last change.
@@ -37,7 +37,7 @@ pub struct Row {
 
 /// One role or plan as the feed reads it.
 #[derive(Clone, Debug)]
-pub struct Defined {
+pub struct DefinitionRow {
     /// What records call it.
     pub number: u32,
     /// The revision of its last change.
@@ -48,14 +48,14 @@ pub struct Defined {
 
 /// What is held of one key.
 #[derive(Debug)]
-struct Held {
+struct MirroredKey {
     revision: u64,
     record: Option<Box<[u8]>>,
 }
 
 /// What a reader asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
+pub enum PageRequest {
     /// A snapshot, from this bucket on.
     Snapshot(u32),
     /// The changes after this revision.
@@ -73,15 +73,15 @@ pub struct Mirror {
     horizon: u64,
     keys: u64,
     tombstones: BTreeSet<(u64, KeyHash)>,
-    held: BTreeMap<KeyHash, Held>,
+    held: BTreeMap<KeyHash, MirroredKey>,
     by_revision: BTreeSet<(u64, KeyHash)>,
-    /// Few: the REST API bounds them. Those that were removed stay, so that every reader can be told.
-    defined: BTreeMap<u32, Defined>,
+    /// Few: the REST API bounds them. Deleted ones stay, so that every reader learns of it.
+    defined: BTreeMap<u32, DefinitionRow>,
     definitions: Arc<Definitions>,
 }
 
 impl Mirror {
-    /// An empty store. A reader behind `horizon` cannot be told all changes and gets a snapshot.
+    /// An empty store. A reader behind `horizon` gets a snapshot, since not all changes after it are known.
     #[must_use]
     pub fn new(epoch: Epoch, horizon: u64) -> Self {
         Self {
@@ -116,7 +116,7 @@ impl Mirror {
     }
 
     /// Takes over what changed, all of it up to `revision`.
-    pub fn apply(&mut self, rows: impl IntoIterator<Item = Row>, revision: u64) {
+    pub fn apply(&mut self, rows: impl IntoIterator<Item = KeyRow>, revision: u64) {
         for row in rows {
             self.put(row);
         }
@@ -127,7 +127,7 @@ impl Mirror {
     }
 
     /// Takes over roles and plans that changed.
-    pub fn define(&mut self, changed: Vec<Defined>) {
+    pub fn define(&mut self, changed: Vec<DefinitionRow>) {
         if changed.is_empty() {
             return;
         }
@@ -148,32 +148,32 @@ impl Mirror {
         self.held.get(hash)?.record.as_deref()
     }
 
-    /// Whether changes after this revision can be told.
+    /// Whether all changes after this revision are known.
     #[must_use]
     pub const fn reaches_back_to(&self, revision: u64) -> bool {
         revision >= self.horizon && revision <= self.revision
     }
 
-    /// Writes the page that a reader gets, of a store that so many filters sync. Changes that cannot be told become a
+    /// Writes the page that a reader gets, of a store that so many filters sync. Changes that are not all known become a
     /// snapshot.
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: Wanted, filters: u32) -> Result<Bytes, DecodeError> {
+    pub fn page(&self, wanted: PageRequest, filters: u32) -> Result<Bytes, DecodeError> {
         let (page, revision, part) = match wanted {
-            Wanted::Changes(after) if self.reaches_back_to(after) => self.changes(after)?,
-            Wanted::Changes(_) => self.snapshot(0)?,
-            Wanted::Snapshot(from) => self.snapshot(from)?,
+            PageRequest::Changes(after) if self.reaches_back_to(after) => self.changes(after)?,
+            PageRequest::Changes(_) => self.snapshot(0)?,
+            PageRequest::Snapshot(from) => self.snapshot(from)?,
         };
         let header = Header { epoch: self.epoch, revision, total_keys: self.keys, part, filters };
         page.finish(&header).map(Bytes::from)
     }
 
-    fn put(&mut self, row: Row) {
-        let Row { hash, revision, record } = row;
+    fn put(&mut self, row: KeyRow) {
+        let KeyRow { hash, revision, record } = row;
         let alive = record.is_some();
         let mut was_alive = false;
-        if let Some(old) = self.held.insert(hash, Held { revision, record }) {
+        if let Some(old) = self.held.insert(hash, MirroredKey { revision, record }) {
             self.by_revision.remove(&(old.revision, hash));
             self.tombstones.remove(&(old.revision, hash));
             was_alive = old.record.is_some();
@@ -272,10 +272,12 @@ mod tests {
     use super::*;
 
     /// `keys` keys that changed at one revision.
-    fn rows(first: u32, keys: u32, revision: u64) -> Vec<Row> {
+    fn rows(first: u32, keys: u32, revision: u64) -> Vec<KeyRow> {
         let record = Record::plain(KeyId([1; 16]), OwnerId([2; 16])).to_bytes().unwrap().into_boxed_slice();
         let hash = |number: u32| KeyHash::of(&number.to_be_bytes());
-        (first..first + keys).map(|number| Row { hash: hash(number), revision, record: Some(record.clone()) }).collect()
+        (first..first + keys)
+            .map(|number| KeyRow { hash: hash(number), revision, record: Some(record.clone()) })
+            .collect()
     }
 
     fn mirror(revisions: &[u32]) -> Mirror {
@@ -287,7 +289,7 @@ mod tests {
     }
 
     fn changes(mirror: &Mirror, after: u64) -> (Header, usize, usize) {
-        let bytes = mirror.page(Wanted::Changes(after), 0).unwrap();
+        let bytes = mirror.page(PageRequest::Changes(after), 0).unwrap();
         let page = Page::read(&bytes).unwrap();
         (page.header, page.entries().count(), bytes.len())
     }
@@ -319,7 +321,7 @@ mod tests {
         while let Part::Snapshot { to, .. } = header.part
             && to < BUCKETS
         {
-            let bytes = mirror.page(Wanted::Snapshot(to), 0).unwrap();
+            let bytes = mirror.page(PageRequest::Snapshot(to), 0).unwrap();
             assert!(bytes.len() <= PAGE_BYTES + 100, "{}", bytes.len());
             let page = Page::read(&bytes).unwrap();
             (header, entries) = (page.header, entries + page.entries().count());
@@ -331,7 +333,7 @@ mod tests {
     fn a_reader_that_tombstones_no_longer_reach_gets_a_snapshot() {
         let mut mirror = mirror(&[3]);
         let gone =
-            |revision: u64, number: u32| Row { hash: KeyHash::of(&number.to_be_bytes()), revision, record: None };
+            |revision: u64, number: u32| KeyRow { hash: KeyHash::of(&number.to_be_bytes()), revision, record: None };
         mirror.apply([gone(2, 1_000_000)], 2);
         assert_eq!((mirror.keys(), changes(&mirror, 1).1), (2, 1));
         let many = u32::try_from(TOMBSTONES).unwrap();

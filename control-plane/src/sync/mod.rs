@@ -1,7 +1,7 @@
-//! Keys on their way to the filters: the feed brings committed changes, which `rows` reads, into the mirror, pages of it go out
-//! to polls. And back: [`registry`] hears from polls how far each filter is, [`filters`] keeps it.
+//! Keys on their way to the filters. The [`feed`] brings committed changes into the [`mirror`], and polls get pages
+//! of the mirror. Polls also say how far each filter is: [`registry`] collects it, [`filters`] stores it.
 //!
-//! [`Store`] is what the rest of the control plane holds of it.
+//! [`Store`] is the mirror as the rest of the control plane uses it.
 
 pub mod feed;
 pub mod filters;
@@ -21,9 +21,10 @@ use contract::definition::Definitions;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
 use contract::record::Record;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
-use mirror::{Mirror, Wanted};
+use self::mirror::{Mirror, PageRequest};
+use crate::change::FeedWaker;
 
 /// Most pages that are kept for other readers. Only the pages of the newest revision are; when the bound is reached, all
 /// go.
@@ -40,7 +41,7 @@ pub struct Store(Arc<Shared>);
 struct Shared {
     mirror: RwLock<Option<Mirror>>,
     position: watch::Sender<Position>,
-    nudge: Notify,
+    waker: FeedWaker,
     refreshing: tokio::sync::Mutex<Option<Instant>>,
     seen: Mutex<Option<Instant>>,
     pages: Mutex<Pages>,
@@ -63,7 +64,7 @@ impl Store {
         Self(Arc::new(Shared {
             mirror: RwLock::new(None),
             position: watch::Sender::new(None),
-            nudge: Notify::new(),
+            waker: FeedWaker::default(),
             refreshing: tokio::sync::Mutex::new(None),
             seen: Mutex::new(None),
             pages: Mutex::default(),
@@ -115,17 +116,13 @@ impl Store {
         }
     }
 
-    /// Asks the feed to look at the database now. Called after each change of keys.
-    pub fn nudge(&self) {
-        self.0.nudge.notify_one();
+    /// Wakes the feed.
+    #[must_use]
+    pub fn waker(&self) -> &FeedWaker {
+        &self.0.waker
     }
 
-    /// Waits for the next [`Store::nudge`], or returns at once if there was one since.
-    pub async fn nudged(&self) {
-        self.0.nudge.notified().await;
-    }
-
-    /// Waits until nobody else refreshes the mirror. What is locked is when the last look that succeeded began.
+    /// Waits until no other task refreshes the mirror. The lock guards the start of the last successful refresh.
     pub async fn refreshing(&self) -> tokio::sync::MutexGuard<'_, Option<Instant>> {
         self.0.refreshing.lock().await
     }
@@ -135,7 +132,7 @@ impl Store {
         *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Changes the mirror and tells who waits.
+    /// Changes the mirror and wakes the polls that wait.
     pub fn update(&self, change: impl FnOnce(&mut Option<Mirror>)) {
         let position = {
             let mut mirror = self.0.mirror.write().unwrap_or_else(PoisonError::into_inner);
@@ -152,7 +149,7 @@ impl Store {
         self.read(|mirror| Record::from_bytes(mirror?.find(hash)?).ok())
     }
 
-    /// Whether the changes after a revision of an epoch can be told; `None` if nothing is loaded.
+    /// Whether the mirror has all changes after a revision of an epoch; `None` if nothing is loaded.
     #[must_use]
     pub fn follows(&self, epoch: Epoch, revision: u64) -> Option<bool> {
         self.read(|mirror| mirror.map(|mirror| mirror.epoch() == epoch && mirror.reaches_back_to(revision)))
@@ -163,10 +160,10 @@ impl Store {
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: Wanted, filters: u32) -> Option<Result<Bytes, DecodeError>> {
+    pub fn page(&self, wanted: PageRequest, filters: u32) -> Option<Result<Bytes, DecodeError>> {
         let key = match wanted {
-            Wanted::Snapshot(from) => (false, u64::from(from), filters),
-            Wanted::Changes(after) => (true, after, filters),
+            PageRequest::Snapshot(from) => (false, u64::from(from), filters),
+            PageRequest::Changes(after) => (true, after, filters),
         };
         self.read(|mirror| {
             let mirror = mirror?;

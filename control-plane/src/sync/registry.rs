@@ -1,8 +1,7 @@
-//! Which Envoys sync and how far each is: polls and reports come in, rows of the table `filters` go out, together and not
-//! one by one, and the number of Envoys goes to the store.
+//! Collects the status of Envoys from polls and reports, and writes it to the table `filters` in batches.
 //!
-//! What polls say is kept in memory, so that none waits for the database or needs it, and written every so often in one
-//! statement. The database holds what all replicas have heard.
+//! The status is kept in memory, so that no poll waits for the database or needs it. The database has the status
+//! from all replicas.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +14,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use super::Store;
-use super::filters;
+use super::filters::{self, KnownEnvoy, SILENT};
 
 /// Most Envoys that are remembered here. Beyond, the one that has been silent for longest makes room, if it has been for
 /// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_rejected_total` and not shown.
@@ -24,10 +23,7 @@ const REPORTERS: usize = 10_000;
 /// How often the Envoys of a sync key that has too many are looked through for silent ones.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// An Envoy that was heard of within this time is live. Longer than any poll is held.
-pub const SILENT: Duration = Duration::from_secs(60);
-
-/// How often what was heard is written at most.
+/// Shortest interval between writes.
 const WRITE: Duration = Duration::from_millis(250);
 
 /// How often the live Envoys of all replicas are counted.
@@ -39,9 +35,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Most revisions whose arrival is remembered; the oldest go.
 const ARRIVALS: usize = 10_000;
 
-/// What an Envoy says with a poll.
+/// What an Envoy reports with a poll.
 #[derive(Clone, Debug, Default)]
-pub struct Heard {
+pub struct PollStatus {
     /// The key that it came under.
     pub sync_key: Uuid,
     /// Where it came from.
@@ -54,24 +50,9 @@ pub struct Heard {
     pub pending: Option<u64>,
 }
 
-/// What is known of an Envoy.
-#[derive(Clone, Debug)]
-pub(super) struct Known {
-    pub(super) sync_key: Uuid,
-    pub(super) address: Option<String>,
-    pub(super) version: Option<String>,
-    pub(super) holds: Option<(Epoch, u64)>,
-    pub(super) pending: Option<u64>,
-    /// When it said what it holds; when it first came, if it has not.
-    pub(super) confirmed: Instant,
-    pub(super) seen: Instant,
-    pub(super) reported: Option<Instant>,
-    unwritten: bool,
-}
-
 /// The result of noting a message of an Envoy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Noted {
+pub enum Registration {
     /// The Envoy is new to this process.
     Newcomer,
     /// It was known.
@@ -91,7 +72,7 @@ struct Shared {
     /// Most live Envoys of one sync key.
     per_sync_key: u32,
     state: Mutex<State>,
-    /// Held by whoever writes: when [`Registry::write`] returns, nothing that was heard before is under way.
+    /// Held during a write: when [`Registry::write`] returns, no earlier status is still being written.
     writing: tokio::sync::Mutex<()>,
     /// There is something to write.
     heard: Notify,
@@ -99,8 +80,8 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    known: HashMap<ReporterId, Known>,
-    /// Somebody came whom this process had not heard of.
+    known: HashMap<ReporterId, KnownEnvoy>,
+    /// An Envoy came that was new to this process.
     newcomers: bool,
     /// How many of them came under each sync key.
     of_key: HashMap<Uuid, u32>,
@@ -114,7 +95,7 @@ struct State {
 }
 
 impl State {
-    fn forget(&mut self, gone: impl Fn(&Known) -> bool) {
+    fn forget(&mut self, gone: impl Fn(&KnownEnvoy) -> bool) {
         self.known.retain(|_, known| !gone(known));
         self.of_key.clear();
         for known in self.known.values() {
@@ -152,9 +133,9 @@ impl Registry {
     }
 
     /// Notes a poll; costs no more than the lock.
-    pub fn polled(&self, reporter: ReporterId, heard: Heard) -> Noted {
+    pub fn polled(&self, reporter: ReporterId, heard: PollStatus) -> Registration {
         let now = Instant::now();
-        let Heard { sync_key, .. } = heard;
+        let PollStatus { sync_key, .. } = heard;
         self.note(reporter, sync_key, now, |known| {
             known.sync_key = sync_key;
             known.address = heard.address.or_else(|| known.address.take());
@@ -167,7 +148,7 @@ impl Registry {
     }
 
     /// Notes that an Envoy is still there: its poll was held until now, or it sends a report.
-    pub fn held(&self, reporter: ReporterId, sync_key: Uuid) -> Noted {
+    pub fn held(&self, reporter: ReporterId, sync_key: Uuid) -> Registration {
         self.note(reporter, sync_key, Instant::now(), |_| ())
     }
 
@@ -177,7 +158,7 @@ impl Registry {
         self.note(reporter, sync_key, now, |known| known.reported = Some(now));
     }
 
-    /// For how long this process has known the first revision that is at or after this one; `None` if it has not seen it
+    /// How long this process has known the first revision that is at or after this one; `None` if it has not seen it
     /// come.
     #[must_use]
     pub fn since_arrival(&self, epoch: Epoch, revision: u64) -> Option<Duration> {
@@ -217,7 +198,7 @@ impl Registry {
                 let pause = match wrote.await {
                     Ok(()) => WRITE,
                     Err(error) => {
-                        warn!(%error, "what Envoys said could not be written; it waits");
+                        warn!(%error, "could not write the status of filters; trying again");
                         self.state().newcomers |= newcomers;
                         PAUSE
                     }
@@ -237,13 +218,13 @@ impl Registry {
         tokio::join!(arrivals, writing);
     }
 
-    /// Writes what was heard since the last time, in one statement.
+    /// Writes what changed since the last write, in one statement.
     ///
     /// # Errors
     /// Those of the database; it is written the next time then.
     pub async fn write(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
         let _writing = self.0.writing.lock().await;
-        let unwritten: Vec<(ReporterId, Known)> = {
+        let unwritten: Vec<(ReporterId, KnownEnvoy)> = {
             let mut state = self.state();
             // Those that have gone are in the database.
             state.forget(|known| !known.unwritten && known.seen.elapsed() >= SILENT * 10);
@@ -283,22 +264,28 @@ impl Registry {
         u32::try_from(live).unwrap_or(u32::MAX)
     }
 
-    fn note(&self, reporter: ReporterId, sync_key: Uuid, now: Instant, change: impl FnOnce(&mut Known)) -> Noted {
+    fn note(
+        &self,
+        reporter: ReporterId,
+        sync_key: Uuid,
+        now: Instant,
+        change: impl FnOnce(&mut KnownEnvoy),
+    ) -> Registration {
         let mut state = self.state();
         let newcomer = !state.known.contains_key(&reporter);
         if newcomer {
             if !state.has_room(sync_key, self.0.per_sync_key, now) {
                 metrics::counter!("portcullis_filters_over_limit_total").increment(1);
-                return Noted::TooMany;
+                return Registration::TooMany;
             }
             if state.known.len() >= REPORTERS && !make_room(&mut state) {
                 metrics::counter!("portcullis_filters_rejected_total").increment(1);
-                return Noted::Ignored;
+                return Registration::Ignored;
             }
             state.newcomers = true;
             *state.of_key.entry(sync_key).or_default() += 1;
         }
-        let known = state.known.entry(reporter).or_insert_with(|| Known {
+        let known = state.known.entry(reporter).or_insert_with(|| KnownEnvoy {
             sync_key,
             address: None,
             version: None,
@@ -312,13 +299,13 @@ impl Registry {
         if known.sync_key != sync_key {
             // A sync key speaks for its own Envoys only.
             metrics::counter!("portcullis_filters_rejected_total").increment(1);
-            return Noted::Ignored;
+            return Registration::Ignored;
         }
         change(known);
         (known.seen, known.unwritten) = (now, true);
         drop(state);
         self.0.heard.notify_one();
-        if newcomer { Noted::Newcomer } else { Noted::Known }
+        if newcomer { Registration::Newcomer } else { Registration::Known }
     }
 
     fn arrived(&self, position: super::Position) {
@@ -354,7 +341,7 @@ fn make_room(state: &mut State) -> bool {
     true
 }
 
-/// Marks as unwritten again what was not written, also if nobody waits for the end of the statement.
+/// Marks as unwritten again what was not written, also if the write is cancelled.
 struct Restore<'a> {
     registry: &'a Registry,
     reporters: Vec<ReporterId>,
@@ -386,8 +373,8 @@ mod tests {
     #[test]
     fn what_an_envoy_holds_is_what_it_said_last_and_silence_takes_nothing_back() {
         let registry = Registry::bounded(u32::MAX);
-        registry.polled(reporter(1), Heard { holds: Some((EPOCH, 4)), pending: Some(3), ..Heard::default() });
-        registry.polled(reporter(1), Heard::default());
+        registry.polled(reporter(1), PollStatus { holds: Some((EPOCH, 4)), pending: Some(3), ..PollStatus::default() });
+        registry.polled(reporter(1), PollStatus::default());
         registry.reported(reporter(1), Uuid::nil());
         let state = registry.state();
         let known = &state.known[&reporter(1)];
@@ -415,8 +402,8 @@ mod tests {
         let registry = Registry::bounded(2);
         let (stolen, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let noted = [1, 2, 3, 1].map(|number| registry.held(reporter(number), stolen));
-        assert_eq!(noted, [Noted::Newcomer, Noted::Newcomer, Noted::TooMany, Noted::Known]);
-        assert_eq!(registry.held(reporter(4), other), Noted::Newcomer);
+        assert_eq!(noted, [Registration::Newcomer, Registration::Newcomer, Registration::TooMany, Registration::Known]);
+        assert_eq!(registry.held(reporter(4), other), Registration::Newcomer);
         // Silent ones are looked for once a second at most, and are in the database first.
         let long_ago = Instant::now().checked_sub(SILENT).unwrap();
         let silence = |number| {
@@ -426,13 +413,13 @@ mod tests {
         };
         silence(2);
         registry.state().swept = None;
-        assert_eq!(registry.held(reporter(3), stolen), Noted::Newcomer);
-        assert_eq!(registry.held(reporter(2), stolen), Noted::TooMany);
+        assert_eq!(registry.held(reporter(3), stolen), Registration::Newcomer);
+        assert_eq!(registry.held(reporter(2), stolen), Registration::TooMany);
         // Those that speak to other replicas count.
         silence(1);
         registry.state().swept = None;
         registry.state().counted_of_key.insert(stolen, 2);
-        assert_eq!(registry.held(reporter(2), stolen), Noted::TooMany);
+        assert_eq!(registry.held(reporter(2), stolen), Registration::TooMany);
     }
 
     #[test]

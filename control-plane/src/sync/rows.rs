@@ -1,5 +1,4 @@
-//! What the database holds for filters: a connection and a revision come in, rows as the mirror keeps them go out. Who reads
-//! sees to it that all is of one moment.
+//! Reads the rows that filters need. The caller sees to it that all rows are of one moment.
 
 use contract::definition::Definition;
 use contract::hash::KeyHash;
@@ -10,16 +9,25 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::feed::FeedError;
-use super::mirror::{Defined, Row};
-use crate::key::domain::StoredLimit;
-use crate::key::record_of;
+use super::mirror::{DefinitionRow, KeyRow};
+use crate::domain::StoredLimit;
+use crate::domain::record::record_of;
+
+/// Why rows could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("the database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// A row that the schema does not allow.
+    #[error("key {0} cannot be written as a record")]
+    Row(Uuid),
+}
 
 /// Reads the keys that a condition names: as a stream.
 macro_rules! keys {
     ($connection:expr, $where:literal $(, $of:expr)*) => {
         sqlx::query_as!(
-            Stored,
+            SecretRow,
             r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", cost,
                 expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
                 coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_starter, quota_turn,
@@ -32,7 +40,7 @@ macro_rules! keys {
 }
 
 /// How far the database is.
-pub(super) struct State {
+pub(super) struct DatabaseState {
     pub(super) epoch: Uuid,
     pub(super) revision: i64,
     /// The revision of the newest change of an old secret, and of a role or plan; 0 if there is none.
@@ -40,7 +48,7 @@ pub(super) struct State {
     pub(super) newest_definition: i64,
 }
 
-impl State {
+impl DatabaseState {
     pub(super) async fn read(connection: &mut PgConnection) -> Result<Self, sqlx::Error> {
         sqlx::query_as!(
             Self,
@@ -57,8 +65,8 @@ impl State {
     }
 }
 
-/// What filters are told of one secret: as the key is, but for the hash, the generation and the end.
-struct Stored {
+/// One secret as filters know it: the columns of its key, with the hash, the generation and the end of the secret.
+struct SecretRow {
     id: Uuid,
     owner_id: Uuid,
     hash: Vec<u8>,
@@ -83,15 +91,15 @@ struct Stored {
     revision: i64,
 }
 
-impl Stored {
-    fn row(self) -> Result<Row, FeedError> {
+impl SecretRow {
+    fn row(self) -> Result<KeyRow, ReadError> {
         let (id, revision) = (self.id, self.revision.cast_unsigned());
-        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| FeedError::Row(id))?);
+        let hash = KeyHash(self.hash.as_slice().try_into().map_err(|_| ReadError::Row(id))?);
         if self.withdrawn {
-            return Ok(Row { hash, revision, record: None });
+            return Ok(KeyRow { hash, revision, record: None });
         }
-        let record = record_of!(self).to_bytes().map_err(|_| FeedError::Row(id))?;
-        Ok(Row { hash, revision, record: Some(record.into_boxed_slice()) })
+        let record = record_of!(self).to_bytes().map_err(|_| ReadError::Row(id))?;
+        Ok(KeyRow { hash, revision, record: Some(record.into_boxed_slice()) })
     }
 }
 
@@ -103,28 +111,28 @@ pub(super) const FEW: usize = 64;
 /// What is read of keys.
 #[derive(Default)]
 pub(super) struct Keys {
-    pub(super) rows: Vec<Row>,
+    pub(super) rows: Vec<KeyRow>,
     /// Those that may have old secrets.
     pub(super) rotated: Vec<Uuid>,
 }
 
 impl Keys {
     /// Those that were not removed.
-    pub(super) async fn all(connection: &mut PgConnection) -> Result<Self, FeedError> {
+    pub(super) async fn all(connection: &mut PgConnection) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "not withdrawn")).await
     }
 
     /// Those that have changed after a revision.
-    pub(super) async fn changed(connection: &mut PgConnection, since: i64) -> Result<Self, FeedError> {
+    pub(super) async fn changed(connection: &mut PgConnection, since: i64) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "revision > $1", since)).await
     }
 
     /// Of those the ones that changed first, [`FEW`] at the most.
-    pub(super) async fn few_changed(connection: &mut PgConnection, since: i64) -> Result<Self, FeedError> {
+    pub(super) async fn few_changed(connection: &mut PgConnection, since: i64) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "revision > $1 order by revision limit 64", since)).await
     }
 
-    async fn read(mut keys: impl Stream<Item = Result<Stored, sqlx::Error>> + Unpin) -> Result<Self, FeedError> {
+    async fn read(mut keys: impl Stream<Item = Result<SecretRow, sqlx::Error>> + Unpin) -> Result<Self, ReadError> {
         let mut read = Self::default();
         while let Some(key) = keys.try_next().await? {
             // A key has old secrets only from its second generation on.
@@ -143,10 +151,10 @@ pub(super) async fn old_secrets(
     since: i64,
     of_keys: &[Uuid],
     withdrawn: bool,
-) -> Result<Vec<Row>, FeedError> {
+) -> Result<Vec<KeyRow>, ReadError> {
     // One that has ended by the database's clock has ended by any Envoy's.
     let mut secrets = sqlx::query_as!(
-        Stored,
+        SecretRow,
         r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost,
             least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
@@ -173,7 +181,7 @@ pub(super) async fn old_secrets(
 }
 
 /// Roles and plans that have changed after a revision, those that were removed too.
-pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<Defined>, FeedError> {
+pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<DefinitionRow>, ReadError> {
     let rows = sqlx::query!(
         r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
         from definitions where revision > $1"#,
@@ -184,7 +192,7 @@ pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Re
     let defined = rows.into_iter().map(|row| {
         let (rate_limits, alone) = StoredLimit::apart(row.rate_limits.0);
         let definition = Definition { scopes: row.scopes, rate_limits, alone };
-        Defined {
+        DefinitionRow {
             number: row.number.cast_unsigned(),
             revision: row.revision.cast_unsigned(),
             definition: (!row.removed).then_some(definition),

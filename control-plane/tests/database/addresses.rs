@@ -17,7 +17,7 @@ fn encoded(text: &str) -> String {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool.clone(), 1_000).await;
+    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let kate = json!({"email": "kate@example.com", "key_name": "hers"});
     let hers = fixture.call("POST", "/api/user/key", &admin, Some(&kate)).await;
@@ -62,7 +62,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
         create.args(["admin", "create-key", "--scope", "orders", "--name", "n", "--email", trap]);
         let output = create.args(["--database-url", &url(&pool)]).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!((output.status.success(), said), (false, format!("control-plane: email: {FACE}\n")));
+        assert_eq!((output.status.success(), said), (false, format!("portcullis: email: {FACE}\n")));
     }
     let after = fixture.call("GET", "/api/user/key/kate@example.com", &admin, None).await.json();
     assert_eq!(before, after);
@@ -72,7 +72,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
 
 #[sqlx::test(migrations = "./migrations")]
 async fn one_user_may_be_spelt_with_unicode_or_punycode_composed_or_decomposed(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool.clone(), 1_000).await;
+    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let canonical = "jos\u{e9}@xn--bcher-kva.example";
     let spellings = [

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use contract::id::ReporterId;
 use contract::key::Secret;
 use contract::usage::{Report, write_reports};
-use control_plane::http;
+use control_plane::api;
 use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -187,7 +187,7 @@ async fn callers(fixture: &Fixture) -> [Option<Secret>; CALLERS.len()] {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool, 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(pool, 1_000_000).await;
     let callers = callers(&fixture).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let mut wrong = Vec::new();
@@ -233,7 +233,7 @@ async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
 
 #[test]
 fn every_route_of_the_document_has_a_row_and_every_row_a_route() {
-    let document = serde_json::to_value(http::openapi()).unwrap();
+    let document = serde_json::to_value(api::openapi_document()).unwrap();
     let mut documented = BTreeSet::new();
     for (path, methods) in document["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys().filter(|key| *key != "parameters") {
@@ -252,7 +252,7 @@ fn every_route_of_the_document_has_a_row_and_every_row_a_route() {
 
 #[test]
 fn every_route_that_takes_a_body_says_what_becomes_of_a_slow_one() {
-    let document = serde_json::to_value(http::openapi()).unwrap();
+    let document = serde_json::to_value(api::openapi_document()).unwrap();
     let mut with_body = 0;
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, operation) in methods.as_object().unwrap() {
@@ -264,12 +264,12 @@ fn every_route_that_takes_a_body_says_what_becomes_of_a_slow_one() {
     }
     assert!(with_body > 5);
     let import = &document["paths"]["/v1/keys/import"]["post"]["responses"]["408"]["description"];
-    assert_eq!(import, "The body did not come in time; what was written until then stays");
+    assert_eq!(import, "The body did not arrive in time; what was written until then stays");
 }
 
 #[test]
 fn every_route_that_wants_a_key_says_so_in_the_document() {
-    let document = serde_json::to_value(http::openapi()).unwrap();
+    let document = serde_json::to_value(api::openapi_document()).unwrap();
     for (method, route, _, _, row) in TABLE {
         if BESIDE_THE_DOCUMENT.contains(route) {
             continue;

@@ -118,7 +118,7 @@ fn a_bad_setting_is_named_in_one_line() {
     ] {
         let output = run(arguments);
         let said = complaint(&output);
-        assert!(said.starts_with("control-plane: DATABASE_URL: "), "{said}");
+        assert!(said.starts_with("portcullis: DATABASE_URL: "), "{said}");
     }
     let file = std::env::temp_dir().join(format!("portcullis-policies-{}", uuid::Uuid::now_v7()));
     for (text, what) in [
@@ -130,11 +130,11 @@ fn a_bad_setting_is_named_in_one_line() {
         let output =
             run(&["serve", "--database-url", "postgres://x", "--listen", "127.0.0.1:0", "--policies", policies]);
         let said = complaint(&output);
-        assert!(said.starts_with(&format!("control-plane: --policies {policies}: {what}")), "{said}");
+        assert!(said.starts_with(&format!("portcullis: --policies {policies}: {what}")), "{said}");
     }
     std::fs::remove_file(&file).unwrap();
     let output = run(&["admin", "create-key", "--database-url", "x", "--scope", "orders", "--name", "n"]);
-    assert!(complaint(&output).starts_with("control-plane: --email: "), "{output:?}");
+    assert!(complaint(&output).starts_with("portcullis: --email: "), "{output:?}");
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn a_secret_has_one_source_and_an_error_names_the_setting_and_not_the_secret() {
     ] {
         let output = command(&["serve", "--listen", "127.0.0.1:0"]).envs(settings.iter().copied()).output().unwrap();
         let said = complaint(&output);
-        assert!(said.starts_with(&format!("control-plane: {error}")), "{said}");
+        assert!(said.starts_with(&format!("portcullis: {error}")), "{said}");
         assert!(!said.contains("of-a-file") && !said.contains("in-the-url"), "{said}");
     }
     std::fs::remove_file(&file).unwrap();
@@ -185,7 +185,7 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
     };
     let sync = create(&["--scope", "sync"]);
     let lifetime_days = async |key: Secret| {
-        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
+        let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
         found.record.expires_at_s.map(|end| (end.saturating_sub(now) + 43_200) / 86_400)
     };
@@ -195,7 +195,7 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
     assert_eq!(lifetime_days(create(&[admin, &["--expires-in-seconds", "86400"]].concat())).await, Some(1));
     let user = create(&["--scope", "orders", "--email", "user@example.com", "--expires-in-seconds", "60"]);
     for (key, email, expires) in [(sync, "operator@portcullis.invalid", false), (user, "user@example.com", true)] {
-        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
+        let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
         assert_eq!((found.email.as_str(), found.record.expires_at_s.is_some()), (email, expires));
     }
     let epoch = async || sqlx::query_scalar::<_, uuid::Uuid>("select epoch from store_state").fetch_one(&pool).await;
@@ -219,16 +219,16 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     let output = import();
     std::fs::remove_file(&file).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    let expected = "line 1: duplicate: this key exists already\ncontrol-plane: some lines were not taken\n";
+    let expected = "line 1: duplicate: this key exists already\nportcullis: some lines were refused\n";
     assert_eq!((output.status.success(), &*said), (false, expected));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "keys imported: 1, lines that were not taken: 1\n");
     for name in ["alpha", "beta1"] {
         let key = Secret::from_presented(format!("a-key-named-{name}"));
-        let found = control_plane::key::store::find_by_hash(&pool, &key.hash()).await.unwrap();
+        let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap();
         assert_eq!(found.unwrap().email, "user@example.com");
     }
     let actors: Vec<Option<uuid::Uuid>> =
-        sqlx::query_scalar("select actor_key_id from audit where action = 'keys.import'")
+        sqlx::query_scalar("select actor_key_id from audit where action = 'import.finish'")
             .fetch_all(&pool)
             .await
             .unwrap();
@@ -237,7 +237,7 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
-    let sync = control_plane::key::store::generate(KeyKind::Live).unwrap();
+    let sync = control_plane::keys::create::generate(KeyKind::Live).unwrap();
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
     let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_SYNC_KEY", sync.reveal());
@@ -282,7 +282,7 @@ async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool:
     let (ours, other) = ("5e".repeat(32), "e5".repeat(32));
     let import = ["keys", "import", "-"];
     let serve = ["serve", "--listen", "127.0.0.1:0", "--log", "off"];
-    assert!(complaint(&with("5e", &import)).starts_with("control-plane: PORTCULLIS_PEPPER: a pepper has 64"));
+    assert!(complaint(&with("5e", &import)).starts_with("portcullis: PORTCULLIS_PEPPER: a pepper has 64"));
     // As long as there was none, there need not be one.
     printed(&with("", &import));
     printed(&with(&ours, &import));
@@ -290,7 +290,7 @@ async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool:
         for arguments in [&import[..], &serve] {
             let output = with(pepper, arguments);
             let said = complaint(&output);
-            assert!(said.starts_with(&format!("control-plane: PORTCULLIS_PEPPER: {what}")), "{said}");
+            assert!(said.starts_with(&format!("portcullis: PORTCULLIS_PEPPER: {what}")), "{said}");
         }
     }
     printed(&with(&ours, &import));

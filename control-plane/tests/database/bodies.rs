@@ -1,6 +1,6 @@
 //! JSON bodies: only objects are read, an error names the field by its path, and null means the same as no field.
 
-use control_plane::http;
+use control_plane::api;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -50,14 +50,14 @@ fn optional(schema: &Value) -> Vec<(String, Value)> {
 }
 
 async fn fixture(pool: PgPool) -> (Fixture, contract::key::Secret, Uuid) {
-    let fixture = Fixture::with_callers(pool, 1_000).await;
+    let fixture = Fixture::with_rate_limit(pool, 1_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (key, _) = fixture.key("u@example.com", &[]).await;
     (fixture, admin, key)
 }
 
 fn document() -> Value {
-    serde_json::to_value(http::openapi()).unwrap()
+    serde_json::to_value(api::openapi_document()).unwrap()
 }
 
 #[sqlx::test(migrations = "./migrations")]

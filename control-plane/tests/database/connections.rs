@@ -9,9 +9,9 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::routing::get;
 use contract::key::Secret;
-use control_plane::admission::{Admission, Limits};
-use control_plane::http;
-use control_plane::listen::{self, Manners};
+use control_plane::api;
+use control_plane::net::admission::{Admission, Limits};
+use control_plane::server::listener::{self, ServerOptions};
 use portcullis_tests::raw_http2::{Client, DATA, Frame, GOAWAY, HEADERS, RST_STREAM, connect};
 use portcullis_tests::wait::eventually_within;
 use sqlx::PgPool;
@@ -43,16 +43,16 @@ impl Drop for Server {
 }
 
 impl Server {
-    async fn start(router: Router, limits: Limits, patience: Duration) -> Self {
+    async fn start(router: Router, limits: Limits, read_timeout: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, admission) = (listener.local_addr().unwrap(), Admission::new(limits));
-        let manners = Manners { tls: None, patience, admission: Arc::clone(&admission) };
-        let serving = tokio::spawn(listen::serve(listener, router, manners, std::future::pending()));
+        let options = ServerOptions { tls: None, read_timeout, admission: Arc::clone(&admission) };
+        let serving = tokio::spawn(listener::serve(listener, router, options, std::future::pending()));
         Self { address, admission, serving }
     }
 
     /// With a large response, one that is as large as a window may be at first, and a small one.
-    async fn with_documents(patience: Duration) -> Self {
+    async fn with_documents(read_timeout: Duration) -> Self {
         let document = |bytes: usize| {
             let body = Bytes::from(vec![b'x'; bytes]);
             get(async move || body)
@@ -61,7 +61,7 @@ impl Server {
             .route("/large", document(LARGE_BYTES))
             .route("/medium", document(60_000))
             .route("/small", document(3));
-        Self::start(router, Limits::new(1_000, 1_000, None), patience).await
+        Self::start(router, Limits::new(1_000, 1_000, None), read_timeout).await
     }
 
     /// Waits until every connection that was made so far is accepted and there are no more than so many.
@@ -125,8 +125,8 @@ async fn a_response_that_is_not_taken_over_http_2_is_reset_and_its_connection_se
 
 #[tokio::test]
 async fn a_client_that_is_slow_but_takes_its_response_gets_all_of_it() {
-    let patience = Duration::from_secs(3);
-    let server = Server::with_documents(patience).await;
+    let read_timeout = Duration::from_secs(3);
+    let server = Server::with_documents(read_timeout).await;
     let mut client = Client::open(server.address, None, 0).await.unwrap();
     client.grant(0, 1 << 30).await.unwrap();
     client.get(1, "/large", &[]).await.unwrap();
@@ -142,7 +142,7 @@ async fn a_client_that_is_slow_but_takes_its_response_gets_all_of_it() {
             taken += if frame.kind == DATA { frame.payload.len() } else { 0 };
         }
     }
-    assert!(start.elapsed() > patience * 2, "it was not slow");
+    assert!(start.elapsed() > read_timeout * 2, "it was not slow");
     assert!(next(&mut client).await.unwrap().ends);
 
     let mut plain = ask_for(server.address, "/large").await;
@@ -152,7 +152,7 @@ async fn a_client_that_is_slow_but_takes_its_response_gets_all_of_it() {
         tokio::time::sleep(Duration::from_millis(300)).await;
         read += plain.read_exact(&mut piece).await.unwrap();
     }
-    assert!(start.elapsed() > patience * 2, "it was not slow");
+    assert!(start.elapsed() > read_timeout * 2, "it was not slow");
 }
 
 /// Sends a request over HTTP/1.1 and reads nothing.
@@ -224,7 +224,7 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     let fixture = Fixture::new(pool).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     fixture.in_step().await;
-    let router = http::router(fixture.app.clone(), None);
+    let router = api::router(fixture.app.clone(), None);
     let limits = Limits::new(40, 12, Some(10));
     let server = Server::start(router, limits, Duration::from_secs(120)).await;
     // Two addresses take all connections of strangers; a further request is answered 503.

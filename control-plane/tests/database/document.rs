@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use control_plane::http;
+use control_plane::api;
 use serde_json::{Value, json};
 
 /// The verbs that ids of operations begin with.
@@ -22,7 +22,7 @@ fn operations(document: &Value) -> Vec<(String, &Value)> {
 
 #[test]
 fn each_operation_has_an_id_of_its_own_that_is_a_verb_and_a_noun() {
-    let document = serde_json::to_value(http::openapi()).unwrap();
+    let document = serde_json::to_value(api::openapi_document()).unwrap();
     let all = operations(&document);
     let mut ids = BTreeSet::new();
     for (of, operation) in &all {
@@ -40,7 +40,7 @@ fn each_operation_has_an_id_of_its_own_that_is_a_verb_and_a_noun() {
 
 #[test]
 fn texts_are_for_users_of_the_api_and_carry_no_marks_of_rust_documentation() {
-    let document = serde_json::to_value(http::openapi()).unwrap();
+    let document = serde_json::to_value(api::openapi_document()).unwrap();
     for (of, operation) in operations(&document) {
         let summary = operation["summary"].as_str().unwrap_or_default();
         assert!(summary.ends_with('.') && summary.len() <= 80 && !summary.contains('\n'), "{of}: {summary}");
@@ -54,7 +54,7 @@ fn texts_are_for_users_of_the_api_and_carry_no_marks_of_rust_documentation() {
 
 #[test]
 fn refusals_that_every_caller_can_meet_are_described_with_their_headers() {
-    let document = serde_json::to_value(http::openapi()).unwrap();
+    let document = serde_json::to_value(api::openapi_document()).unwrap();
     assert_eq!(document["servers"][0]["url"], "/");
     let mut with_key = 0;
     for (of, operation) in operations(&document) {

@@ -20,7 +20,7 @@ async fn status(fixture: &Fixture, uri: &str, key: Option<&Secret>) -> u16 {
 #[sqlx::test(migrations = "./migrations")]
 async fn six_keys_of_one_owner_make_no_more_calls_than_one(pool: PgPool) {
     const BURST: u32 = 30;
-    let fixture = Fixture::with_callers(pool, BURST).await;
+    let fixture = Fixture::with_rate_limit(pool, BURST).await;
     let mut keys = Vec::new();
     for _ in 0..6 {
         keys.push(fixture.key("one@example.com", &[]).await.1);
@@ -42,7 +42,7 @@ async fn six_keys_of_one_owner_make_no_more_calls_than_one(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_the_mirror_does_not_know_yet_does_not_pay_for_guesses_from_its_address(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool, 3).await;
+    let fixture = Fixture::with_rate_limit(pool, 3).await;
     let guess = Secret::from_presented("sk_live_guess".into());
     fixture.stop_feed();
     let uri = "/api/user/key/new@example.com";
@@ -78,7 +78,7 @@ async fn a_key_that_works_again_does_not_pay_for_guesses_from_its_address(pool: 
 #[sqlx::test(migrations = "./migrations")]
 async fn routes_without_a_key_are_limited_by_address_and_probes_are_not(pool: PgPool) {
     for uri in ["/openapi.json", "/", "/metrics", "/nothing"] {
-        let fixture = Fixture::with_callers(pool.clone(), 3).await;
+        let fixture = Fixture::with_rate_limit(pool.clone(), 3).await;
         let (_, user) = fixture.key("user@example.com", &[]).await;
         fixture.in_step().await;
         while status(&fixture, uri, None).await != 429 {}
@@ -91,7 +91,7 @@ async fn routes_without_a_key_are_limited_by_address_and_probes_are_not(pool: Pg
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_no_longer_works_is_limited_by_its_address_before_the_database_is_asked(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool.clone(), 3).await;
+    let fixture = Fixture::with_rate_limit(pool.clone(), 3).await;
     let (id, key) = fixture.key("user@example.com", &[]).await;
     crate::support::revoke(&pool, id).await;
     fixture.in_step().await;

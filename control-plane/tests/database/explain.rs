@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::support::{Fixture, Reply, request};
 use contract::key::{KeyKind, Secret};
-use control_plane::http;
-use control_plane::policies::Configured;
+use control_plane::api;
+use control_plane::explain::policies::ConfiguredPolicies;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -22,8 +22,8 @@ const POLICIES: &str = r#"{
 
 async fn fixture(pool: PgPool) -> (Fixture, Secret) {
     let mut fixture = Fixture::new(pool).await;
-    fixture.app.policies = Arc::new(Configured::parse(POLICIES).unwrap());
-    fixture.router = http::router(fixture.app.clone(), None);
+    fixture.app.policies = Arc::new(ConfiguredPolicies::parse(POLICIES).unwrap());
+    fixture.router = api::router(fixture.app.clone(), None);
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     (fixture, admin)
 }
@@ -218,8 +218,8 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
 #[sqlx::test(migrations = "./migrations")]
 async fn where_all_envoys_are_in_shadow_mode_nothing_is_said_to_be_refused(pool: PgPool) {
     let (mut fixture, admin) = fixture(pool).await;
-    fixture.app.policies = Arc::new(Configured::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
-    fixture.router = http::router(fixture.app.clone(), None);
+    fixture.app.policies = Arc::new(ConfiguredPolicies::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
+    fixture.router = api::router(fixture.app.clone(), None);
     for (body, outcome) in [
         (json!({}), "missing"),
         (json!({"policy": "wrong"}), "policy_unknown"),

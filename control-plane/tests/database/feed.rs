@@ -13,9 +13,12 @@ use contract::id::Epoch;
 use contract::page::Part;
 use contract::record::Flags;
 use control_plane::audit::Actor;
-use control_plane::key::change::{Changes, change};
-use control_plane::key::revoke::withdraw;
-use control_plane::key::store;
+use control_plane::domain::Patch;
+use control_plane::keys::lock::lock_key;
+use control_plane::keys::permissions::ResolvedPermissions;
+use control_plane::keys::purge::forget_all_ended;
+use control_plane::keys::read;
+use control_plane::keys::update::{KeyPatch, update};
 use control_plane::sync::feed;
 use portcullis_tests::wait::DEADLINE;
 use sqlx::PgPool;
@@ -240,14 +243,14 @@ async fn a_database_that_goes_back_or_is_another_begins_a_new_epoch(pool: PgPool
 
     // As after a restore of older files: the revision is lower than it was.
     sqlx::query("update store_state set revision = 0").execute(&pool).await.unwrap();
-    fixture.app.store.nudge();
+    fixture.app.store.waker().wake();
     let (second, _) = positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != old)).await.unwrap().unwrap();
     assert_ne!(synced(&fixture, &sync).await.epoch, Some(old));
 
     // As after a restore of a dump: what the epoch was drawn for is not this server.
     sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
     feed::identify(&pool).await.unwrap();
-    fixture.app.store.nudge();
+    fixture.app.store.waker().wake();
     positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != second)).await.unwrap();
 
     // And the same server does not.
@@ -273,19 +276,19 @@ async fn keys_that_were_revoked_or_expired_long_ago_are_forgotten_and_their_rows
     let mut reader = synced(&fixture, &sync).await;
     assert!(reader.keys.contains_key(&expired_secret.hash()));
     assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
-    assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
+    assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 0);
     sqlx::query("update api_keys set revoked_at = now() - interval '31 days' where id = $1")
         .bind(id)
         .execute(&pool)
         .await
         .unwrap();
     expire(31).await;
-    assert_eq!(withdraw(&pool, 30).await.unwrap(), 2);
+    assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 2);
     fixture.in_step().await;
     let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
     assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
     assert!(!reader.keys.contains_key(&expired_secret.hash()));
-    assert_eq!(store::get(&pool, id).await.unwrap().unwrap().id, id);
+    assert_eq!(read::get(&pool, id).await.unwrap().unwrap().id, id);
 
     // A control plane that starts now does not know the key, and a reader from before gets a snapshot.
     let restarted = Fixture::new(pool.clone()).await;
@@ -301,9 +304,9 @@ async fn an_ended_key_that_gets_a_later_end_while_filters_forget_ended_keys_stay
     sqlx::query(end).bind(id).bind(-31).execute(&pool).await.unwrap();
     let mut change = pool.begin().await.unwrap();
     sqlx::query(end).bind(id).bind(1).execute(&mut *change).await.unwrap();
-    let withdrawing = tokio::spawn({
+    let forgetting = tokio::spawn({
         let pool = pool.clone();
-        async move { withdraw(&pool, 30).await }
+        async move { forget_all_ended(&pool, 30).await }
     });
     // It read the key as it was, and waits for the change.
     let waits =
@@ -311,7 +314,7 @@ async fn an_ended_key_that_gets_a_later_end_while_filters_forget_ended_keys_stay
     let waiting = async || sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap().then_some(());
     portcullis_tests::wait::eventually("a wait for the change", waiting).await.unwrap();
     change.commit().await.unwrap();
-    assert_eq!(withdrawing.await.unwrap().unwrap(), 0);
+    assert_eq!(forgetting.await.unwrap().unwrap(), 0);
     let withdrawn = sqlx::query_scalar::<_, bool>("select withdrawn from api_keys where id = $1").bind(id);
     assert!(!withdrawn.fetch_one(&pool).await.unwrap());
 }
@@ -337,13 +340,15 @@ async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
     crate::support::revoke(&pool, id).await;
     let (live, _) = crate::support::key(&pool, "a@example.com", &[]).await;
     let before = revision(&pool).await;
-    assert_eq!(withdraw(&pool, 30).await.unwrap(), 0);
+    assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 0);
     crate::support::revoke(&pool, id).await;
-    let mut transaction = pool.begin().await.unwrap();
-    let held = store::hold(&mut transaction, live).await.unwrap().unwrap();
-    let same = Changes { disabled: Some(false), expires_at: Some(None), ..Changes::default() };
-    change(&mut transaction, &Actor::system(), true, &held, same).await.unwrap();
-    transaction.commit().await.unwrap();
+    let same = KeyPatch { disabled: Some(false), expires_at: Patch::Clear, ..KeyPatch::default() };
+    let (writer, actor) = (crate::support::writer(&pool), Actor::system());
+    let changed = writer.change(&actor, async |change| {
+        let key = lock_key(change, live).await?.unwrap();
+        update(change, true, &key, same, &ResolvedPermissions::default()).await
+    });
+    changed.await.unwrap();
     assert_eq!(revision(&pool).await, before);
 }
 

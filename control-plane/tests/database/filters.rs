@@ -8,11 +8,11 @@ use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::page::Page;
 use contract::usage::{Report, write_reports};
-use control_plane::http;
+use control_plane::api;
+use control_plane::metering::NEW_REPORTERS;
+use control_plane::metering::retention::forget_reporters;
 use control_plane::sync::filters;
-use control_plane::sync::registry::{Heard, Registry};
-use control_plane::usage::NEW_REPORTERS;
-use control_plane::usage::retention::forget_reporters;
+use control_plane::sync::registry::{PollStatus, Registry};
 use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -178,7 +178,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     assert_eq!(applied_on(&fixture, &admin, id).await["applied"], 1);
     sqlx::query("update definitions set scopes = '{a}' where number = $1").bind(role).execute(&pool).await.unwrap();
     assert_eq!(applied_on(&fixture, &admin, id).await["applied"], 0);
-    let foreign = Heard { holds: Some((Epoch([9; 16]), u64::MAX)), ..Heard::default() };
+    let foreign = PollStatus { holds: Some((Epoch([9; 16]), u64::MAX)), ..PollStatus::default() };
     fixture.app.filters.polled(envoy(3), foreign);
     let three = applied_on(&fixture, &admin, id).await;
     assert_eq!((&three["filters"], &three["applied"], &three["silent"]), (&json!(3), &json!(0), &json!(0)));
@@ -200,7 +200,7 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
     let (one, other) = (Registry::bounded(1_000), Registry::bounded(1_000));
     let epoch = Epoch::from(epoch(&pool).await);
     let (sync, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
-    let says = |revision| Heard { sync_key: sync, holds: Some((epoch, revision)), ..Heard::default() };
+    let says = |revision| PollStatus { sync_key: sync, holds: Some((epoch, revision)), ..PollStatus::default() };
     let stored = async || -> (i64, Option<Uuid>) {
         sqlx::query_as("select revision, sync_key_id from filters").fetch_one(&pool).await.unwrap()
     };
@@ -222,7 +222,7 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
     // A sync key speaks for its own Envoys only, whichever replica hears it.
     let (stranger, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     for replica in [one, Registry::bounded(1_000)] {
-        replica.polled(envoy(1), Heard { sync_key: stranger, ..says(8) });
+        replica.polled(envoy(1), PollStatus { sync_key: stranger, ..says(8) });
         replica.write(&pool).await.unwrap();
         assert_eq!(stored().await, (7, Some(sync)));
     }
@@ -234,9 +234,9 @@ async fn nothing_is_lost_while_the_database_is_away(pool: PgPool) {
     let away = pool.clone();
     let here = sqlx::postgres::PgPoolOptions::new().connect_with((*pool.connect_options()).clone()).await.unwrap();
     away.close().await;
-    registry.polled(envoy(1), Heard { holds: Some((Epoch([7; 16]), 5)), ..Heard::default() });
+    registry.polled(envoy(1), PollStatus { holds: Some((Epoch([7; 16]), 5)), ..PollStatus::default() });
     assert!(registry.write(&away).await.is_err());
-    registry.polled(envoy(2), Heard::default());
+    registry.polled(envoy(2), PollStatus::default());
     assert!(registry.write(&away).await.is_err());
     registry.write(&here).await.unwrap();
     let rows: Vec<(Uuid, i64)> =
@@ -255,8 +255,8 @@ async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
     // The very first page of an Envoy counts it.
     assert_eq!(filters_of(&poll(&fixture, &sync, &format!("reporter={}", envoy(1))).await), 1);
     let other = Registry::bounded(1_000);
-    other.polled(envoy(2), Heard::default());
-    other.polled(envoy(3), Heard::default());
+    other.polled(envoy(2), PollStatus::default());
+    other.polled(envoy(3), PollStatus::default());
     other.write(&pool).await.unwrap();
     let running = tokio::spawn(fixture.app.filters.clone().run(pool.clone(), fixture.app.store.clone()));
     let counted = async {
@@ -308,7 +308,7 @@ async fn reporters(pool: &PgPool) -> i64 {
 async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
     let mut fixture = Fixture::new(pool.clone()).await;
     fixture.app.filters = Registry::bounded(3);
-    fixture.router = http::router(fixture.app.clone(), None);
+    fixture.router = api::router(fixture.app.clone(), None);
     let (_, stolen) = fixture.key("operator@example.com", &["sync"]).await;
     let (_, other) = fixture.key("operator@example.com", &["sync"]).await;
     for number in 1..=3 {

@@ -10,7 +10,7 @@ use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, write_reports};
-use control_plane::http;
+use control_plane::api;
 use futures_util::{StreamExt, stream};
 use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
@@ -82,7 +82,7 @@ fn assert_harmless(reply: &Reply, allowed: &[u16], what: &str) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn text_in_any_field_is_refused_or_kept_to_the_letter(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool.clone(), 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000_000).await;
     let (id, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (victim, _) = fixture.key("victim@example.com", &[]).await;
     for trap in traps() {
@@ -195,7 +195,7 @@ fn bodies(id: Uuid) -> Vec<(&'static str, String, Value, &'static [&'static str]
 #[sqlx::test(migrations = "./migrations")]
 async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPool) {
     const ANSWERS: [u16; 10] = [200, 201, 204, 400, 404, 405, 409, 412, 413, 422];
-    let fixture = Fixture::with_callers(pool.clone(), 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     for trap in traps() {
@@ -263,7 +263,7 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
 
 #[sqlx::test(migrations = "./migrations")]
 async fn json_of_any_shape_is_answered(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool, 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(pool, 1_000_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let deep = |open: &str, close: &str, depth: usize| open.repeat(depth) + &close.repeat(depth);
     let shapes = [
@@ -298,7 +298,7 @@ async fn a_body_that_comes_too_slowly_is_given_up(pool: PgPool) {
     let fixture = Fixture::new(pool).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    let router = http::patient_router(fixture.app.clone(), None, Duration::from_millis(300));
+    let router = api::router_with_read_timeout(fixture.app.clone(), None, Duration::from_millis(300));
     // A byte every 50 ms, without end.
     let drops = || {
         stream::repeat(()).then(async |()| {

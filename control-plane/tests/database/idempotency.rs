@@ -61,14 +61,14 @@ async fn a_create_that_comes_again_is_answered_alike_and_done_once(pool: PgPool)
     assert_eq!(foreign.status.as_u16(), 201);
     assert_ne!(foreign.json()["id"], first.json()["id"]);
 
-    let detail = "Another request had this Idempotency-Key. Give each request its own.";
+    let detail = "Another request used this Idempotency-Key. Use a new one for each request.";
     let mismatch = post(&fixture, "/v1/keys", &admin, Some(&body("another")), "one").await;
     assert_problem(&mismatch, 422, "idempotency_mismatch", detail);
     let id = first.json()["id"].as_str().unwrap().to_owned();
     let elsewhere = post(&fixture, &format!("/v1/keys/{id}/rotate"), &admin, None, "one").await;
     assert_problem(&elsewhere, 422, "idempotency_mismatch", detail);
     let nameless = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "").await;
-    let detail = "Idempotency-Key must be one text of 1 to 255 visible ASCII characters";
+    let detail = "Idempotency-Key must have 1 to 255 visible ASCII characters";
     assert_problem(&nameless, 400, "invalid", detail);
 }
 
@@ -119,7 +119,7 @@ async fn a_request_that_is_being_done_is_not_done_twice(pool: PgPool) {
         elsewhere.rollback().await.unwrap();
         second
     });
-    let detail = "The first request with this Idempotency-Key is still being worked on. Try again shortly.";
+    let detail = "The first request with this Idempotency-Key is still running. Try again shortly.";
     assert_problem(&second, 409, "idempotency_in_progress", detail);
     assert_eq!((second.header("retry-after"), first.status.as_u16()), ("1", 201));
     same(&first, &post(&fixture, "/v1/keys", &admin, Some(&request), "one").await);
@@ -180,12 +180,12 @@ async fn the_database_alone_opens_no_answer_and_after_a_day_there_is_none(pool: 
     let again = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await;
     assert_eq!(again.status.as_u16(), 201);
     assert_ne!(again.json()["id"], first.json()["id"]);
-    assert_eq!(control_plane::http::once::tidy(&pool).await.unwrap(), 1);
+    assert_eq!(control_plane::api::idempotency::tidy(&pool).await.unwrap(), 1);
     same(&again, &post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await);
 }
 
-const OLD_SECRET: &str = "This request was done before, and its answer is not given again to an old secret of the key. \
-                          Look at the result with the present secret, or ask an admin to rotate the key.";
+const OLD_SECRET: &str = "This request was handled before, and an old secret cannot read its response. Use the current secret, or \
+                          ask an admin to rotate the key.";
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_secret_that_was_rotated_away_is_not_told_its_successor(pool: PgPool) {
@@ -202,7 +202,7 @@ async fn a_secret_that_was_rotated_away_is_not_told_its_successor(pool: PgPool) 
 
     // Nor does the new secret read it: it is sealed under the old one.
     let new = Secret::from_presented(rotated.json()["key"].as_str().unwrap().into());
-    let detail = "The first request came with another secret of this key, and only that one can read its answer.";
+    let detail = "The first request used another secret of this key. Only that secret can read the response.";
     assert_problem(&post(&fixture, &uri, &new, Some(&grace), "one").await, 422, "idempotency_mismatch", detail);
 }
 

@@ -8,7 +8,7 @@ use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
 use contract::pepper::Pepper;
 use control_plane::audit::Actor;
-use control_plane::key::import::{Code, Import};
+use control_plane::keys::import::{Code, Import};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -120,7 +120,7 @@ async fn only_admins_import_and_only_lines_of_json(pool: PgPool) {
     let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let reply = import(&fixture, &user, line(1)).await.json();
-    let detail = "This is for admins: use a key with the scope admin.";
+    let detail = "Use a key with the scope admin.";
     assert_eq!((&reply["code"], &reply["detail"]), (&json!("forbidden"), &json!(detail)));
     let reply = fixture.send(request("POST", "/v1/keys/import", Some(&admin), line(1))).await;
     let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
@@ -153,10 +153,7 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
     .fetch_all(&pool)
     .await
     .unwrap();
-    assert_eq!(
-        audited,
-        [("key.import".into(), 100_000), ("keys.import".into(), 1), ("keys.import_chunk".into(), 100),]
-    );
+    assert_eq!(audited, [("key.import".into(), 100_000), ("import.commit".into(), 100), ("import.finish".into(), 1),]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -172,7 +172,7 @@ async fn a_user_sees_and_manages_their_own_keys_only(pool: PgPool) {
     let (foreign, _) = fixture.key("other@example.com", &[]).await;
     let listed = send(&fixture, "GET", "/v1/keys", &user).await.json();
     assert_eq!(listed["keys"].as_array().unwrap().iter().map(|key| &key["id"]).collect::<Vec<_>>(), [&json!(own)]);
-    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     let reply = send(&fixture, "GET", "/v1/keys?email=other@example.com", &user).await;
     assert_status(&reply, 403, "forbidden", detail, None);
 
@@ -196,7 +196,9 @@ async fn a_user_sees_and_manages_their_own_keys_only(pool: PgPool) {
     for scope in ["admin", "sync", "orders:*"] {
         let reply =
             create(json!({"email": "user@example.com", "name": "more", "scopes": ["orders:read", scope]})).await;
-        let detail = format!("This key cannot grant the scope {scope}: it does not have it to give.");
+        let detail = format!(
+            "This key cannot grant the scope {scope}, which it does not have itself. Use a key with the scope admin."
+        );
         assert_status(&reply, 403, "forbidden", &detail, None);
     }
     let reply = create(json!({"email": "other@example.com", "name": "foreign"})).await;
@@ -212,7 +214,7 @@ async fn a_user_sees_and_manages_their_own_keys_only(pool: PgPool) {
 async fn a_filters_key_manages_nothing(pool: PgPool) {
     let fixture = Fixture::new(pool).await;
     let (id, sync) = fixture.key("user@example.com", &["sync"]).await;
-    let detail = "A key with the scope sync serves filters and cannot manage keys.";
+    let detail = "A key with the scope sync cannot manage keys. Use another key.";
     let uri = format!("/v1/keys/{id}");
     for reply in [
         send(&fixture, "GET", "/v1/keys", &sync).await,
@@ -324,7 +326,7 @@ async fn a_wrong_field_of_a_new_key_is_named(pool: PgPool) {
 
 #[test]
 fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
-    let document = serde_json::to_value(control_plane::http::openapi()).unwrap();
+    let document = serde_json::to_value(control_plane::api::openapi_document()).unwrap();
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, operation) in methods.as_object().unwrap() {
             let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
@@ -338,7 +340,7 @@ fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
     for reply in ["GenerateReply", "CreateReply"] {
         let schema = document["components"]["schemas"][reply].to_string();
         assert!(
-            schema.contains(r#""key":{"description":"The whole key, told this once.","type":"string"}"#),
+            schema.contains(r#""key":{"description":"The whole key. No later response contains it.","type":"string"}"#),
             "{schema}"
         );
     }
@@ -357,7 +359,8 @@ async fn keys_that_open_the_control_plane_are_changed_by_admins_only(pool: PgPoo
             .execute(&pool)
             .await
             .unwrap();
-        let detail = format!("A key with the scope {scope} is changed and revoked with an admin's key only.");
+        let detail =
+            format!("Only an admin changes or revokes a key with the scope {scope}. Use a key with the scope admin.");
         let primary = json!({"email": "user@example.com", "key_name": "x"});
         for reply in [
             send_json(&fixture, "PATCH", &uri, &user, &json!({"disabled": true})).await,

@@ -6,7 +6,7 @@ use axum::body::Body;
 use contract::outcome::Outcome;
 use contract::rate::WHOLE;
 use contract::usage::Report;
-use control_plane::usage::{Submission, apply, lease};
+use control_plane::metering::{Submission, apply, lease};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
 use uuid::Uuid;

@@ -73,7 +73,7 @@ async fn a_users_key_lets_none_live_longer_than_itself(pool: PgPool) {
     let (later, _) = ending(&fixture, &admin, "user@example.com", "2032-01-01T00:00:00Z").await;
     let (endless, _) = fixture.key("user@example.com", &[]).await;
     let to = async |id: Uuid, end: Value| patch(&fixture, &user, id, &json!({"expires_at": end})).await;
-    let detail = "A key cannot let another one live longer than itself.";
+    let detail = "expires_at must not be later than the expiry of the calling key.";
     for (id, end) in [
         (own, Value::Null),
         (own, json!("2030-01-01T00:00:01Z")),
@@ -90,7 +90,7 @@ async fn a_users_key_lets_none_live_longer_than_itself(pool: PgPool) {
     let (short, _) = ending(&fixture, &admin, "user@example.com", "2028-01-01T00:00:00Z").await;
     assert_eq!(to(short, json!("2028-06-01T00:00:00Z")).await.status.as_u16(), 200);
     sqlx::query("update api_keys set expires_at = now() where id = $1").bind(short).execute(&pool).await.unwrap();
-    let detail = "This key has expired. Only an admin's key can bring it back.";
+    let detail = "This key has expired. Only a key with the scope admin can extend it.";
     assert_problem(&to(short, json!("2028-06-01T00:00:00Z")).await, 403, "forbidden", detail, None);
     let back = patch(&fixture, &admin, short, &json!({"expires_at": null})).await.json();
     assert_eq!((&back["state"], &back["expires_at"]), (&json!("active"), &Value::Null));
@@ -161,9 +161,9 @@ async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: 
     let all = async |caller: &Secret, email: &str| {
         fixture.call("POST", &format!("/v1/users/{email}/revoke-keys"), caller, None).await
     };
-    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     assert_problem(&all(&user, "other@example.com").await, 403, "forbidden", detail, None);
-    let detail = "A key with the scope sync serves filters and cannot manage keys.";
+    let detail = "A key with the scope sync cannot manage keys. Use another key.";
     assert_problem(&all(&sync, "user@example.com").await, 403, "forbidden", detail, None);
     let detail = "There is no user nobody@example.com.";
     assert_problem(&all(&admin, "nobody@example.com").await, 404, "not_found", detail, None);

@@ -5,8 +5,9 @@ use crate::support::{Fixture, Reply, request, revision};
 use axum::body::Body;
 use axum::http::Request;
 use contract::key::{KeyKind, Secret, check};
-use control_plane::key::domain::{Email, KeyName, Scopes};
-use control_plane::key::store;
+use control_plane::domain::{Email, KeyName, Scopes};
+use control_plane::keys::create::insert_given;
+use control_plane::keys::read::find_by_hash;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
@@ -183,7 +184,7 @@ async fn a_user_manages_their_own_key_and_nobody_elses(pool: PgPool) {
     assert_eq!(delete(&fixture, own, &user).await.status.as_u16(), 200);
 
     let foreign = json!({"email": "other@example.com", "key_name": "x"});
-    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     for reply in [
         get(&fixture, "/api/user/key/other@example.com", &user).await,
         get(&fixture, "/api/user/usage/other@example.com", &user).await,
@@ -192,7 +193,7 @@ async fn a_user_manages_their_own_key_and_nobody_elses(pool: PgPool) {
     ] {
         assert_problem(&reply, 403, "forbidden", "Forbidden", detail, None);
     }
-    let detail = "A key with the scope sync serves filters and cannot manage keys.";
+    let detail = "A key with the scope sync cannot manage keys. Use another key.";
     for reply in [get(&fixture, own, &sync).await, delete(&fixture, own, &sync).await] {
         assert_problem(&reply, 403, "forbidden", "Forbidden", detail, None);
     }
@@ -297,14 +298,14 @@ async fn a_wrong_field_is_named_with_the_remedy(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool, 2).await;
+    let fixture = Fixture::with_rate_limit(pool, 2).await;
     let (_, one) = fixture.key("one@example.com", &[]).await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
     fixture.in_step().await;
     let uri = "/api/user/key/one@example.com";
     assert_eq!(get(&fixture, uri, &one).await.status.as_u16(), 200);
     let reply = until_refused(async || get(&fixture, uri, &one).await).await;
-    let detail = "This caller sends too many requests. Wait as long as Retry-After says.";
+    let detail = "This caller sends too many requests. Wait as long as Retry-After demands.";
     assert_problem(&reply, 429, "too_many_requests", "Too many requests", detail, None);
     assert_eq!(reply.header("retry-after"), "1");
     assert_eq!(status_of(&fixture, &other).await, 200);
@@ -338,9 +339,9 @@ async fn a_given_key_is_entered_once(pool: PgPool) {
     let secret = Secret::from_presented("a key of another system".into());
     let name = KeyName::parse("name", "bootstrap").unwrap();
     let (scopes, email) = (Scopes::parse(vec!["admin".into()]).unwrap(), Email::parse("ops@example.com").unwrap());
-    assert!(store::insert_given(&pool, &secret, &name, &scopes, &email).await.unwrap());
+    assert!(insert_given(&fixture.app.writer, &secret, &name, &scopes, &email).await.unwrap());
     let before = revision(&pool).await;
-    assert!(!store::insert_given(&pool, &secret, &name, &scopes, &email).await.unwrap());
+    assert!(!insert_given(&fixture.app.writer, &secret, &name, &scopes, &email).await.unwrap());
     assert_eq!(revision(&pool).await, before);
     assert_eq!(get(&fixture, "/api/user/key/user@example.com", &secret).await.status.as_u16(), 200);
     assert_eq!(get(&fixture, "/v1/keys", &secret).await.json()["keys"][0]["prefix"], Value::Null);
@@ -359,6 +360,6 @@ async fn nothing_but_the_hash_and_the_prefix_of_a_key_is_kept_or_shown(pool: PgP
         let reply = get(&fixture, uri, &admin).await;
         assert!(!String::from_utf8(reply.body).unwrap().contains(rest), "{uri}");
     }
-    let found = store::find_by_hash(&pool, &key.hash()).await.unwrap();
+    let found = find_by_hash(&pool, &key.hash()).await.unwrap();
     assert!(!format!("{key:?} {found:?}").contains(&key.reveal()[8..14]));
 }

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 
 use contract::key::{KeyKind, Secret};
-use control_plane::key::store::generate;
+use control_plane::keys::create::generate;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

@@ -4,8 +4,9 @@
 use crate::support::{Fixture, Reply, request, revision, revoke};
 use axum::body::Body;
 use contract::key::Secret;
-use control_plane::http;
-use control_plane::key::forget::{REMEMBERED, purge, purge_audit};
+use control_plane::api;
+use control_plane::audit::delete_old;
+use control_plane::keys::purge::{REMEMBERED, delete_ended};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -15,7 +16,7 @@ const USER: &str = "user@example.com";
 async fn bounded(pool: &PgPool, per_day: u32) -> Fixture {
     let mut fixture = Fixture::new(pool.clone()).await;
     fixture.app.bounds.owner_keys_per_day = per_day;
-    fixture.router = http::router(fixture.app.clone(), None);
+    fixture.router = api::router(fixture.app.clone(), None);
     fixture
 }
 
@@ -226,10 +227,10 @@ async fn keys_that_ended_long_ago_are_deleted_where_that_is_chosen_unless_usage_
     assert_eq!(before[0]["requests"], 7);
 
     // Nothing that ended lately goes, and nothing that filters still know.
-    assert_eq!(purge(&pool, 30).await.unwrap(), 0);
+    assert_eq!(delete_ended(&pool, 30).await.unwrap(), 0);
     let old = "update api_keys set revoked_at = revoked_at - interval '31 days' where revoked_at is not null";
     sqlx::query(old).execute(&pool).await.unwrap();
-    assert_eq!(purge(&pool, 30).await.unwrap(), 2);
+    assert_eq!(delete_ended(&pool, 30).await.unwrap(), 2);
     let left = "select k.id from api_keys k join user_preferences p on p.id = k.owner_id where p.email = $1 order by k.created_at";
     let left: Vec<Uuid> = sqlx::query_scalar(left).bind(USER).fetch_all(&pool).await.unwrap();
     assert_eq!(left, [&[user, ids[0]], &ids[3..]].concat());
@@ -239,7 +240,7 @@ async fn keys_that_ended_long_ago_are_deleted_where_that_is_chosen_unless_usage_
 
     let entries: i64 = sqlx::query_scalar("select count(*) from audit").fetch_one(&pool).await.unwrap();
     sqlx::query("update audit set at = now() - interval '40 days' where id <= 5").execute(&pool).await.unwrap();
-    assert_eq!((purge_audit(&pool, 41).await.unwrap(), purge_audit(&pool, 39).await.unwrap()), (0, 5));
+    assert_eq!((delete_old(&pool, 41).await.unwrap(), delete_old(&pool, 39).await.unwrap()), (0, 5));
     let kept: i64 = sqlx::query_scalar("select count(*) from audit").fetch_one(&pool).await.unwrap();
     assert_eq!(kept, entries - 5);
 }
@@ -254,7 +255,7 @@ async fn users_do_not_read_who_an_administrator_is_and_where(pool: PgPool) {
         assert_eq!(fixture.call("PATCH", &format!("/v1/keys/{id}"), caller, Some(&body)).await.status.as_u16(), 200);
     }
     let trail = async |caller: &Secret, query: &str| {
-        let reply = fixture.call("GET", &format!("/v1/audit?action=key.change{query}"), caller, None).await;
+        let reply = fixture.call("GET", &format!("/v1/audit?action=key.update{query}"), caller, None).await;
         assert_eq!(reply.status.as_u16(), 200);
         let entries = reply.json()["entries"].as_array().unwrap().clone();
         let who = |entry: &Value| ["actor_email", "actor_key_id", "address"].map(|field| entry[field].clone());

@@ -4,7 +4,7 @@ use crate::support::{Fixture, Reply, request, revision};
 use axum::extract::ConnectInfo;
 use contract::key::Secret;
 use contract::record::{Record, Requires};
-use control_plane::connection::Peer;
+use control_plane::net::connection::Peer;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -106,7 +106,7 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     assert_eq!(patch(&fixture, &admin, id, json!({"rate_limits": []})).await.json()["rate_limits"], json!([]));
 
     let audit: (Value, Uuid) =
-        sqlx::query_as("select detail, key_id from audit where action = 'key.permit' order by id limit 1")
+        sqlx::query_as("select detail, key_id from audit where action = 'key.update' order by id limit 1")
             .fetch_one(&pool)
             .await
             .unwrap();
@@ -152,10 +152,10 @@ async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) 
     assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
 
     let delete = async || fixture.call("DELETE", "/v1/plans/free", &admin, None).await;
-    let detail = "The plan free is used by 1 key and 1 user. Take it from them first.";
+    let detail = "The plan free is used by 1 key and 1 user. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     fixture.call("DELETE", &uri, &admin, None).await;
-    let detail = "The plan free is used by 0 keys and 1 user. Take it from them first.";
+    let detail = "The plan free is used by 0 keys and 1 user. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     owner(Value::Null).await;
     assert_eq!(delete().await.status.as_u16(), 204);

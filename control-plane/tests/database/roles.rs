@@ -83,7 +83,7 @@ async fn a_role_is_made_replaced_and_deleted_under_its_tag(pool: PgPool) {
     };
     let expected = [
         done("role.create", json!({"scopes": ["orders:read", "users:*"]})),
-        done("role.change", json!({"scopes": []})),
+        done("role.update", json!({"scopes": []})),
         done("role.delete", json!({})),
         done("role.create", json!({"scopes": ["a"]})),
     ];
@@ -187,10 +187,10 @@ async fn a_role_in_use_is_not_deleted(pool: PgPool) {
         keys.push(format!("/v1/keys/{}", made["id"].as_str().unwrap()));
     }
     let delete = async || fixture.call("DELETE", "/v1/roles/reader", &admin, None).await;
-    let detail = "The role reader is used by 2 keys. Take it from them first.";
+    let detail = "The role reader is used by 2 keys. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     fixture.call("DELETE", &keys[0], &admin, None).await;
-    let detail = "The role reader is used by 1 key. Take it from them first.";
+    let detail = "The role reader is used by 1 key. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     fixture.call("PATCH", &keys[1], &admin, Some(&json!({"roles": []}))).await;
     assert_eq!(delete().await.status.as_u16(), 204);
@@ -199,7 +199,7 @@ async fn a_role_in_use_is_not_deleted(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn whoever_gives_a_role_away_keeps_it_from_being_deleted_meanwhile(pool: PgPool) {
-    use control_plane::definition::{Kind, Name, store};
+    use control_plane::definitions::{Kind, Name, store};
 
     let fixture = Fixture::new(pool.clone()).await;
     let admin = admin(&fixture).await;
@@ -222,7 +222,7 @@ async fn whoever_gives_a_role_away_keeps_it_from_being_deleted_meanwhile(pool: P
         giving.commit().await.unwrap();
     };
     let (deleted, ()) = tokio::join!(delete, give);
-    let detail = "The role reader is used by 1 key. Take it from them first.";
+    let detail = "The role reader is used by 1 key. Remove it from them first.";
     deleted.assert_problem(409, "conflict", detail, None);
 
     // A replacement keeps nobody waiting.
@@ -293,7 +293,7 @@ async fn what_opens_the_control_plane_is_granted_to_a_key_only(pool: PgPool) {
         for scope in ["admin", "sync"] {
             let uri = format!("/v1/{kind}s/root");
             let reply = fixture.call("PUT", &uri, &admin, Some(&json!({"scopes": ["a", scope]}))).await;
-            let detail = format!("{scope} opens the control plane: grant it to a key itself");
+            let detail = format!("must not contain {scope}, which can be granted to a key only");
             reply.assert_problem(400, "invalid", &detail, Some("scopes"));
             let insert = "insert into definitions (kind, name, scopes) values ($1, 'root', array[$2])";
             let error = sqlx::query(insert).bind(kind).bind(scope).execute(&pool).await.unwrap_err().to_string();
@@ -322,8 +322,8 @@ async fn roles_and_plans_are_for_admins(pool: PgPool) {
     let (_, user) = fixture.key("user@example.com", &["orders:read"]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     put(&fixture, &admin, "reader", &["a"]).await;
-    let filters = "A key with the scope sync serves filters and cannot manage keys.";
-    for (key, detail) in [(&user, "This is for admins: use a key with the scope admin."), (&sync, filters)] {
+    let filters = "A key with the scope sync cannot manage keys. Use another key.";
+    for (key, detail) in [(&user, "Use a key with the scope admin."), (&sync, filters)] {
         for kind in ["roles", "plans"] {
             let body = json!({"scopes": ["b"]});
             for (method, uri, body) in [

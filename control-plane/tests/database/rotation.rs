@@ -156,7 +156,7 @@ async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: Pg
     assert_eq!(cut(1).await.status.as_u16(), 204);
     assert_eq!((secrets(&fixture, &admin, id).await, revision(&pool).await), (ended, at), "once is enough");
     assert_problem(&cut(4).await, 404, "not_found", &format!("There is no secret 4 of the key {id}."));
-    let detail = "This is the present secret of the key. Rotate the key, disable it, or revoke it.";
+    let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";
     assert_problem(&cut(3).await, 409, "conflict", detail);
     let reply = fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/x"), &admin, None).await;
     assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("generation")), "{}", reply.json());
@@ -183,10 +183,10 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     assert_eq!(secrets(&fixture, &admin, id).await.len(), 11);
 
     sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
-    let detail = "This key has expired and cannot be rotated. Move its end first.";
+    let detail = "This key has expired and cannot be rotated. Set a later expires_at first.";
     assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
     crate::support::revoke(&pool, id).await;
-    let detail = "This key is revoked for good and cannot be rotated.";
+    let detail = "This key is revoked and cannot be rotated.";
     assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
 
     let (_, user) = fixture.key("user@example.com", &[]).await;
@@ -198,12 +198,12 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     assert_problem(&rotate(&fixture, &user, privileged, None).await, 403, "forbidden", detail);
     // Whoever rotates a key is told its secret: that of a key that may more is not for the taking.
     let (sibling, _) = fixture.key("user@example.com", &["orders:write"]).await;
-    let detail = "A key rotates itself only. Use that key, or one with the scope admin.";
+    let detail = "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.";
     assert_problem(&rotate(&fixture, &user, sibling, None).await, 403, "forbidden", detail);
     let (own, old) = fixture.key("user@example.com", &[]).await;
     let grace = json!({"grace_seconds": 60});
     assert_eq!(rotate(&fixture, &old, own, Some(&grace)).await.status.as_u16(), 201);
-    let detail = "An old secret does not rotate its key. Use the present one.";
+    let detail = "An old secret cannot rotate its key. Use the current secret.";
     assert_problem(&rotate(&fixture, &old, own, None).await, 403, "forbidden", detail);
 }
 
@@ -228,7 +228,7 @@ async fn secrets_that_ended_long_ago_are_forgotten_and_never_come_back(pool: PgP
     let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
     let (id, old) = fixture.key("user@example.com", &[]).await;
     rotated(&fixture, &admin, id, 0).await;
-    let withdraw = async || control_plane::key::revoke::withdraw(&pool, 30).await.unwrap();
+    let withdraw = async || control_plane::keys::purge::forget_all_ended(&pool, 30).await.unwrap();
     let before = revision(&pool).await;
     assert_eq!((withdraw().await, revision(&pool).await), (0, before));
     sqlx::query("update retired_secrets set ends_at = now() - interval '31 days'").execute(&pool).await.unwrap();

@@ -144,12 +144,12 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     let expected = [
         "key.create",
         "key.create",
-        "key.change",
+        "key.update",
         "key.rotate",
-        "key.cut_off",
-        "key.generate",
+        "secret.revoke",
+        "key.create",
         "key.revoke",
-        "key.generate",
+        "key.create",
         "key.revoke",
         "key.revoke",
         "user.revoke_keys",
@@ -159,7 +159,7 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     let change = &entries[8];
     let expected = json!({
         "id": change["id"], "at": change["at"], "actor_key_id": admin_id, "actor_email": "admin@example.com",
-        "address": "0.0.0.0", "request_id": "0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11", "action": "key.change", "key_id": id, "target": null,
+        "address": "0.0.0.0", "request_id": "0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11", "action": "key.update", "key_id": id, "target": null,
         "detail": {
             "name": {"from": "n", "to": "m"}, "disabled": {"from": false, "to": true},
             "expires_at": {"from": null, "to": "2030-01-01T00:00:00Z"},
@@ -194,7 +194,7 @@ async fn the_trail_is_filtered_and_paged_and_users_see_their_own(pool: PgPool) {
         let entries = reply["entries"].as_array().unwrap();
         entries.iter().map(|entry| entry["action"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    let own = ["key.change", "key.change", "key.change", "key.change", "key.create"];
+    let own = ["key.update", "key.update", "key.update", "key.update", "key.create"];
     assert_eq!(actions(&admin, &format!("key_id={id}")).await, own);
     assert_eq!(actions(&user, "").await, own);
     assert_eq!(actions(&admin, &format!("actor_key_id={id}")).await, own[..4]);

@@ -1,6 +1,6 @@
 //! PostgreSQL's plans while keys become many.
 
-use control_plane::statistics::renew;
+use control_plane::jobs::statistics::renew;
 use portcullis_tests::wait::eventually;
 use sqlx::PgPool;
 

@@ -9,10 +9,10 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::routing::get;
-use control_plane::admission::{Admission, Limits};
-use control_plane::connection::Peer;
-use control_plane::listen::{self, Manners};
-use control_plane::tls::{Files, Tls};
+use control_plane::net::admission::{Admission, Limits};
+use control_plane::net::connection::Peer;
+use control_plane::server::listener::{self, ServerOptions};
+use control_plane::server::tls::{Files, Tls};
 use portcullis_tests::certificates::{Authority, For, Identity};
 use portcullis_tests::http::get_request;
 use portcullis_tests::tls::Client;
@@ -59,16 +59,17 @@ struct Server {
 }
 
 impl Server {
-    async fn start(tls: Option<Arc<Tls>>, patience: Duration) -> Self {
+    async fn start(tls: Option<Arc<Tls>>, read_timeout: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router =
             Router::new().route("/", get(async |ConnectInfo(Peer(peer)): ConnectInfo<Peer>| peer.ip().to_string()));
         let (end, ended) = oneshot::channel();
         let admission = Admission::new(Limits::new(1_000, 1_000, None));
-        let serving = tokio::spawn(listen::serve(listener, router, Manners { tls, patience, admission }, async {
-            let _ = ended.await;
-        }));
+        let serving =
+            tokio::spawn(listener::serve(listener, router, ServerOptions { tls, read_timeout, admission }, async {
+                let _ = ended.await;
+            }));
         Self { address, end, serving }
     }
 
@@ -136,8 +137,8 @@ async fn with_a_client_authority_nobody_is_answered_without_a_certificate_of_it(
 async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     // Four times the pauses below, so that a busy machine does not lengthen a pause to it.
-    let patience = Duration::from_secs(4);
-    let server = Server::start(None, patience).await;
+    let read_timeout = Duration::from_secs(4);
+    let server = Server::start(None, read_timeout).await;
     let told = async |text: &[u8]| {
         let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
         stream.write_all(text).await.unwrap();
@@ -153,7 +154,7 @@ async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
         let mut connection = portcullis_tests::http::Connection::open(server.address).await.unwrap();
         for _ in 0..5 {
             assert_eq!(connection.get("/", None).await.unwrap().status, 200);
-            tokio::time::sleep(patience / 4).await;
+            tokio::time::sleep(read_timeout / 4).await;
         }
     };
     let (answers, ()) = tokio::join!(slow, busy);
@@ -212,7 +213,7 @@ fn a_file_that_is_wrong_is_named_with_its_setting_in_one_line() {
     ];
     for (arguments, expected) in cases {
         let said = complaint(&arguments);
-        assert!(said.starts_with("control-plane: ") && said.contains(&expected), "{expected}: {said}");
+        assert!(said.starts_with("portcullis: ") && said.contains(&expected), "{expected}: {said}");
     }
     let mut all = both(&certificate, &key);
     all.push(("--tls-client-ca", &empty));

@@ -8,9 +8,9 @@ use contract::id::ReporterId;
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Report, write_reports};
-use control_plane::http;
-use control_plane::transaction::transact;
-use control_plane::usage::Ingest;
+use control_plane::api;
+use control_plane::change::{Writer, transact};
+use control_plane::metering::Ingest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
@@ -23,8 +23,9 @@ const STALE: &[(&str, &str)] = &[("if-match", "\"0\"")];
 async fn slow(pool: &PgPool) -> (Fixture, SlowRollback) {
     let mut fixture = Fixture::new(pool.clone()).await;
     let slow = SlowRollback::to_database_of(pool);
+    fixture.app.writer = Writer::new(slow.pool.clone(), fixture.app.store.waker().clone());
     (fixture.app.pool, fixture.app.usage) = (slow.pool.clone(), Ingest::start(slow.pool.clone()).0);
-    fixture.router = http::router(fixture.app.clone(), None);
+    fixture.router = api::router(fixture.app.clone(), None);
     (fixture, slow)
 }
 

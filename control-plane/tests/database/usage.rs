@@ -9,7 +9,7 @@ use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, KeyRef, REPORT_COUNTS, Report, Subject, write_reports};
-use control_plane::usage::import::import;
+use control_plane::metering::import::import;
 use sqlx::PgPool;
 use uuid::Uuid;
 

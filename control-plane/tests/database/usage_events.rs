@@ -8,7 +8,7 @@ use axum::body::Body;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::usage::{Count, KeyRef, Report, Subject};
-use control_plane::usage::{Submission, apply, events};
+use control_plane::metering::{Submission, apply, events};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -143,7 +143,7 @@ async fn the_sum_of_events_is_usage_whoever_writes_and_whenever(pool: PgPool) {
     .unwrap();
     let usage: BTreeMap<_, _> = usage
         .into_iter()
-        .map(|(id, outcome, requests, cost)| ((id, control_plane::usage::outcome::name(outcome)), (requests, cost)))
+        .map(|(id, outcome, requests, cost)| ((id, control_plane::metering::outcome::name(outcome)), (requests, cost)))
         .collect();
     assert_eq!(sums, usage);
     // No number is left out, and who reads again reads the same.

@@ -7,7 +7,7 @@ use contract::id::ReporterId;
 use contract::outcome::Outcome;
 use contract::usage::{Report, write_reports};
 use contract::usage_log::LogKey;
-use control_plane::usage::import::{Imported, import};
+use control_plane::metering::import::{Imported, import};
 use sqlx::PgPool;
 use uuid::Uuid;
 

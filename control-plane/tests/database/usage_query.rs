@@ -6,8 +6,8 @@ use axum::http::Request;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::usage::{Count, KeyRef, Report, Subject};
-use control_plane::usage::retention::{Retention, forget, roll_up, tidy};
-use control_plane::usage::{Submission, apply, events};
+use control_plane::metering::retention::{Retention, forget, roll_up, tidy};
+use control_plane::metering::{Submission, apply, events};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -160,7 +160,7 @@ async fn users_see_their_own_usage_and_filters_none(pool: PgPool) {
     assert_eq!(rows(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
     assert_eq!(rows(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
     let reply = get(&fixture, &one.1, "email=b@example.com").await;
-    let detail = "This key manages its owner's data only. Use a key with the scope admin.";
+    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
     for id in [three.0, Uuid::now_v7()] {
         let reply = get(&fixture, &one.1, &format!("key_id={id}")).await;
@@ -371,11 +371,11 @@ async fn hours_wait_for_their_events_and_days_end(pool: PgPool) {
     count(&pool, id, "2020-05-01 10:00Z", 0, 7).await;
     let retention = Retention { hourly_days: 90, daily_days: 0, event_days: 30 };
     events::export_all(&pool).await.unwrap();
-    tidy(&pool, retention).await;
+    tidy(&pool, retention).await.unwrap();
     let daily: Vec<(i64, i64)> =
         sqlx::query_as("select requests, cost from usage_daily").fetch_all(&pool).await.unwrap();
     assert_eq!(daily, [(12, 24)], "0 days: for ever");
     assert_eq!(forget(&pool, 36_500).await.unwrap(), 0);
-    tidy(&pool, Retention { daily_days: 1_100, ..retention }).await;
+    tidy(&pool, Retention { daily_days: 1_100, ..retention }).await.unwrap();
     assert_eq!(all_sums(&pool).await, []);
 }

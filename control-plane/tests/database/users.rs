@@ -46,7 +46,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
             .fetch_all(&pool)
             .await
             .unwrap();
-    let changed = |plan: Value| ("user.change".to_owned(), Some("user@example.com".to_owned()), json!({"plan": plan}));
+    let changed = |plan: Value| ("user.update".to_owned(), Some("user@example.com".to_owned()), json!({"plan": plan}));
     assert_eq!(audit, [changed("gold".into()), changed(Value::Null)]);
 }
 
@@ -80,9 +80,9 @@ async fn a_user_sees_themselves_and_changes_nothing(pool: PgPool) {
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let (_, sync) = fixture.key("user@example.com", &["sync"]).await;
     fixture.call("PUT", "/v1/plans/gold", &admin, Some(&json!({}))).await;
-    let admins = "This is for admins: use a key with the scope admin.";
-    let own = "This key manages its owner's data only. Use a key with the scope admin.";
-    let filters = "A key with the scope sync serves filters and cannot manage keys.";
+    let admins = "Use a key with the scope admin.";
+    let own = "This key manages only its owner's data. Use a key with the scope admin.";
+    let filters = "A key with the scope sync cannot manage keys. Use another key.";
     let body = json!({"plan": "gold"});
     for (key, method, uri, body, detail) in [
         (&user, "PATCH", "/v1/users/user@example.com", Some(&body), admins),

@@ -19,7 +19,7 @@ const SLACK: usize = 1_024;
 
 /// A new epoch begins, and the store is loaded.
 async fn load(stack: &Stack) -> Result<()> {
-    let loaded = || stack.control_plane.log().lines_with("the store is loaded").len();
+    let loaded = || stack.control_plane.log().lines_with("loaded the key store").len();
     for number in 0..KEYS {
         stack.rest().create(&format!("user{number}@example.com")).await?;
     }

@@ -38,7 +38,7 @@ impl Containers {
         for script in ["make-secrets", "probe", "portcullis-envoy"] {
             symlink(root.join("containers").join(script), programs.join(script))?;
         }
-        symlink(paths::control_plane(), programs.join("control-plane"))?;
+        symlink(paths::control_plane(), programs.join("portcullis"))?;
         symlink(tools::envoy(&silently)?, programs.join("envoy"))?;
         for file in ["minimal.yaml", "demo-policies.json"] {
             std::fs::copy(root.join("envoy").join(file), home.path().join(file))?;
@@ -210,7 +210,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     assert!(!containers.health("control-plane", "8081", &rest_port)?, "healthy without a process");
 
     let control_plane_log = Log::create(&containers.path("control-plane.log"))?;
-    let mut serve = containers.service("control-plane", "control-plane");
+    let mut serve = containers.service("control-plane", "portcullis");
     serve.args(["serve", "--log-format", "json", "--listen"]).arg(address.to_string()).env("DATABASE_URL", &url);
     let _control_plane = Process::spawn("the control plane", serve, &control_plane_log, Signal::SIGKILL)?;
     let healthy = async |service: &str, port: &str, its: &str| {
@@ -316,7 +316,7 @@ fn a_setting_that_cannot_be_is_named_and_nothing_starts() -> Result<()> {
         (&[("PORTCULLIS_SYNC_KEY_FILE", "none")], "PORTCULLIS_SYNC_KEY_FILE: cannot read none"),
         (
             &[("PORTCULLIS_PEPPER", "x"), ("PORTCULLIS_PEPPER_FILE", "minimal.yaml")],
-            "PORTCULLIS_PEPPER and PORTCULLIS_PEPPER_FILE are both set; set one of them",
+            "PORTCULLIS_PEPPER and PORTCULLIS_PEPPER_FILE are both set; set only one",
         ),
     ] {
         let said = refused(settings)?;

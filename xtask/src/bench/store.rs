@@ -22,7 +22,7 @@ pub(super) fn build() -> Result<()> {
     }
     progress("building the control plane with all optimisations (some minutes the first time)");
     run(cargo(&["build", "--locked", "--release", "--package", "control-plane"]))?;
-    paths::use_control_plane(paths::target().join("release/control-plane"));
+    paths::use_control_plane(paths::target().join("release/portcullis"));
     let _ = BUILT.set(());
     Ok(())
 }

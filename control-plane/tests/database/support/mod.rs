@@ -14,17 +14,19 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use contract::hash::KeyHash;
 use contract::key::Secret;
+use control_plane::api::rate_limit::CallerRateLimiter;
 use control_plane::audit::Actor;
-use control_plane::bounds::Bounds;
-use control_plane::callers::Callers;
-use control_plane::key::domain::{Email, KeyName, Scopes};
-use control_plane::key::revoke;
-use control_plane::key::store::{self, Made, NewKey};
+use control_plane::change::{FeedWaker, Writer};
+use control_plane::config::bounds::Bounds;
+use control_plane::domain::{Email, KeyName, Scopes};
+use control_plane::keys::lock::lock_key;
+use control_plane::keys::model::{CreatedKey, NewKey};
+use control_plane::keys::{create, revoke};
+use control_plane::metering::Ingest;
 use control_plane::sync::Store;
 use control_plane::sync::feed::Feed;
 use control_plane::sync::registry::Registry;
-use control_plane::usage::Ingest;
-use control_plane::{App, http};
+use control_plane::{App, api};
 use portcullis_tests::paths;
 use serde_json::Value;
 use sqlx::PgPool;
@@ -41,7 +43,7 @@ pub const EARLY: Duration = Duration::from_secs(20);
 /// The control plane as cargo built it for these tests. Read when the test runs, since a checkout may be copied with its
 /// target directory.
 pub fn binary() -> PathBuf {
-    std::env::var_os("CARGO_BIN_EXE_control-plane").map_or_else(paths::control_plane, PathBuf::from)
+    std::env::var_os("CARGO_BIN_EXE_portcullis").map_or_else(paths::control_plane, PathBuf::from)
 }
 
 /// An app whose mirror is fed as in production, and the router over it.
@@ -61,10 +63,10 @@ impl Drop for Fixture {
 
 impl Fixture {
     pub async fn new(pool: PgPool) -> Self {
-        Self::with_callers(pool, 10_000).await
+        Self::with_rate_limit(pool, 10_000).await
     }
 
-    pub async fn with_callers(pool: PgPool, burst: u32) -> Self {
+    pub async fn with_rate_limit(pool: PgPool, burst: u32) -> Self {
         let (stop, stopping) = watch::channel(false);
         let (usage, _) = Ingest::start(pool.clone());
         let burst = NonZeroU32::new(burst).unwrap();
@@ -72,13 +74,14 @@ impl Fixture {
         let app = App {
             pool: pool.clone(),
             feed: Feed::new(pool.clone(), store.clone()),
+            writer: Writer::new(pool.clone(), store.waker().clone()),
             store,
             pepper: None,
             usage,
             filters: Registry::bounded(1_000),
             bounds: Bounds::default(),
             policies: Arc::default(),
-            callers: Arc::new(Callers::new(NonZeroU32::MIN, burst)),
+            rate_limiter: Arc::new(CallerRateLimiter::new(NonZeroU32::MIN, burst)),
             database: Arc::default(),
             long_poll: HELD,
             stopping,
@@ -86,7 +89,7 @@ impl Fixture {
         let feed = tokio::spawn(app.feed.clone().run(Duration::from_secs(60)));
         let mut positions = app.store.positions();
         positions.wait_for(Option::is_some).await.unwrap();
-        let router = http::router(app.clone(), None);
+        let router = api::router(app.clone(), None);
         Self { app, router, pool, stop, feed }
     }
 
@@ -98,7 +101,7 @@ impl Fixture {
     /// Polls are held for a moment only. That bounds the time to look at the database too, so only for tests without it.
     pub fn shorten_polls(&mut self) {
         self.app.long_poll = Duration::from_millis(100);
-        self.router = http::router(self.app.clone(), None);
+        self.router = api::router(self.app.clone(), None);
     }
 
     /// From here on the mirror stays as it is, as that of a replica that has not heard yet.
@@ -179,18 +182,24 @@ pub async fn key(pool: &PgPool, email: &str, scopes: &[&str]) -> (Uuid, Secret) 
         scopes: Scopes::parse(scopes.iter().map(ToString::to_string).collect()).unwrap(),
         ..NewKey::plain(Email::parse(email).unwrap(), KeyName::parse("name", "a key").unwrap())
     };
-    let mut transaction = pool.begin().await.unwrap();
-    let Made { key, secret, .. } = store::create(&mut transaction, &Actor::system(), new).await.unwrap();
-    transaction.commit().await.unwrap();
+    let created = writer(pool).change(&Actor::system(), async |change| create::create(change, new).await).await;
+    let CreatedKey { key, secret, .. } = created.unwrap();
     (key.id, secret)
 }
 
 /// Revokes a key for good.
 pub async fn revoke(pool: &PgPool, id: Uuid) {
-    let mut transaction = pool.begin().await.unwrap();
-    let held = store::hold(&mut transaction, id).await.unwrap().unwrap();
-    revoke::revoke(&mut transaction, &Actor::system(), &held).await.unwrap();
-    transaction.commit().await.unwrap();
+    let (writer, actor) = (writer(pool), Actor::system());
+    let revoked = writer.change(&actor, async |change| {
+        let key = lock_key(change, id).await?.unwrap();
+        revoke::revoke(change, &key).await
+    });
+    revoked.await.unwrap();
+}
+
+/// Writes as another process does: no feed is woken.
+pub fn writer(pool: &PgPool) -> Writer {
+    Writer::new(pool.clone(), FeedWaker::default())
 }
 
 pub async fn revision(pool: &PgPool) -> u64 {

@@ -1,0 +1,167 @@
+//! `GET /v1/audit`: the audit trail, the newest entry first. Users see the entries of their own keys.
+
+use std::ops::RangeInclusive;
+
+use axum::extract::State;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::extract::{Query, search_text};
+use super::openapi::ReadErrors;
+use super::pagination;
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::problem::Problem;
+use crate::audit::{self, AuditFilter, AuditRow};
+use crate::domain::{Timestamp, parse_time};
+use crate::error::ApiError;
+
+/// Longest action or target to look for, in characters.
+const TEXT_CHARS: RangeInclusive<usize> = 0..=254;
+
+/// Which entries, and how many.
+#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct AuditQuery {
+    /// Only what was done to this key.
+    key_id: Option<Uuid>,
+    /// Only what this key did.
+    actor_key_id: Option<Uuid>,
+    /// Only this.
+    #[param(example = "key.rotate", max_length = 254)]
+    action: Option<String>,
+    /// Only what was done to this user, role or plan.
+    #[param(example = "user@example.com", max_length = 254)]
+    target: Option<String>,
+    /// From when on (RFC 3339).
+    #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
+    from: Option<String>,
+    /// Until before when (RFC 3339).
+    #[param(example = "2026-05-08T00:00:00Z", format = DateTime)]
+    to: Option<String>,
+    /// `next_cursor` of the page before.
+    cursor: Option<i64>,
+    /// How many entries; 50 unless given.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<i64>,
+}
+
+/// Who did what.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuditEntry {
+    /// Ascending with time.
+    id: i64,
+    /// When.
+    at: Timestamp,
+    /// The key that called; null for the command line, and for an administrator if the caller is none.
+    #[schema(required)]
+    actor_key_id: Option<Uuid>,
+    /// Its owner's email address; `an administrator` if that is one and the caller is none.
+    #[schema(required, example = "admin@example.com")]
+    actor_email: Option<String>,
+    /// Where the call came from; null for an administrator if the caller is none.
+    #[schema(required, example = "192.0.2.7")]
+    address: Option<String>,
+    /// The id of the request, as in the log; null for an administrator if the caller is none.
+    #[schema(required)]
+    request_id: Option<String>,
+    /// What was done.
+    #[schema(example = "key.rotate")]
+    action: String,
+    /// To which key, if it was one.
+    #[schema(required)]
+    key_id: Option<Uuid>,
+    /// To what else: a user's address, the name of a role or plan.
+    #[schema(required)]
+    target: Option<String>,
+    /// What is worth knowing beside, such as each field that was changed, as it was and as it is.
+    #[schema(value_type = Object)]
+    detail: Value,
+}
+
+/// What users read in place of who an administrator is.
+const ADMINISTRATOR: &str = "an administrator";
+
+impl AuditEntry {
+    /// An entry as a caller may read it. Another actor than the caller is an administrator: only administrators read
+    /// which one, and from which address.
+    fn shown_to(caller: &Caller, entry: AuditRow) -> Self {
+        let hidden = !caller.is_admin() && entry.actor_email.as_ref().is_some_and(|email| *email != caller.email);
+        let shown = Self::from(entry);
+        if !hidden {
+            return shown;
+        }
+        let actor_email = Some(ADMINISTRATOR.to_owned());
+        Self { actor_key_id: None, actor_email, address: None, request_id: None, ..shown }
+    }
+}
+
+impl From<AuditRow> for AuditEntry {
+    fn from(entry: AuditRow) -> Self {
+        Self {
+            id: entry.id,
+            at: entry.at.into(),
+            actor_key_id: entry.actor_key_id,
+            actor_email: entry.actor_email,
+            address: entry.address,
+            request_id: entry.request_id,
+            action: entry.action,
+            key_id: entry.key_id,
+            target: entry.target,
+            detail: entry.detail,
+        }
+    }
+}
+
+/// A page of the trail, the newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuditPage {
+    /// The entries.
+    entries: Vec<AuditEntry>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<i64>,
+}
+
+/// List the audit trail, the newest entry first.
+///
+/// Users see the entries of their own keys.
+#[utoipa::path(
+    operation_id = "listAuditEntries",
+    get, path = "/v1/audit", tag = "audit", params(AuditQuery), security(("api_key" = [])),
+    responses(
+        ReadErrors,
+        (status = 200, description = "A page of the trail", body = AuditPage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn trail(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<AuditQuery>,
+) -> Result<Response, ApiError> {
+    caller.require_manager()?;
+    let limit = pagination::limit(query.limit)?;
+    let time = |field, text: &Option<String>| text.as_deref().map(|text| parse_time(field, text)).transpose();
+    let filter = AuditFilter {
+        key_id: query.key_id,
+        actor_key_id: query.actor_key_id,
+        action: search_text("action", query.action.as_deref(), TEXT_CHARS)?,
+        target: search_text("target", query.target.as_deref(), TEXT_CHARS)?,
+        from: time("from", &query.from)?,
+        to: time("to", &query.to)?,
+        owner: (!caller.is_admin()).then_some((caller.owner_id, caller.email.as_str())),
+    };
+    let mut entries = audit::trail(&app.pool, &filter, query.cursor, limit + 1).await?;
+    let next_cursor = pagination::cut(&mut entries, limit, |entry| entry.id);
+    let entries = entries.into_iter().map(|entry| AuditEntry::shown_to(&caller, entry)).collect();
+    let next = next_cursor.map(|cursor| {
+        pagination::next_link("/v1/audit", &AuditQuery { cursor: Some(cursor), limit: Some(limit), ..query })
+    });
+    Ok(pagination::reply(AuditPage { entries, next_cursor }, next))
+}

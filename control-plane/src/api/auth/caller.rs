@@ -1,0 +1,334 @@
+//! Callers of the REST API, and what they may do.
+
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use contract::definition::covers;
+use contract::network::Network;
+use contract::policy::Policy;
+use contract::record::Record;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::presented_key::{PresentedKey, peer};
+use crate::App;
+use crate::api::observe::REQUEST_ID;
+use crate::audit::Actor;
+use crate::domain::{ADMIN, Email, Patch, SYNC, Scopes, StoredLimit};
+use crate::error::ApiError;
+use crate::keys::model::{LIVE_KEYS, NewKey, OwnTerms};
+use crate::keys::permissions::{Permissions, PlanRef, within};
+
+/// An admitted caller.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The key that was presented.
+    pub key_id: Uuid,
+    /// Which of its secrets that was.
+    generation: u32,
+    /// The id of its owner.
+    pub owner_id: Uuid,
+    /// The owner's address.
+    pub email: String,
+    /// Scopes granted to the key itself. Those of its roles and plan open nothing here, and are not the key's to give: they
+    /// would outlive a change of the role.
+    pub scopes: Vec<String>,
+    /// Who that is, for the audit trail.
+    pub actor: Actor,
+    /// The key's own rate limits.
+    rate_limits: Vec<StoredLimit>,
+    /// Networks that the key may be used from.
+    networks: Vec<Network>,
+    /// Credits that a request with the key costs.
+    cost: u32,
+    /// The key's own plan and quota.
+    own: OwnTerms,
+    /// When the key ends, in seconds of Unix time.
+    expires_at_s: Option<u64>,
+}
+
+impl Caller {
+    /// Whether the key was granted a scope.
+    #[must_use]
+    pub fn has_scope(&self, scope: &str) -> bool {
+        self.scopes.iter().any(|granted| granted == scope)
+    }
+
+    /// Whether the key has the scope `admin`.
+    #[must_use]
+    pub fn is_admin(&self) -> bool {
+        self.has_scope(ADMIN)
+    }
+
+    /// Admits keys that may manage keys at all: not those of filters, which lie in the configuration of Envoys.
+    ///
+    /// # Errors
+    /// 403 for a key with the scope `sync` that is not an admin's.
+    pub fn require_manager(&self) -> Result<(), ApiError> {
+        if self.has_scope(SYNC) && !self.is_admin() {
+            return Err(ApiError::Forbidden("A key with the scope sync cannot manage keys. Use another key.".into()));
+        }
+        Ok(())
+    }
+
+    /// Admits admins.
+    ///
+    /// # Errors
+    /// 403 for anybody else.
+    pub fn require_admin(&self) -> Result<(), ApiError> {
+        self.require_manager()?;
+        if self.is_admin() {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden("Use a key with the scope admin.".into()))
+    }
+
+    /// Admits admins, and users to what is their own.
+    ///
+    /// # Errors
+    /// 403 for anybody else.
+    pub fn require_owner_or_admin(&self, email: &Email) -> Result<(), ApiError> {
+        self.require_manager()?;
+        if self.is_admin() || self.email == email.as_str() {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden("This key manages only its owner's data. Use a key with the scope admin.".into()))
+    }
+
+    /// Whether the caller presented the secret of this number, rather than one that was rotated away.
+    #[must_use]
+    pub const fn presents(&self, generation: i32) -> bool {
+        self.generation == generation.cast_unsigned()
+    }
+
+    /// Whether the caller may see and manage a key of this owner.
+    #[must_use]
+    pub fn manages(&self, owner_id: Uuid) -> bool {
+        self.is_admin() || self.owner_id == owner_id
+    }
+
+    /// Admits keys that the caller may switch off or revoke: those that open the control plane are for admins, or any key
+    /// of their owner could end the sync of all filters.
+    ///
+    /// # Errors
+    /// 403 that names the scope.
+    pub fn require_changeable(&self, scopes: &[String]) -> Result<(), ApiError> {
+        let beyond = scopes.iter().find(|scope| opens_the_control_plane(scope)).filter(|_| !self.is_admin());
+        beyond.map_or(Ok(()), |scope| {
+            let detail = format!(
+                "Only an admin changes or revokes a key with the scope {scope}. Use a key with the scope admin."
+            );
+            Err(ApiError::Forbidden(detail))
+        })
+    }
+
+    /// Admits scopes that the caller may give to a new key: any for admins, a subset of their own for others, and never
+    /// those that open the control plane.
+    ///
+    /// # Errors
+    /// 403 that names the first scope too many.
+    pub fn require_grantable(&self, scopes: &Scopes) -> Result<(), ApiError> {
+        if self.is_admin() {
+            return Ok(());
+        }
+        let own = |scope: &str| self.scopes.iter().any(|granted| covers(granted, scope));
+        let too_many = scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !own(scope));
+        too_many.map_or(Ok(()), |scope| {
+            Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}, which it does not have itself. Use a key with the scope admin.")))
+        })
+    }
+
+    /// Admits an end that the caller may give to a key in place of its present one: any for admins; for others any that is
+    /// no later, and later ones up to the end of their own key. A key that has ended comes back by an admin only.
+    ///
+    /// # Errors
+    /// 403 that says which end is too late.
+    pub fn require_end(
+        &self,
+        end: Option<OffsetDateTime>,
+        present: Option<OffsetDateTime>,
+        now: OffsetDateTime,
+    ) -> Result<(), ApiError> {
+        let later = |one: Option<OffsetDateTime>, other: Option<OffsetDateTime>| match (one, other) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(one), Some(other)) => one > other,
+        };
+        if self.is_admin() || !later(end, present) {
+            return Ok(());
+        }
+        if present.is_some_and(|present| present <= now) {
+            return Err(ApiError::Forbidden(
+                "This key has expired. Only a key with the scope admin can extend it.".into(),
+            ));
+        }
+        if later(end, self.end()) {
+            return Err(ApiError::Forbidden("expires_at must not be later than the expiry of the calling key.".into()));
+        }
+        Ok(())
+    }
+
+    /// Admits fields that the caller may set at all: any for admins, `allowed_addresses` for others.
+    ///
+    /// # Errors
+    /// 403 that names the field.
+    pub fn require_privileges(&self, permissions: &Permissions) -> Result<(), ApiError> {
+        match permissions.privileged() {
+            Some(field) if !self.is_admin() => {
+                Err(ApiError::Forbidden(format!("Only a key with the scope admin sets {field}.")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Admits what the caller may set of a key that may be used from the networks `present`: anything for admins; for
+    /// others what narrows those networks, and nothing else.
+    ///
+    /// # Errors
+    /// 403 that names the field.
+    pub fn require_permissible(&self, permissions: &Permissions, present: &[Network]) -> Result<(), ApiError> {
+        self.require_privileges(permissions)?;
+        if self.is_admin() {
+            return Ok(());
+        }
+        if permissions.networks.as_ref().is_some_and(|networks| !within(networks, present)) {
+            let detail = "Only a key with the scope admin widens allowed_addresses.";
+            return Err(ApiError::Forbidden(detail.into()));
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Option<OffsetDateTime> {
+        self.expires_at_s.and_then(|end| OffsetDateTime::from_unix_timestamp(i64::try_from(end).ok()?).ok())
+    }
+
+    /// Networks that the caller may be used from.
+    #[must_use]
+    pub fn networks(&self) -> &[Network] {
+        &self.networks
+    }
+
+    /// Admits the rotation of a key: of any key for admins, of itself for others. The response contains the new secret. An old
+    /// secret may have been stolen, so it does not rotate its key.
+    ///
+    /// # Errors
+    /// 403.
+    pub fn require_rotatable(&self, id: Uuid, generation: i32) -> Result<(), ApiError> {
+        if self.key_id == id && !self.presents(generation) {
+            return Err(ApiError::Forbidden("An old secret cannot rotate its key. Use the current secret.".into()));
+        }
+        if self.key_id == id || self.is_admin() {
+            return Ok(());
+        }
+        Err(ApiError::Forbidden(
+            "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.".into(),
+        ))
+    }
+
+    /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same
+    /// networks unless it has narrower ones, and has the same plan, quota, cost and rate limits. Its owner has at most
+    /// [`LIVE_KEYS`] keys and makes at most `per_day` in 24 hours. Roles do not pass on. Where a plan applies, a key has
+    /// no rate limits in its place. Admins are not bound.
+    pub fn bind(&self, new: &mut NewKey, per_day: u32) {
+        if self.is_admin() {
+            return;
+        }
+        new.expires_at = [new.expires_at, self.end()].into_iter().flatten().min();
+        new.rate_limits.clone_from(&self.rate_limits);
+        let permissions = &mut new.permissions;
+        if permissions.networks.is_none() && !self.networks.is_empty() {
+            permissions.networks = Some(self.networks.clone());
+        }
+        permissions.plan = self.own.plan.map_or(Patch::Keep, |number| Patch::Set(PlanRef::Numbered(number)));
+        permissions.quota = self.own.quota.clone().map_or(Patch::Keep, Patch::Set);
+        permissions.cost = i32::try_from(self.cost).ok();
+        new.at_most = Some(LIVE_KEYS);
+        new.per_day = Some(per_day);
+    }
+}
+
+fn opens_the_control_plane(scope: &str) -> bool {
+    [ADMIN, SYNC].contains(&scope)
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let presented = PresentedKey::find(app, parts, Policy::PLAIN).await?;
+        // Before the database is asked, where the mirror knows the key.
+        let counted = presented.admitted(Policy::PLAIN).map(|record| record.owner_id.into());
+        if let Some(owner) = counted {
+            app.rate_limiter.count_owner(owner)?;
+        }
+        let (record, beside) = presented.stored().await?.map(|found| (found.record, (found.email, found.own))).unzip();
+        let record = presented.admit(record, Policy::PLAIN)?;
+        let (key_id, owner) = (record.key_id.into(), record.owner_id.into());
+        if counted != Some(owner) {
+            app.rate_limiter.count_owner(owner)?;
+        }
+        let Record { owner_id, generation, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
+        let rate_limits = StoredLimit::together(&rate_limits, further.alone);
+        let (email, own): (String, OwnTerms) = beside.unwrap_or_default();
+        let request_id = parts.headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
+        let actor = Actor {
+            key_id: Some(key_id),
+            email: Some(email.clone()),
+            address: Some(peer(parts).to_string()),
+            request_id: request_id.map(Into::into),
+        };
+        let networks = further.networks;
+        let owner_id = owner_id.into();
+        Ok(Self { key_id, generation, owner_id, email, scopes, actor, rate_limits, networks, cost, own, expires_at_s })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller(scopes: &[&str]) -> Caller {
+        Caller {
+            key_id: Uuid::nil(),
+            generation: 1,
+            owner_id: Uuid::nil(),
+            email: "user@example.com".into(),
+            scopes: scopes.iter().map(|scope| (*scope).into()).collect(),
+            actor: Actor::system(),
+            rate_limits: Vec::new(),
+            networks: Vec::new(),
+            cost: 1,
+            own: OwnTerms::default(),
+            expires_at_s: None,
+        }
+    }
+
+    #[test]
+    fn users_manage_their_own_and_admins_everything() {
+        let (own, other) = (Email::parse("user@example.com").unwrap(), Email::parse("other@example.com").unwrap());
+        assert!(caller(&[]).require_owner_or_admin(&own).is_ok());
+        assert!(caller(&[]).require_owner_or_admin(&other).is_err());
+        assert!(caller(&["admin"]).require_owner_or_admin(&other).is_ok());
+        assert!(caller(&["sync"]).require_owner_or_admin(&own).is_err());
+        assert!(caller(&["sync", "admin"]).require_owner_or_admin(&own).is_ok());
+    }
+
+    #[test]
+    fn nobody_but_an_admin_grants_what_they_do_not_have_or_what_opens_the_control_plane() {
+        let scopes = |scope: &str| Scopes::parse(vec![scope.into()]).unwrap();
+        assert!(caller(&["a"]).require_grantable(&scopes("a")).is_ok());
+        assert!(caller(&["a"]).require_grantable(&scopes("b")).is_err());
+        assert!(caller(&["a:*"]).require_grantable(&scopes("a:b")).is_ok());
+        assert!(caller(&["a:b"]).require_grantable(&scopes("a:*")).is_err());
+        assert!(caller(&["sync"]).require_grantable(&scopes("sync")).is_err());
+        assert!(caller(&["admin"]).require_grantable(&scopes("admin")).is_ok());
+    }
+
+    #[test]
+    fn keys_that_open_the_control_plane_are_changed_by_admins_only() {
+        for scope in ["admin", "sync"] {
+            assert!(caller(&["a"]).require_changeable(&["a".into(), scope.into()]).is_err());
+            assert!(caller(&["admin"]).require_changeable(&[scope.into()]).is_ok());
+        }
+        assert!(caller(&[]).require_changeable(&["a".into()]).is_ok());
+    }
+}

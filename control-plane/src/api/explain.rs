@@ -1,0 +1,291 @@
+//! `POST /v1/explain`: why a request is decided as it is, with the result of each check. It uses the records and
+//! definitions that Envoys have, and the same decision function.
+//!
+//! A secret in the request is hashed and dropped. It is neither logged nor part of the response.
+
+use std::net::IpAddr;
+
+use axum::extract::State;
+use contract::decision::{Check, Facts, Presented, cost, decide};
+use contract::hash::KeyHash;
+use contract::json::{InputError, read_value};
+use contract::key::{PRESENTED_BYTES, Secret, check};
+use contract::outcome::Outcome;
+use contract::pepper::hashes;
+use contract::policy::{Policy, PolicyText};
+use contract::record::{RateLimit, Record};
+use serde::{Deserialize, Deserializer, Serialize};
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::Json;
+use crate::api::openapi::WriteErrors;
+use crate::api::problem::Problem;
+use crate::domain::parse_time;
+use crate::error::ApiError;
+use crate::explain::policies::is_method;
+use crate::explain::{budgets, hash_of};
+
+/// Longest path that is looked at, in bytes.
+const PATH_BYTES: usize = 4_096;
+/// The name of a policy that stands in the request.
+const INLINE: &str = "inline";
+
+/// The request to explain: with a key, named by its secret or its id, or without any.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"key": "sk_live_…", "path": "/orders"}))]
+pub struct ExplainBody {
+    /// The key of the request. It is neither stored nor logged.
+    #[serde(default, deserialize_with = "secret")]
+    #[schema(value_type = Option<String>, example = "sk_live_…", max_length = 8192)]
+    key: Option<Secret>,
+    /// Instead, the id of a key; its present secret is meant.
+    key_id: Option<Uuid>,
+    /// The method of the request; GET unless given.
+    #[schema(example = "GET", max_length = 32)]
+    method: Option<String>,
+    /// The path of the request: the policy of the first route in `--policies` that it matches applies, or the default one.
+    #[schema(example = "/orders?page=2", max_length = 4096)]
+    path: Option<String>,
+    /// Instead, the policy: its name in `--policies`, or a policy as it stands in Envoy's configuration.
+    #[schema(value_type = Option<serde_json::Value>, example = "orders-read")]
+    policy: Option<serde_json::Value>,
+    /// The client's address, as Envoy trusts it.
+    #[schema(example = "192.0.2.7")]
+    address: Option<String>,
+    /// When (RFC 3339); now unless given. Keys and roles are those of now all the same.
+    #[schema(example = "2026-05-15T14:30:00Z")]
+    time: Option<String>,
+}
+
+fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.map(Secret::from_presented))
+}
+
+/// What comes of the request, and why.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Explanation {
+    /// What comes of the request, up to what each Envoy judges by what it remembers: see the checks without a verdict.
+    #[schema(value_type = String, example = "scope_denied")]
+    outcome: Outcome,
+    /// The status that Envoy answers with; null if the request goes upstream.
+    #[schema(required, example = 403)]
+    status: Option<u16>,
+    /// The policy that applies: its name, `default`, or `inline`.
+    #[schema(example = "orders-read")]
+    policy: String,
+    /// Whether the request goes upstream whatever comes of it, and that is only told and counted: by the policy's shadow
+    /// mode, or by that of all Envoys, if `--policies` says so.
+    shadow: bool,
+    /// Every check, in the order in which they are asked. The first that fails decides.
+    checks: Vec<CheckView>,
+}
+
+/// One check.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CheckView {
+    /// Its name.
+    #[schema(value_type = String, example = "scopes")]
+    name: &'static str,
+    /// Whether it passes; null if each Envoy judges it by what it remembers.
+    #[schema(required)]
+    passed: Option<bool>,
+    /// What it looked at.
+    #[schema(example = "the route asks for all of orders:read, the key has none")]
+    saw: String,
+    /// What comes of a request that fails it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "scope_denied")]
+    outcome: Option<Outcome>,
+}
+
+impl CheckView {
+    fn judged(name: &'static str, refusal: Option<Outcome>, saw: String) -> Self {
+        Self { name, passed: Some(refusal.is_none()), saw, outcome: refusal }
+    }
+
+    const fn told(name: &'static str, saw: String) -> Self {
+        Self { name, passed: None, saw, outcome: None }
+    }
+}
+
+/// The policy that applies.
+struct AppliedPolicy {
+    name: String,
+    /// None if there is none of the name.
+    policy: Option<Policy>,
+    how: String,
+}
+
+/// Explain the decision on a request.
+#[utoipa::path(
+    operation_id = "explainRequest",
+    post, path = "/v1/explain", tag = "insight", request_body = ExplainBody, security(("api_key" = [])),
+    responses(
+        WriteErrors,
+        (status = 200, description = "The outcome, and each check", body = Explanation),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No key of this id", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn explain(
+    State(app): State<App>,
+    caller: Caller,
+    Json(body): Json<ExplainBody>,
+) -> Result<Json<Explanation>, ApiError> {
+    caller.require_manager()?;
+    let now = OffsetDateTime::now_utc();
+    let at = body.time.as_deref().map_or(Ok(now), |text| parse_time("time", text))?;
+    let address: Option<IpAddr> = match body.address.as_deref() {
+        Some(text) => {
+            let bad = |_| ApiError::invalid("address", "must be an IPv4 or IPv6 address such as 192.0.2.7");
+            Some(text.parse::<IpAddr>().map_err(bad)?.to_canonical())
+        }
+        None => None,
+    };
+    let applies = applies(&app, &body)?;
+    // The result includes a change that the caller has just made. Without the database, it is what Envoys have.
+    let _ = app.feed.refresh(None).await;
+    let (record, credential) = credential(&app, &caller, &body).await?;
+
+    let mut checks = vec![credential];
+    let found = if applies.policy.is_some() { None } else { Some(Outcome::PolicyUnknown) };
+    checks.push(CheckView::judged("policy", found, format!("{}: {}", applies.name, applies.how)));
+    let Some(policy) = applies.policy else {
+        return Ok(Json(explanation(Outcome::PolicyUnknown, applies.name, app.policies.shadow, checks)));
+    };
+    let definitions = app.store.definitions();
+    let facts = Facts {
+        policy: &policy,
+        definitions: &definitions,
+        address,
+        ..Facts::at(u64::try_from(at.unix_timestamp()).unwrap_or_default())
+    };
+    let presented = match &record {
+        Some(record) => Presented::Key(record),
+        None if presents_nothing(&body) => Presented::Nothing,
+        None => Presented::Stranger,
+    };
+    let outcome = decide(presented, &facts);
+    if let Some(record) = &record {
+        checks
+            .extend(Check::ALL.map(|check| {
+                CheckView::judged(check.name(), check.refusal(record, &facts), check.saw(record, &facts))
+            }));
+        checks.push(CheckView::told("rate_limit", limits(record, &facts)));
+        let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
+        checks.extend(left.quota.map(|saw| CheckView::told("quota_left", saw)));
+        checks.extend(left.credits.map(|saw| CheckView::told("credits_left", saw)));
+    } else if let Some(limit) = &policy.rate_limit {
+        checks.push(CheckView::told("rate_limit", format!("of the route, for each client address: {}", alone(limit))));
+    }
+    Ok(Json(explanation(outcome, applies.name, policy.shadow || app.policies.shadow, checks)))
+}
+
+fn explanation(outcome: Outcome, policy: String, shadow: bool, checks: Vec<CheckView>) -> Explanation {
+    let status = outcome.refusal().filter(|_| !shadow).map(|refusal| refusal.status);
+    Explanation { outcome, status, policy, shadow, checks }
+}
+
+fn applies(app: &App, body: &ExplainBody) -> Result<AppliedPolicy, ApiError> {
+    let method = body.method.as_deref().unwrap_or("GET");
+    if !is_method(method) {
+        return Err(ApiError::invalid("method", "must be a method in capitals, such as GET"));
+    }
+    let path = body.path.as_deref();
+    if path.is_some_and(|path| !path.starts_with('/') || path.len() > PATH_BYTES || path.chars().any(char::is_control))
+    {
+        return Err(ApiError::invalid("path", format!("must start with / and have at most {PATH_BYTES} bytes")));
+    }
+    let found = match (&body.policy, path) {
+        (Some(serde_json::Value::String(name)), _) => app.policies.named(name),
+        (Some(inline), _) => {
+            let text: PolicyText = read_value(inline).map_err(|InputError { path, detail, .. }| {
+                let field = if path.is_empty() { "policy".into() } else { format!("policy.{path}") };
+                ApiError::invalid(field, detail)
+            })?;
+            let policy =
+                text.check("policy", INLINE).map_err(|error| ApiError::invalid("policy", error.to_string()))?;
+            return Ok(AppliedPolicy {
+                name: INLINE.into(),
+                policy: Some(policy),
+                how: "it stands in the request".into(),
+            });
+        }
+        (None, Some(path)) => app.policies.of_request(method, path),
+        (None, None) => app.policies.default_policy(),
+    };
+    Ok(AppliedPolicy { name: found.name.to_owned(), policy: found.policy.cloned(), how: found.how })
+}
+
+fn presents_nothing(body: &ExplainBody) -> bool {
+    body.key_id.is_none() && body.key.as_ref().is_none_or(|key| key.reveal().is_empty())
+}
+
+/// The record of the key, if Envoys know it and the caller may know of it, and the check of that.
+async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(Option<Record>, CheckView), ApiError> {
+    let (stored, form) = match (&body.key, body.key_id) {
+        (Some(_), Some(_)) => return Err(ApiError::invalid("key_id", "give either key or key_id, not both")),
+        (None, Some(id)) => {
+            let key = hash_of(&app.pool, id).await?.filter(|key| caller.manages(key.owner_id));
+            let key = key.ok_or_else(|| ApiError::NotFound(format!("There is no key {id}.")))?;
+            (vec![key.hash], "named by its id".to_owned())
+        }
+        (Some(key), None) if !key.reveal().is_empty() => {
+            let bytes = key.reveal().as_bytes();
+            let form = match check(key.reveal()) {
+                Ok(_) => "well-formed".to_owned(),
+                Err(error) => format!("not of the form of keys that are made here: {error}"),
+            };
+            let plain = (bytes.len() <= PRESENTED_BYTES).then(|| KeyHash::of(bytes));
+            (plain.into_iter().flat_map(|plain| hashes(plain, app.pepper.as_ref())).collect(), form)
+        }
+        (_, None) => {
+            let saw = "the request presents no key".to_owned();
+            return Ok((None, CheckView::judged("credential", Some(Outcome::Missing), saw)));
+        }
+    };
+    // A key of somebody else is explained like one that does not exist.
+    let record =
+        stored.iter().find_map(|hash| app.store.find(hash)).filter(|record| caller.manages(record.owner_id.into()));
+    let view = match &record {
+        Some(record) => {
+            let saw = format!("the key {}, its secret number {}; {form}", record.key_id, record.generation);
+            CheckView::judged("credential", None, saw)
+        }
+        None => {
+            CheckView::judged("credential", Some(Outcome::Unknown), format!("a key that Envoys do not know; {form}"))
+        }
+    };
+    Ok((record, view))
+}
+
+/// The limits that an Envoy judges after all checks.
+fn limits(record: &Record, facts: &Facts<'_>) -> String {
+    let (limits, judged_alone) = facts.definitions.rate_limits(record);
+    let of = if record.rate_limits.is_empty() { "plan" } else { "key" };
+    let of_key = limits.iter().zip(0_u32..).map(|(limit, place)| {
+        let shared = judged_alone.checked_shr(place).is_none_or(|bits| bits & 1 == 0);
+        let text = if shared { format!("{}, shared by all Envoys", figures(limit)) } else { alone(limit) };
+        format!("of the {of}: {text}")
+    });
+    let of_route = facts.policy.rate_limit.iter().map(|limit| format!("of the route: {}", alone(limit)));
+    let mut all: Vec<String> = of_key.chain(of_route).collect();
+    if limits.is_empty() {
+        all.insert(0, "of neither the key nor a plan: the default of each Envoy applies".into());
+    }
+    format!("{}; judged by each Envoy", all.join("; "))
+}
+
+fn alone(limit: &RateLimit) -> String {
+    format!("{}, each Envoy by itself", figures(limit))
+}
+
+fn figures(limit: &RateLimit) -> String {
+    let RateLimit { name, requests, window_s, burst } = limit;
+    format!("{name} {requests} in {window_s} s, {burst} at once")
+}

@@ -1,0 +1,128 @@
+//! `GET /v1/keys/{id}`.
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::quota::QuotaView;
+use super::view::KeyView;
+use super::{ById, managed, show};
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::{Json, Path};
+use crate::api::filters::{AppliedOn, key_applied_on};
+use crate::api::openapi::ReadErrors;
+use crate::api::preconditions::etag;
+use crate::api::problem::Problem;
+use crate::credits;
+use crate::domain::{Email, Preconditions, Timestamp};
+use crate::error::ApiError;
+use crate::keys::rotate::{SecretUse, secrets};
+
+/// One secret of a key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct SecretView {
+    /// Which one, from 1.
+    generation: i32,
+    /// The start of the secret, by which people recognise it; null for keys of a foreign form.
+    #[schema(required, example = "sk_abc123")]
+    prefix: Option<String>,
+    /// Whether it is the present one.
+    current: bool,
+    /// When it stops working; null for the present one, which works as long as the key.
+    #[schema(required)]
+    ends_at: Option<Timestamp>,
+    /// Requests that were allowed with it.
+    usage_count: i64,
+    /// When it was last used, as far as filters reported.
+    #[schema(required)]
+    last_used_at: Option<Timestamp>,
+}
+
+impl From<SecretUse> for SecretView {
+    fn from(secret: SecretUse) -> Self {
+        Self {
+            generation: secret.generation,
+            prefix: secret.prefix,
+            current: secret.ends_at.is_none(),
+            ends_at: secret.ends_at.map(Into::into),
+            usage_count: secret.usage_count,
+            last_used_at: secret.last_used_at.map(Into::into),
+        }
+    }
+}
+
+/// A key with what belongs to it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeyDetails {
+    /// The key.
+    #[serde(flatten)]
+    view: KeyView,
+    /// Its secrets that filters still know, the newest first: the use of an old one shows when it is safe to
+    /// revoke it.
+    secrets: Vec<SecretView>,
+    /// What was used of its quota, and what Envoys hold of it; null without one.
+    #[schema(required)]
+    quota_use: Option<QuotaView>,
+    /// What is left of its owner's credits, and what Envoys hold of them; null if the owner is not metered.
+    #[schema(required)]
+    credits: Option<CreditsView>,
+    /// By how many Envoys its last change was applied, as they say themselves.
+    applied_on: AppliedOn,
+}
+
+/// The credits of a key's owner.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CreditsView {
+    /// The sum of the ledger.
+    balance: i64,
+    /// What Envoys hold of it and have not reported as spent.
+    leased: i64,
+    /// What requests have ever cost.
+    spent: i64,
+}
+
+impl CreditsView {
+    async fn read(app: &App, email: &str) -> Result<Option<Self>, ApiError> {
+        let account = credits::account(&app.pool, &Email::parse(email)?).await?;
+        let Some(account) = account.filter(|account| account.metered) else { return Ok(None) };
+        Ok(Some(Self { balance: account.balance, leased: account.leased, spent: account.spent }))
+    }
+}
+
+/// Get a key.
+///
+/// The ETag changes with the settings of the key. It does not change with its usage or with the Envoys that applied it.
+#[utoipa::path(
+    operation_id = "getKey",
+    get, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
+    params(ById, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
+    responses(
+        ReadErrors,
+        (status = 200, description = "The key", body = KeyDetails,
+            headers(("etag" = String, description = "The version of the key"))),
+        (status = 304, description = "The client has this version already"),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    preconditions: Preconditions,
+    Path(path): Path<ById>,
+) -> Result<Response, ApiError> {
+    let key = managed(&app, &caller, path.id).await?;
+    let tag = [(header::ETAG, etag(key.version))];
+    if preconditions.is_known(key.version) {
+        return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
+    }
+    let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
+    let quota_use = QuotaView::read(&app, key.id).await?;
+    let credits = CreditsView::read(&app, &key.email).await?;
+    let view = show(&app.pool, key).await?;
+    let applied_on = key_applied_on(&app, path.id).await?;
+    Ok((tag, Json(KeyDetails { view, secrets, quota_use, credits, applied_on })).into_response())
+}

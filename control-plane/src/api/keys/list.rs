@@ -1,0 +1,102 @@
+//! `GET /v1/keys`.
+
+use std::ops::RangeInclusive;
+
+use axum::extract::State;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::show_all;
+use super::view::{KeyState, KeyView};
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::{Query, search_text};
+use crate::api::openapi::ReadErrors;
+use crate::api::pagination;
+use crate::api::problem::Problem;
+use crate::domain::{Email, parse_time};
+use crate::error::ApiError;
+use crate::keys::read::{KeySearch, search};
+
+/// Longest text to search for, in characters.
+const TEXT_CHARS: RangeInclusive<usize> = 1..=100;
+
+/// Which keys, and how many.
+#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListQuery {
+    /// Only this user's keys. Callers without the scope `admin` see only their own anyway.
+    #[param(example = "user@example.com")]
+    email: Option<String>,
+    /// Only keys with a secret, present or retired, whose prefix starts so.
+    #[param(example = "sk_abc", max_length = 100)]
+    prefix: Option<String>,
+    /// Only keys whose name contains this, in upper or lower case.
+    #[param(example = "production", max_length = 100)]
+    name: Option<String>,
+    /// Only keys in this state.
+    #[param(inline)]
+    state: Option<KeyState>,
+    /// Only keys that were last used before this time (RFC 3339), or made before it and never used.
+    #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
+    last_used_before: Option<String>,
+    /// `next_cursor` of the page before.
+    cursor: Option<Uuid>,
+    /// How many keys; 50 unless given.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<i64>,
+}
+
+/// A page of keys, the newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeyPage {
+    /// The keys.
+    keys: Vec<KeyView>,
+    /// What to send as `cursor` for the next page; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<Uuid>,
+}
+
+/// List keys, the newest first.
+#[utoipa::path(
+    operation_id = "listKeys",
+    get, path = "/v1/keys", tag = "keys", params(ListQuery), security(("api_key" = [])),
+    responses(
+        ReadErrors,
+        (status = 200, description = "A page of keys", body = KeyPage,
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 403, description = "Another user's keys", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let limit = pagination::limit(query.limit)?;
+    let asked = query.email.as_deref().map(Email::parse).transpose()?;
+    match &asked {
+        Some(email) => caller.require_owner_or_admin(email)?,
+        None => caller.require_manager()?,
+    }
+    let owner = if caller.is_admin() { asked.as_ref().map(Email::as_str) } else { Some(caller.email.as_str()) };
+    let filter = KeySearch {
+        email: owner,
+        prefix: search_text("prefix", query.prefix.as_deref(), TEXT_CHARS)?,
+        name: search_text("name", query.name.as_deref(), TEXT_CHARS)?,
+        state: query.state.map(KeyState::name),
+        last_used_before: query.last_used_before.as_deref().map(|t| parse_time("last_used_before", t)).transpose()?,
+    };
+    // One entry more than the limit shows whether there is a next page.
+    let mut keys = search(&app.pool, &filter, query.cursor, limit + 1).await?;
+    let next_cursor = pagination::cut(&mut keys, limit, |key| key.id);
+    let keys = show_all(&app.pool, keys).await?;
+    let next = next_cursor.map(|cursor| {
+        let query = ListQuery { email: asked.map(|email| email.to_string()), ..query };
+        pagination::next_link("/v1/keys", &ListQuery { cursor: Some(cursor), limit: Some(limit), ..query })
+    });
+    Ok(pagination::reply(KeyPage { keys, next_cursor }, next))
+}

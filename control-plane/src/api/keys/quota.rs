@@ -1,0 +1,91 @@
+//! `GET /v1/keys/{id}/quota`.
+
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{ById, managed};
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::{Json, Path};
+use crate::api::openapi::ReadErrors;
+use crate::api::problem::Problem;
+use crate::domain::{Period, Timestamp};
+use crate::error::ApiError;
+use crate::quota::{self, View};
+
+/// The quota of a key: its own, or its plan's.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct QuotaView {
+    /// How many requests a window has.
+    requests: i64,
+    /// What windows there are.
+    period: Period,
+    /// Where days begin at midnight; null where the window rolls.
+    #[schema(required, example = "Europe/Berlin")]
+    time_zone: Option<String>,
+    /// The length of a rolling window, in seconds; null for calendar windows.
+    #[schema(required)]
+    window_seconds: Option<i64>,
+    /// When the running window began.
+    window_start: Timestamp,
+    /// When it ends.
+    window_end: Timestamp,
+    /// Requests that were allowed in it.
+    used: i64,
+    /// Requests that Envoys hold and have not reported as used.
+    leased: i64,
+    /// Requests that are left beside, never below zero.
+    remaining: i64,
+    /// Whether it is used up.
+    exceeded: bool,
+    /// If it is: until when.
+    #[schema(required)]
+    resets_at: Option<Timestamp>,
+}
+
+impl QuotaView {
+    /// Reads the quota of a key; none if it has none.
+    pub async fn read(app: &App, key: Uuid) -> Result<Option<Self>, ApiError> {
+        Ok(quota::view(&app.pool, key).await?.map(Self::of))
+    }
+
+    fn of(View { quota, used, leased, exceeded, resets_at }: View) -> Self {
+        let rolls = quota.period == Period::Rolling;
+        Self {
+            requests: quota.requests,
+            period: quota.period,
+            time_zone: (!rolls).then(|| quota.zone().to_owned()),
+            window_seconds: rolls.then(|| quota.window_s()),
+            window_start: used.window_start.into(),
+            window_end: used.window_end.into(),
+            used: used.used,
+            leased,
+            remaining: quota.requests.saturating_sub(used.used).saturating_sub(leased).max(0),
+            exceeded,
+            resets_at: resets_at.map(Into::into),
+        }
+    }
+}
+
+/// Get the quota of a key and what is left of it.
+#[utoipa::path(
+    operation_id = "getKeyQuota",
+    get, path = "/v1/keys/{id}/quota", tag = "keys", params(ById), security(("api_key" = [])),
+    responses(
+        ReadErrors,
+        (status = 200, description = "The quota and what was used of it", body = QuotaView),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key, or it has no quota", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn quota(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ById>,
+) -> Result<Json<QuotaView>, ApiError> {
+    let key = managed(&app, &caller, path.id).await?;
+    let view = QuotaView::read(&app, key.id).await?;
+    view.map(Json).ok_or_else(|| ApiError::NotFound(format!("The key {} has no quota.", key.id)))
+}

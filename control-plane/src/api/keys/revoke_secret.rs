@@ -1,0 +1,62 @@
+//! `DELETE /v1/keys/{id}/secrets/{generation}`.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::Deserialize;
+use utoipa::IntoParams;
+use uuid::Uuid;
+
+use super::lock;
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::Path;
+use crate::api::openapi::ReadErrors;
+use crate::api::problem::Problem;
+use crate::domain::Preconditions;
+use crate::error::ApiError;
+use crate::keys;
+
+/// Which secret of which key.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct BySecret {
+    /// The key's id.
+    id: Uuid,
+    /// Which of its secrets, from 1.
+    #[param(minimum = 1)]
+    generation: i32,
+}
+
+/// Revoke an old secret of a key.
+///
+/// Revoking a revoked secret changes nothing.
+#[utoipa::path(
+    operation_id = "revokeKeySecret",
+    delete, path = "/v1/keys/{id}/secrets/{generation}", tag = "keys", security(("api_key" = [])),
+    params(BySecret, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
+    responses(
+        ReadErrors,
+        (status = 204, description = "The secret has ended"),
+        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key or secret", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "It is the present secret", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn revoke_secret(
+    State(app): State<App>,
+    caller: Caller,
+    preconditions: Preconditions,
+    Path(path): Path<BySecret>,
+) -> Result<StatusCode, ApiError> {
+    let revoked = app.writer.change(&caller.actor, async |change| {
+        let key = lock(change, &caller, path.id, &preconditions).await?;
+        if !keys::rotate::revoke_secret(change, &key, path.generation).await? {
+            let detail = format!("Key {} has no secret {}.", path.id, path.generation);
+            return Err(ApiError::NotFound(detail));
+        }
+        Ok(())
+    });
+    revoked.await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,86 @@
+//! `POST /v1/keys/{id}/rotate`.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use contract::json::null_is_default;
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::view::{CreateReply, Kind};
+use super::{ById, lock, not_found, show};
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::Path;
+use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
+use crate::api::openapi::WriteErrors;
+use crate::api::preconditions::etag;
+use crate::api::problem::Problem;
+use crate::domain::Preconditions;
+use crate::error::ApiError;
+use crate::keys::daily_limit::{self, Act};
+use crate::keys::{self, read};
+
+/// How to rotate. All of it may be left out.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"grace_seconds": 86_400}))]
+pub struct RotateBody {
+    /// For how many seconds the old secret goes on working, at most thirty days; not at all unless given.
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, example = 86_400, minimum = 0, maximum = 2_592_000, default = 0)]
+    grace_seconds: i64,
+    /// Of the new secret; live unless given.
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, inline)]
+    kind: Kind,
+}
+
+/// Give a key a new secret.
+///
+/// The key keeps its expiry, limits, credits and usage. The old secret works until the grace period ends.
+#[utoipa::path(
+    operation_id = "rotateKey",
+    post, path = "/v1/keys/{id}/rotate", tag = "keys", security(("api_key" = [])),
+    request_body(content = Option<RotateBody>),
+    params(
+        ById,
+        ("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely"),
+        ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for"),
+    ),
+    responses(
+        WriteErrors,
+        (status = 201, description = "The key with its new secret. No later response contains the secret", body = CreateReply,
+            headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
+        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The key is revoked, has expired, or has too many old secrets; or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        (status = 429, description = "Too many requests, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn rotate(
+    State(app): State<App>,
+    caller: Caller,
+    preconditions: Preconditions,
+    Path(path): Path<ById>,
+    mut request: IdempotentRequest,
+) -> Result<Response, ApiError> {
+    let body: RotateBody = request.body_or_default().await?;
+    let grace = keys::rotate::parse_grace(body.grace_seconds)?;
+    caller.require_manager()?;
+    let response = request.respond(&app.writer, &caller, async |change| {
+        if !caller.is_admin() {
+            daily_limit::take(change, caller.owner_id, Act::Create, app.bounds.owner_keys_per_day).await?;
+        }
+        let key = lock(change, &caller, path.id, &preconditions).await?;
+        caller.require_rotatable(key.id, key.generation)?;
+        let secret = keys::rotate::rotate(change, &key, body.kind.into(), grace).await?;
+        let key = read::get(&mut **change, path.id).await?.ok_or_else(|| not_found(path.id))?;
+        let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+        let reply = CreateReply { key: secret, view: show(&mut **change, key).await? };
+        Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
+    });
+    response.await
+}

@@ -1,0 +1,126 @@
+//! `GET /v1/keys/{id}/usage`: hourly counts of at most 366 days.
+
+use std::collections::BTreeMap;
+
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use time::{Duration, OffsetDateTime};
+use utoipa::{IntoParams, ToSchema};
+
+use super::{ById, managed};
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::{Json, Path, Query};
+use crate::api::openapi::ReadErrors;
+use crate::api::problem::Problem;
+use crate::domain::{Timestamp, parse_time};
+use crate::error::ApiError;
+use crate::metering::hourly::hourly;
+use crate::metering::outcome;
+
+const SPAN: Duration = Duration::days(7);
+/// Longest span: bounds the reply to some 9,000 hours of each outcome.
+const LONGEST_SPAN: Duration = Duration::days(366);
+
+/// Which span of time.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct UsageQuery {
+    /// From when on (RFC 3339); seven days before `to` unless given.
+    #[param(example = "2026-05-01T00:00:00Z")]
+    from: Option<String>,
+    /// Until before when (RFC 3339); now unless given.
+    #[param(example = "2026-05-08T00:00:00Z")]
+    to: Option<String>,
+}
+
+/// What was counted in one hour.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageHour {
+    /// The start of the hour; of the day, for usage that was rolled up to days.
+    hour: Timestamp,
+    /// What came of the requests; after `shadow:`, what would have.
+    #[schema(example = "allowed")]
+    outcome: String,
+    /// How many requests.
+    requests: i64,
+    /// Credits that they cost together.
+    cost: i64,
+}
+
+/// Sums over the whole span.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub struct UsageTotal {
+    /// How many requests.
+    requests: i64,
+    /// Credits that they cost together.
+    cost: i64,
+}
+
+/// What was counted of a key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageView {
+    /// From when on.
+    from: Timestamp,
+    /// Until before when.
+    to: Timestamp,
+    /// The hours that start within the span and have requests, the oldest first.
+    hours: Vec<UsageHour>,
+    /// Sums by outcome.
+    totals: BTreeMap<String, UsageTotal>,
+}
+
+/// Get the usage of a key by hour and outcome.
+#[utoipa::path(
+    operation_id = "getKeyUsage",
+    get, path = "/v1/keys/{id}/usage", tag = "keys", params(ById, UsageQuery), security(("api_key" = [])),
+    responses(
+        ReadErrors,
+        (status = 200, description = "The usage of the key", body = UsageView),
+        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn usage(
+    State(app): State<App>,
+    caller: Caller,
+    Path(path): Path<ById>,
+    Query(query): Query<UsageQuery>,
+) -> Result<Json<UsageView>, ApiError> {
+    let (from, to) = span(query.from.as_deref(), query.to.as_deref(), OffsetDateTime::now_utc())?;
+    let key = managed(&app, &caller, path.id).await?;
+    let mut hours = Vec::new();
+    let mut totals = BTreeMap::<String, UsageTotal>::new();
+    for row in hourly(&app.pool, key.id, from, to).await? {
+        let outcome = outcome::name(row.outcome);
+        let total = totals.entry(outcome.clone()).or_default();
+        total.requests = total.requests.saturating_add(row.requests);
+        total.cost = total.cost.saturating_add(row.cost);
+        hours.push(UsageHour { hour: row.hour.into(), outcome, requests: row.requests, cost: row.cost });
+    }
+    Ok(Json(UsageView { from: from.into(), to: to.into(), hours, totals }))
+}
+
+/// Parses a span of time: the last seven days unless given.
+///
+/// # Errors
+/// What is wrong with `from` or `to`.
+pub(in crate::api) fn span(
+    from: Option<&str>,
+    to: Option<&str>,
+    now: OffsetDateTime,
+) -> Result<(OffsetDateTime, OffsetDateTime), ApiError> {
+    let to = to.map_or(Ok(now), |text| parse_time("to", text))?;
+    let from = match from {
+        Some(text) => parse_time("from", text)?,
+        None => to.checked_sub(SPAN).ok_or_else(|| ApiError::invalid("to", "lies too far back"))?,
+    };
+    if from >= to {
+        return Err(ApiError::invalid("from", "must lie before to"));
+    }
+    if to - from > LONGEST_SPAN {
+        return Err(ApiError::invalid("from", "must lie at most 366 days before to"));
+    }
+    Ok((from, to))
+}

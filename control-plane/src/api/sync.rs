@@ -1,0 +1,266 @@
+//! `/sync/v1`: the API of the filters. A poll is held until there is a change. Only keys with the scope `sync` are
+//! admitted.
+
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{ConnectInfo, Extension, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use contract::hash::BUCKETS;
+use contract::id::{Epoch, ReporterId};
+use contract::page::{Header, Page, PageView, PageWriter, Part};
+use contract::usage::read_reports;
+use serde::Deserialize;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::App;
+use crate::api::auth::SyncCaller;
+use crate::api::extract::{Json, Query};
+use crate::error::ApiError;
+use crate::metering::{IngestError, NEW_REPORTERS};
+use crate::net::connection::Peer;
+use crate::sync::filters::SILENT;
+use crate::sync::mirror::PageRequest;
+use crate::sync::registry::{PollStatus, Registration};
+
+/// The media type of a page.
+const PAGE_TYPE: &str = "application/vnd.portcullis.page";
+/// The media type of an acknowledgement.
+const ACK_TYPE: &str = "application/vnd.portcullis.ack";
+
+/// From where on a filter syncs: nothing for a new one; epoch and revision for the changes after it; epoch, cursor and the
+/// least revision that the page must have for the next page of a snapshot. What a newer filter says beside that is left alone.
+#[derive(Debug, Deserialize)]
+pub struct Poll {
+    epoch: Option<Uuid>,
+    revision: Option<u64>,
+    cursor: Option<u32>,
+    wait: Option<u64>,
+    /// Of these three, whatever does not make sense is left alone: they only tell the operator about the filter.
+    reporter: Option<String>,
+    version: Option<String>,
+    pending: Option<String>,
+}
+
+/// Longest version that is shown, in bytes.
+const VERSION_BYTES: usize = 64;
+
+/// `GET /sync/v1/keys`: the next page for a filter.
+///
+/// # Errors
+/// A refused key, a senseless query, or 503 before the mirror is loaded.
+pub async fn poll(
+    State(app): State<App>,
+    SyncCaller(key): SyncCaller,
+    peer: Option<Extension<ConnectInfo<Peer>>>,
+    headers: HeaderMap,
+    Query(poll): Query<Poll>,
+) -> Result<Response, ApiError> {
+    let noted = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
+    let page = page_for(&app, &poll, matches!(noted, Noting::TooMany)).await?;
+    let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
+    if json {
+        let malformed = |error| ApiError::Internal(format!("a page of our own: {error}"));
+        let view = PageView::of(&Page::read(&page).map_err(malformed)?).map_err(malformed)?;
+        return Ok(Json(view).into_response());
+    }
+    metrics::counter!("portcullis_sync_pages_total").increment(1);
+    // How old what the page tells may be (RFC 9111, section 5.1): seconds, if the database has not been reached for so
+    // long. Filters that must not serve old keys count it in.
+    let age = HeaderValue::from(app.store.age().unwrap_or_default().as_secs());
+    let no_store = HeaderValue::from_static("no-store");
+    let kind = HeaderValue::from_static(PAGE_TYPE);
+    let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, no_store), (header::AGE, age)];
+    Ok((headers, page).into_response())
+}
+
+/// What became of what a filter says of itself.
+enum Noting<D> {
+    /// It says nothing.
+    Nothing,
+    /// It is noted. Dropping the value notes that the filter was there until then.
+    Noted { _until: D },
+    /// Its sync key has as many Envoys as it may have.
+    TooMany,
+}
+
+/// The number of Envoys that the page of an Envoy beyond those of its sync key tells: its part of a shared limit is then the
+/// smallest that there is, a millionth, so that uncounted Envoys together do not exceed the limit.
+const UNCOUNTED: u32 = 1_000_000;
+
+/// Notes what the filter says of itself. An Envoy beyond those that its sync key may have is not noted and gets the keys all
+/// the same: otherwise a thief of the sync key could keep Envoys that start from serving. Its reports are refused.
+fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<impl Drop + use<>> {
+    let Some(reporter) = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok()) else {
+        return Noting::Nothing;
+    };
+    let shown = |version: &&str| {
+        (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    let heard = PollStatus {
+        sync_key,
+        address: peer.map(|Peer(address)| address.ip().to_canonical().to_string()),
+        version: poll.version.as_deref().filter(shown).map(Into::into),
+        // A filter that asks for the changes after a revision has all before. One that loads a snapshot has not confirmed any.
+        holds: poll.epoch.zip(poll.revision).filter(|_| poll.cursor.is_none()).map(|(epoch, at)| (epoch.into(), at)),
+        pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
+    };
+    match app.filters.polled(reporter, heard) {
+        // The very page that it gets is to count it.
+        Registration::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
+        Registration::TooMany => return Noting::TooMany,
+        Registration::Known | Registration::Ignored => {}
+    }
+    let filters = app.filters.clone();
+    let until = Defer(move || {
+        filters.held(reporter, sync_key);
+    });
+    Noting::Noted { _until: until }
+}
+
+/// More Envoys under a sync key than it may have.
+fn too_many(app: &App) -> ApiError {
+    let detail = format!(
+        "This sync key has {} live Envoys, which is as many as it may have. Give each zone a sync key of its own, raise \
+         --envoys-per-sync-key, or revoke the key if it was stolen.",
+        app.filters.per_sync_key()
+    );
+    ApiError::BoundReached { detail, retry_after_s: SILENT.as_secs() }
+}
+
+async fn page_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, ApiError> {
+    let filters = || if is_uncounted { UNCOUNTED } else { app.store.filters() };
+    let deadline =
+        Instant::now() + poll.wait.map_or(app.long_poll, |wait| app.long_poll.min(Duration::from_secs(wait)));
+    let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
+        (Some(epoch), least, Some(cursor)) => {
+            if cursor >= BUCKETS {
+                return Err(ApiError::invalid(
+                    "cursor",
+                    format!("must be below {BUCKETS}: take it from the last page"),
+                ));
+            }
+            let (epoch, least) = (Epoch::from(epoch), least.unwrap_or(0));
+            if !up_to_date(app, epoch, least, deadline).await {
+                return Err(ApiError::Unavailable("This replica does not have that revision yet. Try again."));
+            }
+            // A page of an older state than those before it could bring revoked keys back. Where the database itself is
+            // behind, it was restored: the snapshot starts over.
+            let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
+            return written(app, PageRequest::Snapshot(if continues { cursor } else { 0 }), filters());
+        }
+        (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
+        (None, Some(_), None) => {
+            return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last page"));
+        }
+        (Some(_), None, None) | (None, None, None) => return written(app, PageRequest::Snapshot(0), filters()),
+        (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
+    };
+    let mut positions = app.store.positions();
+    let held = metrics::gauge!("portcullis_sync_polls_in_flight");
+    held.increment(1);
+    let _held = Defer(|| held.decrement(1));
+    let mut stopping = app.stopping.clone();
+    let may_judge = up_to_date(app, epoch, revision, deadline).await;
+    loop {
+        let now = *positions.borrow_and_update();
+        let (ours, at) = now.ok_or(ApiError::Unavailable("The key store is not loaded yet. Try again shortly."))?;
+        let in_step = ours == epoch && at == revision;
+        let elsewhere = ours != epoch || at < revision;
+        if !in_step && (may_judge || !elsewhere) {
+            return written(app, PageRequest::Changes(if ours == epoch { revision } else { u64::MAX }), filters());
+        }
+        tokio::select! {
+            _ = positions.changed() => {}
+            () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision, filters()),
+            _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision, filters()),
+        }
+    }
+}
+
+/// Whether the mirror is recent enough to judge what a reader has. One with another epoch, or ahead of this replica, was
+/// told by another replica, or of a database that has since been restored: the database is looked at before it is sent a
+/// snapshot, which otherwise could be of an older state and bring revoked keys back. No, if the database is away.
+async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -> bool {
+    if app.store.position().is_none_or(|(ours, at)| ours == epoch && revision <= at) {
+        return true;
+    }
+    let mut stopping = app.stopping.clone();
+    tokio::select! {
+        looked = tokio::time::timeout_at(deadline, app.feed.refresh(Some((epoch, revision)))) => matches!(looked, Ok(Ok(()))),
+        _ = stopping.wait_for(|stopping| *stopping) => false,
+    }
+}
+
+fn written(app: &App, wanted: PageRequest, filters: u32) -> Result<Bytes, ApiError> {
+    match app.store.page(wanted, filters) {
+        None => Err(ApiError::Unavailable("The key store is not loaded yet. Try again shortly.")),
+        Some(page) => page.map_err(|error| ApiError::Internal(format!("a page cannot be encoded: {error}"))),
+    }
+}
+
+/// The page that has no news.
+fn unchanged(app: &App, epoch: Epoch, revision: u64, filters: u32) -> Result<Bytes, ApiError> {
+    let header =
+        Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision }, filters };
+    let page = PageWriter::new().finish(&header);
+    page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page cannot be encoded: {error}")))
+}
+
+/// `POST /sync/v1/usage`: takes reports and acknowledges them once they are committed.
+///
+/// # Errors
+/// A refused key, reports that do not make sense or are another's, 503 if they cannot be taken now.
+pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: Bytes) -> Result<Response, ApiError> {
+    let reports = read_reports(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() });
+    let reports = reports.inspect_err(|_| rejected())?;
+    if let Some(first) = reports.first()
+        && app.filters.held(first.reporter, key) == Registration::TooMany
+    {
+        rejected();
+        return Err(too_many(&app));
+    }
+    let ack = app.usage.submit(reports, key).await.map_err(|error| match error {
+        IngestError::Senseless(detail) => {
+            rejected();
+            ApiError::Invalid { field: None, detail }
+        }
+        IngestError::Foreign => {
+            rejected();
+            ApiError::Forbidden(
+                "This reporter belongs to another sync key. Restart Envoy after changing its key.".into(),
+            )
+        }
+        IngestError::TooMany => {
+            rejected();
+            let detail = format!(
+                "Reports of {NEW_REPORTERS} new Envoys came under this sync key within 24 hours, which is as many as it may \
+                 have. Give each zone a sync key of its own, or revoke the key if it was stolen."
+            );
+            ApiError::BoundReached { detail, retry_after_s: 3_600 }
+        }
+        IngestError::Full => ApiError::Unavailable("Too many usage reports are queued. Send the report again."),
+        IngestError::Database(error) => {
+            tracing::warn!(%error, "could not commit usage reports");
+            ApiError::Unavailable("The database is not available. Send the report again.")
+        }
+    })?;
+    app.filters.reported(ack.reporter, key);
+    let body = ack.write().map_err(|error| ApiError::Internal(format!("an acknowledgement: {error}")))?;
+    Ok((StatusCode::OK, [(header::CONTENT_TYPE, ACK_TYPE)], body).into_response())
+}
+
+fn rejected() {
+    metrics::counter!("portcullis_usage_reports_total", "result" => "rejected").increment(1);
+}
+
+/// Does something when it is dropped, however the future that holds it ends.
+struct Defer<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for Defer<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}

@@ -1,0 +1,339 @@
+//! `GET /v1/usage`: sums of usage by key, user, plan, scope and outcome, as JSON or CSV. A query spans at most 366
+//! days, by the hour 31 days.
+
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use time::{Duration, OffsetDateTime};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::csv;
+use super::keys::usage::span;
+use super::openapi::ReadErrors;
+use super::pagination;
+use crate::App;
+use crate::api::auth::Caller;
+use crate::api::extract::{Json, Query};
+use crate::api::problem::Problem;
+use crate::domain::{Email, Timestamp};
+use crate::error::ApiError;
+use crate::keys::read::get;
+use crate::metering::outcome;
+use crate::metering::query::{Groups, Interval, Place, Question, Sum, sums};
+
+const LIMIT: i64 = 1_000;
+const LONGEST_BY_HOUR: Duration = Duration::days(31);
+/// Longest name of a plan or scope that is looked for, in bytes, and longest cursor.
+const NAME_BYTES: usize = 256;
+const CURSOR_BYTES: usize = 4_096;
+
+/// What to sum up.
+#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct SumsQuery {
+    /// What to group by: any of `key`, `user`, `plan`, `scope` and `outcome`, with commas between. A key with several scopes
+    /// counts under each. Plan and scopes (its own, those of its roles and of its plan) are those that a key has now.
+    #[param(example = "key,outcome")]
+    group_by: Option<String>,
+    /// Spans of time to sum over, in UTC: `hour`, `day`, `month` or `total`; `total` unless given. Old usage is kept by the
+    /// day only and shows in the first hour of its day.
+    #[param(example = "day")]
+    interval: Option<String>,
+    /// Only this key.
+    key_id: Option<Uuid>,
+    /// Only this user's keys. Callers without the scope `admin` see only their own anyway.
+    #[param(example = "user@example.com")]
+    email: Option<String>,
+    /// Only keys with this plan, by its name.
+    plan: Option<String>,
+    /// Only keys with this very scope.
+    scope: Option<String>,
+    /// Only this outcome, as `allowed` or `shadow:rate_limited`.
+    outcome: Option<String>,
+    /// From when on (RFC 3339); seven days before `to` unless given.
+    #[param(example = "2026-05-01T00:00:00Z")]
+    from: Option<String>,
+    /// Until before when (RFC 3339); now unless given. At most 366 days after `from`, 31 by the hour.
+    #[param(example = "2026-05-08T00:00:00Z")]
+    to: Option<String>,
+    /// `json` or `csv`; by default as the header `accept` demands.
+    format: Option<String>,
+    /// `next_cursor` of the page before.
+    cursor: Option<String>,
+    /// How many rows; 1,000 unless given.
+    #[param(minimum = 1, maximum = 1_000)]
+    limit: Option<i64>,
+}
+
+/// One sum. It has those fields that were asked for with `group_by` and `interval`; they are null for requests without a
+/// known key, for users without a plan and for keys without a scope.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageRow {
+    /// The start of the span; not there with the interval `total`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start: Option<Timestamp>,
+    /// The key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Uuid>)]
+    key_id: Option<Option<Uuid>>,
+    /// A name for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "Production Key")]
+    key_name: Option<Option<String>>,
+    /// Its owner.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "user@example.com")]
+    email: Option<Option<String>>,
+    /// Its plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    plan: Option<Option<String>>,
+    /// One of its scopes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    scope: Option<Option<String>>,
+    /// What came of the requests; after `shadow:`, what would have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "allowed")]
+    outcome: Option<String>,
+    /// How many requests.
+    requests: i64,
+    /// Credits that they cost together.
+    cost: i64,
+}
+
+/// A page of sums.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsagePage {
+    /// From when on.
+    from: Timestamp,
+    /// Until before when.
+    to: Timestamp,
+    /// The sums, ordered by span, key, email, plan, scope and outcome. Where there were no requests there is no row.
+    usage: Vec<UsageRow>,
+    /// What to send as `cursor` for the next page, with the same `from` and `to`; null on the last one.
+    #[schema(required)]
+    next_cursor: Option<String>,
+}
+
+/// Sum up usage.
+///
+/// Admins also see requests without a known key, unless the query selects keys. In sums by key, the key of these requests
+/// is null.
+#[utoipa::path(
+    operation_id = "getUsage",
+    get, path = "/v1/usage", tag = "insight", params(SumsQuery), security(("api_key" = [])),
+    responses(
+        ReadErrors,
+        (status = 200, description = "A page of sums; as CSV with a line of names before the rows",
+            content((UsagePage = "application/json"), (String = "text/csv")),
+            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 403, description = "Another user's usage", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub async fn usage(
+    State(app): State<App>,
+    caller: Caller,
+    headers: HeaderMap,
+    Query(query): Query<SumsQuery>,
+) -> Result<Response, ApiError> {
+    let as_csv = wants_csv(query.format.as_deref(), &headers)?;
+    let question = question(&app, &caller, &query).await?;
+    let mut found = sums(&app.pool, &question).await?;
+    let next_cursor = pagination::cut(&mut found, question.limit - 1, |sum| written(&sum.of)).transpose()?;
+    let link = next_cursor.clone().map(|cursor| next_link(query, &question, cursor, as_csv));
+    let mut response = if as_csv {
+        let headers =
+            [(header::CONTENT_TYPE, "text/csv; charset=utf-8; header=present"), (header::CACHE_CONTROL, "no-store")];
+        (headers, table(&question, &found)).into_response()
+    } else {
+        let usage = found.into_iter().map(|sum| row(&question, sum)).collect();
+        Json(UsagePage { from: question.from.into(), to: question.to.into(), usage, next_cursor }).into_response()
+    };
+    if let Some(link) = link {
+        response.headers_mut().insert(header::LINK, link);
+    }
+    response.headers_mut().insert(header::VARY, HeaderValue::from_static("accept"));
+    Ok(response)
+}
+
+fn wants_csv(format: Option<&str>, headers: &HeaderMap) -> Result<bool, ApiError> {
+    match format {
+        Some("csv") => Ok(true),
+        Some("json") => Ok(false),
+        Some(_) => Err(ApiError::invalid("format", "must be json or csv")),
+        None => Ok(headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/csv"))),
+    }
+}
+
+async fn question(app: &App, caller: &Caller, query: &SumsQuery) -> Result<Question, ApiError> {
+    let asked = query.email.as_deref().map(Email::parse).transpose()?;
+    match &asked {
+        Some(email) => caller.require_owner_or_admin(email)?,
+        None => caller.require_manager()?,
+    }
+    let interval = match query.interval.as_deref() {
+        Some("hour") => Interval::Hour,
+        Some("day") => Interval::Day,
+        Some("month") => Interval::Month,
+        None | Some("total") => Interval::Total,
+        Some(_) => return Err(ApiError::invalid("interval", "must be hour, day, month or total")),
+    };
+    let (from, to) = span(query.from.as_deref(), query.to.as_deref(), OffsetDateTime::now_utc())?;
+    if interval == Interval::Hour && to - from > LONGEST_BY_HOUR {
+        return Err(ApiError::invalid("from", "must lie at most 31 days before to, by the hour"));
+    }
+    let limit = pagination::limit_within(query.limit, LIMIT, LIMIT)?;
+    let outcome = query.outcome.as_deref().map(|name| {
+        let detail = "must be the name of an outcome, as allowed or shadow:rate_limited";
+        outcome::code(name).ok_or_else(|| ApiError::invalid("outcome", detail))
+    });
+    let after = query.cursor.as_deref().map(|cursor| {
+        read(cursor).ok_or_else(|| ApiError::invalid("cursor", "must be the next_cursor of the page before"))
+    });
+    if let Some(id) = query.key_id {
+        let key = get(&app.pool, id).await?.filter(|key| caller.manages(key.owner_id));
+        key.ok_or_else(|| ApiError::NotFound(format!("There is no key {id}.")))?;
+    }
+    let email =
+        if caller.is_admin() { asked.map(|email| email.as_str().to_owned()) } else { Some(caller.email.clone()) };
+    let (plan, scope) = (named("plan", query.plan.as_deref())?, named("scopes", query.scope.as_deref())?);
+    let keyless = query.key_id.is_none() && email.is_none() && plan.is_none() && scope.is_none();
+    Ok(Question {
+        groups: groups(query.group_by.as_deref())?,
+        interval,
+        from,
+        to,
+        key_id: query.key_id,
+        email,
+        plan,
+        scope,
+        outcome: outcome.transpose()?,
+        keyless,
+        after: after.transpose()?,
+        // One entry more than the limit shows whether there is a next page.
+        limit: limit + 1,
+    })
+}
+
+fn named(field: &'static str, name: Option<&str>) -> Result<Option<String>, ApiError> {
+    let sane = |name: &str| (1..=NAME_BYTES).contains(&name.len()) && !name.chars().any(char::is_control);
+    match name {
+        Some(name) if !sane(name) => Err(ApiError::invalid(field, format!("must have 1 to {NAME_BYTES} characters"))),
+        name => Ok(name.map(Into::into)),
+    }
+}
+
+fn groups(text: Option<&str>) -> Result<Groups, ApiError> {
+    let mut groups = Groups::default();
+    for group in text.into_iter().flat_map(|text| text.split(',')).map(str::trim) {
+        match group {
+            "key" => groups.key = true,
+            "user" => groups.user = true,
+            "plan" => groups.plan = true,
+            "scope" => groups.scope = true,
+            "outcome" => groups.outcome = true,
+            _ => {
+                let detail = "must be any of key, user, plan, scope and outcome, with commas between";
+                return Err(ApiError::invalid("group_by", detail));
+            }
+        }
+    }
+    Ok(groups)
+}
+
+fn row(question: &Question, sum: Sum) -> UsageRow {
+    let Sum { of, key_name, requests, cost } = sum;
+    let Groups { key, user, plan, scope, outcome } = question.groups;
+    let text = |wanted: bool, text: String| wanted.then(|| Some(text).filter(|text| !text.is_empty()));
+    UsageRow {
+        start: start(question, of.start),
+        key_id: key.then(|| Some(of.key_id).filter(|id| !id.is_nil())),
+        key_name: key.then_some(key_name),
+        email: text(user, of.email),
+        plan: text(plan, of.plan),
+        scope: text(scope, of.scope),
+        outcome: outcome.then(|| outcome::name(of.outcome)),
+        requests,
+        cost,
+    }
+}
+
+fn start(question: &Question, seconds: i64) -> Option<Timestamp> {
+    let start = OffsetDateTime::from_unix_timestamp(seconds).ok()?;
+    (question.interval != Interval::Total).then(|| start.into())
+}
+
+fn table(question: &Question, sums: &[Sum]) -> String {
+    let Groups { key, user, plan, scope, outcome } = question.groups;
+    let start = question.interval != Interval::Total;
+    let columns = [
+        (start, "start"),
+        (key, "key_id"),
+        (key, "key_name"),
+        (user, "email"),
+        (plan, "plan"),
+        (scope, "scope"),
+        (outcome, "outcome"),
+        (true, "requests"),
+        (true, "cost"),
+    ];
+    let mut out = String::new();
+    csv::line(&mut out, columns.iter().filter(|(wanted, _)| *wanted).map(|(_, name)| *name));
+    for Sum { of, key_name, requests, cost } in sums {
+        let fields = [
+            rfc_3339(of.start),
+            if of.key_id.is_nil() { String::new() } else { of.key_id.to_string() },
+            key_name.clone().unwrap_or_default(),
+            of.email.clone(),
+            of.plan.clone(),
+            of.scope.clone(),
+            outcome::name(of.outcome),
+            requests.to_string(),
+            cost.to_string(),
+        ];
+        let wanted = columns.iter().zip(&fields).filter(|((wanted, _), _)| *wanted);
+        csv::line(&mut out, wanted.map(|(_, field)| field.as_str()));
+    }
+    out
+}
+
+fn rfc_3339(seconds: i64) -> String {
+    let time = OffsetDateTime::from_unix_timestamp(seconds).ok();
+    let text = time.and_then(|time| time.format(&time::format_description::well_known::Rfc3339).ok());
+    text.unwrap_or_default()
+}
+
+/// A cursor is the place of the last row, so that a page goes on where the one before ended, whatever was counted between.
+fn written(place: &Place) -> Result<String, ApiError> {
+    let text = serde_json::to_vec(place).map_err(|error| ApiError::Internal(format!("a cursor: {error}")))?;
+    Ok(hex::encode(text))
+}
+
+fn read(cursor: &str) -> Option<Place> {
+    let bytes = hex::decode(Some(cursor).filter(|cursor| cursor.len() <= CURSOR_BYTES)?).ok()?;
+    let place: Place = serde_json::from_slice(&bytes).ok()?;
+    let sane = [&place.email, &place.plan, &place.scope].iter().all(|text| !text.contains('\0'));
+    Some(place).filter(|_| sane)
+}
+
+/// The link to the next page of the same span of time.
+fn next_link(query: SumsQuery, question: &Question, cursor: String, as_csv: bool) -> HeaderValue {
+    let next = SumsQuery {
+        from: Some(exactly(question.from)),
+        to: Some(exactly(question.to)),
+        format: as_csv.then(|| "csv".to_owned()),
+        cursor: Some(cursor),
+        limit: Some(question.limit - 1),
+        ..query
+    };
+    pagination::next_link("/v1/usage", &next)
+}
+
+fn exactly(time: OffsetDateTime) -> String {
+    time.format(&time::format_description::well_known::Rfc3339).unwrap_or_default()
+}

@@ -1,0 +1,110 @@
+//! Roles and plans: parsed here, stored in [`store`]. They cannot grant the scopes `admin` and `sync`, which only a
+//! key itself has.
+
+pub mod store;
+
+use crate::domain::{ADMIN, Quota, QuotaBody, RateLimitBody, SYNC, Scopes, StoredLimit, parse_rate_limits};
+use crate::error::ApiError;
+
+const NAME_CHARS: usize = 64;
+const DESCRIPTION_CHARS: usize = 500;
+
+/// Roles that there may be, and plans, each: filters hold all of them in memory. Those that were removed do not count.
+pub const MOST: i64 = 1_000;
+
+/// What a definition is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A named set of scopes; a key may have several.
+    Role,
+    /// A bundle of scopes, limits and a quota; a key has one at most.
+    Plan,
+}
+
+impl Kind {
+    /// Its name, in the database and in words.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Role => "role",
+            Self::Plan => "plan",
+        }
+    }
+
+    /// The field of a key that names definitions of the kind.
+    #[must_use]
+    pub const fn field(self) -> &'static str {
+        match self {
+            Self::Role => "roles",
+            Self::Plan => "plan",
+        }
+    }
+}
+
+/// What a role or plan is called: 1 to 64 characters of a-z, 0-9, `_` and `-`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Name(String);
+
+impl Name {
+    /// Parses a name that stands in `field`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(field: &'static str, text: &str) -> Result<Self, ApiError> {
+        let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+        if !(1..=NAME_CHARS).contains(&text.len()) || !text.bytes().all(allowed) {
+            let detail = format!("each name must have 1 to {NAME_CHARS} characters of a-z, 0-9, _ and -");
+            return Err(ApiError::invalid(field, detail));
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The content of a definition. Roles have scopes only.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Content {
+    /// For people.
+    pub description: String,
+    /// Scopes that it grants.
+    pub scopes: Scopes,
+    /// Limits of keys that have none of their own.
+    pub rate_limits: Vec<StoredLimit>,
+    /// The quota of each key that has none of its own.
+    pub quota: Option<Quota>,
+}
+
+impl Content {
+    /// Parses the fields of a client.
+    ///
+    /// # Errors
+    /// What is wrong with `description`, `scopes`, `rate_limits` or `quota`.
+    pub fn parse(
+        description: &str,
+        scopes: Vec<String>,
+        rate_limits: Vec<RateLimitBody>,
+        quota: Option<QuotaBody>,
+    ) -> Result<Self, ApiError> {
+        let description = description.trim();
+        if description.chars().count() > DESCRIPTION_CHARS || description.chars().any(char::is_control) {
+            let detail = format!("must have at most {DESCRIPTION_CHARS} characters and no control characters");
+            return Err(ApiError::invalid("description", detail));
+        }
+        let scopes = Scopes::parse(scopes)?;
+        if let Some(scope) = scopes.as_slice().iter().find(|scope| [ADMIN, SYNC].contains(&scope.as_str())) {
+            let detail = format!("must not contain {scope}, which can be granted to a key only");
+            return Err(ApiError::invalid("scopes", detail));
+        }
+        Ok(Self {
+            description: description.into(),
+            scopes,
+            rate_limits: parse_rate_limits(rate_limits)?,
+            quota: quota.map(QuotaBody::parse).transpose()?,
+        })
+    }
+}

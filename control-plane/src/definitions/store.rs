@@ -1,0 +1,302 @@
+//! Roles and plans in PostgreSQL. A deleted definition keeps its row and its number, so that filters learn that it
+//! is gone.
+//!
+//! A key or a user that gets a definition locks its row `for key share` ([`numbers`]), which only a deletion waits
+//! for. A deletion locks it `for update` and then sees every use. A replacement locks it `for no key update`: it
+//! waits for other replacements and deletions only. The order of locks stands in [`crate::keys::lock`].
+
+use serde_json::json;
+use sqlx::types::Json;
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+
+use super::{Content, Kind, MOST, Name};
+use crate::audit::{Actor, AuditEvent};
+use crate::change::{Change, Writer};
+use crate::domain::{Preconditions, Quota, QuotaBody, StoredLimit};
+use crate::error::ApiError;
+use crate::quota::{Whose, check_time_zone, refresh_starters};
+
+/// A role or a plan.
+#[derive(Clone, Debug)]
+pub struct Definition {
+    /// What keys and records call it.
+    pub number: i32,
+    /// A name for people.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// Scopes that it grants.
+    pub scopes: Vec<String>,
+    /// Limits of keys that have none of their own.
+    pub rate_limits: Json<Vec<StoredLimit>>,
+    /// The quota of each key that has none of its own.
+    pub quota: Option<Json<Quota>>,
+    /// Counted up with each change.
+    pub version: i64,
+    /// When it was created.
+    pub created_at: OffsetDateTime,
+}
+
+impl Definition {
+    fn says(&self, content: &Content) -> bool {
+        self.description == content.description
+            && self.scopes == content.scopes.as_slice()
+            && self.rate_limits.0 == content.rate_limits
+            && self.quota.as_ref().map(|quota| &quota.0) == content.quota.as_ref()
+    }
+}
+
+/// Reads one.
+pub async fn get(pool: &PgPool, kind: Kind, name: &Name) -> Result<Option<Definition>, ApiError> {
+    let found = sqlx::query_as!(
+        Definition,
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+            quota as "quota: Json<Quota>", version, created_at
+        from definitions where kind = $1 and name = $2 and not removed"#,
+        kind.name(),
+        name.as_str()
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(found)
+}
+
+/// Reads those whose names come after `after`, by name, at most `limit`.
+pub async fn list(pool: &PgPool, kind: Kind, after: Option<&Name>, limit: i64) -> Result<Vec<Definition>, ApiError> {
+    let found = sqlx::query_as!(
+        Definition,
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+            quota as "quota: Json<Quota>", version, created_at
+        from definitions where kind = $1 and name > $2 and not removed order by name limit $3"#,
+        kind.name(),
+        after.map_or("", Name::as_str),
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(found)
+}
+
+/// Creates or replaces a definition. Says whether it is new. A definition with the same content stays as it is: a statement
+/// that changes nothing would wake every filter.
+///
+/// # Errors
+/// 412 by the preconditions, 409 if there are too many, a time zone that is unknown.
+pub async fn put(
+    writer: &Writer,
+    actor: &Actor,
+    kind: Kind,
+    name: &Name,
+    content: &Content,
+    preconditions: &Preconditions,
+) -> Result<(Definition, bool), ApiError> {
+    loop {
+        let put = writer.change(actor, async |change| put_once(change, kind, name, content, preconditions).await);
+        // Somebody else has just made it. It is replaced from the start, so that locks are taken in their order.
+        if let Some(put) = put.await? {
+            return Ok(put);
+        }
+    }
+}
+
+/// Makes or replaces one, unless another transaction made it meanwhile.
+async fn put_once(
+    change: &mut Change,
+    kind: Kind,
+    name: &Name,
+    content: &Content,
+    preconditions: &Preconditions,
+) -> Result<Option<(Definition, bool)>, ApiError> {
+    if let Some(quota) = &content.quota {
+        check_time_zone(quota, change).await?;
+    }
+    let present = sqlx::query_as!(
+        Definition,
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+            quota as "quota: Json<Quota>", version, created_at
+        from definitions where kind = $1 and name = $2 and not removed for no key update"#,
+        kind.name(),
+        name.as_str()
+    )
+    .fetch_optional(&mut **change)
+    .await?;
+    preconditions.check(present.as_ref().map(|present| present.version))?;
+    let made = present.is_none();
+    let put = match present {
+        Some(present) if present.says(content) => return Ok(Some((present, false))),
+        Some(present) => Some(replace(change, present.number, content).await?),
+        None => make(change, kind, name, content).await?,
+    };
+    let Some(put) = put else { return Ok(None) };
+    let action = match (kind, made) {
+        (Kind::Role, true) => "role.create",
+        (Kind::Role, false) => "role.update",
+        (Kind::Plan, true) => "plan.create",
+        (Kind::Plan, false) => "plan.update",
+    };
+    let mut detail = json!({"scopes": put.scopes});
+    if kind == Kind::Plan {
+        detail["rate_limits"] = json!(put.rate_limits);
+        detail["quota"] = json!(put.quota.as_ref().map(|quota| QuotaBody::of(quota)));
+    }
+    change.record(AuditEvent::on(action, name.as_str(), detail)).await?;
+    Ok(Some((put, made)))
+}
+
+async fn make(
+    connection: &mut PgConnection,
+    kind: Kind,
+    name: &Name,
+    content: &Content,
+) -> Result<Option<Definition>, ApiError> {
+    let made = sqlx::query_as!(
+        Definition,
+        r#"insert into definitions (kind, name, description, scopes, rate_limits, quota) values ($1, $2, $3, $4, $5, $6)
+        on conflict (kind, name) where not removed do nothing
+        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+            quota as "quota: Json<Quota>", version, created_at"#,
+        kind.name(),
+        name.as_str(),
+        content.description,
+        content.scopes.as_slice(),
+        Json(&content.rate_limits) as _,
+        content.quota.as_ref().map(Json) as _
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    // Since the insert, other transactions wait for `store_state`, so the count is complete.
+    let there = sqlx::query_scalar!(
+        r#"select count(*) as "there!" from definitions where kind = $1 and not removed"#,
+        kind.name()
+    )
+    .fetch_one(connection)
+    .await?;
+    if made.is_some() && there > MOST {
+        let detail = format!("There are {MOST} {0}s already. Delete a {0} that is not needed.", kind.name());
+        return Err(ApiError::Conflict(detail));
+    }
+    Ok(made)
+}
+
+async fn replace(connection: &mut PgConnection, number: i32, content: &Content) -> Result<Definition, ApiError> {
+    let replaced = sqlx::query_as!(
+        Definition,
+        r#"update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5 where number = $1
+        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+            quota as "quota: Json<Quota>", version, created_at"#,
+        number,
+        content.description,
+        content.scopes.as_slice(),
+        Json(&content.rate_limits) as _,
+        content.quota.as_ref().map(Json) as _
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    refresh_starters(connection, Whose::Plan(number)).await?;
+    Ok(replaced)
+}
+
+/// Deletes a definition that is not in use. Says whether there was one.
+///
+/// # Errors
+/// 412 by the preconditions, 409 that says how many use it.
+pub async fn remove(
+    writer: &Writer,
+    actor: &Actor,
+    kind: Kind,
+    name: &Name,
+    preconditions: &Preconditions,
+) -> Result<bool, ApiError> {
+    writer.change(actor, async |change| remove_in(change, kind, name, preconditions).await).await
+}
+
+async fn remove_in(
+    change: &mut Change,
+    kind: Kind,
+    name: &Name,
+    preconditions: &Preconditions,
+) -> Result<bool, ApiError> {
+    let present = sqlx::query!(
+        "select number, version from definitions where kind = $1 and name = $2 and not removed for update",
+        kind.name(),
+        name.as_str()
+    )
+    .fetch_optional(&mut **change)
+    .await?;
+    preconditions.check(present.as_ref().map(|present| present.version))?;
+    let Some(present) = present else { return Ok(false) };
+    let uses = sqlx::query!(
+        r#"select
+            (select count(*) from api_keys where role_numbers @> array[$1::integer] and role_numbers <> '{}'
+                and revoked_at is null)
+            + (select count(*) from api_keys where coalesce(plan_number, owner_plan_number) = $1 and revoked_at is null)
+                as "keys!",
+            (select count(*) from user_preferences where plan_number = $1) as "users!""#,
+        present.number
+    )
+    .fetch_one(&mut **change)
+    .await?;
+    if uses.keys > 0 || uses.users > 0 {
+        let users = if uses.users > 0 { format!(" and {}", counted(uses.users, "user")) } else { String::new() };
+        let (kind, name, keys) = (kind.name(), name.as_str(), counted(uses.keys, "key"));
+        return Err(ApiError::Conflict(format!(
+            "The {kind} {name} is used by {keys}{users}. Remove it from them first."
+        )));
+    }
+    sqlx::query!("update definitions set removed = true where number = $1", present.number)
+        .execute(&mut **change)
+        .await?;
+    let action = match kind {
+        Kind::Role => "role.delete",
+        Kind::Plan => "plan.delete",
+    };
+    change.record(AuditEvent::on(action, name.as_str(), json!({}))).await?;
+    Ok(true)
+}
+
+fn counted(number: i64, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}
+
+/// Finds definitions by name, for a key or a user that is given them, and keeps them from being removed until the
+/// transaction ends. The numbers stand in the order of the names. To be called before the first change of a key: see the
+/// order of locks above.
+///
+/// # Errors
+/// The field and the first name that is unknown.
+pub async fn numbers(connection: &mut PgConnection, kind: Kind, names: &[Name]) -> Result<Vec<i32>, ApiError> {
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    let wanted: Vec<_> = names.iter().map(|name| name.as_str().to_owned()).collect();
+    let found = sqlx::query!(
+        "select number, name from definitions where kind = $1 and name = any($2) and not removed
+        order by number for key share",
+        kind.name(),
+        &wanted
+    )
+    .fetch_all(connection)
+    .await?;
+    let number = |name: &String| {
+        let row = found.iter().find(|row| row.name == *name);
+        row.map(|row| row.number).ok_or_else(|| {
+            ApiError::invalid(
+                kind.field(),
+                format!("there is no {} {name}; create it with PUT /v1/{0}s/{name}", kind.name()),
+            )
+        })
+    };
+    wanted.iter().map(number).collect()
+}
+
+/// Finds a plan by number, for a key that has it from another, and keeps it from being removed until the transaction
+/// ends. None if it was removed.
+pub async fn lock_plan(connection: &mut PgConnection, number: i32) -> Result<Option<i32>, ApiError> {
+    let held =
+        sqlx::query_scalar!("select number from definitions where number = $1 and not removed for key share", number)
+            .fetch_optional(connection)
+            .await?;
+    Ok(held)
+}

@@ -1,0 +1,21 @@
+//! Values that keys, roles, plans and users share. Each is parsed once from what a client sends, with an error that names the
+//! field and the remedy. No value contains a control character, which PostgreSQL refuses or which breaks a line of the log.
+
+pub mod email;
+pub mod name;
+pub mod patch;
+pub mod preconditions;
+pub mod quota;
+pub mod rate_limit;
+pub mod record;
+pub mod scopes;
+pub mod timestamp;
+
+pub use email::Email;
+pub use name::KeyName;
+pub use patch::Patch;
+pub use preconditions::Preconditions;
+pub use quota::{Period, Quota, QuotaBody};
+pub use rate_limit::{RateLimitBody, StoredLimit, parse_rate_limits};
+pub use scopes::{ADMIN, SYNC, Scopes};
+pub use timestamp::{Timestamp, default_expiry, parse_expiry, parse_time, round_up_to_second};

@@ -1,0 +1,204 @@
+//! Quotas of keys and plans: requests of a key in a window of time.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::error::ApiError;
+
+const REQUESTS: i64 = 1_000_000_000_000;
+const WINDOW_S: std::ops::RangeInclusive<i64> = 60..=31_622_400;
+const TIME_ZONE_CHARS: usize = 64;
+pub(crate) const UTC: &str = "UTC";
+
+/// A quota, as the database keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    /// How many requests a window has.
+    pub requests: i64,
+    /// What windows there are.
+    pub period: Period,
+    /// Where days begin at midnight; UTC unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
+    /// Of a rolling window: its length in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_s: Option<i64>,
+}
+
+/// What windows there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Period {
+    /// From midnight to midnight.
+    Day,
+    /// From Monday to Monday.
+    Week,
+    /// From the first to the first.
+    Month,
+    /// The last so many seconds, at any time.
+    Rolling,
+}
+
+impl Period {
+    /// The name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Week => "week",
+            Self::Month => "month",
+            Self::Rolling => "rolling",
+        }
+    }
+}
+
+impl Quota {
+    /// What stands in the database; none if it makes no sense.
+    #[must_use]
+    pub fn of(value: Option<serde_json::Value>) -> Option<Self> {
+        value.and_then(|value| serde_json::from_value(value).ok())
+    }
+
+    /// The time zone of its calendar.
+    #[must_use]
+    pub fn zone(&self) -> &str {
+        self.time_zone.as_deref().unwrap_or("UTC")
+    }
+
+    /// The length of a rolling window, in seconds.
+    #[must_use]
+    pub fn window_s(&self) -> i64 {
+        self.window_s.unwrap_or(86_400).clamp(1, 366 * 86_400)
+    }
+
+    /// Names the windows: a quota of another kind begins a new one.
+    #[must_use]
+    pub fn kind(&self) -> String {
+        match self.period {
+            Period::Rolling => format!("rolling/{}", self.window_s()),
+            period => format!("{}/{}", period.name(), self.zone()),
+        }
+    }
+
+    /// What an Envoy may admit before it was leased any; `told` is what filters know.
+    #[must_use]
+    pub fn starter(&self, told: Option<i32>) -> i64 {
+        told.map_or(self.requests / 16, i64::from).max(1)
+    }
+}
+
+/// A quota as clients write and read it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QuotaBody {
+    /// How many requests are allowed.
+    #[schema(example = 100_000, minimum = 1, maximum = 1_000_000_000_000_i64)]
+    pub requests: i64,
+    /// In which time.
+    #[schema(inline, example = "month")]
+    pub period: Period,
+    /// In which time zone a day, week or month begins (IANA); UTC unless given. Not with `rolling`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "Europe/Berlin", max_length = 64)]
+    pub time_zone: Option<String>,
+    /// How long the window is, in seconds. With `rolling`, and only then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 60, maximum = 31_622_400)]
+    pub window_seconds: Option<i64>,
+}
+
+impl QuotaBody {
+    /// Shows a quota.
+    #[must_use]
+    pub fn of(quota: &Quota) -> Self {
+        Self {
+            requests: quota.requests,
+            period: quota.period,
+            time_zone: quota.time_zone.clone(),
+            window_seconds: quota.window_s,
+        }
+    }
+
+    /// Parses a quota, but for the name of its time zone, which the database judges: `quota::check_time_zone`.
+    ///
+    /// # Errors
+    /// What is wrong with `quota`.
+    pub fn parse(self) -> Result<Quota, ApiError> {
+        let bad = |detail: String| ApiError::invalid("quota", detail);
+        if !(1..=REQUESTS).contains(&self.requests) {
+            return Err(bad(format!("requests must be a number from 1 to {REQUESTS}")));
+        }
+        let rolling = self.period == Period::Rolling;
+        let (least, most) = (WINDOW_S.start(), WINDOW_S.end());
+        let (time_zone, window_s) = match (rolling, self.time_zone, self.window_seconds) {
+            (true, None, Some(window)) if WINDOW_S.contains(&window) => (None, Some(window)),
+            (true, None, _) => {
+                return Err(bad(format!("a rolling quota needs window_seconds, a number from {least} to {most}")));
+            }
+            (true, Some(_), _) => return Err(bad("a rolling quota has no time_zone".into())),
+            (false, _, Some(_)) => return Err(bad("window_seconds goes with the period rolling only".into())),
+            (false, zone, None) => (Some(parse_time_zone(zone)?), None),
+        };
+        Ok(Quota { requests: self.requests, period: self.period, time_zone, window_s })
+    }
+}
+
+fn parse_time_zone(zone: Option<String>) -> Result<String, ApiError> {
+    let Some(zone) = zone else { return Ok(UTC.into()) };
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'+' | b'-' | b'/');
+    // The system's files have further ways to say the same.
+    let foreign = ["posix", "right/", "localtime", "Factory"].iter().any(|start| zone.starts_with(start));
+    if !(1..=TIME_ZONE_CHARS).contains(&zone.len()) || !zone.bytes().all(allowed) || foreign {
+        return Err(unknown_time_zone());
+    }
+    Ok(zone)
+}
+
+pub(crate) fn unknown_time_zone() -> ApiError {
+    ApiError::invalid("quota", "time_zone must be a time zone of the IANA database such as Europe/Berlin")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(period: Period) -> QuotaBody {
+        QuotaBody { requests: 1, period, time_zone: None, window_seconds: None }
+    }
+
+    #[test]
+    fn a_calendar_has_a_time_zone_and_a_rolling_window_a_length() {
+        let month = QuotaBody { time_zone: Some("Europe/Berlin".into()), ..body(Period::Month) }.parse().unwrap();
+        assert_eq!((month.time_zone.as_deref(), month.window_s), (Some("Europe/Berlin"), None));
+        assert_eq!(body(Period::Day).parse().unwrap().time_zone.as_deref(), Some("UTC"));
+        let rolling = QuotaBody { window_seconds: Some(60), ..body(Period::Rolling) };
+        assert_eq!(QuotaBody::of(&rolling.clone().parse().unwrap()), rolling);
+        for bad in [
+            QuotaBody { requests: 0, ..body(Period::Day) },
+            QuotaBody { requests: 1_000_000_000_001, ..body(Period::Day) },
+            QuotaBody { time_zone: Some("a b".into()), ..body(Period::Week) },
+            QuotaBody { time_zone: Some(String::new()), ..body(Period::Week) },
+            QuotaBody { time_zone: Some("posix/UTC".into()), ..body(Period::Week) },
+            QuotaBody { window_seconds: Some(60), ..body(Period::Day) },
+            body(Period::Rolling),
+            QuotaBody { window_seconds: Some(59), ..body(Period::Rolling) },
+            QuotaBody { window_seconds: Some(31_622_401), ..body(Period::Rolling) },
+            QuotaBody { time_zone: Some("UTC".into()), window_seconds: Some(60), ..body(Period::Rolling) },
+        ] {
+            let refused = bad.clone().parse();
+            assert!(
+                matches!(&refused, Err(ApiError::Invalid { field: Some(field), .. }) if field == "quota"),
+                "{bad:?}: {refused:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_json_of_the_database_leads_back_and_nonsense_is_no_quota() {
+        let json = serde_json::json!({"requests": 5, "period": "week", "time_zone": "Europe/Berlin"});
+        let quota = Quota::of(Some(json.clone())).unwrap();
+        assert_eq!((quota.period, quota.zone()), (Period::Week, "Europe/Berlin"));
+        assert_eq!(serde_json::to_value(&quota).unwrap(), json);
+        assert_eq!(Quota::of(Some(serde_json::json!({"requests": "many"}))), None);
+    }
+}

@@ -1,0 +1,160 @@
+//! Rate limits of keys and plans.
+
+use std::collections::BTreeSet;
+
+use contract::record::RateLimit;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::error::ApiError;
+
+const RATE_LIMITS: usize = 8;
+const RATE_LIMIT_NAME_CHARS: usize = 32;
+const RATE_LIMIT_REQUESTS: i64 = 1_000_000_000;
+const RATE_LIMIT_WINDOW_S: i64 = 31_622_400;
+
+/// A rate limit as the database keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredLimit {
+    /// The limit.
+    #[serde(flatten)]
+    pub limit: RateLimit,
+    /// Whether each Envoy judges it alone, rather than a share of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub alone: bool,
+}
+
+impl StoredLimit {
+    /// The limits, and which of them each Envoy judges alone, as records have it.
+    #[must_use]
+    pub fn apart(limits: Vec<Self>) -> (Vec<RateLimit>, u32) {
+        let alone =
+            limits.iter().zip(0..).filter(|(limit, _)| limit.alone).fold(0, |bits, (_, place)| bits | 1 << place);
+        (limits.into_iter().map(|stored| stored.limit).collect(), alone)
+    }
+
+    /// The limits of a record.
+    #[must_use]
+    pub fn together(limits: &[RateLimit], alone: u32) -> Vec<Self> {
+        let limits = limits.iter().cloned().zip(0_u32..);
+        limits.map(|(limit, place)| Self { limit, alone: alone & (1 << place) != 0 }).collect()
+    }
+}
+
+/// A rate limit as clients write and read it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitBody {
+    /// Tells the limits of one key apart: 1 to 32 characters out of a-z, 0-9, `_` and `-`.
+    #[schema(example = "burst", min_length = 1, max_length = 32, pattern = "^[a-z0-9_-]+$")]
+    pub name: String,
+    /// How many requests the window allows.
+    #[schema(example = 100, minimum = 1, maximum = 1_000_000_000)]
+    pub requests: i64,
+    /// The window, in seconds.
+    #[schema(example = 60, minimum = 1, maximum = 31_622_400)]
+    pub window_seconds: i64,
+    /// How many requests may come at once after a pause; `requests` unless given.
+    #[schema(example = 20, minimum = 1, maximum = 1_000_000_000)]
+    #[serde(default)]
+    pub burst: Option<i64>,
+    /// Whether it counts over all Envoys together; otherwise each Envoy judges it alone.
+    #[serde(default = "yes", deserialize_with = "null_is_yes")]
+    #[schema(nullable)]
+    pub shared: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+fn null_is_yes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    Option::deserialize(deserializer).map(|shared| shared.unwrap_or(true))
+}
+
+impl RateLimitBody {
+    /// Shows a limit.
+    #[must_use]
+    pub fn of(StoredLimit { limit, alone }: &StoredLimit) -> Self {
+        Self {
+            shared: !alone,
+            name: limit.name.clone(),
+            requests: limit.requests.into(),
+            window_seconds: limit.window_s.into(),
+            burst: Some(limit.burst.into()),
+        }
+    }
+
+    fn parse(self) -> Result<StoredLimit, ApiError> {
+        let bad = |detail: String| ApiError::invalid("rate_limits", detail);
+        let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+        if !(1..=RATE_LIMIT_NAME_CHARS).contains(&self.name.len()) || !self.name.bytes().all(allowed) {
+            let detail = format!("each name must have 1 to {RATE_LIMIT_NAME_CHARS} characters of a-z, 0-9, _ and -");
+            return Err(bad(detail));
+        }
+        let within = |what: &str, value: i64, most: i64| {
+            let in_range = u32::try_from(value).ok().filter(|_| (1..=most).contains(&value));
+            in_range.ok_or_else(|| bad(format!("{what} of {:?} must be a number from 1 to {most}", self.name)))
+        };
+        let limit = RateLimit {
+            requests: within("requests", self.requests, RATE_LIMIT_REQUESTS)?,
+            window_s: within("window_seconds", self.window_seconds, RATE_LIMIT_WINDOW_S)?,
+            burst: within("burst", self.burst.unwrap_or(self.requests), RATE_LIMIT_REQUESTS)?,
+            name: self.name,
+        };
+        Ok(StoredLimit { limit, alone: !self.shared })
+    }
+}
+
+/// Parses the rate limits of one key: at most 8, whose names differ.
+///
+/// # Errors
+/// What is wrong with `rate_limits`.
+pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<StoredLimit>, ApiError> {
+    if limits.len() > RATE_LIMITS {
+        return Err(ApiError::invalid("rate_limits", format!("must have at most {RATE_LIMITS} entries")));
+    }
+    let limits = limits.into_iter().map(RateLimitBody::parse).collect::<Result<Vec<_>, _>>()?;
+    let names: BTreeSet<_> = limits.iter().map(|stored| &stored.limit.name).collect();
+    if names.len() < limits.len() {
+        return Err(ApiError::invalid("rate_limits", "the names must differ"));
+    }
+    Ok(limits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field_of<T: std::fmt::Debug>(result: Result<T, ApiError>) -> Option<String> {
+        match result {
+            Err(ApiError::Invalid { field, .. }) => field.map(Into::into),
+            other => panic!("not refused as invalid: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn rate_limits_are_bounded_and_the_burst_defaults_to_the_requests() {
+        let limit = |name: &str, requests, window_seconds, burst| RateLimitBody {
+            name: name.into(),
+            requests,
+            window_seconds,
+            burst,
+            shared: true,
+        };
+        let parsed = parse_rate_limits(vec![limit("a", 5, 60, None), limit("b", 5, 60, Some(9))]).unwrap();
+        assert_eq!(parsed.iter().map(|stored| stored.limit.burst).collect::<Vec<_>>(), [5, 9]);
+        for bad in [
+            vec![limit("A", 1, 1, None)],
+            vec![limit("", 1, 1, None)],
+            vec![limit("a", 0, 1, None)],
+            vec![limit("a", 1_000_000_001, 1, Some(1))],
+            vec![limit("a", 1, 31_622_401, None)],
+            vec![limit("a", 1, 1, Some(0))],
+            vec![limit("a", 1, 1, None), limit("a", 2, 2, None)],
+            vec![limit("a", 1, 1, None); 9],
+        ] {
+            assert_eq!(field_of(parse_rate_limits(bad)).as_deref(), Some("rate_limits"));
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Scopes of keys, roles and plans.
+
+use std::collections::HashSet;
+
+use crate::error::ApiError;
+
+/// The scope that opens every management call.
+pub const ADMIN: &str = "admin";
+/// The scope of filters: sync and usage reports.
+pub const SYNC: &str = "sync";
+
+const SCOPES: usize = 32;
+const SCOPE_CHARS: usize = 64;
+
+/// Scopes of a key: at most 32, each once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scopes(Vec<String>);
+
+impl Scopes {
+    /// Parses a list of scopes; repeated ones count once.
+    ///
+    /// # Errors
+    /// What is wrong with `scopes`.
+    pub fn parse(scopes: Vec<String>) -> Result<Self, ApiError> {
+        if scopes.len() > SCOPES {
+            return Err(ApiError::invalid("scopes", format!("must have at most {SCOPES} entries")));
+        }
+        let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b':' | b'_' | b'.' | b'*' | b'-');
+        if !scopes.iter().all(|scope| (1..=SCOPE_CHARS).contains(&scope.len()) && scope.bytes().all(allowed)) {
+            let detail = format!("each scope must have 1 to {SCOPE_CHARS} characters of a-z, 0-9 and : _ . * -");
+            return Err(ApiError::invalid("scopes", detail));
+        }
+        let mut seen = HashSet::new();
+        Ok(Self(scopes.into_iter().filter(|scope| seen.insert(scope.clone())).collect()))
+    }
+
+    /// The scopes, in the order in which they were given.
+    #[must_use]
+    pub fn as_slice(&self) -> &[String] {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field_of<T: std::fmt::Debug>(result: Result<T, ApiError>) -> Option<String> {
+        match result {
+            Err(ApiError::Invalid { field, .. }) => field.map(Into::into),
+            other => panic!("not refused as invalid: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn scopes_are_deduplicated_in_order_and_bounded() {
+        let list = |scopes: &[&str]| Scopes::parse(scopes.iter().map(|scope| (*scope).into()).collect());
+        assert_eq!(list(&["b:*", "a.r_w-1", "b:*"]).unwrap().as_slice(), ["b:*", "a.r_w-1"]);
+        assert!(Scopes::parse(vec!["x".repeat(64)]).is_ok());
+        for bad in [vec![String::new()], vec!["x".repeat(65)], vec!["Admin".into()], vec!["a".into(); 33]] {
+            assert_eq!(field_of(Scopes::parse(bad)).as_deref(), Some("scopes"));
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Background jobs. Every replica runs all of them; a job that must not run twice at a time takes a lock, see
+//! [`crate::job_lock`], or skips locked rows.
+
+pub mod statistics;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use sqlx::PgPool;
+use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+use tracing::{debug, info, warn};
+
+use crate::api::idempotency;
+use crate::api::rate_limit::CallerRateLimiter;
+use crate::config::Serve;
+use crate::keys::purge;
+use crate::metering::retention::{self, Retention};
+use crate::metering::{events, lease};
+use crate::sync::{Store, filters};
+use crate::{audit, credits, quota};
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_mins(1);
+const HOUR: Duration = Duration::from_hours(1);
+
+/// What jobs work with.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pool: PgPool,
+    rate_limiter: Arc<CallerRateLimiter>,
+    usage_event_interval: Duration,
+    revoked_retention_days: i32,
+    ended_key_days: i32,
+    audit_days: i32,
+    ledger_detail_days: i32,
+    retention: Retention,
+}
+
+/// A job: its name in the log, its interval, and its function, which returns the number of changed rows.
+pub struct Job {
+    name: &'static str,
+    interval: Duration,
+    run: Box<dyn Fn(Context) -> BoxFuture<'static, Changed> + Send + Sync>,
+    /// Whether filters see what it changes.
+    wakes_feed: bool,
+}
+
+impl Job {
+    fn new<F>(name: &'static str, interval: Duration, run: fn(Context) -> F) -> Self
+    where
+        F: Future<Output = Changed> + Send + 'static,
+    {
+        Self { name, interval, run: Box::new(move |context| Box::pin(run(context))), wakes_feed: false }
+    }
+
+    fn waking_the_feed(self) -> Self {
+        Self { wakes_feed: true, ..self }
+    }
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Job({} every {:?})", self.name, self.interval)
+    }
+}
+
+/// The table of jobs.
+fn all(usage_event_interval: Duration) -> Vec<Job> {
+    vec![
+        Job::new("refill credits", SECOND, refill_credits).waking_the_feed(),
+        Job::new("reset expired quotas", SECOND, |c| async move { quota::reopen(&c.pool).await }).waking_the_feed(),
+        Job::new("renew statistics", SECOND * 5, |c| async move { Ok(statistics::renew(&c.pool).await?.into()) }),
+        Job::new("export usage events", usage_event_interval, |c| async move { events::export_all(&c.pool).await }),
+        Job::new("tidy leases", MINUTE, |c| async move { lease::tidy(&c.pool).await }),
+        Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
+        Job::new("tidy rate limits", MINUTE, tidy_rate_limits),
+        Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
+        Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),
+        Job::new("forget ended keys", HOUR, |c| async move {
+            purge::forget_all_ended(&c.pool, c.revoked_retention_days).await
+        }),
+        Job::new("delete ended keys", HOUR, delete_ended_keys),
+        Job::new("delete old audit entries", HOUR, delete_old_audit_entries),
+        Job::new("roll up the ledger", HOUR, roll_up_ledger),
+        Job::new("roll up and forget usage", HOUR, |c| async move { retention::tidy(&c.pool, c.retention).await }),
+    ]
+}
+
+type Changed = Result<u64, sqlx::Error>;
+
+async fn refill_credits(context: Context) -> Changed {
+    Ok(u64::try_from(credits::refill::refill(&context.pool).await?).unwrap_or(u64::MAX))
+}
+
+async fn tidy_rate_limits(context: Context) -> Changed {
+    context.rate_limiter.tidy();
+    Ok(0)
+}
+
+async fn delete_ended_keys(context: Context) -> Changed {
+    if context.ended_key_days > 0 { purge::delete_ended(&context.pool, context.ended_key_days).await } else { Ok(0) }
+}
+
+async fn delete_old_audit_entries(context: Context) -> Changed {
+    if context.audit_days > 0 { audit::delete_old(&context.pool, context.audit_days).await } else { Ok(0) }
+}
+
+async fn roll_up_ledger(context: Context) -> Changed {
+    let mut all = 0;
+    loop {
+        match credits::rollup::roll_up(&context.pool, context.ledger_detail_days).await? {
+            0 => return Ok(all),
+            changed => all += changed,
+        }
+    }
+}
+
+impl Context {
+    #[must_use]
+    pub fn new(settings: &Serve, pool: PgPool, rate_limiter: Arc<CallerRateLimiter>) -> Self {
+        Self {
+            pool,
+            rate_limiter,
+            usage_event_interval: Duration::from_secs(settings.usage_event_seconds),
+            revoked_retention_days: settings.revoked_retention_days,
+            ended_key_days: settings.ended_key_days,
+            audit_days: settings.audit_days,
+            ledger_detail_days: settings.ledger_detail_days,
+            retention: Retention {
+                hourly_days: settings.usage_hourly_days,
+                daily_days: settings.usage_daily_days,
+                event_days: settings.usage_event_days,
+            },
+        }
+    }
+}
+
+/// Runs all jobs until the future is dropped, or until one of them panics.
+pub async fn run(context: Context, store: Store) {
+    // Not before the schema is up to date.
+    if store.positions().wait_for(Option::is_some).await.is_err() {
+        return;
+    }
+    let mut running = JoinSet::new();
+    for job in all(context.usage_event_interval) {
+        running.spawn(repeat(job, context.clone(), store.clone()));
+    }
+    if let Some(Err(panic)) = running.join_next().await
+        && let Ok(panic) = panic.try_into_panic()
+    {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+async fn repeat(job: Job, context: Context, store: Store) {
+    let mut ticks = tokio::time::interval(job.interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        match (job.run)(context.clone()).await {
+            Ok(0) => {}
+            Ok(changed) => {
+                if job.wakes_feed {
+                    store.waker().wake();
+                }
+                if job.interval >= HOUR {
+                    info!(job = job.name, changed, "a background job changed rows");
+                } else {
+                    debug!(job = job.name, changed, "a background job changed rows");
+                }
+            }
+            Err(error) => warn!(job = job.name, %error, "a background job failed; it runs again after its interval"),
+        }
+    }
+}

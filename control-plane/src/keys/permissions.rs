@@ -1,0 +1,277 @@
+//! What a key may beside its scopes: roles, a plan, networks, a quota, a cost and rate limits. They are parsed from a client's
+//! fields, and resolved to the columns of a key.
+
+use std::collections::HashSet;
+
+use contract::network::Network;
+use contract::policy::COST;
+use serde_json::{Value, json};
+use sqlx::PgConnection;
+
+use crate::definitions::store::{lock_plan, numbers};
+use crate::definitions::{Kind, Name};
+use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, StoredLimit, parse_rate_limits};
+use crate::error::ApiError;
+use crate::quota::check_time_zone;
+
+const ROLES: usize = 16;
+const NETWORKS: usize = 32;
+
+/// The fields of a client, as in the body.
+#[derive(Debug, Default)]
+pub struct PermissionsPatch {
+    /// Names of roles.
+    pub roles: Option<Vec<String>>,
+    pub plan: Patch<String>,
+    /// Networks or addresses.
+    pub allowed_addresses: Option<Vec<String>>,
+    pub quota: Patch<QuotaBody>,
+    /// Credits.
+    pub cost: Option<i64>,
+    /// Limits.
+    pub rate_limits: Option<Vec<RateLimitBody>>,
+}
+
+/// The plan of a key: named by a client, or that of another key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlanRef {
+    /// By name.
+    Named(Name),
+    /// By number.
+    Numbered(i32),
+}
+
+/// What is to be set; `None` leaves a field as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Permissions {
+    /// Roles.
+    pub roles: Option<Vec<Name>>,
+    /// The key's own plan.
+    pub plan: Patch<PlanRef>,
+    /// Networks that it may be used from; none: any.
+    pub networks: Option<Vec<Network>>,
+    /// Its own quota.
+    pub quota: Patch<Quota>,
+    /// Credits that a request costs.
+    pub cost: Option<i32>,
+    /// Its own rate limits.
+    pub rate_limits: Option<Vec<StoredLimit>>,
+}
+
+impl Permissions {
+    /// Parses the fields of a client.
+    ///
+    /// # Errors
+    /// The field that is wrong, and the remedy.
+    pub fn parse(patch: PermissionsPatch) -> Result<Self, ApiError> {
+        let cost = |cost: i64| {
+            let in_range = i32::try_from(cost).ok().filter(|_| (0..=i64::from(COST)).contains(&cost));
+            in_range.ok_or_else(|| ApiError::invalid("cost", format!("must be a number from 0 to {COST}")))
+        };
+        Ok(Self {
+            roles: patch.roles.map(|names| parse_roles(&names)).transpose()?,
+            plan: patch.plan.try_map(|name| Name::parse("plan", &name).map(PlanRef::Named))?,
+            networks: patch.allowed_addresses.map(|list| parse_networks(&list)).transpose()?,
+            quota: patch.quota.try_map(QuotaBody::parse)?,
+            cost: patch.cost.map(cost).transpose()?,
+            rate_limits: patch.rate_limits.map(parse_rate_limits).transpose()?,
+        })
+    }
+
+    /// Whether it sets nothing at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The first field that only an admin sets.
+    #[must_use]
+    pub fn privileged(&self) -> Option<&'static str> {
+        let fields = [
+            ("roles", self.roles.is_some()),
+            ("plan", !self.plan.is_keep()),
+            ("quota", !self.quota.is_keep()),
+            ("cost", self.cost.is_some()),
+            ("rate_limits", self.rate_limits.is_some()),
+        ];
+        fields.into_iter().find(|(_, set)| *set).map(|(field, _)| field)
+    }
+
+    /// For the audit trail: the fields that are set, as clients write them.
+    #[must_use]
+    pub fn audit_detail(&self) -> Value {
+        let mut detail = json!({});
+        if let Some(roles) = &self.roles {
+            detail["roles"] = roles.iter().map(Name::as_str).collect();
+        }
+        match &self.plan {
+            Patch::Keep => {}
+            Patch::Clear => detail["plan"] = Value::Null,
+            Patch::Set(PlanRef::Named(name)) => detail["plan"] = name.as_str().into(),
+            Patch::Set(PlanRef::Numbered(number)) => detail["plan"] = (*number).into(),
+        }
+        if let Some(networks) = &self.networks {
+            detail["allowed_addresses"] = texts(networks).into();
+        }
+        if let Some(quota) = self.quota.as_ref().given() {
+            detail["quota"] = json!(quota.map(QuotaBody::of));
+        }
+        if let Some(cost) = self.cost {
+            detail["cost"] = cost.into();
+        }
+        if let Some(limits) = &self.rate_limits {
+            detail["rate_limits"] = json!(limits.iter().map(RateLimitBody::of).collect::<Vec<_>>());
+        }
+        detail
+    }
+
+    /// Finds what is named, before anything of a key is changed: see the order of locks in [`crate::definitions::store`].
+    ///
+    /// # Errors
+    /// A role, a plan or a time zone that is unknown.
+    pub async fn resolve(&self, connection: &mut PgConnection) -> Result<ResolvedPermissions, ApiError> {
+        if let Patch::Set(quota) = &self.quota {
+            check_time_zone(quota, connection).await?;
+        }
+        let roles = match &self.roles {
+            Some(roles) => Some(numbers(connection, Kind::Role, roles).await?),
+            None => None,
+        };
+        let plan = match &self.plan {
+            Patch::Set(PlanRef::Named(name)) => {
+                numbers(connection, Kind::Plan, std::slice::from_ref(name)).await?.first().copied().into()
+            }
+            Patch::Set(PlanRef::Numbered(number)) => lock_plan(connection, *number).await?.into(),
+            Patch::Clear => Patch::Clear,
+            Patch::Keep => Patch::Keep,
+        };
+        Ok(ResolvedPermissions {
+            roles,
+            plan,
+            networks: self.networks.as_deref().map(texts),
+            quota: self.quota.clone(),
+            cost: self.cost,
+            rate_limits: self.rate_limits.clone(),
+        })
+    }
+}
+
+fn parse_roles(names: &[String]) -> Result<Vec<Name>, ApiError> {
+    if names.len() > ROLES {
+        return Err(ApiError::invalid("roles", format!("must have at most {ROLES} entries")));
+    }
+    let names = names.iter().map(|name| Name::parse("roles", name)).collect::<Result<Vec<_>, _>>()?;
+    let mut seen = HashSet::new();
+    Ok(names.into_iter().filter(|name| seen.insert(name.clone())).collect())
+}
+
+fn parse_networks(list: &[String]) -> Result<Vec<Network>, ApiError> {
+    if list.len() > NETWORKS {
+        return Err(ApiError::invalid("allowed_addresses", format!("must have at most {NETWORKS} entries")));
+    }
+    let mut networks = Vec::new();
+    for (place, text) in list.iter().enumerate() {
+        let network: Network =
+            text.parse().map_err(|error| ApiError::invalid("allowed_addresses", format!("entry {place}: {error}")))?;
+        if !networks.contains(&network) {
+            networks.push(network);
+        }
+    }
+    Ok(networks)
+}
+
+fn texts(networks: &[Network]) -> Vec<String> {
+    networks.iter().map(Network::to_string).collect()
+}
+
+/// Whether each of the networks lies within one of the bounds. No network at all means any address, as bounds too.
+#[must_use]
+pub fn within(networks: &[Network], bounds: &[Network]) -> bool {
+    let held = |network: &Network| bounds.iter().any(|bound| bound.holds(network));
+    bounds.is_empty() || (!networks.is_empty() && networks.iter().all(held))
+}
+
+/// [`Permissions`] with the numbers of their roles and plan, as columns of a key.
+#[derive(Clone, Debug, Default)]
+pub struct ResolvedPermissions {
+    pub(super) roles: Option<Vec<i32>>,
+    pub(super) plan: Patch<i32>,
+    pub(super) networks: Option<Vec<String>>,
+    pub(super) quota: Patch<Quota>,
+    pub(super) cost: Option<i32>,
+    pub(super) rate_limits: Option<Vec<StoredLimit>>,
+}
+
+impl ResolvedPermissions {
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        let Self { roles, plan, networks, quota, cost, rate_limits } = self;
+        roles.is_none()
+            && plan.is_keep()
+            && networks.is_none()
+            && quota.is_keep()
+            && cost.is_none()
+            && rate_limits.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field(patch: PermissionsPatch) -> Option<String> {
+        match Permissions::parse(patch) {
+            Err(ApiError::Invalid { field, .. }) => field.map(Into::into),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_field_is_bounded_and_what_repeats_counts_once() {
+        let text = |text: &str| vec![text.to_owned()];
+        let parsed = Permissions::parse(PermissionsPatch {
+            roles: Some(vec!["b".into(), "a".into(), "b".into()]),
+            plan: Patch::Clear,
+            allowed_addresses: Some(vec!["192.0.2.7".into(), "2001:DB8::/32".into(), "192.0.2.7/32".into()]),
+            cost: Some(1_000_000),
+            ..PermissionsPatch::default()
+        });
+        let detail = parsed.unwrap().audit_detail();
+        let expected = json!({
+            "roles": ["b", "a"], "plan": null, "allowed_addresses": ["192.0.2.7/32", "2001:db8::/32"], "cost": 1_000_000,
+        });
+        assert_eq!(detail, expected);
+        assert!(Permissions::parse(PermissionsPatch::default()).unwrap().is_empty());
+        for (patch, expected) in [
+            (PermissionsPatch { roles: Some(vec!["a".into(); 17]), ..PermissionsPatch::default() }, "roles"),
+            (PermissionsPatch { roles: Some(text("A")), ..PermissionsPatch::default() }, "roles"),
+            (PermissionsPatch { plan: Patch::Set(String::new()), ..PermissionsPatch::default() }, "plan"),
+            (
+                PermissionsPatch { allowed_addresses: Some(vec!["::1".into(); 33]), ..PermissionsPatch::default() },
+                "allowed_addresses",
+            ),
+            (
+                PermissionsPatch { allowed_addresses: Some(text("192.0.2.1/24")), ..PermissionsPatch::default() },
+                "allowed_addresses",
+            ),
+            (PermissionsPatch { cost: Some(-1), ..PermissionsPatch::default() }, "cost"),
+            (PermissionsPatch { cost: Some(1_000_001), ..PermissionsPatch::default() }, "cost"),
+        ] {
+            assert_eq!(field(patch).as_deref(), Some(expected));
+        }
+    }
+
+    #[test]
+    fn a_list_lies_within_another_unless_it_lets_more_in() {
+        let list = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<Network>>();
+        for (networks, bounds, expected) in [
+            (&[][..], &[][..], true),
+            (&["192.0.2.0/24"], &[], true),
+            (&[], &["192.0.2.0/24"], false),
+            (&["192.0.2.7", "192.0.2.64/26"], &["192.0.2.0/24"], true),
+            (&["192.0.2.7", "::1"], &["192.0.2.0/24"], false),
+        ] {
+            assert_eq!(within(&list(networks), &list(bounds)), expected, "{networks:?} {bounds:?}");
+        }
+    }
+}

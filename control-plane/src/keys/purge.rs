@@ -1,0 +1,155 @@
+//! Ended keys and secrets: how many of each owner filters still know, and when their rows are deleted.
+
+use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
+
+use crate::change::transact;
+
+/// Ended keys of one owner that filters still know, and as many ended secrets of rotated keys. Beyond, those that ended first
+/// are forgotten at once, so that no owner fills the memory of every Envoy.
+pub const REMEMBERED: i64 = 20;
+
+/// Most keys whose rows are deleted in one transaction.
+const BATCH: i64 = 1_000;
+
+/// Lets filters forget the keys of an owner that were revoked or expired, and the secrets that were rotated away and ended,
+/// beyond the newest [`REMEMBERED`] of each. Nothing is written, and no filter is woken, if there are no more.
+pub(super) async fn forget_ended(connection: &mut PgConnection, owner_id: Uuid) -> Result<(), sqlx::Error> {
+    let keys = sqlx::query_scalar!(
+        "select id from api_keys where owner_id = $1 and not withdrawn and least(revoked_at, expires_at) <= now()
+        order by least(revoked_at, expires_at) desc, id desc offset $2",
+        owner_id,
+        REMEMBERED
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    if !keys.is_empty() {
+        // A key that was given a later end meanwhile stays.
+        sqlx::query!(
+            "update api_keys set withdrawn = true where id = any($1) and least(revoked_at, expires_at) <= now()",
+            &keys
+        )
+        .execute(&mut *connection)
+        .await?;
+    }
+    let secrets = sqlx::query_scalar!(
+        "select hash from retired_secrets where owner_id = $1 and not withdrawn and ends_at <= clock_timestamp()
+        order by ends_at desc, hash offset $2",
+        owner_id,
+        REMEMBERED
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    if !secrets.is_empty() {
+        sqlx::query!("update retired_secrets set withdrawn = true where hash = any($1)", &secrets)
+            .execute(connection)
+            .await?;
+    }
+    Ok(())
+}
+
+/// Lets filters forget keys that were revoked or expired, and secrets that ended, more than `days` ago. Says how many.
+///
+/// # Errors
+/// Those of the database; what was forgotten before stays forgotten.
+pub async fn forget_all_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        match forget_some_ended(pool, days).await? {
+            0 => return Ok(all),
+            forgotten => all += forgotten,
+        }
+    }
+}
+
+async fn forget_some_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    // A statement that changes nothing would wake every filter all the same.
+    let any = sqlx::query!(
+        r#"select exists (
+                select from api_keys where not withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1)
+            ) as "keys!",
+            exists (
+                select from retired_secrets where not withdrawn and ends_at < now() - make_interval(days => $1)
+            ) as "secrets!""#,
+        days
+    )
+    .fetch_one(pool)
+    .await?;
+    let mut forgotten = 0;
+    if any.keys {
+        // The condition stands twice: a key that gets a later end while this statement waits for its row stays.
+        forgotten += sqlx::query!(
+            "update api_keys set withdrawn = true
+            where id in (
+                select id from api_keys
+                where not withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1) limit 10000
+            )
+            and not withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1)",
+            days
+        )
+        .execute(pool)
+        .await?
+        .rows_affected();
+    }
+    if any.secrets {
+        forgotten += sqlx::query!(
+            "update retired_secrets set withdrawn = true
+            where hash in (
+                select hash from retired_secrets
+                where not withdrawn and ends_at < now() - make_interval(days => $1) limit 10000
+            )",
+            days
+        )
+        .execute(pool)
+        .await?
+        .rows_affected();
+    }
+    Ok(forgotten)
+}
+
+/// Deletes the rows of keys that filters have forgotten and that ended more than `days` ago, with their secrets. A key
+/// stays as long as there is usage of it by the hour or by the day, so that sums of usage stay exact. Says how many went.
+///
+/// # Errors
+/// Those of the database; what went before stays gone.
+pub async fn delete_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+    let mut all = 0;
+    loop {
+        let gone = transact(pool, async |connection| delete_some(connection, days).await).await?;
+        all += gone;
+        if gone == 0 {
+            return Ok(all);
+        }
+    }
+}
+
+async fn delete_some(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    let keys = sqlx::query_scalar!(
+        "select id from api_keys k
+        where withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1)
+            and not exists (select from usage_hourly u where u.key_id = k.id)
+            and not exists (select from usage_daily u where u.key_id = k.id)
+            and not exists (select from usage_reporters r where r.sync_key_id = k.id)
+            and not exists (select from filters f where f.sync_key_id = k.id)
+        order by id limit $2 for update skip locked",
+        days,
+        BATCH
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    if keys.is_empty() {
+        return Ok(0);
+    }
+    sqlx::query!("set local portcullis.purge = 'on'").execute(&mut *connection).await?;
+    sqlx::query!("update user_preferences set primary_key_id = null where primary_key_id = any($1)", &keys)
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query!("delete from idempotent_replies where caller_key_id = any($1)", &keys)
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query!("delete from key_usage where key_id = any($1)", &keys).execute(&mut *connection).await?;
+    sqlx::query!("delete from quota_use where key_id = any($1)", &keys).execute(&mut *connection).await?;
+    sqlx::query!("delete from retired_secrets where key_id = any($1)", &keys).execute(&mut *connection).await?;
+    let gone = sqlx::query!("delete from api_keys where id = any($1)", &keys).execute(connection).await?;
+    Ok(gone.rows_affected())
+}

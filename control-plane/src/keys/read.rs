@@ -1,0 +1,153 @@
+//! Reads keys: one by its id or its hash, the primary key of a user, or a page of those that a search finds.
+
+use contract::hash::KeyHash;
+use contract::network::Network;
+use sqlx::types::Json;
+use sqlx::{PgExecutor, PgPool};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::model::{Key, OwnTerms, PrimaryStatus, StoredKey};
+use crate::domain::record::{networks, record_of};
+use crate::domain::{Email, Quota, StoredLimit};
+use crate::error::ApiError;
+
+/// Finds a key by its hash.
+pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<StoredKey>, ApiError> {
+    let row = sqlx::query!(
+        r#"select k.id, k.owner_id, s.generation as "generation!", k.scopes,
+            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
+            k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at,
+            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
+            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn, p.email,
+            k.plan_number as own_plan, k.quota as "quota: Json<Quota>"
+        from (
+            select id, generation, null::timestamptz as ends_at from api_keys where hash = $1
+            union all
+            select key_id, generation, ends_at from retired_secrets where hash = $1
+        ) s
+        join api_keys k on k.id = s.id join user_preferences p on p.id = k.owner_id"#,
+        hash.0.as_slice()
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(row.map(|row| {
+        let own = OwnTerms { plan: row.own_plan, quota: row.quota.map(|quota| quota.0) };
+        StoredKey { record: record_of!(row), email: row.email, own }
+    }))
+}
+
+/// Reads one key.
+pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>, ApiError> {
+    let key = sqlx::query_as!(
+        Key,
+        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+            revoked_at, last_used_at, usage_count as "usage_count!"
+        from keys_with_usage where id = $1"#,
+        id
+    )
+    .fetch_optional(executor)
+    .await?;
+    Ok(key)
+}
+
+/// Reads a user's balance and primary key. One statement finds the key, so that a key that is being replaced is there before
+/// and after. An unknown user has neither.
+pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
+    let balance = sqlx::query_scalar!("select balance from user_preferences where email = $1", email.as_str())
+        .fetch_optional(pool)
+        .await?;
+    let Some(balance) = balance else { return Ok(PrimaryStatus::default()) };
+    let key = sqlx::query_as!(
+        Key,
+        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+            revoked_at, last_used_at, usage_count as "usage_count!"
+        from keys_with_usage
+        where id = (select primary_key_id from user_preferences where email = $1) and revoked_at is null"#,
+        email.as_str()
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(PrimaryStatus { balance, key })
+}
+
+/// The networks that a key may be used from.
+pub async fn allowed_networks(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Vec<Network>, ApiError> {
+    let texts = sqlx::query_scalar!("select networks from api_keys where id = $1", id).fetch_optional(executor).await?;
+    Ok(networks(&texts.unwrap_or_default()))
+}
+
+/// Which keys; what is none does not matter.
+#[derive(Clone, Debug, Default)]
+pub struct KeySearch<'a> {
+    /// Those of the user with this address.
+    pub email: Option<&'a str>,
+    /// Those with a secret, present or retired, whose prefix starts so.
+    pub prefix: Option<&'a str>,
+    /// Those whose name contains it, in upper or lower case.
+    pub name: Option<&'a str>,
+    /// Those in this state: `active`, `disabled`, `expired` or `revoked`.
+    pub state: Option<&'a str>,
+    /// Those that were last used before then, or made before then and never used.
+    pub last_used_before: Option<OffsetDateTime>,
+}
+
+/// Reads the keys before `before`, at most `limit`.
+pub async fn search(
+    pool: &PgPool,
+    filter: &KeySearch<'_>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Key>, ApiError> {
+    let prefix = filter.prefix.map(|prefix| format!("{}%", literally(prefix)));
+    let keys = sqlx::query_as!(
+        Key,
+        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+            revoked_at, last_used_at, usage_count as "usage_count!"
+        from keys_with_usage
+        where id < $1 and ($2::text is null or email = $2)
+            and ($3::text is null or prefix like $3 or id in (
+                select key_id from retired_secrets where prefix like $3 and not withdrawn
+            ))
+            and ($4::text is null or strpos(lower(name), lower($4)) > 0)
+            and ($5::text is null or $5 = case
+                when revoked_at is not null then 'revoked'
+                when expires_at <= now() then 'expired'
+                when disabled then 'disabled'
+                else 'active'
+            end)
+            and ($6::timestamptz is null or coalesce(last_used_at, created_at) < $6)
+        order by id desc limit $7"#,
+        before.unwrap_or(Uuid::max()),
+        filter.email,
+        prefix,
+        filter.name,
+        filter.state,
+        filter.last_used_before,
+        limit
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(keys)
+}
+
+/// A text that stands for itself in a pattern of `like`.
+fn literally(text: &str) -> String {
+    text.chars().flat_map(|c| ['\\'].into_iter().filter(move |_| "\\%_".contains(c)).chain([c])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_pattern_would_read_as_more_stands_for_itself() {
+        assert_eq!(literally("sk_a%\\"), "sk\\_a\\%\\\\");
+    }
+}

@@ -1,0 +1,100 @@
+//! Revokes keys: one, the primary one of a user, or all of a user's. Rows of revoked keys stay; filters forget them later,
+//! see [`super::purge`].
+
+use serde_json::json;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::lock::{LockedKey, lock_key, lock_store};
+use super::purge::forget_ended;
+use crate::audit::AuditEvent;
+use crate::change::Change;
+use crate::domain::{ADMIN, Email, SYNC};
+use crate::error::ApiError;
+use crate::users::lock::lock_user;
+
+/// Revokes a key. A revoked key keeps its time of revocation, and no filter is woken.
+///
+/// # Errors
+/// 409 for the last admin key.
+pub async fn revoke(change: &mut Change, key: &LockedKey) -> Result<(), ApiError> {
+    if key.revoked_at.is_some() {
+        return Ok(());
+    }
+    set_caller_address(change, &key.scopes).await?;
+    sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", key.id)
+        .execute(&mut **change)
+        .await?;
+    forget_ended(change, key.owner_id).await?;
+    change.record(AuditEvent::on_key("key.revoke", key.id, json!({}))).await?;
+    Ok(())
+}
+
+/// Revokes the primary key of a user. Says whether there was one that was not revoked. `may_revoke` decides by its scopes.
+///
+/// # Errors
+/// Those of `may_revoke`, and 409 for the last admin key.
+pub async fn revoke_primary(
+    change: &mut Change,
+    email: &Email,
+    may_revoke: impl Fn(&[String]) -> Result<(), ApiError>,
+) -> Result<bool, ApiError> {
+    let primary = lock_user(change, email).await?.and_then(|user| user.primary_key_id);
+    let Some(id) = primary else { return Ok(false) };
+    let Some(key) = lock_key(change, id).await?.filter(|key| key.revoked_at.is_none()) else { return Ok(false) };
+    may_revoke(&key.scopes)?;
+    revoke(change, &key).await?;
+    Ok(true)
+}
+
+/// The result of revoking all keys of a user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RevokedAll {
+    pub revoked: i64,
+    /// Keys with the scope `admin` or `sync` that were not revoked.
+    pub kept: i64,
+}
+
+/// Revokes all keys of a user; those with the scope `admin` or `sync` only if `privileged`. None if there is no such user.
+///
+/// # Errors
+/// 409 for the last admin key.
+pub async fn revoke_all(change: &mut Change, email: &Email, privileged: bool) -> Result<Option<RevokedAll>, ApiError> {
+    // While the row of the user is locked, no key is created for the user.
+    let Some(owner) = lock_user(change, email).await? else { return Ok(None) };
+    lock_store(change).await?;
+    let keys = sqlx::query!(
+        r#"select id, scopes && $2 as "opens!" from api_keys where owner_id = $1 and revoked_at is null"#,
+        owner.id,
+        &[ADMIN.to_owned(), SYNC.to_owned()]
+    )
+    .fetch_all(&mut **change)
+    .await?;
+    let (kept, ended): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| key.opens && !privileged);
+    let ended: Vec<Uuid> = ended.into_iter().map(|key| key.id).collect();
+    let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+    let all = RevokedAll { revoked: count(ended.len()), kept: count(kept.len()) };
+    // A statement that changes no row would wake every filter.
+    if !ended.is_empty() {
+        set_caller_address(change, &[ADMIN.to_owned()]).await?;
+        sqlx::query!("update api_keys set revoked_at = now() where id = any($1)", &ended)
+            .execute(&mut **change)
+            .await?;
+        forget_ended(change, owner.id).await?;
+        change.record_each("key.revoke", &ended, &json!({"all_of": email.as_str()})).await?;
+    }
+    let detail = json!({"revoked": all.revoked, "kept": all.kept});
+    change.record(AuditEvent::on("user.revoke_keys", email.as_str(), detail)).await?;
+    Ok(Some(all))
+}
+
+/// Sets the address of the caller for the trigger that keeps the last admin key, if a key with these scopes is one. The
+/// trigger refuses a change after which no admin key could be used from there.
+pub async fn set_caller_address(change: &mut Change, scopes: &[String]) -> Result<(), sqlx::Error> {
+    if scopes.iter().any(|scope| scope == ADMIN) {
+        let address = change.actor().address.clone().unwrap_or_default();
+        let connection: &mut PgConnection = change;
+        sqlx::query!("select set_config('portcullis.address', $1, true)", address).fetch_one(connection).await?;
+    }
+    Ok(())
+}
