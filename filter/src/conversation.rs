@@ -9,16 +9,16 @@ use contract::rate::WHOLE;
 use contract::usage::{Ack, Report, write_reports};
 use contract::usage_log::LogKey;
 
-use crate::config::Config;
 use crate::core::Core;
-use crate::grants;
 use crate::host::{self, Call, SharedData};
-use crate::lease;
-use crate::reports::{REPORT_TIMEOUT_MS, Reports};
 use crate::root::TICK_MS;
-use crate::store::{self, State};
-use crate::sync::{POLL_TIMEOUT_MS, Progress, Sync};
-use crate::usage::{self, Freeze, Outbox};
+use filter_core::config::Config;
+use filter_core::grants;
+use filter_core::lease;
+use filter_core::reports::{REPORT_TIMEOUT_MS, Reports};
+use filter_core::store::{self, State};
+use filter_core::sync::{POLL_TIMEOUT_MS, Progress, Sync};
+use filter_core::usage::{self, Freeze, Outbox};
 
 const NS_PER_MS: u64 = 1_000_000;
 const MS_PER_S: u64 = 1_000;

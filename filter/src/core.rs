@@ -10,18 +10,18 @@ use std::rc::Rc;
 
 use contract::usage::KeyRef;
 
-use crate::cells::Names;
-use crate::config::Config;
 use crate::conversation::Leading;
-use crate::credential::Credential;
 use crate::host::{self, SharedData};
-use crate::judge::{Judge, Verdict};
-use crate::lease::Holder;
 use crate::metrics::Metrics;
-use crate::recent::{Recent, Writes};
-use crate::slice::Slices;
-use crate::store::{self, State};
-use crate::usage::{Counts, Drawn};
+use filter_core::cells::Names;
+use filter_core::config::Config;
+use filter_core::credential::Credential;
+use filter_core::judge::{Judge, Verdict};
+use filter_core::lease::Holder;
+use filter_core::recent::{Recent, Writes};
+use filter_core::slice::Slices;
+use filter_core::store::{self, State};
+use filter_core::usage::{Counts, Drawn};
 
 const NS_PER_MS: u64 = 1_000_000;
 

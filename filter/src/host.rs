@@ -10,9 +10,9 @@ use std::time::{Duration, UNIX_EPOCH};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
 
-use crate::address;
-use crate::cells::{Cell, Cells, Raced};
-use crate::reply::Reply;
+use filter_core::address;
+use filter_core::cells::{Cell, Cells, Raced};
+use filter_core::reply::Reply;
 
 /// Where the metadata of a route holds what is meant for this filter.
 const METADATA: [&str; 4] = ["xds", "route_metadata", "filter_metadata", "portcullis"];

@@ -6,7 +6,7 @@ use std::num::NonZeroU64;
 use contract::outcome::Outcome;
 
 use crate::host::{self, Metric};
-use crate::recent::Writes;
+use filter_core::recent::Writes;
 
 /// All of them, defined once for each VM.
 pub(crate) struct Metrics {

@@ -6,14 +6,14 @@ use contract::outcome::Outcome;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
-use crate::config::{Config, SHADOW_HEADER};
-use crate::cookie;
 use crate::core::Core;
-use crate::credential::{self, Found};
 use crate::host;
-use crate::judge::Verdict;
-use crate::reply::{RequestFacts, is_grpc, reply, request_id};
-use crate::source::{Left, Source};
+use filter_core::config::{Config, SHADOW_HEADER};
+use filter_core::cookie;
+use filter_core::credential::{self, Found};
+use filter_core::judge::Verdict;
+use filter_core::reply::{RequestFacts, is_grpc, reply, request_id};
+use filter_core::source::{Left, Source};
 
 /// Filter state for the access log: the key's id, if the key is known, as `wasm.portcullis.key_id`.
 const KEY_ID_STATE: &str = "portcullis.key_id";

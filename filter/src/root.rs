@@ -10,11 +10,11 @@ use contract::pepper::Pepper;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
-use crate::config::Config;
 use crate::core::Core;
 use crate::host;
-use crate::recent::Writes;
 use crate::request::Request;
+use filter_core::config::Config;
+use filter_core::recent::Writes;
 
 /// How often counts are published, the lease renewed and pauses looked after, in milliseconds.
 pub(crate) const TICK_MS: u64 = 250;

@@ -1,4 +1,4 @@
-//! What the steps of a request cost natively, with cells in memory in place of Envoy's: `cargo bench -p filter`.
+//! What the steps of a request cost natively, with cells in memory in place of Envoy's: `cargo bench -p filter-core`.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -12,18 +12,18 @@ use contract::rate::WHOLE;
 use contract::record::{RateLimit, Record};
 use contract::usage::{KeyRef, write_reports};
 use divan::{Bencher, black_box};
-use filter::cells::{Cell, Cells, Names, Raced};
-use filter::config::Config;
-use filter::credential::{self, Credential};
-use filter::judge::Judge;
-use filter::lease::{self, Holder};
-use filter::limiter::{self, Limit, Refused, Subject, Tag};
-use filter::recent::Recent;
-use filter::reply::{Challenge, RequestFacts, Wait, reply};
-use filter::slice::Slices;
-use filter::source::Source;
-use filter::store::{self, State};
-use filter::usage::{self, Counts, Drawn, Freeze, Outbox};
+use filter_core::cells::{Cell, Cells, Names, Raced};
+use filter_core::config::Config;
+use filter_core::credential::{self, Credential};
+use filter_core::judge::Judge;
+use filter_core::lease::{self, Holder};
+use filter_core::limiter::{self, Limit, Refused, Subject, Tag};
+use filter_core::recent::Recent;
+use filter_core::reply::{Challenge, RequestFacts, Wait, reply};
+use filter_core::slice::Slices;
+use filter_core::source::Source;
+use filter_core::store::{self, State};
+use filter_core::usage::{self, Counts, Drawn, Freeze, Outbox};
 
 /// Tells of the allocations of each step too.
 #[global_allocator]
