@@ -9,9 +9,9 @@ use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
 use serde::Deserialize;
 
+use crate::extract::source::{self, Source};
 use crate::identity::{FOREIGN, USUAL};
 use crate::reply::Challenge;
-use crate::source::{self, Source};
 
 /// The least that may be asked as `max_staleness_seconds`: twice what passes between two answers of a control plane that
 /// has no news.

@@ -1,4 +1,11 @@
-//! Everything that the filter does, without a host.
+//! Everything that the filter does, for any host: Envoy runs it as WebAssembly through a thin shell, tests run it on a mock.
+//!
+//! [`filter`] has the callbacks of a host, and [`host`] the traits that a shell implements. A request is one walk in
+//! [`request`]: [`extract`] finds its key, [`keys`] looks the key up in the [`store`], `contract::decision` decides, [`limits`]
+//! limit, [`reply`] refuses, [`usage`] counts. Between requests, [`vm`] publishes what a VM counted, and the [`leader`] syncs
+//! the store and reports usage. [`setup`] and [`config`] read what the operator chose.
+//!
+//! VMs of one Envoy share cells of bytes only, see [`shared`].
 
 #![deny(
     clippy::unwrap_used,
@@ -19,28 +26,33 @@
 )]
 #![forbid(unsafe_code)]
 
-pub mod cells;
+pub mod filter;
+pub mod host;
+
 pub mod config;
+pub mod identity;
+pub mod setup;
+
+pub mod request;
+
+pub mod extract;
+
+pub mod keys;
+pub mod store;
 
 pub mod address;
-pub mod cookie;
-pub mod credential;
-pub mod identity;
-pub mod query;
-pub mod source;
-
-pub mod definitions;
-pub mod judge;
-pub mod limiter;
-pub mod mixed;
-pub mod recent;
+pub mod limits;
 pub mod reply;
-pub mod slice;
-pub mod stock;
-pub mod store;
+
 pub mod usage;
 
-pub mod grants;
-pub mod lease;
-pub mod reports;
-pub mod sync;
+pub mod vm;
+
+pub mod leader;
+
+pub mod shared;
+pub mod stats;
+pub mod time;
+
+#[cfg(test)]
+mod mock;

@@ -4,8 +4,9 @@
 use contract::outcome::Outcome;
 use contract::record::RateLimit;
 
-use crate::limiter::Refused;
-use crate::source::{Source, places};
+use crate::extract::source::{Source, places};
+use crate::limits::limiter::Refused;
+use crate::limits::wait::{RETRY_RENEWAL_S, Wait};
 
 /// Most bytes of a request's id. Envoy's own are UUIDs.
 const REQUEST_ID_BYTES: usize = 128;
@@ -15,9 +16,6 @@ const RESOURCE_EXHAUSTED: &str = "8";
 
 /// How long a client should wait before it tries again when the filter has no keys, in seconds.
 const RETRY_NOT_READY_S: u64 = 1;
-
-/// How long a client should wait while a lease is being renewed, in seconds.
-pub const RETRY_RENEWAL_S: u64 = 1;
 
 /// The same when a stock is used up and nobody knows until when: the filter hears at once when there is more.
 const RETRY_EXHAUSTED_S: u64 = 60;
@@ -73,22 +71,6 @@ pub fn request_id(value: &[u8]) -> Option<String> {
 pub fn is_grpc(content_type: &[u8]) -> bool {
     let rest = content_type.strip_prefix(b"application/grpc");
     rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
-}
-
-/// How long a refused client should wait, where it is not always the same.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Wait {
-    /// As long as is usual for the outcome.
-    #[default]
-    Usual,
-    /// Until a lease is renewed: there is some left, but not here.
-    Renewal,
-    /// Waiting does not help: the request costs more credits than there are.
-    Hopeless,
-    /// So many seconds.
-    Seconds(u64),
-    /// As one of these limits, all those that the request was judged by, says.
-    Limits(Vec<RateLimit>, Refused),
 }
 
 /// A reply to be sent instead of going upstream.

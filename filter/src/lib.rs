@@ -1,4 +1,5 @@
-//! The filter as a proxy-wasm plugin.
+//! The filter as Envoy's proxy-wasm plugin: contexts, hostcalls and statistics of Envoy, and nothing else. What the filter does
+//! is in `filter_core`.
 
 #![deny(
     clippy::unwrap_used,
@@ -7,33 +8,18 @@
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects
 )]
-#![cfg_attr(
-    test,
-    allow(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::panic,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects
-    )
-)]
 #![forbid(unsafe_code)]
+#![cfg(target_arch = "wasm32")]
 
-#[cfg(target_arch = "wasm32")]
-mod conversation;
-#[cfg(target_arch = "wasm32")]
-mod core;
-#[cfg(target_arch = "wasm32")]
+mod contexts;
 mod host;
-#[cfg(target_arch = "wasm32")]
-mod metrics;
-#[cfg(target_arch = "wasm32")]
-mod request;
-#[cfg(target_arch = "wasm32")]
-mod root;
-#[cfg(all(target_arch = "wasm32", feature = "trap"))]
+mod stream;
+#[cfg(feature = "trap")]
 mod trap;
 
-/// Where Envoy enters: it starts each VM with this.
-#[cfg(target_arch = "wasm32")]
-mod entry;
+/// Envoy starts each VM here.
+mod entry {
+    proxy_wasm::main! {{
+        proxy_wasm::set_root_context(|_| Box::new(crate::contexts::Root::default()));
+    }}
+}

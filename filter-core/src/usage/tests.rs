@@ -2,17 +2,18 @@
 
 use contract::id::KeyId;
 
-use super::*;
-use crate::cells::memory::MemoryCells;
+use super::collector::{acknowledge, collect, freeze, open as open_outbox, read};
+use super::counter::{Charge, Counts, SLOTS, take_slot};
+use super::outbox::{BATCH_REPORTS, Freeze};
+use crate::mock::{TestData, new_data};
+use contract::id::ReporterId;
+use contract::outcome::Outcome;
+use contract::usage::{KeyRef, REPORT_COUNTS, Report};
 
 const REPORTER: ReporterId = ReporterId([5; 16]);
-const ONE: Drawn = Drawn { credits: 1, quota: true };
-const TWO: Drawn = Drawn { credits: 2, quota: true };
+const ONE: Charge = Charge { credits: 1, quota: true };
+const TWO: Charge = Charge { credits: 2, quota: true };
 const NOW: u64 = 1_800_000_000_000;
-
-fn names() -> Names {
-    Names::of("cluster", "default")
-}
 
 fn key(number: u8) -> Option<KeyRef> {
     Some(KeyRef { id: KeyId([number; 16]), generation: 1 })
@@ -37,33 +38,30 @@ fn of_many(keys: u32) -> Counts {
     counts
 }
 
-fn open() -> MemoryCells {
-    let cells = MemoryCells::default();
-    assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
-    cells
+fn open() -> TestData {
+    let data = new_data();
+    assert_eq!(open_outbox(&data, REPORTER), Some(REPORTER));
+    data
 }
 
-fn requests(cells: &MemoryCells) -> u64 {
-    Outbox::read(cells, &names()).unwrap().requests()
+fn requests(data: &TestData) -> u64 {
+    read(data).unwrap().requests()
 }
 
-fn one_report(cells: &MemoryCells) -> Report {
-    let [mut report] = freeze(cells, &names(), Freeze::Pending).unwrap().reports().try_into().unwrap();
+fn one_report(data: &TestData) -> Report {
+    let [mut report] = freeze(data, Freeze::Pending).unwrap().reports().try_into().unwrap();
     report.counts.sort_by_key(|count| count.of);
     report
 }
 
 #[test]
 fn counts_of_one_subject_merge_and_only_allowed_requests_cost() {
-    let cells = open();
-    counted(&[(key(1), Outcome::Allowed), (key(1), Outcome::Allowed), (key(1), Outcome::RateLimited)]).publish(
-        &cells,
-        &names(),
-        0,
-    );
-    counted(&[(key(1), Outcome::Allowed), (None, Outcome::Unknown)]).publish(&cells, &names(), 1);
-    collect(&cells, &names());
-    let report = one_report(&cells);
+    let data = open();
+    counted(&[(key(1), Outcome::Allowed), (key(1), Outcome::Allowed), (key(1), Outcome::RateLimited)])
+        .publish(&data, 0);
+    counted(&[(key(1), Outcome::Allowed), (None, Outcome::Unknown)]).publish(&data, 1);
+    collect(&data);
+    let report = one_report(&data);
     let seen: Vec<_> = report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost, c.drawn)).collect();
     assert_eq!(
         seen,
@@ -77,75 +75,76 @@ fn counts_of_one_subject_merge_and_only_allowed_requests_cost() {
 
 #[test]
 fn a_frozen_report_stays_the_same_until_it_is_acknowledged() {
-    let cells = open();
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    let first = one_report(&cells);
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    assert_eq!(one_report(&cells), first);
+    let data = open();
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
+    let first = one_report(&data);
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
+    assert_eq!(one_report(&data), first);
 
-    acknowledge(&cells, &names(), ReporterId([6; 16]), 1);
-    acknowledge(&cells, &names(), REPORTER, 0);
-    assert_eq!(one_report(&cells), first);
+    acknowledge(&data, ReporterId([6; 16]), 1);
+    acknowledge(&data, REPORTER, 0);
+    assert_eq!(one_report(&data), first);
 
-    acknowledge(&cells, &names(), REPORTER, 1);
-    let second = one_report(&cells);
+    acknowledge(&data, REPORTER, 1);
+    let second = one_report(&data);
     assert_eq!((second.seq, second.counts.len()), (2, 1));
-    acknowledge(&cells, &names(), REPORTER, 2);
-    assert_eq!(freeze(&cells, &names(), Freeze::Pending).unwrap().reports(), []);
-    assert_eq!(requests(&cells), 0);
+    acknowledge(&data, REPORTER, 2);
+    assert_eq!(freeze(&data, Freeze::Pending).unwrap().reports(), []);
+    assert_eq!(requests(&data), 0);
 }
 
 #[test]
 fn a_new_leader_takes_the_outbox_over_as_it_is() {
-    let cells = open();
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    one_report(&cells);
-    assert_eq!(Outbox::open(&cells, &names(), ReporterId([6; 16])), Some(REPORTER));
-    assert_eq!(requests(&cells), 1);
+    let data = open();
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
+    one_report(&data);
+    assert_eq!(open_outbox(&data, ReporterId([6; 16])), Some(REPORTER));
+    assert_eq!(requests(&data), 1);
 }
 
 #[test]
 fn a_worker_that_publishes_while_its_cell_is_taken_loses_nothing() {
-    let cells = open();
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 3);
-    cells.before_next_put(|cells| counted(&[(key(1), Outcome::Allowed)]).publish(cells, &names(), 3));
-    collect(&cells, &names());
-    assert_eq!(requests(&cells), 0);
-    collect(&cells, &names());
-    assert_eq!(requests(&cells), 2);
+    let data = open();
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 3);
+    let other = data.clone();
+    data.host().before_next_put(move || counted(&[(key(1), Outcome::Allowed)]).publish(&other, 3));
+    collect(&data);
+    assert_eq!(requests(&data), 0);
+    collect(&data);
+    assert_eq!(requests(&data), 2);
 }
 
 #[test]
 fn counts_that_find_no_outbox_wait_for_one() {
-    let cells = MemoryCells::default();
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 3);
-    collect(&cells, &names());
-    assert_eq!(Outbox::open(&cells, &names(), REPORTER), Some(REPORTER));
-    collect(&cells, &names());
-    assert_eq!(requests(&cells), 1);
+    let data = new_data();
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 3);
+    collect(&data);
+    assert_eq!(open_outbox(&data, REPORTER), Some(REPORTER));
+    collect(&data);
+    assert_eq!(requests(&data), 1);
 }
 
 #[test]
 fn a_large_backlog_leaves_in_several_reports_of_bounded_size() {
-    let cells = open();
-    of_many(REPORT_COUNTS as u32 + 5).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    assert_eq!(one_report(&cells).counts.len(), REPORT_COUNTS);
-    acknowledge(&cells, &names(), REPORTER, 1);
-    let second = one_report(&cells);
+    let data = open();
+    of_many(REPORT_COUNTS as u32 + 5).publish(&data, 0);
+    collect(&data);
+    assert_eq!(one_report(&data).counts.len(), REPORT_COUNTS);
+    acknowledge(&data, REPORTER, 1);
+    let second = one_report(&data);
     assert_eq!((second.seq, second.counts.len()), (2, 5));
 }
 
 #[test]
 fn last_words_of_any_length_leave_batch_by_batch() {
-    let cells = open();
+    let data = open();
     let keys = (REPORT_COUNTS * 5 + 1) as u32;
-    of_many(keys).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    let outbox = freeze(&cells, &names(), Freeze::All).unwrap();
+    of_many(keys).publish(&data, 0);
+    collect(&data);
+    let outbox = freeze(&data, Freeze::All).unwrap();
     let batches: Vec<Vec<Report>> = outbox.batches().collect();
     assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [BATCH_REPORTS, 2]);
     let numbers: Vec<u64> = batches.iter().flatten().map(|report| report.seq).collect();
@@ -155,51 +154,51 @@ fn last_words_of_any_length_leave_batch_by_batch() {
 
 #[test]
 fn last_words_freeze_everything_and_later_counts_get_numbers_of_their_own() {
-    let cells = open();
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    let first = one_report(&cells);
-    counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    let last = freeze(&cells, &names(), Freeze::All).unwrap().reports();
+    let data = open();
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
+    let first = one_report(&data);
+    counted(&[(key(2), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
+    let last = freeze(&data, Freeze::All).unwrap().reports();
     assert_eq!(last.iter().map(|report| report.seq).collect::<Vec<_>>(), [1, 2]);
     assert_eq!(last[0], first);
 
-    counted(&[(key(2), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    let later = freeze(&cells, &names(), Freeze::All).unwrap().reports();
+    counted(&[(key(2), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
+    let later = freeze(&data, Freeze::All).unwrap().reports();
     assert_eq!(later[..2], last);
     assert_eq!(later[2].seq, 3);
-    acknowledge(&cells, &names(), REPORTER, 2);
-    assert_eq!(one_report(&cells), later[2]);
+    acknowledge(&data, REPORTER, 2);
+    assert_eq!(one_report(&data), later[2]);
 }
 
 #[test]
 fn hours_are_kept_apart_and_the_last_time_is_the_latest() {
-    let cells = open();
+    let data = open();
     let mut counts = Counts::default();
     for minutes in [0, 10, 70, 30] {
         counts.add(key(1), Outcome::Allowed, false, ONE, NOW + minutes * 60_000);
     }
-    counts.publish(&cells, &names(), 0);
-    collect(&cells, &names());
-    let report = one_report(&cells);
+    counts.publish(&data, 0);
+    collect(&data);
+    let report = one_report(&data);
     let seen: Vec<_> = report.counts.iter().map(|count| (count.of.hour, count.requests, count.last_ms)).collect();
     assert_eq!(seen, [(500_000, 3, NOW + 30 * 60_000), (500_001, 1, NOW + 70 * 60_000)]);
 }
 
 #[test]
 fn a_report_without_counts_has_a_number_like_others_and_no_other_waits_for_it() {
-    let cells = open();
-    assert_eq!(freeze(&cells, &names(), Freeze::Pending).unwrap().reports(), []);
-    let empty = freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports();
+    let data = open();
+    assert_eq!(freeze(&data, Freeze::Pending).unwrap().reports(), []);
+    let empty = freeze(&data, Freeze::EvenNothing).unwrap().reports();
     assert_eq!(empty, [Report { reporter: REPORTER, seq: 1, counts: vec![] }]);
-    counted(&[(key(1), Outcome::Allowed)]).publish(&cells, &names(), 0);
-    collect(&cells, &names());
+    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
+    collect(&data);
     // It is sent again as it is until it is acknowledged.
-    assert_eq!(freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports(), empty);
-    acknowledge(&cells, &names(), REPORTER, 1);
-    let next = freeze(&cells, &names(), Freeze::EvenNothing).unwrap().reports();
+    assert_eq!(freeze(&data, Freeze::EvenNothing).unwrap().reports(), empty);
+    acknowledge(&data, REPORTER, 1);
+    let next = freeze(&data, Freeze::EvenNothing).unwrap().reports();
     assert_eq!((next[0].seq, next[0].counts.len()), (2, 1));
 }
 
@@ -217,7 +216,7 @@ fn what_was_told_and_not_enforced_is_counted_apart_and_costs_nothing() {
 fn what_credits_did_not_pay_for_is_told_with_its_price_and_draws_nothing() {
     let mut counts = Counts::default();
     for shadowed in [false, false, true] {
-        counts.add(key(1), Outcome::CreditsExhausted, shadowed, Drawn { credits: 40, quota: true }, NOW);
+        counts.add(key(1), Outcome::CreditsExhausted, shadowed, Charge { credits: 40, quota: true }, NOW);
     }
     let mut seen: Vec<_> = counts.counts.values().map(|count| (count.requests, count.cost, count.drawn)).collect();
     seen.sort_unstable();
@@ -226,8 +225,8 @@ fn what_credits_did_not_pay_for_is_told_with_its_price_and_draws_nothing() {
 
 #[test]
 fn slots_are_taken_in_turn() {
-    let cells = MemoryCells::default();
-    let taken: Vec<_> = (0..=SLOTS).map(|_| take_slot(&cells, &names())).collect();
+    let data = new_data();
+    let taken: Vec<_> = (0..=SLOTS).map(|_| take_slot(&data)).collect();
     assert_eq!(taken.first(), Some(&0));
     assert_eq!(taken.last(), Some(&0));
     assert_eq!(taken[1], 1);
