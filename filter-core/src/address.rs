@@ -1,22 +1,22 @@
-//! The address of a client: what Envoy says of it comes in (`192.0.2.1:443`, `[2001:db8::1]:443`), the address goes out, and
-//! what limits are counted by where there is no key.
+//! Addresses of clients, and the unit by which requests without a key are limited.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-/// Reads an address with its port, as Envoy writes it. Any bytes; `None` for what is no address, such as a pipe.
+/// Reads an address with its port as Envoy writes it: `192.0.2.1:443`, `[2001:db8::1]:443`. `None` for other bytes, such as the
+/// path of a pipe.
 #[must_use]
 pub fn read(text: &[u8]) -> Option<IpAddr> {
     let address: SocketAddr = std::str::from_utf8(text).ok()?.parse().ok()?;
     Some(address.ip().to_canonical())
 }
 
-/// A client without a key: its IPv4 address, or the network of 64 bits that its IPv6 address is in, since whoever has one
-/// address of such a network has all of them.
+/// A client without a key: its IPv4 address, or the /64 network of its IPv6 address, because a client usually owns all
+/// addresses of such a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Client(pub [u8; 16]);
 
 impl Client {
-    /// All clients whose address Envoy does not tell.
+    /// All clients without a known address.
     pub const UNKNOWN: Self = Self([0; 16]);
 
     /// The client at an address.
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_families_are_read_with_their_ports_and_anything_else_is_no_address() {
+    fn addresses_of_both_families_are_read_and_other_text_is_refused() {
         let seen = |text: &str| read(text.as_bytes()).map(|address| address.to_string());
         assert_eq!(seen("192.0.2.1:0").as_deref(), Some("192.0.2.1"));
         assert_eq!(seen("[2001:db8::1]:65535").as_deref(), Some("2001:db8::1"));

@@ -1,5 +1,5 @@
-//! What the operator chose: the plugin configuration of the filter, JSON, comes in; a checked [`Config`] or one sentence
-//! that names the field and the remedy goes out. Unknown fields are refused, so that a misspelt limit is not no limit.
+//! The plugin configuration of the filter: JSON that is checked as a whole when Envoy loads it. An error names the field and
+//! the remedy. Unknown fields are errors, so that a misspelt limit does not silently become no limit.
 
 use std::collections::BTreeMap;
 
@@ -13,58 +13,57 @@ use crate::extract::source::{self, Source};
 use crate::identity::{FOREIGN, USUAL};
 use crate::reply::Challenge;
 
-/// The least that may be asked as `max_staleness_seconds`: twice what passes between two answers of a control plane that
-/// has no news.
+/// The least value of `max_staleness_seconds`: twice the time between two responses of a control plane without changes.
 pub const MIN_STALENESS_S: u64 = 60;
 
-/// Most names of headers to remove.
+/// Most names in `remove_headers`.
 const REMOVED_HEADERS: usize = 64;
 
-/// Tells the upstream what would have been refused. Nobody else may say so.
+/// The header with the outcome of a request that shadow mode let through. Values of the client are removed.
 pub const SHADOW_HEADER: &str = "x-portcullis-shadow";
 
-/// The name of the default policy's limit in replies: `default` is that of the filter's.
+/// The name in replies for the limit of the default policy. The limit of the filter is called `default`.
 const DEFAULT_POLICY_LIMIT: &str = "default_policy";
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Envoy's cluster that reaches the control plane.
+    /// The cluster of Envoy that reaches the control plane.
     pub cluster: String,
-    /// `:authority` of the calls to it.
+    /// `:authority` of calls to the control plane.
     pub authority: String,
-    /// The environment variable of the VM that holds the key with the scope `sync`.
+    /// The environment variable of the key with the scope `sync`.
     pub sync_key_variable: String,
-    /// The environment variable of the VM that holds the pepper of imported keys, if the configuration names one.
+    /// The environment variable of the pepper of imported keys, if the configuration names one.
     pub pepper_variable: Option<String>,
-    /// That pepper, which is not part of the configuration's text.
+    /// The pepper. It comes from the environment and not from the JSON.
     pub pepper: Option<Pepper>,
-    /// Tells stores apart that are fed through the same cluster.
+    /// The name of the key store: several stores can use one cluster.
     pub store: String,
-    /// Where the key may stand, in the order in which one looks for it. At least one place.
+    /// The places of a key, in the order in which they are searched. At least one.
     pub key_sources: Vec<Source>,
-    /// Whether the key is removed from what goes upstream.
+    /// Whether the key is removed before the request goes upstream.
     pub strip_key: bool,
-    /// Headers that tell the upstream who calls.
+    /// The headers with the identity of the key.
     pub identity: IdentityHeaders,
-    /// Further headers that are removed from what goes upstream, in lower case.
+    /// More headers that are removed before the request goes upstream, in lower case.
     pub remove_headers: Vec<String>,
-    /// Trailers that are removed: names of headers that the filter sets or removes, and those of other gateways.
+    /// Trailers that are removed: the headers that the filter sets or removes, and those of other gateways.
     pub trailers_removed: Vec<String>,
-    /// The limit of keys that have none of their own.
+    /// The rate limit of keys without limits of their own.
     pub rate_limit: Option<RateLimit>,
-    /// Whether the access log may tell of the key's id and of the reason of a refusal.
+    /// Whether the filter sets filter state for the access log: the key's id, and the outcome of a refusal.
     pub access_log_state: bool,
-    /// What routes ask for.
+    /// The policies of routes.
     pub policies: Policies,
-    /// Refuse nothing on any route, but tell and count what would have been refused.
+    /// Shadow mode on all routes: requests are decided and counted, but none is refused.
     pub shadow: bool,
-    /// What to do with requests before the first sync.
-    pub on_not_ready: WhenBlind,
-    /// After how long without a word from the control plane the store is stale. `None`: never.
+    /// The decision on requests before the first sync.
+    pub on_not_ready: FailureMode,
+    /// After this time without a response of the control plane the store is stale. `None`: never.
     pub max_staleness_ms: Option<u64>,
-    /// What to do with requests when the store is stale.
-    pub on_stale: WhenBlind,
+    /// The decision on requests while the store is stale.
+    pub on_stale: FailureMode,
     /// The challenge of a 401.
     pub challenge: Challenge,
 }
@@ -78,28 +77,27 @@ pub struct IdentityHeaders {
     pub credential: Option<String>,
     /// The key's scopes, separated by spaces (RFC 6749, section 3.3).
     pub scopes: Option<String>,
-    /// The usual names where others are used instead, or none. Upstreams may trust them all the same, so a client must
-    /// not get them through.
+    /// Usual names that are not in use. Upstreams may trust them all the same, so they are removed from requests of clients.
     pub unused: Vec<String>,
 }
 
-/// What to do with a request that cannot be judged.
+/// The decision on a request without a usable store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum WhenBlind {
-    /// Answer 503.
+pub enum FailureMode {
+    /// Refuse it with 503.
     Refuse,
-    /// Let it through unchecked and without identity.
+    /// Let it through, unchecked and without identity.
     Allow,
 }
 
-/// Why a configuration was refused, for the log.
+/// The first mistake in a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(String);
 
-/// The text of the configuration. A field that may be left out may be null too, which means the same; but `rate_limit`,
-/// where null means no limit.
+/// The JSON of the configuration. For an optional field, null means the same as leaving it out. Only for `rate_limit` null
+/// means no limit.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Raw {
@@ -122,9 +120,9 @@ struct Raw {
     policies: BTreeMap<String, PolicyText>,
     #[serde(default, deserialize_with = "null_is_default")]
     shadow: bool,
-    on_not_ready: Option<WhenBlind>,
+    on_not_ready: Option<FailureMode>,
     max_staleness_seconds: Option<u64>,
-    on_stale: Option<WhenBlind>,
+    on_stale: Option<FailureMode>,
     realm: Option<String>,
 }
 
@@ -153,7 +151,7 @@ impl Config {
     /// Reads and checks the plugin configuration.
     ///
     /// # Errors
-    /// The first thing that is wrong, with the field and the remedy.
+    /// The first mistake, with the field and the remedy.
     pub fn parse(json: &[u8]) -> Result<Self, ConfigError> {
         if json.is_empty() {
             return Err(ConfigError(
@@ -198,16 +196,16 @@ impl Config {
             access_log_state: raw.access_log_state.unwrap_or(true),
             policies,
             shadow: raw.shadow,
-            on_not_ready: raw.on_not_ready.unwrap_or(WhenBlind::Refuse),
+            on_not_ready: raw.on_not_ready.unwrap_or(FailureMode::Refuse),
             max_staleness_ms: raw.max_staleness_seconds.map(staleness).transpose()?,
-            on_stale: raw.on_stale.unwrap_or(WhenBlind::Refuse),
+            on_stale: raw.on_stale.unwrap_or(FailureMode::Refuse),
             challenge,
         };
         let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
         let identity = [consumer, credential, scopes].into_iter().flatten().map(String::as_str);
         let mut names: Vec<&str> = Vec::new();
         for source in &config.key_sources {
-            // Several parameters, or several cookies, stand in one header.
+            // Several parameters, or several cookies, are in one header.
             if !names.contains(&source.header()) {
                 names.push(source.header());
             }
@@ -236,7 +234,7 @@ fn filled_or(field: &str, text: Option<String>, usual: &str) -> Result<String, C
     filled(field, text.unwrap_or_else(|| usual.to_owned()))
 }
 
-/// The name of an identity header: the usual one unless another is given; an empty text switches it off.
+/// The name of an identity header: the usual one unless another is configured. An empty name switches the header off.
 fn identity_header(field: &str, name: Option<&str>, usual: &str) -> Result<Option<String>, ConfigError> {
     match name.unwrap_or(usual) {
         "" => Ok(None),
@@ -280,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_configuration_has_safe_defaults() {
+    fn the_smallest_configuration_has_safe_defaults() {
         let config = Config::parse(MINIMAL.as_bytes()).unwrap();
         let expected = Config {
             cluster: "cp".into(),
@@ -307,9 +305,9 @@ mod tests {
             access_log_state: true,
             policies: Policies::default(),
             shadow: false,
-            on_not_ready: WhenBlind::Refuse,
+            on_not_ready: FailureMode::Refuse,
             max_staleness_ms: None,
-            on_stale: WhenBlind::Refuse,
+            on_stale: FailureMode::Refuse,
             challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
         };
         assert_eq!(format!("{config:?}"), format!("{expected:?}"));
@@ -359,13 +357,13 @@ mod tests {
             assert!(config.trailers_removed.iter().any(|removed| removed == name), "{name}");
         }
         assert_eq!(config.rate_limit, Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
-        assert_eq!((config.on_not_ready, config.on_stale), (WhenBlind::Allow, WhenBlind::Allow));
+        assert_eq!((config.on_not_ready, config.on_stale), (FailureMode::Allow, FailureMode::Allow));
         assert_eq!((config.max_staleness_ms, config.strip_key, config.access_log_state), (Some(90_000), false, false));
         assert_eq!(Config::parse(with(r#""rate_limit": null"#).as_bytes()).unwrap().rate_limit, None);
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_field_and_remedy() {
+    fn a_mistake_is_named_with_its_field_and_remedy() {
         assert!(error("").contains("at least {\"control_plane\""));
         assert_eq!(error("{}"), "control_plane: is missing");
         assert_eq!(error(r#"[{"cluster": "cp"}]"#), "must be an object");
@@ -398,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_may_stand_in_several_places() {
+    fn keys_may_be_in_several_places() {
         let sources = r#""key_sources": [{"header": "X-Api-Key"}, {"bearer": true}, {"query": "a"}, {"query": "b"}]"#;
         let config = Config::parse(with(sources).as_bytes()).unwrap();
         let expected = [
@@ -417,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn policies_are_checked_and_the_default_has_a_limit_of_another_name() {
+    fn policies_are_checked_and_the_default_limit_has_its_own_name() {
         let json = with(
             r#""policies": {"search": {"cost": 5}}, "shadow": true,
             "default_policy": {"key": "optional", "rate_limit": {"requests": 1, "window_seconds": 1}}"#,

@@ -25,7 +25,7 @@ impl<H: Host> Filter<H, CellStore<H>> {
     /// A filter whose key store is in the cells of the host.
     ///
     /// # Errors
-    /// If the system has no randomness: VMs and Envoys could not be told apart.
+    /// If the system has no randomness: VMs and Envoys would have no distinct ids.
     pub fn new(host: H, config: &Config) -> Result<Self, String> {
         let data = SharedData::new(host, &config.cluster, &config.store);
         let keys = CellStore::new(data.clone());
@@ -40,7 +40,7 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
     /// A filter with a key store of the shell.
     ///
     /// # Errors
-    /// If the system has no randomness: VMs and Envoys could not be told apart.
+    /// If the system has no randomness: VMs and Envoys would have no distinct ids.
     pub fn with_keys(data: SharedData<H>, keys: K) -> Result<Self, String> {
         let node = random_bytes(data.host()).map(u64::from_le_bytes).ok_or("the system has no randomness")?;
         // 0 stands for no VM.

@@ -6,7 +6,6 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::reply::Reply;
 use crate::shared::Cells;
 
 /// Everything that a host offers outside of a request. Copies of a host are handles of the same host.
@@ -130,6 +129,17 @@ pub trait Stream {
 
     /// Lets a request go on that was held with [`Flow::Wait`].
     fn resume(&mut self);
+}
+
+/// A reply in place of the upstream's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// The HTTP status.
+    pub status: u16,
+    /// The headers, besides those that Envoy adds.
+    pub headers: Vec<(&'static str, String)>,
+    /// The body: a problem.
+    pub body: String,
 }
 
 /// What the host does with a request next.

@@ -1,11 +1,11 @@
-//! Names of headers by which API gateways tell an upstream who calls. An upstream that stood behind another gateway may still
-//! believe them, so a client must not get them through.
+//! Names of the headers by which API gateways pass the identity of a caller to the upstream. An upstream that was once behind
+//! another gateway may still trust them, so they are removed from requests of clients.
 
-/// The usual names of this filter's own identity headers: consumer, credential, scopes.
+/// The default names of this filter's identity headers: consumer, credential, scopes.
 pub const USUAL: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
 
-/// The names that other gateways use. The configurations in `envoy/` remove them from each request before any filter sees it,
-/// which costs less than it would here. The filter removes them from trailers, and whatever `remove_headers` names.
+/// The names that other gateways use. The configurations in `envoy/` remove them before any filter runs, which costs less than
+/// in the filter. The filter removes them from trailers, and removes all headers that `remove_headers` names.
 pub const FOREIGN: [&str; 16] = [
     // Kong and APISIX.
     "x-consumer-username",
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_configuration_that_is_shipped_removes_the_headers_of_other_gateways() {
+    fn every_shipped_configuration_removes_the_headers_of_other_gateways() {
         // Where cargo runs the test: the checkout may have been copied with its target directory.
         let package = std::env::var("CARGO_MANIFEST_DIR").unwrap();
         let folder = std::path::Path::new(&package).join("../envoy");
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_in_lower_case_and_none_is_the_filters_own() {
+    fn names_are_in_lower_case_and_differ_from_those_of_the_filter() {
         for name in FOREIGN {
             assert_eq!(name, name.to_ascii_lowercase());
             assert!(!USUAL.contains(&name), "{name}");

@@ -6,8 +6,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Stats, Stream};
-use crate::reply::Reply;
+use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Reply, Stats, Stream};
 use crate::shared::{Cell, Cells, Conflict, SharedData};
 
 /// The cells of one store on a mock host.

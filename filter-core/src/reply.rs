@@ -1,41 +1,42 @@
-//! Refusals: an outcome comes in, status, headers and body of the reply go out. The body is a problem (RFC 9457) with the
-//! outcome's name as `code`. Nothing of the request stands in it but its id, by which people find it in the access log.
+//! Replies to refused requests. The body is a problem (RFC 9457) with the name of the outcome as `code`. It repeats nothing of the
+//! request but its id, by which the request is found in the access log.
 
 use contract::outcome::Outcome;
 use contract::record::RateLimit;
 
 use crate::extract::source::{Source, places};
+use crate::host::Reply;
 use crate::limits::limiter::Refused;
 use crate::limits::wait::{RETRY_RENEWAL_S, Wait};
 
-/// Most bytes of a request's id. Envoy's own are UUIDs.
+/// Most bytes of a request's id. The ids of Envoy are UUIDs.
 const REQUEST_ID_BYTES: usize = 128;
 
-/// gRPC's `RESOURCE_EXHAUSTED`. Envoy makes `UNAVAILABLE` of 429, and gRPC clients try that again by themselves.
+/// The gRPC status `RESOURCE_EXHAUSTED`. By itself Envoy turns 429 into `UNAVAILABLE`, which gRPC clients retry.
 const RESOURCE_EXHAUSTED: &str = "8";
 
-/// How long a client should wait before it tries again when the filter has no keys, in seconds.
+/// `Retry-After` while the filter has no keys, in seconds.
 const RETRY_NOT_READY_S: u64 = 1;
 
-/// The same when a stock is used up and nobody knows until when: the filter hears at once when there is more.
+/// `Retry-After` while a quota or credits are exhausted for an unknown time, in seconds. The filter learns of new ones at once.
 const RETRY_EXHAUSTED_S: u64 = 60;
 
 /// The detail of a request that costs more credits than its key's owner has.
 const PRICE_ABOVE_BALANCE: &str =
     "This request costs more credits than the owner of this API key has. Top them up to go on: waiting does not help.";
 
-/// What a 401 says of how keys are sent.
+/// How a 401 tells the client to send its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Challenge {
-    /// The values of `WWW-Authenticate` (RFC 9110, section 11.6.1). The first scheme is not registered; API keys have none.
-    /// Where keys may come as bearer tokens, there is one for those too (RFC 6750, section 3).
+    /// The values of `WWW-Authenticate` (RFC 9110, section 11.6.1). `ApiKey` is not a registered scheme; there is none for API
+    /// keys. If keys may be bearer tokens, `Bearer` follows (RFC 6750, section 3).
     schemes: Vec<String>,
-    /// `detail` of the problem where there is no key.
+    /// The `detail` of the problem for a request without a key.
     missing: String,
 }
 
 impl Challenge {
-    /// The challenges for a realm; `None` if the realm cannot stand in a quoted string as it is.
+    /// The challenges for a realm; `None` if the realm has characters that a quoted string must escape.
     #[must_use]
     pub fn new(realm: &str, sources: &[Source]) -> Option<Self> {
         let plain = realm.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\');
@@ -48,17 +49,16 @@ impl Challenge {
     }
 }
 
-/// What a reply needs to know of the request.
+/// What the reply depends on besides the outcome.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RequestFacts {
-    /// Its id, if it has one that can be repeated as it is.
+    /// The request's id, if it can be repeated without escaping.
     pub id: Option<String>,
-    /// Whether it is a gRPC call.
+    /// Whether the request is a gRPC call.
     pub is_grpc: bool,
 }
 
-/// The id in the value of `x-request-id`; `None` if that may need quotes, or is longer than ids are: Envoy may have it from the
-/// client.
+/// The id in the value of `x-request-id`. It may come from the client: `None` if it would need escaping or is too long.
 #[must_use]
 pub fn request_id(value: &[u8]) -> Option<String> {
     let plain = value.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=~".contains(byte));
@@ -66,26 +66,14 @@ pub fn request_id(value: &[u8]) -> Option<String> {
     Some(id.to_owned())
 }
 
-/// Whether the value of `content-type` is that of a gRPC call, as Envoy sees it. gRPC-Web is not.
+/// Whether the value of `content-type` is that of a gRPC call, by the rules of Envoy. gRPC-Web is not.
 #[must_use]
 pub fn is_grpc(content_type: &[u8]) -> bool {
     let rest = content_type.strip_prefix(b"application/grpc");
     rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
-/// A reply to be sent instead of going upstream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reply {
-    /// HTTP status.
-    pub status: u16,
-    /// Headers, beside those that Envoy adds.
-    pub headers: Vec<(&'static str, String)>,
-    /// The problem.
-    pub body: String,
-}
-
-/// The reply to an outcome; `None` if the request goes upstream. `facts` is asked only if it does not, with the status of the
-/// reply.
+/// The reply to an outcome; `None` if the request goes upstream. `facts` is called only for a reply, with its status.
 #[must_use]
 pub fn reply(
     outcome: Outcome,
@@ -100,7 +88,7 @@ pub fn reply(
     match (refusal.status, wait) {
         (401, _) => headers.extend(challenge.schemes.iter().map(|value| ("www-authenticate", value.clone()))),
         (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
-        // A client that retries by itself would do so for ever.
+        // `Retry-After` would make clients retry for ever.
         (429, Wait::Hopeless) => {}
         (429, Wait::Renewal) => headers.push(("retry-after", RETRY_RENEWAL_S.to_string())),
         (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
@@ -128,8 +116,8 @@ pub fn reply(
     Some(Reply { status: refusal.status, headers, body })
 }
 
-/// draft-ietf-httpapi-ratelimit-headers-10: structured fields, a parameter q for the quota and w for its window, r for what
-/// remains and t for the seconds until there is more.
+/// By draft-ietf-httpapi-ratelimit-headers-10, as structured fields: q is the quota, w its window, r the remainder and t the
+/// seconds until there is more.
 fn limit_headers(limits: &[RateLimit], refused: Refused) -> impl Iterator<Item = (&'static str, String)> {
     let Refused { limit, retry_after_s } = refused;
     let policy =
@@ -140,8 +128,8 @@ fn limit_headers(limits: &[RateLimit], refused: Refused) -> impl Iterator<Item =
     headers.into_iter().chain(left)
 }
 
-/// The same for a quota or credits, without a policy: how large they are is not the filter's to know; nor, unless the wait is
-/// `known`, when there will be more.
+/// The same for a quota or credits. The filter does not know how large they are, so there is no policy; t is left out unless the
+/// time is `known`.
 fn stock_headers(outcome: Outcome, retry_after_s: u64, known: bool) -> impl Iterator<Item = (&'static str, String)> {
     let name = if outcome == Outcome::CreditsExhausted { "credits" } else { "quota" };
     let until = if known { format!(";t={retry_after_s}") } else { String::new() };
@@ -186,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_by_a_limit_says_which_of_all_and_how_long() {
+    fn a_refusal_by_a_limit_names_the_limit_and_the_time() {
         let limit = |name: &str, requests, window_s| RateLimit { name: name.into(), requests, window_s, burst: 10 };
         let limits = vec![limit("second", 10, 1), limit("hour", 1_000, 3_600)];
         let wait = Wait::Limits(limits, Refused { limit: 1, retry_after_s: 7 });
@@ -200,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_for_the_lack_of_a_stock_says_how_long() {
+    fn a_refusal_for_quota_or_credits_says_how_long() {
         for (outcome, wait, seconds, left) in [
             (Outcome::QuotaExceeded, Wait::Seconds(5), "5", "\"quota\";r=0;t=5"),
             (Outcome::CreditsExhausted, Wait::Usual, "60", "\"credits\";r=0"),
@@ -219,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn where_keys_may_be_bearer_tokens_both_schemes_are_offered() {
+    fn if_keys_may_be_bearer_tokens_both_schemes_are_offered() {
         let sources = [Source::Bearer(true), Source::Query("k".into()), Source::Cookie("c".into())];
         let challenge = Challenge::new("orders", &sources).unwrap();
         let reply = reply(Outcome::Missing, &challenge, &Wait::Usual, |_| RequestFacts::default()).unwrap();
@@ -231,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_realm_that_would_break_out_of_its_quotes_is_refused() {
+    fn a_realm_that_needs_escaping_is_refused() {
         let of = |realm| Challenge::new(realm, &[]).map(|challenge| challenge.schemes);
         assert_eq!(of("orders \"x\""), None);
         assert_eq!(of("ordérs"), None);
@@ -239,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grpc_call_is_told_that_a_limit_is_exhausted_and_nothing_else_by_this_filter() {
+    fn only_a_429_sets_the_grpc_status() {
         let grpc = |outcome| {
             let facts = |_| RequestFacts { id: None, is_grpc: true };
             let headers = reply(outcome, &challenge(), &Wait::Usual, facts)?.headers;
@@ -262,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_repeated_only_if_it_can_stand_in_a_string_as_it_is() {
+    fn an_id_that_needs_escaping_is_not_repeated() {
         let id = "0b1c2d3e-0000-4000-8000-0123456789ab";
         assert_eq!(request_id(id.as_bytes()).as_deref(), Some(id));
         for other in [&b""[..], b"a\"b", b"a\\b", b"a b", b"\xff", &[b'a'; REQUEST_ID_BYTES + 1]] {

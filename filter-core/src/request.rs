@@ -16,7 +16,7 @@ use contract::rate::WHOLE;
 use contract::usage::KeyRef;
 
 use crate::address::Client;
-use crate::config::{Config, SHADOW_HEADER, WhenBlind};
+use crate::config::{Config, FailureMode, SHADOW_HEADER};
 use crate::extract::{self, Credential, Extraction, strip};
 use crate::host::{Clock, Flow, Host, Stream};
 use crate::keys::{KeyLookup, StoredKey};
@@ -44,7 +44,7 @@ const REQUEST_ID: &str = "x-request-id";
 /// Handles the headers of a request.
 pub fn handle<H: Host, K: KeyLookup>(vm: &Vm<H, K>, config: &Config, stream: &mut impl Stream) -> Flow {
     let request = Request { vm, config, time: RequestTime::new(vm.host()) };
-    let (verdict, extraction) = request.decide(stream);
+    let (verdict, extraction) = request.verify(stream);
     let flow = request.respond(&verdict, &extraction, stream);
     request.count(&verdict);
     flow
@@ -116,7 +116,7 @@ struct Request<'a, H, K> {
 
 impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// Extracts the key, finds its record, decides, and charges the limits.
-    fn decide(&self, stream: &impl Stream) -> (Verdict, Extraction<'a>) {
+    fn verify(&self, stream: &impl Stream) -> (Verdict, Extraction<'a>) {
         let extraction = extract::find(&self.config.key_sources, stream);
         let policy = self.find_policy(stream);
         let mut verdict = match (policy, self.find_obstacle()) {
@@ -174,8 +174,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             (Some(_), _) => return None,
         };
         Some(match choice {
-            WhenBlind::Refuse => outcome,
-            WhenBlind::Allow => Outcome::FailedOpen,
+            FailureMode::Refuse => outcome,
+            FailureMode::Allow => Outcome::FailedOpen,
         })
     }
 

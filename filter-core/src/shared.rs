@@ -167,7 +167,7 @@ impl CellKey {
             Self::Stock(Stock::Quota, number) => ("q", Some(number)),
             Self::Stock(Stock::Credits, number) => ("c", Some(number)),
             Self::Stock(Stock::Balance, number) => ("t", Some(number)),
-            // Is told and not kept.
+            // Part of a grant; no cell is written for it.
             Self::Stock(Stock::Used, number) => ("x", Some(number)),
             Self::State => ("state", None),
             Self::Definitions => ("definitions", None),

@@ -17,7 +17,7 @@ use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType};
 
 use crate::host::{Envoy, Response};
-use crate::stream::Request;
+use crate::stream::EnvoyStream;
 
 type EnvoyFilter = Filter<Envoy, CellStore<Envoy>>;
 
@@ -115,11 +115,11 @@ impl HttpContext for Plugin {
     fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
         #[cfg(feature = "trap")]
         crate::trap::on_request();
-        action(self.filter.on_request_headers(&self.setup.config, &mut Request))
+        action(self.filter.on_request_headers(&self.setup.config, &mut EnvoyStream))
     }
 
     fn on_http_request_trailers(&mut self, _trailers: usize) -> Action {
-        action(self.filter.on_request_trailers(&self.setup.config, &mut Request))
+        action(self.filter.on_request_trailers(&self.setup.config, &mut EnvoyStream))
     }
 }
 

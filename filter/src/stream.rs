@@ -3,8 +3,7 @@
 use std::net::IpAddr;
 
 use filter_core::address;
-use filter_core::host::Stream;
-use filter_core::reply::Reply;
+use filter_core::host::{Reply, Stream};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::MapType;
 
@@ -15,9 +14,9 @@ const METADATA: [&str; 4] = ["xds", "route_metadata", "filter_metadata", "portcu
 const NO_MEMBERS: [u8; 4] = [0; 4];
 
 /// The request of the present callback.
-pub(crate) struct Request;
+pub(crate) struct EnvoyStream;
 
-impl Stream for Request {
+impl Stream for EnvoyStream {
     fn header(&self, name: &str) -> Option<Vec<u8>> {
         hostcalls::get_map_value_bytes(MapType::HttpRequestHeaders, name).ok().flatten()
     }

@@ -1,9 +1,7 @@
-//! A key in a cookie: the value of the `Cookie` header (RFC 6265, section 4.2.1) comes in, the cookie's value goes out, and
-//! the header without it.
+//! Keys in cookies, by RFC 6265, section 4.2.1.
 
-/// One value for several `Cookie` lines. `first` is the first line; `joined` are all lines with a comma between each two, which
-/// is how Envoy gives them. A user agent sends one line (RFC 6265, section 5.4), so what follows the first needs no better
-/// reading than this: each comma there ends a cookie.
+/// One value for several `Cookie` lines. `first` is the first line; `joined` has all lines, joined by commas as Envoy does. A user
+/// agent sends one line (RFC 6265, section 5.4). So it is enough for later lines that each comma ends a cookie.
 #[must_use]
 pub fn merged(first: &[u8], joined: &[u8]) -> Vec<u8> {
     match joined.strip_prefix(first) {
@@ -15,12 +13,12 @@ pub fn merged(first: &[u8], joined: &[u8]) -> Vec<u8> {
     }
 }
 
-/// The values of all cookies of a name, without the quotes that may stand around them.
+/// The values of all cookies of a name, without quotes around them.
 pub fn values<'a>(header: &'a [u8], name: &[u8]) -> impl Iterator<Item = &'a [u8]> {
     pairs(header).filter(move |pair| is_named(pair, name)).map(value)
 }
 
-/// The header without all cookies of a name, empty if there are no others; `None` if it has none of them.
+/// The header without the cookies of a name, empty if there are no others; `None` if it has none of that name.
 #[must_use]
 pub fn without(header: &[u8], name: &[u8]) -> Option<Vec<u8>> {
     let kept: Vec<&[u8]> = pairs(header).filter(|pair| !is_named(pair, name)).collect();
@@ -57,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_found_and_cut_out_and_the_other_cookies_stay() {
+    fn the_key_is_found_and_removed_and_other_cookies_stay() {
         for (header, key, rest) in [
             ("k=x", Some("x"), ""),
             ("a=1; k=x; b=2", Some("x"), "a=1; b=2"),
@@ -79,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn several_lines_are_one_value_and_one_line_with_commas_stays_as_it_is() {
+    fn several_lines_are_merged_and_one_line_with_commas_stays_as_it_is() {
         for (first, joined, expected) in [
             ("a=1,2; k=x", "a=1,2; k=x", "a=1,2; k=x"),
             ("a=1,2", "a=1,2,k=x", "a=1,2; k=x"),
@@ -94,7 +92,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_comes_in_no_key_is_left_and_every_other_cookie_is(
+        fn after_removal_no_key_is_left_and_every_other_cookie_is(
             cookies in prop::collection::vec(prop_oneof!["k=[a-z\"= ]{0,4}", "[ a-z=\"]{0,5}", " k ?="], 0..8),
             tail in prop::collection::vec(any::<u8>(), 0..40),
         ) {

@@ -1,5 +1,5 @@
-//! A key in the query of a path: `/orders?page=2&api_key=…` comes in, the value goes out, and the path without it. Names and
-//! values are compared percent-decoded (RFC 3986, section 2.1); everything else of the path stays as it was, byte by byte.
+//! Keys in the query of a path, such as `/orders?page=2&api_key=…`. Names and values are compared percent-decoded (RFC 3986,
+//! section 2.1). The rest of the path stays as it is, byte by byte.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ pub fn values<'a>(path: &'a [u8], name: &[u8]) -> impl Iterator<Item = Cow<'a, [
     query.into_iter().flat_map(parameters).filter(move |parameter| is_named(parameter, name)).map(value)
 }
 
-/// The path without all parameters of a name; `None` if it has none of them.
+/// The path without the parameters of a name; `None` if it has none.
 #[must_use]
 pub fn without(path: &[u8], name: &[u8]) -> Option<Vec<u8>> {
     let (before, query, after) = parts(path)?;
@@ -29,7 +29,7 @@ pub fn without(path: &[u8], name: &[u8]) -> Option<Vec<u8>> {
     Some(path)
 }
 
-/// What stands before the query, the query, and the fragment, if some client sends one.
+/// The part before the query, the query, and the fragment, which some clients send.
 fn parts(path: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let end = path.iter().position(|byte| *byte == b'#').unwrap_or(path.len());
     let (path, fragment) = path.split_at_checked(end)?;
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_found_and_cut_out_and_the_rest_stays_as_it_was() {
+    fn the_key_is_found_and_removed_and_the_rest_stays_as_it_was() {
         for (path, key, rest) in [
             ("/a?api_key=x", Some("x"), "/a"),
             ("/a?b=1&api_key=x&c=%20", Some("x"), "/a?b=1&c=%20"),
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_a_key_like_others() {
+    fn a_key_may_have_bytes_that_are_not_utf_8() {
         let path = b"/?api_key=%ff\xfe&b=\xff";
         assert_eq!(find(path, b"api_key").as_deref(), Some(&b"\xff\xfe"[..]));
         assert_eq!(without(path, b"api_key").as_deref(), Some(&b"/?b=\xff"[..]));
@@ -121,7 +121,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_comes_in_no_key_is_left_and_everything_else_is(
+        fn after_removal_no_key_is_left_and_everything_else_is(
             path in "[/a?&=#%]{0,4}",
             pairs in prop::collection::vec(
                 prop_oneof!["api_key=[a-z%&?]{0,5}", "%61pi_key=[^#]{0,3}", "[a-z%=]{0,6}", Just("api%5fkey".to_owned())], 0..8),

@@ -1,5 +1,5 @@
-//! Where keys are looked for: the operator's `key_sources` come in, the key that stands in a header's value goes out, and
-//! what is left of that value without the key.
+//! The places of a key in a request, as the operator configures them in `key_sources`: how to find the key in the value of a
+//! header, and how to remove it from there.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,7 @@ const SOURCES: usize = 8;
 /// Most bytes of the name of a query parameter or cookie.
 const NAME_BYTES: usize = 64;
 
-/// One place where a key may stand.
+/// One place of a key.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
@@ -26,17 +26,17 @@ pub enum Source {
     Cookie(String),
 }
 
-/// What is left of a header once the key is out.
+/// The rest of a header without its keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remainder {
-    /// Nothing that is worth keeping: remove the header.
+    /// Nothing: the header can be removed.
     Nothing,
-    /// The value without the key.
+    /// The value without keys.
     Value(Vec<u8>),
 }
 
 impl Source {
-    /// The header in whose value it stands.
+    /// The header that has the key.
     #[must_use]
     pub fn header(&self) -> &str {
         match self {
@@ -47,7 +47,7 @@ impl Source {
         }
     }
 
-    /// Where a client is to send its key, as an adverbial.
+    /// The place in words, as in "send your API key …".
     fn place(&self) -> String {
         match self {
             Self::Header(name) => format!("in the header {name}"),
@@ -57,13 +57,13 @@ impl Source {
         }
     }
 
-    /// Whether the header has no other use than the key.
+    /// Whether the key takes the whole header, so that no other source can use it.
     #[must_use]
     pub const fn is_whole_header(&self) -> bool {
         matches!(self, Self::Header(_) | Self::Bearer(_))
     }
 
-    /// The key in the value of that header, if there is one that is not empty. Of several, the first counts.
+    /// The first key in the value of the header that is not empty.
     #[must_use]
     pub fn find<'a>(&self, value: &'a [u8]) -> Option<Cow<'a, [u8]>> {
         let is_there = |key: &Cow<'a, [u8]>| !key.is_empty();
@@ -75,7 +75,7 @@ impl Source {
         }
     }
 
-    /// Whether a key stands in the value of that header, as the first or behind others.
+    /// Whether the value of the header has this key, as the first or a later one.
     #[must_use]
     pub fn holds(&self, value: &[u8], key: &[u8]) -> bool {
         match self {
@@ -86,7 +86,7 @@ impl Source {
         }
     }
 
-    /// What is left of the value of that header without the key.
+    /// The value of the header without its keys.
     #[must_use]
     pub fn without(&self, value: &[u8]) -> Remainder {
         match self {
@@ -104,7 +104,7 @@ impl Source {
     }
 }
 
-/// Says where keys may stand: `in the header x-api-key or in the cookie session_key`.
+/// The places in words: `in the header x-api-key or in the cookie session_key`.
 #[must_use]
 pub fn places(sources: &[Source]) -> String {
     let places: Vec<String> = sources.iter().map(Source::place).collect();
@@ -114,10 +114,10 @@ pub fn places(sources: &[Source]) -> String {
     }
 }
 
-/// Checks the fields `key_header`, one header, and `key_sources`, a list of places; the header `x-api-key` without either.
+/// Checks the fields `key_header`, one header, and `key_sources`, a list of places. Without either, the header is `x-api-key`.
 ///
 /// # Errors
-/// The first thing that is wrong, with the field and the remedy.
+/// The first mistake, with the field and the remedy.
 pub fn check(key_header: Option<String>, listed: Option<Vec<Source>>) -> Result<Vec<Source>, String> {
     let bad = |why: &str| Err(format!("key_sources: {why}"));
     let sources = match (key_header, listed) {
@@ -136,7 +136,7 @@ pub fn check(key_header: Option<String>, listed: Option<Vec<Source>>) -> Result<
         return bad("name 1 to 8 places, or leave it out for the header x-api-key");
     }
     let sources = sources.into_iter().map(check_one).collect::<Result<Vec<_>, _>>()?;
-    // Whatever stands in a header of its own takes all of it.
+    // A source that takes a whole header leaves nothing to others.
     let same = |one: &Source, other: &Source| {
         one == other || (one.header() == other.header() && (one.is_whole_header() || other.is_whole_header()))
     };
@@ -162,10 +162,10 @@ fn check_one(source: Source) -> Result<Source, String> {
     }
 }
 
-/// Checks a field name (RFC 9110, section 5.1) that the filter is to use, and gives it in lower case.
+/// Checks the name of a header (RFC 9110, section 5.1) that the filter will set or remove. Returns it in lower case.
 ///
 /// # Errors
-/// If it is none, a pseudo-header, or one that frames the message.
+/// If it is not a header name, or is that of a pseudo-header or of a header that frames the message.
 pub fn header_name(field: &str, name: &str) -> Result<String, String> {
     const FRAMING: [&str; 6] = ["host", "content-length", "transfer-encoding", "connection", "te", "upgrade"];
     let lower = name.to_ascii_lowercase();
@@ -178,14 +178,14 @@ pub fn header_name(field: &str, name: &str) -> Result<String, String> {
     }
 }
 
-/// The tokens of bearers in `Authorization`: the whole of the value, then each of the lines that Envoy has joined by commas.
-/// A token has no comma (RFC 6750, section 2.1), and the header should come once (RFC 9110, section 11.6.2).
+/// The bearer tokens in `Authorization`: in the whole value, then in each of the lines that Envoy has joined by commas. A token
+/// has no comma (RFC 6750, section 2.1), and a request should have one such header (RFC 9110, section 11.6.2).
 fn bearers(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     let lines = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter_map(bearer);
     bearer(value).into_iter().chain(lines)
 }
 
-/// What is left of `Authorization` without bearers: other lines, if the first is none.
+/// The lines of `Authorization` that are not bearer tokens, unless the first line is one.
 fn without_bearers(value: &[u8]) -> Remainder {
     let is_bearer = |line: &[u8]| bearer(line.trim_ascii()).is_some();
     if is_bearer(value) {
@@ -195,7 +195,7 @@ fn without_bearers(value: &[u8]) -> Remainder {
     Remainder::Value(kept.join(&b","[..]))
 }
 
-/// The token of a bearer; the name of the scheme may be in any case (RFC 9110, section 11.1).
+/// The token after the scheme `Bearer`, which may be in any case (RFC 9110, section 11.1).
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let (scheme, rest) = value.split_at_checked(6)?;
     let token = rest.strip_prefix(b" ")?.trim_ascii();
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bearer_is_told_from_other_schemes() {
+    fn bearer_tokens_are_found_and_other_schemes_are_not() {
         let bearer = Source::Bearer(true);
         for (value, key) in [
             ("Bearer abc", Some("abc")),
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bearer_is_found_behind_other_lines_and_of_two_that_are_joined_the_first_makes_no_key() {
+    fn a_bearer_token_is_found_in_a_later_line_and_two_joined_tokens_are_no_key() {
         let bearer = Source::Bearer(true);
         let value = |text: &str| Remainder::Value(text.as_bytes().to_vec());
         for (joined, key, left) in [
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_list_is_said_with_the_remedy() {
+    fn a_wrong_list_of_sources_is_refused_with_the_remedy() {
         let of = |json: &str| check(None, Some(serde_json::from_str(json).unwrap()));
         let all = r#"[{"header": "X-Api-Key"}, {"bearer": true}, {"query": "api_key"}, {"cookie": "session_key"}]"#;
         let headers: Vec<String> = of(all).unwrap().iter().map(|source| source.header().to_owned()).collect();

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn one_report_is_under_way_at_a_time_and_only_its_answer_counts() {
+    fn one_report_is_in_flight_at_a_time_and_only_its_response_counts() {
         let mut reporter = Reporter::default();
         assert_eq!(reporter.due(NOW), Some(Freeze::Pending));
         reporter.sent(7, false, NOW);
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_up_to_the_longest_and_end_with_success_or_a_step_of_the_clock() {
+    fn pauses_double_up_to_the_longest_and_end_after_a_success_or_a_step_of_the_clock() {
         let mut reporter = Reporter::default();
         let pauses: Vec<u64> = (0..7).map(|_| reporter.on_failure(NOW)).collect();
         assert_eq!(pauses, [250, 500, 1_000, 2_000, 4_000, 5_000, 5_000]);
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn an_envoy_that_was_leased_something_sends_empty_reports_when_it_falls_quiet() {
+    fn an_envoy_with_leases_sends_reports_without_counts_when_it_is_idle() {
         let mut reporter = Reporter::default();
         acknowledged(&mut reporter, false, true, NOW);
         // Nothing granted with the last report: what was granted before is held all the same.
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn who_takes_over_sends_the_empty_reports_that_another_may_owe() {
+    fn a_successor_sends_the_reports_without_counts_of_its_predecessor() {
         let mut reporter = Reporter::successor();
         for number in 0..u64::from(EMPTY_REPORTS) {
             let at_ms = NOW + number * EMPTY_AFTER_MS;
@@ -160,14 +160,14 @@ mod tests {
     }
 
     #[test]
-    fn an_envoy_that_was_never_leased_anything_sends_no_empty_report() {
+    fn an_envoy_without_leases_sends_no_report_without_counts() {
         let mut reporter = Reporter::default();
         acknowledged(&mut reporter, false, false, NOW);
         assert_eq!(reporter.due(NOW + 10_000), Some(Freeze::Pending));
     }
 
     #[test]
-    fn what_comes_after_a_pause_starts_the_empty_reports_over() {
+    fn usage_after_an_idle_period_starts_the_reports_without_counts_over() {
         let mut reporter = Reporter::default();
         acknowledged(&mut reporter, false, true, NOW);
         acknowledged(&mut reporter, true, false, NOW + 1_000);

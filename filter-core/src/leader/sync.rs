@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_a_replica_that_lags_behind_sets_the_revision_back() {
+    fn a_page_of_a_lagging_replica_sets_the_revision_back() {
         let mut sync = StoreSync::new(None);
         sync.on_applied(&snapshot(10, 0, 100));
         sync.on_applied(&snapshot(8, 100, 200));
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn one_poll_is_under_way_at_a_time_and_only_its_answer_counts() {
+    fn one_poll_is_in_flight_at_a_time_and_only_its_response_counts() {
         let mut sync = StoreSync::new(None);
         sync.sent(7, 1_000);
         assert_eq!(sync.due(ME, 3, 2_000), None);
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_poll_that_nobody_answers_is_given_up() {
+    fn a_poll_without_response_is_given_up() {
         let mut sync = StoreSync::new(None);
         sync.sent(7, 0);
         assert_eq!(sync.due(ME, 3, LOST_AFTER_MS - 1), None);
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_poll_is_not_held_until_the_store_is_confirmed() {
+    fn until_the_store_is_confirmed_polls_ask_for_a_response_at_once() {
         let (held, not) = (format!("&revision=7&{REPORTER}"), format!("&revision=7&wait=0&{REPORTER}"));
         let mut sync = StoreSync::new(Some(&state(7)));
         assert!(sync.due(ME, 3, 0).unwrap().ends_with(&not));
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn starting_over_outlasts_the_pause_and_asks_for_nothing_older_than_was_there() {
+    fn a_restart_survives_the_pause_and_accepts_no_older_revision() {
         let mut sync = StoreSync::new(Some(&state(7)));
         sync.restart();
         sync.on_failure(0, 0);

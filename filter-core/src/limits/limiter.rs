@@ -173,7 +173,7 @@ pub fn take(
             Err(refused) => Err(Err(refused)),
         }
     });
-    // Nobody gets through to the cell: as good as used up.
+    // Too much contention on the cell: treat the limit as exhausted.
     taken.unwrap_or(Err(Refused { limit: 0, retry_after_s: 1 }))
 }
 

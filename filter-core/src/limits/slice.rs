@@ -73,6 +73,7 @@ impl<'a> Limits<'a> {
 /// The slices of one VM.
 #[derive(Debug, Default)]
 pub struct Slices {
+    /// The control plane draws the ids at random, so clients cannot make them collide, and a fast hash is enough.
     of_keys: RefCell<HashMap<KeyId, Slice, FxBuildHasher>>,
     /// How many requests of a key were admitted lately from its first to its rest, on average, in [`SCALE`]ths.
     usual: Slot<u32>,

@@ -89,7 +89,7 @@ fn is_above_balance(data: &SharedData<impl Cells>, record: &Record, price: u64) 
 }
 
 fn take(data: &SharedData<impl Cells>, stock: Stock, of: &[u8; 16], budget: &Budget, cost: u64) -> bool {
-    // Nobody gets through to the cell: as good as used up.
+    // Too much contention on the cell: treat the stock as exhausted.
     change(data, stock, of, |held| held.spend(budget, cost)).unwrap_or(false)
 }
 

@@ -25,7 +25,7 @@ pub enum Fencing {
     /// Those that change: in this process every leader has resigned before the next one was elected.
     ChangedCells,
     /// All, changed or not: a leader's term once ended without its knowledge, and it may still be about to write. Its write
-    /// fails only if the cell has a new version. Nobody knows when it goes on, so this lasts as long as the process.
+    /// fails only if the cell has a new version. It may go on at any time, so this lasts as long as the process.
     EveryCell,
 }
 

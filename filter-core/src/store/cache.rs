@@ -22,7 +22,7 @@ const SCOPES_BYTES: usize = 1_024;
 const SETS: usize = 1_024;
 pub(crate) const WAYS: usize = 4;
 
-/// One in so many new keys evicts an entry of a full set. Odd, so that of two keys that alternate each gets its turn.
+/// One in this many new keys evicts an entry of a full set. Odd, so that two alternating keys both get in.
 pub(crate) const EVICTION: usize = 7;
 
 /// The cache.
@@ -87,14 +87,9 @@ impl KeyCache {
         }
     }
 
-    /// How many keys are cached, of whatever generation.
-    pub fn len(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
         self.sets.borrow().iter().flat_map(|set| set.slots.iter().flatten()).count()
-    }
-
-    /// Whether no key is cached.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 

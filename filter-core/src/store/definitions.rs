@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_refers_to_nothing_reads_nothing() {
+    fn a_record_without_roles_and_plan_reads_no_cell() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
         apply_bytes(&data, ME, &page(FIRST, &[(1, "a")], &[])).unwrap();
         let plain = Record::plain(KeyId([1; 16]), OwnerId([2; 16]));
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_late_leader_cannot_put_old_definitions_over_new_ones() {
+    fn a_former_leader_cannot_overwrite_newer_definitions() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
         let newer = page(CHANGES, &[(1, "new")], &[]);
         let other = data.clone();
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_that_was_taken_between_the_two_writes_is_taken_again() {
+    fn a_copy_read_between_the_two_writes_is_read_again() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
         apply_bytes(&data, ME, &page(CHANGES, &[(1, "old")], &[])).unwrap();
         assert_eq!(scopes(&data, &copy), [(1, "old".into())]);

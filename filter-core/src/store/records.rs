@@ -184,7 +184,7 @@ mod tests {
     const CHANGES: Part = Part::Changes { after: 0 };
 
     #[test]
-    fn keys_of_one_bucket_are_told_apart_changed_and_removed() {
+    fn keys_of_one_bucket_are_found_changed_and_removed_one_by_one() {
         let data = leading();
         let (a, b, c) = (hash(5, 1), hash(5, 2), hash(5, 3));
         apply_bytes(&data, &page(CHANGES, &[(a, record(1)), (b, record(2))], &[])).unwrap();
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_replaces_its_buckets_and_no_others() {
+    fn a_snapshot_page_replaces_its_buckets_and_no_others() {
         let data = leading();
         let (inside, outside, new) = (hash(10, 1), hash(20, 1), hash(10, 2));
         apply_bytes(&data, &page(CHANGES, &[(inside, record(1)), (outside, record(2))], &[])).unwrap();
@@ -246,17 +246,17 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_is_told_by_its_cell_and_what_the_cell_keeps_of_the_hash() {
+    fn the_bucket_follows_from_the_cell_and_the_suffix_of_the_hash() {
         for bucket in [0, 1, 0x00ff, 0x0100, 0x7fff, 0x8000, 0xba78, 0xffff] {
             assert_eq!(bucket_of(cell_of(bucket), suffix(&hash(bucket, 3))), bucket);
         }
     }
 
     #[test]
-    fn a_snapshot_leaves_empty_cells_unwritten_and_equal_ones_alone() {
+    fn a_snapshot_writes_only_cells_that_change() {
         let data = leading();
         let bytes = page(Part::Snapshot { from: 0, to: BUCKETS }, &[(hash(0xffff, 1), record(1))], &[]);
-        // The definitions and their version are written each time, so the cells are told by their names.
+        // The definitions and their version are written each time: two writes.
         let before = data.host().writes();
         apply_bytes(&data, &bytes).unwrap();
         assert_eq!(data.host().writes() - before, 3);
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_that_was_deposed_before_its_write_writes_nothing() {
+    fn a_leader_that_lost_its_term_writes_nothing() {
         let data = leading();
         let (key, mut revoked) = (hash(5, 1), record(1));
         revoked.flags = Flags::REVOKED;
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_that_is_deposed_during_its_write_cannot_undo_a_revocation() {
+    fn a_leader_that_loses_its_term_during_a_write_cannot_undo_a_revocation() {
         let data = leading();
         let (key, mut revoked) = (hash(5, 1), record(1));
         revoked.flags = Flags::REVOKED;
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_that_is_deposed_during_its_write_cannot_bring_back_what_a_snapshot_leaves_out() {
+    fn a_leader_that_loses_its_term_during_a_write_cannot_bring_back_a_key_that_a_snapshot_removed() {
         let data = leading();
         let gone = hash(5, 1);
         // Another VM takes the lease between the late leader's check and its write. As it sees the store, the key is gone, and
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn one_look_at_the_lease_serves_many_cells() {
+    fn one_check_of_the_leadership_serves_many_cells() {
         let data = leading();
         let buckets = (0..BATCH as u16 * 2).map(|cell| cell * BUCKETS_OF_A_CELL);
         let keys: Vec<(KeyHash, Record)> = buckets.map(|bucket| (hash(bucket, 1), record(1))).collect();
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_that_is_cut_short_ends_there() {
+    fn a_truncated_cell_yields_no_partial_record() {
         let mut cell = Vec::new();
         push(&mut cell, &[1; SUFFIX_BYTES], &[1, 2, 3]);
         for length in 0..cell.len() {

@@ -122,14 +122,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counts_come_back_as_they_were_written(counts in vec(count(), 0..9)) {
+        fn counts_are_read_as_written(counts in vec(count(), 0..9)) {
             let bytes = write_counts(counts.iter());
             prop_assert_eq!(bytes.len(), counts.len() * COUNT_BYTES);
             prop_assert_eq!(read_counts(&bytes), counts);
         }
 
         #[test]
-        fn an_outbox_comes_back_as_it_was_written_and_tells_its_requests_at_once(
+        fn an_outbox_and_its_number_of_requests_are_read_as_written(
             reporter: [u8; 16], frozen_seq: u64, frozen in vec((any::<u64>(), vec(count(), 0..5)), 0..4), pending in vec(count(), 0..5)
         ) {
             let outbox = Outbox { reporter: ReporterId(reporter), frozen_seq, frozen, pending };
@@ -139,7 +139,7 @@ mod tests {
         }
 
         #[test]
-        fn bytes_that_nobody_wrote_make_no_more_counts_than_there_is_room_for(bytes in vec(any::<u8>(), 0..199)) {
+        fn arbitrary_bytes_yield_no_more_counts_than_fit(bytes in vec(any::<u8>(), 0..199)) {
             prop_assert_eq!(read_counts(&bytes).len(), bytes.len() / COUNT_BYTES);
             if let Some(outbox) = read_outbox(&bytes) {
                 let frozen = outbox.frozen.iter().map(|(_, counts)| counts.len());

@@ -1,4 +1,4 @@
-//! Counts on their way, on cells in memory.
+//! Counts from the VMs to the reports, on a mock host.
 
 use contract::id::KeyId;
 
@@ -27,7 +27,7 @@ fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
     counts
 }
 
-/// One request of each of so many keys.
+/// One request of each of this many keys.
 fn of_many(keys: u32) -> Counts {
     let mut counts = Counts::default();
     for number in 0..keys {
@@ -118,7 +118,7 @@ fn a_worker_that_publishes_while_its_cell_is_taken_loses_nothing() {
 }
 
 #[test]
-fn counts_that_find_no_outbox_wait_for_one() {
+fn counts_wait_until_there_is_an_outbox() {
     let data = new_data();
     counted(&[(key(1), Outcome::Allowed)]).publish(&data, 3);
     collect(&data);
@@ -139,7 +139,7 @@ fn a_large_backlog_leaves_in_several_reports_of_bounded_size() {
 }
 
 #[test]
-fn last_words_of_any_length_leave_batch_by_batch() {
+fn a_last_report_of_any_length_leaves_in_batches() {
     let data = open();
     let keys = (REPORT_COUNTS * 5 + 1) as u32;
     of_many(keys).publish(&data, 0);
@@ -153,7 +153,7 @@ fn last_words_of_any_length_leave_batch_by_batch() {
 }
 
 #[test]
-fn last_words_freeze_everything_and_later_counts_get_numbers_of_their_own() {
+fn a_last_report_freezes_all_counts_and_later_counts_get_new_numbers() {
     let data = open();
     counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
     collect(&data);
@@ -188,7 +188,7 @@ fn hours_are_kept_apart_and_the_last_time_is_the_latest() {
 }
 
 #[test]
-fn a_report_without_counts_has_a_number_like_others_and_no_other_waits_for_it() {
+fn a_report_without_counts_has_a_number_and_is_repeated_until_acknowledged() {
     let data = open();
     assert_eq!(freeze(&data, Freeze::Pending).unwrap().reports(), []);
     let empty = freeze(&data, Freeze::EvenNothing).unwrap().reports();
@@ -203,7 +203,7 @@ fn a_report_without_counts_has_a_number_like_others_and_no_other_waits_for_it() 
 }
 
 #[test]
-fn what_was_told_and_not_enforced_is_counted_apart_and_costs_nothing() {
+fn shadowed_requests_are_counted_apart_and_cost_nothing() {
     let mut counts = Counts::default();
     counts.add(key(1), Outcome::Expired, false, ONE, NOW);
     counts.add(key(1), Outcome::Expired, true, ONE, NOW);
@@ -213,7 +213,7 @@ fn what_was_told_and_not_enforced_is_counted_apart_and_costs_nothing() {
 }
 
 #[test]
-fn what_credits_did_not_pay_for_is_told_with_its_price_and_draws_nothing() {
+fn a_request_refused_for_credits_is_counted_with_its_price_and_draws_nothing() {
     let mut counts = Counts::default();
     for shadowed in [false, false, true] {
         counts.add(key(1), Outcome::CreditsExhausted, shadowed, Charge { credits: 40, quota: true }, NOW);
