@@ -1,21 +1,27 @@
-//! A trap on demand, for tests of what is lost with a VM: compiled in with the feature `trap` only, which no filter that is
-//! shipped has. Whoever can send a request could stop a worker's VM with it, and a control plane the one that leads.
+//! A trap on demand, for tests of the loss of a VM. Only the feature `trap` compiles it, and no shipped filter has it: a client
+//! could stop a worker's VM with it, and a control plane the leader.
 
-use crate::host;
+use proxy_wasm::hostcalls::get_map_value_bytes;
+use proxy_wasm::types::MapType;
 
-/// A request, or the answer to a poll, that carries this header traps.
+/// A request, or the response to a poll, with this header traps.
 const HEADER: &str = "x-portcullis-trap";
 
 /// Ends this VM if the request asks for it.
-pub(crate) fn spring() {
-    if host::request_header(HEADER).is_some() {
-        core::arch::wasm32::unreachable();
+pub(crate) fn on_request() {
+    end_if_in(MapType::HttpRequestHeaders);
+}
+
+/// Ends this VM, which leads then, if the response to its call asks for it.
+pub(crate) fn on_response(headers: usize) {
+    // Without headers the call failed, and the SDK would panic.
+    if headers > 0 {
+        end_if_in(MapType::HttpCallResponseHeaders);
     }
 }
 
-/// Ends this VM, which leads then, if the answer to its poll asks for it.
-pub(crate) fn spring_on_answer() {
-    if host::answer_number::<u8>(HEADER).is_some() {
+fn end_if_in(headers: MapType) {
+    if get_map_value_bytes(headers, HEADER).ok().flatten().is_some() {
         core::arch::wasm32::unreachable();
     }
 }

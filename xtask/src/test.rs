@@ -127,7 +127,7 @@ impl Step {
             }
             Self::ClippyWasm => {
                 need_target(wasm::TARGET)?;
-                let crates = ["--package", "filter", "--package", "contract"];
+                let crates = ["--package", "filter", "--package", "filter-core", "--package", "contract"];
                 let mut clippy = cargo(&["clippy", "--locked", "--target", wasm::TARGET]);
                 clippy.args(crates).args(["--", "--deny", "warnings"]);
                 run(clippy)?;

@@ -15,8 +15,8 @@ use contract::usage_log::LogKey;
 use control_plane::domain::{Email, KeyName, Scopes};
 use control_plane::keys::import::line;
 use control_plane::metering::import::signed_usage;
-use filter::config::Config;
-use filter::{cookie, query as path_query};
+use filter_core::config::Config;
+use filter_core::extract::{cookie, query as path_query};
 use serde_json::Value;
 
 /// An entry point.
@@ -102,7 +102,8 @@ pub fn plugin_configuration(bytes: &[u8]) {
     let identity = [&config.identity.consumer, &config.identity.credential, &config.identity.scopes];
     let identity = identity.into_iter().flatten().map(String::as_str);
     // A key in the query stands in the path, which is the one source with a name of Envoy's own.
-    let sources = config.key_sources.iter().map(filter::source::Source::header).filter(|name| *name != ":path");
+    let sources =
+        config.key_sources.iter().map(filter_core::extract::source::Source::header).filter(|name| *name != ":path");
     for name in identity.chain(sources) {
         assert!(
             !name.starts_with(':') && name.bytes().all(|byte| byte.is_ascii_graphic() && !byte.is_ascii_uppercase())

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
-use filter::identity::FOREIGN;
+use filter_core::identity::FOREIGN;
 use http_body_util::Full;
 use hyper::{Method, Request};
 use portcullis_tests::bench::{Bench, record};

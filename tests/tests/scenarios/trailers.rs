@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use anyhow::Result;
 use axum::body::Bytes;
-use filter::identity::{FOREIGN, USUAL};
+use filter_core::identity::{FOREIGN, USUAL};
 use http_body_util::StreamBody;
 use hyper::body::Frame;
 use hyper::{HeaderMap, Request};

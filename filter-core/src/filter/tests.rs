@@ -1,0 +1,94 @@
+//! The callbacks of a shell, on a mock host.
+
+use contract::hash::BUCKETS;
+use contract::id::{Epoch, KeyId, OwnerId};
+use contract::page::{Header, PageWriter, Part};
+use contract::record::Record;
+use contract::usage::read_reports;
+
+use super::*;
+use crate::mock::{MockHost, MockResponse, MockStream};
+
+const NOW: u64 = 1_800_000_000_000;
+
+fn setup(fields: &str, sync_key: &str) -> Setup {
+    let json = format!(r#"{{"control_plane": {{"cluster": "cp"}}{fields}}}"#);
+    Setup { config: Config::parse(json.as_bytes()).unwrap(), sync_key: sync_key.into() }
+}
+
+fn filter(host: &MockHost, setup: &Setup) -> Filter<MockHost, CellStore<MockHost>> {
+    host.set_now_ms(NOW);
+    Filter::new(host.clone(), &setup.config).unwrap()
+}
+
+fn snapshot() -> MockResponse {
+    let mut writer = PageWriter::new();
+    let record = Record::plain(KeyId([7; 16]), OwnerId([8; 16]));
+    writer.put(&contract::hash::KeyHash::of(b"k"), &record.to_bytes().unwrap());
+    let part = Part::Snapshot { from: 0, to: BUCKETS };
+    let header = Header { epoch: Epoch([1; 16]), revision: 7, total_keys: 1, part, filters: 1 };
+    MockResponse::ok(writer.finish(&header).unwrap())
+}
+
+#[test]
+fn from_the_first_tick_to_the_last_report() {
+    let (host, setup) = (MockHost::default(), setup("", "first"));
+    let filter = filter(&host, &setup);
+    let ask = || {
+        let mut stream = MockStream::with([("x-api-key", "k")]);
+        let flow = filter.on_request_headers(&setup.config, &mut stream);
+        (flow, stream.reply.map(|reply| reply.status))
+    };
+    assert_eq!(ask(), (Flow::Stop, Some(503)));
+    assert_eq!(host.take_calls(), [], "nothing happens before the first tick");
+
+    filter.on_tick(&setup);
+    let poll = host.take_calls().remove(0);
+    filter.on_call_response(&setup, poll.token, &snapshot());
+    assert_eq!(ask(), (Flow::Continue, None));
+    let mut stream = MockStream::default();
+    stream.trailers = vec!["x-api-key".into(), "grpc-status".into()];
+    assert_eq!(filter.on_request_trailers(&setup.config, &mut stream), Flow::Continue);
+    assert_eq!(stream.trailers, ["grpc-status"]);
+
+    host.take_calls();
+    filter.on_end(&setup);
+    let last = host.take_calls().pop().unwrap();
+    let reports = read_reports(&last.body).unwrap();
+    assert_eq!(reports.iter().flat_map(|report| &report.counts).map(|count| count.requests).sum::<u64>(), 2);
+    assert_eq!(host.metric("portcullis_decisions_allowed_total"), 1);
+    assert_eq!(host.metric("portcullis_decisions_not_ready_total"), 1);
+}
+
+#[test]
+fn during_a_configuration_update_both_configurations_share_the_calls_and_the_counts() {
+    let host = MockHost::default();
+    let (old, new) = (setup("", "old"), setup(r#", "key_header": "x-key""#, "new"));
+    let filter = filter(&host, &old);
+    assert!(filter.is_of(&new.config) && !filter.is_of(&setup(r#", "store": "second""#, "old").config));
+    filter.on_tick(&old);
+    let poll = host.take_calls().remove(0);
+    assert_eq!(poll.header("x-api-key"), "old");
+    // The response comes to the root context of the new configuration, whose key the next poll carries.
+    filter.on_call_response(&new, poll.token, &snapshot());
+    assert_eq!(host.take_calls().remove(0).header("x-api-key"), "new");
+    for (setup, header) in [(&old, "x-api-key"), (&new, "x-key")] {
+        let mut stream = MockStream::with([(header, "k")]);
+        assert_eq!(filter.on_request_headers(&setup.config, &mut stream), Flow::Continue);
+    }
+    filter.on_tick(&new);
+    let report = read_reports(&host.take_calls().remove(0).body).unwrap().remove(0);
+    assert_eq!(report.counts.iter().map(|count| count.requests).collect::<Vec<_>>(), [2]);
+    // The old root context ends: what it counted is reported, and the filter goes on for the new one.
+    filter.on_end(&old);
+    assert!(!host.take_calls().is_empty());
+    filter.on_tick(&new);
+    assert!(!host.take_calls().is_empty(), "it leads again");
+}
+
+#[test]
+fn without_randomness_there_is_no_filter() {
+    let host = MockHost::default();
+    host.without_randomness(true);
+    assert_eq!(Filter::new(host, &setup("", "").config).err().unwrap(), "the system has no randomness");
+}

@@ -1,0 +1,357 @@
+//! One request, from its headers to its reply. [`handle`] is the whole walk: it decides, responds and counts. It never
+//! waits and never calls out.
+//!
+//! A step reads only what its request needs: the client's address for keys that are bound to networks and for limits of
+//! requests without a key, definitions for keys that reference some, leases for keys with a quota or credits, the time for
+//! keys that expire or have limits.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use contract::decision::{Facts, Presented, cost, decide, depends_on_time};
+use contract::definition::Definitions;
+use contract::outcome::Outcome;
+use contract::policy::Policy;
+use contract::rate::WHOLE;
+use contract::usage::KeyRef;
+
+use crate::address::Client;
+use crate::config::{Config, FailureMode, SHADOW_HEADER};
+use crate::extract::{self, Credential, Extraction, strip};
+use crate::host::{Clock, Flow, Host, Stream};
+use crate::keys::{KeyLookup, StoredKey};
+use crate::limits::limiter::{self, Refused, Subject};
+use crate::limits::slice::Limits;
+use crate::limits::stock;
+use crate::limits::wait::Wait;
+use crate::reply::{RequestFacts, is_grpc, reply, request_id};
+use crate::time::{NS_PER_MS, NS_PER_S};
+use crate::usage::counter::Charge;
+use crate::vm::Vm;
+
+/// Filter state for the access log: the key's id, if the key is known. Envoy shows it as `wasm.portcullis.key_id`.
+const KEY_ID_STATE: &str = "portcullis.key_id";
+
+/// Filter state for the access log: the outcome of a refused request.
+const REFUSED_STATE: &str = "portcullis.refused";
+
+/// Filter state for the access log: the outcome of a request that shadow mode let through.
+const SHADOW_STATE: &str = "portcullis.shadow";
+
+/// The header by which Envoy identifies requests in its access log.
+const REQUEST_ID: &str = "x-request-id";
+
+/// Handles the headers of a request.
+pub fn handle<H: Host, K: KeyLookup>(vm: &Vm<H, K>, config: &Config, stream: &mut impl Stream) -> Flow {
+    let request = Request { vm, config, time: RequestTime::new(vm.host()) };
+    let (verdict, extraction) = request.verify(stream);
+    let flow = request.respond(&verdict, &extraction, stream);
+    request.count(&verdict);
+    flow
+}
+
+/// Handles the trailers of a request. Envoy calls this for requests with trailers only.
+pub fn handle_trailers(config: &Config, stream: &mut impl Stream) -> Flow {
+    for name in &config.trailers_removed {
+        stream.remove_trailer(name);
+    }
+    Flow::Continue
+}
+
+/// The decision on a request, and what depends on it.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// The outcome, whether or not it is enforced.
+    pub outcome: Outcome,
+    /// Whether the request goes upstream although the outcome refuses it.
+    pub shadowed: bool,
+    /// The key, if the store has it.
+    pub key: Option<Arc<StoredKey>>,
+    /// The price of the request in credits, if its key is known.
+    pub cost: u32,
+    /// How long a refused client should wait.
+    pub wait: Wait,
+}
+
+impl Verdict {
+    const fn without_key(outcome: Outcome) -> Self {
+        Self { outcome, shadowed: false, key: None, cost: 0, wait: Wait::Usual }
+    }
+}
+
+/// The time of a request: read once, and only if a step needs it.
+struct RequestTime<'a, H> {
+    host: &'a H,
+    now_ns: OnceCell<u64>,
+}
+
+impl<'a, H: Clock> RequestTime<'a, H> {
+    const fn new(host: &'a H) -> Self {
+        Self { host, now_ns: OnceCell::new() }
+    }
+
+    fn ns(&self) -> u64 {
+        *self.now_ns.get_or_init(|| self.host.now_ns())
+    }
+
+    fn ms(&self) -> u64 {
+        self.ns() / NS_PER_MS
+    }
+
+    fn s(&self) -> u64 {
+        self.ns() / NS_PER_S
+    }
+
+    fn is_read(&self) -> bool {
+        self.now_ns.get().is_some()
+    }
+}
+
+/// The steps of one request, in the order of the walk.
+struct Request<'a, H, K> {
+    vm: &'a Vm<H, K>,
+    config: &'a Config,
+    time: RequestTime<'a, H>,
+}
+
+impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
+    /// Extracts the key, finds its record, decides, and charges the limits.
+    fn verify(&self, stream: &impl Stream) -> (Verdict, Extraction<'a>) {
+        let extraction = extract::find(&self.config.key_sources, stream);
+        let policy = self.find_policy(stream);
+        let mut verdict = match (policy, self.find_obstacle()) {
+            (None, _) => Verdict::without_key(Outcome::PolicyUnknown),
+            (Some(_), Some(obstacle)) => Verdict::without_key(obstacle),
+            (Some(policy), None) => {
+                let key = self.find_key(extraction.credential);
+                let outcome = self.authorize(extraction.credential, key.as_deref(), policy, stream);
+                let cost = key.as_ref().map_or(0, |key| cost(&key.record, policy));
+                let (outcome, wait) = self.charge(outcome, key.as_deref(), cost, policy, stream);
+                Verdict { outcome, shadowed: false, key, cost, wait }
+            }
+        };
+        let in_shadow = self.config.shadow || policy.is_some_and(|policy| policy.shadow);
+        verdict.shadowed = in_shadow && !verdict.outcome.goes_upstream();
+        (verdict, extraction)
+    }
+
+    /// The policy of the request's route; `None` if the route names an unknown one.
+    fn find_policy(&self, stream: &impl Stream) -> Option<&'a Policy> {
+        let policies = &self.config.policies;
+        // Without named policies there is nothing that a route could name.
+        let name = if policies.named.is_empty() { None } else { stream.route_policy() };
+        let policy = policies.find(name.as_deref());
+        if let Some(name) = name.filter(|_| policy.is_none()) {
+            self.report_unknown_policy(&name);
+        }
+        policy
+    }
+
+    /// Logs the name of an unknown policy, once in each VM.
+    fn report_unknown_policy(&self, name: &str) {
+        if !self.vm.is_new_unknown_policy(name) {
+            return;
+        }
+        let problem = if name.is_empty() {
+            "filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty".to_owned()
+        } else {
+            format!("a route names the policy {name:?}, which the plugin configuration does not have")
+        };
+        self.vm.host().error(&format!(
+            "{problem}: requests to it are refused; add the policy to policies, or correct \
+             filter_metadata.portcullis.policy of the route"
+        ));
+    }
+
+    /// The outcome of every request while the store is not loaded, or older than the operator allows.
+    fn find_obstacle(&self) -> Option<Outcome> {
+        let config = self.config;
+        let (outcome, choice) = match (self.vm.state(), config.max_staleness_ms) {
+            (None, _) => (Outcome::NotReady, config.on_not_ready),
+            (Some(state), Some(limit_ms)) if self.time.ms().saturating_sub(state.synced_ms) > limit_ms => {
+                (Outcome::Stale, config.on_stale)
+            }
+            (Some(_), _) => return None,
+        };
+        Some(match choice {
+            FailureMode::Refuse => outcome,
+            FailureMode::Allow => Outcome::FailedOpen,
+        })
+    }
+
+    /// Looks the key up.
+    fn find_key(&self, credential: Credential) -> Option<Arc<StoredKey>> {
+        match credential {
+            Credential::Presented(hash) => self.vm.keys.find(&hash, self.config.pepper.as_ref()),
+            Credential::Missing | Credential::Oversized => None,
+        }
+    }
+
+    /// Decides whether the key may make this request, limits aside.
+    fn authorize(
+        &self,
+        credential: Credential,
+        key: Option<&StoredKey>,
+        policy: &Policy,
+        stream: &impl Stream,
+    ) -> Outcome {
+        let presented = match (credential, key) {
+            (Credential::Missing, _) => Presented::Nothing,
+            (_, None) => Presented::Stranger,
+            (_, Some(key)) => Presented::Key(&key.record),
+        };
+        let is_bound = key.is_some_and(|key| !key.record.further.networks.is_empty());
+        let address = if is_bound { stream.client_address() } else { None };
+        let definitions = key.map_or(Definitions::NONE, |key| &key.definitions);
+        let now_s = key.map_or(0, |key| self.now_s_for(key));
+        decide(presented, &Facts { policy, definitions, address, ..Facts::at(now_s) })
+    }
+
+    /// Charges an allowed request to the limits, the quota and the credits of its key; a request without a key to the limit of
+    /// its route. Returns the outcome after that, and how long to wait if it refuses.
+    fn charge(
+        &self,
+        outcome: Outcome,
+        key: Option<&StoredKey>,
+        cost: u32,
+        policy: &Policy,
+        stream: &impl Stream,
+    ) -> (Outcome, Wait) {
+        let data = &self.vm.data;
+        match (key, outcome) {
+            (Some(key), Outcome::Allowed) => {
+                if let Some(wait) = self.limit_key(key, policy) {
+                    (Outcome::RateLimited, wait)
+                } else if let Some(exhausted) = stock::spend(data, &key.record, policy) {
+                    (exhausted, stock::wait(data, exhausted, &key.record, cost, self.time.s()))
+                } else {
+                    (outcome, Wait::Usual)
+                }
+            }
+            (_, Outcome::Anonymous) => {
+                self.limit_client(policy, stream).map_or((outcome, Wait::Usual), |wait| (Outcome::RateLimited, wait))
+            }
+            (Some(key), _) => (outcome, stock::wait(data, outcome, &key.record, cost, self.now_s_for(key))),
+            (None, _) => (outcome, Wait::Usual),
+        }
+    }
+
+    /// Takes a request from the rate limits of its key. Returns how long to wait if one of them refuses.
+    fn limit_key(&self, key: &StoredKey, policy: &Policy) -> Option<Wait> {
+        let (own, alone) = key.definitions.rate_limits(&key.record);
+        // Each Envoy judges the default limit alone.
+        let (own, alone) = if own.is_empty() { (self.config.rate_limit.as_slice(), u32::MAX) } else { (own, alone) };
+        let limits = Limits { own, alone, route: policy.rate_limit.as_ref() };
+        if limits.is_empty() {
+            return None;
+        }
+        let Vm { data, slices, .. } = self.vm;
+        let taken = slices.take(data, key.record.key_id, &limits, self.vm.default_share(), || self.time.ns());
+        taken.err().map(|refused| wait_for(&limits, refused))
+    }
+
+    /// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
+    fn limit_client(&self, policy: &Policy, stream: &impl Stream) -> Option<Wait> {
+        let limits = Limits { own: &[], alone: 0, route: policy.rate_limit.as_ref() };
+        if limits.is_empty() {
+            return None;
+        }
+        let client = Subject::Client(stream.client_address().map_or(Client::UNKNOWN, Client::of));
+        let taken = limiter::take(&self.vm.data, client, &limits.all(), 1, WHOLE, self.time.ns());
+        taken.err().map(|refused| wait_for(&limits, refused))
+    }
+
+    /// Refuses the request, or lets it go upstream.
+    fn respond(&self, verdict: &Verdict, extraction: &Extraction<'_>, stream: &mut impl Stream) -> Flow {
+        let Config { key_sources, challenge, access_log_state, strip_key, .. } = self.config;
+        if let Some(key) = verdict.key.as_ref().filter(|_| *access_log_state) {
+            stream.set_filter_state(KEY_ID_STATE, &key.key_id);
+        }
+        if !verdict.shadowed
+            && let Some(reply) = reply(verdict.outcome, challenge, &verdict.wait, |status| facts_of(stream, status))
+        {
+            if *access_log_state {
+                stream.set_filter_state(REFUSED_STATE, verdict.outcome.name());
+            }
+            strip::conceal(key_sources, stream);
+            stream.send_reply(&reply);
+            return Flow::Stop;
+        }
+        self.set_upstream_headers(verdict, stream);
+        if *strip_key {
+            strip::strip(key_sources, extraction, stream);
+        }
+        Flow::Continue
+    }
+
+    /// Sets the headers for the upstream in place of any that the client sent under their names. Refused requests do not go
+    /// upstream, so this is the only place where headers of a client could reach it.
+    fn set_upstream_headers(&self, verdict: &Verdict, stream: &mut impl Stream) {
+        let Config { identity, remove_headers, access_log_state, .. } = self.config;
+        let key = verdict.key.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
+        let headers = [
+            (&identity.consumer, key.map(|key| &*key.owner_id)),
+            (&identity.credential, key.map(|key| &*key.key_id)),
+            (&identity.scopes, key.and_then(|key| key.scopes.as_deref())),
+        ];
+        for (name, value) in headers {
+            match (name, value) {
+                (Some(name), Some(value)) => stream.set_header(name, value.as_bytes()),
+                (Some(name), None) => stream.remove_header(name),
+                (None, _) => {}
+            }
+        }
+        for name in &identity.unused {
+            stream.remove_header(name);
+        }
+        if verdict.shadowed {
+            if *access_log_state {
+                stream.set_filter_state(SHADOW_STATE, verdict.outcome.name());
+            }
+            stream.set_header(SHADOW_HEADER, verdict.outcome.name().as_bytes());
+        } else {
+            stream.remove_header(SHADOW_HEADER);
+        }
+        for name in remove_headers {
+            stream.remove_header(name);
+        }
+    }
+
+    /// Counts the request.
+    fn count(&self, verdict: &Verdict) {
+        let key = verdict.key.as_ref();
+        let key_ref = key.map(|key| KeyRef { id: key.record.key_id, generation: key.record.generation });
+        // Counts carry the time to a quarter of a second, so most requests need not read the clock.
+        let now_ms = match self.vm.next_tick_ms() {
+            Some(next_ms) if !self.time.is_read() => next_ms,
+            _ => self.time.ms(),
+        };
+        // Without metered credits a request is free: only credits that were drawn from a lease are reported.
+        let charge = key.map_or_else(Charge::default, |key| Charge {
+            credits: key.record.further.credits.map_or(0, |_| verdict.cost),
+            quota: key.record.further.quota.is_some(),
+        });
+        self.vm.counts.borrow_mut().add(key_ref, verdict.outcome, verdict.shadowed, charge, now_ms);
+        self.vm.stats.count(verdict.outcome, verdict.shadowed);
+    }
+
+    /// The time in seconds, if the decision on this key depends on it; otherwise any time will do.
+    fn now_s_for(&self, key: &StoredKey) -> u64 {
+        if depends_on_time(&key.record) { self.time.s() } else { 0 }
+    }
+}
+
+fn wait_for(limits: &Limits<'_>, refused: Refused) -> Wait {
+    Wait::Limits(limits.own.iter().chain(limits.route).cloned().collect(), refused)
+}
+
+/// What the reply to a refused request needs of the request.
+fn facts_of(stream: &impl Stream, status: u16) -> RequestFacts {
+    RequestFacts {
+        id: stream.header(REQUEST_ID).as_deref().and_then(request_id),
+        is_grpc: status == 429 && stream.header("content-type").as_deref().is_some_and(is_grpc),
+    }
+}
+
+#[cfg(test)]
+mod tests;

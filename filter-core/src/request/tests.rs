@@ -1,0 +1,321 @@
+//! Requests on a mock host: every decision, and in [`responses`] every response.
+
+use std::net::IpAddr;
+
+use contract::hash::{BUCKETS, KeyHash};
+use contract::id::{Epoch, KeyId, OwnerId};
+use contract::page::{Header, Page, PageWriter, Part};
+use contract::pepper::Pepper;
+use contract::record::{Budget, Flags, RateLimit, Record};
+use contract::usage::Count;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::mock::{MockHost, MockStream, TestData};
+use crate::shared::election::{NodeId, acquire};
+use crate::shared::{CellKey, SharedData};
+use crate::store::state::StoreState;
+use crate::store::{CellStore, state};
+use crate::usage::codec::read_counts;
+
+mod responses;
+
+const NOW_S: u64 = 1_800_000_000;
+const ME: NodeId = NodeId(1);
+
+/// One VM with a store of some keys.
+struct Bench {
+    vm: Vm<MockHost, CellStore<MockHost>>,
+    config: Config,
+    address: Option<IpAddr>,
+}
+
+impl Bench {
+    fn new(plugin: Value, keys: &[(&str, Record)]) -> Self {
+        Self::stored(plugin, keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record)).collect())
+    }
+
+    /// With records under hashes that are not those of keys.
+    fn stored(plugin: Value, mut keys: Vec<(KeyHash, &Record)>) -> Self {
+        let bench = Self::empty(plugin);
+        keys.sort_by_key(|(hash, _)| *hash);
+        let mut writer = PageWriter::new();
+        for (hash, record) in keys {
+            writer.put(&hash, &record.to_bytes().unwrap());
+        }
+        let (epoch, part) = (Epoch([1; 16]), Part::Snapshot { from: 0, to: BUCKETS });
+        let page = writer.finish(&Header { epoch, revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
+        crate::store::write(bench.data(), ME, &Page::read(&page).unwrap()).unwrap();
+        bench.set_state(4, NOW_S * 1_000);
+        bench
+    }
+
+    /// Before the first sync.
+    fn empty(mut plugin: Value) -> Self {
+        plugin["control_plane"] = json!({"cluster": "cp"});
+        let host = MockHost::default();
+        host.set_now_ms(NOW_S * 1_000);
+        let data = SharedData::new(host, "cp", "default");
+        assert!(acquire(&data, ME, 0));
+        let vm = Vm::new(data.clone(), CellStore::new(data));
+        let config = Config::parse(plugin.to_string().as_bytes()).unwrap();
+        Self { vm, config, address: None }
+    }
+
+    fn set_state(&self, filters: u32, synced_ms: u64) {
+        let state = StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 1, synced_ms, filters };
+        state::set(self.data(), ME, &state).unwrap();
+        self.vm.set_state(state);
+    }
+
+    fn data(&self) -> &TestData {
+        &self.vm.data
+    }
+
+    fn host(&self) -> &MockHost {
+        self.vm.host()
+    }
+
+    fn request<'a>(&self, headers: impl IntoIterator<Item = (&'a str, &'a str)>, policy: Option<&str>) -> MockStream {
+        let mut stream = MockStream::with(headers);
+        stream.policy = policy.map(str::to_owned);
+        stream.address = self.address;
+        stream
+    }
+
+    /// The verdict on a request, without the response.
+    fn ask(&self, key: Option<&str>, policy: Option<&str>) -> Verdict {
+        self.ask_with(key, policy).0
+    }
+
+    fn ask_with(&self, key: Option<&str>, policy: Option<&str>) -> (Verdict, MockStream) {
+        let stream = self.request(key.map(|key| ("x-api-key", key)), policy);
+        let request = Request { vm: &self.vm, config: &self.config, time: RequestTime::new(self.host()) };
+        let (verdict, _) = request.verify(&stream);
+        (verdict, stream)
+    }
+
+    /// A request from its headers to the response.
+    fn send<'a>(
+        &self,
+        headers: impl IntoIterator<Item = (&'a str, &'a str)>,
+        policy: Option<&str>,
+    ) -> (Flow, MockStream) {
+        let mut stream = self.request(headers, policy);
+        let flow = handle(&self.vm, &self.config, &mut stream);
+        (flow, stream)
+    }
+
+    fn outcomes(&self, times: usize, key: Option<&str>, policy: Option<&str>) -> Vec<Outcome> {
+        (0..times).map(|_| self.ask(key, policy).outcome).collect()
+    }
+
+    /// Publishes the counts of the VM, and takes them.
+    fn counts(&self) -> Vec<Count> {
+        self.vm.tick(NOW_S * 1_000);
+        let cell = self.data().get(CellKey::Usage(0)).unwrap();
+        self.data().put(CellKey::Usage(0), &[], Some(cell.version)).unwrap();
+        read_counts(&cell.value)
+    }
+}
+
+fn record() -> Record {
+    Record::plain(KeyId([7; 16]), OwnerId([8; 16]))
+}
+
+fn limit(name: &str, requests: u32) -> RateLimit {
+    RateLimit { name: name.into(), requests, window_s: 60, burst: requests }
+}
+
+fn admitted(outcomes: &[Outcome]) -> usize {
+    outcomes.iter().filter(|outcome| outcome.goes_upstream()).count()
+}
+
+#[test]
+fn a_plain_key_costs_two_reads_and_one_write_of_cells() {
+    let bench = Bench::new(json!({}), &[("k", record())]);
+    let (reads, writes) = (bench.host().reads(), bench.host().writes());
+    let (verdict, stream) = bench.ask_with(Some("k"), None);
+    assert_eq!(
+        (verdict.outcome, verdict.shadowed, verdict.cost, verdict.wait),
+        (Outcome::Allowed, false, 1, Wait::Usual)
+    );
+    // Its bucket and its limits.
+    assert_eq!((bench.host().reads() - reads, bench.host().writes() - writes), (2, 1));
+    assert_eq!(stream.take_reads(), ["x-api-key"]);
+    assert_eq!(verdict.key.map(|key| key.record.clone()), Some(record()));
+}
+
+#[test]
+fn an_envoy_enforces_its_share_of_a_shared_limit_and_the_whole_of_others() {
+    let mut own = record();
+    own.rate_limits = vec![limit("shared", 8), limit("alone", 8)];
+    own.further.alone = 0b10;
+    let bench = Bench::new(
+        json!({"rate_limit": {"requests": 8, "window_seconds": 60}}),
+        &[
+            ("k", own),
+            ("d", {
+                let mut other = record();
+                other.key_id = KeyId([9; 16]);
+                other
+            }),
+        ],
+    );
+    // One of four Envoys.
+    assert_eq!(admitted(&bench.outcomes(10, Some("k"), None)), 2);
+    assert_eq!(admitted(&bench.outcomes(10, Some("d"), None)), 8);
+    let Wait::Limits(limits, Refused { limit, .. }) = bench.ask(Some("k"), None).wait else { panic!("no limits") };
+    assert_eq!((limits.len(), limit), (2, 0));
+}
+
+#[test]
+fn a_policy_adds_its_limit_and_its_cost() {
+    let plugin = json!({"rate_limit": null, "policies": {
+        "search": {"cost": 5, "rate_limit": {"requests": 3, "window_seconds": 60}},
+        "free": {"cost": 0},
+    }});
+    let bench = Bench::new(plugin, &[("k", record())]);
+    assert_eq!(bench.ask(Some("k"), Some("search")).cost, 5);
+    assert_eq!(admitted(&bench.outcomes(10, Some("k"), Some("search"))), 2);
+    assert_eq!(admitted(&bench.outcomes(10, Some("k"), Some("free"))), 10);
+    assert_eq!(bench.ask(Some("k"), Some("free")).cost, 0);
+    let Wait::Limits(limits, _) = bench.ask(Some("k"), Some("search")).wait else { panic!("no limits") };
+    assert_eq!(limits.iter().map(|limit| limit.name.as_str()).collect::<Vec<_>>(), ["search"]);
+}
+
+#[test]
+fn requests_without_a_key_are_limited_by_address_if_the_policy_has_a_limit() {
+    let plugin = json!({"policies": {
+        "open": {"key": "anonymous_allowed", "rate_limit": {"requests": 2, "window_seconds": 60}},
+        "wide": {"key": "optional"},
+    }});
+    let mut bench = Bench::new(plugin, &[("k", record())]);
+    bench.address = "192.0.2.1".parse().ok();
+    let (anonymous, limited) = (Outcome::Anonymous, Outcome::RateLimited);
+    assert_eq!(bench.outcomes(3, None, Some("open")), [anonymous, anonymous, limited]);
+    assert_eq!(bench.ask(Some("stranger"), Some("open")).outcome, Outcome::Unknown);
+    assert_eq!(bench.ask(Some("k"), Some("open")).outcome, Outcome::Allowed);
+    bench.address = "192.0.2.2".parse().ok();
+    assert_eq!(bench.outcomes(1, None, Some("open")), [anonymous]);
+    let (verdict, stream) = bench.ask_with(Some("stranger"), Some("wide"));
+    assert_eq!((verdict.outcome, stream.take_reads()), (anonymous, vec!["x-api-key".into(), "policy".into()]));
+}
+
+#[test]
+fn an_imported_key_is_found_under_its_peppered_hash_and_only_with_the_pepper() {
+    let pepper = |digit: &str| Some(Pepper::parse(&digit.repeat(64)).unwrap());
+    let stored = pepper("1").unwrap().hash(&KeyHash::of(b"legacy"));
+    let mut bench = Bench::stored(json!({}), vec![(KeyHash::of(b"k"), &record()), (stored, &record())]);
+    for (pepper, outcome) in
+        [(None, Outcome::Unknown), (pepper("2"), Outcome::Unknown), (pepper("1"), Outcome::Allowed)]
+    {
+        bench.config.pepper = pepper;
+        assert_eq!(bench.ask(Some("legacy"), None).outcome, outcome);
+        assert_eq!(bench.ask(Some("k"), None).outcome, Outcome::Allowed);
+    }
+}
+
+#[test]
+fn only_a_key_bound_to_networks_needs_the_address() {
+    let mut bound = record();
+    bound.further.networks = vec!["192.0.2.0/24".parse().unwrap()];
+    let mut bench = Bench::new(json!({}), &[("k", bound)]);
+    assert_eq!(bench.ask(Some("k"), None).outcome, Outcome::AddressDenied);
+    bench.address = "192.0.2.9".parse().ok();
+    let (verdict, stream) = bench.ask_with(Some("k"), None);
+    assert_eq!((verdict.outcome, stream.take_reads()), (Outcome::Allowed, vec!["x-api-key".into(), "address".into()]));
+}
+
+#[test]
+fn a_request_that_a_rate_limit_refuses_spends_no_quota() {
+    let mut metered = record();
+    metered.rate_limits = vec![limit("own", 3)];
+    metered.further.alone = 1;
+    metered.further.quota = Some(Budget { starter: 2, turn: 1, resets_at_s: None });
+    let bench = Bench::new(json!({}), &[("k", metered)]);
+    let (allowed, quota, limited) = (Outcome::Allowed, Outcome::QuotaExceeded, Outcome::RateLimited);
+    assert_eq!(bench.outcomes(5, Some("k"), None), [allowed, allowed, quota, limited, limited]);
+    stock::grant(bench.data(), contract::budget::Stock::Quota, &[7; 16], 3, 1).unwrap();
+    assert_eq!(bench.ask(Some("k"), None).outcome, limited);
+}
+
+#[test]
+fn a_refusal_for_quota_or_credits_says_when_to_retry() {
+    let budget = Some(Budget { starter: 0, turn: 1, resets_at_s: Some(NOW_S + 500) });
+    let (mut spent, mut renewing) = (record(), record());
+    spent.flags = Flags::QUOTA_EXCEEDED;
+    spent.further.quota = budget;
+    renewing.further.credits = budget;
+    let bench = Bench::new(json!({}), &[("spent", spent), ("renewing", renewing)]);
+    let verdict = bench.ask(Some("spent"), None);
+    assert_eq!((verdict.outcome, verdict.wait), (Outcome::QuotaExceeded, Wait::Seconds(500)));
+    let verdict = bench.ask(Some("renewing"), None);
+    assert_eq!((verdict.outcome, verdict.wait), (Outcome::CreditsExhausted, Wait::Renewal));
+}
+
+#[test]
+fn shadow_mode_keeps_the_outcome_and_refuses_nothing() {
+    let revoked = Record { flags: Flags::REVOKED, ..record() };
+    let policies = json!({"dark": {"shadow": true}, "light": {}});
+    let keys = [("k", record()), ("revoked", revoked)];
+    let seen = |bench: &Bench, key, policy| {
+        let verdict = bench.ask(key, policy);
+        (verdict.outcome, verdict.shadowed)
+    };
+    let bench = Bench::new(json!({"policies": policies}), &keys);
+    assert_eq!(seen(&bench, Some("revoked"), Some("dark")), (Outcome::Revoked, true));
+    assert_eq!(seen(&bench, Some("revoked"), Some("light")), (Outcome::Revoked, false));
+    assert_eq!(seen(&bench, Some("k"), Some("dark")), (Outcome::Allowed, false));
+    assert_eq!(seen(&bench, None, Some("drak")), (Outcome::PolicyUnknown, false));
+    let bench = Bench::empty(json!({"policies": policies}));
+    assert_eq!(seen(&bench, Some("k"), Some("dark")), (Outcome::NotReady, true));
+    assert_eq!(seen(&bench, Some("k"), Some("light")), (Outcome::NotReady, false));
+
+    let bench = Bench::new(json!({"policies": policies, "shadow": true, "max_staleness_seconds": 60}), &keys);
+    assert_eq!(seen(&bench, None, Some("drak")), (Outcome::PolicyUnknown, true));
+    assert_eq!(seen(&bench, None, None), (Outcome::Missing, true));
+    bench.set_state(4, 0);
+    assert_eq!(seen(&bench, Some("k"), None), (Outcome::Stale, true));
+}
+
+#[test]
+fn an_unknown_policy_is_refused_even_if_on_not_ready_allows_requests() {
+    let bench = Bench::empty(json!({"on_not_ready": "allow", "policies": {"a": {}}}));
+    assert_eq!(bench.ask(None, Some("b")).outcome, Outcome::PolicyUnknown);
+    assert_eq!(bench.ask(None, Some("a")).outcome, Outcome::FailedOpen);
+}
+
+#[test]
+fn a_single_envoy_has_the_whole_limit() {
+    let mut own = record();
+    own.rate_limits = vec![limit("shared", 8)];
+    let bench = Bench::new(json!({}), &[("k", own)]);
+    bench.set_state(1, NOW_S * 1_000);
+    assert_eq!(bench.vm.default_share(), WHOLE);
+    assert_eq!(admitted(&bench.outcomes(10, Some("k"), None)), 8);
+}
+
+#[test]
+fn the_clock_is_read_only_for_keys_that_depend_on_time() {
+    let with = |number: u8, change: fn(&mut Record)| {
+        let mut record = Record { key_id: KeyId([number; 16]), ..record() };
+        change(&mut record);
+        record
+    };
+    let ended = with(1, |record| record.expires_at_s = Some(NOW_S));
+    let ends = with(2, |record| record.expires_at_s = Some(NOW_S + 1));
+    let limited = with(3, |record| record.rate_limits = vec![limit("own", 1)]);
+    let keys = [("plain", with(0, |_| ())), ("ended", ended), ("ends", ends), ("limited", limited)];
+    let bench = Bench::new(json!({"rate_limit": null}), &keys);
+    let asks = |key| {
+        let before = bench.host().clock_reads();
+        (bench.ask(key, None).outcome, bench.host().clock_reads() > before)
+    };
+    assert_eq!(asks(Some("plain")), (Outcome::Allowed, false));
+    assert_eq!(asks(Some("stranger")), (Outcome::Unknown, false));
+    assert_eq!(asks(None), (Outcome::Missing, false));
+    assert_eq!(asks(Some("ended")), (Outcome::Expired, true));
+    assert_eq!(asks(Some("ends")), (Outcome::Allowed, true));
+    assert_eq!(asks(Some("limited")), (Outcome::Allowed, true));
+}

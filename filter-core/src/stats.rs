@@ -1,0 +1,217 @@
+//! The statistics of the filter. Envoy shows them as `wasmcustom.portcullis_…`, one value for the whole process.
+
+use std::cell::Cell as Slot;
+use std::num::NonZeroU64;
+
+use contract::outcome::Outcome;
+
+use crate::host::{Host, MetricId, random_bytes};
+
+/// All statistics but the [`Generation`], defined once for each VM. A metric that the host refuses to define is left out.
+#[derive(Debug)]
+pub struct Statistics<H> {
+    host: H,
+    decisions: Vec<DecisionCounter>,
+    /// One for each outcome that refuses; without a metric in the places of the others.
+    shadow: Vec<DecisionCounter>,
+    store_version: Option<MetricId>,
+    keys: Option<MetricId>,
+    sync_age: Option<MetricId>,
+    usage_pending: Option<MetricId>,
+    sync_failures: Option<MetricId>,
+    report_failures: Option<MetricId>,
+}
+
+/// A counter that is added up in the VM and passed to the host on each tick.
+#[derive(Debug)]
+struct DecisionCounter {
+    metric: Option<MetricId>,
+    pending: Slot<u64>,
+}
+
+impl<H: Host> Statistics<H> {
+    /// Defines them.
+    pub fn define(host: H) -> Self {
+        let counter = |metric| DecisionCounter { metric, pending: Slot::new(0) };
+        let decision =
+            |outcome: Outcome| counter(host.define_counter(&format!("portcullis_decisions_{}_total", outcome.name())));
+        let shadow = |outcome: Outcome| {
+            let define = |_| host.define_counter(&format!("portcullis_shadow_{}_total", outcome.name()));
+            counter(outcome.refusal().and_then(define))
+        };
+        Self {
+            decisions: Outcome::ALL.into_iter().map(decision).collect(),
+            shadow: Outcome::ALL.into_iter().map(shadow).collect(),
+            store_version: host.define_gauge("portcullis_store_version"),
+            keys: host.define_gauge("portcullis_keys"),
+            sync_age: host.define_gauge("portcullis_sync_age_seconds"),
+            usage_pending: host.define_gauge("portcullis_usage_pending_requests"),
+            sync_failures: host.define_counter("portcullis_sync_failures_total"),
+            report_failures: host.define_counter("portcullis_report_failures_total"),
+            host,
+        }
+    }
+
+    /// Counts a decision; `shadowed` if it was not enforced. The host gets it with the next [`Statistics::flush`].
+    pub fn count(&self, outcome: Outcome, shadowed: bool) {
+        let counters = if shadowed { &self.shadow } else { &self.decisions };
+        if let Some(counter) = counters.get(usize::from(outcome.code())) {
+            counter.pending.set(counter.pending.get().saturating_add(1));
+        }
+    }
+
+    /// Passes the decisions since the last time to the host.
+    pub fn flush(&self) {
+        for counter in self.decisions.iter().chain(&self.shadow) {
+            let more = counter.pending.take();
+            if more > 0 {
+                self.add(counter.metric, more);
+            }
+        }
+    }
+
+    /// Sets the revision of the store and its number of keys.
+    pub fn set_store(&self, revision: u64, keys: u64) {
+        self.set(self.store_version, revision);
+        self.set(self.keys, keys);
+    }
+
+    /// Sets the seconds since the control plane last confirmed the store.
+    pub fn set_sync_age(&self, seconds: u64) {
+        self.set(self.sync_age, seconds);
+    }
+
+    /// Sets the number of requests that are counted and not acknowledged.
+    pub fn set_usage_pending(&self, requests: u64) {
+        self.set(self.usage_pending, requests);
+    }
+
+    /// Counts a poll without a usable response.
+    pub fn count_sync_failure(&self) {
+        self.add(self.sync_failures, 1);
+    }
+
+    /// Counts a usage report without an acknowledgement.
+    pub fn count_report_failure(&self) {
+        self.add(self.report_failures, 1);
+    }
+
+    fn set(&self, metric: Option<MetricId>, value: u64) {
+        if let Some(metric) = metric {
+            self.host.set(metric, value);
+        }
+    }
+
+    fn add(&self, metric: Option<MetricId>, more: u64) {
+        if let Some(metric) = metric {
+            self.host.add(metric, more);
+        }
+    }
+}
+
+/// The generation of the key store: a number that changes with every write of the store. It is the value of a gauge, which
+/// every VM of the process reads faster than a cell.
+#[derive(Debug)]
+pub struct Generation<H> {
+    host: H,
+    gauge: Option<MetricId>,
+}
+
+impl<H: Host> Generation<H> {
+    /// Defines the gauge.
+    pub fn define(host: &H) -> Self {
+        Self { host: host.clone(), gauge: host.define_gauge("portcullis_store_writes") }
+    }
+
+    /// The present generation. `None` before the first: a host that is configured not to keep the gauge shows 0 too.
+    pub fn current(&self) -> Option<NonZeroU64> {
+        self.gauge.and_then(|gauge| NonZeroU64::new(self.host.value(gauge)))
+    }
+
+    /// Begins a generation, with a random step. During a hot restart Envoy adds the gauges of both processes: with steps of
+    /// one, the sum could take an earlier value again.
+    pub fn raise(&self) {
+        let [low, high] = random_bytes(&self.host).unwrap_or([1, 0]);
+        if let Some(gauge) = self.gauge {
+            self.host.add(gauge, u64::from(u16::from_le_bytes([low, high])).saturating_add(1));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mock::MockHost;
+
+    #[test]
+    fn each_outcome_has_a_counter_and_each_refusal_one_more_for_shadow_mode() {
+        let host = MockHost::default();
+        let stats = Statistics::define(host.clone());
+        for outcome in Outcome::ALL {
+            stats.count(outcome, false);
+            stats.count(outcome, true);
+        }
+        assert_eq!(host.metric("portcullis_decisions_allowed_total"), 0, "nothing before the flush");
+        stats.flush();
+        stats.flush();
+        for outcome in Outcome::ALL {
+            assert_eq!(host.metric(&format!("portcullis_decisions_{}_total", outcome.name())), 1);
+            let shadow = format!("portcullis_shadow_{}_total", outcome.name());
+            assert_eq!(host.defined(&shadow), outcome.refusal().is_some(), "{shadow}");
+            assert_eq!(host.metric(&shadow), u64::from(outcome.refusal().is_some()));
+        }
+    }
+
+    #[test]
+    fn gauges_and_failure_counters_have_their_documented_names() {
+        let host = MockHost::default();
+        let stats = Statistics::define(host.clone());
+        stats.set_store(7, 3);
+        stats.set_sync_age(9);
+        stats.set_usage_pending(11);
+        stats.count_sync_failure();
+        stats.count_report_failure();
+        stats.count_report_failure();
+        let values = [
+            ("portcullis_store_version", 7),
+            ("portcullis_keys", 3),
+            ("portcullis_sync_age_seconds", 9),
+            ("portcullis_usage_pending_requests", 11),
+            ("portcullis_sync_failures_total", 1),
+            ("portcullis_report_failures_total", 2),
+        ];
+        for (name, value) in values {
+            assert_eq!(host.metric(name), value, "{name}");
+        }
+    }
+
+    #[test]
+    fn without_metrics_nothing_is_counted_and_there_is_no_generation() {
+        let host = MockHost::default();
+        host.refuse_metrics(true);
+        let (stats, generation) = (Statistics::define(host.clone()), Generation::define(&host));
+        stats.count(Outcome::Allowed, false);
+        stats.flush();
+        stats.set_store(1, 1);
+        stats.count_sync_failure();
+        generation.raise();
+        assert_eq!(generation.current(), None);
+    }
+
+    #[test]
+    fn a_generation_is_seen_by_all_and_never_comes_back() {
+        let host = MockHost::default();
+        let (one, other) = (Generation::define(&host), Generation::define(&host));
+        assert_eq!(one.current(), None);
+        let mut seen = Vec::new();
+        for _ in 0..100 {
+            one.raise();
+            assert_eq!(one.current(), other.current());
+            assert!(!seen.contains(&one.current()));
+            seen.push(one.current());
+        }
+        host.without_randomness(true);
+        one.raise();
+        assert!(!seen.contains(&one.current()));
+    }
+}
