@@ -1,4 +1,4 @@
-//! What tests expect of whole answers: status, every header, every field of the body.
+//! Assertions on whole responses: status, every header, every field of the body.
 
 use contract::outcome::Outcome;
 use hyper::HeaderMap;
@@ -8,9 +8,6 @@ use crate::http::Reply;
 
 /// A refusal of the filter, whole. `more` are the headers that this outcome has beside those that all have; their values
 /// are for the test to judge.
-///
-/// # Panics
-/// If something differs.
 #[track_caller]
 pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
     let refusal = outcome.refusal().expect("an outcome that is refused");
@@ -58,9 +55,6 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
 
 /// An answer of the demo API: gives the headers that it received, as `{name: [values]}`, with their names complete.
 /// `identity` are the names of the identity headers that are expected.
-///
-/// # Panics
-/// If it is something else, or if the API received a header that is not expected.
 #[track_caller]
 pub fn assert_upstream(reply: &Reply, identity: &[&str]) -> Value {
     assert_eq!(reply.status, 200, "{:?}", reply.body);

@@ -1,5 +1,5 @@
-//! Many requests: keys, a number of connections and a pace come in; how many answers came with which status goes out, key
-//! by key, to the last one.
+//! A load of many requests over several connections, at a given pace. It counts responses by key
+//! and status, to the last one.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -41,7 +41,6 @@ pub struct Load {
 
 impl Load {
     /// Starts it.
-    #[must_use]
     pub fn start(plan: Plan) -> Self {
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut connections = JoinSet::new();
@@ -54,7 +53,6 @@ impl Load {
     }
 
     /// How many requests have been sent so far.
-    #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
@@ -66,9 +64,6 @@ impl Load {
     }
 
     /// Waits until all requests of the plan are answered.
-    ///
-    /// # Panics
-    /// If one of its tasks panicked.
     pub async fn finish(mut self) -> Answers {
         let mut all = Answers::new();
         while let Some(answers) = self.connections.join_next().await {
@@ -81,7 +76,6 @@ impl Load {
 }
 
 /// All answers with a status.
-#[must_use]
 pub fn with_status(answers: &Answers, status: u16) -> u64 {
     answers.iter().filter(|((_, found), _)| *found == status).map(|(_, count)| count).sum()
 }

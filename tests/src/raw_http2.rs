@@ -1,4 +1,5 @@
-//! A client of HTTP/2 frame by frame, which decides itself what it grants and takes. It answers settings and PINGs.
+//! An HTTP/2 client at the level of frames, which controls its own windows. It answers SETTINGS and
+//! PING.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -6,7 +7,7 @@ use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::raw::{fields, frame};
+use crate::raw_http::{fields, frame};
 
 /// Frame types (RFC 9113, section 6).
 pub const DATA: u8 = 0;
@@ -38,9 +39,6 @@ pub struct Frame {
 }
 
 /// Connects from an address of this machine.
-///
-/// # Errors
-/// If nobody listens there.
 pub async fn connect(address: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     if let Some(from) = from {
@@ -58,9 +56,6 @@ pub struct Client {
 
 impl Client {
     /// Connects and grants each stream a window of so many bytes.
-    ///
-    /// # Errors
-    /// If nobody listens there.
     pub async fn open(address: SocketAddr, from: Option<IpAddr>, window: u32) -> Result<Self> {
         let mut stream = connect(address, from).await?;
         stream.set_nodelay(true)?;
@@ -71,9 +66,6 @@ impl Client {
     }
 
     /// Requests a path on a stream of its own, an odd number higher than those before.
-    ///
-    /// # Errors
-    /// If the connection has ended.
     pub async fn get(&mut self, stream: u32, path: &str, headers: &[(&str, &str)]) -> Result<()> {
         let pseudo = [(":method", "GET"), (":scheme", "http"), (":authority", "api"), (":path", path)];
         let request = frame(HEADERS, END_STREAM_AND_HEADERS, stream, &fields(&[&pseudo, headers].concat()));
@@ -81,9 +73,6 @@ impl Client {
     }
 
     /// Grants a stream, or with 0 the connection, so many bytes more.
-    ///
-    /// # Errors
-    /// If the connection has ended.
     pub async fn grant(&mut self, stream: u32, bytes: u32) -> Result<()> {
         Ok(self.stream.write_all(&frame(WINDOW_UPDATE, 0, stream, &bytes.to_be_bytes())).await?)
     }

@@ -1,4 +1,4 @@
-//! HTTP within TLS, as a client speaks it: whom to believe and who one is come in, answers go out.
+//! An HTTP client over TLS, with a chosen authority, client certificate and ALPN protocols.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,9 +28,6 @@ pub struct Client(Arc<ClientConfig>);
 
 impl Client {
     /// One that believes servers of this authority (in PEM), shows this certificate, and speaks one of these protocols.
-    ///
-    /// # Errors
-    /// If a certificate is none.
     pub fn new(authority: &str, identity: Option<&Identity>, protocols: &[&str]) -> Result<Self> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(authority.as_bytes())?)?;
@@ -49,15 +46,11 @@ impl Client {
     }
 
     /// One request on a connection of its own to the server of this name, and over which protocol it went.
-    ///
-    /// # Errors
-    /// If either does not believe the other, or the connection breaks.
     pub async fn send(&self, address: SocketAddr, name: &str, request: Outgoing) -> Result<(Reply, &'static str)> {
         tokio::time::timeout(TIMEOUT, self.exchange(address, name, request)).await.context("no answer")?
     }
 
     /// The same, but one that speaks other protocols.
-    #[must_use]
     pub fn speaking(&self, protocols: &[&str]) -> Self {
         let mut config = ClientConfig::clone(&self.0);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
@@ -65,9 +58,6 @@ impl Client {
     }
 
     /// A connection to the server of this name, for what [`send`](Self::send) does not send.
-    ///
-    /// # Errors
-    /// If either does not believe the other.
     pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<TlsStream<TcpStream>> {
         let stream = TcpStream::connect(address).await?;
         let name = ServerName::try_from(name.to_owned())?;

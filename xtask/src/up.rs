@@ -1,5 +1,5 @@
-//! `cargo xtask up`: ports come in; the whole stack runs in the foreground until Ctrl-C or SIGTERM, or until one of its
-//! parts dies, which is said with the end of its log.
+//! `cargo xtask up`: runs the whole stack in the foreground until Ctrl-C or SIGTERM. If one of its
+//! processes ends, the command fails with the end of its log.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,21 +11,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use contract::key::Secret;
-use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
-use portcullis_tests::demo::DemoApi;
-use portcullis_tests::envoy::{self, Envoy};
-use portcullis_tests::envoy_config::Replacements;
-use portcullis_tests::log::Log;
-use portcullis_tests::postgres::Postgres;
-use portcullis_tests::process::Signal;
-use portcullis_tests::service::Service;
-use portcullis_tests::{paths, policies, shell, stack};
+use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::demo::DemoApi;
+use portcullis_harness::envoy::{self, Envoy};
+use portcullis_harness::envoy_config::Replacements;
+use portcullis_harness::log::Log;
+use portcullis_harness::output::{progress, say};
+use portcullis_harness::postgres::Postgres;
+use portcullis_harness::process::Signal;
+use portcullis_harness::service::Service;
+use portcullis_harness::{compile, paths, policies, shell, stack};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
-
-use crate::output::{progress, say};
-use crate::run::{cargo, run};
-use crate::wasm;
 
 /// Where and how.
 #[derive(Args)]
@@ -68,11 +65,10 @@ pub(crate) async fn up(options: &Options) -> Result<()> {
     let service = options.check()?;
     // Before signals are taken over: cargo ends by itself when it is interrupted.
     if std::env::var_os("PORTCULLIS_WASM").is_none() {
-        wasm::build()?;
+        compile::filter()?;
     }
     if std::env::var_os("CONTROL_PLANE_BIN").is_none() {
-        progress("building the control plane (some minutes the first time)");
-        run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+        compile::control_plane()?;
     }
 
     let mut interrupted = signal(SignalKind::interrupt())?;

@@ -1,5 +1,5 @@
-//! The files that containers are made of, read without a container engine: what [`compose`] and [`dockerfile`] say, and
-//! whether it fits together.
+//! The container files, checked without a container engine: what [`compose`] and [`dockerfile`]
+//! name must exist and fit together.
 
 pub mod compose;
 pub mod dockerfile;
@@ -12,9 +12,6 @@ use self::compose::Compose;
 use self::dockerfile::Dockerfile;
 
 /// Checks docker-compose.yml and the Dockerfile below `root`: all that they name is there.
-///
-/// # Errors
-/// What does not fit, one fault a line.
 pub fn check(root: &Path) -> Result<()> {
     let read = |name: &str| std::fs::read_to_string(root.join(name)).with_context(|| format!("cannot read {name}"));
     let (compose, dockerfile) =

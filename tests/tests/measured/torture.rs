@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portcullis_tests::paths;
-use portcullis_tests::torture::plan::Kind;
-use portcullis_tests::torture::{Options, run};
+use portcullis_torture::plan::Kind;
+use portcullis_torture::{Options, run};
 
 /// The same schedule each time, so that a change is judged by what it changed: `PORTCULLIS_SEED=7 cargo test …` tries another.
 fn seed() -> Result<u64> {

@@ -9,7 +9,7 @@ use hyper::body::Frame;
 use hyper::{HeaderMap, Request};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http::over_http_2;
-use portcullis_tests::raw::{Heard, fields, frame, frames, opening, say};
+use portcullis_tests::raw_http::{Heard, fields, frame, frames, opening, say};
 use portcullis_tests::stack::Stack;
 
 const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
