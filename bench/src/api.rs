@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use portcullis_harness::cargo::read;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::Signal;
@@ -15,7 +15,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::Options;
-use crate::load::{Calls, Generator, Took, What};
+use crate::load::{Calls, H2load, Oha, Took};
 use crate::report::{Bound, Report};
 use crate::statements::Statements;
 use crate::stats::{Estimate, Random, Samples};
@@ -23,10 +23,10 @@ use crate::store::{self, Used};
 
 const SUITE: &str = "api: REST, eight calls at once";
 const AT_ONCE: usize = 8;
-/// Owners of whom each creation takes one by lot.
+/// Owners. Each creation takes a random one.
 const OWNERS: usize = 20_000;
 
-/// What is asked for, with the statements that it comes to.
+/// The measured calls, with their statements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verb {
     Create,
@@ -53,8 +53,8 @@ impl Verb {
         }
     }
 
-    /// A script of all that the control plane asks of the database for one call. What it needs to know of a key it makes of
-    /// the key's number, as [`made`] does, so that it asks nothing else. Each transaction takes a key that no other takes.
+    /// A script of all statements of the control plane for one call. It computes the attributes of a key from its number, as
+    /// [`insert_keys`] does, and so needs no other query. Each transaction has a key of its own.
     fn script(self, all: &Statements) -> Result<String> {
         const KEY: &str = "md5(:batch::text || '-' || :n::text)::uuid";
         const OWNER: &str = "'made-' || :batch::text || '-' || :n::text || '@example.com'";
@@ -118,71 +118,34 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let Some(pgbench) = pgbench()? else {
         report.target(target, bound, "", None);
         report.note(
-            "Suite api: left out, for there is no pgbench: install it (Debian: postgresql-contrib or postgresql-15).",
+            "Suite api left out, since there is no pgbench: install it (Debian: postgresql-contrib or postgresql-15).",
         );
         return Ok(());
     };
-    let generators = Generators { without_body: Generator::install()?, with_body: Generator::oha() };
     let stack = store::start(0).await?;
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let statements = Statements::read()?;
     let (rounds, number) = if options.quick { (2, 1_000) } else { (12, 1_200) };
-    let mut random = Random::new(5);
-    let mut bench = Bench { postmaster: store::postmaster(&stack).await?, stack, number, batch: 0 };
+    let mut bench = Bench {
+        postmaster: store::postmaster(&stack).await?,
+        stack,
+        h2load: H2load::install()?,
+        oha: Oha::install(),
+        pgbench,
+        number,
+        batch: 0,
+        random: Random::new(5),
+    };
     for verb in Verb::ALL {
-        let generator = match generators.of(verb) {
-            Ok(generator) => generator,
-            Err(why) => {
-                report.note(format!("Suite api: {} left out: {why}", verb.name()));
-                if verb == Verb::Create {
-                    report.target(target, bound, "", None);
-                }
-                continue;
-            }
-        };
+        if let (Verb::Create, Err(why)) = (verb, &bench.oha) {
+            report.note(format!("Suite api: create left out, since there is no oha: {why:#}"));
+            report.target(target, bound, "", None);
+            continue;
+        }
         let script = home.path().join(format!("{}.sql", verb.name()));
         std::fs::write(&script, verb.script(&statements)?)?;
-        let (mut ours, mut theirs) = (Measured::default(), Measured::default());
-        // One round before those that count: connections and caches are cold.
-        for round in 0..=rounds {
-            progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
-            let mut sides = [Side::Ours, Side::Theirs];
-            random.shuffle(&mut sides);
-            for side in sides {
-                let found = match side {
-                    Side::Ours => bench.call(verb, generator).await?,
-                    Side::Theirs => bench.by_pgbench(verb, &pgbench, &script).await?,
-                };
-                if round > 0 {
-                    match side {
-                        Side::Ours => ours.push(&found),
-                        Side::Theirs => theirs.push(&found),
-                    }
-                }
-            }
-        }
-        let rate = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
-        let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-        let ratio = Estimate::by_the_round(&theirs.seconds, &ours.seconds);
-        let (by_us, by_pgbench) =
-            (format!("Portcullis, {}", verb.name()), format!("pgbench, the statements of {}", verb.name()));
-        report.figure(SUITE, by_pgbench.as_str(), "1/s", rate(&theirs.seconds));
-        report.compared(SUITE, by_us.as_str(), "1/s", rate(&ours.seconds), Some((ratio, "pgbench")));
-        // Of the rounds' the median: their lower quartile would be no p99.
-        let p99 = |samples: &Samples| Estimate::at(samples, 0.5);
-        report.figure(SUITE, format!("{by_pgbench}, p99"), "ms", p99(&theirs.p99_ms));
-        let longer = Estimate::by_the_round(&ours.p99_ms, &theirs.p99_ms);
-        report.compared(SUITE, format!("{by_us}, p99"), "ms", p99(&ours.p99_ms), Some((longer, "pgbench")));
-        report.figure(
-            SUITE,
-            format!("{by_pgbench}, PostgreSQL's CPU (with connecting)"),
-            "µs",
-            plain(&theirs.database_us),
-        );
-        let more = Estimate::by_the_round(&ours.database_us, &theirs.database_us);
-        let database = format!("{by_us}, PostgreSQL's CPU");
-        report.compared(SUITE, database, "µs", plain(&ours.database_us), Some((more, "pgbench")));
-        report.figure(SUITE, format!("{by_us}, the control plane's CPU"), "µs", plain(&ours.control_plane_us));
+        let [ours, theirs] = bench.rounds(rounds, verb, &script).await?;
+        let ratio = show(verb, &ours, &theirs, report);
         if verb == Verb::Create {
             report.target(target, bound, "", ratio);
         }
@@ -190,40 +153,47 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     Ok(())
 }
 
-/// Who makes the calls.
-struct Generators {
-    without_body: Generator,
-    with_body: Result<Generator>,
+/// Adds the figures of a verb to the report. Returns the ratio of the rates.
+fn show(verb: Verb, ours: &Measured, theirs: &Measured, report: &mut Report) -> Estimate {
+    let rate = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
+    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
+    let ratio = Estimate::by_the_round(&theirs.seconds, &ours.seconds);
+    let (by_us, by_pgbench) =
+        (format!("Portcullis, {}", verb.name()), format!("pgbench, the statements of {}", verb.name()));
+    report.figure(SUITE, by_pgbench.as_str(), "1/s", rate(&theirs.seconds));
+    report.compared(SUITE, by_us.as_str(), "1/s", rate(&ours.seconds), Some((ratio, "pgbench")));
+    // The median of the rounds: their lower quartile would be no p99.
+    let p99 = |samples: &Samples| Estimate::at(samples, 0.5);
+    report.figure(SUITE, format!("{by_pgbench}, p99"), "ms", p99(&theirs.p99_ms));
+    let longer = Estimate::by_the_round(&ours.p99_ms, &theirs.p99_ms);
+    report.compared(SUITE, format!("{by_us}, p99"), "ms", p99(&ours.p99_ms), Some((longer, "pgbench")));
+    let with_connecting = format!("{by_pgbench}, PostgreSQL's CPU (with connecting)");
+    report.figure(SUITE, with_connecting, "µs", plain(&theirs.database_us));
+    let more = Estimate::by_the_round(&ours.database_us, &theirs.database_us);
+    let database = format!("{by_us}, PostgreSQL's CPU");
+    report.compared(SUITE, database, "µs", plain(&ours.database_us), Some((more, "pgbench")));
+    report.figure(SUITE, format!("{by_us}, the control plane's CPU"), "µs", plain(&ours.control_plane_us));
+    ratio
 }
 
-impl Generators {
-    fn of(&self, verb: Verb) -> Result<&Generator, String> {
-        match (verb, &self.without_body) {
-            (Verb::Create, _) => self.with_body.as_ref().map_err(|error| format!("there is no oha: {error:#}")),
-            (_, Generator::Oha { .. }) => Err("it takes h2load, since oha does not ask for each key once".into()),
-            (_, h2load) => Ok(h2load),
-        }
-    }
-}
-
-/// Which of the two is measured.
+/// Sides of the comparison.
 #[derive(Clone, Copy, Debug)]
 enum Side {
     Ours,
     Theirs,
 }
 
-/// What one round took.
+/// Figures of one round.
 struct Found {
-    /// How long all calls took together, by call.
+    /// Time of all calls, divided by their number.
     seconds: f64,
     p99_ms: f64,
-    /// Of the processor, by call.
+    /// CPU time of a call.
     control_plane_us: f64,
     database_us: f64,
 }
 
-/// What the rounds took, a sample each.
+/// Figures of all rounds.
 #[derive(Default)]
 struct Measured {
     seconds: Samples,
@@ -241,20 +211,46 @@ impl Measured {
     }
 }
 
-/// The stack, and how far the batches are counted.
+/// The stack, and the number of batches so far.
 struct Bench {
     stack: Stack,
     postmaster: u32,
+    h2load: H2load,
+    /// Calls with bodies need it.
+    oha: Result<Oha>,
+    pgbench: PathBuf,
     /// Calls in a round.
     number: usize,
     batch: u32,
+    random: Random,
 }
 
 impl Bench {
-    /// Makes a batch of keys, if a call is of one that is there, and gives their ids.
+    /// Measures both sides in rounds, each in random order. The first round does not count: connections and caches are cold.
+    async fn rounds(&mut self, rounds: usize, verb: Verb, script: &Path) -> Result<[Measured; 2]> {
+        let (mut ours, mut theirs) = (Measured::default(), Measured::default());
+        for round in 0..=rounds {
+            progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
+            let mut sides = [Side::Ours, Side::Theirs];
+            self.random.shuffle(&mut sides);
+            for side in sides {
+                let (found, measured) = match side {
+                    Side::Ours => (self.call(verb).await?, &mut ours),
+                    Side::Theirs => (self.by_pgbench(verb, script).await?, &mut theirs),
+                };
+                if round > 0 {
+                    measured.push(&found);
+                }
+            }
+        }
+        Ok([ours, theirs])
+    }
+
+    /// Inserts a batch of keys if the call needs existing ones. Returns their ids.
     async fn prepare(&mut self, verb: Verb) -> Result<Vec<String>> {
         self.batch += 1;
-        let ids = if verb == Verb::Create { Vec::new() } else { made(&self.stack, self.batch, self.number).await? };
+        let ids =
+            if verb == Verb::Create { Vec::new() } else { insert_keys(&self.stack, self.batch, self.number).await? };
         settled(&self.stack).await?;
         Ok(ids)
     }
@@ -268,52 +264,53 @@ impl Bench {
     }
 
     /// Through the REST API.
-    async fn call(&mut self, verb: Verb, generator: &Generator) -> Result<Found> {
+    async fn call(&mut self, verb: Verb) -> Result<Found> {
         let ids = self.prepare(verb).await?;
         let keys = format!("http://{}/v1/keys", self.stack.control_plane.address());
-        let what = if verb == Verb::Create {
+        let key = self.stack.control_plane.settings().admin_key.reveal().to_owned();
+        let calls = Calls { method: verb.method(), key, in_flight: AT_ONCE, number: self.number };
+        let before = Used::read(&self.stack, self.postmaster)?;
+        let Took { seconds, p99_ms } = if verb == Verb::Create {
             let batch = self.batch;
             let body = |n| json!({"email": format!("rest-{batch}-{n}@example.com"), "name": "Bench"}).to_string();
-            What::Bodies(keys, (0..OWNERS).map(body).collect())
+            let oha = self.oha.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+            oha.call(&calls, &keys, &(0..OWNERS).map(body).collect::<Vec<_>>()).await?
         } else {
-            What::Addresses(ids.iter().map(|id| format!("{keys}/{id}")).collect())
+            let addresses: Vec<_> = ids.iter().map(|id| format!("{keys}/{id}")).collect();
+            self.h2load.call(&calls, &addresses).await?
         };
-        let key = self.stack.control_plane.settings().admin_key.reveal().to_owned();
-        let calls = Calls { method: verb.method(), key, in_flight: AT_ONCE, number: self.number, what };
-        let before = Used::read(&self.stack, self.postmaster)?;
-        let Took { seconds, p99_ms } = generator.call(&calls).await?;
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let seconds = seconds / self.number as f64;
         self.found(seconds, p99_ms, &before)
     }
 
     /// The same by pgbench.
-    async fn by_pgbench(&mut self, verb: Verb, pgbench: &Path, script: &Path) -> Result<Found> {
+    async fn by_pgbench(&mut self, verb: Verb, script: &Path) -> Result<Found> {
         self.prepare(verb).await?;
-        // Awake, the control plane would read what pgbench changes.
+        // A running control plane would read the changes of pgbench.
         self.stack.control_plane.signal(Signal::SIGSTOP)?;
         let before = Used::read(&self.stack, self.postmaster)?;
-        let done = by_pgbench(pgbench, &self.stack, self.batch, self.number, script);
+        let done = by_pgbench(&self.pgbench, &self.stack, self.batch, self.number, script);
         let found = done.and_then(|(seconds, p99_ms)| self.found(seconds, p99_ms, &before));
         self.stack.control_plane.signal(Signal::SIGCONT)?;
         let found = found?;
         settled(&self.stack).await?;
         if verb == Verb::Revoke {
             let left = left(&self.stack, self.batch).await?;
-            ensure!(left == 0, "{left} of {} keys are not those that pgbench means", self.number);
+            ensure!(left == 0, "{left} of {} keys were not revoked by pgbench", self.number);
         }
         Ok(found)
     }
 }
 
-/// Of the path, or beside the server's programs.
+/// On the path, or beside the programs of the server.
 fn pgbench() -> Result<Option<PathBuf>> {
     let beside = tools::postgres(&progress)?.join("pgbench");
     Ok(Some(beside).filter(|file| file.is_file()).or_else(|| tools::on_path("pgbench")))
 }
 
-/// Makes so many keys, numbered from 1 in a batch of their own, and gives their ids.
-async fn made(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<String>> {
+/// Inserts keys, numbered from 1 in their batch. Returns their ids.
+async fn insert_keys(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<String>> {
     let sql = format!(
         "with numbers as (
             select {batch} || '-' || n as number from generate_series(1, {keys}) n
@@ -332,14 +329,14 @@ async fn made(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<String>> {
     Ok(stack.database.text(&sql).await?.split(' ').map(str::to_owned).collect())
 }
 
-/// Waits until the control plane has read all changes, so that one round is not slowed down by another.
+/// Waits until the control plane has read all changes, so that rounds do not slow each other down.
 async fn settled(stack: &Stack) -> Result<()> {
     let revision = stack.database.number("select revision from store_state").await?;
     #[expect(clippy::cast_precision_loss, reason = "far below where numbers are rounded")]
     store::reaches(stack, "portcullis_mirror_revision", revision as f64).await
 }
 
-/// How many keys of a batch are not revoked.
+/// The number of keys of a batch that are not revoked.
 async fn left(stack: &Stack, batch: u32) -> Result<i64> {
     let sql = format!(
         "select count(*) from api_keys k join user_preferences p on p.id = k.owner_id

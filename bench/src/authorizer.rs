@@ -16,7 +16,7 @@ use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::server::{Grpc, UnaryService};
 use tonic::{Response, Status};
 
-/// Where to say where it listens.
+/// Where to announce its address.
 #[derive(Args)]
 pub(crate) struct Options {
     /// File to write the bound address to.
@@ -27,7 +27,7 @@ pub(crate) struct Options {
 /// Serves until it is killed.
 pub(crate) async fn serve(options: &Options) -> Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-    // First beside its place, so that whoever waits for the file sees all of it.
+    // Renamed, so that a reader who waits for the file sees all of it.
     let part = options.address_file.with_extension("part");
     std::fs::write(&part, listener.local_addr()?.to_string())?;
     std::fs::rename(part, &options.address_file)?;
@@ -51,7 +51,7 @@ impl UnaryService<()> for Yes {
     }
 }
 
-/// Messages that nobody reads and that say nothing.
+/// Codec that ignores requests and encodes empty responses.
 #[derive(Clone, Copy)]
 struct Unread;
 

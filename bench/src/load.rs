@@ -1,14 +1,15 @@
-//! The load generator: h2load, of the path or unpacked from Debian's package; else oha, compiled by cargo, which is also taken
-//! for calls with a body each. Requests go over one HTTP/2 connection with many streams, so that Envoy is never idle and
-//! the generator costs little itself.
+//! The load generators. h2load sends each address of a list once, in order, and costs little itself.
+//! Only oha can send a different body with each request, which creating keys needs, but it picks
+//! addresses at random. Requests share HTTP/2 connections with many streams, so that Envoy is never
+//! idle.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use portcullis_harness::cargo::{cargo, read, run};
+use anyhow::{Context, Result, ensure};
+use portcullis_harness::cargo::{cargo, run};
 use portcullis_harness::output::progress;
 use portcullis_harness::tools;
 use serde_json::Value;
@@ -19,29 +20,30 @@ use crate::stats::Samples;
 
 /// Streams in flight.
 const STREAMS: &str = "32";
+/// h2load and those of its libraries that a system may lack.
+const DEBIAN_PACKAGES: [&str; 5] = ["nghttp2-client", "libnghttp2-14", "libev4", "libc-ares2", "libjemalloc2"];
 const OHA_VERSION: &str = "1.16.0";
 
-/// An installed load generator.
+/// h2load of nghttp2: of the path, or unpacked from Debian's package.
 #[derive(Clone, Debug)]
-pub(crate) enum Generator {
-    /// With where its libraries are, if not where the system looks.
-    H2load {
-        program: PathBuf,
-        libraries: Option<PathBuf>,
-    },
-    Oha {
-        program: PathBuf,
-    },
+pub(crate) struct H2load {
+    program: PathBuf,
+    /// The directory of its libraries, if it is unpacked.
+    libraries: Option<PathBuf>,
 }
 
-/// How requests were answered.
+/// oha: of the path, or compiled.
+#[derive(Clone, Debug)]
+pub(crate) struct Oha(PathBuf);
+
+/// Numbers of responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Answers {
     /// With a status 2xx.
     pub(crate) good: u64,
     /// With a status 4xx.
     pub(crate) refused: u64,
-    /// Otherwise or not at all.
+    /// With another status or without a response.
     pub(crate) failed: u64,
 }
 
@@ -56,167 +58,140 @@ pub(crate) struct Flow {
     pub(crate) lasts: Duration,
 }
 
-/// Calls of an API, over one HTTP/2 connection.
+/// Calls of the REST API, over one HTTP/2 connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Calls {
     pub(crate) method: &'static str,
     pub(crate) key: String,
     pub(crate) in_flight: usize,
     pub(crate) number: usize,
-    pub(crate) what: What,
 }
 
-/// What is called.
-#[derive(Clone, Debug)]
-pub(crate) enum What {
-    /// Each of these addresses once, in this order.
-    Addresses(Vec<String>),
-    /// One address, with JSON chosen at random from these lines.
-    Bodies(String, Vec<String>),
-}
-
-/// What calls took.
+/// Latency of calls.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Took {
-    /// From the first question to the last answer; of oha, with connecting.
+    /// From the first request to the last response; of oha, including connecting.
     pub(crate) seconds: f64,
-    /// Of a hundred calls one took longer.
+    /// 99th percentile of latency.
     pub(crate) p99_ms: f64,
 }
 
-impl Generator {
-    /// Finds or installs one, without root.
+impl H2load {
+    /// Finds or unpacks it, without root.
     pub(crate) fn install() -> Result<Self> {
         if let Some(program) = tools::on_path("h2load") {
-            return Ok(Self::H2load { program, libraries: None });
+            return Ok(Self { program, libraries: None });
         }
-        from_debian().or_else(|why| {
-            progress(&format!("h2load cannot be had ({why:#}); taking oha, which costs more itself"));
-            Self::oha()
-        })
-    }
-
-    /// The one that can send a body of its own with each call.
-    pub(crate) fn oha() -> Result<Self> {
-        Ok(Self::Oha { program: tools::on_path("oha").map_or_else(compiled_oha, Ok)? })
-    }
-
-    /// What it is, for the report.
-    pub(crate) const fn name(&self) -> &'static str {
-        match self {
-            Self::H2load { .. } => "h2load",
-            Self::Oha { .. } => "oha",
-        }
+        let home = tools::tools().join("h2load");
+        let unpacked = tools::unpack_debian(&DEBIAN_PACKAGES, &home, &progress)?;
+        ensure!(unpacked, "there is no h2load: install nghttp2 (Debian: nghttp2-client)");
+        let directories = std::fs::read_dir(home.join("usr/lib"))?;
+        let libraries = directories.flatten().map(|entry| entry.path()).find(|path| path.join("libev.so.4").exists());
+        Ok(Self { program: home.join("usr/bin/h2load"), libraries })
     }
 
     fn command(&self) -> Command {
-        match self {
-            Self::H2load { program, libraries } => {
-                let mut command = Command::new(program);
-                command.envs(libraries.as_ref().map(|directory| ("LD_LIBRARY_PATH", directory)));
-                command
-            }
-            Self::Oha { program } => {
-                let mut command = Command::new(program);
-                command.args(["--no-tui", "--output-format", "json"]);
-                command
-            }
-        }
+        let mut command = Command::new(&self.program);
+        command.envs(self.libraries.as_ref().map(|directory| ("LD_LIBRARY_PATH", directory)));
+        command
     }
 
-    /// Runs it; it ends with whoever waits for it.
-    async fn run(&self, command: Command) -> Result<(Answers, String)> {
-        let output = tokio::process::Command::from(command).kill_on_drop(true).output().await?;
-        let why = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{} failed: {}", self.name(), why.trim());
-        let output = String::from_utf8_lossy(&output.stdout).into_owned();
-        let answers = match self {
-            Self::H2load { .. } => h2load_answers(&output),
-            Self::Oha { .. } => oha_answers(&output),
-        };
-        let answers = answers.with_context(|| not_understood(&output))?;
-        Ok((answers, output))
-    }
-
-    /// Sends so many requests over one connection to the addresses of a file, one a line, from one core: in turn, or by lot if
-    /// it is oha.
+    /// Sends requests over one connection to the addresses of a file, one a line, from one core.
     pub(crate) async fn send(&self, requests: u64, addresses: &Path, core: usize) -> Result<Answers> {
         let mut command = self.sending(requests, 1, addresses);
         machine::pin(&mut command, core)?;
-        Ok(self.run(command).await?.0)
+        Ok(finish(command, h2load_answers).await?.0)
     }
 
     /// The same over several connections, from any core.
     pub(crate) async fn spread(&self, requests: u64, connections: usize, addresses: &Path) -> Result<Answers> {
-        Ok(self.run(self.sending(requests, connections, addresses)).await?.0)
+        Ok(finish(self.sending(requests, connections, addresses), h2load_answers).await?.0)
     }
 
     fn sending(&self, requests: u64, connections: usize, addresses: &Path) -> Command {
-        let (requests, connections) = (requests.to_string(), connections.to_string());
         let mut command = self.command();
-        command.args(["-n", &requests, "-c", &connections]);
-        match self {
-            Self::H2load { .. } => command.args(["-m", STREAMS, "-i"]),
-            Self::Oha { .. } => command.args(["--http2", "-p", STREAMS, "--urls-from-file"]),
-        };
-        command.arg(addresses);
+        command.args(["-n", &requests.to_string(), "-c", &connections.to_string(), "-m", STREAMS, "-i"]).arg(addresses);
         command
     }
 
     /// Keeps requests flowing for a while.
     pub(crate) async fn flow(&self, flow: &Flow) -> Result<Answers> {
         let mut command = self.command();
-        let (connections, seconds) = (flow.connections.to_string(), flow.lasts.as_secs());
-        let (header, address) = (format!("x-api-key: {}", flow.key), format!("http://{}/", flow.to));
-        command.args(["-c", &connections, "-H", &header]);
-        match self {
-            Self::H2load { .. } => {
-                let by_each = (flow.per_second / flow.connections.max(1)).to_string();
-                command.args(["--h1", "--rps", &by_each, "-D", &seconds.to_string()])
-            }
-            Self::Oha { .. } => {
-                command.args(["-q", &flow.per_second.to_string(), "-z", &format!("{seconds}s")]);
-                // Or else it counts what is under way at the end as failed.
-                command.arg("--wait-ongoing-requests-after-deadline")
-            }
-        };
-        command.arg(&address);
-        Ok(self.run(command).await?.0)
+        let by_connection = flow.per_second / flow.connections.max(1);
+        command.args(["--h1", "-c", &flow.connections.to_string(), "--rps", &by_connection.to_string()]);
+        command.args(["-D", &flow.lasts.as_secs().to_string(), "-H", &format!("x-api-key: {}", flow.key)]);
+        command.arg(format!("http://{}/", flow.to));
+        Ok(finish(command, h2load_answers).await?.0)
     }
 
-    /// Calls, and fails if not all calls succeed.
-    pub(crate) async fn call(&self, calls: &Calls) -> Result<Took> {
+    /// Calls each of these addresses once, in this order. All calls must succeed.
+    pub(crate) async fn call(&self, calls: &Calls, addresses: &[String]) -> Result<Took> {
         let home = TempDir::with_prefix("portcullis-bench-")?;
         let (list, log) = (home.path().join("list"), home.path().join("log"));
-        let (number, in_flight) = (calls.number.to_string(), calls.in_flight.to_string());
+        std::fs::write(&list, addresses.join("\n"))?;
         let mut command = self.command();
-        command.args(["-c", "1", "-n", &number, "-H", &format!("x-api-key: {}", calls.key)]);
-        match (self, &calls.what) {
-            (Self::H2load { .. }, What::Addresses(addresses)) => {
-                std::fs::write(&list, addresses.join("\n"))?;
-                command.args(["-m", &in_flight, "-H", &format!(":method: {}", calls.method), "-i"]).arg(&list);
-                command.arg(format!("--log-file={}", log.display()));
-            }
-            (Self::Oha { .. }, What::Bodies(address, bodies)) => {
-                std::fs::write(&list, bodies.join("\n"))?;
-                command.args(["--http2", "-p", &in_flight, "-m", calls.method, "-T", "application/json", "-Z"]);
-                command.arg(&list).arg(address);
-            }
-            _ => bail!("{} cannot make such calls", self.name()),
-        }
-        let (answers, output) = self.run(command).await?;
-        let expected = Answers { good: calls.number as u64, refused: 0, failed: 0 };
-        ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", calls.method);
-        let took = match self {
-            Self::H2load { .. } => h2load_took(&std::fs::read_to_string(&log)?),
-            Self::Oha { .. } => oha_took(&output),
-        };
-        took.with_context(|| not_understood(&output))
+        command.args(["-c", "1", "-n", &calls.number.to_string(), "-m", &calls.in_flight.to_string()]);
+        command.args(["-H", &format!("x-api-key: {}", calls.key), "-H", &format!(":method: {}", calls.method), "-i"]);
+        command.arg(&list).arg(format!("--log-file={}", log.display()));
+        let (answers, output) = finish(command, h2load_answers).await?;
+        calls.succeeded(answers)?;
+        h2load_took(&std::fs::read_to_string(&log)?).with_context(|| not_parsed(&output))
     }
 }
 
-fn not_understood(output: &str) -> String {
-    format!("the load generator says what cannot be understood:\n{output}")
+impl Oha {
+    /// Finds or compiles it.
+    pub(crate) fn install() -> Result<Self> {
+        if let Some(program) = tools::on_path("oha") {
+            return Ok(Self(program));
+        }
+        let home = tools::tools().join(format!("oha-{OHA_VERSION}"));
+        let program = home.join("bin/oha");
+        if !program.is_file() {
+            progress(&format!("installing oha {OHA_VERSION} into {} (some minutes)", home.display()));
+            let mut install = cargo(&["install", "oha", "--version", OHA_VERSION, "--locked", "--root"]);
+            install.arg(&home).env("CARGO_TARGET_DIR", tools::tools().join("build"));
+            run(install)?;
+        }
+        Ok(Self(program))
+    }
+
+    /// Calls an address with bodies chosen at random from these. All calls must succeed.
+    pub(crate) async fn call(&self, calls: &Calls, address: &str, bodies: &[String]) -> Result<Took> {
+        let home = TempDir::with_prefix("portcullis-bench-")?;
+        let list = home.path().join("list");
+        std::fs::write(&list, bodies.join("\n"))?;
+        let mut command = Command::new(&self.0);
+        command.args(["--no-tui", "--output-format", "json", "--http2", "-c", "1", "-n", &calls.number.to_string()]);
+        command.args(["-p", &calls.in_flight.to_string(), "-H", &format!("x-api-key: {}", calls.key)]);
+        command.args(["-m", calls.method, "-T", "application/json", "-Z"]).arg(&list).arg(address);
+        let (answers, output) = finish(command, oha_answers).await?;
+        calls.succeeded(answers)?;
+        oha_took(&output).with_context(|| not_parsed(&output))
+    }
+}
+
+impl Calls {
+    fn succeeded(&self, answers: Answers) -> Result<()> {
+        let expected = Answers { good: self.number as u64, refused: 0, failed: 0 };
+        ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.method);
+        Ok(())
+    }
+}
+
+/// Runs a load generator to its end. It is killed when the future is dropped.
+async fn finish(command: Command, parse: fn(&str) -> Option<Answers>) -> Result<(Answers, String)> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = tokio::process::Command::from(command).kill_on_drop(true).output().await?;
+    let why = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} failed: {}", why.trim());
+    let output = String::from_utf8_lossy(&output.stdout).into_owned();
+    let answers = parse(&output).with_context(|| not_parsed(&output))?;
+    Ok((answers, output))
+}
+
+fn not_parsed(output: &str) -> String {
+    format!("cannot parse the output of the load generator:\n{output}")
 }
 
 /// `status codes: 10000 2xx, 0 3xx, 0 4xx, 0 5xx`
@@ -232,7 +207,7 @@ fn h2load_answers(output: &str) -> Option<Answers> {
     Some(Answers { good, refused, failed: total.saturating_sub(good + refused) })
 }
 
-/// Of its log, a line a request: when it was sent, in microseconds, the status, and how many microseconds it took.
+/// Its log has one line for each request: time sent in microseconds, status, latency in microseconds.
 fn h2load_took(log: &str) -> Option<Took> {
     let (mut first, mut last, mut latencies) = (f64::INFINITY, f64::NEG_INFINITY, Samples::default());
     for line in log.lines() {
@@ -263,54 +238,6 @@ fn oha_took(output: &str) -> Option<Took> {
     let output: Value = serde_json::from_str(output).ok()?;
     let p99_s = output["latencyPercentiles"]["p99"].as_f64()?;
     Some(Took { seconds: output["summary"]["total"].as_f64()?, p99_ms: p99_s * 1e3 })
-}
-
-/// Debian's package and what it needs beside the usual, unpacked into target/tools. Nothing of it is installed.
-fn from_debian() -> Result<Generator> {
-    const PACKAGES: [&str; 5] = ["nghttp2-client", "libnghttp2-14", "libev4", "libc-ares2", "libjemalloc2"];
-    let home = tools::tools().join("h2load");
-    let (program, done) = (home.join("usr/bin/h2load"), home.join(".complete"));
-    let libraries = || {
-        let directories = std::fs::read_dir(home.join("usr/lib")).ok()?;
-        directories.flatten().map(|entry| entry.path()).find(|path| path.join("libev.so.4").exists())
-    };
-    if !done.is_file() {
-        for needed in ["apt-get", "dpkg-deb"] {
-            if tools::on_path(needed).is_none() {
-                bail!("it is in no package that can be unpacked here: no {needed}");
-            }
-        }
-        progress(&format!("unpacking {} into {}", PACKAGES.join(", "), home.display()));
-        let packages = home.join("packages");
-        std::fs::create_dir_all(&packages)?;
-        let mut download = Command::new("apt-get");
-        // The sandbox user of apt need not be able to enter this directory.
-        download.args(["download", "--quiet", "-o", "APT::Sandbox::User=root"]).args(PACKAGES).current_dir(&packages);
-        read(download).context("run `apt-get update`, or install nghttp2-client")?;
-        for package in std::fs::read_dir(&packages)? {
-            let mut unpack = Command::new("dpkg-deb");
-            unpack.arg("--extract").arg(package?.path()).arg(&home);
-            read(unpack)?;
-        }
-        let mut version = Command::new(&program);
-        version.arg("--version").envs(libraries().map(|directory| ("LD_LIBRARY_PATH", directory)));
-        read(version)?;
-        std::fs::write(done, [])?;
-    }
-    Ok(Generator::H2load { program, libraries: libraries() })
-}
-
-fn compiled_oha() -> Result<PathBuf> {
-    let home = tools::tools().join(format!("oha-{OHA_VERSION}"));
-    let program = home.join("bin/oha");
-    if !program.is_file() {
-        progress(&format!("installing oha {OHA_VERSION} into {} (some minutes)", home.display()));
-        let mut install = cargo(&["install", "oha", "--version", OHA_VERSION, "--locked", "--root"]);
-        install.arg(&home).env("CARGO_TARGET_DIR", tools::tools().join("build"));
-        run(install).context("no load generator: put h2load (of nghttp2) or oha on the path")?;
-    }
-    ensure!(program.is_file(), "{} is missing after its installation", program.display());
-    Ok(program)
 }
 
 #[cfg(test)]

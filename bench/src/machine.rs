@@ -11,19 +11,19 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use portcullis_harness::process::resident_kib;
 
-/// Who runs where.
+/// Assignment of cores.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cores {
-    /// The Envoy that is measured, and nothing else.
+    /// Core of the measured Envoy alone.
     pub(crate) measured: usize,
-    /// The load generator, this process, and whatever Envoy asks.
+    /// Core of the load generator, this process, and peers of Envoy.
     pub(crate) load: usize,
-    /// All that this process may use.
+    /// All cores of this process.
     all: CpuSet,
 }
 
 impl Cores {
-    /// Takes the first and the last core that this process may use.
+    /// Chooses the first and the last core of this process.
     pub(crate) fn choose() -> Result<Self> {
         let allowed = sched_getaffinity(Pid::from_raw(0)).context("the cores of this process cannot be read")?;
         let cores: Vec<usize> = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap_or(false)).collect();
@@ -32,12 +32,12 @@ impl Cores {
         Ok(Self { measured, load, all: allowed })
     }
 
-    /// Moves all threads of this process to the core of the load generator. What they start stays there too.
+    /// Moves all threads of this process, and processes that they start from now on, to the core of the load generator.
     pub(crate) fn stay_off(self) -> Result<()> {
         move_threads(&only(self.load)?)
     }
 
-    /// Lets them, and what they start from now on, run on all cores again.
+    /// Lets them run on all cores again.
     pub(crate) fn spread(self) -> Result<()> {
         move_threads(&self.all)
     }
@@ -46,7 +46,7 @@ impl Cores {
 fn move_threads(to: &CpuSet) -> Result<()> {
     for thread in std::fs::read_dir("/proc/self/task")? {
         let thread = thread?.file_name().to_string_lossy().parse().unwrap_or_default();
-        // A thread that has ended meanwhile needs no core.
+        // The thread may have ended meanwhile.
         let _ = sched_setaffinity(Pid::from_raw(thread), to);
     }
     Ok(())
@@ -69,8 +69,8 @@ pub(crate) fn pin(command: &mut Command, core: usize) -> Result<()> {
     Ok(())
 }
 
-/// How long work of a few milliseconds takes on a core now: the fastest of three tries. On a shared machine, what others do on
-/// the other half of the same physical core makes the same work take up to twice as long, for seconds at a time.
+/// How long a fixed amount of work takes on a core now: the fastest of three tries. On a shared machine, load on the other
+/// hardware thread of the core doubles that time, for seconds at a time.
 pub(crate) fn probe(core: usize) -> Result<Duration> {
     let on_core = move || -> Result<Duration> {
         sched_setaffinity(Pid::from_raw(0), &only(core)?)?;
@@ -84,7 +84,7 @@ pub(crate) fn probe(core: usize) -> Result<Duration> {
     std::thread::spawn(on_core).join().map_err(|_| anyhow::anyhow!("the probe panicked"))?
 }
 
-/// Arithmetic in four chains that do not wait for each other, so that they take what the core has.
+/// Arithmetic in four independent chains, to saturate the core.
 fn work(seed: u64) -> u64 {
     let mut sums = [seed, seed ^ 2, seed ^ 3, seed ^ 4];
     for round in 0..300_000_u64 {
@@ -95,7 +95,7 @@ fn work(seed: u64) -> u64 {
     sums.into_iter().fold(0, u64::wrapping_add)
 }
 
-/// Nanoseconds on a processor of all threads of a process together.
+/// CPU time of all threads of a process, in nanoseconds.
 pub(crate) fn cpu_ns(process: u32) -> Result<u64> {
     let mut sum = 0;
     for thread in threads(process)? {
@@ -104,11 +104,11 @@ pub(crate) fn cpu_ns(process: u32) -> Result<u64> {
     Ok(sum)
 }
 
-/// The same of a process and those that it has started, also of those that have ended and that it has waited for.
+/// The same of a process and its children, including children that have ended.
 pub(crate) fn family_cpu_ns(process: u32) -> Result<u64> {
-    /// How `/proc` counts the time of those that have ended (USER_HZ).
+    /// Unit of the CPU time of ended children in `/proc` (USER_HZ).
     const TICK_NS: u64 = 10_000_000;
-    /// Places in `/proc/<number>/stat`, counted from behind the name, which may hold spaces (proc_pid_stat(5)).
+    /// Fields of `/proc/<pid>/stat`, counted from behind the name, which may contain spaces (proc_pid_stat(5)).
     const PARENT: usize = 1;
     const ENDED: [usize; 2] = [13, 14];
     let numbers = |of: u32| -> Option<Vec<i64>> {
@@ -141,13 +141,13 @@ pub(crate) fn threads(process: u32) -> Result<Vec<(String, std::path::PathBuf)>>
     Ok(paths.filter_map(named).collect())
 }
 
-/// Nanoseconds on a processor; a thread that has ended has none.
+/// CPU time in nanoseconds, 0 for a thread that has ended.
 fn thread_cpu_ns(thread: &Path) -> u64 {
     let text = std::fs::read_to_string(thread.join("schedstat")).unwrap_or_default();
     text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
 }
 
-/// Bytes of memory that a process holds.
+/// Resident memory of a process in bytes.
 pub(crate) fn resident_bytes(process: u32) -> Result<u64> {
     Ok(resident_kib(process).context("the process has ended")? * 1_024)
 }

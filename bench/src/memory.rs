@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::Options;
 use crate::feed::{Feed, key};
-use crate::load::Generator;
+use crate::load::H2load;
 use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
@@ -23,7 +23,7 @@ const SUITE: &str = "memory: Envoy's resident memory by key";
 const WORKERS: [usize; 3] = [1, 2, 4];
 const FEW: u64 = 10;
 
-/// What holds keys.
+/// Ways to hold keys in Envoy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holder {
     Portcullis,
@@ -43,20 +43,20 @@ impl Holder {
     }
 }
 
-/// Requests over each connection, each with a key by lot: more than a worker remembers keys.
+/// Requests over each connection, each with a random key: more than a worker's cache holds.
 const REQUESTS: u64 = 6_000;
-/// Connections for each worker, so that none is left out.
+/// Connections for each worker, so that every worker gets some.
 const CONNECTIONS: usize = 8;
 
-/// What Envoys of one row hold in memory.
+/// Memory of the Envoys of one row.
 struct Row {
     holder: Holder,
     workers: usize,
-    /// With so many; none once it is known that it does not even start with a few.
+    /// Number of keys; none if Envoy does not start with any number that was tried.
     keys: Option<u64>,
     by_key: Samples,
     mebibytes: Samples,
-    /// By key after requests; only of ours.
+    /// By key after requests; only for Portcullis.
     busy: Samples,
 }
 
@@ -70,7 +70,7 @@ struct Resident {
 /// Measures, in random order.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let (keys, rounds) = if options.quick { (100_000, 1) } else { (1_000_000, 3) };
-    // The others take half a minute to start with so many keys, and differ little.
+    // The others take half a minute to start with all keys, and differ little.
     let rounds_of = |holder| if holder == Holder::Portcullis { rounds } else { rounds.min(2) };
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let file = home.path().join("keys.lua");
@@ -83,7 +83,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
         mebibytes: Samples::default(),
         busy: Samples::default(),
     };
-    let generator = Generator::install()?;
+    let generator = H2load::install()?;
     let mut rows: Vec<Row> =
         Holder::ALL.into_iter().flat_map(|holder| WORKERS.map(|workers| row(holder, workers))).collect();
     let mut random = Random::new(9);
@@ -121,7 +121,7 @@ impl Row {
     #[expect(clippy::cast_precision_loss, reason = "figures for people")]
     fn found(&mut self, found: Option<(u64, [u64; 2])>) {
         let keys = found.map(|(keys, _)| keys);
-        // What was found with more keys than it starts with now is of something else.
+        // Earlier samples had another number of keys.
         if keys != self.keys {
             (self.by_key, self.mebibytes) = (Samples::default(), Samples::default());
         }
@@ -164,12 +164,12 @@ fn tell(rows: &[Row], report: &mut Report) {
     }
 }
 
-/// What Envoys of ours hold in memory, with each of two feeds.
+/// Memory of Envoys with Portcullis, with each of two feeds.
 async fn with_feeds(
     feeds: &[Feed; 2],
     keys: [u64; 2],
     workers: usize,
-    generator: &Generator,
+    generator: &H2load,
     home: &Path,
 ) -> Result<[Resident; 2]> {
     let mut resident = [Resident::default(); 2];
@@ -194,8 +194,7 @@ async fn with_feeds(
     Ok(resident)
 }
 
-/// A peer that holds all keys in its configuration: as many as it starts with, and what it holds in memory with few and with
-/// those.
+/// Memory of a peer that has all keys in its configuration, with few keys and with as many as it starts with.
 async fn as_many(
     holder: Holder,
     peer: &dyn Fn(u64) -> Result<Peer>,

@@ -69,7 +69,7 @@ impl Peer {
         self
     }
 
-    /// Envoy's own filter, which does as much as it can of the same: tells the upstream who calls, and hides the key.
+    /// Envoy's own filter, configured to do the same as far as it can: it sends the identity upstream and removes the key.
     pub(crate) fn api_key_auth(keys: u64) -> Self {
         let credential = |number| json!({"key": key(number), "client": format!("client-{number}")});
         Self {
@@ -92,7 +92,7 @@ impl Peer {
         for number in 0..keys {
             let _ = writeln!(pairs, "{} client-{number}", key(number));
         }
-        // As text: Lua allows only so many constants in a function.
+        // As text, since Lua limits the constants of a function.
         std::fs::write(file, LUA.replace("PAIRS", &pairs))?;
         let config = json!({"default_source_code": {"filename": file}});
         Ok(Self { filters: vec![filter("lua", "lua.v3.Lua", config)], ..Self::default() })

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::Options;
 use crate::feed::{Feed, key};
-use crate::load::{Answers, Generator};
+use crate::load::{Answers, H2load};
 use crate::machine::{self, Cores};
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
@@ -29,16 +29,16 @@ const SUITE: &str = "request: added CPU, same Envoy, one worker";
 const WHOLE: &str = "request: CPU of the whole request";
 const UNIT: &str = "µs";
 
-/// Envoys for each row, one after the other. Where the pages of a process lie in memory, and so which of them drive each other
-/// out of the caches, is settled when it starts and makes several microseconds: more of them tell more than more rounds do.
+/// Envoys for each row, one after the other. The placement of a process in memory, and so its cache conflicts, is fixed at its
+/// start and makes a difference of several microseconds. More processes therefore tell more than more rounds.
 const PROCESSES: usize = 12;
-/// Rounds of each, unless told otherwise.
+/// Rounds of each Envoy, unless `--rounds` is given.
 const ROUNDS: usize = 3;
 
 /// Requests in a sample.
 const REQUESTS: u64 = 4_000;
 
-/// Names that verdicts refer to.
+/// Names of rows that verdicts use.
 const NOTHING: &str = "no filter";
 const EMPTY: &str = "empty filter of the Rust SDK";
 const EMPTY_UNSTRIPPED: &str = "empty filter, with all exports of the SDK";
@@ -56,47 +56,47 @@ const NOTHING_UP: &str = "no filter, to an upstream";
 const KNOWN_UP: &str = "Portcullis, known key, to an upstream";
 const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
 
-/// One thing that is measured, and the process that answers for it.
+/// A row that is measured, and its process.
 struct Subject {
     name: String,
     process: u32,
-    /// Addresses to ask for before a sample is taken.
+    /// Addresses of requests before a sample.
     warm_up: PathBuf,
-    /// Addresses to ask for, other ones in each round: nothing is in a cache because it was asked for in the last.
+    /// Addresses of the requests of each round. They differ, so that no cache has them from the round before.
     files: Vec<PathBuf>,
     /// Whether its requests are refused.
     refused: bool,
     samples: Vec<Sample>,
 }
 
-/// What was found of one thing, by the process.
+/// Samples of a row, by process.
 struct Row {
     name: String,
     samples: Vec<Vec<Sample>>,
 }
 
-/// What requests took.
+/// One sample.
 struct Sample {
-    /// Of the processor, each.
+    /// CPU time of a request.
     micros: f64,
-    /// What the probe of the core took around them.
+    /// Time of the probe of the core before and after.
     probe: Duration,
 }
 
-/// How long the probe of the core took around a sample, and when it was fastest.
+/// The probe of a core, and its fastest time.
 struct Speed {
     core: usize,
     fastest: Duration,
 }
 
-/// Where an Envoy is.
+/// An Envoy.
 #[derive(Clone, Copy)]
 struct Place {
     process: u32,
     address: SocketAddr,
 }
 
-/// All that runs while it is measured.
+/// Everything that runs during measurements.
 struct Running {
     cores: Cores,
     rounds: usize,
@@ -106,10 +106,10 @@ struct Running {
     others: Vec<Process>,
 }
 
-/// Measures. Whatever comes of it, the suites after this one have all cores.
+/// Measures. Also after a failure, later suites have all cores.
 pub(crate) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
-    // What is compiled may have all cores too.
-    let generator = Generator::install()?;
+    // Compilation may use all cores too.
+    let generator = H2load::install()?;
     let empty = compile::empty_filter()?;
     cores.stay_off()?;
     let measured = measure_on(options, cores, &generator, &empty, report).await;
@@ -120,7 +120,7 @@ pub(crate) async fn measure(options: &Options, cores: Cores, report: &mut Report
 async fn measure_on(
     options: &Options,
     cores: Cores,
-    generator: &Generator,
+    generator: &H2load,
     empty: &[PathBuf; 2],
     report: &mut Report,
 ) -> Result<()> {
@@ -151,10 +151,9 @@ async fn measure_on(
         }
     }
     report.note(format!(
-        "Suite request: {processes} Envoys for each row, one after the other, each in {rounds} rounds of {requests} requests, {} \
+        "Suite request: {processes} Envoys for each row, one after the other, each in {rounds} rounds of {requests} requests, h2load \
          over one HTTP/2 connection; a figure is the mean of what each of them gives on its own, verdicts are from lower \
-         quartiles. Each sample is divided by how much slower than ever the core was before and after it.",
-        generator.name()
+         quartiles. Each sample is divided by how much slower than ever the core was before and after it."
     ));
     let measured: Vec<_> = rows.iter().map(|row| (row.name.as_str(), row.at_full_speed(speed.fastest))).collect();
     judge(&measured, report);
@@ -173,14 +172,14 @@ impl Subject {
     /// Takes one sample.
     async fn sample(
         &mut self,
-        generator: &Generator,
+        generator: &H2load,
         from: usize,
         speed: &mut Speed,
         round: usize,
         requests: u64,
     ) -> Result<()> {
         let file = self.files.get(round).context("no addresses")?;
-        // With addresses of its own, so that of many keys only code and connections are warm.
+        // With other addresses, so that only code and connections are warm.
         generator.send(requests / 5, &self.warm_up, from).await?;
         let before = speed.probe()?;
         let used_before = machine::cpu_ns(self.process)?;
@@ -200,7 +199,7 @@ impl Subject {
 }
 
 impl Row {
-    /// What requests would have taken had the core always run as fast as the probe when it was fastest.
+    /// The samples, scaled to the fastest speed of the core.
     fn at_full_speed(&self, fastest: Duration) -> Samples {
         let slower = |sample: &Sample| sample.probe.as_secs_f64() / fastest.as_secs_f64();
         let of = |samples: &Vec<Sample>| samples.iter().map(|sample| sample.micros / slower(sample)).collect();
@@ -208,20 +207,44 @@ impl Row {
     }
 }
 
-/// Starts what the rows stand on that are wanted; without a filter, always.
+/// Starts the processes of the selected rows, and always those of the row without a filter.
 async fn start(
     running: &mut Running,
     options: &Options,
-    [unstripped, stripped]: &[PathBuf; 2],
+    empty: &[PathBuf; 2],
     home: &Path,
     report: &mut Report,
 ) -> Result<()> {
-    let cores = running.cores;
     progress("suite request: starting the peers");
-    let upstream = Server::start(&Peer::nothing().config(), 1, Some(cores.load)).await?;
+    let upstream = Server::start(&Peer::nothing().config(), 1, Some(running.cores.load)).await?;
     let to_upstream = upstream.address();
     running.servers.push(upstream);
+    start_others(running, options, empty, to_upstream, home).await?;
+    start_stores(running, options, to_upstream, home, report).await?;
+    if options.wants(LIMITED) {
+        let place = running.portcullis(&paths::wasm(), 1_000, limited, unlimited_plugin(), None, None).await?;
+        running.subject(LIMITED, place, "/", 0..1_000, home, false)?;
+    }
+    for filter in &options.beside {
+        start_beside(running, options, filter, home).await?;
+    }
+    if options.wants(POLICY) {
+        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
+        let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
+        let place = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
+        running.subject(POLICY, place, "/", 0..1_000, home, false)?;
+    }
+    Ok(())
+}
 
+/// Starts the rows that are not Portcullis.
+async fn start_others(
+    running: &mut Running,
+    options: &Options,
+    [unstripped, stripped]: &[PathBuf; 2],
+    to_upstream: SocketAddr,
+    home: &Path,
+) -> Result<()> {
     let place = running.serve(&Peer::nothing().with_upstream(to_upstream)).await?;
     running.subject(NOTHING, place, "/", 0..1_000, home, false)?;
     if options.wants(NOTHING_UP) {
@@ -242,14 +265,23 @@ async fn start(
         }
     }
     if options.wants(AUTHZ_GRPC) {
-        let (process, address) = authorizer(&home.join("authorizer.address"), home, cores).await?;
+        let (process, address) = authorizer(&home.join("authorizer.address"), home, running.cores).await?;
         running.others.push(process);
         let place = running.serve(&Peer::ext_authz_grpc(address)).await?;
         running.subject(AUTHZ_GRPC, place, "/", 0..1_000, home, false)?;
     }
+    Ok(())
+}
 
-    let unlimited = || json!({"rate_limit": null});
-    // Each with how many keys there are, and how many of them are used.
+/// Starts Portcullis with different numbers of keys.
+async fn start_stores(
+    running: &mut Running,
+    options: &Options,
+    to_upstream: SocketAddr,
+    home: &Path,
+    report: &mut Report,
+) -> Result<()> {
+    // Name, number of keys, number of used keys.
     let stores = [
         ("Portcullis, 10 keys", 10, 10),
         (PLAIN, 1_000, 1_000),
@@ -274,49 +306,47 @@ async fn start(
             continue;
         }
         progress(&format!("suite request: {name}"));
-        let place = running.portcullis(&paths::wasm(), keys, |_| (), unlimited(), None, Some(to_upstream)).await?;
+        let (filter, plugin) = (paths::wasm(), unlimited_plugin());
+        let place = running.portcullis(&filter, keys, |_| (), plugin, None, Some(to_upstream)).await?;
         for (name, path, keys, refused) in rows {
             running.subject(name, place, path, keys, home, refused)?;
         }
     }
-    let limit = |record: &mut Record| {
-        record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
-    };
-    if options.wants(LIMITED) {
-        let place = running.portcullis(&paths::wasm(), 1_000, limit, unlimited(), None, None).await?;
-        running.subject(LIMITED, place, "/", 0..1_000, home, false)?;
-    }
-    for filter in &options.beside {
-        // Envoy runs in a directory of its own.
-        let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
-        let name = |keys: &str| format!("{}, {keys} keys", filter.display());
-        // Of many keys a few that are asked for again and again are remembered, as those of a small store are.
-        let stores = [
-            (1_000, vec![("1,000", 1_000)]),
-            (1_000_000, vec![("1,000,000", 1_000_000), ("1,000 of 1,000,000", 1_000)]),
-        ];
-        for (keys, mut rows) in stores {
-            rows.retain(|(asked, _)| options.wants(&name(asked)));
-            if !rows.is_empty() {
-                let place = running.portcullis(&file, keys, |_| (), unlimited(), None, None).await?;
-                for (asked, keys) in rows {
-                    running.subject(&name(asked), place, "/", 0..keys, home, false)?;
-                }
+    Ok(())
+}
+
+/// Starts another build of the filter.
+async fn start_beside(running: &mut Running, options: &Options, filter: &Path, home: &Path) -> Result<()> {
+    // Envoy runs in a directory of its own.
+    let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
+    let name = |keys: &str| format!("{}, {keys} keys", filter.display());
+    // A few keys of many that are used repeatedly are cached like those of a small store.
+    let stores =
+        [(1_000, vec![("1,000", 1_000)]), (1_000_000, vec![("1,000,000", 1_000_000), ("1,000 of 1,000,000", 1_000)])];
+    for (keys, mut rows) in stores {
+        rows.retain(|(asked, _)| options.wants(&name(asked)));
+        if !rows.is_empty() {
+            let place = running.portcullis(&file, keys, |_| (), unlimited_plugin(), None, None).await?;
+            for (asked, keys) in rows {
+                running.subject(&name(asked), place, "/", 0..keys, home, false)?;
             }
         }
-        let limited = format!("{}, each with a rate limit", name("1,000"));
-        if options.wants(&limited) {
-            let place = running.portcullis(&file, 1_000, limit, unlimited(), None, None).await?;
-            running.subject(&limited, place, "/", 0..1_000, home, false)?;
-        }
     }
-    if options.wants(POLICY) {
-        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
-        let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
-        let place = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
-        running.subject(POLICY, place, "/", 0..1_000, home, false)?;
+    let limited_name = format!("{}, each with a rate limit", name("1,000"));
+    if options.wants(&limited_name) {
+        let place = running.portcullis(&file, 1_000, limited, unlimited_plugin(), None, None).await?;
+        running.subject(&limited_name, place, "/", 0..1_000, home, false)?;
     }
     Ok(())
+}
+
+/// The plugin configuration without the rate limit of keys that have none of their own.
+fn unlimited_plugin() -> Value {
+    json!({"rate_limit": null})
+}
+
+fn limited(record: &mut Record) {
+    record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
 }
 
 impl Running {
@@ -382,7 +412,7 @@ impl Running {
     }
 }
 
-/// Starts this program as the gRPC authorizer, on the core of the load generator.
+/// Starts the gRPC authorizer on the core of the load generator.
 async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, SocketAddr)> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("authorizer").arg("--address-file").arg(file);
@@ -404,7 +434,7 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     let ratio = |over: &str, under: &str| {
         let (over, under) = (samples(over)?, samples(under)?);
         Some(Estimate::of([over, under, nothing], |[over, under, nothing]| {
-            // Where disturbance has left nothing to divide by, there is no ratio.
+            // Noise can make the divisor 0 or negative.
             if under > nothing { (over - nothing) / (under - nothing) } else { f64::NAN }
         }))
     };

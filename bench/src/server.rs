@@ -32,12 +32,12 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts it, on one core if one is named, and waits until it takes requests.
+    /// Starts it, on one core if one is given, and waits until it accepts requests.
     pub(crate) async fn start(config: &Value, workers: usize, core: Option<usize>) -> Result<Self> {
         Self::start_with_key(config, workers, core, &fresh_key()?).await
     }
 
-    /// The same, with the key with which its filter syncs.
+    /// The same with a given sync key.
     pub(crate) async fn start_with_key(
         config: &Value,
         workers: usize,
@@ -78,7 +78,7 @@ impl Server {
         Ok(Self { process, admin, address, _home: home })
     }
 
-    /// Where it takes requests.
+    /// The address of its listener.
     pub(crate) const fn address(&self) -> SocketAddr {
         self.address
     }
@@ -88,12 +88,12 @@ impl Server {
         self.admin
     }
 
-    /// Its number.
+    /// The process id.
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// Waits until its filter holds so many keys.
+    /// Waits until its filter has this number of keys.
     pub(crate) async fn wait_for_keys(&self, keys: u64) -> Result<()> {
         let loaded = async || {
             self.process.must_run().ok()?;
@@ -102,7 +102,7 @@ impl Server {
         eventually_within(&format!("{keys} keys in Envoy"), READY_WITHIN, loaded).await
     }
 
-    /// A statistic by its name; 0 for one that does not exist yet.
+    /// A statistic by its name, 0 if it does not exist yet.
     pub(crate) async fn stat(&self, name: &str) -> Result<u64> {
         let stats = http::get(self.admin, &format!("/stats?format=json&filter={name}")).await?.json()?;
         let all = stats["stats"].as_array().into_iter().flatten();

@@ -20,12 +20,12 @@ impl Statements {
         Ok(Self(all))
     }
 
-    /// The only query that has all these parts, with arguments in place of its parameters, up to the semicolon.
+    /// The only query that contains all these parts, with arguments in place of its parameters, without a semicolon.
     pub(crate) fn with(&self, parts: &[&str], arguments: &[&str]) -> Result<String> {
         let fitting: Vec<_> = self.0.iter().filter(|query| parts.iter().all(|part| query.contains(part))).collect();
         ensure!(fitting.len() == 1, "{} queries of the control plane have the parts {parts:?}", fitting.len());
         let mut statement = fitting.first().map(ToString::to_string).unwrap_or_default();
-        // From the last, so that $1 is not taken for the beginning of $10.
+        // From the last, since $1 is a prefix of $10.
         for (place, argument) in arguments.iter().enumerate().rev() {
             statement = statement.replace(&format!("${}", place + 1), argument);
         }

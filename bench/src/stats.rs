@@ -1,8 +1,8 @@
 //! Statistics that are robust against other users of the machine: lower quartile, median, and a
 //! bootstrap interval.
 
-/// Samples of one thing, one a round: in one group, or in a group for each process that they were taken of. A process may
-/// be luckier than another in all of its rounds, so each counts as much as the others, whatever its samples are.
+/// Samples of one quantity, one for each round, in a group for each process or in one group. A process may be faster than
+/// another in all of its rounds, so groups have equal weight.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Samples(Vec<Vec<f64>>);
 
@@ -19,8 +19,7 @@ impl Samples {
         Self(groups.into_iter().collect())
     }
 
-    /// The value below which this share of the samples of a group lies, between two of them where it falls between: the
-    /// mean over the groups.
+    /// The quantile of each group, interpolated between samples; the mean over the groups.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "there are few groups")]
         let groups = self.0.len() as f64;
@@ -47,7 +46,7 @@ impl Samples {
         self.quantile(0.5)
     }
 
-    /// The samples of these rounds of these groups.
+    /// A resample: these rounds of these groups.
     fn drawn(&self, choice: &[(usize, Vec<usize>)]) -> Self {
         let of = |(group, rounds): &(usize, Vec<usize>)| {
             let group = self.0.get(*group)?;
@@ -57,20 +56,19 @@ impl Samples {
     }
 }
 
-/// A figure that is computed from several samples of the same rounds.
+/// A figure computed from several samples of the same rounds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Estimate {
-    /// What counts. From lower quartiles, since whatever disturbs a round makes it slower; and so samples are times, never
-    /// rates, whose lower quartile is of the disturbed rounds. Of ratios by the round, the median; of a p99 or a worst
-    /// case, that.
+    /// The figure for verdicts. From lower quartiles, since disturbances make rounds slower. Samples are therefore times, not
+    /// rates, whose lower quartile comes from disturbed rounds. For ratios by round, the median; for a p99 or a worst case,
+    /// that value.
     pub(crate) judged: f64,
-    /// From medians. Of a p99, the median of those of the resamples.
+    /// The figure from medians. For a p99, the median of the resamples' p99.
     pub(crate) median: f64,
-    /// Within these lies the figure that counts for nine of ten choices of groups, or of rounds if there is one group
-    /// (bootstrap). Of a worst case, the best and the worst of all. No number if there was one sample, which tells of no
-    /// spread.
+    /// Lower bound of a 90 % bootstrap interval of `judged`, over groups, or over rounds if there is one group. For a worst case,
+    /// the best and the worst sample. NaN for a single sample.
     pub(crate) low: f64,
-    /// See `low`.
+    /// Upper bound, see `low`.
     pub(crate) high: f64,
 }
 
@@ -89,7 +87,7 @@ impl Estimate {
             for _ in 0..groups {
                 let group = random.below(groups);
                 let rounds = rounds.get(group).copied().unwrap_or_default();
-                // Groups differ by more than their rounds do, and a few rounds drawn again have another lower quartile.
+                // Groups differ more than their rounds, and resampling a few rounds would change their lower quartile.
                 let of_rounds = |round| if groups > 1 { round } else { random.below(rounds) };
                 choice.push((group, (0..rounds).map(of_rounds).collect()));
             }
@@ -99,8 +97,8 @@ impl Estimate {
         Self { judged, median, ..Self::NOTHING }.within(&drawn, rounds.iter().sum())
     }
 
-    /// The ratio of two things that were measured right after each other in each round: what makes the machine slow by the
-    /// minute makes both slow. A round may be disturbed in the one or in the other, so the median counts.
+    /// The ratio of two quantities that were measured one after the other in each round, so that a slow machine affects both.
+    /// A round may be disturbed in either, so the median counts.
     pub(crate) fn by_the_round(over: &Samples, under: &Samples) -> Self {
         let rounds = over.0.iter().flatten().zip(under.0.iter().flatten());
         let ratios = Samples::in_groups([rounds.map(|(over, under)| over / under).collect()]);
@@ -108,7 +106,7 @@ impl Estimate {
         Self { median: found.judged, ..found }
     }
 
-    /// The value below which this share of all samples lies, as [`Samples::quantile`] finds it.
+    /// A quantile of all samples.
     pub(crate) fn at(samples: &Samples, share: f64) -> Self {
         let all: Vec<f64> = samples.0.iter().flatten().copied().collect();
         let mut random = Random::new(all.len() as u64);
@@ -121,7 +119,7 @@ impl Estimate {
         Self { judged, median: drawn.median(), ..Self::NOTHING }.within(&drawn, all.len())
     }
 
-    /// The largest of all samples. Resamples would tell nothing of how much larger another one may be.
+    /// The largest sample. Resampling cannot estimate a larger one.
     pub(crate) fn worst(samples: &Samples) -> Self {
         let all: Vec<f64> = samples.0.iter().flatten().copied().collect();
         let found =
@@ -129,16 +127,16 @@ impl Estimate {
         if all.len() > 1 { Self { low: Samples::quantile_of(&all, 0.0), high: found.judged, ..found } } else { found }
     }
 
-    /// With the range of what the resamples of so many samples gave.
+    /// Adds the interval of the resamples.
     fn within(self, drawn: &Samples, samples: usize) -> Self {
         if samples > 1 { Self { low: drawn.quantile(0.05), high: drawn.quantile(0.95), ..self } } else { self }
     }
 
-    /// What could not be measured.
+    /// A figure that could not be measured.
     pub(crate) const NOTHING: Self = Self { judged: f64::NAN, median: f64::NAN, low: f64::NAN, high: f64::NAN };
 }
 
-/// Random enough to shuffle with, and the same in every run (SplitMix64).
+/// Pseudo-random numbers, the same in every run (SplitMix64).
 pub(crate) struct Random(u64);
 
 impl Random {

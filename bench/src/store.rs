@@ -13,7 +13,7 @@ use portcullis_harness::wait::eventually;
 
 use crate::machine;
 
-/// Builds the control plane with all optimisations and uses it from now on.
+/// Builds the control plane with all optimisations, once, and uses it from then on.
 pub(crate) fn build() -> Result<()> {
     static BUILT: OnceLock<()> = OnceLock::new();
     if std::env::var_os("CONTROL_PLANE_BIN").is_some() || BUILT.get().is_some() {
@@ -24,7 +24,7 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
-/// A control plane with a database of its own and so many Envoys. Callers may ask as much as they like.
+/// Starts a control plane with a database of its own and Envoys, without rate limits of the API.
 pub(crate) async fn start(envoys: usize) -> Result<Stack> {
     build()?;
     let generous = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
@@ -32,7 +32,7 @@ pub(crate) async fn start(envoys: usize) -> Result<Stack> {
     Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).control_plane_arguments(&generous).start().await
 }
 
-/// Key number n is the text `key-n`, as if imported from elsewhere.
+/// Key number n is the text `key-n`, like an imported key.
 const INSERT: &str = "
     insert into user_preferences (id, email)
     select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
@@ -42,8 +42,7 @@ const INSERT: &str = "
     join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com';
     analyze";
 
-/// Enters so many keys into a database that has none, and starts the control plane anew, so that it holds them as one
-/// that has been running for long.
+/// Inserts keys into an empty database, and restarts the control plane, so that it loads them as a whole.
 pub(crate) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
     progress(&format!("entering {keys} keys"));
     stack.database.execute(&INSERT.replace("{keys}", &keys.to_string())).await?;
@@ -51,12 +50,12 @@ pub(crate) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
     stack.control_plane.restart().await
 }
 
-/// The number of the control plane's process.
+/// The process id of the control plane.
 pub(crate) fn control_plane_pid(stack: &Stack) -> Result<u32> {
     stack.control_plane.pid().context("the control plane does not run")
 }
 
-/// Waits until a metric of the control plane is as large as this.
+/// Waits until a metric of the control plane reaches a value.
 pub(crate) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<()> {
     eventually(&format!("{metric} to reach {least}"), async || {
         let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
@@ -75,7 +74,7 @@ pub(crate) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1_000.0
 }
 
-/// What has been used of the processors so far, in nanoseconds.
+/// CPU time so far, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Used {
     control_plane: u64,
@@ -89,14 +88,14 @@ impl Used {
         Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })
     }
 
-    /// Seconds of the control plane, and of PostgreSQL.
+    /// CPU seconds since then: of the control plane, and of PostgreSQL.
     pub(crate) fn since(&self, before: &Self) -> (f64, f64) {
         let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
         (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
     }
 }
 
-/// The process that all of PostgreSQL's are children of.
+/// The parent process of PostgreSQL.
 pub(crate) async fn postmaster(stack: &Stack) -> Result<u32> {
     let file = stack.database.text("select pg_read_file('postmaster.pid')").await?;
     let first = file.lines().next().and_then(|line| line.trim().parse().ok());

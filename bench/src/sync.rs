@@ -16,7 +16,7 @@ use sqlx::types::Uuid;
 use tokio::task::JoinSet;
 
 use crate::Options;
-use crate::load::{Answers, Calls, Flow, Generator, Took, What};
+use crate::load::{Answers, Calls, Flow, H2load, Oha, Took};
 use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
@@ -28,7 +28,7 @@ const COLD: &str = "sync: cold start";
 const CHANGE: &str = "sync: one change";
 const POLLERS: &str = "sync: many pollers";
 
-/// Most of what filters are told of every key, as columns.
+/// Most of what filters receive of every key, as columns.
 const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, expires_at, disabled, revoked_at \
     from api_keys) to stdout";
 
@@ -168,8 +168,7 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
         per_second: PER_SECOND,
         lasts,
     };
-    let generator = Generator::install()?;
-    let name = generator.name();
+    let generator = H2load::install()?;
     // Whatever happens here, it ends with this.
     let mut flowing = JoinSet::new();
     flowing.spawn(async move { generator.flow(&flow).await });
@@ -179,13 +178,13 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let rate = good as f64 / seconds(lasts);
     let least = f64::from(PER_SECOND) * LEAST_FLOW;
     ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
-    report.note(format!("Suite sync: {rate:.0} requests/s by {name} flowed beside {counted} changes that count."));
+    report.note(format!("Suite sync: {rate:.0} requests/s by h2load flowed beside {counted} changes that count."));
     report.figure(CHANGE, "Portcullis, change → refused by all workers, p50", "ms", Estimate::at(&took, 0.5));
     let p99 = Estimate::at(&took, 0.99);
     report.figure(CHANGE, "Portcullis, change → refused by all workers, p99", "ms", p99);
     report.target("change → refused on all workers, p99, with load", Bound::AtMost(10.0), "ms", p99);
 
-    let generator = match Generator::oha() {
+    let generator = match Oha::install() {
         Ok(generator) => generator,
         Err(why) => {
             report.note(format!("Suite sync: changes while keys are created left out: there is no oha: {why:#}"));
@@ -195,18 +194,12 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let number = if options.quick { 1_500 } else { 10_000 };
     progress(&format!("suite sync: changes while {number} keys are created"));
     let body = |n| json!({"email": format!("many-{n}@example.com"), "name": "Bench"}).to_string();
-    let calls = Calls {
-        method: "POST",
-        key: stack.control_plane.settings().admin_key.reveal().to_owned(),
-        in_flight: CREATE_AT_ONCE,
-        number,
-        what: What::Bodies(
-            format!("http://{}/v1/keys", stack.control_plane.address()),
-            (0..number).map(body).collect(),
-        ),
-    };
+    let (address, bodies) =
+        (format!("http://{}/v1/keys", stack.control_plane.address()), (0..number).map(body).collect::<Vec<_>>());
+    let key = stack.control_plane.settings().admin_key.reveal().to_owned();
+    let calls = Calls { method: "POST", key, in_flight: CREATE_AT_ONCE, number };
     let mut creating = JoinSet::new();
-    creating.spawn(async move { generator.call(&calls).await });
+    creating.spawn(async move { generator.call(&calls, &address, &bodies).await });
     let (took, counted, Took { seconds, .. }) = revocations(&stack, "other", &mut creating).await?;
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = number as f64 / seconds;

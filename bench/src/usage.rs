@@ -21,13 +21,14 @@ use crate::store::{self, Used, seconds};
 
 const SUITE: &str = "usage: ingest";
 const BY_CORE: &str = "usage: ingest by second of processor";
-/// Envoys that report at once.
+/// Envoys that report in parallel.
 const REPORTERS: u8 = 8;
-/// Keys in each report, and reports of each Envoy in a round.
+/// Keys in each report.
 const COUNTS: usize = 2_000;
+/// Reports of each Envoy in a round.
 const REPORTS: u64 = 5;
 
-/// Stored as the tables of the product are, with the same indexes.
+/// Tables like those of the product, with the same indexes.
 const BARE: &str = "
     create table bare_usage (like key_usage including all) with (fillfactor = 70);
     create table bare_hourly (like usage_hourly including all) with (fillfactor = 70)";
@@ -43,12 +44,12 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let hour = u32::try_from(stack.database.number("select floor(extract(epoch from now()) / 3600)::bigint").await?)?;
     let rounds = if options.quick { 3 } else { 20 };
     let postmaster = store::postmaster(&stack).await?;
-    // Seconds by count, of the clock and of the processor.
+    // Seconds for each count, and CPU seconds.
     let (mut ours, mut bare) = (Samples::default(), Samples::default());
     let (mut cpu, mut cpu_with_database, mut bare_cpu) = (Samples::default(), Samples::default(), Samples::default());
     let mut random = Random::new(3);
     let total = f64::from(REPORTERS) * f64::from(u32::try_from(COUNTS)?) * f64::from(u32::try_from(REPORTS)?);
-    // One round before those that count: it finds the tables empty.
+    // The first round does not count: it finds the tables empty.
     for round in 0..=rounds {
         progress(&format!("suite usage: round {round} of {rounds}"));
         let work = work(&ids, hour, round, &mut random)?;
@@ -75,28 +76,38 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
             }
         }
     }
-    let in_report = f64::from(u32::try_from(COUNTS)?);
-    let counts = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
-    let reports = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time / in_report);
-    let to_bare = |ours: &Samples, bare: &Samples| Estimate::by_the_round(bare, ours);
-    let ratio = to_bare(&ours, &bare);
-    report.figure(SUITE, "bare bulk upsert of the same rows", "counts/s", counts(&bare));
-    let name = "Portcullis, reports of 2,000 counts";
-    report.compared(SUITE, name, "counts/s", counts(&ours), Some((ratio, "bare")));
-    report.figure(SUITE, "Portcullis, the same as reports", "reports/s", reports(&ours));
-    report.figure(BY_CORE, "bare bulk upsert, PostgreSQL", "counts/s", counts(&bare_cpu));
-    let name = "Portcullis, control plane and PostgreSQL";
-    let by_core = Some((to_bare(&cpu_with_database, &bare_cpu), "bare"));
-    report.compared(BY_CORE, name, "counts/s", counts(&cpu_with_database), by_core);
-    report.figure(BY_CORE, name, "reports/s", reports(&cpu_with_database));
-    let name = "Portcullis, control plane alone";
-    report.figure(BY_CORE, name, "counts/s", counts(&cpu));
-    report.figure(BY_CORE, name, "reports/s", reports(&cpu));
+    let ratio = show([&ours, &bare], [&cpu, &cpu_with_database, &bare_cpu], report)?;
     report.target("usage ingest ÷ bare bulk upsert", Bound::AtLeast(0.7), "", ratio);
     Ok(())
 }
 
-/// Which of the two is measured.
+/// Adds the figures to the report. Returns the ratio of the rates.
+fn show(
+    [ours, bare]: [&Samples; 2],
+    [cpu, cpu_with_database, bare_cpu]: [&Samples; 3],
+    report: &mut Report,
+) -> Result<Estimate> {
+    let in_report = f64::from(u32::try_from(COUNTS)?);
+    let counts = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
+    let reports = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time / in_report);
+    let to_bare = |ours: &Samples, bare: &Samples| Estimate::by_the_round(bare, ours);
+    let ratio = to_bare(ours, bare);
+    report.figure(SUITE, "bare bulk upsert of the same rows", "counts/s", counts(bare));
+    let name = "Portcullis, reports of 2,000 counts";
+    report.compared(SUITE, name, "counts/s", counts(ours), Some((ratio, "bare")));
+    report.figure(SUITE, "Portcullis, the same as reports", "reports/s", reports(ours));
+    report.figure(BY_CORE, "bare bulk upsert, PostgreSQL", "counts/s", counts(bare_cpu));
+    let name = "Portcullis, control plane and PostgreSQL";
+    let by_core = Some((to_bare(cpu_with_database, bare_cpu), "bare"));
+    report.compared(BY_CORE, name, "counts/s", counts(cpu_with_database), by_core);
+    report.figure(BY_CORE, name, "reports/s", reports(cpu_with_database));
+    let name = "Portcullis, control plane alone";
+    report.figure(BY_CORE, name, "counts/s", counts(cpu));
+    report.figure(BY_CORE, name, "reports/s", reports(cpu));
+    Ok(ratio)
+}
+
+/// Sides of the comparison.
 #[derive(Clone, Copy)]
 enum Side {
     Ours,
@@ -111,7 +122,7 @@ fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work
     for reporter in 0..REPORTERS {
         let mut reports = Vec::new();
         for number in 1..=REPORTS {
-            // A run of keys from a random place on: no key twice in a report.
+            // Consecutive keys from a random start, so that no key occurs twice in a report.
             let start = random.below(ids.len());
             let chosen = ids.iter().cycle().skip(start).take(COUNTS);
             let count = |id: &Uuid| Count {
@@ -134,7 +145,7 @@ fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work
     Ok(work)
 }
 
-/// Sends everything, each Envoy one report after the other; gives the seconds that took.
+/// Sends all reports, those of each Envoy in sequence. Returns the seconds.
 async fn report_all(stack: &Stack, work: &Work) -> Result<f64> {
     let sync_key = stack.control_plane.settings().sync_key;
     let mut envoys = JoinSet::new();
@@ -166,7 +177,7 @@ struct Batch {
     hour_s: f64,
 }
 
-/// The same rows, as many in a transaction as Envoys report at once.
+/// The same rows; a transaction has those of one report of each Envoy.
 fn batches(work: &Work) -> Result<Vec<Batch>> {
     let mut batches = Vec::new();
     for number in 0..usize::try_from(REPORTS)? {
@@ -189,7 +200,7 @@ fn batches(work: &Work) -> Result<Vec<Batch>> {
     Ok(batches)
 }
 
-/// Upserts the same rows on one connection; gives the seconds.
+/// Upserts the same rows on one connection. Returns the seconds.
 async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
     let batches = batches(work)?;
     let start = Instant::now();

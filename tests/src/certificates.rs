@@ -69,7 +69,7 @@ impl Authority {
 }
 
 impl Identity {
-    /// Writes `NAME.pem` and `NAME.key` into a directory, and says where they are.
+    /// Writes `NAME.pem` and `NAME.key` into a directory, and returns their paths.
     pub fn write(&self, directory: &Path, name: &str) -> Result<(PathBuf, PathBuf)> {
         let (certificate, key) = (directory.join(format!("{name}.pem")), directory.join(format!("{name}.key")));
         std::fs::write(&certificate, &self.certificate)?;

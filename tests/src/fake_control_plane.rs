@@ -30,7 +30,7 @@ const FIRST_REVISION: u64 = 5;
 /// How long a poll is held that asks for changes, if there are none.
 const HOLD: Duration = Duration::from_secs(25);
 
-/// A running script. It ends when dropped.
+/// A running fake. It ends when dropped.
 #[derive(Debug)]
 pub struct FakeControlPlane {
     address: SocketAddr,
@@ -38,16 +38,16 @@ pub struct FakeControlPlane {
     server: JoinHandle<()>,
 }
 
-/// What goes wrong before all goes well.
+/// Faults that happen first, before everything works.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
-    /// So many answers to polls are damaged: a byte flipped, cut short, replaced by text, or an error, in turn.
+    /// Number of poll responses to damage: a flipped byte, truncated, replaced by text, or an error, in turn.
     pub pages: u32,
-    /// So many reports are taken, and the answer that says so is lost.
+    /// Number of usage reports whose acknowledgement is lost.
     pub acknowledgements: u32,
-    /// Pages are so old, in seconds, as those of a control plane that has lost its database.
+    /// The age of pages in seconds, as of a control plane that lost its database.
     pub age_s: u64,
-    /// So many answers to polls make the VM that asked trap, if its filter is the one that can.
+    /// Number of poll responses that make the polling VM trap, if its filter can.
     pub traps: u32,
 }
 
@@ -58,7 +58,7 @@ struct Shared {
     usage: Mutex<Usage>,
 }
 
-/// What filters are told.
+/// The key store that filters receive.
 #[derive(Clone, Debug)]
 struct Store {
     revision: u64,
@@ -67,16 +67,16 @@ struct Store {
     filters: u32,
 }
 
-/// What a test may change of the store.
+/// A change of the store.
 #[derive(Clone, Debug)]
 pub enum Change<'a> {
-    /// The record of a key, new or in place of the one before.
+    /// Sets the record of a key.
     Key(&'a str, Box<Record>),
-    /// A role or a plan, new or in place of the one before.
+    /// Sets a role or a plan.
     Define(u32, Definition),
-    /// A role or a plan that is gone.
+    /// Removes a role or a plan.
     Undefine(u32),
-    /// How many Envoys there are said to be.
+    /// Sets the number of Envoys that pages announce.
     Filters(u32),
 }
 
@@ -86,7 +86,7 @@ struct Usage {
     requests: BTreeMap<u8, u64>,
     cost: BTreeMap<u8, u64>,
     changed: u64,
-    /// Goes with every acknowledgement from now on.
+    /// Sent with every acknowledgement.
     grants: Vec<Grant>,
     acknowledged_with_grants: u64,
     polls: Vec<BTreeMap<String, String>>,
@@ -117,7 +117,7 @@ impl FakeControlPlane {
         self.address
     }
 
-    /// Changes the store; polls that are held are answered. Returns the new revision.
+    /// Changes the store, which answers held polls. Returns the new revision.
     pub fn change(&self, changes: &[Change<'_>]) -> u64 {
         self.shared.store.send_modify(|store| {
             store.revision += 1;
@@ -140,7 +140,7 @@ impl FakeControlPlane {
         usage.acknowledged_with_grants = 0;
     }
 
-    /// How many acknowledgements have carried the grants of the last call of [`grant`](Self::grant).
+    /// How many acknowledgements contained the grants of the last call of [`grant`](Self::grant).
     pub fn acknowledged_with_grants(&self) -> u64 {
         self.usage().acknowledged_with_grants
     }
@@ -150,22 +150,22 @@ impl FakeControlPlane {
         self.usage().requests.get(&outcome.code()).copied().unwrap_or_default()
     }
 
-    /// How many requests have been reported that an outcome would have refused and shadow mode let through.
+    /// How many requests were reported as allowed by shadow mode in place of this outcome.
     pub fn reported_in_shadow(&self, outcome: Outcome) -> u64 {
         self.usage().requests.get(&(outcome.code() | SHADOW)).copied().unwrap_or_default()
     }
 
-    /// What all reported requests of an outcome have cost together, or would have.
+    /// The cost of all reported requests of an outcome, including those that were not charged.
     pub fn reported_cost(&self, outcome: Outcome) -> u64 {
         self.usage().cost.get(&outcome.code()).copied().unwrap_or_default()
     }
 
-    /// For each report in the order of their numbers, how many counts it had.
+    /// The number of counts in each report, in their order.
     pub fn report_sizes(&self) -> Vec<usize> {
         self.usage().taken.values().map(|report| report.counts.len()).collect()
     }
 
-    /// What the polls have asked, in their order.
+    /// The query parameters of all polls, in their order.
     pub fn polls(&self) -> Vec<BTreeMap<String, String>> {
         self.usage().polls.clone()
     }
@@ -174,31 +174,31 @@ impl FakeControlPlane {
         self.shared.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reports that came again with other counts than before under their number. There must be none.
+    /// Reports that were repeated with other counts under the same number. There must be none.
     pub fn changed_reports(&self) -> u64 {
         self.usage().changed
     }
 
-    /// What is still to go wrong.
+    /// The remaining faults.
     pub fn faults(&self) -> Faults {
         *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on these faults happen.
+    /// Sets the faults.
     pub fn disturb(&self, faults: Faults) {
         *self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
     }
 }
 
 impl Store {
-    /// All of it as a snapshot, or as changes after a revision: to tell a filter of everything once more does no harm.
+    /// The whole store, as a snapshot or as changes after a revision. Sending everything again does no harm.
     fn page(&self, after: Option<u64>) -> Option<Vec<u8>> {
         let mut page = PageWriter::new();
         if after.is_none_or(|after| after < self.revision) {
             for (number, definition) in &self.definitions {
                 page.define(*number, &definition.to_bytes().ok()?);
             }
-            // Those that are gone: tests use few numbers.
+            // Removed definitions. Tests use few numbers.
             for number in (0..16).filter(|number| after.is_some() && !self.definitions.contains_key(number)) {
                 page.undefine(number);
             }
@@ -229,7 +229,7 @@ async fn page(
     let waits = query.get("wait").is_none_or(|wait| wait != "0");
     if let Some(after) = after.filter(|_| waits) {
         let mut store = shared.store.subscribe();
-        // Without news in time, there are none.
+        // After a time-out, there are no changes.
         let _ = tokio::time::timeout(HOLD, store.wait_for(|store| store.revision > after)).await;
     }
     let store = shared.store.borrow().clone();

@@ -17,19 +17,19 @@ use crate::paths;
 use crate::tools::silently;
 use crate::wait::eventually;
 
-/// What runs. All of it ends when dropped.
+/// The running parts. They end when dropped.
 #[derive(Debug)]
 pub struct FilterHarness {
-    /// Envoy, with two workers unless the test asked for more.
+    /// Envoy with two workers.
     pub envoy: Envoy,
     /// The API behind it.
     pub demo: DemoApi,
-    /// The control plane.
+    /// Its control plane.
     pub control_plane: FakeControlPlane,
     _home: TempDir,
 }
 
-/// What a test wants.
+/// Settings of the harness.
 #[derive(Clone, Debug, Default)]
 pub struct Builder {
     faults: Faults,
@@ -43,7 +43,7 @@ pub struct Builder {
 }
 
 impl FilterHarness {
-    /// Nothing but the template.
+    /// The template without changes.
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -63,8 +63,7 @@ impl FilterHarness {
         send(self.envoy.address(), request).await
     }
 
-    /// Sends a request with a key so many times, one after the other, and tells how many were answered with 200, and the
-    /// last answer.
+    /// Repeats a request with a key. Returns how many responses had status 200, and the last response.
     pub async fn get_many(&self, times: usize, path: &str, key: Option<&str>) -> Result<(usize, Reply)> {
         let mut allowed = 0;
         let mut last = self.get(path, key).await?;
@@ -98,7 +97,7 @@ impl Builder {
         self
     }
 
-    /// What the control plane does wrong.
+    /// Faults of the control plane.
     pub const fn faults(mut self, faults: Faults) -> Self {
         self.faults = faults;
         self
@@ -110,31 +109,31 @@ impl Builder {
         self
     }
 
-    /// What the store holds beside the keys, before Envoy starts.
+    /// A change of the store before Envoy starts.
     pub fn change(mut self, change: Change<'static>) -> Self {
         self.changes.push(change);
         self
     }
 
-    /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
+    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
     pub const fn trusted_hops(mut self, hops: u32) -> Self {
         self.trusted_hops = hops;
         self
     }
 
-    /// Other text in place of a text that the template has once.
+    /// Replaces a text that occurs once in the template.
     pub fn edit(mut self, marker: &str, new: &str) -> Self {
         self.texts.push((marker.to_owned(), new.to_owned()));
         self
     }
 
-    /// A listener that takes connections over IPv4 and IPv6 on one socket.
+    /// A listener for IPv4 and IPv6 on one socket.
     pub const fn both_families(mut self) -> Self {
         self.both_families = true;
         self
     }
 
-    /// With the filter that can be made to trap.
+    /// Uses the filter that traps on demand.
     pub const fn that_can_trap(mut self) -> Self {
         self.traps = true;
         self
@@ -148,7 +147,7 @@ impl Builder {
         Ok(harness)
     }
 
-    /// Starts it, and does not wait for Envoy to have the keys.
+    /// Starts it without waiting for Envoy to have the keys.
     pub async fn start_unsynced(self, keys: &[(&str, Record)]) -> Result<FilterHarness> {
         let mut home = TempDir::with_prefix("portcullis-")?;
         home.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
@@ -184,7 +183,7 @@ pub fn record(number: u8) -> Record {
     Record::plain(KeyId([number; 16]), OwnerId([0x22; 16]))
 }
 
-/// The record of a key with something particular.
+/// The record of a plain key with a change.
 pub fn with(number: u8, change: impl FnOnce(&mut Record)) -> Record {
     let mut record = record(number);
     change(&mut record);

@@ -8,20 +8,20 @@ use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// How long the other end may say nothing before what it said counts as all. Longer than any time limit that is tested.
+/// Silence after which the response counts as complete. Longer than any time limit that is tested.
 const QUIET: Duration = Duration::from_secs(30);
 
-/// What came back.
+/// A response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
     /// The bytes.
     pub bytes: Vec<u8>,
-    /// Whether the other end closed the connection.
+    /// Whether the server closed the connection.
     pub closed: bool,
 }
 
 impl Heard {
-    /// The statuses of the HTTP/1 answers, in their order.
+    /// The statuses of the HTTP/1 responses, in their order.
     pub fn statuses(&self) -> Vec<u16> {
         let text = String::from_utf8_lossy(&self.bytes);
         let after = |line: &str| line.strip_prefix("HTTP/1.1 ")?.split(' ').next()?.parse().ok();
@@ -29,15 +29,15 @@ impl Heard {
         text.match_indices("HTTP/1.1 ").filter_map(|(at, _)| after(text.get(at..)?)).collect()
     }
 
-    /// The body of the first HTTP/1 answer with a length.
+    /// The body of the first HTTP/1 response with a length.
     pub fn body(&self) -> String {
         let text = String::from_utf8_lossy(&self.bytes);
         text.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned()
     }
 }
 
-/// Sends all of it and hears until so many answers have come, the connection ends or nothing more comes. 0 answers: it is
-/// HTTP/2, and one is enough.
+/// Sends the bytes and reads until this number of responses has come, the connection ends or the server is silent. 0 stands
+/// for HTTP/2, where any frame is enough.
 pub async fn say(address: SocketAddr, bytes: &[u8], answers: usize) -> Result<Heard> {
     let mut stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
     stream.set_nodelay(true)?;
@@ -64,12 +64,12 @@ pub async fn say(address: SocketAddr, bytes: &[u8], answers: usize) -> Result<He
             }
         }
     };
-    // Whoever refuses early hears no more; that is not this side's fault.
+    // A server that refuses early stops reading.
     let (_, ()) = tokio::join!(writer.write_all(bytes), hear);
     Ok(heard)
 }
 
-/// How many HTTP/1 answers with a length, or without a body, are complete.
+/// The number of complete HTTP/1 responses that have a length or no body.
 fn complete(bytes: &[u8]) -> usize {
     let text = String::from_utf8_lossy(bytes);
     let (mut rest, mut found) = (&*text, 0);
@@ -91,7 +91,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// Header fields as literals that are neither compressed nor remembered (RFC 7541, section 6.2.2), each of up to 126 bytes.
+/// Header fields as literals without indexing or compression (RFC 7541, section 6.2.2), each of up to 126 bytes.
 pub fn fields(all: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in all {
@@ -104,7 +104,7 @@ pub fn fields(all: &[(&str, &str)]) -> Vec<u8> {
     block
 }
 
-/// How an HTTP/2 connection starts: the preface and empty settings.
+/// The start of an HTTP/2 connection: preface and empty SETTINGS.
 pub fn opening() -> Vec<u8> {
     [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(4, 0, 0, &[])].concat()
 }

@@ -13,10 +13,10 @@ use crate::oracle::Oracle;
 use crate::stack::TortureStack;
 use crate::verdict::{Restored, Tally, Verdict};
 
-/// How long the stack may take to come to rest.
+/// Time limit for the stack to come to rest.
 const REST: Duration = Duration::from_secs(120);
 
-/// All that usage tables hold, and what they hold of each key: allowed and other requests.
+/// Content of the usage tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Allowed and other requests, by key.
@@ -25,10 +25,10 @@ pub struct Usage {
     pub keyless: u64,
 }
 
-/// What was counted, beside what clients saw.
+/// Counts of the database and of the clients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
-    /// Requests that clients know were decided, of keys that the database still knows, and of none.
+    /// Decided requests as the clients saw, without those of keys that the database lost.
     pub decided: u64,
     /// Requests that may have been decided.
     pub doubtful: u64,
@@ -38,7 +38,7 @@ pub struct Counted {
     pub keys: u64,
     /// Top-ups that the API confirmed.
     pub top_ups: u64,
-    /// Lines with last words.
+    /// Usage lines in logs of Envoys.
     pub log_lines: u64,
 }
 
@@ -59,7 +59,7 @@ impl Usage {
         self.keys.values().map(|(allowed, other)| allowed + other).sum::<u64>() + self.keyless
     }
 
-    /// What is lost if this takes the place of a later one.
+    /// The counts that are lost if this replaces a later state.
     pub fn lost_of(&self, later: &Self) -> Restored {
         let lost = |key: &String, (allowed, other): &(u64, u64)| {
             let kept = self.keys.get(key).copied().unwrap_or_default();
@@ -71,7 +71,7 @@ impl Usage {
         }
     }
 
-    /// What does not fit what clients saw, key by key and of requests without a known key.
+    /// Differences from the counts of the clients, by key and for requests without a known key.
     fn misfits(&self, verdict: &Verdict) -> Vec<String> {
         let others = verdict.other_losses();
         let mut misfits = Vec::new();
@@ -87,7 +87,7 @@ impl Usage {
             }
         }
         let (keyless, lost) = (&verdict.keyless, verdict.restored.keyless);
-        // What got no answer may have been decided without a known key, whichever it had.
+        // A request without a response may have been decided as one without a known key.
         let doubtful = keyless.doubtful + verdict.tallies.values().map(|tally| tally.doubtful).sum::<u64>();
         if self.keyless > keyless.refused + doubtful {
             misfits.push(format!("{} requests counted without a key, {keyless:?} seen: counted twice", self.keyless));
@@ -100,15 +100,15 @@ impl Usage {
     }
 }
 
-/// Waits until no Envoy has anything left to tell.
+/// Waits until every Envoy has reported all usage.
 pub async fn come_to_rest(stack: &TortureStack) -> Result<()> {
     for envoy in 0..stack.envoys.len() {
         let mut quiet = 0;
-        eventually_within(&format!("Envoy {envoy} to have told all it counted"), REST, async || {
+        eventually_within(&format!("Envoy {envoy} to have reported all usage"), REST, async || {
             tokio::time::sleep(Duration::from_millis(100)).await;
             let pending = stack.stat(envoy, "usage_pending_requests").await?;
             quiet = if pending == 0 { quiet + 1 } else { 0 };
-            // Longer than counts take from a worker to the outbox.
+            // Counts take less time from a worker to the outbox.
             (quiet > 10).then_some(())
         })
         .await?;
@@ -116,7 +116,8 @@ pub async fn come_to_rest(stack: &TortureStack) -> Result<()> {
     Ok(())
 }
 
-/// Imports what Envoys logged when they ended, twice: the second time changes nothing. Says how many lines there were.
+/// Imports the usage lines that Envoys logged when they ended. Twice, since the second import must change nothing. Returns
+/// the number of lines.
 pub fn import_last_words(stack: &TortureStack) -> Result<u64> {
     let control_plane = stack.control_planes.first();
     let mut lines = 0;
@@ -130,7 +131,7 @@ pub fn import_last_words(stack: &TortureStack) -> Result<u64> {
     Ok(lines)
 }
 
-/// Compares. What does not fit is told to the oracle.
+/// Compares the counts. The oracle receives the differences.
 pub async fn compare(stack: &TortureStack, oracle: &Oracle, book: &Book, log_lines: u64) -> Result<Counted> {
     let mut connection = stack.database.connect().await?;
     let counted = usage(&mut connection).await?;
@@ -156,8 +157,8 @@ pub async fn compare(stack: &TortureStack, oracle: &Oracle, book: &Book, log_lin
     Ok(sums)
 }
 
-/// The balance is the sum of the ledger, what was used is what was counted, and each top-up that was confirmed is there
-/// once.
+/// Checks that each balance is the sum of its ledger, that used credits equal counted costs, and that each confirmed top-up
+/// is booked once.
 async fn ledger(connection: &mut PgConnection, oracle: &Oracle, book: &Book) -> Result<()> {
     let wrong = "select u.email || ': balance ' || u.balance || ', ledger ' || coalesce(sum(l.amount), 0)
         from user_preferences u left join ledger l on l.owner_id = u.id
@@ -193,7 +194,7 @@ mod tests {
         Usage { keys: keys.iter().map(|(key, allowed)| ((*key).to_owned(), (*allowed, 0))).collect(), keyless }
     }
 
-    /// 100 requests of each key and 50 without any were seen; one database was restored, and 5 requests were lost otherwise.
+    /// The clients saw 100 requests of each key and 50 without a key. A database was restored, and 5 other requests may be lost.
     fn verdict(restored: Restored) -> Verdict {
         let seen = Tally { admitted: 100, ..Tally::default() };
         let losses = [(Restored::WHY.to_owned(), restored.all()), ("otherwise".to_owned(), 5)];

@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use crate::envoy_model::{BOUND, EnvoyModel};
 
-/// What others may hold of the credits at any time: leases of Envoys that have not spent them yet.
+/// Credits that other Envoys may have leased and not spent.
 const HELD: u64 = 500;
 
-/// The top-ups that were confirmed, and when.
+/// The confirmed top-ups with their times.
 #[derive(Debug, Default)]
 pub(crate) struct CreditModel(Vec<(Instant, u64)>);
 
 impl CreditModel {
-    /// So much came in.
+    /// A top-up was confirmed.
     pub(crate) fn add(&mut self, amount: u64) {
         self.0.push((Instant::now(), amount));
     }
@@ -22,19 +22,19 @@ impl CreditModel {
         self.0.len()
     }
 
-    /// The database is again what it was with so many top-ups.
+    /// The database was restored to a state with this number of top-ups.
     pub(crate) fn go_back(&mut self, top_ups: usize) {
         self.0.truncate(top_ups);
     }
 
-    /// Whether an Envoy may refuse a request that was sent then for want of credits, of which this much may be spent: while it
-    /// hears of none, because it is cut off and its lease is spent; or if what it must know of came to no more than that.
+    /// Whether an Envoy may refuse a request with `credits_exhausted` when up to `spent` credits are spent: while a disruption
+    /// cuts it off from new leases, or if the top-ups that it must know of are used up.
     pub(crate) fn may_refuse(&self, model: &EnvoyModel, sent: Instant, spent: u64) -> bool {
         let cut_off = |disruptions: &[crate::envoy_model::Disruption]| {
             disruptions.iter().any(|disruption| disruption.end.is_none_or(|end| sent <= end + disruption.after + BOUND))
         };
-        let heard = |at: Instant| model.deadline(at).is_some_and(|deadline| sent > deadline);
-        let funds: u64 = self.0.iter().filter(|(at, _)| heard(*at)).map(|(_, amount)| amount).sum();
+        let known = |at: Instant| model.deadline(at).is_some_and(|deadline| sent > deadline);
+        let funds: u64 = self.0.iter().filter(|(at, _)| known(*at)).map(|(_, amount)| amount).sum();
         cut_off(&model.changes) || cut_off(&model.leases) || funds <= spent + HELD
     }
 }
@@ -60,9 +60,9 @@ mod tests {
         assert!(!holding(2).may_refuse(&model, sent, HELD - 1));
         assert!(holding(2).may_refuse(&model, sent, HELD));
         assert!(holding(1).may_refuse(&model, sent, 0));
-        // The Envoy need not have heard of them yet.
+        // The Envoy need not know of them yet.
         assert!(holding(2).may_refuse(&model, Instant::now(), 0));
-        // They went with the database.
+        // The restored database does not have them.
         let mut credits = holding(2);
         credits.go_back(1);
         assert!(credits.may_refuse(&model, sent, 0));

@@ -24,19 +24,19 @@ use crate::oracle::{Oracle, Standing};
 use crate::plan::Dice;
 use crate::stack::TortureStack;
 
-/// How long a call may take. The API gives up waiting for locks and connections after three seconds.
-const PATIENCE: Duration = Duration::from_secs(8);
+/// Time limit of a call. The API stops waiting for locks and connections after three seconds.
+const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Keys that are never touched.
+/// Number of keys that never change.
 const STEADY: usize = 12;
 
-/// Keys that are alive beside them, at the most.
+/// Maximum number of other active keys.
 const ALIVE: usize = 30;
 
-/// Whose credits are topped up.
+/// The user whose credits are topped up.
 const METERED: &str = "metered@example.com";
 
-/// What a top-up brings: enough for some seconds of one key's requests.
+/// Credits of a top-up: enough for some seconds of requests of one key.
 const TOP_UP: u64 = 500;
 
 /// A key that may be changed.
@@ -44,22 +44,22 @@ const TOP_UP: u64 = 500;
 struct Key {
     id: String,
     secret: usize,
-    /// Secrets from before it was rotated, which may still work.
+    /// Secrets from before a rotation, which may still work.
     old: Vec<usize>,
     disabled: bool,
 }
 
-/// What the administrator knows. Goes back together with the database.
+/// The administrator's records. They are restored together with the database.
 #[derive(Clone, Debug, Default)]
 pub struct Book {
-    /// Keys that were asked for.
+    /// Number of keys that were requested.
     made: u64,
     alive: Vec<Key>,
-    /// To be revoked until that is confirmed: the key and its secrets.
+    /// Keys to revoke until the API confirms it.
     doomed: Vec<Key>,
-    /// Notes of top-ups that were confirmed.
+    /// Notes of confirmed top-ups.
     pub top_ups: Vec<String>,
-    /// A top-up that was asked for and not confirmed.
+    /// A top-up that is not confirmed.
     unconfirmed: Option<String>,
 }
 
@@ -73,7 +73,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Makes the keys that stay.
+    /// Creates the steady keys.
     pub async fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>) -> Result<Arc<Self>> {
         let book = Mutex::new(Book::default());
         let this = Arc::new(Self { stack: Arc::clone(stack), oracle: Arc::clone(oracle), book, stop: false.into() });
@@ -94,7 +94,7 @@ impl Driver {
         Ok(this)
     }
 
-    /// Changes something, again and again, until it is told to stop.
+    /// Makes one change after another until [`stop`](Self::stop).
     pub fn run(self: &Arc<Self>, seed: u64, pause: Duration) -> JoinHandle<()> {
         let this = Arc::clone(self);
         tokio::spawn(async move {
@@ -152,7 +152,7 @@ impl Driver {
     }
 
     async fn create(&self, book: &mut Book, rest: &Rest, ends_in_s: Option<usize>) -> Result<()> {
-        // An owner each: filters forget which keys of one owner were revoked, but for the last few.
+        // One owner for each key: filters remember only the last few revoked keys of an owner.
         book.made += 1;
         let email = format!("churn{}@example.com", book.made);
         let mut body = json!({"email": email, "name": "Torture"});
@@ -174,7 +174,7 @@ impl Driver {
         secrets().for_each(|secret| self.oracle.doubt(secret));
         let asked = call_for(rest, Method::DELETE, &format!("/v1/keys/{}", key.id), None).await;
         match asked? {
-            // Revoked before by a call that nobody heard the answer of; or the database went back to before it was made.
+            // 404, 409: an earlier call without a response revoked it, or the restored database does not have it.
             Some(reply) if matches!(reply.status, 200 | 204 | 404 | 409) => {
                 secrets().for_each(|secret| self.oracle.settle(secret, Standing::Dead, None));
             }
@@ -185,7 +185,7 @@ impl Driver {
     }
 
     async fn switch(&self, book: &mut Book, rest: &Rest, mut key: Key) -> Result<()> {
-        // What an old secret may do meanwhile, and whether its grace has ended by then, is not followed up.
+        // The model does not track old secrets of a disabled key.
         key.old.drain(..).for_each(|old| self.oracle.doubt(old));
         self.oracle.doubt(key.secret);
         let body = json!({"disabled": !key.disabled});
@@ -215,8 +215,8 @@ impl Driver {
                 if grace_s == 0 {
                     self.oracle.settle(key.secret, Standing::Dead, None);
                 } else {
-                    // By the database's clock, which is this machine's, on the next whole second; but from when on was told to
-                    // nobody: since then, the call may have waited for locks.
+                    // The expiry is on the next whole second by the clock of the database, which is this machine's. Its start is
+                    // unknown, since the call may have waited for locks.
                     let now = SystemTime::now();
                     let latest = now + Duration::from_secs(grace_s + 1);
                     let earlier = now.duration_since(asked).unwrap_or_default() + Duration::from_secs(1);
@@ -231,14 +231,14 @@ impl Driver {
     }
 
     async fn top_up(&self, book: &mut Book, rest: &Rest, note: String) -> Result<()> {
-        let asked = tokio::time::timeout(PATIENCE, credit(rest, &note)).await;
+        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, &note)).await;
         match asked.map(|asked| asked.map(|reply| reply.status)) {
             Ok(Ok(201)) => {
                 book.unconfirmed = None;
                 book.top_ups.push(note);
                 self.oracle.topped_up(TOP_UP);
             }
-            // Again, under the same name: it is booked once.
+            // A retry with the same idempotency key is booked once.
             Ok(Ok(503 | 409)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),
             Ok(Ok(status)) => anyhow::bail!("a top-up answered {status}"),
         }
@@ -256,19 +256,19 @@ async fn credit(rest: &Rest, note: &str) -> Result<Reply> {
     http::send(rest.address, request).await
 }
 
-/// A call whose answer is wanted as JSON: `None` if there was no answer, or one that asks to come back.
+/// A call with a JSON response. None if there was no response, or one that asks for a retry.
 async fn call(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
     match call_for(rest, method.clone(), path, body).await? {
         None => Ok(None),
         Some(reply) if matches!(reply.status, 200 | 201) => reply.json().map(Some),
-        // The database may have gone back to before the key was made; a call that hung may have changed it since.
+        // The restored database may lack the key, or a call without a response may have changed it.
         Some(reply) if matches!(reply.status, 404 | 409) => Ok(None),
         Some(reply) => anyhow::bail!("{method} {path} answered {} {:?}", reply.status, reply.body),
     }
 }
 
 async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Reply>> {
-    match tokio::time::timeout(PATIENCE, rest.call(method, path, body)).await {
+    match tokio::time::timeout(CALL_TIMEOUT, rest.call(method, path, body)).await {
         Err(_) | Ok(Err(_)) => Ok(None),
         Ok(Ok(reply)) if reply.status == 503 => Ok(None),
         Ok(Ok(reply)) => Ok(Some(reply)),

@@ -4,14 +4,14 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// How long a change takes to be obeyed everywhere when nothing is broken. Measured, it is some milliseconds; this leaves
-/// room for a machine that is busy with the whole stack and its load.
+/// Time limit for every Envoy to obey a change without a disruption. It takes some milliseconds; the rest allows for a machine
+/// that is busy with the whole stack and its load.
 pub const BOUND: Duration = Duration::from_secs(2);
 
-/// For how long single answers are remembered, to say how many came lately.
+/// How long single decisions are remembered.
 const LATELY: Duration = Duration::from_secs(20);
 
-/// A time in which something is broken.
+/// An interval in which something is broken, with the time that recovery takes after its end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Disruption {
     pub(crate) start: Instant,
@@ -20,20 +20,20 @@ pub(crate) struct Disruption {
 }
 
 impl Disruption {
-    /// Whether it falls into the time from `from` until now.
+    /// Whether it overlaps the time from `from` until now.
     pub(crate) fn meets(&self, from: Instant) -> bool {
         self.end.is_none_or(|end| from <= end + self.after)
     }
 }
 
-/// What a fault hinders.
+/// What a fault disrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hinders {
-    /// An Envoy hears of changes late.
+    /// An Envoy receives changes late.
     Changes,
-    /// Requests to an Envoy may go unanswered, or get an answer that is not the filter's.
+    /// Requests to an Envoy may get no response, or one that is not from the filter.
     Requests,
-    /// An Envoy is granted no credits, though it hears of changes.
+    /// An Envoy gets no credits, but receives changes.
     Leases,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct EnvoyModel {
     pub(crate) changes: Vec<Disruption>,
     pub(crate) requests: Vec<Disruption>,
     pub(crate) leases: Vec<Disruption>,
-    /// When it first gave an answer other than `not_ready`.
+    /// The time of its first response other than `not_ready`.
     pub(crate) ready: Option<Instant>,
     pub(crate) behind: Duration,
     pub(crate) ahead: Duration,
@@ -53,7 +53,7 @@ pub(crate) struct EnvoyModel {
 }
 
 impl EnvoyModel {
-    /// The times in which it is hindered.
+    /// Its disruptions of a kind.
     pub(crate) fn disruptions(&mut self, hinders: Hinders) -> &mut Vec<Disruption> {
         match hinders {
             Hinders::Changes => &mut self.changes,
@@ -62,10 +62,10 @@ impl EnvoyModel {
         }
     }
 
-    /// When a change that was made at a time has to be obeyed; never, while something is broken.
+    /// The deadline to obey a change of the time `since`. None while a disruption lasts.
     pub(crate) fn deadline(&self, since: Instant) -> Option<Instant> {
         let mut deadline = since + BOUND;
-        // They stand in the order of their starts.
+        // In the order of their starts.
         for disruption in &self.changes {
             if disruption.start <= deadline && disruption.end.is_none_or(|end| end + disruption.after >= since) {
                 deadline = deadline.max(disruption.end? + disruption.after + BOUND);
@@ -74,7 +74,7 @@ impl EnvoyModel {
         Some(deadline)
     }
 
-    /// It decided a request.
+    /// Records that it decided a request.
     pub(crate) fn decided(&mut self, now: Instant) {
         self.decided.push_back(now);
         while self.decided.front().is_some_and(|at| now.saturating_duration_since(*at) > LATELY) {
@@ -82,24 +82,24 @@ impl EnvoyModel {
         }
     }
 
-    /// How many requests it decided in the time before now.
+    /// The number of requests that it decided lately.
     pub(crate) fn decided_within(&self, lately: Duration, now: Instant) -> u64 {
         let recent = self.decided.iter().filter(|at| now.saturating_duration_since(**at) <= lately).count();
         recent.try_into().unwrap_or(u64::MAX)
     }
 
-    /// It admitted a request.
+    /// Records that it admitted a request.
     pub(crate) fn admitted(&mut self, now: Instant) {
         gap(&mut self.last_admitted, &mut self.longest_gap, now);
     }
 
-    /// The load, which began at a time, is over: what has not ended counts up to now.
+    /// Ends the measurement of gaps, which began at `start`.
     pub(crate) fn close(&mut self, start: Instant, now: Instant) {
         close(self.last_admitted, &mut self.longest_gap, start, now);
     }
 }
 
-/// Something happened now: the time since it last did, if that is the longest.
+/// Records an event, and the time since the last one if that is the longest.
 pub(crate) fn gap(last: &mut Option<Instant>, longest: &mut Duration, now: Instant) {
     if let Some(last) = *last {
         *longest = (*longest).max(now.saturating_duration_since(last));
@@ -107,7 +107,7 @@ pub(crate) fn gap(last: &mut Option<Instant>, longest: &mut Duration, now: Insta
     *last = Some(now);
 }
 
-/// Nothing more happens: the time since it last did, or since the start.
+/// Records the time from the last event, or from the start, until now.
 pub(crate) fn close(last: Option<Instant>, longest: &mut Duration, start: Instant, now: Instant) {
     gap(&mut Some(last.unwrap_or(start)), longest, now);
 }
@@ -137,7 +137,7 @@ mod tests {
     fn a_change_has_to_be_obeyed_within_the_bound_when_nothing_is_broken() {
         assert_eq!(BOUND, MS * 2_000);
         assert_eq!(deadline(&[], 500), Some(2_500));
-        // Long over, and not yet begun.
+        // One ended long before, one begins later.
         assert_eq!(deadline(&[(0, Some(100), 50)], 500), Some(2_500));
         assert_eq!(deadline(&[(2_501, Some(9_000), 0)], 500), Some(2_500));
     }
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn a_fault_puts_the_deadline_off_until_it_is_over_and_recovered_from() {
         assert_eq!(deadline(&[(1_000, Some(4_000), 700)], 500), Some(6_700));
-        // The recovery of one that ended before.
+        // Recovery from a disruption that ended before.
         assert_eq!(deadline(&[(0, Some(400), 700)], 500), Some(3_100));
         assert_eq!(deadline(&[(1_000, None, 0)], 500), None);
     }
@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(model.longest_gap, MS * 200);
         model.close(zero, zero + MS * 900);
         assert_eq!(model.longest_gap, MS * 600);
-        // It never admitted anybody.
+        // Without any admitted request.
         let mut model = EnvoyModel::default();
         model.close(zero, zero + MS * 900);
         assert_eq!(model.longest_gap, MS * 900);

@@ -22,48 +22,47 @@ use crate::proxy::Mischief;
 use crate::stack::TortureStack;
 use crate::watch::Doing;
 
-/// The longest pause of an Envoy between two tries to reach a control plane, and a little: how long it may take to come
-/// back after a fault in which it failed again and again.
+/// Recovery of an Envoy after repeated failures: its longest back-off before it tries a control plane again, and a margin.
 const BACKOFF: Duration = Duration::from_secs(6);
 
-/// The same after one failure: it tries again within a quarter of a second.
+/// Recovery after one failure: it tries again within a quarter of a second.
 const ONE_FAILURE: Duration = Duration::from_secs(1);
 
-/// How long a control plane takes to hear of changes again when its connections to PostgreSQL were cut.
+/// Recovery of a control plane's feed of changes after its connections to PostgreSQL were cut.
 const FEED: Duration = Duration::from_secs(3);
 
-/// How long Envoy takes to notice a control plane that stands still: the keep-alive of its connection, 5 s and 3 s.
+/// How long Envoy takes to detect a paused control plane: the keep-alive of its connection, 5 s and 3 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(8);
 
-/// How long another VM takes to lead when the leader is gone: its lease, and a tick or two.
+/// How long another VM takes to become the leader: the lease of the last leader, and a tick or two.
 const LEASE: Duration = Duration::from_secs(4);
 
-/// How long connections of an old listener are drained, and how long a VM that trapped may take to be made anew.
+/// How long connections of an old listener are drained, and how long Envoy takes to replace a VM that trapped.
 const SETTLE: Duration = Duration::from_secs(3);
 
-/// How much of what an Envoy decided its gauge of pending usage does not tell yet: a tick of the worker and one of the
-/// leader, 250 ms each. The rest allows for late ticks on a busy machine.
-const UNTOLD: Duration = Duration::from_secs(2);
+/// How much later than a decision the gauge of pending usage contains it: a tick of the worker and one of the leader, 250 ms
+/// each. The rest allows for late ticks on a busy machine.
+const GAUGE_DELAY: Duration = Duration::from_secs(2);
 
 /// What a trap may lose: one merge interval of one worker, 250 ms. The rest allows for a late tick on a busy machine.
-/// Clients cannot tell workers apart, so all that the Envoy decided is allowed here.
+/// Clients cannot distinguish workers, so all recent decisions of the Envoy may be lost.
 const MERGE: Duration = Duration::from_secs(1);
 
-/// Longest that disruptions follow on each other without a gap.
+/// Longest time in which disruptions follow on each other without a gap.
 const LONGEST_DISRUPTIONS: Duration = Duration::from_secs(90);
 
-/// What faults act on.
+/// Injects faults.
 #[derive(Clone, Debug)]
 pub struct Faults {
     /// The stack.
     pub stack: Arc<TortureStack>,
-    /// Who is told.
+    /// Learns of disruptions.
     pub oracle: Arc<Oracle>,
-    /// Who is held back while the database is put back.
+    /// Pauses while the database is restored.
     pub driver: Arc<Driver>,
-    /// What the watch has to know.
+    /// State for the watch.
     pub doing: Arc<Doing>,
-    /// Whether the last Envoy and the last control plane are spared from ending, so that their memory can be compared.
+    /// Whether the last Envoy and the last control plane never end, so that their memory can be compared.
     pub spare: bool,
     /// Whether there is time for long faults.
     pub long: bool,
@@ -72,7 +71,7 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Lets one happen and waits until it is over.
+    /// Injects one fault and waits until it is over. Fails if the stack does not recover.
     pub async fn inject(&self, step: &Step) -> Result<()> {
         let spared = usize::from(self.spare);
         let (envoys, control_planes) = (self.stack.envoys.len(), self.stack.control_planes.len());
@@ -101,7 +100,7 @@ impl Faults {
         }
     }
 
-    /// The others serve meanwhile. One time in four, where nobody is spared, all end.
+    /// The others serve meanwhile. In one of four cases, unless some are spared, all end.
     async fn end_control_plane(&self, number: usize, signal: Signal, step: &Step) -> Result<()> {
         let everywhere = self.stack.everywhere();
         let all = step.dice.is_multiple_of(4) && !self.spare;
@@ -123,13 +122,13 @@ impl Faults {
         Ok(())
     }
 
-    /// So long that Envoys notice; in a run that has the time, so long that a control plane still stands when they must have
-    /// found another and obey.
+    /// Long enough for Envoys to notice. In a long run, the control plane is still paused when Envoys must have found another
+    /// and obey.
     fn standstill(&self, lasts: Duration) -> Duration {
         if self.long { KEEP_ALIVE + BACKOFF + BOUND + lasts } else { KEEP_ALIVE + Duration::from_secs(1) }
     }
 
-    /// How long an Envoy that connects anew may take to hear of changes: longer, if it may come to one that stands still.
+    /// How long an Envoy that reconnects may take to receive changes: longer if a control plane is paused.
     fn after(&self, usual: Duration) -> Duration {
         if self.doing.standing_still.load(Ordering::SeqCst) { usual + KEEP_ALIVE } else { usual }
     }
@@ -139,7 +138,7 @@ impl Faults {
         let disruptions = self.oracle.begin(Hinders::Changes, &self.stack.everywhere(), BACKOFF);
         self.doing.standing_still.store(true, Ordering::SeqCst);
         control_plane.signal(Signal::SIGSTOP)?;
-        // However long it stands still, Envoys find another: the disruption does not last longer than they take to notice.
+        // The disruption ends when Envoys notice and find another control plane, even if the pause lasts longer.
         tokio::time::sleep(lasts.min(KEEP_ALIVE)).await;
         self.oracle.end(&disruptions);
         tokio::time::sleep(lasts.saturating_sub(KEEP_ALIVE)).await;
@@ -170,7 +169,7 @@ impl Faults {
     async fn delay(&self, envoy: usize, step: &Step) -> Result<()> {
         let proxy = self.stack.proxies.get(envoy).context("no such proxy")?;
         let delay = Duration::from_millis(200 + step.dice % 1_300);
-        // Frames that wait hold up those that come after them.
+        // Delayed frames delay those behind them.
         let disruptions = self.oracle.begin(Hinders::Changes, &[envoy], BACKOFF + delay);
         proxy.set_delay(delay);
         tokio::time::sleep(step.lasts).await;
@@ -195,7 +194,7 @@ impl Faults {
         cut.map(|_| ())
     }
 
-    /// For longer than changes wait for a lock: they are told to come back. Nor is anything leased.
+    /// For longer than changes wait for a lock, so that the API asks for a retry. No credits are leased meanwhile.
     async fn lock_postgres(&self, lasts: Duration) -> Result<()> {
         let seconds = lasts.as_secs_f64();
         let lock = format!(
@@ -208,7 +207,7 @@ impl Faults {
         locked.map(|_| ())
     }
 
-    /// A copy is made, life goes on for a while, and then the copy takes the place of the original.
+    /// Copies the database, waits while changes continue, and then replaces the original by the copy.
     async fn restore(&self, lasts: Duration) -> Result<()> {
         let name = self.database_name()?;
         let (copy, gone) = (format!("{name}_copy"), format!("{name}_gone"));
@@ -226,8 +225,8 @@ impl Faults {
         server.execute(&format!("alter database {name} allow_connections true")).await?;
         self.oracle.end(&disruptions);
         copied?;
-        // PostgreSQL copies a sequence as it is in memory, with the numbers that its log promises in advance. Without a
-        // checkpoint, a crash would set it back in the copy.
+        // PostgreSQL copies a sequence with the numbers that its log reserves in advance. Without a checkpoint, a crash would
+        // set the sequence back in the copy.
         server.execute("checkpoint").await?;
         drop(book);
         tokio::time::sleep(lasts).await;
@@ -238,7 +237,7 @@ impl Faults {
         self.oracle.doubt_all();
         self.close(&name).await?;
         server.execute(&format!("alter database {name} rename to {gone}")).await?;
-        // What only the database that is gone had counted is lost with it.
+        // Counts that only the replaced database had are lost.
         server.execute(&format!("alter database {gone} allow_connections true")).await?;
         let before = usage(&mut Database { url: self.stack.postgres.url(&copy) }.connect().await?).await?;
         let after = usage(&mut Database { url: self.stack.postgres.url(&gone) }.connect().await?).await?;
@@ -255,10 +254,16 @@ impl Faults {
         eventually("the REST API to find the restored database", answers).await?;
         self.oracle.end(&disruptions);
         drop(book);
-        // Envoys take up the new epoch while other faults go on; from then on their versions ascend again.
+        self.end_epoch_change();
+        Ok(())
+    }
+
+    /// Waits in the background until every Envoy must have the new epoch, while other faults go on. From then on, versions
+    /// must not go back.
+    fn end_epoch_change(&self) {
         let (doing, oracle, restored) = (Arc::clone(&self.doing), Arc::clone(&self.oracle), Instant::now());
         tokio::spawn(async move {
-            // Faults begin meanwhile and put it off: each time, it is looked at again. While one lasts, nobody knows until when.
+            // Faults that begin meanwhile extend the deadline. While one lasts, there is none.
             loop {
                 match oracle.all_obey_by(restored) {
                     Some(by) if by <= Instant::now() => break,
@@ -268,10 +273,9 @@ impl Faults {
             }
             doing.epochs.fetch_add(1, Ordering::SeqCst);
         });
-        Ok(())
     }
 
-    /// Nobody is connected to a database, and nobody can be.
+    /// Ends all connections to a database and refuses new ones.
     async fn close(&self, name: &str) -> Result<()> {
         let server = self.server();
         server.execute(&format!("alter database {name} allow_connections false")).await?;
@@ -298,16 +302,16 @@ impl Faults {
             let drain = hyper::Request::post("/drain_listeners?graceful").body(http_body_util::Full::default())?;
             let reply = http::send(envoy.admin(), drain).await?;
             ensure!(reply.status == 200, "drain: {reply:?}");
-            // As long as --drain-time-s says.
+            // As --drain-time-s.
             tokio::time::sleep(Duration::from_millis(1_200)).await;
         }
         if signal == Signal::SIGKILL {
-            let told = async || self.stack.stat(number, "usage_pending_requests").await;
-            let pending = eventually("an Envoy to tell how much usage is pending", told).await?;
-            // Read after it, so that nothing falls between the two.
+            let reported = async || self.stack.stat(number, "usage_pending_requests").await;
+            let pending = eventually("an Envoy to report pending usage", reported).await?;
+            // After it, so that no decision falls between the two.
             self.stop(number, signal).await?;
-            let untold = self.oracle.decided_within(number, UNTOLD);
-            self.oracle.may_lose("not acknowledged when Envoy was killed", pending + untold);
+            let recent = self.oracle.decided_within(number, GAUGE_DELAY);
+            self.oracle.may_lose("not acknowledged when Envoy was killed", pending + recent);
         } else {
             self.stop(number, signal).await?;
         }
@@ -337,16 +341,16 @@ impl Faults {
         let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
         let request = hyper::Request::get("/").header("x-portcullis-trap", "1").body(http_body_util::Full::default())?;
         let reply = http::send(envoy.address(), request).await;
-        let untold = self.oracle.decided_within(number, MERGE);
+        let recent = self.oracle.decided_within(number, MERGE);
         self.traps.fetch_add(1, Ordering::Relaxed);
-        self.oracle.may_lose("one merge interval of a worker whose VM trapped", untold);
+        self.oracle.may_lose("one merge interval of a worker whose VM trapped", recent);
         self.oracle.end(&disruptions);
         self.oracle.end(&changes);
         ensure!(reply.as_ref().map_or(true, |reply| reply.status != 200), "a request that traps was let through");
         Ok(())
     }
 
-    /// Something that clients can see changes in the plugin configuration: the realm of the challenge.
+    /// Changes the realm in the plugin configuration, which clients see in the challenge.
     async fn update(&self, number: usize, dice: u64) -> Result<()> {
         let envoy = self.stack.envoys.get(number).context("no such Envoy")?;
         let requests = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
@@ -356,20 +360,20 @@ impl Faults {
             settings.replacements.plugin.insert("realm".into(), realm.clone().into());
         });
         envoy.update_listener()?;
-        let taken_up = async || {
+        let applied = async || {
             let reply = http::send(envoy.address(), http::get_request("/", None).ok()?).await;
             let decided = u64::from(reply.is_ok());
             self.oracle.probed(decided, 1 - decided);
             let reply = reply.ok()?;
             reply.header("www-authenticate").filter(|challenge| challenge.contains(&realm)).map(|_| ())
         };
-        let waited = eventually("the new configuration to be taken up", taken_up).await;
+        let waited = eventually("Envoy to apply the new configuration", applied).await;
         self.oracle.end(&requests);
         self.oracle.end(&changes);
         waited
     }
 
-    /// Minutes off, and back: one of the two is a step backwards.
+    /// Shifts the clock by minutes, and back. One of the two is a step backwards.
     async fn envoy_clock(&self, number: usize, step: &Step) -> Result<()> {
         let clock = self.stack.envoy_clocks.get(number).context("no such clock")?;
         let shift = minutes(step.dice);
@@ -377,13 +381,13 @@ impl Faults {
         let (behind, ahead) = if shift < 0 { (off, Duration::ZERO) } else { (Duration::ZERO, off) };
         self.oracle.clock(number, behind, ahead);
         for shift in [shift, 0] {
-            // A lease that ends early, or late, moves the lead.
+            // The step may end the lease of the leader.
             let disruptions = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
             clock.shift(shift)?;
             self.oracle.end(&disruptions);
             tokio::time::sleep(step.lasts).await;
         }
-        // What was decided by the old time has been answered.
+        // Requests that were decided by the old time have their response.
         self.oracle.clock(number, Duration::ZERO, Duration::ZERO);
         Ok(())
     }

@@ -45,32 +45,32 @@ use report::{Journal, Report};
 use stack::{Size, TortureStack};
 use watch::{Doing, Watch};
 
-/// When memory is measured first.
+/// When memory is measured for the first time.
 const WARM: Duration = Duration::from_secs(120);
 
-/// How much it may have grown by the end, in percent.
+/// Allowed growth from then to the end, in percent.
 const GROWTH: u64 = 10;
 
-/// A run.
+/// Settings of a run.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Repeats a run.
     pub seed: u64,
-    /// For how long faults are injected. With none, each kind comes once.
+    /// How long faults are injected. If none, each kind is injected once.
     pub length: Option<Duration>,
     /// The stack.
     pub size: Size,
     /// The clients.
     pub pace: Pace,
-    /// What may happen to the control planes and PostgreSQL.
+    /// Faults of the control planes and PostgreSQL.
     pub behind: Vec<Kind>,
-    /// What may happen to the Envoys.
+    /// Faults of the Envoys.
     pub before: Vec<Kind>,
-    /// The time from one fault of a lane to the next.
+    /// Pause between two faults of a lane, from and to.
     pub pause: (Duration, Duration),
-    /// How long a fault lasts, where that is a choice.
+    /// Duration of a fault, from and to, for kinds that have one.
     pub lasts: (Duration, Duration),
-    /// Where the journal goes.
+    /// File of the journal.
     pub journal: PathBuf,
 }
 
@@ -104,7 +104,7 @@ impl Options {
     }
 }
 
-/// Runs it.
+/// Runs the torture. Fails if the stack does not start or does not come to rest. Broken promises are in the report.
 pub async fn run(options: Options) -> Result<Report> {
     let journal = Journal::create(&options.journal)?;
     journal.note(&format!("seed {}", options.seed));
@@ -114,7 +114,7 @@ pub async fn run(options: Options) -> Result<Report> {
     let driver = Driver::start(&stack, &oracle).await?;
     let doing = Doing::nothing(stack.envoys.len());
     let watch = Watch::start(&stack, &oracle, &doing);
-    // The keys that stay reach every Envoy before anything breaks, and what was asked to see that all runs is counted.
+    // Every Envoy has the steady keys before the first fault, and the requests that checked that are counted.
     count::come_to_rest(&stack).await?;
     oracle.probed(count::usage(&mut stack.database.connect().await?).await?.requests(), 0);
     let load = Load::start(&stack, &oracle, options.pace, options.seed)?;
@@ -132,24 +132,14 @@ pub async fn run(options: Options) -> Result<Report> {
         traps: Arc::clone(&traps),
     };
     let start = Instant::now();
-    let warm = async {
-        if !spare {
-            return None;
-        }
-        tokio::time::sleep(WARM).await;
-        Some(memory(&stack))
-    };
-    let (behind, before) = (&options.behind, &options.before);
-    let lanes = (lane(&options, behind, &faults, &journal), lane(&options, before, &faults, &journal));
-    let (mut injected, others, warm) = tokio::join!(lanes.0, lanes.1, warm);
-    injected.extend(others);
+    let (injected, warm) = inject(&options, &faults, &journal).await;
     let took = start.elapsed();
     journal.note("no more faults");
 
-    // What changed last has to be obeyed, too, and to be seen to be by the load.
+    // The load continues until every Envoy must obey the last change.
     driver.stop();
     changing.await?;
-    // A fault that did not end is a broken promise already.
+    // None: a fault did not end, which is a broken promise already.
     let obeyed = oracle.all_obey_by(Instant::now()).unwrap_or_else(Instant::now) + Duration::from_millis(500);
     tokio::time::sleep_until(obeyed.into()).await;
     load.stop().await;
@@ -173,7 +163,26 @@ pub async fn run(options: Options) -> Result<Report> {
     })
 }
 
-/// One fault after another; how often each was injected.
+/// Injects the faults of both lanes. Returns how often each was injected, and the memory after [`WARM`] in a long run.
+async fn inject(
+    options: &Options,
+    faults: &Faults,
+    journal: &Journal,
+) -> (BTreeMap<Kind, u64>, Option<[Option<u64>; 2]>) {
+    let warm = async {
+        if !faults.spare {
+            return None;
+        }
+        tokio::time::sleep(WARM).await;
+        Some(memory(&faults.stack))
+    };
+    let lanes = (lane(options, &options.behind, faults, journal), lane(options, &options.before, faults, journal));
+    let (mut injected, others, warm) = tokio::join!(lanes.0, lanes.1, warm);
+    injected.extend(others);
+    (injected, warm)
+}
+
+/// Injects one fault after another. Returns how often each was injected.
 async fn lane(options: &Options, kinds: &[Kind], faults: &Faults, journal: &Journal) -> BTreeMap<Kind, u64> {
     let (start, length) = (Instant::now(), options.length);
     let most = if length.is_some() { usize::MAX } else { kinds.len() };
@@ -194,14 +203,14 @@ async fn lane(options: &Options, kinds: &[Kind], faults: &Faults, journal: &Jour
     injected
 }
 
-/// Of the processes that are spared.
+/// Resident memory of the processes that no fault ends.
 fn memory(stack: &TortureStack) -> [Option<u64>; 2] {
     let envoy = stack.envoys.last().and_then(portcullis_harness::envoy::Envoy::pid).and_then(resident_kib);
     let control_plane = stack.control_planes.last().and_then(portcullis_harness::control_plane::ControlPlane::pid);
     [envoy, control_plane.and_then(resident_kib)]
 }
 
-/// What each took at first and at last. Both have to be known.
+/// Reports the growth of memory, and a broken promise if it is too much or unknown.
 fn grown(oracle: &Oracle, first: [Option<u64>; 2], last: [Option<u64>; 2]) -> Vec<(String, u64, u64)> {
     let mut grown = Vec::new();
     for ((name, first), last) in ["an Envoy", "a control plane"].into_iter().zip(first).zip(last) {
@@ -217,20 +226,20 @@ fn grown(oracle: &Oracle, first: [Option<u64>; 2], last: [Option<u64>; 2]) -> Ve
     grown
 }
 
-/// Everything runs, nothing panicked, no VM trapped but those that were made to, and nobody waited in a circle.
+/// Checks that everything runs, that nothing panicked or deadlocked, and that VMs trapped only on demand.
 fn read_logs(stack: &TortureStack, oracle: &Oracle, traps: u64) -> Result<()> {
     let mut trapped = 0;
     for control_plane in &stack.control_planes {
         control_plane.must_run()?;
         for sign in ["panicked", "\"level\":\"ERROR\""] {
             if let Some(line) = control_plane.log().lines_with(sign).first() {
-                oracle.broken(&format!("a control plane says: {line}"));
+                oracle.broken(&format!("a control plane logged: {line}"));
             }
         }
     }
     for envoy in &stack.envoys {
         envoy.must_run()?;
-        // In a request: those were meant to. Anywhere else, the filter is at fault.
+        // Traps in a request are on demand. Any other trap is a fault of the filter.
         let (meant, others): (Vec<_>, Vec<_>) = envoy
             .log()
             .lines_with("Uncaught RuntimeError")

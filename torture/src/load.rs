@@ -17,14 +17,14 @@ use crate::plan::Dice;
 use crate::stack::TortureStack;
 
 /// Time-out of a request. Without a fault no request takes so long, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How many clients there are, and how fast each is.
+/// Number and pace of clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     /// Connections to each Envoy.
     pub connections: usize,
-    /// The time from one request of a connection to the next.
+    /// Interval between two requests of a connection.
     pub period: Duration,
 }
 
@@ -39,7 +39,7 @@ impl Load {
     /// Starts it.
     pub fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>, pace: Pace, seed: u64) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        // Keys that were never given out: ours in form, and not.
+        // Keys that do not exist, well-formed and not.
         let mut unknown: Vec<Arc<str>> = vec!["x".into(), "sk_live_".into(), "k".repeat(300).into()];
         for _ in 0..20 {
             unknown.push(fresh_key()?.reveal().into());
@@ -62,7 +62,7 @@ impl Load {
         Ok(Self { stop, clients })
     }
 
-    /// Sends no more and waits for the answers that are due.
+    /// Stops sending and waits for outstanding responses.
     pub async fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
         self.clients.join_all().await;
@@ -80,7 +80,7 @@ struct Client {
 
 impl Client {
     async fn run(mut self, period: Duration) {
-        // Not all in step.
+        // So that clients do not send at the same time.
         tokio::time::sleep(self.dice.between(Duration::ZERO, period)).await;
         let mut pace = interval(period);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -95,7 +95,7 @@ impl Client {
     }
 
     async fn request(&self, key: &str, kept: &mut Option<Connection>) -> Answer {
-        // What was closed while nothing was sent cost nobody anything.
+        // A connection that closed while idle affected no request.
         if kept.as_ref().is_some_and(|connection| !connection.is_open()) {
             *kept = None;
         }
@@ -106,7 +106,7 @@ impl Client {
                 None => return Answer::Unsent,
             },
         };
-        match tokio::time::timeout(PATIENCE, connection.get("/", Some(key))).await {
+        match tokio::time::timeout(REQUEST_TIMEOUT, connection.get("/", Some(key))).await {
             Ok(Ok(reply)) => {
                 let code = serde_json::from_slice::<Value>(&reply.body).ok();
                 let code = code.and_then(|body| body["code"].as_str().map(ToOwned::to_owned));
@@ -121,6 +121,6 @@ impl Client {
 
     async fn connect(&self) -> Option<Connection> {
         let address = self.stack.envoys.get(self.envoy)?.address();
-        tokio::time::timeout(PATIENCE, Connection::open(address)).await.ok()?.ok()
+        tokio::time::timeout(REQUEST_TIMEOUT, Connection::open(address)).await.ok()?.ok()
     }
 }

@@ -21,20 +21,20 @@ use crate::plan::Dice;
 use crate::report::Journal;
 use crate::verdict::{Restored, Tally, Verdict};
 
-/// Times in records are whole seconds.
+/// Times in records have whole seconds.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Most broken promises that are kept word for word; further ones are counted.
-const WORD_FOR_WORD: usize = 50;
+/// Maximum number of broken promises with their text; more are only counted.
+const MAX_TEXTS: usize = 50;
 
-/// What is known of a secret.
+/// Expected state of a secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// It must be admitted.
     Good,
     /// It must be refused.
     Dead,
-    /// A change of it is under way, or nobody knows what became of it.
+    /// A change is in progress, or its result is unknown.
     Doubtful,
 }
 
@@ -47,13 +47,13 @@ struct Secret {
     since: Instant,
     version: u64,
     ends_at: Option<SystemTime>,
-    /// The end came with a change, so an Envoy that knows the secret need not know it; it may be so much earlier, since nobody
-    /// was told when the change was made.
+    /// Set if the expiry came with a change, which an Envoy may not have received. The expiry may be earlier by this much, since
+    /// the time of the change is unknown.
     end_changed: Option<Duration>,
     metered: bool,
 }
 
-/// A request that is about to be sent, and what was known of its secret then.
+/// A request before it is sent, with the expected state of its secret at that time.
 #[derive(Clone, Debug)]
 pub struct Ticket {
     /// The secret.
@@ -66,18 +66,18 @@ pub struct Ticket {
     end_changed: Option<Duration>,
 }
 
-/// What came of a request.
+/// Result of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Nobody listened: it was never sent.
+    /// The connection was refused, so it was not sent.
     Unsent,
-    /// It was sent, and the connection ended or nothing came.
+    /// It was sent, and the connection ended or timed out.
     Lost,
-    /// A status, and the code of the problem if there is one.
+    /// A response: its status, and the code of the problem if it has one.
     Came(u16, Option<String>),
 }
 
-/// Names a disruption, to end it.
+/// Handle of a disruption, to end it.
 #[derive(Clone, Debug)]
 pub(crate) struct Disruptions(Vec<(usize, usize)>, Hinders);
 
@@ -103,7 +103,7 @@ struct Known {
     judged_dead: u64,
 }
 
-/// The judge.
+/// Judge of responses.
 #[derive(Debug)]
 pub struct Oracle {
     known: Mutex<Known>,
@@ -111,7 +111,7 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// The judge of so many Envoys.
+    /// An oracle for this number of Envoys.
     pub fn new(envoys: usize, journal: Journal) -> Self {
         let known = Known {
             secrets: Vec::new(),
@@ -140,7 +140,7 @@ impl Oracle {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A secret that the API has just given out. Those before [`Self::all_are_steady`] are never touched.
+    /// Adds a secret that the API returned. Secrets before [`Self::all_are_steady`] never change.
     pub fn add(&self, key: &str, text: &str, ends_at: Option<SystemTime>, metered: bool) -> usize {
         let mut known = self.known();
         let (standing, since) = (Standing::Good, Instant::now());
@@ -158,19 +158,18 @@ impl Oracle {
         known.secrets.len() - 1
     }
 
-    /// The secrets so far stay as they are.
+    /// Declares that the secrets so far never change.
     pub fn all_are_steady(&self) {
         let mut known = self.known();
         known.steady = known.secrets.len();
     }
 
-    /// A change of a secret is about to be asked for.
+    /// A change of a secret will be requested.
     pub fn doubt(&self, secret: usize) {
         self.turn(secret, Standing::Doubtful, None);
     }
 
-    /// The API has said what the secret is now, and until when at the latest if it ends by itself, and by how much earlier it
-    /// may.
+    /// The API confirmed the state of a secret; with an expiry, its latest time, and by how much it may be earlier.
     pub fn settle(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
         self.turn(secret, standing, ends);
     }
@@ -186,7 +185,7 @@ impl Oracle {
         }
     }
 
-    /// A fault begins that hinders these Envoys. `after` says how long they may take to recover once it has ended.
+    /// Begins a disruption of these Envoys. `after` is the time that recovery takes after its end.
     pub(crate) fn begin(&self, hinders: Hinders, envoys: &[usize], after: Duration) -> Disruptions {
         let mut known = self.known();
         let disruption = Disruption { start: Instant::now(), end: None, after };
@@ -201,7 +200,7 @@ impl Oracle {
         Disruptions(places, hinders)
     }
 
-    /// The fault has ended.
+    /// Ends a disruption.
     pub(crate) fn end(&self, disruptions: &Disruptions) {
         let mut known = self.known();
         for (envoy, place) in &disruptions.0 {
@@ -213,43 +212,43 @@ impl Oracle {
         }
     }
 
-    /// An Envoy has ended: until it has its keys again, it refuses everything.
+    /// An Envoy ended. Until it has its keys again, it refuses everything.
     pub fn unready(&self, envoy: usize) {
         if let Some(model) = self.known().models.get_mut(envoy) {
             model.ready = None;
         }
     }
 
-    /// By how much the clock of an Envoy may be off, from now on.
+    /// Sets the possible skew of an Envoy's clock.
     pub fn clock(&self, envoy: usize, behind: Duration, ahead: Duration) {
         if let Some(model) = self.known().models.get_mut(envoy) {
             (model.behind, model.ahead) = (behind, ahead);
         }
     }
 
-    /// How many requests an Envoy decided in the time before now.
+    /// The number of requests that an Envoy decided lately.
     pub fn decided_within(&self, envoy: usize, lately: Duration) -> u64 {
         self.known().models.get(envoy).map_or(0, |model| model.decided_within(lately, Instant::now()))
     }
 
-    /// So many requests may go uncounted, for a reason that is stated.
+    /// Excuses lost counts, for a reason.
     pub fn may_lose(&self, why: &str, requests: u64) {
         *self.known().losses.entry(why.to_owned()).or_default() += requests;
         self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
     }
 
-    /// The API has said that so many credits were added to those of the metered key.
+    /// The API confirmed a top-up of the metered key.
     pub fn topped_up(&self, amount: u64) {
         self.known().credits.add(amount);
     }
 
-    /// By when every Envoy has to obey what changed at a time; `None` while something is broken.
+    /// The time by which every Envoy must obey a change of the time `since`. None during a disruption.
     pub fn all_obey_by(&self, since: Instant) -> Option<Instant> {
         let latest = |latest: Instant, deadline: Option<Instant>| deadline.map(|deadline| latest.max(deadline));
         self.known().models.iter().try_fold(since, |by, model| latest(by, model.deadline(since)))
     }
 
-    /// The load is over: gaps in service end now, and it has to have been worth something.
+    /// Ends the measurement of gaps, and checks that the load tested something.
     pub fn load_is_over(&self) {
         let (start, now) = (self.journal.start(), Instant::now());
         let mut known = self.known();
@@ -266,20 +265,20 @@ impl Oracle {
         }
     }
 
-    /// Somebody beside the clients sent requests without a known key: so many were decided, so many maybe.
+    /// Counts requests without a known key that other parts than the clients sent.
     pub fn probed(&self, decided: u64, doubtful: u64) {
         let mut known = self.known();
         known.keyless.refused += decided;
         known.keyless.doubtful += doubtful;
     }
 
-    /// A promise was broken.
+    /// Records a broken promise.
     pub fn broken(&self, what: &str) {
         let mut known = self.known();
         known.break_promise(what.to_owned(), &self.journal);
     }
 
-    /// A secret for the next request, and what is known of it.
+    /// Selects a secret for the next request.
     pub fn pick(&self, dice: &mut Dice, unknown: &[Arc<str>]) -> Ticket {
         let known = self.known();
         let all = known.secrets.len();
@@ -307,7 +306,7 @@ impl Oracle {
         })
     }
 
-    /// Judges the answer to a request that was sent to an Envoy at a time.
+    /// Judges the result of a request.
     pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
         let mut known = self.known();
         known.count(envoy, ticket, answer);
@@ -318,7 +317,7 @@ impl Oracle {
         }
     }
 
-    /// What came of it all.
+    /// The findings.
     pub fn verdict(&self) -> Verdict {
         let known = self.known();
         let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));
@@ -347,8 +346,8 @@ impl Known {
 
     fn count(&mut self, envoy: usize, ticket: &Ticket, answer: &Answer) {
         let name = match answer {
-            Answer::Unsent => "nobody listened".to_owned(),
-            Answer::Lost => "no answer".to_owned(),
+            Answer::Unsent => "connection refused".to_owned(),
+            Answer::Lost => "no response".to_owned(),
             Answer::Came(status, None) => format!("{status}"),
             Answer::Came(status, Some(code)) => format!("{status} {code}"),
         };
@@ -388,7 +387,7 @@ impl Known {
         }
     }
 
-    /// What is wrong with an answer.
+    /// The promise that a result breaks, if any.
     fn wrong(
         &mut self,
         envoy: usize,
@@ -407,10 +406,10 @@ impl Known {
             {
                 (answer_status(answer), None)
             }
-            Answer::Unsent => return Some("nobody listens, and nothing is broken".into()),
-            Answer::Lost => return Some("no answer, and nothing is broken".into()),
+            Answer::Unsent => return Some("connection refused without a disruption".into()),
+            Answer::Lost => return Some("no response without a disruption".into()),
             Answer::Came(200, _) => (200, None),
-            Answer::Came(status, None) => return Some(format!("an answer that is not documented: {status}")),
+            Answer::Came(status, None) => return Some(format!("an undocumented response: {status}")),
             Answer::Came(status, Some(code)) => (*status, Some(code.as_str())),
         };
         if code == Some("not_ready") {
@@ -424,26 +423,7 @@ impl Known {
             self.judged_dead += 1;
         }
         if status == 200 {
-            if ticket.standing == Standing::Dead && model.deadline(ticket.since) == Some(ticket.since + BOUND) {
-                self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
-            }
-            let died = match (ticket.standing, ticket.ends_at) {
-                (Standing::Dead, _) => model.deadline(ticket.since).filter(|deadline| sent > *deadline),
-                (Standing::Good | Standing::Doubtful, _) => None,
-            };
-            if let Some(deadline) = died {
-                self.admitted_wrongly += 1;
-                return Some(format!("admitted {:?} later than the bound", sent - deadline));
-            }
-            // By the Envoy's own clock, and known to it since it first admitted the key: but for an end that a rotation set,
-            // of which it has to hear first.
-            let heard = ticket.end_changed.is_none() || overdue;
-            let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + model.behind + SECOND).ok());
-            if let Some(late) = ended.filter(|_| heard && ticket.standing == Standing::Good) {
-                self.admitted_wrongly += 1;
-                return Some(format!("admitted {late:?} after its end"));
-            }
-            return None;
+            return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
         }
         let code = code?;
         let spent = spent.filter(|_| code == "credits_exhausted").map(|tally| tally.admitted + tally.doubtful);
@@ -456,8 +436,34 @@ impl Known {
         (expected && overdue && !ends).then(|| format!("a good key was refused: {status} {code}"))
     }
 
+    /// The promise that an admitted request breaks, if any.
+    fn wrongly_admitted(
+        &mut self,
+        envoy: usize,
+        ticket: &Ticket,
+        sent: Instant,
+        sent_at: SystemTime,
+        overdue: bool,
+    ) -> Option<String> {
+        let model = self.models.get(envoy)?;
+        let deadline = model.deadline(ticket.since);
+        if ticket.standing == Standing::Dead && deadline == Some(ticket.since + BOUND) {
+            self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
+        }
+        if let Some(deadline) = deadline.filter(|deadline| ticket.standing == Standing::Dead && sent > *deadline) {
+            self.admitted_wrongly += 1;
+            return Some(format!("admitted {:?} later than the bound", sent - deadline));
+        }
+        // By the Envoy's own clock. The Envoy has known the expiry since it first admitted the key, unless a rotation set it.
+        let known = ticket.end_changed.is_none() || overdue;
+        let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + model.behind + SECOND).ok());
+        let late = ended.filter(|_| known && ticket.standing == Standing::Good)?;
+        self.admitted_wrongly += 1;
+        Some(format!("admitted {late:?} after its expiry"))
+    }
+
     fn break_promise(&mut self, what: String, journal: &Journal) {
-        if self.broken.len() < WORD_FOR_WORD {
+        if self.broken.len() < MAX_TEXTS {
             journal.note(&format!("BROKEN: {what}"));
             self.broken.push(what);
         } else {

@@ -27,13 +27,13 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below a bound that is not 0.
+    /// A number below a bound.
     pub fn below(&mut self, bound: usize) -> usize {
         let bound = u64::try_from(bound).unwrap_or(u64::MAX).max(1);
         usize::try_from(self.number() % bound).unwrap_or_default()
     }
 
-    /// A time of at least `least` and less than `most`.
+    /// A duration from `least` to less than `most`.
     pub fn between(&mut self, least: Duration, most: Duration) -> Duration {
         let span = u64::try_from(most.saturating_sub(least).as_millis()).unwrap_or(u64::MAX).max(1);
         least + Duration::from_millis(self.number() % span)
@@ -52,34 +52,34 @@ impl Dice {
     }
 }
 
-/// What breaks.
+/// Kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// A control plane is killed and started again.
     ControlPlaneKill,
-    /// A control plane is told to end, and started again.
+    /// A control plane receives SIGTERM and is started again.
     ControlPlaneTerm,
-    /// A control plane stands still for some seconds.
+    /// A control plane is paused for some seconds.
     ControlPlanePause,
-    /// The clock of a control plane is minutes off, and steps back.
+    /// The clock of a control plane is shifted by minutes, and back.
     ControlPlaneClock,
-    /// Usage is committed, and the answer that says so gets lost.
+    /// Usage is committed, and the acknowledgement is lost.
     AnswerLost,
-    /// Answers come late.
+    /// Responses are delayed.
     AnswerDelayed,
     /// A connection ends in the middle of a page.
     AnswerCut,
     /// A page or an acknowledgement is replaced by garbage.
     AnswerGarbage,
-    /// PostgreSQL ends as in a crash, and is started again.
+    /// PostgreSQL crashes and is started again.
     PostgresCrash,
     /// All connections to PostgreSQL are cut.
     PostgresCut,
-    /// A transaction holds locks for longer than anybody waits for them.
+    /// A transaction holds locks for longer than any request waits for them.
     PostgresLock,
     /// The database is replaced by an older copy of itself.
     PostgresRestore,
-    /// An Envoy is told to end, and started again.
+    /// An Envoy receives SIGTERM and is started again.
     EnvoyTerm,
     /// An Envoy is killed and started again.
     EnvoyKill,
@@ -87,13 +87,13 @@ pub enum Kind {
     EnvoyTrap,
     /// An Envoy's configuration changes while requests flow.
     EnvoyUpdate,
-    /// An Envoy is drained, told to end, and started again.
+    /// An Envoy is drained, receives SIGTERM and is started again.
     EnvoyDrain,
-    /// The clock of an Envoy is minutes off, and steps back.
+    /// The clock of an Envoy is shifted by minutes, and back.
     EnvoyClock,
 }
 
-/// What happens to the control planes and PostgreSQL.
+/// Faults of the control planes and PostgreSQL.
 pub const BEHIND: [Kind; 12] = [
     Kind::ControlPlaneKill,
     Kind::ControlPlaneTerm,
@@ -109,12 +109,12 @@ pub const BEHIND: [Kind; 12] = [
     Kind::PostgresRestore,
 ];
 
-/// What happens to the Envoys.
+/// Faults of the Envoys.
 pub const BEFORE: [Kind; 6] =
     [Kind::EnvoyTerm, Kind::EnvoyKill, Kind::EnvoyTrap, Kind::EnvoyUpdate, Kind::EnvoyDrain, Kind::EnvoyClock];
 
 impl Kind {
-    /// Whether requests may go uncounted with it.
+    /// Whether it may lose counts.
     pub const fn may_lose(self) -> bool {
         matches!(self, Self::PostgresRestore | Self::EnvoyKill | Self::EnvoyTrap)
     }
@@ -124,23 +124,23 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ControlPlaneKill => "control plane killed",
-            Self::ControlPlaneTerm => "control plane told to end",
+            Self::ControlPlaneTerm => "control plane terminated",
             Self::ControlPlanePause => "control plane paused",
-            Self::ControlPlaneClock => "control plane's clock off",
-            Self::AnswerLost => "answers lost after commit",
-            Self::AnswerDelayed => "answers delayed",
+            Self::ControlPlaneClock => "control plane's clock shifted",
+            Self::AnswerLost => "responses lost after commit",
+            Self::AnswerDelayed => "responses delayed",
             Self::AnswerCut => "pages cut",
-            Self::AnswerGarbage => "answers replaced by garbage",
-            Self::PostgresCrash => "PostgreSQL stopped at once",
+            Self::AnswerGarbage => "responses replaced by garbage",
+            Self::PostgresCrash => "PostgreSQL crashed",
             Self::PostgresCut => "PostgreSQL's connections cut",
             Self::PostgresLock => "PostgreSQL's rows locked",
             Self::PostgresRestore => "older backup restored",
-            Self::EnvoyTerm => "Envoy told to end",
+            Self::EnvoyTerm => "Envoy terminated",
             Self::EnvoyKill => "Envoy killed",
             Self::EnvoyTrap => "VM trapped",
             Self::EnvoyUpdate => "configuration updated",
             Self::EnvoyDrain => "Envoy drained",
-            Self::EnvoyClock => "Envoy's clock off",
+            Self::EnvoyClock => "Envoy's clock shifted",
         })
     }
 }
@@ -148,19 +148,19 @@ impl fmt::Display for Kind {
 /// One fault of a lane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// How long after the fault before it has ended.
+    /// Pause after the end of the fault before.
     pub pause: Duration,
-    /// What breaks.
+    /// The fault.
     pub kind: Kind,
-    /// Which of those that it can happen to, to be taken modulo their number.
+    /// Its target, modulo the number of candidates.
     pub target: usize,
-    /// For how long, where that is a choice.
+    /// Its duration, for kinds that have one.
     pub lasts: Duration,
-    /// For whatever else there is to choose.
+    /// Randomness for other choices.
     pub dice: u64,
 }
 
-/// An endless lane. Every kind comes once in each round, in an order of the round's own.
+/// An endless lane. Every kind occurs once in each round, in random order.
 #[derive(Clone, Debug)]
 pub struct Lane {
     kinds: Vec<Kind>,

@@ -18,18 +18,18 @@ use tokio::task::JoinHandle;
 const FRAME_HEADER: usize = 9;
 const DATA: u8 = 0;
 
-/// Marks that messages of the contract begin with.
+/// Magic bytes of the messages.
 const PAGE: &[u8] = b"PKP1";
 const ACK: &[u8] = b"PKA1";
 
-/// What is done to answers.
+/// Manipulation of responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mischief {
-    /// The connection ends before an acknowledgement is passed on.
+    /// The connection ends before an acknowledgement is forwarded.
     LoseAcknowledgements,
     /// The connection ends in the middle of a page.
     CutPages,
-    /// Pages and acknowledgements come as other bytes of the same length.
+    /// Pages and acknowledgements are replaced by other bytes of the same length.
     Spoil,
 }
 
@@ -51,7 +51,7 @@ struct Shared {
 }
 
 impl Proxy {
-    /// Starts it on a free port, in front of these.
+    /// Starts it on a free port in front of these backends.
     pub async fn start(backends: Vec<SocketAddr>, first: usize) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
@@ -61,22 +61,22 @@ impl Proxy {
         Ok(Self { address, shared, listening })
     }
 
-    /// Where Envoy finds it.
+    /// Its address.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Does this to every answer that it fits, until it is told otherwise.
+    /// Sets the manipulation of all matching responses.
     pub fn set_mischief(&self, mischief: Option<Mischief>) {
         *self.shared.mischief.lock().unwrap_or_else(PoisonError::into_inner) = mischief;
     }
 
-    /// How often it has done something to an answer.
+    /// The number of manipulated responses.
     pub fn done(&self) -> u64 {
         self.shared.done.load(Ordering::Relaxed)
     }
 
-    /// Every frame that comes back waits for so long, until it is told otherwise.
+    /// Sets the delay of every frame of a response.
     pub fn set_delay(&self, delay: Duration) {
         self.shared.delay_ms.store(delay.as_millis().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
     }
@@ -101,7 +101,7 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-/// One connection, to the backends in turn; to the next one if nobody listens there.
+/// Forwards one connection to the backends in turn, skipping those that refuse it.
 async fn connection(client: TcpStream, shared: Arc<Shared>) {
     let turn = shared.next.fetch_add(1, Ordering::Relaxed);
     for number in 0..shared.backends.len() {

@@ -13,7 +13,7 @@ use crate::count::Counted;
 use crate::plan::Kind;
 use crate::verdict::Verdict;
 
-/// What happened, line by line, with the time since the start.
+/// Log of events with the time since the start.
 #[derive(Clone, Debug)]
 pub struct Journal {
     start: Instant,
@@ -35,37 +35,37 @@ impl Journal {
     pub fn note(&self, what: &str) {
         let line = format!("{:9.3} {what}\n", self.start.elapsed().as_secs_f64());
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        // A disk that is full must not stop the run; its end tells.
+        // A full disk must not stop the run. Writing the table at the end fails then.
         let _ = std::io::Write::write_all(&mut *file, line.as_bytes());
     }
 
-    /// When it began.
+    /// The start of the run.
     pub const fn start(&self) -> Instant {
         self.start
     }
 
-    /// Where it is.
+    /// Its file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// What a run came to.
+/// Result of a run.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// Repeats it.
+    /// The seed that repeats the run.
     pub seed: u64,
     /// How long faults were injected.
     pub took: Duration,
     /// How often each fault was injected.
     pub faults: BTreeMap<Kind, u64>,
-    /// What the clients saw.
+    /// The findings of the oracle.
     pub verdict: Verdict,
-    /// What was counted.
+    /// The compared counts.
     pub counted: Counted,
-    /// Resident memory of processes that lived through the run: name, KiB at first, KiB at last.
+    /// Resident memory of processes that ran throughout: name, KiB at the start, KiB at the end.
     pub memory: Vec<(String, u64, u64)>,
-    /// Where everything that happened stands.
+    /// File of the journal.
     pub journal: PathBuf,
 }
 
@@ -93,11 +93,11 @@ impl Report {
             row(&format!("answered: {answer}"), times);
         }
         row("admitted wrongly", admitted_wrongly);
-        row("longest that a dead key opened, s", &format!("{:.3}", self.verdict.longest_open.as_secs_f64()));
+        row("longest admission of a dead key, s", &format!("{:.3}", self.verdict.longest_open.as_secs_f64()));
         row("requests with dead keys judged", &self.verdict.judged_dead);
         let Counted { decided, doubtful, counted, keys, top_ups, log_lines } = self.counted;
-        row("requests decided, as clients saw", &decided);
-        row("requests without an answer", &doubtful);
+        row("requests decided, as seen by clients", &decided);
+        row("requests without a response", &doubtful);
         row("requests counted", &counted);
         row("keys whose count was compared", &keys);
         let stated: u64 = losses.values().sum();
@@ -112,7 +112,7 @@ impl Report {
             row(&format!("longest gap in service, Envoy {envoy}, s"), &format!("{:.3}", gap.as_secs_f64()));
         }
         for (name, first, last) in &self.memory {
-            row(&format!("resident memory of {name}, KiB"), &format!("{first} at first, {last} at last"));
+            row(&format!("resident memory of {name}, KiB"), &format!("{first} at the start, {last} at the end"));
         }
         row("promises broken", &(broken.len() as u64 + unnamed));
         for what in broken {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use contract::key::Secret;
 use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
 use portcullis_harness::demo::DemoApi;
 use portcullis_harness::envoy::{self, Envoy};
@@ -22,7 +23,7 @@ use tempfile::TempDir;
 
 use crate::proxy::Proxy;
 
-/// How many of what.
+/// Size of the stack.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
     /// Envoys.
@@ -44,11 +45,11 @@ impl Clock {
         Ok(clock)
     }
 
-    /// Lets it differ from the machine's by so many seconds, at once.
+    /// Sets its offset from the clock of the machine.
     pub fn shift(&self, seconds: i64) -> Result<()> {
         use std::os::unix::fs::FileExt;
         let file = std::fs::OpenOptions::new().write(true).open(&self.0)?;
-        // In place: the process has it mapped.
+        // In place, since the process has mapped the file.
         file.write_all_at(&seconds.saturating_mul(1_000_000_000).to_ne_bytes(), 0)?;
         Ok(())
     }
@@ -59,7 +60,7 @@ impl Clock {
     }
 }
 
-/// The stack. All of it ends when dropped, in the order of the fields.
+/// The stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct TortureStack {
     /// The Envoys.
@@ -68,13 +69,13 @@ pub struct TortureStack {
     pub envoy_clocks: Vec<Clock>,
     /// The API behind them.
     pub demo: DemoApi,
-    /// What stands between each Envoy and the control planes.
+    /// The proxies between each Envoy and the control planes.
     pub proxies: Vec<Proxy>,
     /// The control planes.
     pub control_planes: Vec<ControlPlane>,
     /// Their clocks.
     pub control_plane_clocks: Vec<Clock>,
-    /// Where keys are kept.
+    /// The database.
     pub database: Database,
     /// Its server.
     pub postgres: Arc<Postgres>,
@@ -82,7 +83,7 @@ pub struct TortureStack {
 }
 
 impl TortureStack {
-    /// Starts it and waits until every Envoy knows that it does not know a key.
+    /// Starts it and waits until every Envoy has its keys and so refuses an unknown one.
     pub async fn start(size: Size) -> Result<Self> {
         for (file, how) in [(paths::trap_wasm(), "--for-faults"), (paths::shifted_clock(), "--for-faults")] {
             ensure!(file.is_file(), "{} is missing; run `cargo xtask wasm {how}`", file.display());
@@ -123,22 +124,7 @@ impl TortureStack {
             let home = home(format!("envoy-{number}"))?;
             let clock = Clock::create(home.join("clock"))?;
             let proxy = Proxy::start(backends.clone(), number).await?;
-            let settings = envoy::Settings {
-                replacements: Replacements {
-                    plugin: json!({"rate_limit": null}).as_object().cloned().unwrap_or_default(),
-                    ..Replacements::between(proxy.address(), demo.address())
-                },
-                workers: size.workers,
-                log_level: "warning,wasm:info".into(),
-                sync_key: sync_key.clone(),
-                environment: clock.environment(),
-                listener_file: true,
-            };
-            let envoy = Envoy::prepare(settings, &home, Log::create(&home.join("log"))?, &silently)?;
-            std::fs::copy(paths::trap_wasm(), home.join("portcullis.wasm"))?;
-            envoy.restart().await?;
-            wait_for_status(&envoy, Some("no such key"), 401).await?;
-            envoys.push(envoy);
+            envoys.push(start_envoy(&home, &proxy, &demo, &clock, size.workers, &sync_key).await?);
             envoy_clocks.push(clock);
             proxies.push(proxy);
         }
@@ -155,19 +141,19 @@ impl TortureStack {
         })
     }
 
-    /// The REST API of one of the control planes, to be taken modulo their number.
+    /// The REST API of a control plane, modulo their number.
     pub fn rest(&self, number: usize) -> Result<Rest> {
         let control_plane = self.control_planes.get(number % self.control_planes.len().max(1));
         let control_plane = control_plane.context("there is no control plane")?;
         Ok(Rest { address: control_plane.address(), key: control_plane.settings().admin_key })
     }
 
-    /// Every Envoy's number.
+    /// The indices of all Envoys.
     pub fn everywhere(&self) -> Vec<usize> {
         (0..self.envoys.len()).collect()
     }
 
-    /// A statistic of an Envoy's filter; `None` if the Envoy does not answer soon.
+    /// A statistic of an Envoy's filter. None if the Envoy does not respond within a second.
     pub async fn stat(&self, envoy: usize, name: &str) -> Option<u64> {
         let asked = self.envoys.get(envoy)?.stats(name);
         let stats = tokio::time::timeout(Duration::from_secs(1), asked).await.ok()?.ok()?;
@@ -175,8 +161,35 @@ impl TortureStack {
         stats.into_iter().find(|(found, _)| *found == full).map(|(_, value)| value)
     }
 
-    /// Where its logs are, with `PORTCULLIS_KEEP` also afterwards.
+    /// The directory of its logs. `PORTCULLIS_KEEP` keeps it.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
+}
+
+/// Starts an Envoy whose filter traps on demand, and waits until it has its keys.
+async fn start_envoy(
+    home: &Path,
+    proxy: &Proxy,
+    demo: &DemoApi,
+    clock: &Clock,
+    workers: usize,
+    sync_key: &Secret,
+) -> Result<Envoy> {
+    let settings = envoy::Settings {
+        replacements: Replacements {
+            plugin: json!({"rate_limit": null}).as_object().cloned().unwrap_or_default(),
+            ..Replacements::between(proxy.address(), demo.address())
+        },
+        workers,
+        log_level: "warning,wasm:info".into(),
+        sync_key: sync_key.clone(),
+        environment: clock.environment(),
+        listener_file: true,
+    };
+    let envoy = Envoy::prepare(settings, home, Log::create(&home.join("log"))?, &silently)?;
+    std::fs::copy(paths::trap_wasm(), home.join("portcullis.wasm"))?;
+    envoy.restart().await?;
+    wait_for_status(&envoy, Some("no such key"), 401).await?;
+    Ok(envoy)
 }

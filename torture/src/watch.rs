@@ -12,14 +12,14 @@ use crate::stack::TortureStack;
 
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// What is being done to the parts, so that what follows from it is not held against them.
+/// Faults in progress that explain a step back.
 #[derive(Debug)]
 pub struct Doing {
-    /// Raised whenever an Envoy is stopped: what its next process tells has nothing to do with what the last one told.
+    /// Increased whenever an Envoy is stopped: its next process starts with an empty store.
     pub envoys: Vec<AtomicU64>,
-    /// Raised when the database is about to be put back, and again once every Envoy has the new epoch.
+    /// Increased before the database is restored, and again once every Envoy has the new epoch.
     pub epochs: AtomicU64,
-    /// Whether a control plane stands still.
+    /// Whether a control plane is paused.
     pub standing_still: AtomicBool,
 }
 
@@ -35,13 +35,13 @@ impl Doing {
         (of_envoy, self.epochs.load(Ordering::SeqCst))
     }
 
-    /// Whether the database is being put back.
+    /// Whether the database is being restored.
     pub(crate) fn between_epochs(&self) -> bool {
         self.epochs.load(Ordering::SeqCst) % 2 == 1
     }
 }
 
-/// Watches until it is dropped.
+/// The running checks.
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<AtomicBool>,
@@ -82,7 +82,7 @@ async fn one_envoy(
         tokio::time::sleep(PAUSE).await;
         let life = doing.life(envoy);
         let Some(version) = stack.stat(envoy, "store_version").await else { continue };
-        // Whatever happened while the answer was on its way makes it worthless.
+        // A fault during the request makes the response meaningless.
         if doing.life(envoy) != life || doing.between_epochs() {
             continue;
         }
@@ -95,11 +95,11 @@ async fn one_envoy(
         newest = (life, version);
     }
     if compared == 0 {
-        oracle.broken(&format!("no two versions of the store of Envoy {envoy} were held against each other"));
+        oracle.broken(&format!("no two versions of the store of Envoy {envoy} were compared"));
     }
 }
 
-/// Nor does the revision of the database, whose epoch it names itself.
+/// The revision of the database never goes back within an epoch.
 async fn database(stack: Arc<TortureStack>, oracle: Arc<Oracle>, stop: Arc<AtomicBool>) {
     let mut newest: Option<(String, i64)> = None;
     while !stop.load(Ordering::Relaxed) {
@@ -116,8 +116,8 @@ async fn database(stack: Arc<TortureStack>, oracle: Arc<Oracle>, stop: Arc<Atomi
     }
 }
 
-/// Whether a database that went back has its old epoch for longer than control planes need to look at it. While its row is
-/// locked, nobody can write another.
+/// Whether a restored database has its old epoch for longer than control planes need to change it. While its row is locked,
+/// they cannot.
 async fn keeps_epoch(stack: &TortureStack, epoch: &str, stop: &AtomicBool) -> bool {
     let mut since = Instant::now();
     while !stop.load(Ordering::Relaxed) && since.elapsed() < Duration::from_secs(5) {

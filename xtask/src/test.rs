@@ -125,13 +125,7 @@ impl Step {
             Self::Clippy => {
                 run(cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
             }
-            Self::ClippyWasm => {
-                need_target(compile::FILTER_TARGET)?;
-                let crates = ["--package", "filter", "--package", "contract"];
-                let mut clippy = cargo(&["clippy", "--locked", "--target", compile::FILTER_TARGET]);
-                clippy.args(crates).args(["--", "--deny", "warnings"]);
-                run(clippy)?;
-            }
+            Self::ClippyWasm => clippy_wasm()?,
             Self::Doc => {
                 let mut doc = cargo(&["doc", "--locked", "--workspace", "--no-deps", "--document-private-items"]);
                 doc.env("RUSTDOCFLAGS", "--deny warnings");
@@ -183,15 +177,27 @@ impl Step {
                 need_filter()?;
                 compile::for_faults()?;
                 envoy(&progress)?;
-                // --show-output prints what scenarios measure. Nothing runs beside those of `measured`.
-                let program = |name, threads| on_database(tests(&["--test", name, "--", "--show-output", threads]));
-                let together = program("scenarios", END_TO_END_THREADS).await;
-                program("measured", "--test-threads=1").await?;
-                together?;
+                end_to_end().await?;
             }
         }
         Ok(Done::Yes)
     }
+}
+
+fn clippy_wasm() -> Result<()> {
+    need_target(compile::FILTER_TARGET)?;
+    let crates = ["--package", "filter", "--package", "contract"];
+    let mut clippy = cargo(&["clippy", "--locked", "--target", compile::FILTER_TARGET]);
+    clippy.args(crates).args(["--", "--deny", "warnings"]);
+    run(clippy)
+}
+
+/// Runs the scenarios, and then `measured` with nothing beside it. --show-output prints what they measure.
+async fn end_to_end() -> Result<()> {
+    let program = |name, threads| on_database(tests(&["--test", name, "--", "--show-output", threads]));
+    let scenarios = program("scenarios", END_TO_END_THREADS).await;
+    program("measured", "--test-threads=1").await?;
+    scenarios
 }
 
 /// Runs the main scenarios on each version of Envoy. The error names the versions that failed.

@@ -14,8 +14,8 @@ type Job = (Command, Sender<std::io::Result<Child>>);
 
 static SPAWNER: OnceLock<Mutex<Sender<Job>>> = OnceLock::new();
 
-/// Starts a child that gets `on_death` should this process die, and that signals of the terminal do not reach: this
-/// process stops its children in an order of its own.
+/// Starts a child. The kernel sends it `on_death` if this process ends. Signals of the terminal do not reach it, since this
+/// process stops its children in a certain order.
 pub(crate) fn spawn(mut command: Command, on_death: Signal) -> Result<Child> {
     command.process_group(0);
     die_with_parent(&mut command, on_death);
@@ -24,7 +24,7 @@ pub(crate) fn spawn(mut command: Command, on_death: Signal) -> Result<Child> {
         let (sender, jobs) = channel::<Job>();
         std::thread::spawn(move || {
             for (mut command, answer) in jobs {
-                // Whoever asked may be gone.
+                // The caller may have given up.
                 let _ = answer.send(command.spawn());
             }
         });
@@ -46,6 +46,6 @@ fn die_with_parent(command: &mut Command, signal: Signal) {
     }
 }
 
-/// Elsewhere children outlive a parent that is killed; they still die with one that panics.
+/// On other systems, children outlive a parent that is killed. They still end if the parent panics.
 #[cfg(not(target_os = "linux"))]
 fn die_with_parent(_: &mut Command, _: Signal) {}

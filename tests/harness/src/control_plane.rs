@@ -15,7 +15,7 @@ use crate::ports::Port;
 use crate::process::{Process, Signal};
 use crate::wait::eventually;
 
-/// What a control plane is started with.
+/// Settings of a control plane.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Port 0 stands for a free port, which is reserved for this control plane.
@@ -57,7 +57,7 @@ impl ControlPlane {
         Ok(this)
     }
 
-    /// Prepares one that [`launch`](Self::launch) starts: whether one within TLS is ready is for the test to ask.
+    /// Prepares a control plane that [`launch`](Self::launch) starts, for tests over TLS, which check themselves that it is ready.
     pub fn prepare(settings: Settings, directory: &Path, log: Log) -> Self {
         let (settings, process, port) = (Mutex::new(settings), Mutex::new(None), Mutex::new(None));
         Self { settings, directory: directory.to_owned(), log, process, port }
@@ -89,7 +89,7 @@ impl ControlPlane {
             bail!("{} is missing; run `cargo build -p control-plane`", program.display());
         }
         let address_file = self.directory.join("control-plane.address");
-        // Whatever an earlier run left says nothing about this one.
+        // The file of an earlier run has an old address.
         let _ = std::fs::remove_file(&address_file);
         let mut serve = Command::new(program);
         serve.args(["serve", "--log-format", "json", "--listen"]).arg(settings.listen.to_string());
@@ -124,7 +124,7 @@ impl ControlPlane {
             .with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
     }
 
-    /// Sends a signal and waits for the end.
+    /// Sends a signal and waits until the process has ended.
     pub async fn stop(&self, signal: Signal) -> Result<std::process::ExitStatus> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("the control plane does not run"))?.stop(signal).await
@@ -148,7 +148,7 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// The same, for logs with lines that are refused: what the command printed.
+    /// The same for logs with invalid lines. Returns the output of the command.
     pub fn try_import_usage(&self, line: &str) -> Result<Output> {
         let file = self.directory.join("last-words.log");
         std::fs::write(&file, line)?;
@@ -157,7 +157,7 @@ impl ControlPlane {
         Ok(import.output()?)
     }
 
-    /// The number of its process, if it runs.
+    /// The process id, if it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
     }
@@ -167,12 +167,12 @@ impl ControlPlane {
         self.settings().listen
     }
 
-    /// What it was started with.
+    /// The settings that it was started with.
     pub fn settings(&self) -> Settings {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What it wrote.
+    /// Its output.
     pub const fn log(&self) -> &Log {
         &self.log
     }

@@ -38,14 +38,14 @@ struct Seen {
 }
 
 impl DemoApi {
-    /// Starts it. Port 0: any that is free.
+    /// Starts it. Port 0 stands for a free port.
     pub async fn start(listen: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind(listen).await.with_context(|| format!("{listen} is taken"))?;
         let address = listener.local_addr()?;
         let seen = Arc::new(Seen::default());
         let router = Router::new().fallback(echo).with_state(Arc::clone(&seen));
         let server = tokio::spawn(async move {
-            // Ends with the task only.
+            // Ends only when the task is aborted.
             let _ = axum::serve(listener, router).await;
         });
         Ok(Self { address, seen, server })
@@ -61,7 +61,7 @@ impl DemoApi {
         self.seen.requests.load(Ordering::SeqCst)
     }
 
-    /// Lets each answer take this long from now on.
+    /// Delays every response from now on.
     pub fn set_delay(&self, delay: Duration) {
         self.seen.delay_ms.store(delay.as_millis().try_into().unwrap_or(u64::MAX), Ordering::SeqCst);
     }
@@ -73,7 +73,7 @@ impl Drop for DemoApi {
     }
 }
 
-/// The path whose answer waits for the whole request and tells of its trailers too.
+/// The path whose response comes after the whole request and contains its trailers.
 pub const TRAILERS: &str = "/trailers";
 
 /// The path that redirects to `/redirected`.
@@ -104,7 +104,7 @@ async fn echo(State(seen): State<Arc<Seen>>, request: Request) -> Response {
     Json(received).into_response()
 }
 
-/// Redirects to `/redirected` of the same host, by a whole URL: Envoy follows no other by itself.
+/// Redirects to `/redirected` of the same host, with an absolute URL: Envoy follows only those.
 fn redirect(headers: &HeaderMap) -> Response {
     let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     match HeaderValue::try_from(format!("http://{host}/redirected")) {
@@ -127,7 +127,7 @@ fn names_and_values(headers: &HeaderMap) -> Value {
     json!(all)
 }
 
-/// One message, not compressed, and the status OK behind it.
+/// One uncompressed message, and the status OK in the trailers.
 fn grpc(received: &Value) -> Response {
     let text = received.to_string();
     let length = u32::try_from(text.len()).unwrap_or_default().to_be_bytes();
@@ -138,7 +138,7 @@ fn grpc(received: &Value) -> Response {
     ([(CONTENT_TYPE, "application/grpc")], body).into_response()
 }
 
-/// Switches protocols, whichever the client speaks then, and sends back what it sends.
+/// Switches protocols and echoes all bytes.
 fn send_back(mut request: Request) -> Response {
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {

@@ -17,11 +17,11 @@ use crate::process::{Process, Signal, resident_kib};
 use crate::tools::{self, Say};
 use crate::wait::eventually;
 
-/// What an Envoy is started with.
+/// Settings of an Envoy.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What its configuration has in place of the template's. Port 0 of the listener and of the admin interface stands for a
-    /// free port, which is reserved for this Envoy.
+    /// Changes of the template. Port 0 of the listener and of the admin interface stands for a free port, which is reserved
+    /// for this Envoy.
     pub replacements: Replacements,
     /// How many workers.
     pub workers: usize,
@@ -31,7 +31,7 @@ pub struct Settings {
     pub sync_key: Secret,
     /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
-    /// Whether the listener stands in a file of its own, which can be changed while Envoy runs.
+    /// Whether the listener is in a file of its own, which can be changed while Envoy runs.
     pub listener_file: bool,
 }
 
@@ -48,14 +48,14 @@ pub struct Envoy {
 }
 
 impl Envoy {
-    /// Starts it in a directory of its own and waits until it takes requests (though maybe without keys yet).
+    /// Starts it in a directory of its own and waits until it accepts requests, possibly without keys.
     pub async fn start(settings: Settings, directory: &Path, log: Log, say: Say<'_>) -> Result<Self> {
         let this = Self::prepare(settings, directory, log, say)?;
         this.restart().await?;
         Ok(this)
     }
 
-    /// Prepares one that [`restart`](Self::restart) starts.
+    /// Prepares an Envoy that [`restart`](Self::restart) starts.
     pub fn prepare(mut settings: Settings, directory: &Path, log: Log, say: Say<'_>) -> Result<Self> {
         let binary = tools::envoy(say)?;
         std::fs::create_dir_all(directory)?;
@@ -76,19 +76,19 @@ impl Envoy {
         Ok(Self { binary, settings, template, directory: directory.to_owned(), log, process, _ports: ports })
     }
 
-    /// Another file of the directory `envoy` to start from than `minimal.yaml`. What it names must lie in the directory of
-    /// this Envoy.
+    /// Uses another file of the directory `envoy` than `minimal.yaml`. Files that it names must be in the directory of this
+    /// Envoy.
     pub const fn with_template(mut self, template: &'static str) -> Self {
         self.template = template;
         self
     }
 
-    /// Starts it, on the same ports as before, and waits until it takes requests.
+    /// Starts it, on the same ports as before, and waits until it accepts requests.
     pub async fn restart(&self) -> Result<()> {
         let settings = self.settings();
         self.write_configuration(&settings)?;
         let admin_file = self.directory.join("admin.address");
-        // Whatever an earlier run left says nothing about this one.
+        // The file of an earlier run has an old address.
         let _ = std::fs::remove_file(&admin_file);
 
         let mut envoy = Command::new(&self.binary);
@@ -140,14 +140,14 @@ impl Envoy {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
 
-    /// How much of its memory is resident, in KiB.
+    /// Its resident memory in KiB.
     pub fn resident_kib(&self) -> Result<u64> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let pid = process.as_ref().context("Envoy does not run")?.pid();
         resident_kib(pid).context("Envoy has ended, or this is not Linux")
     }
 
-    /// Where it takes requests.
+    /// The address of its listener.
     pub fn address(&self) -> SocketAddr {
         self.settings().replacements.listener
     }
@@ -157,23 +157,23 @@ impl Envoy {
         self.settings().replacements.admin
     }
 
-    /// What it was started with.
+    /// The settings that it was started with.
     pub fn settings(&self) -> Settings {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Changes what it is started with the next time.
+    /// Changes the settings for the next start.
     pub fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The number of its process, if it runs.
+    /// The process id, if it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
     }
 
-    /// Writes the configuration anew, with what [`change_settings`](Self::change_settings) changed of the listener. An
-    /// Envoy whose listener stands in a file of its own takes it up at once.
+    /// Writes the configuration with the listener as [`change_settings`](Self::change_settings) changed it. An Envoy whose
+    /// listener is in a file of its own applies it at once.
     pub fn update_listener(&self) -> Result<()> {
         self.write_configuration(&self.settings())
     }
@@ -184,7 +184,7 @@ impl Envoy {
         if settings.listener_file {
             let listener;
             (bootstrap, listener) = apart(&bootstrap)?;
-            // Moved to its place: that is what Envoy watches for.
+            // Envoy watches for renames.
             let new = self.directory.join("listener.yaml.new");
             std::fs::write(&new, listener)?;
             std::fs::rename(new, self.directory.join(LISTENER_FILE))?;
@@ -192,18 +192,18 @@ impl Envoy {
         Ok(std::fs::write(self.directory.join("envoy.yaml"), bootstrap)?)
     }
 
-    /// What it wrote: its own log and the access log.
+    /// Its output: its own log and the access log.
     pub const fn log(&self) -> &Log {
         &self.log
     }
 
-    /// A statistic, by its exact name; 0 for one that does not exist yet.
+    /// A statistic by its exact name, 0 if it does not exist yet.
     pub async fn stat(&self, name: &str) -> Result<u64> {
         let found = self.stats(name).await?;
         Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))
     }
 
-    /// The statistics whose names contain a text.
+    /// The statistics whose names contain this.
     pub async fn stats(&self, part: &str) -> Result<Vec<(String, u64)>> {
         let stats = http::get(self.admin(), &format!("/stats?format=json&filter={part}")).await?.json()?;
         let stats = stats["stats"].as_array().cloned().unwrap_or_default();
@@ -228,7 +228,7 @@ impl Envoy {
             .await?;
             match connections.get_mut(worker) {
                 Some(place @ None) => *place = Some(connection),
-                // Kept open for now, so that the next one goes elsewhere.
+                // Kept open, so that the kernel gives the next connection to another worker.
                 _ => others.push(connection),
             }
             if connections.iter().all(Option::is_some) {

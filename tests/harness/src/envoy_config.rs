@@ -8,38 +8,38 @@ use serde_json::{Map, Value};
 
 use crate::service::Service;
 
-/// What is replaced.
+/// Changes of a template.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replacements {
-    /// Where Envoy takes requests.
+    /// The address of the listener.
     pub listener: SocketAddr,
     /// Its admin interface.
     pub admin: SocketAddr,
-    /// Where it finds the control plane.
+    /// The address of the control plane.
     pub control_plane: SocketAddr,
-    /// Where it finds the API that is protected.
+    /// The address of the protected API.
     pub upstream: SocketAddr,
-    /// Fields of the plugin configuration beside those that the template has, or instead of them.
+    /// Fields to set in the plugin configuration.
     pub plugin: Map<String, Value>,
-    /// Routes before the one that takes everything: the prefix of their paths, and the policy that they name.
+    /// Routes before the catch-all route: path prefix and policy.
     pub routes: Vec<(String, String)>,
-    /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
+    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
     pub trusted_hops: u32,
-    /// Whether the listener takes connections over IPv4 and IPv6 on one socket, on all addresses.
+    /// Whether the listener accepts IPv4 and IPv6 on one socket, on all addresses.
     pub both_families: bool,
-    /// A capability that the template grants the filter and this Envoy does not.
+    /// A capability of the filter to withhold.
     pub withheld: Option<String>,
-    /// A file in Envoy's directory that says how full its heap is, from 0 to 1, in place of what it is. Envoy reads it again
-    /// when another file is moved there. For `hardened.yaml` only.
+    /// A file in Envoy's directory with a fake heap pressure from 0 to 1. Envoy reads it again when another file is renamed
+    /// to it. For `hardened.yaml` only.
     pub heap: Option<String>,
     /// A service in place of `upstream`. For `minimal.yaml` only.
     pub service: Option<Service>,
-    /// Other texts of the template and what stands there instead. Each must stand there exactly once.
+    /// Other replacements of text. Each text must occur exactly once.
     pub texts: Vec<(String, String)>,
 }
 
 impl Replacements {
-    /// The template between these two, on ports that are still to be chosen.
+    /// The template with these addresses, on free ports.
     pub fn between(control_plane: SocketAddr, upstream: SocketAddr) -> Self {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let (plugin, routes) = (Map::new(), Vec::new());
@@ -60,7 +60,7 @@ impl Replacements {
     }
 }
 
-/// The template is not what this code knows how to change.
+/// A marker that does not occur exactly once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TemplateError {
     marker: String,
@@ -87,7 +87,7 @@ const ROUTE: &str = "- match: { prefix: / }";
 pub const UPSTREAM_ROUTE: &str = "route: { cluster: upstream }";
 const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:";
 
-/// Replaces the addresses, and adds to the plugin configuration if there is something to add.
+/// Applies the changes.
 pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateError> {
     let mut addresses =
         vec![(LISTENER_PORT, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
@@ -104,7 +104,7 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
     if text.contains(&format!("port_value: {GRPC_PORT}")) {
         addresses.push((GRPC_PORT, with.upstream));
     }
-    // First to placeholders, lest a new address be taken for another old one.
+    // First to placeholders: a new address may equal another old one.
     for &(port, _) in &addresses {
         let marker = format!("{{ address: 127.0.0.1, port_value: {port} }}");
         text = replace_once(&text, &marker, &format!("\u{0}{port}\u{0}"))?;
@@ -142,10 +142,10 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
     replace_once(&text, PLUGIN, &Value::from(plugin).to_string())
 }
 
-/// The file in Envoy's directory that holds the listener, if it stands apart.
+/// The file in Envoy's directory with the listener, if it is in a file of its own.
 pub const LISTENER_FILE: &str = "listener.yaml";
 
-/// Takes the listener out of a configuration: the rest, which names [`LISTENER_FILE`], and what that file is to hold.
+/// Splits a configuration into the part that names [`LISTENER_FILE`] and the content of that file.
 pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
     const LISTENERS: &str = "static_resources:\n  listeners:\n    - name: ";
     const CLUSTERS: &str = "\n  clusters:\n";

@@ -16,20 +16,20 @@ const CONNECTIONS: u64 = 8;
 /// The pause between two requests with a good key.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// How many keys are sent, and for how long.
+/// Size of a flood.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
-    /// The number of the first key: other numbers make other keys.
+    /// The number of the first key. Different numbers give different keys.
     pub from: u64,
-    /// The fewest keys, however long a busy machine takes for them.
+    /// Minimum number of keys, however long a busy machine takes.
     pub least: u64,
-    /// The most keys.
+    /// Maximum number of keys.
     pub most: u64,
-    /// The time after which no key beyond the fewest is sent.
+    /// Time after which no key beyond the minimum is sent.
     pub lasts: Duration,
 }
 
-/// An unknown key, well-formed or not, a different one for each number (SplitMix64).
+/// The unknown key of a number (SplitMix64), well-formed or not.
 fn stranger(seed: u64) -> String {
     let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -42,7 +42,7 @@ fn stranger(seed: u64) -> String {
     }
 }
 
-/// Sends the keys to an Envoy, and says how many were refused.
+/// Sends the keys to an Envoy, and returns how many were refused. All must be.
 pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
     let start = Instant::now();
     let next = Arc::new(AtomicU64::new(0));
@@ -70,7 +70,7 @@ pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
     Ok(refused)
 }
 
-/// The times that requests with a good key take, in ascending order. Ends after `enough` requests or when `stop` is set.
+/// The latencies of requests with a good key, in ascending order. Ends after `enough` requests or when `stop` is set.
 pub async fn probe(connection: &mut Connection, key: &str, enough: usize, stop: &AtomicBool) -> Result<Vec<Duration>> {
     let mut took = Vec::new();
     while took.len() < enough && !stop.load(Ordering::Relaxed) {

@@ -14,10 +14,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
-/// No answer of this stack takes longer, held polls apart.
+/// Time limit of a response. Only held polls take longer.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The whole answer to a request.
+/// A whole response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// Status.
@@ -29,7 +29,7 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// A header, if it is there once and is text.
+    /// A header that occurs once and is text.
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut all = self.headers.get_all(name).iter();
         let first = all.next()?.to_str().ok()?;
@@ -43,7 +43,7 @@ impl Reply {
     }
 }
 
-/// A request without its head start: what `send` needs.
+/// A request with its body.
 pub type Outgoing = Request<Full<Bytes>>;
 
 /// One connection, kept alive.
@@ -63,12 +63,12 @@ impl Connection {
         Ok(Self { sender, authority: address.to_string() })
     }
 
-    /// Whether the other end has not closed it, as far as is known.
+    /// Whether the server has not closed it, as far as is known.
     pub fn is_open(&self) -> bool {
         !self.sender.is_closed()
     }
 
-    /// Sends a request and waits for the whole answer.
+    /// Sends a request and waits for the whole response.
     pub async fn send(&mut self, mut request: Outgoing) -> Result<Reply> {
         request.headers_mut().insert("host", self.authority.parse()?);
         let exchange = async {

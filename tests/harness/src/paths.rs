@@ -7,12 +7,11 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 
-/// What only the root of the workspace has.
+/// Files by which the root of the workspace is recognised.
 const OF_THE_ROOT: [&str; 3] = ["Cargo.toml", "tests/Cargo.toml", "envoy/minimal.yaml"];
 
-/// The root of the workspace: the one that cargo runs this program for (`CARGO_MANIFEST_DIR`), or else the one around
-/// the current directory. Where this program was compiled does not matter, since a checkout may be copied with its target
-/// directory and changed afterwards.
+/// The root of the workspace: of `CARGO_MANIFEST_DIR`, which cargo sets, or else of the current directory. The directory in
+/// which this program was compiled does not matter, since a checkout may be copied with its target directory.
 pub fn find_workspace() -> Result<&'static Path> {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     if let Some(root) = ROOT.get() {
@@ -30,7 +29,7 @@ pub fn find_workspace() -> Result<&'static Path> {
     Ok(ROOT.get_or_init(|| root.to_owned()))
 }
 
-/// The root of the workspace, where it is known that there is one: see [`find_workspace`].
+/// The root of the workspace. Panics where [`find_workspace`] fails.
 pub fn workspace() -> &'static Path {
     find_workspace().unwrap_or_else(|error| panic!("{error}"))
 }
@@ -55,32 +54,31 @@ pub fn wasm() -> PathBuf {
     std::env::var_os("PORTCULLIS_WASM").map_or_else(|| target().join("portcullis.wasm"), PathBuf::from)
 }
 
-/// The filter with a switch that traps its VM, for tests of faults.
+/// The filter that traps on demand, for tests of faults.
 pub fn trap_wasm() -> PathBuf {
     target().join("portcullis-trap.wasm")
 }
 
-/// The library that shifts the clock of a process that it is preloaded into.
+/// The library that replaces the clock of a process that preloads it.
 pub fn shifted_clock() -> PathBuf {
     target().join("debug/libshifted_clock.so")
 }
 
 static CONTROL_PLANE: OnceLock<PathBuf> = OnceLock::new();
 
-/// The control plane. `CONTROL_PLANE_BIN` names another than the one that the development profile built.
+/// The control plane that the development profile built, unless `CONTROL_PLANE_BIN` names another.
 pub fn control_plane() -> PathBuf {
     let built = || CONTROL_PLANE.get().cloned().unwrap_or_else(|| target().join("debug/control-plane"));
     std::env::var_os("CONTROL_PLANE_BIN").map_or_else(built, PathBuf::from)
 }
 
-/// From now on, [`control_plane`] is this one. The first that is named stays.
+/// Sets the result of [`control_plane`]. Only the first call has an effect.
 pub fn use_control_plane(binary: PathBuf) {
     let _ = CONTROL_PLANE.set(binary);
 }
 
-/// A directory of the given name that every user of the machine can reach. PostgreSQL refuses to run as root, and the
-/// user that it runs as instead cannot enter, for example, `/root`: then `wanted` becomes a link to a directory below
-/// `/var/tmp` that can be reached.
+/// A directory that every user of the machine can reach. PostgreSQL refuses to run as root, and the user that it runs as
+/// instead cannot enter `/root`, for example. `wanted` then becomes a link to a directory below `/var/tmp`.
 pub fn reachable(wanted: &Path) -> Result<PathBuf> {
     if let Some(parent) = wanted.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;

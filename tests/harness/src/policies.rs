@@ -13,10 +13,10 @@ pub fn file() -> PathBuf {
     paths::workspace().join("envoy/demo-policies.json")
 }
 
-/// What Envoy's configuration needs of it: fields of the plugin configuration, and routes as prefix and policy.
+/// Fields of the plugin configuration, and routes as prefix and policy.
 pub type ForEnvoy = (Map<String, Value>, Vec<(String, String)>);
 
-/// Reads it for Envoy.
+/// Reads it.
 pub fn for_envoy() -> Result<ForEnvoy> {
     let text = std::fs::read_to_string(file())?;
     let mut all: Map<String, Value> = serde_json::from_str(&text)?;

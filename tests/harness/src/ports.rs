@@ -1,8 +1,9 @@
 //! Ports for processes that listen again on the same port after a restart.
 //!
-//! A port that the operating system chooses lies in its range for outgoing connections. While the process that listens
-//! there is down, the system may give that port to a connection of another test, and Envoy even lets two processes listen
-//! on one port. Ports from here lie outside of that range, and two test programs never hold the same one.
+//! The operating system chooses ports from its range for outgoing connections. While the listening
+//! process is down, the system may give its port to a connection of another test, and Envoy lets two
+//! processes listen on one port. These ports are outside of that range, and no two test programs
+//! reserve the same one.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 

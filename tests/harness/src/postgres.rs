@@ -18,12 +18,12 @@ use crate::process::{Process, Signal};
 use crate::tools::{self, Say, silently};
 use crate::wait::eventually;
 
-/// Whether what is committed has to survive.
+/// Whether commits survive a crash of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
     /// As PostgreSQL comes.
     Durable,
-    /// Fast: for data that nobody will miss. A crash of the server alone still loses nothing.
+    /// Fast, for test data. A crash of the server alone still loses nothing.
     Throwaway,
 }
 
@@ -41,7 +41,7 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// A server of one's own, whose data go with it.
+    /// A private server, whose data are deleted with it.
     pub async fn private() -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-pg-")?;
         open_to_all(home.path())?;
@@ -52,7 +52,7 @@ impl Postgres {
         Ok(server)
     }
 
-    /// A server on data that stay.
+    /// A server on data that persist.
     pub async fn kept(data: &Path, log: Log, say: Say<'_>) -> Result<Self> {
         let mut server = Self::prepare(data, Durability::Durable, say)?;
         server.log = log;
@@ -100,7 +100,7 @@ impl Postgres {
         if self.durability == Durability::Throwaway {
             server.args(["-c", "fsync=off", "-c", "full_page_writes=off"]);
         }
-        // SIGQUIT: end at once, with all its processes, and recover at the next start.
+        // SIGQUIT: all its processes end at once, and the next start recovers.
         let process = Process::spawn("PostgreSQL", server, &self.log, Signal::SIGQUIT)?;
         let url = self.url("postgres");
         let ready = async || match process.must_run() {
@@ -119,7 +119,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// What it wrote.
+    /// Its output.
     pub const fn log(&self) -> &Log {
         &self.log
     }
@@ -129,12 +129,12 @@ impl Postgres {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
 
-    /// Makes a database with a name of its own.
+    /// Creates a database with a unique name.
     pub async fn create_database(&self) -> Result<Database> {
         create_in(&self.url("postgres")).await
     }
 
-    /// The database of this name, made if there is none.
+    /// The database of this name. Creates it if there is none.
     pub async fn database(&self, name: &str) -> Result<Database> {
         let database = Database { url: self.url(name) };
         if PgConnection::connect(&database.url).await.is_err() {
@@ -143,7 +143,7 @@ impl Postgres {
         Ok(database)
     }
 
-    /// Where clients find a database.
+    /// The URL of a database.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@localhost/{database}?host={}", self.sockets.path().display())
     }
@@ -152,7 +152,7 @@ impl Postgres {
 /// One database.
 #[derive(Clone, Debug)]
 pub struct Database {
-    /// For sqlx and everybody else.
+    /// Connection URL.
     pub url: String,
 }
 
@@ -162,25 +162,25 @@ impl Database {
         PgConnection::connect(&self.url).await.with_context(|| format!("cannot connect to {}", self.url))
     }
 
-    /// Runs statements that take no parameters, and says how many rows they changed.
+    /// Runs statements without parameters, and returns how many rows they changed.
     pub async fn execute(&self, sql: &str) -> Result<u64> {
         let done = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut self.connect().await?).await?;
         Ok(done.rows_affected())
     }
 
-    /// The one number that a query gives.
+    /// The only number that a query returns.
     pub async fn number(&self, sql: &str) -> Result<i64> {
         Ok(sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connect().await?).await?)
     }
 
-    /// The one text that a query gives.
+    /// The only text that a query returns.
     pub async fn text(&self, sql: &str) -> Result<String> {
         Ok(sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connect().await?).await?)
     }
 }
 
-/// A database for one test: on the server that `DATABASE_URL` names, or else on one that the tests of this process share
-/// and whose last user ends it.
+/// A database for one test: on the server of `DATABASE_URL`, or else on a server that the tests of this process share and
+/// that ends with the last of them.
 pub async fn test_database() -> Result<(Database, Option<Arc<Postgres>>)> {
     if let Ok(server) = std::env::var("DATABASE_URL") {
         return Ok((create_in(&server).await?, None));
@@ -196,7 +196,7 @@ pub async fn test_database() -> Result<(Database, Option<Arc<Postgres>>)> {
     Ok((server.create_database().await?, Some(server)))
 }
 
-/// Makes a database with a name of its own.
+/// Creates a database with a unique name.
 async fn create_in(server: &str) -> Result<Database> {
     static MADE: AtomicU32 = AtomicU32::new(0);
     // The server of `DATABASE_URL` may hold databases of earlier test programs and of other machines.
@@ -207,7 +207,7 @@ async fn create_in(server: &str) -> Result<Database> {
     Ok(Database { url: of_database(server, &name) })
 }
 
-/// The address of another database of the same server.
+/// The URL of another database of the same server.
 fn of_database(url: &str, name: &str) -> String {
     let (address, options) = url.split_once('?').map_or((url, String::new()), |(a, o)| (a, format!("?{o}")));
     let authority = address.find("://").map_or(0, |scheme| scheme.saturating_add(3));
@@ -225,7 +225,7 @@ fn open_to_all(directory: &Path) -> Result<()> {
     Ok(std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))?)
 }
 
-/// Who runs PostgreSQL if root may not: the distribution's user for it, or else nobody.
+/// The user that runs PostgreSQL in place of root: `postgres`, or else `nobody`.
 fn substitute() -> Result<Option<User>> {
     if !geteuid().is_root() {
         return Ok(None);

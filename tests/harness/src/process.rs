@@ -25,7 +25,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it. `last_signal` is what it gets when the handle is dropped or this process dies.
+    /// Starts it. It receives `last_signal` when the handle is dropped or this process ends.
     pub fn spawn(name: &str, mut command: Command, log: &Log, last_signal: Signal) -> Result<Self> {
         let (stdout, stderr) = log.outputs()?;
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
@@ -33,12 +33,12 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, last_signal, log: log.clone() })
     }
 
-    /// Its number.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.lock().map(|child| child.id()).unwrap_or_default()
     }
 
-    /// How it ended, if it did.
+    /// The exit status, if it has ended.
     pub fn ended(&self) -> Option<ExitStatus> {
         self.child.lock().ok()?.try_wait().ok()?
     }
@@ -58,7 +58,7 @@ impl Process {
         nix::sys::signal::kill(pid, signal).map_err(|error| anyhow!("{} cannot be signalled: {error}", self.name))
     }
 
-    /// Sends a signal and waits for the end.
+    /// Sends a signal and waits until the process has ended.
     pub async fn stop(&self, signal: Signal) -> Result<ExitStatus> {
         self.signal(signal)?;
         let what = format!("the end of {} after {signal}", self.name);
@@ -68,7 +68,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // A test may be panicking: end it whatever happens, and wait, so that no process is left over.
+        // Also while a test panics. Waits, so that no process is left.
         if self.signal(self.last_signal).is_err() {
             return;
         }

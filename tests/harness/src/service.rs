@@ -106,15 +106,14 @@ impl Service {
     /// What is replaced in the template.
     pub fn replacements(&self) -> Vec<(String, String)> {
         let cluster = "    - name: upstream\n      type: STRICT_DNS\n      connect_timeout: 1s\n";
-        // `localhost` and names have IPv4 addresses, IPv6 addresses or both, and the service may listen on one kind only:
-        // Envoy then tries the other.
+        // A name may have addresses of both families while the service listens on one only. Envoy then tries the other.
         let reached = format!(
             "    - name: upstream\n      type: LOGICAL_DNS\n      dns_lookup_family: ALL\n      connect_timeout: 5s\n{}",
             self.transport_socket()
         );
         let address = "{ address: 127.0.0.1, port_value: 8080 }";
         let host = format!("{{ address: \"{}\", port_value: {} }}", self.host(), self.port());
-        // A client could claim to have called another name.
+        // A client could forge it.
         let domains = "                      domains: [\"*\"]\n";
         let clean = format!("{domains}                      request_headers_to_remove: [x-forwarded-host]\n");
         vec![

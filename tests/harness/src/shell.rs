@@ -12,7 +12,7 @@ use contract::key::Secret;
 /// Writes the file, which only its owner can read: `API` is the URL of the REST API, `GATE` that of Envoy, `ADMIN` the admin
 /// key.
 pub fn write_environment(file: &Path, api: SocketAddr, gate: SocketAddr, admin: &Secret) -> Result<()> {
-    // Nothing of a file that was there before is kept, its mode included.
+    // A file that was there before could have another mode.
     let _ = std::fs::remove_file(file);
     let mut options = File::options();
     let opened = options.write(true).create_new(true).mode(0o600).open(file);

@@ -22,19 +22,19 @@ use crate::wait::eventually;
 const ANY_PORT: std::net::SocketAddr =
     std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-/// The statistic that says how far an Envoy's store is.
+/// The statistic with the version of an Envoy's store.
 pub const STORE_VERSION: &str = "wasmcustom.portcullis_store_version";
 
-/// A running stack. All of it ends when dropped, in the order of the fields.
+/// A running stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct Stack {
     /// The Envoys.
     pub envoys: Vec<Envoy>,
     /// The API behind them.
     pub demo: DemoApi,
-    /// Where keys are managed.
+    /// The control plane.
     pub control_plane: ControlPlane,
-    /// Where keys are kept.
+    /// Its database.
     pub database: Database,
     /// The server of the database, shared with other tests unless the test asked for its own; none if `DATABASE_URL`
     /// names one.
@@ -42,7 +42,7 @@ pub struct Stack {
     directory: TempDir,
 }
 
-/// What a test wants of its stack.
+/// Settings of a stack.
 #[derive(Clone, Debug)]
 pub struct Builder {
     envoys: usize,
@@ -59,7 +59,7 @@ pub struct Builder {
 }
 
 impl Stack {
-    /// One Envoy with two workers, unless the test wants something else.
+    /// One Envoy with two workers, unless the test changes that.
     pub fn builder() -> Builder {
         Builder {
             envoys: 1,
@@ -72,7 +72,7 @@ impl Stack {
             control_plane_log_level: "info".into(),
             own_postgres: false,
             environment: Vec::new(),
-            // Tests ask more of the REST API than people do.
+            // Tests call the REST API more often than people do.
             arguments: ["--api-rate-limit", "10000", "--api-burst", "20000"].map(Into::into).into(),
         }
     }
@@ -92,12 +92,12 @@ impl Stack {
         self.envoys.first().expect("the stack has an Envoy")
     }
 
-    /// A request to the first Envoy.
+    /// Sends a request to the first Envoy.
     pub async fn get(&self, key: Option<&str>) -> Result<http::Reply> {
         http::send(self.envoy().address(), http::get_request("/orders?page=2", key)?).await
     }
 
-    /// Waits until every Envoy has an answer of this status for the key.
+    /// Waits until every Envoy responds with this status to the key.
     pub async fn wait_for_status(&self, key: Option<&str>, status: u16) -> Result<()> {
         for envoy in &self.envoys {
             wait_for_status(envoy, key, status).await?;
@@ -105,24 +105,24 @@ impl Stack {
         Ok(())
     }
 
-    /// Waits until every Envoy has all that the database has.
+    /// Waits until every Envoy has every change of the database.
     pub async fn in_step(&self) -> Result<()> {
         let revision: u64 = self.database.text("select revision::text from store_state").await?.parse()?;
         for envoy in &self.envoys {
-            let told = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
-            eventually("an Envoy to have every change", told).await?;
+            let reached = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
+            eventually("an Envoy to have every change", reached).await?;
         }
         Ok(())
     }
 
-    /// Generates the user's key and waits until every Envoy admits it, which counts one request or more.
+    /// Generates the user's key and waits until every Envoy admits it, which takes one or more requests that are counted.
     pub async fn working_key(&self, email: &str) -> Result<String> {
         let key = self.rest().generate(email).await?;
         self.wait_for_status(Some(&key), 200).await?;
         Ok(key)
     }
 
-    /// Waits until the status of the user's key tells of so many requests.
+    /// Waits until the status of the user's key shows this number of requests.
     pub async fn wait_for_usage(&self, email: &str, requests: u64) -> Result<Value> {
         let rest = self.rest();
         let counted = async || {
@@ -135,8 +135,7 @@ impl Stack {
         }
     }
 
-    /// Changes columns of the user's primary key in the database, behind the back of the REST API, for what that has no
-    /// operation for yet.
+    /// Changes columns of the user's primary key directly in the database, where the REST API has no operation.
     pub async fn change_key(&self, email: &str, columns: &str) -> Result<()> {
         let keys = format!("id = (select primary_key_id from user_preferences where email = '{email}')");
         let changed = self.database.execute(&format!("update api_keys set {columns} where {keys}")).await?;
@@ -144,18 +143,18 @@ impl Stack {
         Ok(())
     }
 
-    /// The id of a user, whom the upstream hears of as the consumer.
+    /// The id of a user: `x-consumer-id` at the upstream.
     pub async fn owner_id(&self, email: &str) -> Result<String> {
         self.database.text(&format!("select id::text from user_preferences where email = '{email}'")).await
     }
 
-    /// A directory that goes with the stack.
+    /// A directory that is deleted with the stack.
     pub fn directory(&self) -> PathBuf {
         self.directory.path().to_owned()
     }
 }
 
-/// Waits until an Envoy has an answer of this status for the key.
+/// Waits until an Envoy responds with this status to the key.
 pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> Result<()> {
     let mut last = None;
     let what = format!("status {status}");
@@ -193,19 +192,19 @@ impl Builder {
         self
     }
 
-    /// Proxies in front of Envoy whose `x-forwarded-for` is believed.
+    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
     pub const fn trusted_hops(mut self, hops: u32) -> Self {
         self.trusted_hops = hops;
         self
     }
 
-    /// An access log that prints what clients call themselves.
+    /// An access log with the user agents of clients.
     pub fn log_user_agents(mut self) -> Self {
         self.texts.push(("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%".into(), "%REQ(USER-AGENT)%".into()));
         self
     }
 
-    /// Everything that is logged at level debug.
+    /// Logs at level debug.
     pub fn debug_logs(mut self) -> Self {
         self.envoy_log_level = "debug".into();
         self.control_plane_log_level = "debug".into();
@@ -218,26 +217,26 @@ impl Builder {
         self
     }
 
-    /// A variable of the environment of the control plane and of every Envoy.
+    /// An environment variable of the control plane and of every Envoy.
     pub fn variable(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// Further arguments of `control-plane serve`.
+    /// More arguments of `serve`.
     pub fn control_plane_arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         self
     }
 
-    /// Starts it, and waits until each Envoy knows that it does not know a key.
+    /// Starts it, and waits until every Envoy has its keys and so refuses an unknown one.
     pub async fn start(self) -> Result<Stack> {
         let stack = self.start_unsynced().await?;
         stack.wait_for_status(Some("no such key"), 401).await?;
         Ok(stack)
     }
 
-    /// Starts it, and does not wait for the filters to have their keys.
+    /// Starts it without waiting for the filters to have their keys.
     pub async fn start_unsynced(self) -> Result<Stack> {
         let (database, postgres) = if self.own_postgres {
             let server = Arc::new(Postgres::private().await?);
@@ -246,7 +245,7 @@ impl Builder {
             postgres::test_database().await?
         };
         let mut directory = TempDir::with_prefix("portcullis-")?;
-        // To look at the logs of a scenario that fails: PORTCULLIS_KEEP=1 cargo test …
+        // PORTCULLIS_KEEP=1 keeps the logs of a scenario that fails.
         directory.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
         let (admin_key, sync_key) = (fresh_key()?, fresh_key()?);
         let settings = control_plane::Settings {

@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime};
 use super::{Known, Oracle, Standing};
 use crate::verdict::Restored;
 
-/// What the keys were at some time.
+/// State of the keys at some time.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     secrets: Vec<(Standing, Option<SystemTime>)>,
@@ -15,14 +15,14 @@ pub struct Snapshot {
 }
 
 impl Oracle {
-    /// What all keys are now.
+    /// The present state of all keys.
     pub fn snapshot(&self) -> Snapshot {
         let known = self.known();
         let secrets = known.secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect();
         Snapshot { secrets, top_ups: known.credits.top_ups() }
     }
 
-    /// Nobody knows what any key is: the database is being put back. But for those that are steady: they stand in both.
+    /// The database is being restored: the state of every key is unknown, except of the steady ones, which are in both.
     pub fn doubt_all(&self) {
         let mut known = self.known();
         let steady = known.steady;
@@ -32,7 +32,7 @@ impl Oracle {
         }
     }
 
-    /// The keys are again what they were then; those that came later never were. Nothing has changed for those that are steady.
+    /// Restores the state of the keys. Later keys no longer exist, and the steady ones are unchanged.
     pub fn go_back(&self, to: &Snapshot) {
         let mut known = self.known();
         let Known { secrets, forgotten, credits, steady, .. } = &mut *known;
@@ -50,8 +50,7 @@ impl Oracle {
         }
     }
 
-    /// An older copy has taken the database's place: these requests, which only the database that is gone had counted, may be
-    /// lost of each key, and so many without a known key.
+    /// Excuses the counts that only the replaced database had.
     pub fn restored(&self, lost: &Restored) {
         self.known().restored.add(lost);
         self.may_lose(Restored::WHY, lost.all());

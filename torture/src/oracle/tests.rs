@@ -49,7 +49,7 @@ fn a_dead_key_may_be_admitted_within_the_bound_and_not_later() {
     assert_eq!(judged.oracle.verdict().admitted_wrongly, 0);
     assert!(!judged.is_fine(LATER, &came(200, "")));
     assert_eq!(judged.oracle.verdict().admitted_wrongly, 1);
-    // Nobody knows: nothing is held against anybody.
+    // Unknown: no response is wrong.
     judged.oracle.doubt(judged.key);
     assert!(judged.is_fine(LATER, &came(200, "")) && judged.is_fine(LATER, &came(401, "revoked")));
 }
