@@ -1,5 +1,5 @@
-//! A flood of keys that nobody has: it costs Envoy no memory, the database no rows and the operator no statistics, and
-//! those with a good key hardly notice. The figures are printed.
+//! A flood of unknown keys costs Envoy no memory, the database no rows and the operator no
+//! statistics, and hardly affects good keys. The figures are printed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
-//! Memory of a control plane that loads the whole store again and again, as it does whenever the database is restored.
+//! Memory of a control plane that loads the whole store repeatedly, as after every restore of the
+//! database.
 
 use anyhow::{Context, Result, ensure};
 use portcullis_tests::process::resident_kib;

@@ -1,5 +1,5 @@
-//! Scopes that routes ask for and keys have by their roles: a change of a role reaches every worker of every Envoy as a
-//! revocation does.
+//! Scopes that routes require and keys have by their roles: a change of a role reaches every worker
+//! of every Envoy as a revocation does.
 
 use std::time::Instant;
 

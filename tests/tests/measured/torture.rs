@@ -1,5 +1,5 @@
-//! Faults of every kind on the whole stack, each once, in an order and at a time that a seed gives. `cargo xtask torture` does
-//! the same for longer. Linux only: elsewhere no clock can be shifted.
+//! Every kind of fault once on the whole stack, in an order and at times that a seed gives. `cargo
+//! xtask torture` runs longer. Linux only: elsewhere the clock cannot be shifted.
 #![cfg(target_os = "linux")]
 
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Clients that ask for responses and do not take them: memory of the control plane, how it answers others meanwhile, and
-//! that all of those connections end. The figures are printed.
+//! Clients that do not read responses: memory of the control plane, its latency for others
+//! meanwhile, and the end of all these connections. The figures are printed.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Browsers and load balancers, which ask without a key: the shipped configurations answer preflights and health checks in
-//! front of the filter, and pages can read refusals.
+//! Browsers and load balancers, which send no key: the shipped configurations answer preflights and
+//! health checks before the filter, and pages can read refusals.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

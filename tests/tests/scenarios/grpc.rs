@@ -1,4 +1,4 @@
-//! gRPC calls: clients learn the reason of a refusal from `grpc-status`, and try again by themselves what they should.
+//! gRPC calls: `grpc-status` tells clients the reason of a refusal, and whether to retry.
 
 use anyhow::Result;
 use axum::body::Bytes;

@@ -1,5 +1,5 @@
-//! What nobody honest sends to Envoy, byte by byte: each gets its documented answer or the end of the connection, nothing
-//! of it reaches the upstream, and the filter does not trap.
+//! Malicious requests, byte by byte: each gets its documented response or the end of the
+//! connection, nothing reaches the upstream, and the filter does not trap.
 
 use anyhow::{Result, ensure};
 use axum::body::Bytes;

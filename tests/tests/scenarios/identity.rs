@@ -1,4 +1,4 @@
-//! Who calls is for the filter to say, and for nobody else.
+//! Only the filter sets identity headers: clients cannot forge them.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;

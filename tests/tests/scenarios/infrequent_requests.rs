@@ -1,5 +1,5 @@
-//! Requests that come seldom: each begins after the lease of the one before was given back, and none is refused while there
-//! is enough of the quota and of the credits.
+//! Infrequent requests: each comes after the lease of the one before was returned, and none is
+//! refused while quota and credits suffice.
 
 use anyhow::Result;
 use hyper::Method;

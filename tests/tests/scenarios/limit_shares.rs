@@ -1,4 +1,5 @@
-//! A limit of an hour that three Envoys share is used once, however often the key rests and wherever its load goes.
+//! A limit of an hour that three Envoys share is used once, however often the key is idle and
+//! wherever its load goes.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! Keys as nobody should send them: each gets an answer, none gets through, and none harms the filter.
+//! Malformed keys: each gets a response, none is admitted, and none harms the filter.
 
 use anyhow::Result;
 use axum::http::HeaderValue;

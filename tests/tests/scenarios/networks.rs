@@ -1,4 +1,4 @@
-//! Keys that are bound to networks are judged by the address that Envoy trusts.
+//! Keys that are bound to networks are checked against the address that Envoy trusts.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

@@ -1,5 +1,6 @@
-//! One path, many spellings: whatever a client writes, a route with a policy is reached with the decision of that policy
-//! only, and an upstream that reads paths as RFC 3986 has it never sees a path that was judged as another.
+//! Different spellings of one path: however a client writes it, a request reaches a route with a
+//! policy only by the decision of that policy, and an upstream that parses paths by RFC 3986 never
+//! sees a path that was decided as another one.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

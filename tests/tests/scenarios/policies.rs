@@ -1,4 +1,4 @@
-//! What routes ask for, by the policy that they name in their metadata.
+//! Policies of routes, which routes name in their metadata.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

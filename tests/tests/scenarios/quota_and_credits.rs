@@ -1,4 +1,4 @@
-//! Quotas and credits, spent from what this Envoy was leased.
+//! Quotas and credits, spent from the lease of one Envoy.
 
 use anyhow::Result;
 use contract::budget::Stock;

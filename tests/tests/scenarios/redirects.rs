@@ -1,4 +1,4 @@
-//! Redirects: those that Envoy follows by itself, and those that it answers.
+//! Redirects that Envoy follows itself, and redirects that it sends.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

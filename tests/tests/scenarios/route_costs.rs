@@ -1,4 +1,5 @@
-//! A route that costs more than an Envoy may spend before it has a lease: a refusal requests a lease for the next try.
+//! A route that costs more than an Envoy may spend without a lease: the refusal requests a lease
+//! for the next try.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! `cargo xtask up --upstream`: the user's own service behind Envoy, by its URL.
+//! `cargo xtask up --upstream`: Envoy in front of the user's own service, given by URL.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;

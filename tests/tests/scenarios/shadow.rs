@@ -1,4 +1,5 @@
-//! Shadow mode: nothing is refused, and what would have been is told to the upstream, to the operator and in usage.
+//! Shadow mode: no request is refused, and the upstream, the operator and usage learn which would
+//! have been.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;

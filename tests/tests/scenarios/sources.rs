@@ -1,4 +1,4 @@
-//! Where a key may stand: each place, their order, and that nothing of the key goes upstream.
+//! Sources of a key: each one, their order, and the removal of the key before the upstream.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

@@ -1,4 +1,5 @@
-//! Trailers of a request: an upstream that speaks HTTP/2 gets them, but none that looks like an identity or a key.
+//! Trailers of a request: an HTTP/2 upstream gets them, except those that look like an identity or
+//! a key.
 
 use std::convert::Infallible;
 

@@ -1,5 +1,5 @@
-//! The built filter alone in a real Envoy, with a control plane that plays a script: each outcome that a record can cause,
-//! including those that the real control plane cannot bring about yet, and the counts that the filter reports of them.
+//! The built filter in a real Envoy with a fake control plane: each outcome that a record can
+//! cause, including those that the real control plane cannot cause yet, and the reported counts.
 
 use anyhow::Result;
 use contract::outcome::Outcome;
