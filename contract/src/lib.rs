@@ -10,6 +10,7 @@
 //! and as WebAssembly in Envoy, and is tested as both.
 
 #![forbid(unsafe_code)]
+#![warn(missing_docs)]
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,

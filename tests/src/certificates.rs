@@ -1,5 +1,4 @@
-//! Certificates and JWTs for tests, made when they are needed: names come in, PEM goes out. None outlives its test by more
-//! than a file.
+//! Certificates and JWTs for tests, made on demand.
 
 use std::path::{Path, PathBuf};
 
@@ -46,9 +45,6 @@ pub enum For {
 
 impl Authority {
     /// A new authority.
-    ///
-    /// # Errors
-    /// If there is no randomness.
     pub fn new(name: &str) -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.distinguished_name.push(DnType::CommonName, name);
@@ -60,9 +56,6 @@ impl Authority {
     }
 
     /// A certificate for these DNS names.
-    ///
-    /// # Errors
-    /// If a name is none.
     pub fn issue(&self, names: &[&str], purpose: For) -> Result<Identity> {
         let mut params = CertificateParams::new(names.iter().map(ToString::to_string).collect::<Vec<_>>())?;
         params.distinguished_name.push(DnType::CommonName, names.first().copied().unwrap_or("nobody"));
@@ -76,10 +69,7 @@ impl Authority {
 }
 
 impl Identity {
-    /// Writes `NAME.pem` and `NAME.key` into a directory, and says where they are.
-    ///
-    /// # Errors
-    /// If they cannot be written.
+    /// Writes `NAME.pem` and `NAME.key` into a directory, and returns their paths.
     pub fn write(&self, directory: &Path, name: &str) -> Result<(PathBuf, PathBuf)> {
         let (certificate, key) = (directory.join(format!("{name}.pem")), directory.join(format!("{name}.key")));
         std::fs::write(&certificate, &self.certificate)?;
@@ -94,24 +84,17 @@ pub struct TokenIssuer(KeyPair);
 
 impl TokenIssuer {
     /// A new issuer.
-    ///
-    /// # Errors
-    /// If there is no randomness.
     pub fn new() -> Result<Self> {
         Ok(Self(KeyPair::generate_for(&PKCS_ED25519)?))
     }
 
     /// Its public key as a set of keys (RFC 7517, RFC 8037).
-    #[must_use]
     pub fn jwks(&self) -> Value {
         let public = URL_SAFE_NO_PAD.encode(self.0.public_key_raw());
         json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "use": "sig", "kid": "1", "x": public}]})
     }
 
     /// A token with these claims.
-    ///
-    /// # Errors
-    /// If it cannot be signed.
     pub fn token(&self, claims: &Value) -> Result<String> {
         let header = json!({"alg": "EdDSA", "kid": "1", "typ": "JWT"});
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());

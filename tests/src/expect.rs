@@ -1,4 +1,4 @@
-//! What tests expect of whole answers: status, every header, every field of the body.
+//! Assertions on whole responses: status, every header, every field of the body.
 
 use contract::outcome::Outcome;
 use hyper::HeaderMap;
@@ -6,11 +6,7 @@ use serde_json::{Value, json};
 
 use crate::http::Reply;
 
-/// A refusal of the filter, whole. `more` are the headers that this outcome has beside those that all have; their values
-/// are for the test to judge.
-///
-/// # Panics
-/// If something differs.
+/// Asserts a whole refusal of the filter. `more` names the headers that only this outcome has; the test checks their values.
 #[track_caller]
 pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
     let refusal = outcome.refusal().expect("an outcome that is refused");
@@ -57,11 +53,8 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
     assert_eq!(sorted_names(&reply.headers), names);
 }
 
-/// An answer of the demo API: gives the headers that it received, as `{name: [values]}`, with their names complete.
-/// `identity` are the names of the identity headers that are expected.
-///
-/// # Panics
-/// If it is something else, or if the API received a header that is not expected.
+/// Asserts a response of the demo API and the names of the headers that it received, with these identity headers among
+/// them. Returns the headers as `{name: [values]}`.
 #[track_caller]
 pub fn assert_upstream(reply: &Reply, identity: &[&str]) -> Value {
     assert_eq!(reply.status, 200, "{:?}", reply.body);

@@ -1,5 +1,5 @@
-//! Many requests: keys, a number of connections and a pace come in; how many answers came with which status goes out, key
-//! by key, to the last one.
+//! A load of many requests over several connections, at a given pace. It counts responses by key
+//! and status, to the last one.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,22 +13,22 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::http::Connection;
 
-/// How a load runs.
+/// Settings of a load.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The Envoys, which take turns by connection.
+    /// The Envoys, assigned to connections in turn.
     pub targets: Vec<SocketAddr>,
-    /// The keys, which take turns by request.
+    /// The keys, assigned to requests in turn.
     pub keys: Vec<String>,
-    /// How many connections are kept open at once.
+    /// Number of parallel connections.
     pub connections: usize,
-    /// After how many requests it ends, if not stopped before.
+    /// Number of requests after which it ends.
     pub requests: u64,
-    /// Requests per second over all connections; as fast as answers come if there is none.
+    /// Requests per second over all connections; as fast as possible if none.
     pub per_second: Option<u32>,
 }
 
-/// How many answers came, by key (its place in the plan) and status. Status 0: no answer.
+/// Number of responses by key (its index in the plan) and status. Status 0 stands for no response.
 pub type Answers = BTreeMap<(usize, u16), u64>;
 
 /// A running load.
@@ -41,7 +41,6 @@ pub struct Load {
 
 impl Load {
     /// Starts it.
-    #[must_use]
     pub fn start(plan: Plan) -> Self {
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut connections = JoinSet::new();
@@ -54,21 +53,17 @@ impl Load {
     }
 
     /// How many requests have been sent so far.
-    #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Sends no more, waits for the answers that are due and gives them all.
+    /// Stops sending, waits for outstanding responses and returns all.
     pub async fn stop(self) -> Answers {
         self.stop.store(true, Ordering::Relaxed);
         self.finish().await
     }
 
-    /// Waits until all requests of the plan are answered.
-    ///
-    /// # Panics
-    /// If one of its tasks panicked.
+    /// Waits until all requests of the plan have a response.
     pub async fn finish(mut self) -> Answers {
         let mut all = Answers::new();
         while let Some(answers) = self.connections.join_next().await {
@@ -80,8 +75,7 @@ impl Load {
     }
 }
 
-/// All answers with a status.
-#[must_use]
+/// The number of responses with this status.
 pub fn with_status(answers: &Answers, status: u16) -> u64 {
     answers.iter().filter(|((_, found), _)| *found == status).map(|(_, count)| count).sum()
 }

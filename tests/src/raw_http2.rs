@@ -1,4 +1,5 @@
-//! A client of HTTP/2 frame by frame, which decides itself what it grants and takes. It answers settings and PINGs.
+//! An HTTP/2 client at the level of frames, which controls its own windows. It answers SETTINGS and
+//! PING.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -6,7 +7,7 @@ use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::raw::{fields, frame};
+use crate::raw_http::{fields, frame};
 
 /// Frame types (RFC 9113, section 6).
 pub const DATA: u8 = 0;
@@ -33,14 +34,11 @@ pub struct Frame {
     pub stream: u32,
     /// Its payload.
     pub payload: Vec<u8>,
-    /// Whether it ends its stream, if its type can.
+    /// Whether it ends its stream.
     pub ends: bool,
 }
 
-/// Connects from an address of this machine.
-///
-/// # Errors
-/// If nobody listens there.
+/// Connects from a given local address.
 pub async fn connect(address: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     if let Some(from) = from {
@@ -57,10 +55,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects and grants each stream a window of so many bytes.
-    ///
-    /// # Errors
-    /// If nobody listens there.
+    /// Connects, with this initial window for each stream.
     pub async fn open(address: SocketAddr, from: Option<IpAddr>, window: u32) -> Result<Self> {
         let mut stream = connect(address, from).await?;
         stream.set_nodelay(true)?;
@@ -70,25 +65,19 @@ impl Client {
         Ok(Self { stream, read: Vec::new() })
     }
 
-    /// Requests a path on a stream of its own, an odd number higher than those before.
-    ///
-    /// # Errors
-    /// If the connection has ended.
+    /// Requests a path on a new stream. Its number must be odd and higher than those before.
     pub async fn get(&mut self, stream: u32, path: &str, headers: &[(&str, &str)]) -> Result<()> {
         let pseudo = [(":method", "GET"), (":scheme", "http"), (":authority", "api"), (":path", path)];
         let request = frame(HEADERS, END_STREAM_AND_HEADERS, stream, &fields(&[&pseudo, headers].concat()));
         Ok(self.stream.write_all(&request).await?)
     }
 
-    /// Grants a stream, or with 0 the connection, so many bytes more.
-    ///
-    /// # Errors
-    /// If the connection has ended.
+    /// Increases the window of a stream, or of the connection for stream 0.
     pub async fn grant(&mut self, stream: u32, bytes: u32) -> Result<()> {
         Ok(self.stream.write_all(&frame(WINDOW_UPDATE, 0, stream, &bytes.to_be_bytes())).await?)
     }
 
-    /// The next frame but for settings, PINGs and windows; none once the server has ended the connection.
+    /// The next frame other than SETTINGS, PING and WINDOW_UPDATE; none after the end of the connection.
     pub async fn next(&mut self) -> Option<Frame> {
         loop {
             let Some((flags, next)) = self.parsed() else {

@@ -1,4 +1,4 @@
-//! HTTP within TLS, as a client speaks it: whom to believe and who one is come in, answers go out.
+//! An HTTP client over TLS, with a chosen authority, client certificate and ALPN protocols.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use crate::certificates::Identity;
 use crate::http::{Outgoing, Reply};
 
-/// No answer takes longer.
+/// Time limit of a response.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A client.
@@ -27,10 +27,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Client(Arc<ClientConfig>);
 
 impl Client {
-    /// One that believes servers of this authority (in PEM), shows this certificate, and speaks one of these protocols.
-    ///
-    /// # Errors
-    /// If a certificate is none.
+    /// A client that trusts this authority (in PEM), presents this certificate, and offers these protocols.
     pub fn new(authority: &str, identity: Option<&Identity>, protocols: &[&str]) -> Result<Self> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(authority.as_bytes())?)?;
@@ -48,26 +45,19 @@ impl Client {
         Ok(Self(Arc::new(config)))
     }
 
-    /// One request on a connection of its own to the server of this name, and over which protocol it went.
-    ///
-    /// # Errors
-    /// If either does not believe the other, or the connection breaks.
+    /// Sends one request on a new connection to the server of this name. Returns the protocol too.
     pub async fn send(&self, address: SocketAddr, name: &str, request: Outgoing) -> Result<(Reply, &'static str)> {
         tokio::time::timeout(TIMEOUT, self.exchange(address, name, request)).await.context("no answer")?
     }
 
-    /// The same, but one that speaks other protocols.
-    #[must_use]
+    /// The same client with other protocols.
     pub fn speaking(&self, protocols: &[&str]) -> Self {
         let mut config = ClientConfig::clone(&self.0);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         Self(Arc::new(config))
     }
 
-    /// A connection to the server of this name, for what [`send`](Self::send) does not send.
-    ///
-    /// # Errors
-    /// If either does not believe the other.
+    /// A new connection to the server of this name.
     pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<TlsStream<TcpStream>> {
         let stream = TcpStream::connect(address).await?;
         let name = ServerName::try_from(name.to_owned())?;

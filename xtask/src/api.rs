@@ -1,32 +1,32 @@
-//! The REST API against its own OpenAPI document: schemathesis makes requests out of the document, good ones and bad ones,
-//! and looks at each answer. Refused are answers of 500 and more, and those that the document does not describe. All of it
-//! is asked with an admin's key, and some of it again with a user's, which meets other rules.
+//! Step `api`: schemathesis generates valid and invalid requests from the OpenAPI document and sends them to the control
+//! plane, with the key of an admin and with the key of a user. A response with status 500 or above fails the step, and so
+//! does a response that the document does not describe.
 
 use anyhow::{Context, Result, bail, ensure};
 use contract::key::Secret;
 use hyper::Method;
-use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
-use portcullis_tests::log::Log;
-use portcullis_tests::postgres::Postgres;
-use portcullis_tests::{http, tools};
+use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::http;
+use portcullis_harness::log::Log;
+use portcullis_harness::postgres::Postgres;
 use serde_json::json;
 
-use crate::output::progress;
+use crate::tools;
 
-/// Requests for each operation and each way of making them, with the admin's key and with the user's. With the seed they
-/// are the same in every run.
+/// Requests for each operation and phase, with the admin's key and with the user's. The seed makes them the same in every
+/// run.
 const EXAMPLES: [&str; 2] = ["40", "10"];
 const SEED: &str = "20261125";
 
-/// What is asked of each answer. Not asked is whether every request that fits the document is taken and every other refused:
-/// a document cannot say all rules, such as that a time must lie in the future.
+/// The checks of each response. Whether valid requests succeed is not checked: a document cannot express all rules, such as
+/// that a time must lie in the future.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,unsupported_method";
 
-/// What schemathesis has to be taught.
+/// Teaches schemathesis what the document cannot express.
 const HOOKS: &str = include_str!("../schemathesis_hooks.py");
 
-/// Runs it, on the control plane that is built.
+/// Tests the control plane that is built.
 pub(crate) async fn check() -> Result<()> {
     let server = Postgres::private().await?;
     let database = server.create_database().await?;
@@ -54,7 +54,7 @@ pub(crate) async fn check() -> Result<()> {
         let (user_key, id) = (Secret::from_presented(text("key")?), text("id")?);
         let (key, spared) = (if as_user { &user_key } else { &admin_key }, format!("{id},{}", text("email")?));
         let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
-        let mut generated = tools::schemathesis(&progress)?;
+        let mut generated = tools::schemathesis()?;
         std::fs::write(home.path().join("openapi.json"), &document)?;
         std::fs::write(home.path().join("hooks.py"), HOOKS)?;
         generated.current_dir(home.path()).env("SCHEMATHESIS_HOOKS", "hooks").env("SPARED", &spared);
@@ -71,10 +71,13 @@ pub(crate) async fn check() -> Result<()> {
         let told = String::from_utf8_lossy(&still.body).into_owned();
         ensure!(
             still.status == 200,
-            "the requests ended the key that they came with, and the rest of them showed nothing: {told}"
+            "a request revoked the key that the test uses, so later requests tested nothing: {told}"
         );
         if !status.success() {
-            bail!("the REST API does not keep to its document; what it logged:\n{}", control_plane.log().tail(20));
+            bail!(
+                "the REST API differs from its OpenAPI document; the end of its log:\n{}",
+                control_plane.log().tail(20)
+            );
         }
     }
     Ok(())

@@ -1,30 +1,30 @@
-//! The metrics of the control plane and of the filter as promtool, Prometheus's own checker, judges them.
+//! Step `metrics`: promtool, Prometheus's own checker, examines the metrics of the control plane and of the filter.
 
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use portcullis_tests::http;
-use portcullis_tests::stack::Stack;
-use portcullis_tests::tools;
+use portcullis_harness::http;
+use portcullis_harness::output::say;
+use portcullis_harness::stack::Stack;
 
-use crate::output::{progress, say};
+use crate::tools;
 
-/// What promtool says of every metric of Envoy's, the filter's among them: Envoy prints no help texts.
+/// promtool's complaint about every metric of Envoy, those of the filter included: Envoy prints no help texts.
 const OF_ENVOY: &str = "no help text";
 
-/// Examines them on a running stack. False if there is no promtool.
+/// Examines them on a running stack. Returns false if there is no promtool.
 pub(crate) async fn check() -> Result<bool> {
-    let Some(promtool) = tools::promtool(&progress)? else { return Ok(false) };
+    let Some(promtool) = tools::promtool()? else { return Ok(false) };
     let stack = Stack::start().await?;
     stack.working_key("metrics@portcullis.example").await?;
     stack.get(None).await?;
 
     let text = text(stack.control_plane.address(), "/metrics").await?;
     let complaints = complaints(&promtool, &text)?;
-    ensure!(complaints.is_empty(), "promtool finds fault with the control plane's metrics:\n{}", complaints.join("\n"));
-    say(&format!("promtool: {} metrics of the control plane, no complaint", families(&text)));
+    ensure!(complaints.is_empty(), "promtool complains about metrics of the control plane:\n{}", complaints.join("\n"));
+    say(&format!("promtool: {} metrics of the control plane, no complaints", families(&text)));
 
     let text = self::text(stack.envoy().admin(), "/stats/prometheus?filter=^wasmcustom").await?;
     ensure!(
@@ -33,9 +33,9 @@ pub(crate) async fn check() -> Result<bool> {
     );
     let complaints = self::complaints(&promtool, &text)?;
     let ours: Vec<_> = complaints.into_iter().filter(|said| !said.ends_with(OF_ENVOY)).collect();
-    ensure!(ours.is_empty(), "promtool finds fault with the filter's statistics:\n{}", ours.join("\n"));
+    ensure!(ours.is_empty(), "promtool complains about statistics of the filter:\n{}", ours.join("\n"));
     say(&format!(
-        "promtool: {} statistics of the filter, no complaint but the one that every statistic of Envoy gets ({})",
+        "promtool: {} statistics of the filter, no complaints except {:?}, which every statistic of Envoy gets",
         families(&text),
         OF_ENVOY
     ));
@@ -52,17 +52,17 @@ fn families(text: &str) -> usize {
     text.lines().filter(|line| line.starts_with("# TYPE ")).count()
 }
 
-/// What promtool says, a line for each fault.
+/// The complaints of promtool, one a line.
 fn complaints(promtool: &Path, metrics: &str) -> Result<Vec<String>> {
     let mut command = Command::new(promtool);
     command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = command.spawn().with_context(|| format!("cannot run {}", promtool.display()))?;
-    // It reads all of it before it prints anything.
+    // promtool reads all input before it prints.
     process.stdin.take().context("promtool takes no input")?.write_all(metrics.as_bytes())?;
     let output = process.wait_with_output()?;
     let all = [output.stdout, output.stderr].concat();
     let lines: Vec<String> = String::from_utf8_lossy(&all).lines().map(ToOwned::to_owned).collect();
-    // 3: it has complaints; anything else is a failure of its own.
+    // 3: promtool has complaints.
     ensure!(output.status.success() || output.status.code() == Some(3), "promtool failed: {}", lines.join("\n"));
     Ok(lines)
 }

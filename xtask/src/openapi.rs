@@ -1,20 +1,21 @@
-//! The OpenAPI document as its readers take it: a linter examines it, two generators make clients of it, and these
-//! clients are compiled and used. An error or a warning of any of them fails the step.
+//! Step `openapi`: a linter examines the OpenAPI document, two generators make clients from it, and the clients are
+//! compiled and used. An error or a warning of any of these programs fails the step.
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
-use portcullis_tests::log::Log;
-use portcullis_tests::postgres::Postgres;
-use portcullis_tests::{paths, tools};
+use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::log::Log;
+use portcullis_harness::output::say;
+use portcullis_harness::paths;
+use portcullis_harness::postgres::Postgres;
 use serde_json::Value;
 
-use crate::output::{progress, say};
+use crate::tools;
 
-/// The longest that one of the programs may take. Each takes seconds.
+/// Time limit of each program. Each takes seconds.
 const LONGEST: Duration = Duration::from_secs(60);
 
 const RULES: &str = include_str!("../openapi/redocly.yaml");
@@ -34,7 +35,7 @@ pub(crate) async fn check() -> Result<()> {
     {
         std::fs::write(home.join(name), text)?;
     }
-    let programs = tools::node_programs(&progress)?;
+    let programs = tools::node_programs()?;
     lint(&programs, home, &parsed).await?;
     typescript(&programs, home).await?;
     python(home).await
@@ -49,7 +50,7 @@ async fn lint(programs: &tools::NodePrograms, home: &Path, document: &Value) -> 
         serde_json::from_str(&text).with_context(|| format!("redocly did not lint: {}", all_of(&output)))?;
     let problems: Vec<String> = found["problems"].as_array().into_iter().flatten().map(problem).collect();
     let clean = output.status.success() && found["totals"]["errors"] == 0 && found["totals"]["warnings"] == 0;
-    ensure!(clean && problems.is_empty(), "redocly finds fault with the OpenAPI document:\n{}", problems.join("\n"));
+    ensure!(clean && problems.is_empty(), "redocly rejects the OpenAPI document:\n{}", problems.join("\n"));
     let paths = document["paths"].as_object().into_iter().flatten();
     let operations: usize = paths.map(|(_, path)| path.as_object().map_or(0, serde_json::Map::len)).sum();
     say(&format!("redocly: {operations} operations, no error, no warning"));
@@ -77,7 +78,7 @@ async fn typescript(programs: &tools::NodePrograms, home: &Path) -> Result<()> {
 }
 
 async fn python(home: &Path) -> Result<()> {
-    let (mut generate, modules) = tools::openapi_python_client(&progress)?;
+    let (mut generate, modules) = tools::openapi_python_client()?;
     let config = paths::workspace().join("docs/openapi-python-client.yaml");
     generate.current_dir(home).args(["generate", "--path", "openapi.json", "--output-path", "python"]);
     generate.args(["--fail-on-warning", "--config"]).arg(config);

@@ -1,17 +1,16 @@
-//! The descriptions of the control plane's queries (`control-plane/.sqlx`), with which it compiles without a database:
-//! written anew from a fresh database, or compared with what is committed.
+//! `cargo xtask sqlx` and the step `sqlx`: the descriptions of the control plane's queries (`control-plane/.sqlx`), with
+//! which it compiles without a database. They are written, or compared with the committed ones, from a fresh database.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use portcullis_tests::paths;
-use portcullis_tests::postgres::Postgres;
+use portcullis_harness::cargo::{cargo, run};
+use portcullis_harness::output::{progress, say};
+use portcullis_harness::paths;
+use portcullis_harness::postgres::Postgres;
 
-use crate::output::{progress, say};
-use crate::run::{cargo, run};
-
-/// Writes them anew.
+/// Writes them.
 pub(crate) async fn write() -> Result<()> {
     let fresh = described().await?;
     let kept = kept();
@@ -24,7 +23,7 @@ pub(crate) async fn write() -> Result<()> {
     Ok(())
 }
 
-/// Refuses committed descriptions that are not those of the queries and migrations as they are.
+/// Fails if the committed descriptions differ from those of the present queries and migrations.
 pub(crate) async fn check() -> Result<()> {
     let (fresh, kept) = (described().await?, files(&kept())?);
     let names = fresh.keys().chain(kept.keys());

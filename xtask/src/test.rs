@@ -1,20 +1,21 @@
-//! `cargo xtask test`: every check and every ring of tests, in order, each under a heading and with its time; what failed
-//! is said at the end. Nothing is skipped in silence.
+//! `cargo xtask test`: every check and every ring of tests, in order. A summary at the end has each step with its time and
+//! result. A step that this machine cannot do says so there.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use portcullis_tests::postgres::{Database, Postgres};
-use portcullis_tests::{containers, paths, tools};
+use portcullis_harness::cargo::{cargo, need_target, read, run};
+use portcullis_harness::output::{progress, say};
+use portcullis_harness::postgres::{Database, Postgres};
+use portcullis_harness::tools::{ENVOY_VERSIONS, envoy, installed_envoy, on_path};
+use portcullis_harness::{compile, paths};
 use serde_json::Value;
 
-use crate::output::{progress, say};
-use crate::run::{cargo, need_target, read, run};
-use crate::{api, dependencies, metrics, openapi, sqlx, wasm};
+use crate::{api, dependencies, metrics, openapi, sqlx, tools, wasm};
 
-/// Which of the steps.
+/// Which steps to run.
 #[derive(Args)]
 pub(crate) struct Options {
     /// Do only this step. Can be given several times.
@@ -33,13 +34,13 @@ enum Step {
     ClippyWasm,
     /// Documentation builds without warnings.
     Doc,
-    /// Dependencies: sources, licences, none banned, unused or known to be faulty.
+    /// Dependencies: sources, licences, bans, known vulnerabilities, and none that is unused.
     Dependencies,
-    /// docker-compose.yml and the Dockerfile are well-formed, and what they name is there.
+    /// docker-compose.yml and the Dockerfile are well-formed, and the files that they name exist.
     Compose,
-    /// The descriptions of the queries fit the queries and migrations.
+    /// The committed descriptions of queries fit the queries and migrations.
     Sqlx,
-    /// The filter builds, is small enough, and is the same to the byte when it is built elsewhere.
+    /// The filter builds, is small enough, and a build in another directory gives the same bytes.
     Wasm,
     /// Ring 1: unit tests beside the code.
     Unit,
@@ -47,11 +48,11 @@ enum Step {
     ContractWasm,
     /// Ring 2: the control plane's router on real PostgreSQL.
     Database,
-    /// Requests made out of the OpenAPI document: no answer of 500 and more, none that it does not describe.
+    /// Requests generated from the OpenAPI document get responses that it describes, and no status of 500 or above.
     Api,
-    /// The OpenAPI document passes a linter; clients that are generated from it compile and work.
+    /// The OpenAPI document passes a linter; clients generated from it compile and work.
     Openapi,
-    /// promtool finds no fault with the metrics that Prometheus reads.
+    /// promtool accepts the metrics that Prometheus reads.
     Metrics,
     /// Rings 3 and 4: the built filter in real Envoy, with the whole stack.
     EndToEnd,
@@ -59,18 +60,17 @@ enum Step {
     EnvoyVersions,
 }
 
-/// The programs of tests that need something started, and have steps of their own.
+/// Test programs with steps of their own: they need a database or the built filter.
 const RINGS: [&str; 3] = ["database", "scenarios", "measured"];
 
-/// What is run on each version of Envoy: a key from its making to its end, counted, over TLS; what an Envoy does beside
-/// Portcullis, and a policy; browsers; and that Envoy takes each file as it is shipped.
+/// The scenarios for each version of Envoy: a key from creation to revocation, counted, over TLS; other filters beside
+/// Portcullis, and a policy; browsers; and every shipped configuration file.
 const MAIN_SCENARIOS: [&str; 4] =
     ["hardened::a_key_works_", "existing::health_checks_", "cors::a_browser_", "shipped::envoy_takes_"];
 
-/// At the same time; each is a whole stack, and each stack has several processes.
+/// Each scenario is a whole stack of several processes.
 const END_TO_END_THREADS: &str = "--test-threads=2";
 
-/// Runs them all.
 pub(crate) async fn test(options: &Options) -> Result<()> {
     let steps: Vec<Step> = Step::value_variants()
         .iter()
@@ -92,7 +92,7 @@ pub(crate) async fn test(options: &Options) -> Result<()> {
     for (name, done, took) in &results {
         let verdict = match done {
             Ok(Done::Yes) => "ok",
-            Ok(Done::NotHere(why)) => why,
+            Ok(Done::Incomplete(why)) => why,
             Err(_) => "FAILED",
         };
         say(&format!("{name:<16} {:>6.1} s  {verdict}", took.as_secs_f64()));
@@ -107,8 +107,8 @@ pub(crate) async fn test(options: &Options) -> Result<()> {
 /// The result of a step that did not fail.
 enum Done {
     Yes,
-    /// This machine lacks what the step needs; says what.
-    NotHere(&'static str),
+    /// This machine lacks something that the step needs. Says what was not checked.
+    Incomplete(&'static str),
 }
 
 impl Step {
@@ -125,23 +125,21 @@ impl Step {
             Self::Clippy => {
                 run(cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
             }
-            Self::ClippyWasm => {
-                need_target(wasm::TARGET)?;
-                let crates = ["--package", "filter", "--package", "filter-core", "--package", "contract"];
-                let mut clippy = cargo(&["clippy", "--locked", "--target", wasm::TARGET]);
-                clippy.args(crates).args(["--", "--deny", "warnings"]);
-                run(clippy)?;
-            }
+            Self::ClippyWasm => clippy_wasm()?,
             Self::Doc => {
                 let mut doc = cargo(&["doc", "--locked", "--workspace", "--no-deps", "--document-private-items"]);
                 doc.env("RUSTDOCFLAGS", "--deny warnings");
                 run(doc)?;
             }
-            Self::Dependencies => dependencies::check()?,
+            Self::Dependencies => {
+                if !dependencies::check()? {
+                    return Ok(Done::Incomplete("ok, but known vulnerabilities were not looked for"));
+                }
+            }
             Self::Compose => compose()?,
             Self::Sqlx => sqlx::check().await?,
             Self::Wasm => {
-                wasm::build()?;
+                compile::filter()?;
                 wasm::check_reproducible()?;
             }
             Self::Unit => {
@@ -164,9 +162,9 @@ impl Step {
             Self::Metrics => {
                 build_control_plane()?;
                 need_filter()?;
-                tools::envoy(&progress)?;
+                envoy(&progress)?;
                 if !metrics::check().await? {
-                    return Ok(Done::NotHere("not checked: there is no promtool, and apt-get cannot fetch it"));
+                    return Ok(Done::Incomplete("not checked: there is no promtool, and apt-get cannot fetch it"));
                 }
             }
             Self::EnvoyVersions => {
@@ -177,24 +175,36 @@ impl Step {
             Self::EndToEnd => {
                 build_control_plane()?;
                 need_filter()?;
-                wasm::build_for_faults()?;
-                tools::envoy(&progress)?;
-                // What scenarios measure is worth printing, and is measured with nothing beside it.
-                let program = |name, threads| on_database(tests(&["--test", name, "--", "--show-output", threads]));
-                let together = program("scenarios", END_TO_END_THREADS).await;
-                program("measured", "--test-threads=1").await?;
-                together?;
+                compile::for_faults()?;
+                envoy(&progress)?;
+                end_to_end().await?;
             }
         }
         Ok(Done::Yes)
     }
 }
 
-/// Runs the main scenarios on each version of Envoy, and says at the end on which they failed.
+fn clippy_wasm() -> Result<()> {
+    need_target(compile::FILTER_TARGET)?;
+    let crates = ["--package", "filter", "--package", "filter-core", "--package", "contract"];
+    let mut clippy = cargo(&["clippy", "--locked", "--target", compile::FILTER_TARGET]);
+    clippy.args(crates).args(["--", "--deny", "warnings"]);
+    run(clippy)
+}
+
+/// Runs the scenarios, and then `measured` with nothing beside it. --show-output prints what they measure.
+async fn end_to_end() -> Result<()> {
+    let program = |name, threads| on_database(tests(&["--test", name, "--", "--show-output", threads]));
+    let scenarios = program("scenarios", END_TO_END_THREADS).await;
+    program("measured", "--test-threads=1").await?;
+    scenarios
+}
+
+/// Runs the main scenarios on each version of Envoy. The error names the versions that failed.
 async fn on_each_envoy() -> Result<()> {
     let mut failed = Vec::new();
-    for version in tools::ENVOY_VERSIONS {
-        let binary = tools::installed_envoy(version, &progress)?;
+    for version in ENVOY_VERSIONS {
+        let binary = installed_envoy(version, &progress)?;
         say(&format!("--- Envoy {version}"));
         let mut scenarios = tests(&["--test", "scenarios", "--", END_TO_END_THREADS]);
         scenarios.args(MAIN_SCENARIOS).env("ENVOY_BIN", binary);
@@ -206,15 +216,15 @@ async fn on_each_envoy() -> Result<()> {
     Ok(())
 }
 
-/// Tests of the whole workspace, whichever are chosen: cargo unites the features that the named packages ask for, and
-/// for every other choice of packages it would compile most of what they share once more.
+/// `cargo test` on the whole workspace, whichever tests are selected: cargo unites features over the selected packages, and
+/// would compile most shared dependencies once more for every other selection of packages.
 fn tests(chosen: &[&str]) -> Command {
     let mut tests = cargo(&["test", "--locked", "--workspace"]);
     tests.args(chosen);
     tests
 }
 
-/// Builds target/debug/portcullis out of what the tests are built of: cargo builds a package's program for its tests.
+/// Builds target/debug/portcullis with the dependencies of the tests: cargo builds a package's program for its tests.
 fn build_control_plane() -> Result<()> {
     run(tests(&["--no-run", "--test", "database"]))
 }
@@ -224,17 +234,17 @@ fn need_filter() -> Result<()> {
     Ok(())
 }
 
-/// All programs of tests in the workspace, so that a new one is not left out.
+/// All test programs of the workspace, so that a new one is not left out.
 fn programs() -> Result<Vec<String>> {
     let metadata = read(cargo(&["metadata", "--locked", "--no-deps", "--format-version", "1"]))?;
-    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata speaks no JSON")?;
+    let metadata: Value = serde_json::from_str(&metadata).context("cargo metadata prints no JSON")?;
     let packages = metadata["packages"].as_array().into_iter().flatten();
     let targets = packages.filter_map(|package| package["targets"].as_array()).flatten();
     let programs = targets.filter(|target| target["kind"][0] == "test").filter_map(|target| target["name"].as_str());
     Ok(programs.map(ToOwned::to_owned).collect())
 }
 
-/// Runs tests that find a PostgreSQL server of their own at `DATABASE_URL`.
+/// Runs tests with a PostgreSQL server of their own at `DATABASE_URL`.
 async fn on_database(mut tests: Command) -> Result<()> {
     let server = Postgres::private().await?;
     let Database { url } = server.create_database().await?;
@@ -245,26 +255,8 @@ async fn on_database(mut tests: Command) -> Result<()> {
 fn contract_wasm() -> Result<()> {
     const TARGET: &str = "wasm32-unknown-unknown";
     need_target(TARGET)?;
-    let node = tools::node(&progress)?;
-    let version = locked_version("wasm-bindgen")?;
-    let home = tools::tools().join(format!("wasm-bindgen-{version}"));
-    let runner = home.join("bin/wasm-bindgen-test-runner");
-    if !runner.is_file() {
-        progress(&format!("installing wasm-bindgen-cli {version} into {} (some minutes)", home.display()));
-        let install = |locked: &[&str]| {
-            let mut install = cargo(&["install", "--debug", "wasm-bindgen-cli", "--version", &version, "--root"]);
-            install.arg(&home).args(["--bin", "wasm-bindgen-test-runner"]).args(locked);
-            // Nobody debugs it. Its dependencies are compiled once for all tries.
-            install.env("CARGO_PROFILE_DEV_DEBUG", "false");
-            install.env("CARGO_TARGET_DIR", paths::target().join("tools/build"));
-            run(install)
-        };
-        // A registry mirror may lag behind the versions that the tool was released with.
-        if install(&["--locked"]).is_err() {
-            progress("its own Cargo.lock cannot be had from this registry; taking the newest versions that fit");
-            install(&[])?;
-        }
-    }
+    let node = tools::node()?;
+    let runner = tools::wasm_bindgen_test_runner()?;
     let mut path = vec![node.parent().context("Node lies nowhere")?.to_owned()];
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
     let mut tests = cargo(&["test", "--locked", "--package", "contract", "--test", "*", "--target", TARGET]);
@@ -272,25 +264,16 @@ fn contract_wasm() -> Result<()> {
     run(tests)
 }
 
-/// The version of a crate that Cargo.lock names.
-fn locked_version(name: &str) -> Result<String> {
-    let lock = std::fs::read_to_string(paths::workspace().join("Cargo.lock"))?;
-    let entry = format!("name = \"{name}\"\nversion = \"");
-    let (_, rest) = lock.split_once(&entry).with_context(|| format!("Cargo.lock names no {name}"))?;
-    let (version, _) = rest.split_once('"').context("Cargo.lock is malformed")?;
-    Ok(version.to_owned())
-}
-
-/// What can be said without a container engine; the scenario `containers` runs what the files have in them.
+/// Checks the files without a container engine. The scenario `containers` runs the scripts in them.
 fn compose() -> Result<()> {
-    containers::check(paths::workspace())?;
+    run(tests(&["--lib", "containers::"]))?;
     let docker = |arguments: &[&str]| {
         let mut docker = Command::new("docker");
         docker.args(arguments).current_dir(paths::workspace());
         docker
     };
-    if tools::on_path("docker").is_none() || read(docker(&["compose", "version"])).is_err() {
-        progress("this machine has no docker compose to read docker-compose.yml too");
+    if on_path("docker").is_none() || read(docker(&["compose", "version"])).is_err() {
+        progress("there is no docker compose here that could read docker-compose.yml too");
         return Ok(());
     }
     run(docker(&["compose", "config", "--quiet"]))

@@ -1,5 +1,5 @@
-//! `cargo xtask up`: ports come in; the whole stack runs in the foreground until Ctrl-C or SIGTERM, or until one of its
-//! parts dies, which is said with the end of its log.
+//! `cargo xtask up`: runs the whole stack in the foreground until Ctrl-C or SIGTERM. If one of its
+//! processes ends, the command fails with the end of its log.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,23 +11,20 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use contract::key::Secret;
-use portcullis_tests::control_plane::{self, ControlPlane, fresh_key};
-use portcullis_tests::demo::DemoApi;
-use portcullis_tests::envoy::{self, Envoy};
-use portcullis_tests::envoy_config::Replacements;
-use portcullis_tests::log::Log;
-use portcullis_tests::postgres::Postgres;
-use portcullis_tests::process::Signal;
-use portcullis_tests::service::Service;
-use portcullis_tests::{paths, policies, shell, stack};
+use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::demo::DemoApi;
+use portcullis_harness::envoy::{self, Envoy};
+use portcullis_harness::envoy_config::Replacements;
+use portcullis_harness::log::Log;
+use portcullis_harness::output::{progress, say};
+use portcullis_harness::postgres::Postgres;
+use portcullis_harness::process::Signal;
+use portcullis_harness::service::Service;
+use portcullis_harness::{compile, paths, policies, shell, stack};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::output::{progress, say};
-use crate::run::{cargo, run};
-use crate::wasm;
-
-/// Where and how.
+/// Ports and the service to protect.
 #[derive(Args)]
 pub(crate) struct Options {
     /// URL of a service to protect, such as http://localhost:3000, in place of the demo API. Every path then needs a key.
@@ -54,32 +51,31 @@ pub(crate) struct Options {
     fresh: bool,
 }
 
-/// How often it is looked whether all parts still run.
+/// How often the processes are checked.
 const WATCH: Duration = Duration::from_millis(500);
 
-/// Usage as events each second, so that a user who tries them does not wait a minute.
+/// Sends usage events each second, so that a user who tries them does not wait a minute.
 const EVENTS: [&str; 2] = ["--usage-event-seconds", "1"];
 
-/// How long a service may take to accept a connection before it counts as not there yet.
+/// Time limit for a connection to the service.
 const REACH: Duration = Duration::from_secs(3);
 
-/// Starts everything and stays until it is told to stop.
+/// Starts everything and runs until SIGINT or SIGTERM.
 pub(crate) async fn up(options: &Options) -> Result<()> {
     let service = options.check()?;
-    // Before signals are taken over: cargo ends by itself when it is interrupted.
+    // Before the signal handlers: a signal must end a running cargo.
     if std::env::var_os("PORTCULLIS_WASM").is_none() {
-        wasm::build()?;
+        compile::filter()?;
     }
     if std::env::var_os("CONTROL_PLANE_BIN").is_none() {
-        progress("building the control plane (some minutes the first time)");
-        run(cargo(&["build", "--locked", "--package", "control-plane"]))?;
+        compile::control_plane()?;
     }
 
     let mut interrupted = signal(SignalKind::interrupt())?;
     let mut terminated = signal(SignalKind::terminate())?;
     let up = tokio::select! {
         up = Up::start(options, service) => up?,
-        // What has been started by then is ended as it is dropped.
+        // Processes that were started end when dropped.
         _ = interrupted.recv() => return Ok(()),
         _ = terminated.recv() => return Ok(()),
     };
@@ -95,7 +91,7 @@ pub(crate) async fn up(options: &Options) -> Result<()> {
 }
 
 impl Options {
-    /// Refuses what cannot work before anything takes long, and gives the service to protect.
+    /// Fails early on ports in use and invalid services. Returns the service to protect.
     fn check(&self) -> Result<Option<Service>> {
         let ports = [
             ("--envoy-port", self.envoy_port),
@@ -103,7 +99,8 @@ impl Options {
             ("--envoy-admin-port", self.envoy_admin_port),
         ];
         for (flag, port) in ports {
-            TcpListener::bind(local(port)).with_context(|| format!("choose another port than {port} with {flag}"))?;
+            TcpListener::bind(local(port))
+                .with_context(|| format!("port {port} is in use; choose another one with {flag}"))?;
         }
         let Some(service) = self.upstream.clone() else { return Ok(None) };
         let here = ["localhost", "127.0.0.1", "::1"].contains(&service.host().as_str());
@@ -247,7 +244,7 @@ Ctrl-C stops everything."#,
         ));
     }
 
-    /// Ends when one of the parts has.
+    /// Returns when one of the processes has ended.
     async fn watch(&self) -> anyhow::Error {
         loop {
             let parts = [self.envoy.must_run(), self.control_plane.must_run(), self.postgres.must_run()];
@@ -258,8 +255,8 @@ Ctrl-C stops everything."#,
         }
     }
 
-    /// Envoy first, so that its last usage report still finds the control plane, and so on. Whatever has died or does not
-    /// end in good order is ended as it is dropped.
+    /// Envoy first, so that it can send its last usage report, then the control plane and PostgreSQL. A process that does not
+    /// end is killed when dropped.
     async fn stop(self) {
         let _ = self.envoy.stop(Signal::SIGTERM).await;
         drop(self.demo);
@@ -280,7 +277,7 @@ async fn upstream(service: Option<&Service>) -> Result<(Option<DemoApi>, policie
     Ok((None, policies::ForEnvoy::default()))
 }
 
-/// Why a service accepts no connection, if it does not.
+/// The reason why the service accepts no connection, if any.
 async fn not_reached(service: &Service) -> Option<String> {
     let connecting = TcpStream::connect((service.host(), service.port()));
     match tokio::time::timeout(REACH, connecting).await {
@@ -289,7 +286,7 @@ async fn not_reached(service: &Service) -> Option<String> {
     }
 }
 
-/// Removes all that earlier runs left. The database may lie elsewhere, behind a link.
+/// Removes the data of earlier runs. The directory of the database may be a link.
 fn wipe(home: &Path) -> Result<()> {
     progress(&format!("removing what is in {}", home.display()));
     let data = paths::reachable(&home.join("postgres"))?;
@@ -298,7 +295,7 @@ fn wipe(home: &Path) -> Result<()> {
     Ok(std::fs::create_dir_all(home)?)
 }
 
-/// The key that an earlier run left in this file, or a new one, readable by its owner alone.
+/// The key in this file, or a new one that is written to it, readable by its owner alone.
 fn kept_key(path: &Path) -> Result<Secret> {
     if let Ok(text) = std::fs::read_to_string(path)
         && contract::key::check(text.trim()).is_ok()

@@ -1,78 +1,26 @@
-//! The filter as it is shipped: built for WASI, then rid of the exports that it does not need, then measured.
+//! `cargo xtask wasm`: the filter as it is shipped, and the check that its build is reproducible.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use filter_build::{compiled, strip};
-use portcullis_tests::paths;
+use portcullis_harness::cargo::cargo;
+use portcullis_harness::output::progress;
+use portcullis_harness::{compile, paths};
 use tempfile::TempDir;
-
-use crate::output::{progress, say};
-use crate::run::{cargo, need_target, run};
-
-pub(crate) use filter_build::TARGET;
-
-/// The filter is downloaded, kept and compiled by every Envoy: it must not grow unnoticed. It was below 300 KiB when all
-/// that it knew of a key was one header and its limits; policies, key sources, networks, roles, plans, shares, quotas and
-/// credits took the rest; trailers, every line of a header, the paths of fields in errors and signed usage some of it.
-const MOST_BYTES: u64 = 480 * 1024;
-
-/// The header that traps a VM stands in filters that were built for tests of faults, and in no other.
-const TRAP: &str = "x-portcullis-trap";
 
 /// What to build.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Also what tests of faults need: target/portcullis-trap.wasm, which must not be shipped, and a clock to preload.
+    /// Also build what tests of faults need: target/portcullis-trap.wasm, which must not be shipped, and a clock to preload.
     #[arg(long)]
     for_faults: bool,
 }
 
-/// Builds it.
 pub(crate) fn wasm(options: &Options) -> Result<()> {
-    build()?;
-    if options.for_faults { build_for_faults() } else { Ok(()) }
-}
-
-/// Builds the filter that does nothing; gives it as the SDK makes it, with all exports, and as this one is shipped.
-pub(crate) fn build_empty() -> Result<[PathBuf; 2]> {
-    need_target(TARGET)?;
-    progress("building the filter that does nothing");
-    compile("empty-filter", &[])?;
-    let stripped = paths::target().join("empty-filter.wasm");
-    let built = compiled(paths::target(), "empty_filter");
-    strip(&built, &stripped)?;
-    Ok([built, stripped])
-}
-
-/// Builds target/portcullis.wasm.
-pub(crate) fn build() -> Result<()> {
-    need_target(TARGET)?;
-    progress("building the filter");
-    compile("filter", &[])?;
-    let built = compiled(paths::target(), "filter");
-    let shipped = paths::target().join("portcullis.wasm");
-    strip(&built, &shipped)?;
-    let filter = std::fs::read(&shipped)?;
-    let traps = filter.windows(TRAP.len()).any(|part| part == TRAP.as_bytes());
-    ensure!(!traps, "{} traps on demand: it was built with the feature for tests of faults", shipped.display());
-    let bytes = filter.len() as u64;
-    say(&format!("{}: {bytes} bytes ({} KiB; at most {})", shipped.display(), bytes / 1024, MOST_BYTES / 1024));
-    ensure!(bytes <= MOST_BYTES, "the filter has grown beyond {} KiB", MOST_BYTES / 1024);
-    Ok(())
-}
-
-/// Builds what only tests of faults need.
-pub(crate) fn build_for_faults() -> Result<()> {
-    need_target(TARGET)?;
-    progress("building the filter that traps on demand");
-    // In a place of its own: cargo gives both filters one name, and takes whichever is there for the one it is asked for.
-    let apart = paths::target().join("faults");
-    let folder = apart.to_str().context("the path of the target directory is not text")?;
-    compile("filter", &["--features", "trap", "--target-dir", folder])?;
-    strip(&compiled(&apart, "filter"), &paths::trap_wasm())?;
-    run(cargo(&["build", "--locked", "--package", "shifted-clock"]))
+    compile::filter()?;
+    if options.for_faults { compile::for_faults() } else { Ok(()) }
 }
 
 /// Builds the filter once more, from a copy of the sources in another directory, and compares the bytes.
@@ -87,12 +35,12 @@ pub(crate) fn check_reproducible() -> Result<()> {
     strip(&compiled(&elsewhere.path().join("target"), "filter"), &again)?;
     let shipped = paths::target().join("portcullis.wasm");
     let same = std::fs::read(&again)? == std::fs::read(&shipped)?;
-    ensure!(same, "{} is not what the same sources become in another directory", shipped.display());
+    ensure!(same, "{} differs from a build of the same sources in another directory", shipped.display());
     Ok(())
 }
 
-/// Copies a directory without what cargo and git keep there.
-fn copy_sources(from: &Path, to: &Path) -> Result<()> {
+/// Copies a directory without target directories and .git.
+pub(crate) fn copy_sources(from: &Path, to: &Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {
         let (entry, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
@@ -106,8 +54,4 @@ fn copy_sources(from: &Path, to: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn compile(package: &str, more: &[&str]) -> Result<()> {
-    filter_build::compile(cargo(&[]), package, more)
 }

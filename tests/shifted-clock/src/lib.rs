@@ -1,8 +1,8 @@
-//! A wall clock that differs from the machine's, for one process: preloaded (`LD_PRELOAD`), this library answers
-//! `clock_gettime`, `gettimeofday` and `time` in place of the C library. By how much the clock differs stands in the file
-//! that `PORTCULLIS_CLOCK` names: eight bytes, nanoseconds, signed, in the machine's order. The file is mapped, so that a
-//! test that overwrites them makes the clock step, forwards or back, while the process runs. Monotonic clocks are left
-//! alone. Linux on 64 bits only; elsewhere the library is empty.
+//! An adjustable wall clock for one process. Preloaded (`LD_PRELOAD`), this library replaces
+//! `clock_gettime`, `gettimeofday` and `time` of the C library. The file that `PORTCULLIS_CLOCK`
+//! names contains the offset: eight bytes, signed nanoseconds in native byte order. The file is
+//! mapped, so a test can step the clock in both directions while the process runs. Monotonic clocks
+//! are unchanged. Linux on 64 bits only; elsewhere the library is empty.
 #![cfg(all(target_os = "linux", target_pointer_width = "64"))]
 
 use core::ffi::{CStr, c_char, c_int, c_long, c_void};

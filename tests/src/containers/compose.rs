@@ -12,9 +12,6 @@ pub struct Compose(Value);
 
 impl Compose {
     /// Reads it.
-    ///
-    /// # Errors
-    /// If it is not YAML, or has no services.
     pub fn parse(text: &str) -> Result<Self> {
         let documents = YamlLoader::load_from_str(text).context("docker-compose.yml is not YAML")?;
         let document = documents.first().context("docker-compose.yml is empty")?;
@@ -29,9 +26,6 @@ impl Compose {
     }
 
     /// The command of a service's health check, as it runs in the container.
-    ///
-    /// # Errors
-    /// If there is none.
     pub fn health_check(&self, service: &str) -> Result<Vec<String>> {
         let test = &self.0["services"][service]["healthcheck"]["test"];
         let mut words: Vec<String> =
@@ -56,7 +50,6 @@ impl Compose {
     }
 
     /// The environment of a service, with nothing set on the machine that it is started from.
-    #[must_use]
     pub fn environment(&self, service: &str) -> Vec<(String, String)> {
         let variables = self.0["services"][service]["environment"].as_object();
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), interpolated);
@@ -64,7 +57,6 @@ impl Compose {
     }
 
     /// What Compose or the build would stumble over.
-    #[must_use]
     pub fn faults(&self, dockerfile: &Dockerfile) -> Vec<String> {
         let mut faults = Vec::new();
         for (name, service) in self.services() {

@@ -1,4 +1,5 @@
-//! A Dockerfile and a .dockerignore, as far as this project uses them: stages, what they copy from where, what they run.
+//! Parser of a Dockerfile and a .dockerignore, as far as this project uses them: stages, their
+//! copies and their commands.
 
 use std::path::Path;
 
@@ -35,9 +36,6 @@ pub struct Copy {
 
 impl Dockerfile {
     /// Reads it.
-    ///
-    /// # Errors
-    /// If an instruction is malformed or not one that this project uses.
     pub fn parse(text: &str) -> Result<Self> {
         let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
         let joined = lines.collect::<Vec<_>>().join("\n").replace("\\\n", " ");
@@ -62,13 +60,11 @@ impl Dockerfile {
     }
 
     /// A stage by its name.
-    #[must_use]
     pub fn stage(&self, name: &str) -> Option<&Stage> {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
     /// The image that a stage starts from in the end.
-    #[must_use]
     pub fn image(&self, stage: &Stage) -> String {
         let mut base = &stage.base;
         // No chain is longer than the file.
@@ -79,7 +75,6 @@ impl Dockerfile {
     }
 
     /// Sources that a build would not find.
-    #[must_use]
     pub fn faults(&self, context: &Path, ignored: &Ignored) -> Vec<String> {
         let mut faults = Vec::new();
         for (index, stage) in self.stages.iter().enumerate() {
@@ -129,13 +124,11 @@ pub struct Ignored {
 
 impl Ignored {
     /// Reads it.
-    #[must_use]
     pub fn parse(text: &str) -> Self {
         Self { kept: text.lines().filter_map(|line| line.strip_prefix('!')).map(ToOwned::to_owned).collect() }
     }
 
     /// Whether it leaves this path out of the build context.
-    #[must_use]
     pub fn matches(&self, path: &str) -> bool {
         let first = path.split('/').next().unwrap_or_default();
         first != "." && !self.kept.iter().any(|kept| kept == first)

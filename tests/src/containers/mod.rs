@@ -1,5 +1,5 @@
-//! The files that containers are made of, read without a container engine: what [`compose`] and [`dockerfile`] say, and
-//! whether it fits together.
+//! The container files, checked without a container engine: what [`compose`] and [`dockerfile`]
+//! name must exist and fit together.
 
 pub mod compose;
 pub mod dockerfile;
@@ -11,10 +11,7 @@ use anyhow::{Context, Result, ensure};
 use self::compose::Compose;
 use self::dockerfile::Dockerfile;
 
-/// Checks docker-compose.yml and the Dockerfile below `root`: all that they name is there.
-///
-/// # Errors
-/// What does not fit, one fault a line.
+/// Checks that the files that docker-compose.yml and the Dockerfile below `root` name exist. The error has one fault a line.
 pub fn check(root: &Path) -> Result<()> {
     let read = |name: &str| std::fs::read_to_string(root.join(name)).with_context(|| format!("cannot read {name}"));
     let (compose, dockerfile) =
@@ -27,8 +24,8 @@ pub fn check(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The image of the toolchain has the version that rust-toolchain.toml names: with another, rustup would download a second
-/// one in every build.
+/// Checks that the image of the toolchain has the version of rust-toolchain.toml. With another, rustup would download a second
+/// toolchain in every build.
 fn toolchain(dockerfile: &Dockerfile, toolchain: &str) -> Option<String> {
     let channel = toolchain.lines().find_map(|line| line.strip_prefix("channel = "))?.trim_matches('"');
     let wanted = format!("rust:{channel}-bookworm");

@@ -1,4 +1,4 @@
-//! Every request that was let in is counted, once.
+//! Every admitted request is counted once.
 
 use std::time::Instant;
 

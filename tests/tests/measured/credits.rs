@@ -1,4 +1,5 @@
-//! Credits of one owner, three Envoys: they are spent once, and credits that come in open the door like a new key.
+//! Credits of one owner over three Envoys: they are spent once, and after a top-up requests are
+//! admitted as soon as with a new key.
 
 use std::time::Instant;
 

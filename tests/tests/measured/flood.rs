@@ -1,5 +1,5 @@
-//! A flood of keys that nobody has: it costs Envoy no memory, the database no rows and the operator no statistics, and
-//! those with a good key hardly notice. The figures are printed.
+//! A flood of unknown keys costs Envoy no memory, the database no rows and the operator no
+//! statistics, and hardly affects good keys. The figures are printed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,8 +10,8 @@ use contract::outcome::Outcome;
 use portcullis_tests::flood::{Flood, flood, probe};
 use portcullis_tests::http::Connection;
 use portcullis_tests::stack::Stack;
-use portcullis_tests::torture::gate::BOUND;
 use portcullis_tests::wait::eventually;
+use portcullis_torture::envoy_model::BOUND;
 
 /// Keys before memory is looked at for the first time, and after that.
 const WARM: Flood = Flood { from: 0, least: 5_000, most: 5_000, lasts: Duration::ZERO };

@@ -1,8 +1,9 @@
-//! Memory of a control plane that loads the whole store again and again, as it does whenever the database is restored.
+//! Memory of a control plane that loads the whole store repeatedly, as after every restore of the
+//! database.
 
 use anyhow::{Context, Result, ensure};
+use portcullis_tests::process::resident_kib;
 use portcullis_tests::stack::Stack;
-use portcullis_tests::torture::watch::resident_kib;
 use portcullis_tests::wait::eventually;
 
 /// Times that the store is loaded until memory is measured first, and from then on.

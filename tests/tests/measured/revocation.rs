@@ -5,8 +5,8 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::stack::{Stack, wait_for_status};
-use portcullis_tests::torture::gate::BOUND;
 use portcullis_tests::wait::DEADLINE;
+use portcullis_torture::envoy_model::BOUND;
 use serde_json::json;
 
 const TRIES: usize = 100;

@@ -1,5 +1,5 @@
-//! Scopes that routes ask for and keys have by their roles: a change of a role reaches every worker of every Envoy as a
-//! revocation does.
+//! Scopes that routes require and keys have by their roles: a change of a role reaches every worker
+//! of every Envoy as a revocation does.
 
 use std::time::Instant;
 
@@ -11,8 +11,8 @@ use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http::{self, Reply};
 use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Builder, Stack};
-use portcullis_tests::torture::gate::BOUND;
 use portcullis_tests::wait::{DEADLINE, eventually};
+use portcullis_torture::envoy_model::BOUND;
 use serde_json::{Value, json};
 
 const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];

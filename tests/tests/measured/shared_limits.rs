@@ -1,5 +1,6 @@
-//! One rate limit, three Envoys: together they admit what one would, wherever the load is. A key with uneven load and one with
-//! even load are watched at the same time: their limits have nothing to do with each other.
+//! One rate limit over three Envoys: together they admit as much as one would, wherever the load
+//! is. A key with uneven load and a key with even load run at the same time; their limits are
+//! independent.
 
 use std::time::Instant;
 

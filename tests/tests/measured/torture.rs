@@ -1,13 +1,13 @@
-//! Faults of every kind on the whole stack, each once, in an order and at a time that a seed gives. `cargo xtask torture` does
-//! the same for longer. Linux only: elsewhere no clock can be shifted.
+//! Every kind of fault once on the whole stack, in an order and at times that a seed gives. `cargo
+//! xtask torture` runs longer. Linux only: elsewhere the clock cannot be shifted.
 #![cfg(target_os = "linux")]
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use portcullis_tests::paths;
-use portcullis_tests::torture::plan::Kind;
-use portcullis_tests::torture::{Options, run};
+use portcullis_torture::plan::Kind;
+use portcullis_torture::{Options, run};
 
 /// The same schedule each time, so that a change is judged by what it changed: `PORTCULLIS_SEED=7 cargo test …` tries another.
 fn seed() -> Result<u64> {

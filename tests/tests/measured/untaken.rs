@@ -1,5 +1,5 @@
-//! Clients that ask for responses and do not take them: memory of the control plane, how it answers others meanwhile, and
-//! that all of those connections end. The figures are printed.
+//! Clients that do not read responses: memory of the control plane, its latency for others
+//! meanwhile, and the end of all these connections. The figures are printed.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use portcullis_tests::process::resident_kib;
 use portcullis_tests::raw_http2::{Client, RST_STREAM, connect};
 use portcullis_tests::stack::Stack;
-use portcullis_tests::torture::gate::BOUND;
-use portcullis_tests::torture::watch::resident_kib;
 use portcullis_tests::wait::eventually_within;
+use portcullis_torture::envoy_model::BOUND;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;

@@ -1,4 +1,5 @@
-//! A configuration that is wrong is refused when Envoy loads the filter, with one line that says what to do.
+//! Envoy rejects an invalid configuration when it loads the filter, with one line that says what to
+//! do.
 
 use anyhow::Result;
 use portcullis_tests::control_plane::fresh_key;

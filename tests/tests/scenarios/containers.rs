@@ -1,5 +1,5 @@
-//! What the containers run, without a container engine: the scripts, environments and health checks of docker-compose.yml
-//! with real processes. Only addresses and directories are replaced.
+//! The scripts, environments and health checks of docker-compose.yml, run as real processes without
+//! a container engine. Only addresses and directories are replaced.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt, symlink};

@@ -1,12 +1,12 @@
-//! Browsers and load balancers, which ask without a key: the shipped configurations answer preflights and health checks in
-//! front of the filter, and pages can read refusals.
+//! Browsers and load balancers, which send no key: the shipped configurations answer preflights and
+//! health checks before the filter, and pages can read refusals.
 
 use anyhow::Result;
 use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::{Method, Request};
-use portcullis_tests::bench::{Bench, record};
 use portcullis_tests::expect::assert_upstream;
+use portcullis_tests::filter_harness::{FilterHarness, record};
 use portcullis_tests::http::{self, Outgoing, Reply};
 use portcullis_tests::wait::eventually;
 use serde_json::json;
@@ -58,19 +58,19 @@ fn from_page(origin: &str, key: Option<&str>) -> Result<Outgoing> {
 #[tokio::test]
 async fn a_browser_gets_200_to_its_preflight_and_a_page_can_read_401_and_429_with_retry_after() -> Result<()> {
     let plugin = json!({"rate_limit": {"requests": 1, "window_seconds": 3600}});
-    let bench = Bench::builder().plugin(plugin).start(&[("good", record(1))]).await?;
-    assert_allowed(&bench.send(preflight(ORIGIN)?).await?);
-    assert_eq!(bench.demo.requests(), 0);
+    let harness = FilterHarness::builder().plugin(plugin).start(&[("good", record(1))]).await?;
+    assert_allowed(&harness.send(preflight(ORIGIN)?).await?);
+    assert_eq!(harness.demo.requests(), 0);
 
-    let reply = bench.send(from_page(ORIGIN, None)?).await?;
+    let reply = harness.send(from_page(ORIGIN, None)?).await?;
     assert_eq!((reply.status, &reply.json()?["code"]), (401, &json!(Outcome::Missing.name())));
     assert_readable(&reply, &["www-authenticate"]);
 
-    let reply = bench.send(from_page(ORIGIN, Some("good"))?).await?;
+    let reply = harness.send(from_page(ORIGIN, Some("good"))?).await?;
     assert_upstream(&reply, &["origin", "x-consumer-id", "x-credential-identifier"]);
     assert_readable(&reply, &[]);
 
-    let reply = bench.send(from_page(ORIGIN, Some("good"))?).await?;
+    let reply = harness.send(from_page(ORIGIN, Some("good"))?).await?;
     assert_eq!((reply.status, &reply.json()?["code"]), (429, &json!(Outcome::RateLimited.name())));
     assert_readable(&reply, &["retry-after", "ratelimit", "ratelimit-policy"]);
     Ok(())
@@ -78,39 +78,39 @@ async fn a_browser_gets_200_to_its_preflight_and_a_page_can_read_401_and_429_wit
 
 #[tokio::test]
 async fn pages_of_other_origins_are_allowed_nothing() -> Result<()> {
-    let bench = Bench::start(&[("good", record(1))]).await?;
+    let harness = FilterHarness::start(&[("good", record(1))]).await?;
     for origin in ["https://app.example.com.attacker.example", "http://app.example.com", "null"] {
-        let reply = bench.send(preflight(origin)?).await?;
+        let reply = harness.send(preflight(origin)?).await?;
         assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, None), "{origin}");
         for key in [None, Some("good")] {
-            let reply = bench.send(from_page(origin, key)?).await?;
+            let reply = harness.send(from_page(origin, key)?).await?;
             assert_eq!(reply.header("access-control-allow-origin"), None, "{origin}");
         }
     }
     // What is no preflight needs a key, whichever its method.
     let plain = Request::options("/orders").header("origin", ORIGIN).body(Full::default())?;
-    assert_eq!(bench.send(plain).await?.status, 401);
+    assert_eq!(harness.send(plain).await?.status, 401);
     Ok(())
 }
 
 #[tokio::test]
 async fn a_load_balancer_gets_200_without_a_key_and_503_once_envoy_is_told_to_leave() -> Result<()> {
-    let bench = Bench::start(&[("good", record(1))]).await?;
-    let reply = bench.get("/healthz", None).await?;
+    let harness = FilterHarness::start(&[("good", record(1))]).await?;
+    let reply = harness.get("/healthz", None).await?;
     assert_eq!((reply.status, reply.body.len()), (200, 0), "{reply:?}");
     for path in ["/healthz/", "/healthz?a=b", "/healthz/../orders"] {
-        assert_eq!(bench.get(path, None).await?.status, 401, "{path}");
+        assert_eq!(harness.get(path, None).await?.status, 401, "{path}");
     }
-    let admin = bench.envoy.admin();
+    let admin = harness.envoy.admin();
     http::send(admin, Request::post("/healthcheck/fail").body(Full::default())?).await?;
-    let failing = async || (bench.get("/healthz", None).await.ok()?.status == 503).then_some(());
+    let failing = async || (harness.get("/healthz", None).await.ok()?.status == 503).then_some(());
     eventually("the health check to fail", failing).await?;
     // Requests that still come are served.
-    assert_eq!(bench.get("/orders", Some("good")).await?.status, 200);
-    assert_eq!(bench.demo.requests(), 1);
+    assert_eq!(harness.get("/orders", Some("good")).await?.status, 200);
+    assert_eq!(harness.demo.requests(), 1);
     // Health checks are not logged; what needed a key is.
-    bench.envoy.log().wait_for("\"status\":200").await?;
-    let logged = bench.envoy.log().lines_with("/healthz");
+    harness.envoy.log().wait_for("\"status\":200").await?;
+    let logged = harness.envoy.log().lines_with("/healthz");
     assert!(!logged.is_empty() && logged.iter().all(|line| line.contains("\"status\":401")), "{logged:?}");
     Ok(())
 }

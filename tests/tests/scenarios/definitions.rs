@@ -4,10 +4,10 @@ use anyhow::Result;
 use contract::definition::Definition;
 use contract::outcome::Outcome;
 use contract::record::{RateLimit, Requires};
-use portcullis_tests::bench::{Bench, with};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::fake_control_plane::Change;
+use portcullis_tests::filter_harness::{FilterHarness, with};
 use portcullis_tests::http::Connection;
-use portcullis_tests::scripted::Change;
 use portcullis_tests::stack::wait_for_status;
 use serde_json::json;
 
@@ -35,23 +35,23 @@ async fn once_a_role_has_changed_no_worker_uses_the_old_one() -> Result<()> {
         r.scopes = vec!["base".into()];
         r.roles = vec![1, 3];
     });
-    let bench = Bench::builder().plugin(plugin).route("/read", "read").route("/write", "write");
-    let bench = bench.change(Change::Define(1, scopes(&["orders:read"]))).start(&[("clerk", clerk)]).await?;
-    let headers = assert_upstream(&bench.get("/read", Some("clerk")).await?, &SCOPED);
+    let harness = FilterHarness::builder().plugin(plugin).route("/read", "read").route("/write", "write");
+    let harness = harness.change(Change::Define(1, scopes(&["orders:read"]))).start(&[("clerk", clerk)]).await?;
+    let headers = assert_upstream(&harness.get("/read", Some("clerk")).await?, &SCOPED);
     assert_eq!(headers["x-credential-scopes"], json!(["base orders:read"]));
-    assert_refused(&bench.get("/write", Some("clerk")).await?, Outcome::ScopeDenied, &[]);
+    assert_refused(&harness.get("/write", Some("clerk")).await?, Outcome::ScopeDenied, &[]);
 
-    let mut workers = bench.envoy.connection_per_worker().await?;
+    let mut workers = harness.envoy.connection_per_worker().await?;
     for _ in 0..5 {
-        bench.change(&[Change::Define(1, scopes(&["orders:*"]))]).await?;
+        harness.change(&[Change::Define(1, scopes(&["orders:*"]))]).await?;
         assert_eq!(statuses(&mut workers, "/write", "clerk").await?, [200, 200]);
-        bench.change(&[Change::Define(1, scopes(&["orders:read"]))]).await?;
+        harness.change(&[Change::Define(1, scopes(&["orders:read"]))]).await?;
         assert_eq!(statuses(&mut workers, "/write", "clerk").await?, [403, 403]);
         assert_eq!(statuses(&mut workers, "/read", "clerk").await?, [200, 200]);
     }
-    bench.change(&[Change::Undefine(1)]).await?;
+    harness.change(&[Change::Undefine(1)]).await?;
     assert_eq!(statuses(&mut workers, "/read", "clerk").await?, [403, 403]);
-    let headers = assert_upstream(&bench.get("/", Some("clerk")).await?, &SCOPED);
+    let headers = assert_upstream(&harness.get("/", Some("clerk")).await?, &SCOPED);
     assert_eq!(headers["x-credential-scopes"], json!(["base"]));
     Ok(())
 }
@@ -66,16 +66,16 @@ async fn a_plan_brings_scopes_and_limits_and_a_key_waits_for_its_plan() -> Resul
         r.further.plan = Some(2);
         r.requires = Requires::PLAN;
     });
-    let bench = Bench::start(&[("gold", key)]).await?;
-    assert_refused(&bench.get("/", Some("gold")).await?, Outcome::Unsupported, &[]);
-    bench.change(&[Change::Define(2, plan(3, 3_600))]).await?;
-    let headers = assert_upstream(&bench.get("/", Some("gold")).await?, &SCOPED);
+    let harness = FilterHarness::start(&[("gold", key)]).await?;
+    assert_refused(&harness.get("/", Some("gold")).await?, Outcome::Unsupported, &[]);
+    harness.change(&[Change::Define(2, plan(3, 3_600))]).await?;
+    let headers = assert_upstream(&harness.get("/", Some("gold")).await?, &SCOPED);
     assert_eq!(headers["x-credential-scopes"], json!(["reports"]));
-    let (allowed, reply) = bench.get_many(5, "/", Some("gold")).await?;
+    let (allowed, reply) = harness.get_many(5, "/", Some("gold")).await?;
     assert_eq!(allowed, 2);
     assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
     assert_eq!(reply.header("ratelimit-policy"), Some("\"gold\";q=3;w=3600"));
     // A larger plan opens the door without a word about the key.
-    bench.change(&[Change::Define(2, plan(1_000, 1))]).await?;
-    wait_for_status(&bench.envoy, Some("gold"), 200).await
+    harness.change(&[Change::Define(2, plan(1_000, 1))]).await?;
+    wait_for_status(&harness.envoy, Some("gold"), 200).await
 }

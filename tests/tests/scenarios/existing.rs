@@ -1,4 +1,4 @@
-//! `envoy/existing.yaml`: Portcullis in an Envoy that does other things as well, each in its place.
+//! `envoy/existing.yaml`: Portcullis in an Envoy with other filters.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! What happens to requests, keys and counts when a part of the stack goes away and comes back.
+//! Requests, keys and counts while a part of the stack is down and after it returns.
 
 use anyhow::Result;
 use contract::outcome::Outcome;

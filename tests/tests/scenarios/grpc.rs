@@ -1,4 +1,4 @@
-//! gRPC calls: clients learn the reason of a refusal from `grpc-status`, and try again by themselves what they should.
+//! gRPC calls: `grpc-status` tells clients the reason of a refusal, and whether to retry.
 
 use anyhow::Result;
 use axum::body::Bytes;
@@ -6,19 +6,19 @@ use contract::outcome::Outcome;
 use contract::record::Flags;
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::assert_refused;
+use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::http::{Reply, over_http_2};
 use serde_json::json;
 
 /// A call as gRPC has it: one message of no bytes.
-async fn call(bench: &Bench, content_type: &str, key: Option<&str>) -> Result<Reply> {
+async fn call(harness: &FilterHarness, content_type: &str, key: Option<&str>) -> Result<Reply> {
     let mut request = Request::post("http://api/orders.Orders/List").header("te", "trailers");
     request = request.header("content-type", content_type);
     if let Some(key) = key {
         request = request.header("x-api-key", key);
     }
-    over_http_2(bench.envoy.address(), request.body(Full::new(Bytes::from_static(&[0; 5])))?).await
+    over_http_2(harness.envoy.address(), request.body(Full::new(Bytes::from_static(&[0; 5])))?).await
 }
 
 #[tokio::test]
@@ -32,13 +32,13 @@ async fn a_grpc_client_is_told_of_a_limit_as_one_and_of_a_bad_key_as_one() -> Re
     let mut records: Vec<_> = keys.iter().map(|(key, record, ..)| (*key, record.clone())).collect();
     records.push(("fast", record(5)));
     let limit = json!({"rate_limit": {"requests": 1, "window_seconds": 3600}});
-    let bench = Bench::builder().plugin(limit).start(&records).await?;
-    assert_eq!(bench.get("/", Some("fast")).await?.status, 200);
+    let harness = FilterHarness::builder().plugin(limit).start(&records).await?;
+    assert_eq!(harness.get("/", Some("fast")).await?.status, 200);
     let mut expected: Vec<_> = keys.iter().map(|(key, _, outcome, status)| (Some(*key), *outcome, *status)).collect();
     expected.extend([(Some("fast"), Outcome::RateLimited, "8"), (None, Outcome::Missing, "16")]);
     for (key, outcome, status) in expected {
         for content_type in ["application/grpc", "application/grpc+proto"] {
-            let reply = call(&bench, content_type, key).await?;
+            let reply = call(&harness, content_type, key).await?;
             assert_eq!((reply.status, reply.header("content-type")), (200, Some("application/grpc")), "{key:?}");
             assert_eq!(reply.header("grpc-status"), Some(status), "{key:?}");
             // The problem, percent-encoded where gRPC asks for it.
@@ -50,7 +50,7 @@ async fn a_grpc_client_is_told_of_a_limit_as_one_and_of_a_bad_key_as_one() -> Re
         }
     }
     // Clients that speak no gRPC get no gRPC status.
-    assert_refused(&call(&bench, "application/json", Some("quota")).await?, Outcome::QuotaExceeded, &[]);
-    assert_eq!(bench.demo.requests(), 1);
+    assert_refused(&call(&harness, "application/json", Some("quota")).await?, Outcome::QuotaExceeded, &[]);
+    assert_eq!(harness.demo.requests(), 1);
     Ok(())
 }

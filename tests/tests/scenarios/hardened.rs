@@ -1,5 +1,5 @@
-//! `envoy/hardened.yaml`: TLS for clients, mutual TLS to the control plane. What works on the minimal Envoy works there,
-//! and nobody is believed without a good certificate.
+//! `envoy/hardened.yaml`: TLS for clients and mutual TLS to the control plane. Everything that
+//! works with `minimal.yaml` works there, and neither side accepts an invalid certificate.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! What nobody honest sends to Envoy, byte by byte: each gets its documented answer or the end of the connection, nothing
-//! of it reaches the upstream, and the filter does not trap.
+//! Malicious requests, byte by byte: each gets its documented response or the end of the
+//! connection, nothing reaches the upstream, and the filter does not trap.
 
 use anyhow::{Result, ensure};
 use axum::body::Bytes;
@@ -9,7 +9,7 @@ use hyper::body::Frame;
 use hyper::{HeaderMap, Request};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http::over_http_2;
-use portcullis_tests::raw::{Heard, fields, frame, frames, opening, say};
+use portcullis_tests::raw_http::{Heard, fields, frame, frames, opening, say};
 use portcullis_tests::stack::Stack;
 
 const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];

@@ -1,12 +1,12 @@
-//! Who calls is for the filter to say, and for nobody else.
+//! Only the filter sets identity headers: clients cannot forge them.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
 use filter_core::identity::FOREIGN;
 use http_body_util::Full;
 use hyper::{Method, Request};
-use portcullis_tests::bench::{Bench, record};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::filter_harness::{FilterHarness, record};
 use portcullis_tests::http::{Outgoing, Reply, send};
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
@@ -119,13 +119,13 @@ async fn a_name_with_underscores_cannot_pass_for_an_identity_header() -> Result<
 /// An upstream that stood behind another gateway may believe that gateway's headers.
 #[tokio::test]
 async fn what_other_gateways_tell_an_upstream_no_client_can_tell_it() -> Result<()> {
-    let bench = Bench::builder().plugin(json!({"remove_headers": ["X-Tenant", "x-role"]}));
-    let bench = bench.start(&[("good", record(1))]).await?;
+    let harness = FilterHarness::builder().plugin(json!({"remove_headers": ["X-Tenant", "x-role"]}));
+    let harness = harness.start(&[("good", record(1))]).await?;
     let mut request = Request::get("/").header("x-api-key", "good").header("x-tenant", "root").header("x-other", "1");
     for name in FOREIGN {
         request = request.header(name, "root").header(name.to_ascii_uppercase(), "admin");
     }
-    let reply = bench.send(request.header("x-tenant", "admin").body(Full::default())?).await?;
+    let reply = harness.send(request.header("x-tenant", "admin").body(Full::default())?).await?;
     let headers = assert_upstream(&reply, &["x-consumer-id", "x-credential-identifier", "x-other"]);
     assert_eq!(headers["x-consumer-id"], json!(["22222222-2222-2222-2222-222222222222"]));
     Ok(())

@@ -1,4 +1,4 @@
-//! Keys of another system open the door as soon as they are imported.
+//! Keys of another system work as soon as they are imported.
 
 use anyhow::Result;
 use contract::hash::KeyHash;

@@ -1,5 +1,5 @@
-//! What the operator can see: why a request is decided as it is, what was counted, what other systems take over, and how far
-//! each Envoy is.
+//! What operators see: the explanation of a decision, counts, exports to other systems, and the
+//! progress of each Envoy.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! The life of a key as the product's first page tells it, over the REST API and real Envoys.
+//! The life of a key as in the README, over the REST API and real Envoys.
 
 use anyhow::{Context, Result};
 use contract::key::Secret;

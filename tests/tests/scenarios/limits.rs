@@ -7,9 +7,9 @@ use contract::budget::Stock;
 use contract::outcome::Outcome;
 use contract::record::RateLimit;
 use contract::usage::Grant;
-use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::assert_refused;
-use portcullis_tests::scripted::{Change, Faults};
+use portcullis_tests::fake_control_plane::{Change, Faults};
+use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::wait::eventually;
 use serde_json::json;
 
@@ -22,10 +22,11 @@ fn share(number: u8, amount: u64) -> Grant {
 }
 
 /// Sends grants with the next acknowledgement, and waits until Envoy has noted them: then it sends an empty report.
-async fn grant(bench: &Bench, grants: &[Grant]) -> Result<()> {
-    bench.script.grant(grants);
-    bench.get("/", None).await?;
-    eventually("the grants to be noted", async || (bench.script.acknowledged_with_grants() >= 2).then_some(())).await
+async fn grant(harness: &FilterHarness, grants: &[Grant]) -> Result<()> {
+    harness.control_plane.grant(grants);
+    harness.get("/", None).await?;
+    eventually("the grants to be noted", async || (harness.control_plane.acknowledged_with_grants() >= 2).then_some(()))
+        .await
 }
 
 /// A window so long that a limit refills nothing during a test, however slow the machine.
@@ -39,8 +40,8 @@ async fn of_several_limits_the_one_that_refuses_is_named_among_all() -> Result<(
         ("by week", with(1, |r| r.rate_limits = limits(10, 30))),
         ("by month", with(2, |r| r.rate_limits = limits(30, 10))),
     ];
-    let bench = Bench::start(&keys).await?;
-    let mut workers = bench.envoy.connection_per_worker().await?;
+    let harness = FilterHarness::start(&keys).await?;
+    let mut workers = harness.envoy.connection_per_worker().await?;
     for (key, name, all, window_s) in [
         ("by week", "week", "\"week\";q=10;w=604800, \"month\";q=30;w=2592000", week_s),
         ("by month", "month", "\"week\";q=30;w=604800, \"month\";q=10;w=2592000", MONTH_S),
@@ -64,17 +65,17 @@ async fn of_several_limits_the_one_that_refuses_is_named_among_all() -> Result<(
         }
         assert_eq!((allowed, refused), (10, 10), "{key}");
     }
-    assert_eq!(bench.demo.requests(), 20);
+    assert_eq!(harness.demo.requests(), 20);
     Ok(())
 }
 
 #[tokio::test]
 async fn a_key_that_a_short_limit_refused_goes_on_until_its_long_limit_is_used_up() -> Result<()> {
     let limits = vec![limit("seconds", 5, 5), limit("month", 8, MONTH_S)];
-    let bench = Bench::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
+    let harness = FilterHarness::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
     let mut allowed = 0;
     let used_up = async || {
-        let reply = bench.get("/", Some("limited")).await.ok()?;
+        let reply = harness.get("/", Some("limited")).await.ok()?;
         if reply.status == 200 {
             allowed += 1;
             return None;
@@ -84,7 +85,7 @@ async fn a_key_that_a_short_limit_refused_goes_on_until_its_long_limit_is_used_u
         named.starts_with("\"month\"").then_some(())
     };
     eventually("the limit of the month to refuse", used_up).await?;
-    assert_eq!((allowed, bench.demo.requests()), (8, 8));
+    assert_eq!((allowed, harness.demo.requests()), (8, 8));
     Ok(())
 }
 
@@ -95,9 +96,9 @@ async fn of_a_large_limit_workers_use_all_and_no_more() -> Result<()> {
         r.rate_limits = vec![limit("hour", 1_280, 3_600)];
         r.further.alone = 1;
     });
-    let bench = Bench::start(&[("large", own)]).await?;
+    let harness = FilterHarness::start(&[("large", own)]).await?;
     let start = Instant::now();
-    let mut workers = bench.envoy.connection_per_worker().await?;
+    let mut workers = harness.envoy.connection_per_worker().await?;
     assert!(workers.len() > 1);
     let mut allowed: u64 = 0;
     for worker in &mut workers {
@@ -138,18 +139,18 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
         "policies": {"search": {"rate_limit": {"requests": 8, "window_seconds": MONTH_S}}},
     });
     // One of four Envoys.
-    let bench = Bench::builder().plugin(plugin).route("/search", "search").change(Change::Filters(4));
-    let bench = bench.start(&keys).await?;
-    grant(&bench, &[share(2, 500_000), share(3, 1), share(4, 1), share(5, 1)]).await?;
+    let harness = FilterHarness::builder().plugin(plugin).route("/search", "search").change(Change::Filters(4));
+    let harness = harness.start(&keys).await?;
+    grant(&harness, &[share(2, 500_000), share(3, 1), share(4, 1), share(5, 1)]).await?;
     for (key, path, expected) in
         [("shared", "/", 10), ("granted", "/", 20), ("alone", "/", 40), ("default", "/", 40), ("route", "/search", 8)]
     {
-        let (allowed, reply) = bench.get_many(50, path, Some(key)).await?;
+        let (allowed, reply) = harness.get_many(50, path, Some(key)).await?;
         assert_eq!(allowed, expected, "{key}");
         assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
     }
     // The whole limit is told, whatever the share.
-    let reply = bench.get("/", Some("granted")).await?;
+    let reply = harness.get("/", Some("granted")).await?;
     assert_eq!(reply.header("ratelimit-policy"), Some("\"month\";q=40;w=2592000"));
     // The whole limit refills one of 40 requests in a fortieth of the window. This Envoy has half of it, but shares change
     // sooner than that.
@@ -160,34 +161,36 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
 
 #[tokio::test]
 async fn an_envoy_that_was_granted_something_and_falls_quiet_sends_empty_reports_for_a_while() -> Result<()> {
-    let bench = Bench::start(&[("good", record(1))]).await?;
-    bench.get("/", Some("good")).await?;
-    let counted = async || (bench.script.reported(Outcome::Allowed) == 1).then_some(());
+    let harness = FilterHarness::start(&[("good", record(1))]).await?;
+    harness.get("/", Some("good")).await?;
+    let counted = async || (harness.control_plane.reported(Outcome::Allowed) == 1).then_some(());
     eventually("the request to be reported", counted).await?;
-    grant(&bench, &[share(1, 5)]).await?;
-    let quiet = async || bench.script.report_sizes().ends_with(&[0; 4]).then_some(());
-    eventually("four empty reports", quiet).await.with_context(|| format!("{:?}", bench.script.report_sizes()))?;
-    bench.script.grant(&[]);
-    bench.get("/", Some("good")).await?;
-    let counted = async || (bench.script.reported(Outcome::Allowed) == 2).then_some(());
+    grant(&harness, &[share(1, 5)]).await?;
+    let quiet = async || harness.control_plane.report_sizes().ends_with(&[0; 4]).then_some(());
+    eventually("four empty reports", quiet)
+        .await
+        .with_context(|| format!("{:?}", harness.control_plane.report_sizes()))?;
+    harness.control_plane.grant(&[]);
+    harness.get("/", Some("good")).await?;
+    let counted = async || (harness.control_plane.reported(Outcome::Allowed) == 2).then_some(());
     eventually("the next request to be reported", counted).await?;
     // Before the grants, after them, and what came since.
-    let sizes = bench.script.report_sizes();
+    let sizes = harness.control_plane.report_sizes();
     assert!(sizes.starts_with(&[1, 1, 0, 0, 0, 0]) && sizes.ends_with(&[0, 1]), "{sizes:?}");
-    assert_eq!(bench.script.changed_reports(), 0);
+    assert_eq!(harness.control_plane.changed_reports(), 0);
     Ok(())
 }
 
 #[tokio::test]
 async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -> Result<()> {
     let faults = Faults { acknowledgements: u32::MAX, ..Faults::default() };
-    let bench = Bench::builder().faults(faults).start(&[("good", record(1))]).await?;
-    let (allowed, _) = bench.get_many(5, "/", Some("good")).await?;
+    let harness = FilterHarness::builder().faults(faults).start(&[("good", record(1))]).await?;
+    let (allowed, _) = harness.get_many(5, "/", Some("good")).await?;
     assert_eq!(allowed, 5);
-    bench.stat_is("usage_pending_requests", 5).await?;
-    bench.change(&[]).await?;
+    harness.stat_is("usage_pending_requests", 5).await?;
+    harness.change(&[]).await?;
     let told = async || {
-        let polls = bench.script.polls();
+        let polls = harness.control_plane.polls();
         let poll = polls.last()?;
         let version = poll.get("version").map(String::as_str);
         (version == Some(env!("CARGO_PKG_VERSION")) && poll.get("pending").map(String::as_str) == Some("5"))
@@ -200,15 +203,15 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
 async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()> {
     let shared = with(1, |r| r.rate_limits = vec![limit("month", 40, MONTH_S)]);
     // One of four Envoys, and half of the limit is leased to it.
-    let bench = Bench::builder().change(Change::Filters(4)).start(&[("shared", shared)]).await?;
-    grant(&bench, &[share(1, 500_000)]).await?;
-    bench.script.disturb(Faults { pages: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
-    let (mut allowed, reply) = bench.get_many(10, "/", Some("shared")).await?;
+    let harness = FilterHarness::builder().change(Change::Filters(4)).start(&[("shared", shared)]).await?;
+    grant(&harness, &[share(1, 500_000)]).await?;
+    harness.control_plane.disturb(Faults { pages: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
+    let (mut allowed, reply) = harness.get_many(10, "/", Some("shared")).await?;
     assert_eq!((allowed, reply.status), (10, 200));
     let alone =
-        async || (bench.envoy.stat("wasmcustom.portcullis_report_failures_total").await.ok()? >= 1).then_some(());
+        async || (harness.envoy.stat("wasmcustom.portcullis_report_failures_total").await.ok()? >= 1).then_some(());
     eventually("a report to go unanswered", alone).await?;
-    allowed += bench.get_many(30, "/", Some("shared")).await?.0;
+    allowed += harness.get_many(30, "/", Some("shared")).await?.0;
     assert_eq!(allowed, 20);
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Limits, quotas and credits belong to a key and not to one of its secrets: a rotation goes on where the old secret was. The quota is
-//! that of the key's plan.
+//! Limits, quotas and credits belong to a key, not to one of its secrets: a rotation continues
+//! where the old secret was. The quota is that of the key's plan.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;

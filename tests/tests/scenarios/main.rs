@@ -1,4 +1,4 @@
-//! Scenarios on the whole stack, or on the built filter in a real Envoy against a control plane that plays a script.
+//! Scenarios on the whole stack, or on the built filter in a real Envoy against a fake control plane.
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
 mod config;
@@ -12,30 +12,30 @@ mod hardened;
 mod hostile;
 mod identity;
 mod import;
+mod infrequent_requests;
 mod insight;
 mod lifecycle;
+mod limit_shares;
 mod limits;
 mod lineage;
+mod malformed_keys;
 mod metrics;
 mod networks;
-mod odd_keys;
 mod outcomes;
 mod paths;
 mod plans;
 mod policies;
-mod prices;
 mod quota;
+mod quota_and_credits;
 mod readme;
 mod redirects;
 mod rotation;
+mod route_costs;
 mod secrecy;
-mod seldom;
 mod service;
 mod shadow;
-mod shares;
 mod shipped;
 mod sources;
-mod stocks;
 mod trailers;
 mod usage_log;
 mod wasm;

@@ -1,4 +1,4 @@
-//! What operators watch.
+//! Metrics for operators.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,6 @@
-//! Every outcome that a key or the state of the store can cause, with its whole answer. For those that routes cause,
-//! `scope_denied`, `anonymous` and `policy_unknown`, see `policies.rs`; for `unsupported` see `wasm.rs`.
+//! Every outcome that a key or the state of the store can cause, with its whole response. For those
+//! that routes cause, `scope_denied`, `anonymous` and `policy_unknown`, see `policies.rs`; for
+//! `unsupported` see `wasm.rs`.
 
 use std::time::{Duration, SystemTime};
 

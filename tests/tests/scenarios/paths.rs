@@ -1,10 +1,11 @@
-//! One path, many spellings: whatever a client writes, a route with a policy is reached with the decision of that policy
-//! only, and an upstream that reads paths as RFC 3986 has it never sees a path that was judged as another.
+//! Different spellings of one path: however a client writes it, a request reaches a route with a
+//! policy only by the decision of that policy, and an upstream that parses paths by RFC 3986 never
+//! sees a path that was decided as another one.
 
 use anyhow::Result;
 use contract::outcome::Outcome;
-use portcullis_tests::bench::{Bench, record, with};
-use portcullis_tests::raw::{fields, frame, frames, opening, say};
+use portcullis_tests::filter_harness::{FilterHarness, record, with};
+use portcullis_tests::raw_http::{fields, frame, frames, opening, say};
 use serde_json::{Value, json};
 
 /// What comes of a spelling, without a key and with one that has no scopes.
@@ -116,26 +117,26 @@ fn resolved(path: &str) -> Vec<String> {
     segments
 }
 
-async fn start() -> Result<Bench> {
+async fn start() -> Result<FilterHarness> {
     let plugin = json!({"policies": {"strict": {"scopes": {"all": ["strict"]}}, "open": {"key": "anonymous_allowed"}}});
     let keys = [("good", record(1)), ("scoped", with(2, |record| record.scopes = vec!["strict".into()]))];
-    Bench::builder().plugin(plugin).route("/strict", "strict").route("/open", "open").start(&keys).await
+    FilterHarness::builder().plugin(plugin).route("/strict", "strict").route("/open", "open").start(&keys).await
 }
 
 #[tokio::test]
 async fn every_spelling_of_a_path_is_judged_by_the_policy_of_what_the_upstream_serves() -> Result<()> {
-    let bench = start().await?;
+    let harness = start().await?;
     let mut wrong = Vec::new();
     for (path, read) in SPELLINGS {
         for (key, (status, refusal)) in ["", "x-api-key: good\r\n"].into_iter().zip(read.answers()) {
-            let before = bench.demo.requests();
+            let before = harness.demo.requests();
             let request = format!("GET {path} HTTP/1.1\r\nhost: api\r\n{key}\r\n");
-            let heard = say(bench.envoy.address(), request.as_bytes(), 1).await?;
+            let heard = say(harness.envoy.address(), request.as_bytes(), 1).await?;
             let body = heard.body();
             let told: Value = serde_json::from_str(&body).unwrap_or_default();
             let fits = heard.statuses() == [status]
                 && refusal.is_none_or(|outcome| told["code"] == outcome.name())
-                && bench.demo.requests() - before == u64::from(status == 200);
+                && harness.demo.requests() - before == u64::from(status == 200);
             if !fits {
                 wrong.push(format!("{path} {key:?}: {:?} {body}", heard.statuses()));
             }
@@ -150,24 +151,24 @@ async fn every_spelling_of_a_path_is_judged_by_the_policy_of_what_the_upstream_s
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // With the scope the strict route is open, so that what was refused above was not refused for something else.
-    assert_eq!(bench.get("//strict", Some("scoped")).await?.status, 200);
-    assert_eq!(bench.envoy.stats("vm_reload").await?.iter().map(|(_, count)| count).sum::<u64>(), 0);
+    assert_eq!(harness.get("//strict", Some("scoped")).await?.status, 200);
+    assert_eq!(harness.envoy.stats("vm_reload").await?.iter().map(|(_, count)| count).sum::<u64>(), 0);
     Ok(())
 }
 
 #[tokio::test]
 async fn http_2_reads_paths_alike() -> Result<()> {
-    let bench = start().await?;
+    let harness = start().await?;
     for (path, read) in SPELLINGS.iter().filter(|(path, _)| path.starts_with('/')) {
-        let before = bench.demo.requests();
+        let before = harness.demo.requests();
         let head =
             [(":method", "GET"), (":scheme", "http"), (":authority", "api"), (":path", path), ("x-api-key", "good")];
         let request = [opening(), frame(1, 5, 1, &fields(&head))].concat();
-        let heard = say(bench.envoy.address(), &request, 0).await?;
+        let heard = say(harness.envoy.address(), &request, 0).await?;
         let answered = frames(&heard.bytes).iter().any(|(kind, ..)| [1, 3, 7].contains(kind));
         let through = read.answers()[1].0 == 200;
         assert!(answered, "{path}: {heard:?}");
-        assert_eq!(bench.demo.requests() - before, u64::from(through), "{path}");
+        assert_eq!(harness.demo.requests() - before, u64::from(through), "{path}");
     }
     Ok(())
 }

@@ -1,11 +1,11 @@
-//! What routes ask for, by the policy that they name in their metadata.
+//! Policies of routes, which routes name in their metadata.
 
 use anyhow::Result;
 use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::http::Outgoing;
 use serde_json::json;
 
@@ -29,10 +29,11 @@ async fn a_route_asks_for_all_or_for_one_of_its_scopes_and_others_ask_for_what_t
         |number, scopes: &[&str]| with(number, |r| r.scopes = scopes.iter().map(ToString::to_string).collect());
     let keys =
         [("none", record(1)), ("reader", scopes(2, &["orders:read"])), ("all", scopes(3, &["orders:*", "base"]))];
-    let bench = Bench::builder().plugin(plugin).route("/both", "both").route("/one", "one").start(&keys).await?;
+    let harness =
+        FilterHarness::builder().plugin(plugin).route("/both", "both").route("/one", "one").start(&keys).await?;
     for (key, allowed) in [("none", &[][..]), ("reader", &["/one"]), ("all", &["/both", "/one", "/"])] {
         for path in ["/both", "/one", "/"] {
-            let reply = bench.get(path, Some(key)).await?;
+            let reply = harness.get(path, Some(key)).await?;
             if allowed.contains(&path) {
                 assert_upstream(&reply, &SCOPED);
             } else {
@@ -40,8 +41,8 @@ async fn a_route_asks_for_all_or_for_one_of_its_scopes_and_others_ask_for_what_t
             }
         }
     }
-    assert_eq!(bench.demo.requests(), 4);
-    assert_refused(&bench.get("/one", None).await?, Outcome::Missing, &[]);
+    assert_eq!(harness.demo.requests(), 4);
+    assert_refused(&harness.get("/one", None).await?, Outcome::Missing, &[]);
     Ok(())
 }
 
@@ -49,20 +50,21 @@ async fn a_route_asks_for_all_or_for_one_of_its_scopes_and_others_ask_for_what_t
 async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_good() -> Result<()> {
     let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}, "any": {"key": "optional"}}});
     let keys = [("good", record(1)), ("old", with(2, |r| r.expires_at_s = Some(1)))];
-    let bench = Bench::builder().plugin(plugin).route("/open", "open").route("/any", "any").start(&keys).await?;
-    assert_upstream(&bench.get("/open", None).await?, &[]);
-    assert_upstream(&bench.get("/open", Some("good")).await?, &IDENTITY);
-    assert_refused(&bench.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
-    assert_refused(&bench.get("/open", Some("old")).await?, Outcome::Expired, &[]);
+    let harness =
+        FilterHarness::builder().plugin(plugin).route("/open", "open").route("/any", "any").start(&keys).await?;
+    assert_upstream(&harness.get("/open", None).await?, &[]);
+    assert_upstream(&harness.get("/open", Some("good")).await?, &IDENTITY);
+    assert_refused(&harness.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
+    assert_refused(&harness.get("/open", Some("old")).await?, Outcome::Expired, &[]);
 
-    assert_upstream(&bench.get("/any", None).await?, &[]);
-    assert_upstream(&bench.get("/any", Some("good")).await?, &IDENTITY);
+    assert_upstream(&harness.get("/any", None).await?, &[]);
+    assert_upstream(&harness.get("/any", Some("good")).await?, &IDENTITY);
     // The key that was no good goes no further, and neither does an identity that the client made up.
-    assert_upstream(&bench.get("/any", Some("stranger")).await?, &[]);
+    assert_upstream(&harness.get("/any", Some("stranger")).await?, &[]);
     let spoofing = Request::get("/any").header("x-api-key", "old").header("x-consumer-id", "root");
-    assert_upstream(&bench.send(spoofing.body(Full::default())?).await?, &[]);
-    assert_refused(&bench.get("/", None).await?, Outcome::Missing, &[]);
-    bench.stat_is("decisions_anonymous_total", 4).await?;
+    assert_upstream(&harness.send(spoofing.body(Full::default())?).await?, &[]);
+    assert_refused(&harness.get("/", None).await?, Outcome::Missing, &[]);
+    harness.stat_is("decisions_anonymous_total", 4).await?;
     Ok(())
 }
 
@@ -74,10 +76,11 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
         "open": {"key": "anonymous_allowed", "rate_limit": limit},
     }});
     let keys = [("one", record(1)), ("two", record(2))];
-    let bench = Bench::builder().plugin(plugin).trusted_hops(1).route("/search", "search").route("/open", "open");
-    let bench = bench.start(&keys).await?;
+    let harness =
+        FilterHarness::builder().plugin(plugin).trusted_hops(1).route("/search", "search").route("/open", "open");
+    let harness = harness.start(&keys).await?;
     for key in ["one", "two"] {
-        let (allowed, reply) = bench.get_many(4, "/search", Some(key)).await?;
+        let (allowed, reply) = harness.get_many(4, "/search", Some(key)).await?;
         assert_eq!(allowed, 2);
         assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
         // The default limit applies too.
@@ -85,8 +88,8 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
         let wait = reply.header("retry-after").unwrap_or_default();
         assert_eq!(reply.header("ratelimit"), Some(format!("\"search\";r=0;t={wait}").as_str()));
         // Elsewhere the key still works, and each route has its own.
-        assert_eq!(bench.get("/", Some(key)).await?.status, 200);
-        assert_eq!(bench.get("/open", Some(key)).await?.status, 200);
+        assert_eq!(harness.get("/", Some(key)).await?.status, 200);
+        assert_eq!(harness.get("/open", Some(key)).await?.status, 200);
     }
     for (address, allowed) in [
         ("192.0.2.1", [true, true, false]),
@@ -97,7 +100,7 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
         ("2001:db8:0:1::1", [true, true, false]),
     ] {
         for allowed in allowed {
-            let reply = bench.send(from(address, "/open")?).await?;
+            let reply = harness.send(from(address, "/open")?).await?;
             assert_eq!(reply.status == 200, allowed, "{address}");
             if !allowed {
                 assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
@@ -111,30 +114,30 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
 #[tokio::test]
 async fn a_route_that_names_an_unknown_policy_refuses_all_requests_and_says_so() -> Result<()> {
     let plugin = json!({"policies": {"read": {}}});
-    let bench = Bench::builder().plugin(plugin).route("/typo", "raed").route("/read", "read");
-    let bench = bench.start(&[("good", record(1))]).await?;
+    let harness = FilterHarness::builder().plugin(plugin).route("/typo", "raed").route("/read", "read");
+    let harness = harness.start(&[("good", record(1))]).await?;
     for _ in 0..20 {
-        assert_refused(&bench.get("/typo", Some("good")).await?, Outcome::PolicyUnknown, &[]);
+        assert_refused(&harness.get("/typo", Some("good")).await?, Outcome::PolicyUnknown, &[]);
     }
-    assert_refused(&bench.get("/typo", None).await?, Outcome::PolicyUnknown, &[]);
-    assert_eq!(bench.demo.requests(), 0);
-    assert_upstream(&bench.get("/read", Some("good")).await?, &IDENTITY);
-    assert_upstream(&bench.get("/", Some("good")).await?, &IDENTITY);
-    bench.stat_is("decisions_policy_unknown_total", 21).await?;
+    assert_refused(&harness.get("/typo", None).await?, Outcome::PolicyUnknown, &[]);
+    assert_eq!(harness.demo.requests(), 0);
+    assert_upstream(&harness.get("/read", Some("good")).await?, &IDENTITY);
+    assert_upstream(&harness.get("/", Some("good")).await?, &IDENTITY);
+    harness.stat_is("decisions_policy_unknown_total", 21).await?;
     // Once for each of the two workers, at the most.
-    let lines = bench.envoy.log().lines_with("names the policy \"raed\"");
+    let lines = harness.envoy.log().lines_with("names the policy \"raed\"");
     assert!((1..=2).contains(&lines.len()), "{lines:?}");
     portcullis_tests::wait::eventually("the refusals to be reported", async || {
-        (bench.script.reported(Outcome::PolicyUnknown) == 21).then_some(())
+        (harness.control_plane.reported(Outcome::PolicyUnknown) == 21).then_some(())
     })
     .await
 }
 
 #[tokio::test]
 async fn without_policies_nobody_asks_which_one_a_route_names() -> Result<()> {
-    let bench = Bench::builder().route("/any", "whatever").start(&[("good", record(1))]).await?;
-    assert_upstream(&bench.get("/any", Some("good")).await?, &IDENTITY);
-    assert_refused(&bench.get("/any", None).await?, Outcome::Missing, &[]);
+    let harness = FilterHarness::builder().route("/any", "whatever").start(&[("good", record(1))]).await?;
+    assert_upstream(&harness.get("/any", Some("good")).await?, &IDENTITY);
+    assert_refused(&harness.get("/any", None).await?, Outcome::Missing, &[]);
     Ok(())
 }
 
@@ -168,22 +171,22 @@ async fn a_route_that_names_its_policy_in_no_way_that_is_one_refuses_all_request
     routes += &route("/none".into(), "{}");
     let marker = "                      routes:\n";
     let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}}, "default_policy": {"key": "optional"}});
-    let bench = Bench::builder().plugin(plugin).edit(marker, &format!("{marker}{routes}"));
-    let bench = bench.start(&[("good", record(1))]).await?;
+    let harness = FilterHarness::builder().plugin(plugin).edit(marker, &format!("{marker}{routes}"));
+    let harness = harness.start(&[("good", record(1))]).await?;
     for (metadata, number) in wrong.iter().zip(0..) {
         let number: u8 = number;
         for key in [Some("good"), None] {
-            let reply = bench.get(&format!("/{number}"), key).await?;
+            let reply = harness.get(&format!("/{number}"), key).await?;
             assert_eq!((reply.status, &reply.json()?["code"]), (503, &json!("policy_unknown")), "{metadata}");
             assert_refused(&reply, Outcome::PolicyUnknown, &[]);
         }
     }
-    assert_eq!(bench.demo.requests(), 0);
-    assert!(!bench.envoy.log().lines_with("is not {policy: NAME}").is_empty());
-    assert_upstream(&bench.get("/open", None).await?, &[]);
-    assert_refused(&bench.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
+    assert_eq!(harness.demo.requests(), 0);
+    assert!(!harness.envoy.log().lines_with("is not {policy: NAME}").is_empty());
+    assert_upstream(&harness.get("/open", None).await?, &[]);
+    assert_refused(&harness.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
     // These name none.
-    assert_upstream(&bench.get("/none", Some("stranger")).await?, &[]);
-    assert_upstream(&bench.get("/", Some("stranger")).await?, &[]);
+    assert_upstream(&harness.get("/none", Some("stranger")).await?, &[]);
+    assert_upstream(&harness.get("/", Some("stranger")).await?, &[]);
     Ok(())
 }

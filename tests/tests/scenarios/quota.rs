@@ -1,5 +1,5 @@
-//! Quotas: so many requests in a window, and the door opens by itself with the next. Of one key over three Envoys, and
-//! of every period that there is.
+//! Quotas: a number of requests in a window, and again with the next window. For one key over three
+//! Envoys, and for every kind of window.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;

@@ -1,5 +1,5 @@
-//! The tours of README and docs/tour.md print what they say. Each page is pasted whole into interactive shells, as it
-//! stands, several times on the same stack.
+//! The tours of README and docs/tour.md print the output that they show. Each page is pasted whole
+//! into interactive shells, several times on the same stack.
 
 use std::fmt::Write;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Keys stand in no log, at no level.
+//! No log contains a key, at any level.
 
 use anyhow::Result;
 use portcullis_tests::process::Signal;

@@ -1,4 +1,4 @@
-//! `cargo xtask up --upstream`: the user's own service behind Envoy, by its URL.
+//! `cargo xtask up --upstream`: Envoy in front of the user's own service, given by URL.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -10,15 +10,15 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use portcullis_tests::bench::record;
 use portcullis_tests::certificates::{Authority, For, Identity};
 use portcullis_tests::control_plane::fresh_key;
 use portcullis_tests::demo::DemoApi;
 use portcullis_tests::envoy::{Envoy, Settings};
 use portcullis_tests::envoy_config::Replacements;
+use portcullis_tests::fake_control_plane::{FakeControlPlane, Faults};
+use portcullis_tests::filter_harness::record;
 use portcullis_tests::http::{Reply, send};
 use portcullis_tests::log::Log;
-use portcullis_tests::scripted::{Faults, Scripted};
 use portcullis_tests::service::Service;
 use portcullis_tests::tools::silently;
 use portcullis_tests::wait::eventually;
@@ -36,20 +36,20 @@ const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// An Envoy in front of a service, with one key.
 struct Protected {
     envoy: Envoy,
-    _script: Scripted,
+    _control_plane: FakeControlPlane,
     _home: TempDir,
 }
 
 impl Protected {
     async fn start(service: Service) -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-")?;
-        let script = Scripted::start(&[("good", record(1))], Faults::default()).await?;
+        let control_plane = FakeControlPlane::start(&[("good", record(1))], Faults::default()).await?;
         let nowhere = SocketAddr::from((HERE, 9));
         let replacements = Replacements {
             service: Some(service),
             plugin: json!({"policies": {"open": {"key": "anonymous_allowed"}}}).as_object().cloned().context("JSON")?,
             routes: vec![("/open".into(), "open".into())],
-            ..Replacements::between(script.address(), nowhere)
+            ..Replacements::between(control_plane.address(), nowhere)
         };
         let (log_level, environment) = ("warning,wasm:info".into(), Vec::new());
         let sync_key = fresh_key()?;
@@ -58,7 +58,7 @@ impl Protected {
         let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
         let keys = async || (envoy.stat("wasmcustom.portcullis_keys").await.ok()? == 1).then_some(());
         eventually("Envoy to have the key", keys).await?;
-        Ok(Self { envoy, _script: script, _home: home })
+        Ok(Self { envoy, _control_plane: control_plane, _home: home })
     }
 
     async fn get(&self, path: &str, key: &str) -> Result<Reply> {

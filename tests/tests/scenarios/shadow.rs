@@ -1,14 +1,15 @@
-//! Shadow mode: nothing is refused, and what would have been is told to the upstream, to the operator and in usage.
+//! Shadow mode: no request is refused, and the upstream, the operator and usage learn which would
+//! have been.
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
 use contract::record::{Budget, Flags, RateLimit};
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::fake_control_plane::Faults;
+use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::http::Reply;
-use portcullis_tests::scripted::Faults;
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
@@ -65,10 +66,10 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
         (name, record)
     });
     let keys: Vec<_> = keys.into_iter().chain(others).collect();
-    let bench = Bench::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
+    let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
     let scoped = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
-    assert_upstream(&bench.get("/dark", Some("good")).await?, &scoped);
-    assert_upstream(&bench.get("/dark", Some("limited")).await?, &scoped);
+    assert_upstream(&harness.get("/dark", Some("good")).await?, &scoped);
+    assert_upstream(&harness.get("/dark", Some("limited")).await?, &scoped);
     let would_be = [
         (None, Outcome::Missing),
         (Some("stranger"), Outcome::Unknown),
@@ -82,26 +83,29 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
         (Some("ended"), Outcome::Expired),
     ];
     for (key, outcome) in would_be {
-        assert_shadowed(&bench.get("/dark", key).await?, outcome);
+        assert_shadowed(&harness.get("/dark", key).await?, outcome);
         let stat = |kind| format!("{kind}_{}_total", outcome.name());
-        bench.stat_is(&stat("shadow"), 1).await?;
-        bench.stat_is(&stat("decisions"), 0).await?;
+        harness.stat_is(&stat("shadow"), 1).await?;
+        harness.stat_is(&stat("decisions"), 0).await?;
     }
     // Other routes refuse as ever.
-    assert_refused(&bench.get("/", Some("revoked")).await?, Outcome::Revoked, &[]);
+    assert_refused(&harness.get("/", Some("revoked")).await?, Outcome::Revoked, &[]);
     for (_, outcome) in would_be {
-        let reported = async || (bench.script.reported_in_shadow(outcome) == 1).then_some(());
+        let reported = async || (harness.control_plane.reported_in_shadow(outcome) == 1).then_some(());
         eventually(&format!("{outcome:?} to be reported"), reported).await?;
     }
     // Workers publish on their own, so what was enforced may come later.
-    let enforced = async || (bench.script.reported(Outcome::Revoked) == 1).then_some(());
+    let enforced = async || (harness.control_plane.reported(Outcome::Revoked) == 1).then_some(());
     eventually("the refusal to be reported", enforced).await?;
-    let paid = async || (bench.script.reported_cost(Outcome::Allowed) == 2).then_some(());
+    let paid = async || (harness.control_plane.reported_cost(Outcome::Allowed) == 2).then_some(());
     eventually("what was allowed to be reported", paid).await?;
-    assert_eq!((bench.script.reported(Outcome::Revoked), bench.script.reported(Outcome::Missing)), (1, 0));
+    assert_eq!(
+        (harness.control_plane.reported(Outcome::Revoked), harness.control_plane.reported(Outcome::Missing)),
+        (1, 0)
+    );
 
-    bench.send(Request::get("/dark/logged").body(Full::default())?).await?;
-    let line: Value = serde_json::from_str(&bench.envoy.log().wait_for("/dark/logged").await?)?;
+    harness.send(Request::get("/dark/logged").body(Full::default())?).await?;
+    let line: Value = serde_json::from_str(&harness.envoy.log().wait_for("/dark/logged").await?)?;
     assert_eq!((&line["shadow"], &line["refused"], &line["status"]), (&json!("missing"), &Value::Null, &json!(200)));
     Ok(())
 }
@@ -112,37 +116,37 @@ async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request
     // Only damaged pages, so that there are no keys yet.
     let faults = Faults { pages: u32::MAX, ..Faults::default() };
     let keys = [("good", record(1))];
-    let bench = Bench::builder().plugin(plugin.clone()).route("/typo", "raed").faults(faults);
-    let bench = bench.start_unsynced(&keys).await?;
-    assert_shadowed(&bench.get("/", Some("good")).await?, Outcome::NotReady);
-    assert_shadowed(&bench.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
-    bench.stat_is("shadow_not_ready_total", 1).await?;
+    let harness = FilterHarness::builder().plugin(plugin.clone()).route("/typo", "raed").faults(faults);
+    let harness = harness.start_unsynced(&keys).await?;
+    assert_shadowed(&harness.get("/", Some("good")).await?, Outcome::NotReady);
+    assert_shadowed(&harness.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
+    harness.stat_is("shadow_not_ready_total", 1).await?;
 
     let faults = Faults { age_s: 3_600, ..Faults::default() };
-    let bench = Bench::builder().plugin(plugin).faults(faults).start(&keys).await?;
-    assert_shadowed(&bench.get("/", Some("good")).await?, Outcome::Stale);
+    let harness = FilterHarness::builder().plugin(plugin).faults(faults).start(&keys).await?;
+    assert_shadowed(&harness.get("/", Some("good")).await?, Outcome::Stale);
     Ok(())
 }
 
 #[tokio::test]
 async fn in_shadow_everywhere_good_keys_have_their_identity() -> Result<()> {
-    let bench = Bench::builder().plugin(json!({"shadow": true})).start(&[("good", record(1))]).await?;
-    assert_upstream(&bench.get("/", Some("good")).await?, &IDENTITY);
-    assert_shadowed(&bench.get("/", Some("stranger")).await?, Outcome::Unknown);
+    let harness = FilterHarness::builder().plugin(json!({"shadow": true})).start(&[("good", record(1))]).await?;
+    assert_upstream(&harness.get("/", Some("good")).await?, &IDENTITY);
+    assert_shadowed(&harness.get("/", Some("stranger")).await?, Outcome::Unknown);
     Ok(())
 }
 
 #[tokio::test]
 async fn nobody_but_the_filter_speaks_of_shadow() -> Result<()> {
     let plugin = json!({"policies": {"dark": {"shadow": true}, "open": {"key": "anonymous_allowed"}}});
-    let bench = Bench::builder().plugin(plugin).route("/dark", "dark").route("/open", "open");
-    let bench = bench.start(&[("good", record(1))]).await?;
+    let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").route("/open", "open");
+    let harness = harness.start(&[("good", record(1))]).await?;
     let claim = async |path: &str, key: Option<&str>| {
         let mut request = Request::get(path).header(HEADER, "allowed").header("X-Portcullis-Shadow", "expired");
         if let Some(key) = key {
             request = request.header("x-api-key", key);
         }
-        bench.send(request.body(Full::default()).context("a request")?).await
+        harness.send(request.body(Full::default()).context("a request")?).await
     };
     assert_upstream(&claim("/", Some("good")).await?, &IDENTITY);
     assert_upstream(&claim("/dark", Some("good")).await?, &IDENTITY);

@@ -1,4 +1,4 @@
-//! The files of the directory `envoy`, as they are shipped: Envoy takes each of them.
+//! Envoy accepts every file of the directory `envoy` as it is shipped.
 
 use std::process::Command;
 

@@ -1,12 +1,12 @@
-//! Where a key may stand: each place, their order, and that nothing of the key goes upstream.
+//! Sources of a key: each one, their order, and the removal of the key before the upstream.
 
 use anyhow::Result;
 use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::Request;
 use hyper::http::request::Builder;
-use portcullis_tests::bench::{Bench, record};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::filter_harness::{FilterHarness, record};
 use portcullis_tests::http::{Reply, over_http_2};
 use serde_json::{Value, json};
 
@@ -19,13 +19,13 @@ fn sources() -> Value {
     json!([{"header": "x-api-key"}, {"bearer": true}, {"query": "api_key"}, {"cookie": "session_key"}])
 }
 
-async fn start(plugin: Value) -> Result<Bench> {
+async fn start(plugin: Value) -> Result<FilterHarness> {
     let keys: Vec<_> = KEYS.iter().zip(1..).map(|(key, number)| (*key, record(number))).collect();
-    Bench::builder().plugin(plugin).start(&keys).await
+    FilterHarness::builder().plugin(plugin).start(&keys).await
 }
 
-async fn ask(bench: &Bench, request: Builder) -> Result<Reply> {
-    bench.send(request.body(Full::default())?).await
+async fn ask(harness: &FilterHarness, request: Builder) -> Result<Reply> {
+    harness.send(request.body(Full::default())?).await
 }
 
 fn path(reply: &Reply) -> Result<Value> {
@@ -34,10 +34,10 @@ fn path(reply: &Reply) -> Result<Value> {
 
 #[tokio::test]
 async fn a_key_is_found_in_each_place_and_taken_out_of_it() -> Result<()> {
-    let bench = start(json!({"key_sources": sources()})).await?;
+    let harness = start(json!({"key_sources": sources()})).await?;
     for key in KEYS {
-        let header = ask(&bench, Request::get("/a?b=1").header("X-Api-Key", key)).await?;
-        let bearer = ask(&bench, Request::get("/a?b=1").header("authorization", format!("bearer {key}"))).await?;
+        let header = ask(&harness, Request::get("/a?b=1").header("X-Api-Key", key)).await?;
+        let bearer = ask(&harness, Request::get("/a?b=1").header("authorization", format!("bearer {key}"))).await?;
         for reply in [header, bearer] {
             let headers = assert_upstream(&reply, &IDENTITY);
             assert!(!headers.to_string().contains(key), "{headers}");
@@ -51,40 +51,40 @@ async fn a_key_is_found_in_each_place_and_taken_out_of_it() -> Result<()> {
         ("/a?%61pi%5Fkey=sk%5flive_good&b", "/a?b"),
         (&format!("/a?api_key={ENCODED}&b=1"), "/a?b=1"),
     ] {
-        let reply = ask(&bench, Request::get(sent)).await?;
+        let reply = ask(&harness, Request::get(sent)).await?;
         assert_upstream(&reply, &IDENTITY);
         assert_eq!(path(&reply)?, received, "{sent}");
     }
-    let reply = ask(&bench, Request::get("/").header("cookie", "session_key=sk_live_good")).await?;
+    let reply = ask(&harness, Request::get("/").header("cookie", "session_key=sk_live_good")).await?;
     assert_upstream(&reply, &IDENTITY);
     let cookies = "a=1; session_key=\"sk_live_good\"; b=2; session_key=other";
-    let reply = ask(&bench, Request::get("/").header("cookie", cookies)).await?;
+    let reply = ask(&harness, Request::get("/").header("cookie", cookies)).await?;
     let headers = assert_upstream(&reply, &["cookie", "x-consumer-id", "x-credential-identifier"]);
     assert_eq!(headers["cookie"], json!(["a=1; b=2"]));
     // The access log has none of it.
-    let log = bench.envoy.log().text();
+    let log = harness.envoy.log().text();
     assert!(!log.contains("sk_live_good") && !log.contains(ENCODED), "{log}");
     Ok(())
 }
 
 #[tokio::test]
 async fn the_first_place_that_has_a_key_counts() -> Result<()> {
-    let bench = start(json!({"key_sources": sources()})).await?;
+    let harness = start(json!({"key_sources": sources()})).await?;
     let good = "sk_live_good";
     let first = Request::get("/?api_key=bad").header("x-api-key", good).header("authorization", "Bearer bad");
-    let headers = assert_upstream(&ask(&bench, first).await?, &["authorization", IDENTITY[0], IDENTITY[1]]);
+    let headers = assert_upstream(&ask(&harness, first).await?, &["authorization", IDENTITY[0], IDENTITY[1]]);
     // What is not the key is for the upstream to judge.
     assert_eq!(headers["authorization"], json!(["Bearer bad"]));
     let second = Request::get("/").header("x-api-key", "").header("authorization", format!("Bearer {good}"));
-    assert_upstream(&ask(&bench, second).await?, &IDENTITY);
+    assert_upstream(&ask(&harness, second).await?, &IDENTITY);
     let third = Request::get(format!("/?api_key={good}")).header("authorization", "Basic YTpi");
-    let headers = assert_upstream(&ask(&bench, third).await?, &["authorization", IDENTITY[0], IDENTITY[1]]);
+    let headers = assert_upstream(&ask(&harness, third).await?, &["authorization", IDENTITY[0], IDENTITY[1]]);
     assert_eq!(headers["authorization"], json!(["Basic YTpi"]));
     for request in [
         Request::get(format!("/?api_key={good}")).header("authorization", "Bearer bad"),
         Request::get("/?api_key=bad").header("cookie", format!("session_key={good}")),
     ] {
-        assert_eq!(ask(&bench, request).await?.json()?["code"], "unknown");
+        assert_eq!(ask(&harness, request).await?.json()?["code"], "unknown");
     }
     Ok(())
 }
@@ -93,22 +93,22 @@ async fn the_first_place_that_has_a_key_counts() -> Result<()> {
 async fn a_key_that_stands_in_several_places_is_taken_out_of_all_of_them() -> Result<()> {
     let list =
         json!([{"header": "x-api-key"}, {"bearer": true}, {"query": "api_key"}, {"query": "k"}, {"cookie": "s"}]);
-    let bench = start(json!({"key_sources": list})).await?;
+    let harness = start(json!({"key_sources": list})).await?;
     let good = "sk_live_good";
     let everywhere = Request::get(format!("/a?api_key={good}&b=1&k={good}"))
         .header("x-api-key", good)
         .header("authorization", format!("Bearer {good}"))
         .header("cookie", format!("s={good}"));
-    let reply = ask(&bench, everywhere).await?;
+    let reply = ask(&harness, everywhere).await?;
     assert_upstream(&reply, &IDENTITY);
     assert_eq!(path(&reply)?, "/a?b=1");
     // The first of two parameters of one header counts, and the rest of the header is looked at without it.
-    let reply = ask(&bench, Request::get(format!("/a?k={good}&api_key={good}")).header("cookie", "s=other")).await?;
+    let reply = ask(&harness, Request::get(format!("/a?k={good}&api_key={good}")).header("cookie", "s=other")).await?;
     assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
     assert_eq!(path(&reply)?, "/a");
     // Behind something else of the same name, too.
     let behind = Request::get(format!("/a?k=other&k={good}&b=1")).header("x-api-key", good);
-    let reply = ask(&bench, behind.header("cookie", format!("s=other; s={good}; c=1"))).await?;
+    let reply = ask(&harness, behind.header("cookie", format!("s=other; s={good}; c=1"))).await?;
     let headers = assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
     assert_eq!((path(&reply)?, &headers["cookie"]), (json!("/a?b=1"), &json!(["c=1"])));
     Ok(())
@@ -116,26 +116,26 @@ async fn a_key_that_stands_in_several_places_is_taken_out_of_all_of_them() -> Re
 
 #[tokio::test]
 async fn where_bearers_are_taken_a_refusal_offers_both_schemes_and_elsewhere_one() -> Result<()> {
-    let bench = start(json!({"key_sources": sources()})).await?;
+    let harness = start(json!({"key_sources": sources()})).await?;
     for request in [Request::get("/"), Request::get("/?api_key=").header("cookie", "session_key=; session_key")] {
-        let reply = ask(&bench, request).await?;
+        let reply = ask(&harness, request).await?;
         assert_eq!((reply.status, &reply.json()?["code"]), (401, &json!("missing")));
         let challenges: Vec<_> = reply.headers.get_all("www-authenticate").iter().collect();
         assert_eq!(challenges, ["ApiKey realm=\"portcullis\"", "Bearer realm=\"portcullis\""]);
     }
-    assert_eq!(bench.demo.requests(), 0);
-    let bench = start(json!({"key_sources": [{"query": "api_key"}]})).await?;
-    assert_refused(&ask(&bench, Request::get("/").header("x-api-key", KEYS[0])).await?, Outcome::Missing, &[]);
+    assert_eq!(harness.demo.requests(), 0);
+    let harness = start(json!({"key_sources": [{"query": "api_key"}]})).await?;
+    assert_refused(&ask(&harness, Request::get("/").header("x-api-key", KEYS[0])).await?, Outcome::Missing, &[]);
     Ok(())
 }
 
 #[tokio::test]
 async fn whoever_wants_the_key_upstream_gets_it_as_it_was_sent() -> Result<()> {
-    let bench = start(json!({"key_sources": sources(), "strip_key": false})).await?;
-    let reply = ask(&bench, Request::get("/?%61pi_key=sk_live_good")).await?;
+    let harness = start(json!({"key_sources": sources(), "strip_key": false})).await?;
+    let reply = ask(&harness, Request::get("/?%61pi_key=sk_live_good")).await?;
     assert_upstream(&reply, &IDENTITY);
     assert_eq!(path(&reply)?, "/?%61pi_key=sk_live_good");
-    let reply = ask(&bench, Request::get("/").header("cookie", "a;session_key=sk_live_good")).await?;
+    let reply = ask(&harness, Request::get("/").header("cookie", "a;session_key=sk_live_good")).await?;
     let headers = assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
     assert_eq!(headers["cookie"], json!(["a;session_key=sk_live_good"]));
     Ok(())
@@ -143,7 +143,7 @@ async fn whoever_wants_the_key_upstream_gets_it_as_it_was_sent() -> Result<()> {
 
 #[tokio::test]
 async fn odd_requests_are_refused_and_good_ones_still_work_afterwards() -> Result<()> {
-    let bench =
+    let harness =
         start(json!({"key_sources": [{"query": "api_key"}, {"cookie": "session_key"}, {"bearer": true}]})).await?;
     let long = "x".repeat(20_000);
     let pairs = "api_key=&a&".repeat(1_500);
@@ -159,11 +159,11 @@ async fn odd_requests_are_refused_and_good_ones_still_work_afterwards() -> Resul
         (Request::get("/").header("authorization", "Bearer"), "missing"),
     ];
     for (request, code) in odd {
-        assert_eq!(ask(&bench, request).await?.json()?["code"], code);
+        assert_eq!(ask(&harness, request).await?.json()?["code"], code);
     }
-    assert_eq!(bench.demo.requests(), 0);
-    assert_upstream(&ask(&bench, Request::get("/?api_key=sk_live_good")).await?, &IDENTITY);
-    assert!(bench.envoy.log().lines_with("panicked").is_empty());
+    assert_eq!(harness.demo.requests(), 0);
+    assert_upstream(&ask(&harness, Request::get("/?api_key=sk_live_good")).await?, &IDENTITY);
+    assert!(harness.envoy.log().lines_with("panicked").is_empty());
     Ok(())
 }
 
@@ -171,18 +171,18 @@ async fn odd_requests_are_refused_and_good_ones_still_work_afterwards() -> Resul
 type Lines<'a> = (&'a [&'a str], &'a [(&'a str, Value)]);
 
 /// A request with several header lines of one name, over HTTP/1.1.
-async fn lines(bench: &Bench, lines: &[&str]) -> Result<Reply> {
+async fn lines(harness: &FilterHarness, lines: &[&str]) -> Result<Reply> {
     let mut request = Request::get("/a");
     for line in lines {
         let (name, value) = line.split_once(": ").unwrap_or_default();
         request = request.header(name, value);
     }
-    ask(bench, request).await
+    ask(harness, request).await
 }
 
 #[tokio::test]
 async fn a_key_is_found_on_every_line_of_its_header_and_none_of_them_goes_upstream_with_it() -> Result<()> {
-    let bench = start(json!({"key_sources": sources()})).await?;
+    let harness = start(json!({"key_sources": sources()})).await?;
     let cases: [Lines<'_>; 12] = [
         (&["cookie: a=1", "cookie: session_key=sk_live_good"], &[("cookie", json!(["a=1"]))]),
         (&["cookie: session_key=sk_live_good", "cookie: a=1"], &[("cookie", json!(["a=1"]))]),
@@ -222,7 +222,7 @@ async fn a_key_is_found_on_every_line_of_its_header_and_none_of_them_goes_upstre
         (&["x-api-key: sk_live_good", "cookie: a=1,2", "cookie: b=3"], &[("cookie", json!(["a=1,2", "b=3"]))]),
     ];
     for (sent, more) in cases {
-        let reply = lines(&bench, sent).await?;
+        let reply = lines(&harness, sent).await?;
         let names: Vec<&str> = more.iter().map(|(name, _)| *name).chain(IDENTITY).collect();
         assert_eq!(reply.status, 200, "{sent:?}: {:?}", reply.body);
         let headers = assert_upstream(&reply, &names);
@@ -233,7 +233,7 @@ async fn a_key_is_found_on_every_line_of_its_header_and_none_of_them_goes_upstre
     }
     // Two lines with a bearer first are no key: which of them is meant?
     for second in ["authorization: Basic eA==", "authorization: Bearer other"] {
-        let reply = lines(&bench, &["authorization: Bearer sk_live_good", second]).await?;
+        let reply = lines(&harness, &["authorization: Bearer sk_live_good", second]).await?;
         assert_eq!((reply.status, &reply.json()?["code"]), (401, &json!("unknown")), "{second}");
     }
     Ok(())
@@ -241,10 +241,10 @@ async fn a_key_is_found_on_every_line_of_its_header_and_none_of_them_goes_upstre
 
 #[tokio::test]
 async fn cookies_that_come_in_crumbs_over_http_2_are_one_header() -> Result<()> {
-    let bench = start(json!({"key_sources": sources()})).await?;
+    let harness = start(json!({"key_sources": sources()})).await?;
     let request = Request::get("http://api/a").header("cookie", "a=1").header("cookie", "session_key=sk_live_good");
     let request = request.header("cookie", "b=2").body(Full::<axum::body::Bytes>::default())?;
-    let reply = over_http_2(bench.envoy.address(), request).await?;
+    let reply = over_http_2(harness.envoy.address(), request).await?;
     let headers = assert_upstream(&reply, &["cookie", IDENTITY[0], IDENTITY[1]]);
     assert_eq!(headers["cookie"], json!(["a=1; b=2"]));
     Ok(())
@@ -252,13 +252,13 @@ async fn cookies_that_come_in_crumbs_over_http_2_are_one_header() -> Result<()> 
 
 #[tokio::test]
 async fn a_key_that_was_refused_is_let_through_by_shadow_mode_on_no_line() -> Result<()> {
-    let bench = start(json!({"key_sources": sources(), "shadow": true})).await?;
+    let harness = start(json!({"key_sources": sources(), "shadow": true})).await?;
     for sent in [
         &["authorization: Bearer sk_live_good", "authorization: Bearer bad"][..],
         &["authorization: Basic eA==", "authorization: Bearer bad", "authorization: Bearer sk_live_good"],
         &["cookie: session_key=bad", "cookie: a=1; session_key=sk_live_good"],
     ] {
-        let reply = lines(&bench, sent).await?;
+        let reply = lines(&harness, sent).await?;
         assert_eq!(reply.status, 200, "{sent:?}");
         let headers = reply.json()?["headers"].to_string();
         assert!(!headers.contains("sk_live_good") && !headers.contains("bad"), "{sent:?}: {headers}");
@@ -275,10 +275,10 @@ async fn a_request_that_is_refused_keeps_no_key_that_an_access_log_could_show() 
         "key_sources": sources(), "strip_key": false, "rate_limit": {"requests": 1, "window_seconds": 3600},
     });
     let keys: Vec<_> = KEYS.iter().zip(1..).map(|(key, number)| (*key, record(number))).collect();
-    let bench = Bench::builder()
+    let harness = FilterHarness::builder()
         .plugin(plugin)
         .edit(marker, "path: \"%REQ(:PATH)%\"\n                          cookie: \"%REQ(COOKIE)%\"");
-    let bench = bench.start(&keys).await?;
+    let harness = harness.start(&keys).await?;
     for (path, cookies, code, path_left, cookies_left) in [
         ("/1?a=1&api_key=sk_live_good&b", "", None, "/1?a=1&api_key=sk_live_good&b", None),
         ("/2?a=1&api_key=sk_live_good&b", "", Some("rate_limited"), "/2?a=1&b", None),
@@ -293,9 +293,9 @@ async fn a_request_that_is_refused_keeps_no_key_that_an_access_log_could_show() 
         if !cookies.is_empty() {
             request = request.header("cookie", cookies);
         }
-        let reply = ask(&bench, request).await?;
+        let reply = ask(&harness, request).await?;
         assert_eq!(reply.json()?.get("code").and_then(Value::as_str), code, "{path}");
-        let line = bench.envoy.log().wait_for(&format!("\"path\":\"{path_left}\"")).await?;
+        let line = harness.envoy.log().wait_for(&format!("\"path\":\"{path_left}\"")).await?;
         let line: Value = serde_json::from_str(&line)?;
         assert_eq!(line["cookie"].as_str(), cookies_left, "{line}");
         if code.is_some() {
@@ -318,8 +318,8 @@ async fn who_sends_no_key_is_told_where_to_send_it() -> Result<()> {
              the cookie session_key",
         ),
     ] {
-        let bench = start(plugin).await?;
-        let reply = ask(&bench, Request::get("/")).await?;
+        let harness = start(plugin).await?;
+        let reply = ask(&harness, Request::get("/")).await?;
         assert_eq!((reply.status, &reply.json()?["detail"]), (401, &json!(format!("Send your API key {places}."))));
     }
     Ok(())

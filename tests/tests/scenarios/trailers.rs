@@ -1,4 +1,5 @@
-//! Trailers of a request: an upstream that speaks HTTP/2 gets them, but none that looks like an identity or a key.
+//! Trailers of a request: an HTTP/2 upstream gets them, except those that look like an identity or
+//! a key.
 
 use std::convert::Infallible;
 
@@ -8,8 +9,8 @@ use filter_core::identity::{FOREIGN, USUAL};
 use http_body_util::StreamBody;
 use hyper::body::Frame;
 use hyper::{HeaderMap, Request};
-use portcullis_tests::bench::{Bench, Builder, record};
 use portcullis_tests::demo::TRAILERS;
+use portcullis_tests::filter_harness::{Builder, FilterHarness, record};
 use portcullis_tests::http::over_http_2;
 use serde_json::{Value, json};
 
@@ -28,7 +29,7 @@ fn with_http_2_upstream(builder: Builder) -> Builder {
 }
 
 /// The trailers that the upstream receives, if it answers with 200.
-async fn received(bench: &Bench, key: Option<&str>, trailers: &[(&str, &str)]) -> Result<Value> {
+async fn received(harness: &FilterHarness, key: Option<&str>, trailers: &[(&str, &str)]) -> Result<Value> {
     let mut map = HeaderMap::new();
     for (name, value) in trailers {
         map.append(axum::http::HeaderName::try_from(*name)?, value.parse()?);
@@ -39,7 +40,7 @@ async fn received(bench: &Bench, key: Option<&str>, trailers: &[(&str, &str)]) -
         request = request.header("x-api-key", key);
     }
     let request = request.body(StreamBody::new(futures_util::stream::iter(frames)))?;
-    let reply = over_http_2(bench.envoy.address(), request).await?;
+    let reply = over_http_2(harness.envoy.address(), request).await?;
     assert_eq!(reply.status, 200, "{:?}", reply.body);
     Ok(reply.json()?["trailers"].clone())
 }
@@ -52,14 +53,14 @@ async fn an_http_2_upstream_gets_no_trailer_that_looks_like_an_identity_or_a_key
         "identity_headers": {"consumer": "x-who", "credential": "x-credential-identifier", "scopes": ""},
         "default_policy": {"key": "optional"},
     });
-    let bench = with_http_2_upstream(Bench::builder().plugin(plugin)).start(&[("good", record(1))]).await?;
+    let harness = with_http_2_upstream(FilterHarness::builder().plugin(plugin)).start(&[("good", record(1))]).await?;
     let names = ["x-who", "x-api-key", "authorization", "cookie", "x-tenant", "x-portcullis-shadow"];
     let mut trailers = vec![("x-checksum", "1"), ("x-checksum", "2")];
     // Each twice: neither may get through.
     trailers.extend(names.into_iter().chain(USUAL).chain(FOREIGN).flat_map(|name| [(name, "root"), (name, "admin")]));
     for key in [Some("good"), None, Some("stranger")] {
-        assert_eq!(received(&bench, key, &trailers).await?, json!({"x-checksum": ["1", "2"]}), "{key:?}");
-        assert_eq!(received(&bench, key, &[]).await?, json!({}), "{key:?}");
+        assert_eq!(received(&harness, key, &trailers).await?, json!({"x-checksum": ["1", "2"]}), "{key:?}");
+        assert_eq!(received(&harness, key, &[]).await?, json!({}), "{key:?}");
     }
     Ok(())
 }

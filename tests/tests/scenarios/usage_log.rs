@@ -1,4 +1,5 @@
-//! Usage in Envoy's log: what the filter wrote is booked, and nothing that a client had the access log print.
+//! Usage in Envoy's log: lines of the filter are booked, and lines that a client injects into the
+//! access log are not.
 
 use anyhow::{Context, Result};
 use contract::id::{KeyId, ReporterId};

@@ -1,13 +1,13 @@
-//! The built filter alone in a real Envoy, with a control plane that plays a script: each outcome that a record can cause,
-//! including those that the real control plane cannot bring about yet, and the counts that the filter reports of them.
+//! The built filter in a real Envoy with a fake control plane: each outcome that a record can
+//! cause, including those that the real control plane cannot cause yet, and the reported counts.
 
 use anyhow::Result;
 use contract::outcome::Outcome;
 use contract::record::{Flags, RateLimit, Requires};
-use portcullis_tests::bench::{Bench, record, with};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::fake_control_plane::{Change, Faults};
+use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::process::Signal;
-use portcullis_tests::scripted::{Change, Faults};
 use portcullis_tests::stack::wait_for_status;
 use portcullis_tests::wait::eventually;
 use serde_json::json;
@@ -24,19 +24,19 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
         ("credits", with(7, |r| r.flags = Flags::CREDITS_EXHAUSTED), Outcome::CreditsExhausted),
     ];
     let records: Vec<_> = keys.iter().map(|(key, record, _)| (*key, record.clone())).collect();
-    let bench = Bench::start(&records).await?;
+    let harness = FilterHarness::start(&records).await?;
     for (key, _, outcome) in &keys {
-        assert_refused(&bench.get("/", Some(key)).await?, *outcome, &[]);
+        assert_refused(&harness.get("/", Some(key)).await?, *outcome, &[]);
     }
-    assert_eq!(bench.demo.requests(), 0);
+    assert_eq!(harness.demo.requests(), 0);
     for (_, _, outcome) in &keys {
         let what = format!("one report of {outcome:?}");
-        eventually(&what, async || (bench.script.reported(*outcome) == 1).then_some(())).await?;
+        eventually(&what, async || (harness.control_plane.reported(*outcome) == 1).then_some(())).await?;
     }
     // Nothing more comes when Envoy says its last words.
-    bench.envoy.stop(Signal::SIGTERM).await?;
+    harness.envoy.stop(Signal::SIGTERM).await?;
     for (_, _, outcome) in &keys {
-        assert_eq!(bench.script.reported(*outcome), 1, "{outcome:?}");
+        assert_eq!(harness.control_plane.reported(*outcome), 1, "{outcome:?}");
     }
     Ok(())
 }
@@ -44,24 +44,25 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
 #[tokio::test]
 async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_twice() -> Result<()> {
     let faults = Faults { pages: 8, acknowledgements: 3, ..Faults::default() };
-    let bench = Bench::builder().faults(faults).start_unsynced(&[("good", record(1))]).await?;
-    wait_for_status(&bench.envoy, Some("no such key"), 401).await?;
+    let harness = FilterHarness::builder().faults(faults).start_unsynced(&[("good", record(1))]).await?;
+    wait_for_status(&harness.envoy, Some("no such key"), 401).await?;
     // The store is loaded, so all damaged pages were fetched again.
-    assert_eq!(bench.script.faults().pages, 0);
-    assert!(bench.envoy.stat("wasmcustom.portcullis_sync_failures_total").await? >= 8);
+    assert_eq!(harness.control_plane.faults().pages, 0);
+    assert!(harness.envoy.stat("wasmcustom.portcullis_sync_failures_total").await? >= 8);
     for _ in 0..5 {
-        assert_upstream(&bench.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
+        assert_upstream(&harness.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
     }
     let told = async || {
-        let all = bench.script.faults().acknowledgements == 0 && bench.script.reported(Outcome::Allowed) == 5;
+        let all = harness.control_plane.faults().acknowledgements == 0
+            && harness.control_plane.reported(Outcome::Allowed) == 5;
         all.then_some(())
     };
     eventually("reports to be sent until they are acknowledged", told).await?;
     let acknowledged =
-        async || (bench.envoy.stat("wasmcustom.portcullis_usage_pending_requests").await.ok()? == 0).then_some(());
+        async || (harness.envoy.stat("wasmcustom.portcullis_usage_pending_requests").await.ok()? == 0).then_some(());
     eventually("nothing to be pending", acknowledged).await?;
-    assert_eq!((bench.script.reported(Outcome::Allowed), bench.script.changed_reports()), (5, 0));
-    assert!(bench.envoy.stat("wasmcustom.portcullis_report_failures_total").await? >= 3);
+    assert_eq!((harness.control_plane.reported(Outcome::Allowed), harness.control_plane.changed_reports()), (5, 0));
+    assert!(harness.envoy.stat("wasmcustom.portcullis_report_failures_total").await? >= 3);
     Ok(())
 }
 
@@ -69,9 +70,10 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
 async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_answers() -> Result<()> {
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let keys = [("good", record(1))];
-    let bench = Bench::builder().faults(faults).plugin(json!({"max_staleness_seconds": 600})).start(&keys).await?;
-    assert_refused(&bench.get("/", Some("good")).await?, Outcome::Stale, &[]);
-    assert_eq!(bench.demo.requests(), 0);
+    let harness =
+        FilterHarness::builder().faults(faults).plugin(json!({"max_staleness_seconds": 600})).start(&keys).await?;
+    assert_refused(&harness.get("/", Some("good")).await?, Outcome::Stale, &[]);
+    assert_eq!(harness.demo.requests(), 0);
     Ok(())
 }
 
@@ -82,8 +84,8 @@ async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
         RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20 },
         RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10 },
     ];
-    let bench = Bench::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
-    let mut workers = bench.envoy.connection_per_worker().await?;
+    let harness = FilterHarness::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
+    let mut workers = harness.envoy.connection_per_worker().await?;
     let mut allowed = 0;
     for _ in 0..10 {
         for worker in &mut workers {
@@ -97,15 +99,15 @@ async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
         }
     }
     // The smaller burst.
-    assert_eq!((allowed, bench.demo.requests()), (10, 10));
+    assert_eq!((allowed, harness.demo.requests()), (10, 10));
     Ok(())
 }
 
 #[tokio::test]
 async fn the_identity_is_the_records() -> Result<()> {
-    let bench = Bench::start(&[("good", with(0x11, |r| r.scopes = vec!["a".into(), "b:c".into()]))]).await?;
+    let harness = FilterHarness::start(&[("good", with(0x11, |r| r.scopes = vec!["a".into(), "b:c".into()]))]).await?;
     let identity = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
-    let headers = assert_upstream(&bench.get("/", Some("good")).await?, &identity);
+    let headers = assert_upstream(&harness.get("/", Some("good")).await?, &identity);
     assert_eq!(headers["x-consumer-id"][0], "22222222-2222-2222-2222-222222222222");
     assert_eq!(headers["x-credential-identifier"][0], "11111111-1111-1111-1111-111111111111");
     assert_eq!(headers["x-credential-scopes"][0], "a b:c");
@@ -115,20 +117,20 @@ async fn the_identity_is_the_records() -> Result<()> {
 /// The VM of Envoy's main thread leads, and nothing makes it anew when it traps, for no request ever comes to it.
 #[tokio::test]
 async fn when_the_vm_that_leads_traps_a_worker_goes_on_with_the_store_and_the_counts() -> Result<()> {
-    let bench = Bench::builder().that_can_trap().start(&[("a", record(1)), ("b", record(2))]).await?;
+    let harness = FilterHarness::builder().that_can_trap().start(&[("a", record(1)), ("b", record(2))]).await?;
     let polls = || {
-        let polls = bench.script.polls();
+        let polls = harness.control_plane.polls();
         polls.iter().filter_map(|poll| poll.get("revision")?.parse::<u64>().ok()).collect::<Vec<_>>()
     };
-    assert_eq!(bench.get_many(50, "/", Some("a")).await?.0, 50);
-    bench.script.disturb(Faults { traps: 1, ..Faults::default() });
-    bench.change(&[Change::Key("a", Box::new(with(1, |r| r.flags = Flags::REVOKED)))]).await?;
+    assert_eq!(harness.get_many(50, "/", Some("a")).await?.0, 50);
+    harness.control_plane.disturb(Faults { traps: 1, ..Faults::default() });
+    harness.change(&[Change::Key("a", Box::new(with(1, |r| r.flags = Flags::REVOKED)))]).await?;
     let asked = polls();
-    assert_refused(&bench.get("/", Some("a")).await?, Outcome::Revoked, &[]);
-    assert_eq!(bench.get_many(50, "/", Some("b")).await?.0, 50);
+    assert_refused(&harness.get("/", Some("a")).await?, Outcome::Revoked, &[]);
+    assert_eq!(harness.get_many(50, "/", Some("b")).await?.0, 50);
     // The answer that trapped was not applied: whoever took over asked the same once more.
     assert!(asked.windows(2).any(|two| two[0] == two[1]), "{asked:?}");
-    eventually("all counts", async || (bench.script.reported(Outcome::Allowed) == 100).then_some(())).await?;
-    assert_eq!((bench.script.reported(Outcome::Revoked), bench.script.changed_reports()), (1, 0));
+    eventually("all counts", async || (harness.control_plane.reported(Outcome::Allowed) == 100).then_some(())).await?;
+    assert_eq!((harness.control_plane.reported(Outcome::Revoked), harness.control_plane.changed_reports()), (1, 0));
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! The build of the filter: compiles it for WASI, removes the exports that it does not need, and checks the result. The
-//! file is the same to the byte in whatever directory and for whichever user it is built.
+//! The build of the filter: compiles it for WASI and removes exports that it does not need. The
+//! result is the same to the byte in every directory and for every user.
 
 #![forbid(unsafe_code)]
 
@@ -50,7 +50,6 @@ pub fn compile(mut cargo: Command, package: &str, more: &[&str]) -> Result<()> {
 }
 
 /// Where [`compile`] puts the library of this name, below cargo's target directory.
-#[must_use]
 pub fn compiled(target: &Path, library: &str) -> PathBuf {
     target.join(TARGET).join(PROFILE).join(library).with_extension("wasm")
 }

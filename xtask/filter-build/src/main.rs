@@ -1,4 +1,5 @@
-//! Builds the filter without the rest of xtask, for container images: `filter-build FILE`, in the root of the workspace.
+//! Builds the filter without the rest of xtask, for container images: `filter-build FILE`, in the
+//! root of the workspace.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,0 +1,148 @@
+//! A control plane with any number of keys and no database. It serves pages that it made at the
+//! start to every filter that polls, and discards usage.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use contract::hash::{BUCKETS, KeyHash};
+use contract::id::{Epoch, KeyId, OwnerId};
+use contract::page::{Header, PAGE_BYTES, PageWriter, Part};
+use contract::record::Record;
+use contract::usage::{Ack, read_reports};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use crate::stats::Random;
+
+const EPOCH: Epoch = Epoch([7; 16]);
+const REVISION: u64 = 1;
+/// How long a poll for changes is held: there are none.
+const HOLD: Duration = Duration::from_secs(25);
+
+/// Key number n, as clients present it: 44 characters, as our own keys have.
+pub(crate) fn key(number: u64) -> String {
+    let mut random = Random::new(number);
+    let mut text = String::from("sk_live_");
+    while text.len() < 44 {
+        let letter = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz".get(random.below(62));
+        text.push(char::from(letter.copied().unwrap_or_default()));
+    }
+    text
+}
+
+/// The record of key number n, before a suite changes it.
+fn record(number: u64) -> Record {
+    let mut random = Random::new(!number);
+    let mut name = || (u128::from(random.next()) << 64 | u128::from(random.next())).to_le_bytes();
+    Record::plain(KeyId(name()), OwnerId(name()))
+}
+
+/// A running feed. It ends when dropped.
+#[derive(Debug)]
+pub(crate) struct Feed {
+    address: SocketAddr,
+    server: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Pages {
+    total: u64,
+    /// By their first bucket.
+    snapshot: BTreeMap<u32, Bytes>,
+}
+
+impl Feed {
+    /// Starts it with the keys `0..keys`, each changed by `change`.
+    pub(crate) async fn start(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
+        let pages = Arc::new(Pages::write(keys, change)?);
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let address = listener.local_addr()?;
+        let router =
+            Router::new().route("/sync/v1/keys", get(page)).route("/sync/v1/usage", post(usage)).with_state(pages);
+        // As the control plane does: otherwise the end of each page waits for Envoy's delayed acknowledgement.
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+        let server = tokio::spawn(async move {
+            // Ends with the task only.
+            let _ = axum::serve(listener, router).await;
+        });
+        Ok(Self { address, server })
+    }
+
+    pub(crate) const fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Pages {
+    fn write(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
+        let mut hashes: Vec<(KeyHash, u64)> =
+            (0..keys).map(|number| (KeyHash::of(key(number).as_bytes()), number)).collect();
+        hashes.sort_unstable();
+        let mut pages = Self { total: keys, snapshot: BTreeMap::new() };
+        let (mut writer, mut from, mut bucket) = (PageWriter::new(), 0, 0);
+        for (hash, number) in hashes {
+            let next = u32::from(hash.bucket());
+            // A page ends before a bucket, never within one.
+            if next != bucket && writer.bytes() >= PAGE_BYTES {
+                pages.close(&writer, from, next)?;
+                (writer, from) = (PageWriter::new(), next);
+            }
+            bucket = next;
+            let mut record = record(number);
+            change(&mut record);
+            writer.put(&hash, &record.to_bytes()?);
+        }
+        pages.close(&writer, from, BUCKETS)?;
+        Ok(pages)
+    }
+
+    fn close(&mut self, writer: &PageWriter, from: u32, to: u32) -> Result<()> {
+        let part = Part::Snapshot { from, to };
+        self.snapshot.insert(from, writer.finish(&self.header(part))?.into());
+        Ok(())
+    }
+
+    const fn header(&self, part: Part) -> Header {
+        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part, filters: 1 }
+    }
+}
+
+async fn page(
+    State(pages): State<Arc<Pages>>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Result<Bytes, StatusCode> {
+    let number = |name: &str| query.get(name).and_then(|text| text.parse::<u64>().ok());
+    if let (Some(after), None) = (number("revision"), number("cursor")) {
+        if number("wait") != Some(0) {
+            tokio::time::sleep(HOLD).await;
+        }
+        let unchanged = PageWriter::new().finish(&pages.header(Part::Changes { after }));
+        return unchanged.map(Bytes::from).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    let cursor = u32::try_from(number("cursor").unwrap_or_default()).unwrap_or(u32::MAX);
+    pages.snapshot.get(&cursor).cloned().ok_or(StatusCode::BAD_REQUEST)
+}
+
+async fn usage(body: Bytes) -> Result<Vec<u8>, StatusCode> {
+    let acknowledged = || {
+        let reports = read_reports(&body).ok()?;
+        let last = reports.last()?;
+        Ack { reporter: last.reporter, seq: last.seq, grants: Vec::new() }.write().ok()
+    };
+    acknowledged().context("no reports").map_err(|_| StatusCode::BAD_REQUEST)
+}

@@ -1,0 +1,464 @@
+//! Suite `request`: the CPU time of the Envoy process for each request, for each way to check a
+//! key, and its excess over no filter. The ways alternate in random order, round by round.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use contract::record::{RateLimit, Record};
+use portcullis_harness::log::Log;
+use portcullis_harness::output::progress;
+use portcullis_harness::process::{Process, Signal};
+use portcullis_harness::wait::eventually;
+use portcullis_harness::{compile, paths};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::Options;
+use crate::feed::{Feed, key};
+use crate::load::{Answers, H2load};
+use crate::machine::{self, Cores};
+use crate::peers::Peer;
+use crate::report::{Bound, Report};
+use crate::server::{Server, free_port};
+use crate::stats::{Estimate, Random, Samples};
+
+const SUITE: &str = "request: added CPU, same Envoy, one worker";
+const WHOLE: &str = "request: CPU of the whole request";
+const UNIT: &str = "µs";
+
+/// Envoys for each row, one after the other. The placement of a process in memory, and so its cache conflicts, is fixed at its
+/// start and makes a difference of several microseconds. More processes therefore tell more than more rounds.
+const PROCESSES: usize = 12;
+/// Rounds of each Envoy, unless `--rounds` is given.
+const ROUNDS: usize = 3;
+
+/// Requests in a sample.
+const REQUESTS: u64 = 4_000;
+
+/// Names of rows that verdicts use.
+const NOTHING: &str = "no filter";
+const EMPTY: &str = "empty filter of the Rust SDK";
+const EMPTY_UNSTRIPPED: &str = "empty filter, with all exports of the SDK";
+const NATIVE: &str = "api_key_auth, 1,000 keys, forwarding";
+const LUA: &str = "Lua table, 1,000 keys";
+const AUTHZ_HTTP: &str = "ext_authz, HTTP, instant answer";
+const AUTHZ_GRPC: &str = "ext_authz, gRPC, tonic (its CPU not counted)";
+const PLAIN: &str = "Portcullis, 1,000 keys";
+const LIMITED: &str = "Portcullis, 1,000 keys, each with a rate limit";
+const POLICY: &str = "Portcullis, 1,000 keys, route policy";
+const UNKNOWN: &str = "Portcullis, 1,000 keys, unknown key";
+const MILLION: &str = "Portcullis, 1,000,000 keys";
+const OF_MILLION: &str = "Portcullis, 1,000,000 keys, of which 1,000 are used";
+const NOTHING_UP: &str = "no filter, to an upstream";
+const KNOWN_UP: &str = "Portcullis, known key, to an upstream";
+const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
+
+/// A row that is measured, and its process.
+struct Subject {
+    name: String,
+    process: u32,
+    /// Addresses of requests before a sample.
+    warm_up: PathBuf,
+    /// Addresses of the requests of each round. They differ, so that no cache has them from the round before.
+    files: Vec<PathBuf>,
+    /// Whether its requests are refused.
+    refused: bool,
+    samples: Vec<Sample>,
+}
+
+/// Samples of a row, by process.
+struct Row {
+    name: String,
+    samples: Vec<Vec<Sample>>,
+}
+
+/// One sample.
+struct Sample {
+    /// CPU time of a request.
+    micros: f64,
+    /// Time of the probe of the core before and after.
+    probe: Duration,
+}
+
+/// The probe of a core, and its fastest time.
+struct Speed {
+    core: usize,
+    fastest: Duration,
+}
+
+/// An Envoy.
+#[derive(Clone, Copy)]
+struct Place {
+    process: u32,
+    address: SocketAddr,
+}
+
+/// Everything that runs during measurements.
+struct Running {
+    cores: Cores,
+    rounds: usize,
+    subjects: Vec<Subject>,
+    servers: Vec<Server>,
+    feeds: Vec<Feed>,
+    others: Vec<Process>,
+}
+
+/// Measures. Also after a failure, later suites have all cores.
+pub(crate) async fn measure(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
+    // Compilation may use all cores too.
+    let generator = H2load::install()?;
+    let empty = compile::empty_filter()?;
+    cores.stay_off()?;
+    let measured = measure_on(options, cores, &generator, &empty, report).await;
+    cores.spread()?;
+    measured
+}
+
+async fn measure_on(
+    options: &Options,
+    cores: Cores,
+    generator: &H2load,
+    empty: &[PathBuf; 2],
+    report: &mut Report,
+) -> Result<()> {
+    let (processes, requests) = if options.quick { (1, REQUESTS / 2) } else { (PROCESSES, REQUESTS) };
+    let rounds = options.rounds.unwrap_or(ROUNDS * processes).div_ceil(processes);
+    let mut rows: Vec<Row> = Vec::new();
+    let mut random = Random::new(1);
+    let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
+    for process in 1..=processes {
+        let home = TempDir::with_prefix("portcullis-bench-")?;
+        let mut running = Running::on(cores, rounds);
+        start(&mut running, options, empty, home.path(), report).await?;
+        ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
+        for round in 0..rounds {
+            progress(&format!("suite request: Envoys {process} of {processes}, round {} of {rounds}", round + 1));
+            let mut order: Vec<usize> = (0..running.subjects.len()).collect();
+            random.shuffle(&mut order);
+            for place in order {
+                let Some(subject) = running.subjects.get_mut(place) else { continue };
+                subject.sample(generator, cores.load, &mut speed, round, requests).await?;
+            }
+        }
+        for (place, Subject { name, samples, .. }) in running.subjects.into_iter().enumerate() {
+            match rows.get_mut(place) {
+                Some(row) => row.samples.push(samples),
+                None => rows.push(Row { name, samples: vec![samples] }),
+            }
+        }
+    }
+    report.note(format!(
+        "Suite request: {processes} Envoys for each row, one after the other, each in {rounds} rounds of {requests} requests, h2load \
+         over one HTTP/2 connection; a figure is the mean of what each of them gives on its own, verdicts are from lower \
+         quartiles. Each sample is divided by how much slower than ever the core was before and after it."
+    ));
+    let measured: Vec<_> = rows.iter().map(|row| (row.name.as_str(), row.at_full_speed(speed.fastest))).collect();
+    judge(&measured, report);
+    Ok(())
+}
+
+impl Speed {
+    fn probe(&mut self) -> Result<Duration> {
+        let took = machine::probe(self.core)?;
+        self.fastest = self.fastest.min(took);
+        Ok(took)
+    }
+}
+
+impl Subject {
+    /// Takes one sample.
+    async fn sample(
+        &mut self,
+        generator: &H2load,
+        from: usize,
+        speed: &mut Speed,
+        round: usize,
+        requests: u64,
+    ) -> Result<()> {
+        let file = self.files.get(round).context("no addresses")?;
+        // With other addresses, so that only code and connections are warm.
+        generator.send(requests / 5, &self.warm_up, from).await?;
+        let before = speed.probe()?;
+        let used_before = machine::cpu_ns(self.process)?;
+        let answers = generator.send(requests, file, from).await?;
+        let used_ns = machine::cpu_ns(self.process)? - used_before;
+        let probe = (before + speed.probe()?) / 2;
+        let expected = if self.refused {
+            Answers { good: 0, refused: requests, failed: 0 }
+        } else {
+            Answers { good: requests, refused: 0, failed: 0 }
+        };
+        ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
+        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+        self.samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
+        Ok(())
+    }
+}
+
+impl Row {
+    /// The samples, scaled to the fastest speed of the core.
+    fn at_full_speed(&self, fastest: Duration) -> Samples {
+        let slower = |sample: &Sample| sample.probe.as_secs_f64() / fastest.as_secs_f64();
+        let of = |samples: &Vec<Sample>| samples.iter().map(|sample| sample.micros / slower(sample)).collect();
+        Samples::in_groups(self.samples.iter().map(of))
+    }
+}
+
+/// Starts the processes of the selected rows, and always those of the row without a filter.
+async fn start(
+    running: &mut Running,
+    options: &Options,
+    empty: &[PathBuf; 2],
+    home: &Path,
+    report: &mut Report,
+) -> Result<()> {
+    progress("suite request: starting the peers");
+    let upstream = Server::start(&Peer::nothing().config(), 1, Some(running.cores.load)).await?;
+    let to_upstream = upstream.address();
+    running.servers.push(upstream);
+    start_others(running, options, empty, to_upstream, home).await?;
+    start_stores(running, options, to_upstream, home, report).await?;
+    if options.wants(LIMITED) {
+        let place = running.portcullis(&paths::wasm(), 1_000, limited, unlimited_plugin(), None, None).await?;
+        running.subject(LIMITED, place, "/", 0..1_000, home, false)?;
+    }
+    for filter in &options.beside {
+        start_beside(running, options, filter, home).await?;
+    }
+    if options.wants(POLICY) {
+        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
+        let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
+        let place = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
+        running.subject(POLICY, place, "/", 0..1_000, home, false)?;
+    }
+    Ok(())
+}
+
+/// Starts the rows that are not Portcullis.
+async fn start_others(
+    running: &mut Running,
+    options: &Options,
+    [unstripped, stripped]: &[PathBuf; 2],
+    to_upstream: SocketAddr,
+    home: &Path,
+) -> Result<()> {
+    let place = running.serve(&Peer::nothing().with_upstream(to_upstream)).await?;
+    running.subject(NOTHING, place, "/", 0..1_000, home, false)?;
+    if options.wants(NOTHING_UP) {
+        running.subject(NOTHING_UP, place, "/up", 0..1_000, home, false)?;
+    }
+    let lua = home.join("keys.lua");
+    let peers: [(_, &dyn Fn() -> Result<Peer>); 5] = [
+        (EMPTY, &|| Ok(Peer::empty(stripped))),
+        (EMPTY_UNSTRIPPED, &|| Ok(Peer::empty(unstripped))),
+        (NATIVE, &|| Ok(Peer::api_key_auth(1_000))),
+        (LUA, &|| Peer::lua(1_000, &lua)),
+        (AUTHZ_HTTP, &|| Ok(Peer::ext_authz_http(free_port()?))),
+    ];
+    for (name, peer) in peers {
+        if options.wants(name) {
+            let place = running.serve(&peer()?).await?;
+            running.subject(name, place, "/", 0..1_000, home, false)?;
+        }
+    }
+    if options.wants(AUTHZ_GRPC) {
+        let (process, address) = authorizer(&home.join("authorizer.address"), home, running.cores).await?;
+        running.others.push(process);
+        let place = running.serve(&Peer::ext_authz_grpc(address)).await?;
+        running.subject(AUTHZ_GRPC, place, "/", 0..1_000, home, false)?;
+    }
+    Ok(())
+}
+
+/// Starts Portcullis with different numbers of keys.
+async fn start_stores(
+    running: &mut Running,
+    options: &Options,
+    to_upstream: SocketAddr,
+    home: &Path,
+    report: &mut Report,
+) -> Result<()> {
+    // Name, number of keys, number of used keys.
+    let stores = [
+        ("Portcullis, 10 keys", 10, 10),
+        (PLAIN, 1_000, 1_000),
+        ("Portcullis, 100,000 keys", 100_000, 100_000),
+        (MILLION, 1_000_000, 1_000_000),
+        (OF_MILLION, 1_000_000, 1_000),
+    ];
+    for (name, keys, used) in stores {
+        let unknown = 10_000_000..11_000_000;
+        let mut rows = vec![(name, "/", 0..used, false)];
+        if keys == 1_000 {
+            rows.push((UNKNOWN, "/", unknown.clone(), true));
+            rows.push((KNOWN_UP, "/up", 0..keys, false));
+            rows.push((UNKNOWN_UP, "/up", unknown, true));
+        }
+        rows.retain(|(name, ..)| options.wants(name));
+        if rows.is_empty() {
+            continue;
+        }
+        if options.quick && keys > 100_000 {
+            report.note(format!("A quick run leaves out: {name}."));
+            continue;
+        }
+        progress(&format!("suite request: {name}"));
+        let (filter, plugin) = (paths::wasm(), unlimited_plugin());
+        let place = running.portcullis(&filter, keys, |_| (), plugin, None, Some(to_upstream)).await?;
+        for (name, path, keys, refused) in rows {
+            running.subject(name, place, path, keys, home, refused)?;
+        }
+    }
+    Ok(())
+}
+
+/// Starts another build of the filter.
+async fn start_beside(running: &mut Running, options: &Options, filter: &Path, home: &Path) -> Result<()> {
+    // Envoy runs in a directory of its own.
+    let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
+    let name = |keys: &str| format!("{}, {keys} keys", filter.display());
+    // A few keys of many that are used repeatedly are cached like those of a small store.
+    let stores =
+        [(1_000, vec![("1,000", 1_000)]), (1_000_000, vec![("1,000,000", 1_000_000), ("1,000 of 1,000,000", 1_000)])];
+    for (keys, mut rows) in stores {
+        rows.retain(|(asked, _)| options.wants(&name(asked)));
+        if !rows.is_empty() {
+            let place = running.portcullis(&file, keys, |_| (), unlimited_plugin(), None, None).await?;
+            for (asked, keys) in rows {
+                running.subject(&name(asked), place, "/", 0..keys, home, false)?;
+            }
+        }
+    }
+    let limited_name = format!("{}, each with a rate limit", name("1,000"));
+    if options.wants(&limited_name) {
+        let place = running.portcullis(&file, 1_000, limited, unlimited_plugin(), None, None).await?;
+        running.subject(&limited_name, place, "/", 0..1_000, home, false)?;
+    }
+    Ok(())
+}
+
+/// The plugin configuration without the rate limit of keys that have none of their own.
+fn unlimited_plugin() -> Value {
+    json!({"rate_limit": null})
+}
+
+fn limited(record: &mut Record) {
+    record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
+}
+
+impl Running {
+    const fn on(cores: Cores, rounds: usize) -> Self {
+        Self { cores, rounds, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
+    }
+
+    /// Starts an Envoy on the core for what is measured.
+    async fn serve(&mut self, peer: &Peer) -> Result<Place> {
+        let server = Server::start(&peer.config(), 1, Some(self.cores.measured)).await?;
+        let place = Place { process: server.pid(), address: server.address() };
+        self.servers.push(server);
+        Ok(place)
+    }
+
+    async fn portcullis(
+        &mut self,
+        filter: &Path,
+        keys: u64,
+        change: impl Fn(&mut Record),
+        plugin: Value,
+        policy: Option<&str>,
+        upstream: Option<SocketAddr>,
+    ) -> Result<Place> {
+        let feed = Feed::start(keys, change).await?;
+        let mut peer = Peer::portcullis(filter, feed.address(), plugin);
+        if let Some(upstream) = upstream {
+            peer = peer.with_upstream(upstream);
+        }
+        if let Some(policy) = policy {
+            peer = peer.with_policy(policy);
+        }
+        let place = self.serve(&peer).await?;
+        self.servers.last().context("no server")?.wait_for_keys(keys).await?;
+        self.feeds.push(feed);
+        Ok(place)
+    }
+
+    fn subject(
+        &mut self,
+        name: &str,
+        place: Place,
+        path: &str,
+        keys: std::ops::Range<u64>,
+        home: &Path,
+        refused: bool,
+    ) -> Result<()> {
+        let file = |number: usize| -> Result<PathBuf> {
+            let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
+            let mut random = Random::new(number as u64);
+            let width = usize::try_from(keys.end - keys.start)?;
+            let line = |_| {
+                let chosen = keys.start + random.below(width) as u64;
+                format!("http://{}{path}?key={}\n", place.address, key(chosen))
+            };
+            std::fs::write(&file, (0..REQUESTS).map(line).collect::<String>())?;
+            Ok(file)
+        };
+        let files = (0..self.rounds).map(file).collect::<Result<_>>()?;
+        let (name, process, warm_up) = (name.to_owned(), place.process, file(self.rounds)?);
+        self.subjects.push(Subject { name, process, warm_up, files, refused, samples: Vec::new() });
+        Ok(())
+    }
+}
+
+/// Starts the gRPC authorizer on the core of the load generator.
+async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, SocketAddr)> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("authorizer").arg("--address-file").arg(file);
+    machine::pin(&mut command, cores.load)?;
+    let log = Log::create(&home.join("authorizer.log"))?;
+    let process = Process::spawn("the authorizer", command, &log, Signal::SIGKILL)?;
+    let listens = async || match process.must_run() {
+        Err(error) => Some(Err(error)),
+        Ok(()) => std::fs::read_to_string(file).ok().map(Ok),
+    };
+    let address = eventually("the authorizer to listen", listens).await??;
+    Ok((process, address.parse()?))
+}
+
+fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
+    let samples = |name: &str| subjects.iter().find(|(other, _)| *other == name).map(|(_, samples)| samples);
+    let Some(nothing) = samples(NOTHING) else { return };
+    let added = |name: &str| samples(name).map(|of| Estimate::of([of, nothing], |[of, nothing]| of - nothing));
+    let ratio = |over: &str, under: &str| {
+        let (over, under) = (samples(over)?, samples(under)?);
+        Some(Estimate::of([over, under, nothing], |[over, under, nothing]| {
+            // Noise can make the divisor 0 or negative.
+            if under > nothing { (over - nothing) / (under - nothing) } else { f64::NAN }
+        }))
+    };
+    for (name, _) in subjects.iter().filter(|(name, _)| !name.contains("upstream") && !name.contains("same route")) {
+        let Some(found) = added(name).filter(|_| *name != NOTHING) else { continue };
+        report.compared(SUITE, *name, UNIT, found, ratio(name, EMPTY).map(|ratio| (ratio, "empty")));
+    }
+    for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
+        let Some(whole) = samples(name) else { continue };
+        report.figure(WHOLE, name, UNIT, Estimate::of([whole], |[whole]| whole));
+    }
+
+    let mut target = |name, most, found: Option<Estimate>| report.target(name, Bound::AtMost(most), "", found);
+    target("Portcullis plain, 1,000 keys ÷ empty SDK filter", 1.0, ratio(PLAIN, EMPTY));
+    target("÷ Lua table", 0.7, ratio(PLAIN, LUA));
+    let fastest = [AUTHZ_HTTP, AUTHZ_GRPC].into_iter().filter_map(|name| ratio(PLAIN, name));
+    target("÷ ext_authz, fastest authorizer", 0.10, fastest.max_by(|a, b| a.judged.total_cmp(&b.judged)));
+    target("÷ api_key_auth with forwarding", 2.0, ratio(PLAIN, NATIVE));
+    target("with a rate limit on every key ÷ without", 1.25, ratio(LIMITED, PLAIN));
+    let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));
+    target(
+        "unknown key ÷ known key, whole request",
+        1.0,
+        whole.map(|(unknown, known)| Estimate::of([unknown, known], |[unknown, known]| unknown / known)),
+    );
+    target("1,000,000 keys ÷ 1,000 keys", 1.10, ratio(MILLION, PLAIN));
+}

@@ -1,0 +1,103 @@
+//! A release build of the control plane with many keys in a database of its own.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use portcullis_harness::compile;
+use portcullis_harness::http::get;
+use portcullis_harness::output::progress;
+use portcullis_harness::process::Signal;
+use portcullis_harness::stack::Stack;
+use portcullis_harness::wait::eventually;
+
+use crate::machine;
+
+/// Builds the control plane with all optimisations, once, and uses it from then on.
+pub(crate) fn build() -> Result<()> {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    if std::env::var_os("CONTROL_PLANE_BIN").is_some() || BUILT.get().is_some() {
+        return Ok(());
+    }
+    compile::optimised_control_plane()?;
+    let _ = BUILT.set(());
+    Ok(())
+}
+
+/// Starts a control plane with a database of its own and Envoys, without rate limits of the API.
+pub(crate) async fn start(envoys: usize) -> Result<Stack> {
+    build()?;
+    let generous = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
+    let plugin = serde_json::json!({"rate_limit": null});
+    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).control_plane_arguments(&generous).start().await
+}
+
+/// Key number n is the text `key-n`, like an imported key.
+const INSERT: &str = "
+    insert into user_preferences (id, email)
+    select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
+    insert into api_keys (id, owner_id, name, hash, revision)
+    select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
+    from generate_series(1, {keys}) n
+    join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com';
+    analyze";
+
+/// Inserts keys into an empty database, and restarts the control plane, so that it loads them as a whole.
+pub(crate) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
+    progress(&format!("entering {keys} keys"));
+    stack.database.execute(&INSERT.replace("{keys}", &keys.to_string())).await?;
+    stack.control_plane.stop(Signal::SIGTERM).await?;
+    stack.control_plane.restart().await
+}
+
+/// The process id of the control plane.
+pub(crate) fn control_plane_pid(stack: &Stack) -> Result<u32> {
+    stack.control_plane.pid().context("the control plane does not run")
+}
+
+/// Waits until a metric of the control plane reaches a value.
+pub(crate) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<()> {
+    eventually(&format!("{metric} to reach {least}"), async || {
+        let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
+        let text = String::from_utf8_lossy(&reply.body).into_owned();
+        let value = text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?;
+        (value.trim().parse::<f64>().ok()? >= least).then_some(())
+    })
+    .await
+}
+
+pub(crate) fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1_000.0
+}
+
+/// CPU time so far, in nanoseconds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Used {
+    control_plane: u64,
+    database: u64,
+}
+
+impl Used {
+    /// Reads it.
+    pub(crate) fn read(stack: &Stack, postmaster: u32) -> Result<Self> {
+        let control_plane = machine::cpu_ns(control_plane_pid(stack)?)?;
+        Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })
+    }
+
+    /// CPU seconds since then: of the control plane, and of PostgreSQL.
+    pub(crate) fn since(&self, before: &Self) -> (f64, f64) {
+        let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
+        (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
+    }
+}
+
+/// The parent process of PostgreSQL.
+pub(crate) async fn postmaster(stack: &Stack) -> Result<u32> {
+    let file = stack.database.text("select pg_read_file('postmaster.pid')").await?;
+    let first = file.lines().next().and_then(|line| line.trim().parse().ok());
+    first.context("postmaster.pid names no process")
+}

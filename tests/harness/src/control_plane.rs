@@ -1,0 +1,179 @@
+//! A control plane as a process, which keeps its address across restarts.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use contract::key::{KeyKind, Secret};
+
+use crate::http;
+use crate::log::Log;
+use crate::paths;
+use crate::ports::Port;
+use crate::process::{Process, Signal};
+use crate::wait::eventually;
+
+/// Settings of a control plane.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Port 0 stands for a free port, which is reserved for this control plane.
+    pub listen: SocketAddr,
+    /// The PostgreSQL database.
+    pub database_url: String,
+    /// A key with the scope `admin`.
+    pub admin_key: Secret,
+    /// A key with the scope `sync`.
+    pub sync_key: Secret,
+    /// Further arguments of `serve`.
+    pub arguments: Vec<String>,
+    /// The value of `PORTCULLIS_LOG`.
+    pub log_level: String,
+    /// Further variables of its environment.
+    pub environment: Vec<(String, String)>,
+}
+
+/// A control plane.
+#[derive(Debug)]
+pub struct ControlPlane {
+    settings: Mutex<Settings>,
+    directory: PathBuf,
+    log: Log,
+    process: Mutex<Option<Process>>,
+    port: Mutex<Option<Port>>,
+}
+
+/// A key from the operating system's randomness.
+pub fn fresh_key() -> Result<Secret> {
+    Secret::generate(KeyKind::Live, &mut getrandom::SysRng).map_err(|error| anyhow!("no randomness: {error}"))
+}
+
+impl ControlPlane {
+    /// Starts it and waits until it is ready. Its address file lies in `directory`.
+    pub async fn start(settings: Settings, directory: &Path, log: Log) -> Result<Self> {
+        let this = Self::prepare(settings, directory, log);
+        this.restart().await?;
+        Ok(this)
+    }
+
+    /// Prepares a control plane that [`launch`](Self::launch) starts, for tests over TLS, which check themselves that it is ready.
+    pub fn prepare(settings: Settings, directory: &Path, log: Log) -> Self {
+        let (settings, process, port) = (Mutex::new(settings), Mutex::new(None), Mutex::new(None));
+        Self { settings, directory: directory.to_owned(), log, process, port }
+    }
+
+    /// Reserves a port, unless there is one already.
+    fn reserve_port(&self) -> Result<()> {
+        let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        if settings.listen.port() == 0 {
+            let port = Port::reserve(settings.listen.ip())?;
+            settings.listen = port.address();
+            *self.port.lock().unwrap_or_else(PoisonError::into_inner) = Some(port);
+        }
+        Ok(())
+    }
+
+    /// Starts it again, on the same port, and waits until it is ready.
+    pub async fn restart(&self) -> Result<()> {
+        self.launch().await?;
+        self.ready().await
+    }
+
+    /// Starts it again, on the same port, and waits only until it listens.
+    pub async fn launch(&self) -> Result<()> {
+        self.reserve_port()?;
+        let settings = self.settings();
+        let program = paths::control_plane();
+        if !program.is_file() {
+            bail!("{} is missing; run `cargo build -p control-plane`", program.display());
+        }
+        let address_file = self.directory.join("control-plane.address");
+        // The file of an earlier run has an old address.
+        let _ = std::fs::remove_file(&address_file);
+        let mut serve = Command::new(program);
+        serve.args(["serve", "--log-format", "json", "--listen"]).arg(settings.listen.to_string());
+        serve.arg("--database-url").arg(&settings.database_url).arg("--address-file").arg(&address_file);
+        serve.args(&settings.arguments).current_dir(&self.directory);
+        serve.env("PORTCULLIS_ADMIN_KEY", settings.admin_key.reveal());
+        serve.env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
+        serve.env("PORTCULLIS_LOG", &settings.log_level).envs(settings.environment);
+        let process = Process::spawn("the control plane", serve, &self.log, Signal::SIGKILL)?;
+        let listens = async || match process.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => std::fs::read_to_string(&address_file).ok().map(Ok),
+        };
+        let address = eventually("the control plane to listen", listens).await??;
+        let address = address.trim().parse().with_context(|| format!("{address:?} is no address"))?;
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).listen = address;
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
+        Ok(())
+    }
+
+    /// Waits until it is ready: database and mirror.
+    pub async fn ready(&self) -> Result<()> {
+        let asked = async || match self.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => {
+                let reply = http::get(self.address(), "/readyz").await.ok()?;
+                (reply.status == 200).then_some(Ok(()))
+            }
+        };
+        eventually("the control plane to be ready", asked)
+            .await
+            .with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
+    }
+
+    /// Sends a signal and waits until the process has ended.
+    pub async fn stop(&self, signal: Signal) -> Result<std::process::ExitStatus> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
+        process.ok_or_else(|| anyhow!("the control plane does not run"))?.stop(signal).await
+    }
+
+    /// Sends a signal, such as SIGSTOP, and does not wait.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().ok_or_else(|| anyhow!("the control plane does not run"))?.signal(signal)
+    }
+
+    /// Fails if it has ended, with the last lines of its log.
+    pub fn must_run(&self) -> Result<()> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
+    }
+
+    /// Imports usage from a log line of an Envoy that could not report it.
+    pub fn import_usage(&self, line: &str) -> Result<()> {
+        let output = self.try_import_usage(line)?;
+        ensure!(output.status.success(), "usage import: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// The same for logs with invalid lines. Returns the output of the command.
+    pub fn try_import_usage(&self, line: &str) -> Result<Output> {
+        let file = self.directory.join("last-words.log");
+        std::fs::write(&file, line)?;
+        let mut import = Command::new(paths::control_plane());
+        import.args(["usage", "import", "--database-url"]).arg(self.settings().database_url).arg(file);
+        Ok(import.output()?)
+    }
+
+    /// The process id, if it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.settings().listen
+    }
+
+    /// The settings that it was started with.
+    pub fn settings(&self) -> Settings {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Its output.
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+}

@@ -1,0 +1,259 @@
+//! An Envoy with the filter as a process, which keeps its ports across restarts.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow, bail};
+use contract::key::Secret;
+
+use crate::envoy_config::{LISTENER_FILE, Replacements, apart, render};
+use crate::http;
+use crate::log::Log;
+use crate::paths;
+use crate::ports::Port;
+use crate::process::{Process, Signal, resident_kib};
+use crate::tools::{self, Say};
+use crate::wait::eventually;
+
+/// Settings of an Envoy.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Changes of the template. Port 0 of the listener and of the admin interface stands for a free port, which is reserved
+    /// for this Envoy.
+    pub replacements: Replacements,
+    /// How many workers.
+    pub workers: usize,
+    /// Envoy's log level; `wasm` and others may follow as `warning,wasm:debug`.
+    pub log_level: String,
+    /// The key with the scope `sync`.
+    pub sync_key: Secret,
+    /// Further variables of its environment.
+    pub environment: Vec<(String, String)>,
+    /// Whether the listener is in a file of its own, which can be changed while Envoy runs.
+    pub listener_file: bool,
+}
+
+/// An Envoy.
+#[derive(Debug)]
+pub struct Envoy {
+    binary: PathBuf,
+    settings: Mutex<Settings>,
+    template: &'static str,
+    directory: PathBuf,
+    log: Log,
+    process: Mutex<Option<Process>>,
+    _ports: Vec<Port>,
+}
+
+impl Envoy {
+    /// Starts it in a directory of its own and waits until it accepts requests, possibly without keys.
+    pub async fn start(settings: Settings, directory: &Path, log: Log, say: Say<'_>) -> Result<Self> {
+        let this = Self::prepare(settings, directory, log, say)?;
+        this.restart().await?;
+        Ok(this)
+    }
+
+    /// Prepares an Envoy that [`restart`](Self::restart) starts.
+    pub fn prepare(mut settings: Settings, directory: &Path, log: Log, say: Say<'_>) -> Result<Self> {
+        let binary = tools::envoy(say)?;
+        std::fs::create_dir_all(directory)?;
+        let wasm = paths::wasm();
+        // A copy: a filter that is built anew must not change under a running Envoy.
+        std::fs::copy(&wasm, directory.join("portcullis.wasm"))
+            .with_context(|| format!("{} is missing; run `cargo xtask wasm`", wasm.display()))?;
+        let mut ports = Vec::new();
+        for address in [&mut settings.replacements.listener, &mut settings.replacements.admin] {
+            if address.port() == 0 {
+                let port = Port::reserve(address.ip())?;
+                *address = port.address();
+                ports.push(port);
+            }
+        }
+        let (settings, process) = (Mutex::new(settings), Mutex::new(None));
+        let template = "minimal.yaml";
+        Ok(Self { binary, settings, template, directory: directory.to_owned(), log, process, _ports: ports })
+    }
+
+    /// Uses another file of the directory `envoy` than `minimal.yaml`. Files that it names must be in the directory of this
+    /// Envoy.
+    pub const fn with_template(mut self, template: &'static str) -> Self {
+        self.template = template;
+        self
+    }
+
+    /// Starts it, on the same ports as before, and waits until it accepts requests.
+    pub async fn restart(&self) -> Result<()> {
+        let settings = self.settings();
+        self.write_configuration(&settings)?;
+        let admin_file = self.directory.join("admin.address");
+        // The file of an earlier run has an old address.
+        let _ = std::fs::remove_file(&admin_file);
+
+        let mut envoy = Command::new(&self.binary);
+        envoy.args(["-c", "envoy.yaml", "--use-dynamic-base-id", "--admin-address-path", "admin.address"]);
+        envoy.arg("--concurrency").arg(settings.workers.to_string());
+        let (level, components) = settings.log_level.split_once(',').unwrap_or((&settings.log_level, ""));
+        envoy.args(["-l", level]);
+        if !components.is_empty() {
+            envoy.args(["--component-log-level", components]);
+        }
+        // The default waits ten minutes for clients to leave.
+        envoy.args(["--drain-time-s", "1", "--parent-shutdown-time-s", "2"]);
+        envoy.current_dir(&self.directory).env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
+        envoy.envs(settings.environment);
+        let process = Process::spawn("Envoy", envoy, &self.log, Signal::SIGKILL)?;
+
+        let live = async || match process.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => {
+                let admin = std::fs::read_to_string(&admin_file).ok()?.trim().parse().ok()?;
+                let ready = http::get(admin, "/ready").await.ok()?;
+                (ready.status == 200).then_some(Ok(admin))
+            }
+        };
+        let admin = eventually("Envoy to be live", live).await??;
+        let listener = listener(admin).await?;
+        let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        settings.replacements.admin = admin;
+        settings.replacements.listener = listener;
+        drop(settings);
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
+        Ok(())
+    }
+
+    /// Sends a signal and waits for the end.
+    pub async fn stop(&self, signal: Signal) -> Result<ExitStatus> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
+        process.ok_or_else(|| anyhow!("Envoy does not run"))?.stop(signal).await
+    }
+
+    /// Sends a signal, such as SIGSTOP, and does not wait.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().ok_or_else(|| anyhow!("Envoy does not run"))?.signal(signal)
+    }
+
+    /// Fails if it has ended, with the last lines of its log.
+    pub fn must_run(&self) -> Result<()> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
+    }
+
+    /// Its resident memory in KiB.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let pid = process.as_ref().context("Envoy does not run")?.pid();
+        resident_kib(pid).context("Envoy has ended, or this is not Linux")
+    }
+
+    /// The address of its listener.
+    pub fn address(&self) -> SocketAddr {
+        self.settings().replacements.listener
+    }
+
+    /// Its admin interface.
+    pub fn admin(&self) -> SocketAddr {
+        self.settings().replacements.admin
+    }
+
+    /// The settings that it was started with.
+    pub fn settings(&self) -> Settings {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes the settings for the next start.
+    pub fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
+        change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The process id, if it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
+    }
+
+    /// Writes the configuration with the listener as [`change_settings`](Self::change_settings) changed it. An Envoy whose
+    /// listener is in a file of its own applies it at once.
+    pub fn update_listener(&self) -> Result<()> {
+        self.write_configuration(&self.settings())
+    }
+
+    fn write_configuration(&self, settings: &Settings) -> Result<()> {
+        let template = std::fs::read_to_string(paths::workspace().join("envoy").join(self.template))?;
+        let mut bootstrap = render(&template, &settings.replacements)?;
+        if settings.listener_file {
+            let listener;
+            (bootstrap, listener) = apart(&bootstrap)?;
+            // Envoy watches for renames.
+            let new = self.directory.join("listener.yaml.new");
+            std::fs::write(&new, listener)?;
+            std::fs::rename(new, self.directory.join(LISTENER_FILE))?;
+        }
+        Ok(std::fs::write(self.directory.join("envoy.yaml"), bootstrap)?)
+    }
+
+    /// Its output: its own log and the access log.
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// A statistic by its exact name, 0 if it does not exist yet.
+    pub async fn stat(&self, name: &str) -> Result<u64> {
+        let found = self.stats(name).await?;
+        Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))
+    }
+
+    /// The statistics whose names contain this.
+    pub async fn stats(&self, part: &str) -> Result<Vec<(String, u64)>> {
+        let stats = http::get(self.admin(), &format!("/stats?format=json&filter={part}")).await?.json()?;
+        let stats = stats["stats"].as_array().cloned().unwrap_or_default();
+        let named = |stat: &serde_json::Value| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?));
+        Ok(stats.iter().filter_map(named).collect())
+    }
+
+    /// One open connection to each of its workers, in their order.
+    pub async fn connection_per_worker(&self) -> Result<Vec<http::Connection>> {
+        let workers = self.settings().workers;
+        let mut connections: Vec<Option<http::Connection>> = (0..workers).map(|_| None).collect();
+        let mut others = Vec::new();
+        let mut accepted = self.accepted_per_worker().await?;
+        for _ in 0..workers.saturating_mul(50) {
+            let connection = http::Connection::open(self.address()).await?;
+            let worker = eventually("a worker to accept a connection", async || {
+                let now = self.accepted_per_worker().await.ok()?;
+                let worker = now.iter().zip(&accepted).position(|(now, before)| now > before)?;
+                accepted = now;
+                Some(worker)
+            })
+            .await?;
+            match connections.get_mut(worker) {
+                Some(place @ None) => *place = Some(connection),
+                // Kept open, so that the kernel gives the next connection to another worker.
+                _ => others.push(connection),
+            }
+            if connections.iter().all(Option::is_some) {
+                return Ok(connections.into_iter().flatten().collect());
+            }
+        }
+        bail!("some worker never accepted a connection")
+    }
+
+    async fn accepted_per_worker(&self) -> Result<Vec<u64>> {
+        let name = |worker| format!(".worker_{worker}.downstream_cx_total");
+        let mut accepted = Vec::new();
+        for worker in 0..self.settings().workers {
+            let of_worker = self.stats(&name(worker)).await?;
+            // The admin interface has workers' statistics of its own.
+            accepted.extend(of_worker.iter().filter(|(stat, _)| !stat.contains("admin")).map(|(_, value)| *value));
+        }
+        Ok(accepted)
+    }
+}
+
+async fn listener(admin: SocketAddr) -> Result<SocketAddr> {
+    let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
+    let socket = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
+    let port = socket["port_value"].as_u64().and_then(|port| u16::try_from(port).ok());
+    let ip = socket["address"].as_str().and_then(|ip| ip.parse::<IpAddr>().ok());
+    ip.zip(port).map(SocketAddr::from).with_context(|| format!("Envoy names no listener: {listeners}"))
+}

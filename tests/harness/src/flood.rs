@@ -1,0 +1,85 @@
+//! A flood of unknown keys, and the latency of requests with a good key meanwhile.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use tokio::task::JoinSet;
+
+use crate::http::Connection;
+
+/// Connections that send unknown keys.
+const CONNECTIONS: u64 = 8;
+
+/// The pause between two requests with a good key.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Size of a flood.
+#[derive(Clone, Copy, Debug)]
+pub struct Flood {
+    /// The number of the first key. Different numbers give different keys.
+    pub from: u64,
+    /// Minimum number of keys, however long a busy machine takes.
+    pub least: u64,
+    /// Maximum number of keys.
+    pub most: u64,
+    /// Time after which no key beyond the minimum is sent.
+    pub lasts: Duration,
+}
+
+/// The unknown key of a number (SplitMix64), well-formed or not.
+fn stranger(seed: u64) -> String {
+    let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    match mixed % 4 {
+        0 => format!("{mixed:x}"),
+        1 => format!("sk_test_{mixed:036x}"),
+        2 => format!("{mixed:0700}"),
+        _ => format!("sk_live_{mixed:036}"),
+    }
+}
+
+/// Sends the keys to an Envoy, and returns how many were refused. All must be.
+pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
+    let start = Instant::now();
+    let next = Arc::new(AtomicU64::new(0));
+    let mut connections = JoinSet::new();
+    for _ in 0..CONNECTIONS {
+        let next = Arc::clone(&next);
+        connections.spawn(async move {
+            let mut connection = Connection::open(address).await?;
+            let mut refused = 0;
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= flood.most || (number >= flood.least && start.elapsed() >= flood.lasts) {
+                    return Ok::<u64, anyhow::Error>(refused);
+                }
+                let reply = connection.get("/", Some(&stranger(flood.from + number))).await?;
+                ensure!(reply.status == 401, "an unknown key is answered with {}", reply.status);
+                refused += 1;
+            }
+        });
+    }
+    let mut refused = 0;
+    while let Some(done) = connections.join_next().await {
+        refused += done??;
+    }
+    Ok(refused)
+}
+
+/// The latencies of requests with a good key, in ascending order. Ends after `enough` requests or when `stop` is set.
+pub async fn probe(connection: &mut Connection, key: &str, enough: usize, stop: &AtomicBool) -> Result<Vec<Duration>> {
+    let mut took = Vec::new();
+    while took.len() < enough && !stop.load(Ordering::Relaxed) {
+        let start = Instant::now();
+        let reply = connection.get("/", Some(key)).await?;
+        took.push(start.elapsed());
+        ensure!(reply.status == 200, "a good key is answered with {}", reply.status);
+        tokio::time::sleep(PAUSE).await;
+    }
+    took.sort_unstable();
+    Ok(took)
+}

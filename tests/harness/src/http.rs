@@ -1,0 +1,148 @@
+//! An HTTP client for one connection at a time, with requests of any shape: header bytes that are
+//! not text, repeated headers, keys of many kilobytes.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use axum::body::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::client::conn::http2;
+use hyper::{HeaderMap, Method, Request};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::Value;
+use tokio::net::TcpStream;
+
+/// Time limit of a response. Only held polls take longer.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A whole response.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// Status.
+    pub status: u16,
+    /// Headers.
+    pub headers: HeaderMap,
+    /// Body.
+    pub body: Bytes,
+}
+
+impl Reply {
+    /// A header that occurs once and is text.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut all = self.headers.get_all(name).iter();
+        let first = all.next()?.to_str().ok()?;
+        all.next().is_none().then_some(first)
+    }
+
+    /// The body as JSON.
+    pub fn json(&self) -> Result<Value> {
+        serde_json::from_slice(&self.body)
+            .with_context(|| format!("{} with a body that is no JSON: {:?}", self.status, self.body))
+    }
+}
+
+/// A request with its body.
+pub type Outgoing = Request<Full<Bytes>>;
+
+/// One connection, kept alive.
+#[derive(Debug)]
+pub struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    authority: String,
+}
+
+impl Connection {
+    /// Connects.
+    pub async fn open(address: SocketAddr) -> Result<Self> {
+        let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
+        stream.set_nodelay(true)?;
+        let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        Ok(Self { sender, authority: address.to_string() })
+    }
+
+    /// Whether the server has not closed it, as far as is known.
+    pub fn is_open(&self) -> bool {
+        !self.sender.is_closed()
+    }
+
+    /// Sends a request and waits for the whole response.
+    pub async fn send(&mut self, mut request: Outgoing) -> Result<Reply> {
+        request.headers_mut().insert("host", self.authority.parse()?);
+        let exchange = async {
+            self.sender.ready().await?;
+            let response = self.sender.send_request(request).await?;
+            let (head, body) = response.into_parts();
+            let body = body.collect().await?.to_bytes();
+            Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+        };
+        let reply = tokio::time::timeout(TIMEOUT, exchange);
+        Ok(reply.await.map_err(|_| anyhow!("{} does not answer", self.authority))??)
+    }
+
+    /// `GET` with a key, if one is given.
+    pub async fn get(&mut self, path: &str, key: Option<&str>) -> Result<Reply> {
+        self.send(get_request(path, key)?).await
+    }
+}
+
+/// A `GET` with a key, if one is given.
+pub fn get_request(path: &str, key: Option<&str>) -> Result<Outgoing> {
+    let mut request = Request::get(path);
+    if let Some(key) = key {
+        request = request.header("x-api-key", key);
+    }
+    Ok(request.body(Full::default())?)
+}
+
+/// One `GET` on a connection of its own.
+pub async fn get(address: SocketAddr, path: &str) -> Result<Reply> {
+    Connection::open(address).await?.get(path, None).await
+}
+
+/// One request on a connection of its own.
+pub async fn send(address: SocketAddr, request: Outgoing) -> Result<Reply> {
+    Connection::open(address).await?.send(request).await
+}
+
+/// One request over HTTP/2, on a connection of its own. Its URI names the authority.
+pub async fn over_http_2<B>(address: SocketAddr, request: Request<B>) -> Result<Reply>
+where
+    B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let exchange = async {
+        let (head, body) = sender.send_request(request).await?.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+    };
+    let reply = tokio::time::timeout(TIMEOUT, exchange);
+    Ok(reply.await.map_err(|_| anyhow!("{address} does not answer"))??)
+}
+
+/// One JSON request on a connection of its own.
+pub async fn send_json(
+    address: SocketAddr,
+    method: Method,
+    path: &str,
+    key: Option<&str>,
+    body: Option<&Value>,
+) -> Result<Reply> {
+    let mut request = Request::builder().method(method).uri(path);
+    if let Some(key) = key {
+        request = request.header("x-api-key", key);
+    }
+    let body = match body {
+        None => Full::default(),
+        Some(body) => {
+            request = request.header("content-type", "application/json");
+            Full::from(body.to_string())
+        }
+    };
+    send(address, request.body(body)?).await
+}

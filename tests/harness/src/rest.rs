@@ -1,0 +1,78 @@
+//! The REST API as an administrator uses it.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use contract::key::Secret;
+use hyper::{Method, Request};
+use serde_json::{Value, json};
+
+use crate::http::{self, Reply};
+
+/// Calls the REST API of one control plane with one key.
+#[derive(Clone, Debug)]
+pub struct Rest {
+    /// The control plane.
+    pub address: SocketAddr,
+    /// The caller's key.
+    pub key: Secret,
+}
+
+impl Rest {
+    /// Any call.
+    pub async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Reply> {
+        http::send_json(self.address, method, path, Some(self.key.reveal()), body).await
+    }
+
+    /// Generates the user's key, in place of the one there was.
+    pub async fn generate(&self, email: &str) -> Result<String> {
+        let body = json!({"email": email, "key_name": "Test Key"});
+        let answer = self.succeed(Method::POST, "/api/user/key", Some(&body)).await?;
+        Ok(answer["key"].as_str().context("no key in the answer")?.to_owned())
+    }
+
+    /// Revokes the user's key.
+    pub async fn revoke(&self, email: &str) -> Result<()> {
+        self.succeed(Method::DELETE, &format!("/api/user/key/{email}"), None).await.map(|_| ())
+    }
+
+    /// The status of the user's key: `keyPreference`.
+    pub async fn status(&self, email: &str) -> Result<Value> {
+        let mut answer = self.succeed(Method::GET, &format!("/api/user/key/{email}"), None).await?;
+        Ok(answer["keyPreference"].take())
+    }
+
+    /// A call that answers with JSON and this status.
+    pub async fn expect(&self, method: Method, path: &str, body: Option<&Value>, status: u16) -> Result<Value> {
+        let reply = self.call(method.clone(), path, body).await?;
+        ensure!(reply.status == status, "{method} {path}: {} {:?}", reply.status, reply.body);
+        reply.json()
+    }
+
+    /// Makes a key of the user; its id and the key itself.
+    pub async fn create(&self, email: &str) -> Result<(String, String)> {
+        let body = json!({"email": email, "name": "Test Key"});
+        let made = self.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).context("a field is missing");
+        Ok((text("id")?, text("key")?))
+    }
+
+    /// Imports keys: one JSON object a line.
+    pub async fn import(&self, lines: String) -> Result<Value> {
+        let request = Request::post("/v1/keys/import")
+            .header("x-api-key", self.key.reveal())
+            .header("content-type", "application/x-ndjson")
+            .body(lines.into())?;
+        let reply = http::send(self.address, request).await?;
+        ensure!(reply.status == 200, "import: {} {:?}", reply.status, reply.body);
+        reply.json()
+    }
+
+    async fn succeed(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value> {
+        let reply = self.call(method.clone(), path, body).await?;
+        ensure!(reply.status == 200, "{method} {path}: {} {:?}", reply.status, reply.body);
+        let answer = reply.json()?;
+        ensure!(answer["success"] == true, "{method} {path}: {answer}");
+        Ok(answer)
+    }
+}

@@ -1,0 +1,286 @@
+//! The whole stack for a test: a database, a control plane, a demo API and Envoys with the filter,
+//! shared with no other test.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value};
+use tempfile::TempDir;
+
+use crate::control_plane::{self, ControlPlane, fresh_key};
+use crate::demo::DemoApi;
+use crate::envoy::{self, Envoy};
+use crate::envoy_config::Replacements;
+use crate::http;
+use crate::log::Log;
+use crate::postgres::{self, Database, Postgres};
+use crate::rest::Rest;
+use crate::tools::silently;
+use crate::wait::eventually;
+
+const ANY_PORT: std::net::SocketAddr =
+    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// The statistic with the version of an Envoy's store.
+pub const STORE_VERSION: &str = "wasmcustom.portcullis_store_version";
+
+/// A running stack. Its parts end when dropped, in the order of the fields.
+#[derive(Debug)]
+pub struct Stack {
+    /// The Envoys.
+    pub envoys: Vec<Envoy>,
+    /// The API behind them.
+    pub demo: DemoApi,
+    /// The control plane.
+    pub control_plane: ControlPlane,
+    /// Its database.
+    pub database: Database,
+    /// The server of the database, shared with other tests unless the test asked for its own; none if `DATABASE_URL`
+    /// names one.
+    pub postgres: Option<Arc<Postgres>>,
+    directory: TempDir,
+}
+
+/// Settings of a stack.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    envoys: usize,
+    workers: usize,
+    plugin: Map<String, Value>,
+    routes: Vec<(String, String)>,
+    trusted_hops: u32,
+    texts: Vec<(String, String)>,
+    envoy_log_level: String,
+    control_plane_log_level: String,
+    own_postgres: bool,
+    environment: Vec<(String, String)>,
+    arguments: Vec<String>,
+}
+
+impl Stack {
+    /// One Envoy with two workers, unless the test changes that.
+    pub fn builder() -> Builder {
+        Builder {
+            envoys: 1,
+            workers: 2,
+            plugin: Map::new(),
+            routes: Vec::new(),
+            trusted_hops: 0,
+            texts: Vec::new(),
+            envoy_log_level: "warning,wasm:info".into(),
+            control_plane_log_level: "info".into(),
+            own_postgres: false,
+            environment: Vec::new(),
+            // Tests call the REST API more often than people do.
+            arguments: ["--api-rate-limit", "10000", "--api-burst", "20000"].map(Into::into).into(),
+        }
+    }
+
+    /// The stack that most tests want.
+    pub async fn start() -> Result<Self> {
+        Self::builder().start().await
+    }
+
+    /// The REST API, with the admin key.
+    pub fn rest(&self) -> Rest {
+        Rest { address: self.control_plane.address(), key: self.control_plane.settings().admin_key }
+    }
+
+    /// The first Envoy.
+    pub fn envoy(&self) -> &Envoy {
+        self.envoys.first().expect("the stack has an Envoy")
+    }
+
+    /// Sends a request to the first Envoy.
+    pub async fn get(&self, key: Option<&str>) -> Result<http::Reply> {
+        http::send(self.envoy().address(), http::get_request("/orders?page=2", key)?).await
+    }
+
+    /// Waits until every Envoy responds with this status to the key.
+    pub async fn wait_for_status(&self, key: Option<&str>, status: u16) -> Result<()> {
+        for envoy in &self.envoys {
+            wait_for_status(envoy, key, status).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until every Envoy has every change of the database.
+    pub async fn in_step(&self) -> Result<()> {
+        let revision: u64 = self.database.text("select revision::text from store_state").await?.parse()?;
+        for envoy in &self.envoys {
+            let reached = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
+            eventually("an Envoy to have every change", reached).await?;
+        }
+        Ok(())
+    }
+
+    /// Generates the user's key and waits until every Envoy admits it, which takes one or more requests that are counted.
+    pub async fn working_key(&self, email: &str) -> Result<String> {
+        let key = self.rest().generate(email).await?;
+        self.wait_for_status(Some(&key), 200).await?;
+        Ok(key)
+    }
+
+    /// Waits until the status of the user's key shows this number of requests.
+    pub async fn wait_for_usage(&self, email: &str, requests: u64) -> Result<Value> {
+        let rest = self.rest();
+        let counted = async || {
+            let status = rest.status(email).await.ok()?;
+            (status["usageCount"] == requests).then_some(status)
+        };
+        match eventually(&format!("{requests} requests counted for {email}"), counted).await {
+            Err(error) => Err(error.context(format!("the status is {}", rest.status(email).await?))),
+            done => done,
+        }
+    }
+
+    /// Changes columns of the user's primary key directly in the database, where the REST API has no operation.
+    pub async fn change_key(&self, email: &str, columns: &str) -> Result<()> {
+        let keys = format!("id = (select primary_key_id from user_preferences where email = '{email}')");
+        let changed = self.database.execute(&format!("update api_keys set {columns} where {keys}")).await?;
+        ensure!(changed == 1, "{changed} keys of {email} were changed");
+        Ok(())
+    }
+
+    /// The id of a user: `x-consumer-id` at the upstream.
+    pub async fn owner_id(&self, email: &str) -> Result<String> {
+        self.database.text(&format!("select id::text from user_preferences where email = '{email}'")).await
+    }
+
+    /// A directory that is deleted with the stack.
+    pub fn directory(&self) -> PathBuf {
+        self.directory.path().to_owned()
+    }
+}
+
+/// Waits until an Envoy responds with this status to the key.
+pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> Result<()> {
+    let mut last = None;
+    let what = format!("status {status}");
+    let seen = async || {
+        let request = http::get_request("/", key).ok()?;
+        last = http::send(envoy.address(), request).await.ok();
+        last.as_ref().is_some_and(|reply| reply.status == status).then_some(())
+    };
+    let waited = eventually(&what, seen).await;
+    waited.with_context(|| format!("the last answer was {last:?}; Envoy's log ends:\n{}", envoy.log().tail(10)))
+}
+
+impl Builder {
+    /// How many Envoys.
+    pub const fn envoys(mut self, envoys: usize) -> Self {
+        self.envoys = envoys;
+        self
+    }
+
+    /// How many workers each Envoy has.
+    pub const fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers;
+        self
+    }
+
+    /// Fields of the filter's configuration.
+    pub fn plugin(mut self, plugin: &Value) -> Self {
+        self.plugin = plugin.as_object().expect("the plugin configuration is an object").clone();
+        self
+    }
+
+    /// A route for paths with this prefix that names a policy.
+    pub fn route(mut self, prefix: &str, policy: &str) -> Self {
+        self.routes.push((prefix.to_owned(), policy.to_owned()));
+        self
+    }
+
+    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
+    pub const fn trusted_hops(mut self, hops: u32) -> Self {
+        self.trusted_hops = hops;
+        self
+    }
+
+    /// An access log with the user agents of clients.
+    pub fn log_user_agents(mut self) -> Self {
+        self.texts.push(("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%".into(), "%REQ(USER-AGENT)%".into()));
+        self
+    }
+
+    /// Logs at level debug.
+    pub fn debug_logs(mut self) -> Self {
+        self.envoy_log_level = "debug".into();
+        self.control_plane_log_level = "debug".into();
+        self
+    }
+
+    /// A PostgreSQL server of its own, which can be stopped without harm to other tests.
+    pub const fn own_postgres(mut self) -> Self {
+        self.own_postgres = true;
+        self
+    }
+
+    /// An environment variable of the control plane and of every Envoy.
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// More arguments of `serve`.
+    pub fn control_plane_arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        self
+    }
+
+    /// Starts it, and waits until every Envoy has its keys and so refuses an unknown one.
+    pub async fn start(self) -> Result<Stack> {
+        let stack = self.start_unsynced().await?;
+        stack.wait_for_status(Some("no such key"), 401).await?;
+        Ok(stack)
+    }
+
+    /// Starts it without waiting for the filters to have their keys.
+    pub async fn start_unsynced(self) -> Result<Stack> {
+        let (database, postgres) = if self.own_postgres {
+            let server = Arc::new(Postgres::private().await?);
+            (server.create_database().await?, Some(server))
+        } else {
+            postgres::test_database().await?
+        };
+        let mut directory = TempDir::with_prefix("portcullis-")?;
+        // PORTCULLIS_KEEP=1 keeps the logs of a scenario that fails.
+        directory.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
+        let (admin_key, sync_key) = (fresh_key()?, fresh_key()?);
+        let settings = control_plane::Settings {
+            listen: ANY_PORT,
+            database_url: database.url.clone(),
+            admin_key,
+            sync_key: sync_key.clone(),
+            arguments: self.arguments,
+            log_level: self.control_plane_log_level,
+            environment: self.environment.clone(),
+        };
+        let log = Log::create(&directory.path().join("control-plane.log"))?;
+        let control_plane = ControlPlane::start(settings, directory.path(), log).await?;
+        let demo = DemoApi::start(ANY_PORT).await?;
+        let mut envoys = Vec::new();
+        for number in 0..self.envoys {
+            let replacements = Replacements {
+                plugin: self.plugin.clone(),
+                routes: self.routes.clone(),
+                trusted_hops: self.trusted_hops,
+                texts: self.texts.clone(),
+                ..Replacements::between(control_plane.address(), demo.address())
+            };
+            let home = directory.path().join(format!("envoy-{number}"));
+            let log = Log::create(&directory.path().join(format!("envoy-{number}.log")))?;
+            let settings = envoy::Settings {
+                replacements,
+                workers: self.workers,
+                log_level: self.envoy_log_level.clone(),
+                sync_key: sync_key.clone(),
+                environment: self.environment.clone(),
+                listener_file: false,
+            };
+            envoys.push(Envoy::start(settings, &home, log, &silently).await?);
+        }
+        Ok(Stack { envoys, demo, control_plane, database, postgres, directory })
+    }
+}

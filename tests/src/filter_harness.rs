@@ -1,0 +1,191 @@
+//! The filter alone: an Envoy with it, a fake control plane and a demo API, without a database.
+
+use anyhow::{Context, Result};
+use contract::id::{KeyId, OwnerId};
+use contract::record::Record;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::control_plane::fresh_key;
+use crate::demo::DemoApi;
+use crate::envoy::{Envoy, Settings};
+use crate::envoy_config::Replacements;
+use crate::fake_control_plane::{Change, FakeControlPlane, Faults};
+use crate::http::{Outgoing, Reply, get_request, send};
+use crate::log::Log;
+use crate::paths;
+use crate::tools::silently;
+use crate::wait::eventually;
+
+/// The running parts. They end when dropped.
+#[derive(Debug)]
+pub struct FilterHarness {
+    /// Envoy with two workers.
+    pub envoy: Envoy,
+    /// The API behind it.
+    pub demo: DemoApi,
+    /// Its control plane.
+    pub control_plane: FakeControlPlane,
+    _home: TempDir,
+}
+
+/// Settings of the harness.
+#[derive(Clone, Debug, Default)]
+pub struct Builder {
+    faults: Faults,
+    plugin: Value,
+    routes: Vec<(String, String)>,
+    trusted_hops: u32,
+    both_families: bool,
+    texts: Vec<(String, String)>,
+    changes: Vec<Change<'static>>,
+    traps: bool,
+}
+
+impl FilterHarness {
+    /// The template without changes.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Starts it with the records of these keys, and waits until Envoy has them.
+    pub async fn start(keys: &[(&str, Record)]) -> Result<Self> {
+        Self::builder().start(keys).await
+    }
+
+    /// A request with a key in the usual header.
+    pub async fn get(&self, path: &str, key: Option<&str>) -> Result<Reply> {
+        self.send(get_request(path, key)?).await
+    }
+
+    /// A request.
+    pub async fn send(&self, request: Outgoing) -> Result<Reply> {
+        send(self.envoy.address(), request).await
+    }
+
+    /// Repeats a request with a key. Returns how many responses had status 200, and the last response.
+    pub async fn get_many(&self, times: usize, path: &str, key: Option<&str>) -> Result<(usize, Reply)> {
+        let mut allowed = 0;
+        let mut last = self.get(path, key).await?;
+        for number in 1..=times {
+            allowed += usize::from(last.status == 200);
+            if number < times {
+                last = self.get(path, key).await?;
+            }
+        }
+        Ok((allowed, last))
+    }
+
+    /// Changes the store and waits until Envoy has it.
+    pub async fn change(&self, changes: &[Change<'_>]) -> Result<()> {
+        let revision = self.control_plane.change(changes);
+        self.stat_is("store_version", revision).await
+    }
+
+    /// Waits until a statistic of the filter has this value.
+    pub async fn stat_is(&self, name: &str, value: u64) -> Result<()> {
+        let stat = format!("wasmcustom.portcullis_{name}");
+        let reached = async || (self.envoy.stat(&stat).await.ok()? == value).then_some(());
+        eventually(&format!("{name} to be {value}"), reached).await
+    }
+}
+
+impl Builder {
+    /// Fields of the filter's configuration.
+    pub fn plugin(mut self, plugin: Value) -> Self {
+        self.plugin = plugin;
+        self
+    }
+
+    /// Faults of the control plane.
+    pub const fn faults(mut self, faults: Faults) -> Self {
+        self.faults = faults;
+        self
+    }
+
+    /// A route for paths with this prefix that names a policy.
+    pub fn route(mut self, prefix: &str, policy: &str) -> Self {
+        self.routes.push((prefix.to_owned(), policy.to_owned()));
+        self
+    }
+
+    /// A change of the store before Envoy starts.
+    pub fn change(mut self, change: Change<'static>) -> Self {
+        self.changes.push(change);
+        self
+    }
+
+    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
+    pub const fn trusted_hops(mut self, hops: u32) -> Self {
+        self.trusted_hops = hops;
+        self
+    }
+
+    /// Replaces a text that occurs once in the template.
+    pub fn edit(mut self, marker: &str, new: &str) -> Self {
+        self.texts.push((marker.to_owned(), new.to_owned()));
+        self
+    }
+
+    /// A listener for IPv4 and IPv6 on one socket.
+    pub const fn both_families(mut self) -> Self {
+        self.both_families = true;
+        self
+    }
+
+    /// Uses the filter that traps on demand.
+    pub const fn that_can_trap(mut self) -> Self {
+        self.traps = true;
+        self
+    }
+
+    /// Starts it with the records of these keys, and waits until Envoy has them.
+    pub async fn start(self, keys: &[(&str, Record)]) -> Result<FilterHarness> {
+        let harness = self.start_unsynced(keys).await?;
+        // The statistic is written after the store, so every worker has the keys.
+        harness.stat_is("keys", keys.len().try_into()?).await?;
+        Ok(harness)
+    }
+
+    /// Starts it without waiting for Envoy to have the keys.
+    pub async fn start_unsynced(self, keys: &[(&str, Record)]) -> Result<FilterHarness> {
+        let mut home = TempDir::with_prefix("portcullis-")?;
+        home.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
+        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let (demo, control_plane) = (DemoApi::start(any).await?, FakeControlPlane::start(keys, self.faults).await?);
+        control_plane.change(&self.changes);
+        let replacements = Replacements {
+            plugin: self.plugin.as_object().cloned().unwrap_or_default(),
+            routes: self.routes,
+            trusted_hops: self.trusted_hops,
+            both_families: self.both_families,
+            texts: self.texts,
+            ..Replacements::between(control_plane.address(), demo.address())
+        };
+        let log_level = "warning,wasm:info".into();
+        let (sync_key, environment) = (fresh_key()?, Vec::new());
+        let settings = Settings { replacements, workers: 2, log_level, sync_key, environment, listener_file: false };
+        let log = Log::create(&home.path().join("envoy.log"))?;
+        let directory = home.path().join("envoy");
+        let envoy = Envoy::prepare(settings, &directory, log, &silently)?;
+        if self.traps {
+            let filter = paths::trap_wasm();
+            std::fs::copy(&filter, directory.join("portcullis.wasm"))
+                .with_context(|| format!("{} is missing; run `cargo xtask wasm --for-faults`", filter.display()))?;
+        }
+        envoy.restart().await?;
+        Ok(FilterHarness { envoy, demo, control_plane, _home: home })
+    }
+}
+
+/// The record of a plain key.
+pub fn record(number: u8) -> Record {
+    Record::plain(KeyId([number; 16]), OwnerId([0x22; 16]))
+}
+
+/// The record of a plain key with a change.
+pub fn with(number: u8, change: impl FnOnce(&mut Record)) -> Record {
+    let mut record = record(number);
+    change(&mut record);
+    record
+}

@@ -1,0 +1,311 @@
+//! The administrator. While requests flow, it creates, revokes, disables and rotates keys, sets
+//! expiries and tops up credits through whichever control plane responds, and tells the oracle the
+//! results.
+//!
+//! A call without a response may have been carried out, or may still be, by a control plane that is
+//! paused. The oracle then expects nothing of that key, and the administrator revokes it until the
+//! API confirms that.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use axum::body::Bytes;
+use http_body_util::Full;
+use hyper::{Method, Request};
+use portcullis_harness::http::{self, Reply};
+use portcullis_harness::rest::Rest;
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::task::JoinHandle;
+
+use crate::oracle::{Oracle, Standing};
+use crate::plan::Dice;
+use crate::stack::TortureStack;
+
+/// Time limit of a call. The API stops waiting for locks and connections after three seconds.
+const CALL_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// Number of keys that never change.
+const STEADY: usize = 12;
+
+/// Maximum number of other active keys.
+const ALIVE: usize = 30;
+
+/// The user whose credits are topped up.
+const METERED: &str = "metered@example.com";
+
+/// Credits of a top-up: enough for some seconds of requests of one key.
+const TOP_UP: u64 = 500;
+
+/// A key that may be changed.
+#[derive(Clone, Debug)]
+struct Key {
+    id: String,
+    secret: usize,
+    /// Secrets from before a rotation, which may still work.
+    old: Vec<usize>,
+    disabled: bool,
+}
+
+/// The administrator's records. They are restored together with the database.
+#[derive(Clone, Debug, Default)]
+pub struct Book {
+    /// Number of keys that were requested.
+    made: u64,
+    alive: Vec<Key>,
+    /// Keys to revoke until the API confirms it.
+    doomed: Vec<Key>,
+    /// Notes of confirmed top-ups.
+    pub top_ups: Vec<String>,
+    /// A top-up that is not confirmed.
+    unconfirmed: Option<String>,
+}
+
+/// The administrator.
+#[derive(Debug)]
+pub struct Driver {
+    stack: Arc<TortureStack>,
+    oracle: Arc<Oracle>,
+    book: Mutex<Book>,
+    stop: AtomicBool,
+}
+
+impl Driver {
+    /// Creates the steady keys.
+    pub async fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>) -> Result<Arc<Self>> {
+        let book = Mutex::new(Book::default());
+        let this = Arc::new(Self { stack: Arc::clone(stack), oracle: Arc::clone(oracle), book, stop: false.into() });
+        let rest = stack.rest(0)?;
+        for number in 0..STEADY {
+            let metered = number == 0;
+            let email = if metered { METERED.to_owned() } else { format!("steady{number}@example.com") };
+            let (id, secret) = rest.create(&email).await?;
+            oracle.add(&id, &secret, None, metered);
+            if metered {
+                let reply = credit(&rest, "0").await?;
+                anyhow::ensure!(reply.status == 201, "top-up: {} {:?}", reply.status, reply.body);
+                this.book.lock().await.top_ups.push("0".into());
+                oracle.topped_up(TOP_UP);
+            }
+        }
+        oracle.all_are_steady();
+        Ok(this)
+    }
+
+    /// Makes one change after another until [`stop`](Self::stop).
+    pub fn run(self: &Arc<Self>, seed: u64, pause: Duration) -> JoinHandle<()> {
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut dice = Dice::new(seed);
+            while !this.stop.load(Ordering::Relaxed) {
+                tokio::time::sleep(dice.between(pause / 2, pause * 3 / 2)).await;
+                let mut book = this.book.lock().await;
+                if let Err(error) = this.change(&mut book, &mut dice).await {
+                    this.oracle.broken(&format!("the REST API: {error:#}"));
+                }
+            }
+        })
+    }
+
+    /// Begins nothing more.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Holds the administrator back, and shows what it knows.
+    pub async fn hold(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().await
+    }
+
+    async fn change(&self, book: &mut Book, dice: &mut Dice) -> Result<()> {
+        let rest = self.stack.rest(dice.below(16))?;
+        if let Some(doomed) = book.doomed.pop() {
+            return self.revoke(book, &rest, doomed).await;
+        }
+        if let Some(note) = book.unconfirmed.clone() {
+            return self.top_up(book, &rest, note).await;
+        }
+        let key = |book: &mut Book, dice: &mut Dice| book.alive.swap_remove(dice.below(book.alive.len()));
+        match dice.below(100) {
+            _ if book.alive.len() < 4 => self.create(book, &rest, None).await,
+            0..30 if book.alive.len() < ALIVE => self.create(book, &rest, None).await,
+            30..40 => self.create(book, &rest, Some(2 + dice.below(8))).await,
+            40..50 => {
+                let note = format!("{}", dice.number());
+                self.top_up(book, &rest, note).await
+            }
+            50..65 => {
+                let key = key(book, dice);
+                self.switch(book, &rest, key).await
+            }
+            65..80 => {
+                let (key, grace) = (key(book, dice), [0, 0, 2, 4][dice.below(4)]);
+                self.rotate(book, &rest, key, grace).await
+            }
+            _ => {
+                let key = key(book, dice);
+                self.revoke(book, &rest, key).await
+            }
+        }
+    }
+
+    async fn create(&self, book: &mut Book, rest: &Rest, ends_in_s: Option<usize>) -> Result<()> {
+        // One owner for each key: filters remember only the last few revoked keys of an owner.
+        book.made += 1;
+        let email = format!("churn{}@example.com", book.made);
+        let mut body = json!({"email": email, "name": "Torture"});
+        if let Some(seconds) = ends_in_s {
+            body["expires_in_seconds"] = seconds.into();
+        }
+        let Some(reply) = call(rest, Method::POST, "/v1/keys", Some(&body)).await? else { return Ok(()) };
+        let (id, secret) = named(&reply)?;
+        let ends_at = reply["expires_at"].as_str().map(time_of).transpose()?;
+        let secret = self.oracle.add(&id, &secret, ends_at, false);
+        if ends_in_s.is_none() {
+            book.alive.push(Key { id, secret, old: Vec::new(), disabled: false });
+        }
+        Ok(())
+    }
+
+    async fn revoke(&self, book: &mut Book, rest: &Rest, key: Key) -> Result<()> {
+        let secrets = || key.old.iter().copied().chain([key.secret]);
+        secrets().for_each(|secret| self.oracle.doubt(secret));
+        let asked = call_for(rest, Method::DELETE, &format!("/v1/keys/{}", key.id), None).await;
+        match asked? {
+            // 404, 409: an earlier call without a response revoked it, or the restored database does not have it.
+            Some(reply) if matches!(reply.status, 200 | 204 | 404 | 409) => {
+                secrets().for_each(|secret| self.oracle.settle(secret, Standing::Dead, None));
+            }
+            Some(reply) => anyhow::bail!("revoking answered {} {:?}", reply.status, reply.body),
+            None => book.doomed.push(key),
+        }
+        Ok(())
+    }
+
+    async fn switch(&self, book: &mut Book, rest: &Rest, mut key: Key) -> Result<()> {
+        // The model does not track old secrets of a disabled key.
+        key.old.drain(..).for_each(|old| self.oracle.doubt(old));
+        self.oracle.doubt(key.secret);
+        let body = json!({"disabled": !key.disabled});
+        match call(rest, Method::PATCH, &format!("/v1/keys/{}", key.id), Some(&body)).await? {
+            None => book.doomed.push(key),
+            Some(_) => {
+                key.disabled = !key.disabled;
+                let standing = if key.disabled { Standing::Dead } else { Standing::Good };
+                self.oracle.settle(key.secret, standing, None);
+                book.alive.push(key);
+            }
+        }
+        Ok(())
+    }
+
+    async fn rotate(&self, book: &mut Book, rest: &Rest, mut key: Key, grace_s: u64) -> Result<()> {
+        if key.disabled {
+            return self.switch(book, rest, key).await;
+        }
+        self.oracle.doubt(key.secret);
+        let asked = SystemTime::now();
+        let body = json!({"grace_seconds": grace_s});
+        match call(rest, Method::POST, &format!("/v1/keys/{}/rotate", key.id), Some(&body)).await? {
+            None => book.doomed.push(key),
+            Some(reply) => {
+                let (id, secret) = named(&reply)?;
+                if grace_s == 0 {
+                    self.oracle.settle(key.secret, Standing::Dead, None);
+                } else {
+                    // The expiry is on the next whole second by the clock of the database, which is this machine's. Its start is
+                    // unknown, since the call may have waited for locks.
+                    let now = SystemTime::now();
+                    let latest = now + Duration::from_secs(grace_s + 1);
+                    let earlier = now.duration_since(asked).unwrap_or_default() + Duration::from_secs(1);
+                    self.oracle.settle(key.secret, Standing::Good, Some((latest, earlier)));
+                }
+                key.old.push(key.secret);
+                key.secret = self.oracle.add(&id, &secret, None, false);
+                book.alive.push(key);
+            }
+        }
+        Ok(())
+    }
+
+    async fn top_up(&self, book: &mut Book, rest: &Rest, note: String) -> Result<()> {
+        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, &note)).await;
+        match asked.map(|asked| asked.map(|reply| reply.status)) {
+            Ok(Ok(201)) => {
+                book.unconfirmed = None;
+                book.top_ups.push(note);
+                self.oracle.topped_up(TOP_UP);
+            }
+            // A retry with the same idempotency key is booked once.
+            Ok(Ok(503 | 409)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),
+            Ok(Ok(status)) => anyhow::bail!("a top-up answered {status}"),
+        }
+        Ok(())
+    }
+}
+
+async fn credit(rest: &Rest, note: &str) -> Result<Reply> {
+    let body = json!({"amount": TOP_UP, "note": note});
+    let request = Request::post(format!("/v1/users/{METERED}/credits"))
+        .header("x-api-key", rest.key.reveal())
+        .header("content-type", "application/json")
+        .header("idempotency-key", note)
+        .body(Full::<Bytes>::from(body.to_string()))?;
+    http::send(rest.address, request).await
+}
+
+/// A call with a JSON response. None if there was no response, or one that asks for a retry.
+async fn call(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
+    match call_for(rest, method.clone(), path, body).await? {
+        None => Ok(None),
+        Some(reply) if matches!(reply.status, 200 | 201) => reply.json().map(Some),
+        // The restored database may lack the key, or a call without a response may have changed it.
+        Some(reply) if matches!(reply.status, 404 | 409) => Ok(None),
+        Some(reply) => anyhow::bail!("{method} {path} answered {} {:?}", reply.status, reply.body),
+    }
+}
+
+async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Reply>> {
+    match tokio::time::timeout(CALL_TIMEOUT, rest.call(method, path, body)).await {
+        Err(_) | Ok(Err(_)) => Ok(None),
+        Ok(Ok(reply)) if reply.status == 503 => Ok(None),
+        Ok(Ok(reply)) => Ok(Some(reply)),
+    }
+}
+
+fn named(reply: &Value) -> Result<(String, String)> {
+    let text = |field: &str| reply[field].as_str().map(ToOwned::to_owned).context("a field is missing");
+    Ok((text("id")?, text("key")?))
+}
+
+/// A time as the API writes it: whole seconds, UTC (RFC 3339).
+fn time_of(text: &str) -> Result<SystemTime> {
+    let number = |from: usize, to: usize| -> Result<i64> { Ok(text.get(from..to).context("no time")?.parse()?) };
+    let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
+    // Days since 1970 (H. Hinnant, "chrono-compatible low-level date algorithms").
+    let shifted = if month <= 2 { year - 1 } else { year };
+    let (era, of_era) = (shifted.div_euclid(400), shifted.rem_euclid(400));
+    let of_year = (153 * (month + if month > 2 { -3 } else { 9 }) + 2) / 5 + day - 1;
+    let days = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468;
+    let seconds = days * 86_400 + number(11, 13)? * 3_600 + number(14, 16)? * 60 + number(17, 19)?;
+    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_the_api_writes_them() {
+        for (text, seconds) in [
+            ("1970-01-01T00:00:01Z", 1),
+            ("2000-02-29T12:00:00Z", 951_825_600),
+            ("2026-11-25T04:15:24Z", 1_795_580_124),
+        ] {
+            assert_eq!(time_of(text).unwrap(), SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        }
+        assert!(time_of("soon").is_err());
+    }
+}

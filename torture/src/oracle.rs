@@ -1,0 +1,484 @@
+//! Judge of all responses: from the changes of keys and the faults so far, it decides whether a
+//! response breaks a promise.
+//!
+//! **Bound.** A change of a key counts from the moment that the API confirmed it; it is committed
+//! by then. From there, every worker of every Envoy must obey it within [`BOUND`], as long as that
+//! Envoy can reach a control plane that can reach the database. A *disruption* in between extends
+//! the deadline: it lasts as long as the fault, plus the stated time that the parts need to
+//! recover. What an Envoy already knows needs no control plane: by its own clock, it enforces the
+//! expiry that a key was created with to the second, whatever is broken. An expiry that a rotation
+//! sets for the old secret is a change.
+//!
+//! A request counts from the moment that it was sent; it was decided later than that.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::credit_model::CreditModel;
+use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, close, gap};
+use crate::plan::Dice;
+use crate::report::Journal;
+use crate::verdict::{Restored, Tally, Verdict};
+
+/// Times in records have whole seconds.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Maximum number of broken promises with their text; more are only counted.
+const MAX_TEXTS: usize = 50;
+
+/// Expected state of a secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It must be admitted.
+    Good,
+    /// It must be refused.
+    Dead,
+    /// A change is in progress, or its result is unknown.
+    Doubtful,
+}
+
+/// One secret of one key.
+#[derive(Clone, Debug)]
+struct Secret {
+    key: Arc<str>,
+    text: Arc<str>,
+    standing: Standing,
+    since: Instant,
+    version: u64,
+    ends_at: Option<SystemTime>,
+    /// Set if the expiry came with a change, which an Envoy may not have received. The expiry may be earlier by this much, since
+    /// the time of the change is unknown.
+    end_changed: Option<Duration>,
+    metered: bool,
+}
+
+/// A request before it is sent, with the expected state of its secret at that time.
+#[derive(Clone, Debug)]
+pub struct Ticket {
+    /// The secret.
+    pub text: Arc<str>,
+    secret: Option<usize>,
+    standing: Standing,
+    since: Instant,
+    version: u64,
+    ends_at: Option<SystemTime>,
+    end_changed: Option<Duration>,
+}
+
+/// Result of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The connection was refused, so it was not sent.
+    Unsent,
+    /// It was sent, and the connection ended or timed out.
+    Lost,
+    /// A response: its status, and the code of the problem if it has one.
+    Came(u16, Option<String>),
+}
+
+/// Handle of a disruption, to end it.
+#[derive(Clone, Debug)]
+pub(crate) struct Disruptions(Vec<(usize, usize)>, Hinders);
+
+#[derive(Debug)]
+struct Known {
+    secrets: Vec<Secret>,
+    steady: usize,
+    models: Vec<EnvoyModel>,
+    tallies: HashMap<Arc<str>, Tally>,
+    keyless: Tally,
+    forgotten: HashSet<Arc<str>>,
+    answers: BTreeMap<String, u64>,
+    sent: u64,
+    admitted_wrongly: u64,
+    longest_open: Duration,
+    broken: Vec<String>,
+    unnamed: u64,
+    last_admitted: Option<Instant>,
+    longest_gap: Duration,
+    losses: BTreeMap<String, u64>,
+    restored: Restored,
+    credits: CreditModel,
+    judged_dead: u64,
+}
+
+/// Judge of responses.
+#[derive(Debug)]
+pub struct Oracle {
+    known: Mutex<Known>,
+    journal: Journal,
+}
+
+impl Oracle {
+    /// An oracle for this number of Envoys.
+    pub fn new(envoys: usize, journal: Journal) -> Self {
+        let known = Known {
+            secrets: Vec::new(),
+            steady: 0,
+            models: (0..envoys).map(|_| EnvoyModel::default()).collect(),
+            tallies: HashMap::new(),
+            keyless: Tally::default(),
+            forgotten: HashSet::new(),
+            answers: BTreeMap::new(),
+            sent: 0,
+            admitted_wrongly: 0,
+            longest_open: Duration::ZERO,
+            broken: Vec::new(),
+            unnamed: 0,
+            last_admitted: None,
+            longest_gap: Duration::ZERO,
+            losses: BTreeMap::new(),
+            restored: Restored::default(),
+            credits: CreditModel::default(),
+            judged_dead: 0,
+        };
+        Self { known: Mutex::new(known), journal }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a secret that the API returned. Secrets before [`Self::all_are_steady`] never change.
+    pub fn add(&self, key: &str, text: &str, ends_at: Option<SystemTime>, metered: bool) -> usize {
+        let mut known = self.known();
+        let (standing, since) = (Standing::Good, Instant::now());
+        let secret = Secret {
+            key: key.into(),
+            text: text.into(),
+            standing,
+            since,
+            version: 0,
+            ends_at,
+            end_changed: None,
+            metered,
+        };
+        known.secrets.push(secret);
+        known.secrets.len() - 1
+    }
+
+    /// Declares that the secrets so far never change.
+    pub fn all_are_steady(&self) {
+        let mut known = self.known();
+        known.steady = known.secrets.len();
+    }
+
+    /// A change of a secret will be requested.
+    pub fn doubt(&self, secret: usize) {
+        self.turn(secret, Standing::Doubtful, None);
+    }
+
+    /// The API confirmed the state of a secret; with an expiry, its latest time, and by how much it may be earlier.
+    pub fn settle(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
+        self.turn(secret, standing, ends);
+    }
+
+    fn turn(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
+        if let Some(secret) = self.known().secrets.get_mut(secret) {
+            secret.standing = standing;
+            secret.since = Instant::now();
+            secret.version += 1;
+            if let Some((latest, earlier)) = ends {
+                (secret.ends_at, secret.end_changed) = (Some(latest), Some(earlier));
+            }
+        }
+    }
+
+    /// Begins a disruption of these Envoys. `after` is the time that recovery takes after its end.
+    pub(crate) fn begin(&self, hinders: Hinders, envoys: &[usize], after: Duration) -> Disruptions {
+        let mut known = self.known();
+        let disruption = Disruption { start: Instant::now(), end: None, after };
+        let mut places = Vec::new();
+        for envoy in envoys {
+            if let Some(model) = known.models.get_mut(*envoy) {
+                let disruptions = model.disruptions(hinders);
+                disruptions.push(disruption);
+                places.push((*envoy, disruptions.len() - 1));
+            }
+        }
+        Disruptions(places, hinders)
+    }
+
+    /// Ends a disruption.
+    pub(crate) fn end(&self, disruptions: &Disruptions) {
+        let mut known = self.known();
+        for (envoy, place) in &disruptions.0 {
+            if let Some(disruption) =
+                known.models.get_mut(*envoy).and_then(|model| model.disruptions(disruptions.1).get_mut(*place))
+            {
+                disruption.end = Some(Instant::now());
+            }
+        }
+    }
+
+    /// An Envoy ended. Until it has its keys again, it refuses everything.
+    pub fn unready(&self, envoy: usize) {
+        if let Some(model) = self.known().models.get_mut(envoy) {
+            model.ready = None;
+        }
+    }
+
+    /// Sets the possible skew of an Envoy's clock.
+    pub fn clock(&self, envoy: usize, behind: Duration, ahead: Duration) {
+        if let Some(model) = self.known().models.get_mut(envoy) {
+            (model.behind, model.ahead) = (behind, ahead);
+        }
+    }
+
+    /// The number of requests that an Envoy decided lately.
+    pub fn decided_within(&self, envoy: usize, lately: Duration) -> u64 {
+        self.known().models.get(envoy).map_or(0, |model| model.decided_within(lately, Instant::now()))
+    }
+
+    /// Excuses lost counts, for a reason.
+    pub fn may_lose(&self, why: &str, requests: u64) {
+        *self.known().losses.entry(why.to_owned()).or_default() += requests;
+        self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
+    }
+
+    /// The API confirmed a top-up of the metered key.
+    pub fn topped_up(&self, amount: u64) {
+        self.known().credits.add(amount);
+    }
+
+    /// The time by which every Envoy must obey a change of the time `since`. None during a disruption.
+    pub fn all_obey_by(&self, since: Instant) -> Option<Instant> {
+        let latest = |latest: Instant, deadline: Option<Instant>| deadline.map(|deadline| latest.max(deadline));
+        self.known().models.iter().try_fold(since, |by, model| latest(by, model.deadline(since)))
+    }
+
+    /// Ends the measurement of gaps, and checks that the load tested something.
+    pub fn load_is_over(&self) {
+        let (start, now) = (self.journal.start(), Instant::now());
+        let mut known = self.known();
+        known.models.iter_mut().for_each(|model| model.close(start, now));
+        let last = known.last_admitted;
+        close(last, &mut known.longest_gap, start, now);
+        if known.judged_dead == 0 {
+            known.break_promise("no request with a dead key was judged".into(), &self.journal);
+        }
+        let metered =
+            known.secrets.iter().find(|secret| secret.metered).map(|secret| known.tally(&secret.key).admitted);
+        if metered == Some(0) {
+            known.break_promise("no request of the metered key was admitted".into(), &self.journal);
+        }
+    }
+
+    /// Counts requests without a known key that other parts than the clients sent.
+    pub fn probed(&self, decided: u64, doubtful: u64) {
+        let mut known = self.known();
+        known.keyless.refused += decided;
+        known.keyless.doubtful += doubtful;
+    }
+
+    /// Records a broken promise.
+    pub fn broken(&self, what: &str) {
+        let mut known = self.known();
+        known.break_promise(what.to_owned(), &self.journal);
+    }
+
+    /// Selects a secret for the next request.
+    pub fn pick(&self, dice: &mut Dice, unknown: &[Arc<str>]) -> Ticket {
+        let known = self.known();
+        let all = known.secrets.len();
+        let recent = all.saturating_sub(known.steady).min(80);
+        let number = match dice.below(100) {
+            0..45 => Some(dice.below(known.steady)),
+            45..92 if recent > 0 => Some(all - 1 - dice.below(recent)),
+            92..95 => Some(dice.below(all)),
+            _ => None,
+        };
+        let unknown = || {
+            let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
+            let (standing, since) = (Standing::Dead, self.journal.start());
+            Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: None }
+        };
+        let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
+        known.map_or_else(unknown, |(number, secret)| Ticket {
+            text: Arc::clone(&secret.text),
+            secret: Some(number),
+            standing: secret.standing,
+            since: secret.since,
+            version: secret.version,
+            ends_at: secret.ends_at,
+            end_changed: secret.end_changed,
+        })
+    }
+
+    /// Judges the result of a request.
+    pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
+        let mut known = self.known();
+        known.count(envoy, ticket, answer);
+        if let Some(why) = known.wrong(envoy, ticket, sent, sent_at, answer) {
+            let key = ticket.secret.and_then(|secret| known.secrets.get(secret)).map_or("-", |secret| &*secret.key);
+            let why = format!("Envoy {envoy}, key {key}, sent {:.3} s ago: {why}", sent.elapsed().as_secs_f64());
+            known.break_promise(why, &self.journal);
+        }
+    }
+
+    /// The findings.
+    pub fn verdict(&self) -> Verdict {
+        let known = self.known();
+        let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));
+        Verdict {
+            sent: known.sent,
+            answers: known.answers.clone(),
+            admitted_wrongly: known.admitted_wrongly,
+            longest_open: known.longest_open,
+            broken: known.broken.clone(),
+            unnamed: known.unnamed,
+            longest_gap: known.longest_gap,
+            longest_gaps: known.models.iter().map(|model| model.longest_gap).collect(),
+            tallies: of_known.map(|(key, tally)| (key.to_string(), *tally)).collect(),
+            keyless: known.keyless,
+            losses: known.losses.clone(),
+            restored: known.restored.clone(),
+            judged_dead: known.judged_dead,
+        }
+    }
+}
+
+impl Known {
+    fn tally(&self, key: &str) -> Tally {
+        self.tallies.get(key).copied().unwrap_or_default()
+    }
+
+    fn count(&mut self, envoy: usize, ticket: &Ticket, answer: &Answer) {
+        let name = match answer {
+            Answer::Unsent => "connection refused".to_owned(),
+            Answer::Lost => "no response".to_owned(),
+            Answer::Came(status, None) => format!("{status}"),
+            Answer::Came(status, Some(code)) => format!("{status} {code}"),
+        };
+        *self.answers.entry(name).or_default() += 1;
+        if *answer == Answer::Unsent {
+            return;
+        }
+        self.sent += 1;
+        let keyless = matches!(answer, Answer::Came(_, Some(code)) if code == "unknown" || code == "not_ready");
+        let key = ticket.secret.and_then(|secret| self.secrets.get(secret)).filter(|_| !keyless);
+        let tally = match key {
+            Some(secret) => self.tallies.entry(Arc::clone(&secret.key)).or_default(),
+            None => &mut self.keyless,
+        };
+        let now = Instant::now();
+        let decided = match answer {
+            Answer::Came(200, _) => {
+                tally.admitted += 1;
+                gap(&mut self.last_admitted, &mut self.longest_gap, now);
+                true
+            }
+            Answer::Came(_, Some(_)) => {
+                tally.refused += 1;
+                true
+            }
+            Answer::Came(_, None) | Answer::Lost | Answer::Unsent => {
+                tally.doubtful += 1;
+                false
+            }
+        };
+        let Some(model) = self.models.get_mut(envoy) else { return };
+        if matches!(answer, Answer::Came(200, _)) {
+            model.admitted(now);
+        }
+        if decided {
+            model.decided(now);
+        }
+    }
+
+    /// The promise that a result breaks, if any.
+    fn wrong(
+        &mut self,
+        envoy: usize,
+        ticket: &Ticket,
+        sent: Instant,
+        sent_at: SystemTime,
+        answer: &Answer,
+    ) -> Option<String> {
+        let secret = ticket.secret.and_then(|secret| self.secrets.get(secret));
+        let unchanged = secret.is_none_or(|secret| secret.version == ticket.version);
+        let spent = secret.filter(|secret| secret.metered).map(|secret| self.tally(&secret.key));
+        let model = self.models.get_mut(envoy)?;
+        let (status, code) = match answer {
+            Answer::Unsent | Answer::Lost | Answer::Came(_, None)
+                if model.requests.iter().any(|disruption| disruption.meets(sent)) =>
+            {
+                (answer_status(answer), None)
+            }
+            Answer::Unsent => return Some("connection refused without a disruption".into()),
+            Answer::Lost => return Some("no response without a disruption".into()),
+            Answer::Came(200, _) => (200, None),
+            Answer::Came(status, None) => return Some(format!("an undocumented response: {status}")),
+            Answer::Came(status, Some(code)) => (*status, Some(code.as_str())),
+        };
+        if code == Some("not_ready") {
+            return model.ready.is_some_and(|ready| sent > ready).then(|| "not_ready once it was ready".into());
+        }
+        if code.is_some() || status == 200 {
+            model.ready.get_or_insert_with(Instant::now);
+        }
+        let overdue = model.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
+        if secret.is_some() && ticket.standing == Standing::Dead && overdue && answer_status(answer) > 0 {
+            self.judged_dead += 1;
+        }
+        if status == 200 {
+            return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
+        }
+        let code = code?;
+        let spent = spent.filter(|_| code == "credits_exhausted").map(|tally| tally.admitted + tally.doubtful);
+        if spent.is_some_and(|spent| self.credits.may_refuse(model, sent, spent)) {
+            return None;
+        }
+        let expected = ticket.standing == Standing::Good && unchanged;
+        let earlier = model.ahead + SECOND + ticket.end_changed.unwrap_or_default();
+        let ends = ticket.ends_at.is_some_and(|end| sent_at.max(SystemTime::now()) + earlier > end);
+        (expected && overdue && !ends).then(|| format!("a good key was refused: {status} {code}"))
+    }
+
+    /// The promise that an admitted request breaks, if any.
+    fn wrongly_admitted(
+        &mut self,
+        envoy: usize,
+        ticket: &Ticket,
+        sent: Instant,
+        sent_at: SystemTime,
+        overdue: bool,
+    ) -> Option<String> {
+        let model = self.models.get(envoy)?;
+        let deadline = model.deadline(ticket.since);
+        if ticket.standing == Standing::Dead && deadline == Some(ticket.since + BOUND) {
+            self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
+        }
+        if let Some(deadline) = deadline.filter(|deadline| ticket.standing == Standing::Dead && sent > *deadline) {
+            self.admitted_wrongly += 1;
+            return Some(format!("admitted {:?} later than the bound", sent - deadline));
+        }
+        // By the Envoy's own clock. The Envoy has known the expiry since it first admitted the key, unless a rotation set it.
+        let known = ticket.end_changed.is_none() || overdue;
+        let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + model.behind + SECOND).ok());
+        let late = ended.filter(|_| known && ticket.standing == Standing::Good)?;
+        self.admitted_wrongly += 1;
+        Some(format!("admitted {late:?} after its expiry"))
+    }
+
+    fn break_promise(&mut self, what: String, journal: &Journal) {
+        if self.broken.len() < MAX_TEXTS {
+            journal.note(&format!("BROKEN: {what}"));
+            self.broken.push(what);
+        } else {
+            self.unnamed += 1;
+        }
+    }
+}
+
+const fn answer_status(answer: &Answer) -> u16 {
+    match answer {
+        Answer::Came(status, _) => *status,
+        Answer::Unsent | Answer::Lost => 0,
+    }
+}
+
+mod restore;
+#[cfg(test)]
+mod tests;
