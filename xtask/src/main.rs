@@ -11,6 +11,7 @@ mod wasm;
 mod advisories;
 mod api;
 mod dependencies;
+mod docs;
 mod lock;
 mod metrics;
 mod openapi;
@@ -51,6 +52,8 @@ enum Command {
     Authorizer(bench::authorizer::Options),
     /// Build the filter into target/portcullis.wasm.
     Wasm(wasm::Options),
+    /// Build the book into target/book.
+    Docs,
     /// Write control-plane/.sqlx anew, after a query or a migration changed.
     Sqlx,
     /// Write what is built into the product, with versions, licences and checksums (CycloneDX 1.5).
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
             Command::Authorizer(options) => bench::authorizer::serve(&options).await,
             Command::Torture(options) => torture::torture(&options).await,
             Command::Wasm(options) => wasm::wasm(&options),
+            Command::Docs => docs::build(),
             Command::Sqlx => sqlx::write().await,
             Command::Sbom(options) => sbom::write(&options),
         }

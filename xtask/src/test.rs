@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::output::{progress, say};
 use crate::run::{cargo, need_target, read, run};
-use crate::{api, dependencies, metrics, openapi, sqlx, wasm};
+use crate::{api, dependencies, docs, metrics, openapi, sqlx, wasm};
 
 /// Which of the steps.
 #[derive(Args)]
@@ -33,6 +33,8 @@ enum Step {
     ClippyWasm,
     /// Documentation builds without warnings.
     Doc,
+    /// The book builds; links, anchors, paths and line widths of the documents are right.
+    Docs,
     /// Dependencies: sources, licences, none banned, unused or known to be faulty.
     Dependencies,
     /// docker-compose.yml and the Dockerfile are well-formed, and what they name is there.
@@ -136,6 +138,10 @@ impl Step {
                 let mut doc = cargo(&["doc", "--locked", "--workspace", "--no-deps", "--document-private-items"]);
                 doc.env("RUSTDOCFLAGS", "--deny warnings");
                 run(doc)?;
+            }
+            Self::Docs => {
+                docs::check()?;
+                docs::build()?;
             }
             Self::Dependencies => dependencies::check()?,
             Self::Compose => compose()?,

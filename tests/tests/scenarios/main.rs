@@ -1,6 +1,7 @@
 //! Scenarios on the whole stack, or on the built filter in a real Envoy against a control plane that plays a script.
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
+mod book;
 mod config;
 mod containers;
 mod cors;
@@ -25,7 +26,6 @@ mod plans;
 mod policies;
 mod prices;
 mod quota;
-mod readme;
 mod redirects;
 mod rotation;
 mod secrecy;
