@@ -45,7 +45,7 @@ use crate::{App, telemetry};
 /// What `/` answers: where to go.
 const INDEX: &[u8] = concat!(
     r#"{"service": "Portcullis control plane", "openapi": "/openapi.json", "alive": "/healthz", "ready": "/readyz", "#,
-    r#""metrics": "/metrics", "documentation": "docs/src/introduction.md of the source code"}"#,
+    r#""metrics": "/metrics", "documentation": "README.md of the release"}"#,
     "\n"
 )
 .as_bytes();
