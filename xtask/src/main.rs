@@ -11,6 +11,7 @@ mod sbom;
 mod sqlx;
 
 mod api;
+mod docs;
 mod metrics;
 mod openapi;
 mod test;
@@ -46,6 +47,8 @@ enum Command {
     Bench(elsewhere::Arguments),
     /// Build the filter into target/portcullis.wasm.
     Wasm(wasm::Options),
+    /// Build the book into target/book.
+    Docs,
     /// Write control-plane/.sqlx anew, after a query or a migration changed.
     Sqlx,
     /// List what is built into the product, with versions, licences and checksums (CycloneDX 1.5).
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
             Command::Torture(arguments) => Err(elsewhere::run("portcullis-torture", arguments)),
             Command::Bench(arguments) => Err(elsewhere::run("portcullis-bench", arguments)),
             Command::Wasm(options) => wasm::wasm(&options),
+            Command::Docs => docs::build(),
             Command::Sqlx => sqlx::write().await,
             Command::Sbom(options) => sbom::write(&options),
         }

@@ -13,7 +13,7 @@ use portcullis_harness::tools::{ENVOY_VERSIONS, envoy, installed_envoy, on_path}
 use portcullis_harness::{compile, paths};
 use serde_json::Value;
 
-use crate::{api, dependencies, metrics, openapi, sqlx, tools, wasm};
+use crate::{api, dependencies, docs, metrics, openapi, sqlx, tools, wasm};
 
 /// Which steps to run.
 #[derive(Args)]
@@ -34,6 +34,8 @@ enum Step {
     ClippyWasm,
     /// Documentation builds without warnings.
     Doc,
+    /// The book builds; links, anchors, paths and line widths of the documents are right.
+    Docs,
     /// Dependencies: sources, licences, bans, known vulnerabilities, and none that is unused.
     Dependencies,
     /// docker-compose.yml and the Dockerfile are well-formed, and the files that they name exist.
@@ -130,6 +132,10 @@ impl Step {
                 let mut doc = cargo(&["doc", "--locked", "--workspace", "--no-deps", "--document-private-items"]);
                 doc.env("RUSTDOCFLAGS", "--deny warnings");
                 run(doc)?;
+            }
+            Self::Docs => {
+                docs::check()?;
+                docs::build()?;
             }
             Self::Dependencies => {
                 if !dependencies::check()? {

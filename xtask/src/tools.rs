@@ -17,6 +17,9 @@ const CARGO_SHEAR: (&str, &str) = ("cargo-shear", "1.14.0");
 /// Lists what is built in. Compiled.
 const CARGO_CYCLONEDX: &str = "0.5.9";
 
+/// Builds the book. Compiled: one minute of processor time.
+const MDBOOK: &str = "0.5.4";
+
 /// Node as a wheel, for machines without one.
 const NODE_VERSION: &str = "24.19.0";
 /// Makes requests from an OpenAPI document.
@@ -48,17 +51,22 @@ fn of_astral((name, version): (&str, &str)) -> Result<PathBuf> {
 
 /// cargo-cyclonedx.
 pub(crate) fn cargo_cyclonedx() -> Result<PathBuf> {
-    installed("cargo-cyclonedx", CARGO_CYCLONEDX, "cargo-cyclonedx")
+    installed("cargo-cyclonedx", CARGO_CYCLONEDX, "cargo-cyclonedx", &[])
+}
+
+/// mdBook, without the features that serve the book and watch its files.
+pub(crate) fn mdbook() -> Result<PathBuf> {
+    installed("mdbook", MDBOOK, "mdbook", &["--no-default-features", "--features", "search"])
 }
 
 /// The runner of tests that are WebAssembly, of the version of wasm-bindgen that Cargo.lock names.
 pub(crate) fn wasm_bindgen_test_runner() -> Result<PathBuf> {
     let version = locked_version("wasm-bindgen")?;
-    installed("wasm-bindgen-cli", &version, "wasm-bindgen-test-runner")
+    installed("wasm-bindgen-cli", &version, "wasm-bindgen-test-runner", &[])
 }
 
 /// A program of a package of crates.io, compiled without optimisation into target/tools.
-fn installed(package: &str, version: &str, program: &str) -> Result<PathBuf> {
+fn installed(package: &str, version: &str, program: &str, features: &[&str]) -> Result<PathBuf> {
     let home = tools().join(format!("{package}-{version}"));
     let binary = home.join("bin").join(program);
     if binary.is_file() {
@@ -67,7 +75,7 @@ fn installed(package: &str, version: &str, program: &str) -> Result<PathBuf> {
     progress(&format!("installing {package} {version} into {} (some minutes)", home.display()));
     let install = |locked: &[&str]| {
         let mut install = cargo(&["install", "--debug", package, "--version", version, "--bin", program, "--root"]);
-        install.arg(&home).args(locked);
+        install.arg(&home).args(features).args(locked);
         // No debug information. All attempts share compiled dependencies.
         install.env("CARGO_PROFILE_DEV_DEBUG", "false").env("CARGO_TARGET_DIR", tools().join("build"));
         run(install)

@@ -236,9 +236,9 @@ Ctrl-C stops everything."#,
                 "200. The demo API shows what it got: who calls, and not the key."
             },
             further = if self.service.is_some() {
-                "docs/protect-your-own-service.md says what your service gets, and how to go on from here."
+                "docs/src/tutorials/own-service.md describes what your service receives, and the next steps."
             } else {
-                "docs/tour.md has a longer tour: roles, policies of routes, rotation, plans, quotas, credits, explain, usage.\n\
+                "The tutorials begin with docs/src/tutorials/start.md: scopes, rotation, limits, credits, import, shadow mode, usage.\n\
                  The routes /reports, /status and /beta name policies of envoy/demo-policies.json."
             },
         ));

@@ -64,7 +64,7 @@ pub fn empty_filter() -> Result<[PathBuf; 2]> {
 /// too.
 pub fn control_plane() -> Result<()> {
     progress("building the control plane (some minutes the first time)");
-    run(cargo(&["build", "--locked", "--workspace", "--bin", "control-plane"]))
+    run(cargo(&["build", "--locked", "--workspace", "--bin", "portcullis"]))
 }
 
 /// Compiles the control plane with all optimisations, as it is shipped, and lets [`paths::control_plane`] name it.

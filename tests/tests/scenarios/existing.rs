@@ -204,7 +204,7 @@ async fn health_checks_preflights_jwts_grpc_websockets_and_an_exempted_route_wor
     Ok(())
 }
 
-/// What SECURITY.md says of streams, and what bounds them is in `hardened.rs`.
+/// What the book says of streams; what bounds them is in `hardened.rs`.
 #[tokio::test]
 async fn a_websocket_that_is_open_outlives_the_revocation_of_its_key_and_no_new_one_opens() -> Result<()> {
     let existing = Existing::start(&[]).await?;
@@ -287,8 +287,8 @@ async fn a_route_that_disables_the_filter_passes_forged_identities_and_keys_unle
     assert_eq!((&headers["x-consumer-id"], &headers["x-api-key"]), (&json!(["root"]), &json!(["a key"])));
     existing.envoy.stop(process::Signal::SIGTERM).await?;
 
-    // The list of docs/add-to-an-existing-envoy.md.
-    let page = std::fs::read_to_string(paths::workspace().join("docs/add-to-an-existing-envoy.md"))?;
+    // The list of the book.
+    let page = std::fs::read_to_string(paths::workspace().join("docs/src/operating/envoy.md"))?;
     let (_, list) = page.split_once("request_headers_to_remove:").context("the page names no headers to remove")?;
     let (list, _) = list.split_once("```").context("the page's block has no end")?;
     let removal = format!("request_headers_to_remove: {}\n                          {disabled}", list.trim());
@@ -309,7 +309,7 @@ fn block(configuration: &str, number: u8) -> Result<String> {
 #[test]
 fn the_blocks_to_paste_in_the_docs_are_those_of_the_configuration() -> Result<()> {
     let read = |file: &str| std::fs::read_to_string(paths::workspace().join(file));
-    let (page, configuration) = (read("docs/add-to-an-existing-envoy.md")?, read("envoy/existing.yaml")?);
+    let (page, configuration) = (read("docs/src/getting-started/existing-envoy.md")?, read("envoy/existing.yaml")?);
     let blocks: Vec<&str> = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
     for number in [1, 2] {
         let wanted = block(&configuration, number)?;

@@ -222,7 +222,7 @@ async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<
     hardened.wait_for(&key, 200).await
 }
 
-/// SECURITY.md says that a request goes on that was admitted before its key was revoked, and what bounds it.
+/// The book says that a request goes on that was admitted before its key was revoked, and what bounds it.
 #[tokio::test]
 async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_stream() -> Result<()> {
     let hardened = Hardened::start().await?;

@@ -1,6 +1,7 @@
 //! Scenarios on the whole stack, or on the built filter in a real Envoy against a fake control plane.
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
+mod book;
 mod config;
 mod containers;
 mod cors;
@@ -27,7 +28,6 @@ mod plans;
 mod policies;
 mod quota;
 mod quota_and_credits;
-mod readme;
 mod redirects;
 mod rotation;
 mod route_costs;

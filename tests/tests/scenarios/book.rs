@@ -1,0 +1,245 @@
+//! README and the book: their commands print what the pages say, and their lists have what the programs have.
+//!
+//! The commands of a page are pasted whole into interactive shells, as they stand, several times on the same stack.
+
+use std::fmt::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use contract::outcome::Outcome;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::{http, paths, policies, shell, tools};
+use serde_json::Value;
+
+/// What a shell prints between two blocks.
+const MARK: &str = "--- next block ---";
+/// Kinds of blocks that are for the reader only.
+const EXAMPLES: [&str; 4] = ["", "shell", "yaml", "json"];
+/// No page takes longer, on a busy machine either.
+const LONGEST: Duration = Duration::from_secs(300);
+
+/// A block of commands, and what the page says that it prints.
+#[derive(Debug, PartialEq, Eq)]
+struct Block {
+    commands: String,
+    expected: String,
+}
+
+/// The blocks of a page: each ```` ```sh ```` with the ```` ```text ```` that follows it, if one does. No test runs blocks of
+/// [`EXAMPLES`].
+fn blocks(page: &str) -> Result<Vec<Block>> {
+    let mut blocks: Vec<Block> = Vec::new();
+    let mut expects = false;
+    let mut rest = page;
+    while let Some((_, opened)) = rest.split_once("\n```") {
+        let (kind, body) = opened.split_once('\n').context("a fence without a line")?;
+        let (text, after) = body.split_once("```").context("a block without an end")?;
+        match (kind, blocks.last_mut()) {
+            ("sh", _) => blocks.push(Block { commands: text.to_owned(), expected: String::new() }),
+            ("text", Some(block)) if expects => text.clone_into(&mut block.expected),
+            (kind, _) if EXAMPLES.contains(&kind) => {}
+            _ => bail!("a block of the kind {kind:?} that belongs to no commands: {text}"),
+        }
+        expects = kind == "sh";
+        rest = after;
+    }
+    Ok(blocks)
+}
+
+/// The shells to paste into, one after the other: bash twice and, where there is one, zsh. They are interactive: zsh then
+/// takes a comment for arguments, and bash gives an exclamation mark its meaning.
+fn shells() -> Vec<Command> {
+    let mut shells = Vec::new();
+    let bash = ("bash", &["--norc", "--noprofile", "-i", "+m"][..]);
+    for (name, arguments) in [bash, bash, ("zsh", &["-f", "-i", "+m"])] {
+        // A machine without bash fails when the shell is started.
+        if name == "zsh" && tools::on_path(name).is_none() {
+            println!("not pasted into zsh: this machine has none");
+            continue;
+        }
+        let mut shell = Command::new(name);
+        shell.args(arguments).env("PS1", "").env("HISTFILE", "/dev/null");
+        shells.push(shell);
+    }
+    shells
+}
+
+/// Pastes all blocks into a shell, and gives what it printed for each, and its errors.
+async fn paste(mut shell: Command, home: &Path, blocks: &[Block]) -> Result<(Vec<String>, String)> {
+    let mut pasted = String::new();
+    for block in blocks {
+        pasted.push_str(&block.commands);
+        writeln!(pasted, "echo '{MARK}'")?;
+    }
+    let pasted_file = home.join("pasted");
+    std::fs::write(&pasted_file, pasted)?;
+    // Commands that read the standard input would eat what was pasted behind them, as they would in a terminal.
+    shell.current_dir(home).stdin(std::fs::File::open(pasted_file)?);
+    let mut shell = tokio::process::Command::from(shell);
+    shell.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let output = tokio::time::timeout(LONGEST, shell.output()).await.context("the shell did not end")??;
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mark = format!("{MARK}\n");
+    let printed = printed.split(&mark).map(str::to_owned).collect();
+    Ok((printed, String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+async fn demo_stack() -> Result<Stack> {
+    let (plugin, routes) = policies::for_envoy()?;
+    let file = policies::file();
+    let arguments = ["--usage-event-seconds", "1", "--policies", file.to_str().context("a path")?];
+    let mut builder = Stack::builder().plugin(&plugin.into()).control_plane_arguments(&arguments);
+    for (prefix, policy) in &routes {
+        builder = builder.route(prefix, policy);
+    }
+    builder.start().await
+}
+
+/// A stack, and what the commands of a page find: `target/up/env` and the directory `docs`.
+async fn shell_home(stack: &Stack) -> Result<PathBuf> {
+    let home = stack.directory();
+    std::fs::create_dir_all(home.join("target/up"))?;
+    symlink(paths::workspace().join("docs"), home.join("docs"))?;
+    let admin = stack.control_plane.settings().admin_key;
+    let (api, gate) = (stack.control_plane.address(), stack.envoy().address());
+    shell::write_environment(&home.join("target/up/env"), api, gate, &admin)?;
+    Ok(home)
+}
+
+/// What one run leaves behind must not change what the next one prints.
+async fn prints_what_it_says(name: &str, home: &Path, blocks: &[Block]) -> Result<()> {
+    for (run, shell) in (1..).zip(shells()) {
+        let program = shell.get_program().to_string_lossy().into_owned();
+        let (printed, errors) = paste(shell, home, blocks).await?;
+        for (number, block) in blocks.iter().enumerate() {
+            let got = printed.get(number).map_or("nothing at all", String::as_str);
+            ensure!(
+                got == block.expected,
+                "{name}, run {run} in {program}: the commands\n{}printed\n{got}and not\n{}\nerrors:\n{errors}",
+                block.commands,
+                block.expected,
+            );
+        }
+    }
+    Ok(())
+}
+
+fn page(file: &str) -> Result<String> {
+    std::fs::read_to_string(paths::workspace().join(file)).with_context(|| format!("{file} cannot be read"))
+}
+
+/// The pages below a directory, by name.
+fn pages(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut pages = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            pages.append(&mut self::pages(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "md") {
+            pages.push(path);
+        }
+    }
+    pages.sort();
+    Ok(pages)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_commands_of_every_tutorial_print_what_the_page_says_any_number_of_times_in_bash_and_zsh() -> Result<()> {
+    let stack = demo_stack().await?;
+    let home = shell_home(&stack).await?;
+    let (mut tutorials, mut expecting) = (0, 0);
+    for path in pages(&paths::workspace().join("docs/src"))? {
+        let page = std::fs::read_to_string(&path)?;
+        if !page.contains("\n```sh\n") {
+            continue;
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let blocks = blocks(&page).with_context(|| name.clone())?;
+        prints_what_it_says(&name, &home, &blocks).await?;
+        tutorials += 1;
+        expecting += blocks.iter().filter(|block| !block.expected.is_empty()).count();
+    }
+    ensure!(tutorials >= 10 && expecting >= 45, "only {tutorials} pages and {expecting} blocks say what they print");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_commands_of_the_readme_print_what_it_says_any_number_of_times_in_bash_and_zsh() -> Result<()> {
+    let stack = demo_stack().await?;
+    let home = shell_home(&stack).await?;
+    let blocks = blocks(&page("README.md")?)?;
+    let expecting = blocks.iter().filter(|block| !block.expected.is_empty()).count();
+    ensure!(expecting == 4, "{expecting} blocks say what they print");
+    prints_what_it_says("README.md", &home, &blocks).await?;
+    the_page_of_metrics_has_what_the_programs_show(&stack).await
+}
+
+async fn the_page_of_metrics_has_what_the_programs_show(stack: &Stack) -> Result<()> {
+    let page = page("docs/src/reference/metrics.md")?;
+    let shown = http::get(stack.control_plane.address(), "/metrics").await?;
+    let shown = String::from_utf8_lossy(&shown.body).into_owned();
+    let metrics: Vec<&str> = shown
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .filter_map(|line| line.split(' ').next())
+        .filter(|name| name.starts_with("portcullis_"))
+        .collect();
+    ensure!(metrics.len() > 20, "{metrics:?}");
+    for metric in metrics {
+        ensure!(page.contains(&format!("| `{metric}` |")), "the page does not have {metric}");
+    }
+    for (statistic, _) in stack.envoy().stats("wasmcustom.portcullis_").await? {
+        let kinds = ["decisions", "shadow"].map(|kind| format!("wasmcustom.portcullis_{kind}_"));
+        let outcome = kinds.iter().find(|kind| statistic.starts_with(*kind)).map(|kind| format!("{kind}<code>_total"));
+        let name = outcome.unwrap_or(statistic);
+        ensure!(page.contains(&format!("| `{name}` |")), "the page does not have {name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_page_of_outcomes_has_every_outcome_with_its_status() -> Result<()> {
+    let page = page("docs/src/reference/outcomes.md")?;
+    for outcome in Outcome::ALL {
+        let status = outcome.refusal().map(|refusal| format!(" {} |", refusal.status)).unwrap_or_default();
+        let row = format!("| `{}` |{status}", outcome.name());
+        ensure!(page.contains(&row), "the page does not have {row}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_pages_of_flags_and_routes_have_what_the_control_plane_has() -> Result<()> {
+    let say = |arguments: &[&str]| -> Result<String> {
+        let output = Command::new(paths::control_plane()).args(arguments).output()?;
+        ensure!(output.status.success(), "{arguments:?} failed");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let settings = page("docs/src/operating/control-plane.md")?;
+    let help = say(&["serve", "--help"])?;
+    let flags: Vec<&str> = help.lines().filter_map(|line| line.trim().strip_prefix("--")?.split(' ').next()).collect();
+    ensure!(flags.len() > 20, "{flags:?}");
+    for flag in flags {
+        ensure!(settings.contains(&format!("`--{flag}`")), "the page does not have --{flag}");
+    }
+    let routes = page("docs/src/reference/rest-api.md")?;
+    let document: Value = serde_json::from_str(&say(&["openapi"])?)?;
+    for route in document["paths"].as_object().context("no paths")?.keys() {
+        ensure!(routes.contains(&format!("{route}`")), "the page does not have {route}");
+    }
+    Ok(())
+}
+
+#[test]
+fn commands_and_what_they_print_are_told_apart() -> Result<()> {
+    let page = "a\n```sh\none\n```\nb\n\n```text\n1\n```\n\n```yaml\nc: d\n```\n\n```sh\ntwo\n```\n";
+    let block = |commands: &str, expected: &str| Block { commands: commands.into(), expected: expected.into() };
+    assert_eq!(blocks(page)?, [block("one\n", "1\n"), block("two\n", "")]);
+    for malformed in ["\n```text\n1\n```\n", "\n```sh\n", "\n```sh\n1\n```\n\n```yaml\n2\n```\n\n```text\n3\n```\n"] {
+        assert!(blocks(malformed).is_err(), "{malformed}");
+    }
+    Ok(())
+}
