@@ -56,7 +56,7 @@ async fn a_key_that_the_mirror_does_not_know_yet_does_not_pay_for_guesses_from_i
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_works_again_does_not_pay_for_guesses_from_its_address(pool: PgPool) {
-    let fixture = Fixture::with_callers(pool.clone(), 3).await;
+    let fixture = Fixture::with_rate_limit(pool.clone(), 3).await;
     let guess = Secret::from_presented("sk_live_guess".into());
     let (id, key) = fixture.key("user@example.com", &[]).await;
     let set = async |disabled: bool| {

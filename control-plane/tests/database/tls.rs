@@ -237,8 +237,8 @@ async fn over_tls_a_client_that_does_not_read_its_response_is_disconnected() {
     let address = listener.local_addr().unwrap();
     let admission = Admission::new(Limits::new(1_000, 1_000, None));
     let tls = Some(Arc::new(Tls::load(files).unwrap()));
-    let manners = Manners { tls, patience: Duration::from_secs(1), admission: Arc::clone(&admission) };
-    let serving = tokio::spawn(listen::serve(listener, router, manners, std::future::pending()));
+    let options = ServerOptions { tls, read_timeout: Duration::from_secs(1), admission: Arc::clone(&admission) };
+    let serving = tokio::spawn(listener::serve(listener, router, options, std::future::pending()));
 
     let client = Client::new(&authority.certificate, None, &["http/1.1"]).unwrap();
     let mut stream = client.connect(address, NAME).await.unwrap();
