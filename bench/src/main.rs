@@ -46,7 +46,7 @@ use crate::report::Report;
 
 /// Measures what Portcullis costs, against other ways to do the same, on this machine and with one Envoy binary.
 #[derive(Parser)]
-#[command(name = "cargo xtask bench", args_conflicts_with_subcommands = true)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench", args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(flatten)]
     options: Options,

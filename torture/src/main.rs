@@ -14,7 +14,7 @@ use portcullis_torture::Options;
 /// Injects faults into the whole stack at random, under load, and checks that no count is lost and no dead key admitted.
 /// A seed repeats the schedule of faults.
 #[derive(Parser)]
-#[command(name = "cargo xtask torture")]
+#[command(name = "cargo xtask torture", bin_name = "cargo xtask torture")]
 struct Arguments {
     /// Minutes in which faults are injected. From three minutes on, memory at the end is compared with memory after two.
     #[arg(long, value_name = "N", default_value = "10")]

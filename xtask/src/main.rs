@@ -27,7 +27,7 @@ use portcullis_harness::output::exit_code;
 /// Builds, runs and tests Portcullis. Needs Rust with rustup, and python3 with pip to install what the machine lacks:
 /// Envoy, PostgreSQL, Node and others, into target/tools.
 #[derive(Parser)]
-#[command(name = "cargo xtask", version)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
