@@ -1,13 +1,20 @@
 //! The callbacks of a shell, on a mock host.
 
-use contract::hash::BUCKETS;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use contract::definition::Definitions;
+use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
-use contract::page::{Header, PageWriter, Part};
+use contract::page::{Entry, Header, Page, PageWriter, Part};
+use contract::pepper::Pepper;
 use contract::record::Record;
 use contract::usage::read_reports;
 
 use super::*;
+use crate::keys::{KeyLookup, StoredKey};
 use crate::mock::{MockHost, MockResponse, MockStream};
+use crate::shared::fenced::NotLeader;
 
 const NOW: u64 = 1_800_000_000_000;
 
@@ -24,7 +31,7 @@ fn filter(host: &MockHost, setup: &Setup) -> Filter<MockHost, CellStore<MockHost
 fn snapshot() -> MockResponse {
     let mut writer = PageWriter::new();
     let record = Record::plain(KeyId([7; 16]), OwnerId([8; 16]));
-    writer.put(&contract::hash::KeyHash::of(b"k"), &record.to_bytes().unwrap());
+    writer.put(&KeyHash::of(b"k"), &record.to_bytes().unwrap());
     let part = Part::Snapshot { from: 0, to: BUCKETS };
     let header = Header { epoch: Epoch([1; 16]), revision: 7, total_keys: 1, part, filters: 1 };
     MockResponse::ok(writer.finish(&header).unwrap())
@@ -91,4 +98,42 @@ fn without_randomness_there_is_no_filter() {
     let host = MockHost::default();
     host.without_randomness(true);
     assert_eq!(Filter::new(host, &setup("", "").config).err().unwrap(), "the system has no randomness");
+}
+
+/// A table in memory, as a host has it whose VMs share memory.
+#[derive(Default)]
+struct Table(RefCell<BTreeMap<KeyHash, Arc<StoredKey>>>);
+
+impl KeyLookup for Table {
+    fn find(&self, hash: &KeyHash, _pepper: Option<&Pepper>) -> Option<Arc<StoredKey>> {
+        self.0.borrow().get(hash).cloned()
+    }
+}
+
+impl KeyStore for Table {
+    fn apply(&self, _me: NodeId, page: &Page<'_>) -> Result<(), NotLeader> {
+        for entry in page.entries() {
+            if let Entry::Put { hash, record } = entry {
+                let key = StoredKey::new(Record::from_bytes(record).unwrap(), Arc::new(Definitions::default()));
+                self.0.borrow_mut().insert(hash, Arc::new(key));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_shell_may_have_a_key_store_of_its_own() {
+    let (host, setup) = (MockHost::default(), setup("", "key"));
+    host.set_now_ms(NOW);
+    let data = SharedData::new(host.clone(), &setup.config.cluster, &setup.config.store);
+    let filter = Filter::with_keys(data, Table::default()).unwrap();
+    filter.on_tick(&setup);
+    let poll = host.take_calls().remove(0);
+    filter.on_call_response(&setup, poll.token, &snapshot());
+    for (key, flow) in [("k", Flow::Continue), ("stranger", Flow::Stop)] {
+        let mut stream = MockStream::with([("x-api-key", key)]);
+        assert_eq!(filter.on_request_headers(&setup.config, &mut stream), flow);
+    }
+    assert!(host.cell_names().iter().all(|name| !name.contains(":b")), "no records in cells");
 }
