@@ -78,8 +78,8 @@ pub struct Explanation {
     /// The policy that applies: its name, `default`, or `inline`.
     #[schema(example = "orders-read")]
     policy: String,
-    /// Whether the request goes upstream whatever comes of it, and that is only told and counted: by the policy's shadow
-    /// mode, or by that of all Envoys, if `--policies` says so.
+    /// Whether shadow mode lets the request pass despite its outcome: that of the policy, or that of all Envoys in the file of
+    /// `--policies`.
     shadow: bool,
     /// Every check, in the order in which they are asked. The first that fails decides.
     checks: Vec<CheckView>,

@@ -48,7 +48,7 @@ pub struct KeyPreference {
     /// A name for people.
     #[schema(required, example = "Production Key")]
     key_name: Option<String>,
-    /// A name for people.
+    /// The start of the secret, by which people recognise it.
     #[schema(required, example = "sk_abc123")]
     key_prefix: Option<String>,
     /// The user's credits.
@@ -114,7 +114,7 @@ pub struct GenerateReply {
     #[serde(serialize_with = "reveal")]
     #[schema(value_type = String)]
     key: Secret,
-    /// A name for people.
+    /// The start of the secret, by which people recognise it.
     #[schema(required, example = "sk_abc123")]
     key_prefix: Option<String>,
 }

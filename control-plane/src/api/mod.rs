@@ -144,7 +144,7 @@ pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
     router_with_read_timeout(app, metrics, READ_TIMEOUT)
 }
 
-/// The whole service, with bodies that have to be there before `patience` is over.
+/// The whole service, with a read time-out for request bodies.
 pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, read_timeout: Duration) -> Router {
     let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
     // Written once: responses share it, however many wait to be taken.

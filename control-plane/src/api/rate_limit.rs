@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::error::ApiError;
 use crate::net::network_of;
 
-/// Who is limited: the owner of an admitted key, or the network of an address that calls without one come from.
+/// What a limit applies to: the owner of an admitted key, or the network of a caller without one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Limited {
     Owner(Uuid),

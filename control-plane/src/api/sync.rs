@@ -86,8 +86,8 @@ enum Noting<D> {
     TooMany,
 }
 
-/// The number of Envoys that the page of an Envoy beyond those of its sync key tells: its part of a shared limit is then the
-/// smallest that there is, a millionth, so that uncounted Envoys together do not exceed the limit.
+/// The number of Envoys in pages for Envoys beyond the bound of their sync key. Their part of a shared limit is then the smallest
+/// possible, a millionth, so that together they do not exceed the limit.
 const UNCOUNTED: u32 = 1_000_000;
 
 /// Notes what the filter says of itself. An Envoy beyond those that its sync key may have is not noted and gets the keys all

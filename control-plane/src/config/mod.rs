@@ -1,5 +1,5 @@
-//! The command line and the environment. An error is one line that names the setting. Keys come from the
-//! environment only, since every user of a machine can read command lines.
+//! The command line and the environment. An error is one line that names the setting. Secrets come from the
+//! environment or from files, since every user of a machine can read command lines.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;

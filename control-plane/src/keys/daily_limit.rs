@@ -63,7 +63,8 @@ pub async fn take(connection: &mut PgConnection, owner_id: Uuid, act: Act, per_d
         Act::Change => format!("change keys {changes} times"),
     };
     let detail = format!(
-        "The keys of this user may {most} in 24 hours, and have. Try again in {retry_after_s} seconds, or ask an admin."
+        "The keys of this user may {most} in 24 hours; this limit is reached. Retry in {retry_after_s} seconds, or ask \
+         an admin."
     );
     Err(ApiError::BoundReached { detail, retry_after_s })
 }

@@ -116,7 +116,7 @@ pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
         .rows_affected();
         if gone == 0 {
             if all > 0 {
-                info!(events = all, "usage events were forgotten, as old as they are");
+                info!(events = all, "deleted usage events past their retention");
             }
             return Ok(all);
         }

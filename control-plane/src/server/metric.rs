@@ -43,7 +43,7 @@ const CATALOGUE: &[Metric] = &[
         Counter,
         "portcullis_filters_over_limit_total",
         &[],
-        "Polls and reports that were refused because their sync key has as many Envoys as it may have.",
+        "Polls and reports of Envoys beyond the number that their sync key may have. The polls still get keys.",
     ),
     metric(
         Counter,

@@ -26,9 +26,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// How long one refresh may take: a million keys load in seconds, so a server that takes longer has stopped answering.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// After a look that found more than one revision, the next begins no sooner than so long after it began: while changes come in a
-/// stream, each look then finds several, which leaves the database more time for those who make them. After any other look, what
-/// changes is read at once.
+/// During a burst of changes, reads of the database start at least this far apart, so that each finds several changes. Outside
+/// of a burst, a change is read at once.
 const IN_A_STREAM: Duration = Duration::from_millis(5);
 
 /// Shortest time between two looks at the database on behalf of keys that the mirror does not know. It bounds what

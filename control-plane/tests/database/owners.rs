@@ -83,7 +83,7 @@ async fn an_owner_makes_so_many_keys_and_rotations_a_day_and_is_told_when_to_try
         let wait: u64 = reply.header("retry-after").parse().unwrap();
         assert!((86_000..=86_400).contains(&wait), "{wait}");
         let detail = format!(
-            "The keys of this user may make 4 keys and rotations in 24 hours, and have. Try again in {wait} seconds, or ask \
+            "The keys of this user may make 4 keys and rotations in 24 hours; this limit is reached. Retry in {wait} seconds, or ask \
              an admin."
         );
         reply.assert_problem(429, "bound_reached", &detail, None);
@@ -116,7 +116,7 @@ async fn an_owner_changes_keys_so_often_a_day_and_revokes_them_at_any_time(pool:
     let refused = rename(&user, "once more").await;
     let wait = refused.header("retry-after");
     let detail = format!(
-        "The keys of this user may change keys 10 times in 24 hours, and have. Try again in {wait} seconds, or ask an admin."
+        "The keys of this user may change keys 10 times in 24 hours; this limit is reached. Retry in {wait} seconds, or ask an admin."
     );
     refused.assert_problem(429, "bound_reached", &detail, None);
     assert_eq!(rename(&admin, "by an admin").await.status.as_u16(), 200);

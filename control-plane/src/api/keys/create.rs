@@ -43,7 +43,7 @@ pub struct CreateBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
     scopes: Vec<String>,
-    /// Its own rate limits, at most 8; without any the filter's default applies.
+    /// Its own rate limits, at most 8; without any, those of its plan, else of its owner's plan, else the filter's.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, max_items = 8)]
     rate_limits: Vec<RateLimitBody>,

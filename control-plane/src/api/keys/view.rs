@@ -66,7 +66,7 @@ pub struct KeyView {
     prefix: Option<String>,
     /// Scopes granted to it.
     scopes: Vec<String>,
-    /// Its own rate limits; without any the filter's default applies.
+    /// Its own rate limits; without any, those of its plan, else of its owner's plan, else the filter's.
     rate_limits: Vec<RateLimitBody>,
     /// The number of its current secret, from 1.
     generation: i32,
