@@ -45,8 +45,8 @@ async fn a_role_is_made_replaced_and_deleted_under_its_tag(pool: PgPool) {
     expected["description"] = "".into();
     expected["scopes"] = json!([]);
     assert_eq!((changed.status.as_u16(), changed.header("etag"), changed.json()), (200, "\"2\"", expected.clone()));
-    let stale = "It was changed since it was read. Read it again, then repeat the change with its new ETag.";
-    let there = "It is there already, and If-None-Match asks that it is not.";
+    let stale = "The resource has changed since it was read. Read it again and repeat the change with its new ETag.";
+    let there = "The resource exists already, and If-None-Match demands that it does not.";
     for (header, method, uri, detail) in [
         (("if-match", "\"1\""), "PUT", uri, stale),
         (("if-match", "\"1\""), "DELETE", uri, stale),

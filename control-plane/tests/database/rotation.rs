@@ -155,7 +155,7 @@ async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: Pg
     let (ended, at) = (secrets(&fixture, &admin, id).await, revision(&pool).await);
     assert_eq!(cut(1).await.status.as_u16(), 204);
     assert_eq!((secrets(&fixture, &admin, id).await, revision(&pool).await), (ended, at), "once is enough");
-    assert_problem(&cut(4).await, 404, "not_found", &format!("There is no secret 4 of the key {id}."));
+    assert_problem(&cut(4).await, 404, "not_found", &format!("Key {id} has no secret 4."));
     let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";
     assert_problem(&cut(3).await, 409, "conflict", detail);
     let reply = fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/x"), &admin, None).await;
