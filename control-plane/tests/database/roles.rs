@@ -322,8 +322,8 @@ async fn roles_and_plans_are_for_admins(pool: PgPool) {
     let (_, user) = fixture.key("user@example.com", &["orders:read"]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     put(&fixture, &admin, "reader", &["a"]).await;
-    let filters = "A key with the scope sync cannot manage keys. Use another key.";
-    for (key, detail) in [(&user, "Use a key with the scope admin."), (&sync, filters)] {
+    let detail = "Use a key with the scope admin.";
+    for key in [&user, &sync] {
         for kind in ["roles", "plans"] {
             let body = json!({"scopes": ["b"]});
             for (method, uri, body) in [

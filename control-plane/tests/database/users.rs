@@ -90,7 +90,7 @@ async fn a_user_sees_themselves_and_changes_nothing(pool: PgPool) {
         (&user, "GET", "/v1/users", None, admins),
         (&user, "GET", "/v1/users/admin@example.com", None, own),
         (&sync, "GET", "/v1/users/user@example.com", None, filters),
-        (&sync, "PATCH", "/v1/users/user@example.com", Some(&body), filters),
+        (&sync, "PATCH", "/v1/users/user@example.com", Some(&body), admins),
     ] {
         fixture.call(method, uri, key, body).await.assert_problem(403, "forbidden", detail, None);
     }
