@@ -175,7 +175,7 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     for _ in 0..8 {
         rotated(&fixture, &admin, id, 30 * 86_400).await;
     }
-    let detail = "8 old secrets of this key still work. Cut one off first, or rotate without grace.";
+    let detail = "This key already has 8 active old secrets. Revoke one first, or rotate without grace_seconds.";
     assert_problem(&rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1}))).await, 409, "conflict", detail);
     rotated(&fixture, &admin, id, 0).await;
     fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/3"), &admin, None).await;

@@ -37,7 +37,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     assert_eq!(patch(json!({"plan": "gold"})).await.json(), expected);
     assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
     patch(json!({})).await.assert_problem(400, "invalid", "Set plan.", None);
-    let detail = "there is no plan silver; PUT /v1/plans/silver makes it";
+    let detail = "there is no plan silver; create it with PUT /v1/plans/silver";
     patch(json!({"plan": "silver"})).await.assert_problem(400, "invalid", detail, Some("plan"));
     assert_eq!(fixture.call("GET", uri, &user, None).await.json(), expected);
     assert_eq!(patch(json!({"plan": null})).await.json()["plan"], Value::Null);
