@@ -11,13 +11,10 @@ const DELETED_TOGETHER: i64 = 1_000;
 /// Who changes something.
 #[derive(Clone, Debug, Default)]
 pub struct Actor {
-    /// The key that called; none for the command line and for what happens by itself.
+    /// The key that called; none for the command line and for background jobs.
     pub key_id: Option<Uuid>,
-    /// Its owner's address.
     pub email: Option<String>,
-    /// Where the call came from.
     pub address: Option<String>,
-    /// The id of the request.
     pub request_id: Option<String>,
 }
 
@@ -38,7 +35,7 @@ pub struct AuditEvent<'a> {
     pub key_id: Option<Uuid>,
     /// To what else: a user's address, the name of a role or plan.
     pub target: Option<&'a str>,
-    /// What is worth knowing beside: what was set, how many were touched.
+    /// Further details: what was set, how many keys were changed.
     pub detail: Value,
 }
 
@@ -104,40 +101,26 @@ pub async fn record_each(
 pub struct AuditRow {
     /// Ascending with time.
     pub id: i64,
-    /// When.
     pub at: OffsetDateTime,
-    /// The key that called.
     pub actor_key_id: Option<Uuid>,
-    /// Its owner's address.
     pub actor_email: Option<String>,
-    /// Where the call came from.
     pub address: Option<String>,
-    /// The id of the request.
     pub request_id: Option<String>,
-    /// What was done.
     pub action: String,
-    /// To which key.
     pub key_id: Option<Uuid>,
-    /// To what else.
     pub target: Option<String>,
-    /// What is worth knowing beside.
+    /// Further details.
     pub detail: Value,
 }
 
 /// Which rows; what is none does not matter.
 #[derive(Clone, Debug, Default)]
 pub struct AuditFilter<'a> {
-    /// What was done to this key.
     pub key_id: Option<Uuid>,
-    /// What this key did.
     pub actor_key_id: Option<Uuid>,
-    /// This was done.
     pub action: Option<&'a str>,
-    /// To this.
     pub target: Option<&'a str>,
-    /// At or after this time.
     pub from: Option<OffsetDateTime>,
-    /// Before this time.
     pub to: Option<OffsetDateTime>,
     /// Only what was done to this user or to keys of theirs.
     pub owner: Option<(Uuid, &'a str)>,

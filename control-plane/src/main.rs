@@ -82,7 +82,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         }
         Command::Keys(Keys::Import { database, file }) => {
             let (pool, pepper) = (connect(&database).await?, given_pepper()?);
-            control_plane::keys::pepper::check(&pool, pepper.as_ref()).await??;
+            control_plane::keys::pepper::check(&pool, pepper.as_ref()).await?;
             let import = Import::new(pool, Actor::system(), pepper);
             if file == Path::new("-") {
                 import_keys(import, std::io::stdin()).await

@@ -22,7 +22,6 @@ const LOWEST: i64 = -1_000_000_000_000_000_000;
 pub struct LedgerRow {
     /// Counted up with each row of all owners.
     pub id: i64,
-    /// When it was booked.
     pub at: OffsetDateTime,
     /// What it is: see [`Kind`].
     pub kind: String,
@@ -30,7 +29,6 @@ pub struct LedgerRow {
     pub amount: i64,
     /// The balance with it.
     pub balance: i64,
-    /// Why.
     pub note: String,
     /// The key that made it, if one did.
     pub actor_key_id: Option<Uuid>,
@@ -41,7 +39,6 @@ pub struct LedgerRow {
 /// What stands on an owner's account.
 #[derive(Clone, Debug)]
 pub struct Account {
-    /// The owner.
     pub owner_id: Uuid,
     /// The sum of the ledger.
     pub balance: i64,
@@ -53,11 +50,10 @@ pub struct Account {
     pub credits_starter: i32,
     /// What Envoys hold and have not told of.
     pub leased: i64,
-    /// Scheduled credits.
     pub refill: Option<Json<Refill>>,
     /// When it next does.
     pub refill_at: Option<OffsetDateTime>,
-    /// Counted up whenever what is set of the owner changes.
+    /// Counted up with each change of the settings of the owner.
     pub version: i64,
 }
 
@@ -72,9 +68,7 @@ pub struct AccountChange {
 /// An owner whose row is held.
 #[derive(Clone, Copy, Debug)]
 pub struct Locked {
-    /// The owner.
     pub id: Uuid,
-    /// The balance before.
     pub balance: i64,
     /// Whether requests cost credits.
     pub metered: bool,

@@ -69,9 +69,7 @@ impl Name {
 /// The content of a definition. Roles have scopes only.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Content {
-    /// For people.
     pub description: String,
-    /// Scopes that it grants.
     pub scopes: Scopes,
     /// Limits of keys that have none of their own.
     pub rate_limits: Vec<StoredLimit>,

@@ -22,11 +22,8 @@ use crate::quota::{Whose, check_time_zone, refresh_starters};
 pub struct Definition {
     /// What keys and records call it.
     pub number: i32,
-    /// A name for people.
     pub name: String,
-    /// For people.
     pub description: String,
-    /// Scopes that it grants.
     pub scopes: Vec<String>,
     /// Limits of keys that have none of their own.
     pub rate_limits: Json<Vec<StoredLimit>>,
@@ -34,7 +31,6 @@ pub struct Definition {
     pub quota: Option<Json<Quota>>,
     /// Counted up with each change.
     pub version: i64,
-    /// When it was created.
     pub created_at: OffsetDateTime,
 }
 

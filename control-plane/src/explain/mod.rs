@@ -14,7 +14,6 @@ use crate::{credits, quota};
 /// How Envoys know a key.
 #[derive(Clone, Copy, Debug)]
 pub struct CurrentSecret {
-    /// The id of its owner.
     pub owner_id: Uuid,
     /// The hash of its present secret.
     pub hash: KeyHash,

@@ -50,7 +50,6 @@ struct File {
 /// A policy that was looked for.
 #[derive(Clone, Debug)]
 pub struct MatchedPolicy<'a> {
-    /// Its name.
     pub name: &'a str,
     /// What it asks for; `None` if there is none of the name.
     pub policy: Option<&'a Policy>,

@@ -10,36 +10,26 @@ use super::effective::EffectivePermissions;
 use super::permissions::Permissions;
 use crate::domain::{Email, KeyName, Quota, Scopes, StoredLimit};
 
-/// A key as people see it.
+/// A key, without its secret.
 #[derive(Clone, Debug)]
 pub struct Key {
-    /// The id of the key.
     pub id: Uuid,
-    /// The id of its owner.
     pub owner_id: Uuid,
-    /// The owner's address.
     pub email: String,
-    /// A name for people.
     pub name: String,
     /// The start of the secret, by which people recognise it; none for keys of a foreign form.
     pub prefix: Option<String>,
-    /// Scopes granted to it.
     pub scopes: Vec<String>,
-    /// Its own rate limits.
     pub rate_limits: Json<Vec<StoredLimit>>,
     /// The number of its current secret, from 1.
     pub generation: i32,
     /// Counted up with each change.
     pub version: i64,
-    /// Whether it is disabled.
     pub disabled: bool,
-    /// Whether an admin has done so: then only an admin switches it on again.
+    /// Whether an admin disabled it. Then only an admin enables it.
     pub disabled_by_admin: bool,
-    /// When it was created.
     pub created_at: OffsetDateTime,
-    /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
-    /// When it was revoked.
     pub revoked_at: Option<OffsetDateTime>,
     /// When it was last used, as far as filters reported.
     pub last_used_at: Option<OffsetDateTime>,
@@ -47,26 +37,22 @@ pub struct Key {
     pub usage_count: i64,
 }
 
-/// A key to be made.
+/// A key to be created.
 #[derive(Clone, Debug)]
 pub struct NewKey {
-    /// Whom it is for; made a user if not one yet.
+    /// The owner, who is created if there is no such user.
     pub email: Email,
-    /// A name for people.
     pub name: KeyName,
     /// Live or test.
     pub kind: KeyKind,
-    /// Scopes granted to it.
     pub scopes: Scopes,
-    /// Its own rate limits.
     pub rate_limits: Vec<StoredLimit>,
-    /// What else it may.
+    /// Its roles, plan, quota and the like.
     pub permissions: Permissions,
-    /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
-    /// How many live keys its owner may have with it; as many as they like if none.
+    /// The most live keys that its owner may have with it; no limit if none.
     pub at_most: Option<i64>,
-    /// How many keys and rotations its owner may make in 24 hours with it; as many as they like if none.
+    /// The most keys and rotations of its owner in 24 hours; no limit if none.
     pub per_day: Option<u32>,
 }
 
@@ -84,39 +70,35 @@ impl NewKey {
     }
 }
 
-/// What authentication needs of a key.
+/// A key as authentication needs it.
 #[derive(Clone, Debug)]
 pub struct StoredKey {
-    /// What a filter would know of it.
+    /// The record as filters know it.
     pub record: Record,
-    /// The owner's address.
     pub email: String,
-    /// What is the key's own.
+    /// What it has apart from its plan and its owner.
     pub own: OwnTerms,
 }
 
-/// What a key has of its own rather than by its plan or its owner.
+/// What a key has of its own, not by its plan or its owner.
 #[derive(Clone, Debug, Default)]
 pub struct OwnTerms {
     /// Its plan, by number.
     pub plan: Option<i32>,
-    /// Its quota.
     pub quota: Option<Quota>,
 }
 
-/// The user's side of the primary key.
+/// The balance and the primary key of a user.
 #[derive(Clone, Debug, Default)]
 pub struct PrimaryStatus {
-    /// Credits.
     pub balance: i64,
     /// The primary key, unless it was revoked.
     pub key: Option<Key>,
 }
 
-/// A key that was made.
+/// A created key.
 #[derive(Debug)]
 pub struct CreatedKey {
-    /// The key.
     pub key: Key,
     /// Its secret, which cannot be read later.
     pub secret: Secret,

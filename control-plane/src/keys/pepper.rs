@@ -9,11 +9,19 @@ use crate::config::PEPPER;
 /// What stands for the pepper in the database is the hash of this under it.
 const CHECKED: &[u8] = b"portcullis: the pepper of imported keys";
 
-/// Compares the pepper with the one that the database knows of, which is this one if there was none.
+#[derive(Debug, thiserror::Error)]
+pub enum PepperError {
+    #[error("the database: {0}")]
+    Database(#[from] sqlx::Error),
+    #[error("{PEPPER}: {0}")]
+    Mismatch(&'static str),
+}
+
+/// Compares the pepper with the one that keys were imported with, and remembers it if there was none.
 ///
 /// # Errors
-/// Those of the database. Within: if it is another, or none where there was one.
-pub async fn check(pool: &PgPool, pepper: Option<&Pepper>) -> Result<Result<(), String>, sqlx::Error> {
+/// If the pepper is another one, or missing.
+pub async fn check(pool: &PgPool, pepper: Option<&Pepper>) -> Result<(), PepperError> {
     let ours = pepper.map(|pepper| pepper.hash(&KeyHash::of(CHECKED)).0.to_vec());
     sqlx::query!(
         "update store_state set pepper_check = $1 where pepper_check is null and $1::bytea is not null",
@@ -22,14 +30,14 @@ pub async fn check(pool: &PgPool, pepper: Option<&Pepper>) -> Result<Result<(), 
     .execute(pool)
     .await?;
     let known = sqlx::query_scalar!("select pepper_check from store_state").fetch_one(pool).await?;
-    Ok(match (known, ours) {
+    match (known, ours) {
         (Some(known), Some(ours)) if known != ours => {
-            Err(format!("{PEPPER}: differs from the pepper that keys were imported with; set that one"))
+            Err(PepperError::Mismatch("differs from the pepper that keys were imported with; set that one"))
         }
-        (Some(_), None) => Err(format!(
-            "{PEPPER}: is not set, but keys may have been imported with a pepper; set it, or set store_state.pepper_check to null in SQL to \
-             give those keys up"
+        (Some(_), None) => Err(PepperError::Mismatch(
+            "is not set, but keys may have been imported with a pepper; set it, or set store_state.pepper_check to null in SQL \
+             to give those keys up",
         )),
         _ => Ok(()),
-    })
+    }
 }

@@ -20,15 +20,12 @@ const NETWORKS: usize = 32;
 /// The fields of a client, as in the body.
 #[derive(Debug, Default)]
 pub struct PermissionsPatch {
-    /// Names of roles.
     pub roles: Option<Vec<String>>,
     pub plan: Patch<String>,
     /// Networks or addresses.
     pub allowed_addresses: Option<Vec<String>>,
     pub quota: Patch<QuotaBody>,
-    /// Credits.
     pub cost: Option<i64>,
-    /// Limits.
     pub rate_limits: Option<Vec<RateLimitBody>>,
 }
 
@@ -44,17 +41,12 @@ pub enum PlanRef {
 /// What is to be set; `None` leaves a field as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Permissions {
-    /// Roles.
     pub roles: Option<Vec<Name>>,
-    /// The key's own plan.
     pub plan: Patch<PlanRef>,
     /// Networks that it may be used from; none: any.
     pub networks: Option<Vec<Network>>,
-    /// Its own quota.
     pub quota: Patch<Quota>,
-    /// Credits that a request costs.
     pub cost: Option<i32>,
-    /// Its own rate limits.
     pub rate_limits: Option<Vec<StoredLimit>>,
 }
 

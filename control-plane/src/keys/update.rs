@@ -45,7 +45,7 @@ impl KeyPatch {
     }
 
     /// The fields that change, for the audit trail: as they were and as they are.
-    fn audit_detail(&self, key: &LockedKey) -> Value {
+    fn audit_detail(&self, key: &LockedKey, takes_over: bool, permissions_differ: bool) -> Value {
         let mut detail = json!({});
         let end = |end: Option<OffsetDateTime>| end.map(Timestamp::from);
         if let Some(name) = &self.name {
@@ -56,6 +56,12 @@ impl KeyPatch {
         }
         if let Some(expires_at) = self.expires_at.clone().given() {
             detail["expires_at"] = json!({"from": end(key.expires_at), "to": end(expires_at)});
+        }
+        if takes_over {
+            detail["disabled_by_admin"] = json!({"from": false, "to": true});
+        }
+        if let (true, Value::Object(fields)) = (permissions_differ, self.permissions.audit_detail()) {
+            fields.into_iter().for_each(|(field, value)| detail[field] = value);
         }
         detail
     }
@@ -87,20 +93,35 @@ pub async fn update(
     let stored = stored(change, key, permissions).await?;
     // Filters forget an expired key some time after its end.
     let returns_to_filters = sets_expiry && stored.withdrawn;
+    let detail = patch.audit_detail(key, takes_over, stored.differs);
+    let seen_by_filters =
+        patch.disabled.is_some() || !patch.expires_at.is_keep() || stored.differs || returns_to_filters;
+    if seen_by_filters {
+        set_all(change, key, &patch, disabled_by_admin, returns_to_filters, permissions).await?;
+    } else if patch.name.is_some() || disabled_by_admin.is_some() {
+        set_unseen(change, key, &patch, disabled_by_admin).await?;
+    } else {
+        return Ok(());
+    }
+    if stored.differs || returns_to_filters {
+        // A new quota may admit the key again, or exhaust it.
+        refresh_starters(change, Whose::Keys(&[key.id])).await?;
+    }
+    change.record(AuditEvent::on_key("key.update", key.id, detail)).await?;
+    Ok(())
+}
 
-    let mut detail = patch.audit_detail(key);
-    if takes_over {
-        detail["disabled_by_admin"] = json!({"from": false, "to": true});
-    }
-    if let Value::Object(fields) = patch.permissions.audit_detail()
-        && stored.differs
-    {
-        detail.as_object_mut().into_iter().for_each(|detail| detail.extend(fields.clone()));
-    }
-    let name = patch.name.as_ref().map(KeyName::as_str);
-    if patch.disabled.is_some() || !patch.expires_at.is_keep() || stored.differs || returns_to_filters {
-        sqlx::query!(
-            "update api_keys set name = coalesce($2, name), disabled = coalesce($3, disabled),
+/// Sets all fields, in one statement.
+async fn set_all(
+    change: &mut Change,
+    key: &LockedKey,
+    patch: &KeyPatch,
+    disabled_by_admin: Option<bool>,
+    returns_to_filters: bool,
+    permissions: &ResolvedPermissions,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "update api_keys set name = coalesce($2, name), disabled = coalesce($3, disabled),
                 disabled_by_admin = coalesce($4, disabled_by_admin),
                 expires_at = case when $5 then $6 else expires_at end, withdrawn = withdrawn and not $7,
                 role_numbers = coalesce($8, role_numbers), plan_number = case when $9 then $10 else plan_number end,
@@ -117,43 +138,43 @@ pub async fn update(
                     where requests is not null
                 )
             where id = $1",
-            key.id,
-            name,
-            patch.disabled,
-            disabled_by_admin,
-            !patch.expires_at.is_keep(),
-            patch.expires_at.value(),
-            returns_to_filters,
-            permissions.roles.as_deref(),
-            !permissions.plan.is_keep(),
-            permissions.plan.clone().value(),
-            permissions.networks.as_deref(),
-            !permissions.quota.is_keep(),
-            permissions.quota.as_ref().value().map(Json) as _,
-            permissions.cost,
-            permissions.rate_limits.as_ref().map(Json) as _
-        )
-        .execute(&mut **change)
-        .await?;
-    } else if name.is_some() || disabled_by_admin.is_some() {
-        // Filters see neither column. A statement that names a column that they see would wake them.
-        sqlx::query!(
-            "update api_keys set name = coalesce($2, name), disabled_by_admin = coalesce($3, disabled_by_admin)
+        key.id,
+        patch.name.as_ref().map(KeyName::as_str),
+        patch.disabled,
+        disabled_by_admin,
+        !patch.expires_at.is_keep(),
+        patch.expires_at.clone().value(),
+        returns_to_filters,
+        permissions.roles.as_deref(),
+        !permissions.plan.is_keep(),
+        permissions.plan.clone().value(),
+        permissions.networks.as_deref(),
+        !permissions.quota.is_keep(),
+        permissions.quota.as_ref().value().map(Json) as _,
+        permissions.cost,
+        permissions.rate_limits.as_ref().map(Json) as _
+    )
+    .execute(&mut **change)
+    .await?;
+    Ok(())
+}
+
+/// Sets the fields that filters do not see. A statement that names a column that they see would wake them.
+async fn set_unseen(
+    change: &mut Change,
+    key: &LockedKey,
+    patch: &KeyPatch,
+    disabled_by_admin: Option<bool>,
+) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "update api_keys set name = coalesce($2, name), disabled_by_admin = coalesce($3, disabled_by_admin)
             where id = $1",
-            key.id,
-            name,
-            disabled_by_admin
-        )
-        .execute(&mut **change)
-        .await?;
-    } else {
-        return Ok(());
-    }
-    if stored.differs || returns_to_filters {
-        // A new quota may admit the key again, or exhaust it.
-        refresh_starters(change, Whose::Keys(&[key.id])).await?;
-    }
-    change.record(AuditEvent::on_key("key.update", key.id, detail)).await?;
+        key.id,
+        patch.name.as_ref().map(KeyName::as_str),
+        disabled_by_admin
+    )
+    .execute(&mut **change)
+    .await?;
     Ok(())
 }
 

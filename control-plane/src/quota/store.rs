@@ -233,7 +233,6 @@ pub struct View {
     pub leased: i64,
     /// Whether filters were told that it is used up.
     pub exceeded: bool,
-    /// Until when.
     pub resets_at: Option<OffsetDateTime>,
 }
 

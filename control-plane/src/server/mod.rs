@@ -13,10 +13,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use contract::pepper::Pepper;
+use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::{info, warn};
 
 use self::listener::ServerOptions;
@@ -70,24 +72,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     // The feed has connections of its own: a revocation reaches the filters however many requests wait for one.
     let (feed_pool, store) = (open(&options, FEED_CONNECTIONS), Store::new());
     let feed = Feed::new(feed_pool.clone(), store.clone());
-    let app = App {
-        pool: pool.clone(),
-        writer: Writer::new(pool.clone(), store.waker().clone()),
-        store,
-        pepper,
-        feed: feed.clone(),
-        usage,
-        filters: Registry::bounded(settings.envoys_per_sync_key),
-        policies: Arc::new(policies),
-        bounds: Bounds {
-            owner_keys_per_day: settings.owner_keys_per_day,
-            envoys_per_sync_key: settings.envoys_per_sync_key,
-        },
-        rate_limiter: Arc::new(CallerRateLimiter::new(settings.api_rate_limit, settings.api_burst)),
-        database: Arc::default(),
-        long_poll: Duration::from_secs(settings.long_poll_seconds),
-        stopping,
-    };
+    let app = app(&settings, &pool, (store, feed.clone()), (usage, pepper, policies), stopping);
     let (pepper, waker) = (app.pepper.clone(), app.store.waker().clone());
     let mut feeding = tokio::spawn(async move {
         prepare(&options, &feed_pool, waker, pepper.as_ref(), [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
@@ -128,17 +113,49 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         } => warn!(?GRACE, "some requests did not end in time"),
     }
     feeding.abort();
-    // The server and with it the ways in for usage are gone: what waits is committed.
+    finish(committing, background, &filters, &pool).await;
+    info!("shut down");
+    Ok(())
+}
+
+fn app(
+    settings: &Serve,
+    pool: &PgPool,
+    (store, feed): (Store, Feed),
+    (usage, pepper, policies): (Ingest, Option<Pepper>, ConfiguredPolicies),
+    stopping: watch::Receiver<bool>,
+) -> App {
+    App {
+        pool: pool.clone(),
+        writer: Writer::new(pool.clone(), store.waker().clone()),
+        store,
+        pepper,
+        feed,
+        usage,
+        filters: Registry::bounded(settings.envoys_per_sync_key),
+        policies: Arc::new(policies),
+        bounds: Bounds {
+            owner_keys_per_day: settings.owner_keys_per_day,
+            envoys_per_sync_key: settings.envoys_per_sync_key,
+        },
+        rate_limiter: Arc::new(CallerRateLimiter::new(settings.api_rate_limit, settings.api_burst)),
+        database: Arc::default(),
+        long_poll: Duration::from_secs(settings.long_poll_seconds),
+        stopping,
+    }
+}
+
+/// Writes what is only in memory.
+async fn finish(committing: JoinHandle<()>, mut background: JoinSet<()>, filters: &Registry, pool: &PgPool) {
+    // The router and with it all senders of usage are gone: what is queued is committed.
     if tokio::time::timeout(GRACE, committing).await.is_err() {
         warn!("could not commit queued usage reports; filters will send them again");
     }
     background.shutdown().await;
-    match tokio::time::timeout(GRACE, filters.write(&pool)).await {
+    match tokio::time::timeout(GRACE, filters.write(pool)).await {
         Ok(Ok(())) => {}
         Ok(Err(_)) | Err(_) => warn!("could not persist the status of filters; filters will report it again"),
     }
-    info!("shut down");
-    Ok(())
 }
 
 /// How many connections there may be, as far as file descriptors reach.

@@ -16,7 +16,7 @@ use crate::config::{Database, OPERATOR, database};
 use crate::domain::{Email, KeyName, Scopes};
 use crate::error::{ApiError, is_away};
 use crate::keys::create::insert_given;
-use crate::keys::pepper;
+use crate::keys::pepper::{self, PepperError};
 
 /// How long a connection to the database is taken to live since it last was used.
 const TRUSTED: Duration = Duration::from_secs(1);
@@ -68,10 +68,8 @@ enum Unprepared {
     Schema(#[from] MigrateError),
     #[error("{0}")]
     Key(ApiError),
-    #[error("{0}")]
-    Pepper(String),
-    #[error("the database: {0}")]
-    Database(sqlx::Error),
+    #[error(transparent)]
+    Pepper(#[from] PepperError),
 }
 
 impl Unprepared {
@@ -79,7 +77,7 @@ impl Unprepared {
     fn passes(&self) -> bool {
         match self {
             Self::Connection(error)
-            | Self::Database(error)
+            | Self::Pepper(PepperError::Database(error))
             | Self::Schema(MigrateError::Execute(error))
             | Self::Key(ApiError::Database(error)) => is_away(error),
             Self::Schema(_) | Self::Key(_) | Self::Pepper(_) => false,
@@ -110,8 +108,7 @@ pub(super) async fn prepare(
     loop {
         let prepared = async {
             schema(options).await?;
-            let checked = pepper::check(pool, pepper).await;
-            checked.map_err(Unprepared::Database)?.map_err(Unprepared::Pepper)?;
+            pepper::check(pool, pepper).await?;
             for (key, scope) in &given {
                 enter(&writer, key.as_ref(), scope).await.map_err(Unprepared::Key)?;
             }

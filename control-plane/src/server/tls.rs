@@ -25,7 +25,6 @@ const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 pub struct Files {
     /// The certificate, followed by those between it and its authority.
     pub certificate: PathBuf,
-    /// Its private key.
     pub key: PathBuf,
     /// The authorities that a client's certificate must come from. None: clients need no certificate.
     pub client_ca: Option<PathBuf>,

@@ -40,9 +40,7 @@ pub struct EnvoyStatus {
     pub reporter: Uuid,
     /// The key that it syncs with.
     pub sync_key_id: Option<Uuid>,
-    /// Where it polled from.
     pub address: Option<String>,
-    /// Its version of the filter.
     pub version: Option<String>,
     /// The epoch of its store; all zeros if it has confirmed none.
     pub epoch: Uuid,
@@ -56,18 +54,15 @@ pub struct EnvoyStatus {
     pub pending_requests: Option<i64>,
     /// When reports of it last came into the database.
     pub reported_at: Option<OffsetDateTime>,
-    /// Whether it is live.
     pub live: bool,
 }
 
 /// How far the store is, and the time, as the database has them.
 #[derive(Clone, Copy, Debug)]
 pub struct DatabasePosition {
-    /// The life of the database.
+    /// The epoch of the database.
     pub epoch: Uuid,
-    /// The newest revision.
     pub revision: i64,
-    /// Now.
     pub now: OffsetDateTime,
 }
 
@@ -76,7 +71,6 @@ pub struct DatabasePosition {
 pub struct Rollout {
     /// The epoch of the database.
     pub epoch: Uuid,
-    /// Live Envoys.
     pub filters: i64,
     /// Live Envoys that have the change.
     pub applied: i64,

@@ -25,17 +25,16 @@ pub struct User {
     pub email: String,
     /// The plan of keys that have none of their own.
     pub plan: Option<String>,
-    /// Credits.
     pub balance: i64,
     /// Whether requests cost credits.
     pub metered: bool,
-    /// Since when there is the user.
+    /// When the user was created.
     pub created_at: OffsetDateTime,
     /// Keys that are neither revoked nor expired.
     pub live_keys: i64,
-    /// Keys that were ever made.
+    /// Keys that were ever created.
     pub total_keys: i64,
-    /// Counted up whenever what is set of the user changes.
+    /// Counted up with each change of the settings of the user.
     pub version: i64,
 }
 

@@ -144,14 +144,14 @@ fn a_secret_has_one_source_and_an_error_names_the_setting_and_not_the_secret() {
     let path = file.to_str().unwrap();
     let nowhere = "postgres://somebody@127.0.0.1:1/nothing";
     for (settings, error) in [
-        (&[][..], "DATABASE_URL: say where PostgreSQL is"),
-        (&[("DATABASE_URL_FILE", path)], "DATABASE_URL: is not of the form postgres://"),
+        (&[][..], "DATABASE_URL: is not set; set it to"),
+        (&[("DATABASE_URL_FILE", path)], "DATABASE_URL: must have the form postgres://"),
         (&[("DATABASE_URL_FILE", "/missing")], "DATABASE_URL_FILE: /missing: No such file"),
         (&[("DATABASE_URL", nowhere), ("DATABASE_URL_FILE", path)], "DATABASE_URL and DATABASE_URL_FILE are both set"),
         (&[("DATABASE_URL", "postgres://a:in-the-url/x@host/db")], "DATABASE_URL: has a # / or ? that ends its user"),
         (
             &[("DATABASE_URL", "postgres://a:in-the-url@host/db"), ("PGPASSWORD_FILE", path)],
-            "DATABASE_URL has a password and PGPASSWORD_FILE is set",
+            "DATABASE_URL contains a password and PGPASSWORD_FILE is set",
         ),
         (&[("DATABASE_URL", nowhere), ("PGPASSFILE", "/missing")], "PGPASSFILE: /missing: No such file"),
         (
@@ -214,14 +214,14 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     };
     std::fs::write(&file, format!("\u{feff}{}", line("alpha"))).unwrap();
     let import = || run(&["keys", "import", "--database-url", &url, file.to_str().unwrap()]);
-    assert_eq!(printed(&import()), "keys imported: 1, lines that were not taken: 0");
+    assert_eq!(printed(&import()), "keys imported: 1, lines refused: 0");
     std::fs::write(&file, line("alpha") + &line("beta1")).unwrap();
     let output = import();
     std::fs::remove_file(&file).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     let expected = "line 1: duplicate: this key exists already\nportcullis: some lines were refused\n";
     assert_eq!((output.status.success(), &*said), (false, expected));
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "keys imported: 1, lines that were not taken: 1\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "keys imported: 1, lines refused: 1\n");
     for name in ["alpha", "beta1"] {
         let key = Secret::from_presented(format!("a-key-named-{name}"));
         let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap();
@@ -286,7 +286,7 @@ async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool:
     // As long as there was none, there need not be one.
     printed(&with("", &import));
     printed(&with(&ours, &import));
-    for (pepper, what) in [(&*other, "another pepper was given before"), ("", "is not set")] {
+    for (pepper, what) in [(&*other, "differs from the pepper"), ("", "is not set")] {
         for arguments in [&import[..], &serve] {
             let output = with(pepper, arguments);
             let said = complaint(&output);

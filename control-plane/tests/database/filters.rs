@@ -113,7 +113,7 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     assert_eq!(get(&fixture, &admin, "/v1/filters?limit=0").await.json()["field"], "limit");
     let (_, user) = fixture.key("user@example.com", &[]).await;
     for key in [&user, &sync] {
-        let detail = "This is for admins. Use a key with the scope admin.";
+        let detail = "Use a key with the scope admin.";
         let reply = get(&fixture, key, "/v1/filters").await;
         assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
     }

@@ -148,12 +148,12 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
     fixture.in_step().await;
     assert_eq!(fixture.app.store.keys(), 100_001);
     let audited: Vec<(String, i64)> = sqlx::query_as(
-        "select action, count(*) from audit where action like 'key%.import%' group by action order by action",
+        "select action, count(*) from audit where action like '%import%' group by action order by action",
     )
     .fetch_all(&pool)
     .await
     .unwrap();
-    assert_eq!(audited, [("key.import".into(), 100_000), ("import.commit".into(), 100), ("import.finish".into(), 1),]);
+    assert_eq!(audited, [("import.commit".into(), 100), ("import.finish".into(), 1), ("key.import".into(), 100_000)]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -100,7 +100,7 @@ async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
     assert_eq!(patched(json!({"name": "Again"})).await.json()["name"], "Again");
     assert_eq!(crate::support::revision(&pool).await, before, "filters know nothing of names");
 
-    assert_status(&patched(json!({})).await, 400, "invalid", "Give at least one field to change.", None);
+    assert_status(&patched(json!({})).await, 400, "invalid", "Set at least one field.", None);
     let reply = patched(json!({"name": ""})).await;
     assert_status(&reply, 400, "invalid", "must have 1 to 100 characters", Some("name"));
     assert_eq!(patched(json!({"scopes": ["admin"]})).await.status.as_u16(), 400);
@@ -115,7 +115,7 @@ async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
     assert_eq!(send(&fixture, "DELETE", &uri, &admin).await.status.as_u16(), 204);
     assert_eq!(send(&fixture, "GET", &uri, &admin).await.json(), revoked);
     assert_eq!(crate::support::revision(&pool).await, before, "revoked before: nothing for filters to learn");
-    let detail = "This key is revoked for good and cannot be changed.";
+    let detail = "This key is revoked and cannot be changed.";
     assert_status(&patched(json!({"disabled": false})).await, 409, "conflict", detail, None);
 }
 
@@ -408,7 +408,7 @@ async fn what_an_admin_has_switched_off_only_an_admin_switches_on(pool: PgPool) 
         let reply = send_json(&fixture, "PATCH", &uri, caller, &json!({"disabled": off})).await;
         (reply.status.as_u16(), reply)
     };
-    let detail = "An admin has switched this key off: ask one to switch it on again.";
+    let detail = "An admin disabled this key. Ask an admin to enable it.";
     // What its owner has switched off is the owner's to switch on, unless an admin wants it off as well.
     assert_eq!(switch(&user, true).await.1.json()["disabled_by_admin"], false);
     assert_eq!(switch(&user, false).await.0, 200);

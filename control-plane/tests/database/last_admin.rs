@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 const ADMIN: &[&str] = &["admin"];
 
-const DETAIL: &str = "This would end the last key with the scope admin that works for longer than a day, and nobody could manage \
-                      keys any more. Create another one first.";
+const DETAIL: &str = "This is the last key with the scope admin that is valid for more than one day. \
+                      Create another admin key first.";
 
 /// Asks for what would end the only admin key, which is refused and changes nothing; then again beside another one.
 async fn refused_for_the_last(fixture: &Fixture, method: &str, uri: &str, body: Option<&Value>, admin: &Secret) {
@@ -103,9 +103,8 @@ async fn two_admins_who_revoke_each_other_at_once_do_not_both_succeed(pool: PgPo
     assert_ne!(alive(&first).await, alive(&second).await);
 }
 
-const DETAIL_HERE: &str = "After this, no key with the scope admin could be used from your address for longer than a day, and you \
-                           could not manage keys any more. Let allowed_addresses hold your address, or create another admin key \
-                           that is not bound to networks first.";
+const DETAIL_HERE: &str = "After this change, no admin key that is valid for more than one day could be used \
+                      from your address. Add your address to allowed_addresses, or create an admin key without allowed_addresses first.";
 
 /// What callers of the router that tell no address come from.
 const HERE: &str = "0.0.0.0/32";

@@ -113,7 +113,7 @@ async fn a_change_is_made_only_of_what_the_client_has_seen(pool: PgPool) {
 
     let reply = with("PATCH", &uri, rename("one"), "if-match", "\"7\", \"1\"").await;
     assert_eq!((reply.status.as_u16(), reply.header("etag")), (200, "\"2\""));
-    let detail = "It was changed since it was read. Read it again, then repeat the change with its new ETag.";
+    let detail = "The resource has changed since it was read. Read it again and repeat the change with its new ETag.";
     let rotate = format!("{uri}/rotate");
     let cut_off = format!("{uri}/secrets/1");
     for reply in [

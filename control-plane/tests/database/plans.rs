@@ -114,6 +114,39 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_patch_of_many_fields_is_one_version_one_revision_and_one_entry_of_the_audit_trail(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let admin = admin(&fixture).await;
+    put(&fixture, &admin, "gold", json!({"quota": {"requests": 160, "period": "day"}})).await;
+    let (id, _) = create(&fixture, &admin, json!({})).await;
+    let before = crate::support::revision(&pool).await;
+    let body = json!({
+        "name": "renamed", "disabled": true, "expires_at": "2030-01-01T00:00:00Z", "plan": "gold", "cost": 3,
+        "allowed_addresses": ["192.0.2.0/24"],
+    });
+    let reply = patch(&fixture, &admin, id, body).await;
+    assert_eq!((reply.status.as_u16(), reply.header("etag")), (200, "\"2\""), "{}", reply.json());
+    assert_eq!(crate::support::revision(&pool).await, before + 1);
+    assert_eq!(starter(&pool, id).await, Some(10));
+    let audit: Vec<(String, Value)> =
+        sqlx::query_as("select action, detail from audit where key_id = $1 and action <> 'key.create'")
+            .bind(id)
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    let detail = json!({
+        "name": {"from": "x", "to": "renamed"}, "disabled": {"from": false, "to": true},
+        "expires_at": {"from": null, "to": "2030-01-01T00:00:00Z"}, "plan": "gold", "cost": 3,
+        "allowed_addresses": ["192.0.2.0/24"],
+    });
+    assert_eq!(audit, [("key.update".to_owned(), detail)]);
+    // What is set already changes nothing.
+    let same = json!({"name": "renamed", "disabled": true, "plan": "gold", "cost": 3});
+    assert_eq!(patch(&fixture, &admin, id, same).await.header("etag"), "\"2\"");
+    assert_eq!(crate::support::revision(&pool).await, before + 1);
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
     let admin = admin(&fixture).await;
@@ -441,7 +474,7 @@ async fn what_a_request_costs_is_bounded_and_told_to_filters(pool: PgPool) {
         let reply = patch(&fixture, &admin, id, json!({"cost": cost})).await;
         reply.assert_problem(400, "invalid", "must be a number from 0 to 1000000", Some("cost"));
     }
-    let detail = "This key is revoked for good and cannot be changed.";
+    let detail = "This key is revoked and cannot be changed.";
     fixture.call("DELETE", &format!("/v1/keys/{id}"), &admin, None).await;
     patch(&fixture, &admin, id, json!({"cost": 1})).await.assert_problem(409, "conflict", detail, None);
 }

@@ -155,7 +155,7 @@ async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: Pg
     let (ended, at) = (secrets(&fixture, &admin, id).await, revision(&pool).await);
     assert_eq!(cut(1).await.status.as_u16(), 204);
     assert_eq!((secrets(&fixture, &admin, id).await, revision(&pool).await), (ended, at), "once is enough");
-    assert_problem(&cut(4).await, 404, "not_found", &format!("There is no secret 4 of the key {id}."));
+    assert_problem(&cut(4).await, 404, "not_found", &format!("Key {id} has no secret 4."));
     let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";
     assert_problem(&cut(3).await, 409, "conflict", detail);
     let reply = fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/x"), &admin, None).await;
@@ -175,7 +175,7 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     for _ in 0..8 {
         rotated(&fixture, &admin, id, 30 * 86_400).await;
     }
-    let detail = "8 old secrets of this key still work. Cut one off first, or rotate without grace.";
+    let detail = "This key already has 8 active old secrets. Revoke one first, or rotate without grace_seconds.";
     assert_problem(&rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1}))).await, 409, "conflict", detail);
     rotated(&fixture, &admin, id, 0).await;
     fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/3"), &admin, None).await;

@@ -201,6 +201,6 @@ async fn a_reader_is_told_of_events_that_it_cannot_have(pool: PgPool) {
         assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (status, &json!(code)), "{query}");
     }
     let reply = read(&fixture, &user, "").await;
-    let detail = "This is for admins. Use a key with the scope admin.";
+    let detail = "Use a key with the scope admin.";
     assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
 }

@@ -8,7 +8,8 @@ use sqlx::PgPool;
 const ADMIN: &[&str] = &["admin"];
 const USER: &str = "/v1/users/user@example.com";
 const CREDITS: &str = "/v1/users/user@example.com/credits";
-const CHANGED: &str = "It was changed since it was read. Read it again, then repeat the change with its new ETag.";
+const CHANGED: &str =
+    "The resource has changed since it was read. Read it again and repeat the change with its new ETag.";
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
@@ -35,8 +36,8 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     let before = revision(&pool).await;
     assert_eq!(patch(json!({"plan": "gold"})).await.json(), expected);
     assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
-    patch(json!({})).await.assert_problem(400, "invalid", "Give plan.", None);
-    let detail = "there is no plan silver; PUT /v1/plans/silver makes it";
+    patch(json!({})).await.assert_problem(400, "invalid", "Set plan.", None);
+    let detail = "there is no plan silver; create it with PUT /v1/plans/silver";
     patch(json!({"plan": "silver"})).await.assert_problem(400, "invalid", detail, Some("plan"));
     assert_eq!(fixture.call("GET", uri, &user, None).await.json(), expected);
     assert_eq!(patch(json!({"plan": null})).await.json()["plan"], Value::Null);
@@ -89,7 +90,7 @@ async fn a_user_sees_themselves_and_changes_nothing(pool: PgPool) {
         (&user, "GET", "/v1/users", None, admins),
         (&user, "GET", "/v1/users/admin@example.com", None, own),
         (&sync, "GET", "/v1/users/user@example.com", None, filters),
-        (&sync, "PATCH", "/v1/users/user@example.com", Some(&body), filters),
+        (&sync, "PATCH", "/v1/users/user@example.com", Some(&body), admins),
     ] {
         fixture.call(method, uri, key, body).await.assert_problem(403, "forbidden", detail, None);
     }
@@ -218,7 +219,7 @@ async fn a_change_that_expects_a_user_makes_none(pool: PgPool) {
     reply.assert_problem(404, "not_found", detail, None);
     let made = patch("if-none-match", "*").await;
     assert_eq!((made.status.as_u16(), made.header("etag"), &made.json()["plan"]), (200, "\"2\"", &json!("gold")));
-    let detail = "It is there already, and If-None-Match asks that it is not.";
+    let detail = "The resource exists already, and If-None-Match demands that it does not.";
     patch("if-none-match", "*").await.assert_problem(412, "precondition_failed", detail, None);
 }
 

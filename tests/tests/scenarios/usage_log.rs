@@ -66,7 +66,7 @@ async fn what_a_client_calls_itself_books_nothing_and_what_the_filter_logged_is_
     ]) {
         assert!(line.contains(why), "{line}");
     }
-    assert!(told.ends_with("lines that were refused: 3\n") && !told.starts_with("reports applied: 0"), "{told}");
+    assert!(told.ends_with("lines refused: 3\n") && !told.starts_with("reports applied: 0"), "{told}");
     // All that was admitted is booked, to the last request, and nothing else.
     stack.wait_for_usage(ADA, stack.demo.requests()).await?;
     Ok(())
