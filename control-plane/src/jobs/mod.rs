@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use sqlx::PgPool;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
@@ -75,7 +76,6 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
         Job::new("export usage events", usage_event_interval, |c| async move { events::export_all(&c.pool).await }),
         Job::new("tidy leases", MINUTE, |c| async move { lease::tidy(&c.pool).await }),
         Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
-        Job::new("tidy rate limits", MINUTE, tidy_rate_limits),
         Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
         Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),
         Job::new("forget ended keys", HOUR, |c| async move {
@@ -92,11 +92,6 @@ type Changed = Result<u64, sqlx::Error>;
 
 async fn refill_credits(context: Context) -> Changed {
     Ok(u64::try_from(credits::refill::refill(&context.pool).await?).unwrap_or(u64::MAX))
-}
-
-async fn tidy_rate_limits(context: Context) -> Changed {
-    context.rate_limiter.tidy();
-    Ok(0)
 }
 
 async fn delete_ended_keys(context: Context) -> Changed {
@@ -139,13 +134,18 @@ impl Context {
 
 /// Runs all jobs until the future is dropped, or until one of them panics.
 pub async fn run(context: Context, store: Store) {
+    let mut running = JoinSet::new();
+    // Callers without a key are limited before the database answers, too.
+    running.spawn(tidy_rate_limits(Arc::clone(&context.rate_limiter)));
     // Not before the schema is up to date.
     if store.positions().wait_for(Option::is_some).await.is_err() {
         return;
     }
-    let mut running = JoinSet::new();
+    // At most three jobs use the database at a time, so that requests find connections.
+    let (hourly, frequent) = (Arc::new(Semaphore::new(1)), Arc::new(Semaphore::new(2)));
     for job in all(context.usage_event_interval) {
-        running.spawn(repeat(job, context.clone(), store.clone()));
+        let turns = if job.interval >= HOUR { &hourly } else { &frequent };
+        running.spawn(repeat(job, context.clone(), store.clone(), Arc::clone(turns)));
     }
     if let Some(Err(panic)) = running.join_next().await
         && let Ok(panic) = panic.try_into_panic()
@@ -154,11 +154,21 @@ pub async fn run(context: Context, store: Store) {
     }
 }
 
-async fn repeat(job: Job, context: Context, store: Store) {
+async fn tidy_rate_limits(rate_limiter: Arc<CallerRateLimiter>) {
+    let mut ticks = tokio::time::interval(MINUTE);
+    loop {
+        ticks.tick().await;
+        rate_limiter.tidy();
+    }
+}
+
+async fn repeat(job: Job, context: Context, store: Store, turns: Arc<Semaphore>) {
     let mut ticks = tokio::time::interval(job.interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        // The semaphore is never closed.
+        let _turn = turns.acquire().await;
         match (job.run)(context.clone()).await {
             Ok(0) => {}
             Ok(changed) => {

@@ -13,6 +13,7 @@ use super::lock::lock_key;
 use super::model::{CreatedKey, Key, NewKey};
 use super::permissions::ResolvedPermissions;
 use super::purge::forget_ended;
+use super::read::get;
 use super::revoke::revoke;
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
@@ -77,11 +78,15 @@ pub async fn replace_primary(
     count_against_daily_limit(change, user.id, new).await?;
     let permissions = new.permissions.resolve(change).await?;
     if let Some(id) = user.primary_key_id
-        && let Some(old) = lock_key(change, id).await?
+        && let Some(old) = get(&mut **change, id).await?
         && old.revoked_at.is_none()
     {
+        // A caller that may not revoke it does not take the lock that orders all changes.
         may_revoke(&old.scopes)?;
-        revoke(change, &old).await?;
+        if let Some(old) = lock_key(change, id).await? {
+            may_revoke(&old.scopes)?;
+            revoke(change, &old).await?;
+        }
     }
     let id = Uuid::now_v7();
     insert(change, id, user.id, new, &permissions, &secret).await?;
@@ -191,13 +196,17 @@ async fn insert(
     )
     .fetch_one(&mut *connection)
     .await;
-    let inserted = inserted.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
-        Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
-        _ => error.into(),
-    })?;
+    let mut inserted =
+        inserted.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+            Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
+            _ => error.into(),
+        })?;
     // From here to the commit, this transaction holds the lock that orders all changes: no statement is made in vain.
     if !inserted.is_plain(permissions) {
         refresh_starters(connection, Whose::Keys(&[id])).await?;
+        // The allowance of a new quota is a change of its own.
+        inserted.version =
+            sqlx::query_scalar!("select version from api_keys where id = $1", id).fetch_one(&mut *connection).await?;
     }
     // Keys expire without a call. When their owner creates the next one, filters forget the oldest.
     if new.per_day.is_some() {

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::lock::{LockedKey, lock_key, lock_store};
 use super::purge::forget_ended;
+use super::read::get;
 use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::domain::{ADMIN, Email, SYNC};
@@ -41,6 +42,9 @@ pub async fn revoke_primary(
 ) -> Result<bool, ApiError> {
     let primary = lock_user(change, email).await?.and_then(|user| user.primary_key_id);
     let Some(id) = primary else { return Ok(false) };
+    // A caller that may not revoke it, or finds it revoked, does not take the lock that orders all changes.
+    let Some(key) = get(&mut **change, id).await?.filter(|key| key.revoked_at.is_none()) else { return Ok(false) };
+    may_revoke(&key.scopes)?;
     let Some(key) = lock_key(change, id).await?.filter(|key| key.revoked_at.is_none()) else { return Ok(false) };
     may_revoke(&key.scopes)?;
     revoke(change, &key).await?;

@@ -232,3 +232,21 @@ async fn a_quota_that_makes_no_sense_or_a_zone_that_nobody_knows_stops_no_report
     Envoy::new(1, &sync).report(&fixture, &counts).await;
     assert_eq!(view(&fixture, &admin, lost).await["used"], 2);
 }
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_key_that_is_created_with_a_quota_has_the_etag_that_its_next_change_asks_for(pool: PgPool) {
+    let fixture = Fixture::new(pool.clone()).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let quota = json!({"requests": 100, "period": "day"});
+    for extra in [json!({}), json!({"quota": quota}), json!({"cost": 5})] {
+        let mut body = json!({"email": "user@example.com", "name": "n"});
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let created = fixture.call("POST", "/v1/keys", &admin, Some(&body)).await;
+        assert_eq!(created.status.as_u16(), 201, "{}", created.json());
+        let (etag, uri) = (created.header("etag").to_owned(), created.header("location").to_owned());
+        assert_eq!(fixture.call("GET", &uri, &admin, None).await.header("etag"), etag, "{extra}");
+        let renamed = json!({"name": "other"});
+        let changed = fixture.call_with("PATCH", &uri, &admin, Some(&renamed), &[("if-match", &etag)]).await;
+        assert_eq!(changed.status.as_u16(), 200, "{extra}");
+    }
+}
