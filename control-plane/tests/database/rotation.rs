@@ -194,7 +194,7 @@ async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool)
     let detail = format!("There is no key {foreign}.");
     assert_problem(&rotate(&fixture, &user, foreign, None).await, 404, "not_found", &detail);
     let (privileged, _) = fixture.key("user@example.com", &["sync"]).await;
-    let detail = "A key with the scope sync is changed and revoked with an admin's key only.";
+    let detail = "Only an admin changes or revokes a key with the scope sync. Use a key with the scope admin.";
     assert_problem(&rotate(&fixture, &user, privileged, None).await, 403, "forbidden", detail);
     // Whoever rotates a key is told its secret: that of a key that may more is not for the taking.
     let (sibling, _) = fixture.key("user@example.com", &["orders:write"]).await;
