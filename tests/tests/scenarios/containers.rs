@@ -210,7 +210,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     assert!(!containers.health("control-plane", "8081", &rest_port)?, "healthy without a process");
 
     let control_plane_log = Log::create(&containers.path("control-plane.log"))?;
-    let mut serve = containers.service("control-plane", "portcullis");
+    let mut serve = containers.service("portcullis", "control-plane");
     serve.args(["serve", "--log-format", "json", "--listen"]).arg(address.to_string()).env("DATABASE_URL", &url);
     let _control_plane = Process::spawn("the control plane", serve, &control_plane_log, Signal::SIGKILL)?;
     let healthy = async |service: &str, port: &str, its: &str| {
