@@ -194,7 +194,7 @@ async fn with_feeds(
     Ok(resident)
 }
 
-/// Memory of a peer that has all keys in its configuration, with few keys and with as many as it starts with.
+/// Measures the memory of a peer whose configuration holds the keys: with few keys, and with the most that it can start with.
 async fn as_many(
     holder: Holder,
     peer: &dyn Fn(u64) -> Result<Peer>,

@@ -415,7 +415,7 @@ end $$;
 create trigger retired_secrets_refuse_deletion before delete or truncate on retired_secrets
     for each statement execute function refuse_secret_deletion();
 
--- An admin key that works now and one that works tomorrow must remain. Otherwise nobody could manage keys any more.
+-- A change must leave an admin key that works now and one that works tomorrow. Without one, no caller could manage keys.
 --
 -- A key that is bound to networks counts only for a caller in one of them. The control plane puts the address of the present
 -- caller into portcullis.address. Changes by hand give no address: only keys without networks count for them.
@@ -798,12 +798,12 @@ comment on table leases is 'What each Envoy may use of the shared limits, the qu
 comment on column leases.stock is '0: share of a key''s rate limits, in parts per million; 1: quota of a key, in requests; 2: credits of a user.';
 comment on column leases.subject is 'The key; for credits, the user.';
 comment on column leases.reporter is 'The Envoy process.';
-comment on column leases.told is 'What the Envoy was granted last: a share, or the sum of all grants.';
-comment on column leases.held is 'The most that the Envoy may believe it has, until it acknowledges the last grant.';
+comment on column leases.told is 'The last grant to the Envoy: a share, or the sum of all grants.';
+comment on column leases.held is 'Upper bound of the grants that the Envoy can hold until it acknowledges the last one.';
 comment on column leases.told_seq is 'Number of the report that was answered with the grant.';
 comment on column leases.turn is 'Turn of the quota or the credits in which the grant was made.';
 comment on column leases.spent is 'Sum of all usage that the Envoy has reported.';
-comment on column leases.rest is 'Granted on top of told, for a start after an idle time. It is not reserved: others may be granted it too.';
+comment on column leases.rest is 'Allowance for the first requests after an idle time, in addition to told. The control plane does not reserve it and may grant it to other Envoys as well.';
 comment on column leases.demand is 'Recent requests or credits a second.';
 
 create index leases_reporter on leases (reporter);

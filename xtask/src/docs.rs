@@ -1,7 +1,7 @@
 //! The book in docs/: built with mdBook, and checked.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -30,7 +30,7 @@ pub(crate) fn build() -> Result<()> {
 /// Checks links, anchors, paths of source files and the width of prose, on every page.
 pub(crate) fn check() -> Result<()> {
     let book = paths::workspace().join("docs/src");
-    let mut pages = pages(&book)?;
+    let mut pages = paths::markdown_below(&book)?;
     pages.extend(DOCUMENTS.map(|name| paths::workspace().join(name)));
     let contents = std::fs::read_to_string(book.join("SUMMARY.md"))?;
     let mut faults = Vec::new();
@@ -46,20 +46,6 @@ pub(crate) fn check() -> Result<()> {
     ensure!(faults.is_empty(), "{} faults in the documents:\n{}", faults.len(), faults.join("\n"));
     say(&format!("{} pages: links, anchors, paths and widths are right", pages.len()));
     Ok(())
-}
-
-fn pages(directory: &Path) -> Result<Vec<PathBuf>> {
-    let mut pages = Vec::new();
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            pages.append(&mut self::pages(&path)?);
-        } else if path.extension().is_some_and(|extension| extension == "md") {
-            pages.push(path);
-        }
-    }
-    pages.sort();
-    Ok(pages)
 }
 
 /// What is wrong with a page, each fault after the number of its line.

@@ -17,7 +17,7 @@ use tokio::time::{Instant, Sleep};
 use crate::error::ApiError;
 use crate::net::wait_budget::WaitBudget;
 
-/// The time-out begins anew after so many bytes: an import is large, and its line may be slow.
+/// The time-out restarts after this number of bytes, so that a large import over a slow connection can finish.
 const RENEWED_BYTES: usize = 1 << 20;
 
 /// Answers 408 if a client lets its body wait for longer than the time-out in all. Time in which the body waits for the control

@@ -99,7 +99,7 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<im
     let shown = |version: &&str| {
         (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
     };
-    let heard = PollStatus {
+    let status = PollStatus {
         sync_key,
         address: peer.map(|Peer(address)| address.ip().to_canonical().to_string()),
         version: poll.version.as_deref().filter(shown).map(Into::into),
@@ -107,8 +107,8 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<im
         holds: poll.epoch.zip(poll.revision).filter(|_| poll.cursor.is_none()).map(|(epoch, at)| (epoch.into(), at)),
         pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
     };
-    match app.filters.polled(reporter, heard) {
-        // The very page that it gets is to count it.
+    match app.filters.polled(reporter, status) {
+        // The page in this response counts the Envoy already.
         Registration::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
         Registration::TooMany => return Noting::TooMany,
         Registration::Known | Registration::Ignored => {}

@@ -35,7 +35,7 @@ pub enum Period {
     Week,
     /// From the first to the first.
     Month,
-    /// The last so many seconds, at any time.
+    /// A sliding window of `window_seconds`.
     Rolling,
 }
 
@@ -80,7 +80,7 @@ impl Quota {
         }
     }
 
-    /// What an Envoy may admit before it was leased any; `told` is what filters know.
+    /// Requests that an Envoy may admit before it holds a lease. `told` is the value that filters have, if it is set.
     #[must_use]
     pub fn starter(&self, told: Option<i32>) -> i64 {
         told.map_or(self.requests / 16, i64::from).max(1)

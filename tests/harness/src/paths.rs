@@ -103,6 +103,21 @@ fn ancestors_can_be_entered(path: &Path) -> bool {
         .all(|directory| std::fs::metadata(directory).is_ok_and(|metadata| metadata.mode() & 0o001 != 0))
 }
 
+/// The Markdown files below a directory, by name.
+pub fn markdown_below(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut pages = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            pages.append(&mut markdown_below(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "md") {
+            pages.push(path);
+        }
+    }
+    pages.sort();
+    Ok(pages)
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::Command;

@@ -131,27 +131,12 @@ fn page(file: &str) -> Result<String> {
     std::fs::read_to_string(paths::workspace().join(file)).with_context(|| format!("{file} cannot be read"))
 }
 
-/// The pages below a directory, by name.
-fn pages(directory: &Path) -> Result<Vec<PathBuf>> {
-    let mut pages = Vec::new();
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            pages.append(&mut self::pages(&path)?);
-        } else if path.extension().is_some_and(|extension| extension == "md") {
-            pages.push(path);
-        }
-    }
-    pages.sort();
-    Ok(pages)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_commands_of_every_tutorial_print_what_the_page_says_any_number_of_times_in_bash_and_zsh() -> Result<()> {
     let stack = demo_stack().await?;
     let home = shell_home(&stack).await?;
     let (mut tutorials, mut expecting) = (0, 0);
-    for path in pages(&paths::workspace().join("docs/src"))? {
+    for path in paths::markdown_below(&paths::workspace().join("docs/src"))? {
         let page = std::fs::read_to_string(&path)?;
         if !page.contains("\n```sh\n") {
             continue;
