@@ -2,8 +2,8 @@
 //! waits and never calls out.
 //!
 //! A step reads only what its request needs: the client's address for keys that are bound to networks and for limits of
-//! requests without a key, definitions for keys that reference some, leases for keys with a quota or credits, the time for
-//! keys that expire or have limits.
+//! requests without a key, definitions for keys that reference some, and leases for keys with a quota or credits. The time is read
+//! for keys that expire or have limits, for limits of requests without a key, and where the configuration bounds staleness.
 
 use std::cell::OnceCell;
 use std::sync::Arc;

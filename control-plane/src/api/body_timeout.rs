@@ -49,7 +49,8 @@ struct Timed {
     body: Body,
     left: WaitBudget,
     /// Bytes that are still to come, if the client said how many there are. Once they are here, the body is whole, whatever
-    /// becomes of its stream: an Envoy that ends resets the stream of its last report right behind the last byte.
+    /// becomes of its stream: an Envoy that ends resets the stream of its last report right behind the last byte. The server still
+    /// drops a handler that waits for something else when the reset arrives, such as the look-up of an unknown sync key.
     announced: Option<u64>,
     /// Since when the client has kept us waiting, and until when it may.
     waiting: Option<(Instant, Pin<Box<Sleep>>)>,
