@@ -176,20 +176,27 @@ impl HttpBody for DeliveredBody {
 /// The streams of one connection over HTTP/2.
 #[derive(Debug, Default)]
 pub struct Streams {
-    open: watch::Sender<usize>,
+    counts: watch::Sender<StreamCounts>,
     stuck: Notify,
+}
+
+/// Streams that began, and those of them that have not ended. A stream can begin and end before a waiting task runs, so the
+/// number of open streams alone does not say whether there was one.
+#[derive(Clone, Copy, Debug, Default)]
+struct StreamCounts {
+    begun: u64,
+    open: usize,
 }
 
 impl Streams {
     /// Returns when there has been no stream for so long since the last one. Before the first stream it does not return.
     pub async fn idle(&self, timeout: Duration) {
-        let mut open = self.open.subscribe();
-        if open.wait_for(|open| *open > 0).await.is_err() {
-            return;
-        }
+        let mut counts = self.counts.subscribe();
         loop {
-            let ended = open.wait_for(|open| *open == 0).await.is_err();
-            if ended || tokio::time::timeout(timeout, open.wait_for(|open| *open > 0)).await.is_err() {
+            let Ok(begun) = counts.wait_for(|now| now.begun > 0 && now.open == 0).await.map(|now| now.begun) else {
+                return;
+            };
+            if tokio::time::timeout(timeout, counts.wait_for(|now| now.begun != begun)).await.is_err() {
                 return;
             }
         }
@@ -201,8 +208,11 @@ impl Streams {
     }
 
     async fn run(&self, stream: impl Future, timeout: Duration) {
-        self.open.send_modify(|open| *open = open.saturating_add(1));
-        let _open = Closing(&self.open);
+        self.counts.send_modify(|now| {
+            now.begun = now.begun.wrapping_add(1);
+            now.open = now.open.saturating_add(1);
+        });
+        let _open = Closing(&self.counts);
         let delivery: Arc<Delivery> = Arc::default();
         {
             let mut stream = pin!(DELIVERY.scope(Arc::clone(&delivery), stream));
@@ -230,11 +240,11 @@ fn timed_out() {
 }
 
 /// Counts a stream as ended when dropped.
-struct Closing<'a>(&'a watch::Sender<usize>);
+struct Closing<'a>(&'a watch::Sender<StreamCounts>);
 
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
-        self.0.send_modify(|open| *open = open.saturating_sub(1));
+        self.0.send_modify(|now| now.open = now.open.saturating_sub(1));
     }
 }
 
@@ -254,5 +264,29 @@ where
     fn execute(&self, stream: F) {
         let Self { streams, timeout } = self.clone();
         tokio::spawn(async move { streams.run(stream, timeout).await });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_whose_stream_ended_before_anything_waited_becomes_idle() {
+        let streams = Streams::default();
+        streams.run(async {}, Duration::from_secs(60)).await;
+        let idle = streams.idle(Duration::from_millis(10));
+        assert!(tokio::time::timeout(Duration::from_secs(60), idle).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_connection_with_an_open_stream_is_not_idle() {
+        let streams = Streams::default();
+        let open = streams.run(std::future::pending::<()>(), Duration::from_secs(60));
+        let idle = tokio::time::timeout(Duration::from_millis(300), streams.idle(Duration::from_millis(10)));
+        tokio::select! {
+            () = open => unreachable!("the stream is pending"),
+            idle = idle => assert!(idle.is_err()),
+        }
     }
 }
