@@ -80,28 +80,38 @@ pub async fn serve(listener: TcpListener, router: Router, options: ServerOptions
     let (stop, stopping) = watch::channel(false);
     let mut connections = JoinSet::new();
     loop {
-        tokio::select! {
-            () = &mut ended => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => match options.admission.admit(peer.ip()).await {
-                    Some(held) => {
-                        let (router, options, stopping) = (router.clone(), options.clone(), stopping.clone());
-                        connections.spawn(connection(stream, Accepted { peer, held, router, options, stopping }));
-                    }
-                    None => metrics::counter!("portcullis_connections_refused_total").increment(1),
-                },
-                Err(error) if broke(&error) => debug!(%error, "a client closed its connection before it was accepted"),
-                Err(error) => {
-                    warn!(%error, "could not accept a connection");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            },
-        }
+        let mut next = pin!(accept(&listener, &options.admission));
+        let accepted = loop {
+            tokio::select! {
+                () = &mut ended => break None,
+                Some(_) = connections.join_next(), if !connections.is_empty() => {}
+                accepted = next.as_mut() => break Some(accepted),
+            }
+        };
+        let Some((stream, peer, held)) = accepted else { break };
+        let (router, options, stopping) = (router.clone(), options.clone(), stopping.clone());
+        connections.spawn(connection(stream, Accepted { peer, held, router, options, stopping }));
     }
     drop(listener);
     let _ = stop.send(true);
     while connections.join_next().await.is_some() {}
+}
+
+/// The next connection that has a place.
+async fn accept(listener: &TcpListener, admission: &Arc<Admission>) -> (TcpStream, SocketAddr, AdmittedConnection) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => match admission.admit(peer.ip()).await {
+                Some(held) => return (stream, peer, held),
+                None => metrics::counter!("portcullis_connections_refused_total").increment(1),
+            },
+            Err(error) if broke(&error) => debug!(%error, "a client closed its connection before it was accepted"),
+            Err(error) => {
+                warn!(%error, "could not accept a connection");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
 }
 
 /// Whether it is the other end that gave up: then the next connection can be taken at once. Otherwise we lack something, such
