@@ -1,4 +1,4 @@
-//! A control plane with any number of keys and no database. It serves pages that it made at the
+//! A control plane with any number of keys and no database. It serves updates that it made at the
 //! start to every filter that polls, and discards usage.
 
 use std::collections::BTreeMap;
@@ -15,8 +15,8 @@ use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
-use contract::page::{Header, PAGE_BYTES, PageWriter, Part};
 use contract::record::Record;
+use contract::update::{Header, Part, UPDATE_BYTES, UpdateWriter};
 use contract::usage::{Ack, read_reports};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -54,7 +54,7 @@ pub(crate) struct Feed {
 }
 
 #[derive(Debug)]
-struct Pages {
+struct Updates {
     total: u64,
     /// By their first bucket.
     snapshot: BTreeMap<u32, Bytes>,
@@ -63,12 +63,12 @@ struct Pages {
 impl Feed {
     /// Starts it with the keys `0..keys`, each changed by `change`.
     pub(crate) async fn start(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
-        let pages = Arc::new(Pages::write(keys, change)?);
+        let updates = Arc::new(Updates::write(keys, change)?);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;
         let router =
-            Router::new().route("/sync/v1/keys", get(page)).route("/sync/v1/usage", post(usage)).with_state(pages);
-        // As the control plane does: otherwise the end of each page waits for Envoy's delayed acknowledgement.
+            Router::new().route("/sync/v1/keys", get(update)).route("/sync/v1/usage", post(usage)).with_state(updates);
+        // As the control plane does: otherwise the end of each update waits for Envoy's delayed acknowledgement.
         let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         let server = tokio::spawn(async move {
             // Ends with the task only.
@@ -88,30 +88,30 @@ impl Drop for Feed {
     }
 }
 
-impl Pages {
+impl Updates {
     fn write(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
         let mut hashes: Vec<(KeyHash, u64)> =
             (0..keys).map(|number| (KeyHash::of(key(number).as_bytes()), number)).collect();
         hashes.sort_unstable();
-        let mut pages = Self { total: keys, snapshot: BTreeMap::new() };
-        let (mut writer, mut from, mut bucket) = (PageWriter::new(), 0, 0);
+        let mut updates = Self { total: keys, snapshot: BTreeMap::new() };
+        let (mut writer, mut from, mut bucket) = (UpdateWriter::default(), 0, 0);
         for (hash, number) in hashes {
             let next = u32::from(hash.bucket());
-            // A page ends before a bucket, never within one.
-            if next != bucket && writer.bytes() >= PAGE_BYTES {
-                pages.close(&writer, from, next)?;
-                (writer, from) = (PageWriter::new(), next);
+            // An update ends before a bucket, never within one.
+            if next != bucket && writer.bytes() >= UPDATE_BYTES {
+                updates.close(&writer, from, next)?;
+                (writer, from) = (UpdateWriter::default(), next);
             }
             bucket = next;
             let mut record = record(number);
             change(&mut record);
             writer.put(&hash, &record.to_bytes()?);
         }
-        pages.close(&writer, from, BUCKETS)?;
-        Ok(pages)
+        updates.close(&writer, from, BUCKETS)?;
+        Ok(updates)
     }
 
-    fn close(&mut self, writer: &PageWriter, from: u32, to: u32) -> Result<()> {
+    fn close(&mut self, writer: &UpdateWriter, from: u32, to: u32) -> Result<()> {
         let part = Part::Snapshot { from, to };
         self.snapshot.insert(from, writer.finish(&self.header(part))?.into());
         Ok(())
@@ -122,8 +122,8 @@ impl Pages {
     }
 }
 
-async fn page(
-    State(pages): State<Arc<Pages>>,
+async fn update(
+    State(updates): State<Arc<Updates>>,
     Query(query): Query<BTreeMap<String, String>>,
 ) -> Result<Bytes, StatusCode> {
     let number = |name: &str| query.get(name).and_then(|text| text.parse::<u64>().ok());
@@ -131,11 +131,11 @@ async fn page(
         if number("wait") != Some(0) {
             tokio::time::sleep(HOLD).await;
         }
-        let unchanged = PageWriter::new().finish(&pages.header(Part::Changes { after }));
+        let unchanged = UpdateWriter::default().finish(&updates.header(Part::Changes { after }));
         return unchanged.map(Bytes::from).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR);
     }
     let cursor = u32::try_from(number("cursor").unwrap_or_default()).unwrap_or(u32::MAX);
-    pages.snapshot.get(&cursor).cloned().ok_or(StatusCode::BAD_REQUEST)
+    updates.snapshot.get(&cursor).cloned().ok_or(StatusCode::BAD_REQUEST)
 }
 
 async fn usage(body: Bytes) -> Result<Vec<u8>, StatusCode> {

@@ -346,7 +346,8 @@ fn unlimited_plugin() -> Value {
 }
 
 fn limited(record: &mut Record) {
-    record.rate_limits = vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000 }];
+    record.rate_limits =
+        vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000, shared: true }];
 }
 
 impl Running {

@@ -4,9 +4,9 @@ use contract::decision::{Facts, Presented, decide};
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::key;
-use contract::page::{Header, Page, PageWriter, Part};
 use contract::policy::{Policy, ScopeNeed};
 use contract::record::{RateLimit, Record};
+use contract::update::{Header, Part, Update, UpdateWriter};
 use divan::{Bencher, black_box};
 
 /// Tells of the allocations of each step too.
@@ -24,7 +24,7 @@ fn plain() -> Record {
 }
 
 fn rich() -> Record {
-    let limit = |name: &str| RateLimit { name: name.into(), requests: 100, window_s: 1, burst: 200 };
+    let limit = |name: &str| RateLimit { name: name.into(), requests: 100, window_s: 1, burst: 200, shared: true };
     Record {
         rate_limits: vec![limit("second"), limit("minute")],
         scopes: vec!["orders:read".into(), "orders:write".into(), "invoices:read".into()],
@@ -64,14 +64,14 @@ fn decide_on_a_record(bencher: Bencher<'_, '_>) {
 }
 
 #[divan::bench]
-fn read_a_page_of_ten_thousand_keys(bencher: Bencher<'_, '_>) {
-    let mut writer = PageWriter::new();
+fn read_an_update_of_ten_thousand_keys(bencher: Bencher<'_, '_>) {
+    let mut writer = UpdateWriter::default();
     let record = plain().to_bytes().expect("a record can be written");
     for number in 0..10_000_u32 {
         writer.put(&KeyHash::of(&number.to_le_bytes()), &record);
     }
     let part = Part::Changes { after: 0 };
     let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 10_000, part, filters: 1 };
-    let page = writer.finish(&header).expect("a page can be written");
-    bencher.bench_local(|| Page::read(black_box(&page)).is_ok());
+    let update = writer.finish(&header).expect("an update can be written");
+    bencher.bench_local(|| Update::read(black_box(&update)).is_ok());
 }

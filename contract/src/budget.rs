@@ -1,4 +1,4 @@
-//! Quotas and credits: what an Envoy was leased comes in, whether a request may spend from it goes out.
+//! Quotas and credits, of which an Envoy spends what it was leased.
 //!
 //! A stock (the quota of a key, the credits of an owner) is kept by the control plane. Each Envoy spends from a lease, which
 //! the answers to its usage reports renew, so that no request waits. Both sides count up from the start of the Envoy process
@@ -38,7 +38,7 @@ impl Stock {
         }
     }
 
-    /// The stock of a number; `None` for those of newer versions.
+    /// The stock of a number; `None` for a number of a later version.
     #[must_use]
     pub const fn from_code(code: u8) -> Option<Self> {
         match code {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_lead_back() {
+    fn a_stock_is_found_by_its_code() {
         for stock in [Stock::Share, Stock::Quota, Stock::Credits, Stock::Used, Stock::Balance] {
             assert_eq!(Stock::from_code(stock.code()), Some(stock));
         }

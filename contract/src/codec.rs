@@ -1,103 +1,98 @@
-//! The seal around everything that travels between filter and control plane: a mark of the kind, a checksum, the body.
+//! The envelope of every message between filter and control plane: a magic number, a checksum, and a body in postcard.
 //!
 //! ```text
-//! mark (4 bytes) │ CRC-32 of the body (4 bytes, little-endian) │ body (postcard)
+//! magic (4 bytes) │ CRC-32 of the body (4 bytes, little-endian) │ body (postcard)
 //! ```
 //!
-//! The checksum notices damage and truncation; who speaks is the transport's business. Inside a body, whatever may grow
-//! stands as a byte string of its own, so that an older reader steps over what it does not know.
+//! The checksum detects damage and truncation. Authentication is the transport's task.
+//!
+//! A reader ignores bytes after the fields that it knows, in a body as in the byte strings inside it. A later version may
+//! therefore append fields. `docs/src/reference/sync.md`, "Growth", has the rules.
 
-extern crate alloc;
-
-use alloc::vec::Vec;
+use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
-/// A kind of message, by its first four bytes. The last of them is the version of the layout as a whole: a reader refuses
-/// the others.
+/// The first four bytes of a message: its kind, and in the last byte the version of its layout. A reader refuses all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark(pub [u8; 4]);
+pub struct Magic(pub [u8; 4]);
 
-/// A page of the store.
-pub const PAGE: Mark = Mark(*b"PKP1");
-/// Usage reports.
-pub const USAGE: Mark = Mark(*b"PKU1");
-/// The acknowledgement of usage reports.
-pub const ACK: Mark = Mark(*b"PKA1");
+/// An [`Update`](crate::update::Update) of the key store.
+pub const UPDATE: Magic = Magic(*b"PKS1");
+/// A batch of usage [`Report`](crate::usage::Report)s.
+pub const USAGE: Magic = Magic(*b"PKU1");
+/// The [`Ack`](crate::usage::Ack) of usage reports.
+pub const ACK: Magic = Magic(*b"PKA1");
 
-const SEAL_BYTES: usize = 8;
-
-/// Why bytes were refused. Nothing of a refused message may be used.
+/// Why bytes were refused. No part of a refused message may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// Shorter than its seal.
+    /// Shorter than the envelope.
     #[error("the message is cut short")]
     Short,
-    /// Another kind, or a layout that this version does not know.
-    #[error("the message does not start with the mark that was expected")]
-    Mark,
-    /// Damaged on its way.
+    /// Another kind of message, or a version of its layout that this program does not know.
+    #[error("the message does not start with the expected magic number")]
+    Magic,
+    /// Damaged in transit.
     #[error("the message does not match its checksum")]
     Checksum,
-    /// Sealed well, but not what the mark promises.
+    /// The checksum matches, but the body is not of the kind that the magic number names.
     #[error("the message is malformed")]
     Malformed,
 }
 
-/// Seals a body.
-///
-/// # Errors
-/// [`DecodeError::Malformed`] if the value cannot be written; the messages of this crate always can.
-pub fn seal<T: Serialize>(mark: Mark, body: &T) -> Result<Vec<u8>, DecodeError> {
-    let mut out = Vec::from(mark.0);
-    out.extend_from_slice(&[0; 4]);
-    let mut out = postcard::to_extend(body, out).map_err(|_| DecodeError::Malformed)?;
-    let (seal, body) = out.split_at_mut_checked(SEAL_BYTES).ok_or(DecodeError::Malformed)?;
-    let checksum = crc32fast::hash(body).to_le_bytes();
-    for (to, from) in seal.iter_mut().skip(4).zip(checksum) {
-        *to = from;
-    }
-    Ok(out)
+/// Puts an encoded body into its envelope.
+#[must_use]
+pub fn envelope(magic: Magic, body: &[u8]) -> Vec<u8> {
+    [&magic.0[..], &crc32fast::hash(body).to_le_bytes(), body].concat()
 }
 
-/// Opens a sealed message; what it borrows, it borrows from `bytes`.
+/// Encodes a message.
+///
+/// # Errors
+/// [`DecodeError::Malformed`] if postcard cannot encode the value. It can encode every message of this crate.
+pub fn encode<T: Serialize + ?Sized>(magic: Magic, body: &T) -> Result<Vec<u8>, DecodeError> {
+    append(body, Vec::new()).map(|body| envelope(magic, &body))
+}
+
+/// Checks the envelope and decodes the body, which may borrow from `bytes`.
 ///
 /// # Errors
 /// Each variant of [`DecodeError`].
-pub fn open<'a, T: Deserialize<'a>>(mark: Mark, bytes: &'a [u8]) -> Result<T, DecodeError> {
-    open_part(mark, bytes).map(|(value, _newer)| value)
-}
-
-/// The same, with what follows in the body.
-pub(crate) fn open_part<'a, T: Deserialize<'a>>(mark: Mark, bytes: &'a [u8]) -> Result<(T, &'a [u8]), DecodeError> {
-    let (seal, body) = bytes.split_at_checked(SEAL_BYTES).ok_or(DecodeError::Short)?;
-    let (found, checksum) = seal.split_at_checked(4).ok_or(DecodeError::Short)?;
-    if found != mark.0 {
-        return Err(DecodeError::Mark);
+pub fn decode<'a, T: Deserialize<'a>>(magic: Magic, bytes: &'a [u8]) -> Result<T, DecodeError> {
+    let (found, rest) = bytes.split_first_chunk().ok_or(DecodeError::Short)?;
+    let (checksum, body) = rest.split_first_chunk().ok_or(DecodeError::Short)?;
+    if *found != magic.0 {
+        return Err(DecodeError::Magic);
     }
-    if checksum != crc32fast::hash(body).to_le_bytes() {
+    if *checksum != crc32fast::hash(body).to_le_bytes() {
         return Err(DecodeError::Checksum);
     }
-    part_of(body)
+    decode_prefix(body).map(|(body, _newer)| body)
 }
 
-/// Reads the fields that this version knows and leaves the rest to newer ones.
-pub(crate) fn part<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, DecodeError> {
-    part_of(bytes).map(|(value, _newer)| value)
-}
-
-/// The same, with what follows.
-pub(crate) fn part_of<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a [u8]), DecodeError> {
+/// Decodes the value at the start of `bytes`, and returns the bytes after it.
+pub(crate) fn decode_prefix<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(T, &'a [u8]), DecodeError> {
     postcard::take_from_bytes(bytes).map_err(|_| DecodeError::Malformed)
 }
 
-/// Writes something that may grow, to stand as a byte string of its own.
-pub(crate) fn grown<T: Serialize>(value: &T) -> Result<Vec<u8>, DecodeError> {
-    postcard::to_allocvec(value).map_err(|_| DecodeError::Malformed)
+/// Appends an encoded value, without an envelope.
+pub(crate) fn append<T: Serialize + ?Sized>(value: &T, to: Vec<u8>) -> Result<Vec<u8>, DecodeError> {
+    postcard::to_extend(value, to).map_err(|_| DecodeError::Malformed)
 }
 
-/// A byte string that is written in one piece and read without copying.
-pub(crate) struct Bytes<'a>(pub(crate) &'a [u8]);
+/// A byte string that postcard copies as a whole and decodes without a copy. serde's own implementation for slices writes
+/// byte by byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes<'a>(pub &'a [u8]);
+
+impl Deref for Bytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0
+    }
+}
 
 impl Serialize for Bytes<'_> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -1,51 +1,46 @@
-//! The decision: what is known of the key, what is known of the request and the time come in, an [`Outcome`] goes out.
+//! The decision on one request: a pure function of the key's record, the request and the time, whose result is an [`Outcome`].
 //!
-//! It is a pure function and the only one that admits a key: the filter calls it for each request, the control plane for
-//! its own callers, and `explain` for whoever wants to know why. Checks run from the cheapest fact that ends the matter to
-//! the most particular, and the first that fails names the outcome. What needs a memory of its own comes after it, and only
-//! for requests that it allowed: rate limits ([`crate::rate`]), and what is left of leases ([`crate::budget`]).
+//! No other function admits a key. The filter calls it for each request, the control plane for its own callers, and `explain`
+//! to show each check. The first check that fails names the outcome. Rate limits ([`crate::rate`]) and leases
+//! ([`crate::budget`]) have a state of their own and are enforced afterwards, for allowed requests only.
 
-extern crate alloc;
-
-use alloc::format;
-use alloc::string::{String, ToString};
-use core::net::IpAddr;
+use std::net::IpAddr;
 
 use crate::definition::Definitions;
 use crate::outcome::Outcome;
 use crate::policy::{KeyNeed, Policy, ScopeNeed};
 use crate::record::{Budget, Flags, Record, Requires, UNDERSTOOD};
 
-/// What came of looking for a key on the request and in the store.
+/// The key of a request, as far as the store knows it.
 #[derive(Clone, Copy, Debug)]
 pub enum Presented<'a> {
-    /// The request carries none.
-    Nothing,
-    /// It carries one that the store does not hold.
-    Stranger,
-    /// It carries one that the store holds.
+    /// The request has no key.
+    Missing,
+    /// The store does not have the key.
+    Unknown,
+    /// The store has this record of the key.
     Key(&'a Record),
 }
 
-/// What is known of the request, beside its key.
+/// The facts of a request beside its key.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
     /// Now, in seconds of Unix time.
     pub now_s: u64,
-    /// What the host understands of what a record may require.
+    /// The restrictions that the host understands.
     pub understands: Requires,
-    /// What the route asks for.
+    /// The policy of the route.
     pub policy: &'a Policy,
-    /// What records refer to by number.
+    /// All roles and plans.
     pub definitions: &'a Definitions,
-    /// The client's address, if it is known. Asked only if the key is bound to networks.
+    /// The client's address, if it is known. Used only if the key is bound to networks.
     pub address: Option<IpAddr>,
-    /// Whether the request counts against quota and credits. Those of the control plane's own callers do not.
+    /// Whether the request counts against quota and credits. A request to the control plane itself does not.
     pub metered: bool,
 }
 
 impl Facts<'_> {
-    /// The facts of a request that asks for nothing but a good key.
+    /// The facts of a request to a route that requires a good key and nothing else.
     #[must_use]
     pub const fn at(now_s: u64) -> Self {
         Self {
@@ -63,8 +58,8 @@ impl Facts<'_> {
 #[must_use]
 pub fn decide(presented: Presented<'_>, facts: &Facts<'_>) -> Outcome {
     match presented {
-        Presented::Nothing => keyless(facts.policy, Outcome::Missing),
-        Presented::Stranger => keyless(facts.policy, Outcome::Unknown),
+        Presented::Missing => keyless(facts.policy, Outcome::Missing),
+        Presented::Unknown => keyless(facts.policy, Outcome::Unknown),
         Presented::Key(record) => {
             let refused = Check::ALL.into_iter().find_map(|check| check.refusal(record, facts));
             refused.map_or(Outcome::Allowed, |outcome| keyless(facts.policy, outcome))
@@ -72,45 +67,55 @@ pub fn decide(presented: Presented<'_>, facts: &Facts<'_>) -> Outcome {
     }
 }
 
-/// What comes of a request whose key is missing or not good, where the policy may not insist on one.
+/// The outcome of a request without a good key: anonymous if the policy allows that, else the refusal.
 const fn keyless(policy: &Policy, outcome: Outcome) -> Outcome {
     let lets_through = match outcome {
         Outcome::Missing => !matches!(policy.key, KeyNeed::Required),
         Outcome::Unknown | Outcome::Revoked | Outcome::Expired | Outcome::Disabled | Outcome::AddressDenied => {
             matches!(policy.key, KeyNeed::Optional)
         }
-        _ => false,
+        Outcome::ScopeDenied
+        | Outcome::RateLimited
+        | Outcome::QuotaExceeded
+        | Outcome::CreditsExhausted
+        | Outcome::NotReady
+        | Outcome::Stale
+        | Outcome::Unsupported
+        | Outcome::PolicyUnknown
+        | Outcome::Allowed
+        | Outcome::FailedOpen
+        | Outcome::Anonymous => false,
     };
     if lets_through { Outcome::Anonymous } else { outcome }
 }
 
-/// Whether the decision on a key may depend on the time. If not, any time will do, and need not be asked for.
+/// Whether the decision on a key may depend on the time. If not, the caller need not read the clock.
 #[must_use]
 pub const fn depends_on_time(record: &Record) -> bool {
     let used_up = Flags::QUOTA_EXCEEDED.0 | Flags::CREDITS_EXHAUSTED.0;
     record.expires_at_s.is_some() || record.flags.0 & used_up != 0
 }
 
-/// What a request of this key costs, in credits.
+/// The cost of a request with this key, in credits.
 #[must_use]
 pub fn cost(record: &Record, policy: &Policy) -> u32 {
     policy.cost.unwrap_or(record.cost)
 }
 
-/// One question that is asked of a key that the store holds.
+/// One check of a key that the store has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Check {
     /// Was it revoked?
     Revocation,
-    /// Is its time over?
+    /// Has it expired?
     Expiry,
     /// Is it switched off?
     Switch,
-    /// Does it carry a restriction that this version cannot judge?
+    /// Does it have a restriction that this version does not understand?
     Support,
     /// May it be used from the client's address?
     Address,
-    /// Has it the scopes that the route asks for?
+    /// Does it have the scopes that the route requires?
     Scopes,
     /// Is its quota used up?
     Quota,
@@ -119,7 +124,7 @@ pub enum Check {
 }
 
 impl Check {
-    /// All of them, in the order in which they are asked.
+    /// All checks, in the order in which they run.
     pub const ALL: [Self; 8] = [
         Self::Revocation,
         Self::Expiry,
@@ -146,7 +151,7 @@ impl Check {
         }
     }
 
-    /// The outcome, if the check fails.
+    /// The outcome if the check fails.
     #[must_use]
     pub fn refusal(self, record: &Record, facts: &Facts<'_>) -> Option<Outcome> {
         let (fails, outcome) = match self {
@@ -156,26 +161,23 @@ impl Check {
             Self::Support => {
                 (!facts.understands.covers(record.requires) || lacks_plan(record, facts), Outcome::Unsupported)
             }
-            Self::Address => (!is_listed(record, facts), Outcome::AddressDenied),
+            Self::Address => (!may_use_address(record, facts), Outcome::AddressDenied),
             Self::Scopes => (!has_scopes(record, facts), Outcome::ScopeDenied),
             Self::Quota => {
                 let used_up = record.flags.contains(Flags::QUOTA_EXCEEDED);
-                (facts.metered && used_up && !is_refilled(record.further.quota, facts.now_s), Outcome::QuotaExceeded)
+                (facts.metered && used_up && !is_refilled(record.quota, facts.now_s), Outcome::QuotaExceeded)
             }
             Self::Credits => {
                 let used_up = record.flags.contains(Flags::CREDITS_EXHAUSTED) && cost(record, facts.policy) > 0;
-                (
-                    facts.metered && used_up && !is_refilled(record.further.credits, facts.now_s),
-                    Outcome::CreditsExhausted,
-                )
+                (facts.metered && used_up && !is_refilled(record.credits, facts.now_s), Outcome::CreditsExhausted)
             }
         };
         fails.then_some(outcome)
     }
 
-    /// What the check looked at, in words.
+    /// The facts that the check used, in words.
     #[must_use]
-    pub fn saw(self, record: &Record, facts: &Facts<'_>) -> String {
+    pub fn detail(self, record: &Record, facts: &Facts<'_>) -> String {
         let budget = |flag, budget: Option<Budget>| match (budget, record.flags.contains(flag)) {
             (None, false) => "none is set".to_string(),
             (_, true) => match budget.and_then(|budget| budget.resets_at_s) {
@@ -193,20 +195,16 @@ impl Check {
             },
             Self::Switch if record.flags.contains(Flags::DISABLED) => "the key is switched off".to_string(),
             Self::Switch => "the key is switched on".to_string(),
-            Self::Support => match record.further.plan {
+            Self::Support => match record.plan {
                 Some(plan) if lacks_plan(record, facts) => format!("plan {plan} is not in the store"),
                 _ => format!("the key requires {:#x}, {:#x} is understood", record.requires.0, facts.understands.0),
             },
             Self::Address => match facts.address {
-                _ if record.further.networks.is_empty() && record.address_list.is_none() => {
-                    "the key may be used from any address".to_string()
-                }
+                _ if record.networks.is_empty() => "the key may be used from any address".to_string(),
                 Some(address) => {
-                    format!("the client's address is {address}, the key is bound to {}", list(&record.further.networks))
+                    format!("the client's address is {address}, the key is bound to {}", list(&record.networks))
                 }
-                None => {
-                    format!("the client's address is not known, the key is bound to {}", list(&record.further.networks))
-                }
+                None => format!("the client's address is not known, the key is bound to {}", list(&record.networks)),
             },
             Self::Scopes => {
                 let asked = match &facts.policy.scopes {
@@ -216,29 +214,28 @@ impl Check {
                 };
                 format!("the route asks for {asked}, the key has {}", list(&facts.definitions.scopes(record)))
             }
-            Self::Quota => budget(Flags::QUOTA_EXCEEDED, record.further.quota),
+            Self::Quota => budget(Flags::QUOTA_EXCEEDED, record.quota),
             Self::Credits => {
                 let cost = cost(record, facts.policy);
-                format!("{}; the request costs {cost}", budget(Flags::CREDITS_EXHAUSTED, record.further.credits))
+                format!("{}; the request costs {cost}", budget(Flags::CREDITS_EXHAUSTED, record.credits))
             }
         }
     }
 }
 
 fn list<T: ToString>(items: &[T]) -> String {
-    let items: alloc::vec::Vec<String> = items.iter().map(ToString::to_string).collect();
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
     if items.is_empty() { "none".to_string() } else { items.join(", ") }
 }
 
-/// The limits of a plan that is not there cannot be judged. It comes with the next page.
+/// Without its plan, the limits of a key are unknown. The plan arrives with the next update.
 fn lacks_plan(record: &Record, facts: &Facts<'_>) -> bool {
-    record.further.plan.is_some() && facts.definitions.plan(record).is_none()
+    record.plan.is_some() && facts.definitions.plan(record).is_none()
 }
 
-fn is_listed(record: &Record, facts: &Facts<'_>) -> bool {
-    let networks = &record.further.networks;
-    let listed = |address| networks.iter().any(|network| network.contains(address));
-    record.address_list.is_none() && (networks.is_empty() || facts.address.is_some_and(listed))
+fn may_use_address(record: &Record, facts: &Facts<'_>) -> bool {
+    let listed = |address| record.networks.iter().any(|network| network.contains(address));
+    record.networks.is_empty() || facts.address.is_some_and(listed)
 }
 
 fn has_scopes(record: &Record, facts: &Facts<'_>) -> bool {
@@ -257,7 +254,6 @@ fn is_refilled(budget: Option<Budget>, now_s: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec::Vec;
 
     use crate::definition::Definition;
     use crate::id::{KeyId, OwnerId};
@@ -275,8 +271,8 @@ mod tests {
     #[test]
     fn a_plain_key_is_allowed_and_no_key_or_a_strange_one_is_not() {
         assert_eq!(outcome(|_| ()), Outcome::Allowed);
-        assert_eq!(decide(Presented::Nothing, &Facts::at(0)), Outcome::Missing);
-        assert_eq!(decide(Presented::Stranger, &Facts::at(0)), Outcome::Unknown);
+        assert_eq!(decide(Presented::Missing, &Facts::at(0)), Outcome::Missing);
+        assert_eq!(decide(Presented::Unknown, &Facts::at(0)), Outcome::Unknown);
     }
 
     #[test]
@@ -285,7 +281,6 @@ mod tests {
         assert_eq!(outcome(|r| r.flags = Flags::DISABLED), Outcome::Disabled);
         assert_eq!(outcome(|r| r.flags = Flags::QUOTA_EXCEEDED), Outcome::QuotaExceeded);
         assert_eq!(outcome(|r| r.flags = Flags::CREDITS_EXHAUSTED), Outcome::CreditsExhausted);
-        assert_eq!(outcome(|r| r.address_list = Some(1)), Outcome::AddressDenied);
         assert_eq!(outcome(|r| r.requires = Requires(1 << 31)), Outcome::Unsupported);
     }
 
@@ -299,7 +294,7 @@ mod tests {
     #[test]
     fn a_required_scope_must_be_among_those_granted() {
         let mut record = plain();
-        record.scopes = alloc::vec!["sync".into(), "orders:read".into()];
+        record.scopes = vec!["sync".into(), "orders:read".into()];
         let asked = |need: fn(Vec<String>) -> ScopeNeed, scopes: &[&str]| {
             let scopes = need(scopes.iter().map(ToString::to_string).collect());
             let policy = Policy { scopes, ..Policy::default() };
@@ -315,7 +310,7 @@ mod tests {
     #[test]
     fn a_key_bound_to_networks_works_from_there_only() {
         let mut record = plain();
-        record.further.networks = alloc::vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
+        record.networks = vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
         let from = |address: Option<&str>| {
             let address = address.map(|address| address.parse().unwrap());
             decide(Presented::Key(&record), &Facts { address, ..Facts::at(0) })
@@ -333,7 +328,7 @@ mod tests {
         let outcomes = |key| {
             let policy = Policy { key, ..Policy::default() };
             let facts = Facts { policy: &policy, ..Facts::at(0) };
-            [Presented::Nothing, Presented::Stranger, Presented::Key(&revoked), Presented::Key(&exhausted)]
+            [Presented::Missing, Presented::Unknown, Presented::Key(&revoked), Presented::Key(&exhausted)]
                 .map(|presented| decide(presented, &facts))
         };
         let [missing, unknown, revoked_, exhausted_] =
@@ -345,9 +340,9 @@ mod tests {
     }
 
     #[test]
-    fn a_stock_that_is_used_up_is_filled_anew_by_itself_and_free_routes_need_none() {
+    fn an_exhausted_budget_blocks_until_its_reset_and_free_routes_need_no_credits() {
         let mut record = Record { flags: Flags::QUOTA_EXCEEDED, ..plain() };
-        record.further.quota = Some(Budget { starter: 1, turn: 1, resets_at_s: Some(1_000) });
+        record.quota = Some(Budget { starter: 1, turn: 1, resets_at_s: Some(1_000) });
         assert_eq!(decide(Presented::Key(&record), &Facts::at(999)), Outcome::QuotaExceeded);
         assert_eq!(decide(Presented::Key(&record), &Facts::at(1_000)), Outcome::Allowed);
         let record = Record { flags: Flags::CREDITS_EXHAUSTED, ..plain() };
@@ -357,9 +352,9 @@ mod tests {
     }
 
     #[test]
-    fn a_key_whose_plan_is_not_there_yet_is_not_let_in_without_limits() {
+    fn a_key_whose_plan_has_not_arrived_is_refused() {
         let mut record = plain();
-        record.further.plan = Some(4);
+        record.plan = Some(4);
         assert_eq!(decide(Presented::Key(&record), &Facts::at(0)), Outcome::Unsupported);
         let definitions = Definitions([(4, Definition::default())].into());
         assert_eq!(
@@ -369,14 +364,14 @@ mod tests {
     }
 
     #[test]
-    fn every_check_says_what_it_saw() {
+    fn every_check_describes_the_facts_it_used() {
         for check in Check::ALL {
-            assert!(!check.saw(&plain(), &Facts::at(0)).is_empty() && !check.name().is_empty());
+            assert!(!check.detail(&plain(), &Facts::at(0)).is_empty() && !check.name().is_empty());
         }
     }
 
     #[test]
-    fn revocation_is_told_before_anything_else() {
+    fn a_revoked_key_is_refused_as_revoked_whatever_else_is_wrong() {
         let everything = |r: &mut Record| {
             r.flags = Flags::REVOKED.with(Flags::DISABLED, true).with(Flags::CREDITS_EXHAUSTED, true);
             r.expires_at_s = Some(0);

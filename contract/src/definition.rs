@@ -1,43 +1,36 @@
-//! What records refer to by number: roles and plans, which the store holds beside the records, so that a change of one
-//! reaches every key that refers to it at once.
+//! Roles and plans. Records reference them by number, so a change takes effect for all keys immediately.
 
-extern crate alloc;
-
-use alloc::collections::BTreeMap;
-use alloc::string::String;
-use alloc::vec::Vec;
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, DecodeError};
 use crate::record::{RateLimit, Record};
 
-/// A role, which has scopes, or a plan, which may have both.
+/// A role or a plan. A role has scopes only.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
-    /// Scopes that it grants.
+    /// The scopes that it grants.
     pub scopes: Vec<String>,
     /// Limits of keys that have none of their own.
     pub rate_limits: Vec<RateLimit>,
-    /// Those of the limits that each Envoy judges alone: see [`Further::alone`](crate::record::Further::alone).
-    pub alone: u32,
 }
 
 impl Definition {
-    /// The binary form, as pages carry it.
+    /// The encoded form, as updates carry it.
     ///
     /// # Errors
-    /// Never for a definition that fits in memory; the codec's signature has the error.
+    /// None in practice: see [`codec::encode`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, DecodeError> {
-        codec::grown(self)
+        codec::append(self, Vec::new())
     }
 
-    /// Reads the binary form. Bytes after the known fields belong to a newer version and are left alone.
+    /// Decodes a definition and ignores fields that a later version appended.
     ///
     /// # Errors
-    /// [`DecodeError::Malformed`] if the known fields do not stand there.
+    /// [`DecodeError::Malformed`].
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
-        codec::part(bytes)
+        codec::decode_prefix(bytes).map(|(definition, _newer)| definition)
     }
 }
 
@@ -46,10 +39,10 @@ impl Definition {
 pub struct Definitions(pub BTreeMap<u32, Definition>);
 
 impl Definitions {
-    /// None at all.
+    /// No definitions.
     pub const NONE: &'static Self = &Self(BTreeMap::new());
 
-    /// All scopes of a key: its own, its roles' and its plan's, each once, in that order.
+    /// All scopes of a key, each once: its own, then those of its roles, then those of its plan.
     #[must_use]
     pub fn scopes<'a>(&'a self, record: &'a Record) -> Vec<&'a str> {
         let mut all = Vec::new();
@@ -61,26 +54,25 @@ impl Definitions {
         all
     }
 
-    /// Whether a key is granted a scope, by name or by a wider one.
+    /// Whether one of the key's scopes [covers] the required one.
     #[must_use]
     pub fn grants(&self, record: &Record, required: &str) -> bool {
         self.each_scope(record).any(|granted| covers(granted, required))
     }
 
-    /// The limits of a key, its own or those of its plan, and which of them each Envoy judges alone. None: the default of
-    /// the filter applies.
+    /// The limits of a key: its own, else those of its plan. Empty: the default of the filter applies.
     #[must_use]
-    pub fn rate_limits<'a>(&'a self, record: &'a Record) -> (&'a [RateLimit], u32) {
+    pub fn rate_limits<'a>(&'a self, record: &'a Record) -> &'a [RateLimit] {
         if !record.rate_limits.is_empty() {
-            return (&record.rate_limits, record.further.alone);
+            return &record.rate_limits;
         }
-        self.plan(record).map_or((&[], 0), |plan| (&plan.rate_limits, plan.alone))
+        self.plan(record).map_or(&[], |plan| &plan.rate_limits)
     }
 
-    /// The plan of a key, if it has one and the store holds it.
+    /// The plan of a key. `None` if it has no plan, or the store does not have the plan yet.
     #[must_use]
     pub fn plan(&self, record: &Record) -> Option<&Definition> {
-        self.0.get(&record.further.plan?)
+        self.0.get(&record.plan?)
     }
 
     fn each_scope<'a>(&'a self, record: &'a Record) -> impl Iterator<Item = &'a str> {
@@ -90,8 +82,8 @@ impl Definitions {
     }
 }
 
-/// Whether a granted scope covers a required one: `orders:read` covers itself, `orders:*` all that starts with `orders:`.
-/// A star anywhere else is a character like others, so that no scope grants everything.
+/// Whether a granted scope covers a required one: `orders:read` covers itself, `orders:*` every longer scope that starts with
+/// `orders:`. Anywhere else a star is an ordinary character, so no scope grants everything.
 #[must_use]
 pub fn covers(granted: &str, required: &str) -> bool {
     granted == required
@@ -104,7 +96,6 @@ pub fn covers(granted: &str, required: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use alloc::vec;
 
     use super::*;
     use crate::id::{KeyId, OwnerId};
@@ -130,26 +121,26 @@ mod tests {
 
     #[test]
     fn a_key_has_the_scopes_of_its_roles_and_plan_and_its_own_limits_before_those_of_the_plan() {
-        let limit = |name: &str| RateLimit { name: name.into(), requests: 1, window_s: 1, burst: 1 };
+        let limit = |name: &str| RateLimit { name: name.into(), requests: 1, window_s: 1, burst: 1, shared: true };
         let role = Definition { scopes: vec!["a:*".into(), "b".into()], ..Definition::default() };
-        let plan = Definition { scopes: vec!["b".into(), "c".into()], rate_limits: vec![limit("plan")], alone: 1 };
+        let plan = Definition { scopes: vec!["b".into(), "c".into()], rate_limits: vec![limit("plan")] };
         let definitions = Definitions([(1, role), (2, plan)].into());
         let mut record = Record::plain(KeyId([1; 16]), OwnerId([2; 16]));
         assert_eq!(definitions.scopes(&record), Vec::<&str>::new());
         record.scopes = vec!["own".into()];
         record.roles = vec![1, 7];
-        record.further.plan = Some(2);
+        record.plan = Some(2);
         assert_eq!(definitions.scopes(&record), ["own", "a:*", "b", "c"]);
         assert!(definitions.grants(&record, "a:x") && definitions.grants(&record, "c"));
         assert!(!definitions.grants(&record, "d") && !Definitions::NONE.grants(&record, "c"));
-        assert_eq!(definitions.rate_limits(&record), (&[limit("plan")][..], 1));
+        assert_eq!(definitions.rate_limits(&record), [limit("plan")]);
         record.rate_limits = vec![limit("own")];
-        assert_eq!(definitions.rate_limits(&record), (&[limit("own")][..], 0));
+        assert_eq!(definitions.rate_limits(&record), [limit("own")]);
     }
 
     #[test]
-    fn the_bytes_lead_back_and_may_grow() {
-        let definition = Definition { scopes: vec!["a".into()], rate_limits: vec![], alone: 0 };
+    fn a_definition_is_decoded_as_it_was_and_appended_fields_are_ignored() {
+        let definition = Definition { scopes: vec!["a".into()], rate_limits: vec![] };
         let mut bytes = definition.to_bytes().unwrap();
         bytes.push(7);
         assert_eq!(Definition::from_bytes(&bytes), Ok(definition));

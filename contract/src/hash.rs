@@ -1,14 +1,13 @@
-//! The hash of a key: a presented key comes in, its SHA-256 goes out, and the bucket of the store in which it is kept.
+//! The hash of a key, by which the store finds its record.
 
-extern crate alloc;
-
-use core::fmt;
+use std::fmt;
+use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
 use crate::id::byte_name;
 
-/// Buckets of the store: the first 16 bits of the hash name one.
+/// Buckets of the store. The first 16 bits of a hash are the number of its bucket.
 pub const BUCKETS: u32 = 65_536;
 
 byte_name! {
@@ -17,13 +16,13 @@ byte_name! {
 }
 
 impl KeyHash {
-    /// Hashes a key as it was presented, whatever its bytes are.
+    /// Hashes a key as the client sent it. Its bytes need not be text.
     #[must_use]
     pub fn of(presented: &[u8]) -> Self {
         Self(Sha256::digest(presented).into())
     }
 
-    /// Which of the [`BUCKETS`] holds this key's record.
+    /// Which of the [`BUCKETS`] has this key's record.
     #[must_use]
     pub const fn bucket(&self) -> u16 {
         let [high, low, ..] = self.0;
@@ -37,7 +36,7 @@ impl fmt::Display for KeyHash {
     }
 }
 
-impl core::str::FromStr for KeyHash {
+impl FromStr for KeyHash {
     type Err = hex::FromHexError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -55,7 +54,7 @@ mod tests {
     fn the_hash_is_plain_sha_256() {
         // FIPS 180-2, appendix B.1.
         let hash = KeyHash::of(b"abc");
-        assert_eq!(alloc::format!("{hash}"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(hash.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(hash.bucket(), 0xba78);
     }
 }

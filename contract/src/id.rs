@@ -1,23 +1,19 @@
-//! Names made of a fixed number of bytes: who a key is, who owns it, which database and which reporter speak.
-//!
-//! In binary form they are their bytes alone; in JSON they are their usual text.
+//! Identifiers with a fixed number of bytes. Messages have the bytes alone; JSON has the usual text.
 
-extern crate alloc;
-
-use core::fmt;
-use core::str::FromStr;
+use std::fmt;
+use std::str::FromStr;
 
 use uuid::Uuid;
 
-/// A named array of bytes with the traits that every such name needs. `Display` and `FromStr` are up to the type.
+/// A newtype around an array of bytes with the traits of every identifier but `Display` and `FromStr`.
 macro_rules! byte_name {
     ($(#[$doc:meta])* $name:ident, $bytes:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(pub [u8; $bytes]);
 
-        impl core::fmt::Debug for $name {
-            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 write!(f, concat!(stringify!($name), "({})"), self)
             }
         }
@@ -35,7 +31,7 @@ macro_rules! byte_name {
         impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 if deserializer.is_human_readable() {
-                    let text = <alloc::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+                    let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
                     text.parse().map_err(serde::de::Error::custom)
                 } else {
                     <[u8; $bytes]>::deserialize(deserializer).map(Self)
@@ -46,7 +42,7 @@ macro_rules! byte_name {
 }
 pub(crate) use byte_name;
 
-/// The same for the names that are UUIDs.
+/// The same for UUIDs, with `Display` and `FromStr`.
 macro_rules! uuid_name {
     ($(#[$doc:meta])* $name:ident) => {
         byte_name! { $(#[$doc])* $name, 16 }
@@ -80,18 +76,18 @@ macro_rules! uuid_name {
 }
 
 uuid_name! {
-    /// Names a key for as long as it lives: the same before and after a change of its secret.
+    /// A key. A rotation changes its secret and keeps its id.
     KeyId
 }
 uuid_name! {
-    /// Names the owner of keys: the consumer that the upstream hears of.
+    /// The owner of keys, which the upstream gets as the consumer.
     OwnerId
 }
 uuid_name! {
-    /// Names one life of the database. Revisions compare only within one epoch.
+    /// One life of the database. Revisions are comparable within one epoch only.
     Epoch
 }
 uuid_name! {
-    /// Names one Envoy process as a source of usage reports.
+    /// One Envoy process as a source of usage reports.
     ReporterId
 }

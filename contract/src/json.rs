@@ -1,18 +1,12 @@
-//! JSON that people and programs write: bodies of the REST API, lines of an import, the file of policies, the plugin
-//! configuration of the filter.
+//! JSON input: bodies of the REST API, lines of an import, the file of policies, the plugin configuration of the filter.
 //!
-//! An error names the field by its path, as `rate_limits[0].name`, and never repeats a value, which may be a key. serde
-//! reads an array where a struct is expected, field by field in the order of the declaration. [`read`] refuses that at
-//! every depth: only objects are structs.
+//! An error names the field by its path, such as `rate_limits[0].name`, and never repeats a value, which may be a key. serde
+//! also reads a struct from an array, field by field in the order of declaration. [`read`] refuses such an array at every
+//! depth.
 
 mod objects_only;
 
-extern crate alloc;
-
-use alloc::borrow::ToOwned;
-use alloc::format;
-use alloc::string::{String, ToString};
-use core::fmt;
+use std::fmt;
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
@@ -20,18 +14,18 @@ use serde_path_to_error::{Path, Segment, Track};
 
 use self::objects_only::ObjectsOnly;
 
-/// What editors put before a text in UTF-8. JSON allows a reader to ignore it (RFC 8259, section 8.1).
+/// The mark that some editors put before UTF-8. A reader of JSON may ignore it (RFC 8259, section 8.1).
 pub const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Longest name of an unknown field that an error repeats, in bytes. A generated key is longer.
 const REPEATED_BYTES: usize = 32;
 
-/// What is wrong with a text.
+/// What is wrong with an input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputError {
-    /// The field, as `rate_limits[0].name`. Empty if the text as a whole is wrong.
+    /// The path of the field, such as `rate_limits[0].name`. Empty if the input as a whole is wrong.
     pub path: String,
-    /// The object that the field is of; the field itself, if its value is wrong.
+    /// The path of the object that has the field; that of the field itself if its value is wrong.
     pub parent: String,
     /// The kind of fault.
     pub fault: Fault,
@@ -42,11 +36,11 @@ pub struct InputError {
 /// The kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The text is not JSON.
+    /// The input is not JSON.
     Syntax,
     /// A field is missing.
     Missing,
-    /// A field is not known. Its name comes from the input: the path has it only if it is short.
+    /// A field is not known. Its name is part of the path only if it is short, since it comes from the input.
     Unknown,
     /// A field is given twice.
     Duplicate,
@@ -60,7 +54,7 @@ impl fmt::Display for InputError {
     }
 }
 
-impl core::error::Error for InputError {}
+impl std::error::Error for InputError {}
 
 /// Reads a value from JSON.
 ///
@@ -77,23 +71,23 @@ pub fn read<'de, T: Deserialize<'de>>(text: &'de [u8]) -> Result<T, InputError> 
     };
     match read {
         Ok(value) => json.end().map(|()| value).map_err(not_json),
-        // A reader of JSON reports some wrong values as it reports wrong syntax.
+        // serde_json reports some wrong values as wrong syntax.
         Err(error) => Err(serde_json::from_slice::<IgnoredAny>(text)
-            .map_or_else(not_json, |_| InputError::of(&track.path(), &error.to_string()))),
+            .map_or_else(not_json, |_| InputError::new(&track.path(), &error.to_string()))),
     }
 }
 
-/// Reads a value from JSON that has been parsed already.
+/// Reads a value from parsed JSON.
 ///
 /// # Errors
 /// The first field that is wrong.
 pub fn read_value<'de, T: Deserialize<'de>>(value: &'de serde_json::Value) -> Result<T, InputError> {
     let mut track = Track::new();
     let read = T::deserialize(serde_path_to_error::Deserializer::new(ObjectsOnly(value), &mut track));
-    read.map_err(|error| InputError::of(&track.path(), &error.to_string()))
+    read.map_err(|error| InputError::new(&track.path(), &error.to_string()))
 }
 
-/// For fields that may be left out: null means the same as no field.
+/// For optional fields: null means the same as no field.
 ///
 /// # Errors
 /// Those of the value.
@@ -106,21 +100,21 @@ where
 }
 
 impl InputError {
-    /// Translates what a reader of serde's says at a path.
+    /// Translates an error message of serde's and its path.
     #[must_use]
-    pub fn of(path: &Path, told: &str) -> Self {
-        let (path, told) = (written(path), without_position(told));
+    pub fn new(path: &Path, message: &str) -> Self {
+        let (path, message) = (text_of(path), without_position(message));
         let named = |fault, name: &str, detail: &str| {
             let parent = path.strip_suffix(name).map_or(path.as_str(), |parent| parent.trim_end_matches('.'));
             Self { path: join(parent, name), parent: parent.to_owned(), fault, detail: detail.to_owned() }
         };
-        if let Some(name) = told.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`')) {
+        if let Some(name) = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`')) {
             return named(Fault::Missing, name, "is missing");
         }
-        if let Some(name) = told.strip_prefix("duplicate field `").and_then(|rest| rest.strip_suffix('`')) {
+        if let Some(name) = message.strip_prefix("duplicate field `").and_then(|rest| rest.strip_suffix('`')) {
             return named(Fault::Duplicate, name, "is given twice");
         }
-        if let Some(rest) = told.strip_prefix("unknown field `") {
+        if let Some(rest) = message.strip_prefix("unknown field `") {
             let (name, known) = rest.rsplit_once("`, expected ").unwrap_or((rest, ""));
             let parent = named(Fault::Unknown, name, "").parent;
             let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
@@ -134,33 +128,33 @@ impl InputError {
             };
             return Self { path: join(&parent, name), parent, fault: Fault::Unknown, detail };
         }
-        Self { parent: path.clone(), path, fault: Fault::Value, detail: detail_of(told) }
+        Self { parent: path.clone(), path, fault: Fault::Value, detail: detail_of(message) }
     }
 }
 
-/// What a reader says of a value, without the value and without names of Rust types.
+/// An error message of serde's about a value, without the value and without names of Rust types.
 #[must_use]
-pub fn detail_of(told: &str) -> String {
+pub fn detail_of(message: &str) -> String {
     let typed = ["invalid type: ", "invalid value: ", "invalid length ", "unknown variant "];
-    if typed.into_iter().any(|start| told.starts_with(start)) {
-        let expected = told.rsplit_once(", expected ").map_or("", |(_, expected)| expected);
+    if typed.into_iter().any(|start| message.starts_with(start)) {
+        let expected = message.rsplit_once(", expected ").map_or("", |(_, expected)| expected);
         return format!("must be {}", in_words(expected));
     }
-    let known = match told {
-        // A reader of JSON says this where a value is neither a string nor an object and a choice was expected.
+    let known = match message {
+        // serde_json's message if an enum is expected and the value is neither a string nor an object.
         "expected value" => "is not one of the values that it can have",
         // Numbers in a path or a query are parsed from text.
         "invalid digit found in string" | "cannot parse integer from empty string" => "must be a whole number",
         "number too large to fit in target type" => "is too large",
         "number too small to fit in target type" => "is too small",
         "provided string was not `true` or `false`" => "must be true or false",
-        told if told.starts_with("UUID parsing failed") => "must be a UUID",
-        told => told,
+        message if message.starts_with("UUID parsing failed") => "must be a UUID",
+        message => message,
     };
     known.to_owned()
 }
 
-/// What serde says that it expected, in words of JSON.
+/// A type that serde expected, in terms of JSON.
 #[must_use]
 pub fn in_words(expected: &str) -> &str {
     match expected {
@@ -184,13 +178,13 @@ pub fn in_words(expected: &str) -> &str {
     }
 }
 
-/// Without the line and column that a reader of JSON adds.
-fn without_position(told: &str) -> &str {
+/// The message without the line and column that serde_json adds.
+fn without_position(message: &str) -> &str {
     let position =
         |rest: &str| rest.split_once(" column ").is_some_and(|(line, column)| digits(line) && digits(column));
-    match told.rsplit_once(" at line ") {
-        Some((told, rest)) if position(rest) => told,
-        _ => told,
+    match message.rsplit_once(" at line ") {
+        Some((message, rest)) if position(rest) => message,
+        _ => message,
     }
 }
 
@@ -198,7 +192,7 @@ fn digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-fn written(path: &Path) -> String {
+fn text_of(path: &Path) -> String {
     path.iter().fold(String::new(), |path, segment| match segment {
         Segment::Seq { index } => format!("{path}[{index}]"),
         Segment::Map { key: name } | Segment::Enum { variant: name } => join(&path, name),
@@ -216,10 +210,7 @@ fn join(path: &str, name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use alloc::collections::BTreeMap;
-    use alloc::string::ToString;
-    use alloc::vec;
-    use alloc::vec::Vec;
+    use std::collections::BTreeMap;
 
     use super::*;
 
@@ -286,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn an_array_is_no_struct_at_any_depth() {
+    fn an_array_is_refused_where_a_struct_is_expected() {
         let start = r#"{"amount": 5, "kind": "top_up""#;
         for (text, path) in [
             (r#"[5, "top_up", "x"]"#.to_owned(), ""),
@@ -348,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_json_is_said_to_be_none() {
+    fn an_input_that_is_not_json_is_a_fault_of_syntax() {
         for text in ["", "{", "{}x", r#"{"amount": }"#, "\u{feff}\u{feff}{}"] {
             let error = read::<Order>(text.as_bytes()).unwrap_err();
             assert_eq!((error.fault, error.path.as_str()), (Fault::Syntax, ""), "{text}");

@@ -1,22 +1,18 @@
-//! The key format. Randomness comes in, a [`Secret`] goes out; text comes in, a verdict on its form goes out.
+//! The format of generated keys.
 //!
 //! ```text
 //! sk_live_ 0a1B2c…(30 random characters) 4Xy0zQ(6 characters of checksum)      44 characters in all
 //! ```
 //!
 //! All characters after the tag are base62 (`0-9A-Za-z`, in that order of value). The checksum is the CRC-32 (the one of
-//! zlib and PNG) of the 38 characters before it, as a base62 number of six digits, the highest first. It lets a client or a
-//! secret scanner tell a mistyped key from a wrong one without asking anybody. It is not a security measure.
+//! zlib and PNG) of the 38 characters before it, as a base62 number of six digits, the highest first. With it, a client or a
+//! secret scanner detects a mistyped key offline. It is not a security measure.
 //!
-//! Imported keys may have any form: nothing here is asked when a request is decided.
+//! Imported keys may have any format, so the decision on a request does not check it.
 
-extern crate alloc;
-
-use alloc::string::String;
-use core::fmt;
+use std::fmt;
 
 use rand_core::TryCryptoRng;
-
 use zeroize::Zeroize;
 
 use crate::hash::KeyHash;
@@ -32,17 +28,17 @@ pub const CHECKSUM_CHARS: usize = 6;
 /// Length of every generated key, in characters and bytes: one block of SHA-256 with its padding.
 pub const KEY_CHARS: usize = LIVE_TAG.len() + RANDOM_CHARS + CHECKSUM_CHARS;
 
-/// Longest key that is ever looked up, in bytes; what is longer is unknown without a look. Bounds the work that a stranger
-/// can cause with one request, and the length of keys that can be imported.
+/// Longest key that is looked up or can be imported, in bytes. A longer one is unknown without a look-up, which bounds the
+/// work that one request without a valid key can cause.
 pub const PRESENTED_BYTES: usize = 1_024;
 
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-/// The largest multiple of 62 that fits a byte: bytes from here on are drawn again, so that no character is favoured.
+/// The largest multiple of 62 that fits a byte. Larger bytes are discarded, so that all characters are equally likely.
 const UNBIASED_BYTES: u8 = 248;
 const PREFIX_TAG: &str = "sk_";
 const PREFIX_RANDOM_CHARS: usize = 6;
 
-/// Whether a key opens production or test environments. The filter treats both alike.
+/// Whether a key is for production or for tests. The filter treats both alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KeyKind {
     /// `sk_live_…`
@@ -52,7 +48,7 @@ pub enum KeyKind {
 }
 
 impl KeyKind {
-    /// The characters that every key of this kind starts with.
+    /// The first characters of every key of this kind.
     #[must_use]
     pub const fn tag(self) -> &'static str {
         match self {
@@ -62,16 +58,16 @@ impl KeyKind {
     }
 }
 
-/// A whole API key. Shown once to whoever asked for it, then forgotten: `Debug` prints none of it, and there is no
-/// `Display`, so that every place that reveals it says [`Secret::reveal`].
+/// A whole API key, zeroed when it is dropped. `Debug` prints none of it, and there is no `Display`: every place that reveals
+/// it calls [`Secret::reveal`].
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Makes a new key from the given source of randomness, which must be the operating system's in production.
+    /// Generates a key. In production, `rng` must be the operating system's source of randomness.
     ///
     /// # Errors
-    /// The error of `rng`, if it cannot give random bytes.
+    /// The error of `rng`.
     pub fn generate<R: TryCryptoRng>(kind: KeyKind, rng: &mut R) -> Result<Self, R::Error> {
         let mut text = String::with_capacity(KEY_CHARS);
         text.push_str(kind.tag());
@@ -87,26 +83,26 @@ impl Secret {
         Ok(Self(text))
     }
 
-    /// Takes a key that somebody else made, of whatever form.
+    /// A key of any format, as a client sent it.
     #[must_use]
     pub fn from_presented(text: String) -> Self {
         Self(text)
     }
 
-    /// The key itself. Call it only where the key is handed to its owner or to the hash.
+    /// The key itself. Call it only where the key is shown to its owner or hashed.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// What is stored and looked up instead of the key.
+    /// The hash that is stored and looked up instead of the key.
     #[must_use]
     pub fn hash(&self) -> KeyHash {
         KeyHash::of(self.0.as_bytes())
     }
 
-    /// What is stored and shown so that a person recognises the key: `sk_` and the first six random characters.
-    /// `None` for a key that is not of our form: nothing of an imported key is shown unless its owner names a prefix.
+    /// The characters by which people recognise the key: `sk_` and the first six random characters.
+    /// `None` for a key of another format: an imported key has no prefix unless the import gives one.
     #[must_use]
     pub fn display_prefix(&self) -> Option<String> {
         let kind = check(&self.0).ok()?;
@@ -129,10 +125,10 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Why a text is not one of our keys. No variant carries any of the text.
+/// Why a text is not a generated key. No variant contains any of the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormError {
-    /// The tag is neither of ours.
+    /// The text starts with neither tag.
     #[error("the key starts with neither {LIVE_TAG} nor {TEST_TAG}")]
     Tag,
     /// Not 44 characters.
@@ -141,15 +137,15 @@ pub enum FormError {
     /// A character after the tag is not base62.
     #[error("the key has a character other than 0-9, A-Z and a-z after its tag")]
     Character,
-    /// The checksum differs: mistyped or cut and pasted wrongly.
+    /// The checksum differs: the key was mistyped or not copied whole.
     #[error("the key's checksum does not match: it was mistyped or cut short")]
     Checksum,
 }
 
-/// Judges the form of a key, offline.
+/// Checks the format of a generated key, offline.
 ///
 /// # Errors
-/// What is wrong with it, in the order of [`FormError`]'s variants.
+/// The first fault, in the order of [`FormError`]'s variants.
 pub fn check(text: &str) -> Result<KeyKind, FormError> {
     let kind =
         [KeyKind::Live, KeyKind::Test].into_iter().find(|kind| text.starts_with(kind.tag())).ok_or(FormError::Tag)?;
@@ -171,7 +167,7 @@ fn checksum(body: &str) -> impl Iterator<Item = char> + use<> {
 }
 
 fn digit(value: u32) -> char {
-    let index = usize::try_from(value.checked_rem(62).unwrap_or_default()).unwrap_or_default();
+    let index = usize::try_from(value % 62).unwrap_or_default();
     char::from(ALPHABET.get(index).copied().unwrap_or(b'0'))
 }
 
@@ -190,7 +186,7 @@ mod tests {
     #[test]
     fn a_key_of_our_form_is_recognised_by_its_checksum() {
         // zlib.crc32(b"sk_live_abcdefABCDEF0123456789abcdefgh") = 3986953280 = 4Loqg4 in base62.
-        assert_eq!(sample(), alloc::format!("{SAMPLE}4Loqg4"));
+        assert_eq!(sample(), format!("{SAMPLE}4Loqg4"));
         assert_eq!(check(&sample()), Ok(KeyKind::Live));
         assert_eq!(sample().len(), KEY_CHARS);
     }
@@ -211,7 +207,7 @@ mod tests {
         assert_eq!(check(""), Err(FormError::Tag));
         assert_eq!(check("pk_live_abc"), Err(FormError::Tag));
         assert_eq!(check("sk_live_abc"), Err(FormError::Length));
-        assert_eq!(check(&alloc::format!("sk_live_{}", "é".repeat(18))), Err(FormError::Character));
+        assert_eq!(check(&format!("sk_live_{}", "é".repeat(18))), Err(FormError::Character));
         assert_eq!(check(&sample().replace('F', "-")), Err(FormError::Character));
     }
 
@@ -224,7 +220,7 @@ mod tests {
     #[test]
     fn debug_prints_nothing_of_the_key() {
         let secret = Secret::from_presented(sample());
-        assert_eq!(alloc::format!("{secret:?}"), "Secret(…)");
+        assert_eq!(format!("{secret:?}"), "Secret(…)");
     }
 
     #[test]

@@ -1,13 +1,15 @@
-//! What the filter and the control plane must agree on, and nothing else: no HTTP, no SQL, no Envoy.
+//! Everything that the filter and the control plane share: keys, records, policies, the decision, limits, and their messages.
 //!
-//! In reading order: a [`key`] is presented, its [`hash`], with a [`pepper`] or without, names a [`record`], which may be bound to a [`network`] and refer
-//! to a [`definition`]; all of that travels in a [`page`]. The [`policy`] of a route says what is asked of a request, the
-//! [`decision`] turns record and request into an [`outcome`], [`rate`] and [`budget`] bound how often, and outcomes are
-//! counted into a [`usage`] report. Pages and reports are sealed by the [`codec`]. Reports in a log are signed as
-//! [`usage_log`] says. What people write as JSON is read by [`json`].
+//! In reading order: a request has a [`key`]. Its [`hash`], with or without a [`pepper`], finds its [`record`], which may be
+//! bound to a [`network`] and reference a [`definition`]. The [`policy`] of the route says what is required. The [`decision`]
+//! on record and request is an [`outcome`]; [`rate`] and [`budget`] limit how often. Outcomes are counted in [`usage`]
+//! reports.
 //!
-//! Everything here is pure: bytes, values and `now` come in, values go out. The crate runs natively in the control plane
-//! and as WebAssembly in Envoy, and is tested as both.
+//! An [`update`] brings records and definitions to a filter. Updates and reports have the envelope of the [`codec`]. Reports
+//! in a log are signed as in [`usage_log`]. Input in JSON is read by [`json`].
+//!
+//! All functions are pure: no HTTP, no SQL, no Envoy, no clock. The crate runs natively in the control plane and as
+//! WebAssembly in Envoy, and is tested as both.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -39,10 +41,11 @@ pub mod json;
 pub mod key;
 pub mod network;
 pub mod outcome;
-pub mod page;
 pub mod pepper;
 pub mod policy;
 pub mod rate;
 pub mod record;
+pub mod time;
+pub mod update;
 pub mod usage;
 pub mod usage_log;

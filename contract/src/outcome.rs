@@ -1,53 +1,11 @@
-//! The closed list of what can come of a request, and what each outcome is called, answered and counted as.
+//! The closed list of outcomes of a request, in one table.
 //!
-//! Codes are stable for ever: they stand in usage reports and in the database. Names are stable too: they stand in
-//! replies, statistics and the REST API.
+//! Codes are stable: usage reports and the database contain them. Names are stable too: responses, statistics and the REST
+//! API contain them.
 
 use serde::{Deserialize, Serialize};
 
-/// What came of one request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[repr(u8)]
-pub enum Outcome {
-    /// The key is good for this request.
-    Allowed = 0,
-    /// No key was presented.
-    Missing = 1,
-    /// No such key.
-    Unknown = 2,
-    /// The key was revoked.
-    Revoked = 3,
-    /// The key's time is over.
-    Expired = 4,
-    /// The key is switched off.
-    Disabled = 5,
-    /// The key lacks a scope that the route needs.
-    ScopeDenied = 6,
-    /// The client's address is not on the key's list.
-    AddressDenied = 7,
-    /// Too many requests in a short time.
-    RateLimited = 8,
-    /// The quota of the running window is used up.
-    QuotaExceeded = 9,
-    /// The balance of credits is used up.
-    CreditsExhausted = 10,
-    /// The filter has not loaded the keys yet.
-    NotReady = 11,
-    /// The filter's keys are older than its operator allows.
-    Stale = 12,
-    /// The key carries a restriction that this filter is too old to judge.
-    Unsupported = 13,
-    /// Let through without a check, as the operator chose for a filter that has no keys yet or only stale ones.
-    FailedOpen = 14,
-    /// Let through without a key, as the route's policy allows.
-    Anonymous = 15,
-    /// The route names a policy that the filter does not have.
-    PolicyUnknown = 16,
-}
-
-/// How an outcome is answered. [`Outcome::Allowed`], [`Outcome::Anonymous`] and [`Outcome::FailedOpen`] go upstream and are
-/// not.
+/// How a refused request is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// HTTP status.
@@ -58,125 +16,114 @@ pub struct Refusal {
     pub detail: &'static str,
 }
 
-impl Outcome {
-    /// Every outcome, in the order of the codes.
-    pub const ALL: [Self; 17] = [
-        Self::Allowed,
-        Self::Missing,
-        Self::Unknown,
-        Self::Revoked,
-        Self::Expired,
-        Self::Disabled,
-        Self::ScopeDenied,
-        Self::AddressDenied,
-        Self::RateLimited,
-        Self::QuotaExceeded,
-        Self::CreditsExhausted,
-        Self::NotReady,
-        Self::Stale,
-        Self::Unsupported,
-        Self::FailedOpen,
-        Self::Anonymous,
-        Self::PolicyUnknown,
-    ];
+/// Defines [`Outcome`] from rows of code, variant and name. A row of a refusal has status, title and detail too.
+macro_rules! outcomes {
+    ($($(#[$doc:meta])* $code:literal $variant:ident $name:literal $(=> $status:literal $title:literal $detail:literal)?;)*) => {
+        /// The outcome of one request.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        #[repr(u8)]
+        pub enum Outcome {
+            $($(#[$doc])* $variant = $code,)*
+        }
 
-    /// The number that stands in usage reports.
+        impl Outcome {
+            /// Every outcome, in the order of the codes.
+            pub const ALL: [Self; [$($code),*].len()] = [$(Self::$variant),*];
+
+            /// The name, as it appears in responses (`code`), statistics and the REST API.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+
+            /// The problem type (RFC 9457, section 3.1.1): a URN that is not meant to be fetched.
+            #[must_use]
+            pub const fn problem_type(self) -> &'static str {
+                match self {
+                    $(Self::$variant => concat!("urn:portcullis:problem:", $name),)*
+                }
+            }
+
+            /// How the outcome is answered; `None` if the request goes upstream.
+            #[must_use]
+            pub const fn refusal(self) -> Option<Refusal> {
+                match self {
+                    $(Self::$variant => outcomes!(@refusal $($status $title $detail)?),)*
+                }
+            }
+        }
+    };
+    (@refusal) => { None };
+    (@refusal $status:literal $title:literal $detail:literal) => {
+        Some(Refusal { status: $status, title: $title, detail: $detail })
+    };
+}
+
+outcomes! {
+    /// The key is good for this request.
+    0 Allowed "allowed";
+    /// The request has no key.
+    1 Missing "missing" => 401 "API key missing"
+        "Send your API key where this service expects it.";
+    /// No such key exists.
+    2 Unknown "unknown" => 401 "API key unknown"
+        "No such API key. Check that it was copied whole.";
+    /// The key was revoked.
+    3 Revoked "revoked" => 401 "API key revoked"
+        "This API key was revoked. Ask its owner for a new one.";
+    /// The key has expired.
+    4 Expired "expired" => 401 "API key expired"
+        "This API key has expired. Ask its owner for a new one.";
+    /// The key is switched off.
+    5 Disabled "disabled" => 403 "API key disabled"
+        "This API key is switched off. Its owner can switch it on again, or only an administrator if one switched it off.";
+    /// The key lacks a scope that the route requires.
+    6 ScopeDenied "scope_denied" => 403 "Scope denied"
+        "This API key lacks a scope that the request needs.";
+    /// The client's address is in none of the key's networks.
+    7 AddressDenied "address_denied" => 403 "Address denied"
+        "This API key may not be used from the client's address.";
+    /// Too many requests in a short time.
+    8 RateLimited "rate_limited" => 429 "Rate limit exceeded"
+        "Too many requests. Wait as long as Retry-After says.";
+    /// The quota of the current window is used up.
+    9 QuotaExceeded "quota_exceeded" => 429 "Quota exceeded"
+        "The quota of this API key is used up for now.";
+    /// The balance of credits is used up.
+    10 CreditsExhausted "credits_exhausted" => 429 "Credits exhausted"
+        "The credits of this API key's owner are used up. Top them up to go on.";
+    /// The filter has not loaded the keys yet.
+    11 NotReady "not_ready" => 503 "Keys not loaded"
+        "The gateway has not loaded its API keys yet. Try again shortly.";
+    /// The filter's keys are older than its operator allows.
+    12 Stale "stale" => 503 "Keys out of date"
+        "The gateway has lost touch with its key store. Try again shortly.";
+    /// The key has a restriction that this filter does not understand.
+    13 Unsupported "unsupported" => 503 "Key not supported"
+        "The gateway is too old to judge this API key. Its operator must update it.";
+    /// Admitted without a check: the operator chose that for a filter without keys, or with stale ones.
+    14 FailedOpen "failed_open";
+    /// Admitted without a key, as the policy of the route allows.
+    15 Anonymous "anonymous";
+    /// The filter does not have the policy that the route names.
+    16 PolicyUnknown "policy_unknown" => 503 "Policy unknown"
+        "The gateway is not configured for this route. Its operator must name its policy.";
+}
+
+impl Outcome {
+    /// The number that usage reports and the database contain.
     #[must_use]
     pub const fn code(self) -> u8 {
         self as u8
     }
 
-    /// The outcome of a code; `None` for the codes of newer versions.
+    /// The outcome of a code; `None` for a code of a later version.
     #[must_use]
     pub fn from_code(code: u8) -> Option<Self> {
         Self::ALL.get(usize::from(code)).copied()
-    }
-
-    /// The name, as it stands in replies (`code`), statistics and the REST API.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Allowed => "allowed",
-            Self::Missing => "missing",
-            Self::Unknown => "unknown",
-            Self::Revoked => "revoked",
-            Self::Expired => "expired",
-            Self::Disabled => "disabled",
-            Self::ScopeDenied => "scope_denied",
-            Self::AddressDenied => "address_denied",
-            Self::RateLimited => "rate_limited",
-            Self::QuotaExceeded => "quota_exceeded",
-            Self::CreditsExhausted => "credits_exhausted",
-            Self::NotReady => "not_ready",
-            Self::Stale => "stale",
-            Self::Unsupported => "unsupported",
-            Self::FailedOpen => "failed_open",
-            Self::Anonymous => "anonymous",
-            Self::PolicyUnknown => "policy_unknown",
-        }
-    }
-
-    /// The problem type (RFC 9457, section 3.1.1): a URN that is never meant to be fetched.
-    #[must_use]
-    pub const fn problem_type(self) -> &'static str {
-        match self {
-            Self::Allowed => "urn:portcullis:problem:allowed",
-            Self::Missing => "urn:portcullis:problem:missing",
-            Self::Unknown => "urn:portcullis:problem:unknown",
-            Self::Revoked => "urn:portcullis:problem:revoked",
-            Self::Expired => "urn:portcullis:problem:expired",
-            Self::Disabled => "urn:portcullis:problem:disabled",
-            Self::ScopeDenied => "urn:portcullis:problem:scope_denied",
-            Self::AddressDenied => "urn:portcullis:problem:address_denied",
-            Self::RateLimited => "urn:portcullis:problem:rate_limited",
-            Self::QuotaExceeded => "urn:portcullis:problem:quota_exceeded",
-            Self::CreditsExhausted => "urn:portcullis:problem:credits_exhausted",
-            Self::NotReady => "urn:portcullis:problem:not_ready",
-            Self::Stale => "urn:portcullis:problem:stale",
-            Self::Unsupported => "urn:portcullis:problem:unsupported",
-            Self::FailedOpen => "urn:portcullis:problem:failed_open",
-            Self::Anonymous => "urn:portcullis:problem:anonymous",
-            Self::PolicyUnknown => "urn:portcullis:problem:policy_unknown",
-        }
-    }
-
-    /// How the outcome is answered; `None` if the request goes upstream.
-    #[must_use]
-    pub const fn refusal(self) -> Option<Refusal> {
-        let (status, title, detail) = match self {
-            Self::Allowed | Self::FailedOpen | Self::Anonymous => return None,
-            Self::Missing => (401, "API key missing", "Send your API key where this service expects it."),
-            Self::Unknown => (401, "API key unknown", "No such API key. Check that it was copied whole."),
-            Self::Revoked => (401, "API key revoked", "This API key was revoked. Ask its owner for a new one."),
-            Self::Expired => (401, "API key expired", "This API key has expired. Ask its owner for a new one."),
-            Self::Disabled => (
-                403,
-                "API key disabled",
-                "This API key is switched off. Its owner can switch it on again, or only an administrator if one switched it off.",
-            ),
-            Self::ScopeDenied => (403, "Scope denied", "This API key lacks a scope that the request needs."),
-            Self::AddressDenied => (403, "Address denied", "This API key may not be used from the client's address."),
-            Self::RateLimited => (429, "Rate limit exceeded", "Too many requests. Wait as long as Retry-After says."),
-            Self::QuotaExceeded => (429, "Quota exceeded", "The quota of this API key is used up for now."),
-            Self::CreditsExhausted => {
-                (429, "Credits exhausted", "The credits of this API key's owner are used up. Top them up to go on.")
-            }
-            Self::NotReady => {
-                (503, "Keys not loaded", "The gateway has not loaded its API keys yet. Try again shortly.")
-            }
-            Self::Stale => {
-                (503, "Keys out of date", "The gateway has lost touch with its key store. Try again shortly.")
-            }
-            Self::Unsupported => {
-                (503, "Key not supported", "The gateway is too old to judge this API key. Its operator must update it.")
-            }
-            Self::PolicyUnknown => (
-                503,
-                "Policy unknown",
-                "The gateway is not configured for this route. Its operator must name its policy.",
-            ),
-        };
-        Some(Refusal { status, title, detail })
     }
 
     /// Whether the request goes upstream.
@@ -191,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_are_the_places_in_the_list_and_lead_back() {
+    fn the_code_of_an_outcome_is_its_place_in_the_list() {
         for (place, outcome) in Outcome::ALL.into_iter().enumerate() {
             assert_eq!(usize::from(outcome.code()), place);
             assert_eq!(Outcome::from_code(outcome.code()), Some(outcome));

@@ -1,14 +1,13 @@
-//! A pepper for keys that were made elsewhere. Such a key may be weak, and whoever reads the database could guess it by its
-//! SHA-256. With a pepper, a secret that both sides have and the database has not, what is stored of an imported key is the
-//! HMAC-SHA-256 (RFC 2104, FIPS 180-4) of that hash, which nobody can guess at without the pepper.
+//! The pepper: a secret under which hashes of imported keys are stored.
 //!
-//! Keys that were made here are too random to be guessed and are stored as they are. So a key is looked for by its plain
-//! hash first and by the other one after that: see [`hashes`].
+//! An imported key may be weak, so a reader of the database could guess it by its SHA-256. With a pepper, which filters and
+//! control planes have and the database does not, the database has the HMAC-SHA-256 (RFC 2104, FIPS 180-4) of that hash.
+//! Without the pepper, a guess cannot be checked against it.
+//!
+//! Generated keys are too random to be guessed and are stored under their plain hash. A look-up therefore tries the plain
+//! hash first, then the other one: see [`hashes`].
 
-extern crate alloc;
-
-use core::fmt;
-use core::iter;
+use std::{fmt, iter};
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
@@ -18,27 +17,27 @@ use crate::hash::KeyHash;
 /// Bytes of a pepper.
 pub const PEPPER_BYTES: usize = 32;
 
-/// The secret, ready to hash with. `Debug` prints nothing of it.
+/// A pepper, ready to hash with. `Debug` prints nothing of it.
 #[derive(Clone)]
 pub struct Pepper(Hmac<Sha256>);
 
-/// Why a text is no pepper. Has nothing of the text.
+/// The text is not a pepper. The error has nothing of the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a pepper has 64 hexadecimal digits, such as `openssl rand -hex 32` prints")]
-pub struct NoPepper;
+pub struct PepperError;
 
 impl Pepper {
-    /// Reads a pepper from its text: 64 hexadecimal digits.
+    /// Parses 64 hexadecimal digits.
     ///
     /// # Errors
-    /// [`NoPepper`].
-    pub fn parse(text: &str) -> Result<Self, NoPepper> {
+    /// [`PepperError`].
+    pub fn parse(text: &str) -> Result<Self, PepperError> {
         let mut bytes = [0; PEPPER_BYTES];
-        hex::decode_to_slice(text, &mut bytes).map_err(|_| NoPepper)?;
-        Hmac::new_from_slice(&bytes).map(Self).map_err(|_| NoPepper)
+        hex::decode_to_slice(text, &mut bytes).map_err(|_| PepperError)?;
+        Hmac::new_from_slice(&bytes).map(Self).map_err(|_| PepperError)
     }
 
-    /// What is stored of an imported key, from its SHA-256.
+    /// The hash under which an imported key is stored, from its SHA-256.
     #[must_use]
     pub fn hash(&self, plain: &KeyHash) -> KeyHash {
         let mut mac = self.0.clone();
@@ -53,8 +52,8 @@ impl fmt::Debug for Pepper {
     }
 }
 
-/// Under which hashes a key may be stored, from its SHA-256: as it is, then with the pepper, if there is one. The second is
-/// computed only if it is asked for.
+/// The hashes under which a key may be stored, from its SHA-256: the plain one, then the one with the pepper, if there is
+/// one. The second is computed only if the iterator gets there.
 pub fn hashes(plain: KeyHash, pepper: Option<&Pepper>) -> impl Iterator<Item = KeyHash> {
     iter::once(plain).chain(pepper.into_iter().map(move |pepper| pepper.hash(&plain)))
 }
@@ -62,8 +61,6 @@ pub fn hashes(plain: KeyHash, pepper: Option<&Pepper>) -> impl Iterator<Item = K
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::format;
-    use alloc::vec::Vec;
 
     const TEXT: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
@@ -75,16 +72,16 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_looked_for_as_it_is_and_then_with_the_pepper() {
+    fn a_key_is_looked_up_by_its_plain_hash_and_then_with_the_pepper() {
         let (plain, pepper) = (KeyHash::of(b"a"), Pepper::parse(TEXT).unwrap());
         assert_eq!(hashes(plain, None).collect::<Vec<_>>(), [plain]);
         assert_eq!(hashes(plain, Some(&pepper)).collect::<Vec<_>>(), [plain, pepper.hash(&plain)]);
     }
 
     #[test]
-    fn what_is_no_pepper_is_refused_and_nothing_of_one_is_printed() {
+    fn a_text_that_is_not_a_pepper_is_refused_and_debug_prints_no_pepper() {
         for text in ["", "00", &TEXT[1..], &format!("{TEXT}0"), &TEXT.replace('0', "g")] {
-            assert_eq!(Pepper::parse(text).err(), Some(NoPepper));
+            assert_eq!(Pepper::parse(text).err(), Some(PepperError));
         }
         assert_eq!(format!("{:?}", Pepper::parse(TEXT).unwrap()), "Pepper(…)");
     }

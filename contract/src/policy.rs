@@ -1,19 +1,12 @@
-//! What a route asks of a request: the operator's JSON comes in, a checked [`Policy`] goes out, or one sentence that names
-//! the field and the remedy.
+//! Policies: what routes require of requests. An error names the field and the remedy.
 //!
 //! ```json
 //! { "key": "required", "scopes": {"all": ["orders:read"]}, "cost": 5,
 //!   "rate_limit": {"requests": 10, "window_seconds": 1, "burst": 20}, "shadow": false }
 //! ```
-//! Every field may be left out. The filter takes policies from its configuration, `explain` takes them from a request: both
-//! read them here.
+//! Every field is optional. The filter has policies in its configuration; `explain` also takes one from its request.
 
-extern crate alloc;
-
-use alloc::collections::BTreeMap;
-use alloc::format;
-use alloc::string::String;
-use alloc::vec::Vec;
+use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
@@ -24,7 +17,7 @@ use crate::record::RateLimit;
 pub const POLICIES: usize = 1_000;
 /// Most credits that a request costs.
 pub const COST: u32 = 1_000_000;
-/// The name under which the default policy is spoken of.
+/// The name of the default policy in errors and replies.
 pub const DEFAULT_NAME: &str = "default";
 
 const SCOPES: usize = 32;
@@ -32,36 +25,36 @@ const SCOPE_BYTES: usize = 64;
 const NAME_BYTES: usize = 64;
 const WINDOW_S: u32 = 31_622_400;
 
-/// What a route asks of a request.
+/// What a route requires of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Whether a key is needed.
+    /// Whether a key is required.
     pub key: KeyNeed,
     /// Scopes that the key must have.
     pub scopes: ScopeNeed,
-    /// Credits that a request costs; the key's own cost unless given.
+    /// Credits that a request costs. `None`: the cost of the key.
     pub cost: Option<u32>,
-    /// A limit of this route: for each key, and for each client address where there is no key. It comes on top of those of
-    /// the key, and each Envoy judges it alone.
+    /// A limit for each key on this route, and for each client address without a key. It applies in addition to the limits
+    /// of the key, and each Envoy enforces it by itself.
     pub rate_limit: Option<RateLimit>,
-    /// Refuse nothing, but tell and count what would have been refused.
+    /// Refuse nothing, but report and count what would have been refused.
     pub shadow: bool,
 }
 
-/// Whether a route needs a key.
+/// Whether a route requires a key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeyNeed {
-    /// No request without a good key.
+    /// Requests without a valid key are refused.
     #[default]
     Required,
-    /// A request without a key goes through without identity; a key that is presented must be good.
+    /// A request without a key is anonymous. A key that is presented must be valid.
     AnonymousAllowed,
-    /// The same, and a key that is not good counts as none.
+    /// A request without a valid key is anonymous.
     Optional,
 }
 
-/// Scopes that a route asks for.
+/// Scopes that a route requires.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScopeNeed {
@@ -75,7 +68,7 @@ pub enum ScopeNeed {
 }
 
 impl ScopeNeed {
-    /// The scopes that are asked for.
+    /// The scopes.
     #[must_use]
     pub fn as_slice(&self) -> &[String] {
         match self {
@@ -86,7 +79,7 @@ impl ScopeNeed {
 }
 
 impl Policy {
-    /// Asks for a good key and nothing else.
+    /// Requires a valid key and nothing else.
     pub const PLAIN: &'static Self =
         &Self { key: KeyNeed::Required, scopes: ScopeNeed::None, cost: None, rate_limit: None, shadow: false };
 }
@@ -102,7 +95,7 @@ impl Default for Policy {
 #[error("{0}")]
 pub struct PolicyError(pub String);
 
-/// A policy as operators write it.
+/// A policy as operators write it, not checked yet.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PolicyText {
@@ -117,10 +110,10 @@ pub struct PolicyText {
 }
 
 impl PolicyText {
-    /// Checks what stands in `field`, the policy of this name.
+    /// Checks the policy. `field` is its path in the text, for errors; `name` becomes the name of its rate limit.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first field that is wrong.
     pub fn check(self, field: &str, name: &str) -> Result<Policy, PolicyError> {
         let bad = |what: &str, why: &str| Err(PolicyError(format!("{field}.{what}: {why}")));
         let asked = self.scopes.as_slice();
@@ -148,23 +141,23 @@ impl PolicyText {
     }
 }
 
-/// A rate limit as operators write it.
+/// A rate limit as operators write it, not checked yet.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LimitText {
-    /// How many requests the window allows.
+    /// Requests that the window allows.
     pub requests: u32,
     /// The window, in seconds.
     pub window_seconds: u32,
-    /// How many requests may come at once after a pause; as many as `requests` unless given.
+    /// Requests that may come at once after a pause; `requests` unless given.
     pub burst: Option<u32>,
 }
 
 impl LimitText {
-    /// Checks what stands in `field`; the limit gets this name.
+    /// Checks the limit. `field` is its path in the text, for errors. Each Envoy enforces the limit by itself.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first field that is wrong.
     pub fn check(self, field: &str, name: &str) -> Result<RateLimit, PolicyError> {
         let Self { requests, window_seconds: window_s, burst } = self;
         let bad = |what: &str, why: &str| Err(PolicyError(format!("{field}.{what}: {why}")));
@@ -178,7 +171,7 @@ impl LimitText {
         if burst == 0 {
             return bad("burst", "must be at least 1; leave it out for as many as requests");
         }
-        Ok(RateLimit { name: name.into(), requests, window_s, burst })
+        Ok(RateLimit { name: name.into(), requests, window_s, burst, shared: false })
     }
 }
 
@@ -187,7 +180,7 @@ impl LimitText {
 pub struct Policies {
     /// For routes that name none.
     pub default: Policy,
-    /// Those that routes name.
+    /// By the names that routes use.
     pub named: BTreeMap<String, Policy>,
 }
 
@@ -195,7 +188,7 @@ impl Policies {
     /// Checks the fields `default_policy` and `policies`.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first field that is wrong.
     pub fn check(default: PolicyText, named: BTreeMap<String, PolicyText>) -> Result<Self, PolicyError> {
         if named.len() > POLICIES {
             return Err(PolicyError(format!("policies: name at most {POLICIES}")));
@@ -216,7 +209,7 @@ impl Policies {
         })
     }
 
-    /// The policy of a route that names this one, or none; `None` if there is no policy of the name.
+    /// The policy of this name, or the default policy for a route without a name. `None` if no policy has the name.
     #[must_use]
     pub fn find(&self, name: Option<&str>) -> Option<&Policy> {
         name.map_or(Some(&self.default), |name| self.named.get(name))
@@ -225,8 +218,6 @@ impl Policies {
 
 #[cfg(test)]
 mod tests {
-    use alloc::string::ToString;
-    use alloc::vec;
 
     use super::*;
 
@@ -235,11 +226,11 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_policy_asks_for_a_good_key_and_every_field_can_be_set() {
+    fn an_empty_policy_requires_a_valid_key_and_every_field_can_be_set() {
         assert_eq!(policy("{}"), Ok(Policy::default()));
         let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c"]}, "cost": 0, "shadow": true,
             "rate_limit": {"requests": 5, "window_seconds": 60}}"#;
-        let limit = RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5 };
+        let limit = RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5, shared: false };
         let expected = Policy {
             key: KeyNeed::Required,
             scopes: ScopeNeed::Any(vec!["a".into(), "b:c".into()]),
@@ -252,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_the_field() {
+    fn an_error_names_the_field() {
         for (json, field) in [
             (r#"{"scopes": {"all": []}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["A"]}}"#, "policies.orders.scopes: "),

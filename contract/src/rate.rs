@@ -1,4 +1,4 @@
-//! Rate limits: when a key was used comes in, whether it may be used now goes out.
+//! Rate limits: whether a key may be used now, from the time that is remembered of its earlier use.
 //!
 //! The algorithm is GCRA (ITU-T I.371): of each key and limit one time is remembered, the *theoretical arrival time* of the
 //! next request. A request moves it on by the interval between two requests; it is refused if that would move it further
@@ -10,11 +10,10 @@
 //! the part that all Envoys together have used of the limit ([`merged_ns`]).
 
 use crate::record::RateLimit;
+use crate::time::NS_PER_S;
 
 /// A whole limit, in the unit of shares: parts per million.
 pub const WHOLE: u32 = 1_000_000;
-
-const SECOND_NS: u64 = 1_000_000_000;
 
 /// The number by which a limit of a key is known where it is remembered, from its name: 56 bits of FNV-1a, the rest zero.
 #[must_use]
@@ -48,7 +47,7 @@ impl Rate {
     #[must_use]
     pub fn of(limit: &RateLimit, share: u32) -> Self {
         let share = u64::from(share.clamp(1, WHOLE));
-        let window_ns = u64::from(limit.window_s.max(1)).saturating_mul(SECOND_NS);
+        let window_ns = u64::from(limit.window_s.max(1)).saturating_mul(NS_PER_S);
         let requests = u64::from(limit.requests.max(1)).saturating_mul(share);
         let interval_ns = match window_ns.checked_mul(WHOLE.into()) {
             Some(whole_ns) => whole_ns.checked_div(requests),
@@ -130,10 +129,10 @@ impl Rate {
 mod tests {
     use super::*;
 
-    const NOW: u64 = 1_800_000_000 * SECOND_NS;
+    const NOW: u64 = 1_800_000_000 * NS_PER_S;
 
     fn rate(requests: u32, window_s: u32, burst: u32, share: u32) -> Rate {
-        Rate::of(&RateLimit { name: "a".into(), requests, window_s, burst }, share)
+        Rate::of(&RateLimit { name: "a".into(), requests, window_s, burst, shared: true }, share)
     }
 
     fn admitted(rate: Rate, at: impl IntoIterator<Item = u64>) -> usize {
@@ -175,8 +174,8 @@ mod tests {
         let rate = rate(100, 1, 100, 0);
         let next = rate.take(None, NOW).unwrap();
         // One in ten thousand seconds.
-        assert_eq!(rate.take(Some(next), NOW), Err(10_000 * SECOND_NS));
-        assert!(rate.take(Some(next), NOW + 10_000 * SECOND_NS).is_ok());
+        assert_eq!(rate.take(Some(next), NOW), Err(10_000 * NS_PER_S));
+        assert!(rate.take(Some(next), NOW + 10_000 * NS_PER_S).is_ok());
     }
 
     #[test]
@@ -198,7 +197,7 @@ mod tests {
         let after = rate.count(None, 3, NOW);
         assert_eq!(admitted_after(rate, after), 2);
         assert_eq!(rate.count(Some(after), 100, NOW), NOW + rate.tolerance_ns());
-        assert_eq!(rate.count(Some(after), 0, NOW + SECOND_NS), NOW + SECOND_NS);
+        assert_eq!(rate.count(Some(after), 0, NOW + NS_PER_S), NOW + NS_PER_S);
     }
 
     fn admitted_after(rate: Rate, arrival: u64) -> usize {

@@ -1,13 +1,8 @@
-//! What a filter knows of one key: a [`Record`], found by the hash of the key, and its binary form.
+//! What a filter knows of one secret of a key: a [`Record`], found by the hash of the secret.
 //!
-//! The binary form grows at its end: a reader takes the fields it knows and leaves the rest. A field that *restricts* a key
-//! must not be overlooked by a filter that is older than the field, so a record says in [`Record::requires`] what its
-//! reader has to understand; a reader that does not refuses the key with [`Outcome::Unsupported`](crate::outcome::Outcome).
-
-extern crate alloc;
-
-use alloc::string::String;
-use alloc::vec::Vec;
+//! Later versions may append fields, see [`crate::codec`]. A filter must not overlook a field that restricts a key. A record
+//! therefore says in [`Record::requires`] what its reader must understand; a reader that does not refuses the key with
+//! [`Outcome::Unsupported`](crate::outcome::Outcome).
 
 use serde::{Deserialize, Serialize};
 
@@ -15,86 +10,60 @@ use crate::codec::{self, DecodeError};
 use crate::id::{KeyId, OwnerId};
 use crate::network::Network;
 
-/// What this version of the decision understands of what a record may require.
+/// The restrictions that this version understands.
 pub const UNDERSTOOD: Requires = Requires(Requires::PLAN.0 | Requires::NETWORKS.0 | Requires::BUDGETS.0);
 
-/// Things that a reader has to understand before it may admit a key, one bit each. The fields of the first version need no
-/// bit; those of [`Further`] that restrict a key do.
+/// Restrictions that a reader must understand before it may admit a key, one bit each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Requires(pub u32);
 
 impl Requires {
-    /// [`Further::plan`]: limits that stand elsewhere.
+    /// [`Record::plan`]: limits that are not part of the record.
     pub const PLAN: Self = Self(1);
-    /// [`Further::networks`].
+    /// [`Record::networks`].
     pub const NETWORKS: Self = Self(1 << 1);
-    /// [`Further::quota`] and [`Further::credits`].
+    /// [`Record::quota`] and [`Record::credits`].
     pub const BUDGETS: Self = Self(1 << 2);
 
-    /// Whether a reader that understands `self` may judge a record that requires `needed`.
+    /// Whether a reader that understands `self` may decide on a record that requires `needed`.
     #[must_use]
     pub const fn covers(self, needed: Self) -> bool {
         needed.0 & !self.0 == 0
     }
 }
 
-/// One secret of one key, as a filter sees it.
+/// One secret of one key, as a filter knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// What a reader has to understand of this record.
+    /// What a reader must understand of this record.
     pub requires: Requires,
-    /// The key. Limits and usage belong to it.
+    /// The key, which has the limits and the usage.
     pub key_id: KeyId,
-    /// Whom the key belongs to.
+    /// The owner of the key.
     pub owner_id: OwnerId,
-    /// Which of the key's secrets this is: 1 for the first, counted up by each rotation.
+    /// The number of the secret: 1 for the first, one more with each rotation.
     pub generation: u32,
-    /// What has been switched on or off.
+    /// Conditions in which the key is refused.
     pub flags: Flags,
-    /// The first second (Unix time) at which the secret no longer works.
+    /// The first second (Unix time) at which the secret does not work any longer.
     pub expires_at_s: Option<u64>,
     /// Credits that a request costs unless its route says otherwise.
     pub cost: u32,
-    /// The key's own rate limits. Empty: the filter's default applies.
+    /// The key's own rate limits. Empty: those of its plan, else the default of the filter.
     pub rate_limits: Vec<RateLimit>,
-    /// Scopes granted to the key itself.
+    /// The key's own scopes.
     pub scopes: Vec<String>,
-    /// Roles, by number: named sets of scopes that the store holds beside the records, see
-    /// [`Definition`](crate::definition::Definition).
+    /// Numbers of its roles, see [`Definition`](crate::definition::Definition).
     pub roles: Vec<u32>,
-    /// The address list that a client must be on, by number. `None`: any address. Lists by number were never written, so
-    /// that no address is on one; see [`Further::networks`].
-    pub address_list: Option<u32>,
-    /// What later versions added.
-    #[serde(default, skip_serializing_if = "Further::is_empty")]
-    pub further: Further,
-}
-
-/// The fields that the first version of a record did not have. A record without any of them is written as the first
-/// version wrote it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Further {
-    /// The plan, by number: limits and scopes that the store holds beside the records.
+    /// The number of its plan, see [`Definition`](crate::definition::Definition).
     pub plan: Option<u32>,
-    /// Networks that a client's address must be in. Empty: any address.
+    /// Networks that the client's address must be in. Empty: any address.
     pub networks: Vec<Network>,
-    /// The key's quota, if it has one.
+    /// The key's quota.
     pub quota: Option<Budget>,
-    /// The credits of the key's owner, if they are metered.
+    /// The owner's credits, if they are metered.
     pub credits: Option<Budget>,
-    /// Limits of [`Record::rate_limits`] that each Envoy judges alone, one bit each, the first limit's the lowest. The
-    /// others are shared by all Envoys.
-    pub alone: u32,
-}
-
-impl Further {
-    /// Nothing that the first version did not have.
-    const NOTHING: Self = Self { plan: None, networks: Vec::new(), quota: None, credits: None, alone: 0 };
-
-    fn is_empty(&self) -> bool {
-        *self == Self::NOTHING
-    }
 }
 
 /// A stock of requests or credits that all Envoys draw from by leases, as a filter needs to know it. What an Envoy has
@@ -109,41 +78,43 @@ pub struct Budget {
     pub resets_at_s: Option<u64>,
 }
 
-/// One rate limit: `requests` in each `window_s`, of which `burst` may come at once.
+/// A rate limit: `requests` in each `window_s`, of which `burst` may come at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimit {
-    /// Tells the limits of one key apart, in replies too.
+    /// Unique among the limits of a key. Replies show it.
     pub name: String,
-    /// How many requests the window allows.
+    /// Requests that the window allows.
     pub requests: u32,
     /// The window, in seconds.
     pub window_s: u32,
-    /// How many requests may come at once after a pause.
+    /// Requests that may come at once after a pause.
     pub burst: u32,
+    /// Whether the limit applies to all Envoys together. Otherwise each Envoy enforces all of it by itself.
+    pub shared: bool,
 }
 
-/// Switches of a record, one bit each. In JSON: the number.
+/// Conditions of a key, one bit each. In JSON: the number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Flags(pub u32);
 
 impl Flags {
-    /// Revoked for good. The record stays for a while so that its owner is told so.
+    /// Revoked for good. Filters keep the record for a while, so that clients get `revoked` and not `unknown`.
     pub const REVOKED: Self = Self(1);
-    /// Switched off by its owner, to be switched on again.
+    /// Switched off until its owner or an administrator switches it on again.
     pub const DISABLED: Self = Self(1 << 1);
-    /// The quota of the running window is used up.
+    /// The quota of the current window is used up.
     pub const QUOTA_EXCEEDED: Self = Self(1 << 2);
     /// The balance of credits is used up.
     pub const CREDITS_EXHAUSTED: Self = Self(1 << 3);
 
-    /// Whether all of `other`'s switches are on.
+    /// Whether all flags of `other` are set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// Both sets of switches, where `on` says so.
+    /// Sets the flags of `other` if `on`, else clears them.
     #[must_use]
     pub const fn with(self, other: Self, on: bool) -> Self {
         if on { Self(self.0 | other.0) } else { Self(self.0 & !other.0) }
@@ -151,7 +122,7 @@ impl Flags {
 }
 
 impl Record {
-    /// A record that grants what a plain new key grants.
+    /// The record of a new key without restrictions.
     #[must_use]
     pub const fn plain(key_id: KeyId, owner_id: OwnerId) -> Self {
         Self {
@@ -165,50 +136,37 @@ impl Record {
             rate_limits: Vec::new(),
             scopes: Vec::new(),
             roles: Vec::new(),
-            address_list: None,
-            further: Further::NOTHING,
+            plan: None,
+            networks: Vec::new(),
+            quota: None,
+            credits: None,
         }
     }
 
-    /// The binary form, as pages carry it and buckets keep it.
+    /// The restrictions of the record, for [`Record::requires`].
+    #[must_use]
+    pub fn restrictions(&self) -> Requires {
+        let restrictions = [
+            (Requires::PLAN, self.plan.is_some()),
+            (Requires::NETWORKS, !self.networks.is_empty()),
+            (Requires::BUDGETS, self.quota.is_some() || self.credits.is_some()),
+        ];
+        Requires(restrictions.into_iter().filter(|(_, is_set)| *is_set).fold(0, |bits, (bit, _)| bits | bit.0))
+    }
+
+    /// The encoded form, as updates carry it and cells keep it.
     ///
     /// # Errors
-    /// Never for a record that fits in memory; the codec's signature has the error.
+    /// None in practice: see [`codec::encode`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, DecodeError> {
-        let Self { requires, key_id, owner_id, generation, flags, expires_at_s, cost, .. } = self;
-        let Self { rate_limits, scopes, roles, address_list, further, .. } = self;
-        let who = (requires, key_id, owner_id, generation, flags, expires_at_s, cost);
-        let first = codec::grown(&(who, (rate_limits, scopes, roles, address_list)))?;
-        if further.is_empty() {
-            return Ok(first);
-        }
-        postcard::to_extend(further, first).map_err(|_| DecodeError::Malformed)
+        codec::append(self, Vec::new())
     }
 
-    /// Reads the binary form. Bytes after the known fields belong to a newer version and are left alone.
+    /// Decodes a record and ignores fields that a later version appended.
     ///
     /// # Errors
-    /// [`DecodeError::Malformed`] if the known fields do not stand there.
+    /// [`DecodeError::Malformed`].
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
-        type Who = (Requires, KeyId, OwnerId, u32, Flags, Option<u64>, u32);
-        type May = (Vec<RateLimit>, Vec<String>, Vec<u32>, Option<u32>);
-        let ((who, may), rest): ((Who, May), _) = codec::part_of(bytes)?;
-        let (requires, key_id, owner_id, generation, flags, expires_at_s, cost) = who;
-        let (rate_limits, scopes, roles, address_list) = may;
-        let further = if rest.is_empty() { Further::default() } else { codec::part(rest)? };
-        Ok(Self {
-            requires,
-            key_id,
-            owner_id,
-            generation,
-            flags,
-            expires_at_s,
-            cost,
-            rate_limits,
-            scopes,
-            roles,
-            address_list,
-            further,
-        })
+        codec::decode_prefix(bytes).map(|(record, _newer)| record)
     }
 }

@@ -1,54 +1,49 @@
-//! Usage reports in Envoy's log: one line with the reports that an Envoy could not see acknowledged, signed.
+//! Usage reports in Envoy's log: a signed line with the reports of an Envoy that were not acknowledged.
 //!
-//! Clients can write into a log too, where an access log prints a header of theirs. A line therefore carries an HMAC-SHA-256
-//! (RFC 2104). Its key is derived from the sync key itself, not from the hash of it: the database and every filter have the
-//! hashes of all keys. The control plane sees the sync key in each call of the filter and stores the derived key, from which
-//! neither the sync key nor its hash follows.
+//! Clients can write into a log too, if an access log prints a request header. A line therefore has an HMAC-SHA-256
+//! (RFC 2104). Its key is derived from the sync key and not from the hash of it, since the database and every filter have the
+//! hashes of all keys. The control plane gets the sync key in each call of the filter and stores the derived key, which
+//! reveals neither the sync key nor its hash.
 //!
 //! ```text
 //! portcullis-usage <HMAC, 64 hexadecimal digits> <reports, hexadecimal>
 //! ```
 
-extern crate alloc;
-
-use alloc::format;
-use alloc::string::String;
-use alloc::vec::Vec;
-use core::fmt;
+use std::fmt;
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroize;
 
-/// What a line starts with, behind what Envoy puts before it.
+/// The start of a line, after the prefix that Envoy adds.
 pub const MARK: &str = "portcullis-usage ";
 
-/// Bytes of a log key and of a signature.
+/// Bytes of a log key, of a signature and of a digest.
 pub const LOG_KEY_BYTES: usize = 32;
 
-/// The use of the derived key. Each use of a key has a text of its own, so that no result of one fits another.
+/// Input of the derivation. Each use of a key has its own input, so that no result can be used for another purpose.
 const DERIVATION: &[u8] = b"portcullis: key of usage lines in a log, 1";
-/// The use of the signature.
+/// Input of the signature, before the digest.
 const SIGNATURE: &[u8] = b"portcullis: usage reports in a log, 1";
 
-/// The key that lines of usage are signed with. `Debug` prints nothing of it.
+/// The key that signs usage lines, zeroed when it is dropped. `Debug` prints nothing of it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct LogKey([u8; LOG_KEY_BYTES]);
 
-/// Reports of a line, and the signature that the line carries, not verified yet.
+/// The reports of a line and its signature, which is not verified yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignedReports {
     signature: [u8; LOG_KEY_BYTES],
     digest: [u8; LOG_KEY_BYTES],
-    /// What [`read_reports`](crate::usage::read_reports) reads.
+    /// The encoded reports, for [`read_reports`](crate::usage::read_reports).
     pub reports: Vec<u8>,
 }
 
 /// Why a line cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LineError {
-    /// There is no signature of 64 hexadecimal digits.
-    #[error("the line has no signature: it was cut short, or no filter wrote it")]
+    /// The line does not start with a signature of 64 hexadecimal digits.
+    #[error("the line has no signature: it was cut short, or a filter did not write it")]
     Signature,
     /// The reports are not hexadecimal digits up to the end of the line.
     #[error("the reports are not hexadecimal digits up to the end of the line")]
@@ -62,39 +57,39 @@ impl LogKey {
         Self(mac(sync_key, &[DERIVATION]).map_or([0; LOG_KEY_BYTES], |mac| mac.finalize().into_bytes().into()))
     }
 
-    /// Takes a key that was derived before.
+    /// A key that was derived before.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; LOG_KEY_BYTES]) -> Self {
         Self(bytes)
     }
 
-    /// The bytes of the key, to store them.
+    /// The bytes of the key, for storage.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; LOG_KEY_BYTES] {
         &self.0
     }
 
-    /// The line that carries these reports, as [`write_reports`](crate::usage::write_reports) wrote them.
+    /// The line with these reports, as [`write_reports`](crate::usage::write_reports) encoded them.
     #[must_use]
     pub fn line(&self, reports: &[u8]) -> String {
         let signature = self.mac(&Sha256::digest(reports).into()).map(|mac| hex::encode(mac.finalize().into_bytes()));
         format!("{MARK}{} {}", signature.unwrap_or_default(), hex::encode(reports))
     }
 
-    /// Whether the signature was made with this key. Takes the same time whichever byte differs.
+    /// Whether this key made the signature. The comparison takes constant time.
     #[must_use]
     pub fn has_signed(&self, signed: &SignedReports) -> bool {
         self.mac(&signed.digest).is_some_and(|mac| mac.verify_slice(&signed.signature).is_ok())
     }
 
-    /// Of the digest and not of the reports, so that many keys can be tried on a long line.
+    /// Signs the digest and not the reports, so that trying many keys on a long line is cheap.
     fn mac(&self, digest: &[u8; LOG_KEY_BYTES]) -> Option<Hmac<Sha256>> {
         mac(&self.0, &[SIGNATURE, digest])
     }
 }
 
 impl SignedReports {
-    /// Reads what follows the [`MARK`], up to the end of the line.
+    /// Parses the line after the [`MARK`].
     ///
     /// # Errors
     /// Each variant of [`LineError`].
@@ -108,7 +103,7 @@ impl SignedReports {
     }
 }
 
-/// The HMAC of the parts. Never `None`, since HMAC takes keys of any length.
+/// The HMAC of all parts. Never `None`, since HMAC accepts keys of any length.
 fn mac(key: &[u8], parts: &[&[u8]]) -> Option<Hmac<Sha256>> {
     let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(key).ok()?;
     parts.iter().for_each(|part| mac.update(part));
@@ -151,7 +146,7 @@ mod tests {
         let signed = parsed(&line).unwrap();
         assert_eq!(signed.reports, b"reports");
         assert!(ours.has_signed(&signed) && !other.has_signed(&signed));
-        // What others know of the key does not sign: its hash, which every filter has, and the derived key as a sync key.
+        // Others may know the hash, which every filter has, and the derived key. Neither signs as a sync key.
         let hash = crate::hash::KeyHash::of(b"sk_live_ours");
         for wrong in [LogKey::derive(&hash.0), LogKey::from_bytes(hash.0), LogKey::derive(ours.as_bytes())] {
             assert!(!wrong.has_signed(&signed));
@@ -159,13 +154,13 @@ mod tests {
         for place in MARK.len()..line.len() {
             let mut changed = line.clone().into_bytes();
             changed[place] = if changed[place] == b'0' { b'1' } else { b'0' };
-            let changed = parsed(core::str::from_utf8(&changed).unwrap());
+            let changed = parsed(std::str::from_utf8(&changed).unwrap());
             assert!(!changed.is_ok_and(|signed| ours.has_signed(&signed)), "byte {place}");
         }
     }
 
     #[test]
-    fn a_line_that_was_cut_or_goes_on_is_refused() {
+    fn a_line_that_was_cut_or_has_more_text_is_refused() {
         let line = LogKey::derive(b"sk").line(b"abc");
         assert_eq!(parsed(&line[..MARK.len() + 63]), Err(LineError::Signature));
         assert_eq!(parsed(&line[..MARK.len() + 64]), Err(LineError::Signature));

@@ -2,7 +2,7 @@
 
 #![cfg(not(target_family = "wasm"))]
 
-use contract::codec::{DecodeError, PAGE, USAGE, seal};
+use contract::codec::{ACK, DecodeError, UPDATE, USAGE, encode, envelope};
 use contract::decision::{Check, Facts, Presented, decide, depends_on_time};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
@@ -10,16 +10,18 @@ use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::key::{self, FormError, Secret};
 use contract::network::Network;
 use contract::outcome::Outcome;
-use contract::page::{Entry, EntryView, Header, Page, PageView, PageWriter, Part};
-use contract::record::{Budget, Flags, Further, RateLimit, Record, Requires, UNDERSTOOD};
+use contract::record::{Budget, Flags, RateLimit, Record, Requires, UNDERSTOOD};
+use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
 prop_compose! {
-    fn rate_limit()(name in "[a-z]{0,8}", requests in any::<u32>(), window_s in any::<u32>(), burst in any::<u32>()) -> RateLimit {
-        RateLimit { name, requests, window_s, burst }
+    fn rate_limit()(
+        name in "[a-z]{0,8}", requests in any::<u32>(), window_s in any::<u32>(), burst in any::<u32>(), shared in any::<bool>(),
+    ) -> RateLimit {
+        RateLimit { name, requests, window_s, burst, shared }
     }
 }
 
@@ -43,42 +45,45 @@ fn network() -> impl Strategy<Value = Network> {
 }
 
 prop_compose! {
-    fn further()(
-        plan in option::of(any::<u32>()), networks in vec(network(), 0..4), quota in budget(), credits in budget(),
-        alone in any::<u32>(),
-    ) -> Further {
-        Further { plan, networks, quota, credits, alone }
+    fn definition()(scopes in vec("[a-z:*]{1,12}", 0..4), rate_limits in vec(rate_limit(), 0..4)) -> Definition {
+        Definition { scopes, rate_limits }
     }
 }
 
 prop_compose! {
-    fn definition()(scopes in vec("[a-z:*]{1,12}", 0..4), rate_limits in vec(rate_limit(), 0..4), alone in any::<u32>()) -> Definition {
-        Definition { scopes, rate_limits, alone }
-    }
-}
-
-prop_compose! {
-    fn record()(
+    /// A record without restrictions by address, plan, quota or credits.
+    fn unrestricted()(
         requires in any::<u32>(), key_id in any::<[u8; 16]>(), owner_id in any::<[u8; 16]>(), generation in any::<u32>(),
         flags in any::<u32>(), expires_at_s in option::of(any::<u64>()), cost in any::<u32>(),
         rate_limits in vec(rate_limit(), 0..4), scopes in vec("[a-z:*é]{0,12}", 0..4), roles in vec(any::<u32>(), 0..4),
-        address_list in option::of(any::<u32>()), further in prop_oneof![Just(Further::default()), further()],
     ) -> Record {
         Record {
-            requires: Requires(requires), key_id: KeyId(key_id), owner_id: OwnerId(owner_id), generation,
-            flags: Flags(flags), expires_at_s, cost, rate_limits, scopes, roles, address_list,
-            further,
+            requires: Requires(requires), generation, flags: Flags(flags), expires_at_s, cost, rate_limits, scopes, roles,
+            ..Record::plain(KeyId(key_id), OwnerId(owner_id))
         }
     }
 }
 
-fn entry() -> impl Strategy<Value = EntryView> {
+prop_compose! {
+    fn restricted()(
+        record in unrestricted(), plan in option::of(any::<u32>()), networks in vec(network(), 0..4), quota in budget(),
+        credits in budget(),
+    ) -> Record {
+        Record { plan, networks, quota, credits, ..record }
+    }
+}
+
+fn record() -> impl Strategy<Value = Record> {
+    prop_oneof![unrestricted(), restricted()]
+}
+
+fn entry() -> impl Strategy<Value = Entry<Box<Record>, Definition>> {
     let hash = any::<[u8; 32]>().prop_map(KeyHash);
     prop_oneof![
-        (hash.clone(), record()).prop_map(|(hash, record)| EntryView::Put { hash, record: Box::new(record) }),
-        hash.prop_map(|hash| EntryView::Remove { hash }),
-        (any::<u32>(), definition()).prop_map(|(number, definition)| EntryView::Define { number, definition }),
-        any::<u32>().prop_map(|number| EntryView::Undefine { number }),
+        (hash.clone(), record()).prop_map(|(hash, record)| Entry::Put { hash, record: Box::new(record) }),
+        hash.prop_map(|hash| Entry::Remove { hash }),
+        (any::<u32>(), definition()).prop_map(|(number, definition)| Entry::Define { number, definition }),
+        any::<u32>().prop_map(|number| Entry::Undefine { number }),
     ]
 }
 
@@ -104,41 +109,40 @@ proptest! {
     fn a_decision_that_does_not_depend_on_the_time_is_the_same_at_any(
         record in record(), flags in 0..16_u32, one in any::<u64>(), other in any::<u64>(),
     ) {
-        let record = Record { requires: Requires(0), flags: Flags(flags), address_list: None, ..record };
+        let record = Record { requires: Requires(0), flags: Flags(flags), ..record };
         let at = |now_s| decide(Presented::Key(&record), &Facts::at(now_s));
         prop_assert!(depends_on_time(&record) || at(one) == at(other));
     }
 
     #[test]
-    fn pages_come_back_as_they_were(entries in vec(entry(), 0..40), epoch in any::<[u8; 16]>(), after in any::<u64>()) {
-        let mut writer = PageWriter::new();
+    fn updates_come_back_as_they_were(entries in vec(entry(), 0..40), epoch in any::<[u8; 16]>(), after in any::<u64>()) {
+        let mut writer = UpdateWriter::default();
         for entry in &entries {
             match entry {
-                EntryView::Put { hash, record } => writer.put(hash, &record.to_bytes().unwrap()),
-                EntryView::Remove { hash } => writer.remove(hash),
-                EntryView::Define { number, definition } => writer.define(*number, &definition.to_bytes().unwrap()),
-                EntryView::Undefine { number } => writer.undefine(*number),
+                Entry::Put { hash, record } => writer.put(hash, &record.to_bytes().unwrap()),
+                Entry::Remove { hash } => writer.remove(hash),
+                Entry::Define { number, definition } => writer.define(*number, &definition.to_bytes().unwrap()),
+                Entry::Undefine { number } => writer.undefine(*number),
             }
         }
         let header = Header { epoch: Epoch(epoch), revision: after, total_keys: 1, part: Part::Changes { after }, filters: 3 };
         let bytes = writer.finish(&header).unwrap();
-        let page = Page::read(&bytes).unwrap();
-        prop_assert_eq!(PageView::of(&page).unwrap(), PageView { header, entries });
+        prop_assert_eq!(Update::read(&bytes).unwrap().view().unwrap(), UpdateView { header, entries });
     }
 
     #[test]
-    fn a_snapshot_page_holds_its_keys_in_order_of_their_buckets(mut hashes in vec(any::<[u8; 32]>(), 0..40)) {
+    fn a_snapshot_has_its_keys_in_the_order_of_buckets(mut hashes in vec(any::<[u8; 32]>(), 0..40)) {
         hashes.sort_unstable();
         let record = Record::plain(KeyId([0; 16]), OwnerId([0; 16])).to_bytes().unwrap();
-        let mut writer = PageWriter::new();
+        let mut writer = UpdateWriter::default();
         for hash in &hashes {
             writer.put(&KeyHash(*hash), &record);
         }
         let part = Part::Snapshot { from: 0, to: BUCKETS };
         let bytes = writer.finish(&Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
-        let read: Vec<_> = Page::read(&bytes).unwrap().entries().map(|entry| match entry {
+        let read: Vec<_> = Update::read(&bytes).unwrap().entries().map(|entry| match entry {
             Entry::Put { hash, .. } | Entry::Remove { hash } => hash.0,
-            Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => [0; 32],
+            Entry::Define { .. } | Entry::Undefine { .. } => [0; 32],
         }).collect();
         prop_assert_eq!(read, hashes);
     }
@@ -154,17 +158,22 @@ proptest! {
     #[test]
     fn arbitrary_bytes_are_read_to_a_value_or_an_error(bytes in vec(any::<u8>(), 0..400)) {
         let _ = Record::from_bytes(&bytes);
-        prop_assert!(Page::read(&bytes).is_err());
+        prop_assert!(Update::read(&bytes).is_err());
         prop_assert!(read_reports(&bytes).is_err());
         prop_assert!(Ack::read(&bytes).is_err());
     }
 
     #[test]
-    fn arbitrary_bytes_under_a_good_seal_are_read_to_a_value_or_an_error(header in vec(any::<u8>(), 0..60), entries in vec(any::<u8>(), 0..400)) {
-        if let Ok(page) = Page::read(&seal(PAGE, &(header.clone(), entries.clone())).unwrap()) {
-            prop_assert!(PageView::of(&page).is_ok());
+    fn arbitrary_bytes_in_a_good_envelope_are_read_to_a_value_or_an_error(bytes in vec(any::<u8>(), 0..400), after in any::<u64>()) {
+        let part = Part::Changes { after };
+        let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part, filters: 0 };
+        for update in [envelope(UPDATE, &bytes), encode(UPDATE, &(header, bytes.clone())).unwrap()] {
+            if let Ok(update) = Update::read(&update) {
+                prop_assert!(update.view().is_ok());
+            }
         }
-        let _ = read_reports(&seal(USAGE, &vec![(header, vec![entries])]).unwrap());
+        let _ = read_reports(&envelope(USAGE, &bytes));
+        let _ = Ack::read(&envelope(ACK, &bytes));
     }
 
     #[test]
@@ -194,18 +203,17 @@ proptest! {
         let used_up = |flag, budget: Option<Budget>| {
             has(flag) && budget.and_then(|budget| budget.resets_at_s).is_none_or(|at| now_s < at)
         };
-        let listed = |address| record.further.networks.iter().any(|network| network.contains(address));
+        let listed = |address| record.networks.iter().any(|network| network.contains(address));
         let costs = record.cost > 0;
         let blocked = has(Flags::REVOKED)
             || has(Flags::DISABLED)
-            || used_up(Flags::QUOTA_EXCEEDED, record.further.quota)
-            || (costs && used_up(Flags::CREDITS_EXHAUSTED, record.further.credits));
+            || used_up(Flags::QUOTA_EXCEEDED, record.quota)
+            || (costs && used_up(Flags::CREDITS_EXHAUSTED, record.credits));
         let clean = !blocked
             && record.requires.0 & !UNDERSTOOD.0 == 0
             && record.expires_at_s.is_none_or(|end| now_s < end)
-            && record.address_list.is_none()
-            && record.further.plan.is_none()
-            && (record.further.networks.is_empty() || address.is_some_and(listed));
+            && record.plan.is_none()
+            && (record.networks.is_empty() || address.is_some_and(listed));
         prop_assert_eq!(allowed, clean);
         // What `explain` shows is what decided.
         let refusals: Vec<Outcome> = Check::ALL.into_iter().filter_map(|check| check.refusal(&record, &facts)).collect();
@@ -214,6 +222,6 @@ proptest! {
 }
 
 #[test]
-fn a_seal_over_nothing_is_no_page() {
-    assert_eq!(Page::read(&seal(PAGE, &()).unwrap()).unwrap_err(), DecodeError::Malformed);
+fn an_empty_body_is_refused() {
+    assert_eq!(Update::read(&envelope(UPDATE, &[])).unwrap_err(), DecodeError::Malformed);
 }

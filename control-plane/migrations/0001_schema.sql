@@ -217,7 +217,7 @@ comment on column api_keys.role_numbers is 'Roles, in the order in which they we
 comment on column api_keys.plan_number is 'The key''s own plan.';
 comment on column api_keys.owner_plan_number is 'The plan of the user, which applies if the key has none of its own; kept by triggers. It has no foreign key: the check would lock the definition after store_state.';
 comment on column api_keys.networks is 'Networks in CIDR notation from which the key can be used; empty: all.';
-comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_s", "burst", "alone"}; window_s in seconds; alone: each Envoy enforces the limit by itself. Empty: those of the plan apply.';
+comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_s", "burst", "shared"}; window_s in seconds; not shared: each Envoy enforces the limit by itself. Empty: those of the plan apply.';
 comment on column api_keys.cost is 'Credits for each request, unless the route sets another price.';
 comment on column api_keys.quota is '{"requests", "period": "day" | "week" | "month" | "rolling", "time_zone", "window_s"}; window_s in seconds. Null: that of the plan applies.';
 comment on column api_keys.quota_exceeded is 'The quota is used up, and filters refuse the key until quota_resets_at.';

@@ -8,9 +8,9 @@ use std::rc::Rc;
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::outcome::Outcome;
-use contract::page::{Header, Page, PageWriter, Part};
 use contract::rate::WHOLE;
 use contract::record::{RateLimit, Record};
+use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::{KeyRef, write_reports};
 use divan::{Bencher, black_box};
 use filter_core::config::Config;
@@ -163,15 +163,15 @@ fn read_an_absent_cell(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| data.get(black_box(CellKey::Records(0xabcd))));
 }
 
-/// A page with these records, for one cell of the store.
-fn page(records: impl IntoIterator<Item = (KeyHash, Record)>) -> Vec<u8> {
-    let mut page = PageWriter::new();
+/// An update with these records, for one cell of the store.
+fn update(records: impl IntoIterator<Item = (KeyHash, Record)>) -> Vec<u8> {
+    let mut update = UpdateWriter::default();
     for (hash, record) in records {
-        page.put(&hash, &record.to_bytes().expect("a record can be written"));
+        update.put(&hash, &record.to_bytes().expect("a record can be written"));
     }
     let part = Part::Changes { after: 0 };
     let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part, filters: 1 };
-    page.finish(&header).expect("a page can be written")
+    update.finish(&header).expect("an update can be written")
 }
 
 /// In a cell with 1 key, with 31 (a million keys in all) and with 250 (eight million).
@@ -185,8 +185,8 @@ fn find_a_record(bencher: Bencher<'_, '_>, keys: u8) {
         KeyHash(hash)
     };
     let record = |number| Record::plain(KeyId([number; 16]), OwnerId([0; 16]));
-    let bytes = page((0..keys).map(|number| (hash(number), record(number))));
-    store::write(&data, ME, &Page::read(&bytes).expect("our own page")).expect("this VM leads");
+    let bytes = update((0..keys).map(|number| (hash(number), record(number))));
+    store::write(&data, ME, &Update::read(&bytes).expect("our own update")).expect("this VM leads");
     let wanted = hash(keys.saturating_sub(1));
     bencher.bench_local(|| records::find(&data, black_box(&wanted)).is_some());
 }
@@ -206,11 +206,12 @@ fn handle_a_request(bencher: Bencher<'_, '_>, of: Of) {
     assert!(acquire(&data, ME, 0));
     let mut record = Record::plain(KeyId([7; 16]), OwnerId([0; 16]));
     if matches!(of, Of::Limited) {
-        record.rate_limits = vec![RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX }];
+        record.rate_limits =
+            vec![RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX, shared: true }];
     }
     let vm = Vm::new(data.clone(), CellStore::new(data.clone()));
-    let bytes = page([(KeyHash::of(KEY), record)]);
-    vm.keys.apply(ME, &Page::read(&bytes).expect("our own page")).expect("this VM leads");
+    let bytes = update([(KeyHash::of(KEY), record)]);
+    vm.keys.apply(ME, &Update::read(&bytes).expect("our own update")).expect("this VM leads");
     if matches!(of, Of::NotCached) {
         // Without a generation the cache is not used.
         data.host().gauge.set(0);
@@ -227,7 +228,7 @@ fn handle_a_request(bencher: Bencher<'_, '_>, of: Of) {
 #[divan::bench]
 fn take_from_a_limit(bencher: Bencher<'_, '_>) {
     let data = data();
-    let limit = RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX };
+    let limit = RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX, shared: true };
     let limits = [Limit { limit: &limit, tag: Tag::of_key(&limit.name), shared: true }];
     let subject = Subject::Key(KeyId([7; 16]));
     bencher.bench_local(|| limiter::take(&data, black_box(subject), &limits, 1, WHOLE, NOW_NS));
@@ -274,7 +275,7 @@ fn refuse_an_unknown_key(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn refuse_by_a_limit(bencher: Bencher<'_, '_>) {
     let challenge = Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).expect("a plain realm");
-    let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100 };
+    let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100, shared: true };
     let wait = Wait::Limits(vec![limit], Refused { limit: 0, retry_after_s: 7 });
     bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, &wait, |_| RequestFacts::default()));
 }

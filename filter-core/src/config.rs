@@ -301,7 +301,13 @@ mod tests {
                 let own = ["x-api-key", consumer, credential, scopes, "x-portcullis-shadow"];
                 own.into_iter().chain(FOREIGN).map(str::to_owned).collect()
             },
-            rate_limit: Some(RateLimit { name: "default".into(), requests: 1_000, window_s: 1, burst: 2_000 }),
+            rate_limit: Some(RateLimit {
+                name: "default".into(),
+                requests: 1_000,
+                window_s: 1,
+                burst: 2_000,
+                shared: false,
+            }),
             access_log_state: true,
             policies: Policies::default(),
             shadow: false,
@@ -356,7 +362,10 @@ mod tests {
         {
             assert!(config.trailers_removed.iter().any(|removed| removed == name), "{name}");
         }
-        assert_eq!(config.rate_limit, Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5 }));
+        assert_eq!(
+            config.rate_limit,
+            Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5, shared: false })
+        );
         assert_eq!((config.on_not_ready, config.on_stale), (FailureMode::Allow, FailureMode::Allow));
         assert_eq!((config.max_staleness_ms, config.strip_key, config.access_log_state), (Some(90_000), false, false));
         assert_eq!(Config::parse(with(r#""rate_limit": null"#).as_bytes()).unwrap().rate_limit, None);
@@ -424,7 +433,10 @@ mod tests {
         assert!(config.shadow);
         assert_eq!(config.policies.find(Some("search")).unwrap().cost, Some(5));
         let limit = config.policies.default.rate_limit.unwrap();
-        assert_eq!(limit, RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1 });
+        assert_eq!(
+            limit,
+            RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false }
+        );
         assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
         assert!(
             error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("policies.a.scope: is not a known field")

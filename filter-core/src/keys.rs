@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use contract::definition::Definitions;
 use contract::hash::KeyHash;
-use contract::page::Page;
 use contract::pepper::Pepper;
 use contract::record::Record;
+use contract::update::Update;
 
 use crate::shared::election::NodeId;
 use crate::shared::fenced::NotLeader;
@@ -21,11 +21,11 @@ pub trait KeyLookup {
 
 /// A store of keys that the leader keeps up to date.
 pub trait KeyStore: KeyLookup {
-    /// Applies a page of the control plane. When this returns, every look-up that begins finds what the page says.
+    /// Applies an update of the control plane. When this returns, every look-up that begins finds what the update says.
     ///
     /// # Errors
-    /// [`NotLeader`] if `me` does not lead any longer. Part of the page may be applied; the new leader applies all of it.
-    fn apply(&self, me: NodeId, page: &Page<'_>) -> Result<(), NotLeader>;
+    /// [`NotLeader`] if `me` does not lead any longer. Part of the update may be applied; the new leader applies all of it.
+    fn apply(&self, me: NodeId, update: &Update<'_>) -> Result<(), NotLeader>;
 }
 
 /// A key of the store, with all that a request needs of it as text.

@@ -3,7 +3,7 @@
 //! Every VM has a [`Leader`], which does nothing while another VM leads.
 
 use contract::id::ReporterId;
-use contract::page::{Header, Page};
+use contract::update::{Header, Update};
 use contract::usage::{Ack, Report};
 
 use crate::host::{CallResponse, Host, random_bytes};
@@ -76,7 +76,7 @@ impl Leader {
         let Some(term) = &mut self.term else { return };
         let now_ms = vm.now_ms();
         if term.sync.take_response(token) {
-            if let Err(why) = self.on_page(vm, response, now_ms) {
+            if let Err(why) = self.on_update(vm, response, now_ms) {
                 self.on_sync_failure(vm, &why, now_ms);
             }
             // The next poll starts at once and not on the next tick.
@@ -135,8 +135,8 @@ impl Leader {
         }
     }
 
-    /// Applies the page of a response.
-    fn on_page<H: Host, K: KeyStore>(
+    /// Applies the update of a response.
+    fn on_update<H: Host, K: KeyStore>(
         &mut self,
         vm: &Vm<H, K>,
         response: &impl CallResponse,
@@ -149,15 +149,15 @@ impl Leader {
         // A control plane without its database answers with what it has, and says how old that is.
         let age_ms = response.number("age").unwrap_or_default().saturating_mul(MS_PER_S);
         let body = response.body();
-        let page = Page::read(&body).map_err(|error| format!("the page is not readable: {error}"))?;
+        let update = Update::read(&body).map_err(|error| format!("the update is not readable: {error}"))?;
         let Some(term) = &mut self.term else { return Ok(()) };
-        let progress = term.sync.classify(&page.header);
+        let progress = term.sync.classify(&update.header);
         if progress == Progress::Misplaced {
             term.sync.restart();
-            return Err("the page does not continue the store: starting over".into());
+            return Err("the update does not continue the store: starting over".into());
         }
-        match apply(vm, self.node, &page, progress, now_ms.saturating_sub(age_ms)) {
-            Ok(()) => term.sync.on_applied(&page.header),
+        match apply(vm, self.node, &update, progress, now_ms.saturating_sub(age_ms)) {
+            Ok(()) => term.sync.on_applied(&update.header),
             // The new leader continues from the state of the store.
             Err(NotLeader) => self.term = None,
         }
@@ -227,19 +227,19 @@ impl Leader {
     }
 }
 
-/// Applies a page to the store, then sets the state of the store if the store is complete.
+/// Applies an update to the store, then sets the state of the store if the store is complete.
 fn apply<H: Host, K: KeyStore>(
     vm: &Vm<H, K>,
     me: NodeId,
-    page: &Page<'_>,
+    update: &Update<'_>,
     progress: Progress,
     synced_ms: u64,
 ) -> Result<(), NotLeader> {
     let was_empty = vm.state().is_none();
-    lower_state(vm, me, &page.header)?;
-    vm.keys.apply(me, page)?;
+    lower_state(vm, me, &update.header)?;
+    vm.keys.apply(me, update)?;
     if let Progress::Complete { epoch, revision, keys } = progress {
-        let state = StoreState { epoch, revision, keys, synced_ms, filters: page.header.filters };
+        let state = StoreState { epoch, revision, keys, synced_ms, filters: update.header.filters };
         state::set(&vm.data, me, &state)?;
         vm.set_state(state);
         vm.stats.set_store(revision, keys);
@@ -250,7 +250,7 @@ fn apply<H: Host, K: KeyStore>(
     Ok(())
 }
 
-/// Sets the state back before a page is applied that is older than the store: a VM that takes over in between then asks for
+/// Sets the state back before an update is applied that is older than the store: a VM that takes over in between then asks for
 /// all later changes again.
 fn lower_state<H: Host, K>(vm: &Vm<H, K>, me: NodeId, header: &Header) -> Result<(), NotLeader> {
     match state::read(&vm.data) {

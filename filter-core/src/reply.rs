@@ -175,7 +175,13 @@ mod tests {
 
     #[test]
     fn a_refusal_by_a_limit_names_the_limit_and_the_time() {
-        let limit = |name: &str, requests, window_s| RateLimit { name: name.into(), requests, window_s, burst: 10 };
+        let limit = |name: &str, requests, window_s| RateLimit {
+            name: name.into(),
+            requests,
+            window_s,
+            burst: 10,
+            shared: false,
+        };
         let limits = vec![limit("second", 10, 1), limit("hour", 1_000, 3_600)];
         let wait = Wait::Limits(limits, Refused { limit: 1, retry_after_s: 7 });
         let expected = [

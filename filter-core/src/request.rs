@@ -196,11 +196,11 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         stream: &impl Stream,
     ) -> Outcome {
         let presented = match (credential, key) {
-            (Credential::Missing, _) => Presented::Nothing,
-            (_, None) => Presented::Stranger,
+            (Credential::Missing, _) => Presented::Missing,
+            (_, None) => Presented::Unknown,
             (_, Some(key)) => Presented::Key(&key.record),
         };
-        let is_bound = key.is_some_and(|key| !key.record.further.networks.is_empty());
+        let is_bound = key.is_some_and(|key| !key.record.networks.is_empty());
         let address = if is_bound { stream.client_address() } else { None };
         let definitions = key.map_or(Definitions::NONE, |key| &key.definitions);
         let now_s = key.map_or(0, |key| self.now_s_for(key));
@@ -238,10 +238,9 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
 
     /// Takes a request from the rate limits of its key. Returns how long to wait if one of them refuses.
     fn limit_key(&self, key: &StoredKey, policy: &Policy) -> Option<Wait> {
-        let (own, alone) = key.definitions.rate_limits(&key.record);
-        // Each Envoy judges the default limit alone.
-        let (own, alone) = if own.is_empty() { (self.config.rate_limit.as_slice(), u32::MAX) } else { (own, alone) };
-        let limits = Limits { own, alone, route: policy.rate_limit.as_ref() };
+        let own = key.definitions.rate_limits(&key.record);
+        let own = if own.is_empty() { self.config.rate_limit.as_slice() } else { own };
+        let limits = Limits { own, route: policy.rate_limit.as_ref() };
         if limits.is_empty() {
             return None;
         }
@@ -252,7 +251,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
 
     /// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
     fn limit_client(&self, policy: &Policy, stream: &impl Stream) -> Option<Wait> {
-        let limits = Limits { own: &[], alone: 0, route: policy.rate_limit.as_ref() };
+        let limits = Limits { own: &[], route: policy.rate_limit.as_ref() };
         if limits.is_empty() {
             return None;
         }
@@ -328,8 +327,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         };
         // Without metered credits a request is free: only credits that were drawn from a lease are reported.
         let charge = key.map_or_else(Charge::default, |key| Charge {
-            credits: key.record.further.credits.map_or(0, |_| verdict.cost),
-            quota: key.record.further.quota.is_some(),
+            credits: key.record.credits.map_or(0, |_| verdict.cost),
+            quota: key.record.quota.is_some(),
         });
         self.vm.counts.borrow_mut().add(key_ref, verdict.outcome, verdict.shadowed, charge, now_ms);
         self.vm.stats.count(verdict.outcome, verdict.shadowed);

@@ -5,8 +5,8 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use contract::hash::KeyHash;
-use contract::page::Page;
 use contract::pepper::{Pepper, hashes};
+use contract::update::Update;
 
 use crate::host::Host;
 use crate::keys::{KeyLookup, KeyStore, StoredKey};
@@ -79,21 +79,21 @@ impl<H: Host> KeyLookup for CellStore<H> {
 }
 
 impl<H: Host> KeyStore for CellStore<H> {
-    fn apply(&self, me: NodeId, page: &Page<'_>) -> Result<(), NotLeader> {
-        let applied = write(&self.data, me, page);
+    fn apply(&self, me: NodeId, update: &Update<'_>) -> Result<(), NotLeader> {
+        let applied = write(&self.data, me, update);
         // Also after a failure: what was written by then is visible.
         self.generation.raise();
         applied
     }
 }
 
-/// Writes a page into the cells: definitions first, so that no record references a missing one.
+/// Writes an update into the cells: definitions first, so that no record references a missing one.
 ///
 /// # Errors
-/// [`NotLeader`]; part of the page may be written then.
-pub fn write(data: &SharedData<impl Cells>, me: NodeId, page: &Page<'_>) -> Result<(), NotLeader> {
-    definitions::apply(data, me, page)?;
-    records::apply(data, me, page)
+/// [`NotLeader`]; part of the update may be written then.
+pub fn write(data: &SharedData<impl Cells>, me: NodeId, update: &Update<'_>) -> Result<(), NotLeader> {
+    definitions::apply(data, me, update)?;
+    records::apply(data, me, update)
 }
 
 #[cfg(test)]

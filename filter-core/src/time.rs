@@ -1,13 +1,6 @@
 //! Units of time, and deadlines on a clock that may step back.
 
-/// Nanoseconds of a millisecond.
-pub const NS_PER_MS: u64 = 1_000_000;
-
-/// Nanoseconds of a second.
-pub const NS_PER_S: u64 = 1_000_000_000;
-
-/// Milliseconds of a second.
-pub const MS_PER_S: u64 = 1_000;
+pub use contract::time::{MS_PER_HOUR, MS_PER_S, NS_PER_MS, NS_PER_S};
 
 /// Whether a deadline lies ahead. Deadlines are set `longest_ms` ahead at most: one that lies further ahead was set before
 /// the clock stepped back, and does not count.

@@ -18,8 +18,8 @@ use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, ReporterId};
 use contract::outcome::Outcome;
-use contract::page::{Header, PageWriter, Part};
 use contract::record::Record;
+use contract::update::{Header, Part, UpdateWriter};
 use contract::usage::{Ack, Grant, Report, SHADOW, read_reports};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -42,10 +42,10 @@ pub struct FakeControlPlane {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
     /// Number of poll responses to damage: a flipped byte, truncated, replaced by text, or an error, in turn.
-    pub pages: u32,
+    pub updates: u32,
     /// Number of usage reports whose acknowledgement is lost.
     pub acknowledgements: u32,
-    /// The age of pages in seconds, as of a control plane that lost its database.
+    /// The age of updates in seconds, as of a control plane that lost its database.
     pub age_s: u64,
     /// Number of poll responses that make the polling VM trap, if its filter can.
     pub traps: u32,
@@ -76,7 +76,7 @@ pub enum Change<'a> {
     Define(u32, Definition),
     /// Removes a role or a plan.
     Undefine(u32),
-    /// Sets the number of Envoys that pages announce.
+    /// Sets the number of Envoys that updates announce.
     Filters(u32),
 }
 
@@ -102,7 +102,7 @@ impl FakeControlPlane {
         let (store, faults) = (watch::Sender::new(store), Mutex::new(faults));
         let shared = Arc::new(Shared { store, faults, usage: Mutex::default() });
         let router = Router::new()
-            .route("/sync/v1/keys", get(page))
+            .route("/sync/v1/keys", get(update))
             .route("/sync/v1/usage", post(usage))
             .with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move {
@@ -192,24 +192,24 @@ impl FakeControlPlane {
 
 impl Store {
     /// The whole store, as a snapshot or as changes after a revision. Sending everything again does no harm.
-    fn page(&self, after: Option<u64>) -> Option<Vec<u8>> {
-        let mut page = PageWriter::new();
+    fn update(&self, after: Option<u64>) -> Option<Vec<u8>> {
+        let mut update = UpdateWriter::default();
         if after.is_none_or(|after| after < self.revision) {
             for (number, definition) in &self.definitions {
-                page.define(*number, &definition.to_bytes().ok()?);
+                update.define(*number, &definition.to_bytes().ok()?);
             }
             // Removed definitions. Tests use few numbers.
             for number in (0..16).filter(|number| after.is_some() && !self.definitions.contains_key(number)) {
-                page.undefine(number);
+                update.undefine(number);
             }
             for (hash, record) in &self.records {
-                page.put(hash, &record.to_bytes().ok()?);
+                update.put(hash, &record.to_bytes().ok()?);
             }
         }
         let part = after.map_or(Part::Snapshot { from: 0, to: BUCKETS }, |after| Part::Changes { after });
         let total_keys = self.records.len().try_into().unwrap_or(u64::MAX);
         let header = Header { epoch: EPOCH, revision: self.revision, total_keys, part, filters: self.filters };
-        page.finish(&header).ok()
+        update.finish(&header).ok()
     }
 }
 
@@ -219,7 +219,7 @@ impl Drop for FakeControlPlane {
     }
 }
 
-async fn page(
+async fn update(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<BTreeMap<String, String>>,
 ) -> Result<(HeaderMap, Vec<u8>), StatusCode> {
@@ -233,15 +233,15 @@ async fn page(
         let _ = tokio::time::timeout(HOLD, store.wait_for(|store| store.revision > after)).await;
     }
     let store = shared.store.borrow().clone();
-    let mut bytes = store.page(after).ok_or(StatusCode::INTERNAL_SERVER_ERROR)?;
+    let mut bytes = store.update(after).ok_or(StatusCode::INTERNAL_SERVER_ERROR)?;
     let mut faults = shared.faults.lock().unwrap_or_else(PoisonError::into_inner);
     let mut headers = HeaderMap::from_iter([(AGE, faults.age_s.into())]);
     if let Some(left) = faults.traps.checked_sub(1) {
         faults.traps = left;
         headers.insert("x-portcullis-trap", 1.into());
     }
-    let Some(left) = faults.pages.checked_sub(1) else { return Ok((headers, bytes)) };
-    faults.pages = left;
+    let Some(left) = faults.updates.checked_sub(1) else { return Ok((headers, bytes)) };
+    faults.updates = left;
     match left % 4 {
         0 => bytes.iter_mut().rev().take(1).for_each(|byte| *byte ^= 1),
         1 => bytes.truncate(bytes.len() / 2),

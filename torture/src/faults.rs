@@ -84,7 +84,7 @@ impl Faults {
             Kind::ControlPlanePause => self.pause_control_plane(control_plane, self.standstill(step.lasts)).await,
             Kind::ControlPlaneClock => self.control_plane_clock(control_plane, step).await,
             Kind::AnswerLost => self.mischief(envoy, Mischief::LoseAcknowledgements, step.lasts).await,
-            Kind::AnswerCut => self.mischief(envoy, Mischief::CutPages, step.lasts).await,
+            Kind::AnswerCut => self.mischief(envoy, Mischief::CutUpdates, step.lasts).await,
             Kind::AnswerGarbage => self.mischief(envoy, Mischief::Spoil, step.lasts).await,
             Kind::AnswerDelayed => self.delay(envoy, step).await,
             Kind::PostgresCrash => self.crash_postgres(step.lasts / 2).await,

@@ -67,9 +67,9 @@ pub enum Kind {
     AnswerLost,
     /// Responses are delayed.
     AnswerDelayed,
-    /// A connection ends in the middle of a page.
+    /// A connection ends in the middle of an update.
     AnswerCut,
-    /// A page or an acknowledgement is replaced by garbage.
+    /// An update or an acknowledgement is replaced by garbage.
     AnswerGarbage,
     /// PostgreSQL crashes and is started again.
     PostgresCrash,

@@ -2,7 +2,7 @@
 //! responses.
 //!
 //! It parses HTTP/2 only down to frame boundaries (RFC 9113, section 4.1), and recognises messages
-//! by their magic bytes, so that it can corrupt a page inside valid frames.
+//! by their magic bytes, so that it can corrupt an update inside valid frames.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ const FRAME_HEADER: usize = 9;
 const DATA: u8 = 0;
 
 /// Magic bytes of the messages.
-const PAGE: &[u8] = b"PKP1";
+const UPDATE: &[u8] = b"PKS1";
 const ACK: &[u8] = b"PKA1";
 
 /// Manipulation of responses.
@@ -27,8 +27,8 @@ const ACK: &[u8] = b"PKA1";
 pub enum Mischief {
     /// The connection ends before an acknowledgement is forwarded.
     LoseAcknowledgements,
-    /// The connection ends in the middle of a page.
-    CutPages,
+    /// The connection ends in the middle of an update.
+    CutUpdates,
     /// Pages and acknowledgements are replaced by other bytes of the same length.
     Spoil,
 }
@@ -175,18 +175,18 @@ fn applied(mischief: Mischief, kind: u8, frame: &mut [u8]) -> Passed {
     let Some((_, data)) = frame.split_at_mut_checked(FRAME_HEADER).filter(|_| kind == DATA) else {
         return Passed::Whole;
     };
-    let (page, ack) = (data.starts_with(PAGE), data.starts_with(ACK));
+    let (update, ack) = (data.starts_with(UPDATE), data.starts_with(ACK));
     match mischief {
         Mischief::LoseAcknowledgements if ack => Passed::First(0),
-        Mischief::CutPages if page => Passed::First(FRAME_HEADER + (bytes - FRAME_HEADER) / 2),
-        Mischief::Spoil if page || ack => {
+        Mischief::CutUpdates if update => Passed::First(FRAME_HEADER + (bytes - FRAME_HEADER) / 2),
+        Mischief::Spoil if update || ack => {
             // The mark stays, so that the checksum has to find it out.
-            for (place, byte) in data.iter_mut().enumerate().skip(PAGE.len()) {
+            for (place, byte) in data.iter_mut().enumerate().skip(UPDATE.len()) {
                 *byte = byte.wrapping_mul(31).wrapping_add((place % 251) as u8);
             }
             Passed::Spoilt
         }
-        Mischief::LoseAcknowledgements | Mischief::CutPages | Mischief::Spoil => Passed::Whole,
+        Mischief::LoseAcknowledgements | Mischief::CutUpdates | Mischief::Spoil => Passed::Whole,
     }
 }
 
@@ -202,28 +202,28 @@ mod tests {
 
     #[test]
     fn each_mischief_is_done_to_the_messages_that_it_means_and_to_no_others() {
-        let (page, ack, other) = (frame(b"PKP1abcdefgh"), frame(b"PKA1abcdefgh"), frame(b"{\"code\":1}"));
-        for (mischief, of_page, of_ack) in [
+        let (update, ack, other) = (frame(b"PKS1abcdefgh"), frame(b"PKA1abcdefgh"), frame(b"{\"code\":1}"));
+        for (mischief, of_update, of_ack) in [
             (Mischief::LoseAcknowledgements, Passed::Whole, Passed::First(0)),
-            (Mischief::CutPages, Passed::First(15), Passed::Whole),
+            (Mischief::CutUpdates, Passed::First(15), Passed::Whole),
             (Mischief::Spoil, Passed::Spoilt, Passed::Spoilt),
         ] {
-            assert_eq!(applied(mischief, DATA, &mut page.clone()), of_page);
+            assert_eq!(applied(mischief, DATA, &mut update.clone()), of_update);
             assert_eq!(applied(mischief, DATA, &mut ack.clone()), of_ack);
             let mut untouched = other.clone();
             assert_eq!(applied(mischief, DATA, &mut untouched), Passed::Whole);
             assert_eq!(untouched, other);
             // A frame of headers that happens to look like it.
-            assert_eq!(applied(mischief, 1, &mut page.clone()), Passed::Whole);
+            assert_eq!(applied(mischief, 1, &mut update.clone()), Passed::Whole);
         }
     }
 
     #[test]
     fn garbage_keeps_the_frame_and_the_mark_and_nothing_else() {
-        let page = frame(b"PKP1abcdefgh");
-        let mut spoilt = page.clone();
+        let update = frame(b"PKS1abcdefgh");
+        let mut spoilt = update.clone();
         applied(Mischief::Spoil, DATA, &mut spoilt);
-        assert_eq!(spoilt[..FRAME_HEADER + 4], page[..FRAME_HEADER + 4]);
-        assert!(spoilt[FRAME_HEADER + 4..].iter().zip(&page[FRAME_HEADER + 4..]).all(|(new, old)| new != old));
+        assert_eq!(spoilt[..FRAME_HEADER + 4], update[..FRAME_HEADER + 4]);
+        assert!(spoilt[FRAME_HEADER + 4..].iter().zip(&update[FRAME_HEADER + 4..]).all(|(new, old)| new != old));
     }
 }

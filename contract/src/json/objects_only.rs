@@ -1,15 +1,13 @@
-//! A deserializer in which an array is no struct, at any depth. It wraps another one, its visitors and all parts of a value.
+//! A deserializer that refuses arrays where a struct is expected. It wraps another deserializer, its visitors and all parts of
+//! a value.
 
-extern crate alloc;
-
-use alloc::string::String;
-use core::fmt;
+use std::fmt;
 
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 
-/// A deserializer, a seed, or a part of a value, in which an array is no struct at any depth.
+/// A deserializer, a seed, or a part of a value that refuses arrays where a struct is expected, at every depth.
 pub(super) struct ObjectsOnly<T>(pub(super) T);
 
 /// A visitor of such a deserializer.
@@ -110,7 +108,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Inside<V> {
     visit! {
         visit_bool: bool, visit_i64: i64, visit_i128: i128, visit_u64: u64, visit_u128: u128, visit_f64: f64,
         visit_str: &str, visit_borrowed_str: &'de str, visit_string: String, visit_bytes: &[u8],
-        visit_borrowed_bytes: &'de [u8], visit_byte_buf: alloc::vec::Vec<u8>
+        visit_borrowed_bytes: &'de [u8], visit_byte_buf: Vec<u8>
     }
 
     fn visit_none<E: Error>(self) -> Result<V::Value, E> {

@@ -1,4 +1,4 @@
-//! Random lives of keys, judged twice: by the decision, from records that travelled in pages, and by a reference that is as
+//! Random lives of keys, decided twice: by the decision, from records that travelled in updates, and by a reference that is as
 //! simple as it can be. In 100,000 steps they never differ.
 
 #![cfg(not(target_family = "wasm"))]
@@ -14,10 +14,10 @@ use contract::definition::{Definition, Definitions};
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::outcome::Outcome;
-use contract::page::{Entry, Header, Page, PageWriter, Part};
 use contract::policy::{KeyNeed, Policy, ScopeNeed};
 use contract::rate::{Rate, WHOLE};
 use contract::record::{Budget, Flags, RateLimit, Record, Requires};
+use contract::update::{Entry, Header, Part, Update, UpdateWriter};
 
 use reference::Reference;
 
@@ -136,42 +136,42 @@ fn record(truth: &Truth, number: usize, generation: usize) -> Record {
     record.rate_limits.clone_from(&key.limits);
     record.scopes = key.scopes.iter().map(ToString::to_string).collect();
     record.roles = if key.role { vec![1] } else { vec![] };
-    record.further.plan = key.plan.then_some(2);
-    record.further.networks = key.networks.iter().map(|place| NETWORKS[*place].0.parse().unwrap()).collect();
-    record.further.quota = quota.map(budget);
-    record.further.credits = credits.map(budget);
+    record.plan = key.plan.then_some(2);
+    record.networks = key.networks.iter().map(|place| NETWORKS[*place].0.parse().unwrap()).collect();
+    record.quota = quota.map(budget);
+    record.credits = credits.map(budget);
     record
 }
 
 impl Filter {
-    /// A page of all that there is, and back.
+    /// An update of all that there is, and back.
     fn sync(&mut self, truth: &Truth) {
-        let mut page = PageWriter::new();
+        let mut update = UpdateWriter::default();
         let scopes = truth.role_scopes.iter().map(ToString::to_string).collect();
         let role = Definition { scopes, ..Definition::default() };
         let plan = Definition { rate_limits: truth.plan_limits.clone(), ..Definition::default() };
-        page.define(1, &role.to_bytes().unwrap());
-        page.define(2, &plan.to_bytes().unwrap());
+        update.define(1, &role.to_bytes().unwrap());
+        update.define(2, &plan.to_bytes().unwrap());
         for (number, key) in truth.keys.iter().enumerate() {
             for (generation, (secret, _)) in key.secrets.iter().enumerate() {
                 let record = record(truth, number, generation).to_bytes().unwrap();
-                page.put(&KeyHash::of(secret.as_bytes()), &record);
+                update.put(&KeyHash::of(secret.as_bytes()), &record);
             }
         }
         for secret in &truth.forgotten {
-            page.remove(&KeyHash::of(secret.as_bytes()));
+            update.remove(&KeyHash::of(secret.as_bytes()));
         }
         let part = Part::Changes { after: 0 };
         let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 0, part, filters: 1 };
-        let bytes = page.finish(&header).unwrap();
-        for entry in Page::read(&bytes).unwrap().entries() {
+        let bytes = update.finish(&header).unwrap();
+        for entry in Update::read(&bytes).unwrap().entries() {
             match entry {
                 Entry::Put { hash, record } => drop(self.records.insert(hash, record.to_vec())),
                 Entry::Define { number, definition } => {
-                    drop(self.definitions.0.insert(number, Definition::from_bytes(definition).unwrap()));
+                    drop(self.definitions.0.insert(number, Definition::from_bytes(&definition).unwrap()));
                 }
                 Entry::Remove { hash } => drop(self.records.remove(&hash)),
-                other => panic!("{other:?}"),
+                Entry::Undefine { number } => panic!("definition {number} was never removed"),
             }
         }
     }
@@ -180,15 +180,15 @@ impl Filter {
         let bytes = secret.and_then(|secret| self.records.get(&KeyHash::of(secret.as_bytes())));
         let record = bytes.map(|bytes| Record::from_bytes(bytes).unwrap());
         let presented = match (secret, &record) {
-            (None, _) => Presented::Nothing,
-            (Some(_), None) => Presented::Stranger,
+            (None, _) => Presented::Missing,
+            (Some(_), None) => Presented::Unknown,
             (Some(_), Some(record)) => Presented::Key(record),
         };
         let now_s = now_ns / 1_000_000_000;
         let facts = Facts { policy, definitions: &self.definitions, address: Some(address), ..Facts::at(now_s) };
         let outcome = decide(presented, &facts);
         let Some(record) = record.filter(|_| outcome == Outcome::Allowed) else { return outcome };
-        let (limits, _) = self.definitions.rate_limits(&record);
+        let limits = self.definitions.rate_limits(&record);
         let mut taken = Vec::new();
         for limit in limits.iter().chain(&policy.rate_limit) {
             let of = (record.key_id, limit.name.clone());
@@ -198,12 +198,12 @@ impl Filter {
             }
         }
         self.arrivals.extend(taken);
-        if let Some(budget) = &record.further.quota
+        if let Some(budget) = &record.quota
             && !self.held.entry((Stock::Quota, record.key_id.0)).or_default().spend(budget, 1)
         {
             return Outcome::QuotaExceeded;
         }
-        if let Some(budget) = &record.further.credits
+        if let Some(budget) = &record.credits
             && !self
                 .held
                 .entry((Stock::Credits, record.owner_id.0))
@@ -211,7 +211,7 @@ impl Filter {
                 .spend(budget, cost(&record, policy).into())
         {
             if let Some(held) = self.held.get_mut(&(Stock::Quota, record.key_id.0)) {
-                held.spent -= u64::from(record.further.quota.is_some());
+                held.spent -= u64::from(record.quota.is_some());
             }
             return Outcome::CreditsExhausted;
         }
@@ -237,8 +237,13 @@ impl Run {
     fn limits(&mut self) -> Vec<RateLimit> {
         // Intervals that are whole nanoseconds, so that both sides count in the same unit.
         let all = [("second", 10, 1, 2), ("minute", 30, 60, 3), ("hour", 100, 3_600, 10)];
-        let all =
-            all.map(|(name, requests, window_s, burst)| RateLimit { name: name.into(), requests, window_s, burst });
+        let all = all.map(|(name, requests, window_s, burst)| RateLimit {
+            name: name.into(),
+            requests,
+            window_s,
+            burst,
+            shared: true,
+        });
         self.dice.some_of(&all)
     }
 
@@ -347,7 +352,10 @@ impl Run {
             2 => policy.scopes = ScopeNeed::All(self.wanted()),
             3 => policy.scopes = ScopeNeed::Any(self.wanted()),
             4 => policy.cost = Some(u32::try_from(self.dice.below(3)).unwrap()),
-            5 => policy.rate_limit = Some(RateLimit { name: "route".into(), requests: 2, window_s: 1, burst: 2 }),
+            5 => {
+                let limit = RateLimit { name: "route".into(), requests: 2, window_s: 1, burst: 2, shared: false };
+                policy.rate_limit = Some(limit);
+            }
             _ => {}
         }
         policy

@@ -167,21 +167,23 @@ pub async fn explain(
     };
     let presented = match &record {
         Some(record) => Presented::Key(record),
-        None if presents_nothing(&body) => Presented::Nothing,
-        None => Presented::Stranger,
+        None if presents_nothing(&body) => Presented::Missing,
+        None => Presented::Unknown,
     };
     let outcome = decide(presented, &facts);
     if let Some(record) = &record {
-        checks
-            .extend(Check::ALL.map(|check| {
-                CheckView::judged(check.name(), check.refusal(record, &facts), check.saw(record, &facts))
-            }));
+        checks.extend(
+            Check::ALL.map(|check| {
+                CheckView::judged(check.name(), check.refusal(record, &facts), check.detail(record, &facts))
+            }),
+        );
         checks.push(CheckView::told("rate_limit", limits(record, &facts)));
         let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
         checks.extend(left.quota.map(|saw| CheckView::told("quota_left", saw)));
         checks.extend(left.credits.map(|saw| CheckView::told("credits_left", saw)));
     } else if let Some(limit) = &policy.rate_limit {
-        checks.push(CheckView::told("rate_limit", format!("of the route, for each client address: {}", alone(limit))));
+        checks
+            .push(CheckView::told("rate_limit", format!("of the route, for each client address: {}", figures(limit))));
     }
     Ok(Json(explanation(outcome, applies.name, policy.shadow || app.policies.shadow, checks)))
 }
@@ -266,14 +268,10 @@ async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(O
 
 /// The limits that an Envoy judges after all checks.
 fn limits(record: &Record, facts: &Facts<'_>) -> String {
-    let (limits, judged_alone) = facts.definitions.rate_limits(record);
+    let limits = facts.definitions.rate_limits(record);
     let of = if record.rate_limits.is_empty() { "plan" } else { "key" };
-    let of_key = limits.iter().zip(0_u32..).map(|(limit, place)| {
-        let shared = judged_alone.checked_shr(place).is_none_or(|bits| bits & 1 == 0);
-        let text = if shared { format!("{}, shared by all Envoys", figures(limit)) } else { alone(limit) };
-        format!("of the {of}: {text}")
-    });
-    let of_route = facts.policy.rate_limit.iter().map(|limit| format!("of the route: {}", alone(limit)));
+    let of_key = limits.iter().map(|limit| format!("of the {of}: {}", figures(limit)));
+    let of_route = facts.policy.rate_limit.iter().map(|limit| format!("of the route: {}", figures(limit)));
     let mut all: Vec<String> = of_key.chain(of_route).collect();
     if limits.is_empty() {
         all.insert(0, "of neither the key nor a plan: the default of each Envoy applies".into());
@@ -281,11 +279,8 @@ fn limits(record: &Record, facts: &Facts<'_>) -> String {
     format!("{}; judged by each Envoy", all.join("; "))
 }
 
-fn alone(limit: &RateLimit) -> String {
-    format!("{}, each Envoy by itself", figures(limit))
-}
-
 fn figures(limit: &RateLimit) -> String {
-    let RateLimit { name, requests, window_s, burst } = limit;
-    format!("{name} {requests} in {window_s} s, {burst} at once")
+    let RateLimit { name, requests, window_s, burst, shared } = limit;
+    let whose = if *shared { "shared by all Envoys" } else { "each Envoy by itself" };
+    format!("{name} {requests} in {window_s} s, {burst} at once, {whose}")
 }

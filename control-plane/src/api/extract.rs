@@ -84,7 +84,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
         let query = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
         let query = serde_urlencoded::Deserializer::new(query);
         serde_path_to_error::deserialize(query).map(Self).map_err(|error| {
-            let InputError { path, detail, .. } = InputError::of(error.path(), &error.inner().to_string());
+            let InputError { path, detail, .. } = InputError::new(error.path(), &error.inner().to_string());
             let field = (!path.is_empty()).then(|| path.into());
             ApiError::Invalid { field, detail }
         })

@@ -9,7 +9,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use contract::hash::BUCKETS;
 use contract::id::{Epoch, ReporterId};
-use contract::page::{Header, Page, PageView, PageWriter, Part};
+use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::read_reports;
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -22,16 +22,16 @@ use crate::error::ApiError;
 use crate::metering::{IngestError, NEW_REPORTERS};
 use crate::net::connection::Peer;
 use crate::sync::filters::SILENT;
-use crate::sync::mirror::PageRequest;
+use crate::sync::mirror::UpdateRequest;
 use crate::sync::registry::{PollStatus, Registration};
 
-/// The media type of a page.
-const PAGE_TYPE: &str = "application/vnd.portcullis.page";
+/// The media type of an update.
+const UPDATE_TYPE: &str = "application/vnd.portcullis.update";
 /// The media type of an acknowledgement.
 const ACK_TYPE: &str = "application/vnd.portcullis.ack";
 
 /// From where on a filter syncs: nothing for a new one; epoch and revision for the changes after it; epoch, cursor and the
-/// least revision that the page must have for the next page of a snapshot. What a newer filter says beside that is left alone.
+/// least revision that the update must have for the next update of a snapshot. What a newer filter says beside that is left alone.
 #[derive(Debug, Deserialize)]
 pub struct Poll {
     epoch: Option<Uuid>,
@@ -47,7 +47,7 @@ pub struct Poll {
 /// Longest version that is shown, in bytes.
 const VERSION_BYTES: usize = 64;
 
-/// `GET /sync/v1/keys`: the next page for a filter.
+/// `GET /sync/v1/keys`: the next update for a filter.
 ///
 /// # Errors
 /// A refused key, a senseless query, or 503 before the mirror is loaded.
@@ -59,21 +59,21 @@ pub async fn poll(
     Query(poll): Query<Poll>,
 ) -> Result<Response, ApiError> {
     let noted = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
-    let page = page_for(&app, &poll, matches!(noted, Noting::TooMany)).await?;
+    let update = update_for(&app, &poll, matches!(noted, Noting::TooMany)).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
-        let malformed = |error| ApiError::Internal(format!("a page of our own: {error}"));
-        let view = PageView::of(&Page::read(&page).map_err(malformed)?).map_err(malformed)?;
+        let malformed = |error| ApiError::Internal(format!("an update of our own: {error}"));
+        let view = Update::read(&update).and_then(|update| update.view()).map_err(malformed)?;
         return Ok(Json(view).into_response());
     }
-    metrics::counter!("portcullis_sync_pages_total").increment(1);
-    // How old what the page tells may be (RFC 9111, section 5.1): seconds, if the database has not been reached for so
+    metrics::counter!("portcullis_sync_updates_total").increment(1);
+    // How old what the update tells may be (RFC 9111, section 5.1): seconds, if the database has not been reached for so
     // long. Filters that must not serve old keys count it in.
     let age = HeaderValue::from(app.store.age().unwrap_or_default().as_secs());
     let no_store = HeaderValue::from_static("no-store");
-    let kind = HeaderValue::from_static(PAGE_TYPE);
+    let kind = HeaderValue::from_static(UPDATE_TYPE);
     let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, no_store), (header::AGE, age)];
-    Ok((headers, page).into_response())
+    Ok((headers, update).into_response())
 }
 
 /// What became of what a filter says of itself.
@@ -86,7 +86,7 @@ enum Noting<D> {
     TooMany,
 }
 
-/// The number of Envoys in pages for Envoys beyond the bound of their sync key. Their part of a shared limit is then the smallest
+/// The number of Envoys in updates for Envoys beyond the bound of their sync key. Their part of a shared limit is then the smallest
 /// possible, a millionth, so that together they do not exceed the limit.
 const UNCOUNTED: u32 = 1_000_000;
 
@@ -108,7 +108,7 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<im
         pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
     };
     match app.filters.polled(reporter, status) {
-        // The page in this response counts the Envoy already.
+        // The update in this response counts the Envoy already.
         Registration::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
         Registration::TooMany => return Noting::TooMany,
         Registration::Known | Registration::Ignored => {}
@@ -130,7 +130,7 @@ fn too_many(app: &App) -> ApiError {
     ApiError::BoundReached { detail, retry_after_s: SILENT.as_secs() }
 }
 
-async fn page_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, ApiError> {
+async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, ApiError> {
     let filters = || if is_uncounted { UNCOUNTED } else { app.store.filters() };
     let deadline =
         Instant::now() + poll.wait.map_or(app.long_poll, |wait| app.long_poll.min(Duration::from_secs(wait)));
@@ -139,23 +139,25 @@ async fn page_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, A
             if cursor >= BUCKETS {
                 return Err(ApiError::invalid(
                     "cursor",
-                    format!("must be below {BUCKETS}: take it from the last page"),
+                    format!("must be below {BUCKETS}: take it from the last update"),
                 ));
             }
             let (epoch, least) = (Epoch::from(epoch), least.unwrap_or(0));
             if !up_to_date(app, epoch, least, deadline).await {
                 return Err(ApiError::Unavailable("This replica does not have that revision yet. Try again."));
             }
-            // A page of an older state than those before it could bring revoked keys back. Where the database itself is
+            // An update of an older state than those before it could bring revoked keys back. Where the database itself is
             // behind, it was restored: the snapshot starts over.
             let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
-            return written(app, PageRequest::Snapshot(if continues { cursor } else { 0 }), filters());
+            return written(app, UpdateRequest::Snapshot(if continues { cursor } else { 0 }), filters());
         }
-        (None, _, Some(_)) => return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last page")),
+        (None, _, Some(_)) => {
+            return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last update"));
+        }
         (None, Some(_), None) => {
-            return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last page"));
+            return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last update"));
         }
-        (Some(_), None, None) | (None, None, None) => return written(app, PageRequest::Snapshot(0), filters()),
+        (Some(_), None, None) | (None, None, None) => return written(app, UpdateRequest::Snapshot(0), filters()),
         (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
     };
     let mut positions = app.store.positions();
@@ -170,7 +172,7 @@ async fn page_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, A
         let in_step = ours == epoch && at == revision;
         let elsewhere = ours != epoch || at < revision;
         if !in_step && (may_judge || !elsewhere) {
-            return written(app, PageRequest::Changes(if ours == epoch { revision } else { u64::MAX }), filters());
+            return written(app, UpdateRequest::Changes(if ours == epoch { revision } else { u64::MAX }), filters());
         }
         tokio::select! {
             _ = positions.changed() => {}
@@ -194,19 +196,19 @@ async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -
     }
 }
 
-fn written(app: &App, wanted: PageRequest, filters: u32) -> Result<Bytes, ApiError> {
-    match app.store.page(wanted, filters) {
+fn written(app: &App, wanted: UpdateRequest, filters: u32) -> Result<Bytes, ApiError> {
+    match app.store.write_update(wanted, filters) {
         None => Err(ApiError::Unavailable("The key store is not loaded yet. Try again shortly.")),
-        Some(page) => page.map_err(|error| ApiError::Internal(format!("a page cannot be encoded: {error}"))),
+        Some(update) => update.map_err(|error| ApiError::Internal(format!("an update cannot be encoded: {error}"))),
     }
 }
 
-/// The page that has no news.
+/// The update that has no news.
 fn unchanged(app: &App, epoch: Epoch, revision: u64, filters: u32) -> Result<Bytes, ApiError> {
     let header =
         Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision }, filters };
-    let page = PageWriter::new().finish(&header);
-    page.map(Bytes::from).map_err(|error| ApiError::Internal(format!("a page cannot be encoded: {error}")))
+    let update = UpdateWriter::default().finish(&header);
+    update.map(Bytes::from).map_err(|error| ApiError::Internal(format!("an update cannot be encoded: {error}")))
 }
 
 /// `POST /sync/v1/usage`: takes reports and acknowledges them once they are committed.

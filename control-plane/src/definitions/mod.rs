@@ -3,8 +3,9 @@
 
 pub mod store;
 
-use crate::domain::{ADMIN, Quota, QuotaBody, RateLimitBody, SYNC, Scopes, StoredLimit, parse_rate_limits};
+use crate::domain::{ADMIN, Quota, QuotaBody, RateLimitBody, SYNC, Scopes, parse_rate_limits};
 use crate::error::ApiError;
+use contract::record::RateLimit;
 
 const NAME_CHARS: usize = 64;
 const DESCRIPTION_CHARS: usize = 500;
@@ -72,7 +73,7 @@ pub struct Content {
     pub description: String,
     pub scopes: Scopes,
     /// Limits of keys that have none of their own.
-    pub rate_limits: Vec<StoredLimit>,
+    pub rate_limits: Vec<RateLimit>,
     /// The quota of each key that has none of its own.
     pub quota: Option<Quota>,
 }

@@ -5,6 +5,7 @@
 //! for. A deletion locks it `for update` and then sees every use. A replacement locks it `for no key update`: it
 //! waits for other replacements and deletions only. The order of locks stands in [`crate::keys::lock`].
 
+use contract::record::RateLimit;
 use serde_json::json;
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
@@ -13,7 +14,7 @@ use time::OffsetDateTime;
 use super::{Content, Kind, MOST, Name};
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
-use crate::domain::{Preconditions, Quota, QuotaBody, StoredLimit};
+use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
 use crate::quota::{Whose, check_time_zone, refresh_starters};
 
@@ -26,7 +27,7 @@ pub struct Definition {
     pub description: String,
     pub scopes: Vec<String>,
     /// Limits of keys that have none of their own.
-    pub rate_limits: Json<Vec<StoredLimit>>,
+    pub rate_limits: Json<Vec<RateLimit>>,
     /// The quota of each key that has none of its own.
     pub quota: Option<Json<Quota>>,
     /// Counted up with each change.
@@ -47,7 +48,7 @@ impl Definition {
 pub async fn get(pool: &PgPool, kind: Kind, name: &Name) -> Result<Option<Definition>, ApiError> {
     let found = sqlx::query_as!(
         Definition,
-        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
             quota as "quota: Json<Quota>", version, created_at
         from definitions where kind = $1 and name = $2 and not removed"#,
         kind.name(),
@@ -62,7 +63,7 @@ pub async fn get(pool: &PgPool, kind: Kind, name: &Name) -> Result<Option<Defini
 pub async fn list(pool: &PgPool, kind: Kind, after: Option<&Name>, limit: i64) -> Result<Vec<Definition>, ApiError> {
     let found = sqlx::query_as!(
         Definition,
-        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
             quota as "quota: Json<Quota>", version, created_at
         from definitions where kind = $1 and name > $2 and not removed order by name limit $3"#,
         kind.name(),
@@ -109,7 +110,7 @@ async fn put_once(
     }
     let present = sqlx::query_as!(
         Definition,
-        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
             quota as "quota: Json<Quota>", version, created_at
         from definitions where kind = $1 and name = $2 and not removed for no key update"#,
         kind.name(),
@@ -150,7 +151,7 @@ async fn make(
         Definition,
         r#"insert into definitions (kind, name, description, scopes, rate_limits, quota) values ($1, $2, $3, $4, $5, $6)
         on conflict (kind, name) where not removed do nothing
-        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
             quota as "quota: Json<Quota>", version, created_at"#,
         kind.name(),
         name.as_str(),
@@ -179,7 +180,7 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
     let replaced = sqlx::query_as!(
         Definition,
         r#"update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5 where number = $1
-        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>",
+        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
             quota as "quota: Json<Quota>", version, created_at"#,
         number,
         content.description,

@@ -16,6 +16,6 @@ pub use name::KeyName;
 pub use patch::Patch;
 pub use preconditions::Preconditions;
 pub use quota::{Period, Quota, QuotaBody};
-pub use rate_limit::{RateLimitBody, StoredLimit, parse_rate_limits};
+pub use rate_limit::{RateLimitBody, parse_rate_limits};
 pub use scopes::{ADMIN, SYNC, Scopes};
 pub use timestamp::{Timestamp, default_expiry, parse_expiry, parse_time, round_up_to_second};

@@ -13,34 +13,6 @@ const RATE_LIMIT_NAME_CHARS: usize = 32;
 const RATE_LIMIT_REQUESTS: i64 = 1_000_000_000;
 const RATE_LIMIT_WINDOW_S: i64 = 31_622_400;
 
-/// A rate limit as the database keeps it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoredLimit {
-    /// The limit.
-    #[serde(flatten)]
-    pub limit: RateLimit,
-    /// Whether each Envoy judges it alone, rather than a share of it.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub alone: bool,
-}
-
-impl StoredLimit {
-    /// The limits, and which of them each Envoy judges alone, as records have it.
-    #[must_use]
-    pub fn apart(limits: Vec<Self>) -> (Vec<RateLimit>, u32) {
-        let alone =
-            limits.iter().zip(0..).filter(|(limit, _)| limit.alone).fold(0, |bits, (_, place)| bits | 1 << place);
-        (limits.into_iter().map(|stored| stored.limit).collect(), alone)
-    }
-
-    /// The limits of a record.
-    #[must_use]
-    pub fn together(limits: &[RateLimit], alone: u32) -> Vec<Self> {
-        let limits = limits.iter().cloned().zip(0_u32..);
-        limits.map(|(limit, place)| Self { limit, alone: alone & (1 << place) != 0 }).collect()
-    }
-}
-
 /// A rate limit as clients write and read it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -75,17 +47,17 @@ fn null_is_yes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool
 impl RateLimitBody {
     /// Shows a limit.
     #[must_use]
-    pub fn of(StoredLimit { limit, alone }: &StoredLimit) -> Self {
+    pub fn of(limit: &RateLimit) -> Self {
         Self {
-            shared: !alone,
             name: limit.name.clone(),
             requests: limit.requests.into(),
             window_seconds: limit.window_s.into(),
             burst: Some(limit.burst.into()),
+            shared: limit.shared,
         }
     }
 
-    fn parse(self) -> Result<StoredLimit, ApiError> {
+    fn parse(self) -> Result<RateLimit, ApiError> {
         let bad = |detail: String| ApiError::invalid("rate_limits", detail);
         let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
         if !(1..=RATE_LIMIT_NAME_CHARS).contains(&self.name.len()) || !self.name.bytes().all(allowed) {
@@ -96,13 +68,13 @@ impl RateLimitBody {
             let in_range = u32::try_from(value).ok().filter(|_| (1..=most).contains(&value));
             in_range.ok_or_else(|| bad(format!("{what} of {:?} must be a number from 1 to {most}", self.name)))
         };
-        let limit = RateLimit {
+        Ok(RateLimit {
             requests: within("requests", self.requests, RATE_LIMIT_REQUESTS)?,
             window_s: within("window_seconds", self.window_seconds, RATE_LIMIT_WINDOW_S)?,
             burst: within("burst", self.burst.unwrap_or(self.requests), RATE_LIMIT_REQUESTS)?,
             name: self.name,
-        };
-        Ok(StoredLimit { limit, alone: !self.shared })
+            shared: self.shared,
+        })
     }
 }
 
@@ -110,12 +82,12 @@ impl RateLimitBody {
 ///
 /// # Errors
 /// What is wrong with `rate_limits`.
-pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<StoredLimit>, ApiError> {
+pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<RateLimit>, ApiError> {
     if limits.len() > RATE_LIMITS {
         return Err(ApiError::invalid("rate_limits", format!("must have at most {RATE_LIMITS} entries")));
     }
     let limits = limits.into_iter().map(RateLimitBody::parse).collect::<Result<Vec<_>, _>>()?;
-    let names: BTreeSet<_> = limits.iter().map(|stored| &stored.limit.name).collect();
+    let names: BTreeSet<_> = limits.iter().map(|limit| &limit.name).collect();
     if names.len() < limits.len() {
         return Err(ApiError::invalid("rate_limits", "the names must differ"));
     }
@@ -143,7 +115,7 @@ mod tests {
             shared: true,
         };
         let parsed = parse_rate_limits(vec![limit("a", 5, 60, None), limit("b", 5, 60, Some(9))]).unwrap();
-        assert_eq!(parsed.iter().map(|stored| stored.limit.burst).collect::<Vec<_>>(), [5, 9]);
+        assert_eq!(parsed.iter().map(|limit| limit.burst).collect::<Vec<_>>(), [5, 9]);
         for bad in [
             vec![limit("A", 1, 1, None)],
             vec![limit("", 1, 1, None)],

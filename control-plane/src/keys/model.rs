@@ -1,14 +1,14 @@
 //! Keys as the control plane knows them, apart from their secrets.
 
 use contract::key::{KeyKind, Secret};
-use contract::record::Record;
+use contract::record::{RateLimit, Record};
 use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::effective::EffectivePermissions;
 use super::permissions::Permissions;
-use crate::domain::{Email, KeyName, Quota, Scopes, StoredLimit};
+use crate::domain::{Email, KeyName, Quota, Scopes};
 
 /// A key, without its secret.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub struct Key {
     /// The start of the secret, by which people recognise it; none for keys of a foreign form.
     pub prefix: Option<String>,
     pub scopes: Vec<String>,
-    pub rate_limits: Json<Vec<StoredLimit>>,
+    pub rate_limits: Json<Vec<RateLimit>>,
     /// The number of its current secret, from 1.
     pub generation: i32,
     /// Counted up with each change.
@@ -46,7 +46,7 @@ pub struct NewKey {
     /// Live or test.
     pub kind: KeyKind,
     pub scopes: Scopes,
-    pub rate_limits: Vec<StoredLimit>,
+    pub rate_limits: Vec<RateLimit>,
     /// Its roles, plan, quota and the like.
     pub permissions: Permissions,
     pub expires_at: Option<OffsetDateTime>,

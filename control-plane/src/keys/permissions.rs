@@ -5,12 +5,13 @@ use std::collections::HashSet;
 
 use contract::network::Network;
 use contract::policy::COST;
+use contract::record::RateLimit;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
 use crate::definitions::store::{lock_plan, numbers};
 use crate::definitions::{Kind, Name};
-use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, StoredLimit, parse_rate_limits};
+use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, parse_rate_limits};
 use crate::error::ApiError;
 use crate::quota::check_time_zone;
 
@@ -47,7 +48,7 @@ pub struct Permissions {
     pub networks: Option<Vec<Network>>,
     pub quota: Patch<Quota>,
     pub cost: Option<i32>,
-    pub rate_limits: Option<Vec<StoredLimit>>,
+    pub rate_limits: Option<Vec<RateLimit>>,
 }
 
 impl Permissions {
@@ -191,7 +192,7 @@ pub struct ResolvedPermissions {
     pub(super) networks: Option<Vec<String>>,
     pub(super) quota: Patch<Quota>,
     pub(super) cost: Option<i32>,
-    pub(super) rate_limits: Option<Vec<StoredLimit>>,
+    pub(super) rate_limits: Option<Vec<RateLimit>>,
 }
 
 impl ResolvedPermissions {

@@ -2,6 +2,7 @@
 
 use contract::hash::KeyHash;
 use contract::network::Network;
+use contract::record::RateLimit;
 use sqlx::types::Json;
 use sqlx::{PgExecutor, PgPool};
 use time::OffsetDateTime;
@@ -9,14 +10,14 @@ use uuid::Uuid;
 
 use super::model::{Key, OwnTerms, PrimaryStatus, StoredKey};
 use crate::domain::record::{networks, record_of};
-use crate::domain::{Email, Quota, StoredLimit};
+use crate::domain::{Email, Quota};
 use crate::error::ApiError;
 
 /// Finds a key by its hash.
 pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<StoredKey>, ApiError> {
     let row = sqlx::query!(
         r#"select k.id, k.owner_id, s.generation as "generation!", k.scopes,
-            k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
+            k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at,
             coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
             k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn, p.email,
@@ -42,7 +43,7 @@ pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>,
     let key = sqlx::query_as!(
         Key,
         r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
             disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
             revoked_at, last_used_at, usage_count as "usage_count!"
         from keys_with_usage where id = $1"#,
@@ -63,7 +64,7 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
     let key = sqlx::query_as!(
         Key,
         r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
             disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
             revoked_at, last_used_at, usage_count as "usage_count!"
         from keys_with_usage
@@ -107,7 +108,7 @@ pub async fn search(
     let keys = sqlx::query_as!(
         Key,
         r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<StoredLimit>>", generation as "generation!", version as "version!",
+            rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
             disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
             revoked_at, last_used_at, usage_count as "usage_count!"
         from keys_with_usage

@@ -198,7 +198,7 @@ async fn needs(
         cross join lateral (
             select jsonb_path_query_array(
                 case when k.rate_limits <> '[]' then k.rate_limits else coalesce(d.rate_limits, '[]') end,
-                '$[*] ? (!(@.alone == true))'
+                '$[*] ? (@.shared == true)'
             ) as shared
         ) s
         where k.credits_starter is not null or coalesce(k.quota, d.quota) is not null or s.shared <> '[]'

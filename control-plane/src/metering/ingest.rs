@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use contract::id::ReporterId;
 use contract::policy::COST;
+use contract::time::S_PER_HOUR;
 use contract::usage::{Ack, Count, REPORT_COUNTS, Report};
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
@@ -33,8 +34,6 @@ const AHEAD: Duration = Duration::from_secs(60);
 
 /// Most requests that one count can honestly have: a million a second for the eleven days of a long outage.
 const REQUESTS: u64 = 1_000_000_000_000;
-
-const HOUR_S: u64 = 3_600;
 
 /// Why reports were not taken.
 #[derive(Debug, thiserror::Error)]
@@ -145,13 +144,13 @@ pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
 /// Moves what was counted in the future to now, and what was counted longer ago than can be to where that time begins. An
 /// Envoy whose clock is ahead sends the same report until it is taken: to refuse it would lose all that comes after it.
 pub(super) fn no_later_than(reports: &mut [Report], now: Duration) {
-    let hour = u32::try_from(now.as_secs() / HOUR_S).unwrap_or(u32::MAX);
+    let hour = u32::try_from(now.as_secs() / S_PER_HOUR).unwrap_or(u32::MAX);
     let ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
     let tolerated = now + AHEAD;
     let mut ahead = None;
     for report in reports {
         for Count { of, last_ms, .. } in &mut report.counts {
-            if u64::from(of.hour) * HOUR_S > tolerated.as_secs() || u128::from(*last_ms) > tolerated.as_millis() {
+            if u64::from(of.hour) * S_PER_HOUR > tolerated.as_secs() || u128::from(*last_ms) > tolerated.as_millis() {
                 ahead = Some(report.reporter);
             }
             of.hour = of.hour.clamp(hour.saturating_sub(OLDEST_HOURS), hour);

@@ -82,7 +82,7 @@ const CATALOGUE: &[Metric] = &[
         &[],
         "Responses that ended because the client did not take them within the read time-out.",
     ),
-    metric(Counter, "portcullis_sync_pages_total", &[], "Pages of keys and changes that were sent to Envoys."),
+    metric(Counter, "portcullis_sync_updates_total", &[], "Updates of the keys that were sent to Envoys."),
     metric(Gauge, "portcullis_sync_polls_in_flight", &[], "Polls of Envoys that wait for a change."),
     metric(Counter, "portcullis_tls_handshakes_failed_total", &[], "TLS handshakes that failed or took too long."),
     metric(Counter, "portcullis_usage_events_total", &[], "Usage events that were written."),

@@ -1,7 +1,7 @@
-//! The key store in memory, as filters are to have it: rows of the change feed come in, pages go out. Nothing here waits
-//! for the database, so that Envoys are answered while it is down.
+//! The key store in memory: takes rows of the change feed, and writes the updates that filters poll. It never waits for the
+//! database, so Envoys get updates while the database is down.
 //!
-//! Of each key the mirror holds its present record, in the binary form of the pages, and the revision of its last change,
+//! Of each key the mirror holds its present record, encoded as in updates, and the revision of its last change,
 //! in the order of hashes, which is the order of a snapshot. Changes are found through an index by revision; a key that was
 //! withdrawn stays in it as a tombstone for a while.
 //!
@@ -16,12 +16,12 @@ use contract::codec::DecodeError;
 use contract::definition::{Definition, Definitions};
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
-use contract::page::{Header, PAGE_BYTES, PageWriter, Part, REVISION_BYTES};
+use contract::update::{Header, Part, REVISION_BYTES, UPDATE_BYTES, UpdateWriter};
 
 /// Most tombstones that are kept. Beyond, the oldest go, and filters that are further behind get a snapshot.
 const TOMBSTONES: usize = 100_000;
 
-/// Most bytes of an entry beside its record: length, kind and hash.
+/// Most bytes of an entry beside its record: kind, hash and length.
 const ENTRY_BYTES: usize = 40;
 
 /// One key as the feed reads it.
@@ -55,15 +55,15 @@ struct MirroredKey {
 
 /// What a reader asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageRequest {
+pub enum UpdateRequest {
     /// A snapshot, from this bucket on.
     Snapshot(u32),
     /// The changes after this revision.
     Changes(u64),
 }
 
-/// A page before its header: what it holds, up to which revision, and which part of the store that is.
-type Written = (PageWriter, u64, Part);
+/// An update before its header: what it holds, up to which revision, and which part of the store that is.
+type Written = (UpdateWriter, u64, Part);
 
 /// The store at one revision.
 #[derive(Debug)]
@@ -154,19 +154,19 @@ impl Mirror {
         revision >= self.horizon && revision <= self.revision
     }
 
-    /// Writes the page that a reader gets, of a store that so many filters sync. Changes that are not all known become a
+    /// Writes the update that a reader gets, of a store that so many filters sync. Changes that are not all known become a
     /// snapshot.
     ///
     /// # Errors
-    /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: PageRequest, filters: u32) -> Result<Bytes, DecodeError> {
-        let (page, revision, part) = match wanted {
-            PageRequest::Changes(after) if self.reaches_back_to(after) => self.changes(after)?,
-            PageRequest::Changes(_) => self.snapshot(0)?,
-            PageRequest::Snapshot(from) => self.snapshot(from)?,
+    /// None in practice: see [`contract::codec::encode`].
+    pub fn write_update(&self, wanted: UpdateRequest, filters: u32) -> Result<Bytes, DecodeError> {
+        let (update, revision, part) = match wanted {
+            UpdateRequest::Changes(after) if self.reaches_back_to(after) => self.changes(after)?,
+            UpdateRequest::Changes(_) => self.snapshot(0)?,
+            UpdateRequest::Snapshot(from) => self.snapshot(from)?,
         };
         let header = Header { epoch: self.epoch, revision, total_keys: self.keys, part, filters };
-        page.finish(&header).map(Bytes::from)
+        update.finish(&header).map(Bytes::from)
     }
 
     fn put(&mut self, row: KeyRow) {
@@ -193,10 +193,10 @@ impl Mirror {
     }
 
     fn snapshot(&self, from: u32) -> Result<Written, DecodeError> {
-        let mut page = PageWriter::new();
+        let mut update = UpdateWriter::default();
         if from == 0 {
             for (number, definition) in &self.definitions.0 {
-                page.define(*number, &definition.to_bytes()?);
+                update.define(*number, &definition.to_bytes()?);
             }
         }
         let mut to = BUCKETS;
@@ -206,38 +206,38 @@ impl Mirror {
             whole.clear();
             whole.extend(std::iter::from_fn(|| living.next_if(|(hash, _)| hash.bucket() == bucket)));
             let bytes: usize = whole.iter().map(|(_, record)| record.len() + ENTRY_BYTES).sum();
-            if u32::from(bucket) > from && page.bytes() + bytes > PAGE_BYTES {
+            if u32::from(bucket) > from && update.bytes() + bytes > UPDATE_BYTES {
                 to = bucket.into();
                 break;
             }
             for (hash, record) in &whole {
-                page.put(hash, record);
+                update.put(hash, record);
             }
         }
-        Ok((page, self.revision, Part::Snapshot { from, to }))
+        Ok((update, self.revision, Part::Snapshot { from, to }))
     }
 
     fn changes(&self, after: u64) -> Result<Written, DecodeError> {
         let first = (after + 1, KeyHash([0; 32]));
         let Some(to) = self.fitting(first) else { return self.snapshot(0) };
-        let mut page = PageWriter::new();
+        let mut update = UpdateWriter::default();
         for row in self.defined.values().filter(|row| row.revision > after && row.revision <= to) {
             match &row.definition {
-                Some(definition) => page.define(row.number, &definition.to_bytes()?),
-                None => page.undefine(row.number),
+                Some(definition) => update.define(row.number, &definition.to_bytes()?),
+                None => update.undefine(row.number),
             }
         }
         for (_, hash) in self.by_revision.range(first..).take_while(|(changed, _)| *changed <= to) {
             match self.find(hash) {
-                Some(record) => page.put(hash, record),
-                None => page.remove(hash),
+                Some(record) => update.put(hash, record),
+                None => update.remove(hash),
             }
         }
-        Ok((page, to, Part::Changes { after }))
+        Ok((update, to, Part::Changes { after }))
     }
 
-    /// Up to which revision the changes from `first` on fit one page, which ends between two revisions and never within
-    /// one. `None` if one revision alone is too large, as after a bulk insert: its keys travel as a snapshot, whose pages
+    /// Up to which revision the changes from `first` on fit one update, which ends between two revisions and never within
+    /// one. `None` if one revision alone is too large, as after a bulk insert: its keys travel as a snapshot, whose updates
     /// are bounded.
     fn fitting(&self, first: (u64, KeyHash)) -> Option<u64> {
         let mut bytes = 0;
@@ -247,7 +247,7 @@ impl Mirror {
                 complete = current.replace(*changed);
             }
             bytes += ENTRY_BYTES + self.find(hash).map_or(0, <[u8]>::len);
-            if bytes > REVISION_BYTES || (bytes > PAGE_BYTES && complete.is_some()) {
+            if bytes > REVISION_BYTES || (bytes > UPDATE_BYTES && complete.is_some()) {
                 return complete;
             }
         }
@@ -266,8 +266,8 @@ const fn first_of(bucket: u32) -> KeyHash {
 #[cfg(test)]
 mod tests {
     use contract::id::{KeyId, OwnerId};
-    use contract::page::Page;
     use contract::record::Record;
+    use contract::update::Update;
 
     use super::*;
 
@@ -289,9 +289,9 @@ mod tests {
     }
 
     fn changes(mirror: &Mirror, after: u64) -> (Header, usize, usize) {
-        let bytes = mirror.page(PageRequest::Changes(after), 0).unwrap();
-        let page = Page::read(&bytes).unwrap();
-        (page.header, page.entries().count(), bytes.len())
+        let bytes = mirror.write_update(UpdateRequest::Changes(after), 0).unwrap();
+        let update = Update::read(&bytes).unwrap();
+        (update.header, update.entries().count(), bytes.len())
     }
 
     #[test]
@@ -299,32 +299,32 @@ mod tests {
         let mirror = mirror(&[1, 225, 225, 9_000, 1]);
         let (header, entries, bytes) = changes(&mirror, 0);
         assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 0 }, 226));
-        assert!(bytes <= PAGE_BYTES + 100, "{bytes}");
+        assert!(bytes <= UPDATE_BYTES + 100, "{bytes}");
         let (header, entries, _) = changes(&mirror, 2);
         assert_eq!((header.revision, header.part, entries), (3, Part::Changes { after: 2 }, 225));
         // One revision alone may be larger.
         let (header, entries, bytes) = changes(&mirror, 3);
         assert_eq!((header.revision, header.part, entries), (4, Part::Changes { after: 3 }, 9_000));
-        assert!(PAGE_BYTES < bytes && bytes <= REVISION_BYTES + 100, "{bytes}");
+        assert!(UPDATE_BYTES < bytes && bytes <= REVISION_BYTES + 100, "{bytes}");
         let (header, entries, _) = changes(&mirror, 5);
         assert_eq!((header.revision, header.part, entries), (5, Part::Changes { after: 5 }, 0));
     }
 
     #[test]
-    fn a_revision_too_large_for_a_page_is_told_as_a_snapshot_in_bounded_pages() {
+    fn a_revision_too_large_for_an_update_is_sent_as_a_snapshot_in_bounded_updates() {
         let mirror = mirror(&[1, 30_000]);
         let (mut header, mut entries, bytes) = changes(&mirror, 1);
         assert!(
-            matches!(header.part, Part::Snapshot { from: 0, .. }) && bytes <= PAGE_BYTES + 100,
+            matches!(header.part, Part::Snapshot { from: 0, .. }) && bytes <= UPDATE_BYTES + 100,
             "{header:?} {bytes}"
         );
         while let Part::Snapshot { to, .. } = header.part
             && to < BUCKETS
         {
-            let bytes = mirror.page(PageRequest::Snapshot(to), 0).unwrap();
-            assert!(bytes.len() <= PAGE_BYTES + 100, "{}", bytes.len());
-            let page = Page::read(&bytes).unwrap();
-            (header, entries) = (page.header, entries + page.entries().count());
+            let bytes = mirror.write_update(UpdateRequest::Snapshot(to), 0).unwrap();
+            assert!(bytes.len() <= UPDATE_BYTES + 100, "{}", bytes.len());
+            let update = Update::read(&bytes).unwrap();
+            (header, entries) = (update.header, entries + update.entries().count());
         }
         assert_eq!((header.revision, entries), (2, 30_001));
     }

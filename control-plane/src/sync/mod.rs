@@ -1,4 +1,4 @@
-//! Keys on their way to the filters. The [`feed`] brings committed changes into the [`mirror`], and polls get pages
+//! Keys on their way to the filters. The [`feed`] brings committed changes into the [`mirror`], and polls get updates
 //! of the mirror. Polls also say how far each filter is: [`registry`] collects it, [`filters`] stores it.
 //!
 //! [`Store`] is the mirror as the rest of the control plane uses it.
@@ -23,12 +23,12 @@ use contract::id::Epoch;
 use contract::record::Record;
 use tokio::sync::watch;
 
-use self::mirror::{Mirror, PageRequest};
+use self::mirror::{Mirror, UpdateRequest};
 use crate::change::FeedWaker;
 
-/// Most pages that are kept for other readers. Only the pages of the newest revision are; when the bound is reached, all
+/// Most updates that are kept for other readers. Only the updates of the newest revision are; when the bound is reached, all
 /// go.
-const SHARED_PAGES: usize = 256;
+const SHARED_UPDATES: usize = 256;
 
 /// How far a store is: `None` until it was loaded.
 pub type Position = Option<(Epoch, u64)>;
@@ -44,17 +44,17 @@ struct Shared {
     waker: FeedWaker,
     refreshing: tokio::sync::Mutex<Option<Instant>>,
     seen: Mutex<Option<Instant>>,
-    pages: Mutex<Pages>,
+    updates: Mutex<Updates>,
     filters: AtomicU32,
 }
 
 #[derive(Debug, Default)]
-struct Pages {
+struct Updates {
     at: Position,
-    pages: HashMap<WantedKey, Bytes>,
+    updates: HashMap<WantedKey, Bytes>,
 }
 
-/// Changes or a snapshot, from where on, and the number of Envoys that the page tells.
+/// Changes or a snapshot, from where on, and the number of Envoys that the update tells.
 type WantedKey = (bool, u64, u32);
 
 impl Store {
@@ -67,7 +67,7 @@ impl Store {
             waker: FeedWaker::default(),
             refreshing: tokio::sync::Mutex::new(None),
             seen: Mutex::new(None),
-            pages: Mutex::default(),
+            updates: Mutex::default(),
             filters: AtomicU32::new(0),
         }))
     }
@@ -109,10 +109,10 @@ impl Store {
         self.0.filters.load(Ordering::Relaxed)
     }
 
-    /// Notes how many Envoys sync at present, for the pages that are written from now on.
+    /// Notes how many Envoys sync at present, for the updates that are written from now on.
     pub fn set_filters(&self, filters: u32) {
         if self.0.filters.swap(filters, Ordering::Relaxed) != filters {
-            *self.0.pages.lock().unwrap_or_else(PoisonError::into_inner) = Pages::default();
+            *self.0.updates.lock().unwrap_or_else(PoisonError::into_inner) = Updates::default();
         }
     }
 
@@ -155,38 +155,38 @@ impl Store {
         self.read(|mirror| mirror.map(|mirror| mirror.epoch() == epoch && mirror.reaches_back_to(revision)))
     }
 
-    /// A page that tells of so many Envoys, written once for all readers that want the same at the same revision; `None` if
+    /// An update that tells of so many Envoys, written once for all readers that want the same at the same revision; `None` if
     /// nothing is loaded.
     ///
     /// # Errors
-    /// None in practice: see [`contract::codec::seal`].
-    pub fn page(&self, wanted: PageRequest, filters: u32) -> Option<Result<Bytes, DecodeError>> {
+    /// None in practice: see [`contract::codec::encode`].
+    pub fn write_update(&self, wanted: UpdateRequest, filters: u32) -> Option<Result<Bytes, DecodeError>> {
         let key = match wanted {
-            PageRequest::Snapshot(from) => (false, u64::from(from), filters),
-            PageRequest::Changes(after) => (true, after, filters),
+            UpdateRequest::Snapshot(from) => (false, u64::from(from), filters),
+            UpdateRequest::Changes(after) => (true, after, filters),
         };
         self.read(|mirror| {
             let mirror = mirror?;
             let at = Some((mirror.epoch(), mirror.revision()));
-            if let Some(page) = self.pages_at(at).pages.get(&key) {
-                return Some(Ok(page.clone()));
+            if let Some(update) = self.updates_at(at).updates.get(&key) {
+                return Some(Ok(update.clone()));
             }
-            let page = mirror.page(wanted, filters);
-            if let Ok(page) = &page {
-                let mut shared = self.pages_at(at);
-                if shared.pages.len() >= SHARED_PAGES {
-                    shared.pages.clear();
+            let update = mirror.write_update(wanted, filters);
+            if let Ok(update) = &update {
+                let mut shared = self.updates_at(at);
+                if shared.updates.len() >= SHARED_UPDATES {
+                    shared.updates.clear();
                 }
-                shared.pages.insert(key, page.clone());
+                shared.updates.insert(key, update.clone());
             }
-            Some(page)
+            Some(update)
         })
     }
 
-    fn pages_at(&self, at: Position) -> MutexGuard<'_, Pages> {
-        let mut shared = self.0.pages.lock().unwrap_or_else(PoisonError::into_inner);
+    fn updates_at(&self, at: Position) -> MutexGuard<'_, Updates> {
+        let mut shared = self.0.updates.lock().unwrap_or_else(PoisonError::into_inner);
         if shared.at != at {
-            *shared = Pages { at, pages: HashMap::new() };
+            *shared = Updates { at, updates: HashMap::new() };
         }
         shared
     }

@@ -3,6 +3,7 @@
 use contract::definition::Definition;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
+use contract::record::RateLimit;
 use futures_util::{Stream, TryStreamExt};
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -10,7 +11,6 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::mirror::{DefinitionRow, KeyRow};
-use crate::domain::StoredLimit;
 use crate::domain::record::record_of;
 
 /// Why rows could not be read.
@@ -28,7 +28,7 @@ macro_rules! keys {
     ($connection:expr, $where:literal $(, $of:expr)*) => {
         sqlx::query_as!(
             SecretRow,
-            r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", cost,
+            r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", cost,
                 expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
                 coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_starter, quota_turn,
                 quota_resets_at, credits_starter, credits_turn, revision
@@ -72,7 +72,7 @@ struct SecretRow {
     hash: Vec<u8>,
     generation: i32,
     scopes: Vec<String>,
-    rate_limits: Json<Vec<StoredLimit>>,
+    rate_limits: Json<Vec<RateLimit>>,
     cost: i32,
     expires_at: Option<OffsetDateTime>,
     disabled: bool,
@@ -155,7 +155,7 @@ pub(super) async fn old_secrets(
     // One that has ended by the database's clock has ended by any Envoy's.
     let mut secrets = sqlx::query_as!(
         SecretRow,
-        r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<StoredLimit>>", k.cost,
+        r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
             least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
             coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
@@ -183,15 +183,14 @@ pub(super) async fn old_secrets(
 /// Roles and plans that have changed after a revision, those that were removed too.
 pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<DefinitionRow>, ReadError> {
     let rows = sqlx::query!(
-        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<StoredLimit>>", removed, revision
+        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", removed, revision
         from definitions where revision > $1"#,
         since
     )
     .fetch_all(connection)
     .await?;
     let defined = rows.into_iter().map(|row| {
-        let (rate_limits, alone) = StoredLimit::apart(row.rate_limits.0);
-        let definition = Definition { scopes: row.scopes, rate_limits, alone };
+        let definition = Definition { scopes: row.scopes, rate_limits: row.rate_limits.0 };
         DefinitionRow {
             number: row.number.cast_unsigned(),
             revision: row.revision.cast_unsigned(),

@@ -54,8 +54,8 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
     change(
         &pool,
         id,
-        r#"rate_limits = '[{"name": "burst", "requests": 9, "window_s": 60, "burst": 3},
-            {"name": "own", "requests": 2, "window_s": 1, "burst": 2, "alone": true}]'"#,
+        r#"rate_limits = '[{"name": "burst", "requests": 9, "window_s": 60, "burst": 3, "shared": true},
+            {"name": "own", "requests": 2, "window_s": 1, "burst": 2, "shared": false}]'"#,
     )
     .await;
     let body = json!({"key": key.reveal(), "path": "/orders?page=2", "address": "192.0.2.7"});

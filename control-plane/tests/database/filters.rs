@@ -6,7 +6,7 @@ use crate::support::{Fixture, Reply, request, revision, revoke};
 use axum::body::Body;
 use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
-use contract::page::Page;
+use contract::update::Update;
 use contract::usage::{Report, write_reports};
 use control_plane::api;
 use control_plane::metering::NEW_REPORTERS;
@@ -250,9 +250,9 @@ async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     fixture.in_step().await;
-    let filters_of = |reply: &Reply| Page::read(&reply.body).unwrap().header.filters;
+    let filters_of = |reply: &Reply| Update::read(&reply.body).unwrap().header.filters;
     assert_eq!(filters_of(&poll(&fixture, &sync, "").await), 0);
-    // The very first page of an Envoy counts it.
+    // The very first update of an Envoy counts it.
     assert_eq!(filters_of(&poll(&fixture, &sync, &format!("reporter={}", envoy(1))).await), 1);
     let other = Registry::bounded(1_000);
     other.polled(envoy(2), PollStatus::default());
@@ -322,7 +322,7 @@ async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
         let [polled, refused] = newcomer(&fixture, &stolen, number).await;
         assert_eq!(polled.status.as_u16(), 200);
         // Its part of a shared limit is a millionth, which is the smallest.
-        assert_eq!(Page::read(&polled.body).unwrap().header.filters, 1_000_000);
+        assert_eq!(Update::read(&polled.body).unwrap().header.filters, 1_000_000);
         refused.assert_problem(429, "bound_reached", detail, None);
         assert_eq!(refused.header("retry-after"), "60");
     }

@@ -76,8 +76,8 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
 
     fixture.in_step().await;
     let record = fixture.app.store.find(&secret.hash()).unwrap();
-    assert_eq!(record.rate_limits.iter().map(|limit| limit.burst).collect::<Vec<_>>(), [10, 5]);
-    assert_eq!(record.further.alone, 0b10);
+    let limits = record.rate_limits.iter().map(|limit| (limit.burst, limit.shared));
+    assert_eq!(limits.collect::<Vec<_>>(), [(10, true), (5, false)]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
 use uuid::Uuid;
 
-const LIMITS: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100}]"#;
-const ALONE: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100, "alone": true}]"#;
+const LIMITS: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100, "shared": true}]"#;
+const ALONE: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100, "shared": false}]"#;
 
 async fn execute(pool: &PgPool, sql: &str) -> u64 {
     sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await.unwrap().rows_affected()

@@ -195,8 +195,8 @@ async fn an_expired_key_that_filters_forgot_comes_back_with_what_its_owner_has_n
     assert_eq!(fixture.call("PATCH", &uri, &admin, Some(&later)).await.json()["effective_plan"], "gold");
     fixture.in_step().await;
     let record = fixture.app.store.find(&secret_of(&expired).hash()).unwrap();
-    assert!(record.further.plan.is_some());
-    assert_eq!(record.further.quota.map(|quota| quota.starter), Some(100));
+    assert!(record.plan.is_some());
+    assert_eq!(record.quota.map(|quota| quota.starter), Some(100));
 }
 
 #[sqlx::test(migrations = "./migrations")]

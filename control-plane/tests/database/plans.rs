@@ -92,17 +92,17 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     assert_eq!((&shown["effective_scopes"], &shown["quota"]), (&json!(["own", "orders:*"]), &Value::Null));
     let record = record(&fixture, &key).await;
     assert_eq!(
-        (record.requires, record.further.quota.unwrap().starter),
+        (record.requires, record.quota.unwrap().starter),
         (Requires(Requires::PLAN.0 | Requires::BUDGETS.0), 62_500)
     );
     let definitions = fixture.app.store.definitions();
-    let (limits, alone) = definitions.rate_limits(&record);
-    assert_eq!((limits.iter().map(|limit| limit.burst).collect::<Vec<_>>(), alone), (vec![10, 5], 0b10));
+    let limits = definitions.rate_limits(&record).iter().map(|limit| (limit.burst, limit.shared));
+    assert_eq!(limits.collect::<Vec<_>>(), [(10, true), (5, false)]);
     let own = json!([{"name": "own", "requests": 1, "window_seconds": 1, "burst": 1, "shared": true}]);
     let patched = patch(&fixture, &admin, id, json!({"rate_limits": own})).await.json();
     assert_eq!(patched["rate_limits"], own);
     let record = self::record(&fixture, &key).await;
-    assert_eq!(fixture.app.store.definitions().rate_limits(&record).0[0].name, "own");
+    assert_eq!(fixture.app.store.definitions().rate_limits(&record)[0].name, "own");
     assert_eq!(patch(&fixture, &admin, id, json!({"rate_limits": []})).await.json()["rate_limits"], json!([]));
 
     let audit: (Value, Uuid) =
@@ -267,7 +267,7 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
     let (planned, _) = create(&fixture, &admin, json!({"plan": "gold"})).await;
     let starters = async || [starter(&pool, plain).await, starter(&pool, own).await, starter(&pool, planned).await];
     assert_eq!(starters().await, [None, Some(10), Some(100)]);
-    assert_eq!(record(&fixture, &key).await.further.quota.unwrap().starter, 10);
+    assert_eq!(record(&fixture, &key).await.quota.unwrap().starter, 10);
 
     owner(json!("gold")).await;
     assert_eq!(starters().await, [Some(100), Some(10), Some(100)]);
@@ -281,7 +281,7 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
 
     patch(&fixture, &admin, own, json!({"quota": null})).await;
     assert_eq!(starter(&pool, own).await, Some(200));
-    assert_eq!(record(&fixture, &key).await.further.quota.unwrap().starter, 200);
+    assert_eq!(record(&fixture, &key).await.quota.unwrap().starter, 200);
     for (requests, expected) in [(1, 1), (31, 1), (32, 2), (16_000_000, 1_000_000), (1_000_000_000_000, 1_000_000)] {
         patch(&fixture, &admin, own, json!({"quota": daily(requests)})).await;
         assert_eq!(starter(&pool, own).await, Some(expected), "{requests}");
@@ -320,7 +320,7 @@ async fn a_quota_that_grew_or_is_gone_opens_at_once(pool: PgPool) {
     used_up().await;
     let state = async || {
         let record = record(&fixture, &key).await;
-        let turn = record.further.quota.map(|quota| (quota.turn, quota.resets_at_s.is_some()));
+        let turn = record.quota.map(|quota| (quota.turn, quota.resets_at_s.is_some()));
         (record.flags.contains(contract::record::Flags::QUOTA_EXCEEDED), turn)
     };
     assert_eq!(state().await, (true, Some((1, true))));
@@ -343,7 +343,7 @@ async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
     let shown = fixture.call("GET", &format!("/v1/keys/{id}"), &admin, None).await.json();
     assert_eq!(shown["allowed_addresses"], json!(["192.0.2.7/32", "2001:db8::/32"]));
     let known = record(&fixture, &key).await;
-    assert_eq!((known.requires, known.further.networks.len()), (Requires::NETWORKS, 2));
+    assert_eq!((known.requires, known.networks.len()), (Requires::NETWORKS, 2));
     // The control plane keeps to them too.
     let from = async |address: &str| {
         let mut request = request("GET", "/v1/keys", Some(&key), axum::body::Body::empty());

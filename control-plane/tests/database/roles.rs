@@ -1,10 +1,11 @@
 //! Roles and what keys have by them, over the real router and a real PostgreSQL.
 
 use crate::support::{Fixture, Reply, revision};
+use contract::codec::Bytes;
 use contract::definition::Definition;
 use contract::id::Epoch;
 use contract::key::Secret;
-use contract::page::{Entry, Page, Part};
+use contract::update::{Entry, Part, Update};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
@@ -168,11 +169,11 @@ async fn a_changed_role_is_told_as_one_small_page(pool: PgPool) {
     };
     put(&fixture, &admin, "reader", &["orders:list"]).await;
     let reply = changes(epoch, at).await;
-    let page = Page::read(&reply.body).unwrap();
-    assert_eq!((page.header.part, page.header.revision), (Part::Changes { after: at }, at + 1));
-    let told: Vec<_> = page.entries().collect();
+    let update = Update::read(&reply.body).unwrap();
+    assert_eq!((update.header.part, update.header.revision), (Part::Changes { after: at }, at + 1));
+    let told: Vec<_> = update.entries().collect();
     let expected = Definition { scopes: vec!["orders:list".into()], ..Definition::default() }.to_bytes().unwrap();
-    assert_eq!(told, [Entry::Define { number: number.cast_unsigned(), definition: &expected }]);
+    assert_eq!(told, [Entry::Define { number: number.cast_unsigned(), definition: Bytes(&expected) }]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

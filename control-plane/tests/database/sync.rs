@@ -8,11 +8,11 @@ use axum::body::Body;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::key::Secret;
-use contract::page::{Entry, Header, Page, PageView, Part};
 use contract::record::{Flags, Record};
+use contract::update::{Entry, Header, Part, Update, UpdateView};
 use sqlx::PgPool;
 
-/// A reader as simple as can be: applies pages to a map.
+/// A reader as simple as can be: applies updates to a map.
 #[derive(Default)]
 pub(crate) struct Reader {
     pub(crate) keys: BTreeMap<KeyHash, Record>,
@@ -22,27 +22,27 @@ pub(crate) struct Reader {
 
 impl Reader {
     pub(crate) fn apply(&mut self, reply: &Reply) -> Header {
-        assert_eq!((reply.status.as_u16(), reply.header("content-type")), (200, "application/vnd.portcullis.page"));
-        let page = Page::read(&reply.body).unwrap();
-        if let Part::Snapshot { from, to } = page.header.part {
+        assert_eq!((reply.status.as_u16(), reply.header("content-type")), (200, "application/vnd.portcullis.update"));
+        let update = Update::read(&reply.body).unwrap();
+        if let Part::Snapshot { from, to } = update.header.part {
             self.keys.retain(|hash, _| !(from..to).contains(&u32::from(hash.bucket())));
         }
-        for entry in page.entries() {
+        for entry in update.entries() {
             match entry {
                 Entry::Put { hash, record } => {
-                    self.keys.insert(hash, Record::from_bytes(record).unwrap());
+                    self.keys.insert(hash, Record::from_bytes(&record).unwrap());
                 }
                 Entry::Remove { hash } => {
                     self.keys.remove(&hash);
                 }
-                Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => {
-                    panic!("a page of our own has no newer entries")
+                Entry::Define { .. } | Entry::Undefine { .. } => {
+                    panic!("there are no roles and plans")
                 }
             }
         }
-        self.epoch = Some(page.header.epoch);
-        self.revision = page.header.revision;
-        page.header
+        self.epoch = Some(update.header.epoch);
+        self.revision = update.header.revision;
+        update.header
     }
 
     pub(crate) fn poll(&self) -> String {
@@ -146,19 +146,19 @@ async fn a_snapshot_of_several_pages_holds_every_key_once(pool: PgPool) {
     .unwrap();
     let fixture = Fixture::new(pool.clone()).await;
     let mut reader = Reader::default();
-    let mut pages = 1;
+    let mut updates = 1;
     let mut header = reader.apply(&fixture.send(request("GET", "/sync/v1/keys", Some(&sync), Body::empty())).await);
     while let Part::Snapshot { to, .. } = header.part
         && to < BUCKETS
     {
         let uri = format!("/sync/v1/keys?epoch={}&cursor={to}", header.epoch);
         let reply = fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await;
-        assert!(reply.body.len() < 1_100_000, "a page of {} bytes", reply.body.len());
+        assert!(reply.body.len() < 1_100_000, "an update of {} bytes", reply.body.len());
         header = reader.apply(&reply);
         assert!(matches!(header.part, Part::Snapshot { from, .. } if from == to));
-        pages += 1;
+        updates += 1;
     }
-    assert!(pages > 1);
+    assert!(updates > 1);
     assert_eq!(reader.keys.into_keys().collect::<Vec<_>>(), stored(&pool).await.into_keys().collect::<Vec<_>>());
 }
 
@@ -224,7 +224,7 @@ async fn what_a_newer_filter_says_beside_is_left_alone(pool: PgPool) {
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let uri = "/sync/v1/keys?reporter=00000000-0000-0000-0000-000000000001&version=7";
     let reply = fixture.send(request("GET", uri, Some(&sync), Body::empty())).await;
-    assert_eq!(Page::read(&reply.body).unwrap().header.part, Part::Snapshot { from: 0, to: BUCKETS });
+    assert_eq!(Update::read(&reply.body).unwrap().header.part, Part::Snapshot { from: 0, to: BUCKETS });
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -235,7 +235,7 @@ async fn people_can_read_a_page_as_json(pool: PgPool) {
     let mut people = request("GET", "/sync/v1/keys", Some(&sync), Body::empty());
     people.headers_mut().insert("accept", "application/json".parse().unwrap());
     let reply = fixture.send(people).await;
-    let view: PageView = serde_json::from_value(reply.json()).unwrap();
+    let view: UpdateView = serde_json::from_value(reply.json()).unwrap();
     let binary = fixture.send(request("GET", "/sync/v1/keys", Some(&sync), Body::empty())).await;
-    assert_eq!(view, PageView::of(&Page::read(&binary.body).unwrap()).unwrap());
+    assert_eq!(view, Update::read(&binary.body).unwrap().view().unwrap());
 }

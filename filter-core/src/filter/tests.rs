@@ -6,9 +6,9 @@ use std::sync::Arc;
 use contract::definition::Definitions;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
-use contract::page::{Entry, Header, Page, PageWriter, Part};
 use contract::pepper::Pepper;
 use contract::record::Record;
+use contract::update::{Entry, Header, Part, Update, UpdateWriter};
 use contract::usage::read_reports;
 
 use super::*;
@@ -29,7 +29,7 @@ fn filter(host: &MockHost, setup: &Setup) -> Filter<MockHost, CellStore<MockHost
 }
 
 fn snapshot() -> MockResponse {
-    let mut writer = PageWriter::new();
+    let mut writer = UpdateWriter::default();
     let record = Record::plain(KeyId([7; 16]), OwnerId([8; 16]));
     writer.put(&KeyHash::of(b"k"), &record.to_bytes().unwrap());
     let part = Part::Snapshot { from: 0, to: BUCKETS };
@@ -111,10 +111,10 @@ impl KeyLookup for Table {
 }
 
 impl KeyStore for Table {
-    fn apply(&self, _me: NodeId, page: &Page<'_>) -> Result<(), NotLeader> {
-        for entry in page.entries() {
+    fn apply(&self, _me: NodeId, update: &Update<'_>) -> Result<(), NotLeader> {
+        for entry in update.entries() {
             if let Entry::Put { hash, record } = entry {
-                let key = StoredKey::new(Record::from_bytes(record).unwrap(), Arc::new(Definitions::default()));
+                let key = StoredKey::new(Record::from_bytes(&record).unwrap(), Arc::new(Definitions::default()));
                 self.0.borrow_mut().insert(hash, Arc::new(key));
             }
         }

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::host::{Call, Cluster, Log};
 use crate::setup::Setup;
 
-/// Polls for a page. Returns the token of the call; `None` if the host has no such cluster.
+/// Polls for an update. Returns the token of the call; `None` if the host has no such cluster.
 pub(super) fn poll_store(host: &impl Cluster, setup: &Setup, path: &str) -> Option<u32> {
     host.dispatch(&call(setup, "GET", path, None, POLL_TIMEOUT_MS))
 }

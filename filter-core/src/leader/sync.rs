@@ -2,13 +2,13 @@
 //! for the next step.
 //!
 //! It polls with the revision of the store. The response comes when there is a newer revision, or after a while without one.
-//! A control plane that cannot continue from that revision answers with the first page of a snapshot, and the machine asks
-//! for the other pages one by one. After a failure it polls again after a pause that doubles up to [`super::backoff::MAX_PAUSE_MS`]. The
+//! A control plane that cannot continue from that revision answers with the first update of a snapshot, and the machine asks
+//! for the other updates one by one. After a failure it polls again after a pause that doubles up to [`super::backoff::MAX_PAUSE_MS`]. The
 //! pauses are random, so that a thousand Envoys do not poll at the same moment.
 
 use contract::hash::BUCKETS;
 use contract::id::{Epoch, ReporterId};
-use contract::page::{Header, Part};
+use contract::update::{Header, Part};
 
 use super::backoff::Backoff;
 use crate::store::state::StoreState;
@@ -32,7 +32,7 @@ enum Position {
     Empty,
     /// Every change up to a revision.
     At { epoch: Epoch, revision: u64 },
-    /// The buckets of a snapshot before `cursor`. Its pages may come from several replicas at several revisions; changes up to
+    /// The buckets of a snapshot before `cursor`. Its updates may come from several replicas at several revisions; changes up to
     /// the least of these revisions are certain to be in it.
     Loading { epoch: Epoch, least_revision: u64, cursor: u32 },
 }
@@ -50,10 +50,10 @@ pub struct StoreSync {
     in_flight: Option<(u32, u64)>,
 }
 
-/// The effect of a page on the store.
+/// The effect of an update on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// With this page the store is complete.
+    /// With this update the store is complete.
     Complete {
         /// The life of the database.
         epoch: Epoch,
@@ -62,9 +62,9 @@ pub enum Progress {
         /// Keys in the store, as the control plane counts them.
         keys: u64,
     },
-    /// More pages of the snapshot follow.
+    /// More updates of the snapshot follow.
     Partial,
-    /// The page does not continue the store and must not be applied.
+    /// The update does not continue the store and must not be applied.
     Misplaced,
 }
 
@@ -127,7 +127,7 @@ impl StoreSync {
         pause_ms
     }
 
-    /// What a page will do to the store. Nothing is applied yet.
+    /// What an update will do to the store. Nothing is applied yet.
     #[must_use]
     pub fn classify(&self, header: &Header) -> Progress {
         match self.next(header) {
@@ -137,7 +137,7 @@ impl StoreSync {
         }
     }
 
-    /// A page was applied: the next poll starts at once.
+    /// An update was applied: the next poll starts at once.
     pub fn on_applied(&mut self, header: &Header) {
         self.position = self.next(header).unwrap_or(Position::Empty);
         if let Position::At { epoch, revision } = self.position {
@@ -147,7 +147,7 @@ impl StoreSync {
         self.backoff.reset();
     }
 
-    /// Starts the snapshot over: the control plane sent a page that does not continue the store.
+    /// Starts the snapshot over: the control plane sent an update that does not continue the store.
     pub const fn restart(&mut self) {
         self.position = Position::Empty;
     }
@@ -218,7 +218,7 @@ mod tests {
             ))
         );
         let last = snapshot(12, 40_000, BUCKETS);
-        // The first page did not have the changes 11 and 12: they are asked for once more.
+        // The first update did not have the changes 11 and 12: they are asked for once more.
         assert_eq!(sync.classify(&last), complete(10));
         sync.on_applied(&last);
         assert_eq!(
@@ -258,8 +258,8 @@ mod tests {
     #[test]
     fn a_new_epoch_starts_with_a_snapshot_at_any_time() {
         let sync = StoreSync::new(Some(&state(500)));
-        let page = header(OTHER, 3, Part::Snapshot { from: 0, to: BUCKETS });
-        assert_eq!(sync.classify(&page), Progress::Complete { epoch: OTHER, revision: 3, keys: 3 });
+        let update = header(OTHER, 3, Part::Snapshot { from: 0, to: BUCKETS });
+        assert_eq!(sync.classify(&update), Progress::Complete { epoch: OTHER, revision: 3, keys: 3 });
     }
 
     #[test]
@@ -324,7 +324,7 @@ mod tests {
         sync.on_failure(0, 0);
         let start = format!("/sync/v1/keys?epoch={EPOCH}&cursor=0&revision=7&{REPORTER}");
         assert_eq!(sync.due(ME, 3, MAX_PAUSE_MS), Some(start));
-        // The first page is of a newer revision: the others must be too.
+        // The first update is of a newer revision: the others must be too.
         sync.on_applied(&snapshot(9, 0, 100));
         let next = format!("/sync/v1/keys?epoch={EPOCH}&cursor=100&revision=9&{REPORTER}");
         assert_eq!(sync.due(ME, 3, 0), Some(next));

@@ -4,8 +4,8 @@ use contract::budget::Stock;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::outcome::Outcome;
-use contract::page::{PageWriter, Part};
 use contract::record::Record;
+use contract::update::{Part, UpdateWriter};
 use contract::usage::{Count, Grant, KeyRef, read_reports};
 use contract::usage_log::LogKey;
 
@@ -66,8 +66,8 @@ impl Node {
     fn synced() -> (Self, SentCall) {
         let mut node = Self::new();
         let poll = one(node.tick(NOW));
-        let page = page(7, Part::Snapshot { from: 0, to: BUCKETS }, &[b"k"]);
-        let next = one(node.respond(&poll, &MockResponse::ok(page)));
+        let update = update(7, Part::Snapshot { from: 0, to: BUCKETS }, &[b"k"]);
+        let next = one(node.respond(&poll, &MockResponse::ok(update)));
         node.host.take_log();
         (node, next)
     }
@@ -98,14 +98,14 @@ fn poll_in(calls: Vec<SentCall>) -> SentCall {
     one(calls.into_iter().filter(|call| call.header(":method") == "GET").collect())
 }
 
-fn page(revision: u64, part: Part, keys: &[&[u8]]) -> Vec<u8> {
-    page_of(EPOCH, revision, part, keys)
+fn update(revision: u64, part: Part, keys: &[&[u8]]) -> Vec<u8> {
+    update_of(EPOCH, revision, part, keys)
 }
 
-fn page_of(epoch: Epoch, revision: u64, part: Part, keys: &[&[u8]]) -> Vec<u8> {
+fn update_of(epoch: Epoch, revision: u64, part: Part, keys: &[&[u8]]) -> Vec<u8> {
     let mut hashes: Vec<KeyHash> = keys.iter().map(|key| KeyHash::of(key)).collect();
     hashes.sort();
-    let mut writer = PageWriter::new();
+    let mut writer = UpdateWriter::default();
     for hash in hashes {
         writer.put(&hash, &Record::plain(KeyId([7; 16]), OwnerId([8; 16])).to_bytes().unwrap());
     }
@@ -113,7 +113,7 @@ fn page_of(epoch: Epoch, revision: u64, part: Part, keys: &[&[u8]]) -> Vec<u8> {
 }
 
 fn changes(after: u64, revision: u64, keys: &[&[u8]]) -> MockResponse {
-    MockResponse::ok(page(revision, Part::Changes { after }, keys))
+    MockResponse::ok(update(revision, Part::Changes { after }, keys))
 }
 
 fn path(call: &SentCall) -> &str {
@@ -160,14 +160,14 @@ fn the_first_vm_that_ticks_leads_and_polls_and_the_others_wait() {
 fn a_snapshot_is_loaded_page_by_page_and_then_changes_follow() {
     let mut node = Node::new();
     let poll = one(node.tick(NOW));
-    let first = page(9, Part::Snapshot { from: 0, to: 0x8000 }, &[]);
+    let first = update(9, Part::Snapshot { from: 0, to: 0x8000 }, &[]);
     let poll = one(node.respond(&poll, &MockResponse::ok(first)));
     assert!(path(&poll).contains("&cursor=32768&revision=9&"), "{}", path(&poll));
     assert_eq!((state::read(&node.vm.data), node.host.metric("portcullis_keys"), node.log()), (None, 0, vec![]));
 
     let hash = KeyHash::of(b"k");
     let from = u32::from(hash.bucket()).min(0x8000);
-    let last = page(9, Part::Snapshot { from: 0x8000, to: BUCKETS }, if from < 0x8000 { &[] } else { &[b"k"] });
+    let last = update(9, Part::Snapshot { from: 0x8000, to: BUCKETS }, if from < 0x8000 { &[] } else { &[b"k"] });
     let poll = one(node.respond(&poll, &MockResponse::ok(last)));
     assert!(path(&poll).contains("&revision=9&reporter="), "{}", path(&poll));
     let state = state::read(&node.vm.data).unwrap();
@@ -198,8 +198,8 @@ fn a_failed_poll_is_logged_with_its_remedy_counted_and_tried_again_after_a_pause
             "the sync key may not sync (403): it needs the scope sync, and a reporter of its own",
         ),
         (MockResponse::of_status(500), "the control plane answered 500"),
-        (MockResponse::ok(b"<html>".to_vec()), "the page is not readable: "),
-        (changes(3, 4, &[]), "the page does not continue the store: starting over"),
+        (MockResponse::ok(b"<html>".to_vec()), "the update is not readable: "),
+        (changes(3, 4, &[]), "the update does not continue the store: starting over"),
     ];
     for (response, why) in cases {
         let (mut node, poll) = Node::synced();
@@ -239,8 +239,8 @@ fn an_answer_without_the_database_is_as_old_as_it_says() {
 #[test]
 fn before_an_older_page_the_state_is_set_back_for_a_vm_that_takes_over_in_between() {
     let (mut node, poll) = Node::synced();
-    // The first page of a snapshot, from a replica at an older revision.
-    let older = page(5, Part::Snapshot { from: 0, to: 0x8000 }, &[]);
+    // The first update of a snapshot, from a replica at an older revision.
+    let older = update(5, Part::Snapshot { from: 0, to: 0x8000 }, &[]);
     one(node.respond(&poll, &MockResponse::ok(older)));
     assert_eq!(state::read(&node.vm.data).unwrap().revision, 5);
     let mut successor = Node::on(&node.host, 2);
@@ -251,7 +251,7 @@ fn before_an_older_page_the_state_is_set_back_for_a_vm_that_takes_over_in_betwee
 #[test]
 fn a_new_database_replaces_the_store() {
     let (mut node, poll) = Node::synced();
-    let other = page_of(Epoch([2; 16]), 1, Part::Snapshot { from: 0, to: BUCKETS }, &[b"other"]);
+    let other = update_of(Epoch([2; 16]), 1, Part::Snapshot { from: 0, to: BUCKETS }, &[b"other"]);
     one(node.respond(&poll, &MockResponse::ok(other)));
     assert!(node.knows(b"other") && !node.knows(b"k"));
     assert_eq!(node.vm.state().map(|state| (state.epoch, state.revision)), Some((Epoch([2; 16]), 1)));

@@ -16,6 +16,7 @@ use contract::record::RateLimit;
 
 use crate::address::Client;
 use crate::shared::{CellKey, Cells, Conflict, SharedData};
+use crate::time::NS_PER_S;
 
 /// Cells for keys: the last 16 bits of the key's id name one.
 pub const KEY_CELLS: u32 = 65_536;
@@ -33,7 +34,6 @@ pub const SHARE_REST_S: u32 = 3_600;
 /// One request in so many of a burst may be taken ahead at once.
 pub const PART: u64 = 64;
 
-const SECOND_NS: u64 = 1_000_000_000;
 const HUNDREDTH_NS: u64 = 10_000_000;
 
 /// Whose limits are asked, and where they are remembered.
@@ -247,7 +247,7 @@ fn share_value(share: u32, now_ns: u64) -> u64 {
 }
 
 fn seconds(now_ns: u64) -> u32 {
-    u32::try_from(now_ns / SECOND_NS).unwrap_or(u32::MAX)
+    u32::try_from(now_ns / NS_PER_S).unwrap_or(u32::MAX)
 }
 
 /// What a cell holds: `id (16 bytes) │ tag (8 bytes) │ time, or share and second (8 bytes)`, repeated.
@@ -278,7 +278,7 @@ impl Judged<'_> {
 
     /// How many of the requests that are wanted may be taken at once.
     fn slice(&self, wanted: u32) -> u32 {
-        let part = |rate: Rate| rate.burst().checked_div(PART).and_then(|part| u32::try_from(part).ok());
+        let part = |rate: Rate| u32::try_from(rate.burst() / PART).ok();
         self.rates().filter_map(|(_, _, rate)| part(rate)).fold(wanted, u32::min).max(1)
     }
 
@@ -286,7 +286,7 @@ impl Judged<'_> {
     fn retry_after_s(&self, place: usize, rate: &Rate, wait_ns: u64) -> u64 {
         let whole = self.limits.get(place).map_or(*rate, |limit| Rate::of(limit.limit, WHOLE));
         let longer_ns = rate.interval_ns().saturating_sub(whole.interval_ns());
-        wait_ns.saturating_sub(longer_ns).div_ceil(SECOND_NS).max(1)
+        wait_ns.saturating_sub(longer_ns).div_ceil(NS_PER_S).max(1)
     }
 }
 
@@ -397,7 +397,7 @@ impl Entries {
         for (_, tag, rate) in judged.rates() {
             let Some(entry) = self.find(judged.subject, tag) else { continue };
             let reach_ns = rate.within_reach(entry.value, judged.now_ns);
-            if entry.value > reach_ns.saturating_add(SECOND_NS) {
+            if entry.value > reach_ns.saturating_add(NS_PER_S) {
                 entry.value = reach_ns;
                 changed = true;
             }

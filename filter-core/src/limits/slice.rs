@@ -41,8 +41,6 @@ const KEYS: usize = 4_096;
 pub struct Limits<'a> {
     /// Those of its key, of its plan or of the filter.
     pub own: &'a [RateLimit],
-    /// Which of them each Envoy judges alone, a bit each.
-    pub alone: u32,
     /// That of its route, which each Envoy judges alone.
     pub route: Option<&'a RateLimit>,
 }
@@ -51,14 +49,7 @@ impl<'a> Limits<'a> {
     /// Each of them.
     #[must_use]
     pub fn all(&self) -> Vec<Limit<'a>> {
-        let is_alone = |place: usize| {
-            let bit = u32::try_from(place).ok().and_then(|place| self.alone.checked_shr(place));
-            bit.is_none_or(|bit| bit & 1 == 1)
-        };
-        let own = self.own.iter().enumerate().map(|(place, limit)| {
-            let tag = Tag::of_key(&limit.name);
-            Limit { limit, tag, shared: !is_alone(place) }
-        });
+        let own = self.own.iter().map(|limit| Limit { limit, tag: Tag::of_key(&limit.name), shared: limit.shared });
         let of_route = |limit: &'a RateLimit| Limit { limit, tag: Tag::of_policy(&limit.name), shared: false };
         own.chain(self.route.map(of_route)).collect()
     }
@@ -93,18 +84,17 @@ struct Slice {
 #[derive(Debug)]
 struct From {
     own: Vec<RateLimit>,
-    alone: u32,
     route: Option<RateLimit>,
     share: u32,
 }
 
 impl From {
     fn limits(&self) -> Limits<'_> {
-        Limits { own: &self.own, alone: self.alone, route: self.route.as_ref() }
+        Limits { own: &self.own, route: self.route.as_ref() }
     }
 
     fn is(&self, limits: &Limits<'_>) -> bool {
-        self.own == limits.own && self.alone == limits.alone && self.route.as_ref() == limits.route
+        self.own == limits.own && self.route.as_ref() == limits.route
     }
 }
 
@@ -145,8 +135,8 @@ impl Slices {
             _ if slice.left == 0 => {}
             Some(from) if from.is(limits) => from.share = share,
             from => {
-                let Limits { own, alone, route } = *limits;
-                *from = Some(From { own: own.to_vec(), alone, route: route.cloned(), share });
+                let Limits { own, route } = *limits;
+                *from = Some(From { own: own.to_vec(), route: route.cloned(), share });
             }
         }
         Ok(())
@@ -162,7 +152,7 @@ impl Slices {
                 return true;
             }
             slice.give_back(data, *key, default_share, now_ns);
-            slice.asked = slice.asked.checked_shr(1).unwrap_or_default();
+            slice.asked /= 2;
             if slice.asked == 0 {
                 self.rests(slice.came);
             }
@@ -172,7 +162,7 @@ impl Slices {
 
     /// What the first request of a key takes. Where keys come once and rest, nothing is left to give back.
     fn wanted_at_first(&self) -> u32 {
-        match self.usual.get().checked_div(SCALE).unwrap_or_default() {
+        match self.usual.get() / SCALE {
             0 | 1 => 1,
             usual => usual.saturating_mul(AHEAD_AT_FIRST).min(MOST),
         }
@@ -181,8 +171,8 @@ impl Slices {
     /// A key rests of which so many requests were admitted.
     fn rests(&self, came: u32) {
         let usual = self.usual.get();
-        let rest = usual.saturating_sub(usual.checked_div(WEIGHT).unwrap_or_default());
-        self.usual.set(rest.saturating_add(came.saturating_mul(SCALE).checked_div(WEIGHT).unwrap_or_default()));
+        let rest = usual.saturating_sub(usual / WEIGHT);
+        self.usual.set(rest.saturating_add(came.saturating_mul(SCALE) / WEIGHT));
     }
 }
 

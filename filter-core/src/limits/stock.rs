@@ -28,12 +28,11 @@ pub fn spend(data: &SharedData<impl Cells>, record: &Record, policy: &Policy) ->
         Some(budget) if cost > 0 => take(data, stock, of, &budget, cost),
         _ => true,
     };
-    let further = &record.further;
-    if !paid(Stock::Quota, &record.key_id.0, further.quota, 1) {
+    if !paid(Stock::Quota, &record.key_id.0, record.quota, 1) {
         return Some(Outcome::QuotaExceeded);
     }
-    if !paid(Stock::Credits, &record.owner_id.0, further.credits, cost(record, policy).into()) {
-        if further.quota.is_some() {
+    if !paid(Stock::Credits, &record.owner_id.0, record.credits, cost(record, policy).into()) {
+        if record.quota.is_some() {
             // Should it not go back, the key has one request less, which is better than one too many.
             let _ = give_back(data, Stock::Quota, &record.key_id.0, 1);
         }
@@ -65,8 +64,8 @@ pub fn grant(
 #[must_use]
 pub fn wait(data: &SharedData<impl Cells>, outcome: Outcome, record: &Record, price: u32, now_s: u64) -> Wait {
     let (flag, budget) = match outcome {
-        Outcome::QuotaExceeded => (Flags::QUOTA_EXCEEDED, record.further.quota),
-        Outcome::CreditsExhausted => (Flags::CREDITS_EXHAUSTED, record.further.credits),
+        Outcome::QuotaExceeded => (Flags::QUOTA_EXCEEDED, record.quota),
+        Outcome::CreditsExhausted => (Flags::CREDITS_EXHAUSTED, record.credits),
         _ => return Wait::Usual,
     };
     if !record.flags.contains(flag) {
@@ -84,7 +83,7 @@ fn is_above_balance(data: &SharedData<impl Cells>, record: &Record, price: u64) 
     let [.., high, low] = *of;
     let cell = data.get(CellKey::Stock(Stock::Balance, u16::from_be_bytes([high, low])));
     let told = cell.and_then(|cell| find(&cell.value, of));
-    let turn = record.further.credits.map(|credits| credits.turn);
+    let turn = record.credits.map(|credits| credits.turn);
     told.is_some_and(|told| Some(told.turn) == turn && price > told.granted)
 }
 
@@ -155,8 +154,8 @@ mod tests {
 
     fn record(quota: Option<Budget>, credits: Option<Budget>) -> Record {
         let mut record = Record::plain(KeyId(KEY), OwnerId(OWNER));
-        record.further.quota = quota;
-        record.further.credits = credits;
+        record.quota = quota;
+        record.credits = credits;
         record
     }
 

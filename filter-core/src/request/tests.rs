@@ -4,9 +4,9 @@ use std::net::IpAddr;
 
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
-use contract::page::{Header, Page, PageWriter, Part};
 use contract::pepper::Pepper;
 use contract::record::{Budget, Flags, RateLimit, Record};
+use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::Count;
 use serde_json::{Value, json};
 
@@ -39,13 +39,13 @@ impl Bench {
     fn stored(plugin: Value, mut keys: Vec<(KeyHash, &Record)>) -> Self {
         let bench = Self::empty(plugin);
         keys.sort_by_key(|(hash, _)| *hash);
-        let mut writer = PageWriter::new();
+        let mut writer = UpdateWriter::default();
         for (hash, record) in keys {
             writer.put(&hash, &record.to_bytes().unwrap());
         }
         let (epoch, part) = (Epoch([1; 16]), Part::Snapshot { from: 0, to: BUCKETS });
-        let page = writer.finish(&Header { epoch, revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
-        crate::store::write(bench.data(), ME, &Page::read(&page).unwrap()).unwrap();
+        let update = writer.finish(&Header { epoch, revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
+        crate::store::write(bench.data(), ME, &Update::read(&update).unwrap()).unwrap();
         bench.set_state(4, NOW_S * 1_000);
         bench
     }
@@ -124,7 +124,7 @@ fn record() -> Record {
 }
 
 fn limit(name: &str, requests: u32) -> RateLimit {
-    RateLimit { name: name.into(), requests, window_s: 60, burst: requests }
+    RateLimit { name: name.into(), requests, window_s: 60, burst: requests, shared: true }
 }
 
 fn admitted(outcomes: &[Outcome]) -> usize {
@@ -149,8 +149,7 @@ fn a_plain_key_costs_two_reads_and_one_write_of_cells() {
 #[test]
 fn an_envoy_enforces_its_share_of_a_shared_limit_and_the_whole_of_others() {
     let mut own = record();
-    own.rate_limits = vec![limit("shared", 8), limit("alone", 8)];
-    own.further.alone = 0b10;
+    own.rate_limits = vec![limit("shared", 8), RateLimit { shared: false, ..limit("alone", 8) }];
     let bench = Bench::new(
         json!({"rate_limit": {"requests": 8, "window_seconds": 60}}),
         &[
@@ -219,7 +218,7 @@ fn an_imported_key_is_found_under_its_peppered_hash_and_only_with_the_pepper() {
 #[test]
 fn only_a_key_bound_to_networks_needs_the_address() {
     let mut bound = record();
-    bound.further.networks = vec!["192.0.2.0/24".parse().unwrap()];
+    bound.networks = vec!["192.0.2.0/24".parse().unwrap()];
     let mut bench = Bench::new(json!({}), &[("k", bound)]);
     assert_eq!(bench.ask(Some("k"), None).outcome, Outcome::AddressDenied);
     bench.address = "192.0.2.9".parse().ok();
@@ -230,9 +229,8 @@ fn only_a_key_bound_to_networks_needs_the_address() {
 #[test]
 fn a_request_that_a_rate_limit_refuses_spends_no_quota() {
     let mut metered = record();
-    metered.rate_limits = vec![limit("own", 3)];
-    metered.further.alone = 1;
-    metered.further.quota = Some(Budget { starter: 2, turn: 1, resets_at_s: None });
+    metered.rate_limits = vec![RateLimit { shared: false, ..limit("own", 3) }];
+    metered.quota = Some(Budget { starter: 2, turn: 1, resets_at_s: None });
     let bench = Bench::new(json!({}), &[("k", metered)]);
     let (allowed, quota, limited) = (Outcome::Allowed, Outcome::QuotaExceeded, Outcome::RateLimited);
     assert_eq!(bench.outcomes(5, Some("k"), None), [allowed, allowed, quota, limited, limited]);
@@ -245,8 +243,8 @@ fn a_refusal_for_quota_or_credits_says_when_to_retry() {
     let budget = Some(Budget { starter: 0, turn: 1, resets_at_s: Some(NOW_S + 500) });
     let (mut spent, mut renewing) = (record(), record());
     spent.flags = Flags::QUOTA_EXCEEDED;
-    spent.further.quota = budget;
-    renewing.further.credits = budget;
+    spent.quota = budget;
+    renewing.credits = budget;
     let bench = Bench::new(json!({}), &[("spent", spent), ("renewing", renewing)]);
     let verdict = bench.ask(Some("spent"), None);
     assert_eq!((verdict.outcome, verdict.wait), (Outcome::QuotaExceeded, Wait::Seconds(500)));

@@ -1,4 +1,4 @@
-//! Roles and plans, which records reference by number: the leader writes those of each page into one cell, and every VM keeps
+//! Roles and plans, which records reference by number: the leader writes those of each update into one cell, and every VM keeps
 //! a copy that it reads again when the version has changed.
 //!
 //! The version has a cell of its own, written after the definitions. A VM that sees the new version gets the new
@@ -9,35 +9,35 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use contract::definition::{Definition, Definitions};
-use contract::page::{Entry, Page, Part};
 use contract::record::Record;
+use contract::update::{Entry, Part, Update};
 
 use crate::shared::election::NodeId;
 use crate::shared::fenced::{NotLeader, write};
 use crate::shared::{CellKey, Cells, SharedData};
 
-/// Writes the definitions of a page. The first page of a snapshot has all of them.
+/// Writes the definitions of an update. The first update of a snapshot has all of them.
 ///
 /// # Errors
 /// [`NotLeader`]; the new leader writes them.
-pub fn apply(data: &SharedData<impl Cells>, me: NodeId, page: &Page<'_>) -> Result<(), NotLeader> {
-    let is_complete = matches!(page.header.part, Part::Snapshot { from: 0, .. });
+pub fn apply(data: &SharedData<impl Cells>, me: NodeId, update: &Update<'_>) -> Result<(), NotLeader> {
+    let is_complete = matches!(update.header.part, Part::Snapshot { from: 0, .. });
     let is_definition = |entry| matches!(entry, Entry::Define { .. } | Entry::Undefine { .. });
-    if !is_complete && !page.entries().any(is_definition) {
+    if !is_complete && !update.entries().any(is_definition) {
         return Ok(());
     }
     write(data, me, CellKey::Definitions, &|old| {
         let mut definitions = if is_complete { Definitions::default() } else { read(old) };
-        for entry in page.entries() {
+        for entry in update.entries() {
             match entry {
                 Entry::Define { number, definition } => {
-                    // Pages are checked before they are applied, so every definition decodes.
-                    definitions.0.insert(number, Definition::from_bytes(definition).unwrap_or_default());
+                    // Updates are checked before they are applied, so every definition decodes.
+                    definitions.0.insert(number, Definition::from_bytes(&definition).unwrap_or_default());
                 }
                 Entry::Undefine { number } => {
                     definitions.0.remove(&number);
                 }
-                Entry::Put { .. } | Entry::Remove { .. } | Entry::Newer => {}
+                Entry::Put { .. } | Entry::Remove { .. } => {}
             }
         }
         Some(postcard::to_allocvec(&definitions).unwrap_or_default())
@@ -68,7 +68,7 @@ impl DefinitionsCopy {
     /// The definitions for a record. A record without roles and plan gets none and reads nothing. As long as the definitions
     /// do not change, all calls return the same allocation.
     pub fn for_record(&self, data: &SharedData<impl Cells>, record: &Record) -> Arc<Definitions> {
-        if record.roles.is_empty() && record.further.plan.is_none() {
+        if record.roles.is_empty() && record.plan.is_none() {
             return Arc::clone(&self.none);
         }
         let newest = data.get(CellKey::DefinitionsVersion).and_then(|cell| version(&cell.value));
@@ -86,7 +86,7 @@ impl DefinitionsCopy {
 mod tests {
     use contract::hash::BUCKETS;
     use contract::id::{Epoch, KeyId, OwnerId};
-    use contract::page::{Header, PageWriter};
+    use contract::update::{Header, UpdateWriter};
 
     use super::*;
     use crate::mock::{TestData, new_data};
@@ -102,8 +102,8 @@ mod tests {
         data
     }
 
-    fn page(part: Part, defined: &[(u32, &str)], undefined: &[u32]) -> Vec<u8> {
-        let mut writer = PageWriter::new();
+    fn update(part: Part, defined: &[(u32, &str)], undefined: &[u32]) -> Vec<u8> {
+        let mut writer = UpdateWriter::default();
         for (number, scope) in defined {
             let definition = Definition { scopes: vec![(*scope).into()], ..Definition::default() };
             writer.define(*number, &definition.to_bytes().unwrap());
@@ -115,7 +115,7 @@ mod tests {
     }
 
     fn apply_bytes(data: &TestData, me: NodeId, bytes: &[u8]) -> Result<(), NotLeader> {
-        apply(data, me, &Page::read(bytes).unwrap())
+        apply(data, me, &Update::read(bytes).unwrap())
     }
 
     fn with_role() -> Record {
@@ -131,23 +131,23 @@ mod tests {
     fn changes_add_replace_and_remove_and_a_snapshot_replaces_all() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
         assert_eq!(scopes(&data, &copy), []);
-        apply_bytes(&data, ME, &page(CHANGES, &[(1, "a"), (2, "b")], &[])).unwrap();
+        apply_bytes(&data, ME, &update(CHANGES, &[(1, "a"), (2, "b")], &[])).unwrap();
         assert_eq!(scopes(&data, &copy), [(1, "a".into()), (2, "b".into())]);
-        apply_bytes(&data, ME, &page(CHANGES, &[(2, "c"), (3, "d")], &[1, 7])).unwrap();
+        apply_bytes(&data, ME, &update(CHANGES, &[(2, "c"), (3, "d")], &[1, 7])).unwrap();
         assert_eq!(scopes(&data, &copy), [(2, "c".into()), (3, "d".into())]);
-        apply_bytes(&data, ME, &page(FIRST, &[(4, "e")], &[])).unwrap();
+        apply_bytes(&data, ME, &update(FIRST, &[(4, "e")], &[])).unwrap();
         assert_eq!(scopes(&data, &copy), [(4, "e".into())]);
-        // The other pages of a snapshot say nothing of definitions.
-        apply_bytes(&data, ME, &page(Part::Snapshot { from: 9, to: BUCKETS }, &[], &[])).unwrap();
+        // The other updates of a snapshot say nothing of definitions.
+        apply_bytes(&data, ME, &update(Part::Snapshot { from: 9, to: BUCKETS }, &[], &[])).unwrap();
         assert_eq!(scopes(&data, &copy), [(4, "e".into())]);
-        apply_bytes(&data, ME, &page(FIRST, &[], &[])).unwrap();
+        apply_bytes(&data, ME, &update(FIRST, &[], &[])).unwrap();
         assert_eq!(scopes(&data, &copy), []);
     }
 
     #[test]
     fn a_record_without_roles_and_plan_reads_no_cell() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
-        apply_bytes(&data, ME, &page(FIRST, &[(1, "a")], &[])).unwrap();
+        apply_bytes(&data, ME, &update(FIRST, &[(1, "a")], &[])).unwrap();
         let plain = Record::plain(KeyId([1; 16]), OwnerId([2; 16]));
         assert_eq!(*copy.for_record(&data, &plain), Definitions::default());
         assert_eq!(*copy.version.borrow(), None);
@@ -156,23 +156,23 @@ mod tests {
     #[test]
     fn a_former_leader_cannot_overwrite_newer_definitions() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
-        let newer = page(CHANGES, &[(1, "new")], &[]);
+        let newer = update(CHANGES, &[(1, "new")], &[]);
         let other = data.clone();
         data.host().before_next_put(move || {
             assert!(acquire(&other, NodeId(2), TERM_MS));
             apply_bytes(&other, NodeId(2), &newer).unwrap();
         });
-        assert_eq!(apply_bytes(&data, ME, &page(CHANGES, &[(1, "old")], &[])), Err(NotLeader));
+        assert_eq!(apply_bytes(&data, ME, &update(CHANGES, &[(1, "old")], &[])), Err(NotLeader));
         assert_eq!(scopes(&data, &copy), [(1, "new".into())]);
     }
 
     #[test]
     fn a_copy_read_between_the_two_writes_is_read_again() {
         let (data, copy) = (leading(), DefinitionsCopy::default());
-        apply_bytes(&data, ME, &page(CHANGES, &[(1, "old")], &[])).unwrap();
+        apply_bytes(&data, ME, &update(CHANGES, &[(1, "old")], &[])).unwrap();
         assert_eq!(scopes(&data, &copy), [(1, "old".into())]);
-        let bytes = page(CHANGES, &[(1, "new")], &[]);
-        // The leader is cut off once the definitions are written; its successor applies the page again.
+        let bytes = update(CHANGES, &[(1, "new")], &[]);
+        // The leader is cut off once the definitions are written; its successor applies the update again.
         let half = Definitions([(1, Definition { scopes: vec!["new".into()], ..Definition::default() })].into());
         let seen = data.get(CellKey::Definitions).unwrap().version;
         data.put(CellKey::Definitions, &postcard::to_allocvec(&half).unwrap(), Some(seen)).unwrap();

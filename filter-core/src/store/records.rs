@@ -10,8 +10,8 @@
 //! second step, which takes twice as long. Limits of some 20,000 keys reach it too, since their cells are in the same table.
 
 use contract::hash::{BUCKETS, KeyHash};
-use contract::page::{Entry, Page, Part};
 use contract::record::Record;
+use contract::update::{EncodedEntry, Entry, Part, Update};
 
 use crate::shared::election::{Fencing, NodeId};
 use crate::shared::fenced::{NotLeader, write_records};
@@ -44,22 +44,22 @@ const fn bucket_of(cell: u16, suffix: &Suffix) -> u16 {
 pub fn find(data: &SharedData<impl Cells>, hash: &KeyHash) -> Option<Record> {
     let cell = data.get(CellKey::Records(cell_of(hash.bucket())))?.value;
     let record = Records(&cell).find(|(of, _)| *of == suffix(hash)).map(|(_, record)| record)?;
-    // Pages are checked before they are applied, so every record decodes.
+    // Updates are checked before they are applied, so every record decodes.
     Record::from_bytes(record).ok()
 }
 
-/// Writes the records of a page.
+/// Writes the records of an update.
 ///
 /// A snapshot leaves cells alone that do not change, unless the [`Fencing`] says that they must be written.
 ///
 /// # Errors
-/// [`NotLeader`]; part of the page may be written then.
-pub fn apply(data: &SharedData<impl Cells>, me: NodeId, page: &Page<'_>) -> Result<(), NotLeader> {
-    let mut entries: Vec<(u16, Entry<'_>)> = page
+/// [`NotLeader`]; part of the update may be written then.
+pub fn apply(data: &SharedData<impl Cells>, me: NodeId, update: &Update<'_>) -> Result<(), NotLeader> {
+    let mut entries: Vec<(u16, EncodedEntry<'_>)> = update
         .entries()
         .filter_map(|entry| match entry {
             Entry::Put { hash, .. } | Entry::Remove { hash } => Some((cell_of(hash.bucket()), entry)),
-            Entry::Define { .. } | Entry::Undefine { .. } | Entry::Newer => None,
+            Entry::Define { .. } | Entry::Undefine { .. } => None,
         })
         .collect();
     // The sort is stable: entries of one key keep their order. A snapshot is sorted already.
@@ -69,7 +69,7 @@ pub fn apply(data: &SharedData<impl Cells>, me: NodeId, page: &Page<'_>) -> Resu
         let end = entries.partition_point(|(other, _)| *other <= cell);
         entries.get(start..end).unwrap_or_default()
     };
-    match page.header.part {
+    match update.header.part {
         Part::Changes { .. } => {
             let mut changed: Vec<u16> = entries.iter().map(|(cell, _)| *cell).collect();
             changed.dedup();
@@ -80,7 +80,7 @@ pub fn apply(data: &SharedData<impl Cells>, me: NodeId, page: &Page<'_>) -> Resu
             let mut whole: Vec<u16> = buckets.map(cell_of).collect();
             whole.dedup();
             write_records(data, me, &whole, &|cell, old, fencing| {
-                // The first and the last cell may have a bucket that belongs to another page.
+                // The first and the last cell may have a bucket that belongs to another update.
                 let is_replaced = |of: &Suffix| (from..to).contains(&u32::from(bucket_of(cell, of)));
                 let new = merge(old, of(cell), is_replaced);
                 (fencing == Fencing::EveryCell || old != new).then_some(new)
@@ -89,14 +89,14 @@ pub fn apply(data: &SharedData<impl Cells>, me: NodeId, page: &Page<'_>) -> Resu
     }
 }
 
-/// The new content of a cell, in the order of hashes: its old records without those that the page replaces, and the entries of
-/// the page.
-fn merge<'a>(old: &'a [u8], entries: &'a [(u16, Entry<'a>)], is_replaced: impl Fn(&Suffix) -> bool) -> Vec<u8> {
+/// The new content of a cell, in the order of hashes: its old records without those that the update replaces, and the entries of
+/// the update.
+fn merge<'a>(old: &'a [u8], entries: &'a [(u16, EncodedEntry<'a>)], is_replaced: impl Fn(&Suffix) -> bool) -> Vec<u8> {
     let mut records: Vec<(&Suffix, &[u8])> = Records(old).filter(|(of, _)| !is_replaced(of)).collect();
     for (_, entry) in entries {
         let (Entry::Put { hash, .. } | Entry::Remove { hash }) = entry else { continue };
         let place = records.binary_search_by_key(&suffix(hash), |(of, _)| *of);
-        // If a page has two entries of a key, the last one counts.
+        // If an update has two entries of a key, the last one counts.
         if let Ok(place) = place {
             records.remove(place);
         }
@@ -138,8 +138,8 @@ impl<'a> Iterator for Records<'a> {
 #[cfg(test)]
 mod tests {
     use contract::id::{Epoch, KeyId, OwnerId};
-    use contract::page::{Header, PageWriter};
     use contract::record::Flags;
+    use contract::update::{Header, UpdateWriter};
 
     use super::*;
     use crate::mock::{TestData, new_data};
@@ -166,8 +166,8 @@ mod tests {
         Record::plain(KeyId([number; 16]), OwnerId([0; 16]))
     }
 
-    fn page(part: Part, puts: &[(KeyHash, Record)], removals: &[KeyHash]) -> Vec<u8> {
-        let mut writer = PageWriter::new();
+    fn update(part: Part, puts: &[(KeyHash, Record)], removals: &[KeyHash]) -> Vec<u8> {
+        let mut writer = UpdateWriter::default();
         for (hash, record) in puts {
             writer.put(hash, &record.to_bytes().unwrap());
         }
@@ -178,7 +178,7 @@ mod tests {
     }
 
     fn apply_bytes(data: &TestData, bytes: &[u8]) -> Result<(), NotLeader> {
-        write(data, ME, &Page::read(bytes).unwrap())
+        write(data, ME, &Update::read(bytes).unwrap())
     }
 
     const CHANGES: Part = Part::Changes { after: 0 };
@@ -187,14 +187,14 @@ mod tests {
     fn keys_of_one_bucket_are_found_changed_and_removed_one_by_one() {
         let data = leading();
         let (a, b, c) = (hash(5, 1), hash(5, 2), hash(5, 3));
-        apply_bytes(&data, &page(CHANGES, &[(a, record(1)), (b, record(2))], &[])).unwrap();
+        apply_bytes(&data, &update(CHANGES, &[(a, record(1)), (b, record(2))], &[])).unwrap();
         assert_eq!(find(&data, &a), Some(record(1)));
         assert_eq!(find(&data, &b), Some(record(2)));
         assert_eq!(find(&data, &c), None);
 
         let mut revoked = record(1);
         revoked.flags = Flags::REVOKED;
-        apply_bytes(&data, &page(CHANGES, &[(a, revoked.clone()), (c, record(3))], &[b])).unwrap();
+        apply_bytes(&data, &update(CHANGES, &[(a, revoked.clone()), (c, record(3))], &[b])).unwrap();
         assert_eq!(find(&data, &a), Some(revoked));
         assert_eq!(find(&data, &b), None);
         assert_eq!(find(&data, &c), Some(record(3)));
@@ -204,8 +204,8 @@ mod tests {
     fn a_snapshot_page_replaces_its_buckets_and_no_others() {
         let data = leading();
         let (inside, outside, new) = (hash(10, 1), hash(20, 1), hash(10, 2));
-        apply_bytes(&data, &page(CHANGES, &[(inside, record(1)), (outside, record(2))], &[])).unwrap();
-        apply_bytes(&data, &page(Part::Snapshot { from: 0, to: 20 }, &[(new, record(3))], &[])).unwrap();
+        apply_bytes(&data, &update(CHANGES, &[(inside, record(1)), (outside, record(2))], &[])).unwrap();
+        apply_bytes(&data, &update(Part::Snapshot { from: 0, to: 20 }, &[(new, record(3))], &[])).unwrap();
         assert_eq!(find(&data, &inside), None);
         assert_eq!(find(&data, &new), Some(record(3)));
         assert_eq!(find(&data, &outside), Some(record(2)));
@@ -217,21 +217,21 @@ mod tests {
         let all =
             [(hash(8, 1), record(1)), (hash(9, 1), record(2)), (hash(10, 1), record(3)), (hash(0xffff, 1), record(4))];
         let [first, second, third, last] = &all;
-        let pages = [
-            page(Part::Snapshot { from: 0, to: 9 }, std::slice::from_ref(first), &[]),
-            page(Part::Snapshot { from: 9, to: 10 }, std::slice::from_ref(second), &[]),
-            page(Part::Snapshot { from: 10, to: 11 }, std::slice::from_ref(third), &[]),
-            page(Part::Snapshot { from: 11, to: BUCKETS }, std::slice::from_ref(last), &[]),
+        let updates = [
+            update(Part::Snapshot { from: 0, to: 9 }, std::slice::from_ref(first), &[]),
+            update(Part::Snapshot { from: 9, to: 10 }, std::slice::from_ref(second), &[]),
+            update(Part::Snapshot { from: 10, to: 11 }, std::slice::from_ref(third), &[]),
+            update(Part::Snapshot { from: 11, to: BUCKETS }, std::slice::from_ref(last), &[]),
         ];
-        for bytes in &pages {
+        for bytes in &updates {
             apply_bytes(&data, bytes).unwrap();
         }
         let found = |(hash, _): &(KeyHash, Record)| find(&data, hash);
         assert!(all.iter().all(|one| found(one).as_ref() == Some(&one.1)));
 
-        // The same again, and in one page, writes the definitions and their version at each beginning, and no records.
-        let whole = page(Part::Snapshot { from: 0, to: BUCKETS }, &all, &[]);
-        let writes = pages.iter().chain([&whole]).map(|bytes| {
+        // The same again, and in one update, writes the definitions and their version at each beginning, and no records.
+        let whole = update(Part::Snapshot { from: 0, to: BUCKETS }, &all, &[]);
+        let writes = updates.iter().chain([&whole]).map(|bytes| {
             let before = data.host().writes();
             apply_bytes(&data, bytes).unwrap();
             data.host().writes() - before
@@ -239,9 +239,9 @@ mod tests {
         assert_eq!(writes.collect::<Vec<_>>(), [2, 0, 0, 0, 2]);
 
         // Either bucket can be emptied without the other.
-        apply_bytes(&data, &page(Part::Snapshot { from: 0, to: 9 }, &[], &[])).unwrap();
+        apply_bytes(&data, &update(Part::Snapshot { from: 0, to: 9 }, &[], &[])).unwrap();
         assert_eq!((found(first), found(second)), (None, Some(record(2))));
-        apply_bytes(&data, &page(Part::Snapshot { from: 9, to: 10 }, &[], &[])).unwrap();
+        apply_bytes(&data, &update(Part::Snapshot { from: 9, to: 10 }, &[], &[])).unwrap();
         assert_eq!((found(first), found(second), found(third)), (None, None, Some(record(3))));
     }
 
@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn a_snapshot_writes_only_cells_that_change() {
         let data = leading();
-        let bytes = page(Part::Snapshot { from: 0, to: BUCKETS }, &[(hash(0xffff, 1), record(1))], &[]);
+        let bytes = update(Part::Snapshot { from: 0, to: BUCKETS }, &[(hash(0xffff, 1), record(1))], &[]);
         // The definitions and their version are written each time: two writes.
         let before = data.host().writes();
         apply_bytes(&data, &bytes).unwrap();
@@ -271,7 +271,7 @@ mod tests {
         let (key, mut revoked) = (hash(5, 1), record(1));
         revoked.flags = Flags::REVOKED;
         assert!(acquire(&data, NodeId(2), TERM_MS));
-        assert_eq!(apply_bytes(&data, &page(CHANGES, &[(key, record(1))], &[])), Err(NotLeader));
+        assert_eq!(apply_bytes(&data, &update(CHANGES, &[(key, record(1))], &[])), Err(NotLeader));
         assert_eq!(find(&data, &key), None);
     }
 
@@ -280,14 +280,14 @@ mod tests {
         let data = leading();
         let (key, mut revoked) = (hash(5, 1), record(1));
         revoked.flags = Flags::REVOKED;
-        let newer = page(CHANGES, &[(key, revoked.clone())], &[]);
+        let newer = update(CHANGES, &[(key, revoked.clone())], &[]);
         // Between the late leader's check of its lease and its write, another VM takes the lease and revokes the key.
         let other = data.clone();
         data.host().before_put_of(":b0002", move || {
             assert!(acquire(&other, NodeId(2), TERM_MS));
-            write(&other, NodeId(2), &Page::read(&newer).unwrap()).unwrap();
+            write(&other, NodeId(2), &Update::read(&newer).unwrap()).unwrap();
         });
-        assert_eq!(apply_bytes(&data, &page(CHANGES, &[(key, record(1))], &[])), Err(NotLeader));
+        assert_eq!(apply_bytes(&data, &update(CHANGES, &[(key, record(1))], &[])), Err(NotLeader));
         assert_eq!(find(&data, &key), Some(revoked));
     }
 
@@ -297,13 +297,13 @@ mod tests {
         let gone = hash(5, 1);
         // Another VM takes the lease between the late leader's check and its write. As it sees the store, the key is gone, and
         // its bucket is as empty as it was before.
-        let newer = page(Part::Snapshot { from: 0, to: 20 }, &[], &[]);
+        let newer = update(Part::Snapshot { from: 0, to: 20 }, &[], &[]);
         let other = data.clone();
         data.host().before_put_of(":b0002", move || {
             assert!(acquire(&other, NodeId(2), TERM_MS));
-            write(&other, NodeId(2), &Page::read(&newer).unwrap()).unwrap();
+            write(&other, NodeId(2), &Update::read(&newer).unwrap()).unwrap();
         });
-        let older = page(Part::Snapshot { from: 0, to: 20 }, &[(gone, record(1))], &[]);
+        let older = update(Part::Snapshot { from: 0, to: 20 }, &[(gone, record(1))], &[]);
         assert_eq!(apply_bytes(&data, &older), Err(NotLeader));
         assert_eq!(find(&data, &gone), None);
     }
@@ -313,7 +313,7 @@ mod tests {
         let data = leading();
         let buckets = (0..BATCH as u16 * 2).map(|cell| cell * BUCKETS_OF_A_CELL);
         let keys: Vec<(KeyHash, Record)> = buckets.map(|bucket| (hash(bucket, 1), record(1))).collect();
-        let bytes = page(CHANGES, &keys, &[]);
+        let bytes = update(CHANGES, &keys, &[]);
         let before = data.host().reads();
         apply_bytes(&data, &bytes).unwrap();
         assert_eq!(data.host().reads() - before, keys.len() as u32 + 2);

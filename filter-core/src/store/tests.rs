@@ -2,8 +2,8 @@
 
 use contract::definition::Definition;
 use contract::id::{Epoch, KeyId, OwnerId};
-use contract::page::{Header, Page, PageWriter, Part};
 use contract::record::{Flags, Record};
+use contract::update::{Header, Part, Update, UpdateWriter};
 use proptest::prelude::*;
 
 use super::cache::{CACHED_KEYS, EVICTION, WAYS};
@@ -34,12 +34,12 @@ impl Store {
     }
 
     fn apply(&self, bytes: &[u8]) {
-        self.leader.apply(ME, &Page::read(bytes).unwrap()).unwrap();
+        self.leader.apply(ME, &Update::read(bytes).unwrap()).unwrap();
     }
 
-    /// Writes a page, but does not begin a generation yet.
+    /// Writes an update, but does not begin a generation yet.
     fn write(&self, bytes: &[u8]) {
-        write(&self.data, ME, &Page::read(bytes).unwrap()).unwrap();
+        write(&self.data, ME, &Update::read(bytes).unwrap()).unwrap();
     }
 
     /// What a VM without a cache finds.
@@ -66,20 +66,20 @@ fn record(number: u8, flags: Flags) -> Record {
     Record { flags, roles, ..Record::plain(KeyId([number; 16]), OwnerId([7; 16])) }
 }
 
-fn page(write: impl FnOnce(&mut PageWriter)) -> Vec<u8> {
-    let mut writer = PageWriter::new();
+fn update(write: impl FnOnce(&mut UpdateWriter)) -> Vec<u8> {
+    let mut writer = UpdateWriter::default();
     write(&mut writer);
     let part = Part::Changes { after: 0 };
     writer.finish(&Header { epoch: Epoch([9; 16]), revision: 1, total_keys: 1, part, filters: 0 }).unwrap()
 }
 
 fn put(number: u8, flags: Flags) -> Vec<u8> {
-    page(|writer| writer.put(&hash(number), &record(number, flags).to_bytes().unwrap()))
+    update(|writer| writer.put(&hash(number), &record(number, flags).to_bytes().unwrap()))
 }
 
 fn role(scope: &str) -> Vec<u8> {
     let definition = Definition { scopes: vec![scope.into()], ..Definition::default() };
-    page(|writer| writer.define(1, &definition.to_bytes().unwrap()))
+    update(|writer| writer.define(1, &definition.to_bytes().unwrap()))
 }
 
 #[derive(Clone, Debug)]
@@ -107,7 +107,7 @@ proptest! {
         for step in steps {
             match step {
                 Step::Put(key, flags) => store.apply(&put(key, Flags(flags))),
-                Step::Remove(key) => store.apply(&page(|writer| writer.remove(&hash(key)))),
+                Step::Remove(key) => store.apply(&update(|writer| writer.remove(&hash(key)))),
                 Step::Define(read) => store.apply(&role(if read { "read" } else { "write" })),
                 Step::Find(vm, key) => {
                     let hash = hash(key);
@@ -165,8 +165,8 @@ fn a_leader_that_loses_its_term_halfway_begins_a_generation_all_the_same() {
     let before = store.leader.generation();
     assert!(acquire(&store.data, NodeId(2), TERM_MS));
     let bytes = put(1, Flags::REVOKED);
-    let page = Page::read(&bytes).unwrap();
-    assert_eq!(store.leader.apply(ME, &page), Err(NotLeader));
+    let update = Update::read(&bytes).unwrap();
+    assert_eq!(store.leader.apply(ME, &update), Err(NotLeader));
     assert_ne!(store.leader.generation(), before);
 }
 
@@ -186,7 +186,7 @@ fn the_cache_is_bounded_and_takes_no_key_with_very_long_scopes() {
 
     let mut long = record(3, Flags(0));
     long.scopes = (0..200).map(|number| format!("orders:{number}")).collect();
-    store.apply(&page(|writer| writer.put(&hash(3), &long.to_bytes().unwrap())));
+    store.apply(&update(|writer| writer.put(&hash(3), &long.to_bytes().unwrap())));
     for _ in 0..3 {
         assert_eq!(store.reads(|| drop(vm.find(&hash(3), None))), 1);
     }

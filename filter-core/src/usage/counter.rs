@@ -8,11 +8,10 @@ use rustc_hash::FxBuildHasher;
 
 use super::codec;
 use crate::shared::{CellKey, Cells, SharedData};
+use crate::time::MS_PER_HOUR;
 
 /// Cells that VMs publish to. VMs take them in turn; more VMs than cells share them.
 pub const SLOTS: u16 = 64;
-
-const HOUR_MS: u64 = 3_600_000;
 
 /// What one request drew from leases, or would have drawn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,7 +36,7 @@ impl Counts {
     /// Counts one decided request. `shadowed`: it should have been refused and was not. A request that was refused for lack of
     /// credits is counted with the credits that it would have cost, so that the next lease is large enough.
     pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, charge: Charge, now_ms: u64) {
-        let hour = u32::try_from(now_ms / HOUR_MS).unwrap_or(u32::MAX);
+        let hour = u32::try_from(now_ms / MS_PER_HOUR).unwrap_or(u32::MAX);
         let code = outcome.code() | if shadowed { SHADOW } else { 0 };
         let of = Subject { key, outcome: code, hour };
         let Charge { credits, quota } = match outcome {

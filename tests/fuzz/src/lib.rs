@@ -5,11 +5,12 @@
 
 use std::time::UNIX_EPOCH;
 
-use contract::codec::{PAGE, USAGE, seal};
+use contract::codec::{ACK, UPDATE, USAGE, encode, envelope};
 use contract::definition::Definition;
+use contract::id::Epoch;
 use contract::key::{self, Secret};
-use contract::page::{Entry, Page, PageView};
 use contract::record::Record;
+use contract::update::{Header, Part, Update};
 use contract::usage::{Ack, read_reports, write_reports};
 use contract::usage_log::LogKey;
 use control_plane::domain::{Email, KeyName, Scopes};
@@ -25,7 +26,7 @@ pub type Entrance = fn(&[u8]);
 /// All of them, by the name of their corpus.
 pub const ENTRANCES: [(&str, Entrance); 9] = [
     ("key", key),
-    ("page", page),
+    ("update", update),
     ("report", report),
     ("plugin_configuration", plugin_configuration),
     ("email_and_name", email_and_name),
@@ -54,36 +55,32 @@ pub fn key(bytes: &[u8]) {
     }
 }
 
-/// What a filter takes for a page of the store.
-pub fn page(bytes: &[u8]) {
+/// What a filter takes for an update of the store.
+pub fn update(bytes: &[u8]) {
     let _ = Record::from_bytes(bytes);
     let _ = Definition::from_bytes(bytes);
     let _ = Ack::read(bytes);
-    read_page(bytes);
-    // The checksum keeps chance out, not intent: the first byte says how long the header is.
-    let (header, entries) = divided(bytes);
-    if let Ok(sealed) = seal(PAGE, &(header, entries)) {
-        read_page(&sealed);
+    let _ = Ack::read(&envelope(ACK, bytes));
+    read_update(bytes);
+    // A checksum does not keep an attacker out.
+    read_update(&envelope(UPDATE, bytes));
+    let header =
+        Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part: Part::Changes { after: 0 }, filters: 0 };
+    if let Ok(message) = encode(UPDATE, &(header, bytes)) {
+        read_update(&message);
     }
 }
 
-fn read_page(bytes: &[u8]) {
-    let Ok(page) = Page::read(bytes) else { return };
-    // What was let in can be spelled out, to the last record.
-    let view = PageView::of(&page);
-    let told = view.as_ref().map_or(0, |view| view.entries.len());
-    assert!(view.is_ok());
-    assert_eq!(told, page.entries().filter(|entry| !matches!(entry, Entry::Newer)).count());
+fn read_update(bytes: &[u8]) {
+    let Ok(update) = Update::read(bytes) else { return };
+    // Every entry has a readable form, down to the last record.
+    assert_eq!(update.view().map(|view| view.entries.len()), Ok(update.entries().count()));
 }
 
 /// What the control plane takes for reports.
 pub fn report(bytes: &[u8]) {
     read_report(bytes);
-    let (header, rest) = divided(bytes);
-    let counts: Vec<&[u8]> = rest.chunks(48).collect();
-    if let Ok(sealed) = seal(USAGE, &vec![(header, counts)]) {
-        read_report(&sealed);
-    }
+    read_report(&envelope(USAGE, bytes));
 }
 
 fn read_report(bytes: &[u8]) {

@@ -23,7 +23,7 @@ async fn an_envoy_that_starts_cold_judges_each_of_a_hundred_thousand_keys() -> R
     let stack = Stack::start().await?;
     stack.database.execute(&INSERT.replace("{keys}", &KEYS.to_string())).await?;
     let inserted = Instant::now();
-    // The Envoy that runs already gets them too: one commit, too large for a page of changes, comes as a snapshot.
+    // The Envoy that runs already gets them too: one commit, too large for an update of changes, comes as a snapshot.
     let envoy = stack.envoy();
     let keys = "wasmcustom.portcullis_keys";
     eventually("100,000 keys to arrive", async || (envoy.stat(keys).await.ok()? >= KEYS).then_some(())).await?;

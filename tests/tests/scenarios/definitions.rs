@@ -59,11 +59,11 @@ async fn once_a_role_has_changed_no_worker_uses_the_old_one() -> Result<()> {
 #[tokio::test]
 async fn a_plan_brings_scopes_and_limits_and_a_key_waits_for_its_plan() -> Result<()> {
     let plan = |requests, window_s| Definition {
-        rate_limits: vec![RateLimit { name: "gold".into(), requests, window_s, burst: requests }],
+        rate_limits: vec![RateLimit { name: "gold".into(), requests, window_s, burst: requests, shared: true }],
         ..scopes(&["reports"])
     };
     let key = with(1, |r| {
-        r.further.plan = Some(2);
+        r.plan = Some(2);
         r.requires = Requires::PLAN;
     });
     let harness = FilterHarness::start(&[("gold", key)]).await?;

@@ -14,7 +14,7 @@ use portcullis_tests::wait::eventually;
 use serde_json::json;
 
 fn limit(name: &str, requests: u32, window_s: u32) -> RateLimit {
-    RateLimit { name: name.into(), requests, window_s, burst: requests }
+    RateLimit { name: name.into(), requests, window_s, burst: requests, shared: true }
 }
 
 fn share(number: u8, amount: u64) -> Grant {
@@ -93,8 +93,7 @@ async fn a_key_that_a_short_limit_refused_goes_on_until_its_long_limit_is_used_u
 #[tokio::test]
 async fn of_a_large_limit_workers_use_all_and_no_more() -> Result<()> {
     let own = with(1, |r| {
-        r.rate_limits = vec![limit("hour", 1_280, 3_600)];
-        r.further.alone = 1;
+        r.rate_limits = vec![RateLimit { shared: false, ..limit("hour", 1_280, 3_600) }];
     });
     let harness = FilterHarness::start(&[("large", own)]).await?;
     let start = Instant::now();
@@ -121,18 +120,14 @@ async fn of_a_large_limit_workers_use_all_and_no_more() -> Result<()> {
 
 #[tokio::test]
 async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() -> Result<()> {
-    let own = |number, alone| {
-        with(number, |r| {
-            r.rate_limits = vec![limit("month", 40, MONTH_S)];
-            r.further.alone = alone;
-        })
-    };
+    let own =
+        |number, shared| with(number, |r| r.rate_limits = vec![RateLimit { shared, ..limit("month", 40, MONTH_S) }]);
     let keys = [
-        ("shared", own(1, 0)),
-        ("granted", own(2, 0)),
-        ("alone", own(3, 1)),
+        ("shared", own(1, true)),
+        ("granted", own(2, true)),
+        ("alone", own(3, false)),
         ("default", record(4)),
-        ("route", own(5, 1)),
+        ("route", own(5, false)),
     ];
     let plugin = json!({
         "rate_limit": {"requests": 40, "window_seconds": MONTH_S},
@@ -205,7 +200,7 @@ async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()>
     // One of four Envoys, and half of the limit is leased to it.
     let harness = FilterHarness::builder().change(Change::Filters(4)).start(&[("shared", shared)]).await?;
     grant(&harness, &[share(1, 500_000)]).await?;
-    harness.control_plane.disturb(Faults { pages: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
+    harness.control_plane.disturb(Faults { updates: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
     let (mut allowed, reply) = harness.get_many(10, "/", Some("shared")).await?;
     assert_eq!((allowed, reply.status), (10, 200));
     let alone =

@@ -157,7 +157,7 @@ async fn the_control_plane_tells_prometheus_and_the_platform_how_it_is() -> Resu
     assert!(text.contains("portcullis_tls_handshakes_failed_total 0\n"), "{text}");
     // One admin key, one sync key; both Envoy's polls and our own calls were seen.
     assert!(text.contains("portcullis_mirror_keys 2\n"), "{text}");
-    for name in ["portcullis_mirror_revision ", "portcullis_sync_pages_total ", "portcullis_http_requests_total{"] {
+    for name in ["portcullis_mirror_revision ", "portcullis_sync_updates_total ", "portcullis_http_requests_total{"] {
         let sample = samples.clone().find(|sample| sample.starts_with(name));
         let value = sample.and_then(|sample| sample.rsplit(' ').next()?.parse::<f64>().ok());
         assert!(value.is_some_and(|value| value >= 1.0), "{name}: {text}");

@@ -11,7 +11,7 @@ use portcullis_tests::http::{Outgoing, Reply};
 
 fn bound(number: u8, networks: &[&str]) -> Record {
     with(number, |r| {
-        r.further.networks = networks.iter().filter_map(|network| network.parse().ok()).collect();
+        r.networks = networks.iter().filter_map(|network| network.parse().ok()).collect();
         r.requires = Requires::NETWORKS;
     })
 }

@@ -19,8 +19,8 @@ const fn budget(starter: u32, turn: u32, resets_at_s: Option<u64>) -> Option<Bud
 
 fn metered(number: u8, quota: Option<Budget>, credits: Option<Budget>) -> Record {
     with(number, |r| {
-        r.further.quota = quota;
-        r.further.credits = credits;
+        r.quota = quota;
+        r.credits = credits;
         r.requires = Requires::BUDGETS;
     })
 }

@@ -27,13 +27,13 @@ fn assert_shadowed(reply: &Reply, outcome: Outcome) {
 async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused() -> Result<()> {
     let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
     let credits = Some(Budget { starter: 10, turn: 1, resets_at_s: None });
-    let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1 };
+    let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1, shared: true };
     let keys = [
         (
             "good",
             with(1, |r| {
                 r.scopes = vec!["orders:read".into()];
-                r.further.credits = credits;
+                r.credits = credits;
             }),
         ),
         ("revoked", with(2, |r| r.flags = Flags::REVOKED)),
@@ -43,7 +43,7 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
             with(4, |r| {
                 r.scopes = vec!["orders:read".into()];
                 r.rate_limits = vec![limit];
-                r.further.credits = credits;
+                r.credits = credits;
             }),
         ),
     ];
@@ -52,13 +52,13 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
         let record = with(number, |r| {
             r.scopes = vec!["orders:read".into()];
             match name {
-                "quotaless" => r.further.quota = Some(Budget { starter: 0, turn: 1, resets_at_s: None }),
+                "quotaless" => r.quota = Some(Budget { starter: 0, turn: 1, resets_at_s: None }),
                 "creditless" => {
                     // An owner of its own.
                     r.owner_id.0 = [0x33; 16];
-                    r.further.credits = Some(Budget { starter: 0, turn: 1, resets_at_s: None });
+                    r.credits = Some(Budget { starter: 0, turn: 1, resets_at_s: None });
                 }
-                "elsewhere" => r.further.networks = vec!["192.0.2.0/24".parse().unwrap()],
+                "elsewhere" => r.networks = vec!["192.0.2.0/24".parse().unwrap()],
                 "off" => r.flags = Flags::DISABLED,
                 _ => r.expires_at_s = Some(1),
             }
@@ -113,8 +113,8 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
 #[tokio::test]
 async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request() -> Result<()> {
     let plugin = json!({"shadow": true, "max_staleness_seconds": 60, "policies": {"read": {}}});
-    // Only damaged pages, so that there are no keys yet.
-    let faults = Faults { pages: u32::MAX, ..Faults::default() };
+    // Only damaged updates, so that there are no keys yet.
+    let faults = Faults { updates: u32::MAX, ..Faults::default() };
     let keys = [("good", record(1))];
     let harness = FilterHarness::builder().plugin(plugin.clone()).route("/typo", "raed").faults(faults);
     let harness = harness.start_unsynced(&keys).await?;

@@ -19,7 +19,7 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
         ("expired", with(2, |r| r.expires_at_s = Some(1_000_000_000)), Outcome::Expired),
         ("disabled", with(3, |r| r.flags = Flags::DISABLED), Outcome::Disabled),
         ("unsupported", with(4, |r| r.requires = Requires(1 << 31)), Outcome::Unsupported),
-        ("address", with(5, |r| r.address_list = Some(1)), Outcome::AddressDenied),
+        ("address", with(5, |r| r.networks = vec!["192.0.2.0/24".parse().unwrap()]), Outcome::AddressDenied),
         ("quota", with(6, |r| r.flags = Flags::QUOTA_EXCEEDED), Outcome::QuotaExceeded),
         ("credits", with(7, |r| r.flags = Flags::CREDITS_EXHAUSTED), Outcome::CreditsExhausted),
     ];
@@ -42,12 +42,12 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
 }
 
 #[tokio::test]
-async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_twice() -> Result<()> {
-    let faults = Faults { pages: 8, acknowledgements: 3, ..Faults::default() };
+async fn damaged_updates_change_nothing_and_lost_acknowledgements_count_nothing_twice() -> Result<()> {
+    let faults = Faults { updates: 8, acknowledgements: 3, ..Faults::default() };
     let harness = FilterHarness::builder().faults(faults).start_unsynced(&[("good", record(1))]).await?;
     wait_for_status(&harness.envoy, Some("no such key"), 401).await?;
-    // The store is loaded, so all damaged pages were fetched again.
-    assert_eq!(harness.control_plane.faults().pages, 0);
+    // The store is loaded, so all damaged updates were fetched again.
+    assert_eq!(harness.control_plane.faults().updates, 0);
     assert!(harness.envoy.stat("wasmcustom.portcullis_sync_failures_total").await? >= 8);
     for _ in 0..5 {
         assert_upstream(&harness.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
@@ -81,8 +81,8 @@ async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_
 async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
     let limits = vec![
         // Both refill one request each hour, so none during the test.
-        RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20 },
-        RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10 },
+        RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20, shared: true },
+        RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10, shared: true },
     ];
     let harness = FilterHarness::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
     let mut workers = harness.envoy.connection_per_worker().await?;

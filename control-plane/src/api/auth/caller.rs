@@ -5,7 +5,7 @@ use axum::http::request::Parts;
 use contract::definition::covers;
 use contract::network::Network;
 use contract::policy::Policy;
-use contract::record::Record;
+use contract::record::{RateLimit, Record};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -13,7 +13,7 @@ use super::presented_key::{PresentedKey, peer};
 use crate::App;
 use crate::api::observe::REQUEST_ID;
 use crate::audit::Actor;
-use crate::domain::{ADMIN, Email, Patch, SYNC, Scopes, StoredLimit};
+use crate::domain::{ADMIN, Email, Patch, SYNC, Scopes};
 use crate::error::ApiError;
 use crate::keys::model::{LIVE_KEYS, NewKey, OwnTerms};
 use crate::keys::permissions::{Permissions, PlanRef, within};
@@ -35,7 +35,7 @@ pub struct Caller {
     /// Who that is, for the audit trail.
     pub actor: Actor,
     /// The key's own rate limits.
-    rate_limits: Vec<StoredLimit>,
+    rate_limits: Vec<RateLimit>,
     /// Networks that the key may be used from.
     networks: Vec<Network>,
     /// Credits that a request with the key costs.
@@ -265,8 +265,7 @@ impl FromRequestParts<App> for Caller {
         if counted != Some(owner) {
             app.rate_limiter.count_owner(owner)?;
         }
-        let Record { owner_id, generation, scopes, rate_limits, expires_at_s, cost, further, .. } = record;
-        let rate_limits = StoredLimit::together(&rate_limits, further.alone);
+        let Record { owner_id, generation, scopes, rate_limits, networks, expires_at_s, cost, .. } = record;
         let (email, own): (String, OwnTerms) = beside.unwrap_or_default();
         let request_id = parts.headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
         let actor = Actor {
@@ -275,7 +274,6 @@ impl FromRequestParts<App> for Caller {
             address: Some(peer(parts).to_string()),
             request_id: request_id.map(Into::into),
         };
-        let networks = further.networks;
         let owner_id = owner_id.into();
         Ok(Self { key_id, generation, owner_id, email, scopes, actor, rate_limits, networks, cost, own, expires_at_s })
     }

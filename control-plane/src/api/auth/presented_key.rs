@@ -122,13 +122,13 @@ impl<'a> PresentedKey<'a> {
     fn decide(&self, record: Option<&Record>, policy: &Policy) -> Outcome {
         let presented = match record {
             Some(record) => Presented::Key(record),
-            None if self.bytes.is_empty() => Presented::Nothing,
-            None => Presented::Stranger,
+            None if self.bytes.is_empty() => Presented::Missing,
+            None => Presented::Unknown,
         };
         let now_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
         // Scopes of roles and plans do not apply to the control plane. An empty definition stands for the plan, so that the
         // decision needs no mirror.
-        let plan = record.and_then(|record| record.further.plan);
+        let plan = record.and_then(|record| record.plan);
         let definitions = Definitions(plan.map(|number| (number, Definition::default())).into_iter().collect());
         let facts = Facts {
             policy,

@@ -3,12 +3,11 @@
 use contract::hash::KeyHash;
 use contract::json::{Fault, InputError, null_is_default, read};
 use contract::key::{PRESENTED_BYTES, Secret};
+use contract::record::RateLimit;
 use serde::Deserialize;
 use time::OffsetDateTime;
 
-use crate::domain::{
-    Email, KeyName, RateLimitBody, Scopes, StoredLimit, default_expiry, parse_expiry, parse_rate_limits,
-};
+use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
 use crate::error::ApiError;
 
 /// Shortest plain key. What is shorter could be guessed.
@@ -48,7 +47,7 @@ pub struct ImportedKey {
     /// Scopes granted to it.
     pub scopes: Scopes,
     /// Its own rate limits.
-    pub rate_limits: Vec<StoredLimit>,
+    pub rate_limits: Vec<RateLimit>,
     /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
     /// Whether it is switched off.

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use contract::budget::Stock;
 use contract::rate::{Rate, WHOLE, tag};
 use contract::record::RateLimit;
+use contract::time::NS_PER_MS;
 use contract::usage::Grant;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -17,7 +18,6 @@ use uuid::Uuid;
 /// Limits whose burst comes back in less are not told of: before an answer is heard, it has.
 const SHORT_NS: u64 = 2_000_000_000;
 
-const NS_PER_MS: u64 = 1_000_000;
 const MS_PER_HUNDREDTH: i64 = 10;
 
 /// Until when each limit of a key is used, in milliseconds of Unix time, by its tag.
@@ -70,7 +70,7 @@ mod tests {
     const NOW: i64 = 1_800_000_000_000;
 
     fn limit(name: &str, requests: u32, window_s: u32) -> RateLimit {
-        RateLimit { name: name.into(), requests, window_s, burst: requests }
+        RateLimit { name: name.into(), requests, window_s, burst: requests, shared: true }
     }
 
     #[test]

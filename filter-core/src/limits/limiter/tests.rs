@@ -4,11 +4,11 @@ use super::*;
 use crate::mock::{TestData, new_data};
 
 const KEY: KeyId = KeyId([7; 16]);
-const NOW: u64 = 1_800_000_000 * SECOND_NS;
+const NOW: u64 = 1_800_000_000 * NS_PER_S;
 const MS: u64 = 1_000_000;
 
 fn limit(requests: u32, window_s: u32, burst: u32) -> RateLimit {
-    RateLimit { name: "default".into(), requests, window_s, burst }
+    RateLimit { name: "default".into(), requests, window_s, burst, shared: true }
 }
 
 fn placed(limits: &[RateLimit], shared: bool) -> Vec<Limit<'_>> {
@@ -89,7 +89,7 @@ fn a_cell_forgets_the_keys_that_have_rested() {
         key.0[0] = number;
         assert_eq!(take_of(&data, key, &limits, NOW), Ok(()));
     }
-    assert_eq!(take_of(&data, KEY, &limits, NOW + 5 * SECOND_NS), Ok(()));
+    assert_eq!(take_of(&data, KEY, &limits, NOW + 5 * NS_PER_S), Ok(()));
     let cell = data.get(CellKey::KeyLimits(0x0707)).unwrap();
     assert_eq!(cell.value.len(), ENTRY_BYTES);
 }
@@ -109,9 +109,9 @@ fn a_clock_that_steps_back_costs_a_burst_at_the_most() {
     let data = new_data();
     let limits = [limit(10, 1, 5)];
     assert_eq!(admitted(&data, &limits, [NOW; 10]), 5);
-    let back = NOW - 3_600 * SECOND_NS;
+    let back = NOW - 3_600 * NS_PER_S;
     assert_eq!(admitted(&data, &limits, [back; 10]), 0);
-    assert_eq!(admitted(&data, &limits, [back + SECOND_NS; 10]), 5);
+    assert_eq!(admitted(&data, &limits, [back + NS_PER_S; 10]), 5);
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn of_a_shared_limit_an_envoy_admits_its_share_and_of_others_the_whole() {
 fn a_share_is_remembered_as_long_as_it_is_used_and_an_hour_more() {
     let data = new_data();
     grant(&data, KEY, Some(WHOLE / 10), &[], WHOLE, NOW).unwrap();
-    let half_an_hour = |number: u64| NOW + number * 1_800 * SECOND_NS;
+    let half_an_hour = |number: u64| NOW + number * 1_800 * NS_PER_S;
     for number in 1..10 {
         assert_eq!(admitted_of_share(&data, WHOLE, half_an_hour(number)), 10);
     }
@@ -173,13 +173,13 @@ fn a_share_that_was_left_to_others_begins_anew_and_forgets_nothing_that_was_used
     let data = new_data();
     // One Envoy: bursts of five, each followed by a rest in which the control plane takes the share back.
     for round in 0..20 {
-        let now_ns = NOW + round * 5 * SECOND_NS;
+        let now_ns = NOW + round * 5 * NS_PER_S;
         assert_eq!(admitted_of_an_hour(&data, WHOLE, 5, now_ns), 5);
         grant(&data, KEY, Some(WHOLE), &used(5 * (round + 1)), WHOLE, now_ns).unwrap();
         grant(&data, KEY, None, &[], WHOLE, now_ns).unwrap();
     }
     // A hundred are used, and those came back that an interval of 3.6 s gives in 95 seconds.
-    assert_eq!(admitted_of_an_hour(&data, WHOLE, 2_000, NOW + 95 * SECOND_NS), 926);
+    assert_eq!(admitted_of_an_hour(&data, WHOLE, 2_000, NOW + 95 * NS_PER_S), 926);
 }
 
 #[test]

@@ -5,17 +5,17 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::mock::{TestData, new_data};
+use crate::time::NS_PER_S;
 
 const KEY: KeyId = KeyId([7; 16]);
-const SECOND_NS: u64 = 1_000_000_000;
-const NOW: u64 = 1_800_000_000 * SECOND_NS;
+const NOW: u64 = 1_800_000_000 * NS_PER_S;
 
 fn limit(requests: u32, window_s: u32) -> RateLimit {
-    RateLimit { name: "own".into(), requests, window_s, burst: requests }
+    RateLimit { name: "own".into(), requests, window_s, burst: requests, shared: false }
 }
 
 fn of_own(own: &[RateLimit]) -> Limits<'_> {
-    Limits { own, alone: u32::MAX, route: None }
+    Limits { own, route: None }
 }
 
 /// How many of so many requests that come at once are admitted.
@@ -136,7 +136,7 @@ fn a_key_that_comes_on_two_routes_in_turn_costs_no_more_than_without_slices() {
 #[test]
 fn what_is_given_back_after_a_share_has_grown_is_no_more_than_was_taken() {
     let (data, slices, own) = (new_data(), Slices::default(), [limit(12_800, 3_600)]);
-    let shared = Limits { own: &own, alone: 0, route: None };
+    let shared = Limits { own: &own, route: None };
     let tenth = WHOLE / 10;
     limiter::grant(&data, KEY, Some(tenth), &[], 1, NOW).unwrap();
     assert_eq!(admitted(&slices, &data, &shared, 40, NOW), 40);
@@ -154,7 +154,7 @@ fn what_has_passed_is_not_written_again() {
     let (data, slices, own) = (new_data(), Slices::default(), [limit(1_000, 1)]);
     assert_eq!(admitted(&slices, &data, &of_own(&own), 40, NOW), 40);
     let writes = data.host().writes();
-    give_back(&slices, &data, NOW + SECOND_NS);
+    give_back(&slices, &data, NOW + NS_PER_S);
     assert_eq!((data.host().writes(), ahead(std::slice::from_ref(&slices))), (writes, 0));
 }
 
@@ -199,7 +199,7 @@ proptest! {
                 Step::Wait { ms } => now_ns += ms * 1_000_000,
             }
             for (since_ns, before, ahead) in &begun {
-                let refilled = (now_ns - since_ns) * u64::from(requests) / (10 * SECOND_NS) + 1;
+                let refilled = (now_ns - since_ns) * u64::from(requests) / (10 * NS_PER_S) + 1;
                 let may = u64::from(requests) + refilled + ahead;
                 prop_assert!(used - before <= may, "{} of {may} since {since_ns}", used - before);
             }
@@ -207,7 +207,7 @@ proptest! {
         }
         vms.iter().for_each(|vm| give_back(vm, &data, now_ns));
         // Whatever came before: after a full rest, the burst is there again, to the last request.
-        let rested_ns = now_ns + 10 * SECOND_NS;
+        let rested_ns = now_ns + 10 * NS_PER_S;
         prop_assert_eq!(admitted(&vms[0], &data, &of_own(&own), 2 * requests, rested_ns), requests);
     }
 }

@@ -110,9 +110,9 @@ fn refusals() -> (Value, Vec<Case>) {
     };
     let nothing = Some(Budget { starter: 0, turn: 1, resets_at_s: None });
     let mut no_credits = with(8, |_| ());
-    no_credits.further.credits = nothing;
+    no_credits.credits = nothing;
     let mut no_quota = with(9, |_| ());
-    no_quota.further.quota = nothing;
+    no_quota.quota = nothing;
     let keys = vec![
         ("revoked", with(1, |record| record.flags = Flags::REVOKED), Some("plain"), Outcome::Revoked),
         ("expired", with(2, |record| record.expires_at_s = Some(NOW_S)), Some("plain"), Outcome::Expired),
@@ -120,11 +120,11 @@ fn refusals() -> (Value, Vec<Case>) {
         ("narrow", with(4, |_| ()), Some("narrow"), Outcome::ScopeDenied),
         (
             "bound",
-            with(5, |record| record.further.networks = vec!["192.0.2.0/24".parse().unwrap()]),
+            with(5, |record| record.networks = vec!["192.0.2.0/24".parse().unwrap()]),
             Some("plain"),
             Outcome::AddressDenied,
         ),
-        ("planned", with(6, |record| record.further.plan = Some(7)), Some("plain"), Outcome::Unsupported),
+        ("planned", with(6, |record| record.plan = Some(7)), Some("plain"), Outcome::Unsupported),
         ("limited", with(7, |record| record.rate_limits = vec![limit("own", 1)]), Some("plain"), Outcome::RateLimited),
         ("no credits", no_credits, Some("plain"), Outcome::CreditsExhausted),
         ("no quota", no_quota, Some("plain"), Outcome::QuotaExceeded),
@@ -289,8 +289,8 @@ fn a_request_is_counted_with_what_it_drew() {
     let mut metered = record();
     metered.cost = 3;
     metered.generation = 2;
-    metered.further.quota = Some(Budget { starter: 9, turn: 1, resets_at_s: None });
-    metered.further.credits = Some(Budget { starter: 9, turn: 1, resets_at_s: None });
+    metered.quota = Some(Budget { starter: 9, turn: 1, resets_at_s: None });
+    metered.credits = Some(Budget { starter: 9, turn: 1, resets_at_s: None });
     let free = Record { cost: 3, key_id: KeyId([9; 16]), ..record() };
     let bench = Bench::new(json!({"rate_limit": null}), &[("metered", metered), ("free", free)]);
     for key in ["metered", "metered", "free"] {
@@ -308,16 +308,16 @@ fn a_request_is_counted_with_what_it_drew() {
 fn a_request_makes_these_calls_that_return_data_and_no_others() {
     let plugin = json!({"policies": {"a": {}}});
     let cached = Bench::new(plugin.clone(), &[("k", record())]);
-    // A page begins the first generation; without it, the cache is not used.
-    let page = |bench: &Bench| {
-        let mut writer = PageWriter::new();
+    // An update begins the first generation; without it, the cache is not used.
+    let update = |bench: &Bench| {
+        let mut writer = UpdateWriter::default();
         writer.put(&KeyHash::of(b"k"), &record().to_bytes().unwrap());
         let header =
             Header { epoch: Epoch([1; 16]), revision: 2, total_keys: 1, part: Part::Changes { after: 1 }, filters: 1 };
         let bytes = writer.finish(&header).unwrap();
-        crate::keys::KeyStore::apply(&bench.vm.keys, ME, &Page::read(&bytes).unwrap()).unwrap();
+        crate::keys::KeyStore::apply(&bench.vm.keys, ME, &Update::read(&bytes).unwrap()).unwrap();
     };
-    page(&cached);
+    update(&cached);
     let calls = |bench: &Bench, key: &str| {
         let before = bench.host().reads();
         let (_, stream) = bench.send([("x-api-key", key)], Some("a"));
@@ -335,7 +335,7 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     assert_eq!(calls(&cached, ""), ("x-api-key, policy, x-request-id".into(), 0));
 
     let plain = Bench::new(json!({"rate_limit": null}), &[("k", record())]);
-    page(&plain);
+    update(&plain);
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 1));
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 0));
     let open = Bench::empty(json!({"on_not_ready": "allow"}));

@@ -3,7 +3,7 @@
 use super::*;
 
 fn hundred() -> Of {
-    Of::Limit(RateLimit { name: "a".into(), requests: 100, window_s: 1, burst: 100 })
+    Of::Limit(RateLimit { name: "a".into(), requests: 100, window_s: 1, burst: 100, shared: true })
 }
 
 #[test]
@@ -41,7 +41,7 @@ fn uneven_load_never_admits_more_than_the_limit_its_burst_and_first_shares() {
 fn a_key_that_rests_between_bursts_is_not_refused_what_its_limit_has() {
     for seed in 0..5 {
         for (envoys, burst) in [(1, 200), (3, 60)] {
-            let hour = RateLimit { name: "hour".into(), requests: 1_000, window_s: 3_600, burst: 1_000 };
+            let hour = RateLimit { name: "hour".into(), requests: 1_000, window_s: 3_600, burst: 1_000, shared: true };
             let mut world = World::new(Of::Limit(hour), envoys, seed, 5);
             // A tenth of a second of requests at one of the Envoys, then five seconds of rest: 120 times.
             let mut asked = 0;
@@ -66,7 +66,7 @@ fn a_key_that_rests_between_bursts_is_not_refused_what_its_limit_has() {
 fn a_long_limit_is_not_used_anew_wherever_the_load_moves_to() {
     for seed in 0..5 {
         for loss in [0, 10] {
-            let hour = RateLimit { name: "hour".into(), requests: 1_000, window_s: 3_600, burst: 1_000 };
+            let hour = RateLimit { name: "hour".into(), requests: 1_000, window_s: 3_600, burst: 1_000, shared: true };
             let mut world = World::new(Of::Limit(hour), 3, seed, loss);
             for turn in 0..36 {
                 let mut loads = [0; 3];
