@@ -2,17 +2,17 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A network in CIDR notation (RFC 4632, RFC 4291) without bits beyond its prefix. In JSON: that text.
+/// A network in CIDR notation (RFC 4632, RFC 4291) without bits beyond its prefix.
 ///
 /// An IPv4 network that is written as an IPv6 one, such as `::ffff:192.0.2.0/120`, becomes the IPv4 network (RFC 4291,
-/// section 2.5.5.2).
+/// section 2.5.5.2). In JSON: the text. In messages: address and prefix as IPv6, also of IPv4 networks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Network(IpNet);
 
@@ -86,7 +86,11 @@ impl Serialize for Network {
         if serializer.is_human_readable() {
             return serializer.collect_str(self);
         }
-        (self.0.addr(), self.0.prefix_len()).serialize(serializer)
+        let (bits, prefix) = match self.0 {
+            IpNet::V4(net) => (net.addr().to_ipv6_mapped().to_bits(), net.prefix_len().saturating_add(MAPPED_BITS)),
+            IpNet::V6(net) => (net.addr().to_bits(), net.prefix_len()),
+        };
+        (bits, prefix).serialize(serializer)
     }
 }
 
@@ -95,8 +99,8 @@ impl<'de> Deserialize<'de> for Network {
         if deserializer.is_human_readable() {
             return <Cow<'de, str>>::deserialize(deserializer)?.parse().map_err(D::Error::custom);
         }
-        let (address, prefix) = Deserialize::deserialize(deserializer)?;
-        Self::new(address, prefix).map_err(D::Error::custom)
+        let (bits, prefix) = Deserialize::deserialize(deserializer)?;
+        Self::new(Ipv6Addr::from_bits(bits).into(), prefix).map_err(D::Error::custom)
     }
 }
 
@@ -147,7 +151,7 @@ mod tests {
         // A prefix of IPv4 behind an address of IPv6 is ambiguous.
         assert_eq!("::ffff:192.0.2.0/24".parse::<Network>(), Err(NetworkError::Host));
         // The same holds for encoded networks.
-        let address: IpAddr = "::ffff:192.0.2.0".parse().unwrap();
+        let address = u128::from_be_bytes([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 0]);
         let decoded = |prefix: u8| postcard::from_bytes(&postcard::to_allocvec(&(address, prefix)).unwrap());
         assert_eq!(decoded(120), Ok(network("192.0.2.0/24")));
         for prefix in [24, 118, 129] {
