@@ -90,7 +90,7 @@ async fn paste(mut shell: Command, home: &Path, blocks: &[Block]) -> Result<(Vec
 async fn demo_stack() -> Result<Stack> {
     let (plugin, routes) = policies::for_envoy()?;
     let file = policies::file();
-    let arguments = ["--usage-event-seconds", "1", "--policies", file.to_str().context("a path")?];
+    let arguments = ["--usage-event-interval", "1s", "--policies-file", file.to_str().context("a path")?];
     let mut builder = Stack::builder().plugin(&plugin.into()).control_plane_arguments(&arguments);
     for (prefix, policy) in &routes {
         builder = builder.route(prefix, policy);
