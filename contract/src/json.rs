@@ -6,6 +6,7 @@
 //! every depth: only objects are structs.
 
 mod objects_only;
+mod seconds;
 
 extern crate alloc;
 
@@ -19,6 +20,7 @@ use serde::{Deserialize, Deserializer};
 use serde_path_to_error::{Path, Segment, Track};
 
 use self::objects_only::ObjectsOnly;
+pub use self::seconds::Seconds;
 
 /// What editors put before a text in UTF-8. JSON allows a reader to ignore it (RFC 8259, section 8.1).
 pub const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";

@@ -3,7 +3,7 @@
 //!
 //! ```json
 //! { "key": "required", "scopes": {"all": ["orders:read"]}, "cost": 5,
-//!   "rate_limit": {"requests": 10, "window_seconds": 1, "burst": 20}, "shadow": false }
+//!   "rate_limit": {"requests": 10, "window": "1s", "burst": 20}, "shadow": false }
 //! ```
 //! Every field may be left out. The filter takes policies from its configuration, `explain` takes them from a request: both
 //! read them here.
@@ -17,7 +17,7 @@ use alloc::vec::Vec;
 
 use serde::Deserialize;
 
-use crate::json::null_is_default;
+use crate::json::{Seconds, null_is_default};
 use crate::record::RateLimit;
 
 /// Most policies of one filter.
@@ -154,8 +154,8 @@ impl PolicyText {
 pub struct LimitText {
     /// How many requests the window allows.
     pub requests: u32,
-    /// The window, in seconds.
-    pub window_seconds: u32,
+    /// The window.
+    pub window: Seconds,
     /// How many requests may come at once after a pause; as many as `requests` unless given.
     pub burst: Option<u32>,
 }
@@ -166,13 +166,14 @@ impl LimitText {
     /// # Errors
     /// The first thing that is wrong.
     pub fn check(self, field: &str, name: &str) -> Result<RateLimit, PolicyError> {
-        let Self { requests, window_seconds: window_s, burst } = self;
+        let Self { requests, window: Seconds(window_s), burst } = self;
         let bad = |what: &str, why: &str| Err(PolicyError(format!("{field}.{what}: {why}")));
         if requests == 0 {
             return bad("requests", "must be at least 1; for no limit, set the whole field to null");
         }
+        let window_s = u32::try_from(window_s).unwrap_or(u32::MAX);
         if !(1..=WINDOW_S).contains(&window_s) {
-            return bad("window_seconds", "must be from 1 to 31622400, a year");
+            return bad("window", "must be from \"1s\" to \"31622400s\", a year");
         }
         let burst = burst.unwrap_or(requests);
         if burst == 0 {
@@ -238,7 +239,7 @@ mod tests {
     fn an_empty_policy_asks_for_a_good_key_and_every_field_can_be_set() {
         assert_eq!(policy("{}"), Ok(Policy::default()));
         let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c"]}, "cost": 0, "shadow": true,
-            "rate_limit": {"requests": 5, "window_seconds": 60}}"#;
+            "rate_limit": {"requests": 5, "window": "60s"}}"#;
         let limit = RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5 };
         let expected = Policy {
             key: KeyNeed::Required,
@@ -259,10 +260,10 @@ mod tests {
             (r#"{"scopes": {"all": ["a:*"]}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["a"]}, "key": "optional"}"#, "policies.orders.key: "),
             (r#"{"cost": 1000001}"#, "policies.orders.cost: "),
-            (r#"{"rate_limit": {"requests": 0, "window_seconds": 1}}"#, "policies.orders.rate_limit.requests: "),
-            (r#"{"rate_limit": {"requests": 1, "window_seconds": 0}}"#, "policies.orders.rate_limit.window_seconds: "),
+            (r#"{"rate_limit": {"requests": 0, "window": "1s"}}"#, "policies.orders.rate_limit.requests: "),
+            (r#"{"rate_limit": {"requests": 1, "window": "0s"}}"#, "policies.orders.rate_limit.window: "),
             (
-                r#"{"rate_limit": {"requests": 1, "window_seconds": 1, "burst": 0}}"#,
+                r#"{"rate_limit": {"requests": 1, "window": "1s", "burst": 0}}"#,
                 "policies.orders.rate_limit.burst: ",
             ),
         ] {

@@ -180,7 +180,7 @@ mod tests {
             (r#"{"policy": {}}"#, "policy: is not a known field; the fields are `policies`"),
             (r#"{"policies": {"a": {"scopes": {"all": []}}}}"#, "policies.a.scopes: name at least one scope"),
             (
-                r#"{"default_policy": {"rate_limit": {"requests": 0, "window_seconds": 1}}}"#,
+                r#"{"default_policy": {"rate_limit": {"requests": 0, "window": "1s"}}}"#,
                 "default_policy.rate_limit.requests: ",
             ),
             (r#"{"routes": [{"prefix": "x", "policy": "default"}]}"#, "routes[0].prefix: must start with /"),

@@ -134,9 +134,10 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
         ("default", record(4)),
         ("route", own(5, 1)),
     ];
+    let month = format!("{MONTH_S}s");
     let plugin = json!({
-        "rate_limit": {"requests": 40, "window_seconds": MONTH_S},
-        "policies": {"search": {"rate_limit": {"requests": 8, "window_seconds": MONTH_S}}},
+        "rate_limit": {"requests": 40, "window": month},
+        "policies": {"search": {"rate_limit": {"requests": 8, "window": month}}},
     });
     // One of four Envoys.
     let harness = FilterHarness::builder().plugin(plugin).route("/search", "search").change(Change::Filters(4));

@@ -70,7 +70,7 @@ async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_g
 
 #[tokio::test]
 async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Result<()> {
-    let limit = json!({"requests": 2, "window_seconds": 3600});
+    let limit = json!({"requests": 2, "window": "3600s"});
     let plugin = json!({"policies": {
         "search": {"rate_limit": limit},
         "open": {"key": "anonymous_allowed", "rate_limit": limit},

@@ -112,7 +112,7 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
 
 #[tokio::test]
 async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request() -> Result<()> {
-    let plugin = json!({"shadow": true, "max_staleness_seconds": 60, "policies": {"read": {}}});
+    let plugin = json!({"shadow": true, "max_staleness": "60s", "policies": {"read": {}}});
     // Only damaged pages, so that there are no keys yet.
     let faults = Faults { pages: u32::MAX, ..Faults::default() };
     let keys = [("good", record(1))];

@@ -186,14 +186,14 @@ fn in_shadow_mode_every_refusal_goes_upstream_with_its_reason_and_is_counted_apa
 
 #[test]
 fn before_the_first_sync_and_with_a_stale_store_the_operator_chooses() {
-    let not_ready = |choice: &str| Bench::empty(json!({"on_not_ready": choice}));
+    let not_ready = |choice: &str| Bench::empty(json!({"failure_mode": {"not_ready": choice}}));
     let stale = |choice: &str| {
-        let plugin = json!({"max_staleness_seconds": 60, "on_stale": choice, "rate_limit": null});
+        let plugin = json!({"max_staleness": "60s", "failure_mode": {"stale": choice}, "rate_limit": null});
         let bench = Bench::new(plugin, &[("k", record())]);
         bench.set_state(4, (NOW_S - 61) * 1_000);
         bench
     };
-    for (bench, outcome) in [(not_ready("refuse"), Outcome::NotReady), (stale("refuse"), Outcome::Stale)] {
+    for (bench, outcome) in [(not_ready("deny"), Outcome::NotReady), (stale("deny"), Outcome::Stale)] {
         let (flow, stream) = bench.send([("x-api-key", "k")], None);
         let reply = stream.reply.unwrap();
         assert_eq!((flow, reply.status), (Flow::Stop, 503));
@@ -206,7 +206,7 @@ fn before_the_first_sync_and_with_a_stale_store_the_operator_chooses() {
         assert_eq!(bench.counts()[0].of.outcome, Outcome::FailedOpen.code());
     }
     // A store that is just not stale.
-    let fresh = stale("refuse");
+    let fresh = stale("deny");
     fresh.set_state(4, (NOW_S - 60) * 1_000);
     assert_eq!(fresh.send([("x-api-key", "k")], None).0, Flow::Continue);
 }
@@ -338,6 +338,6 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     page(&plain);
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 1));
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 0));
-    let open = Bench::empty(json!({"on_not_ready": "allow"}));
+    let open = Bench::empty(json!({"failure_mode": {"not_ready": "allow"}}));
     assert_eq!(calls(&open, "k"), ("x-api-key".into(), 1), "the state of the store, as long as there is none");
 }
