@@ -176,8 +176,8 @@ async fn the_page_of_metrics_has_what_the_programs_show(stack: &Stack) -> Result
     for metric in metrics {
         ensure!(page.contains(&format!("| `{metric}` |")), "the page does not have {metric}");
     }
-    for (statistic, _) in stack.envoy().stats("wasmcustom.portcullis_").await? {
-        let kinds = ["decisions", "shadow"].map(|kind| format!("wasmcustom.portcullis_{kind}_"));
+    for (statistic, _) in stack.envoy().stats("wasmcustom.portcullis.").await? {
+        let kinds = ["decisions", "shadow_decisions"].map(|kind| format!("wasmcustom.portcullis.{kind}."));
         let outcome = kinds.iter().find(|kind| statistic.starts_with(*kind)).map(|kind| format!("{kind}<code>_total"));
         let name = outcome.unwrap_or(statistic);
         ensure!(page.contains(&format!("| `{name}` |")), "the page does not have {name}");

@@ -188,7 +188,7 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
     let harness = FilterHarness::builder().faults(faults).start(&[("good", record(1))]).await?;
     let (allowed, _) = harness.get_many(5, "/", Some("good")).await?;
     assert_eq!(allowed, 5);
-    harness.stat_is("usage_pending_requests", 5).await?;
+    harness.stat_is("usage.pending_requests", 5).await?;
     harness.change(&[]).await?;
     let told = async || {
         let polls = harness.control_plane.polls();
@@ -210,7 +210,7 @@ async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()>
     let (mut allowed, reply) = harness.get_many(10, "/", Some("shared")).await?;
     assert_eq!((allowed, reply.status), (10, 200));
     let alone =
-        async || (harness.envoy.stat("wasmcustom.portcullis_report_failures_total").await.ok()? >= 1).then_some(());
+        async || (harness.envoy.stat("wasmcustom.portcullis.usage.report_failures_total").await.ok()? >= 1).then_some(());
     eventually("a report to go unanswered", alone).await?;
     allowed += harness.get_many(30, "/", Some("shared")).await?.0;
     assert_eq!(allowed, 20);

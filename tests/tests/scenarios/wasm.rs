@@ -48,7 +48,7 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
     wait_for_status(&harness.envoy, Some("no such key"), 401).await?;
     // The store is loaded, so all damaged pages were fetched again.
     assert_eq!(harness.control_plane.faults().pages, 0);
-    assert!(harness.envoy.stat("wasmcustom.portcullis_sync_failures_total").await? >= 8);
+    assert!(harness.envoy.stat("wasmcustom.portcullis.sync.failures_total").await? >= 8);
     for _ in 0..5 {
         assert_upstream(&harness.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
     }
@@ -59,10 +59,10 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
     };
     eventually("reports to be sent until they are acknowledged", told).await?;
     let acknowledged =
-        async || (harness.envoy.stat("wasmcustom.portcullis_usage_pending_requests").await.ok()? == 0).then_some(());
+        async || (harness.envoy.stat("wasmcustom.portcullis.usage.pending_requests").await.ok()? == 0).then_some(());
     eventually("nothing to be pending", acknowledged).await?;
     assert_eq!((harness.control_plane.reported(Outcome::Allowed), harness.control_plane.changed_reports()), (5, 0));
-    assert!(harness.envoy.stat("wasmcustom.portcullis_report_failures_total").await? >= 3);
+    assert!(harness.envoy.stat("wasmcustom.portcullis.usage.report_failures_total").await? >= 3);
     Ok(())
 }
 
@@ -127,7 +127,7 @@ async fn when_the_vm_that_leads_traps_a_worker_goes_on_with_the_store_and_the_co
     };
     assert_eq!(harness.get_many(50, "/", Some("a")).await?.0, 50);
     // A VM publishes its counts on each tick. Any VM may lead, a worker's as well, and a trap loses what it has not published.
-    harness.stat_is("usage_pending_requests", 50).await?;
+    harness.stat_is("usage.pending_requests", 50).await?;
     harness.control_plane.disturb(Faults { traps: 1, ..Faults::default() });
     harness.change(&[Change::Key("a", Box::new(with(1, |r| r.flags = Flags::REVOKED)))]).await?;
     let asked = polls();

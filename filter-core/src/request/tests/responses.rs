@@ -158,7 +158,7 @@ fn every_refusal_answers_the_client_tells_the_access_log_and_is_counted() {
         let counts = bench.counts();
         let [count] = &counts[..] else { panic!("{counts:?}") };
         assert_eq!((count.of.outcome, count.of.key.is_some(), count.requests), (outcome.code(), is_known, 1));
-        assert_eq!(bench.host().metric(&format!("portcullis_decisions_{}_total", outcome.name())), 1);
+        assert_eq!(bench.host().metric(&format!("portcullis.decisions.{}_total", outcome.name())), 1);
     }
 }
 
@@ -176,8 +176,8 @@ fn in_shadow_mode_every_refusal_goes_upstream_with_its_reason_and_is_counted_apa
         assert_eq!(state_of(&stream).last(), Some(&(SHADOW_STATE, outcome.name())));
         let counts = bench.counts();
         assert_eq!(counts[0].of.outcome, outcome.code() | contract::usage::SHADOW);
-        assert_eq!(bench.host().metric(&format!("portcullis_shadow_{}_total", outcome.name())), 1);
-        assert_eq!(bench.host().metric(&format!("portcullis_decisions_{}_total", outcome.name())), 0);
+        assert_eq!(bench.host().metric(&format!("portcullis.shadow_decisions.{}_total", outcome.name())), 1);
+        assert_eq!(bench.host().metric(&format!("portcullis.decisions.{}_total", outcome.name())), 0);
     }
     bench.send([("x-api-key", "planned")], None);
     let quiet = Bench::new(json!({"shadow": true, "access_log_state": false}), &[]);
