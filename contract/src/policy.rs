@@ -262,10 +262,7 @@ mod tests {
             (r#"{"cost": 1000001}"#, "policies.orders.cost: "),
             (r#"{"rate_limit": {"requests": 0, "window": "1s"}}"#, "policies.orders.rate_limit.requests: "),
             (r#"{"rate_limit": {"requests": 1, "window": "0s"}}"#, "policies.orders.rate_limit.window: "),
-            (
-                r#"{"rate_limit": {"requests": 1, "window": "1s", "burst": 0}}"#,
-                "policies.orders.rate_limit.burst: ",
-            ),
+            (r#"{"rate_limit": {"requests": 1, "window": "1s", "burst": 0}}"#, "policies.orders.rate_limit.burst: "),
         ] {
             let error = policy(json).unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");

@@ -391,10 +391,12 @@ mod tests {
         assert!(error(&with(r#""key_header": "host""#)).contains("key_header"));
         assert!(error(&with(r#""key_header": "X-Consumer-Id""#)).contains("x-consumer-id is used twice"));
         assert!(
-            error(&with(r#""rate_limit": {"requests": 0, "window": "1s"}"#))
-                .contains("set the whole field to null")
+            error(&with(r#""rate_limit": {"requests": 0, "window": "1s"}"#)).contains("set the whole field to null")
         );
-        assert!(error(&with(r#""rate_limit": {"requests": 1, "window": "0s"}"#)).contains("rate_limit.window: must be from"));
+        assert!(
+            error(&with(r#""rate_limit": {"requests": 1, "window": "0s"}"#))
+                .contains("rate_limit.window: must be from")
+        );
         for window in ["60", r#""60""#, r#""1m""#, r#""0.5s""#, r#""+5s""#, r#""s""#] {
             let limit = format!(r#""rate_limit": {{"requests": 1, "window": {window}}}"#);
             let expected = "rate_limit.window: must be whole seconds with their unit, such as \"60s\"";
@@ -405,10 +407,7 @@ mod tests {
         let failure_mode = error(&with(r#""failure_mode": {"stale": "open"}"#));
         assert_eq!(failure_mode, "failure_mode.stale: must be `deny` or `allow`");
         let unknown = error(&with(r#""failure_mode": {"on_stale": "deny"}"#));
-        assert_eq!(
-            unknown,
-            "failure_mode.on_stale: is not a known field; the fields are `not_ready` or `stale`"
-        );
+        assert_eq!(unknown, "failure_mode.on_stale: is not a known field; the fields are `not_ready` or `stale`");
         assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
         assert!(
             error(&with(r#""remove_headers": ["host"]"#)).contains("remove_headers: \"host\" is not a header name")

@@ -89,7 +89,8 @@ async fn one_envoy(
         if newest.0 == life {
             compared += 1;
             if revision < newest.1 {
-                oracle.broken(&format!("the store of Envoy {envoy} went back from revision {} to {revision}", newest.1));
+                oracle
+                    .broken(&format!("the store of Envoy {envoy} went back from revision {} to {revision}", newest.1));
             }
         }
         newest = (life, revision);

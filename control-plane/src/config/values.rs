@@ -59,7 +59,8 @@ pub fn days(least: &'static str, most: &'static str) -> impl Fn(&str) -> Result<
     move |text| {
         let duration = parse(text)?;
         let days = i32::try_from(duration.as_secs() / DAY.as_secs()).ok();
-        days.filter(|days| DAY * days.unsigned_abs() == duration).ok_or_else(|| "must be whole days, such as 90d".into())
+        days.filter(|days| DAY * days.unsigned_abs() == duration)
+            .ok_or_else(|| "must be whole days, such as 90d".into())
     }
 }
 

@@ -78,9 +78,11 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
         Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
         Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
         Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),
-        Job::new("forget ended keys", HOUR, |c| async move {
-            purge::forget_all_ended(&c.pool, c.tombstone_days).await
-        }),
+        Job::new(
+            "forget ended keys",
+            HOUR,
+            |c| async move { purge::forget_all_ended(&c.pool, c.tombstone_days).await },
+        ),
         Job::new("delete ended keys", HOUR, delete_ended_keys),
         Job::new("delete old audit entries", HOUR, delete_old_audit_entries),
         Job::new("roll up the ledger", HOUR, roll_up_ledger),

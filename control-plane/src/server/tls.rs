@@ -139,7 +139,8 @@ impl Files {
                     roots.add(certificate).map_err(|error| wrong("--tls-client-ca-file", file, &error))?;
                 }
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
-                builder.with_client_cert_verifier(verifier.map_err(|error| wrong("--tls-client-ca-file", file, &error))?)
+                builder
+                    .with_client_cert_verifier(verifier.map_err(|error| wrong("--tls-client-ca-file", file, &error))?)
             }
             _ => builder.with_no_client_auth(),
         };

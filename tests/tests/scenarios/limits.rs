@@ -209,8 +209,9 @@ async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()>
     harness.control_plane.disturb(Faults { pages: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
     let (mut allowed, reply) = harness.get_many(10, "/", Some("shared")).await?;
     assert_eq!((allowed, reply.status), (10, 200));
-    let alone =
-        async || (harness.envoy.stat("wasmcustom.portcullis.usage.report_failures_total").await.ok()? >= 1).then_some(());
+    let alone = async || {
+        (harness.envoy.stat("wasmcustom.portcullis.usage.report_failures_total").await.ok()? >= 1).then_some(())
+    };
     eventually("a report to go unanswered", alone).await?;
     allowed += harness.get_many(30, "/", Some("shared")).await?.0;
     assert_eq!(allowed, 20);

@@ -32,8 +32,10 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
     assert!(revision > 0);
     stack.rest().revoke("ada@example.com").await?;
     stack.wait_for_status(Some(&key), 401).await?;
-    eventually("the next revision", async || (envoy.stat(&name("store.revision")).await.ok()? > revision).then_some(()))
-        .await?;
+    eventually("the next revision", async || {
+        (envoy.stat(&name("store.revision")).await.ok()? > revision).then_some(())
+    })
+    .await?;
     eventually("no pending usage", async || {
         (envoy.stat(&name("usage.pending_requests")).await.ok()? == 0).then_some(())
     })

@@ -70,8 +70,7 @@ async fn damaged_pages_change_nothing_and_lost_acknowledgements_count_nothing_tw
 async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_answers() -> Result<()> {
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let keys = [("good", record(1))];
-    let harness =
-        FilterHarness::builder().faults(faults).plugin(json!({"max_staleness": "600s"})).start(&keys).await?;
+    let harness = FilterHarness::builder().faults(faults).plugin(json!({"max_staleness": "600s"})).start(&keys).await?;
     assert_refused(&harness.get("/", Some("good")).await?, Outcome::Stale, &[]);
     assert_eq!(harness.demo.requests(), 0);
     Ok(())
