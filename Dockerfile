@@ -19,9 +19,11 @@ RUN --mount=type=cache,id=portcullis-filter-registry,target=/usr/local/cargo/reg
 FROM source AS build-control-plane
 # `dev` compiles in a fraction of the time, for trying things out.
 ARG PROFILE=release
+# The revision of the source, for the metric portcullis_build_info.
+ARG REVISION=unknown
 RUN --mount=type=cache,id=portcullis-control-plane-registry,target=/usr/local/cargo/registry \
     --mount=type=cache,id=portcullis-control-plane-target,target=/build/target \
-    cargo build --locked --profile "$PROFILE" --package control-plane \
+    PORTCULLIS_REVISION=$REVISION cargo build --locked --profile "$PROFILE" --package control-plane \
     && case "$PROFILE" in dev) folder=debug ;; *) folder=$PROFILE ;; esac \
     && install -D "target/$folder/portcullis" /out/portcullis
 

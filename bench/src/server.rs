@@ -97,7 +97,7 @@ impl Server {
     pub(crate) async fn wait_for_keys(&self, keys: u64) -> Result<()> {
         let loaded = async || {
             self.process.must_run().ok()?;
-            (self.stat("wasmcustom.portcullis_keys").await.ok()? >= keys).then_some(())
+            (self.stat("wasmcustom.portcullis.store.keys").await.ok()? >= keys).then_some(())
         };
         eventually_within(&format!("{keys} keys in Envoy"), READY_WITHIN, loaded).await
     }

@@ -136,7 +136,7 @@ async fn start_cold(stack: &Stack, keys: u64) -> Result<Cold> {
     let mut longest_stall = Duration::ZERO;
     loop {
         let asked = Instant::now();
-        let stats = admin.get("/stats?format=json&filter=wasmcustom.portcullis_keys", None).await?.json()?;
+        let stats = admin.get("/stats?format=json&filter=wasmcustom.portcullis.store.keys", None).await?.json()?;
         longest_stall = longest_stall.max(asked.elapsed());
         if stats["stats"].as_array().into_iter().flatten().any(|stat| stat["value"].as_u64() >= Some(keys)) {
             break;

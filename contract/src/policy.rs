@@ -2,7 +2,7 @@
 //!
 //! ```json
 //! { "key": "required", "scopes": {"all": ["orders:read"]}, "cost": 5,
-//!   "rate_limit": {"requests": 10, "window_seconds": 1, "burst": 20}, "shadow": false }
+//!   "rate_limit": {"requests": 10, "window": "1s", "burst": 20}, "shadow": false }
 //! ```
 //! Every field is optional. The filter has policies in its configuration; `explain` also takes one from its request.
 
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::json::null_is_default;
+use crate::json::{Seconds, null_is_default};
 use crate::record::RateLimit;
 
 /// Most policies of one filter.
@@ -147,8 +147,8 @@ impl PolicyText {
 pub struct LimitText {
     /// Requests that the window allows.
     pub requests: u32,
-    /// The window, in seconds.
-    pub window_seconds: u32,
+    /// The window.
+    pub window: Seconds,
     /// Requests that may come at once after a pause; `requests` unless given.
     pub burst: Option<u32>,
 }
@@ -159,13 +159,14 @@ impl LimitText {
     /// # Errors
     /// The first field that is wrong.
     pub fn check(self, field: &str, name: &str) -> Result<RateLimit, PolicyError> {
-        let Self { requests, window_seconds: window_s, burst } = self;
+        let Self { requests, window: Seconds(window_s), burst } = self;
         let bad = |what: &str, why: &str| Err(PolicyError(format!("{field}.{what}: {why}")));
         if requests == 0 {
             return bad("requests", "must be at least 1; for no limit, set the whole field to null");
         }
+        let window_s = u32::try_from(window_s).unwrap_or(u32::MAX);
         if !(1..=WINDOW_S).contains(&window_s) {
-            return bad("window_seconds", "must be from 1 to 31622400, a year");
+            return bad("window", "must be from \"1s\" to \"31622400s\", a year");
         }
         let burst = burst.unwrap_or(requests);
         if burst == 0 {
@@ -229,7 +230,7 @@ mod tests {
     fn an_empty_policy_requires_a_valid_key_and_every_field_can_be_set() {
         assert_eq!(policy("{}"), Ok(Policy::default()));
         let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c"]}, "cost": 0, "shadow": true,
-            "rate_limit": {"requests": 5, "window_seconds": 60}}"#;
+            "rate_limit": {"requests": 5, "window": "60s"}}"#;
         let limit = RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5, shared: false };
         let expected = Policy {
             key: KeyNeed::Required,
@@ -250,12 +251,9 @@ mod tests {
             (r#"{"scopes": {"all": ["a:*"]}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["a"]}, "key": "optional"}"#, "policies.orders.key: "),
             (r#"{"cost": 1000001}"#, "policies.orders.cost: "),
-            (r#"{"rate_limit": {"requests": 0, "window_seconds": 1}}"#, "policies.orders.rate_limit.requests: "),
-            (r#"{"rate_limit": {"requests": 1, "window_seconds": 0}}"#, "policies.orders.rate_limit.window_seconds: "),
-            (
-                r#"{"rate_limit": {"requests": 1, "window_seconds": 1, "burst": 0}}"#,
-                "policies.orders.rate_limit.burst: ",
-            ),
+            (r#"{"rate_limit": {"requests": 0, "window": "1s"}}"#, "policies.orders.rate_limit.requests: "),
+            (r#"{"rate_limit": {"requests": 1, "window": "0s"}}"#, "policies.orders.rate_limit.window: "),
+            (r#"{"rate_limit": {"requests": 1, "window": "1s", "burst": 0}}"#, "policies.orders.rate_limit.burst: "),
         ] {
             let error = policy(json).unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");

@@ -14,6 +14,7 @@ use control_plane::audit::Actor;
 use control_plane::change::{FeedWaker, Writer};
 use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage, given_pepper};
 use control_plane::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
+use control_plane::error::ApiError;
 use control_plane::keys::create;
 use control_plane::keys::import::Import;
 use control_plane::keys::model::{CreatedKey, NewKey};
@@ -52,8 +53,8 @@ async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(settings) => server::serve(*settings).await,
         Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
-        Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in_seconds, no_expiry }) => {
-            let scopes = Scopes::parse(scopes)?;
+        Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in, no_expiry }) => {
+            let scopes = Scopes::parse(scopes).map_err(at("--scope"))?;
             let operators = scopes.as_slice().iter().all(|scope| [ADMIN, SYNC].contains(&scope.as_str()));
             let email = match &email {
                 Some(email) => email,
@@ -63,11 +64,15 @@ async fn run(command: Command) -> Result<(), Failure> {
                 }
             };
             let now = OffsetDateTime::now_utc();
-            let expiry = parse_expiry(None, expires_in_seconds, now)?;
+            let lifetime_s = expires_in.map(|duration| i64::try_from(duration.as_secs())).transpose()?;
+            let expiry = parse_expiry(None, lifetime_s, now)?;
             let new = NewKey {
                 expires_at: expiry.or(default_expiry(&scopes, now).filter(|_| !no_expiry)),
                 scopes,
-                ..NewKey::plain(Email::parse(email)?, KeyName::parse("name", &name)?)
+                ..NewKey::plain(
+                    Email::parse(email).map_err(at("--email"))?,
+                    KeyName::parse("name", &name).map_err(at("--name"))?,
+                )
             };
             let writer = Writer::new(connect(&database).await?, FeedWaker::default());
             let created = writer.change(&Actor::system(), async |change| create::create(change, new).await).await?;
@@ -132,6 +137,14 @@ async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Fai
 fn one_line(rendered: &str) -> String {
     let lines: Vec<_> = rendered.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
     lines.join(" ").trim_start_matches("error: ").to_owned()
+}
+
+/// The error of a field, as that of a flag.
+fn at(flag: &'static str) -> impl FnOnce(ApiError) -> String {
+    move |error| match error {
+        ApiError::Invalid { detail, .. } => format!("{flag}: {detail}"),
+        other => other.to_string(),
+    }
 }
 
 async fn connect(database: &Database) -> Result<PgPool, Failure> {

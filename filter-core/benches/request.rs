@@ -91,7 +91,7 @@ impl Stats for Memory {
     }
 
     fn define_gauge(&self, name: &str) -> Option<MetricId> {
-        (name == "portcullis_store_writes").then_some(MetricId(0))
+        (name == "portcullis.internal.store_generation").then_some(MetricId(0))
     }
 
     fn add(&self, _metric: MetricId, more: u64) {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use contract::json::{null_is_default, read};
+use contract::json::{Seconds, null_is_default, read};
 use contract::pepper::Pepper;
 use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
@@ -13,7 +13,7 @@ use crate::extract::source::{self, Source};
 use crate::identity::{FOREIGN, USUAL};
 use crate::reply::Challenge;
 
-/// The least value of `max_staleness_seconds`: twice the time between two responses of a control plane without changes.
+/// The least value of `max_staleness`, in seconds: twice the time between two responses of a control plane without changes.
 pub const MIN_STALENESS_S: u64 = 60;
 
 /// Most names in `remove_headers`.
@@ -33,9 +33,9 @@ pub struct Config {
     /// `:authority` of calls to the control plane.
     pub authority: String,
     /// The environment variable of the key with the scope `sync`.
-    pub sync_key_variable: String,
+    pub sync_key_env: String,
     /// The environment variable of the pepper of imported keys, if the configuration names one.
-    pub pepper_variable: Option<String>,
+    pub pepper_env: Option<String>,
     /// The pepper. It comes from the environment and not from the JSON.
     pub pepper: Option<Pepper>,
     /// The name of the key store: several stores can use one cluster.
@@ -58,12 +58,10 @@ pub struct Config {
     pub policies: Policies,
     /// Shadow mode on all routes: requests are decided and counted, but none is refused.
     pub shadow: bool,
-    /// The decision on requests before the first sync.
-    pub on_not_ready: FailureMode,
+    /// The decisions on requests without a usable store.
+    pub failure_mode: FailureModes,
     /// After this time without a response of the control plane the store is stale. `None`: never.
     pub max_staleness_ms: Option<u64>,
-    /// The decision on requests while the store is stale.
-    pub on_stale: FailureMode,
     /// The challenge of a 401.
     pub challenge: Challenge,
 }
@@ -81,12 +79,25 @@ pub struct IdentityHeaders {
     pub unused: Vec<String>,
 }
 
+/// The decisions on requests without a usable store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FailureModes {
+    /// Before the first sync.
+    #[serde(deserialize_with = "null_is_default")]
+    pub not_ready: FailureMode,
+    /// While the store is older than `max_staleness`.
+    #[serde(deserialize_with = "null_is_default")]
+    pub stale: FailureMode,
+}
+
 /// The decision on a request without a usable store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureMode {
     /// Refuse it with 503.
-    Refuse,
+    #[default]
+    Deny,
     /// Let it through, unchecked and without identity.
     Allow,
 }
@@ -103,7 +114,7 @@ pub struct ConfigError(String);
 struct Raw {
     control_plane: RawControlPlane,
     store: Option<String>,
-    pepper_variable: Option<String>,
+    pepper_env: Option<String>,
     key_header: Option<String>,
     key_sources: Option<Vec<Source>>,
     strip_key: Option<bool>,
@@ -120,9 +131,9 @@ struct Raw {
     policies: BTreeMap<String, PolicyText>,
     #[serde(default, deserialize_with = "null_is_default")]
     shadow: bool,
-    on_not_ready: Option<FailureMode>,
-    max_staleness_seconds: Option<u64>,
-    on_stale: Option<FailureMode>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    failure_mode: FailureModes,
+    max_staleness: Option<Seconds>,
     realm: Option<String>,
 }
 
@@ -131,7 +142,7 @@ struct Raw {
 struct RawControlPlane {
     cluster: String,
     authority: Option<String>,
-    sync_key_variable: Option<String>,
+    sync_key_env: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -144,7 +155,7 @@ struct RawIdentityHeaders {
 
 #[expect(clippy::unnecessary_wraps, reason = "serde wants the type of the field")]
 const fn default_rate_limit() -> Option<LimitText> {
-    Some(LimitText { requests: 1_000, window_seconds: 1, burst: Some(2_000) })
+    Some(LimitText { requests: 1_000, window: Seconds(1), burst: Some(2_000) })
 }
 
 impl Config {
@@ -170,12 +181,12 @@ impl Config {
         let mut config = Self {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
             authority: filled_or("control_plane.authority", raw.control_plane.authority, "portcullis")?,
-            sync_key_variable: filled_or(
-                "control_plane.sync_key_variable",
-                raw.control_plane.sync_key_variable,
+            sync_key_env: filled_or(
+                "control_plane.sync_key_env",
+                raw.control_plane.sync_key_env,
                 "PORTCULLIS_SYNC_KEY",
             )?,
-            pepper_variable: raw.pepper_variable.map(|name| filled("pepper_variable", name)).transpose()?,
+            pepper_env: raw.pepper_env.map(|name| filled("pepper_env", name)).transpose()?,
             pepper: None,
             store: filled_or("store", raw.store, "default")?,
             key_sources,
@@ -196,9 +207,8 @@ impl Config {
             access_log_state: raw.access_log_state.unwrap_or(true),
             policies,
             shadow: raw.shadow,
-            on_not_ready: raw.on_not_ready.unwrap_or(FailureMode::Refuse),
-            max_staleness_ms: raw.max_staleness_seconds.map(staleness).transpose()?,
-            on_stale: raw.on_stale.unwrap_or(FailureMode::Refuse),
+            failure_mode: raw.failure_mode,
+            max_staleness_ms: raw.max_staleness.map(staleness).transpose()?,
             challenge,
         };
         let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
@@ -255,10 +265,10 @@ impl From<PolicyError> for ConfigError {
     }
 }
 
-fn staleness(seconds: u64) -> Result<u64, ConfigError> {
+fn staleness(Seconds(seconds): Seconds) -> Result<u64, ConfigError> {
     if seconds < MIN_STALENESS_S {
         let why = "the control plane answers every 25 s when it has no news";
-        return Err(ConfigError(format!("max_staleness_seconds: must be at least {MIN_STALENESS_S}: {why}")));
+        return Err(ConfigError(format!("max_staleness: must be at least \"{MIN_STALENESS_S}s\": {why}")));
     }
     Ok(seconds.saturating_mul(1_000))
 }
@@ -283,8 +293,8 @@ mod tests {
         let expected = Config {
             cluster: "cp".into(),
             authority: "portcullis".into(),
-            sync_key_variable: "PORTCULLIS_SYNC_KEY".into(),
-            pepper_variable: None,
+            sync_key_env: "PORTCULLIS_SYNC_KEY".into(),
+            pepper_env: None,
             pepper: None,
             store: "default".into(),
             key_sources: vec![Source::Header("x-api-key".into())],
@@ -311,15 +321,14 @@ mod tests {
             access_log_state: true,
             policies: Policies::default(),
             shadow: false,
-            on_not_ready: FailureMode::Refuse,
+            failure_mode: FailureModes { not_ready: FailureMode::Deny, stale: FailureMode::Deny },
             max_staleness_ms: None,
-            on_stale: FailureMode::Refuse,
             challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
         };
         assert_eq!(format!("{config:?}"), format!("{expected:?}"));
         let fields = [
             "store",
-            "pepper_variable",
+            "pepper_env",
             "key_header",
             "key_sources",
             "strip_key",
@@ -329,13 +338,12 @@ mod tests {
             "default_policy",
             "policies",
             "shadow",
-            "on_not_ready",
-            "max_staleness_seconds",
-            "on_stale",
+            "failure_mode",
+            "max_staleness",
             "realm",
         ];
         let nulls = fields.map(|field| format!("\"{field}\": null")).join(", ");
-        let control_plane = r#"{"cluster": "cp", "authority": null, "sync_key_variable": null}"#;
+        let control_plane = r#"{"cluster": "cp", "authority": null, "sync_key_env": null}"#;
         let nulls = format!(r#"{{"control_plane": {control_plane}, {nulls}}}"#);
         assert_eq!(format!("{:?}", Config::parse(nulls.as_bytes()).unwrap()), format!("{expected:?}"));
     }
@@ -343,11 +351,11 @@ mod tests {
     #[test]
     fn every_field_can_be_set() {
         let json = r#"{
-            "control_plane": {"cluster": "cp", "authority": "keys.internal", "sync_key_variable": "KEY"},
+            "control_plane": {"cluster": "cp", "authority": "keys.internal", "sync_key_env": "KEY"},
             "store": "second", "key_header": "Authorization-Key", "strip_key": false,
             "identity_headers": {"consumer": "X-Who", "credential": "", "scopes": ""},
-            "rate_limit": {"requests": 5, "window_seconds": 60}, "access_log_state": false, "remove_headers": ["X-Tenant"],
-            "on_not_ready": "allow", "max_staleness_seconds": 90, "on_stale": "allow", "realm": "orders"
+            "rate_limit": {"requests": 5, "window": "60s"}, "access_log_state": false, "remove_headers": ["X-Tenant"],
+            "failure_mode": {"not_ready": "allow", "stale": "allow"}, "max_staleness": "90s", "realm": "orders"
         }"#;
         let config = Config::parse(json.as_bytes()).unwrap();
         assert_eq!(config.key_sources, [Source::Header("authorization-key".into())]);
@@ -366,7 +374,11 @@ mod tests {
             config.rate_limit,
             Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5, shared: false })
         );
-        assert_eq!((config.on_not_ready, config.on_stale), (FailureMode::Allow, FailureMode::Allow));
+        let open = FailureModes { not_ready: FailureMode::Allow, stale: FailureMode::Allow };
+        assert_eq!(config.failure_mode, open);
+        let failure_mode = |json: &str| Config::parse(with(json).as_bytes()).unwrap().failure_mode;
+        let stale = FailureModes { stale: FailureMode::Allow, ..FailureModes::default() };
+        assert_eq!(failure_mode(r#""failure_mode": {"not_ready": null, "stale": "allow"}"#), stale);
         assert_eq!((config.max_staleness_ms, config.strip_key, config.access_log_state), (Some(90_000), false, false));
         assert_eq!(Config::parse(with(r#""rate_limit": null"#).as_bytes()).unwrap().rate_limit, None);
     }
@@ -380,7 +392,7 @@ mod tests {
         assert_eq!(error(&with(r#""identity_headers": ["a", "b", "c"]"#)), "identity_headers: must be an object");
         assert_eq!(error(&with(r#""policies": {"a": ["optional"]}"#)), "policies.a: must be an object");
         assert_eq!(error(&with(r#""rate_limit": [5, 60, 5]"#)), "rate_limit: must be an object");
-        assert_eq!(error(&with(r#""rate_limit": {"requests": 5}"#)), "rate_limit.window_seconds: is missing");
+        assert_eq!(error(&with(r#""rate_limit": {"requests": 5}"#)), "rate_limit.window: is missing");
         assert!(error("{").contains("EOF"));
         assert!(error(&with(r#""rate_limits": {}"#)).starts_with("rate_limits: is not a known field; the fields are "));
         assert!(error(r#"{"control_plane": {"cluster": ""}}"#).contains("control_plane.cluster: must not be empty"));
@@ -388,13 +400,23 @@ mod tests {
         assert!(error(&with(r#""key_header": "host""#)).contains("key_header"));
         assert!(error(&with(r#""key_header": "X-Consumer-Id""#)).contains("x-consumer-id is used twice"));
         assert!(
-            error(&with(r#""rate_limit": {"requests": 0, "window_seconds": 1}"#))
-                .contains("set the whole field to null")
+            error(&with(r#""rate_limit": {"requests": 0, "window": "1s"}"#)).contains("set the whole field to null")
         );
-        assert!(error(&with(r#""rate_limit": {"requests": 1, "window_seconds": 0}"#)).contains("window_seconds"));
-        assert!(error(&with(r#""rate_limit": {"requests": 1, "window_seconds": 1, "burst": 0}"#)).contains("burst"));
-        assert!(error(&with(r#""max_staleness_seconds": 5"#)).contains("at least 60"));
-        assert!(error(&with(r#""on_stale": "open""#)).starts_with("on_stale: must be `refuse` or `allow`"));
+        assert!(
+            error(&with(r#""rate_limit": {"requests": 1, "window": "0s"}"#))
+                .contains("rate_limit.window: must be from")
+        );
+        for window in ["60", r#""60""#, r#""1m""#, r#""0.5s""#, r#""+5s""#, r#""s""#] {
+            let limit = format!(r#""rate_limit": {{"requests": 1, "window": {window}}}"#);
+            let expected = "rate_limit.window: must be whole seconds with their unit, such as \"60s\"";
+            assert_eq!(error(&with(&limit)), expected, "{window}");
+        }
+        assert!(error(&with(r#""rate_limit": {"requests": 1, "window": "1s", "burst": 0}"#)).contains("burst"));
+        assert!(error(&with(r#""max_staleness": "5s""#)).contains("max_staleness: must be at least \"60s\": "));
+        let failure_mode = error(&with(r#""failure_mode": {"stale": "open"}"#));
+        assert_eq!(failure_mode, "failure_mode.stale: must be `deny` or `allow`");
+        let unknown = error(&with(r#""failure_mode": {"on_stale": "deny"}"#));
+        assert_eq!(unknown, "failure_mode.on_stale: is not a known field; the fields are `not_ready` or `stale`");
         assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
         assert!(
             error(&with(r#""remove_headers": ["host"]"#)).contains("remove_headers: \"host\" is not a header name")
@@ -427,7 +449,7 @@ mod tests {
     fn policies_are_checked_and_the_default_limit_has_its_own_name() {
         let json = with(
             r#""policies": {"search": {"cost": 5}}, "shadow": true,
-            "default_policy": {"key": "optional", "rate_limit": {"requests": 1, "window_seconds": 1}}"#,
+            "default_policy": {"key": "optional", "rate_limit": {"requests": 1, "window": "1s"}}"#,
         );
         let config = Config::parse(json.as_bytes()).unwrap();
         assert!(config.shadow);

@@ -166,15 +166,15 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// The outcome of every request while the store is not loaded, or older than the operator allows.
     fn find_obstacle(&self) -> Option<Outcome> {
         let config = self.config;
-        let (outcome, choice) = match (self.vm.state(), config.max_staleness_ms) {
-            (None, _) => (Outcome::NotReady, config.on_not_ready),
+        let (outcome, mode) = match (self.vm.state(), config.max_staleness_ms) {
+            (None, _) => (Outcome::NotReady, config.failure_mode.not_ready),
             (Some(state), Some(limit_ms)) if self.time.ms().saturating_sub(state.synced_ms) > limit_ms => {
-                (Outcome::Stale, config.on_stale)
+                (Outcome::Stale, config.failure_mode.stale)
             }
             (Some(_), _) => return None,
         };
-        Some(match choice {
-            FailureMode::Refuse => outcome,
+        Some(match mode {
+            FailureMode::Deny => outcome,
             FailureMode::Allow => Outcome::FailedOpen,
         })
     }

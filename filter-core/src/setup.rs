@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::host::{Environment, Log};
 
 /// The environment variable of the pepper, unless the configuration names another.
-const PEPPER_VARIABLE: &str = "PORTCULLIS_PEPPER";
+const PEPPER_ENV: &str = "PORTCULLIS_PEPPER";
 
 /// A configuration that was checked, with its secrets.
 pub struct Setup {
@@ -23,8 +23,8 @@ impl Setup {
     /// The first mistake, with the field or variable and the remedy.
     pub fn read(environment: &impl Environment, log: &impl Log) -> Result<Self, String> {
         let mut config = Config::parse(&environment.configuration()).map_err(|error| error.to_string())?;
-        config.pepper = pepper(environment, config.pepper_variable.as_deref())?;
-        let sync_key = sync_key(environment, &config.sync_key_variable)?;
+        config.pepper = pepper(environment, config.pepper_env.as_deref())?;
+        let sync_key = sync_key(environment, &config.sync_key_env)?;
         if !environment.may_read_properties() {
             let remedy = "add proxy_get_property to capability_restriction_config.allowed_capabilities";
             // Without properties, routes would silently get the default policy.
@@ -53,13 +53,13 @@ fn sync_key(environment: &impl Environment, variable: &str) -> Result<String, St
 
 /// The pepper of imported keys. It is optional unless the configuration names its variable.
 fn pepper(environment: &impl Environment, named: Option<&str>) -> Result<Option<Pepper>, String> {
-    let variable = named.unwrap_or(PEPPER_VARIABLE);
+    let variable = named.unwrap_or(PEPPER_ENV);
     match environment.variable(variable).filter(|text| !text.is_empty()) {
         Some(text) => {
             Pepper::parse(&text).map(Some).map_err(|error| format!("the environment variable {variable}: {error}"))
         }
         None if named.is_some() => Err(format!(
-            "pepper_variable: the environment variable {variable} is not set: start Envoy with the control plane's pepper in it \
+            "pepper_env: the environment variable {variable} is not set: start Envoy with the control plane's pepper in it \
              and name it in vm_config.environment_variables.host_env_keys"
         )),
         None => Ok(None),
@@ -106,10 +106,10 @@ mod tests {
             Setup::read(&environment(fields, &[KEY, (name, value)]), &MockHost::default())
         };
         assert!(read("", "PORTCULLIS_PEPPER", PEPPER).ok().unwrap().config.pepper.is_some());
-        let named = r#", "pepper_variable": "PEPPER""#;
+        let named = r#", "pepper_env": "PEPPER""#;
         assert!(read(named, "PEPPER", PEPPER).ok().unwrap().config.pepper.is_some());
         let missing = read(named, "PORTCULLIS_PEPPER", PEPPER).err().unwrap();
-        assert!(missing.starts_with("pepper_variable: the environment variable PEPPER is not set"), "{missing}");
+        assert!(missing.starts_with("pepper_env: the environment variable PEPPER is not set"), "{missing}");
         let bad = read("", "PORTCULLIS_PEPPER", "short").err().unwrap();
         assert!(bad.starts_with("the environment variable PORTCULLIS_PEPPER: a pepper has 64"), "{bad}");
     }

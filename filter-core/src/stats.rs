@@ -1,4 +1,7 @@
-//! The statistics of the filter. Envoy shows them as `wasmcustom.portcullis_…`, one value for the whole process.
+//! The statistics of the filter. Envoy shows them as `wasmcustom.portcullis.…`, one value for the whole process.
+//!
+//! Names have dots, as all of Envoy's, and a counter ends with `_total`, as Prometheus wants it. The tag extractor of the
+//! files in `envoy/` takes the outcome out of a name and leaves `portcullis.decisions_total`.
 
 use std::cell::Cell as Slot;
 use std::num::NonZeroU64;
@@ -14,7 +17,7 @@ pub struct Statistics<H> {
     decisions: Vec<DecisionCounter>,
     /// One for each outcome that refuses; without a metric in the places of the others.
     shadow: Vec<DecisionCounter>,
-    store_version: Option<MetricId>,
+    store_revision: Option<MetricId>,
     keys: Option<MetricId>,
     sync_age: Option<MetricId>,
     usage_pending: Option<MetricId>,
@@ -34,20 +37,20 @@ impl<H: Host> Statistics<H> {
     pub fn define(host: H) -> Self {
         let counter = |metric| DecisionCounter { metric, pending: Slot::new(0) };
         let decision =
-            |outcome: Outcome| counter(host.define_counter(&format!("portcullis_decisions_{}_total", outcome.name())));
+            |outcome: Outcome| counter(host.define_counter(&format!("portcullis.decisions.{}_total", outcome.name())));
         let shadow = |outcome: Outcome| {
-            let define = |_| host.define_counter(&format!("portcullis_shadow_{}_total", outcome.name()));
+            let define = |_| host.define_counter(&format!("portcullis.shadow_decisions.{}_total", outcome.name()));
             counter(outcome.refusal().and_then(define))
         };
         Self {
             decisions: Outcome::ALL.into_iter().map(decision).collect(),
             shadow: Outcome::ALL.into_iter().map(shadow).collect(),
-            store_version: host.define_gauge("portcullis_store_version"),
-            keys: host.define_gauge("portcullis_keys"),
-            sync_age: host.define_gauge("portcullis_sync_age_seconds"),
-            usage_pending: host.define_gauge("portcullis_usage_pending_requests"),
-            sync_failures: host.define_counter("portcullis_sync_failures_total"),
-            report_failures: host.define_counter("portcullis_report_failures_total"),
+            store_revision: host.define_gauge("portcullis.store.revision"),
+            keys: host.define_gauge("portcullis.store.keys"),
+            sync_age: host.define_gauge("portcullis.sync.age_seconds"),
+            usage_pending: host.define_gauge("portcullis.usage.pending_requests"),
+            sync_failures: host.define_counter("portcullis.sync.failures_total"),
+            report_failures: host.define_counter("portcullis.usage.report_failures_total"),
             host,
         }
     }
@@ -72,7 +75,7 @@ impl<H: Host> Statistics<H> {
 
     /// Sets the revision of the store and its number of keys.
     pub fn set_store(&self, revision: u64, keys: u64) {
-        self.set(self.store_version, revision);
+        self.set(self.store_revision, revision);
         self.set(self.keys, keys);
     }
 
@@ -120,7 +123,7 @@ pub struct Generation<H> {
 impl<H: Host> Generation<H> {
     /// Defines the gauge.
     pub fn define(host: &H) -> Self {
-        Self { host: host.clone(), gauge: host.define_gauge("portcullis_store_writes") }
+        Self { host: host.clone(), gauge: host.define_gauge("portcullis.internal.store_generation") }
     }
 
     /// The present generation. `None` before the first: a host that is configured not to keep the gauge shows 0 too.
@@ -151,12 +154,12 @@ mod tests {
             stats.count(outcome, false);
             stats.count(outcome, true);
         }
-        assert_eq!(host.metric("portcullis_decisions_allowed_total"), 0, "nothing before the flush");
+        assert_eq!(host.metric("portcullis.decisions.allowed_total"), 0, "nothing before the flush");
         stats.flush();
         stats.flush();
         for outcome in Outcome::ALL {
-            assert_eq!(host.metric(&format!("portcullis_decisions_{}_total", outcome.name())), 1);
-            let shadow = format!("portcullis_shadow_{}_total", outcome.name());
+            assert_eq!(host.metric(&format!("portcullis.decisions.{}_total", outcome.name())), 1);
+            let shadow = format!("portcullis.shadow_decisions.{}_total", outcome.name());
             assert_eq!(host.defined(&shadow), outcome.refusal().is_some(), "{shadow}");
             assert_eq!(host.metric(&shadow), u64::from(outcome.refusal().is_some()));
         }
@@ -173,12 +176,12 @@ mod tests {
         stats.count_report_failure();
         stats.count_report_failure();
         let values = [
-            ("portcullis_store_version", 7),
-            ("portcullis_keys", 3),
-            ("portcullis_sync_age_seconds", 9),
-            ("portcullis_usage_pending_requests", 11),
-            ("portcullis_sync_failures_total", 1),
-            ("portcullis_report_failures_total", 2),
+            ("portcullis.store.revision", 7),
+            ("portcullis.store.keys", 3),
+            ("portcullis.sync.age_seconds", 9),
+            ("portcullis.usage.pending_requests", 11),
+            ("portcullis.sync.failures_total", 1),
+            ("portcullis.usage.report_failures_total", 2),
         ];
         for (name, value) in values {
             assert_eq!(host.metric(name), value, "{name}");

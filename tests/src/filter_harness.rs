@@ -79,12 +79,12 @@ impl FilterHarness {
     /// Changes the store and waits until Envoy has it.
     pub async fn change(&self, changes: &[Change<'_>]) -> Result<()> {
         let revision = self.control_plane.change(changes);
-        self.stat_is("store_version", revision).await
+        self.stat_is("store.revision", revision).await
     }
 
     /// Waits until a statistic of the filter has this value.
     pub async fn stat_is(&self, name: &str, value: u64) -> Result<()> {
-        let stat = format!("wasmcustom.portcullis_{name}");
+        let stat = format!("wasmcustom.portcullis.{name}");
         let reached = async || (self.envoy.stat(&stat).await.ok()? == value).then_some(());
         eventually(&format!("{name} to be {value}"), reached).await
     }
@@ -143,7 +143,7 @@ impl Builder {
     pub async fn start(self, keys: &[(&str, Record)]) -> Result<FilterHarness> {
         let harness = self.start_unsynced(keys).await?;
         // The statistic is written after the store, so every worker has the keys.
-        harness.stat_is("keys", keys.len().try_into()?).await?;
+        harness.stat_is("store.keys", keys.len().try_into()?).await?;
         Ok(harness)
     }
 

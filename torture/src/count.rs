@@ -106,7 +106,7 @@ pub async fn come_to_rest(stack: &TortureStack) -> Result<()> {
         let mut quiet = 0;
         eventually_within(&format!("Envoy {envoy} to have reported all usage"), REST, async || {
             tokio::time::sleep(Duration::from_millis(100)).await;
-            let pending = stack.stat(envoy, "usage_pending_requests").await?;
+            let pending = stack.stat(envoy, "usage.pending_requests").await?;
             quiet = if pending == 0 { quiet + 1 } else { 0 };
             // Counts take less time from a worker to the outbox.
             (quiet > 10).then_some(())

@@ -306,7 +306,7 @@ impl Faults {
             tokio::time::sleep(Duration::from_millis(1_200)).await;
         }
         if signal == Signal::SIGKILL {
-            let reported = async || self.stack.stat(number, "usage_pending_requests").await;
+            let reported = async || self.stack.stat(number, "usage.pending_requests").await;
             let pending = eventually("an Envoy to report pending usage", reported).await?;
             // After it, so that no decision falls between the two.
             self.stop(number, signal).await?;

@@ -157,7 +157,7 @@ impl TortureStack {
     pub async fn stat(&self, envoy: usize, name: &str) -> Option<u64> {
         let asked = self.envoys.get(envoy)?.stats(name);
         let stats = tokio::time::timeout(Duration::from_secs(1), asked).await.ok()?.ok()?;
-        let full = format!("wasmcustom.portcullis_{name}");
+        let full = format!("wasmcustom.portcullis.{name}");
         stats.into_iter().find(|(found, _)| *found == full).map(|(_, value)| value)
     }
 

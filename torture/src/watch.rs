@@ -81,18 +81,19 @@ async fn one_envoy(
     while !stop.load(Ordering::Relaxed) {
         tokio::time::sleep(PAUSE).await;
         let life = doing.life(envoy);
-        let Some(version) = stack.stat(envoy, "store_version").await else { continue };
+        let Some(revision) = stack.stat(envoy, "store.revision").await else { continue };
         // A fault during the request makes the response meaningless.
         if doing.life(envoy) != life || doing.between_epochs() {
             continue;
         }
         if newest.0 == life {
             compared += 1;
-            if version < newest.1 {
-                oracle.broken(&format!("the store of Envoy {envoy} went back from version {} to {version}", newest.1));
+            if revision < newest.1 {
+                oracle
+                    .broken(&format!("the store of Envoy {envoy} went back from revision {} to {revision}", newest.1));
             }
         }
-        newest = (life, version);
+        newest = (life, revision);
     }
     if compared == 0 {
         oracle.broken(&format!("no two versions of the store of Envoy {envoy} were compared"));

@@ -55,7 +55,7 @@ pub(crate) struct Options {
 const WATCH: Duration = Duration::from_millis(500);
 
 /// Sends usage events each second, so that a user who tries them does not wait a minute.
-const EVENTS: [&str; 2] = ["--usage-event-seconds", "1"];
+const EVENTS: [&str; 2] = ["--usage-event-interval", "1s"];
 
 /// Time limit for a connection to the service.
 const REACH: Duration = Duration::from_secs(3);
@@ -151,7 +151,7 @@ impl Up {
         let mut arguments = EVENTS.map(ToOwned::to_owned).to_vec();
         if service.is_none() {
             // The demo's policies are for the demo's routes.
-            arguments.extend(["--policies".into(), policies::file().display().to_string()]);
+            arguments.extend(["--policies-file".into(), policies::file().display().to_string()]);
         }
         let settings = control_plane::Settings {
             listen: local(options.control_plane_port),

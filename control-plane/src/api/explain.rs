@@ -48,10 +48,10 @@ pub struct ExplainBody {
     /// The method of the request; GET unless given.
     #[schema(example = "GET", max_length = 32)]
     method: Option<String>,
-    /// The path of the request: the policy of the first route in `--policies` that it matches applies, or the default one.
+    /// The path of the request: the policy of the first route in `--policies-file` that it matches applies, or the default one.
     #[schema(example = "/orders?page=2", max_length = 4096)]
     path: Option<String>,
-    /// Instead, the policy: its name in `--policies`, or a policy as it stands in Envoy's configuration.
+    /// Instead, the policy: its name in `--policies-file`, or a policy as it stands in Envoy's configuration.
     #[schema(value_type = Option<serde_json::Value>, example = "orders-read")]
     policy: Option<serde_json::Value>,
     /// The client's address, as Envoy trusts it.
@@ -79,7 +79,7 @@ pub struct Explanation {
     #[schema(example = "orders-read")]
     policy: String,
     /// Whether shadow mode lets the request pass despite its outcome: that of the policy, or that of all Envoys in the file of
-    /// `--policies`.
+    /// `--policies-file`.
     shadow: bool,
     /// Every check, in the order in which they are asked. The first that fails decides.
     checks: Vec<CheckView>,

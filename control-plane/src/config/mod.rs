@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
@@ -12,8 +13,17 @@ use contract::pepper::Pepper;
 pub mod bounds;
 pub mod database;
 mod secret_setting;
+mod values;
 
 use self::bounds::Bounds;
+pub use self::values::KeepFor;
+use self::values::{FOREVER, address, days, days_or_forever, duration, number};
+
+/// What `serve --help` says of all settings.
+const ABOUT_SETTINGS: &str = "\
+Each setting is a flag or an environment variable, and the flag wins. A duration is a number with its unit: 500ms, 30s, 5m, 2h \
+or 90d. Secrets come from the environment, from PORTCULLIS_ADMIN_KEY, PORTCULLIS_SYNC_KEY and PORTCULLIS_PEPPER, or from the \
+files that these names with _FILE appended give.";
 
 /// The control plane of Portcullis: API keys for Envoy.
 #[derive(Debug, Parser)]
@@ -28,6 +38,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve the REST API and the filters
+    #[command(after_help = ABOUT_SETTINGS)]
     Serve(Box<Serve>),
     /// Manage the database directly
     #[command(subcommand)]
@@ -64,120 +75,121 @@ pub struct Serve {
     #[command(flatten)]
     pub database: Database,
 
-    /// Address and port to listen on; port 0 takes a free one
-    #[arg(long, env = "PORTCULLIS_LISTEN", default_value = "127.0.0.1:8081")]
+    /// Address and port to listen on. Port 0 takes a free one
+    #[arg(long, env = "PORTCULLIS_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8081", value_parser = address)]
     pub listen: SocketAddr,
 
     /// File to write the bound address to, once requests are accepted
-    #[arg(long, env = "PORTCULLIS_ADDRESS_FILE")]
+    #[arg(long, env = "PORTCULLIS_ADDRESS_FILE", value_name = "FILE")]
     pub address_file: Option<PathBuf>,
 
     /// Certificate chain in PEM, leaf first. Without it, connections are in plain text. Reloaded on SIGHUP and when the file
     /// changes
-    #[arg(long, env = "PORTCULLIS_TLS_CERT", value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
+    #[arg(long, env = "PORTCULLIS_TLS_CERT_FILE", value_name = "FILE", requires = "tls_key_file")]
+    pub tls_cert_file: Option<PathBuf>,
 
     /// Private key of the certificate, in PEM
-    #[arg(long, env = "PORTCULLIS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
+    #[arg(long, env = "PORTCULLIS_TLS_KEY_FILE", value_name = "FILE", requires = "tls_cert_file")]
+    pub tls_key_file: Option<PathBuf>,
 
     /// CA bundle in PEM for verifying client certificates (enables mTLS)
-    #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
-    pub tls_client_ca: Option<PathBuf>,
+    #[arg(long, env = "PORTCULLIS_TLS_CLIENT_CA_FILE", value_name = "FILE", requires = "tls_cert_file")]
+    pub tls_client_ca_file: Option<PathBuf>,
 
-    /// Time-out in seconds for a TLS handshake, for the head of a request on an idle connection, for each MiB of a request
-    /// body, and for each 64 KiB of a response
-    #[arg(long, env = "PORTCULLIS_READ_TIMEOUT_SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=300))]
-    pub read_timeout_seconds: u64,
+    /// Time-out for a TLS handshake, for the head of a request on an idle connection, for each MiB of a request body, and for
+    /// each 64 KiB of a response
+    #[arg(long, env = "PORTCULLIS_READ_TIMEOUT", value_name = "DURATION", default_value = "30s", value_parser = duration("1s", "5m"))]
+    pub read_timeout: Duration,
 
-    /// Connections at once. The limit of open files (ulimit -n) lowers it
-    #[arg(long, env = "PORTCULLIS_MAX_CONNECTIONS", default_value = "16384", value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    /// Connections at a time. The limit of open files (ulimit -n) lowers it
+    #[arg(long, env = "PORTCULLIS_MAX_CONNECTIONS", value_name = "N", default_value = "16384", value_parser = number(16_u32, 1_000_000))]
     pub max_connections: u32,
 
-    /// Connections at once of one address, those that presented a sync key not counted. Raise it where a load balancer or NAT
-    /// makes many clients one address. IPv6 addresses count by their /64
-    #[arg(long, env = "PORTCULLIS_MAX_CONNECTIONS_PER_ADDRESS", default_value = "256", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Connections of one address at a time. Connections that presented a sync key do not count. Raise it where a load
+    /// balancer or NAT makes many clients one address. IPv6 addresses count by their /64
+    #[arg(long, env = "PORTCULLIS_MAX_CONNECTIONS_PER_ADDRESS", value_name = "N", default_value = "256", value_parser = number(1_u32, 1_000_000))]
     pub max_connections_per_address: u32,
 
-    /// Connections of --max-connections that only clients with a sync key get; a quarter if left out
-    #[arg(long, env = "PORTCULLIS_CONNECTIONS_RESERVED_FOR_SYNC", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    /// Connections of --max-connections that only clients with a sync key get [default: a quarter]
+    #[arg(long, env = "PORTCULLIS_CONNECTIONS_RESERVED_FOR_SYNC", value_name = "N", value_parser = number(0_u32, 1_000_000))]
     pub connections_reserved_for_sync: Option<u32>,
 
     /// Connections to the database
-    #[arg(long, env = "PORTCULLIS_DATABASE_CONNECTIONS", default_value = "16", value_parser = clap::value_parser!(u32).range(2..=1000))]
+    #[arg(long, env = "PORTCULLIS_DATABASE_CONNECTIONS", value_name = "N", default_value = "16", value_parser = number(2_u32, 1_000))]
     pub database_connections: u32,
 
-    /// Requests a second that one caller of the REST API may make: the owner of a key, with all keys together; without a good
-    /// key, an address
-    #[arg(long, env = "PORTCULLIS_API_RATE_LIMIT", default_value = "50")]
+    /// Requests a second that one caller of the REST API may make. A caller is the owner of a key, with all keys together;
+    /// without a good key, an address
+    #[arg(long, env = "PORTCULLIS_API_RATE_LIMIT", value_name = "N", default_value = "50", value_parser = number(NonZeroU32::MIN, NonZeroU32::MAX))]
     pub api_rate_limit: NonZeroU32,
 
     /// Requests that one caller of the REST API may make at once after a pause
-    #[arg(long, env = "PORTCULLIS_API_BURST", default_value = "100")]
+    #[arg(long, env = "PORTCULLIS_API_BURST", value_name = "N", default_value = "100", value_parser = number(NonZeroU32::MIN, NonZeroU32::MAX))]
     pub api_burst: NonZeroU32,
 
-    /// Polling interval for changes that LISTEN/NOTIFY missed, in milliseconds
-    #[arg(long, env = "PORTCULLIS_POLL_INTERVAL_MS", default_value = "1000", value_parser = clap::value_parser!(u64).range(10..=60_000))]
-    pub poll_interval_ms: u64,
+    /// How often the database is asked for changes that LISTEN/NOTIFY missed
+    #[arg(long, env = "PORTCULLIS_DATABASE_POLL_INTERVAL", value_name = "DURATION", default_value = "1s", value_parser = duration("10ms", "1m"))]
+    pub database_poll_interval: Duration,
 
-    /// How long the poll of a filter is held when there is no change, in seconds; filters wait 40
-    #[arg(long, env = "PORTCULLIS_LONG_POLL_SECONDS", default_value = "25", value_parser = clap::value_parser!(u64).range(1..=30))]
-    pub long_poll_seconds: u64,
+    /// How long the poll of a filter is held when there is no change. Filters wait 40s
+    #[arg(long, env = "PORTCULLIS_LONG_POLL_TIMEOUT", value_name = "DURATION", default_value = "25s", value_parser = duration("1s", "30s"))]
+    pub long_poll_timeout: Duration,
 
-    /// How long filters can tell a revoked or expired key from an unknown one, in days
-    #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(0..=3650))]
-    pub revoked_retention_days: i32,
+    /// How long filters can tell a revoked or expired key from an unknown one
+    #[arg(long, env = "PORTCULLIS_TOMBSTONE_RETENTION", value_name = "DURATION", default_value = "30d", value_parser = days("0d", "3650d"))]
+    pub tombstone_retention: i32,
 
-    /// Keys that the keys of one user may make for that user, and rotations, together, in 24 hours; and ten times as many changes
-    /// of keys. Keys with the scope admin are not bound, and revoking is not
-    #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", default_value_t = Bounds::default().owner_keys_per_day, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Keys and rotations, together, that the keys of one user may create for that user in 24 hours. Ten times as many changes
+    /// of keys are allowed. Keys with the scope admin are not bound, and revoking is not
+    #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", value_name = "N", default_value_t = Bounds::default().owner_keys_per_day, value_parser = number(1_u32, 1_000_000))]
     pub owner_keys_per_day: u32,
 
-    /// Live Envoys that one sync key may have. More get the keys and a millionth of each shared limit, and their reports are answered 429.
-    /// An Envoy that is silent for 60 seconds does not count
-    #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    /// Live Envoys that one sync key may have. More get the keys and a millionth of each shared limit, and their reports are
+    /// answered 429. An Envoy that is silent for 60 seconds does not count
+    #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", value_name = "N", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = number(1_u32, 10_000))]
     pub envoys_per_sync_key: u32,
 
-    /// How long the rows of keys are kept that filters have forgotten, in days since the key ended; 0 for ever. A key
-    /// whose usage is still kept by the hour or by the day stays
-    #[arg(long, env = "PORTCULLIS_ENDED_KEY_DAYS", default_value = "0", value_parser = clap::value_parser!(i32).range(0..=36500))]
-    pub ended_key_days: i32,
+    /// How long the row of a key is kept after the key ended, or forever. A key that filters can still tell from an unknown
+    /// one stays, and so does a key whose usage is kept
+    #[arg(long, env = "PORTCULLIS_ENDED_KEY_RETENTION", value_name = "DURATION", default_value = FOREVER, value_parser = days_or_forever("1d", "36500d"))]
+    pub ended_key_retention: KeepFor,
 
-    /// How long the audit trail is kept, in days; 0 for ever
-    #[arg(long, env = "PORTCULLIS_AUDIT_DAYS", default_value = "0", value_parser = clap::value_parser!(i32).range(0..=36500))]
-    pub audit_days: i32,
+    /// How long the audit trail is kept, or forever
+    #[arg(long, env = "PORTCULLIS_AUDIT_RETENTION", value_name = "DURATION", default_value = FOREVER, value_parser = days_or_forever("1d", "36500d"))]
+    pub audit_retention: KeepFor,
 
     /// JSON file with the policies and routes of the Envoys, for explaining requests by path and by policy
     #[arg(long, env = "PORTCULLIS_POLICIES_FILE", value_name = "FILE")]
-    pub policies: Option<PathBuf>,
+    pub policies_file: Option<PathBuf>,
 
-    /// How long usage is kept by the hour, in days; after that by the day
-    #[arg(long, env = "PORTCULLIS_USAGE_HOURLY_DAYS", default_value = "90", value_parser = clap::value_parser!(i32).range(1..=3650))]
-    pub usage_hourly_days: i32,
+    /// How long usage is kept by the hour. After that it is kept by the day
+    #[arg(long, env = "PORTCULLIS_USAGE_HOURLY_RETENTION", value_name = "DURATION", default_value = "90d", value_parser = days("1d", "3650d"))]
+    pub usage_hourly_retention: i32,
 
-    /// How long usage is kept by the day, in days; 0 for ever
-    #[arg(long, env = "PORTCULLIS_USAGE_DAILY_DAYS", default_value = "1100", value_parser = clap::value_parser!(i32).range(0..=36500))]
-    pub usage_daily_days: i32,
+    /// How long usage is kept by the day, or forever
+    #[arg(long, env = "PORTCULLIS_USAGE_DAILY_RETENTION", value_name = "DURATION", default_value = "1100d", value_parser = days_or_forever("1d", "36500d"))]
+    pub usage_daily_retention: KeepFor,
 
-    /// How often usage is written as events for other systems, in seconds
-    #[arg(long, env = "PORTCULLIS_USAGE_EVENT_SECONDS", default_value = "60", value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub usage_event_seconds: u64,
+    /// How often usage is written as events for other systems
+    #[arg(long, env = "PORTCULLIS_USAGE_EVENT_INTERVAL", value_name = "DURATION", default_value = "1m", value_parser = duration("1s", "1h"))]
+    pub usage_event_interval: Duration,
 
-    /// How long usage events are kept, in days
-    #[arg(long, env = "PORTCULLIS_USAGE_EVENT_DAYS", default_value = "30", value_parser = clap::value_parser!(i32).range(1..=3650))]
-    pub usage_event_days: i32,
+    /// How long usage events are kept
+    #[arg(long, env = "PORTCULLIS_USAGE_EVENT_RETENTION", value_name = "DURATION", default_value = "30d", value_parser = days("1d", "3650d"))]
+    pub usage_event_retention: i32,
 
-    /// How long each booking of usage stays a row of the ledger, in days; older rows are summed up by day
-    #[arg(long, env = "PORTCULLIS_LEDGER_DETAIL_DAYS", default_value = "35", value_parser = clap::value_parser!(i32).range(1..=3650))]
-    pub ledger_detail_days: i32,
+    /// How long each booking of usage stays a row of the ledger. Older rows are summed by day
+    #[arg(long, env = "PORTCULLIS_LEDGER_DETAIL_RETENTION", value_name = "DURATION", default_value = "35d", value_parser = days("1d", "3650d"))]
+    pub ledger_detail_retention: i32,
 
     /// Format of the log
-    #[arg(long, env = "PORTCULLIS_LOG_FORMAT", value_enum, default_value = "text")]
+    #[arg(long, env = "PORTCULLIS_LOG_FORMAT", value_name = "FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
 
-    /// Log filter: a level, or a list such as info,control_plane=debug
-    #[arg(long, env = "PORTCULLIS_LOG", default_value = "info")]
-    pub log: String,
+    /// What is logged: error, warn, info, debug, trace or off, or a list with levels of modules such as
+    /// info,control_plane::sync=debug. RUST_LOG is not read
+    #[arg(long, env = "PORTCULLIS_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    pub log_level: String,
 }
 
 /// How the log is written.
@@ -206,11 +218,11 @@ pub enum Admin {
         /// The user that the key belongs to; may be left out if its scopes are only admin and sync
         #[arg(long)]
         email: Option<String>,
-        /// In how many seconds the key expires; by default never, an admin key after 90 days
-        #[arg(long)]
-        expires_in_seconds: Option<i64>,
+        /// How long the key is valid [default: an admin key 90d, any other key without end]
+        #[arg(long, value_name = "DURATION", value_parser = duration("1s", "3650d"))]
+        expires_in: Option<Duration>,
         /// Let an admin key never expire
-        #[arg(long, conflicts_with = "expires_in_seconds")]
+        #[arg(long, conflicts_with = "expires_in")]
         no_expiry: bool,
     },
     /// Generate a key and print it, for PORTCULLIS_ADMIN_KEY or PORTCULLIS_SYNC_KEY. Stores nothing and needs no database
@@ -292,6 +304,21 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_flag_and_its_variable_share_their_name_and_a_default_is_a_value_that_the_flag_takes() {
+        let serve = Cli::command().find_subcommand("serve").unwrap().clone();
+        let settings = serve.get_arguments().filter(|setting| setting.get_long() != Some("database-url"));
+        let mut found = 0;
+        for setting in settings {
+            let flag = setting.get_long().unwrap();
+            let variable = format!("PORTCULLIS_{}", flag.to_uppercase().replace('-', "_"));
+            assert_eq!(setting.get_env().unwrap(), &*variable);
+            found += 1;
+        }
+        assert!(found > 20, "{found}");
+        assert!(Cli::try_parse_from(["portcullis", "serve"]).is_ok());
     }
 
     #[test]

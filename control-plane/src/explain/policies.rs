@@ -1,4 +1,4 @@
-//! The policies that Envoys are configured with, as far as the operator told the control plane: the file `--policies` comes
+//! The policies that Envoys are configured with, as far as the operator told the control plane: the file `--policies-file` comes
 //! in, what a path or a name asks of a request goes out. Only `explain` asks; no Envoy gets its policies from here.
 //!
 //! ```json
@@ -63,7 +63,7 @@ impl ConfiguredPolicies {
     /// # Errors
     /// One line that names the field and the remedy.
     pub fn read(path: &Path) -> Result<Self, String> {
-        let told = |error: String| format!("--policies {}: {error}", path.display());
+        let told = |error: String| format!("--policies-file {}: {error}", path.display());
         let text = std::fs::read_to_string(path).map_err(|error| told(error.to_string()))?;
         Self::parse(&text).map_err(told)
     }
@@ -180,7 +180,7 @@ mod tests {
             (r#"{"policy": {}}"#, "policy: is not a known field; the fields are `policies`"),
             (r#"{"policies": {"a": {"scopes": {"all": []}}}}"#, "policies.a.scopes: name at least one scope"),
             (
-                r#"{"default_policy": {"rate_limit": {"requests": 0, "window_seconds": 1}}}"#,
+                r#"{"default_policy": {"rate_limit": {"requests": 0, "window": "1s"}}}"#,
                 "default_policy.rate_limit.requests: ",
             ),
             (r#"{"routes": [{"prefix": "x", "policy": "default"}]}"#, "routes[0].prefix: must start with /"),

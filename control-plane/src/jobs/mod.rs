@@ -32,9 +32,9 @@ pub struct Context {
     pool: PgPool,
     rate_limiter: Arc<CallerRateLimiter>,
     usage_event_interval: Duration,
-    revoked_retention_days: i32,
-    ended_key_days: i32,
-    audit_days: i32,
+    tombstone_days: i32,
+    ended_key_days: Option<i32>,
+    audit_days: Option<i32>,
     ledger_detail_days: i32,
     retention: Retention,
 }
@@ -78,9 +78,11 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
         Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
         Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
         Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),
-        Job::new("forget ended keys", HOUR, |c| async move {
-            purge::forget_all_ended(&c.pool, c.revoked_retention_days).await
-        }),
+        Job::new(
+            "forget ended keys",
+            HOUR,
+            |c| async move { purge::forget_all_ended(&c.pool, c.tombstone_days).await },
+        ),
         Job::new("delete ended keys", HOUR, delete_ended_keys),
         Job::new("delete old audit entries", HOUR, delete_old_audit_entries),
         Job::new("roll up the ledger", HOUR, roll_up_ledger),
@@ -95,11 +97,13 @@ async fn refill_credits(context: Context) -> Changed {
 }
 
 async fn delete_ended_keys(context: Context) -> Changed {
-    if context.ended_key_days > 0 { purge::delete_ended(&context.pool, context.ended_key_days).await } else { Ok(0) }
+    let Some(days) = context.ended_key_days else { return Ok(0) };
+    purge::delete_ended(&context.pool, days).await
 }
 
 async fn delete_old_audit_entries(context: Context) -> Changed {
-    if context.audit_days > 0 { audit::delete_old(&context.pool, context.audit_days).await } else { Ok(0) }
+    let Some(days) = context.audit_days else { return Ok(0) };
+    audit::delete_old(&context.pool, days).await
 }
 
 async fn roll_up_ledger(context: Context) -> Changed {
@@ -118,15 +122,15 @@ impl Context {
         Self {
             pool,
             rate_limiter,
-            usage_event_interval: Duration::from_secs(settings.usage_event_seconds),
-            revoked_retention_days: settings.revoked_retention_days,
-            ended_key_days: settings.ended_key_days,
-            audit_days: settings.audit_days,
-            ledger_detail_days: settings.ledger_detail_days,
+            usage_event_interval: settings.usage_event_interval,
+            tombstone_days: settings.tombstone_retention,
+            ended_key_days: settings.ended_key_retention.days(),
+            audit_days: settings.audit_retention.days(),
+            ledger_detail_days: settings.ledger_detail_retention,
             retention: Retention {
-                hourly_days: settings.usage_hourly_days,
-                daily_days: settings.usage_daily_days,
-                event_days: settings.usage_event_days,
+                hourly_days: settings.usage_hourly_retention,
+                daily_days: settings.usage_daily_retention.days(),
+                event_days: settings.usage_event_retention,
             },
         }
     }

@@ -22,8 +22,8 @@ pub const REPORTER_DAYS: i32 = 90;
 pub struct Retention {
     /// Usage by the hour.
     pub hourly_days: i32,
-    /// Usage by the day; 0: for ever.
-    pub daily_days: i32,
+    /// Usage by the day; `None`: for ever.
+    pub daily_days: Option<i32>,
     /// Usage events.
     pub event_days: i32,
 }
@@ -34,7 +34,7 @@ pub struct Retention {
 /// Those of the database; what was done before stays done.
 pub async fn tidy(pool: &PgPool, retention: Retention) -> Result<u64, sqlx::Error> {
     let rolled_up = roll_up(pool, retention.hourly_days).await?;
-    let forgotten = if retention.daily_days > 0 { forget(pool, retention.daily_days).await? } else { 0 };
+    let forgotten = if let Some(days) = retention.daily_days { forget(pool, days).await? } else { 0 };
     let events = events::forget(pool, retention.event_days).await?;
     let reporters = forget_reporters(pool).await?;
     Ok(rolled_up.saturating_add(forgotten).saturating_add(events).saturating_add(reporters))

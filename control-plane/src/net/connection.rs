@@ -54,7 +54,7 @@ impl WriteTimeout {
         let left = self.budget.left();
         let (_, until) = self.waiting.get_or_insert_with(|| (Instant::now(), Box::pin(tokio::time::sleep(left))));
         until.as_mut().poll(cx).map(|()| {
-            metrics::counter!("portcullis_responses_not_taken_total").increment(1);
+            metrics::counter!("portcullis_responses_timed_out_total").increment(1);
             Err(std::io::ErrorKind::TimedOut.into())
         })
     }

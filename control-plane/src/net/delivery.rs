@@ -236,7 +236,7 @@ impl Streams {
 }
 
 fn timed_out() {
-    metrics::counter!("portcullis_responses_not_taken_total").increment(1);
+    metrics::counter!("portcullis_responses_timed_out_total").increment(1);
 }
 
 /// Counts a stream as ended when dropped.

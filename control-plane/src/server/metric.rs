@@ -28,7 +28,12 @@ const fn metric(kind: Kind, name: &'static str, labels: &'static [&'static str],
 
 /// All metrics, by name.
 const CATALOGUE: &[Metric] = &[
-    metric(Gauge, "portcullis_build_info", &["version"], "Always 1; the label holds the version of the control plane."),
+    metric(
+        Gauge,
+        "portcullis_build_info",
+        &["version", "revision"],
+        "Always 1; the labels hold the version of the control plane and the revision of its source, or unknown.",
+    ),
     metric(Gauge, "portcullis_connections", &[], "Connections of clients that are open."),
     metric(
         Counter,
@@ -38,20 +43,20 @@ const CATALOGUE: &[Metric] = &[
     ),
     metric(Gauge, "portcullis_database_connections", &[], "Connections of this process to PostgreSQL."),
     metric(Gauge, "portcullis_database_connections_idle", &[], "Connections to PostgreSQL that no request uses."),
-    metric(Gauge, "portcullis_filters_live", &[], "Envoys that polled or reported within the last minute."),
     metric(
         Counter,
-        "portcullis_filters_over_limit_total",
+        "portcullis_filter_calls_over_limit_total",
         &[],
         "Polls and reports of Envoys beyond the number that their sync key may have. The polls still get keys.",
     ),
     metric(
         Counter,
-        "portcullis_filters_rejected_total",
+        "portcullis_filter_calls_rejected_total",
         &[],
         "Polls and reports of Envoys that are not listed: too many Envoys, or the Envoy belongs to another sync key.",
     ),
-    metric(Counter, "portcullis_filters_writes_total", &[], "Statements that stored the state of Envoys."),
+    metric(Counter, "portcullis_filter_state_writes_total", &[], "Statements that stored the state of Envoys."),
+    metric(Gauge, "portcullis_filters_live", &[], "Envoys that polled or reported within the last minute."),
     metric(
         Histogram,
         "portcullis_http_request_duration_seconds",
@@ -78,7 +83,7 @@ const CATALOGUE: &[Metric] = &[
     metric(Gauge, "portcullis_mirror_revision", &[], "Revision of the mirror from which Envoys are served."),
     metric(
         Counter,
-        "portcullis_responses_not_taken_total",
+        "portcullis_responses_timed_out_total",
         &[],
         "Responses that ended because the client did not take them within the read time-out.",
     ),
@@ -116,7 +121,8 @@ pub fn describe() {
             metrics::counter!(*name).absolute(0);
         }
     }
-    metrics::gauge!("portcullis_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    let revision = option_env!("PORTCULLIS_REVISION").unwrap_or("unknown");
+    metrics::gauge!("portcullis_build_info", "version" => env!("CARGO_PKG_VERSION"), "revision" => revision).set(1.0);
 }
 
 #[cfg(test)]

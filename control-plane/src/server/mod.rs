@@ -52,18 +52,18 @@ const FEED_CONNECTIONS: u32 = 3;
 /// # Errors
 /// What kept it from starting, in one line.
 pub async fn serve(settings: Serve) -> Result<(), Failure> {
-    telemetry::start_log(settings.log_format, &settings.log)?;
+    telemetry::start_log(settings.log_format, &settings.log_level)?;
     let metrics = telemetry::start_metrics()?;
     let admin_key = given_key(ADMIN_KEY)?;
     let sync_key = given_key(SYNC_KEY)?;
     let pepper = given_pepper()?;
-    let policies = settings.policies.as_deref().map(ConfiguredPolicies::read).transpose()?.unwrap_or_default();
+    let policies = settings.policies_file.as_deref().map(ConfiguredPolicies::read).transpose()?.unwrap_or_default();
     let options = database::options(&settings.database)?;
     let pool = open(&options, settings.database_connections);
 
     let tls = tls(&settings)?;
     let admission = Admission::new(limits(&settings));
-    let read_timeout = Duration::from_secs(settings.read_timeout_seconds);
+    let read_timeout = settings.read_timeout;
     let listener =
         TcpListener::bind(settings.listen).await.map_err(|error| format!("--listen {}: {error}", settings.listen))?;
     let address = listener.local_addr()?;
@@ -76,7 +76,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let (pepper, waker) = (app.pepper.clone(), app.store.waker().clone());
     let mut feeding = tokio::spawn(async move {
         prepare(&options, &feed_pool, waker, pepper.as_ref(), [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
-        feed.run(Duration::from_millis(settings.poll_interval_ms)).await;
+        feed.run(settings.database_poll_interval).await;
         Ok::<_, String>(())
     });
     let filters = app.filters.clone();
@@ -92,7 +92,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     if let Some(file) = &settings.address_file {
         write_address(file, address).map_err(|error| format!("--address-file {}: {error}", file.display()))?;
     }
-    info!(%address, tls = tls.is_some(), client_certificates = settings.tls_client_ca.is_some(), "listening");
+    info!(%address, tls = tls.is_some(), client_certificates = settings.tls_client_ca_file.is_some(), "listening");
     let ended = shutdown_signal()?;
     let mut stopped = stop.subscribe();
     let ended = async move {
@@ -140,7 +140,7 @@ fn app(
         },
         rate_limiter: Arc::new(CallerRateLimiter::new(settings.api_rate_limit, settings.api_burst)),
         database: Arc::default(),
-        long_poll: Duration::from_secs(settings.long_poll_seconds),
+        long_poll: settings.long_poll_timeout,
         stopping,
     }
 }
@@ -173,8 +173,10 @@ fn limits(settings: &Serve) -> Limits {
 }
 
 fn tls(settings: &Serve) -> Result<Option<Arc<Tls>>, String> {
-    let (Some(certificate), Some(key)) = (settings.tls_cert.clone(), settings.tls_key.clone()) else { return Ok(None) };
-    let files = Files { certificate, key, client_ca: settings.tls_client_ca.clone() };
+    let (Some(certificate), Some(key)) = (settings.tls_cert_file.clone(), settings.tls_key_file.clone()) else {
+        return Ok(None);
+    };
+    let files = Files { certificate, key, client_ca: settings.tls_client_ca_file.clone() };
     Ok(Some(Arc::new(Tls::load(files)?)))
 }
 

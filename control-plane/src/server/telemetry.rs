@@ -13,7 +13,9 @@ use crate::config::LogFormat;
 /// # Errors
 /// One line, if `filter` makes no sense.
 pub fn start_log(format: LogFormat, filter: &str) -> Result<(), String> {
-    let filter = EnvFilter::builder().parse(filter).map_err(|error| format!("--log: {error}"))?;
+    let filter = EnvFilter::builder()
+        .parse(filter)
+        .map_err(|error| format!("--log-level: {error}; use a level, or a list such as info,control_plane=debug"))?;
     let builder =
         tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(|| LogWriter(std::io::stderr()));
     match format {

@@ -118,35 +118,36 @@ impl Files {
     fn read(&self) -> Result<Contents, String> {
         let read = |setting, file: &Path| std::fs::read(file).map_err(|error| wrong(setting, file, &error));
         Ok(Contents {
-            certificate: read("--tls-cert", &self.certificate)?,
-            key: read("--tls-key", &self.key)?,
-            client_ca: self.client_ca.as_deref().map(|file| read("--tls-client-ca", file)).transpose()?,
+            certificate: read("--tls-cert-file", &self.certificate)?,
+            key: read("--tls-key-file", &self.key)?,
+            client_ca: self.client_ca.as_deref().map(|file| read("--tls-client-ca-file", file)).transpose()?,
         })
     }
 
     fn config(&self, contents: &Contents) -> Result<ServerConfig, String> {
         let provider = Arc::new(ring::default_provider());
-        let chain = certificates("--tls-cert", &self.certificate, &contents.certificate)?;
+        let chain = certificates("--tls-cert-file", &self.certificate, &contents.certificate)?;
         let key = PrivateKeyDer::from_pem_slice(&contents.key)
-            .map_err(|_| wrong("--tls-key", &self.key, &"holds no private key in PEM"))?;
+            .map_err(|_| wrong("--tls-key-file", &self.key, &"holds no private key in PEM"))?;
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("TLS: {error}"))?;
         let builder = match (&self.client_ca, &contents.client_ca) {
             (Some(file), Some(pem)) => {
                 let mut roots = RootCertStore::empty();
-                for certificate in certificates("--tls-client-ca", file, pem)? {
-                    roots.add(certificate).map_err(|error| wrong("--tls-client-ca", file, &error))?;
+                for certificate in certificates("--tls-client-ca-file", file, pem)? {
+                    roots.add(certificate).map_err(|error| wrong("--tls-client-ca-file", file, &error))?;
                 }
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
-                builder.with_client_cert_verifier(verifier.map_err(|error| wrong("--tls-client-ca", file, &error))?)
+                builder
+                    .with_client_cert_verifier(verifier.map_err(|error| wrong("--tls-client-ca-file", file, &error))?)
             }
             _ => builder.with_no_client_auth(),
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
-            Error::InconsistentKeys(_) => wrong("--tls-key", &self.key, &"is not the key of the certificate"),
-            Error::InvalidCertificate(_) => wrong("--tls-cert", &self.certificate, &error),
-            _ => wrong("--tls-key", &self.key, &error),
+            Error::InconsistentKeys(_) => wrong("--tls-key-file", &self.key, &"is not the key of the certificate"),
+            Error::InvalidCertificate(_) => wrong("--tls-cert-file", &self.certificate, &error),
+            _ => wrong("--tls-key-file", &self.key, &error),
         })?;
         config.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).into();
         Ok(config)

@@ -17,7 +17,7 @@ use super::Store;
 use super::filters::{self, KnownEnvoy, SILENT};
 
 /// Most Envoys that are remembered here. Beyond, the one that has been silent for longest makes room, if it has been for
-/// [`SILENT`]; otherwise the new one is counted in `portcullis_filters_rejected_total` and not shown.
+/// [`SILENT`]; otherwise the new one is counted in `portcullis_filter_calls_rejected_total` and not shown.
 const REPORTERS: usize = 10_000;
 
 /// How often the Envoys of a sync key that has too many are looked through for silent ones.
@@ -242,7 +242,7 @@ impl Registry {
             Restore { registry: self, reporters: unwritten.iter().map(|(reporter, _)| *reporter).collect() };
         filters::write(pool, &unwritten).await?;
         restore.reporters.clear();
-        metrics::counter!("portcullis_filters_writes_total").increment(1);
+        metrics::counter!("portcullis_filter_state_writes_total").increment(1);
         Ok(())
     }
 
@@ -275,11 +275,11 @@ impl Registry {
         let newcomer = !state.known.contains_key(&reporter);
         if newcomer {
             if !state.has_room(sync_key, self.0.per_sync_key, now) {
-                metrics::counter!("portcullis_filters_over_limit_total").increment(1);
+                metrics::counter!("portcullis_filter_calls_over_limit_total").increment(1);
                 return Registration::TooMany;
             }
             if state.known.len() >= REPORTERS && !make_room(&mut state) {
-                metrics::counter!("portcullis_filters_rejected_total").increment(1);
+                metrics::counter!("portcullis_filter_calls_rejected_total").increment(1);
                 return Registration::Ignored;
             }
             state.newcomers = true;
@@ -298,7 +298,7 @@ impl Registry {
         });
         if known.sync_key != sync_key {
             // A sync key speaks for its own Envoys only.
-            metrics::counter!("portcullis_filters_rejected_total").increment(1);
+            metrics::counter!("portcullis_filter_calls_rejected_total").increment(1);
             return Registration::Ignored;
         }
         change(known);

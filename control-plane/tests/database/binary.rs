@@ -128,13 +128,41 @@ fn a_bad_setting_is_named_in_one_line() {
         std::fs::write(&file, text).unwrap();
         let policies = file.to_str().unwrap();
         let output =
-            run(&["serve", "--database-url", "postgres://x", "--listen", "127.0.0.1:0", "--policies", policies]);
+            run(&["serve", "--database-url", "postgres://x", "--listen", "127.0.0.1:0", "--policies-file", policies]);
         let said = complaint(&output);
-        assert!(said.starts_with(&format!("portcullis: --policies {policies}: {what}")), "{said}");
+        assert!(said.starts_with(&format!("portcullis: --policies-file {policies}: {what}")), "{said}");
     }
     std::fs::remove_file(&file).unwrap();
-    let output = run(&["admin", "create-key", "--database-url", "x", "--scope", "orders", "--name", "n"]);
-    assert!(complaint(&output).starts_with("portcullis: --email: "), "{output:?}");
+    let create = ["admin", "create-key", "--database-url", "x", "--name", "n"];
+    for (rest, what) in [
+        (&["--scope", "orders"][..], "--email: "),
+        (&["--scope", "A"], "--scope: each scope must have"),
+        (&["--scope", "sync", "--email", "nobody"], "--email: must "),
+        (
+            &["--scope", "sync", "--expires-in", "60"],
+            "invalid value '60' for '--expires-in <DURATION>': must be a number and its unit, such as 500ms, 30s, ",
+        ),
+    ] {
+        let output = run(&[&create[..], rest].concat());
+        assert!(complaint(&output).starts_with(&format!("portcullis: {what}")), "{output:?}");
+    }
+    for (flag, value, why) in [
+        ("--read-timeout <DURATION>", "10", "must be a number and its unit"),
+        ("--read-timeout <DURATION>", "10m", "must be from 1s to 5m"),
+        ("--audit-retention <DURATION>", "36h", "must be whole days, such as 90d, or forever"),
+        ("--api-burst <N>", "0", "must be a whole number from 1 to 4294967295"),
+        ("--listen <ADDRESS>", "localhost", "must be an address and a port"),
+    ] {
+        let name = flag.split(' ').next().unwrap();
+        let variable = format!("PORTCULLIS_{}", name[2..].to_uppercase().replace('-', "_"));
+        // From the environment or from the command line: the error is the same.
+        for output in [run(&["serve", name, value]), command(&["serve"]).env(variable, value).output().unwrap()] {
+            let expected = format!("portcullis: invalid value '{value}' for '{flag}': {why}");
+            assert!(complaint(&output).starts_with(&expected), "{output:?}");
+        }
+    }
+    let output = run(&["serve", "--database-url", "postgres://x", "--log-level", "info,noise=loud"]);
+    assert!(complaint(&output).starts_with("portcullis: --log-level: "), "{output:?}");
 }
 
 #[test]
@@ -192,8 +220,8 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
     let admin = &["--scope", "admin"][..];
     assert_eq!(lifetime_days(create(admin)).await, Some(90));
     assert_eq!(lifetime_days(create(&[admin, &["--no-expiry"]].concat())).await, None);
-    assert_eq!(lifetime_days(create(&[admin, &["--expires-in-seconds", "86400"]].concat())).await, Some(1));
-    let user = create(&["--scope", "orders", "--email", "user@example.com", "--expires-in-seconds", "60"]);
+    assert_eq!(lifetime_days(create(&[admin, &["--expires-in", "1d"]].concat())).await, Some(1));
+    let user = create(&["--scope", "orders", "--email", "user@example.com", "--expires-in", "60s"]);
     for (key, email, expires) in [(sync, "operator@portcullis.invalid", false), (user, "user@example.com", true)] {
         let found = control_plane::keys::read::find_by_hash(&pool, &key.hash()).await.unwrap().unwrap();
         assert_eq!((found.email.as_str(), found.record.expires_at_s.is_some()), (email, expires));
@@ -239,7 +267,7 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
 async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
     let sync = control_plane::keys::create::generate(KeyKind::Live).unwrap();
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
-    let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
+    let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_SYNC_KEY", sync.reveal());
     serve.env("PORTCULLIS_ADDRESS_FILE", &file).stdout(Stdio::null()).stderr(Stdio::null());
     let mut running = Running(serve.spawn().unwrap());
@@ -281,7 +309,7 @@ async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool:
     };
     let (ours, other) = ("5e".repeat(32), "e5".repeat(32));
     let import = ["keys", "import", "-"];
-    let serve = ["serve", "--listen", "127.0.0.1:0", "--log", "off"];
+    let serve = ["serve", "--listen", "127.0.0.1:0", "--log-level", "off"];
     assert!(complaint(&with("5e", &import)).starts_with("portcullis: PORTCULLIS_PEPPER: a pepper has 64"));
     // As long as there was none, there need not be one.
     printed(&with("", &import));

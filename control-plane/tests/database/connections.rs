@@ -276,7 +276,7 @@ async fn start_with_descriptors(pool: &PgPool, descriptors: u32, arguments: &[&s
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
     let mut serve = Command::new("sh");
     serve.args(["-c", &format!("ulimit -n {descriptors}; exec \"$@\""), "sh"]).arg(crate::support::binary());
-    serve.args(["serve", "--listen", "127.0.0.1:0", "--log", "warn"]).args(arguments);
+    serve.args(["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]).args(arguments);
     serve.env("DATABASE_URL", crate::binary::url(pool)).env("PORTCULLIS_ADDRESS_FILE", &file);
     let running = Running(serve.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     let ready = async || {
@@ -291,7 +291,7 @@ async fn start_with_descriptors(pool: &PgPool, descriptors: u32, arguments: &[&s
 #[sqlx::test(migrations = "./migrations")]
 async fn one_client_with_idle_connections_shuts_nobody_out_of_300_descriptors(pool: PgPool) {
     let (_, sync) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
-    let (_running, address) = start_with_descriptors(&pool, 300, &["--read-timeout-seconds", "10"]).await;
+    let (_running, address) = start_with_descriptors(&pool, 300, &["--read-timeout", "10s"]).await;
     let mut attackers = tokio::task::JoinSet::new();
     for _ in 0..400 {
         let mut client = Client::open(address, host(2), 65_535).await.unwrap();

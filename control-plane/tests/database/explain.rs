@@ -13,7 +13,7 @@ use uuid::Uuid;
 const POLICIES: &str = r#"{
     "policies": {
         "orders-read": {"scopes": {"all": ["orders:read"]}, "cost": 5,
-            "rate_limit": {"requests": 10, "window_seconds": 1, "burst": 20}},
+            "rate_limit": {"requests": 10, "window": "1s", "burst": 20}},
         "open": {"key": "optional"},
         "dark": {"scopes": {"any": ["orders:admin"]}, "shadow": true}
     },

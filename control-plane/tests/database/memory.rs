@@ -78,7 +78,7 @@ fn found_in_memory(process: u32, texts: &[String]) -> usize {
 #[sqlx::test(migrations = "./migrations")]
 async fn of_the_keys_of_calls_that_have_ended_memory_holds_next_to_none(pool: PgPool) {
     let admin = generate(KeyKind::Live).unwrap();
-    let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log", "warn", "--api-burst", "1000"]);
+    let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn", "--api-burst", "1000"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_ADMIN_KEY", admin.reveal());
     serve.stdout(Stdio::null()).stderr(Stdio::null());
     let (running, address): (Running, String) = serving(serve, &admin);

@@ -173,7 +173,7 @@ async fn certificates_that_were_renewed_are_used_and_nonsense_leaves_the_good_on
     assert_eq!(tls.refresh(), Ok(false));
     std::fs::write(&files.certificate, "-----BEGIN CERTIFICATE-----\nhalf").unwrap();
     let why = tls.refresh().unwrap_err();
-    assert!(why.starts_with("--tls-cert ") && why.contains("holds no certificate in PEM"), "{why}");
+    assert!(why.starts_with("--tls-cert-file ") && why.contains("holds no certificate in PEM"), "{why}");
     assert_eq!(server.ask(&of(&old)).await, Ok((200, "h2")));
     home.files(&new.issue(&[NAME], For::Servers).unwrap(), None);
     assert_eq!(tls.refresh(), Ok(true));
@@ -187,7 +187,7 @@ fn complaint(arguments: &[(&str, &Path)]) -> String {
     for (setting, value) in arguments {
         command.arg(setting).arg(value);
     }
-    let output = command.env("PORTCULLIS_LOG", "off").output().unwrap();
+    let output = command.env("PORTCULLIS_LOG_LEVEL", "off").output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && said.lines().count() == 1, "{said}");
     said
@@ -203,27 +203,27 @@ fn a_file_that_is_wrong_is_named_with_its_setting_in_one_line() {
     let (missing, empty) = (home.0.join("missing"), home.0.join("empty"));
     std::fs::write(&empty, "").unwrap();
     let cases: [(Vec<(&str, &Path)>, String); 7] = [
-        (vec![("--tls-cert", &certificate)], "--tls-key".into()),
-        (vec![("--tls-key", &key)], "--tls-cert".into()),
-        (vec![("--tls-client-ca", &certificate)], "--tls-cert".into()),
-        (both(&missing, &key), format!("--tls-cert {}: No such file", missing.display())),
-        (both(&key, &key), format!("--tls-cert {}: holds no certificate in PEM", key.display())),
-        (both(&certificate, &empty), format!("--tls-key {}: holds no private key in PEM", empty.display())),
-        (both(&certificate, &other_key), format!("--tls-key {}: is not the key of the", other_key.display())),
+        (vec![("--tls-cert-file", &certificate)], "--tls-key-file".into()),
+        (vec![("--tls-key-file", &key)], "--tls-cert-file".into()),
+        (vec![("--tls-client-ca-file", &certificate)], "--tls-cert-file".into()),
+        (both(&missing, &key), format!("--tls-cert-file {}: No such file", missing.display())),
+        (both(&key, &key), format!("--tls-cert-file {}: holds no certificate in PEM", key.display())),
+        (both(&certificate, &empty), format!("--tls-key-file {}: holds no private key in PEM", empty.display())),
+        (both(&certificate, &other_key), format!("--tls-key-file {}: is not the key of the", other_key.display())),
     ];
     for (arguments, expected) in cases {
         let said = complaint(&arguments);
         assert!(said.starts_with("portcullis: ") && said.contains(&expected), "{expected}: {said}");
     }
     let mut all = both(&certificate, &key);
-    all.push(("--tls-client-ca", &empty));
+    all.push(("--tls-client-ca-file", &empty));
     let said = complaint(&all);
-    assert!(said.contains(&format!("--tls-client-ca {}: holds no certificate in PEM", empty.display())), "{said}");
+    assert!(said.contains(&format!("--tls-client-ca-file {}: holds no certificate in PEM", empty.display())), "{said}");
 }
 
 /// The settings of a certificate and its key.
 fn both<'a>(certificate: &'a Path, key: &'a Path) -> Vec<(&'static str, &'a Path)> {
-    vec![("--tls-cert", certificate), ("--tls-key", key)]
+    vec![("--tls-cert-file", certificate), ("--tls-key-file", key)]
 }
 
 #[tokio::test]

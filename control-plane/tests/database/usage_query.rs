@@ -369,13 +369,13 @@ async fn hours_wait_for_their_events_and_days_end(pool: PgPool) {
     assert_eq!(before, [(Some(id), 0, 5, 10)]);
     // A report that comes late makes a row of its own, and moves with the next round.
     count(&pool, id, "2020-05-01 10:00Z", 0, 7).await;
-    let retention = Retention { hourly_days: 90, daily_days: 0, event_days: 30 };
+    let retention = Retention { hourly_days: 90, daily_days: None, event_days: 30 };
     events::export_all(&pool).await.unwrap();
     tidy(&pool, retention).await.unwrap();
     let daily: Vec<(i64, i64)> =
         sqlx::query_as("select requests, cost from usage_daily").fetch_all(&pool).await.unwrap();
     assert_eq!(daily, [(12, 24)], "0 days: for ever");
     assert_eq!(forget(&pool, 36_500).await.unwrap(), 0);
-    tidy(&pool, Retention { daily_days: 1_100, ..retention }).await.unwrap();
+    tidy(&pool, Retention { daily_days: Some(1_100), ..retention }).await.unwrap();
     assert_eq!(all_sums(&pool).await, []);
 }

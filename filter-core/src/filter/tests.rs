@@ -63,8 +63,8 @@ fn from_the_first_tick_to_the_last_report() {
     let last = host.take_calls().pop().unwrap();
     let reports = read_reports(&last.body).unwrap();
     assert_eq!(reports.iter().flat_map(|report| &report.counts).map(|count| count.requests).sum::<u64>(), 2);
-    assert_eq!(host.metric("portcullis_decisions_allowed_total"), 1);
-    assert_eq!(host.metric("portcullis_decisions_not_ready_total"), 1);
+    assert_eq!(host.metric("portcullis.decisions.allowed_total"), 1);
+    assert_eq!(host.metric("portcullis.decisions.not_ready_total"), 1);
 }
 
 #[test]

@@ -163,7 +163,7 @@ fn a_snapshot_is_loaded_page_by_page_and_then_changes_follow() {
     let first = update(9, Part::Snapshot { from: 0, to: 0x8000 }, &[]);
     let poll = one(node.respond(&poll, &MockResponse::ok(first)));
     assert!(path(&poll).contains("&cursor=32768&revision=9&"), "{}", path(&poll));
-    assert_eq!((state::read(&node.vm.data), node.host.metric("portcullis_keys"), node.log()), (None, 0, vec![]));
+    assert_eq!((state::read(&node.vm.data), node.host.metric("portcullis.store.keys"), node.log()), (None, 0, vec![]));
 
     let hash = KeyHash::of(b"k");
     let from = u32::from(hash.bucket()).min(0x8000);
@@ -173,7 +173,7 @@ fn a_snapshot_is_loaded_page_by_page_and_then_changes_follow() {
     let state = state::read(&node.vm.data).unwrap();
     assert_eq!((state.revision, state.keys, state.synced_ms, state.filters), (9, 3, NOW, 2));
     assert_eq!(node.log(), ["info: 3 keys loaded, revision 9"]);
-    assert_eq!((node.host.metric("portcullis_store_version"), node.host.metric("portcullis_keys")), (9, 3));
+    assert_eq!((node.host.metric("portcullis.store.revision"), node.host.metric("portcullis.store.keys")), (9, 3));
 
     assert!(!node.knows(b"new"));
     node.host.set_now_ms(NOW + 5_000);
@@ -182,7 +182,7 @@ fn a_snapshot_is_loaded_page_by_page_and_then_changes_follow() {
     assert_eq!((node.log(), node.vm.state().unwrap().synced_ms), (vec![], NOW + 5_000));
     // The workers see it on their next tick, and its age.
     assert_eq!(node.tick(NOW + 9_000), vec![]);
-    assert_eq!(node.host.metric("portcullis_sync_age_seconds"), 4);
+    assert_eq!(node.host.metric("portcullis.sync.age_seconds"), 4);
 }
 
 #[test]
@@ -206,7 +206,7 @@ fn a_failed_poll_is_logged_with_its_remedy_counted_and_tried_again_after_a_pause
         assert_eq!(node.respond(&poll, &response), vec![], "{why}");
         let line = one(node.log());
         assert!(line.starts_with("warn: sync failed, next try in ") && line.contains(&format!(" ms: {why}")), "{line}");
-        assert_eq!(node.host.metric("portcullis_sync_failures_total"), 1);
+        assert_eq!(node.host.metric("portcullis.sync.failures_total"), 1);
         let again = one(node.tick(NOW + 5_000));
         let starts_over = why.ends_with("starting over");
         assert_eq!(path(&again).contains("&cursor=0&revision=7&"), starts_over, "{}", path(&again));
@@ -221,7 +221,7 @@ fn without_the_cluster_the_log_says_what_to_check() {
     node.host.without_cluster(true);
     assert_eq!(node.tick(NOW), vec![]);
     assert_eq!(node.log(), ["warn: Envoy has no usable cluster \"cp\": check control_plane.cluster"]);
-    assert_eq!(node.host.metric("portcullis_sync_failures_total"), 1);
+    assert_eq!(node.host.metric("portcullis.sync.failures_total"), 1);
     node.host.without_cluster(false);
     one(node.tick(NOW + 5_000));
 }
@@ -233,7 +233,7 @@ fn an_answer_without_the_database_is_as_old_as_it_says() {
     one(node.respond(&poll, &response));
     assert_eq!(node.vm.state().unwrap().synced_ms, NOW - 60_000);
     node.tick(NOW + 1_000);
-    assert_eq!(node.host.metric("portcullis_sync_age_seconds"), 61);
+    assert_eq!(node.host.metric("portcullis.sync.age_seconds"), 61);
 }
 
 #[test]
@@ -301,7 +301,7 @@ fn counts_of_all_vms_leave_in_one_report_until_it_is_acknowledged() {
     assert_eq!((call.timeout.as_millis(), call.header("content-type")), (10_000, "application/vnd.portcullis.usage"));
     let report = one(reports_in(&call));
     assert_eq!((report.seq, requests(std::slice::from_ref(&report))), (1, 5));
-    assert_eq!(node.host.metric("portcullis_usage_pending_requests"), 5);
+    assert_eq!(node.host.metric("portcullis.usage.pending_requests"), 5);
 
     // One report is in flight at a time. Polls carry the number of requests that wait.
     node.count(1, 1);
@@ -311,7 +311,7 @@ fn counts_of_all_vms_leave_in_one_report_until_it_is_acknowledged() {
     assert_eq!(node.respond(&call, &ack(&report, vec![])), vec![]);
     let next = one(reports_in(&one(node.tick(NOW + 3 * TICK_MS))));
     assert_eq!((next.seq, requests(std::slice::from_ref(&next))), (2, 1));
-    assert_eq!(node.host.metric("portcullis_usage_pending_requests"), 1);
+    assert_eq!(node.host.metric("portcullis.usage.pending_requests"), 1);
 }
 
 #[test]
@@ -332,7 +332,7 @@ fn a_report_that_fails_is_logged_counted_and_repeated_unchanged() {
         assert_eq!(node.respond(&call, &response), vec![]);
         let line = one(node.log());
         assert!(line.starts_with(&format!("warn: usage report failed, next try in 250 ms: {why}")), "{line}");
-        assert_eq!(node.host.metric("portcullis_report_failures_total"), 1);
+        assert_eq!(node.host.metric("portcullis.usage.report_failures_total"), 1);
         assert_eq!(node.tick(NOW + 249), vec![]);
         let again = one(node.tick(NOW + 250));
         assert_eq!(again.body, call.body);
@@ -351,7 +351,7 @@ fn a_report_that_is_refused_for_good_goes_to_the_log_and_blocks_nothing() {
             format!("error: usage reports were refused for good: the control plane answered {status}; they follow");
         let signed = format!("warn: {}", LogKey::derive(b"sk_live_sync").line(&call.body));
         assert_eq!(node.log(), [explained, signed]);
-        assert_eq!(node.host.metric("portcullis_report_failures_total"), 1);
+        assert_eq!(node.host.metric("portcullis.usage.report_failures_total"), 1);
         let next = one(reports_in(&one(node.tick(NOW + TICK_MS))));
         assert_eq!((next.seq, requests(&[next])), (2, 1));
     }

@@ -151,7 +151,7 @@ fn an_envoy_enforces_its_share_of_a_shared_limit_and_the_whole_of_others() {
     let mut own = record();
     own.rate_limits = vec![limit("shared", 8), RateLimit { shared: false, ..limit("alone", 8) }];
     let bench = Bench::new(
-        json!({"rate_limit": {"requests": 8, "window_seconds": 60}}),
+        json!({"rate_limit": {"requests": 8, "window": "60s"}}),
         &[
             ("k", own),
             ("d", {
@@ -171,7 +171,7 @@ fn an_envoy_enforces_its_share_of_a_shared_limit_and_the_whole_of_others() {
 #[test]
 fn a_policy_adds_its_limit_and_its_cost() {
     let plugin = json!({"rate_limit": null, "policies": {
-        "search": {"cost": 5, "rate_limit": {"requests": 3, "window_seconds": 60}},
+        "search": {"cost": 5, "rate_limit": {"requests": 3, "window": "60s"}},
         "free": {"cost": 0},
     }});
     let bench = Bench::new(plugin, &[("k", record())]);
@@ -186,7 +186,7 @@ fn a_policy_adds_its_limit_and_its_cost() {
 #[test]
 fn requests_without_a_key_are_limited_by_address_if_the_policy_has_a_limit() {
     let plugin = json!({"policies": {
-        "open": {"key": "anonymous_allowed", "rate_limit": {"requests": 2, "window_seconds": 60}},
+        "open": {"key": "anonymous_allowed", "rate_limit": {"requests": 2, "window": "60s"}},
         "wide": {"key": "optional"},
     }});
     let mut bench = Bench::new(plugin, &[("k", record())]);
@@ -270,7 +270,7 @@ fn shadow_mode_keeps_the_outcome_and_refuses_nothing() {
     assert_eq!(seen(&bench, Some("k"), Some("dark")), (Outcome::NotReady, true));
     assert_eq!(seen(&bench, Some("k"), Some("light")), (Outcome::NotReady, false));
 
-    let bench = Bench::new(json!({"policies": policies, "shadow": true, "max_staleness_seconds": 60}), &keys);
+    let bench = Bench::new(json!({"policies": policies, "shadow": true, "max_staleness": "60s"}), &keys);
     assert_eq!(seen(&bench, None, Some("drak")), (Outcome::PolicyUnknown, true));
     assert_eq!(seen(&bench, None, None), (Outcome::Missing, true));
     bench.set_state(4, 0);
@@ -278,8 +278,8 @@ fn shadow_mode_keeps_the_outcome_and_refuses_nothing() {
 }
 
 #[test]
-fn an_unknown_policy_is_refused_even_if_on_not_ready_allows_requests() {
-    let bench = Bench::empty(json!({"on_not_ready": "allow", "policies": {"a": {}}}));
+fn an_unknown_policy_is_refused_even_if_the_failure_mode_allows_requests() {
+    let bench = Bench::empty(json!({"failure_mode": {"not_ready": "allow"}, "policies": {"a": {}}}));
     assert_eq!(bench.ask(None, Some("b")).outcome, Outcome::PolicyUnknown);
     assert_eq!(bench.ask(None, Some("a")).outcome, Outcome::FailedOpen);
 }

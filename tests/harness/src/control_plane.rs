@@ -28,7 +28,7 @@ pub struct Settings {
     pub sync_key: Secret,
     /// Further arguments of `serve`.
     pub arguments: Vec<String>,
-    /// The value of `PORTCULLIS_LOG`.
+    /// The value of `PORTCULLIS_LOG_LEVEL`.
     pub log_level: String,
     /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
@@ -97,7 +97,7 @@ impl ControlPlane {
         serve.args(&settings.arguments).current_dir(&self.directory);
         serve.env("PORTCULLIS_ADMIN_KEY", settings.admin_key.reveal());
         serve.env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
-        serve.env("PORTCULLIS_LOG", &settings.log_level).envs(settings.environment);
+        serve.env("PORTCULLIS_LOG_LEVEL", &settings.log_level).envs(settings.environment);
         let process = Process::spawn("the control plane", serve, &self.log, Signal::SIGKILL)?;
         let listens = async || match process.must_run() {
             Err(error) => Some(Err(error)),

@@ -1,4 +1,4 @@
-//! `envoy/demo-policies.json`. The control plane reads the file itself (`--policies`); this module
+//! `envoy/demo-policies.json`. The control plane reads the file itself (`--policies-file`); this module
 //! translates it into Envoy's configuration, so that both decide by the same policies.
 
 use std::path::PathBuf;

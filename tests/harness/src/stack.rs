@@ -22,8 +22,8 @@ use crate::wait::eventually;
 const ANY_PORT: std::net::SocketAddr =
     std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-/// The statistic with the version of an Envoy's store.
-pub const STORE_VERSION: &str = "wasmcustom.portcullis_store_version";
+/// The statistic with the revision of an Envoy's store.
+pub const STORE_REVISION: &str = "wasmcustom.portcullis.store.revision";
 
 /// A running stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
@@ -109,7 +109,7 @@ impl Stack {
     pub async fn in_step(&self) -> Result<()> {
         let revision: u64 = self.database.text("select revision::text from store_state").await?.parse()?;
         for envoy in &self.envoys {
-            let reached = async || (envoy.stat(STORE_VERSION).await.ok()? >= revision).then_some(());
+            let reached = async || (envoy.stat(STORE_REVISION).await.ok()? >= revision).then_some(());
             eventually("an Envoy to have every change", reached).await?;
         }
         Ok(())

@@ -25,7 +25,7 @@ async fn an_envoy_that_starts_cold_judges_each_of_a_hundred_thousand_keys() -> R
     let inserted = Instant::now();
     // The Envoy that runs already gets them too: one commit, too large for an update of changes, comes as a snapshot.
     let envoy = stack.envoy();
-    let keys = "wasmcustom.portcullis_keys";
+    let keys = "wasmcustom.portcullis.store.keys";
     eventually("100,000 keys to arrive", async || (envoy.stat(keys).await.ok()? >= KEYS).then_some(())).await?;
     let arrived = inserted.elapsed();
 

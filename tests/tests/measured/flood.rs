@@ -53,7 +53,7 @@ async fn a_flood_of_unknown_keys_leaves_nothing_behind_and_good_keys_alone() -> 
     let (flooded, pressed) = (flooded?, probing.await??);
     assert!((FLOOD.least..=FLOOD.most).contains(&flooded), "{flooded} keys in {took:?}");
 
-    let unknown = "wasmcustom.portcullis_decisions_unknown_total";
+    let unknown = "wasmcustom.portcullis.decisions.unknown_total";
     let all = warm + flooded;
     // Workers add decisions up and tell of them on their ticks.
     let told = async || (stack.envoy().stat(unknown).await.ok()? >= all).then_some(());

@@ -23,7 +23,7 @@ const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const REQUESTS: u32 = 200;
 
 /// The read time-out of the control plane, in seconds.
-const PATIENCE: &str = "5";
+const PATIENCE: &str = "5s";
 
 /// Long enough for the attack to end on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -166,8 +166,7 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn responses_that_are_not_taken_fill_no_memory_and_keep_nobody_waiting() -> Result<()> {
-    let stack =
-        Stack::builder().envoys(0).control_plane_arguments(&["--read-timeout-seconds", PATIENCE]).start().await?;
+    let stack = Stack::builder().envoys(0).control_plane_arguments(&["--read-timeout", PATIENCE]).start().await?;
     let line = |number: u32| {
         json!({"email": format!("user{number}@example.com"), "name": format!("key {number}"), "key": format!("an-imported-key-{number}")})
             .to_string()

@@ -90,7 +90,7 @@ async fn paste(mut shell: Command, home: &Path, blocks: &[Block]) -> Result<(Vec
 async fn demo_stack() -> Result<Stack> {
     let (plugin, routes) = policies::for_envoy()?;
     let file = policies::file();
-    let arguments = ["--usage-event-seconds", "1", "--policies", file.to_str().context("a path")?];
+    let arguments = ["--usage-event-interval", "1s", "--policies-file", file.to_str().context("a path")?];
     let mut builder = Stack::builder().plugin(&plugin.into()).control_plane_arguments(&arguments);
     for (prefix, policy) in &routes {
         builder = builder.route(prefix, policy);
@@ -176,8 +176,8 @@ async fn the_page_of_metrics_has_what_the_programs_show(stack: &Stack) -> Result
     for metric in metrics {
         ensure!(page.contains(&format!("| `{metric}` |")), "the page does not have {metric}");
     }
-    for (statistic, _) in stack.envoy().stats("wasmcustom.portcullis_").await? {
-        let kinds = ["decisions", "shadow"].map(|kind| format!("wasmcustom.portcullis_{kind}_"));
+    for (statistic, _) in stack.envoy().stats("wasmcustom.portcullis.").await? {
+        let kinds = ["decisions", "shadow_decisions"].map(|kind| format!("wasmcustom.portcullis.{kind}."));
         let outcome = kinds.iter().find(|kind| statistic.starts_with(*kind)).map(|kind| format!("{kind}<code>_total"));
         let name = outcome.unwrap_or(statistic);
         ensure!(page.contains(&format!("| `{name}` |")), "the page does not have {name}");

@@ -201,7 +201,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     let address = port.address();
     let log = Log::create(&containers.path("envoy.log"))?;
     let upstream = demo.address().to_string();
-    let demo_policies = [("UPSTREAM", upstream.as_str()), ("POLICIES", "demo-policies.json")];
+    let demo_policies = [("UPSTREAM", upstream.as_str()), ("POLICIES_FILE", "demo-policies.json")];
     let (envoy_process, admin) = envoy(&containers, address, &demo_policies, &log).await?;
     let (admin_port, rest_port) = (admin.port().to_string(), address.port().to_string());
     let live = async || http::get(admin, "/ready").await.ok().filter(|reply| reply.status == 200);
@@ -312,7 +312,7 @@ fn a_setting_that_cannot_be_is_named_and_nothing_starts() -> Result<()> {
         ),
         (&[("UPSTREAM", "api:65536")], "UPSTREAM: api:65536: the port must be a number from 1 to 65535"),
         (&[("UPSTREAM", "a\" }:1")], "UPSTREAM: a\" }:1 is not of the form host:port"),
-        (&[("POLICIES", "none.json")], "POLICIES: cannot read none.json"),
+        (&[("POLICIES_FILE", "none.json")], "POLICIES_FILE: cannot read none.json"),
         (&[("PORTCULLIS_SYNC_KEY_FILE", "none")], "PORTCULLIS_SYNC_KEY_FILE: cannot read none"),
         (
             &[("PORTCULLIS_PEPPER", "x"), ("PORTCULLIS_PEPPER_FILE", "minimal.yaml")],

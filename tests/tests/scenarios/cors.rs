@@ -57,7 +57,7 @@ fn from_page(origin: &str, key: Option<&str>) -> Result<Outgoing> {
 
 #[tokio::test]
 async fn a_browser_gets_200_to_its_preflight_and_a_page_can_read_401_and_429_with_retry_after() -> Result<()> {
-    let plugin = json!({"rate_limit": {"requests": 1, "window_seconds": 3600}});
+    let plugin = json!({"rate_limit": {"requests": 1, "window": "3600s"}});
     let harness = FilterHarness::builder().plugin(plugin).start(&[("good", record(1))]).await?;
     assert_allowed(&harness.send(preflight(ORIGIN)?).await?);
     assert_eq!(harness.demo.requests(), 0);

@@ -31,7 +31,7 @@ async fn a_grpc_client_is_told_of_a_limit_as_one_and_of_a_bad_key_as_one() -> Re
     ];
     let mut records: Vec<_> = keys.iter().map(|(key, record, ..)| (*key, record.clone())).collect();
     records.push(("fast", record(5)));
-    let limit = json!({"rate_limit": {"requests": 1, "window_seconds": 3600}});
+    let limit = json!({"rate_limit": {"requests": 1, "window": "3600s"}});
     let harness = FilterHarness::builder().plugin(limit).start(&records).await?;
     assert_eq!(harness.get("/", Some("fast")).await?.status, 200);
     let mut expected: Vec<_> = keys.iter().map(|(key, _, outcome, status)| (Some(*key), *outcome, *status)).collect();

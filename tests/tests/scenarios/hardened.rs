@@ -68,7 +68,9 @@ async fn control_plane_with(
     let client_ca = home.join("client-ca.pem");
     std::fs::write(&client_ca, &clients.certificate)?;
     let mut arguments = Vec::new();
-    for (setting, file) in [("--tls-cert", certificate), ("--tls-key", key), ("--tls-client-ca", client_ca)] {
+    for (setting, file) in
+        [("--tls-cert-file", certificate), ("--tls-key-file", key), ("--tls-client-ca-file", client_ca)]
+    {
         arguments.extend([setting.to_owned(), file.display().to_string()]);
     }
     let settings = control_plane::Settings { listen: ANY_PORT, arguments, ..stack.control_plane.settings() };

@@ -69,7 +69,7 @@ async fn scopes_are_told_if_the_key_has_some() -> Result<()> {
 
 #[tokio::test]
 async fn a_request_that_is_let_in_unchecked_carries_no_identity_at_all() -> Result<()> {
-    let stack = Stack::builder().plugin(&json!({"on_not_ready": "allow"})).start().await?;
+    let stack = Stack::builder().plugin(&json!({"failure_mode": {"not_ready": "allow"}})).start().await?;
     stack.control_plane.stop(Signal::SIGKILL).await?;
     stack.envoy().stop(Signal::SIGKILL).await?;
     stack.envoy().restart().await?;

@@ -56,7 +56,7 @@ async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_what
         let file = file.to_str().context("a path that is no text")?;
         let stack = Stack::builder()
             .plugin(&json!({"rate_limit": null, "default_policy": policy}))
-            .control_plane_arguments(&[&ARGUMENTS[..], &["--policies", file]].concat())
+            .control_plane_arguments(&[&ARGUMENTS[..], &["--policies-file", file]].concat())
             .start_unsynced()
             .await?;
         let rest = stack.rest();
@@ -190,7 +190,7 @@ impl Meter {
 async fn a_metering_system_takes_over_every_request_once_though_the_control_plane_is_killed_and_restarted() -> Result<()>
 {
     const REQUESTS: u64 = 5_000;
-    let arguments = [&ARGUMENTS[..], &["--usage-event-seconds", "1"]].concat();
+    let arguments = [&ARGUMENTS[..], &["--usage-event-interval", "1s"]].concat();
     let stack = Stack::builder()
         .envoys(2)
         .plugin(&json!({"rate_limit": null}))

@@ -129,9 +129,10 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
         ("default", record(4)),
         ("route", own(5, false)),
     ];
+    let month = format!("{MONTH_S}s");
     let plugin = json!({
-        "rate_limit": {"requests": 40, "window_seconds": MONTH_S},
-        "policies": {"search": {"rate_limit": {"requests": 8, "window_seconds": MONTH_S}}},
+        "rate_limit": {"requests": 40, "window": month},
+        "policies": {"search": {"rate_limit": {"requests": 8, "window": month}}},
     });
     // One of four Envoys.
     let harness = FilterHarness::builder().plugin(plugin).route("/search", "search").change(Change::Filters(4));
@@ -182,7 +183,7 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
     let harness = FilterHarness::builder().faults(faults).start(&[("good", record(1))]).await?;
     let (allowed, _) = harness.get_many(5, "/", Some("good")).await?;
     assert_eq!(allowed, 5);
-    harness.stat_is("usage_pending_requests", 5).await?;
+    harness.stat_is("usage.pending_requests", 5).await?;
     harness.change(&[]).await?;
     let told = async || {
         let polls = harness.control_plane.polls();
@@ -203,8 +204,9 @@ async fn without_the_control_plane_an_envoy_keeps_its_last_share() -> Result<()>
     harness.control_plane.disturb(Faults { updates: u32::MAX, acknowledgements: u32::MAX, ..Faults::default() });
     let (mut allowed, reply) = harness.get_many(10, "/", Some("shared")).await?;
     assert_eq!((allowed, reply.status), (10, 200));
-    let alone =
-        async || (harness.envoy.stat("wasmcustom.portcullis_report_failures_total").await.ok()? >= 1).then_some(());
+    let alone = async || {
+        (harness.envoy.stat("wasmcustom.portcullis.usage.report_failures_total").await.ok()? >= 1).then_some(())
+    };
     eventually("a report to go unanswered", alone).await?;
     allowed += harness.get_many(30, "/", Some("shared")).await?.0;
     assert_eq!(allowed, 20);

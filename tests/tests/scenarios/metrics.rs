@@ -16,36 +16,38 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
     let key = stack.working_key("ada@example.com").await?;
     stack.get(None).await?;
     stack.get(Some("sk_live_nobody")).await?;
-    let name = |stat: &str| format!("wasmcustom.portcullis_{stat}");
+    let name = |stat: &str| format!("wasmcustom.portcullis.{stat}");
     // Workers add decisions up and tell of them on their ticks.
     let told = async |stat: &str| envoy.stat(&name(stat)).await.ok();
-    let allowed = async || (told("decisions_allowed_total").await? == stack.demo.requests()).then_some(());
+    let allowed = async || (told("decisions.allowed_total").await? == stack.demo.requests()).then_some(());
     eventually("all that were let through to be told", allowed).await?;
-    eventually("the missing key to be told", async || (told("decisions_missing_total").await? == 1).then_some(()))
+    eventually("the missing key to be told", async || (told("decisions.missing_total").await? == 1).then_some(()))
         .await?;
-    eventually("the unknown key to be told", async || (told("decisions_unknown_total").await? >= 1).then_some(()))
+    eventually("the unknown key to be told", async || (told("decisions.unknown_total").await? >= 1).then_some(()))
         .await?;
 
     // The admin key, the sync key and Ada's.
-    eventually("the number of keys", async || (envoy.stat(&name("keys")).await.ok()? == 3).then_some(())).await?;
-    let version = envoy.stat(&name("store_version")).await?;
-    assert!(version > 0);
+    eventually("the number of keys", async || (envoy.stat(&name("store.keys")).await.ok()? == 3).then_some(())).await?;
+    let revision = envoy.stat(&name("store.revision")).await?;
+    assert!(revision > 0);
     stack.rest().revoke("ada@example.com").await?;
     stack.wait_for_status(Some(&key), 401).await?;
-    eventually("the next version", async || (envoy.stat(&name("store_version")).await.ok()? > version).then_some(()))
-        .await?;
-    eventually("no pending usage", async || {
-        (envoy.stat(&name("usage_pending_requests")).await.ok()? == 0).then_some(())
+    eventually("the next revision", async || {
+        (envoy.stat(&name("store.revision")).await.ok()? > revision).then_some(())
     })
     .await?;
-    assert_eq!(envoy.stat(&name("report_failures_total")).await?, 0);
-    assert!(envoy.stat(&name("sync_age_seconds")).await? <= 30);
+    eventually("no pending usage", async || {
+        (envoy.stat(&name("usage.pending_requests")).await.ok()? == 0).then_some(())
+    })
+    .await?;
+    assert_eq!(envoy.stat(&name("usage.report_failures_total")).await?, 0);
+    assert!(envoy.stat(&name("sync.age_seconds")).await? <= 30);
 
-    let failures = envoy.stat(&name("sync_failures_total")).await?;
+    let failures = envoy.stat(&name("sync.failures_total")).await?;
     stack.control_plane.stop(Signal::SIGKILL).await?;
     stack.get(None).await?;
-    for stat in ["sync_failures_total", "report_failures_total", "usage_pending_requests", "sync_age_seconds"] {
-        let before = if stat == "sync_failures_total" { failures } else { 0 };
+    for stat in ["sync.failures_total", "usage.report_failures_total", "usage.pending_requests", "sync.age_seconds"] {
+        let before = if stat == "sync.failures_total" { failures } else { 0 };
         let grown = async || (envoy.stat(&name(stat)).await.ok()? > before).then_some(());
         eventually(&format!("{stat} to tell of the outage"), grown).await?;
     }
@@ -69,18 +71,18 @@ async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome()
         both.iter().all(|sample| text.contains(sample)).then_some(text)
     };
     let text = eventually("the decisions by outcome", told).await?;
-    assert!(text.contains("portcullis_shadow_total{outcome=\"scope_denied\"} 0\n"), "{text}");
+    assert!(text.contains("portcullis_shadow_decisions_total{outcome=\"scope_denied\"} 0\n"), "{text}");
     let names: BTreeSet<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
     let expected = [
         "portcullis_decisions_total counter",
-        "portcullis_keys gauge",
-        "portcullis_report_failures_total counter",
-        "portcullis_shadow_total counter",
-        "portcullis_store_version gauge",
-        "portcullis_store_writes gauge",
+        "portcullis_internal_store_generation gauge",
+        "portcullis_shadow_decisions_total counter",
+        "portcullis_store_keys gauge",
+        "portcullis_store_revision gauge",
         "portcullis_sync_age_seconds gauge",
         "portcullis_sync_failures_total counter",
         "portcullis_usage_pending_requests gauge",
+        "portcullis_usage_report_failures_total counter",
     ];
     assert_eq!(names, BTreeSet::from(expected));
     Ok(())
@@ -151,8 +153,9 @@ async fn the_control_plane_tells_prometheus_and_the_platform_how_it_is() -> Resu
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
         assert!(typed.iter().any(|known| known == family), "{sample}");
     }
-    let version = env!("CARGO_PKG_VERSION");
-    assert!(text.contains(&format!("portcullis_build_info{{version=\"{version}\"}} 1\n")), "{text}");
+    let (version, revision) = (env!("CARGO_PKG_VERSION"), option_env!("PORTCULLIS_REVISION").unwrap_or("unknown"));
+    let build = format!("portcullis_build_info{{version=\"{version}\",revision=\"{revision}\"}} 1\n");
+    assert!(text.contains(&build), "{text}");
     // A counter that nothing has raised yet stands at zero.
     assert!(text.contains("portcullis_tls_handshakes_failed_total 0\n"), "{text}");
     // One admin key, one sync key; both Envoy's polls and our own calls were seen.

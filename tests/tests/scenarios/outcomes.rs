@@ -71,7 +71,7 @@ async fn a_key_that_runs_out_of_time_stops_working_without_any_message() -> Resu
 
 #[tokio::test]
 async fn a_key_that_is_used_too_fast_is_told_when_to_come_back() -> Result<()> {
-    let plugin = json!({"rate_limit": {"requests": 2, "window_seconds": 86_400, "burst": 2}});
+    let plugin = json!({"rate_limit": {"requests": 2, "window": "86400s", "burst": 2}});
     let stack = Stack::builder().plugin(&plugin).start().await?;
     let key = stack.rest().generate("fast@example.com").await?;
     stack.wait_for_status(Some(&key), 200).await?;
@@ -101,26 +101,26 @@ async fn before_the_first_sync_requests_are_refused_or_by_choice_let_in_without_
 
     envoy.stop(Signal::SIGKILL).await?;
     envoy.change_settings(|settings| {
-        settings.replacements.plugin.insert("on_not_ready".into(), "allow".into());
+        settings.replacements.plugin.insert("failure_mode".into(), json!({"not_ready": "allow"}));
     });
     envoy.restart().await?;
     // The key that nobody checked goes no further either.
     assert_upstream(&stack.get(Some(&key)).await?, &[]);
     assert_upstream(&stack.get(None).await?, &[]);
-    let failed_open = "wasmcustom.portcullis_decisions_failed_open_total";
+    let failed_open = "wasmcustom.portcullis.decisions.failed_open_total";
     eventually("both requests to be told", async || (envoy.stat(failed_open).await.ok()? == 2).then_some(())).await?;
     Ok(())
 }
 
 #[tokio::test]
 async fn keys_that_are_older_than_the_operator_allows_are_refused_or_by_choice_let_in() -> Result<()> {
-    let stale = json!({"max_staleness_seconds": 60});
+    let stale = json!({"max_staleness": "60s"});
     let stack = Stack::builder().plugin(&stale).envoys(2).start().await?;
     let [refuses, allows] = &stack.envoys[..] else { anyhow::bail!("two Envoys were asked for") };
     let key = stack.rest().generate("late@example.com").await?;
     allows.stop(Signal::SIGTERM).await?;
     allows.change_settings(|settings| {
-        settings.replacements.plugin.insert("on_stale".into(), "allow".into());
+        settings.replacements.plugin.insert("failure_mode".into(), json!({"stale": "allow"}));
     });
     allows.restart().await?;
     stack.wait_for_status(Some(&key), 200).await?;
@@ -134,7 +134,7 @@ async fn keys_that_are_older_than_the_operator_allows_are_refused_or_by_choice_l
         (reply.status == 200).then_some(())
     })
     .await?;
-    let failed_open = "wasmcustom.portcullis_decisions_failed_open_total";
+    let failed_open = "wasmcustom.portcullis.decisions.failed_open_total";
     eventually("the choice to be told", async || (allows.stat(failed_open).await.ok()? > 0).then_some(())).await?;
     wait_for_status(refuses, Some(&key), 503).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Stale, &[]);

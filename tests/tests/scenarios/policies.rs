@@ -64,13 +64,13 @@ async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_g
     let spoofing = Request::get("/any").header("x-api-key", "old").header("x-consumer-id", "root");
     assert_upstream(&harness.send(spoofing.body(Full::default())?).await?, &[]);
     assert_refused(&harness.get("/", None).await?, Outcome::Missing, &[]);
-    harness.stat_is("decisions_anonymous_total", 4).await?;
+    harness.stat_is("decisions.anonymous_total", 4).await?;
     Ok(())
 }
 
 #[tokio::test]
 async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Result<()> {
-    let limit = json!({"requests": 2, "window_seconds": 3600});
+    let limit = json!({"requests": 2, "window": "3600s"});
     let plugin = json!({"policies": {
         "search": {"rate_limit": limit},
         "open": {"key": "anonymous_allowed", "rate_limit": limit},
@@ -123,7 +123,7 @@ async fn a_route_that_names_an_unknown_policy_refuses_all_requests_and_says_so()
     assert_eq!(harness.demo.requests(), 0);
     assert_upstream(&harness.get("/read", Some("good")).await?, &IDENTITY);
     assert_upstream(&harness.get("/", Some("good")).await?, &IDENTITY);
-    harness.stat_is("decisions_policy_unknown_total", 21).await?;
+    harness.stat_is("decisions.policy_unknown_total", 21).await?;
     // Once for each of the two workers, at the most.
     let lines = harness.envoy.log().lines_with("names the policy \"raed\"");
     assert!((1..=2).contains(&lines.len()), "{lines:?}");

@@ -56,7 +56,7 @@ impl Protected {
         let settings = Settings { replacements, workers: 2, log_level, sync_key, environment, listener_file: false };
         let log = Log::create(&home.path().join("envoy.log"))?;
         let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
-        let keys = async || (envoy.stat("wasmcustom.portcullis_keys").await.ok()? == 1).then_some(());
+        let keys = async || (envoy.stat("wasmcustom.portcullis.store.keys").await.ok()? == 1).then_some(());
         eventually("Envoy to have the key", keys).await?;
         Ok(Self { envoy, _control_plane: control_plane, _home: home })
     }

@@ -84,8 +84,8 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
     ];
     for (key, outcome) in would_be {
         assert_shadowed(&harness.get("/dark", key).await?, outcome);
-        let stat = |kind| format!("{kind}_{}_total", outcome.name());
-        harness.stat_is(&stat("shadow"), 1).await?;
+        let stat = |kind| format!("{kind}.{}_total", outcome.name());
+        harness.stat_is(&stat("shadow_decisions"), 1).await?;
         harness.stat_is(&stat("decisions"), 0).await?;
     }
     // Other routes refuse as ever.
@@ -112,7 +112,7 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
 
 #[tokio::test]
 async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request() -> Result<()> {
-    let plugin = json!({"shadow": true, "max_staleness_seconds": 60, "policies": {"read": {}}});
+    let plugin = json!({"shadow": true, "max_staleness": "60s", "policies": {"read": {}}});
     // Only damaged updates, so that there are no keys yet.
     let faults = Faults { updates: u32::MAX, ..Faults::default() };
     let keys = [("good", record(1))];
@@ -120,7 +120,7 @@ async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request
     let harness = harness.start_unsynced(&keys).await?;
     assert_shadowed(&harness.get("/", Some("good")).await?, Outcome::NotReady);
     assert_shadowed(&harness.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
-    harness.stat_is("shadow_not_ready_total", 1).await?;
+    harness.stat_is("shadow_decisions.not_ready_total", 1).await?;
 
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let harness = FilterHarness::builder().plugin(plugin).faults(faults).start(&keys).await?;

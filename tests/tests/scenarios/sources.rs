@@ -272,7 +272,7 @@ async fn a_key_that_was_refused_is_let_through_by_shadow_mode_on_no_line() -> Re
 async fn a_request_that_is_refused_keeps_no_key_that_an_access_log_could_show() -> Result<()> {
     let marker = "path: \"%PATH(NQ:PATH)%\"";
     let plugin = json!({
-        "key_sources": sources(), "strip_key": false, "rate_limit": {"requests": 1, "window_seconds": 3600},
+        "key_sources": sources(), "strip_key": false, "rate_limit": {"requests": 1, "window": "3600s"},
     });
     let keys: Vec<_> = KEYS.iter().zip(1..).map(|(key, number)| (*key, record(number))).collect();
     let harness = FilterHarness::builder()

@@ -48,7 +48,7 @@ async fn damaged_updates_change_nothing_and_lost_acknowledgements_count_nothing_
     wait_for_status(&harness.envoy, Some("no such key"), 401).await?;
     // The store is loaded, so all damaged updates were fetched again.
     assert_eq!(harness.control_plane.faults().updates, 0);
-    assert!(harness.envoy.stat("wasmcustom.portcullis_sync_failures_total").await? >= 8);
+    assert!(harness.envoy.stat("wasmcustom.portcullis.sync.failures_total").await? >= 8);
     for _ in 0..5 {
         assert_upstream(&harness.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
     }
@@ -59,10 +59,10 @@ async fn damaged_updates_change_nothing_and_lost_acknowledgements_count_nothing_
     };
     eventually("reports to be sent until they are acknowledged", told).await?;
     let acknowledged =
-        async || (harness.envoy.stat("wasmcustom.portcullis_usage_pending_requests").await.ok()? == 0).then_some(());
+        async || (harness.envoy.stat("wasmcustom.portcullis.usage.pending_requests").await.ok()? == 0).then_some(());
     eventually("nothing to be pending", acknowledged).await?;
     assert_eq!((harness.control_plane.reported(Outcome::Allowed), harness.control_plane.changed_reports()), (5, 0));
-    assert!(harness.envoy.stat("wasmcustom.portcullis_report_failures_total").await? >= 3);
+    assert!(harness.envoy.stat("wasmcustom.portcullis.usage.report_failures_total").await? >= 3);
     Ok(())
 }
 
@@ -70,8 +70,7 @@ async fn damaged_updates_change_nothing_and_lost_acknowledgements_count_nothing_
 async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_answers() -> Result<()> {
     let faults = Faults { age_s: 3_600, ..Faults::default() };
     let keys = [("good", record(1))];
-    let harness =
-        FilterHarness::builder().faults(faults).plugin(json!({"max_staleness_seconds": 600})).start(&keys).await?;
+    let harness = FilterHarness::builder().faults(faults).plugin(json!({"max_staleness": "600s"})).start(&keys).await?;
     assert_refused(&harness.get("/", Some("good")).await?, Outcome::Stale, &[]);
     assert_eq!(harness.demo.requests(), 0);
     Ok(())
@@ -127,7 +126,7 @@ async fn when_the_vm_that_leads_traps_a_worker_goes_on_with_the_store_and_the_co
     };
     assert_eq!(harness.get_many(50, "/", Some("a")).await?.0, 50);
     // A VM publishes its counts on each tick. Any VM may lead, a worker's as well, and a trap loses what it has not published.
-    harness.stat_is("usage_pending_requests", 50).await?;
+    harness.stat_is("usage.pending_requests", 50).await?;
     harness.control_plane.disturb(Faults { traps: 1, ..Faults::default() });
     harness.change(&[Change::Key("a", Box::new(with(1, |r| r.flags = Flags::REVOKED)))]).await?;
     let asked = polls();

@@ -158,7 +158,7 @@ fn every_refusal_answers_the_client_tells_the_access_log_and_is_counted() {
         let counts = bench.counts();
         let [count] = &counts[..] else { panic!("{counts:?}") };
         assert_eq!((count.of.outcome, count.of.key.is_some(), count.requests), (outcome.code(), is_known, 1));
-        assert_eq!(bench.host().metric(&format!("portcullis_decisions_{}_total", outcome.name())), 1);
+        assert_eq!(bench.host().metric(&format!("portcullis.decisions.{}_total", outcome.name())), 1);
     }
 }
 
@@ -176,8 +176,8 @@ fn in_shadow_mode_every_refusal_goes_upstream_with_its_reason_and_is_counted_apa
         assert_eq!(state_of(&stream).last(), Some(&(SHADOW_STATE, outcome.name())));
         let counts = bench.counts();
         assert_eq!(counts[0].of.outcome, outcome.code() | contract::usage::SHADOW);
-        assert_eq!(bench.host().metric(&format!("portcullis_shadow_{}_total", outcome.name())), 1);
-        assert_eq!(bench.host().metric(&format!("portcullis_decisions_{}_total", outcome.name())), 0);
+        assert_eq!(bench.host().metric(&format!("portcullis.shadow_decisions.{}_total", outcome.name())), 1);
+        assert_eq!(bench.host().metric(&format!("portcullis.decisions.{}_total", outcome.name())), 0);
     }
     bench.send([("x-api-key", "planned")], None);
     let quiet = Bench::new(json!({"shadow": true, "access_log_state": false}), &[]);
@@ -186,14 +186,14 @@ fn in_shadow_mode_every_refusal_goes_upstream_with_its_reason_and_is_counted_apa
 
 #[test]
 fn before_the_first_sync_and_with_a_stale_store_the_operator_chooses() {
-    let not_ready = |choice: &str| Bench::empty(json!({"on_not_ready": choice}));
+    let not_ready = |choice: &str| Bench::empty(json!({"failure_mode": {"not_ready": choice}}));
     let stale = |choice: &str| {
-        let plugin = json!({"max_staleness_seconds": 60, "on_stale": choice, "rate_limit": null});
+        let plugin = json!({"max_staleness": "60s", "failure_mode": {"stale": choice}, "rate_limit": null});
         let bench = Bench::new(plugin, &[("k", record())]);
         bench.set_state(4, (NOW_S - 61) * 1_000);
         bench
     };
-    for (bench, outcome) in [(not_ready("refuse"), Outcome::NotReady), (stale("refuse"), Outcome::Stale)] {
+    for (bench, outcome) in [(not_ready("deny"), Outcome::NotReady), (stale("deny"), Outcome::Stale)] {
         let (flow, stream) = bench.send([("x-api-key", "k")], None);
         let reply = stream.reply.unwrap();
         assert_eq!((flow, reply.status), (Flow::Stop, 503));
@@ -206,7 +206,7 @@ fn before_the_first_sync_and_with_a_stale_store_the_operator_chooses() {
         assert_eq!(bench.counts()[0].of.outcome, Outcome::FailedOpen.code());
     }
     // A store that is just not stale.
-    let fresh = stale("refuse");
+    let fresh = stale("deny");
     fresh.set_state(4, (NOW_S - 60) * 1_000);
     assert_eq!(fresh.send([("x-api-key", "k")], None).0, Flow::Continue);
 }
@@ -338,6 +338,6 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     update(&plain);
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 1));
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 0));
-    let open = Bench::empty(json!({"on_not_ready": "allow"}));
+    let open = Bench::empty(json!({"failure_mode": {"not_ready": "allow"}}));
     assert_eq!(calls(&open, "k"), ("x-api-key".into(), 1), "the state of the store, as long as there is none");
 }
