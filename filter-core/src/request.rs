@@ -143,17 +143,14 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         // Without named policies there is nothing that a route could name.
         let name = if policies.named.is_empty() { None } else { stream.route_policy() };
         let policy = policies.find(name.as_deref());
-        if let Some(name) = name.filter(|_| policy.is_none()) {
+        if let Some(name) = name.filter(|name| policy.is_none() && self.vm.is_new_unknown_policy(name)) {
             self.report_unknown_policy(&name);
         }
         policy
     }
 
-    /// Logs the name of an unknown policy, once in each VM.
+    /// Logs the name of an unknown policy.
     fn report_unknown_policy(&self, name: &str) {
-        if !self.vm.is_new_unknown_policy(name) {
-            return;
-        }
         let problem = if name.is_empty() {
             "filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty".to_owned()
         } else {
@@ -242,22 +239,20 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         // Each Envoy judges the default limit alone.
         let (own, alone) = if own.is_empty() { (self.config.rate_limit.as_slice(), u32::MAX) } else { (own, alone) };
         let limits = Limits { own, alone, route: policy.rate_limit.as_ref() };
-        if limits.is_empty() {
-            return None;
-        }
         let Vm { data, slices, .. } = self.vm;
-        let taken = slices.take(data, key.record.key_id, &limits, self.vm.default_share(), || self.time.ns());
+        let take = || slices.take(data, key.record.key_id, &limits, self.vm.default_share(), || self.time.ns());
+        let taken = if limits.is_empty() { Ok(()) } else { take() };
         taken.err().map(|refused| wait_for(&limits, refused))
     }
 
     /// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
     fn limit_client(&self, policy: &Policy, stream: &impl Stream) -> Option<Wait> {
         let limits = Limits { own: &[], alone: 0, route: policy.rate_limit.as_ref() };
-        if limits.is_empty() {
-            return None;
-        }
-        let client = Subject::Client(stream.client_address().map_or(Client::UNKNOWN, Client::of));
-        let taken = limiter::take(&self.vm.data, client, &limits.all(), 1, WHOLE, self.time.ns());
+        let take = || {
+            let client = Subject::Client(stream.client_address().map_or(Client::UNKNOWN, Client::of));
+            limiter::take(&self.vm.data, client, &limits.all(), 1, WHOLE, self.time.ns()).map(|_| ())
+        };
+        let taken = if limits.is_empty() { Ok(()) } else { take() };
         taken.err().map(|refused| wait_for(&limits, refused))
     }
 
