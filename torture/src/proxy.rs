@@ -123,7 +123,7 @@ async fn connection(client: TcpStream, shared: Arc<Shared>) {
 async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
     let _ = tokio::io::copy(&mut from, &mut to).await;
     let _ = to.shutdown().await;
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Returns when the server ends the connection, the client is gone, or a manipulation ends it.
