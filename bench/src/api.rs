@@ -1,11 +1,12 @@
-//! Suite `api`: how fast keys are created, read and revoked, through the REST API by a load
-//! generator, and as the same statements by pgbench. In each round both run one after the other, in
+//! Suite `api`: how fast keys are created, read and revoked, through the REST API, and as the same
+//! statements by pgbench. In each round both run one after the other, in
 //! random order.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
+use hyper::Method;
 use portcullis_harness::cargo::read;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::Signal;
@@ -15,16 +16,14 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::Options;
-use crate::load::{Calls, H2load, Oha, Took};
+use crate::load::{Took, call, rest_call};
 use crate::report::{Bound, Report};
 use crate::statements::Statements;
 use crate::stats::{Estimate, Random, Samples};
-use crate::store::{self, Used};
+use crate::store;
 
 const SUITE: &str = "api: REST, eight calls at once";
 const AT_ONCE: usize = 8;
-/// Owners. Each creation takes a random one.
-const OWNERS: usize = 20_000;
 
 /// The measured calls, with their statements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +36,11 @@ enum Verb {
 impl Verb {
     const ALL: [Self; 3] = [Self::Create, Self::Get, Self::Revoke];
 
-    const fn method(self) -> &'static str {
+    const fn method(self) -> Method {
         match self {
-            Self::Create => "POST",
-            Self::Get => "GET",
-            Self::Revoke => "DELETE",
+            Self::Create => Method::POST,
+            Self::Get => Method::GET,
+            Self::Revoke => Method::DELETE,
         }
     }
 
@@ -126,22 +125,8 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let statements = Statements::read()?;
     let (rounds, number) = if options.quick { (2, 1_000) } else { (12, 1_200) };
-    let mut bench = Bench {
-        postmaster: store::postmaster(&stack).await?,
-        stack,
-        h2load: H2load::install()?,
-        oha: Oha::install(),
-        pgbench,
-        number,
-        batch: 0,
-        random: Random::new(5),
-    };
+    let mut bench = Bench { stack, pgbench, number, batch: 0, random: Random::new(5) };
     for verb in Verb::ALL {
-        if let (Verb::Create, Err(why)) = (verb, &bench.oha) {
-            report.note(format!("Suite api: create left out, since there is no oha: {why:#}"));
-            report.target(target, bound, "", None);
-            continue;
-        }
         let script = home.path().join(format!("{}.sql", verb.name()));
         std::fs::write(&script, verb.script(&statements)?)?;
         let [ours, theirs] = bench.rounds(rounds, verb, &script).await?;
@@ -156,7 +141,6 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
 /// Adds the figures of a verb to the report. Returns the ratio of the rates.
 fn show(verb: Verb, ours: &Measured, theirs: &Measured, report: &mut Report) -> Estimate {
     let rate = |times: &Samples| Estimate::of([times], |[time]| 1.0 / time);
-    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
     let ratio = Estimate::by_the_round(&theirs.seconds, &ours.seconds);
     let (by_us, by_pgbench) =
         (format!("Portcullis, {}", verb.name()), format!("pgbench, the statements of {}", verb.name()));
@@ -167,12 +151,6 @@ fn show(verb: Verb, ours: &Measured, theirs: &Measured, report: &mut Report) -> 
     report.figure(SUITE, format!("{by_pgbench}, p99"), "ms", p99(&theirs.p99_ms));
     let longer = Estimate::by_the_round(&ours.p99_ms, &theirs.p99_ms);
     report.compared(SUITE, format!("{by_us}, p99"), "ms", p99(&ours.p99_ms), Some((longer, "pgbench")));
-    let with_connecting = format!("{by_pgbench}, PostgreSQL's CPU (with connecting)");
-    report.figure(SUITE, with_connecting, "µs", plain(&theirs.database_us));
-    let more = Estimate::by_the_round(&ours.database_us, &theirs.database_us);
-    let database = format!("{by_us}, PostgreSQL's CPU");
-    report.compared(SUITE, database, "µs", plain(&ours.database_us), Some((more, "pgbench")));
-    report.figure(SUITE, format!("{by_us}, the control plane's CPU"), "µs", plain(&ours.control_plane_us));
     ratio
 }
 
@@ -183,41 +161,17 @@ enum Side {
     Theirs,
 }
 
-/// Figures of one round.
-struct Found {
-    /// Time of all calls, divided by their number.
-    seconds: f64,
-    p99_ms: f64,
-    /// CPU time of a call.
-    control_plane_us: f64,
-    database_us: f64,
-}
-
 /// Figures of all rounds.
 #[derive(Default)]
 struct Measured {
+    /// Time of a call.
     seconds: Samples,
     p99_ms: Samples,
-    control_plane_us: Samples,
-    database_us: Samples,
-}
-
-impl Measured {
-    fn push(&mut self, found: &Found) {
-        self.seconds.push(found.seconds);
-        self.p99_ms.push(found.p99_ms);
-        self.control_plane_us.push(found.control_plane_us);
-        self.database_us.push(found.database_us);
-    }
 }
 
 /// The stack, and the number of batches so far.
 struct Bench {
     stack: Stack,
-    postmaster: u32,
-    h2load: H2load,
-    /// Calls with bodies need it.
-    oha: Result<Oha>,
     pgbench: PathBuf,
     /// Calls in a round.
     number: usize,
@@ -234,12 +188,13 @@ impl Bench {
             let mut sides = [Side::Ours, Side::Theirs];
             self.random.shuffle(&mut sides);
             for side in sides {
-                let (found, measured) = match side {
+                let (Took { seconds, p99_ms }, measured) = match side {
                     Side::Ours => (self.call(verb).await?, &mut ours),
                     Side::Theirs => (self.by_pgbench(verb, script).await?, &mut theirs),
                 };
                 if round > 0 {
-                    measured.push(&found);
+                    measured.seconds.push(seconds);
+                    measured.p99_ms.push(p99_ms);
                 }
             }
         }
@@ -255,51 +210,39 @@ impl Bench {
         Ok(ids)
     }
 
-    fn found(&self, seconds: f64, p99_ms: f64, before: &Used) -> Result<Found> {
-        let (control_plane_s, database_s) = Used::read(&self.stack, self.postmaster)?.since(before);
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-        let by_call = 1e6 / self.number as f64;
-        let (control_plane_us, database_us) = (control_plane_s * by_call, database_s * by_call);
-        Ok(Found { seconds, p99_ms, control_plane_us, database_us })
-    }
-
     /// Through the REST API.
-    async fn call(&mut self, verb: Verb) -> Result<Found> {
+    async fn call(&mut self, verb: Verb) -> Result<Took> {
         let ids = self.prepare(verb).await?;
-        let keys = format!("http://{}/v1/keys", self.stack.control_plane.address());
-        let key = self.stack.control_plane.settings().admin_key.reveal().to_owned();
-        let calls = Calls { method: verb.method(), key, in_flight: AT_ONCE, number: self.number };
-        let before = Used::read(&self.stack, self.postmaster)?;
-        let Took { seconds, p99_ms } = if verb == Verb::Create {
-            let batch = self.batch;
-            let body = |n| json!({"email": format!("rest-{batch}-{n}@example.com"), "name": "Bench"}).to_string();
-            let oha = self.oha.as_ref().map_err(|error| anyhow!("{error:#}"))?;
-            oha.call(&calls, &keys, &(0..OWNERS).map(body).collect::<Vec<_>>()).await?
-        } else {
-            let addresses: Vec<_> = ids.iter().map(|id| format!("{keys}/{id}")).collect();
-            self.h2load.call(&calls, &addresses).await?
+        let (batch, stack) = (self.batch, &self.stack);
+        let create = |n| {
+            let body = json!({"email": format!("rest-{batch}-{n}@example.com"), "name": "Bench"});
+            rest_call(stack, verb.method(), "/v1/keys", Some(&body))
         };
+        let of_one = |id: &String| rest_call(stack, verb.method(), &format!("/v1/keys/{id}"), None);
+        let calls: Result<Vec<_>> = match verb {
+            Verb::Create => (0..self.number).map(create).collect(),
+            Verb::Get | Verb::Revoke => ids.iter().map(of_one).collect(),
+        };
+        let Took { seconds, p99_ms } = call(stack.control_plane.address(), AT_ONCE, calls?).await?;
         #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let seconds = seconds / self.number as f64;
-        self.found(seconds, p99_ms, &before)
+        Ok(Took { seconds, p99_ms })
     }
 
     /// The same by pgbench.
-    async fn by_pgbench(&mut self, verb: Verb, script: &Path) -> Result<Found> {
+    async fn by_pgbench(&mut self, verb: Verb, script: &Path) -> Result<Took> {
         self.prepare(verb).await?;
         // A running control plane would read the changes of pgbench.
         self.stack.control_plane.signal(Signal::SIGSTOP)?;
-        let before = Used::read(&self.stack, self.postmaster)?;
         let done = by_pgbench(&self.pgbench, &self.stack, self.batch, self.number, script);
-        let found = done.and_then(|(seconds, p99_ms)| self.found(seconds, p99_ms, &before));
         self.stack.control_plane.signal(Signal::SIGCONT)?;
-        let found = found?;
+        let (seconds, p99_ms) = done?;
         settled(&self.stack).await?;
         if verb == Verb::Revoke {
             let left = left(&self.stack, self.batch).await?;
             ensure!(left == 0, "{left} of {} keys were not revoked by pgbench", self.number);
         }
-        Ok(found)
+        Ok(Took { seconds, p99_ms })
     }
 }
 

@@ -1,18 +1,14 @@
 //! `cargo xtask bench`: starts each peer on the same Envoy binary and measures it. Prints a table
-//! with a verdict on each target, and writes `target/bench/results.json` and a plot,
-//! `target/bench/results.svg`.
+//! with a verdict on each target, and writes `target/bench/results.json`.
 //!
-//! Reading order: `stats` computes figures from samples, `report` prints and judges them, `plot`
-//! draws them. `machine` reads CPU time and memory and pins processes, `load` runs the load
-//! generators, `server` is an Envoy, `feed` a control plane with keys and no database, `peers` the
+//! Reading order: `stats` computes figures from samples, `report` prints and judges them. `machine`
+//! reads CPU time and memory and pins processes, `load` sends requests, `server` is an Envoy, `feed` a control plane with keys and no database, `peers` the
 //! configurations that are compared. Then one file for each suite; `store` is the control plane of
 //! the last four.
 
 mod report;
 mod statements;
 mod stats;
-
-mod plot;
 
 mod machine;
 
@@ -148,10 +144,9 @@ async fn bench(options: &Options) -> Result<()> {
         }
     }
     say(&report.table());
-    let (json, svg) = (home.join("results.json"), home.join("results.svg"));
+    let json = home.join("results.json");
     std::fs::write(&json, format!("{:#}\n", report.json()))?;
-    std::fs::write(&svg, plot::draw(&report))?;
-    say(&format!("{}\n{}", json.display(), svg.display()));
+    say(&json.display().to_string());
     ensure!(failed.is_empty(), "suites that failed: {}", failed.join(", "));
     Ok(())
 }

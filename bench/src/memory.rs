@@ -52,8 +52,6 @@ const CONNECTIONS: usize = 8;
 struct Row {
     holder: Holder,
     workers: usize,
-    /// Number of keys; none if Envoy does not start with any number that was tried.
-    keys: Option<u64>,
     by_key: Samples,
     mebibytes: Samples,
     /// By key after requests; only for Portcullis.
@@ -74,14 +72,10 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let rounds_of = |holder| if holder == Holder::Portcullis { rounds } else { rounds.min(2) };
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let file = home.path().join("keys.lua");
-    let feeds = [Feed::start(FEW, |_| ()).await?, Feed::start(keys, |_| ()).await?];
-    let row = |holder, workers| Row {
-        holder,
-        workers,
-        keys: Some(keys),
-        by_key: Samples::default(),
-        mebibytes: Samples::default(),
-        busy: Samples::default(),
+    let feeds = [(FEW, Feed::start(FEW, |_| ()).await?), (keys, Feed::start(keys, |_| ()).await?)];
+    let row = |holder, workers| {
+        let (by_key, mebibytes, busy) = (Samples::default(), Samples::default(), Samples::default());
+        Row { holder, workers, by_key, mebibytes, busy }
     };
     let generator = H2load::install()?;
     let mut rows: Vec<Row> =
@@ -93,43 +87,29 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
         random.shuffle(&mut order);
         for place in order {
             let Some(row) = rows.get_mut(place) else { continue };
-            let Some(most) = row.keys else { continue };
-            progress(&format!(
-                "suite memory: {}, {} workers, round {round} of {rounds}",
-                row.holder.name(),
-                row.workers
-            ));
-            let native = |keys| Ok(Peer::api_key_auth(keys));
-            let lua = |keys| Peer::lua(keys, &file);
-            let found = match row.holder {
-                Holder::Portcullis => {
-                    let [few, many] = with_feeds(&feeds, [FEW, keys], row.workers, &generator, home.path()).await?;
-                    row.busy.push(by_key(few.after_requests, many.after_requests, keys));
-                    Some((keys, [few.before, many.before]))
-                }
-                Holder::Native => as_many(row.holder, &native, row.workers, most, report).await?,
-                Holder::Lua => as_many(row.holder, &lua, row.workers, most, report).await?,
-            };
-            row.found(found);
+            let (holder, workers) = (row.holder, row.workers);
+            progress(&format!("suite memory: {}, {workers} workers, round {round} of {rounds}", holder.name()));
+            let mut resident = [Resident::default(); 2];
+            for ((keys, feed), resident) in feeds.iter().zip(&mut resident) {
+                *resident = match holder {
+                    Holder::Portcullis => with_requests(feed, *keys, workers, &generator, home.path()).await?,
+                    Holder::Native => at_rest(&Peer::api_key_auth(*keys), workers).await?,
+                    Holder::Lua => at_rest(&Peer::lua(*keys, &file)?, workers).await?,
+                };
+            }
+            row.push(resident, keys);
         }
     }
-    tell(&rows, report);
+    show(&rows, keys, report);
     Ok(())
 }
 
 impl Row {
     #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    fn found(&mut self, found: Option<(u64, [u64; 2])>) {
-        let keys = found.map(|(keys, _)| keys);
-        // Earlier samples had another number of keys.
-        if keys != self.keys {
-            (self.by_key, self.mebibytes) = (Samples::default(), Samples::default());
-        }
-        self.keys = keys;
-        if let Some((keys, [little, much])) = found {
-            self.by_key.push(by_key(little, much, keys));
-            self.mebibytes.push(much as f64 / f64::from(1 << 20));
-        }
+    fn push(&mut self, [few, many]: [Resident; 2], keys: u64) {
+        self.by_key.push(by_key(few.before, many.before, keys));
+        self.mebibytes.push(many.before as f64 / f64::from(1 << 20));
+        self.busy.push(by_key(few.after_requests, many.after_requests, keys));
     }
 }
 
@@ -138,9 +118,8 @@ fn by_key(little: u64, much: u64, keys: u64) -> f64 {
     much.saturating_sub(little) as f64 / keys as f64
 }
 
-fn tell(rows: &[Row], report: &mut Report) {
+fn show(rows: &[Row], keys: u64, report: &mut Report) {
     for row in rows {
-        let Some(keys) = row.keys else { continue };
         let (holder, workers, mebibytes) = (row.holder.name(), row.workers, row.mebibytes.median());
         let name = format!("{holder}, {workers} workers, {keys} keys, {mebibytes:.0} MiB in all");
         let native = rows.iter().find(|other| other.holder == Holder::Native && other.workers == workers);
@@ -164,61 +143,29 @@ fn tell(rows: &[Row], report: &mut Report) {
     }
 }
 
-/// Memory of Envoys with Portcullis, with each of two feeds.
-async fn with_feeds(
-    feeds: &[Feed; 2],
-    keys: [u64; 2],
-    workers: usize,
-    generator: &H2load,
-    home: &Path,
-) -> Result<[Resident; 2]> {
-    let mut resident = [Resident::default(); 2];
-    for ((feed, keys), resident) in feeds.iter().zip(keys).zip(&mut resident) {
-        let peer = Peer::portcullis(&paths::wasm(), feed.address(), json!({"rate_limit": null}));
-        let server = Server::start(&peer.config(), workers, None).await?;
-        server.wait_for_keys(keys).await?;
-        resident.before = machine::resident_bytes(server.pid())?;
-        let mut random = Random::new(keys);
-        let mut address = || {
-            let chosen = random.below(usize::try_from(keys).unwrap_or(usize::MAX)) as u64;
-            format!("http://{}/?key={}\n", server.address(), key(chosen))
-        };
-        let addresses = home.join("addresses");
-        std::fs::write(&addresses, (0..REQUESTS).map(|_| address()).collect::<String>())?;
-        let connections = CONNECTIONS * workers;
-        let requests = REQUESTS * connections as u64;
-        let answers = generator.spread(requests, connections, &addresses).await?;
-        ensure!(answers.good == requests, "{answers:?} instead of {requests} that are admitted");
-        resident.after_requests = machine::resident_bytes(server.pid())?;
-    }
-    Ok(resident)
+/// Memory of an Envoy with Portcullis.
+async fn with_requests(feed: &Feed, keys: u64, workers: usize, generator: &H2load, home: &Path) -> Result<Resident> {
+    let peer = Peer::portcullis(&paths::wasm(), feed.address(), json!({"rate_limit": null}));
+    let server = Server::start(&peer.config(), workers, None).await?;
+    server.wait_for_keys(keys).await?;
+    let before = machine::resident_bytes(server.pid())?;
+    let mut random = Random::new(keys);
+    let mut address = || {
+        let chosen = random.below(usize::try_from(keys).unwrap_or(usize::MAX)) as u64;
+        format!("http://{}/?key={}\n", server.address(), key(chosen))
+    };
+    let addresses = home.join("addresses");
+    std::fs::write(&addresses, (0..REQUESTS).map(|_| address()).collect::<String>())?;
+    let connections = CONNECTIONS * workers;
+    let requests = REQUESTS * connections as u64;
+    let answers = generator.spread(requests, connections, &addresses).await?;
+    ensure!(answers.good == requests, "{answers:?} instead of {requests} that are admitted");
+    Ok(Resident { before, after_requests: machine::resident_bytes(server.pid())? })
 }
 
-/// Measures the memory of a peer whose configuration holds the keys: with few keys, and with the most that it can start with.
-async fn as_many(
-    holder: Holder,
-    peer: &dyn Fn(u64) -> Result<Peer>,
-    workers: usize,
-    most: u64,
-    report: &mut Report,
-) -> Result<Option<(u64, [u64; 2])>> {
-    let name = holder.name();
-    let few = Server::start(&peer(FEW)?.config(), workers, None).await?;
-    let little = machine::resident_bytes(few.pid())?;
-    drop(few);
-    let mut keys = most;
-    while keys >= 1_000 {
-        match Server::start(&peer(keys)?.config(), workers, None).await {
-            Ok(server) => return Ok(Some((keys, [little, machine::resident_bytes(server.pid())?]))),
-            Err(error) => {
-                report.note(format!("{name} does not start with {keys} keys: {}", first_line(&error)));
-                keys /= 4;
-            }
-        }
-    }
-    Ok(None)
-}
-
-fn first_line(error: &anyhow::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+/// Memory of an Envoy whose configuration has the keys.
+async fn at_rest(peer: &Peer, workers: usize) -> Result<Resident> {
+    let server = Server::start(&peer.config(), workers, None).await?;
+    let before = machine::resident_bytes(server.pid())?;
+    Ok(Resident { before, after_requests: before })
 }

@@ -25,6 +25,8 @@ pub(crate) struct Peer {
     listeners: Vec<Value>,
     clusters: Vec<Value>,
     route_metadata: Option<Value>,
+    /// Headers of clients that Envoy removes before any filter runs.
+    removed: &'static [&'static str],
 }
 
 impl Peer {
@@ -50,6 +52,7 @@ impl Peer {
     /// Portcullis, with its keys from `feed`.
     pub(crate) fn portcullis(wasm: &Path, feed: SocketAddr, mut plugin: Value) -> Self {
         plugin["control_plane"] = json!({"cluster": CONTROL_PLANE});
+        let removed = if plugin["envoy_removes_identity_headers"] == true { &REMOVED_BY_ENVOY[..] } else { &[] };
         let mut vm = vm("portcullis", wasm);
         vm["environment_variables"] = json!({"host_env_keys": ["PORTCULLIS_SYNC_KEY"]});
         let config = json!({"config": {
@@ -59,6 +62,7 @@ impl Peer {
         Self {
             filters: vec![filter("portcullis", "wasm.v3.Wasm", config)],
             clusters: vec![cluster(CONTROL_PLANE, feed, true)],
+            removed,
             ..Self::default()
         }
     }
@@ -144,11 +148,19 @@ impl Peer {
         let mut filters = vec![key_from_query];
         filters.extend(self.filters.clone());
         let mut main = listener(INGRESS, 0, &filters, self.route_metadata.as_ref());
-        if !self.clusters.iter().any(|cluster| cluster["name"] == UPSTREAM) {
-            let manager = &mut main["filter_chains"][0]["filters"][0]["typed_config"];
-            if let Some(routes) = manager["route_config"]["virtual_hosts"][0]["routes"].as_array_mut() {
-                routes.retain(|route| route["route"].is_null());
-            }
+        let manager = &mut main["filter_chains"][0]["filters"][0]["typed_config"];
+        if !self.removed.is_empty() {
+            let mutations: Vec<Value> = self.removed.iter().map(|name| json!({"remove": name})).collect();
+            const KIND: &str = "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation";
+            let kind = format!("type.googleapis.com/{KIND}");
+            manager["early_header_mutation_extensions"] = json!([{
+                "name": "identity", "typed_config": {"@type": kind, "mutations": mutations},
+            }]);
+        }
+        if !self.clusters.iter().any(|cluster| cluster["name"] == UPSTREAM)
+            && let Some(routes) = manager["route_config"]["virtual_hosts"][0]["routes"].as_array_mut()
+        {
+            routes.retain(|route| route["route"].is_null());
         }
         let mut listeners = vec![main];
         listeners.extend(self.listeners.clone());
@@ -160,6 +172,10 @@ impl Peer {
 }
 
 const UPSTREAM: &str = "upstream";
+
+/// The names of identity headers, with that of the packed one.
+const REMOVED_BY_ENVOY: [&str; 5] =
+    ["x-consumer-id", "x-credential-identifier", "x-credential-scopes", "x-portcullis-shadow", "x-identity"];
 
 const LUA: &str = r#"
 local clients = {}

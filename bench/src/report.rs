@@ -8,23 +8,23 @@ use crate::stats::Estimate;
 
 /// One row.
 #[derive(Clone, Debug)]
-pub(crate) struct Figure {
-    pub(crate) suite: &'static str,
-    pub(crate) name: String,
-    pub(crate) unit: &'static str,
-    pub(crate) estimate: Estimate,
+struct Figure {
+    suite: &'static str,
+    name: String,
+    unit: &'static str,
+    estimate: Estimate,
     /// Held against the figure of this name and suite.
-    pub(crate) ratio: Option<(Estimate, &'static str)>,
+    ratio: Option<(Estimate, &'static str)>,
 }
 
 /// A target of the project, and how far it is met.
 #[derive(Clone, Debug)]
-pub(crate) struct Target {
-    pub(crate) name: &'static str,
-    pub(crate) bound: Bound,
-    pub(crate) unit: &'static str,
+struct Target {
+    name: &'static str,
+    bound: Bound,
+    unit: &'static str,
     /// None if it could not be measured.
-    pub(crate) found: Option<Estimate>,
+    found: Option<Estimate>,
 }
 
 /// How much or how little is wanted.
@@ -66,7 +66,7 @@ const LEGEND: &str = "low quartile, found: from the lower quartiles of the times
 #[derive(Debug)]
 pub(crate) struct Report {
     quick: bool,
-    pub(crate) figures: Vec<Figure>,
+    figures: Vec<Figure>,
     targets: Vec<Target>,
     notes: Vec<String>,
 }
@@ -208,7 +208,7 @@ fn range(found: &Estimate) -> String {
 }
 
 /// Three figures that count.
-pub(crate) fn short(value: f64) -> String {
+fn short(value: f64) -> String {
     if !value.is_finite() {
         return "–".into();
     }

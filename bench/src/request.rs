@@ -41,13 +41,14 @@ const REQUESTS: u64 = 4_000;
 /// Names of rows that verdicts use.
 const NOTHING: &str = "no filter";
 const EMPTY: &str = "empty filter of the Rust SDK";
-const EMPTY_UNSTRIPPED: &str = "empty filter, with all exports of the SDK";
 const NATIVE: &str = "api_key_auth, 1,000 keys, forwarding";
 const LUA: &str = "Lua table, 1,000 keys";
 const AUTHZ_HTTP: &str = "ext_authz, HTTP, instant answer";
 const AUTHZ_GRPC: &str = "ext_authz, gRPC, tonic (its CPU not counted)";
 const PLAIN: &str = "Portcullis, 1,000 keys";
 const LIMITED: &str = "Portcullis, 1,000 keys, each with a rate limit";
+const ENVOY_REMOVES: &str = "Portcullis, 1,000 keys, Envoy removes identity headers";
+const PACKED: &str = "Portcullis, 1,000 keys, and one packed identity header";
 const POLICY: &str = "Portcullis, 1,000 keys, route policy";
 const UNKNOWN: &str = "Portcullis, 1,000 keys, unknown key";
 const MILLION: &str = "Portcullis, 1,000,000 keys";
@@ -121,7 +122,7 @@ async fn measure_on(
     options: &Options,
     cores: Cores,
     generator: &H2load,
-    empty: &[PathBuf; 2],
+    empty: &Path,
     report: &mut Report,
 ) -> Result<()> {
     let (processes, requests) = if options.quick { (1, REQUESTS / 2) } else { (PROCESSES, REQUESTS) };
@@ -208,13 +209,7 @@ impl Row {
 }
 
 /// Starts the processes of the selected rows, and always those of the row without a filter.
-async fn start(
-    running: &mut Running,
-    options: &Options,
-    empty: &[PathBuf; 2],
-    home: &Path,
-    report: &mut Report,
-) -> Result<()> {
+async fn start(running: &mut Running, options: &Options, empty: &Path, home: &Path, report: &mut Report) -> Result<()> {
     progress("suite request: starting the peers");
     let upstream = Server::start(&Peer::nothing().config(), 1, Some(running.cores.load)).await?;
     let to_upstream = upstream.address();
@@ -227,6 +222,15 @@ async fn start(
     }
     for filter in &options.beside {
         start_beside(running, options, filter, home).await?;
+    }
+    let mut plugin = unlimited_plugin();
+    plugin["envoy_removes_identity_headers"] = true.into();
+    for name in [ENVOY_REMOVES, PACKED] {
+        if options.wants(name) {
+            let place = running.portcullis(&paths::wasm(), 1_000, |_| (), plugin.clone(), None, None).await?;
+            running.subject(name, place, "/", 0..1_000, home, false)?;
+        }
+        plugin["identity_headers"] = json!({"packed": "x-identity"});
     }
     if options.wants(POLICY) {
         let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
@@ -241,7 +245,7 @@ async fn start(
 async fn start_others(
     running: &mut Running,
     options: &Options,
-    [unstripped, stripped]: &[PathBuf; 2],
+    empty: &Path,
     to_upstream: SocketAddr,
     home: &Path,
 ) -> Result<()> {
@@ -251,9 +255,8 @@ async fn start_others(
         running.subject(NOTHING_UP, place, "/up", 0..1_000, home, false)?;
     }
     let lua = home.join("keys.lua");
-    let peers: [(_, &dyn Fn() -> Result<Peer>); 5] = [
-        (EMPTY, &|| Ok(Peer::empty(stripped))),
-        (EMPTY_UNSTRIPPED, &|| Ok(Peer::empty(unstripped))),
+    let peers: [(_, &dyn Fn() -> Result<Peer>); 4] = [
+        (EMPTY, &|| Ok(Peer::empty(empty))),
         (NATIVE, &|| Ok(Peer::api_key_auth(1_000))),
         (LUA, &|| Peer::lua(1_000, &lua)),
         (AUTHZ_HTTP, &|| Ok(Peer::ext_authz_http(free_port()?))),

@@ -16,7 +16,7 @@ use sqlx::types::Uuid;
 use tokio::task::JoinSet;
 
 use crate::Options;
-use crate::load::{Answers, Calls, Flow, H2load, Oha, Took};
+use crate::load::{Answers, Flow, H2load, Took, call, rest_call};
 use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
@@ -184,25 +184,17 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     report.figure(CHANGE, "Portcullis, change → refused by all workers, p99", "ms", p99);
     report.target("change → refused on all workers, p99, with load", Bound::AtMost(10.0), "ms", p99);
 
-    let generator = match Oha::install() {
-        Ok(generator) => generator,
-        Err(why) => {
-            report.note(format!("Suite sync: changes while keys are created left out: there is no oha: {why:#}"));
-            return Ok(());
-        }
-    };
     let number = if options.quick { 1_500 } else { 10_000 };
     progress(&format!("suite sync: changes while {number} keys are created"));
-    let body = |n| json!({"email": format!("many-{n}@example.com"), "name": "Bench"}).to_string();
-    let (address, bodies) =
-        (format!("http://{}/v1/keys", stack.control_plane.address()), (0..number).map(body).collect::<Vec<_>>());
-    let key = stack.control_plane.settings().admin_key.reveal().to_owned();
-    let calls = Calls { method: "POST", key, in_flight: CREATE_AT_ONCE, number };
+    let create = |n| {
+        let body = json!({"email": format!("many-{n}@example.com"), "name": "Bench"});
+        rest_call(&stack, Method::POST, "/v1/keys", Some(&body))
+    };
+    let calls = (0..number).map(create).collect::<Result<_>>()?;
     let mut creating = JoinSet::new();
-    creating.spawn(async move { generator.call(&calls, &address, &bodies).await });
+    creating.spawn(call(stack.control_plane.address(), CREATE_AT_ONCE, calls));
     let (took, counted, Took { seconds, .. }) = revocations(&stack, "other", &mut creating).await?;
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let rate = number as f64 / seconds;
+    let rate = f64::from(number) / seconds;
     report.note(format!("Suite sync: {rate:.0} keys a second were created beside {counted} changes that count."));
     report.figure(CHANGE, "Portcullis, the same while eight callers create keys, p50", "ms", Estimate::at(&took, 0.5));
     report.figure(CHANGE, "Portcullis, the same while eight callers create keys, p99", "ms", Estimate::at(&took, 0.99));

@@ -46,13 +46,16 @@ pub struct Config {
     pub strip_key: bool,
     /// The headers with the identity of the key.
     pub identity: IdentityHeaders,
+    /// Whether Envoy itself removes identity headers of clients before the filter runs, so that the filter need not do so for
+    /// requests with a good key.
+    pub envoy_removes_identity_headers: bool,
     /// More headers that are removed before the request goes upstream, in lower case.
     pub remove_headers: Vec<String>,
     /// Trailers that are removed: the headers that the filter sets or removes, and those of other gateways.
     pub trailers_removed: Vec<String>,
     /// The rate limit of keys without limits of their own.
     pub rate_limit: Option<RateLimit>,
-    /// Whether the filter sets filter state for the access log: the key's id, and the outcome of a refusal.
+    /// Whether the filter sets filter state for the access log, where no header can show it.
     pub access_log_state: bool,
     /// The policies of routes.
     pub policies: Policies,
@@ -75,6 +78,8 @@ pub struct IdentityHeaders {
     pub credential: Option<String>,
     /// The key's scopes, separated by spaces (RFC 6749, section 3.3).
     pub scopes: Option<String>,
+    /// All of these in one header, see [`crate::identity::packed`].
+    pub packed: Option<String>,
     /// Usual names that are not in use. Upstreams may trust them all the same, so they are removed from requests of clients.
     pub unused: Vec<String>,
 }
@@ -121,6 +126,8 @@ struct Raw {
     #[serde(default, deserialize_with = "null_is_default")]
     identity_headers: RawIdentityHeaders,
     #[serde(default, deserialize_with = "null_is_default")]
+    envoy_removes_identity_headers: bool,
+    #[serde(default, deserialize_with = "null_is_default")]
     remove_headers: Vec<String>,
     #[serde(default = "default_rate_limit")]
     rate_limit: Option<LimitText>,
@@ -151,6 +158,7 @@ struct RawIdentityHeaders {
     consumer: Option<String>,
     credential: Option<String>,
     scopes: Option<String>,
+    packed: Option<String>,
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "serde wants the type of the field")]
@@ -177,7 +185,6 @@ impl Config {
         if let Some(limit) = &mut policies.default.rate_limit {
             limit.name = DEFAULT_POLICY_LIMIT.into();
         }
-        let [usual_consumer, usual_credential, usual_scopes] = USUAL;
         let mut config = Self {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
             authority: filled_or("control_plane.authority", raw.control_plane.authority, "portcullis")?,
@@ -191,16 +198,8 @@ impl Config {
             store: filled_or("store", raw.store, "default")?,
             key_sources,
             strip_key: raw.strip_key.unwrap_or(true),
-            identity: IdentityHeaders {
-                consumer: identity_header("consumer", raw.identity_headers.consumer.as_deref(), usual_consumer)?,
-                credential: identity_header(
-                    "credential",
-                    raw.identity_headers.credential.as_deref(),
-                    usual_credential,
-                )?,
-                scopes: identity_header("scopes", raw.identity_headers.scopes.as_deref(), usual_scopes)?,
-                unused: Vec::new(),
-            },
+            identity: raw.identity_headers.check()?,
+            envoy_removes_identity_headers: raw.envoy_removes_identity_headers,
             remove_headers: removed(&raw.remove_headers)?,
             trailers_removed: Vec::new(),
             rate_limit: raw.rate_limit.map(|limit| limit.check("rate_limit", "default")).transpose()?,
@@ -211,8 +210,8 @@ impl Config {
             max_staleness_ms: raw.max_staleness.map(staleness).transpose()?,
             challenge,
         };
-        let IdentityHeaders { consumer, credential, scopes, .. } = &config.identity;
-        let identity = [consumer, credential, scopes].into_iter().flatten().map(String::as_str);
+        let IdentityHeaders { consumer, credential, scopes, packed, .. } = &config.identity;
+        let identity = [consumer, credential, scopes, packed].into_iter().flatten().map(String::as_str);
         let mut names: Vec<&str> = Vec::new();
         for source in &config.key_sources {
             // Several parameters, or several cookies, are in one header.
@@ -244,11 +243,22 @@ fn filled_or(field: &str, text: Option<String>, usual: &str) -> Result<String, C
     filled(field, text.unwrap_or_else(|| usual.to_owned()))
 }
 
-/// The name of an identity header: the usual one unless another is configured. An empty name switches the header off.
-fn identity_header(field: &str, name: Option<&str>, usual: &str) -> Result<Option<String>, ConfigError> {
-    match name.unwrap_or(usual) {
-        "" => Ok(None),
-        name => source::header_name(&format!("identity_headers.{field}"), name).map(Some).map_err(ConfigError),
+impl RawIdentityHeaders {
+    /// An empty name switches a header off. Usually three headers are on, or only the packed one if it has a name.
+    fn check(&self) -> Result<IdentityHeaders, ConfigError> {
+        let usual = if self.packed.as_deref().is_none_or(str::is_empty) { USUAL } else { [""; 3] };
+        let [consumer, credential, scopes] = usual;
+        let header = |field: &str, name: &Option<String>, usual| match name.as_deref().unwrap_or(usual) {
+            "" => Ok(None),
+            name => source::header_name(&format!("identity_headers.{field}"), name).map(Some).map_err(ConfigError),
+        };
+        Ok(IdentityHeaders {
+            consumer: header("consumer", &self.consumer, consumer)?,
+            credential: header("credential", &self.credential, credential)?,
+            scopes: header("scopes", &self.scopes, scopes)?,
+            packed: header("packed", &self.packed, "")?,
+            unused: Vec::new(),
+        })
     }
 }
 
@@ -303,8 +313,10 @@ mod tests {
                 consumer: Some("x-consumer-id".into()),
                 credential: Some("x-credential-identifier".into()),
                 scopes: Some("x-credential-scopes".into()),
+                packed: None,
                 unused: vec![],
             },
+            envoy_removes_identity_headers: false,
             remove_headers: vec![],
             trailers_removed: {
                 let [consumer, credential, scopes] = USUAL;
@@ -333,6 +345,7 @@ mod tests {
             "key_sources",
             "strip_key",
             "identity_headers",
+            "envoy_removes_identity_headers",
             "remove_headers",
             "access_log_state",
             "default_policy",
@@ -362,7 +375,16 @@ mod tests {
         let unused = USUAL.map(str::to_owned).to_vec();
         assert_eq!(
             config.identity,
-            IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, unused }
+            IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, packed: None, unused }
+        );
+        let packed = with(
+            r#""identity_headers": {"packed": "X-Identity", "scopes": "x-scopes"}, "envoy_removes_identity_headers": true"#,
+        );
+        let Config { identity, envoy_removes_identity_headers, .. } = Config::parse(packed.as_bytes()).unwrap();
+        assert_eq!((identity.packed, identity.scopes), (Some("x-identity".into()), Some("x-scopes".into())));
+        assert_eq!(
+            (identity.credential, identity.unused, envoy_removes_identity_headers),
+            (None, USUAL.map(str::to_owned).to_vec(), true)
         );
         assert_eq!(config.remove_headers, ["x-tenant"]);
         for name in
@@ -417,6 +439,12 @@ mod tests {
         assert_eq!(failure_mode, "failure_mode.stale: must be `deny` or `allow`");
         let unknown = error(&with(r#""failure_mode": {"on_stale": "deny"}"#));
         assert_eq!(unknown, "failure_mode.on_stale: is not a known field; the fields are `not_ready` or `stale`");
+        let packed = r#""identity_headers": {"packed": "X-Consumer-Id", "consumer": "x-consumer-id"}"#;
+        assert!(error(&with(packed)).contains("x-consumer-id is used twice"));
+        assert!(
+            error(&with(r#""identity_headers": {"packed": ":path"}"#))
+                .starts_with("identity_headers.packed: \":path\"")
+        );
         assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
         assert!(
             error(&with(r#""remove_headers": ["host"]"#)).contains("remove_headers: \"host\" is not a header name")

@@ -290,6 +290,8 @@ pub(crate) struct MockStream {
     pub(crate) address: Option<IpAddr>,
     pub(crate) filter_state: Vec<(String, String)>,
     pub(crate) reply: Option<Reply>,
+    /// How many calls changed a header or filter state.
+    pub(crate) writes: u32,
     reads: RefCell<Vec<String>>,
 }
 
@@ -349,6 +351,7 @@ impl Stream for MockStream {
     }
 
     fn set_header(&mut self, name: &str, value: &[u8]) {
+        self.writes += 1;
         let place = self.headers.iter().position(|(header, _)| header == name);
         match place {
             Some(place) => {
@@ -364,6 +367,7 @@ impl Stream for MockStream {
     }
 
     fn remove_header(&mut self, name: &str) {
+        self.writes += 1;
         self.headers.retain(|(header, _)| header != name);
     }
 
@@ -372,6 +376,7 @@ impl Stream for MockStream {
     }
 
     fn set_filter_state(&mut self, name: &str, value: &str) {
+        self.writes += 1;
         self.filter_state.push((name.to_owned(), value.to_owned()));
     }
 

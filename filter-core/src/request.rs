@@ -18,7 +18,8 @@ use contract::usage::KeyRef;
 use crate::address::Client;
 use crate::config::{Config, FailureMode, SHADOW_HEADER};
 use crate::extract::{self, Credential, Extraction, strip};
-use crate::host::{Clock, Flow, Host, Stream};
+use crate::host::{Clock, Flow, Host, Reply, Stream};
+use crate::identity;
 use crate::keys::{KeyLookup, StoredKey};
 use crate::limits::limiter::{self, Refused, Subject};
 use crate::limits::slice::Limits;
@@ -29,7 +30,8 @@ use crate::time::{NS_PER_MS, NS_PER_S};
 use crate::usage::counter::Charge;
 use crate::vm::Vm;
 
-/// Filter state for the access log: the key's id, if the key is known. Envoy shows it as `wasm.portcullis.key_id`.
+/// Filter state for the access log: the id of a known key, unless an identity header shows it. Envoy shows it as
+/// `wasm.portcullis.key_id`.
 const KEY_ID_STATE: &str = "portcullis.key_id";
 
 /// Filter state for the access log: the outcome of a refused request.
@@ -141,17 +143,14 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         // Without named policies there is nothing that a route could name.
         let name = if policies.named.is_empty() { None } else { stream.route_policy() };
         let policy = policies.find(name.as_deref());
-        if let Some(name) = name.filter(|_| policy.is_none()) {
+        if let Some(name) = name.filter(|name| policy.is_none() && self.vm.is_new_unknown_policy(name)) {
             self.report_unknown_policy(&name);
         }
         policy
     }
 
-    /// Logs the name of an unknown policy, once in each VM.
+    /// Logs the name of an unknown policy.
     fn report_unknown_policy(&self, name: &str) {
-        if !self.vm.is_new_unknown_policy(name) {
-            return;
-        }
         let problem = if name.is_empty() {
             "filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty".to_owned()
         } else {
@@ -222,7 +221,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             (Some(key), Outcome::Allowed) => {
                 if let Some(wait) = self.limit_key(key, policy) {
                     (Outcome::RateLimited, wait)
-                } else if let Some(exhausted) = stock::spend(data, &key.record, policy) {
+                } else if let Some(exhausted) = stock::spend(data, &key.record, cost) {
                     (exhausted, stock::wait(data, exhausted, &key.record, cost, self.time.s()))
                 } else {
                     (outcome, Wait::Usual)
@@ -262,57 +261,88 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
 
     /// Refuses the request, or lets it go upstream.
     fn respond(&self, verdict: &Verdict, extraction: &Extraction<'_>, stream: &mut impl Stream) -> Flow {
-        let Config { key_sources, challenge, access_log_state, strip_key, .. } = self.config;
-        if let Some(key) = verdict.key.as_ref().filter(|_| *access_log_state) {
-            stream.set_filter_state(KEY_ID_STATE, &key.key_id);
+        let Verdict { outcome, shadowed, wait, .. } = verdict;
+        let refusal = || reply(*outcome, &self.config.challenge, wait, |status| facts_of(stream, status));
+        match (!shadowed).then(refusal).flatten() {
+            Some(reply) => self.refuse(verdict, &reply, stream),
+            None => self.forward(verdict, extraction, stream),
         }
-        if !verdict.shadowed
-            && let Some(reply) = reply(verdict.outcome, challenge, &verdict.wait, |status| facts_of(stream, status))
-        {
-            if *access_log_state {
-                stream.set_filter_state(REFUSED_STATE, verdict.outcome.name());
-            }
-            strip::conceal(key_sources, stream);
-            stream.send_reply(&reply);
-            return Flow::Stop;
+    }
+
+    /// Answers the request in place of the upstream.
+    fn refuse(&self, verdict: &Verdict, reply: &Reply, stream: &mut impl Stream) -> Flow {
+        let Config { key_sources, identity, .. } = self.config;
+        self.log_key(verdict, stream);
+        self.log(REFUSED_STATE, verdict.outcome.name(), stream);
+        // The access log shows these as the identity of the key. What the client sent must not pass for it.
+        for name in [&identity.credential, &identity.packed].into_iter().flatten() {
+            stream.remove_header(name);
         }
-        self.set_upstream_headers(verdict, stream);
+        strip::conceal(key_sources, stream);
+        stream.send_reply(reply);
+        Flow::Stop
+    }
+
+    /// Lets the request go upstream, with the identity of its key in place of the key. Refused requests do not go upstream, so
+    /// this is the only place where headers of a client could reach it.
+    fn forward(&self, verdict: &Verdict, extraction: &Extraction<'_>, stream: &mut impl Stream) -> Flow {
+        let Config { key_sources, identity, strip_key, remove_headers, .. } = self.config;
+        let key = verdict.key.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
+        self.set_identity(key.map(|key| &**key), stream);
+        if key.is_none() || (identity.credential.is_none() && identity.packed.is_none()) {
+            self.log_key(verdict, stream);
+        }
+        if verdict.shadowed {
+            self.log(SHADOW_STATE, verdict.outcome.name(), stream);
+            stream.set_header(SHADOW_HEADER, verdict.outcome.name().as_bytes());
+        }
+        for name in remove_headers {
+            stream.remove_header(name);
+        }
         if *strip_key {
             strip::strip(key_sources, extraction, stream);
         }
         Flow::Continue
     }
 
-    /// Sets the headers for the upstream in place of any that the client sent under their names. Refused requests do not go
-    /// upstream, so this is the only place where headers of a client could reach it.
-    fn set_upstream_headers(&self, verdict: &Verdict, stream: &mut impl Stream) {
-        let Config { identity, remove_headers, access_log_state, .. } = self.config;
-        let key = verdict.key.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
+    /// Sets the identity headers of a good key in place of any that the client sent, and removes the others. Without a good key
+    /// the filter removes all of them, even if Envoy is said to do so: a configuration of Envoy that does not can then give no
+    /// identity to a request without one.
+    fn set_identity(&self, key: Option<&StoredKey>, stream: &mut impl Stream) {
+        let Config { identity, envoy_removes_identity_headers, .. } = self.config;
+        let packed = identity.packed.as_ref().zip(key).map(|(_, key)| identity::packed(key));
         let headers = [
             (&identity.consumer, key.map(|key| &*key.owner_id)),
             (&identity.credential, key.map(|key| &*key.key_id)),
             (&identity.scopes, key.and_then(|key| key.scopes.as_deref())),
+            (&identity.packed, packed.as_deref()),
         ];
+        let are_removed = *envoy_removes_identity_headers && key.is_some();
         for (name, value) in headers {
             match (name, value) {
                 (Some(name), Some(value)) => stream.set_header(name, value.as_bytes()),
-                (Some(name), None) => stream.remove_header(name),
-                (None, _) => {}
+                (Some(name), None) if !are_removed => stream.remove_header(name),
+                _ => {}
             }
         }
-        for name in &identity.unused {
-            stream.remove_header(name);
-        }
-        if verdict.shadowed {
-            if *access_log_state {
-                stream.set_filter_state(SHADOW_STATE, verdict.outcome.name());
+        if !are_removed {
+            for name in identity.unused.iter().map(String::as_str).chain([SHADOW_HEADER]) {
+                stream.remove_header(name);
             }
-            stream.set_header(SHADOW_HEADER, verdict.outcome.name().as_bytes());
-        } else {
-            stream.remove_header(SHADOW_HEADER);
         }
-        for name in remove_headers {
-            stream.remove_header(name);
+    }
+
+    /// Sets filter state with the id of the key, if the store has the key.
+    fn log_key(&self, verdict: &Verdict, stream: &mut impl Stream) {
+        if let Some(key) = &verdict.key {
+            self.log(KEY_ID_STATE, &key.key_id, stream);
+        }
+    }
+
+    /// Sets filter state for the access log.
+    fn log(&self, name: &str, value: &str, stream: &mut impl Stream) {
+        if self.config.access_log_state {
+            stream.set_filter_state(name, value);
         }
     }
 

@@ -199,19 +199,11 @@ mod tests {
         let seen = Tally { admitted: 100, ..Tally::default() };
         let losses = [(Restored::WHY.to_owned(), restored.all()), ("otherwise".to_owned(), 5)];
         Verdict {
-            sent: 250,
-            answers: BTreeMap::new(),
-            admitted_wrongly: 0,
-            longest_open: Duration::ZERO,
-            broken: Vec::new(),
-            unnamed: 0,
-            longest_gap: Duration::ZERO,
-            longest_gaps: Vec::new(),
             tallies: [("a".to_owned(), seen), ("b".to_owned(), seen)].into(),
             keyless: Tally { refused: 50, doubtful: 0, admitted: 0 },
             losses: losses.into(),
             restored,
-            judged_dead: 1,
+            ..Verdict::default()
         }
     }
 

@@ -18,7 +18,7 @@ use crate::driver::Driver;
 use crate::envoy_model::{BOUND, Hinders};
 use crate::oracle::Oracle;
 use crate::plan::{Dice, Kind, Step};
-use crate::proxy::Mischief;
+use crate::proxy::Manipulation;
 use crate::stack::TortureStack;
 use crate::watch::Doing;
 
@@ -83,9 +83,9 @@ impl Faults {
             Kind::ControlPlaneTerm => self.end_control_plane(mortal_control_plane, Signal::SIGTERM, step).await,
             Kind::ControlPlanePause => self.pause_control_plane(control_plane, self.standstill(step.lasts)).await,
             Kind::ControlPlaneClock => self.control_plane_clock(control_plane, step).await,
-            Kind::AnswerLost => self.mischief(envoy, Mischief::LoseAcknowledgements, step.lasts).await,
-            Kind::AnswerCut => self.mischief(envoy, Mischief::CutUpdates, step.lasts).await,
-            Kind::AnswerGarbage => self.mischief(envoy, Mischief::Spoil, step.lasts).await,
+            Kind::AnswerLost => self.manipulate(envoy, Manipulation::LoseAcknowledgements, step.lasts).await,
+            Kind::AnswerCut => self.manipulate(envoy, Manipulation::CutUpdates, step.lasts).await,
+            Kind::AnswerGarbage => self.manipulate(envoy, Manipulation::Corrupt, step.lasts).await,
             Kind::AnswerDelayed => self.delay(envoy, step).await,
             Kind::PostgresCrash => self.crash_postgres(step.lasts / 2).await,
             Kind::PostgresCut => self.cut_postgres().await,
@@ -153,15 +153,16 @@ impl Faults {
         clock.shift(0)
     }
 
-    async fn mischief(&self, envoy: usize, mischief: Mischief, lasts: Duration) -> Result<()> {
+    async fn manipulate(&self, envoy: usize, manipulation: Manipulation, lasts: Duration) -> Result<()> {
         let proxy = self.stack.proxies.get(envoy).context("no such proxy")?;
         let disruptions = self.oracle.begin(Hinders::Changes, &[envoy], BACKOFF);
-        let before = proxy.done();
-        proxy.set_mischief(Some(mischief));
+        let before = proxy.manipulated();
+        proxy.set_manipulation(Some(manipulation));
         tokio::time::sleep(lasts).await;
-        let done = async || (proxy.done() > before).then_some(());
-        let waited = eventually_within(&format!("an answer to do this to: {mischief:?}"), KEEP_ALIVE * 4, done).await;
-        proxy.set_mischief(None);
+        let happened = async || (proxy.manipulated() > before).then_some(());
+        let waited =
+            eventually_within(&format!("a response to manipulate: {manipulation:?}"), KEEP_ALIVE * 4, happened).await;
+        proxy.set_manipulation(None);
         self.oracle.end(&disruptions);
         waited
     }

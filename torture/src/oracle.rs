@@ -11,7 +11,7 @@
 //!
 //! A request counts from the moment that it was sent; it was decided later than that.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -19,7 +19,7 @@ use crate::credit_model::CreditModel;
 use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, close, gap};
 use crate::plan::Dice;
 use crate::report::Journal;
-use crate::verdict::{Restored, Tally, Verdict};
+use crate::verdict::{Tally, Verdict};
 
 /// Times in records have whole seconds.
 const SECOND: Duration = Duration::from_secs(1);
@@ -81,26 +81,17 @@ pub enum Answer {
 #[derive(Clone, Debug)]
 pub(crate) struct Disruptions(Vec<(usize, usize)>, Hinders);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Known {
     secrets: Vec<Secret>,
     steady: usize,
     models: Vec<EnvoyModel>,
     tallies: HashMap<Arc<str>, Tally>,
-    keyless: Tally,
+    /// Its tallies, and the gaps of each Envoy, are filled in at the end.
+    found: Verdict,
     forgotten: HashSet<Arc<str>>,
-    answers: BTreeMap<String, u64>,
-    sent: u64,
-    admitted_wrongly: u64,
-    longest_open: Duration,
-    broken: Vec<String>,
-    unnamed: u64,
     last_admitted: Option<Instant>,
-    longest_gap: Duration,
-    losses: BTreeMap<String, u64>,
-    restored: Restored,
     credits: CreditModel,
-    judged_dead: u64,
 }
 
 /// Judge of responses.
@@ -113,26 +104,8 @@ pub struct Oracle {
 impl Oracle {
     /// An oracle for this number of Envoys.
     pub fn new(envoys: usize, journal: Journal) -> Self {
-        let known = Known {
-            secrets: Vec::new(),
-            steady: 0,
-            models: (0..envoys).map(|_| EnvoyModel::default()).collect(),
-            tallies: HashMap::new(),
-            keyless: Tally::default(),
-            forgotten: HashSet::new(),
-            answers: BTreeMap::new(),
-            sent: 0,
-            admitted_wrongly: 0,
-            longest_open: Duration::ZERO,
-            broken: Vec::new(),
-            unnamed: 0,
-            last_admitted: None,
-            longest_gap: Duration::ZERO,
-            losses: BTreeMap::new(),
-            restored: Restored::default(),
-            credits: CreditModel::default(),
-            judged_dead: 0,
-        };
+        let models = (0..envoys).map(|_| EnvoyModel::default()).collect();
+        let known = Known { models, ..Known::default() };
         Self { known: Mutex::new(known), journal }
     }
 
@@ -233,7 +206,7 @@ impl Oracle {
 
     /// Excuses lost counts, for a reason.
     pub fn may_lose(&self, why: &str, requests: u64) {
-        *self.known().losses.entry(why.to_owned()).or_default() += requests;
+        *self.known().found.losses.entry(why.to_owned()).or_default() += requests;
         self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
     }
 
@@ -254,8 +227,8 @@ impl Oracle {
         let mut known = self.known();
         known.models.iter_mut().for_each(|model| model.close(start, now));
         let last = known.last_admitted;
-        close(last, &mut known.longest_gap, start, now);
-        if known.judged_dead == 0 {
+        close(last, &mut known.found.longest_gap, start, now);
+        if known.found.judged_dead == 0 {
             known.break_promise("no request with a dead key was judged".into(), &self.journal);
         }
         let metered =
@@ -268,8 +241,8 @@ impl Oracle {
     /// Counts requests without a known key that other parts than the clients sent.
     pub fn probed(&self, decided: u64, doubtful: u64) {
         let mut known = self.known();
-        known.keyless.refused += decided;
-        known.keyless.doubtful += doubtful;
+        known.found.keyless.refused += decided;
+        known.found.keyless.doubtful += doubtful;
     }
 
     /// Records a broken promise.
@@ -322,19 +295,9 @@ impl Oracle {
         let known = self.known();
         let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));
         Verdict {
-            sent: known.sent,
-            answers: known.answers.clone(),
-            admitted_wrongly: known.admitted_wrongly,
-            longest_open: known.longest_open,
-            broken: known.broken.clone(),
-            unnamed: known.unnamed,
-            longest_gap: known.longest_gap,
             longest_gaps: known.models.iter().map(|model| model.longest_gap).collect(),
             tallies: of_known.map(|(key, tally)| (key.to_string(), *tally)).collect(),
-            keyless: known.keyless,
-            losses: known.losses.clone(),
-            restored: known.restored.clone(),
-            judged_dead: known.judged_dead,
+            ..known.found.clone()
         }
     }
 }
@@ -351,22 +314,22 @@ impl Known {
             Answer::Came(status, None) => format!("{status}"),
             Answer::Came(status, Some(code)) => format!("{status} {code}"),
         };
-        *self.answers.entry(name).or_default() += 1;
+        *self.found.answers.entry(name).or_default() += 1;
         if *answer == Answer::Unsent {
             return;
         }
-        self.sent += 1;
+        self.found.sent += 1;
         let keyless = matches!(answer, Answer::Came(_, Some(code)) if code == "unknown" || code == "not_ready");
         let key = ticket.secret.and_then(|secret| self.secrets.get(secret)).filter(|_| !keyless);
         let tally = match key {
             Some(secret) => self.tallies.entry(Arc::clone(&secret.key)).or_default(),
-            None => &mut self.keyless,
+            None => &mut self.found.keyless,
         };
         let now = Instant::now();
         let decided = match answer {
             Answer::Came(200, _) => {
                 tally.admitted += 1;
-                gap(&mut self.last_admitted, &mut self.longest_gap, now);
+                gap(&mut self.last_admitted, &mut self.found.longest_gap, now);
                 true
             }
             Answer::Came(_, Some(_)) => {
@@ -420,7 +383,7 @@ impl Known {
         }
         let overdue = model.deadline(ticket.since).is_some_and(|deadline| sent > deadline);
         if secret.is_some() && ticket.standing == Standing::Dead && overdue && answer_status(answer) > 0 {
-            self.judged_dead += 1;
+            self.found.judged_dead += 1;
         }
         if status == 200 {
             return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
@@ -448,26 +411,26 @@ impl Known {
         let model = self.models.get(envoy)?;
         let deadline = model.deadline(ticket.since);
         if ticket.standing == Standing::Dead && deadline == Some(ticket.since + BOUND) {
-            self.longest_open = self.longest_open.max(sent.saturating_duration_since(ticket.since));
+            self.found.longest_open = self.found.longest_open.max(sent.saturating_duration_since(ticket.since));
         }
         if let Some(deadline) = deadline.filter(|deadline| ticket.standing == Standing::Dead && sent > *deadline) {
-            self.admitted_wrongly += 1;
+            self.found.admitted_wrongly += 1;
             return Some(format!("admitted {:?} later than the bound", sent - deadline));
         }
         // By the Envoy's own clock. The Envoy has known the expiry since it first admitted the key, unless a rotation set it.
         let known = ticket.end_changed.is_none() || overdue;
         let ended = ticket.ends_at.and_then(|end| sent_at.duration_since(end + model.behind + SECOND).ok());
         let late = ended.filter(|_| known && ticket.standing == Standing::Good)?;
-        self.admitted_wrongly += 1;
+        self.found.admitted_wrongly += 1;
         Some(format!("admitted {late:?} after its expiry"))
     }
 
     fn break_promise(&mut self, what: String, journal: &Journal) {
-        if self.broken.len() < MAX_TEXTS {
+        if self.found.broken.len() < MAX_TEXTS {
             journal.note(&format!("BROKEN: {what}"));
-            self.broken.push(what);
+            self.found.broken.push(what);
         } else {
-            self.unnamed += 1;
+            self.found.unnamed += 1;
         }
     }
 }

@@ -1,5 +1,5 @@
-//! A proxy between an Envoy and the control planes, which on demand drops, delays, cuts or corrupts
-//! responses.
+//! A proxy between an Envoy and the control planes that drops, delays, cuts or corrupts responses on
+//! demand.
 //!
 //! It parses HTTP/2 only down to frame boundaries (RFC 9113, section 4.1), and recognises messages
 //! by their magic bytes, so that it can corrupt an update inside valid frames.
@@ -24,13 +24,13 @@ const ACK: &[u8] = b"PKA1";
 
 /// Manipulation of responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mischief {
+pub enum Manipulation {
     /// The connection ends before an acknowledgement is forwarded.
     LoseAcknowledgements,
     /// The connection ends in the middle of an update.
     CutUpdates,
     /// Pages and acknowledgements are replaced by other bytes of the same length.
-    Spoil,
+    Corrupt,
 }
 
 /// A running proxy. It ends, and all its connections with it, when dropped.
@@ -45,9 +45,9 @@ pub struct Proxy {
 struct Shared {
     backends: Vec<SocketAddr>,
     next: AtomicUsize,
-    mischief: Mutex<Option<Mischief>>,
+    manipulation: Mutex<Option<Manipulation>>,
     delay_ms: AtomicU64,
-    done: AtomicU64,
+    manipulated: AtomicU64,
 }
 
 impl Proxy {
@@ -55,8 +55,9 @@ impl Proxy {
     pub async fn start(backends: Vec<SocketAddr>, first: usize) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
-        let (next, delay_ms, done) = (AtomicUsize::new(first), AtomicU64::new(0), AtomicU64::new(0));
-        let shared = Arc::new(Shared { backends, next, mischief: Mutex::new(None), delay_ms, done });
+        let (next, manipulation) = (AtomicUsize::new(first), Mutex::new(None));
+        let (delay_ms, manipulated) = (AtomicU64::new(0), AtomicU64::new(0));
+        let shared = Arc::new(Shared { backends, next, manipulation, delay_ms, manipulated });
         let listening = tokio::spawn(listen(listener, Arc::clone(&shared)));
         Ok(Self { address, shared, listening })
     }
@@ -67,13 +68,13 @@ impl Proxy {
     }
 
     /// Sets the manipulation of all matching responses.
-    pub fn set_mischief(&self, mischief: Option<Mischief>) {
-        *self.shared.mischief.lock().unwrap_or_else(PoisonError::into_inner) = mischief;
+    pub fn set_manipulation(&self, manipulation: Option<Manipulation>) {
+        *self.shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner) = manipulation;
     }
 
     /// The number of manipulated responses.
-    pub fn done(&self) -> u64 {
-        self.shared.done.load(Ordering::Relaxed)
+    pub fn manipulated(&self) -> u64 {
+        self.shared.manipulated.load(Ordering::Relaxed)
     }
 
     /// Sets the delay of every frame of a response.
@@ -111,21 +112,22 @@ async fn connection(client: TcpStream, shared: Arc<Shared>) {
         let (client_in, client_out) = client.into_split();
         let (server_in, server_out) = server.into_split();
         tokio::select! {
-            () = there(client_in, server_out) => {}
-            () = back(server_in, client_out, &shared) => {}
+            () = forward_requests(client_in, server_out) => {}
+            () = forward_responses(server_in, client_out, &shared) => {}
         }
         return;
     }
 }
 
-async fn there(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+/// Never returns: a connection ends with its responses, which a server may still send after the last request.
+async fn forward_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
     let _ = tokio::io::copy(&mut from, &mut to).await;
     let _ = to.shutdown().await;
-    // What the server still has to say is passed on, as TCP would.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    std::future::pending::<()>().await;
 }
 
-async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) {
+/// Returns when the server ends the connection, the client is gone, or a manipulation ends it.
+async fn forward_responses(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) {
     loop {
         let mut frame = vec![0; FRAME_HEADER];
         if from.read_exact(&mut frame).await.is_err() {
@@ -144,14 +146,14 @@ async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) 
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         }
-        let mischief = *shared.mischief.lock().unwrap_or_else(PoisonError::into_inner);
-        match mischief.map(|mischief| applied(mischief, kind, &mut frame)) {
-            None | Some(Passed::Whole) => {}
-            Some(Passed::Spoilt) => {
-                shared.done.fetch_add(1, Ordering::Relaxed);
+        let manipulation = *shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner);
+        match manipulation.map(|manipulation| manipulate(manipulation, kind, &mut frame)) {
+            None | Some(Forwarded::Unchanged) => {}
+            Some(Forwarded::Corrupted) => {
+                shared.manipulated.fetch_add(1, Ordering::Relaxed);
             }
-            Some(Passed::First(bytes)) => {
-                shared.done.fetch_add(1, Ordering::Relaxed);
+            Some(Forwarded::Start(bytes)) => {
+                shared.manipulated.fetch_add(1, Ordering::Relaxed);
                 let _ = to.write_all(&frame[..bytes]).await;
                 return;
             }
@@ -162,31 +164,31 @@ async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) 
     }
 }
 
-/// What becomes of a frame.
+/// The part of a frame that is forwarded.
 #[derive(Debug, PartialEq, Eq)]
-enum Passed {
-    Whole,
-    Spoilt,
-    First(usize),
+enum Forwarded {
+    Unchanged,
+    Corrupted,
+    Start(usize),
 }
 
-fn applied(mischief: Mischief, kind: u8, frame: &mut [u8]) -> Passed {
+fn manipulate(manipulation: Manipulation, kind: u8, frame: &mut [u8]) -> Forwarded {
     let bytes = frame.len();
     let Some((_, data)) = frame.split_at_mut_checked(FRAME_HEADER).filter(|_| kind == DATA) else {
-        return Passed::Whole;
+        return Forwarded::Unchanged;
     };
     let (update, ack) = (data.starts_with(UPDATE), data.starts_with(ACK));
-    match mischief {
-        Mischief::LoseAcknowledgements if ack => Passed::First(0),
-        Mischief::CutUpdates if update => Passed::First(FRAME_HEADER + (bytes - FRAME_HEADER) / 2),
-        Mischief::Spoil if update || ack => {
-            // The mark stays, so that the checksum has to find it out.
+    match manipulation {
+        Manipulation::LoseAcknowledgements if ack => Forwarded::Start(0),
+        Manipulation::CutUpdates if update => Forwarded::Start(FRAME_HEADER + (bytes - FRAME_HEADER) / 2),
+        Manipulation::Corrupt if update || ack => {
+            // The magic bytes stay, so that only the checksum shows the corruption.
             for (place, byte) in data.iter_mut().enumerate().skip(UPDATE.len()) {
                 *byte = byte.wrapping_mul(31).wrapping_add((place % 251) as u8);
             }
-            Passed::Spoilt
+            Forwarded::Corrupted
         }
-        Mischief::LoseAcknowledgements | Mischief::CutUpdates | Mischief::Spoil => Passed::Whole,
+        Manipulation::LoseAcknowledgements | Manipulation::CutUpdates | Manipulation::Corrupt => Forwarded::Unchanged,
     }
 }
 
@@ -201,29 +203,29 @@ mod tests {
     }
 
     #[test]
-    fn each_mischief_is_done_to_the_messages_that_it_means_and_to_no_others() {
+    fn each_manipulation_changes_its_own_messages_and_no_others() {
         let (update, ack, other) = (frame(b"PKS1abcdefgh"), frame(b"PKA1abcdefgh"), frame(b"{\"code\":1}"));
-        for (mischief, of_update, of_ack) in [
-            (Mischief::LoseAcknowledgements, Passed::Whole, Passed::First(0)),
-            (Mischief::CutUpdates, Passed::First(15), Passed::Whole),
-            (Mischief::Spoil, Passed::Spoilt, Passed::Spoilt),
+        for (manipulation, of_update, of_ack) in [
+            (Manipulation::LoseAcknowledgements, Forwarded::Unchanged, Forwarded::Start(0)),
+            (Manipulation::CutUpdates, Forwarded::Start(15), Forwarded::Unchanged),
+            (Manipulation::Corrupt, Forwarded::Corrupted, Forwarded::Corrupted),
         ] {
-            assert_eq!(applied(mischief, DATA, &mut update.clone()), of_update);
-            assert_eq!(applied(mischief, DATA, &mut ack.clone()), of_ack);
+            assert_eq!(manipulate(manipulation, DATA, &mut update.clone()), of_update);
+            assert_eq!(manipulate(manipulation, DATA, &mut ack.clone()), of_ack);
             let mut untouched = other.clone();
-            assert_eq!(applied(mischief, DATA, &mut untouched), Passed::Whole);
+            assert_eq!(manipulate(manipulation, DATA, &mut untouched), Forwarded::Unchanged);
             assert_eq!(untouched, other);
             // A frame of headers that happens to look like it.
-            assert_eq!(applied(mischief, 1, &mut update.clone()), Passed::Whole);
+            assert_eq!(manipulate(manipulation, 1, &mut update.clone()), Forwarded::Unchanged);
         }
     }
 
     #[test]
-    fn garbage_keeps_the_frame_and_the_mark_and_nothing_else() {
+    fn corruption_keeps_the_frame_and_the_magic_bytes_and_nothing_else() {
         let update = frame(b"PKS1abcdefgh");
-        let mut spoilt = update.clone();
-        applied(Mischief::Spoil, DATA, &mut spoilt);
-        assert_eq!(spoilt[..FRAME_HEADER + 4], update[..FRAME_HEADER + 4]);
-        assert!(spoilt[FRAME_HEADER + 4..].iter().zip(&update[FRAME_HEADER + 4..]).all(|(new, old)| new != old));
+        let mut corrupted = update.clone();
+        manipulate(Manipulation::Corrupt, DATA, &mut corrupted);
+        assert_eq!(corrupted[..FRAME_HEADER + 4], update[..FRAME_HEADER + 4]);
+        assert!(corrupted[FRAME_HEADER + 4..].iter().zip(&update[FRAME_HEADER + 4..]).all(|(new, old)| new != old));
     }
 }

@@ -15,7 +15,7 @@ pub struct Tally {
 }
 
 /// Findings of the oracle.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Verdict {
     /// Requests.
     pub sent: u64,

@@ -8,23 +8,21 @@ use crate::host::Stream;
 /// case. Other places are read only if several are configured.
 pub fn strip(sources: &[Source], extraction: &Extraction<'_>, stream: &mut impl Stream) {
     for source in sources {
-        if let Source::Header(name) = source {
-            stream.remove_header(name);
+        match (source, &extraction.place) {
+            (Source::Header(name), _) => stream.remove_header(name),
+            (_, Some((place, value))) if source == *place => cut(source, value, stream),
+            _ => {}
         }
     }
-    let Some((place, value)) = &extraction.place else { return };
-    if !matches!(place, Source::Header(_)) {
-        cut(place, value, stream);
-    }
-    let Some(key) = place.find(value) else { return };
-    for other in sources {
-        if other == *place || matches!(other, Source::Header(_)) {
-            continue;
-        }
-        // Read again: the key that was cut may have been in the same header.
-        let Some(value) = value_of(other, stream) else { continue };
-        if other.holds(&value, &key) {
-            cut(other, &value, stream);
+    if let Some((place, value)) = &extraction.place {
+        let others = sources.iter().filter(|other| other != place && !matches!(other, Source::Header(_)));
+        for other in others {
+            // Read only now: the key that was cut may have been in the same header.
+            if let Some(there) = value_of(other, stream)
+                && place.find(value).is_some_and(|key| other.holds(&there, &key))
+            {
+                cut(other, &there, stream);
+            }
         }
     }
 }

@@ -10,9 +10,7 @@
 //! lacked: what the owner has in all.
 
 use contract::budget::{Held, Stock};
-use contract::decision::cost;
 use contract::outcome::Outcome;
-use contract::policy::Policy;
 use contract::record::{Budget, Flags, Record};
 
 use super::wait::{RETRY_RENEWAL_S, Wait};
@@ -23,7 +21,7 @@ pub const STOCK_CELLS: u32 = 65_536;
 
 /// Pays for one allowed request: one of the key's quota, and its cost in the owner's credits; both or nothing. A record
 /// without them costs no look at any cell. Says which of them refused.
-pub fn spend(data: &SharedData<impl Cells>, record: &Record, policy: &Policy) -> Option<Outcome> {
+pub fn spend(data: &SharedData<impl Cells>, record: &Record, cost: u32) -> Option<Outcome> {
     let paid = |stock, of, budget: Option<Budget>, cost| match budget {
         Some(budget) if cost > 0 => take(data, stock, of, &budget, cost),
         _ => true,
@@ -31,7 +29,7 @@ pub fn spend(data: &SharedData<impl Cells>, record: &Record, policy: &Policy) ->
     if !paid(Stock::Quota, &record.key_id.0, record.quota, 1) {
         return Some(Outcome::QuotaExceeded);
     }
-    if !paid(Stock::Credits, &record.owner_id.0, record.credits, cost(record, policy).into()) {
+    if !paid(Stock::Credits, &record.owner_id.0, record.credits, cost.into()) {
         if record.quota.is_some() {
             // Should it not go back, the key has one request less, which is better than one too many.
             let _ = give_back(data, Stock::Quota, &record.key_id.0, 1);
@@ -168,9 +166,8 @@ mod tests {
     #[test]
     fn a_key_without_quota_and_credits_touches_no_cell() {
         let data = new_data();
-        assert_eq!(spend(&data, &record(None, None), Policy::PLAIN), None);
-        let free = Policy { cost: Some(0), ..Policy::default() };
-        assert_eq!(spend(&data, &record(None, budget(0)), &free), None);
+        assert_eq!(spend(&data, &record(None, None), 1), None);
+        assert_eq!(spend(&data, &record(None, budget(0)), 0), None);
         assert_eq!(data.host().cell_names(), Vec::<String>::new());
     }
 
@@ -178,14 +175,14 @@ mod tests {
     fn the_starter_is_spent_then_what_was_granted_and_then_nothing() {
         let data = new_data();
         let record = record(budget(2), None);
-        let spent = || (0..10).filter(|_| spend(&data, &record, Policy::PLAIN).is_none()).count();
+        let spent = || (0..10).filter(|_| spend(&data, &record, 1).is_none()).count();
         assert_eq!(spent(), 2);
         for _ in 0..2 {
             grant(&data, Stock::Quota, &KEY, 5, 1).unwrap();
             grant(&data, Stock::Credits, &KEY, 9, 1).unwrap();
         }
         assert_eq!(spent(), 3);
-        assert_eq!(spend(&data, &record, Policy::PLAIN), Some(Outcome::QuotaExceeded));
+        assert_eq!(spend(&data, &record, 1), Some(Outcome::QuotaExceeded));
         assert_eq!(held(&data, Stock::Quota, &KEY), Held { granted: 5, spent: 5, turn: 1 });
     }
 
@@ -193,14 +190,13 @@ mod tests {
     fn a_request_pays_its_quota_and_its_cost_or_nothing() {
         let data = new_data();
         let record = record(budget(10), budget(10));
-        let dear = Policy { cost: Some(4), ..Policy::default() };
-        let outcomes: Vec<_> = (0..4).map(|_| spend(&data, &record, &dear)).collect();
+        let outcomes: Vec<_> = (0..4).map(|_| spend(&data, &record, 4)).collect();
         let refused = Some(Outcome::CreditsExhausted);
         assert_eq!(outcomes, [None, None, refused, refused]);
         assert_eq!(held(&data, Stock::Quota, &KEY).spent, 2);
         assert_eq!(held(&data, Stock::Credits, &OWNER).spent, 8);
         // The rest of the credits is enough for cheaper requests.
-        assert_eq!(spend(&data, &record, Policy::PLAIN), None);
+        assert_eq!(spend(&data, &record, 1), None);
     }
 
     #[test]
@@ -209,10 +205,10 @@ mod tests {
         let mut neighbour = record(budget(1), budget(3));
         neighbour.key_id.0[0] = 1;
         let ours = record(budget(2), budget(3));
-        assert_eq!(spend(&data, &ours, Policy::PLAIN), None);
-        assert_eq!(spend(&data, &neighbour, Policy::PLAIN), None);
-        assert_eq!(spend(&data, &neighbour, Policy::PLAIN), Some(Outcome::QuotaExceeded));
-        assert_eq!(spend(&data, &ours, Policy::PLAIN), None);
+        assert_eq!(spend(&data, &ours, 1), None);
+        assert_eq!(spend(&data, &neighbour, 1), None);
+        assert_eq!(spend(&data, &neighbour, 1), Some(Outcome::QuotaExceeded));
+        assert_eq!(spend(&data, &ours, 1), None);
         assert_eq!(held(&data, Stock::Credits, &OWNER).spent, 3);
         assert_eq!(held(&data, Stock::Quota, &neighbour.key_id.0).spent, 1);
     }
@@ -223,8 +219,8 @@ mod tests {
         let record = record(budget(1), None);
         let other = record.clone();
         let data_of_other = data.clone();
-        data.host().before_next_put(move || assert_eq!(spend(&data_of_other, &other, Policy::PLAIN), None));
-        assert_eq!(spend(&data, &record, Policy::PLAIN), Some(Outcome::QuotaExceeded));
+        data.host().before_next_put(move || assert_eq!(spend(&data_of_other, &other, 1), None));
+        assert_eq!(spend(&data, &record, 1), Some(Outcome::QuotaExceeded));
     }
 
     #[test]

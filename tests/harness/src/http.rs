@@ -107,22 +107,45 @@ pub async fn send(address: SocketAddr, request: Outgoing) -> Result<Reply> {
     Connection::open(address).await?.send(request).await
 }
 
+/// One HTTP/2 connection, for any number of requests at once.
+#[derive(Debug)]
+pub struct Http2Connection<B>(http2::SendRequest<B>);
+
+impl<B> Http2Connection<B>
+where
+    B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    /// Connects.
+    pub async fn open(address: SocketAddr) -> Result<Self> {
+        let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
+        stream.set_nodelay(true)?;
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        Ok(Self(sender))
+    }
+
+    /// Sends a request, whose URI names the authority, and waits for the whole response.
+    pub async fn send(&self, request: Request<B>) -> Result<Reply> {
+        let mut sender = self.0.clone();
+        let exchange = async {
+            sender.ready().await?;
+            let (head, body) = sender.send_request(request).await?.into_parts();
+            let body = body.collect().await?.to_bytes();
+            Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+        };
+        let reply = tokio::time::timeout(TIMEOUT, exchange);
+        Ok(reply.await.context("the server does not answer")??)
+    }
+}
+
 /// One request over HTTP/2, on a connection of its own. Its URI names the authority.
 pub async fn over_http_2<B>(address: SocketAddr, request: Request<B>) -> Result<Reply>
 where
     B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
-    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let exchange = async {
-        let (head, body) = sender.send_request(request).await?.into_parts();
-        let body = body.collect().await?.to_bytes();
-        Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
-    };
-    let reply = tokio::time::timeout(TIMEOUT, exchange);
-    Ok(reply.await.map_err(|_| anyhow!("{address} does not answer"))??)
+    Http2Connection::open(address).await?.send(request).await
 }
 
 /// One JSON request on a connection of its own.

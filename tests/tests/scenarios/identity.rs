@@ -130,3 +130,68 @@ async fn what_other_gateways_tell_an_upstream_no_client_can_tell_it() -> Result<
     assert_eq!(headers["x-consumer-id"], json!(["22222222-2222-2222-2222-222222222222"]));
     Ok(())
 }
+
+/// The lines of `envoy/minimal.yaml` by which Envoy removes the filter's own identity headers.
+const REMOVED_BY_ENVOY: [&str; 4] = [
+    "- remove: x-consumer-id",
+    "- remove: x-credential-identifier",
+    "- remove: x-credential-scopes",
+    "- remove: x-portcullis-shadow",
+];
+
+/// What the upstream receives of a client that forges every identity header: with a good key without scopes, and without a
+/// key on a route that needs none.
+async fn forged(plugin: &Value, removed_by_envoy: bool) -> Result<[Reply; 2]> {
+    let mut harness = FilterHarness::builder().plugin(plugin.clone()).route("/open", "open");
+    for line in REMOVED_BY_ENVOY {
+        harness = if removed_by_envoy { harness } else { harness.edit(&format!("{line}\n"), "\n") };
+    }
+    let harness = harness.start(&[("good", record(1))]).await?;
+    let ask = async |path, key| {
+        let mut request = Request::get(path).header("x-identity", "root").header("x-portcullis-shadow", "root");
+        for name in SPOOFED {
+            request = request.header(name, "root").header(name, "admin");
+        }
+        harness.send(request.header("x-api-key", key).body(Full::default())?).await
+    };
+    Ok([ask("/", "good").await?, ask("/open", "").await?])
+}
+
+#[tokio::test]
+async fn a_client_cannot_forge_an_identity_whether_the_filter_or_envoy_removes_its_headers() -> Result<()> {
+    let three = ["x-consumer-id", "x-credential-identifier"];
+    let policies = json!({"open": {"key": "anonymous_allowed"}});
+    for envoy_removes in [false, true] {
+        let plugin = json!({"envoy_removes_identity_headers": envoy_removes, "policies": policies});
+        let [good, open] = forged(&plugin, envoy_removes).await?;
+        // No gateway is known by this name here, so it passes.
+        assert_upstream(&good, &[&three[..], &["x-identity"]].concat());
+        assert_upstream(&open, &["x-identity"]);
+
+        let packed = json!({"identity_headers": {"packed": "x-identity"},
+            "envoy_removes_identity_headers": envoy_removes, "policies": policies});
+        let [good, open] = forged(&packed, envoy_removes).await?;
+        let identity = "consumer=\"22222222-2222-2222-2222-222222222222\", \
+            credential=\"01010101-0101-0101-0101-010101010101\"";
+        assert_eq!(assert_upstream(&good, &["x-identity"])["x-identity"], json!([identity]));
+        assert_upstream(&open, &[]);
+    }
+    Ok(())
+}
+
+/// The setting without Envoy's part. Then a client with a good key can forge headers that its key has no value for, and no
+/// others; a client without a key can forge none.
+#[tokio::test]
+async fn a_filter_that_relies_on_an_envoy_that_removes_nothing_still_gives_no_identity_to_a_request_without_a_key()
+-> Result<()> {
+    let policies = json!({"open": {"key": "anonymous_allowed"}});
+    let plugin =
+        json!({"envoy_removes_identity_headers": true, "policies": policies, "remove_headers": ["x-identity"]});
+    let [good, open] = forged(&plugin, false).await?;
+    let all = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes", "x-portcullis-shadow"];
+    let headers = assert_upstream(&good, &all);
+    assert_eq!(headers["x-consumer-id"], json!(["22222222-2222-2222-2222-222222222222"]));
+    assert_eq!(headers["x-credential-identifier"], json!(["01010101-0101-0101-0101-010101010101"]));
+    assert_upstream(&open, &[]);
+    Ok(())
+}

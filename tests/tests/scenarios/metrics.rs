@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 
 use anyhow::Result;
+use http_body_util::Full;
+use hyper::Request;
 use portcullis_tests::http;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
@@ -102,11 +104,20 @@ async fn the_access_log_names_the_key_by_its_id_and_the_reason_of_a_refusal() ->
     assert_eq!(line["request_id"], seen["headers"]["x-request-id"][0]);
     let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/nameless").await?)?;
     assert_eq!((&line["key_id"], &line["refused"]), (&serde_json::Value::Null, &"missing".into()));
-    assert_eq!(line["status"], 401);
+    assert_eq!((&line["status"], &line["rejected_key_id"]), (&401.into(), &serde_json::Value::Null));
     // The id of a refusal leads to its line in the access log.
     let id = refused.header("x-request-id").unwrap_or_default();
     assert_eq!((&line["request_id"], id.len()), (&id.into(), 36));
     assert_eq!(refused.json()?["request_id"], id);
+
+    // A known key that is refused has its id elsewhere, and a client cannot write the id into the log.
+    stack.rest().revoke("ada@example.com").await?;
+    stack.wait_for_status(Some(&key), 401).await?;
+    let forging = Request::get("/forged").header("x-api-key", &key).header("x-credential-identifier", "root");
+    http::send(stack.envoy().address(), forging.body(Full::default())?).await?;
+    let line: serde_json::Value = serde_json::from_str(&stack.envoy().log().wait_for("/forged").await?)?;
+    assert_eq!((&line["key_id"], &line["refused"]), (&serde_json::Value::Null, &"revoked".into()));
+    assert_eq!(line["rejected_key_id"], seen["headers"]["x-credential-identifier"][0]);
     Ok(())
 }
 

@@ -52,7 +52,7 @@ impl Oracle {
 
     /// Excuses the counts that only the replaced database had.
     pub fn restored(&self, lost: &Restored) {
-        self.known().restored.add(lost);
+        self.known().found.restored.add(lost);
         self.may_lose(Restored::WHY, lost.all());
     }
 }
