@@ -4,8 +4,7 @@ use contract::network::Network;
 use contract::record::{Budget, Further, Requires};
 use time::OffsetDateTime;
 
-/// The record that filters know of a key, from a row with the columns that make it up. A macro, since the rows of two
-/// checked queries are of two types.
+/// Builds the record of a key from a row. A macro, since sqlx gives the rows of two queries two types.
 macro_rules! record_of {
     ($row:expr) => {{
         let (rate_limits, alone) = $crate::domain::StoredLimit::apart($row.rate_limits.0);
@@ -63,8 +62,8 @@ pub(crate) fn further(
     }
 }
 
-/// The networks that a key may be used from. Somebody wrote a network that cannot be parsed by hand. It becomes one that no
-/// address is in, so that it admits nobody.
+/// Parses the networks from which a key can be used. An invalid network, which was written by hand, becomes one that contains no
+/// address.
 pub(crate) fn networks(texts: &[String]) -> Vec<Network> {
     let nowhere = || "::/128".parse().ok();
     texts.iter().filter_map(|text| text.parse().ok().or_else(nowhere)).collect()
