@@ -1,12 +1,11 @@
-//! The key store in memory, as filters are to have it: rows of the change feed come in, pages go out. Nothing here waits
-//! for the database, so that Envoys are answered while it is down.
+//! The key store in memory. The change feed writes it, and filters read pages of it, also while the database is down.
 //!
-//! Of each key the mirror holds its present record, in the binary form of the pages, and the revision of its last change,
-//! in the order of hashes, which is the order of a snapshot. Changes are found through an index by revision; a key that was
-//! withdrawn stays in it as a tombstone for a while.
+//! The mirror has the record of each secret, in the binary form of the pages, and the revision of its last change. Records are
+//! sorted by hash, which is the order of a snapshot. An index by revision finds changes. A withdrawn secret leaves a
+//! *tombstone*, an entry without a record, so that filters that are behind remove the secret.
 //!
-//! Trees, and no table of buckets: a mirror is built anew whenever the database is restored, while the present one still
-//! serves. Allocators keep a heap for each thread, and each would keep the room of a large block that came and went.
+//! It consists of trees and not of one large table: after a restore of the database a second mirror is built while the first
+//! serves, and the allocator would keep the memory of large blocks for each thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::page::{Header, PAGE_BYTES, PageWriter, Part, REVISION_BYTES};
 
-/// Most tombstones that are kept. Beyond, the oldest go, and filters that are further behind get a snapshot.
+/// Most tombstones. Beyond, the oldest are dropped, and filters that are further behind get a snapshot.
 const TOMBSTONES: usize = 100_000;
 
 /// Most bytes of an entry beside its record: length, kind and hash.
