@@ -80,7 +80,9 @@ pub fn is_time_zone(name: &str) -> bool {
 }
 
 fn find(name: &str) -> Option<TimeZone> {
-    ZONES.get(name).ok().filter(|zone| zone.iana_name() == Some(name) && !zone.is_unknown())
+    // `Factory` is the database's entry for a machine whose time zone is not set.
+    let is_named = |zone: &TimeZone| zone.iana_name() == Some(name) && !zone.is_unknown() && name != "Factory";
+    ZONES.get(name).ok().filter(is_named)
 }
 
 /// The first instant whose local date is this day or a later one.
@@ -125,7 +127,7 @@ mod tests {
         let nanosecond = time::Duration::nanoseconds(1);
         let mut checked = 0;
         for name in ZONES.available() {
-            let zone = find(name.as_str()).unwrap();
+            let Some(zone) = find(name.as_str()) else { continue };
             let changes: Vec<Timestamp> =
                 zone.following(from).map(|change| change.timestamp()).take_while(|change| *change < to).collect();
             let day_of = |every: Every, at: OffsetDateTime| {
@@ -161,15 +163,15 @@ mod tests {
     fn a_day_whose_midnight_is_skipped_or_repeated_has_23_or_25_hours() {
         for (zone, instant, start, end) in [
             // Clocks go from 00:00 to 01:00.
-            ("Africa/Cairo", "2026-04-24T09:00Z", "2026-04-23T22:00Z", "2026-04-24T21:00Z"),
-            ("America/Santiago", "2026-09-06T09:00Z", "2026-09-06T04:00Z", "2026-09-07T03:00Z"),
-            ("Asia/Beirut", "2026-03-29T09:00Z", "2026-03-28T22:00Z", "2026-03-29T21:00Z"),
+            ("Africa/Cairo", "2024-04-26T09:00Z", "2024-04-25T22:00Z", "2024-04-26T21:00Z"),
+            ("America/Santiago", "2024-09-08T09:00Z", "2024-09-08T04:00Z", "2024-09-09T03:00Z"),
+            ("Asia/Beirut", "2024-03-31T09:00Z", "2024-03-30T22:00Z", "2024-03-31T21:00Z"),
             // Clocks go from 24:00 back to 23:00.
-            ("Africa/Cairo", "2026-10-29T21:30Z", "2026-10-28T21:00Z", "2026-10-29T22:00Z"),
+            ("Africa/Cairo", "2024-10-31T21:30Z", "2024-10-30T21:00Z", "2024-10-31T22:00Z"),
             // Clocks go from 01:00 back to 00:00.
-            ("America/Havana", "2026-11-01T04:30Z", "2026-11-01T04:00Z", "2026-11-02T05:00Z"),
-            ("America/Havana", "2026-11-01T05:30Z", "2026-11-01T04:00Z", "2026-11-02T05:00Z"),
-            ("Atlantic/Azores", "2026-10-25T00:30Z", "2026-10-25T00:00Z", "2026-10-26T01:00Z"),
+            ("America/Havana", "2024-11-03T04:30Z", "2024-11-03T04:00Z", "2024-11-04T05:00Z"),
+            ("America/Havana", "2024-11-03T05:30Z", "2024-11-03T04:00Z", "2024-11-04T05:00Z"),
+            ("Atlantic/Azores", "2024-10-27T00:30Z", "2024-10-27T00:00Z", "2024-10-28T01:00Z"),
             // 30 December 2011 was left out.
             ("Pacific/Apia", "2011-12-30T09:00Z", "2011-12-29T10:00Z", "2011-12-30T10:00Z"),
         ] {

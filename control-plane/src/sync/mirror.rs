@@ -153,7 +153,7 @@ impl Mirror {
         revision >= self.horizon && revision <= self.revision
     }
 
-    /// Writes the page that a reader gets, of a store that so many filters sync. Changes that are not all known become a
+    /// Encodes the page that a reader gets, with the number of filters that sync. A reader that is behind the known changes gets a
     /// snapshot.
     ///
     /// # Errors
