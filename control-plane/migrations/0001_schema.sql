@@ -228,7 +228,7 @@ comment on column api_keys.credits_exhausted is 'The user is metered and has no 
 comment on column api_keys.credits_starter is 'The starter of the user; null if the user is not metered; kept by triggers.';
 comment on column api_keys.credits_turn is 'The turn of the user; kept by triggers.';
 comment on column api_keys.disabled_by_admin is 'Whether an admin disabled the key. Then only an admin can enable it.';
-comment on column api_keys.withdrawn is 'Tombstone: filters no longer hold the key and refuse it as unknown. It ended long ago, or many keys of its user ended later.';
+comment on column api_keys.withdrawn is 'Filters no longer hold the key and refuse it as unknown. It ended long ago, or many keys of its user ended later.';
 comment on column api_keys.version is 'Incremented by each change, also by those that filters do not see: the ETag.';
 comment on column api_keys.revision is 'Revision of the last change that filters see.';
 
@@ -294,7 +294,7 @@ comment on column retired_secrets.hash is 'As api_keys.hash.';
 comment on column retired_secrets.owner_id is 'The user of the key, to find old secrets by user; set by a trigger. It has no foreign key: the check would lock the user after store_state.';
 comment on column retired_secrets.generation is 'Number of the secret, from 1.';
 comment on column retired_secrets.ends_at is 'When the secret stops working.';
-comment on column retired_secrets.withdrawn is 'Tombstone, as api_keys.withdrawn.';
+comment on column retired_secrets.withdrawn is 'As api_keys.withdrawn.';
 comment on column retired_secrets.revision is 'Revision of the last change.';
 
 create index retired_secrets_key on retired_secrets (key_id, generation);
@@ -332,7 +332,7 @@ end $$;
 
 create trigger api_keys_copy_owner before insert on api_keys for each row execute function copy_owner_to_key();
 
--- Tombstones miss the changes of their user. An expired key that gets a later expiry is no tombstone any more.
+-- Withdrawn keys miss the changes of their user. An expired key that gets a later expiry is no longer withdrawn.
 create trigger api_keys_copy_owner_again before update of withdrawn on api_keys
     for each row when (old.withdrawn and not new.withdrawn) execute function copy_owner_to_key();
 
@@ -391,7 +391,7 @@ end $$;
 create trigger api_keys_refuse_retired_hash before insert or update of hash on api_keys
     for each row execute function refuse_retired_hash();
 
--- Filters learn of the end of a key from its row. Only the clean-up of tombstones deletes rows.
+-- Filters learn of the end of a key from its row. Only the clean-up of withdrawn keys deletes rows.
 
 create function refuse_key_deletion() returns trigger language plpgsql as $$
 begin
@@ -757,22 +757,9 @@ create table quota_use (
 );
 
 comment on table quota_use is 'Requests counted against the quota of a key in the present window.';
-comment on column quota_use.kind is 'Kind of the window, such as day/Europe/Berlin or rolling/3600. A quota of another kind starts a new window.';
+comment on column quota_use.kind is 'Kind of the window, such as day/Europe/Berlin or rolling/3600. A quota of another kind starts a new window. Empty before the first window.';
 comment on column quota_use.used is 'Requests.';
 comment on column quota_use.slots is 'Rolling windows only: requests in each sixtieth of the window, the oldest first; the last one is still filling.';
-
--- The calendar window that contains a moment, for quotas and refills. An unknown time zone counts as UTC: another server may
--- have had newer time zone data.
-
-create function calendar_window(period text, zone text, at timestamptz, out starts timestamptz, out ends timestamptz)
-language plpgsql stable strict as $$
-begin
-    starts := date_trunc(period, at, zone);
-    ends := ((starts at time zone zone) + ('1 ' || period)::interval) at time zone zone;
-exception when invalid_parameter_value then
-    starts := date_trunc(period, at, 'UTC');
-    ends := ((starts at time zone 'UTC') + ('1 ' || period)::interval) at time zone 'UTC';
-end $$;
 
 
 -- 13. Leases
@@ -858,6 +845,16 @@ comment on view key_permissions is 'What keys may do, with roles and plans by na
 comment on column key_permissions.plan is 'The key''s own plan.';
 comment on column key_permissions.effective_plan is 'The plan that applies: the key''s own or that of the user.';
 comment on column key_permissions.scopes is 'Scopes of the key, of its roles and of its plan, in this order; one may occur several times.';
+
+create view key_quotas as
+select k.id, coalesce(k.quota, d.quota) as quota, k.quota_exceeded, k.quota_starter, k.quota_resets_at,
+    coalesce(u.kind, '') as kind, coalesce(u.window_start, 'epoch') as window_start,
+    coalesce(u.window_end, 'epoch') as window_end, coalesce(u.used, 0) as used, coalesce(u.slots, '{}') as slots
+from api_keys k
+left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
+left join quota_use u on u.key_id = k.id;
+
+comment on view key_quotas is 'The quota that applies to each key, its own or that of its plan, with the stored window. Kind is empty if there is none.';
 
 create view users_with_counts as
 select p.id, p.email, d.name as plan, p.balance, p.metered, p.created_at, p.version, k.live_keys, k.total_keys

@@ -26,34 +26,32 @@ impl Actor {
     }
 }
 
-/// What was done. The names are stable: people search for them.
+/// A change. The names of actions are stable.
 #[derive(Clone, Debug)]
 pub struct AuditEvent<'a> {
-    /// What, as `key.create`.
+    /// Such as `key.create`.
     pub action: &'static str,
-    /// To which key, if it was one.
     pub key_id: Option<Uuid>,
-    /// To what else: a user's address, the name of a role or plan.
+    /// If no key was changed: the address of a user, the name of a role or plan.
     pub target: Option<&'a str>,
-    /// Further details: what was set, how many keys were changed.
+    /// What was set, how many keys were changed.
     pub detail: Value,
 }
 
 impl<'a> AuditEvent<'a> {
-    /// Something done to a key.
+    /// A change of a key.
     #[must_use]
     pub const fn on_key(action: &'static str, key_id: Uuid, detail: Value) -> Self {
         Self { action, key_id: Some(key_id), target: None, detail }
     }
 
-    /// Something done to anything else.
+    /// A change of anything else.
     #[must_use]
     pub const fn on(action: &'static str, target: &'a str, detail: Value) -> Self {
         Self { action, key_id: None, target: Some(target), detail }
     }
 }
 
-/// Writes it down.
 pub async fn record(connection: &mut PgConnection, actor: &Actor, event: AuditEvent<'_>) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "insert into audit (actor_key_id, actor_email, address, request_id, action, key_id, target, detail)
@@ -72,7 +70,7 @@ pub async fn record(connection: &mut PgConnection, actor: &Actor, event: AuditEv
     Ok(())
 }
 
-/// Writes down that the same was done to several keys.
+/// Records the same event for each of several keys.
 pub async fn record_each(
     connection: &mut PgConnection,
     actor: &Actor,
@@ -113,7 +111,7 @@ pub struct AuditRow {
     pub detail: Value,
 }
 
-/// Which rows; what is none does not matter.
+/// Conditions on rows. `None` matches all.
 #[derive(Clone, Debug, Default)]
 pub struct AuditFilter<'a> {
     pub key_id: Option<Uuid>,
@@ -122,7 +120,7 @@ pub struct AuditFilter<'a> {
     pub target: Option<&'a str>,
     pub from: Option<OffsetDateTime>,
     pub to: Option<OffsetDateTime>,
-    /// Only what was done to this user or to keys of theirs.
+    /// Only changes of this user or of the user's keys.
     pub owner: Option<(Uuid, &'a str)>,
 }
 
@@ -159,10 +157,7 @@ pub async fn trail(
     .await
 }
 
-/// Deletes rows that are older than `days`. Says how many.
-///
-/// # Errors
-/// Those of the database; what went before stays gone.
+/// Deletes rows older than `days`. Returns how many.
 pub async fn delete_old(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {

@@ -1,4 +1,4 @@
-//! Advisory locks, by which one replica at a time does a job.
+//! Advisory locks, so that one replica at a time runs a job.
 
 use sqlx::PgConnection;
 
@@ -12,7 +12,7 @@ pub enum JobLock {
 }
 
 impl JobLock {
-    /// Takes the lock until the transaction ends. Says whether no other replica holds it.
+    /// Takes the lock until the transaction ends. Returns whether it was free.
     pub async fn try_take(self, connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
         let alone = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "alone!""#, self as i64);
         alone.fetch_one(connection).await

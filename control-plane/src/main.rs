@@ -1,4 +1,4 @@
-//! The binary: reads the command line, does what it says, and says in one line what kept it from doing so.
+//! The binary `portcullis`. It reads the command line and runs the command. An error is one line.
 
 #![forbid(unsafe_code)]
 
@@ -88,7 +88,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Keys(Keys::Import { database, file }) => {
             let (pool, pepper) = (connect(&database).await?, given_pepper()?);
             control_plane::keys::pepper::check(&pool, pepper.as_ref()).await?;
-            let import = Import::new(pool, Actor::system(), pepper);
+            let import = Import::new(Writer::new(pool, FeedWaker::default()), Actor::system(), pepper);
             if file == Path::new("-") {
                 import_keys(import, std::io::stdin()).await
             } else {
@@ -96,25 +96,26 @@ async fn run(command: Command) -> Result<(), Failure> {
                 import_keys(import, lines).await
             }
         }
-        Command::Usage(Usage::Import { database, file }) => {
-            let pool = connect(&database).await?;
-            let imported = if file == Path::new("-") {
-                metering::import::import(&pool, BufReader::new(std::io::stdin())).await?
-            } else {
-                let log = File::open(&file).map_err(|error| format!("{}: {error}", file.display()))?;
-                metering::import::import(&pool, BufReader::new(log)).await?
-            };
-            for (line, why) in &imported.bad {
-                writeln!(std::io::stderr(), "line {line}: {why}")?;
-            }
-            let metering::import::Imported { applied, known, bad, refused } = imported;
-            if refused > bad.len() {
-                writeln!(std::io::stderr(), "and {} more lines", refused - bad.len())?;
-            }
-            print(&format!("reports applied: {applied}, known before: {known}, lines refused: {refused}"))?;
-            if refused == 0 { Ok(()) } else { Err("some lines were refused and not booked".into()) }
-        }
+        Command::Usage(Usage::Import { database, file }) => import_usage(&connect(&database).await?, &file).await,
     }
+}
+
+async fn import_usage(pool: &PgPool, file: &Path) -> Result<(), Failure> {
+    let imported = if file == Path::new("-") {
+        metering::import::import(pool, BufReader::new(std::io::stdin())).await?
+    } else {
+        let log = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        metering::import::import(pool, BufReader::new(log)).await?
+    };
+    for (line, why) in &imported.bad {
+        writeln!(std::io::stderr(), "line {line}: {why}")?;
+    }
+    let metering::import::Imported { applied, known, bad, refused } = imported;
+    if refused > bad.len() {
+        writeln!(std::io::stderr(), "and {} more lines", refused - bad.len())?;
+    }
+    print(&format!("reports applied: {applied}, known before: {known}, lines refused: {refused}"))?;
+    if refused == 0 { Ok(()) } else { Err("some lines were refused and not booked".into()) }
 }
 
 async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Failure> {

@@ -6,17 +6,20 @@ pub mod rollup;
 mod store;
 
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 use utoipa::ToSchema;
 
+use crate::domain::calendar::is_time_zone;
+use crate::domain::{Every, Window};
 use crate::error::ApiError;
 
 pub(crate) use store::usage;
 pub use store::{Account, AccountChange, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
 
-/// Most credits that come in or go out in one row by hand.
+/// Most credits of a top-up or a correction.
 pub const AMOUNT: i64 = 1_000_000_000_000;
 
-/// The largest balance, either way, that rows by hand may lead to: JSON readers know such numbers exactly.
+/// Largest balance, above or below zero, after a top-up or a correction. JSON readers represent it exactly.
 pub const BALANCE: i64 = 1_000_000_000_000_000;
 
 const NOTE_CHARS: usize = 200;
@@ -44,30 +47,6 @@ impl Kind {
             Self::Refill => "refill",
             Self::Usage => "usage",
             Self::Correction => "correction",
-        }
-    }
-}
-
-/// How often credits come in by themselves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Every {
-    /// At midnight.
-    Day,
-    /// At midnight before Monday.
-    Week,
-    /// At midnight before the first.
-    Month,
-}
-
-impl Every {
-    /// The name, as PostgreSQL knows it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Day => "day",
-            Self::Week => "week",
-            Self::Month => "month",
         }
     }
 }
@@ -100,7 +79,7 @@ fn null_is_utc<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Stri
 }
 
 impl Refill {
-    /// Checks the numbers; the time zone is PostgreSQL's to know.
+    /// Checks the numbers and the time zone.
     ///
     /// # Errors
     /// What is wrong with `refill`.
@@ -110,17 +89,27 @@ impl Refill {
                 return Err(ApiError::invalid("refill", format!("{field} must be a number from 1 to {AMOUNT}")));
             }
         }
+        if !is_time_zone(&self.time_zone) {
+            let detail = "time_zone must be a name of the IANA time zone database such as Europe/Berlin";
+            return Err(ApiError::invalid("refill", detail));
+        }
         Ok(())
     }
 
-    /// What comes in to a balance.
+    /// The first time after `now` when it is due.
+    #[must_use]
+    pub fn next(&self, now: OffsetDateTime) -> OffsetDateTime {
+        Window::containing(now, self.period, &self.time_zone).end
+    }
+
+    /// The credits that it adds to a balance.
     #[must_use]
     pub fn amount(&self, balance: i64) -> i64 {
         self.up_to.map_or(self.amount, |most| most.saturating_sub(balance).clamp(0, self.amount))
     }
 }
 
-/// What an Envoy may spend of so many credits before it was leased any.
+/// The starter of a balance: credits that an Envoy may spend before it has a lease.
 #[must_use]
 pub fn starter(balance: i64) -> i32 {
     i32::try_from((balance / 16).clamp(1, 1_000_000)).unwrap_or(1)
@@ -139,7 +128,7 @@ pub fn parse_note(note: Option<String>) -> Result<String, ApiError> {
     Ok(note)
 }
 
-/// Parses the amount of a row that is made by hand.
+/// Parses the amount of a top-up or a correction.
 ///
 /// # Errors
 /// What is wrong with `amount` or `kind`.
@@ -185,6 +174,10 @@ mod tests {
         assert_eq!((refill.amount(-50), refill.amount(1_000)), (100, 100));
         let up_to = Refill { up_to: Some(120), ..refill };
         assert_eq!([-50, 20, 50, 120, 500].map(|balance| up_to.amount(balance)), [100, 100, 70, 0, 0]);
+        assert!(up_to.check().is_ok());
+        for bad in [Refill { amount: 0, ..up_to.clone() }, Refill { time_zone: "Nowhere/Else".into(), ..up_to }] {
+            assert!(bad.check().is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -6,22 +6,20 @@ use sqlx::{PgConnection, PgPool};
 use crate::change::transact;
 use crate::job_lock::JobLock;
 
-/// What the merged rows are marked with.
+/// The note of merged rows.
 pub const NOTE: &str = "sum of a day";
 
-/// Merges the rows of the oldest day that has any, if it is over for so many days. Says how many rows went.
-///
-/// # Errors
-/// Those of the database; the ledger is as it was then.
+/// Merges the rows of the oldest day that has any and ended more than `detail_days` ago. Returns how many rows were deleted, at
+/// least 1 if there was such a day.
 pub async fn roll_up(pool: &PgPool, detail_days: i32) -> Result<u64, sqlx::Error> {
     let gone = transact(pool, async |connection| roll_up_a_day(connection, detail_days).await).await?;
     let Some(gone) = gone else { return Ok(0) };
     metrics::counter!("portcullis_ledger_rows_rolled_up_total").increment(gone);
-    // At least the day is done, even if each owner had one row.
+    // The day was merged, even if each user had only one row.
     Ok(gone.max(1))
 }
 
-/// Merges the rows of the oldest day. Says how many rows went; none if there is no such day, or another replica is at it.
+/// Returns how many rows were deleted; `None` if there is no such day, or another replica holds the lock.
 async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Result<Option<u64>, sqlx::Error> {
     if !JobLock::LedgerRollUp.try_take(connection).await? {
         return Ok(None);
@@ -35,7 +33,7 @@ async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Resul
     .await?;
     let Some(day) = day else { return Ok(None) };
     sqlx::query!("set local portcullis.roll_up = 'on'").execute(&mut *connection).await?;
-    // The last row of each stretch has the balance of the stretch's end: it takes the others' amounts.
+    // The last row of each stretch has the balance at its end, so it takes the amounts of the others.
     let gone = sqlx::query_scalar!(
         r#"with spans as (
             select owner_id, min(id) as first, max(id) as last from ledger

@@ -13,8 +13,7 @@ use crate::domain::{Email, Patch, Preconditions};
 use crate::error::ApiError;
 use crate::users::lock::{LockedUser, lock_or_create_user, lock_user};
 
-/// How far below zero usage can bring a balance: no honest usage comes near, and a forged one must not stop those that are
-/// booked with it.
+/// Lowest balance that usage leads to. Forged usage must not overflow a balance and stop the reports that are applied with it.
 const LOWEST: i64 = -1_000_000_000_000_000_000;
 
 /// A row of the ledger.
@@ -36,19 +35,19 @@ pub struct LedgerRow {
     pub refill_due: Option<OffsetDateTime>,
 }
 
-/// What stands on an owner's account.
+/// The account of a user.
 #[derive(Clone, Debug)]
 pub struct Account {
     pub owner_id: Uuid,
     /// The sum of the ledger.
     pub balance: i64,
-    /// What requests have ever cost.
+    /// Credits that all requests so far have cost.
     pub spent: i64,
     /// Whether requests cost credits.
     pub metered: bool,
-    /// What an Envoy may spend before it was leased any.
+    /// Credits that an Envoy may spend before it has a lease.
     pub credits_starter: i32,
-    /// What Envoys hold and have not told of.
+    /// Credits that Envoys have a lease for and have not reported.
     pub leased: i64,
     pub refill: Option<Json<Refill>>,
     /// When it next does.
@@ -57,7 +56,7 @@ pub struct Account {
     pub version: i64,
 }
 
-/// What a change of an account sets.
+/// A change of an account.
 #[derive(Clone, Debug, Default)]
 pub struct AccountChange {
     /// Whether requests cost credits.
@@ -65,7 +64,7 @@ pub struct AccountChange {
     pub refill: Patch<Refill>,
 }
 
-/// An owner whose row is held.
+/// A user whose row is locked.
 #[derive(Clone, Copy, Debug)]
 pub struct Locked {
     pub id: Uuid,
@@ -85,7 +84,7 @@ impl From<LockedUser> for Locked {
     }
 }
 
-/// Holds the rows of owners until the transaction ends, in the order of their ids.
+/// Locks the rows of users in the order of their ids.
 pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<Locked>, sqlx::Error> {
     sqlx::query_as!(
         Locked,
@@ -97,7 +96,7 @@ pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<
     .await
 }
 
-/// Adds to a balance by hand, or takes from it; the user is made if not one yet. A top-up makes the user metered.
+/// Books a top-up or a correction. Creates the user if there is none. A top-up makes the user metered.
 ///
 /// # Errors
 /// 409 if the balance would grow out of bounds.
@@ -127,7 +126,7 @@ pub async fn credit(
 /// Changes an account. None if there is no such user.
 ///
 /// # Errors
-/// 412 by the preconditions, 400 for a time zone that PostgreSQL does not know.
+/// 412 by the preconditions.
 pub async fn update(
     change: &mut Change,
     email: &Email,
@@ -152,34 +151,22 @@ pub async fn update(
     account(&mut **change, email).await
 }
 
-/// Sets what comes in by itself. The owner's row is held.
+/// Sets or clears the refill. The row of the user is locked.
 async fn set_refill(connection: &mut PgConnection, owner_id: Uuid, refill: Option<&Refill>) -> Result<(), ApiError> {
-    if let Some(refill) = refill {
-        let known = sqlx::query_scalar!(
-            r#"select exists (select from pg_timezone_names where name = $1) as "known!""#,
-            refill.time_zone
-        );
-        if !known.fetch_one(&mut *connection).await? {
-            let detail = "time_zone must be a name of the IANA time zone database such as Europe/Berlin";
-            return Err(ApiError::invalid("refill", detail));
-        }
-    }
+    let now = sqlx::query_scalar!(r#"select now() as "now!""#).fetch_one(&mut *connection).await?;
     sqlx::query!(
-        "update user_preferences set refill = $2,
-            refill_at = case when $3::text is not null then (select ends from calendar_window($3, $4, now())) end
-        where id = $1",
+        "update user_preferences set refill = $2, refill_at = $3 where id = $1",
         owner_id,
         refill.map(Json) as _,
-        refill.map(|refill| refill.period.name()),
-        refill.map(|refill| refill.time_zone.as_str())
+        refill.map(|refill| refill.next(now))
     )
     .execute(connection)
     .await?;
     Ok(())
 }
 
-/// Prepares an account for the balance that it is about to have: how much an Envoy may begin with, and, if what was there
-/// is less than that, that every Envoy begins anew. So a rest that no longer pays for a request keeps no door shut.
+/// Sets the starter for the balance that an account is about to have, and begins a new turn if the old balance is less than the
+/// starter: otherwise a remainder too small for one request would keep Envoys closed.
 pub(super) async fn open(
     connection: &mut PgConnection,
     owner: &Locked,
@@ -201,7 +188,7 @@ pub(super) async fn open(
     Ok(())
 }
 
-/// Writes a row of the ledger. The owner's row is held.
+/// Writes a row of the ledger. The row of the user is locked.
 pub(super) async fn book(
     connection: &mut PgConnection,
     owner_id: Uuid,
@@ -229,7 +216,7 @@ pub(super) async fn book(
     Ok(entry)
 }
 
-/// Books what requests have cost: one row for each owner. Their rows are held.
+/// Books the cost of requests: one row for each user. Their rows are locked.
 pub async fn book_usage(connection: &mut PgConnection, costs: &[(Locked, u64)]) -> Result<(), sqlx::Error> {
     let (owners, amounts): (Vec<Uuid>, Vec<i64>) = costs
         .iter()
@@ -253,7 +240,7 @@ pub async fn book_usage(connection: &mut PgConnection, costs: &[(Locked, u64)]) 
     Ok(())
 }
 
-/// What usage does to a balance, which it cannot bring below the lowest.
+/// The amount that usage adds to a balance: not above zero, and never below [`LOWEST`] in sum.
 pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
     let most = balance.saturating_sub(LOWEST).max(0);
     i64::try_from(cost).unwrap_or(i64::MAX).min(most).saturating_neg()

@@ -10,7 +10,7 @@ use contract::record::RateLimit;
 const NAME_CHARS: usize = 64;
 const DESCRIPTION_CHARS: usize = 500;
 
-/// Roles that there may be, and plans, each: filters hold all of them in memory. Those that were removed do not count.
+/// Most roles, and most plans. Filters have all of them in memory. Removed ones do not count.
 pub const MOST: i64 = 1_000;
 
 /// What a definition is.

@@ -16,12 +16,12 @@ use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
 use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
-use crate::quota::{Whose, check_time_zone, refresh_starters};
+use crate::quota::{Whose, refresh_starters};
 
 /// A role or a plan.
 #[derive(Clone, Debug)]
 pub struct Definition {
-    /// What keys and records call it.
+    /// By which keys and records reference it.
     pub number: i32,
     pub name: String,
     pub description: String,
@@ -30,7 +30,7 @@ pub struct Definition {
     pub rate_limits: Json<Vec<RateLimit>>,
     /// The quota of each key that has none of its own.
     pub quota: Option<Json<Quota>>,
-    /// Counted up with each change.
+    /// Incremented by each change.
     pub version: i64,
     pub created_at: OffsetDateTime,
 }
@@ -75,11 +75,11 @@ pub async fn list(pool: &PgPool, kind: Kind, after: Option<&Name>, limit: i64) -
     Ok(found)
 }
 
-/// Creates or replaces a definition. Says whether it is new. A definition with the same content stays as it is: a statement
+/// Creates or replaces a definition. Returns whether it is new. A definition with the same content stays as it is: a statement
 /// that changes nothing would wake every filter.
 ///
 /// # Errors
-/// 412 by the preconditions, 409 if there are too many, a time zone that is unknown.
+/// 412 by the preconditions, 409 if there are too many.
 pub async fn put(
     writer: &Writer,
     actor: &Actor,
@@ -90,14 +90,14 @@ pub async fn put(
 ) -> Result<(Definition, bool), ApiError> {
     loop {
         let put = writer.change(actor, async |change| put_once(change, kind, name, content, preconditions).await);
-        // Somebody else has just made it. It is replaced from the start, so that locks are taken in their order.
+        // Another transaction has just created it. Start over, so that locks are taken in their order.
         if let Some(put) = put.await? {
             return Ok(put);
         }
     }
 }
 
-/// Makes or replaces one, unless another transaction made it meanwhile.
+/// Creates or replaces a definition. `None` if another transaction created it meanwhile.
 async fn put_once(
     change: &mut Change,
     kind: Kind,
@@ -105,9 +105,6 @@ async fn put_once(
     content: &Content,
     preconditions: &Preconditions,
 ) -> Result<Option<(Definition, bool)>, ApiError> {
-    if let Some(quota) = &content.quota {
-        check_time_zone(quota, change).await?;
-    }
     let present = sqlx::query_as!(
         Definition,
         r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
@@ -194,7 +191,7 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
     Ok(replaced)
 }
 
-/// Deletes a definition that is not in use. Says whether there was one.
+/// Deletes a definition that is not in use. Returns whether there was one.
 ///
 /// # Errors
 /// 412 by the preconditions, 409 that says how many use it.
@@ -257,9 +254,8 @@ fn counted(number: i64, what: &str) -> String {
     format!("{number} {what}{plural}")
 }
 
-/// Finds definitions by name, for a key or a user that is given them, and keeps them from being removed until the
-/// transaction ends. The numbers stand in the order of the names. To be called before the first change of a key: see the
-/// order of locks above.
+/// Finds definitions by name, for a key or a user that gets them, and locks them against removal until the transaction ends.
+/// The numbers are in the order of the names. Call it before the first change of a key: see the order of locks above.
 ///
 /// # Errors
 /// The field and the first name that is unknown.
@@ -288,8 +284,8 @@ pub async fn numbers(connection: &mut PgConnection, kind: Kind, names: &[Name]) 
     wanted.iter().map(number).collect()
 }
 
-/// Finds a plan by number, for a key that has it from another, and keeps it from being removed until the transaction
-/// ends. None if it was removed.
+/// Finds a plan by number, for a key that gets the plan of another, and locks it against removal until the transaction ends.
+/// `None` if it was removed.
 pub async fn lock_plan(connection: &mut PgConnection, number: i32) -> Result<Option<i32>, ApiError> {
     let held =
         sqlx::query_scalar!("select number from definitions where number = $1 and not removed for key share", number)

@@ -5,7 +5,7 @@
 //! letter changes its case, since which letters correspond depends on the language.
 //!
 //! Characters that another character replaces on the way to that form are refused, as are invisible ones. Otherwise
-//! somebody could register what looks or behaves like the address of another user. The rules follow UTS 39, section 3.3.1.
+//! a user could register what looks or behaves like the address of another user. The rules follow UTS 39, section 3.3.1.
 
 use std::fmt;
 use std::iter::once;

@@ -1,6 +1,7 @@
 //! Values that keys, roles, plans and users share. Each is parsed once from what a client sends, with an error that names the
 //! field and the remedy. No value contains a control character, which PostgreSQL refuses or which breaks a line of the log.
 
+pub mod calendar;
 pub mod email;
 pub mod name;
 pub mod patch;
@@ -11,6 +12,7 @@ pub mod record;
 pub mod scopes;
 pub mod timestamp;
 
+pub use calendar::{Every, Window};
 pub use email::Email;
 pub use name::KeyName;
 pub use patch::Patch;

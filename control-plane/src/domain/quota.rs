@@ -3,24 +3,23 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::calendar::{Every, is_time_zone};
 use crate::error::ApiError;
 
 const REQUESTS: i64 = 1_000_000_000_000;
 const WINDOW_S: std::ops::RangeInclusive<i64> = 60..=31_622_400;
-const TIME_ZONE_CHARS: usize = 64;
-pub(crate) const UTC: &str = "UTC";
+const UTC: &str = "UTC";
 
-/// A quota, as the database keeps it.
+/// A quota, as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quota {
-    /// How many requests a window has.
+    /// Requests per window.
     pub requests: i64,
-    /// What windows there are.
     pub period: Period,
-    /// Where days begin at midnight; UTC unless given.
+    /// Calendar periods only; UTC unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
-    /// Of a rolling window: its length in seconds.
+    /// Rolling windows only: the length in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window_s: Option<i64>,
 }
@@ -50,19 +49,30 @@ impl Period {
             Self::Rolling => "rolling",
         }
     }
+
+    /// The calendar period; none for a rolling window.
+    #[must_use]
+    pub const fn calendar(self) -> Option<Every> {
+        match self {
+            Self::Day => Some(Every::Day),
+            Self::Week => Some(Every::Week),
+            Self::Month => Some(Every::Month),
+            Self::Rolling => None,
+        }
+    }
 }
 
 impl Quota {
-    /// What stands in the database; none if it makes no sense.
+    /// Parses the stored JSON. `None` if it is invalid.
     #[must_use]
     pub fn of(value: Option<serde_json::Value>) -> Option<Self> {
         value.and_then(|value| serde_json::from_value(value).ok())
     }
 
-    /// The time zone of its calendar.
+    /// The time zone of a calendar period.
     #[must_use]
     pub fn zone(&self) -> &str {
-        self.time_zone.as_deref().unwrap_or("UTC")
+        self.time_zone.as_deref().unwrap_or(UTC)
     }
 
     /// The length of a rolling window, in seconds.
@@ -71,7 +81,7 @@ impl Quota {
         self.window_s.unwrap_or(86_400).clamp(1, 366 * 86_400)
     }
 
-    /// Names the windows: a quota of another kind begins a new one.
+    /// The name of the kind of window. A quota of another kind begins a new window.
     #[must_use]
     pub fn kind(&self) -> String {
         match self.period {
@@ -80,10 +90,10 @@ impl Quota {
         }
     }
 
-    /// Requests that an Envoy may admit before it holds a lease. `told` is the value that filters have, if it is set.
+    /// Requests that an Envoy may admit before it has a lease: the stored starter of the key, if it has one.
     #[must_use]
-    pub fn starter(&self, told: Option<i32>) -> i64 {
-        told.map_or(self.requests / 16, i64::from).max(1)
+    pub fn starter(&self, stored: Option<i32>) -> i64 {
+        stored.map_or(self.requests / 16, i64::from).max(1)
     }
 }
 
@@ -119,7 +129,7 @@ impl QuotaBody {
         }
     }
 
-    /// Parses a quota, but for the name of its time zone, which the database judges: `quota::check_time_zone`.
+    /// Parses a quota.
     ///
     /// # Errors
     /// What is wrong with `quota`.
@@ -144,18 +154,12 @@ impl QuotaBody {
 }
 
 fn parse_time_zone(zone: Option<String>) -> Result<String, ApiError> {
-    let Some(zone) = zone else { return Ok(UTC.into()) };
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'+' | b'-' | b'/');
-    // The system's files have further ways to say the same.
-    let foreign = ["posix", "right/", "localtime", "Factory"].iter().any(|start| zone.starts_with(start));
-    if !(1..=TIME_ZONE_CHARS).contains(&zone.len()) || !zone.bytes().all(allowed) || foreign {
-        return Err(unknown_time_zone());
+    let zone = zone.unwrap_or_else(|| UTC.into());
+    if !is_time_zone(&zone) {
+        let detail = "time_zone must be a time zone of the IANA database such as Europe/Berlin";
+        return Err(ApiError::invalid("quota", detail));
     }
     Ok(zone)
-}
-
-pub(crate) fn unknown_time_zone() -> ApiError {
-    ApiError::invalid("quota", "time_zone must be a time zone of the IANA database such as Europe/Berlin")
 }
 
 #[cfg(test)]
@@ -179,6 +183,7 @@ mod tests {
             QuotaBody { time_zone: Some("a b".into()), ..body(Period::Week) },
             QuotaBody { time_zone: Some(String::new()), ..body(Period::Week) },
             QuotaBody { time_zone: Some("posix/UTC".into()), ..body(Period::Week) },
+            QuotaBody { time_zone: Some("Nowhere/Else".into()), ..body(Period::Week) },
             QuotaBody { window_seconds: Some(60), ..body(Period::Day) },
             body(Period::Rolling),
             QuotaBody { window_seconds: Some(59), ..body(Period::Rolling) },

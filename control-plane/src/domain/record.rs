@@ -4,8 +4,7 @@ use contract::network::Network;
 use contract::record::Budget;
 use time::OffsetDateTime;
 
-/// The record that filters know of a key, from a row with the columns that make it up. A macro, since the rows of two
-/// checked queries are of two types.
+/// Builds the record of a key from a row. A macro, since sqlx gives the rows of two queries two types.
 macro_rules! record_of {
     ($row:expr) => {{
         use contract::record::{Flags, Record, Requires};
@@ -48,8 +47,8 @@ pub(crate) fn budget(starter: Option<i32>, turn: i32, resets_at: Option<OffsetDa
     starter.map(|starter| Budget { starter: starter.max(0).cast_unsigned(), turn, resets_at_s })
 }
 
-/// The networks that a key may be used from. A text that cannot be parsed, which only a manual change of the database can
-/// leave there, becomes a network without addresses, so that it admits no client.
+/// Parses the networks from which a key can be used. An invalid network, which was written by hand, becomes one that contains no
+/// address.
 pub(crate) fn networks(texts: &[String]) -> Vec<Network> {
     let nowhere = || "::/128".parse().ok();
     texts.iter().filter_map(|text| text.parse().ok().or_else(nowhere)).collect()

@@ -14,7 +14,7 @@ use crate::error::ApiError;
 const ADMIN_LIFETIME: Duration = Duration::days(90);
 const LIFETIME_S: i64 = 10 * 365 * 86_400;
 
-/// The expiry of a key that was created without one. An admin key does not stay valid for ever by oversight.
+/// The expiry of a key that was created without one. Admin keys expire unless the operator chose otherwise.
 #[must_use]
 pub fn default_expiry(scopes: &Scopes, now: OffsetDateTime) -> Option<OffsetDateTime> {
     let admin = scopes.as_slice().iter().any(|scope| scope == ADMIN);

@@ -1,5 +1,5 @@
-//! What `explain` reads beside the record that Envoys have: the hash of a key, what is left of its quota and credits, and the
-//! policies of Envoys.
+//! Input of `explain` in addition to the record of the key: its hash, the remainder of its quota and credits, and the policies of
+//! Envoys.
 
 pub mod policies;
 
@@ -11,7 +11,7 @@ use crate::domain::{Email, Timestamp};
 use crate::error::ApiError;
 use crate::{credits, quota};
 
-/// How Envoys know a key.
+/// Owner and hash of a key.
 #[derive(Clone, Copy, Debug)]
 pub struct CurrentSecret {
     pub owner_id: Uuid,
@@ -19,12 +19,11 @@ pub struct CurrentSecret {
     pub hash: KeyHash,
 }
 
-/// What is left of the stocks of a key, in words; nothing for stocks that it does not draw from.
+/// The remainder of the quota and the credits of a key, in words. `None` if the key has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Remaining {
-    /// Of its quota.
     pub quota: Option<String>,
-    /// Of its owner's credits.
+    /// Credits of the owner.
     pub credits: Option<String>,
 }
 
@@ -36,8 +35,7 @@ pub async fn hash_of(pool: &PgPool, key_id: Uuid) -> Result<Option<CurrentSecret
     Ok(Some(CurrentSecret { owner_id: row.owner_id, hash: KeyHash(hash) }))
 }
 
-/// Reads what is left of a key's stocks for a request of a price, as the control plane has it; what Envoys hold in leases is
-/// spoken of beside it.
+/// Reads the remainder of the quota and the credits of a key for a request of this price, and what is leased to Envoys.
 pub async fn budgets(pool: &PgPool, key_id: Uuid, price: u32) -> Result<Remaining, ApiError> {
     let quota = quota::view(pool, key_id).await?.map(|view| {
         let end = Timestamp::from(view.used.window_end);

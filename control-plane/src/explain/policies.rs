@@ -1,5 +1,5 @@
-//! The policies that Envoys are configured with, as far as the operator told the control plane: the file `--policies-file` comes
-//! in, what a path or a name asks of a request goes out. Only `explain` asks; no Envoy gets its policies from here.
+//! The file `--policies-file`: a copy of the policies in the configuration of Envoys, and their routes. `explain` finds the policy of
+//! a request in it. Envoys do not get their policies from here.
 //!
 //! ```json
 //! { "policies": {"orders-read": {"scopes": {"all": ["orders:read"]}}},

@@ -4,7 +4,7 @@
 
 use sqlx::PgPool;
 
-/// Renews the statistics if there are several times the keys or users that they know of. Says whether it did.
+/// Renews the statistics if keys or users have multiplied since. Returns whether it did.
 pub async fn renew(pool: &PgPool) -> Result<bool, sqlx::Error> {
     let has_grown = sqlx::query_scalar!(
         r#"select exists (

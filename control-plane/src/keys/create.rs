@@ -1,4 +1,4 @@
-//! Creates keys. A secret is made here and leaves once, with the reply; the database holds its hash and its prefix.
+//! Creates keys. A secret is generated here and shown once, in the response. The database stores its hash and its prefix.
 
 use contract::key::{KeyKind, Secret};
 use serde_json::json;
@@ -9,12 +9,10 @@ use uuid::Uuid;
 
 use super::daily_limit::{self, Act};
 use super::effective::EffectivePermissions;
-use super::lock::lock_key;
 use super::model::{CreatedKey, Key, NewKey};
 use super::permissions::ResolvedPermissions;
 use super::purge::forget_ended;
-use super::read::get;
-use super::revoke::revoke;
+use super::revoke::{lock_to_revoke, revoke};
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
 use crate::domain::{Email, KeyName, Scopes, Timestamp};
@@ -25,7 +23,7 @@ use crate::users::lock::lock_or_create_user;
 /// Creates a key.
 ///
 /// # Errors
-/// 409 or 429 if the owner has or made too many keys, 400 for an unknown role, plan or time zone.
+/// 409 if the owner has too many live keys, 429 if the owner created too many, 400 for an unknown role or plan.
 pub async fn create(change: &mut Change, new: NewKey) -> Result<CreatedKey, ApiError> {
     let secret = generate(new.kind)?;
     let (user, _) = lock_or_create_user(change, &new.email).await?;
@@ -78,15 +76,9 @@ pub async fn replace_primary(
     count_against_daily_limit(change, user.id, new).await?;
     let permissions = new.permissions.resolve(change).await?;
     if let Some(id) = user.primary_key_id
-        && let Some(old) = get(&mut **change, id).await?
-        && old.revoked_at.is_none()
+        && let Some(old) = lock_to_revoke(change, id, may_revoke).await?
     {
-        // A caller that may not revoke it does not take the lock that orders all changes.
-        may_revoke(&old.scopes)?;
-        if let Some(old) = lock_key(change, id).await? {
-            may_revoke(&old.scopes)?;
-            revoke(change, &old).await?;
-        }
+        revoke(change, &old).await?;
     }
     let id = Uuid::now_v7();
     insert(change, id, user.id, new, &permissions, &secret).await?;
@@ -97,7 +89,7 @@ pub async fn replace_primary(
     Ok(secret)
 }
 
-/// Stores a key that the operator gave. A key that is stored already stays as it is. Says whether the key is new.
+/// Stores a key that the operator configured. A key that is stored already stays as it is. Returns whether the key is new.
 pub async fn insert_given(
     writer: &Writer,
     secret: &Secret,
@@ -160,19 +152,7 @@ async fn insert(
     permissions: &ResolvedPermissions,
     secret: &Secret,
 ) -> Result<InsertedRow, ApiError> {
-    if let Some(most) = new.at_most {
-        let live = sqlx::query_scalar!(
-            r#"select count(*) as "live!" from api_keys
-            where owner_id = $1 and revoked_at is null and (expires_at is null or expires_at > now())"#,
-            owner_id
-        )
-        .fetch_one(&mut *connection)
-        .await?;
-        if live >= most {
-            let detail = format!("This user has {most} live keys. Revoke one that is not needed, or ask an admin.");
-            return Err(ApiError::Conflict(detail));
-        }
-    }
+    check_live_keys(connection, owner_id, new).await?;
     let inserted = sqlx::query_as!(
         InsertedRow,
         "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at, role_numbers, plan_number,
@@ -201,7 +181,7 @@ async fn insert(
             Some("api_keys_hash_key") => ApiError::Conflict("this key exists already".into()),
             _ => error.into(),
         })?;
-    // From here to the commit, this transaction holds the lock that orders all changes: no statement is made in vain.
+    // From here to the commit, this transaction holds the lock that orders all changes, so it executes no needless statement.
     if !inserted.is_plain(permissions) {
         refresh_starters(connection, Whose::Keys(&[id])).await?;
         // The allowance of a new quota is a change of its own.
@@ -213,6 +193,23 @@ async fn insert(
         forget_ended(connection, owner_id).await?;
     }
     Ok(inserted)
+}
+
+/// Refuses a key beyond the number of live keys that its owner may have.
+async fn check_live_keys(connection: &mut PgConnection, owner_id: Uuid, new: &NewKey) -> Result<(), ApiError> {
+    let Some(most) = new.at_most else { return Ok(()) };
+    let live = sqlx::query_scalar!(
+        r#"select count(*) as "live!" from api_keys
+        where owner_id = $1 and revoked_at is null and (expires_at is null or expires_at > now())"#,
+        owner_id
+    )
+    .fetch_one(connection)
+    .await?;
+    if live >= most {
+        let detail = format!("This user has {most} live keys. Revoke one that is not needed, or ask an admin.");
+        return Err(ApiError::Conflict(detail));
+    }
+    Ok(())
 }
 
 /// Generates a secret.

@@ -6,23 +6,23 @@ use uuid::Uuid;
 
 use crate::error::ApiError;
 
-/// So many changes for each key that may be made.
+/// Changes of keys per key that may be created.
 const CHANGES: u32 = 10;
 
-/// What is counted.
+/// A counted action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
-    /// A key is made or rotated.
+    /// A key is created or rotated.
     Create,
     /// A key is changed in any way but rotation and revocation.
     Change,
 }
 
-/// Counts one act of an owner's keys, in the 24 hours since the first of them. The owner's row is held until the transaction
-/// ends, so it is to be called before the first change of a key; what fails later is not counted.
+/// Counts one action of the keys of an owner, in the 24 hours since the first. It locks the row of the owner, so call it before
+/// the first change of a key. If the transaction fails, nothing is counted.
 ///
 /// # Errors
-/// 429 that names the bound and when to try again.
+/// 429 that names the limit and when to retry.
 pub async fn take(connection: &mut PgConnection, owner_id: Uuid, act: Act, per_day: u32) -> Result<(), ApiError> {
     let signed = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
     let changes = per_day.saturating_mul(CHANGES);

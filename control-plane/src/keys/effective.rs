@@ -1,4 +1,4 @@
-//! What keys may, as clients read it: what is their own together with what their roles and plan give.
+//! Permissions of keys as clients read them: their own and those of their roles and plans.
 
 use std::collections::{HashMap, HashSet};
 
@@ -36,14 +36,13 @@ pub struct EffectivePermissions {
 }
 
 impl EffectivePermissions {
-    /// What a key may that has scopes of its own and nothing else, nor an owner with a plan.
+    /// The permissions of a key with scopes of its own and nothing else, whose owner has no plan.
     #[must_use]
     pub fn plain(scopes: &[String], cost: i32) -> Self {
         Self { effective_scopes: deduplicate(scopes.iter().cloned()), cost, ..Self::default() }
     }
 }
 
-/// Each of them once, where it comes first.
 fn deduplicate(scopes: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut seen = HashSet::new();
     scopes.into_iter().filter(|scope| seen.insert(scope.clone())).collect()
@@ -60,12 +59,12 @@ struct Row {
     scopes: Vec<String>,
 }
 
-/// Reads what keys may.
+/// Reads the permissions of keys.
 pub async fn read_effective(
     executor: impl PgExecutor<'_>,
     ids: &[Uuid],
 ) -> Result<HashMap<Uuid, EffectivePermissions>, ApiError> {
-    // Of one among keys that may be many PostgreSQL would make a plan each time, which costs more than to read it.
+    // PostgreSQL would plan a statement for any number of keys at each call, which costs more than reading one key.
     let rows = match *ids {
         [id] => {
             sqlx::query_as!(

@@ -1,4 +1,5 @@
-//! Locks of keys. Changes take their locks in one order, so that no two changes wait for each other:
+//! Locks of keys. Changes take their locks in one order, so that no two of them deadlock (the whole order is in
+//! `migrations/0001_schema.sql`):
 //!
 //! 1. rows of users (of several: by id), see [`crate::users::lock`];
 //! 2. rows of roles and plans, see [`crate::definitions::store`];

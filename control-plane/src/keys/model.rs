@@ -17,16 +17,16 @@ pub struct Key {
     pub owner_id: Uuid,
     pub email: String,
     pub name: String,
-    /// The start of the secret, by which people recognise it; none for keys of a foreign form.
+    /// The start of the secret, by which people recognise it; none for imported keys of another format.
     pub prefix: Option<String>,
     pub scopes: Vec<String>,
     pub rate_limits: Json<Vec<RateLimit>>,
     /// The number of its current secret, from 1.
     pub generation: i32,
-    /// Counted up with each change.
+    /// Incremented by each change.
     pub version: i64,
     pub disabled: bool,
-    /// Whether an admin disabled it. Then only an admin enables it.
+    /// Whether an admin disabled it. Then only an admin can enable it.
     pub disabled_by_admin: bool,
     pub created_at: OffsetDateTime,
     pub expires_at: Option<OffsetDateTime>,
@@ -47,21 +47,19 @@ pub struct NewKey {
     pub kind: KeyKind,
     pub scopes: Scopes,
     pub rate_limits: Vec<RateLimit>,
-    /// Its roles, plan, quota and the like.
     pub permissions: Permissions,
     pub expires_at: Option<OffsetDateTime>,
-    /// The most live keys that its owner may have with it; no limit if none.
+    /// Most live keys of its owner, this one included; `None`: unlimited.
     pub at_most: Option<i64>,
-    /// The most keys and rotations of its owner in 24 hours; no limit if none.
+    /// Most keys and rotations of its owner in 24 hours; `None`: unlimited.
     pub per_day: Option<u32>,
 }
 
-/// Live keys that a user may make for themselves, so that no key of a user can fill the memory of every Envoy. Admins
-/// make as many as they like.
+/// Most live keys that users may create for themselves, so that no user fills the memory of every Envoy. Admins are not limited.
 pub const LIVE_KEYS: i64 = 100;
 
 impl NewKey {
-    /// A live key that grants nothing in particular and does not end.
+    /// A live key without scopes, limits and expiry.
     #[must_use]
     pub fn plain(email: Email, name: KeyName) -> Self {
         let (scopes, rate_limits, permissions) = (Scopes::default(), Vec::new(), Permissions::default());
@@ -76,14 +74,14 @@ pub struct StoredKey {
     /// The record as filters know it.
     pub record: Record,
     pub email: String,
-    /// What it has apart from its plan and its owner.
+    /// What is its own and not of its plan or its owner.
     pub own: OwnTerms,
 }
 
-/// What a key has of its own, not by its plan or its owner.
+/// Settings of a key itself, apart from those of its plan and its owner.
 #[derive(Clone, Debug, Default)]
 pub struct OwnTerms {
-    /// Its plan, by number.
+    /// The number of its plan.
     pub plan: Option<i32>,
     pub quota: Option<Quota>,
 }
@@ -100,8 +98,8 @@ pub struct PrimaryStatus {
 #[derive(Debug)]
 pub struct CreatedKey {
     pub key: Key,
-    /// Its secret, which cannot be read later.
+    /// The secret, which cannot be read later.
     pub secret: Secret,
-    /// What it may, if no query is needed to know it.
+    /// Its permissions, if they are known without a query.
     pub effective: Option<EffectivePermissions>,
 }

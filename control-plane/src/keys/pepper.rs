@@ -6,7 +6,7 @@ use sqlx::PgPool;
 
 use crate::config::PEPPER;
 
-/// What stands for the pepper in the database is the hash of this under it.
+/// The database stores the hash of this text under the pepper.
 const CHECKED: &[u8] = b"portcullis: the pepper of imported keys";
 
 #[derive(Debug, thiserror::Error)]

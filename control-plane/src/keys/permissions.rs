@@ -1,5 +1,5 @@
-//! What a key may beside its scopes: roles, a plan, networks, a quota, a cost and rate limits. They are parsed from a client's
-//! fields, and resolved to the columns of a key.
+//! Permissions of a key beside its scopes: roles, a plan, networks, a quota, a cost and rate limits. They are parsed from the
+//! fields of a request, and resolved to the columns of a key.
 
 use std::collections::HashSet;
 
@@ -13,12 +13,11 @@ use crate::definitions::store::{lock_plan, numbers};
 use crate::definitions::{Kind, Name};
 use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, parse_rate_limits};
 use crate::error::ApiError;
-use crate::quota::check_time_zone;
 
 const ROLES: usize = 16;
 const NETWORKS: usize = 32;
 
-/// The fields of a client, as in the body.
+/// The fields of a request.
 #[derive(Debug, Default)]
 pub struct PermissionsPatch {
     pub roles: Option<Vec<String>>,
@@ -39,12 +38,12 @@ pub enum PlanRef {
     Numbered(i32),
 }
 
-/// What is to be set; `None` leaves a field as it is.
+/// Parsed permissions. `None` keeps the present value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Permissions {
     pub roles: Option<Vec<Name>>,
     pub plan: Patch<PlanRef>,
-    /// Networks that it may be used from; none: any.
+    /// Networks from which it can be used; empty: all.
     pub networks: Option<Vec<Network>>,
     pub quota: Patch<Quota>,
     pub cost: Option<i32>,
@@ -118,14 +117,12 @@ impl Permissions {
         detail
     }
 
-    /// Finds what is named, before anything of a key is changed: see the order of locks in [`crate::definitions::store`].
+    /// Finds roles and plans by name. Call it before the first change of a key: see the order of locks in
+    /// [`crate::definitions::store`].
     ///
     /// # Errors
-    /// A role, a plan or a time zone that is unknown.
+    /// A role or a plan that is unknown.
     pub async fn resolve(&self, connection: &mut PgConnection) -> Result<ResolvedPermissions, ApiError> {
-        if let Patch::Set(quota) = &self.quota {
-            check_time_zone(quota, connection).await?;
-        }
         let roles = match &self.roles {
             Some(roles) => Some(numbers(connection, Kind::Role, roles).await?),
             None => None,
@@ -177,7 +174,7 @@ fn texts(networks: &[Network]) -> Vec<String> {
     networks.iter().map(Network::to_string).collect()
 }
 
-/// Whether each of the networks lies within one of the bounds. No network at all means any address, as bounds too.
+/// Whether each of the networks lies within one of the bounds. An empty list stands for all addresses, in both.
 #[must_use]
 pub fn within(networks: &[Network], bounds: &[Network]) -> bool {
     let held = |network: &Network| bounds.iter().any(|bound| bound.holds(network));

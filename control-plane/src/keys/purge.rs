@@ -1,19 +1,19 @@
-//! Ended keys and secrets: how many of each owner filters still know, and when their rows are deleted.
+//! Clean-up of ended keys and secrets: filters forget them ("withdrawn"), and later their rows are deleted.
 
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::change::transact;
 
-/// Ended keys of one owner that filters still know, and as many ended secrets of rotated keys. Beyond, those that ended first
-/// are forgotten at once, so that no owner fills the memory of every Envoy.
+/// Most ended keys of one owner that filters know, and most ended secrets of rotated keys. Beyond, those that ended first are
+/// withdrawn at once, so that no owner fills the memory of every Envoy.
 pub const REMEMBERED: i64 = 20;
 
 /// Most keys whose rows are deleted in one transaction.
 const BATCH: i64 = 1_000;
 
-/// Lets filters forget the keys of an owner that were revoked or expired, and the secrets that were rotated away and ended,
-/// beyond the newest [`REMEMBERED`] of each. Nothing is written, and no filter is woken, if there are no more.
+/// Withdraws the ended keys of an owner, and the ended old secrets, beyond the newest [`REMEMBERED`] of each. If there are no
+/// more, nothing is written and no filter is woken.
 pub(super) async fn forget_ended(connection: &mut PgConnection, owner_id: Uuid) -> Result<(), sqlx::Error> {
     let keys = sqlx::query_scalar!(
         "select id from api_keys where owner_id = $1 and not withdrawn and least(revoked_at, expires_at) <= now()
@@ -48,10 +48,7 @@ pub(super) async fn forget_ended(connection: &mut PgConnection, owner_id: Uuid) 
     Ok(())
 }
 
-/// Lets filters forget keys that were revoked or expired, and secrets that ended, more than `days` ago. Says how many.
-///
-/// # Errors
-/// Those of the database; what was forgotten before stays forgotten.
+/// Withdraws keys and old secrets that ended more than `days` ago. Returns how many.
 pub async fn forget_all_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {
@@ -63,7 +60,7 @@ pub async fn forget_all_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Err
 }
 
 async fn forget_some_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
-    // A statement that changes nothing would wake every filter all the same.
+    // A statement that changes nothing would wake every filter, too.
     let any = sqlx::query!(
         r#"select exists (
                 select from api_keys where not withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1)
@@ -77,7 +74,7 @@ async fn forget_some_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error>
     .await?;
     let mut forgotten = 0;
     if any.keys {
-        // The condition stands twice: a key that gets a later end while this statement waits for its row stays.
+        // The condition is repeated for a key that gets a later end while this statement waits for its row.
         forgotten += sqlx::query!(
             "update api_keys set withdrawn = true
             where id in (
@@ -107,11 +104,8 @@ async fn forget_some_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error>
     Ok(forgotten)
 }
 
-/// Deletes the rows of keys that filters have forgotten and that ended more than `days` ago, with their secrets. A key
-/// stays as long as there is usage of it by the hour or by the day, so that sums of usage stay exact. Says how many went.
-///
-/// # Errors
-/// Those of the database; what went before stays gone.
+/// Deletes the rows of withdrawn keys that ended more than `days` ago, with their secrets. A key stays as long as there is usage
+/// of it by the hour or by the day, so that sums of usage stay exact. Returns how many.
 pub async fn delete_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {

@@ -1,4 +1,4 @@
-//! Reads keys: one by its id or its hash, the primary key of a user, or a page of those that a search finds.
+//! Reads keys: one by its id or its hash, the primary key of a user, or a page of a search.
 
 use contract::hash::KeyHash;
 use contract::network::Network;
@@ -54,8 +54,8 @@ pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>,
     Ok(key)
 }
 
-/// Reads a user's balance and primary key. One statement finds the key, so that a key that is being replaced is there before
-/// and after. An unknown user has neither.
+/// Reads the balance and the primary key of a user. One statement finds the key, so that a replacement at the same time does not
+/// hide it. An unknown user has neither.
 pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
     let balance = sqlx::query_scalar!("select balance from user_preferences where email = $1", email.as_str())
         .fetch_optional(pool)
@@ -82,18 +82,18 @@ pub async fn allowed_networks(executor: impl PgExecutor<'_>, id: Uuid) -> Result
     Ok(networks(&texts.unwrap_or_default()))
 }
 
-/// Which keys; what is none does not matter.
+/// Conditions on keys. `None` matches all.
 #[derive(Clone, Debug, Default)]
 pub struct KeySearch<'a> {
-    /// Those of the user with this address.
+    /// The address of the owner.
     pub email: Option<&'a str>,
-    /// Those with a secret, present or retired, whose prefix starts so.
+    /// The start of the prefix of a present or old secret.
     pub prefix: Option<&'a str>,
-    /// Those whose name contains it, in upper or lower case.
+    /// A part of the name, in upper or lower case.
     pub name: Option<&'a str>,
-    /// Those in this state: `active`, `disabled`, `expired` or `revoked`.
+    /// `active`, `disabled`, `expired` or `revoked`.
     pub state: Option<&'a str>,
-    /// Those that were last used before then, or made before then and never used.
+    /// Last used before then, or created before then and never used.
     pub last_used_before: Option<OffsetDateTime>,
 }
 
@@ -138,7 +138,7 @@ pub async fn search(
     Ok(keys)
 }
 
-/// A text that stands for itself in a pattern of `like`.
+/// Escapes a text for a pattern of `like`.
 fn literally(text: &str) -> String {
     text.chars().flat_map(|c| ['\\'].into_iter().filter(move |_| "\\%_".contains(c)).chain([c])).collect()
 }

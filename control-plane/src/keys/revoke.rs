@@ -7,7 +7,6 @@ use uuid::Uuid;
 
 use super::lock::{LockedKey, lock_key, lock_store};
 use super::purge::forget_ended;
-use super::read::get;
 use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::domain::{ADMIN, Email, SYNC};
@@ -31,7 +30,7 @@ pub async fn revoke(change: &mut Change, key: &LockedKey) -> Result<(), ApiError
     Ok(())
 }
 
-/// Revokes the primary key of a user. Says whether there was one that was not revoked. `may_revoke` decides by its scopes.
+/// Revokes the primary key of a user, if `may_revoke` allows it by its scopes. Returns whether there was one that was not revoked.
 ///
 /// # Errors
 /// Those of `may_revoke`, and 409 for the last admin key.
@@ -42,13 +41,24 @@ pub async fn revoke_primary(
 ) -> Result<bool, ApiError> {
     let primary = lock_user(change, email).await?.and_then(|user| user.primary_key_id);
     let Some(id) = primary else { return Ok(false) };
-    // A caller that may not revoke it, or finds it revoked, does not take the lock that orders all changes.
-    let Some(key) = get(&mut **change, id).await?.filter(|key| key.revoked_at.is_none()) else { return Ok(false) };
-    may_revoke(&key.scopes)?;
-    let Some(key) = lock_key(change, id).await?.filter(|key| key.revoked_at.is_none()) else { return Ok(false) };
-    may_revoke(&key.scopes)?;
+    let Some(key) = lock_to_revoke(change, id, may_revoke).await? else { return Ok(false) };
     revoke(change, &key).await?;
     Ok(true)
+}
+
+/// Locks a key, unless it is revoked. The scopes of a key never change, so they are checked before: a caller that may not
+/// revoke the key, or finds it revoked, does not take the lock that orders all changes.
+pub(super) async fn lock_to_revoke(
+    change: &mut Change,
+    id: Uuid,
+    may_revoke: impl Fn(&[String]) -> Result<(), ApiError>,
+) -> Result<Option<LockedKey>, ApiError> {
+    let scopes = sqlx::query_scalar!("select scopes from api_keys where id = $1 and revoked_at is null", id)
+        .fetch_optional(&mut **change)
+        .await?;
+    let Some(scopes) = scopes else { return Ok(None) };
+    may_revoke(&scopes)?;
+    Ok(lock_key(change, id).await?.filter(|key| key.revoked_at.is_none()))
 }
 
 /// The result of revoking all keys of a user.

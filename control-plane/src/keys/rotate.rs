@@ -33,11 +33,10 @@ pub fn parse_grace(seconds: i64) -> Result<Duration, ApiError> {
     Ok(Duration::seconds(seconds))
 }
 
-/// Gives a key that is held a new secret. The old one ends after `grace`, on a whole second; at once if that is zero.
+/// Gives a locked key a new secret. The old one ends after `grace`, on a whole second, or at once if `grace` is zero.
 ///
 /// # Errors
-/// 409 for a key that was revoked or has expired, or has too many old secrets; those of the database and of the operating
-/// system's randomness.
+/// 409 for a revoked or expired key, and for one with too many old secrets.
 pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: Duration) -> Result<Secret, ApiError> {
     if key.revoked_at.is_some() {
         return Err(ApiError::Conflict("This key is revoked and cannot be rotated.".into()));
@@ -84,7 +83,7 @@ pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: 
     Ok(secret)
 }
 
-/// Cuts an old secret off now. Says whether there is such a secret; one that has ended keeps its end.
+/// Ends an old secret now. Returns whether there is such a secret. One that has ended keeps its end.
 ///
 /// # Errors
 /// 409 for the present secret.
@@ -115,22 +114,22 @@ pub async fn revoke_secret(change: &mut Change, key: &LockedKey, generation: i32
     Ok(alive.is_some())
 }
 
-/// One secret of a key, and how much it was used.
+/// One secret of a key, with its usage.
 #[derive(Clone, Debug)]
 pub struct SecretUse {
-    /// Which one, from 1.
+    /// From 1.
     pub generation: i32,
     /// The start of the secret, by which people recognise it.
     pub prefix: Option<String>,
-    /// When it ends, if it was rotated away.
+    /// Of an old secret: when it ends.
     pub ends_at: Option<OffsetDateTime>,
-    /// Requests that were allowed with it.
+    /// Allowed requests.
     pub usage_count: i64,
     /// When it was last used, as far as filters reported.
     pub last_used_at: Option<OffsetDateTime>,
 }
 
-/// Reads the secrets of a key that filters still know, the newest first.
+/// Reads the secrets of a key that are not withdrawn, the newest first.
 pub async fn secrets(pool: &PgPool, key_id: Uuid) -> Result<Vec<SecretUse>, ApiError> {
     let secrets = sqlx::query_as!(
         SecretUse,

@@ -1,5 +1,5 @@
-//! Changes a key: name, expiry, whether it is disabled, and what it may. One statement sets all fields, so the version of the
-//! key counts one change, and the audit trail has one entry.
+//! Changes a key: name, expiry, whether it is disabled, and its permissions. One statement sets all fields, so the version of
+//! the key counts one change, and the audit trail has one entry.
 
 use serde_json::{Value, json};
 use sqlx::types::Json;

@@ -322,6 +322,7 @@ fn balance(subject: Subject, heard: &Heard, stocks: &Stocks) -> Option<Grant> {
 }
 
 /// Answers each Envoy that hears, one after the other; gives the rows that have changed beside.
+// Longer than a screen: its two passes over the Envoys share all of their state.
 fn grant(
     fresh: &[Fresh<'_>],
     needs: &BTreeMap<Uuid, Need>,

@@ -1,8 +1,7 @@
-//! Usage for other systems to take over: what was counted since the last time goes into numbered events, which never
-//! change, and is read back from a number on.
+//! Usage events for other systems: numbered increments of usage, which never change.
 //!
-//! One writer at a time numbers events without gaps in the order of commits: a reader that remembers the last number that
-//! it took gets every count once, whatever happens between.
+//! One writer at a time numbers events without gaps in commit order. A reader that continues after the last number it has read
+//! gets every count exactly once.
 
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
@@ -15,7 +14,7 @@ use crate::job_lock::JobLock;
 /// Most rows of usage in one statement.
 const TOGETHER: i64 = 50_000;
 
-/// What was counted of one key, hour and outcome since the event before.
+/// Usage of one key, hour and outcome since the previous event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Its place in the stream, from 1.
@@ -38,10 +37,7 @@ pub struct Event {
     pub created_at: OffsetDateTime,
 }
 
-/// Writes what there is, in statements of a bounded size. Says how many events that were.
-///
-/// # Errors
-/// Those of the database; what was written before stays.
+/// Writes events for all usage that has none, in statements of bounded size. Returns how many.
 pub async fn export_all(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {
@@ -52,13 +48,9 @@ pub async fn export_all(pool: &PgPool) -> Result<u64, sqlx::Error> {
     }
 }
 
-/// Writes events for up to 50,000 rows of usage. Says how many; none if there is nothing to tell, or another writer is at it.
+/// Writes events for up to 50,000 rows of usage. Returns how many; none if all usage has events or another writer runs.
 ///
-/// Rows that somebody else is changing at the moment are left for the next time, so that this never waits for a report, and
-/// no report and this for each other.
-///
-/// # Errors
-/// Those of the database; nothing is written then.
+/// Rows that a report is changing are left for the next call, so that neither waits for the other.
 pub async fn export(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let written = transact(pool, async |connection| write(connection).await).await?;
     if written > 0 {
@@ -98,7 +90,7 @@ async fn write(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
     Ok(written)
 }
 
-/// Forgets events that are older than so many days; the newest stays, since numbers count on from it. Says how many.
+/// Deletes events older than `days`, but not the newest, whose number the next event continues. Returns how many.
 pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {

@@ -1,8 +1,8 @@
 //! Imports the usage that Envoys wrote into their logs when they ended.
 //!
 //! A line counts if Envoy's own log prefix begins it and a sync key has signed it, and only for reporters of that key.
-//! Clients write into logs too, where an access log prints what they sent. Reports that had arrived before are skipped by
-//! their number, so a log can be imported as often as one likes.
+//! Access logs also contain text that clients sent, so an unsigned line proves nothing. Reports that arrived before are
+//! skipped by their number, so a log can be imported again.
 
 use std::io::BufRead;
 use std::time::Duration;

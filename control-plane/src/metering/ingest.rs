@@ -1,5 +1,5 @@
-//! Takes reports from many Envoys at once and commits them together: whatever waits while one transaction runs goes into
-//! the next, so that a thousand Envoys cost a few commits a second and a single one waits for no timer.
+//! The queue of usage reports and the task that commits them. Reports that arrive while a transaction runs are committed
+//! together in the next one: a thousand Envoys cost a few commits a second, and a single Envoy waits for no timer.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::apply::{Applied, Submission, apply};
 use super::log_keys::LogKeys;
 
-/// Most submissions that wait. Beyond, filters are told to come back: their counts are safe with them.
+/// Most submissions in the queue. When it is full, filters keep their counts and retry.
 const QUEUE: usize = 1_024;
 
 /// Most submissions in one transaction.
@@ -25,39 +25,40 @@ const TOGETHER: usize = 256;
 /// Most reports in one submission.
 pub(super) const REPORTS: usize = 16;
 
-/// How old counts can honestly be. What says that it is older counts as so old: reports must not fill the tables with
-/// hours in which nobody counted anything.
+/// Longest plausible age of counts. Older counts are booked at this age, so that forged reports do not fill the tables with
+/// rows of past hours.
 const OLDEST_HOURS: u32 = 366 * 24;
 
-/// How far ahead of this clock an Envoy's may be before it is worth a line in the log.
+/// How far the clock of an Envoy may be ahead before the control plane logs a warning.
 const AHEAD: Duration = Duration::from_secs(60);
 
-/// Most requests that one count can honestly have: a million a second for the eleven days of a long outage.
+/// Most plausible requests of one count: a million a second for eleven days.
 const REQUESTS: u64 = 1_000_000_000_000;
 
-/// Why reports were not taken.
+/// Why reports were not applied.
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
-    /// They do not make sense, whoever sends them again.
+    /// They are invalid. A retry does not help.
     #[error("{0}")]
     Senseless(String),
-    /// They speak for a reporter that belongs to another key.
+    /// Their reporter belongs to another sync key.
     #[error("the reporter belongs to another sync key")]
     Foreign,
-    /// Too many new Envoys reported under their key within a day.
+    /// Too many new Envoys reported under the sync key within a day.
     #[error("too many new Envoys under this sync key")]
     TooMany,
-    /// Too many wait already, or this process is about to end.
+    /// The queue is full, or the process shuts down.
     #[error("too many reports wait")]
     Full,
-    /// The database did not take them.
+    /// The database failed.
     #[error("the database: {0}")]
     Database(Arc<sqlx::Error>),
 }
 
 type Answer = Result<Applied, Arc<sqlx::Error>>;
 
-/// The way in. Cloned into every handler; when the last is gone, the committing task ends with what it has.
+/// Handle of the queue, cloned into every handler. After the last clone is dropped, the committing task commits what is queued
+/// and ends.
 #[derive(Clone, Debug)]
 pub struct Ingest {
     queue: mpsc::Sender<(Submission, oneshot::Sender<Answer>)>,
@@ -65,24 +66,22 @@ pub struct Ingest {
 }
 
 impl Ingest {
-    /// Starts the committing task. The handle ends when all clones of the way in are gone and the queue is empty.
+    /// Starts the committing task, which ends once all clones are dropped and the queue is empty.
     #[must_use]
     pub fn start(pool: PgPool) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         (Self { queue: sender, log_keys: LogKeys::new(pool.clone()) }, tokio::spawn(commit(pool, receiver)))
     }
 
-    /// Notes the secret of a sync key that a filter was admitted with, so that lines that it signs in its log can be
-    /// verified.
+    /// Remembers the secret of an authenticated sync key, to verify the lines that the filter signs in its log.
     pub fn learn(&self, key_id: Uuid, generation: u32, sync_key: &[u8]) {
         self.log_keys.learn(key_id, generation, sync_key);
     }
 
-    /// Takes the reports of one reporter and returns once they are committed.
+    /// Queues the reports of one reporter and waits until they are committed.
     ///
     /// # Errors
-    /// [`IngestError`]; nothing of the reports is in the database then, or all of it if the fault came with the commit's
-    /// answer.
+    /// [`IngestError`]. The reports are then not in the database, or all are, if the answer to the commit was lost.
     pub async fn submit(&self, mut reports: Vec<Report>, sync_key: Uuid) -> Result<Ack, IngestError> {
         let reporter = check(&reports)?;
         no_later_than(&mut reports, now());
@@ -141,8 +140,8 @@ pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
     Ok(first.reporter)
 }
 
-/// Moves what was counted in the future to now, and what was counted longer ago than can be to where that time begins. An
-/// Envoy whose clock is ahead sends the same report until it is taken: to refuse it would lose all that comes after it.
+/// Moves counts of the future to now, and counts that are too old to the oldest plausible hour. An Envoy sends the same report
+/// until it is acknowledged: a refusal would keep back all later reports.
 pub(super) fn no_later_than(reports: &mut [Report], now: Duration) {
     let hour = u32::try_from(now.as_secs() / S_PER_HOUR).unwrap_or(u32::MAX);
     let ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
@@ -173,7 +172,7 @@ async fn commit(pool: PgPool, mut receiver: mpsc::Receiver<(Submission, oneshot:
         match apply(&pool, &submissions).await {
             Ok(applied) => answer(answers, applied.into_iter().map(Ok)),
             Err(error) if submissions.len() > 1 && error.as_database_error().is_some() => {
-                // One of them is at fault, or a deadlock: each for itself.
+                // One submission is at fault, or there was a deadlock: apply each on its own.
                 warn!(%error, together = submissions.len(), "reports could not be committed together");
                 for (submission, to) in submissions.into_iter().zip(answers) {
                     let applied = apply(&pool, &[submission]).await.map_err(Arc::new);
@@ -195,7 +194,7 @@ async fn commit(pool: PgPool, mut receiver: mpsc::Receiver<(Submission, oneshot:
 
 fn answer(to: impl IntoIterator<Item = oneshot::Sender<Answer>>, answers: impl IntoIterator<Item = Answer>) {
     for (to, answer) in to.into_iter().zip(answers) {
-        // Whoever asked may have gone; the filter will ask again.
+        // The request may have ended; the filter retries.
         let _ = to.send(answer);
     }
 }

@@ -1,6 +1,6 @@
-//! Usage on its way into the database: reports come in from filters or from log lines, counts are added to the tables,
-//! once for each number of each reporter. What they draw from quotas and credits is booked with them, and the answers say what
-//! each Envoy is leased. And out of it: as sums that people ask for, and as events for other systems.
+//! Usage. `ingest` takes reports from filters and [`mod@import`] takes them from logs; `apply` adds each report to the tables
+//! once, books quotas and credits with it, and answers with the leases of the Envoy. [`query`] and [`hourly`] read sums,
+//! [`events`] passes usage to other systems, and [`retention`] rolls up and deletes old usage.
 
 mod apply;
 mod draw;

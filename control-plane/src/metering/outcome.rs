@@ -1,16 +1,14 @@
-//! What outcomes are called outside, and back: a code as usage carries it comes in, its name goes out. One place, so that
-//! every reply, table and event calls them the same.
+//! Names of outcome codes, the same in all replies, tables and events.
 
 use contract::outcome::Outcome;
 use contract::usage::SHADOW;
 
-/// What stands before the name of an outcome that was told and not enforced.
+/// Precedes the name of a refusal that was shadowed, not enforced.
 const SHADOWED: &str = "shadow:";
-/// What stands before the number of an outcome that this program does not know yet.
+/// Precedes the code of an outcome that this version does not know.
 const NEWER: &str = "outcome_";
 
-/// The name of a code. Newer outcomes, which filters may report before this program knows them, have their number; those
-/// that were told and not enforced have `shadow:` before theirs.
+/// The name of a code. Filters of a newer version may report outcomes that this version does not know.
 #[must_use]
 pub fn name(code: i16) -> String {
     let shadow = i16::from(SHADOW);

@@ -1,10 +1,11 @@
-//! Usage by whatever people ask for: filters, groups and an interval come in, one page of sums goes out.
+//! Sums of usage by filters, groups and intervals, page by page.
 //!
 //! Sums run over hours and over the days that hours became (see [`super::retention`]). Plan and scopes are those that a key
 //! has now. A key with several scopes counts under each of them.
 
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
+use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -12,28 +13,23 @@ use uuid::Uuid;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is one switch of the statement")]
 pub struct Groups {
-    /// The key.
     pub key: bool,
-    /// Its owner.
     pub user: bool,
-    /// Its plan.
     pub plan: bool,
-    /// Each of its scopes.
+    /// Each scope of the key.
     pub scope: bool,
-    /// What came of the requests.
     pub outcome: bool,
 }
 
-/// How long the spans of time are that usage is summed over.
+/// The time span of each sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interval {
-    /// Hours.
     Hour,
-    /// Days, in UTC.
+    /// In UTC.
     Day,
-    /// Months, in UTC.
+    /// In UTC.
     Month,
-    /// All of it.
+    /// The whole range.
     Total,
 }
 
@@ -48,16 +44,13 @@ impl Interval {
     }
 }
 
-/// What is asked.
+/// A query for sums.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// What usage is grouped by.
     pub groups: Groups,
-    /// Spans of time.
     pub interval: Interval,
-    /// From when on.
     pub from: OffsetDateTime,
-    /// Until before when.
+    /// Exclusive.
     pub to: OffsetDateTime,
     /// Only this key.
     pub key_id: Option<Uuid>,
@@ -71,25 +64,20 @@ pub struct Question {
     pub outcome: Option<i16>,
     /// Whether requests without a known key count.
     pub keyless: bool,
-    /// After which row.
+    /// The last row of the previous page.
     pub after: Option<Place>,
-    /// How many rows.
+    /// Most rows.
     pub limit: i64,
 }
 
-/// The place of a row among all: what it is grouped by, with the least value of its type for what there is none of. Rows are
-/// in this order.
+/// The group of a row, by which rows are sorted. A field that is not grouped by has the least value of its type.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// The start of the span, in seconds of Unix time.
     pub start: i64,
-    /// The key.
     pub key_id: Uuid,
-    /// The owner.
     pub email: String,
-    /// The plan.
     pub plan: String,
-    /// The scope.
     pub scope: String,
     /// The code of the outcome.
     pub outcome: i16,
@@ -98,18 +86,16 @@ pub struct Place {
 /// One sum.
 #[derive(Clone, Debug)]
 pub struct Sum {
-    /// What it is the sum of.
     pub of: Place,
-    /// What people call the key, if there is one.
+    /// The name of the key, if sums are grouped by key.
     pub key_name: Option<String>,
-    /// How many requests.
     pub requests: i64,
-    /// Credits that they cost together.
+    /// Credits.
     pub cost: i64,
 }
 
 struct Row {
-    start: OffsetDateTime,
+    start: i64,
     key_id: Uuid,
     email: String,
     plan: String,
@@ -120,16 +106,22 @@ struct Row {
     cost: i64,
 }
 
-/// Reads one page of sums.
+impl Groups {
+    /// The names by which the statement knows them.
+    fn names(self) -> Vec<String> {
+        let Self { key, user, plan, scope, outcome } = self;
+        let all = [("key", key), ("user", user), ("plan", plan), ("scope", scope), ("outcome", outcome)];
+        all.into_iter().filter(|(_, grouped)| *grouped).map(|(name, _)| name.to_owned()).collect()
+    }
+}
+
+/// Reads one page of sums. The function is long because of its one statement, whose phases are the named queries in it.
 pub async fn sums(pool: &PgPool, question: &Question) -> Result<Vec<Sum>, sqlx::Error> {
     let Question { groups, interval, from, to, key_id, email, plan, scope, outcome, keyless, after, limit } = question;
-    let after_start = after
-        .as_ref()
-        .map(|after| OffsetDateTime::from_unix_timestamp(after.start).unwrap_or(OffsetDateTime::UNIX_EPOCH));
     let rows = sqlx::query_as!(
         Row,
         r#"with counted as (
-            select key_id, date_trunc($1, at, 'UTC') as start, case when $2 then outcome end as outcome,
+            select key_id, date_trunc($1, at, 'UTC') as start, case when 'outcome' = any($2) then outcome end as outcome,
                 sum(requests) as requests, sum(cost) as cost
             from (
                 select key_id, hour as at, outcome, requests, cost from usage_hourly where hour >= $3 and hour < $4
@@ -158,54 +150,47 @@ pub async fn sums(pool: &PgPool, question: &Question) -> Result<Vec<Sum>, sqlx::
                 union
                 select unnest(r.scopes) from definitions r
                 where not r.removed and (r.number = any(k.role_numbers) or r.number = d.number)
-            ) s on $9 or $10::text is not null
-            where ($11::text is null or d.name = $11) and ($10::text is null or s.scope = $10)
+            ) s on 'scope' = any($2) or $9::text is not null
+            where ($10::text is null or d.name = $10) and ($9::text is null or s.scope = $9)
         ),
         placed as (
-            select coalesce(start, 'epoch'::timestamptz) as start,
-                coalesce(case when $12 then key_id end, '00000000-0000-0000-0000-000000000000') as key_id,
-                coalesce(case when $13 then email end, '') collate "C" as email,
-                coalesce(case when $14 then plan end, '') collate "C" as plan,
-                coalesce(case when $9 then scope end, '') collate "C" as scope,
-                coalesce(outcome, -1) as outcome, case when $12 then name end as name, requests, cost
+            select coalesce(extract(epoch from start), 0)::bigint as start,
+                coalesce(case when 'key' = any($2) then key_id end, '00000000-0000-0000-0000-000000000000') as key_id,
+                coalesce(case when 'user' = any($2) then email end, '') collate "C" as email,
+                coalesce(case when 'plan' = any($2) then plan end, '') collate "C" as plan,
+                coalesce(case when 'scope' = any($2) then scope end, '') collate "C" as scope,
+                coalesce(outcome, -1) as outcome, case when 'key' = any($2) then name end as name, requests, cost
             from described
         )
         select start as "start!", key_id as "key_id!", email as "email!", plan as "plan!", scope as "scope!",
             outcome::smallint as "outcome!", max(name) as name, saturate(sum(requests)) as "requests!",
             saturate(sum(cost)) as "cost!"
         from placed
-        where $15::timestamptz is null
-            or (start, key_id, email, plan, scope, outcome) > ($15, $16::uuid, $17::text, $18::text, $19::text, $20::int)
+        where $11::jsonb is null or (start, key_id, email, plan, scope, outcome) > (
+            select a.start, a.key_id, a.email, a.plan, a.scope, a.outcome from jsonb_to_record($11)
+                as a (start bigint, key_id uuid, email text, plan text, scope text, outcome integer)
+        )
         group by 1, 2, 3, 4, 5, 6
         order by 1, 2, 3, 4, 5, 6
-        limit $21"#,
+        limit $12"#,
         interval.unit(),
-        groups.outcome,
+        &groups.names(),
         *from,
         *to,
         *keyless,
         *key_id,
         *outcome,
         email.as_deref(),
-        groups.scope,
         scope.as_deref(),
         plan.as_deref(),
-        groups.key,
-        groups.user,
-        groups.plan,
-        after_start,
-        after.as_ref().map(|after| after.key_id),
-        after.as_ref().map(|after| after.email.as_str()),
-        after.as_ref().map(|after| after.plan.as_str()),
-        after.as_ref().map(|after| after.scope.as_str()),
-        after.as_ref().map(|after| i32::from(after.outcome)),
+        after.as_ref().map(Json) as _,
         limit
     )
     .fetch_all(pool)
     .await?;
     let sum = |row| {
         let Row { start, key_id, email, plan, scope, outcome, name, requests, cost } = row;
-        let of = Place { start: start.unix_timestamp(), key_id, email, plan, scope, outcome };
+        let of = Place { start, key_id, email, plan, scope, outcome };
         Sum { of, key_name: name, requests, cost }
     };
     Ok(rows.into_iter().map(sum).collect())

@@ -1,8 +1,8 @@
-//! How long usage is kept: hours that are older than the operator wants become days, days that are older are forgotten.
+//! Retention of usage: hours are rolled up to days, and old days are deleted.
 //!
-//! Rows move in one statement each time, from one table to the other: none is ever in both or in neither. Hours that are not
-//! told as events yet wait. Reports that come late for an hour that has become a day make a row of their own, which moves
-//! with the next round. Several replicas take turns by a lock.
+//! One statement moves rows from one table to the other, so that no row is ever in both or in neither. Hours without their events
+//! stay. A late report for an hour that was rolled up makes a row of its own, which the next round moves. A lock keeps
+//! replicas from working at the same time.
 
 use sqlx::{PgConnection, PgPool};
 
@@ -17,7 +17,7 @@ const TOGETHER: i64 = 10_000;
 /// line could be applied twice, so the import of logs refuses usage that is older.
 pub const REPORTER_DAYS: i32 = 90;
 
-/// How long what is kept, in days.
+/// Retention times, in days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     /// Usage by the hour.
@@ -28,10 +28,7 @@ pub struct Retention {
     pub event_days: i32,
 }
 
-/// Rolls up and forgets old usage. Says how many rows moved or went.
-///
-/// # Errors
-/// Those of the database; what was done before stays done.
+/// Rolls up and deletes old usage. Returns the number of moved and deleted rows.
 pub async fn tidy(pool: &PgPool, retention: Retention) -> Result<u64, sqlx::Error> {
     let rolled_up = roll_up(pool, retention.hourly_days).await?;
     let forgotten = if let Some(days) = retention.daily_days { forget(pool, days).await? } else { 0 };
@@ -40,10 +37,7 @@ pub async fn tidy(pool: &PgPool, retention: Retention) -> Result<u64, sqlx::Erro
     Ok(rolled_up.saturating_add(forgotten).saturating_add(events).saturating_add(reporters))
 }
 
-/// Moves hours of days that ended more than so many days ago to their days. Says how many rows moved.
-///
-/// # Errors
-/// Those of the database; what moved before stays moved.
+/// Rolls up hours of days that ended more than `days` ago. Returns how many rows moved.
 pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {
@@ -56,12 +50,12 @@ pub async fn roll_up(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     }
 }
 
-/// Moves some hours. Says how many rows moved; none while another replica moves rows.
+/// Rolls up a bounded number of hours. Returns how many rows moved; none while another replica holds the lock.
 async fn roll_up_some(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
     if !JobLock::UsageRetention.try_take(connection).await? {
         return Ok(0);
     }
-    // Rows that a report is changing at the moment are left for the next round, so neither side waits for a lock.
+    // Rows that a report is changing are left for the next round, so that neither waits for a lock.
     let keyed = sqlx::query_scalar!(
         r#"with old as materialized (
             select key_id, hour, outcome, generation from usage_hourly
@@ -114,10 +108,7 @@ async fn roll_up_some(connection: &mut PgConnection, days: i32) -> Result<u64, s
     Ok(keyed.saturating_add(keyless).cast_unsigned())
 }
 
-/// Forgets days that began more than so many days ago. Says how many rows went.
-///
-/// # Errors
-/// Those of the database; what went before stays gone.
+/// Deletes days that began more than `days` ago. Returns how many rows.
 pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     let mut all = 0;
     loop {
@@ -129,7 +120,7 @@ pub async fn forget(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     }
 }
 
-/// Forgets some days. Says how many rows went; none while another replica moves rows.
+/// Deletes a bounded number of days. Returns how many rows; none while another replica holds the lock.
 async fn forget_some(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
     if !JobLock::UsageRetention.try_take(connection).await? {
         return Ok(0);
@@ -154,7 +145,7 @@ async fn forget_some(connection: &mut PgConnection, days: i32) -> Result<u64, sq
     Ok(keyed.rows_affected() + keyless.rows_affected())
 }
 
-/// Forgets Envoys whose last report came more than [`REPORTER_DAYS`] ago. Says how many.
+/// Deletes Envoys whose last report came more than [`REPORTER_DAYS`] ago. Returns how many.
 pub async fn forget_reporters(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!(
         "delete from usage_reporters where reported_at < now() - make_interval(days => $1)",

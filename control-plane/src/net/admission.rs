@@ -1,7 +1,7 @@
 //! Admission of connections: how many there may be at once, of one address and in all, and what is reserved for filters.
 //!
-//! Who connects is known only once a request presents a key. So a connection beyond the bounds of strangers is not closed
-//! at once: it becomes a *newcomer*, which may only present a sync key. Newcomers give way to later connections.
+//! Clients are known only once a request presents a key. A connection beyond the bounds is therefore not closed at once: it
+//! becomes a *newcomer*, which may only present a sync key. Later connections evict newcomers.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use super::network_of;
 /// File descriptors for everything else, such as the log, certificates that are read, and evicted connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// Evicted connections that may still be ending. Beyond, new ones wait for one to end, so that descriptors do not run out.
+/// Most evicted connections that still end. Beyond, new connections wait until one has ended, so that descriptors do not run out.
 const ENDING: usize = 16;
 
 /// Bounds of connections.
@@ -24,14 +24,14 @@ const ENDING: usize = 16;
 pub struct Limits {
     /// All connections at once.
     pub total: usize,
-    /// Those of one address that have not presented a sync key. IPv6 addresses count by their /64.
+    /// Connections of one address that have not presented a sync key. IPv6 addresses count by their /64.
     pub by_address: usize,
-    /// Those of the total that only filters get.
+    /// Connections of the total that are reserved for filters.
     pub reserved: usize,
 }
 
 impl Limits {
-    /// Bounds that fit together: at least one connection is not reserved, and one address gets half of those at most.
+    /// Consistent bounds: at least one connection is not reserved, and one address gets at most half of these.
     #[must_use]
     pub fn new(total: usize, by_address: usize, reserved: Option<usize>) -> Self {
         let reserved = reserved.unwrap_or(total / 4).min(total.saturating_sub(1));
@@ -44,21 +44,21 @@ impl Limits {
     }
 }
 
-/// What a connection is.
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Kind {
-    /// Within the bounds of strangers.
+    /// Within the bounds for clients without a sync key.
     Public,
-    /// Beyond them, and without a sync key so far.
+    /// Beyond these bounds, and without a sync key so far.
     Newcomer,
     /// It has presented a sync key.
     Filter,
-    /// It has to give way and still ends.
+    /// It was evicted and still ends.
     Evicted,
 }
 
-/// The connections that there are.
+/// The present connections.
 #[derive(Debug)]
 pub struct Admission {
     limits: Limits,
@@ -69,7 +69,7 @@ pub struct Admission {
 /// Why there is no place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Full {
-    /// Evicted connections still end: there will be one in a moment.
+    /// Evicted connections still end.
     Ending,
     /// No connection can be evicted.
     Refused,
@@ -107,8 +107,8 @@ impl Admission {
         Arc::new(Self { limits, places: Mutex::default(), freed: Notify::new() })
     }
 
-    /// A place for a connection from an address, unless there is none left. May wait for evicted connections to end, which
-    /// they do at once.
+    /// Admits a connection from an address, unless there is no place left. May wait until an evicted connection has ended, which
+    /// takes a moment.
     pub async fn admit(self: &Arc<Self>, address: IpAddr) -> Option<AdmittedConnection> {
         loop {
             let freed = self.freed.notified();
@@ -207,13 +207,13 @@ impl Place {
         self.kind.load(Ordering::Relaxed) == kind as u8
     }
 
-    /// Whether the connection is beyond the bounds of strangers and has not presented a sync key.
+    /// Whether the connection is a newcomer.
     #[must_use]
     pub fn is_newcomer(&self) -> bool {
         self.is(Kind::Newcomer)
     }
 
-    /// Notes that a request of the connection presented a good sync key: it has reserved room from now on.
+    /// Records that a request of the connection presented a valid sync key. The connection then has a reserved place.
     pub fn recognise_filter(&self) {
         if self.is(Kind::Filter) {
             return;
@@ -225,7 +225,7 @@ impl Place {
         }
     }
 
-    /// Returns when the connection has to give way.
+    /// Returns when the connection is evicted.
     pub async fn evicted(&self) {
         self.evicted.notified().await;
     }

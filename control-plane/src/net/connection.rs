@@ -14,11 +14,11 @@ use tokio::time::{Instant, Sleep};
 
 use crate::net::wait_budget::WaitBudget;
 
-/// Delay before the end of a connection is passed on. An Envoy that ends sends its last report, resets the
-/// stream and closes the connection in one go; HTTP/2 as hyper has it drops requests that arrive together with the end.
+/// Delay before the end of a connection is passed on. An Envoy that ends sends its last report, resets the stream and closes the
+/// connection in one step, and hyper drops requests over HTTP/2 that arrive together with the end.
 const END_DELAY: Duration = Duration::from_millis(50);
 
-/// Bytes that a client must read within the write time-out. Each time, the time-out begins anew.
+/// Bytes that a client must read within the write time-out, which then begins anew.
 const RENEWED_BYTES: usize = 64 * 1_024;
 
 /// One connection, in the clear or within TLS.
@@ -34,7 +34,7 @@ pub struct Connection<S> {
 #[derive(Debug)]
 struct WriteTimeout {
     budget: WaitBudget,
-    /// Since when a write waits, and until when it may.
+    /// Since when a write waits, and its time-out.
     waiting: Option<(Instant, Pin<Box<Sleep>>)>,
 }
 
@@ -60,7 +60,7 @@ impl WriteTimeout {
     }
 }
 
-/// Says that a request has come.
+/// Signals that a request has come.
 #[derive(Clone, Debug, Default)]
 pub struct FirstRequest(Arc<AtomicBool>);
 

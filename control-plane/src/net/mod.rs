@@ -7,7 +7,7 @@ pub mod wait_budget;
 
 use std::net::IpAddr;
 
-/// What one client has at will: an IPv4 address, or a /64 of IPv6.
+/// The address of a client: an IPv4 address, or a /64 of IPv6, within which a client chooses addresses freely.
 pub(crate) fn network_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// A budget of waiting time. A number of bytes makes it whole again, so a large body on a slow line may take long while
-/// a peer that sends or takes next to nothing uses the budget up.
+/// A budget of waiting time, restored by a number of bytes. A large body over a slow line may take long, while a peer that sends
+/// or takes next to nothing exhausts the budget.
 #[derive(Debug)]
 pub struct WaitBudget {
     whole: Duration,
@@ -13,13 +13,13 @@ pub struct WaitBudget {
 }
 
 impl WaitBudget {
-    /// A budget that is whole again after each `renewed_bytes`.
+    /// A budget that each `renewed_bytes` restore.
     #[must_use]
     pub const fn new(whole: Duration, renewed_bytes: usize) -> Self {
         Self { whole, left: whole, renewed_bytes, bytes: 0 }
     }
 
-    /// How long the peer may still keep us waiting.
+    /// How long the peer may still keep the control plane waiting.
     #[must_use]
     pub const fn left(&self) -> Duration {
         self.left

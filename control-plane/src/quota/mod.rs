@@ -1,33 +1,62 @@
-//! Quotas: requests of a key in a window of time. A quota and what was used of it come in, whether it is used up and until
-//! when goes out. Calendar windows are PostgreSQL's matter, which knows time zones; rolling ones are reckoned here.
+//! Quotas: requests of a key in a window of time. [`Use`] decides whether a quota is used up and until when; `store` keeps
+//! its windows in PostgreSQL. Calendar windows are those of [`crate::domain::calendar`], rolling windows are computed here.
 
 mod starters;
 mod store;
 
 use time::{Duration, OffsetDateTime};
 
-use crate::domain::{Period, Quota, round_up_to_second};
+use crate::domain::{Period, Quota, Window, round_up_to_second};
 
-pub use starters::{Whose, check_time_zone, refresh_starters};
+pub use starters::{Whose, refresh_starters};
 pub use store::{View, count, reconsider, reopen, shut, view};
 
-/// Into how many slots a rolling window is divided.
+/// Slots of a rolling window.
 pub const SLOTS: usize = 60;
 
-/// What was used of a quota in the running window.
+/// Requests counted against a quota in one window.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Use {
     /// When the window began.
     pub window_start: OffsetDateTime,
-    /// When it ends, or, if it rolls, its running slot.
+    /// When it ends; of a rolling window, when its last slot ends.
     pub window_end: OffsetDateTime,
-    /// Requests that were allowed in it.
+    /// Allowed requests.
     pub used: i64,
-    /// Of a rolling window: in each slot of it, the oldest first.
+    /// Rolling windows only: allowed requests in each slot, the oldest first.
     pub slots: Vec<i64>,
 }
 
 impl Use {
+    /// The window of a quota that contains `now`, with nothing used.
+    #[must_use]
+    pub fn none(quota: &Quota, now: OffsetDateTime) -> Self {
+        match quota.period.calendar() {
+            Some(every) => {
+                let Window { start, end } = Window::containing(now, every, quota.zone());
+                Self { window_start: start, window_end: end, used: 0, slots: Vec::new() }
+            }
+            None => Self::rolling(quota.window_s(), now),
+        }
+    }
+
+    /// What is used of a quota now, and whether that is in another window than the stored one. `kind` is that of the stored
+    /// window: windows of another kind do not count.
+    #[must_use]
+    pub fn current(mut self, kind: &str, quota: &Quota, now: OffsetDateTime) -> (Self, bool) {
+        if kind != quota.kind() {
+            return (Self::none(quota, now), true);
+        }
+        match quota.period {
+            Period::Rolling => {
+                let rolled = self.roll(quota.window_s(), now);
+                (self, rolled)
+            }
+            Period::Day | Period::Week | Period::Month if now < self.window_end => (self, false),
+            Period::Day | Period::Week | Period::Month => (Self::none(quota, now), true),
+        }
+    }
+
     /// A rolling window that begins now, with nothing used.
     #[must_use]
     pub fn rolling(window_s: i64, now: OffsetDateTime) -> Self {
@@ -36,7 +65,7 @@ impl Use {
         Self { window_start: window_end - slot * 60, window_end, used: 0, slots: vec![0; SLOTS] }
     }
 
-    /// Lets a rolling window roll on to now. Says whether it did.
+    /// Moves a rolling window on to `now`. Returns whether it moved.
     pub fn roll(&mut self, window_s: i64, now: OffsetDateTime) -> bool {
         if now < self.window_end {
             return false;
@@ -57,7 +86,7 @@ impl Use {
         true
     }
 
-    /// Counts requests, whenever they came: late reports count in the window that runs now.
+    /// Counts requests. Those of late reports count in the present window.
     pub fn add(&mut self, requests: i64) {
         self.used = self.used.saturating_add(requests);
         if let Some(running) = self.slots.last_mut() {
@@ -71,8 +100,8 @@ impl Use {
         self.used >= quota.requests
     }
 
-    /// When a quota that is used up opens again: with the next window, or, where it rolls, when it has room for one
-    /// Envoy's starter. On a whole second, as filters know it.
+    /// When an exhausted quota admits requests again: with the next window; a rolling one when it has room for the starter of
+    /// one Envoy. Filters use whole seconds.
     #[must_use]
     pub fn opens_at(&self, quota: &Quota, starter: i64) -> OffsetDateTime {
         if quota.period != Period::Rolling {
@@ -148,5 +177,10 @@ mod tests {
         assert!(used.exceeds(&quota));
         assert_eq!(used.opens_at(&quota, 1), NOW + Duration::days(1));
         assert_eq!((quota.kind(), hour(1).kind()), ("day/UTC".into(), "rolling/3600".into()));
+        let next =
+            Use { window_start: used.window_end, window_end: NOW + Duration::days(2), used: 0, slots: Vec::new() };
+        assert_eq!(used.clone().current("day/UTC", &quota, NOW + Duration::hours(23)), (used.clone(), false));
+        assert_eq!(used.clone().current("day/UTC", &quota, used.window_end), (next, true));
+        assert_eq!(used.clone().current("week/UTC", &quota, NOW), (Use { used: 0, ..used }, true));
     }
 }

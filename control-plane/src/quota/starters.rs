@@ -1,26 +1,10 @@
-//! Initial allowances of keys with a quota. A key has its own quota or that of its plan. The row of the key holds what an
-//! Envoy may admit before it was leased any, the *starter*, so that records come from one table.
+//! Starters of keys with a quota: the requests that an Envoy may admit before it has a lease. The row of the key has a copy, so
+//! that records are read from one table.
 
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::reconsider;
-use crate::domain::Quota;
-use crate::domain::quota::{UTC, unknown_time_zone};
-use crate::error::ApiError;
-
-/// Refuses a quota whose time zone the database does not know.
-///
-/// # Errors
-/// What is wrong with `quota`.
-pub async fn check_time_zone(quota: &Quota, connection: &mut PgConnection) -> Result<(), ApiError> {
-    let Some(zone) = quota.time_zone.as_deref().filter(|zone| *zone != UTC) else { return Ok(()) };
-    let known =
-        sqlx::query_scalar!(r#"select exists (select from pg_timezone_names where name = $1) as "known!""#, zone)
-            .fetch_one(connection)
-            .await?;
-    if known { Ok(()) } else { Err(unknown_time_zone()) }
-}
 
 /// Keys whose quota may have changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,12 +17,11 @@ pub enum Whose<'a> {
     Owner(Uuid),
 }
 
-/// Sets the starters of keys to a sixteenth of their quota (at least 1, at most 1,000,000, none without a quota), then opens
-/// those whose quota was used up and is not any more, because it grew or is gone, and shuts those that it shrank for. Says
-/// how many keys changed; a statement that changes none would wake every filter, and is not made.
+/// Sets the starters of keys to a sixteenth of their quota (at least 1, at most 1,000,000, none without a quota). Then opens keys
+/// whose quota is no longer exhausted, because it grew or was removed, and closes keys whose quota shrank. Returns how many keys
+/// changed. Statements that would change none are not executed, since they would wake every filter.
 ///
-/// To be called in the transaction that changes the quota, the plan or the assignment, after that change: its lock of
-/// `store_state` keeps other changes out.
+/// Call it in the transaction that changes the quota, the plan or the assignment, after that change: `store_state` is then locked.
 pub async fn refresh_starters(connection: &mut PgConnection, whose: Whose<'_>) -> Result<u64, sqlx::Error> {
     let (keys, plan, owner) = match whose {
         Whose::Keys(ids) => (Some(ids), None, None),

@@ -1,4 +1,4 @@
-//! Quotas in PostgreSQL: what was used is added up in the running window, the flag that filters see is set and taken back.
+//! Quotas in PostgreSQL: the use in the present window, and the flag by which filters refuse a key.
 
 use std::collections::BTreeMap;
 
@@ -7,46 +7,31 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::Use;
-use crate::domain::{Period, Quota};
+use crate::domain::Quota;
 
-/// Most keys that are opened in one statement.
+/// Most keys that one statement opens.
 const TOGETHER: i64 = 10_000;
 
-/// Adds allowed requests to the running windows of keys, and lets windows begin anew that have ended. Gives what is used
-/// then. The rows are locked in the order of the keys.
+/// Adds allowed requests to the running windows of keys, and moves on windows that have ended. Returns what is used then. The
+/// rows are locked in the order of the keys.
 pub async fn count(
     connection: &mut PgConnection,
     of: &BTreeMap<Uuid, (&Quota, i64)>,
 ) -> Result<BTreeMap<Uuid, Use>, sqlx::Error> {
     let keys: Vec<Uuid> = of.keys().copied().collect();
-    let kinds: Vec<String> = of.values().map(|(quota, _)| quota.kind()).collect();
-    let periods: Vec<String> = of.values().map(|(quota, _)| quota.period.name().to_owned()).collect();
-    let zones: Vec<String> = of.values().map(|(quota, _)| quota.zone().to_owned()).collect();
     sqlx::query!(
         "insert into quota_use (key_id, window_start, window_end, kind)
-        select key_id, '-infinity', '-infinity', '' from unnest($1::uuid[]) as new (key_id)
+        select key_id, 'epoch', 'epoch', '' from unnest($1::uuid[]) as new (key_id)
         where not exists (select from quota_use q where q.key_id = new.key_id)
         order by key_id on conflict do nothing",
         &keys
     )
     .execute(&mut *connection)
     .await?;
-    // What of a window has ended begins with nothing used; rolling ones are rolled on below.
     let rows = sqlx::query!(
-        r#"select q.key_id, q.kind = new.kind as "same!", q.used, q.slots, now() as "now!", c.starts, c.ends,
-            case when isfinite(q.window_start) then q.window_start end as window_start,
-            case when isfinite(q.window_end) then q.window_end end as window_end
-        from unnest($1::uuid[], $2::text[], $3::text[], $4::text[]) as new (key_id, kind, period, zone)
-        join quota_use q on q.key_id = new.key_id
-        cross join lateral calendar_window(
-            new.period, new.zone,
-            case when new.period <> 'rolling' and (q.kind <> new.kind or q.window_end <= now()) then now() end
-        ) c
-        order by q.key_id for update of q"#,
-        &keys,
-        &kinds,
-        &periods,
-        &zones
+        r#"select key_id, kind, window_start, window_end, used, slots, now() as "now!"
+        from quota_use where key_id = any($1) order by key_id for update"#,
+        &keys
     )
     .fetch_all(&mut *connection)
     .await?;
@@ -54,26 +39,13 @@ pub async fn count(
     let mut changed = Vec::new();
     for row in rows {
         let Some((quota, requests)) = of.get(&row.key_id) else { continue };
-        let known = row.window_start.zip(row.window_end).filter(|_| row.same);
-        let known =
-            known.map(|(window_start, window_end)| Use { window_start, window_end, used: row.used, slots: row.slots });
-        let (mut used, mut new) = match (known, quota.period, row.starts.zip(row.ends)) {
-            (Some(mut used), Period::Rolling, _) => {
-                let rolled = used.roll(quota.window_s(), row.now);
-                (used, rolled)
-            }
-            (None, Period::Rolling, _) => (Use::rolling(quota.window_s(), row.now), true),
-            (_, _, Some((window_start, window_end))) => {
-                (Use { window_start, window_end, used: 0, slots: Vec::new() }, true)
-            }
-            (Some(used), _, None) => (used, false),
-            (None, _, None) => continue,
-        };
+        let stored =
+            Use { window_start: row.window_start, window_end: row.window_end, used: row.used, slots: row.slots };
+        let (mut used, is_new) = stored.current(&row.kind, quota, row.now);
         if *requests > 0 {
             used.add(*requests);
-            new = true;
         }
-        if new {
+        if is_new || *requests > 0 {
             changed.push((row.key_id, quota.kind(), used.clone()));
         }
         all.insert(row.key_id, used);
@@ -114,24 +86,22 @@ async fn write(connection: &mut PgConnection, changed: Vec<(Uuid, String, Use)>)
     Ok(())
 }
 
-/// Tells filters that quotas are used up: of which keys, how much was used, and until when. Keys that they know it of
-/// already are left alone, and those whose quota was raised meanwhile.
+/// Marks keys as exhausted, given their use and the end of their windows, so that filters refuse them. Keys that are marked
+/// already, and those whose quota was raised meanwhile, are left alone.
 pub async fn shut(connection: &mut PgConnection, keys: &[(Uuid, i64, OffsetDateTime)]) -> Result<(), sqlx::Error> {
     if keys.is_empty() {
         return Ok(());
     }
-    // Whoever changes a plan holds this lock until it commits: the statement after it sees the quota as it is then.
+    // A change of a plan holds this lock until it commits, so the next statement sees the new quota.
     sqlx::query!("select one from store_state for update").fetch_one(&mut *connection).await?;
     let ids: Vec<Uuid> = keys.iter().map(|(key, ..)| *key).collect();
     let used: Vec<i64> = keys.iter().map(|(_, used, _)| *used).collect();
     let ends: Vec<OffsetDateTime> = keys.iter().map(|(.., end)| *end).collect();
     let due = sqlx::query!(
-        r#"select k.id, new.resets_at as "resets_at!"
+        r#"select q.id as "id!", new.resets_at as "resets_at!"
         from unnest($1::uuid[], $2::bigint[], $3::timestamptz[]) as new (id, used, resets_at)
-        join api_keys k on k.id = new.id
-        left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
-        where new.used >= (coalesce(k.quota, d.quota) ->> 'requests')::bigint
-            and not (k.quota_exceeded and k.quota_resets_at > now())"#,
+        join key_quotas q on q.id = new.id
+        where new.used >= (q.quota ->> 'requests')::bigint and not (q.quota_exceeded and q.quota_resets_at > now())"#,
         &ids,
         &used,
         &ends
@@ -153,9 +123,9 @@ pub async fn shut(connection: &mut PgConnection, keys: &[(Uuid, i64, OffsetDateT
     Ok(())
 }
 
-/// Opens keys whose quota was used up and is filled anew by now, with a new starter for every Envoy. Says how many.
+/// Opens exhausted keys whose next window has begun, with a new starter for every Envoy. Returns how many.
 pub async fn reopen(pool: &PgPool) -> Result<u64, sqlx::Error> {
-    // A statement that changes nothing would wake every filter all the same.
+    // A statement that changes nothing would wake every filter, too.
     let any = sqlx::query_scalar!(
         r#"select exists (select from api_keys where quota_exceeded and quota_resets_at <= now()) as "any!""#
     );
@@ -175,37 +145,28 @@ pub async fn reopen(pool: &PgPool) -> Result<u64, sqlx::Error> {
     Ok(opened.rows_affected())
 }
 
-/// Opens or shuts keys at once whose quota was changed, in the transaction that changed it. Says how many.
+/// Opens or closes keys whose quota was changed, in the transaction of that change. Returns how many.
 pub async fn reconsider(connection: &mut PgConnection, keys: &[Uuid]) -> Result<usize, sqlx::Error> {
     let rows = sqlx::query!(
-        r#"select k.id as "id!", k.quota_exceeded as "quota_exceeded!", k.quota_starter, coalesce(k.quota, d.quota) as quota, now() as "now!",
-            q.kind as "kind?", q.used as "used?", q.slots as "slots?",
-            case when isfinite(q.window_start) then q.window_start end as window_start,
-            case when isfinite(q.window_end) then q.window_end end as window_end
-        from api_keys k
-        left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
-        left join quota_use q on q.key_id = k.id
-        where k.id = any($1) and (k.quota_exceeded or q.key_id is not null)"#,
+        r#"select id as "id!", quota, quota_exceeded as "quota_exceeded!", quota_starter, kind as "kind!",
+            window_start as "window_start!", window_end as "window_end!", used as "used!", slots as "slots!", now() as "now!"
+        from key_quotas where id = any($1) and (quota_exceeded or kind <> '')"#,
         keys
     )
     .fetch_all(&mut *connection)
     .await?;
-    let (mut opened, mut shut_) = (Vec::new(), Vec::new());
+    let (mut opened, mut exhausted) = (Vec::new(), Vec::new());
     for row in rows {
-        let quota = Quota::of(row.quota);
-        let until = quota.and_then(|quota| {
-            let (window_start, window_end) = row.window_start.zip(row.window_end)?;
-            let mut used = Use { window_start, window_end, used: row.used?, slots: row.slots? };
-            if quota.period == Period::Rolling {
-                used.roll(quota.window_s(), row.now);
-            }
-            let counts = row.kind.as_deref() == Some(&quota.kind()) && used.window_end > row.now;
-            (counts && used.exceeds(&quota))
-                .then(|| (used.used, used.opens_at(&quota, quota.starter(row.quota_starter))))
+        let stored =
+            Use { window_start: row.window_start, window_end: row.window_end, used: row.used, slots: row.slots };
+        let until = Quota::of(row.quota).and_then(|quota| {
+            let (used, _) = stored.current(&row.kind, &quota, row.now);
+            let opens_at = used.opens_at(&quota, quota.starter(row.quota_starter));
+            used.exceeds(&quota).then_some((used.used, opens_at))
         });
         match until {
             None if row.quota_exceeded => opened.push(row.id),
-            Some((used, until)) if !row.quota_exceeded => shut_.push((row.id, used, until)),
+            Some((used, until)) if !row.quota_exceeded => exhausted.push((row.id, used, until)),
             _ => {}
         }
     }
@@ -218,8 +179,8 @@ pub async fn reconsider(connection: &mut PgConnection, keys: &[Uuid]) -> Result<
         .execute(&mut *connection)
         .await?;
     }
-    shut(connection, &shut_).await?;
-    Ok(opened.len().saturating_add(shut_.len()))
+    shut(connection, &exhausted).await?;
+    Ok(opened.len().saturating_add(exhausted.len()))
 }
 
 /// The quota of a key and what is left of it.
@@ -229,9 +190,9 @@ pub struct View {
     pub quota: Quota,
     /// What was used of it.
     pub used: Use,
-    /// What Envoys hold and have not told of.
+    /// Requests that Envoys have a lease for and have not reported.
     pub leased: i64,
-    /// Whether filters were told that it is used up.
+    /// Whether filters refuse the key because of it.
     pub exceeded: bool,
     pub resets_at: Option<OffsetDateTime>,
 }
@@ -239,52 +200,23 @@ pub struct View {
 /// Reads the quota of a key; none if it has none.
 pub async fn view(pool: &PgPool, key: Uuid) -> Result<Option<View>, sqlx::Error> {
     let row = sqlx::query!(
-        r#"select coalesce(k.quota, d.quota) as quota, k.quota_exceeded, k.quota_resets_at, now() as "now!",
-            q.kind as "kind?", q.used as "used?", q.slots as "slots?",
-            case when isfinite(q.window_start) then q.window_start end as window_start,
-            case when isfinite(q.window_end) then q.window_end end as window_end,
+        r#"select quota, quota_exceeded as "quota_exceeded!", quota_resets_at, kind as "kind!",
+            window_start as "window_start!", window_end as "window_end!", used as "used!", slots as "slots!", now() as "now!",
             (
                 select coalesce(sum(greatest(l.held - l.spent, 0)), 0)::bigint
                 from leases l join usage_reporters r on r.reporter = l.reporter
-                where l.stock = 1 and l.subject = k.id
+                where l.stock = 1 and l.subject = key_quotas.id
                     and greatest(l.renewed_at, r.reported_at) > now() - interval '60 seconds'
             ) as "leased!"
-        from api_keys k
-        left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
-        left join quota_use q on q.key_id = k.id
-        where k.id = $1"#,
+        from key_quotas where id = $1"#,
         key
     )
     .fetch_optional(pool)
     .await?;
     let Some(row) = row else { return Ok(None) };
     let Some(quota) = Quota::of(row.quota) else { return Ok(None) };
-    let same = row.kind.as_deref() == Some(&quota.kind());
-    let known = row.window_start.zip(row.window_end).filter(|_| same).map(|(window_start, window_end)| Use {
-        window_start,
-        window_end,
-        used: row.used.unwrap_or_default(),
-        slots: row.slots.unwrap_or_default(),
-    });
-    let used = match known {
-        Some(mut used) if quota.period == Period::Rolling => {
-            used.roll(quota.window_s(), row.now);
-            used
-        }
-        None if quota.period == Period::Rolling => Use::rolling(quota.window_s(), row.now),
-        Some(used) if used.window_end > row.now => used,
-        _ => {
-            let window = sqlx::query!(
-                r#"select starts as "starts!", ends as "ends!" from calendar_window($1, $2, $3)"#,
-                quota.period.name(),
-                quota.zone(),
-                row.now
-            )
-            .fetch_one(pool)
-            .await?;
-            Use { window_start: window.starts, window_end: window.ends, used: 0, slots: Vec::new() }
-        }
-    };
+    let stored = Use { window_start: row.window_start, window_end: row.window_end, used: row.used, slots: row.slots };
+    let (used, _) = stored.current(&row.kind, &quota, row.now);
     let (leased, exceeded) = (row.leased, row.quota_exceeded && row.quota_resets_at.is_none_or(|at| at > row.now));
     Ok(Some(View { quota, used, leased, exceeded, resets_at: row.quota_resets_at.filter(|_| exceeded) }))
 }

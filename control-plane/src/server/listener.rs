@@ -41,16 +41,16 @@ const HEAD_BYTES: usize = 64 * 1_024;
 /// Longest head of a request over HTTP/2, in bytes.
 const HEADER_LIST_BYTES: u32 = 16 * 1_024;
 
-/// Streams of a connection over HTTP/2 at once. An Envoy needs two: a poll is held while it reports usage.
+/// Most concurrent streams of a connection over HTTP/2. An Envoy needs two: it reports usage while its poll waits.
 const STREAMS: u32 = 16;
 
 /// How much of request bodies a connection over HTTP/2 may send before they are read, in bytes.
 const WINDOW_BYTES: u32 = 256 * 1_024;
 
-/// How often a peer over HTTP/2 is asked whether it is still there, and how long it may take to say so.
+/// Interval and time-out of PINGs over HTTP/2.
 const ALIVE: Duration = Duration::from_secs(20);
 
-/// How long to wait when the operating system has no connection for us.
+/// Pause after a failed accept.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// How connections are served.
@@ -58,8 +58,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub struct ServerOptions {
     /// Certificates, if connections use TLS.
     pub tls: Option<Arc<Tls>>,
-    /// The read time-out: how long a client may take to shake hands, to send the head of a request while none is under way, and
-    /// to take each 64 KiB of a response.
+    /// Time-out for the TLS handshake, for the head of a request while no other runs, and for reading each 64 KiB of a response.
     pub read_timeout: Duration,
     /// How many connections there may be.
     pub admission: Arc<Admission>,
@@ -74,7 +73,7 @@ struct Accepted {
     stopping: watch::Receiver<bool>,
 }
 
-/// Serves until `ended`, then lets requests that are under way end.
+/// Serves until `ended`, then waits for running requests.
 pub async fn serve(listener: TcpListener, router: Router, options: ServerOptions, ended: impl Future<Output = ()>) {
     let mut ended = pin!(ended);
     let (stop, stopping) = watch::channel(false);
@@ -114,16 +113,16 @@ async fn accept(listener: &TcpListener, admission: &Arc<Admission>) -> (TcpStrea
     }
 }
 
-/// Whether it is the other end that gave up: then the next connection can be taken at once. Otherwise we lack something, such
-/// as file descriptors, and to ask again at once would be to ask without end.
+/// Whether the client ended the connection, so that the next one can be accepted at once. Otherwise the process lacks something,
+/// such as file descriptors, and would retry in a tight loop.
 fn broke(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
 async fn connection(stream: TcpStream, mut accepted: Accepted) {
-    // Otherwise the second frame of an answer waits for the other end's delayed acknowledgement: 40 ms in which a revoked
-    // key still works.
+    // Otherwise the second frame of a response waits for a delayed acknowledgement of the peer: 40 ms in which a revoked key
+    // still works.
     let _ = stream.set_nodelay(true);
     let Some(tls) = accepted.options.tls.clone() else { return speak(stream, accepted).await };
     let shaking = tokio::time::timeout(accepted.options.read_timeout, tls.acceptor().accept(stream));
@@ -159,7 +158,7 @@ where
     let executor = StreamExecutor { streams: Arc::clone(&streams), timeout: read_timeout };
     let builder = protocols(executor, read_timeout);
     let mut served = pin!(builder.serve_connection(io, service));
-    // The process that ends has a time limit of its own.
+    // The shutdown of the process has a time limit of its own.
     let limit = tokio::select! {
         served = served.as_mut() => return report(peer, served),
         () = streams.stuck() => return debug!(%peer, "the client did not read a response in time"),
@@ -192,7 +191,7 @@ fn protocols(executor: StreamExecutor, read_timeout: Duration) -> Builder<Stream
     builder
 }
 
-/// Answers a request. A connection in reserved room may only present a sync key, and is dismissed if it does not.
+/// Answers a request. A newcomer may only present a sync key; otherwise its connection is closed.
 async fn answer(
     request: Request<Incoming>,
     peer: SocketAddr,

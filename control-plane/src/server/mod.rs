@@ -80,14 +80,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         Ok::<_, String>(())
     });
     let filters = app.filters.clone();
-    // None of these tasks ends by itself, so the end of one is a fault.
-    let mut background = JoinSet::new();
-    background.spawn(filters.clone().run(pool.clone(), app.store.clone()));
-    let jobs = jobs::Context::new(&settings, pool.clone(), Arc::clone(&app.rate_limiter));
-    background.spawn(jobs::run(jobs, app.store.clone()));
-    if let Some(tls) = tls.clone() {
-        background.spawn(tls.follow());
-    }
+    let mut background = start_background(&settings, &app, tls.clone());
     let router = api::router_with_read_timeout(app, Some(metrics), read_timeout);
     if let Some(file) = &settings.address_file {
         write_address(file, address).map_err(|error| format!("--address-file {}: {error}", file.display()))?;
@@ -145,7 +138,19 @@ fn app(
     }
 }
 
-/// Writes what is only in memory.
+/// Starts the tasks that do not end by themselves: the end of one is a fault.
+fn start_background(settings: &Serve, app: &App, tls: Option<Arc<Tls>>) -> JoinSet<()> {
+    let mut background = JoinSet::new();
+    background.spawn(app.filters.clone().run(app.pool.clone(), app.store.clone()));
+    let jobs = jobs::Context::new(settings, app.pool.clone(), Arc::clone(&app.rate_limiter));
+    background.spawn(jobs::run(jobs, app.store.clone()));
+    if let Some(tls) = tls {
+        background.spawn(tls.follow());
+    }
+    background
+}
+
+/// Commits queued usage and persists the status of filters, which are in memory only.
 async fn finish(committing: JoinHandle<()>, mut background: JoinSet<()>, filters: &Registry, pool: &PgPool) {
     // The router and with it all senders of usage are gone: what is queued is committed.
     if tokio::time::timeout(GRACE, committing).await.is_err() {

@@ -14,10 +14,10 @@ use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{Error, RootCertStore, ServerConfig};
 use tracing::{info, warn};
 
-/// How often the files are looked at for changes.
+/// How often the files are checked for changes.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// What clients may speak, the best first.
+/// Protocols of clients, the preferred one first.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
 /// Where certificates and keys lie, in PEM.
@@ -37,7 +37,7 @@ struct Contents {
     client_ca: Option<Vec<u8>>,
 }
 
-/// What connections are accepted with at the moment.
+/// The certificate in use.
 pub struct Tls {
     files: Files,
     current: RwLock<(Contents, Arc<ServerConfig>)>,
@@ -66,10 +66,10 @@ impl Tls {
         TlsAcceptor::from(Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).1))
     }
 
-    /// Reads the files anew if they differ from what is in use. Says whether they did.
+    /// Reads the files again if they have changed. Returns whether they have.
     ///
     /// # Errors
-    /// One line that names the setting and the file; what was in use stays so.
+    /// One line that names the setting and the file. The previous certificate stays in use.
     pub fn refresh(&self) -> Result<bool, String> {
         let contents = self.files.read()?;
         if self.current.read().unwrap_or_else(PoisonError::into_inner).0 == contents {
@@ -80,7 +80,7 @@ impl Tls {
         Ok(true)
     }
 
-    /// Keeps what is in use in step with the files, for ever; returns only if the process can get no signals.
+    /// Follows changes of the files. Returns only if the process cannot receive signals.
     pub async fn follow(self: Arc<Self>) {
         let mut hangup = match signal(SignalKind::hangup()) {
             Ok(hangup) => hangup,
@@ -103,7 +103,7 @@ impl Tls {
                     info!("reloaded the certificates");
                 }
                 Ok(Ok(false)) => complaint.clear(),
-                // A file that is being written makes no sense for a moment; one that stays so is worth one line.
+                // A file may be invalid while it is written. If it stays invalid, log it once.
                 Ok(Err(why)) if why != complaint => {
                     warn!(%why, "could not reload the certificates; the loaded ones stay in use");
                     complaint = why;

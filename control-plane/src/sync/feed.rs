@@ -1,9 +1,9 @@
 //! The change feed: brings the mirror up to date with what was committed in PostgreSQL.
 //!
-//! Polling is the truth; LISTEN/NOTIFY, and the wake-up after a commit of this process, are hints that make it
-//! immediate. Each refresh reads the rows after the revision of the mirror, in one snapshot of the database or as
-//! good as one (`glance`). So the mirror steps from one committed state to a later one. After any fault the session
-//! starts over, and checks the identity of the database.
+//! Polling finds every change. LISTEN/NOTIFY and the wake-up after a commit of this process only make it immediate. Each
+//! refresh reads the rows after the revision of the mirror in one snapshot of the database, or in two statements that give
+//! the same result (`glance`), so the mirror steps from one committed state to a later one. After any fault the session
+//! starts over and checks the identity of the database.
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -20,24 +20,23 @@ use super::mirror::Mirror;
 use super::rows::{DatabaseState, FEW, Keys, ReadError, definitions, old_secrets};
 use super::{Position, Store};
 
-/// How long to wait before the database is tried again after a fault.
+/// Pause after a fault, before the database is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// How long one refresh may take: a million keys load in seconds, so a server that takes longer has stopped answering.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time-out of one refresh. A million keys load in seconds.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// During a burst of changes, reads of the database start at least this far apart, so that each finds several changes. Outside
 /// of a burst, a change is read at once.
 const IN_A_STREAM: Duration = Duration::from_millis(5);
 
-/// Shortest time between two looks at the database on behalf of keys that the mirror does not know. It bounds what
-/// guesses cost the database.
+/// Shortest time between two refreshes for keys that the mirror does not know. It bounds the load that guessed keys cause.
 const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Stands in the identity of a database for a part that it does not let us read. The other parts still identify it.
+/// Replaces a part of the identity of a database that may not be read. The other parts still identify it.
 const HIDDEN: &str = "hidden";
 
-/// Why a refresh did not come about.
+/// Why a refresh failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedError {
     #[error(transparent)]
@@ -56,12 +55,12 @@ impl From<sqlx::Error> for FeedError {
     }
 }
 
-/// The feed: it has connections of its own, so that no request waits for others to learn what was committed.
+/// The feed. It has connections of its own, so that it never waits for requests.
 #[derive(Clone, Debug)]
 pub struct Feed {
     pool: PgPool,
     store: Store,
-    /// When the last look for a key that the mirror does not know began.
+    /// When the last refresh for an unknown key began.
     caught_up: Arc<tokio::sync::Mutex<Option<Instant>>>,
 }
 
@@ -87,7 +86,7 @@ impl Feed {
         identify(&self.pool).await?;
         loop {
             let (began, before) = (tokio::time::Instant::now(), self.store.position());
-            tokio::time::timeout(PATIENCE, self.refresh(None)).await.map_err(|_| FeedError::Late)??;
+            tokio::time::timeout(REFRESH_TIMEOUT, self.refresh(None)).await.map_err(|_| FeedError::Late)??;
             let streams = several_between(before, self.store.position());
             self.news(&mut listener, poll_interval).await?;
             if streams {
@@ -118,10 +117,7 @@ impl Feed {
     }
 
     /// Brings the mirror to the revision that the database has when this is called, for a key that the mirror does not know.
-    /// All that wait share one look.
-    ///
-    /// # Errors
-    /// [`FeedError`]; the mirror is as it was.
+    /// Concurrent callers share one refresh.
     pub async fn catch_up(&self) -> Result<(), FeedError> {
         let called = Instant::now();
         let mut last = self.caught_up.lock().await;
@@ -137,14 +133,11 @@ impl Feed {
         Ok(())
     }
 
-    /// Brings the mirror to the present revision of the database. Returns at once if the mirror has what is `wanted`, or
-    /// somebody else has looked since this was called: however many polls ask, the database is asked once.
-    ///
-    /// # Errors
-    /// [`FeedError`]; the mirror is as it was.
+    /// Brings the mirror to the present revision of the database. Returns at once if the mirror has the `wanted` position, or if
+    /// another task has refreshed it since the call: many polls cause one refresh.
     pub async fn refresh(&self, wanted: Option<(Epoch, u64)>) -> Result<(), FeedError> {
         let called = Instant::now();
-        // One at a time, and the mirror is looked at before the database: what the database says then is never older.
+        // One refresh at a time. The mirror is read before the database, so the database is never older.
         let mut last_look = self.store.refreshing().await;
         let reached =
             |(epoch, revision)| self.store.position().is_some_and(|(ours, at)| ours == epoch && at >= revision);
@@ -158,13 +151,13 @@ impl Feed {
     }
 }
 
-/// Whether a look has found more than one revision.
+/// Whether a refresh has found more than one revision.
 fn several_between(before: Position, after: Position) -> bool {
     before.zip(after).is_some_and(|((old, from), (epoch, to))| old == epoch && to > from + 1)
 }
 
-/// Draws a new epoch if this is not the database that the present one was drawn for: another server, another timeline
-/// after a promotion or a point-in-time recovery, or another database after a restore of a dump.
+/// Generates a new epoch if the present one was generated for another database: another server, another timeline after a
+/// promotion or a point-in-time recovery, or another database after a restore of a dump.
 pub async fn identify(pool: &PgPool) -> Result<(), sqlx::Error> {
     let system = sqlx::query_scalar!(r#"select system_identifier::text as "text!" from pg_control_system()"#);
     // Of the current WAL file: the control file has a new timeline only after the next checkpoint.
@@ -197,16 +190,15 @@ fn or_hidden(part: Result<String, sqlx::Error>) -> Result<String, sqlx::Error> {
     })
 }
 
-/// Draws a new epoch: every filter will load the whole store anew.
+/// Generates a new epoch. Every filter then loads a snapshot.
 pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
     sqlx::query_scalar!("update store_state set epoch = gen_random_uuid() returning epoch").fetch_one(pool).await
 }
 
-/// A look that is enough most of the time: when nothing has changed, or a few keys and nothing else. Says whether it was.
+/// A cheap refresh for the common case: nothing has changed, or a few keys and nothing else. Returns whether it was enough.
 ///
-/// Its two statements see a moment each. All that changed up to the revision of the first is among what the second finds, unless
-/// that is [`FEW`], so that there may be more. A key that has changed since tells by its revision. In both cases the look was
-/// not enough.
+/// Its two statements see different states. The second finds all keys that changed up to the revision of the first, unless it
+/// finds [`FEW`] keys, so that there may be more, or a key with a later revision. Then a full refresh is needed.
 async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     let Some(known) = store.position() else { return Ok(false) };
     let mut connection = pool.acquire().await?;
@@ -232,8 +224,7 @@ async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     Ok(true)
 }
 
-/// One look at the database. Says whether the mirror is now what the database holds; if not, a new epoch has begun and is
-/// there to be loaded.
+/// A full refresh in one snapshot of the database. Returns whether the mirror is up to date; if not, there is a new epoch to load.
 async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     if glance(pool, store).await? {
         return Ok(true);

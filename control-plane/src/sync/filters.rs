@@ -12,13 +12,13 @@ use uuid::Uuid;
 /// An Envoy that polled or reported within this time is live. Longer than any poll is held.
 pub const SILENT: Duration = Duration::from_secs(60);
 
-/// How long an Envoy that is gone is shown.
+/// How long an Envoy is shown after its last message.
 pub const SHOWN: Duration = Duration::from_hours(24);
 
-/// Most Envoys of one sync key that are shown and are gone.
+/// Most shown Envoys of one sync key that are not live.
 const SHOWN_OF_KEY: i64 = 10_000;
 
-/// What is known of an Envoy.
+/// The last known status of an Envoy.
 #[derive(Clone, Debug)]
 pub(super) struct KnownEnvoy {
     pub(super) sync_key: Uuid,
@@ -26,7 +26,7 @@ pub(super) struct KnownEnvoy {
     pub(super) version: Option<String>,
     pub(super) holds: Option<(Epoch, u64)>,
     pub(super) pending: Option<u64>,
-    /// When it confirmed its revision; when it first came, if it has not.
+    /// When it confirmed its revision; before the first confirmation, when it first polled.
     pub(super) confirmed: Instant,
     pub(super) seen: Instant,
     pub(super) reported: Option<Instant>,
@@ -50,14 +50,14 @@ pub struct EnvoyStatus {
     pub confirmed_at: OffsetDateTime,
     /// When it last polled or reported.
     pub seen_at: OffsetDateTime,
-    /// Requests that it counted and has not seen acknowledged.
+    /// Requests that it counted and that are not acknowledged yet.
     pub pending_requests: Option<i64>,
-    /// When reports of it last came into the database.
+    /// When a report of it last reached the database.
     pub reported_at: Option<OffsetDateTime>,
     pub live: bool,
 }
 
-/// How far the store is, and the time, as the database has them.
+/// Position and clock of the database.
 #[derive(Clone, Copy, Debug)]
 pub struct DatabasePosition {
     /// The epoch of the database.
@@ -66,7 +66,7 @@ pub struct DatabasePosition {
     pub now: OffsetDateTime,
 }
 
-/// How far a change has reached the Envoys.
+/// How many Envoys have a change.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rollout {
     /// The epoch of the database.
@@ -81,7 +81,6 @@ pub struct Rollout {
     pub silent: i64,
 }
 
-/// As PostgreSQL has it.
 fn interval(of: Duration) -> PgInterval {
     PgInterval { months: 0, days: 0, microseconds: i64::try_from(of.as_micros()).unwrap_or(i64::MAX) }
 }
@@ -238,7 +237,8 @@ pub async fn rollout(pool: &PgPool, revision: i64) -> Result<Rollout, sqlx::Erro
     .await
 }
 
-/// Forgets Envoys that are gone beyond the newest `SHOWN_OF_KEY` of each sync key: a stolen key could name new ones for ever.
+/// Deletes Envoys that are not live beyond the newest `SHOWN_OF_KEY` of each sync key, since a stolen sync key could invent more
+/// and more.
 pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!(
         "delete from filters where reporter in (
@@ -253,7 +253,7 @@ pub async fn trim(pool: &PgPool) -> Result<u64, sqlx::Error> {
     Ok(gone.execute(pool).await?.rows_affected())
 }
 
-/// Forgets Envoys that neither polled nor reported for a day.
+/// Deletes Envoys that neither polled nor reported for a day.
 pub async fn forget(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!("delete from filters where seen_at < now() - $1::interval", interval(SHOWN));
     Ok(gone.execute(pool).await?.rows_affected())

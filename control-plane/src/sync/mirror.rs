@@ -1,12 +1,11 @@
-//! The key store in memory: takes rows of the change feed, and writes the updates that filters poll. It never waits for the
-//! database, so Envoys get updates while the database is down.
+//! The key store in memory. The change feed writes it, and filters read updates from it, also while the database is down.
 //!
-//! Of each key the mirror holds its present record, encoded as in updates, and the revision of its last change,
-//! in the order of hashes, which is the order of a snapshot. Changes are found through an index by revision; a key that was
-//! withdrawn stays in it as a tombstone for a while.
+//! The mirror has the record of each secret, encoded as in updates, and the revision of its last change. Records are
+//! sorted by hash, which is the order of a snapshot. An index by revision finds changes. A withdrawn secret leaves a
+//! *tombstone*, an entry without a record, so that filters that are behind remove the secret.
 //!
-//! Trees, and no table of buckets: a mirror is built anew whenever the database is restored, while the present one still
-//! serves. Allocators keep a heap for each thread, and each would keep the room of a large block that came and went.
+//! It consists of trees and not of one large table: after a restore of the database a second mirror is built while the first
+//! serves, and the allocator would keep the memory of large blocks for each thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::update::{Header, Part, REVISION_BYTES, UPDATE_BYTES, UpdateWriter};
 
-/// Most tombstones that are kept. Beyond, the oldest go, and filters that are further behind get a snapshot.
+/// Most tombstones. Beyond, the oldest are dropped, and filters that are further behind get a snapshot.
 const TOMBSTONES: usize = 100_000;
 
 /// Most bytes of an entry beside its record: kind, hash and length.
@@ -154,7 +153,7 @@ impl Mirror {
         revision >= self.horizon && revision <= self.revision
     }
 
-    /// Writes the update that a reader gets, of a store that so many filters sync. Changes that are not all known become a
+    /// Encodes the update that a reader gets, with the number of filters that sync. A reader that is behind the known changes gets a
     /// snapshot.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
-//! Keys on their way to the filters. The [`feed`] brings committed changes into the [`mirror`], and polls get updates
-//! of the mirror. Polls also say how far each filter is: [`registry`] collects it, [`filters`] stores it.
+//! Sync of keys to the filters. The [`feed`] brings committed changes into the [`mirror`], and polls get updates of the
+//! mirror. Polls also contain the progress of each filter: [`registry`] collects it, [`filters`] stores it.
 //!
-//! [`Store`] is the mirror as the rest of the control plane uses it.
+//! [`Store`] is the handle by which the rest of the control plane uses the mirror.
 
 pub mod feed;
 pub mod filters;
@@ -26,11 +26,10 @@ use tokio::sync::watch;
 use self::mirror::{Mirror, UpdateRequest};
 use crate::change::FeedWaker;
 
-/// Most updates that are kept for other readers. Only the updates of the newest revision are; when the bound is reached, all
-/// go.
+/// Most cached updates, all of the newest revision. At the bound, the cache is emptied.
 const SHARED_UPDATES: usize = 256;
 
-/// How far a store is: `None` until it was loaded.
+/// Epoch and revision of the mirror; `None` until it is loaded.
 pub type Position = Option<(Epoch, u64)>;
 
 /// The mirror and what belongs to it, shared by all tasks.
@@ -72,13 +71,13 @@ impl Store {
         }))
     }
 
-    /// How far the mirror is.
+    /// The position of the mirror.
     #[must_use]
     pub fn position(&self) -> Position {
         *self.0.position.borrow()
     }
 
-    /// Tells of every new position. The present one counts as seen.
+    /// A receiver of new positions. The present one counts as seen.
     #[must_use]
     pub fn positions(&self) -> watch::Receiver<Position> {
         self.0.position.subscribe()
@@ -109,7 +108,7 @@ impl Store {
         self.0.filters.load(Ordering::Relaxed)
     }
 
-    /// Notes how many Envoys sync at present, for the updates that are written from now on.
+    /// Sets the number of Envoys that sync, for later updates.
     pub fn set_filters(&self, filters: u32) {
         if self.0.filters.swap(filters, Ordering::Relaxed) != filters {
             *self.0.updates.lock().unwrap_or_else(PoisonError::into_inner) = Updates::default();
@@ -127,12 +126,12 @@ impl Store {
         self.0.refreshing.lock().await
     }
 
-    /// Notes that the mirror is what the database holds.
+    /// Records that the mirror has the state of the database.
     pub fn seen(&self) {
         *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Changes the mirror and wakes the polls that wait.
+    /// Changes the mirror and wakes waiting polls.
     pub fn update(&self, change: impl FnOnce(&mut Option<Mirror>)) {
         let position = {
             let mut mirror = self.0.mirror.write().unwrap_or_else(PoisonError::into_inner);
@@ -155,8 +154,7 @@ impl Store {
         self.read(|mirror| mirror.map(|mirror| mirror.epoch() == epoch && mirror.reaches_back_to(revision)))
     }
 
-    /// An update that tells of so many Envoys, written once for all readers that want the same at the same revision; `None` if
-    /// nothing is loaded.
+    /// An update, encoded once for all readers that want the same at the same revision; `None` if nothing is loaded.
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::encode`].

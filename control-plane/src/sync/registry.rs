@@ -16,11 +16,11 @@ use uuid::Uuid;
 use super::Store;
 use super::filters::{self, KnownEnvoy, SILENT};
 
-/// Most Envoys that are remembered here. Beyond, the one that has been silent for longest makes room, if it has been for
-/// [`SILENT`]; otherwise the new one is counted in `portcullis_filter_calls_rejected_total` and not shown.
+/// Most Envoys in memory. Beyond, a new one replaces the one that has been silent for longest, if that is at least [`SILENT`];
+/// otherwise the new one is counted in `portcullis_filter_calls_rejected_total` and not shown.
 const REPORTERS: usize = 10_000;
 
-/// How often the Envoys of a sync key that has too many are looked through for silent ones.
+/// Shortest interval between searches for silent Envoys of a sync key that has too many.
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// Shortest interval between writes.
@@ -29,18 +29,18 @@ const WRITE: Duration = Duration::from_millis(250);
 /// How often the live Envoys of all replicas are counted.
 const COUNT: Duration = Duration::from_secs(3);
 
-/// How long to wait before the database is tried again.
+/// Pause after a fault, before the database is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Most revisions whose arrival is remembered; the oldest go.
+/// Most revisions whose arrival time is kept.
 const ARRIVALS: usize = 10_000;
 
 /// What an Envoy reports with a poll.
 #[derive(Clone, Debug, Default)]
 pub struct PollStatus {
-    /// The key that it came under.
+    /// The key of the poll.
     pub sync_key: Uuid,
-    /// Where it came from.
+    /// The address of the Envoy.
     pub address: Option<String>,
     /// Its version of the filter.
     pub version: Option<String>,
@@ -63,7 +63,7 @@ pub enum Registration {
     TooMany,
 }
 
-/// The Envoys that speak to this process. Clones share it.
+/// The Envoys that call this process. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Registry(Arc<Shared>);
 
@@ -85,7 +85,7 @@ struct State {
     newcomers: bool,
     /// How many of them came under each sync key.
     of_key: HashMap<Uuid, u32>,
-    /// When silent ones were last looked for because a sync key had too many.
+    /// When silent Envoys were last searched for because a sync key had too many.
     swept: Option<Instant>,
     /// The live Envoys of all replicas, when they were last counted, and of each sync key.
     counted: u32,
@@ -132,7 +132,7 @@ impl Registry {
         self.0.per_sync_key
     }
 
-    /// Notes a poll; costs no more than the lock.
+    /// Records a poll.
     pub fn polled(&self, reporter: ReporterId, heard: PollStatus) -> Registration {
         let now = Instant::now();
         let PollStatus { sync_key, .. } = heard;
@@ -147,19 +147,19 @@ impl Registry {
         })
     }
 
-    /// Notes that an Envoy is still there: its poll was held until now, or it sends a report.
+    /// Records that an Envoy is live: its poll ends now, or it sends a report.
     pub fn held(&self, reporter: ReporterId, sync_key: Uuid) -> Registration {
         self.note(reporter, sync_key, Instant::now(), |_| ())
     }
 
-    /// Notes that reports of an Envoy are in the database.
+    /// Records that reports of an Envoy are in the database.
     pub fn reported(&self, reporter: ReporterId, sync_key: Uuid) {
         let now = Instant::now();
         self.note(reporter, sync_key, now, |known| known.reported = Some(now));
     }
 
-    /// How long this process has known the first revision that is at or after this one; `None` if it has not seen it
-    /// come.
+    /// For how long this process has had this revision or a later one; `None` if the revision is older than the process or not
+    /// there yet.
     #[must_use]
     pub fn since_arrival(&self, epoch: Epoch, revision: u64) -> Option<Duration> {
         let state = self.state();
@@ -167,7 +167,7 @@ impl Registry {
         arrived.map(|(_, at)| at.elapsed())
     }
 
-    /// Writes and counts until the future is dropped. [`Registry::write`] once more at the end loses nothing.
+    /// Writes and counts until the future is dropped. Call [`Registry::write`] once more at the end.
     pub async fn run(self, pool: PgPool, store: Store) {
         let mut positions = store.positions();
         // Not before the schema is there.
@@ -203,7 +203,7 @@ impl Registry {
                         PAUSE
                     }
                 };
-                // Without the database, those that are known here are the best that is known.
+                // Without the database, count the Envoys of this process.
                 let here = self.live();
                 let counted = self.state().counted;
                 store.set_filters(counted.max(here));
@@ -218,10 +218,7 @@ impl Registry {
         tokio::join!(arrivals, writing);
     }
 
-    /// Writes what changed since the last write, in one statement.
-    ///
-    /// # Errors
-    /// Those of the database; it is written the next time then.
+    /// Writes what changed since the last write, in one statement. After an error, the next call writes it.
     pub async fn write(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
         let _writing = self.0.writing.lock().await;
         let unwritten: Vec<(ReporterId, KnownEnvoy)> = {
@@ -330,7 +327,7 @@ impl Registry {
     }
 }
 
-/// Forgets the Envoy that has been silent for longest, if it is gone. Says whether it did.
+/// Removes the Envoy that has been silent for longest, if it is not live. Returns whether there was one.
 fn make_room(state: &mut State) -> bool {
     let oldest = state.known.iter().min_by_key(|(_, known)| known.seen);
     let gone = oldest.filter(|(_, known)| known.seen.elapsed() >= SILENT).map(|(reporter, _)| *reporter);
@@ -341,7 +338,7 @@ fn make_room(state: &mut State) -> bool {
     true
 }
 
-/// Marks as unwritten again what was not written, also if the write is cancelled.
+/// Marks entries as unwritten again if the write fails or is cancelled.
 struct Restore<'a> {
     registry: &'a Registry,
     reporters: Vec<ReporterId>,

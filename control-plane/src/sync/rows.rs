@@ -1,4 +1,4 @@
-//! Reads the rows that filters need. The caller sees to it that all rows are of one moment.
+//! Reads the rows that filters need. The caller ensures that all rows are of one state of the database.
 
 use contract::definition::Definition;
 use contract::hash::KeyHash;
@@ -23,7 +23,7 @@ pub enum ReadError {
     Row(Uuid),
 }
 
-/// Reads the keys that a condition names: as a stream.
+/// Streams the keys that match a condition. A macro, since sqlx checks only literal statements.
 macro_rules! keys {
     ($connection:expr, $where:literal $(, $of:expr)*) => {
         sqlx::query_as!(
@@ -103,12 +103,12 @@ impl SecretRow {
     }
 }
 
-/// So many changes are read by a statement that finds no more, and that PostgreSQL therefore plans once. One that finds however
-/// many there are it plans each time, which takes longer than to find a few. The number stands in the statement too: a parameter
-/// would tell PostgreSQL nothing.
+/// Most changes that the cheap statement reads. PostgreSQL plans a statement with a fixed limit once, and one without a limit at
+/// each call, which takes longer than reading a few rows. The number is also in the statement, since PostgreSQL cannot plan by a
+/// parameter.
 pub(super) const FEW: usize = 64;
 
-/// What is read of keys.
+/// Keys that were read.
 #[derive(Default)]
 pub(super) struct Keys {
     pub(super) rows: Vec<KeyRow>,
@@ -117,7 +117,7 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// Those that were not removed.
+    /// All keys that are not withdrawn.
     pub(super) async fn all(connection: &mut PgConnection) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "not withdrawn")).await
     }
@@ -127,7 +127,7 @@ impl Keys {
         Self::read(keys!(connection, "revision > $1", since)).await
     }
 
-    /// Of those the ones that changed first, [`FEW`] at the most.
+    /// The first of these, at most [`FEW`].
     pub(super) async fn few_changed(connection: &mut PgConnection, since: i64) -> Result<Self, ReadError> {
         Self::read(keys!(connection, "revision > $1 order by revision limit 64", since)).await
     }
@@ -145,14 +145,14 @@ impl Keys {
     }
 }
 
-/// Rows of the old secrets that have changed after a revision, and of those of some keys.
+/// Old secrets that have changed after a revision, and the old secrets of some keys.
 pub(super) async fn old_secrets(
     connection: &mut PgConnection,
     since: i64,
     of_keys: &[Uuid],
     withdrawn: bool,
 ) -> Result<Vec<KeyRow>, ReadError> {
-    // One that has ended by the database's clock has ended by any Envoy's.
+    // A secret that has ended by the clock of the database ends for every Envoy, whatever its clock shows.
     let mut secrets = sqlx::query_as!(
         SecretRow,
         r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
@@ -180,7 +180,7 @@ pub(super) async fn old_secrets(
     Ok(rows)
 }
 
-/// Roles and plans that have changed after a revision, those that were removed too.
+/// Roles and plans that have changed after a revision, removed ones included.
 pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<DefinitionRow>, ReadError> {
     let rows = sqlx::query!(
         r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", removed, revision

@@ -30,7 +30,7 @@ pub async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<O
     Ok(user.fetch_optional(connection).await?)
 }
 
-/// Locks a user, and creates the user first if there is none. Says whether the user is new.
+/// Locks a user, and creates the user first if there is none. Returns whether the user is new.
 pub async fn lock_or_create_user(connection: &mut PgConnection, email: &Email) -> Result<(LockedUser, bool), ApiError> {
     let new = Uuid::now_v7();
     let user = sqlx::query_as!(

@@ -32,9 +32,9 @@ pub struct User {
     pub created_at: OffsetDateTime,
     /// Keys that are neither revoked nor expired.
     pub live_keys: i64,
-    /// Keys that were ever created.
+    /// All keys, ended ones included.
     pub total_keys: i64,
-    /// Counted up with each change of the settings of the user.
+    /// Incremented by each change of the settings of the user.
     pub version: i64,
 }
 
@@ -52,7 +52,7 @@ pub async fn get(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<
     Ok(user)
 }
 
-/// Reads those whose address starts with `prefix` and comes after `after`, by address, at most `limit`.
+/// Reads users by address: at most `limit` whose address starts with `prefix` and is greater than `after`.
 pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Result<Vec<User>, ApiError> {
     let users = sqlx::query_as!(
         User,

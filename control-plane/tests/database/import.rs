@@ -8,6 +8,7 @@ use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
 use contract::pepper::Pepper;
 use control_plane::audit::Actor;
+use control_plane::change::{FeedWaker, Writer};
 use control_plane::keys::import::{Code, Import};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -217,8 +218,9 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn with_a_pepper_a_key_that_was_imported_without_one_is_still_the_same_key(pool: PgPool) {
     let pepper = Pepper::parse(&"5e".repeat(32)).unwrap();
+    let writer = Writer::new(pool.clone(), FeedWaker::default());
     let import = async |numbers: std::ops::Range<usize>, pepper: Option<&Pepper>| {
-        let mut import = Import::new(pool.clone(), Actor::system(), pepper.cloned());
+        let mut import = Import::new(writer.clone(), Actor::system(), pepper.cloned());
         let lines: Vec<String> = numbers.map(line).collect();
         assert!(import.take(lines.join("\n").as_bytes()).await.unwrap());
         import.finish().await.unwrap()

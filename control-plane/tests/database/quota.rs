@@ -6,9 +6,11 @@ use axum::body::Body;
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Count, SHADOW};
+use control_plane::domain::{Every, Window};
 use control_plane::quota::{Whose, reconsider, refresh_starters, reopen};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 async fn execute(pool: &PgPool, sql: &str) -> u64 {
@@ -87,7 +89,10 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
     });
     let calendar: (String, String) = sqlx::query_as(
         "select to_char(starts at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), to_char(ends at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
-        from calendar_window('month', 'Europe/Berlin', now())",
+        from (
+            select date_trunc('month', now(), 'Europe/Berlin') as starts,
+                date_trunc('month', date_trunc('month', now(), 'Europe/Berlin') + interval '45 days', 'Europe/Berlin') as ends
+        ) month",
     )
     .fetch_one(&pool)
     .await
@@ -248,5 +253,25 @@ async fn a_key_that_is_created_with_a_quota_has_the_etag_that_its_next_change_as
         let renamed = json!({"name": "other"});
         let changed = fixture.call_with("PATCH", &uri, &admin, Some(&renamed), &[("if-match", &etag)]).await;
         assert_eq!(changed.status.as_u16(), 200, "{extra}");
+    }
+}
+
+/// Statements over usage group by days and months of UTC with `date_trunc`; quotas have the windows of the calendar module.
+#[sqlx::test(migrations = "./migrations")]
+async fn postgresql_and_the_calendar_agree_on_days_weeks_and_months_of_utc(pool: PgPool) {
+    for (unit, every) in [("day", Every::Day), ("week", Every::Week), ("month", Every::Month)] {
+        let windows: Vec<(OffsetDateTime, OffsetDateTime, OffsetDateTime)> = sqlx::query_as(
+            "select at, date_trunc($1, at, 'UTC'),
+                (date_trunc($1, at at time zone 'UTC') + ('1 ' || $1)::interval) at time zone 'UTC'
+            from generate_series('2020-01-01T00:00Z'::timestamptz, '2040-01-01T00:00Z', interval '43 hours 59.5 seconds') at",
+        )
+        .bind(unit)
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+        assert!(windows.len() > 3_000);
+        for (at, start, end) in windows {
+            assert_eq!(Window::containing(at, every, "UTC"), Window { start, end }, "{unit} {at}");
+        }
     }
 }

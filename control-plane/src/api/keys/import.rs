@@ -124,7 +124,7 @@ pub async fn import(
         let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
         return Err(ApiError::Unreadable(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail.into()));
     }
-    let mut import = Import::new(app.pool.clone(), caller.actor, app.pepper.clone());
+    let mut import = Import::new(app.writer.clone(), caller.actor, app.pepper.clone());
     let mut pieces = body.into_data_stream();
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|_| ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body ended early.".into()))?;

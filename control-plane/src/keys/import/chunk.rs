@@ -3,37 +3,33 @@
 use std::collections::{HashMap, HashSet};
 
 use serde_json::json;
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Accepted, Code};
-use crate::audit::{self, Actor, AuditEvent};
-use crate::change::transact;
+use crate::audit::{Actor, AuditEvent};
+use crate::change::{Change, Writer};
 use crate::error::ApiError;
 use crate::keys::lock::lock_store;
 use crate::quota::{Whose, refresh_starters};
 
-/// Writes keys with their line numbers. Gives the numbers of those that were not written, and why.
+/// Writes a chunk. Returns the numbers of the lines whose keys exist already, and why they were not written.
 ///
 /// # Errors
 /// Those of the database; nothing of the chunk is written then.
 pub(super) async fn write(
-    pool: &PgPool,
+    writer: &Writer,
     actor: &Actor,
     chunk: &[Accepted],
 ) -> Result<Vec<(u64, Code, String)>, ApiError> {
-    transact(pool, async |connection| write_in(connection, actor, chunk).await).await
+    writer.change(actor, async |change| write_in(change, chunk).await).await
 }
 
-async fn write_in(
-    connection: &mut PgConnection,
-    actor: &Actor,
-    chunk: &[Accepted],
-) -> Result<Vec<(u64, Code, String)>, ApiError> {
-    let owners = lock_owners(connection, chunk).await?;
-    // From here on nobody makes or rotates a key until the commit, so what is not there now is not there then.
-    lock_store(connection).await?;
-    // A key that is there without the pepper, from before there was one, is the same key.
+async fn write_in(change: &mut Change, chunk: &[Accepted]) -> Result<Vec<(u64, Code, String)>, ApiError> {
+    let owners = lock_owners(change, chunk).await?;
+    // Until the commit, no other transaction creates or rotates a key.
+    lock_store(change).await?;
+    // A key that was stored without a pepper, before there was one, is a duplicate too.
     let mut hashes: Vec<Vec<u8>> =
         chunk.iter().flat_map(|line| [line.stored, line.key.hash]).map(|hash| hash.0.to_vec()).collect();
     hashes.dedup();
@@ -43,7 +39,7 @@ async fn write_in(
         select r.hash from unnest($1::bytea[]) as new (hash) join retired_secrets r on r.hash = new.hash"#,
         &hashes
     )
-    .fetch_all(&mut *connection)
+    .fetch_all(&mut **change)
     .await?;
     let there: HashSet<_> = there.into_iter().collect();
     let (mut refused, mut rows, mut last) = (Vec::new(), Rows::default(), 0);
@@ -59,20 +55,20 @@ async fn write_in(
         last = *number;
     }
     if !rows.ids.is_empty() {
-        rows.insert(connection).await?;
-        // Their owners' plans may have quotas.
-        refresh_starters(connection, Whose::Keys(&rows.ids)).await?;
+        rows.insert(change).await?;
+        // The plans of their owners may have quotas.
+        refresh_starters(change, Whose::Keys(&rows.ids)).await?;
         let first = chunk.first().map_or(0, |first| first.line);
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
-        audit::record_each(connection, actor, "key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
+        change.record_each("key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
         let event = AuditEvent { action: "import.commit", key_id: None, target: None, detail };
-        audit::record(connection, actor, event).await?;
+        change.record(event).await?;
     }
     Ok(refused)
 }
 
-/// Makes the owners who are not there yet and holds the rows of all, so that what keys have from their owners stays as it
-/// is until they are written.
+/// Creates the missing owners and locks the rows of all, so that the values that keys copy from their owners do not change
+/// before the keys are written.
 async fn lock_owners(connection: &mut PgConnection, chunk: &[Accepted]) -> Result<HashMap<String, Uuid>, ApiError> {
     let mut emails: Vec<_> = chunk.iter().map(|line| line.key.email.as_str().to_owned()).collect();
     emails.sort_unstable();

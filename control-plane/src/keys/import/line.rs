@@ -10,10 +10,10 @@ use time::OffsetDateTime;
 use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
 use crate::error::ApiError;
 
-/// Shortest plain key. What is shorter could be guessed.
+/// Shortest plain key. Shorter ones could be guessed.
 const KEY_BYTES: usize = 16;
 
-/// Longest prefix: shorter than the shortest key, so that no key is kept as its own prefix.
+/// Longest prefix: shorter than the shortest key, so that no whole key is stored as a prefix.
 const PREFIX_BYTES: usize = 12;
 
 #[derive(Deserialize)]
@@ -33,43 +33,37 @@ struct Body {
     disabled: bool,
 }
 
-/// A key to be written.
+/// A parsed line.
 #[derive(Clone, Debug)]
 pub struct ImportedKey {
-    /// Whom it is for.
+    /// The address of the owner.
     pub email: Email,
-    /// What people call it.
     pub name: KeyName,
-    /// Its SHA-256.
+    /// SHA-256 of the key.
     pub hash: KeyHash,
-    /// What people recognise it by.
     pub prefix: Option<String>,
-    /// Scopes granted to it.
     pub scopes: Scopes,
-    /// Its own rate limits.
     pub rate_limits: Vec<RateLimit>,
-    /// When it ends.
     pub expires_at: Option<OffsetDateTime>,
-    /// Whether it is switched off.
     pub disabled: bool,
 }
 
-/// Understands a line.
+/// Parses a line.
 ///
 /// # Errors
-/// What is wrong with it, without anything of the key.
+/// What is wrong with it, without any part of the key.
 pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
     let body: Body = read(line).map_err(|error| unreadable(&error))?;
     let (key, hash) = (body.key.clone(), body.hash.clone());
-    understood(body, now).map_err(|error| {
-        let told = error.to_string();
-        // Whoever mixes up the columns of a table may have a key stand where a name should.
-        let given = [key, hash].into_iter().flatten().any(|given| !given.is_empty() && told.contains(&given));
-        if given { "a field other than key or hash has the key".into() } else { told }
+    check(body, now).map_err(|error| {
+        let reason = error.to_string();
+        // If columns of a table were mixed up, the key may be in the field for a name, which errors repeat.
+        let repeats_key = [key, hash].into_iter().flatten().any(|key| !key.is_empty() && reason.contains(&key));
+        if repeats_key { "a field other than key or hash has the key".into() } else { reason }
     })
 }
 
-fn understood(body: Body, now: OffsetDateTime) -> Result<ImportedKey, ApiError> {
+fn check(body: Body, now: OffsetDateTime) -> Result<ImportedKey, ApiError> {
     let (hash, known_prefix) = match (body.key, body.hash) {
         (Some(key), None) => plain(key)?,
         (None, Some(hash)) => (hashed(&hash)?, None),
@@ -112,7 +106,7 @@ fn prefix(text: String) -> Result<String, ApiError> {
     Ok(text)
 }
 
-/// The name of a field that is not known comes from the line and may be a key: it is not repeated.
+/// The name of an unknown field may be a key, so the error does not repeat it.
 fn unreadable(error: &InputError) -> String {
     let InputError { parent, path, fault, detail } = error;
     match (fault, parent.as_str()) {

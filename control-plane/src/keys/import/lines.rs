@@ -1,18 +1,17 @@
-//! Splits a stream into lines. Nothing is kept of a line that is too long.
+//! Splits a stream into lines. Lines that are too long are dropped.
 
-/// Longest line, in bytes: more than a key with all it may have.
+/// Longest line, in bytes. A key with all its fields fits.
 pub const LINE_BYTES: usize = 16 * 1_024;
 
-/// A line, without its end.
+/// A line, without its line end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// All of it.
     Whole(Vec<u8>),
-    /// More than [`LINE_BYTES`].
+    /// Longer than [`LINE_BYTES`].
     TooLong,
 }
 
-/// What is known of the line that is under way. Holds at most [`LINE_BYTES`].
+/// The incomplete line, at most [`LINE_BYTES`].
 #[derive(Debug, Default)]
 pub struct Lines {
     begun: Vec<u8>,
@@ -21,7 +20,7 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Takes bytes up to the end of the next line. Without an end they are kept, and there is no line yet.
+    /// Takes bytes up to the next line end, and returns the line. Without a line end, it keeps the bytes for the next call.
     pub fn next(&mut self, bytes: &mut &[u8]) -> Option<(u64, Line)> {
         let end = bytes.iter().position(|byte| *byte == b'\n');
         let (piece, rest) = match end {
@@ -38,7 +37,7 @@ impl Lines {
         end.map(|_| self.done())
     }
 
-    /// The last line, if it has no end.
+    /// The last line, if it has no line end.
     pub fn rest(&mut self) -> Option<(u64, Line)> {
         (self.too_long || !self.begun.is_empty()).then(|| self.done())
     }

@@ -1,6 +1,7 @@
 //! Imports keys of another system from lines of JSON, a thousand per transaction, so that a revocation waits for
 //! one of them only. A bad line is reported by its number, with a reason that contains no part of the key; the
-//! other lines are imported. [`lines`] splits the stream, [`mod@line`] parses a line, [`chunk`] writes a thousand.
+//! other lines are imported. Keys that exist already are duplicates, so an import can be repeated. [`lines`] splits
+//! the stream, [`mod@line`] parses a line, [`chunk`] writes a thousand.
 
 pub mod chunk;
 pub mod line;
@@ -12,32 +13,32 @@ use contract::hash::KeyHash;
 use contract::json::BYTE_ORDER_MARK;
 use contract::pepper::Pepper;
 use serde_json::json;
-use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use self::line::{ImportedKey, parse};
 use self::lines::{Line, Lines};
-use crate::audit::{self, Actor, AuditEvent};
+use crate::audit::{Actor, AuditEvent};
+use crate::change::Writer;
 use crate::error::ApiError;
 
-/// Lines that one import takes. What it remembers of each is its hash, so that the same key twice is noticed.
+/// Most lines of an import. It keeps the hash of each in memory, to detect duplicates.
 pub const LINES: u64 = 100_000;
 
-/// Keys that are written together.
+/// Keys per transaction.
 pub const CHUNK: usize = 1_000;
 
-/// Bad lines that are told; those after them are only counted.
+/// Most bad lines that are reported. Further ones are only counted.
 pub const ERRORS: usize = 1_000;
 
-/// Lines after the last that are read to be counted, so that whoever sends them hears the answer.
+/// Most lines beyond [`LINES`] that are read and counted, so that the client can finish sending and reads the answer.
 const BEYOND: u64 = 100_000;
 
-/// Why a line was not taken. The codes are stable.
+/// Why a line was not imported. The codes are stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
-    /// A field is missing or wrong, or it is no JSON.
+    /// The line is not JSON, or a field is missing or wrong.
     Invalid,
-    /// The key is there already.
+    /// The key exists already.
     Duplicate,
     /// The line is too long.
     TooLong,
@@ -58,43 +59,42 @@ impl Code {
     }
 }
 
-/// A line that was not taken.
+/// A line that was not imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadLine {
     /// Its number, from 1.
     pub line: u64,
-    /// What is wrong, for programs.
     pub code: Code,
     /// What is wrong, in words.
     pub reason: String,
 }
 
-/// What became of an import.
+/// The result of an import.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Imported {
-    /// Lines that are keys now.
+    /// Imported keys.
     pub imported: u64,
-    /// Lines that were not taken.
+    /// Lines that were not imported.
     pub failed: u64,
-    /// The first of them, by number.
+    /// The first [`ERRORS`] of these lines, by number.
     pub errors: Vec<BadLine>,
-    /// Whether there are more than are told.
+    /// Whether there are more.
     pub errors_truncated: bool,
 }
 
-/// A line that was understood.
+/// A parsed line.
 #[derive(Debug)]
 struct Accepted {
     line: u64,
     key: ImportedKey,
-    /// What is stored of the key.
+    /// The hash to store: peppered, if there is a pepper.
     stored: KeyHash,
 }
 
-/// An import under way: bytes come in as they arrive.
+/// A running import, to which bytes are passed as they arrive.
 #[derive(Debug)]
 pub struct Import {
-    pool: PgPool,
+    writer: Writer,
     actor: Actor,
     pepper: Option<Pepper>,
     lines: Lines,
@@ -105,26 +105,25 @@ pub struct Import {
 }
 
 impl Import {
-    /// Begins. With a pepper, keys are stored under their peppered hash.
+    /// With a pepper, keys are stored under their peppered hash.
     #[must_use]
-    pub fn new(pool: PgPool, actor: Actor, pepper: Option<Pepper>) -> Self {
-        let so_far = Imported::default();
+    pub fn new(writer: Writer, actor: Actor, pepper: Option<Pepper>) -> Self {
         Self {
-            pool,
+            writer,
             actor,
             pepper,
             lines: Lines::default(),
             seen: HashSet::new(),
             chunk: Vec::new(),
-            so_far,
+            so_far: Imported::default(),
             over: false,
         }
     }
 
-    /// Takes the next bytes. Says whether more are of use.
+    /// Imports the lines that the next bytes complete. Returns whether more bytes are wanted.
     ///
     /// # Errors
-    /// Those of the database. What was committed stays; to send it again does no harm, since those lines are duplicates.
+    /// Those of the database. Committed lines stay imported.
     pub async fn take(&mut self, mut bytes: &[u8]) -> Result<bool, ApiError> {
         while !self.over
             && let Some((number, line)) = self.lines.next(&mut bytes)
@@ -134,10 +133,10 @@ impl Import {
         Ok(!self.over)
     }
 
-    /// Ends: takes the last line, if it has no end of its own, and commits what is left.
+    /// Imports the last line, which may lack a line end, and commits the last keys.
     ///
     /// # Errors
-    /// As those of [`Import::take`].
+    /// As [`Import::take`].
     pub async fn finish(mut self) -> Result<Imported, ApiError> {
         if !self.over
             && let Some((number, line)) = self.lines.rest()
@@ -147,9 +146,8 @@ impl Import {
         self.commit().await?;
         let Imported { imported, failed, .. } = self.so_far;
         let detail = json!({"imported": imported, "failed": failed});
-        let mut connection = self.pool.acquire().await?;
         let event = AuditEvent { action: "import.finish", key_id: None, target: None, detail };
-        audit::record(&mut connection, &self.actor, event).await?;
+        self.writer.change(&self.actor, async |change| change.record(event).await).await?;
         self.so_far.errors.sort_by_key(|bad| bad.line);
         Ok(self.so_far)
     }
@@ -194,7 +192,7 @@ impl Import {
         if chunk.is_empty() {
             return Ok(());
         }
-        let refused = chunk::write(&self.pool, &self.actor, &chunk).await?;
+        let refused = chunk::write(&self.writer, &self.actor, &chunk).await?;
         self.so_far.imported += (chunk.len() - refused.len()) as u64;
         for (number, code, reason) in refused {
             self.fail(number, code, reason);

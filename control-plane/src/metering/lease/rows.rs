@@ -27,6 +27,7 @@ pub type UsedTable = BTreeMap<Uuid, Used>;
 const TRIES: usize = 3;
 
 /// Locks subjects and reads their rows, and how far the limits of keys among them are used.
+// Longer than a screen because of its statements.
 pub async fn load(connection: &mut PgConnection, subjects: &[Subject]) -> Result<(Table, UsedTable), sqlx::Error> {
     let mut used = UsedTable::new();
     let (stocks, ids): (Vec<i16>, Vec<Uuid>) = subjects.iter().copied().unzip();
