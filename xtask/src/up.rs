@@ -166,21 +166,15 @@ impl Up {
 
         progress("starting Envoy");
         let (demo, (plugin, routes)) = upstream(service.as_ref()).await?;
-        let settings = envoy::Settings {
-            replacements: Replacements {
-                plugin,
-                routes,
-                listener: local(options.envoy_port),
-                admin: local(options.envoy_admin_port),
-                service: service.clone(),
-                ..Replacements::between(control_plane.address(), demo.as_ref().map_or(local(0), DemoApi::address))
-            },
-            workers: options.concurrency,
-            log_level: "warning,wasm:info".into(),
-            sync_key,
-            environment: Vec::new(),
-            listener_file: false,
+        let replacements = Replacements {
+            plugin,
+            routes,
+            listener: local(options.envoy_port),
+            admin: local(options.envoy_admin_port),
+            service: service.clone(),
+            ..Replacements::between(control_plane.address(), demo.as_ref().map_or(local(0), DemoApi::address))
         };
+        let settings = envoy::Settings { workers: options.concurrency, ..envoy::Settings::new(replacements, sync_key) };
         let envoy = Envoy::start(settings, &home.join("envoy"), log("envoy.log")?, &progress).await?;
 
         progress("waiting for the filter to have the keys");
@@ -208,7 +202,7 @@ These commands can be copied into bash and zsh. The file that the first one read
 
 Without a key: 401.
 
-  curl -si "$GATE{path}"; echo
+  curl -si "$GATE{path}"
 
 Generate a key.
 
@@ -216,16 +210,16 @@ Generate a key.
 
 With the key, {told}
 
-  curl -si "$GATE{path}" -H "X-API-Key: $KEY"; echo
+  curl -si "$GATE{path}" -H "X-API-Key: $KEY"
 
 What the key was used for; counts arrive within a second.
 
-  curl -s "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"; echo
+  curl -s "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"
 
 Revoke it; the same request then gets 401.
 
-  curl -s -X DELETE "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"; echo
-  curl -si "$GATE{path}" -H "X-API-Key: $KEY"; echo
+  curl -s -X DELETE "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"
+  curl -si "$GATE{path}" -H "X-API-Key: $KEY"
 
 {further}
 Ctrl-C stops everything."#,

@@ -1,4 +1,4 @@
-//! Email addresses: one user has one address, however it is spelt, and no other spelling is taken for it.
+//! Email addresses: each spelling of an address leads to one user, and look-alikes are refused.
 
 use std::process::Command;
 
@@ -7,7 +7,7 @@ use sqlx::PgPool;
 
 use crate::binary::url;
 use crate::support::binary;
-use crate::support::{Fixture, request};
+use crate::support::{Fixture, scalar};
 
 const FACE: &str = "must not have the character U+212A, which stands for another character: write that";
 
@@ -17,23 +17,18 @@ fn encoded(text: &str) -> String {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let kate = json!({"email": "kate@example.com", "key_name": "hers"});
-    let hers = fixture.call("POST", "/api/user/key", &admin, Some(&kate)).await;
-    assert_eq!(hers.status.as_u16(), 200);
-    let before = fixture.call("GET", "/api/user/key/kate@example.com", &admin, None).await.json();
+    let hers = fixture.post("/api/user/key", &admin, &kate).await;
+    assert_eq!(hers.status, 200);
+    let before = fixture.get("/api/user/key/kate@example.com", &admin).await.json();
 
     for trap in ["\u{212a}ate@example.com", "kate@example.\u{212a}om", "KATE@e\u{212a}ample.com"] {
         let body = json!({"email": trap, "key_name": "theirs"});
-        fixture.call("POST", "/api/user/key", &admin, Some(&body)).await.assert_problem(
-            400,
-            "invalid",
-            FACE,
-            Some("email"),
-        );
+        fixture.post("/api/user/key", &admin, &body).await.assert_problem(400, "invalid", FACE, Some("email"));
         let body = json!({"email": trap, "name": "theirs"});
-        fixture.call("POST", "/v1/keys", &admin, Some(&body)).await.assert_problem(400, "invalid", FACE, Some("email"));
+        fixture.post("/v1/keys", &admin, &body).await.assert_problem(400, "invalid", FACE, Some("email"));
         let of = encoded(trap);
         for (method, uri, body) in [
             ("GET", format!("/api/user/key/{of}"), None),
@@ -50,13 +45,11 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
             ("GET", format!("/v1/users/{of}/ledger"), None),
         ] {
             let reply = fixture.call(method, &uri, &admin, body.as_ref()).await;
-            assert_eq!(reply.status.as_u16(), 400, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
+            assert_eq!(reply.status, 400, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
             reply.assert_problem(400, "invalid", FACE, Some("email"));
         }
         let line = json!({"email": trap, "name": "n", "key": "a-key-of-another-system"}).to_string();
-        let mut lines = request("POST", "/v1/keys/import", Some(&admin), line);
-        lines.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
-        let told = fixture.send(lines).await.json();
+        let told = fixture.import(&admin, line).await.json();
         assert_eq!(told["errors"][0]["reason"], format!("email: {FACE}"));
         let mut create = Command::new(binary());
         create.args(["admin", "create-key", "--scope", "orders", "--name", "n", "--email", trap]);
@@ -64,15 +57,15 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!((output.status.success(), said), (false, format!("portcullis: email: {FACE}\n")));
     }
-    let after = fixture.call("GET", "/api/user/key/kate@example.com", &admin, None).await.json();
+    let after = fixture.get("/api/user/key/kate@example.com", &admin).await.json();
     assert_eq!(before, after);
-    let users: i64 = sqlx::query_scalar("select count(*) from user_preferences").fetch_one(&pool).await.unwrap();
+    let users: i64 = scalar(&pool, "select count(*) from user_preferences").await;
     assert_eq!(users, 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn one_user_may_be_spelt_with_unicode_or_punycode_composed_or_decomposed(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let canonical = "jos\u{e9}@xn--bcher-kva.example";
     let spellings = [
@@ -83,26 +76,24 @@ async fn one_user_may_be_spelt_with_unicode_or_punycode_composed_or_decomposed(p
         "Jose\u{301}@B\u{dc}CHER.Example",
     ];
     for spelling in spellings {
-        let made = fixture.call("POST", "/v1/keys", &admin, Some(&json!({"email": spelling, "name": "n"}))).await;
-        assert_eq!((made.status.as_u16(), &made.json()["email"]), (201, &json!(canonical)), "{spelling}");
+        let made = fixture.post("/v1/keys", &admin, json!({"email": spelling, "name": "n"})).await;
+        assert_eq!((made.status, &made.json()["email"]), (201, &json!(canonical)), "{spelling}");
         let line =
             json!({"email": spelling, "name": "n", "key": format!("imported-{}", encoded(spelling))}).to_string();
-        let mut lines = request("POST", "/v1/keys/import", Some(&admin), line);
-        lines.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
-        assert_eq!(fixture.send(lines).await.json()["imported"], 1);
+        assert_eq!(fixture.import(&admin, line).await.json()["imported"], 1);
     }
     for spelling in spellings {
         let of = encoded(spelling);
-        let keys = fixture.call("GET", &format!("/v1/keys?email={of}"), &admin, None).await.json();
+        let keys = fixture.get(&format!("/v1/keys?email={of}"), &admin).await.json();
         assert_eq!(keys["keys"].as_array().unwrap().len(), 10, "{spelling}");
-        let user = fixture.call("GET", &format!("/v1/users/{of}"), &admin, None).await.json();
+        let user = fixture.get(&format!("/v1/users/{of}"), &admin).await.json();
         assert_eq!(user["email"], canonical);
-        let found = fixture.call("GET", &format!("/v1/users?email_prefix={of}"), &admin, None).await.json();
+        let found = fixture.get(&format!("/v1/users?email_prefix={of}"), &admin).await.json();
         assert_eq!(found["users"].as_array().unwrap().len(), 1, "{spelling}");
     }
     // Only ASCII letters have another case: these are two users, whatever the locale of the database is.
     for email in ["\u{c9}va@example.com", "\u{e9}va@example.com"] {
-        let made = fixture.call("POST", "/v1/keys", &admin, Some(&json!({"email": email, "name": "n"}))).await;
-        assert_eq!((made.status.as_u16(), &made.json()["email"]), (201, &json!(email)));
+        let made = fixture.post("/v1/keys", &admin, json!({"email": email, "name": "n"})).await;
+        assert_eq!((made.status, &made.json()["email"]), (201, &json!(email)));
     }
 }

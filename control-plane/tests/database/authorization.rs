@@ -11,7 +11,7 @@ use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::support::{Fixture, request};
+use crate::support::{Fixture, execute, request};
 
 /// The callers, in the order of the columns.
 const CALLERS: [&str; 9] = [
@@ -50,12 +50,12 @@ const fn for_users(done: u16) -> Row {
     [401, 401, done, done, 403, done, 401, 401, 403]
 }
 
-/// What the operator does, and nobody else.
+/// A call for the operator only.
 const fn for_admins(done: u16) -> Row {
     [401, 401, 403, 403, 403, done, 401, 401, 403]
 }
 
-/// What filters do, and nobody else.
+/// A call for filters only.
 const fn for_filters(done: u16) -> Row {
     [401, 401, 403, 403, done, 403, 401, 401, 403]
 }
@@ -68,7 +68,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("POST", "/api/user/key", "", r#"{"email": "EMAIL", "key_name": "n"}"#, by_email(200)),
     ("GET", "/api/user/usage/{email}", "", "", by_email(200)),
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n"}"#, by_email(201)),
-    // What a user's key does not have it cannot give, and what only admins set it cannot either.
+    // A user's key cannot grant a scope that it lacks, or set a field that only admins set.
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["orders"]}"#, for_admins(201)),
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["admin"]}"#, for_admins(201)),
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["sync"]}"#, for_admins(201)),
@@ -108,7 +108,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("PUT", "/v1/plans/{name}", "", "{}", for_admins(200)),
     ("DELETE", "/v1/plans/{name}", "", "", for_admins(204)),
     ("GET", "/v1/audit", "", "", for_users(200)),
-    // Another's key is explained as one that nobody has.
+    // A key of another user is explained like an unknown key.
     ("POST", "/v1/explain", "", r#"{"key_id": "ID"}"#, by_id(200)),
     ("GET", "/v1/usage", "", "", for_users(200)),
     ("GET", "/v1/usage", "?email=EMAIL", "", by_email(200)),
@@ -151,14 +151,10 @@ async fn find(fixture: &Fixture, admin: &Secret, number: usize) -> Found {
         ("PUT", format!("/v1/plans/{name}"), "{}", 201),
     ] {
         let reply = fixture.send(request(method, &uri, Some(admin), body)).await;
-        assert_eq!(reply.status.as_u16(), done, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
+        assert_eq!(reply.status, done, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
     }
-    sqlx::query("update user_preferences set primary_key_id = $1 where email = $2")
-        .bind(target)
-        .bind(&email)
-        .execute(&fixture.pool)
-        .await
-        .unwrap();
+    let sql = format!("update user_preferences set primary_key_id = '{target}' where email = '{email}'");
+    execute(&fixture.pool, sql).await;
     Found { email, target, own, name }
 }
 
@@ -187,7 +183,7 @@ async fn callers(fixture: &Fixture) -> [Option<Secret>; CALLERS.len()] {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool, 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
     let callers = callers(&fixture).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let mut wrong = Vec::new();
@@ -212,14 +208,21 @@ async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
             let mut request = request(method, &uri, key, body);
             request.headers_mut().insert("content-type", kind.parse().unwrap());
             let reply = fixture.send(request).await;
-            let status = reply.status.as_u16();
+            let status = reply.status;
             if status != expected {
                 wrong.push(format!("{method} {route}{query} {kind} with {who}: {status}, not {expected}"));
+            }
+            if status == 401 {
+                let codes = [("no key", "missing"), ("unknown key", "unknown")];
+                for (_, code) in codes.iter().filter(|(caller, _)| *caller == who) {
+                    assert_eq!(reply.json()["code"], *code, "{method} {uri}");
+                }
+                assert_eq!(reply.header("www-authenticate"), "ApiKey realm=\"portcullis\"", "{method} {uri}");
             }
             if status >= 400 {
                 assert_eq!(reply.header("content-type"), "application/problem+json", "{method} {uri}");
                 assert_eq!(reply.json()["status"], status, "{method} {uri}");
-                // Whoever is refused learns nothing of the key that they asked for.
+                // A refusal reveals nothing about the key that was asked for.
                 assert!(!String::from_utf8_lossy(&reply.body).contains("sk_"), "{method} {uri}");
             } else if method != "GET" {
                 // A call that was refused changes nothing, so that the next caller finds what the one before found.
@@ -281,16 +284,12 @@ fn every_route_that_wants_a_key_says_so_in_the_document() {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_admin_key_ends_after_ninety_days_unless_it_is_said_when(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let lifetime_days = async |more: serde_json::Value| {
-        let mut body = json!({"email": "a@example.com", "name": "n"});
-        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let reply = fixture.send(request("POST", "/v1/keys", Some(&admin), body.to_string())).await;
-        assert_eq!(reply.status.as_u16(), 201);
+        let created = fixture.create(&admin, more).await.expect(201);
         let time = |field: &str| {
-            let text = reply.json()[field].as_str().map(str::to_owned)?;
-            time::OffsetDateTime::parse(&text, &time::format_description::well_known::Rfc3339).ok()
+            let text = created[field].as_str()?;
+            time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()
         };
         Some((time("expires_at")? - time("created_at").unwrap()).whole_hours().saturating_add(1) / 24)
     };

@@ -1,4 +1,4 @@
-//! The binary itself: its commands, its one line when something is wrong, and how it ends.
+//! The binary: its commands, its errors in one line, and its end on SIGTERM.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use contract::key::{KeyKind, Secret, check};
 use portcullis_tests::wait::DEADLINE;
 use sqlx::PgPool;
 
-use crate::support::EARLY;
+use crate::support::{EARLY, scalars};
 
 pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(crate::support::binary());
@@ -70,18 +70,19 @@ fn poll(address: &str, uri: &str, key: &Secret) -> TcpStream {
     stream
 }
 
-/// Starts a control plane and waits until it answers. It writes its address to a file of its own.
-pub fn serving(mut serve: Command, key: &Secret) -> (Running, String) {
+/// Starts a control plane and waits until it answers this request; its address, and the answer. It writes its address to a
+/// file of its own.
+pub fn serving(mut serve: Command, uri: &str, key: &Secret) -> (Running, String, String) {
     let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
     let running = Running(serve.env("PORTCULLIS_ADDRESS_FILE", &file).spawn().unwrap());
     let started = Instant::now();
     loop {
         assert!(started.elapsed() < Duration::from_secs(60), "it does not start");
         if let Ok(address) = std::fs::read_to_string(&file)
-            && let (200, _) = answer(poll(&address, "/v1/keys", key))
+            && let (200, body) = answer(poll(&address, uri, key))
         {
             std::fs::remove_file(&file).unwrap();
-            return (running, address);
+            return (running, address, body);
         }
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -256,32 +257,17 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
         assert_eq!(found.unwrap().email, "user@example.com");
     }
     let actors: Vec<Option<uuid::Uuid>> =
-        sqlx::query_scalar("select actor_key_id from audit where action = 'import.finish'")
-            .fetch_all(&pool)
-            .await
-            .unwrap();
+        scalars(&pool, "select actor_key_id from audit where action = 'import.finish'").await;
     assert_eq!(actors, [None, None]);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
+async fn on_sigterm_the_control_plane_answers_held_polls_and_ends(pool: PgPool) {
     let sync = control_plane::keys::create::generate(KeyKind::Live).unwrap();
-    let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
     let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_SYNC_KEY", sync.reveal());
-    serve.env("PORTCULLIS_ADDRESS_FILE", &file).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut running = Running(serve.spawn().unwrap());
-    let started = Instant::now();
-    let (address, page) = loop {
-        assert!(started.elapsed() < DEADLINE, "it does not start");
-        if let Ok(address) = std::fs::read_to_string(&file)
-            && let (200, page) = answer(poll(&address, "/sync/v1/keys", &sync))
-        {
-            break (address, page);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    std::fs::remove_file(&file).unwrap();
+    serve.stdout(Stdio::null()).stderr(Stdio::null());
+    let (mut running, address, page) = serving(serve, "/sync/v1/keys", &sync);
     let page: serde_json::Value = serde_json::from_str(&page).unwrap();
     let (epoch, revision) = (page["epoch"].as_str().unwrap(), &page["revision"]);
     let held = poll(&address, &format!("/sync/v1/keys?epoch={epoch}&revision={revision}"), &sync);
@@ -300,7 +286,7 @@ async fn it_ends_promptly_when_told_to_and_answers_held_polls(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_pepper_that_is_none_or_another_one_or_forgotten_stops_the_start(pool: PgPool) {
+async fn an_invalid_different_or_missing_pepper_stops_the_start(pool: PgPool) {
     let url = url(&pool);
     let with = |pepper: &str, arguments: &[&str]| {
         let mut command = command(arguments);

@@ -50,7 +50,7 @@ fn optional(schema: &Value) -> Vec<(String, Value)> {
 }
 
 async fn fixture(pool: PgPool) -> (Fixture, contract::key::Secret, Uuid) {
-    let fixture = Fixture::with_rate_limit(pool, 1_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (key, _) = fixture.key("u@example.com", &[]).await;
     (fixture, admin, key)
@@ -81,7 +81,7 @@ async fn a_body_that_is_no_object_is_refused_by_every_call(pool: PgPool) {
             reply.assert_problem(400, "invalid", "The body must be an object.", None);
         }
     }
-    let balance = fixture.call("GET", "/v1/users/u@example.com/credits", &admin, None).await.json();
+    let balance = fixture.get("/v1/users/u@example.com/credits", &admin).await.json();
     assert_eq!((&balance["balance"], &balance["metered"]), (&json!(0), &json!(false)));
 }
 
@@ -91,7 +91,7 @@ async fn null_means_the_same_as_no_field_in_every_body(pool: PgPool) {
     let document = document();
     for (method, path, uri, least) in calls(key) {
         let schema = schema(&document, method, path);
-        // A patch that says nothing is refused, and its fields say what null means.
+        // An empty patch is refused, and the schema of its fields documents null.
         for (name, property) in optional(&schema) {
             let types = property["type"].as_array().cloned().unwrap_or_default();
             let choices = property["oneOf"].as_array().cloned().unwrap_or_default();
@@ -101,7 +101,7 @@ async fn null_means_the_same_as_no_field_in_every_body(pool: PgPool) {
             body[&name] = Value::Null;
             let least_alone = least.get(&name).is_some();
             let reply = fixture.call(&method.to_uppercase(), &uri, &admin, Some(&body)).await;
-            let status = reply.status.as_u16();
+            let status = reply.status;
             let empty_patch =
                 least_alone && status == 400 && reply.json()["detail"].as_str().unwrap().starts_with("Set ");
             assert!((200..300).contains(&status) || empty_patch, "{method} {path} {body}: {}", text(&reply));
@@ -111,20 +111,21 @@ async fn null_means_the_same_as_no_field_in_every_body(pool: PgPool) {
     let limit = json!({"name": "n", "requests": 1, "window_seconds": 1, "burst": null, "shared": null});
     let quota = json!({"requests": 1, "period": "day", "time_zone": null, "window_seconds": null});
     let plan = json!({"rate_limits": [limit], "quota": quota});
-    let reply = fixture.call("PUT", "/v1/plans/silver", &admin, Some(&plan)).await;
+    let reply = fixture.put("/v1/plans/silver", &admin, &plan).await;
     assert_eq!(
         reply.json()["rate_limits"][0],
         json!({"name": "n", "requests": 1, "window_seconds": 1, "burst": 1, "shared": true})
     );
     let refill = json!({"refill": {"amount": 1, "period": "day", "time_zone": null, "up_to": null}});
-    let reply = fixture.call("PATCH", "/v1/users/u@example.com/credits", &admin, Some(&refill)).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["refill"]["time_zone"]), (200, &json!("UTC")));
+    let reply = fixture.patch("/v1/users/u@example.com/credits", &admin, &refill).await;
+    assert_eq!((reply.status, &reply.json()["refill"]["time_zone"]), (200, &json!("UTC")));
 }
 
 fn text(reply: &Reply) -> String {
     String::from_utf8_lossy(&reply.body).into_owned()
 }
 
+/// Longer than a screen: one table.
 #[sqlx::test(migrations = "./migrations")]
 async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: PgPool) {
     let (fixture, admin, key) = fixture(pool).await;
@@ -168,7 +169,7 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
         (explain(json!({"scopes": {"all": [1]}})), "policy.scopes.all[0]", "must be a string".into()),
     ] {
         let reply = fixture.call(method, &uri, &admin, Some(&body)).await;
-        assert_eq!(reply.status.as_u16(), 400, "{body}: {}", text(&reply));
+        assert_eq!(reply.status, 400, "{body}: {}", text(&reply));
         reply.assert_problem(400, "invalid", &detail, Some(field));
     }
     let twice = r#"{"email": "u@example.com", "name": "n", "email": "v@example.com"}"#;
@@ -181,9 +182,9 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
         ("/v1/keys?colour=red".into(), "colour", "is not a known field"),
         ("/v1/keys?limit=1&limit=2".into(), "limit", "is given twice"),
     ] {
-        let reply = fixture.call("GET", &uri, &admin, None).await;
+        let reply = fixture.get(&uri, &admin).await;
         let problem = reply.json();
-        assert_eq!((reply.status.as_u16(), &problem["field"]), (400, &json!(field)), "{uri}: {problem}");
+        assert_eq!((reply.status, &problem["field"]), (400, &json!(field)), "{uri}: {problem}");
         assert!(problem["detail"].as_str().unwrap().starts_with(detail), "{uri}: {problem}");
     }
 }

@@ -1,7 +1,7 @@
-//! Connections and what clients do with them: responses that are not taken, idle connections, more than fit.
+//! Connections: responses that clients do not read, idle connections, and more connections than are allowed.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
+use crate::binary::{serving, url};
 use crate::support::Fixture;
 
 /// The read time-out, unless a test needs another one.
@@ -102,7 +103,7 @@ async fn outcome(client: &mut Client, stream: u32) -> (usize, bool) {
 }
 
 #[tokio::test]
-async fn a_response_that_is_not_taken_over_http_2_is_reset_and_its_connection_serves_others() {
+async fn an_unread_http_2_response_is_reset_and_its_connection_serves_others() {
     // The client must grant within this time after it asked, on a busy machine too.
     let server = Server::with_documents(Duration::from_secs(4)).await;
     let mut client = Client::open(server.address, None, 0).await.unwrap();
@@ -124,7 +125,7 @@ async fn a_response_that_is_not_taken_over_http_2_is_reset_and_its_connection_se
 }
 
 #[tokio::test]
-async fn a_client_that_is_slow_but_takes_its_response_gets_all_of_it() {
+async fn a_slow_client_that_reads_its_response_gets_all_of_it() {
     let read_timeout = Duration::from_secs(3);
     let server = Server::with_documents(read_timeout).await;
     let mut client = Client::open(server.address, None, 0).await.unwrap();
@@ -221,8 +222,7 @@ async fn status(address: SocketAddr, from: Option<IpAddr>, path: &str, key: Opti
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     let router = api::router(fixture.app.clone(), None);
     let limits = Limits::new(40, 12, Some(10));
@@ -261,37 +261,15 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     assert_eq!(status(server.address, host(253), poll, Some(&user)).await, "HTTP/1.1 403 Forbidden");
 }
 
-/// Ends with the test, however that ends.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts the binary with so many file descriptors; where it listens once it is ready.
-async fn start_with_descriptors(pool: &PgPool, descriptors: u32, arguments: &[&str]) -> (Running, SocketAddr) {
-    let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
-    let mut serve = Command::new("sh");
-    serve.args(["-c", &format!("ulimit -n {descriptors}; exec \"$@\""), "sh"]).arg(crate::support::binary());
-    serve.args(["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]).args(arguments);
-    serve.env("DATABASE_URL", crate::binary::url(pool)).env("PORTCULLIS_ADDRESS_FILE", &file);
-    let running = Running(serve.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-    let ready = async || {
-        let address = std::fs::read_to_string(&file).ok()?.parse().ok()?;
-        (status(address, None, "/readyz", None).await == "HTTP/1.1 200 OK").then_some(address)
-    };
-    let address = eventually_within("the binary to be ready", DEADLINE, ready).await.unwrap();
-    std::fs::remove_file(&file).unwrap();
-    (running, address)
-}
-
 #[sqlx::test(migrations = "./migrations")]
-async fn one_client_with_idle_connections_shuts_nobody_out_of_300_descriptors(pool: PgPool) {
+async fn one_client_with_idle_connections_does_not_exhaust_300_descriptors(pool: PgPool) {
     let (_, sync) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
-    let (_running, address) = start_with_descriptors(&pool, 300, &["--read-timeout", "10s"]).await;
+    let mut serve = Command::new("sh");
+    serve.args(["-c", "ulimit -n 300; exec \"$@\"", "sh"]).arg(crate::support::binary());
+    serve.args(["serve", "--listen", "127.0.0.1:0", "--log-level", "warn", "--read-timeout", "10s"]);
+    serve.env("DATABASE_URL", url(&pool)).stdout(Stdio::null()).stderr(Stdio::null());
+    let (_running, address, _) = serving(serve, "/sync/v1/keys", &sync);
+    let address = address.parse().unwrap();
     let mut attackers = tokio::task::JoinSet::new();
     for _ in 0..400 {
         let mut client = Client::open(address, host(2), 65_535).await.unwrap();

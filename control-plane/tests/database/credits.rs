@@ -1,7 +1,7 @@
-//! Credits and their ledger, over the real router and a real PostgreSQL.
+//! Credits and their ledger.
 
 use crate::support::reports::{Envoy, coded, count};
-use crate::support::{Fixture, Reply, request};
+use crate::support::{Fixture, Reply, execute, request, revision, rows, scalar};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::SHADOW;
@@ -18,66 +18,52 @@ async fn call(fixture: &Fixture, method: &str, path: &str, key: &Secret, body: O
 }
 
 async fn top_up(fixture: &Fixture, admin: &Secret, amount: i64) -> Value {
-    let reply =
-        call(fixture, "POST", "/v1/users/ada@example.com/credits", admin, Some(json!({"amount": amount}))).await;
-    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    let reply = fixture.post("/v1/users/ada@example.com/credits", admin, json!({"amount": amount})).await;
+    assert_eq!(reply.status, 201, "{}", reply.json());
     reply.json()
 }
 
 async fn account(fixture: &Fixture, key: &Secret) -> Value {
-    let reply = call(fixture, "GET", "/v1/users/ada@example.com/credits", key, None).await;
-    assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
-    reply.json()
+    fixture.get("/v1/users/ada@example.com/credits", key).await.expect(200)
 }
 
-/// Kind and amount of all rows, and that each balance is the sum of the rows up to it.
-async fn rows(pool: &PgPool) -> Vec<(String, i64)> {
-    let wrong: i64 = sqlx::query_scalar(
-        "select count(*) from (
+/// Kind and amount of all rows of the ledger. Each balance is the sum of the rows up to it.
+async fn ledger(pool: &PgPool) -> Vec<(String, i64)> {
+    let sql = "select count(*) from (
             select balance, sum(amount) over (partition by owner_id order by id) as sum from ledger
-        ) l where balance <> sum",
-    )
-    .fetch_one(pool)
-    .await
-    .unwrap();
-    let unequal: i64 = sqlx::query_scalar(
-        "select count(*) from user_preferences p
+        ) l where balance <> sum";
+    let wrong: i64 = scalar(pool, sql).await;
+    let sql = "select count(*) from user_preferences p
         where balance <> coalesce((select sum(amount) from ledger where owner_id = p.id), 0)
-            or credits_spent <> coalesce((select -sum(amount) from ledger where owner_id = p.id and kind = 'usage'), 0)",
-    )
-    .fetch_one(pool)
-    .await
-    .unwrap();
+            or credits_spent <> coalesce((select -sum(amount) from ledger where owner_id = p.id and kind = 'usage'), 0)";
+    let unequal: i64 = scalar(pool, sql).await;
     assert_eq!((wrong, unequal), (0, 0), "the ledger does not sum to the balance");
-    sqlx::query_as("select kind, amount from ledger order by id").fetch_all(pool).await.unwrap()
+    rows(pool, "select kind, amount from ledger order by id").await
 }
 
 /// Flag, starter and turn of the user's keys.
 async fn as_filters_know(pool: &PgPool) -> Vec<(bool, Option<i32>, i32)> {
-    sqlx::query_as(
+    let sql = format!(
         "select credits_exhausted, k.credits_starter, k.credits_turn from api_keys k
-        join user_preferences p on p.id = k.owner_id where email = $1 order by k.id",
-    )
-    .bind(ADA)
-    .fetch_all(pool)
-    .await
-    .unwrap()
+        join user_preferences p on p.id = k.owner_id where email = '{ADA}' order by k.id"
+    );
+    rows(pool, sql).await
 }
 
-async fn execute(pool: &PgPool, sql: &str) -> Result<u64, String> {
+async fn try_execute(pool: &PgPool, sql: &str) -> Result<u64, String> {
     let done = sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await;
     done.map(|done| done.rows_affected()).map_err(|error| error.to_string())
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
+    let fixture = Fixture::new(&pool).await;
     let (admin_id, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (_, own) = fixture.key(ADA, &[]).await;
     assert_eq!(as_filters_know(&pool).await, [(false, None, 1)]);
     let body = json!({"amount": 1_000, "note": " invoice 7 "});
-    let reply = call(&fixture, "POST", "/v1/users/Ada@example.com/credits", &admin, Some(body)).await;
-    assert_eq!(reply.status.as_u16(), 201);
+    let reply = fixture.post("/v1/users/Ada@example.com/credits", &admin, body).await;
+    assert_eq!(reply.status, 201);
     let mut told = reply.json();
     let entry = told["entry"].take();
     assert_eq!(told["balance"], 1_000);
@@ -101,55 +87,48 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
     top_up(&fixture, &admin, 384_016).await;
     assert_eq!(as_filters_know(&pool).await, [(false, Some(25_601), 3)]);
     let amounts = [1_000, 600, 24_000, 384_016].map(|amount| ("top_up".into(), amount));
-    assert_eq!(rows(&pool).await, amounts);
-    let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> = sqlx::query_as(
-        "select action, actor_key_id, target, detail from audit where action like 'credits.%' order by id",
-    )
-    .fetch_all(&pool)
-    .await
-    .unwrap();
+    assert_eq!(ledger(&pool).await, amounts);
+    let sql = "select action, actor_key_id, target, detail from audit where action like 'credits.%' order by id";
+    let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> = rows(&pool, sql).await;
     let detail = json!({"kind": "top_up", "amount": 1_000, "balance": 1_000});
     assert_eq!(audited[0], ("credits.add".into(), Some(admin_id), Some(ADA.into()), detail));
     // A user who was not there before is now.
-    let reply = call(&fixture, "POST", "/v1/users/new@example.com/credits", &admin, Some(json!({"amount": 5}))).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["balance"]), (201, &json!(5)));
+    let reply = fixture.post("/v1/users/new@example.com/credits", &admin, json!({"amount": 5})).await;
+    assert_eq!((reply.status, &reply.json()["balance"]), (201, &json!(5)));
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn users_see_their_own_and_only_admins_change(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+async fn users_see_their_own_credits_and_only_admins_change_them(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, own) = fixture.key(ADA, &[]).await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     for path in ["/v1/users/ada@example.com/credits", "/v1/users/ada@example.com/ledger"] {
         for (key, status) in [(&own, 200), (&admin, 200), (&other, 403), (&sync, 403)] {
-            assert_eq!(call(&fixture, "GET", path, key, None).await.status.as_u16(), status, "{path}");
+            assert_eq!(fixture.get(path, key).await.status, status, "{path}");
         }
     }
     // Users do not read which key of an administrator topped them up.
     top_up(&fixture, &admin, 3).await;
     for (key, is_shown) in [(&own, false), (&admin, true)] {
-        let ledger = call(&fixture, "GET", "/v1/users/ada@example.com/ledger", key, None).await.json();
+        let ledger = fixture.get("/v1/users/ada@example.com/ledger", key).await.json();
         assert_eq!(ledger["entries"][0]["actor_key_id"].is_string(), is_shown, "{ledger}");
     }
     for key in [&own, &other, &sync] {
         for (method, body) in [("POST", json!({"amount": 5})), ("PATCH", json!({"metered": true}))] {
             let reply = call(&fixture, method, "/v1/users/ada@example.com/credits", key, Some(body)).await;
-            assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (403, Some("forbidden")));
+            assert_eq!((reply.status, reply.json()["code"].as_str()), (403, Some("forbidden")));
         }
     }
-    let reply = call(&fixture, "GET", "/v1/users/nobody@example.com/credits", &admin, None).await;
-    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (404, Some("not_found")));
-    let reply =
-        call(&fixture, "PATCH", "/v1/users/nobody@example.com/credits", &admin, Some(json!({"metered": true}))).await;
-    assert_eq!(reply.status.as_u16(), 404);
+    let reply = fixture.get("/v1/users/nobody@example.com/credits", &admin).await;
+    assert_eq!((reply.status, reply.json()["code"].as_str()), (404, Some("not_found")));
+    let reply = fixture.patch("/v1/users/nobody@example.com/credits", &admin, json!({"metered": true})).await;
+    assert_eq!(reply.status, 404);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, _) = fixture.key(ADA, &[]).await;
     let path = "/v1/users/ada@example.com/credits";
     for (method, body, field) in [
@@ -171,47 +150,45 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
         let reply = call(&fixture, method, path, &admin, Some(body.clone())).await;
         let told = reply.json();
         assert_eq!(
-            (reply.status.as_u16(), told["code"].as_str(), told["field"].as_str()),
+            (reply.status, told["code"].as_str(), told["field"].as_str()),
             (400, Some("invalid"), field),
             "{body}: {told}"
         );
     }
-    assert_eq!(rows(&pool).await, []);
+    assert_eq!(ledger(&pool).await, []);
     // Balances stay within what JSON readers know exactly.
     for _ in 0..1_000 {
-        execute(&pool, "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000, 0 from user_preferences where email = 'ada@example.com'").await.unwrap();
+        execute(&pool, "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000, 0 from user_preferences where email = 'ada@example.com'").await;
     }
-    let reply = call(&fixture, "POST", path, &admin, Some(json!({"amount": 1}))).await;
-    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (409, Some("conflict")));
+    let reply = fixture.post(path, &admin, json!({"amount": 1})).await;
+    assert_eq!((reply.status, reply.json()["code"].as_str()), (409, Some("conflict")));
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn allowed_requests_cost_credits_and_the_door_shuts_and_opens(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn allowed_requests_cost_credits_and_a_user_without_any_is_exhausted_until_a_top_up(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (one, _) = fixture.key(ADA, &[]).await;
     let (two, _) = fixture.key(ADA, &[]).await;
     let (free, _) = fixture.key("free@example.com", &[]).await;
     let mut envoy = Envoy::new(1, &sync);
-    // Nobody is metered yet.
+    // No user is metered yet.
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 50), count(free, Outcome::Allowed, 50)]).await;
-    assert_eq!(rows(&pool).await, []);
+    assert_eq!(ledger(&pool).await, []);
     top_up(&fixture, &admin, 100).await;
     let counts = [
         count(one, Outcome::Allowed, 10),
         coded(two, 0, 1, 25),
         count(free, Outcome::Allowed, 50),
         count(one, Outcome::RateLimited, 7),
-        // Told and not enforced: costs nothing, whatever the Envoy says.
+        // A shadow outcome costs nothing, whatever the report says.
         coded(one, SHADOW | Outcome::RateLimited.code(), 5, 5),
     ];
     envoy.report(&fixture, &counts).await;
     envoy.again(&fixture, &counts).await;
-    assert_eq!(rows(&pool).await, [("top_up".into(), 100), ("usage".into(), -35)]);
-    let before = crate::support::revision(&pool).await;
+    assert_eq!(ledger(&pool).await, [("top_up".into(), 100), ("usage".into(), -35)]);
+    let before = revision(&pool).await;
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 64)]).await;
-    assert_eq!(crate::support::revision(&pool).await, before, "filters need not know of every booking");
+    assert_eq!(revision(&pool).await, before, "filters need not know of every booking");
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
     assert_eq!(as_filters_know(&pool).await, [(true, Some(6), 2), (true, Some(6), 2)]);
     assert_eq!(account(&fixture, &admin).await["balance"], -2);
@@ -225,29 +202,26 @@ async fn allowed_requests_cost_credits_and_the_door_shuts_and_opens(pool: PgPool
     fixture.in_step().await;
     // A correction takes away; who is not metered pays nothing.
     let body = json!({"amount": -1_700, "kind": "correction", "note": "by mistake"});
-    let reply = call(&fixture, "POST", "/v1/users/ada@example.com/credits", &admin, Some(body)).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["balance"]), (201, &json!(-100)));
+    let reply = fixture.post("/v1/users/ada@example.com/credits", &admin, body).await;
+    assert_eq!((reply.status, &reply.json()["balance"]), (201, &json!(-100)));
     assert!(as_filters_know(&pool).await[0].0);
-    let reply =
-        call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(json!({"metered": false}))).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["metered"]), (200, &json!(false)));
+    let reply = fixture.patch("/v1/users/ada@example.com/credits", &admin, json!({"metered": false})).await;
+    assert_eq!((reply.status, &reply.json()["metered"]), (200, &json!(false)));
     assert_eq!(as_filters_know(&pool).await[0], (false, None, 3));
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
-    assert_eq!(rows(&pool).await.len(), 7);
+    assert_eq!(ledger(&pool).await.len(), 7);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn forged_costs_beyond_all_numbers_stop_nobody(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn forged_costs_saturate_and_stop_no_report(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key(ADA, &[]).await;
     top_up(&fixture, &admin, 100).await;
     let mut envoy = Envoy::new(1, &sync);
     for _ in 0..3 {
         envoy.report(&fixture, &vec![coded(id, 0, 1_000_000_000_000, 1_000_000_000_000_000); 20_000]).await;
     }
-    let (_, other) = (envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await, rows(&pool).await);
+    let (_, other) = (envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await, ledger(&pool).await);
     assert_eq!(other.len(), 2);
     assert_eq!(account(&fixture, &admin).await["balance"], -1_000_000_000_000_000_000_i64);
 }
@@ -263,14 +237,14 @@ async fn a_balance_changes_by_a_row_of_the_ledger_and_by_nothing_else(pool: PgPo
             "a balance is the sum",
         ),
     ] {
-        assert!(execute(&pool, sql).await.unwrap_err().contains(refusal), "{sql}");
+        assert!(try_execute(&pool, sql).await.unwrap_err().contains(refusal), "{sql}");
     }
     let add = |kind: &str, amount: i64| {
         format!(
             "insert into ledger (owner_id, kind, amount, balance) select id, '{kind}', {amount}, 77 from user_preferences"
         )
     };
-    // Sums hold whatever the order and sizes, also where somebody writes a balance of their own into the row.
+    // Sums hold for any order and size, and for a row that is inserted with a balance of its own.
     let mut random = 88_172_645_463_325_252_u64;
     for _ in 0..200 {
         random ^= random << 13;
@@ -278,95 +252,73 @@ async fn a_balance_changes_by_a_row_of_the_ledger_and_by_nothing_else(pool: PgPo
         random ^= random << 17;
         let kind = ["top_up", "usage", "refill", "correction"][(random % 4) as usize];
         let amount = (random >> 20) as i64 % 2_001 - 1_000;
-        assert_eq!(execute(&pool, &add(kind, amount)).await, Ok(1));
+        assert_eq!(try_execute(&pool, &add(kind, amount)).await, Ok(1));
     }
-    assert_eq!(rows(&pool).await.len(), 200);
+    assert_eq!(ledger(&pool).await.len(), 200);
     for sql in ["update ledger set amount = 1", "delete from ledger"] {
-        assert!(execute(&pool, sql).await.unwrap_err().contains("rows of ledger are never changed"), "{sql}");
+        assert!(try_execute(&pool, sql).await.unwrap_err().contains("rows of ledger are never changed"), "{sql}");
     }
-    assert!(execute(&pool, &add("gift", 1)).await.unwrap_err().contains("ledger_kind"));
-    assert_eq!(rows(&pool).await.len(), 200);
+    assert!(try_execute(&pool, &add("gift", 1)).await.unwrap_err().contains("ledger_kind"));
+    assert_eq!(ledger(&pool).await.len(), 200);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_refill_is_booked_once_for_each_period_by_whoever_comes_first(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+async fn a_refill_is_booked_once_for_each_period_by_one_replica(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     fixture.key(ADA, &[]).await;
     let body = json!({"refill": {"amount": 100, "period": "day", "time_zone": "Europe/Berlin", "up_to": 250}});
-    let reply = call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(body.clone())).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["refill"]), (200, &body["refill"]));
+    let reply = fixture.patch("/v1/users/ada@example.com/credits", &admin, body.clone()).await;
+    assert_eq!((reply.status, &reply.json()["refill"]), (200, &body["refill"]));
     assert_eq!(reply.json()["metered"], true);
-    let next: bool = sqlx::query_scalar(
-        "select refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') + interval '1 day') at time zone 'Europe/Berlin'
-        from user_preferences where email = 'ada@example.com'",
-    )
-    .fetch_one(&pool)
-    .await
-    .unwrap();
+    let sql = "select refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') + interval '1 day') at time zone 'Europe/Berlin'
+        from user_preferences where email = 'ada@example.com'";
+    let next: bool = scalar(&pool, sql).await;
     assert!(next, "{}", reply.json()["refill_at"]);
     assert_eq!(refill::refill(&pool).await.unwrap(), 0);
     assert_eq!(as_filters_know(&pool).await, [(true, Some(1), 2)]);
 
     // Two midnights have passed unseen.
-    execute(&pool, "update user_preferences set refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') - interval '1 day') at time zone 'Europe/Berlin' where refill is not null").await.unwrap();
+    execute(&pool, "update user_preferences set refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') - interval '1 day') at time zone 'Europe/Berlin' where refill is not null").await;
     let replicas = (0..4).map(|_| refill::refill(&pool));
     let booked: usize = futures_util::future::join_all(replicas).await.into_iter().map(Result::unwrap).sum();
     assert_eq!(booked, 1);
-    assert_eq!(rows(&pool).await, [("refill".into(), 100), ("refill".into(), 100)]);
+    assert_eq!(ledger(&pool).await, [("refill".into(), 100), ("refill".into(), 100)]);
     assert_eq!(as_filters_know(&pool).await, [(false, Some(12), 3)]);
-    let due: i64 = sqlx::query_scalar("select count(distinct refill_due) from ledger where refill_due <= now()")
-        .fetch_one(&pool)
-        .await
-        .unwrap();
+    let due: i64 = scalar(&pool, "select count(distinct refill_due) from ledger where refill_due <= now()").await;
     assert_eq!(due, 2);
     assert_eq!(refill::refill(&pool).await.unwrap(), 0);
 
     // Up to 250 and no further; a schedule that lay idle for years goes on from now.
-    execute(&pool, "update user_preferences set refill_at = '2020-01-01' where refill is not null").await.unwrap();
+    execute(&pool, "update user_preferences set refill_at = '2020-01-01' where refill is not null").await;
     assert_eq!(refill::refill(&pool).await.unwrap(), 1);
-    assert_eq!(rows(&pool).await.last(), Some(&("refill".into(), 50)));
+    assert_eq!(ledger(&pool).await.last(), Some(&("refill".into(), 50)));
     execute(
         &pool,
         "update user_preferences set refill = refill - 'up_to', refill_at = '2020-01-01' where refill is not null",
     )
-    .await
-    .unwrap();
+    .await;
     assert_eq!(refill::refill(&pool).await.unwrap(), 1);
     // One of the 400 was booked before.
-    assert_eq!(rows(&pool).await.len(), 3 + 399);
-    let ahead: bool = sqlx::query_scalar("select refill_at > now() and refill_at < now() + interval '26 hours' from user_preferences where refill is not null").fetch_one(&pool).await.unwrap();
+    assert_eq!(ledger(&pool).await.len(), 3 + 399);
+    let sql = "select refill_at > now() and refill_at < now() + interval '26 hours' from user_preferences where refill is not null";
+    let ahead: bool = scalar(&pool, sql).await;
     assert!(ahead);
 
-    let reply =
-        call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(json!({"refill": null}))).await;
+    let reply = fixture.patch("/v1/users/ada@example.com/credits", &admin, json!({"refill": null})).await;
     assert_eq!((&reply.json()["refill"], &reply.json()["refill_at"]), (&Value::Null, &Value::Null));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_ledger_is_paged_with_the_newest_first(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     for amount in 1..=5 {
         top_up(&fixture, &admin, amount).await;
     }
-    let mut path = "/v1/users/ada@example.com/ledger?limit=2".to_owned();
-    let mut seen = Vec::new();
-    loop {
-        let reply = call(&fixture, "GET", &path, &admin, None).await;
-        let page = reply.json();
-        seen.extend(page["entries"].as_array().unwrap().iter().map(|entry| entry["amount"].as_i64().unwrap()));
-        let Some(link) = reply.header("link").strip_suffix(">; rel=\"next\"") else {
-            assert_eq!(page["next_cursor"], Value::Null);
-            break;
-        };
-        path = link.strip_prefix('<').unwrap().to_owned();
-        assert_eq!(path, format!("/v1/users/ada@example.com/ledger?cursor={}&limit=2", page["next_cursor"]));
-    }
-    assert_eq!(seen, [5, 4, 3, 2, 1]);
+    let pages = fixture.pages("/v1/users/ada@example.com/ledger", "", "entries", "amount", &admin).await;
+    assert_eq!(pages, [vec![5, 4], vec![3, 2], vec![1]]);
     for query in ["limit=0", "limit=201", "cursor=x"] {
-        let reply = call(&fixture, "GET", &format!("/v1/users/ada@example.com/ledger?{query}"), &admin, None).await;
-        assert_eq!(reply.status.as_u16(), 400, "{query}");
+        let reply = fixture.get(&format!("/v1/users/ada@example.com/ledger?{query}"), &admin).await;
+        assert_eq!(reply.status, 400, "{query}");
     }
 }
 
@@ -380,7 +332,7 @@ async fn old_usage_becomes_one_row_a_day_and_no_sum_changes(pool: PgPool) {
             select id, '{kind}', {amount}, 0, date_trunc('day', now(), 'UTC') - interval '{days} days' + interval '7 hours'
             from user_preferences where email = '{email}'"
         );
-        execute(&pool, &sql).await.unwrap();
+        execute(&pool, &sql).await;
     };
     for days in [40, 39, 3] {
         add(ADA, "top_up", 100, days).await;
@@ -392,21 +344,18 @@ async fn old_usage_becomes_one_row_a_day_and_no_sum_changes(pool: PgPool) {
             }
         }
     }
-    let before = rows(&pool).await;
+    let before = ledger(&pool).await;
     while rollup::roll_up(&pool, 35).await.unwrap() > 0 {}
-    let after = rows(&pool).await;
+    let after = ledger(&pool).await;
     let sum = |rows: &[(String, i64)]| rows.iter().map(|(_, amount)| amount).sum::<i64>();
     assert_eq!(sum(&before), sum(&after));
     // Each of two days: a top-up, what came before the correction, the correction, what came after; and one of the other's.
     assert_eq!((before.len(), after.len()), (66, 22 + 2 * 5));
-    let kept: Vec<(String, i64, i64)> = sqlx::query_as(
+    let sql = format!(
         "select kind, amount, l.balance from ledger l join user_preferences p on p.id = owner_id
-        where email = $1 order by l.id limit 4",
-    )
-    .bind(ADA)
-    .fetch_all(&pool)
-    .await
-    .unwrap();
+        where email = '{ADA}' order by l.id limit 4"
+    );
+    let kept: Vec<(String, i64, i64)> = rows(&pool, sql).await;
     let row = |kind: &str, amount, balance| (kind.to_owned(), amount, balance);
     assert_eq!(kept, [row("top_up", 100, 100), row("usage", -10, 90), row("correction", 7, 97), row("usage", -45, 52)]);
     assert_eq!(rollup::roll_up(&pool, 35).await.unwrap(), 0);

@@ -1,5 +1,5 @@
-//! The OpenAPI document as generators of clients need it. A linter and two generators examine it as a whole in
-//! `cargo xtask test --only openapi`; here stands what they do not look at.
+//! The OpenAPI document as generators of clients need it. A linter and two generators examine it as a whole in `cargo
+//! xtask test --only openapi`; these tests check what those do not.
 
 use std::collections::BTreeSet;
 

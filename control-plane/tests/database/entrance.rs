@@ -1,4 +1,5 @@
-//! What every caller meets first: limits by owner and address, request ids, where to go, and the end of each answer.
+//! What applies to every request: limits by owner and address, request ids, the index, and the newline at the end of
+//! each answer.
 
 use axum::body::Body;
 use axum::http::HeaderValue;
@@ -7,20 +8,20 @@ use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::support::{Fixture, Reply, request};
+use crate::support::{Fixture, Reply, execute, request, revoke};
 
 async fn get(fixture: &Fixture, uri: &str, key: Option<&Secret>) -> Reply {
     fixture.send(request("GET", uri, key, Body::empty())).await
 }
 
 async fn status(fixture: &Fixture, uri: &str, key: Option<&Secret>) -> u16 {
-    get(fixture, uri, key).await.status.as_u16()
+    get(fixture, uri, key).await.status
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn six_keys_of_one_owner_make_no_more_calls_than_one(pool: PgPool) {
     const BURST: u32 = 30;
-    let fixture = Fixture::with_rate_limit(pool, BURST).await;
+    let fixture = Fixture::with_rate_limit(&pool, BURST).await;
     let mut keys = Vec::new();
     for _ in 0..6 {
         keys.push(fixture.key("one@example.com", &[]).await.1);
@@ -42,7 +43,7 @@ async fn six_keys_of_one_owner_make_no_more_calls_than_one(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_the_mirror_does_not_know_yet_does_not_pay_for_guesses_from_its_address(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool, 3).await;
+    let fixture = Fixture::with_rate_limit(&pool, 3).await;
     let guess = Secret::from_presented("sk_live_guess".into());
     fixture.stop_feed();
     let uri = "/api/user/key/new@example.com";
@@ -56,12 +57,11 @@ async fn a_key_that_the_mirror_does_not_know_yet_does_not_pay_for_guesses_from_i
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_works_again_does_not_pay_for_guesses_from_its_address(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool.clone(), 3).await;
+    let fixture = Fixture::with_rate_limit(&pool, 3).await;
     let guess = Secret::from_presented("sk_live_guess".into());
     let (id, key) = fixture.key("user@example.com", &[]).await;
     let set = async |disabled: bool| {
-        let statement = "update api_keys set disabled = $2 where id = $1";
-        sqlx::query(statement).bind(id).bind(disabled).execute(&pool).await.unwrap();
+        execute(&pool, format!("update api_keys set disabled = '{disabled}' where id = '{id}'")).await;
     };
     set(true).await;
     fixture.in_step().await;
@@ -78,7 +78,7 @@ async fn a_key_that_works_again_does_not_pay_for_guesses_from_its_address(pool: 
 #[sqlx::test(migrations = "./migrations")]
 async fn routes_without_a_key_are_limited_by_address_and_probes_are_not(pool: PgPool) {
     for uri in ["/openapi.json", "/", "/metrics", "/nothing"] {
-        let fixture = Fixture::with_rate_limit(pool.clone(), 3).await;
+        let fixture = Fixture::with_rate_limit(&pool, 3).await;
         let (_, user) = fixture.key("user@example.com", &[]).await;
         fixture.in_step().await;
         while status(&fixture, uri, None).await != 429 {}
@@ -91,9 +91,9 @@ async fn routes_without_a_key_are_limited_by_address_and_probes_are_not(pool: Pg
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_no_longer_works_is_limited_by_its_address_before_the_database_is_asked(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool.clone(), 3).await;
+    let fixture = Fixture::with_rate_limit(&pool, 3).await;
     let (id, key) = fixture.key("user@example.com", &[]).await;
-    crate::support::revoke(&pool, id).await;
+    revoke(&pool, id).await;
     fixture.in_step().await;
     // From now on a question to the database is answered with 503.
     fixture.app.pool.close().await;
@@ -107,9 +107,7 @@ async fn a_key_that_no_longer_works_is_limited_by_its_address_before_the_databas
 
 #[sqlx::test(migrations = "./migrations")]
 async fn every_answer_in_json_ends_with_a_newline(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     fixture.in_step().await;
     let body = json!({"email": "user@example.com", "name": "n"}).to_string();
     let mut poll = request("GET", "/sync/v1/keys", Some(&sync), Body::empty());
@@ -137,7 +135,7 @@ async fn every_answer_in_json_ends_with_a_newline(pool: PgPool) {
     for (status, request) in requests {
         let what = format!("{} {}", request.method(), request.uri());
         let reply = fixture.send(request).await;
-        assert_eq!(reply.status.as_u16(), status, "{what}");
+        assert_eq!(reply.status, status, "{what}");
         assert!(reply.header("content-type").contains("json"), "{what}");
         assert!(reply.body.ends_with(b"}\n"), "{what}: {:?}", String::from_utf8_lossy(&reply.body));
         reply.json();
@@ -151,7 +149,7 @@ async fn every_answer_in_json_ends_with_a_newline(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_request_id_is_the_clients_uuid_or_one_of_ours(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
+    let fixture = Fixture::new(&pool).await;
     let id_of = async |given: &str| {
         let mut request = request("GET", "/healthz", None, Body::empty());
         request.headers_mut().insert("x-request-id", HeaderValue::from_str(given).unwrap());

@@ -1,10 +1,9 @@
-//! `explain`, over the real router and a real PostgreSQL: every check with what it saw, from the record that Envoys get.
+//! `explain`: every check with the values that it used, from the record that Envoys get.
 
 use std::sync::Arc;
 
-use crate::support::{Fixture, Reply, request};
+use crate::support::{Fixture, Reply, change_key, scalar};
 use contract::key::{KeyKind, Secret};
-use control_plane::api;
 use control_plane::explain::policies::ConfiguredPolicies;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -21,37 +20,31 @@ const POLICIES: &str = r#"{
 }"#;
 
 async fn fixture(pool: PgPool) -> (Fixture, Secret) {
-    let mut fixture = Fixture::new(pool).await;
-    fixture.app.policies = Arc::new(ConfiguredPolicies::parse(POLICIES).unwrap());
-    fixture.router = api::router(fixture.app.clone(), None);
+    let mut fixture = Fixture::new(&pool).await;
+    fixture.configure(|app| app.policies = Arc::new(ConfiguredPolicies::parse(POLICIES).unwrap()));
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     (fixture, admin)
 }
 
 async fn explain(fixture: &Fixture, caller: &Secret, body: Value) -> Reply {
-    fixture.send(request("POST", "/v1/explain", Some(caller), body.to_string())).await
+    fixture.post("/v1/explain", caller, &body).await
 }
 
 /// Outcome, status and the names of the checks that fail.
 async fn verdict(fixture: &Fixture, caller: &Secret, body: Value) -> (String, Value, Vec<String>) {
     let reply = explain(fixture, caller, body).await;
     let json = reply.json();
-    assert_eq!(reply.status.as_u16(), 200, "{json}");
+    assert_eq!(reply.status, 200, "{json}");
     let failed = json["checks"].as_array().unwrap().iter().filter(|check| check["passed"] == false);
     let failed = failed.map(|check| check["name"].as_str().unwrap().to_owned()).collect();
     (json["outcome"].as_str().unwrap().to_owned(), json["status"].clone(), failed)
-}
-
-async fn change(pool: &PgPool, id: Uuid, change: &str) {
-    let change = sqlx::AssertSqlSafe(format!("update api_keys set {change} where id = $1"));
-    sqlx::query(change).bind(id).execute(pool).await.unwrap();
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
     let (fixture, admin) = fixture(pool.clone()).await;
     let (id, key) = fixture.key("user@example.com", &["orders:write"]).await;
-    change(
+    change_key(
         &pool,
         id,
         r#"rate_limits = '[{"name": "burst", "requests": 9, "window_s": 60, "burst": 3, "shared": true},
@@ -81,7 +74,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
                         judged by each Envoy"},
         ],
     });
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!(reply.header("cache-control"), "no-store");
     assert!(!String::from_utf8_lossy(&reply.body).contains(key.reveal()), "the secret is never told");
 }
@@ -99,7 +92,7 @@ async fn every_outcome_that_the_decision_knows_is_explained_by_secret_and_by_id(
         ("credits_exhausted = true, credits_starter = 1", "credits_exhausted", json!(429), Some("credits")),
     ] {
         let (id, key) = fixture.key("user@example.com", &["orders:read"]).await;
-        change(&pool, id, columns).await;
+        change_key(&pool, id, columns).await;
         for named in [json!({"key": key.reveal()}), json!({"key_id": id})] {
             let mut body = named;
             body["path"] = "/orders".into();
@@ -111,7 +104,7 @@ async fn every_outcome_that_the_decision_knows_is_explained_by_secret_and_by_id(
     }
     // At another time, from another address, under another policy.
     let (id, _) = fixture.key("user@example.com", &["orders:read"]).await;
-    change(&pool, id, "expires_at = '2030-01-01Z', networks = '{198.51.100.0/24}'").await;
+    change_key(&pool, id, "expires_at = '2030-01-01Z', networks = '{198.51.100.0/24}'").await;
     let mut body = json!({"key_id": id, "address": "::ffff:198.51.100.9", "time": "2029-12-31T23:59:59Z"});
     assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "allowed");
     body["time"] = "2030-01-01T00:00:00Z".into();
@@ -127,20 +120,16 @@ async fn a_role_and_a_plan_are_those_that_envoys_have(pool: PgPool) {
     let (id, _) = fixture.key("user@example.com", &[]).await;
     let body = json!({"key_id": id, "policy": "orders-read"});
     assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "scope_denied");
-    let role: i32 = sqlx::query_scalar(
-        "insert into definitions (kind, name, scopes) values ('role', 'r', '{orders:*}') returning number",
-    )
-    .fetch_one(&pool)
-    .await
-    .unwrap();
-    change(&pool, id, &format!("role_numbers = '{{{role}}}'")).await;
+    let sql = "insert into definitions (kind, name, scopes) values ('role', 'r', '{orders:*}') returning number";
+    let role: i32 = scalar(&pool, sql).await;
+    change_key(&pool, id, &format!("role_numbers = '{{{role}}}'")).await;
     assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "allowed");
     sqlx::query("update definitions set scopes = '{}' where number = $1").bind(role).execute(&pool).await.unwrap();
     assert_eq!(verdict(&fixture, &admin, body).await.0, "scope_denied");
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_is_left_of_quota_and_credits_is_told_from_the_database(pool: PgPool) {
+async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
     let (fixture, admin) = fixture(pool.clone()).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     for statement in [
@@ -173,7 +162,7 @@ async fn what_is_left_of_quota_and_credits_is_told_from_the_database(pool: PgPoo
     );
     assert_eq!((&reply["outcome"], &checks[8]["saw"]), (&json!("allowed"), &json!("not used up")));
 
-    sqlx::query("update api_keys set cost = 91 where id = $1").bind(id).execute(&pool).await.unwrap();
+    change_key(&pool, id, "cost = 91").await;
     fixture.in_step().await;
     let reply = explain(&fixture, &admin, json!({"key_id": id})).await.json();
     let saw = "the balance is 90, of which 20 are leased to Envoys; the request costs 91, which is more: waiting does not help";
@@ -192,7 +181,7 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
             {"name": "policy", "passed": true, "saw": "default: no route is for GET /x"},
         ],
     });
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!((reply.status, reply.json()), (200, expected));
     assert!(!String::from_utf8_lossy(&reply.body).contains(stranger.reveal()));
 
     let mistyped = format!("{}x", &stranger.reveal()[..43]);
@@ -212,14 +201,14 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
     }
     let id = Uuid::now_v7();
     let reply = explain(&fixture, &admin, json!({"key_id": id})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
+    assert_eq!((reply.status, &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn where_all_envoys_are_in_shadow_mode_nothing_is_said_to_be_refused(pool: PgPool) {
     let (mut fixture, admin) = fixture(pool).await;
-    fixture.app.policies = Arc::new(ConfiguredPolicies::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
-    fixture.router = api::router(fixture.app.clone(), None);
+    let policies = Arc::new(ConfiguredPolicies::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
+    fixture.configure(|app| app.policies = policies);
     for (body, outcome) in [
         (json!({}), "missing"),
         (json!({"policy": "wrong"}), "policy_unknown"),
@@ -241,9 +230,9 @@ async fn a_user_explains_keys_of_their_own_and_a_filters_key_explains_none(pool:
     // A key of somebody else is explained like one that does not exist.
     assert_eq!(verdict(&fixture, &user, json!({"key": secret.reveal()})).await.0, "unknown");
     let reply = explain(&fixture, &user, json!({"key_id": foreign})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (404, &json!(format!("There is no key {foreign}."))));
+    assert_eq!((reply.status, &reply.json()["detail"]), (404, &json!(format!("There is no key {foreign}."))));
     let reply = explain(&fixture, &sync, json!({"key_id": own})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (403, &json!("forbidden")));
+    assert_eq!((reply.status, &reply.json()["code"]), (403, &json!("forbidden")));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -262,17 +251,11 @@ async fn a_wrong_field_is_named_and_no_secret_is_told(pool: PgPool) {
             "policy.scopes: name at least one scope, or leave it out",
         ),
     ] {
-        let reply = explain(&fixture, &admin, body).await;
-        let problem = reply.json();
-        assert_eq!(
-            (reply.status.as_u16(), &problem["field"], &problem["detail"]),
-            (400, &json!(field), &json!(detail)),
-            "{problem}"
-        );
+        explain(&fixture, &admin, body).await.assert_problem(400, "invalid", detail, Some(field));
     }
     for body in [json!({"policy": 5}), json!({"policy": {"scope": "a"}}), json!({"key": ["sk_live_hidden"]})] {
         let reply = explain(&fixture, &admin, body).await;
-        assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (400, &json!("invalid")));
+        assert_eq!((reply.status, &reply.json()["code"]), (400, &json!("invalid")));
         assert!(!reply.json().to_string().contains("hidden"), "{}", reply.json());
     }
 }

@@ -1,13 +1,12 @@
-//! What the control plane reads of the database for the filters: every change, in the order of commits, and of no other
-//! database than the one it began with. Rows of keys stay, and keep what filters know them by.
+//! The feed, which reads changes of keys from the database: every change, in the order of commits, and of one database
+//! only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::support::{Fixture, request, revision};
-use crate::sync::{Reader, synced};
-use axum::body::Body;
+use crate::support::{Fixture, change_key, execute, lock_wait, revision, revoke, rows, scalar, writer};
+use crate::sync::{Reader, in_step, received, synced};
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::record::Flags;
@@ -24,9 +23,8 @@ use portcullis_tests::wait::DEADLINE;
 use sqlx::PgPool;
 
 #[sqlx::test(migrations = "./migrations")]
-async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn a_reader_at_a_revision_has_every_change_up_to_it(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let writers: Vec<_> = (0..8)
         .map(|writer| {
             let pool = pool.clone();
@@ -34,7 +32,7 @@ async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool
                 for number in 0..25 {
                     let (id, _) = crate::support::key(&pool, &format!("{writer}@example.com"), &[]).await;
                     if number % 3 == 0 {
-                        crate::support::revoke(&pool, id).await;
+                        revoke(&pool, id).await;
                     }
                 }
             })
@@ -45,15 +43,14 @@ async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool
         let finished = writers.iter().all(tokio::task::JoinHandle::is_finished);
         let now = if finished { fixture.in_step().await } else { 0 };
         if !finished || reader.revision < now {
-            reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+            reader.follow(&fixture, &sync).await;
         }
         // Every key whose last change has a revision that the reader has seen is with the reader, in that state.
-        let seen: Vec<(Vec<u8>, bool)> =
-            sqlx::query_as("select hash, revoked_at is not null from api_keys where revision <= $1")
-                .bind(reader.revision.cast_signed())
-                .fetch_all(&pool)
-                .await
-                .unwrap();
+        let seen: Vec<(Vec<u8>, bool)> = rows(
+            &pool,
+            format!("select hash, revoked_at is not null from api_keys where revision <= {}", reader.revision),
+        )
+        .await;
         for (hash, revoked) in seen {
             let record = reader.keys.get(&KeyHash(hash.try_into().unwrap())).expect("a key that was seen");
             assert!(!revoked || record.flags.contains(Flags::REVOKED));
@@ -71,8 +68,7 @@ async fn whoever_has_seen_a_revision_has_seen_every_change_up_to_it(pool: PgPool
 async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer(pool: PgPool) {
     const KEYS: u64 = 8;
     const LOOKS: usize = 200;
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let mut ids = Vec::new();
     for number in 0..KEYS {
         ids.push(fixture.key(&format!("user{number}@example.com"), &[]).await.0);
@@ -89,25 +85,20 @@ async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer
                 changes += 1;
                 let id = ids[usize::try_from(changes % KEYS).unwrap()];
                 let cost = i32::try_from(changes).unwrap();
-                sqlx::query("update api_keys set cost = $2 where id = $1")
-                    .bind(id)
-                    .bind(cost)
-                    .execute(&pool)
-                    .await
-                    .unwrap();
+                execute(&pool, format!("update api_keys set cost = '{cost}' where id = '{id}'")).await;
             }
             (ids, changes)
         }
     });
     let mut seen = Vec::new();
     while seen.len() < LOOKS {
-        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        reader.follow(&fixture, &sync).await;
         seen.push((reader.revision - first, reader.keys.clone()));
     }
     enough.store(true, Ordering::Relaxed);
     let (ids, changes) = writes.await.unwrap();
     while reader.revision < first + changes {
-        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        reader.follow(&fixture, &sync).await;
         seen.push((reader.revision - first, reader.keys.clone()));
     }
     for (changes, keys) in seen {
@@ -122,26 +113,21 @@ async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer
 
 #[sqlx::test(migrations = "./migrations")]
 async fn however_many_keys_a_statement_changes_a_reader_has_them_all(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     for _ in 0..70 {
         fixture.key("many@example.com", &[]).await;
     }
     fixture.in_step().await;
     let mut reader = synced(&fixture, &sync).await;
     for (cost, number) in [(2_i32, 1), (3, 63), (4, 64), (5, 65), (6, 70)] {
-        let changed: Vec<(Vec<u8>,)> = sqlx::query_as(
-            "update api_keys set cost = $1 where id in (select id from api_keys order by id limit $2)
-            returning hash",
-        )
-        .bind(cost)
-        .bind(number)
-        .fetch_all(&pool)
-        .await
-        .unwrap();
+        let sql = format!(
+            "update api_keys set cost = '{cost}' where id in (select id from api_keys order by id limit '{number}')
+            returning hash"
+        );
+        let changed: Vec<(Vec<u8>,)> = rows(&pool, sql).await;
         assert_eq!(changed.len() as i64, number);
         fixture.in_step().await;
-        reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+        reader.follow(&fixture, &sync).await;
         for (hash,) in changed {
             assert_eq!(reader.keys[&KeyHash(hash.try_into().unwrap())].cost, cost.cast_unsigned());
         }
@@ -150,21 +136,21 @@ async fn however_many_keys_a_statement_changes_a_reader_has_them_all(pool: PgPoo
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_again(pool: PgPool) {
-    let (ahead, behind) = (Fixture::new(pool.clone()).await, Fixture::new(pool.clone()).await);
+    let (ahead, behind) = (Fixture::new(&pool).await, Fixture::new(&pool).await);
     let (_, sync) = ahead.key("operator@example.com", &["sync"]).await;
     let (revoked, secret) = ahead.key("a@example.com", &[]).await;
     ahead.in_step().await;
     behind.in_step().await;
     behind.stop_feed();
     let old = synced(&behind, &sync).await.epoch;
-    crate::support::revoke(&pool, revoked).await;
+    revoke(&pool, revoked).await;
     let new = feed::new_epoch(&pool).await.unwrap();
     ahead.app.feed.refresh(None).await.unwrap();
     let mut reader = synced(&ahead, &sync).await;
     assert_eq!(reader.epoch, Some(new.into()));
 
-    let poll = Box::pin(behind.send(request("GET", &reader.poll(), Some(&sync), Body::empty())));
-    if let Ok(reply) = tokio::time::timeout(Duration::from_secs(1), poll).await {
+    let uri = reader.poll();
+    if let Ok(reply) = tokio::time::timeout(Duration::from_secs(1), behind.get(&uri, &sync)).await {
         reader.apply(&reply);
     }
     assert_ne!(reader.epoch, old);
@@ -174,7 +160,7 @@ async fn a_replica_that_has_not_heard_of_a_new_epoch_does_not_send_the_old_keys_
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_replica_without_its_database_keeps_readers_where_they_are(pool: PgPool) {
-    let mut fixture = Fixture::new(pool.clone()).await;
+    let mut fixture = Fixture::new(&pool).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     fixture.in_step().await;
     let ours = synced(&fixture, &sync).await;
@@ -184,7 +170,7 @@ async fn a_replica_without_its_database_keeps_readers_where_they_are(pool: PgPoo
     let another = Epoch([9; 16]);
     for (epoch, revision) in [(ours.epoch.unwrap(), ours.revision + 5), (another, 1)] {
         let uri = format!("/sync/v1/keys?epoch={epoch}&revision={revision}");
-        let header = Reader::default().apply(&fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+        let header = received(&fixture, &uri, &sync).await;
         assert_eq!(
             (header.epoch, header.revision, header.part),
             (epoch, revision, Part::Changes { after: revision }),
@@ -192,12 +178,12 @@ async fn a_replica_without_its_database_keeps_readers_where_they_are(pool: PgPoo
         );
     }
     let uri = format!("/sync/v1/keys?epoch={another}&cursor=700");
-    let reply = fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await;
-    assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, "1"));
+    let reply = fixture.get(&uri, &sync).await;
+    assert_eq!((reply.status, reply.header("retry-after")), (503, "1"));
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_user_who_may_not_see_the_server_still_tells_databases_apart(pool: PgPool) {
+async fn a_role_without_rights_on_the_server_still_identifies_its_database(pool: PgPool) {
     let restricted = "
         do $$ begin create role portcullis_restricted login; exception when duplicate_object or unique_violation then null;
         end $$;
@@ -211,7 +197,7 @@ async fn a_user_who_may_not_see_the_server_still_tells_databases_apart(pool: PgP
     let drawn = epoch().await.unwrap();
     feed::identify(&theirs).await.unwrap();
     assert_eq!(epoch().await.unwrap(), drawn);
-    let identity: String = sqlx::query_scalar("select identity from store_state").fetch_one(&pool).await.unwrap();
+    let identity: String = scalar(&pool, "select identity from store_state").await;
     let parts: Vec<_> = identity.split('/').collect();
     assert!(parts.len() == 3 && parts[0] == "hidden" && parts[1] == "00000001", "{identity}");
     assert!(parts[2].parse::<u32>().is_ok(), "{identity}");
@@ -219,9 +205,9 @@ async fn a_user_who_may_not_see_the_server_still_tells_databases_apart(pool: PgP
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_lost_connection_makes_the_feed_ask_who_the_database_is(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
+    let fixture = Fixture::new(&pool).await;
     let (old, _) = fixture.app.store.position().unwrap();
-    sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
+    execute(&pool, "update store_state set identity = 'another'").await;
     let mut positions = fixture.app.store.positions();
     // Nothing else fails: the listening connection alone goes, as if the server had been replaced in a moment.
     let gone = "select pg_terminate_backend(pid) from pg_stat_activity
@@ -235,37 +221,34 @@ async fn a_lost_connection_makes_the_feed_ask_who_the_database_is(pool: PgPool) 
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_database_that_goes_back_or_is_another_begins_a_new_epoch(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    fixture.in_step().await;
-    let old = synced(&fixture, &sync).await.epoch.unwrap();
+    let (fixture, sync, reader) = in_step(&pool).await;
+    let old = reader.epoch.unwrap();
     let mut positions = fixture.app.store.positions();
 
     // As after a restore of older files: the revision is lower than it was.
-    sqlx::query("update store_state set revision = 0").execute(&pool).await.unwrap();
+    execute(&pool, "update store_state set revision = 0").await;
     fixture.app.store.waker().wake();
     let (second, _) = positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != old)).await.unwrap().unwrap();
     assert_ne!(synced(&fixture, &sync).await.epoch, Some(old));
 
-    // As after a restore of a dump: what the epoch was drawn for is not this server.
-    sqlx::query("update store_state set identity = 'another'").execute(&pool).await.unwrap();
+    // As after a restore of a dump: the epoch was drawn for another server.
+    execute(&pool, "update store_state set identity = 'another'").await;
     feed::identify(&pool).await.unwrap();
     fixture.app.store.waker().wake();
     positions.wait_for(|at| at.is_some_and(|(epoch, _)| epoch != second)).await.unwrap();
 
     // And the same server does not.
-    let before: uuid::Uuid = sqlx::query_scalar("select epoch from store_state").fetch_one(&pool).await.unwrap();
+    let before: uuid::Uuid = scalar(&pool, "select epoch from store_state").await;
     feed::identify(&pool).await.unwrap();
-    let after: uuid::Uuid = sqlx::query_scalar("select epoch from store_state").fetch_one(&pool).await.unwrap();
+    let after: uuid::Uuid = scalar(&pool, "select epoch from store_state").await;
     assert_eq!(before, after);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn keys_that_were_revoked_or_expired_long_ago_are_forgotten_and_their_rows_stay(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, secret) = fixture.key("a@example.com", &[]).await;
-    crate::support::revoke(&pool, id).await;
+    revoke(&pool, id).await;
     let (expired, expired_secret) = fixture.key("a@example.com", &[]).await;
     let expire = async |days: i32| {
         let expire = "update api_keys set expires_at = now() - make_interval(days => $2) where id = $1";
@@ -277,23 +260,19 @@ async fn keys_that_were_revoked_or_expired_long_ago_are_forgotten_and_their_rows
     assert!(reader.keys.contains_key(&expired_secret.hash()));
     assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
     assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 0);
-    sqlx::query("update api_keys set revoked_at = now() - interval '31 days' where id = $1")
-        .bind(id)
-        .execute(&pool)
-        .await
-        .unwrap();
+    change_key(&pool, id, "revoked_at = now() - interval '31 days'").await;
     expire(31).await;
     assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 2);
     fixture.in_step().await;
-    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+    let header = reader.follow(&fixture, &sync).await;
     assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
     assert!(!reader.keys.contains_key(&expired_secret.hash()));
     assert_eq!(read::get(&pool, id).await.unwrap().unwrap().id, id);
 
     // A control plane that starts now does not know the key, and a reader from before gets a snapshot.
-    let restarted = Fixture::new(pool.clone()).await;
+    let restarted = Fixture::new(&pool).await;
     let uri = format!("/sync/v1/keys?epoch={}&revision=1", header.epoch);
-    let header = Reader::default().apply(&restarted.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+    let header = received(&restarted, &uri, &sync).await;
     assert!(matches!(header.part, Part::Snapshot { .. }));
 }
 
@@ -309,14 +288,10 @@ async fn an_ended_key_that_gets_a_later_end_while_filters_forget_ended_keys_stay
         async move { forget_all_ended(&pool, 30).await }
     });
     // It read the key as it was, and waits for the change.
-    let waits =
-        "select exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock')";
-    let waiting = async || sqlx::query_scalar::<_, bool>(waits).fetch_one(&pool).await.unwrap().then_some(());
-    portcullis_tests::wait::eventually("a wait for the change", waiting).await.unwrap();
+    lock_wait(&pool).await;
     change.commit().await.unwrap();
     assert_eq!(forgetting.await.unwrap().unwrap(), 0);
-    let withdrawn = sqlx::query_scalar::<_, bool>("select withdrawn from api_keys where id = $1").bind(id);
-    assert!(!withdrawn.fetch_one(&pool).await.unwrap());
+    assert!(!scalar::<bool>(&pool, format!("select withdrawn from api_keys where id = '{id}'")).await);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -335,15 +310,15 @@ async fn the_hash_of_a_key_never_changes(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
+async fn a_change_without_effect_raises_no_revision(pool: PgPool) {
     let (id, _) = crate::support::key(&pool, "a@example.com", &[]).await;
-    crate::support::revoke(&pool, id).await;
+    revoke(&pool, id).await;
     let (live, _) = crate::support::key(&pool, "a@example.com", &[]).await;
     let before = revision(&pool).await;
     assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 0);
-    crate::support::revoke(&pool, id).await;
+    revoke(&pool, id).await;
     let same = KeyPatch { disabled: Some(false), expires_at: Patch::Clear, ..KeyPatch::default() };
-    let (writer, actor) = (crate::support::writer(&pool), Actor::system());
+    let (writer, actor) = (writer(&pool), Actor::system());
     let changed = writer.change(&actor, async |change| {
         let key = lock_key(change, live).await?.unwrap();
         update(change, true, &key, same, &ResolvedPermissions::default()).await
@@ -354,14 +329,14 @@ async fn what_changes_nothing_wakes_nobody(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
-    let behind = Fixture::new(pool.clone()).await;
+    let behind = Fixture::new(&pool).await;
     let (_, sync) = behind.key("operator@example.com", &["sync"]).await;
     behind.in_step().await;
     behind.stop_feed();
     let (epoch, at) = behind.app.store.position().unwrap();
     let continued = async |epoch: Epoch, least: u64| {
         let uri = format!("/sync/v1/keys?epoch={epoch}&cursor=700&revision={least}");
-        behind.send(request("GET", &uri, Some(&sync), Body::empty())).await
+        behind.get(&uri, &sync).await
     };
 
     // Recent enough: it does not look.
@@ -370,7 +345,7 @@ async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
     assert_eq!((header.revision, header.part), (at, Part::Snapshot { from: 700, to: BUCKETS }));
 
     // Behind: it looks, and goes on.
-    crate::support::revoke(&pool, newer).await;
+    revoke(&pool, newer).await;
     let now = revision(&pool).await;
     let header = Reader::default().apply(&continued(epoch, now).await);
     assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 700, to: BUCKETS }));
@@ -380,7 +355,7 @@ async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
     assert_eq!((header.revision, header.part), (now, Part::Snapshot { from: 0, to: BUCKETS }));
 
     // So it does with the epoch that begins then.
-    sqlx::query("update store_state set revision = revision - 1").execute(&pool).await.unwrap();
+    execute(&pool, "update store_state set revision = revision - 1").await;
     let header = Reader::default().apply(&continued(epoch, now + 5).await);
     assert_eq!((header.epoch == epoch, header.part), (false, Part::Snapshot { from: 0, to: BUCKETS }));
     let epoch = header.epoch;
@@ -388,6 +363,6 @@ async fn a_lagging_replica_looks_before_it_continues_a_snapshot(pool: PgPool) {
     // It cannot look: the reader waits.
     pool.close().await;
     let reply = continued(epoch, now + 5).await;
-    assert_eq!((reply.status.as_u16(), reply.header("retry-after")), (503, "1"));
-    assert_eq!(continued(epoch, now - 1).await.status.as_u16(), 200);
+    assert_eq!((reply.status, reply.header("retry-after")), (503, "1"));
+    assert_eq!(continued(epoch, now - 1).await.status, 200);
 }

@@ -1,14 +1,12 @@
-//! Which Envoys sync and how far they are, over the real router and a real PostgreSQL: from what their polls say.
+//! The list of Envoys and the state of each, as its polls and reports tell it.
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Fixture, Reply, request, revision, revoke};
-use axum::body::Body;
+use crate::support::{Fixture, Reply, execute, request, revision, revoke, row, scalar};
 use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::update::Update;
 use contract::usage::{Report, write_reports};
-use control_plane::api;
 use control_plane::metering::NEW_REPORTERS;
 use control_plane::metering::retention::forget_reporters;
 use control_plane::sync::filters;
@@ -27,28 +25,24 @@ fn envoy(number: u8) -> ReporterId {
 }
 
 async fn poll(fixture: &Fixture, sync: &Secret, query: &str) -> Reply {
-    let reply = fixture.send(request("GET", &format!("/sync/v1/keys?{query}"), Some(sync), Body::empty())).await;
-    assert_eq!(reply.status.as_u16(), 200);
+    let reply = fixture.get(&format!("/sync/v1/keys?{query}"), sync).await;
+    assert_eq!(reply.status, 200);
     reply
-}
-
-async fn get(fixture: &Fixture, key: &Secret, uri: &str) -> Reply {
-    fixture.send(request("GET", uri, Some(key), Body::empty())).await
 }
 
 async fn applied_on(fixture: &Fixture, key: &Secret, id: Uuid) -> Value {
     fixture.app.filters.write(&fixture.pool).await.unwrap();
-    get(fixture, key, &format!("/v1/keys/{id}")).await.json()["applied_on"].clone()
+    fixture.get(&format!("/v1/keys/{id}"), key).await.json()["applied_on"].clone()
 }
 
 async fn epoch(pool: &PgPool) -> Uuid {
-    sqlx::query_scalar("select epoch from store_state").fetch_one(pool).await.unwrap()
+    scalar(pool, "select epoch from store_state").await
 }
 
+/// Longer than a screen: one page, whole.
 #[sqlx::test(migrations = "./migrations")]
 async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (sync_id, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let now = fixture.in_step().await;
     let epoch = epoch(&pool).await;
@@ -60,12 +54,12 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
         .await;
     poll(&fixture, &sync, "reporter=nonsense").await;
     let report = write_reports(&[Report { reporter: two, seq: 1, counts: Vec::new() }]).unwrap();
-    assert_eq!(fixture.send(request("POST", "/sync/v1/usage", Some(&sync), report)).await.status.as_u16(), 200);
+    assert_eq!(fixture.send(request("POST", "/sync/v1/usage", Some(&sync), report)).await.status, 200);
     fixture.app.filters.write(&pool).await.unwrap();
 
-    let reply = get(&fixture, &admin, "/v1/filters").await;
+    let reply = fixture.get("/v1/filters", &admin).await;
     let mut page = reply.json();
-    assert_eq!(reply.status.as_u16(), 200, "{page}");
+    assert_eq!(reply.status, 200, "{page}");
     let mut ages = Vec::new();
     for filter in page["filters"].as_array_mut().unwrap() {
         assert_eq!(filter["live"], true);
@@ -105,32 +99,28 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     });
     assert_eq!(page, expected);
 
-    let first = get(&fixture, &admin, "/v1/filters?limit=2").await;
+    let first = fixture.get("/v1/filters?limit=2", &admin).await;
     let link = format!("</v1/filters?cursor={}&limit=2>; rel=\"next\"", Uuid::from(two));
     assert_eq!((first.header("link"), &first.json()["next_cursor"]), (link.as_str(), &json!(Uuid::from(two))));
-    let second = get(&fixture, &admin, &format!("/v1/filters?cursor={}&limit=2", Uuid::from(two))).await;
+    let second = fixture.get(&format!("/v1/filters?cursor={}&limit=2", Uuid::from(two)), &admin).await;
     assert_eq!((second.json()["filters"].as_array().unwrap().len(), second.headers.get("link")), (1, None));
-    assert_eq!(get(&fixture, &admin, "/v1/filters?limit=0").await.json()["field"], "limit");
+    assert_eq!(fixture.get("/v1/filters?limit=0", &admin).await.json()["field"], "limit");
     let (_, user) = fixture.key("user@example.com", &[]).await;
     for key in [&user, &sync] {
         let detail = "Use a key with the scope admin.";
-        let reply = get(&fixture, key, "/v1/filters").await;
-        assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
+        let reply = fixture.get("/v1/filters", key).await;
+        assert_eq!((reply.status, &reply.json()["detail"]), (403, &json!(detail)));
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, user) = fixture.key("user@example.com", &[]).await;
     // Notes when changes arrive.
     let running = tokio::spawn(fixture.app.filters.clone().run(pool.clone(), fixture.app.store.clone()));
-    assert_eq!(
-        applied_on(&fixture, &user, id).await,
-        json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 0})
-    );
+    let all = |filters: u32| json!({"filters": filters, "applied": filters, "oldest_seconds": null, "silent": 0});
+    assert_eq!(applied_on(&fixture, &user, id).await, all(0));
     let before = fixture.in_step().await;
     let epoch = epoch(&pool).await;
     let says = async |number: u8, revision: u64| {
@@ -139,10 +129,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     };
     says(1, before).await;
     says(2, before).await;
-    assert_eq!(
-        applied_on(&fixture, &user, id).await,
-        json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0})
-    );
+    assert_eq!(applied_on(&fixture, &user, id).await, all(2));
 
     let revoked = Instant::now();
     revoke(&pool, id).await;
@@ -157,22 +144,11 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let later = applied_on(&fixture, &admin, id).await["oldest_seconds"].as_f64().unwrap();
     assert!(later > lags, "{later} after {lags}");
     says(2, after).await;
-    assert_eq!(
-        applied_on(&fixture, &admin, id).await,
-        json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0})
-    );
+    assert_eq!(applied_on(&fixture, &admin, id).await, all(2));
 
     // A role of the key is part of it; a filter of another epoch has nothing of this one; silent ones do not count.
-    let role: i32 = sqlx::query_scalar("insert into definitions (kind, name) values ('role', 'r') returning number")
-        .fetch_one(&pool)
-        .await
-        .unwrap();
-    sqlx::query("update api_keys set role_numbers = array[$2] where id = $1")
-        .bind(id)
-        .bind(role)
-        .execute(&pool)
-        .await
-        .unwrap();
+    let role: i32 = scalar(&pool, "insert into definitions (kind, name) values ('role', 'r') returning number").await;
+    execute(&pool, format!("update api_keys set role_numbers = array[{role}] where id = '{id}'")).await;
     let after = fixture.in_step().await;
     says(1, after).await;
     assert_eq!(applied_on(&fixture, &admin, id).await["applied"], 1);
@@ -182,28 +158,23 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     fixture.app.filters.polled(envoy(3), foreign);
     let three = applied_on(&fixture, &admin, id).await;
     assert_eq!((&three["filters"], &three["applied"], &three["silent"]), (&json!(3), &json!(0), &json!(0)));
-    sqlx::query("update filters set seen_at = now() - interval '61 seconds'").execute(&pool).await.unwrap();
+    execute(&pool, "update filters set seen_at = now() - interval '61 seconds'").await;
     running.abort();
-    // They may be gone, or serve what they had: that is told beside.
+    // They may be gone, or serve an old store: they are counted separately.
     let silent = json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 3});
     assert_eq!(applied_on(&fixture, &admin, id).await, silent);
-    sqlx::query("update filters set seen_at = now() - interval '25 hours' where reporter = $1")
-        .bind(Uuid::from(envoy(1)))
-        .execute(&pool)
-        .await
-        .unwrap();
+    let gone = "update filters set seen_at = now() - interval '25 hours'";
+    execute(&pool, format!("{gone} where reporter = '{}'", envoy(1))).await;
     assert_eq!(applied_on(&fixture, &admin, id).await["silent"], 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool) {
+async fn a_replica_does_not_overwrite_newer_state_of_an_envoy(pool: PgPool) {
     let (one, other) = (Registry::bounded(1_000), Registry::bounded(1_000));
     let epoch = Epoch::from(epoch(&pool).await);
     let (sync, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     let says = |revision| PollStatus { sync_key: sync, holds: Some((epoch, revision)), ..PollStatus::default() };
-    let stored = async || -> (i64, Option<Uuid>) {
-        sqlx::query_as("select revision, sync_key_id from filters").fetch_one(&pool).await.unwrap()
-    };
+    let stored = async || -> (i64, Option<Uuid>) { row(&pool, "select revision, sync_key_id from filters").await };
     other.held(envoy(1), sync);
     other.write(&pool).await.unwrap();
     one.polled(envoy(1), says(5));
@@ -219,7 +190,7 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
     one.polled(envoy(1), says(7));
     one.write(&pool).await.unwrap();
     assert_eq!((stored().await.0, live(&pool).await), (7, 1));
-    // A sync key speaks for its own Envoys only, whichever replica hears it.
+    // A sync key reports for its own Envoys only, at every replica.
     let (stranger, _) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     for replica in [one, Registry::bounded(1_000)] {
         replica.polled(envoy(1), PollStatus { sync_key: stranger, ..says(8) });
@@ -229,7 +200,7 @@ async fn what_one_replica_hears_later_is_not_taken_back_by_another(pool: PgPool)
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn nothing_is_lost_while_the_database_is_away(pool: PgPool) {
+async fn the_state_of_envoys_is_kept_while_the_database_is_down(pool: PgPool) {
     let registry = Registry::bounded(1_000);
     let away = pool.clone();
     let here = sqlx::postgres::PgPoolOptions::new().connect_with((*pool.connect_options()).clone()).await.unwrap();
@@ -247,8 +218,7 @@ async fn nothing_is_lost_while_the_database_is_away(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     let filters_of = |reply: &Reply| Update::read(&reply.body).unwrap().header.filters;
     assert_eq!(filters_of(&poll(&fixture, &sync, "").await), 0);
@@ -266,26 +236,22 @@ async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
     };
     tokio::time::timeout(DEADLINE, counted).await.expect("those of the other replica are counted");
     running.abort();
-    sqlx::query("update filters set seen_at = now() - interval '25 hours' where reporter <> $1")
-        .bind(Uuid::from(envoy(1)))
-        .execute(&pool)
-        .await
-        .unwrap();
+    let gone = "update filters set seen_at = now() - interval '25 hours'";
+    execute(&pool, format!("{gone} where reporter <> '{}'", envoy(1))).await;
     assert_eq!((filters::forget(&pool).await.unwrap(), live(&pool).await), (2, 1));
     assert!(revision(&pool).await > 0);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn polls_are_written_together(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn polls_are_written_in_batches(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     for _ in 0..50 {
         for number in 1..=4 {
             poll(&fixture, &sync, &format!("reporter={}", envoy(number))).await;
         }
     }
-    let rows = async || -> i64 { sqlx::query_scalar("select count(*) from filters").fetch_one(&pool).await.unwrap() };
+    let rows = async || -> i64 { scalar(&pool, "select count(*) from filters").await };
     assert_eq!(rows().await, 0, "no poll writes");
     fixture.app.filters.write(&pool).await.unwrap();
     assert_eq!(rows().await, 4);
@@ -294,25 +260,24 @@ async fn polls_are_written_together(pool: PgPool) {
 /// What a new Envoy is answered, once as it polls and once as it reports.
 async fn newcomer(fixture: &Fixture, sync: &Secret, number: u8) -> [Reply; 2] {
     let query = format!("/sync/v1/keys?wait=0&reporter={}", envoy(number));
-    let polled = fixture.send(request("GET", &query, Some(sync), Body::empty())).await;
+    let polled = fixture.get(&query, sync).await;
     let report = Report { reporter: envoy(number), seq: 1, counts: Vec::new() };
     let report = request("POST", "/sync/v1/usage", Some(sync), write_reports(&[report]).unwrap());
     [polled, fixture.send(report).await]
 }
 
 async fn reporters(pool: &PgPool) -> i64 {
-    sqlx::query_scalar("select count(*) from usage_reporters").fetch_one(pool).await.unwrap()
+    scalar(pool, "select count(*) from usage_reporters").await
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
-    let mut fixture = Fixture::new(pool.clone()).await;
-    fixture.app.filters = Registry::bounded(3);
-    fixture.router = api::router(fixture.app.clone(), None);
+    let mut fixture = Fixture::new(&pool).await;
+    fixture.configure(|app| app.filters = Registry::bounded(3));
     let (_, stolen) = fixture.key("operator@example.com", &["sync"]).await;
     let (_, other) = fixture.key("operator@example.com", &["sync"]).await;
     for number in 1..=3 {
-        let statuses = newcomer(&fixture, &stolen, number).await.map(|reply| reply.status.as_u16());
+        let statuses = newcomer(&fixture, &stolen, number).await.map(|reply| reply.status);
         assert_eq!(statuses, [200, 200]);
     }
     let detail = "This sync key has 3 live Envoys, which is as many as it may have. Give each zone a sync key of its own, raise \
@@ -320,15 +285,15 @@ async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
     for number in 4..=9 {
         // It gets the keys, so that it can serve, and counts for nothing.
         let [polled, refused] = newcomer(&fixture, &stolen, number).await;
-        assert_eq!(polled.status.as_u16(), 200);
+        assert_eq!(polled.status, 200);
         // Its part of a shared limit is a millionth, which is the smallest.
         assert_eq!(Update::read(&polled.body).unwrap().header.filters, 1_000_000);
         refused.assert_problem(429, "bound_reached", detail, None);
         assert_eq!(refused.header("retry-after"), "60");
     }
-    // Those that are known go on, and so do those of another key.
+    // Known Envoys continue, and so do those of another key.
     for (sync, number) in [(&stolen, 2), (&other, 10)] {
-        let statuses = newcomer(&fixture, sync, number).await.map(|reply| reply.status.as_u16());
+        let statuses = newcomer(&fixture, sync, number).await.map(|reply| reply.status);
         assert_eq!(statuses, [200, 200]);
     }
     fixture.app.filters.write(&pool).await.unwrap();
@@ -336,44 +301,37 @@ async fn a_sync_key_names_no_more_envoys_than_it_may(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_is_kept_of_envoys_that_are_gone_is_bounded_and_ages_out(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
+async fn rows_of_envoys_that_are_gone_are_bounded_and_expire(pool: PgPool) {
+    let fixture = Fixture::new(&pool).await;
     let (key, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let (_, other) = fixture.key("operator@example.com", &["sync"]).await;
-    assert_eq!(newcomer(&fixture, &sync, 1).await[1].status.as_u16(), 200);
+    assert_eq!(newcomer(&fixture, &sync, 1).await[1].status, 200);
     let came = "insert into usage_reporters (reporter, sync_key_id, last_seq)
         select gen_random_uuid(), $1, 1 from generate_series(2, $2)";
     sqlx::query(came).bind(key).bind(NEW_REPORTERS).execute(&pool).await.unwrap();
     let detail = "Reports of 10000 new Envoys came under this sync key within 24 hours, which is as many as it may have. Give each \
                   zone a sync key of its own, or revoke the key if it was stolen.";
     newcomer(&fixture, &sync, 2).await[1].assert_problem(429, "bound_reached", detail, None);
-    assert_eq!(newcomer(&fixture, &sync, 1).await[1].status.as_u16(), 200);
-    assert_eq!(newcomer(&fixture, &other, 3).await[1].status.as_u16(), 200);
-    sqlx::query("update usage_reporters set created_at = now() - interval '1 day' where reporter <> $1")
-        .bind(Uuid::from_bytes(envoy(1).0))
-        .execute(&pool)
-        .await
-        .unwrap();
-    assert_eq!(newcomer(&fixture, &sync, 2).await[1].status.as_u16(), 200);
+    assert_eq!(newcomer(&fixture, &sync, 1).await[1].status, 200);
+    assert_eq!(newcomer(&fixture, &other, 3).await[1].status, 200);
+    let yesterday = "update usage_reporters set created_at = now() - interval '1 day'";
+    execute(&pool, format!("{yesterday} where reporter <> '{}'", envoy(1))).await;
+    assert_eq!(newcomer(&fixture, &sync, 2).await[1].status, 200);
 
     assert_eq!(forget_reporters(&pool).await.unwrap(), 0);
-    sqlx::query(
-        "update usage_reporters set reported_at = now() - interval '91 days' where last_seq > 0 and sync_key_id = $1",
-    )
-    .bind(key)
-    .execute(&pool)
-    .await
-    .unwrap();
+    let sql = format!(
+        "update usage_reporters set reported_at = now() - interval '91 days' where last_seq > 0 and sync_key_id = '{key}'"
+    );
+    execute(&pool, sql).await;
     assert_eq!((forget_reporters(&pool).await.unwrap(), reporters(&pool).await), (10_001, 1));
 
-    let shown = "insert into filters (reporter, sync_key_id, epoch, revision, confirmed_at, seen_at)
-        select gen_random_uuid(), $1, gen_random_uuid(), 0, now(), now() - make_interval(mins => 1 + n / 100)
-        from generate_series(1, 10007) n";
-    sqlx::query(shown).bind(key).execute(&pool).await.unwrap();
+    let shown = format!(
+        "insert into filters (reporter, sync_key_id, epoch, revision, confirmed_at, seen_at)
+        select gen_random_uuid(), '{key}', gen_random_uuid(), 0, now(), now() - make_interval(mins => 1 + n / 100)
+        from generate_series(1, 10007) n"
+    );
+    execute(&pool, shown).await;
     let trimmed = filters::trim(&pool).await.unwrap();
-    let left: i64 = sqlx::query_scalar("select count(*) from filters where seen_at < now() - interval '1 minute'")
-        .fetch_one(&pool)
-        .await
-        .unwrap();
+    let left: i64 = scalar(&pool, "select count(*) from filters where seen_at < now() - interval '1 minute'").await;
     assert_eq!((trimmed, left), (7, 10_000));
 }

@@ -1,5 +1,4 @@
-//! The short form of fuzzing, on stable: every entry point with its corpus, with that corpus a little damaged, and with
-//! whatever chance brings.
+//! A short form of fuzzing, on stable: every entry point with its corpus, with a damaged corpus, and with random bytes.
 
 #[path = "../../../tests/fuzz/src/lib.rs"]
 mod entrances;

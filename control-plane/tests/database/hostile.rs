@@ -1,5 +1,5 @@
-//! What nobody honest sends: text made to be taken for something else, bodies without end, reports for others. Each is
-//! answered with a problem or taken literally, and nothing breaks.
+//! Hostile input: text that SQL, shells or parsers could take for code, endless bodies, forged reports. Each request
+//! gets a problem or is taken literally.
 
 use std::convert::Infallible;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,7 +18,7 @@ use sqlx::PgPool;
 use tower::ServiceExt;
 use uuid::Uuid;
 
-use crate::support::{Fixture, Reply, request};
+use crate::support::{Fixture, Reply, request, scalar};
 
 /// What might be taken for something else by SQL, a shell, a log, a header, a terminal, a template, a path or a parser.
 fn traps() -> Vec<String> {
@@ -71,7 +71,7 @@ async fn call(fixture: &Fixture, method: &str, uri: &str, admin: &Secret, body: 
 
 /// The reply is a problem, with nothing in its headers that the client wrote there.
 fn assert_harmless(reply: &Reply, allowed: &[u16], what: &str) {
-    let status = reply.status.as_u16();
+    let status = reply.status;
     assert!(allowed.contains(&status), "{what}: {status} {:?}", String::from_utf8_lossy(&reply.body));
     if status >= 400 {
         assert_eq!(reply.header("content-type"), "application/problem+json", "{what}");
@@ -80,9 +80,10 @@ fn assert_harmless(reply: &Reply, allowed: &[u16], what: &str) {
     assert!(reply.headers.get("x-api-key").is_none(), "{what}");
 }
 
+/// Longer than a screen: every field and route takes each trap.
 #[sqlx::test(migrations = "./migrations")]
 async fn text_in_any_field_is_refused_or_kept_to_the_letter(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
     let (id, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (victim, _) = fixture.key("victim@example.com", &[]).await;
     for trap in traps() {
@@ -91,31 +92,31 @@ async fn text_in_any_field_is_refused_or_kept_to_the_letter(pool: PgPool) {
         for field in ["/email", "/name", "/kind", "/scopes/0", "/rate_limits/0/name", "/rate_limits/0/requests"] {
             let mut body = good.clone();
             *body.pointer_mut(field).unwrap() = trap.clone().into();
-            let reply = call(&fixture, "POST", "/v1/keys", &admin, &body).await;
+            let reply = fixture.post("/v1/keys", &admin, &body).await;
             assert_harmless(&reply, &[201, 400, 413], &format!("{field} {trap:?}"));
             if reply.status == 201 {
                 let told = reply.json();
                 let kept = if field == "/email" { trap.to_ascii_lowercase() } else { trap.trim().to_owned() };
                 assert!(told.pointer(field).is_some_and(|value| *value == kept), "{field} {trap:?}: {told}");
                 let id = told["id"].as_str().unwrap();
-                let read = fixture.send(request("GET", &format!("/v1/keys/{id}"), Some(&admin), "")).await;
+                let read = fixture.get(&format!("/v1/keys/{id}"), &admin).await;
                 assert_eq!(read.json().pointer(field), told.pointer(field));
             }
         }
         for field in ["expires_at", "expires_in_seconds", "disabled", "owner_id", "hash", "revision"] {
             let mut body = good.clone();
             body[field] = trap.clone().into();
-            let reply = call(&fixture, "POST", "/v1/keys", &admin, &body).await;
+            let reply = fixture.post("/v1/keys", &admin, &body).await;
             assert_harmless(&reply, &[400, 413], &format!("{field} {trap:?}"));
         }
         let mut body = json!({"email": "a@example.com", "key_name": "n"});
         for field in ["email", "key_name"] {
             body[field] = trap.clone().into();
-            let reply = call(&fixture, "POST", "/api/user/key", &admin, &body).await;
+            let reply = fixture.post("/api/user/key", &admin, &body).await;
             assert_harmless(&reply, &[200, 400, 413], &format!("{field} {trap:?}"));
             body = json!({"email": "a@example.com", "key_name": "n"});
         }
-        let reply = call(&fixture, "PATCH", &format!("/v1/keys/{id}"), &admin, &json!({"name": trap})).await;
+        let reply = fixture.patch(&format!("/v1/keys/{id}"), &admin, json!({"name": trap})).await;
         assert_harmless(&reply, &[200, 400, 413], &format!("name {trap:?}"));
 
         let text = encoded(&trap);
@@ -132,19 +133,15 @@ async fn text_in_any_field_is_refused_or_kept_to_the_letter(pool: PgPool) {
             format!("/v1/keys/{id}/usage?to={text}"),
             format!("/{text}"),
         ] {
-            let reply = fixture.send(request("GET", &uri, Some(&admin), "")).await;
+            let reply = fixture.get(&uri, &admin).await;
             assert_harmless(&reply, &[200, 400, 404], &uri);
         }
         for uri in [format!("/v1/keys/{text}"), format!("/api/user/key/{text}")] {
-            let reply = fixture.send(request("DELETE", &uri, Some(&admin), "")).await;
+            let reply = fixture.delete(&uri, &admin).await;
             assert_harmless(&reply, &[400, 404], &uri);
         }
     }
-    let alive: bool = sqlx::query_scalar("select revoked_at is null from api_keys where id = $1")
-        .bind(victim)
-        .fetch_one(&pool)
-        .await
-        .unwrap();
+    let alive: bool = scalar(&pool, format!("select revoked_at is null from api_keys where id = '{victim}'")).await;
     assert!(alive);
 }
 
@@ -192,10 +189,11 @@ fn bodies(id: Uuid) -> Vec<(&'static str, String, Value, &'static [&'static str]
     ]
 }
 
+/// Longer than a screen: every field and route takes each trap.
 #[sqlx::test(migrations = "./migrations")]
 async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPool) {
     const ANSWERS: [u16; 10] = [200, 201, 204, 400, 404, 405, 409, 412, 413, 422];
-    let fixture = Fixture::with_rate_limit(pool.clone(), 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     for trap in traps() {
@@ -240,7 +238,7 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
             "/v1/audit?cursor=",
             "/v1/filters?cursor=",
         ] {
-            let reply = fixture.send(request("GET", &format!("{uri}{text}"), Some(&admin), "")).await;
+            let reply = fixture.get(&format!("{uri}{text}"), &admin).await;
             assert_harmless(&reply, &[200, 400, 404], &format!("{uri} {trap:?}"));
         }
         // What no header can hold does not come so far.
@@ -256,14 +254,13 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
         import.headers_mut().insert("content-type", HeaderValue::from_static("application/x-ndjson"));
         assert_harmless(&fixture.send(import).await, &[200], &format!("a line of {trap:?}"));
     }
-    let tables: i64 =
-        sqlx::query_scalar("select count(*) from api_keys where revoked_at is null").fetch_one(&pool).await.unwrap();
+    let tables: i64 = scalar(&pool, "select count(*) from api_keys where revoked_at is null").await;
     assert!(tables >= 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn json_of_any_shape_is_answered(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(pool, 1_000_000).await;
+    let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let deep = |open: &str, close: &str, depth: usize| open.repeat(depth) + &close.repeat(depth);
     let shapes = [
@@ -291,13 +288,12 @@ async fn json_of_any_shape_is_answered(pool: PgPool) {
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&sync), vec![0; (4 << 20) + 1])).await;
     assert_harmless(&reply, &[413], "a report that is too large");
+    assert_eq!(reply.json()["code"], "too_large");
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_body_that_comes_too_slowly_is_given_up(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn a_body_that_arrives_too_slowly_is_answered_with_408(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let router = api::router_with_read_timeout(fixture.app.clone(), None, Duration::from_millis(300));
     // A byte every 50 ms, without end.
     let drops = || {
@@ -312,7 +308,7 @@ async fn a_body_that_comes_too_slowly_is_given_up(pool: PgPool) {
             let response = tokio::time::timeout(DEADLINE, router.clone().oneshot(request)).await;
             let (head, body) = response.unwrap().unwrap().into_parts();
             let body = axum::body::to_bytes(body, 4_096).await.unwrap().to_vec();
-            let reply = Reply { status: head.status, headers: head.headers, body };
+            let reply = Reply { status: head.status.as_u16(), headers: head.headers, body };
             assert_harmless(&reply, &[408], uri);
             assert_eq!((reply.json()["code"].as_str(), reply.header("connection")), (Some("timeout"), "close"));
         }
@@ -336,14 +332,12 @@ async fn submit(fixture: &Fixture, key: &Secret, reports: &[Report]) -> Reply {
 }
 
 async fn counted(pool: &PgPool, id: Uuid) -> i64 {
-    let sum = "select coalesce(sum(requests), 0)::bigint from usage_hourly where key_id = $1";
-    sqlx::query_scalar(sum).bind(id).fetch_one(pool).await.unwrap()
+    scalar(pool, format!("select coalesce(sum(requests), 0)::bigint from usage_hourly where key_id = '{id}'")).await
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn reports_that_are_replayed_reordered_or_anothers_count_for_nothing(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn replayed_reordered_and_forged_reports_count_nothing(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (_, stolen) = fixture.key("operator@example.com", &["sync"]).await;
     let (id, user) = fixture.key("user@example.com", &[]).await;
     let hour = u32::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() / 3_600).unwrap();
@@ -367,7 +361,7 @@ async fn reports_that_are_replayed_reordered_or_anothers_count_for_nothing(pool:
     assert_harmless(&submit(&fixture, &user, &[of(4, 1_000)]).await, &[403], "a user's key");
     let mixed = [of(4, 1), report(ReporterId([8; 16]), 5, Some(id), hour, 1)];
     assert_harmless(&submit(&fixture, &sync, &mixed).await, &[400], "two reporters in one message");
-    // More than anybody can have counted, and bytes that somebody changed.
+    // More requests than an Envoy can count, and damaged bytes.
     assert_harmless(&submit(&fixture, &sync, &[of(4, u64::MAX)]).await, &[400], "too many");
     let mut bytes = write_reports(&[of(4, 1)]).unwrap();
     for place in 0..bytes.len() {
@@ -378,17 +372,13 @@ async fn reports_that_are_replayed_reordered_or_anothers_count_for_nothing(pool:
     }
     assert_eq!(counted(&pool, id).await, 20);
 
-    // Times that cannot be are moved to where they can; what no key of this database used is left out.
+    // Impossible times are clamped. Counts of keys that are not in the database are dropped.
     let times = [report(REPORTER, 4, Some(id), 0, 1), report(REPORTER, 5, Some(id), u32::MAX, 1)];
     assert_eq!(acknowledged(&submit(&fixture, &sync, &times).await), 5);
     let nobody = report(REPORTER, 6, Some(Uuid::now_v7()), hour, 1);
     assert_eq!(acknowledged(&submit(&fixture, &sync, &[nobody]).await), 6);
-    let sane: bool = sqlx::query_scalar(
-        "select min(hour) > now() - interval '367 days' and max(hour) <= now() and count(distinct key_id) = 1
-        from usage_hourly",
-    )
-    .fetch_one(&pool)
-    .await
-    .unwrap();
+    let sql = "select min(hour) > now() - interval '367 days' and max(hour) <= now() and count(distinct key_id) = 1
+        from usage_hourly";
+    let sane: bool = scalar(&pool, sql).await;
     assert!(sane && counted(&pool, id).await == 22);
 }

@@ -1,8 +1,8 @@
-//! Importing keys in bulk, over the real router and a real PostgreSQL.
+//! Import of keys in bulk.
 
 use std::time::Instant;
 
-use crate::support::{Fixture, Reply, request, revision};
+use crate::support::{Fixture, Reply, request, revision, rows, scalar, scalars};
 use axum::body::{Body, Bytes};
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
@@ -15,12 +15,8 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
 
-const ADMIN: &[&str] = &["admin"];
-
 async fn import(fixture: &Fixture, caller: &Secret, body: impl Into<Body>) -> Reply {
-    let mut request = request("POST", "/v1/keys/import", Some(caller), body);
-    request.headers_mut().insert("content-type", "application/x-ndjson; charset=utf-8".parse().unwrap());
-    fixture.send(request).await
+    fixture.import(caller, body).await
 }
 
 fn line(number: usize) -> String {
@@ -33,14 +29,14 @@ fn key(number: usize) -> Secret {
 }
 
 async fn status(fixture: &Fixture, key: &Secret) -> Value {
-    let reply = fixture.call("GET", "/v1/keys", key, None).await;
-    if reply.status.as_u16() == 200 { json!("allowed") } else { reply.json()["code"].clone() }
+    let reply = fixture.get("/v1/keys", key).await;
+    if reply.status == 200 { json!("allowed") } else { reply.json()["code"].clone() }
 }
 
+/// Longer than a screen: one import, whole.
 #[sqlx::test(migrations = "./migrations")]
 async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, ours) = fixture.key("user@example.com", &[]).await;
     let reply = fixture.call("POST", &format!("/v1/keys/{id}/rotate"), &admin, None).await;
     let rotated = reply.json()["key"].as_str().unwrap().to_owned();
@@ -81,13 +77,13 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
             bad(11, "duplicate", "this key exists already"),
         ],
     });
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!((reply.header("content-type"), reply.header("cache-control")), ("application/json", "no-store"));
     assert!(!String::from_utf8(reply.body).unwrap().contains("must-not-show"));
 
     assert_eq!(status(&fixture, &Secret::from_presented("a-key-of-another-system".into())).await, "allowed");
     assert_eq!(status(&fixture, &Secret::from_presented("a key of sixteen".into())).await, "disabled");
-    let listed = fixture.call("GET", "/v1/keys?name=everything", &admin, None).await.json();
+    let listed = fixture.get("/v1/keys?name=everything", &admin).await.json();
     let everything = &listed["keys"][0];
     let shown = ["email", "name", "prefix", "scopes", "rate_limits", "generation", "state", "expires_at"];
     assert_eq!(
@@ -98,14 +94,10 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
             1, "disabled", "2030-01-01T00:00:00Z",
         ])
     );
-    let own = fixture.call("GET", "/v1/keys", &own_form, None).await.json();
+    let own = fixture.get("/v1/keys", &own_form).await.json();
     assert_eq!(own["keys"][0]["prefix"], json!(own_form.display_prefix()));
-    let kept: String = sqlx::query_scalar(
-        "select string_agg(concat(k::text, (select string_agg(a::text, ' ') from audit a)), ' ') from api_keys k",
-    )
-    .fetch_one(&pool)
-    .await
-    .unwrap();
+    let sql = "select string_agg(concat(k::text, (select string_agg(a::text, ' ') from audit a)), ' ') from api_keys k";
+    let kept: String = scalar(&pool, sql).await;
     assert!(!kept.contains("a-key-of-another-system"));
 
     // All of it once more does no harm.
@@ -117,23 +109,21 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
 
 #[sqlx::test(migrations = "./migrations")]
 async fn only_admins_import_and_only_lines_of_json(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let reply = import(&fixture, &user, line(1)).await.json();
     let detail = "Use a key with the scope admin.";
     assert_eq!((&reply["code"], &reply["detail"]), (&json!("forbidden"), &json!(detail)));
     let reply = fixture.send(request("POST", "/v1/keys/import", Some(&admin), line(1))).await;
     let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
-    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (415, &json!(detail)));
+    assert_eq!((reply.status, &reply.json()["detail"]), (415, &json!(detail)));
     let empty = json!({"imported": 0, "failed": 0, "errors": [], "errors_truncated": false});
     assert_eq!(import(&fixture, &admin, "").await.json(), empty);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let text = (0..100_000).map(line).collect::<Vec<_>>().join("\n");
     let pieces: Vec<_> = text.into_bytes().chunks(60_000).map(Bytes::copy_from_slice).collect();
     let start = Instant::now();
@@ -141,27 +131,22 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
         import(&fixture, &admin, Body::from_stream(stream::iter(pieces.into_iter().map(Ok::<_, String>)))).await;
     let took = start.elapsed();
     let all = json!({"imported": 100_000, "failed": 0, "errors": [], "errors_truncated": false});
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, all));
+    assert_eq!((reply.status, reply.json()), (200, all));
     println!("import: 100,000 keys of 5,000 users in {took:.1?}");
     for number in [0, 1, 50_000, 99_999] {
         assert_eq!(status(&fixture, &key(number)).await, "allowed");
     }
     fixture.in_step().await;
     assert_eq!(fixture.app.store.keys(), 100_001);
-    let audited: Vec<(String, i64)> = sqlx::query_as(
-        "select action, count(*) from audit where action like '%import%' group by action order by action",
-    )
-    .fetch_all(&pool)
-    .await
-    .unwrap();
+    let sql = "select action, count(*) from audit where action like '%import%' group by action order by action";
+    let audited: Vec<(String, i64)> = rows(&pool, sql).await;
     assert_eq!(audited, [("import.commit".into(), 100), ("import.finish".into(), 1), ("key.import".into(), 100_000)]);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_is_beyond_the_last_line_is_told_once_and_counted(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
-    // Of more than a thousand bad lines the first are told.
+async fn lines_beyond_the_limit_are_reported_once_and_counted(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    // Only the first thousand invalid lines are listed.
     let text = format!("{}{}", "{}\n".repeat(1_005), line(1));
     let told = import(&fixture, &admin, text).await.json();
     assert_eq!(
@@ -183,8 +168,7 @@ async fn what_is_beyond_the_last_line_is_told_once_and_counted(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, other) = fixture.key("other@example.com", &[]).await;
     // The import gets its lines for as long as the revocation is not done.
     let (done, is_done) = tokio::sync::watch::channel(false);
@@ -199,12 +183,12 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
         Ok::<_, String>(Bytes::from(lines.join("\n") + "\n"))
     });
     let (imported, waited) = tokio::join!(import(&fixture, &admin, Body::from_stream(pieces)), async {
-        // Each chunk that is committed is told of, as filters hear of it.
-        while sqlx::query_scalar::<_, i64>("select count(*) from api_keys").fetch_one(&pool).await.unwrap() < 3_000 {
+        // Each committed chunk sends a notification.
+        while scalar::<i64>(&pool, "select count(*) from api_keys").await < 3_000 {
             committed.recv().await.unwrap();
         }
         let start = Instant::now();
-        assert_eq!(fixture.call("DELETE", &format!("/v1/keys/{id}"), &admin, None).await.status.as_u16(), 204);
+        assert_eq!(fixture.delete(&format!("/v1/keys/{id}"), &admin).await.status, 204);
         let waited = start.elapsed();
         done.send(true).unwrap();
         waited
@@ -233,8 +217,7 @@ async fn with_a_pepper_a_key_that_was_imported_without_one_is_still_the_same_key
         [1, 2].map(|line| (line, Code::Duplicate))
     );
     assert_eq!(import(2..4, Some(&pepper)).await.failed, 2);
-    let stored: Vec<Vec<u8>> =
-        sqlx::query_scalar("select hash from api_keys order by name").fetch_all(&pool).await.unwrap();
+    let stored: Vec<Vec<u8>> = scalars(&pool, "select hash from api_keys order by name").await;
     let plain = |number| key(number).hash();
     let expected = [plain(0), plain(1), pepper.hash(&plain(2)), pepper.hash(&plain(3))].map(|hash| hash.0.to_vec());
     assert_eq!(stored, expected);

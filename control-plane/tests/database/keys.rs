@@ -1,33 +1,14 @@
-//! All keys below `/v1/keys`, over the real router and a real PostgreSQL.
+//! Keys: the routes below `/v1/keys`.
 
-use crate::support::{Fixture, Reply, request};
-use axum::body::Body;
+use crate::support::{Fixture, change_key, execute, id_of, revision, scalar, scalars, secret_of};
 use contract::key::{KeyKind, Secret, check};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-const ADMIN: &[&str] = &["admin"];
-
-async fn send(fixture: &Fixture, method: &str, uri: &str, key: &Secret) -> Reply {
-    fixture.send(request(method, uri, Some(key), Body::empty())).await
-}
-
-async fn send_json(fixture: &Fixture, method: &str, uri: &str, key: &Secret, body: &Value) -> Reply {
-    fixture.send(request(method, uri, Some(key), body.to_string())).await
-}
-
-fn assert_status(reply: &Reply, status: u16, code: &str, detail: &str, field: Option<&str>) {
-    let body = reply.json();
-    assert_eq!((reply.status.as_u16(), &body["code"], &body["detail"]), (status, &json!(code), &json!(detail)));
-    assert_eq!(body.get("field").and_then(Value::as_str), field);
-    assert_eq!(reply.header("content-type"), "application/problem+json");
-}
-
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let body = json!({
         "email": "User@example.com", "name": "Everything", "kind": "test", "scopes": ["orders:*", "sync", "sync"],
         "rate_limits": [
@@ -36,17 +17,14 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         ],
         "expires_at": "2030-01-31T14:00:00.25+02:00",
     });
-    let reply = send_json(&fixture, "POST", "/v1/keys", &admin, &body).await;
+    let reply = fixture.post("/v1/keys", &admin, &body).await;
     let mut created = reply.json();
-    let secret = Secret::from_presented(created["key"].as_str().unwrap().into());
+    let secret = secret_of(&created);
     assert_eq!(check(secret.reveal()), Ok(KeyKind::Test));
-    let id: Uuid = created["id"].as_str().unwrap().parse().unwrap();
-    assert_eq!((reply.status.as_u16(), reply.header("location")), (201, &*format!("/v1/keys/{id}")));
+    let id: Uuid = id_of(&created);
+    assert_eq!((reply.status, reply.header("location")), (201, &*format!("/v1/keys/{id}")));
     assert_eq!(reply.header("cache-control"), "no-store");
-    let owner_id: Uuid = sqlx::query_scalar("select id from user_preferences where email = 'user@example.com'")
-        .fetch_one(&pool)
-        .await
-        .unwrap();
+    let owner_id: Uuid = scalar(&pool, "select id from user_preferences where email = 'user@example.com'").await;
     let expected = json!({
         "id": id, "owner_id": owner_id, "email": "user@example.com", "name": "Everything",
         "prefix": format!("sk_{}", &secret.reveal()[8..14]), "scopes": ["orders:*", "sync"],
@@ -63,7 +41,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
     let created_at = created["created_at"].as_str().unwrap();
     assert!(created_at.len() == 20 && created_at.ends_with('Z'), "{created_at}");
     assert_eq!(reply.header("etag"), "\"1\"");
-    let reply = send(&fixture, "GET", &format!("/v1/keys/{id}"), &admin).await;
+    let reply = fixture.get(&format!("/v1/keys/{id}"), &admin).await;
     assert_eq!(reply.header("etag"), "\"1\"");
     let mut details = expected;
     details["secrets"] = json!([{
@@ -82,47 +60,45 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
 
 #[sqlx::test(migrations = "./migrations")]
 async fn each_state_of_a_key_has_its_name_and_changes_as_asked(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, key) = fixture.key("user@example.com", &[]).await;
     let uri = format!("/v1/keys/{id}");
-    let patched = async |body: Value| send_json(&fixture, "PATCH", &uri, &admin, &body).await;
+    let patched = async |body: Value| fixture.patch(&uri, &admin, &body).await;
 
     let reply = patched(json!({"name": " Renamed ", "disabled": true})).await;
     assert_eq!(
-        (reply.status.as_u16(), &reply.json()["name"], &reply.json()["state"]),
+        (reply.status, &reply.json()["name"], &reply.json()["state"]),
         (200, &json!("Renamed"), &json!("disabled"))
     );
-    assert_eq!(send(&fixture, "GET", "/v1/keys", &key).await.json()["code"], "disabled");
+    assert_eq!(fixture.get("/v1/keys", &key).await.json()["code"], "disabled");
     assert_eq!(patched(json!({"disabled": false})).await.json()["state"], "active");
-    assert_eq!(send(&fixture, "GET", "/v1/keys", &key).await.status.as_u16(), 200);
-    let before = crate::support::revision(&pool).await;
+    assert_eq!(fixture.get("/v1/keys", &key).await.status, 200);
+    let before = revision(&pool).await;
     assert_eq!(patched(json!({"name": "Again"})).await.json()["name"], "Again");
-    assert_eq!(crate::support::revision(&pool).await, before, "filters know nothing of names");
+    assert_eq!(revision(&pool).await, before, "filters know nothing of names");
 
-    assert_status(&patched(json!({})).await, 400, "invalid", "Set at least one field.", None);
+    patched(json!({})).await.assert_problem(400, "invalid", "Set at least one field.", None);
     let reply = patched(json!({"name": ""})).await;
-    assert_status(&reply, 400, "invalid", "must have 1 to 100 characters", Some("name"));
-    assert_eq!(patched(json!({"scopes": ["admin"]})).await.status.as_u16(), 400);
+    reply.assert_problem(400, "invalid", "must have 1 to 100 characters", Some("name"));
+    assert_eq!(patched(json!({"scopes": ["admin"]})).await.status, 400);
 
-    sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
-    assert_eq!(send(&fixture, "GET", &uri, &admin).await.json()["state"], "expired");
-    let reply = send(&fixture, "DELETE", &uri, &admin).await;
-    assert_eq!((reply.status.as_u16(), reply.body.len()), (204, 0));
-    let revoked = send(&fixture, "GET", &uri, &admin).await.json();
+    change_key(&pool, id, "expires_at = now()").await;
+    assert_eq!(fixture.get(&uri, &admin).await.json()["state"], "expired");
+    let reply = fixture.delete(&uri, &admin).await;
+    assert_eq!((reply.status, reply.body.len()), (204, 0));
+    let revoked = fixture.get(&uri, &admin).await.json();
     assert_eq!(revoked["state"], "revoked");
-    let before = crate::support::revision(&pool).await;
-    assert_eq!(send(&fixture, "DELETE", &uri, &admin).await.status.as_u16(), 204);
-    assert_eq!(send(&fixture, "GET", &uri, &admin).await.json(), revoked);
-    assert_eq!(crate::support::revision(&pool).await, before, "revoked before: nothing for filters to learn");
+    let before = revision(&pool).await;
+    assert_eq!(fixture.delete(&uri, &admin).await.status, 204);
+    assert_eq!(fixture.get(&uri, &admin).await.json(), revoked);
+    assert_eq!(revision(&pool).await, before, "revoked before: nothing for filters to learn");
     let detail = "This key is revoked and cannot be changed.";
-    assert_status(&patched(json!({"disabled": false})).await, 409, "conflict", detail, None);
+    patched(json!({"disabled": false})).await.assert_problem(409, "conflict", detail, None);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn pages_hold_every_key_once_the_newest_first(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let mut made = Vec::new();
     for _ in 0..5 {
         made.push(fixture.key("user@example.com", &[]).await.0.to_string());
@@ -132,9 +108,9 @@ async fn pages_hold_every_key_once_the_newest_first(pool: PgPool) {
     let mut uri = "/v1/keys?email=User%40example.com&limit=2".to_owned();
     let (mut seen, mut pages) = (Vec::new(), 0);
     loop {
-        let reply = send(&fixture, "GET", &uri, &admin).await;
+        let reply = fixture.get(&uri, &admin).await;
         let page = reply.json();
-        assert_eq!(reply.status.as_u16(), 200, "{page}");
+        assert_eq!(reply.status, 200, "{page}");
         seen.extend(page["keys"].as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap().to_owned()));
         pages += 1;
         // A key that is made meanwhile moves nothing.
@@ -147,7 +123,7 @@ async fn pages_hold_every_key_once_the_newest_first(pool: PgPool) {
         assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
     }
     assert_eq!((seen, pages), (made, 3));
-    let all = send(&fixture, "GET", "/v1/keys?limit=200", &admin).await.json();
+    let all = fixture.get("/v1/keys?limit=200", &admin).await.json();
     assert_eq!(all["keys"].as_array().unwrap().len(), 14);
 
     for (query, field, detail) in [
@@ -156,82 +132,81 @@ async fn pages_hold_every_key_once_the_newest_first(pool: PgPool) {
         ("limit=x", Some("limit"), "must be a whole number"),
         ("email=x", Some("email"), "must be an email address such as user@example.com"),
     ] {
-        let reply = send(&fixture, "GET", &format!("/v1/keys?{query}"), &admin).await;
-        assert_status(&reply, 400, "invalid", detail, field);
+        let reply = fixture.get(&format!("/v1/keys?{query}"), &admin).await;
+        reply.assert_problem(400, "invalid", detail, field);
     }
-    let reply = send(&fixture, "GET", "/v1/keys?cursor=x", &admin).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("cursor")));
-    let reply = send(&fixture, "GET", "/v1/keys?offset=1", &admin).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (400, &json!("invalid")));
+    let reply = fixture.get("/v1/keys?cursor=x", &admin).await;
+    assert_eq!((reply.status, &reply.json()["field"]), (400, &json!("cursor")));
+    let reply = fixture.get("/v1/keys?offset=1", &admin).await;
+    assert_eq!((reply.status, &reply.json()["code"]), (400, &json!("invalid")));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_user_sees_and_manages_their_own_keys_only(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
+    let fixture = Fixture::new(&pool).await;
     let (own, user) = fixture.key("user@example.com", &["orders:read", "orders:write"]).await;
     let (foreign, _) = fixture.key("other@example.com", &[]).await;
-    let listed = send(&fixture, "GET", "/v1/keys", &user).await.json();
+    let listed = fixture.get("/v1/keys", &user).await.json();
     assert_eq!(listed["keys"].as_array().unwrap().iter().map(|key| &key["id"]).collect::<Vec<_>>(), [&json!(own)]);
     let detail = "This key manages only its owner's data. Use a key with the scope admin.";
-    let reply = send(&fixture, "GET", "/v1/keys?email=other@example.com", &user).await;
-    assert_status(&reply, 403, "forbidden", detail, None);
+    let reply = fixture.get("/v1/keys?email=other@example.com", &user).await;
+    reply.assert_problem(403, "forbidden", detail, None);
 
     // A foreign key is answered word for word like one that does not exist.
     for id in [foreign, Uuid::now_v7()] {
         let detail = format!("There is no key {id}.");
         let uri = format!("/v1/keys/{id}");
         for reply in [
-            send(&fixture, "GET", &uri, &user).await,
-            send(&fixture, "DELETE", &uri, &user).await,
-            send_json(&fixture, "PATCH", &uri, &user, &json!({"disabled": true})).await,
-            send(&fixture, "GET", &format!("{uri}/usage"), &user).await,
+            fixture.get(&uri, &user).await,
+            fixture.delete(&uri, &user).await,
+            fixture.patch(&uri, &user, json!({"disabled": true})).await,
+            fixture.get(&format!("{uri}/usage"), &user).await,
         ] {
-            assert_status(&reply, 404, "not_found", &detail, None);
+            reply.assert_problem(404, "not_found", &detail, None);
         }
     }
 
-    let create = async |body: Value| send_json(&fixture, "POST", "/v1/keys", &user, &body).await;
+    let create = async |body: Value| fixture.post("/v1/keys", &user, &body).await;
     let reply = create(json!({"email": "user@example.com", "name": "less", "scopes": ["orders:read"]})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["scopes"]), (201, &json!(["orders:read"])));
+    assert_eq!((reply.status, &reply.json()["scopes"]), (201, &json!(["orders:read"])));
     for scope in ["admin", "sync", "orders:*"] {
         let reply =
             create(json!({"email": "user@example.com", "name": "more", "scopes": ["orders:read", scope]})).await;
         let detail = format!(
             "This key cannot grant the scope {scope}, which it does not have itself. Use a key with the scope admin."
         );
-        assert_status(&reply, 403, "forbidden", &detail, None);
+        reply.assert_problem(403, "forbidden", &detail, None);
     }
     let reply = create(json!({"email": "other@example.com", "name": "foreign"})).await;
-    assert_status(&reply, 403, "forbidden", detail, None);
+    reply.assert_problem(403, "forbidden", detail, None);
 
     let own = format!("/v1/keys/{own}");
-    assert_eq!(send_json(&fixture, "PATCH", &own, &user, &json!({"name": "mine"})).await.status.as_u16(), 200);
-    assert_eq!(send(&fixture, "DELETE", &own, &user).await.status.as_u16(), 204);
-    assert_eq!(send(&fixture, "GET", &own, &user).await.json()["code"], "revoked");
+    assert_eq!(fixture.patch(&own, &user, json!({"name": "mine"})).await.status, 200);
+    assert_eq!(fixture.delete(&own, &user).await.status, 204);
+    assert_eq!(fixture.get(&own, &user).await.json()["code"], "revoked");
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_filters_key_manages_nothing(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
+async fn a_sync_key_manages_nothing(pool: PgPool) {
+    let fixture = Fixture::new(&pool).await;
     let (id, sync) = fixture.key("user@example.com", &["sync"]).await;
     let detail = "A key with the scope sync cannot manage keys. Use another key.";
     let uri = format!("/v1/keys/{id}");
     for reply in [
-        send(&fixture, "GET", "/v1/keys", &sync).await,
-        send_json(&fixture, "POST", "/v1/keys", &sync, &json!({"email": "user@example.com", "name": "x"})).await,
-        send(&fixture, "GET", &uri, &sync).await,
-        send_json(&fixture, "PATCH", &uri, &sync, &json!({"name": "x"})).await,
-        send(&fixture, "DELETE", &uri, &sync).await,
-        send(&fixture, "GET", &format!("{uri}/usage"), &sync).await,
+        fixture.get("/v1/keys", &sync).await,
+        fixture.post("/v1/keys", &sync, json!({"email": "user@example.com", "name": "x"})).await,
+        fixture.get(&uri, &sync).await,
+        fixture.patch(&uri, &sync, json!({"name": "x"})).await,
+        fixture.delete(&uri, &sync).await,
+        fixture.get(&format!("{uri}/usage"), &sync).await,
     ] {
-        assert_status(&reply, 403, "forbidden", detail, None);
+        reply.assert_problem(403, "forbidden", detail, None);
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     for (hour, outcome, generation, requests, cost) in [
         ("2026-05-01 09:00Z", 0, 1, 1, 1),
@@ -242,18 +217,12 @@ async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
         ("2026-05-01 11:00Z", 99, 2, 1, 0),
         ("2026-05-01 12:00Z", 0, 2, 100, 100),
     ] {
-        sqlx::query("insert into usage_hourly values ($1, $2::text::timestamptz, $3, $4, $5, $6)")
-            .bind(id)
-            .bind(hour)
-            .bind(outcome)
-            .bind(generation)
-            .bind(requests)
-            .bind(cost)
-            .execute(&pool)
-            .await
-            .unwrap();
+        let sql = format!(
+            "insert into usage_hourly values ('{id}', '{hour}'::text::timestamptz, '{outcome}', '{generation}', '{requests}', '{cost}')"
+        );
+        execute(&pool, sql).await;
     }
-    let usage = async |query: &str| send(&fixture, "GET", &format!("/v1/keys/{id}/usage{query}"), &admin).await;
+    let usage = async |query: &str| fixture.get(&format!("/v1/keys/{id}/usage{query}"), &admin).await;
     let reply = usage("?from=2026-05-01T10:00:00Z&to=2026-05-01T12:00:00Z").await;
     let expected = json!({
         "from": "2026-05-01T10:00:00Z", "to": "2026-05-01T12:00:00Z",
@@ -269,7 +238,7 @@ async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
             "rate_limited": {"requests": 3, "cost": 0},
         },
     });
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!(usage("").await.json()["hours"], json!([]));
 
     let time = "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z";
@@ -279,14 +248,13 @@ async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
         ("?from=2026-05-02T00:00:00Z&to=2026-05-02T00:00:00Z", "from", "must lie before to"),
         ("?from=2024-05-02T00:00:00Z&to=2026-05-02T00:00:00Z", "from", "must lie at most 366 days before to"),
     ] {
-        assert_status(&usage(query).await, 400, "invalid", detail, Some(field));
+        usage(query).await.assert_problem(400, "invalid", detail, Some(field));
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_wrong_field_of_a_new_key_is_named(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let limit = |name: &str, requests: i64| json!({"name": name, "requests": requests, "window_seconds": 1});
     for (field, value) in [
         ("name", json!("x".repeat(101))),
@@ -307,21 +275,21 @@ async fn a_wrong_field_of_a_new_key_is_named(pool: PgPool) {
     ] {
         let mut body = json!({"email": "user@example.com", "name": "x"});
         body[field] = value.clone();
-        let reply = send_json(&fixture, "POST", "/v1/keys", &admin, &body).await;
+        let reply = fixture.post("/v1/keys", &admin, &body).await;
         let problem = reply.json();
         // By its path, as `rate_limits[0].name`.
         let named = problem["field"].as_str().and_then(|path| path.split(['.', '[']).next());
-        assert_eq!((reply.status.as_u16(), named), (400, Some(field)), "{value}: {problem}");
+        assert_eq!((reply.status, named), (400, Some(field)), "{value}: {problem}");
     }
     let both = json!({
         "email": "user@example.com", "name": "x", "expires_at": "2030-01-01T00:00:00Z", "expires_in_seconds": 5,
     });
-    let reply = send_json(&fixture, "POST", "/v1/keys", &admin, &both).await;
+    let reply = fixture.post("/v1/keys", &admin, &both).await;
     let detail = "give either expires_at or expires_in_seconds, not both";
-    assert_status(&reply, 400, "invalid", detail, Some("expires_at"));
-    let reply = send(&fixture, "GET", "/v1/keys/nonsense", &admin).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("id")), "{}", reply.json());
-    assert_eq!(send(&fixture, "GET", "/v1/keys", &admin).await.json()["keys"].as_array().unwrap().len(), 1);
+    reply.assert_problem(400, "invalid", detail, Some("expires_at"));
+    let reply = fixture.get("/v1/keys/nonsense", &admin).await;
+    assert_eq!((reply.status, &reply.json()["field"]), (400, &json!("id")), "{}", reply.json());
+    assert_eq!(fixture.get("/v1/keys", &admin).await.json()["keys"].as_array().unwrap().len(), 1);
 }
 
 #[test]
@@ -348,65 +316,61 @@ fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn keys_that_open_the_control_plane_are_changed_by_admins_only(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
+    let fixture = Fixture::new(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     for scope in ["admin", "sync"] {
         let (id, _) = fixture.key("user@example.com", &["orders:read", scope]).await;
         let uri = format!("/v1/keys/{id}");
-        sqlx::query("update user_preferences set primary_key_id = $1 where email = 'user@example.com'")
-            .bind(id)
-            .execute(&pool)
-            .await
-            .unwrap();
+        let sql = format!("update user_preferences set primary_key_id = '{id}' where email = 'user@example.com'");
+        execute(&pool, sql).await;
         let detail =
             format!("Only an admin changes or revokes a key with the scope {scope}. Use a key with the scope admin.");
         let primary = json!({"email": "user@example.com", "key_name": "x"});
         for reply in [
-            send_json(&fixture, "PATCH", &uri, &user, &json!({"disabled": true})).await,
-            send(&fixture, "DELETE", &uri, &user).await,
-            send(&fixture, "DELETE", "/api/user/key/user@example.com", &user).await,
-            send_json(&fixture, "POST", "/api/user/key", &user, &primary).await,
+            fixture.patch(&uri, &user, json!({"disabled": true})).await,
+            fixture.delete(&uri, &user).await,
+            fixture.delete("/api/user/key/user@example.com", &user).await,
+            fixture.post("/api/user/key", &user, &primary).await,
         ] {
-            assert_status(&reply, 403, "forbidden", &detail, None);
+            reply.assert_problem(403, "forbidden", &detail, None);
         }
-        assert_eq!(send(&fixture, "GET", &uri, &user).await.json()["state"], "active");
-        assert_eq!(send(&fixture, "DELETE", "/api/user/key/user@example.com", &admin).await.status.as_u16(), 200);
-        assert_eq!(send(&fixture, "GET", &uri, &user).await.json()["state"], "revoked");
+        assert_eq!(fixture.get(&uri, &user).await.json()["state"], "active");
+        assert_eq!(fixture.delete("/api/user/key/user@example.com", &admin).await.status, 200);
+        assert_eq!(fixture.get(&uri, &user).await.json()["state"], "revoked");
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_user_makes_a_hundred_keys_and_an_admin_more(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
+    let fixture = Fixture::new(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let bulk = "insert into api_keys (id, owner_id, name, hash, revoked_at, expires_at)
         select gen_random_uuid(), p.id, 'bulk', sha256(n::text::bytea), case when n = 1 then now() end,
             case when n = 2 then now() end
         from generate_series(1, 100) n, user_preferences p where p.email = 'user@example.com'";
-    sqlx::query(bulk).execute(&pool).await.unwrap();
+    execute(&pool, bulk).await;
     let body = json!({"email": "user@example.com", "name": "one more"});
     // 99 are live: keys that were revoked or have expired do not count.
-    let last = send_json(&fixture, "POST", "/v1/keys", &user, &body).await;
-    assert_eq!(last.status.as_u16(), 201);
+    let last = fixture.post("/v1/keys", &user, &body).await;
+    assert_eq!(last.status, 201);
     let detail = "This user has 100 live keys. Revoke one that is not needed, or ask an admin.";
-    assert_status(&send_json(&fixture, "POST", "/v1/keys", &user, &body).await, 409, "conflict", detail, None);
+    fixture.post("/v1/keys", &user, &body).await.assert_problem(409, "conflict", detail, None);
     let primary = json!({"email": "user@example.com", "key_name": "x"});
-    assert_status(&send_json(&fixture, "POST", "/api/user/key", &user, &primary).await, 409, "conflict", detail, None);
-    assert_eq!(send_json(&fixture, "POST", "/v1/keys", &admin, &body).await.status.as_u16(), 201);
+    fixture.post("/api/user/key", &user, &primary).await.assert_problem(409, "conflict", detail, None);
+    assert_eq!(fixture.post("/v1/keys", &admin, &body).await.status, 201);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_an_admin_has_switched_off_only_an_admin_switches_on(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+async fn a_key_that_an_admin_disabled_only_an_admin_enables(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     let uri = format!("/v1/keys/{id}");
     let switch = async |caller: &Secret, off: bool| {
-        let reply = send_json(&fixture, "PATCH", &uri, caller, &json!({"disabled": off})).await;
-        (reply.status.as_u16(), reply)
+        let reply = fixture.patch(&uri, caller, json!({"disabled": off})).await;
+        (reply.status, reply)
     };
     let detail = "An admin disabled this key. Ask an admin to enable it.";
     // What its owner has switched off is the owner's to switch on, unless an admin wants it off as well.
@@ -420,27 +384,23 @@ async fn what_an_admin_has_switched_off_only_an_admin_switches_on(pool: PgPool) 
         assert_eq!((status, &reply.json()["state"]), (200, &json!("disabled")));
         assert_eq!(reply.json()["disabled_by_admin"], true);
         // Its owner sees who it was, wherever the key is shown.
-        assert_eq!(send(&fixture, "GET", &uri, &user).await.json()["disabled_by_admin"], true);
-        let listed = send(&fixture, "GET", "/v1/keys?state=disabled", &user).await.json();
+        assert_eq!(fixture.get(&uri, &user).await.json()["disabled_by_admin"], true);
+        let listed = fixture.get("/v1/keys?state=disabled", &user).await.json();
         assert_eq!((&listed["keys"][0]["id"], &listed["keys"][0]["disabled_by_admin"]), (&json!(id), &json!(true)));
         assert_eq!(switch(&user, true).await.1.json()["disabled_by_admin"], true);
         let (_, refused) = switch(&user, false).await;
-        assert_status(&refused, 403, "forbidden", detail, None);
+        refused.assert_problem(403, "forbidden", detail, None);
         // Other changes of it are still the owner's.
         for change in [json!({"name": "mine"}), json!({"expires_at": "2030-01-01T00:00:00Z"})] {
-            let changed = send_json(&fixture, "PATCH", &uri, &user, &change).await;
-            assert_eq!((changed.status.as_u16(), &changed.json()["state"]), (200, &json!("disabled")), "{change}");
+            let changed = fixture.patch(&uri, &user, &change).await;
+            assert_eq!((changed.status, &changed.json()["state"]), (200, &json!("disabled")), "{change}");
             assert_eq!(switch(&user, false).await.0, 403, "{change}");
         }
         let (status, reply) = switch(&admin, false).await;
         assert_eq!((status, &reply.json()["state"]), (200, &json!("active")));
         assert_eq!(reply.json()["disabled_by_admin"], false);
     }
-    let told: Vec<Value> =
-        sqlx::query_scalar("select detail from audit where key_id = $1 and detail ? 'disabled_by_admin'")
-            .bind(id)
-            .fetch_all(&pool)
-            .await
-            .unwrap();
+    let sql = format!("select detail from audit where key_id = '{id}' and detail ? 'disabled_by_admin'");
+    let told: Vec<Value> = scalars(&pool, sql).await;
     assert_eq!(told, [json!({"disabled_by_admin": {"from": false, "to": true}})]);
 }

@@ -1,22 +1,17 @@
 //! Leases in the answers to reports, over the real router and a real PostgreSQL.
 
 use crate::support::reports::{Envoy, count, granted};
-use crate::support::{Fixture, request};
-use axum::body::Body;
+use crate::support::{Fixture, execute, request, scalar};
 use contract::outcome::Outcome;
 use contract::rate::WHOLE;
 use contract::usage::Report;
 use control_plane::metering::{Submission, apply, lease};
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::PgPool;
 use uuid::Uuid;
 
 const LIMITS: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100, "shared": true}]"#;
 const ALONE: &str = r#"[{"name": "a", "requests": 100, "window_s": 1, "burst": 100, "shared": false}]"#;
-
-async fn execute(pool: &PgPool, sql: &str) -> u64 {
-    sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await.unwrap().rows_affected()
-}
 
 async fn limit(pool: &PgPool, id: Uuid, limits: &str) {
     execute(pool, &format!("update api_keys set rate_limits = '{limits}' where id = '{id}'")).await;
@@ -24,22 +19,18 @@ async fn limit(pool: &PgPool, id: Uuid, limits: &str) {
 
 /// All that is held of a key's limits.
 async fn held(pool: &PgPool, id: Uuid) -> i64 {
-    sqlx::query_scalar("select coalesce(sum(held), 0)::bigint from leases where stock = 0 and subject = $1")
-        .bind(id)
-        .fetch_one(pool)
-        .await
-        .unwrap()
+    let sql = format!("select coalesce(sum(held), 0)::bigint from leases where stock = 0 and subject = '{id}'");
+    scalar(pool, sql).await
 }
 
 async fn rows(pool: &PgPool) -> i64 {
     let count = "select (select count(*) from leases) + (select count(*) from lease_locks)";
-    sqlx::query_scalar(count).fetch_one(pool).await.unwrap()
+    scalar(pool, count).await
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn keys_that_draw_from_nothing_shared_leave_no_trace(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (plain, _) = fixture.key("a@example.com", &[]).await;
     let (alone, _) = fixture.key("a@example.com", &[]).await;
     limit(&pool, alone, ALONE).await;
@@ -52,8 +43,7 @@ async fn keys_that_draw_from_nothing_shared_leave_no_trace(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_share_of_a_limit_moves_to_where_the_demand_is(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     limit(&pool, id, LIMITS).await;
     let (mut one, mut two) = (Envoy::new(1, &sync), Envoy::new(2, &sync));
@@ -82,8 +72,7 @@ async fn the_share_of_a_limit_moves_to_where_the_demand_is(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_plans_limits_are_shared_too(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     execute(&pool, &format!("insert into definitions (kind, name, rate_limits) values ('plan', 'p', '{LIMITS}')"))
         .await;
@@ -97,17 +86,14 @@ async fn a_plans_limits_are_shared_too(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
-    let owner: Uuid =
-        sqlx::query_scalar("select owner_id from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
+    let owner: Uuid = scalar(&pool, format!("select owner_id from api_keys where id = '{id}'")).await;
     let path = "/v1/users/a@example.com/credits";
     let add = json!({"amount": 1_000}).to_string();
-    assert_eq!(fixture.send(request("POST", path, Some(&admin), add.clone())).await.status.as_u16(), 201);
+    assert_eq!(fixture.send(request("POST", path, Some(&admin), add.clone())).await.status, 201);
     let account = async || -> Value {
-        let reply = fixture.send(request("GET", path, Some(&admin), Body::empty())).await.json();
+        let reply = fixture.get(path, &admin).await.json();
         json!([reply["balance"], reply["leased"], reply["available"]])
     };
     let mut envoys: Vec<Envoy> = (1..=3).map(|number| Envoy::new(number, &sync)).collect();
@@ -124,10 +110,7 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
             envoy.report(&fixture, &[count(id, Outcome::Allowed, 4), count(id, Outcome::CreditsExhausted, 1)]).await;
             spent += 4;
             let leased: i64 =
-                sqlx::query_scalar("select sum(greatest(held - spent, 0))::bigint from leases where stock = 2")
-                    .fetch_one(&pool)
-                    .await
-                    .unwrap();
+                scalar(&pool, "select sum(greatest(held - spent, 0))::bigint from leases where stock = 2").await;
             // Each had a starter of 62 to begin with, of which nobody knew.
             assert!(leased <= 1_000 - spent + 3 * 62 || leased == 0, "round {round}: {leased} of {}", 1_000 - spent);
         }
@@ -142,7 +125,7 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     }
     assert_eq!(account().await, json!([1_000 - spent, 0, 1_000 - spent]));
     // A top-up when there is some is in the next answer; one that opens the door is a new turn.
-    assert_eq!(fixture.send(request("POST", path, Some(&admin), add)).await.status.as_u16(), 201);
+    assert_eq!(fixture.send(request("POST", path, Some(&admin), add)).await.status, 201);
     let grants = envoys[1].report(&fixture, &[count(id, Outcome::Allowed, 10)]).await;
     assert_eq!(granted(&grants, 2, owner), Some((160 + 10 + 40, 2)));
     // What an Envoy holds that is not heard of for a minute is counted no longer.
@@ -153,7 +136,7 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
 
 #[sqlx::test(migrations = "./migrations")]
 async fn however_many_envoys_come_at_once_no_more_than_the_whole_is_held(pool: PgPool) {
-    let (one, other) = (Fixture::new(pool.clone()).await, Fixture::new(pool.clone()).await);
+    let (one, other) = (Fixture::new(&pool).await, Fixture::new(&pool).await);
     let (_, sync) = one.key("operator@example.com", &["sync"]).await;
     let (id, _) = one.key("a@example.com", &[]).await;
     let (second, _) = one.key("b@example.com", &[]).await;
@@ -193,14 +176,13 @@ async fn last_words_from_a_log_are_booked_and_lease_nothing(pool: PgPool) {
     let reporter = contract::id::ReporterId([9; 16]);
     let reports = vec![Report { reporter, seq: 1, counts: vec![count(id, Outcome::Allowed, 4)] }];
     apply(&pool, &[Submission { reporter, sync_key: None, live: false, reports }]).await.unwrap();
-    let balance: i64 = sqlx::query_scalar("select balance from user_preferences").fetch_one(&pool).await.unwrap();
+    let balance: i64 = scalar(&pool, "select balance from user_preferences").await;
     assert_eq!((balance, rows(&pool).await), (6, 0));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn what_envoys_held_that_are_long_gone_is_forgotten(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     limit(&pool, id, LIMITS).await;
     Envoy::new(1, &sync).report(&fixture, &[count(id, Outcome::Allowed, 1)]).await;

@@ -1,38 +1,28 @@
-//! Conditional changes, ends that move, and the end of all keys of a user, over the real router and a real PostgreSQL.
+//! Preconditions, changes of the expiry, and the revocation of all keys of a user.
 
-use crate::support::{Fixture, Reply, revision};
+use crate::support::{Fixture, Reply, change_key, id_of, revision, secret_of};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-const ADMIN: &[&str] = &["admin"];
-
-fn assert_problem(reply: &Reply, status: u16, code: &str, detail: &str, field: Option<&str>) {
-    let body = reply.json();
-    assert_eq!((reply.status.as_u16(), &body["code"], &body["detail"]), (status, &json!(code), &json!(detail)));
-    assert_eq!(body.get("field").and_then(Value::as_str), field);
-    assert_eq!(reply.header("content-type"), "application/problem+json");
-}
-
 async fn patch(fixture: &Fixture, caller: &Secret, id: Uuid, body: &Value) -> Reply {
-    fixture.call("PATCH", &format!("/v1/keys/{id}"), caller, Some(body)).await
+    fixture.patch(&format!("/v1/keys/{id}"), caller, body).await
 }
 
 async fn ending(fixture: &Fixture, admin: &Secret, email: &str, expires_at: &str) -> (Uuid, Secret) {
     let body = json!({"email": email, "name": "ends", "expires_at": expires_at});
-    let created = fixture.call("POST", "/v1/keys", admin, Some(&body)).await.json();
-    let secret = Secret::from_presented(created["key"].as_str().unwrap().into());
-    (created["id"].as_str().unwrap().parse().unwrap(), secret)
+    let created = fixture.post("/v1/keys", admin, &body).await.json();
+    let secret = secret_of(&created);
+    (id_of(&created), secret)
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_end_of_a_key_is_moved_and_taken_away(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, secret) = fixture.key("user@example.com", &[]).await;
     let reply = patch(&fixture, &admin, id, &json!({"expires_at": "2030-01-31T14:00:00.25+02:00"})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["expires_at"]), (200, &json!("2030-01-31T12:00:01Z")));
+    assert_eq!((reply.status, &reply.json()["expires_at"]), (200, &json!("2030-01-31T12:00:01Z")));
     fixture.in_step().await;
     assert_eq!(fixture.app.store.find(&secret.hash()).unwrap().expires_at_s, Some(1_896_091_201));
     let before = revision(&pool).await;
@@ -61,14 +51,13 @@ async fn the_end_of_a_key_is_moved_and_taken_away(pool: PgPool) {
             "give either expires_at or expires_in_seconds, not both",
         ),
     ] {
-        assert_problem(&patch(&fixture, &admin, id, &body).await, 400, "invalid", detail, Some(field));
+        patch(&fixture, &admin, id, &body).await.assert_problem(400, "invalid", detail, Some(field));
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_users_key_lets_none_live_longer_than_itself(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (own, user) = ending(&fixture, &admin, "user@example.com", "2030-01-01T00:00:00Z").await;
     let (later, _) = ending(&fixture, &admin, "user@example.com", "2032-01-01T00:00:00Z").await;
     let (endless, _) = fixture.key("user@example.com", &[]).await;
@@ -80,39 +69,38 @@ async fn a_users_key_lets_none_live_longer_than_itself(pool: PgPool) {
         (later, Value::Null),
         (later, json!("2032-01-01T00:00:01Z")),
     ] {
-        assert_problem(&to(id, end).await, 403, "forbidden", detail, None);
+        to(id, end).await.assert_problem(403, "forbidden", detail, None);
     }
-    // What is no extension is theirs to do.
+    // A user may shorten the expiry.
     for (id, end) in [(later, "2031-01-01T00:00:00Z"), (endless, "2031-01-01T00:00:00Z"), (own, "2029-01-01T00:00:00Z")]
     {
         assert_eq!(to(id, json!(end)).await.json()["expires_at"], end);
     }
     let (short, _) = ending(&fixture, &admin, "user@example.com", "2028-01-01T00:00:00Z").await;
-    assert_eq!(to(short, json!("2028-06-01T00:00:00Z")).await.status.as_u16(), 200);
-    sqlx::query("update api_keys set expires_at = now() where id = $1").bind(short).execute(&pool).await.unwrap();
+    assert_eq!(to(short, json!("2028-06-01T00:00:00Z")).await.status, 200);
+    change_key(&pool, short, "expires_at = now()").await;
     let detail = "This key has expired. Only a key with the scope admin can extend it.";
-    assert_problem(&to(short, json!("2028-06-01T00:00:00Z")).await, 403, "forbidden", detail, None);
+    to(short, json!("2028-06-01T00:00:00Z")).await.assert_problem(403, "forbidden", detail, None);
     let back = patch(&fixture, &admin, short, &json!({"expires_at": null})).await.json();
     assert_eq!((&back["state"], &back["expires_at"]), (&json!("active"), &Value::Null));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_change_is_made_only_of_what_the_client_has_seen(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     let uri = format!("/v1/keys/{id}");
     let with = async |method: &str, uri: &str, body: Option<Value>, header: &'static str, tags: &str| {
         fixture.call_with(method, uri, &admin, body.as_ref(), &[(header, tags)]).await
     };
     let rename = |name: &str| Some(json!({"name": name}));
-    let seen = fixture.call("GET", &uri, &admin, None).await;
+    let seen = fixture.get(&uri, &admin).await;
     assert_eq!(seen.header("etag"), "\"1\"");
     let reply = with("GET", &uri, None, "if-none-match", "W/\"1\"").await;
-    assert_eq!((reply.status.as_u16(), reply.body.len(), reply.header("etag")), (304, 0, "\"1\""));
+    assert_eq!((reply.status, reply.body.len(), reply.header("etag")), (304, 0, "\"1\""));
 
     let reply = with("PATCH", &uri, rename("one"), "if-match", "\"7\", \"1\"").await;
-    assert_eq!((reply.status.as_u16(), reply.header("etag")), (200, "\"2\""));
+    assert_eq!((reply.status, reply.header("etag")), (200, "\"2\""));
     let detail = "The resource has changed since it was read. Read it again and repeat the change with its new ETag.";
     let rotate = format!("{uri}/rotate");
     let cut_off = format!("{uri}/secrets/1");
@@ -123,37 +111,35 @@ async fn a_change_is_made_only_of_what_the_client_has_seen(pool: PgPool) {
         with("POST", &rotate, None, "if-match", "\"1\"").await,
         with("DELETE", &cut_off, None, "if-match", "\"1\"").await,
     ] {
-        assert_problem(&reply, 412, "precondition_failed", detail, None);
+        reply.assert_problem(412, "precondition_failed", detail, None);
     }
     let key = with("GET", &uri, None, "if-none-match", "\"1\"").await.json();
     assert_eq!((&key["name"], &key["state"], &key["generation"]), (&json!("one"), &json!("active"), &json!(1)));
     // Nothing to change is no change.
     let reply = with("PATCH", &uri, rename("one"), "if-match", "*").await;
-    assert_eq!((reply.status.as_u16(), reply.header("etag")), (200, "\"2\""));
-    assert_eq!(with("DELETE", &uri, None, "if-match", "\"2\"").await.status.as_u16(), 204);
+    assert_eq!((reply.status, reply.header("etag")), (200, "\"2\""));
+    assert_eq!(with("DELETE", &uri, None, "if-match", "\"2\"").await.status, 204);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn of_changes_at_the_same_time_that_expect_the_same_version_one_is_made(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     let uri = format!("/v1/keys/{id}");
     let one = async |number: i32| {
         let body = json!({"name": format!("name {number}")});
-        fixture.call_with("PATCH", &uri, &admin, Some(&body), &[("if-match", "\"1\"")]).await.status.as_u16()
+        fixture.call_with("PATCH", &uri, &admin, Some(&body), &[("if-match", "\"1\"")]).await.status
     };
     let (a, b, c, d) = tokio::join!(one(1), one(2), one(3), one(4));
     let mut statuses = [a, b, c, d];
     statuses.sort_unstable();
     assert_eq!(statuses, [200, 412, 412, 412]);
-    assert_eq!(fixture.call("GET", &uri, &admin, None).await.header("etag"), "\"2\"");
+    assert_eq!(fixture.get(&uri, &admin).await.header("etag"), "\"2\"");
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let (_, second) = fixture.key("user@example.com", &["orders:read"]).await;
     let (_, sync) = fixture.key("user@example.com", &["sync", "orders:read"]).await;
@@ -162,19 +148,19 @@ async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: 
         fixture.call("POST", &format!("/v1/users/{email}/revoke-keys"), caller, None).await
     };
     let detail = "This key manages only its owner's data. Use a key with the scope admin.";
-    assert_problem(&all(&user, "other@example.com").await, 403, "forbidden", detail, None);
+    all(&user, "other@example.com").await.assert_problem(403, "forbidden", detail, None);
     let detail = "A key with the scope sync cannot manage keys. Use another key.";
-    assert_problem(&all(&sync, "user@example.com").await, 403, "forbidden", detail, None);
+    all(&sync, "user@example.com").await.assert_problem(403, "forbidden", detail, None);
     let detail = "There is no user nobody@example.com.";
-    assert_problem(&all(&admin, "nobody@example.com").await, 404, "not_found", detail, None);
+    all(&admin, "nobody@example.com").await.assert_problem(404, "not_found", detail, None);
 
     let reply = all(&user, "User@example.com").await;
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, json!({"revoked": 2, "kept": 1})));
+    assert_eq!((reply.status, reply.json()), (200, json!({"revoked": 2, "kept": 1})));
     for key in [&user, &second] {
-        assert_eq!(fixture.call("GET", "/v1/keys", key, None).await.json()["code"], "revoked");
+        assert_eq!(fixture.get("/v1/keys", key).await.json()["code"], "revoked");
     }
-    assert_eq!(fixture.call("GET", "/v1/keys", &sync, None).await.json()["code"], "forbidden");
-    assert_eq!(fixture.call("GET", "/v1/keys", &other, None).await.status.as_u16(), 200);
+    assert_eq!(fixture.get("/v1/keys", &sync).await.json()["code"], "forbidden");
+    assert_eq!(fixture.get("/v1/keys", &other).await.status, 200);
     assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 1, "kept": 0}));
     let before = revision(&pool).await;
     assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 0, "kept": 0}));

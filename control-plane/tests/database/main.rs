@@ -1,4 +1,4 @@
-//! The control plane on a real PostgreSQL: its router, its binary, what it keeps. One program, so that it is linked once.
+//! The control plane on a real PostgreSQL: its router, its binary and its data. One program, so that it is linked once.
 #![allow(clippy::print_stdout, reason = "a test that measures prints its figures")]
 #![allow(clippy::disallowed_methods, reason = "tests hold locks of their own")]
 

@@ -1,6 +1,6 @@
-//! Plans, quotas, networks and costs of keys, over the real router and a real PostgreSQL.
+//! Plans, quotas, networks and costs of keys.
 
-use crate::support::{Fixture, Reply, request, revision};
+use crate::support::{Fixture, Reply, execute, id_of, request, revision, row, rows, scalar, secret_of};
 use axum::extract::ConnectInfo;
 use contract::key::Secret;
 use contract::record::{Record, Requires};
@@ -9,28 +9,18 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-const ADMIN: &[&str] = &["admin"];
-
-async fn admin(fixture: &Fixture) -> Secret {
-    fixture.key("admin@example.com", ADMIN).await.1
-}
-
 async fn put(fixture: &Fixture, admin: &Secret, name: &str, body: Value) -> Reply {
-    fixture.call("PUT", &format!("/v1/plans/{name}"), admin, Some(&body)).await
+    fixture.put(&format!("/v1/plans/{name}"), admin, &body).await
 }
 
 /// Makes a key of user@example.com; its id and secret.
 async fn create(fixture: &Fixture, caller: &Secret, more: Value) -> (Uuid, Secret) {
-    let mut body = json!({"email": "user@example.com", "name": "x"});
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let reply = fixture.call("POST", "/v1/keys", caller, Some(&body)).await;
-    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
-    let made = reply.json();
-    (made["id"].as_str().unwrap().parse().unwrap(), Secret::from_presented(made["key"].as_str().unwrap().into()))
+    let made = fixture.create(caller, more).await.expect(201);
+    (id_of(&made), secret_of(&made))
 }
 
 async fn patch(fixture: &Fixture, caller: &Secret, id: Uuid, body: Value) -> Reply {
-    fixture.call("PATCH", &format!("/v1/keys/{id}"), caller, Some(&body)).await
+    fixture.patch(&format!("/v1/keys/{id}"), caller, &body).await
 }
 
 async fn record(fixture: &Fixture, key: &Secret) -> Record {
@@ -39,7 +29,7 @@ async fn record(fixture: &Fixture, key: &Secret) -> Record {
 }
 
 async fn starter(pool: &PgPool, id: Uuid) -> Option<i32> {
-    sqlx::query_scalar("select quota_starter from api_keys where id = $1").bind(id).fetch_one(pool).await.unwrap()
+    scalar(pool, format!("select quota_starter from api_keys where id = '{id}'")).await
 }
 
 fn daily(requests: i64) -> Value {
@@ -48,8 +38,7 @@ fn daily(requests: i64) -> Value {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let body = json!({
         "description": "The best", "scopes": ["orders:*"],
         "rate_limits": [
@@ -64,30 +53,23 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     expected["rate_limits"][0]["burst"] = 10.into();
     expected["rate_limits"][0]["shared"] = true.into();
     expected["created_at"] = made.json()["created_at"].clone();
-    assert_eq!((made.status.as_u16(), made.header("etag"), made.json()), (201, "\"1\"", expected.clone()));
-    assert_eq!(fixture.call("GET", "/v1/plans/gold", &admin, None).await.json(), expected);
-    let listed = fixture.call("GET", "/v1/plans", &admin, None).await.json();
+    assert_eq!((made.status, made.header("etag"), made.json()), (201, "\"1\"", expected.clone()));
+    assert_eq!(fixture.get("/v1/plans/gold", &admin).await.json(), expected);
+    let listed = fixture.get("/v1/plans", &admin).await.json();
     assert_eq!(listed, json!({"plans": [expected], "next_cursor": null}));
-    let stored: Value = sqlx::query_scalar("select quota from definitions").fetch_one(&pool).await.unwrap();
+    let stored: Value = scalar(&pool, "select quota from definitions").await;
     assert_eq!(stored, json!({"requests": 1_000_000, "period": "month", "time_zone": "Europe/Berlin"}));
     let before = revision(&pool).await;
-    assert_eq!(
-        put(&fixture, &admin, "gold", {
-            let mut same = expected.clone();
-            for field in ["name", "created_at"] {
-                same.as_object_mut().unwrap().remove(field);
-            }
-            same
-        })
-        .await
-        .header("etag"),
-        "\"1\""
-    );
+    let mut same = expected.clone();
+    for field in ["name", "created_at"] {
+        same.as_object_mut().unwrap().remove(field);
+    }
+    assert_eq!(put(&fixture, &admin, "gold", same).await.header("etag"), "\"1\"");
     assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
 
     // A key has what its plan has, and its own limits before those of the plan.
     let (id, key) = create(&fixture, &admin, json!({"plan": "gold", "scopes": ["own"]})).await;
-    let shown = fixture.call("GET", &format!("/v1/keys/{id}"), &admin, None).await.json();
+    let shown = fixture.get(&format!("/v1/keys/{id}"), &admin).await.json();
     assert_eq!((&shown["plan"], &shown["effective_plan"]), (&json!("gold"), &json!("gold")));
     assert_eq!((&shown["effective_scopes"], &shown["quota"]), (&json!(["own", "orders:*"]), &Value::Null));
     let record = record(&fixture, &key).await;
@@ -106,34 +88,26 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     assert_eq!(patch(&fixture, &admin, id, json!({"rate_limits": []})).await.json()["rate_limits"], json!([]));
 
     let audit: (Value, Uuid) =
-        sqlx::query_as("select detail, key_id from audit where action = 'key.update' order by id limit 1")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
+        row(&pool, "select detail, key_id from audit where action = 'key.update' order by id limit 1").await;
     assert_eq!(audit, (json!({"rate_limits": own}), id));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_patch_of_many_fields_is_one_version_one_revision_and_one_entry_of_the_audit_trail(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     put(&fixture, &admin, "gold", json!({"quota": {"requests": 160, "period": "day"}})).await;
     let (id, _) = create(&fixture, &admin, json!({})).await;
-    let before = crate::support::revision(&pool).await;
+    let before = revision(&pool).await;
     let body = json!({
         "name": "renamed", "disabled": true, "expires_at": "2030-01-01T00:00:00Z", "plan": "gold", "cost": 3,
         "allowed_addresses": ["192.0.2.0/24"],
     });
     let reply = patch(&fixture, &admin, id, body).await;
-    assert_eq!((reply.status.as_u16(), reply.header("etag")), (200, "\"2\""), "{}", reply.json());
-    assert_eq!(crate::support::revision(&pool).await, before + 1);
+    assert_eq!((reply.status, reply.header("etag")), (200, "\"2\""), "{}", reply.json());
+    assert_eq!(revision(&pool).await, before + 1);
     assert_eq!(starter(&pool, id).await, Some(10));
     let audit: Vec<(String, Value)> =
-        sqlx::query_as("select action, detail from audit where key_id = $1 and action <> 'key.create'")
-            .bind(id)
-            .fetch_all(&pool)
-            .await
-            .unwrap();
+        rows(&pool, format!("select action, detail from audit where key_id = '{id}' and action <> 'key.create'")).await;
     let detail = json!({
         "name": {"from": "x", "to": "renamed"}, "disabled": {"from": false, "to": true},
         "expires_at": {"from": null, "to": "2030-01-01T00:00:00Z"}, "plan": "gold", "cost": 3,
@@ -143,61 +117,49 @@ async fn a_patch_of_many_fields_is_one_version_one_revision_and_one_entry_of_the
     // What is set already changes nothing.
     let same = json!({"name": "renamed", "disabled": true, "plan": "gold", "cost": 3});
     assert_eq!(patch(&fixture, &admin, id, same).await.header("etag"), "\"2\"");
-    assert_eq!(crate::support::revision(&pool).await, before + 1);
+    assert_eq!(revision(&pool).await, before + 1);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     put(&fixture, &admin, "gold", json!({"scopes": ["g"]})).await;
     put(&fixture, &admin, "free", json!({"scopes": ["f"]})).await;
     let (id, key) = create(&fixture, &admin, json!({})).await;
     let uri = format!("/v1/keys/{id}");
     let plans = async || {
-        let shown = fixture.call("GET", &uri, &admin, None).await.json();
+        let shown = fixture.get(&uri, &admin).await.json();
         let record = record(&fixture, &key).await;
-        let known = fixture.app.store.definitions().scopes(&record).join(" ");
-        assert_eq!(
-            known,
-            shown["effective_scopes"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|scope| scope.as_str().unwrap())
-                .collect::<Vec<_>>()
-                .join(" ")
-        );
-        (shown["plan"].clone(), shown["effective_plan"].clone(), known)
+        let definitions = fixture.app.store.definitions();
+        let known = definitions.scopes(&record);
+        assert_eq!(json!(known), shown["effective_scopes"]);
+        (shown["plan"].clone(), shown["effective_plan"].clone(), known.join(" "))
     };
-    let owner = async |plan: Value| {
-        fixture.call("PATCH", "/v1/users/user@example.com", &admin, Some(&json!({"plan": plan}))).await
-    };
+    let owner = async |plan: Value| fixture.patch("/v1/users/user@example.com", &admin, json!({"plan": plan})).await;
     assert_eq!(plans().await, (Value::Null, Value::Null, "".into()));
     owner(json!("free")).await;
     assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
     patch(&fixture, &admin, id, json!({"plan": "gold"})).await;
     assert_eq!(plans().await, (json!("gold"), json!("gold"), "g".into()));
-    // What is not said stays; what is null goes.
+    // A field that is left out stays; null removes it.
     patch(&fixture, &admin, id, json!({"name": "y", "cost": 2})).await;
     assert_eq!(plans().await, (json!("gold"), json!("gold"), "g".into()));
     patch(&fixture, &admin, id, json!({"plan": null})).await;
     assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
 
-    let delete = async || fixture.call("DELETE", "/v1/plans/free", &admin, None).await;
+    let delete = async || fixture.delete("/v1/plans/free", &admin).await;
     let detail = "The plan free is used by 1 key and 1 user. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
-    fixture.call("DELETE", &uri, &admin, None).await;
+    fixture.delete(&uri, &admin).await;
     let detail = "The plan free is used by 0 keys and 1 user. Remove it from them first.";
     delete().await.assert_problem(409, "conflict", detail, None);
     owner(Value::Null).await;
-    assert_eq!(delete().await.status.as_u16(), 204);
+    assert_eq!(delete().await.status, 204);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = create(&fixture, &admin, json!({})).await;
     let zone = "time_zone must be a time zone of the IANA database such as Europe/Berlin";
     for (quota, detail) in [
@@ -222,14 +184,14 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
         patch(&fixture, &admin, id, body.clone()).await.assert_problem(400, "invalid", detail, Some("quota"));
         let mut key = json!({"email": "user@example.com", "name": "x"});
         key["quota"] = body["quota"].clone();
-        let reply = fixture.call("POST", "/v1/keys", &admin, Some(&key)).await;
+        let reply = fixture.post("/v1/keys", &admin, &key).await;
         reply.assert_problem(400, "invalid", detail, Some("quota"));
     }
     for (quota, field) in
         [(json!({"requests": 1, "period": "year"}), "quota.period"), (json!({"period": "day"}), "quota.requests")]
     {
         let reply = patch(&fixture, &admin, id, json!({"quota": quota})).await;
-        assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
+        assert_eq!((reply.status, &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
     }
     for (quota, shown) in [
         (daily(5), json!({"requests": 5, "period": "day", "time_zone": "UTC"})),
@@ -244,22 +206,19 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
     ] {
         assert_eq!(patch(&fixture, &admin, id, json!({"quota": quota})).await.json()["quota"], shown);
     }
-    let stored: Value =
-        sqlx::query_scalar("select quota from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
+    let stored: Value = scalar(&pool, format!("select quota from api_keys where id = '{id}'")).await;
     assert_eq!(stored, json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata"}));
     patch(&fixture, &admin, id, json!({"quota": {"requests": 5, "period": "rolling", "window_seconds": 90}})).await;
-    let stored: Value =
-        sqlx::query_scalar("select quota from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
+    let stored: Value = scalar(&pool, format!("select quota from api_keys where id = '{id}'")).await;
     assert_eq!(stored, json!({"requests": 5, "period": "rolling", "window_s": 90}));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let owner = async |plan: Value| {
-        let reply = fixture.call("PATCH", "/v1/users/user@example.com", &admin, Some(&json!({"plan": plan}))).await;
-        assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
+        let reply = fixture.patch("/v1/users/user@example.com", &admin, json!({"plan": plan})).await;
+        assert_eq!(reply.status, 200, "{}", reply.json());
     };
     put(&fixture, &admin, "gold", json!({"quota": daily(1_600)})).await;
     let (plain, _) = create(&fixture, &admin, json!({})).await;
@@ -293,12 +252,9 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
     owner(json!("gold")).await;
     let (late, _) = create(&fixture, &admin, json!({})).await;
     let body = json!({"email": "user@example.com", "key_name": "x"});
-    assert_eq!(fixture.call("POST", "/api/user/key", &admin, Some(&body)).await.status.as_u16(), 200);
+    assert_eq!(fixture.post("/api/user/key", &admin, &body).await.status, 200);
     let primary: Uuid =
-        sqlx::query_scalar("select primary_key_id from user_preferences where email = 'user@example.com'")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
+        scalar(&pool, "select primary_key_id from user_preferences where email = 'user@example.com'").await;
     assert_eq!((starter(&pool, late).await, starter(&pool, primary).await), (Some(200), Some(200)));
     put(&fixture, &admin, "gold", json!({})).await;
     assert_eq!(starters().await, [None, None, None]);
@@ -306,17 +262,19 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_quota_that_grew_or_is_gone_opens_at_once(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, key) = create(&fixture, &admin, json!({"quota": daily(160)})).await;
     let used_up = async || {
-        let update =
-            "update api_keys set quota_exceeded = true, quota_resets_at = now() + interval '1 h' where id = $1";
-        sqlx::query(update).bind(id).execute(&pool).await.unwrap();
+        let update = format!(
+            "update api_keys set quota_exceeded = true, quota_resets_at = now() + interval '1 h' where id = '{id}'"
+        );
+        execute(&pool, update).await;
     };
-    let insert = "insert into quota_use (key_id, kind, window_start, window_end, used)
-        values ($1, 'day/UTC', now() - interval '1 h', now() + interval '1 h', 170)";
-    sqlx::query(insert).bind(id).execute(&pool).await.unwrap();
+    let insert = format!(
+        "insert into quota_use (key_id, kind, window_start, window_end, used)
+        values ('{id}', 'day/UTC', now() - interval '1 h', now() + interval '1 h', 170)"
+    );
+    execute(&pool, insert).await;
     used_up().await;
     let state = async || {
         let record = record(&fixture, &key).await;
@@ -336,11 +294,10 @@ async fn a_quota_that_grew_or_is_gone_opens_at_once(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, key) =
         create(&fixture, &admin, json!({"allowed_addresses": ["192.0.2.7", "2001:DB8::/32", "192.0.2.7/32"]})).await;
-    let shown = fixture.call("GET", &format!("/v1/keys/{id}"), &admin, None).await.json();
+    let shown = fixture.get(&format!("/v1/keys/{id}"), &admin).await.json();
     assert_eq!(shown["allowed_addresses"], json!(["192.0.2.7/32", "2001:db8::/32"]));
     let known = record(&fixture, &key).await;
     assert_eq!((known.requires, known.networks.len()), (Requires::NETWORKS, 2));
@@ -348,7 +305,7 @@ async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
     let from = async |address: &str| {
         let mut request = request("GET", "/v1/keys", Some(&key), axum::body::Body::empty());
         request.extensions_mut().insert(ConnectInfo(Peer(format!("{address}:1").parse().unwrap())));
-        fixture.send(request).await.status.as_u16()
+        fixture.send(request).await.status
     };
     assert_eq!((from("192.0.2.7").await, from("192.0.2.8").await, from("[2001:db8::1]").await), (200, 403, 200));
     // IPv4 that is written as IPv6 is IPv4, in the list and in the address of the peer.
@@ -378,10 +335,9 @@ async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_user_narrows_addresses_and_sets_nothing_that_frees_a_key(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     put(&fixture, &admin, "gold", json!({})).await;
-    // No address is told by these calls: the user's own key has to be good from anywhere.
+    // These calls have no address, so the user's own key must be valid from any address.
     let (id, user) = create(&fixture, &admin, json!({})).await;
     let (bound, _) = create(&fixture, &admin, json!({"allowed_addresses": ["192.0.2.0/24"]})).await;
     let limit = json!([{"name": "a", "requests": 1, "window_seconds": 1}]);
@@ -401,7 +357,7 @@ async fn a_user_narrows_addresses_and_sets_nothing_that_frees_a_key(pool: PgPool
         if field != "rate_limits" {
             body["email"] = "user@example.com".into();
             body["name"] = "x".into();
-            let reply = fixture.call("POST", "/v1/keys", &user, Some(&body)).await;
+            let reply = fixture.post("/v1/keys", &user, &body).await;
             reply.assert_problem(403, "forbidden", &detail, None);
         }
     }
@@ -412,17 +368,16 @@ async fn a_user_narrows_addresses_and_sets_nothing_that_frees_a_key(pool: PgPool
     }
     let narrower = json!(["192.0.2.0/25", "192.0.2.200/32"]);
     let reply = patch(&fixture, &user, bound, json!({"allowed_addresses": narrower})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["allowed_addresses"]), (200, &narrower));
+    assert_eq!((reply.status, &reply.json()["allowed_addresses"]), (200, &narrower));
     let reply = patch(&fixture, &user, id, json!({"allowed_addresses": ["0.0.0.0/0"]})).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["allowed_addresses"]), (200, &json!(["0.0.0.0/0"])));
+    assert_eq!((reply.status, &reply.json()["allowed_addresses"]), (200, &json!(["0.0.0.0/0"])));
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_binds_a_user_s_key_binds_those_that_it_makes(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let admin = admin(&fixture).await;
+async fn keys_that_a_user_creates_inherit_the_restrictions_of_the_calling_key(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     put(&fixture, &admin, "gold", json!({"rate_limits": [{"name": "a", "requests": 5, "window_seconds": 1}]})).await;
-    fixture.call("PUT", "/v1/roles/reader", &admin, Some(&json!({"scopes": ["r"]}))).await;
+    fixture.put("/v1/roles/reader", &admin, json!({"scopes": ["r"]})).await;
     let quota = json!({"requests": 160, "period": "day", "time_zone": "UTC"});
     let all = json!({
         "plan": "gold", "roles": ["reader"], "quota": quota, "cost": 7, "allowed_addresses": ["0.0.0.0/1", "128.0.0.0/1"],
@@ -443,7 +398,7 @@ async fn what_binds_a_user_s_key_binds_those_that_it_makes(pool: PgPool) {
         assert_eq!(told, expected);
     };
     bound(&made, json!(["0.0.0.0/1", "128.0.0.0/1"]));
-    assert_eq!(starter(&pool, made["id"].as_str().unwrap().parse().unwrap()).await, Some(10));
+    assert_eq!(starter(&pool, id_of(&made)).await, Some(10));
     let narrow = json!({"email": "user@example.com", "name": "x", "allowed_addresses": ["192.0.2.0/24"]});
     bound(&call("/v1/keys", narrow).await.json(), json!(["192.0.2.0/24"]));
     let detail = "Only a key with the scope admin widens allowed_addresses.";
@@ -452,20 +407,16 @@ async fn what_binds_a_user_s_key_binds_those_that_it_makes(pool: PgPool) {
         call("/v1/keys", body).await.assert_problem(403, "forbidden", detail, None);
     }
     // So it is with the primary key.
-    assert_eq!(call("/api/user/key", json!({"email": "user@example.com", "key_name": "x"})).await.status.as_u16(), 200);
+    assert_eq!(call("/api/user/key", json!({"email": "user@example.com", "key_name": "x"})).await.status, 200);
     let primary: Uuid =
-        sqlx::query_scalar("select primary_key_id from user_preferences where email = 'user@example.com'")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
-    let primary = fixture.call("GET", &format!("/v1/keys/{primary}"), &admin, None).await.json();
+        scalar(&pool, "select primary_key_id from user_preferences where email = 'user@example.com'").await;
+    let primary = fixture.get(&format!("/v1/keys/{primary}"), &admin).await.json();
     bound(&primary, json!(["0.0.0.0/1", "128.0.0.0/1"]));
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_a_request_costs_is_bounded_and_told_to_filters(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let admin = admin(&fixture).await;
+async fn the_cost_of_a_request_is_bounded_and_sent_to_filters(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, key) = create(&fixture, &admin, json!({"cost": 0})).await;
     assert_eq!(record(&fixture, &key).await.cost, 0);
     assert_eq!(patch(&fixture, &admin, id, json!({"cost": 1_000_000})).await.json()["cost"], 1_000_000);
@@ -475,6 +426,6 @@ async fn what_a_request_costs_is_bounded_and_told_to_filters(pool: PgPool) {
         reply.assert_problem(400, "invalid", "must be a number from 0 to 1000000", Some("cost"));
     }
     let detail = "This key is revoked and cannot be changed.";
-    fixture.call("DELETE", &format!("/v1/keys/{id}"), &admin, None).await;
+    fixture.delete(&format!("/v1/keys/{id}"), &admin).await;
     patch(&fixture, &admin, id, json!({"cost": 1})).await.assert_problem(409, "conflict", detail, None);
 }

@@ -1,8 +1,7 @@
 //! Quotas, over the real router and a real PostgreSQL.
 
 use crate::support::reports::{Envoy, coded, count, granted};
-use crate::support::{Fixture, request};
-use axum::body::Body;
+use crate::support::{Fixture, execute, revision, row, scalar};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Count, SHADOW};
@@ -11,11 +10,8 @@ use control_plane::quota::{Whose, reconsider, refresh_starters, reopen};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, PgPool};
 use time::OffsetDateTime;
+use sqlx::PgPool;
 use uuid::Uuid;
-
-async fn execute(pool: &PgPool, sql: &str) -> u64 {
-    sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await.unwrap().rows_affected()
-}
 
 async fn set_quota(pool: &PgPool, id: Uuid, quota: &Value) {
     let starter = quota["requests"].as_i64().unwrap() / 16;
@@ -28,20 +24,15 @@ async fn set_quota(pool: &PgPool, id: Uuid, quota: &Value) {
 
 /// Flag, turn, and whether the end lies ahead.
 async fn as_filters_know(pool: &PgPool, id: Uuid) -> (bool, i32, Option<bool>) {
-    sqlx::query_as("select quota_exceeded, quota_turn, quota_resets_at > now() from api_keys where id = $1")
-        .bind(id)
-        .fetch_one(pool)
-        .await
-        .unwrap()
+    let sql = format!("select quota_exceeded, quota_turn, quota_resets_at > now() from api_keys where id = '{id}'");
+    row(pool, sql).await
 }
 
 async fn view(fixture: &Fixture, admin: &Secret, id: Uuid) -> Value {
-    let reply = fixture.send(request("GET", &format!("/v1/keys/{id}/quota"), Some(admin), Body::empty())).await;
-    assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
-    reply.json()
+    fixture.get(&format!("/v1/keys/{id}/quota"), admin).await.expect(200)
 }
 
-/// What is the same at any time of day.
+/// A quota view without its times.
 fn timeless(mut view: Value) -> Value {
     for field in ["window_start", "window_end", "resets_at"] {
         view.as_object_mut().unwrap().remove(field);
@@ -51,9 +42,7 @@ fn timeless(mut view: Value) -> Value {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn what_an_envoy_let_in_before_it_knew_of_a_quota_is_used_and_was_not_drawn_from_a_lease(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("ada@example.com", &[]).await;
     set_quota(&pool, id, &json!({"requests": 100, "period": "month", "time_zone": "UTC"})).await;
     let mut envoy = Envoy::new(1, &sync);
@@ -68,35 +57,26 @@ async fn what_an_envoy_let_in_before_it_knew_of_a_quota_is_used_and_was_not_draw
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("ada@example.com", &[]).await;
-    let reply = fixture.send(request("GET", &format!("/v1/keys/{id}/quota"), Some(&admin), Body::empty())).await;
-    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (404, Some("not_found")));
+    let reply = fixture.get(&format!("/v1/keys/{id}/quota"), &admin).await;
+    assert_eq!((reply.status, reply.json()["code"].as_str()), (404, Some("not_found")));
 
     set_quota(&pool, id, &json!({"requests": 100, "period": "month", "time_zone": "Europe/Berlin"})).await;
     let mut envoy = Envoy::new(1, &sync);
     let shadow = coded(id, SHADOW | Outcome::QuotaExceeded.code(), 9, 0);
     let grants =
         envoy.report(&fixture, &[count(id, Outcome::Allowed, 40), count(id, Outcome::ScopeDenied, 5), shadow]).await;
-    // Half of what is left, as nobody else is there.
+    // Half of what is left, as this is the only Envoy.
     assert_eq!(granted(&grants, 1, id), Some((40 + 30, 1)));
     let seen = view(&fixture, &admin, id).await;
     let expected = json!({
         "requests": 100, "period": "month", "time_zone": "Europe/Berlin", "window_seconds": null,
         "used": 40, "leased": 30, "remaining": 30, "exceeded": false
     });
-    let calendar: (String, String) = sqlx::query_as(
-        "select to_char(starts at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), to_char(ends at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
-        from (
-            select date_trunc('month', now(), 'Europe/Berlin') as starts,
-                date_trunc('month', date_trunc('month', now(), 'Europe/Berlin') + interval '45 days', 'Europe/Berlin') as ends
-        ) month",
-    )
-    .fetch_one(&pool)
-    .await
-    .unwrap();
+    let sql = "select to_char(starts at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), to_char(ends at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
+        from calendar_window('month', 'Europe/Berlin', now())";
+    let calendar: (String, String) = row(&pool, sql).await;
     assert_eq!(
         (seen["window_start"].as_str().unwrap(), seen["window_end"].as_str().unwrap()),
         (&*calendar.0, &*calendar.1)
@@ -104,18 +84,18 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
     assert_eq!(seen["resets_at"], Value::Null);
     assert_eq!(timeless(seen), expected);
 
-    let before = crate::support::revision(&pool).await;
+    let before = revision(&pool).await;
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 59)]).await;
-    assert_eq!((as_filters_know(&pool, id).await, crate::support::revision(&pool).await), ((false, 1, None), before));
+    assert_eq!((as_filters_know(&pool, id).await, revision(&pool).await), ((false, 1, None), before));
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 3)]).await;
     assert_eq!(as_filters_know(&pool, id).await, (true, 1, Some(true)));
     let seen = view(&fixture, &admin, id).await;
     assert_eq!(seen["resets_at"], seen["window_end"]);
     assert_eq!((&seen["used"], &seen["remaining"], &seen["exceeded"]), (&json!(102), &json!(0), &json!(true)));
     // Reports that come late say nothing new.
-    let before = crate::support::revision(&pool).await;
+    let before = revision(&pool).await;
     let grants = envoy.report(&fixture, &[count(id, Outcome::QuotaExceeded, 3)]).await;
-    assert_eq!((granted(&grants, 1, id), crate::support::revision(&pool).await), (Some((102, 1)), before));
+    assert_eq!((granted(&grants, 1, id), revision(&pool).await), (Some((102, 1)), before));
     assert_eq!(reopen(&pool).await.unwrap(), 0);
 
     // The month ends.
@@ -137,9 +117,7 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_rolling_quota_opens_when_enough_has_left_it(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("ada@example.com", &[]).await;
     set_quota(&pool, id, &json!({"requests": 32, "period": "rolling", "window_s": 3_600})).await;
     let mut envoy = Envoy::new(1, &sync);
@@ -147,13 +125,10 @@ async fn a_rolling_quota_opens_when_enough_has_left_it(pool: PgPool) {
     // Half an hour passes.
     execute(&pool, "update quota_use set window_start = window_start - interval '30 minutes', window_end = window_end - interval '30 minutes'").await;
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 12)]).await;
-    let (exceeded, minutes): (bool, i32) = sqlx::query_as(
-        "select quota_exceeded, round(extract(epoch from quota_resets_at - now()) / 60)::int from api_keys where id = $1",
-    )
-    .bind(id)
-    .fetch_one(&pool)
-    .await
-    .unwrap();
+    let sql = format!(
+        "select quota_exceeded, round(extract(epoch from quota_resets_at - now()) / 60)::int from api_keys where id = '{id}'"
+    );
+    let (exceeded, minutes): (bool, i32) = row(&pool, sql).await;
     assert!(exceeded && (29..=31).contains(&minutes), "{exceeded} {minutes}");
     let seen = view(&fixture, &admin, id).await;
     assert_eq!(
@@ -170,9 +145,7 @@ async fn a_rolling_quota_opens_when_enough_has_left_it(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("ada@example.com", &[]).await;
     let (own, _) = fixture.key("ada@example.com", &[]).await;
     execute(
@@ -180,7 +153,7 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
         r#"insert into definitions (kind, name, quota) values ('plan', 'small', '{"requests": 10, "period": "day"}')"#,
     )
     .await;
-    let plan: i32 = sqlx::query_scalar("select number from definitions").fetch_one(&pool).await.unwrap();
+    let plan: i32 = scalar(&pool, "select number from definitions").await;
     execute(
         &pool,
         "update user_preferences set plan_number = (select number from definitions) where email = 'ada@example.com'",
@@ -194,10 +167,8 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
     assert_eq!(view(&fixture, &admin, id).await["requests"], 10);
 
     let mut transaction = pool.begin().await.unwrap();
-    sqlx::query(r#"update definitions set quota = '{"requests": 20, "period": "day"}'"#)
-        .execute(&mut *transaction)
-        .await
-        .unwrap();
+    let more = r#"update definitions set quota = '{"requests": 20, "period": "day"}'"#;
+    sqlx::query(more).execute(&mut *transaction).await.unwrap();
     assert_eq!(refresh_starters(&mut transaction, Whose::Plan(plan)).await.unwrap(), 1);
     transaction.commit().await.unwrap();
     assert_eq!(as_filters_know(&pool, id).await, (false, 2, None));
@@ -205,9 +176,9 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
 
     let mut connection = pool.acquire().await.unwrap();
     // Nothing was changed: nothing happens, and filters sleep on.
-    let before = crate::support::revision(&pool).await;
+    let before = revision(&pool).await;
     assert_eq!(reconsider(&mut connection, &[id, own]).await.unwrap(), 0);
-    assert_eq!(crate::support::revision(&pool).await, before);
+    assert_eq!(revision(&pool).await, before);
     set_quota(&pool, own, &json!({"requests": 6, "period": "day"})).await;
     assert_eq!(reconsider(&mut connection, &[own]).await.unwrap(), 0);
     // Of another kind, so nothing of it is used.
@@ -225,10 +196,8 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_quota_that_makes_no_sense_or_a_zone_that_nobody_knows_stops_no_report(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn an_invalid_quota_or_time_zone_stops_no_report(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (odd, _) = fixture.key("ada@example.com", &[]).await;
     let (lost, _) = fixture.key("ada@example.com", &[]).await;
     execute(&pool, &format!("update api_keys set quota = '{{\"requests\": \"many\"}}' where id = '{odd}'")).await;
@@ -240,19 +209,16 @@ async fn a_quota_that_makes_no_sense_or_a_zone_that_nobody_knows_stops_no_report
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_key_that_is_created_with_a_quota_has_the_etag_that_its_next_change_asks_for(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let quota = json!({"requests": 100, "period": "day"});
     for extra in [json!({}), json!({"quota": quota}), json!({"cost": 5})] {
-        let mut body = json!({"email": "user@example.com", "name": "n"});
-        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        let created = fixture.call("POST", "/v1/keys", &admin, Some(&body)).await;
-        assert_eq!(created.status.as_u16(), 201, "{}", created.json());
+        let created = fixture.create(&admin, extra.clone()).await;
+        created.expect(201);
         let (etag, uri) = (created.header("etag").to_owned(), created.header("location").to_owned());
-        assert_eq!(fixture.call("GET", &uri, &admin, None).await.header("etag"), etag, "{extra}");
+        assert_eq!(fixture.get(&uri, &admin).await.header("etag"), etag, "{extra}");
         let renamed = json!({"name": "other"});
         let changed = fixture.call_with("PATCH", &uri, &admin, Some(&renamed), &[("if-match", &etag)]).await;
-        assert_eq!(changed.status.as_u16(), 200, "{extra}");
+        assert_eq!(changed.status, 200, "{extra}");
     }
 }
 

@@ -1,6 +1,6 @@
-//! Rotating keys, over the real router and a real PostgreSQL.
+//! Rotation of keys.
 
-use crate::support::{Fixture, Reply, revision};
+use crate::support::{Fixture, Reply, change_key, execute, id_of, revision, revoke, secret_of};
 use contract::key::{KeyKind, Secret, check};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -8,61 +8,48 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-const ADMIN: &[&str] = &["admin"];
-
-fn assert_problem(reply: &Reply, status: u16, code: &str, detail: &str) {
-    let body = reply.json();
-    assert_eq!((reply.status.as_u16(), &body["code"], &body["detail"]), (status, &json!(code), &json!(detail)));
-    assert_eq!(reply.header("content-type"), "application/problem+json");
-}
-
 async fn rotate(fixture: &Fixture, caller: &Secret, id: Uuid, body: Option<&Value>) -> Reply {
     fixture.call("POST", &format!("/v1/keys/{id}/rotate"), caller, body).await
 }
 
 async fn rotated(fixture: &Fixture, caller: &Secret, id: Uuid, grace_seconds: i64) -> Secret {
     let reply = rotate(fixture, caller, id, Some(&json!({"grace_seconds": grace_seconds}))).await;
-    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
-    Secret::from_presented(reply.json()["key"].as_str().unwrap().into())
+    assert_eq!(reply.status, 201, "{}", reply.json());
+    reply.secret()
 }
 
 async fn opens(fixture: &Fixture, key: &Secret) -> Value {
-    let reply = fixture.call("GET", "/v1/keys", key, None).await;
-    if reply.status.as_u16() == 200 { json!("allowed") } else { reply.json()["code"].clone() }
+    let reply = fixture.get("/v1/keys", key).await;
+    if reply.status == 200 { json!("allowed") } else { reply.json()["code"].clone() }
 }
 
 async fn secrets(fixture: &Fixture, caller: &Secret, id: Uuid) -> Vec<Value> {
-    let reply = fixture.call("GET", &format!("/v1/keys/{id}"), caller, None).await;
+    let reply = fixture.get(&format!("/v1/keys/{id}"), caller).await;
     reply.json()["secrets"].as_array().unwrap().clone()
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let body = json!({
         "email": "user@example.com", "name": "kept", "scopes": ["orders:read"], "expires_in_seconds": 86_400,
         "rate_limits": [{"name": "burst", "requests": 10, "window_seconds": 1}],
     });
-    let created = fixture.call("POST", "/v1/keys", &admin, Some(&body)).await.json();
-    let id: Uuid = created["id"].as_str().unwrap().parse().unwrap();
-    let old = Secret::from_presented(created["key"].as_str().unwrap().into());
+    let created = fixture.post("/v1/keys", &admin, &body).await.json();
+    let id: Uuid = id_of(&created);
+    let old = secret_of(&created);
     for (generation, requests) in [(1, 40), (2, 2)] {
-        sqlx::query("insert into key_usage values ($1, $2, $3, '2026-05-16 09:12:43.5Z')")
-            .bind(id)
-            .bind(generation)
-            .bind(requests)
-            .execute(&pool)
-            .await
-            .unwrap();
+        let sql =
+            format!("insert into key_usage values ('{id}', '{generation}', '{requests}', '2026-05-16 09:12:43.5Z')");
+        execute(&pool, sql).await;
     }
 
     let before = OffsetDateTime::now_utc();
     let reply = rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 3_600, "kind": "test"}))).await;
-    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    assert_eq!(reply.status, 201, "{}", reply.json());
     assert_eq!((reply.header("location"), reply.header("etag")), (&*format!("/v1/keys/{id}"), "\"2\""));
     assert_eq!(reply.header("cache-control"), "no-store");
-    let new = Secret::from_presented(reply.json()["key"].as_str().unwrap().into());
+    let new = reply.secret();
     assert_eq!(check(new.reveal()), Ok(KeyKind::Test));
     let mut expected = created.clone();
     expected["key"] = new.reveal().into();
@@ -96,121 +83,116 @@ async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(p
     assert_eq!(is.expires_at_s, Some(end.unix_timestamp().cast_unsigned()));
     assert_eq!((was.key_id, &was.rate_limits, &was.scopes), (is.key_id, &is.rate_limits, &is.scopes));
 
-    // The old one dies without anybody acting: here its end is put into the past.
-    sqlx::query("update retired_secrets set ends_at = now()").execute(&pool).await.unwrap();
+    // The old one ends by itself: here its end is moved into the past.
+    execute(&pool, "update retired_secrets set ends_at = now()").await;
     assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_grace_never_outlives_the_key(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, old) = fixture.key("user@example.com", &[]).await;
     let end = json!({"expires_in_seconds": 60});
-    fixture.call("PATCH", &format!("/v1/keys/{id}"), &admin, Some(&end)).await;
+    fixture.patch(&format!("/v1/keys/{id}"), &admin, &end).await;
     rotated(&fixture, &admin, id, 86_400).await;
     fixture.in_step().await;
     let record = fixture.app.store.find(&old.hash()).unwrap();
     let left = record.expires_at_s.unwrap().cast_signed() - OffsetDateTime::now_utc().unix_timestamp();
     assert!((30..=61).contains(&left), "{left}");
-    // Whoever revokes the key revokes all of its secrets.
-    crate::support::revoke(&pool, id).await;
+    // Revoking the key revokes all of its secrets.
+    revoke(&pool, id).await;
     assert_eq!(opens(&fixture, &old).await, "revoked");
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn without_grace_and_without_a_body_the_old_secret_is_dead_at_once(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     // The primary key of a user, by the user, with the key itself.
     let body = json!({"email": "user@example.com", "key_name": "primary"});
-    let generated = fixture.call("POST", "/api/user/key", &admin, Some(&body)).await.json();
-    let old = Secret::from_presented(generated["key"].as_str().unwrap().into());
-    let listed = fixture.call("GET", "/v1/keys", &old, None).await.json();
+    let generated = fixture.post("/api/user/key", &admin, &body).await.json();
+    let old = secret_of(&generated);
+    let listed = fixture.get("/v1/keys", &old).await.json();
     let id: Uuid = listed["keys"][0]["id"].as_str().unwrap().parse().unwrap();
     let reply = rotate(&fixture, &old, id, None).await;
-    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
-    let new = Secret::from_presented(reply.json()["key"].as_str().unwrap().into());
+    assert_eq!(reply.status, 201, "{}", reply.json());
+    let new = reply.secret();
     assert_eq!(check(new.reveal()), Ok(KeyKind::Live));
     assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
-    let status = fixture.call("GET", "/api/user/key/user@example.com", &admin, None).await.json();
+    let status = fixture.get("/api/user/key/user@example.com", &admin).await.json();
     assert_eq!(status["keyPreference"]["keyPrefix"], json!(new.display_prefix()));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, first) = fixture.key("user@example.com", &[]).await;
     let second = rotated(&fixture, &admin, id, 3_600).await;
     let third = rotated(&fixture, &admin, id, 3_600).await;
-    let cut = async |generation: i32| {
-        fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/{generation}"), &admin, None).await
-    };
+    let cut = async |generation: i32| fixture.delete(&format!("/v1/keys/{id}/secrets/{generation}"), &admin).await;
     let reply = cut(1).await;
-    assert_eq!((reply.status.as_u16(), reply.body.len()), (204, 0));
+    assert_eq!((reply.status, reply.body.len()), (204, 0));
     for (secret, outcome) in [(&first, "expired"), (&second, "allowed"), (&third, "allowed")] {
         assert_eq!(opens(&fixture, secret).await, outcome);
     }
     let (ended, at) = (secrets(&fixture, &admin, id).await, revision(&pool).await);
-    assert_eq!(cut(1).await.status.as_u16(), 204);
+    assert_eq!(cut(1).await.status, 204);
     assert_eq!((secrets(&fixture, &admin, id).await, revision(&pool).await), (ended, at), "once is enough");
-    assert_problem(&cut(4).await, 404, "not_found", &format!("Key {id} has no secret 4."));
+    cut(4).await.assert_problem(404, "not_found", &format!("Key {id} has no secret 4."), None);
     let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";
-    assert_problem(&cut(3).await, 409, "conflict", detail);
-    let reply = fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/x"), &admin, None).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!("generation")), "{}", reply.json());
+    cut(3).await.assert_problem(409, "conflict", detail, None);
+    let reply = fixture.delete(&format!("/v1/keys/{id}/secrets/x"), &admin).await;
+    assert_eq!((reply.status, &reply.json()["field"]), (400, &json!("generation")), "{}", reply.json());
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_opens_nothing_is_not_rotated_and_old_secrets_are_few(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+async fn an_ended_or_foreign_key_is_not_rotated_and_old_secrets_are_bounded(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     for grace in [-1, 30 * 86_400 + 1] {
         let reply = rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": grace}))).await;
-        assert_problem(&reply, 400, "invalid", "must be a number from 0 to 2592000, which is thirty days");
-        assert_eq!(reply.json()["field"], "grace_seconds");
+        let detail = "must be a number from 0 to 2592000, which is thirty days";
+        reply.assert_problem(400, "invalid", detail, Some("grace_seconds"));
     }
     for _ in 0..8 {
         rotated(&fixture, &admin, id, 30 * 86_400).await;
     }
     let detail = "This key already has 8 active old secrets. Revoke one first, or rotate without grace_seconds.";
-    assert_problem(&rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1}))).await, 409, "conflict", detail);
+    rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1})))
+        .await
+        .assert_problem(409, "conflict", detail, None);
     rotated(&fixture, &admin, id, 0).await;
-    fixture.call("DELETE", &format!("/v1/keys/{id}/secrets/3"), &admin, None).await;
+    fixture.delete(&format!("/v1/keys/{id}/secrets/3"), &admin).await;
     rotated(&fixture, &admin, id, 1).await;
     assert_eq!(secrets(&fixture, &admin, id).await.len(), 11);
 
-    sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
+    change_key(&pool, id, "expires_at = now()").await;
     let detail = "This key has expired and cannot be rotated. Set a later expires_at first.";
-    assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
-    crate::support::revoke(&pool, id).await;
+    rotate(&fixture, &admin, id, None).await.assert_problem(409, "conflict", detail, None);
+    revoke(&pool, id).await;
     let detail = "This key is revoked and cannot be rotated.";
-    assert_problem(&rotate(&fixture, &admin, id, None).await, 409, "conflict", detail);
+    rotate(&fixture, &admin, id, None).await.assert_problem(409, "conflict", detail, None);
 
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let (foreign, _) = fixture.key("other@example.com", &[]).await;
     let detail = format!("There is no key {foreign}.");
-    assert_problem(&rotate(&fixture, &user, foreign, None).await, 404, "not_found", &detail);
+    rotate(&fixture, &user, foreign, None).await.assert_problem(404, "not_found", &detail, None);
     let (privileged, _) = fixture.key("user@example.com", &["sync"]).await;
     let detail = "Only an admin changes or revokes a key with the scope sync. Use a key with the scope admin.";
-    assert_problem(&rotate(&fixture, &user, privileged, None).await, 403, "forbidden", detail);
-    // Whoever rotates a key is told its secret: that of a key that may more is not for the taking.
+    rotate(&fixture, &user, privileged, None).await.assert_problem(403, "forbidden", detail, None);
+    // A rotation returns the new secret. A user must not get the secret of a key with more scopes.
     let (sibling, _) = fixture.key("user@example.com", &["orders:write"]).await;
     let detail = "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.";
-    assert_problem(&rotate(&fixture, &user, sibling, None).await, 403, "forbidden", detail);
+    rotate(&fixture, &user, sibling, None).await.assert_problem(403, "forbidden", detail, None);
     let (own, old) = fixture.key("user@example.com", &[]).await;
     let grace = json!({"grace_seconds": 60});
-    assert_eq!(rotate(&fixture, &old, own, Some(&grace)).await.status.as_u16(), 201);
+    assert_eq!(rotate(&fixture, &old, own, Some(&grace)).await.status, 201);
     let detail = "An old secret cannot rotate its key. Use the current secret.";
-    assert_problem(&rotate(&fixture, &old, own, None).await, 403, "forbidden", detail);
+    rotate(&fixture, &old, own, None).await.assert_problem(403, "forbidden", detail, None);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn rotations_at_the_same_time_lose_no_secret(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, first) = fixture.key("user@example.com", &[]).await;
     let one = || rotated(&fixture, &admin, id, 600);
     let (a, b, c, d) = tokio::join!(one(), one(), one(), one());
@@ -224,22 +206,19 @@ async fn rotations_at_the_same_time_lose_no_secret(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn secrets_that_ended_long_ago_are_forgotten_and_never_come_back(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, old) = fixture.key("user@example.com", &[]).await;
     rotated(&fixture, &admin, id, 0).await;
     let withdraw = async || control_plane::keys::purge::forget_all_ended(&pool, 30).await.unwrap();
     let before = revision(&pool).await;
     assert_eq!((withdraw().await, revision(&pool).await), (0, before));
-    sqlx::query("update retired_secrets set ends_at = now() - interval '31 days'").execute(&pool).await.unwrap();
+    execute(&pool, "update retired_secrets set ends_at = now() - interval '31 days'").await;
     assert_eq!(withdraw().await, 1);
     fixture.in_step().await;
     assert!(fixture.app.store.find(&old.hash()).is_none());
     assert_eq!(secrets(&fixture, &admin, id).await.len(), 1);
     let line = json!({"email": "user@example.com", "name": "again", "key": old.reveal()}).to_string();
-    let mut request = crate::support::request("POST", "/v1/keys/import", Some(&admin), line);
-    request.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
-    assert_eq!(fixture.send(request).await.json()["errors"][0]["code"], "duplicate");
+    assert_eq!(fixture.import(&admin, line).await.json()["errors"][0]["code"], "duplicate");
     let error = sqlx::query("delete from retired_secrets").execute(&pool).await.unwrap_err().to_string();
     assert!(error.contains("never deleted: set their end instead"), "{error}");
 }

@@ -1,36 +1,26 @@
-//! Finding keys, and looking up who did what, over the real router and a real PostgreSQL.
+//! Search for keys, and the audit trail.
 
-use crate::support::Fixture;
+use crate::support::{Fixture, change_key, execute, id_of, revoke, secret_of};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-const ADMIN: &[&str] = &["admin"];
-
 async fn named(fixture: &Fixture, admin: &Secret, email: &str, name: &str) -> (Uuid, Secret) {
     let body = json!({"email": email, "name": name});
-    let created = fixture.call("POST", "/v1/keys", admin, Some(&body)).await.json();
-    let secret = Secret::from_presented(created["key"].as_str().unwrap().into());
-    (created["id"].as_str().unwrap().parse().unwrap(), secret)
+    let created = fixture.post("/v1/keys", admin, &body).await.json();
+    let secret = secret_of(&created);
+    (id_of(&created), secret)
 }
 
 async fn names(fixture: &Fixture, caller: &Secret, query: &str) -> Vec<String> {
-    let reply = fixture.call("GET", &format!("/v1/keys?{query}"), caller, None).await;
-    assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
-    let reply = reply.json();
+    let reply = fixture.get(&format!("/v1/keys?{query}"), caller).await.expect(200);
     reply["keys"].as_array().unwrap().iter().map(|key| key["name"].as_str().unwrap().to_owned()).collect()
-}
-
-async fn change(pool: &PgPool, id: Uuid, columns: &str) {
-    let change = sqlx::AssertSqlSafe(format!("update api_keys set {columns} where id = $1"));
-    sqlx::query(change).bind(id).execute(pool).await.unwrap();
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (first, one) = named(&fixture, &admin, "user@example.com", "Production 100%").await;
     let (second, _) = named(&fixture, &admin, "user@example.com", "production_two").await;
     let (third, _) = named(&fixture, &admin, "user@example.com", "Staging").await;
@@ -49,32 +39,27 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
     assert_eq!(names(&fixture, &admin, "name=0%25").await, ["Production 100%"]);
     assert_eq!(names(&fixture, &admin, "name=n_t").await, ["production_two"]);
 
-    change(&pool, second, "prefix = 'abc_1'").await;
-    change(&pool, third, "prefix = 'abcd1'").await;
+    change_key(&pool, second, "prefix = 'abc_1'").await;
+    change_key(&pool, third, "prefix = 'abcd1'").await;
     assert_eq!(names(&fixture, &admin, "prefix=abc").await, ["Staging", "production_two"]);
     assert_eq!(names(&fixture, &admin, "prefix=abc_").await, ["production_two"]);
     let old = one.display_prefix().unwrap();
     fixture.call("POST", &format!("/v1/keys/{first}/rotate"), &admin, None).await;
     assert_eq!(names(&fixture, &admin, &format!("prefix={old}")).await, ["Production 100%"], "by an old secret too");
 
-    change(&pool, first, "disabled = true").await;
-    change(&pool, second, "expires_at = now(), disabled = true").await;
-    crate::support::revoke(&pool, third).await;
+    change_key(&pool, first, "disabled = true").await;
+    change_key(&pool, second, "expires_at = now(), disabled = true").await;
+    revoke(&pool, third).await;
     for (state, found) in
         [("active", "Caller"), ("disabled", "Production 100%"), ("expired", "production_two"), ("revoked", "Staging")]
     {
         assert_eq!(names(&fixture, &user, &format!("state={state}")).await, [found]);
     }
 
-    change(&pool, first, "created_at = '2026-01-01Z'").await;
-    change(&pool, second, "created_at = '2026-01-01Z'").await;
+    change_key(&pool, first, "created_at = '2026-01-01Z'").await;
+    change_key(&pool, second, "created_at = '2026-01-01Z'").await;
     for (id, last) in [(second, "2026-03-01Z"), (fourth, "2026-01-15Z")] {
-        sqlx::query("insert into key_usage values ($1, 1, 1, $2::text::timestamptz)")
-            .bind(id)
-            .bind(last)
-            .execute(&pool)
-            .await
-            .unwrap();
+        execute(&pool, format!("insert into key_usage values ('{id}', 1, 1, '{last}'::text::timestamptz)")).await;
     }
     let before = |day: &str| format!("email=user%40example.com&last_used_before=2026-{day}T00:00:00Z");
     assert_eq!(names(&fixture, &admin, &before("02-01")).await, ["Caller", "Production 100%"]);
@@ -86,59 +71,48 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
         ("name=a%00b", "name"),
         ("last_used_before=yesterday", "last_used_before"),
     ] {
-        let reply = fixture.call("GET", &format!("/v1/keys?{query}"), &admin, None).await;
-        assert_eq!((reply.status.as_u16(), &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
+        let reply = fixture.get(&format!("/v1/keys?{query}"), &admin).await;
+        assert_eq!((reply.status, &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_next_page_keeps_all_that_was_asked(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     for number in 0..5 {
         named(&fixture, &admin, "user@example.com", &format!("á & {number}")).await;
         named(&fixture, &admin, "user@example.com", "another").await;
     }
     let asked =
         "email=user%40example.com&prefix=sk_&name=%C3%A1%20%26&state=active&last_used_before=2099-01-01T00%3A00%3A00Z";
-    let (mut uri, mut seen, mut pages) = (format!("/v1/keys?{asked}&limit=2"), Vec::new(), 0);
-    loop {
-        let reply = fixture.call("GET", &uri, &admin, None).await;
-        let page = reply.json();
-        seen.extend(page["keys"].as_array().unwrap().iter().map(|key| key["name"].as_str().unwrap().to_owned()));
-        pages += 1;
-        let Some(cursor) = page["next_cursor"].as_str() else { break };
-        uri = format!("/v1/keys?{asked}&cursor={cursor}&limit=2");
-        assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
-    }
-    assert_eq!((seen, pages), ((0..5).rev().map(|number| format!("á & {number}")).collect(), 3));
+    let pages = fixture.pages("/v1/keys", &format!("{asked}&"), "keys", "name", &admin).await;
+    assert_eq!(pages, [vec!["á & 4", "á & 3"], vec!["á & 2", "á & 1"], vec!["á & 0"]]);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (admin_id, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let fixture = Fixture::new(&pool).await;
+    let (admin_id, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (id, secret) = named(&fixture, &admin, "user@example.com", "n").await;
     let uri = format!("/v1/keys/{id}");
-    let mut secrets = vec![secret.reveal().to_owned()];
+    let mut secrets = vec![secret];
     let body = json!({"name": "m", "disabled": true, "expires_at": "2030-01-01T00:00:00Z"});
     let headers = [("x-request-id", "0192f0c1-2f0e-7c3a-8a53-3f1f0a9f6e11")];
     fixture.call_with("PATCH", &uri, &admin, Some(&body), &headers).await;
-    fixture.call("PATCH", &uri, &admin, Some(&json!({"name": "m"}))).await;
+    fixture.patch(&uri, &admin, json!({"name": "m"})).await;
     let grace = json!({"grace_seconds": 60});
-    let rotated = fixture.call("POST", &format!("{uri}/rotate"), &admin, Some(&grace)).await.json();
-    secrets.push(rotated["key"].as_str().unwrap().into());
-    fixture.call("DELETE", &format!("{uri}/secrets/1"), &admin, None).await;
+    let rotated = fixture.post(&format!("{uri}/rotate"), &admin, &grace).await.json();
+    secrets.push(secret_of(&rotated));
+    fixture.delete(&format!("{uri}/secrets/1"), &admin).await;
     let primary = json!({"email": "user@example.com", "key_name": "primary"});
     for _ in 0..2 {
-        let generated = fixture.call("POST", "/api/user/key", &admin, Some(&primary)).await.json();
-        secrets.push(generated["key"].as_str().unwrap().into());
+        secrets.push(fixture.post("/api/user/key", &admin, &primary).await.secret());
     }
-    fixture.call("DELETE", "/api/user/key/user@example.com", &admin, None).await;
-    fixture.call("DELETE", &uri, &admin, None).await;
+    fixture.delete("/api/user/key/user@example.com", &admin).await;
+    fixture.delete(&uri, &admin).await;
     fixture.call("POST", "/v1/users/user@example.com/revoke-keys", &admin, None).await;
 
-    let trail = fixture.call("GET", "/v1/audit", &admin, None).await.json();
+    let trail = fixture.get("/v1/audit", &admin).await.json();
     let entries = trail["entries"].as_array().unwrap();
     let done: Vec<_> = entries.iter().rev().map(|entry| entry["action"].as_str().unwrap()).collect();
     let expected = [
@@ -173,24 +147,22 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     );
     let all = trail.to_string();
     for secret in secrets {
-        assert!(!all.contains(&secret[8..]));
+        assert!(!all.contains(&secret.reveal()[8..]));
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn the_trail_is_filtered_and_paged_and_users_see_their_own(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (admin_id, admin) = fixture.key("admin@example.com", ADMIN).await;
+    let fixture = Fixture::new(&pool).await;
+    let (admin_id, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (id, user) = named(&fixture, &admin, "user@example.com", "n").await;
     named(&fixture, &admin, "other@example.com", "foreign").await;
     for number in 0..4 {
-        fixture.call("PATCH", &format!("/v1/keys/{id}"), &user, Some(&json!({"name": format!("{number}")}))).await;
+        fixture.patch(&format!("/v1/keys/{id}"), &user, json!({"name": format!("{number}")})).await;
     }
     fixture.call("POST", "/v1/users/other@example.com/revoke-keys", &admin, None).await;
     let actions = async |caller: &Secret, query: &str| {
-        let reply = fixture.call("GET", &format!("/v1/audit?{query}"), caller, None).await;
-        assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
-        let reply = reply.json();
+        let reply = fixture.get(&format!("/v1/audit?{query}"), caller).await.expect(200);
         let entries = reply["entries"].as_array().unwrap();
         entries.iter().map(|entry| entry["action"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
@@ -204,20 +176,12 @@ async fn the_trail_is_filtered_and_paged_and_users_see_their_own(pool: PgPool) {
     assert!(actions(&admin, "to=2020-01-01T00:00:00Z").await.is_empty());
     assert_eq!(actions(&admin, "from=2020-01-01T00:00:00Z&to=2099-01-01T00:00:00Z").await.len(), 9);
 
-    let (mut uri, mut seen) = (format!("/v1/audit?key_id={id}&limit=2"), Vec::new());
-    loop {
-        let reply = fixture.call("GET", &uri, &admin, None).await;
-        let page = reply.json();
-        seen.extend(page["entries"].as_array().unwrap().iter().map(|entry| entry["id"].as_i64().unwrap()));
-        let Some(cursor) = page["next_cursor"].as_i64() else { break };
-        uri = format!("/v1/audit?key_id={id}&cursor={cursor}&limit=2");
-        assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
-    }
-    assert!(seen.len() == 5 && seen.is_sorted_by(|one, next| one > next), "{seen:?}");
+    let seen = fixture.pages("/v1/audit", &format!("key_id={id}&"), "entries", "id", &admin).await.concat();
+    assert!(seen.len() == 5 && seen.is_sorted_by(|one, next| one.as_i64() > next.as_i64()), "{seen:?}");
     for (query, field) in [("from=x", Some("from")), ("key_id=x", Some("key_id")), ("action=a%00", Some("action"))] {
-        let reply = fixture.call("GET", &format!("/v1/audit?{query}"), &admin, None).await;
-        assert_eq!((reply.status.as_u16(), reply.json()["field"].as_str()), (400, field), "{}", reply.json());
+        let reply = fixture.get(&format!("/v1/audit?{query}"), &admin).await;
+        assert_eq!((reply.status, reply.json()["field"].as_str()), (400, field), "{}", reply.json());
     }
     let (_, sync) = fixture.key("user@example.com", &["sync"]).await;
-    assert_eq!(fixture.call("GET", "/v1/audit", &sync, None).await.status.as_u16(), 403);
+    assert_eq!(fixture.get("/v1/audit", &sync).await.status, 403);
 }

@@ -1,12 +1,13 @@
-//! PostgreSQL's plans while keys become many.
+//! PostgreSQL's statistics of tables that grow from nothing.
 
+use crate::support::scalars;
 use control_plane::jobs::statistics::renew;
 use portcullis_tests::wait::eventually;
 use sqlx::PgPool;
 
 #[sqlx::test(migrations = "./migrations")]
 async fn tables_that_have_grown_from_nothing_are_counted_anew_and_then_left_alone(pool: PgPool) {
-    // Nobody has to count a few.
+    // Few rows need no new statistics.
     assert!(!renew(&pool).await.unwrap());
     sqlx::raw_sql(
         "insert into user_preferences (id, email) select gen_random_uuid(), n || '@example.com' from generate_series(1, 500) n;
@@ -16,14 +17,10 @@ async fn tables_that_have_grown_from_nothing_are_counted_anew_and_then_left_alon
     .execute(&pool)
     .await
     .unwrap();
-    // What a session has written, PostgreSQL tells the others a moment later.
+    // Other sessions see the row count a moment after the commit.
     eventually("the tables to be counted", async || renew(&pool).await.unwrap().then_some(())).await.unwrap();
-    let known: Vec<f32> = sqlx::query_scalar(
-        "select reltuples from pg_class where oid in ('api_keys'::regclass, 'user_preferences'::regclass)",
-    )
-    .fetch_all(&pool)
-    .await
-    .unwrap();
+    let sql = "select reltuples from pg_class where oid in ('api_keys'::regclass, 'user_preferences'::regclass)";
+    let known: Vec<f32> = scalars(&pool, sql).await;
     assert_eq!(known, [500.0, 500.0]);
     eventually("the tables to be left alone", async || (!renew(&pool).await.unwrap()).then_some(())).await.unwrap();
 }

@@ -1,9 +1,9 @@
-//! Keys on their way to the filters, over the real router and a real PostgreSQL.
+//! Sync with filters: snapshots, changes and held polls.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::{EARLY, Fixture, Reply, request, revision};
+use crate::support::{EARLY, Fixture, Reply, execute, request, revision, revoke, rows};
 use axum::body::Body;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
@@ -22,7 +22,7 @@ pub(crate) struct Reader {
 
 impl Reader {
     pub(crate) fn apply(&mut self, reply: &Reply) -> Header {
-        assert_eq!((reply.status.as_u16(), reply.header("content-type")), (200, "application/vnd.portcullis.update"));
+        assert_eq!((reply.status, reply.header("content-type")), (200, "application/vnd.portcullis.update"));
         let update = Update::read(&reply.body).unwrap();
         if let Part::Snapshot { from, to } = update.header.part {
             self.keys.retain(|hash, _| !(from..to).contains(&u32::from(hash.bucket())));
@@ -51,37 +51,51 @@ impl Reader {
             Some(epoch) => format!("/sync/v1/keys?epoch={epoch}&revision={}", self.revision),
         }
     }
+
+    pub(crate) async fn follow(&mut self, fixture: &Fixture, sync: &Secret) -> Header {
+        let reply = fixture.get(&self.poll(), sync).await;
+        self.apply(&reply)
+    }
+}
+
+/// The header of a page that a reader without keys receives.
+pub(crate) async fn received(fixture: &Fixture, uri: &str, sync: &Secret) -> Header {
+    Reader::default().apply(&fixture.get(uri, sync).await)
 }
 
 pub(crate) async fn synced(fixture: &Fixture, sync: &Secret) -> Reader {
     let mut reader = Reader::default();
-    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(sync), Body::empty())).await);
+    let header = reader.follow(fixture, sync).await;
     assert_eq!(header.part, Part::Snapshot { from: 0, to: BUCKETS });
     reader
 }
 
+/// A fixture, the key of a filter, and a reader that has every key.
+pub(crate) async fn in_step(pool: &PgPool) -> (Fixture, Secret, Reader) {
+    let (fixture, sync) = Fixture::with_sync(pool).await;
+    fixture.in_step().await;
+    let reader = synced(&fixture, &sync).await;
+    (fixture, sync, reader)
+}
+
 async fn stored(pool: &PgPool) -> BTreeMap<KeyHash, bool> {
     let rows: Vec<(Vec<u8>, bool)> =
-        sqlx::query_as("select hash, revoked_at is not null from api_keys where not withdrawn")
-            .fetch_all(pool)
-            .await
-            .unwrap();
+        rows(pool, "select hash, revoked_at is not null from api_keys where not withdrawn").await;
     rows.into_iter().map(|(hash, revoked)| (KeyHash(hash.try_into().unwrap()), revoked)).collect()
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_snapshot_and_the_changes_after_it_are_the_table(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (first, _) = fixture.key("a@example.com", &["orders:read"]).await;
     fixture.in_step().await;
     let mut reader = synced(&fixture, &sync).await;
     assert_eq!(reader.keys.len(), 2);
 
     fixture.key("b@example.com", &[]).await;
-    crate::support::revoke(&pool, first).await;
+    revoke(&pool, first).await;
     fixture.in_step().await;
-    let header = reader.apply(&fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())).await);
+    let header = reader.follow(&fixture, &sync).await;
     assert!(matches!(header.part, Part::Changes { .. }));
     assert_eq!((header.total_keys, header.revision), (3, revision(&pool).await));
     let read: BTreeMap<_, _> =
@@ -91,12 +105,9 @@ async fn a_snapshot_and_the_changes_after_it_are_the_table(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_poll_is_held_until_a_key_changes(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    fixture.in_step().await;
-    let mut reader = synced(&fixture, &sync).await;
-    let poll = fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty()));
-    let mut poll = Box::pin(poll);
+    let (fixture, sync, mut reader) = in_step(&pool).await;
+    let uri = reader.poll();
+    let mut poll = Box::pin(fixture.get(&uri, &sync));
     // The poll is under way and has no answer.
     assert!(tokio::time::timeout(Duration::from_millis(100), &mut poll).await.is_err());
     let (id, secret) = fixture.key("a@example.com", &[]).await;
@@ -107,24 +118,19 @@ async fn a_poll_is_held_until_a_key_changes(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_reader_that_does_not_want_to_wait_is_told_at_once_that_it_has_everything(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    fixture.in_step().await;
-    let mut reader = synced(&fixture, &sync).await;
+    let (fixture, sync, mut reader) = in_step(&pool).await;
     let after = reader.revision;
-    let poll = fixture.send(request("GET", &format!("{}&wait=0", reader.poll()), Some(&sync), Body::empty()));
-    let reply = tokio::time::timeout(EARLY, poll).await.expect("the answer comes at once");
+    let uri = format!("{}&wait=0", reader.poll());
+    let reply = tokio::time::timeout(EARLY, fixture.get(&uri, &sync)).await.expect("the answer comes at once");
     assert_eq!(reader.apply(&reply).part, Part::Changes { after });
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    fixture.in_step().await;
-    let mut reader = synced(&fixture, &sync).await;
+    let (fixture, sync, mut reader) = in_step(&pool).await;
     let before = (reader.revision, reader.keys.clone());
-    let mut poll = Box::pin(fixture.send(request("GET", &reader.poll(), Some(&sync), Body::empty())));
+    let uri = reader.poll();
+    let mut poll = Box::pin(fixture.get(&uri, &sync));
     assert!(tokio::time::timeout(Duration::from_millis(50), &mut poll).await.is_err());
     fixture.stop();
     let reply = tokio::time::timeout(EARLY, poll).await.expect("the stop ends the poll");
@@ -136,23 +142,19 @@ async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn a_snapshot_of_several_pages_holds_every_key_once(pool: PgPool) {
     let (_, sync) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
-    sqlx::query(
-        "insert into api_keys (id, owner_id, name, hash)
+    let sql = "insert into api_keys (id, owner_id, name, hash)
         select gen_random_uuid(), (select id from user_preferences limit 1), 'bulk', sha256(n::text::bytea)
-        from generate_series(1, 40000) n",
-    )
-    .execute(&pool)
-    .await
-    .unwrap();
-    let fixture = Fixture::new(pool.clone()).await;
+        from generate_series(1, 40000) n";
+    execute(&pool, sql).await;
+    let fixture = Fixture::new(&pool).await;
     let mut reader = Reader::default();
     let mut updates = 1;
-    let mut header = reader.apply(&fixture.send(request("GET", "/sync/v1/keys", Some(&sync), Body::empty())).await);
+    let mut header = reader.apply(&fixture.get("/sync/v1/keys", &sync).await);
     while let Part::Snapshot { to, .. } = header.part
         && to < BUCKETS
     {
         let uri = format!("/sync/v1/keys?epoch={}&cursor={to}", header.epoch);
-        let reply = fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await;
+        let reply = fixture.get(&uri, &sync).await;
         assert!(reply.body.len() < 1_100_000, "an update of {} bytes", reply.body.len());
         header = reader.apply(&reply);
         assert!(matches!(header.part, Part::Snapshot { from, .. } if from == to));
@@ -164,25 +166,21 @@ async fn a_snapshot_of_several_pages_holds_every_key_once(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_reader_of_another_epoch_or_of_the_future_gets_a_snapshot(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    fixture.in_step().await;
-    let reader = synced(&fixture, &sync).await;
+    let (fixture, sync, reader) = in_step(&pool).await;
     let epoch = reader.epoch.unwrap();
     for uri in [
         "/sync/v1/keys?epoch=00000000-0000-0000-0000-000000000001&revision=1".to_owned(),
         format!("/sync/v1/keys?epoch={epoch}&revision={}", reader.revision + 5),
         "/sync/v1/keys?epoch=00000000-0000-0000-0000-000000000001&cursor=700".to_owned(),
     ] {
-        let header = Reader::default().apply(&fixture.send(request("GET", &uri, Some(&sync), Body::empty())).await);
+        let header = received(&fixture, &uri, &sync).await;
         assert_eq!((header.epoch, header.part), (epoch, Part::Snapshot { from: 0, to: BUCKETS }), "{uri}");
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn only_a_key_with_the_scope_sync_may_sync(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, plain) = fixture.key("a@example.com", &[]).await;
     let unknown = Secret::from_presented("sk_live_nobody".into());
     for (method, uri) in [("GET", "/sync/v1/keys"), ("POST", "/sync/v1/usage")] {
@@ -193,16 +191,15 @@ async fn only_a_key_with_the_scope_sync_may_sync(pool: PgPool) {
             (Some(&admin), 403, "scope_denied"),
         ] {
             let reply = fixture.send(request(method, uri, key, Body::empty())).await;
-            assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (status, Some(code)), "{method} {uri}");
+            assert_eq!((reply.status, reply.json()["code"].as_str()), (status, Some(code)), "{method} {uri}");
             assert_eq!(reply.header("content-type"), "application/problem+json");
         }
     }
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn senseless_polls_are_refused_with_the_field(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn an_invalid_poll_is_refused_with_its_field(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     for (query, field) in [
         ("revision=1", Some("epoch")),
         ("cursor=1", Some("epoch")),
@@ -210,8 +207,8 @@ async fn senseless_polls_are_refused_with_the_field(pool: PgPool) {
         ("epoch=nonsense&revision=1", None),
         ("revision=-1", None),
     ] {
-        let reply = fixture.send(request("GET", &format!("/sync/v1/keys?{query}"), Some(&sync), Body::empty())).await;
-        assert_eq!(reply.status.as_u16(), 400, "{query}");
+        let reply = fixture.get(&format!("/sync/v1/keys?{query}"), &sync).await;
+        assert_eq!(reply.status, 400, "{query}");
         if let Some(field) = field {
             assert_eq!(reply.json()["field"], field, "{query}");
         }
@@ -219,23 +216,21 @@ async fn senseless_polls_are_refused_with_the_field(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_a_newer_filter_says_beside_is_left_alone(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+async fn a_poll_may_name_its_reporter_and_version(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let uri = "/sync/v1/keys?reporter=00000000-0000-0000-0000-000000000001&version=7";
-    let reply = fixture.send(request("GET", uri, Some(&sync), Body::empty())).await;
+    let reply = fixture.get(uri, &sync).await;
     assert_eq!(Update::read(&reply.body).unwrap().header.part, Part::Snapshot { from: 0, to: BUCKETS });
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn people_can_read_a_page_as_json(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     let mut people = request("GET", "/sync/v1/keys", Some(&sync), Body::empty());
     people.headers_mut().insert("accept", "application/json".parse().unwrap());
     let reply = fixture.send(people).await;
     let view: UpdateView = serde_json::from_value(reply.json()).unwrap();
-    let binary = fixture.send(request("GET", "/sync/v1/keys", Some(&sync), Body::empty())).await;
+    let binary = fixture.get("/sync/v1/keys", &sync).await;
     assert_eq!(view, Update::read(&binary.body).unwrap().view().unwrap());
 }

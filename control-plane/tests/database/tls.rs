@@ -1,4 +1,4 @@
-//! TLS: who is believed, over which protocols, and what is said of files that make no sense.
+//! TLS: certificates, protocols, and errors about invalid files.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ impl Drop for Home {
     }
 }
 
-/// A server that says who calls, until it is told to end.
+/// A server that answers with the address of the client, until it is stopped.
 struct Server {
     address: SocketAddr,
     end: oneshot::Sender<()>,
@@ -90,7 +90,7 @@ impl Server {
 }
 
 #[tokio::test]
-async fn it_serves_both_protocols_by_choice_of_the_client_who_must_believe_its_certificate() {
+async fn clients_choose_the_protocol_and_check_the_certificate() {
     let (home, authority, other) = (Home::new(), Authority::new("one").unwrap(), Authority::new("other").unwrap());
     let server = Server::with(home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None)).await;
     let client = |protocols: &[&str]| Client::new(&authority.certificate, None, protocols).unwrap();
@@ -101,17 +101,17 @@ async fn it_serves_both_protocols_by_choice_of_the_client_who_must_believe_its_c
     assert!(refused.contains("NoApplicationProtocol"), "{refused}");
     let stranger = server.ask(&Client::new(&other.certificate, None, &BOTH).unwrap()).await.unwrap_err();
     assert!(stranger.contains("UnknownIssuer"), "{stranger}");
-    // In the clear nothing is told.
+    // Plain HTTP gets no answer.
     let plain = portcullis_tests::http::get(server.address, "/").await;
     assert!(plain.is_err(), "{plain:?}");
-    // It ends when it is told to, and waits for nobody who only keeps a connection.
+    // It ends when it is stopped, and does not wait for idle connections.
     let _idle = tokio::net::TcpStream::connect(server.address).await.unwrap();
     server.end.send(()).unwrap();
     tokio::time::timeout(DEADLINE, server.serving).await.unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn with_a_client_authority_nobody_is_answered_without_a_certificate_of_it() {
+async fn with_a_client_authority_only_its_certificates_are_accepted() {
     let (home, servers, clients) =
         (Home::new(), Authority::new("servers").unwrap(), Authority::new("clients").unwrap());
     let identity = servers.issue(&[NAME], For::Servers).unwrap();
@@ -134,7 +134,7 @@ async fn with_a_client_authority_nobody_is_answered_without_a_certificate_of_it(
 }
 
 #[tokio::test]
-async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
+async fn silent_and_slow_clients_are_disconnected_and_others_are_not() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     // Four times the pauses below, so that a busy machine does not lengthen a pause to it.
     let read_timeout = Duration::from_secs(4);
@@ -164,7 +164,7 @@ async fn who_says_nothing_or_too_slowly_is_disconnected_and_others_are_not() {
 }
 
 #[tokio::test]
-async fn certificates_that_were_renewed_are_used_and_nonsense_leaves_the_good_ones_in_place() {
+async fn renewed_certificates_are_used_and_invalid_files_leave_the_old_ones_in_place() {
     let (home, old, new) = (Home::new(), Authority::new("old").unwrap(), Authority::new("new").unwrap());
     let files = home.files(&old.issue(&[NAME], For::Servers).unwrap(), None);
     let tls = Arc::new(Tls::load(files.clone()).unwrap());

@@ -1,8 +1,8 @@
-//! A transaction has ended before its answer is sent: over the real router, with a PostgreSQL whose rollbacks take long.
+//! A transaction has ended before its answer is sent. The PostgreSQL of these tests takes long to roll back.
 
 use crate::support::reports::count;
 use crate::support::slow_rollback::SlowRollback;
-use crate::support::{Fixture, Reply, request, revoke};
+use crate::support::{Fixture, Reply, change_key, execute, request, revoke};
 use axum::body::Body;
 use contract::id::ReporterId;
 use contract::key::Secret;
@@ -21,7 +21,7 @@ const STALE: &[(&str, &str)] = &[("if-match", "\"0\"")];
 
 /// A fixture whose requests and reports reach the database through the proxy. The feed, which only reads, does not.
 async fn slow(pool: &PgPool) -> (Fixture, SlowRollback) {
-    let mut fixture = Fixture::new(pool.clone()).await;
+    let mut fixture = Fixture::new(pool).await;
     let slow = SlowRollback::to_database_of(pool);
     fixture.app.writer = Writer::new(slow.pool.clone(), fixture.app.store.waker().clone());
     (fixture.app.pool, fixture.app.usage) = (slow.pool.clone(), Ingest::start(slow.pool.clone()).0);
@@ -33,7 +33,7 @@ async fn slow(pool: &PgPool) -> (Fixture, SlowRollback) {
 fn assert_ended(slow: &SlowRollback, before: usize, status: u16, what: &str, reply: &Reply) {
     let (open, rolled_back) = (slow.open(), slow.rolled_back() - before);
     let body = String::from_utf8_lossy(&reply.body);
-    assert_eq!((reply.status.as_u16(), open, rolled_back), (status, 0, 1), "{what}: {body}");
+    assert_eq!((reply.status, open, rolled_back), (status, 0, 1), "{what}: {body}");
 }
 
 /// What these tests would see of a handler that leaves the rollback to a dropped transaction.
@@ -57,9 +57,9 @@ async fn a_refused_change_is_rolled_back_before_it_is_answered(pool: PgPool) {
     let (live, _) = fixture.key("user@example.com", &[]).await;
     let (dead, _) = fixture.key("user@example.com", &[]).await;
     revoke(&pool, dead).await;
-    assert_eq!(fixture.call("PUT", "/v1/roles/used", &admin, Some(&json!({}))).await.status.as_u16(), 201);
+    assert_eq!(fixture.put("/v1/roles/used", &admin, json!({})).await.status, 201);
     let used = json!({"roles": ["used"]});
-    assert_eq!(fixture.call("PATCH", &format!("/v1/keys/{live}"), &admin, Some(&used)).await.status.as_u16(), 200);
+    assert_eq!(fixture.patch(&format!("/v1/keys/{live}"), &admin, &used).await.status, 200);
 
     let (live, dead) = (format!("/v1/keys/{live}"), format!("/v1/keys/{dead}"));
     let no_plan = json!({"email": "user@example.com", "name": "n", "plan": "none"});
@@ -67,7 +67,7 @@ async fn a_refused_change_is_rolled_back_before_it_is_answered(pool: PgPool) {
     let metered = json!({"metered": true});
     let full = "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000000, 0 from user_preferences
         where email = 'user@example.com'";
-    sqlx::query(full).execute(&pool).await.unwrap();
+    execute(&pool, full).await;
     let too_much = json!({"kind": "top_up", "amount": 1, "note": "n"});
     let cases: [Case<'_>; 14] = [
         ("POST", "/v1/keys", Some(&no_plan), &[], 400),
@@ -103,7 +103,7 @@ async fn a_fault_of_the_database_is_rolled_back_before_it_is_answered(pool: PgPo
         "alter table usage_hourly add constraint broken check (requests < 7)",
         "alter table idempotent_replies add constraint broken check (idempotency_key <> 'broken')",
     ] {
-        sqlx::query(broken).execute(&pool).await.unwrap();
+        execute(&pool, broken).await;
     }
 
     let before = slow.rolled_back();
@@ -132,7 +132,7 @@ async fn report(fixture: &Fixture, sync: &Secret, report: Report) -> Reply {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_failed_may_come_again_at_once_under_the_same_name(pool: PgPool) {
+async fn a_failed_request_may_be_repeated_at_once_with_the_same_idempotency_key(pool: PgPool) {
     let (fixture, _slow) = slow(&pool).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
@@ -140,10 +140,10 @@ async fn what_failed_may_come_again_at_once_under_the_same_name(pool: PgPool) {
         let uri = format!("/v1/keys/{id}/rotate");
         fixture.call_with("POST", &uri, &admin, None, &[("idempotency-key", "one")]).await
     };
-    sqlx::query("update api_keys set expires_at = now() where id = $1").bind(id).execute(&pool).await.unwrap();
+    change_key(&pool, id, "expires_at = now()").await;
     assert_eq!(post().await.json()["code"], "conflict");
     // The control plane does not answer that the first request is still in progress.
     assert_eq!(post().await.json()["code"], "conflict");
-    sqlx::query("update api_keys set expires_at = null where id = $1").bind(id).execute(&pool).await.unwrap();
-    assert_eq!(post().await.status.as_u16(), 201);
+    change_key(&pool, id, "expires_at = null").await;
+    assert_eq!(post().await.status, 201);
 }

@@ -1,10 +1,9 @@
-//! Usage as a stream of events, over the real router and a real PostgreSQL: every count once, whoever writes and reads.
+//! Usage events: every count once, with any number of writers and readers.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::{EARLY, Fixture, Reply, request};
-use axum::body::Body;
+use crate::support::{EARLY, Fixture, Reply, execute, rows, scalar, scalars};
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::usage::{Count, KeyRef, Report, Subject};
@@ -27,7 +26,7 @@ async fn count(pool: &PgPool, reporter: u8, seq: u64, counts: &[(Uuid, u32, u8, 
 }
 
 async fn read(fixture: &Fixture, admin: &Secret, query: &str) -> Reply {
-    fixture.send(request("GET", &format!("/v1/usage/events?{query}"), Some(admin), Body::empty())).await
+    fixture.get(&format!("/v1/usage/events?{query}"), admin).await
 }
 
 /// All events after one, page by page, as a reader that remembers the last one.
@@ -36,7 +35,7 @@ async fn read_on(fixture: &Fixture, admin: &Secret, after: &mut String) -> Vec<V
     loop {
         let reply = read(fixture, admin, &format!("after={after}&limit=3")).await;
         let batch = reply.json();
-        assert_eq!((reply.status.as_u16(), reply.header("content-type")), (200, "application/cloudevents-batch+json"));
+        assert_eq!((reply.status, reply.header("content-type")), (200, "application/cloudevents-batch+json"));
         assert_eq!(reply.header("cache-control"), "no-store");
         reply.header("portcullis-cursor").clone_into(after);
         assert_eq!(reply.header("link"), format!("</v1/usage/events?after={after}&limit=3>; rel=\"next\""));
@@ -49,18 +48,16 @@ async fn read_on(fixture: &Fixture, admin: &Secret, after: &mut String) -> Vec<V
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_event_says_what_was_counted_since_the_one_before(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     count(&pool, 1, 1, &[(id, 1, 0, 5), (id, 2, 0, 7), (id, 1, 136, 1)]).await;
     assert_eq!(events::export_all(&pool).await.unwrap(), 2, "secrets of one key count together");
     count(&pool, 1, 2, &[(id, 1, 0, 3)]).await;
     assert_eq!(events::export_all(&pool).await.unwrap(), 1);
     assert_eq!(events::export_all(&pool).await.unwrap(), 0);
-    let owner: Uuid =
-        sqlx::query_scalar("select owner_id from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
-    sqlx::query("update usage_events set created_at = '2026-05-15 14:30:00.5Z'").execute(&pool).await.unwrap();
-    let ids: Vec<Uuid> = sqlx::query_scalar("select id from usage_events order by seq").fetch_all(&pool).await.unwrap();
+    let owner: Uuid = scalar(&pool, format!("select owner_id from api_keys where id = '{id}'")).await;
+    execute(&pool, "update usage_events set created_at = '2026-05-15 14:30:00.5Z'").await;
+    let ids: Vec<Uuid> = scalars(&pool, "select id from usage_events order by seq").await;
     let event = |seq: usize, hour: &str, outcome: &str, requests: u64| {
         json!({
             "specversion": "1.0", "id": ids[seq - 1], "source": "urn:portcullis:usage", "type": "dev.portcullis.usage.v1",
@@ -78,14 +75,14 @@ async fn an_event_says_what_was_counted_since_the_one_before(pool: PgPool) {
         event(2, "2025-11-30T08:00:00Z", "shadow:rate_limited", 1),
         event(3, "2025-11-24T16:00:00Z", "allowed", 3),
     ]);
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, expected));
+    assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!(reply.header("portcullis-cursor"), "3");
 }
 
+/// Longer than a screen: one story.
 #[sqlx::test(migrations = "./migrations")]
 async fn the_sum_of_events_is_usage_whoever_writes_and_whenever(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let mut keys = Vec::new();
     for number in 0..4 {
         keys.push(fixture.key(&format!("user{number}@example.com"), &[]).await.0);
@@ -135,12 +132,8 @@ async fn the_sum_of_events_is_usage_whoever_writes_and_whenever(pool: PgPool) {
         let sum = sums.entry(key).or_default();
         *sum = (sum.0 + data["requests"].as_i64().unwrap(), sum.1 + data["cost"].as_i64().unwrap());
     }
-    let usage: Vec<(Uuid, i16, i64, i64)> = sqlx::query_as(
-        "select key_id, outcome, sum(requests)::bigint, sum(cost)::bigint from usage_hourly group by 1, 2",
-    )
-    .fetch_all(&pool)
-    .await
-    .unwrap();
+    let sql = "select key_id, outcome, sum(requests)::bigint, sum(cost)::bigint from usage_hourly group by 1, 2";
+    let usage: Vec<(Uuid, i16, i64, i64)> = rows(&pool, sql).await;
     let usage: BTreeMap<_, _> = usage
         .into_iter()
         .map(|(id, outcome, requests, cost)| ((id, control_plane::metering::outcome::name(outcome)), (requests, cost)))
@@ -154,8 +147,7 @@ async fn the_sum_of_events_is_usage_whoever_writes_and_whenever(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_reader_may_wait_for_the_next_event_and_is_let_go_when_the_process_ends(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("user@example.com", &[]).await;
     let mut waiting = Box::pin(read(&fixture, &admin, "after=0&wait=25"));
     assert!(tokio::time::timeout(Duration::from_millis(100), &mut waiting).await.is_err());
@@ -173,14 +165,13 @@ async fn a_reader_may_wait_for_the_next_event_and_is_let_go_when_the_process_end
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_reader_is_told_of_events_that_it_cannot_have(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, user) = fixture.key("user@example.com", &[]).await;
     for seq in 1..=3 {
         count(&pool, 1, seq, &[(id, 1, 0, 5)]).await;
         events::export_all(&pool).await.unwrap();
     }
-    sqlx::query("update usage_events set created_at = now() - interval '31 days'").execute(&pool).await.unwrap();
+    execute(&pool, "update usage_events set created_at = now() - interval '31 days'").await;
     assert_eq!(events::forget(&pool, 30).await.unwrap(), 2, "the newest stays: numbers count on from it");
     count(&pool, 1, 4, &[(id, 1, 0, 5)]).await;
     events::export_all(&pool).await.unwrap();
@@ -198,9 +189,9 @@ async fn a_reader_is_told_of_events_that_it_cannot_have(pool: PgPool) {
         ("from=1", 400, "invalid"),
     ] {
         let reply = read(&fixture, &admin, query).await;
-        assert_eq!((reply.status.as_u16(), &reply.json()["code"]), (status, &json!(code)), "{query}");
+        assert_eq!((reply.status, &reply.json()["code"]), (status, &json!(code)), "{query}");
     }
     let reply = read(&fixture, &user, "").await;
     let detail = "Use a key with the scope admin.";
-    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
+    assert_eq!((reply.status, &reply.json()["detail"]), (403, &json!(detail)));
 }

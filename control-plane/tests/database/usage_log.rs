@@ -12,13 +12,12 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::support::reports::{ENVOY_PREFIX, Envoy, count, line, logged};
-use crate::support::{Fixture, revoke};
+use crate::support::{Fixture, revoke, scalar};
 
 const SYNC: &[&str] = &["sync"];
 
 async fn allowed(pool: &PgPool, id: Uuid) -> i64 {
-    let sum = "select coalesce(sum(requests), 0)::bigint from key_usage where key_id = $1";
-    sqlx::query_scalar(sum).bind(id).fetch_one(pool).await.unwrap()
+    scalar(pool, format!("select coalesce(sum(requests), 0)::bigint from key_usage where key_id = '{id}'")).await
 }
 
 /// A report of requests that came so many days ago.
@@ -38,9 +37,8 @@ async fn imported(pool: &PgPool, log: &str) -> Imported {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_an_envoy_signed_is_imported_once(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", SYNC).await;
+async fn lines_that_an_envoy_signed_are_imported_once(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     // The first report had arrived before Envoy ended.
     Envoy::new(5, &sync).report(&fixture, &[count(id, Outcome::Allowed, 10)]).await;
@@ -57,11 +55,10 @@ async fn what_an_envoy_signed_is_imported_once(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_log_may_hold_the_lines_of_an_envoy_in_any_order(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", SYNC).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     // The Envoys have polled, and have reported nothing.
-    fixture.call("GET", "/sync/v1/keys", &sync, None).await;
+    fixture.get("/sync/v1/keys", &sync).await;
     logged(&pool, &sync, &[]).await;
     // More than one message holds, the highest first, of two Envoys by turns.
     let lines = (1..=20).rev().flat_map(|seq| [1, 2].map(|envoy| line(&sync, &[report(envoy, seq, id, 1)])));
@@ -71,9 +68,8 @@ async fn a_log_may_hold_the_lines_of_an_envoy_in_any_order(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_a_client_writes_into_a_log_is_refused_by_its_line_and_books_nothing(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", SYNC).await;
+async fn lines_that_a_client_forged_are_refused_by_number_and_book_nothing(pool: PgPool) {
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, key) = fixture.key("a@example.com", &[]).await;
     let mut envoy = Envoy::new(5, &sync);
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await;
@@ -121,7 +117,7 @@ async fn what_a_client_writes_into_a_log_is_refused_by_its_line_and_books_nothin
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_sync_key_signs_for_its_own_envoys_only_and_for_none_once_it_is_revoked(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
+    let fixture = Fixture::new(&pool).await;
     let (_, ours) = fixture.key("operator@example.com", SYNC).await;
     let (stolen_id, stolen) = fixture.key("operator@example.com", SYNC).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
@@ -147,24 +143,22 @@ async fn a_sync_key_signs_for_its_own_envoys_only_and_for_none_once_it_is_revoke
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_line_counts_after_its_sync_key_was_rotated(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (sync_id, sync) = fixture.key("operator@example.com", SYNC).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     Envoy::new(5, &sync).report(&fixture, &[count(id, Outcome::Allowed, 1)]).await;
     let before = logged(&pool, &sync, &[report(5, 2, id, 2)]).await;
     let rotated = fixture.call("POST", &format!("/v1/keys/{sync_id}/rotate"), &admin, None).await;
-    assert_eq!(rotated.status.as_u16(), 201);
+    assert_eq!(rotated.status, 201);
     assert_eq!(imported(&pool, &before).await.applied, 1);
     assert_eq!(allowed(&pool, id).await, 3);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_line_that_is_older_than_the_kept_numbers_of_reports_is_refused(pool: PgPool) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, sync) = fixture.key("operator@example.com", SYNC).await;
+    let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
-    fixture.call("GET", "/sync/v1/keys", &sync, None).await;
+    fixture.get("/sync/v1/keys", &sync).await;
     let recent = logged(&pool, &sync, &[aged(89, 1, 1, id, 5)]).await;
     let old = logged(&pool, &sync, &[aged(91, 2, 1, id, 5)]).await;
     let found = imported(&pool, &format!("{recent}\n{old}\n")).await;

@@ -1,6 +1,6 @@
-//! `GET /v1/usage`, and what becomes of usage as it grows old, over the real router and a real PostgreSQL.
+//! `GET /v1/usage`, and the roll-up and deletion of old usage.
 
-use crate::support::{Fixture, Reply, request};
+use crate::support::{Fixture, Reply, execute, rows, scalar};
 use axum::body::Body;
 use axum::http::Request;
 use contract::id::{KeyId, ReporterId};
@@ -15,52 +15,34 @@ use uuid::Uuid;
 const SPAN: &str = "from=2026-05-01T00:00:00Z&to=2026-07-01T00:00:00Z";
 
 async fn count(pool: &PgPool, id: Uuid, hour: &str, outcome: i16, requests: i64) {
-    sqlx::query("insert into usage_hourly values ($1, $2::text::timestamptz, $3, 1, $4, $4 * 2)")
-        .bind(id)
-        .bind(hour)
-        .bind(outcome)
-        .bind(requests)
-        .execute(pool)
-        .await
-        .unwrap();
+    let sql = format!(
+        "insert into usage_hourly values ('{id}', '{hour}'::text::timestamptz, '{outcome}', 1, '{requests}', '{requests}' * 2)"
+    );
+    execute(pool, sql).await;
 }
 
 async fn get(fixture: &Fixture, key: &Secret, query: &str) -> Reply {
-    fixture.send(request("GET", &format!("/v1/usage?{query}"), Some(key), Body::empty())).await
+    fixture.get(&format!("/v1/usage?{query}"), key).await
 }
 
-async fn rows(fixture: &Fixture, key: &Secret, query: &str) -> Value {
-    let reply = get(fixture, key, &format!("{SPAN}&{query}")).await;
-    let json = reply.json();
-    assert_eq!(reply.status.as_u16(), 200, "{json}");
-    json["usage"].clone()
+async fn usage(fixture: &Fixture, key: &Secret, query: &str) -> Value {
+    get(fixture, key, &format!("{SPAN}&{query}")).await.expect(200)["usage"].take()
 }
 
 /// Two users, three keys, a role and a plan; what they used in May and June; requests without a key.
 async fn counted(pool: &PgPool) -> (Fixture, Secret, [(Uuid, Secret); 3]) {
-    let fixture = Fixture::new(pool.clone()).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(pool).await;
     let one = fixture.key("a@example.com", &["orders:read", "orders:write"]).await;
     let two = fixture.key("a@example.com", &[]).await;
     let three = fixture.key("b@example.com", &["orders:read"]).await;
-    let number = async |sql: &'static str| sqlx::query_scalar::<_, i32>(sql).fetch_one(pool).await.unwrap();
-    let role =
-        number("insert into definitions (kind, name, scopes) values ('role', 'r', '{from:role}') returning number")
-            .await;
-    let plan =
-        number("insert into definitions (kind, name, scopes) values ('plan', 'gold', '{from:plan}') returning number")
-            .await;
-    sqlx::query("update user_preferences set plan_number = $1 where email = 'b@example.com'")
-        .bind(plan)
-        .execute(pool)
-        .await
-        .unwrap();
-    sqlx::query("update api_keys set role_numbers = array[$2] where id = $1")
-        .bind(two.0)
-        .bind(role)
-        .execute(pool)
-        .await
-        .unwrap();
+    let definitions = "insert into definitions (kind, name, scopes)
+        values ('role', 'r', '{from:role}'), ('plan', 'gold', '{from:plan}')";
+    execute(pool, definitions).await;
+    let number = |kind: &str| format!("select number from definitions where kind = '{kind}'");
+    let plan = format!("plan_number = ({}) where email = 'b@example.com'", number("plan"));
+    execute(pool, format!("update user_preferences set {plan}")).await;
+    let role = format!("role_numbers = array({}) where id = '{}'", number("role"), two.0);
+    execute(pool, format!("update api_keys set {role}")).await;
     for (id, hour, outcome, requests) in [
         (one.0, "2026-05-01 10:00Z", 0, 1),
         (one.0, "2026-05-01 11:00Z", 0, 2),
@@ -72,19 +54,17 @@ async fn counted(pool: &PgPool) -> (Fixture, Secret, [(Uuid, Secret); 3]) {
     ] {
         count(pool, id, hour, outcome, requests).await;
     }
-    sqlx::query("insert into usage_keyless_hourly values ('2026-05-01 10:00Z', 1, 128), ('2026-06-01 10:00Z', 2, 256)")
-        .execute(pool)
-        .await
-        .unwrap();
+    let sql = "insert into usage_keyless_hourly values ('2026-05-01 10:00Z', 1, 128), ('2026-06-01 10:00Z', 2, 256)";
+    execute(pool, sql).await;
     (fixture, admin, [one, two, three])
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
+async fn usage_is_summed_by_key_user_plan_scope_outcome_and_interval(pool: PgPool) {
     let (fixture, admin, [one, two, three]) = counted(&pool).await;
-    assert_eq!(rows(&fixture, &admin, "").await, json!([{"requests": 447, "cost": 126}]));
+    assert_eq!(usage(&fixture, &admin, "").await, json!([{"requests": 447, "cost": 126}]));
     assert_eq!(
-        rows(&fixture, &admin, "group_by=key").await,
+        usage(&fixture, &admin, "group_by=key").await,
         json!([
             {"key_id": null, "key_name": null, "requests": 384, "cost": 0},
             {"key_id": one.0, "key_name": "a key", "requests": 15, "cost": 30},
@@ -93,7 +73,7 @@ async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
         ])
     );
     assert_eq!(
-        rows(&fixture, &admin, "group_by=outcome").await,
+        usage(&fixture, &admin, "group_by=outcome").await,
         json!([
             {"outcome": "allowed", "requests": 51, "cost": 102},
             {"outcome": "missing", "requests": 128, "cost": 0},
@@ -103,7 +83,7 @@ async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
         ])
     );
     assert_eq!(
-        rows(&fixture, &admin, "group_by=user,plan&interval=month").await,
+        usage(&fixture, &admin, "group_by=user,plan&interval=month").await,
         json!([
             {"start": "2026-05-01T00:00:00Z", "email": null, "plan": null, "requests": 128, "cost": 0},
             {"start": "2026-05-01T00:00:00Z", "email": "a@example.com", "plan": null, "requests": 15, "cost": 30},
@@ -114,7 +94,7 @@ async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
     );
     // A key counts under each of its scopes: its own, its roles', its plan's.
     assert_eq!(
-        rows(&fixture, &admin, "group_by=scope").await,
+        usage(&fixture, &admin, "group_by=scope").await,
         json!([
             {"scope": null, "requests": 384, "cost": 0},
             {"scope": "from:plan", "requests": 32, "cost": 64},
@@ -135,6 +115,11 @@ async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
             ],
         })
     );
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn usage_is_filtered_by_key_user_plan_scope_and_outcome(pool: PgPool) {
+    let (fixture, admin, [one, ..]) = counted(&pool).await;
     for (query, requests) in [
         (format!("key_id={}", one.0), 15),
         ("email=b@example.com".into(), 32),
@@ -146,38 +131,34 @@ async fn usage_is_summed_by_whatever_is_asked_for(pool: PgPool) {
         ("outcome=missing".into(), 128),
         ("outcome=allowed&scope=orders:read&plan=gold".into(), 32),
     ] {
-        assert_eq!(rows(&fixture, &admin, &query).await[0]["requests"], requests, "{query}");
+        assert_eq!(usage(&fixture, &admin, &query).await[0]["requests"], requests, "{query}");
     }
-    assert_eq!(rows(&fixture, &admin, "plan=silver").await, json!([]));
+    assert_eq!(usage(&fixture, &admin, "plan=silver").await, json!([]));
     let per_key = format!("/v1/keys/{}/usage?{SPAN}", one.0);
-    let per_key = fixture.send(request("GET", &per_key, Some(&admin), Body::empty())).await.json();
+    let per_key = fixture.get(&per_key, &admin).await.json();
     assert_eq!(per_key["totals"]["shadow:rate_limited"], json!({"requests": 8, "cost": 16}));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn users_see_their_own_usage_and_filters_none(pool: PgPool) {
     let (fixture, _, [one, _, three]) = counted(&pool).await;
-    assert_eq!(rows(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
-    assert_eq!(rows(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
+    assert_eq!(usage(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
+    assert_eq!(usage(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
     let reply = get(&fixture, &one.1, "email=b@example.com").await;
     let detail = "This key manages only its owner's data. Use a key with the scope admin.";
-    assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (403, &json!(detail)));
+    assert_eq!((reply.status, &reply.json()["detail"]), (403, &json!(detail)));
     for id in [three.0, Uuid::now_v7()] {
         let reply = get(&fixture, &one.1, &format!("key_id={id}")).await;
-        assert_eq!((reply.status.as_u16(), &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
+        assert_eq!((reply.status, &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
     }
     let (_, sync) = fixture.key("a@example.com", &["sync"]).await;
-    assert_eq!(get(&fixture, &sync, "").await.status.as_u16(), 403);
+    assert_eq!(get(&fixture, &sync, "").await.status, 403);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn the_same_comes_as_csv_that_no_spreadsheet_takes_for_formulas(pool: PgPool) {
+async fn usage_as_csv_contains_no_formula_for_spreadsheets(pool: PgPool) {
     let (fixture, admin, [one, two, three]) = counted(&pool).await;
-    sqlx::query("update api_keys set name = '=HYPERLINK(\"x\", 1)' where id = $1")
-        .bind(one.0)
-        .execute(&pool)
-        .await
-        .unwrap();
+    execute(&pool, format!("update api_keys set name = '=HYPERLINK(\"x\", 1)' where id = '{}'", one.0)).await;
     let expected = format!(
         "start,key_id,key_name,email,requests,cost\r\n\
          2026-05-01T00:00:00Z,,,,128,0\r\n\
@@ -196,7 +177,7 @@ async fn the_same_comes_as_csv_that_no_spreadsheet_takes_for_formulas(pool: PgPo
     ] {
         assert_eq!(reply.header("content-type"), "text/csv; charset=utf-8; header=present");
         assert_eq!(reply.header("cache-control"), "no-store");
-        assert_eq!((reply.status.as_u16(), String::from_utf8(reply.body).unwrap()), (200, expected.clone()));
+        assert_eq!((reply.status, String::from_utf8(reply.body).unwrap()), (200, expected.clone()));
     }
 }
 
@@ -204,13 +185,13 @@ async fn the_same_comes_as_csv_that_no_spreadsheet_takes_for_formulas(pool: PgPo
 async fn pages_hold_every_row_once_though_usage_goes_on(pool: PgPool) {
     let (fixture, admin, [one, ..]) = counted(&pool).await;
     for format in ["json", "csv"] {
-        let all = rows(&fixture, &admin, "group_by=key,scope,outcome&interval=day").await;
+        let all = usage(&fixture, &admin, "group_by=key,scope,outcome&interval=day").await;
         let first = format!("{SPAN}&group_by=key,scope,outcome&interval=day&limit=2&format={format}");
         let (mut seen, mut lines, mut pages) = (Vec::new(), 0, 0);
         let mut uri = format!("/v1/usage?{first}");
         loop {
-            let reply = fixture.send(request("GET", &uri, Some(&admin), Body::empty())).await;
-            assert_eq!(reply.status.as_u16(), 200);
+            let reply = fixture.get(&uri, &admin).await;
+            assert_eq!(reply.status, 200);
             pages += 1;
             match format {
                 "json" => seen.extend(reply.json()["usage"].as_array().unwrap().clone()),
@@ -222,14 +203,9 @@ async fn pages_hold_every_row_once_though_usage_goes_on(pool: PgPool) {
             if format == "json" {
                 assert!(uri.contains(reply.json()["next_cursor"].as_str().unwrap()));
             }
-            // Counted in a row that was told already.
-            sqlx::query(
-                "update usage_hourly set requests = requests + 1 where key_id = $1 and hour = '2026-05-01 10:00Z'",
-            )
-            .bind(one.0)
-            .execute(&pool)
-            .await
-            .unwrap();
+            // A count in a row of an earlier page.
+            let of = format!("key_id = '{}' and hour = '2026-05-01 10:00Z'", one.0);
+            execute(&pool, format!("update usage_hourly set requests = requests + 1 where {of}")).await;
         }
         let rows = all.as_array().unwrap().len();
         assert_eq!(pages, rows.div_ceil(2));
@@ -247,8 +223,7 @@ async fn pages_hold_every_row_once_though_usage_goes_on(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_wrong_parameter_is_named(pool: PgPool) {
-    let fixture = Fixture::new(pool).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     for (query, field, detail) in [
         ("group_by=keys", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
         ("group_by=", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
@@ -267,29 +242,20 @@ async fn a_wrong_parameter_is_named(pool: PgPool) {
         ("plan=%00", "plan", "must have 1 to 256 characters"),
     ] {
         let reply = get(&fixture, &admin, query).await;
-        let problem = reply.json();
-        assert_eq!(
-            (reply.status.as_u16(), &problem["field"], &problem["detail"]),
-            (400, &json!(field), &json!(detail)),
-            "{query}: {problem}"
-        );
+        reply.assert_problem(400, "invalid", detail, Some(field));
     }
-    assert_eq!(get(&fixture, &admin, "hours=1").await.status.as_u16(), 400);
+    assert_eq!(get(&fixture, &admin, "hours=1").await.status, 400);
 }
 
 /// Sums by key and outcome of all there is, hours and days together.
 async fn all_sums(pool: &PgPool) -> Vec<(Option<Uuid>, i16, i64, i64)> {
-    sqlx::query_as(
-        "select key_id, outcome, sum(requests)::bigint, sum(cost)::bigint from (
+    let sql = "select key_id, outcome, sum(requests)::bigint, sum(cost)::bigint from (
             select key_id, outcome, requests, cost from usage_hourly
             union all select key_id, outcome, requests, cost from usage_daily
             union all select null, outcome, requests, 0 from usage_keyless_hourly
             union all select null, outcome, requests, 0 from usage_keyless_daily
-        ) u group by 1, 2 order by 1, 2",
-    )
-    .fetch_all(pool)
-    .await
-    .unwrap()
+        ) u group by 1, 2 order by 1, 2";
+    rows(pool, sql).await
 }
 
 fn submission(reporter: u8, seq: u64, counts: Vec<Count>) -> Submission {
@@ -347,19 +313,15 @@ async fn every_sum_stays_as_it_is_while_usage_is_rolled_up_and_reports_go_on(poo
     events::export_all(&pool).await.unwrap();
     roll_up(&pool, 30).await.unwrap();
     assert_eq!(all_sums(&pool).await, before);
-    let old: i64 = sqlx::query_scalar(
-        "select (select count(*) from usage_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))
-            + (select count(*) from usage_keyless_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))",
-    )
-    .fetch_one(&pool)
-    .await
-    .unwrap();
+    let sql = "select (select count(*) from usage_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))
+            + (select count(*) from usage_keyless_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))";
+    let old: i64 = scalar(&pool, sql).await;
     assert_eq!(old, 0, "all of it was rolled up");
     assert_eq!(roll_up(&pool, 30).await.unwrap(), 0);
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn hours_wait_for_their_events_and_days_end(pool: PgPool) {
+async fn hourly_usage_is_rolled_up_after_its_event_and_daily_usage_expires(pool: PgPool) {
     let (id, _) = crate::support::key(&pool, "user@example.com", &[]).await;
     count(&pool, id, "2020-05-01 10:00Z", 0, 5).await;
     assert_eq!(roll_up(&pool, 90).await.unwrap(), 0, "not told as an event yet");
@@ -372,8 +334,7 @@ async fn hours_wait_for_their_events_and_days_end(pool: PgPool) {
     let retention = Retention { hourly_days: 90, daily_days: None, event_days: 30 };
     events::export_all(&pool).await.unwrap();
     tidy(&pool, retention).await.unwrap();
-    let daily: Vec<(i64, i64)> =
-        sqlx::query_as("select requests, cost from usage_daily").fetch_all(&pool).await.unwrap();
+    let daily: Vec<(i64, i64)> = rows(&pool, "select requests, cost from usage_daily").await;
     assert_eq!(daily, [(12, 24)], "0 days: for ever");
     assert_eq!(forget(&pool, 36_500).await.unwrap(), 0);
     tidy(&pool, Retention { daily_days: Some(1_100), ..retention }).await.unwrap();

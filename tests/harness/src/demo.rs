@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, HOST, LOCATION, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
 use futures_util::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
@@ -101,7 +101,7 @@ async fn echo(State(seen): State<Arc<Seen>>, request: Request) -> Response {
         },
         _ => {}
     }
-    Json(received).into_response()
+    ([(CONTENT_TYPE, "application/json")], format!("{received}\n")).into_response()
 }
 
 /// Redirects to `/redirected` of the same host, with an absolute URL: Envoy follows only those.

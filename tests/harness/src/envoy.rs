@@ -35,6 +35,14 @@ pub struct Settings {
     pub listener_file: bool,
 }
 
+impl Settings {
+    /// Two workers, and the usual log.
+    pub fn new(replacements: Replacements, sync_key: Secret) -> Self {
+        let log_level = "warning,wasm:info".into();
+        Self { replacements, workers: 2, log_level, sync_key, environment: Vec::new(), listener_file: false }
+    }
+}
+
 /// An Envoy.
 #[derive(Debug)]
 pub struct Envoy {

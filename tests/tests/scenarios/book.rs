@@ -2,6 +2,7 @@
 //!
 //! The commands of a page are pasted whole into interactive shells, as they stand, several times on the same stack.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,10 @@ use portcullis_tests::stack::Stack;
 use portcullis_tests::{http, paths, policies, shell, tools};
 use serde_json::Value;
 
-/// What a shell prints between two blocks.
-const MARK: &str = "--- next block ---";
+/// What a shell prints behind each block, before the status of its last command.
+const MARK: &str = "--- end of block: ";
+/// Makes bash and zsh note that a command of a block failed, unless it was a condition.
+const NOTE_FAILURES: &str = "FAILED=; trap 'FAILED=\" after a command that failed\"' ERR\n";
 /// Kinds of blocks that are for the reader only.
 const EXAMPLES: [&str; 4] = ["", "shell", "yaml", "json"];
 /// No page takes longer, on a busy machine either.
@@ -67,12 +70,12 @@ fn shells() -> Vec<Command> {
     shells
 }
 
-/// Pastes all blocks into a shell, and gives what it printed for each, and its errors.
-async fn paste(mut shell: Command, home: &Path, blocks: &[Block]) -> Result<(Vec<String>, String)> {
-    let mut pasted = String::new();
+/// Pastes all blocks into a shell. Returns what it printed for each, with the status of the block, and its errors.
+async fn paste(mut shell: Command, home: &Path, blocks: &[Block]) -> Result<(Vec<(String, String)>, String)> {
+    let mut pasted = NOTE_FAILURES.to_owned();
     for block in blocks {
         pasted.push_str(&block.commands);
-        writeln!(pasted, "echo '{MARK}'")?;
+        writeln!(pasted, "echo '{MARK}'$?$FAILED; FAILED=")?;
     }
     let pasted_file = home.join("pasted");
     std::fs::write(&pasted_file, pasted)?;
@@ -82,9 +85,18 @@ async fn paste(mut shell: Command, home: &Path, blocks: &[Block]) -> Result<(Vec
     shell.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let output = tokio::time::timeout(LONGEST, shell.output()).await.context("the shell did not end")??;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mark = format!("{MARK}\n");
-    let printed = printed.split(&mark).map(str::to_owned).collect();
-    Ok((printed, String::from_utf8_lossy(&output.stderr).into_owned()))
+    Ok((ended_blocks(&printed), String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+/// What each block printed, and its status.
+fn ended_blocks(mut printed: &str) -> Vec<(String, String)> {
+    let mut blocks = Vec::new();
+    while let Some((block, after)) = printed.split_once(MARK) {
+        let (status, rest) = after.split_once('\n').unwrap_or((after, ""));
+        blocks.push((block.to_owned(), status.to_owned()));
+        printed = rest;
+    }
+    blocks
 }
 
 async fn demo_stack() -> Result<Stack> {
@@ -115,10 +127,12 @@ async fn prints_what_it_says(name: &str, home: &Path, blocks: &[Block]) -> Resul
         let program = shell.get_program().to_string_lossy().into_owned();
         let (printed, errors) = paste(shell, home, blocks).await?;
         for (number, block) in blocks.iter().enumerate() {
-            let got = printed.get(number).map_or("nothing at all", String::as_str);
+            let (got, status) =
+                printed.get(number).map_or(("nothing at all", "none"), |(got, status)| (got.as_str(), status.as_str()));
             ensure!(
-                got == block.expected,
-                "{name}, run {run} in {program}: the commands\n{}printed\n{got}and not\n{}\nerrors:\n{errors}",
+                got == block.expected && status == "0",
+                "{name}, run {run} in {program}: the commands\n{}printed\n{got}with status {status}, and not\n{}with \
+                 status 0\nerrors:\n{errors}",
                 block.commands,
                 block.expected,
             );
@@ -162,59 +176,115 @@ async fn the_commands_of_the_readme_print_what_it_says_any_number_of_times_in_ba
     the_page_of_metrics_has_what_the_programs_show(&stack).await
 }
 
+/// What stands in backquotes in the first cell of each row of the tables, the parts of a list each by itself.
+fn first_cells(page: &str) -> BTreeSet<String> {
+    let cells = page.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next());
+    let cells = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+    cells.map(str::to_owned).collect()
+}
+
+/// Fails if a page lacks something that the programs have, or has something that they lack.
+fn same(page: &str, listed: &BTreeSet<String>, shown: &BTreeSet<String>) -> Result<()> {
+    let missing: Vec<_> = shown.difference(listed).collect();
+    let invented: Vec<_> = listed.difference(shown).collect();
+    ensure!(missing.is_empty() && invented.is_empty(), "{page} lacks {missing:?}, and invents {invented:?}");
+    Ok(())
+}
+
 async fn the_page_of_metrics_has_what_the_programs_show(stack: &Stack) -> Result<()> {
-    let page = page("docs/src/reference/metrics.md")?;
+    let file = "docs/src/reference/metrics.md";
+    let mut listed = first_cells(&page(file)?);
+    listed.retain(|cell| cell.starts_with("portcullis_") || cell.starts_with("wasmcustom."));
+    let of_envoy = listed.split_off("wasmcustom.");
     let shown = http::get(stack.control_plane.address(), "/metrics").await?;
     let shown = String::from_utf8_lossy(&shown.body).into_owned();
-    let metrics: Vec<&str> = shown
-        .lines()
-        .filter_map(|line| line.strip_prefix("# TYPE "))
-        .filter_map(|line| line.split(' ').next())
-        .filter(|name| name.starts_with("portcullis_"))
-        .collect();
+    let types = shown.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    let metrics: BTreeSet<_> = types.filter(|name| name.starts_with("portcullis_")).map(str::to_owned).collect();
     ensure!(metrics.len() > 20, "{metrics:?}");
-    for metric in metrics {
-        ensure!(page.contains(&format!("| `{metric}` |")), "the page does not have {metric}");
-    }
+    same(file, &listed, &metrics)?;
+    let mut statistics = BTreeSet::new();
     for (statistic, _) in stack.envoy().stats("wasmcustom.portcullis.").await? {
         let kinds = ["decisions", "shadow_decisions"].map(|kind| format!("wasmcustom.portcullis.{kind}."));
         let outcome = kinds.iter().find(|kind| statistic.starts_with(*kind)).map(|kind| format!("{kind}<code>_total"));
-        let name = outcome.unwrap_or(statistic);
-        ensure!(page.contains(&format!("| `{name}` |")), "the page does not have {name}");
+        statistics.insert(outcome.unwrap_or(statistic));
     }
-    Ok(())
+    same(file, &of_envoy, &statistics)
 }
 
 #[test]
-fn the_page_of_outcomes_has_every_outcome_with_its_status() -> Result<()> {
-    let page = page("docs/src/reference/outcomes.md")?;
+fn the_page_of_outcomes_has_every_outcome_with_its_status_and_no_other() -> Result<()> {
+    let file = "docs/src/reference/outcomes.md";
+    let page = page(file)?;
     for outcome in Outcome::ALL {
         let status = outcome.refusal().map(|refusal| format!(" {} |", refusal.status)).unwrap_or_default();
         let row = format!("| `{}` |{status}", outcome.name());
-        ensure!(page.contains(&row), "the page does not have {row}");
+        ensure!(page.contains(&row), "{file} does not have {row}");
     }
-    Ok(())
+    let names = Outcome::ALL.iter().map(|outcome| outcome.name().to_owned()).collect();
+    let listed =
+        first_cells(&page).into_iter().filter(|cell| cell.bytes().all(|b| b == b'_' || b.is_ascii_lowercase()));
+    same(file, &listed.collect(), &names)
+}
+
+/// What the control plane prints.
+fn output_of(arguments: &[&str]) -> Result<String> {
+    let output = Command::new(paths::control_plane()).args(arguments).output()?;
+    ensure!(output.status.success(), "{arguments:?} failed");
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 #[test]
-fn the_pages_of_flags_and_routes_have_what_the_control_plane_has() -> Result<()> {
-    let say = |arguments: &[&str]| -> Result<String> {
-        let output = Command::new(paths::control_plane()).args(arguments).output()?;
-        ensure!(output.status.success(), "{arguments:?} failed");
-        Ok(String::from_utf8(output.stdout)?)
-    };
-    let settings = page("docs/src/operating/control-plane.md")?;
-    let help = say(&["serve", "--help"])?;
-    let flags: Vec<&str> = help.lines().filter_map(|line| line.trim().strip_prefix("--")?.split(' ').next()).collect();
+fn the_page_of_settings_has_every_flag_of_the_control_plane_and_no_other() -> Result<()> {
+    let file = "docs/src/operating/control-plane.md";
+    let help = output_of(&["serve", "--help"])?;
+    let flags =
+        help.lines().filter_map(|line| Some(format!("--{}", line.trim().strip_prefix("--")?.split(' ').next()?)));
+    let flags: BTreeSet<_> = flags.collect();
     ensure!(flags.len() > 20, "{flags:?}");
-    for flag in flags {
-        ensure!(settings.contains(&format!("`--{flag}`")), "the page does not have --{flag}");
+    let listed = first_cells(&page(file)?).into_iter().filter(|cell| cell.starts_with("--"));
+    same(file, &listed.collect(), &flags)
+}
+
+/// The routes of the page's tables, each with its method: `GET /v1/roles`, `GET`, `PUT /v1/roles/{name}` are three.
+fn routes(page: &str) -> Result<BTreeSet<String>> {
+    let mut routes = BTreeSet::new();
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let cell = line.split('|').nth(1).context("a row without a cell")?;
+        let mut methods = Vec::new();
+        for part in cell.split('`').skip(1).step_by(2) {
+            let (method, path) = part.split_once(' ').unwrap_or((part, ""));
+            methods.push(method);
+            if !path.is_empty() {
+                routes.extend(methods.drain(..).map(|method| format!("{method} {path}")));
+            }
+        }
+        ensure!(methods.is_empty(), "{cell} names methods without a path");
     }
-    let routes = page("docs/src/reference/rest-api.md")?;
-    let document: Value = serde_json::from_str(&say(&["openapi"])?)?;
-    for route in document["paths"].as_object().context("no paths")?.keys() {
-        ensure!(routes.contains(&format!("{route}`")), "the page does not have {route}");
+    Ok(routes)
+}
+
+#[test]
+fn the_page_of_the_rest_api_has_every_route_with_its_method_and_no_other() -> Result<()> {
+    let file = "docs/src/reference/rest-api.md";
+    let document: Value = serde_json::from_str(&output_of(&["openapi"])?)?;
+    let mut documented = BTreeSet::new();
+    for (path, methods) in document["paths"].as_object().context("no paths")? {
+        let methods = methods.as_object().context("no methods")?.keys().filter(|key| *key != "parameters");
+        documented.extend(methods.map(|method| format!("{} {path}", method.to_uppercase())));
     }
+    // The page lists probes in a sentence.
+    for probe in ["GET /healthz", "GET /readyz"] {
+        ensure!(documented.remove(probe), "{probe} is not in the document");
+    }
+    same(file, &routes(&page(file)?)?, &documented)
+}
+
+#[test]
+fn routes_of_one_path_may_share_it() -> Result<()> {
+    let page = "| `GET /a`, `GET`, `PUT /a/{id}` | what |\n| `DELETE /b` | `GET /c` |\n";
+    let expected = ["DELETE /b", "GET /a", "GET /a/{id}", "PUT /a/{id}"].map(str::to_owned);
+    assert_eq!(routes(page)?, BTreeSet::from(expected));
+    assert!(routes("| `GET` | what |\n").is_err());
     Ok(())
 }
 

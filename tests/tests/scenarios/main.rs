@@ -37,5 +37,6 @@ mod shadow;
 mod shipped;
 mod sources;
 mod trailers;
+mod up;
 mod usage_log;
 mod wasm;

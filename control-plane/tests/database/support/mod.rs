@@ -1,9 +1,9 @@
-//! What database tests share: an app over the test's own database, and requests to its router.
-#![allow(dead_code, reason = "each test crate uses its part of it")]
+//! Shared by the database tests: an app over the test's own database, and requests to its router.
 
 pub mod reports;
 pub mod slow_rollback;
 
+use std::borrow::Borrow;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::http::{HeaderMap, Request, StatusCode};
-use contract::hash::KeyHash;
+use axum::http::{HeaderMap, Request};
 use contract::key::Secret;
 use control_plane::api::rate_limit::CallerRateLimiter;
 use control_plane::audit::Actor;
@@ -28,8 +27,10 @@ use control_plane::sync::feed::Feed;
 use control_plane::sync::registry::Registry;
 use control_plane::{App, api};
 use portcullis_tests::paths;
-use serde_json::Value;
-use sqlx::PgPool;
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, FromRow, PgPool};
 use tokio::sync::watch;
 use tower::ServiceExt;
 use uuid::Uuid;
@@ -40,6 +41,7 @@ pub const HELD: Duration = Duration::from_secs(60);
 /// A poll that ends within this time was ended by an event. It is far below [`HELD`] and the longest time that a client may
 /// ask for, and far above what a busy machine needs.
 pub const EARLY: Duration = Duration::from_secs(20);
+
 /// The control plane as cargo built it for these tests. Read when the test runs, since a checkout may be copied with its
 /// target directory.
 pub fn binary() -> PathBuf {
@@ -62,11 +64,32 @@ impl Drop for Fixture {
 }
 
 impl Fixture {
-    pub async fn new(pool: PgPool) -> Self {
+    pub async fn new(pool: &PgPool) -> Self {
         Self::with_rate_limit(pool, 10_000).await
     }
 
-    pub async fn with_rate_limit(pool: PgPool, burst: u32) -> Self {
+    /// A fixture and an admin key.
+    pub async fn with_admin(pool: &PgPool) -> (Self, Secret) {
+        let fixture = Self::new(pool).await;
+        let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+        (fixture, admin)
+    }
+
+    /// A fixture and the key of a filter.
+    pub async fn with_sync(pool: &PgPool) -> (Self, Secret) {
+        let fixture = Self::new(pool).await;
+        let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+        (fixture, sync)
+    }
+
+    /// A fixture, an admin key and the key of a filter.
+    pub async fn with_admin_and_sync(pool: &PgPool) -> (Self, Secret, Secret) {
+        let (fixture, admin) = Self::with_admin(pool).await;
+        let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
+        (fixture, admin, sync)
+    }
+
+    pub async fn with_rate_limit(pool: &PgPool, burst: u32) -> Self {
         let (stop, stopping) = watch::channel(false);
         let (usage, _) = Ingest::start(pool.clone());
         let burst = NonZeroU32::new(burst).unwrap();
@@ -90,7 +113,13 @@ impl Fixture {
         let mut positions = app.store.positions();
         positions.wait_for(Option::is_some).await.unwrap();
         let router = api::router(app.clone(), None);
-        Self { app, router, pool, stop, feed }
+        Self { app, router, pool: pool.clone(), stop, feed }
+    }
+
+    /// Changes a setting of the app, before the first request.
+    pub fn configure(&mut self, change: impl FnOnce(&mut App)) {
+        change(&mut self.app);
+        self.router = api::router(self.app.clone(), None);
     }
 
     /// Tells the app to end.
@@ -100,11 +129,10 @@ impl Fixture {
 
     /// Polls are held for a moment only. That bounds the time to look at the database too, so only for tests without it.
     pub fn shorten_polls(&mut self) {
-        self.app.long_poll = Duration::from_millis(100);
-        self.router = api::router(self.app.clone(), None);
+        self.configure(|app| app.long_poll = Duration::from_millis(100));
     }
 
-    /// From here on the mirror stays as it is, as that of a replica that has not heard yet.
+    /// Stops updates of the mirror, as on a replica that lags.
     pub fn stop_feed(&self) {
         self.feed.abort();
     }
@@ -112,6 +140,60 @@ impl Fixture {
     /// Makes a key; its id and secret.
     pub async fn key(&self, email: &str, scopes: &[&str]) -> (Uuid, Secret) {
         key(&self.pool, email, scopes).await
+    }
+
+    pub async fn get(&self, uri: &str, key: &Secret) -> Reply {
+        self.call("GET", uri, key, None).await
+    }
+
+    pub async fn delete(&self, uri: &str, key: &Secret) -> Reply {
+        self.call("DELETE", uri, key, None).await
+    }
+
+    pub async fn post(&self, uri: &str, key: &Secret, body: impl Borrow<Value>) -> Reply {
+        self.call("POST", uri, key, Some(body.borrow())).await
+    }
+
+    pub async fn put(&self, uri: &str, key: &Secret, body: impl Borrow<Value>) -> Reply {
+        self.call("PUT", uri, key, Some(body.borrow())).await
+    }
+
+    pub async fn patch(&self, uri: &str, key: &Secret, body: impl Borrow<Value>) -> Reply {
+        self.call("PATCH", uri, key, Some(body.borrow())).await
+    }
+
+    /// Creates a key of user@example.com, with these fields of the request.
+    pub async fn create(&self, caller: &Secret, fields: Value) -> Reply {
+        let mut body = json!({"email": "user@example.com", "name": "n"});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        self.post("/v1/keys", caller, body).await
+    }
+
+    /// Imports lines of keys.
+    pub async fn import(&self, key: &Secret, lines: impl Into<Body>) -> Reply {
+        let mut request = request("POST", "/v1/keys/import", Some(key), lines);
+        request.headers_mut().insert("content-type", "application/x-ndjson; charset=utf-8".parse().unwrap());
+        self.send(request).await
+    }
+
+    /// One field of every entry, by page. Each page but the last links to the next one, which asks for the same.
+    pub async fn pages(&self, path: &str, asked: &str, list: &str, field: &str, key: &Secret) -> Vec<Vec<Value>> {
+        let (mut uri, mut pages) = (format!("{path}?{asked}limit=2"), Vec::new());
+        loop {
+            let reply = self.get(&uri, key).await;
+            let page = reply.expect(200);
+            pages.push(page[list].as_array().unwrap().iter().map(|entry| entry[field].clone()).collect());
+            let cursor = match &page["next_cursor"] {
+                Value::Null => {
+                    assert!(!reply.headers.contains_key("link"));
+                    return pages;
+                }
+                Value::String(cursor) => form_urlencoded::byte_serialize(cursor.as_bytes()).collect(),
+                cursor => cursor.to_string(),
+            };
+            uri = format!("{path}?{asked}cursor={cursor}&limit=2");
+            assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
+        }
     }
 
     /// One call of the REST API, with a JSON body if there is one.
@@ -148,12 +230,12 @@ impl Fixture {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let body = to_bytes(body, 32 << 20).await.unwrap().to_vec();
-        Reply { status: parts.status, headers: parts.headers, body }
+        Reply { status: parts.status.as_u16(), headers: parts.headers, body }
     }
 }
 
 pub struct Reply {
-    pub status: StatusCode,
+    pub status: u16,
     pub headers: HeaderMap,
     pub body: Vec<u8>,
 }
@@ -167,14 +249,83 @@ impl Reply {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
-    /// What a problem says.
+    /// The body of an answer that has this status.
+    #[track_caller]
+    pub fn expect(&self, status: u16) -> Value {
+        assert_eq!(self.status, status, "{}", String::from_utf8_lossy(&self.body));
+        self.json()
+    }
+
+    /// The key that the answer shows.
+    #[track_caller]
+    pub fn secret(&self) -> Secret {
+        secret_of(&self.json())
+    }
+
+    /// Asserts status, code, detail and field of a problem.
     #[track_caller]
     pub fn assert_problem(&self, status: u16, code: &str, detail: &str, field: Option<&str>) {
         let body = self.json();
-        assert_eq!((self.status.as_u16(), &body["code"], &body["detail"]), (status, &code.into(), &detail.into()));
+        assert_eq!((self.status, &body["code"], &body["detail"]), (status, &code.into(), &detail.into()));
         assert_eq!(body.get("field").and_then(Value::as_str), field);
         assert_eq!(self.header("content-type"), "application/problem+json");
     }
+}
+
+/// The key that an answer shows.
+#[track_caller]
+pub fn secret_of(answer: &Value) -> Secret {
+    Secret::from_presented(answer["key"].as_str().unwrap().into())
+}
+
+#[track_caller]
+pub fn id_of(answer: &Value) -> Uuid {
+    answer["id"].as_str().unwrap().parse().unwrap()
+}
+
+/// Executes a statement of the test; how many rows it changed.
+pub async fn execute(pool: &PgPool, sql: impl Into<String>) -> u64 {
+    sqlx::query(AssertSqlSafe(sql.into())).execute(pool).await.unwrap().rows_affected()
+}
+
+/// Sets columns of a key by hand.
+pub async fn change_key(pool: &PgPool, id: Uuid, columns: &str) {
+    execute(pool, format!("update api_keys set {columns} where id = '{id}'")).await;
+}
+
+/// The only value that a query finds.
+pub async fn scalar<T>(pool: &PgPool, sql: impl Into<String>) -> T
+where
+    (T,): for<'r> FromRow<'r, PgRow>,
+    T: Send + Unpin,
+{
+    row::<(T,)>(pool, sql).await.0
+}
+
+/// The values of the only column.
+pub async fn scalars<T>(pool: &PgPool, sql: impl Into<String>) -> Vec<T>
+where
+    (T,): for<'r> FromRow<'r, PgRow>,
+    T: Send + Unpin,
+{
+    rows::<(T,)>(pool, sql).await.into_iter().map(|(value,)| value).collect()
+}
+
+/// The only row that a query finds.
+pub async fn row<T: for<'r> FromRow<'r, PgRow> + Send + Unpin>(pool: &PgPool, sql: impl Into<String>) -> T {
+    sqlx::query_as(AssertSqlSafe(sql.into())).fetch_one(pool).await.unwrap()
+}
+
+pub async fn rows<T: for<'r> FromRow<'r, PgRow> + Send + Unpin>(pool: &PgPool, sql: impl Into<String>) -> Vec<T> {
+    sqlx::query_as(AssertSqlSafe(sql.into())).fetch_all(pool).await.unwrap()
+}
+
+/// Waits until a statement waits for a lock.
+pub async fn lock_wait(pool: &PgPool) {
+    let waits =
+        "select exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock')";
+    let waiting = async || scalar::<bool>(pool, waits).await.then_some(());
+    eventually("a wait for a lock", waiting).await.unwrap();
 }
 
 pub async fn key(pool: &PgPool, email: &str, scopes: &[&str]) -> (Uuid, Secret) {
@@ -203,8 +354,7 @@ pub fn writer(pool: &PgPool) -> Writer {
 }
 
 pub async fn revision(pool: &PgPool) -> u64 {
-    let revision: i64 = sqlx::query_scalar("select revision from store_state").fetch_one(pool).await.unwrap();
-    revision.cast_unsigned()
+    scalar::<i64>(pool, "select revision from store_state").await.cast_unsigned()
 }
 
 pub fn request(method: &str, uri: &str, key: Option<&Secret>, body: impl Into<Body>) -> Request<Body> {
@@ -213,8 +363,4 @@ pub fn request(method: &str, uri: &str, key: Option<&Secret>, body: impl Into<Bo
         request = request.header("x-api-key", key.reveal());
     }
     request.header("content-type", "application/json").body(body.into()).unwrap()
-}
-
-pub fn hash(secret: &Secret) -> KeyHash {
-    secret.hash()
 }

@@ -1,4 +1,4 @@
-//! Envoys as the control plane sees them: reports go in, what was acknowledged and granted comes out.
+//! Envoys as the control plane sees them: they send reports, and read acknowledgements and grants.
 
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
@@ -37,7 +37,7 @@ impl Envoy {
         let report = Report { reporter: self.id, seq: self.seq, counts: counts.to_vec() };
         let body = write_reports(&[report]).unwrap();
         let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&self.sync), body)).await;
-        assert_eq!(reply.status.as_u16(), 200, "{}", String::from_utf8_lossy(&reply.body));
+        assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
         let ack = Ack::read(&reply.body).unwrap();
         assert_eq!((ack.reporter, ack.seq), (self.id, self.seq));
         ack.grants
