@@ -8,9 +8,8 @@ use contract::usage::{Count, SHADOW};
 use control_plane::domain::{Every, Window};
 use control_plane::quota::{Whose, reconsider, refresh_starters, reopen};
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, PgPool};
-use time::OffsetDateTime;
 use sqlx::PgPool;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 async fn set_quota(pool: &PgPool, id: Uuid, quota: &Value) {
@@ -75,7 +74,10 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
         "used": 40, "leased": 30, "remaining": 30, "exceeded": false
     });
     let sql = "select to_char(starts at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), to_char(ends at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
-        from calendar_window('month', 'Europe/Berlin', now())";
+        from (
+            select date_trunc('month', now(), 'Europe/Berlin') as starts,
+                date_trunc('month', date_trunc('month', now(), 'Europe/Berlin') + interval '45 days', 'Europe/Berlin') as ends
+        ) month";
     let calendar: (String, String) = row(&pool, sql).await;
     assert_eq!(
         (seen["window_start"].as_str().unwrap(), seen["window_end"].as_str().unwrap()),

@@ -1,7 +1,7 @@
 //! Roles, and the scopes that keys have by them.
 
-use contract::codec::Bytes;
 use crate::support::{Fixture, Reply, execute, lock_wait, revision, rows, scalar, scalars, secret_of};
+use contract::codec::Bytes;
 use contract::definition::Definition;
 use contract::id::Epoch;
 use contract::key::Secret;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use portcullis_tests::load::{Load, Plan, with_status};
-use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::stack::Stack;
 use serde_json::json;
 
 const LIMIT: u64 = 100;
