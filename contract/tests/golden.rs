@@ -274,7 +274,7 @@ fn damaged_reports_are_refused() {
 
 const ACK_BYTES: &str = concat!(
     "504b4131",                               // magic
-    "b1e849e3",                               // checksum
+    "cbf6d670",                               // checksum
     "1044444444444444444444444444444444ac02", // reporter, number 300
     "02",                                     // two grants
     "001011111111111111111111111111111111",   // a share of a key:
