@@ -105,3 +105,18 @@ impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
         <&'de [u8]>::deserialize(deserializer).map(Self)
     }
 }
+
+/// Encodes an array of bytes as a byte string, which postcard decodes faster than an array.
+pub(crate) mod byte_array {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer, const N: usize>(bytes: &[u8; N], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bytes(bytes)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>, const N: usize>(from: D) -> Result<[u8; N], D::Error> {
+        let bytes = <&'de [u8]>::deserialize(from)?;
+        bytes.try_into().map_err(|_| D::Error::custom("the byte string has another length"))
+    }
+}

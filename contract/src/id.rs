@@ -1,4 +1,5 @@
-//! Identifiers with a fixed number of bytes. Messages have the bytes alone; JSON has the usual text.
+//! Identifiers with a fixed number of bytes. Messages have them as byte strings, which decode faster than arrays; JSON has
+//! the usual text.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,7 +24,7 @@ macro_rules! byte_name {
                 if serializer.is_human_readable() {
                     serializer.collect_str(self)
                 } else {
-                    self.0.serialize(serializer)
+                    crate::codec::byte_array::serialize(&self.0, serializer)
                 }
             }
         }
@@ -34,7 +35,7 @@ macro_rules! byte_name {
                     let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
                     text.parse().map_err(serde::de::Error::custom)
                 } else {
-                    <[u8; $bytes]>::deserialize(deserializer).map(Self)
+                    crate::codec::byte_array::deserialize(deserializer).map(Self)
                 }
             }
         }

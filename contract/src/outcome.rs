@@ -47,13 +47,8 @@ macro_rules! outcomes {
                 }
             }
 
-            /// How the outcome is answered; `None` if the request goes upstream.
-            #[must_use]
-            pub const fn refusal(self) -> Option<Refusal> {
-                match self {
-                    $(Self::$variant => outcomes!(@refusal $($status $title $detail)?),)*
-                }
-            }
+            /// By code.
+            const REFUSALS: [Option<Refusal>; Self::ALL.len()] = [$(outcomes!(@refusal $($status $title $detail)?)),*];
         }
     };
     (@refusal) => { None };
@@ -126,9 +121,15 @@ impl Outcome {
         Self::ALL.get(usize::from(code)).copied()
     }
 
+    /// How the outcome is answered; `None` if the request goes upstream.
+    #[must_use]
+    pub fn refusal(self) -> Option<Refusal> {
+        Self::REFUSALS.get(usize::from(self.code())).copied().flatten()
+    }
+
     /// Whether the request goes upstream.
     #[must_use]
-    pub const fn goes_upstream(self) -> bool {
+    pub fn goes_upstream(self) -> bool {
         self.refusal().is_none()
     }
 }

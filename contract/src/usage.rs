@@ -110,6 +110,7 @@ pub struct Grant {
     /// [`Stock::code`], kept as a number so that newer stocks are stepped over.
     pub stock: u8,
     /// The key's id, or the owner's for credits.
+    #[serde(with = "codec::byte_array")]
     pub of: [u8; 16],
     /// A share in parts per million, none for one that the Envoy has left to others; or all that was ever granted; or the
     /// [tag](crate::rate::tag) of a limit.

@@ -14,34 +14,34 @@ use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
 use contract::usage::{Ack, Count, Grant, KeyRef, Report, Subject, read_reports, write_reports};
 
 const PLAIN_RECORD: &str = concat!(
-    "00",                               // requires nothing
-    "11111111111111111111111111111111", // key id
-    "22222222222222222222222222222222", // owner id
-    "01",                               // generation
-    "00",                               // flags
-    "00",                               // no expiry
-    "01",                               // cost
-    "000000",                           // no rate limits, scopes, roles
-    "00000000",                         // no plan, networks, quota, credits
+    "00",                                 // requires nothing
+    "1011111111111111111111111111111111", // key id
+    "1022222222222222222222222222222222", // owner id
+    "01",                                 // generation
+    "00",                                 // flags
+    "00",                                 // no expiry
+    "01",                                 // cost
+    "000000",                             // no rate limits, scopes, roles
+    "00000000",                           // no plan, networks, quota, credits
 );
 
 const FULL_RECORD: &str = concat!(
-    "07",                                   // requires plans, networks and budgets
-    "11111111111111111111111111111111",     // key id
-    "22222222222222222222222222222222",     // owner id
-    "ac02",                                 // generation 300
-    "05",                                   // flags: revoked, quota exceeded
-    "0180aea5ea06",                         // expires at 1,833,522,944
-    "0a",                                   // cost 10
-    "010362757264901c1401",                 // one limit: "bur", 100 requests, 3,600 s, burst 20, shared
-    "02046c697374057772697465",             // scopes: list, write
-    "0107",                                 // role 7
-    "0103",                                 // plan 3
-    "02",                                   // two networks
-    "00c000020018",                         // IPv4: 192.0.2.0, prefix of 24 bits
-    "0120010db800000000000000000000000020", // IPv6: 2001:db8::, prefix of 32 bits
-    "01e807020180aea2ea06",                 // quota: starter 1,000, turn 2, reset at 1,833,473,792
-    "01050100",                             // credits: starter 5, turn 1, no reset
+    "07",                                     // requires plans, networks and budgets
+    "1011111111111111111111111111111111",     // key id
+    "1022222222222222222222222222222222",     // owner id
+    "ac02",                                   // generation 300
+    "05",                                     // flags: revoked, quota exceeded
+    "0180aea5ea06",                           // expires at 1,833,522,944
+    "0a",                                     // cost 10
+    "010362757264901c1401",                   // one limit: "bur", 100 requests, 3,600 s, burst 20, shared
+    "02046c697374057772697465",               // scopes: list, write
+    "0107",                                   // role 7
+    "0103",                                   // plan 3
+    "02",                                     // two networks
+    "80848080fcff3f78",                       // 192.0.2.0 as ::ffff:192.0.2.0, prefix of 96 + 24 bits
+    "8080808080808080808080808080ee86814020", // 2001:db8::, prefix of 32 bits
+    "01e807020180aea2ea06",                   // quota: starter 1,000, turn 2, reset at 1,833,473,792
+    "01050100",                               // credits: starter 5, turn 1, no reset
 );
 
 fn bytes(text: &str) -> Vec<u8> {
@@ -98,23 +98,23 @@ fn a_record_that_is_cut_short_is_refused() {
 }
 
 const UPDATE_BYTES: &str = concat!(
-    "504b5331",                         // magic
-    "0f0dc55a",                         // checksum
-    "33333333333333333333333333333333", // epoch
-    "e807",                             // revision 1,000
-    "02",                               // keys
-    "01e607",                           // changes after 998
-    "08",                               // filters
-    "8301",                             // entries, 131 bytes
-    "0203",                             // define number 3
-    "0f0103613a2a010362757264901c1401", // 15 bytes: the scope a:*, one limit
-    "00",                               // put
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "2c", // 44 bytes: the plain record
-    "0011111111111111111111111111111111222222222222222222222222222222220100000100000000000000",
+    "504b5331",                           // magic
+    "0834341e",                           // checksum
+    "1033333333333333333333333333333333", // epoch
+    "e807",                               // revision 1,000
+    "02",                                 // keys
+    "01e607",                             // changes after 998
+    "08",                                 // filters
+    "8701",                               // entries, 135 bytes
+    "0203",                               // define number 3
+    "0f0103613a2a010362757264901c1401",   // 15 bytes: the scope a:*, one limit
+    "00",                                 // put
+    "20aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "2e", // 46 bytes: the plain record
+    "00101111111111111111111111111111111110222222222222222222222222222222220100000100000000000000",
     "0304", // undefine number 4
     "01",   // remove
-    "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+    "20bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
 );
 
 fn header() -> Header {
@@ -223,22 +223,22 @@ fn an_update_has_a_readable_form_in_json() {
 }
 
 const REPORT_BYTES: &str = concat!(
-    "504b5531",                           // magic
-    "ba88dd0c",                           // checksum
-    "02",                                 // two reports
-    "44444444444444444444444444444444",   // reporter
-    "07",                                 // number
-    "02",                                 // two counts
-    "0111111111111111111111111111111111", // of a key
-    "02",                                 // generation
-    "00",                                 // allowed
-    "a0c21e",                             // hour 500,000
-    "a09c01",                             // 20,000 requests
-    "c09a0c",                             // cost 200,000
-    "b89401",                             // 19,000 of them from a quota
-    "fba0f1c2b134",                       // last at 1,800,000,000,123
+    "504b5531",                             // magic
+    "27e970f1",                             // checksum
+    "02",                                   // two reports
+    "1044444444444444444444444444444444",   // reporter
+    "07",                                   // number
+    "02",                                   // two counts
+    "011011111111111111111111111111111111", // of a key
+    "02",                                   // generation
+    "00",                                   // allowed
+    "a0c21e",                               // hour 500,000
+    "a09c01",                               // 20,000 requests
+    "c09a0c",                               // cost 200,000
+    "b89401",                               // 19,000 of them from a quota
+    "fba0f1c2b134",                         // last at 1,800,000,000,123
     "0063a0c21e031e00fba0f1c2b134", // of no key, outcome 99, the same hour, 3 requests, cost 30, none from a quota
-    "44444444444444444444444444444444",
+    "1044444444444444444444444444444444",
     "0800", // number 8, no counts
 );
 
@@ -273,14 +273,14 @@ fn damaged_reports_are_refused() {
 }
 
 const ACK_BYTES: &str = concat!(
-    "504b4131",                             // magic
-    "291c9198",                             // checksum
-    "44444444444444444444444444444444ac02", // reporter, number 300
-    "02",                                   // two grants
-    "0011111111111111111111111111111111",   // a share of a key:
-    "95ac1400",                             // 333,333 parts per million, turn 0
-    "0211111111111111111111111111111111",   // credits of an owner:
-    "f0a20402",                             // 70,000 in all, turn 2
+    "504b4131",                               // magic
+    "cbf6d670",                               // checksum
+    "1044444444444444444444444444444444ac02", // reporter, number 300
+    "02",                                     // two grants
+    "001011111111111111111111111111111111",   // a share of a key:
+    "95ac1400",                               // 333,333 parts per million, turn 0
+    "021011111111111111111111111111111111",   // credits of an owner:
+    "f0a20402",                               // 70,000 in all, turn 2
 );
 
 #[test]
