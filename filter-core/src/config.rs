@@ -418,6 +418,17 @@ mod tests {
         assert!(error("{").contains("EOF"));
         assert!(error(&with(r#""rate_limits": {}"#)).starts_with("rate_limits: is not a known field; the fields are "));
         assert!(error(r#"{"control_plane": {"cluster": ""}}"#).contains("control_plane.cluster: must not be empty"));
+        for field in ["control_plane.authority", "control_plane.sync_key_variable", "store", "pepper_variable"] {
+            let json = match field.split_once('.') {
+                Some((_, field)) => format!(r#"{{"control_plane": {{"cluster": "cp", "{field}": ""}}}}"#),
+                None => with(&format!(r#""{field}": """#)),
+            };
+            assert_eq!(error(&json), format!("{field}: must not be empty"));
+        }
+        for field in ["consumer", "credential", "scopes", "packed"] {
+            let json = with(&format!(r#""identity_headers": {{"{field}": ":path"}}"#));
+            assert!(error(&json).starts_with(&format!("identity_headers.{field}: \":path\" is not a header name")));
+        }
         assert!(error(&with(r#""key_header": ":path""#)).contains("key_header: \":path\" is not a header name"));
         assert!(error(&with(r#""key_header": "host""#)).contains("key_header"));
         assert!(error(&with(r#""key_header": "X-Consumer-Id""#)).contains("x-consumer-id is used twice"));

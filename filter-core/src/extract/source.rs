@@ -261,6 +261,7 @@ mod tests {
             assert_eq!(found(&source, b""), None);
             assert!(source.holds(value.as_bytes(), b"abc") && !source.holds(value.as_bytes(), b"b"));
         }
+        assert_eq!(Source::Cookie("k".into()).without(b"b=1"), Remainder::Value(b"b=1".to_vec()));
         // Behind another of its name.
         assert!(Source::Query("k".into()).holds(b"/?k=x&k=%61bc", b"abc"));
         assert!(Source::Cookie("k".into()).holds(b"k=x; k=\"abc\"", b"abc"));

@@ -272,6 +272,23 @@ fn a_leader_that_was_suspended_writes_nothing_and_stops() {
 }
 
 #[test]
+fn a_leader_that_loses_its_term_while_it_writes_the_state_stops() {
+    for response in [changes(7, 8, &[b"new"]), MockResponse::ok(page(5, Part::Snapshot { from: 0, to: 0x8000 }, &[]))] {
+        let (mut node, poll) = Node::synced();
+        let data = node.vm.data.clone();
+        node.host.before_put_of(":state", move || {
+            assert!(acquire(&data, NodeId(2), NOW + TERM_MS));
+            let state = StoreState { synced_ms: 1, ..state::read(&data).unwrap() };
+            state::set(&data, NodeId(2), &state).unwrap();
+        });
+        assert_eq!(node.respond(&poll, &response), vec![]);
+        assert!(node.leader.term.is_none());
+        let left = state::read(&node.vm.data).map(|state| (state.revision, state.synced_ms));
+        assert_eq!(left, Some((7, 1)), "what the new leader wrote");
+    }
+}
+
+#[test]
 fn only_the_response_to_a_call_of_this_term_counts() {
     let (mut node, poll) = Node::synced();
     let stranger = SentCall { token: poll.token + 1, ..poll.clone() };
