@@ -6,6 +6,12 @@ use serde_json::{Value, json};
 
 use crate::http::Reply;
 
+/// The headers with the identity of a key without scopes.
+pub const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
+
+/// The headers with the identity of a key with scopes.
+pub const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
+
 /// Asserts a whole refusal of the filter. `more` names the headers that only this outcome has; the test checks their values.
 #[track_caller]
 pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {

@@ -162,9 +162,7 @@ impl Builder {
             texts: self.texts,
             ..Replacements::between(control_plane.address(), demo.address())
         };
-        let log_level = "warning,wasm:info".into();
-        let (sync_key, environment) = (fresh_key()?, Vec::new());
-        let settings = Settings { replacements, workers: 2, log_level, sync_key, environment, listener_file: false };
+        let settings = Settings::new(replacements, fresh_key()?);
         let log = Log::create(&home.path().join("envoy.log"))?;
         let directory = home.path().join("envoy");
         let envoy = Envoy::prepare(settings, &directory, log, &silently)?;

@@ -51,7 +51,7 @@ enum Command {
     Docs,
     /// Write control-plane/.sqlx anew, after a query or a migration changed.
     Sqlx,
-    /// List what is built into the product, with versions, licences and checksums (CycloneDX 1.5).
+    /// List the packages that are built into the product, with versions, licences and checksums (CycloneDX 1.5).
     Sbom(sbom::Options),
 }
 

@@ -121,6 +121,7 @@ impl Step {
         (name, what)
     }
 
+    // Longer than a screen: one arm for each step.
     async fn run(self) -> Result<Done> {
         match self {
             Self::Fmt => run(cargo(&["fmt", "--all", "--check"]))?,

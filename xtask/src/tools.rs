@@ -196,13 +196,13 @@ fn npm_beside(node: &Path) -> Option<PathBuf> {
     known.into_iter().map(|script| home.join(script)).find(|script| script.is_file())
 }
 
-/// A command that makes a Python client out of an OpenAPI document, and the variable that lets Python find what such a
+/// A command that makes a Python client from an OpenAPI document, and the variable that lets Python find what such a
 /// client needs.
 pub(crate) fn openapi_python_client() -> Result<(Command, PathBuf)> {
     let home = install(OPENAPI_PYTHON_CLIENT, &tools().join(OPENAPI_PYTHON_CLIENT.replace("==", "-")), &[], &progress)?;
     let mut command = Command::new("python3");
     command.args(["-m", "openapi_python_client"]).env("PYTHONPATH", &home);
-    // It calls ruff, which lies beside it, to format what it made.
+    // It calls ruff, in the same directory, to format the client.
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::iter::once(home.join("bin")).chain(std::env::split_paths(&path));
     command.env("PATH", std::env::join_paths(path)?);

@@ -1,5 +1,5 @@
-//! Where bytes of strangers enter, as plain functions: any bytes come in; each function returns, or panics where a promise
-//! does not hold. cargo-fuzz calls them from `fuzz_targets`, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
+//! Entry points of untrusted bytes, as plain functions. Each takes any bytes, and panics if a promise does not hold.
+//! cargo-fuzz calls them from `fuzz_targets`, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
 
 #![forbid(unsafe_code)]
 

@@ -1,5 +1,6 @@
 //! The REST API as an administrator uses it.
 
+use std::borrow::Borrow;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
@@ -49,10 +50,29 @@ impl Rest {
         reply.json()
     }
 
-    /// Makes a key of the user; its id and the key itself.
+    /// What there is at a path.
+    pub async fn get(&self, path: &str) -> Result<Value> {
+        self.expect(Method::GET, path, None, 200).await
+    }
+
+    /// Creates something.
+    pub async fn post(&self, path: &str, body: impl Borrow<Value>) -> Result<Value> {
+        self.expect(Method::POST, path, Some(body.borrow()), 201).await
+    }
+
+    /// Changes something.
+    pub async fn patch(&self, path: &str, body: impl Borrow<Value>) -> Result<Value> {
+        self.expect(Method::PATCH, path, Some(body.borrow()), 200).await
+    }
+
+    /// Creates a key of the user; its id and the key itself.
     pub async fn create(&self, email: &str) -> Result<(String, String)> {
-        let body = json!({"email": email, "name": "Test Key"});
-        let made = self.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
+        self.create_with(json!({"email": email, "name": "Test Key"})).await
+    }
+
+    /// Creates a key with these fields; its id and the key itself.
+    pub async fn create_with(&self, body: impl Borrow<Value>) -> Result<(String, String)> {
+        let made = self.post("/v1/keys", body).await?;
         let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).context("a field is missing");
         Ok((text("id")?, text("key")?))
     }

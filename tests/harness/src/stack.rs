@@ -272,12 +272,10 @@ impl Builder {
             let home = directory.path().join(format!("envoy-{number}"));
             let log = Log::create(&directory.path().join(format!("envoy-{number}.log")))?;
             let settings = envoy::Settings {
-                replacements,
                 workers: self.workers,
                 log_level: self.envoy_log_level.clone(),
-                sync_key: sync_key.clone(),
                 environment: self.environment.clone(),
-                listener_file: false,
+                ..envoy::Settings::new(replacements, sync_key.clone())
             };
             envoys.push(Envoy::start(settings, &home, log, &silently).await?);
         }

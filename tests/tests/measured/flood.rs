@@ -30,6 +30,7 @@ fn at(took: &[Duration], per_mille: usize) -> Duration {
     took.get(place).copied().unwrap_or_default()
 }
 
+/// Longer than a screen: one story.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_unknown_keys_leaves_nothing_behind_and_good_keys_alone() -> Result<()> {
     let stack = Arc::new(Stack::start().await?);

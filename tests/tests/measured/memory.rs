@@ -26,7 +26,7 @@ async fn load(stack: &Stack) -> Result<()> {
     }
     let before = loaded();
     stack.database.execute("update store_state set epoch = gen_random_uuid()").await?;
-    // Which tells the feed to look.
+    // This wakes the feed.
     stack.rest().create("user@example.com").await?;
     eventually("the store to be loaded", async || (loaded() > before).then_some(())).await
 }

@@ -7,15 +7,14 @@ use anyhow::{Context, Result, ensure};
 use contract::outcome::Outcome;
 use hyper::Method;
 use portcullis_tests::envoy::Envoy;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::http::{self, Reply};
 use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Builder, Stack};
 use portcullis_tests::wait::{DEADLINE, eventually};
 use portcullis_torture::envoy_model::BOUND;
-use serde_json::{Value, json};
+use serde_json::json;
 
-const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
 const TRIES: usize = 50;
 const KEYS: usize = 200;
 
@@ -25,22 +24,15 @@ fn guarded() -> Builder {
     Stack::builder().route("/orders", "orders-read").plugin(&json!({"policies": policies, "rate_limit": null}))
 }
 
-async fn call(rest: &Rest, method: Method, path: &str, body: Value, status: u16) -> Result<Value> {
-    let reply = rest.call(method.clone(), path, Some(&body)).await?;
-    ensure!(reply.status == status, "{method} {path}: {} {:?}", reply.status, reply.body);
-    reply.json()
-}
-
 async fn grant(rest: &Rest, scopes: &[&str], status: u16) -> Result<()> {
-    call(rest, Method::PUT, "/v1/roles/support", json!({"scopes": scopes}), status).await.map(|_| ())
+    rest.expect(Method::PUT, "/v1/roles/support", Some(&json!({"scopes": scopes})), status).await.map(|_| ())
 }
 
 /// Makes a key of this role; its path and secret.
 async fn create(rest: &Rest, email: &str) -> Result<(String, String)> {
     let body = json!({"email": email, "name": "Test Key", "roles": ["support"]});
-    let made = call(rest, Method::POST, "/v1/keys", body, 201).await?;
-    let id = made["id"].as_str().context("no id")?;
-    Ok((format!("/v1/keys/{id}"), made["key"].as_str().context("no key")?.to_owned()))
+    let (id, key) = rest.create_with(body).await?;
+    Ok((format!("/v1/keys/{id}"), key))
 }
 
 async fn orders(envoy: &Envoy, key: &str) -> Result<Reply> {
@@ -72,14 +64,14 @@ async fn a_key_opens_what_its_roles_grant_and_nothing_more() -> Result<()> {
         assert_eq!(upstream["x-credential-scopes"], json!(["users:read orders:*"]));
     }
     // Without the role nothing is left of it.
-    call(&rest, Method::PATCH, &path, json!({"roles": []}), 200).await?;
+    rest.patch(&path, json!({"roles": []})).await?;
     wait_for_orders(&stack, &key, 403).await?;
     for envoy in &stack.envoys {
         assert_refused(&orders(envoy, &key).await?, Outcome::ScopeDenied, &[]);
     }
     // With a scope of its own the key needs no role.
     let body = json!({"email": "ada@example.com", "name": "Own", "scopes": ["orders:read"]});
-    let own = call(&rest, Method::POST, "/v1/keys", body, 201).await?;
+    let own = rest.post("/v1/keys", body).await?;
     wait_for_orders(&stack, own["key"].as_str().context("no key")?, 200).await
 }
 

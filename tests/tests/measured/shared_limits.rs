@@ -4,10 +4,9 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
-use hyper::Method;
+use anyhow::Result;
 use portcullis_tests::load::{Load, Plan, with_status};
-use portcullis_tests::stack::{Stack, wait_for_status};
+use portcullis_tests::stack::Stack;
 use serde_json::json;
 
 const LIMIT: u64 = 100;
@@ -76,12 +75,9 @@ async fn limited_key(stack: &Stack, email: &str) -> Result<String> {
         "email": email, "name": "shared",
         "rate_limits": [{"name": "shared", "requests": LIMIT, "window_seconds": 1}]
     });
-    let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-    let key = made["key"].as_str().context("no key in the answer")?;
-    for envoy in &stack.envoys {
-        wait_for_status(envoy, Some(key), 200).await?;
-    }
-    Ok(key.to_owned())
+    let (_, key) = stack.rest().create_with(body).await?;
+    stack.wait_for_status(Some(&key), 200).await?;
+    Ok(key)
 }
 
 /// Most of the load at one Envoy, then at the next; by turns another has a little or nothing. For a minute.

@@ -20,10 +20,8 @@ async fn lines_of_refusal(plugin: &Value, withheld: Option<&str>, part: &str) ->
     let plugin = plugin.as_object().cloned().unwrap_or_default();
     let replacements =
         Replacements { plugin, withheld: withheld.map(Into::into), ..Replacements::between(nobody, nobody) };
-    let (sync_key, environment) = (fresh_key()?, Vec::new());
-    let settings =
-        Settings { replacements, workers: 1, log_level: "warning".into(), sync_key, environment, listener_file: false };
-    let started = Envoy::start(settings, home.path(), log.clone(), &silently).await;
+    let quiet = Settings { workers: 1, log_level: "warning".into(), ..Settings::new(replacements, fresh_key()?) };
+    let started = Envoy::start(quiet, home.path(), log.clone(), &silently).await;
     assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));
     Ok(log.lines_with(part))
 }

@@ -181,6 +181,7 @@ async fn listener(admin: SocketAddr) -> Result<SocketAddr> {
     Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port.context("no listener")?.try_into()?)))
 }
 
+/// Longer than a screen: one story.
 #[tokio::test]
 async fn the_stack_of_the_containers_works_with_any_password_and_its_health_checks_tell() -> Result<()> {
     let containers = Containers::new()?;

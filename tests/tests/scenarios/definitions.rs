@@ -4,14 +4,12 @@ use anyhow::Result;
 use contract::definition::Definition;
 use contract::outcome::Outcome;
 use contract::record::{RateLimit, Requires};
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::fake_control_plane::Change;
 use portcullis_tests::filter_harness::{FilterHarness, with};
 use portcullis_tests::http::Connection;
 use portcullis_tests::stack::wait_for_status;
 use serde_json::json;
-
-const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
 
 fn scopes(scopes: &[&str]) -> Definition {
     Definition { scopes: scopes.iter().map(ToString::to_string).collect(), ..Definition::default() }
@@ -75,7 +73,7 @@ async fn a_plan_brings_scopes_and_limits_and_a_key_waits_for_its_plan() -> Resul
     assert_eq!(allowed, 2);
     assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
     assert_eq!(reply.header("ratelimit-policy"), Some("\"gold\";q=3;w=3600"));
-    // A larger plan opens the door without a word about the key.
+    // A larger plan admits the key again without a change of the key.
     harness.change(&[Change::Define(2, plan(1_000, 1))]).await?;
     wait_for_status(&harness.envoy, Some("gold"), 200).await
 }

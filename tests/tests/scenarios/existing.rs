@@ -10,7 +10,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use portcullis_tests::certificates::{Authority, For, TokenIssuer};
 use portcullis_tests::envoy::{self, Envoy};
 use portcullis_tests::envoy_config::Replacements;
-use portcullis_tests::expect::assert_upstream;
+use portcullis_tests::expect::{IDENTITY, assert_upstream};
 use portcullis_tests::http::{Outgoing, Reply, get_request};
 use portcullis_tests::log::Log;
 use portcullis_tests::stack::Stack;
@@ -24,7 +24,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::cors;
 
 const API: &str = "api.example.com";
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 /// What a client sends that would pass for an identity.
 const FORGED: [&str; 4] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes", "x-portcullis-shadow"];
 /// The exempted route of the configuration.
@@ -55,14 +54,7 @@ impl Existing {
             texts: texts.iter().map(|(old, new)| ((*old).to_owned(), new.clone())).collect(),
             ..Replacements::between(stack.control_plane.address(), stack.demo.address())
         };
-        let settings = envoy::Settings {
-            replacements,
-            workers: 2,
-            log_level: "warning,wasm:info".into(),
-            sync_key: stack.control_plane.settings().sync_key,
-            environment: Vec::new(),
-            listener_file: false,
-        };
+        let settings = envoy::Settings::new(replacements, stack.control_plane.settings().sync_key);
         let log = Log::create(&home.join("envoy.log"))?;
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("existing.yaml");
         envoy.restart().await?;
@@ -271,7 +263,7 @@ async fn a_route_that_is_exempted_by_policy_keeps_forged_identities_and_keys_fro
     Ok(())
 }
 
-/// Where the promise ends: what Envoy does not give to the filter, the filter cannot clean.
+/// The limit of the promise: the filter cannot clean requests that Envoy does not pass to it.
 #[tokio::test]
 async fn a_route_that_disables_the_filter_passes_forged_identities_and_keys_unless_envoy_removes_them() -> Result<()> {
     let disabled = "typed_per_filter_config:

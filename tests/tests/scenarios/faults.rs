@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use contract::outcome::Outcome;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
@@ -10,7 +10,6 @@ use portcullis_tests::wait::eventually;
 use serde_json::json;
 
 const ADA: &str = "ada@example.com";
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
 fn flow(stack: &Stack, key: &str) -> Load {
     Load::start(Plan {
@@ -65,7 +64,7 @@ async fn without_postgresql_envoys_go_on_even_new_ones_and_nothing_counted_is_lo
     for _ in 0..20 {
         assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
     }
-    // Management cannot answer, and says so.
+    // The REST API answers 503.
     let refused = stack.rest().call(hyper::Method::GET, &format!("/api/user/key/{ADA}"), None).await?;
     assert_eq!((refused.status, refused.header("content-type")), (503, Some("application/problem+json")));
 

@@ -10,7 +10,7 @@ use portcullis_tests::certificates::{Authority, For, Identity};
 use portcullis_tests::control_plane::{self, ControlPlane};
 use portcullis_tests::envoy::{self, Envoy};
 use portcullis_tests::envoy_config::Replacements;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::http::{Outgoing, Reply, get_request};
 use portcullis_tests::log::Log;
 use portcullis_tests::process::Signal;
@@ -26,7 +26,6 @@ const API: &str = "api.example.com";
 const HEAP: &str = "heap/full";
 const ANY_PORT: std::net::SocketAddr =
     std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
 /// A stack whose Envoy and control plane speak TLS. A second control plane in the clear is there for the test to manage
 /// keys with.
@@ -89,22 +88,14 @@ impl Hardened {
         authorities.envoys.issue(&["envoy-1"], For::Clients)?.write(&home.join("tls"), "envoy")?;
         std::fs::write(home.join("tls/control-plane-ca.pem"), &authorities.control_plane.certificate)?;
         let replacements = Replacements::between(control_plane.address(), stack.demo.address());
-        let sync_key = stack.control_plane.settings().sync_key;
-        let settings = envoy::Settings {
-            replacements,
-            workers: 2,
-            log_level: "warning,wasm:info".into(),
-            sync_key,
-            environment: Vec::new(),
-            listener_file: false,
-        };
+        let settings = envoy::Settings::new(replacements, stack.control_plane.settings().sync_key);
         let log = Log::create(&home.join("envoy.log"))?;
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("hardened.yaml");
         envoy.restart().await?;
         Ok(Self { envoy, home, control_plane, stack, authorities })
     }
 
-    /// Says how full Envoy's heap is, where [`HEAP`] says so.
+    /// Writes the fill level of Envoy's heap into the file [`HEAP`].
     fn fill_heap(&self, part: &str) -> Result<()> {
         let next = self.home.join("next");
         std::fs::write(&next, part)?;
@@ -127,7 +118,7 @@ impl Hardened {
         eventually(&format!("status {status}"), seen).await
     }
 
-    /// Envoy starts anew and has no keys, for a reason that a statistic tells.
+    /// Restarts Envoy, which then has no keys; a statistic shows the reason.
     async fn stays_without_keys(&self, key: &str, reason: &str) -> Result<()> {
         self.envoy.stop(Signal::SIGKILL).await?;
         self.envoy.restart().await?;
@@ -158,7 +149,7 @@ async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<
         assert_eq!(hardened.send(protocol, get_request("/healthz", None)?).await?.status, 200);
     }
 
-    // In the clear nobody is answered, on either side.
+    // Plain HTTP gets no answer, on either side.
     let plain = get_request("/", Some(&key))?;
     assert!(portcullis_tests::http::send(hardened.envoy.address(), plain).await.is_err());
     assert!(portcullis_tests::http::get(hardened.control_plane.address(), "/healthz").await.is_err());
@@ -271,7 +262,7 @@ async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()>
         };
         eventually(&format!("a heap that is full to {part} to be noticed"), active).await?;
         if refused {
-            // Workers hear of it a little later.
+            // Workers notice it a little later.
             hardened.wait_for(&key, 503).await?;
             let before = hardened.stack.demo.requests();
             for protocol in ["h2", "http/1.1"] {

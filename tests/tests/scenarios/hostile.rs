@@ -7,12 +7,10 @@ use contract::outcome::Outcome;
 use http_body_util::{Full, StreamBody};
 use hyper::body::Frame;
 use hyper::{HeaderMap, Request};
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::http::over_http_2;
 use portcullis_tests::raw_http::{Heard, fields, frame, frames, opening, say};
 use portcullis_tests::stack::Stack;
-
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
 /// What must hold after all of it: the filter was never made anew, and good keys work.
 async fn assert_unharmed(stack: &Stack, key: &str) -> Result<()> {
@@ -64,20 +62,15 @@ fn judge(name: &str, heard: &Heard, expected: Answer) {
     assert!(fits, "{name}: {said}");
 }
 
-#[tokio::test]
-async fn http_1_as_nobody_should_speak_it_gets_its_answer_and_nothing_of_it_goes_upstream() -> Result<()> {
+/// Each case with its bytes and the expected answer. Longer than a screen: it is one table.
+fn http_1_table(key: &str) -> Vec<(&'static str, Vec<u8>, Answer)> {
     use Answer::{Envoy, Filter, Upstream};
-    let stack = Stack::start().await?;
-    let key = stack.working_key("ada@example.com").await?;
     let good = format!("x-api-key: {key}").into_bytes();
-    let address = stack.envoy().address();
-    // A head that never ends, which takes as long as Envoy has patience.
-    let slow = tokio::spawn(say(address, b"GET / HTTP/1.1\r\nhost: a\r\nx-api-key: k", 1));
     let long = |bytes: usize| [b"x-api-key: ".to_vec(), vec![b'k'; bytes]].concat();
     let flood: Vec<Vec<u8>> = (0..101).map(|number| format!("x-{number}: 1").into_bytes()).collect();
     let flood: Vec<&[u8]> = flood.iter().map(Vec::as_slice).collect();
-    let plain = |text: &str| text.replace('\n', "\r\n").replace("KEY", &key).into_bytes();
-    let table: Vec<(&str, Vec<u8>, Answer)> = vec![
+    let plain = |text: &str| text.replace('\n', "\r\n").replace("KEY", key).into_bytes();
+    vec![
         ("a hundred headers too many", request(&flood), Envoy(431)),
         ("a good key behind a flood of headers", request(&[&flood[..], &[&good]].concat()), Envoy(431)),
         ("a key of 64 KiB", request(&[&long(65_536)]), Envoy(431)),
@@ -150,9 +143,19 @@ async fn http_1_as_nobody_should_speak_it_gets_its_answer_and_nothing_of_it_goes
         ("a path without a slash", plain("GET api HTTP/1.1\nhost: a\nx-api-key: KEY\n\n"), Envoy(400)),
         ("a path with encoded slashes", plain("GET /a%2f..%2fb HTTP/1.1\nhost: a\nx-api-key: KEY\n\n"), Envoy(400)),
         ("a whole URI", plain("GET http://other/ HTTP/1.1\nhost: a\n\n"), Filter(Outcome::Missing)),
-    ];
+    ]
+}
+
+#[tokio::test]
+async fn malformed_http_1_gets_its_response_and_never_reaches_the_upstream() -> Result<()> {
+    let stack = Stack::start().await?;
+    let key = stack.working_key("ada@example.com").await?;
+    let good = format!("x-api-key: {key}").into_bytes();
+    let address = stack.envoy().address();
+    // A head that never ends, which takes as long as Envoy has patience.
+    let slow = tokio::spawn(say(address, b"GET / HTTP/1.1\r\nhost: a\r\nx-api-key: k", 1));
     let mut wrong = Vec::new();
-    for (name, bytes, expected) in table {
+    for (name, bytes, expected) in http_1_table(&key) {
         let before = stack.demo.requests();
         let heard = say(address, &bytes, 1).await?;
         let verdict = std::panic::catch_unwind(|| judge(name, &heard, expected));
@@ -160,7 +163,7 @@ async fn http_1_as_nobody_should_speak_it_gets_its_answer_and_nothing_of_it_goes
             wrong.push(format!("{name}: {:?}", String::from_utf8_lossy(&heard.bytes)));
         }
         let came_through = stack.demo.requests() - before;
-        assert_eq!(came_through, u64::from(expected == Upstream), "{name}");
+        assert_eq!(came_through, u64::from(expected == Answer::Upstream), "{name}");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 
@@ -173,7 +176,7 @@ async fn http_1_as_nobody_should_speak_it_gets_its_answer_and_nothing_of_it_goes
 }
 
 #[tokio::test]
-async fn http_2_is_judged_alike_and_what_breaks_its_rules_gets_no_answer() -> Result<()> {
+async fn http_2_is_decided_like_http_1_and_protocol_violations_get_no_response() -> Result<()> {
     let stack = Stack::start().await?;
     let key = stack.working_key("ada@example.com").await?;
     let get = |key: Option<&[u8]>| {
@@ -188,23 +191,7 @@ async fn http_2_is_judged_alike_and_what_breaks_its_rules_gets_no_answer() -> Re
     for stranger in [&b"\xff\xfe\x80"[..], &[b'k'; 8_192], &[b'k'; 50_000]] {
         assert_refused(&over_http_2(stack.envoy().address(), get(Some(stranger))?).await?, Outcome::Unknown, &[]);
     }
-    // Trailers bring neither a key nor an identity.
-    let with_trailers = |key: Option<&str>| {
-        let trailers: HeaderMap = [("x-api-key", &*key_of(&stack)), ("x-consumer-id", "root")]
-            .into_iter()
-            .filter_map(|(name, value)| Some((name.parse().ok()?, value.parse().ok()?)))
-            .collect();
-        let frames: [Result<_, std::convert::Infallible>; 2] =
-            [Ok(Frame::data(Bytes::from_static(b"a"))), Ok(Frame::trailers(trailers))];
-        let mut request = Request::post("http://api/");
-        if let Some(key) = key {
-            request = request.header("x-api-key", key);
-        }
-        request.body(StreamBody::new(futures_util::stream::iter(frames)))
-    };
-    assert_refused(&over_http_2(stack.envoy().address(), with_trailers(None)?).await?, Outcome::Missing, &[]);
-    let seen = over_http_2(stack.envoy().address(), with_trailers(Some(&key))?).await?.json()?;
-    assert_ne!(seen["headers"]["x-consumer-id"][0], "root", "{seen}");
+    assert_trailers_are_ignored(&stack, &key).await?;
 
     let through = stack.demo.requests();
     let pseudo = [(":method", "GET"), (":scheme", "http"), (":authority", "api"), (":path", "/")];
@@ -243,7 +230,28 @@ async fn http_2_is_judged_alike_and_what_breaks_its_rules_gets_no_answer() -> Re
     assert_unharmed(&stack, &key).await
 }
 
-/// A key for trailers, which nobody looks at.
+/// Trailers bring neither a key nor an identity.
+async fn assert_trailers_are_ignored(stack: &Stack, key: &str) -> Result<()> {
+    let with_trailers = |key: Option<&str>| {
+        let trailers: HeaderMap = [("x-api-key", &*key_of(stack)), ("x-consumer-id", "root")]
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.parse().ok()?, value.parse().ok()?)))
+            .collect();
+        let frames: [Result<_, std::convert::Infallible>; 2] =
+            [Ok(Frame::data(Bytes::from_static(b"a"))), Ok(Frame::trailers(trailers))];
+        let mut request = Request::post("http://api/");
+        if let Some(key) = key {
+            request = request.header("x-api-key", key);
+        }
+        request.body(StreamBody::new(futures_util::stream::iter(frames)))
+    };
+    assert_refused(&over_http_2(stack.envoy().address(), with_trailers(None)?).await?, Outcome::Missing, &[]);
+    let seen = over_http_2(stack.envoy().address(), with_trailers(Some(key))?).await?.json()?;
+    assert_ne!(seen["headers"]["x-consumer-id"][0], "root", "{seen}");
+    Ok(())
+}
+
+/// A valid key, for trailers, in which the filter ignores it.
 fn key_of(stack: &Stack) -> String {
     stack.control_plane.settings().admin_key.reveal().to_owned()
 }

@@ -7,15 +7,13 @@ use contract::outcome::Outcome;
 use hyper::Method;
 use portcullis_tests::envoy::Envoy;
 use portcullis_tests::envoy_config::Replacements;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::http::{get_request, send};
 use portcullis_tests::log::Log;
 use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Stack, wait_for_status};
 use portcullis_tests::tools::silently;
 use serde_json::json;
-
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
 #[tokio::test]
 async fn imported_keys_open_whether_they_came_in_the_clear_or_as_hashes() -> Result<()> {
@@ -63,7 +61,7 @@ async fn with_a_pepper_the_database_has_no_hash_of_an_imported_key_that_could_be
     // Keys that are made here need no pepper, and imported ones manage what is their owner's and are explained.
     stack.working_key("ada@example.com").await?;
     let legacy = Rest { address: stack.control_plane.address(), key: Secret::from_presented(plain.into()) };
-    assert_eq!(legacy.expect(Method::GET, "/v1/keys", None, 200).await?["keys"][0]["name"], "Test Key");
+    assert_eq!(legacy.get("/v1/keys").await?["keys"][0]["name"], "Test Key");
     let explained = legacy.expect(Method::POST, "/v1/explain", Some(&json!({"key": plain})), 200).await?;
     assert_eq!(explained["outcome"], "allowed");
     assert_eq!(stack.rest().import(lines).await?["failed"], 2);

@@ -17,20 +17,9 @@ use tempfile::TempDir;
 
 const ARGUMENTS: [&str; 4] = ["--api-rate-limit", "10000", "--api-burst", "20000"];
 
-async fn get(rest: &Rest, path: &str) -> Result<Value> {
-    let reply = rest.call(Method::GET, path, None).await?;
-    ensure!(reply.status == 200, "{path}: {} {:?}", reply.status, reply.body);
-    reply.json()
-}
-
 /// Makes a key; its id and secret.
 async fn create(rest: &Rest, email: &str, scopes: &[&str]) -> Result<(String, String)> {
-    let body = json!({"email": email, "name": "a key", "scopes": scopes});
-    let reply = rest.call(Method::POST, "/v1/keys", Some(&body)).await?;
-    ensure!(reply.status == 201, "{} {:?}", reply.status, reply.body);
-    let made = reply.json()?;
-    let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
-    Ok((text("id")?, text("key")?))
+    rest.create_with(json!({"email": email, "name": "a key", "scopes": scopes})).await
 }
 
 /// What Envoy made of a request: the outcome as far as an answer tells it, and the status of a refusal.
@@ -42,6 +31,7 @@ fn answered(reply: &Reply) -> Result<(Option<String>, Option<u16>)> {
     Ok((Some(code), Some(reply.status)))
 }
 
+/// Longer than a screen: one table.
 #[tokio::test]
 async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_whatever_the_route_asks() -> Result<()> {
     for policy in [
@@ -112,7 +102,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     let (id, key) = create(&rest, "ada@example.com", &["orders:read"]).await?;
     let plan = json!({});
     rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan), 201).await?;
-    rest.expect(Method::PATCH, &format!("/v1/keys/{id}"), Some(&json!({"plan": "gold"})), 200).await?;
+    rest.patch(&format!("/v1/keys/{id}"), json!({"plan": "gold"})).await?;
     wait_for_status(stack.envoy(), Some(&key), 200).await?;
     for _ in 0..9 {
         assert_eq!(stack.get(Some(&key)).await?.status, 200);
@@ -123,7 +113,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     for interval in ["hour", "day", "month", "total"] {
         let path = format!("/v1/usage?group_by=key,user,scope,outcome&key_id={id}&interval={interval}");
         let counted = async || {
-            let usage = get(&rest, &path).await.ok()?["usage"].as_array()?.clone();
+            let usage = rest.get(&path).await.ok()?["usage"].as_array()?.clone();
             // A new hour may begin meanwhile.
             let sum = |outcome: &str| -> u64 {
                 let rows = usage.iter().filter(|row| row["outcome"] == outcome);
@@ -137,7 +127,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
         assert_eq!((&row["key_id"], &row["email"]), (&json!(id), &json!("ada@example.com")));
         assert_eq!((&row["scope"], row.get("start").is_some()), (&json!("orders:read"), interval != "total"));
     }
-    let by_plan = get(&rest, "/v1/usage?group_by=plan&outcome=allowed").await?;
+    let by_plan = rest.get("/v1/usage?group_by=plan&outcome=allowed").await?;
     assert_eq!(by_plan["usage"], json!([{"plan": "gold", "requests": allowed, "cost": 0}]));
     let path = format!("/v1/usage?group_by=outcome&key_id={id}&outcome=allowed&format=csv");
     let csv = rest.call(Method::GET, &path, None).await?;
@@ -146,7 +136,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     assert_eq!(std::str::from_utf8(&csv.body)?, expected);
     // Those without a known key count for the operator.
     let keyless = async || {
-        let usage = get(&rest, "/v1/usage?group_by=key,outcome").await.ok()?["usage"].as_array()?.clone();
+        let usage = rest.get("/v1/usage?group_by=key,outcome").await.ok()?["usage"].as_array()?.clone();
         usage.iter().any(|row| row["key_id"].is_null() && row["outcome"] == "unknown").then_some(())
     };
     eventually("requests with an unknown key to be counted", keyless).await
@@ -161,7 +151,7 @@ struct Meter {
 }
 
 impl Meter {
-    /// Takes what there is; leaves everything as it is if the control plane does not answer.
+    /// Reads all new events; keeps its state if the control plane does not answer.
     async fn read(&mut self, rest: &Rest) -> Result<()> {
         loop {
             let path =
@@ -225,7 +215,7 @@ async fn a_metering_system_takes_over_every_request_once_though_the_control_plan
     };
     eventually("every request to be told as an event", taken).await?;
     assert_eq!(meter.requests.get("allowed"), Some(&all));
-    let usage = get(&rest, "/v1/usage?group_by=outcome&outcome=allowed").await?;
+    let usage = rest.get("/v1/usage?group_by=outcome&outcome=allowed").await?;
     assert_eq!(usage["usage"], json!([{"outcome": "allowed", "requests": all, "cost": 0}]));
     // Who reads it all again reads the same.
     let mut again = Meter::default();
@@ -246,13 +236,13 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
         ensure!(reply.status == 204, "{} {:?}", reply.status, reply.body);
         Ok(format!("/v1/keys/{id}"))
     };
-    let applied_on = async |path: &str| -> Result<Value> { Ok(get(&rest, path).await?["applied_on"].clone()) };
+    let applied_on = async |path: &str| -> Result<Value> { Ok(rest.get(path).await?["applied_on"].clone()) };
     let everywhere = json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0});
 
     let path = revoked("one@example.com").await?;
     let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
     eventually("the revocation to be applied on both Envoys", told).await?;
-    let filters = get(&rest, "/v1/filters").await?;
+    let filters = rest.get("/v1/filters").await?;
     let shown = filters["filters"].as_array().context("no filters")?.clone();
     assert_eq!(shown.len(), 2, "{filters}");
     for filter in &shown {
@@ -273,7 +263,7 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     let later = eventually("the other to lag for longer", async || lagging(first + 1.0).await).await?;
     let most = began.elapsed().as_secs_f64();
     ensure!(later <= most, "{later} of {most}");
-    let behind = get(&rest, "/v1/filters").await?;
+    let behind = rest.get("/v1/filters").await?;
     let behind = behind["filters"].as_array().context("no filters")?.clone();
     assert_eq!(behind.iter().filter(|filter| filter["in_step"] == false).count(), 1, "{behind:?}");
 

@@ -4,12 +4,11 @@ use anyhow::{Context, Result};
 use contract::key::Secret;
 use contract::outcome::Outcome;
 use hyper::Method;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::stack::{Stack, wait_for_status};
 use serde_json::{Value, json};
 
 const ADA: &str = "ada@example.com";
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
 fn prefix(key: &str) -> Option<String> {
     Secret::from_presented(key.to_owned()).display_prefix()
@@ -72,14 +71,14 @@ async fn a_new_key_replaces_the_old_one_everywhere() -> Result<()> {
     let new = stack.rest().generate(ADA).await?;
     assert_ne!(old, new);
     stack.wait_for_status(Some(&new), 200).await?;
-    // The old one died in the same transaction, so whoever knows the new one knows that.
+    // The old one was revoked in the same transaction, so an Envoy that has the new one knows that.
     assert_refused(&stack.get(Some(&old)).await?, Outcome::Revoked, &[]);
     assert_eq!(stack.rest().status(ADA).await?["keyPrefix"].as_str(), prefix(&new).as_deref());
     Ok(())
 }
 
 #[tokio::test]
-async fn every_worker_of_every_envoy_follows() -> Result<()> {
+async fn a_revocation_reaches_every_worker_of_every_envoy() -> Result<()> {
     let stack = Stack::builder().envoys(2).workers(3).start().await?;
     let key = stack.working_key(ADA).await?;
     let mut workers = Vec::new();
@@ -104,7 +103,7 @@ async fn every_worker_of_every_envoy_follows() -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_every_envoy_counted_adds_up() -> Result<()> {
+async fn the_counts_of_all_envoys_add_up() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let key = stack.working_key(ADA).await?;
     for envoy in &stack.envoys {
@@ -123,11 +122,11 @@ async fn a_key_is_switched_off_and_on_again() -> Result<()> {
     let (id, key) = rest.create(ADA).await?;
     let uri = format!("/v1/keys/{id}");
     stack.wait_for_status(Some(&key), 200).await?;
-    let off = rest.expect(Method::PATCH, &uri, Some(&json!({"disabled": true})), 200).await?;
+    let off = rest.patch(&uri, json!({"disabled": true})).await?;
     assert_eq!(off["state"], "disabled");
     stack.wait_for_status(Some(&key), 403).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Disabled, &[]);
-    let on = rest.expect(Method::PATCH, &uri, Some(&json!({"disabled": false})), 200).await?;
+    let on = rest.patch(&uri, json!({"disabled": false})).await?;
     assert_eq!(on["state"], "active");
     stack.wait_for_status(Some(&key), 200).await?;
     Ok(())
@@ -140,13 +139,13 @@ async fn a_key_ends_at_its_time_without_anybody_acting_and_comes_back_when_its_e
     let (id, key) = rest.create(ADA).await?;
     let uri = format!("/v1/keys/{id}");
     stack.wait_for_status(Some(&key), 200).await?;
-    let ends = rest.expect(Method::PATCH, &uri, Some(&json!({"expires_in_seconds": 2})), 200).await?;
+    let ends = rest.patch(&uri, json!({"expires_in_seconds": 2})).await?;
     assert!(ends["expires_at"].is_string(), "{ends}");
     stack.wait_for_status(Some(&key), 401).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Expired, &[]);
-    let ended = rest.expect(Method::GET, &uri, None, 200).await?;
+    let ended = rest.get(&uri).await?;
     assert_eq!(ended["state"], "expired");
-    let back = rest.expect(Method::PATCH, &uri, Some(&json!({"expires_at": null})), 200).await?;
+    let back = rest.patch(&uri, json!({"expires_at": null})).await?;
     assert_eq!((&back["state"], &back["expires_at"]), (&json!("active"), &Value::Null));
     stack.wait_for_status(Some(&key), 200).await?;
     Ok(())
@@ -168,7 +167,7 @@ async fn all_keys_of_a_user_are_revoked_at_once_and_nobody_elses() -> Result<()>
     let all = rest.expect(Method::POST, &format!("/v1/users/{ADA}/revoke-keys"), None, 200).await?;
     assert_eq!(all, json!({"revoked": 4, "kept": 0}));
     stack.wait_for_status(keys.first().map(String::as_str), 401).await?;
-    // They died in one transaction: whoever knows of one knows of all.
+    // They were revoked in one transaction, so an Envoy that knows of one knows of all.
     for key in &keys {
         assert_refused(&stack.get(Some(key)).await?, Outcome::Revoked, &[]);
     }

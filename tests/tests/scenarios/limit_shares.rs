@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
-use hyper::Method;
 use portcullis_tests::envoy::Envoy;
 use portcullis_tests::expect::assert_refused;
 use portcullis_tests::http::{get_request, send};
@@ -51,10 +50,9 @@ async fn limited(stack: &Stack, email: &str) -> Result<String> {
     let body = json!({
         "email": email, "name": "hourly", "rate_limits": [{"name": "hour", "requests": LIMIT, "window_seconds": 3_600}]
     });
-    let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-    let key = made["key"].as_str().context("no key in the answer")?;
+    let (_, key) = stack.rest().create_with(body).await?;
     stack.in_step().await?;
-    Ok(key.to_owned())
+    Ok(key)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

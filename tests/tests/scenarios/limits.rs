@@ -149,7 +149,7 @@ async fn of_shared_limits_an_envoy_judges_its_share_and_of_others_the_whole() ->
         assert_eq!(allowed, expected, "{key}");
         assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
     }
-    // The whole limit is told, whatever the share.
+    // Headers show the whole limit, not the share.
     let reply = harness.get("/", Some("granted")).await?;
     assert_eq!(reply.header("ratelimit-policy"), Some("\"month\";q=40;w=2592000"));
     // The whole limit refills one of 40 requests in a fortieth of the window. This Envoy has half of it, but shares change

@@ -18,9 +18,7 @@ async fn ask(stack: &Stack, key: &str) -> Result<Reply> {
 
 /// Makes a key; its id and the key itself.
 async fn made(stack: &Stack, body: Value) -> Result<(String, String)> {
-    let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-    let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
-    let both = (text("id")?, text("key")?);
+    let both = stack.rest().create_with(body).await?;
     stack.in_step().await?;
     Ok(both)
 }
@@ -74,7 +72,7 @@ async fn a_rotation_begins_no_quota_of_a_plan_anew() -> Result<()> {
     let new = rotated(&stack, &id).await?;
     spend(&stack, &new, before + 8).await?;
     let quota = async || {
-        let view = stack.rest().expect(Method::GET, &format!("/v1/keys/{id}/quota"), None, 200).await.ok()?;
+        let view = stack.rest().get(&format!("/v1/keys/{id}/quota")).await.ok()?;
         (view["exceeded"] == true && view["used"] == 8).then_some(())
     };
     eventually("the quota to be used up", quota).await?;
@@ -90,14 +88,14 @@ async fn a_rotation_begins_no_quota_of_a_plan_anew() -> Result<()> {
 async fn a_rotation_brings_no_credits() -> Result<()> {
     let stack = Stack::start().await?;
     let credits = format!("/v1/users/{ADA}/credits");
-    stack.rest().expect(Method::POST, &credits, Some(&json!({"amount": 8})), 201).await?;
+    stack.rest().post(&credits, json!({"amount": 8})).await?;
     let (id, old) = made(&stack, json!({"email": ADA, "name": "metered"})).await?;
     let before = stack.demo.requests();
     spend(&stack, &old, before + 5).await?;
     let new = rotated(&stack, &id).await?;
     spend(&stack, &new, before + 8).await?;
     let booked = async || {
-        let account = stack.rest().expect(Method::GET, &credits, None, 200).await.ok()?;
+        let account = stack.rest().get(&credits).await.ok()?;
         (account["balance"] == 0).then_some(())
     };
     eventually("the credits to be used up", booked).await?;

@@ -18,7 +18,7 @@ async fn with_keys(stack: &Stack, keys: &[&[u8]]) -> Result<Reply> {
 }
 
 #[tokio::test]
-async fn odd_keys_are_refused_and_good_ones_still_work_afterwards() -> Result<()> {
+async fn malformed_keys_are_refused_and_valid_ones_work_afterwards() -> Result<()> {
     let stack = Stack::start().await?;
     let key = stack.working_key("ada@example.com").await?;
     let through = stack.demo.requests();

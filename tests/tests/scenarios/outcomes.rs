@@ -24,7 +24,7 @@ const BY_THE_KEY: [(Outcome, &str); 6] = [
 ];
 
 #[tokio::test]
-async fn each_thing_that_can_be_wrong_with_a_key_has_its_answer_and_the_upstream_hears_of_none() -> Result<()> {
+async fn each_fault_of_a_key_has_its_response_and_never_reaches_the_upstream() -> Result<()> {
     let stack = Stack::start().await?;
     assert_refused(&stack.get(None).await?, Outcome::Missing, &[]);
     assert_refused(&stack.get(Some("")).await?, Outcome::Missing, &[]);
@@ -104,7 +104,7 @@ async fn before_the_first_sync_requests_are_refused_or_by_choice_let_in_without_
         settings.replacements.plugin.insert("on_not_ready".into(), "allow".into());
     });
     envoy.restart().await?;
-    // The key that nobody checked goes no further either.
+    // A key that was not checked is removed too.
     assert_upstream(&stack.get(Some(&key)).await?, &[]);
     assert_upstream(&stack.get(None).await?, &[]);
     let failed_open = "wasmcustom.portcullis_decisions_failed_open_total";

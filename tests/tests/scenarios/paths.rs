@@ -17,7 +17,7 @@ enum Read {
     Plain,
     /// As the route that asks for nothing.
     Open,
-    /// Envoy refuses it before anybody judges it.
+    /// Envoy refuses it before the filter sees it.
     Nonsense,
 }
 
@@ -33,7 +33,7 @@ impl Read {
     }
 }
 
-/// As somebody writes it, and how it is read.
+/// A spelling of a path, and how it is read.
 const SPELLINGS: &[(&str, Read)] = &[
     ("/strict", Read::Strict),
     ("/strict/", Read::Strict),
@@ -60,7 +60,7 @@ const SPELLINGS: &[(&str, Read)] = &[
     ("/strict%20", Read::Strict),
     ("http://api/strict", Read::Strict),
     ("http://api//open/../strict", Read::Strict),
-    // The other way round: what asks for nothing stands for itself only.
+    // The other way round: the policy of the open route applies to that route only.
     ("/open", Read::Open),
     ("/open/a", Read::Open),
     ("/open;v=1", Read::Open),
@@ -174,7 +174,7 @@ async fn http_2_reads_paths_alike() -> Result<()> {
 }
 
 #[test]
-fn the_upstream_of_these_tests_takes_paths_at_their_word() {
+fn the_test_upstream_resolves_paths_by_rfc_3986() {
     for (path, expected) in
         [("/a//b/./c?d/e", "a b c"), ("/a/%2e%2e/%62", "b"), ("/a%2f..%5cb%", "b%"), ("/../a/%zz", "a %zz"), ("/", "")]
     {

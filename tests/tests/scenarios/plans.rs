@@ -1,24 +1,16 @@
 //! Plans of keys and users: their limits and scopes apply at Envoy, and a change reaches every Envoy without a change of the
 //! keys.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use contract::outcome::Outcome;
 use hyper::Method;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::http;
-use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
 const ADA: &str = "ada@example.com";
-const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
-
-async fn call(rest: &Rest, method: Method, path: &str, body: Value, status: u16) -> Result<Value> {
-    let reply = rest.call(method.clone(), path, Some(&body)).await?;
-    ensure!(reply.status == status, "{method} {path}: {} {:?}", reply.status, reply.body);
-    reply.json()
-}
 
 /// A plan that admits so many requests at once and then one in a long time: each Envoy judges it alone.
 fn plan(requests: u32) -> Value {
@@ -46,9 +38,9 @@ async fn admitted(stack: &Stack, key: &str, policy: &str) -> Result<u32> {
 async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let rest = stack.rest();
-    call(&rest, Method::PUT, "/v1/plans/gold", plan(5), 201).await?;
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan(5)), 201).await?;
     let body = json!({"email": ADA, "name": "Test Key", "plan": "gold"});
-    let made = call(&rest, Method::POST, "/v1/keys", body, 201).await?;
+    let made = rest.post("/v1/keys", body).await?;
     let key = made["key"].as_str().context("no key")?;
     let first = async || stack.get(Some(key)).await.ok().filter(|reply| reply.status == 200);
     eventually("the new key to be known", first).await?;
@@ -56,7 +48,7 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
     assert_eq!(admitted(&stack, key, "\"plan\";q=5;w=31622400").await?, 4);
 
     // What was used stays used: the key goes on at the rate of the larger plan.
-    call(&rest, Method::PUT, "/v1/plans/gold", plan(20), 200).await?;
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan(20)), 200).await?;
     for envoy in &stack.envoys {
         let larger = async || {
             let reply = http::send(envoy.address(), http::get_request("/orders", Some(key)).ok()?).await.ok()?;
@@ -70,7 +62,7 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
     // A key that is given limits of its own leaves those of the plan behind.
     let id = made["id"].as_str().context("no id")?;
     let limits = json!([{"name": "own", "requests": 3, "window_seconds": 31_622_400, "shared": false}]);
-    call(&rest, Method::PATCH, &format!("/v1/keys/{id}"), json!({"rate_limits": limits}), 200).await?;
+    rest.patch(&format!("/v1/keys/{id}"), json!({"rate_limits": limits})).await?;
     let own = async || {
         let reply = stack.get(Some(key)).await.ok()?;
         (reply.status == 200 || reply.header("ratelimit-policy") == Some("\"own\";q=3;w=31622400")).then_some(())
@@ -84,7 +76,7 @@ async fn the_plan_of_a_user_applies_to_keys_that_have_none() -> Result<()> {
     let stack = Stack::builder().route("/orders", "orders-read").plugin(&json!({"policies": policies})).envoys(2);
     let stack = stack.start().await?;
     let rest = stack.rest();
-    call(&rest, Method::PUT, "/v1/plans/gold", json!({"scopes": ["orders:read"]}), 201).await?;
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&json!({"scopes": ["orders:read"]})), 201).await?;
     let key = stack.working_key(ADA).await?;
     let all = async |status: u16| -> Result<()> {
         for envoy in &stack.envoys {
@@ -99,12 +91,12 @@ async fn the_plan_of_a_user_applies_to_keys_that_have_none() -> Result<()> {
     };
     all(403).await?;
     let user = format!("/v1/users/{ADA}");
-    call(&rest, Method::PATCH, &user, json!({"plan": "gold"}), 200).await?;
+    rest.patch(&user, json!({"plan": "gold"})).await?;
     all(200).await?;
-    call(&rest, Method::PUT, "/v1/plans/gold", json!({"scopes": []}), 200).await?;
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&json!({"scopes": []})), 200).await?;
     all(403).await?;
-    call(&rest, Method::PUT, "/v1/plans/gold", json!({"scopes": ["orders:*"]}), 200).await?;
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&json!({"scopes": ["orders:*"]})), 200).await?;
     all(200).await?;
-    call(&rest, Method::PATCH, &user, json!({"plan": null}), 200).await?;
+    rest.patch(&user, json!({"plan": null})).await?;
     all(403).await
 }

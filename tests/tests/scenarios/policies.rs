@@ -4,13 +4,10 @@ use anyhow::Result;
 use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::http::Outgoing;
 use serde_json::json;
-
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
-const SCOPED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
 
 fn from(address: &str, path: &str) -> Result<Outgoing> {
     Ok(Request::get(path).header("x-forwarded-for", address).body(Full::default())?)
@@ -141,9 +138,9 @@ async fn without_policies_nobody_asks_which_one_a_route_names() -> Result<()> {
     Ok(())
 }
 
-/// Only a name counts as one: what else stands in a name's place would otherwise be the default policy, or none.
+/// Only text is a policy's name: any other value must not lead to the default policy or to no policy.
 #[tokio::test]
-async fn a_route_that_names_its_policy_in_no_way_that_is_one_refuses_all_requests() -> Result<()> {
+async fn a_route_whose_policy_is_no_name_refuses_all_requests() -> Result<()> {
     let wrong = [
         "{ policy: \"\" }",
         "{ policy: 5 }",

@@ -3,7 +3,6 @@
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
-use hyper::Method;
 use portcullis_tests::envoy::Envoy;
 use portcullis_tests::expect::assert_refused;
 use portcullis_tests::http::{get_request, send};
@@ -21,9 +20,7 @@ async fn quota(stack: &Stack) -> Result<Value> {
         .database
         .text(&format!("select primary_key_id::text from user_preferences where email = '{ADA}'"))
         .await?;
-    let reply = stack.rest().call(Method::GET, &format!("/v1/keys/{id}/quota"), None).await?;
-    assert_eq!(reply.status, 200, "{:?}", reply.body);
-    reply.json()
+    stack.rest().get(&format!("/v1/keys/{id}/quota")).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,7 +65,7 @@ async fn a_quota_is_shared_by_all_envoys_and_opens_by_itself_with_the_next_windo
     let seen = quota(&stack).await?;
     assert_eq!((&seen["remaining"], &seen["resets_at"]), (&json!(0), &seen["window_end"]));
 
-    // Midnight comes in three seconds: each Envoy knows when, and opens the door.
+    // Midnight is in three seconds: each Envoy knows the time, and admits requests again.
     stack.database.execute("update quota_use set window_end = now() + interval '3 seconds'").await?;
     stack.change_key(ADA, "quota_resets_at = now() + interval '3 seconds'").await?;
     for envoy in &stack.envoys {
@@ -90,6 +87,7 @@ async fn ends_on(stack: &Stack, view: &Value, zone: &str) -> Result<(u8, u8)> {
     Ok((weekday, day))
 }
 
+/// Longer than a screen: one story.
 #[tokio::test]
 async fn a_quota_of_every_period_is_used_up_says_when_it_opens_and_opens_then() -> Result<()> {
     let stack = Stack::start().await?;
@@ -104,15 +102,13 @@ async fn a_quota_of_every_period_is_used_up_says_when_it_opens_and_opens_then() 
     .enumerate()
     {
         let body = json!({"email": format!("user{number}@example.com"), "name": "with a quota", "quota": quota});
-        let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
-        let (id, key) = (text("id")?, text("key")?);
+        let (id, key) = rest.create_with(body).await?;
         let path = format!("/v1/keys/{id}/quota");
         let before = stack.demo.requests();
         wait_for_status(stack.envoy(), Some(&key), 200).await?;
         let used_up = async || {
             send(stack.envoy().address(), get_request("/orders", Some(&key)).ok()?).await.ok()?;
-            let view = rest.expect(Method::GET, &path, None, 200).await.ok()?;
+            let view = rest.get(&path).await.ok()?;
             (view["exceeded"] == true).then_some(view)
         };
         let view = eventually("the quota to be used up", used_up).await?;
@@ -148,7 +144,7 @@ async fn a_quota_of_every_period_is_used_up_says_when_it_opens_and_opens_then() 
         stack.database.execute(&format!("{soon}'{id}'")).await?;
         wait_for_status(stack.envoy(), Some(&key), 200).await?;
         let counted = async || {
-            let view = rest.expect(Method::GET, &path, None, 200).await.ok()?;
+            let view = rest.get(&path).await.ok()?;
             (view["used"].as_u64()? == 1).then_some(())
         };
         eventually("a window that begins anew", counted).await?;

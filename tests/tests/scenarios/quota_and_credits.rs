@@ -66,7 +66,7 @@ async fn a_quota_is_spent_from_the_starter_and_then_from_grants_over_all_workers
     assert_eq!(allowed(&harness, "/", "metered", exceeded, "1").await?, 5);
     assert_eq!(harness.demo.requests(), 8);
 
-    // The control plane says that it is used up, at first without, then with an end.
+    // The record says that the quota is exhausted, at first without, then with an end.
     let now_s = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
     let flagged = |resets_at_s| {
         let mut record = metered(1, budget(3, 1, resets_at_s), None);
@@ -80,7 +80,7 @@ async fn a_quota_is_spent_from_the_starter_and_then_from_grants_over_all_workers
     let wait: u64 = reply.header("retry-after").unwrap_or_default().parse()?;
     assert!((49_000..=50_000).contains(&wait), "{wait}");
 
-    // A new window opens the door at once; what was granted in the old one does not shut it again.
+    // A new window admits requests at once; grants of the old window do not end that.
     harness.change(&[Change::Key("metered", Box::new(metered(1, budget(2, 2, None), None)))]).await?;
     assert_eq!(allowed(&harness, "/", "metered", exceeded, "1").await?, 2);
     assert_eq!(harness.demo.requests(), 10);
@@ -108,7 +108,7 @@ async fn a_route_has_its_price_and_credits_are_their_owners() -> Result<()> {
     assert_eq!(allowed(&harness, "/", "cheap", exhausted, "1").await?, 1);
     let cost = async || (harness.control_plane.reported_cost(Outcome::Allowed) == 15).then_some(());
     eventually("15 credits to be reported", cost).await?;
-    // Used up by the word of the control plane: what costs nothing still goes through.
+    // Exhausted according to the control plane: requests that cost nothing still go through.
     let mut flagged = metered(1, None, budget(10, 1, None));
     flagged.flags = Flags::CREDITS_EXHAUSTED;
     harness.change(&[Change::Key("cheap", Box::new(flagged))]).await?;

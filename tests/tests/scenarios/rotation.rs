@@ -3,23 +3,22 @@
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
 use hyper::Method;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
 const ADA: &str = "ada@example.com";
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
 async fn rotate(stack: &Stack, id: &str, grace_seconds: i64) -> Result<String> {
     let body = json!({"grace_seconds": grace_seconds});
-    let rotated = stack.rest().expect(Method::POST, &format!("/v1/keys/{id}/rotate"), Some(&body), 201).await?;
+    let rotated = stack.rest().post(&format!("/v1/keys/{id}/rotate"), &body).await?;
     Ok(rotated["key"].as_str().context("no key")?.to_owned())
 }
 
-/// What is told of the secrets of a key: generation, whether it is the present one, and how often it was used.
+/// The secrets of a key: generation, whether it is the current one, and how often it was used.
 async fn secrets(stack: &Stack, id: &str) -> Result<Value> {
-    let key = stack.rest().expect(Method::GET, &format!("/v1/keys/{id}"), None, 200).await?;
+    let key = stack.rest().get(&format!("/v1/keys/{id}")).await?;
     let secrets = key["secrets"].as_array().context("no secrets")?;
     Ok(secrets.iter().map(|one| json!([one["generation"], one["current"], one["usage_count"]])).collect())
 }
@@ -33,7 +32,7 @@ async fn both_secrets_open_until_the_grace_ends_and_each_is_counted_by_itself() 
     let new = rotate(&stack, &id, 3_600).await?;
     stack.wait_for_status(Some(&new), 200).await?;
     let used_new = stack.demo.requests() - used_before;
-    // Upstream hears of the same key whichever secret is used.
+    // The upstream gets the same key id with each secret.
     let by_old = assert_upstream(&stack.get(Some(&old)).await?, &IDENTITY);
     let by_new = assert_upstream(&stack.get(Some(&new)).await?, &IDENTITY);
     for name in IDENTITY {
@@ -77,7 +76,7 @@ async fn without_grace_the_old_secret_dies_as_the_new_one_opens() -> Result<()> 
     stack.wait_for_status(Some(&old), 200).await?;
     let new = rotate(&stack, &id, 0).await?;
     stack.wait_for_status(Some(&new), 200).await?;
-    // They changed in one transaction: whoever knows the new one knows that the old one has ended.
+    // They changed in one transaction, so an Envoy that has the new one knows that the old one has ended.
     assert_refused(&stack.get(Some(&old)).await?, Outcome::Expired, &[]);
     Ok(())
 }

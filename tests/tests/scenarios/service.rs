@@ -51,9 +51,7 @@ impl Protected {
             routes: vec![("/open".into(), "open".into())],
             ..Replacements::between(control_plane.address(), nowhere)
         };
-        let (log_level, environment) = ("warning,wasm:info".into(), Vec::new());
-        let sync_key = fresh_key()?;
-        let settings = Settings { replacements, workers: 2, log_level, sync_key, environment, listener_file: false };
+        let settings = Settings::new(replacements, fresh_key()?);
         let log = Log::create(&home.path().join("envoy.log"))?;
         let envoy = Envoy::start(settings, &home.path().join("envoy"), log, &silently).await?;
         let keys = async || (envoy.stat("wasmcustom.portcullis_keys").await.ok()? == 1).then_some(());
@@ -87,7 +85,7 @@ async fn a_service_is_reached_by_name_or_address_and_is_called_by_its_own_name()
         for path in ["/", "/open/a?b=1"] {
             let headers = protected.received(path).await?;
             assert_eq!(headers["host"], json!([authority]), "{path}");
-            // The name that the client called, and not what it says that it called.
+            // The name that the client called, and not the header that it sent.
             assert_eq!(headers["x-forwarded-host"], json!([protected.envoy.address().to_string()]), "{path}");
             assert_eq!(headers["x-api-key"], Value::Null);
             assert_eq!(headers["x-consumer-id"].as_array().map(Vec::len), Some(1));

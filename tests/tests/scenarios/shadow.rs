@@ -3,10 +3,10 @@
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
-use contract::record::{Budget, Flags, RateLimit};
+use contract::record::{Budget, Flags, RateLimit, Record};
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::fake_control_plane::Faults;
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::http::Reply;
@@ -14,18 +14,16 @@ use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
 const HEADER: &str = "x-portcullis-shadow";
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 
-/// The request went upstream without identity, and the upstream heard why it should not have.
+/// The request went upstream without identity, and with the header that names the outcome.
 #[track_caller]
 fn assert_shadowed(reply: &Reply, outcome: Outcome) {
     let headers = assert_upstream(reply, &[HEADER]);
     assert_eq!(headers[HEADER], json!([outcome.name()]));
 }
 
-#[tokio::test]
-async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused() -> Result<()> {
-    let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
+/// A key for each outcome.
+fn keys() -> Vec<(&'static str, Record)> {
     let credits = Some(Budget { starter: 10, turn: 1, resets_at_s: None });
     let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1 };
     let keys = [
@@ -65,7 +63,13 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
         });
         (name, record)
     });
-    let keys: Vec<_> = keys.into_iter().chain(others).collect();
+    keys.into_iter().chain(others).collect()
+}
+
+#[tokio::test]
+async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused() -> Result<()> {
+    let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
+    let keys = keys();
     let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
     let scoped = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
     assert_upstream(&harness.get("/dark", Some("good")).await?, &scoped);
@@ -137,7 +141,7 @@ async fn in_shadow_everywhere_good_keys_have_their_identity() -> Result<()> {
 }
 
 #[tokio::test]
-async fn nobody_but_the_filter_speaks_of_shadow() -> Result<()> {
+async fn only_the_filter_sets_the_shadow_header() -> Result<()> {
     let plugin = json!({"policies": {"dark": {"shadow": true}, "open": {"key": "anonymous_allowed"}}});
     let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").route("/open", "open");
     let harness = harness.start(&[("good", record(1))]).await?;

@@ -5,12 +5,11 @@ use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::Request;
 use hyper::http::request::Builder;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::filter_harness::{FilterHarness, record};
 use portcullis_tests::http::{Reply, over_http_2};
 use serde_json::{Value, json};
 
-const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 const KEYS: [&str; 2] = ["sk_live_good", "a+b/c=%&;d"];
 /// The second key as it stands in a URL.
 const ENCODED: &str = "a%2Bb/c%3d%25%26%3Bd";
@@ -130,7 +129,7 @@ async fn where_bearers_are_taken_a_refusal_offers_both_schemes_and_elsewhere_one
 }
 
 #[tokio::test]
-async fn whoever_wants_the_key_upstream_gets_it_as_it_was_sent() -> Result<()> {
+async fn without_strip_key_the_upstream_gets_the_key_as_it_was_sent() -> Result<()> {
     let harness = start(json!({"key_sources": sources(), "strip_key": false})).await?;
     let reply = ask(&harness, Request::get("/?%61pi_key=sk_live_good")).await?;
     assert_upstream(&reply, &IDENTITY);
@@ -142,7 +141,7 @@ async fn whoever_wants_the_key_upstream_gets_it_as_it_was_sent() -> Result<()> {
 }
 
 #[tokio::test]
-async fn odd_requests_are_refused_and_good_ones_still_work_afterwards() -> Result<()> {
+async fn malformed_requests_are_refused_and_valid_ones_work_afterwards() -> Result<()> {
     let harness =
         start(json!({"key_sources": [{"query": "api_key"}, {"cookie": "session_key"}, {"bearer": true}]})).await?;
     let long = "x".repeat(20_000);
@@ -307,7 +306,7 @@ async fn a_request_that_is_refused_keeps_no_key_that_an_access_log_could_show() 
 }
 
 #[tokio::test]
-async fn who_sends_no_key_is_told_where_to_send_it() -> Result<()> {
+async fn a_refusal_without_a_key_names_where_to_send_one() -> Result<()> {
     for (plugin, places) in [
         (json!({}), "in the header x-api-key"),
         (json!({"key_header": "X-Key"}), "in the header x-key"),

@@ -22,7 +22,7 @@ fn forged(key: KeyId, reporter: ReporterId) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn what_a_client_calls_itself_books_nothing_and_what_the_filter_logged_is_booked() -> Result<()> {
+async fn usage_lines_of_clients_book_nothing_and_those_of_the_filter_are_booked() -> Result<()> {
     let stack = Stack::builder().log_user_agents().own_postgres().start().await?;
     let postgres = stack.postgres.as_ref().context("no server of its own")?;
     let key = stack.working_key(ADA).await?;

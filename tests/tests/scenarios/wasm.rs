@@ -33,7 +33,7 @@ async fn each_record_has_its_outcome_and_each_outcome_is_reported_once() -> Resu
         let what = format!("one report of {outcome:?}");
         eventually(&what, async || (harness.control_plane.reported(*outcome) == 1).then_some(())).await?;
     }
-    // Nothing more comes when Envoy says its last words.
+    // The end of Envoy adds no counts.
     harness.envoy.stop(Signal::SIGTERM).await?;
     for (_, _, outcome) in &keys {
         assert_eq!(harness.control_plane.reported(*outcome), 1, "{outcome:?}");
@@ -133,7 +133,7 @@ async fn when_the_vm_that_leads_traps_a_worker_goes_on_with_the_store_and_the_co
     let asked = polls();
     assert_refused(&harness.get("/", Some("a")).await?, Outcome::Revoked, &[]);
     assert_eq!(harness.get_many(50, "/", Some("b")).await?.0, 50);
-    // The answer that trapped was not applied: whoever took over asked the same once more.
+    // The response that trapped was not applied: the next leader sent the same poll again.
     assert!(asked.windows(2).any(|two| two[0] == two[1]), "{asked:?}");
     eventually("all counts", async || (harness.control_plane.reported(Outcome::Allowed) == 100).then_some(())).await?;
     assert_eq!((harness.control_plane.reported(Outcome::Revoked), harness.control_plane.changed_reports()), (1, 0));
