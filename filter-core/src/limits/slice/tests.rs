@@ -135,7 +135,7 @@ fn a_key_that_comes_on_two_routes_in_turn_costs_no_more_than_without_slices() {
 
 #[test]
 fn what_is_given_back_after_a_share_has_grown_is_no_more_than_was_taken() {
-    let (data, slices, own) = (new_data(), Slices::default(), [limit(12_800, 3_600)]);
+    let (data, slices, own) = (new_data(), Slices::default(), [RateLimit { shared: true, ..limit(12_800, 3_600) }]);
     let shared = Limits { own: &own, route: None };
     let tenth = WHOLE / 10;
     limiter::grant(&data, KEY, Some(tenth), &[], 1, NOW).unwrap();
