@@ -273,7 +273,8 @@ fn a_leader_that_was_suspended_writes_nothing_and_stops() {
 
 #[test]
 fn a_leader_that_loses_its_term_while_it_writes_the_state_stops() {
-    for response in [changes(7, 8, &[b"new"]), MockResponse::ok(page(5, Part::Snapshot { from: 0, to: 0x8000 }, &[]))] {
+    for response in [changes(7, 8, &[b"new"]), MockResponse::ok(update(5, Part::Snapshot { from: 0, to: 0x8000 }, &[]))]
+    {
         let (mut node, poll) = Node::synced();
         let data = node.vm.data.clone();
         node.host.before_put_of(":state", move || {

@@ -54,8 +54,10 @@ struct Targets {
     least: u64,
     /// Below this demand it is little.
     little: f64,
-    /// Parts per million for each request a second of the others.
-    each: f64,
+    /// Demand of the others.
+    large: f64,
+    /// Parts per million for the others.
+    rest: f64,
 }
 
 impl Targets {
@@ -68,7 +70,7 @@ impl Targets {
         let small = demands().filter(|demand| *demand < little).count() as u64;
         let large: f64 = demands().filter(|demand| *demand >= little).sum();
         let rest = whole.saturating_sub(small.saturating_mul(least));
-        Self { least, little, each: if large > 0.0 { rest as f64 / large } else { 0.0 } }
+        Self { least, little, large, rest: rest as f64 }
     }
 
     fn target(&self, row: &Row, now_ms: i64) -> u64 {
@@ -78,8 +80,8 @@ impl Targets {
         if row.demand < self.little {
             return self.least;
         }
-        // Rounded down, so that all targets together are no more than the whole.
-        ((row.demand * self.each) as u64).clamp(1, WHOLE.into())
+        // Rounded down, so that all targets together are no more than the whole. Divided first, so that a single Envoy gets all.
+        ((row.demand / self.large * self.rest) as u64).clamp(1, WHOLE.into())
     }
 }
 
