@@ -860,7 +860,8 @@ comment on column key_permissions.effective_plan is 'The plan that applies: the 
 comment on column key_permissions.scopes is 'Scopes of the key, of its roles and of its plan, in this order; one may occur several times.';
 
 create view users_with_counts as
-select p.id, p.email, d.name as plan, p.balance, p.metered, p.created_at, p.version, k.live_keys, k.total_keys
+select p.id, p.email, d.name as plan, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,
+    k.total_keys
 from user_preferences p
 left join definitions d on d.number = p.plan_number
 cross join lateral (

@@ -1,12 +1,12 @@
 //! Handlers that `/v1/roles` and `/v1/plans` share. All of them are for admins.
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
 use super::extract::Json;
-use super::pagination;
+use super::pagination::{Next, Page};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::preconditions::etag;
@@ -24,18 +24,6 @@ pub struct ByName {
     name: String,
 }
 
-/// Which part of the list.
-#[derive(Debug, Deserialize, Serialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub struct ListQuery {
-    /// `next_cursor` of the page before.
-    cursor: Option<String>,
-    /// How many; 50 unless given.
-    #[param(minimum = 1, maximum = 200)]
-    limit: Option<i64>,
-}
-
 /// On what condition to change.
 #[derive(Debug, IntoParams)]
 #[into_params(parameter_in = Header)]
@@ -49,24 +37,17 @@ pub struct Conditions {
     if_none_match: Option<String>,
 }
 
-/// A page, before it is shown.
-pub(super) struct Page {
-    pub(super) definitions: Vec<Definition>,
-    pub(super) next_cursor: Option<String>,
-    pub(super) next: Option<HeaderValue>,
-}
-
-pub(super) async fn list(app: &App, caller: &Caller, query: ListQuery, kind: Kind) -> Result<Page, ApiError> {
-    let limit = pagination::limit(query.limit)?;
-    let after = query.cursor.map(|cursor| Name::parse("cursor", &cursor)).transpose()?;
+/// A page of definitions, each found by its name, and what is said of the next page.
+pub(super) async fn list(
+    app: &App,
+    caller: &Caller,
+    page: Page<String>,
+    kind: Kind,
+) -> Result<(Vec<Definition>, Next), ApiError> {
     caller.require_admin()?;
-    let mut definitions = store::list(&app.pool, kind, after.as_ref(), limit + 1).await?;
-    let next_cursor = pagination::cut(&mut definitions, limit, |last| last.name.clone());
-    let path = format!("/v1/{}s", kind.name());
-    let next = next_cursor
-        .clone()
-        .map(|cursor| pagination::next_link(&path, &ListQuery { cursor: Some(cursor), limit: Some(limit) }));
-    Ok(Page { definitions, next_cursor, next })
+    let mut definitions = store::list(&app.pool, kind, page.after.as_deref(), page.read()).await?;
+    let next = page.cut(&mut definitions, |last| last.name.clone());
+    Ok((definitions, next))
 }
 
 pub(super) async fn get<T: Serialize>(

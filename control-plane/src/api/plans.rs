@@ -7,10 +7,10 @@ use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::definitions::{self, ByName, Conditions, ListQuery};
-use super::extract::{Json, Path, Query};
+use super::definitions::{self, ByName, Conditions};
+use super::extract::{Json, Path};
 use super::openapi::{ReadErrors, WriteErrors};
-use super::pagination;
+use super::pagination::{self, All, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::problem::Problem;
@@ -87,7 +87,7 @@ pub struct PlanPage {
 /// List plans by name.
 #[utoipa::path(
     operation_id = "listPlans",
-    get, path = "/v1/plans", tag = "plans", params(ListQuery), security(("api_key" = [])),
+    get, path = "/v1/plans", tag = "plans", params(PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
         (status = 200, description = "A page of plans", body = PlanPage,
@@ -97,11 +97,11 @@ pub struct PlanPage {
 pub async fn list(
     State(app): State<App>,
     caller: Caller,
-    Query(query): Query<ListQuery>,
+    List { page, .. }: List<All, String>,
 ) -> Result<Response, ApiError> {
-    let listed = definitions::list(&app, &caller, query, Kind::Plan).await?;
-    let plans = listed.definitions.into_iter().map(PlanView::of).collect();
-    Ok(pagination::reply(PlanPage { plans, next_cursor: listed.next_cursor }, listed.next))
+    let (found, next) = definitions::list(&app, &caller, page, Kind::Plan).await?;
+    let plans = found.into_iter().map(PlanView::of).collect();
+    Ok(pagination::reply(PlanPage { plans, next_cursor: next.cursor }, next.link))
 }
 
 /// Get a plan.

@@ -7,10 +7,10 @@ use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::definitions::{self, ByName, Conditions, ListQuery};
-use super::extract::{Json, Path, Query};
+use super::definitions::{self, ByName, Conditions};
+use super::extract::{Json, Path};
 use super::openapi::{ReadErrors, WriteErrors};
-use super::pagination;
+use super::pagination::{self, All, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::problem::Problem;
@@ -73,7 +73,7 @@ pub struct RolePage {
 /// List roles by name.
 #[utoipa::path(
     operation_id = "listRoles",
-    get, path = "/v1/roles", tag = "roles", params(ListQuery), security(("api_key" = [])),
+    get, path = "/v1/roles", tag = "roles", params(PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
         (status = 200, description = "A page of roles", body = RolePage,
@@ -83,11 +83,11 @@ pub struct RolePage {
 pub async fn list(
     State(app): State<App>,
     caller: Caller,
-    Query(query): Query<ListQuery>,
+    List { page, .. }: List<All, String>,
 ) -> Result<Response, ApiError> {
-    let listed = definitions::list(&app, &caller, query, Kind::Role).await?;
-    let roles = listed.definitions.into_iter().map(RoleView::of).collect();
-    Ok(pagination::reply(RolePage { roles, next_cursor: listed.next_cursor }, listed.next))
+    let (found, next) = definitions::list(&app, &caller, page, Kind::Role).await?;
+    let roles = found.into_iter().map(RoleView::of).collect();
+    Ok(pagination::reply(RolePage { roles, next_cursor: next.cursor }, next.link))
 }
 
 /// Get a role.

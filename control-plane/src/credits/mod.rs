@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use crate::error::ApiError;
 
 pub(crate) use store::usage;
-pub use store::{Account, AccountChange, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
+pub use store::{Account, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
 
 /// Most credits that come in or go out in one row by hand.
 pub const AMOUNT: i64 = 1_000_000_000_000;

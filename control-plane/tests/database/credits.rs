@@ -18,14 +18,17 @@ async fn call(fixture: &Fixture, method: &str, path: &str, key: &Secret, body: O
 }
 
 async fn top_up(fixture: &Fixture, admin: &Secret, amount: i64) -> Value {
-    let reply =
-        call(fixture, "POST", "/v1/users/ada@example.com/credits", admin, Some(json!({"amount": amount}))).await;
+    let reply = call(fixture, "POST", &ledger(fixture).await, admin, Some(json!({"amount": amount}))).await;
     assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
     reply.json()
 }
 
-async fn account(fixture: &Fixture, key: &Secret) -> Value {
-    let reply = call(fixture, "GET", "/v1/users/ada@example.com/credits", key, None).await;
+async fn ledger(fixture: &Fixture) -> String {
+    format!("{}/ledger", fixture.user(ADA).await)
+}
+
+async fn balance(fixture: &Fixture, key: &Secret) -> Value {
+    let reply = call(fixture, "GET", &format!("{}/balance", fixture.user(ADA).await), key, None).await;
     assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
     reply.json()
 }
@@ -76,22 +79,19 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
     let (_, own) = fixture.key(ADA, &[]).await;
     assert_eq!(as_filters_know(&pool).await, [(false, None, 1)]);
     let body = json!({"amount": 1_000, "note": " invoice 7 "});
-    let reply = call(&fixture, "POST", "/v1/users/Ada@example.com/credits", &admin, Some(body)).await;
+    let reply = call(&fixture, "POST", &ledger(&fixture).await, &admin, Some(body)).await;
     assert_eq!(reply.status.as_u16(), 201);
-    let mut told = reply.json();
-    let entry = told["entry"].take();
-    assert_eq!(told["balance"], 1_000);
+    let entry = reply.json();
     let expected = json!({
         "id": entry["id"], "at": entry["at"], "kind": "top_up", "amount": 1_000, "balance": 1_000, "note": "invoice 7",
         "actor_key_id": admin_id, "refill_due": null
     });
     assert_eq!(entry, expected);
     assert_eq!(as_filters_know(&pool).await, [(false, Some(62), 2)]);
-    let expected = json!({
-        "email": ADA, "balance": 1_000, "metered": true, "leased": 0, "available": 1_000, "starter": 62,
-        "refill": null, "refill_at": null
-    });
-    assert_eq!(account(&fixture, &own).await, expected);
+    let expected = json!({"balance": 1_000, "leased": 0, "available": 1_000, "starter": 62});
+    assert_eq!(balance(&fixture, &own).await, expected);
+    let user = call(&fixture, "GET", &fixture.user(ADA).await, &own, None).await.json();
+    assert_eq!((&user["balance"], &user["metered"]), (&json!(1_000), &json!(true)));
     // More where there is some opens no door anew, but much where there was little does: the rest may have been too little
     // for a single request.
     top_up(&fixture, &admin, 600).await;
@@ -103,16 +103,13 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
     let amounts = [1_000, 600, 24_000, 384_016].map(|amount| ("top_up".into(), amount));
     assert_eq!(rows(&pool).await, amounts);
     let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> = sqlx::query_as(
-        "select action, actor_key_id, target, detail from audit where action like 'credits.%' order by id",
+        "select action, actor_key_id, target, detail from audit where action like 'ledger.%' order by id",
     )
     .fetch_all(&pool)
     .await
     .unwrap();
     let detail = json!({"kind": "top_up", "amount": 1_000, "balance": 1_000});
-    assert_eq!(audited[0], ("credits.add".into(), Some(admin_id), Some(ADA.into()), detail));
-    // A user who was not there before is now.
-    let reply = call(&fixture, "POST", "/v1/users/new@example.com/credits", &admin, Some(json!({"amount": 5}))).await;
-    assert_eq!((reply.status.as_u16(), &reply.json()["balance"]), (201, &json!(5)));
+    assert_eq!(audited[0], ("ledger.create".into(), Some(admin_id), Some(ADA.into()), detail));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -122,7 +119,9 @@ async fn users_see_their_own_and_only_admins_change(pool: PgPool) {
     let (_, own) = fixture.key(ADA, &[]).await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    for path in ["/v1/users/ada@example.com/credits", "/v1/users/ada@example.com/ledger"] {
+    let user = fixture.user(ADA).await;
+    let (ledger, balance) = (format!("{user}/ledger"), format!("{user}/balance"));
+    for path in [&balance, &ledger] {
         for (key, status) in [(&own, 200), (&admin, 200), (&other, 403), (&sync, 403)] {
             assert_eq!(call(&fixture, "GET", path, key, None).await.status.as_u16(), status, "{path}");
         }
@@ -130,20 +129,27 @@ async fn users_see_their_own_and_only_admins_change(pool: PgPool) {
     // Users do not read which key of an administrator topped them up.
     top_up(&fixture, &admin, 3).await;
     for (key, is_shown) in [(&own, false), (&admin, true)] {
-        let ledger = call(&fixture, "GET", "/v1/users/ada@example.com/ledger", key, None).await.json();
-        assert_eq!(ledger["entries"][0]["actor_key_id"].is_string(), is_shown, "{ledger}");
+        let page = call(&fixture, "GET", &ledger, key, None).await.json();
+        assert_eq!(page["entries"][0]["actor_key_id"].is_string(), is_shown, "{page}");
     }
     for key in [&own, &other, &sync] {
-        for (method, body) in [("POST", json!({"amount": 5})), ("PATCH", json!({"metered": true}))] {
-            let reply = call(&fixture, method, "/v1/users/ada@example.com/credits", key, Some(body)).await;
+        for (method, path, body) in
+            [("POST", &ledger, json!({"amount": 5})), ("PATCH", &user, json!({"metered": true}))]
+        {
+            let reply = call(&fixture, method, path, key, Some(body)).await;
             assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (403, Some("forbidden")));
         }
     }
-    let reply = call(&fixture, "GET", "/v1/users/nobody@example.com/credits", &admin, None).await;
-    assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (404, Some("not_found")));
-    let reply =
-        call(&fixture, "PATCH", "/v1/users/nobody@example.com/credits", &admin, Some(json!({"metered": true}))).await;
-    assert_eq!(reply.status.as_u16(), 404);
+    let nobody = format!("/v1/users/{}", Uuid::nil());
+    for (method, path, body) in [
+        ("GET", format!("{nobody}/balance"), None),
+        ("GET", format!("{nobody}/ledger"), None),
+        ("POST", format!("{nobody}/ledger"), Some(json!({"amount": 5}))),
+        ("PATCH", nobody.clone(), Some(json!({"metered": true}))),
+    ] {
+        let reply = call(&fixture, method, &path, &admin, body).await;
+        assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (404, Some("not_found")), "{method} {path}");
+    }
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -151,7 +157,8 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
     let fixture = Fixture::new(pool.clone()).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (_, _) = fixture.key(ADA, &[]).await;
-    let path = "/v1/users/ada@example.com/credits";
+    let user = fixture.user(ADA).await;
+    let ledger = format!("{user}/ledger");
     for (method, body, field) in [
         ("POST", json!({"amount": 0}), Some("amount")),
         ("POST", json!({"amount": -5}), Some("amount")),
@@ -168,6 +175,7 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
         ("PATCH", json!({"refill": {"amount": 1, "period": "year"}}), Some("refill.period")),
         ("PATCH", json!({"refill": {"amount": 1, "period": "day", "time_zone": "Mars/Olympus"}}), Some("refill")),
     ] {
+        let path = if method == "POST" { &ledger } else { &user };
         let reply = call(&fixture, method, path, &admin, Some(body.clone())).await;
         let told = reply.json();
         assert_eq!(
@@ -181,7 +189,7 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
     for _ in 0..1_000 {
         execute(&pool, "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000, 0 from user_preferences where email = 'ada@example.com'").await.unwrap();
     }
-    let reply = call(&fixture, "POST", path, &admin, Some(json!({"amount": 1}))).await;
+    let reply = call(&fixture, "POST", &ledger, &admin, Some(json!({"amount": 1}))).await;
     assert_eq!((reply.status.as_u16(), reply.json()["code"].as_str()), (409, Some("conflict")));
 }
 
@@ -214,7 +222,7 @@ async fn allowed_requests_cost_credits_and_the_door_shuts_and_opens(pool: PgPool
     assert_eq!(crate::support::revision(&pool).await, before, "filters need not know of every booking");
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
     assert_eq!(as_filters_know(&pool).await, [(true, Some(6), 2), (true, Some(6), 2)]);
-    assert_eq!(account(&fixture, &admin).await["balance"], -2);
+    assert_eq!(balance(&fixture, &admin).await["balance"], -2);
     // A key that is made now is exhausted too.
     fixture.key(ADA, &[]).await;
     assert_eq!(as_filters_know(&pool).await[2], (true, Some(6), 2));
@@ -225,11 +233,11 @@ async fn allowed_requests_cost_credits_and_the_door_shuts_and_opens(pool: PgPool
     fixture.in_step().await;
     // A correction takes away; who is not metered pays nothing.
     let body = json!({"amount": -1_700, "kind": "correction", "note": "by mistake"});
-    let reply = call(&fixture, "POST", "/v1/users/ada@example.com/credits", &admin, Some(body)).await;
+    let reply = call(&fixture, "POST", &ledger(&fixture).await, &admin, Some(body)).await;
     assert_eq!((reply.status.as_u16(), &reply.json()["balance"]), (201, &json!(-100)));
     assert!(as_filters_know(&pool).await[0].0);
-    let reply =
-        call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(json!({"metered": false}))).await;
+    let user = fixture.user(ADA).await;
+    let reply = call(&fixture, "PATCH", &user, &admin, Some(json!({"metered": false}))).await;
     assert_eq!((reply.status.as_u16(), &reply.json()["metered"]), (200, &json!(false)));
     assert_eq!(as_filters_know(&pool).await[0], (false, None, 3));
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
@@ -249,7 +257,7 @@ async fn forged_costs_beyond_all_numbers_stop_nobody(pool: PgPool) {
     }
     let (_, other) = (envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await, rows(&pool).await);
     assert_eq!(other.len(), 2);
-    assert_eq!(account(&fixture, &admin).await["balance"], -1_000_000_000_000_000_000_i64);
+    assert_eq!(balance(&fixture, &admin).await["balance"], -1_000_000_000_000_000_000_i64);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -294,7 +302,8 @@ async fn a_refill_is_booked_once_for_each_period_by_whoever_comes_first(pool: Pg
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     fixture.key(ADA, &[]).await;
     let body = json!({"refill": {"amount": 100, "period": "day", "time_zone": "Europe/Berlin", "up_to": 250}});
-    let reply = call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(body.clone())).await;
+    let user = fixture.user(ADA).await;
+    let reply = call(&fixture, "PATCH", &user, &admin, Some(body.clone())).await;
     assert_eq!((reply.status.as_u16(), &reply.json()["refill"]), (200, &body["refill"]));
     assert_eq!(reply.json()["metered"], true);
     let next: bool = sqlx::query_scalar(
@@ -338,8 +347,7 @@ async fn a_refill_is_booked_once_for_each_period_by_whoever_comes_first(pool: Pg
     let ahead: bool = sqlx::query_scalar("select refill_at > now() and refill_at < now() + interval '26 hours' from user_preferences where refill is not null").fetch_one(&pool).await.unwrap();
     assert!(ahead);
 
-    let reply =
-        call(&fixture, "PATCH", "/v1/users/ada@example.com/credits", &admin, Some(json!({"refill": null}))).await;
+    let reply = call(&fixture, "PATCH", &user, &admin, Some(json!({"refill": null}))).await;
     assert_eq!((&reply.json()["refill"], &reply.json()["refill_at"]), (&Value::Null, &Value::Null));
 }
 
@@ -350,7 +358,8 @@ async fn the_ledger_is_paged_with_the_newest_first(pool: PgPool) {
     for amount in 1..=5 {
         top_up(&fixture, &admin, amount).await;
     }
-    let mut path = "/v1/users/ada@example.com/ledger?limit=2".to_owned();
+    let ledger = ledger(&fixture).await;
+    let mut path = format!("{ledger}?limit=2");
     let mut seen = Vec::new();
     loop {
         let reply = call(&fixture, "GET", &path, &admin, None).await;
@@ -361,11 +370,11 @@ async fn the_ledger_is_paged_with_the_newest_first(pool: PgPool) {
             break;
         };
         path = link.strip_prefix('<').unwrap().to_owned();
-        assert_eq!(path, format!("/v1/users/ada@example.com/ledger?cursor={}&limit=2", page["next_cursor"]));
+        assert_eq!(path, format!("{ledger}?cursor={}&limit=2", page["next_cursor"].as_str().unwrap()));
     }
     assert_eq!(seen, [5, 4, 3, 2, 1]);
     for query in ["limit=0", "limit=201", "cursor=x"] {
-        let reply = call(&fixture, "GET", &format!("/v1/users/ada@example.com/ledger?{query}"), &admin, None).await;
+        let reply = call(&fixture, "GET", &format!("{ledger}?{query}"), &admin, None).await;
         assert_eq!(reply.status.as_u16(), 400, "{query}");
     }
 }

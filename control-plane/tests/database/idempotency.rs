@@ -47,7 +47,7 @@ async fn a_create_that_comes_again_is_answered_alike_and_done_once(pool: PgPool)
     assert_eq!(first.status.as_u16(), 201, "{}", first.json());
     same(&first, &post(&fixture, "/v1/keys", &admin, Some(&body("n")), "\"one\"").await);
     assert_eq!(keys_of(&pool, "user@example.com").await, 1);
-    let secret = Secret::from_presented(first.json()["key"].as_str().unwrap().into());
+    let secret = Secret::from_presented(first.json()["secret"].as_str().unwrap().into());
     assert_eq!(fixture.call("GET", "/v1/keys", &secret, None).await.status.as_u16(), 200);
 
     // Another name is another request, and so is one without a name.
@@ -201,7 +201,7 @@ async fn a_secret_that_was_rotated_away_is_not_told_its_successor(pool: PgPool) 
     assert!(!String::from_utf8_lossy(&replayed.body).contains("sk_live_"));
 
     // Nor does the new secret read it: it is sealed under the old one.
-    let new = Secret::from_presented(rotated.json()["key"].as_str().unwrap().into());
+    let new = Secret::from_presented(rotated.json()["secret"].as_str().unwrap().into());
     let detail = "The first request used another secret of this key. Only that secret can read the response.";
     assert_problem(&post(&fixture, &uri, &new, Some(&grace), "one").await, 422, "idempotency_mismatch", detail);
 }

@@ -103,11 +103,11 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     let (id, _) = fixture.key("a@example.com", &[]).await;
     let owner: Uuid =
         sqlx::query_scalar("select owner_id from api_keys where id = $1").bind(id).fetch_one(&pool).await.unwrap();
-    let path = "/v1/users/a@example.com/credits";
+    let (ledger, balance) = (format!("/v1/users/{owner}/ledger"), format!("/v1/users/{owner}/balance"));
     let add = json!({"amount": 1_000}).to_string();
-    assert_eq!(fixture.send(request("POST", path, Some(&admin), add.clone())).await.status.as_u16(), 201);
+    assert_eq!(fixture.send(request("POST", &ledger, Some(&admin), add.clone())).await.status.as_u16(), 201);
     let account = async || -> Value {
-        let reply = fixture.send(request("GET", path, Some(&admin), Body::empty())).await.json();
+        let reply = fixture.send(request("GET", &balance, Some(&admin), Body::empty())).await.json();
         json!([reply["balance"], reply["leased"], reply["available"]])
     };
     let mut envoys: Vec<Envoy> = (1..=3).map(|number| Envoy::new(number, &sync)).collect();
@@ -142,7 +142,7 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     }
     assert_eq!(account().await, json!([1_000 - spent, 0, 1_000 - spent]));
     // A top-up when there is some is in the next answer; one that opens the door is a new turn.
-    assert_eq!(fixture.send(request("POST", path, Some(&admin), add)).await.status.as_u16(), 201);
+    assert_eq!(fixture.send(request("POST", &ledger, Some(&admin), add)).await.status.as_u16(), 201);
     let grants = envoys[1].report(&fixture, &[count(id, Outcome::Allowed, 10)]).await;
     assert_eq!(granted(&grants, 2, owner), Some((160 + 10 + 40, 2)));
     // What an Envoy holds that is not heard of for a minute is counted no longer.

@@ -22,7 +22,7 @@ async fn patch(fixture: &Fixture, caller: &Secret, id: Uuid, body: &Value) -> Re
 async fn ending(fixture: &Fixture, admin: &Secret, email: &str, expires_at: &str) -> (Uuid, Secret) {
     let body = json!({"email": email, "name": "ends", "expires_at": expires_at});
     let created = fixture.call("POST", "/v1/keys", admin, Some(&body)).await.json();
-    let secret = Secret::from_presented(created["key"].as_str().unwrap().into());
+    let secret = Secret::from_presented(created["secret"].as_str().unwrap().into());
     (created["id"].as_str().unwrap().parse().unwrap(), secret)
 }
 
@@ -159,7 +159,7 @@ async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: 
     let (_, sync) = fixture.key("user@example.com", &["sync", "orders:read"]).await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
     let all = async |caller: &Secret, email: &str| {
-        fixture.call("POST", &format!("/v1/users/{email}/revoke-keys"), caller, None).await
+        fixture.call("POST", &format!("{}/revoke-keys", fixture.user(email).await), caller, None).await
     };
     let detail = "This key manages only its owner's data. Use a key with the scope admin.";
     assert_problem(&all(&user, "other@example.com").await, 403, "forbidden", detail, None);
@@ -169,14 +169,14 @@ async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: 
     assert_problem(&all(&admin, "nobody@example.com").await, 404, "not_found", detail, None);
 
     let reply = all(&user, "User@example.com").await;
-    assert_eq!((reply.status.as_u16(), reply.json()), (200, json!({"revoked": 2, "kept": 1})));
+    assert_eq!((reply.status.as_u16(), reply.json()), (200, json!({"revoked": 2, "skipped": 1})));
     for key in [&user, &second] {
         assert_eq!(fixture.call("GET", "/v1/keys", key, None).await.json()["code"], "revoked");
     }
     assert_eq!(fixture.call("GET", "/v1/keys", &sync, None).await.json()["code"], "forbidden");
     assert_eq!(fixture.call("GET", "/v1/keys", &other, None).await.status.as_u16(), 200);
-    assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 1, "kept": 0}));
+    assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 1, "skipped": 0}));
     let before = revision(&pool).await;
-    assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 0, "kept": 0}));
+    assert_eq!(all(&admin, "user@example.com").await.json(), json!({"revoked": 0, "skipped": 0}));
     assert_eq!(revision(&pool).await, before, "nothing for filters to learn");
 }

@@ -5,6 +5,7 @@ use crate::support::{Fixture, Reply, request, revision};
 use axum::body::Body;
 use axum::http::Request;
 use contract::key::{KeyKind, Secret, check};
+use contract::outcome::PROBLEMS;
 use control_plane::domain::{Email, KeyName, Scopes};
 use control_plane::keys::create::insert_given;
 use control_plane::keys::read::find_by_hash;
@@ -16,7 +17,7 @@ const ADMIN: &[&str] = &["admin"];
 /// The whole of a problem, but for what differs from call to call.
 fn assert_problem(reply: &Reply, status: u16, code: &str, title: &str, detail: &str, field: Option<&str>) {
     let mut expected = json!({
-        "type": format!("urn:portcullis:problem:{code}"), "title": title, "status": status, "detail": detail, "code": code,
+        "type": format!("{PROBLEMS}{code}"), "title": title, "status": status, "detail": detail, "code": code,
     });
     if let Some(field) = field {
         expected["field"] = field.into();
@@ -218,12 +219,12 @@ async fn every_management_route_needs_a_good_key(pool: PgPool) {
         ("POST", format!("/v1/keys/{id}/rotate")),
         ("DELETE", format!("/v1/keys/{id}/secrets/1")),
         ("POST", "/v1/keys/import".into()),
-        ("POST", "/v1/users/user@example.com/revoke-keys".into()),
+        ("POST", format!("/v1/users/{id}/revoke-keys")),
         ("GET", "/v1/audit".into()),
         ("POST", "/v1/explain".into()),
         ("GET", "/v1/usage".into()),
         ("GET", "/v1/usage/events".into()),
-        ("GET", "/v1/filters".into()),
+        ("GET", "/v1/envoys".into()),
     ] {
         let reply = fixture.send(request(method, &uri, None, Body::empty())).await;
         let detail = "Send your API key in the header x-api-key.";
@@ -242,7 +243,7 @@ async fn every_management_route_needs_a_good_key(pool: PgPool) {
 
     let (id, key) = fixture.key("user@example.com", &[]).await;
     for (change, status, code) in [
-        ("disabled = true", 403, "disabled"),
+        ("disabled = true", 401, "disabled"),
         ("expires_at = now()", 401, "expired"),
         ("revoked_at = now()", 401, "revoked"),
     ] {

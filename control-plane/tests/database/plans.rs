@@ -26,7 +26,7 @@ async fn create(fixture: &Fixture, caller: &Secret, more: Value) -> (Uuid, Secre
     let reply = fixture.call("POST", "/v1/keys", caller, Some(&body)).await;
     assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
     let made = reply.json();
-    (made["id"].as_str().unwrap().parse().unwrap(), Secret::from_presented(made["key"].as_str().unwrap().into()))
+    (made["id"].as_str().unwrap().parse().unwrap(), Secret::from_presented(made["secret"].as_str().unwrap().into()))
 }
 
 async fn patch(fixture: &Fixture, caller: &Secret, id: Uuid, body: Value) -> Reply {
@@ -171,7 +171,7 @@ async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) 
         (shown["plan"].clone(), shown["effective_plan"].clone(), known)
     };
     let owner = async |plan: Value| {
-        fixture.call("PATCH", "/v1/users/user@example.com", &admin, Some(&json!({"plan": plan}))).await
+        fixture.call("PATCH", &fixture.user("user@example.com").await, &admin, Some(&json!({"plan": plan}))).await
     };
     assert_eq!(plans().await, (Value::Null, Value::Null, "".into()));
     owner(json!("free")).await;
@@ -258,7 +258,8 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
     let fixture = Fixture::new(pool.clone()).await;
     let admin = admin(&fixture).await;
     let owner = async |plan: Value| {
-        let reply = fixture.call("PATCH", "/v1/users/user@example.com", &admin, Some(&json!({"plan": plan}))).await;
+        let reply =
+            fixture.call("PATCH", &fixture.user("user@example.com").await, &admin, Some(&json!({"plan": plan}))).await;
         assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
     };
     put(&fixture, &admin, "gold", json!({"quota": daily(1_600)})).await;

@@ -23,7 +23,7 @@ async fn rotate(fixture: &Fixture, caller: &Secret, id: Uuid, body: Option<&Valu
 async fn rotated(fixture: &Fixture, caller: &Secret, id: Uuid, grace_seconds: i64) -> Secret {
     let reply = rotate(fixture, caller, id, Some(&json!({"grace_seconds": grace_seconds}))).await;
     assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
-    Secret::from_presented(reply.json()["key"].as_str().unwrap().into())
+    Secret::from_presented(reply.json()["secret"].as_str().unwrap().into())
 }
 
 async fn opens(fixture: &Fixture, key: &Secret) -> Value {
@@ -46,7 +46,7 @@ async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(p
     });
     let created = fixture.call("POST", "/v1/keys", &admin, Some(&body)).await.json();
     let id: Uuid = created["id"].as_str().unwrap().parse().unwrap();
-    let old = Secret::from_presented(created["key"].as_str().unwrap().into());
+    let old = Secret::from_presented(created["secret"].as_str().unwrap().into());
     for (generation, requests) in [(1, 40), (2, 2)] {
         sqlx::query("insert into key_usage values ($1, $2, $3, '2026-05-16 09:12:43.5Z')")
             .bind(id)
@@ -62,10 +62,10 @@ async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(p
     assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
     assert_eq!((reply.header("location"), reply.header("etag")), (&*format!("/v1/keys/{id}"), "\"2\""));
     assert_eq!(reply.header("cache-control"), "no-store");
-    let new = Secret::from_presented(reply.json()["key"].as_str().unwrap().into());
+    let new = Secret::from_presented(reply.json()["secret"].as_str().unwrap().into());
     assert_eq!(check(new.reveal()), Ok(KeyKind::Test));
     let mut expected = created.clone();
-    expected["key"] = new.reveal().into();
+    expected["secret"] = new.reveal().into();
     expected["prefix"] = new.display_prefix().into();
     expected["generation"] = 2.into();
     expected["usage_count"] = 42.into();
@@ -130,7 +130,7 @@ async fn without_grace_and_without_a_body_the_old_secret_is_dead_at_once(pool: P
     let id: Uuid = listed["keys"][0]["id"].as_str().unwrap().parse().unwrap();
     let reply = rotate(&fixture, &old, id, None).await;
     assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
-    let new = Secret::from_presented(reply.json()["key"].as_str().unwrap().into());
+    let new = Secret::from_presented(reply.json()["secret"].as_str().unwrap().into());
     assert_eq!(check(new.reveal()), Ok(KeyKind::Live));
     assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
     let status = fixture.call("GET", "/api/user/key/user@example.com", &admin, None).await.json();

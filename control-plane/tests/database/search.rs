@@ -11,7 +11,7 @@ const ADMIN: &[&str] = &["admin"];
 async fn named(fixture: &Fixture, admin: &Secret, email: &str, name: &str) -> (Uuid, Secret) {
     let body = json!({"email": email, "name": name});
     let created = fixture.call("POST", "/v1/keys", admin, Some(&body)).await.json();
-    let secret = Secret::from_presented(created["key"].as_str().unwrap().into());
+    let secret = Secret::from_presented(created["secret"].as_str().unwrap().into());
     (created["id"].as_str().unwrap().parse().unwrap(), secret)
 }
 
@@ -127,7 +127,7 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     fixture.call("PATCH", &uri, &admin, Some(&json!({"name": "m"}))).await;
     let grace = json!({"grace_seconds": 60});
     let rotated = fixture.call("POST", &format!("{uri}/rotate"), &admin, Some(&grace)).await.json();
-    secrets.push(rotated["key"].as_str().unwrap().into());
+    secrets.push(rotated["secret"].as_str().unwrap().into());
     fixture.call("DELETE", &format!("{uri}/secrets/1"), &admin, None).await;
     let primary = json!({"email": "user@example.com", "key_name": "primary"});
     for _ in 0..2 {
@@ -136,7 +136,8 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     }
     fixture.call("DELETE", "/api/user/key/user@example.com", &admin, None).await;
     fixture.call("DELETE", &uri, &admin, None).await;
-    fixture.call("POST", "/v1/users/user@example.com/revoke-keys", &admin, None).await;
+    let user = fixture.user("user@example.com").await;
+    fixture.call("POST", &format!("{user}/revoke-keys"), &admin, None).await;
 
     let trail = fixture.call("GET", "/v1/audit", &admin, None).await.json();
     let entries = trail["entries"].as_array().unwrap();
@@ -169,7 +170,7 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     assert_eq!(entries[7]["detail"], json!({"retired": 1, "grace_seconds": 60}));
     assert_eq!(
         (&entries[0]["target"], &entries[0]["detail"]),
-        (&json!("user@example.com"), &json!({"revoked": 0, "kept": 0}))
+        (&json!("user@example.com"), &json!({"revoked": 0, "skipped": 0}))
     );
     let all = trail.to_string();
     for secret in secrets {
@@ -186,7 +187,8 @@ async fn the_trail_is_filtered_and_paged_and_users_see_their_own(pool: PgPool) {
     for number in 0..4 {
         fixture.call("PATCH", &format!("/v1/keys/{id}"), &user, Some(&json!({"name": format!("{number}")}))).await;
     }
-    fixture.call("POST", "/v1/users/other@example.com/revoke-keys", &admin, None).await;
+    let other = fixture.user("other@example.com").await;
+    fixture.call("POST", &format!("{other}/revoke-keys"), &admin, None).await;
     let actions = async |caller: &Secret, query: &str| {
         let reply = fixture.call("GET", &format!("/v1/audit?{query}"), caller, None).await;
         assert_eq!(reply.status.as_u16(), 200, "{}", reply.json());
@@ -209,7 +211,7 @@ async fn the_trail_is_filtered_and_paged_and_users_see_their_own(pool: PgPool) {
         let reply = fixture.call("GET", &uri, &admin, None).await;
         let page = reply.json();
         seen.extend(page["entries"].as_array().unwrap().iter().map(|entry| entry["id"].as_i64().unwrap()));
-        let Some(cursor) = page["next_cursor"].as_i64() else { break };
+        let Some(cursor) = page["next_cursor"].as_str() else { break };
         uri = format!("/v1/audit?key_id={id}&cursor={cursor}&limit=2");
         assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
     }

@@ -27,11 +27,12 @@ async fn call(stack: &Stack, method: Method, path: &str, body: Option<Value>) ->
 }
 
 async fn account(stack: &Stack) -> Result<Value> {
-    call(stack, Method::GET, "/v1/users/ada@example.com/credits", None).await
+    call(stack, Method::GET, &format!("{}/balance", stack.rest().user(ADA).await?), None).await
 }
 
 async fn top_up(stack: &Stack, amount: u64) -> Result<()> {
-    call(stack, Method::POST, "/v1/users/ada@example.com/credits", Some(json!({"amount": amount}))).await.map(|_| ())
+    let ledger = format!("{}/ledger", stack.rest().user(ADA).await?);
+    call(stack, Method::POST, &ledger, Some(json!({"amount": amount}))).await.map(|_| ())
 }
 
 /// As many requests as come through, at every Envoy, until each refuses for want of credits. What was admitted.
@@ -105,12 +106,13 @@ async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() ->
 
     // So do those that come by themselves.
     let refill = json!({"refill": {"amount": 500, "period": "day", "time_zone": "Europe/Berlin"}});
-    let account = call(&stack, Method::PATCH, "/v1/users/ada@example.com/credits", Some(refill)).await?;
-    assert_eq!(account["refill"]["amount"], 500);
-    assert!(account["refill_at"].is_string(), "{account}");
+    let path = stack.rest().user(ADA).await?;
+    let user = call(&stack, Method::PATCH, &path, Some(refill)).await?;
+    assert_eq!(user["refill"]["amount"], 500);
+    assert!(user["refill_at"].is_string(), "{user}");
     stack.database.execute("update user_preferences set refill_at = now() where refill is not null").await?;
     stack.wait_for_status(Some(&key), 200).await?;
-    let ledger = call(&stack, Method::GET, "/v1/users/ada@example.com/ledger?limit=200", None).await?;
+    let ledger = call(&stack, Method::GET, &format!("{path}/ledger?limit=200"), None).await?;
     let refills = ledger["entries"].as_array().into_iter().flatten().filter(|entry| entry["kind"] == "refill");
     assert_eq!(refills.map(|entry| &entry["amount"]).collect::<Vec<_>>(), [500]);
     Ok(())

@@ -40,7 +40,7 @@ async fn create(rest: &Rest, email: &str) -> Result<(String, String)> {
     let body = json!({"email": email, "name": "Test Key", "roles": ["support"]});
     let made = call(rest, Method::POST, "/v1/keys", body, 201).await?;
     let id = made["id"].as_str().context("no id")?;
-    Ok((format!("/v1/keys/{id}"), made["key"].as_str().context("no key")?.to_owned()))
+    Ok((format!("/v1/keys/{id}"), made["secret"].as_str().context("no key")?.to_owned()))
 }
 
 async fn orders(envoy: &Envoy, key: &str) -> Result<Reply> {
@@ -80,7 +80,7 @@ async fn a_key_opens_what_its_roles_grant_and_nothing_more() -> Result<()> {
     // With a scope of its own the key needs no role.
     let body = json!({"email": "ada@example.com", "name": "Own", "scopes": ["orders:read"]});
     let own = call(&rest, Method::POST, "/v1/keys", body, 201).await?;
-    wait_for_orders(&stack, own["key"].as_str().context("no key")?, 200).await
+    wait_for_orders(&stack, own["secret"].as_str().context("no key")?, 200).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

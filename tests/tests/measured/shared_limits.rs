@@ -77,7 +77,7 @@ async fn limited_key(stack: &Stack, email: &str) -> Result<String> {
         "rate_limits": [{"name": "shared", "requests": LIMIT, "window_seconds": 1}]
     });
     let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-    let key = made["key"].as_str().context("no key in the answer")?;
+    let key = made["secret"].as_str().context("no key in the answer")?;
     for envoy in &stack.envoys {
         wait_for_status(envoy, Some(key), 200).await?;
     }

@@ -59,7 +59,7 @@ async fn scopes_are_told_if_the_key_has_some() -> Result<()> {
     let made = stack.rest().call(Method::POST, "/v1/keys", Some(&wanted)).await?;
     assert_eq!(made.status, 201, "{:?}", made.body);
     let made = made.json()?;
-    let key = made["key"].as_str().context("no key")?;
+    let key = made["secret"].as_str().context("no key")?;
     stack.wait_for_status(Some(key), 200).await?;
     let reply = spoof(&stack, Some(key)).await?;
     let headers = assert_upstream(&reply, &["x-consumer-id", "x-credential-identifier", "x-credential-scopes"]);

@@ -14,14 +14,15 @@ const ADA: &str = "ada@example.com";
 async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let rest = stack.rest();
-    let credits = format!("/v1/users/{ADA}/credits");
-    rest.expect(Method::POST, &credits, Some(&json!({"amount": 1_000})), 201).await?;
+    let user = rest.user(ADA).await?;
+    let balance = format!("{user}/balance");
+    rest.expect(Method::POST, &format!("{user}/ledger"), Some(&json!({"amount": 1_000})), 201).await?;
     let body = json!({
         "email": ADA, "name": "seldom", "cost": 3,
         "quota": {"requests": 500, "period": "day", "time_zone": "UTC"}
     });
     let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-    let key = made["key"].as_str().unwrap_or_default();
+    let key = made["secret"].as_str().unwrap_or_default();
     stack.in_step().await?;
     for number in 1..=3_i64 {
         for envoy in &stack.envoys {
@@ -30,7 +31,7 @@ async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
         }
         let booked = 1_000 - 3 * 2 * number;
         let told =
-            async || (rest.expect(Method::GET, &credits, None, 200).await.ok()?["balance"] == booked).then_some(());
+            async || (rest.expect(Method::GET, &balance, None, 200).await.ok()?["balance"] == booked).then_some(());
         eventually("the requests to be booked", told).await?;
         // Nothing is held beyond what was spent once an Envoy has heard that its lease was taken back.
         let held = "select count(*)::text from leases where stock > 0 and held > spent";

@@ -52,7 +52,7 @@ async fn limited(stack: &Stack, email: &str) -> Result<String> {
         "email": email, "name": "hourly", "rate_limits": [{"name": "hour", "requests": LIMIT, "window_seconds": 3_600}]
     });
     let made = stack.rest().expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-    let key = made["key"].as_str().context("no key in the answer")?;
+    let key = made["secret"].as_str().context("no key in the answer")?;
     stack.in_step().await?;
     Ok(key.to_owned())
 }

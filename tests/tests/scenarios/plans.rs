@@ -49,7 +49,7 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
     call(&rest, Method::PUT, "/v1/plans/gold", plan(5), 201).await?;
     let body = json!({"email": ADA, "name": "Test Key", "plan": "gold"});
     let made = call(&rest, Method::POST, "/v1/keys", body, 201).await?;
-    let key = made["key"].as_str().context("no key")?;
+    let key = made["secret"].as_str().context("no key")?;
     let first = async || stack.get(Some(key)).await.ok().filter(|reply| reply.status == 200);
     eventually("the new key to be known", first).await?;
     // The key's first request is one of the five.
@@ -98,7 +98,7 @@ async fn the_plan_of_a_user_applies_to_keys_that_have_none() -> Result<()> {
         Ok(())
     };
     all(403).await?;
-    let user = format!("/v1/users/{ADA}");
+    let user = rest.user(ADA).await?;
     call(&rest, Method::PATCH, &user, json!({"plan": "gold"}), 200).await?;
     all(200).await?;
     call(&rest, Method::PUT, "/v1/plans/gold", json!({"scopes": []}), 200).await?;

@@ -106,7 +106,7 @@ async fn a_quota_of_every_period_is_used_up_says_when_it_opens_and_opens_then() 
         let body = json!({"email": format!("user{number}@example.com"), "name": "with a quota", "quota": quota});
         let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
         let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
-        let (id, key) = (text("id")?, text("key")?);
+        let (id, key) = (text("id")?, text("secret")?);
         let path = format!("/v1/keys/{id}/quota");
         let before = stack.demo.requests();
         wait_for_status(stack.envoy(), Some(&key), 200).await?;

@@ -14,7 +14,7 @@ const IDENTITY: [&str; 2] = ["x-consumer-id", "x-credential-identifier"];
 async fn rotate(stack: &Stack, id: &str, grace_seconds: i64) -> Result<String> {
     let body = json!({"grace_seconds": grace_seconds});
     let rotated = stack.rest().expect(Method::POST, &format!("/v1/keys/{id}/rotate"), Some(&body), 201).await?;
-    Ok(rotated["key"].as_str().context("no key")?.to_owned())
+    Ok(rotated["secret"].as_str().context("no key")?.to_owned())
 }
 
 /// What is told of the secrets of a key: generation, whether it is the present one, and how often it was used.

@@ -128,7 +128,7 @@ pub async fn create(
             Some(effective) => KeyView::new(key, effective, now),
             None => show(&mut **change, key).await?,
         };
-        let reply = CreateReply { key: secret, view };
+        let reply = CreateReply { secret, view };
         Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
     });
     response.await

@@ -79,7 +79,7 @@ pub async fn rotate(
         let secret = keys::rotate::rotate(change, &key, body.kind.into(), grace).await?;
         let key = read::get(&mut **change, path.id).await?.ok_or_else(|| not_found(path.id))?;
         let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-        let reply = CreateReply { key: secret, view: show(&mut **change, key).await? };
+        let reply = CreateReply { secret, view: show(&mut **change, key).await? };
         Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
     });
     response.await

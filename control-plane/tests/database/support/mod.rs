@@ -114,6 +114,14 @@ impl Fixture {
         key(&self.pool, email, scopes).await
     }
 
+    /// The path of a user, who is created if there is none with this address.
+    pub async fn user(&self, email: &str) -> String {
+        let sql = "insert into user_preferences (id, email) values ($1, $2)
+            on conflict (email) do update set email = excluded.email returning id";
+        let id: Uuid = sqlx::query_scalar(sql).bind(Uuid::now_v7()).bind(email).fetch_one(&self.pool).await.unwrap();
+        format!("/v1/users/{id}")
+    }
+
     /// One call of the REST API, with a JSON body if there is one.
     pub async fn call(&self, method: &str, uri: &str, key: &Secret, body: Option<&Value>) -> Reply {
         self.call_with(method, uri, key, body, &[]).await
