@@ -14,7 +14,6 @@ use super::openapi::ReadErrors;
 use super::pagination::{self, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
-use crate::api::problem::Problem;
 use crate::audit::{self, AuditFilter, AuditRow};
 use crate::domain::{Timestamp, parse_time};
 use crate::error::ApiError;
@@ -130,9 +129,7 @@ pub struct AuditPage {
     get, path = "/v1/audit", tag = "audit", params(AuditQuery, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of the trail", body = AuditPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of the trail", body = AuditPage),
     )
 )]
 pub async fn trail(

@@ -15,6 +15,93 @@ use crate::definitions::{Content, Kind, Name};
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 
+/// The routes of roles or of plans: list, get, put and delete. `$body` has a method `parse`, `$view` a function `of`.
+#[rustfmt::skip]
+macro_rules! routes {
+    (
+        $kind:ident $tag:tt, $view:ident, $body:ident, $page:ident { $field:ident },
+        list: $list:tt $list_path:tt $list_doc:tt,
+        get: $get:tt $path:tt $get_doc:tt,
+        put: $put:tt $put_doc:tt,
+        delete: $delete:tt $delete_doc:tt $(,)?
+    ) => {
+        #[doc = $list_doc]
+        #[utoipa::path(
+            operation_id = $list,
+            get, path = $list_path, tag = $tag, params(PageQuery), security(("api_key" = [])),
+            responses(ReadErrors, (status = 200, description = "A page of the list", body = $page))
+        )]
+        pub async fn list(
+            State(app): State<App>,
+            caller: Caller,
+            List { page, .. }: List<All, String>,
+        ) -> Result<Response, ApiError> {
+            let (found, next) = definitions::list(&app, &caller, page, Kind::$kind).await?;
+            let $field = found.into_iter().map($view::of).collect();
+            Ok(pagination::reply($page { $field, next_cursor: next.cursor }, next.link))
+        }
+
+        #[doc = $get_doc]
+        #[utoipa::path(
+            operation_id = $get,
+            get, path = $path, tag = $tag, params(ByName), security(("api_key" = [])),
+            responses(
+                ReadErrors,
+                (status = 200, description = "The role or plan", body = $view,
+                    headers(("etag" = String, description = "Its version, for If-Match"))),
+            )
+        )]
+        pub async fn get(
+            State(app): State<App>,
+            caller: Caller,
+            Path(path): Path<ByName>,
+        ) -> Result<Response, ApiError> {
+            definitions::get(&app, &caller, &path, Kind::$kind, $view::of).await
+        }
+
+        #[doc = $put_doc]
+        ///
+        /// A change reaches every Envoy as fast as a revocation does.
+        #[utoipa::path(
+            operation_id = $put,
+            put, path = $path, tag = $tag, params(ByName, Conditions), request_body = $body,
+            security(("api_key" = [])),
+            responses(
+                WriteErrors, Conflict,
+                (status = 200, description = "Replaced, or the same as before", body = $view,
+                    headers(("etag" = String, description = "Its version, for If-Match"))),
+                (status = 201, description = "Created", body = $view,
+                    headers(("etag" = String, description = "Its version, for If-Match"))),
+            )
+        )]
+        pub async fn put(
+            State(app): State<App>,
+            caller: Caller,
+            Path(path): Path<ByName>,
+            preconditions: Preconditions,
+            Json(body): Json<$body>,
+        ) -> Result<Response, ApiError> {
+            definitions::put(&app, &caller, (Kind::$kind, &path), &body.parse()?, &preconditions, $view::of).await
+        }
+
+        #[doc = $delete_doc]
+        #[utoipa::path(
+            operation_id = $delete,
+            delete, path = $path, tag = $tag, params(ByName, Conditions), security(("api_key" = [])),
+            responses(ReadErrors, Conflict, (status = 204, description = "Deleted"))
+        )]
+        pub async fn delete(
+            State(app): State<App>,
+            caller: Caller,
+            Path(path): Path<ByName>,
+            preconditions: Preconditions,
+        ) -> Result<StatusCode, ApiError> {
+            definitions::remove(&app, &caller, (Kind::$kind, &path), &preconditions).await
+        }
+    };
+}
+pub(super) use routes;
+
 /// Which one.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
@@ -22,19 +109,6 @@ pub struct ByName {
     /// The name: 1 to 64 characters of a-z, 0-9, `_` and `-`.
     #[param(example = "gold", min_length = 1, max_length = 64, pattern = "^[a-z0-9_-]+$")]
     name: String,
-}
-
-/// On what condition to change.
-#[derive(Debug, IntoParams)]
-#[into_params(parameter_in = Header)]
-#[allow(dead_code, reason = "for the OpenAPI document; `Condition` reads the headers")]
-pub struct Conditions {
-    /// The ETag that it must have, or `*`: it must be there.
-    #[param(rename = "If-Match", required = false)]
-    if_match: Option<String>,
-    /// `*`: it must not be there yet.
-    #[param(rename = "If-None-Match", required = false)]
-    if_none_match: Option<String>,
 }
 
 /// A page of definitions, each found by its name, and what is said of the next page.

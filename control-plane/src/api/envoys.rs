@@ -11,7 +11,6 @@ use crate::App;
 use crate::api::auth::Caller;
 use crate::api::openapi::ReadErrors;
 use crate::api::pagination::{self, All, List, PageQuery};
-use crate::api::problem::Problem;
 use crate::domain::Timestamp;
 use crate::error::ApiError;
 use crate::sync::filters::{self, DatabasePosition, EnvoyStatus, Rollout};
@@ -157,9 +156,7 @@ pub async fn key_applied_on(app: &App, key_id: Uuid) -> Result<AppliedOn, ApiErr
     get, path = "/v1/envoys", tag = "insight", params(PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of Envoys", body = EnvoyPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "Not an admin's key", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of Envoys", body = EnvoyPage),
     )
 )]
 pub async fn list(

@@ -13,9 +13,8 @@ use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::{Json, Path};
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
-use crate::api::openapi::{ReadErrors, WriteErrors};
+use crate::api::openapi::{Conflict, IdempotencyKey, ReadErrors, WriteErrors};
 use crate::api::pagination::{self, All, List, PageQuery};
-use crate::api::problem::Problem;
 use crate::api::users::ById;
 use crate::credits::{self, Account, Kind, LedgerRow, parse_amount, parse_note};
 use crate::domain::Timestamp;
@@ -138,7 +137,6 @@ pub struct LedgerPage {
     responses(
         ReadErrors,
         (status = 200, description = "The balance", body = BalanceView),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn balance(
@@ -158,14 +156,11 @@ pub async fn balance(
 #[utoipa::path(
     operation_id = "createLedgerEntry",
     post, path = "/v1/users/{id}/ledger", tag = "credits", request_body = EntryBody,
-    params(ById, ("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely")),
+    params(ById, IdempotencyKey),
     security(("api_key" = [])),
     responses(
-        WriteErrors,
+        WriteErrors, Conflict,
         (status = 201, description = "The entry", body = EntryView),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The balance would be out of bounds, or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn book(
@@ -197,9 +192,7 @@ pub async fn book(
     get, path = "/v1/users/{id}/ledger", tag = "credits", params(ById, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of the ledger", body = LedgerPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of the ledger", body = LedgerPage),
     )
 )]
 pub async fn ledger(

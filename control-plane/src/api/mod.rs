@@ -80,7 +80,7 @@ const USAGE_BYTES: usize = 4 << 20;
     servers((url = "/", description = "The control plane that serves this document")),
     modifiers(&KeyHeader),
     tags(
-        (name = "user", description = "The primary key of a user"),
+        (name = "user", description = "The primary key of a user. Deprecated: use `/v1/keys`"),
         (name = "keys", description = "Keys of all users: create, find, change, rotate, import and revoke them"),
         (name = "users", description = "The owners of keys"),
         (name = "credits", description = "Credits of users and the ledger of their changes"),

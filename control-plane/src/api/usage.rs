@@ -11,12 +11,11 @@ use uuid::Uuid;
 
 use super::csv;
 use super::keys::usage::span;
-use super::openapi::ReadErrors;
+use super::openapi::{NotFound, ReadErrors};
 use super::pagination::{List, Page, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::Json;
-use crate::api::problem::Problem;
 use crate::domain::{Email, Timestamp};
 use crate::error::ApiError;
 use crate::keys::read::get;
@@ -120,12 +119,9 @@ pub struct UsagePage {
     operation_id = "getUsage",
     get, path = "/v1/usage", tag = "insight", params(SumsQuery, PageQuery), security(("api_key" = [])),
     responses(
-        ReadErrors,
+        ReadErrors, NotFound,
         (status = 200, description = "A page of sums; as CSV with a line of names before the rows",
-            content((UsagePage = "application/json"), (String = "text/csv")),
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "Another user's usage", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+            content((UsagePage = "application/json"), (String = "text/csv"))),
     )
 )]
 pub async fn usage(

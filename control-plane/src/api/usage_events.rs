@@ -124,7 +124,6 @@ impl From<Event> for CloudEvent {
                 ("portcullis-cursor" = String, description = "What to send as `after` the next time"),
                 ("link" = String, description = "The events after these (RFC 8288)"),
             )),
-        (status = 403, description = "Not an admin's key", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The database is older than the reader", body = Problem, content_type = "application/problem+json"),
         (status = 410, description = "Events after this one are no longer kept", body = Problem, content_type = "application/problem+json"),
     )

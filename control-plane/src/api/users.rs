@@ -11,12 +11,11 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::extract::{Json, Path};
-use super::openapi::{ReadErrors, WriteErrors};
+use super::openapi::{Conflict, IfMatch, ReadErrors, WriteErrors};
 use super::pagination::{self, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
 use crate::audit::AuditEvent;
 use crate::credits::{self, Refill};
 use crate::definitions::Name;
@@ -154,8 +153,7 @@ pub struct RevokeKeysReply {
     get, path = "/v1/users", tag = "users", params(UsersQuery, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of users", body = UserPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 200, description = "A page of users", body = UserPage),
     )
 )]
 pub async fn list(
@@ -219,7 +217,6 @@ pub async fn create(
         ReadErrors,
         (status = 200, description = "The user", body = UserView,
             headers(("etag" = String, description = "The version of what is set of the user"))),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<Response, ApiError> {
@@ -234,13 +231,11 @@ pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ById>)
 #[utoipa::path(
     operation_id = "updateUser",
     patch, path = "/v1/users/{id}", tag = "users", request_body = UserBody, security(("api_key" = [])),
-    params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
+    params(ById, IfMatch),
     responses(
         WriteErrors,
         (status = 200, description = "The user as it is now", body = UserView,
             headers(("etag" = String, description = "The version of what is set of the user"))),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "The user was changed since", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn update(
@@ -282,11 +277,8 @@ pub async fn update(
     operation_id = "revokeUserKeys",
     post, path = "/v1/users/{id}/revoke-keys", tag = "users", params(ById), security(("api_key" = [])),
     responses(
-        ReadErrors,
+        ReadErrors, Conflict,
         (status = 200, description = "How many were revoked", body = RevokeKeysReply),
-        (status = 403, description = "Another user's keys", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The last admin key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn revoke_keys(

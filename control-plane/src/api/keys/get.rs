@@ -16,7 +16,6 @@ use crate::api::envoys::{AppliedOn, key_applied_on};
 use crate::api::extract::{Json, Path};
 use crate::api::openapi::ReadErrors;
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
 use crate::credits;
 use crate::domain::{Preconditions, Timestamp};
 use crate::error::ApiError;
@@ -105,8 +104,6 @@ impl CreditsView {
         (status = 200, description = "The key", body = KeyDetails,
             headers(("etag" = String, description = "The version of the key"))),
         (status = 304, description = "The client has this version already"),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn get(

@@ -15,7 +15,6 @@ use crate::api::auth::Caller;
 use crate::api::extract::search_text;
 use crate::api::openapi::ReadErrors;
 use crate::api::pagination::{self, List, PageQuery};
-use crate::api::problem::Problem;
 use crate::domain::{Email, parse_time};
 use crate::error::ApiError;
 use crate::keys::read::{KeySearch, search};
@@ -61,9 +60,7 @@ pub struct KeyPage {
     get, path = "/v1/keys", tag = "keys", params(ListQuery, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of keys", body = KeyPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "Another user's keys", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of keys", body = KeyPage),
     )
 )]
 pub async fn list(
