@@ -165,10 +165,11 @@ async fn all_keys_of_a_user_are_revoked_but_those_that_only_an_admin_ends(pool: 
     assert_problem(&all(&user, "other@example.com").await, 403, "forbidden", detail, None);
     let detail = "A key with the scope sync cannot manage keys. Use another key.";
     assert_problem(&all(&sync, "user@example.com").await, 403, "forbidden", detail, None);
-    let detail = "There is no user nobody@example.com.";
-    assert_problem(&all(&admin, "nobody@example.com").await, 404, "not_found", detail, None);
+    let nobody = format!("/v1/users/{}/revoke-keys", Uuid::nil());
+    let detail = format!("There is no user {}.", Uuid::nil());
+    assert_problem(&fixture.call("POST", &nobody, &admin, None).await, 404, "not_found", &detail, None);
 
-    let reply = all(&user, "User@example.com").await;
+    let reply = all(&user, "user@example.com").await;
     assert_eq!((reply.status.as_u16(), reply.json()), (200, json!({"revoked": 2, "skipped": 1})));
     for key in [&user, &second] {
         assert_eq!(fixture.call("GET", "/v1/keys", key, None).await.json()["code"], "revoked");

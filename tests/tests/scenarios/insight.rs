@@ -254,10 +254,10 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     eventually("the revocation to be applied on both Envoys", told).await?;
     let envoys = get(&rest, "/v1/envoys").await?;
     let shown = envoys["envoys"].as_array().context("no Envoys")?.clone();
-    assert_eq!(shown.len(), 2, "{filters}");
+    assert_eq!(shown.len(), 2, "{envoys}");
     for filter in &shown {
         assert_eq!((&filter["live"], &filter["address"]), (&json!(true), &json!("127.0.0.1")), "{filter}");
-        assert_eq!(filter["epoch"], filters["epoch"], "{filter}");
+        assert_eq!(filter["epoch"], envoys["epoch"], "{filter}");
     }
 
     let stopped = stack.envoys.last().context("no Envoy")?;
