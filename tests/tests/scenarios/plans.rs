@@ -23,7 +23,7 @@ fn plan(requests: u32) -> Value {
 /// Sends requests until one is refused by the limit; how many were admitted before.
 async fn admitted(stack: &Stack, key: &str, policy: &str) -> Result<u32> {
     for sent in 0..100 {
-        let reply = stack.get(Some(&key)).await?;
+        let reply = stack.get(Some(key)).await?;
         if reply.status != 200 {
             assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
             assert_eq!(reply.header("ratelimit-policy"), Some(policy));
