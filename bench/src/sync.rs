@@ -257,7 +257,7 @@ async fn role(options: &Options, report: &mut Report) -> Result<()> {
     for number in 0..HAVE_ROLE {
         let body = json!({"email": format!("role{number}@example.com"), "name": "Bench", "roles": ["bench"]});
         let made = rest.expect(Method::POST, "/v1/keys", Some(&body), 201).await?;
-        keys.push(made["key"].as_str().context("no key")?.to_owned());
+        keys.push(made["secret"].as_str().context("no key")?.to_owned());
     }
     stack.in_step().await?;
     let mut workers = envoy.connection_per_worker().await?;

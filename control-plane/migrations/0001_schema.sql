@@ -857,7 +857,8 @@ left join quota_use u on u.key_id = k.id;
 comment on view key_quotas is 'The quota that applies to each key, its own or that of its plan, with the stored window. Kind is empty if there is none.';
 
 create view users_with_counts as
-select p.id, p.email, d.name as plan, p.balance, p.metered, p.created_at, p.version, k.live_keys, k.total_keys
+select p.id, p.email, d.name as plan, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,
+    k.total_keys
 from user_preferences p
 left join definitions d on d.number = p.plan_number
 cross join lateral (

@@ -22,7 +22,7 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
     assert!(outcome != Outcome::Missing || detail.as_str().is_some_and(|text| text.starts_with("Send your API key ")));
     let id = reply.header("x-request-id").unwrap_or_default();
     let expected = json!({
-        "type": format!("urn:portcullis:problem:{}", outcome.name()),
+        "type": outcome.problem_type(),
         "title": refusal.title,
         "status": refusal.status,
         "detail": detail,

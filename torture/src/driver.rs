@@ -239,7 +239,7 @@ impl Driver {
                 self.oracle.topped_up(TOP_UP);
             }
             // A retry with the same idempotency key is booked once.
-            Ok(Ok(503 | 409)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),
+            Ok(Ok(503 | 409 | 404)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),
             Ok(Ok(status)) => anyhow::bail!("a top-up answered {status}"),
         }
         Ok(())
@@ -248,7 +248,7 @@ impl Driver {
 
 async fn credit(rest: &Rest, note: &str) -> Result<Reply> {
     let body = json!({"amount": TOP_UP, "note": note});
-    let request = Request::post(format!("/v1/users/{METERED}/credits"))
+    let request = Request::post(format!("{}/ledger", rest.user(METERED).await?))
         .header("x-api-key", rest.key.reveal())
         .header("content-type", "application/json")
         .header("idempotency-key", note)
@@ -277,7 +277,7 @@ async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>)
 
 fn named(reply: &Value) -> Result<(String, String)> {
     let text = |field: &str| reply[field].as_str().map(ToOwned::to_owned).context("a field is missing");
-    Ok((text("id")?, text("key")?))
+    Ok((text("id")?, text("secret")?))
 }
 
 /// A time as the API writes it: whole seconds, UTC (RFC 3339).

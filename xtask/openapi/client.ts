@@ -12,7 +12,7 @@ const name: operations["revokeKey"]["parameters"]["path"] = { id: "0199f0a6-3b7c
 
 export function secret(reply: operations["createKey"]["responses"]["201"]): string {
   const etag: string | undefined = reply.headers.etag;
-  return `${reply.content["application/json"].key} ${etag}`;
+  return `${reply.content["application/json"].secret} ${etag}`;
 }
 
 export function waits(reply: operations["getUserUsage"]["responses"]["429"]): [number | undefined, string] {

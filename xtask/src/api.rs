@@ -51,8 +51,9 @@ pub(crate) async fn check() -> Result<()> {
         let made =
             http::send_json(address, Method::POST, "/v1/keys", Some(admin_key.reveal()), Some(&new)).await?.json()?;
         let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).with_context(|| format!("no {field}"));
-        let (user_key, id) = (Secret::from_presented(text("key")?), text("id")?);
-        let (key, spared) = (if as_user { &user_key } else { &admin_key }, format!("{id},{}", text("email")?));
+        let (user_key, id) = (Secret::from_presented(text("secret")?), text("id")?);
+        let (key, spared) =
+            (if as_user { &user_key } else { &admin_key }, format!("{id},{},{}", text("email")?, text("owner_id")?));
         let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
         let mut generated = tools::schemathesis()?;
         std::fs::write(home.path().join("openapi.json"), &document)?;

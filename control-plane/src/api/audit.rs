@@ -9,12 +9,11 @@ use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::extract::{Query, search_text};
+use super::extract::search_text;
 use super::openapi::ReadErrors;
-use super::pagination;
+use super::pagination::{self, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
-use crate::api::problem::Problem;
 use crate::audit::{self, AuditFilter, AuditRow};
 use crate::domain::{Timestamp, parse_time};
 use crate::error::ApiError;
@@ -23,7 +22,7 @@ use crate::error::ApiError;
 const TEXT_CHARS: RangeInclusive<usize> = 0..=254;
 
 /// Which entries, and how many.
-#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct AuditQuery {
@@ -43,11 +42,6 @@ pub struct AuditQuery {
     /// Until before when (RFC 3339).
     #[param(example = "2026-05-08T00:00:00Z", format = DateTime)]
     to: Option<String>,
-    /// `next_cursor` of the page before.
-    cursor: Option<i64>,
-    /// How many entries; 50 unless given.
-    #[param(minimum = 1, maximum = 200)]
-    limit: Option<i64>,
 }
 
 /// Who did what.
@@ -124,7 +118,7 @@ pub struct AuditPage {
     entries: Vec<AuditEntry>,
     /// What to send as `cursor` for the next page; null on the last one.
     #[schema(required)]
-    next_cursor: Option<i64>,
+    next_cursor: Option<String>,
 }
 
 /// List the audit trail, the newest entry first.
@@ -132,21 +126,18 @@ pub struct AuditPage {
 /// Users see the entries of their own keys.
 #[utoipa::path(
     operation_id = "listAuditEntries",
-    get, path = "/v1/audit", tag = "audit", params(AuditQuery), security(("api_key" = [])),
+    get, path = "/v1/audit", tag = "audit", params(AuditQuery, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of the trail", body = AuditPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of the trail", body = AuditPage),
     )
 )]
 pub async fn trail(
     State(app): State<App>,
     caller: Caller,
-    Query(query): Query<AuditQuery>,
+    List { query, page }: List<AuditQuery, i64>,
 ) -> Result<Response, ApiError> {
     caller.require_manager()?;
-    let limit = pagination::limit(query.limit)?;
     let time = |field, text: &Option<String>| text.as_deref().map(|text| parse_time(field, text)).transpose();
     let filter = AuditFilter {
         key_id: query.key_id,
@@ -157,11 +148,8 @@ pub async fn trail(
         to: time("to", &query.to)?,
         owner: (!caller.is_admin()).then_some((caller.owner_id, caller.email.as_str())),
     };
-    let mut entries = audit::trail(&app.pool, &filter, query.cursor, limit + 1).await?;
-    let next_cursor = pagination::cut(&mut entries, limit, |entry| entry.id);
+    let mut entries = audit::trail(&app.pool, &filter, page.after, page.read()).await?;
+    let next = page.cut(&mut entries, |entry| entry.id);
     let entries = entries.into_iter().map(|entry| AuditEntry::shown_to(&caller, entry)).collect();
-    let next = next_cursor.map(|cursor| {
-        pagination::next_link("/v1/audit", &AuditQuery { cursor: Some(cursor), limit: Some(limit), ..query })
-    });
-    Ok(pagination::reply(AuditPage { entries, next_cursor }, next))
+    Ok(pagination::reply(AuditPage { entries, next_cursor: next.cursor }, next.link))
 }

@@ -1,12 +1,12 @@
 //! Handlers that `/v1/roles` and `/v1/plans` share. All of them are for admins.
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
 use super::extract::Json;
-use super::pagination;
+use super::pagination::{Next, Page};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::preconditions::etag;
@@ -14,6 +14,93 @@ use crate::definitions::store::{self, Definition};
 use crate::definitions::{Content, Kind, Name};
 use crate::domain::Preconditions;
 use crate::error::ApiError;
+
+/// The routes of roles or of plans: list, get, put and delete. `$body` has a method `parse`, `$view` a function `of`.
+#[rustfmt::skip]
+macro_rules! routes {
+    (
+        $kind:ident $tag:tt, $view:ident, $body:ident, $page:ident { $field:ident },
+        list: $list:tt $list_path:tt $list_doc:tt,
+        get: $get:tt $path:tt $get_doc:tt,
+        put: $put:tt $put_doc:tt,
+        delete: $delete:tt $delete_doc:tt $(,)?
+    ) => {
+        #[doc = $list_doc]
+        #[utoipa::path(
+            operation_id = $list,
+            get, path = $list_path, tag = $tag, params(PageQuery), security(("api_key" = [])),
+            responses(ReadErrors, (status = 200, description = "A page of the list", body = $page))
+        )]
+        pub async fn list(
+            State(app): State<App>,
+            caller: Caller,
+            List { page, .. }: List<All, String>,
+        ) -> Result<Response, ApiError> {
+            let (found, next) = definitions::list(&app, &caller, page, Kind::$kind).await?;
+            let $field = found.into_iter().map($view::of).collect();
+            Ok(pagination::reply($page { $field, next_cursor: next.cursor }, next.link))
+        }
+
+        #[doc = $get_doc]
+        #[utoipa::path(
+            operation_id = $get,
+            get, path = $path, tag = $tag, params(ByName), security(("api_key" = [])),
+            responses(
+                ReadErrors,
+                (status = 200, description = "The role or plan", body = $view,
+                    headers(("etag" = String, description = "Its version, for If-Match"))),
+            )
+        )]
+        pub async fn get(
+            State(app): State<App>,
+            caller: Caller,
+            Path(path): Path<ByName>,
+        ) -> Result<Response, ApiError> {
+            definitions::get(&app, &caller, &path, Kind::$kind, $view::of).await
+        }
+
+        #[doc = $put_doc]
+        ///
+        /// A change reaches every Envoy as fast as a revocation does.
+        #[utoipa::path(
+            operation_id = $put,
+            put, path = $path, tag = $tag, params(ByName, Conditions), request_body = $body,
+            security(("api_key" = [])),
+            responses(
+                WriteErrors, Conflict,
+                (status = 200, description = "Replaced, or the same as before", body = $view,
+                    headers(("etag" = String, description = "Its version, for If-Match"))),
+                (status = 201, description = "Created", body = $view,
+                    headers(("etag" = String, description = "Its version, for If-Match"))),
+            )
+        )]
+        pub async fn put(
+            State(app): State<App>,
+            caller: Caller,
+            Path(path): Path<ByName>,
+            preconditions: Preconditions,
+            Json(body): Json<$body>,
+        ) -> Result<Response, ApiError> {
+            definitions::put(&app, &caller, (Kind::$kind, &path), &body.parse()?, &preconditions, $view::of).await
+        }
+
+        #[doc = $delete_doc]
+        #[utoipa::path(
+            operation_id = $delete,
+            delete, path = $path, tag = $tag, params(ByName, Conditions), security(("api_key" = [])),
+            responses(ReadErrors, Conflict, (status = 204, description = "Deleted"))
+        )]
+        pub async fn delete(
+            State(app): State<App>,
+            caller: Caller,
+            Path(path): Path<ByName>,
+            preconditions: Preconditions,
+        ) -> Result<StatusCode, ApiError> {
+            definitions::remove(&app, &caller, (Kind::$kind, &path), &preconditions).await
+        }
+    };
+}
+pub(super) use routes;
 
 /// Which one.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -24,49 +111,17 @@ pub struct ByName {
     name: String,
 }
 
-/// Which part of the list.
-#[derive(Debug, Deserialize, Serialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub struct ListQuery {
-    /// `next_cursor` of the page before.
-    cursor: Option<String>,
-    /// How many; 50 unless given.
-    #[param(minimum = 1, maximum = 200)]
-    limit: Option<i64>,
-}
-
-/// On what condition to change.
-#[derive(Debug, IntoParams)]
-#[into_params(parameter_in = Header)]
-#[allow(dead_code, reason = "for the OpenAPI document; `Condition` reads the headers")]
-pub struct Conditions {
-    /// The ETag that it must have, or `*`: it must be there.
-    #[param(rename = "If-Match", required = false)]
-    if_match: Option<String>,
-    /// `*`: it must not be there yet.
-    #[param(rename = "If-None-Match", required = false)]
-    if_none_match: Option<String>,
-}
-
-/// A page, before it is shown.
-pub(super) struct Page {
-    pub(super) definitions: Vec<Definition>,
-    pub(super) next_cursor: Option<String>,
-    pub(super) next: Option<HeaderValue>,
-}
-
-pub(super) async fn list(app: &App, caller: &Caller, query: ListQuery, kind: Kind) -> Result<Page, ApiError> {
-    let limit = pagination::limit(query.limit)?;
-    let after = query.cursor.map(|cursor| Name::parse("cursor", &cursor)).transpose()?;
+/// A page of definitions, each found by its name, and what is said of the next page.
+pub(super) async fn list(
+    app: &App,
+    caller: &Caller,
+    page: Page<String>,
+    kind: Kind,
+) -> Result<(Vec<Definition>, Next), ApiError> {
     caller.require_admin()?;
-    let mut definitions = store::list(&app.pool, kind, after.as_ref(), limit + 1).await?;
-    let next_cursor = pagination::cut(&mut definitions, limit, |last| last.name.clone());
-    let path = format!("/v1/{}s", kind.name());
-    let next = next_cursor
-        .clone()
-        .map(|cursor| pagination::next_link(&path, &ListQuery { cursor: Some(cursor), limit: Some(limit) }));
-    Ok(Page { definitions, next_cursor, next })
+    let mut definitions = store::list(&app.pool, kind, page.after.as_deref(), page.read()).await?;
+    let next = page.cut(&mut definitions, |last| last.name.clone());
+    Ok((definitions, next))
 }
 
 pub(super) async fn get<T: Serialize>(

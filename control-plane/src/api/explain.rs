@@ -22,8 +22,7 @@ use uuid::Uuid;
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::Json;
-use crate::api::openapi::WriteErrors;
-use crate::api::problem::Problem;
+use crate::api::openapi::{NotFound, WriteErrors};
 use crate::domain::parse_time;
 use crate::error::ApiError;
 use crate::explain::policies::is_method;
@@ -126,10 +125,8 @@ struct AppliedPolicy {
     operation_id = "explainRequest",
     post, path = "/v1/explain", tag = "insight", request_body = ExplainBody, security(("api_key" = [])),
     responses(
-        WriteErrors,
+        WriteErrors, NotFound,
         (status = 200, description = "The outcome, and each check", body = Explanation),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No key of this id", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn explain(

@@ -81,14 +81,21 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let _ = state;
-        let query = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
-        let query = serde_urlencoded::Deserializer::new(query);
-        serde_path_to_error::deserialize(query).map(Self).map_err(|error| {
-            let InputError { path, detail, .. } = InputError::new(error.path(), &error.inner().to_string());
-            let field = (!path.is_empty()).then(|| path.into());
-            ApiError::Invalid { field, detail }
-        })
+        read_query(parts.uri.query().unwrap_or_default()).map(Self)
     }
+}
+
+/// Parses the parameters of a query.
+///
+/// # Errors
+/// 400 that names the parameter.
+pub(super) fn read_query<T: DeserializeOwned>(query: &str) -> Result<T, ApiError> {
+    let query = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
+    serde_path_to_error::deserialize(query).map_err(|error| {
+        let InputError { path, detail, .. } = InputError::new(error.path(), &error.inner().to_string());
+        let field = (!path.is_empty()).then(|| path.into());
+        ApiError::Invalid { field, detail }
+    })
 }
 
 pub(super) fn unread(error: &BytesRejection) -> ApiError {

@@ -10,10 +10,9 @@ use utoipa::{IntoParams, ToSchema};
 use super::extract::{Json, Path};
 use super::idempotency::{IdempotentRequest, IdempotentResponse};
 use super::keys::view::reveal;
-use super::openapi::{ReadErrors, WriteErrors};
+use super::openapi::{Conflict, IdempotencyKey, NotFound, ReadErrors, WriteErrors};
 use crate::App;
 use crate::api::auth::Caller;
-use crate::api::problem::Problem;
 use crate::domain::{Email, KeyName, Timestamp};
 use crate::error::ApiError;
 use crate::keys::create::replace_primary;
@@ -136,7 +135,6 @@ pub struct RevokeReply {
     responses(
         ReadErrors,
         (status = 200, description = "The state of the key", body = StatusReply),
-        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn status(
@@ -156,14 +154,10 @@ pub async fn status(
 #[utoipa::path(
     operation_id = "createPrimaryKey",
     post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely")),
+    params(IdempotencyKey),
     responses(
-        WriteErrors,
+        WriteErrors, Conflict,
         (status = 200, description = "The new key. This is the only response that contains it", body = GenerateReply),
-        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The user has too many keys, or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many requests, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn generate(
@@ -192,11 +186,8 @@ pub async fn generate(
     operation_id = "revokePrimaryKey",
     delete, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
     responses(
-        ReadErrors,
+        ReadErrors, NotFound, Conflict,
         (status = 200, description = "The key is revoked", body = RevokeReply),
-        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "The user has no key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The last admin key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn revoke(
@@ -224,7 +215,6 @@ pub async fn revoke(
     responses(
         ReadErrors,
         (status = 200, description = "The usage of the key", body = UsageReply),
-        (status = 403, description = "Another user's key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn usage(

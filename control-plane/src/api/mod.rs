@@ -15,12 +15,12 @@ pub mod problem;
 pub mod rate_limit;
 
 pub mod audit;
-pub mod credits;
 pub mod definitions;
+pub mod envoys;
 pub mod explain;
-pub mod filters;
 pub mod health;
 pub mod keys;
+pub mod ledger;
 pub mod legacy;
 pub mod plans;
 pub mod roles;
@@ -80,7 +80,7 @@ const USAGE_BYTES: usize = 4 << 20;
     servers((url = "/", description = "The control plane that serves this document")),
     modifiers(&KeyHeader),
     tags(
-        (name = "user", description = "The primary key of a user"),
+        (name = "user", description = "The primary key of a user. Deprecated: use `/v1/keys`"),
         (name = "keys", description = "Keys of all users: create, find, change, rotate, import and revoke them"),
         (name = "users", description = "The owners of keys"),
         (name = "credits", description = "Credits of users and the ledger of their changes"),
@@ -115,11 +115,11 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(keys::import))
         .routes(routes!(keys::usage))
         .routes(routes!(keys::quota))
-        .routes(routes!(users::list))
-        .routes(routes!(users::get, users::patch))
+        .routes(routes!(users::list, users::create))
+        .routes(routes!(users::get, users::update))
         .routes(routes!(users::revoke_keys))
-        .routes(routes!(credits::account, credits::credit, credits::update))
-        .routes(routes!(credits::ledger))
+        .routes(routes!(ledger::balance))
+        .routes(routes!(ledger::ledger, ledger::book))
         .routes(routes!(roles::list))
         .routes(routes!(roles::get, roles::put, roles::delete))
         .routes(routes!(plans::list))
@@ -128,7 +128,7 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(explain::explain))
         .routes(routes!(usage::usage))
         .routes(routes!(usage_events::events))
-        .routes(routes!(filters::filters))
+        .routes(routes!(envoys::list))
         .routes(routes!(health::alive))
         .routes(routes!(health::ready))
 }

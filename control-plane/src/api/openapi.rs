@@ -1,75 +1,49 @@
-//! What the operations of the OpenAPI document share: error responses, headers of responses, and that an operation without a
-//! key says so.
+//! What the operations of the OpenAPI document share: parameters, error responses, headers of responses, and that an operation
+//! without a key says so.
 
 use std::collections::BTreeMap;
 
-use utoipa::IntoResponses;
 use utoipa::openapi::header::{Header, HeaderBuilder};
 use utoipa::openapi::path::{Operation, PathItem};
-use utoipa::openapi::{ContentBuilder, Object, OpenApi, Ref, RefOr, Response, ResponseBuilder, Type};
+use utoipa::openapi::{ContentBuilder, Deprecated, Object, OpenApi, Ref, RefOr, Response, ResponseBuilder, Type};
+use utoipa::{IntoParams, IntoResponses};
 
+const LINK: &str = "link";
 const REQUEST_ID: &str = "x-request-id";
 const RETRY_AFTER: &str = "retry-after";
 const AUTHENTICATE: &str = "www-authenticate";
 
-/// Completes the document that the handlers' attributes make.
-pub(super) fn complete(openapi: OpenApi) -> OpenApi {
-    let mut openapi = add_request_timeout(openapi);
-    for operation in openapi.paths.paths.values_mut().flat_map(operations) {
-        // An empty list means that the operation needs no key. Without a list the document would leave it open.
-        operation.security.get_or_insert_default();
-        let idempotent = takes_idempotency_key(operation);
-        for (status, response) in &mut operation.responses.responses {
-            let RefOr::T(response) = response else { continue };
-            let is_problem = response.content.contains_key("application/problem+json");
-            let special = match status.as_str() {
-                "401" => Some(AUTHENTICATE),
-                "409" if idempotent => Some(RETRY_AFTER),
-                "429" | "503" if is_problem => Some(RETRY_AFTER),
-                _ => None,
-            };
-            for name in special.into_iter().chain([REQUEST_ID]) {
-                let header = Ref::new(format!("#/components/headers/{name}"));
-                response.headers.entry(name.to_owned()).or_insert(RefOr::Ref(header));
-            }
-        }
-    }
-    openapi.components.get_or_insert_default().headers.extend(headers());
-    openapi
+/// The request is for a version.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[allow(dead_code, reason = "for the document; `Preconditions` reads the headers")]
+pub(super) struct IfMatch {
+    /// The ETag that the change is meant for, or `*`: the resource must exist.
+    #[param(rename = "If-Match", required = false)]
+    if_match: Option<String>,
 }
 
-/// The operations of a path.
-fn operations(path: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    let PathItem { get, put, post, delete, patch, .. } = path;
-    [get, put, post, delete, patch].into_iter().filter_map(Option::as_mut)
+/// The request is for a version, or for a resource that does not exist.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[allow(dead_code, reason = "for the document; `Preconditions` reads the headers")]
+pub(super) struct Conditions {
+    /// The ETag that the change is meant for, or `*`: the resource must exist.
+    #[param(rename = "If-Match", required = false)]
+    if_match: Option<String>,
+    /// `*`: the resource must not exist.
+    #[param(rename = "If-None-Match", required = false)]
+    if_none_match: Option<String>,
 }
 
-fn takes_idempotency_key(operation: &Operation) -> bool {
-    let parameters = operation.parameters.iter().flatten();
-    parameters
-        .filter_map(|parameter| match parameter {
-            RefOr::T(parameter) => Some(parameter),
-            RefOr::Ref(_) => None,
-        })
-        .any(|parameter| parameter.name.eq_ignore_ascii_case("Idempotency-Key"))
-}
-
-fn headers() -> BTreeMap<String, RefOr<Header>> {
-    let header = |kind: Type, description: &str, example: serde_json::Value| {
-        let header = HeaderBuilder::new().schema(Some(Object::with_type(kind)));
-        RefOr::T(header.description(Some(description)).example(Some(example)).build())
-    };
-    let request_id = "The id of the request, as it stands in the log and in the audit trail.";
-    let retry_after = "After how many seconds the request can be sent again. A 409 carries it only while the first \
-                       request with the same Idempotency-Key is still running.";
-    let authenticate = "How to present a key.";
-    [
-        (REQUEST_ID, header(Type::String, request_id, "0199f0a6-3b7c-7d52-9a3e-4f6d1c2b8e90".into())),
-        (RETRY_AFTER, header(Type::Integer, retry_after, 1.into())),
-        (AUTHENTICATE, header(Type::String, authenticate, "ApiKey realm=\"portcullis\"".into())),
-    ]
-    .map(|(name, header)| (name.to_owned(), header))
-    .into()
+/// The request can be sent again.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[allow(dead_code, reason = "for the document; `IdempotentRequest` reads the header")]
+pub(super) struct IdempotencyKey {
+    /// A unique name of the request, so that it can be sent again safely.
+    #[param(rename = "Idempotency-Key", required = false)]
+    idempotency_key: Option<String>,
 }
 
 /// The error responses of every route that takes a key.
@@ -78,13 +52,19 @@ pub(super) struct ReadErrors;
 /// The error responses of every route that takes a key and a body.
 pub(super) struct WriteErrors;
 
+/// Of a route whose change can contradict what exists.
+pub(super) struct Conflict;
+
+/// Of a route that looks for something that its path does not name. Those with an id in the path have it without this.
+pub(super) struct NotFound;
+
 impl IntoResponses for ReadErrors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         problems(&[
             ("400", "The request is not valid"),
-            ("401", "The key is missing or not valid"),
-            ("403", "The key must not do this"),
-            ("429", "Too many requests"),
+            ("401", "The key is missing or not accepted"),
+            ("403", "The key is not permitted to do this"),
+            ("429", "Too many requests, or a bound of one owner is reached"),
             ("503", "The database is not available"),
         ])
     }
@@ -98,17 +78,17 @@ impl IntoResponses for WriteErrors {
     }
 }
 
-/// Adds 408 to every route that takes a body, see [`super::body_timeout`]. A route that describes it by itself is left alone.
-fn add_request_timeout(mut openapi: OpenApi) -> OpenApi {
-    let late = problems(&[("408", "The body did not arrive in time")]);
-    for operation in openapi.paths.paths.values_mut().flat_map(operations) {
-        if operation.request_body.is_some() {
-            for (status, response) in &late {
-                operation.responses.responses.entry(status.clone()).or_insert_with(|| response.clone());
-            }
-        }
+impl IntoResponses for Conflict {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        let running = "or the first request with the same Idempotency-Key is still running";
+        problems(&[("409", &format!("The change contradicts what exists, as `detail` says, {running}"))])
     }
-    openapi
+}
+
+impl IntoResponses for NotFound {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        problems(&[("404", "There is no such resource")])
+    }
 }
 
 fn problems(known: &[(&str, &str)]) -> BTreeMap<String, RefOr<Response>> {
@@ -117,4 +97,99 @@ fn problems(known: &[(&str, &str)]) -> BTreeMap<String, RefOr<Response>> {
         ResponseBuilder::new().description(description).content("application/problem+json", content).build()
     };
     known.iter().map(|(status, description)| ((*status).to_owned(), RefOr::T(problem(description)))).collect()
+}
+
+/// Completes the document that the handlers' attributes make.
+pub(super) fn complete(mut openapi: OpenApi) -> OpenApi {
+    for (path, item) in &mut openapi.paths.paths {
+        let PathItem { get, put, post, delete, patch, .. } = item;
+        if path.starts_with("/api/user/") {
+            [&mut *get, post, delete]
+                .into_iter()
+                .flatten()
+                .for_each(|operation| operation.deprecated = Some(Deprecated::True));
+        } else if path.contains('{') {
+            // PUT creates what its path names.
+            [&mut *get, post, delete, patch]
+                .into_iter()
+                .flatten()
+                .for_each(|operation| add(operation, NotFound::responses()));
+        }
+        for operation in [get, put, post, delete, patch].into_iter().flatten() {
+            complete_operation(operation);
+        }
+    }
+    openapi.components.get_or_insert_default().headers.extend(headers());
+    openapi
+}
+
+/// Adds responses that follow from what the operation takes, and the headers of all responses.
+fn complete_operation(operation: &mut Operation) {
+    // An empty list means that the operation needs no key. Without a list the document would leave it open.
+    operation.security.get_or_insert_default();
+    if operation.request_body.is_some() {
+        // See `super::body_timeout`.
+        add(operation, problems(&[("408", "The body did not arrive in time")]));
+    }
+    if takes(operation, "If-Match") {
+        add(operation, problems(&[("412", "The resource is not what If-Match or If-None-Match asks for")]));
+    }
+    let is_idempotent = takes(operation, "Idempotency-Key");
+    if is_idempotent {
+        add(operation, problems(&[("422", "Another request used this Idempotency-Key")]));
+    }
+    let is_list = takes(operation, "cursor");
+    for (status, response) in &mut operation.responses.responses {
+        let RefOr::T(response) = response else { continue };
+        let is_problem = response.content.contains_key("application/problem+json");
+        let special = match status.as_str() {
+            "200" if is_list => Some(LINK),
+            "401" => Some(AUTHENTICATE),
+            "409" if is_idempotent => Some(RETRY_AFTER),
+            "429" | "503" if is_problem => Some(RETRY_AFTER),
+            _ => None,
+        };
+        for name in special.into_iter().chain([REQUEST_ID]) {
+            let header = Ref::new(format!("#/components/headers/{name}"));
+            response.headers.entry(name.to_owned()).or_insert(RefOr::Ref(header));
+        }
+    }
+}
+
+/// Adds responses. One that the operation describes itself is left alone.
+fn add(operation: &mut Operation, responses: BTreeMap<String, RefOr<Response>>) {
+    for (status, response) in responses {
+        operation.responses.responses.entry(status).or_insert(response);
+    }
+}
+
+fn takes(operation: &Operation, name: &str) -> bool {
+    let parameters = operation.parameters.iter().flatten();
+    parameters
+        .filter_map(|parameter| match parameter {
+            RefOr::T(parameter) => Some(parameter),
+            RefOr::Ref(_) => None,
+        })
+        .any(|parameter| parameter.name.eq_ignore_ascii_case(name))
+}
+
+fn headers() -> BTreeMap<String, RefOr<Header>> {
+    let header = |kind: Type, description: &str, example: serde_json::Value| {
+        let header = HeaderBuilder::new().schema(Some(Object::with_type(kind)));
+        RefOr::T(header.description(Some(description)).example(Some(example)).build())
+    };
+    let request_id = "The id of the request, as it stands in the log and in the audit trail.";
+    let retry_after = "After how many seconds the request can be sent again. A 409 carries it only while the first \
+                       request with the same Idempotency-Key is still running.";
+    let authenticate = "How to present a key.";
+    let link = "The next page, if there is one (RFC 8288).";
+    let next = "</v1/keys?cursor=IjAxOTlmMGE2Ig&limit=100>; rel=\"next\"";
+    [
+        (LINK, header(Type::String, link, next.into())),
+        (REQUEST_ID, header(Type::String, request_id, "0199f0a6-3b7c-7d52-9a3e-4f6d1c2b8e90".into())),
+        (RETRY_AFTER, header(Type::Integer, retry_after, 1.into())),
+        (AUTHENTICATE, header(Type::String, authenticate, "ApiKey realm=\"portcullis\"".into())),
+    ]
+    .map(|(name, header)| (name.to_owned(), header))
+    .into()
 }

@@ -1,52 +1,131 @@
-//! Pagination: the number of entries of a page, and the link to the next one.
+//! Pagination, the same for every list: how many entries a page has, where it starts, and the link to the next one. A cursor
+//! is opaque to clients: what the last entry is found by, as JSON in base64url.
 
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use serde::Serialize;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
 
-use super::extract::Json;
+use super::extract::{Json, read_query};
 use crate::error::ApiError;
 
 /// Entries of a page unless asked for more or fewer.
-const LIMIT: i64 = 50;
-/// Most entries of a page.
+const LIMIT: i64 = 100;
+/// Most entries of a page. Bounds the memory of a response.
 const MOST: i64 = 200;
+/// Longest cursor, in bytes.
+const CURSOR_BYTES: usize = 4_096;
 
-/// How many entries the page has.
-///
-/// # Errors
-/// 400 for a `limit` out of range.
-pub fn limit(asked: Option<i64>) -> Result<i64, ApiError> {
-    limit_within(asked, LIMIT, MOST)
+/// Which page of a list.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct PageQuery {
+    /// `next_cursor` of the page before, with the same query.
+    #[param(max_length = 4096)]
+    cursor: Option<String>,
+    /// How many entries; 100 unless given.
+    #[param(minimum = 1, maximum = 200)]
+    limit: Option<i64>,
 }
 
-/// How many entries a page has whose default and maximum are its own.
-///
-/// # Errors
-/// 400 for a `limit` out of range.
-pub fn limit_within(asked: Option<i64>, default: i64, most: i64) -> Result<i64, ApiError> {
-    let limit = asked.unwrap_or(default);
-    if (1..=most).contains(&limit) {
-        Ok(limit)
-    } else {
-        Err(ApiError::invalid("limit", format!("must be a number from 1 to {most}")))
+/// The query of a list that can be asked for nothing but a page.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct All {}
+
+/// The query of a list: what to list, and which page of it.
+#[derive(Debug)]
+pub struct List<Q, C> {
+    pub query: Q,
+    pub page: Page<C>,
+}
+
+/// Which page. Its entries are found by a `C`.
+#[derive(Debug)]
+pub struct Page<C> {
+    /// The entry that the page comes after; none for the first page.
+    pub after: Option<C>,
+    limit: i64,
+    path: String,
+    /// The query without the page.
+    query: Vec<(String, String)>,
+}
+
+/// What a response says of the next page.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Next {
+    /// `next_cursor`.
+    pub cursor: Option<String>,
+    /// The link (RFC 8288).
+    pub link: Option<HeaderValue>,
+}
+
+impl<S: Send + Sync, Q: DeserializeOwned, C: DeserializeOwned> FromRequestParts<S> for List<Q, C> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let pairs = form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes()).into_owned();
+        let (page, query): (Vec<_>, Vec<_>) = pairs.partition(|(name, _)| ["cursor", "limit"].contains(&name.as_str()));
+        let PageQuery { cursor, limit } = read_query(&encoded(&page))?;
+        let after = cursor.map(|cursor| {
+            let detail = "must be the next_cursor of the page before";
+            decoded(&cursor).ok_or_else(|| ApiError::invalid("cursor", detail))
+        });
+        let (limit, after, path) = (within(limit)?, after.transpose()?, parts.uri.path().to_owned());
+        Ok(Self { query: read_query(&encoded(&query))?, page: Page { after, limit, path, query } })
     }
 }
 
-/// Cuts a list of one more than `limit` down to the page. Says what the next page starts after, if there is one.
-pub fn cut<T, C>(entries: &mut Vec<T>, limit: i64, cursor: impl Fn(&T) -> C) -> Option<C> {
-    let shown = usize::try_from(limit).unwrap_or(usize::MAX);
-    let more = entries.len() > shown;
-    entries.truncate(shown);
-    entries.last().map(cursor).filter(|_| more)
+impl<C: Serialize> Page<C> {
+    /// How many entries to read: one more than the page has, which shows whether there is a next page.
+    #[must_use]
+    pub const fn read(&self) -> i64 {
+        self.limit.saturating_add(1)
+    }
+
+    /// Sets a parameter in the link to the next page.
+    pub fn set(&mut self, name: &str, value: String) {
+        self.query.retain(|(known, _)| known != name);
+        self.query.push((name.to_owned(), value));
+    }
+
+    /// Cuts what was read down to the page. `cursor` gives what an entry is found by.
+    pub fn cut<T>(self, entries: &mut Vec<T>, cursor: impl Fn(&T) -> C) -> Next {
+        let shown = usize::try_from(self.limit).unwrap_or(usize::MAX);
+        let more = entries.len() > shown;
+        entries.truncate(shown);
+        let Some(last) = entries.last().filter(|_| more) else { return Next { cursor: None, link: None } };
+        let cursor = written(&cursor(last));
+        let page = [("cursor".to_owned(), cursor.clone()), ("limit".to_owned(), self.limit.to_string())];
+        let query: Vec<_> = self.query.into_iter().chain(page).collect();
+        Next { cursor: Some(cursor), link: Some(next_link(&self.path, &query)) }
+    }
 }
 
-/// The link to the next page (RFC 8288), relative to the service: the same query with the next cursor.
+/// How many entries, if that is not too many.
+///
+/// # Errors
+/// 400 for a `limit` out of range.
+pub fn within(limit: Option<i64>) -> Result<i64, ApiError> {
+    let limit = limit.unwrap_or(LIMIT);
+    if (1..=MOST).contains(&limit) {
+        Ok(limit)
+    } else {
+        Err(ApiError::invalid("limit", format!("must be a number from 1 to {MOST}")))
+    }
+}
+
+/// The link to the next page (RFC 8288), relative to the service.
 #[must_use]
 pub fn next_link(path: &str, query: &impl Serialize) -> HeaderValue {
-    // A form writes a space as `+`, which not every reader of a URL understands.
-    let query = serde_urlencoded::to_string(query).unwrap_or_default().replace('+', "%20");
-    HeaderValue::try_from(format!("<{path}?{query}>; rel=\"next\"")).unwrap_or_else(|_| HeaderValue::from_static(""))
+    HeaderValue::try_from(format!("<{path}?{}>; rel=\"next\"", encoded(query)))
+        .unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 /// A page as a reply, with a link to the next one.
@@ -58,29 +137,76 @@ pub fn reply<T: Serialize>(page: T, next: Option<HeaderValue>) -> Response {
     response
 }
 
+fn encoded(query: &impl Serialize) -> String {
+    // A form writes a space as `+`, which not every reader of a URL understands.
+    serde_urlencoded::to_string(query).unwrap_or_default().replace('+', "%20")
+}
+
+fn written(cursor: &impl Serialize) -> String {
+    URL_SAFE_NO_PAD.encode(serde_json::to_vec(cursor).unwrap_or_default())
+}
+
+fn decoded<C: DeserializeOwned>(cursor: &str) -> Option<C> {
+    let json = URL_SAFE_NO_PAD.decode(Some(cursor).filter(|cursor| cursor.len() <= CURSOR_BYTES)?).ok()?;
+    // PostgreSQL refuses NUL.
+    let text = std::str::from_utf8(&json).ok().filter(|text| !text.contains("\\u0000"))?;
+    serde_json::from_str(text).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_link_keeps_what_was_asked_whatever_characters_it_has() {
-        let query = [
-            ("email", Some("a+b&c@example.com")),
-            ("prefix", None),
-            ("name", Some("é a")),
-            ("cursor", Some("7")),
-            ("limit", Some("2")),
-        ];
-        assert_eq!(
-            next_link("/v1/keys", &query),
-            "</v1/keys?email=a%2Bb%26c%40example.com&name=%C3%A9%20a&cursor=7&limit=2>; rel=\"next\""
-        );
+    #[derive(Debug, PartialEq, Eq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Search {
+        email: Option<String>,
+        name: Option<String>,
     }
 
-    #[test]
-    fn a_page_has_as_many_as_asked_and_says_what_comes_after() {
-        let mut entries = vec![3, 2, 1];
-        assert_eq!((cut(&mut entries, 2, |entry| *entry), entries.len()), (Some(2), 2));
-        assert_eq!((cut(&mut entries, 2, |entry| *entry), entries.len()), (None, 2));
+    async fn list(uri: &str) -> Result<List<Search, String>, ApiError> {
+        let (mut parts, ()) = axum::http::Request::get(uri).body(()).unwrap().into_parts();
+        List::from_request_parts(&mut parts, &()).await
+    }
+
+    #[tokio::test]
+    async fn the_link_keeps_what_was_asked_whatever_characters_it_has() {
+        let List { query, page } = list("/v1/keys?limit=2&email=a%2Bb%26c%40example.com&name=%C3%A9+a").await.unwrap();
+        let expected = Search { email: Some("a+b&c@example.com".into()), name: Some("é a".into()) };
+        assert_eq!((query, &page.after, page.read()), (expected, &None, 3));
+        let mut entries = vec!["c", "b", "a"];
+        let next = page.cut(&mut entries, |entry| (*entry).to_owned());
+        assert_eq!(entries, ["c", "b"]);
+        let uri = "/v1/keys?email=a%2Bb%26c%40example.com&name=%C3%A9%20a&cursor=ImIi&limit=2";
+        let link = HeaderValue::try_from(format!("<{uri}>; rel=\"next\"")).unwrap();
+        assert_eq!(next, Next { cursor: Some("ImIi".into()), link: Some(link) });
+
+        let mut page = list(uri).await.unwrap().page;
+        assert_eq!(page.after.as_deref(), Some("b"));
+        page.set("name", "x".into());
+        let last = page.cut(&mut vec!["a"], |entry| (*entry).to_owned());
+        assert_eq!(last, Next { cursor: None, link: None });
+    }
+
+    #[tokio::test]
+    async fn a_page_that_cannot_be_is_refused_by_its_field() {
+        let nul = written(&"a\0b");
+        let long = written(&"a".repeat(CURSOR_BYTES));
+        for (query, expected) in [
+            ("limit=0", "limit"),
+            ("limit=201", "limit"),
+            ("limit=x", "limit"),
+            ("limit=1&limit=2", "limit"),
+            ("cursor=x", "cursor"),
+            ("cursor=NQ", "cursor"),
+            (&format!("cursor={nul}"), "cursor"),
+            (&format!("cursor={long}"), "cursor"),
+            ("colour=red", "colour"),
+        ] {
+            match list(&format!("/v1/keys?{query}")).await {
+                Err(ApiError::Invalid { field, .. }) => assert_eq!(field.as_deref(), Some(expected), "{query}"),
+                other => panic!("{query}: {other:?}"),
+            }
+        }
     }
 }

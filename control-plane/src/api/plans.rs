@@ -7,13 +7,12 @@ use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::definitions::{self, ByName, Conditions, ListQuery};
-use super::extract::{Json, Path, Query};
-use super::openapi::{ReadErrors, WriteErrors};
-use super::pagination;
+use super::definitions::{self, ByName};
+use super::extract::{Json, Path};
+use super::openapi::{Conditions, Conflict, ReadErrors, WriteErrors};
+use super::pagination::{self, All, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
-use crate::api::problem::Problem;
 use crate::definitions::store::Definition;
 use crate::definitions::{Content, Kind};
 use crate::domain::Preconditions;
@@ -40,6 +39,12 @@ pub struct PlanBody {
     rate_limits: Vec<RateLimitBody>,
     /// The quota of each key that has none of its own.
     quota: Option<QuotaBody>,
+}
+
+impl PlanBody {
+    fn parse(self) -> Result<Content, ApiError> {
+        Content::parse(&self.description, self.scopes, self.rate_limits, self.quota)
+    }
 }
 
 /// A plan: a named bundle of scopes, limits and a quota.
@@ -84,87 +89,10 @@ pub struct PlanPage {
     next_cursor: Option<String>,
 }
 
-/// List plans by name.
-#[utoipa::path(
-    operation_id = "listPlans",
-    get, path = "/v1/plans", tag = "plans", params(ListQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "A page of plans", body = PlanPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-    )
-)]
-pub async fn list(
-    State(app): State<App>,
-    caller: Caller,
-    Query(query): Query<ListQuery>,
-) -> Result<Response, ApiError> {
-    let listed = definitions::list(&app, &caller, query, Kind::Plan).await?;
-    let plans = listed.definitions.into_iter().map(PlanView::of).collect();
-    Ok(pagination::reply(PlanPage { plans, next_cursor: listed.next_cursor }, listed.next))
-}
-
-/// Get a plan.
-#[utoipa::path(
-    operation_id = "getPlan",
-    get, path = "/v1/plans/{name}", tag = "plans", params(ByName), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The plan", body = PlanView,
-            headers(("etag" = String, description = "Its version, for If-Match"))),
-        (status = 404, description = "No such plan", body = Problem, content_type = "application/problem+json"),
-    )
-)]
-pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByName>) -> Result<Response, ApiError> {
-    definitions::get(&app, &caller, &path, Kind::Plan, PlanView::of).await
-}
-
-/// Create a plan, or replace it as a whole.
-///
-/// A change reaches every Envoy as fast as a revocation does.
-#[utoipa::path(
-    operation_id = "putPlan",
-    put, path = "/v1/plans/{name}", tag = "plans", params(ByName, Conditions),
-    request_body = PlanBody, security(("api_key" = [])),
-    responses(
-        WriteErrors,
-        (status = 200, description = "The plan as it is now", body = PlanView,
-            headers(("etag" = String, description = "Its version, for If-Match"))),
-        (status = 201, description = "The new plan", body = PlanView,
-            headers(("etag" = String, description = "Its version, for If-Match"))),
-        (status = 409, description = "There are too many plans", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "It is not what If-Match or If-None-Match asks for", body = Problem, content_type = "application/problem+json"),
-    )
-)]
-pub async fn put(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ByName>,
-    preconditions: Preconditions,
-    Json(body): Json<PlanBody>,
-) -> Result<Response, ApiError> {
-    let content = Content::parse(&body.description, body.scopes, body.rate_limits, body.quota)?;
-    definitions::put(&app, &caller, (Kind::Plan, &path), &content, &preconditions, PlanView::of).await
-}
-
-/// Delete a plan that no key and no user has.
-#[utoipa::path(
-    operation_id = "deletePlan",
-    delete, path = "/v1/plans/{name}", tag = "plans", params(ByName, Conditions),
-    security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 204, description = "The plan is gone"),
-        (status = 404, description = "No such plan", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "It is in use", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "It is not what If-Match asks for", body = Problem, content_type = "application/problem+json"),
-    )
-)]
-pub async fn delete(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ByName>,
-    preconditions: Preconditions,
-) -> Result<StatusCode, ApiError> {
-    definitions::remove(&app, &caller, (Kind::Plan, &path), &preconditions).await
-}
+definitions::routes!(
+    Plan "plans", PlanView, PlanBody, PlanPage { plans },
+    list: "listPlans" "/v1/plans" "List plans by name.",
+    get: "getPlan" "/v1/plans/{name}" "Get a plan.",
+    put: "putPlan" "Create a plan, or replace it as a whole.",
+    delete: "deletePlan" "Delete a plan that no key and no user has.",
+);

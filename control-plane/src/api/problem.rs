@@ -3,7 +3,7 @@
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use contract::outcome::Outcome;
+use contract::outcome::{Outcome, PROBLEMS};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -16,11 +16,11 @@ const RETRY_UNAVAILABLE_S: u64 = 1;
 /// The body of an error (RFC 9457).
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[schema(example = json!({
-    "type": "urn:portcullis:problem:invalid", "title": "Invalid request", "status": 400, "code": "invalid",
+    "type": "https://portcullis.invalid/reference/problems.html#invalid", "title": "Invalid request", "status": 400, "code": "invalid",
     "detail": "must have 1 to 100 characters, none of them a control character", "field": "name"
 }))]
 pub struct Problem {
-    /// A URN that names the kind of problem.
+    /// Names the kind of problem: the address of its description.
     pub r#type: String,
     /// The kind of problem, in words.
     pub title: String,
@@ -35,56 +35,79 @@ pub struct Problem {
     pub field: Option<String>,
 }
 
+/// A kind of problem of the REST API itself. Those of the caller's key are outcomes.
+struct Kind {
+    status: StatusCode,
+    code: &'static str,
+    title: &'static str,
+}
+
+const INVALID: Kind = Kind { status: StatusCode::BAD_REQUEST, code: "invalid", title: "Invalid request" };
+const FORBIDDEN: Kind = Kind { status: StatusCode::FORBIDDEN, code: "forbidden", title: "Forbidden" };
+const NOT_FOUND: Kind = Kind { status: StatusCode::NOT_FOUND, code: "not_found", title: "Not found" };
+const METHOD_NOT_ALLOWED: Kind =
+    Kind { status: StatusCode::METHOD_NOT_ALLOWED, code: "method_not_allowed", title: "Method not allowed" };
+const TIMEOUT: Kind = Kind { status: StatusCode::REQUEST_TIMEOUT, code: "timeout", title: "Request timeout" };
+const CONFLICT: Kind = Kind { status: StatusCode::CONFLICT, code: "conflict", title: "Conflict" };
+const IN_PROGRESS: Kind =
+    Kind { status: StatusCode::CONFLICT, code: "idempotency_in_progress", title: "Request in progress" };
+const GONE: Kind = Kind { status: StatusCode::GONE, code: "gone", title: "Gone" };
+const PRECONDITION_FAILED: Kind =
+    Kind { status: StatusCode::PRECONDITION_FAILED, code: "precondition_failed", title: "Precondition failed" };
+const TOO_LARGE: Kind = Kind { status: StatusCode::PAYLOAD_TOO_LARGE, code: "too_large", title: "Body too large" };
+const UNSUPPORTED_MEDIA_TYPE: Kind = Kind {
+    status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
+    code: "unsupported_media_type",
+    title: "Unsupported media type",
+};
+const MISMATCH: Kind = Kind {
+    status: StatusCode::UNPROCESSABLE_ENTITY,
+    code: "idempotency_mismatch",
+    title: "Idempotency-Key used before",
+};
+const TOO_MANY_REQUESTS: Kind =
+    Kind { status: StatusCode::TOO_MANY_REQUESTS, code: "too_many_requests", title: "Too many requests" };
+const BOUND_REACHED: Kind =
+    Kind { status: StatusCode::TOO_MANY_REQUESTS, code: "bound_reached", title: "Bound reached" };
+const INTERNAL: Kind = Kind { status: StatusCode::INTERNAL_SERVER_ERROR, code: "internal", title: "Internal error" };
+const UNAVAILABLE: Kind =
+    Kind { status: StatusCode::SERVICE_UNAVAILABLE, code: "unavailable", title: "Temporarily unavailable" };
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         match self {
-            Self::Invalid { field, detail } => {
-                respond(StatusCode::BAD_REQUEST, "invalid", "Invalid request", &detail, field.as_deref())
-            }
+            Self::Invalid { field, detail } => respond(&INVALID, &detail, field.as_deref()),
             Self::Unreadable(status, detail) if status.is_server_error() => {
                 tracing::error!(%status, detail, "could not handle a request");
                 internal()
             }
             Self::Unreadable(status, detail) => {
-                let (code, title) = match status {
-                    StatusCode::REQUEST_TIMEOUT => ("timeout", "Request timeout"),
-                    StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "Body too large"),
-                    StatusCode::UNSUPPORTED_MEDIA_TYPE => ("unsupported_media_type", "Unsupported media type"),
-                    StatusCode::METHOD_NOT_ALLOWED => ("method_not_allowed", "Method not allowed"),
-                    _ => ("invalid", "Invalid request"),
+                let kind = match status {
+                    StatusCode::REQUEST_TIMEOUT => TIMEOUT,
+                    StatusCode::PAYLOAD_TOO_LARGE => TOO_LARGE,
+                    StatusCode::UNSUPPORTED_MEDIA_TYPE => UNSUPPORTED_MEDIA_TYPE,
+                    StatusCode::METHOD_NOT_ALLOWED => METHOD_NOT_ALLOWED,
+                    _ => Kind { status, ..INVALID },
                 };
-                respond(status, code, title, &detail, None)
+                respond(&kind, &detail, None)
             }
             Self::Refused(outcome) => refuse(outcome),
-            Self::Forbidden(detail) => respond(StatusCode::FORBIDDEN, "forbidden", "Forbidden", &detail, None),
-            Self::NotFound(detail) => respond(StatusCode::NOT_FOUND, "not_found", "Not found", &detail, None),
-            Self::Conflict(detail) => respond(StatusCode::CONFLICT, "conflict", "Conflict", &detail, None),
+            Self::Forbidden(detail) => respond(&FORBIDDEN, &detail, None),
+            Self::NotFound(detail) => respond(&NOT_FOUND, &detail, None),
+            Self::Conflict(detail) => respond(&CONFLICT, &detail, None),
             Self::InProgress => {
                 let detail = "The first request with this Idempotency-Key is still running. Try again shortly.";
-                let response =
-                    respond(StatusCode::CONFLICT, "idempotency_in_progress", "Request in progress", detail, None);
-                with(response, RETRY_AFTER, HeaderValue::from(RETRY_UNAVAILABLE_S))
+                retry_after(respond(&IN_PROGRESS, detail, None), RETRY_UNAVAILABLE_S)
             }
-            Self::Precondition(detail) => {
-                respond(StatusCode::PRECONDITION_FAILED, "precondition_failed", "Precondition failed", &detail, None)
-            }
-            Self::Mismatch(detail) => respond(
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "idempotency_mismatch",
-                "Idempotency-Key used before",
-                detail,
-                None,
-            ),
-            Self::Gone(detail) => respond(StatusCode::GONE, "gone", "Gone", &detail, None),
+            Self::Precondition(detail) => respond(&PRECONDITION_FAILED, &detail, None),
+            Self::Mismatch(detail) => respond(&MISMATCH, detail, None),
+            Self::Gone(detail) => respond(&GONE, &detail, None),
             Self::TooMany { retry_after_s } => {
                 let detail = "This caller sends too many requests. Wait as long as Retry-After demands.";
-                let response =
-                    respond(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", "Too many requests", detail, None);
-                with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
+                retry_after(respond(&TOO_MANY_REQUESTS, detail, None), retry_after_s)
             }
             Self::BoundReached { detail, retry_after_s } => {
-                let response = respond(StatusCode::TOO_MANY_REQUESTS, "bound_reached", "Bound reached", &detail, None);
-                with(response, RETRY_AFTER, HeaderValue::from(retry_after_s))
+                retry_after(respond(&BOUND_REACHED, &detail, None), retry_after_s)
             }
             Self::Unavailable(why) => unavailable(why),
             Self::Database(error) if is_away(&error) => {
@@ -108,7 +131,7 @@ fn refuse(outcome: Outcome) -> Response {
     let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::FORBIDDEN);
     let missing = outcome == Outcome::Missing;
     let detail = if missing { "Send your API key in the header x-api-key." } else { refusal.detail };
-    let response = respond(status, outcome.name(), refusal.title, detail, None);
+    let response = respond(&Kind { status, code: outcome.name(), title: refusal.title }, detail, None);
     if status == StatusCode::UNAUTHORIZED {
         with(response, WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey realm=\"portcullis\""))
     } else {
@@ -117,30 +140,69 @@ fn refuse(outcome: Outcome) -> Response {
 }
 
 fn unavailable(why: &str) -> Response {
-    let response = respond(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Temporarily unavailable", why, None);
-    with(response, RETRY_AFTER, HeaderValue::from(RETRY_UNAVAILABLE_S))
+    retry_after(respond(&UNAVAILABLE, why, None), RETRY_UNAVAILABLE_S)
 }
 
 fn internal() -> Response {
-    let detail = "Internal error. See the server log for the request id of this response.";
-    respond(StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error", detail, None)
+    respond(&INTERNAL, "Internal error. See the server log for the request id of this response.", None)
 }
 
-fn respond(status: StatusCode, code: &str, title: &str, detail: &str, field: Option<&str>) -> Response {
+fn respond(kind: &Kind, detail: &str, field: Option<&str>) -> Response {
     let problem = Problem {
-        r#type: format!("urn:portcullis:problem:{code}"),
-        title: title.into(),
-        status: status.as_u16(),
+        r#type: format!("{PROBLEMS}{}", kind.code),
+        title: kind.title.into(),
+        status: kind.status.as_u16(),
         detail: detail.into(),
-        code: code.into(),
+        code: kind.code.into(),
         field: field.map(Into::into),
     };
     let body = json_line(&problem).unwrap_or_default();
-    (status, [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")], body)
-        .into_response()
+    let headers = [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")];
+    (kind.status, headers, body).into_response()
+}
+
+fn retry_after(response: Response, seconds: u64) -> Response {
+    with(response, RETRY_AFTER, HeaderValue::from(seconds))
 }
 
 fn with(mut response: Response, name: header::HeaderName, value: HeaderValue) -> Response {
     response.headers_mut().insert(name, value);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_describes_every_type_of_problem_under_its_anchor() {
+        let page = include_str!("../../../docs/src/reference/problems.md");
+        assert!(PROBLEMS.ends_with("/reference/problems.html#"));
+        // The anchor of such a heading is its text.
+        let described: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+        let own = [
+            INVALID,
+            FORBIDDEN,
+            NOT_FOUND,
+            METHOD_NOT_ALLOWED,
+            TIMEOUT,
+            CONFLICT,
+            IN_PROGRESS,
+            GONE,
+            PRECONDITION_FAILED,
+            TOO_LARGE,
+            UNSUPPORTED_MEDIA_TYPE,
+            MISMATCH,
+            TOO_MANY_REQUESTS,
+            BOUND_REACHED,
+            INTERNAL,
+            UNAVAILABLE,
+        ];
+        let refusals = Outcome::ALL.into_iter().filter(|outcome| outcome.refusal().is_some()).map(Outcome::name);
+        let mut expected: Vec<_> = own.iter().map(|kind| kind.code).chain(refusals).collect();
+        let mut found = described.clone();
+        expected.sort_unstable();
+        found.sort_unstable();
+        assert_eq!(found, expected);
+    }
 }

@@ -11,26 +11,23 @@ use uuid::Uuid;
 
 use super::csv;
 use super::keys::usage::span;
-use super::openapi::ReadErrors;
-use super::pagination;
+use super::openapi::{NotFound, ReadErrors};
+use super::pagination::{List, Page, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
-use crate::api::extract::{Json, Query};
-use crate::api::problem::Problem;
+use crate::api::extract::Json;
 use crate::domain::{Email, Timestamp};
 use crate::error::ApiError;
 use crate::keys::read::get;
 use crate::metering::outcome;
 use crate::metering::query::{Groups, Interval, Place, Question, Sum, sums};
 
-const LIMIT: i64 = 1_000;
 const LONGEST_BY_HOUR: Duration = Duration::days(31);
-/// Longest name of a plan or scope that is looked for, in bytes, and longest cursor.
+/// Longest name of a plan or scope that is looked for, in bytes.
 const NAME_BYTES: usize = 256;
-const CURSOR_BYTES: usize = 4_096;
 
 /// What to sum up.
-#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct SumsQuery {
@@ -61,11 +58,6 @@ pub struct SumsQuery {
     to: Option<String>,
     /// `json` or `csv`; by default as the header `accept` demands.
     format: Option<String>,
-    /// `next_cursor` of the page before.
-    cursor: Option<String>,
-    /// How many rows; 1,000 unless given.
-    #[param(minimum = 1, maximum = 1_000)]
-    limit: Option<i64>,
 }
 
 /// One sum. It has those fields that were asked for with `group_by` and `interval`; they are null for requests without a
@@ -114,7 +106,7 @@ pub struct UsagePage {
     to: Timestamp,
     /// The sums, ordered by span, key, email, plan, scope and outcome. Where there were no requests there is no row.
     usage: Vec<UsageRow>,
-    /// What to send as `cursor` for the next page, with the same `from` and `to`; null on the last one.
+    /// What to send as `cursor` for the next page, with this `from` and `to`; null on the last one.
     #[schema(required)]
     next_cursor: Option<String>,
 }
@@ -125,36 +117,37 @@ pub struct UsagePage {
 /// is null.
 #[utoipa::path(
     operation_id = "getUsage",
-    get, path = "/v1/usage", tag = "insight", params(SumsQuery), security(("api_key" = [])),
+    get, path = "/v1/usage", tag = "insight", params(SumsQuery, PageQuery), security(("api_key" = [])),
     responses(
-        ReadErrors,
+        ReadErrors, NotFound,
         (status = 200, description = "A page of sums; as CSV with a line of names before the rows",
-            content((UsagePage = "application/json"), (String = "text/csv")),
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "Another user's usage", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
+            content((UsagePage = "application/json"), (String = "text/csv"))),
     )
 )]
 pub async fn usage(
     State(app): State<App>,
     caller: Caller,
     headers: HeaderMap,
-    Query(query): Query<SumsQuery>,
+    List { query, mut page }: List<SumsQuery, Place>,
 ) -> Result<Response, ApiError> {
     let as_csv = wants_csv(query.format.as_deref(), &headers)?;
-    let question = question(&app, &caller, &query).await?;
+    let question = question(&app, &caller, &query, &page).await?;
     let mut found = sums(&app.pool, &question).await?;
-    let next_cursor = pagination::cut(&mut found, question.limit - 1, |sum| written(&sum.of)).transpose()?;
-    let link = next_cursor.clone().map(|cursor| next_link(query, &question, cursor, as_csv));
+    // The next page is of the same span of time and of the same form.
+    page.set("from", exactly(question.from));
+    page.set("to", exactly(question.to));
+    page.set("format", if as_csv { "csv" } else { "json" }.to_owned());
+    let next = page.cut(&mut found, |sum| sum.of.clone());
     let mut response = if as_csv {
         let headers =
             [(header::CONTENT_TYPE, "text/csv; charset=utf-8; header=present"), (header::CACHE_CONTROL, "no-store")];
         (headers, table(&question, &found)).into_response()
     } else {
         let usage = found.into_iter().map(|sum| row(&question, sum)).collect();
-        Json(UsagePage { from: question.from.into(), to: question.to.into(), usage, next_cursor }).into_response()
+        Json(UsagePage { from: question.from.into(), to: question.to.into(), usage, next_cursor: next.cursor })
+            .into_response()
     };
-    if let Some(link) = link {
+    if let Some(link) = next.link {
         response.headers_mut().insert(header::LINK, link);
     }
     response.headers_mut().insert(header::VARY, HeaderValue::from_static("accept"));
@@ -170,7 +163,7 @@ fn wants_csv(format: Option<&str>, headers: &HeaderMap) -> Result<bool, ApiError
     }
 }
 
-async fn question(app: &App, caller: &Caller, query: &SumsQuery) -> Result<Question, ApiError> {
+async fn question(app: &App, caller: &Caller, query: &SumsQuery, page: &Page<Place>) -> Result<Question, ApiError> {
     let asked = query.email.as_deref().map(Email::parse).transpose()?;
     match &asked {
         Some(email) => caller.require_owner_or_admin(email)?,
@@ -187,13 +180,9 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery) -> Result<Quest
     if interval == Interval::Hour && to - from > LONGEST_BY_HOUR {
         return Err(ApiError::invalid("from", "must lie at most 31 days before to, by the hour"));
     }
-    let limit = pagination::limit_within(query.limit, LIMIT, LIMIT)?;
     let outcome = query.outcome.as_deref().map(|name| {
         let detail = "must be the name of an outcome, as allowed or shadow:rate_limited";
         outcome::code(name).ok_or_else(|| ApiError::invalid("outcome", detail))
-    });
-    let after = query.cursor.as_deref().map(|cursor| {
-        read(cursor).ok_or_else(|| ApiError::invalid("cursor", "must be the next_cursor of the page before"))
     });
     if let Some(id) = query.key_id {
         let key = get(&app.pool, id).await?.filter(|key| caller.manages(key.owner_id));
@@ -214,9 +203,8 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery) -> Result<Quest
         scope,
         outcome: outcome.transpose()?,
         keyless,
-        after: after.transpose()?,
-        // One entry more than the limit shows whether there is a next page.
-        limit: limit + 1,
+        after: page.after.clone(),
+        limit: page.read(),
     })
 }
 
@@ -306,32 +294,6 @@ fn rfc_3339(seconds: i64) -> String {
     let time = OffsetDateTime::from_unix_timestamp(seconds).ok();
     let text = time.and_then(|time| time.format(&time::format_description::well_known::Rfc3339).ok());
     text.unwrap_or_default()
-}
-
-/// A cursor is the place of the last row, so that a page goes on where the one before ended, whatever was counted between.
-fn written(place: &Place) -> Result<String, ApiError> {
-    let text = serde_json::to_vec(place).map_err(|error| ApiError::Internal(format!("a cursor: {error}")))?;
-    Ok(hex::encode(text))
-}
-
-fn read(cursor: &str) -> Option<Place> {
-    let bytes = hex::decode(Some(cursor).filter(|cursor| cursor.len() <= CURSOR_BYTES)?).ok()?;
-    let place: Place = serde_json::from_slice(&bytes).ok()?;
-    let sane = [&place.email, &place.plan, &place.scope].iter().all(|text| !text.contains('\0'));
-    Some(place).filter(|_| sane)
-}
-
-/// The link to the next page of the same span of time.
-fn next_link(query: SumsQuery, question: &Question, cursor: String, as_csv: bool) -> HeaderValue {
-    let next = SumsQuery {
-        from: Some(exactly(question.from)),
-        to: Some(exactly(question.to)),
-        format: as_csv.then(|| "csv".to_owned()),
-        cursor: Some(cursor),
-        limit: Some(question.limit - 1),
-        ..query
-    };
-    pagination::next_link("/v1/usage", &next)
 }
 
 fn exactly(time: OffsetDateTime) -> String {

@@ -1,5 +1,5 @@
-//! `GET /v1/usage/events`: usage as a stream of events for other systems (CloudEvents 1.0, JSON batches). An event
-//! never changes.
+//! `GET /v1/usage/events`: usage as a feed of events for other systems (CloudEvents 1.0, JSON batches). An event never
+//! changes. The feed has no last page: a reader continues after the number of the last event that it stored.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::openapi::ReadErrors;
-use super::pagination::{self, limit_within};
+use super::pagination;
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::Query;
@@ -26,8 +26,6 @@ const BATCH_TYPE: &str = "application/cloudevents-batch+json";
 /// The header with the number of the last event of the reply.
 const CURSOR: HeaderName = HeaderName::from_static("portcullis-cursor");
 
-const LIMIT: i64 = 500;
-const MOST: i64 = 1_000;
 const LONGEST_WAIT_S: u64 = 25;
 /// How often a reader that waits is looked after. Events come every minute or so.
 const LOOK: Duration = Duration::from_millis(500);
@@ -40,8 +38,8 @@ pub struct EventsQuery {
     /// Those after this one: `portcullis-cursor` of the reply before. From the oldest that is kept, unless given.
     #[param(minimum = 0)]
     after: Option<i64>,
-    /// How many at most; 500 unless given.
-    #[param(minimum = 1, maximum = 1_000)]
+    /// How many at most; 100 unless given.
+    #[param(minimum = 1, maximum = 200)]
     limit: Option<i64>,
     /// For how many seconds to wait if there are none; not at all unless given.
     #[param(maximum = 25)]
@@ -57,7 +55,7 @@ pub struct CloudEvent {
     /// Names the event for good.
     id: Uuid,
     /// Always the same.
-    #[schema(value_type = String, example = "urn:portcullis:usage")]
+    #[schema(value_type = String, example = "/v1/usage/events")]
     source: &'static str,
     /// What kind of event it is.
     #[schema(value_type = String, example = "dev.portcullis.usage.v1")]
@@ -101,7 +99,7 @@ impl From<Event> for CloudEvent {
         Self {
             specversion: "1.0",
             id,
-            source: "urn:portcullis:usage",
+            source: "/v1/usage/events",
             r#type: "dev.portcullis.usage.v1",
             subject: key_id,
             time: created_at.into(),
@@ -126,7 +124,6 @@ impl From<Event> for CloudEvent {
                 ("portcullis-cursor" = String, description = "What to send as `after` the next time"),
                 ("link" = String, description = "The events after these (RFC 8288)"),
             )),
-        (status = 403, description = "Not an admin's key", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The database is older than the reader", body = Problem, content_type = "application/problem+json"),
         (status = 410, description = "Events after this one are no longer kept", body = Problem, content_type = "application/problem+json"),
     )
@@ -137,7 +134,7 @@ pub async fn events(
     Query(query): Query<EventsQuery>,
 ) -> Result<Response, ApiError> {
     caller.require_admin()?;
-    let limit = limit_within(query.limit, LIMIT, MOST)?;
+    let limit = pagination::within(query.limit)?;
     let wait = query.wait.unwrap_or(0);
     if wait > LONGEST_WAIT_S {
         return Err(ApiError::invalid("wait", format!("must be a number from 0 to {LONGEST_WAIT_S}")));

@@ -1,27 +1,38 @@
-//! `/v1/users`: the owners of keys. Users see themselves; only admins list and change users.
+//! `/v1/users`: the owners of keys. Users see themselves; only admins list, create and change users.
+//!
+//! A path has the id of a user, never the email address: paths end up in logs, and an id does not change.
 
 use axum::extract::State;
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::definitions::Conditions;
-use super::extract::{Json, Path, Query};
-use super::legacy::ByEmail;
-use super::openapi::{ReadErrors, WriteErrors};
-use super::pagination;
+use super::extract::{Json, Path};
+use super::openapi::{Conflict, IfMatch, ReadErrors, WriteErrors};
+use super::pagination::{self, List, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
+use crate::audit::AuditEvent;
+use crate::credits::{self, Refill};
 use crate::definitions::Name;
 use crate::domain::Preconditions;
 use crate::domain::{Email, Patch, Timestamp};
 use crate::error::ApiError;
 use crate::keys::revoke::revoke_all;
+use crate::users::lock::{lock_user, unknown};
 use crate::users::{self, User};
+
+/// Which user.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct ById {
+    /// The id of the user, which keys show as `owner_id`.
+    pub(super) id: Uuid,
+}
 
 /// How many keys a user has.
 #[derive(Debug, Serialize, ToSchema)]
@@ -47,6 +58,12 @@ pub struct UserView {
     balance: i64,
     /// Whether requests cost credits. Otherwise they are free.
     metered: bool,
+    /// Scheduled credits.
+    #[schema(required, value_type = Option<Refill>)]
+    refill: Option<Value>,
+    /// When the next refill is due.
+    #[schema(required)]
+    refill_at: Option<Timestamp>,
     /// Since when there is the user.
     created_at: Timestamp,
     /// How many keys the user has.
@@ -61,6 +78,8 @@ impl UserView {
             plan: user.plan,
             balance: user.balance,
             metered: user.metered,
+            refill: user.refill,
+            refill_at: user.refill_at.map(Into::into),
             created_at: user.created_at.into(),
             keys: KeyCounts { live: user.live_keys, total: user.total_keys },
         }
@@ -78,30 +97,26 @@ pub struct UserPage {
 }
 
 /// Which users, and how many.
-#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct UsersQuery {
+    /// Only the user with this address. Callers without the scope `admin` look up their own only.
+    #[param(example = "user@example.com", max_length = 254)]
+    email: Option<String>,
     /// Only those whose address starts with this. Domains are kept in ASCII: give the start of `xn--…`, or a whole address.
     #[param(example = "user@", max_length = 254)]
     email_prefix: Option<String>,
-    /// `next_cursor` of the page before.
-    #[param(max_length = 254)]
-    cursor: Option<String>,
-    /// How many users; 50 unless given.
-    #[param(minimum = 1, maximum = 200)]
-    limit: Option<i64>,
 }
 
-/// What became of a user's keys.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct RevokeKeysReply {
-    /// Keys that were revoked now.
-    #[schema(minimum = 0)]
-    revoked: i64,
-    /// Keys with the scope admin or sync, which only an admin's key revokes.
-    #[schema(minimum = 0)]
-    kept: i64,
+/// The user to be there.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"email": "user@example.com"}))]
+pub struct CreateUserBody {
+    /// The email address.
+    #[schema(example = "user@example.com", max_length = 254)]
+    email: String,
 }
 
 /// What to change of a user: at least one field.
@@ -113,35 +128,82 @@ pub struct UserBody {
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
     plan: Patch<String>,
+    /// Whether requests cost credits. A refill switches it on unless this says otherwise.
+    metered: Option<bool>,
+    /// Scheduled credits, from the next midnight on; null for none.
+    #[serde(default)]
+    #[schema(value_type = Option<Refill>)]
+    refill: Patch<Refill>,
 }
 
-/// List users by email address.
+/// How many keys of a user were revoked.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RevokeKeysReply {
+    /// Keys that were revoked now.
+    #[schema(minimum = 0)]
+    revoked: i64,
+    /// Keys with the scope admin or sync, which only an admin's key revokes.
+    #[schema(minimum = 0)]
+    skipped: i64,
+}
+
+/// List users by email address, or look one up.
 #[utoipa::path(
     operation_id = "listUsers",
-    get, path = "/v1/users", tag = "users", params(UsersQuery), security(("api_key" = [])),
+    get, path = "/v1/users", tag = "users", params(UsersQuery, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of users", body = UserPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
+        (status = 200, description = "A page of users", body = UserPage),
     )
 )]
 pub async fn list(
     State(app): State<App>,
     caller: Caller,
-    Query(query): Query<UsersQuery>,
+    List { query, page }: List<UsersQuery, String>,
 ) -> Result<Response, ApiError> {
-    let limit = pagination::limit(query.limit)?;
-    let prefix = part_of_address("email_prefix", query.email_prefix)?;
-    let after = part_of_address("cursor", query.cursor)?;
+    let email = query.email.as_deref().map(Email::parse).transpose()?;
+    let prefix = start_of_address(query.email_prefix)?;
+    match &email {
+        Some(email) => caller.require_owner_or_admin(email)?,
+        None => caller.require_admin()?,
+    }
+    let after = page.after.as_deref().unwrap_or_default();
+    let mut found = users::list(&app.pool, email.as_ref(), &prefix, after, page.read()).await?;
+    let next = page.cut(&mut found, |last| last.email.clone());
+    let users = found.into_iter().map(UserView::of).collect();
+    Ok(pagination::reply(UserPage { users, next_cursor: next.cursor }, next.link))
+}
+
+/// Create a user.
+///
+/// If there is a user with this address already, that user is returned. Creating a key for an address creates its user too.
+#[utoipa::path(
+    operation_id = "createUser",
+    post, path = "/v1/users", tag = "users", request_body = CreateUserBody, security(("api_key" = [])),
+    responses(
+        WriteErrors,
+        (status = 200, description = "The user that was there already", body = UserView,
+            headers(("location" = String, description = "Where to find the user"), ("etag" = String, description = "The version of what is set of the user"))),
+        (status = 201, description = "The new user", body = UserView,
+            headers(("location" = String, description = "Where to find the user"), ("etag" = String, description = "The version of what is set of the user"))),
+    )
+)]
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    Json(body): Json<CreateUserBody>,
+) -> Result<Response, ApiError> {
+    let email = Email::parse(&body.email)?;
     caller.require_admin()?;
-    let mut page = users::list(&app.pool, &prefix, &after, limit + 1).await?;
-    let next_cursor = pagination::cut(&mut page, limit, |last| last.email.clone());
-    let next = next_cursor.clone().map(|cursor| {
-        let email_prefix = Some(prefix).filter(|prefix| !prefix.is_empty());
-        pagination::next_link("/v1/users", &UsersQuery { email_prefix, cursor: Some(cursor), limit: Some(limit) })
+    let created = app.writer.change(&caller.actor, async |change| {
+        let (id, is_new) = users::create(change, &email).await?;
+        let user = users::get(&mut **change, id).await?.ok_or_else(|| unknown(id))?;
+        Ok::<_, ApiError>((user, is_new))
     });
-    let users = page.into_iter().map(UserView::of).collect();
-    Ok(pagination::reply(UserPage { users, next_cursor }, next))
+    let (user, is_new) = created.await?;
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    let location = [(header::LOCATION, format!("/v1/users/{}", user.id))];
+    Ok((status, location, show(user)).into_response())
 }
 
 /// Get a user.
@@ -149,54 +211,63 @@ pub async fn list(
 /// The ETag changes with plan, metered and refill. It does not change with the balance or the number of keys.
 #[utoipa::path(
     operation_id = "getUser",
-    get, path = "/v1/users/{email}", tag = "users", security(("api_key" = [])),
-    params(ByEmail),
+    get, path = "/v1/users/{id}", tag = "users", security(("api_key" = [])),
+    params(ById),
     responses(
         ReadErrors,
         (status = 200, description = "The user", body = UserView,
             headers(("etag" = String, description = "The version of what is set of the user"))),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ByEmail>) -> Result<Response, ApiError> {
-    let email = Email::parse(&path.email)?;
-    caller.require_owner_or_admin(&email)?;
-    let user = users::get(&app.pool, &email).await?.ok_or_else(|| unknown(&email))?;
+pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<Response, ApiError> {
+    caller.require_user_or_admin(path.id)?;
+    let user = users::get(&app.pool, path.id).await?.ok_or_else(|| unknown(path.id))?;
     Ok(show(user))
 }
 
 /// Change a user.
 ///
-/// The user is created if there is none.
+/// Fields that are not given keep their values.
 #[utoipa::path(
     operation_id = "updateUser",
-    patch, path = "/v1/users/{email}", tag = "users", params(ByEmail, Conditions),
-    request_body = UserBody, security(("api_key" = [])),
+    patch, path = "/v1/users/{id}", tag = "users", request_body = UserBody, security(("api_key" = [])),
+    params(ById, IfMatch),
     responses(
         WriteErrors,
-        (status = 200, description = "The user as they are now", body = UserView,
+        (status = 200, description = "The user as it is now", body = UserView,
             headers(("etag" = String, description = "The version of what is set of the user"))),
-        (status = 412, description = "The user is not what If-Match or If-None-Match asks for", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn patch(
+pub async fn update(
     State(app): State<App>,
     caller: Caller,
     preconditions: Preconditions,
-    Path(path): Path<ByEmail>,
+    Path(path): Path<ById>,
     Json(body): Json<UserBody>,
 ) -> Result<Response, ApiError> {
-    let email = Email::parse(&path.email)?;
-    let plan = body.plan.try_map(|name| Name::parse("plan", &name))?;
-    let Some(plan) = plan.given() else {
-        return Err(ApiError::Invalid { field: None, detail: "Set plan.".into() });
-    };
     caller.require_admin()?;
-    let user = app
-        .writer
-        .change(&caller.actor, async |change| users::set_plan(change, &email, plan.as_ref(), &preconditions).await);
-    let user = user.await?;
-    Ok(show(user))
+    let plan = body.plan.try_map(|name| Name::parse("plan", &name))?.given();
+    if plan.is_none() && body.metered.is_none() && body.refill.is_keep() {
+        return Err(ApiError::Invalid { field: None, detail: "Set plan, metered or refill.".into() });
+    }
+    if let Patch::Set(refill) = &body.refill {
+        refill.check()?;
+    }
+    let user = app.writer.change(&caller.actor, async |change| {
+        let user = lock_user(change, path.id).await?;
+        preconditions.check(Some(user.version))?;
+        let mut changed = credits::update(change, &(&user).into(), body.metered, body.refill).await?;
+        if let Some(plan) = plan
+            && users::set_plan(change, user.id, plan.as_ref()).await?
+        {
+            changed.insert("plan".into(), plan.as_ref().map(Name::as_str).into());
+        }
+        if !changed.is_empty() {
+            change.record(AuditEvent::on("user.update", &user.email, changed.into())).await?;
+        }
+        users::get(&mut **change, path.id).await?.ok_or_else(|| unknown(path.id))
+    });
+    Ok(show(user.await?))
 }
 
 /// Revoke all keys of a user.
@@ -204,42 +275,33 @@ pub async fn patch(
 /// The key of the caller is revoked too if it is one of them.
 #[utoipa::path(
     operation_id = "revokeUserKeys",
-    post, path = "/v1/users/{email}/revoke-keys", tag = "users", params(ByEmail), security(("api_key" = [])),
+    post, path = "/v1/users/{id}/revoke-keys", tag = "users", params(ById), security(("api_key" = [])),
     responses(
-        ReadErrors,
+        ReadErrors, Conflict,
         (status = 200, description = "How many were revoked", body = RevokeKeysReply),
-        (status = 403, description = "Another user's keys", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such user", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The last admin key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn revoke_keys(
     State(app): State<App>,
     caller: Caller,
-    Path(path): Path<ByEmail>,
+    Path(path): Path<ById>,
 ) -> Result<Json<RevokeKeysReply>, ApiError> {
-    let email = Email::parse(&path.email)?;
-    caller.require_owner_or_admin(&email)?;
-    let all = app.writer.change(&caller.actor, async |change| {
-        revoke_all(change, &email, caller.is_admin()).await?.ok_or_else(|| unknown(&email))
-    });
-    let all = all.await?;
-    Ok(Json(RevokeKeysReply { revoked: all.revoked, kept: all.kept }))
+    caller.require_user_or_admin(path.id)?;
+    let all =
+        app.writer.change(&caller.actor, async |change| revoke_all(change, path.id, caller.is_admin()).await).await?;
+    Ok(Json(RevokeKeysReply { revoked: all.revoked, skipped: all.skipped }))
 }
 
 fn show(user: User) -> Response {
     ([(header::ETAG, etag(user.version))], Json(UserView::of(user))).into_response()
 }
 
-fn unknown(email: &Email) -> ApiError {
-    ApiError::NotFound(format!("There is no user {email}."))
-}
-
-/// What may stand at the start of an address: any text that PostgreSQL can hold, as addresses are kept.
-fn part_of_address(field: &'static str, text: Option<String>) -> Result<String, ApiError> {
+/// The start of an address: any text that PostgreSQL can hold, as addresses are kept.
+fn start_of_address(text: Option<String>) -> Result<String, ApiError> {
     let text = text.unwrap_or_default();
     if text.chars().any(char::is_control) || text.chars().count() > 254 {
-        return Err(ApiError::invalid(field, "must have at most 254 characters and no control characters"));
+        let detail = "must have at most 254 characters and no control characters";
+        return Err(ApiError::invalid("email_prefix", detail));
     }
     Ok(Email::start(&text))
 }

@@ -14,7 +14,7 @@ use crate::domain::{Every, Window};
 use crate::error::ApiError;
 
 pub(crate) use store::usage;
-pub use store::{Account, AccountChange, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
+pub use store::{Account, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
 
 /// Most credits of a top-up or a correction.
 pub const AMOUNT: i64 = 1_000_000_000_000;

@@ -1,6 +1,7 @@
 //! Balances and the ledger in PostgreSQL. A booking locks the row of the user first, so that the rows of an owner
 //! stand in the order in which the balance changed.
 
+use serde_json::{Map, Value};
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
@@ -9,9 +10,9 @@ use uuid::Uuid;
 use super::{BALANCE, Kind, Refill, starter};
 use crate::audit::AuditEvent;
 use crate::change::Change;
-use crate::domain::{Email, Patch, Preconditions};
+use crate::domain::Patch;
 use crate::error::ApiError;
-use crate::users::lock::{LockedUser, lock_or_create_user, lock_user};
+use crate::users::lock::{LockedUser, lock_user};
 
 /// Lowest balance that usage leads to. Forged usage must not overflow a balance and stop the reports that are applied with it.
 const LOWEST: i64 = -1_000_000_000_000_000_000;
@@ -36,9 +37,8 @@ pub struct LedgerRow {
 }
 
 /// The account of a user.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Account {
-    pub owner_id: Uuid,
     /// The sum of the ledger.
     pub balance: i64,
     /// Credits that all requests so far have cost.
@@ -49,19 +49,6 @@ pub struct Account {
     pub credits_starter: i32,
     /// Credits that Envoys have a lease for and have not reported.
     pub leased: i64,
-    pub refill: Option<Json<Refill>>,
-    /// When it next does.
-    pub refill_at: Option<OffsetDateTime>,
-    /// Counted up with each change of the settings of the owner.
-    pub version: i64,
-}
-
-/// A change of an account.
-#[derive(Clone, Debug, Default)]
-pub struct AccountChange {
-    /// Whether requests cost credits.
-    pub metered: Option<bool>,
-    pub refill: Patch<Refill>,
 }
 
 /// A user whose row is locked.
@@ -77,9 +64,9 @@ pub struct Locked {
     pub credits_turn: i32,
 }
 
-impl From<LockedUser> for Locked {
-    fn from(user: LockedUser) -> Self {
-        let LockedUser { id, balance, metered, credits_starter, credits_turn, .. } = user;
+impl From<&LockedUser> for Locked {
+    fn from(user: &LockedUser) -> Self {
+        let &LockedUser { id, balance, metered, credits_starter, credits_turn, .. } = user;
         Self { id, balance, metered, credits_starter, credits_turn }
     }
 }
@@ -96,19 +83,19 @@ pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<
     .await
 }
 
-/// Books a top-up or a correction. Creates the user if there is none. A top-up makes the user metered.
+/// Books a top-up or a correction. A top-up makes the user metered.
 ///
 /// # Errors
-/// 409 if the balance would grow out of bounds.
+/// 404 if there is no such user, 409 if the balance would grow out of bounds.
 pub async fn credit(
     change: &mut Change,
-    email: &Email,
+    owner_id: Uuid,
     kind: Kind,
     amount: i64,
     note: &str,
 ) -> Result<LedgerRow, ApiError> {
-    let (user, _) = lock_or_create_user(change, email).await?;
-    let owner = Locked::from(user);
+    let user = lock_user(change, owner_id).await?;
+    let owner = Locked::from(&user);
     let balance = owner.balance.saturating_add(amount);
     if balance.checked_abs().is_none_or(|size| size > BALANCE) {
         let detail = format!("The balance would be {balance}. It must stay between -{BALANCE} and {BALANCE}.");
@@ -119,36 +106,29 @@ pub async fn credit(
     let actor_key_id = change.actor().key_id;
     let entry = book(change, owner.id, kind, amount, note, actor_key_id, None).await?;
     let detail = serde_json::json!({"kind": kind.name(), "amount": amount, "balance": entry.balance});
-    change.record(AuditEvent::on("credits.add", email.as_str(), detail)).await?;
+    change.record(AuditEvent::on("ledger.create", &user.email, detail)).await?;
     Ok(entry)
 }
 
-/// Changes an account. None if there is no such user.
-///
-/// # Errors
-/// 412 by the preconditions.
+/// Changes whether the requests of a user cost credits, and the refill of the user, whose row is locked. A new refill makes
+/// the user metered unless `metered` says otherwise. Returns what changed.
 pub async fn update(
-    change: &mut Change,
-    email: &Email,
-    account_change: AccountChange,
-    preconditions: &Preconditions,
-) -> Result<Option<Account>, ApiError> {
-    let Some(user) = lock_user(change, email).await? else { return Ok(None) };
-    preconditions.check(Some(user.version))?;
-    let owner = Locked::from(user);
-    let AccountChange { metered, refill } = account_change;
+    connection: &mut PgConnection,
+    owner: &Locked,
+    metered: Option<bool>,
+    refill: Patch<Refill>,
+) -> Result<Map<String, Value>, ApiError> {
     let metered = metered.unwrap_or(owner.metered || matches!(refill, Patch::Set(_)));
-    let mut detail = serde_json::Map::new();
+    let mut changed = Map::new();
     if metered != owner.metered {
-        open(change, &owner, metered, owner.balance).await?;
-        detail.insert("metered".into(), metered.into());
+        open(connection, owner, metered, owner.balance).await?;
+        changed.insert("metered".into(), metered.into());
     }
     if let Some(refill) = refill.given() {
-        set_refill(change, owner.id, refill.as_ref()).await?;
-        detail.insert("refill".into(), serde_json::to_value(refill).unwrap_or_default());
+        set_refill(connection, owner.id, refill.as_ref()).await?;
+        changed.insert("refill".into(), serde_json::to_value(refill).unwrap_or_default());
     }
-    change.record(AuditEvent::on("credits.update", email.as_str(), detail.into())).await?;
-    account(&mut **change, email).await
+    Ok(changed)
 }
 
 /// Sets or clears the refill. The row of the user is locked.
@@ -247,18 +227,18 @@ pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
 }
 
 /// Reads an account.
-pub async fn account(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<Account>, ApiError> {
+pub async fn account(executor: impl PgExecutor<'_>, owner_id: Uuid) -> Result<Option<Account>, ApiError> {
     let account = sqlx::query_as!(
         Account,
-        r#"select p.id as owner_id, p.balance, p.credits_spent as spent, p.metered, p.credits_starter, p.refill as "refill: Json<Refill>", p.refill_at, p.version,
+        r#"select p.balance, p.credits_spent as spent, p.metered, p.credits_starter,
             (
                 select coalesce(sum(greatest(l.held - l.spent, 0)), 0)::bigint
                 from leases l join usage_reporters r on r.reporter = l.reporter
                 where l.stock = 2 and l.subject = p.id
                     and greatest(l.renewed_at, r.reported_at) > now() - interval '60 seconds'
             ) as "leased!"
-        from user_preferences p where p.email = $1"#,
-        email.as_str()
+        from user_preferences p where p.id = $1"#,
+        owner_id
     )
     .fetch_optional(executor)
     .await?;

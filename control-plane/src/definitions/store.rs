@@ -60,14 +60,14 @@ pub async fn get(pool: &PgPool, kind: Kind, name: &Name) -> Result<Option<Defini
 }
 
 /// Reads those whose names come after `after`, by name, at most `limit`.
-pub async fn list(pool: &PgPool, kind: Kind, after: Option<&Name>, limit: i64) -> Result<Vec<Definition>, ApiError> {
+pub async fn list(pool: &PgPool, kind: Kind, after: Option<&str>, limit: i64) -> Result<Vec<Definition>, ApiError> {
     let found = sqlx::query_as!(
         Definition,
         r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
             quota as "quota: Json<Quota>", version, created_at
         from definitions where kind = $1 and name > $2 and not removed order by name limit $3"#,
         kind.name(),
-        after.map_or("", Name::as_str),
+        after.unwrap_or_default(),
         limit
     )
     .fetch_all(pool)

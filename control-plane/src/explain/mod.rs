@@ -7,7 +7,7 @@ use contract::hash::KeyHash;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::domain::{Email, Timestamp};
+use crate::domain::Timestamp;
 use crate::error::ApiError;
 use crate::{credits, quota};
 
@@ -42,12 +42,9 @@ pub async fn budgets(pool: &PgPool, key_id: Uuid, price: u32) -> Result<Remainin
         let (used, most, leased) = (view.used.used, view.quota.requests, view.leased);
         format!("{used} of {most} requests are used in the window that ends at {end}; {leased} are leased to Envoys")
     });
-    let owner = sqlx::query_scalar!(
-        "select p.email from api_keys k join user_preferences p on p.id = k.owner_id where k.id = $1",
-        key_id
-    );
+    let owner = sqlx::query_scalar!("select owner_id from api_keys where id = $1", key_id);
     let account = match owner.fetch_optional(pool).await? {
-        Some(email) => credits::account(pool, &Email::parse(&email)?).await?,
+        Some(owner) => credits::account(pool, owner).await?,
         None => None,
     };
     let credits = account.filter(|account| account.metered).map(|account| {

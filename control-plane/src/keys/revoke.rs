@@ -11,7 +11,7 @@ use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::domain::{ADMIN, Email, SYNC};
 use crate::error::ApiError;
-use crate::users::lock::lock_user;
+use crate::users::lock::{find_user, lock_user};
 
 /// Revokes a key. A revoked key keeps its time of revocation, and no filter is woken.
 ///
@@ -39,8 +39,8 @@ pub async fn revoke_primary(
     email: &Email,
     may_revoke: impl Fn(&[String]) -> Result<(), ApiError>,
 ) -> Result<bool, ApiError> {
-    let primary = lock_user(change, email).await?.and_then(|user| user.primary_key_id);
-    let Some(id) = primary else { return Ok(false) };
+    let Some(user) = find_user(change, email).await? else { return Ok(false) };
+    let Some(id) = lock_user(change, user).await?.primary_key_id else { return Ok(false) };
     let Some(key) = lock_to_revoke(change, id, may_revoke).await? else { return Ok(false) };
     revoke(change, &key).await?;
     Ok(true)
@@ -66,16 +66,16 @@ pub(super) async fn lock_to_revoke(
 pub struct RevokedAll {
     pub revoked: i64,
     /// Keys with the scope `admin` or `sync` that were not revoked.
-    pub kept: i64,
+    pub skipped: i64,
 }
 
-/// Revokes all keys of a user; those with the scope `admin` or `sync` only if `privileged`. None if there is no such user.
+/// Revokes all keys of a user; those with the scope `admin` or `sync` only if `privileged`.
 ///
 /// # Errors
-/// 409 for the last admin key.
-pub async fn revoke_all(change: &mut Change, email: &Email, privileged: bool) -> Result<Option<RevokedAll>, ApiError> {
+/// 404 if there is no such user, 409 for the last admin key.
+pub async fn revoke_all(change: &mut Change, owner_id: Uuid, privileged: bool) -> Result<RevokedAll, ApiError> {
     // While the row of the user is locked, no key is created for the user.
-    let Some(owner) = lock_user(change, email).await? else { return Ok(None) };
+    let owner = lock_user(change, owner_id).await?;
     lock_store(change).await?;
     let keys = sqlx::query!(
         r#"select id, scopes && $2 as "opens!" from api_keys where owner_id = $1 and revoked_at is null"#,
@@ -84,10 +84,10 @@ pub async fn revoke_all(change: &mut Change, email: &Email, privileged: bool) ->
     )
     .fetch_all(&mut **change)
     .await?;
-    let (kept, ended): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| key.opens && !privileged);
+    let (skipped, ended): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| key.opens && !privileged);
     let ended: Vec<Uuid> = ended.into_iter().map(|key| key.id).collect();
     let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
-    let all = RevokedAll { revoked: count(ended.len()), kept: count(kept.len()) };
+    let all = RevokedAll { revoked: count(ended.len()), skipped: count(skipped.len()) };
     // A statement that changes no row would wake every filter.
     if !ended.is_empty() {
         set_caller_address(change, &[ADMIN.to_owned()]).await?;
@@ -95,11 +95,11 @@ pub async fn revoke_all(change: &mut Change, email: &Email, privileged: bool) ->
             .execute(&mut **change)
             .await?;
         forget_ended(change, owner.id).await?;
-        change.record_each("key.revoke", &ended, &json!({"all_of": email.as_str()})).await?;
+        change.record_each("key.revoke", &ended, &json!({"all_of": owner.email})).await?;
     }
-    let detail = json!({"revoked": all.revoked, "kept": all.kept});
-    change.record(AuditEvent::on("user.revoke_keys", email.as_str(), detail)).await?;
-    Ok(Some(all))
+    let detail = json!({"revoked": all.revoked, "skipped": all.skipped});
+    change.record(AuditEvent::on("user.revoke_keys", &owner.email, detail)).await?;
+    Ok(all)
 }
 
 /// Sets the address of the caller for the trigger that keeps the last admin key, if a key with these scopes is one. The

@@ -7,9 +7,10 @@ use crate::domain::Email;
 use crate::error::ApiError;
 
 /// A user whose row is locked until the transaction ends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LockedUser {
     pub id: Uuid,
+    pub email: String,
     pub primary_key_id: Option<Uuid>,
     pub balance: i64,
     pub metered: bool,
@@ -19,15 +20,30 @@ pub struct LockedUser {
     pub version: i64,
 }
 
-/// Locks a user; none if there is no user with this address.
-pub async fn lock_user(connection: &mut PgConnection, email: &Email) -> Result<Option<LockedUser>, ApiError> {
+/// The id of the user with this address.
+pub async fn find_user(connection: &mut PgConnection, email: &Email) -> Result<Option<Uuid>, ApiError> {
+    let id = sqlx::query_scalar!("select id from user_preferences where email = $1", email.as_str());
+    Ok(id.fetch_optional(connection).await?)
+}
+
+/// Locks a user.
+///
+/// # Errors
+/// 404 if there is no such user.
+pub async fn lock_user(connection: &mut PgConnection, id: Uuid) -> Result<LockedUser, ApiError> {
     let user = sqlx::query_as!(
         LockedUser,
-        "select id, primary_key_id, balance, metered, credits_starter, credits_turn, version from user_preferences
-        where email = $1 for no key update",
-        email.as_str()
+        "select id, email, primary_key_id, balance, metered, credits_starter, credits_turn, version from user_preferences
+        where id = $1 for no key update",
+        id
     );
-    Ok(user.fetch_optional(connection).await?)
+    user.fetch_optional(connection).await?.ok_or_else(|| unknown(id))
+}
+
+/// There is no user with this id.
+#[must_use]
+pub fn unknown(id: Uuid) -> ApiError {
+    ApiError::NotFound(format!("There is no user {id}."))
 }
 
 /// Locks a user, and creates the user first if there is none. Returns whether the user is new.
@@ -37,7 +53,7 @@ pub async fn lock_or_create_user(connection: &mut PgConnection, email: &Email) -
         LockedUser,
         "insert into user_preferences (id, email) values ($1, $2)
         on conflict (email) do update set email = excluded.email
-        returning id, primary_key_id, balance, metered, credits_starter, credits_turn, version",
+        returning id, email, primary_key_id, balance, metered, credits_starter, credits_turn, version",
         new,
         email.as_str()
     )

@@ -2,8 +2,8 @@
 
 pub mod lock;
 
-use serde_json::json;
-use sqlx::{PgExecutor, PgPool};
+use serde_json::{Value, json};
+use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -12,7 +12,7 @@ use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::definitions::store::numbers;
 use crate::definitions::{Kind, Name};
-use crate::domain::{Email, Preconditions};
+use crate::domain::Email;
 use crate::error::ApiError;
 use crate::quota::{Whose, refresh_starters};
 
@@ -28,6 +28,10 @@ pub struct User {
     pub balance: i64,
     /// Whether requests cost credits.
     pub metered: bool,
+    /// Scheduled credits, see [`crate::credits::Refill`].
+    pub refill: Option<Value>,
+    /// When the next refill is due.
+    pub refill_at: Option<OffsetDateTime>,
     /// When the user was created.
     pub created_at: OffsetDateTime,
     /// Keys that are neither revoked nor expired.
@@ -39,26 +43,35 @@ pub struct User {
 }
 
 /// Reads one.
-pub async fn get(executor: impl PgExecutor<'_>, email: &Email) -> Result<Option<User>, ApiError> {
+pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<User>, ApiError> {
     let user = sqlx::query_as!(
         User,
         r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!",
-            created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
-        from users_with_counts where email = $1"#,
-        email.as_str()
+            refill, refill_at, created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
+        from users_with_counts where id = $1"#,
+        id
     )
     .fetch_optional(executor)
     .await?;
     Ok(user)
 }
 
-/// Reads users by address: at most `limit` whose address starts with `prefix` and is greater than `after`.
-pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Result<Vec<User>, ApiError> {
+/// Reads users by address: at most `limit` whose address starts with `prefix` and is greater than `after`, or only the user
+/// with the address `email`.
+pub async fn list(
+    pool: &PgPool,
+    email: Option<&Email>,
+    prefix: &str,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<User>, ApiError> {
     let users = sqlx::query_as!(
         User,
         r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!",
-            created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
-        from users_with_counts where email > $2 and starts_with(email, $1) order by email limit $3"#,
+            refill, refill_at, created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
+        from users_with_counts where email > $3 and starts_with(email, $2) and ($1::text is null or email = $1)
+        order by email limit $4"#,
+        email.map(Email::as_str),
         prefix,
         after,
         limit
@@ -68,33 +81,34 @@ pub async fn list(pool: &PgPool, prefix: &str, after: &str, limit: i64) -> Resul
     Ok(users)
 }
 
-/// Sets or clears the plan of a user. Creates the user if there is none. A plan that is set already stays as it is.
+/// Creates a user, or finds the user with this address. Says whether the user is new.
+pub async fn create(change: &mut Change, email: &Email) -> Result<(Uuid, bool), ApiError> {
+    let (user, is_new) = lock_or_create_user(change, email).await?;
+    if is_new {
+        change.record(AuditEvent::on("user.create", email.as_str(), json!({}))).await?;
+    }
+    Ok((user.id, is_new))
+}
+
+/// Sets or clears the plan of a user, whose row is locked. Says whether that was a change.
 ///
 /// # Errors
-/// 412 by the preconditions, 400 for an unknown plan.
-pub async fn set_plan(
-    change: &mut Change,
-    email: &Email,
-    plan: Option<&Name>,
-    preconditions: &Preconditions,
-) -> Result<User, ApiError> {
-    let (user, is_new) = lock_or_create_user(change, email).await?;
-    preconditions.check((!is_new).then_some(user.version))?;
+/// 400 for an unknown plan.
+pub async fn set_plan(connection: &mut PgConnection, id: Uuid, plan: Option<&Name>) -> Result<bool, ApiError> {
     let number = match plan {
-        Some(plan) => numbers(change, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),
+        Some(plan) => numbers(connection, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),
         None => None,
     };
     let changed = sqlx::query!(
         "update user_preferences set plan_number = $2 where id = $1 and plan_number is distinct from $2",
-        user.id,
+        id,
         number
     )
-    .execute(&mut **change)
+    .execute(&mut *connection)
     .await?;
-    if changed.rows_affected() > 0 {
-        refresh_starters(change, Whose::Owner(user.id)).await?;
-        let detail = json!({"plan": plan.map(Name::as_str)});
-        change.record(AuditEvent::on("user.update", email.as_str(), detail)).await?;
+    let is_changed = changed.rows_affected() > 0;
+    if is_changed {
+        refresh_starters(connection, Whose::Owner(id)).await?;
     }
-    Ok(get(&mut **change, email).await?.ok_or(sqlx::Error::RowNotFound)?)
+    Ok(is_changed)
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::support::{Fixture, execute, request};
+use crate::support::{Fixture, request, scalar};
 
 /// The callers, in the order of the columns.
 const CALLERS: [&str; 9] = [
@@ -35,46 +35,46 @@ const PUBLIC: Row = [200; CALLERS.len()];
 /// For everybody too, where metrics are collected; tests collect none.
 const METRICS: Row = [404; CALLERS.len()];
 
-/// A call that finds its target by the user's address: others are told that it is not theirs.
-const fn by_email(done: u16) -> Row {
-    [401, 401, 403, done, 403, done, 401, 401, 403]
+/// A call that names the user: others are told that it is not theirs.
+const fn by_user(done: u16) -> Row {
+    [401, 401, 403, done, 403, done, 401, 401, 401]
 }
 
 /// A call that finds its target by its id: what belongs to others is not there.
 const fn by_id(done: u16) -> Row {
-    [401, 401, 404, done, 403, done, 401, 401, 403]
+    [401, 401, 404, done, 403, done, 401, 401, 401]
 }
 
 /// A call whose answer is about the caller's own, unless an admin asks.
 const fn for_users(done: u16) -> Row {
-    [401, 401, done, done, 403, done, 401, 401, 403]
+    [401, 401, done, done, 403, done, 401, 401, 401]
 }
 
 /// A call for the operator only.
 const fn for_admins(done: u16) -> Row {
-    [401, 401, 403, 403, 403, done, 401, 401, 403]
+    [401, 401, 403, 403, 403, done, 401, 401, 401]
 }
 
 /// A call for filters only.
 const fn for_filters(done: u16) -> Row {
-    [401, 401, 403, 403, done, 403, 401, 401, 403]
+    [401, 401, 403, 403, done, 403, 401, 401, 401]
 }
 
 /// Method, route as the document has it, query, body, and the answers. In each, `EMAIL` is the owner's address and `ID` the
-/// target's id.
+/// id of the target, a user below `/v1/users` and else a key.
 const TABLE: &[(&str, &str, &str, &str, Row)] = &[
-    ("GET", "/api/user/key/{email}", "", "", by_email(200)),
-    ("DELETE", "/api/user/key/{email}", "", "", by_email(200)),
-    ("POST", "/api/user/key", "", r#"{"email": "EMAIL", "key_name": "n"}"#, by_email(200)),
-    ("GET", "/api/user/usage/{email}", "", "", by_email(200)),
-    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n"}"#, by_email(201)),
+    ("GET", "/api/user/key/{email}", "", "", by_user(200)),
+    ("DELETE", "/api/user/key/{email}", "", "", by_user(200)),
+    ("POST", "/api/user/key", "", r#"{"email": "EMAIL", "key_name": "n"}"#, by_user(200)),
+    ("GET", "/api/user/usage/{email}", "", "", by_user(200)),
+    ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n"}"#, by_user(201)),
     // A user's key cannot grant a scope that it lacks, or set a field that only admins set.
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["orders"]}"#, for_admins(201)),
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["admin"]}"#, for_admins(201)),
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "scopes": ["sync"]}"#, for_admins(201)),
     ("POST", "/v1/keys", "", r#"{"email": "EMAIL", "name": "n", "cost": 0}"#, for_admins(201)),
     ("GET", "/v1/keys", "", "", for_users(200)),
-    ("GET", "/v1/keys", "?email=EMAIL", "", by_email(200)),
+    ("GET", "/v1/keys", "?email=EMAIL", "", by_user(200)),
     ("GET", "/v1/keys/{id}", "", "", by_id(200)),
     ("PATCH", "/v1/keys/{id}", "", r#"{"name": "n"}"#, by_id(200)),
     ("PATCH", "/v1/keys/{id}", "", r#"{"disabled": true}"#, by_id(200)),
@@ -86,19 +86,21 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("PATCH", "/v1/keys/{id}", "", r#"{"rate_limits": []}"#, for_admins(200)),
     ("DELETE", "/v1/keys/{id}", "", "", by_id(204)),
     // A key rotates itself only.
-    ("POST", "/v1/keys/{id}/rotate", "", "{}", [401, 401, 404, 403, 403, 201, 401, 401, 403]),
+    ("POST", "/v1/keys/{id}/rotate", "", "{}", [401, 401, 404, 403, 403, 201, 401, 401, 401]),
     ("DELETE", "/v1/keys/{id}/secrets/{generation}", "", "", by_id(204)),
     ("POST", "/v1/keys/import", "", "NDJSON", for_admins(200)),
     ("GET", "/v1/keys/{id}/usage", "", "", by_id(200)),
     ("GET", "/v1/keys/{id}/quota", "", "", by_id(200)),
     ("GET", "/v1/users", "", "", for_admins(200)),
-    ("GET", "/v1/users/{email}", "", "", by_email(200)),
-    ("PATCH", "/v1/users/{email}", "", r#"{"plan": null}"#, for_admins(200)),
-    ("POST", "/v1/users/{email}/revoke-keys", "", "", by_email(200)),
-    ("GET", "/v1/users/{email}/credits", "", "", by_email(200)),
-    ("POST", "/v1/users/{email}/credits", "", r#"{"amount": 1}"#, for_admins(201)),
-    ("PATCH", "/v1/users/{email}/credits", "", r#"{"metered": false}"#, for_admins(200)),
-    ("GET", "/v1/users/{email}/ledger", "", "", by_email(200)),
+    ("GET", "/v1/users", "?email=EMAIL", "", by_user(200)),
+    ("POST", "/v1/users", "", r#"{"email": "EMAIL"}"#, for_admins(200)),
+    ("GET", "/v1/users/{id}", "", "", by_user(200)),
+    ("PATCH", "/v1/users/{id}", "", r#"{"plan": null}"#, for_admins(200)),
+    ("PATCH", "/v1/users/{id}", "", r#"{"metered": false}"#, for_admins(200)),
+    ("POST", "/v1/users/{id}/revoke-keys", "", "", by_user(200)),
+    ("GET", "/v1/users/{id}/balance", "", "", by_user(200)),
+    ("GET", "/v1/users/{id}/ledger", "", "", by_user(200)),
+    ("POST", "/v1/users/{id}/ledger", "", r#"{"amount": 1}"#, for_admins(201)),
     ("GET", "/v1/roles", "", "", for_admins(200)),
     ("GET", "/v1/roles/{name}", "", "", for_admins(200)),
     ("PUT", "/v1/roles/{name}", "", r#"{"scopes": []}"#, for_admins(200)),
@@ -111,10 +113,10 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     // A key of another user is explained like an unknown key.
     ("POST", "/v1/explain", "", r#"{"key_id": "ID"}"#, by_id(200)),
     ("GET", "/v1/usage", "", "", for_users(200)),
-    ("GET", "/v1/usage", "?email=EMAIL", "", by_email(200)),
+    ("GET", "/v1/usage", "?email=EMAIL", "", by_user(200)),
     ("GET", "/v1/usage", "?key_id=ID", "", by_id(200)),
     ("GET", "/v1/usage/events", "", "", for_admins(200)),
-    ("GET", "/v1/filters", "", "", for_admins(200)),
+    ("GET", "/v1/envoys", "", "", for_admins(200)),
     ("GET", "/healthz", "", "", PUBLIC),
     ("GET", "/readyz", "", "", PUBLIC),
     // Not in the document:
@@ -131,6 +133,7 @@ const BESIDE_THE_DOCUMENT: [&str; 5] = ["/", "/openapi.json", "/metrics", "/sync
 /// What calls find: a user with a primary key and another one, a role and a plan.
 struct Found {
     email: String,
+    owner: Uuid,
     target: Uuid,
     /// The user's other key.
     own: Secret,
@@ -153,9 +156,10 @@ async fn find(fixture: &Fixture, admin: &Secret, number: usize) -> Found {
         let reply = fixture.send(request(method, &uri, Some(admin), body)).await;
         assert_eq!(reply.status, done, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
     }
-    let sql = format!("update user_preferences set primary_key_id = '{target}' where email = '{email}'");
-    execute(&fixture.pool, sql).await;
-    Found { email, target, own, name }
+    let primary =
+        format!("update user_preferences set primary_key_id = '{target}' where email = '{email}' returning id");
+    let owner = scalar(&fixture.pool, primary).await;
+    Found { email, owner, target, own, name }
 }
 
 /// The callers' keys; the one of `own key` comes with what calls find.
@@ -191,7 +195,8 @@ async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
     let mut found = find(&fixture, &admin, finds).await;
     for (method, route, query, body, row) in TABLE.iter().copied() {
         for ((who, key), expected) in CALLERS.into_iter().zip(&callers).zip(row) {
-            let id = found.target.to_string();
+            let of_users = route.starts_with("/v1/users/");
+            let id = if of_users { found.owner } else { found.target }.to_string();
             let fill = |text: &str| text.replace("EMAIL", &found.email).replace("ID", &id);
             let uri = route.replace("{email}", &found.email).replace("{id}", &id).replace("{generation}", "1");
             let uri = uri.replace("{name}", &found.name) + &fill(query);

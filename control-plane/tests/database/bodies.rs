@@ -8,16 +8,16 @@ use uuid::Uuid;
 use crate::support::{Fixture, Reply, request};
 
 /// Every call with a JSON body, and the least of a body that it takes.
-fn calls(key: Uuid) -> Vec<(&'static str, &'static str, String, Value)> {
+fn calls(key: Uuid, user: &str) -> Vec<(&'static str, &'static str, String, Value)> {
     let name = json!({"email": "u@example.com", "name": "n"});
     vec![
         ("post", "/api/user/key", "/api/user/key".into(), json!({"email": "u@example.com", "key_name": "n"})),
         ("post", "/v1/keys", "/v1/keys".into(), name),
         ("patch", "/v1/keys/{id}", format!("/v1/keys/{key}"), json!({"name": "n"})),
         ("post", "/v1/keys/{id}/rotate", format!("/v1/keys/{key}/rotate"), json!({})),
-        ("patch", "/v1/users/{email}", "/v1/users/u@example.com".into(), json!({"plan": null})),
-        ("post", "/v1/users/{email}/credits", "/v1/users/u@example.com/credits".into(), json!({"amount": 5})),
-        ("patch", "/v1/users/{email}/credits", "/v1/users/u@example.com/credits".into(), json!({"metered": true})),
+        ("post", "/v1/users", "/v1/users".into(), json!({"email": "u@example.com"})),
+        ("patch", "/v1/users/{id}", user.into(), json!({"plan": null})),
+        ("post", "/v1/users/{id}/ledger", format!("{user}/ledger"), json!({"amount": 5})),
         ("put", "/v1/roles/{name}", "/v1/roles/reader".into(), json!({})),
         ("put", "/v1/plans/{name}", "/v1/plans/gold".into(), json!({})),
         ("post", "/v1/explain", "/v1/explain".into(), json!({})),
@@ -63,7 +63,8 @@ fn document() -> Value {
 #[sqlx::test(migrations = "./migrations")]
 async fn a_body_that_is_no_object_is_refused_by_every_call(pool: PgPool) {
     let (fixture, admin, key) = fixture(pool).await;
-    let (calls, document) = (calls(key), document());
+    let user = fixture.user("u@example.com").await;
+    let (calls, document) = (calls(key, &user), document());
     let with_body = document["paths"].as_object().unwrap().iter().flat_map(|(path, methods)| {
         let methods = methods.as_object().unwrap().iter();
         methods
@@ -81,15 +82,15 @@ async fn a_body_that_is_no_object_is_refused_by_every_call(pool: PgPool) {
             reply.assert_problem(400, "invalid", "The body must be an object.", None);
         }
     }
-    let balance = fixture.get("/v1/users/u@example.com/credits", &admin).await.json();
-    assert_eq!((&balance["balance"], &balance["metered"]), (&json!(0), &json!(false)));
+    let user = fixture.get(&user, &admin).await.json();
+    assert_eq!((&user["balance"], &user["metered"]), (&json!(0), &json!(false)));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn null_means_the_same_as_no_field_in_every_body(pool: PgPool) {
     let (fixture, admin, key) = fixture(pool).await;
-    let document = document();
-    for (method, path, uri, least) in calls(key) {
+    let (user, document) = (fixture.user("u@example.com").await, document());
+    for (method, path, uri, least) in calls(key, &user) {
         let schema = schema(&document, method, path);
         // An empty patch is refused, and the schema of its fields documents null.
         for (name, property) in optional(&schema) {
@@ -117,7 +118,7 @@ async fn null_means_the_same_as_no_field_in_every_body(pool: PgPool) {
         json!({"name": "n", "requests": 1, "window_seconds": 1, "burst": 1, "shared": true})
     );
     let refill = json!({"refill": {"amount": 1, "period": "day", "time_zone": null, "up_to": null}});
-    let reply = fixture.patch("/v1/users/u@example.com/credits", &admin, &refill).await;
+    let reply = fixture.patch(&user, &admin, &refill).await;
     assert_eq!((reply.status, &reply.json()["refill"]["time_zone"]), (200, &json!("UTC")));
 }
 
@@ -135,7 +136,7 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
         ("POST", "/v1/keys".to_owned(), body)
     };
     let limit = json!({"name": "n", "requests": 1, "window_seconds": 1});
-    let credits = "/v1/users/u@example.com/credits".to_owned();
+    let user = fixture.user("u@example.com").await;
     let explain = |policy: Value| ("POST", "/v1/explain".to_owned(), json!({"policy": policy}));
     let fields = "`name`, `requests`, `window_seconds`, `burst`, `shared`";
     for ((method, uri, body), field, detail) in [
@@ -162,8 +163,8 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
         (key_with("cost", json!(1.5)), "cost", "must be a whole number".into()),
         (key_with("expires_in_seconds", json!("60")), "expires_in_seconds", "must be a whole number".into()),
         (("PATCH", format!("/v1/keys/{key}"), json!({"disabled": "yes"})), "disabled", "must be true or false".into()),
-        (("POST", credits.clone(), json!({"amount": "5"})), "amount", "must be a whole number".into()),
-        (("PATCH", credits, json!({"refill": [1, "day"]})), "refill", "must be an object".into()),
+        (("POST", format!("{user}/ledger"), json!({"amount": "5"})), "amount", "must be a whole number".into()),
+        (("PATCH", user, json!({"refill": [1, "day"]})), "refill", "must be an object".into()),
         (explain(json!(["required"])), "policy", "must be an object".into()),
         (explain(json!({"rate_limit": [1, 1]})), "policy.rate_limit", "must be an object".into()),
         (explain(json!({"scopes": {"all": [1]}})), "policy.scopes.all[0]", "must be a string".into()),

@@ -18,13 +18,15 @@ async fn call(fixture: &Fixture, method: &str, path: &str, key: &Secret, body: O
 }
 
 async fn top_up(fixture: &Fixture, admin: &Secret, amount: i64) -> Value {
-    let reply = fixture.post("/v1/users/ada@example.com/credits", admin, json!({"amount": amount})).await;
-    assert_eq!(reply.status, 201, "{}", reply.json());
-    reply.json()
+    fixture.post(&ledger_path(fixture).await, admin, json!({"amount": amount})).await.expect(201)
 }
 
-async fn account(fixture: &Fixture, key: &Secret) -> Value {
-    fixture.get("/v1/users/ada@example.com/credits", key).await.expect(200)
+async fn ledger_path(fixture: &Fixture) -> String {
+    format!("{}/ledger", fixture.user(ADA).await)
+}
+
+async fn balance(fixture: &Fixture, key: &Secret) -> Value {
+    fixture.get(&format!("{}/balance", fixture.user(ADA).await), key).await.expect(200)
 }
 
 /// Kind and amount of all rows of the ledger. Each balance is the sum of the rows up to it.
@@ -62,22 +64,17 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
     let (_, own) = fixture.key(ADA, &[]).await;
     assert_eq!(as_filters_know(&pool).await, [(false, None, 1)]);
     let body = json!({"amount": 1_000, "note": " invoice 7 "});
-    let reply = fixture.post("/v1/users/Ada@example.com/credits", &admin, body).await;
-    assert_eq!(reply.status, 201);
-    let mut told = reply.json();
-    let entry = told["entry"].take();
-    assert_eq!(told["balance"], 1_000);
+    let entry = fixture.post(&ledger_path(&fixture).await, &admin, body).await.expect(201);
     let expected = json!({
         "id": entry["id"], "at": entry["at"], "kind": "top_up", "amount": 1_000, "balance": 1_000, "note": "invoice 7",
         "actor_key_id": admin_id, "refill_due": null
     });
     assert_eq!(entry, expected);
     assert_eq!(as_filters_know(&pool).await, [(false, Some(62), 2)]);
-    let expected = json!({
-        "email": ADA, "balance": 1_000, "metered": true, "leased": 0, "available": 1_000, "starter": 62,
-        "refill": null, "refill_at": null
-    });
-    assert_eq!(account(&fixture, &own).await, expected);
+    let expected = json!({"balance": 1_000, "leased": 0, "available": 1_000, "starter": 62});
+    assert_eq!(balance(&fixture, &own).await, expected);
+    let user = call(&fixture, "GET", &fixture.user(ADA).await, &own, None).await.json();
+    assert_eq!((&user["balance"], &user["metered"]), (&json!(1_000), &json!(true)));
     // More where there is some opens no door anew, but much where there was little does: the rest may have been too little
     // for a single request.
     top_up(&fixture, &admin, 600).await;
@@ -88,13 +85,10 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
     assert_eq!(as_filters_know(&pool).await, [(false, Some(25_601), 3)]);
     let amounts = [1_000, 600, 24_000, 384_016].map(|amount| ("top_up".into(), amount));
     assert_eq!(ledger(&pool).await, amounts);
-    let sql = "select action, actor_key_id, target, detail from audit where action like 'credits.%' order by id";
+    let sql = "select action, actor_key_id, target, detail from audit where action like 'ledger.%' order by id";
     let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> = rows(&pool, sql).await;
     let detail = json!({"kind": "top_up", "amount": 1_000, "balance": 1_000});
-    assert_eq!(audited[0], ("credits.add".into(), Some(admin_id), Some(ADA.into()), detail));
-    // A user who was not there before is now.
-    let reply = fixture.post("/v1/users/new@example.com/credits", &admin, json!({"amount": 5})).await;
-    assert_eq!((reply.status, &reply.json()["balance"]), (201, &json!(5)));
+    assert_eq!(audited[0], ("ledger.create".into(), Some(admin_id), Some(ADA.into()), detail));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -103,7 +97,9 @@ async fn users_see_their_own_credits_and_only_admins_change_them(pool: PgPool) {
     let (_, own) = fixture.key(ADA, &[]).await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
-    for path in ["/v1/users/ada@example.com/credits", "/v1/users/ada@example.com/ledger"] {
+    let user = fixture.user(ADA).await;
+    let (ledger, balance) = (format!("{user}/ledger"), format!("{user}/balance"));
+    for path in [&balance, &ledger] {
         for (key, status) in [(&own, 200), (&admin, 200), (&other, 403), (&sync, 403)] {
             assert_eq!(fixture.get(path, key).await.status, status, "{path}");
         }
@@ -111,26 +107,25 @@ async fn users_see_their_own_credits_and_only_admins_change_them(pool: PgPool) {
     // Users do not read which key of an administrator topped them up.
     top_up(&fixture, &admin, 3).await;
     for (key, is_shown) in [(&own, false), (&admin, true)] {
-        let ledger = fixture.get("/v1/users/ada@example.com/ledger", key).await.json();
-        assert_eq!(ledger["entries"][0]["actor_key_id"].is_string(), is_shown, "{ledger}");
+        let page = fixture.get(&ledger, key).await.json();
+        assert_eq!(page["entries"][0]["actor_key_id"].is_string(), is_shown, "{page}");
     }
     for key in [&own, &other, &sync] {
-        for (method, body) in [("POST", json!({"amount": 5})), ("PATCH", json!({"metered": true}))] {
-            let reply = call(&fixture, method, "/v1/users/ada@example.com/credits", key, Some(body)).await;
+        for (method, path, body) in
+            [("POST", &ledger, json!({"amount": 5})), ("PATCH", &user, json!({"metered": true}))]
+        {
+            let reply = call(&fixture, method, path, key, Some(body)).await;
             assert_eq!((reply.status, reply.json()["code"].as_str()), (403, Some("forbidden")));
         }
     }
-    let reply = fixture.get("/v1/users/nobody@example.com/credits", &admin).await;
-    assert_eq!((reply.status, reply.json()["code"].as_str()), (404, Some("not_found")));
-    let reply = fixture.patch("/v1/users/nobody@example.com/credits", &admin, json!({"metered": true})).await;
-    assert_eq!(reply.status, 404);
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, _) = fixture.key(ADA, &[]).await;
-    let path = "/v1/users/ada@example.com/credits";
+    let user = fixture.user(ADA).await;
+    let path = format!("{user}/ledger");
     for (method, body, field) in [
         ("POST", json!({"amount": 0}), Some("amount")),
         ("POST", json!({"amount": -5}), Some("amount")),
@@ -147,6 +142,7 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
         ("PATCH", json!({"refill": {"amount": 1, "period": "year"}}), Some("refill.period")),
         ("PATCH", json!({"refill": {"amount": 1, "period": "day", "time_zone": "Mars/Olympus"}}), Some("refill")),
     ] {
+        let path = if method == "POST" { &path } else { &user };
         let reply = call(&fixture, method, path, &admin, Some(body.clone())).await;
         let told = reply.json();
         assert_eq!(
@@ -160,7 +156,7 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
     for _ in 0..1_000 {
         execute(&pool, "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000, 0 from user_preferences where email = 'ada@example.com'").await;
     }
-    let reply = fixture.post(path, &admin, json!({"amount": 1})).await;
+    let reply = fixture.post(&path, &admin, json!({"amount": 1})).await;
     assert_eq!((reply.status, reply.json()["code"].as_str()), (409, Some("conflict")));
 }
 
@@ -191,7 +187,7 @@ async fn allowed_requests_cost_credits_and_a_user_without_any_is_exhausted_until
     assert_eq!(revision(&pool).await, before, "filters need not know of every booking");
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
     assert_eq!(as_filters_know(&pool).await, [(true, Some(6), 2), (true, Some(6), 2)]);
-    assert_eq!(account(&fixture, &admin).await["balance"], -2);
+    assert_eq!(balance(&fixture, &admin).await["balance"], -2);
     // A key that is made now is exhausted too.
     fixture.key(ADA, &[]).await;
     assert_eq!(as_filters_know(&pool).await[2], (true, Some(6), 2));
@@ -202,10 +198,10 @@ async fn allowed_requests_cost_credits_and_a_user_without_any_is_exhausted_until
     fixture.in_step().await;
     // A correction takes away; who is not metered pays nothing.
     let body = json!({"amount": -1_700, "kind": "correction", "note": "by mistake"});
-    let reply = fixture.post("/v1/users/ada@example.com/credits", &admin, body).await;
+    let reply = fixture.post(&ledger_path(&fixture).await, &admin, body).await;
     assert_eq!((reply.status, &reply.json()["balance"]), (201, &json!(-100)));
     assert!(as_filters_know(&pool).await[0].0);
-    let reply = fixture.patch("/v1/users/ada@example.com/credits", &admin, json!({"metered": false})).await;
+    let reply = fixture.patch(&fixture.user(ADA).await, &admin, json!({"metered": false})).await;
     assert_eq!((reply.status, &reply.json()["metered"]), (200, &json!(false)));
     assert_eq!(as_filters_know(&pool).await[0], (false, None, 3));
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
@@ -223,7 +219,7 @@ async fn forged_costs_saturate_and_stop_no_report(pool: PgPool) {
     }
     let (_, other) = (envoy.report(&fixture, &[count(id, Outcome::Allowed, 1)]).await, ledger(&pool).await);
     assert_eq!(other.len(), 2);
-    assert_eq!(account(&fixture, &admin).await["balance"], -1_000_000_000_000_000_000_i64);
+    assert_eq!(balance(&fixture, &admin).await["balance"], -1_000_000_000_000_000_000_i64);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -267,7 +263,8 @@ async fn a_refill_is_booked_once_for_each_period_by_one_replica(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     fixture.key(ADA, &[]).await;
     let body = json!({"refill": {"amount": 100, "period": "day", "time_zone": "Europe/Berlin", "up_to": 250}});
-    let reply = fixture.patch("/v1/users/ada@example.com/credits", &admin, body.clone()).await;
+    let user = fixture.user(ADA).await;
+    let reply = fixture.patch(&user, &admin, &body).await;
     assert_eq!((reply.status, &reply.json()["refill"]), (200, &body["refill"]));
     assert_eq!(reply.json()["metered"], true);
     let sql = "select refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') + interval '1 day') at time zone 'Europe/Berlin'
@@ -304,7 +301,7 @@ async fn a_refill_is_booked_once_for_each_period_by_one_replica(pool: PgPool) {
     let ahead: bool = scalar(&pool, sql).await;
     assert!(ahead);
 
-    let reply = fixture.patch("/v1/users/ada@example.com/credits", &admin, json!({"refill": null})).await;
+    let reply = fixture.patch(&user, &admin, json!({"refill": null})).await;
     assert_eq!((&reply.json()["refill"], &reply.json()["refill_at"]), (&Value::Null, &Value::Null));
 }
 
@@ -314,11 +311,11 @@ async fn the_ledger_is_paged_with_the_newest_first(pool: PgPool) {
     for amount in 1..=5 {
         top_up(&fixture, &admin, amount).await;
     }
-    let pages = fixture.pages("/v1/users/ada@example.com/ledger", "", "entries", "amount", &admin).await;
+    let path = ledger_path(&fixture).await;
+    let pages = fixture.pages(&path, "", "entries", "amount", &admin).await;
     assert_eq!(pages, [vec![5, 4], vec![3, 2], vec![1]]);
     for query in ["limit=0", "limit=201", "cursor=x"] {
-        let reply = fixture.get(&format!("/v1/users/ada@example.com/ledger?{query}"), &admin).await;
-        assert_eq!(reply.status, 400, "{query}");
+        assert_eq!(fixture.get(&format!("{path}?{query}"), &admin).await.status, 400, "{query}");
     }
 }
 

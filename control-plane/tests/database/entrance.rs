@@ -123,7 +123,7 @@ async fn every_answer_in_json_ends_with_a_newline(pool: PgPool) {
         (200, request("GET", "/v1/keys", Some(&admin), Body::empty())),
         (200, request("GET", "/api/user/key/admin@example.com", Some(&admin), Body::empty())),
         (200, request("GET", "/v1/usage", Some(&admin), Body::empty())),
-        (200, request("GET", "/v1/filters", Some(&admin), Body::empty())),
+        (200, request("GET", "/v1/envoys", Some(&admin), Body::empty())),
         (200, poll),
         (201, made),
         (201, again),

@@ -86,7 +86,7 @@ async fn every_outcome_that_the_decision_knows_is_explained_by_secret_and_by_id(
         ("cost = 1", "allowed", Value::Null, None),
         ("revoked_at = now()", "revoked", json!(401), Some("revocation")),
         ("expires_at = now()", "expired", json!(401), Some("expiry")),
-        ("disabled = true", "disabled", json!(403), Some("switch")),
+        ("disabled = true", "disabled", json!(401), Some("switch")),
         ("networks = '{198.51.100.0/24}'", "address_denied", json!(403), Some("address")),
         ("quota_exceeded = true, quota_starter = 1", "quota_exceeded", json!(429), Some("quota")),
         ("credits_exhausted = true, credits_starter = 1", "credits_exhausted", json!(429), Some("credits")),

@@ -57,11 +57,11 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     assert_eq!(fixture.send(request("POST", "/sync/v1/usage", Some(&sync), report)).await.status, 200);
     fixture.app.filters.write(&pool).await.unwrap();
 
-    let reply = fixture.get("/v1/filters", &admin).await;
+    let reply = fixture.get("/v1/envoys", &admin).await;
     let mut page = reply.json();
     assert_eq!(reply.status, 200, "{page}");
     let mut ages = Vec::new();
-    for filter in page["filters"].as_array_mut().unwrap() {
+    for filter in page["envoys"].as_array_mut().unwrap() {
         assert_eq!(filter["live"], true);
         for (name, of) in [("seen_at", 0), ("synced_at", 0), ("age_seconds", 0), ("reported_at", 1), ("lag_seconds", 1)]
         {
@@ -80,7 +80,7 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
         let [epoch, revision, behind, in_step, synced] = far;
         json!({
             "id": Uuid::from(id), "sync_key_id": sync_id, "address": null, "version": version, "live": true,
-            "seen_at": "checked", "epoch": epoch, "revision": revision, "revisions_behind": behind, "in_step": in_step,
+            "seen_at": "checked", "epoch": epoch, "revision": revision, "revisions_behind": behind, "up_to_date": in_step,
             "synced_at": synced, "age_seconds": synced, "usage": usage,
         })
     };
@@ -88,7 +88,7 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     let checked = json!("checked");
     let expected = json!({
         "epoch": epoch, "revision": now, "next_cursor": null,
-        "filters": [
+        "envoys": [
             filter(one, json!("0.3.0"), [json!(epoch), json!(now), json!(0), json!(true), checked.clone()],
                 usage(json!(0), Value::Null, checked.clone())),
             filter(two, Value::Null, [json!(epoch), json!(now - 2), json!(2), json!(false), checked.clone()],
@@ -99,16 +99,16 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     });
     assert_eq!(page, expected);
 
-    let first = fixture.get("/v1/filters?limit=2", &admin).await;
-    let link = format!("</v1/filters?cursor={}&limit=2>; rel=\"next\"", Uuid::from(two));
-    assert_eq!((first.header("link"), &first.json()["next_cursor"]), (link.as_str(), &json!(Uuid::from(two))));
-    let second = fixture.get(&format!("/v1/filters?cursor={}&limit=2", Uuid::from(two)), &admin).await;
-    assert_eq!((second.json()["filters"].as_array().unwrap().len(), second.headers.get("link")), (1, None));
-    assert_eq!(fixture.get("/v1/filters?limit=0", &admin).await.json()["field"], "limit");
+    let first = fixture.get("/v1/envoys?limit=2", &admin).await;
+    let next = format!("/v1/envoys?cursor={}&limit=2", first.json()["next_cursor"].as_str().unwrap());
+    assert_eq!(first.header("link"), format!("<{next}>; rel=\"next\""));
+    let second = fixture.get(&next, &admin).await;
+    assert_eq!((second.json()["envoys"].as_array().unwrap().len(), second.headers.get("link")), (1, None));
+    assert_eq!(fixture.get("/v1/envoys?limit=0", &admin).await.json()["field"], "limit");
     let (_, user) = fixture.key("user@example.com", &[]).await;
     for key in [&user, &sync] {
         let detail = "Use a key with the scope admin.";
-        let reply = fixture.get("/v1/filters", key).await;
+        let reply = fixture.get("/v1/envoys", key).await;
         assert_eq!((reply.status, &reply.json()["detail"]), (403, &json!(detail)));
     }
 }
@@ -119,7 +119,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let (id, user) = fixture.key("user@example.com", &[]).await;
     // Notes when changes arrive.
     let running = tokio::spawn(fixture.app.filters.clone().run(pool.clone(), fixture.app.store.clone()));
-    let all = |filters: u32| json!({"filters": filters, "applied": filters, "oldest_seconds": null, "silent": 0});
+    let all = |envoys: u32| json!({"envoys": envoys, "applied": envoys, "max_lag_seconds": null, "unreachable": 0});
     assert_eq!(applied_on(&fixture, &user, id).await, all(0));
     let before = fixture.in_step().await;
     let epoch = epoch(&pool).await;
@@ -135,13 +135,13 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     revoke(&pool, id).await;
     let after = fixture.in_step().await;
     let none = applied_on(&fixture, &admin, id).await;
-    assert_eq!((&none["filters"], &none["applied"]), (&json!(2), &json!(0)));
+    assert_eq!((&none["envoys"], &none["applied"]), (&json!(2), &json!(0)));
     says(1, after).await;
     let one = applied_on(&fixture, &admin, id).await;
-    assert_eq!((&one["filters"], &one["applied"]), (&json!(2), &json!(1)));
-    let (lags, most) = (one["oldest_seconds"].as_f64().unwrap(), revoked.elapsed().as_secs_f64());
+    assert_eq!((&one["envoys"], &one["applied"]), (&json!(2), &json!(1)));
+    let (lags, most) = (one["max_lag_seconds"].as_f64().unwrap(), revoked.elapsed().as_secs_f64());
     assert!((0.0..=most).contains(&lags), "{lags} of {most}");
-    let later = applied_on(&fixture, &admin, id).await["oldest_seconds"].as_f64().unwrap();
+    let later = applied_on(&fixture, &admin, id).await["max_lag_seconds"].as_f64().unwrap();
     assert!(later > lags, "{later} after {lags}");
     says(2, after).await;
     assert_eq!(applied_on(&fixture, &admin, id).await, all(2));
@@ -157,15 +157,15 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     let foreign = PollStatus { holds: Some((Epoch([9; 16]), u64::MAX)), ..PollStatus::default() };
     fixture.app.filters.polled(envoy(3), foreign);
     let three = applied_on(&fixture, &admin, id).await;
-    assert_eq!((&three["filters"], &three["applied"], &three["silent"]), (&json!(3), &json!(0), &json!(0)));
+    assert_eq!((&three["envoys"], &three["applied"], &three["unreachable"]), (&json!(3), &json!(0), &json!(0)));
     execute(&pool, "update filters set seen_at = now() - interval '61 seconds'").await;
     running.abort();
     // They may be gone, or serve an old store: they are counted separately.
-    let silent = json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 3});
+    let silent = json!({"envoys": 0, "applied": 0, "max_lag_seconds": null, "unreachable": 3});
     assert_eq!(applied_on(&fixture, &admin, id).await, silent);
     let gone = "update filters set seen_at = now() - interval '25 hours'";
     execute(&pool, format!("{gone} where reporter = '{}'", envoy(1))).await;
-    assert_eq!(applied_on(&fixture, &admin, id).await["silent"], 2);
+    assert_eq!(applied_on(&fixture, &admin, id).await["unreachable"], 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -39,7 +39,7 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, ours) = fixture.key("user@example.com", &[]).await;
     let reply = fixture.call("POST", &format!("/v1/keys/{id}/rotate"), &admin, None).await;
-    let rotated = reply.json()["key"].as_str().unwrap().to_owned();
+    let rotated = reply.json()["secret"].as_str().unwrap().to_owned();
     let own_form = Secret::generate(KeyKind::Live, &mut getrandom::SysRng).unwrap();
     let hashed = |key: &str| format!("sha256:{}", hex::encode(KeyHash::of(key.as_bytes()).0));
     let lines = [

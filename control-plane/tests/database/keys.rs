@@ -36,7 +36,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         "expires_at": "2030-01-31T12:00:01Z", "revoked_at": null, "last_used_at": null, "usage_count": 0, "roles": [], "plan": null, "effective_plan": null,
         "effective_scopes": ["orders:*", "sync"], "allowed_addresses": [], "quota": null, "cost": 1,
     });
-    created.as_object_mut().unwrap().remove("key");
+    created.as_object_mut().unwrap().remove("secret");
     assert_eq!(created, expected);
     let created_at = created["created_at"].as_str().unwrap();
     assert!(created_at.len() == 20 && created_at.ends_with('Z'), "{created_at}");
@@ -48,8 +48,8 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
         "generation": 1, "prefix": details["prefix"], "current": true, "ends_at": null, "usage_count": 0,
         "last_used_at": null,
     }]);
-    (details["quota_use"], details["credits"]) = (Value::Null, Value::Null);
-    details["applied_on"] = json!({"filters": 0, "applied": 0, "oldest_seconds": null, "silent": 0});
+    (details["quota_usage"], details["credits"]) = (Value::Null, Value::Null);
+    details["applied_on"] = json!({"envoys": 0, "applied": 0, "max_lag_seconds": null, "unreachable": 0});
     assert_eq!(reply.json(), details);
 
     fixture.in_step().await;
@@ -119,7 +119,7 @@ async fn pages_hold_every_key_once_the_newest_first(pool: PgPool) {
             assert!(page["next_cursor"].is_null() && !reply.headers.contains_key("link"));
             break;
         };
-        uri = format!("/v1/keys?email=user%40example.com&cursor={cursor}&limit=2");
+        uri = format!("/v1/keys?email=User%40example.com&cursor={cursor}&limit=2");
         assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
     }
     assert_eq!((seen, pages), (made, 3));
@@ -305,10 +305,12 @@ fn the_openapi_document_names_each_parameter_once_and_shows_secrets_as_text() {
             assert_eq!(names.len(), count, "{method} {path}");
         }
     }
-    for reply in ["GenerateReply", "CreateReply"] {
+    for (reply, field) in [("GenerateReply", "key"), ("CreateReply", "secret")] {
         let schema = document["components"]["schemas"][reply].to_string();
         assert!(
-            schema.contains(r#""key":{"description":"The whole key. No later response contains it.","type":"string"}"#),
+            schema.contains(&format!(
+                r#""{field}":{{"description":"The whole key. No later response contains it.","type":"string"}}"#
+            )),
             "{schema}"
         );
     }

@@ -55,7 +55,8 @@ async fn the_last_admin_key_is_not_made_to_end_within_a_day(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn the_last_admin_key_is_not_revoked_with_all_of_its_user(pool: PgPool) {
     let (fixture, _, admin, _) = with_one_admin(pool).await;
-    refused_for_the_last(&fixture, "POST", "/v1/users/admin@example.com/revoke-keys", None, &admin).await;
+    let user = fixture.user("admin@example.com").await;
+    refused_for_the_last(&fixture, "POST", &format!("{user}/revoke-keys"), None, &admin).await;
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -130,13 +131,14 @@ async fn the_last_admin_key_is_not_bound_to_networks_that_its_holder_is_not_in(p
 #[sqlx::test(migrations = "./migrations")]
 async fn the_last_admin_key_that_works_here_is_not_ended_for_one_that_works_elsewhere(pool: PgPool) {
     let (fixture, id, admin, uri) = with_one_admin(pool.clone()).await;
+    let revoke_all = format!("{}/revoke-keys", fixture.user("admin@example.com").await);
     let (other, _) = fixture.key("other@example.com", ADMIN).await;
     assert_eq!(bind(&fixture, &admin, other, &[ELSEWHERE]).await.status, 200);
     for (method, uri, body) in [
         ("DELETE", uri.as_str(), None),
         ("PATCH", uri.as_str(), Some(json!({"disabled": true}))),
         ("PATCH", uri.as_str(), Some(json!({"expires_in_seconds": 60}))),
-        ("POST", "/v1/users/admin@example.com/revoke-keys", None),
+        ("POST", revoke_all.as_str(), None),
     ] {
         let reply = fixture.call(method, uri, &admin, body.as_ref()).await;
         reply.assert_problem(409, "conflict", DETAIL_HERE, None);

@@ -89,11 +89,11 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     let owner: Uuid = scalar(&pool, format!("select owner_id from api_keys where id = '{id}'")).await;
-    let path = "/v1/users/a@example.com/credits";
+    let (ledger, balance) = (format!("/v1/users/{owner}/ledger"), format!("/v1/users/{owner}/balance"));
     let add = json!({"amount": 1_000}).to_string();
-    assert_eq!(fixture.send(request("POST", path, Some(&admin), add.clone())).await.status, 201);
+    assert_eq!(fixture.send(request("POST", &ledger, Some(&admin), add.clone())).await.status, 201);
     let account = async || -> Value {
-        let reply = fixture.get(path, &admin).await.json();
+        let reply = fixture.get(&balance, &admin).await.json();
         json!([reply["balance"], reply["leased"], reply["available"]])
     };
     let mut envoys: Vec<Envoy> = (1..=3).map(|number| Envoy::new(number, &sync)).collect();
@@ -125,7 +125,7 @@ async fn what_is_leased_of_credits_is_seen_and_never_more_than_there_is(pool: Pg
     }
     assert_eq!(account().await, json!([1_000 - spent, 0, 1_000 - spent]));
     // A top-up when there is some is in the next answer; one that opens the door is a new turn.
-    assert_eq!(fixture.send(request("POST", path, Some(&admin), add)).await.status, 201);
+    assert_eq!(fixture.send(request("POST", &ledger, Some(&admin), add)).await.status, 201);
     let grants = envoys[1].report(&fixture, &[count(id, Outcome::Allowed, 10)]).await;
     assert_eq!(granted(&grants, 2, owner), Some((160 + 10 + 40, 2)));
     // What an Envoy holds that is not heard of for a minute is counted no longer.

@@ -4,6 +4,7 @@ use crate::support::{Fixture, Reply, change_key, execute, request, revision, sca
 use axum::body::Body;
 use axum::http::Request;
 use contract::key::{KeyKind, Secret, check};
+use contract::outcome::PROBLEMS;
 use control_plane::domain::{Email, KeyName, Scopes};
 use control_plane::keys::create::insert_given;
 use control_plane::keys::read::find_by_hash;
@@ -13,7 +14,7 @@ use sqlx::PgPool;
 /// Every field and header of a problem that is the same in each call.
 fn assert_problem(reply: &Reply, status: u16, code: &str, title: &str, detail: &str, field: Option<&str>) {
     let mut expected = json!({
-        "type": format!("urn:portcullis:problem:{code}"), "title": title, "status": status, "detail": detail, "code": code,
+        "type": format!("{PROBLEMS}{code}"), "title": title, "status": status, "detail": detail, "code": code,
     });
     if let Some(field) = field {
         expected["field"] = field.into();
@@ -190,7 +191,7 @@ async fn a_refused_key_is_answered_with_the_reason(pool: PgPool) {
 
     let (id, key) = fixture.key("user@example.com", &[]).await;
     for (change, status, code) in [
-        ("disabled = true", 403, "disabled"),
+        ("disabled = true", 401, "disabled"),
         ("expires_at = now()", 401, "expired"),
         ("revoked_at = now()", 401, "revoked"),
     ] {

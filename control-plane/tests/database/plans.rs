@@ -135,7 +135,8 @@ async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) 
         assert_eq!(json!(known), shown["effective_scopes"]);
         (shown["plan"].clone(), shown["effective_plan"].clone(), known.join(" "))
     };
-    let owner = async |plan: Value| fixture.patch("/v1/users/user@example.com", &admin, json!({"plan": plan})).await;
+    let user = fixture.user("user@example.com").await;
+    let owner = async |plan: Value| fixture.patch(&user, &admin, json!({"plan": plan})).await;
     assert_eq!(plans().await, (Value::Null, Value::Null, "".into()));
     owner(json!("free")).await;
     assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
@@ -217,7 +218,7 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
 async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let owner = async |plan: Value| {
-        let reply = fixture.patch("/v1/users/user@example.com", &admin, json!({"plan": plan})).await;
+        let reply = fixture.patch(&fixture.user("user@example.com").await, &admin, json!({"plan": plan})).await;
         assert_eq!(reply.status, 200, "{}", reply.json());
     };
     put(&fixture, &admin, "gold", json!({"quota": daily(1_600)})).await;

@@ -96,7 +96,7 @@ async fn a_key_has_the_scopes_of_its_roles_beside_its_own(pool: PgPool) {
     // Lists and changes say nothing of secrets, stocks and Envoys.
     let shown = async || {
         let mut shown = fixture.get(&uri, &admin).await.json();
-        for only in ["secrets", "quota_use", "credits", "applied_on"] {
+        for only in ["secrets", "quota_usage", "credits", "applied_on"] {
             assert!(shown.as_object_mut().unwrap().remove(only).is_some(), "{only}");
         }
         shown
@@ -217,6 +217,7 @@ async fn concurrent_changes_of_all_kinds_never_deadlock(pool: PgPool) {
     let plan = |requests: i64| json!({"quota": {"requests": requests, "period": "day"}});
     fixture.put("/v1/plans/gold", &admin, &plan(100)).await;
     put(&fixture, &admin, "reader", &["a"]).await;
+    let owner = fixture.user("user@example.com").await;
     let statuses = std::sync::Mutex::new(std::collections::BTreeMap::<u16, u32>::new());
     let many = async |method: &str, uri: &str, body: &(dyn Fn(i64) -> Option<Value> + Sync)| {
         for round in 0..20 {
@@ -236,7 +237,7 @@ async fn concurrent_changes_of_all_kinds_never_deadlock(pool: PgPool) {
         many("POST", "/v1/keys", &key),
         many("POST", "/v1/keys", &other),
         many("POST", "/api/user/key", &primary),
-        many("PATCH", "/v1/users/user@example.com", &user),
+        many("PATCH", &owner, &user),
         many("PUT", "/v1/plans/gold", &replace),
         many("PUT", "/v1/roles/reader", &role),
         many("DELETE", "/v1/plans/gold", &|_| None),
@@ -322,7 +323,7 @@ async fn pages_hold_every_role_once_by_name(pool: PgPool) {
     for (query, field, detail) in [
         ("limit=0", "limit", "must be a number from 1 to 200"),
         ("limit=201", "limit", "must be a number from 1 to 200"),
-        ("cursor=A", "cursor", "each name must have 1 to 64 characters of a-z, 0-9, _ and -"),
+        ("cursor=A", "cursor", "must be the next_cursor of the page before"),
     ] {
         let reply = fixture.get(&format!("/v1/roles?{query}"), &admin).await;
         reply.assert_problem(400, "invalid", detail, Some(field));

@@ -52,7 +52,7 @@ async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(p
     let new = reply.secret();
     assert_eq!(check(new.reveal()), Ok(KeyKind::Test));
     let mut expected = created.clone();
-    expected["key"] = new.reveal().into();
+    expected["secret"] = new.reveal().into();
     expected["prefix"] = new.display_prefix().into();
     expected["generation"] = 2.into();
     expected["usage_count"] = 42.into();

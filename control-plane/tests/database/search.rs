@@ -110,7 +110,8 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     }
     fixture.delete("/api/user/key/user@example.com", &admin).await;
     fixture.delete(&uri, &admin).await;
-    fixture.call("POST", "/v1/users/user@example.com/revoke-keys", &admin, None).await;
+    let user = fixture.user("user@example.com").await;
+    fixture.call("POST", &format!("{user}/revoke-keys"), &admin, None).await;
 
     let trail = fixture.get("/v1/audit", &admin).await.json();
     let entries = trail["entries"].as_array().unwrap();
@@ -143,7 +144,7 @@ async fn every_change_is_in_the_trail_with_its_actor_and_never_a_secret(pool: Pg
     assert_eq!(entries[7]["detail"], json!({"retired": 1, "grace_seconds": 60}));
     assert_eq!(
         (&entries[0]["target"], &entries[0]["detail"]),
-        (&json!("user@example.com"), &json!({"revoked": 0, "kept": 0}))
+        (&json!("user@example.com"), &json!({"revoked": 0, "skipped": 0}))
     );
     let all = trail.to_string();
     for secret in secrets {
@@ -160,7 +161,8 @@ async fn the_trail_is_filtered_and_paged_and_users_see_their_own(pool: PgPool) {
     for number in 0..4 {
         fixture.patch(&format!("/v1/keys/{id}"), &user, json!({"name": format!("{number}")})).await;
     }
-    fixture.call("POST", "/v1/users/other@example.com/revoke-keys", &admin, None).await;
+    let other = fixture.user("other@example.com").await;
+    fixture.call("POST", &format!("{other}/revoke-keys"), &admin, None).await;
     let actions = async |caller: &Secret, query: &str| {
         let reply = fixture.get(&format!("/v1/audit?{query}"), caller).await.expect(200);
         let entries = reply["entries"].as_array().unwrap();

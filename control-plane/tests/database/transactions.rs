@@ -65,6 +65,7 @@ async fn a_refused_change_is_rolled_back_before_it_is_answered(pool: PgPool) {
     let no_plan = json!({"email": "user@example.com", "name": "n", "plan": "none"});
     let (name, empty) = (json!({"name": "n"}), json!({}));
     let metered = json!({"metered": true});
+    let user = fixture.user("user@example.com").await;
     let full = "insert into ledger (owner_id, kind, amount, balance) select id, 'top_up', 1000000000000000, 0 from user_preferences
         where email = 'user@example.com'";
     execute(&pool, full).await;
@@ -78,10 +79,10 @@ async fn a_refused_change_is_rolled_back_before_it_is_answered(pool: PgPool) {
         ("DELETE", &live, None, STALE, 412),
         ("DELETE", &format!("{live}/secrets/7"), None, &[], 404),
         ("DELETE", "/api/user/key/user@example.com", None, &[], 404),
-        ("POST", "/v1/users/nobody@example.com/revoke-keys", None, &[], 404),
-        ("PATCH", "/v1/users/user@example.com", Some(&json!({"plan": "none"})), &[], 400),
-        ("PATCH", "/v1/users/user@example.com/credits", Some(&metered), STALE, 412),
-        ("POST", "/v1/users/user@example.com/credits", Some(&too_much), &[], 409),
+        ("POST", "/v1/users/00000000-0000-0000-0000-000000000000/revoke-keys", None, &[], 404),
+        ("PATCH", &user, Some(&json!({"plan": "none"})), &[], 400),
+        ("PATCH", &user, Some(&metered), STALE, 412),
+        ("POST", &format!("{user}/ledger"), Some(&too_much), &[], 409),
         ("PUT", "/v1/roles/used", Some(&empty), STALE, 412),
         ("DELETE", "/v1/roles/used", None, &[], 409),
     ];

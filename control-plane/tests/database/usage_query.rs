@@ -230,8 +230,8 @@ async fn a_wrong_parameter_is_named(pool: PgPool) {
         ("interval=week", "interval", "must be hour, day, month or total"),
         ("outcome=fine", "outcome", "must be the name of an outcome, as allowed or shadow:rate_limited"),
         ("format=xml", "format", "must be json or csv"),
-        ("cursor=7b7d", "cursor", "must be the next_cursor of the page before"),
-        ("limit=1001", "limit", "must be a number from 1 to 1000"),
+        ("cursor=e30", "cursor", "must be the next_cursor of the page before"),
+        ("limit=201", "limit", "must be a number from 1 to 200"),
         ("from=2024-05-02T00:00:00Z&to=2026-05-02T00:00:00Z", "from", "must lie at most 366 days before to"),
         (
             "interval=hour&from=2026-05-01T00:00:00Z&to=2026-06-02T00:00:00Z",

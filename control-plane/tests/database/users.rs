@@ -1,12 +1,12 @@
 //! Users: `/v1/users`.
 
-use crate::support::{Fixture, change_key, execute, revision, rows};
+use crate::support::{Fixture, change_key, execute, id_of, revision, rows};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use uuid::Uuid;
 
-const USER: &str = "/v1/users/user@example.com";
-const CREDITS: &str = "/v1/users/user@example.com/credits";
+const USER: &str = "user@example.com";
 const CHANGED: &str =
     "The resource has changed since it was read. Read it again and repeat the change with its new ETag.";
 
@@ -19,11 +19,15 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     fixture.delete(&format!("/v1/keys/{revoked}"), &admin).await;
     change_key(&pool, expired, "expires_at = now()").await;
     fixture.put("/v1/plans/gold", &admin, json!({})).await;
-    let uri = "/v1/users/User@Example.com";
+    let found = fixture.get("/v1/users?email=User@Example.com", &user).await.json();
+    let id = found["users"][0]["id"].as_str().unwrap();
+    let uri = &format!("/v1/users/{id}");
+    assert_eq!(fixture.user(USER).await, *uri);
     let read = fixture.get(uri, &user).await;
+    assert_eq!(found, json!({"users": [read.json()], "next_cursor": null}));
     let mut expected = json!({
-        "id": read.json()["id"], "email": "user@example.com", "plan": null, "balance": 0, "metered": false,
-        "created_at": read.json()["created_at"], "keys": {"live": 1, "total": 3},
+        "id": id, "email": "user@example.com", "plan": null, "balance": 0, "metered": false, "refill": null,
+        "refill_at": null, "created_at": read.json()["created_at"], "keys": {"live": 1, "total": 3},
     });
     assert_eq!((read.status, read.json()), (200, expected.clone()));
 
@@ -34,7 +38,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     let before = revision(&pool).await;
     assert_eq!(patch(json!({"plan": "gold"})).await.json(), expected);
     assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
-    patch(json!({})).await.assert_problem(400, "invalid", "Set plan.", None);
+    patch(json!({})).await.assert_problem(400, "invalid", "Set plan, metered or refill.", None);
     let detail = "there is no plan silver; create it with PUT /v1/plans/silver";
     patch(json!({"plan": "silver"})).await.assert_problem(400, "invalid", detail, Some("plan"));
     assert_eq!(fixture.get(uri, &user).await.json(), expected);
@@ -47,17 +51,37 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn an_unknown_user_is_made_by_a_change_and_by_nothing_else(pool: PgPool) {
+async fn a_user_is_created_once_by_address_and_by_nothing_else(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
-    let uri = "/v1/users/new@example.com";
-    let missing = async || {
-        let reply = fixture.get(uri, &admin).await;
-        reply.assert_problem(404, "not_found", "There is no user new@example.com.", None);
-    };
-    missing().await;
-    let reply = fixture.patch(uri, &admin, json!({"plan": "none"})).await;
-    assert_eq!(reply.status, 400);
-    missing().await;
+    let nobody = Uuid::nil();
+    let detail = format!("There is no user {nobody}.");
+    for (method, path, body) in [
+        ("GET", "", None),
+        ("PATCH", "", Some(json!({"plan": null}))),
+        ("PATCH", "", Some(json!({"metered": true}))),
+        ("POST", "/revoke-keys", None),
+        ("GET", "/balance", None),
+        ("GET", "/ledger", None),
+        ("POST", "/ledger", Some(json!({"amount": 1}))),
+    ] {
+        let reply = fixture.call(method, &format!("/v1/users/{nobody}{path}"), &admin, body.as_ref()).await;
+        reply.assert_problem(404, "not_found", &detail, None);
+    }
+    let create = async |email: &str| fixture.post("/v1/users", &admin, json!({"email": email})).await;
+    let found = async || fixture.get("/v1/users?email=new@example.com", &admin).await.json();
+    assert_eq!(found().await, json!({"users": [], "next_cursor": null}));
+    let made = create("New@Example.com").await;
+    assert_eq!((made.status, &made.json()["email"]), (201, &json!("new@example.com")));
+    let uri = made.header("location");
+    assert_eq!((uri, made.header("etag")), (&*format!("/v1/users/{}", id_of(&made.json())), "\"1\""));
+    let again = create("new@example.com").await;
+    assert_eq!((again.status, again.json(), again.header("location")), (200, made.json(), uri));
+    assert_eq!(found().await, json!({"users": [made.json()], "next_cursor": null}));
+    let audited: Vec<(String, Option<String>)> =
+        rows(&pool, "select action, target from audit where action like 'user.%'").await;
+    assert_eq!(audited, [("user.create".into(), Some("new@example.com".into()))]);
+
+    assert_eq!(fixture.patch(uri, &admin, json!({"plan": "none"})).await.status, 400);
     fixture.put("/v1/plans/gold", &admin, json!({})).await;
     let made = fixture.patch(uri, &admin, json!({"plan": "gold"})).await;
     assert_eq!((made.status, &made.json()["plan"]), (200, &json!("gold")));
@@ -77,17 +101,20 @@ async fn a_user_sees_themselves_and_changes_nothing(pool: PgPool) {
     let admins = "Use a key with the scope admin.";
     let own = "This key manages only its owner's data. Use a key with the scope admin.";
     let filters = "A key with the scope sync cannot manage keys. Use another key.";
-    let body = json!({"plan": "gold"});
+    let (body, new) = (json!({"plan": "gold"}), json!({"email": USER}));
+    let (path, other) = (fixture.user(USER).await, fixture.user("admin@example.com").await);
     for (key, method, uri, body, detail) in [
-        (&user, "PATCH", "/v1/users/user@example.com", Some(&body), admins),
+        (&user, "PATCH", path.as_str(), Some(&body), admins),
+        (&user, "POST", "/v1/users", Some(&new), admins),
         (&user, "GET", "/v1/users", None, admins),
-        (&user, "GET", "/v1/users/admin@example.com", None, own),
-        (&sync, "GET", "/v1/users/user@example.com", None, filters),
-        (&sync, "PATCH", "/v1/users/user@example.com", Some(&body), admins),
+        (&user, "GET", "/v1/users?email=admin@example.com", None, own),
+        (&user, "GET", &other, None, own),
+        (&sync, "GET", &path, None, filters),
+        (&sync, "PATCH", &path, Some(&body), admins),
     ] {
         fixture.call(method, uri, key, body).await.assert_problem(403, "forbidden", detail, None);
     }
-    assert_eq!(fixture.get("/v1/users/user@example.com", &user).await.json()["plan"], Value::Null);
+    assert_eq!(fixture.get(&path, &user).await.json()["plan"], Value::Null);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -96,10 +123,7 @@ async fn pages_hold_every_user_once_by_address_and_prefix(pool: PgPool) {
     for email in ["a+3@example.com", "a+1@example.com", "a+2@example.com", "b@example.com", "a_1@example.com"] {
         fixture.key(email, &[]).await;
     }
-    let first = fixture.get("/v1/users?email_prefix=A%2B&limit=2", &admin).await;
-    let next = "/v1/users?email_prefix=a%2B&cursor=a%2B2%40example.com&limit=2";
-    assert_eq!(first.header("link"), format!("<{next}>; rel=\"next\""));
-    let pages = fixture.pages("/v1/users", "email_prefix=a%2B&", "users", "email", &admin).await;
+    let pages = fixture.pages("/v1/users", "email_prefix=A%2B&", "users", "email", &admin).await;
     assert_eq!(pages, [vec!["a+1@example.com", "a+2@example.com"], vec!["a+3@example.com"]]);
     let all = fixture.get("/v1/users", &admin).await.json();
     assert_eq!(all["users"].as_array().unwrap().len(), 6);
@@ -110,21 +134,18 @@ async fn pages_hold_every_user_once_by_address_and_prefix(pool: PgPool) {
     for (query, field, detail) in [
         ("limit=201", "limit", "must be a number from 1 to 200"),
         ("email_prefix=a%00", "email_prefix", text),
-        ("cursor=%0A", "cursor", text),
+        ("cursor=%0A", "cursor", "must be the next_cursor of the page before"),
     ] {
         let reply = fixture.get(&format!("/v1/users?{query}"), &admin).await;
         reply.assert_problem(400, "invalid", detail, Some(field));
     }
 }
 
-/// The user and the account of the user, as they are now and with their ETag.
-async fn tags(fixture: &Fixture, key: &Secret) -> [String; 2] {
-    let user = fixture.get(USER, key).await;
-    let account = fixture.get(CREDITS, key).await;
-    [user, account].map(|reply| {
-        assert_eq!(reply.status, 200, "{}", reply.json());
-        reply.header("etag").to_owned()
-    })
+/// The ETag of the user.
+async fn tag(fixture: &Fixture, key: &Secret) -> String {
+    let reply = fixture.get(&fixture.user(USER).await, key).await;
+    assert_eq!(reply.status, 200, "{}", reply.json());
+    reply.header("etag").to_owned()
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -134,32 +155,35 @@ async fn a_user_is_changed_only_as_the_client_has_seen_them(pool: PgPool) {
     for name in ["gold", "silver"] {
         fixture.put(&format!("/v1/plans/{name}"), &admin, json!({})).await;
     }
-    assert_eq!(tags(&fixture, &user).await, ["\"1\"", "\"1\""]);
-    let patch = async |uri: &str, body: Value, tag: &str| {
-        fixture.call_with("PATCH", uri, &admin, Some(&body), &[("if-match", tag)]).await
+    assert_eq!(tag(&fixture, &user).await, "\"1\"");
+    let path = fixture.user(USER).await;
+    let patch = async |body: Value, tag: &str| {
+        fixture.call_with("PATCH", &path, &admin, Some(&body), &[("if-match", tag)]).await
     };
     let refill = json!({"refill": {"amount": 5, "period": "day", "time_zone": "UTC"}});
-    for (uri, body, before, after) in [
-        (USER, json!({"plan": "gold"}), "\"1\"", "\"2\""),
-        (CREDITS, json!({"metered": true}), "\"7\", \"2\"", "\"3\""),
-        (CREDITS, refill.clone(), "\"3\"", "\"4\""),
+    for (body, before, after) in [
+        (json!({"plan": "gold"}), "\"1\"", "\"2\""),
+        (json!({"metered": true}), "\"7\", \"2\"", "\"3\""),
+        (refill.clone(), "\"3\"", "\"4\""),
         // Nothing to change is no change.
-        (CREDITS, refill, "*", "\"4\""),
-        (USER, json!({"plan": "gold"}), "*", "\"4\""),
+        (refill, "*", "\"4\""),
+        (json!({"plan": "gold"}), "*", "\"4\""),
     ] {
-        let reply = patch(uri, body.clone(), before).await;
-        assert_eq!((reply.status, reply.header("etag")), (200, after), "{uri} {body}");
-        assert_eq!(tags(&fixture, &user).await, [after, after], "{uri} {body}");
+        let reply = patch(body.clone(), before).await;
+        assert_eq!((reply.status, reply.header("etag")), (200, after), "{body}");
+        assert_eq!(tag(&fixture, &user).await, after, "{body}");
     }
-    for (uri, body) in [(USER, json!({"plan": "silver"})), (CREDITS, json!({"metered": false}))] {
+    for body in [json!({"plan": "silver"}), json!({"metered": false})] {
         for tag in ["\"3\"", "W/\"4\""] {
-            patch(uri, body.clone(), tag).await.assert_problem(412, "precondition_failed", CHANGED, None);
+            patch(body.clone(), tag).await.assert_problem(412, "precondition_failed", CHANGED, None);
         }
         let detail = "if-match must be * or a list of entity tags such as \"7\"";
-        patch(uri, body, "4").await.assert_problem(400, "invalid", detail, None);
+        patch(body, "4").await.assert_problem(400, "invalid", detail, None);
     }
-    let shown = fixture.get(USER, &user).await.json();
-    assert_eq!((&shown["plan"], &shown["metered"]), (&json!("gold"), &json!(true)));
+    // Several settings change together.
+    let reply = patch(json!({"plan": "silver", "metered": false, "refill": null}), "\"4\"").await;
+    let shown = reply.json();
+    assert_eq!((&shown["plan"], &shown["metered"], &shown["refill"]), (&json!("silver"), &json!(false), &Value::Null));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -167,40 +191,18 @@ async fn top_ups_and_usage_do_not_change_the_etag_of_a_user(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let top_up = async || {
-        let reply = fixture.post(CREDITS, &admin, json!({"amount": 1_000})).await;
-        assert_eq!(reply.status, 201);
+        let ledger = format!("{}/ledger", fixture.user(USER).await);
+        assert_eq!(fixture.post(&ledger, &admin, json!({"amount": 1_000})).await.status, 201);
     };
     // The first top-up makes the user metered, which is set from then on.
     top_up().await;
-    assert_eq!(tags(&fixture, &user).await, ["\"2\"", "\"2\""]);
+    assert_eq!(tag(&fixture, &user).await, "\"2\"");
     top_up().await;
     let sql = "insert into ledger (owner_id, kind, amount, balance) select id, 'usage', -700, 0 from user_preferences where email = 'user@example.com'";
     execute(&pool, sql).await;
     fixture.key("user@example.com", &[]).await;
-    assert_eq!(fixture.get(CREDITS, &user).await.json()["balance"], 1_300);
-    assert_eq!(tags(&fixture, &user).await, ["\"2\"", "\"2\""]);
-}
-
-#[sqlx::test(migrations = "./migrations")]
-async fn a_change_with_if_match_creates_no_user(pool: PgPool) {
-    let (fixture, admin) = Fixture::with_admin(&pool).await;
-    fixture.put("/v1/plans/gold", &admin, json!({})).await;
-    let body = json!({"plan": "gold"});
-    let patch = async |header: &'static str, tag: &str| {
-        fixture.call_with("PATCH", USER, &admin, Some(&body), &[(header, tag)]).await
-    };
-    for tag in ["*", "\"1\""] {
-        patch("if-match", tag).await.assert_problem(412, "precondition_failed", CHANGED, None);
-    }
-    let detail = "There is no user user@example.com.";
-    fixture.get(USER, &admin).await.assert_problem(404, "not_found", detail, None);
-    let metered = json!({"metered": true});
-    let reply = fixture.call_with("PATCH", CREDITS, &admin, Some(&metered), &[("if-match", "*")]).await;
-    reply.assert_problem(404, "not_found", detail, None);
-    let made = patch("if-none-match", "*").await;
-    assert_eq!((made.status, made.header("etag"), &made.json()["plan"]), (200, "\"2\"", &json!("gold")));
-    let detail = "The resource exists already, and If-None-Match demands that it does not.";
-    patch("if-none-match", "*").await.assert_problem(412, "precondition_failed", detail, None);
+    assert_eq!(fixture.get(&fixture.user(USER).await, &user).await.json()["balance"], 1_300);
+    assert_eq!(tag(&fixture, &user).await, "\"2\"");
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -208,20 +210,17 @@ async fn of_changes_of_a_user_at_the_same_time_that_expect_the_same_version_one_
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, user) = fixture.key("user@example.com", &[]).await;
     fixture.put("/v1/plans/gold", &admin, json!({})).await;
-    let one = async |uri: &str, body: Value| {
-        fixture.call_with("PATCH", uri, &admin, Some(&body), &[("if-match", "\"1\"")]).await.status
+    let path = fixture.user(USER).await;
+    let one = async |body: Value| {
+        fixture.call_with("PATCH", &path, &admin, Some(&body), &[("if-match", "\"1\"")]).await.status
     };
     let refill = |amount: i64| json!({"refill": {"amount": amount, "period": "day"}});
-    let (a, b, c, d) = tokio::join!(
-        one(USER, json!({"plan": "gold"})),
-        one(CREDITS, json!({"metered": true})),
-        one(CREDITS, refill(1)),
-        one(CREDITS, refill(2))
-    );
+    let (a, b, c, d) =
+        tokio::join!(one(json!({"plan": "gold"})), one(json!({"metered": true})), one(refill(1)), one(refill(2)));
     let mut statuses = [a, b, c, d];
     statuses.sort_unstable();
     assert_eq!(statuses, [200, 412, 412, 412]);
     // A refill also makes the user metered: two things in two statements.
-    let [now, _] = tags(&fixture, &user).await;
+    let now = tag(&fixture, &user).await;
     assert!(["\"2\"", "\"3\""].contains(&&*now), "{now}");
 }

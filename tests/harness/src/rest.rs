@@ -43,6 +43,14 @@ impl Rest {
         Ok(answer["keyPreference"].take())
     }
 
+    /// The path of a user, who is created if there is none with this address.
+    pub async fn user(&self, email: &str) -> Result<String> {
+        let reply = self.call(Method::POST, "/v1/users", Some(&json!({"email": email}))).await?;
+        ensure!([200, 201].contains(&reply.status), "POST /v1/users: {} {:?}", reply.status, reply.body);
+        let id = reply.json()?["id"].as_str().context("a user without an id")?.to_owned();
+        Ok(format!("/v1/users/{id}"))
+    }
+
     /// A call that answers with JSON and this status.
     pub async fn expect(&self, method: Method, path: &str, body: Option<&Value>, status: u16) -> Result<Value> {
         let reply = self.call(method.clone(), path, body).await?;
@@ -74,7 +82,7 @@ impl Rest {
     pub async fn create_with(&self, body: impl Borrow<Value>) -> Result<(String, String)> {
         let made = self.post("/v1/keys", body).await?;
         let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).context("a field is missing");
-        Ok((text("id")?, text("key")?))
+        Ok((text("id")?, text("secret")?))
     }
 
     /// Imports keys: one JSON object a line.

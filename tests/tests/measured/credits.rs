@@ -20,11 +20,12 @@ const ENVOYS: u64 = 3;
 const STARTER: u64 = CREDITS / 16;
 
 async fn account(stack: &Stack) -> Result<Value> {
-    stack.rest().get("/v1/users/ada@example.com/credits").await
+    stack.rest().get(&format!("{}/balance", stack.rest().user(ADA).await?)).await
 }
 
 async fn top_up(stack: &Stack, amount: u64) -> Result<()> {
-    stack.rest().post("/v1/users/ada@example.com/credits", json!({"amount": amount})).await.map(|_| ())
+    let ledger = format!("{}/ledger", stack.rest().user(ADA).await?);
+    stack.rest().post(&ledger, json!({"amount": amount})).await.map(|_| ())
 }
 
 /// As many requests as come through, at every Envoy, until each refuses for want of credits. What was admitted.
@@ -98,12 +99,13 @@ async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() ->
 
     // So do those that come by themselves.
     let refill = json!({"refill": {"amount": 500, "period": "day", "time_zone": "Europe/Berlin"}});
-    let account = stack.rest().patch("/v1/users/ada@example.com/credits", refill).await?;
-    assert_eq!(account["refill"]["amount"], 500);
-    assert!(account["refill_at"].is_string(), "{account}");
+    let path = stack.rest().user(ADA).await?;
+    let user = stack.rest().patch(&path, refill).await?;
+    assert_eq!(user["refill"]["amount"], 500);
+    assert!(user["refill_at"].is_string(), "{user}");
     stack.database.execute("update user_preferences set refill_at = now() where refill is not null").await?;
     stack.wait_for_status(Some(&key), 200).await?;
-    let ledger = stack.rest().get("/v1/users/ada@example.com/ledger?limit=200").await?;
+    let ledger = stack.rest().get(&format!("{path}/ledger?limit=200")).await?;
     let refills = ledger["entries"].as_array().into_iter().flatten().filter(|entry| entry["kind"] == "refill");
     assert_eq!(refills.map(|entry| &entry["amount"]).collect::<Vec<_>>(), [500]);
     Ok(())

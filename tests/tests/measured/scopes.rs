@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use contract::outcome::Outcome;
 use hyper::Method;
 use portcullis_tests::envoy::Envoy;
@@ -71,8 +71,8 @@ async fn a_key_opens_what_its_roles_grant_and_nothing_more() -> Result<()> {
     }
     // With a scope of its own the key needs no role.
     let body = json!({"email": "ada@example.com", "name": "Own", "scopes": ["orders:read"]});
-    let own = rest.post("/v1/keys", body).await?;
-    wait_for_orders(&stack, own["key"].as_str().context("no key")?, 200).await
+    let (_, own) = rest.create_with(body).await?;
+    wait_for_orders(&stack, &own, 200).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

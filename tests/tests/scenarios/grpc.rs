@@ -26,7 +26,7 @@ async fn a_grpc_client_is_told_of_a_limit_as_one_and_of_a_bad_key_as_one() -> Re
     let keys = [
         ("quota", with(1, |r| r.flags = Flags::QUOTA_EXCEEDED), Outcome::QuotaExceeded, "8"),
         ("credits", with(2, |r| r.flags = Flags::CREDITS_EXHAUSTED), Outcome::CreditsExhausted, "8"),
-        ("disabled", with(3, |r| r.flags = Flags::DISABLED), Outcome::Disabled, "7"),
+        ("disabled", with(3, |r| r.flags = Flags::DISABLED), Outcome::Disabled, "16"),
         ("revoked", with(4, |r| r.flags = Flags::REVOKED), Outcome::Revoked, "16"),
     ];
     let mut records: Vec<_> = keys.iter().map(|(key, record, ..)| (*key, record.clone())).collect();
@@ -43,7 +43,7 @@ async fn a_grpc_client_is_told_of_a_limit_as_one_and_of_a_bad_key_as_one() -> Re
             assert_eq!(reply.header("grpc-status"), Some(status), "{key:?}");
             // The problem, percent-encoded where gRPC asks for it.
             let message = reply.header("grpc-message").unwrap_or_default();
-            assert!(message.contains(&format!("urn:portcullis:problem:{}", outcome.name())), "{message}");
+            assert!(message.contains(&outcome.problem_type()), "{message}");
             let id = reply.header("x-request-id").unwrap_or_default();
             assert!(id.len() == 36 && message.contains(id), "{id} {message}");
             assert_eq!(reply.header("retry-after").is_some(), status == "8", "{key:?}");

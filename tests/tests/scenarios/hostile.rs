@@ -52,7 +52,7 @@ fn judge(name: &str, heard: &Heard, expected: Answer) {
     let (status, fits) = match expected {
         Answer::Filter(outcome) => {
             let status = outcome.refusal().map_or(200, |refusal| refusal.status);
-            (status, body.contains(&format!("urn:portcullis:problem:{}", outcome.name())))
+            (status, body.contains(&outcome.problem_type()))
         }
         Answer::Envoy(status) => (status, !body.contains("portcullis")),
         Answer::Upstream => (200, body.contains("\"headers\"") && !body.contains("sk_live_")),

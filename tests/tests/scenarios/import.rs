@@ -76,7 +76,8 @@ async fn with_a_pepper_the_database_has_no_hash_of_an_imported_key_that_could_be
     let reply = send(without.address(), get_request("/orders", Some(plain))?).await?;
     assert_refused(&reply, Outcome::Unknown, &[]);
     // They are revoked like others.
-    stack.rest().expect(Method::POST, "/v1/users/bob@example.com/revoke-keys", None, 200).await?;
+    let user = stack.rest().user("bob@example.com").await?;
+    stack.rest().expect(Method::POST, &format!("{user}/revoke-keys"), None, 200).await?;
     stack.wait_for_status(Some(hashed), 401).await?;
     Ok(())
 }

@@ -13,8 +13,9 @@ const ADA: &str = "ada@example.com";
 async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let rest = stack.rest();
-    let credits = format!("/v1/users/{ADA}/credits");
-    rest.post(&credits, json!({"amount": 1_000})).await?;
+    let user = rest.user(ADA).await?;
+    let balance = format!("{user}/balance");
+    rest.post(&format!("{user}/ledger"), json!({"amount": 1_000})).await?;
     let body = json!({
         "email": ADA, "name": "seldom", "cost": 3,
         "quota": {"requests": 500, "period": "day", "time_zone": "UTC"}
@@ -27,7 +28,7 @@ async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
             assert_eq!(reply.status, 200, "request {number}: {:?}", reply.body);
         }
         let booked = 1_000 - 3 * 2 * number;
-        let told = async || (rest.get(&credits).await.ok()?["balance"] == booked).then_some(());
+        let told = async || (rest.get(&balance).await.ok()?["balance"] == booked).then_some(());
         eventually("the requests to be booked", told).await?;
         // Nothing is held beyond what was spent once an Envoy has heard that its lease was taken back.
         let held = "select count(*)::text from leases where stock > 0 and held > spent";

@@ -237,17 +237,17 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
         Ok(format!("/v1/keys/{id}"))
     };
     let applied_on = async |path: &str| -> Result<Value> { Ok(rest.get(path).await?["applied_on"].clone()) };
-    let everywhere = json!({"filters": 2, "applied": 2, "oldest_seconds": null, "silent": 0});
+    let everywhere = json!({"envoys": 2, "applied": 2, "max_lag_seconds": null, "unreachable": 0});
 
     let path = revoked("one@example.com").await?;
     let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
     eventually("the revocation to be applied on both Envoys", told).await?;
-    let filters = rest.get("/v1/filters").await?;
-    let shown = filters["filters"].as_array().context("no filters")?.clone();
-    assert_eq!(shown.len(), 2, "{filters}");
+    let envoys = rest.get("/v1/envoys").await?;
+    let shown = envoys["envoys"].as_array().context("no Envoys")?.clone();
+    assert_eq!(shown.len(), 2, "{envoys}");
     for filter in &shown {
         assert_eq!((&filter["live"], &filter["address"]), (&json!(true), &json!("127.0.0.1")), "{filter}");
-        assert_eq!(filter["epoch"], filters["epoch"], "{filter}");
+        assert_eq!(filter["epoch"], envoys["epoch"], "{filter}");
     }
 
     let stopped = stack.envoys.last().context("no Envoy")?;
@@ -256,16 +256,16 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     let path = revoked("two@example.com").await?;
     let lagging = async |more_than: f64| {
         let told = applied_on(&path).await.ok()?;
-        let oldest = told["oldest_seconds"].as_f64()?;
-        (told["filters"] == 2 && told["applied"] == 1 && oldest > more_than).then_some(oldest)
+        let oldest = told["max_lag_seconds"].as_f64()?;
+        (told["envoys"] == 2 && told["applied"] == 1 && oldest > more_than).then_some(oldest)
     };
     let first = eventually("one of two Envoys to have the revocation", async || lagging(0.0).await).await?;
     let later = eventually("the other to lag for longer", async || lagging(first + 1.0).await).await?;
     let most = began.elapsed().as_secs_f64();
     ensure!(later <= most, "{later} of {most}");
-    let behind = rest.get("/v1/filters").await?;
-    let behind = behind["filters"].as_array().context("no filters")?.clone();
-    assert_eq!(behind.iter().filter(|filter| filter["in_step"] == false).count(), 1, "{behind:?}");
+    let behind = rest.get("/v1/envoys").await?;
+    let behind = behind["envoys"].as_array().context("no Envoys")?.clone();
+    assert_eq!(behind.iter().filter(|filter| filter["up_to_date"] == false).count(), 1, "{behind:?}");
 
     stopped.signal(Signal::SIGCONT)?;
     let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());

@@ -29,7 +29,7 @@ async fn rotated(stack: &Stack, id: &str) -> Result<String> {
         .rest()
         .call(Method::POST, &format!("/v1/keys/{id}/rotate"), Some(&json!({"grace_seconds": 3_600})))
         .await?;
-    let key = reply.json()?["key"].as_str().map(ToOwned::to_owned).context("no key in the answer")?;
+    let key = reply.json()?["secret"].as_str().map(ToOwned::to_owned).context("no key in the answer")?;
     stack.in_step().await?;
     Ok(key)
 }
@@ -87,15 +87,15 @@ async fn a_rotation_begins_no_quota_of_a_plan_anew() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rotation_brings_no_credits() -> Result<()> {
     let stack = Stack::start().await?;
-    let credits = format!("/v1/users/{ADA}/credits");
-    stack.rest().post(&credits, json!({"amount": 8})).await?;
+    let user = stack.rest().user(ADA).await?;
+    stack.rest().post(&format!("{user}/ledger"), json!({"amount": 8})).await?;
     let (id, old) = made(&stack, json!({"email": ADA, "name": "metered"})).await?;
     let before = stack.demo.requests();
     spend(&stack, &old, before + 5).await?;
     let new = rotated(&stack, &id).await?;
     spend(&stack, &new, before + 8).await?;
     let booked = async || {
-        let account = stack.rest().get(&credits).await.ok()?;
+        let account = stack.rest().get(&format!("{user}/balance")).await.ok()?;
         (account["balance"] == 0).then_some(())
     };
     eventually("the credits to be used up", booked).await?;

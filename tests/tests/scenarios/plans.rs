@@ -1,7 +1,7 @@
 //! Plans of keys and users: their limits and scopes apply at Envoy, and a change reaches every Envoy without a change of the
 //! keys.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use contract::outcome::Outcome;
 use hyper::Method;
 use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
@@ -40,18 +40,17 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
     let rest = stack.rest();
     rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan(5)), 201).await?;
     let body = json!({"email": ADA, "name": "Test Key", "plan": "gold"});
-    let made = rest.post("/v1/keys", body).await?;
-    let key = made["key"].as_str().context("no key")?;
-    let first = async || stack.get(Some(key)).await.ok().filter(|reply| reply.status == 200);
+    let (id, key) = rest.create_with(body).await?;
+    let first = async || stack.get(Some(&key)).await.ok().filter(|reply| reply.status == 200);
     eventually("the new key to be known", first).await?;
     // The key's first request is one of the five.
-    assert_eq!(admitted(&stack, key, "\"plan\";q=5;w=31622400").await?, 4);
+    assert_eq!(admitted(&stack, &key, "\"plan\";q=5;w=31622400").await?, 4);
 
     // What was used stays used: the key goes on at the rate of the larger plan.
     rest.expect(Method::PUT, "/v1/plans/gold", Some(&plan(20)), 200).await?;
     for envoy in &stack.envoys {
         let larger = async || {
-            let reply = http::send(envoy.address(), http::get_request("/orders", Some(key)).ok()?).await.ok()?;
+            let reply = http::send(envoy.address(), http::get_request("/orders", Some(&key)).ok()?).await.ok()?;
             let told = reply.header("ratelimit-policy") == Some("\"plan\";q=20;w=31622400");
             (reply.status == 200 || told).then_some(told)
         };
@@ -60,11 +59,10 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
     }
 
     // A key that is given limits of its own leaves those of the plan behind.
-    let id = made["id"].as_str().context("no id")?;
     let limits = json!([{"name": "own", "requests": 3, "window_seconds": 31_622_400, "shared": false}]);
     rest.patch(&format!("/v1/keys/{id}"), json!({"rate_limits": limits})).await?;
     let own = async || {
-        let reply = stack.get(Some(key)).await.ok()?;
+        let reply = stack.get(Some(&key)).await.ok()?;
         (reply.status == 200 || reply.header("ratelimit-policy") == Some("\"own\";q=3;w=31622400")).then_some(())
     };
     eventually("the key's own limits to be known", own).await
@@ -90,7 +88,7 @@ async fn the_plan_of_a_user_applies_to_keys_that_have_none() -> Result<()> {
         Ok(())
     };
     all(403).await?;
-    let user = format!("/v1/users/{ADA}");
+    let user = rest.user(ADA).await?;
     rest.patch(&user, json!({"plan": "gold"})).await?;
     all(200).await?;
     rest.expect(Method::PUT, "/v1/plans/gold", Some(&json!({"scopes": []})), 200).await?;

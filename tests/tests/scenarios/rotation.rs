@@ -13,7 +13,7 @@ const ADA: &str = "ada@example.com";
 async fn rotate(stack: &Stack, id: &str, grace_seconds: i64) -> Result<String> {
     let body = json!({"grace_seconds": grace_seconds});
     let rotated = stack.rest().post(&format!("/v1/keys/{id}/rotate"), &body).await?;
-    Ok(rotated["key"].as_str().context("no key")?.to_owned())
+    Ok(rotated["secret"].as_str().context("no secret")?.to_owned())
 }
 
 /// The secrets of a key: generation, whether it is the current one, and how often it was used.

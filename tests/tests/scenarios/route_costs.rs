@@ -26,9 +26,9 @@ async fn a_client_that_retries_a_dear_route_after_retry_after_comes_through() ->
     let rest = stack.rest();
     let (_, key) = rest.create(ADA).await?;
     stack.wait_for_status(Some(&key), 200).await?;
-    let path = format!("/v1/users/{ADA}/credits");
-    let account = async || rest.get(&path).await;
-    rest.post(&path, json!({"amount": CREDITS})).await?;
+    let user = rest.user(ADA).await?;
+    let account = async || rest.get(&format!("{user}/balance")).await;
+    rest.post(&format!("{user}/ledger"), json!({"amount": CREDITS})).await?;
     let starter = account().await?["starter"].as_u64().context("no starter")?;
     assert!(starter < PRICE, "{starter}");
     stack.in_step().await?;

@@ -29,8 +29,8 @@ async fn usage_lines_of_clients_book_nothing_and_those_of_the_filter_are_booked(
     stack.wait_for_usage(ADA, stack.demo.requests()).await?;
     let listed = stack.rest().call(hyper::Method::GET, &format!("/v1/keys?email={ADA}"), None).await?.json()?;
     let id: KeyId = listed["keys"][0]["id"].as_str().context("no id")?.parse()?;
-    let filters = stack.rest().call(hyper::Method::GET, "/v1/filters", None).await?.json()?;
-    let reporter: ReporterId = filters["filters"][0]["id"].as_str().context("no Envoy")?.parse()?;
+    let envoys = stack.rest().call(hyper::Method::GET, "/v1/envoys", None).await?.json()?;
+    let reporter: ReporterId = envoys["envoys"][0]["id"].as_str().context("no Envoy")?.parse()?;
 
     // A client without a key presents forged usage as its name, also in the words of the filter.
     let reports = forged(id, reporter);

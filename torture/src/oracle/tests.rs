@@ -69,7 +69,7 @@ fn nothing_is_held_against_an_envoy_that_cannot_hear_of_it() {
 fn a_good_key_may_not_be_refused_once_it_is_known_everywhere() {
     let judged = Judged::new(None);
     assert!(judged.is_fine(Duration::ZERO, &came(401, "unknown")));
-    for refusal in [came(401, "unknown"), came(401, "revoked"), came(403, "disabled"), came(429, "credits_exhausted")] {
+    for refusal in [came(401, "unknown"), came(401, "revoked"), came(401, "disabled"), came(429, "credits_exhausted")] {
         assert!(!judged.is_fine(LATER, &refusal), "{refusal:?}");
     }
     // It was changed while the request was under way.

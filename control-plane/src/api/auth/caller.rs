@@ -86,8 +86,20 @@ impl Caller {
     /// # Errors
     /// 403 for anybody else.
     pub fn require_owner_or_admin(&self, email: &Email) -> Result<(), ApiError> {
+        self.require_own(self.email == email.as_str())
+    }
+
+    /// The same for a user's id.
+    ///
+    /// # Errors
+    /// 403 for anybody else.
+    pub fn require_user_or_admin(&self, user: Uuid) -> Result<(), ApiError> {
+        self.require_own(self.owner_id == user)
+    }
+
+    fn require_own(&self, is_own: bool) -> Result<(), ApiError> {
         self.require_manager()?;
-        if self.is_admin() || self.email == email.as_str() {
+        if is_own || self.is_admin() {
             return Ok(());
         }
         Err(ApiError::Forbidden("This key manages only its owner's data. Use a key with the scope admin.".into()))

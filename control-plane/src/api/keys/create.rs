@@ -13,9 +13,8 @@ use super::view::{CreateReply, KeyView, Kind};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
-use crate::api::openapi::WriteErrors;
+use crate::api::openapi::{Conflict, IdempotencyKey, WriteErrors};
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
 use crate::domain::{
     Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits,
 };
@@ -80,15 +79,11 @@ pub struct CreateBody {
 #[utoipa::path(
     operation_id = "createKey",
     post, path = "/v1/keys", tag = "keys", request_body = CreateBody, security(("api_key" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely")),
+    params(IdempotencyKey),
     responses(
-        WriteErrors,
+        WriteErrors, Conflict,
         (status = 201, description = "The new key with its secret. No later response contains the secret", body = CreateReply,
             headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
-        (status = 403, description = "Not the caller's to give", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The user has too many keys, or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many requests, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn create(
@@ -128,7 +123,7 @@ pub async fn create(
             Some(effective) => KeyView::new(key, effective, now),
             None => show(&mut **change, key).await?,
         };
-        let reply = CreateReply { key: secret, view };
+        let reply = CreateReply { secret, view };
         Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
     });
     response.await

@@ -5,19 +5,19 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
+use uuid::Uuid;
 
 use super::quota::QuotaView;
 use super::view::KeyView;
 use super::{ById, managed, show};
 use crate::App;
 use crate::api::auth::Caller;
+use crate::api::envoys::{AppliedOn, key_applied_on};
 use crate::api::extract::{Json, Path};
-use crate::api::filters::{AppliedOn, key_applied_on};
 use crate::api::openapi::ReadErrors;
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
 use crate::credits;
-use crate::domain::{Email, Preconditions, Timestamp};
+use crate::domain::{Preconditions, Timestamp};
 use crate::error::ApiError;
 use crate::keys::rotate::{SecretUse, secrets};
 
@@ -65,7 +65,7 @@ pub struct KeyDetails {
     secrets: Vec<SecretView>,
     /// What was used of its quota, and what Envoys hold of it; null without one.
     #[schema(required)]
-    quota_use: Option<QuotaView>,
+    quota_usage: Option<QuotaView>,
     /// What is left of its owner's credits, and what Envoys hold of them; null if the owner is not metered.
     #[schema(required)]
     credits: Option<CreditsView>,
@@ -85,8 +85,8 @@ pub struct CreditsView {
 }
 
 impl CreditsView {
-    async fn read(app: &App, email: &str) -> Result<Option<Self>, ApiError> {
-        let account = credits::account(&app.pool, &Email::parse(email)?).await?;
+    async fn read(app: &App, owner_id: Uuid) -> Result<Option<Self>, ApiError> {
+        let account = credits::account(&app.pool, owner_id).await?;
         let Some(account) = account.filter(|account| account.metered) else { return Ok(None) };
         Ok(Some(Self { balance: account.balance, leased: account.leased, spent: account.spent }))
     }
@@ -104,8 +104,6 @@ impl CreditsView {
         (status = 200, description = "The key", body = KeyDetails,
             headers(("etag" = String, description = "The version of the key"))),
         (status = 304, description = "The client has this version already"),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn get(
@@ -120,9 +118,9 @@ pub async fn get(
         return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
     }
     let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
-    let quota_use = QuotaView::read(&app, key.id).await?;
-    let credits = CreditsView::read(&app, &key.email).await?;
+    let quota_usage = QuotaView::read(&app, key.id).await?;
+    let credits = CreditsView::read(&app, key.owner_id).await?;
     let view = show(&app.pool, key).await?;
     let applied_on = key_applied_on(&app, path.id).await?;
-    Ok((tag, Json(KeyDetails { view, secrets, quota_use, credits, applied_on })).into_response())
+    Ok((tag, Json(KeyDetails { view, secrets, quota_usage, credits, applied_on })).into_response())
 }

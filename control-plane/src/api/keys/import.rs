@@ -105,7 +105,6 @@ impl From<Imported> for ImportReply {
         ReadErrors,
         (status = 200, description = "What became of the lines", body = ImportReply),
         (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
-        (status = 403, description = "Not an admin's key", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not NDJSON", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is not available; what was written until then stays", body = Problem, content_type = "application/problem+json"),

@@ -12,10 +12,9 @@ use super::show_all;
 use super::view::{KeyState, KeyView};
 use crate::App;
 use crate::api::auth::Caller;
-use crate::api::extract::{Query, search_text};
+use crate::api::extract::search_text;
 use crate::api::openapi::ReadErrors;
-use crate::api::pagination;
-use crate::api::problem::Problem;
+use crate::api::pagination::{self, List, PageQuery};
 use crate::domain::{Email, parse_time};
 use crate::error::ApiError;
 use crate::keys::read::{KeySearch, search};
@@ -24,7 +23,7 @@ use crate::keys::read::{KeySearch, search};
 const TEXT_CHARS: RangeInclusive<usize> = 1..=100;
 
 /// Which keys, and how many.
-#[derive(Debug, Deserialize, Serialize, IntoParams)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct ListQuery {
@@ -43,11 +42,6 @@ pub struct ListQuery {
     /// Only keys that were last used before this time (RFC 3339), or made before it and never used.
     #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
     last_used_before: Option<String>,
-    /// `next_cursor` of the page before.
-    cursor: Option<Uuid>,
-    /// How many keys; 50 unless given.
-    #[param(minimum = 1, maximum = 200)]
-    limit: Option<i64>,
 }
 
 /// A page of keys, the newest first.
@@ -57,26 +51,23 @@ pub struct KeyPage {
     keys: Vec<KeyView>,
     /// What to send as `cursor` for the next page; null on the last one.
     #[schema(required)]
-    next_cursor: Option<Uuid>,
+    next_cursor: Option<String>,
 }
 
 /// List keys, the newest first.
 #[utoipa::path(
     operation_id = "listKeys",
-    get, path = "/v1/keys", tag = "keys", params(ListQuery), security(("api_key" = [])),
+    get, path = "/v1/keys", tag = "keys", params(ListQuery, PageQuery), security(("api_key" = [])),
     responses(
         ReadErrors,
-        (status = 200, description = "A page of keys", body = KeyPage,
-            headers(("link" = String, description = "The next page, if there is one (RFC 8288)"))),
-        (status = 403, description = "Another user's keys", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "A page of keys", body = KeyPage),
     )
 )]
 pub async fn list(
     State(app): State<App>,
     caller: Caller,
-    Query(query): Query<ListQuery>,
+    List { query, page }: List<ListQuery, Uuid>,
 ) -> Result<Response, ApiError> {
-    let limit = pagination::limit(query.limit)?;
     let asked = query.email.as_deref().map(Email::parse).transpose()?;
     match &asked {
         Some(email) => caller.require_owner_or_admin(email)?,
@@ -90,13 +81,8 @@ pub async fn list(
         state: query.state.map(KeyState::name),
         last_used_before: query.last_used_before.as_deref().map(|t| parse_time("last_used_before", t)).transpose()?,
     };
-    // One entry more than the limit shows whether there is a next page.
-    let mut keys = search(&app.pool, &filter, query.cursor, limit + 1).await?;
-    let next_cursor = pagination::cut(&mut keys, limit, |key| key.id);
+    let mut keys = search(&app.pool, &filter, page.after, page.read()).await?;
+    let next = page.cut(&mut keys, |key| key.id);
     let keys = show_all(&app.pool, keys).await?;
-    let next = next_cursor.map(|cursor| {
-        let query = ListQuery { email: asked.map(|email| email.to_string()), ..query };
-        pagination::next_link("/v1/keys", &ListQuery { cursor: Some(cursor), limit: Some(limit), ..query })
-    });
-    Ok(pagination::reply(KeyPage { keys, next_cursor }, next))
+    Ok(pagination::reply(KeyPage { keys, next_cursor: next.cursor }, next.link))
 }

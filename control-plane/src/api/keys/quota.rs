@@ -10,7 +10,6 @@ use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::{Json, Path};
 use crate::api::openapi::ReadErrors;
-use crate::api::problem::Problem;
 use crate::domain::{Period, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{self, View};
@@ -76,8 +75,6 @@ impl QuotaView {
     responses(
         ReadErrors,
         (status = 200, description = "The quota and what was used of it", body = QuotaView),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key, or it has no quota", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn quota(

@@ -7,8 +7,7 @@ use super::{ById, lock};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::Path;
-use crate::api::openapi::ReadErrors;
-use crate::api::problem::Problem;
+use crate::api::openapi::{Conflict, IfMatch, ReadErrors};
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys;
@@ -19,14 +18,10 @@ use crate::keys;
 #[utoipa::path(
     operation_id = "revokeKey",
     delete, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
-    params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
+    params(ById, IfMatch),
     responses(
-        ReadErrors,
+        ReadErrors, Conflict,
         (status = 204, description = "The key is revoked"),
-        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The last admin key", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn revoke(

@@ -10,8 +10,7 @@ use super::lock;
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::Path;
-use crate::api::openapi::ReadErrors;
-use crate::api::problem::Problem;
+use crate::api::openapi::{Conflict, IfMatch, ReadErrors};
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys;
@@ -33,14 +32,10 @@ pub struct BySecret {
 #[utoipa::path(
     operation_id = "revokeKeySecret",
     delete, path = "/v1/keys/{id}/secrets/{generation}", tag = "keys", security(("api_key" = [])),
-    params(BySecret, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
+    params(BySecret, IfMatch),
     responses(
-        ReadErrors,
+        ReadErrors, Conflict,
         (status = 204, description = "The secret has ended"),
-        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key or secret", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "It is the present secret", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn revoke_secret(

@@ -13,9 +13,8 @@ use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::Path;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
-use crate::api::openapi::WriteErrors;
+use crate::api::openapi::{Conflict, IdempotencyKey, IfMatch, WriteErrors};
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys::daily_limit::{self, Act};
@@ -45,19 +44,13 @@ pub struct RotateBody {
     request_body(content = Option<RotateBody>),
     params(
         ById,
-        ("Idempotency-Key" = Option<String>, Header, description = "A unique name of the request, so that it can be sent again safely"),
-        ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for"),
+        IdempotencyKey,
+        IfMatch,
     ),
     responses(
-        WriteErrors,
+        WriteErrors, Conflict,
         (status = 201, description = "The key with its new secret. No later response contains the secret", body = CreateReply,
             headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
-        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The key is revoked, has expired, or has too many old secrets; or the first request with the same Idempotency-Key is still running", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "Another request used this Idempotency-Key", body = Problem, content_type = "application/problem+json"),
-        (status = 429, description = "Too many requests, or too many keys and rotations of this user in 24 hours", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn rotate(
@@ -79,7 +72,7 @@ pub async fn rotate(
         let secret = keys::rotate::rotate(change, &key, body.kind.into(), grace).await?;
         let key = read::get(&mut **change, path.id).await?.ok_or_else(|| not_found(path.id))?;
         let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
-        let reply = CreateReply { key: secret, view: show(&mut **change, key).await? };
+        let reply = CreateReply { secret, view: show(&mut **change, key).await? };
         Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
     });
     response.await

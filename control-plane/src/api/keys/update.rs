@@ -12,9 +12,8 @@ use super::{ById, lock, not_found, show};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::{Json, Path};
-use crate::api::openapi::WriteErrors;
+use crate::api::openapi::{Conflict, IfMatch, WriteErrors};
 use crate::api::preconditions::etag;
-use crate::api::problem::Problem;
 use crate::domain::{KeyName, Patch, Preconditions, QuotaBody, RateLimitBody, parse_expiry};
 use crate::error::ApiError;
 use crate::keys::daily_limit::{self, Act};
@@ -94,15 +93,11 @@ impl PatchBody {
 #[utoipa::path(
     operation_id = "updateKey",
     patch, path = "/v1/keys/{id}", tag = "keys", request_body = PatchBody, security(("api_key" = [])),
-    params(ById, ("If-Match" = Option<String>, Header, description = "The ETag that the change is meant for")),
+    params(ById, IfMatch),
     responses(
-        WriteErrors,
+        WriteErrors, Conflict,
         (status = 200, description = "The key as it is now", body = KeyView,
             headers(("etag" = String, description = "The version of the key"))),
-        (status = 403, description = "A key with the scope sync, or a change that only an admin makes", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
-        (status = 409, description = "The key is revoked, or the last admin key", body = Problem, content_type = "application/problem+json"),
-        (status = 412, description = "The key was changed since", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn update(

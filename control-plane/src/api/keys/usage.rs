@@ -12,7 +12,6 @@ use crate::App;
 use crate::api::auth::Caller;
 use crate::api::extract::{Json, Path, Query};
 use crate::api::openapi::ReadErrors;
-use crate::api::problem::Problem;
 use crate::domain::{Timestamp, parse_time};
 use crate::error::ApiError;
 use crate::metering::hourly::hourly;
@@ -78,8 +77,6 @@ pub struct UsageView {
     responses(
         ReadErrors,
         (status = 200, description = "The usage of the key", body = UsageView),
-        (status = 403, description = "A key with the scope sync", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such key", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub async fn usage(

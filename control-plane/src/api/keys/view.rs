@@ -141,7 +141,7 @@ pub struct CreateReply {
     /// The whole key. No later response contains it.
     #[serde(serialize_with = "reveal")]
     #[schema(value_type = String)]
-    pub(super) key: Secret,
+    pub(super) secret: Secret,
     /// What there is to see of it from now on.
     #[serde(flatten)]
     pub(super) view: KeyView,

@@ -142,6 +142,16 @@ impl Fixture {
         key(&self.pool, email, scopes).await
     }
 
+    /// The path of a user, who is created if there is none with this address.
+    pub async fn user(&self, email: &str) -> String {
+        let sql = format!(
+            "insert into user_preferences (id, email) values ('{}', '{email}')
+            on conflict (email) do update set email = excluded.email returning id",
+            Uuid::now_v7()
+        );
+        format!("/v1/users/{}", scalar::<Uuid>(&self.pool, sql).await)
+    }
+
     pub async fn get(&self, uri: &str, key: &Secret) -> Reply {
         self.call("GET", uri, key, None).await
     }
@@ -183,13 +193,9 @@ impl Fixture {
             let reply = self.get(&uri, key).await;
             let page = reply.expect(200);
             pages.push(page[list].as_array().unwrap().iter().map(|entry| entry[field].clone()).collect());
-            let cursor = match &page["next_cursor"] {
-                Value::Null => {
-                    assert!(!reply.headers.contains_key("link"));
-                    return pages;
-                }
-                Value::String(cursor) => form_urlencoded::byte_serialize(cursor.as_bytes()).collect(),
-                cursor => cursor.to_string(),
+            let Some(cursor) = page["next_cursor"].as_str() else {
+                assert!(!reply.headers.contains_key("link"));
+                return pages;
             };
             uri = format!("{path}?{asked}cursor={cursor}&limit=2");
             assert_eq!(reply.header("link"), format!("<{uri}>; rel=\"next\""));
@@ -256,7 +262,7 @@ impl Reply {
         self.json()
     }
 
-    /// The key that the answer shows.
+    /// The secret that the answer shows.
     #[track_caller]
     pub fn secret(&self) -> Secret {
         secret_of(&self.json())
@@ -272,10 +278,10 @@ impl Reply {
     }
 }
 
-/// The key that an answer shows.
+/// The secret that an answer shows, in `key` below `/api`.
 #[track_caller]
 pub fn secret_of(answer: &Value) -> Secret {
-    Secret::from_presented(answer["key"].as_str().unwrap().into())
+    Secret::from_presented(answer.get("secret").unwrap_or(&answer["key"]).as_str().unwrap().into())
 }
 
 #[track_caller]
