@@ -21,7 +21,7 @@ pub enum Credential {
     /// A value longer than any key, which is not hashed.
     Oversized,
     /// A value that may be a key, as its hash.
-    Presented(KeyHash),
+    Hashed(KeyHash),
 }
 
 /// The credential of a request, and its place.
@@ -34,13 +34,13 @@ pub struct Extraction<'a> {
 }
 
 /// Looks for a key in one source after the other. The first source with a key counts, and only that key is hashed.
-pub fn find<'a>(sources: &'a [Source], stream: &impl Stream) -> Extraction<'a> {
+pub fn find_and_hash<'a>(sources: &'a [Source], stream: &impl Stream) -> Extraction<'a> {
     for source in sources {
         let Some(value) = value_of(source, stream) else { continue };
         let credential = match source.find(&value) {
             None => continue,
             Some(key) if key.len() > PRESENTED_BYTES => Credential::Oversized,
-            Some(key) => Credential::Presented(KeyHash::of(&key)),
+            Some(key) => Credential::Hashed(KeyHash::of(&key)),
         };
         return Extraction { credential, place: Some((source, value)) };
     }
@@ -72,7 +72,7 @@ mod tests {
     fn read(value: Option<&[u8]>) -> Credential {
         let mut stream = MockStream::default();
         value.into_iter().for_each(|value| stream.push("x-api-key", value));
-        find(&[Source::Header("x-api-key".into())], &stream).credential
+        find_and_hash(&[Source::Header("x-api-key".into())], &stream).credential
     }
 
     #[test]
@@ -83,9 +83,9 @@ mod tests {
 
     #[test]
     fn any_bytes_may_be_a_key_up_to_the_bound() {
-        assert_eq!(read(Some(b"\xff\xfe")), Credential::Presented(KeyHash::of(b"\xff\xfe")));
+        assert_eq!(read(Some(b"\xff\xfe")), Credential::Hashed(KeyHash::of(b"\xff\xfe")));
         let longest = vec![b'a'; PRESENTED_BYTES];
-        assert_eq!(read(Some(&longest)), Credential::Presented(KeyHash::of(&longest)));
+        assert_eq!(read(Some(&longest)), Credential::Hashed(KeyHash::of(&longest)));
         assert_eq!(read(Some(&vec![b'a'; PRESENTED_BYTES + 1])), Credential::Oversized);
     }
 
@@ -94,10 +94,10 @@ mod tests {
         let sources = [Source::Bearer(true), Source::Query("k".into()), Source::Cookie("k".into())];
         let of = |authorization: &str, path: &str, cookie: &str| {
             let stream = MockStream::with([("authorization", authorization), (":path", path), ("cookie", cookie)]);
-            let found = find(&sources, &stream);
+            let found = find_and_hash(&sources, &stream);
             (found.credential, found.place.map(|(source, _)| source.header().to_owned()))
         };
-        let key = |text: &[u8]| Credential::Presented(KeyHash::of(text));
+        let key = |text: &[u8]| Credential::Hashed(KeyHash::of(text));
         assert_eq!(of("Bearer a", "/?k=b", "k=c"), (key(b"a"), Some("authorization".into())));
         assert_eq!(of("Basic a", "/?k=b", "k=c"), (key(b"b"), Some(":path".into())));
         assert_eq!(of("", "/?k=", "k=c"), (key(b"c"), Some("cookie".into())));
@@ -108,22 +108,22 @@ mod tests {
 
     #[test]
     fn a_key_is_found_in_any_line_of_a_header_with_other_uses() {
-        let key = Credential::Presented(KeyHash::of(b"x"));
+        let key = Credential::Hashed(KeyHash::of(b"x"));
         let lines = |name: &str, lines: &[&str]| {
             let mut stream = MockStream::default();
             lines.iter().for_each(|line| stream.push(name, line.as_bytes()));
             stream
         };
         let bearer = lines("authorization", &["Basic abc", "Bearer x"]);
-        assert_eq!(find(&[Source::Bearer(true)], &bearer).credential, key);
+        assert_eq!(find_and_hash(&[Source::Bearer(true)], &bearer).credential, key);
         let cookie = lines("cookie", &["a=1,2", "k=x"]);
-        assert_eq!(find(&[Source::Cookie("k".into())], &cookie).credential, key);
+        assert_eq!(find_and_hash(&[Source::Cookie("k".into())], &cookie).credential, key);
         assert_eq!(cookie.reads(), 2, "all lines, and the first because of the comma");
         let one_line = lines("cookie", &["a=1; k=x"]);
-        assert_eq!(find(&[Source::Cookie("k".into())], &one_line).credential, key);
+        assert_eq!(find_and_hash(&[Source::Cookie("k".into())], &one_line).credential, key);
         assert_eq!(one_line.reads(), 1);
         // Of a header with no other use, the first line.
         let header = lines("x-api-key", &["x", "y"]);
-        assert_eq!(find(&[Source::Header("x-api-key".into())], &header).credential, key);
+        assert_eq!(find_and_hash(&[Source::Header("x-api-key".into())], &header).credential, key);
     }
 }

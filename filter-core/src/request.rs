@@ -119,7 +119,7 @@ struct Request<'a, H, K> {
 impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// Extracts the key, finds its record, decides, and charges the limits.
     fn verify(&self, stream: &impl Stream) -> (Verdict, Extraction<'a>) {
-        let extraction = extract::find(&self.config.key_sources, stream);
+        let extraction = extract::find_and_hash(&self.config.key_sources, stream);
         let policy = self.find_policy(stream);
         let mut verdict = match (policy, self.find_obstacle()) {
             (None, _) => Verdict::without_key(Outcome::PolicyUnknown),
@@ -181,7 +181,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// Looks the key up.
     fn find_key(&self, credential: Credential) -> Option<Arc<StoredKey>> {
         match credential {
-            Credential::Presented(hash) => self.vm.keys.find(&hash, self.config.pepper.as_ref()),
+            Credential::Hashed(hash) => self.vm.keys.find(&hash, self.config.pepper.as_ref()),
             Credential::Missing | Credential::Oversized => None,
         }
     }

@@ -149,7 +149,7 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
             // An update of an older state than those before it could bring revoked keys back. Where the database itself is
             // behind, it was restored: the snapshot starts over.
             let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
-            return written(app, UpdateRequest::Snapshot(if continues { cursor } else { 0 }), filters());
+            return encode_update(app, UpdateRequest::Snapshot(if continues { cursor } else { 0 }), filters());
         }
         (None, _, Some(_)) => {
             return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last update"));
@@ -157,7 +157,7 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
         (None, Some(_), None) => {
             return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last update"));
         }
-        (Some(_), None, None) | (None, None, None) => return written(app, UpdateRequest::Snapshot(0), filters()),
+        (Some(_), None, None) | (None, None, None) => return encode_update(app, UpdateRequest::Snapshot(0), filters()),
         (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
     };
     let mut positions = app.store.positions();
@@ -172,7 +172,11 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
         let in_step = ours == epoch && at == revision;
         let elsewhere = ours != epoch || at < revision;
         if !in_step && (may_judge || !elsewhere) {
-            return written(app, UpdateRequest::Changes(if ours == epoch { revision } else { u64::MAX }), filters());
+            return encode_update(
+                app,
+                UpdateRequest::Changes(if ours == epoch { revision } else { u64::MAX }),
+                filters(),
+            );
         }
         tokio::select! {
             _ = positions.changed() => {}
@@ -196,7 +200,7 @@ async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -
     }
 }
 
-fn written(app: &App, wanted: UpdateRequest, filters: u32) -> Result<Bytes, ApiError> {
+fn encode_update(app: &App, wanted: UpdateRequest, filters: u32) -> Result<Bytes, ApiError> {
     match app.store.write_update(wanted, filters) {
         None => Err(ApiError::Unavailable("The key store is not loaded yet. Try again shortly.")),
         Some(update) => update.map_err(|error| ApiError::Internal(format!("an update cannot be encoded: {error}"))),

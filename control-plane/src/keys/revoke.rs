@@ -13,7 +13,8 @@ use crate::domain::{ADMIN, Email, SYNC};
 use crate::error::ApiError;
 use crate::users::lock::{find_user, lock_user};
 
-/// Revokes a key. A revoked key keeps its time of revocation, and no filter is woken.
+/// Revokes a key. A trigger gives the row the next revision, and the commit of the change wakes the feed, which sends the record
+/// with its new flag to the filters. A revoked key keeps its time of revocation, and nothing is sent.
 ///
 /// # Errors
 /// 409 for the last admin key.

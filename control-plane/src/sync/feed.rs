@@ -2,7 +2,7 @@
 //!
 //! Polling finds every change. LISTEN/NOTIFY and the wake-up after a commit of this process only make it immediate. Each
 //! refresh reads the rows after the revision of the mirror in one snapshot of the database, or in two statements that give
-//! the same result (`glance`), so the mirror steps from one committed state to a later one. After any fault the session
+//! the same result (`read_few_changes`), so the mirror steps from one committed state to a later one. After any fault the session
 //! starts over and checks the identity of the database.
 
 use std::convert::Infallible;
@@ -88,7 +88,7 @@ impl Feed {
             let (began, before) = (tokio::time::Instant::now(), self.store.position());
             tokio::time::timeout(REFRESH_TIMEOUT, self.refresh(None)).await.map_err(|_| FeedError::Late)??;
             let streams = several_between(before, self.store.position());
-            self.news(&mut listener, poll_interval).await?;
+            self.wait_for_change(&mut listener, poll_interval).await?;
             if streams {
                 tokio::time::sleep_until(began + IN_A_STREAM).await;
             }
@@ -96,7 +96,7 @@ impl Feed {
     }
 
     /// Waits until there may be something to read.
-    async fn news(&self, listener: &mut PgListener, poll_interval: Duration) -> Result<(), FeedError> {
+    async fn wait_for_change(&self, listener: &mut PgListener, poll_interval: Duration) -> Result<(), FeedError> {
         let mut due = pin!(tokio::time::sleep(poll_interval));
         loop {
             tokio::select! {
@@ -138,15 +138,15 @@ impl Feed {
     pub async fn refresh(&self, wanted: Option<(Epoch, u64)>) -> Result<(), FeedError> {
         let called = Instant::now();
         // One refresh at a time. The mirror is read before the database, so the database is never older.
-        let mut last_look = self.store.refreshing().await;
+        let mut last_read = self.store.refreshing().await;
         let reached =
             |(epoch, revision)| self.store.position().is_some_and(|(ours, at)| ours == epoch && at >= revision);
-        if wanted.is_some_and(reached) || last_look.is_some_and(|began| began >= called) {
+        if wanted.is_some_and(reached) || last_read.is_some_and(|began| began >= called) {
             return Ok(());
         }
         let began = Instant::now();
-        while !look(&self.pool, &self.store).await? {}
-        *last_look = Some(began);
+        while !read_changes(&self.pool, &self.store).await? {}
+        *last_read = Some(began);
         Ok(())
     }
 }
@@ -199,7 +199,7 @@ pub async fn new_epoch(pool: &PgPool) -> Result<Uuid, sqlx::Error> {
 ///
 /// Its two statements see different states. The second finds all keys that changed up to the revision of the first, unless it
 /// finds [`FEW`] keys, so that there may be more, or a key with a later revision. Then a full refresh is needed.
-async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
+async fn read_few_changes(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
     let Some(known) = store.position() else { return Ok(false) };
     let mut connection = pool.acquire().await?;
     let state = DatabaseState::read(&mut connection).await?;
@@ -225,8 +225,8 @@ async fn glance(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
 }
 
 /// A full refresh in one snapshot of the database. Returns whether the mirror is up to date; if not, there is a new epoch to load.
-async fn look(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
-    if glance(pool, store).await? {
+async fn read_changes(pool: &PgPool, store: &Store) -> Result<bool, FeedError> {
+    if read_few_changes(pool, store).await? {
         return Ok(true);
     }
     let known = store.position();

@@ -50,7 +50,7 @@ fn cut(source: &Source, value: &[u8], stream: &mut impl Stream) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::extract::find;
+    use crate::extract::find_and_hash;
     use crate::mock::MockStream;
 
     fn sources() -> [Source; 4] {
@@ -60,7 +60,7 @@ mod tests {
 
     fn stripped(sources: &[Source], headers: &[(&str, &str)]) -> MockStream {
         let mut stream = MockStream::with(headers.iter().copied());
-        let extraction = find(sources, &stream);
+        let extraction = find_and_hash(sources, &stream);
         strip(sources, &extraction, &mut stream);
         stream
     }
