@@ -50,7 +50,8 @@ impl Network {
     /// Whether an address is in the network. An IPv4 address that is written as an IPv6 one counts as IPv4.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
-        self.0.contains(&address.to_canonical())
+        // Smaller than ipnet's comparison with the first and the last address of the network.
+        IpNet::new(address.to_canonical(), self.0.prefix_len()).is_ok_and(|net| net.trunc() == self.0)
     }
 
     /// Whether every address of another network is in this one.
