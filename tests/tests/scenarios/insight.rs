@@ -108,7 +108,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
         assert_eq!(stack.get(Some(&key)).await?.status, 200);
     }
     stack.database.execute(&format!("update api_keys set disabled = true where id = '{id}'")).await?;
-    stack.wait_for_status(Some(&key), 403).await?;
+    stack.wait_for_status(Some(&key), 401).await?;
     let allowed = stack.demo.requests();
     for interval in ["hour", "day", "month", "total"] {
         let path = format!("/v1/usage?group_by=key,user,scope,outcome&key_id={id}&interval={interval}");

@@ -124,7 +124,7 @@ async fn a_key_is_switched_off_and_on_again() -> Result<()> {
     stack.wait_for_status(Some(&key), 200).await?;
     let off = rest.patch(&uri, json!({"disabled": true})).await?;
     assert_eq!(off["state"], "disabled");
-    stack.wait_for_status(Some(&key), 403).await?;
+    stack.wait_for_status(Some(&key), 401).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Disabled, &[]);
     let on = rest.patch(&uri, json!({"disabled": false})).await?;
     assert_eq!(on["state"], "active");
