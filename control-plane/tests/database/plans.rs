@@ -109,7 +109,7 @@ async fn a_patch_of_many_fields_is_one_version_one_revision_and_one_entry_of_the
     let audit: Vec<(String, Value)> =
         rows(&pool, format!("select action, detail from audit where key_id = '{id}' and action <> 'key.create'")).await;
     let detail = json!({
-        "name": {"from": "x", "to": "renamed"}, "disabled": {"from": false, "to": true},
+        "name": {"from": "n", "to": "renamed"}, "disabled": {"from": false, "to": true},
         "expires_at": {"from": null, "to": "2030-01-01T00:00:00Z"}, "plan": "gold", "cost": 3,
         "allowed_addresses": ["192.0.2.0/24"],
     });
