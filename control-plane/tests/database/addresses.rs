@@ -50,7 +50,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
         create.args(["admin", "create-key", "--scope", "orders", "--name", "n", "--email", trap]);
         let output = create.args(["--database-url", &url(&pool)]).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!((output.status.success(), said), (false, format!("portcullis: email: {FACE}\n")));
+        assert_eq!((output.status.success(), said), (false, format!("portcullis: --email: {FACE}\n")));
     }
     let after = fixture.get("/api/user/key/kate@example.com", &admin).await.json();
     assert_eq!(before, after);
