@@ -418,7 +418,7 @@ mod tests {
         assert!(error("{").contains("EOF"));
         assert!(error(&with(r#""rate_limits": {}"#)).starts_with("rate_limits: is not a known field; the fields are "));
         assert!(error(r#"{"control_plane": {"cluster": ""}}"#).contains("control_plane.cluster: must not be empty"));
-        for field in ["control_plane.authority", "control_plane.sync_key_variable", "store", "pepper_variable"] {
+        for field in ["control_plane.authority", "control_plane.sync_key_env", "store", "pepper_env"] {
             let json = match field.split_once('.') {
                 Some((_, field)) => format!(r#"{{"control_plane": {{"cluster": "cp", "{field}": ""}}}}"#),
                 None => with(&format!(r#""{field}": """#)),

@@ -190,7 +190,7 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery, page: &Page<Pla
     }
     let email =
         if caller.is_admin() { asked.map(|email| email.as_str().to_owned()) } else { Some(caller.email.clone()) };
-    let (plan, scope) = (named("plan", query.plan.as_deref())?, named("scopes", query.scope.as_deref())?);
+    let (plan, scope) = (named("plan", query.plan.as_deref())?, named("scope", query.scope.as_deref())?);
     let keyless = query.key_id.is_none() && email.is_none() && plan.is_none() && scope.is_none();
     Ok(Question {
         groups: groups(query.group_by.as_deref())?,

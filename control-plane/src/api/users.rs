@@ -256,10 +256,13 @@ pub async fn update(
     let user = app.writer.change(&caller.actor, async |change| {
         let user = lock_user(change, path.id).await?;
         preconditions.check(Some(user.version))?;
+        // The plan first: it locks a definition, and a change of `metered` locks the store, which comes later in the order of locks.
+        let has_new_plan = match &plan {
+            Some(plan) => users::set_plan(change, user.id, plan.as_ref()).await?,
+            None => false,
+        };
         let mut changed = credits::update(change, &(&user).into(), body.metered, body.refill).await?;
-        if let Some(plan) = plan
-            && users::set_plan(change, user.id, plan.as_ref()).await?
-        {
+        if let Some(plan) = plan.filter(|_| has_new_plan) {
             changed.insert("plan".into(), plan.as_ref().map(Name::as_str).into());
         }
         if !changed.is_empty() {

@@ -136,8 +136,8 @@ pub struct Serve {
     pub long_poll_timeout: Duration,
 
     /// How long filters can tell a revoked or expired key from an unknown one
-    #[arg(long, env = "PORTCULLIS_TOMBSTONE_RETENTION", value_name = "DURATION", default_value = "30d", value_parser = days("0d", "3650d"))]
-    pub tombstone_retention: i32,
+    #[arg(long, env = "PORTCULLIS_REVOKED_RETENTION", value_name = "DURATION", default_value = "30d", value_parser = days("0d", "3650d"))]
+    pub revoked_retention: i32,
 
     /// Keys and rotations, together, that the keys of one user may create for that user in 24 hours. Ten times as many changes
     /// of keys are allowed. Keys with the scope admin are not bound, and revoking is not

@@ -75,9 +75,16 @@ pub fn days_or_forever(least: &'static str, most: &'static str) -> impl Fn(&str)
     }
 }
 
+/// Units of the same length everywhere: humantime's months and years are averages, and `M` is easily taken for minutes.
+const UNITS: [&str; 5] = ["ms", "s", "m", "h", "d"];
+
 fn parse(text: &str) -> Result<Duration, String> {
+    let mut units = text.split(|char: char| !char.is_ascii_alphabetic()).filter(|unit| !unit.is_empty()).peekable();
+    let has_units = units.peek().is_some() && units.all(|unit| UNITS.contains(&unit));
     humantime::parse_duration(text)
-        .map_err(|_| "must be a number and its unit, such as 500ms, 30s, 5m, 2h or 90d".into())
+        .ok()
+        .filter(|_| has_units)
+        .ok_or_else(|| "must be a number and its unit, such as 500ms, 30s, 5m, 2h or 90d".into())
 }
 
 #[cfg(test)]
@@ -92,7 +99,7 @@ mod tests {
         for (text, expected) in [("500ms", 500), ("30s", 30_000), ("1m 30s", 90_000), ("5m", 300_000)] {
             assert_eq!(timeout(text), Ok(Duration::from_millis(expected)), "{text}");
         }
-        for text in ["", "30", "s", "30 apples", "-1s"] {
+        for text in ["", "0", "30", "s", "30 apples", "-1s", "1M", "1month", "1y"] {
             let error = timeout(text).unwrap_err();
             assert!(error.starts_with("must be a number and its unit, such as 500ms"), "{text}: {error}");
         }

@@ -230,7 +230,7 @@ async fn concurrent_changes_of_all_kinds_never_deadlock(pool: PgPool) {
     let key = |_| Some(json!({"email": "user@example.com", "name": "x", "plan": "gold", "roles": ["reader"]}));
     let other = |_| Some(json!({"email": "user@example.com", "name": "x", "roles": ["reader"]}));
     let primary = |_| Some(json!({"email": "user@example.com", "key_name": "x"}));
-    let user = |round| Some(json!({"plan": (round % 2 == 0).then_some("gold")}));
+    let user = |round| Some(json!({"plan": (round % 2 == 0).then_some("gold"), "metered": round % 4 < 2}));
     let role = |round: i64| Some(json!({"scopes": [format!("a{round}")]}));
     let replace = |round| Some(plan(16 * (round + 1)));
     tokio::join!(
