@@ -22,7 +22,7 @@ pub(super) fn send_reports(host: &impl Cluster, setup: &Setup, reports: &[Report
     host.dispatch(&call(setup, "POST", "/sync/v1/usage", Some(&body), REPORT_TIMEOUT_MS))
 }
 
-/// Logs usage reports, as the line that `control-plane usage import` reads.
+/// Logs usage reports, as the line that `portcullis usage import` reads.
 pub(super) fn write_to_log(log: &impl Log, sync_key: &str, reports: &[Report]) {
     if let Ok(reports) = write_reports(reports) {
         log.warn(&LogKey::derive(sync_key.as_bytes()).line(&reports));
