@@ -63,7 +63,7 @@ pub struct AuditEntry {
     /// The id of the request, as in the log; null for an administrator if the caller is none.
     #[schema(required)]
     request_id: Option<String>,
-    /// What was done.
+    /// The action.
     #[schema(example = "key.rotate")]
     action: String,
     /// To which key, if it was one.
@@ -72,12 +72,12 @@ pub struct AuditEntry {
     /// To what else: a user's address, the name of a role or plan.
     #[schema(required)]
     target: Option<String>,
-    /// What is worth knowing beside, such as each field that was changed, as it was and as it is.
+    /// Details, such as each changed field.
     #[schema(value_type = Object)]
     detail: Value,
 }
 
-/// What users read in place of who an administrator is.
+/// Shown to users in place of the address of an administrator.
 const ADMINISTRATOR: &str = "an administrator";
 
 impl AuditEntry {
@@ -116,7 +116,7 @@ impl From<AuditRow> for AuditEntry {
 pub struct AuditPage {
     /// The entries.
     entries: Vec<AuditEntry>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

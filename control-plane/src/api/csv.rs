@@ -6,7 +6,7 @@
 
 use unicode_normalization::UnicodeNormalization;
 
-/// What spreadsheets separate fields by, beside tabs and ends of lines.
+/// Separators of fields in spreadsheets, besides tabs and line ends.
 const SEPARATORS: [char; 5] = [',', ';', '|', ':', '\u{ff1b}'];
 
 /// Adds one line.

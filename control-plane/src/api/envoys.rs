@@ -39,7 +39,7 @@ pub struct EnvoyView {
     /// Every change up to this revision is in its store; null until its store is complete.
     #[schema(required)]
     revision: Option<i64>,
-    /// How many revisions it is behind the database; null if its store is of another epoch.
+    /// Revisions between the database and its store; null if its store is of another epoch.
     #[schema(required)]
     revisions_behind: Option<i64>,
     /// Whether it has every change that there is.
@@ -50,11 +50,11 @@ pub struct EnvoyView {
     /// How long ago that was, in seconds. An Envoy that is up to date confirms it about every 25 seconds.
     #[schema(required, example = 3.2)]
     age_seconds: Option<f64>,
-    /// What it has counted.
+    /// Its counts.
     usage: EnvoyUsage,
 }
 
-/// What an Envoy has counted and reported.
+/// Counts of an Envoy that the control plane has received.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct EnvoyUsage {
     /// Requests that it had counted and not seen acknowledged when it polled last; null if it does not say.
@@ -77,7 +77,7 @@ pub struct EnvoyPage {
     revision: i64,
     /// Every Envoy that polled or reported within 24 hours, by id.
     envoys: Vec<EnvoyView>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

@@ -65,10 +65,10 @@ fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, 
     Ok(Option::<String>::deserialize(deserializer)?.map(Secret::from_presented))
 }
 
-/// What comes of the request, and why.
+/// The outcome of a request, and the reasons.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Explanation {
-    /// What comes of the request, up to what each Envoy judges by what it remembers: see the checks without a verdict.
+    /// The outcome, without the limits of which each Envoy has a state of its own: those checks have no verdict.
     #[schema(value_type = String, example = "scope_denied")]
     outcome: Outcome,
     /// The status that Envoy answers with; null if the request goes upstream.
@@ -93,10 +93,10 @@ pub struct CheckView {
     /// Whether it passes; null if each Envoy judges it by what it remembers.
     #[schema(required)]
     passed: Option<bool>,
-    /// What it looked at.
+    /// The values that it compared.
     #[schema(example = "the route asks for all of orders:read, the key has none")]
     saw: String,
-    /// What comes of a request that fails it.
+    /// The outcome of a request that fails it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, example = "scope_denied")]
     outcome: Option<Outcome>,

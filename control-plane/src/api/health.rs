@@ -36,7 +36,7 @@ impl DatabaseCheck {
     }
 }
 
-/// What the process depends on.
+/// Dependencies of the process.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Readiness {
     /// Whether the database answers.

@@ -31,7 +31,7 @@ const KEY_BYTES: usize = 255;
 /// How long an answer is kept, as PostgreSQL reads it.
 pub const KEPT_HOURS: i32 = 24;
 
-/// What the sealing key is derived with, so that nothing else that is ever derived from a secret is the same.
+/// The domain of the derivation of the sealing key (domain separation).
 const DOMAIN: &[u8] = b"portcullis idempotent reply v1\0";
 
 /// A request that may come again: the last argument of its handler. Its body is read with [`IdempotentRequest::body`]; it is done with
@@ -231,7 +231,7 @@ impl NamedRequest {
         Ok(())
     }
 
-    /// What an answer is sealed for, so that none can be put in the place of another.
+    /// The context that an answer is sealed with, so that none can replace another.
     fn bound(&self, caller: uuid::Uuid) -> Vec<u8> {
         [caller.as_bytes(), &self.fingerprint.0[..], self.key.as_bytes()].concat()
     }

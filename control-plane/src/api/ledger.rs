@@ -38,14 +38,14 @@ pub struct EntryBody {
     note: Option<String>,
 }
 
-/// What rows of the ledger are made by hand.
+/// Kinds of entries that administrators book.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ByHand {
     /// Credits that were bought or given.
     #[default]
     TopUp,
-    /// What was wrong before.
+    /// Corrects an earlier entry.
     Correction,
 }
 
@@ -56,7 +56,7 @@ pub struct EntryView {
     id: i64,
     /// When it was booked.
     at: Timestamp,
-    /// What it is: `top_up`, `refill`, `usage` or `correction`.
+    /// `top_up`, `refill`, `usage` or `correction`.
     #[schema(example = "top_up")]
     kind: String,
     /// Credits that came in or, below zero, went out.
@@ -96,16 +96,16 @@ impl From<LedgerRow> for EntryView {
     }
 }
 
-/// What is left of a user's credits.
+/// The credits of a user.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BalanceView {
     /// The sum of the ledger. It can be below zero, by what Envoys spent before they learned that it was exhausted.
     balance: i64,
-    /// What Envoys hold of it and have not reported as spent.
+    /// Credits that Envoys have a lease for and have not reported as spent.
     leased: i64,
-    /// What is left beside: balance less leased, and never below zero.
+    /// The balance minus `leased`, and never below zero.
     available: i64,
-    /// What an Envoy may spend before it was leased any; 0 if requests are free.
+    /// Credits that an Envoy may spend before it has a lease; 0 if requests are free.
     starter: i32,
 }
 
@@ -125,7 +125,7 @@ impl From<Account> for BalanceView {
 pub struct LedgerPage {
     /// The rows.
     entries: Vec<EntryView>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

@@ -29,7 +29,7 @@ pub struct ByEmail {
     pub(super) email: String,
 }
 
-/// What there is to know of a user's primary key. Without a key all but `hasKey` and `balance` are null.
+/// The primary key of a user. Without a key all but `hasKey` and `balance` are null.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KeyPreference {
@@ -106,7 +106,7 @@ pub struct GenerateBody {
 pub struct GenerateReply {
     /// Always true.
     success: bool,
-    /// What was done, in words.
+    /// The result in words.
     #[schema(value_type = String)]
     message: &'static str,
     /// The whole key. No later response contains it.
@@ -118,12 +118,12 @@ pub struct GenerateReply {
     key_prefix: Option<String>,
 }
 
-/// What was done.
+/// The result of a revocation.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct RevokeReply {
     /// Always true.
     success: bool,
-    /// What was done, in words.
+    /// The result in words.
     #[schema(value_type = String)]
     message: &'static str,
 }

@@ -49,7 +49,7 @@ pub use app::App;
 
 use crate::error::ApiError;
 
-/// What `/` answers: where to go.
+/// The answer of `/`: links to the documentation and the API.
 const INDEX: &[u8] = concat!(
     r#"{"service": "Portcullis control plane", "openapi": "/openapi.json", "alive": "/healthz", "ready": "/readyz", "#,
     r#""metrics": "/metrics", "documentation": "README.md of the release"}"#,

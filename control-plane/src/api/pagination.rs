@@ -29,7 +29,7 @@ pub struct PageQuery {
     /// `next_cursor` of the page before, with the same query.
     #[param(max_length = 4096)]
     cursor: Option<String>,
-    /// How many entries; 100 unless given.
+    /// Entries of a page; 100 unless given.
     #[param(minimum = 1, maximum = 200)]
     limit: Option<i64>,
 }
@@ -57,7 +57,7 @@ pub struct Page<C> {
     query: Vec<(String, String)>,
 }
 
-/// What a response says of the next page.
+/// The next page, as a response describes it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Next {
     /// `next_cursor`.
@@ -83,7 +83,7 @@ impl<S: Send + Sync, Q: DeserializeOwned, C: DeserializeOwned> FromRequestParts<
 }
 
 impl<C: Serialize> Page<C> {
-    /// How many entries to read: one more than the page has, which shows whether there is a next page.
+    /// Entries to read: one more than the page has, which shows whether there is a next page.
     #[must_use]
     pub const fn read(&self) -> i64 {
         self.limit.saturating_add(1)
@@ -108,7 +108,7 @@ impl<C: Serialize> Page<C> {
     }
 }
 
-/// How many entries, if that is not too many.
+/// Parses the number of entries of a page.
 ///
 /// # Errors
 /// 400 for a `limit` out of range.

@@ -20,7 +20,7 @@ use crate::domain::quota::QuotaBody;
 use crate::domain::{RateLimitBody, Timestamp};
 use crate::error::ApiError;
 
-/// What a plan is to be.
+/// The content of a plan.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"description": "For production", "scopes": ["orders:read"]}))]
@@ -50,7 +50,7 @@ impl PlanBody {
 /// A plan: a named bundle of scopes, limits and a quota.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PlanView {
-    /// What keys call it.
+    /// The name by which keys refer to it.
     #[schema(example = "gold")]
     name: String,
     /// For people.
@@ -84,7 +84,7 @@ impl PlanView {
 pub struct PlanPage {
     /// The plans.
     plans: Vec<PlanView>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

@@ -26,7 +26,7 @@ pub struct Problem {
     pub title: String,
     /// The HTTP status.
     pub status: u16,
-    /// What is wrong here, and what to do about it.
+    /// The cause of the error and its remedy.
     pub detail: String,
     /// The kind of problem, for programs: stable.
     pub code: String,

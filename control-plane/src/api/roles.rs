@@ -43,7 +43,7 @@ impl RoleBody {
 /// A role: a named set of scopes.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct RoleView {
-    /// What keys call it.
+    /// The name by which keys refer to it.
     #[schema(example = "support")]
     name: String,
     /// For people.
@@ -70,7 +70,7 @@ impl RoleView {
 pub struct RolePage {
     /// The roles.
     roles: Vec<RoleView>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

@@ -76,7 +76,7 @@ pub async fn poll(
     Ok((headers, update).into_response())
 }
 
-/// What became of what a filter says of itself.
+/// The result of registering a filter.
 enum Noting<D> {
     /// It says nothing.
     Nothing,

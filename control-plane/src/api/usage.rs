@@ -26,12 +26,12 @@ const LONGEST_BY_HOUR: Duration = Duration::days(31);
 /// Longest name of a plan or scope that is looked for, in bytes.
 const NAME_BYTES: usize = 256;
 
-/// What to sum up.
+/// The sums that a caller asks for.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct SumsQuery {
-    /// What to group by: any of `key`, `user`, `plan`, `scope` and `outcome`, with commas between. A key with several scopes
+    /// Groups: any of `key`, `user`, `plan`, `scope` and `outcome`, with commas between. A key with several scopes
     /// counts under each. Plan and scopes (its own, those of its roles and of its plan) are those that a key has now.
     #[param(example = "key,outcome")]
     group_by: Option<String>,
@@ -87,11 +87,11 @@ pub struct UsageRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     scope: Option<Option<String>>,
-    /// What came of the requests; after `shadow:`, what would have.
+    /// The outcome of the requests. With `shadow:` before it, the outcome that shadow mode did not enforce.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "allowed")]
     outcome: Option<String>,
-    /// How many requests.
+    /// Number of requests.
     requests: i64,
     /// Credits that they cost together.
     cost: i64,
@@ -106,7 +106,7 @@ pub struct UsagePage {
     to: Timestamp,
     /// The sums, ordered by span, key, email, plan, scope and outcome. Where there were no requests there is no row.
     usage: Vec<UsageRow>,
-    /// What to send as `cursor` for the next page, with this `from` and `to`; null on the last one.
+    /// The `cursor` for the next page, with this `from` and `to`; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

@@ -83,7 +83,7 @@ pub struct UsageData {
     owner_id: Uuid,
     /// The start of the hour in which the requests came.
     hour: Timestamp,
-    /// What came of them; after `shadow:`, what would have.
+    /// Their outcome. With `shadow:` before it, the outcome that shadow mode did not enforce.
     #[schema(example = "allowed")]
     outcome: String,
     /// How many.

@@ -34,7 +34,7 @@ pub struct ById {
     pub(super) id: Uuid,
 }
 
-/// How many keys a user has.
+/// Numbers of keys of a user.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct KeyCounts {
     /// Keys that are neither revoked nor expired.
@@ -66,7 +66,7 @@ pub struct UserView {
     refill_at: Option<Timestamp>,
     /// Since when there is the user.
     created_at: Timestamp,
-    /// How many keys the user has.
+    /// Numbers of keys of the user.
     keys: KeyCounts,
 }
 
@@ -91,7 +91,7 @@ impl UserView {
 pub struct UserPage {
     /// The users.
     users: Vec<UserView>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }
@@ -119,7 +119,7 @@ pub struct CreateUserBody {
     email: String,
 }
 
-/// What to change of a user: at least one field.
+/// A change of a user: at least one field.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"plan": "gold"}))]
@@ -136,7 +136,7 @@ pub struct UserBody {
     refill: Patch<Refill>,
 }
 
-/// How many keys of a user were revoked.
+/// The result of revoking the keys of a user.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct RevokeKeysReply {
     /// Keys that were revoked now.

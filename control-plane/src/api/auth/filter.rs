@@ -13,7 +13,7 @@ use crate::domain::SYNC;
 use crate::error::ApiError;
 use crate::net::admission::Place;
 
-/// What the filters' side asks of a key.
+/// The policy for callers that are filters.
 static SYNC_POLICY: LazyLock<Policy> =
     LazyLock::new(|| Policy { scopes: ScopeNeed::All(vec![SYNC.to_owned()]), ..Policy::default() });
 

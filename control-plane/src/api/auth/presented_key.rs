@@ -27,14 +27,14 @@ pub const KEY_HEADER: &str = "x-api-key";
 /// How long a key that the mirror does not admit waits for the mirror to be brought up to date.
 const CATCH_UP: Duration = Duration::from_secs(3);
 
-/// What a request presents as its key, and whom to limit if it is refused.
+/// The key that a request presents, and the address to limit if it is refused.
 pub(super) struct PresentedKey<'a> {
     app: &'a App,
     pub(super) bytes: &'a [u8],
     address: IpAddr,
     /// None if what is presented cannot be a key.
     plain: Option<KeyHash>,
-    /// What the mirror knows of the key.
+    /// The record of the key in the mirror.
     pub(super) mirrored: Option<Record>,
     /// Whether the call has counted against the address.
     is_counted: bool,
@@ -76,17 +76,17 @@ impl<'a> PresentedKey<'a> {
         presented
     }
 
-    /// What the mirror knows of the key now.
+    /// The record of the key in the mirror now.
     fn lookup(&self) -> Option<Record> {
         hashes(self.plain?, self.app.pepper.as_ref()).find_map(|hash| self.app.store.find(&hash))
     }
 
-    /// What the mirror knows of the key, if that admits it.
+    /// The record of the key in the mirror, if it admits the key.
     pub(super) fn admitted(&self, policy: &Policy) -> Option<&Record> {
         self.mirrored.as_ref().filter(|record| self.decide(Some(record), policy) == Outcome::Allowed)
     }
 
-    /// What the database knows of the key.
+    /// The record of the key in the database.
     pub(super) async fn stored(&self) -> Result<Option<StoredKey>, ApiError> {
         let Some(plain) = self.plain else { return Ok(None) };
         for hash in hashes(plain, self.app.pepper.as_ref()) {

@@ -63,10 +63,10 @@ pub struct KeyDetails {
     /// Its secrets that filters still know, the newest first: the use of an old one shows when it is safe to
     /// revoke it.
     secrets: Vec<SecretView>,
-    /// What was used of its quota, and what Envoys hold of it; null without one.
+    /// Use of its quota, and the requests that Envoys have a lease for; null without a quota.
     #[schema(required)]
     quota_usage: Option<QuotaView>,
-    /// What is left of its owner's credits, and what Envoys hold of them; null if the owner is not metered.
+    /// Credits of its owner, and those that Envoys have a lease for; null if the owner is not metered.
     #[schema(required)]
     credits: Option<CreditsView>,
     /// By how many Envoys its last change was applied, as they say themselves.
@@ -78,9 +78,9 @@ pub struct KeyDetails {
 pub struct CreditsView {
     /// The sum of the ledger.
     balance: i64,
-    /// What Envoys hold of it and have not reported as spent.
+    /// Credits that Envoys have a lease for and have not reported as spent.
     leased: i64,
-    /// What requests have ever cost.
+    /// Credits that all requests so far have cost.
     spent: i64,
 }
 

@@ -54,7 +54,7 @@ pub struct ImportLine {
 pub struct ImportError {
     /// Its number, from 1.
     line: u64,
-    /// What is wrong, for programs: `invalid`, `duplicate`, `too_long`, `too_many`.
+    /// The error, for programs: `invalid`, `duplicate`, `too_long`, `too_many`.
     #[schema(value_type = String, example = "duplicate")]
     code: &'static str,
     /// What is wrong, in words.
@@ -67,7 +67,7 @@ impl From<BadLine> for ImportError {
     }
 }
 
-/// What became of an import.
+/// The result of an import.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ImportReply {
     /// Lines that are keys now.
@@ -103,7 +103,7 @@ impl From<Imported> for ImportReply {
     request_body(content = ImportLine, content_type = "application/x-ndjson"),
     responses(
         ReadErrors,
-        (status = 200, description = "What became of the lines", body = ImportReply),
+        (status = 200, description = "The result of each line", body = ImportReply),
         (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "Body not NDJSON", body = Problem, content_type = "application/problem+json"),

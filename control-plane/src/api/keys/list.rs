@@ -49,7 +49,7 @@ pub struct ListQuery {
 pub struct KeyPage {
     /// The keys.
     keys: Vec<KeyView>,
-    /// What to send as `cursor` for the next page; null on the last one.
+    /// The `cursor` for the next page; null on the last page.
     #[schema(required)]
     next_cursor: Option<String>,
 }

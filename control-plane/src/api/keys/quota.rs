@@ -17,9 +17,9 @@ use crate::quota::{self, View};
 /// The quota of a key: its own, or its plan's.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct QuotaView {
-    /// How many requests a window has.
+    /// Requests that a window allows.
     requests: i64,
-    /// What windows there are.
+    /// The kind of window.
     period: Period,
     /// Where days begin at midnight; null where the window rolls.
     #[schema(required, example = "Europe/Berlin")]

@@ -34,15 +34,15 @@ pub struct UsageQuery {
     to: Option<String>,
 }
 
-/// What was counted in one hour.
+/// Counts of one hour.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UsageHour {
     /// The start of the hour; of the day, for usage that was rolled up to days.
     hour: Timestamp,
-    /// What came of the requests; after `shadow:`, what would have.
+    /// The outcome of the requests. With `shadow:` before it, the outcome that shadow mode did not enforce.
     #[schema(example = "allowed")]
     outcome: String,
-    /// How many requests.
+    /// Number of requests.
     requests: i64,
     /// Credits that they cost together.
     cost: i64,
@@ -51,13 +51,13 @@ pub struct UsageHour {
 /// Sums over the whole span.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub struct UsageTotal {
-    /// How many requests.
+    /// Number of requests.
     requests: i64,
     /// Credits that they cost together.
     cost: i64,
 }
 
-/// What was counted of a key.
+/// Counts of a key.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UsageView {
     /// From when on.
@@ -102,7 +102,7 @@ pub async fn usage(
 /// Parses a span of time: the last seven days unless given.
 ///
 /// # Errors
-/// What is wrong with `from` or `to`.
+/// The error of an invalid `from` or `to`.
 pub(in crate::api) fn span(
     from: Option<&str>,
     to: Option<&str>,

@@ -87,7 +87,7 @@ pub struct KeyView {
     last_used_at: Option<Timestamp>,
     /// Requests that were allowed with it.
     usage_count: i64,
-    /// What it may.
+    /// Its permissions.
     #[serde(flatten)]
     effective: EffectivePermissions,
 }
@@ -142,7 +142,7 @@ pub struct CreateReply {
     #[serde(serialize_with = "reveal")]
     #[schema(value_type = String)]
     pub(super) secret: Secret,
-    /// What there is to see of it from now on.
+    /// The key as later responses show it.
     #[serde(flatten)]
     pub(super) view: KeyView,
 }
