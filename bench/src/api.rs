@@ -71,7 +71,9 @@ impl Verb {
                 let owner = "'pgbench-' || :n::text || '@example.com'";
                 let id = "md5(:n::text)::uuid";
                 let hash = "sha256(convert_to(:n::text || random()::text, 'UTF8'))";
-                let key = [id, ":id", "'Bench'", hash, "'sk_abc123'", "'{}'", "'[]'", "null"];
+                let plain = [id, ":id", "'Bench'", hash, "'sk_abc123'", "'{}'", "'[]'"];
+                // Neither an expiry, nor roles, a plan, networks, a quota or a cost.
+                let key = [&plain[..], &["null"; 6]].concat();
                 let user = ["insert into user_preferences (id, email)", "returning id, email, primary_key_id"];
                 let into = ["insert into api_keys (id, owner_id, name, hash", "values ("];
                 [
