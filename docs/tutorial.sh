@@ -1,5 +1,8 @@
 # Functions for the tutorials, for bash and zsh. Each tutorial reads this file in its first block.
 
+# unique: ten hexadecimal digits, for addresses and names that can exist once. A tutorial can run twice in one second.
+unique() { od -An -N5 -tx1 /dev/urandom | tr -d ' \n'; }
+
 # as KEY …: curl with that key. An empty key makes no call.
 as() {
   local caller="$1"

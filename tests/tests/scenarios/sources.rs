@@ -253,14 +253,14 @@ async fn cookies_that_come_in_crumbs_over_http_2_are_one_header() -> Result<()> 
 async fn a_key_that_was_refused_is_let_through_by_shadow_mode_on_no_line() -> Result<()> {
     let harness = start(json!({"key_sources": sources(), "shadow": true})).await?;
     for sent in [
-        &["authorization: Bearer sk_live_good", "authorization: Bearer bad"][..],
-        &["authorization: Basic eA==", "authorization: Bearer bad", "authorization: Bearer sk_live_good"],
-        &["cookie: session_key=bad", "cookie: a=1; session_key=sk_live_good"],
+        &["authorization: Bearer sk_live_good", "authorization: Bearer wrong_key"][..],
+        &["authorization: Basic eA==", "authorization: Bearer wrong_key", "authorization: Bearer sk_live_good"],
+        &["cookie: session_key=wrong_key", "cookie: a=1; session_key=sk_live_good"],
     ] {
         let reply = lines(&harness, sent).await?;
         assert_eq!(reply.status, 200, "{sent:?}");
         let headers = reply.json()?["headers"].to_string();
-        assert!(!headers.contains("sk_live_good") && !headers.contains("bad"), "{sent:?}: {headers}");
+        assert!(!headers.contains("sk_live_good") && !headers.contains("wrong_key"), "{sent:?}: {headers}");
         assert!(headers.contains("\"x-portcullis-shadow\":[\"unknown\"]"), "{headers}");
     }
     Ok(())
