@@ -5,9 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Where problem types are described: the base of every `type`, to which the code is added. The page is
-/// `docs/src/reference/problems.md`, which has a heading for each code. No public site serves the documentation yet, so the
-/// host is one that nobody can own (RFC 6761, section 6.4).
+/// The base of every problem `type`; the code follows it. `docs/src/reference/problems.md` has a heading for each code. No
+/// public site serves the documentation yet. `.invalid` is reserved and cannot be registered (RFC 6761, section 6.4).
 pub const PROBLEMS: &str = "https://portcullis.invalid/reference/problems.html#";
 
 /// How a refused request is answered.

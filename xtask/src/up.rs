@@ -212,7 +212,7 @@ With the key, {told}
 
   curl -si "$GATE{path}" -H "X-API-Key: $KEY"
 
-What the key was used for; counts arrive within a second.
+The usage of the key. Counts arrive within a second.
 
   curl -s "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"
 
@@ -227,12 +227,12 @@ Ctrl-C stops everything."#,
             told = if self.service.is_some() {
                 "your service answers. It gets x-consumer-id and x-credential-identifier, and not the key."
             } else {
-                "200. The demo API shows what it got: who calls, and not the key."
+                "200. The demo API shows the request that it received: it has the ids of the owner and of the key, and not the key."
             },
             further = if self.service.is_some() {
                 "docs/src/tutorials/own-service.md describes what your service receives, and the next steps."
             } else {
-                "The tutorials begin with docs/src/tutorials/start.md: scopes, rotation, limits, credits, import, shadow mode, usage.\n\
+                "The tutorials begin with docs/src/tutorials/start.md: scopes, rotation, limits, credits, import, shadow\nmode, customers who manage their own keys, usage.\n\
                  The routes /reports, /status and /beta name policies of envoy/demo-policies.json."
             },
         ));

@@ -107,7 +107,7 @@ impl CheckView {
         Self { name, passed: Some(refusal.is_none()), saw, outcome: refusal }
     }
 
-    const fn told(name: &'static str, saw: String) -> Self {
+    const fn without_verdict(name: &'static str, saw: String) -> Self {
         Self { name, passed: None, saw, outcome: None }
     }
 }
@@ -174,13 +174,15 @@ pub async fn explain(
                 CheckView::judged(check.name(), check.refusal(record, &facts), check.detail(record, &facts))
             }),
         );
-        checks.push(CheckView::told("rate_limit", limits(record, &facts)));
+        checks.push(CheckView::without_verdict("rate_limit", limits(record, &facts)));
         let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
-        checks.extend(left.quota.map(|saw| CheckView::told("quota_left", saw)));
-        checks.extend(left.credits.map(|saw| CheckView::told("credits_left", saw)));
+        checks.extend(left.quota.map(|saw| CheckView::without_verdict("quota_left", saw)));
+        checks.extend(left.credits.map(|saw| CheckView::without_verdict("credits_left", saw)));
     } else if let Some(limit) = &policy.rate_limit {
-        checks
-            .push(CheckView::told("rate_limit", format!("of the route, for each client address: {}", figures(limit))));
+        checks.push(CheckView::without_verdict(
+            "rate_limit",
+            format!("of the route, for each client address: {}", figures(limit)),
+        ));
     }
     Ok(Json(explanation(outcome, applies.name, policy.shadow || app.policies.shadow, checks)))
 }

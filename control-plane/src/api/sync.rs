@@ -186,9 +186,9 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
     }
 }
 
-/// Whether the mirror is recent enough to judge what a reader has. One with another epoch, or ahead of this replica, was
-/// told by another replica, or of a database that has since been restored: the database is looked at before it is sent a
-/// snapshot, which otherwise could be of an older state and bring revoked keys back. No, if the database is away.
+/// Whether the mirror is recent enough to answer a reader. A reader with another epoch, or ahead of this replica, got its state
+/// from another replica, or before the database was restored. The mirror is then refreshed first: an older snapshot could bring
+/// revoked keys back. False if the database cannot be reached.
 async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -> bool {
     if app.store.position().is_none_or(|(ours, at)| ours == epoch && revision <= at) {
         return true;

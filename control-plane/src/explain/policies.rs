@@ -63,9 +63,9 @@ impl ConfiguredPolicies {
     /// # Errors
     /// One line that names the field and the remedy.
     pub fn read(path: &Path) -> Result<Self, String> {
-        let told = |error: String| format!("--policies-file {}: {error}", path.display());
-        let text = std::fs::read_to_string(path).map_err(|error| told(error.to_string()))?;
-        Self::parse(&text).map_err(told)
+        let in_file = |error: String| format!("--policies-file {}: {error}", path.display());
+        let text = std::fs::read_to_string(path).map_err(|error| in_file(error.to_string()))?;
+        Self::parse(&text).map_err(in_file)
     }
 
     /// Reads the text of the file.

@@ -44,8 +44,8 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
             reply.assert_problem(400, "invalid", FACE, Some("email"));
         }
         let line = json!({"email": trap, "name": "n", "key": "a-key-of-another-system"}).to_string();
-        let told = fixture.import(&admin, line).await.json();
-        assert_eq!(told["errors"][0]["reason"], format!("email: {FACE}"));
+        let report = fixture.import(&admin, line).await.json();
+        assert_eq!(report["errors"][0]["reason"], format!("email: {FACE}"));
         let mut create = Command::new(binary());
         create.args(["admin", "create-key", "--scope", "orders", "--name", "n", "--email", trap]);
         let output = create.args(["--database-url", &url(&pool)]).output().unwrap();

@@ -35,7 +35,7 @@ const PUBLIC: Row = [200; CALLERS.len()];
 /// For everybody too, where metrics are collected; tests collect none.
 const METRICS: Row = [404; CALLERS.len()];
 
-/// A call that names the user: others are told that it is not theirs.
+/// A call that names the user. Other users get 403.
 const fn by_user(done: u16) -> Row {
     [401, 401, 403, done, 403, done, 401, 401, 401]
 }

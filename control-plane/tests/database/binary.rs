@@ -276,13 +276,13 @@ async fn on_sigterm_the_control_plane_answers_held_polls_and_ends(pool: PgPool) 
         assert!(asked.elapsed() < DEADLINE, "the poll is not held");
     }
 
-    let told = Instant::now();
+    let signalled = Instant::now();
     let id = running.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
     assert_eq!(answer(held).0, 200);
     assert!(running.0.wait().unwrap().success());
     // The poll would have ended by itself after 25 s.
-    assert!(told.elapsed() < EARLY, "it took {:?}", told.elapsed());
+    assert!(signalled.elapsed() < EARLY, "it took {:?}", signalled.elapsed());
 }
 
 #[sqlx::test(migrations = "./migrations")]

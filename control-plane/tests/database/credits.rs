@@ -144,11 +144,11 @@ async fn a_wrong_field_is_named_and_changes_nothing(pool: PgPool) {
     ] {
         let path = if method == "POST" { &path } else { &user };
         let reply = call(&fixture, method, path, &admin, Some(body.clone())).await;
-        let told = reply.json();
+        let problem = reply.json();
         assert_eq!(
-            (reply.status, told["code"].as_str(), told["field"].as_str()),
+            (reply.status, problem["code"].as_str(), problem["field"].as_str()),
             (400, Some("invalid"), field),
-            "{body}: {told}"
+            "{body}: {problem}"
         );
     }
     assert_eq!(ledger(&pool).await, []);

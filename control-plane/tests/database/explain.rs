@@ -76,7 +76,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
     });
     assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!(reply.header("cache-control"), "no-store");
-    assert!(!String::from_utf8_lossy(&reply.body).contains(key.reveal()), "the secret is never told");
+    assert!(!String::from_utf8_lossy(&reply.body).contains(key.reveal()), "a response never contains the secret");
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -143,9 +143,9 @@ async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
         "insert into usage_reporters (reporter, last_seq, reported_at)
             select reporter, 1, now() from (values (md5('1')::uuid), (md5('2')::uuid)) envoys (reporter)
             where $1::uuid is not null",
-        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
+        "insert into leases (stock, subject, reporter, explanation, held, told_seq, spent)
             values (1, $1, md5('1')::uuid, 12, 12, 1, 5), (1, $1, md5('2')::uuid, 3, 3, 1, 0)",
-        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
+        "insert into leases (stock, subject, reporter, explanation, held, told_seq, spent)
             select 2, owner_id, md5('1')::uuid, 30, 30, 1, 10 from api_keys where id = $1",
     ] {
         sqlx::query(statement).bind(id).execute(&pool).await.unwrap();
@@ -214,8 +214,11 @@ async fn where_all_envoys_are_in_shadow_mode_nothing_is_said_to_be_refused(pool:
         (json!({"policy": "wrong"}), "policy_unknown"),
         (json!({"policy": {"scopes": {"all": ["a"]}}, "key": admin.reveal()}), "scope_denied"),
     ] {
-        let told = explain(&fixture, &admin, body).await.json();
-        assert_eq!((&told["outcome"], &told["status"], &told["shadow"]), (&json!(outcome), &Value::Null, &json!(true)));
+        let explanation = explain(&fixture, &admin, body).await.json();
+        assert_eq!(
+            (&explanation["outcome"], &explanation["status"], &explanation["shadow"]),
+            (&json!(outcome), &Value::Null, &json!(true))
+        );
     }
 }
 

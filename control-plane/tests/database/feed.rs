@@ -62,8 +62,8 @@ async fn a_reader_at_a_revision_has_every_change_up_to_it(pool: PgPool) {
     assert_eq!(reader.keys.len(), 1 + 8 * 25);
 }
 
-/// What the database was at a revision can be told of the revision alone: one change after the other, each of one key, and the
-/// n-th sets what a request costs to n.
+/// Each change is of one key, and the n-th sets the cost of a request to n. So the revision alone determines the state of the
+/// database.
 #[sqlx::test(migrations = "./migrations")]
 async fn a_reader_at_a_revision_has_what_the_database_was_then_and_nothing_newer(pool: PgPool) {
     const KEYS: u64 = 8;

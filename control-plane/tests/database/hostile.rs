@@ -95,12 +95,12 @@ async fn text_in_any_field_is_refused_or_kept_to_the_letter(pool: PgPool) {
             let reply = fixture.post("/v1/keys", &admin, &body).await;
             assert_harmless(&reply, &[201, 400, 413], &format!("{field} {trap:?}"));
             if reply.status == 201 {
-                let told = reply.json();
+                let created = reply.json();
                 let kept = if field == "/email" { trap.to_ascii_lowercase() } else { trap.trim().to_owned() };
-                assert!(told.pointer(field).is_some_and(|value| *value == kept), "{field} {trap:?}: {told}");
-                let id = told["id"].as_str().unwrap();
+                assert!(created.pointer(field).is_some_and(|value| *value == kept), "{field} {trap:?}: {created}");
+                let id = created["id"].as_str().unwrap();
                 let read = fixture.get(&format!("/v1/keys/{id}"), &admin).await;
-                assert_eq!(read.json().pointer(field), told.pointer(field));
+                assert_eq!(read.json().pointer(field), created.pointer(field));
             }
         }
         for field in ["expires_at", "expires_in_seconds", "disabled", "owner_id", "hash", "revision"] {

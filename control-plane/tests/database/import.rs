@@ -148,12 +148,12 @@ async fn lines_beyond_the_limit_are_reported_once_and_counted(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     // Only the first thousand invalid lines are listed.
     let text = format!("{}{}", "{}\n".repeat(1_005), line(1));
-    let told = import(&fixture, &admin, text).await.json();
+    let report = import(&fixture, &admin, text).await.json();
     assert_eq!(
-        (&told["imported"], &told["failed"], &told["errors_truncated"]),
+        (&report["imported"], &report["failed"], &report["errors_truncated"]),
         (&json!(1), &json!(1_005), &json!(true))
     );
-    let errors = told["errors"].as_array().unwrap();
+    let errors = report["errors"].as_array().unwrap();
     let last = json!({"line": 1_000, "code": "invalid", "reason": "email: is missing"});
     assert_eq!((errors.len(), errors.last()), (1_000, Some(&last)));
 
@@ -210,10 +210,10 @@ async fn with_a_pepper_a_key_that_was_imported_without_one_is_still_the_same_key
         import.finish().await.unwrap()
     };
     assert_eq!(import(0..2, None).await.imported, 2);
-    let told = import(0..4, Some(&pepper)).await;
-    assert_eq!((told.imported, told.failed), (2, 2));
+    let report = import(0..4, Some(&pepper)).await;
+    assert_eq!((report.imported, report.failed), (2, 2));
     assert_eq!(
-        told.errors.iter().map(|bad| (bad.line, bad.code)).collect::<Vec<_>>(),
+        report.errors.iter().map(|bad| (bad.line, bad.code)).collect::<Vec<_>>(),
         [1, 2].map(|line| (line, Code::Duplicate))
     );
     assert_eq!(import(2..4, Some(&pepper)).await.failed, 2);

@@ -403,6 +403,6 @@ async fn a_key_that_an_admin_disabled_only_an_admin_enables(pool: PgPool) {
         assert_eq!(reply.json()["disabled_by_admin"], false);
     }
     let sql = format!("select detail from audit where key_id = '{id}' and detail ? 'disabled_by_admin'");
-    let told: Vec<Value> = scalars(&pool, sql).await;
-    assert_eq!(told, [json!({"disabled_by_admin": {"from": false, "to": true}})]);
+    let details: Vec<Value> = scalars(&pool, sql).await;
+    assert_eq!(details, [json!({"disabled_by_admin": {"from": false, "to": true}})]);
 }

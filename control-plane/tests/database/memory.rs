@@ -107,8 +107,8 @@ async fn memory_holds_almost_no_keys_of_finished_calls(pool: PgPool) {
         };
         let (status, reply) = call(&mut connection, &request);
         assert_eq!(status, [401, 200, 201][number % 3], "{reply}");
-        let told = || serde_json::from_str::<Value>(&reply).unwrap()["secret"].as_str().unwrap().to_owned();
-        secrets.push(secret.unwrap_or_else(told));
+        let shown = || serde_json::from_str::<Value>(&reply).unwrap()["secret"].as_str().unwrap().to_owned();
+        secrets.push(secret.unwrap_or_else(shown));
     }
     // The random characters alone: a tag or a prefix may stand anywhere.
     let parts: Vec<String> = secrets.iter().map(|secret| secret["sk_live_".len() + 6..].to_owned()).collect();

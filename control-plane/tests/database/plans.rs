@@ -393,10 +393,10 @@ async fn keys_that_a_user_creates_inherit_the_restrictions_of_the_calling_key(po
     let body = json!({"email": "user@example.com", "name": "x", "rate_limits": free});
     let made = call("/v1/keys", body).await.json();
     let bound = |key: &Value, addresses: Value| {
-        let told = ["plan", "effective_plan", "roles", "quota", "cost", "rate_limits", "allowed_addresses"]
+        let shown = ["plan", "effective_plan", "roles", "quota", "cost", "rate_limits", "allowed_addresses"]
             .map(|field| key[field].clone());
         let expected = [json!("gold"), json!("gold"), json!([]), quota.clone(), json!(7), json!([]), addresses];
-        assert_eq!(told, expected);
+        assert_eq!(shown, expected);
     };
     bound(&made, json!(["0.0.0.0/1", "128.0.0.0/1"]));
     assert_eq!(starter(&pool, id_of(&made)).await, Some(10));

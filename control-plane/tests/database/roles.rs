@@ -156,9 +156,9 @@ async fn a_changed_role_is_told_as_one_small_page(pool: PgPool) {
     let reply = changes(epoch, at).await;
     let update = Update::read(&reply.body).unwrap();
     assert_eq!((update.header.part, update.header.revision), (Part::Changes { after: at }, at + 1));
-    let told: Vec<_> = update.entries().collect();
+    let entries: Vec<_> = update.entries().collect();
     let expected = Definition { scopes: vec!["orders:list".into()], ..Definition::default() }.to_bytes().unwrap();
-    assert_eq!(told, [Entry::Define { number: number.cast_unsigned(), definition: Bytes(&expected) }]);
+    assert_eq!(entries, [Entry::Define { number: number.cast_unsigned(), definition: Bytes(&expected) }]);
 }
 
 #[sqlx::test(migrations = "./migrations")]

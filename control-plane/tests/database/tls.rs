@@ -139,7 +139,7 @@ async fn silent_and_slow_clients_are_disconnected_and_others_are_not() {
     // Four times the pauses below, so that a busy machine does not lengthen a pause to it.
     let read_timeout = Duration::from_secs(4);
     let server = Server::start(None, read_timeout).await;
-    let told = async |text: &[u8]| {
+    let handshake = async |text: &[u8]| {
         let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
         stream.write_all(text).await.unwrap();
         let mut answer = Vec::new();
@@ -148,7 +148,7 @@ async fn silent_and_slow_clients_are_disconnected_and_others_are_not() {
     };
     // Nothing, a piece of what could be either protocol, and heads that never end.
     let slow = [&b""[..], b"PRI", b"GET / HTTP/1.1\r\nhost: x\r\nslow: ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"];
-    let slow = futures_util::future::join_all(slow.map(told));
+    let slow = futures_util::future::join_all(slow.map(handshake));
     // The time-out of the first request does not end a connection that sends others later.
     let busy = async {
         let mut connection = portcullis_tests::http::Connection::open(server.address).await.unwrap();

@@ -324,7 +324,7 @@ async fn every_sum_stays_as_it_is_while_usage_is_rolled_up_and_reports_go_on(poo
 async fn hourly_usage_is_rolled_up_after_its_event_and_daily_usage_expires(pool: PgPool) {
     let (id, _) = crate::support::key(&pool, "user@example.com", &[]).await;
     count(&pool, id, "2020-05-01 10:00Z", 0, 5).await;
-    assert_eq!(roll_up(&pool, 90).await.unwrap(), 0, "not told as an event yet");
+    assert_eq!(roll_up(&pool, 90).await.unwrap(), 0, "its event is not written yet");
     events::export_all(&pool).await.unwrap();
     assert_eq!(roll_up(&pool, 90).await.unwrap(), 1);
     let before = all_sums(&pool).await;

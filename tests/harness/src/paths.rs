@@ -138,7 +138,7 @@ mod tests {
     }
 
     /// Asks this very program, as it was built here, where the workspace and the target directory are.
-    fn told_in(directory: &Path, manifest_directory: Option<&Path>) -> (String, bool) {
+    fn run_in(directory: &Path, manifest_directory: Option<&Path>) -> (String, bool) {
         let mut this = Command::new(std::env::current_exe().unwrap());
         this.args(["--exact", "paths::tests::where_it_is", "--ignored", "--nocapture"]);
         this.current_dir(directory).env_remove("CARGO_MANIFEST_DIR").env_remove("CARGO_TARGET_DIR");
@@ -166,8 +166,8 @@ mod tests {
         for (directory, manifest_directory) in
             [(workspace(), Some(copy.join("xtask"))), (&copy, Some(copy.join("tests"))), (&copy.join("docs"), None)]
         {
-            let (told, _) = told_in(directory, manifest_directory.as_deref());
-            assert!(told.contains(&expected), "{} and {manifest_directory:?}: {told}", directory.display());
+            let (output, _) = run_in(directory, manifest_directory.as_deref());
+            assert!(output.contains(&expected), "{} and {manifest_directory:?}: {output}", directory.display());
         }
     }
 
@@ -178,10 +178,10 @@ mod tests {
         for (manifest_directory, named_by) in
             [(Some(path.as_path()), "CARGO_MANIFEST_DIR"), (None, "the current directory")]
         {
-            let (told, succeeded) = told_in(&path, manifest_directory);
+            let (output, succeeded) = run_in(&path, manifest_directory);
             let expected =
                 format!("{named_by}, {}, is not in a checkout of Portcullis; run this with cargo", path.display());
-            assert!(!succeeded && told.contains(&expected), "{told}");
+            assert!(!succeeded && output.contains(&expected), "{output}");
         }
     }
 }

@@ -56,8 +56,8 @@ async fn twenty_thousand_requests_are_counted_to_the_last_though_the_control_pla
         counted += sent;
     }
     let complete = start.elapsed();
-    // Nothing comes later either, once the Envoys have said their last words and the control plane, told to stop, has
-    // committed all that reached it.
+    // Nothing is counted later either: after the final reports of the Envoys, and after the control plane has committed all
+    // reports and ended.
     for envoy in &stack.envoys {
         envoy.stop(Signal::SIGTERM).await?;
     }

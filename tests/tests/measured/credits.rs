@@ -51,8 +51,8 @@ async fn spend_all(stack: &Stack, key: &str) -> Result<u64> {
 
 /// Waits until the ledger has a balance, and says whether it is the sum of its rows.
 async fn wait_for_balance(stack: &Stack, balance: i64) -> Result<()> {
-    let told = async || (account(stack).await.ok()?["balance"] == balance).then_some(());
-    eventually(&format!("a balance of {balance}"), told).await.with_context(|| "credits are counted wrongly")?;
+    let reached = async || (account(stack).await.ok()?["balance"] == balance).then_some(());
+    eventually(&format!("a balance of {balance}"), reached).await.with_context(|| "credits are counted wrongly")?;
     let sum = stack.database.text("select sum(amount)::text from ledger").await?;
     assert_eq!(sum.parse::<i64>()?, balance);
     Ok(())
@@ -63,7 +63,7 @@ async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() ->
     let stack = Stack::builder().envoys(3).plugin(&json!({"rate_limit": null})).start().await?;
     let key = stack.rest().generate(ADA).await?;
     stack.wait_for_status(Some(&key), 200).await?;
-    // Requests from before the user is metered are free, even those that are told of only later.
+    // Requests from before the user is metered are free, even those that are reported later.
     let free = stack.demo.requests();
     top_up(&stack, CREDITS).await?;
     stack.in_step().await?;

@@ -56,9 +56,9 @@ async fn a_flood_of_unknown_keys_leaves_nothing_behind_and_good_keys_alone() -> 
 
     let unknown = "wasmcustom.portcullis.decisions.unknown_total";
     let all = warm + flooded;
-    // Workers add decisions up and tell of them on their ticks.
-    let told = async || (stack.envoy().stat(unknown).await.ok()? >= all).then_some(());
-    eventually("the flood to be told in Envoy's statistics", told).await?;
+    // Workers write the statistics of decisions on their ticks.
+    let counted = async || (stack.envoy().stat(unknown).await.ok()? >= all).then_some(());
+    eventually("Envoy's statistics to count the flood", counted).await?;
     // All of it is one count for the database: by outcome and hour, of which there may have been two.
     let code = Outcome::Unknown.code();
     let counted = format!("select coalesce(sum(requests), 0)::bigint from usage_keyless_hourly where outcome = {code}");

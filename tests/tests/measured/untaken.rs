@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 /// Connections that attack, and requests on each.
 const CONNECTIONS: usize = 40;
-/// Where clients that do not read connect from, so that their connections can be told from others.
+/// Where clients that do not read connect from, so that their connections can be distinguished.
 const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const REQUESTS: u32 = 200;
 

@@ -234,7 +234,7 @@ async fn envoys_own_rate_limit_refuses_floods_of_unknown_keys_before_the_filter_
         reply = existing.get("/orders", &headers).await?;
     }
     assert_eq!((reply.status, &reply.body[..]), (429, &b"local_rate_limited"[..]));
-    // gRPC clients are told not to retry at once (RESOURCE_EXHAUSTED).
+    // gRPC clients get RESOURCE_EXHAUSTED, so they do not retry at once.
     let grpc = [("x-api-key", "no such key"), ("content-type", "application/grpc")];
     let refused = existing.get("/orders", &grpc).await?;
     assert_eq!((refused.status, refused.header("grpc-status")), (200, Some("8")));

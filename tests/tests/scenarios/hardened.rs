@@ -125,8 +125,8 @@ impl Hardened {
         self.envoy.stop(Signal::SIGKILL).await?;
         self.envoy.restart().await?;
         let name = format!("cluster.portcullis_control_plane.{reason}");
-        let told = async || (self.envoy.stat(&name).await.ok()? > 1).then_some(());
-        eventually(&format!("{name} to tell of it"), told).await?;
+        let grown = async || (self.envoy.stat(&name).await.ok()? > 1).then_some(());
+        eventually(&format!("{name} to tell of it"), grown).await?;
         assert_refused(&self.get("h2", Some(key)).await?, Outcome::NotReady, &[]);
         Ok(())
     }

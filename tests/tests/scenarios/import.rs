@@ -26,12 +26,12 @@ async fn imported_keys_open_whether_they_came_in_the_clear_or_as_hashes() -> Res
         json!({"email": "bob@example.com", "name": "twice", "key": plain}),
         json!({"email": "eve@example.com", "name": "off", "key": off, "disabled": true}),
     ];
-    let told = stack.rest().import(lines.map(|line| line.to_string()).join("\n")).await?;
+    let report = stack.rest().import(lines.map(|line| line.to_string()).join("\n")).await?;
     let expected = json!({
         "imported": 3, "failed": 1, "errors_truncated": false,
         "errors": [{"line": 3, "code": "duplicate", "reason": "this key stands in an earlier line"}],
     });
-    assert_eq!(told, expected);
+    assert_eq!(report, expected);
     for key in [plain, hashed] {
         stack.wait_for_status(Some(key), 200).await?;
         assert_upstream(&stack.get(Some(key)).await?, &IDENTITY);
@@ -45,10 +45,10 @@ async fn with_a_pepper_the_database_has_no_hash_of_an_imported_key_that_could_be
     let pepper = "5e".repeat(32);
     let stack = Stack::builder().variable("PORTCULLIS_PEPPER", &pepper).start().await?;
     let (plain, hashed) = ("key-of-the-old-gateway-1", "key of the old gateway 2");
-    let told = |key: &str| format!("sha256:{}", KeyHash::of(key.as_bytes()));
+    let hash_of = |key: &str| format!("sha256:{}", KeyHash::of(key.as_bytes()));
     let lines = [
         json!({"email": "ada@example.com", "name": "plain", "key": plain}),
-        json!({"email": "bob@example.com", "name": "hashed", "hash": told(hashed)}),
+        json!({"email": "bob@example.com", "name": "hashed", "hash": hash_of(hashed)}),
     ];
     let lines = lines.map(|line| line.to_string()).join("\n");
     assert_eq!(stack.rest().import(lines.clone()).await?["imported"], 2);

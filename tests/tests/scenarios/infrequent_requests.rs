@@ -28,8 +28,8 @@ async fn requests_that_come_seldom_are_let_in_by_every_envoy() -> Result<()> {
             assert_eq!(reply.status, 200, "request {number}: {:?}", reply.body);
         }
         let booked = 1_000 - 3 * 2 * number;
-        let told = async || (rest.get(&balance).await.ok()?["balance"] == booked).then_some(());
-        eventually("the requests to be booked", told).await?;
+        let reached = async || (rest.get(&balance).await.ok()?["balance"] == booked).then_some(());
+        eventually("the requests to be booked", reached).await?;
         // Nothing is held beyond what was spent once an Envoy has heard that its lease was taken back.
         let held = "select count(*)::text from leases where stock > 0 and held > spent";
         let quiet = async || (stack.database.text(held).await.ok()? == "0").then_some(());

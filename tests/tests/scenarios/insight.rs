@@ -213,7 +213,7 @@ async fn a_metering_system_takes_over_every_request_once_though_the_control_plan
         meter.read(&rest).await.ok()?;
         (meter.requests.get("allowed").copied().unwrap_or_default() >= all).then_some(())
     };
-    eventually("every request to be told as an event", taken).await?;
+    eventually("an event for every request", taken).await?;
     assert_eq!(meter.requests.get("allowed"), Some(&all));
     let usage = rest.get("/v1/usage?group_by=outcome&outcome=allowed").await?;
     assert_eq!(usage["usage"], json!([{"outcome": "allowed", "requests": all, "cost": 0}]));
@@ -240,8 +240,8 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     let everywhere = json!({"envoys": 2, "applied": 2, "max_lag_seconds": null, "unreachable": 0});
 
     let path = revoked("one@example.com").await?;
-    let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
-    eventually("the revocation to be applied on both Envoys", told).await?;
+    let applied = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
+    eventually("the revocation to be applied on both Envoys", applied).await?;
     let envoys = rest.get("/v1/envoys").await?;
     let shown = envoys["envoys"].as_array().context("no Envoys")?.clone();
     assert_eq!(shown.len(), 2, "{envoys}");
@@ -255,9 +255,9 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     let began = Instant::now();
     let path = revoked("two@example.com").await?;
     let lagging = async |more_than: f64| {
-        let told = applied_on(&path).await.ok()?;
-        let oldest = told["max_lag_seconds"].as_f64()?;
-        (told["envoys"] == 2 && told["applied"] == 1 && oldest > more_than).then_some(oldest)
+        let applied = applied_on(&path).await.ok()?;
+        let oldest = applied["max_lag_seconds"].as_f64()?;
+        (applied["envoys"] == 2 && applied["applied"] == 1 && oldest > more_than).then_some(oldest)
     };
     let first = eventually("one of two Envoys to have the revocation", async || lagging(0.0).await).await?;
     let later = eventually("the other to lag for longer", async || lagging(first + 1.0).await).await?;
@@ -268,8 +268,8 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     assert_eq!(behind.iter().filter(|filter| filter["up_to_date"] == false).count(), 1, "{behind:?}");
 
     stopped.signal(Signal::SIGCONT)?;
-    let told = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
-    eventually("the revocation to be applied on both Envoys again", told).await?;
+    let applied = async || (applied_on(&path).await.ok()? == everywhere).then_some(());
+    eventually("the revocation to be applied on both Envoys again", applied).await?;
     assert_eq!(http::get(stack.control_plane.address(), "/readyz").await?.status, 200);
     stack.in_step().await
 }

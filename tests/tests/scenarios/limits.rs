@@ -185,14 +185,14 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
     assert_eq!(allowed, 5);
     harness.stat_is("usage.pending_requests", 5).await?;
     harness.change(&[]).await?;
-    let told = async || {
+    let reached = async || {
         let polls = harness.control_plane.polls();
         let poll = polls.last()?;
         let version = poll.get("version").map(String::as_str);
         (version == Some(env!("CARGO_PKG_VERSION")) && poll.get("pending").map(String::as_str) == Some("5"))
             .then_some(())
     };
-    eventually("a poll with five requests pending", told).await
+    eventually("a poll with five requests pending", reached).await
 }
 
 #[tokio::test]

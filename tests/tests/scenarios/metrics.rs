@@ -19,13 +19,13 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
     stack.get(None).await?;
     stack.get(Some("sk_live_nobody")).await?;
     let name = |stat: &str| format!("wasmcustom.portcullis.{stat}");
-    // Workers add decisions up and tell of them on their ticks.
-    let told = async |stat: &str| envoy.stat(&name(stat)).await.ok();
-    let allowed = async || (told("decisions.allowed_total").await? == stack.demo.requests()).then_some(());
-    eventually("all that were let through to be told", allowed).await?;
-    eventually("the missing key to be told", async || (told("decisions.missing_total").await? == 1).then_some(()))
+    // Workers write the statistics of decisions on their ticks.
+    let shown = async |stat: &str| envoy.stat(&name(stat)).await.ok();
+    let allowed = async || (shown("decisions.allowed_total").await? == stack.demo.requests()).then_some(());
+    eventually("the allowed requests to be counted", allowed).await?;
+    eventually("the missing key to be counted", async || (shown("decisions.missing_total").await? == 1).then_some(()))
         .await?;
-    eventually("the unknown key to be told", async || (told("decisions.unknown_total").await? >= 1).then_some(()))
+    eventually("the unknown key to be counted", async || (shown("decisions.unknown_total").await? >= 1).then_some(()))
         .await?;
 
     // The admin key, the sync key and Ada's.
@@ -67,12 +67,12 @@ async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome()
         Some(String::from_utf8_lossy(&reply.body).into_owned())
     };
     let allowed = format!("portcullis_decisions_total{{outcome=\"allowed\"}} {}\n", stack.demo.requests());
-    let told = async || {
+    let shown = async || {
         let text = metrics().await?;
         let both = [allowed.as_str(), "portcullis_decisions_total{outcome=\"missing\"} 1\n"];
         both.iter().all(|sample| text.contains(sample)).then_some(text)
     };
-    let text = eventually("the decisions by outcome", told).await?;
+    let text = eventually("the decisions by outcome", shown).await?;
     assert!(text.contains("portcullis_shadow_decisions_total{outcome=\"scope_denied\"} 0\n"), "{text}");
     let names: BTreeSet<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
     let expected = [

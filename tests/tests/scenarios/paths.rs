@@ -133,19 +133,19 @@ async fn every_spelling_of_a_path_is_judged_by_the_policy_of_what_the_upstream_s
             let request = format!("GET {path} HTTP/1.1\r\nhost: api\r\n{key}\r\n");
             let heard = say(harness.envoy.address(), request.as_bytes(), 1).await?;
             let body = heard.body();
-            let told: Value = serde_json::from_str(&body).unwrap_or_default();
+            let details: Value = serde_json::from_str(&body).unwrap_or_default();
             let fits = heard.statuses() == [status]
-                && refusal.is_none_or(|outcome| told["code"] == outcome.name())
+                && refusal.is_none_or(|outcome| details["code"] == outcome.name())
                 && harness.demo.requests() - before == u64::from(status == 200);
             if !fits {
                 wrong.push(format!("{path} {key:?}: {:?} {body}", heard.statuses()));
             }
             if status == 200 {
-                let seen = resolved(told["path"].as_str().unwrap_or_default());
+                let seen = resolved(details["path"].as_str().unwrap_or_default());
                 let first = seen.first().map_or("", String::as_str);
-                assert!(first != "strict", "{path} reached the upstream as {told}");
+                assert!(first != "strict", "{path} reached the upstream as {details}");
                 let open = first.split(';').next() == Some("open");
-                assert!(!key.is_empty() || open, "{path} reached the upstream without a key as {told}");
+                assert!(!key.is_empty() || open, "{path} reached the upstream without a key as {details}");
             }
         }
     }

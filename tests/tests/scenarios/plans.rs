@@ -51,11 +51,11 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
     for envoy in &stack.envoys {
         let larger = async || {
             let reply = http::send(envoy.address(), http::get_request("/orders", Some(&key)).ok()?).await.ok()?;
-            let told = reply.header("ratelimit-policy") == Some("\"plan\";q=20;w=31622400");
-            (reply.status == 200 || told).then_some(told)
+            let shown = reply.header("ratelimit-policy") == Some("\"plan\";q=20;w=31622400");
+            (reply.status == 200 || shown).then_some(shown)
         };
         // The other Envoy has admitted none yet, and does so until it has had its burst.
-        eventually("the larger plan to be known", async || larger().await.filter(|told| *told)).await?;
+        eventually("the larger plan to be known", async || larger().await.filter(|shown| *shown)).await?;
     }
 
     // A key that is given limits of its own leaves those of the plan behind.

@@ -60,8 +60,8 @@ async fn a_quota_is_shared_by_all_envoys_and_opens_by_itself_with_the_next_windo
         let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
         assert!((1..=86_400).contains(&wait), "{wait}");
     }
-    let told = async || (quota(&stack).await.ok()?["used"] == admitted).then_some(());
-    eventually("all requests to be counted", told).await?;
+    let shown = async || (quota(&stack).await.ok()?["used"] == admitted).then_some(());
+    eventually("all requests to be counted", shown).await?;
     let seen = quota(&stack).await?;
     assert_eq!((&seen["remaining"], &seen["resets_at"]), (&json!(0), &seen["window_end"]));
 
@@ -79,11 +79,11 @@ async fn a_quota_is_shared_by_all_envoys_and_opens_by_itself_with_the_next_windo
 async fn ends_on(stack: &Stack, view: &Value, zone: &str) -> Result<(u8, u8)> {
     let end = view["window_end"].as_str().context("no window_end")?;
     let sql = format!("select to_char('{end}'::timestamptz at time zone '{zone}', 'ID DD HH24:MI:SS')");
-    let told = stack.database.text(&sql).await?;
-    let mut parts = told.split(' ');
+    let shown = stack.database.text(&sql).await?;
+    let mut parts = shown.split(' ');
     let mut part = || parts.next().context("too few parts");
     let (weekday, day) = (part()?.parse()?, part()?.parse()?);
-    assert_eq!(part()?, "00:00:00", "{told}");
+    assert_eq!(part()?, "00:00:00", "{shown}");
     Ok((weekday, day))
 }
 

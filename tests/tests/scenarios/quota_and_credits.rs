@@ -98,7 +98,7 @@ async fn a_route_has_its_price_and_credits_are_their_owners() -> Result<()> {
     let exhausted = Outcome::CreditsExhausted;
     assert_eq!(allowed(&harness, "/dear", "cheap", exhausted, "1").await?, 2);
     let wanted = async || (harness.control_plane.reported_cost(exhausted) == 14 * 4).then_some(());
-    eventually("the price of 14 refused requests to be told", wanted).await?;
+    eventually("the cost of 14 refused requests to be reported", wanted).await?;
     // Two credits are left, for whichever key of the owner.
     assert_eq!(allowed(&harness, "/", "double", exhausted, "1").await?, 1);
     assert_eq!(allowed(&harness, "/", "cheap", exhausted, "1").await?, 0);

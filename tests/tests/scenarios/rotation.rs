@@ -40,8 +40,8 @@ async fn both_secrets_open_until_the_grace_ends_and_each_is_counted_by_itself() 
     }
 
     let expected = json!([[2, true, used_new + 1], [1, false, used_before + 1]]);
-    let told = async || secrets(&stack, &id).await.ok().filter(|told| *told == expected);
-    eventually(&format!("secrets {expected}"), told).await?;
+    let shown = async || secrets(&stack, &id).await.ok().filter(|shown| *shown == expected);
+    eventually(&format!("secrets {expected}"), shown).await?;
 
     // Three seconds of the hour are left. The old secret then ends at every Envoy by itself.
     let soon = "update retired_secrets set ends_at = now() + interval '3 seconds'";

@@ -61,6 +61,6 @@ async fn a_client_that_retries_a_dear_route_after_retry_after_comes_through() ->
     // What is left does not pay for a third, and refused requests cost nothing in usage.
     assert_refused(&export(&stack, &key).await?, Outcome::CreditsExhausted, &[]);
     let sum = "select sum(cost)::text from usage_hourly";
-    let told = async || (stack.database.text(sum).await.ok()? == (2 * PRICE).to_string()).then_some(());
-    eventually("the cost of two requests", told).await
+    let booked = async || (stack.database.text(sum).await.ok()? == (2 * PRICE).to_string()).then_some(());
+    eventually("the cost of two requests", booked).await
 }

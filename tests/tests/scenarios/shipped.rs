@@ -32,8 +32,9 @@ fn envoy_takes_every_configuration_as_it_is_shipped() -> Result<()> {
             .current_dir(home.path())
             .env("PORTCULLIS_SYNC_KEY", fresh_key()?.reveal())
             .output()?;
-        let told = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
-        ensure!(output.status.success(), "{} refuses {}: {told}", binary.display(), file.display());
+        let output_text =
+            [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        ensure!(output.status.success(), "{} refuses {}: {output_text}", binary.display(), file.display());
         taken.extend(file.file_name().map(|name| name.to_string_lossy().into_owned()));
     }
     taken.sort();

@@ -56,9 +56,9 @@ async fn usage_lines_of_clients_book_nothing_and_those_of_the_filter_are_booked(
     eventually("the REST API to recover", async || rest.status(ADA).await.ok()).await?;
 
     let output = stack.control_plane.try_import_usage(&log)?;
-    let (told, errors) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    let (output_text, errors) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
     let refused: Vec<&str> = errors.lines().filter(|line| line.starts_with("line ")).collect();
-    assert!(!output.status.success() && refused.len() == 3, "{told}{errors}");
+    assert!(!output.status.success() && refused.len() == 3, "{output_text}{errors}");
     for (line, why) in refused.iter().zip([
         "the usage does not stand where Envoy's own log prefix begins the line",
         "the line has no signature",
@@ -66,7 +66,10 @@ async fn usage_lines_of_clients_book_nothing_and_those_of_the_filter_are_booked(
     ]) {
         assert!(line.contains(why), "{line}");
     }
-    assert!(told.ends_with("lines refused: 3\n") && !told.starts_with("reports applied: 0"), "{told}");
+    assert!(
+        output_text.ends_with("lines refused: 3\n") && !output_text.starts_with("reports applied: 0"),
+        "{output_text}"
+    );
     // All that was admitted is booked, to the last request, and nothing else.
     stack.wait_for_usage(ADA, stack.demo.requests()).await?;
     Ok(())

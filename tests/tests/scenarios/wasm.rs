@@ -52,12 +52,12 @@ async fn damaged_updates_change_nothing_and_lost_acknowledgements_count_nothing_
     for _ in 0..5 {
         assert_upstream(&harness.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
     }
-    let told = async || {
+    let acknowledged_once = async || {
         let all = harness.control_plane.faults().acknowledgements == 0
             && harness.control_plane.reported(Outcome::Allowed) == 5;
         all.then_some(())
     };
-    eventually("reports to be sent until they are acknowledged", told).await?;
+    eventually("reports to be sent until they are acknowledged", acknowledged_once).await?;
     let acknowledged =
         async || (harness.envoy.stat("wasmcustom.portcullis.usage.pending_requests").await.ok()? == 0).then_some(());
     eventually("nothing to be pending", acknowledged).await?;

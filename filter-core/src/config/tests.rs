@@ -1,0 +1,207 @@
+use super::*;
+
+const MINIMAL: &str = r#"{"control_plane": {"cluster": "cp"}}"#;
+
+fn error(json: &str) -> String {
+    Config::parse(json.as_bytes()).unwrap_err().to_string()
+}
+
+fn with(fields: &str) -> String {
+    format!(r#"{{"control_plane": {{"cluster": "cp"}}, {fields}}}"#)
+}
+
+#[test]
+fn the_smallest_configuration_has_safe_defaults() {
+    let config = Config::parse(MINIMAL.as_bytes()).unwrap();
+    let expected = Config {
+        cluster: "cp".into(),
+        authority: "portcullis".into(),
+        sync_key_env: "PORTCULLIS_SYNC_KEY".into(),
+        pepper_env: None,
+        pepper: None,
+        store: "default".into(),
+        key_sources: vec![Source::Header("x-api-key".into())],
+        strip_key: true,
+        identity: IdentityHeaders {
+            consumer: Some("x-consumer-id".into()),
+            credential: Some("x-credential-identifier".into()),
+            scopes: Some("x-credential-scopes".into()),
+            packed: None,
+            unused: vec![],
+        },
+        envoy_removes_identity_headers: false,
+        remove_headers: vec![],
+        trailers_removed: {
+            let [consumer, credential, scopes] = USUAL;
+            let own = ["x-api-key", consumer, credential, scopes, "x-portcullis-shadow"];
+            own.into_iter().chain(FOREIGN).map(str::to_owned).collect()
+        },
+        rate_limit: Some(RateLimit {
+            name: "default".into(),
+            requests: 1_000,
+            window_s: 1,
+            burst: 2_000,
+            shared: false,
+        }),
+        access_log_state: true,
+        policies: Policies::default(),
+        shadow: false,
+        failure_mode: FailureModes { not_ready: FailureMode::Deny, stale: FailureMode::Deny },
+        max_staleness_ms: None,
+        challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
+    };
+    assert_eq!(format!("{config:?}"), format!("{expected:?}"));
+    let fields = [
+        "store",
+        "pepper_env",
+        "key_header",
+        "key_sources",
+        "strip_key",
+        "identity_headers",
+        "envoy_removes_identity_headers",
+        "remove_headers",
+        "access_log_state",
+        "default_policy",
+        "policies",
+        "shadow",
+        "failure_mode",
+        "max_staleness",
+        "realm",
+    ];
+    let nulls = fields.map(|field| format!("\"{field}\": null")).join(", ");
+    let control_plane = r#"{"cluster": "cp", "authority": null, "sync_key_env": null}"#;
+    let nulls = format!(r#"{{"control_plane": {control_plane}, {nulls}}}"#);
+    assert_eq!(format!("{:?}", Config::parse(nulls.as_bytes()).unwrap()), format!("{expected:?}"));
+}
+
+#[test]
+fn every_field_can_be_set() {
+    let json = r#"{
+        "control_plane": {"cluster": "cp", "authority": "keys.internal", "sync_key_env": "KEY"},
+        "store": "second", "key_header": "Authorization-Key", "strip_key": false,
+        "identity_headers": {"consumer": "X-Who", "credential": "", "scopes": ""},
+        "rate_limit": {"requests": 5, "window": "60s"}, "access_log_state": false, "remove_headers": ["X-Tenant"],
+        "failure_mode": {"not_ready": "allow", "stale": "allow"}, "max_staleness": "90s", "realm": "orders"
+    }"#;
+    let config = Config::parse(json.as_bytes()).unwrap();
+    assert_eq!(config.key_sources, [Source::Header("authorization-key".into())]);
+    let unused = USUAL.map(str::to_owned).to_vec();
+    assert_eq!(
+        config.identity,
+        IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, packed: None, unused }
+    );
+    let packed = with(
+        r#""identity_headers": {"packed": "X-Identity", "scopes": "x-scopes"}, "envoy_removes_identity_headers": true"#,
+    );
+    let Config { identity, envoy_removes_identity_headers, .. } = Config::parse(packed.as_bytes()).unwrap();
+    assert_eq!((identity.packed, identity.scopes), (Some("x-identity".into()), Some("x-scopes".into())));
+    assert_eq!(
+        (identity.credential, identity.unused, envoy_removes_identity_headers),
+        (None, USUAL.map(str::to_owned).to_vec(), true)
+    );
+    assert_eq!(config.remove_headers, ["x-tenant"]);
+    for name in ["x-tenant", "x-who", "authorization-key", "x-consumer-id", "x-portcullis-shadow", "x-consumer-groups"]
+    {
+        assert!(config.trailers_removed.iter().any(|removed| removed == name), "{name}");
+    }
+    assert_eq!(
+        config.rate_limit,
+        Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5, shared: false })
+    );
+    let open = FailureModes { not_ready: FailureMode::Allow, stale: FailureMode::Allow };
+    assert_eq!(config.failure_mode, open);
+    let failure_mode = |json: &str| Config::parse(with(json).as_bytes()).unwrap().failure_mode;
+    let stale = FailureModes { stale: FailureMode::Allow, ..FailureModes::default() };
+    assert_eq!(failure_mode(r#""failure_mode": {"not_ready": null, "stale": "allow"}"#), stale);
+    assert_eq!((config.max_staleness_ms, config.strip_key, config.access_log_state), (Some(90_000), false, false));
+    assert_eq!(Config::parse(with(r#""rate_limit": null"#).as_bytes()).unwrap().rate_limit, None);
+}
+
+#[test]
+fn a_mistake_is_named_with_its_field_and_remedy() {
+    assert!(error("").contains("at least {\"control_plane\""));
+    assert_eq!(error("{}"), "control_plane: is missing");
+    assert_eq!(error(r#"[{"cluster": "cp"}]"#), "must be an object");
+    assert_eq!(error(r#"{"control_plane": ["cp", "portcullis", "KEY"]}"#), "control_plane: must be an object");
+    assert_eq!(error(&with(r#""identity_headers": ["a", "b", "c"]"#)), "identity_headers: must be an object");
+    assert_eq!(error(&with(r#""policies": {"a": ["optional"]}"#)), "policies.a: must be an object");
+    assert_eq!(error(&with(r#""rate_limit": [5, 60, 5]"#)), "rate_limit: must be an object");
+    assert_eq!(error(&with(r#""rate_limit": {"requests": 5}"#)), "rate_limit.window: is missing");
+    assert!(error("{").contains("EOF"));
+    assert!(error(&with(r#""rate_limits": {}"#)).starts_with("rate_limits: is not a known field; the fields are "));
+    assert!(error(r#"{"control_plane": {"cluster": ""}}"#).contains("control_plane.cluster: must not be empty"));
+    for field in ["control_plane.authority", "control_plane.sync_key_env", "store", "pepper_env"] {
+        let json = match field.split_once('.') {
+            Some((_, field)) => format!(r#"{{"control_plane": {{"cluster": "cp", "{field}": ""}}}}"#),
+            None => with(&format!(r#""{field}": """#)),
+        };
+        assert_eq!(error(&json), format!("{field}: must not be empty"));
+    }
+    for field in ["consumer", "credential", "scopes", "packed"] {
+        let json = with(&format!(r#""identity_headers": {{"{field}": ":path"}}"#));
+        assert!(error(&json).starts_with(&format!("identity_headers.{field}: \":path\" is not a header name")));
+    }
+    assert!(error(&with(r#""key_header": ":path""#)).contains("key_header: \":path\" is not a header name"));
+    assert!(error(&with(r#""key_header": "host""#)).contains("key_header"));
+    assert!(error(&with(r#""key_header": "X-Consumer-Id""#)).contains("x-consumer-id is used twice"));
+    assert!(error(&with(r#""rate_limit": {"requests": 0, "window": "1s"}"#)).contains("set the whole field to null"));
+    assert!(
+        error(&with(r#""rate_limit": {"requests": 1, "window": "0s"}"#)).contains("rate_limit.window: must be from")
+    );
+    for window in ["60", r#""60""#, r#""1m""#, r#""0.5s""#, r#""+5s""#, r#""s""#] {
+        let limit = format!(r#""rate_limit": {{"requests": 1, "window": {window}}}"#);
+        let expected = "rate_limit.window: must be whole seconds with their unit, such as \"60s\"";
+        assert_eq!(error(&with(&limit)), expected, "{window}");
+    }
+    assert!(error(&with(r#""rate_limit": {"requests": 1, "window": "1s", "burst": 0}"#)).contains("burst"));
+    assert!(error(&with(r#""max_staleness": "5s""#)).contains("max_staleness: must be at least \"60s\": "));
+    let failure_mode = error(&with(r#""failure_mode": {"stale": "open"}"#));
+    assert_eq!(failure_mode, "failure_mode.stale: must be `deny` or `allow`");
+    let unknown = error(&with(r#""failure_mode": {"on_stale": "deny"}"#));
+    assert_eq!(unknown, "failure_mode.on_stale: is not a known field; the fields are `not_ready` or `stale`");
+    let packed = r#""identity_headers": {"packed": "X-Consumer-Id", "consumer": "x-consumer-id"}"#;
+    assert!(error(&with(packed)).contains("x-consumer-id is used twice"));
+    assert!(
+        error(&with(r#""identity_headers": {"packed": ":path"}"#)).starts_with("identity_headers.packed: \":path\"")
+    );
+    assert!(error(&with(r#""realm": "a\"b""#)).contains("realm"));
+    assert!(error(&with(r#""remove_headers": ["host"]"#)).contains("remove_headers: \"host\" is not a header name"));
+    assert!(error(&with(r#""remove_headers": ["X-Consumer-Id"]"#)).contains("x-consumer-id is used twice"));
+    let many = serde_json::to_string(&vec!["x"; 65]).unwrap();
+    assert!(error(&with(&format!(r#""remove_headers": {many}"#))).contains("remove_headers: name at most 64"));
+}
+
+#[test]
+fn keys_may_be_in_several_places() {
+    let sources = r#""key_sources": [{"header": "X-Api-Key"}, {"bearer": true}, {"query": "a"}, {"query": "b"}]"#;
+    let config = Config::parse(with(sources).as_bytes()).unwrap();
+    let expected = [
+        Source::Header("x-api-key".into()),
+        Source::Bearer(true),
+        Source::Query("a".into()),
+        Source::Query("b".into()),
+    ];
+    assert_eq!(config.key_sources, expected);
+    assert_eq!(config.challenge, Challenge::new("portcullis", &expected).unwrap());
+    let wrong = |fields: &str| error(&with(&format!(r#""key_sources": [{{"bearer": true}}], {fields}"#)));
+    assert!(wrong(r#""key_header": "x-key""#).contains("key_header is given too"));
+    assert!(wrong(r#""identity_headers": {"consumer": "authorization"}"#).contains("used twice"));
+    assert!(error(&with(r#""key_sources": [{"url": "a"}]"#)).starts_with("key_sources[0]"));
+    assert!(error(&with(r#""key_header": "x-portcullis-shadow""#)).contains("used twice"));
+}
+
+#[test]
+fn policies_are_checked_and_the_default_limit_has_its_own_name() {
+    let json = with(
+        r#""policies": {"search": {"cost": 5}}, "shadow": true,
+        "default_policy": {"key": "optional", "rate_limit": {"requests": 1, "window": "1s"}}"#,
+    );
+    let config = Config::parse(json.as_bytes()).unwrap();
+    assert!(config.shadow);
+    assert_eq!(config.policies.find(Some("search")).unwrap().cost, Some(5));
+    let limit = config.policies.default.rate_limit.unwrap();
+    assert_eq!(limit, RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false });
+    assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
+    assert!(error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("policies.a.scope: is not a known field"));
+    assert!(error(&with(r#""default_policy": {"scopes": {"any": []}}"#)).contains("default_policy.scopes"));
+}
