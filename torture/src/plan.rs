@@ -129,7 +129,7 @@ impl fmt::Display for Kind {
             Self::ControlPlaneClock => "control plane's clock shifted",
             Self::AnswerLost => "responses lost after commit",
             Self::AnswerDelayed => "responses delayed",
-            Self::AnswerCut => "pages cut",
+            Self::AnswerCut => "updates cut",
             Self::AnswerGarbage => "responses replaced by garbage",
             Self::PostgresCrash => "PostgreSQL crashed",
             Self::PostgresCut => "PostgreSQL's connections cut",

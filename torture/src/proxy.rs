@@ -29,7 +29,7 @@ pub enum Manipulation {
     LoseAcknowledgements,
     /// The connection ends in the middle of an update.
     CutUpdates,
-    /// Pages and acknowledgements are replaced by other bytes of the same length.
+    /// Updates and acknowledgements are replaced by other bytes of the same length.
     Corrupt,
 }
 

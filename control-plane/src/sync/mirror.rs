@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_changes_ends_between_two_revisions_before_it_grows_too_large() {
+    fn an_update_of_changes_ends_between_two_revisions_before_it_grows_too_large() {
         let mirror = mirror(&[1, 225, 225, 9_000, 1]);
         let (header, entries, bytes) = changes(&mirror, 0);
         assert_eq!((header.revision, header.part, entries), (2, Part::Changes { after: 0 }, 226));

@@ -217,7 +217,7 @@ async fn the_state_of_envoys_is_kept_while_the_database_is_down(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn pages_tell_how_many_envoys_sync_over_all_replicas(pool: PgPool) {
+async fn updates_have_the_number_of_envoys_that_sync_over_all_replicas(pool: PgPool) {
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     let filters_of = |reply: &Reply| Update::read(&reply.body).unwrap().header.filters;

@@ -137,7 +137,7 @@ async fn a_key_has_the_scopes_of_its_roles_beside_its_own(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_changed_role_is_told_as_one_small_page(pool: PgPool) {
+async fn a_changed_role_is_sent_in_one_small_update(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     put(&fixture, &admin, "reader", &["orders:read"]).await;

@@ -58,7 +58,7 @@ impl Reader {
     }
 }
 
-/// The header of a page that a reader without keys receives.
+/// The header of an update that a reader without keys receives.
 pub(crate) async fn received(fixture: &Fixture, uri: &str, sync: &Secret) -> Header {
     Reader::default().apply(&fixture.get(uri, sync).await)
 }
@@ -140,7 +140,7 @@ async fn held_polls_end_at_once_when_the_process_ends(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn a_snapshot_of_several_pages_holds_every_key_once(pool: PgPool) {
+async fn a_snapshot_of_several_updates_holds_every_key_once(pool: PgPool) {
     let (_, sync) = crate::support::key(&pool, "operator@example.com", &["sync"]).await;
     let sql = "insert into api_keys (id, owner_id, name, hash)
         select gen_random_uuid(), (select id from user_preferences limit 1), 'bulk', sha256(n::text::bytea)
@@ -224,7 +224,7 @@ async fn a_poll_may_name_its_reporter_and_version(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn people_can_read_a_page_as_json(pool: PgPool) {
+async fn people_can_read_an_update_as_json(pool: PgPool) {
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     let mut people = request("GET", "/sync/v1/keys", Some(&sync), Body::empty());

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_store_loads_a_snapshot_page_by_page_and_then_follows_changes() {
+    fn an_empty_store_loads_a_snapshot_update_by_update_and_then_follows_changes() {
         let mut sync = StoreSync::new(None);
         assert_eq!(sync.due(ME, 3, 0), Some(format!("/sync/v1/keys?{REPORTER}")));
         let first = snapshot(10, 0, 40_000);
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_a_lagging_replica_sets_the_revision_back() {
+    fn an_update_of_a_lagging_replica_sets_the_revision_back() {
         let mut sync = StoreSync::new(None);
         sync.on_applied(&snapshot(10, 0, 100));
         sync.on_applied(&snapshot(8, 100, 200));
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_does_not_continue_the_store_is_not_applied() {
+    fn an_update_that_does_not_continue_the_store_is_not_applied() {
         let sync = StoreSync::new(Some(&state(5)));
         for misplaced in [
             header(EPOCH, 9, Part::Changes { after: 4 }),

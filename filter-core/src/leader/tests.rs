@@ -157,7 +157,7 @@ fn the_first_vm_that_ticks_leads_and_polls_and_the_others_wait() {
 }
 
 #[test]
-fn a_snapshot_is_loaded_page_by_page_and_then_changes_follow() {
+fn a_snapshot_is_loaded_update_by_update_and_then_changes_follow() {
     let mut node = Node::new();
     let poll = one(node.tick(NOW));
     let first = update(9, Part::Snapshot { from: 0, to: 0x8000 }, &[]);
@@ -237,7 +237,7 @@ fn an_answer_without_the_database_is_as_old_as_it_says() {
 }
 
 #[test]
-fn before_an_older_page_the_state_is_set_back_for_a_vm_that_takes_over_in_between() {
+fn before_an_older_update_the_state_is_set_back_for_a_vm_that_takes_over_in_between() {
     let (mut node, poll) = Node::synced();
     // The first update of a snapshot, from a replica at an older revision.
     let older = update(5, Part::Snapshot { from: 0, to: 0x8000 }, &[]);

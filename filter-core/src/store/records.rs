@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_page_replaces_its_buckets_and_no_others() {
+    fn a_part_of_a_snapshot_replaces_its_buckets_and_no_others() {
         let data = leading();
         let (inside, outside, new) = (hash(10, 1), hash(20, 1), hash(10, 2));
         apply_bytes(&data, &update(CHANGES, &[(inside, record(1)), (outside, record(2))], &[])).unwrap();
