@@ -143,9 +143,9 @@ async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
         "insert into usage_reporters (reporter, last_seq, reported_at)
             select reporter, 1, now() from (values (md5('1')::uuid), (md5('2')::uuid)) envoys (reporter)
             where $1::uuid is not null",
-        "insert into leases (stock, subject, reporter, explanation, held, told_seq, spent)
+        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
             values (1, $1, md5('1')::uuid, 12, 12, 1, 5), (1, $1, md5('2')::uuid, 3, 3, 1, 0)",
-        "insert into leases (stock, subject, reporter, explanation, held, told_seq, spent)
+        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
             select 2, owner_id, md5('1')::uuid, 30, 30, 1, 10 from api_keys where id = $1",
     ] {
         sqlx::query(statement).bind(id).execute(&pool).await.unwrap();
