@@ -2,9 +2,9 @@
 //! with a verdict on each target, and writes `target/bench/results.json`.
 //!
 //! Reading order: `stats` computes figures from samples, `report` prints and judges them. `machine`
-//! reads CPU time and memory and pins processes, `load` sends requests, `server` is an Envoy, `feed` a control plane with keys and no database, `peers` the
-//! configurations that are compared. Then one file for each suite; `store` is the control plane of
-//! the last four.
+//! reads CPU time and memory and pins processes, `load` sends requests, `server` is an Envoy, `feed`
+//! a control plane with keys and no database, `peers` the configurations that are compared. Then one
+//! file for each suite; `store` is the control plane of the last four.
 
 mod report;
 mod statements;

@@ -54,7 +54,7 @@ struct Row {
     workers: usize,
     by_key: Samples,
     mebibytes: Samples,
-    /// By key after requests; only for Portcullis.
+    /// By key after requests.
     busy: Samples,
 }
 

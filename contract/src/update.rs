@@ -176,6 +176,8 @@ impl<'a> Iterator for Entries<'a> {
 #[derive(Debug, Default)]
 pub struct UpdateWriter {
     entries: Vec<u8>,
+    /// The first entry that could not be encoded. An update must not lack an entry, which may be a revocation.
+    failed: Option<DecodeError>,
 }
 
 impl UpdateWriter {
@@ -200,8 +202,10 @@ impl UpdateWriter {
     }
 
     fn push(&mut self, entry: &EncodedEntry<'_>) {
-        // postcard encodes every entry: it fails only for sequences of unknown length.
-        self.entries = codec::append(entry, std::mem::take(&mut self.entries)).unwrap_or_default();
+        match codec::append(entry, std::mem::take(&mut self.entries)) {
+            Ok(entries) => self.entries = entries,
+            Err(error) => self.failed = self.failed.or(Some(error)),
+        }
     }
 
     /// Bytes of all entries so far.
@@ -213,8 +217,11 @@ impl UpdateWriter {
     /// Encodes the update.
     ///
     /// # Errors
-    /// None in practice: see [`codec::encode`].
+    /// The error of an entry that could not be encoded; none in practice, see [`codec::encode`].
     pub fn finish(&self, header: &Header) -> Result<Vec<u8>, DecodeError> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
         codec::encode(UPDATE, &Update { header: *header, entries: Bytes(&self.entries) })
     }
 }

@@ -10,8 +10,10 @@ use crate::keys::StoredKey;
 #[must_use]
 pub fn packed(key: &StoredKey) -> String {
     let StoredKey { owner_id, key_id, scopes, .. } = key;
-    let scopes = scopes.as_ref().map(|scopes| format!(", scopes=\"{scopes}\"")).unwrap_or_default();
-    format!("consumer=\"{owner_id}\", credential=\"{key_id}\"{scopes}")
+    match scopes {
+        Some(scopes) => format!("consumer=\"{owner_id}\", credential=\"{key_id}\", scopes=\"{scopes}\""),
+        None => format!("consumer=\"{owner_id}\", credential=\"{key_id}\""),
+    }
 }
 
 /// The default names of this filter's identity headers: consumer, credential, scopes.

@@ -143,14 +143,17 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         // Without named policies there is nothing that a route could name.
         let name = if policies.named.is_empty() { None } else { stream.route_policy() };
         let policy = policies.find(name.as_deref());
-        if let Some(name) = name.filter(|name| policy.is_none() && self.vm.is_new_unknown_policy(name)) {
+        if let (None, Some(name)) = (policy, name) {
             self.report_unknown_policy(&name);
         }
         policy
     }
 
-    /// Logs the name of an unknown policy.
+    /// Logs the name of an unknown policy, once in each VM.
     fn report_unknown_policy(&self, name: &str) {
+        if !self.vm.is_new_unknown_policy(name) {
+            return;
+        }
         let problem = if name.is_empty() {
             "filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty".to_owned()
         } else {
@@ -286,15 +289,21 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// Lets the request go upstream, with the identity of its key in place of the key. Refused requests do not go upstream, so
     /// this is the only place where headers of a client could reach it.
     fn forward(&self, verdict: &Verdict, extraction: &Extraction<'_>, stream: &mut impl Stream) -> Flow {
-        let Config { key_sources, identity, strip_key, remove_headers, .. } = self.config;
-        let key = verdict.key.as_ref().filter(|_| verdict.outcome == Outcome::Allowed);
-        self.set_identity(key.map(|key| &**key), stream);
+        let Config { key_sources, identity, strip_key, remove_headers, envoy_removes_identity_headers, .. } =
+            self.config;
+        let key = verdict.key.as_deref().filter(|_| verdict.outcome == Outcome::Allowed);
+        // Without a good key the filter removes them all the same: an Envoy that does not remove them then gives no identity to
+        // a request without one.
+        let are_removed = *envoy_removes_identity_headers && key.is_some();
+        self.set_identity(key, are_removed, stream);
         if key.is_none() || (identity.credential.is_none() && identity.packed.is_none()) {
             self.log_key(verdict, stream);
         }
         if verdict.shadowed {
             self.log(SHADOW_STATE, verdict.outcome.name(), stream);
             stream.set_header(SHADOW_HEADER, verdict.outcome.name().as_bytes());
+        } else if !are_removed {
+            stream.remove_header(SHADOW_HEADER);
         }
         for name in remove_headers {
             stream.remove_header(name);
@@ -305,11 +314,10 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         Flow::Continue
     }
 
-    /// Sets the identity headers of a good key in place of any that the client sent, and removes the others. Without a good key
-    /// the filter removes all of them, even if Envoy is said to do so: a configuration of Envoy that does not can then give no
-    /// identity to a request without one.
-    fn set_identity(&self, key: Option<&StoredKey>, stream: &mut impl Stream) {
-        let Config { identity, envoy_removes_identity_headers, .. } = self.config;
+    /// Sets the identity headers of a good key in place of any that the client sent, and removes the others unless Envoy has
+    /// removed them.
+    fn set_identity(&self, key: Option<&StoredKey>, are_removed: bool, stream: &mut impl Stream) {
+        let identity = &self.config.identity;
         let packed = identity.packed.as_ref().zip(key).map(|(_, key)| identity::packed(key));
         let headers = [
             (&identity.consumer, key.map(|key| &*key.owner_id)),
@@ -317,7 +325,6 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             (&identity.scopes, key.and_then(|key| key.scopes.as_deref())),
             (&identity.packed, packed.as_deref()),
         ];
-        let are_removed = *envoy_removes_identity_headers && key.is_some();
         for (name, value) in headers {
             match (name, value) {
                 (Some(name), Some(value)) => stream.set_header(name, value.as_bytes()),
@@ -326,7 +333,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             }
         }
         if !are_removed {
-            for name in identity.unused.iter().map(String::as_str).chain([SHADOW_HEADER]) {
+            for name in &identity.unused {
                 stream.remove_header(name);
             }
         }

@@ -231,14 +231,20 @@ impl Driver {
     }
 
     async fn top_up(&self, book: &mut Book, rest: &Rest, note: String) -> Result<()> {
-        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, &note)).await;
+        let user = json!({"email": METERED});
+        let Some(user) = call(rest, Method::POST, "/v1/users", Some(&user)).await? else {
+            book.unconfirmed = Some(note);
+            return Ok(());
+        };
+        let id = user["id"].as_str().context("a user without an id")?;
+        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, id, &note)).await;
         match asked.map(|asked| asked.map(|reply| reply.status)) {
             Ok(Ok(201)) => {
                 book.unconfirmed = None;
                 book.top_ups.push(note);
                 self.oracle.topped_up(TOP_UP);
             }
-            // A retry with the same idempotency key is booked once.
+            // A retry with the same idempotency key is booked once. 404: the database was restored between the two calls.
             Ok(Ok(503 | 409 | 404)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),
             Ok(Ok(status)) => anyhow::bail!("a top-up answered {status}"),
         }
@@ -246,9 +252,9 @@ impl Driver {
     }
 }
 
-async fn credit(rest: &Rest, note: &str) -> Result<Reply> {
+async fn credit(rest: &Rest, id: &str, note: &str) -> Result<Reply> {
     let body = json!({"amount": TOP_UP, "note": note});
-    let request = Request::post(format!("{}/ledger", rest.user(METERED).await?))
+    let request = Request::post(format!("/v1/users/{id}/ledger"))
         .header("x-api-key", rest.key.reveal())
         .header("content-type", "application/json")
         .header("idempotency-key", note)

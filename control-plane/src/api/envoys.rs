@@ -27,7 +27,7 @@ pub struct EnvoyView {
     #[schema(required, example = "192.0.2.7")]
     address: Option<String>,
     /// Its version of the filter, if it reports one.
-    #[schema(required, example = "0.3.0")]
+    #[schema(required, example = "0.1.0")]
     version: Option<String>,
     /// Whether it polled or reported within the last 60 seconds. A poll that is held counts.
     live: bool,

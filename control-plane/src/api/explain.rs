@@ -90,7 +90,7 @@ pub struct CheckView {
     /// Its name.
     #[schema(value_type = String, example = "scopes")]
     name: &'static str,
-    /// Whether it passes; null if each Envoy judges it by what it remembers.
+    /// Whether it passes; null for limits, whose state the Envoys have.
     #[schema(required)]
     passed: Option<bool>,
     /// The values that it compared.
@@ -265,7 +265,7 @@ async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(O
     Ok((record, view))
 }
 
-/// The limits that an Envoy judges after all checks.
+/// The limits that an Envoy applies after all checks.
 fn limits(record: &Record, facts: &Facts<'_>) -> String {
     let limits = facts.definitions.rate_limits(record);
     let of = if record.rate_limits.is_empty() { "plan" } else { "key" };
@@ -275,7 +275,7 @@ fn limits(record: &Record, facts: &Facts<'_>) -> String {
     if limits.is_empty() {
         all.insert(0, "of neither the key nor a plan: the default of each Envoy applies".into());
     }
-    format!("{}; judged by each Envoy", all.join("; "))
+    all.join("; ")
 }
 
 fn figures(limit: &RateLimit) -> String {

@@ -133,12 +133,18 @@ pub async fn update(
 
 /// Sets or clears the refill. The row of the user is locked.
 async fn set_refill(connection: &mut PgConnection, owner_id: Uuid, refill: Option<&Refill>) -> Result<(), ApiError> {
-    let now = sqlx::query_scalar!(r#"select now() as "now!""#).fetch_one(&mut *connection).await?;
+    let next = match refill {
+        Some(refill) => {
+            let now = sqlx::query_scalar!(r#"select now() as "now!""#).fetch_one(&mut *connection).await?;
+            Some(refill.next(now))
+        }
+        None => None,
+    };
     sqlx::query!(
         "update user_preferences set refill = $2, refill_at = $3 where id = $1",
         owner_id,
         refill.map(Json) as _,
-        refill.map(|refill| refill.next(now))
+        next
     )
     .execute(connection)
     .await?;

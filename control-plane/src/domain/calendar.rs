@@ -18,7 +18,7 @@ use utoipa::ToSchema;
 
 static ZONES: LazyLock<TimeZoneDatabase> = LazyLock::new(TimeZoneDatabase::bundled);
 
-/// How often credits come in by themselves.
+/// A period of the calendar: of a quota, or between two refills of credits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Every {

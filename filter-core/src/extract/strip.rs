@@ -1,5 +1,7 @@
 //! Removal of keys from a request.
 
+use std::cell::LazyCell;
+
 use super::source::{Remainder, Source};
 use super::{Extraction, value_of};
 use crate::host::Stream;
@@ -16,10 +18,11 @@ pub fn strip(sources: &[Source], extraction: &Extraction<'_>, stream: &mut impl 
     }
     if let Some((place, value)) = &extraction.place {
         let others = sources.iter().filter(|other| other != place && !matches!(other, Source::Header(_)));
+        let key = LazyCell::new(|| place.find(value));
         for other in others {
             // Read only now: the key that was cut may have been in the same header.
             if let Some(there) = value_of(other, stream)
-                && place.find(value).is_some_and(|key| other.holds(&there, &key))
+                && key.as_ref().is_some_and(|key| other.holds(&there, key))
             {
                 cut(other, &there, stream);
             }
