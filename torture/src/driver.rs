@@ -84,7 +84,7 @@ impl Driver {
             let (id, secret) = rest.create(&email).await?;
             oracle.add(&id, &secret, None, metered);
             if metered {
-                let reply = credit(&rest, "0").await?;
+                let reply = credit(&rest, &rest.user(METERED).await?, "0").await?;
                 anyhow::ensure!(reply.status == 201, "top-up: {} {:?}", reply.status, reply.body);
                 this.book.lock().await.top_ups.push("0".into());
                 oracle.topped_up(TOP_UP);
@@ -236,8 +236,8 @@ impl Driver {
             book.unconfirmed = Some(note);
             return Ok(());
         };
-        let id = user["id"].as_str().context("a user without an id")?;
-        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, id, &note)).await;
+        let path = format!("/v1/users/{}", user["id"].as_str().context("a user without an id")?);
+        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, &path, &note)).await;
         match asked.map(|asked| asked.map(|reply| reply.status)) {
             Ok(Ok(201)) => {
                 book.unconfirmed = None;
@@ -252,9 +252,9 @@ impl Driver {
     }
 }
 
-async fn credit(rest: &Rest, id: &str, note: &str) -> Result<Reply> {
+async fn credit(rest: &Rest, user: &str, note: &str) -> Result<Reply> {
     let body = json!({"amount": TOP_UP, "note": note});
-    let request = Request::post(format!("/v1/users/{id}/ledger"))
+    let request = Request::post(format!("{user}/ledger"))
         .header("x-api-key", rest.key.reveal())
         .header("content-type", "application/json")
         .header("idempotency-key", note)
