@@ -2,7 +2,6 @@
 
 use std::ops::RangeInclusive;
 
-use axum::extract::State;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -10,10 +9,9 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::extract::search_text;
-use super::openapi::ReadErrors;
 use super::pagination::{self, List, PageQuery};
-use crate::App;
 use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::audit::{self, AuditFilter, AuditRow};
 use crate::domain::{Timestamp, parse_time};
 use crate::error::ApiError;
@@ -126,15 +124,11 @@ pub struct AuditPage {
 /// Users see the entries of their own keys.
 #[utoipa::path(
     operation_id = "listAuditEntries",
-    get, path = "/v1/audit", tag = "audit", params(AuditQuery, PageQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "A page of the trail", body = AuditPage),
-    )
+    get, path = "/v1/audit", tag = "audit", params(AuditQuery, PageQuery),
+    responses((status = 200, description = "A page of the trail", body = AuditPage))
 )]
 pub async fn trail(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, .. }: Call,
     List { query, page }: List<AuditQuery, i64>,
 ) -> Result<Response, ApiError> {
     caller.require_manager()?;

@@ -25,15 +25,24 @@ macro_rules! routes {
         put: $put:tt $put_doc:tt,
         delete: $delete:tt $delete_doc:tt $(,)?
     ) => {
+        use axum::http::StatusCode;
+        use axum::response::Response;
+        use $crate::api::call::Call;
+        use $crate::api::definitions::{self, ByName};
+        use $crate::api::extract::Json;
+        use $crate::api::openapi::{Conditions, Conflict};
+        use $crate::api::pagination::{self, All, List, PageQuery};
+        use $crate::definitions::Kind;
+        use $crate::domain::Preconditions;
+
         #[doc = $list_doc]
         #[utoipa::path(
             operation_id = $list,
-            get, path = $list_path, tag = $tag, params(PageQuery), security(("api_key" = [])),
-            responses(ReadErrors, (status = 200, description = "A page of the list", body = $page))
+            get, path = $list_path, tag = $tag, params(PageQuery),
+            responses((status = 200, description = "A page of the list", body = $page))
         )]
         pub async fn list(
-            State(app): State<App>,
-            caller: Caller,
+            Call { app, caller, .. }: Call,
             List { page, .. }: List<All, String>,
         ) -> Result<Response, ApiError> {
             let (found, next) = definitions::list(&app, &caller, page, Kind::$kind).await?;
@@ -44,18 +53,10 @@ macro_rules! routes {
         #[doc = $get_doc]
         #[utoipa::path(
             operation_id = $get,
-            get, path = $path, tag = $tag, params(ByName), security(("api_key" = [])),
-            responses(
-                ReadErrors,
-                (status = 200, description = "The role or plan", body = $view,
-                    headers(("etag" = String, description = "Its version, for If-Match"))),
-            )
+            get, path = $path, tag = $tag, params(ByName),
+            responses((status = 200, description = "The role or plan", body = $view))
         )]
-        pub async fn get(
-            State(app): State<App>,
-            caller: Caller,
-            Path(path): Path<ByName>,
-        ) -> Result<Response, ApiError> {
+        pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, ApiError> {
             definitions::get(&app, &caller, &path, Kind::$kind, $view::of).await
         }
 
@@ -65,19 +66,14 @@ macro_rules! routes {
         #[utoipa::path(
             operation_id = $put,
             put, path = $path, tag = $tag, params(ByName, Conditions), request_body = $body,
-            security(("api_key" = [])),
             responses(
-                WriteErrors, Conflict,
-                (status = 200, description = "Replaced, or the same as before", body = $view,
-                    headers(("etag" = String, description = "Its version, for If-Match"))),
-                (status = 201, description = "Created", body = $view,
-                    headers(("etag" = String, description = "Its version, for If-Match"))),
+                Conflict,
+                (status = 200, description = "Replaced, or the same as before", body = $view),
+                (status = 201, description = "Created", body = $view),
             )
         )]
         pub async fn put(
-            State(app): State<App>,
-            caller: Caller,
-            Path(path): Path<ByName>,
+            Call { app, caller, path }: Call<ByName>,
             preconditions: Preconditions,
             Json(body): Json<$body>,
         ) -> Result<Response, ApiError> {
@@ -87,13 +83,11 @@ macro_rules! routes {
         #[doc = $delete_doc]
         #[utoipa::path(
             operation_id = $delete,
-            delete, path = $path, tag = $tag, params(ByName, Conditions), security(("api_key" = [])),
-            responses(ReadErrors, Conflict, (status = 204, description = "Deleted"))
+            delete, path = $path, tag = $tag, params(ByName, Conditions),
+            responses(Conflict, (status = 204, description = "Deleted"))
         )]
         pub async fn delete(
-            State(app): State<App>,
-            caller: Caller,
-            Path(path): Path<ByName>,
+            Call { app, caller, path }: Call<ByName>,
             preconditions: Preconditions,
         ) -> Result<StatusCode, ApiError> {
             definitions::remove(&app, &caller, (Kind::$kind, &path), &preconditions).await

@@ -1,6 +1,5 @@
 //! `GET /v1/envoys`: the Envoys that sync, and how far each is.
 
-use axum::extract::State;
 use axum::response::Response;
 use contract::id::Epoch;
 use serde::Serialize;
@@ -8,8 +7,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::App;
-use crate::api::auth::Caller;
-use crate::api::openapi::ReadErrors;
+use crate::api::call::Call;
 use crate::api::pagination::{self, All, List, PageQuery};
 use crate::domain::Timestamp;
 use crate::error::ApiError;
@@ -153,17 +151,10 @@ pub async fn key_applied_on(app: &App, key_id: Uuid) -> Result<AppliedOn, ApiErr
 /// List the Envoys that sync.
 #[utoipa::path(
     operation_id = "listEnvoys",
-    get, path = "/v1/envoys", tag = "insight", params(PageQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "A page of Envoys", body = EnvoyPage),
-    )
+    get, path = "/v1/envoys", tag = "insight", params(PageQuery),
+    responses((status = 200, description = "A page of Envoys", body = EnvoyPage))
 )]
-pub async fn list(
-    State(app): State<App>,
-    caller: Caller,
-    List { page, .. }: List<All, Uuid>,
-) -> Result<Response, ApiError> {
+pub async fn list(Call { app, caller, .. }: Call, List { page, .. }: List<All, Uuid>) -> Result<Response, ApiError> {
     caller.require_admin()?;
     let (present, mut envoys) = filters::list(&app.pool, page.after, page.read()).await?;
     let next = page.cut(&mut envoys, |envoy| envoy.reporter);

@@ -5,7 +5,6 @@
 
 use std::net::IpAddr;
 
-use axum::extract::State;
 use contract::decision::{Check, Facts, Presented, cost, decide};
 use contract::hash::KeyHash;
 use contract::json::{InputError, read_value};
@@ -21,8 +20,9 @@ use uuid::Uuid;
 
 use crate::App;
 use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::extract::Json;
-use crate::api::openapi::{NotFound, WriteErrors};
+use crate::api::openapi::NotFound;
 use crate::domain::parse_time;
 use crate::error::ApiError;
 use crate::explain::policies::is_method;
@@ -123,15 +123,11 @@ struct AppliedPolicy {
 /// Explain the decision on a request.
 #[utoipa::path(
     operation_id = "explainRequest",
-    post, path = "/v1/explain", tag = "insight", request_body = ExplainBody, security(("api_key" = [])),
-    responses(
-        WriteErrors, NotFound,
-        (status = 200, description = "The outcome, and each check", body = Explanation),
-    )
+    post, path = "/v1/explain", tag = "insight", request_body = ExplainBody,
+    responses(NotFound, (status = 200, description = "The outcome, and each check", body = Explanation))
 )]
 pub async fn explain(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, .. }: Call,
     Json(body): Json<ExplainBody>,
 ) -> Result<Json<Explanation>, ApiError> {
     caller.require_manager()?;

@@ -1,7 +1,6 @@
 //! `/v1/users/{id}/balance` and `/ledger`: credits of a user. Only admins book. Whether requests cost credits and the refill
 //! are settings of the user, see [`super::users`].
 
-use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use contract::json::null_is_default;
@@ -9,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::App;
 use crate::api::auth::Caller;
-use crate::api::extract::{Json, Path};
+use crate::api::call::Call;
+use crate::api::extract::Json;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
-use crate::api::openapi::{Conflict, IdempotencyKey, ReadErrors, WriteErrors};
+use crate::api::openapi::{Conflict, IdempotencyKey};
 use crate::api::pagination::{self, All, List, PageQuery};
 use crate::api::users::ById;
 use crate::credits::{self, Account, Kind, LedgerRow, parse_amount, parse_note};
@@ -133,17 +132,10 @@ pub struct LedgerPage {
 /// Get the balance of a user.
 #[utoipa::path(
     operation_id = "getBalance",
-    get, path = "/v1/users/{id}/balance", tag = "credits", params(ById), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The balance", body = BalanceView),
-    )
+    get, path = "/v1/users/{id}/balance", tag = "credits", params(ById),
+    responses((status = 200, description = "The balance", body = BalanceView))
 )]
-pub async fn balance(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ById>,
-) -> Result<Json<BalanceView>, ApiError> {
+pub async fn balance(Call { app, caller, path }: Call<ById>) -> Result<Json<BalanceView>, ApiError> {
     caller.require_user_or_admin(path.id)?;
     let account = credits::account(&app.pool, path.id).await?.ok_or_else(|| unknown(path.id))?;
     Ok(Json(account.into()))
@@ -155,18 +147,11 @@ pub async fn balance(
 /// again at once.
 #[utoipa::path(
     operation_id = "createLedgerEntry",
-    post, path = "/v1/users/{id}/ledger", tag = "credits", request_body = EntryBody,
-    params(ById, IdempotencyKey),
-    security(("api_key" = [])),
-    responses(
-        WriteErrors, Conflict,
-        (status = 201, description = "The entry", body = EntryView),
-    )
+    post, path = "/v1/users/{id}/ledger", tag = "credits", request_body = EntryBody, params(ById, IdempotencyKey),
+    responses(Conflict, (status = 201, description = "The entry", body = EntryView))
 )]
 pub async fn book(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ById>,
+    Call { app, caller, path }: Call<ById>,
     mut request: IdempotentRequest,
 ) -> Result<Response, ApiError> {
     caller.require_admin()?;
@@ -189,16 +174,11 @@ pub async fn book(
 /// Usage that is no longer kept by the hour is one entry per day.
 #[utoipa::path(
     operation_id = "listLedgerEntries",
-    get, path = "/v1/users/{id}/ledger", tag = "credits", params(ById, PageQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "A page of the ledger", body = LedgerPage),
-    )
+    get, path = "/v1/users/{id}/ledger", tag = "credits", params(ById, PageQuery),
+    responses((status = 200, description = "A page of the ledger", body = LedgerPage))
 )]
 pub async fn ledger(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ById>,
+    Call { app, caller, path }: Call<ById>,
     List { page, .. }: List<All, i64>,
 ) -> Result<Response, ApiError> {
     caller.require_user_or_admin(path.id)?;

@@ -1,18 +1,16 @@
 //! `/api/user`: the primary key of a user. These four routes came before `/v1` and keep their form.
 
-use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use contract::key::Secret;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::extract::{Json, Path};
+use super::extract::Json;
 use super::idempotency::{IdempotentRequest, IdempotentResponse};
 use super::keys::view::reveal;
-use super::openapi::{Conflict, IdempotencyKey, NotFound, ReadErrors, WriteErrors};
-use crate::App;
-use crate::api::auth::Caller;
+use super::openapi::{Conflict, IdempotencyKey, NotFound};
+use crate::api::call::Call;
 use crate::domain::{Email, KeyName, Timestamp};
 use crate::error::ApiError;
 use crate::keys::create::replace_primary;
@@ -131,17 +129,10 @@ pub struct RevokeReply {
 /// Get the state of a user's primary key.
 #[utoipa::path(
     operation_id = "getPrimaryKey",
-    get, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The state of the key", body = StatusReply),
-    )
+    get, path = "/api/user/key/{email}", tag = "user", params(ByEmail),
+    responses((status = 200, description = "The state of the key", body = StatusReply))
 )]
-pub async fn status(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ByEmail>,
-) -> Result<Json<StatusReply>, ApiError> {
+pub async fn status(Call { app, caller, path }: Call<ByEmail>) -> Result<Json<StatusReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
     let key_preference = primary(&app.pool, &email).await?.into();
@@ -153,18 +144,13 @@ pub async fn status(
 /// The previous primary key, if there is one, is revoked in the same transaction.
 #[utoipa::path(
     operation_id = "createPrimaryKey",
-    post, path = "/api/user/key", tag = "user", request_body = GenerateBody, security(("api_key" = [])),
-    params(IdempotencyKey),
+    post, path = "/api/user/key", tag = "user", request_body = GenerateBody, params(IdempotencyKey),
     responses(
-        WriteErrors, Conflict,
+        Conflict,
         (status = 200, description = "The new key. This is the only response that contains it", body = GenerateReply),
     )
 )]
-pub async fn generate(
-    State(app): State<App>,
-    caller: Caller,
-    mut request: IdempotentRequest,
-) -> Result<Response, ApiError> {
+pub async fn generate(Call { app, caller, .. }: Call, mut request: IdempotentRequest) -> Result<Response, ApiError> {
     let body: GenerateBody = request.body().await?;
     let email = Email::parse(&body.email)?;
     let name = KeyName::parse("key_name", &body.key_name)?;
@@ -184,17 +170,10 @@ pub async fn generate(
 /// Revoke a user's primary key.
 #[utoipa::path(
     operation_id = "revokePrimaryKey",
-    delete, path = "/api/user/key/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
-    responses(
-        ReadErrors, NotFound, Conflict,
-        (status = 200, description = "The key is revoked", body = RevokeReply),
-    )
+    delete, path = "/api/user/key/{email}", tag = "user", params(ByEmail),
+    responses(NotFound, Conflict, (status = 200, description = "The key is revoked", body = RevokeReply))
 )]
-pub async fn revoke(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ByEmail>,
-) -> Result<Json<RevokeReply>, ApiError> {
+pub async fn revoke(Call { app, caller, path }: Call<ByEmail>) -> Result<Json<RevokeReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
     let revoked = app.writer.change(&caller.actor, async |change| {
@@ -211,17 +190,10 @@ pub async fn revoke(
 /// Get the usage of a user's primary key.
 #[utoipa::path(
     operation_id = "getUserUsage",
-    get, path = "/api/user/usage/{email}", tag = "user", params(ByEmail), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The usage of the key", body = UsageReply),
-    )
+    get, path = "/api/user/usage/{email}", tag = "user", params(ByEmail),
+    responses((status = 200, description = "The usage of the key", body = UsageReply))
 )]
-pub async fn usage(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ByEmail>,
-) -> Result<Json<UsageReply>, ApiError> {
+pub async fn usage(Call { app, caller, path }: Call<ByEmail>) -> Result<Json<UsageReply>, ApiError> {
     let email = Email::parse(&path.email)?;
     caller.require_owner_or_admin(&email)?;
     let usage = primary(&app.pool, &email).await?.into();

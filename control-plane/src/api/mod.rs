@@ -4,6 +4,7 @@ mod app;
 
 pub mod auth;
 pub mod body_timeout;
+pub mod call;
 pub mod csv;
 pub mod extract;
 pub mod idempotency;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use utoipa::openapi::header::{Header, HeaderBuilder};
 use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::security::SecurityRequirement;
 use utoipa::openapi::{ContentBuilder, Deprecated, Object, OpenApi, Ref, RefOr, Response, ResponseBuilder, Type};
 use utoipa::{IntoParams, IntoResponses};
 
@@ -12,6 +13,23 @@ const LINK: &str = "link";
 const REQUEST_ID: &str = "x-request-id";
 const RETRY_AFTER: &str = "retry-after";
 const AUTHENTICATE: &str = "www-authenticate";
+const ETAG: &str = "etag";
+const LOCATION: &str = "location";
+
+/// The tag of routes that need no key.
+const PLATFORM: &str = "platform";
+
+/// Schemas of resources with a version, which their responses have as the ETag.
+const VERSIONED: [&str; 6] = ["CreateReply", "KeyDetails", "KeyView", "PlanView", "RoleView", "UserView"];
+
+/// Refusals that a call with a key can meet at every route.
+const REFUSALS: [(&str, &str); 5] = [
+    ("400", "The request is not valid"),
+    ("401", "The key is missing or not accepted"),
+    ("403", "The key is not permitted to do this"),
+    ("429", "Too many requests, or a bound of one owner is reached"),
+    ("503", "The database is not available"),
+];
 
 /// The request is for a version.
 #[derive(IntoParams)]
@@ -46,37 +64,11 @@ pub(super) struct IdempotencyKey {
     idempotency_key: Option<String>,
 }
 
-/// The error responses of every route that takes a key.
-pub(super) struct ReadErrors;
-
-/// The error responses of every route that takes a key and a body.
-pub(super) struct WriteErrors;
-
 /// Of a route whose change can contradict what exists.
 pub(super) struct Conflict;
 
 /// Of a route that looks for something that its path does not name. Those with an id in the path have it without this.
 pub(super) struct NotFound;
-
-impl IntoResponses for ReadErrors {
-    fn responses() -> BTreeMap<String, RefOr<Response>> {
-        problems(&[
-            ("400", "The request is not valid"),
-            ("401", "The key is missing or not accepted"),
-            ("403", "The key is not permitted to do this"),
-            ("429", "Too many requests, or a bound of one owner is reached"),
-            ("503", "The database is not available"),
-        ])
-    }
-}
-
-impl IntoResponses for WriteErrors {
-    fn responses() -> BTreeMap<String, RefOr<Response>> {
-        let mut all = ReadErrors::responses();
-        all.extend(problems(&[("413", "Body too large"), ("415", "Body not JSON")]));
-        all
-    }
-}
 
 impl IntoResponses for Conflict {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
@@ -115,21 +107,32 @@ pub(super) fn complete(mut openapi: OpenApi) -> OpenApi {
                 .flatten()
                 .for_each(|operation| add(operation, NotFound::responses()));
         }
-        for operation in [get, put, post, delete, patch].into_iter().flatten() {
-            complete_operation(operation);
+        for (operation, creates) in [(get, false), (put, false), (post, true), (delete, false), (patch, false)] {
+            if let Some(operation) = operation {
+                complete_operation(operation, creates);
+            }
         }
     }
     openapi.components.get_or_insert_default().headers.extend(headers());
     openapi
 }
 
-/// Adds responses that follow from what the operation takes, and the headers of all responses.
-fn complete_operation(operation: &mut Operation) {
-    // An empty list means that the operation needs no key. Without a list the document would leave it open.
-    operation.security.get_or_insert_default();
-    if operation.request_body.is_some() {
+/// Adds the key that the operation needs, responses that follow from what it takes, and the headers of all responses.
+fn complete_operation(operation: &mut Operation, creates: bool) {
+    if operation.tags.iter().flatten().any(|tag| tag == PLATFORM) {
+        // An empty list means that the operation needs no key. Without a list the document would leave it open.
+        operation.security = Some(Vec::new());
+    } else {
+        operation.security = Some(vec![SecurityRequirement::new("api_key", [""; 0])]);
+        add(operation, problems(&REFUSALS));
+    }
+    if let Some(body) = operation.request_body.as_ref().and_then(here) {
+        let is_json = body.content.contains_key("application/json");
         // See `super::body_timeout`.
         add(operation, problems(&[("408", "The body did not arrive in time")]));
+        if is_json {
+            add(operation, problems(&[("413", "Body too large"), ("415", "Body not JSON")]));
+        }
     }
     if takes(operation, "If-Match") {
         add(operation, problems(&[("412", "The resource is not what If-Match or If-None-Match asks for")]));
@@ -149,10 +152,20 @@ fn complete_operation(operation: &mut Operation) {
             "429" | "503" if is_problem => Some(RETRY_AFTER),
             _ => None,
         };
-        for name in special.into_iter().chain([REQUEST_ID]) {
+        let version = has_version(response).then_some(ETAG);
+        let location = version.filter(|_| creates).map(|_| LOCATION);
+        for name in [special, version, location, Some(REQUEST_ID)].into_iter().flatten() {
             let header = Ref::new(format!("#/components/headers/{name}"));
             response.headers.entry(name.to_owned()).or_insert(RefOr::Ref(header));
         }
+    }
+}
+
+fn has_version(response: &Response) -> bool {
+    let content = response.content.get("application/json").and_then(here);
+    match content.and_then(|content| content.schema.as_ref()) {
+        Some(RefOr::Ref(schema)) => VERSIONED.iter().any(|name| schema.ref_location.ends_with(&format!("/{name}"))),
+        _ => false,
     }
 }
 
@@ -164,13 +177,16 @@ fn add(operation: &mut Operation, responses: BTreeMap<String, RefOr<Response>>) 
 }
 
 fn takes(operation: &Operation, name: &str) -> bool {
-    let parameters = operation.parameters.iter().flatten();
-    parameters
-        .filter_map(|parameter| match parameter {
-            RefOr::T(parameter) => Some(parameter),
-            RefOr::Ref(_) => None,
-        })
-        .any(|parameter| parameter.name.eq_ignore_ascii_case(name))
+    let parameters = operation.parameters.iter().flatten().filter_map(here);
+    parameters.into_iter().any(|parameter| parameter.name.eq_ignore_ascii_case(name))
+}
+
+/// What stands here, rather than among the components.
+const fn here<T>(of: &RefOr<T>) -> Option<&T> {
+    match of {
+        RefOr::T(of) => Some(of),
+        RefOr::Ref(_) => None,
+    }
 }
 
 fn headers() -> BTreeMap<String, RefOr<Header>> {
@@ -183,12 +199,16 @@ fn headers() -> BTreeMap<String, RefOr<Header>> {
                        request with the same Idempotency-Key is still running.";
     let authenticate = "How to present a key.";
     let link = "The next page, if there is one (RFC 8288).";
+    let etag = "The version of the resource, for If-Match.";
+    let location = "Where to find the resource.";
     let next = "</v1/keys?cursor=IjAxOTlmMGE2Ig&limit=100>; rel=\"next\"";
     [
         (LINK, header(Type::String, link, next.into())),
         (REQUEST_ID, header(Type::String, request_id, "0199f0a6-3b7c-7d52-9a3e-4f6d1c2b8e90".into())),
         (RETRY_AFTER, header(Type::Integer, retry_after, 1.into())),
         (AUTHENTICATE, header(Type::String, authenticate, "ApiKey realm=\"portcullis\"".into())),
+        (ETAG, header(Type::String, etag, "\"7\"".into())),
+        (LOCATION, header(Type::String, location, "/v1/keys/0199f0a6-3b7c-7d52-9a3e-4f6d1c2b8e90".into())),
     ]
     .map(|(name, header)| (name.to_owned(), header))
     .into()

@@ -1,23 +1,12 @@
 //! `/v1/plans`: named bundles of scopes, limits and a quota that keys and users have.
 
-use axum::extract::State;
-use axum::http::StatusCode;
-use axum::response::Response;
 use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::definitions::{self, ByName};
-use super::extract::{Json, Path};
-use super::openapi::{Conditions, Conflict, ReadErrors, WriteErrors};
-use super::pagination::{self, All, List, PageQuery};
-use crate::App;
-use crate::api::auth::Caller;
+use crate::definitions::Content;
 use crate::definitions::store::Definition;
-use crate::definitions::{Content, Kind};
-use crate::domain::Preconditions;
-use crate::domain::quota::QuotaBody;
-use crate::domain::{RateLimitBody, Timestamp};
+use crate::domain::{QuotaBody, RateLimitBody, Timestamp};
 use crate::error::ApiError;
 
 /// The content of a plan.
@@ -89,7 +78,7 @@ pub struct PlanPage {
     next_cursor: Option<String>,
 }
 
-definitions::routes!(
+super::definitions::routes!(
     Plan "plans", PlanView, PlanBody, PlanPage { plans },
     list: "listPlans" "/v1/plans" "List plans by name.",
     get: "getPlan" "/v1/plans/{name}" "Get a plan.",

@@ -1,21 +1,11 @@
 //! `/v1/roles`: named sets of scopes that keys have.
 
-use axum::extract::State;
-use axum::http::StatusCode;
-use axum::response::Response;
 use contract::json::null_is_default;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::definitions::{self, ByName};
-use super::extract::{Json, Path};
-use super::openapi::{Conditions, Conflict, ReadErrors, WriteErrors};
-use super::pagination::{self, All, List, PageQuery};
-use crate::App;
-use crate::api::auth::Caller;
+use crate::definitions::Content;
 use crate::definitions::store::Definition;
-use crate::definitions::{Content, Kind};
-use crate::domain::Preconditions;
 use crate::domain::Timestamp;
 use crate::error::ApiError;
 
@@ -75,7 +65,7 @@ pub struct RolePage {
     next_cursor: Option<String>,
 }
 
-definitions::routes!(
+super::definitions::routes!(
     Role "roles", RoleView, RoleBody, RolePage { roles },
     list: "listRoles" "/v1/roles" "List roles by name.",
     get: "getRole" "/v1/roles/{name}" "Get a role.",

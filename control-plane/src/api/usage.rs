@@ -1,7 +1,6 @@
 //! `GET /v1/usage`: sums of usage by key, user, plan, scope and outcome, as JSON or CSV. A query spans at most 366
 //! days, by the hour 31 days.
 
-use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -11,10 +10,11 @@ use uuid::Uuid;
 
 use super::csv;
 use super::keys::usage::span;
-use super::openapi::{NotFound, ReadErrors};
+use super::openapi::NotFound;
 use super::pagination::{List, Page, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::extract::Json;
 use crate::domain::{Email, Timestamp};
 use crate::error::ApiError;
@@ -117,16 +117,15 @@ pub struct UsagePage {
 /// is null.
 #[utoipa::path(
     operation_id = "getUsage",
-    get, path = "/v1/usage", tag = "insight", params(SumsQuery, PageQuery), security(("api_key" = [])),
+    get, path = "/v1/usage", tag = "insight", params(SumsQuery, PageQuery),
     responses(
-        ReadErrors, NotFound,
+        NotFound,
         (status = 200, description = "A page of sums; as CSV with a line of names before the rows",
             content((UsagePage = "application/json"), (String = "text/csv"))),
     )
 )]
 pub async fn usage(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, .. }: Call,
     headers: HeaderMap,
     List { query, mut page }: List<SumsQuery, Place>,
 ) -> Result<Response, ApiError> {

@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use axum::extract::State;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -11,10 +10,9 @@ use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::openapi::ReadErrors;
 use super::pagination;
 use crate::App;
-use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::extract::Query;
 use crate::api::problem::Problem;
 use crate::domain::Timestamp;
@@ -115,9 +113,8 @@ impl From<Event> for CloudEvent {
 /// Each event is delivered in one place of the stream and never changes.
 #[utoipa::path(
     operation_id = "listUsageEvents",
-    get, path = "/v1/usage/events", tag = "insight", params(EventsQuery), security(("api_key" = [])),
+    get, path = "/v1/usage/events", tag = "insight", params(EventsQuery),
     responses(
-        ReadErrors,
         (status = 200, description = "Events in order; none if there are no newer ones", body = Vec<CloudEvent>,
             content_type = "application/cloudevents-batch+json",
             headers(
@@ -128,11 +125,7 @@ impl From<Event> for CloudEvent {
         (status = 410, description = "Events after this one are no longer kept", body = Problem, content_type = "application/problem+json"),
     )
 )]
-pub async fn events(
-    State(app): State<App>,
-    caller: Caller,
-    Query(query): Query<EventsQuery>,
-) -> Result<Response, ApiError> {
+pub async fn events(Call { app, caller, .. }: Call, Query(query): Query<EventsQuery>) -> Result<Response, ApiError> {
     caller.require_admin()?;
     let limit = pagination::within(query.limit)?;
     let wait = query.wait.unwrap_or(0);

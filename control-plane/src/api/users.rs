@@ -2,7 +2,6 @@
 //!
 //! A path has the id of a user, never the email address: paths end up in logs, and an id does not change.
 
-use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -10,11 +9,10 @@ use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::extract::{Json, Path};
-use super::openapi::{Conflict, IfMatch, ReadErrors, WriteErrors};
+use super::extract::Json;
+use super::openapi::{Conflict, IfMatch};
 use super::pagination::{self, List, PageQuery};
-use crate::App;
-use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::preconditions::etag;
 use crate::audit::AuditEvent;
 use crate::credits::{self, Refill};
@@ -150,15 +148,11 @@ pub struct RevokeKeysReply {
 /// List users by email address, or look one up.
 #[utoipa::path(
     operation_id = "listUsers",
-    get, path = "/v1/users", tag = "users", params(UsersQuery, PageQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "A page of users", body = UserPage),
-    )
+    get, path = "/v1/users", tag = "users", params(UsersQuery, PageQuery),
+    responses((status = 200, description = "A page of users", body = UserPage))
 )]
 pub async fn list(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, .. }: Call,
     List { query, page }: List<UsersQuery, String>,
 ) -> Result<Response, ApiError> {
     let email = query.email.as_deref().map(Email::parse).transpose()?;
@@ -179,20 +173,13 @@ pub async fn list(
 /// If there is a user with this address already, that user is returned. Creating a key for an address creates its user too.
 #[utoipa::path(
     operation_id = "createUser",
-    post, path = "/v1/users", tag = "users", request_body = CreateUserBody, security(("api_key" = [])),
+    post, path = "/v1/users", tag = "users", request_body = CreateUserBody,
     responses(
-        WriteErrors,
-        (status = 200, description = "The user that was there already", body = UserView,
-            headers(("location" = String, description = "Where to find the user"), ("etag" = String, description = "The version of what is set of the user"))),
-        (status = 201, description = "The new user", body = UserView,
-            headers(("location" = String, description = "Where to find the user"), ("etag" = String, description = "The version of what is set of the user"))),
+        (status = 200, description = "The user that was there already", body = UserView),
+        (status = 201, description = "The new user", body = UserView),
     )
 )]
-pub async fn create(
-    State(app): State<App>,
-    caller: Caller,
-    Json(body): Json<CreateUserBody>,
-) -> Result<Response, ApiError> {
+pub async fn create(Call { app, caller, .. }: Call, Json(body): Json<CreateUserBody>) -> Result<Response, ApiError> {
     let email = Email::parse(&body.email)?;
     caller.require_admin()?;
     let created = app.writer.change(&caller.actor, async |change| {
@@ -211,15 +198,10 @@ pub async fn create(
 /// The ETag changes with plan, metered and refill. It does not change with the balance or the number of keys.
 #[utoipa::path(
     operation_id = "getUser",
-    get, path = "/v1/users/{id}", tag = "users", security(("api_key" = [])),
-    params(ById),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The user", body = UserView,
-            headers(("etag" = String, description = "The version of what is set of the user"))),
-    )
+    get, path = "/v1/users/{id}", tag = "users", params(ById),
+    responses((status = 200, description = "The user", body = UserView))
 )]
-pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ById>) -> Result<Response, ApiError> {
+pub async fn get(Call { app, caller, path }: Call<ById>) -> Result<Response, ApiError> {
     caller.require_user_or_admin(path.id)?;
     let user = users::get(&app.pool, path.id).await?.ok_or_else(|| unknown(path.id))?;
     Ok(show(user))
@@ -230,19 +212,12 @@ pub async fn get(State(app): State<App>, caller: Caller, Path(path): Path<ById>)
 /// Fields that are not given keep their values.
 #[utoipa::path(
     operation_id = "updateUser",
-    patch, path = "/v1/users/{id}", tag = "users", request_body = UserBody, security(("api_key" = [])),
-    params(ById, IfMatch),
-    responses(
-        WriteErrors,
-        (status = 200, description = "The user as it is now", body = UserView,
-            headers(("etag" = String, description = "The version of what is set of the user"))),
-    )
+    patch, path = "/v1/users/{id}", tag = "users", request_body = UserBody, params(ById, IfMatch),
+    responses((status = 200, description = "The user as it is now", body = UserView))
 )]
 pub async fn update(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, path }: Call<ById>,
     preconditions: Preconditions,
-    Path(path): Path<ById>,
     Json(body): Json<UserBody>,
 ) -> Result<Response, ApiError> {
     caller.require_admin()?;
@@ -278,17 +253,10 @@ pub async fn update(
 /// The key of the caller is revoked too if it is one of them.
 #[utoipa::path(
     operation_id = "revokeUserKeys",
-    post, path = "/v1/users/{id}/revoke-keys", tag = "users", params(ById), security(("api_key" = [])),
-    responses(
-        ReadErrors, Conflict,
-        (status = 200, description = "How many were revoked", body = RevokeKeysReply),
-    )
+    post, path = "/v1/users/{id}/revoke-keys", tag = "users", params(ById),
+    responses(Conflict, (status = 200, description = "How many were revoked", body = RevokeKeysReply))
 )]
-pub async fn revoke_keys(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ById>,
-) -> Result<Json<RevokeKeysReply>, ApiError> {
+pub async fn revoke_keys(Call { app, caller, path }: Call<ById>) -> Result<Json<RevokeKeysReply>, ApiError> {
     caller.require_user_or_admin(path.id)?;
     let all =
         app.writer.change(&caller.actor, async |change| revoke_all(change, path.id, caller.is_admin()).await).await?;

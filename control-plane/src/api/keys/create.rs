@@ -1,6 +1,5 @@
 //! `POST /v1/keys`.
 
-use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use contract::json::null_is_default;
@@ -10,10 +9,9 @@ use utoipa::ToSchema;
 
 use super::show;
 use super::view::{CreateReply, KeyView, Kind};
-use crate::App;
-use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
-use crate::api::openapi::{Conflict, IdempotencyKey, WriteErrors};
+use crate::api::openapi::{Conflict, IdempotencyKey};
 use crate::api::preconditions::etag;
 use crate::domain::{
     Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits,
@@ -78,19 +76,13 @@ pub struct CreateBody {
 /// key. It keeps that key's networks, plan, quota, cost and rate limits.
 #[utoipa::path(
     operation_id = "createKey",
-    post, path = "/v1/keys", tag = "keys", request_body = CreateBody, security(("api_key" = [])),
-    params(IdempotencyKey),
+    post, path = "/v1/keys", tag = "keys", request_body = CreateBody, params(IdempotencyKey),
     responses(
-        WriteErrors, Conflict,
-        (status = 201, description = "The new key with its secret. No later response contains the secret", body = CreateReply,
-            headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
+        Conflict,
+        (status = 201, description = "The new key with its secret. No later response contains the secret", body = CreateReply),
     )
 )]
-pub async fn create(
-    State(app): State<App>,
-    caller: Caller,
-    mut request: IdempotentRequest,
-) -> Result<Response, ApiError> {
+pub async fn create(Call { app, caller, .. }: Call, mut request: IdempotentRequest) -> Result<Response, ApiError> {
     let body: CreateBody = request.body().await?;
     let now = OffsetDateTime::now_utc();
     let mut new = NewKey {

@@ -1,6 +1,5 @@
 //! `GET /v1/keys/{id}`.
 
-use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -11,10 +10,9 @@ use super::quota::QuotaView;
 use super::view::KeyView;
 use super::{ById, managed, show};
 use crate::App;
-use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::envoys::{AppliedOn, key_applied_on};
-use crate::api::extract::{Json, Path};
-use crate::api::openapi::ReadErrors;
+use crate::api::extract::Json;
 use crate::api::preconditions::etag;
 use crate::credits;
 use crate::domain::{Preconditions, Timestamp};
@@ -97,21 +95,14 @@ impl CreditsView {
 /// The ETag changes with the settings of the key. It does not change with its usage or with the Envoys that applied it.
 #[utoipa::path(
     operation_id = "getKey",
-    get, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
+    get, path = "/v1/keys/{id}", tag = "keys",
     params(ById, ("If-None-Match" = Option<String>, Header, description = "ETags that the client has already")),
     responses(
-        ReadErrors,
-        (status = 200, description = "The key", body = KeyDetails,
-            headers(("etag" = String, description = "The version of the key"))),
+        (status = 200, description = "The key", body = KeyDetails),
         (status = 304, description = "The client has this version already"),
     )
 )]
-pub async fn get(
-    State(app): State<App>,
-    caller: Caller,
-    preconditions: Preconditions,
-    Path(path): Path<ById>,
-) -> Result<Response, ApiError> {
+pub async fn get(Call { app, caller, path }: Call<ById>, preconditions: Preconditions) -> Result<Response, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
     let tag = [(header::ETAG, etag(key.version))];
     if preconditions.is_known(key.version) {

@@ -1,16 +1,13 @@
 //! `POST /v1/keys/import`. The body is read as a stream, and never held in memory as a whole.
 
 use axum::body::Body;
-use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use futures_util::StreamExt;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::App;
-use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::extract::Json;
-use crate::api::openapi::ReadErrors;
 use crate::api::problem::Problem;
 use crate::domain::RateLimitBody;
 use crate::error::ApiError;
@@ -99,10 +96,9 @@ impl From<Imported> for ImportReply {
 /// committed stay imported. The same body can be sent again: those lines are then reported as duplicates.
 #[utoipa::path(
     operation_id = "importKeys",
-    post, path = "/v1/keys/import", tag = "keys", security(("api_key" = [])),
+    post, path = "/v1/keys/import", tag = "keys",
     request_body(content = ImportLine, content_type = "application/x-ndjson"),
     responses(
-        ReadErrors,
         (status = 200, description = "The result of each line", body = ImportReply),
         (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
@@ -111,8 +107,7 @@ impl From<Imported> for ImportReply {
     )
 )]
 pub async fn import(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, .. }: Call,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<ImportReply>, ApiError> {

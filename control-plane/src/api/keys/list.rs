@@ -2,7 +2,6 @@
 
 use std::ops::RangeInclusive;
 
-use axum::extract::State;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -10,10 +9,8 @@ use uuid::Uuid;
 
 use super::show_all;
 use super::view::{KeyState, KeyView};
-use crate::App;
-use crate::api::auth::Caller;
+use crate::api::call::Call;
 use crate::api::extract::search_text;
-use crate::api::openapi::ReadErrors;
 use crate::api::pagination::{self, List, PageQuery};
 use crate::domain::{Email, parse_time};
 use crate::error::ApiError;
@@ -57,15 +54,11 @@ pub struct KeyPage {
 /// List keys, the newest first.
 #[utoipa::path(
     operation_id = "listKeys",
-    get, path = "/v1/keys", tag = "keys", params(ListQuery, PageQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "A page of keys", body = KeyPage),
-    )
+    get, path = "/v1/keys", tag = "keys", params(ListQuery, PageQuery),
+    responses((status = 200, description = "A page of keys", body = KeyPage))
 )]
 pub async fn list(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, .. }: Call,
     List { query, page }: List<ListQuery, Uuid>,
 ) -> Result<Response, ApiError> {
     let asked = query.email.as_deref().map(Email::parse).transpose()?;

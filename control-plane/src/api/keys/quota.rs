@@ -1,15 +1,13 @@
 //! `GET /v1/keys/{id}/quota`.
 
-use axum::extract::State;
 use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{ById, managed};
 use crate::App;
-use crate::api::auth::Caller;
-use crate::api::extract::{Json, Path};
-use crate::api::openapi::ReadErrors;
+use crate::api::call::Call;
+use crate::api::extract::Json;
 use crate::domain::{Period, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{self, View};
@@ -71,17 +69,10 @@ impl QuotaView {
 /// Get the quota of a key and what is left of it.
 #[utoipa::path(
     operation_id = "getKeyQuota",
-    get, path = "/v1/keys/{id}/quota", tag = "keys", params(ById), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The quota and what was used of it", body = QuotaView),
-    )
+    get, path = "/v1/keys/{id}/quota", tag = "keys", params(ById),
+    responses((status = 200, description = "The quota and what was used of it", body = QuotaView))
 )]
-pub async fn quota(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ById>,
-) -> Result<Json<QuotaView>, ApiError> {
+pub async fn quota(Call { app, caller, path }: Call<ById>) -> Result<Json<QuotaView>, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
     let view = QuotaView::read(&app, key.id).await?;
     view.map(Json).ok_or_else(|| ApiError::NotFound(format!("The key {} has no quota.", key.id)))

@@ -1,13 +1,10 @@
 //! `DELETE /v1/keys/{id}`.
 
-use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::{ById, lock};
-use crate::App;
-use crate::api::auth::Caller;
-use crate::api::extract::Path;
-use crate::api::openapi::{Conflict, IfMatch, ReadErrors};
+use crate::api::call::Call;
+use crate::api::openapi::{Conflict, IfMatch};
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys;
@@ -17,18 +14,12 @@ use crate::keys;
 /// Revoking a revoked key changes nothing.
 #[utoipa::path(
     operation_id = "revokeKey",
-    delete, path = "/v1/keys/{id}", tag = "keys", security(("api_key" = [])),
-    params(ById, IfMatch),
-    responses(
-        ReadErrors, Conflict,
-        (status = 204, description = "The key is revoked"),
-    )
+    delete, path = "/v1/keys/{id}", tag = "keys", params(ById, IfMatch),
+    responses(Conflict, (status = 204, description = "The key is revoked"))
 )]
 pub async fn revoke(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, path }: Call<ById>,
     preconditions: Preconditions,
-    Path(path): Path<ById>,
 ) -> Result<StatusCode, ApiError> {
     let revoked = app.writer.change(&caller.actor, async |change| {
         let key = lock(change, &caller, path.id, &preconditions).await?;

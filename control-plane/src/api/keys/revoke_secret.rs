@@ -1,16 +1,13 @@
 //! `DELETE /v1/keys/{id}/secrets/{generation}`.
 
-use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use uuid::Uuid;
 
 use super::lock;
-use crate::App;
-use crate::api::auth::Caller;
-use crate::api::extract::Path;
-use crate::api::openapi::{Conflict, IfMatch, ReadErrors};
+use crate::api::call::Call;
+use crate::api::openapi::{Conflict, IfMatch};
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys;
@@ -31,18 +28,12 @@ pub struct BySecret {
 /// Revoking a revoked secret changes nothing.
 #[utoipa::path(
     operation_id = "revokeKeySecret",
-    delete, path = "/v1/keys/{id}/secrets/{generation}", tag = "keys", security(("api_key" = [])),
-    params(BySecret, IfMatch),
-    responses(
-        ReadErrors, Conflict,
-        (status = 204, description = "The secret has ended"),
-    )
+    delete, path = "/v1/keys/{id}/secrets/{generation}", tag = "keys", params(BySecret, IfMatch),
+    responses(Conflict, (status = 204, description = "The secret has ended"))
 )]
 pub async fn revoke_secret(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, path }: Call<BySecret>,
     preconditions: Preconditions,
-    Path(path): Path<BySecret>,
 ) -> Result<StatusCode, ApiError> {
     let revoked = app.writer.change(&caller.actor, async |change| {
         let key = lock(change, &caller, path.id, &preconditions).await?;

@@ -1,6 +1,5 @@
 //! `POST /v1/keys/{id}/rotate`.
 
-use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use contract::json::null_is_default;
@@ -9,11 +8,9 @@ use utoipa::ToSchema;
 
 use super::view::{CreateReply, Kind};
 use super::{ById, lock, not_found, show};
-use crate::App;
-use crate::api::auth::Caller;
-use crate::api::extract::Path;
+use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
-use crate::api::openapi::{Conflict, IdempotencyKey, IfMatch, WriteErrors};
+use crate::api::openapi::{Conflict, IdempotencyKey, IfMatch};
 use crate::api::preconditions::etag;
 use crate::domain::Preconditions;
 use crate::error::ApiError;
@@ -40,24 +37,17 @@ pub struct RotateBody {
 /// The key keeps its expiry, limits, credits and usage. The old secret works until the grace period ends.
 #[utoipa::path(
     operation_id = "rotateKey",
-    post, path = "/v1/keys/{id}/rotate", tag = "keys", security(("api_key" = [])),
+    post, path = "/v1/keys/{id}/rotate", tag = "keys",
     request_body(content = Option<RotateBody>),
-    params(
-        ById,
-        IdempotencyKey,
-        IfMatch,
-    ),
+    params(ById, IdempotencyKey, IfMatch),
     responses(
-        WriteErrors, Conflict,
-        (status = 201, description = "The key with its new secret. No later response contains the secret", body = CreateReply,
-            headers(("location" = String, description = "Where to find the key"), ("etag" = String, description = "The version of the key"))),
+        Conflict,
+        (status = 201, description = "The key with its new secret. No later response contains the secret", body = CreateReply),
     )
 )]
 pub async fn rotate(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, path }: Call<ById>,
     preconditions: Preconditions,
-    Path(path): Path<ById>,
     mut request: IdempotentRequest,
 ) -> Result<Response, ApiError> {
     let body: RotateBody = request.body_or_default().await?;

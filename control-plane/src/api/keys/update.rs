@@ -1,6 +1,5 @@
 //! `PATCH /v1/keys/{id}`.
 
-use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -9,10 +8,9 @@ use utoipa::ToSchema;
 
 use super::view::KeyView;
 use super::{ById, lock, not_found, show};
-use crate::App;
-use crate::api::auth::Caller;
-use crate::api::extract::{Json, Path};
-use crate::api::openapi::{Conflict, IfMatch, WriteErrors};
+use crate::api::call::Call;
+use crate::api::extract::Json;
+use crate::api::openapi::{Conflict, IfMatch};
 use crate::api::preconditions::etag;
 use crate::domain::{KeyName, Patch, Preconditions, QuotaBody, RateLimitBody, parse_expiry};
 use crate::error::ApiError;
@@ -92,19 +90,12 @@ impl PatchBody {
 /// enable a key that an admin disabled.
 #[utoipa::path(
     operation_id = "updateKey",
-    patch, path = "/v1/keys/{id}", tag = "keys", request_body = PatchBody, security(("api_key" = [])),
-    params(ById, IfMatch),
-    responses(
-        WriteErrors, Conflict,
-        (status = 200, description = "The key as it is now", body = KeyView,
-            headers(("etag" = String, description = "The version of the key"))),
-    )
+    patch, path = "/v1/keys/{id}", tag = "keys", request_body = PatchBody, params(ById, IfMatch),
+    responses(Conflict, (status = 200, description = "The key as it is now", body = KeyView))
 )]
 pub async fn update(
-    State(app): State<App>,
-    caller: Caller,
+    Call { app, caller, path }: Call<ById>,
     preconditions: Preconditions,
-    Path(path): Path<ById>,
     Json(body): Json<PatchBody>,
 ) -> Result<Response, ApiError> {
     let now = OffsetDateTime::now_utc();

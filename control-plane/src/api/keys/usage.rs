@@ -2,16 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{ById, managed};
-use crate::App;
-use crate::api::auth::Caller;
-use crate::api::extract::{Json, Path, Query};
-use crate::api::openapi::ReadErrors;
+use crate::api::call::Call;
+use crate::api::extract::{Json, Query};
 use crate::domain::{Timestamp, parse_time};
 use crate::error::ApiError;
 use crate::metering::hourly::hourly;
@@ -73,16 +70,11 @@ pub struct UsageView {
 /// Get the usage of a key by hour and outcome.
 #[utoipa::path(
     operation_id = "getKeyUsage",
-    get, path = "/v1/keys/{id}/usage", tag = "keys", params(ById, UsageQuery), security(("api_key" = [])),
-    responses(
-        ReadErrors,
-        (status = 200, description = "The usage of the key", body = UsageView),
-    )
+    get, path = "/v1/keys/{id}/usage", tag = "keys", params(ById, UsageQuery),
+    responses((status = 200, description = "The usage of the key", body = UsageView))
 )]
 pub async fn usage(
-    State(app): State<App>,
-    caller: Caller,
-    Path(path): Path<ById>,
+    Call { app, caller, path }: Call<ById>,
     Query(query): Query<UsageQuery>,
 ) -> Result<Json<UsageView>, ApiError> {
     let (from, to) = span(query.from.as_deref(), query.to.as_deref(), OffsetDateTime::now_utc())?;
