@@ -20,7 +20,6 @@ pub struct Actor {
 
 impl Actor {
     /// The command line, or the control plane itself.
-    #[must_use]
     pub fn system() -> Self {
         Self::default()
     }
@@ -40,13 +39,11 @@ pub struct AuditEvent<'a> {
 
 impl<'a> AuditEvent<'a> {
     /// A change of a key.
-    #[must_use]
     pub const fn on_key(action: &'static str, key_id: Uuid, detail: Value) -> Self {
         Self { action, key_id: Some(key_id), target: None, detail }
     }
 
     /// A change of anything else.
-    #[must_use]
     pub const fn on(action: &'static str, target: &'a str, detail: Value) -> Self {
         Self { action, key_id: None, target: Some(target), detail }
     }

@@ -39,16 +39,12 @@ pub struct Writer {
 }
 
 impl Writer {
-    #[must_use]
     pub const fn new(pool: PgPool, feed: FeedWaker) -> Self {
         Self { pool, feed }
     }
 
     /// Runs `work` in a transaction and commits it. If `work` fails, the transaction is rolled back before the error is
     /// returned. A change that recorded nothing in the audit trail has changed nothing, and does not wake the feed.
-    ///
-    /// # Errors
-    /// The error of `work`, or of the database.
     pub async fn change<T, E: From<sqlx::Error>>(
         &self,
         actor: &Actor,
@@ -76,7 +72,6 @@ pub struct Change {
 }
 
 impl Change {
-    #[must_use]
     pub const fn actor(&self) -> &Actor {
         &self.actor
     }
@@ -115,9 +110,6 @@ impl DerefMut for Change {
 
 /// Runs `work` in a transaction that is not part of the audit trail, and commits it. If `work` fails, the transaction is
 /// rolled back before the error is returned.
-///
-/// # Errors
-/// The error of `work`, or of the database.
 pub async fn transact<T, E: From<sqlx::Error>>(
     pool: &PgPool,
     work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,

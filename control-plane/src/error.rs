@@ -118,7 +118,6 @@ impl From<sqlx::Error> for ApiError {
 }
 
 /// Whether the database cannot work at the moment, so that the same call may succeed later.
-#[must_use]
 pub fn is_away(error: &sqlx::Error) -> bool {
     let passing = |code: &str| {
         // Connection exceptions, resources, shutting down or starting up; a deadlock, a lock or a statement given up.

@@ -55,9 +55,6 @@ impl<T: Serialize> IntoResponse for Json<T> {
 }
 
 /// JSON that ends with a newline, so that a terminal shows what follows on a line of its own.
-///
-/// # Errors
-/// If a value cannot be written as JSON.
 pub fn json_line(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
@@ -85,10 +82,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     }
 }
 
-/// Parses the parameters of a query.
-///
-/// # Errors
-/// 400 that names the parameter.
+/// Parses the parameters of a query. An error names the parameter.
 pub(super) fn read_query<T: DeserializeOwned>(query: &str) -> Result<T, ApiError> {
     let query = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
     serde_path_to_error::deserialize(query).map_err(|error| {
@@ -108,9 +102,6 @@ pub(super) fn unread(error: &BytesRejection) -> ApiError {
 }
 
 /// A text to search for. PostgreSQL refuses NUL.
-///
-/// # Errors
-/// 400 for a text of another length, or with control characters.
 pub fn search_text<'a>(
     field: &'static str,
     text: Option<&'a str>,

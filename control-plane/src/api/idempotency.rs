@@ -60,23 +60,18 @@ pub struct IdempotentResponse {
 
 impl IdempotentResponse {
     /// An answer without further headers.
-    ///
-    /// # Errors
-    /// If the body cannot be written as JSON.
     pub fn new(status: StatusCode, body: &impl Serialize) -> Result<Self, ApiError> {
         let body = json_line(body).map_err(|error| ApiError::Internal(error.to_string()))?;
         Ok(Self { status, location: None, etag: None, body })
     }
 
     /// With the address of what was made.
-    #[must_use]
     pub fn at(mut self, location: String) -> Self {
         self.location = Some(location);
         self
     }
 
     /// With the entity tag of what was made.
-    #[must_use]
     pub fn tagged(mut self, etag: HeaderValue) -> Self {
         self.etag = Some(etag);
         self
@@ -101,18 +96,12 @@ impl IntoResponse for IdempotentResponse {
 
 impl IdempotentRequest {
     /// Reads the body as JSON.
-    ///
-    /// # Errors
-    /// As [`Json`].
     pub async fn body<T: DeserializeOwned>(&mut self) -> Result<T, ApiError> {
         let request = std::mem::take(&mut self.request);
         Ok(Json::from_request(request, &()).await?.0)
     }
 
     /// Reads the body as JSON, if there is one.
-    ///
-    /// # Errors
-    /// As [`Json`].
     pub async fn body_or_default<T: DeserializeOwned + Default>(&mut self) -> Result<T, ApiError> {
         if self.empty { Ok(T::default()) } else { self.body().await }
     }
@@ -120,7 +109,6 @@ impl IdempotentRequest {
     /// Makes a change and stores its response in the same transaction. If the request was handled before, the stored response
     /// is given again and `work` does not run. Call it after all checks that need no database.
     ///
-    /// # Errors
     /// 409 while the first request runs; 422 if another request used the key before, 403 for an old secret of the caller;
     /// those of `work`. Then nothing was changed.
     pub async fn respond(

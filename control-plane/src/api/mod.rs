@@ -135,7 +135,6 @@ fn management() -> OpenApiRouter<App> {
 }
 
 /// The OpenAPI document, made from the handlers.
-#[must_use]
 pub fn openapi_document() -> utoipa::openapi::OpenApi {
     openapi::complete(management().to_openapi())
 }

@@ -84,7 +84,6 @@ impl<S: Send + Sync, Q: DeserializeOwned, C: DeserializeOwned> FromRequestParts<
 
 impl<C: Serialize> Page<C> {
     /// Entries to read: one more than the page has, which shows whether there is a next page.
-    #[must_use]
     pub const fn read(&self) -> i64 {
         self.limit.saturating_add(1)
     }
@@ -109,9 +108,6 @@ impl<C: Serialize> Page<C> {
 }
 
 /// Parses the number of entries of a page.
-///
-/// # Errors
-/// 400 for a `limit` out of range.
 pub fn within(limit: Option<i64>) -> Result<i64, ApiError> {
     let limit = limit.unwrap_or(LIMIT);
     if (1..=MOST).contains(&limit) {
@@ -122,7 +118,6 @@ pub fn within(limit: Option<i64>) -> Result<i64, ApiError> {
 }
 
 /// The link to the next page (RFC 8288), relative to the service.
-#[must_use]
 pub fn next_link(path: &str, query: &impl Serialize) -> HeaderValue {
     HeaderValue::try_from(format!("<{path}?{}>; rel=\"next\"", encoded(query)))
         .unwrap_or_else(|_| HeaderValue::from_static(""))

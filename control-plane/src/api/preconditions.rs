@@ -10,7 +10,6 @@ use crate::domain::preconditions::{EntityTags, entity_tag};
 use crate::error::ApiError;
 
 /// The value of `ETag` for a version.
-#[must_use]
 pub fn etag(version: i64) -> HeaderValue {
     HeaderValue::try_from(entity_tag(version)).unwrap_or_else(|_| HeaderValue::from_static("\"\""))
 }

@@ -29,7 +29,6 @@ pub struct CallerRateLimiter {
 
 impl CallerRateLimiter {
     /// A limit of so many calls per second, of which `burst` may come at once.
-    #[must_use]
     pub fn new(per_second: NonZeroU32, burst: NonZeroU32) -> Self {
         let quota = Quota::per_second(per_second).allow_burst(burst);
         Self { limiter: RateLimiter::keyed(quota), clock: DefaultClock::default() }
@@ -42,17 +41,11 @@ impl CallerRateLimiter {
     }
 
     /// Counts a call with an admitted key of an owner.
-    ///
-    /// # Errors
-    /// 429 if the owner calls too often.
     pub fn count_owner(&self, owner: Uuid) -> Result<(), ApiError> {
         self.count(Limited::Owner(owner))
     }
 
     /// Counts a call without a good key from an address.
-    ///
-    /// # Errors
-    /// 429 if its network calls too often.
     pub fn count_address(&self, address: IpAddr) -> Result<(), ApiError> {
         self.count(Limited::Network(network_of(address)))
     }

@@ -13,10 +13,7 @@ const PASSWORD_FILES: &str = "PGPASSFILE";
 /// What special characters in a URL need, and the way around it.
 const REMEDY: &str = "percent-encode special characters of the password, or leave the password out and set PGPASSWORD or PGPASSWORD_FILE";
 
-/// Options to connect to the database.
-///
-/// # Errors
-/// One line that names the setting and has no password.
+/// Options to connect to the database. An error has no password.
 pub fn options(database: &Database) -> Result<PgConnectOptions, String> {
     let (given, from_file) =
         (database.database_url.as_deref().filter(|url| !url.is_empty()), secret_setting::read_file(URL));

@@ -274,10 +274,8 @@ pub const SYNC_KEY: &str = "PORTCULLIS_SYNC_KEY";
 /// Holds the pepper of imported keys.
 pub const PEPPER: &str = "PORTCULLIS_PEPPER";
 
-/// A key that is given in the environment or in a file, to be stored (as its hash) if it is not there yet.
-///
-/// # Errors
-/// One line, if it is not of our form. The line has nothing of the key.
+/// A key that is given in the environment or in a file, to be stored (as its hash) if it is not there yet. An error has
+/// nothing of the key.
 pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
     let Some(text) = secret_setting::read(variable)? else { return Ok(None) };
     match check(&text) {
@@ -286,10 +284,7 @@ pub fn given_key(variable: &str) -> Result<Option<Secret>, String> {
     }
 }
 
-/// The pepper of imported keys that the environment or a file gives.
-///
-/// # Errors
-/// One line, if it is none. The line has nothing of it.
+/// The pepper of imported keys that the environment or a file gives. An error has nothing of it.
 pub fn given_pepper() -> Result<Option<Pepper>, String> {
     let Some(text) = secret_setting::read(PEPPER)? else { return Ok(None) };
     Pepper::parse(&text).map(Some).map_err(|error| format!("{PEPPER}: {error}"))

@@ -7,18 +7,13 @@ use std::io::Read;
 /// Longest secret that is read from a file, in bytes.
 const MOST_BYTES: u64 = 64 * 1_024;
 
-/// The secret of this name; `None` if neither variable is set. An empty variable counts as not set.
-///
-/// # Errors
-/// One line that names the variable and has nothing of the secret.
+/// The secret of this name; `None` if neither variable is set. An empty variable counts as not set. An error has nothing of
+/// the secret.
 pub fn read(name: &str) -> Result<Option<String>, String> {
     choose(name, |variable| std::env::var_os(variable))
 }
 
 /// The file that `NAME_FILE` names, as [`read`] takes it; `None` if that variable is not set.
-///
-/// # Errors
-/// As of [`read`].
 pub fn read_file(name: &str) -> Result<Option<String>, String> {
     let file_variable = format!("{name}_FILE");
     if std::env::var_os(&file_variable).is_none_or(|path| path.is_empty()) { Ok(None) } else { read(name) }

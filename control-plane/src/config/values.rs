@@ -19,7 +19,6 @@ pub enum KeepFor {
 
 impl KeepFor {
     /// The days; none if it is kept for ever.
-    #[must_use]
     pub const fn days(self) -> Option<i32> {
         match self {
             Self::Days(days) => Some(days),

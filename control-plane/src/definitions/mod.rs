@@ -24,7 +24,6 @@ pub enum Kind {
 
 impl Kind {
     /// Its name, in the database and in words.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Role => "role",
@@ -33,7 +32,6 @@ impl Kind {
     }
 
     /// The field of a key that names definitions of the kind.
-    #[must_use]
     pub const fn field(self) -> &'static str {
         match self {
             Self::Role => "roles",
@@ -48,9 +46,6 @@ pub struct Name(String);
 
 impl Name {
     /// Parses a name that stands in `field`.
-    ///
-    /// # Errors
-    /// What is wrong with it.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, ApiError> {
         let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
         if !(1..=NAME_CHARS).contains(&text.len()) || !text.bytes().all(allowed) {
@@ -61,7 +56,6 @@ impl Name {
     }
 
     /// The name.
-    #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -80,9 +74,6 @@ pub struct Content {
 
 impl Content {
     /// Parses the fields of a client.
-    ///
-    /// # Errors
-    /// What is wrong with `description`, `scopes`, `rate_limits` or `quota`.
     pub fn parse(
         description: &str,
         scopes: Vec<String>,

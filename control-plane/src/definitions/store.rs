@@ -76,10 +76,7 @@ pub async fn list(pool: &PgPool, kind: Kind, after: Option<&str>, limit: i64) ->
 }
 
 /// Creates or replaces a definition. Returns whether it is new. A definition with the same content stays as it is: a statement
-/// that changes nothing would wake every filter.
-///
-/// # Errors
-/// 412 by the preconditions, 409 if there are too many.
+/// that changes nothing would wake every filter. 412 by the preconditions, 409 if there are too many.
 pub async fn put(
     writer: &Writer,
     actor: &Actor,
@@ -191,10 +188,8 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
     Ok(replaced)
 }
 
-/// Deletes a definition that is not in use. Returns whether there was one.
-///
-/// # Errors
-/// 412 by the preconditions, 409 that says how many use it.
+/// Deletes a definition that is not in use. Returns whether there was one. 412 by the preconditions, 409 that says how many
+/// use it.
 pub async fn remove(
     writer: &Writer,
     actor: &Actor,
@@ -255,10 +250,8 @@ fn counted(number: i64, what: &str) -> String {
 }
 
 /// Finds definitions by name, for a key or a user that gets them, and locks them against removal until the transaction ends.
-/// The numbers are in the order of the names. Call it before the first change of a key: see the order of locks above.
-///
-/// # Errors
-/// The field and the first name that is unknown.
+/// The numbers are in the order of the names. Call it before the first change of a key: see the order of locks above. An error
+/// names the first name that is unknown.
 pub async fn numbers(connection: &mut PgConnection, kind: Kind, names: &[Name]) -> Result<Vec<i32>, ApiError> {
     if names.is_empty() {
         return Ok(Vec::new());

@@ -59,7 +59,6 @@ pub struct Window {
 
 impl Window {
     /// The window that contains an instant. An unknown time zone counts as UTC: a newer version may have stored its name.
-    #[must_use]
     pub fn containing(at: OffsetDateTime, every: Every, time_zone: &str) -> Self {
         let zone = find(time_zone).unwrap_or(TimeZone::UTC);
         let at = Timestamp::from_nanosecond(at.unix_timestamp_nanos()).unwrap_or(Timestamp::MAX);
@@ -74,7 +73,6 @@ impl Window {
 }
 
 /// Whether this is the name of a time zone in the IANA database, in its spelling.
-#[must_use]
 pub fn is_time_zone(name: &str) -> bool {
     find(name).is_some()
 }

@@ -30,9 +30,6 @@ pub struct Email(String);
 
 impl Email {
     /// Parses an address and brings it into its canonical form.
-    ///
-    /// # Errors
-    /// What is wrong with `email`.
     pub fn parse(text: &str) -> Result<Self, ApiError> {
         let bad = |detail: String| ApiError::invalid("email", detail);
         let too_long = |text: &str| text.chars().count() > EMAIL_CHARS;
@@ -54,13 +51,11 @@ impl Email {
 
     /// What may stand at the start of canonical addresses: a whole address in its canonical form, any other text in
     /// normalisation form C with ASCII letters in lower case.
-    #[must_use]
     pub fn start(text: &str) -> String {
         Self::parse(text).map_or_else(|_| lower_case(text), |email| email.0)
     }
 
     /// The address.
-    #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -10,9 +10,6 @@ pub struct KeyName(String);
 
 impl KeyName {
     /// Parses a name that stands in `field`.
-    ///
-    /// # Errors
-    /// What is wrong with it.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, ApiError> {
         let text = text.trim();
         if text.is_empty() || text.chars().count() > NAME_CHARS {
@@ -25,7 +22,6 @@ impl KeyName {
     }
 
     /// The name.
-    #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }

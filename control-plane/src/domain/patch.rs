@@ -12,12 +12,9 @@ pub enum Patch<T> {
 }
 
 impl<T> Patch<T> {
-    #[must_use]
     pub const fn is_keep(&self) -> bool {
         matches!(self, Self::Keep)
     }
-
-    #[must_use]
     pub const fn as_ref(&self) -> Patch<&T> {
         match self {
             Self::Keep => Patch::Keep,
@@ -27,7 +24,6 @@ impl<T> Patch<T> {
     }
 
     /// The new value, if there is one.
-    #[must_use]
     pub fn value(self) -> Option<T> {
         match self {
             Self::Set(value) => Some(value),
@@ -36,7 +32,6 @@ impl<T> Patch<T> {
     }
 
     /// The field after the change, if the change contains it.
-    #[must_use]
     pub fn given(self) -> Option<Option<T>> {
         match self {
             Self::Keep => None,
@@ -46,9 +41,6 @@ impl<T> Patch<T> {
     }
 
     /// Parses a new value.
-    ///
-    /// # Errors
-    /// Those of `parse`.
     pub fn try_map<U, E>(self, parse: impl FnOnce(T) -> Result<U, E>) -> Result<Patch<U>, E> {
         match self {
             Self::Keep => Ok(Patch::Keep),
@@ -60,7 +52,6 @@ impl<T> Patch<T> {
 
 impl<T> Patch<Option<T>> {
     /// A new value that is none clears the field.
-    #[must_use]
     pub fn flatten(self) -> Patch<T> {
         match self {
             Self::Keep => Patch::Keep,

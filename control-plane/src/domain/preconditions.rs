@@ -4,7 +4,6 @@
 use crate::error::ApiError;
 
 /// The entity tag of a version.
-#[must_use]
 pub fn entity_tag(version: i64) -> String {
     format!("\"{version}\"")
 }
@@ -24,7 +23,6 @@ pub enum EntityTags {
 
 impl EntityTags {
     /// Parses one value of a header; none if it is not `*` or a list of entity tags.
-    #[must_use]
     pub fn parse(value: &str) -> Option<Self> {
         let mut listed = Vec::new();
         for tag in value.split(',').map(str::trim) {
@@ -40,7 +38,6 @@ impl EntityTags {
     }
 
     /// The tags of two values of the same header.
-    #[must_use]
     pub fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::Listed(mut tags), Self::Listed(others)) => {
@@ -62,10 +59,7 @@ impl EntityTags {
 }
 
 impl Preconditions {
-    /// Checks the present version of a resource; none if there is no such resource.
-    ///
-    /// # Errors
-    /// 412 if the client expects another version.
+    /// Checks the present version of a resource; none if there is no such resource. 412 if the client expects another version.
     pub fn check(&self, version: Option<i64>) -> Result<(), ApiError> {
         let refuse = |detail: &str| Err(ApiError::Precondition(detail.into()));
         if self.if_match.as_ref().is_some_and(|tags| !tags.match_version(version)) {
@@ -80,7 +74,6 @@ impl Preconditions {
     }
 
     /// Whether the client has this version already, so that it need not be sent. Weak comparison.
-    #[must_use]
     pub fn is_known(&self, version: i64) -> bool {
         let ours = entity_tag(version);
         self.if_none_match.as_ref().is_some_and(|tags| match tags {

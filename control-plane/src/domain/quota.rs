@@ -40,7 +40,6 @@ pub enum Period {
 
 impl Period {
     /// The name.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Day => "day",
@@ -51,7 +50,6 @@ impl Period {
     }
 
     /// The calendar period; none for a rolling window.
-    #[must_use]
     pub const fn calendar(self) -> Option<Every> {
         match self {
             Self::Day => Some(Every::Day),
@@ -64,25 +62,21 @@ impl Period {
 
 impl Quota {
     /// Parses the stored JSON. `None` if it is invalid.
-    #[must_use]
     pub fn of(value: Option<serde_json::Value>) -> Option<Self> {
         value.and_then(|value| serde_json::from_value(value).ok())
     }
 
     /// The time zone of a calendar period.
-    #[must_use]
     pub fn zone(&self) -> &str {
         self.time_zone.as_deref().unwrap_or(UTC)
     }
 
     /// The length of a rolling window, in seconds.
-    #[must_use]
     pub fn window_s(&self) -> i64 {
         self.window_s.unwrap_or(86_400).clamp(1, 366 * 86_400)
     }
 
     /// The name of the kind of window. A quota of another kind begins a new window.
-    #[must_use]
     pub fn kind(&self) -> String {
         match self.period {
             Period::Rolling => format!("rolling/{}", self.window_s()),
@@ -91,7 +85,6 @@ impl Quota {
     }
 
     /// Requests that an Envoy may admit before it has a lease: the stored starter of the key, if it has one.
-    #[must_use]
     pub fn starter(&self, stored: Option<i32>) -> i64 {
         stored.map_or(self.requests / 16, i64::from).max(1)
     }
@@ -119,7 +112,6 @@ pub struct QuotaBody {
 
 impl QuotaBody {
     /// Shows a quota.
-    #[must_use]
     pub fn of(quota: &Quota) -> Self {
         Self {
             requests: quota.requests,
@@ -130,9 +122,6 @@ impl QuotaBody {
     }
 
     /// Parses a quota.
-    ///
-    /// # Errors
-    /// What is wrong with `quota`.
     pub fn parse(self) -> Result<Quota, ApiError> {
         let bad = |detail: String| ApiError::invalid("quota", detail);
         if !(1..=REQUESTS).contains(&self.requests) {

@@ -46,7 +46,6 @@ fn null_is_yes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool
 
 impl RateLimitBody {
     /// Shows a limit.
-    #[must_use]
     pub fn of(limit: &RateLimit) -> Self {
         Self {
             name: limit.name.clone(),
@@ -79,9 +78,6 @@ impl RateLimitBody {
 }
 
 /// Parses the rate limits of one key: at most 8, whose names differ.
-///
-/// # Errors
-/// What is wrong with `rate_limits`.
 pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<RateLimit>, ApiError> {
     if limits.len() > RATE_LIMITS {
         return Err(ApiError::invalid("rate_limits", format!("must have at most {RATE_LIMITS} entries")));

@@ -18,9 +18,6 @@ pub struct Scopes(Vec<String>);
 
 impl Scopes {
     /// Parses a list of scopes; repeated ones count once.
-    ///
-    /// # Errors
-    /// What is wrong with `scopes`.
     pub fn parse(scopes: Vec<String>) -> Result<Self, ApiError> {
         if scopes.len() > SCOPES {
             return Err(ApiError::invalid("scopes", format!("must have at most {SCOPES} entries")));
@@ -35,7 +32,6 @@ impl Scopes {
     }
 
     /// The scopes, in the order in which they were given.
-    #[must_use]
     pub fn as_slice(&self) -> &[String] {
         &self.0
     }

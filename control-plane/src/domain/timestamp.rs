@@ -15,16 +15,12 @@ const ADMIN_LIFETIME: Duration = Duration::days(90);
 const LIFETIME_S: i64 = 10 * 365 * 86_400;
 
 /// The expiry of a key that was created without one. Admin keys expire unless the operator chose otherwise.
-#[must_use]
 pub fn default_expiry(scopes: &Scopes, now: OffsetDateTime) -> Option<OffsetDateTime> {
     let admin = scopes.as_slice().iter().any(|scope| scope == ADMIN);
     admin.then(|| whole_seconds(now).saturating_add(ADMIN_LIFETIME))
 }
 
 /// Parses when a key ends: at a time, after some seconds, or never. Keys end on a whole second.
-///
-/// # Errors
-/// What is wrong with `expires_at` or `expires_in_seconds`.
 pub fn parse_expiry(
     at: Option<&str>,
     in_seconds: Option<i64>,
@@ -55,9 +51,6 @@ pub fn parse_expiry(
 }
 
 /// Parses a time of RFC 3339 that stands in `field`; the result is in UTC.
-///
-/// # Errors
-/// What is wrong with it.
 pub fn parse_time(field: &'static str, text: &str) -> Result<OffsetDateTime, ApiError> {
     let time = OffsetDateTime::parse(text, &Rfc3339).ok().and_then(|time| time.checked_to_offset(UtcOffset::UTC));
     time.ok_or_else(|| ApiError::invalid(field, "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z"))
@@ -82,7 +75,6 @@ impl From<OffsetDateTime> for Timestamp {
 }
 
 /// The first whole second that is not before `time`.
-#[must_use]
 pub fn round_up_to_second(time: OffsetDateTime) -> OffsetDateTime {
     let second = whole_seconds(time);
     if second == time { time } else { second + Duration::SECOND }

@@ -59,19 +59,13 @@ pub struct MatchedPolicy<'a> {
 
 impl ConfiguredPolicies {
     /// Reads the file.
-    ///
-    /// # Errors
-    /// One line that names the field and the remedy.
     pub fn read(path: &Path) -> Result<Self, String> {
         let in_file = |error: String| format!("--policies-file {}: {error}", path.display());
         let text = std::fs::read_to_string(path).map_err(|error| in_file(error.to_string()))?;
         Self::parse(&text).map_err(in_file)
     }
 
-    /// Reads the text of the file.
-    ///
-    /// # Errors
-    /// The field and the remedy.
+    /// Reads the text of the file. An error names the field and the remedy.
     pub fn parse(text: &str) -> Result<Self, String> {
         let File { policies, default_policy, shadow, routes } =
             json::read(text.as_bytes()).map_err(|error| error.to_string())?;
@@ -97,7 +91,6 @@ impl ConfiguredPolicies {
     }
 
     /// The policy of this name.
-    #[must_use]
     pub fn named<'a>(&'a self, name: &'a str) -> MatchedPolicy<'a> {
         let policy = self.policies.find((name != DEFAULT_NAME).then_some(name));
         let how = if policy.is_some() { "the request names it" } else { "there is no policy of this name" };
@@ -105,7 +98,6 @@ impl ConfiguredPolicies {
     }
 
     /// The policy of the first route that a request matches; the default one if there is none.
-    #[must_use]
     pub fn of_request(&self, method: &str, path: &str) -> MatchedPolicy<'_> {
         let path = path.split(['?', '#']).next().unwrap_or_default();
         let matches = |route: &&Route| {
@@ -122,7 +114,6 @@ impl ConfiguredPolicies {
     }
 
     /// The policy of routes that name none.
-    #[must_use]
     pub fn default_policy(&self) -> MatchedPolicy<'_> {
         MatchedPolicy { how: "the request names neither a policy nor a path".into(), ..self.named(DEFAULT_NAME) }
     }

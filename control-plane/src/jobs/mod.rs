@@ -113,7 +113,6 @@ async fn roll_up_ledger(context: Context) -> Changed {
 }
 
 impl Context {
-    #[must_use]
     pub fn new(settings: &Serve, pool: PgPool, rate_limiter: Arc<CallerRateLimiter>) -> Self {
         Self {
             pool,

@@ -20,10 +20,7 @@ use crate::error::ApiError;
 use crate::quota::{Whose, refresh_starters};
 use crate::users::lock::lock_or_create_user;
 
-/// Creates a key.
-///
-/// # Errors
-/// 409 if the owner has too many live keys, 429 if the owner created too many, 400 for an unknown role or plan.
+/// Creates a key. 409 if the owner has too many live keys, 429 if the owner created too many, 400 for an unknown role or plan.
 pub async fn create(change: &mut Change, new: NewKey) -> Result<CreatedKey, ApiError> {
     let secret = generate(new.kind)?;
     let (user, _) = lock_or_create_user(change, &new.email).await?;
@@ -63,9 +60,6 @@ fn audit_detail(new: &NewKey) -> serde_json::Value {
 }
 
 /// Creates the primary key of a user, and revokes the one before it. `may_revoke` decides by the scopes of that key.
-///
-/// # Errors
-/// Those of `may_revoke`, and those of [`create`].
 pub async fn replace_primary(
     change: &mut Change,
     new: &NewKey,
@@ -213,9 +207,6 @@ async fn check_live_keys(connection: &mut PgConnection, owner_id: Uuid, new: &Ne
 }
 
 /// Generates a secret.
-///
-/// # Errors
-/// If the operating system gives no random bytes.
 pub fn generate(kind: KeyKind) -> Result<Secret, ApiError> {
     Secret::generate(kind, &mut getrandom::SysRng)
         .map_err(|error| ApiError::Internal(format!("the operating system gives no random bytes: {error}")))

@@ -20,9 +20,6 @@ pub enum Act {
 
 /// Counts one action of the keys of an owner, in the 24 hours since the first. It locks the row of the owner, so call it before
 /// the first change of a key. If the transaction fails, nothing is counted.
-///
-/// # Errors
-/// 429 that names the limit and when to retry.
 pub async fn take(connection: &mut PgConnection, owner_id: Uuid, act: Act, per_day: u32) -> Result<(), ApiError> {
     let signed = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
     let changes = per_day.saturating_mul(CHANGES);

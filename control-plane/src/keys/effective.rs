@@ -37,7 +37,6 @@ pub struct EffectivePermissions {
 
 impl EffectivePermissions {
     /// The permissions of a key with scopes of its own and nothing else, whose owner has no plan.
-    #[must_use]
     pub fn plain(scopes: &[String], cost: i32) -> Self {
         Self { effective_scopes: deduplicate(scopes.iter().cloned()), cost, ..Self::default() }
     }

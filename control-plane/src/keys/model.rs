@@ -60,7 +60,6 @@ pub const LIVE_KEYS: i64 = 100;
 
 impl NewKey {
     /// A live key without scopes, limits and expiry.
-    #[must_use]
     pub fn plain(email: Email, name: KeyName) -> Self {
         let (scopes, rate_limits, permissions) = (Scopes::default(), Vec::new(), Permissions::default());
         let kind = KeyKind::Live;

@@ -18,9 +18,6 @@ pub enum PepperError {
 }
 
 /// Compares the pepper with the one that keys were imported with, and remembers it if there was none.
-///
-/// # Errors
-/// If the pepper is another one, or missing.
 pub async fn check(pool: &PgPool, pepper: Option<&Pepper>) -> Result<(), PepperError> {
     let ours = pepper.map(|pepper| pepper.hash(&KeyHash::of(CHECKED)).0.to_vec());
     sqlx::query!(

@@ -52,9 +52,6 @@ pub struct Permissions {
 
 impl Permissions {
     /// Parses the fields of a client.
-    ///
-    /// # Errors
-    /// The field that is wrong, and the remedy.
     pub fn parse(patch: PermissionsPatch) -> Result<Self, ApiError> {
         let cost = |cost: i64| {
             let in_range = i32::try_from(cost).ok().filter(|_| (0..=i64::from(COST)).contains(&cost));
@@ -71,13 +68,11 @@ impl Permissions {
     }
 
     /// Whether it sets nothing at all.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
     /// The first field that only an admin sets.
-    #[must_use]
     pub fn privileged(&self) -> Option<&'static str> {
         let fields = [
             ("roles", self.roles.is_some()),
@@ -90,7 +85,6 @@ impl Permissions {
     }
 
     /// For the audit trail: the fields that are set, as clients write them.
-    #[must_use]
     pub fn audit_detail(&self) -> Value {
         let mut detail = json!({});
         if let Some(roles) = &self.roles {
@@ -119,9 +113,6 @@ impl Permissions {
 
     /// Finds roles and plans by name. Call it before the first change of a key: see the order of locks in
     /// [`crate::definitions::store`].
-    ///
-    /// # Errors
-    /// A role or a plan that is unknown.
     pub async fn resolve(&self, connection: &mut PgConnection) -> Result<ResolvedPermissions, ApiError> {
         let roles = match &self.roles {
             Some(roles) => Some(numbers(connection, Kind::Role, roles).await?),
@@ -175,7 +166,6 @@ fn texts(networks: &[Network]) -> Vec<String> {
 }
 
 /// Whether each of the networks lies within one of the bounds. An empty list stands for all addresses, in both.
-#[must_use]
 pub fn within(networks: &[Network], bounds: &[Network]) -> bool {
     let held = |network: &Network| bounds.iter().any(|bound| bound.holds(network));
     bounds.is_empty() || (!networks.is_empty() && networks.iter().all(held))
@@ -193,7 +183,6 @@ pub struct ResolvedPermissions {
 }
 
 impl ResolvedPermissions {
-    #[must_use]
     pub const fn is_empty(&self) -> bool {
         let Self { roles, plan, networks, quota, cost, rate_limits } = self;
         roles.is_none()

@@ -14,10 +14,8 @@ use crate::error::ApiError;
 use crate::users::lock::{find_user, lock_user};
 
 /// Revokes a key. A trigger gives the row the next revision, and the commit of the change wakes the feed, which sends the record
-/// with its new flag to the filters. A revoked key keeps its time of revocation, and nothing is sent.
-///
-/// # Errors
-/// 409 for the last admin key.
+/// with its new flag to the filters. A revoked key keeps its time of revocation, and nothing is sent. 409 for the last admin
+/// key.
 pub async fn revoke(change: &mut Change, key: &LockedKey) -> Result<(), ApiError> {
     if key.revoked_at.is_some() {
         return Ok(());
@@ -32,9 +30,6 @@ pub async fn revoke(change: &mut Change, key: &LockedKey) -> Result<(), ApiError
 }
 
 /// Revokes the primary key of a user, if `may_revoke` allows it by its scopes. Returns whether there was one that was not revoked.
-///
-/// # Errors
-/// Those of `may_revoke`, and 409 for the last admin key.
 pub async fn revoke_primary(
     change: &mut Change,
     email: &Email,
@@ -70,10 +65,8 @@ pub struct RevokedAll {
     pub skipped: i64,
 }
 
-/// Revokes all keys of a user; those with the scope `admin` or `sync` only if `privileged`.
-///
-/// # Errors
-/// 404 if there is no such user, 409 for the last admin key.
+/// Revokes all keys of a user; those with the scope `admin` or `sync` only if `privileged`. 404 if there is no such user, 409
+/// for the last admin key.
 pub async fn revoke_all(change: &mut Change, owner_id: Uuid, privileged: bool) -> Result<RevokedAll, ApiError> {
     // While the row of the user is locked, no key is created for the user.
     let owner = lock_user(change, owner_id).await?;

@@ -22,9 +22,6 @@ pub const GRACE_S: i64 = 30 * 86_400;
 pub const ALIVE: i64 = 8;
 
 /// Parses how long the old secret goes on working, in seconds.
-///
-/// # Errors
-/// What is wrong with `grace_seconds`.
 pub fn parse_grace(seconds: i64) -> Result<Duration, ApiError> {
     if !(0..=GRACE_S).contains(&seconds) {
         let detail = format!("must be a number from 0 to {GRACE_S}, which is thirty days");
@@ -33,10 +30,8 @@ pub fn parse_grace(seconds: i64) -> Result<Duration, ApiError> {
     Ok(Duration::seconds(seconds))
 }
 
-/// Gives a locked key a new secret. The old one ends after `grace`, on a whole second, or at once if `grace` is zero.
-///
-/// # Errors
-/// 409 for a revoked or expired key, and for one with too many old secrets.
+/// Gives a locked key a new secret. The old one ends after `grace`, on a whole second, or at once if `grace` is zero. 409 for
+/// a revoked or expired key, and for one with too many old secrets.
 pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: Duration) -> Result<Secret, ApiError> {
     if key.revoked_at.is_some() {
         return Err(ApiError::Conflict("This key is revoked and cannot be rotated.".into()));
@@ -83,10 +78,8 @@ pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: 
     Ok(secret)
 }
 
-/// Ends an old secret now. Returns whether there is such a secret. One that has ended keeps its end.
-///
-/// # Errors
-/// 409 for the present secret.
+/// Ends an old secret now. Returns whether there is such a secret. One that has ended keeps its end. 409 for the present
+/// secret.
 pub async fn revoke_secret(change: &mut Change, key: &LockedKey, generation: i32) -> Result<bool, ApiError> {
     if generation == key.generation {
         let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";

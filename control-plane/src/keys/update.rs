@@ -23,7 +23,6 @@ pub struct KeyPatch {
 }
 
 impl KeyPatch {
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         let Self { name, disabled, expires_at, permissions } = self;
         name.is_none() && disabled.is_none() && expires_at.is_keep() && permissions.is_empty()
@@ -68,10 +67,7 @@ impl KeyPatch {
 }
 
 /// Changes a key. `permissions` are those of the patch, resolved before the key was locked. A key that an admin disabled, only
-/// an admin enables.
-///
-/// # Errors
-/// 403 for a key that only an admin may enable, 409 for a revoked key or the last admin key.
+/// an admin enables. 403 for a key that only an admin may enable, 409 for a revoked key or the last admin key.
 pub async fn update(
     change: &mut Change,
     by_admin: bool,

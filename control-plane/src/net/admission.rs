@@ -32,7 +32,6 @@ pub struct Limits {
 
 impl Limits {
     /// Consistent bounds: at least one connection is not reserved, and one address gets at most half of these.
-    #[must_use]
     pub fn new(total: usize, by_address: usize, reserved: Option<usize>) -> Self {
         let reserved = reserved.unwrap_or(total / 4).min(total.saturating_sub(1));
         let half = total.saturating_sub(reserved) / 2;
@@ -102,7 +101,6 @@ pub struct AdmittedConnection(Arc<Place>);
 
 impl Admission {
     /// No connections yet.
-    #[must_use]
     pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self { limits, places: Mutex::default(), freed: Notify::new() })
     }
@@ -145,7 +143,6 @@ impl Admission {
     }
 
     /// How many connections there are.
-    #[must_use]
     pub fn open(&self) -> usize {
         self.lock().held.len()
     }
@@ -208,7 +205,6 @@ impl Place {
     }
 
     /// Whether the connection is a newcomer.
-    #[must_use]
     pub fn is_newcomer(&self) -> bool {
         self.is(Kind::Newcomer)
     }
@@ -233,7 +229,6 @@ impl Place {
 
 impl AdmittedConnection {
     /// For requests of the connection.
-    #[must_use]
     pub const fn place(&self) -> &Arc<Place> {
         &self.0
     }
@@ -251,7 +246,6 @@ impl Drop for AdmittedConnection {
 
 /// How many of the wanted connections the process has file descriptors for, beside those to the database. Raises the soft
 /// limit of descriptors as far as the hard limit allows.
-#[must_use]
 pub fn within_descriptors(wanted: usize, database: u32) -> usize {
     let others = OTHER_DESCRIPTORS.saturating_add(database.into());
     let needed = others.saturating_add(u64::try_from(wanted).unwrap_or(u64::MAX));

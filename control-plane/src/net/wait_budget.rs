@@ -14,13 +14,11 @@ pub struct WaitBudget {
 
 impl WaitBudget {
     /// A budget that each `renewed_bytes` restore.
-    #[must_use]
     pub const fn new(whole: Duration, renewed_bytes: usize) -> Self {
         Self { whole, left: whole, renewed_bytes, bytes: 0 }
     }
 
     /// How long the peer may still keep the control plane waiting.
-    #[must_use]
     pub const fn left(&self) -> Duration {
         self.left
     }

@@ -48,9 +48,6 @@ const GRACE: Duration = Duration::from_secs(10);
 const FEED_CONNECTIONS: u32 = 3;
 
 /// Serves until SIGTERM or SIGINT.
-///
-/// # Errors
-/// What kept it from starting, in one line.
 pub async fn serve(settings: Serve) -> Result<(), Failure> {
     telemetry::start_log(settings.log_format, &settings.log_level)?;
     let metrics = telemetry::start_metrics()?;

@@ -33,9 +33,6 @@ const STATEMENT: &str = "60s";
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// Connects to the database and brings its schema up to date.
-///
-/// # Errors
-/// One line that names the setting.
 pub async fn connect(database: &Database) -> Result<PgPool, Failure> {
     let options = database::options(database)?;
     schema(&options).await.map_err(|fault| fault.to_string())?;

@@ -9,9 +9,6 @@ use super::metric;
 use crate::config::LogFormat;
 
 /// Starts the log, on standard error.
-///
-/// # Errors
-/// One line, if `filter` makes no sense.
 pub fn start_log(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::builder()
         .parse(filter)
@@ -55,9 +52,6 @@ fn one_line(text: &str) -> Option<String> {
 }
 
 /// Starts collecting metrics; the handle prints them.
-///
-/// # Errors
-/// One line, if they are collected already.
 pub fn start_metrics() -> Result<PrometheusHandle, String> {
     let seconds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
     let handle = PrometheusBuilder::new()

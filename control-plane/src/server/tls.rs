@@ -51,9 +51,6 @@ impl std::fmt::Debug for Tls {
 
 impl Tls {
     /// Reads the files.
-    ///
-    /// # Errors
-    /// One line that names the setting and the file.
     pub fn load(files: Files) -> Result<Self, String> {
         let contents = files.read()?;
         let config = Arc::new(files.config(&contents)?);
@@ -61,15 +58,12 @@ impl Tls {
     }
 
     /// For the next connection.
-    #[must_use]
     pub fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).1))
     }
 
-    /// Reads the files again if they have changed. Returns whether they have.
-    ///
-    /// # Errors
-    /// One line that names the setting and the file. The previous certificate stays in use.
+    /// Reads the files again if they have changed. Returns whether they have. If they are invalid, the certificate in use
+    /// stays.
     pub fn refresh(&self) -> Result<bool, String> {
         let contents = self.files.read()?;
         if self.current.read().unwrap_or_else(PoisonError::into_inner).0 == contents {

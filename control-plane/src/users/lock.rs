@@ -26,10 +26,7 @@ pub async fn find_user(connection: &mut PgConnection, email: &Email) -> Result<O
     Ok(id.fetch_optional(connection).await?)
 }
 
-/// Locks a user.
-///
-/// # Errors
-/// 404 if there is no such user.
+/// Locks a user. 404 if there is none.
 pub async fn lock_user(connection: &mut PgConnection, id: Uuid) -> Result<LockedUser, ApiError> {
     let user = sqlx::query_as!(
         LockedUser,
@@ -41,7 +38,6 @@ pub async fn lock_user(connection: &mut PgConnection, id: Uuid) -> Result<Locked
 }
 
 /// There is no user with this id.
-#[must_use]
 pub fn unknown(id: Uuid) -> ApiError {
     ApiError::NotFound(format!("There is no user {id}."))
 }

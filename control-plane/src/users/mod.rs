@@ -90,10 +90,7 @@ pub async fn create(change: &mut Change, email: &Email) -> Result<(Uuid, bool), 
     Ok((user.id, is_new))
 }
 
-/// Sets or clears the plan of a user, whose row is locked. Says whether that was a change.
-///
-/// # Errors
-/// 400 for an unknown plan.
+/// Sets or clears the plan of a user, whose row is locked. Says whether that was a change. 400 for an unknown plan.
 pub async fn set_plan(connection: &mut PgConnection, id: Uuid, plan: Option<&Name>) -> Result<bool, ApiError> {
     let number = match plan {
         Some(plan) => numbers(connection, Kind::Plan, std::slice::from_ref(plan)).await?.first().copied(),

@@ -48,21 +48,16 @@ pub struct Caller {
 
 impl Caller {
     /// Whether the key was granted a scope.
-    #[must_use]
     pub fn has_scope(&self, scope: &str) -> bool {
         self.scopes.iter().any(|granted| granted == scope)
     }
 
     /// Whether the key has the scope `admin`.
-    #[must_use]
     pub fn is_admin(&self) -> bool {
         self.has_scope(ADMIN)
     }
 
     /// Admits keys that may manage keys at all: not those of filters, which lie in the configuration of Envoys.
-    ///
-    /// # Errors
-    /// 403 for a key with the scope `sync` that is not an admin's.
     pub fn require_manager(&self) -> Result<(), ApiError> {
         if self.has_scope(SYNC) && !self.is_admin() {
             return Err(ApiError::Forbidden("A key with the scope sync cannot manage keys. Use another key.".into()));
@@ -71,9 +66,6 @@ impl Caller {
     }
 
     /// Admits admins.
-    ///
-    /// # Errors
-    /// 403 for anybody else.
     pub fn require_admin(&self) -> Result<(), ApiError> {
         if self.is_admin() {
             return Ok(());
@@ -82,17 +74,11 @@ impl Caller {
     }
 
     /// Admits admins, and users to what is their own.
-    ///
-    /// # Errors
-    /// 403 for anybody else.
     pub fn require_owner_or_admin(&self, email: &Email) -> Result<(), ApiError> {
         self.require_own(self.email == email.as_str())
     }
 
     /// The same for a user's id.
-    ///
-    /// # Errors
-    /// 403 for anybody else.
     pub fn require_user_or_admin(&self, user: Uuid) -> Result<(), ApiError> {
         self.require_own(self.owner_id == user)
     }
@@ -106,22 +92,17 @@ impl Caller {
     }
 
     /// Whether the caller presented the secret of this number, rather than one that was rotated away.
-    #[must_use]
     pub const fn presents(&self, generation: i32) -> bool {
         self.generation == generation.cast_unsigned()
     }
 
     /// Whether the caller may see and manage a key of this owner.
-    #[must_use]
     pub fn manages(&self, owner_id: Uuid) -> bool {
         self.is_admin() || self.owner_id == owner_id
     }
 
     /// Admits keys that the caller may switch off or revoke: those that open the control plane are for admins, or any key
     /// of their owner could end the sync of all filters.
-    ///
-    /// # Errors
-    /// 403 that names the scope.
     pub fn require_changeable(&self, scopes: &[String]) -> Result<(), ApiError> {
         let beyond = scopes.iter().find(|scope| opens_the_control_plane(scope)).filter(|_| !self.is_admin());
         beyond.map_or(Ok(()), |scope| {
@@ -134,9 +115,6 @@ impl Caller {
 
     /// Admits scopes that the caller may give to a new key: any for admins, a subset of their own for others, and never
     /// those that open the control plane.
-    ///
-    /// # Errors
-    /// 403 that names the first scope too many.
     pub fn require_grantable(&self, scopes: &Scopes) -> Result<(), ApiError> {
         if self.is_admin() {
             return Ok(());
@@ -150,9 +128,6 @@ impl Caller {
 
     /// Admits an end that the caller may give to a key in place of its present one: any for admins; for others any that is
     /// no later, and later ones up to the end of their own key. A key that has ended comes back by an admin only.
-    ///
-    /// # Errors
-    /// 403 that says which end is too late.
     pub fn require_end(
         &self,
         end: Option<OffsetDateTime>,
@@ -179,9 +154,6 @@ impl Caller {
     }
 
     /// Admits fields that the caller may set at all: any for admins, `allowed_addresses` for others.
-    ///
-    /// # Errors
-    /// 403 that names the field.
     pub fn require_privileges(&self, permissions: &Permissions) -> Result<(), ApiError> {
         match permissions.privileged() {
             Some(field) if !self.is_admin() => {
@@ -193,9 +165,6 @@ impl Caller {
 
     /// Admits what the caller may set of a key that may be used from the networks `present`: anything for admins; for
     /// others what narrows those networks, and nothing else.
-    ///
-    /// # Errors
-    /// 403 that names the field.
     pub fn require_permissible(&self, permissions: &Permissions, present: &[Network]) -> Result<(), ApiError> {
         self.require_privileges(permissions)?;
         if self.is_admin() {
@@ -213,16 +182,12 @@ impl Caller {
     }
 
     /// Networks that the caller may be used from.
-    #[must_use]
     pub fn networks(&self) -> &[Network] {
         &self.networks
     }
 
     /// Admits the rotation of a key: of any key for admins, of itself for others. The response contains the new secret. An old
     /// secret may have been stolen, so it does not rotate its key.
-    ///
-    /// # Errors
-    /// 403.
     pub fn require_rotatable(&self, id: Uuid, generation: i32) -> Result<(), ApiError> {
         if self.key_id == id && !self.presents(generation) {
             return Err(ApiError::Forbidden("An old secret cannot rotate its key. Use the current secret.".into()));

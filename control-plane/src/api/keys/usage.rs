@@ -92,9 +92,6 @@ pub async fn usage(
 }
 
 /// Parses a span of time: the last seven days unless given.
-///
-/// # Errors
-/// The error of an invalid `from` or `to`.
 pub(in crate::api) fn span(
     from: Option<&str>,
     to: Option<&str>,

@@ -14,9 +14,6 @@ use crate::keys::lock::lock_store;
 use crate::quota::{Whose, refresh_starters};
 
 /// Writes a chunk. Returns the numbers of the lines whose keys exist already, and why they were not written.
-///
-/// # Errors
-/// Those of the database; nothing of the chunk is written then.
 pub(super) async fn write(
     writer: &Writer,
     actor: &Actor,

@@ -49,9 +49,6 @@ pub struct ImportedKey {
 }
 
 /// Parses a line.
-///
-/// # Errors
-/// What is wrong with it, without any part of the key.
 pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
     let body: Body = read(line).map_err(|error| unreadable(&error))?;
     let (key, hash) = (body.key.clone(), body.hash.clone());

@@ -48,7 +48,6 @@ pub enum Code {
 
 impl Code {
     /// The code as clients read it.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Invalid => "invalid",
@@ -106,7 +105,6 @@ pub struct Import {
 
 impl Import {
     /// With a pepper, keys are stored under their peppered hash.
-    #[must_use]
     pub fn new(writer: Writer, actor: Actor, pepper: Option<Pepper>) -> Self {
         Self {
             writer,
@@ -120,10 +118,8 @@ impl Import {
         }
     }
 
-    /// Imports the lines that the next bytes complete. Returns whether more bytes are wanted.
-    ///
-    /// # Errors
-    /// Those of the database. Committed lines stay imported.
+    /// Imports the lines that the next bytes complete. Returns whether more bytes are wanted. If it fails, committed lines
+    /// stay imported.
     pub async fn take(&mut self, mut bytes: &[u8]) -> Result<bool, ApiError> {
         while !self.over
             && let Some((number, line)) = self.lines.next(&mut bytes)
@@ -134,9 +130,6 @@ impl Import {
     }
 
     /// Imports the last line, which may lack a line end, and commits the last keys.
-    ///
-    /// # Errors
-    /// As [`Import::take`].
     pub async fn finish(mut self) -> Result<Imported, ApiError> {
         if !self.over
             && let Some((number, line)) = self.lines.rest()
