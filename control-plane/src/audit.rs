@@ -1,9 +1,13 @@
 //! The audit trail: who changed what. An entry commits in the transaction of its change. It contains no secret.
 
+use serde::Serialize;
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 use uuid::Uuid;
+
+use crate::domain::Timestamp;
 
 /// Most rows that are deleted in one statement.
 const DELETED_TOGETHER: i64 = 1_000;
@@ -91,20 +95,36 @@ pub async fn record_each(
     Ok(())
 }
 
-/// A row of the trail.
-#[derive(Clone, Debug)]
-pub struct AuditRow {
+/// Who did what.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuditEntry {
     /// Ascending with time.
     pub id: i64,
-    pub at: OffsetDateTime,
+    /// When.
+    pub at: Timestamp,
+    /// The key that called; null for the command line, and for an administrator if the caller is none.
+    #[schema(required)]
     pub actor_key_id: Option<Uuid>,
+    /// Its owner's email address; `an administrator` if that is one and the caller is none.
+    #[schema(required, example = "admin@example.com")]
     pub actor_email: Option<String>,
+    /// Where the call came from; null for an administrator if the caller is none.
+    #[schema(required, example = "192.0.2.7")]
     pub address: Option<String>,
+    /// The id of the request, as in the log; null for an administrator if the caller is none.
+    #[schema(required)]
     pub request_id: Option<String>,
+    /// The action.
+    #[schema(example = "key.rotate")]
     pub action: String,
+    /// To which key, if it was one.
+    #[schema(required)]
     pub key_id: Option<Uuid>,
+    /// To what else: a user's address, the name of a role or plan.
+    #[schema(required)]
     pub target: Option<String>,
-    /// Further details.
+    /// Details, such as each changed field.
+    #[schema(value_type = Object)]
     pub detail: Value,
 }
 
@@ -127,10 +147,10 @@ pub async fn trail(
     filter: &AuditFilter<'_>,
     before: Option<i64>,
     limit: i64,
-) -> Result<Vec<AuditRow>, sqlx::Error> {
+) -> Result<Vec<AuditEntry>, sqlx::Error> {
     let (owner_id, owner_email) = filter.owner.unzip();
     sqlx::query_as!(
-        AuditRow,
+        AuditEntry,
         "select id, at, actor_key_id, actor_email, address, request_id, action, key_id, target, detail
         from audit
         where id < $1 and ($2::uuid is null or key_id = $2) and ($3::uuid is null or actor_key_id = $3)
@@ -154,21 +174,14 @@ pub async fn trail(
     .await
 }
 
-/// Deletes rows older than `days`. Returns how many.
+/// Deletes rows older than `days`, a batch of them. Returns how many.
 pub async fn delete_old(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
-    let mut all = 0;
-    loop {
-        let gone = sqlx::query!(
-            "delete from audit where id = any(array(
-                select id from audit where at < now() - make_interval(days => $1) order by at limit $2
-            ))",
-            days,
-            DELETED_TOGETHER
-        );
-        let gone = gone.execute(pool).await?.rows_affected();
-        all += gone;
-        if gone == 0 {
-            return Ok(all);
-        }
-    }
+    let gone = sqlx::query!(
+        "delete from audit where id = any(array(
+            select id from audit where at < now() - make_interval(days => $1) order by at limit $2
+        ))",
+        days,
+        DELETED_TOGETHER
+    );
+    Ok(gone.execute(pool).await?.rows_affected())
 }

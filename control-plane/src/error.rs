@@ -10,10 +10,11 @@ use contract::outcome::Outcome;
 const LAST_ADMIN: &str = "api_keys_last_admin";
 const LAST_ADMIN_HERE: &str = "api_keys_last_admin_here";
 
-/// What a handler may fail with.
-#[derive(Debug)]
+/// What a handler may fail with. The command line, which may show internal errors, prints it.
+#[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     /// 400: the request does not make sense. The field and the remedy.
+    #[error("{}{detail}", field.as_ref().map(|field| format!("{field}: ")).unwrap_or_default())]
     Invalid {
         /// Which field of the body, by its path, or of the path or the query; none for the request as a whole.
         field: Option<Cow<'static, str>>,
@@ -21,40 +22,46 @@ pub enum ApiError {
         detail: String,
     },
     /// 400: a request that the framework could not read, with its status and what was wrong with it.
+    #[error("{1}")]
     Unreadable(StatusCode, String),
     /// 401, 403: the caller's key was not admitted.
+    #[error("the key was refused: {}", .0.name())]
     Refused(Outcome),
     /// 403: the key is good, but not for this.
+    #[error("{0}")]
     Forbidden(String),
     /// 404: no such thing. What was looked for.
+    #[error("{0}")]
     NotFound(String),
     /// 409: it contradicts what is there.
+    #[error("{0}")]
     Conflict(String),
     /// 409: the same request is still running.
+    #[error("the same request is still running")]
     InProgress,
     /// 412: what is to be changed is not as the client believes.
+    #[error("{0}")]
     Precondition(String),
     /// 422: an Idempotency-Key that another request had.
+    #[error("{0}")]
     Mismatch(&'static str),
     /// 410: it was there and is no longer kept. What, and what to do.
+    #[error("{0}")]
     Gone(String),
-    /// 429: too many requests of this caller.
-    TooMany {
-        /// When to come back, in seconds.
-        retry_after_s: u64,
-    },
-    /// 429: as much as one owner or one sync key may have. Which bound that is, and what to do.
-    BoundReached {
-        /// Which bound, and what to do.
-        detail: String,
-        /// When to come back, in seconds.
-        retry_after_s: u64,
-    },
+    /// 429: too many requests of this caller. When to come back.
+    #[error("too many requests; come back in {retry_after_s} s")]
+    TooMany { retry_after_s: u64 },
+    /// 429: as much as one owner or one sync key may have. Which bound that is, what to do, and when to come back.
+    #[error("{detail}")]
+    BoundReached { detail: String, retry_after_s: u64 },
     /// 503: the database, the mirror or a queue cannot take it now. Why, for the client.
+    #[error("{0}")]
     Unavailable(&'static str),
     /// 500, or 503 if the database is away.
+    #[error("the database: {0}")]
     Database(sqlx::Error),
     /// 500: what should not have happened, for the log.
+    #[error("{0}")]
     Internal(String),
 }
 
@@ -63,33 +70,16 @@ impl ApiError {
     pub fn invalid(field: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
         Self::Invalid { field: Some(field.into()), detail: detail.into() }
     }
-}
 
-/// For the command line, which may show internal errors.
-impl std::fmt::Display for ApiError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    /// The field that is wrong, if it is one.
+    #[cfg(test)]
+    pub(crate) fn field(&self) -> Option<&str> {
         match self {
-            Self::Invalid { field: Some(field), detail } => write!(f, "{field}: {detail}"),
-            Self::Invalid { field: None, detail }
-            | Self::Unreadable(_, detail)
-            | Self::Forbidden(detail)
-            | Self::NotFound(detail)
-            | Self::Conflict(detail)
-            | Self::Precondition(detail)
-            | Self::Gone(detail)
-            | Self::BoundReached { detail, .. }
-            | Self::Internal(detail) => f.write_str(detail),
-            Self::InProgress => f.write_str("the same request is still running"),
-            Self::Mismatch(detail) => f.write_str(detail),
-            Self::Refused(outcome) => write!(f, "the key was refused: {}", outcome.name()),
-            Self::TooMany { retry_after_s } => write!(f, "too many requests; come back in {retry_after_s} s"),
-            Self::Unavailable(why) => f.write_str(why),
-            Self::Database(error) => write!(f, "the database: {error}"),
+            Self::Invalid { field, .. } => field.as_deref(),
+            _ => None,
         }
     }
 }
-
-impl std::error::Error for ApiError {}
 
 /// What is wrong with the body as JSON.
 impl From<InputError> for ApiError {
@@ -103,17 +93,17 @@ impl From<InputError> for ApiError {
 
 impl From<sqlx::Error> for ApiError {
     fn from(error: sqlx::Error) -> Self {
-        if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN) {
-            let detail = "This is the last key with the scope admin that is valid for more than one day. Create another admin key \
-                          first.";
-            return Self::Conflict(detail.into());
-        }
-        if error.as_database_error().and_then(|error| error.constraint()) == Some(LAST_ADMIN_HERE) {
-            let detail = "After this change, no admin key that is valid for more than one day could be used from your address. Add \
-                          your address to allowed_addresses, or create an admin key without allowed_addresses first.";
-            return Self::Conflict(detail.into());
-        }
-        Self::Database(error)
+        let detail = match error.as_database_error().and_then(|error| error.constraint()) {
+            Some(LAST_ADMIN) => {
+                "This is the last key with the scope admin that is valid for more than one day. Create another admin key first."
+            }
+            Some(LAST_ADMIN_HERE) => {
+                "After this change, no admin key that is valid for more than one day could be used from your address. Add \
+                 your address to allowed_addresses, or create an admin key without allowed_addresses first."
+            }
+            _ => return Self::Database(error),
+        };
+        Self::Conflict(detail.into())
     }
 }
 

@@ -128,7 +128,7 @@ async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Fai
     }
     let imported = import.finish().await?;
     for bad in &imported.errors {
-        writeln!(std::io::stderr(), "line {}: {}: {}", bad.line, bad.code.name(), bad.reason)?;
+        writeln!(std::io::stderr(), "line {}: {}: {}", bad.line, <&str>::from(bad.code), bad.reason)?;
     }
     print(&format!("keys imported: {}, lines refused: {}", imported.imported, imported.failed))?;
     if imported.failed == 0 { Ok(()) } else { Err("some lines were refused".into()) }

@@ -10,7 +10,6 @@ use tokio::sync::watch;
 use super::health::DatabaseCheck;
 use super::rate_limit::CallerRateLimiter;
 use crate::change::Writer;
-use crate::config::bounds::Bounds;
 use crate::explain::policies::ConfiguredPolicies;
 use crate::metering::Ingest;
 use crate::sync::Store;
@@ -35,7 +34,8 @@ pub struct App {
     pub filters: Registry,
     /// The policies and routes of Envoys, as far as the operator configured them, for `explain`.
     pub policies: Arc<ConfiguredPolicies>,
-    pub bounds: Bounds,
+    /// Keys that the keys of one owner may make, and rotations, in 24 hours.
+    pub owner_keys_per_day: u32,
     pub rate_limiter: Arc<CallerRateLimiter>,
     pub database: Arc<DatabaseCheck>,
     /// How long a poll is held without news.

@@ -4,7 +4,6 @@ use std::ops::RangeInclusive;
 
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -12,8 +11,8 @@ use super::extract::search_text;
 use super::pagination::{self, List, PageQuery};
 use crate::api::auth::Caller;
 use crate::api::call::Call;
-use crate::audit::{self, AuditFilter, AuditRow};
-use crate::domain::{Timestamp, parse_time};
+use crate::audit::{self, AuditEntry, AuditFilter};
+use crate::domain::parse_time;
 use crate::error::ApiError;
 
 /// Longest action or target to look for, in characters.
@@ -42,71 +41,17 @@ pub struct AuditQuery {
     to: Option<String>,
 }
 
-/// Who did what.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct AuditEntry {
-    /// Ascending with time.
-    id: i64,
-    /// When.
-    at: Timestamp,
-    /// The key that called; null for the command line, and for an administrator if the caller is none.
-    #[schema(required)]
-    actor_key_id: Option<Uuid>,
-    /// Its owner's email address; `an administrator` if that is one and the caller is none.
-    #[schema(required, example = "admin@example.com")]
-    actor_email: Option<String>,
-    /// Where the call came from; null for an administrator if the caller is none.
-    #[schema(required, example = "192.0.2.7")]
-    address: Option<String>,
-    /// The id of the request, as in the log; null for an administrator if the caller is none.
-    #[schema(required)]
-    request_id: Option<String>,
-    /// The action.
-    #[schema(example = "key.rotate")]
-    action: String,
-    /// To which key, if it was one.
-    #[schema(required)]
-    key_id: Option<Uuid>,
-    /// To what else: a user's address, the name of a role or plan.
-    #[schema(required)]
-    target: Option<String>,
-    /// Details, such as each changed field.
-    #[schema(value_type = Object)]
-    detail: Value,
-}
-
 /// Shown to users in place of the address of an administrator.
 const ADMINISTRATOR: &str = "an administrator";
 
-impl AuditEntry {
-    /// An entry as a caller may read it. Another actor than the caller is an administrator: only administrators read
-    /// which one, and from which address.
-    fn shown_to(caller: &Caller, entry: AuditRow) -> Self {
-        let hidden = !caller.is_admin() && entry.actor_email.as_ref().is_some_and(|email| *email != caller.email);
-        let shown = Self::from(entry);
-        if !hidden {
-            return shown;
-        }
-        let actor_email = Some(ADMINISTRATOR.to_owned());
-        Self { actor_key_id: None, actor_email, address: None, request_id: None, ..shown }
+/// An entry as a caller may read it. Another actor than the caller is an administrator: only administrators read which one, and
+/// from which address.
+fn shown_to(caller: &Caller, entry: AuditEntry) -> AuditEntry {
+    if caller.is_admin() || entry.actor_email.as_ref().is_none_or(|email| *email == caller.email) {
+        return entry;
     }
-}
-
-impl From<AuditRow> for AuditEntry {
-    fn from(entry: AuditRow) -> Self {
-        Self {
-            id: entry.id,
-            at: entry.at.into(),
-            actor_key_id: entry.actor_key_id,
-            actor_email: entry.actor_email,
-            address: entry.address,
-            request_id: entry.request_id,
-            action: entry.action,
-            key_id: entry.key_id,
-            target: entry.target,
-            detail: entry.detail,
-        }
-    }
+    let actor_email = Some(ADMINISTRATOR.to_owned());
+    AuditEntry { actor_key_id: None, actor_email, address: None, request_id: None, ..entry }
 }
 
 /// A page of the trail, the newest first.
@@ -144,6 +89,6 @@ pub async fn trail(
     };
     let mut entries = audit::trail(&app.pool, &filter, page.after, page.read()).await?;
     let next = page.cut(&mut entries, |entry| entry.id);
-    let entries = entries.into_iter().map(|entry| AuditEntry::shown_to(&caller, entry)).collect();
+    let entries = entries.into_iter().map(|entry| shown_to(&caller, entry)).collect();
     Ok(pagination::reply(AuditPage { entries, next_cursor: next.cursor }, next.link))
 }

@@ -156,7 +156,7 @@ pub async fn generate(Call { app, caller, .. }: Call, mut request: IdempotentReq
     let name = KeyName::parse("key_name", &body.key_name)?;
     caller.require_owner_or_admin(&email)?;
     let mut new = NewKey::plain(email, name);
-    caller.bind(&mut new, app.bounds.owner_keys_per_day);
+    caller.bind(&mut new, app.owner_keys_per_day);
     let response = request.respond(&app.writer, &caller, async |change| {
         let may = |scopes: &[String]| caller.require_changeable(scopes);
         let key = replace_primary(change, &new, may).await?;

@@ -35,43 +35,41 @@ pub struct Problem {
     pub field: Option<String>,
 }
 
-/// A kind of problem of the REST API itself. Those of the caller's key are outcomes.
+/// A kind of problem.
 struct Kind {
     status: StatusCode,
     code: &'static str,
     title: &'static str,
 }
 
-const INVALID: Kind = Kind { status: StatusCode::BAD_REQUEST, code: "invalid", title: "Invalid request" };
-const FORBIDDEN: Kind = Kind { status: StatusCode::FORBIDDEN, code: "forbidden", title: "Forbidden" };
-const NOT_FOUND: Kind = Kind { status: StatusCode::NOT_FOUND, code: "not_found", title: "Not found" };
-const METHOD_NOT_ALLOWED: Kind =
-    Kind { status: StatusCode::METHOD_NOT_ALLOWED, code: "method_not_allowed", title: "Method not allowed" };
-const TIMEOUT: Kind = Kind { status: StatusCode::REQUEST_TIMEOUT, code: "timeout", title: "Request timeout" };
-const CONFLICT: Kind = Kind { status: StatusCode::CONFLICT, code: "conflict", title: "Conflict" };
-const IN_PROGRESS: Kind =
-    Kind { status: StatusCode::CONFLICT, code: "idempotency_in_progress", title: "Request in progress" };
-const GONE: Kind = Kind { status: StatusCode::GONE, code: "gone", title: "Gone" };
-const PRECONDITION_FAILED: Kind =
-    Kind { status: StatusCode::PRECONDITION_FAILED, code: "precondition_failed", title: "Precondition failed" };
-const TOO_LARGE: Kind = Kind { status: StatusCode::PAYLOAD_TOO_LARGE, code: "too_large", title: "Body too large" };
-const UNSUPPORTED_MEDIA_TYPE: Kind = Kind {
-    status: StatusCode::UNSUPPORTED_MEDIA_TYPE,
-    code: "unsupported_media_type",
-    title: "Unsupported media type",
-};
-const MISMATCH: Kind = Kind {
-    status: StatusCode::UNPROCESSABLE_ENTITY,
-    code: "idempotency_mismatch",
-    title: "Idempotency-Key used before",
-};
-const TOO_MANY_REQUESTS: Kind =
-    Kind { status: StatusCode::TOO_MANY_REQUESTS, code: "too_many_requests", title: "Too many requests" };
-const BOUND_REACHED: Kind =
-    Kind { status: StatusCode::TOO_MANY_REQUESTS, code: "bound_reached", title: "Bound reached" };
-const INTERNAL: Kind = Kind { status: StatusCode::INTERNAL_SERVER_ERROR, code: "internal", title: "Internal error" };
-const UNAVAILABLE: Kind =
-    Kind { status: StatusCode::SERVICE_UNAVAILABLE, code: "unavailable", title: "Temporarily unavailable" };
+macro_rules! kinds {
+    ($($name:ident: $status:ident $code:literal $title:literal,)+) => {
+        $(const $name: Kind = Kind { status: StatusCode::$status, code: $code, title: $title };)+
+
+        #[cfg(test)]
+        const KINDS: &[Kind] = &[$($name),+];
+    };
+}
+
+// The kinds of the REST API itself. Those of the caller's key are outcomes.
+kinds! {
+    INVALID: BAD_REQUEST "invalid" "Invalid request",
+    FORBIDDEN: FORBIDDEN "forbidden" "Forbidden",
+    NOT_FOUND: NOT_FOUND "not_found" "Not found",
+    METHOD_NOT_ALLOWED: METHOD_NOT_ALLOWED "method_not_allowed" "Method not allowed",
+    TIMEOUT: REQUEST_TIMEOUT "timeout" "Request timeout",
+    CONFLICT: CONFLICT "conflict" "Conflict",
+    IN_PROGRESS: CONFLICT "idempotency_in_progress" "Request in progress",
+    GONE: GONE "gone" "Gone",
+    PRECONDITION_FAILED: PRECONDITION_FAILED "precondition_failed" "Precondition failed",
+    TOO_LARGE: PAYLOAD_TOO_LARGE "too_large" "Body too large",
+    UNSUPPORTED_MEDIA_TYPE: UNSUPPORTED_MEDIA_TYPE "unsupported_media_type" "Unsupported media type",
+    MISMATCH: UNPROCESSABLE_ENTITY "idempotency_mismatch" "Idempotency-Key used before",
+    TOO_MANY_REQUESTS: TOO_MANY_REQUESTS "too_many_requests" "Too many requests",
+    BOUND_REACHED: TOO_MANY_REQUESTS "bound_reached" "Bound reached",
+    INTERNAL: INTERNAL_SERVER_ERROR "internal" "Internal error",
+    UNAVAILABLE: SERVICE_UNAVAILABLE "unavailable" "Temporarily unavailable",
+}
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
@@ -180,26 +178,8 @@ mod tests {
         assert!(PROBLEMS.ends_with("/reference/problems.html#"));
         // The anchor of such a heading is its text.
         let described: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("### ")).collect();
-        let own = [
-            INVALID,
-            FORBIDDEN,
-            NOT_FOUND,
-            METHOD_NOT_ALLOWED,
-            TIMEOUT,
-            CONFLICT,
-            IN_PROGRESS,
-            GONE,
-            PRECONDITION_FAILED,
-            TOO_LARGE,
-            UNSUPPORTED_MEDIA_TYPE,
-            MISMATCH,
-            TOO_MANY_REQUESTS,
-            BOUND_REACHED,
-            INTERNAL,
-            UNAVAILABLE,
-        ];
         let refusals = Outcome::ALL.into_iter().filter(|outcome| outcome.refusal().is_some()).map(Outcome::name);
-        let mut expected: Vec<_> = own.iter().map(|kind| kind.code).chain(refusals).collect();
+        let mut expected: Vec<_> = KINDS.iter().map(|kind| kind.code).chain(refusals).collect();
         let mut found = described.clone();
         expected.sort_unstable();
         found.sort_unstable();

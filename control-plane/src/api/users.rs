@@ -5,7 +5,6 @@
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -17,12 +16,11 @@ use crate::api::preconditions::etag;
 use crate::audit::AuditEvent;
 use crate::credits::{self, Refill};
 use crate::definitions::Name;
-use crate::domain::Preconditions;
-use crate::domain::{Email, Patch, Timestamp};
+use crate::domain::{Email, Patch, Preconditions};
 use crate::error::ApiError;
 use crate::keys::revoke::revoke_all;
 use crate::users::lock::{lock_user, unknown};
-use crate::users::{self, User};
+use crate::users::{self, UserView};
 
 /// Which user.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -30,58 +28,6 @@ use crate::users::{self, User};
 pub struct ById {
     /// The id of the user, which keys show as `owner_id`.
     pub(super) id: Uuid,
-}
-
-/// Numbers of keys of a user.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct KeyCounts {
-    /// Keys that are neither revoked nor expired.
-    live: i64,
-    /// Keys that were ever made.
-    total: i64,
-}
-
-/// A user.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct UserView {
-    /// The id of the user, which the upstream gets as the consumer.
-    id: Uuid,
-    /// The email address.
-    #[schema(example = "user@example.com")]
-    email: String,
-    /// The plan of keys that have none of their own.
-    #[schema(required, example = "gold")]
-    plan: Option<String>,
-    /// Credits.
-    balance: i64,
-    /// Whether requests cost credits. Otherwise they are free.
-    metered: bool,
-    /// Scheduled credits.
-    #[schema(required, value_type = Option<Refill>)]
-    refill: Option<Value>,
-    /// When the next refill is due.
-    #[schema(required)]
-    refill_at: Option<Timestamp>,
-    /// Since when there is the user.
-    created_at: Timestamp,
-    /// Numbers of keys of the user.
-    keys: KeyCounts,
-}
-
-impl UserView {
-    fn of(user: User) -> Self {
-        Self {
-            id: user.id,
-            email: user.email,
-            plan: user.plan,
-            balance: user.balance,
-            metered: user.metered,
-            refill: user.refill,
-            refill_at: user.refill_at.map(Into::into),
-            created_at: user.created_at.into(),
-            keys: KeyCounts { live: user.live_keys, total: user.total_keys },
-        }
-    }
 }
 
 /// A page of users, by address.
@@ -162,9 +108,8 @@ pub async fn list(
         None => caller.require_admin()?,
     }
     let after = page.after.as_deref().unwrap_or_default();
-    let mut found = users::list(&app.pool, email.as_ref(), &prefix, after, page.read()).await?;
-    let next = page.cut(&mut found, |last| last.email.clone());
-    let users = found.into_iter().map(UserView::of).collect();
+    let mut users = users::list(&app.pool, email.as_ref(), &prefix, after, page.read()).await?;
+    let next = page.cut(&mut users, |last| last.email.clone());
     Ok(pagination::reply(UserPage { users, next_cursor: next.cursor }, next.link))
 }
 
@@ -263,8 +208,8 @@ pub async fn revoke_keys(Call { app, caller, path }: Call<ById>) -> Result<Json<
     Ok(Json(RevokeKeysReply { revoked: all.revoked, skipped: all.skipped }))
 }
 
-fn show(user: User) -> Response {
-    ([(header::ETAG, etag(user.version))], Json(UserView::of(user))).into_response()
+fn show(user: UserView) -> Response {
+    ([(header::ETAG, etag(user.version))], Json(user)).into_response()
 }
 
 /// The start of an address: any text that PostgreSQL can hold, as addresses are kept.

@@ -10,12 +10,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
 
-pub mod bounds;
 pub mod database;
 mod secret_setting;
 mod values;
 
-use self::bounds::Bounds;
 pub use self::values::KeepFor;
 use self::values::{FOREVER, address, days, days_or_forever, duration, number};
 
@@ -141,12 +139,12 @@ pub struct Serve {
 
     /// Keys and rotations, together, that the keys of one user may create for that user in 24 hours. Ten times as many changes
     /// of keys are allowed. Keys with the scope admin are not bound, and revoking is not
-    #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", value_name = "N", default_value_t = Bounds::default().owner_keys_per_day, value_parser = number(1_u32, 1_000_000))]
+    #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", value_name = "N", default_value = "200", value_parser = number(1_u32, 1_000_000))]
     pub owner_keys_per_day: u32,
 
     /// Live Envoys that one sync key may have. More get the keys and a millionth of each shared limit, and their reports are
     /// answered 429. An Envoy that is silent for 60 seconds does not count
-    #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", value_name = "N", default_value_t = Bounds::default().envoys_per_sync_key, value_parser = number(1_u32, 10_000))]
+    #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", value_name = "N", default_value = "1000", value_parser = number(1_u32, 10_000))]
     pub envoys_per_sync_key: u32,
 
     /// How long the row of a key is kept after the key ended, or forever. A key that filters can still tell from an unknown

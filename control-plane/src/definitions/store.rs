@@ -44,35 +44,39 @@ impl Definition {
     }
 }
 
+/// A query of definitions: what comes before its columns, and after them.
+macro_rules! query_definitions {
+    ($before:tt, $after:tt, $($argument:expr),+ $(,)?) => {
+        sqlx::query_as!(
+            Definition,
+            $before + r#" number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
+                quota as "quota: Json<Quota>", version, created_at "# + $after,
+            $($argument),+
+        )
+    };
+}
+
 /// Reads one.
 pub async fn get(pool: &PgPool, kind: Kind, name: &Name) -> Result<Option<Definition>, ApiError> {
-    let found = sqlx::query_as!(
-        Definition,
-        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
-            quota as "quota: Json<Quota>", version, created_at
-        from definitions where kind = $1 and name = $2 and not removed"#,
+    let found = query_definitions!(
+        "select",
+        "from definitions where kind = $1 and name = $2 and not removed",
         kind.name(),
         name.as_str()
-    )
-    .fetch_optional(pool)
-    .await?;
-    Ok(found)
+    );
+    Ok(found.fetch_optional(pool).await?)
 }
 
 /// Reads those whose names come after `after`, by name, at most `limit`.
 pub async fn list(pool: &PgPool, kind: Kind, after: Option<&str>, limit: i64) -> Result<Vec<Definition>, ApiError> {
-    let found = sqlx::query_as!(
-        Definition,
-        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
-            quota as "quota: Json<Quota>", version, created_at
-        from definitions where kind = $1 and name > $2 and not removed order by name limit $3"#,
+    let found = query_definitions!(
+        "select",
+        "from definitions where kind = $1 and name > $2 and not removed order by name limit $3",
         kind.name(),
         after.unwrap_or_default(),
         limit
-    )
-    .fetch_all(pool)
-    .await?;
-    Ok(found)
+    );
+    Ok(found.fetch_all(pool).await?)
 }
 
 /// Creates or replaces a definition. Returns whether it is new. A definition with the same content stays as it is: a statement
@@ -102,16 +106,13 @@ async fn put_once(
     content: &Content,
     preconditions: &Preconditions,
 ) -> Result<Option<(Definition, bool)>, ApiError> {
-    let present = sqlx::query_as!(
-        Definition,
-        r#"select number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
-            quota as "quota: Json<Quota>", version, created_at
-        from definitions where kind = $1 and name = $2 and not removed for no key update"#,
+    let present = query_definitions!(
+        "select",
+        "from definitions where kind = $1 and name = $2 and not removed for no key update",
         kind.name(),
         name.as_str()
-    )
-    .fetch_optional(&mut **change)
-    .await?;
+    );
+    let present = present.fetch_optional(&mut **change).await?;
     preconditions.check(present.as_ref().map(|present| present.version))?;
     let made = present.is_none();
     let put = match present {
@@ -141,21 +142,18 @@ async fn make(
     name: &Name,
     content: &Content,
 ) -> Result<Option<Definition>, ApiError> {
-    let made = sqlx::query_as!(
-        Definition,
-        r#"insert into definitions (kind, name, description, scopes, rate_limits, quota) values ($1, $2, $3, $4, $5, $6)
-        on conflict (kind, name) where not removed do nothing
-        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
-            quota as "quota: Json<Quota>", version, created_at"#,
+    let made = query_definitions!(
+        "insert into definitions (kind, name, description, scopes, rate_limits, quota) values ($1, $2, $3, $4, $5, $6)
+        on conflict (kind, name) where not removed do nothing returning",
+        "",
         kind.name(),
         name.as_str(),
         content.description,
         content.scopes.as_slice(),
         Json(&content.rate_limits) as _,
         content.quota.as_ref().map(Json) as _
-    )
-    .fetch_optional(&mut *connection)
-    .await?;
+    );
+    let made = made.fetch_optional(&mut *connection).await?;
     // Since the insert, other transactions wait for `store_state`, so the count is complete.
     let there = sqlx::query_scalar!(
         r#"select count(*) as "there!" from definitions where kind = $1 and not removed"#,
@@ -171,19 +169,16 @@ async fn make(
 }
 
 async fn replace(connection: &mut PgConnection, number: i32, content: &Content) -> Result<Definition, ApiError> {
-    let replaced = sqlx::query_as!(
-        Definition,
-        r#"update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5 where number = $1
-        returning number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
-            quota as "quota: Json<Quota>", version, created_at"#,
+    let replaced = query_definitions!(
+        "update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5 where number = $1 returning",
+        "",
         number,
         content.description,
         content.scopes.as_slice(),
         Json(&content.rate_limits) as _,
         content.quota.as_ref().map(Json) as _
-    )
-    .fetch_one(&mut *connection)
-    .await?;
+    );
+    let replaced = replaced.fetch_one(&mut *connection).await?;
     refresh_starters(connection, Whose::Plan(number)).await?;
     Ok(replaced)
 }

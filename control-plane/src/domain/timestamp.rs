@@ -3,6 +3,9 @@
 use std::fmt;
 
 use serde::Serialize;
+use sqlx::Postgres;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::PgValueRef;
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime, UtcOffset};
 use utoipa::ToSchema;
@@ -68,6 +71,12 @@ impl fmt::Display for Timestamp {
     }
 }
 
+impl<'r> sqlx::Decode<'r, Postgres> for Timestamp {
+    fn decode(value: PgValueRef<'r>) -> Result<Self, BoxDynError> {
+        <OffsetDateTime as sqlx::Decode<Postgres>>::decode(value).map(Into::into)
+    }
+}
+
 impl From<OffsetDateTime> for Timestamp {
     fn from(time: OffsetDateTime) -> Self {
         Self(whole_seconds(time.to_offset(UtcOffset::UTC)))
@@ -90,13 +99,6 @@ mod tests {
 
     use super::*;
 
-    fn field_of<T: std::fmt::Debug>(result: Result<T, ApiError>) -> Option<String> {
-        match result {
-            Err(ApiError::Invalid { field, .. }) => field.map(Into::into),
-            other => panic!("not refused as invalid: {other:?}"),
-        }
-    }
-
     #[test]
     fn a_key_ends_on_a_whole_second_in_the_future_and_within_ten_years() {
         let now = datetime!(2026-01-01 00:00:00.5 UTC);
@@ -113,7 +115,7 @@ mod tests {
             (parse_expiry(None, Some(0), now), "expires_in_seconds"),
             (parse_expiry(None, Some(i64::MAX), now), "expires_in_seconds"),
         ] {
-            assert_eq!(field_of(bad).as_deref(), Some(field));
+            assert_eq!(bad.unwrap_err().field(), Some(field));
         }
     }
 

@@ -16,11 +16,13 @@ use tracing::{debug, info, warn};
 use crate::api::idempotency;
 use crate::api::rate_limit::CallerRateLimiter;
 use crate::config::Serve;
+use crate::credits::{refill, rollup};
 use crate::keys::purge;
 use crate::metering::retention::{self, Retention};
 use crate::metering::{events, lease};
 use crate::sync::{Store, filters};
-use crate::{audit, credits, quota};
+
+use crate::{audit, quota};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -46,6 +48,8 @@ pub struct Job {
     run: Box<dyn Fn(Context) -> BoxFuture<'static, Changed> + Send + Sync>,
     /// Whether filters see what it changes.
     wakes_feed: bool,
+    /// Whether a run is one batch of several, the last of which changes nothing.
+    is_batched: bool,
 }
 
 impl Job {
@@ -53,17 +57,32 @@ impl Job {
     where
         F: Future<Output = Changed> + Send + 'static,
     {
-        Self { name, interval, run: Box::new(move |context| Box::pin(run(context))), wakes_feed: false }
+        Self {
+            name,
+            interval,
+            run: Box::new(move |context| Box::pin(run(context))),
+            wakes_feed: false,
+            is_batched: false,
+        }
     }
 
     fn waking_the_feed(self) -> Self {
         Self { wakes_feed: true, ..self }
     }
-}
 
-impl std::fmt::Debug for Job {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Job({} every {:?})", self.name, self.interval)
+    fn batched(self) -> Self {
+        Self { is_batched: true, ..self }
+    }
+
+    async fn run(&self, context: &Context) -> Changed {
+        let mut all = 0;
+        loop {
+            let changed = (self.run)(context.clone()).await?;
+            all += changed;
+            if changed == 0 || !self.is_batched {
+                return Ok(all);
+            }
+        }
     }
 }
 
@@ -78,10 +97,12 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
         Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
         Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
         Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),
-        Job::new("forget ended keys", HOUR, |c| async move { purge::forget_all_ended(&c.pool, c.revoked_days).await }),
-        Job::new("delete ended keys", HOUR, delete_ended_keys),
-        Job::new("delete old audit entries", HOUR, delete_old_audit_entries),
-        Job::new("roll up the ledger", HOUR, roll_up_ledger),
+        Job::new("forget ended keys", HOUR, |c| async move { purge::forget_old(&c.pool, c.revoked_days).await })
+            .batched(),
+        Job::new("delete ended keys", HOUR, delete_ended_keys).batched(),
+        Job::new("delete old audit entries", HOUR, delete_old_audit_entries).batched(),
+        Job::new("roll up the ledger", HOUR, |c| async move { rollup::roll_up(&c.pool, c.ledger_detail_days).await })
+            .batched(),
         Job::new("roll up and forget usage", HOUR, |c| async move { retention::tidy(&c.pool, c.retention).await }),
     ]
 }
@@ -89,7 +110,7 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
 type Changed = Result<u64, sqlx::Error>;
 
 async fn refill_credits(context: Context) -> Changed {
-    Ok(u64::try_from(credits::refill::refill(&context.pool).await?).unwrap_or(u64::MAX))
+    Ok(u64::try_from(refill::refill(&context.pool).await?).unwrap_or(u64::MAX))
 }
 
 async fn delete_ended_keys(context: Context) -> Changed {
@@ -100,16 +121,6 @@ async fn delete_ended_keys(context: Context) -> Changed {
 async fn delete_old_audit_entries(context: Context) -> Changed {
     let Some(days) = context.audit_days else { return Ok(0) };
     audit::delete_old(&context.pool, days).await
-}
-
-async fn roll_up_ledger(context: Context) -> Changed {
-    let mut all = 0;
-    loop {
-        match credits::rollup::roll_up(&context.pool, context.ledger_detail_days).await? {
-            0 => return Ok(all),
-            changed => all += changed,
-        }
-    }
 }
 
 impl Context {
@@ -168,7 +179,7 @@ async fn repeat(job: Job, context: Context, store: Store, turns: Arc<Semaphore>)
         ticks.tick().await;
         // The semaphore is never closed.
         let _turn = turns.acquire().await;
-        match (job.run)(context.clone()).await {
+        match job.run(&context).await {
             Ok(0) => {}
             Ok(changed) => {
                 if job.wakes_feed {

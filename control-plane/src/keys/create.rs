@@ -133,7 +133,7 @@ struct InsertedRow {
 
 impl InsertedRow {
     /// Whether no role, plan or quota applies to the key.
-    const fn is_plain(&self, permissions: &ResolvedPermissions) -> bool {
+    fn is_plain(&self, permissions: &ResolvedPermissions) -> bool {
         permissions.is_empty() && self.owner_plan_number.is_none()
     }
 }

@@ -58,6 +58,19 @@ struct Row {
     scopes: Vec<String>,
 }
 
+/// The query of permissions, from its condition on.
+macro_rules! select_permissions {
+    ($rest:tt, $ids:expr) => {
+        sqlx::query_as!(
+            Row,
+            r#"select id as "id!", networks as "networks!", quota as "quota: Json<Quota>", cost as "cost!", plan, effective_plan,
+                roles as "roles!", scopes as "scopes!"
+            from key_permissions where "# + $rest,
+            $ids
+        )
+    };
+}
+
 /// Reads the permissions of keys.
 pub async fn read_effective(
     executor: impl PgExecutor<'_>,
@@ -65,28 +78,8 @@ pub async fn read_effective(
 ) -> Result<HashMap<Uuid, EffectivePermissions>, ApiError> {
     // PostgreSQL would plan a statement for any number of keys at each call, which costs more than reading one key.
     let rows = match *ids {
-        [id] => {
-            sqlx::query_as!(
-                Row,
-                r#"select id as "id!", networks as "networks!", quota as "quota: Json<Quota>", cost as "cost!", plan, effective_plan,
-                    roles as "roles!", scopes as "scopes!"
-                from key_permissions where id = $1"#,
-                id
-            )
-            .fetch_all(executor)
-            .await?
-        }
-        _ => {
-            sqlx::query_as!(
-                Row,
-                r#"select id as "id!", networks as "networks!", quota as "quota: Json<Quota>", cost as "cost!", plan, effective_plan,
-                    roles as "roles!", scopes as "scopes!"
-                from key_permissions where id = any($1)"#,
-                ids
-            )
-            .fetch_all(executor)
-            .await?
-        }
+        [id] => select_permissions!("id = $1", id).fetch_all(executor).await?,
+        _ => select_permissions!("id = any($1)", ids).fetch_all(executor).await?,
     };
     let all = rows.into_iter().map(|row| {
         let effective = EffectivePermissions {

@@ -48,18 +48,8 @@ pub(super) async fn forget_ended(connection: &mut PgConnection, owner_id: Uuid) 
     Ok(())
 }
 
-/// Withdraws keys and old secrets that ended more than `days` ago. Returns how many.
-pub async fn forget_all_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
-    let mut all = 0;
-    loop {
-        match forget_some_ended(pool, days).await? {
-            0 => return Ok(all),
-            forgotten => all += forgotten,
-        }
-    }
-}
-
-async fn forget_some_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
+/// Withdraws keys and old secrets that ended more than `days` ago, a batch of them. Returns how many.
+pub async fn forget_old(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
     // A statement that changes nothing would wake every filter, too.
     let any = sqlx::query!(
         r#"select exists (
@@ -104,20 +94,13 @@ async fn forget_some_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error>
     Ok(forgotten)
 }
 
-/// Deletes the rows of withdrawn keys that ended more than `days` ago, with their secrets. A key stays as long as there is usage
-/// of it by the hour or by the day, so that sums of usage stay exact. Returns how many.
+/// Deletes the rows of withdrawn keys that ended more than `days` ago, with their secrets, a batch of them. A key stays as long as
+/// there is usage of it by the hour or by the day, so that sums of usage stay exact. Returns how many.
 pub async fn delete_ended(pool: &PgPool, days: i32) -> Result<u64, sqlx::Error> {
-    let mut all = 0;
-    loop {
-        let gone = transact(pool, async |connection| delete_some(connection, days).await).await?;
-        all += gone;
-        if gone == 0 {
-            return Ok(all);
-        }
-    }
+    transact(pool, async |connection| delete_in(connection, days).await).await
 }
 
-async fn delete_some(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+async fn delete_in(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
     let keys = sqlx::query_scalar!(
         "select id from api_keys k
         where withdrawn and least(revoked_at, expires_at) < now() - make_interval(days => $1)

@@ -38,20 +38,24 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Stored
     }))
 }
 
+/// The query of keys, from its condition on.
+macro_rules! select_keys {
+    ($rest:tt, $($argument:expr),+) => {
+        sqlx::query_as!(
+            Key,
+            r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+                rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
+                disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
+                revoked_at, last_used_at, usage_count as "usage_count!"
+            from keys_with_usage where "# + $rest,
+            $($argument),+
+        )
+    };
+}
+
 /// Reads one key.
 pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>, ApiError> {
-    let key = sqlx::query_as!(
-        Key,
-        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
-            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
-            revoked_at, last_used_at, usage_count as "usage_count!"
-        from keys_with_usage where id = $1"#,
-        id
-    )
-    .fetch_optional(executor)
-    .await?;
-    Ok(key)
+    Ok(select_keys!("id = $1", id).fetch_optional(executor).await?)
 }
 
 /// Reads the balance and the primary key of a user. One statement finds the key, so that a replacement at the same time does not
@@ -61,18 +65,11 @@ pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiE
         .fetch_optional(pool)
         .await?;
     let Some(balance) = balance else { return Ok(PrimaryStatus::default()) };
-    let key = sqlx::query_as!(
-        Key,
-        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
-            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
-            revoked_at, last_used_at, usage_count as "usage_count!"
-        from keys_with_usage
-        where id = (select primary_key_id from user_preferences where email = $1) and revoked_at is null"#,
+    let key = select_keys!(
+        "id = (select primary_key_id from user_preferences where email = $1) and revoked_at is null",
         email.as_str()
-    )
-    .fetch_optional(pool)
-    .await?;
+    );
+    let key = key.fetch_optional(pool).await?;
     Ok(PrimaryStatus { balance, key })
 }
 
@@ -105,14 +102,8 @@ pub async fn search(
     limit: i64,
 ) -> Result<Vec<Key>, ApiError> {
     let prefix = filter.prefix.map(|prefix| format!("{}%", literally(prefix)));
-    let keys = sqlx::query_as!(
-        Key,
-        r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
-            rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
-            disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
-            revoked_at, last_used_at, usage_count as "usage_count!"
-        from keys_with_usage
-        where id < $1 and ($2::text is null or email = $2)
+    let keys = select_keys!(
+        "id < $1 and ($2::text is null or email = $2)
             and ($3::text is null or prefix like $3 or id in (
                 select key_id from retired_secrets where prefix like $3 and not withdrawn
             ))
@@ -124,7 +115,7 @@ pub async fn search(
                 else 'active'
             end)
             and ($6::timestamptz is null or coalesce(last_used_at, created_at) < $6)
-        order by id desc limit $7"#,
+        order by id desc limit $7",
         before.unwrap_or(Uuid::max()),
         filter.email,
         prefix,
@@ -132,10 +123,8 @@ pub async fn search(
         filter.state,
         filter.last_used_before,
         limit
-    )
-    .fetch_all(pool)
-    .await?;
-    Ok(keys)
+    );
+    Ok(keys.fetch_all(pool).await?)
 }
 
 /// Escapes a text for a pattern of `like`.

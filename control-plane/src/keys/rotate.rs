@@ -2,9 +2,11 @@
 //! [`ALIVE`] old secrets of a key work at the same time.
 
 use contract::key::{KeyKind, Secret};
+use serde::Serialize;
 use serde_json::json;
 use sqlx::PgPool;
-use time::{Duration, OffsetDateTime};
+use time::Duration;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::create::generate;
@@ -12,7 +14,7 @@ use super::lock::LockedKey;
 use super::purge::forget_ended;
 use crate::audit::AuditEvent;
 use crate::change::Change;
-use crate::domain::round_up_to_second;
+use crate::domain::{Timestamp, round_up_to_second};
 use crate::error::ApiError;
 
 /// Longest time that an old secret goes on working.
@@ -107,27 +109,32 @@ pub async fn revoke_secret(change: &mut Change, key: &LockedKey, generation: i32
     Ok(alive.is_some())
 }
 
-/// One secret of a key, with its usage.
-#[derive(Clone, Debug)]
-pub struct SecretUse {
-    /// From 1.
-    pub generation: i32,
-    /// The start of the secret, by which people recognise it.
-    pub prefix: Option<String>,
-    /// Of an old secret: when it ends.
-    pub ends_at: Option<OffsetDateTime>,
-    /// Allowed requests.
-    pub usage_count: i64,
+/// One secret of a key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct SecretView {
+    /// Which one, from 1.
+    generation: i32,
+    /// The start of the secret, by which people recognise it; null for keys of a foreign form.
+    #[schema(required, example = "sk_abc123")]
+    prefix: Option<String>,
+    /// Whether it is the present one.
+    current: bool,
+    /// When it stops working; null for the present one, which works as long as the key.
+    #[schema(required)]
+    ends_at: Option<Timestamp>,
+    /// Requests that were allowed with it.
+    usage_count: i64,
     /// When it was last used, as far as filters reported.
-    pub last_used_at: Option<OffsetDateTime>,
+    #[schema(required)]
+    last_used_at: Option<Timestamp>,
 }
 
 /// Reads the secrets of a key that are not withdrawn, the newest first.
-pub async fn secrets(pool: &PgPool, key_id: Uuid) -> Result<Vec<SecretUse>, ApiError> {
+pub async fn secrets(pool: &PgPool, key_id: Uuid) -> Result<Vec<SecretView>, ApiError> {
     let secrets = sqlx::query_as!(
-        SecretUse,
-        r#"select s.generation as "generation!", s.prefix, s.ends_at, coalesce(u.requests, 0) as "usage_count!",
-            u.last_used_at as "last_used_at?"
+        SecretView,
+        r#"select s.generation as "generation!", s.prefix, s.ends_at is null as "current!", s.ends_at as "ends_at: Timestamp",
+            coalesce(u.requests, 0) as "usage_count!", u.last_used_at as "last_used_at?: Timestamp"
         from (
             select id as key_id, generation, prefix, null::timestamptz as ends_at from api_keys where id = $1
             union all

@@ -124,12 +124,6 @@ pub struct DeliveredBody {
     written: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
-impl std::fmt::Debug for DeliveredBody {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeliveredBody").field("delivery", &self.delivery).finish_non_exhaustive()
-    }
-}
-
 /// Puts a response under the time-out of the stream whose task runs, if it is one of HTTP/2.
 pub fn deliver(response: Response) -> axum::http::Response<DeliveredBody> {
     let delivery = DELIVERY.try_with(Arc::clone).ok();

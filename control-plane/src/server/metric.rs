@@ -22,88 +22,84 @@ struct Metric {
     help: &'static str,
 }
 
-const fn metric(kind: Kind, name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
+const fn counter(name: &'static str, help: &'static str) -> Metric {
+    Metric { kind: Counter, name, labels: &[], help }
+}
+
+const fn gauge(name: &'static str, help: &'static str) -> Metric {
+    Metric { kind: Gauge, name, labels: &[], help }
+}
+
+const fn labelled(kind: Kind, name: &'static str, labels: &'static [&'static str], help: &'static str) -> Metric {
     Metric { kind, name, labels, help }
 }
 
 /// All metrics, by name.
 const CATALOGUE: &[Metric] = &[
-    metric(
+    labelled(
         Gauge,
         "portcullis_build_info",
         &["version", "revision"],
         "Always 1; the labels hold the version of the control plane and the revision of its source, or unknown.",
     ),
-    metric(Gauge, "portcullis_connections", &[], "Connections of clients that are open."),
-    metric(
-        Counter,
+    gauge("portcullis_connections", "Connections of clients that are open."),
+    counter(
         "portcullis_connections_refused_total",
-        &[],
         "Connections that the control plane closed because it had as many as it allows.",
     ),
-    metric(Gauge, "portcullis_database_connections", &[], "Connections of this process to PostgreSQL."),
-    metric(Gauge, "portcullis_database_connections_idle", &[], "Connections to PostgreSQL that no request uses."),
-    metric(
-        Counter,
+    gauge("portcullis_database_connections", "Connections of this process to PostgreSQL."),
+    gauge("portcullis_database_connections_idle", "Connections to PostgreSQL that no request uses."),
+    counter(
         "portcullis_filter_calls_over_limit_total",
-        &[],
         "Polls and reports of Envoys beyond the number that their sync key may have. The polls still get keys.",
     ),
-    metric(
-        Counter,
+    counter(
         "portcullis_filter_calls_rejected_total",
-        &[],
         "Polls and reports of Envoys that are not listed: too many Envoys, or the Envoy belongs to another sync key.",
     ),
-    metric(Counter, "portcullis_filter_state_writes_total", &[], "Statements that stored the state of Envoys."),
-    metric(Gauge, "portcullis_filters_live", &[], "Envoys that polled or reported within the last minute."),
-    metric(
+    counter("portcullis_filter_state_writes_total", "Statements that stored the state of Envoys."),
+    gauge("portcullis_filters_live", "Envoys that polled or reported within the last minute."),
+    labelled(
         Histogram,
         "portcullis_http_request_duration_seconds",
         &["method", "route"],
         "Time from the head of an HTTP request to the head of its response.",
     ),
-    metric(
+    labelled(
         Counter,
         "portcullis_http_requests_total",
         &["method", "route", "status"],
         "HTTP requests that were answered.",
     ),
-    metric(Counter, "portcullis_lease_grants_total", &[], "Grants of limits, quotas and credits to Envoys."),
-    metric(Gauge, "portcullis_leases", &["stock"], "Leases that Envoys hold, of limits, quotas and credits."),
-    metric(
-        Counter,
+    counter("portcullis_lease_grants_total", "Grants of limits, quotas and credits to Envoys."),
+    labelled(Gauge, "portcullis_leases", &["stock"], "Leases that Envoys hold, of limits, quotas and credits."),
+    counter(
         "portcullis_ledger_rows_rolled_up_total",
-        &[],
         "Ledger rows of usage that were merged into the row of their day.",
     ),
-    metric(Counter, "portcullis_ledger_rows_total", &["kind"], "Rows that were added to the ledger."),
-    metric(Gauge, "portcullis_mirror_age_seconds", &[], "Time since the mirror last read the database."),
-    metric(Gauge, "portcullis_mirror_keys", &[], "Keys in the mirror from which Envoys are served."),
-    metric(Gauge, "portcullis_mirror_revision", &[], "Revision of the mirror from which Envoys are served."),
-    metric(
-        Counter,
+    labelled(Counter, "portcullis_ledger_rows_total", &["kind"], "Rows that were added to the ledger."),
+    gauge("portcullis_mirror_age_seconds", "Time since the mirror last read the database."),
+    gauge("portcullis_mirror_keys", "Keys in the mirror from which Envoys are served."),
+    gauge("portcullis_mirror_revision", "Revision of the mirror from which Envoys are served."),
+    counter(
         "portcullis_responses_timed_out_total",
-        &[],
         "Responses that ended because the client did not take them within the read time-out.",
     ),
-    metric(Gauge, "portcullis_sync_polls_in_flight", &[], "Polls of Envoys that wait for a change."),
-    metric(Counter, "portcullis_sync_updates_total", &[], "Updates of the keys that were sent to Envoys."),
-    metric(Counter, "portcullis_tls_handshakes_failed_total", &[], "TLS handshakes that failed or took too long."),
-    metric(Counter, "portcullis_usage_events_total", &[], "Usage events that were written."),
-    metric(Counter, "portcullis_usage_gaps_total", &[], "Gaps in the numbers of an Envoy's usage reports."),
-    metric(Counter, "portcullis_usage_records_total", &[], "Records of usage in the reports that were accepted."),
-    metric(
+    gauge("portcullis_sync_polls_in_flight", "Polls of Envoys that wait for a change."),
+    counter("portcullis_sync_updates_total", "Updates of the keys that were sent to Envoys."),
+    counter("portcullis_tls_handshakes_failed_total", "TLS handshakes that failed or took too long."),
+    counter("portcullis_usage_events_total", "Usage events that were written."),
+    counter("portcullis_usage_gaps_total", "Gaps in the numbers of an Envoy's usage reports."),
+    counter("portcullis_usage_records_total", "Records of usage in the reports that were accepted."),
+    labelled(
         Counter,
         "portcullis_usage_reports_total",
         &["result"],
         "Usage reports of Envoys: applied, repeated (applied before) or rejected.",
     ),
-    metric(Counter, "portcullis_usage_rows_rolled_up_total", &[], "Hourly rows of usage that were merged by day."),
-    metric(
-        Counter,
+    counter("portcullis_usage_rows_rolled_up_total", "Hourly rows of usage that were merged by day."),
+    counter(
         "portcullis_usage_unknown_keys_total",
-        &[],
         "Batches of usage reports that named keys which are not in the database.",
     ),
 ];

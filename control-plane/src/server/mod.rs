@@ -28,7 +28,6 @@ use crate::api;
 use crate::api::App;
 use crate::api::rate_limit::CallerRateLimiter;
 use crate::change::Writer;
-use crate::config::bounds::Bounds;
 use crate::config::{ADMIN_KEY, SYNC_KEY, Serve, database, given_key, given_pepper};
 use crate::domain::{ADMIN, SYNC};
 use crate::explain::policies::ConfiguredPolicies;
@@ -124,10 +123,7 @@ fn app(
         usage,
         filters: Registry::bounded(settings.envoys_per_sync_key),
         policies: Arc::new(policies),
-        bounds: Bounds {
-            owner_keys_per_day: settings.owner_keys_per_day,
-            envoys_per_sync_key: settings.envoys_per_sync_key,
-        },
+        owner_keys_per_day: settings.owner_keys_per_day,
         rate_limiter: Arc::new(CallerRateLimiter::new(settings.api_rate_limit, settings.api_burst)),
         database: Arc::default(),
         long_poll: settings.long_poll_timeout,

@@ -2,58 +2,80 @@
 
 pub mod lock;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sqlx::types::Json;
 use sqlx::{PgConnection, PgExecutor, PgPool};
-use time::OffsetDateTime;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use self::lock::lock_or_create_user;
 use crate::audit::AuditEvent;
 use crate::change::Change;
+use crate::credits::Refill;
 use crate::definitions::store::numbers;
 use crate::definitions::{Kind, Name};
-use crate::domain::Email;
+use crate::domain::{Email, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{Whose, refresh_starters};
 
+/// Numbers of keys of a user.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct KeyCounts {
+    /// Keys that are neither revoked nor expired.
+    live: i64,
+    /// Keys that were ever made.
+    total: i64,
+}
+
 /// A user.
-#[derive(Clone, Debug)]
-pub struct User {
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UserView {
     /// The id of the user, which the upstream gets as the consumer.
     pub id: Uuid,
-    /// The address, in lower case.
+    /// The email address.
+    #[schema(example = "user@example.com")]
     pub email: String,
     /// The plan of keys that have none of their own.
-    pub plan: Option<String>,
-    pub balance: i64,
-    /// Whether requests cost credits.
-    pub metered: bool,
-    /// Scheduled credits, see [`crate::credits::Refill`].
-    pub refill: Option<Value>,
+    #[schema(required, example = "gold")]
+    plan: Option<String>,
+    /// Credits.
+    balance: i64,
+    /// Whether requests cost credits. Otherwise they are free.
+    metered: bool,
+    /// Scheduled credits.
+    #[schema(required, value_type = Option<Refill>)]
+    refill: Option<Value>,
     /// When the next refill is due.
-    pub refill_at: Option<OffsetDateTime>,
-    /// When the user was created.
-    pub created_at: OffsetDateTime,
-    /// Keys that are neither revoked nor expired.
-    pub live_keys: i64,
-    /// All keys, ended ones included.
-    pub total_keys: i64,
+    #[schema(required)]
+    refill_at: Option<Timestamp>,
+    /// Since when there is the user.
+    created_at: Timestamp,
+    /// Numbers of keys of the user.
+    #[schema(value_type = KeyCounts)]
+    keys: Json<KeyCounts>,
     /// Incremented by each change of the settings of the user.
+    #[serde(skip)]
     pub version: i64,
 }
 
+/// The query of users, from its condition on.
+macro_rules! select_users {
+    ($rest:tt, $($argument:expr),+) => {
+        sqlx::query_as!(
+            UserView,
+            r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!", refill,
+                refill_at as "refill_at: Timestamp", created_at as "created_at!", version as "version!",
+                jsonb_build_object('live', live_keys, 'total', total_keys) as "keys!: Json<KeyCounts>"
+            from users_with_counts where "# + $rest,
+            $($argument),+
+        )
+    };
+}
+
 /// Reads one.
-pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<User>, ApiError> {
-    let user = sqlx::query_as!(
-        User,
-        r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!",
-            refill, refill_at, created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
-        from users_with_counts where id = $1"#,
-        id
-    )
-    .fetch_optional(executor)
-    .await?;
-    Ok(user)
+pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<UserView>, ApiError> {
+    Ok(select_users!("id = $1", id).fetch_optional(executor).await?)
 }
 
 /// Reads users by address: at most `limit` whose address starts with `prefix` and is greater than `after`, or only the user
@@ -64,21 +86,15 @@ pub async fn list(
     prefix: &str,
     after: &str,
     limit: i64,
-) -> Result<Vec<User>, ApiError> {
-    let users = sqlx::query_as!(
-        User,
-        r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!",
-            refill, refill_at, created_at as "created_at!", version as "version!", live_keys as "live_keys!", total_keys as "total_keys!"
-        from users_with_counts where email > $3 and starts_with(email, $2) and ($1::text is null or email = $1)
-        order by email limit $4"#,
+) -> Result<Vec<UserView>, ApiError> {
+    let users = select_users!(
+        "email > $3 and starts_with(email, $2) and ($1::text is null or email = $1) order by email limit $4",
         email.map(Email::as_str),
         prefix,
         after,
         limit
-    )
-    .fetch_all(pool)
-    .await?;
-    Ok(users)
+    );
+    Ok(users.fetch_all(pool).await?)
 }
 
 /// Creates a user, or finds the user with this address. Says whether the user is new.

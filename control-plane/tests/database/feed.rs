@@ -15,7 +15,7 @@ use control_plane::audit::Actor;
 use control_plane::domain::Patch;
 use control_plane::keys::lock::lock_key;
 use control_plane::keys::permissions::ResolvedPermissions;
-use control_plane::keys::purge::forget_all_ended;
+use control_plane::keys::purge::forget_old;
 use control_plane::keys::read;
 use control_plane::keys::update::{KeyPatch, update};
 use control_plane::sync::feed;
@@ -259,10 +259,10 @@ async fn keys_that_were_revoked_or_expired_long_ago_are_forgotten_and_their_rows
     let mut reader = synced(&fixture, &sync).await;
     assert!(reader.keys.contains_key(&expired_secret.hash()));
     assert!(reader.keys[&secret.hash()].flags.contains(Flags::REVOKED));
-    assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 0);
+    assert_eq!(forget_old(&pool, 30).await.unwrap(), 0);
     change_key(&pool, id, "revoked_at = now() - interval '31 days'").await;
     expire(31).await;
-    assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 2);
+    assert_eq!(forget_old(&pool, 30).await.unwrap(), 2);
     fixture.in_step().await;
     let header = reader.follow(&fixture, &sync).await;
     assert_eq!((reader.keys.contains_key(&secret.hash()), header.total_keys), (false, 1));
@@ -285,7 +285,7 @@ async fn an_ended_key_that_gets_a_later_end_while_filters_forget_ended_keys_stay
     sqlx::query(end).bind(id).bind(1).execute(&mut *change).await.unwrap();
     let forgetting = tokio::spawn({
         let pool = pool.clone();
-        async move { forget_all_ended(&pool, 30).await }
+        async move { forget_old(&pool, 30).await }
     });
     // It read the key as it was, and waits for the change.
     lock_wait(&pool).await;
@@ -315,7 +315,7 @@ async fn a_change_without_effect_raises_no_revision(pool: PgPool) {
     revoke(&pool, id).await;
     let (live, _) = crate::support::key(&pool, "a@example.com", &[]).await;
     let before = revision(&pool).await;
-    assert_eq!(forget_all_ended(&pool, 30).await.unwrap(), 0);
+    assert_eq!(forget_old(&pool, 30).await.unwrap(), 0);
     revoke(&pool, id).await;
     let same = KeyPatch { disabled: Some(false), expires_at: Patch::Clear, ..KeyPatch::default() };
     let (writer, actor) = (writer(&pool), Actor::system());

@@ -12,7 +12,7 @@ const USER: &str = "user@example.com";
 
 async fn bounded(pool: &PgPool, per_day: u32) -> Fixture {
     let mut fixture = Fixture::new(pool).await;
-    fixture.configure(|app| app.bounds.owner_keys_per_day = per_day);
+    fixture.configure(|app| app.owner_keys_per_day = per_day);
     fixture
 }
 

@@ -209,7 +209,7 @@ async fn secrets_that_ended_long_ago_are_forgotten_and_never_come_back(pool: PgP
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, old) = fixture.key("user@example.com", &[]).await;
     rotated(&fixture, &admin, id, 0).await;
-    let withdraw = async || control_plane::keys::purge::forget_all_ended(&pool, 30).await.unwrap();
+    let withdraw = async || control_plane::keys::purge::forget_old(&pool, 30).await.unwrap();
     let before = revision(&pool).await;
     assert_eq!((withdraw().await, revision(&pool).await), (0, before));
     execute(&pool, "update retired_secrets set ends_at = now() - interval '31 days'").await;

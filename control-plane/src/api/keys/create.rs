@@ -107,7 +107,7 @@ pub async fn create(Call { app, caller, .. }: Call, mut request: IdempotentReque
     caller.require_owner_or_admin(&new.email)?;
     caller.require_grantable(&new.scopes)?;
     caller.require_permissible(&new.permissions, caller.networks())?;
-    caller.bind(&mut new, app.bounds.owner_keys_per_day);
+    caller.bind(&mut new, app.owner_keys_per_day);
     let response = request.respond(&app.writer, &caller, async |change| {
         let CreatedKey { key, secret, effective } = keys::create::create(change, new).await?;
         let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));

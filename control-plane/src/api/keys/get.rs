@@ -15,42 +15,9 @@ use crate::api::envoys::{AppliedOn, key_applied_on};
 use crate::api::extract::Json;
 use crate::api::preconditions::etag;
 use crate::credits;
-use crate::domain::{Preconditions, Timestamp};
+use crate::domain::Preconditions;
 use crate::error::ApiError;
-use crate::keys::rotate::{SecretUse, secrets};
-
-/// One secret of a key.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct SecretView {
-    /// Which one, from 1.
-    generation: i32,
-    /// The start of the secret, by which people recognise it; null for keys of a foreign form.
-    #[schema(required, example = "sk_abc123")]
-    prefix: Option<String>,
-    /// Whether it is the present one.
-    current: bool,
-    /// When it stops working; null for the present one, which works as long as the key.
-    #[schema(required)]
-    ends_at: Option<Timestamp>,
-    /// Requests that were allowed with it.
-    usage_count: i64,
-    /// When it was last used, as far as filters reported.
-    #[schema(required)]
-    last_used_at: Option<Timestamp>,
-}
-
-impl From<SecretUse> for SecretView {
-    fn from(secret: SecretUse) -> Self {
-        Self {
-            generation: secret.generation,
-            prefix: secret.prefix,
-            current: secret.ends_at.is_none(),
-            ends_at: secret.ends_at.map(Into::into),
-            usage_count: secret.usage_count,
-            last_used_at: secret.last_used_at.map(Into::into),
-        }
-    }
-}
+use crate::keys::rotate::{SecretView, secrets};
 
 /// A key with what belongs to it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -108,7 +75,7 @@ pub async fn get(Call { app, caller, path }: Call<ById>, preconditions: Precondi
     if preconditions.is_known(key.version) {
         return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
     }
-    let secrets = secrets(&app.pool, key.id).await?.into_iter().map(Into::into).collect();
+    let secrets = secrets(&app.pool, key.id).await?;
     let quota_usage = QuotaView::read(&app, key.id).await?;
     let credits = CreditsView::read(&app, key.owner_id).await?;
     let view = show(&app.pool, key).await?;

@@ -3,91 +3,13 @@
 use axum::body::Body;
 use axum::http::{HeaderMap, StatusCode, header};
 use futures_util::StreamExt;
-use serde::Serialize;
-use utoipa::ToSchema;
 
 use crate::api::call::Call;
 use crate::api::extract::Json;
 use crate::api::problem::Problem;
-use crate::domain::RateLimitBody;
 use crate::error::ApiError;
-use crate::keys::import::{BadLine, Import, Imported};
-
-/// One line of the body.
-#[derive(Debug, ToSchema)]
-#[expect(dead_code, reason = "for the document; lines are read where they are imported")]
-#[schema(example = json!({"email": "user@example.com", "name": "Legacy", "key": "a-key-of-another-system"}))]
-pub struct ImportLine {
-    /// The email address of its owner.
-    #[schema(example = "user@example.com", max_length = 254)]
-    email: String,
-    /// A name for people.
-    #[schema(min_length = 1, max_length = 100)]
-    name: String,
-    /// The key itself: 16 to 1,024 visible ASCII characters. Not with `hash`.
-    #[schema(min_length = 16, max_length = 1_024)]
-    key: Option<String>,
-    /// Its SHA-256. Not with `key`.
-    #[schema(pattern = "^sha256:[0-9a-fA-F]{64}$")]
-    hash: Option<String>,
-    /// The start of the secret, by which people recognise it; of keys of our own form it is known.
-    #[schema(min_length = 1, max_length = 12)]
-    prefix: Option<String>,
-    /// Scopes to grant.
-    #[schema(max_items = 32)]
-    scopes: Option<Vec<String>>,
-    /// Its own rate limits.
-    #[schema(max_items = 8)]
-    rate_limits: Option<Vec<RateLimitBody>>,
-    /// When it ends: RFC 3339.
-    #[schema(format = DateTime)]
-    expires_at: Option<String>,
-    /// Whether it is disabled.
-    disabled: Option<bool>,
-}
-
-/// A line that was not taken.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ImportError {
-    /// Its number, from 1.
-    line: u64,
-    /// The error, for programs: `invalid`, `duplicate`, `too_long`, `too_many`.
-    #[schema(value_type = String, example = "duplicate")]
-    code: &'static str,
-    /// What is wrong, in words.
-    reason: String,
-}
-
-impl From<BadLine> for ImportError {
-    fn from(bad: BadLine) -> Self {
-        Self { line: bad.line, code: bad.code.name(), reason: bad.reason }
-    }
-}
-
-/// The result of an import.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ImportReply {
-    /// Lines that are keys now.
-    imported: u64,
-    /// Lines that were not taken.
-    failed: u64,
-    /// The first thousand of them.
-    #[schema(max_items = 1_000)]
-    errors: Vec<ImportError>,
-    /// Whether there are more errors than listed.
-    errors_truncated: bool,
-}
-
-impl From<Imported> for ImportReply {
-    fn from(imported: Imported) -> Self {
-        Self {
-            imported: imported.imported,
-            failed: imported.failed,
-            errors: imported.errors.into_iter().map(Into::into).collect(),
-            errors_truncated: imported.errors_truncated,
-        }
-    }
-}
+use crate::keys::import::line::ImportLine;
+use crate::keys::import::{Import, ImportReply};
 
 /// Import keys of another system.
 ///
@@ -126,5 +48,5 @@ pub async fn import(
             break;
         }
     }
-    Ok(Json(import.finish().await?.into()))
+    Ok(Json(import.finish().await?))
 }

@@ -8,7 +8,6 @@ pub mod import;
 pub mod list;
 pub mod quota;
 pub mod revoke;
-pub mod revoke_secret;
 pub mod rotate;
 pub mod update;
 pub mod usage;
@@ -18,18 +17,6 @@ use sqlx::PgExecutor;
 use time::OffsetDateTime;
 use utoipa::IntoParams;
 use uuid::Uuid;
-
-// Each with what `#[utoipa::path]` makes beside the handler.
-pub use create::{__path_create, create};
-pub use get::{__path_get, get};
-pub use import::{__path_import, import};
-pub use list::{__path_list, list};
-pub use quota::{__path_quota, quota};
-pub use revoke::{__path_revoke, revoke};
-pub use revoke_secret::{__path_revoke_secret, revoke_secret};
-pub use rotate::{__path_rotate, rotate};
-pub use update::{__path_update, update};
-pub use usage::{__path_usage, usage};
 
 use self::view::KeyView;
 use crate::App;

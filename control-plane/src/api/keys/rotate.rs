@@ -55,7 +55,7 @@ pub async fn rotate(
     caller.require_manager()?;
     let response = request.respond(&app.writer, &caller, async |change| {
         if !caller.is_admin() {
-            daily_limit::take(change, caller.owner_id, Act::Create, app.bounds.owner_keys_per_day).await?;
+            daily_limit::take(change, caller.owner_id, Act::Create, app.owner_keys_per_day).await?;
         }
         let key = lock(change, &caller, path.id, &preconditions).await?;
         caller.require_rotatable(key.id, key.generation)?;

@@ -106,7 +106,7 @@ pub async fn update(
     caller.require_privileges(&patch.permissions)?;
     let changed = app.writer.change(&caller.actor, async |change| {
         if !caller.is_admin() {
-            daily_limit::take(change, caller.owner_id, Act::Change, app.bounds.owner_keys_per_day).await?;
+            daily_limit::take(change, caller.owner_id, Act::Change, app.owner_keys_per_day).await?;
         }
         let permissions = patch.permissions.resolve(change).await?;
         let key = lock(change, &caller, path.id, &preconditions).await?;

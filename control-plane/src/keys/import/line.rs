@@ -6,6 +6,7 @@ use contract::key::{PRESENTED_BYTES, Secret};
 use contract::record::RateLimit;
 use serde::Deserialize;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
 use crate::error::ApiError;
@@ -16,20 +17,40 @@ const KEY_BYTES: usize = 16;
 /// Longest prefix: shorter than the shortest key, so that no whole key is stored as a prefix.
 const PREFIX_BYTES: usize = 12;
 
-#[derive(Deserialize)]
+/// One line of the body.
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Body {
+#[schema(example = json!({"email": "user@example.com", "name": "Legacy", "key": "a-key-of-another-system"}))]
+pub struct ImportLine {
+    /// The email address of its owner.
+    #[schema(example = "user@example.com", max_length = 254)]
     email: String,
+    /// A name for people.
+    #[schema(min_length = 1, max_length = 100)]
     name: String,
+    /// The key itself: 16 to 1,024 visible ASCII characters. Not with `hash`.
+    #[schema(min_length = 16, max_length = 1_024)]
     key: Option<String>,
+    /// Its SHA-256. Not with `key`.
+    #[schema(pattern = "^sha256:[0-9a-fA-F]{64}$")]
     hash: Option<String>,
+    /// The start of the secret, by which people recognise it; of keys of our own form it is known.
+    #[schema(min_length = 1, max_length = 12)]
     prefix: Option<String>,
+    /// Scopes to grant.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, max_items = 32)]
     scopes: Vec<String>,
+    /// Its own rate limits.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, max_items = 8)]
     rate_limits: Vec<RateLimitBody>,
+    /// When it ends: RFC 3339.
+    #[schema(format = DateTime)]
     expires_at: Option<String>,
+    /// Whether it is disabled.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable)]
     disabled: bool,
 }
 
@@ -50,7 +71,7 @@ pub struct ImportedKey {
 
 /// Parses a line.
 pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
-    let body: Body = read(line).map_err(|error| unreadable(&error))?;
+    let body: ImportLine = read(line).map_err(|error| unreadable(&error))?;
     let (key, hash) = (body.key.clone(), body.hash.clone());
     check(body, now).map_err(|error| {
         let reason = error.to_string();
@@ -60,7 +81,7 @@ pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
     })
 }
 
-fn check(body: Body, now: OffsetDateTime) -> Result<ImportedKey, ApiError> {
+fn check(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, ApiError> {
     let (hash, known_prefix) = match (body.key, body.hash) {
         (Some(key), None) => plain(key)?,
         (None, Some(hash)) => (hashed(&hash)?, None),

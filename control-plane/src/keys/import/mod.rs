@@ -12,8 +12,10 @@ use std::collections::HashSet;
 use contract::hash::KeyHash;
 use contract::json::BYTE_ORDER_MARK;
 use contract::pepper::Pepper;
+use serde::Serialize;
 use serde_json::json;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 use self::line::{ImportedKey, parse};
 use self::lines::{Line, Lines};
@@ -34,7 +36,8 @@ pub const ERRORS: usize = 1_000;
 const BEYOND: u64 = 100_000;
 
 /// Why a line was not imported. The codes are stable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "&str")]
 pub enum Code {
     /// The line is not JSON, or a field is missing or wrong.
     Invalid,
@@ -46,38 +49,40 @@ pub enum Code {
     TooMany,
 }
 
-impl Code {
-    /// The code as clients read it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Invalid => "invalid",
-            Self::Duplicate => "duplicate",
-            Self::TooLong => "too_long",
-            Self::TooMany => "too_many",
+impl From<Code> for &str {
+    fn from(code: Code) -> Self {
+        match code {
+            Code::Invalid => "invalid",
+            Code::Duplicate => "duplicate",
+            Code::TooLong => "too_long",
+            Code::TooMany => "too_many",
         }
     }
 }
 
-/// A line that was not imported.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BadLine {
+/// A line that was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct ImportError {
     /// Its number, from 1.
     pub line: u64,
+    /// The error, for programs: `invalid`, `duplicate`, `too_long`, `too_many`.
+    #[schema(value_type = String, example = "duplicate")]
     pub code: Code,
     /// What is wrong, in words.
     pub reason: String,
 }
 
 /// The result of an import.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Imported {
-    /// Imported keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct ImportReply {
+    /// Lines that are keys now.
     pub imported: u64,
-    /// Lines that were not imported.
+    /// Lines that were not taken.
     pub failed: u64,
-    /// The first [`ERRORS`] of these lines, by number.
-    pub errors: Vec<BadLine>,
-    /// Whether there are more.
+    /// The first thousand of them.
+    #[schema(max_items = 1_000)]
+    pub errors: Vec<ImportError>,
+    /// Whether there are more errors than listed.
     pub errors_truncated: bool,
 }
 
@@ -99,7 +104,7 @@ pub struct Import {
     lines: Lines,
     seen: HashSet<KeyHash>,
     chunk: Vec<Accepted>,
-    so_far: Imported,
+    so_far: ImportReply,
     over: bool,
 }
 
@@ -113,7 +118,7 @@ impl Import {
             lines: Lines::default(),
             seen: HashSet::new(),
             chunk: Vec::new(),
-            so_far: Imported::default(),
+            so_far: ImportReply::default(),
             over: false,
         }
     }
@@ -130,14 +135,14 @@ impl Import {
     }
 
     /// Imports the last line, which may lack a line end, and commits the last keys.
-    pub async fn finish(mut self) -> Result<Imported, ApiError> {
+    pub async fn finish(mut self) -> Result<ImportReply, ApiError> {
         if !self.over
             && let Some((number, line)) = self.lines.rest()
         {
             self.line(number, line).await?;
         }
         self.commit().await?;
-        let Imported { imported, failed, .. } = self.so_far;
+        let ImportReply { imported, failed, .. } = self.so_far;
         let detail = json!({"imported": imported, "failed": failed});
         let event = AuditEvent { action: "import.finish", key_id: None, target: None, detail };
         self.writer.change(&self.actor, async |change| change.record(event).await).await?;
@@ -196,7 +201,7 @@ impl Import {
     fn fail(&mut self, line: u64, code: Code, reason: String) {
         self.so_far.failed += 1;
         if self.so_far.errors.len() < ERRORS {
-            self.so_far.errors.push(BadLine { line, code, reason });
+            self.so_far.errors.push(ImportError { line, code, reason });
         } else {
             self.so_far.errors_truncated = true;
         }

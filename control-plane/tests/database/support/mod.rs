@@ -16,7 +16,6 @@ use contract::key::Secret;
 use control_plane::api::rate_limit::CallerRateLimiter;
 use control_plane::audit::Actor;
 use control_plane::change::{FeedWaker, Writer};
-use control_plane::config::bounds::Bounds;
 use control_plane::domain::{Email, KeyName, Scopes};
 use control_plane::keys::lock::lock_key;
 use control_plane::keys::model::{CreatedKey, NewKey};
@@ -102,7 +101,7 @@ impl Fixture {
             pepper: None,
             usage,
             filters: Registry::bounded(1_000),
-            bounds: Bounds::default(),
+            owner_keys_per_day: 200,
             policies: Arc::default(),
             rate_limiter: Arc::new(CallerRateLimiter::new(NonZeroU32::MIN, burst)),
             database: Arc::default(),
