@@ -85,28 +85,29 @@ async fn run(command: Command) -> Result<(), Failure> {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
             print(&format!("the epoch is now {epoch}; every filter loads all keys again"))
         }
-        Command::Keys(Keys::Import { database, file }) => {
-            let (pool, pepper) = (connect(&database).await?, given_pepper()?);
+        Command::Keys(Keys::Import(source)) => {
+            let (pool, pepper) = (connect(&source.database).await?, given_pepper()?);
             control_plane::keys::pepper::check(&pool, pepper.as_ref()).await?;
             let import = Import::new(Writer::new(pool, FeedWaker::default()), Actor::system(), pepper);
-            if file == Path::new("-") {
-                import_keys(import, std::io::stdin()).await
-            } else {
-                let lines = File::open(&file).map_err(|error| format!("{}: {error}", file.display()))?;
-                import_keys(import, lines).await
-            }
+            import_keys(import, open(&source.file)?).await
         }
-        Command::Usage(Usage::Import { database, file }) => import_usage(&connect(&database).await?, &file).await,
+        Command::Usage(Usage::Import(source)) => {
+            import_usage(&connect(&source.database).await?, open(&source.file)?).await
+        }
     }
 }
 
-async fn import_usage(pool: &PgPool, file: &Path) -> Result<(), Failure> {
-    let imported = if file == Path::new("-") {
-        metering::import::import(pool, BufReader::new(std::io::stdin())).await?
-    } else {
-        let log = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
-        metering::import::import(pool, BufReader::new(log)).await?
-    };
+/// Opens a file, or standard input for `-`.
+fn open(file: &Path) -> Result<Box<dyn Read>, String> {
+    if file == Path::new("-") {
+        return Ok(Box::new(std::io::stdin()));
+    }
+    let opened = File::open(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    Ok(Box::new(opened))
+}
+
+async fn import_usage(pool: &PgPool, log: impl Read) -> Result<(), Failure> {
+    let imported = metering::import::import(pool, BufReader::new(log)).await?;
     for (line, why) in &imported.bad {
         writeln!(std::io::stderr(), "line {line}: {why}")?;
     }

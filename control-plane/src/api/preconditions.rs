@@ -6,7 +6,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue};
 
 use crate::domain::Preconditions;
-use crate::domain::preconditions::{EntityTags, entity_tag};
+use crate::domain::preconditions::{entity_tag, parse_tags};
 use crate::error::ApiError;
 
 /// The value of `ETag` for a version.
@@ -18,17 +18,14 @@ fn read(headers: &HeaderMap) -> Result<Preconditions, ApiError> {
     Ok(Preconditions { if_match: tags(headers, &IF_MATCH)?, if_none_match: tags(headers, &IF_NONE_MATCH)? })
 }
 
-fn tags(headers: &HeaderMap, name: &HeaderName) -> Result<Option<EntityTags>, ApiError> {
-    let mut all: Option<EntityTags> = None;
+fn tags(headers: &HeaderMap, name: &HeaderName) -> Result<Option<Vec<String>>, ApiError> {
+    let mut all = None::<Vec<String>>;
     for value in headers.get_all(name) {
-        let tags = value.to_str().ok().and_then(EntityTags::parse).ok_or_else(|| ApiError::Invalid {
+        let tags = value.to_str().ok().and_then(parse_tags).ok_or_else(|| ApiError::Invalid {
             field: None,
             detail: format!("{name} must be * or a list of entity tags such as \"7\""),
         })?;
-        all = Some(match all {
-            Some(before) => before.and(tags),
-            None => tags,
-        });
+        all.get_or_insert_default().extend(tags);
     }
     Ok(all)
 }

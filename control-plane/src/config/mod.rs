@@ -233,32 +233,29 @@ pub enum Admin {
     },
 }
 
+/// What an import reads.
+#[derive(Args, Debug)]
+pub struct Source {
+    /// The database.
+    #[command(flatten)]
+    pub database: Database,
+    /// The file, or - for standard input
+    #[arg(default_value = "-")]
+    pub file: PathBuf,
+}
+
 /// Commands below `keys`.
 #[derive(Debug, Subcommand)]
 pub enum Keys {
     /// Import keys of another system: one JSON object a line, as POST /v1/keys/import takes them
-    Import {
-        /// The database.
-        #[command(flatten)]
-        database: Database,
-        /// The lines, or - for standard input
-        #[arg(default_value = "-")]
-        file: PathBuf,
-    },
+    Import(Source),
 }
 
 /// Commands below `usage`.
 #[derive(Debug, Subcommand)]
 pub enum Usage {
     /// Import usage that Envoys logged when they ended; usage that had arrived before is skipped
-    Import {
-        /// The database.
-        #[command(flatten)]
-        database: Database,
-        /// Envoy's log, or - for standard input
-        #[arg(default_value = "-")]
-        file: PathBuf,
-    },
+    Import(Source),
 }
 
 /// Whom keys belong to that are made for the operator rather than for a user.

@@ -26,9 +26,9 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
 
     for trap in ["\u{212a}ate@example.com", "kate@example.\u{212a}om", "KATE@e\u{212a}ample.com"] {
         let body = json!({"email": trap, "key_name": "theirs"});
-        fixture.post("/api/user/key", &admin, &body).await.assert_problem(400, "invalid", FACE, Some("email"));
+        fixture.post("/api/user/key", &admin, &body).await.assert_invalid("email", FACE);
         let body = json!({"email": trap, "name": "theirs"});
-        fixture.post("/v1/keys", &admin, &body).await.assert_problem(400, "invalid", FACE, Some("email"));
+        fixture.post("/v1/keys", &admin, &body).await.assert_invalid("email", FACE);
         let of = encoded(trap);
         for (method, uri, body) in [
             ("GET", format!("/api/user/key/{of}"), None),
@@ -41,7 +41,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
         ] {
             let reply = fixture.call(method, &uri, &admin, body.as_ref()).await;
             assert_eq!(reply.status, 400, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));
-            reply.assert_problem(400, "invalid", FACE, Some("email"));
+            reply.assert_invalid("email", FACE);
         }
         let line = json!({"email": trap, "name": "n", "key": "a-key-of-another-system"}).to_string();
         let report = fixture.import(&admin, line).await.json();
@@ -54,8 +54,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
     }
     let after = fixture.get("/api/user/key/kate@example.com", &admin).await.json();
     assert_eq!(before, after);
-    let users: i64 = scalar(&pool, "select count(*) from user_preferences").await;
-    assert_eq!(users, 2);
+    assert_eq!(scalar::<i64>(&pool, "select count(*) from user_preferences").await, 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]

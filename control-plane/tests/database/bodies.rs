@@ -1,10 +1,10 @@
 //! JSON bodies: only objects are read, an error names the field by its path, and null means the same as no field.
 
-use control_plane::api;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
+use crate::document::document;
 use crate::support::{Fixture, Reply, request};
 
 /// Every call with a JSON body, and the least of a body that it takes.
@@ -54,10 +54,6 @@ async fn fixture(pool: PgPool) -> (Fixture, contract::key::Secret, Uuid) {
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (key, _) = fixture.key("u@example.com", &[]).await;
     (fixture, admin, key)
-}
-
-fn document() -> Value {
-    serde_json::to_value(api::openapi_document()).unwrap()
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -171,11 +167,11 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
     ] {
         let reply = fixture.call(method, &uri, &admin, Some(&body)).await;
         assert_eq!(reply.status, 400, "{body}: {}", text(&reply));
-        reply.assert_problem(400, "invalid", &detail, Some(field));
+        reply.assert_invalid(field, &detail);
     }
     let twice = r#"{"email": "u@example.com", "name": "n", "email": "v@example.com"}"#;
     let reply = fixture.send(request("POST", "/v1/keys", Some(&admin), twice)).await;
-    reply.assert_problem(400, "invalid", "is given twice", Some("email"));
+    reply.assert_invalid("email", "is given twice");
     // Paths and queries name their field too.
     for (uri, field, detail) in [
         ("/v1/keys/5".to_owned(), "id", "must be a UUID"),

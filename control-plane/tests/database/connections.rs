@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -10,73 +9,42 @@ use axum::body::Bytes;
 use axum::routing::get;
 use contract::key::Secret;
 use control_plane::api;
-use control_plane::net::admission::{Admission, Limits};
-use control_plane::server::listener::{self, ServerOptions};
+use control_plane::net::admission::Limits;
 use portcullis_tests::raw_http2::{Client, DATA, Frame, GOAWAY, HEADERS, RST_STREAM, connect};
 use portcullis_tests::wait::eventually_within;
 use sqlx::PgPool;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
+use tokio::net::TcpStream;
 
 use crate::binary::{serving, url};
 use crate::support::Fixture;
+use crate::support::server::{DEADLINE, Server};
 
 /// The read time-out, unless a test needs another one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Long enough for a busy machine.
-const DEADLINE: Duration = Duration::from_secs(60);
-
 /// Larger than all buffers between server and client.
 const LARGE_BYTES: usize = 24 << 20;
 
-struct Server {
-    address: SocketAddr,
-    admission: Arc<Admission>,
-    serving: JoinHandle<()>,
+/// With a large response, one that is as large as a window may be at first, and a small one.
+async fn with_documents(read_timeout: Duration) -> Server {
+    let document = |bytes: usize| {
+        let body = Bytes::from(vec![b'x'; bytes]);
+        get(async move || body)
+    };
+    let router = Router::new()
+        .route("/large", document(LARGE_BYTES))
+        .route("/medium", document(60_000))
+        .route("/small", document(3));
+    Server::open(router, None, read_timeout).await
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.serving.abort();
-    }
-}
-
-impl Server {
-    async fn start(router: Router, limits: Limits, read_timeout: Duration) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (address, admission) = (listener.local_addr().unwrap(), Admission::new(limits));
-        let options = ServerOptions { tls: None, read_timeout, admission: Arc::clone(&admission) };
-        let serving = tokio::spawn(listener::serve(listener, router, options, std::future::pending()));
-        Self { address, admission, serving }
-    }
-
-    /// With a large response, one that is as large as a window may be at first, and a small one.
-    async fn with_documents(read_timeout: Duration) -> Self {
-        let document = |bytes: usize| {
-            let body = Bytes::from(vec![b'x'; bytes]);
-            get(async move || body)
-        };
-        let router = Router::new()
-            .route("/large", document(LARGE_BYTES))
-            .route("/medium", document(60_000))
-            .route("/small", document(3));
-        Self::start(router, Limits::new(1_000, 1_000, None), read_timeout).await
-    }
-
-    /// Waits until every connection that was made so far is accepted and there are no more than so many.
-    async fn settles(&self, connections: usize) {
-        // Connections are accepted in their order. One that comes while many give way may be closed unanswered.
-        let _ = status(self.address, host(254), "/healthz", None).await;
-        let settled = async || (self.admission.open() <= connections).then_some(());
-        eventually_within("connections to give way", DEADLINE, settled).await.unwrap();
-    }
-
-    async fn empties(&self) {
-        let none = async || (self.admission.open() == 0).then_some(());
-        eventually_within("all connections to end", DEADLINE, none).await.unwrap();
-    }
+/// Waits until every connection that was made so far is accepted and there are no more than so many.
+async fn settles(server: &Server, connections: usize) {
+    // Connections are accepted in their order. One that comes while many give way may be closed unanswered.
+    let _ = status(server.address, host(254), "/healthz", None).await;
+    let settled = async || (server.admission.open() <= connections).then_some(());
+    eventually_within("connections to give way", DEADLINE, settled).await.unwrap();
 }
 
 async fn next(client: &mut Client) -> Option<Frame> {
@@ -105,7 +73,7 @@ async fn outcome(client: &mut Client, stream: u32) -> (usize, bool) {
 #[tokio::test]
 async fn an_unread_http_2_response_is_reset_and_its_connection_serves_others() {
     // The client must grant within this time after it asked, on a busy machine too.
-    let server = Server::with_documents(Duration::from_secs(4)).await;
+    let server = with_documents(Duration::from_secs(4)).await;
     let mut client = Client::open(server.address, None, 0).await.unwrap();
     client.get(1, "/medium", &[]).await.unwrap();
     // Of another one something is taken, but not all.
@@ -127,7 +95,7 @@ async fn an_unread_http_2_response_is_reset_and_its_connection_serves_others() {
 #[tokio::test]
 async fn a_slow_client_that_reads_its_response_gets_all_of_it() {
     let read_timeout = Duration::from_secs(3);
-    let server = Server::with_documents(read_timeout).await;
+    let server = with_documents(read_timeout).await;
     let mut client = Client::open(server.address, None, 0).await.unwrap();
     client.grant(0, 1 << 30).await.unwrap();
     client.get(1, "/large", &[]).await.unwrap();
@@ -165,7 +133,7 @@ async fn ask_for(address: SocketAddr, path: &str) -> TcpStream {
 
 #[tokio::test]
 async fn a_client_that_reads_nothing_is_disconnected_over_both_protocols() {
-    let server = Server::with_documents(PATIENCE).await;
+    let server = with_documents(PATIENCE).await;
     let mut plain = ask_for(server.address, "/large").await;
     let mut client = Client::open(server.address, None, 1 << 30).await.unwrap();
     client.grant(0, 1 << 30).await.unwrap();
@@ -187,7 +155,7 @@ async fn an_idle_connection_over_http_2_ends_and_one_with_a_held_request_does_no
             "ok\n"
         }),
     );
-    let server = Server::start(held, Limits::new(1_000, 1_000, None), PATIENCE).await;
+    let server = Server::open(held, None, PATIENCE).await;
     // One connection says nothing after its opening, another one after its first request.
     let mut silent = Client::open(server.address, None, 65_535).await.unwrap();
     let mut idle = Client::open(server.address, None, 65_535).await.unwrap();
@@ -225,8 +193,7 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
     let router = api::router(fixture.app.clone(), None);
-    let limits = Limits::new(40, 12, Some(10));
-    let server = Server::start(router, limits, Duration::from_secs(120)).await;
+    let server = Server::start(router, None, Limits::new(40, 12, Some(10)), Duration::from_secs(120)).await;
     // Two addresses take all connections of strangers; a further request is answered 503.
     let mut strangers = Vec::new();
     for last in [2, 2, 2, 3, 3, 3].into_iter().flat_map(|last| [last; 4]) {
@@ -241,7 +208,7 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     for last in 6..=250_u8 {
         strangers.push(Client::open(server.address, host(last), 65_535).await.unwrap());
     }
-    server.settles(40).await;
+    settles(&server, 40).await;
     assert_eq!(status(server.address, host(251), "/healthz", None).await, "HTTP/1.1 503 Service Unavailable");
     let poll = "/sync/v1/keys";
     assert_eq!(status(server.address, host(252), poll, Some(&sync)).await, "HTTP/1.1 200 OK");
@@ -253,7 +220,7 @@ async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     for last in 6..=250_u8 {
         strangers.push(Client::open(server.address, host(last), 65_535).await.unwrap());
     }
-    server.settles(40).await;
+    settles(&server, 40).await;
     filter.get(3, poll, &headers).await.unwrap();
     assert!(!outcome(&mut filter, 3).await.1);
     // A key that is no sync key opens no reserved room.

@@ -10,6 +10,10 @@ use serde_json::{Value, json};
 const VERBS: [&str; 11] =
     ["add", "create", "delete", "explain", "get", "import", "list", "put", "revoke", "rotate", "update"];
 
+pub fn document() -> Value {
+    serde_json::to_value(api::openapi_document()).unwrap()
+}
+
 /// Each operation with its method and path.
 fn operations(document: &Value) -> Vec<(String, &Value)> {
     let paths = document["paths"].as_object().unwrap();
@@ -22,7 +26,7 @@ fn operations(document: &Value) -> Vec<(String, &Value)> {
 
 #[test]
 fn each_operation_has_an_id_of_its_own_that_is_a_verb_and_a_noun() {
-    let document = serde_json::to_value(api::openapi_document()).unwrap();
+    let document = document();
     let all = operations(&document);
     let mut ids = BTreeSet::new();
     for (of, operation) in &all {
@@ -40,7 +44,7 @@ fn each_operation_has_an_id_of_its_own_that_is_a_verb_and_a_noun() {
 
 #[test]
 fn texts_are_for_users_of_the_api_and_carry_no_marks_of_rust_documentation() {
-    let document = serde_json::to_value(api::openapi_document()).unwrap();
+    let document = document();
     for (of, operation) in operations(&document) {
         let summary = operation["summary"].as_str().unwrap_or_default();
         assert!(summary.ends_with('.') && summary.len() <= 80 && !summary.contains('\n'), "{of}: {summary}");
@@ -54,7 +58,7 @@ fn texts_are_for_users_of_the_api_and_carry_no_marks_of_rust_documentation() {
 
 #[test]
 fn refusals_that_every_caller_can_meet_are_described_with_their_headers() {
-    let document = serde_json::to_value(api::openapi_document()).unwrap();
+    let document = document();
     assert_eq!(document["servers"][0]["url"], "/");
     let mut with_key = 0;
     for (of, operation) in operations(&document) {
@@ -88,4 +92,34 @@ fn refusals_that_every_caller_can_meet_are_described_with_their_headers() {
         }
     }
     assert!(with_key > 30);
+}
+
+#[test]
+fn every_route_that_takes_a_body_says_what_becomes_of_a_slow_one() {
+    let document = document();
+    let mut with_body = 0;
+    for (of, operation) in operations(&document) {
+        let late = &operation["responses"]["408"]["content"]["application/problem+json"]["schema"]["$ref"];
+        let takes_a_body = operation.get("requestBody").is_some();
+        assert_eq!(late == "#/components/schemas/Problem", takes_a_body, "{of}");
+        with_body += usize::from(takes_a_body);
+    }
+    assert!(with_body > 5);
+    let import = &document["paths"]["/v1/keys/import"]["post"]["responses"]["408"]["description"];
+    assert_eq!(import, "The body did not arrive in time; what was written until then stays");
+}
+
+#[test]
+fn the_document_names_each_parameter_once_and_shows_secrets_as_text() {
+    let document = document();
+    for (of, operation) in operations(&document) {
+        let mut names = BTreeSet::new();
+        for parameter in operation["parameters"].as_array().into_iter().flatten() {
+            assert!(names.insert(parameter["name"].as_str().unwrap()), "{of}: {parameter}");
+        }
+    }
+    let whole = json!({"description": "The whole key. No later response contains it.", "type": "string"});
+    for pointer in ["/GenerateReply/properties/key", "/CreateReply/allOf/1/properties/secret"] {
+        assert_eq!(document["components"]["schemas"].pointer(pointer), Some(&whole), "{pointer}");
+    }
 }

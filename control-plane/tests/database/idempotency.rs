@@ -59,8 +59,7 @@ async fn a_repeated_create_gets_the_same_answer_and_runs_once(pool: PgPool) {
     let elsewhere = post(&fixture, &format!("/v1/keys/{id}/rotate"), &admin, None, "one").await;
     elsewhere.assert_problem(422, "idempotency_mismatch", detail, None);
     let nameless = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "").await;
-    let detail = "Idempotency-Key must have 1 to 255 visible ASCII characters";
-    nameless.assert_problem(400, "invalid", detail, None);
+    nameless.assert_problem(400, "invalid", "Idempotency-Key must have 1 to 255 visible ASCII characters", None);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -74,8 +73,7 @@ async fn a_repeated_rotation_or_primary_key_gets_the_same_answer(pool: PgPool) {
         assert_eq!(first.status, 201, "{}", first.json());
         same(&first, &post(&fixture, &uri, &admin, body.as_ref(), &name).await);
     }
-    let generation: i32 = scalar(&pool, format!("select generation from api_keys where id = '{id}'")).await;
-    assert_eq!(generation, 3);
+    assert_eq!(scalar::<i32>(&pool, format!("select generation from api_keys where id = '{id}'")).await, 3);
 
     let body = json!({"email": "new@example.com", "key_name": "primary"});
     let first = post(&fixture, "/api/user/key", &admin, Some(&body), "primary").await;
@@ -131,8 +129,7 @@ async fn a_failed_request_stores_nothing_and_may_be_repeated(pool: PgPool) {
     let uri = format!("/v1/keys/{id}/rotate");
     change_key(&pool, id, "expires_at = now()").await;
     assert_eq!(post(&fixture, &uri, &admin, None, "one").await.status, 409);
-    let kept: i64 = scalar(&pool, "select count(*) from idempotent_replies").await;
-    assert_eq!(kept, 0);
+    assert_eq!(scalar::<i64>(&pool, "select count(*) from idempotent_replies").await, 0);
     change_key(&pool, id, "expires_at = null").await;
     assert_eq!(post(&fixture, &uri, &admin, None, "one").await.status, 201);
 
@@ -180,7 +177,7 @@ async fn an_old_secret_cannot_read_the_answer_that_names_its_successor(pool: PgP
     // The old secret still works. A thief may know the body and the idempotency key of the request.
     assert_eq!(fixture.get("/v1/keys", &old).await.status, 200);
     let replayed = post(&fixture, &uri, &old, Some(&grace), "one").await;
-    replayed.assert_problem(403, "forbidden", OLD_SECRET, None);
+    replayed.assert_forbidden(OLD_SECRET);
     assert!(!String::from_utf8_lossy(&replayed.body).contains("sk_live_"));
 
     // Nor does the new secret read it: it is sealed under the old one.
@@ -199,6 +196,6 @@ async fn an_old_secret_cannot_read_any_stored_answer(pool: PgPool) {
     let rotated = fixture.post(&uri, &admin, &grace).await;
     assert_eq!(rotated.status, 201);
     let replayed = post(&fixture, "/v1/keys", &admin, Some(&body("n")), "one").await;
-    replayed.assert_problem(403, "forbidden", OLD_SECRET, None);
+    replayed.assert_forbidden(OLD_SECRET);
     assert_eq!(keys_of(&pool, "user@example.com").await, 1);
 }

@@ -15,7 +15,7 @@ const DETAIL: &str = "This is the last key with the scope admin that is valid fo
 /// succeeds.
 async fn refused_for_the_last(fixture: &Fixture, method: &str, uri: &str, body: Option<&Value>, admin: &Secret) {
     let shown = fixture.get("/v1/keys", admin).await.json();
-    fixture.call(method, uri, admin, body).await.assert_problem(409, "conflict", DETAIL, None);
+    fixture.call(method, uri, admin, body).await.assert_conflict(DETAIL);
     assert_eq!(fixture.get("/v1/keys", admin).await.json(), shown);
     fixture.key("other@example.com", ADMIN).await;
     let status = fixture.call(method, uri, admin, body).await.status;
@@ -65,8 +65,7 @@ async fn the_last_admin_key_is_not_lost_as_the_primary_key_of_its_user(pool: PgP
     let primary = format!("update user_preferences set primary_key_id = '{id}' where email = 'admin@example.com'");
     execute(&pool, primary).await;
     let new = json!({"email": "admin@example.com", "key_name": "a new one"});
-    let reply = fixture.post("/api/user/key", &admin, &new).await;
-    reply.assert_problem(409, "conflict", DETAIL, None);
+    fixture.post("/api/user/key", &admin, &new).await.assert_conflict(DETAIL);
     refused_for_the_last(&fixture, "DELETE", "/api/user/key/admin@example.com", None, &admin).await;
 }
 
@@ -117,11 +116,11 @@ async fn bind(fixture: &Fixture, caller: &Secret, id: Uuid, networks: &[&str]) -
 #[sqlx::test(migrations = "./migrations")]
 async fn the_last_admin_key_is_not_bound_to_networks_that_its_holder_is_not_in(pool: PgPool) {
     let (fixture, id, admin, uri) = with_one_admin(pool).await;
-    bind(&fixture, &admin, id, &[ELSEWHERE]).await.assert_problem(409, "conflict", DETAIL_HERE, None);
+    bind(&fixture, &admin, id, &[ELSEWHERE]).await.assert_conflict(DETAIL_HERE);
     assert_eq!(fixture.get(&uri, &admin).await.json()["allowed_addresses"], json!([]));
     // To those that hold the caller it is, and from there to no others.
     assert_eq!(bind(&fixture, &admin, id, &[ELSEWHERE, HERE]).await.status, 200);
-    bind(&fixture, &admin, id, &[ELSEWHERE, "::/0"]).await.assert_problem(409, "conflict", DETAIL_HERE, None);
+    bind(&fixture, &admin, id, &[ELSEWHERE, "::/0"]).await.assert_conflict(DETAIL_HERE);
     assert_eq!(fixture.get("/v1/users", &admin).await.status, 200);
     let (other, _) = fixture.key("other@example.com", ADMIN).await;
     assert_eq!(bind(&fixture, &admin, id, &[ELSEWHERE]).await.status, 200);
@@ -140,8 +139,7 @@ async fn the_last_admin_key_that_works_here_is_not_ended_for_one_that_works_else
         ("PATCH", uri.as_str(), Some(json!({"expires_in_seconds": 60}))),
         ("POST", revoke_all.as_str(), None),
     ] {
-        let reply = fixture.call(method, uri, &admin, body.as_ref()).await;
-        reply.assert_problem(409, "conflict", DETAIL_HERE, None);
+        fixture.call(method, uri, &admin, body.as_ref()).await.assert_conflict(DETAIL_HERE);
     }
     // A change by hand has no address: keys that are bound to networks do not count.
     let by_hand = "update api_keys set networks = '{192.0.2.1/32}' where id = $1";

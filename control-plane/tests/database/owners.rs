@@ -215,8 +215,7 @@ async fn keys_that_ended_long_ago_are_deleted_where_that_is_chosen_unless_usage_
     let entries: i64 = scalar(&pool, "select count(*) from audit").await;
     execute(&pool, "update audit set at = now() - interval '40 days' where id <= 5").await;
     assert_eq!((delete_old(&pool, 41).await.unwrap(), delete_old(&pool, 39).await.unwrap()), (0, 5));
-    let kept: i64 = scalar(&pool, "select count(*) from audit").await;
-    assert_eq!(kept, entries - 5);
+    assert_eq!(scalar::<i64>(&pool, "select count(*) from audit").await, entries - 5);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -149,11 +149,9 @@ async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) 
     assert_eq!(plans().await, (Value::Null, json!("free"), "f".into()));
 
     let delete = async || fixture.delete("/v1/plans/free", &admin).await;
-    let detail = "The plan free is used by 1 key and 1 user. Remove it from them first.";
-    delete().await.assert_problem(409, "conflict", detail, None);
+    delete().await.assert_conflict("The plan free is used by 1 key and 1 user. Remove it from them first.");
     fixture.delete(&uri, &admin).await;
-    let detail = "The plan free is used by 0 keys and 1 user. Remove it from them first.";
-    delete().await.assert_problem(409, "conflict", detail, None);
+    delete().await.assert_conflict("The plan free is used by 0 keys and 1 user. Remove it from them first.");
     owner(Value::Null).await;
     assert_eq!(delete().await.status, 204);
 }
@@ -181,12 +179,11 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
         ),
     ] {
         let body = json!({"quota": quota});
-        put(&fixture, &admin, "gold", body.clone()).await.assert_problem(400, "invalid", detail, Some("quota"));
-        patch(&fixture, &admin, id, body.clone()).await.assert_problem(400, "invalid", detail, Some("quota"));
+        put(&fixture, &admin, "gold", body.clone()).await.assert_invalid("quota", detail);
+        patch(&fixture, &admin, id, body.clone()).await.assert_invalid("quota", detail);
         let mut key = json!({"email": "user@example.com", "name": "x"});
         key["quota"] = body["quota"].clone();
-        let reply = fixture.post("/v1/keys", &admin, &key).await;
-        reply.assert_problem(400, "invalid", detail, Some("quota"));
+        fixture.post("/v1/keys", &admin, &key).await.assert_invalid("quota", detail);
     }
     for (quota, field) in
         [(json!({"requests": 1, "period": "year"}), "quota.period"), (json!({"period": "day"}), "quota.requests")]
@@ -325,7 +322,7 @@ async fn a_key_is_bound_to_networks_that_are_written_in_one_way(pool: PgPool) {
         ("example.com", "entry 1: must be an address or a network such as 192.0.2.0/24 or 2001:db8::/32"),
     ] {
         let reply = patch(&fixture, &admin, id, json!({"allowed_addresses": ["::1", bad]})).await;
-        reply.assert_problem(400, "invalid", detail, Some("allowed_addresses"));
+        reply.assert_invalid("allowed_addresses", detail);
     }
     assert_eq!(
         patch(&fixture, &admin, id, json!({"allowed_addresses": []})).await.json()["allowed_addresses"],
@@ -354,18 +351,16 @@ async fn a_user_narrows_addresses_and_sets_nothing_that_frees_a_key(pool: PgPool
         let detail = format!("Only a key with the scope admin sets {field}.");
         let mut body = json!({});
         body[field] = value;
-        patch(&fixture, &user, id, body.clone()).await.assert_problem(403, "forbidden", &detail, None);
+        patch(&fixture, &user, id, body.clone()).await.assert_forbidden(&detail);
         if field != "rate_limits" {
             body["email"] = "user@example.com".into();
             body["name"] = "x".into();
-            let reply = fixture.post("/v1/keys", &user, &body).await;
-            reply.assert_problem(403, "forbidden", &detail, None);
+            fixture.post("/v1/keys", &user, &body).await.assert_forbidden(&detail);
         }
     }
     let detail = "Only a key with the scope admin widens allowed_addresses.";
     for wider in [json!([]), json!(["192.0.2.0/23"]), json!(["192.0.2.7", "203.0.113.0/24"])] {
-        let reply = patch(&fixture, &user, bound, json!({"allowed_addresses": wider})).await;
-        reply.assert_problem(403, "forbidden", detail, None);
+        patch(&fixture, &user, bound, json!({"allowed_addresses": wider})).await.assert_forbidden(detail);
     }
     let narrower = json!(["192.0.2.0/25", "192.0.2.200/32"]);
     let reply = patch(&fixture, &user, bound, json!({"allowed_addresses": narrower})).await;
@@ -405,7 +400,7 @@ async fn keys_that_a_user_creates_inherit_the_restrictions_of_the_calling_key(po
     let detail = "Only a key with the scope admin widens allowed_addresses.";
     for wide in [json!([]), json!(["::/0"])] {
         let body = json!({"email": "user@example.com", "name": "x", "allowed_addresses": wide});
-        call("/v1/keys", body).await.assert_problem(403, "forbidden", detail, None);
+        call("/v1/keys", body).await.assert_forbidden(detail);
     }
     // So it is with the primary key.
     assert_eq!(call("/api/user/key", json!({"email": "user@example.com", "key_name": "x"})).await.status, 200);
@@ -424,9 +419,9 @@ async fn the_cost_of_a_request_is_bounded_and_sent_to_filters(pool: PgPool) {
     assert_eq!(record(&fixture, &key).await.cost, 1_000_000);
     for cost in [-1, 1_000_001, i64::MAX] {
         let reply = patch(&fixture, &admin, id, json!({"cost": cost})).await;
-        reply.assert_problem(400, "invalid", "must be a number from 0 to 1000000", Some("cost"));
+        reply.assert_invalid("cost", "must be a number from 0 to 1000000");
     }
     let detail = "This key is revoked and cannot be changed.";
     fixture.delete(&format!("/v1/keys/{id}"), &admin).await;
-    patch(&fixture, &admin, id, json!({"cost": 1})).await.assert_problem(409, "conflict", detail, None);
+    patch(&fixture, &admin, id, json!({"cost": 1})).await.assert_conflict(detail);
 }

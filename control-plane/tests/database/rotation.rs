@@ -137,9 +137,8 @@ async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: Pg
     let (ended, at) = (secrets(&fixture, &admin, id).await, revision(&pool).await);
     assert_eq!(cut(1).await.status, 204);
     assert_eq!((secrets(&fixture, &admin, id).await, revision(&pool).await), (ended, at), "once is enough");
-    cut(4).await.assert_problem(404, "not_found", &format!("Key {id} has no secret 4."), None);
-    let detail = "This is the current secret of the key. Rotate, disable or revoke the key instead.";
-    cut(3).await.assert_problem(409, "conflict", detail, None);
+    cut(4).await.assert_not_found(&format!("Key {id} has no secret 4."));
+    cut(3).await.assert_conflict("This is the current secret of the key. Rotate, disable or revoke the key instead.");
     let reply = fixture.delete(&format!("/v1/keys/{id}/secrets/x"), &admin).await;
     assert_eq!((reply.status, &reply.json()["field"]), (400, &json!("generation")), "{}", reply.json());
 }
@@ -150,16 +149,13 @@ async fn an_ended_or_foreign_key_is_not_rotated_and_old_secrets_are_bounded(pool
     let (id, _) = fixture.key("user@example.com", &[]).await;
     for grace in [-1, 30 * 86_400 + 1] {
         let reply = rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": grace}))).await;
-        let detail = "must be a number from 0 to 2592000, which is thirty days";
-        reply.assert_problem(400, "invalid", detail, Some("grace_seconds"));
+        reply.assert_invalid("grace_seconds", "must be a number from 0 to 2592000, which is thirty days");
     }
     for _ in 0..8 {
         rotated(&fixture, &admin, id, 30 * 86_400).await;
     }
     let detail = "This key already has 8 active old secrets. Revoke one first, or rotate without grace_seconds.";
-    rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1})))
-        .await
-        .assert_problem(409, "conflict", detail, None);
+    rotate(&fixture, &admin, id, Some(&json!({"grace_seconds": 1}))).await.assert_conflict(detail);
     rotated(&fixture, &admin, id, 0).await;
     fixture.delete(&format!("/v1/keys/{id}/secrets/3"), &admin).await;
     rotated(&fixture, &admin, id, 1).await;
@@ -167,27 +163,25 @@ async fn an_ended_or_foreign_key_is_not_rotated_and_old_secrets_are_bounded(pool
 
     change_key(&pool, id, "expires_at = now()").await;
     let detail = "This key has expired and cannot be rotated. Set a later expires_at first.";
-    rotate(&fixture, &admin, id, None).await.assert_problem(409, "conflict", detail, None);
+    rotate(&fixture, &admin, id, None).await.assert_conflict(detail);
     revoke(&pool, id).await;
-    let detail = "This key is revoked and cannot be rotated.";
-    rotate(&fixture, &admin, id, None).await.assert_problem(409, "conflict", detail, None);
+    rotate(&fixture, &admin, id, None).await.assert_conflict("This key is revoked and cannot be rotated.");
 
     let (_, user) = fixture.key("user@example.com", &[]).await;
     let (foreign, _) = fixture.key("other@example.com", &[]).await;
-    let detail = format!("There is no key {foreign}.");
-    rotate(&fixture, &user, foreign, None).await.assert_problem(404, "not_found", &detail, None);
+    rotate(&fixture, &user, foreign, None).await.assert_not_found(&format!("There is no key {foreign}."));
     let (privileged, _) = fixture.key("user@example.com", &["sync"]).await;
     let detail = "Only an admin changes or revokes a key with the scope sync. Use a key with the scope admin.";
-    rotate(&fixture, &user, privileged, None).await.assert_problem(403, "forbidden", detail, None);
+    rotate(&fixture, &user, privileged, None).await.assert_forbidden(detail);
     // A rotation returns the new secret. A user must not get the secret of a key with more scopes.
     let (sibling, _) = fixture.key("user@example.com", &["orders:write"]).await;
     let detail = "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.";
-    rotate(&fixture, &user, sibling, None).await.assert_problem(403, "forbidden", detail, None);
+    rotate(&fixture, &user, sibling, None).await.assert_forbidden(detail);
     let (own, old) = fixture.key("user@example.com", &[]).await;
     let grace = json!({"grace_seconds": 60});
     assert_eq!(rotate(&fixture, &old, own, Some(&grace)).await.status, 201);
     let detail = "An old secret cannot rotate its key. Use the current secret.";
-    rotate(&fixture, &old, own, None).await.assert_problem(403, "forbidden", detail, None);
+    rotate(&fixture, &old, own, None).await.assert_forbidden(detail);
 }
 
 #[sqlx::test(migrations = "./migrations")]

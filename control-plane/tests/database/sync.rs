@@ -179,25 +179,6 @@ async fn a_reader_of_another_epoch_or_of_the_future_gets_a_snapshot(pool: PgPool
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn only_a_key_with_the_scope_sync_may_sync(pool: PgPool) {
-    let (fixture, admin) = Fixture::with_admin(&pool).await;
-    let (_, plain) = fixture.key("a@example.com", &[]).await;
-    let unknown = Secret::from_presented("sk_live_nobody".into());
-    for (method, uri) in [("GET", "/sync/v1/keys"), ("POST", "/sync/v1/usage")] {
-        for (key, status, code) in [
-            (None, 401, "missing"),
-            (Some(&unknown), 401, "unknown"),
-            (Some(&plain), 403, "scope_denied"),
-            (Some(&admin), 403, "scope_denied"),
-        ] {
-            let reply = fixture.send(request(method, uri, key, Body::empty())).await;
-            assert_eq!((reply.status, reply.json()["code"].as_str()), (status, Some(code)), "{method} {uri}");
-            assert_eq!(reply.header("content-type"), "application/problem+json");
-        }
-    }
-}
-
-#[sqlx::test(migrations = "./migrations")]
 async fn an_invalid_poll_is_refused_with_its_field(pool: PgPool) {
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     for (query, field) in [

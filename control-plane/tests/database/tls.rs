@@ -1,6 +1,5 @@
 //! TLS: certificates, protocols, and errors about invalid files.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -9,18 +8,14 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::routing::get;
-use control_plane::net::admission::{Admission, Limits};
 use control_plane::net::connection::Peer;
-use control_plane::server::listener::{self, ServerOptions};
 use control_plane::server::tls::{Files, Tls};
 use portcullis_tests::certificates::{Authority, For, Identity};
 use portcullis_tests::http::get_request;
 use portcullis_tests::tls::Client;
-use portcullis_tests::wait::{DEADLINE, eventually_within};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+
+use crate::support::server::{DEADLINE, Server};
 
 const NAME: &str = "keys.example.com";
 const BOTH: [&str; 2] = ["h2", "http/1.1"];
@@ -51,63 +46,46 @@ impl Drop for Home {
     }
 }
 
-/// A server that answers with the address of the client, until it is stopped.
-struct Server {
-    address: SocketAddr,
-    end: oneshot::Sender<()>,
-    serving: JoinHandle<()>,
+/// A server that answers with the address of the client.
+async fn start(tls: Option<Arc<Tls>>, read_timeout: Duration) -> Server {
+    let address = async |ConnectInfo(Peer(peer)): ConnectInfo<Peer>| peer.ip().to_string();
+    Server::open(Router::new().route("/", get(address)), tls, read_timeout).await
 }
 
-impl Server {
-    async fn start(tls: Option<Arc<Tls>>, read_timeout: Duration) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let router =
-            Router::new().route("/", get(async |ConnectInfo(Peer(peer)): ConnectInfo<Peer>| peer.ip().to_string()));
-        let (end, ended) = oneshot::channel();
-        let admission = Admission::new(Limits::new(1_000, 1_000, None));
-        let serving =
-            tokio::spawn(listener::serve(listener, router, ServerOptions { tls, read_timeout, admission }, async {
-                let _ = ended.await;
-            }));
-        Self { address, end, serving }
-    }
+async fn with(files: Files) -> Server {
+    start(Some(Arc::new(Tls::load(files).unwrap())), Duration::from_secs(20)).await
+}
 
-    async fn with(files: Files) -> Self {
-        Self::start(Some(Arc::new(Tls::load(files).unwrap())), Duration::from_secs(20)).await
-    }
-
-    /// The answer and its protocol, or why there is none.
-    async fn ask(&self, client: &Client) -> Result<(u16, &'static str), String> {
-        match client.send(self.address, NAME, get_request("/", None).unwrap()).await {
-            Ok((reply, protocol)) => {
-                assert_eq!(&reply.body[..], b"127.0.0.1");
-                Ok((reply.status, protocol))
-            }
-            Err(error) => Err(format!("{error:?}")),
+/// The answer and its protocol, or why there is none.
+async fn ask(server: &Server, client: &Client) -> Result<(u16, &'static str), String> {
+    match client.send(server.address, NAME, get_request("/", None).unwrap()).await {
+        Ok((reply, protocol)) => {
+            assert_eq!(&reply.body[..], b"127.0.0.1");
+            Ok((reply.status, protocol))
         }
+        Err(error) => Err(format!("{error:?}")),
     }
 }
 
 #[tokio::test]
 async fn clients_choose_the_protocol_and_check_the_certificate() {
     let (home, authority, other) = (Home::new(), Authority::new("one").unwrap(), Authority::new("other").unwrap());
-    let server = Server::with(home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None)).await;
+    let mut server = with(home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None)).await;
     let client = |protocols: &[&str]| Client::new(&authority.certificate, None, protocols).unwrap();
-    assert_eq!(server.ask(&client(&BOTH)).await, Ok((200, "h2")));
-    assert_eq!(server.ask(&client(&["http/1.1"])).await, Ok((200, "http/1.1")));
-    assert_eq!(server.ask(&client(&[])).await, Ok((200, "http/1.1")));
-    let refused = server.ask(&client(&["spdy/3"])).await.unwrap_err();
+    assert_eq!(ask(&server, &client(&BOTH)).await, Ok((200, "h2")));
+    assert_eq!(ask(&server, &client(&["http/1.1"])).await, Ok((200, "http/1.1")));
+    assert_eq!(ask(&server, &client(&[])).await, Ok((200, "http/1.1")));
+    let refused = ask(&server, &client(&["spdy/3"])).await.unwrap_err();
     assert!(refused.contains("NoApplicationProtocol"), "{refused}");
-    let stranger = server.ask(&Client::new(&other.certificate, None, &BOTH).unwrap()).await.unwrap_err();
+    let stranger = ask(&server, &Client::new(&other.certificate, None, &BOTH).unwrap()).await.unwrap_err();
     assert!(stranger.contains("UnknownIssuer"), "{stranger}");
     // Plain HTTP gets no answer.
     let plain = portcullis_tests::http::get(server.address, "/").await;
     assert!(plain.is_err(), "{plain:?}");
     // It ends when it is stopped, and does not wait for idle connections.
     let _idle = tokio::net::TcpStream::connect(server.address).await.unwrap();
-    server.end.send(()).unwrap();
-    tokio::time::timeout(DEADLINE, server.serving).await.unwrap().unwrap();
+    server.end.notify_one();
+    tokio::time::timeout(DEADLINE, &mut server.serving).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -115,30 +93,29 @@ async fn with_a_client_authority_only_its_certificates_are_accepted() {
     let (home, servers, clients) =
         (Home::new(), Authority::new("servers").unwrap(), Authority::new("clients").unwrap());
     let identity = servers.issue(&[NAME], For::Servers).unwrap();
-    let server = Server::with(home.files(&identity, Some(&clients))).await;
+    let server = with(home.files(&identity, Some(&clients))).await;
     let client = |identity: Option<&Identity>| Client::new(&servers.certificate, identity, &BOTH).unwrap();
     let good = clients.issue(&["envoy"], For::Clients).unwrap();
-    assert_eq!(server.ask(&client(Some(&good))).await, Ok((200, "h2")));
+    assert_eq!(ask(&server, &client(Some(&good))).await, Ok((200, "h2")));
 
-    let none = server.ask(&client(None)).await.unwrap_err();
+    let none = ask(&server, &client(None)).await.unwrap_err();
     assert!(none.contains("CertificateRequired"), "{none}");
     let strangers = [
         ("of another authority", servers.issue(&["envoy"], For::Clients).unwrap(), "UnknownCA"),
         ("for servers only", clients.issue(&["envoy"], For::Servers).unwrap(), "Certificate"),
     ];
     for (what, stranger, expected) in strangers {
-        let refused = server.ask(&client(Some(&stranger))).await.unwrap_err();
+        let refused = ask(&server, &client(Some(&stranger))).await.unwrap_err();
         assert!(refused.contains(expected), "{what}: {refused}");
     }
-    assert_eq!(server.ask(&client(Some(&good))).await, Ok((200, "h2")));
+    assert_eq!(ask(&server, &client(Some(&good))).await, Ok((200, "h2")));
 }
 
 #[tokio::test]
 async fn silent_and_slow_clients_are_disconnected_and_others_are_not() {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     // Four times the pauses below, so that a busy machine does not lengthen a pause to it.
     let read_timeout = Duration::from_secs(4);
-    let server = Server::start(None, read_timeout).await;
+    let server = start(None, read_timeout).await;
     let handshake = async |text: &[u8]| {
         let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
         stream.write_all(text).await.unwrap();
@@ -168,17 +145,17 @@ async fn renewed_certificates_are_used_and_invalid_files_leave_the_old_ones_in_p
     let (home, old, new) = (Home::new(), Authority::new("old").unwrap(), Authority::new("new").unwrap());
     let files = home.files(&old.issue(&[NAME], For::Servers).unwrap(), None);
     let tls = Arc::new(Tls::load(files.clone()).unwrap());
-    let server = Server::start(Some(Arc::clone(&tls)), Duration::from_secs(20)).await;
+    let server = start(Some(Arc::clone(&tls)), Duration::from_secs(20)).await;
     let of = |authority: &Authority| Client::new(&authority.certificate, None, &BOTH).unwrap();
     assert_eq!(tls.refresh(), Ok(false));
     std::fs::write(&files.certificate, "-----BEGIN CERTIFICATE-----\nhalf").unwrap();
     let why = tls.refresh().unwrap_err();
     assert!(why.starts_with("--tls-cert-file ") && why.contains("holds no certificate in PEM"), "{why}");
-    assert_eq!(server.ask(&of(&old)).await, Ok((200, "h2")));
+    assert_eq!(ask(&server, &of(&old)).await, Ok((200, "h2")));
     home.files(&new.issue(&[NAME], For::Servers).unwrap(), None);
     assert_eq!(tls.refresh(), Ok(true));
-    assert_eq!(server.ask(&of(&new)).await, Ok((200, "h2")));
-    assert!(server.ask(&of(&old)).await.is_err());
+    assert_eq!(ask(&server, &of(&new)).await, Ok((200, "h2")));
+    assert!(ask(&server, &of(&old)).await.is_err());
 }
 
 fn complaint(arguments: &[(&str, &Path)]) -> String {
@@ -233,22 +210,16 @@ async fn over_tls_a_client_that_does_not_read_its_response_is_disconnected() {
     let files = home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None);
     let body = axum::body::Bytes::from(vec![b'x'; BYTES]);
     let router = Router::new().route("/large", get(async move || body));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let admission = Admission::new(Limits::new(1_000, 1_000, None));
-    let tls = Some(Arc::new(Tls::load(files).unwrap()));
-    let options = ServerOptions { tls, read_timeout: Duration::from_secs(1), admission: Arc::clone(&admission) };
-    let serving = tokio::spawn(listener::serve(listener, router, options, std::future::pending()));
+    let tls = Arc::new(Tls::load(files).unwrap());
+    let server = Server::open(router, Some(tls), Duration::from_secs(1)).await;
 
     let client = Client::new(&authority.certificate, None, &["http/1.1"]).unwrap();
-    let mut stream = client.connect(address, NAME).await.unwrap();
+    let mut stream = client.connect(server.address, NAME).await.unwrap();
     stream.write_all(format!("GET /large HTTP/1.1\r\nhost: {NAME}\r\n\r\n").as_bytes()).await.unwrap();
     // The response has begun, so the server has the connection.
     stream.read_u8().await.unwrap();
-    let none = async || (admission.open() == 0).then_some(());
-    eventually_within("the connection to end", DEADLINE, none).await.unwrap();
+    server.empties().await;
     let mut rest = Vec::new();
     let ended = stream.read_to_end(&mut rest).await;
     assert!(rest.len() < BYTES, "the whole response came, {ended:?}");
-    serving.abort();
 }

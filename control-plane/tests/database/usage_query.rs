@@ -140,19 +140,14 @@ async fn usage_is_filtered_by_key_user_plan_scope_and_outcome(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn users_see_their_own_usage_and_filters_none(pool: PgPool) {
+async fn users_see_their_own_usage(pool: PgPool) {
     let (fixture, _, [one, _, three]) = counted(&pool).await;
     assert_eq!(usage(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
     assert_eq!(usage(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
-    let reply = get(&fixture, &one.1, "email=b@example.com").await;
-    let detail = "This key manages only its owner's data. Use a key with the scope admin.";
-    assert_eq!((reply.status, &reply.json()["detail"]), (403, &json!(detail)));
     for id in [three.0, Uuid::now_v7()] {
         let reply = get(&fixture, &one.1, &format!("key_id={id}")).await;
         assert_eq!((reply.status, &reply.json()["detail"]), (404, &json!(format!("There is no key {id}."))));
     }
-    let (_, sync) = fixture.key("a@example.com", &["sync"]).await;
-    assert_eq!(get(&fixture, &sync, "").await.status, 403);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -241,8 +236,7 @@ async fn a_wrong_parameter_is_named(pool: PgPool) {
         ("email=x", "email", "must be an email address such as user@example.com"),
         ("plan=%00", "plan", "must have 1 to 256 characters"),
     ] {
-        let reply = get(&fixture, &admin, query).await;
-        reply.assert_problem(400, "invalid", detail, Some(field));
+        get(&fixture, &admin, query).await.assert_invalid(field, detail);
     }
     assert_eq!(get(&fixture, &admin, "hours=1").await.status, 400);
 }
@@ -315,8 +309,7 @@ async fn every_sum_stays_as_it_is_while_usage_is_rolled_up_and_reports_go_on(poo
     assert_eq!(all_sums(&pool).await, before);
     let sql = "select (select count(*) from usage_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))
             + (select count(*) from usage_keyless_hourly where hour < date_trunc('day', now() - interval '30 days', 'UTC'))";
-    let old: i64 = scalar(&pool, sql).await;
-    assert_eq!(old, 0, "all of it was rolled up");
+    assert_eq!(scalar::<i64>(&pool, sql).await, 0, "all of it was rolled up");
     assert_eq!(roll_up(&pool, 30).await.unwrap(), 0);
 }
 

@@ -59,18 +59,13 @@ impl Caller {
 
     /// Admits keys that may manage keys at all: not those of filters, which lie in the configuration of Envoys.
     pub fn require_manager(&self) -> Result<(), ApiError> {
-        if self.has_scope(SYNC) && !self.is_admin() {
-            return Err(ApiError::Forbidden("A key with the scope sync cannot manage keys. Use another key.".into()));
-        }
-        Ok(())
+        let detail = "A key with the scope sync cannot manage keys. Use another key.";
+        allow(!self.has_scope(SYNC) || self.is_admin(), detail)
     }
 
     /// Admits admins.
     pub fn require_admin(&self) -> Result<(), ApiError> {
-        if self.is_admin() {
-            return Ok(());
-        }
-        Err(ApiError::Forbidden("Use a key with the scope admin.".into()))
+        allow(self.is_admin(), "Use a key with the scope admin.")
     }
 
     /// Admits admins, and users to what is their own.
@@ -85,10 +80,8 @@ impl Caller {
 
     fn require_own(&self, is_own: bool) -> Result<(), ApiError> {
         self.require_manager()?;
-        if is_own || self.is_admin() {
-            return Ok(());
-        }
-        Err(ApiError::Forbidden("This key manages only its owner's data. Use a key with the scope admin.".into()))
+        let detail = "This key manages only its owner's data. Use a key with the scope admin.";
+        allow(is_own || self.is_admin(), detail)
     }
 
     /// Whether the caller presented the secret of this number, rather than one that was rotated away.
@@ -142,15 +135,9 @@ impl Caller {
         if self.is_admin() || !later(end, present) {
             return Ok(());
         }
-        if present.is_some_and(|present| present <= now) {
-            return Err(ApiError::Forbidden(
-                "This key has expired. Only a key with the scope admin can extend it.".into(),
-            ));
-        }
-        if later(end, self.end()) {
-            return Err(ApiError::Forbidden("expires_at must not be later than the expiry of the calling key.".into()));
-        }
-        Ok(())
+        let has_ended = present.is_some_and(|present| present <= now);
+        allow(!has_ended, "This key has expired. Only a key with the scope admin can extend it.")?;
+        allow(!later(end, self.end()), "expires_at must not be later than the expiry of the calling key.")
     }
 
     /// Admits fields that the caller may set at all: any for admins, `allowed_addresses` for others.
@@ -167,14 +154,8 @@ impl Caller {
     /// others what narrows those networks, and nothing else.
     pub fn require_permissible(&self, permissions: &Permissions, present: &[Network]) -> Result<(), ApiError> {
         self.require_privileges(permissions)?;
-        if self.is_admin() {
-            return Ok(());
-        }
-        if permissions.networks.as_ref().is_some_and(|networks| !within(networks, present)) {
-            let detail = "Only a key with the scope admin widens allowed_addresses.";
-            return Err(ApiError::Forbidden(detail.into()));
-        }
-        Ok(())
+        let widens = permissions.networks.as_ref().is_some_and(|networks| !within(networks, present));
+        allow(self.is_admin() || !widens, "Only a key with the scope admin widens allowed_addresses.")
     }
 
     fn end(&self) -> Option<OffsetDateTime> {
@@ -189,15 +170,10 @@ impl Caller {
     /// Admits the rotation of a key: of any key for admins, of itself for others. The response contains the new secret. An old
     /// secret may have been stolen, so it does not rotate its key.
     pub fn require_rotatable(&self, id: Uuid, generation: i32) -> Result<(), ApiError> {
-        if self.key_id == id && !self.presents(generation) {
-            return Err(ApiError::Forbidden("An old secret cannot rotate its key. Use the current secret.".into()));
-        }
-        if self.key_id == id || self.is_admin() {
-            return Ok(());
-        }
-        Err(ApiError::Forbidden(
-            "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.".into(),
-        ))
+        let is_own = self.key_id == id;
+        allow(!is_own || self.presents(generation), "An old secret cannot rotate its key. Use the current secret.")?;
+        let detail = "A key can rotate only itself. Use the key that is to be rotated, or a key with the scope admin.";
+        allow(is_own || self.is_admin(), detail)
     }
 
     /// Passes the caller's bounds on to a key that it makes: it ends no later than the caller's own, is used from the same
@@ -220,6 +196,10 @@ impl Caller {
         new.at_most = Some(LIVE_KEYS);
         new.per_day = Some(per_day);
     }
+}
+
+fn allow(is_allowed: bool, refusal: &str) -> Result<(), ApiError> {
+    if is_allowed { Ok(()) } else { Err(ApiError::Forbidden(refusal.into())) }
 }
 
 fn opens_the_control_plane(scope: &str) -> bool {

@@ -1,6 +1,7 @@
 //! Shared by the database tests: an app over the test's own database, and requests to its router.
 
 pub mod reports;
+pub mod server;
 pub mod slow_rollback;
 
 use std::borrow::Borrow;
@@ -265,6 +266,27 @@ impl Reply {
     #[track_caller]
     pub fn secret(&self) -> Secret {
         secret_of(&self.json())
+    }
+
+    /// Asserts that a field of the request is wrong.
+    #[track_caller]
+    pub fn assert_invalid(&self, field: &str, detail: &str) {
+        self.assert_problem(400, "invalid", detail, Some(field));
+    }
+
+    #[track_caller]
+    pub fn assert_forbidden(&self, detail: &str) {
+        self.assert_problem(403, "forbidden", detail, None);
+    }
+
+    #[track_caller]
+    pub fn assert_not_found(&self, detail: &str) {
+        self.assert_problem(404, "not_found", detail, None);
+    }
+
+    #[track_caller]
+    pub fn assert_conflict(&self, detail: &str) {
+        self.assert_problem(409, "conflict", detail, None);
     }
 
     /// Asserts status, code, detail and field of a problem.
