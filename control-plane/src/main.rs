@@ -12,12 +12,13 @@ use clap::Parser;
 use contract::key::KeyKind;
 use control_plane::audit::Actor;
 use control_plane::change::{FeedWaker, Writer};
-use control_plane::config::{Admin, Cli, Command, Database, Keys, OPERATOR, Usage, given_pepper};
+use control_plane::config::{Admin, Cli, Command, Keys, OPERATOR, Usage, given_pepper};
 use control_plane::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
 use control_plane::error::ApiError;
 use control_plane::keys::create;
 use control_plane::keys::import::Import;
 use control_plane::keys::model::{CreatedKey, NewKey};
+use control_plane::server::schema::connect;
 use control_plane::sync::feed;
 use control_plane::{api, metering, server};
 use sqlx::PgPool;
@@ -147,10 +148,6 @@ fn at(flag: &'static str) -> impl FnOnce(ApiError) -> String {
         ApiError::Invalid { detail, .. } => format!("{flag}: {detail}"),
         other => other.to_string(),
     }
-}
-
-async fn connect(database: &Database) -> Result<PgPool, Failure> {
-    server::schema::connect(database).await
 }
 
 fn print(text: &str) -> Result<(), Failure> {

@@ -1,10 +1,9 @@
 //! The read time-out for request bodies. It protects against slow uploads.
 
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
@@ -12,7 +11,6 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tokio::time::{Instant, Sleep};
 
 use crate::error::ApiError;
 use crate::net::wait_budget::WaitBudget;
@@ -30,8 +28,7 @@ pub async fn limit(State(read_timeout): State<Duration>, request: Request, next:
     let late = Arc::new(AtomicBool::new(false));
     let left = WaitBudget::new(read_timeout, RENEWED_BYTES);
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    let request =
-        request.map(|body| Body::new(Timed { body, left, announced, waiting: None, late: Arc::clone(&late) }));
+    let request = request.map(|body| Body::new(Timed { body, left, announced, late: Arc::clone(&late) }));
     let response = next.run(request).await;
     if !late.load(Ordering::Relaxed) {
         return response;
@@ -52,8 +49,6 @@ struct Timed {
     /// becomes of its stream: an Envoy that ends resets the stream of its last report right behind the last byte. The server still
     /// drops a handler that waits for something else when the reset arrives, such as the look-up of an unknown sync key.
     announced: Option<u64>,
-    /// Since when the client has kept us waiting, and until when it may.
-    waiting: Option<(Instant, Pin<Box<Sleep>>)>,
     late: Arc<AtomicBool>,
 }
 
@@ -68,21 +63,17 @@ impl HttpBody for Timed {
         if self.announced == Some(0) {
             return Poll::Ready(None);
         }
-        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
-            let waited = self.waiting.take().map(|(since, _)| since.elapsed()).unwrap_or_default();
-            let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
-            let bytes = data.map_or(0, Bytes::len);
-            self.left.record(waited, bytes);
-            self.announced = self.announced.map(|left| left.saturating_sub(u64::try_from(bytes).unwrap_or(u64::MAX)));
-            return Poll::Ready(frame);
-        }
-        let time = self.left.left();
-        let (_, until) = self.waiting.get_or_insert_with(|| (Instant::now(), Box::pin(tokio::time::sleep(time))));
-        if until.as_mut().poll(cx).is_pending() {
-            return Poll::Pending;
-        }
-        self.late.store(true, Ordering::Relaxed);
-        Poll::Ready(Some(Err(axum::Error::new(std::io::Error::from(std::io::ErrorKind::TimedOut)))))
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let length = |frame: &Option<Result<hyper::body::Frame<Bytes>, axum::Error>>| {
+            frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()).map_or(0, Bytes::len)
+        };
+        let Some(frame) = ready!(self.left.poll(cx, polled, length)) else {
+            self.late.store(true, Ordering::Relaxed);
+            return Poll::Ready(Some(Err(axum::Error::new(std::io::Error::from(std::io::ErrorKind::TimedOut)))));
+        };
+        let bytes = u64::try_from(length(&frame)).unwrap_or(u64::MAX);
+        self.announced = self.announced.map(|left| left.saturating_sub(bytes));
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -121,7 +112,7 @@ mod tests {
     async fn read(pieces: &[&'static [u8]], announced: Option<u64>) -> Result<Bytes, axum::Error> {
         let left = WaitBudget::new(Duration::from_secs(1), RENEWED_BYTES);
         let body = Body::new(Reset(pieces.iter().copied().collect()));
-        let timed = Timed { body, left, announced, waiting: None, late: Arc::default() };
+        let timed = Timed { body, left, announced, late: Arc::default() };
         axum::body::to_bytes(Body::new(timed), usize::MAX).await
     }
 

@@ -154,10 +154,8 @@ pub(super) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     let name = Name::parse("name", &path.name)?;
     caller.require_admin()?;
-    if !store::remove(&app.writer, &caller.actor, kind, &name, condition).await? {
-        return Err(missing(kind, &name));
-    }
-    Ok(StatusCode::NO_CONTENT)
+    let remove = app.writer.change(&caller.actor, async |change| store::remove(change, kind, &name, condition).await);
+    if remove.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(kind, &name)) }
 }
 
 fn missing(kind: Kind, name: &Name) -> ApiError {

@@ -16,8 +16,10 @@ use contract::hash::KeyHash;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
 
 use super::extract::{Json, json_line};
+use super::preconditions::etag;
 use crate::api::auth::{Caller, KEY_HEADER};
 use crate::change::{Change, Writer};
 use crate::error::ApiError;
@@ -65,15 +67,9 @@ impl IdempotentResponse {
         Ok(Self { status, location: None, etag: None, body })
     }
 
-    /// With the address of what was made.
-    pub fn at(mut self, location: String) -> Self {
-        self.location = Some(location);
-        self
-    }
-
-    /// With the entity tag of what was made.
-    pub fn tagged(mut self, etag: HeaderValue) -> Self {
-        self.etag = Some(etag);
+    /// With the address and the entity tag of the key that was made or rotated.
+    pub fn of_key(mut self, id: Uuid, version: i64) -> Self {
+        (self.location, self.etag) = (Some(format!("/v1/keys/{id}")), Some(etag(version)));
         self
     }
 }
@@ -187,7 +183,7 @@ impl NamedRequest {
     async fn store(
         &self,
         connection: &mut PgConnection,
-        caller: uuid::Uuid,
+        caller: Uuid,
         answer: &IdempotentResponse,
     ) -> Result<(), ApiError> {
         let mut nonce = [0_u8; 24];
@@ -220,7 +216,7 @@ impl NamedRequest {
     }
 
     /// The context that an answer is sealed with, so that none can replace another.
-    fn bound(&self, caller: uuid::Uuid) -> Vec<u8> {
+    fn bound(&self, caller: Uuid) -> Vec<u8> {
         [caller.as_bytes(), &self.fingerprint.0[..], self.key.as_bytes()].concat()
     }
 }

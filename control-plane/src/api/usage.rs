@@ -273,7 +273,7 @@ fn table(question: &Question, sums: &[Sum]) -> String {
     csv::line(&mut out, columns.iter().filter(|(wanted, _)| *wanted).map(|(_, name)| *name));
     for Sum { of, key_name, requests, cost } in sums {
         let fields = [
-            rfc_3339(of.start),
+            self::start(question, of.start).map(|start| start.to_string()).unwrap_or_default(),
             if of.key_id.is_nil() { String::new() } else { of.key_id.to_string() },
             key_name.clone().unwrap_or_default(),
             of.email.clone(),
@@ -287,12 +287,6 @@ fn table(question: &Question, sums: &[Sum]) -> String {
         csv::line(&mut out, wanted.map(|(_, field)| field.as_str()));
     }
     out
-}
-
-fn rfc_3339(seconds: i64) -> String {
-    let time = OffsetDateTime::from_unix_timestamp(seconds).ok();
-    let text = time.and_then(|time| time.format(&time::format_description::well_known::Rfc3339).ok());
-    text.unwrap_or_default()
 }
 
 fn exactly(time: OffsetDateTime) -> String {

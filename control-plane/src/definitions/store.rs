@@ -186,16 +186,6 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
 /// Deletes a definition that is not in use. Returns whether there was one. 412 by the preconditions, 409 that says how many
 /// use it.
 pub async fn remove(
-    writer: &Writer,
-    actor: &Actor,
-    kind: Kind,
-    name: &Name,
-    preconditions: &Preconditions,
-) -> Result<bool, ApiError> {
-    writer.change(actor, async |change| remove_in(change, kind, name, preconditions).await).await
-}
-
-async fn remove_in(
     change: &mut Change,
     kind: Kind,
     name: &Name,

@@ -163,9 +163,9 @@ async fn insert(
         Json(permissions.rate_limits.as_ref().unwrap_or(&new.rate_limits)) as _,
         new.expires_at,
         permissions.roles.as_deref(),
-        permissions.plan.clone().value(),
+        permissions.plan.value().copied(),
         permissions.networks.as_deref(),
-        permissions.quota.as_ref().value().map(Json) as _,
+        permissions.quota.value().map(Json) as _,
         permissions.cost
     )
     .fetch_one(&mut *connection)

@@ -99,8 +99,8 @@ impl Permissions {
         if let Some(networks) = &self.networks {
             detail["allowed_addresses"] = texts(networks).into();
         }
-        if let Some(quota) = self.quota.as_ref().given() {
-            detail["quota"] = json!(quota.map(QuotaBody::of));
+        if !self.quota.is_keep() {
+            detail["quota"] = json!(self.quota.value().map(QuotaBody::of));
         }
         if let Some(cost) = self.cost {
             detail["cost"] = cost.into();

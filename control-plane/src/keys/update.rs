@@ -139,14 +139,14 @@ async fn set_all(
         patch.disabled,
         disabled_by_admin,
         !patch.expires_at.is_keep(),
-        patch.expires_at.clone().value(),
+        patch.expires_at.value().copied(),
         returns_to_filters,
         permissions.roles.as_deref(),
         !permissions.plan.is_keep(),
-        permissions.plan.clone().value(),
+        permissions.plan.value().copied(),
         permissions.networks.as_deref(),
         !permissions.quota.is_keep(),
-        permissions.quota.as_ref().value().map(Json) as _,
+        permissions.quota.value().map(Json) as _,
         permissions.cost,
         permissions.rate_limits.as_ref().map(Json) as _
     )
@@ -191,10 +191,10 @@ async fn stored(change: &mut Change, key: &LockedKey, new: &ResolvedPermissions)
         key.id,
         new.roles.as_deref(),
         !new.plan.is_keep(),
-        new.plan.clone().value(),
+        new.plan.value().copied(),
         new.networks.as_deref(),
         !new.quota.is_keep(),
-        new.quota.as_ref().value().map(Json) as _,
+        new.quota.value().map(Json) as _,
         new.cost,
         new.rate_limits.as_ref().map(Json) as _
     )

@@ -2,6 +2,7 @@
 //! an Envoy sent just before it closed.
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -10,16 +11,14 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
 
-use crate::net::wait_budget::WaitBudget;
+use super::delivery::{RENEWED_BYTES, timed_out};
+use super::wait_budget::WaitBudget;
 
 /// Delay before the end of a connection is passed on. An Envoy that ends sends its last report, resets the stream and closes the
 /// connection in one step, and hyper drops requests over HTTP/2 that arrive together with the end.
 const END_DELAY: Duration = Duration::from_millis(50);
-
-/// Bytes that a client must read within the write time-out, which then begins anew.
-const RENEWED_BYTES: usize = 64 * 1_024;
 
 /// One connection, in the clear or within TLS.
 #[derive(Debug)]
@@ -27,37 +26,8 @@ pub struct Connection<S> {
     stream: S,
     ending: Option<Pin<Box<Sleep>>>,
     silence: Option<(Pin<Box<Sleep>>, FirstRequest)>,
-    writing: WriteTimeout,
-}
-
-/// Time-out for writes that wait for the client to read.
-#[derive(Debug)]
-struct WriteTimeout {
-    budget: WaitBudget,
-    /// Since when a write waits, and its time-out.
-    waiting: Option<(Instant, Pin<Box<Sleep>>)>,
-}
-
-impl WriteTimeout {
-    /// Passes on the result of a write, or a time-out.
-    fn check<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        polled: Poll<std::io::Result<T>>,
-        bytes: impl FnOnce(&T) -> usize,
-    ) -> Poll<std::io::Result<T>> {
-        if let Poll::Ready(written) = polled {
-            let waited = self.waiting.take().map(|(since, _)| since.elapsed()).unwrap_or_default();
-            self.budget.record(waited, written.as_ref().map_or(0, bytes));
-            return Poll::Ready(written);
-        }
-        let left = self.budget.left();
-        let (_, until) = self.waiting.get_or_insert_with(|| (Instant::now(), Box::pin(tokio::time::sleep(left))));
-        until.as_mut().poll(cx).map(|()| {
-            metrics::counter!("portcullis_responses_timed_out_total").increment(1);
-            Err(std::io::ErrorKind::TimedOut.into())
-        })
-    }
+    /// Time in which writes may wait for the client to read.
+    writing: WaitBudget,
 }
 
 /// Signals that a request has come.
@@ -80,18 +50,32 @@ impl<S> Connection<S> {
     /// before, so the timers of the protocols do not run yet. It ends, too, if its client lets what is written wait for longer
     /// than that.
     pub fn new(stream: S, timeout: Duration, begun: FirstRequest) -> Self {
-        let writing = WriteTimeout { budget: WaitBudget::new(timeout, RENEWED_BYTES), waiting: None };
+        let writing = WaitBudget::new(timeout, RENEWED_BYTES);
         Self { stream, ending: None, silence: Some((Box::pin(tokio::time::sleep(timeout)), begun)), writing }
+    }
+
+    /// Passes on the result of a write, or a time-out.
+    fn check<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+        bytes: impl FnOnce(&T) -> usize,
+    ) -> Poll<io::Result<T>> {
+        let written = ready!(self.writing.poll(cx, polled, |written| written.as_ref().map_or(0, bytes)));
+        Poll::Ready(written.unwrap_or_else(|| {
+            timed_out();
+            Err(io::ErrorKind::TimedOut.into())
+        }))
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if let Some((deadline, begun)) = &mut self.silence {
             if begun.0.load(Ordering::Relaxed) {
                 self.silence = None;
             } else if deadline.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(std::io::ErrorKind::TimedOut.into()));
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
         }
         if self.ending.is_none() {
@@ -99,7 +83,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
             let room = buf.remaining() > 0;
             match ready!(Pin::new(&mut self.stream).poll_read(cx, buf)) {
                 // TLS without a farewell: the connection broke, or the process at the other end was killed.
-                Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
                 read => read?,
             }
             if buf.filled().len() > before || !room {
@@ -115,31 +99,31 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.writing.check(cx, written, |written| *written)
+        self.check(cx, written, |written| *written)
     }
 
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        slices: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.writing.check(cx, written, |written| *written)
+        self.check(cx, written, |written| *written)
     }
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(cx);
-        self.writing.check(cx, flushed, |()| 0)
+        self.check(cx, flushed, |()| 0)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let closed = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.writing.check(cx, closed, |()| 0)
+        self.check(cx, closed, |()| 0)
     }
 }

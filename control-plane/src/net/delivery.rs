@@ -18,7 +18,7 @@ use hyper::rt::Executor;
 use tokio::sync::{Notify, watch};
 
 /// Bytes that a client must take within the read time-out. Each time, the time-out begins anew.
-const RENEWED_BYTES: usize = 64 * 1_024;
+pub(super) const RENEWED_BYTES: usize = 64 * 1_024;
 
 /// Larger responses send their end only after the client took all of their data: until then the stream can be reset by
 /// itself. For smaller ones this would cost a frame each; such a response that is not taken ends its connection. A proxy that
@@ -229,7 +229,7 @@ impl Streams {
     }
 }
 
-fn timed_out() {
+pub(super) fn timed_out() {
     metrics::counter!("portcullis_responses_timed_out_total").increment(1);
 }
 

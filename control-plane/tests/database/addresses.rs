@@ -17,8 +17,7 @@ fn encoded(text: &str) -> String {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(&pool, 1_000).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let kate = json!({"email": "kate@example.com", "key_name": "hers"});
     let hers = fixture.post("/api/user/key", &admin, &kate).await;
     assert_eq!(hers.status, 200);
@@ -59,8 +58,7 @@ async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(
 
 #[sqlx::test(migrations = "./migrations")]
 async fn one_user_may_be_spelt_with_unicode_or_punycode_composed_or_decomposed(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(&pool, 1_000).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let canonical = "jos\u{e9}@xn--bcher-kva.example";
     let spellings = [
         canonical,

@@ -50,8 +50,7 @@ fn optional(schema: &Value) -> Vec<(String, Value)> {
 }
 
 async fn fixture(pool: PgPool) -> (Fixture, contract::key::Secret, Uuid) {
-    let fixture = Fixture::with_rate_limit(&pool, 1_000).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (key, _) = fixture.key("u@example.com", &[]).await;
     (fixture, admin, key)
 }

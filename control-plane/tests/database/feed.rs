@@ -295,13 +295,6 @@ async fn an_ended_key_that_gets_a_later_end_while_filters_forget_ended_keys_stay
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn rows_of_keys_cannot_be_deleted(pool: PgPool) {
-    crate::support::key(&pool, "a@example.com", &[]).await;
-    let error = sqlx::query("delete from api_keys").execute(&pool).await.unwrap_err().to_string();
-    assert!(error.contains("never deleted: revoke the key instead"), "{error}");
-}
-
-#[sqlx::test(migrations = "./migrations")]
 async fn the_hash_of_a_key_never_changes(pool: PgPool) {
     crate::support::key(&pool, "a@example.com", &[]).await;
     let change = "update api_keys set hash = sha256('another')";

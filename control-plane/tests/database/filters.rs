@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Fixture, Reply, execute, request, revision, revoke, row, scalar};
+use crate::support::reports::submit;
+use crate::support::{Fixture, Reply, execute, revision, revoke, row, scalar};
 use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::update::Update;
-use contract::usage::{Report, write_reports};
+use contract::usage::Report;
 use control_plane::metering::NEW_REPORTERS;
 use control_plane::metering::retention::forget_reporters;
 use control_plane::sync::filters;
@@ -53,8 +54,8 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     poll(&fixture, &sync, &format!("epoch={epoch}&cursor=0&revision={now}&reporter={three}&pending=x&version=%0a"))
         .await;
     poll(&fixture, &sync, "reporter=nonsense").await;
-    let report = write_reports(&[Report { reporter: two, seq: 1, counts: Vec::new() }]).unwrap();
-    assert_eq!(fixture.send(request("POST", "/sync/v1/usage", Some(&sync), report)).await.status, 200);
+    let report = Report { reporter: two, seq: 1, counts: Vec::new() };
+    assert_eq!(submit(&fixture, &sync, &[report]).await.status, 200);
     fixture.app.filters.write(&pool).await.unwrap();
 
     let reply = fixture.get("/v1/envoys", &admin).await;
@@ -256,8 +257,7 @@ async fn newcomer(fixture: &Fixture, sync: &Secret, number: u8) -> [Reply; 2] {
     let query = format!("/sync/v1/keys?wait=0&reporter={}", envoy(number));
     let polled = fixture.get(&query, sync).await;
     let report = Report { reporter: envoy(number), seq: 1, counts: Vec::new() };
-    let report = request("POST", "/sync/v1/usage", Some(sync), write_reports(&[report]).unwrap());
-    [polled, fixture.send(report).await]
+    [polled, submit(fixture, sync, &[report]).await]
 }
 
 async fn reporters(pool: &PgPool) -> i64 {

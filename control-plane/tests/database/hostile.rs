@@ -18,6 +18,7 @@ use sqlx::PgPool;
 use tower::ServiceExt;
 use uuid::Uuid;
 
+use crate::support::reports::submit;
 use crate::support::{Fixture, Reply, request, scalar};
 
 /// What might be taken for something else by SQL, a shell, a log, a header, a terminal, a template, a path or a parser.
@@ -193,8 +194,7 @@ fn bodies(id: Uuid, user: &str) -> Vec<(&'static str, String, Value, &'static [&
 #[sqlx::test(migrations = "./migrations")]
 async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPool) {
     const ANSWERS: [u16; 10] = [200, 201, 204, 400, 404, 405, 409, 412, 413, 422];
-    let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     let user = fixture.user("a@example.com").await;
     for trap in traps() {
@@ -261,8 +261,7 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
 
 #[sqlx::test(migrations = "./migrations")]
 async fn json_of_any_shape_is_answered(pool: PgPool) {
-    let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
-    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
     let deep = |open: &str, close: &str, depth: usize| open.repeat(depth) + &close.repeat(depth);
     let shapes = [
         deep("[", "]", 5_000),
@@ -326,10 +325,6 @@ fn report(reporter: ReporterId, seq: u64, key: Option<Uuid>, hour: u32, requests
         seq,
         counts: vec![Count { of, requests, cost: requests, drawn: 0, last_ms: u64::from(hour) * 3_600_000 }],
     }
-}
-
-async fn submit(fixture: &Fixture, key: &Secret, reports: &[Report]) -> Reply {
-    fixture.send(request("POST", "/sync/v1/usage", Some(key), write_reports(reports).unwrap())).await
 }
 
 async fn counted(pool: &PgPool, id: Uuid) -> i64 {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::support::{Fixture, Reply, request, revision, rows, scalar, scalars};
+use crate::support::{Fixture, request, revision, rows, scalar, scalars};
 use axum::body::{Body, Bytes};
 use contract::hash::KeyHash;
 use contract::key::{KeyKind, Secret};
@@ -11,13 +11,9 @@ use control_plane::audit::Actor;
 use control_plane::change::{FeedWaker, Writer};
 use control_plane::keys::import::{Code, Import};
 use futures_util::{StreamExt, stream};
-use serde_json::{Value, json};
+use serde_json::json;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
-
-async fn import(fixture: &Fixture, caller: &Secret, body: impl Into<Body>) -> Reply {
-    fixture.import(caller, body).await
-}
 
 fn line(number: usize) -> String {
     let (email, key) = (format!("user{}@example.com", number % 5_000), format!("imported-key-{number:08}"));
@@ -26,11 +22,6 @@ fn line(number: usize) -> String {
 
 fn key(number: usize) -> Secret {
     Secret::from_presented(format!("imported-key-{number:08}"))
-}
-
-async fn status(fixture: &Fixture, key: &Secret) -> Value {
-    let reply = fixture.get("/v1/keys", key).await;
-    if reply.status == 200 { json!("allowed") } else { reply.json()["code"].clone() }
 }
 
 /// Longer than a screen: one import, whole.
@@ -61,8 +52,11 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
         json!({"email": "u@example.com", "name": "retired", "key": ours.reveal()}).to_string(),
         json!({"email": "u@example.com", "name": "own form", "key": own_form.reveal()}).to_string(),
     ];
-    // Editors put a byte-order mark before a text: the first line counts all the same.
-    let reply = import(&fixture, &admin, format!("\u{feff}{}", lines.join("\n"))).await;
+    // Editors put a byte-order mark before a text: the first line counts all the same. The stream is cut anywhere.
+    let text = format!("\u{feff}{}", lines.join("\n"));
+    let pieces: Vec<_> =
+        text.as_bytes().chunks(7).map(|piece| Ok::<_, String>(Bytes::copy_from_slice(piece))).collect();
+    let reply = fixture.import(&admin, Body::from_stream(stream::iter(pieces))).await;
     let bad = |line: u64, code: &str, reason: &str| json!({"line": line, "code": code, "reason": reason});
     let expected = json!({
         "imported": 3, "failed": 8, "errors_truncated": false,
@@ -81,8 +75,8 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
     assert_eq!((reply.header("content-type"), reply.header("cache-control")), ("application/json", "no-store"));
     assert!(!String::from_utf8(reply.body).unwrap().contains("must-not-show"));
 
-    assert_eq!(status(&fixture, &Secret::from_presented("a-key-of-another-system".into())).await, "allowed");
-    assert_eq!(status(&fixture, &Secret::from_presented("a key of sixteen".into())).await, "disabled");
+    assert_eq!(fixture.opens(&Secret::from_presented("a-key-of-another-system".into())).await, "allowed");
+    assert_eq!(fixture.opens(&Secret::from_presented("a key of sixteen".into())).await, "disabled");
     let listed = fixture.get("/v1/keys?name=everything", &admin).await.json();
     let everything = &listed["keys"][0];
     let shown = ["email", "name", "prefix", "scopes", "rate_limits", "generation", "state", "expires_at"];
@@ -102,7 +96,7 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
 
     // All of it once more does no harm.
     let before = revision(&pool).await;
-    let again = import(&fixture, &admin, lines.join("\n")).await.json();
+    let again = fixture.import(&admin, lines.join("\n")).await.json();
     assert_eq!((&again["imported"], &again["failed"]), (&json!(0), &json!(11)));
     assert_eq!(revision(&pool).await, before, "nothing for filters to learn");
 }
@@ -114,7 +108,7 @@ async fn only_lines_of_json_are_imported(pool: PgPool) {
     let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
     assert_eq!((reply.status, &reply.json()["detail"]), (415, &json!(detail)));
     let empty = json!({"imported": 0, "failed": 0, "errors": [], "errors_truncated": false});
-    assert_eq!(import(&fixture, &admin, "").await.json(), empty);
+    assert_eq!(fixture.import(&admin, "").await.json(), empty);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -123,14 +117,13 @@ async fn a_hundred_thousand_keys_come_in_with_one_call(pool: PgPool) {
     let text = (0..100_000).map(line).collect::<Vec<_>>().join("\n");
     let pieces: Vec<_> = text.into_bytes().chunks(60_000).map(Bytes::copy_from_slice).collect();
     let start = Instant::now();
-    let reply =
-        import(&fixture, &admin, Body::from_stream(stream::iter(pieces.into_iter().map(Ok::<_, String>)))).await;
+    let reply = fixture.import(&admin, Body::from_stream(stream::iter(pieces.into_iter().map(Ok::<_, String>)))).await;
     let took = start.elapsed();
     let all = json!({"imported": 100_000, "failed": 0, "errors": [], "errors_truncated": false});
     assert_eq!((reply.status, reply.json()), (200, all));
     println!("import: 100,000 keys of 5,000 users in {took:.1?}");
     for number in [0, 1, 50_000, 99_999] {
-        assert_eq!(status(&fixture, &key(number)).await, "allowed");
+        assert_eq!(fixture.opens(&key(number)).await, "allowed");
     }
     fixture.in_step().await;
     assert_eq!(fixture.app.store.keys(), 100_001);
@@ -144,7 +137,7 @@ async fn lines_beyond_the_limit_are_reported_once_and_counted(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     // Only the first thousand invalid lines are listed.
     let text = format!("{}{}", "{}\n".repeat(1_005), line(1));
-    let report = import(&fixture, &admin, text).await.json();
+    let report = fixture.import(&admin, text).await.json();
     assert_eq!(
         (&report["imported"], &report["failed"], &report["errors_truncated"]),
         (&json!(1), &json!(1_005), &json!(true))
@@ -159,7 +152,7 @@ async fn lines_beyond_the_limit_are_reported_once_and_counted(pool: PgPool) {
         "imported": 0, "failed": 2, "errors": [{"line": 100_001, "code": "too_many", "reason": reason}],
         "errors_truncated": false,
     });
-    assert_eq!(import(&fixture, &admin, text).await.json(), expected);
+    assert_eq!(fixture.import(&admin, text).await.json(), expected);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -178,7 +171,7 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
         let lines: Vec<_> = (chunk * 1_000..(chunk + 1) * 1_000).map(line).collect();
         Ok::<_, String>(Bytes::from(lines.join("\n") + "\n"))
     });
-    let (imported, waited) = tokio::join!(import(&fixture, &admin, Body::from_stream(pieces)), async {
+    let (imported, waited) = tokio::join!(fixture.import(&admin, Body::from_stream(pieces)), async {
         // Each committed chunk sends a notification.
         while scalar::<i64>(&pool, "select count(*) from api_keys").await < 3_000 {
             committed.recv().await.unwrap();
@@ -192,7 +185,7 @@ async fn a_revocation_does_not_wait_for_an_import(pool: PgPool) {
     let imported = imported.json()["imported"].as_u64().unwrap();
     println!("import: a revocation took {waited:.1?} beside an import that had {imported} lines to go on with");
     assert!((3_000..100_000).contains(&imported), "{imported}: the import was under way all the while");
-    assert_eq!(status(&fixture, &other).await, "revoked");
+    assert_eq!(fixture.opens(&other).await, "revoked");
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -1,6 +1,6 @@
 //! Preconditions, changes of the expiry, and the revocation of all keys of a user.
 
-use crate::support::{Fixture, Reply, change_key, id_of, revision, secret_of};
+use crate::support::{Fixture, Reply, change_key, revision};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -11,10 +11,7 @@ async fn patch(fixture: &Fixture, caller: &Secret, id: Uuid, body: &Value) -> Re
 }
 
 async fn ending(fixture: &Fixture, admin: &Secret, email: &str, expires_at: &str) -> (Uuid, Secret) {
-    let body = json!({"email": email, "name": "ends", "expires_at": expires_at});
-    let created = fixture.post("/v1/keys", admin, &body).await.json();
-    let secret = secret_of(&created);
-    (id_of(&created), secret)
+    fixture.created(admin, json!({"email": email, "name": "ends", "expires_at": expires_at})).await
 }
 
 #[sqlx::test(migrations = "./migrations")]

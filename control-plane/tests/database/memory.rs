@@ -4,14 +4,16 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 
+use axum::body::Bytes;
+use axum::http::Request;
 use contract::key::{KeyKind, Secret};
 use control_plane::keys::create::generate;
-use serde_json::{Value, json};
+use portcullis_tests::http::Connection;
+use serde_json::json;
 use sqlx::PgPool;
 
 use crate::binary::{command, serving, url};
@@ -21,25 +23,6 @@ const CALLS: usize = 60;
 
 /// What may be left: the connection keeps the last bytes that it read until it ends, and a thread what lies on its stack.
 const LEFT: usize = 3;
-
-/// Calls over a connection and reads the answer: its status and its body.
-fn call(connection: &mut BufReader<TcpStream>, request: &str) -> (u16, String) {
-    connection.get_mut().write_all(request.as_bytes()).unwrap();
-    let mut line = String::new();
-    connection.read_line(&mut line).unwrap();
-    let status = line.split(' ').nth(1).unwrap().parse().unwrap();
-    let mut length = 0;
-    while line != "\r\n" {
-        line.clear();
-        connection.read_line(&mut line).unwrap();
-        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-            length = value.trim().parse().unwrap();
-        }
-    }
-    let mut body = vec![0; length];
-    connection.read_exact(&mut body).unwrap();
-    (status, String::from_utf8(body).unwrap())
-}
 
 /// By how many bytes a text is looked for before it is compared.
 const START: usize = 8;
@@ -82,32 +65,22 @@ async fn memory_holds_almost_no_keys_of_finished_calls(pool: PgPool) {
     serve.stdout(Stdio::null()).stderr(Stdio::null());
     let (running, address, _) = serving(serve, "/v1/keys", &admin);
 
-    let mut connection = BufReader::new(TcpStream::connect(address).unwrap());
+    let mut connection = Connection::open(address.parse().unwrap()).await.unwrap();
     let mut secrets: Vec<String> = Vec::new();
-    let head = "HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n";
     for number in 0..CALLS {
         // Keys in a header, in a body and in a reply.
-        let (request, secret) = match number % 3 {
-            0 => {
-                let key: Secret = generate(KeyKind::Live).unwrap();
-                (format!("GET /v1/keys {head}x-api-key: {}\r\n\r\n", key.reveal()), Some(key.reveal().to_owned()))
-            }
-            1 => {
-                let key = generate(KeyKind::Live).unwrap();
-                let body = json!({"key": key.reveal()}).to_string();
-                let length = format!("content-length: {}\r\n", body.len());
-                let request = format!("POST /v1/explain {head}{length}x-api-key: {}\r\n\r\n{body}", admin.reveal());
-                (request, Some(key.reveal().to_owned()))
-            }
-            _ => {
-                let body = json!({"email": "u@example.com", "name": "n"}).to_string();
-                let length = format!("content-length: {}\r\n", body.len());
-                (format!("POST /v1/keys {head}{length}x-api-key: {}\r\n\r\n{body}", admin.reveal()), None)
-            }
+        let key: Secret = generate(KeyKind::Live).unwrap();
+        let (method, uri, caller, body, status) = match number % 3 {
+            0 => ("GET", "/v1/keys", &key, String::new(), 401),
+            1 => ("POST", "/v1/explain", &admin, json!({"key": key.reveal()}).to_string(), 200),
+            _ => ("POST", "/v1/keys", &admin, json!({"email": "u@example.com", "name": "n"}).to_string(), 201),
         };
-        let (status, reply) = call(&mut connection, &request);
-        assert_eq!(status, [401, 200, 201][number % 3], "{reply}");
-        let shown = || serde_json::from_str::<Value>(&reply).unwrap()["secret"].as_str().unwrap().to_owned();
+        let request = Request::builder().method(method).uri(uri).header("x-api-key", caller.reveal());
+        let request = request.header("content-type", "application/json").body(Bytes::from(body).into()).unwrap();
+        let reply = connection.send(request).await.unwrap();
+        assert_eq!(reply.status, status, "{reply:?}");
+        let secret = (status != 201).then(|| key.reveal().to_owned());
+        let shown = || reply.json().unwrap()["secret"].as_str().unwrap().to_owned();
         secrets.push(secret.unwrap_or_else(shown));
     }
     // The random characters alone: a tag or a prefix may stand anywhere.

@@ -181,9 +181,7 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
         let body = json!({"quota": quota});
         put(&fixture, &admin, "gold", body.clone()).await.assert_invalid("quota", detail);
         patch(&fixture, &admin, id, body.clone()).await.assert_invalid("quota", detail);
-        let mut key = json!({"email": "user@example.com", "name": "x"});
-        key["quota"] = body["quota"].clone();
-        fixture.post("/v1/keys", &admin, &key).await.assert_invalid("quota", detail);
+        fixture.create(&admin, body).await.assert_invalid("quota", detail);
     }
     for (quota, field) in
         [(json!({"requests": 1, "period": "year"}), "quota.period"), (json!({"period": "day"}), "quota.requests")]
@@ -349,13 +347,10 @@ async fn a_user_narrows_addresses_and_sets_nothing_that_frees_a_key(pool: PgPool
         ("rate_limits", limit),
     ] {
         let detail = format!("Only a key with the scope admin sets {field}.");
-        let mut body = json!({});
-        body[field] = value;
+        let body = json!({(field): value});
         patch(&fixture, &user, id, body.clone()).await.assert_forbidden(&detail);
         if field != "rate_limits" {
-            body["email"] = "user@example.com".into();
-            body["name"] = "x".into();
-            fixture.post("/v1/keys", &user, &body).await.assert_forbidden(&detail);
+            fixture.create(&user, body).await.assert_forbidden(&detail);
         }
     }
     let detail = "Only a key with the scope admin widens allowed_addresses.";

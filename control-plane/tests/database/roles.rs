@@ -84,10 +84,8 @@ async fn a_key_has_the_scopes_of_its_roles_beside_its_own(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     put(&fixture, &admin, "reader", &["orders:read", "users:read"]).await;
     put(&fixture, &admin, "writer", &["orders:write", "orders:read"]).await;
-    let body = json!({
-        "email": "user@example.com", "name": "x", "scopes": ["own", "users:read"], "roles": ["writer", "reader", "writer"],
-    });
-    let made = fixture.post("/v1/keys", &admin, &body).await.expect(201);
+    let body = json!({"scopes": ["own", "users:read"], "roles": ["writer", "reader", "writer"]});
+    let made = fixture.create(&admin, body).await.expect(201);
     assert_eq!(made["roles"], json!(["writer", "reader"]));
     assert_eq!(made["effective_scopes"], json!(["own", "users:read", "orders:write", "orders:read"]));
     let uri = format!("/v1/keys/{}", made["id"].as_str().unwrap());
@@ -141,8 +139,7 @@ async fn a_changed_role_is_sent_in_one_small_update(pool: PgPool) {
     let (_, sync) = fixture.key("operator@example.com", &["sync"]).await;
     put(&fixture, &admin, "reader", &["orders:read"]).await;
     for _ in 0..5 {
-        let body = json!({"email": "user@example.com", "name": "x", "roles": ["reader"]});
-        assert_eq!(fixture.post("/v1/keys", &admin, &body).await.status, 201);
+        assert_eq!(fixture.create(&admin, json!({"roles": ["reader"]})).await.status, 201);
     }
     let at = fixture.in_step().await;
     let number: i32 = scalar(&pool, "select number from definitions").await;
@@ -166,8 +163,7 @@ async fn a_role_in_use_is_not_deleted(pool: PgPool) {
     put(&fixture, &admin, "reader", &["orders:read"]).await;
     let mut keys = Vec::new();
     for _ in 0..2 {
-        let body = json!({"email": "user@example.com", "name": "x", "roles": ["reader"]});
-        let made = fixture.post("/v1/keys", &admin, &body).await.json();
+        let made = fixture.create(&admin, json!({"roles": ["reader"]})).await.json();
         keys.push(format!("/v1/keys/{}", made["id"].as_str().unwrap()));
     }
     let delete = async || fixture.delete("/v1/roles/reader", &admin).await;
@@ -266,13 +262,8 @@ async fn the_scopes_admin_and_sync_are_granted_to_keys_only(pool: PgPool) {
     }
     // Scopes that a key has by a role are not its own to give: they would outlive a change of the role.
     put(&fixture, &admin, "reader", &["orders:read"]).await;
-    let body = json!({"email": "user@example.com", "name": "x", "scopes": ["users:*"], "roles": ["reader"]});
-    let made = fixture.post("/v1/keys", &admin, &body).await.json();
-    let user = secret_of(&made);
-    let create = async |scope: &str| {
-        let body = json!({"email": "user@example.com", "name": "x", "scopes": [scope]});
-        fixture.post("/v1/keys", &user, &body).await
-    };
+    let user = fixture.create(&admin, json!({"scopes": ["users:*"], "roles": ["reader"]})).await.secret();
+    let create = async |scope: &str| fixture.create(&user, json!({"scopes": [scope]})).await;
     let detail =
         "This key cannot grant the scope orders:read, which it does not have itself. Use a key with the scope admin.";
     create("orders:read").await.assert_forbidden(detail);

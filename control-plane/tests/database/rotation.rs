@@ -18,11 +18,6 @@ async fn rotated(fixture: &Fixture, caller: &Secret, id: Uuid, grace_seconds: i6
     reply.secret()
 }
 
-async fn opens(fixture: &Fixture, key: &Secret) -> Value {
-    let reply = fixture.get("/v1/keys", key).await;
-    if reply.status == 200 { json!("allowed") } else { reply.json()["code"].clone() }
-}
-
 async fn secrets(fixture: &Fixture, caller: &Secret, id: Uuid) -> Vec<Value> {
     let reply = fixture.get(&format!("/v1/keys/{id}"), caller).await;
     reply.json()["secrets"].as_array().unwrap().clone()
@@ -59,7 +54,7 @@ async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(p
     expected["last_used_at"] = "2026-05-16T09:12:43Z".into();
     assert_eq!(reply.json(), expected, "what else there is to see of the key is as it was");
 
-    assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("allowed"), json!("allowed")));
+    assert_eq!((fixture.opens(&old).await, fixture.opens(&new).await), (json!("allowed"), json!("allowed")));
     let known = secrets(&fixture, &admin, id).await;
     let ends_at = known[1]["ends_at"].clone();
     let secret = |generation: i32, of: &Secret, ends_at: &Value, usage_count: i64| {
@@ -85,7 +80,7 @@ async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(p
 
     // The old one ends by itself: here its end is moved into the past.
     execute(&pool, "update retired_secrets set ends_at = now()").await;
-    assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
+    assert_eq!((fixture.opens(&old).await, fixture.opens(&new).await), (json!("expired"), json!("allowed")));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -101,7 +96,7 @@ async fn a_grace_never_outlives_the_key(pool: PgPool) {
     assert!((30..=61).contains(&left), "{left}");
     // Revoking the key revokes all of its secrets.
     revoke(&pool, id).await;
-    assert_eq!(opens(&fixture, &old).await, "revoked");
+    assert_eq!(fixture.opens(&old).await, "revoked");
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -117,7 +112,7 @@ async fn without_grace_and_without_a_body_the_old_secret_is_dead_at_once(pool: P
     assert_eq!(reply.status, 201, "{}", reply.json());
     let new = reply.secret();
     assert_eq!(check(new.reveal()), Ok(KeyKind::Live));
-    assert_eq!((opens(&fixture, &old).await, opens(&fixture, &new).await), (json!("expired"), json!("allowed")));
+    assert_eq!((fixture.opens(&old).await, fixture.opens(&new).await), (json!("expired"), json!("allowed")));
     let status = fixture.get("/api/user/key/user@example.com", &admin).await.json();
     assert_eq!(status["keyPreference"]["keyPrefix"], json!(new.display_prefix()));
 }
@@ -132,7 +127,7 @@ async fn an_old_secret_is_cut_off_when_asked_and_the_present_one_is_not(pool: Pg
     let reply = cut(1).await;
     assert_eq!((reply.status, reply.body.len()), (204, 0));
     for (secret, outcome) in [(&first, "expired"), (&second, "allowed"), (&third, "allowed")] {
-        assert_eq!(opens(&fixture, secret).await, outcome);
+        assert_eq!(fixture.opens(secret).await, outcome);
     }
     let (ended, at) = (secrets(&fixture, &admin, id).await, revision(&pool).await);
     assert_eq!(cut(1).await.status, 204);
@@ -191,7 +186,7 @@ async fn rotations_at_the_same_time_lose_no_secret(pool: PgPool) {
     let one = || rotated(&fixture, &admin, id, 600);
     let (a, b, c, d) = tokio::join!(one(), one(), one(), one());
     for secret in [first, a, b, c, d] {
-        assert_eq!(opens(&fixture, &secret).await, "allowed");
+        assert_eq!(fixture.opens(&secret).await, "allowed");
     }
     let generations: Vec<_> =
         secrets(&fixture, &admin, id).await.iter().map(|secret| secret["generation"].clone()).collect();

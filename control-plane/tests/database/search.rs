@@ -1,16 +1,13 @@
 //! Search for keys, and the audit trail.
 
-use crate::support::{Fixture, change_key, execute, id_of, revoke, secret_of};
+use crate::support::{Fixture, change_key, execute, revoke, secret_of};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
 async fn named(fixture: &Fixture, admin: &Secret, email: &str, name: &str) -> (Uuid, Secret) {
-    let body = json!({"email": email, "name": name});
-    let created = fixture.post("/v1/keys", admin, &body).await.json();
-    let secret = secret_of(&created);
-    (id_of(&created), secret)
+    fixture.created(admin, json!({"email": email, "name": name})).await
 }
 
 async fn names(fixture: &Fixture, caller: &Secret, query: &str) -> Vec<String> {

@@ -1,13 +1,12 @@
 //! A transaction has ended before its answer is sent. The PostgreSQL of these tests takes long to roll back.
 
-use crate::support::reports::count;
+use crate::support::reports::{count, submit};
 use crate::support::slow_rollback::SlowRollback;
 use crate::support::{Fixture, Reply, change_key, execute, request, revoke};
 use axum::body::Body;
 use contract::id::ReporterId;
-use contract::key::Secret;
 use contract::outcome::Outcome;
-use contract::usage::{Report, write_reports};
+use contract::usage::Report;
 use control_plane::api;
 use control_plane::change::{Writer, transact};
 use control_plane::metering::Ingest;
@@ -120,16 +119,8 @@ async fn a_fault_of_the_database_is_rolled_back_before_it_is_answered(pool: PgPo
     assert_ended(&slow, before, 500, "an answer that is not kept", &reply);
 
     let before = slow.rolled_back();
-    let reply = report(
-        &fixture,
-        &sync,
-        Report { reporter: ReporterId([1; 16]), seq: 1, counts: vec![count(key, Outcome::Allowed, 7)] },
-    );
-    assert_ended(&slow, before, 503, "a usage report", &reply.await);
-}
-
-async fn report(fixture: &Fixture, sync: &Secret, report: Report) -> Reply {
-    fixture.send(request("POST", "/sync/v1/usage", Some(sync), write_reports(&[report]).unwrap())).await
+    let report = Report { reporter: ReporterId([1; 16]), seq: 1, counts: vec![count(key, Outcome::Allowed, 7)] };
+    assert_ended(&slow, before, 503, "a usage report", &submit(&fixture, &sync, &[report]).await);
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -2,10 +2,9 @@
 
 use std::io::Cursor;
 
-use crate::support::reports::logged;
+use crate::support::reports::{allowed, logged, submit};
 use crate::support::{Fixture, Reply, request, rows, scalar};
 use contract::id::{KeyId, ReporterId};
-use contract::key::Secret;
 use contract::outcome::Outcome;
 use contract::usage::{Ack, Count, KeyRef, REPORT_COUNTS, Report, Subject, write_reports};
 use control_plane::metering::import::import;
@@ -31,17 +30,9 @@ fn report(reporter: ReporterId, seq: u64, counts: &[Count]) -> Report {
     Report { reporter, seq, counts: counts.to_vec() }
 }
 
-async fn send(fixture: &Fixture, sync: &Secret, reports: &[Report]) -> Reply {
-    fixture.send(request("POST", "/sync/v1/usage", Some(sync), write_reports(reports).unwrap())).await
-}
-
 fn acknowledged(reply: &Reply) -> u64 {
     assert_eq!((reply.status, reply.header("content-type")), (200, "application/vnd.portcullis.ack"));
     Ack::read(&reply.body).unwrap().seq
-}
-
-async fn allowed(pool: &PgPool, id: Uuid) -> i64 {
-    scalar(pool, format!("select coalesce(sum(requests), 0)::bigint from key_usage where key_id = '{id}'")).await
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -58,7 +49,7 @@ async fn a_report_is_applied_once_however_often_it_is_sent(pool: PgPool) {
         ],
     );
     for _ in 0..3 {
-        assert_eq!(acknowledged(&send(&fixture, &sync, std::slice::from_ref(&first)).await), 1);
+        assert_eq!(acknowledged(&submit(&fixture, &sync, std::slice::from_ref(&first)).await), 1);
     }
     assert_eq!(allowed(&pool, id).await, 10);
     let sql = format!("select outcome, requests, cost from usage_hourly where key_id = '{id}' order by outcome");
@@ -70,7 +61,7 @@ async fn a_report_is_applied_once_however_often_it_is_sent(pool: PgPool) {
 
     // A batch with a report that is known and one that is not.
     let second = report(REPORTER, 2, &[count(Some(id), Outcome::Allowed, 5)]);
-    assert_eq!(acknowledged(&send(&fixture, &sync, &[first, second]).await), 2);
+    assert_eq!(acknowledged(&submit(&fixture, &sync, &[first, second]).await), 2);
     assert_eq!(allowed(&pool, id).await, 15);
 }
 
@@ -85,7 +76,7 @@ async fn many_envoys_that_report_at_once_are_all_counted(pool: PgPool) {
             let reporter = ReporterId([envoy; 16]);
             for seq in 1..=5 {
                 let counts = [count(Some(id), Outcome::Allowed, 2), count(Some(other), Outcome::Allowed, 1)];
-                assert_eq!(acknowledged(&send(fixture, sync, &[report(reporter, seq, &counts)]).await), seq);
+                assert_eq!(acknowledged(&submit(fixture, sync, &[report(reporter, seq, &counts)]).await), seq);
             }
         }
     });
@@ -98,7 +89,7 @@ async fn counts_of_keys_that_the_database_does_not_hold_do_not_stop_the_others(p
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     let (id, _) = fixture.key("a@example.com", &[]).await;
     let counts = [count(Some(Uuid::from_u128(9)), Outcome::Allowed, 4), count(Some(id), Outcome::Allowed, 1)];
-    assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &counts)]).await), 1);
+    assert_eq!(acknowledged(&submit(&fixture, &sync, &[report(REPORTER, 1, &counts)]).await), 1);
     assert_eq!(allowed(&pool, id).await, 1);
 }
 
@@ -110,11 +101,11 @@ async fn forged_sums_saturate_and_stop_no_report(pool: PgPool) {
     let most = Count { cost: 1_000_000_000_000_000, ..count(Some(id), Outcome::Allowed, 1_000_000_000_000) };
     for seq in 1..=2 {
         let forged = report(REPORTER, seq, &vec![most; REPORT_COUNTS]);
-        assert_eq!(acknowledged(&send(&fixture, &sync, &[forged]).await), seq);
+        assert_eq!(acknowledged(&submit(&fixture, &sync, &[forged]).await), seq);
     }
     let (other, _) = fixture.key("b@example.com", &[]).await;
     let honest = report(ReporterId([6; 16]), 1, &[count(Some(other), Outcome::Allowed, 3)]);
-    assert_eq!(acknowledged(&send(&fixture, &sync, &[honest]).await), 1);
+    assert_eq!(acknowledged(&submit(&fixture, &sync, &[honest]).await), 1);
     assert_eq!(allowed(&pool, other).await, 3);
     let uri = format!("/v1/keys/{id}/usage?from=2025-11-20T00:00:00Z&to=2025-12-01T00:00:00Z");
     let reply = fixture.get(&uri, &admin).await;
@@ -151,7 +142,7 @@ async fn usage_from_the_future_counts_as_of_now(pool: PgPool) {
     let (id, _) = fixture.key("a@example.com", &[]).await;
     let mut far = Count { last_ms: u64::MAX, ..count(Some(id), Outcome::Allowed, 1) };
     far.of.hour = u32::MAX;
-    assert_eq!(acknowledged(&send(&fixture, &sync, &[report(REPORTER, 1, &[far])]).await), 1);
+    assert_eq!(acknowledged(&submit(&fixture, &sync, &[report(REPORTER, 1, &[far])]).await), 1);
     let line = logged(&pool, &sync, &[report(REPORTER, 2, &[far])]).await;
     assert_eq!(import(&pool, Cursor::new(&line)).await.unwrap().applied, 1);
     let sql = "select bool_and(last_used_at between now() - interval '1 minute' and now() + interval '1 second'

@@ -11,14 +11,10 @@ use control_plane::metering::import::{Imported, import};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::support::reports::{ENVOY_PREFIX, Envoy, count, line, logged};
-use crate::support::{Fixture, revoke, scalar};
+use crate::support::reports::{ENVOY_PREFIX, Envoy, allowed, count, line, logged};
+use crate::support::{Fixture, revoke};
 
 const SYNC: &[&str] = &["sync"];
-
-async fn allowed(pool: &PgPool, id: Uuid) -> i64 {
-    scalar(pool, format!("select coalesce(sum(requests), 0)::bigint from key_usage where key_id = '{id}'")).await
-}
 
 /// A report of requests that came so many days ago.
 fn aged(days: u64, reporter: u8, seq: u64, key: Uuid, requests: u64) -> Report {

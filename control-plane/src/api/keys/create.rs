@@ -12,7 +12,6 @@ use super::view::{CreateReply, KeyView, Kind};
 use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
 use crate::api::openapi::{Conflict, IdempotencyKey};
-use crate::api::preconditions::etag;
 use crate::domain::{
     Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits,
 };
@@ -110,13 +109,13 @@ pub async fn create(Call { app, caller, .. }: Call, mut request: IdempotentReque
     caller.bind(&mut new, app.owner_keys_per_day);
     let response = request.respond(&app.writer, &caller, async |change| {
         let CreatedKey { key, secret, effective } = keys::create::create(change, new).await?;
-        let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+        let (id, version) = (key.id, key.version);
         let view = match effective {
             Some(effective) => KeyView::new(key, effective, now),
             None => show(&mut **change, key).await?,
         };
         let reply = CreateReply { secret, view };
-        Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
+        Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.of_key(id, version))
     });
     response.await
 }

@@ -11,7 +11,6 @@ use super::{ById, lock, not_found, show};
 use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
 use crate::api::openapi::{Conflict, IdempotencyKey, IfMatch};
-use crate::api::preconditions::etag;
 use crate::domain::Preconditions;
 use crate::error::ApiError;
 use crate::keys::daily_limit::{self, Act};
@@ -61,9 +60,9 @@ pub async fn rotate(
         caller.require_rotatable(key.id, key.generation)?;
         let secret = keys::rotate::rotate(change, &key, body.kind.into(), grace).await?;
         let key = read::get(&mut **change, path.id).await?.ok_or_else(|| not_found(path.id))?;
-        let (location, tag) = (format!("/v1/keys/{}", key.id), etag(key.version));
+        let (id, version) = (key.id, key.version);
         let reply = CreateReply { secret, view: show(&mut **change, key).await? };
-        Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.at(location).tagged(tag))
+        Ok(IdempotentResponse::new(StatusCode::CREATED, &reply)?.of_key(id, version))
     });
     response.await
 }

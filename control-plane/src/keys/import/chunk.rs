@@ -7,22 +7,14 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Accepted, Code};
-use crate::audit::{Actor, AuditEvent};
-use crate::change::{Change, Writer};
+use crate::audit::AuditEvent;
+use crate::change::Change;
 use crate::error::ApiError;
 use crate::keys::lock::lock_store;
 use crate::quota::{Whose, refresh_starters};
 
 /// Writes a chunk. Returns the numbers of the lines whose keys exist already, and why they were not written.
-pub(super) async fn write(
-    writer: &Writer,
-    actor: &Actor,
-    chunk: &[Accepted],
-) -> Result<Vec<(u64, Code, String)>, ApiError> {
-    writer.change(actor, async |change| write_in(change, chunk).await).await
-}
-
-async fn write_in(change: &mut Change, chunk: &[Accepted]) -> Result<Vec<(u64, Code, String)>, ApiError> {
+pub(super) async fn write(change: &mut Change, chunk: &[Accepted]) -> Result<Vec<(u64, Code, String)>, ApiError> {
     let owners = lock_owners(change, chunk).await?;
     // Until the commit, no other transaction creates or rotates a key.
     lock_store(change).await?;

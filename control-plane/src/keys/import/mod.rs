@@ -1,30 +1,33 @@
 //! Imports keys of another system from lines of JSON, a thousand per transaction, so that a revocation waits for
 //! one of them only. A bad line is reported by its number, with a reason that contains no part of the key; the
-//! other lines are imported. Keys that exist already are duplicates, so an import can be repeated. [`lines`] splits
-//! the stream, [`mod@line`] parses a line, [`chunk`] writes a thousand.
+//! other lines are imported. Keys that exist already are duplicates, so an import can be repeated. [`mod@line`] parses
+//! a line, [`chunk`] writes a thousand.
 
 pub mod chunk;
 pub mod line;
-pub mod lines;
 
 use std::collections::HashSet;
 
+use bytes::{Bytes, BytesMut};
 use contract::hash::KeyHash;
 use contract::json::BYTE_ORDER_MARK;
 use contract::pepper::Pepper;
 use serde::Serialize;
 use serde_json::json;
 use time::OffsetDateTime;
+use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 use utoipa::ToSchema;
 
 use self::line::{ImportedKey, parse};
-use self::lines::{Line, Lines};
 use crate::audit::{Actor, AuditEvent};
 use crate::change::Writer;
 use crate::error::ApiError;
 
 /// Most lines of an import. It keeps the hash of each in memory, to detect duplicates.
 pub const LINES: u64 = 100_000;
+
+/// Longest line, in bytes. A key with all its fields fits.
+const LINE_BYTES: usize = 16 * 1_024;
 
 /// Keys per transaction.
 pub const CHUNK: usize = 1_000;
@@ -101,7 +104,12 @@ pub struct Import {
     writer: Writer,
     actor: Actor,
     pepper: Option<Pepper>,
-    lines: Lines,
+    /// Splits the bytes into lines, and drops lines that are too long.
+    lines: AnyDelimiterCodec,
+    /// The incomplete line.
+    begun: BytesMut,
+    /// Lines so far.
+    number: u64,
     seen: HashSet<KeyHash>,
     chunk: Vec<Accepted>,
     so_far: ImportReply,
@@ -115,7 +123,9 @@ impl Import {
             writer,
             actor,
             pepper,
-            lines: Lines::default(),
+            lines: AnyDelimiterCodec::new_with_max_length(b"\n".into(), Vec::new(), LINE_BYTES),
+            begun: BytesMut::new(),
+            number: 0,
             seen: HashSet::new(),
             chunk: Vec::new(),
             so_far: ImportReply::default(),
@@ -125,11 +135,12 @@ impl Import {
 
     /// Imports the lines that the next bytes complete. Returns whether more bytes are wanted. If it fails, committed lines
     /// stay imported.
-    pub async fn take(&mut self, mut bytes: &[u8]) -> Result<bool, ApiError> {
+    pub async fn take(&mut self, bytes: &[u8]) -> Result<bool, ApiError> {
+        self.begun.extend_from_slice(bytes);
         while !self.over
-            && let Some((number, line)) = self.lines.next(&mut bytes)
+            && let Some(line) = self.lines.decode(&mut self.begun).transpose()
         {
-            self.line(number, line).await?;
+            self.line(line.ok()).await?;
         }
         Ok(!self.over)
     }
@@ -137,9 +148,9 @@ impl Import {
     /// Imports the last line, which may lack a line end, and commits the last keys.
     pub async fn finish(mut self) -> Result<ImportReply, ApiError> {
         if !self.over
-            && let Some((number, line)) = self.lines.rest()
+            && let Some(line) = self.lines.decode_eof(&mut self.begun).transpose()
         {
-            self.line(number, line).await?;
+            self.line(line.ok()).await?;
         }
         self.commit().await?;
         let ImportReply { imported, failed, .. } = self.so_far;
@@ -150,7 +161,10 @@ impl Import {
         Ok(self.so_far)
     }
 
-    async fn line(&mut self, number: u64, line: Line) -> Result<(), ApiError> {
+    /// Takes a line; none is one that is too long.
+    async fn line(&mut self, line: Option<Bytes>) -> Result<(), ApiError> {
+        self.number += 1;
+        let number = self.number;
         if number > LINES {
             if number == LINES + 1 {
                 let reason = format!("an import has at most {LINES} lines; this one and all after it were not taken");
@@ -161,12 +175,9 @@ impl Import {
             self.over = number >= LINES + BEYOND;
             return Ok(());
         }
-        let text = match line {
-            Line::Whole(text) => text,
-            Line::TooLong => {
-                self.fail(number, Code::TooLong, format!("a line has at most {} bytes", lines::LINE_BYTES));
-                return Ok(());
-            }
+        let Some(text) = line else {
+            self.fail(number, Code::TooLong, format!("a line has at most {LINE_BYTES} bytes"));
+            return Ok(());
         };
         let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
         if text.iter().all(u8::is_ascii_whitespace) {
@@ -190,7 +201,7 @@ impl Import {
         if chunk.is_empty() {
             return Ok(());
         }
-        let refused = chunk::write(&self.writer, &self.actor, &chunk).await?;
+        let refused = self.writer.change(&self.actor, async |change| chunk::write(change, &chunk).await).await?;
         self.so_far.imported += (chunk.len() - refused.len()) as u64;
         for (number, code, reason) in refused {
             self.fail(number, code, reason);

@@ -179,6 +179,18 @@ impl Fixture {
         self.post("/v1/keys", caller, body).await
     }
 
+    /// Creates a key from the body of a request; its id and secret.
+    pub async fn created(&self, caller: &Secret, body: Value) -> (Uuid, Secret) {
+        let created = self.post("/v1/keys", caller, body).await.expect(201);
+        (id_of(&created), secret_of(&created))
+    }
+
+    /// `allowed`, or the code of the problem that a key is refused with.
+    pub async fn opens(&self, key: &Secret) -> Value {
+        let reply = self.get("/v1/keys", key).await;
+        if reply.status == 200 { json!("allowed") } else { reply.json()["code"].clone() }
+    }
+
     /// Imports lines of keys.
     pub async fn import(&self, key: &Secret, lines: impl Into<Body>) -> Reply {
         let mut request = request("POST", "/v1/keys/import", Some(key), lines);

@@ -8,7 +8,7 @@ use contract::usage_log::LogKey;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::{Fixture, request};
+use super::{Fixture, Reply, request, scalar};
 
 /// What Envoy puts before a message of the filter.
 pub const ENVOY_PREFIX: &str = "[2026-11-24 02:44:59.439][1][warning][wasm] [source/extensions/common/wasm/context.cc:1195] \
@@ -35,13 +35,22 @@ impl Envoy {
     /// Sends the last report once more.
     pub async fn again(&self, fixture: &Fixture, counts: &[Count]) -> Vec<Grant> {
         let report = Report { reporter: self.id, seq: self.seq, counts: counts.to_vec() };
-        let body = write_reports(&[report]).unwrap();
-        let reply = fixture.send(request("POST", "/sync/v1/usage", Some(&self.sync), body)).await;
+        let reply = submit(fixture, &self.sync, &[report]).await;
         assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
         let ack = Ack::read(&reply.body).unwrap();
         assert_eq!((ack.reporter, ack.seq), (self.id, self.seq));
         ack.grants
     }
+}
+
+/// Sends reports of any Envoy under any key.
+pub async fn submit(fixture: &Fixture, key: &Secret, reports: &[Report]) -> Reply {
+    fixture.send(request("POST", "/sync/v1/usage", Some(key), write_reports(reports).unwrap())).await
+}
+
+/// Requests that were allowed with a key.
+pub async fn allowed(pool: &PgPool, id: Uuid) -> i64 {
+    scalar(pool, format!("select coalesce(sum(requests), 0)::bigint from key_usage where key_id = '{id}'")).await
 }
 
 /// The line that an Envoy with this sync key writes into its log, once the control plane knows how to verify it.
