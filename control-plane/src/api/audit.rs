@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 
 use axum::response::Response;
-use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
+use serde::Deserialize;
+use utoipa::IntoParams;
 use uuid::Uuid;
 
 use super::extract::search_text;
@@ -54,15 +54,7 @@ fn shown_to(caller: &Caller, entry: AuditEntry) -> AuditEntry {
     AuditEntry { actor_key_id: None, actor_email, address: None, request_id: None, ..entry }
 }
 
-/// A page of the trail, the newest first.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct AuditPage {
-    /// The entries.
-    entries: Vec<AuditEntry>,
-    /// The `cursor` for the next page; null on the last page.
-    #[schema(required)]
-    next_cursor: Option<String>,
-}
+pagination::page!(AuditPage "A page of the trail, the newest first." { entries: AuditEntry = "The entries." });
 
 /// List the audit trail, the newest entry first.
 ///

@@ -6,13 +6,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
 use super::extract::Json;
-use super::pagination::{Next, Page};
-use crate::App;
 use crate::api::auth::Caller;
 use crate::api::preconditions::etag;
-use crate::definitions::store::{self, Definition};
-use crate::definitions::{Content, Kind, Name};
-use crate::domain::Preconditions;
+use crate::definitions::{Kind, Name};
 use crate::error::ApiError;
 
 /// The routes of roles or of plans: list, get, put and delete. `$body` has a method `parse`, `$view` a function `of`.
@@ -28,11 +24,11 @@ macro_rules! routes {
         use axum::http::StatusCode;
         use axum::response::Response;
         use $crate::api::call::Call;
-        use $crate::api::definitions::{self, ByName};
+        use $crate::api::definitions::{ByName, missing, reply};
         use $crate::api::extract::Json;
         use $crate::api::openapi::{Conditions, Conflict};
         use $crate::api::pagination::{self, All, List, PageQuery};
-        use $crate::definitions::Kind;
+        use $crate::definitions::{Kind, store};
         use $crate::domain::Preconditions;
 
         #[doc = $list_doc]
@@ -45,7 +41,9 @@ macro_rules! routes {
             Call { app, caller, .. }: Call,
             List { page, .. }: List<All, String>,
         ) -> Result<Response, ApiError> {
-            let (found, next) = definitions::list(&app, &caller, page, Kind::$kind).await?;
+            caller.require_admin()?;
+            let mut found = store::list(&app.pool, Kind::$kind, page.after.as_deref(), page.read()).await?;
+            let next = page.cut(&mut found, |last| last.name.clone());
             let $field = found.into_iter().map($view::of).collect();
             Ok(pagination::reply($page { $field, next_cursor: next.cursor }, next.link))
         }
@@ -57,7 +55,9 @@ macro_rules! routes {
             responses((status = 200, description = "The role or plan", body = $view))
         )]
         pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, ApiError> {
-            definitions::get(&app, &caller, &path, Kind::$kind, $view::of).await
+            let name = path.parse(&caller)?;
+            let found = store::get(&app.pool, Kind::$kind, &name).await?.ok_or_else(|| missing(Kind::$kind, &name))?;
+            Ok(reply(StatusCode::OK, found.version, $view::of(found)))
         }
 
         #[doc = $put_doc]
@@ -77,7 +77,12 @@ macro_rules! routes {
             preconditions: Preconditions,
             Json(body): Json<$body>,
         ) -> Result<Response, ApiError> {
-            definitions::put(&app, &caller, (Kind::$kind, &path), &body.parse()?, &preconditions, $view::of).await
+            let content = body.parse()?;
+            let name = path.parse(&caller)?;
+            let put = store::put(&app.writer, &caller.actor, Kind::$kind, &name, &content, &preconditions);
+            let (definition, made) = put.await?;
+            let status = if made { StatusCode::CREATED } else { StatusCode::OK };
+            Ok(reply(status, definition.version, $view::of(definition)))
         }
 
         #[doc = $delete_doc]
@@ -90,7 +95,11 @@ macro_rules! routes {
             Call { app, caller, path }: Call<ByName>,
             preconditions: Preconditions,
         ) -> Result<StatusCode, ApiError> {
-            definitions::remove(&app, &caller, (Kind::$kind, &path), &preconditions).await
+            let name = path.parse(&caller)?;
+            let removed = app.writer.change(&caller.actor, async |change| {
+                store::remove(change, Kind::$kind, &name, &preconditions).await
+            });
+            if removed.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(Kind::$kind, &name)) }
         }
     };
 }
@@ -105,64 +114,19 @@ pub struct ByName {
     name: String,
 }
 
-/// A page of definitions, each found by its name, and what is said of the next page.
-pub(super) async fn list(
-    app: &App,
-    caller: &Caller,
-    page: Page<String>,
-    kind: Kind,
-) -> Result<(Vec<Definition>, Next), ApiError> {
-    caller.require_admin()?;
-    let mut definitions = store::list(&app.pool, kind, page.after.as_deref(), page.read()).await?;
-    let next = page.cut(&mut definitions, |last| last.name.clone());
-    Ok((definitions, next))
+impl ByName {
+    /// The name, for admins only.
+    pub(super) fn parse(&self, caller: &Caller) -> Result<Name, ApiError> {
+        let name = Name::parse("name", &self.name)?;
+        caller.require_admin()?;
+        Ok(name)
+    }
 }
 
-pub(super) async fn get<T: Serialize>(
-    app: &App,
-    caller: &Caller,
-    path: &ByName,
-    kind: Kind,
-    show: impl Fn(Definition) -> T,
-) -> Result<Response, ApiError> {
-    let name = Name::parse("name", &path.name)?;
-    caller.require_admin()?;
-    let found = store::get(&app.pool, kind, &name).await?.ok_or_else(|| missing(kind, &name))?;
-    Ok(reply(StatusCode::OK, found, show))
-}
-
-pub(super) async fn put<T: Serialize>(
-    app: &App,
-    caller: &Caller,
-    (kind, path): (Kind, &ByName),
-    content: &Content,
-    condition: &Preconditions,
-    show: impl Fn(Definition) -> T,
-) -> Result<Response, ApiError> {
-    let name = Name::parse("name", &path.name)?;
-    caller.require_admin()?;
-    let (definition, made) = store::put(&app.writer, &caller.actor, kind, &name, content, condition).await?;
-    let status = if made { StatusCode::CREATED } else { StatusCode::OK };
-    Ok(reply(status, definition, show))
-}
-
-pub(super) async fn remove(
-    app: &App,
-    caller: &Caller,
-    (kind, path): (Kind, &ByName),
-    condition: &Preconditions,
-) -> Result<StatusCode, ApiError> {
-    let name = Name::parse("name", &path.name)?;
-    caller.require_admin()?;
-    let remove = app.writer.change(&caller.actor, async |change| store::remove(change, kind, &name, condition).await);
-    if remove.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(kind, &name)) }
-}
-
-fn missing(kind: Kind, name: &Name) -> ApiError {
+pub(super) fn missing(kind: Kind, name: &Name) -> ApiError {
     ApiError::NotFound(format!("There is no {} {}.", kind.name(), name.as_str()))
 }
 
-fn reply<T: Serialize>(status: StatusCode, definition: Definition, show: impl Fn(Definition) -> T) -> Response {
-    let tag = [(header::ETAG, etag(definition.version))];
-    (status, tag, Json(show(definition))).into_response()
+pub(super) fn reply(status: StatusCode, version: i64, view: impl Serialize) -> Response {
+    (status, [(header::ETAG, etag(version))], Json(view)).into_response()
 }

@@ -131,8 +131,9 @@ pub struct AppliedOn {
     unreachable: i64,
 }
 
-/// By how many Envoys a change with this revision was applied.
-pub async fn applied_on(app: &App, revision: i64) -> Result<AppliedOn, ApiError> {
+/// By how many Envoys the last change of a key was applied, of a secret that it had, of its roles and its plan.
+pub async fn key_applied_on(app: &App, key_id: Uuid) -> Result<AppliedOn, ApiError> {
+    let revision = filters::revision_of(&app.pool, key_id).await?.unwrap_or_default();
     let Rollout { epoch, filters: envoys, applied, confirmed_s, silent: unreachable } =
         filters::rollout(&app.pool, revision).await?;
     // An Envoy lags since the change came, or since it last confirmed an older revision, whichever was later.
@@ -140,12 +141,6 @@ pub async fn applied_on(app: &App, revision: i64) -> Result<AppliedOn, ApiError>
     let arrived_s = arrived.map_or(f64::INFINITY, |arrived| arrived.as_secs_f64());
     let max_lag_seconds = confirmed_s.map(|confirmed_s| confirmed_s.min(arrived_s).max(0.0));
     Ok(AppliedOn { envoys, applied, max_lag_seconds, unreachable })
-}
-
-/// The same for the last change of a key, of a secret that it had, of its roles and its plan.
-pub async fn key_applied_on(app: &App, key_id: Uuid) -> Result<AppliedOn, ApiError> {
-    let revision = filters::revision_of(&app.pool, key_id).await?;
-    applied_on(app, revision.unwrap_or_default()).await
 }
 
 /// List the Envoys that sync.

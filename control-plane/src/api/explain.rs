@@ -11,7 +11,7 @@ use contract::json::{InputError, read_value};
 use contract::key::{PRESENTED_BYTES, Secret, check};
 use contract::outcome::Outcome;
 use contract::pepper::hashes;
-use contract::policy::{Policy, PolicyText};
+use contract::policy::PolicyText;
 use contract::record::{RateLimit, Record};
 use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
@@ -25,7 +25,7 @@ use crate::api::extract::Json;
 use crate::api::openapi::NotFound;
 use crate::domain::parse_time;
 use crate::error::ApiError;
-use crate::explain::policies::is_method;
+use crate::explain::policies::{MatchedPolicy, is_method};
 use crate::explain::{budgets, hash_of};
 
 /// Longest path that is looked at, in bytes.
@@ -112,14 +112,6 @@ impl CheckView {
     }
 }
 
-/// The policy that applies.
-struct AppliedPolicy {
-    name: String,
-    /// None if there is none of the name.
-    policy: Option<Policy>,
-    how: String,
-}
-
 /// Explain the decision on a request.
 #[utoipa::path(
     operation_id = "explainRequest",
@@ -188,7 +180,7 @@ fn explanation(outcome: Outcome, policy: String, shadow: bool, checks: Vec<Check
     Explanation { outcome, status, policy, shadow, checks }
 }
 
-fn applies(app: &App, body: &ExplainBody) -> Result<AppliedPolicy, ApiError> {
+fn applies(app: &App, body: &ExplainBody) -> Result<MatchedPolicy, ApiError> {
     let method = body.method.as_deref().unwrap_or("GET");
     if !is_method(method) {
         return Err(ApiError::invalid("method", "must be a method in capitals, such as GET"));
@@ -198,8 +190,8 @@ fn applies(app: &App, body: &ExplainBody) -> Result<AppliedPolicy, ApiError> {
     {
         return Err(ApiError::invalid("path", format!("must start with / and have at most {PATH_BYTES} bytes")));
     }
-    let found = match (&body.policy, path) {
-        (Some(serde_json::Value::String(name)), _) => app.policies.named(name),
+    match (&body.policy, path) {
+        (Some(serde_json::Value::String(name)), _) => Ok(app.policies.named(name)),
         (Some(inline), _) => {
             let text: PolicyText = read_value(inline).map_err(|InputError { path, detail, .. }| {
                 let field = if path.is_empty() { "policy".into() } else { format!("policy.{path}") };
@@ -207,16 +199,12 @@ fn applies(app: &App, body: &ExplainBody) -> Result<AppliedPolicy, ApiError> {
             })?;
             let policy =
                 text.check("policy", INLINE).map_err(|error| ApiError::invalid("policy", error.to_string()))?;
-            return Ok(AppliedPolicy {
-                name: INLINE.into(),
-                policy: Some(policy),
-                how: "it stands in the request".into(),
-            });
+            let how = "it stands in the request".into();
+            Ok(MatchedPolicy { name: INLINE.into(), policy: Some(policy), how })
         }
-        (None, Some(path)) => app.policies.of_request(method, path),
-        (None, None) => app.policies.default_policy(),
-    };
-    Ok(AppliedPolicy { name: found.name.to_owned(), policy: found.policy.cloned(), how: found.how })
+        (None, Some(path)) => Ok(app.policies.of_request(method, path)),
+        (None, None) => Ok(app.policies.default_policy()),
+    }
 }
 
 fn presents_nothing(body: &ExplainBody) -> bool {

@@ -14,7 +14,7 @@ use crate::api::call::Call;
 use crate::domain::{Email, KeyName, Timestamp};
 use crate::error::ApiError;
 use crate::keys::create::replace_primary;
-use crate::keys::model::{NewKey, PrimaryStatus};
+use crate::keys::model::{Key, NewKey};
 use crate::keys::read::primary;
 use crate::keys::revoke::revoke_primary;
 
@@ -52,8 +52,8 @@ pub struct KeyPreference {
     balance: i64,
 }
 
-impl From<PrimaryStatus> for KeyPreference {
-    fn from(PrimaryStatus { balance, key }: PrimaryStatus) -> Self {
+impl From<(i64, Option<Key>)> for KeyPreference {
+    fn from((balance, key): (i64, Option<Key>)) -> Self {
         Self {
             has_key: key.is_some(),
             generated_at: key.as_ref().map(|key| key.created_at.into()),

@@ -123,6 +123,22 @@ pub fn next_link(path: &str, query: &impl Serialize) -> HeaderValue {
         .unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
+/// Declares a page of a list: its name, its description, its field and what that holds.
+macro_rules! page {
+    ($name:ident $about:tt { $field:ident: $entry:ty = $of:tt }) => {
+        #[doc = $about]
+        #[derive(Debug, serde::Serialize, utoipa::ToSchema)]
+        pub struct $name {
+            #[doc = $of]
+            $field: Vec<$entry>,
+            /// The `cursor` for the next page; null on the last page.
+            #[schema(required)]
+            next_cursor: Option<String>,
+        }
+    };
+}
+pub(super) use page;
+
 /// A page as a reply, with a link to the next one.
 pub fn reply<T: Serialize>(page: T, next: Option<HeaderValue>) -> Response {
     let mut response = Json(page).into_response();

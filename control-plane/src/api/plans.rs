@@ -68,15 +68,7 @@ impl PlanView {
     }
 }
 
-/// A page of plans, by name.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct PlanPage {
-    /// The plans.
-    plans: Vec<PlanView>,
-    /// The `cursor` for the next page; null on the last page.
-    #[schema(required)]
-    next_cursor: Option<String>,
-}
+super::pagination::page!(PlanPage "A page of plans, by name." { plans: PlanView = "The plans." });
 
 super::definitions::routes!(
     Plan "plans", PlanView, PlanBody, PlanPage { plans },

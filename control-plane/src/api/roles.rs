@@ -55,15 +55,7 @@ impl RoleView {
     }
 }
 
-/// A page of roles, by name.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct RolePage {
-    /// The roles.
-    roles: Vec<RoleView>,
-    /// The `cursor` for the next page; null on the last page.
-    #[schema(required)]
-    next_cursor: Option<String>,
-}
+super::pagination::page!(RolePage "A page of roles, by name." { roles: RoleView = "The roles." });
 
 super::definitions::routes!(
     Role "roles", RoleView, RoleBody, RolePage { roles },

@@ -4,7 +4,7 @@
 
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -18,7 +18,7 @@ use crate::credits::{self, Refill};
 use crate::definitions::Name;
 use crate::domain::{Email, Patch, Preconditions};
 use crate::error::ApiError;
-use crate::keys::revoke::revoke_all;
+use crate::keys::revoke::{RevokeKeysReply, revoke_all};
 use crate::users::lock::{lock_user, unknown};
 use crate::users::{self, UserView};
 
@@ -30,15 +30,7 @@ pub struct ById {
     pub(super) id: Uuid,
 }
 
-/// A page of users, by address.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct UserPage {
-    /// The users.
-    users: Vec<UserView>,
-    /// The `cursor` for the next page; null on the last page.
-    #[schema(required)]
-    next_cursor: Option<String>,
-}
+pagination::page!(UserPage "A page of users, by address." { users: UserView = "The users." });
 
 /// Which users, and how many.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -78,17 +70,6 @@ pub struct UserBody {
     #[serde(default)]
     #[schema(value_type = Option<Refill>)]
     refill: Patch<Refill>,
-}
-
-/// The result of revoking the keys of a user.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct RevokeKeysReply {
-    /// Keys that were revoked now.
-    #[schema(minimum = 0)]
-    revoked: i64,
-    /// Keys with the scope admin or sync, which only an admin's key revokes.
-    #[schema(minimum = 0)]
-    skipped: i64,
 }
 
 /// List users by email address, or look one up.
@@ -203,9 +184,8 @@ pub async fn update(
 )]
 pub async fn revoke_keys(Call { app, caller, path }: Call<ById>) -> Result<Json<RevokeKeysReply>, ApiError> {
     caller.require_user_or_admin(path.id)?;
-    let all =
-        app.writer.change(&caller.actor, async |change| revoke_all(change, path.id, caller.is_admin()).await).await?;
-    Ok(Json(RevokeKeysReply { revoked: all.revoked, skipped: all.skipped }))
+    let revoked = app.writer.change(&caller.actor, async |change| revoke_all(change, path.id, caller.is_admin()).await);
+    Ok(Json(revoked.await?))
 }
 
 fn show(user: UserView) -> Response {

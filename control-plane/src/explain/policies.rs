@@ -49,10 +49,10 @@ struct File {
 
 /// A policy that was looked for.
 #[derive(Clone, Debug)]
-pub struct MatchedPolicy<'a> {
-    pub name: &'a str,
+pub struct MatchedPolicy {
+    pub name: String,
     /// What it asks for; `None` if there is none of the name.
-    pub policy: Option<&'a Policy>,
+    pub policy: Option<Policy>,
     /// How it was found, in words.
     pub how: String,
 }
@@ -91,14 +91,14 @@ impl ConfiguredPolicies {
     }
 
     /// The policy of this name.
-    pub fn named<'a>(&'a self, name: &'a str) -> MatchedPolicy<'a> {
+    pub fn named(&self, name: &str) -> MatchedPolicy {
         let policy = self.policies.find((name != DEFAULT_NAME).then_some(name));
         let how = if policy.is_some() { "the request names it" } else { "there is no policy of this name" };
-        MatchedPolicy { name, policy, how: how.into() }
+        MatchedPolicy { name: name.into(), policy: policy.cloned(), how: how.into() }
     }
 
     /// The policy of the first route that a request matches; the default one if there is none.
-    pub fn of_request(&self, method: &str, path: &str) -> MatchedPolicy<'_> {
+    pub fn of_request(&self, method: &str, path: &str) -> MatchedPolicy {
         let path = path.split(['?', '#']).next().unwrap_or_default();
         let matches = |route: &&Route| {
             let takes = route.methods.as_ref().is_none_or(|methods| methods.iter().any(|taken| taken == method));
@@ -114,7 +114,7 @@ impl ConfiguredPolicies {
     }
 
     /// The policy of routes that name none.
-    pub fn default_policy(&self) -> MatchedPolicy<'_> {
+    pub fn default_policy(&self) -> MatchedPolicy {
         MatchedPolicy { how: "the request names neither a policy nor a path".into(), ..self.named(DEFAULT_NAME) }
     }
 }
@@ -150,14 +150,14 @@ mod tests {
             ("GET", "/?x=/orders", "default"),
         ] {
             let found = configured.of_request(method, path);
-            assert_eq!((found.name, found.policy.is_some()), (name, true), "{method} {path}");
+            assert_eq!((&*found.name, found.policy.is_some()), (name, true), "{method} {path}");
         }
         let nulls = r#"{"policies": {"a": {"key": null, "scopes": null, "cost": null, "rate_limit": null, "shadow": null}},
             "default_policy": null, "shadow": null, "routes": null}"#;
         assert!(ConfiguredPolicies::parse(nulls).unwrap().named("a").policy.is_some());
         assert_eq!(configured.default_policy().policy.unwrap().cost, Some(7));
         assert!(configured.named("wrong").policy.is_none() && configured.named("free").policy.is_some());
-        assert_eq!(ConfiguredPolicies::default().of_request("GET", "/").policy, Some(Policy::PLAIN));
+        assert_eq!(ConfiguredPolicies::default().of_request("GET", "/").policy.as_ref(), Some(Policy::PLAIN));
     }
 
     #[test]

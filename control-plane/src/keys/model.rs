@@ -85,14 +85,6 @@ pub struct OwnTerms {
     pub quota: Option<Quota>,
 }
 
-/// The balance and the primary key of a user.
-#[derive(Clone, Debug, Default)]
-pub struct PrimaryStatus {
-    pub balance: i64,
-    /// The primary key, unless it was revoked.
-    pub key: Option<Key>,
-}
-
 /// A created key.
 #[derive(Debug)]
 pub struct CreatedKey {

@@ -194,34 +194,28 @@ mod tests {
 
     #[test]
     fn each_field_is_bounded_and_what_repeats_counts_once() {
-        let text = |text: &str| vec![text.to_owned()];
+        let (text, none) = (|text: &str| vec![text.to_owned()], PermissionsPatch::default);
         let parsed = Permissions::parse(PermissionsPatch {
             roles: Some(vec!["b".into(), "a".into(), "b".into()]),
             plan: Patch::Clear,
             allowed_addresses: Some(vec!["192.0.2.7".into(), "2001:DB8::/32".into(), "192.0.2.7/32".into()]),
             cost: Some(1_000_000),
-            ..PermissionsPatch::default()
+            ..none()
         });
         let detail = parsed.unwrap().audit_detail();
         let expected = json!({
             "roles": ["b", "a"], "plan": null, "allowed_addresses": ["192.0.2.7/32", "2001:db8::/32"], "cost": 1_000_000,
         });
         assert_eq!(detail, expected);
-        assert!(Permissions::parse(PermissionsPatch::default()).unwrap().is_empty());
+        assert!(Permissions::parse(none()).unwrap().is_empty());
         for (patch, expected) in [
-            (PermissionsPatch { roles: Some(vec!["a".into(); 17]), ..PermissionsPatch::default() }, "roles"),
-            (PermissionsPatch { roles: Some(text("A")), ..PermissionsPatch::default() }, "roles"),
-            (PermissionsPatch { plan: Patch::Set(String::new()), ..PermissionsPatch::default() }, "plan"),
-            (
-                PermissionsPatch { allowed_addresses: Some(vec!["::1".into(); 33]), ..PermissionsPatch::default() },
-                "allowed_addresses",
-            ),
-            (
-                PermissionsPatch { allowed_addresses: Some(text("192.0.2.1/24")), ..PermissionsPatch::default() },
-                "allowed_addresses",
-            ),
-            (PermissionsPatch { cost: Some(-1), ..PermissionsPatch::default() }, "cost"),
-            (PermissionsPatch { cost: Some(1_000_001), ..PermissionsPatch::default() }, "cost"),
+            (PermissionsPatch { roles: Some(vec!["a".into(); 17]), ..none() }, "roles"),
+            (PermissionsPatch { roles: Some(text("A")), ..none() }, "roles"),
+            (PermissionsPatch { plan: Patch::Set(String::new()), ..none() }, "plan"),
+            (PermissionsPatch { allowed_addresses: Some(vec!["::1".into(); 33]), ..none() }, "allowed_addresses"),
+            (PermissionsPatch { allowed_addresses: Some(text("192.0.2.1/24")), ..none() }, "allowed_addresses"),
+            (PermissionsPatch { cost: Some(-1), ..none() }, "cost"),
+            (PermissionsPatch { cost: Some(1_000_001), ..none() }, "cost"),
         ] {
             assert_eq!(Permissions::parse(patch).unwrap_err().field(), Some(expected));
         }

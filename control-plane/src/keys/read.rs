@@ -8,7 +8,7 @@ use sqlx::{PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::model::{Key, OwnTerms, PrimaryStatus, StoredKey};
+use super::model::{Key, OwnTerms, StoredKey};
 use crate::domain::record::{networks, record_of};
 use crate::domain::{Email, Quota};
 use crate::error::ApiError;
@@ -58,19 +58,19 @@ pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<Key>,
     Ok(select_keys!("id = $1", id).fetch_optional(executor).await?)
 }
 
-/// Reads the balance and the primary key of a user. One statement finds the key, so that a replacement at the same time does not
+/// Reads the balance and the primary key of a user, unless that was revoked. One statement finds the key, so that a replacement at the same time does not
 /// hide it. An unknown user has neither.
-pub async fn primary(pool: &PgPool, email: &Email) -> Result<PrimaryStatus, ApiError> {
+pub async fn primary(pool: &PgPool, email: &Email) -> Result<(i64, Option<Key>), ApiError> {
     let balance = sqlx::query_scalar!("select balance from user_preferences where email = $1", email.as_str())
         .fetch_optional(pool)
         .await?;
-    let Some(balance) = balance else { return Ok(PrimaryStatus::default()) };
+    let Some(balance) = balance else { return Ok((0, None)) };
     let key = select_keys!(
         "id = (select primary_key_id from user_preferences where email = $1) and revoked_at is null",
         email.as_str()
     );
     let key = key.fetch_optional(pool).await?;
-    Ok(PrimaryStatus { balance, key })
+    Ok((balance, key))
 }
 
 /// The networks that a key may be used from.

@@ -1,8 +1,10 @@
 //! Revokes keys: one, the primary one of a user, or all of a user's. Rows of revoked keys stay; filters forget them later,
 //! see [`super::purge`].
 
+use serde::Serialize;
 use serde_json::json;
 use sqlx::PgConnection;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::lock::{LockedKey, lock_key, lock_store};
@@ -57,17 +59,20 @@ pub(super) async fn lock_to_revoke(
     Ok(lock_key(change, id).await?.filter(|key| key.revoked_at.is_none()))
 }
 
-/// The result of revoking all keys of a user.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RevokedAll {
-    pub revoked: i64,
-    /// Keys with the scope `admin` or `sync` that were not revoked.
-    pub skipped: i64,
+/// The result of revoking the keys of a user.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RevokeKeysReply {
+    /// Keys that were revoked now.
+    #[schema(minimum = 0)]
+    revoked: i64,
+    /// Keys with the scope admin or sync, which only an admin's key revokes.
+    #[schema(minimum = 0)]
+    skipped: i64,
 }
 
 /// Revokes all keys of a user; those with the scope `admin` or `sync` only if `privileged`. 404 if there is no such user, 409
 /// for the last admin key.
-pub async fn revoke_all(change: &mut Change, owner_id: Uuid, privileged: bool) -> Result<RevokedAll, ApiError> {
+pub async fn revoke_all(change: &mut Change, owner_id: Uuid, privileged: bool) -> Result<RevokeKeysReply, ApiError> {
     // While the row of the user is locked, no key is created for the user.
     let owner = lock_user(change, owner_id).await?;
     lock_store(change).await?;
@@ -81,7 +86,7 @@ pub async fn revoke_all(change: &mut Change, owner_id: Uuid, privileged: bool) -
     let (skipped, ended): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| key.opens && !privileged);
     let ended: Vec<Uuid> = ended.into_iter().map(|key| key.id).collect();
     let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
-    let all = RevokedAll { revoked: count(ended.len()), skipped: count(skipped.len()) };
+    let all = RevokeKeysReply { revoked: count(ended.len()), skipped: count(skipped.len()) };
     // A statement that changes no row would wake every filter.
     if !ended.is_empty() {
         set_caller_address(change, &[ADMIN.to_owned()]).await?;

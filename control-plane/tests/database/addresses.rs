@@ -7,13 +7,9 @@ use sqlx::PgPool;
 
 use crate::binary::url;
 use crate::support::binary;
-use crate::support::{Fixture, scalar};
+use crate::support::{Fixture, encoded, scalar};
 
 const FACE: &str = "must not have the character U+212A, which stands for another character: write that";
-
-fn encoded(text: &str) -> String {
-    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
-}
 
 #[sqlx::test(migrations = "./migrations")]
 async fn an_address_with_a_letter_that_stands_for_another_is_refused_everywhere(pool: PgPool) {

@@ -1,12 +1,13 @@
 //! The binary: its commands, its errors in one line, and its end on SIGTERM.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::SocketAddr;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use contract::key::{KeyKind, Secret, check};
-use portcullis_tests::wait::DEADLINE;
+use contract::update::{Header, Update};
+use portcullis_tests::http::{Connection, Reply};
+use portcullis_tests::wait::eventually;
 use sqlx::PgPool;
 
 use crate::support::{EARLY, scalars};
@@ -59,40 +60,23 @@ impl Drop for Running {
     }
 }
 
-fn poll(address: &str, uri: &str, key: &Secret) -> TcpStream {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    let request = format!(
-        "GET {uri} HTTP/1.1\r\nhost: test\r\nx-api-key: {}\r\naccept: application/json\r\nconnection: close\r\n\r\n",
-        key.reveal()
-    );
-    stream.write_all(request.as_bytes()).unwrap();
-    stream
+async fn get(address: SocketAddr, uri: &str, key: &Secret) -> Option<Reply> {
+    Connection::open(address).await.ok()?.get(uri, Some(key.reveal())).await.ok()
 }
 
 /// Starts a control plane and waits until it answers this request; its address, and the answer. It writes its address to a
 /// file of its own.
-pub fn serving(mut serve: Command, uri: &str, key: &Secret) -> (Running, String, String) {
-    let file = std::env::temp_dir().join(format!("portcullis-address-{}", uuid::Uuid::now_v7()));
+pub async fn serving(mut serve: Command, uri: &str, key: &Secret) -> (Running, SocketAddr, Reply) {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("address");
     let running = Running(serve.env("PORTCULLIS_ADDRESS_FILE", &file).spawn().unwrap());
-    let started = Instant::now();
-    loop {
-        assert!(started.elapsed() < Duration::from_secs(60), "it does not start");
-        if let Ok(address) = std::fs::read_to_string(&file)
-            && let (200, body) = answer(poll(&address, uri, key))
-        {
-            std::fs::remove_file(&file).unwrap();
-            return (running, address, body);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-fn answer(mut stream: TcpStream) -> (u16, String) {
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    let answered = async || {
+        let address = std::fs::read_to_string(&file).ok()?.parse().ok()?;
+        let reply = get(address, uri, key).await?;
+        (reply.status == 200).then_some((address, reply))
+    };
+    let (address, reply) = eventually("the control plane to start", answered).await.unwrap();
+    (running, address, reply)
 }
 
 #[test]
@@ -121,19 +105,18 @@ fn a_bad_setting_is_named_in_one_line() {
         let said = complaint(&output);
         assert!(said.starts_with("portcullis: DATABASE_URL: "), "{said}");
     }
-    let file = std::env::temp_dir().join(format!("portcullis-policies-{}", uuid::Uuid::now_v7()));
+    let file = tempfile::NamedTempFile::new().unwrap();
     for (text, what) in [
         (r#"{"policies": {"a": {"scopes": {"all": []}}}}"#, "policies.a.scopes: name at least one scope"),
         (r#"{"routes": [{"prefix": "/", "policy": "a"}]}"#, "routes[0].policy: there is no policy"),
     ] {
         std::fs::write(&file, text).unwrap();
-        let policies = file.to_str().unwrap();
+        let policies = file.path().to_str().unwrap();
         let output =
             run(&["serve", "--database-url", "postgres://x", "--listen", "127.0.0.1:0", "--policies-file", policies]);
         let said = complaint(&output);
         assert!(said.starts_with(&format!("portcullis: --policies-file {policies}: {what}")), "{said}");
     }
-    std::fs::remove_file(&file).unwrap();
     let create = ["admin", "create-key", "--database-url", "x", "--name", "n"];
     for (rest, what) in [
         (&["--scope", "orders"][..], "--email: "),
@@ -168,9 +151,9 @@ fn a_bad_setting_is_named_in_one_line() {
 
 #[test]
 fn a_secret_has_one_source_and_an_error_names_the_setting_and_not_the_secret() {
-    let file = std::env::temp_dir().join(format!("portcullis-secret-{}", uuid::Uuid::now_v7()));
+    let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, "of-a-file\n").unwrap();
-    let path = file.to_str().unwrap();
+    let path = file.path().to_str().unwrap();
     let nowhere = "postgres://somebody@127.0.0.1:1/nothing";
     for (settings, error) in [
         (&[][..], "DATABASE_URL: is not set; set it to"),
@@ -202,7 +185,6 @@ fn a_secret_has_one_source_and_an_error_names_the_setting_and_not_the_secret() {
         assert!(said.starts_with(&format!("portcullis: {error}")), "{said}");
         assert!(!said.contains("of-a-file") && !said.contains("in-the-url"), "{said}");
     }
-    std::fs::remove_file(&file).unwrap();
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -237,16 +219,15 @@ async fn keys_and_epochs_are_made_from_the_command_line(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn keys_are_imported_from_the_command_line(pool: PgPool) {
     let url = url(&pool);
-    let file = std::env::temp_dir().join(format!("portcullis-keys-{}", uuid::Uuid::now_v7()));
+    let file = tempfile::NamedTempFile::new().unwrap();
     let line = |name: &str| {
         format!("{{\"email\": \"user@example.com\", \"name\": \"{name}\", \"key\": \"a-key-named-{name}\"}}\n")
     };
     std::fs::write(&file, format!("\u{feff}{}", line("alpha"))).unwrap();
-    let import = || run(&["keys", "import", "--database-url", &url, file.to_str().unwrap()]);
+    let import = || run(&["keys", "import", "--database-url", &url, file.path().to_str().unwrap()]);
     assert_eq!(printed(&import()), "keys imported: 1, lines refused: 0");
     std::fs::write(&file, line("alpha") + &line("beta1")).unwrap();
     let output = import();
-    std::fs::remove_file(&file).unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     let expected = "line 1: duplicate: this key exists already\nportcullis: some lines were refused\n";
     assert_eq!((output.status.success(), &*said), (false, expected));
@@ -267,19 +248,21 @@ async fn on_sigterm_the_control_plane_answers_held_polls_and_ends(pool: PgPool) 
     let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_SYNC_KEY", sync.reveal());
     serve.stdout(Stdio::null()).stderr(Stdio::null());
-    let (mut running, address, page) = serving(serve, "/sync/v1/keys", &sync);
-    let page: serde_json::Value = serde_json::from_str(&page).unwrap();
-    let (epoch, revision) = (page["epoch"].as_str().unwrap(), &page["revision"]);
-    let held = poll(&address, &format!("/sync/v1/keys?epoch={epoch}&revision={revision}"), &sync);
-    let asked = Instant::now();
-    while !answer(poll(&address, "/metrics", &sync)).1.contains("portcullis_sync_polls_in_flight 1\n") {
-        assert!(asked.elapsed() < DEADLINE, "the poll is not held");
-    }
+    let (mut running, address, snapshot) = serving(serve, "/sync/v1/keys", &sync).await;
+    let Header { epoch, revision, .. } = Update::read(&snapshot.body).unwrap().header;
+    let held = tokio::spawn(async move {
+        get(address, &format!("/sync/v1/keys?epoch={epoch}&revision={revision}"), &sync).await.unwrap().status
+    });
+    let is_held = async || {
+        let metrics = portcullis_tests::http::get(address, "/metrics").await.ok()?.body;
+        String::from_utf8_lossy(&metrics).contains("portcullis_sync_polls_in_flight 1\n").then_some(())
+    };
+    eventually("the poll to be held", is_held).await.unwrap();
 
     let signalled = Instant::now();
     let id = running.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
-    assert_eq!(answer(held).0, 200);
+    assert_eq!(held.await.unwrap(), 200);
     assert!(running.0.wait().unwrap().success());
     // The poll would have ended by itself after 25 s.
     assert!(signalled.elapsed() < EARLY, "it took {:?}", signalled.elapsed());

@@ -133,40 +133,32 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
     let limit = json!({"name": "n", "requests": 1, "window_seconds": 1});
     let user = fixture.user("u@example.com").await;
     let explain = |policy: Value| ("POST", "/v1/explain".to_owned(), json!({"policy": policy}));
-    let fields = "`name`, `requests`, `window_seconds`, `burst`, `shared`";
+    let unknown = "is not a known field; the fields are `name`, `requests`, `window_seconds`, `burst`, `shared`";
     for ((method, uri, body), field, detail) in [
-        (key_with("rate_limits", json!([["n", 1, 1]])), "rate_limits[0]", "must be an object".to_owned()),
-        (key_with("rate_limits", json!([limit, 5])), "rate_limits[1]", "must be an object".into()),
-        (
-            key_with("rate_limits", json!([{"name": "n", "requests": 1}])),
-            "rate_limits[0].window_seconds",
-            "is missing".into(),
-        ),
-        (
-            key_with("rate_limits", json!([{"name": "n", "rate": 1}])),
-            "rate_limits[0].rate",
-            format!("is not a known field; the fields are {fields}"),
-        ),
-        (key_with("quota", json!([1, "day"])), "quota", "must be an object".into()),
+        (key_with("rate_limits", json!([["n", 1, 1]])), "rate_limits[0]", "must be an object"),
+        (key_with("rate_limits", json!([limit, 5])), "rate_limits[1]", "must be an object"),
+        (key_with("rate_limits", json!([{"name": "n", "requests": 1}])), "rate_limits[0].window_seconds", "is missing"),
+        (key_with("rate_limits", json!([{"name": "n", "rate": 1}])), "rate_limits[0].rate", unknown),
+        (key_with("quota", json!([1, "day"])), "quota", "must be an object"),
         (
             key_with("quota", json!({"requests": 1, "period": "year"})),
             "quota.period",
-            "must be one of `day`, `week`, `month`, `rolling`".into(),
+            "must be one of `day`, `week`, `month`, `rolling`",
         ),
-        (key_with("scopes", json!(["a", 1])), "scopes[1]", "must be a string".into()),
-        (key_with("kind", json!("prod")), "kind", "must be `live` or `test`".into()),
-        (key_with("cost", json!(1.5)), "cost", "must be a whole number".into()),
-        (key_with("expires_in_seconds", json!("60")), "expires_in_seconds", "must be a whole number".into()),
-        (("PATCH", format!("/v1/keys/{key}"), json!({"disabled": "yes"})), "disabled", "must be true or false".into()),
-        (("POST", format!("{user}/ledger"), json!({"amount": "5"})), "amount", "must be a whole number".into()),
-        (("PATCH", user, json!({"refill": [1, "day"]})), "refill", "must be an object".into()),
-        (explain(json!(["required"])), "policy", "must be an object".into()),
-        (explain(json!({"rate_limit": [1, 1]})), "policy.rate_limit", "must be an object".into()),
-        (explain(json!({"scopes": {"all": [1]}})), "policy.scopes.all[0]", "must be a string".into()),
+        (key_with("scopes", json!(["a", 1])), "scopes[1]", "must be a string"),
+        (key_with("kind", json!("prod")), "kind", "must be `live` or `test`"),
+        (key_with("cost", json!(1.5)), "cost", "must be a whole number"),
+        (key_with("expires_in_seconds", json!("60")), "expires_in_seconds", "must be a whole number"),
+        (("PATCH", format!("/v1/keys/{key}"), json!({"disabled": "yes"})), "disabled", "must be true or false"),
+        (("POST", format!("{user}/ledger"), json!({"amount": "5"})), "amount", "must be a whole number"),
+        (("PATCH", user, json!({"refill": [1, "day"]})), "refill", "must be an object"),
+        (explain(json!(["required"])), "policy", "must be an object"),
+        (explain(json!({"rate_limit": [1, 1]})), "policy.rate_limit", "must be an object"),
+        (explain(json!({"scopes": {"all": [1]}})), "policy.scopes.all[0]", "must be a string"),
     ] {
         let reply = fixture.call(method, &uri, &admin, Some(&body)).await;
         assert_eq!(reply.status, 400, "{body}: {}", text(&reply));
-        reply.assert_invalid(field, &detail);
+        reply.assert_invalid(field, detail);
     }
     let twice = r#"{"email": "u@example.com", "name": "n", "email": "v@example.com"}"#;
     let reply = fixture.send(request("POST", "/v1/keys", Some(&admin), twice)).await;

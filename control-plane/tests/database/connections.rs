@@ -11,14 +11,14 @@ use contract::key::Secret;
 use control_plane::api;
 use control_plane::net::admission::Limits;
 use portcullis_tests::raw_http2::{Client, DATA, Frame, GOAWAY, HEADERS, RST_STREAM, connect};
-use portcullis_tests::wait::eventually_within;
+use portcullis_tests::wait::{DEADLINE, eventually};
 use sqlx::PgPool;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::binary::{serving, url};
 use crate::support::Fixture;
-use crate::support::server::{DEADLINE, Server};
+use crate::support::server::Server;
 
 /// The read time-out, unless a test needs another one.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -44,7 +44,7 @@ async fn settles(server: &Server, connections: usize) {
     // Connections are accepted in their order. One that comes while many give way may be closed unanswered.
     let _ = status(server.address, host(254), "/healthz", None).await;
     let settled = async || (server.admission.open() <= connections).then_some(());
-    eventually_within("connections to give way", DEADLINE, settled).await.unwrap();
+    eventually("connections to give way", settled).await.unwrap();
 }
 
 async fn next(client: &mut Client) -> Option<Frame> {
@@ -139,7 +139,7 @@ async fn a_client_that_reads_nothing_is_disconnected_over_both_protocols() {
     client.grant(0, 1 << 30).await.unwrap();
     client.get(1, "/large", &[]).await.unwrap();
     let came = async || (server.admission.open() == 2).then_some(());
-    eventually_within("both connections", DEADLINE, came).await.unwrap();
+    eventually("both connections", came).await.unwrap();
     server.empties().await;
     let mut all = Vec::new();
     let _ = tokio::time::timeout(DEADLINE, plain.read_to_end(&mut all)).await.expect("it ends");
@@ -235,8 +235,7 @@ async fn one_client_with_idle_connections_does_not_exhaust_300_descriptors(pool:
     serve.args(["-c", "ulimit -n 300; exec \"$@\"", "sh"]).arg(crate::support::binary());
     serve.args(["serve", "--listen", "127.0.0.1:0", "--log-level", "warn", "--read-timeout", "10s"]);
     serve.env("DATABASE_URL", url(&pool)).stdout(Stdio::null()).stderr(Stdio::null());
-    let (_running, address, _) = serving(serve, "/sync/v1/keys", &sync);
-    let address = address.parse().unwrap();
+    let (_running, address, _) = serving(serve, "/sync/v1/keys", &sync).await;
     let mut attackers = tokio::task::JoinSet::new();
     for _ in 0..400 {
         let mut client = Client::open(address, host(2), 65_535).await.unwrap();

@@ -19,7 +19,7 @@ use tower::ServiceExt;
 use uuid::Uuid;
 
 use crate::support::reports::submit;
-use crate::support::{Fixture, Reply, request, scalar};
+use crate::support::{Fixture, Reply, encoded, request, scalar};
 
 /// What might be taken for something else by SQL, a shell, a log, a header, a terminal, a template, a path or a parser.
 fn traps() -> Vec<String> {
@@ -59,11 +59,6 @@ fn traps() -> Vec<String> {
     traps.push("a".repeat(5_000));
     traps.push("é".repeat(2_000));
     traps
-}
-
-/// Percent-encodes everything, for a path or a query.
-fn encoded(text: &str) -> String {
-    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
 async fn call(fixture: &Fixture, method: &str, uri: &str, admin: &Secret, body: &Value) -> Reply {

@@ -38,10 +38,6 @@ async fn generate(fixture: &Fixture, caller: &Secret, email: &str) -> Secret {
     secret_of(&post(fixture, caller, &json!({"email": email, "key_name": "Production Key"})).await.expect(200))
 }
 
-async fn status_of(fixture: &Fixture, key: &Secret) -> u16 {
-    fixture.get("/v1/keys", key).await.status
-}
-
 #[sqlx::test(migrations = "./migrations")]
 async fn a_user_without_a_key_has_nulls_and_a_balance(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
@@ -98,11 +94,11 @@ async fn a_generated_key_is_told_once_and_its_state_ever_after(pool: PgPool) {
 async fn a_new_primary_key_revokes_the_old_one(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let old = generate(&fixture, &admin, "user@example.com").await;
-    assert_eq!(status_of(&fixture, &old).await, 200);
+    assert_eq!(fixture.get("/v1/keys", &old).await.status, 200);
     assert_eq!(fixture.get("/api/user/usage/USER@example.com", &old).await.status, 200);
     // The user replaces the key with the key itself.
     let new = generate(&fixture, &old, "user@example.com").await;
-    assert_eq!(status_of(&fixture, &new).await, 200);
+    assert_eq!(fixture.get("/v1/keys", &new).await.status, 200);
     let reply = fixture.get("/v1/keys", &old).await;
     let detail = "This API key was revoked. Ask its owner for a new one.";
     assert_problem(&reply, 401, "revoked", "API key revoked", detail, None);
@@ -121,7 +117,7 @@ async fn replacements_at_the_same_time_leave_one_key(pool: PgPool) {
     };
     let mut good = 0;
     for key in &tries {
-        good += u32::from(status_of(&fixture, key).await == 200);
+        good += u32::from(fixture.get("/v1/keys", key).await.status == 200);
     }
     assert_eq!(good, 1);
 }
@@ -132,7 +128,7 @@ async fn a_revoked_key_is_gone_and_cannot_be_revoked_again(pool: PgPool) {
     let key = generate(&fixture, &admin, "user@example.com").await;
     let reply = fixture.delete("/api/user/key/user@example.com", &admin).await;
     assert_ok(&reply, &json!({"success": true, "message": "API key revoked successfully"}));
-    assert_eq!(status_of(&fixture, &key).await, 401);
+    assert_eq!(fixture.get("/v1/keys", &key).await.status, 401);
     let reply = fixture.get("/api/user/key/user@example.com", &admin).await;
     assert_eq!(reply.json()["keyPreference"]["hasKey"], false);
     assert_eq!(reply.json()["keyPreference"]["keyPrefix"], Value::Null);
@@ -227,7 +223,7 @@ async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
     let detail = "This caller sends too many requests. Wait as long as Retry-After demands.";
     assert_problem(&reply, 429, "too_many_requests", "Too many requests", detail, None);
     assert_eq!(reply.header("retry-after"), "1");
-    assert_eq!(status_of(&fixture, &other).await, 200);
+    assert_eq!(fixture.get("/v1/keys", &other).await.status, 200);
 
     let without_key = async || fixture.send(request("GET", uri, None, Body::empty())).await;
     assert_eq!(without_key().await.status, 401);
@@ -237,7 +233,7 @@ async fn a_caller_that_calls_too_often_is_told_when_to_come_back(pool: PgPool) {
     for door in ["/v1/keys", "/sync/v1/keys"] {
         until_refused(async || fixture.get(door, &guess).await).await;
     }
-    assert_eq!(status_of(&fixture, &other).await, 200);
+    assert_eq!(fixture.get("/v1/keys", &other).await.status, 200);
 }
 
 /// Calls until the control plane refuses one with 429. The limit admits two calls at once and one more each second. A slow

@@ -63,9 +63,9 @@ async fn memory_holds_almost_no_keys_of_finished_calls(pool: PgPool) {
     let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn", "--api-burst", "1000"]);
     serve.env("DATABASE_URL", url(&pool)).env("PORTCULLIS_ADMIN_KEY", admin.reveal());
     serve.stdout(Stdio::null()).stderr(Stdio::null());
-    let (running, address, _) = serving(serve, "/v1/keys", &admin);
+    let (running, address, _) = serving(serve, "/v1/keys", &admin).await;
 
-    let mut connection = Connection::open(address.parse().unwrap()).await.unwrap();
+    let mut connection = Connection::open(address).await.unwrap();
     let mut secrets: Vec<String> = Vec::new();
     for number in 0..CALLS {
         // Keys in a header, in a body and in a reply.

@@ -1,6 +1,6 @@
 //! TLS: certificates, protocols, and errors about invalid files.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,37 +13,23 @@ use control_plane::server::tls::{Files, Tls};
 use portcullis_tests::certificates::{Authority, For, Identity};
 use portcullis_tests::http::get_request;
 use portcullis_tests::tls::Client;
+use portcullis_tests::wait::DEADLINE;
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::support::server::{DEADLINE, Server};
+use crate::support::server::Server;
 
 const NAME: &str = "keys.example.com";
 const BOTH: [&str; 2] = ["h2", "http/1.1"];
 
-struct Home(PathBuf);
-
-impl Home {
-    fn new() -> Self {
-        let home = std::env::temp_dir().join(format!("portcullis-tls-{}", uuid::Uuid::now_v7()));
-        std::fs::create_dir(&home).unwrap();
-        Self(home)
-    }
-
-    fn files(&self, server: &Identity, client_ca: Option<&Authority>) -> Files {
-        let (certificate, key) = server.write(&self.0, "server").unwrap();
-        let client_ca = client_ca.map(|authority| {
-            let file = self.0.join("client-ca.pem");
-            std::fs::write(&file, &authority.certificate).unwrap();
-            file
-        });
-        Files { certificate, key, client_ca }
-    }
-}
-
-impl Drop for Home {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+fn written(home: &TempDir, server: &Identity, client_ca: Option<&Authority>) -> Files {
+    let (certificate, key) = server.write(home.path(), "server").unwrap();
+    let client_ca = client_ca.map(|authority| {
+        let file = home.path().join("client-ca.pem");
+        std::fs::write(&file, &authority.certificate).unwrap();
+        file
+    });
+    Files { certificate, key, client_ca }
 }
 
 /// A server that answers with the address of the client.
@@ -69,8 +55,9 @@ async fn ask(server: &Server, client: &Client) -> Result<(u16, &'static str), St
 
 #[tokio::test]
 async fn clients_choose_the_protocol_and_check_the_certificate() {
-    let (home, authority, other) = (Home::new(), Authority::new("one").unwrap(), Authority::new("other").unwrap());
-    let mut server = with(home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None)).await;
+    let (home, authority, other) =
+        (TempDir::new().unwrap(), Authority::new("one").unwrap(), Authority::new("other").unwrap());
+    let mut server = with(written(&home, &authority.issue(&[NAME], For::Servers).unwrap(), None)).await;
     let client = |protocols: &[&str]| Client::new(&authority.certificate, None, protocols).unwrap();
     assert_eq!(ask(&server, &client(&BOTH)).await, Ok((200, "h2")));
     assert_eq!(ask(&server, &client(&["http/1.1"])).await, Ok((200, "http/1.1")));
@@ -91,9 +78,9 @@ async fn clients_choose_the_protocol_and_check_the_certificate() {
 #[tokio::test]
 async fn with_a_client_authority_only_its_certificates_are_accepted() {
     let (home, servers, clients) =
-        (Home::new(), Authority::new("servers").unwrap(), Authority::new("clients").unwrap());
+        (TempDir::new().unwrap(), Authority::new("servers").unwrap(), Authority::new("clients").unwrap());
     let identity = servers.issue(&[NAME], For::Servers).unwrap();
-    let server = with(home.files(&identity, Some(&clients))).await;
+    let server = with(written(&home, &identity, Some(&clients))).await;
     let client = |identity: Option<&Identity>| Client::new(&servers.certificate, identity, &BOTH).unwrap();
     let good = clients.issue(&["envoy"], For::Clients).unwrap();
     assert_eq!(ask(&server, &client(Some(&good))).await, Ok((200, "h2")));
@@ -142,8 +129,8 @@ async fn silent_and_slow_clients_are_disconnected_and_others_are_not() {
 
 #[tokio::test]
 async fn renewed_certificates_are_used_and_invalid_files_leave_the_old_ones_in_place() {
-    let (home, old, new) = (Home::new(), Authority::new("old").unwrap(), Authority::new("new").unwrap());
-    let files = home.files(&old.issue(&[NAME], For::Servers).unwrap(), None);
+    let (home, old, new) = (TempDir::new().unwrap(), Authority::new("old").unwrap(), Authority::new("new").unwrap());
+    let files = written(&home, &old.issue(&[NAME], For::Servers).unwrap(), None);
     let tls = Arc::new(Tls::load(files.clone()).unwrap());
     let server = start(Some(Arc::clone(&tls)), Duration::from_secs(20)).await;
     let of = |authority: &Authority| Client::new(&authority.certificate, None, &BOTH).unwrap();
@@ -152,7 +139,7 @@ async fn renewed_certificates_are_used_and_invalid_files_leave_the_old_ones_in_p
     let why = tls.refresh().unwrap_err();
     assert!(why.starts_with("--tls-cert-file ") && why.contains("holds no certificate in PEM"), "{why}");
     assert_eq!(ask(&server, &of(&old)).await, Ok((200, "h2")));
-    home.files(&new.issue(&[NAME], For::Servers).unwrap(), None);
+    written(&home, &new.issue(&[NAME], For::Servers).unwrap(), None);
     assert_eq!(tls.refresh(), Ok(true));
     assert_eq!(ask(&server, &of(&new)).await, Ok((200, "h2")));
     assert!(ask(&server, &of(&old)).await.is_err());
@@ -172,12 +159,12 @@ fn complaint(arguments: &[(&str, &Path)]) -> String {
 
 #[test]
 fn a_file_that_is_wrong_is_named_with_its_setting_in_one_line() {
-    let (home, authority) = (Home::new(), Authority::new("one").unwrap());
+    let (home, authority) = (TempDir::new().unwrap(), Authority::new("one").unwrap());
     let (good, other) =
         (authority.issue(&[NAME], For::Servers).unwrap(), authority.issue(&[NAME], For::Servers).unwrap());
-    let Files { certificate, key, .. } = home.files(&good, None);
-    let (_, other_key) = other.write(&home.0, "other").unwrap();
-    let (missing, empty) = (home.0.join("missing"), home.0.join("empty"));
+    let Files { certificate, key, .. } = written(&home, &good, None);
+    let (_, other_key) = other.write(home.path(), "other").unwrap();
+    let (missing, empty) = (home.path().join("missing"), home.path().join("empty"));
     std::fs::write(&empty, "").unwrap();
     let cases: [(Vec<(&str, &Path)>, String); 7] = [
         (vec![("--tls-cert-file", &certificate)], "--tls-key-file".into()),
@@ -206,8 +193,8 @@ fn both<'a>(certificate: &'a Path, key: &'a Path) -> Vec<(&'static str, &'a Path
 #[tokio::test]
 async fn over_tls_a_client_that_does_not_read_its_response_is_disconnected() {
     const BYTES: usize = 24 << 20;
-    let (home, authority) = (Home::new(), Authority::new("one").unwrap());
-    let files = home.files(&authority.issue(&[NAME], For::Servers).unwrap(), None);
+    let (home, authority) = (TempDir::new().unwrap(), Authority::new("one").unwrap());
+    let files = written(&home, &authority.issue(&[NAME], For::Servers).unwrap(), None);
     let body = axum::body::Bytes::from(vec![b'x'; BYTES]);
     let router = Router::new().route("/large", get(async move || body));
     let tls = Arc::new(Tls::load(files).unwrap());

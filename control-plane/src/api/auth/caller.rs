@@ -97,26 +97,24 @@ impl Caller {
     /// Admits keys that the caller may switch off or revoke: those that open the control plane are for admins, or any key
     /// of their owner could end the sync of all filters.
     pub fn require_changeable(&self, scopes: &[String]) -> Result<(), ApiError> {
-        let beyond = scopes.iter().find(|scope| opens_the_control_plane(scope)).filter(|_| !self.is_admin());
-        beyond.map_or(Ok(()), |scope| {
-            let detail = format!(
+        match scopes.iter().find(|scope| opens_the_control_plane(scope)) {
+            Some(scope) if !self.is_admin() => Err(ApiError::Forbidden(format!(
                 "Only an admin changes or revokes a key with the scope {scope}. Use a key with the scope admin."
-            );
-            Err(ApiError::Forbidden(detail))
-        })
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Admits scopes that the caller may give to a new key: any for admins, a subset of their own for others, and never
     /// those that open the control plane.
     pub fn require_grantable(&self, scopes: &Scopes) -> Result<(), ApiError> {
-        if self.is_admin() {
-            return Ok(());
-        }
         let own = |scope: &str| self.scopes.iter().any(|granted| covers(granted, scope));
-        let too_many = scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !own(scope));
-        too_many.map_or(Ok(()), |scope| {
-            Err(ApiError::Forbidden(format!("This key cannot grant the scope {scope}, which it does not have itself. Use a key with the scope admin.")))
-        })
+        match scopes.as_slice().iter().find(|scope| opens_the_control_plane(scope) || !own(scope)) {
+            Some(scope) if !self.is_admin() => Err(ApiError::Forbidden(format!(
+                "This key cannot grant the scope {scope}, which it does not have itself. Use a key with the scope admin."
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Admits an end that the caller may give to a key in place of its present one: any for admins; for others any that is

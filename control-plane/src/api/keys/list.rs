@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 
 use axum::response::Response;
-use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
+use serde::Deserialize;
+use utoipa::IntoParams;
 use uuid::Uuid;
 
 use super::show_all;
@@ -41,15 +41,7 @@ pub struct ListQuery {
     last_used_before: Option<String>,
 }
 
-/// A page of keys, the newest first.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct KeyPage {
-    /// The keys.
-    keys: Vec<KeyView>,
-    /// The `cursor` for the next page; null on the last page.
-    #[schema(required)]
-    next_cursor: Option<String>,
-}
+pagination::page!(KeyPage "A page of keys, the newest first." { keys: KeyView = "The keys." });
 
 /// List keys, the newest first.
 #[utoipa::path(

@@ -200,13 +200,27 @@ impl Fixture {
 
     /// One field of every entry, by page. Each page but the last links to the next one, which asks for the same.
     pub async fn pages(&self, path: &str, asked: &str, list: &str, field: &str, key: &Secret) -> Vec<Vec<Value>> {
+        self.pages_while(path, asked, list, field, key, async || {}).await
+    }
+
+    /// The same while something happens after each page.
+    pub async fn pages_while(
+        &self,
+        path: &str,
+        asked: &str,
+        list: &str,
+        field: &str,
+        key: &Secret,
+        meanwhile: impl AsyncFn(),
+    ) -> Vec<Vec<Value>> {
         let (mut uri, mut pages) = (format!("{path}?{asked}limit=2"), Vec::new());
         loop {
             let reply = self.get(&uri, key).await;
             let page = reply.expect(200);
             pages.push(page[list].as_array().unwrap().iter().map(|entry| entry[field].clone()).collect());
+            meanwhile().await;
             let Some(cursor) = page["next_cursor"].as_str() else {
-                assert!(!reply.headers.contains_key("link"));
+                assert!(page["next_cursor"].is_null() && !reply.headers.contains_key("link"));
                 return pages;
             };
             uri = format!("{path}?{asked}cursor={cursor}&limit=2");
@@ -320,6 +334,11 @@ pub fn secret_of(answer: &Value) -> Secret {
 #[track_caller]
 pub fn id_of(answer: &Value) -> Uuid {
     answer["id"].as_str().unwrap().parse().unwrap()
+}
+
+/// Percent-encodes everything, for a path or a query.
+pub fn encoded(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
 /// Executes a statement of the test; how many rows it changed.

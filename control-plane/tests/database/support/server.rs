@@ -8,13 +8,10 @@ use axum::Router;
 use control_plane::net::admission::{Admission, Limits};
 use control_plane::server::listener::{self, ServerOptions};
 use control_plane::server::tls::Tls;
-use portcullis_tests::wait::eventually_within;
+use portcullis_tests::wait::eventually;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-
-/// Long enough for a busy machine.
-pub const DEADLINE: Duration = Duration::from_secs(60);
 
 pub struct Server {
     pub address: SocketAddr,
@@ -49,6 +46,6 @@ impl Server {
     /// Waits until all connections have ended.
     pub async fn empties(&self) {
         let none = async || (self.admission.open() == 0).then_some(());
-        eventually_within("all connections to end", DEADLINE, none).await.unwrap();
+        eventually("all connections to end", none).await.unwrap();
     }
 }

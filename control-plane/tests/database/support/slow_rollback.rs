@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgSslMode};
+use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 
@@ -20,7 +21,7 @@ const MESSAGE_BYTES: usize = 64 << 20;
 pub struct SlowRollback {
     pub pool: PgPool,
     counts: Arc<Counts>,
-    home: PathBuf,
+    _home: TempDir,
     accepting: tokio::task::JoinHandle<()>,
 }
 
@@ -34,15 +35,13 @@ impl SlowRollback {
     /// Connects to the database of another pool.
     pub fn to_database_of(pool: &PgPool) -> Self {
         let options = pool.connect_options().as_ref().clone();
-        // Short: the path of a socket has at most some 100 bytes.
-        let home = std::env::temp_dir().join(format!("pcsr{}", uuid::Uuid::now_v7().simple()));
-        std::fs::create_dir(&home).unwrap();
-        let listener = UnixListener::bind(home.join(".s.PGSQL.5432")).unwrap();
+        let home = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(socket(home.path(), 5432)).unwrap();
         let counts = Arc::new(Counts::default());
-        let through = options.clone().socket(&home).port(5432).ssl_mode(PgSslMode::Disable);
+        let through = options.clone().socket(home.path()).port(5432).ssl_mode(PgSslMode::Disable);
         let accepting = tokio::spawn(accept(listener, options, Arc::clone(&counts)));
         let pool = PgPoolOptions::new().max_connections(4).connect_lazy_with(through);
-        Self { pool, counts, home, accepting }
+        Self { pool, counts, _home: home, accepting }
     }
 
     /// Connections that are in a transaction, as the last answer of PostgreSQL to each has it.
@@ -59,7 +58,6 @@ impl SlowRollback {
 impl Drop for SlowRollback {
     fn drop(&mut self) {
         self.accepting.abort();
-        let _ = std::fs::remove_dir_all(&self.home);
     }
 }
 
