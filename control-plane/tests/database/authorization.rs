@@ -11,7 +11,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::document::document;
-use crate::support::{Fixture, request, scalar};
+use crate::support::{Fixture, change_key, request, scalar};
 
 /// The callers, in the order of the columns.
 const CALLERS: [&str; 9] = [
@@ -179,10 +179,7 @@ async fn find(fixture: &Fixture, admin: &Secret, number: usize) -> Found {
 async fn callers(fixture: &Fixture) -> [Option<Secret>; CALLERS.len()] {
     let admin = async |columns: &str| {
         let (id, secret) = fixture.key("admin@example.com", &["admin"]).await;
-        if !columns.is_empty() {
-            let change = format!("update api_keys set {columns} where id = '{id}'");
-            sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&fixture.pool).await.unwrap();
-        }
+        change_key(&fixture.pool, id, columns).await;
         Some(secret)
     };
     [
@@ -191,7 +188,7 @@ async fn callers(fixture: &Fixture) -> [Option<Secret>; CALLERS.len()] {
         Some(fixture.key("stranger@example.com", &[]).await.1),
         None,
         None,
-        admin("").await,
+        admin("disabled = false").await,
         admin("revoked_at = now()").await,
         admin("expires_at = now() - interval '1 second'").await,
         admin("disabled = true").await,

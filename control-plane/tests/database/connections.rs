@@ -8,7 +8,6 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::routing::get;
 use contract::key::Secret;
-use control_plane::api;
 use control_plane::net::admission::Limits;
 use portcullis_tests::raw_http2::{Client, DATA, Frame, GOAWAY, HEADERS, RST_STREAM, connect};
 use portcullis_tests::wait::{DEADLINE, eventually};
@@ -192,8 +191,8 @@ async fn status(address: SocketAddr, from: Option<IpAddr>, path: &str, key: Opti
 async fn a_filter_gets_in_while_strangers_hold_every_connection(pool: PgPool) {
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
-    let router = api::router(fixture.app.clone(), None);
-    let server = Server::start(router, None, Limits::new(40, 12, Some(10)), Duration::from_secs(120)).await;
+    let server =
+        Server::start(fixture.router.clone(), None, Limits::new(40, 12, Some(10)), Duration::from_secs(120)).await;
     // Two addresses take all connections of strangers; a further request is answered 503.
     let mut strangers = Vec::new();
     for last in [2, 2, 2, 3, 3, 3].into_iter().flat_map(|last| [last; 4]) {

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderValue, Request};
+use axum::http::HeaderValue;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
@@ -15,7 +15,6 @@ use futures_util::{StreamExt, stream};
 use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use tower::ServiceExt;
 use uuid::Uuid;
 
 use crate::support::reports::submit;
@@ -246,9 +245,7 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
             assert_harmless(&reply, &[200, 400, 412, 415], &format!("{header} {trap:?}"));
         }
         let line = json!({"email": trap, "name": trap, "key": trap, "prefix": trap, "scopes": [trap]}).to_string();
-        let mut import = request("POST", "/v1/keys/import", Some(&admin), line);
-        import.headers_mut().insert("content-type", HeaderValue::from_static("application/x-ndjson"));
-        assert_harmless(&fixture.send(import).await, &[200], &format!("a line of {trap:?}"));
+        assert_harmless(&fixture.import(&admin, line).await, &[200], &format!("a line of {trap:?}"));
     }
     let tables: i64 = scalar(&pool, "select count(*) from api_keys where revoked_at is null").await;
     assert!(tables >= 2);
@@ -288,8 +285,8 @@ async fn json_of_any_shape_is_answered(pool: PgPool) {
 
 #[sqlx::test(migrations = "./migrations")]
 async fn a_body_that_arrives_too_slowly_is_answered_with_408(pool: PgPool) {
-    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
-    let router = api::router_with_read_timeout(fixture.app.clone(), None, Duration::from_millis(300));
+    let (mut fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
+    fixture.router = api::router_with_read_timeout(fixture.app.clone(), None, Duration::from_millis(300));
     // A byte every 50 ms, without end.
     let drops = || {
         stream::repeat(()).then(async |()| {
@@ -299,11 +296,8 @@ async fn a_body_that_arrives_too_slowly_is_answered_with_408(pool: PgPool) {
     };
     for (uri, key) in [("/v1/keys", &admin), ("/sync/v1/usage", &sync)] {
         for body in [Body::from_stream(drops()), Body::from_stream(stream::pending::<Result<Bytes, Infallible>>())] {
-            let request: Request<Body> = request("POST", uri, Some(key), body);
-            let response = tokio::time::timeout(DEADLINE, router.clone().oneshot(request)).await;
-            let (head, body) = response.unwrap().unwrap().into_parts();
-            let body = axum::body::to_bytes(body, 4_096).await.unwrap().to_vec();
-            let reply = Reply { status: head.status.as_u16(), headers: head.headers, body };
+            let answered = fixture.send(request("POST", uri, Some(key), body));
+            let reply = tokio::time::timeout(DEADLINE, answered).await.unwrap();
             assert_harmless(&reply, &[408], uri);
             assert_eq!((reply.json()["code"].as_str(), reply.header("connection")), (Some("timeout"), "close"));
         }

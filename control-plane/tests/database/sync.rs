@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::{EARLY, Fixture, Reply, execute, request, revision, revoke, rows};
-use axum::body::Body;
+use crate::support::{EARLY, Fixture, Reply, execute, revision, revoke, rows};
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::Epoch;
 use contract::key::Secret;
@@ -208,9 +207,8 @@ async fn a_poll_may_name_its_reporter_and_version(pool: PgPool) {
 async fn people_can_read_an_update_as_json(pool: PgPool) {
     let (fixture, sync) = Fixture::with_sync(&pool).await;
     fixture.in_step().await;
-    let mut people = request("GET", "/sync/v1/keys", Some(&sync), Body::empty());
-    people.headers_mut().insert("accept", "application/json".parse().unwrap());
-    let reply = fixture.send(people).await;
+    let json = [("accept", "application/json")];
+    let reply = fixture.call_with("GET", "/sync/v1/keys", &sync, None, &json).await;
     let view: UpdateView = serde_json::from_value(reply.json()).unwrap();
     let binary = fixture.get("/sync/v1/keys", &sync).await;
     assert_eq!(view, Update::read(&binary.body).unwrap().view().unwrap());

@@ -2,8 +2,7 @@
 
 use crate::support::reports::{count, submit};
 use crate::support::slow_rollback::SlowRollback;
-use crate::support::{Fixture, Reply, change_key, execute, request, revoke};
-use axum::body::Body;
+use crate::support::{Fixture, Reply, change_key, execute, revoke};
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
 use contract::usage::Report;
@@ -108,10 +107,7 @@ async fn a_fault_of_the_database_is_rolled_back_before_it_is_answered(pool: PgPo
 
     let before = slow.rolled_back();
     let line = json!({"email": "user@example.com", "name": "broken", "key": "imported-key-1234"}).to_string();
-    let mut import = request("POST", "/v1/keys/import", Some(&admin), Body::from(line));
-    import.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
-    let reply = fixture.send(import).await;
-    assert_ended(&slow, before, 500, "an import", &reply);
+    assert_ended(&slow, before, 500, "an import", &fixture.import(&admin, line).await);
 
     let before = slow.rolled_back();
     let body = json!({"email": "user@example.com", "name": "n"});

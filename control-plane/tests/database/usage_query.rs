@@ -1,8 +1,6 @@
 //! `GET /v1/usage`, and the roll-up and deletion of old usage.
 
 use crate::support::{Fixture, Reply, execute, rows, scalar};
-use axum::body::Body;
-use axum::http::Request;
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::usage::{Count, KeyRef, Report, Subject};
@@ -164,11 +162,10 @@ async fn usage_as_csv_contains_no_formula_for_spreadsheets(pool: PgPool) {
         one.0, two.0, three.0
     );
     let query = format!("{SPAN}&group_by=key,user&interval=month");
-    let accepting =
-        Request::get(format!("/v1/usage?{query}")).header("x-api-key", admin.reveal()).header("accept", "text/csv");
+    let (uri, csv) = (format!("/v1/usage?{query}"), [("accept", "text/csv")]);
     for reply in [
         get(&fixture, &admin, &format!("{query}&format=csv")).await,
-        fixture.send(accepting.body(Body::empty()).unwrap()).await,
+        fixture.call_with("GET", &uri, &admin, None, &csv).await,
     ] {
         assert_eq!(reply.header("content-type"), "text/csv; charset=utf-8; header=present");
         assert_eq!(reply.header("cache-control"), "no-store");
