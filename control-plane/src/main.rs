@@ -18,6 +18,7 @@ use control_plane::error::ApiError;
 use control_plane::keys::create;
 use control_plane::keys::import::Import;
 use control_plane::keys::model::{CreatedKey, NewKey};
+use control_plane::server::Failure;
 use control_plane::server::schema::connect;
 use control_plane::sync::feed;
 use control_plane::{api, metering, server};
@@ -28,8 +29,6 @@ use zeroizing_alloc::ZeroAlloc;
 /// Overwrites memory when it is freed, so that no key stays in it.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
-
-type Failure = Box<dyn std::error::Error>;
 
 #[tokio::main]
 async fn main() -> ExitCode {

@@ -94,23 +94,17 @@ fn problems(known: &[(&str, &str)]) -> BTreeMap<String, RefOr<Response>> {
 /// Completes the document that the handlers' attributes make.
 pub(super) fn complete(mut openapi: OpenApi) -> OpenApi {
     for (path, item) in &mut openapi.paths.paths {
+        let (is_legacy, names_resource) = (path.starts_with("/api/user/"), path.contains('{'));
         let PathItem { get, put, post, delete, patch, .. } = item;
-        if path.starts_with("/api/user/") {
-            [&mut *get, post, delete]
-                .into_iter()
-                .flatten()
-                .for_each(|operation| operation.deprecated = Some(Deprecated::True));
-        } else if path.contains('{') {
-            // PUT creates what its path names.
-            [&mut *get, post, delete, patch]
-                .into_iter()
-                .flatten()
-                .for_each(|operation| add(operation, NotFound::responses()));
-        }
-        for (operation, creates) in [(get, false), (put, false), (post, true), (delete, false), (patch, false)] {
-            if let Some(operation) = operation {
-                complete_operation(operation, creates);
+        for (method, operation) in [("get", get), ("put", put), ("post", post), ("delete", delete), ("patch", patch)] {
+            let Some(operation) = operation else { continue };
+            if is_legacy {
+                operation.deprecated = Some(Deprecated::True);
+            } else if names_resource && method != "put" {
+                // PUT creates what its path names.
+                add(operation, NotFound::responses());
             }
+            complete_operation(operation, method == "post");
         }
     }
     openapi.components.get_or_insert_default().headers.extend(headers());

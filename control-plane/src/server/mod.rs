@@ -38,7 +38,7 @@ use crate::sync::Store;
 use crate::sync::feed::Feed;
 use crate::sync::registry::Registry;
 
-type Failure = Box<dyn std::error::Error>;
+pub type Failure = Box<dyn std::error::Error>;
 
 /// How long running requests may take to end when the process shuts down.
 const GRACE: Duration = Duration::from_secs(10);

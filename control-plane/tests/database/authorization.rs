@@ -11,7 +11,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::document::document;
-use crate::support::{Fixture, change_key, request, scalar};
+use crate::support::{Fixture, Reply, change_key, request, scalar};
 
 /// The callers, in the order of the columns.
 const CALLERS: [&str; 9] = [
@@ -195,6 +195,31 @@ async fn callers(fixture: &Fixture) -> [Option<Secret>; CALLERS.len()] {
     ]
 }
 
+/// What a refusal says, by its status. It reveals nothing about the key that was asked for.
+fn assert_refused(reply: &Reply, who: &str, refusals: &[&str], id: &str, what: &str) {
+    let problem = reply.json();
+    assert_eq!(reply.header("content-type"), "application/problem+json", "{what}");
+    assert_eq!(problem["status"], reply.status, "{what}");
+    assert!(!problem.to_string().contains("sk_"), "{what}: {problem}");
+    match reply.status {
+        401 => {
+            let codes = [("no key", "missing"), ("unknown key", "unknown")];
+            for (_, code) in codes.iter().filter(|(caller, _)| *caller == who) {
+                assert_eq!(problem["code"], *code, "{what}");
+            }
+            assert_eq!(reply.header("www-authenticate"), "ApiKey realm=\"portcullis\"", "{what}");
+        }
+        403 => {
+            let code = if what.contains(" /sync/") { "scope_denied" } else { "forbidden" };
+            assert_eq!(problem["code"], code, "{what}");
+            let known = refusals.is_empty() || refusals.iter().any(|detail| problem["detail"] == *detail);
+            assert!(known, "{what}: {problem}");
+        }
+        404 if refusals == [MANAGERS] => assert_eq!(problem["detail"], format!("There is no key {id}."), "{what}"),
+        _ => {}
+    }
+}
+
 #[sqlx::test(migrations = "./migrations")]
 async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
     let fixture = Fixture::with_rate_limit(&pool, 1_000_000).await;
@@ -233,29 +258,10 @@ async fn every_route_lets_in_whom_the_table_says_and_nobody_else(pool: PgPool) {
             if status != expected {
                 wrong.push(format!("{method} {route}{query} {kind} with {who}: {status}, not {expected}"));
             }
-            if status == 401 {
-                let codes = [("no key", "missing"), ("unknown key", "unknown")];
-                for (_, code) in codes.iter().filter(|(caller, _)| *caller == who) {
-                    assert_eq!(reply.json()["code"], *code, "{method} {uri}");
-                }
-                assert_eq!(reply.header("www-authenticate"), "ApiKey realm=\"portcullis\"", "{method} {uri}");
-            }
-            if status == 403 {
-                let problem = reply.json();
-                let code = if route.starts_with("/sync/") { "scope_denied" } else { "forbidden" };
-                assert_eq!(problem["code"], code, "{method} {uri}");
-                let known = refusals.is_empty() || refusals.iter().any(|detail| problem["detail"] == *detail);
-                assert!(known, "{method} {uri} with {who}: {problem}");
-            }
-            if status == 404 && refusals == [MANAGERS] {
-                assert_eq!(reply.json()["detail"], format!("There is no key {id}."), "{method} {uri}");
-            }
             if status >= 400 {
-                assert_eq!(changes().await, before, "{method} {uri} with {who}: a refused call changes nothing");
-                assert_eq!(reply.header("content-type"), "application/problem+json", "{method} {uri}");
-                assert_eq!(reply.json()["status"], status, "{method} {uri}");
-                // A refusal reveals nothing about the key that was asked for.
-                assert!(!String::from_utf8_lossy(&reply.body).contains("sk_"), "{method} {uri}");
+                let what = format!("{method} {uri} with {who}");
+                assert_refused(&reply, who, refusals, &id, &what);
+                assert_eq!(changes().await, before, "{what}: a refused call changes nothing");
             } else if method != "GET" {
                 // The next caller finds what this one found.
                 finds += 1;
