@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Reply, Stats, Stream};
+use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Reply, Stats, Stream, Wake};
 use crate::shared::{Cell, Cells, Conflict, SharedData};
 
 /// The cells of one store on a mock host.
@@ -41,6 +41,7 @@ struct State {
     refuses_metrics: Slot<bool>,
     calls: RefCell<Vec<SentCall>>,
     has_no_cluster: Slot<bool>,
+    wakes: Slot<u32>,
 }
 
 impl std::fmt::Debug for State {
@@ -122,6 +123,11 @@ impl MockHost {
         self.0.metrics.borrow().iter().find(|(name, _)| name == metric).map_or(0, |(_, value)| *value)
     }
 
+    /// How often the filter asked to be woken since the last time.
+    pub(crate) fn take_wakes(&self) -> u32 {
+        self.0.wakes.take()
+    }
+
     pub(crate) fn without_cluster(&self, without: bool) {
         self.0.has_no_cluster.set(without);
     }
@@ -179,6 +185,12 @@ impl Clock for MockHost {
     fn now_ns(&self) -> u64 {
         self.0.clock_reads.set(self.0.clock_reads.get() + 1);
         self.0.now_ns.get()
+    }
+}
+
+impl Wake for MockHost {
+    fn wake(&self) {
+        self.0.wakes.set(self.0.wakes.get() + 1);
     }
 }
 
@@ -290,6 +302,7 @@ pub(crate) struct MockStream {
     pub(crate) address: Option<IpAddr>,
     pub(crate) filter_state: Vec<(String, String)>,
     pub(crate) reply: Option<Reply>,
+    pub(crate) is_resumed: bool,
     /// How many calls changed a header or filter state.
     pub(crate) writes: u32,
     reads: RefCell<Vec<String>>,
@@ -384,7 +397,9 @@ impl Stream for MockStream {
         self.reply = Some(reply.clone());
     }
 
-    fn resume(&mut self) {}
+    fn resume(&mut self) {
+        self.is_resumed = true;
+    }
 }
 
 /// What a filter finds at its start.

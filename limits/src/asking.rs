@@ -72,6 +72,14 @@ impl Asking {
         *need = need.saturating_add(tokens);
     }
 
+    /// A request was decided without the tokens that it needs: ask for as many with the next call.
+    pub fn ask_for(&mut self, pool: PoolId, tokens: u64) {
+        self.recent.insert(pool);
+        let need = self.needs.entry(pool).or_default();
+        *need = tokens.max(*need);
+        self.needs_are_urgent = true;
+    }
+
     /// Whether requests wait for tokens that other Envoys hold.
     #[must_use]
     pub fn is_to_ask_again(&self) -> bool {
@@ -119,6 +127,12 @@ impl Asking {
         self.turned_ms = now_ms;
         let earlier = std::mem::replace(&mut self.earlier, std::mem::take(&mut self.recent));
         earlier.into_iter().filter(|pool| !self.earlier.contains(pool)).collect()
+    }
+
+    /// All pools that may have something to tell or to hand back: the worker ends.
+    pub fn all(&mut self) -> Vec<PoolId> {
+        let sets = [&mut self.soon, &mut self.used, &mut self.recent, &mut self.earlier].map(std::mem::take);
+        sets.into_iter().flatten().collect::<Pools>().into_iter().collect()
     }
 
     /// The pools to ask for now, with the tokens that requests wait for; `None` while a call is under way. A call on a tick

@@ -110,6 +110,69 @@ pub struct Holding {
     pub peak: u64,
 }
 
+/// The numbers of a [`Holding`].
+pub const WORDS: usize = 20;
+
+impl Holding {
+    /// Its numbers, to be stored.
+    #[must_use]
+    pub const fn words(&self) -> [u64; WORDS] {
+        [
+            self.session,
+            self.granted,
+            self.spent,
+            self.returned,
+            self.refunded,
+            self.arrival_ns,
+            self.interval_ns,
+            self.terms,
+            self.fallback_ns,
+            self.alone_term as u64,
+            self.alone_left,
+            self.left,
+            self.others,
+            self.known_until_ms,
+            self.empty_until_ms,
+            self.asked_ms,
+            self.needed_ms,
+            self.tick,
+            self.used,
+            self.peak,
+        ]
+    }
+
+    /// The holding with these numbers.
+    #[must_use]
+    pub fn from_words(words: [u64; WORDS]) -> Self {
+        let [session, granted, spent, returned, refunded, arrival_ns, interval_ns, terms, rest @ ..] = words;
+        let [fallback_ns, alone_term, alone_left, left, others, known_until_ms, empty_until_ms, rest @ ..] = rest;
+        let [asked_ms, needed_ms, tick, used, peak] = rest;
+        let alone_term = u32::try_from(alone_term).unwrap_or_default();
+        Self {
+            session,
+            granted,
+            spent,
+            returned,
+            refunded,
+            arrival_ns,
+            interval_ns,
+            terms,
+            fallback_ns,
+            alone_term,
+            alone_left,
+            left,
+            others,
+            known_until_ms,
+            empty_until_ms,
+            asked_ms,
+            needed_ms,
+            tick,
+            used,
+            peak,
+        }
+    }
+}
+
 /// What limits the tokens of a pool, as the record of a key says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limited<'a> {
@@ -199,6 +262,18 @@ impl Holding {
             self.spent = self.spent.saturating_sub(cost);
             self.alone_left = self.alone_left.saturating_add(cost);
         }
+    }
+
+    /// In how many milliseconds one more token comes, as far as is known; `u64::MAX` if none comes by itself.
+    #[must_use]
+    pub const fn empty_ms(&self, now_ms: u64) -> u64 {
+        if self.empty_until_ms == u64::MAX { u64::MAX } else { self.empty_until_ms.saturating_sub(now_ms) }
+    }
+
+    /// Whether the pool has tokens, too few for a request that it refused.
+    #[must_use]
+    pub const fn has_some(&self) -> bool {
+        self.left.saturating_add(self.unspent()) > 0
     }
 
     /// Whether no request needed tokens for [`IDLE_MS`].
@@ -317,9 +392,7 @@ impl Holding {
         if missing <= self.left.saturating_add(self.others) {
             return Spent::Wait { for_others: true };
         }
-        let empty_ms =
-            if self.empty_until_ms == u64::MAX { u64::MAX } else { self.empty_until_ms.saturating_sub(now_ms) };
-        Spent::No { empty_ms }
+        Spent::No { empty_ms: self.empty_ms(now_ms) }
     }
 
     fn take(&mut self, cost: u64, rate: Option<&Rate>, now_ns: u64) {
@@ -353,4 +426,15 @@ pub(crate) fn rescale(arrival_ns: u64, from_ns: u64, to_ns: u64, now_ns: u64) ->
     let used_ns = u128::from(arrival_ns.saturating_sub(now_ns));
     let scaled = used_ns.saturating_mul(to_ns.into()).checked_div(from_ns.into());
     now_ns.saturating_add(scaled.and_then(|ns| u64::try_from(ns).ok()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holding_is_read_as_it_was_stored() {
+        let words: [u64; WORDS] = std::array::from_fn(|place| place as u64 + 1);
+        assert_eq!(Holding::from_words(words).words(), words);
+    }
 }
