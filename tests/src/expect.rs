@@ -43,8 +43,7 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
             let seconds = reply.header("retry-after").and_then(|seconds| seconds.parse::<u64>().ok());
             assert!(seconds.is_some_and(|seconds| seconds >= 1), "retry-after: {seconds:?}");
             names.push("retry-after");
-            // Unless it is but a lease that is being renewed.
-            if matches!(outcome, Outcome::QuotaExceeded | Outcome::CreditsExhausted) && seconds > Some(1) {
+            if matches!(outcome, Outcome::QuotaExceeded | Outcome::CreditsExhausted) {
                 names.push("ratelimit");
             }
         }

@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 use contract::outcome::Outcome;
-use contract::record::{Flags, RateLimit, Requires};
+use contract::record::{Flags, Per, RateLimit, Requires};
 use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::fake_control_plane::{Change, Faults};
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
@@ -80,8 +80,8 @@ async fn keys_of_a_control_plane_that_has_lost_its_database_are_stale_though_it_
 async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
     let limits = vec![
         // Both refill one request each hour, so none during the test.
-        RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20, shared: true },
-        RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10, shared: true },
+        RateLimit { name: "day".into(), requests: 24, window_s: 86_400, burst: 20, shared: true, per: Per::Key },
+        RateLimit { name: "month".into(), requests: 720, window_s: 2_592_000, burst: 10, shared: true, per: Per::Key },
     ];
     let harness = FilterHarness::start(&[("limited", with(1, |r| r.rate_limits = limits))]).await?;
     let mut workers = harness.envoy.connection_per_worker().await?;
