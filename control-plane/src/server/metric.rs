@@ -29,6 +29,38 @@ const fn metric(kind: Kind, name: &'static str, labels: &'static [&'static str],
 /// All metrics, by name.
 const CATALOGUE: &[Metric] = &[
     metric(
+        Counter,
+        "portcullis_allowance_asks_total",
+        &[],
+        "Pools of limits, quotas and credits that Envoys asked for or told the usage of.",
+    ),
+    metric(
+        Histogram,
+        "portcullis_allowance_batch_calls",
+        &[],
+        "Calls for allowances that were answered in one transaction.",
+    ),
+    metric(
+        Histogram,
+        "portcullis_allowance_batch_duration_seconds",
+        &[],
+        "Time of a transaction that answered calls for allowances.",
+    ),
+    metric(
+        Counter,
+        "portcullis_allowance_calls_total",
+        &["result"],
+        "Calls of Envoys for allowances: answered, rejected (invalid, or of another sync key) or failed (the database).",
+    ),
+    metric(Counter, "portcullis_allowance_grants_total", &[], "Grants of limits, quotas and credits to Envoys."),
+    metric(
+        Gauge,
+        "portcullis_allowance_pools",
+        &["kind"],
+        "Pools of which Envoys hold something, by kind: rate, quota or credits.",
+    ),
+    metric(Counter, "portcullis_allowance_recalls_total", &[], "Allowances that Envoys were told to hand back."),
+    metric(
         Gauge,
         "portcullis_build_info",
         &["version", "revision"],
@@ -69,8 +101,6 @@ const CATALOGUE: &[Metric] = &[
         &["method", "route", "status"],
         "HTTP requests that were answered.",
     ),
-    metric(Counter, "portcullis_lease_grants_total", &[], "Grants of limits, quotas and credits to Envoys."),
-    metric(Gauge, "portcullis_leases", &["stock"], "Leases that Envoys hold, of limits, quotas and credits."),
     metric(
         Counter,
         "portcullis_ledger_rows_rolled_up_total",

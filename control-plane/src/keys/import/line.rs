@@ -7,7 +7,7 @@ use contract::record::RateLimit;
 use serde::Deserialize;
 use time::OffsetDateTime;
 
-use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
+use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_key_rate_limits};
 use crate::error::ApiError;
 
 /// Shortest plain key. Shorter ones could be guessed.
@@ -77,7 +77,7 @@ fn check(body: Body, now: OffsetDateTime) -> Result<ImportedKey, ApiError> {
         hash,
         prefix: body.prefix.map(prefix).transpose()?.or(known_prefix),
         scopes,
-        rate_limits: parse_rate_limits(body.rate_limits)?,
+        rate_limits: parse_key_rate_limits(body.rate_limits)?,
         expires_at,
         disabled: body.disabled,
     })
