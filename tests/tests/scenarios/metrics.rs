@@ -78,6 +78,9 @@ async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome()
     let expected = [
         "portcullis_decisions_total counter",
         "portcullis_internal_store_generation gauge",
+        "portcullis_limits_call_failures_total counter",
+        "portcullis_limits_calls_total counter",
+        "portcullis_limits_waits_total counter",
         "portcullis_shadow_decisions_total counter",
         "portcullis_store_keys gauge",
         "portcullis_store_revision gauge",
