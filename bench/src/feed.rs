@@ -18,6 +18,7 @@ use contract::id::{Epoch, KeyId, OwnerId};
 use contract::record::Record;
 use contract::update::{Header, Part, UPDATE_BYTES, UpdateWriter};
 use contract::usage::{Ack, read_reports};
+use limits::message::{Answer, Call, Grant};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -66,8 +67,11 @@ impl Feed {
         let updates = Arc::new(Updates::write(keys, change)?);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;
-        let router =
-            Router::new().route("/sync/v1/keys", get(update)).route("/sync/v1/usage", post(usage)).with_state(updates);
+        let router = Router::new()
+            .route("/sync/v1/keys", get(update))
+            .route("/sync/v1/usage", post(usage))
+            .route("/sync/v1/allowances", post(allowances))
+            .with_state(updates);
         // As the control plane does: otherwise the end of each update waits for Envoy's delayed acknowledgement.
         let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         let server = tokio::spawn(async move {
@@ -118,7 +122,7 @@ impl Updates {
     }
 
     const fn header(&self, part: Part) -> Header {
-        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part, filters: 1 }
+        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part }
     }
 }
 
@@ -142,7 +146,21 @@ async fn usage(body: Bytes) -> Result<Vec<u8>, StatusCode> {
     let acknowledged = || {
         let reports = read_reports(&body).ok()?;
         let last = reports.last()?;
-        Ack { reporter: last.reporter, seq: last.seq, grants: Vec::new() }.write().ok()
+        Ack { reporter: last.reporter, seq: last.seq }.write().ok()
     };
     acknowledged().context("no reports").map_err(|_| StatusCode::BAD_REQUEST)
+}
+
+/// Grants all that is asked for, as a limit that is never reached does. The Envoy is not alone, so it spends allowances.
+async fn allowances(body: Bytes) -> Result<Vec<u8>, StatusCode> {
+    let granted = || {
+        let call = Call::read(&body).ok()?;
+        let grants = call.asks.iter().map(|ask| {
+            let granted = ask.granted.max(ask.spent.saturating_add(ask.returned));
+            let granted = granted.saturating_add(ask.need).saturating_add(ask.want);
+            Grant { session: ask.session, granted, left: u64::from(u32::MAX), ..Grant::default() }
+        });
+        Answer { live: 2, alone_ms: 0, grants: grants.collect(), recalls: Vec::new() }.write().ok()
+    };
+    granted().context("no call").map_err(|_| StatusCode::BAD_REQUEST)
 }

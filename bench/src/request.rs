@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use contract::record::{RateLimit, Record};
+use contract::record::{Per, RateLimit, Record};
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::{Process, Signal};
@@ -350,7 +350,7 @@ fn unlimited_plugin() -> Value {
 
 fn limited(record: &mut Record) {
     record.rate_limits =
-        vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000, shared: true }];
+        vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000, shared: true, per: Per::Key }];
 }
 
 impl Running {

@@ -129,7 +129,6 @@ fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work
                 of: Subject { key: Some(KeyRef { id: KeyId(id.into_bytes()), generation: 1 }), outcome: 0, hour },
                 requests: 10,
                 cost: 10,
-                drawn: 0,
                 last_ms: u64::from(hour) * 3_600_000,
             };
             let seq = round * REPORTS + number;

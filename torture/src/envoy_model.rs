@@ -34,7 +34,7 @@ pub enum Hinders {
     /// Requests to an Envoy may get no response, or one that is not from the filter.
     Requests,
     /// An Envoy gets no credits, but receives changes.
-    Leases,
+    Allowances,
 }
 
 /// One Envoy.
@@ -42,7 +42,7 @@ pub enum Hinders {
 pub(crate) struct EnvoyModel {
     pub(crate) changes: Vec<Disruption>,
     pub(crate) requests: Vec<Disruption>,
-    pub(crate) leases: Vec<Disruption>,
+    pub(crate) allowances: Vec<Disruption>,
     /// The time of its first response other than `not_ready`.
     pub(crate) ready: Option<Instant>,
     pub(crate) behind: Duration,
@@ -58,7 +58,7 @@ impl EnvoyModel {
         match hinders {
             Hinders::Changes => &mut self.changes,
             Hinders::Requests => &mut self.requests,
-            Hinders::Leases => &mut self.leases,
+            Hinders::Allowances => &mut self.allowances,
         }
     }
 

@@ -34,8 +34,8 @@ const FEED: Duration = Duration::from_secs(3);
 /// How long Envoy takes to detect a paused control plane: the keep-alive of its connection, 5 s and 3 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(8);
 
-/// How long another VM takes to become the leader: the lease of the last leader, and a tick or two.
-const LEASE: Duration = Duration::from_secs(4);
+/// How long another VM takes to become the leader: the term of the last leader, and a tick or two.
+const TERM: Duration = Duration::from_secs(4);
 
 /// How long connections of an old listener are drained, and how long Envoy takes to replace a VM that trapped.
 const SETTLE: Duration = Duration::from_secs(3);
@@ -195,14 +195,14 @@ impl Faults {
         cut.map(|_| ())
     }
 
-    /// For longer than changes wait for a lock, so that the API asks for a retry. No credits are leased meanwhile.
+    /// For longer than changes wait for a lock, so that the API asks for a retry. No allowances are granted meanwhile.
     async fn lock_postgres(&self, lasts: Duration) -> Result<()> {
         let seconds = lasts.as_secs_f64();
         let lock = format!(
             "begin; select revision from store_state for update; lock table usage_hourly in share mode;
             select 1 from (select id from api_keys for update) locked limit 1; select pg_sleep({seconds}); commit"
         );
-        let disruptions = self.oracle.begin(Hinders::Leases, &self.stack.everywhere(), FEED);
+        let disruptions = self.oracle.begin(Hinders::Allowances, &self.stack.everywhere(), FEED);
         let locked = self.stack.database.execute(&lock).await;
         self.oracle.end(&disruptions);
         locked.map(|_| ())
@@ -339,7 +339,7 @@ impl Faults {
     async fn trap(&self, number: usize) -> Result<()> {
         let envoy = self.stack.envoys.get(number).context("no such Envoy")?;
         let disruptions = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(TERM));
         let request = hyper::Request::get("/").header("x-portcullis-trap", "1").body(http_body_util::Full::default())?;
         let reply = http::send(envoy.address(), request).await;
         let recent = self.oracle.decided_within(number, MERGE);
@@ -355,7 +355,7 @@ impl Faults {
     async fn update(&self, number: usize, dice: u64) -> Result<()> {
         let envoy = self.stack.envoys.get(number).context("no such Envoy")?;
         let requests = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(TERM));
         let realm = format!("torture {dice:x}");
         envoy.change_settings(|settings| {
             settings.replacements.plugin.insert("realm".into(), realm.clone().into());
@@ -382,8 +382,8 @@ impl Faults {
         let (behind, ahead) = if shift < 0 { (off, Duration::ZERO) } else { (Duration::ZERO, off) };
         self.oracle.clock(number, behind, ahead);
         for shift in [shift, 0] {
-            // The step may end the lease of the leader.
-            let disruptions = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
+            // The step may end the term of the leader.
+            let disruptions = self.oracle.begin(Hinders::Changes, &[number], self.after(TERM));
             clock.shift(shift)?;
             self.oracle.end(&disruptions);
             tokio::time::sleep(step.lasts).await;

@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::credit_model::CreditModel;
+use crate::credit_model::{CreditModel, may_be_unavailable};
 use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, close, gap};
 use crate::plan::Dice;
 use crate::report::Journal;
@@ -389,6 +389,9 @@ impl Known {
             return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
         }
         let code = code?;
+        if code == "limits_unavailable" && may_be_unavailable(model, sent) {
+            return None;
+        }
         let spent = spent.filter(|_| code == "credits_exhausted").map(|tally| tally.admitted + tally.doubtful);
         if spent.is_some_and(|spent| self.credits.may_refuse(model, sent, spent)) {
             return None;
