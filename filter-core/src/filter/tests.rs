@@ -59,7 +59,7 @@ fn from_the_first_tick_to_the_last_report() {
     assert_eq!(stream.trailers, ["grpc-status"]);
 
     host.take_calls();
-    filter.on_end(&setup);
+    filter.on_end(&setup, false);
     let last = host.take_calls().pop().unwrap();
     let reports = read_reports(&last.body).unwrap();
     assert_eq!(reports.iter().flat_map(|report| &report.counts).map(|count| count.requests).sum::<u64>(), 2);
@@ -83,12 +83,14 @@ fn during_a_configuration_update_both_configurations_share_the_calls_and_the_cou
         let mut stream = MockStream::with([(header, "k")]);
         assert_eq!(filter.on_request_headers(&setup.config, &mut stream), Flow::Continue);
     }
+    host.set_now_ms(NOW + 250);
     filter.on_tick(&new, |_| ());
     let report = read_reports(&host.take_calls().remove(0).body).unwrap().remove(0);
     assert_eq!(report.counts.iter().map(|count| count.requests).collect::<Vec<_>>(), [2]);
     // The old root context ends: what it counted is reported, and the filter goes on for the new one.
-    filter.on_end(&old);
+    filter.on_end(&old, true);
     assert!(!host.take_calls().is_empty());
+    host.set_now_ms(NOW + 500);
     filter.on_tick(&new, |_| ());
     assert!(!host.take_calls().is_empty(), "it leads again");
 }

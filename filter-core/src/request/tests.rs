@@ -163,7 +163,7 @@ fn keys_without_limits_have_that_of_the_filter() {
 #[test]
 fn a_policy_adds_its_limit_and_its_cost() {
     let plugin = json!({"rate_limit": null, "policies": {
-        "search": {"cost": 5, "rate_limit": {"requests": 2, "window": "60s"}},
+        "search": {"cost": 5, "rate_limit": {"requests": 3, "window": "60s"}},
         "free": {"cost": 0},
     }});
     let bench = Bench::new(plugin, &[("k", record())]);
