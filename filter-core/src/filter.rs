@@ -54,6 +54,12 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         self.vm.data.is_of(&config.cluster, &config.store)
     }
 
+    /// The cells of the store.
+    #[cfg(test)]
+    pub(crate) const fn data(&self) -> &SharedData<H> {
+        &self.vm.data
+    }
+
     /// The headers of a request have come. If the request must wait, the shell keeps it, and calls [`Filter::decide_again`]
     /// for it when it is told to.
     pub fn on_request_headers(&self, config: &Config, stream: &mut impl Stream) -> Flow {

@@ -27,8 +27,7 @@ const SCALE: u64 = 256;
 /// What an Envoy knows of its contact with the control plane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Contact {
-    /// When the call was sent whose answer was the first since the Envoy was last cut off, in milliseconds of Unix time.
-    /// Allowances from before are void.
+    /// When the Envoy was last cut off, in milliseconds of Unix time. Sessions from before are void.
     pub since_ms: u64,
     /// When the last answer came.
     pub answered_ms: u64,
@@ -44,7 +43,7 @@ impl Contact {
     /// Notes an answer to a call. `sent_ms`: when the call was sent; `alone_ms`: see [`crate::message::Answer::alone_ms`].
     pub const fn answered(&mut self, sent_ms: u64, now_ms: u64, live: u32, alone_ms: u32) {
         if self.is_cut_off(now_ms) {
-            self.since_ms = sent_ms;
+            self.since_ms = self.valid_since_ms(sent_ms);
         }
         if alone_ms > 0 && self.alone_until_ms < sent_ms {
             self.alone_term = self.alone_term.wrapping_add(1);
@@ -56,6 +55,17 @@ impl Contact {
 
     const fn is_cut_off(&self, now_ms: u64) -> bool {
         now_ms.abs_diff(self.answered_ms) > VOID_AFTER_MS
+    }
+
+    /// Sessions from before this time are void.
+    const fn valid_since_ms(&self, now_ms: u64) -> u64 {
+        let cut_off_ms = self.answered_ms.saturating_add(VOID_AFTER_MS);
+        match self.is_cut_off(now_ms) {
+            // If the clock has stepped back, it is not known when.
+            true if cut_off_ms > now_ms => now_ms,
+            true => cut_off_ms,
+            false => self.since_ms,
+        }
     }
 
     const fn is_alone(&self, now_ms: u64) -> bool {
@@ -363,7 +373,8 @@ impl Holding {
     /// What the Envoy may spend without asking.
     #[must_use]
     pub const fn available(&self, contact: &Contact, now_ms: u64) -> u64 {
-        if contact.is_cut_off(now_ms) || self.session < contact.since_ms { 0 } else { self.unspent() }
+        let is_void = contact.is_cut_off(now_ms) || self.session < contact.since_ms;
+        if is_void { 0 } else { self.unspent() }
     }
 
     const fn unspent(&self) -> u64 {
@@ -372,7 +383,7 @@ impl Holding {
 
     /// Starts a session if there is none or its allowance is void.
     fn renew(&mut self, contact: &Contact, now_ms: u64) {
-        if self.session == 0 || self.session < contact.since_ms {
+        if self.session == 0 || self.session < contact.valid_since_ms(now_ms) {
             self.session = self.session.saturating_add(1).max(now_ms);
             (self.granted, self.spent, self.returned, self.refunded) = (0, 0, 0, 0);
         }

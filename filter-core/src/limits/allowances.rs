@@ -135,7 +135,7 @@ pub fn call<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, leads: bool
     let pools: Vec<PoolId> = asks.iter().map(|ask| ask.pool).collect();
     match send(vm, setup, asks, false) {
         Some(token) => allowances.asking.borrow_mut().sent(token, pools, now_ms),
-        None => on_failure(vm, &Sent { sent_ms: now_ms, pools }, "Envoy has no usable cluster: check control_plane.cluster"),
+        None => on_failure(vm, &Sent { sent_ms: now_ms, pools }, "the call could not be sent"),
     }
 }
 
@@ -291,3 +291,6 @@ fn write_contact(contact: &Contact, used_ms: u64) -> Vec<u8> {
     let words = [since_ms, answered_ms, live.into(), alone_term.into(), alone_until_ms, used_ms];
     words.map(u64::to_le_bytes).concat()
 }
+
+#[cfg(test)]
+mod tests;
