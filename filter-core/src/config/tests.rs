@@ -182,7 +182,8 @@ fn a_mistake_is_named_with_its_field_and_remedy() {
 #[test]
 fn the_operator_chooses_how_long_requests_wait_and_what_happens_without_an_answer() {
     let config = |fields: &str| Config::parse(with(fields).as_bytes()).unwrap();
-    for (text, ms) in [(r#"{"wait": "0s"}"#, 0), (r#"{"wait": "0.8s"}"#, 800), (r#"{"wait": null}"#, 250), ("{}", 250)] {
+    for (text, ms) in [(r#"{"wait": "0s"}"#, 0), (r#"{"wait": "0.8s"}"#, 800), (r#"{"wait": null}"#, 250), ("{}", 250)]
+    {
         assert_eq!(config(&format!(r#""limits": {text}"#)).limits_wait_ms, ms, "{text}");
     }
     let modes = config(r#""on_limits_unreachable": {"rate_limits": "deny", "quotas": "allow", "credits": null}"#);
@@ -203,7 +204,8 @@ fn the_operator_chooses_how_long_requests_wait_and_what_happens_without_an_answe
         assert_eq!(error(&with(&format!(r#""limits": {{"wait": {wait}}}"#))), form, "{wait}");
     }
     assert!(error(&with(r#""limits": {"waits": "1s"}"#)).starts_with("limits.waits: is not a known field"));
-    let modes = |field: &str, value: &str| error(&with(&format!(r#""on_limits_unreachable": {{"{field}": "{value}"}}"#)));
+    let modes =
+        |field: &str, value: &str| error(&with(&format!(r#""on_limits_unreachable": {{"{field}": "{value}"}}"#)));
     let three = "on_limits_unreachable.rate_limits: must be ";
     assert!(modes("rate_limits", "open").starts_with(three), "{}", modes("rate_limits", "open"));
     for field in ["quotas", "credits"] {
@@ -242,7 +244,10 @@ fn policies_are_checked_and_the_default_limit_has_its_own_name() {
     assert!(config.shadow);
     assert_eq!(config.policies.find(Some("search")).unwrap().cost, Some(5));
     let limit = config.policies.default.rate_limit.unwrap();
-    assert_eq!(limit, RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false, per: Per::Key });
+    assert_eq!(
+        limit,
+        RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false, per: Per::Key }
+    );
     assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
     assert!(error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("policies.a.scope: is not a known field"));
     assert!(error(&with(r#""default_policy": {"scopes": {"any": []}}"#)).contains("default_policy.scopes"));

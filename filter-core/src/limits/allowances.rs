@@ -49,6 +49,11 @@ impl Allowances {
         self.contact.get()
     }
 
+    #[cfg(test)]
+    pub(crate) fn set_contact(&self, contact: Contact) {
+        self.contact.set(contact);
+    }
+
     /// Tokens of a pool that requests of this VM wait for.
     pub fn waiting(&self, pool: &PoolId) -> u64 {
         self.asking.borrow().waiting(pool)

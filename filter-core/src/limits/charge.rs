@@ -385,3 +385,6 @@ impl Limit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

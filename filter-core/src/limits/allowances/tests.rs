@@ -37,17 +37,8 @@ fn unavailable() -> Fate {
 
 /// What another Envoy does with a pool.
 fn other(plane: &mut Plane, pool: PoolId, change: impl FnOnce(&mut Ask), now_ms: u64) {
-    let mut ask = Ask {
-        pool,
-        session: 1,
-        granted: 0,
-        spent: 0,
-        returned: 0,
-        ahead_ns: 0,
-        interval_ns: 0,
-        need: 0,
-        want: 0,
-    };
+    let mut ask =
+        Ask { pool, session: 1, granted: 0, spent: 0, returned: 0, ahead_ns: 0, interval_ns: 0, need: 0, want: 0 };
     change(&mut ask);
     plane.answer(&Call { reporter: ReporterId([9; 16]), is_last: false, asks: vec![ask] }, now_ms * NS_PER_MS);
 }
@@ -307,7 +298,10 @@ fn an_envoy_without_the_cluster_or_without_randomness_cannot_ask() {
         assert_eq!(envoy.tick_at(0, NOW + TICK), [Fate::Waits]);
         assert_eq!(envoy.metric("limits.call_failures_total"), 2);
         let log = envoy.host.take_log();
-        assert!(log.iter().any(|(_, line)| line.ends_with("cannot be asked for: the call could not be sent")), "{log:?}");
+        assert!(
+            log.iter().any(|(_, line)| line.ends_with("cannot be asked for: the call could not be sent")),
+            "{log:?}"
+        );
         assert_eq!(envoy.tick_at(0, NOW + 2 * TICK), [unavailable()]);
     }
 }

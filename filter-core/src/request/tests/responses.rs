@@ -356,8 +356,7 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     let update = |bench: &Bench| {
         let mut writer = UpdateWriter::default();
         writer.put(&KeyHash::of(b"k"), &record().to_bytes().unwrap());
-        let header =
-            Header { epoch: Epoch([1; 16]), revision: 2, total_keys: 1, part: Part::Changes { after: 1 } };
+        let header = Header { epoch: Epoch([1; 16]), revision: 2, total_keys: 1, part: Part::Changes { after: 1 } };
         let bytes = writer.finish(&header).unwrap();
         crate::keys::KeyStore::apply(&bench.vm.keys, ME, &Update::read(&bytes).unwrap()).unwrap();
     };
