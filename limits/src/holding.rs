@@ -255,6 +255,10 @@ impl Holding {
         self.renew(contact, now_ms);
         self.needed_ms = now_ms;
         self.adopt(of, now_ns);
+        if let Limited::Rate(rate) = of {
+            self.arrival_ns = rate.after_clock_step(self.arrival_ns, now_ns);
+            self.fallback_ns = rate.slowed(contact.live).after_clock_step(self.fallback_ns, now_ns);
+        }
     }
 
     /// Spends tokens that were refunded, as far as they have not come back with time.

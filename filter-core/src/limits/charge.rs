@@ -167,7 +167,7 @@ pub fn charge(
         return Charged::Yes;
     }
     let now_ns = now_ns();
-    let cells = Charging { data, allowances, attempt, now_ns, has_to_ask: Slot::new(false) };
+    let cells = Charging { data, allowances, attempt, now_ns, is_to_note: Slot::new(false) };
     let first = cells.take(&of_key, true);
     // If the key's limits do not admit the request, those of its owner are only asked what they lack.
     let second = cells.take(&of_owner, first.is_ok());
@@ -190,10 +190,17 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &Rate
     let (rate, tag) = (Rate::of(limit), tag(&limit.name) | OF_POLICY);
     let taken = data.update(cell_of_client(client), |cell| {
         let mut entries = Entries::read(cell);
-        let arrival_ns = rate.take(entries.arrival(client.0, tag), now_ns).map_err(Err)?;
+        let before_ns = entries.arrival(client.0, tag);
+        let (arrival_ns, result) = match (rate.take(before_ns, now_ns), before_ns) {
+            (Ok(arrival_ns), _) => (arrival_ns, Ok(())),
+            (Err(wait_ns), Some(before_ns)) if rate.after_clock_step(before_ns, now_ns) != before_ns => {
+                (rate.after_clock_step(before_ns, now_ns), Err(wait_ns))
+            }
+            (Err(wait_ns), _) => return Err(Err(wait_ns)),
+        };
         entries.set_arrival(client.0, tag, arrival_ns);
         entries.bound();
-        Ok((entries.write(now_ns), Ok(())))
+        Ok((entries.write(now_ns), result))
     });
     let wait_ms = match taken {
         Ok(Ok(())) => return None,
@@ -210,8 +217,8 @@ struct Charging<'a, C> {
     allowances: &'a Allowances,
     attempt: Attempt,
     now_ns: u64,
-    /// The Envoy does not know enough of a pool.
-    has_to_ask: Slot<bool>,
+    /// Also if the request is not taken, there is something to note: see [`Charging::note`].
+    is_to_note: Slot<bool>,
 }
 
 impl<C: Cells> Charging<'_, C> {
@@ -221,11 +228,11 @@ impl<C: Cells> Charging<'_, C> {
             return Ok(Vec::new());
         }
         let taken = self.data.update(cell_of(*subject), |cell| {
-            self.has_to_ask.set(false);
+            self.is_to_note.set(false);
             let mut entries = Entries::read(cell);
             match self.take_all(&mut entries, *subject, limits) {
                 Ok(spent) if commit => Ok((entries.write(self.now_ns), Ok(spent))),
-                Err(denial) if self.has_to_ask.get() => Ok((self.note(cell, limits), Err(denial))),
+                Err(denial) if self.is_to_note.get() => Ok((self.note(cell, *subject, limits), Err(denial))),
                 other => Err(other),
             }
         });
@@ -236,10 +243,17 @@ impl<C: Cells> Charging<'_, C> {
         })
     }
 
-    /// The cell with nothing taken, and with the terms for which the Envoy must ask.
-    fn note(&self, cell: &[u8], limits: &[Limit]) -> Vec<u8> {
+    /// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after
+    /// the clock has stepped back.
+    fn note(&self, cell: &[u8], subject: Subject, limits: &[Limit]) -> Vec<u8> {
         let mut entries = Entries::read(cell);
-        for (pool, _, of) in limits.iter().filter_map(Limit::shared) {
+        for limit in limits {
+            if let Limit::Local { tag, rate, .. } = limit
+                && let Some(arrival_ns) = entries.arrival(subject.0, *tag)
+            {
+                entries.set_arrival(subject.0, *tag, rate.after_clock_step(arrival_ns, self.now_ns));
+            }
+            let Some((pool, _, of)) = limit.shared() else { continue };
             let mut holding = entries.holding(&pool);
             holding.prepare(of, &self.allowances.contact(), self.now_ns);
             entries.set_holding(&pool, holding);
@@ -271,16 +285,21 @@ impl<C: Cells> Charging<'_, C> {
             Denial::No(Refusal { outcome: limit.outcome(), place: limit.place(), empty_ms, is_hopeless })
         };
         if let Limit::Local { tag, rate, .. } = limit {
-            let arrival_ns = rate.take(entries.arrival(subject.0, *tag), now_ns);
-            let arrival_ns = arrival_ns.map_err(|wait_ns| no(wait_ns.div_ceil(NS_PER_MS), false))?;
+            let before_ns = entries.arrival(subject.0, *tag);
+            let arrival_ns = rate.take(before_ns, now_ns).map_err(|wait_ns| {
+                let is_stepped = before_ns.is_some_and(|before| rate.after_clock_step(before, now_ns) != before);
+                self.is_to_note.set(self.is_to_note.get() || is_stepped);
+                no(wait_ns.div_ceil(NS_PER_MS), false)
+            })?;
             entries.set_arrival(subject.0, *tag, arrival_ns);
         }
         let Some((pool, cost, of)) = limit.shared() else { return Ok(Vec::new()) };
         let contact = self.allowances.contact();
         let mut holding = entries.holding(&pool);
+        let before_ns = holding.arrival_ns;
         let spent = holding.spend(cost, of, self.allowances.waiting(&pool), &contact, now_ns);
-        if matches!(spent, Spent::Wait { .. }) {
-            self.has_to_ask.set(true);
+        if matches!(spent, Spent::Wait { .. }) || holding.arrival_ns < before_ns {
+            self.is_to_note.set(true);
         }
         let result = match spent {
             Spent::Yes { is_low } => Ok(vec![(pool, is_low)]),

@@ -124,6 +124,39 @@ fn a_clock_that_steps_back_costs_a_burst_at_the_most() {
     let back = NOW - 3_600 * NS_PER_S;
     assert_eq!(admitted(&data, &limits, [back; 10]), 0);
     assert_eq!(admitted(&data, &limits, [back + NS_PER_S; 10]), 5);
+    let (client, limit) = (Client::of("192.0.2.1".parse().unwrap()), &limits[0]);
+    let admitted = |now_ns| (0..10).filter(|_| charge_client(&data, client, limit, now_ns).is_none()).count();
+    assert_eq!([admitted(NOW), admitted(back), admitted(back + NS_PER_S)], [5, 0, 5]);
+}
+
+#[test]
+fn after_the_clock_stepped_back_the_only_envoy_and_the_safe_rate_go_on() {
+    let own = [RateLimit { shared: true, ..of(10, 1, 5) }];
+    let (key, back) = (record(7), NOW - 3_600 * NS_PER_S);
+    let pool = PoolId::of_limit(&own[0], &key);
+    let contact = |now_ns: u64| Contact {
+        since_ms: 1,
+        answered_ms: now_ns / MS,
+        live: 1,
+        alone_term: 3,
+        alone_until_ms: now_ns / MS + 400,
+    };
+    for attempt in [REACHABLE, Attempt { is_unreachable: true, ..REACHABLE }] {
+        let (data, allowances) = (new_data(), Allowances::default());
+        let limits = Limits { record: &key, own: &own, route: None, cost: 1 };
+        let admitted = |now_ns: u64| {
+            if !attempt.is_unreachable {
+                allowances.set_contact(contact(now_ns));
+            }
+            let admit = |_: &u32| charge(&data, &allowances, &limits, attempt, || now_ns) == Charged::Yes;
+            (0..10).filter(admit).count()
+        };
+        change(&data, pool, |holding| {
+            (holding.session, holding.alone_term) = (1, 3);
+            (holding.interval_ns, holding.terms) = (NS_PER_S / 10, NS_PER_S / 2);
+        });
+        assert_eq!([admitted(NOW), admitted(back), admitted(back + NS_PER_S)], [5, 0, 5], "{attempt:?}");
+    }
 }
 
 #[test]
