@@ -54,6 +54,12 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         self.vm.data.is_of(&config.cluster, &config.store)
     }
 
+    /// The cells of the store.
+    #[cfg(test)]
+    pub(crate) const fn data(&self) -> &SharedData<H> {
+        &self.vm.data
+    }
+
     /// The headers of a request have come. If the request must wait, the shell keeps it, and calls [`Filter::decide_again`]
     /// for it when it is told to.
     pub fn on_request_headers(&self, config: &Config, stream: &mut impl Stream) -> Flow {
@@ -121,11 +127,14 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         allowances::call(&self.vm, setup, false, false);
     }
 
-    /// The VM ends: reports everything that was counted, and hands allowances back.
-    pub fn on_end(&self, setup: &Setup) {
+    /// A configuration ends: reports everything that was counted. `is_in_use`: another configuration uses this filter. If none
+    /// does, the VM ends, and hands allowances back.
+    pub fn on_end(&self, setup: &Setup, is_in_use: bool) {
         self.vm.end();
-        let is_last = self.leader.borrow_mut().end(&self.vm, setup);
-        allowances::end(&self.vm, setup, is_last);
+        let led = self.leader.borrow_mut().end(&self.vm, setup);
+        if !is_in_use {
+            allowances::end(&self.vm, setup, led);
+        }
     }
 }
 

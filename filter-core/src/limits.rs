@@ -4,4 +4,6 @@
 pub mod allowances;
 pub mod cell;
 pub mod charge;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod wait;

@@ -31,6 +31,7 @@ struct State {
     reads: Slot<u32>,
     writes: Slot<u32>,
     refuses_writes: Slot<bool>,
+    refused_cell: RefCell<Option<String>>,
     before_put: RefCell<Option<BeforePut>>,
     now_ns: Slot<u64>,
     clock_reads: Slot<u32>,
@@ -79,6 +80,11 @@ impl MockHost {
 
     pub(crate) fn refuse_writes(&self, refuses: bool) {
         self.0.refuses_writes.set(refuses);
+    }
+
+    /// Refuses writes of cells with `part` in their name.
+    pub(crate) fn refuse_writes_of(&self, part: &str, refuses: bool) {
+        *self.0.refused_cell.borrow_mut() = refuses.then(|| part.to_owned());
     }
 
     pub(crate) fn cell_names(&self) -> Vec<String> {
@@ -170,7 +176,8 @@ impl Cells for MockHost {
             act();
         }
         let present = self.0.cells.borrow().get(name).map(|cell| cell.version);
-        if present != seen || self.0.refuses_writes.get() {
+        let is_refused = self.0.refused_cell.borrow().as_ref().is_some_and(|part| name.contains(part.as_str()));
+        if present != seen || self.0.refuses_writes.get() || is_refused {
             return Err(Conflict);
         }
         self.0.versions.set(self.0.versions.get() + 1);

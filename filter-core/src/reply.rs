@@ -137,6 +137,8 @@ fn stock_headers(outcome: Outcome, retry_after_s: u64, known: bool) -> impl Iter
 
 #[cfg(test)]
 mod tests {
+    use contract::record::Per;
+
     use super::*;
 
     fn challenge() -> Challenge {
@@ -179,6 +181,7 @@ mod tests {
             window_s,
             burst: 10,
             shared: false,
+            per: Per::Key,
         };
         let limits = vec![limit("second", 10, 1), limit("hour", 1_000, 3_600)];
         let wait = Wait::Limits(limits, Exceeded { limit: 1, retry_after_s: 7 });

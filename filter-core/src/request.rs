@@ -263,11 +263,14 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             is_out_of_time: ms >= LONGEST_WAIT_MS,
         };
         let charged = charge(data, allowances, &limits, attempt, || self.time.ns());
-        if charged == Charged::Wait && ms == 0 {
-            stats.count_allowance_wait();
-        }
-        if allowances.must_wake() {
-            self.vm.host().wake();
+        // A request that is decided again is in the root context, which asks once all are decided.
+        if ms == 0 {
+            if charged == Charged::Wait {
+                stats.count_allowance_wait();
+            }
+            if allowances.must_wake() {
+                self.vm.host().wake();
+            }
         }
         charged
     }

@@ -25,6 +25,8 @@ use crate::stream::EnvoyStream;
 struct Served {
     filter: Filter<Envoy, CellStore<Envoy>>,
     waiting: RefCell<Vec<Waiting>>,
+    /// How many root contexts share it.
+    roots: Cell<usize>,
 }
 
 /// A request that waits for an allowance.
@@ -39,13 +41,20 @@ thread_local! {
     static SERVED: RefCell<Vec<Rc<Served>>> = const { RefCell::new(Vec::new()) };
 }
 
+/// The key store of a configuration, for one more root context.
 fn served(config: &Config) -> Result<Rc<Served>, String> {
     SERVED.with_borrow_mut(|all| {
-        if let Some(served) = all.iter().find(|served| served.filter.is_of(config)) {
-            return Ok(Rc::clone(served));
-        }
-        let served = Rc::new(Served { filter: Filter::new(Envoy, config)?, waiting: RefCell::default() });
-        all.push(Rc::clone(&served));
+        let known = all.iter().find(|served| served.filter.is_of(config)).map(Rc::clone);
+        let served = match known {
+            Some(served) => served,
+            None => {
+                let filter = Filter::new(Envoy, config)?;
+                let served = Rc::new(Served { filter, waiting: RefCell::default(), roots: Cell::new(0) });
+                all.push(Rc::clone(&served));
+                served
+            }
+        };
+        served.roots.set(served.roots.get().saturating_add(1));
         Ok(served)
     })
 }
@@ -164,7 +173,8 @@ impl Context for Root {
 impl Drop for Root {
     fn drop(&mut self) {
         if let Some(Plugin { served, setup }) = &self.plugin {
-            served.filter.on_end(setup);
+            served.roots.set(served.roots.get().saturating_sub(1));
+            served.filter.on_end(setup, served.roots.get() > 0);
         }
     }
 }

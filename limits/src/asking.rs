@@ -22,6 +22,8 @@ pub struct Asking {
     needs: BTreeMap<PoolId, u64>,
     /// Some of them are not to wait for the next tick.
     needs_are_urgent: bool,
+    /// Tokens that requests lacked which were decided without them. The pools are in `soon` too.
+    missed: BTreeMap<PoolId, u64>,
     /// Pools whose allowance runs low, or whose usage or hand-back is to be told soon.
     soon: Pools,
     /// Pools that were used since the last call.
@@ -75,9 +77,9 @@ impl Asking {
     /// A request was decided without the tokens that it needs: ask for as many with the next call.
     pub fn ask_for(&mut self, pool: PoolId, tokens: u64) {
         self.recent.insert(pool);
-        let need = self.needs.entry(pool).or_default();
-        *need = tokens.max(*need);
-        self.needs_are_urgent = true;
+        self.soon.insert(pool);
+        let missed = self.missed.entry(pool).or_default();
+        *missed = tokens.max(*missed);
     }
 
     /// Whether requests wait for tokens that other Envoys hold.
@@ -146,20 +148,25 @@ impl Asking {
         self.needs_are_urgent = false;
         let mut pools: Vec<(PoolId, u64)> = std::mem::take(&mut self.needs).into_iter().collect();
         pools.truncate(POOLS);
-        for (pool, _) in &pools {
-            self.soon.remove(pool);
-            self.used.remove(pool);
+        for (pool, need) in &mut pools {
+            *need = self.take_missed(pool).max(*need);
         }
         let told = if is_tick { &self.used } else { &self.soon };
         let room = POOLS.saturating_sub(pools.len());
         let more: Vec<PoolId> =
             self.soon.iter().chain(told).copied().collect::<Pools>().into_iter().take(room).collect();
         for pool in more {
-            self.soon.remove(&pool);
-            self.used.remove(&pool);
-            pools.push((pool, 0));
+            let missed = self.take_missed(&pool);
+            pools.push((pool, missed));
         }
         Some(pools)
+    }
+
+    /// Takes a pool off the lists, as it is asked for. Returns the tokens that requests missed.
+    fn take_missed(&mut self, pool: &PoolId) -> u64 {
+        self.soon.remove(pool);
+        self.used.remove(pool);
+        self.missed.remove(pool).unwrap_or_default()
     }
 
     /// A call was sent.

@@ -49,6 +49,11 @@ impl Allowances {
         self.contact.get()
     }
 
+    #[cfg(test)]
+    pub(crate) fn set_contact(&self, contact: Contact) {
+        self.contact.set(contact);
+    }
+
     /// Tokens of a pool that requests of this VM wait for.
     pub fn waiting(&self, pool: &PoolId) -> u64 {
         self.asking.borrow().waiting(pool)
@@ -59,11 +64,14 @@ impl Allowances {
         self.asking.borrow().is_unreachable()
     }
 
+    /// A request needs tokens of a pool.
+    pub fn needed(&self, pool: PoolId) {
+        self.asking.borrow_mut().needed(pool);
+    }
+
     /// A request waits for tokens. `is_again`: the control plane has just said that only other Envoys have them.
     pub fn need(&self, pool: PoolId, tokens: u64, is_again: bool) {
-        let mut asking = self.asking.borrow_mut();
-        asking.needed(pool);
-        asking.need(pool, tokens, is_again);
+        self.asking.borrow_mut().need(pool, tokens, is_again);
     }
 
     /// A request was decided without tokens that it needs, because it may not wait.
@@ -127,11 +135,12 @@ pub fn call<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, leads: bool
     if due.is_empty() && !(is_tick && leads && is_in_use) {
         return;
     }
-    let asks = due.iter().filter_map(|(pool, need)| ask_for(vm, *pool, *need, now_ns)).collect();
-    let pools: Vec<PoolId> = due.into_iter().map(|(pool, _)| pool).collect();
+    let asks: Vec<Ask> = due.iter().filter_map(|(pool, need)| ask_for(vm, *pool, *need, now_ns)).collect();
+    // The grants come in the order of the asks.
+    let pools: Vec<PoolId> = asks.iter().map(|ask| ask.pool).collect();
     match send(vm, setup, asks, false) {
         Some(token) => allowances.asking.borrow_mut().sent(token, pools, now_ms),
-        None => allowances.asking.borrow_mut().on_failure(&Sent { sent_ms: now_ms, pools }),
+        None => on_failure(vm, &Sent { sent_ms: now_ms, pools }, "the call could not be sent"),
     }
 }
 
@@ -148,14 +157,18 @@ pub fn on_response<H: Host, K>(vm: &Vm<H, K>, token: u32, response: &impl CallRe
             Some(Reached::Yes)
         }
         Err(why) => {
-            let was_reachable = !vm.allowances.is_unreachable();
-            vm.allowances.asking.borrow_mut().on_failure(&sent);
-            vm.stats.count_allowance_failure();
-            if was_reachable && vm.allowances.is_unreachable() {
-                vm.host().warn(&format!("allowances of shared limits cannot be asked for: {why}"));
-            }
+            on_failure(vm, &sent, &why);
             Some(Reached::No)
         }
+    }
+}
+
+fn on_failure<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, why: &str) {
+    let was_reachable = !vm.allowances.is_unreachable();
+    vm.allowances.asking.borrow_mut().on_failure(sent);
+    vm.stats.count_allowance_failure();
+    if was_reachable && vm.allowances.is_unreachable() {
+        vm.host().warn(&format!("allowances of shared limits cannot be asked for: {why}"));
     }
 }
 
@@ -283,3 +296,6 @@ fn write_contact(contact: &Contact, used_ms: u64) -> Vec<u8> {
     let words = [since_ms, answered_ms, live.into(), alone_term.into(), alone_until_ms, used_ms];
     words.map(u64::to_le_bytes).concat()
 }
+
+#[cfg(test)]
+mod tests;

@@ -178,3 +178,6 @@ impl Entry {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

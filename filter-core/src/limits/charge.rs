@@ -3,6 +3,8 @@
 //! What is remembered of a key is in one cell, and of its owner in another. So a request costs one read and one write of a
 //! cell, and one more of each if its owner has limits.
 
+use std::cell::Cell as Slot;
+
 use contract::outcome::Outcome;
 use contract::rate::{Rate, tag};
 use contract::record::{Per, RateLimit, Record};
@@ -165,7 +167,7 @@ pub fn charge(
         return Charged::Yes;
     }
     let now_ns = now_ns();
-    let cells = Charging { data, allowances, attempt, now_ns };
+    let cells = Charging { data, allowances, attempt, now_ns, is_to_note: Slot::new(false) };
     let first = cells.take(&of_key, true);
     // If the key's limits do not admit the request, those of its owner are only asked what they lack.
     let second = cells.take(&of_owner, first.is_ok());
@@ -174,8 +176,8 @@ pub fn charge(
             allowances.note_spent(spent.into_iter().chain(more));
             Charged::Yes
         }
-        (Ok(_), Err(denial)) => {
-            cells.give_back(&of_key);
+        (Ok(spent), Err(denial)) => {
+            cells.give_back(&of_key, &spent);
             cells.denied(limits, vec![denial])
         }
         (Err(denial), Err(other)) => cells.denied(limits, vec![denial, other]),
@@ -188,10 +190,17 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &Rate
     let (rate, tag) = (Rate::of(limit), tag(&limit.name) | OF_POLICY);
     let taken = data.update(cell_of_client(client), |cell| {
         let mut entries = Entries::read(cell);
-        let arrival_ns = rate.take(entries.arrival(client.0, tag), now_ns).map_err(Err)?;
+        let before_ns = entries.arrival(client.0, tag);
+        let (arrival_ns, result) = match (rate.take(before_ns, now_ns), before_ns) {
+            (Ok(arrival_ns), _) => (arrival_ns, Ok(())),
+            (Err(wait_ns), Some(before_ns)) if rate.after_clock_step(before_ns, now_ns) != before_ns => {
+                (rate.after_clock_step(before_ns, now_ns), Err(wait_ns))
+            }
+            (Err(wait_ns), _) => return Err(Err(wait_ns)),
+        };
         entries.set_arrival(client.0, tag, arrival_ns);
         entries.bound();
-        Ok((entries.write(now_ns), Ok(())))
+        Ok((entries.write(now_ns), result))
     });
     let wait_ms = match taken {
         Ok(Ok(())) => return None,
@@ -208,6 +217,8 @@ struct Charging<'a, C> {
     allowances: &'a Allowances,
     attempt: Attempt,
     now_ns: u64,
+    /// Also if the request is not taken, there is something to note: see [`Charging::note`].
+    is_to_note: Slot<bool>,
 }
 
 impl<C: Cells> Charging<'_, C> {
@@ -217,9 +228,11 @@ impl<C: Cells> Charging<'_, C> {
             return Ok(Vec::new());
         }
         let taken = self.data.update(cell_of(*subject), |cell| {
+            self.is_to_note.set(false);
             let mut entries = Entries::read(cell);
             match self.take_all(&mut entries, *subject, limits) {
                 Ok(spent) if commit => Ok((entries.write(self.now_ns), Ok(spent))),
+                Err(denial) if self.is_to_note.get() => Ok((self.note(cell, *subject, limits), Err(denial))),
                 other => Err(other),
             }
         });
@@ -228,6 +241,25 @@ impl<C: Cells> Charging<'_, C> {
             let place = limits.first().and_then(Limit::place);
             Err(Denial::No(Refusal { outcome, place, empty_ms: CONTENTION_MS, is_hopeless: false }))
         })
+    }
+
+    /// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after
+    /// the clock has stepped back.
+    fn note(&self, cell: &[u8], subject: Subject, limits: &[Limit]) -> Vec<u8> {
+        let mut entries = Entries::read(cell);
+        for limit in limits {
+            if let Limit::Local { tag, rate, .. } = limit
+                && let Some(arrival_ns) = entries.arrival(subject.0, *tag)
+            {
+                entries.set_arrival(subject.0, *tag, rate.after_clock_step(arrival_ns, self.now_ns));
+            }
+            let Some((pool, _, of)) = limit.shared() else { continue };
+            let mut holding = entries.holding(&pool);
+            holding.prepare(of, &self.allowances.contact(), self.now_ns);
+            entries.set_holding(&pool, holding);
+            self.allowances.needed(pool);
+        }
+        entries.write(self.now_ns)
     }
 
     fn take_all(&self, entries: &mut Entries, subject: Subject, limits: &[Limit]) -> Result<Spendings, Denial> {
@@ -252,27 +284,32 @@ impl<C: Cells> Charging<'_, C> {
         let no = |empty_ms, is_hopeless| {
             Denial::No(Refusal { outcome: limit.outcome(), place: limit.place(), empty_ms, is_hopeless })
         };
-        let (pool, cost, of) = match limit {
-            Limit::Local { tag, rate, .. } => {
-                let arrival_ns = rate.take(entries.arrival(subject.0, *tag), now_ns);
-                let arrival_ns = arrival_ns.map_err(|wait_ns| no(wait_ns.div_ceil(NS_PER_MS), false))?;
-                entries.set_arrival(subject.0, *tag, arrival_ns);
-                return Ok(Vec::new());
-            }
-            Limit::Shared { pool, rate, .. } => (pool, 1, Limited::Rate(rate)),
-            Limit::Stock { pool, cost, fill, .. } => (pool, *cost, Limited::Stock { fill: *fill }),
-        };
+        if let Limit::Local { tag, rate, .. } = limit {
+            let before_ns = entries.arrival(subject.0, *tag);
+            let arrival_ns = rate.take(before_ns, now_ns).map_err(|wait_ns| {
+                let is_stepped = before_ns.is_some_and(|before| rate.after_clock_step(before, now_ns) != before);
+                self.is_to_note.set(self.is_to_note.get() || is_stepped);
+                no(wait_ns.div_ceil(NS_PER_MS), false)
+            })?;
+            entries.set_arrival(subject.0, *tag, arrival_ns);
+        }
+        let Some((pool, cost, of)) = limit.shared() else { return Ok(Vec::new()) };
         let contact = self.allowances.contact();
-        let mut holding = entries.holding(pool);
-        let result = match holding.spend(cost, of, self.allowances.waiting(pool), &contact, now_ns) {
-            Spent::Yes { is_low } => Ok(vec![(*pool, is_low)]),
+        let mut holding = entries.holding(&pool);
+        let before_ns = holding.arrival_ns;
+        let spent = holding.spend(cost, of, self.allowances.waiting(&pool), &contact, now_ns);
+        if matches!(spent, Spent::Wait { .. }) || holding.arrival_ns < before_ns {
+            self.is_to_note.set(true);
+        }
+        let result = match spent {
+            Spent::Yes { is_low } => Ok(vec![(pool, is_low)]),
             Spent::No { empty_ms } => Err(no(empty_ms, holding.has_some())),
             Spent::Wait { .. } if self.attempt.is_unreachable => {
-                self.allowances.ask_for(*pool, cost);
+                self.allowances.ask_for(pool, cost);
                 match (of, self.attempt.modes.rate_limits) {
                     (Limited::Rate(rate), RateMode::SafeRate) => holding
                         .spend_at_safe_rate(rate, &contact, now_ns)
-                        .map(|()| vec![(*pool, true)])
+                        .map(|()| vec![(pool, true)])
                         .map_err(|wait_ns| no(wait_ns.div_ceil(NS_PER_MS), false)),
                     _ if self.lets_through(limit) => Ok(Vec::new()),
                     _ => Err(Denial::No(Refusal::UNAVAILABLE)),
@@ -281,9 +318,9 @@ impl<C: Cells> Charging<'_, C> {
             Spent::Wait { .. } if self.attempt.is_out_of_time => {
                 Err(no(holding.empty_ms(now_ns / NS_PER_MS), holding.has_some()))
             }
-            Spent::Wait { for_others } => Err(Denial::Lacking(vec![Lack { pool: *pool, tokens: cost, for_others }])),
+            Spent::Wait { for_others } => Err(Denial::Lacking(vec![Lack { pool, tokens: cost, for_others }])),
         };
-        entries.set_holding(pool, holding);
+        entries.set_holding(&pool, holding);
         result
     }
 
@@ -297,23 +334,23 @@ impl<C: Cells> Charging<'_, C> {
     }
 
     /// Gives back what was taken from all limits of a subject.
-    fn give_back(&self, (subject, limits): &(Subject, Vec<Limit>)) {
+    fn give_back(&self, (subject, limits): &(Subject, Vec<Limit>), spent: &Spendings) {
         if limits.is_empty() {
             return;
         }
         let given = self.data.update(cell_of(*subject), |cell| {
             let mut entries = Entries::read(cell);
             for limit in limits {
-                match limit {
-                    Limit::Local { tag, rate, .. } => {
-                        let arrival_ns = entries.arrival(subject.0, *tag).unwrap_or_default();
-                        entries.set_arrival(subject.0, *tag, arrival_ns.saturating_sub(rate.interval_ns()));
-                    }
-                    Limit::Shared { pool, .. } | Limit::Stock { pool, .. } => {
-                        let mut holding = entries.holding(pool);
-                        holding.refund(limit.cost());
-                        entries.set_holding(pool, holding);
-                    }
+                if let Limit::Local { tag, rate, .. } = limit {
+                    let arrival_ns = entries.arrival(subject.0, *tag).unwrap_or_default();
+                    entries.set_arrival(subject.0, *tag, arrival_ns.saturating_sub(rate.interval_ns()));
+                }
+                // A limit that let the request through unchecked took nothing.
+                let is_spent = |pool: &PoolId| spent.iter().any(|(spent, _)| spent == pool);
+                if let Some((pool, cost, _)) = limit.shared().filter(|(pool, ..)| is_spent(pool)) {
+                    let mut holding = entries.holding(&pool);
+                    holding.refund(cost);
+                    entries.set_holding(&pool, holding);
                 }
             }
             Ok::<_, ()>((entries.write(self.now_ns), ()))
@@ -344,6 +381,15 @@ impl<C: Cells> Charging<'_, C> {
 }
 
 impl Limit {
+    /// The pool of a limit that all Envoys share, what the request costs, and the terms.
+    const fn shared(&self) -> Option<(PoolId, u64, Limited<'_>)> {
+        match self {
+            Self::Local { .. } => None,
+            Self::Shared { pool, rate, .. } => Some((*pool, 1, Limited::Rate(rate))),
+            Self::Stock { pool, cost, fill, .. } => Some((*pool, *cost, Limited::Stock { fill: *fill })),
+        }
+    }
+
     const fn outcome(&self) -> Outcome {
         match self {
             Self::Local { .. } | Self::Shared { .. } => Outcome::RateLimited,
@@ -357,11 +403,7 @@ impl Limit {
             Self::Stock { .. } => None,
         }
     }
-
-    const fn cost(&self) -> u64 {
-        match self {
-            Self::Local { .. } | Self::Shared { .. } => 1,
-            Self::Stock { cost, .. } => *cost,
-        }
-    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use contract::usage::{Count, KeyRef, Subject};
 
 use super::outbox::Outbox;
 
-const COUNT_BYTES: usize = 58;
+const COUNT_BYTES: usize = 50;
 
 /// Writes counts.
 pub(crate) fn write_counts<'a>(counts: impl Iterator<Item = &'a Count>) -> Vec<u8> {
@@ -114,7 +114,7 @@ mod tests {
     fn count() -> impl Strategy<Value = Count> {
         let key = option::of((any::<[u8; 16]>(), any::<u32>()))
             .prop_map(|key| key.map(|(id, generation)| KeyRef { id: KeyId(id), generation }));
-        (key, any::<u8>(), any::<u32>(), any::<[u64; 4]>()).prop_map(|(key, outcome, hour, numbers)| {
+        (key, any::<u8>(), any::<u32>(), any::<[u64; 3]>()).prop_map(|(key, outcome, hour, numbers)| {
             let [requests, cost, last_ms] = numbers;
             Count { of: Subject { key, outcome, hour }, requests, cost, last_ms }
         })
