@@ -7,12 +7,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Result;
+use portcullis_harness::envoy::INGRESS;
 use serde_json::{Value, json};
 
 use crate::feed::key;
-
-/// The name of the listener that is measured.
-pub(crate) const INGRESS: &str = "ingress";
 
 const CONTROL_PLANE: &str = "control_plane";
 const AUTHORIZER: &str = "authorizer";

@@ -11,7 +11,6 @@ use contract::record::{RateLimit, Record};
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::{Process, Signal};
-use portcullis_harness::wait::eventually;
 use portcullis_harness::{compile, paths};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -423,12 +422,8 @@ async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, 
     machine::pin(&mut command, cores.load)?;
     let log = Log::create(&home.join("authorizer.log"))?;
     let process = Process::spawn("the authorizer", command, &log, Signal::SIGKILL)?;
-    let listens = async || match process.must_run() {
-        Err(error) => Some(Err(error)),
-        Ok(()) => std::fs::read_to_string(file).ok().map(Ok),
-    };
-    let address = eventually("the authorizer to listen", listens).await??;
-    Ok((process, address.parse()?))
+    let address = process.address_in(file).await?;
+    Ok((process, address))
 }
 
 fn judge(subjects: &[(&str, Samples)], report: &mut Report) {

@@ -24,12 +24,11 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
-/// Starts a control plane with a database of its own and Envoys, without rate limits of the API.
+/// Starts a control plane with a database of its own and Envoys.
 pub(crate) async fn start(envoys: usize) -> Result<Stack> {
     build()?;
-    let generous = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
     let plugin = serde_json::json!({"rate_limit": null});
-    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).control_plane_arguments(&generous).start().await
+    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).start().await
 }
 
 /// Key number n is the text `key-n`, like an imported key.

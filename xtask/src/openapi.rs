@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::control_plane::{ControlPlane, Settings};
 use portcullis_harness::log::Log;
 use portcullis_harness::output::say;
 use portcullis_harness::paths;
@@ -87,18 +87,9 @@ async fn python(home: &Path) -> Result<()> {
 
     let server = Postgres::private().await?;
     let database = server.create_database().await?;
-    let admin_key = fresh_key()?;
-    let settings = control_plane::Settings {
-        listen: ([127, 0, 0, 1], 0).into(),
-        database_url: database.url.clone(),
-        admin_key: admin_key.clone(),
-        sync_key: fresh_key()?,
-        arguments: Vec::new(),
-        log_level: "info".into(),
-        environment: Vec::new(),
-    };
     let log = Log::create(&home.join("control-plane.log"))?;
-    let control_plane = ControlPlane::start(settings, home, log).await?;
+    let control_plane = ControlPlane::start(Settings::generous(&database)?, home, log).await?;
+    let admin_key = control_plane.settings().admin_key;
     std::fs::write(home.join("client.py"), PYTHON_PROGRAM)?;
     let mut program = Command::new("python3");
     let path = std::env::join_paths([home.join("python"), modules])?;

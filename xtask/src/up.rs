@@ -155,12 +155,10 @@ impl Up {
         }
         let settings = control_plane::Settings {
             listen: local(options.control_plane_port),
-            database_url: database.url,
             admin_key: kept_key(&home.join("admin.key"))?,
             sync_key: sync_key.clone(),
             arguments,
-            log_level: "info".into(),
-            environment: Vec::new(),
+            ..control_plane::Settings::generous(&database)?
         };
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 

@@ -11,7 +11,8 @@ use contract::key::{KeyKind, Secret};
 use crate::http;
 use crate::log::Log;
 use crate::paths;
-use crate::ports::Port;
+use crate::ports::{LOCAL, Port};
+use crate::postgres::Database;
 use crate::process::{Process, Signal};
 use crate::wait::eventually;
 
@@ -33,6 +34,24 @@ pub struct Settings {
     /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
 }
+
+impl Settings {
+    /// New keys, a free port, and no arguments but a REST API that may be called more often than people do.
+    pub fn generous(database: &Database) -> Result<Self> {
+        Ok(Self {
+            listen: LOCAL,
+            database_url: database.url.clone(),
+            admin_key: fresh_key()?,
+            sync_key: fresh_key()?,
+            arguments: GENEROUS.map(Into::into).into(),
+            log_level: "info".into(),
+            environment: Vec::new(),
+        })
+    }
+}
+
+/// Arguments with which no test meets the limit of the REST API.
+pub const GENEROUS: [&str; 4] = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
 
 /// A control plane.
 #[derive(Debug)]
@@ -99,12 +118,7 @@ impl ControlPlane {
         serve.env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
         serve.env("PORTCULLIS_LOG_LEVEL", &settings.log_level).envs(settings.environment);
         let process = Process::spawn("the control plane", serve, &self.log, Signal::SIGKILL)?;
-        let listens = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => std::fs::read_to_string(&address_file).ok().map(Ok),
-        };
-        let address = eventually("the control plane to listen", listens).await??;
-        let address = address.trim().parse().with_context(|| format!("{address:?} is no address"))?;
+        let address = process.address_in(&address_file).await?;
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).listen = address;
         *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(())
@@ -115,13 +129,11 @@ impl ControlPlane {
         let asked = async || match self.must_run() {
             Err(error) => Some(Err(error)),
             Ok(()) => {
-                let reply = http::get(self.address(), "/readyz").await.ok()?;
-                (reply.status == 200).then_some(Ok(()))
+                http::get(self.address(), "/readyz").await.ok().filter(|reply| reply.status == 200).map(|_| Ok(()))
             }
         };
-        eventually("the control plane to be ready", asked)
-            .await
-            .with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
+        let ready = eventually("the control plane to be ready", asked).await;
+        ready.with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
     }
 
     /// Sends a signal and waits until the process has ended.

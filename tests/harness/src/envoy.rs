@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use contract::key::Secret;
@@ -15,7 +16,10 @@ use crate::paths;
 use crate::ports::Port;
 use crate::process::{Process, Signal, resident_kib};
 use crate::tools::{self, Say};
-use crate::wait::eventually;
+use crate::wait::{DEADLINE, eventually};
+
+/// The name of the listener in front of the API, in every configuration.
+pub const INGRESS: &str = "ingress";
 
 /// Settings of an Envoy.
 #[derive(Clone, Debug)]
@@ -113,16 +117,7 @@ impl Envoy {
         envoy.envs(settings.environment);
         let process = Process::spawn("Envoy", envoy, &self.log, Signal::SIGKILL)?;
 
-        let live = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => {
-                let admin = std::fs::read_to_string(&admin_file).ok()?.trim().parse().ok()?;
-                let ready = http::get(admin, "/ready").await.ok()?;
-                (ready.status == 200).then_some(Ok(admin))
-            }
-        };
-        let admin = eventually("Envoy to be live", live).await??;
-        let listener = listener(admin).await?;
+        let (admin, listener) = live(&process, &admin_file, DEADLINE).await?;
         let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         settings.replacements.admin = admin;
         settings.replacements.listener = listener;
@@ -207,16 +202,12 @@ impl Envoy {
 
     /// A statistic by its exact name, 0 if it does not exist yet.
     pub async fn stat(&self, name: &str) -> Result<u64> {
-        let found = self.stats(name).await?;
-        Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))
+        stat(self.admin(), name).await
     }
 
     /// The statistics whose names contain this.
     pub async fn stats(&self, part: &str) -> Result<Vec<(String, u64)>> {
-        let stats = http::get(self.admin(), &format!("/stats?format=json&filter={part}")).await?.json()?;
-        let stats = stats["stats"].as_array().cloned().unwrap_or_default();
-        let named = |stat: &serde_json::Value| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?));
-        Ok(stats.iter().filter_map(named).collect())
+        stats(self.admin(), part).await
     }
 
     /// One open connection to each of its workers, in their order.
@@ -258,9 +249,34 @@ impl Envoy {
     }
 }
 
+/// A statistic of an Envoy by its exact name, 0 if it does not exist yet.
+pub async fn stat(admin: SocketAddr, name: &str) -> Result<u64> {
+    let found = stats(admin, name).await?;
+    Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))
+}
+
+async fn stats(admin: SocketAddr, part: &str) -> Result<Vec<(String, u64)>> {
+    let stats = http::get(admin, &format!("/stats?format=json&filter={part}")).await?.json()?;
+    let named = |stat: &serde_json::Value| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?));
+    Ok(stats["stats"].as_array().into_iter().flatten().filter_map(named).collect())
+}
+
+/// Waits until an Envoy accepts requests. Returns the addresses of its admin interface and of the
+/// listener [`INGRESS`], or else of its first listener.
+pub async fn live(process: &Process, admin_file: &Path, deadline: Duration) -> Result<(SocketAddr, SocketAddr)> {
+    let live = async || {
+        let admin = std::fs::read_to_string(admin_file).ok()?.trim().parse().ok()?;
+        http::get(admin, "/ready").await.ok().filter(|ready| ready.status == 200).map(|_| admin)
+    };
+    let admin = process.eventually_within("Envoy to be live", deadline, live).await?;
+    Ok((admin, listener(admin).await?))
+}
+
 async fn listener(admin: SocketAddr) -> Result<SocketAddr> {
     let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
-    let socket = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
+    let all = listeners["listener_statuses"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let ingress = all.iter().find(|listener| listener["name"] == INGRESS).or(all.first());
+    let socket = &ingress.unwrap_or(&serde_json::Value::Null)["local_address"]["socket_address"];
     let port = socket["port_value"].as_u64().and_then(|port| u16::try_from(port).ok());
     let ip = socket["address"].as_str().and_then(|ip| ip.parse::<IpAddr>().ok());
     ip.zip(port).map(SocketAddr::from).with_context(|| format!("Envoy names no listener: {listeners}"))

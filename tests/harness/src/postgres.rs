@@ -16,7 +16,6 @@ use tempfile::TempDir;
 use crate::log::Log;
 use crate::process::{Process, Signal};
 use crate::tools::{self, Say, silently};
-use crate::wait::eventually;
 
 /// Whether commits survive a crash of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,11 +102,8 @@ impl Postgres {
         // SIGQUIT: all its processes end at once, and the next start recovers.
         let process = Process::spawn("PostgreSQL", server, &self.log, Signal::SIGQUIT)?;
         let url = self.url("postgres");
-        let ready = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => PgConnection::connect(&url).await.ok().map(|_| Ok(())),
-        };
-        eventually("PostgreSQL to accept connections", ready).await??;
+        let ready = async || PgConnection::connect(&url).await.ok();
+        process.eventually("PostgreSQL to accept connections", ready).await?;
         *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(())
     }

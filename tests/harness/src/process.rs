@@ -1,16 +1,18 @@
 //! One child process. Its handle signals it and waits for it, and ends it when dropped.
 
+use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 pub use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::child_reaper;
 use crate::log::Log;
-use crate::wait::eventually_within;
+use crate::wait::{DEADLINE, eventually_within};
 
 /// How long a process may take to end after a signal. The control plane waits ten seconds for its connections.
 const GRACE: Duration = Duration::from_secs(30);
@@ -49,6 +51,32 @@ impl Process {
             None => Ok(()),
             Some(status) => bail!("{} ended ({status}). The end of its log:\n{}", self.name, self.log.tail(20)),
         }
+    }
+
+    /// Waits until the condition gives a value. Fails if the process ends before that.
+    pub async fn eventually_within<T>(
+        &self,
+        what: &str,
+        deadline: Duration,
+        mut condition: impl AsyncFnMut() -> Option<T>,
+    ) -> Result<T> {
+        let running = async || match self.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => condition().await.map(Ok),
+        };
+        eventually_within(what, deadline, running).await?
+    }
+
+    /// The same with the usual deadline.
+    pub async fn eventually<T>(&self, what: &str, condition: impl AsyncFnMut() -> Option<T>) -> Result<T> {
+        self.eventually_within(what, DEADLINE, condition).await
+    }
+
+    /// Waits for the address that it writes to a file.
+    pub async fn address_in(&self, file: &Path) -> Result<SocketAddr> {
+        let what = format!("{} to listen", self.name);
+        let address = self.eventually(&what, async || std::fs::read_to_string(file).ok()).await?;
+        address.trim().parse().with_context(|| format!("{address:?} is no address"))
     }
 
     /// Sends a signal.

@@ -18,8 +18,10 @@ async fn lines_of_refusal(plugin: &Value, withheld: Option<&str>, part: &str) ->
     let log = Log::create(&home.path().join("envoy.log"))?;
     let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
     let plugin = plugin.as_object().cloned().unwrap_or_default();
-    let replacements =
-        Replacements { plugin, withheld: withheld.map(Into::into), ..Replacements::between(nobody, nobody) };
+    let mut replacements = Replacements { plugin, ..Replacements::between(nobody, nobody) };
+    if let Some(capability) = withheld {
+        replacements.edit(&format!("{capability}: {{}}\n"), "\n");
+    }
     let quiet = Settings { workers: 1, log_level: "warning".into(), ..Settings::new(replacements, fresh_key()?) };
     let started = Envoy::start(quiet, home.path(), log.clone(), &silently).await;
     assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));

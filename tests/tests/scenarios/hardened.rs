@@ -13,6 +13,7 @@ use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::http::{Outgoing, Reply, get_request};
 use portcullis_tests::log::Log;
+use portcullis_tests::ports::LOCAL;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::tls::Client;
@@ -24,8 +25,6 @@ use crate::cors;
 const CONTROL_PLANE: &str = "portcullis-control-plane";
 const API: &str = "api.example.com";
 const HEAP: &str = "heap/full";
-const ANY_PORT: std::net::SocketAddr =
-    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 /// A stack whose Envoy and control plane speak TLS. A second control plane in the clear is there for the test to manage
 /// keys with.
@@ -72,7 +71,7 @@ async fn control_plane_with(
     {
         arguments.extend([setting.to_owned(), file.display().to_string()]);
     }
-    let settings = control_plane::Settings { listen: ANY_PORT, arguments, ..stack.control_plane.settings() };
+    let settings = control_plane::Settings { listen: LOCAL, arguments, ..stack.control_plane.settings() };
     let control_plane = ControlPlane::prepare(settings, &home, Log::create(&home.join("control-plane.log"))?);
     control_plane.launch().await?;
     Ok(control_plane)
@@ -97,7 +96,7 @@ impl Hardened {
         Ok(Self { envoy, home, control_plane, stack, authorities })
     }
 
-    /// Writes the fill level of Envoy's heap into the file [`HEAP`].
+    /// Writes the fill level of Envoy's heap into the file [`HEAP`]. Envoy reads it again when another file is renamed to it.
     fn fill_heap(&self, part: &str) -> Result<()> {
         let next = self.home.join("next");
         std::fs::write(&next, part)?;
@@ -223,8 +222,8 @@ async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_str
     let key = rest.generate("ada@example.com").await?;
     hardened.wait_for(&key, 200).await?;
     hardened.envoy.stop(Signal::SIGTERM).await?;
-    let short = ("max_stream_duration: 900s".to_owned(), "max_stream_duration: 2s".to_owned());
-    hardened.envoy.change_settings(|settings| settings.replacements.texts.push(short));
+    let shorten = |s: &mut envoy::Settings| s.replacements.edit("max_stream_duration: 900s", "max_stream_duration: 2s");
+    hardened.envoy.change_settings(shorten);
     hardened.envoy.restart().await?;
     hardened.wait_for(&key, 200).await?;
 
@@ -252,7 +251,10 @@ async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()>
     std::fs::create_dir_all(hardened.home.join("heap"))?;
     hardened.fill_heap("0.5")?;
     hardened.envoy.stop(Signal::SIGTERM).await?;
-    hardened.envoy.change_settings(|settings| settings.replacements.heap = Some(HEAP.into()));
+    hardened.envoy.change_settings(|settings| {
+        settings.replacements.edit("fixed_heap.v3.FixedHeapConfig", "injected_resource.v3.InjectedResourceConfig");
+        settings.replacements.edit("max_heap_size_bytes: 1073741824", &format!("filename: {HEAP}"));
+    });
     hardened.envoy.restart().await?;
     hardened.wait_for(&key, 200).await?;
 
