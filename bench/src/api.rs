@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
 use portcullis_harness::cargo::read;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::Signal;
 use portcullis_harness::stack::Stack;
@@ -19,7 +20,7 @@ use crate::Options;
 use crate::load::{Took, call, rest_call};
 use crate::report::{Bound, Report};
 use crate::statements::Statements;
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples};
 use crate::store;
 
 const SUITE: &str = "api: REST, eight calls at once";
@@ -126,7 +127,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let statements = Statements::read()?;
     let (rounds, number) = if options.quick { (2, 1_000) } else { (12, 1_200) };
-    let mut bench = Bench { stack, pgbench, number, batch: 0, random: Random::new(5) };
+    let mut bench = Bench { stack, pgbench, number, batch: 0, random: Dice::new(5) };
     for verb in Verb::ALL {
         let script = home.path().join(format!("{}.sql", verb.name()));
         std::fs::write(&script, verb.script(&statements)?)?;
@@ -177,7 +178,7 @@ struct Bench {
     /// Calls in a round.
     number: usize,
     batch: u32,
-    random: Random,
+    random: Dice,
 }
 
 impl Bench {
@@ -225,7 +226,6 @@ impl Bench {
             Verb::Get | Verb::Revoke => ids.iter().map(of_one).collect(),
         };
         let Took { seconds, p99_ms } = call(stack.control_plane.address(), AT_ONCE, calls?).await?;
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let seconds = seconds / self.number as f64;
         Ok(Took { seconds, p99_ms })
     }
@@ -276,7 +276,6 @@ async fn insert_keys(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<Strin
 /// Waits until the control plane has read all changes, so that rounds do not slow each other down.
 async fn settled(stack: &Stack) -> Result<()> {
     let revision = stack.database.number("select revision from store_state").await?;
-    #[expect(clippy::cast_precision_loss, reason = "far below where numbers are rounded")]
     store::reaches(stack, "portcullis_mirror_revision", revision as f64).await
 }
 
@@ -336,7 +335,6 @@ fn warm(done: &[Transaction]) -> Option<(f64, f64)> {
     let cold = done.iter().filter(|one| one.number <= COLD).map(|one| one.ended_us).max_by(f64::total_cmp)?;
     let end = done.iter().map(|one| one.ended_us).max_by(f64::total_cmp)?;
     let rest: Vec<f64> = done.iter().filter(|one| one.ended_us > cold).map(|one| one.took_us / 1_000.0).collect();
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let seconds = (end - cold) / 1e6 / rest.len() as f64;
     seconds.is_finite().then(|| (seconds, Samples::in_groups([rest]).quantile(0.99)))
 }

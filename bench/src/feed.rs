@@ -18,10 +18,9 @@ use contract::id::{Epoch, KeyId, OwnerId};
 use contract::record::Record;
 use contract::update::{Header, Part, UPDATE_BYTES, UpdateWriter};
 use contract::usage::{Ack, read_reports};
+use portcullis_harness::dice::Dice;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
-
-use crate::stats::Random;
 
 const EPOCH: Epoch = Epoch([7; 16]);
 const REVISION: u64 = 1;
@@ -30,7 +29,7 @@ const HOLD: Duration = Duration::from_secs(25);
 
 /// Key number n, as clients present it: 44 characters, as our own keys have.
 pub(crate) fn key(number: u64) -> String {
-    let mut random = Random::new(number);
+    let mut random = Dice::new(number);
     let mut text = String::from("sk_live_");
     while text.len() < 44 {
         let letter = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz".get(random.below(62));
@@ -41,8 +40,8 @@ pub(crate) fn key(number: u64) -> String {
 
 /// The record of key number n, before a suite changes it.
 fn record(number: u64) -> Record {
-    let mut random = Random::new(!number);
-    let mut name = || (u128::from(random.next()) << 64 | u128::from(random.next())).to_le_bytes();
+    let mut random = Dice::new(!number);
+    let mut name = || (u128::from(random.number()) << 64 | u128::from(random.number())).to_le_bytes();
     Record::plain(KeyId(name()), OwnerId(name()))
 }
 

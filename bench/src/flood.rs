@@ -37,7 +37,6 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let took = seconds(start.elapsed());
     over.store(true, Ordering::Relaxed);
     let (flooded, pressed) = (flooded?, samples(&probing.await??));
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = flooded as f64 / took;
     report.note(format!("Suite flood: {rate:.0} unknown keys/s were refused beside."));
     report.figure(FLOOD, "Portcullis, a good key without the flood, p99", "ms", Estimate::at(&calm, 0.99));

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use contract::record::{RateLimit, Record};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::{Process, Signal};
@@ -22,7 +23,7 @@ use crate::machine::{self, Cores};
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::{Server, free_port};
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples};
 
 const SUITE: &str = "request: added CPU, same Envoy, one worker";
 const WHOLE: &str = "request: CPU of the whole request";
@@ -127,7 +128,7 @@ async fn measure_on(
     let (processes, requests) = if options.quick { (1, REQUESTS / 2) } else { (PROCESSES, REQUESTS) };
     let rounds = options.rounds.unwrap_or(ROUNDS * processes).div_ceil(processes);
     let mut rows: Vec<Row> = Vec::new();
-    let mut random = Random::new(1);
+    let mut random = Dice::new(1);
     let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
     for process in 1..=processes {
         let home = TempDir::with_prefix("portcullis-bench-")?;
@@ -192,7 +193,6 @@ impl Subject {
             Answers { good: requests, refused: 0, failed: 0 }
         };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         self.samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
         Ok(())
     }
@@ -399,7 +399,7 @@ impl Running {
     ) -> Result<()> {
         let file = |number: usize| -> Result<PathBuf> {
             let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
-            let mut random = Random::new(number as u64);
+            let mut random = Dice::new(number as u64);
             let width = usize::try_from(keys.end - keys.start)?;
             let line = |_| {
                 let chosen = keys.start + random.below(width) as u64;

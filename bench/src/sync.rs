@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use hyper::Method;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::Connection;
 use portcullis_harness::output::progress;
 use portcullis_harness::paths;
@@ -21,7 +22,7 @@ use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::Server;
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples};
 use crate::store::{self, milliseconds, seconds};
 
 const COLD: &str = "sync: cold start";
@@ -63,7 +64,7 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     let rounds = if options.quick { 2 } else { 5 };
     let (mut copies, mut starts, mut syncs, mut stalls) =
         (Samples::default(), Samples::default(), Samples::default(), Samples::default());
-    let mut random = Random::new(keys);
+    let mut random = Dice::new(keys);
     // One round before those that count: what is read finds no cache full.
     for round in 0..=rounds {
         progress(&format!("suite sync: {keys} keys, round {round} of {rounds}"));
@@ -174,7 +175,6 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     flowing.spawn(async move { generator.flow(&flow).await });
     let (took, counted, Answers { good, refused, failed }) = revocations(&stack, "user", &mut flowing).await?;
     ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = good as f64 / seconds(lasts);
     let least = f64::from(PER_SECOND) * LEAST_FLOW;
     ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
@@ -347,11 +347,9 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
 
 /// Waits until the control plane says that all polls are held.
 async fn held(stack: &Stack) -> Result<()> {
-    #[expect(clippy::cast_precision_loss, reason = "a small number")]
     store::reaches(stack, "portcullis_sync_polls_in_flight", MANY as f64).await
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
 fn by_one(sum: u64) -> f64 {
     sum as f64 / MANY as f64
 }

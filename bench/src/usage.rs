@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use contract::id::{KeyId, ReporterId};
 use contract::usage::{Count, KeyRef, Report as UsageReport, Subject, write_reports};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::Connection;
 use portcullis_harness::output::progress;
 use portcullis_harness::stack::Stack;
@@ -16,7 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::Options;
 use crate::report::{Bound, Report};
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples};
 use crate::store::{self, Used, seconds};
 
 const SUITE: &str = "usage: ingest";
@@ -47,7 +48,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     // Seconds for each count, and CPU seconds.
     let (mut ours, mut bare) = (Samples::default(), Samples::default());
     let (mut cpu, mut cpu_with_database, mut bare_cpu) = (Samples::default(), Samples::default(), Samples::default());
-    let mut random = Random::new(3);
+    let mut random = Dice::new(3);
     let total = f64::from(REPORTERS) * f64::from(u32::try_from(COUNTS)?) * f64::from(u32::try_from(REPORTS)?);
     // The first round does not count: it finds the tables empty.
     for round in 0..=rounds {
@@ -117,7 +118,7 @@ enum Side {
 /// The reports of each Envoy, in order.
 type Work = Vec<Vec<UsageReport>>;
 
-fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work> {
+fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Dice) -> Result<Work> {
     let mut work = Work::new();
     for reporter in 0..REPORTERS {
         let mut reports = Vec::new();

@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use axum::body::Bytes;
 use http_body_util::Full;
 use hyper::{Method, Request};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::{self, Reply};
 use portcullis_harness::rest::Rest;
 use serde_json::{Value, json};
@@ -21,7 +22,6 @@ use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinHandle;
 
 use crate::oracle::{Oracle, Standing};
-use crate::plan::Dice;
 use crate::stack::TortureStack;
 
 /// Time limit of a call. The API stops waiting for locks and connections after three seconds.

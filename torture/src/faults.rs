@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http;
 use portcullis_harness::postgres::Database;
 use portcullis_harness::process::Signal;
@@ -17,7 +18,7 @@ use crate::count::usage;
 use crate::driver::Driver;
 use crate::envoy_model::{BOUND, Hinders};
 use crate::oracle::Oracle;
-use crate::plan::{Dice, Kind, Step};
+use crate::plan::{Kind, Step};
 use crate::proxy::Manipulation;
 use crate::stack::TortureStack;
 use crate::watch::Doing;

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use portcullis_harness::control_plane::fresh_key;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::Connection;
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::oracle::{Answer, Oracle};
-use crate::plan::Dice;
 use crate::stack::TortureStack;
 
 /// Time-out of a request. Without a fault no request takes so long, even on a busy machine.

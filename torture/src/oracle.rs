@@ -15,9 +15,10 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use portcullis_harness::dice::Dice;
+
 use crate::credit_model::CreditModel;
 use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, close, gap};
-use crate::plan::Dice;
 use crate::report::Journal;
 use crate::verdict::{Tally, Verdict};
 
@@ -263,7 +264,7 @@ impl Oracle {
             _ => None,
         };
         let unknown = || {
-            let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
+            let text = unknown.get(dice.below(unknown.len())).cloned().unwrap_or_else(|| "nobody's".into());
             let (standing, since) = (Standing::Dead, self.journal.start());
             Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: None }
         };

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use tokio::task::JoinSet;
 
+use crate::dice::Dice;
 use crate::http::Connection;
 
 /// Connections that send unknown keys.
@@ -29,11 +30,9 @@ pub struct Flood {
     pub lasts: Duration,
 }
 
-/// The unknown key of a number (SplitMix64), well-formed or not.
+/// The unknown key of a number, well-formed or not.
 fn stranger(seed: u64) -> String {
-    let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let mixed = Dice::new(seed).number();
     match mixed % 4 {
         0 => format!("{mixed:x}"),
         1 => format!("sk_test_{mixed:036x}"),

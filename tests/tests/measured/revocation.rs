@@ -50,7 +50,6 @@ async fn a_revoked_key_is_refused_by_every_worker_within_the_bound_and_by_none_a
     assert_eq!(flowed, answers.values().sum::<u64>(), "{answers:?}");
     took.sort();
     let (p50, p99, most) = (took[TRIES / 2], took[TRIES * 99 / 100 - 1], took[TRIES - 1]);
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let rate = flowed as f64 / lasted.as_secs_f64();
     println!("revocation: {TRIES} tries at {rate:.0} requests/s: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
     // `cargo xtask bench` judges milliseconds, which depend on what else the machine does.
