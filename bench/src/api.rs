@@ -113,7 +113,6 @@ impl Verb {
     }
 }
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let (target, bound) = ("key creation ÷ pgbench of the same statements", Bound::AtLeast(0.7));
     let Some(pgbench) = pgbench()? else {
@@ -156,7 +155,6 @@ fn show(verb: Verb, ours: &Measured, theirs: &Measured, report: &mut Report) -> 
     ratio
 }
 
-/// Sides of the comparison.
 #[derive(Clone, Copy, Debug)]
 enum Side {
     Ours,

@@ -19,7 +19,6 @@ const FLOOD: &str = "flood of unknown keys";
 /// Requests with a good key before the flood.
 const CALM: usize = 500;
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(1).await?;
     let lasts = Duration::from_secs(if options.quick { 4 } else { 30 });

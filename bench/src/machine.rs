@@ -11,14 +11,12 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use portcullis_harness::process::resident_kib;
 
-/// Assignment of cores.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cores {
     /// Core of the measured Envoy alone.
     pub(crate) measured: usize,
     /// Core of the load generator, this process, and peers of Envoy.
     pub(crate) load: usize,
-    /// All cores of this process.
     all: CpuSet,
 }
 

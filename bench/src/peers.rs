@@ -133,7 +133,6 @@ impl Peer {
         self
     }
 
-    /// The configuration.
     pub(crate) fn config(&self) -> Value {
         let key_from_query = filter(
             "key",

@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 
 use crate::stats::Estimate;
 
-/// One row.
 #[derive(Clone, Debug)]
 struct Figure {
     suite: &'static str,

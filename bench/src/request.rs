@@ -76,7 +76,6 @@ struct Row {
     samples: Vec<Vec<Sample>>,
 }
 
-/// One sample.
 struct Sample {
     /// CPU time of a request.
     micros: f64,
@@ -90,7 +89,6 @@ struct Speed {
     fastest: Duration,
 }
 
-/// An Envoy.
 #[derive(Clone, Copy)]
 struct Place {
     process: u32,
@@ -177,7 +175,6 @@ impl Speed {
 }
 
 impl Subject {
-    /// Takes one sample.
     async fn sample(
         &mut self,
         generator: &H2load,

@@ -21,7 +21,6 @@ use crate::machine;
 /// Reading a million credentials takes a while.
 const READY_WITHIN: Duration = Duration::from_secs(180);
 
-/// A running Envoy.
 #[derive(Debug)]
 pub(crate) struct Server {
     process: Process,
@@ -62,17 +61,14 @@ impl Server {
         Ok(Self { process, admin, address, _home: home })
     }
 
-    /// The address of its listener.
     pub(crate) const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Its admin interface.
     pub(crate) const fn admin(&self) -> SocketAddr {
         self.admin
     }
 
-    /// The process id.
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }

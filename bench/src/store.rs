@@ -49,7 +49,6 @@ pub(crate) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
     stack.control_plane.restart().await
 }
 
-/// The process id of the control plane.
 pub(crate) fn control_plane_pid(stack: &Stack) -> Result<u32> {
     stack.control_plane.pid().context("the control plane does not run")
 }
@@ -81,7 +80,6 @@ pub(crate) struct Used {
 }
 
 impl Used {
-    /// Reads it.
     pub(crate) fn read(stack: &Stack, postmaster: u32) -> Result<Self> {
         let control_plane = machine::cpu_ns(control_plane_pid(stack)?)?;
         Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })

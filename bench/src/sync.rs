@@ -33,7 +33,6 @@ const POLLERS: &str = "sync: many pollers";
 const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, expires_at, disabled, revoked_at \
     from api_keys) to stdout";
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let sizes: &[u64] = if options.quick { &[100_000] } else { &[100_000, 1_000_000] };
     for &keys in sizes {
@@ -44,7 +43,6 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     pollers(options, report).await
 }
 
-/// Which of the two is measured.
 #[derive(Clone, Copy)]
 enum Side {
     Copy,

@@ -34,7 +34,6 @@ const BARE: &str = "
     create table bare_usage (like key_usage including all) with (fillfactor = 70);
     create table bare_hourly (like usage_hourly including all) with (fillfactor = 70)";
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(0).await?;
     let keys = if options.quick { 20_000 } else { 100_000 };
@@ -108,7 +107,6 @@ fn show(
     Ok(ratio)
 }
 
-/// Sides of the comparison.
 #[derive(Clone, Copy)]
 enum Side {
     Ours,

@@ -26,14 +26,11 @@ use crate::wait::eventually;
 pub struct FilterHarness {
     /// Envoy with two workers.
     pub envoy: Envoy,
-    /// The API behind it.
     pub demo: DemoApi,
-    /// Its control plane.
     pub control_plane: FakeControlPlane,
     _home: TempDir,
 }
 
-/// Settings of the harness.
 #[derive(Clone, Debug)]
 pub struct Builder {
     faults: Faults,
@@ -60,7 +57,6 @@ impl FilterHarness {
         self.send(get_request(path, key)?).await
     }
 
-    /// A request.
     pub async fn send(&self, request: Outgoing) -> Result<Reply> {
         send(self.envoy.address(), request).await
     }
@@ -101,7 +97,6 @@ impl Builder {
         self
     }
 
-    /// Faults of the control plane.
     pub const fn faults(mut self, faults: Faults) -> Self {
         self.faults = faults;
         self

@@ -19,10 +19,8 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use crate::certificates::Identity;
 use crate::http::{Outgoing, Reply};
 
-/// Time limit of a response.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A client.
 #[derive(Clone, Debug)]
 pub struct Client(Arc<ClientConfig>);
 
@@ -50,7 +48,6 @@ impl Client {
         tokio::time::timeout(TIMEOUT, self.exchange(address, name, request)).await.context("no answer")?
     }
 
-    /// The same client with other protocols.
     pub fn speaking(&self, protocols: &[&str]) -> Self {
         let mut config = ClientConfig::clone(&self.0);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();

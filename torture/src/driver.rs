@@ -52,7 +52,6 @@ struct Key {
 /// The administrator's records. They are restored together with the database.
 #[derive(Clone, Debug, Default)]
 pub struct Book {
-    /// Number of keys that were requested.
     made: u64,
     alive: Vec<Key>,
     /// Keys to revoke until the API confirms it.
@@ -63,7 +62,6 @@ pub struct Book {
     unconfirmed: Option<String>,
 }
 
-/// The administrator.
 #[derive(Debug)]
 pub struct Driver {
     stack: Arc<TortureStack>,
@@ -109,7 +107,6 @@ impl Driver {
         })
     }
 
-    /// Begins nothing more.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }

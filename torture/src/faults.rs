@@ -52,10 +52,8 @@ const MERGE: Duration = Duration::from_secs(1);
 /// Longest time in which disruptions follow on each other without a gap.
 const LONGEST_DISRUPTIONS: Duration = Duration::from_secs(90);
 
-/// Injects faults.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// The stack.
     pub stack: Arc<TortureStack>,
     /// Learns of disruptions.
     pub oracle: Arc<Oracle>,

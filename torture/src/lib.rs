@@ -51,16 +51,13 @@ const WARM: Duration = Duration::from_secs(120);
 /// Allowed growth from then to the end, in percent.
 const GROWTH: u64 = 10;
 
-/// Settings of a run.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Repeats a run.
     pub seed: u64,
     /// How long faults are injected. If none, each kind is injected once.
     pub length: Option<Duration>,
-    /// The stack.
     pub size: Size,
-    /// The clients.
     pub pace: Pace,
     /// Faults of the control planes and PostgreSQL.
     pub behind: Vec<Kind>,
@@ -70,7 +67,6 @@ pub struct Options {
     pub pause: (Duration, Duration),
     /// Duration of a fault, from and to, for kinds that have one.
     pub lasts: (Duration, Duration),
-    /// File of the journal.
     pub journal: PathBuf,
 }
 
@@ -91,7 +87,6 @@ impl Options {
         }
     }
 
-    /// The long form.
     pub fn long(seed: u64, length: Duration, journal: PathBuf) -> Self {
         let ms = Duration::from_millis;
         Self {

@@ -19,7 +19,6 @@ use crate::stack::TortureStack;
 /// Time-out of a request. Without a fault no request takes so long, even on a busy machine.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Number and pace of clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     /// Connections to each Envoy.
@@ -28,7 +27,6 @@ pub struct Pace {
     pub period: Duration,
 }
 
-/// A running load.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
@@ -36,7 +34,6 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts it.
     pub fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>, pace: Pace, seed: u64) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         // Keys that do not exist, well-formed and not.

@@ -39,7 +39,6 @@ pub enum Standing {
     Doubtful,
 }
 
-/// One secret of one key.
 #[derive(Clone, Debug)]
 struct Secret {
     key: Arc<str>,
@@ -57,7 +56,6 @@ struct Secret {
 /// A request before it is sent, with the expected state of its secret at that time.
 #[derive(Clone, Debug)]
 pub struct Ticket {
-    /// The secret.
     pub text: Arc<str>,
     secret: Option<usize>,
     standing: Standing,
@@ -95,7 +93,6 @@ struct Known {
     credits: CreditModel,
 }
 
-/// Judge of responses.
 #[derive(Debug)]
 pub struct Oracle {
     known: Mutex<Known>,
@@ -103,7 +100,6 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// An oracle for this number of Envoys.
     pub fn new(envoys: usize, journal: Journal) -> Self {
         let models = (0..envoys).map(|_| EnvoyModel::default()).collect();
         let known = Known { models, ..Known::default() };
@@ -132,7 +128,6 @@ impl Oracle {
         known.secrets.len() - 1
     }
 
-    /// Declares that the secrets so far never change.
     pub fn all_are_steady(&self) {
         let mut known = self.known();
         known.steady = known.secrets.len();
@@ -174,7 +169,6 @@ impl Oracle {
         Disruptions(places, hinders)
     }
 
-    /// Ends a disruption.
     pub(crate) fn end(&self, disruptions: &Disruptions) {
         let mut known = self.known();
         for (envoy, place) in &disruptions.0 {
@@ -246,7 +240,6 @@ impl Oracle {
         known.found.keyless.doubtful += doubtful;
     }
 
-    /// Records a broken promise.
     pub fn broken(&self, what: &str) {
         let mut known = self.known();
         known.break_promise(what.to_owned(), &self.journal);
@@ -280,7 +273,6 @@ impl Oracle {
         })
     }
 
-    /// Judges the result of a request.
     pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
         let mut known = self.known();
         known.count(envoy, ticket, answer);
@@ -291,7 +283,6 @@ impl Oracle {
         }
     }
 
-    /// The findings.
     pub fn verdict(&self) -> Verdict {
         let known = self.known();
         let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));

@@ -10,44 +10,27 @@ use std::time::Duration;
 
 use portcullis_harness::dice::Dice;
 
-/// Kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// A control plane is killed and started again.
     ControlPlaneKill,
-    /// A control plane receives SIGTERM and is started again.
     ControlPlaneTerm,
-    /// A control plane is paused for some seconds.
     ControlPlanePause,
-    /// The clock of a control plane is shifted by minutes, and back.
     ControlPlaneClock,
-    /// Usage is committed, and the acknowledgement is lost.
     AnswerLost,
-    /// Responses are delayed.
     AnswerDelayed,
-    /// A connection ends in the middle of an update.
     AnswerCut,
-    /// An update or an acknowledgement is replaced by garbage.
     AnswerGarbage,
-    /// PostgreSQL crashes and is started again.
     PostgresCrash,
-    /// All connections to PostgreSQL are cut.
     PostgresCut,
     /// A transaction holds locks for longer than any request waits for them.
     PostgresLock,
-    /// The database is replaced by an older copy of itself.
     PostgresRestore,
-    /// An Envoy receives SIGTERM and is started again.
     EnvoyTerm,
-    /// An Envoy is killed and started again.
     EnvoyKill,
-    /// A worker's VM traps.
     EnvoyTrap,
-    /// An Envoy's configuration changes while requests flow.
     EnvoyUpdate,
     /// An Envoy is drained, receives SIGTERM and is started again.
     EnvoyDrain,
-    /// The clock of an Envoy is shifted by minutes, and back.
     EnvoyClock,
 }
 
@@ -72,7 +55,6 @@ pub const BEFORE: [Kind; 6] =
     [Kind::EnvoyTerm, Kind::EnvoyKill, Kind::EnvoyTrap, Kind::EnvoyUpdate, Kind::EnvoyDrain, Kind::EnvoyClock];
 
 impl Kind {
-    /// Whether it may lose counts.
     pub const fn may_lose(self) -> bool {
         matches!(self, Self::PostgresRestore | Self::EnvoyKill | Self::EnvoyTrap)
     }
@@ -103,12 +85,10 @@ impl fmt::Display for Kind {
     }
 }
 
-/// One fault of a lane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// Pause after the end of the fault before.
     pub pause: Duration,
-    /// The fault.
     pub kind: Kind,
     /// Its target, modulo the number of candidates.
     pub target: usize,
@@ -129,7 +109,6 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// The lane of these kinds.
     pub fn new(seed: u64, kinds: &[Kind], pause: (Duration, Duration), lasts: (Duration, Duration)) -> Self {
         // Two lanes of a seed are not the same.
         let dice = Dice::new(seed ^ kinds.first().map_or(0, |kind| u64::from(*kind as u8) << 32));

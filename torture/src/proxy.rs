@@ -22,7 +22,6 @@ const DATA: u8 = 0;
 const UPDATE: &[u8] = b"PKS1";
 const ACK: &[u8] = b"PKA1";
 
-/// Manipulation of responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manipulation {
     /// The connection ends before an acknowledgement is forwarded.
@@ -62,17 +61,14 @@ impl Proxy {
         Ok(Self { address, shared, listening })
     }
 
-    /// Its address.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Sets the manipulation of all matching responses.
     pub fn set_manipulation(&self, manipulation: Option<Manipulation>) {
         *self.shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner) = manipulation;
     }
 
-    /// The number of manipulated responses.
     pub fn manipulated(&self) -> u64 {
         self.shared.manipulated.load(Ordering::Relaxed)
     }

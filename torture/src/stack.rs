@@ -24,18 +24,14 @@ use tempfile::TempDir;
 
 use crate::proxy::Proxy;
 
-/// Size of the stack.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
-    /// Envoys.
     pub envoys: usize,
     /// Workers of each Envoy.
     pub workers: usize,
-    /// Replicas of the control plane.
     pub control_planes: usize,
 }
 
-/// The clock of one process.
 #[derive(Debug)]
 pub struct Clock(PathBuf);
 
@@ -64,21 +60,13 @@ impl Clock {
 /// The stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct TortureStack {
-    /// The Envoys.
     pub envoys: Vec<Envoy>,
-    /// Their clocks.
     pub envoy_clocks: Vec<Clock>,
-    /// The API behind them.
     pub demo: DemoApi,
-    /// The proxies between each Envoy and the control planes.
     pub proxies: Vec<Proxy>,
-    /// The control planes.
     pub control_planes: Vec<ControlPlane>,
-    /// Their clocks.
     pub control_plane_clocks: Vec<Clock>,
-    /// The database.
     pub database: Database,
-    /// Its server.
     pub postgres: Arc<Postgres>,
     directory: TempDir,
 }
@@ -140,7 +128,6 @@ impl TortureStack {
         Ok(Rest { address: control_plane.address(), key: control_plane.settings().admin_key })
     }
 
-    /// The indices of all Envoys.
     pub fn everywhere(&self) -> Vec<usize> {
         (0..self.envoys.len()).collect()
     }

@@ -24,7 +24,6 @@ pub struct Doing {
 }
 
 impl Doing {
-    /// Nothing yet.
     pub fn nothing(envoys: usize) -> Arc<Self> {
         let envoys = (0..envoys).map(|_| AtomicU64::new(0)).collect();
         Arc::new(Self { envoys, epochs: AtomicU64::new(0), standing_still: AtomicBool::new(false) })
@@ -41,7 +40,6 @@ impl Doing {
     }
 }
 
-/// The running checks.
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<AtomicBool>,
@@ -49,7 +47,6 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts.
     pub fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>, doing: &Arc<Doing>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let mut tasks = vec![tokio::spawn(database(Arc::clone(stack), Arc::clone(oracle), Arc::clone(&stop)))];
@@ -60,7 +57,6 @@ impl Watch {
         Self { stop, tasks }
     }
 
-    /// Stops.
     pub async fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {

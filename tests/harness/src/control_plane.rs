@@ -16,22 +16,17 @@ use crate::postgres::Database;
 use crate::process::{Process, Signal};
 use crate::wait::eventually;
 
-/// Settings of a control plane.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Port 0 stands for a free port, which is reserved for this control plane.
     pub listen: SocketAddr,
-    /// The PostgreSQL database.
     pub database_url: String,
-    /// A key with the scope `admin`.
     pub admin_key: Secret,
-    /// A key with the scope `sync`.
     pub sync_key: Secret,
     /// Further arguments of `serve`.
     pub arguments: Vec<String>,
     /// The value of `PORTCULLIS_LOG_LEVEL`.
     pub log_level: String,
-    /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
 }
 
@@ -53,7 +48,6 @@ impl Settings {
 /// Arguments with which no test meets the limit of the REST API.
 pub const GENEROUS: [&str; 4] = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
 
-/// A control plane.
 #[derive(Debug)]
 pub struct ControlPlane {
     settings: Mutex<Settings>,
@@ -136,19 +130,16 @@ impl ControlPlane {
         ready.with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
     }
 
-    /// Sends a signal and waits until the process has ended.
     pub async fn stop(&self, signal: Signal) -> Result<std::process::ExitStatus> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("the control plane does not run"))?.stop(signal).await
     }
 
-    /// Sends a signal, such as SIGSTOP, and does not wait.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         process.as_ref().ok_or_else(|| anyhow!("the control plane does not run"))?.signal(signal)
     }
 
-    /// Fails if it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
@@ -169,22 +160,18 @@ impl ControlPlane {
         Ok(import.output()?)
     }
 
-    /// The process id, if it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
     }
 
-    /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.settings().listen
     }
 
-    /// The settings that it was started with.
     pub fn settings(&self) -> Settings {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Its output.
     pub const fn log(&self) -> &Log {
         &self.log
     }

@@ -51,17 +51,14 @@ impl DemoApi {
         Ok(Self { address, seen, server })
     }
 
-    /// Where it listens.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// How many requests have come through to it.
     pub fn requests(&self) -> u64 {
         self.seen.requests.load(Ordering::SeqCst)
     }
 
-    /// Delays every response from now on.
     pub fn set_delay(&self, delay: Duration) {
         self.seen.delay_ms.store(delay.as_millis().try_into().unwrap_or(u64::MAX), Ordering::SeqCst);
     }

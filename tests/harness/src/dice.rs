@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-/// Dice of a seed.
 #[derive(Clone, Debug)]
 pub struct Dice(u64);
 

@@ -21,19 +21,15 @@ use crate::wait::{DEADLINE, eventually};
 /// The name of the listener in front of the API, in every configuration.
 pub const INGRESS: &str = "ingress";
 
-/// Settings of an Envoy.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Changes of the template. Port 0 of the listener and of the admin interface stands for a free port, which is reserved
     /// for this Envoy.
     pub replacements: Replacements,
-    /// How many workers.
     pub workers: usize,
     /// Envoy's log level; `wasm` and others may follow as `warning,wasm:debug`.
     pub log_level: String,
-    /// The key with the scope `sync`.
     pub sync_key: Secret,
-    /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
     /// Whether the listener is in a file of its own, which can be changed while Envoy runs.
     pub listener_file: bool,
@@ -47,7 +43,6 @@ impl Settings {
     }
 }
 
-/// An Envoy.
 #[derive(Debug)]
 pub struct Envoy {
     binary: PathBuf,
@@ -126,41 +121,34 @@ impl Envoy {
         Ok(())
     }
 
-    /// Sends a signal and waits for the end.
     pub async fn stop(&self, signal: Signal) -> Result<ExitStatus> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("Envoy does not run"))?.stop(signal).await
     }
 
-    /// Sends a signal, such as SIGSTOP, and does not wait.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         process.as_ref().ok_or_else(|| anyhow!("Envoy does not run"))?.signal(signal)
     }
 
-    /// Fails if it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
 
-    /// Its resident memory in KiB.
     pub fn resident_kib(&self) -> Result<u64> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let pid = process.as_ref().context("Envoy does not run")?.pid();
         resident_kib(pid).context("Envoy has ended, or this is not Linux")
     }
 
-    /// The address of its listener.
     pub fn address(&self) -> SocketAddr {
         self.settings().replacements.listener
     }
 
-    /// Its admin interface.
     pub fn admin(&self) -> SocketAddr {
         self.settings().replacements.admin
     }
 
-    /// The settings that it was started with.
     pub fn settings(&self) -> Settings {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -170,7 +158,6 @@ impl Envoy {
         change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The process id, if it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
     }
@@ -249,7 +236,6 @@ impl Envoy {
     }
 }
 
-/// A statistic of an Envoy by its exact name, 0 if it does not exist yet.
 pub async fn stat(admin: SocketAddr, name: &str) -> Result<u64> {
     let found = stats(admin, name).await?;
     Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))

@@ -14,11 +14,8 @@ use crate::service::Service;
 pub struct Replacements {
     /// The address of the listener. `::` accepts IPv4 too.
     pub listener: SocketAddr,
-    /// Its admin interface.
     pub admin: SocketAddr,
-    /// The address of the control plane.
     pub control_plane: SocketAddr,
-    /// The address of the protected API.
     pub upstream: SocketAddr,
     /// Fields to set in the plugin configuration.
     pub plugin: Map<String, Value>,
@@ -70,7 +67,6 @@ const ROUTE: &str = "- match: { prefix: / }";
 pub const UPSTREAM_ROUTE: &str = "route: { cluster: upstream }";
 const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:";
 
-/// Applies the changes.
 pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateError> {
     let mut addresses =
         vec![(LISTENER_PORT, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];

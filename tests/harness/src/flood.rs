@@ -17,14 +17,12 @@ const CONNECTIONS: u64 = 8;
 /// The pause between two requests with a good key.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Size of a flood.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
     /// The number of the first key. Different numbers give different keys.
     pub from: u64,
     /// Minimum number of keys, however long a busy machine takes.
     pub least: u64,
-    /// Maximum number of keys.
     pub most: u64,
     /// Time after which no key beyond the minimum is sent.
     pub lasts: Duration,

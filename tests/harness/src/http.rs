@@ -17,14 +17,10 @@ use tokio::net::TcpStream;
 /// Time limit of a response. Only held polls take longer.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A whole response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
-    /// Status.
     pub status: u16,
-    /// Headers.
     pub headers: HeaderMap,
-    /// Body.
     pub body: Bytes,
 }
 
@@ -36,17 +32,14 @@ impl Reply {
         all.next().is_none().then_some(first)
     }
 
-    /// The body as JSON.
     pub fn json(&self) -> Result<Value> {
         serde_json::from_slice(&self.body)
             .with_context(|| format!("{} with a body that is no JSON: {:?}", self.status, self.body))
     }
 }
 
-/// A request with its body.
 pub type Outgoing = Request<Full<Bytes>>;
 
-/// One connection, kept alive.
 #[derive(Debug)]
 pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
@@ -54,7 +47,6 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects.
     pub async fn open(address: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
         stream.set_nodelay(true)?;
@@ -82,7 +74,6 @@ impl Connection {
         Ok(reply.await.map_err(|_| anyhow!("{} does not answer", self.authority))??)
     }
 
-    /// `GET` with a key, if one is given.
     pub async fn get(&mut self, path: &str, key: Option<&str>) -> Result<Reply> {
         self.send(get_request(path, key)?).await
     }
@@ -116,7 +107,6 @@ where
     B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// Connects.
     pub async fn open(address: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
         stream.set_nodelay(true)?;

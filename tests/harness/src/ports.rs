@@ -40,7 +40,6 @@ impl Port {
         bail!("no port of {ip} from {FIRST} on is free")
     }
 
-    /// The port and its address.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }

@@ -26,7 +26,6 @@ pub enum Durability {
     Throwaway,
 }
 
-/// A server and its data.
 #[derive(Debug)]
 pub struct Postgres {
     binaries: PathBuf,
@@ -115,12 +114,10 @@ impl Postgres {
         Ok(())
     }
 
-    /// Its output.
     pub const fn log(&self) -> &Log {
         &self.log
     }
 
-    /// Fails if it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
@@ -139,21 +136,17 @@ impl Postgres {
         Ok(database)
     }
 
-    /// The URL of a database.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@localhost/{database}?host={}", self.sockets.path().display())
     }
 }
 
-/// One database.
 #[derive(Clone, Debug)]
 pub struct Database {
-    /// Connection URL.
     pub url: String,
 }
 
 impl Database {
-    /// A connection.
     pub async fn connect(&self) -> Result<PgConnection> {
         PgConnection::connect(&self.url).await.with_context(|| format!("cannot connect to {}", self.url))
     }
@@ -192,7 +185,6 @@ pub async fn test_database() -> Result<(Database, Option<Arc<Postgres>>)> {
     Ok((server.create_database().await?, Some(server)))
 }
 
-/// Creates a database with a unique name.
 async fn create_in(server: &str) -> Result<Database> {
     static MADE: AtomicU32 = AtomicU32::new(0);
     // The server of `DATABASE_URL` may hold databases of earlier test programs and of other machines.

@@ -17,7 +17,6 @@ use crate::wait::{DEADLINE, eventually_within};
 /// How long a process may take to end after a signal. The control plane waits ten seconds for its connections.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// A child process.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -35,12 +34,10 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, last_signal, log: log.clone() })
     }
 
-    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.lock().map(|child| child.id()).unwrap_or_default()
     }
 
-    /// The exit status, if it has ended.
     pub fn ended(&self) -> Option<ExitStatus> {
         self.child.lock().ok()?.try_wait().ok()?
     }
@@ -79,7 +76,6 @@ impl Process {
         address.trim().parse().with_context(|| format!("{address:?} is no address"))
     }
 
-    /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.must_run()?;
         let pid = Pid::from_raw(self.pid().try_into()?);
@@ -110,7 +106,6 @@ impl Drop for Process {
     }
 }
 
-/// Resident memory of a process in KiB.
 pub fn resident_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;

@@ -7,7 +7,6 @@ use url::{Host, Position, Url};
 
 use crate::envoy_config::UPSTREAM_ROUTE;
 
-/// A service behind Envoy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     url: Url,
@@ -25,7 +24,6 @@ const SYSTEM_AUTHORITIES: [&str; 4] = [
 ];
 
 impl Service {
-    /// Parses the URL of a service.
     pub fn parse(text: &str) -> Result<Self, String> {
         let lower = text.to_ascii_lowercase();
         if !lower.starts_with("http://") && !lower.starts_with("https://") {
@@ -48,7 +46,6 @@ impl Service {
         Ok(Self { url, host, authorities: None })
     }
 
-    /// Whether it speaks TLS.
     pub fn is_tls(&self) -> bool {
         self.url.scheme() == "https"
     }
@@ -81,7 +78,6 @@ impl Service {
         }
     }
 
-    /// Its port.
     pub fn port(&self) -> u16 {
         self.url.port_or_known_default().unwrap_or(80)
     }
@@ -103,7 +99,6 @@ impl Service {
         format!("route: {{ cluster: upstream, host_rewrite_literal: \"{authority}\", append_x_forwarded_host: true }}")
     }
 
-    /// What is replaced in the template.
     pub fn replacements(&self) -> Vec<(String, String)> {
         let cluster = "    - name: upstream\n      type: STRICT_DNS\n      connect_timeout: 1s\n";
         // A name may have addresses of both families while the service listens on one only. Envoy then tries the other.

@@ -28,13 +28,9 @@ pub const STORE_KEYS: &str = "wasmcustom.portcullis.store.keys";
 /// A running stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct Stack {
-    /// The Envoys.
     pub envoys: Vec<Envoy>,
-    /// The API behind them.
     pub demo: DemoApi,
-    /// The control plane.
     pub control_plane: ControlPlane,
-    /// Its database.
     pub database: Database,
     /// The server of the database, shared with other tests unless the test asked for its own; none if `DATABASE_URL`
     /// names one.
@@ -42,7 +38,6 @@ pub struct Stack {
     directory: TempDir,
 }
 
-/// Settings of a stack.
 #[derive(Clone, Debug)]
 pub struct Builder {
     envoys: usize,
@@ -160,13 +155,11 @@ pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> R
 }
 
 impl Builder {
-    /// How many Envoys.
     pub const fn envoys(mut self, envoys: usize) -> Self {
         self.envoys = envoys;
         self
     }
 
-    /// How many workers each Envoy has.
     pub const fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
         self
@@ -190,7 +183,6 @@ impl Builder {
         self
     }
 
-    /// Logs at level debug.
     pub const fn debug_logs(mut self) -> Self {
         self.debug_logs = true;
         self

