@@ -19,16 +19,10 @@ pub struct Authority {
 }
 
 /// A certificate and its private key, in PEM.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Identity {
     pub certificate: String,
     pub key: String,
-}
-
-impl std::fmt::Debug for Identity {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Identity(…)")
-    }
 }
 
 #[derive(Clone, Copy, Debug)]

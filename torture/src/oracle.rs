@@ -135,15 +135,11 @@ impl Oracle {
 
     /// A change of a secret will be requested.
     pub fn doubt(&self, secret: usize) {
-        self.turn(secret, Standing::Doubtful, None);
+        self.settle(secret, Standing::Doubtful, None);
     }
 
     /// The API confirmed the state of a secret; with an expiry, its latest time, and by how much it may be earlier.
     pub fn settle(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
-        self.turn(secret, standing, ends);
-    }
-
-    fn turn(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
         if let Some(secret) = self.known().secrets.get_mut(secret) {
             secret.standing = standing;
             secret.since = Instant::now();

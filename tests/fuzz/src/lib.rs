@@ -1,5 +1,5 @@
 //! Entry points of untrusted bytes, as plain functions. Each takes any bytes, and panics if a promise does not hold.
-//! cargo-fuzz calls them from `fuzz_targets`, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
+//! cargo-fuzz calls them by their names, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
 
 #![forbid(unsafe_code)]
 

@@ -4,6 +4,7 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 
+use anyhow::{Result, ensure};
 use serde_json::{Map, Value};
 
 use crate::ports::LOCAL;
@@ -41,21 +42,6 @@ impl Replacements {
     }
 }
 
-/// A marker that does not occur exactly once.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TemplateError {
-    marker: String,
-    found: usize,
-}
-
-impl std::fmt::Display for TemplateError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the template has {} times, not once: {}", self.found, self.marker)
-    }
-}
-
-impl std::error::Error for TemplateError {}
-
 /// The plugin configuration of the template.
 pub const PLUGIN: &str = r#"{"control_plane": {"cluster": "portcullis_control_plane"}}"#;
 /// The port of the listener in every template.
@@ -67,7 +53,7 @@ const ROUTE: &str = "- match: { prefix: / }";
 pub const UPSTREAM_ROUTE: &str = "route: { cluster: upstream }";
 const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:";
 
-pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateError> {
+pub fn render(template: &str, with: &Replacements) -> Result<String> {
     let mut addresses =
         vec![(LISTENER_PORT, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
     let mut text = template.to_owned();
@@ -113,7 +99,7 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
 pub const LISTENER_FILE: &str = "listener.yaml";
 
 /// Splits a configuration into the part that names [`LISTENER_FILE`] and the content of that file.
-pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
+pub fn apart(configuration: &str) -> Result<(String, String)> {
     const LISTENERS: &str = "static_resources:\n  listeners:\n    - name: ";
     const CLUSTERS: &str = "\n  clusters:\n";
     for marker in [LISTENERS, CLUSTERS] {
@@ -128,11 +114,10 @@ pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
     Ok((format!("{before}{dynamic}\nstatic_resources:{CLUSTERS}{clusters}"), listener))
 }
 
-fn replace_once(text: &str, marker: &str, new: &str) -> Result<String, TemplateError> {
-    match text.matches(marker).count() {
-        1 => Ok(text.replacen(marker, new, 1)),
-        found => Err(TemplateError { marker: marker.to_owned(), found }),
-    }
+fn replace_once(text: &str, marker: &str, new: &str) -> Result<String> {
+    let found = text.matches(marker).count();
+    ensure!(found == 1, "the template has {found} times, not once: {marker}");
+    Ok(text.replacen(marker, new, 1))
 }
 
 #[cfg(test)]

@@ -57,19 +57,6 @@ async fn malformed_keys_are_refused_and_valid_ones_work_afterwards() -> Result<(
 }
 
 #[tokio::test]
-async fn of_two_keys_the_first_counts_and_neither_goes_upstream() -> Result<()> {
-    let stack = Stack::start().await?;
-    let key = stack.working_key("ada@example.com").await?;
-    let good = key.as_bytes();
-    let identity = ["x-consumer-id", "x-credential-identifier"];
-    assert_upstream(&with_keys(&stack, &[good, b"sk_live_other"]).await?, &identity);
-    assert_upstream(&with_keys(&stack, &[good, good]).await?, &identity);
-    assert_refused(&with_keys(&stack, &[b"sk_live_other", good]).await?, Outcome::Unknown, &[]);
-    assert_refused(&with_keys(&stack, &[b"", good]).await?, Outcome::Missing, &[]);
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_key_elsewhere_than_in_its_header_is_no_key() -> Result<()> {
     let stack = Stack::start().await?;
     let key = stack.working_key("ada@example.com").await?;

@@ -102,17 +102,6 @@ async fn a_keys_own_limits_hold_over_all_workers() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-async fn the_identity_is_the_records() -> Result<()> {
-    let harness = FilterHarness::start(&[("good", with(0x11, |r| r.scopes = vec!["a".into(), "b:c".into()]))]).await?;
-    let identity = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
-    let headers = assert_upstream(&harness.get("/", Some("good")).await?, &identity);
-    assert_eq!(headers["x-consumer-id"][0], "22222222-2222-2222-2222-222222222222");
-    assert_eq!(headers["x-credential-identifier"][0], "11111111-1111-1111-1111-111111111111");
-    assert_eq!(headers["x-credential-scopes"][0], "a b:c");
-    Ok(())
-}
-
 /// The VM of Envoy's main thread leads, and nothing makes it anew when it traps, for no request ever comes to it.
 #[tokio::test]
 async fn when_the_vm_that_leads_traps_a_worker_goes_on_with_the_store_and_the_counts() -> Result<()> {
