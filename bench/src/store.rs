@@ -31,20 +31,11 @@ pub(crate) async fn start(envoys: usize) -> Result<Stack> {
     Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).start().await
 }
 
-/// Key number n is the text `key-n`, like an imported key.
-const INSERT: &str = "
-    insert into user_preferences (id, email)
-    select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
-    insert into api_keys (id, owner_id, name, hash, revision)
-    select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
-    from generate_series(1, {keys}) n
-    join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com';
-    analyze";
-
 /// Inserts keys into an empty database, and restarts the control plane, so that it loads them as a whole.
 pub(crate) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
     progress(&format!("entering {keys} keys"));
-    stack.database.execute(&INSERT.replace("{keys}", &keys.to_string())).await?;
+    stack.insert_keys(keys).await?;
+    stack.database.execute("analyze").await?;
     stack.control_plane.stop(Signal::SIGTERM).await?;
     stack.control_plane.restart().await
 }

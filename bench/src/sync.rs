@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use hyper::Method;
 use portcullis_harness::dice::Dice;
+use portcullis_harness::envoy::until_all;
 use portcullis_harness::http::Connection;
 use portcullis_harness::output::progress;
 use portcullis_harness::paths;
@@ -215,12 +216,7 @@ async fn revocations<T: 'static>(
         let key = rest.generate(&email).await?;
         wait_for_status(envoy, Some(&key), 200).await?;
         rest.revoke(&email).await?;
-        let answered = Instant::now();
-        for worker in &mut workers {
-            while worker.get("/", Some(&key)).await?.status != 401 {
-                ensure!(answered.elapsed() < Duration::from_secs(10), "a revoked key is admitted for too long");
-            }
-        }
+        let refused = until_all(&mut workers, "/", &key, 401).await?;
         // What the end of the other fell into does not count.
         if let Some(done) = beside.try_join_next() {
             ensure!(tries > 2 * WARM_UP, "only {tries} changes beside it");
@@ -228,7 +224,7 @@ async fn revocations<T: 'static>(
         }
         tries += 1;
         if tries > WARM_UP {
-            took.push(milliseconds(answered.elapsed()));
+            took.push(milliseconds(refused));
         }
     }
 }
@@ -265,17 +261,9 @@ async fn role(options: &Options, report: &mut Report) -> Result<()> {
         ensure!(workers[0].get("/orders", Some(key)).await?.status == 200, "the role does not open the route");
         let body = json!({"scopes": ["users:read"]});
         rest.expect(Method::PUT, "/v1/roles/bench", Some(&body), 200).await?;
-        let answered = Instant::now();
-        for worker in &mut workers {
-            while worker.get("/orders", Some(key)).await?.status != 403 {
-                ensure!(
-                    answered.elapsed() < Duration::from_secs(10),
-                    "a scope that a role lost is admitted for too long"
-                );
-            }
-        }
+        let refused = until_all(&mut workers, "/orders", key, 403).await?;
         if number >= WARM_UP {
-            took.push(milliseconds(answered.elapsed()));
+            took.push(milliseconds(refused));
         }
         grant("orders:read").await?;
     }

@@ -19,7 +19,6 @@ use crate::paths;
 use crate::ports::LOCAL;
 use crate::service::Service;
 use crate::tools::silently;
-use crate::wait::eventually;
 
 /// The running parts. They end when dropped.
 #[derive(Debug)]
@@ -82,9 +81,7 @@ impl FilterHarness {
 
     /// Waits until a statistic of the filter has this value.
     pub async fn stat_is(&self, name: &str, value: u64) -> Result<()> {
-        let stat = format!("wasmcustom.portcullis.{name}");
-        let reached = async || (self.envoy.stat(&stat).await.ok()? == value).then_some(());
-        eventually(&format!("{name} to be {value}"), reached).await
+        self.envoy.wait_for_stat(&format!("wasmcustom.portcullis.{name}"), |now| now == value).await
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use http_body_util::BodyExt;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
@@ -17,7 +16,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName}
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::certificates::Identity;
-use crate::http::{Outgoing, Reply};
+use crate::http::{Outgoing, Reply, whole};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -82,9 +81,6 @@ impl Client {
             tokio::spawn(connection);
             sender.send_request(request).await?
         };
-        let (head, body) = response.into_parts();
-        let body = body.collect().await?.to_bytes();
-        let reply = Reply { status: head.status.as_u16(), headers: head.headers, body };
-        Ok((reply, if http2 { "h2" } else { "http/1.1" }))
+        Ok((whole(response).await?, if http2 { "h2" } else { "http/1.1" }))
     }
 }

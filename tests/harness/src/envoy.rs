@@ -4,13 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use contract::key::Secret;
 
 use crate::envoy_config::{LISTENER_FILE, Replacements, apart, render};
-use crate::http;
+use crate::http::{self, Connection};
 use crate::log::Log;
 use crate::paths;
 use crate::ports::Port;
@@ -192,19 +192,25 @@ impl Envoy {
         stat(self.admin(), name).await
     }
 
+    /// Waits until a statistic has a value that is wanted.
+    pub async fn wait_for_stat(&self, name: &str, is_wanted: impl Fn(u64) -> bool) -> Result<()> {
+        let reached = async || self.stat(name).await.is_ok_and(&is_wanted).then_some(());
+        eventually(&format!("another value of {name}"), reached).await
+    }
+
     /// The statistics whose names contain this.
     pub async fn stats(&self, part: &str) -> Result<Vec<(String, u64)>> {
         stats(self.admin(), part).await
     }
 
     /// One open connection to each of its workers, in their order.
-    pub async fn connection_per_worker(&self) -> Result<Vec<http::Connection>> {
+    pub async fn connection_per_worker(&self) -> Result<Vec<Connection>> {
         let workers = self.settings().workers;
-        let mut connections: Vec<Option<http::Connection>> = (0..workers).map(|_| None).collect();
+        let mut connections: Vec<Option<Connection>> = (0..workers).map(|_| None).collect();
         let mut others = Vec::new();
         let mut accepted = self.accepted_per_worker().await?;
         for _ in 0..workers.saturating_mul(50) {
-            let connection = http::Connection::open(self.address()).await?;
+            let connection = Connection::open(self.address()).await?;
             let worker = eventually("a worker to accept a connection", async || {
                 let now = self.accepted_per_worker().await.ok()?;
                 let worker = now.iter().zip(&accepted).position(|(now, before)| now > before)?;
@@ -256,6 +262,17 @@ pub async fn live(process: &Process, admin_file: &Path, deadline: Duration) -> R
     };
     let admin = process.eventually_within("Envoy to be live", deadline, live).await?;
     Ok((admin, listener(admin).await?))
+}
+
+/// The time until every worker, on a connection of its own, responds with this status to a key.
+pub async fn until_all(workers: &mut [Connection], path: &str, key: &str, status: u16) -> Result<Duration> {
+    let start = Instant::now();
+    for worker in workers {
+        while worker.get(path, Some(key)).await?.status != status {
+            ensure!(start.elapsed() < DEADLINE, "a worker does not respond with {status}, {DEADLINE:?} after a change");
+        }
+    }
+    Ok(start.elapsed())
 }
 
 async fn listener(admin: SocketAddr) -> Result<SocketAddr> {

@@ -80,3 +80,9 @@ pub async fn probe(connection: &mut Connection, key: &str, enough: usize, stop: 
     took.sort_unstable();
     Ok(took)
 }
+
+/// The latency at this place, in thousandths, of latencies in ascending order.
+pub fn at(took: &[Duration], per_mille: usize) -> Duration {
+    let place = took.len().saturating_sub(1).saturating_mul(per_mille) / 1_000;
+    took.get(place).copied().unwrap_or_default()
+}

@@ -7,9 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::client::conn::http2;
-use hyper::{HeaderMap, Method, Request};
+use hyper::http::request::Builder;
+use hyper::{HeaderMap, Method, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::net::TcpStream;
@@ -65,10 +67,7 @@ impl Connection {
         request.headers_mut().insert("host", self.authority.parse()?);
         let exchange = async {
             self.sender.ready().await?;
-            let response = self.sender.send_request(request).await?;
-            let (head, body) = response.into_parts();
-            let body = body.collect().await?.to_bytes();
-            Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+            whole(self.sender.send_request(request).await?).await
         };
         let reply = tokio::time::timeout(TIMEOUT, exchange);
         Ok(reply.await.map_err(|_| anyhow!("{} does not answer", self.authority))??)
@@ -81,11 +80,21 @@ impl Connection {
 
 /// A `GET` with a key, if one is given.
 pub fn get_request(path: &str, key: Option<&str>) -> Result<Outgoing> {
-    let mut request = Request::get(path);
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
+    Ok(with_key(Request::get(path), key).body(Full::default())?)
+}
+
+/// Adds a key to a request, if one is given.
+pub fn with_key(request: Builder, key: Option<&str>) -> Builder {
+    match key {
+        Some(key) => request.header("x-api-key", key),
+        None => request,
     }
-    Ok(request.body(Full::default())?)
+}
+
+/// Waits for the body.
+pub async fn whole(response: Response<Incoming>) -> hyper::Result<Reply> {
+    let (head, body) = response.into_parts();
+    Ok(Reply { status: head.status.as_u16(), headers: head.headers, body: body.collect().await?.to_bytes() })
 }
 
 /// One `GET` on a connection of its own.
@@ -120,9 +129,7 @@ where
         let mut sender = self.0.clone();
         let exchange = async {
             sender.ready().await?;
-            let (head, body) = sender.send_request(request).await?.into_parts();
-            let body = body.collect().await?.to_bytes();
-            Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+            whole(sender.send_request(request).await?).await
         };
         let reply = tokio::time::timeout(TIMEOUT, exchange);
         Ok(reply.await.context("the server does not answer")??)
@@ -146,16 +153,10 @@ pub async fn send_json(
     key: Option<&str>,
     body: Option<&Value>,
 ) -> Result<Reply> {
-    let mut request = Request::builder().method(method).uri(path);
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
-    }
-    let body = match body {
-        None => Full::default(),
-        Some(body) => {
-            request = request.header("content-type", "application/json");
-            Full::from(body.to_string())
-        }
+    let request = with_key(Request::builder().method(method).uri(path), key);
+    let request = match body {
+        None => request.body(Full::default())?,
+        Some(body) => request.header("content-type", "application/json").body(body.to_string().into())?,
     };
-    send(address, request.body(body)?).await
+    send(address, request).await
 }

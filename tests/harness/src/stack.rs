@@ -96,8 +96,7 @@ impl Stack {
     pub async fn in_step(&self) -> Result<()> {
         let revision: u64 = self.database.text("select revision::text from store_state").await?.parse()?;
         for envoy in &self.envoys {
-            let reached = async || (envoy.stat(STORE_REVISION).await.ok()? >= revision).then_some(());
-            eventually("an Envoy to have every change", reached).await?;
+            envoy.wait_for_stat(STORE_REVISION, |now| now >= revision).await?;
         }
         Ok(())
     }
@@ -128,6 +127,20 @@ impl Stack {
         let changed = self.database.execute(&format!("update api_keys set {columns} where {keys}")).await?;
         ensure!(changed == 1, "{changed} keys of {email} were changed");
         Ok(())
+    }
+
+    /// Inserts keys directly into the database. Key number n is the text `key-n`, as if imported from elsewhere.
+    pub async fn insert_keys(&self, keys: u64) -> Result<()> {
+        let users = keys / 10;
+        let insert = format!(
+            "insert into user_preferences (id, email)
+            select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {users}) n;
+            insert into api_keys (id, owner_id, name, hash, revision)
+            select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
+            from generate_series(1, {keys}) n
+            join user_preferences owner on owner.email = 'many-' || (n % {users} + 1) || '@example.com'"
+        );
+        self.database.execute(&insert).await.map(|_| ())
     }
 
     /// The id of a user: `x-consumer-id` at the upstream.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use contract::outcome::Outcome;
-use portcullis_tests::flood::{Flood, flood, probe};
+use portcullis_tests::flood::{Flood, at, flood, probe};
 use portcullis_tests::http::Connection;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
@@ -24,11 +24,6 @@ const BYTES_A_KEY: u64 = 32;
 
 /// Requests with a good key for each measurement.
 const PROBES: usize = 200;
-
-fn at(took: &[Duration], per_mille: usize) -> Duration {
-    let place = took.len().saturating_sub(1).saturating_mul(per_mille) / 1_000;
-    took.get(place).copied().unwrap_or_default()
-}
 
 /// Longer than a screen: one story.
 #[tokio::test(flavor = "multi_thread")]
@@ -57,8 +52,7 @@ async fn a_flood_of_unknown_keys_leaves_nothing_behind_and_good_keys_alone() -> 
     let unknown = "wasmcustom.portcullis.decisions.unknown_total";
     let all = warm + flooded;
     // Workers write the statistics of decisions on their ticks.
-    let counted = async || (stack.envoy().stat(unknown).await.ok()? >= all).then_some(());
-    eventually("Envoy's statistics to count the flood", counted).await?;
+    stack.envoy().wait_for_stat(unknown, |counted| counted >= all).await?;
     // All of it is one count for the database: by outcome and hour, of which there may have been two.
     let code = Outcome::Unknown.code();
     let counted = format!("select coalesce(sum(requests), 0)::bigint from usage_keyless_hourly where outcome = {code}");

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use portcullis_tests::flood::at;
 use portcullis_tests::process::resident_kib;
 use portcullis_tests::raw_http2::{Client, RST_STREAM, connect};
 use portcullis_tests::stack::Stack;
@@ -95,11 +96,6 @@ async fn probe(address: SocketAddr, stop: Arc<AtomicBool>) -> Result<Vec<Duratio
     }
     took.sort_unstable();
     Ok(took)
-}
-
-fn at(took: &[Duration], per_mille: usize) -> Duration {
-    let place = took.len().saturating_sub(1).saturating_mul(per_mille) / 1_000;
-    took.get(place).copied().unwrap_or_default()
 }
 
 /// How many connections from [`ATTACKER`] the control plane has not closed, as the kernel says.

@@ -9,7 +9,7 @@ use portcullis_tests::certificates::{Authority, For, TokenIssuer};
 use portcullis_tests::envoy::{self, Envoy};
 use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::expect::{IDENTITY, assert_upstream};
-use portcullis_tests::http::{Outgoing, Reply, get_request};
+use portcullis_tests::http::{Outgoing, Reply, get_request, with_key};
 use portcullis_tests::log::Log;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::tls::Client;
@@ -100,11 +100,9 @@ async fn call(existing: &Existing, client: &Client, key: Option<&str>) -> Result
     ensure!(stream.get_ref().1.alpn_protocol() == Some(b"h2"), "no HTTP/2");
     let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    let mut request = Request::post(format!("https://{API}/orders.v1.Orders/List"));
-    request = request.header("content-type", "application/grpc").header("te", "trailers");
-    if let Some(key) = key {
-        request = request.header("x-api-key", key).header("x-consumer-id", "root");
-    }
+    let request = with_key(Request::post(format!("https://{API}/orders.v1.Orders/List")), key);
+    let request = request.header("content-type", "application/grpc").header("te", "trailers");
+    let request = request.header("x-consumer-id", "root");
     // One empty message.
     let body = Full::<axum::body::Bytes>::from(&[0, 0, 0, 0, 0][..]);
     let (head, body) = sender.send_request(request.body(body)?).await?.into_parts();

@@ -123,9 +123,7 @@ impl Hardened {
     async fn stays_without_keys(&self, key: &str, reason: &str) -> Result<()> {
         self.envoy.stop(Signal::SIGKILL).await?;
         self.envoy.restart().await?;
-        let name = format!("cluster.portcullis_control_plane.{reason}");
-        let grown = async || (self.envoy.stat(&name).await.ok()? > 1).then_some(());
-        eventually(&format!("{name} to tell of it"), grown).await?;
+        self.envoy.wait_for_stat(&format!("cluster.portcullis_control_plane.{reason}"), |now| now > 1).await?;
         assert_refused(&self.get("h2", Some(key)).await?, Outcome::NotReady, &[]);
         Ok(())
     }
@@ -260,11 +258,8 @@ async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()>
 
     for (part, refused) in [("0.96", true), ("0.7", false)] {
         hardened.fill_heap(part)?;
-        let active = async || {
-            let name = "overload.envoy.overload_actions.stop_accepting_requests.active";
-            (hardened.envoy.stat(name).await.ok()? == u64::from(refused)).then_some(())
-        };
-        eventually(&format!("a heap that is full to {part} to be noticed"), active).await?;
+        let active = "overload.envoy.overload_actions.stop_accepting_requests.active";
+        hardened.envoy.wait_for_stat(active, |now| now == u64::from(refused)).await?;
         if refused {
             // Workers notice it a little later.
             hardened.wait_for(&key, 503).await?;

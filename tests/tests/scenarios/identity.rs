@@ -7,7 +7,7 @@ use http_body_util::Full;
 use hyper::Request;
 use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::filter_harness::{FilterHarness, record};
-use portcullis_tests::http::{Outgoing, Reply, send};
+use portcullis_tests::http::{Outgoing, Reply, send, with_key};
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 use serde_json::{Value, json};
@@ -15,13 +15,10 @@ use serde_json::{Value, json};
 const SPOOFED: [&str; 3] = ["x-consumer-id", "x-credential-identifier", "X-Credential-Scopes"];
 
 fn spoofing(key: Option<&str>) -> Result<Outgoing> {
-    let mut request = Request::get("/orders");
+    let mut request = with_key(Request::get("/orders"), key);
     for name in SPOOFED {
         // Twice: neither of them may get through.
         request = request.header(name, "root").header(name, "admin");
-    }
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
     }
     Ok(request.body(Full::default())?)
 }

@@ -108,9 +108,7 @@ async fn before_the_first_sync_requests_are_refused_or_by_choice_let_in_without_
     assert_upstream(&stack.get(Some(&key)).await?, &[]);
     assert_upstream(&stack.get(None).await?, &[]);
     let failed_open = "wasmcustom.portcullis.decisions.failed_open_total";
-    eventually("both requests to be counted", async || (envoy.stat(failed_open).await.ok()? == 2).then_some(()))
-        .await?;
-    Ok(())
+    envoy.wait_for_stat(failed_open, |requests| requests == 2).await
 }
 
 #[tokio::test]
@@ -136,7 +134,7 @@ async fn keys_that_are_older_than_the_operator_allows_are_refused_or_by_choice_l
     })
     .await?;
     let failed_open = "wasmcustom.portcullis.decisions.failed_open_total";
-    eventually("the choice to be counted", async || (allows.stat(failed_open).await.ok()? > 0).then_some(())).await?;
+    allows.wait_for_stat(failed_open, |requests| requests > 0).await?;
     wait_for_status(refuses, Some(&key), 503).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Stale, &[]);
 
