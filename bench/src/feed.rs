@@ -12,15 +12,15 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::record::Record;
 use contract::update::{Header, Part, UPDATE_BYTES, UpdateWriter};
 use contract::usage::{Ack, read_reports};
+use portcullis_harness::demo::serve;
 use portcullis_harness::dice::Dice;
-use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
+use portcullis_harness::ports::LOCAL;
+use tokio::task::JoinSet;
 
 const EPOCH: Epoch = Epoch([7; 16]);
 const REVISION: u64 = 1;
@@ -49,7 +49,7 @@ fn record(number: u64) -> Record {
 #[derive(Debug)]
 pub(crate) struct Feed {
     address: SocketAddr,
-    server: JoinHandle<()>,
+    _server: JoinSet<()>,
 }
 
 #[derive(Debug)]
@@ -63,27 +63,14 @@ impl Feed {
     /// Starts it with the keys `0..keys`, each changed by `change`.
     pub(crate) async fn start(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
         let updates = Arc::new(Updates::write(keys, change)?);
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-        let address = listener.local_addr()?;
         let router =
             Router::new().route("/sync/v1/keys", get(update)).route("/sync/v1/usage", post(usage)).with_state(updates);
-        // As the control plane does: otherwise the end of each update waits for Envoy's delayed acknowledgement.
-        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-        let server = tokio::spawn(async move {
-            // Ends with the task only.
-            let _ = axum::serve(listener, router).await;
-        });
-        Ok(Self { address, server })
+        let (address, _server) = serve(LOCAL, router).await?;
+        Ok(Self { address, _server })
     }
 
     pub(crate) const fn address(&self) -> SocketAddr {
         self.address
-    }
-}
-
-impl Drop for Feed {
-    fn drop(&mut self) {
-        self.server.abort();
     }
 }
 

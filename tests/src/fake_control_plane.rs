@@ -21,9 +21,11 @@ use contract::outcome::Outcome;
 use contract::record::Record;
 use contract::update::{Header, Part, UpdateWriter};
 use contract::usage::{Ack, Grant, Report, SHADOW, read_reports};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
+
+use crate::demo::serve;
+use crate::ports::LOCAL;
 
 const EPOCH: Epoch = Epoch([1; 16]);
 const FIRST_REVISION: u64 = 5;
@@ -35,7 +37,7 @@ const HOLD: Duration = Duration::from_secs(25);
 pub struct FakeControlPlane {
     address: SocketAddr,
     shared: Arc<Shared>,
-    server: JoinHandle<()>,
+    _server: JoinSet<()>,
 }
 
 /// Faults that happen first, before everything works.
@@ -95,8 +97,6 @@ struct Usage {
 impl FakeControlPlane {
     /// Starts it with the records of these keys.
     pub async fn start(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-        let address = listener.local_addr()?;
         let records = keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record.clone())).collect();
         let store = Store { revision: FIRST_REVISION, records, definitions: BTreeMap::new(), filters: 0 };
         let (store, faults) = (watch::Sender::new(store), Mutex::new(faults));
@@ -105,11 +105,8 @@ impl FakeControlPlane {
             .route("/sync/v1/keys", get(update))
             .route("/sync/v1/usage", post(usage))
             .with_state(Arc::clone(&shared));
-        let server = tokio::spawn(async move {
-            // Ends with the task only.
-            let _ = axum::serve(listener, router).await;
-        });
-        Ok(Self { address, shared, server })
+        let (address, _server) = serve(LOCAL, router).await?;
+        Ok(Self { address, shared, _server })
     }
 
     /// Where it listens.
@@ -210,12 +207,6 @@ impl Store {
         let total_keys = self.records.len().try_into().unwrap_or(u64::MAX);
         let header = Header { epoch: EPOCH, revision: self.revision, total_keys, part, filters: self.filters };
         update.finish(&header).ok()
-    }
-}
-
-impl Drop for FakeControlPlane {
-    fn drop(&mut self) {
-        self.server.abort();
     }
 }
 

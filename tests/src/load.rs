@@ -11,6 +11,7 @@ use anyhow::Result;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
+use crate::envoy::Envoy;
 use crate::http::Connection;
 
 #[derive(Clone, Debug)]
@@ -24,6 +25,14 @@ pub struct Plan {
     pub requests: u64,
     /// Requests per second over all connections; as fast as possible if none.
     pub per_second: Option<u32>,
+}
+
+impl Plan {
+    /// Requests to these Envoys over eight connections without an end.
+    pub fn endless(envoys: &[Envoy], keys: Vec<String>, per_second: Option<u32>) -> Self {
+        let targets = envoys.iter().map(Envoy::address).collect();
+        Self { targets, keys, connections: 8, requests: u64::MAX, per_second }
+    }
 }
 
 /// Number of responses by key (its index in the plan) and status. Status 0 stands for no response.

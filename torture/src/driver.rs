@@ -16,7 +16,7 @@ use http_body_util::Full;
 use hyper::{Method, Request};
 use portcullis_harness::dice::Dice;
 use portcullis_harness::http::{self, Reply};
-use portcullis_harness::rest::Rest;
+use portcullis_harness::rest::{Rest, id_and_secret};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinHandle;
@@ -157,7 +157,7 @@ impl Driver {
             body["expires_in_seconds"] = seconds.into();
         }
         let Some(reply) = call(rest, Method::POST, "/v1/keys", Some(&body)).await? else { return Ok(()) };
-        let (id, secret) = named(&reply)?;
+        let (id, secret) = id_and_secret(&reply)?;
         let ends_at = reply["expires_at"].as_str().map(humantime::parse_rfc3339).transpose()?;
         let secret = self.oracle.add(&id, &secret, ends_at, false);
         if ends_in_s.is_none() {
@@ -208,7 +208,7 @@ impl Driver {
         match call(rest, Method::POST, &format!("/v1/keys/{}/rotate", key.id), Some(&body)).await? {
             None => book.doomed.push(key),
             Some(reply) => {
-                let (id, secret) = named(&reply)?;
+                let (id, secret) = id_and_secret(&reply)?;
                 if grace_s == 0 {
                     self.oracle.settle(key.secret, Standing::Dead, None);
                 } else {
@@ -276,9 +276,4 @@ async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>)
         Ok(Ok(reply)) if reply.status == 503 => Ok(None),
         Ok(Ok(reply)) => Ok(Some(reply)),
     }
-}
-
-fn named(reply: &Value) -> Result<(String, String)> {
-    let text = |field: &str| reply[field].as_str().map(ToOwned::to_owned).context("a field is missing");
-    Ok((text("id")?, text("secret")?))
 }

@@ -34,7 +34,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use portcullis_harness::process::resident_kib;
 
 use driver::Driver;
 use faults::Faults;
@@ -200,9 +199,8 @@ async fn lane(options: &Options, kinds: &[Kind], faults: &Faults, journal: &Jour
 
 /// Resident memory of the processes that no fault ends.
 fn memory(stack: &TortureStack) -> [Option<u64>; 2] {
-    let envoy = stack.envoys.last().and_then(portcullis_harness::envoy::Envoy::pid).and_then(resident_kib);
-    let control_plane = stack.control_planes.last().and_then(portcullis_harness::control_plane::ControlPlane::pid);
-    [envoy, control_plane.and_then(resident_kib)]
+    let envoy = stack.envoys.last().and_then(|envoy| envoy.resident_kib().ok());
+    [envoy, stack.control_planes.last().and_then(|control_plane| control_plane.resident_kib().ok())]
 }
 
 /// Reports the growth of memory, and a broken promise if it is too much or unknown.

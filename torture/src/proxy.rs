@@ -13,7 +13,7 @@ use anyhow::Result;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 const FRAME_HEADER: usize = 9;
 const DATA: u8 = 0;
@@ -37,7 +37,7 @@ pub enum Manipulation {
 pub struct Proxy {
     address: SocketAddr,
     shared: Arc<Shared>,
-    listening: JoinHandle<()>,
+    _listening: JoinSet<()>,
 }
 
 #[derive(Debug)]
@@ -57,8 +57,9 @@ impl Proxy {
         let (next, manipulation) = (AtomicUsize::new(first), Mutex::new(None));
         let (delay_ms, manipulated) = (AtomicU64::new(0), AtomicU64::new(0));
         let shared = Arc::new(Shared { backends, next, manipulation, delay_ms, manipulated });
-        let listening = tokio::spawn(listen(listener, Arc::clone(&shared)));
-        Ok(Self { address, shared, listening })
+        let mut _listening = JoinSet::new();
+        _listening.spawn(listen(listener, Arc::clone(&shared)));
+        Ok(Self { address, shared, _listening })
     }
 
     pub const fn address(&self) -> SocketAddr {
@@ -79,14 +80,8 @@ impl Proxy {
     }
 }
 
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.listening.abort();
-    }
-}
-
 async fn listen(listener: TcpListener, shared: Arc<Shared>) {
-    let mut connections = tokio::task::JoinSet::new();
+    let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {

@@ -64,12 +64,12 @@ fn problem(problem: &Value) -> String {
 }
 
 async fn typescript(programs: &tools::NodePrograms, home: &Path) -> Result<()> {
-    let mut generate = programs.openapi_typescript();
+    let mut generate = programs.program("openapi-typescript/bin/cli.js");
     generate.current_dir(home).args(["openapi.json", "--redocly", "redocly.yaml", "--output", "types.ts"]);
     let told = succeeded("openapi-typescript", &done(generate).await?)?;
     // It marks warnings with a sign, and goes on.
     ensure!(!told.contains('⚠') && !told.to_lowercase().contains("warn"), "openapi-typescript warns: {told}");
-    let mut compile = programs.tsc();
+    let mut compile = programs.program("typescript/bin/tsc");
     compile.current_dir(home).args(["--noEmit", "--strict", "--noUncheckedIndexedAccess", "types.ts", "client.ts"]);
     succeeded("tsc", &done(compile).await?)?;
     let lines = std::fs::read_to_string(home.join("types.ts"))?.lines().count();

@@ -2,9 +2,7 @@
 //! processes ends, the command fails with the end of its log.
 
 use std::fs::File;
-use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -295,8 +293,6 @@ fn kept_key(path: &Path) -> Result<Secret> {
         return Ok(Secret::from_presented(text.trim().to_owned()));
     }
     let key = fresh_key()?;
-    let _ = std::fs::remove_file(path);
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-    writeln!(file, "{}", key.reveal())?;
+    shell::write_secret(path, &format!("{}\n", key.reveal()))?;
     Ok(key)
 }

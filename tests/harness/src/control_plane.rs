@@ -13,7 +13,7 @@ use crate::log::Log;
 use crate::paths;
 use crate::ports::{LOCAL, Port};
 use crate::postgres::Database;
-use crate::process::{Process, Signal};
+use crate::process::{Process, Signal, resident_kib};
 use crate::wait::eventually;
 
 #[derive(Clone, Debug)]
@@ -162,6 +162,10 @@ impl ControlPlane {
 
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
+    }
+
+    pub fn resident_kib(&self) -> Result<u64> {
+        self.pid().and_then(resident_kib).context("the control plane does not run, or this is not Linux")
     }
 
     pub fn address(&self) -> SocketAddr {

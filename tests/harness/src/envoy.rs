@@ -136,9 +136,7 @@ impl Envoy {
     }
 
     pub fn resident_kib(&self) -> Result<u64> {
-        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        let pid = process.as_ref().context("Envoy does not run")?.pid();
-        resident_kib(pid).context("Envoy has ended, or this is not Linux")
+        self.pid().and_then(resident_kib).context("Envoy does not run, or this is not Linux")
     }
 
     pub fn address(&self) -> SocketAddr {

@@ -13,6 +13,7 @@ use nix::unistd::{User, geteuid};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tempfile::TempDir;
 
+use crate::cargo::read;
 use crate::log::Log;
 use crate::process::{Process, Signal};
 use crate::tools::{self, Say, silently};
@@ -80,10 +81,8 @@ impl Postgres {
             if durability == Durability::Throwaway {
                 initdb.arg("--no-sync");
             }
-            let output = initdb.arg("--pgdata").arg(data).output().context("initdb cannot be run")?;
-            if !output.status.success() {
-                bail!("initdb failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-            }
+            initdb.arg("--pgdata").arg(data);
+            read(initdb)?;
         }
         let log = Log::create(&sockets.path().join("log"))?;
         let process = Mutex::new(None);

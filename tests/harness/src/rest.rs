@@ -73,9 +73,7 @@ impl Rest {
 
     /// Creates a key with these fields; its id and the key itself.
     pub async fn create_with(&self, body: impl Borrow<Value>) -> Result<(String, String)> {
-        let made = self.post("/v1/keys", body).await?;
-        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).context("a field is missing");
-        Ok((text("id")?, text("secret")?))
+        id_and_secret(&self.post("/v1/keys", body).await?)
     }
 
     /// Imports keys: one JSON object a line.
@@ -96,4 +94,10 @@ impl Rest {
         ensure!(answer["success"] == true, "{method} {path}: {answer}");
         Ok(answer)
     }
+}
+
+/// The id and the secret of a key that was created.
+pub fn id_and_secret(key: &Value) -> Result<(String, String)> {
+    let text = |field: &str| key[field].as_str().map(ToOwned::to_owned).context("a field is missing");
+    Ok((text("id")?, text("secret")?))
 }

@@ -19,13 +19,7 @@ async fn a_revoked_key_is_refused_by_every_worker_within_the_bound_and_by_none_a
     let flowing = stack.working_key("flow@example.com").await?;
     // Before the load starts: Envoy's counters show which worker accepted a connection only while no other client connects.
     let mut workers = envoy.connection_per_worker().await?;
-    let load = Load::start(Plan {
-        targets: vec![envoy.address()],
-        keys: vec![flowing],
-        connections: 8,
-        requests: u64::MAX,
-        per_second: Some(PER_SECOND),
-    });
+    let load = Load::start(Plan::endless(&stack.envoys, vec![flowing], Some(PER_SECOND)));
     let (began, mut took) = (Instant::now(), Vec::new());
     for number in 0..TRIES {
         let email = format!("user{number}@example.com");

@@ -190,13 +190,7 @@ async fn a_metering_system_takes_over_every_request_once_though_the_control_plan
     let (_, key) = create(&rest, "ada@example.com", &[]).await?;
     stack.wait_for_status(Some(&key), 200).await?;
     let before = stack.demo.requests();
-    let load = Load::start(Plan {
-        targets: stack.envoys.iter().map(portcullis_tests::envoy::Envoy::address).collect(),
-        keys: vec![key],
-        connections: 8,
-        requests: REQUESTS,
-        per_second: Some(1_000),
-    });
+    let load = Load::start(Plan { requests: REQUESTS, ..Plan::endless(&stack.envoys, vec![key], Some(1_000)) });
     let mut meter = Meter::default();
     for (share, signal) in [(3, Signal::SIGKILL), (2, Signal::SIGTERM)] {
         let what = format!("a part of {share} of the requests");
