@@ -12,7 +12,7 @@ use portcullis_harness::output::progress;
 use crate::Options;
 use crate::report::{Bound, Report};
 use crate::stats::{Estimate, Samples};
-use crate::store::{self, milliseconds, seconds};
+use crate::store::{self, milliseconds};
 
 const FLOOD: &str = "flood of unknown keys";
 
@@ -33,7 +33,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     });
     let start = Instant::now();
     let flooded = flood(address, Flood { from: 0, least: 0, most: u64::MAX, lasts }).await;
-    let took = seconds(start.elapsed());
+    let took = start.elapsed().as_secs_f64();
     over.store(true, Ordering::Relaxed);
     let (flooded, pressed) = (flooded?, samples(&probing.await??));
     let rate = flooded as f64 / took;

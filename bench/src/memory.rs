@@ -128,11 +128,10 @@ fn show(rows: &[Row], keys: u64, report: &mut Report) {
                 (ratio, Holder::Native.name())
             })
         };
-        let plain = |samples: &Samples| Estimate::of([samples], |[by_key]| by_key);
-        report.compared(SUITE, name, "bytes", plain(&row.by_key), compared(&row.by_key));
+        report.compared(SUITE, name, "bytes", Estimate::plain(&row.by_key), compared(&row.by_key));
         if row.holder == Holder::Portcullis {
             let name = format!("{holder}, {workers} workers, {keys} keys, after requests");
-            report.compared(SUITE, name, "bytes", plain(&row.busy), compared(&row.busy));
+            report.compared(SUITE, name, "bytes", Estimate::plain(&row.busy), compared(&row.busy));
         }
     }
     // The worst Envoy counts, and the time when it has most.

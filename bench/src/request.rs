@@ -432,7 +432,7 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     }
     for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
         let Some(whole) = samples(name) else { continue };
-        report.figure(WHOLE, name, UNIT, Estimate::of([whole], |[whole]| whole));
+        report.figure(WHOLE, name, UNIT, Estimate::plain(whole));
     }
 
     let mut target = |name, most, found: Option<Estimate>| report.target(name, Bound::AtMost(most), "", found);

@@ -96,6 +96,10 @@ impl Estimate {
         Self { judged, median, ..Self::NOTHING }.within(&drawn, rounds.iter().sum())
     }
 
+    pub(crate) fn plain(samples: &Samples) -> Self {
+        Self::of([samples], |[sample]| sample)
+    }
+
     /// The ratio of two quantities that were measured one after the other in each round, so that a slow machine affects both.
     /// A round may be disturbed in either, so the median counts.
     pub(crate) fn by_the_round(over: &Samples, under: &Samples) -> Self {
@@ -172,7 +176,7 @@ mod tests {
         let pooled = Samples::of([1.0, 3.0, 8.0].into_iter().flat_map(|sample| [sample; 40]));
         let apart = Samples::in_groups([vec![1.0; 40], vec![3.0; 40], vec![8.0; 40]]);
         let range = |samples: &Samples| {
-            let found = Estimate::of([samples], |[found]| found);
+            let found = Estimate::plain(samples);
             (found.low, found.judged, found.high)
         };
         assert_eq!(range(&pooled), (1.0, 1.0, 1.0));
@@ -211,7 +215,7 @@ mod tests {
     #[test]
     fn one_sample_tells_of_no_spread() {
         let one = Samples::of([7.0]);
-        let (plain, ratio) = (Estimate::of([&one], |[one]| one), Estimate::by_the_round(&one, &one));
+        let (plain, ratio) = (Estimate::plain(&one), Estimate::by_the_round(&one, &one));
         for found in [plain, ratio, Estimate::at(&one, 0.99), Estimate::worst(&one)] {
             assert!(found.judged.is_finite() && found.low.is_nan() && found.high.is_nan(), "{found:?}");
         }

@@ -55,10 +55,6 @@ pub(crate) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<(
     .await
 }
 
-pub(crate) fn seconds(duration: Duration) -> f64 {
-    duration.as_secs_f64()
-}
-
 pub(crate) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1_000.0
 }
@@ -78,7 +74,7 @@ impl Used {
 
     /// CPU seconds since then: of the control plane, and of PostgreSQL.
     pub(crate) fn since(&self, before: &Self) -> (f64, f64) {
-        let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
+        let seconds_of = |now: u64, before: u64| Duration::from_nanos(now.saturating_sub(before)).as_secs_f64();
         (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
     }
 }

@@ -18,13 +18,13 @@ use sqlx::types::Uuid;
 use tokio::task::JoinSet;
 
 use crate::Options;
-use crate::load::{Answers, Flow, H2load, Took, call, rest_call};
+use crate::load::{Answers, H2load, Took, call, rest_call};
 use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::Server;
 use crate::stats::{Estimate, Samples};
-use crate::store::{self, milliseconds, seconds};
+use crate::store::{self, milliseconds};
 
 const COLD: &str = "sync: cold start";
 const CHANGE: &str = "sync: one change";
@@ -74,7 +74,7 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
                 Side::Copy => {
                     let took = copy(&stack).await?;
                     if round > 0 {
-                        copies.push(seconds(took));
+                        copies.push(took.as_secs_f64());
                     }
                 }
                 Side::Start => {
@@ -82,27 +82,26 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
                     // Of stalls the worst counts, of the first round too.
                     stalls.push(milliseconds(longest_stall));
                     if round > 0 {
-                        starts.push(seconds(from_start));
-                        syncs.push(seconds(from_live));
+                        starts.push(from_start.as_secs_f64());
+                        syncs.push(from_live.as_secs_f64());
                     }
                 }
             }
         }
     }
-    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-    report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", plain(&copies));
+    report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", Estimate::plain(&copies));
     let ratio = Estimate::by_the_round(&syncs, &copies);
     let compared = Some((ratio, "COPY"));
     report.compared(
         COLD,
         format!("Portcullis, {keys} keys, from a live Envoy to all loaded"),
         "s",
-        plain(&syncs),
+        Estimate::plain(&syncs),
         compared,
     );
     let compared = Some((Estimate::by_the_round(&starts, &copies), "COPY"));
     let from_start = format!("Portcullis, {keys} keys, from the start of Envoy");
-    report.compared(COLD, from_start, "s", plain(&starts), compared);
+    report.compared(COLD, from_start, "s", Estimate::plain(&starts), compared);
     let worst = Estimate::worst(&stalls);
     report.figure(COLD, format!("Portcullis, {keys} keys, longest stall of the syncing thread"), "ms", worst);
     if options.quick || keys == 1_000_000 {
@@ -161,20 +160,14 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(1).await?;
     let lasts = Duration::from_secs(if options.quick { 4 } else { 20 });
     progress(&format!("suite sync: changes while requests flow, for {} s", lasts.as_secs()));
-    let flow = Flow {
-        to: stack.envoy().address(),
-        key: stack.working_key("flow@example.com").await?,
-        connections: 8,
-        per_second: PER_SECOND,
-        lasts,
-    };
+    let (to, key) = (stack.envoy().address(), stack.working_key("flow@example.com").await?);
     let generator = H2load::install()?;
     // Whatever happens here, it ends with this.
     let mut flowing = JoinSet::new();
-    flowing.spawn(async move { generator.flow(&flow).await });
+    flowing.spawn(async move { generator.flow(to, &key, PER_SECOND, lasts).await });
     let (took, counted, Answers { good, refused, failed }) = revocations(&stack, "user", &mut flowing).await?;
     ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
-    let rate = good as f64 / seconds(lasts);
+    let rate = good as f64 / lasts.as_secs_f64();
     let least = f64::from(PER_SECOND) * LEAST_FLOW;
     ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
     report.note(format!("Suite sync: {rate:.0} requests/s by h2load flowed beside {counted} changes that count."));
@@ -323,11 +316,15 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
             memory.push(by_one(held) / 1_024.0);
         }
     }
-    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-    report.figure(POLLERS, format!("Portcullis, {MANY} pollers, change → the last has it"), "ms", plain(&last));
-    report.figure(POLLERS, "Portcullis, CPU of the control plane by poller and change", "µs", plain(&cpu));
-    report.figure(POLLERS, "Portcullis, memory of the control plane by held poll", "KiB", plain(&memory));
-    report.target("1,000 pollers: change at the last one", Bound::AtMost(250.0), "ms", plain(&last));
+    report.figure(
+        POLLERS,
+        format!("Portcullis, {MANY} pollers, change → the last has it"),
+        "ms",
+        Estimate::plain(&last),
+    );
+    report.figure(POLLERS, "Portcullis, CPU of the control plane by poller and change", "µs", Estimate::plain(&cpu));
+    report.figure(POLLERS, "Portcullis, memory of the control plane by held poll", "KiB", Estimate::plain(&memory));
+    report.target("1,000 pollers: change at the last one", Bound::AtMost(250.0), "ms", Estimate::plain(&last));
     Ok(())
 }
 

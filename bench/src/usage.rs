@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use crate::Options;
 use crate::report::{Bound, Report};
 use crate::stats::{Estimate, Samples};
-use crate::store::{self, Used, seconds};
+use crate::store::{self, Used};
 
 const SUITE: &str = "usage: ingest";
 const BY_CORE: &str = "usage: ingest by second of processor";
@@ -166,7 +166,7 @@ async fn report_all(stack: &Stack, work: &Work) -> Result<f64> {
     while let Some(done) = envoys.join_next().await {
         done??;
     }
-    Ok(seconds(start.elapsed()))
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Rows of one transaction.
@@ -230,5 +230,5 @@ async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
         .await?;
         transaction.commit().await?;
     }
-    Ok(seconds(start.elapsed()))
+    Ok(start.elapsed().as_secs_f64())
 }

@@ -37,11 +37,11 @@ use anyhow::Result;
 
 use driver::Driver;
 use faults::Faults;
-use load::{Load, Pace};
+use load::Load;
 use oracle::Oracle;
 use plan::{Kind, Lane};
 use report::{Journal, Report};
-use stack::{Size, TortureStack};
+use stack::TortureStack;
 use watch::{Doing, Watch};
 
 /// When memory is measured for the first time.
@@ -56,8 +56,7 @@ pub struct Options {
     pub seed: u64,
     /// How long faults are injected. If none, each kind is injected once.
     pub length: Option<Duration>,
-    pub size: Size,
-    pub pace: Pace,
+    pub envoys: usize,
     /// Faults of the control planes and PostgreSQL.
     pub behind: Vec<Kind>,
     /// Faults of the Envoys.
@@ -76,8 +75,7 @@ impl Options {
         Self {
             seed,
             length: None,
-            size: Size { envoys: 2, workers: 2, control_planes: 2 },
-            pace: Pace { connections: 4, period: ms(40) },
+            envoys: 2,
             behind: plan::BEHIND.to_vec(),
             before: plan::BEFORE.to_vec(),
             pause: (ms(200), ms(600)),
@@ -90,7 +88,7 @@ impl Options {
         let ms = Duration::from_millis;
         Self {
             length: Some(length),
-            size: Size { envoys: 3, workers: 2, control_planes: 2 },
+            envoys: 3,
             pause: (ms(500), ms(4_000)),
             lasts: (ms(1_000), ms(6_000)),
             ..Self::short(seed, journal)
@@ -102,7 +100,7 @@ impl Options {
 pub async fn run(options: Options) -> Result<Report> {
     let journal = Journal::create(&options.journal)?;
     journal.note(&format!("seed {}", options.seed));
-    let stack = Arc::new(TortureStack::start(options.size).await?);
+    let stack = Arc::new(TortureStack::start(options.envoys).await?);
     journal.note(&format!("the stack runs in {}", stack.directory().display()));
     let oracle = Arc::new(Oracle::new(stack.envoys.len(), journal.clone()));
     let driver = Driver::start(&stack, &oracle).await?;
@@ -111,7 +109,7 @@ pub async fn run(options: Options) -> Result<Report> {
     // Every Envoy has the steady keys before the first fault, and the requests that checked that are counted.
     count::come_to_rest(&stack).await?;
     oracle.probed(count::usage(&mut stack.database.connect().await?).await?.requests(), 0);
-    let load = Load::start(&stack, &oracle, options.pace, options.seed)?;
+    let load = Load::start(&stack, &oracle, options.seed)?;
     let changing = driver.run(options.seed, Duration::from_millis(250));
 
     let spare = options.length.is_some_and(|length| length > WARM);

@@ -24,13 +24,8 @@ use tempfile::TempDir;
 
 use crate::proxy::Proxy;
 
-#[derive(Clone, Copy, Debug)]
-pub struct Size {
-    pub envoys: usize,
-    /// Workers of each Envoy.
-    pub workers: usize,
-    pub control_planes: usize,
-}
+/// Replicas of the control plane.
+const CONTROL_PLANES: usize = 2;
 
 #[derive(Debug)]
 pub struct Clock(PathBuf);
@@ -73,7 +68,7 @@ pub struct TortureStack {
 
 impl TortureStack {
     /// Starts it and waits until every Envoy has its keys and so refuses an unknown one.
-    pub async fn start(size: Size) -> Result<Self> {
+    pub async fn start(number_of_envoys: usize) -> Result<Self> {
         for file in [paths::trap_wasm(), paths::shifted_clock()] {
             ensure!(file.is_file(), "{} is missing; run `cargo xtask wasm --for-faults`", file.display());
         }
@@ -88,7 +83,7 @@ impl TortureStack {
         };
 
         let (mut control_planes, mut control_plane_clocks) = (Vec::new(), Vec::new());
-        for number in 0..size.control_planes {
+        for number in 0..CONTROL_PLANES {
             let home = home(format!("control-plane-{number}"))?;
             let clock = Clock::create(home.join("clock"))?;
             let settings = control_plane::Settings { environment: clock.environment(), ..generous.clone() };
@@ -100,11 +95,11 @@ impl TortureStack {
         let demo = DemoApi::start(LOCAL).await?;
         let backends: Vec<_> = control_planes.iter().map(ControlPlane::address).collect();
         let (mut envoys, mut envoy_clocks, mut proxies) = (Vec::new(), Vec::new(), Vec::new());
-        for number in 0..size.envoys {
+        for number in 0..number_of_envoys {
             let home = home(format!("envoy-{number}"))?;
             let clock = Clock::create(home.join("clock"))?;
             let proxy = Proxy::start(backends.clone(), number).await?;
-            envoys.push(start_envoy(&home, &proxy, &demo, &clock, size.workers, &generous.sync_key).await?);
+            envoys.push(start_envoy(&home, &proxy, &demo, &clock, &generous.sync_key).await?);
             envoy_clocks.push(clock);
             proxies.push(proxy);
         }
@@ -147,19 +142,12 @@ impl TortureStack {
 }
 
 /// Starts an Envoy whose filter traps on demand, and waits until it has its keys.
-async fn start_envoy(
-    home: &Path,
-    proxy: &Proxy,
-    demo: &DemoApi,
-    clock: &Clock,
-    workers: usize,
-    sync_key: &Secret,
-) -> Result<Envoy> {
+async fn start_envoy(home: &Path, proxy: &Proxy, demo: &DemoApi, clock: &Clock, sync_key: &Secret) -> Result<Envoy> {
     let mut replacements = Replacements::between(proxy.address(), demo.address());
     replacements.plugin.insert("rate_limit".into(), Value::Null);
     let environment = clock.environment();
     let usual = envoy::Settings::new(replacements, sync_key.clone());
-    let settings = envoy::Settings { workers, environment, listener_file: true, ..usual };
+    let settings = envoy::Settings { environment, listener_file: true, ..usual };
     let envoy = Envoy::prepare(settings, home, Log::create(&home.join("log"))?, &silently)?;
     std::fs::copy(paths::trap_wasm(), home.join("portcullis.wasm"))?;
     envoy.restart().await?;

@@ -18,25 +18,17 @@ use crate::log::Log;
 use crate::process::{Process, Signal};
 use crate::tools::{self, Say, silently};
 
-/// Whether commits survive a crash of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// As PostgreSQL comes.
-    Durable,
-    /// Fast, for test data. A crash of the server alone still loses nothing.
-    Throwaway,
-}
-
 #[derive(Debug)]
 pub struct Postgres {
     binaries: PathBuf,
     data: PathBuf,
-    durability: Durability,
     /// Not below the data: the path of a socket may be no longer than about 100 bytes.
     sockets: TempDir,
     log: Log,
     process: Mutex<Option<Process>>,
-    _temporary: Option<TempDir>,
+    /// The home of data that are deleted with the server. They need not survive a crash of the machine, which makes it fast. A
+    /// crash of the server alone still loses nothing.
+    temporary: Option<TempDir>,
 }
 
 impl Postgres {
@@ -44,22 +36,16 @@ impl Postgres {
     pub async fn private() -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-pg-")?;
         open_to_all(home.path())?;
-        let mut server = Self::prepare(&home.path().join("data"), Durability::Throwaway, &silently)?;
-        server.log = Log::create(&home.path().join("postgres.log"))?;
-        server._temporary = Some(home);
-        server.start().await?;
-        Ok(server)
+        let (data, log) = (home.path().join("data"), Log::create(&home.path().join("postgres.log"))?);
+        Self::make(&data, Some(home), log, &silently).await
     }
 
     /// A server on data that persist.
     pub async fn kept(data: &Path, log: Log, say: Say<'_>) -> Result<Self> {
-        let mut server = Self::prepare(data, Durability::Durable, say)?;
-        server.log = log;
-        server.start().await?;
-        Ok(server)
+        Self::make(data, None, log, say).await
     }
 
-    fn prepare(data: &Path, durability: Durability, say: Say<'_>) -> Result<Self> {
+    async fn make(data: &Path, temporary: Option<TempDir>, log: Log, say: Say<'_>) -> Result<Self> {
         let binaries = tools::postgres(say)?;
         let sockets = TempDir::with_prefix("pcpg")?;
         open_to_all(sockets.path())?;
@@ -78,15 +64,16 @@ impl Postgres {
             let mut initdb = as_ordinary_user(Command::new(binaries.join("initdb")))?;
             // Trust: only the socket leads in, and only those who may enter its directory reach it.
             initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions"]);
-            if durability == Durability::Throwaway {
+            if temporary.is_some() {
                 initdb.arg("--no-sync");
             }
             initdb.arg("--pgdata").arg(data);
             read(initdb)?;
         }
-        let log = Log::create(&sockets.path().join("log"))?;
-        let process = Mutex::new(None);
-        Ok(Self { binaries, data: data.to_owned(), durability, sockets, log, process, _temporary: None })
+        let (data, process) = (data.to_owned(), Mutex::new(None));
+        let server = Self { binaries, data, sockets, log, process, temporary };
+        server.start().await?;
+        Ok(server)
     }
 
     /// Starts the server after it was stopped.
@@ -94,7 +81,7 @@ impl Postgres {
         let mut server = as_ordinary_user(Command::new(self.binaries.join("postgres")))?;
         server.arg("-D").arg(&self.data).arg("-k").arg(self.sockets.path());
         server.args(["-c", "listen_addresses=", "-c", "max_connections=300"]);
-        if self.durability == Durability::Throwaway {
+        if self.temporary.is_some() {
             server.args(["-c", "fsync=off", "-c", "full_page_writes=off"]);
         }
         // SIGQUIT: all its processes end at once, and the next start recovers.
