@@ -48,7 +48,7 @@ fn record(number: u64) -> Record {
 /// A running feed. It ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Feed {
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     _server: JoinSet<()>,
 }
 
@@ -67,10 +67,6 @@ impl Feed {
             Router::new().route("/sync/v1/keys", get(update)).route("/sync/v1/usage", post(usage)).with_state(updates);
         let (address, _server) = serve(LOCAL, router).await?;
         Ok(Self { address, _server })
-    }
-
-    pub(crate) const fn address(&self) -> SocketAddr {
-        self.address
     }
 }
 

@@ -143,14 +143,14 @@ fn show(rows: &[Row], keys: u64, report: &mut Report) {
 
 /// Memory of an Envoy with Portcullis.
 async fn with_requests(feed: &Feed, keys: u64, workers: usize, generator: &H2load, home: &Path) -> Result<Resident> {
-    let peer = Peer::portcullis(&paths::wasm(), feed.address(), json!({"rate_limit": null}));
+    let peer = Peer::portcullis(&paths::wasm(), feed.address, json!({"rate_limit": null}));
     let server = Server::start(&peer.config(), workers, None).await?;
     server.wait_for_keys(keys).await?;
     let before = machine::resident_bytes(server.pid())?;
     let mut random = Dice::new(keys);
     let mut address = || {
         let chosen = random.below(usize::try_from(keys).unwrap_or(usize::MAX)) as u64;
-        format!("http://{}/?key={}\n", server.address(), key(chosen))
+        format!("http://{}/?key={}\n", server.address, key(chosen))
     };
     let addresses = home.join("addresses");
     std::fs::write(&addresses, (0..REQUESTS).map(|_| address()).collect::<String>())?;

@@ -226,7 +226,7 @@ impl<'a> Running<'a> {
         progress("suite request: starting the peers");
         let server = Server::start(&Peer::nothing().config(), 1, Some(cores.load)).await?;
         let (subjects, feeds, others) = (Vec::new(), Vec::new(), Vec::new());
-        let (upstream, servers) = (server.address(), vec![server]);
+        let (upstream, servers) = (server.address, vec![server]);
         Ok(Self { options, cores, rounds, home, upstream, subjects, servers, feeds, others })
     }
 
@@ -353,7 +353,7 @@ impl<'a> Running<'a> {
     /// Starts an Envoy on the core for what is measured.
     async fn serve(&mut self, peer: &Peer) -> Result<Place> {
         let server = Server::start(&peer.config(), 1, Some(self.cores.measured)).await?;
-        let place = Place { process: server.pid(), address: server.address() };
+        let place = Place { process: server.pid(), address: server.address };
         self.servers.push(server);
         Ok(place)
     }
@@ -367,7 +367,7 @@ impl<'a> Running<'a> {
         policy: Option<&str>,
     ) -> Result<Place> {
         let feed = Feed::start(keys, change).await?;
-        let mut peer = Peer::portcullis(filter, feed.address(), plugin).with_upstream(self.upstream);
+        let mut peer = Peer::portcullis(filter, feed.address, plugin).with_upstream(self.upstream);
         if let Some(policy) = policy {
             peer = peer.with_policy(policy);
         }

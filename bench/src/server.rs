@@ -24,8 +24,8 @@ const READY_WITHIN: Duration = Duration::from_secs(180);
 #[derive(Debug)]
 pub(crate) struct Server {
     process: Process,
-    admin: SocketAddr,
-    address: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    pub(crate) address: SocketAddr,
     _home: TempDir,
 }
 
@@ -59,14 +59,6 @@ impl Server {
         let admin_file = home.path().join("admin.address");
         let (admin, address) = live(&process, &admin_file, READY_WITHIN).await?;
         Ok(Self { process, admin, address, _home: home })
-    }
-
-    pub(crate) const fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    pub(crate) const fn admin(&self) -> SocketAddr {
-        self.admin
     }
 
     pub(crate) fn pid(&self) -> u32 {

@@ -131,7 +131,7 @@ async fn start_cold(stack: &Stack, keys: u64) -> Result<Cold> {
     let start = Instant::now();
     let server = Server::start_with_key(&peer.config(), 2, None, &sync_key).await?;
     let live = Instant::now();
-    let mut admin = Connection::open(server.admin()).await?;
+    let mut admin = Connection::open(server.admin).await?;
     let mut longest_stall = Duration::ZERO;
     loop {
         let asked = Instant::now();

@@ -199,35 +199,27 @@ fn batches(work: &Work) -> Result<Vec<Batch>> {
     Ok(batches)
 }
 
+const UPSERTS: [&str; 2] = [
+    "insert into bare_usage (key_id, generation, requests, last_used_at)
+    select id, 1, requests, to_timestamp($3) from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
+    on conflict (key_id, generation) do update set requests = bare_usage.requests + excluded.requests,
+        last_used_at = greatest(bare_usage.last_used_at, excluded.last_used_at)",
+    "insert into bare_hourly (key_id, generation, hour, outcome, requests, cost)
+    select id, 1, to_timestamp($3), 0, requests, requests
+    from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
+    on conflict (key_id, hour, outcome, generation) do update set
+        requests = bare_hourly.requests + excluded.requests, cost = bare_hourly.cost + excluded.cost",
+];
+
 /// Upserts the same rows on one connection. Returns the seconds.
 async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
     let batches = batches(work)?;
     let start = Instant::now();
     for Batch { ids, requests, hour_s } in &batches {
         let mut transaction = connection.begin().await?;
-        sqlx::query(
-            "insert into bare_usage (key_id, generation, requests, last_used_at)
-            select id, 1, requests, to_timestamp($3) from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
-            on conflict (key_id, generation) do update set requests = bare_usage.requests + excluded.requests,
-                last_used_at = greatest(bare_usage.last_used_at, excluded.last_used_at)",
-        )
-        .bind(ids)
-        .bind(requests)
-        .bind(hour_s)
-        .execute(&mut *transaction)
-        .await?;
-        sqlx::query(
-            "insert into bare_hourly (key_id, generation, hour, outcome, requests, cost)
-            select id, 1, to_timestamp($3), 0, requests, requests
-            from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
-            on conflict (key_id, hour, outcome, generation) do update set
-                requests = bare_hourly.requests + excluded.requests, cost = bare_hourly.cost + excluded.cost",
-        )
-        .bind(ids)
-        .bind(requests)
-        .bind(hour_s)
-        .execute(&mut *transaction)
-        .await?;
+        for upsert in UPSERTS {
+            sqlx::query(upsert).bind(ids).bind(requests).bind(hour_s).execute(&mut *transaction).await?;
+        }
         transaction.commit().await?;
     }
     Ok(start.elapsed().as_secs_f64())

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hyper::client::conn::{http1, http2};
@@ -16,9 +15,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName}
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::certificates::Identity;
-use crate::http::{Outgoing, Reply, whole};
-
-const TIMEOUT: Duration = Duration::from_secs(60);
+use crate::http::{Outgoing, Reply, TIMEOUT, whole};
 
 #[derive(Clone, Debug)]
 pub struct Client(Arc<ClientConfig>);

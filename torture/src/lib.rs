@@ -144,15 +144,7 @@ pub async fn run(options: Options) -> Result<Report> {
     let counted = count::compare(&stack, &oracle, &book, log_lines).await?;
     read_logs(&stack, &oracle, traps.load(Ordering::Relaxed))?;
     let verdict = oracle.verdict();
-    Ok(Report {
-        seed: options.seed,
-        took,
-        faults: injected,
-        verdict,
-        counted,
-        memory,
-        journal: journal.path().to_owned(),
-    })
+    Ok(Report { seed: options.seed, took, faults: injected, verdict, counted, memory, journal: journal.path.clone() })
 }
 
 /// Injects the faults of both lanes. Returns how often each was injected, and the memory after [`WARM`] in a long run.
@@ -250,7 +242,7 @@ fn read_logs(stack: &TortureStack, oracle: &Oracle, traps: u64) -> Result<()> {
         oracle.broken(&format!("{trapped} VMs trapped, {traps} were made to"));
     }
     for sign in ["deadlock detected", "PANIC"] {
-        if let Some(line) = stack.postgres.log().lines_with(sign).first() {
+        if let Some(line) = stack.postgres.log.lines_with(sign).first() {
             oracle.broken(&format!("PostgreSQL says: {line}"));
         }
     }

@@ -214,7 +214,7 @@ impl Oracle {
 
     /// Ends the measurement of gaps, and checks that the load tested something.
     pub fn load_is_over(&self) {
-        let (start, now) = (self.journal.start(), Instant::now());
+        let (start, now) = (self.journal.start, Instant::now());
         let mut known = self.known();
         known.models.iter_mut().for_each(|model| model.close(start, now));
         let last = known.last_admitted;
@@ -254,7 +254,7 @@ impl Oracle {
         };
         let unknown = || {
             let text = unknown.get(dice.below(unknown.len())).cloned().unwrap_or_else(|| "nobody's".into());
-            let (standing, since) = (Standing::Dead, self.journal.start());
+            let (standing, since) = (Standing::Dead, self.journal.start);
             Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: None }
         };
         let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));

@@ -35,7 +35,7 @@ pub enum Manipulation {
 /// A running proxy. It ends, and all its connections with it, when dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    address: SocketAddr,
+    pub address: SocketAddr,
     shared: Arc<Shared>,
     _listening: JoinSet<()>,
 }
@@ -60,10 +60,6 @@ impl Proxy {
         let mut _listening = JoinSet::new();
         _listening.spawn(listen(listener, Arc::clone(&shared)));
         Ok(Self { address, shared, _listening })
-    }
-
-    pub const fn address(&self) -> SocketAddr {
-        self.address
     }
 
     pub fn set_manipulation(&self, manipulation: Option<Manipulation>) {

@@ -16,8 +16,8 @@ use crate::verdict::Verdict;
 /// Log of events with the time since the start.
 #[derive(Clone, Debug)]
 pub struct Journal {
-    start: Instant,
-    path: PathBuf,
+    pub start: Instant,
+    pub path: PathBuf,
     file: Arc<Mutex<File>>,
 }
 
@@ -35,14 +35,6 @@ impl Journal {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         // A full disk must not stop the run. Writing the table at the end fails then.
         let _ = std::io::Write::write_all(&mut *file, line.as_bytes());
-    }
-
-    pub const fn start(&self) -> Instant {
-        self.start
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 }
 

@@ -143,7 +143,7 @@ impl TortureStack {
 
 /// Starts an Envoy whose filter traps on demand, and waits until it has its keys.
 async fn start_envoy(home: &Path, proxy: &Proxy, demo: &DemoApi, clock: &Clock, sync_key: &Secret) -> Result<Envoy> {
-    let mut replacements = Replacements::between(proxy.address(), demo.address());
+    let mut replacements = Replacements::between(proxy.address, demo.address());
     replacements.plugin.insert("rate_limit".into(), Value::Null);
     let environment = clock.environment();
     let usual = envoy::Settings::new(replacements, sync_key.clone());

@@ -24,7 +24,7 @@ pub struct Postgres {
     data: PathBuf,
     /// Not below the data: the path of a socket may be no longer than about 100 bytes.
     sockets: TempDir,
-    log: Log,
+    pub log: Log,
     process: Mutex<Option<Process>>,
     /// The home of data that are deleted with the server. They need not survive a crash of the machine, which makes it fast. A
     /// crash of the server alone still loses nothing.
@@ -98,10 +98,6 @@ impl Postgres {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("PostgreSQL does not run"))?.stop(signal).await?;
         Ok(())
-    }
-
-    pub const fn log(&self) -> &Log {
-        &self.log
     }
 
     pub fn must_run(&self) -> Result<()> {

@@ -1,6 +1,5 @@
 //! The service that `cargo xtask up --upstream` protects: parsed from its URL, and written into `envoy/minimal.yaml`.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 
 use url::{Host, Position, Url};
@@ -126,18 +125,21 @@ impl Service {
             // There is no server name indication for addresses (RFC 6066, section 3).
             Host::Ipv4(_) | Host::Ipv6(_) => (String::new(), "IP_ADDRESS"),
         };
-        let mut text = String::from("      transport_socket:\n        name: envoy.transport_sockets.tls\n");
-        text.push_str("        typed_config:\n");
         let context = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
-        let _ = writeln!(text, "          \"@type\": {context}");
-        text.push_str(&sni);
-        text.push_str("          common_tls_context:\n            alpn_protocols: [http/1.1]\n");
-        text.push_str("            validation_context:\n");
         let file = serde_json::Value::from(authorities.display().to_string());
-        let _ = writeln!(text, "              trusted_ca: {{ filename: {file} }}");
-        let matcher = format!("{{ san_type: {kind}, matcher: {{ exact: \"{}\" }} }}", self.host());
-        let _ = writeln!(text, "              match_typed_subject_alt_names: [{matcher}]");
-        text
+        let host = self.host();
+        format!(
+            "      transport_socket:
+        name: envoy.transport_sockets.tls
+        typed_config:
+          \"@type\": {context}
+{sni}          common_tls_context:
+            alpn_protocols: [http/1.1]
+            validation_context:
+              trusted_ca: {{ filename: {file} }}
+              match_typed_subject_alt_names: [{{ san_type: {kind}, matcher: {{ exact: \"{host}\" }} }}]
+"
+        )
     }
 }
 

@@ -156,10 +156,15 @@ impl Stack {
 
 /// Waits until an Envoy responds with this status to the key.
 pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> Result<()> {
+    wait_for_path(envoy, "/", key, status).await
+}
+
+/// The same for a path.
+pub async fn wait_for_path(envoy: &Envoy, path: &str, key: Option<&str>, status: u16) -> Result<()> {
     let mut last = None;
-    let what = format!("status {status}");
+    let what = format!("status {status} of {path}");
     let seen = async || {
-        let request = http::get_request("/", key).ok()?;
+        let request = http::get_request(path, key).ok()?;
         last = http::send(envoy.address(), request).await.ok();
         last.as_ref().is_some_and(|reply| reply.status == status).then_some(())
     };

@@ -8,8 +8,7 @@ use portcullis_tests::envoy::{Envoy, until_all};
 use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::http::{self, Reply};
 use portcullis_tests::rest::Rest;
-use portcullis_tests::stack::{Builder, Stack};
-use portcullis_tests::wait::eventually;
+use portcullis_tests::stack::{Builder, Stack, wait_for_path};
 use portcullis_torture::envoy_model::BOUND;
 use serde_json::json;
 
@@ -39,8 +38,7 @@ async fn orders(envoy: &Envoy, key: &str) -> Result<Reply> {
 
 async fn wait_for_orders(stack: &Stack, key: &str, status: u16) -> Result<()> {
     for envoy in &stack.envoys {
-        let seen = async || orders(envoy, key).await.is_ok_and(|reply| reply.status == status).then_some(());
-        eventually(&format!("status {status} of /orders"), seen).await?;
+        wait_for_path(envoy, "/orders", Some(key), status).await?;
     }
     Ok(())
 }

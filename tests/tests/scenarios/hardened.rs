@@ -43,16 +43,6 @@ struct Authorities {
     envoys: Authority,
 }
 
-impl Authorities {
-    fn new() -> Result<Self> {
-        Ok(Self {
-            public: Authority::new("public")?,
-            control_plane: Authority::new("control planes")?,
-            envoys: Authority::new("Envoys")?,
-        })
-    }
-}
-
 /// A control plane with this certificate, over the database of the stack.
 async fn control_plane_with(
     stack: &Stack,
@@ -78,8 +68,13 @@ async fn control_plane_with(
 }
 
 impl Hardened {
-    async fn start() -> Result<Self> {
-        let authorities = Authorities::new()?;
+    /// Started, with a key that works.
+    async fn with_key() -> Result<(Self, String)> {
+        let authorities = Authorities {
+            public: Authority::new("public")?,
+            control_plane: Authority::new("control planes")?,
+            envoys: Authority::new("Envoys")?,
+        };
         let stack = Stack::builder().envoys(0).start().await?;
         let identity = authorities.control_plane.issue(&[CONTROL_PLANE], For::Servers)?;
         let control_plane = control_plane_with(&stack, &identity, &authorities.envoys, "secure").await?;
@@ -93,7 +88,10 @@ impl Hardened {
         let log = Log::create(&home.join("envoy.log"))?;
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("hardened.yaml");
         envoy.restart().await?;
-        Ok(Self { envoy, home, control_plane, stack, authorities })
+        let hardened = Self { envoy, home, control_plane, stack, authorities };
+        let key = hardened.stack.rest().generate("ada@example.com").await?;
+        hardened.wait_for(&key, 200).await?;
+        Ok((hardened, key))
     }
 
     /// Writes the fill level of Envoy's heap into the file [`HEAP`]. Envoy reads it again when another file is renamed to it.
@@ -131,10 +129,8 @@ impl Hardened {
 
 #[tokio::test]
 async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<()> {
-    let hardened = Hardened::start().await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let rest = hardened.stack.rest();
-    let key = rest.generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
     for protocol in ["h2", "http/1.1"] {
         let received = assert_upstream(&hardened.get(protocol, Some(&key)).await?, &IDENTITY);
         assert_eq!(received["x-forwarded-proto"][0], "https");
@@ -183,10 +179,8 @@ async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<
 
 #[tokio::test]
 async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<()> {
-    let hardened = Hardened::start().await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let (stack, authorities) = (&hardened.stack, &hardened.authorities);
-    let key = stack.rest().generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
 
     // Somebody who has the database and the address, but a certificate of another authority; or of the right one for
     // another name.
@@ -215,10 +209,8 @@ async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<
 /// The book says that a request goes on that was admitted before its key was revoked, and what bounds it.
 #[tokio::test]
 async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_stream() -> Result<()> {
-    let hardened = Hardened::start().await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let rest = hardened.stack.rest();
-    let key = rest.generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
     hardened.envoy.stop(Signal::SIGTERM).await?;
     let shorten = |s: &mut envoy::Settings| s.replacements.edit("max_stream_duration: 900s", "max_stream_duration: 2s");
     hardened.envoy.change_settings(shorten);
@@ -244,8 +236,7 @@ async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_str
 /// Before the heap is full, requests are refused, then connections; what has not come in cannot fill it further.
 #[tokio::test]
 async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()> {
-    let hardened = Hardened::start().await?;
-    let key = hardened.stack.rest().generate("ada@example.com").await?;
+    let (hardened, key) = Hardened::with_key().await?;
     std::fs::create_dir_all(hardened.home.join("heap"))?;
     hardened.fill_heap("0.5")?;
     hardened.envoy.stop(Signal::SIGTERM).await?;
@@ -280,9 +271,7 @@ async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()>
 /// What one request may hold is bounded: 64 headers, 32 KiB of them.
 #[tokio::test]
 async fn more_headers_than_anybody_needs_are_refused_before_the_filter_sees_them() -> Result<()> {
-    let hardened = Hardened::start().await?;
-    let key = hardened.stack.rest().generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let with = |headers: usize, bytes: usize| {
         let mut request = get_request("/orders", Some(&key))?;
         for number in 0..headers {
