@@ -20,7 +20,7 @@ use crate::Options;
 use crate::load::{Took, call, rest_call};
 use crate::report::{Bound, Report};
 use crate::statements::Statements;
-use crate::stats::{Estimate, Samples};
+use crate::stats::{Estimate, Samples, Side};
 use crate::store;
 
 const SUITE: &str = "api: REST, eight calls at once";
@@ -155,12 +155,6 @@ fn show(verb: Verb, ours: &Measured, theirs: &Measured, report: &mut Report) -> 
     ratio
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Side {
-    Ours,
-    Theirs,
-}
-
 /// Figures of all rounds.
 #[derive(Default)]
 struct Measured {
@@ -185,9 +179,7 @@ impl Bench {
         let (mut ours, mut theirs) = (Measured::default(), Measured::default());
         for round in 0..=rounds {
             progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
-            let mut sides = [Side::Ours, Side::Theirs];
-            self.random.shuffle(&mut sides);
-            for side in sides {
+            for side in Side::both(&mut self.random) {
                 let (Took { seconds, p99_ms }, measured) = match side {
                     Side::Ours => (self.call(verb).await?, &mut ours),
                     Side::Theirs => (self.by_pgbench(verb, script).await?, &mut theirs),

@@ -1,11 +1,10 @@
 //! Suite `flood`: the latency of requests with a good key during a flood of unknown keys.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use portcullis_harness::flood::{Flood, flood, probe};
+use portcullis_harness::flood::{Flood, flood_and_probe, probe};
 use portcullis_harness::http::Connection;
 use portcullis_harness::output::progress;
 
@@ -25,17 +24,12 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     progress(&format!("suite flood: unknown keys for {} s", lasts.as_secs()));
     let key = stack.working_key("ada@example.com").await?;
     let address = stack.envoy().address();
-    let (over, mut connection) = (Arc::new(AtomicBool::new(false)), Connection::open(address).await?);
-    let calm = samples(&probe(&mut connection, &key, CALM, &over).await?);
-    let probing = tokio::spawn({
-        let over = Arc::clone(&over);
-        async move { probe(&mut connection, &key, usize::MAX, &over).await }
-    });
+    let calm = probe(&mut Connection::open(address).await?, &key, CALM, &AtomicBool::new(false)).await?;
     let start = Instant::now();
-    let flooded = flood(address, Flood { from: 0, least: 0, most: u64::MAX, lasts }).await;
+    let size = Flood { from: 0, least: 0, most: u64::MAX, lasts };
+    let (flooded, pressed) = flood_and_probe(address, size, &key).await?;
     let took = start.elapsed().as_secs_f64();
-    over.store(true, Ordering::Relaxed);
-    let (flooded, pressed) = (flooded?, samples(&probing.await??));
+    let (calm, pressed) = (samples(&calm), samples(&pressed));
     let rate = flooded as f64 / took;
     report.note(format!("Suite flood: {rate:.0} unknown keys/s were refused beside."));
     report.figure(FLOOD, "Portcullis, a good key without the flood, p99", "ms", Estimate::at(&calm, 0.99));

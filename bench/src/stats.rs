@@ -139,6 +139,22 @@ impl Estimate {
     pub(crate) const NOTHING: Self = Self { judged: f64::NAN, median: f64::NAN, low: f64::NAN, high: f64::NAN };
 }
 
+/// Sides of a comparison.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Side {
+    Ours,
+    Theirs,
+}
+
+impl Side {
+    /// Both, in random order.
+    pub(crate) fn both(dice: &mut Dice) -> [Self; 2] {
+        let mut sides = [Self::Ours, Self::Theirs];
+        dice.shuffle(&mut sides);
+        sides
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

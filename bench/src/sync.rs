@@ -23,7 +23,7 @@ use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::Server;
-use crate::stats::{Estimate, Samples};
+use crate::stats::{Estimate, Samples, Side};
 use crate::store::{self, milliseconds};
 
 const COLD: &str = "sync: cold start";
@@ -44,12 +44,6 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     pollers(options, report).await
 }
 
-#[derive(Clone, Copy)]
-enum Side {
-    Copy,
-    Start,
-}
-
 /// What one cold start took.
 struct Cold {
     from_start: Duration,
@@ -67,17 +61,15 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     // One round before those that count: what is read finds no cache full.
     for round in 0..=rounds {
         progress(&format!("suite sync: {keys} keys, round {round} of {rounds}"));
-        let mut sides = [Side::Copy, Side::Start];
-        random.shuffle(&mut sides);
-        for side in sides {
+        for side in Side::both(&mut random) {
             match side {
-                Side::Copy => {
+                Side::Theirs => {
                     let took = copy(&stack).await?;
                     if round > 0 {
                         copies.push(took.as_secs_f64());
                     }
                 }
-                Side::Start => {
+                Side::Ours => {
                     let Cold { from_start, from_live, longest_stall } = start_cold(&stack, keys).await?;
                     // Of stalls the worst counts, of the first round too.
                     stalls.push(milliseconds(longest_stall));

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::Options;
 use crate::report::{Bound, Report};
-use crate::stats::{Estimate, Samples};
+use crate::stats::{Estimate, Samples, Side};
 use crate::store::{self, Used};
 
 const SUITE: &str = "usage: ingest";
@@ -53,13 +53,11 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     for round in 0..=rounds {
         progress(&format!("suite usage: round {round} of {rounds}"));
         let work = work(&ids, hour, round, &mut random)?;
-        let mut sides = [Side::Ours, Side::Bare];
-        random.shuffle(&mut sides);
-        for side in sides {
+        for side in Side::both(&mut random) {
             let before = Used::read(&stack, postmaster)?;
             let took = match side {
                 Side::Ours => report_all(&stack, &work).await?,
-                Side::Bare => upsert_all(&mut connection, &work).await?,
+                Side::Theirs => upsert_all(&mut connection, &work).await?,
             };
             let (control_plane, database) = Used::read(&stack, postmaster)?.since(&before);
             match side {
@@ -69,7 +67,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
                     cpu.push(control_plane / total);
                     cpu_with_database.push((control_plane + database) / total);
                 }
-                Side::Bare => {
+                Side::Theirs => {
                     bare.push(took / total);
                     bare_cpu.push(database / total);
                 }
@@ -105,12 +103,6 @@ fn show(
     report.figure(BY_CORE, name, "counts/s", counts(cpu));
     report.figure(BY_CORE, name, "reports/s", reports(cpu));
     Ok(ratio)
-}
-
-#[derive(Clone, Copy)]
-enum Side {
-    Ours,
-    Bare,
 }
 
 /// The reports of each Envoy, in order.

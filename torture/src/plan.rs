@@ -8,9 +8,10 @@
 use std::fmt;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use portcullis_harness::dice::Dice;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Kind {
     ControlPlaneKill,
     ControlPlaneTerm,
@@ -34,27 +35,12 @@ pub enum Kind {
     EnvoyClock,
 }
 
-/// Faults of the control planes and PostgreSQL.
-pub const BEHIND: [Kind; 12] = [
-    Kind::ControlPlaneKill,
-    Kind::ControlPlaneTerm,
-    Kind::ControlPlanePause,
-    Kind::ControlPlaneClock,
-    Kind::AnswerLost,
-    Kind::AnswerDelayed,
-    Kind::AnswerCut,
-    Kind::AnswerGarbage,
-    Kind::PostgresCrash,
-    Kind::PostgresCut,
-    Kind::PostgresLock,
-    Kind::PostgresRestore,
-];
-
-/// Faults of the Envoys.
-pub const BEFORE: [Kind; 6] =
-    [Kind::EnvoyTerm, Kind::EnvoyKill, Kind::EnvoyTrap, Kind::EnvoyUpdate, Kind::EnvoyDrain, Kind::EnvoyClock];
-
 impl Kind {
+    /// The faults of Envoys, or those of control planes and PostgreSQL.
+    pub fn all(of_envoys: bool) -> Vec<Self> {
+        Self::value_variants().iter().copied().filter(|kind| (*kind >= Self::EnvoyTerm) == of_envoys).collect()
+    }
+
     pub const fn may_lose(self) -> bool {
         matches!(self, Self::PostgresRestore | Self::EnvoyKill | Self::EnvoyTrap)
     }
@@ -149,15 +135,15 @@ mod tests {
 
     #[test]
     fn a_seed_gives_the_same_schedule_again_and_another_seed_another() {
-        let steps = |seed| lane(seed, &BEHIND).take(50).collect::<Vec<_>>();
+        let steps = |seed| lane(seed, &Kind::all(false)).take(50).collect::<Vec<_>>();
         assert_eq!(steps(7), steps(7));
         assert_ne!(steps(7), steps(8));
     }
 
     #[test]
     fn every_round_has_every_kind_once() {
-        for kinds in [&BEHIND[..], &BEFORE[..]] {
-            let mut lane = lane(3, kinds);
+        for kinds in [false, true].map(Kind::all) {
+            let mut lane = lane(3, &kinds);
             for _ in 0..5 {
                 let round: BTreeSet<Kind> = lane.by_ref().take(kinds.len()).map(|step| step.kind).collect();
                 assert_eq!(round, kinds.iter().copied().collect());
@@ -167,7 +153,7 @@ mod tests {
 
     #[test]
     fn times_keep_within_their_bounds() {
-        for step in lane(11, &BEHIND).take(1_000) {
+        for step in lane(11, &Kind::all(false)).take(1_000) {
             for time in [step.pause, step.lasts] {
                 assert!(time >= SECONDS.0 && time < SECONDS.1, "{step:?}");
             }

@@ -67,6 +67,18 @@ pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
     Ok(refused)
 }
 
+/// A flood, and the latencies of requests with a good key meanwhile, in ascending order.
+pub async fn flood_and_probe(address: SocketAddr, size: Flood, key: &str) -> Result<(u64, Vec<Duration>)> {
+    let (over, mut connection) = (AtomicBool::new(false), Connection::open(address).await?);
+    let flooding = async {
+        let flooded = flood(address, size).await;
+        over.store(true, Ordering::Relaxed);
+        flooded
+    };
+    let (flooded, took) = tokio::join!(flooding, probe(&mut connection, key, usize::MAX, &over));
+    Ok((flooded?, took?))
+}
+
 /// The latencies of requests with a good key, in ascending order. Ends after `enough` requests or when `stop` is set.
 pub async fn probe(connection: &mut Connection, key: &str, enough: usize, stop: &AtomicBool) -> Result<Vec<Duration>> {
     let mut took = Vec::new();

@@ -5,7 +5,7 @@ use contract::outcome::Outcome;
 use filter_core::identity::FOREIGN;
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::filter_harness::{FilterHarness, record};
 use portcullis_tests::http::{Outgoing, Reply, send, with_key};
 use portcullis_tests::process::Signal;
@@ -40,7 +40,7 @@ async fn the_upstream_gets_the_identity_of_the_key_and_never_the_clients_own() -
     let known = resource(&stack, "ada@example.com").await?;
     let owner = stack.owner_id("ada@example.com").await?;
     for reply in [spoof(&stack, Some(&key)).await?, stack.get(Some(&key)).await?] {
-        let headers = assert_upstream(&reply, &["x-consumer-id", "x-credential-identifier"]);
+        let headers = assert_upstream(&reply, &IDENTITY);
         assert_eq!(headers["x-consumer-id"], json!([owner]));
         assert_eq!(headers["x-credential-identifier"], json!([known["id"]]));
     }

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use contract::outcome::Outcome;
 use contract::record::{Flags, RateLimit, Requires};
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::fake_control_plane::{Change, Faults};
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::process::Signal;
@@ -50,7 +50,7 @@ async fn damaged_updates_change_nothing_and_lost_acknowledgements_count_nothing_
     assert_eq!(harness.control_plane.faults().updates, 0);
     assert!(harness.envoy.stat("wasmcustom.portcullis.sync.failures_total").await? >= 8);
     for _ in 0..5 {
-        assert_upstream(&harness.get("/", Some("good")).await?, &["x-consumer-id", "x-credential-identifier"]);
+        assert_upstream(&harness.get("/", Some("good")).await?, &IDENTITY);
     }
     let acknowledged_once = async || {
         let all = harness.control_plane.faults().acknowledgements == 0
