@@ -230,15 +230,4 @@ mod tests {
         assert_eq!(of_database("postgres://localhost", "two"), "postgres://localhost/two");
         assert_eq!(of_database("postgres:///one", "two"), "postgres:///two");
     }
-
-    #[tokio::test]
-    async fn a_server_that_was_stopped_comes_back_with_its_data() {
-        let server = Postgres::private().await.unwrap();
-        let database = server.create_database().await.unwrap();
-        database.execute("create table facts (n bigint); insert into facts values (7)").await.unwrap();
-        server.stop(Signal::SIGINT).await.unwrap();
-        assert!(database.connect().await.is_err());
-        server.start().await.unwrap();
-        assert_eq!(database.number("select n from facts").await.unwrap(), 7);
-    }
 }

@@ -97,17 +97,6 @@ async fn names_and_stripping_are_the_operators_choice() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-async fn a_name_with_underscores_cannot_pass_for_an_identity_header() -> Result<()> {
-    let stack = Stack::start().await?;
-    let key = stack.working_key("ada@example.com").await?;
-    let before = stack.demo.requests();
-    let request = Request::get("/").header("x-api-key", &key).header("x_consumer_id", "root");
-    let reply = send(stack.envoy().address(), request.body(Full::default())?).await?;
-    assert_eq!((reply.status, stack.demo.requests()), (400, before));
-    Ok(())
-}
-
 /// An upstream that stood behind another gateway may believe that gateway's headers.
 #[tokio::test]
 async fn identity_headers_of_other_gateways_are_removed_from_client_requests() -> Result<()> {
