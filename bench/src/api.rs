@@ -230,7 +230,12 @@ impl Bench {
         let (seconds, p99_ms) = done?;
         settled(&self.stack).await?;
         if verb == Verb::Revoke {
-            let left = left(&self.stack, self.batch).await?;
+            let left = format!(
+                "select count(*) from api_keys k join user_preferences p on p.id = k.owner_id
+                where p.email like 'made-{}-%' and k.revoked_at is null",
+                self.batch
+            );
+            let left = self.stack.database.number(&left).await?;
             ensure!(left == 0, "{left} of {} keys were not revoked by pgbench", self.number);
         }
         Ok(Took { seconds, p99_ms })
@@ -267,15 +272,6 @@ async fn insert_keys(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<Strin
 async fn settled(stack: &Stack) -> Result<()> {
     let revision = stack.database.number("select revision from store_state").await?;
     store::reaches(stack, "portcullis_mirror_revision", revision as f64).await
-}
-
-/// The number of keys of a batch that are not revoked.
-async fn left(stack: &Stack, batch: u32) -> Result<i64> {
-    let sql = format!(
-        "select count(*) from api_keys k join user_preferences p on p.id = k.owner_id
-        where p.email like 'made-{batch}-%' and k.revoked_at is null"
-    );
-    stack.database.number(&sql).await
 }
 
 /// Has pgbench run a script, on the keys of a batch; gives the seconds by run, and the p99 in milliseconds.

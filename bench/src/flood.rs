@@ -41,7 +41,5 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
 }
 
 fn samples(took: &[Duration]) -> Samples {
-    let mut samples = Samples::default();
-    took.iter().for_each(|took| samples.push(milliseconds(*took)));
-    samples
+    Samples::in_groups([took.iter().copied().map(milliseconds).collect()])
 }

@@ -89,11 +89,8 @@ struct Speed {
     fastest: Duration,
 }
 
-#[derive(Clone, Copy)]
-struct Place {
-    process: u32,
-    address: SocketAddr,
-}
+/// The process and the address of an Envoy.
+type Place = (u32, SocketAddr);
 
 /// Everything that runs during measurements.
 struct Running<'a> {
@@ -353,7 +350,7 @@ impl<'a> Running<'a> {
     /// Starts an Envoy on the core for what is measured.
     async fn serve(&mut self, peer: &Peer) -> Result<Place> {
         let server = Server::start(&peer.config(), 1, Some(self.cores.measured)).await?;
-        let place = Place { process: server.pid(), address: server.address };
+        let place = (server.pid(), server.address);
         self.servers.push(server);
         Ok(place)
     }
@@ -391,13 +388,13 @@ impl<'a> Running<'a> {
             let width = usize::try_from(keys.end - keys.start)?;
             let line = |_| {
                 let chosen = keys.start + random.below(width) as u64;
-                format!("http://{}{path}?key={}\n", place.address, key(chosen))
+                format!("http://{}{path}?key={}\n", place.1, key(chosen))
             };
             std::fs::write(&file, (0..REQUESTS).map(line).collect::<String>())?;
             Ok(file)
         };
         let files = (0..self.rounds).map(file).collect::<Result<_>>()?;
-        let (name, process, warm_up) = (name.to_owned(), place.process, file(self.rounds)?);
+        let (name, process, warm_up) = (name.to_owned(), place.0, file(self.rounds)?);
         self.subjects.push(Subject { name, process, warm_up, files, refused, samples: Vec::new() });
         Ok(())
     }

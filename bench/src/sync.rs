@@ -83,16 +83,10 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     }
     report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", Estimate::plain(&copies));
     let ratio = Estimate::by_the_round(&syncs, &copies);
-    let compared = Some((ratio, "COPY"));
-    report.compared(
-        COLD,
-        format!("Portcullis, {keys} keys, from a live Envoy to all loaded"),
-        "s",
-        Estimate::plain(&syncs),
-        compared,
-    );
-    let compared = Some((Estimate::by_the_round(&starts, &copies), "COPY"));
+    let from_live = format!("Portcullis, {keys} keys, from a live Envoy to all loaded");
+    report.compared(COLD, from_live, "s", Estimate::plain(&syncs), Some((ratio, "COPY")));
     let from_start = format!("Portcullis, {keys} keys, from the start of Envoy");
+    let compared = Some((Estimate::by_the_round(&starts, &copies), "COPY"));
     report.compared(COLD, from_start, "s", Estimate::plain(&starts), compared);
     let worst = Estimate::worst(&stalls);
     report.figure(COLD, format!("Portcullis, {keys} keys, longest stall of the syncing thread"), "ms", worst);
@@ -291,7 +285,7 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
                 Ok((connection, Instant::now()))
             });
         }
-        held(&stack).await?;
+        store::reaches(&stack, "portcullis_sync_polls_in_flight", MANY as f64).await?;
         let held = machine::resident_bytes(process)?.saturating_sub(few);
         let before = machine::cpu_ns(process)?;
         stack.rest().generate(&format!("change{number}@example.com")).await?;
@@ -318,11 +312,6 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
     report.figure(POLLERS, "Portcullis, memory of the control plane by held poll", "KiB", Estimate::plain(&memory));
     report.target("1,000 pollers: change at the last one", Bound::AtMost(250.0), "ms", Estimate::plain(&last));
     Ok(())
-}
-
-/// Waits until the control plane says that all polls are held.
-async fn held(stack: &Stack) -> Result<()> {
-    store::reaches(stack, "portcullis_sync_polls_in_flight", MANY as f64).await
 }
 
 fn by_one(sum: u64) -> f64 {
