@@ -1,7 +1,6 @@
 //! Assertions on whole responses: status, every header, every field of the body.
 
 use contract::outcome::Outcome;
-use hyper::HeaderMap;
 use serde_json::{Value, json};
 
 use crate::http::Reply;
@@ -55,7 +54,9 @@ pub fn assert_refused(reply: &Reply, outcome: Outcome, more: &[&str]) {
     }
     names.extend(more);
     names.sort_unstable();
-    assert_eq!(sorted_names(&reply.headers), names);
+    let mut found: Vec<_> = reply.headers.iter().map(|(name, _)| name.as_str()).collect();
+    found.sort_unstable();
+    assert_eq!(found, names);
 }
 
 /// Asserts a response of the demo API and the names of the headers that it received, with these identity headers among
@@ -73,10 +74,4 @@ pub fn assert_upstream(reply: &Reply, identity: &[&str]) -> Value {
     let received: Vec<_> = body["headers"].as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
     assert_eq!(received, names);
     body["headers"].clone()
-}
-
-fn sorted_names(headers: &HeaderMap) -> Vec<&str> {
-    let mut names: Vec<_> = headers.iter().map(|(name, _)| name.as_str()).collect();
-    names.sort_unstable();
-    names
 }

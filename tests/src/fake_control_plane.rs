@@ -22,9 +22,11 @@ use contract::record::Record;
 use contract::update::{Header, Part, UpdateWriter};
 use contract::usage::{Ack, Report, SHADOW, read_reports};
 use limits::message::Call;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
+
+use crate::demo::serve;
+use crate::ports::LOCAL;
 
 use crate::fake_limits::{FakeLimits, Mode};
 
@@ -38,7 +40,7 @@ const HOLD: Duration = Duration::from_secs(25);
 pub struct FakeControlPlane {
     address: SocketAddr,
     shared: Arc<Shared>,
-    server: JoinHandle<()>,
+    _server: JoinSet<()>,
 }
 
 /// Faults that happen first, before everything works.
@@ -93,8 +95,6 @@ struct Usage {
 impl FakeControlPlane {
     /// Starts it with the records of these keys.
     pub async fn start(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-        let address = listener.local_addr()?;
         let records = keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record.clone())).collect();
         let store = Store { revision: FIRST_REVISION, records, definitions: BTreeMap::new() };
         let (store, faults) = (watch::Sender::new(store), Mutex::new(faults));
@@ -104,11 +104,8 @@ impl FakeControlPlane {
             .route("/sync/v1/usage", post(usage))
             .route("/sync/v1/allowances", post(allowances))
             .with_state(Arc::clone(&shared));
-        let server = tokio::spawn(async move {
-            // Ends with the task only.
-            let _ = axum::serve(listener, router).await;
-        });
-        Ok(Self { address, shared, server })
+        let (address, _server) = serve(LOCAL, router).await?;
+        Ok(Self { address, shared, _server })
     }
 
     /// Where it listens.
@@ -201,12 +198,6 @@ impl Store {
         let total_keys = self.records.len().try_into().unwrap_or(u64::MAX);
         let header = Header { epoch: EPOCH, revision: self.revision, total_keys, part };
         update.finish(&header).ok()
-    }
-}
-
-impl Drop for FakeControlPlane {
-    fn drop(&mut self) {
-        self.server.abort();
     }
 }
 

@@ -26,7 +26,6 @@ impl Disruption {
     }
 }
 
-/// What a fault disrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hinders {
     /// An Envoy receives changes late.
@@ -37,7 +36,6 @@ pub enum Hinders {
     Allowances,
 }
 
-/// One Envoy.
 #[derive(Debug, Default)]
 pub(crate) struct EnvoyModel {
     pub(crate) changes: Vec<Disruption>,
@@ -74,7 +72,6 @@ impl EnvoyModel {
         Some(deadline)
     }
 
-    /// Records that it decided a request.
     pub(crate) fn decided(&mut self, now: Instant) {
         self.decided.push_back(now);
         while self.decided.front().is_some_and(|at| now.saturating_duration_since(*at) > LATELY) {
@@ -88,7 +85,6 @@ impl EnvoyModel {
         recent.try_into().unwrap_or(u64::MAX)
     }
 
-    /// Records that it admitted a request.
     pub(crate) fn admitted(&mut self, now: Instant) {
         gap(&mut self.last_admitted, &mut self.longest_gap, now);
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http;
 use portcullis_harness::postgres::Database;
 use portcullis_harness::process::Signal;
@@ -17,7 +18,7 @@ use crate::count::usage;
 use crate::driver::Driver;
 use crate::envoy_model::{BOUND, Hinders};
 use crate::oracle::Oracle;
-use crate::plan::{Dice, Kind, Step};
+use crate::plan::{Kind, Step};
 use crate::proxy::Manipulation;
 use crate::stack::TortureStack;
 use crate::watch::Doing;
@@ -51,10 +52,8 @@ const MERGE: Duration = Duration::from_secs(1);
 /// Longest time in which disruptions follow on each other without a gap.
 const LONGEST_DISRUPTIONS: Duration = Duration::from_secs(90);
 
-/// Injects faults.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// The stack.
     pub stack: Arc<TortureStack>,
     /// Learns of disruptions.
     pub oracle: Arc<Oracle>,
