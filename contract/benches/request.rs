@@ -5,7 +5,7 @@ use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::key;
 use contract::policy::{Policy, ScopeNeed};
-use contract::record::{RateLimit, Record};
+use contract::record::{Per, RateLimit, Record};
 use contract::update::{Header, Part, Update, UpdateWriter};
 use divan::{Bencher, black_box};
 
@@ -24,7 +24,14 @@ fn plain() -> Record {
 }
 
 fn rich() -> Record {
-    let limit = |name: &str| RateLimit { name: name.into(), requests: 100, window_s: 1, burst: 200, shared: true };
+    let limit = |name: &str| RateLimit {
+        name: name.into(),
+        requests: 100,
+        window_s: 1,
+        burst: 200,
+        shared: true,
+        per: Per::Key,
+    };
     Record {
         rate_limits: vec![limit("second"), limit("minute")],
         scopes: vec!["orders:read".into(), "orders:write".into(), "invoices:read".into()],

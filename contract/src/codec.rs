@@ -107,15 +107,23 @@ impl<'de: 'a, 'a> Deserialize<'de> for Bytes<'a> {
 }
 
 /// Encodes an array of bytes as a byte string, which postcard decodes faster than an array.
-pub(crate) mod byte_array {
+pub mod byte_array {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(crate) fn serialize<S: Serializer, const N: usize>(bytes: &[u8; N], to: S) -> Result<S::Ok, S::Error> {
+    /// Encodes the array.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer, const N: usize>(bytes: &[u8; N], to: S) -> Result<S::Ok, S::Error> {
         to.serialize_bytes(bytes)
     }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>, const N: usize>(from: D) -> Result<[u8; N], D::Error> {
+    /// Decodes the array.
+    ///
+    /// # Errors
+    /// Those of the deserializer, and a byte string of another length.
+    pub fn deserialize<'de, D: Deserializer<'de>, const N: usize>(from: D) -> Result<[u8; N], D::Error> {
         let bytes = <&'de [u8]>::deserialize(from)?;
         bytes.try_into().map_err(|_| D::Error::custom("the byte string has another length"))
     }

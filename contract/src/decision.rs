@@ -82,6 +82,7 @@ const fn keyless(policy: &Policy, outcome: Outcome) -> Outcome {
         | Outcome::Stale
         | Outcome::Unsupported
         | Outcome::PolicyUnknown
+        | Outcome::LimitsUnavailable
         | Outcome::Allowed
         | Outcome::FailedOpen
         | Outcome::Anonymous => false,
@@ -254,6 +255,7 @@ fn is_refilled(budget: Option<Budget>, now_s: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::Per;
 
     use crate::definition::Definition;
     use crate::id::{KeyId, OwnerId};
@@ -342,7 +344,7 @@ mod tests {
     #[test]
     fn an_exhausted_budget_blocks_until_its_reset_and_free_routes_need_no_credits() {
         let mut record = Record { flags: Flags::QUOTA_EXCEEDED, ..plain() };
-        record.quota = Some(Budget { starter: 1, turn: 1, resets_at_s: Some(1_000) });
+        record.quota = Some(Budget { fill: 1, resets_at_s: Some(1_000), per: Per::Key });
         assert_eq!(decide(Presented::Key(&record), &Facts::at(999)), Outcome::QuotaExceeded);
         assert_eq!(decide(Presented::Key(&record), &Facts::at(1_000)), Outcome::Allowed);
         let record = Record { flags: Flags::CREDITS_EXHAUSTED, ..plain() };

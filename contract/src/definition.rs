@@ -99,6 +99,7 @@ mod tests {
 
     use super::*;
     use crate::id::{KeyId, OwnerId};
+    use crate::record::Per;
 
     #[test]
     fn a_star_behind_a_colon_covers_what_is_below_and_nothing_else() {
@@ -121,7 +122,14 @@ mod tests {
 
     #[test]
     fn a_key_has_the_scopes_of_its_roles_and_plan_and_its_own_limits_before_those_of_the_plan() {
-        let limit = |name: &str| RateLimit { name: name.into(), requests: 1, window_s: 1, burst: 1, shared: true };
+        let limit = |name: &str| RateLimit {
+            name: name.into(),
+            requests: 1,
+            window_s: 1,
+            burst: 1,
+            shared: true,
+            per: Per::Key,
+        };
         let role = Definition { scopes: vec!["a:*".into(), "b".into()], ..Definition::default() };
         let plan = Definition { scopes: vec!["b".into(), "c".into()], rate_limits: vec![limit("plan")] };
         let definitions = Definitions([(1, role), (2, plan)].into());

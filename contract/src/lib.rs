@@ -2,7 +2,7 @@
 //!
 //! In reading order: a request has a [`key`]. Its [`hash`], with or without a [`pepper`], finds its [`record`], which may be
 //! bound to a [`network`] and reference a [`definition`]. The [`policy`] of the route says what is required. The [`decision`]
-//! on record and request is an [`outcome`]; [`rate`] and [`budget`] limit how often. Outcomes are counted in [`usage`]
+//! on record and request is an [`outcome`]; [`rate`] limits how often. Outcomes are counted in [`usage`]
 //! reports.
 //!
 //! An [`update`] brings records and definitions to a filter. Updates and reports have the envelope of the [`codec`]. Reports
@@ -31,7 +31,6 @@
     )
 )]
 
-pub mod budget;
 pub mod codec;
 pub mod decision;
 pub mod definition;

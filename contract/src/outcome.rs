@@ -108,6 +108,9 @@ outcomes! {
     /// The filter does not have the policy that the route names.
     16 PolicyUnknown "policy_unknown" => 503 "Policy unknown"
         "The gateway is not configured for this route. Its operator must name its policy.";
+    /// The control plane did not answer, and the Envoy holds nothing of the key's quota or credits.
+    17 LimitsUnavailable "limits_unavailable" => 503 "Limits unavailable"
+        "The gateway cannot check the quota or the credits of this API key at present. Try again shortly.";
 }
 
 impl Outcome {
@@ -146,7 +149,7 @@ mod tests {
             assert_eq!(usize::from(outcome.code()), place);
             assert_eq!(Outcome::from_code(outcome.code()), Some(outcome));
         }
-        assert_eq!(Outcome::from_code(17), None);
+        assert_eq!(Outcome::from_code(18), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::json::{Seconds, null_is_default};
-use crate::record::RateLimit;
+use crate::record::{Per, RateLimit};
 
 /// Most policies of one filter.
 pub const POLICIES: usize = 1_000;
@@ -172,7 +172,7 @@ impl LimitText {
         if burst == 0 {
             return bad("burst", "must be at least 1; leave it out for as many as requests");
         }
-        Ok(RateLimit { name: name.into(), requests, window_s, burst, shared: false })
+        Ok(RateLimit { name: name.into(), requests, window_s, burst, shared: false, per: Per::Key })
     }
 }
 
@@ -231,7 +231,8 @@ mod tests {
         assert_eq!(policy("{}"), Ok(Policy::default()));
         let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c"]}, "cost": 0, "shadow": true,
             "rate_limit": {"requests": 5, "window": "60s"}}"#;
-        let limit = RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5, shared: false };
+        let limit =
+            RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5, shared: false, per: Per::Key };
         let expected = Policy {
             key: KeyNeed::Required,
             scopes: ScopeNeed::Any(vec!["a".into(), "b:c".into()]),

@@ -66,16 +66,27 @@ pub struct Record {
     pub credits: Option<Budget>,
 }
 
-/// A stock of requests or credits that all Envoys draw from by leases, as a filter needs to know it. What an Envoy has
-/// been leased comes with the answers to its usage reports: see [`crate::budget`].
+/// A quota or a balance of credits, as a filter needs to know it. What is left of it is known to the control plane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {
-    /// What an Envoy may spend before it has been leased anything in this turn.
-    pub starter: u32,
-    /// Counted up whenever the stock is filled anew, from 1.
-    pub turn: u32,
-    /// The second (Unix time) at which a stock that is marked as used up is filled anew by itself.
+    /// Counted up whenever tokens are added other than by time: a quota that is raised or reset, a top-up, a refill. A filter
+    /// that knows the budget to be exhausted asks again then.
+    pub fill: u32,
+    /// The second (Unix time) at which an exhausted budget is filled by itself.
     pub resets_at_s: Option<u64>,
+    /// Whose it is.
+    pub per: Per,
+}
+
+/// Who shares a limit or a quota.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Per {
+    /// Each key has its own.
+    #[default]
+    Key,
+    /// All keys of an owner that have the plan together have one.
+    Owner,
 }
 
 /// A rate limit: `requests` in each `window_s`, of which `burst` may come at once.
@@ -91,6 +102,9 @@ pub struct RateLimit {
     pub burst: u32,
     /// Whether the limit applies to all Envoys together. Otherwise each Envoy enforces all of it by itself.
     pub shared: bool,
+    /// Whose it is. Only a plan has limits for an owner.
+    #[serde(default)]
+    pub per: Per,
 }
 
 /// Conditions of a key, one bit each. In JSON: the number.

@@ -31,9 +31,6 @@ pub struct Header {
     pub total_keys: u64,
     /// Which part of the store the update has.
     pub part: Part,
-    /// How many Envoys sync at present. An Envoy without a share of a limit enforces the limit divided by this number.
-    /// 0 if the control plane does not know.
-    pub filters: u32,
 }
 
 /// Which part of the store an update has.

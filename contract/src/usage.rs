@@ -6,7 +6,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::budget::Stock;
 use crate::codec::{self, ACK, DecodeError, USAGE};
 use crate::id::{KeyId, ReporterId};
 
@@ -16,9 +15,6 @@ pub const REPORT_COUNTS: usize = 20_000;
 /// Added to the code of an outcome that was not enforced, in shadow mode.
 pub const SHADOW: u8 = 0x80;
 
-/// Most grants in one acknowledgement. Further grants come with the next one.
-pub const GRANTS: usize = 20_000;
-
 /// Requests of one key, outcome and hour since the last report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Count {
@@ -26,11 +22,8 @@ pub struct Count {
     pub of: Subject,
     /// How many requests.
     pub requests: u64,
-    /// Credits that were spent for them. Requests that were refused for want of credits count with their cost, other
-    /// refused requests with 0. Always 0 if the owner's credits are not metered.
+    /// Credits that were spent for them: 0 for refused requests, and if the owner's credits are not metered.
     pub cost: u64,
-    /// Requests that were spent from a lease of the key's quota. Fewer than all if the filter did not know the quota yet.
-    pub drawn: u64,
     /// The time of the last request, in milliseconds of Unix time.
     pub last_ms: u64,
 }
@@ -61,7 +54,6 @@ impl Count {
     pub fn add(&mut self, other: &Self) {
         self.requests = self.requests.saturating_add(other.requests);
         self.cost = self.cost.saturating_add(other.cost);
-        self.drawn = self.drawn.saturating_add(other.drawn);
         self.last_ms = self.last_ms.max(other.last_ms);
     }
 }
@@ -93,38 +85,13 @@ pub fn read_reports(bytes: &[u8]) -> Result<Vec<Report>, DecodeError> {
     codec::decode(USAGE, bytes)
 }
 
-/// Says that the database has every report of the reporter up to a number, and what the reporter is leased.
+/// Says that the database has every report of the reporter up to a number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ack {
     /// The reporter.
     pub reporter: ReporterId,
     /// The number of the last report that is applied.
     pub seq: u64,
-    /// At most [`GRANTS`].
-    pub grants: Vec<Grant>,
-}
-
-/// What an Envoy is leased of one stock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Grant {
-    /// [`Stock::code`], kept as a number so that newer stocks are stepped over.
-    pub stock: u8,
-    /// The key's id, or the owner's for credits.
-    #[serde(with = "codec::byte_array")]
-    pub of: [u8; 16],
-    /// A share in parts per million, none for one that the Envoy has left to others; or all that was ever granted; or the
-    /// [tag](crate::rate::tag) of a limit.
-    pub amount: u64,
-    /// As of which turn of the stock; for a limit, how far ahead of now it is used, in hundredths of a second.
-    pub turn: u32,
-}
-
-impl Grant {
-    /// What it is of; `None` for stocks of newer versions.
-    #[must_use]
-    pub const fn stock(&self) -> Option<Stock> {
-        Stock::from_code(self.stock)
-    }
 }
 
 impl Ack {

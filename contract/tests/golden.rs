@@ -4,14 +4,13 @@
 #[cfg(all(target_arch = "wasm32", target_os = "unknown"))]
 use wasm_bindgen_test::wasm_bindgen_test as test;
 
-use contract::budget::Stock;
 use contract::codec::{Bytes, DecodeError, UPDATE, decode};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
-use contract::record::{Budget, Flags, RateLimit, Record, UNDERSTOOD};
+use contract::record::{Budget, Flags, Per, RateLimit, Record, UNDERSTOOD};
 use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
-use contract::usage::{Ack, Count, Grant, KeyRef, Report, Subject, read_reports, write_reports};
+use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
 
 const PLAIN_RECORD: &str = concat!(
     "00",                                 // requires nothing
@@ -33,15 +32,15 @@ const FULL_RECORD: &str = concat!(
     "05",                                     // flags: revoked, quota exceeded
     "0180aea5ea06",                           // expires at 1,833,522,944
     "0a",                                     // cost 10
-    "010362757264901c1401",                   // one limit: "bur", 100 requests, 3,600 s, burst 20, shared
+    "010362757264901c140100",                 // one limit: "bur", 100 requests, 3,600 s, burst 20, shared, per key
     "02046c697374057772697465",               // scopes: list, write
     "0107",                                   // role 7
     "0103",                                   // plan 3
     "02",                                     // two networks
     "80848080fcff3f78",                       // 192.0.2.0 as ::ffff:192.0.2.0, prefix of 96 + 24 bits
     "8080808080808080808080808080ee86814020", // 2001:db8::, prefix of 32 bits
-    "01e807020180aea2ea06",                   // quota: starter 1,000, turn 2, reset at 1,833,473,792
-    "01050100",                               // credits: starter 5, turn 1, no reset
+    "01020180aea2ea0601",                     // quota: filled twice, reset at 1,833,473,792, per owner
+    "01010000",                               // credits: filled once, no reset
 );
 
 fn bytes(text: &str) -> Vec<u8> {
@@ -53,7 +52,7 @@ fn plain() -> Record {
 }
 
 fn limits() -> Vec<RateLimit> {
-    vec![RateLimit { name: "bur".into(), requests: 100, window_s: 3_600, burst: 20, shared: true }]
+    vec![RateLimit { name: "bur".into(), requests: 100, window_s: 3_600, burst: 20, shared: true, per: Per::Key }]
 }
 
 fn full() -> Record {
@@ -68,8 +67,8 @@ fn full() -> Record {
         roles: vec![7],
         plan: Some(3),
         networks: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
-        quota: Some(Budget { starter: 1_000, turn: 2, resets_at_s: Some(1_833_473_792) }),
-        credits: Some(Budget { starter: 5, turn: 1, resets_at_s: None }),
+        quota: Some(Budget { fill: 2, resets_at_s: Some(1_833_473_792), per: Per::Owner }),
+        credits: Some(Budget { fill: 1, resets_at_s: None, per: Per::Key }),
         ..plain()
     }
 }
@@ -99,15 +98,14 @@ fn a_record_that_is_cut_short_is_refused() {
 
 const UPDATE_BYTES: &str = concat!(
     "504b5331",                           // magic
-    "0834341e",                           // checksum
+    "4f9d7ee7",                           // checksum
     "1033333333333333333333333333333333", // epoch
     "e807",                               // revision 1,000
     "02",                                 // keys
     "01e607",                             // changes after 998
-    "08",                                 // filters
-    "8701",                               // entries, 135 bytes
+    "8801",                               // entries, 136 bytes
     "0203",                               // define number 3
-    "0f0103613a2a010362757264901c1401",   // 15 bytes: the scope a:*, one limit
+    "100103613a2a010362757264901c140100", // 16 bytes: the scope a:*, one limit
     "00",                                 // put
     "20aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "2e", // 46 bytes: the plain record
@@ -118,7 +116,7 @@ const UPDATE_BYTES: &str = concat!(
 );
 
 fn header() -> Header {
-    Header { epoch: Epoch([0x33; 16]), revision: 1_000, total_keys: 2, part: Part::Changes { after: 998 }, filters: 8 }
+    Header { epoch: Epoch([0x33; 16]), revision: 1_000, total_keys: 2, part: Part::Changes { after: 998 } }
 }
 
 fn plan() -> Definition {
@@ -198,11 +196,11 @@ fn an_update_has_a_readable_form_in_json() {
     let view = Update::read(&bytes).unwrap().view().unwrap();
     let json = serde_json::to_value(&view).unwrap();
     let limits = serde_json::json!([
-        {"name": "bur", "requests": 100, "window_s": 3600, "burst": 20, "shared": true}
+        {"name": "bur", "requests": 100, "window_s": 3600, "burst": 20, "shared": true, "per": "key"}
     ]);
     let expected = serde_json::json!({
         "epoch": "33333333-3333-3333-3333-333333333333", "revision": 1000, "total_keys": 2,
-        "part": {"changes": {"after": 998}}, "filters": 8,
+        "part": {"changes": {"after": 998}},
         "entries": [
             {"put": {"hash": "aa".repeat(32), "record": {
                 "requires": 7,
@@ -210,8 +208,8 @@ fn an_update_has_a_readable_form_in_json() {
                 "generation": 300, "flags": 5, "expires_at_s": 1_833_522_944, "cost": 10,
                 "rate_limits": limits, "scopes": ["list", "write"], "roles": [7],
                 "plan": 3, "networks": ["192.0.2.0/24", "2001:db8::/32"],
-                "quota": {"starter": 1000, "turn": 2, "resets_at_s": 1_833_473_792},
-                "credits": {"starter": 5, "turn": 1, "resets_at_s": null}
+                "quota": {"fill": 2, "resets_at_s": 1_833_473_792, "per": "owner"},
+                "credits": {"fill": 1, "resets_at_s": null, "per": "key"}
             }}},
             {"remove": {"hash": "bb".repeat(32)}},
             {"define": {"number": 3, "definition": {"scopes": ["a:*"], "rate_limits": limits}}},
@@ -224,7 +222,7 @@ fn an_update_has_a_readable_form_in_json() {
 
 const REPORT_BYTES: &str = concat!(
     "504b5531",                             // magic
-    "27e970f1",                             // checksum
+    "ceb4bd52",                             // checksum
     "02",                                   // two reports
     "1044444444444444444444444444444444",   // reporter
     "07",                                   // number
@@ -235,23 +233,21 @@ const REPORT_BYTES: &str = concat!(
     "a0c21e",                               // hour 500,000
     "a09c01",                               // 20,000 requests
     "c09a0c",                               // cost 200,000
-    "b89401",                               // 19,000 of them from a quota
     "fba0f1c2b134",                         // last at 1,800,000,000,123
-    "0063a0c21e031e00fba0f1c2b134", // of no key, outcome 99, the same hour, 3 requests, cost 30, none from a quota
+    "0063a0c21e031efba0f1c2b134",           // of no key, outcome 99, the same hour, 3 requests, cost 30
     "1044444444444444444444444444444444",
     "0800", // number 8, no counts
 );
 
 fn reports() -> Vec<Report> {
-    let count = |key, outcome, requests, drawn| Count {
+    let count = |key, outcome, requests| Count {
         of: Subject { key, outcome, hour: 500_000 },
         requests,
         cost: requests * 10,
-        drawn,
         last_ms: 1_800_000_000_123,
     };
     let key = KeyRef { id: KeyId([0x11; 16]), generation: 2 };
-    let (reporter, counts) = (ReporterId([0x44; 16]), vec![count(Some(key), 0, 20_000, 19_000), count(None, 99, 3, 0)]);
+    let (reporter, counts) = (ReporterId([0x44; 16]), vec![count(Some(key), 0, 20_000), count(None, 99, 3)]);
     vec![Report { reporter, seq: 7, counts }, Report { reporter, seq: 8, counts: vec![] }]
 }
 
@@ -274,20 +270,13 @@ fn damaged_reports_are_refused() {
 
 const ACK_BYTES: &str = concat!(
     "504b4131",                               // magic
-    "cbf6d670",                               // checksum
+    "8e706323",                               // checksum
     "1044444444444444444444444444444444ac02", // reporter, number 300
-    "02",                                     // two grants
-    "001011111111111111111111111111111111",   // a share of a key:
-    "95ac1400",                               // 333,333 parts per million, turn 0
-    "021011111111111111111111111111111111",   // credits of an owner:
-    "f0a20402",                               // 70,000 in all, turn 2
 );
 
 #[test]
 fn an_acknowledgement_is_encoded_and_decoded_to_the_byte() {
-    let grant = |stock: Stock, amount, turn| Grant { stock: stock.code(), of: [0x11; 16], amount, turn };
-    let grants = vec![grant(Stock::Share, 333_333, 0), grant(Stock::Credits, 70_000, 2)];
-    let ack = Ack { reporter: ReporterId([0x44; 16]), seq: 300, grants };
+    let ack = Ack { reporter: ReporterId([0x44; 16]), seq: 300 };
     assert_eq!(hex::encode(ack.write().unwrap()), ACK_BYTES);
     assert_eq!(Ack::read(&bytes(ACK_BYTES)), Ok(ack));
 }

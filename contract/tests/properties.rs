@@ -10,7 +10,7 @@ use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::key::{self, FormError, Secret};
 use contract::network::Network;
 use contract::outcome::Outcome;
-use contract::record::{Budget, Flags, RateLimit, Record, Requires, UNDERSTOOD};
+use contract::record::{Budget, Flags, Per, RateLimit, Record, Requires, UNDERSTOOD};
 use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
 use proptest::collection::vec;
@@ -19,15 +19,20 @@ use proptest::prelude::*;
 
 prop_compose! {
     fn rate_limit()(
-        name in "[a-z]{0,8}", requests in any::<u32>(), window_s in any::<u32>(), burst in any::<u32>(), shared in any::<bool>(),
+        name in "[a-z]{0,8}", requests in any::<u32>(), window_s in any::<u32>(), burst in any::<u32>(),
+        shared in any::<bool>(), all in any::<bool>(),
     ) -> RateLimit {
-        RateLimit { name, requests, window_s, burst, shared }
+        RateLimit { name, requests, window_s, burst, shared, per: per(all) }
     }
 }
 
+const fn per(all: bool) -> Per {
+    if all { Per::Owner } else { Per::Key }
+}
+
 fn budget() -> impl Strategy<Value = Option<Budget>> {
-    let fields = (any::<u32>(), any::<u32>(), option::of(any::<u64>()));
-    option::of(fields.prop_map(|(starter, turn, resets_at_s)| Budget { starter, turn, resets_at_s }))
+    let fields = (any::<u32>(), option::of(any::<u64>()), any::<bool>());
+    option::of(fields.prop_map(|(fill, resets_at_s, all)| Budget { fill, resets_at_s, per: per(all) }))
 }
 
 fn network() -> impl Strategy<Value = Network> {
@@ -90,10 +95,10 @@ fn entry() -> impl Strategy<Value = Entry<Box<Record>, Definition>> {
 prop_compose! {
     fn count()(
         key in option::of((any::<[u8; 16]>(), any::<u32>())), outcome in any::<u8>(), hour in any::<u32>(),
-        requests in any::<u64>(), cost in any::<u64>(), drawn in any::<u64>(), last_ms in any::<u64>(),
+        requests in any::<u64>(), cost in any::<u64>(), last_ms in any::<u64>(),
     ) -> Count {
         let key = key.map(|(id, generation)| KeyRef { id: KeyId(id), generation });
-        Count { of: Subject { key, outcome, hour }, requests, cost, drawn, last_ms }
+        Count { of: Subject { key, outcome, hour }, requests, cost, last_ms }
     }
 }
 
@@ -125,7 +130,7 @@ proptest! {
                 Entry::Undefine { number } => writer.undefine(*number),
             }
         }
-        let header = Header { epoch: Epoch(epoch), revision: after, total_keys: 1, part: Part::Changes { after }, filters: 3 };
+        let header = Header { epoch: Epoch(epoch), revision: after, total_keys: 1, part: Part::Changes { after } };
         let bytes = writer.finish(&header).unwrap();
         prop_assert_eq!(Update::read(&bytes).unwrap().view().unwrap(), UpdateView { header, entries });
     }
@@ -139,7 +144,7 @@ proptest! {
             writer.put(&KeyHash(*hash), &record);
         }
         let part = Part::Snapshot { from: 0, to: BUCKETS };
-        let bytes = writer.finish(&Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
+        let bytes = writer.finish(&Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part }).unwrap();
         let read: Vec<_> = Update::read(&bytes).unwrap().entries().map(|entry| match entry {
             Entry::Put { hash, .. } | Entry::Remove { hash } => hash.0,
             Entry::Define { .. } | Entry::Undefine { .. } => [0; 32],
@@ -166,7 +171,7 @@ proptest! {
     #[test]
     fn arbitrary_bytes_in_a_good_envelope_are_read_to_a_value_or_an_error(bytes in vec(any::<u8>(), 0..400), after in any::<u64>()) {
         let part = Part::Changes { after };
-        let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part, filters: 0 };
+        let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part };
         for update in [envelope(UPDATE, &bytes), encode(UPDATE, &(header, bytes.clone())).unwrap()] {
             if let Ok(update) = Update::read(&update) {
                 prop_assert!(update.view().is_ok());

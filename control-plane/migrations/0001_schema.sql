@@ -12,12 +12,14 @@
 --   10. Usage
 --   11. Credits
 --   12. Quotas
---   13. Leases
+--   13. Pools and allowances
 --   14. Views
 --
 -- Locks. Every transaction takes its locks in this order, so that no two transactions deadlock:
---   usage_reporters → user_preferences → definitions → lease_locks → quota_use → store_state → api_keys → usage tables.
--- Several rows of one table are locked in the order of their ids.
+--   usage_reporters → usage tables → user_preferences → definitions → store_state → api_keys → allowance_callers →
+--   lone_caller → pools → quota_use → allowances.
+-- Several rows of one table are locked in the order of their ids. Pools come late, because requests wait for them: a
+-- transaction that has locked a pool waits for nothing but other pools.
 --
 -- Triggers. PostgreSQL fires BEFORE STATEMENT triggers first, then BEFORE ROW, then AFTER ROW; triggers of one kind fire in
 -- the alphabetical order of their names. This schema relies on the first rule and not on the second: next_revision
@@ -124,8 +126,7 @@ create table user_preferences (
     balance bigint not null default 0,
     credits_spent bigint not null default 0,
     metered boolean not null default false,
-    credits_starter integer not null default 0,
-    credits_turn integer not null default 1,
+    credits_fill integer not null default 0,
     refill jsonb,
     refill_at timestamptz,
     makes integer not null default 0,
@@ -142,8 +143,7 @@ comment on column user_preferences.plan_number is 'Applies to keys without a pla
 comment on column user_preferences.balance is 'Credits: the sum of the user''s rows in ledger.';
 comment on column user_preferences.credits_spent is 'Credits that all requests so far have cost.';
 comment on column user_preferences.metered is 'Whether requests cost credits.';
-comment on column user_preferences.credits_starter is 'Credits that an Envoy may spend in a turn before it has a lease.';
-comment on column user_preferences.credits_turn is 'Incremented when credits are added to a balance that was nearly used up. In a new turn every Envoy has the starter again.';
+comment on column user_preferences.credits_fill is 'Incremented when the balance changes other than by usage. An Envoy that knows the balance to be used up then asks again.';
 comment on column user_preferences.refill is 'Scheduled credits: {"amount", "period": "day" | "week" | "month", "time_zone", "up_to"}; amount and up_to in credits.';
 comment on column user_preferences.refill_at is 'When the next refill is due.';
 comment on column user_preferences.makes is 'Keys created and rotated by the user''s own keys in the 24 hours from makes_since.';
@@ -187,13 +187,13 @@ create table api_keys (
     rate_limits jsonb not null default '[]',
     cost integer not null default 1 constraint api_keys_cost_not_negative check (cost >= 0),
     quota jsonb,
+    applied_quota jsonb,
+    quota_fill integer not null default 0,
     quota_exceeded boolean not null default false,
-    quota_starter integer,
-    quota_turn integer not null default 1,
     quota_resets_at timestamptz,
+    metered boolean not null default false,
+    credits_fill integer not null default 0,
     credits_exhausted boolean not null default false,
-    credits_starter integer,
-    credits_turn integer not null default 1,
 
     -- Life.
     created_at timestamptz not null default now(),
@@ -217,16 +217,16 @@ comment on column api_keys.role_numbers is 'Roles, in the order in which they we
 comment on column api_keys.plan_number is 'The key''s own plan.';
 comment on column api_keys.owner_plan_number is 'The plan of the user, which applies if the key has none of its own; kept by triggers. It has no foreign key: the check would lock the definition after store_state.';
 comment on column api_keys.networks is 'Networks in CIDR notation from which the key can be used; empty: all.';
-comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_s", "burst", "shared"}; window_s in seconds; not shared: each Envoy enforces the limit by itself. Empty: those of the plan apply.';
+comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_s", "burst", "shared", "per": "key" | "owner"}; window_s in seconds; not shared: each Envoy enforces the limit by itself; per owner, which only plans have: one limit for all keys of a user that have the plan. Empty: those of the plan apply.';
 comment on column api_keys.cost is 'Credits for each request, unless the route sets another price.';
-comment on column api_keys.quota is '{"requests", "period": "day" | "week" | "month" | "rolling", "time_zone", "window_s"}; window_s in seconds. Null: that of the plan applies.';
+comment on column api_keys.quota is '{"requests", "period": "day" | "week" | "month" | "rolling", "time_zone", "window_s", "per": "key" | "owner"}; window_s in seconds; per as in rate_limits. Null: that of the plan applies.';
 comment on column api_keys.quota_exceeded is 'The quota is used up, and filters refuse the key until quota_resets_at.';
-comment on column api_keys.quota_starter is 'Requests that an Envoy may admit in a turn before it has a lease; null without a quota.';
-comment on column api_keys.quota_turn is 'Incremented when a used-up quota opens again. In a new turn every Envoy has the starter again.';
+comment on column api_keys.applied_quota is 'The quota that applies: the key''s own or that of its plan.';
+comment on column api_keys.quota_fill is 'Incremented when applied_quota changes. An Envoy that knows the quota to be used up then asks again.';
 comment on column api_keys.quota_resets_at is 'When a used-up quota opens again.';
+comment on column api_keys.metered is 'As user_preferences.metered; kept by triggers.';
+comment on column api_keys.credits_fill is 'As user_preferences.credits_fill; kept by triggers.';
 comment on column api_keys.credits_exhausted is 'The user is metered and has no credits; kept by triggers.';
-comment on column api_keys.credits_starter is 'The starter of the user; null if the user is not metered; kept by triggers.';
-comment on column api_keys.credits_turn is 'The turn of the user; kept by triggers.';
 comment on column api_keys.disabled_by_admin is 'Whether an admin disabled the key. Then only an admin can enable it.';
 comment on column api_keys.withdrawn is 'Filters no longer hold the key and refuse it as unknown. It ended long ago, or many keys of its user ended later.';
 comment on column api_keys.version is 'Incremented by each change, also by those that filters do not see: the ETag.';
@@ -245,11 +245,9 @@ create index api_keys_admins on api_keys (id) where 'admin' = any (scopes) and r
 create index api_keys_ended on api_keys (owner_id, (least(revoked_at, expires_at))) where not withdrawn;
 create index api_keys_quota_reset on api_keys (quota_resets_at) where quota_exceeded;
 
-create index api_keys_drawing on api_keys (id) where
-    rate_limits <> '[]' or quota is not null or credits_starter is not null
-    or coalesce(plan_number, owner_plan_number) is not null;
+create index api_keys_booked on api_keys (id) where applied_quota is not null or metered;
 
-comment on index api_keys_drawing is 'Keys whose usage may count against a shared limit, a quota or credits. Most keys have none, so reports find them without a look at each counted key.';
+comment on index api_keys_booked is 'Keys whose usage counts against a quota or credits. Most keys have neither, so reports find them without a look at each counted key.';
 
 alter table user_preferences
     add constraint user_preferences_primary_key_fkey foreign key (primary_key_id) references api_keys;
@@ -260,15 +258,15 @@ alter table user_preferences
 create trigger api_keys_next_revision
     before insert or update of
         owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
-        revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, quota_starter, quota_turn,
-        quota_resets_at, credits_starter, credits_turn
+        revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, applied_quota, quota_fill,
+        quota_resets_at, metered, credits_fill
     on api_keys for each statement execute function next_revision();
 
 create trigger api_keys_assign_revision
     before insert or update of
         owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
-        revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, quota_starter, quota_turn,
-        quota_resets_at, credits_starter, credits_turn
+        revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, applied_quota, quota_fill,
+        quota_resets_at, metered, credits_fill
     on api_keys for each row execute function assign_revision();
 
 create trigger api_keys_version before update on api_keys for each row execute function increment_version();
@@ -324,8 +322,8 @@ create trigger retired_secrets_owner before insert on retired_secrets
 
 create function copy_owner_to_key() returns trigger language plpgsql as $$
 begin
-    select plan_number, case when metered then credits_starter end, credits_turn, metered and balance <= 0
-        into new.owner_plan_number, new.credits_starter, new.credits_turn, new.credits_exhausted
+    select plan_number, metered, credits_fill, metered and balance <= 0
+        into new.owner_plan_number, new.metered, new.credits_fill, new.credits_exhausted
         from user_preferences where id = new.owner_id;
     return new;
 end $$;
@@ -340,20 +338,19 @@ create function copy_owner_to_keys() returns trigger language plpgsql as $$
 begin
     update api_keys set
         owner_plan_number = new.plan_number,
-        credits_starter = case when new.metered then new.credits_starter end,
-        credits_turn = new.credits_turn,
+        metered = new.metered,
+        credits_fill = new.credits_fill,
         credits_exhausted = new.metered and new.balance <= 0
     where owner_id = new.id and not withdrawn;
     return null;
 end $$;
 
 create trigger user_preferences_copy_to_keys
-    after update of plan_number, metered, credits_starter, credits_turn, balance on user_preferences
+    after update of plan_number, metered, credits_fill, balance on user_preferences
     for each row when (
         new.plan_number is distinct from old.plan_number
         or new.metered <> old.metered
-        or new.credits_starter <> old.credits_starter
-        or new.credits_turn <> old.credits_turn
+        or new.credits_fill <> old.credits_fill
         or (new.metered and (new.balance <= 0) <> (old.balance <= 0))
     ) execute function copy_owner_to_keys();
 
@@ -610,7 +607,7 @@ create table usage_hourly (
 
 comment on table usage_hourly is 'Requests of each secret of a key, by hour and outcome.';
 comment on column usage_hourly.hour is 'Start of the hour.';
-comment on column usage_hourly.outcome is 'Code of the outcome, as in the wire format: 0 allowed, 1 missing, 2 unknown, 3 revoked, 4 expired, 5 disabled, 6 scope_denied, 7 address_denied, 8 rate_limited, 9 quota_exceeded, 10 credits_exhausted, 11 not_ready, 12 stale, 13 unsupported, 14 failed_open, 15 anonymous, 16 policy_unknown. 128 is added if the refusal was shadowed and not enforced.';
+comment on column usage_hourly.outcome is 'Code of the outcome, as in the wire format: 0 allowed, 1 missing, 2 unknown, 3 revoked, 4 expired, 5 disabled, 6 scope_denied, 7 address_denied, 8 rate_limited, 9 quota_exceeded, 10 credits_exhausted, 11 not_ready, 12 stale, 13 unsupported, 14 failed_open, 15 anonymous, 16 policy_unknown, 17 limits_unavailable. 128 is added if the refusal was shadowed and not enforced.';
 comment on column usage_hourly.cost is 'Credits.';
 comment on column usage_hourly.exported_requests is 'Requests that are in usage_events.';
 comment on column usage_hourly.exported_cost is 'Credits that are in usage_events.';
@@ -748,65 +745,92 @@ create trigger ledger_refuse_change before update or delete on ledger
 -- 12. Quotas
 
 create table quota_use (
-    key_id uuid primary key references api_keys,
+    subject uuid not null,
+    plan_number integer not null default 0,
     window_start timestamptz not null,
     window_end timestamptz not null,
     kind text not null,
     used bigint not null default 0,
-    slots bigint[] not null default '{}'
+    slots bigint[] not null default '{}',
+    primary key (subject, plan_number)
 );
 
-comment on table quota_use is 'Requests counted against the quota of a key in the present window.';
+comment on table quota_use is 'Requests counted against a quota in the present window.';
+comment on column quota_use.subject is 'The key; of a quota that all keys of a user share, the user.';
+comment on column quota_use.plan_number is 'The plan that such a quota belongs to; otherwise 0.';
 comment on column quota_use.kind is 'Kind of the window, such as day/Europe/Berlin or rolling/3600. A quota of another kind starts a new window. Empty before the first window.';
 comment on column quota_use.used is 'Requests.';
 comment on column quota_use.slots is 'Rolling windows only: requests in each sixtieth of the window, the oldest first; the last one is still filling.';
 
 
--- 13. Leases
+-- 13. Pools and allowances
 --
--- A lease is the part of a shared limit, a quota or a balance that one Envoy may use.
+-- A pool is what all Envoys together may spend: of a rate limit, a quota or a balance. An allowance is what one Envoy was
+-- granted of a pool. A transaction locks the row of the pool before it reads or changes its allowances, or books usage of
+-- it. The allowances therefore always fit the usage. See the crate `limits`.
 
-create table leases (
-    stock smallint not null,
+create table pools (
+    kind smallint not null,
     subject uuid not null,
+    tag bigint not null,
+    arrival_ns bigint not null default 0,
+    interval_ns bigint not null default 0,
+    primary key (kind, subject, tag)
+) with (fillfactor = 50);
+
+comment on table pools is 'The use of shared rate limits. Of a quota and a balance, whose use is in quota_use and ledger, the row to lock.';
+comment on column pools.kind is '0: rate limit; 1: quota; 2: credits.';
+comment on column pools.subject is 'The key; of credits, and of what all keys of a user share, the user.';
+comment on column pools.tag is 'Of a rate limit, a hash of its name; of a quota that all keys of a user share, the number of its plan; otherwise 0.';
+comment on column pools.arrival_ns is 'Rate limits: theoretical arrival time of the next request, in nanoseconds of Unix time.';
+comment on column pools.interval_ns is 'Rate limits: the interval between two requests by which arrival_ns was computed, in nanoseconds.';
+
+create table allowances (
+    kind smallint not null,
+    subject uuid not null,
+    tag bigint not null,
     reporter uuid not null,
-    told bigint not null,
-    held bigint not null,
-    told_seq bigint not null,
-    turn integer not null default 0,
-    spent bigint not null default 0,
-    rest bigint not null default 0,
-    demand double precision not null default 0,
-    renewed_at timestamptz not null default now(),
-    primary key (stock, subject, reporter)
+    session bigint not null,
+    granted bigint not null,
+    spent bigint not null,
+    returned bigint not null,
+    used_at timestamptz not null,
+    recalled boolean not null default false,
+    primary key (kind, subject, tag, reporter)
+) with (fillfactor = 50);
+
+comment on table allowances is 'What each Envoy was granted of a pool, in requests or credits. It holds granted - spent - returned.';
+comment on column allowances.reporter is 'The Envoy process.';
+comment on column allowances.session is 'Number of the session, in which the sums only grow. A greater one replaces a lesser one.';
+comment on column allowances.spent is 'What is booked of the grants as used.';
+comment on column allowances.returned is 'What the Envoy handed back.';
+comment on column allowances.used_at is 'When the Envoy last used the pool.';
+comment on column allowances.recalled is 'The Envoy must hand back what it holds, and does not know it yet.';
+
+create index allowances_recalled on allowances (reporter) where recalled;
+create index allowances_reporter on allowances (reporter);
+
+create table allowance_callers (
+    reporter uuid primary key,
+    sync_key_id uuid not null,
+    heard_at timestamptz not null,
+    ended_at timestamptz
+) with (fillfactor = 50);
+
+comment on table allowance_callers is 'Envoys that ask for allowances. What an Envoy holds that has been silent for a minute counts no longer.';
+comment on column allowance_callers.sync_key_id is 'The key of the first call. Calls under another key are refused.';
+comment on column allowance_callers.heard_at is 'When the Envoy last called.';
+comment on column allowance_callers.ended_at is 'When the Envoy said that it ends.';
+
+create table lone_caller (
+    one boolean primary key default true constraint lone_caller_one check (one),
+    reporter uuid not null default '00000000-0000-0000-0000-000000000000',
+    until timestamptz not null default 'epoch'
 );
 
-comment on table leases is 'What each Envoy may use of the shared limits, the quota or the credits of a subject.';
-comment on column leases.stock is '0: share of a key''s rate limits, in parts per million; 1: quota of a key, in requests; 2: credits of a user.';
-comment on column leases.subject is 'The key; for credits, the user.';
-comment on column leases.reporter is 'The Envoy process.';
-comment on column leases.told is 'The last grant to the Envoy: a share, or the sum of all grants.';
-comment on column leases.held is 'Upper bound of the grants that the Envoy can hold until it acknowledges the last one.';
-comment on column leases.told_seq is 'Number of the report that was answered with the grant.';
-comment on column leases.turn is 'Turn of the quota or the credits in which the grant was made.';
-comment on column leases.spent is 'Sum of all usage that the Envoy has reported.';
-comment on column leases.rest is 'Allowance for the first requests after an idle time, in addition to told. The control plane does not reserve it and may grant it to other Envoys as well.';
-comment on column leases.demand is 'Recent requests or credits a second.';
+comment on table lone_caller is 'The only live Envoy, in a single row. It judges by itself, so no other Envoy is granted anything until then.';
 
-create index leases_reporter on leases (reporter);
-
-create table lease_locks (
-    stock smallint not null,
-    subject uuid not null,
-    used jsonb not null default '{}',
-    created_at timestamptz not null default now(),
-    primary key (stock, subject)
-);
-
-comment on table lease_locks is 'One row for each subject. A transaction locks it before it reads or changes the leases of the subject.';
-comment on column lease_locks.stock is 'As leases.stock.';
-comment on column lease_locks.subject is 'As leases.subject.';
-comment on column lease_locks.used is 'Shares only: for each rate limit, by its tag, until when it is used at its full rate, in milliseconds of Unix time.';
+insert into lone_caller default values;
 
 
 -- 14. Views
@@ -847,14 +871,28 @@ comment on column key_permissions.effective_plan is 'The plan that applies: the 
 comment on column key_permissions.scopes is 'Scopes of the key, of its roles and of its plan, in this order; one may occur several times.';
 
 create view key_quotas as
-select k.id, coalesce(k.quota, d.quota) as quota, k.quota_exceeded, k.quota_starter, k.quota_resets_at,
+select k.id, k.owner_id, k.applied_quota as quota, s.subject, s.plan_number, k.quota_exceeded, k.quota_resets_at,
     coalesce(u.kind, '') as kind, coalesce(u.window_start, 'epoch') as window_start,
     coalesce(u.window_end, 'epoch') as window_end, coalesce(u.used, 0) as used, coalesce(u.slots, '{}') as slots
 from api_keys k
-left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
-left join quota_use u on u.key_id = k.id;
+cross join lateral (
+    select case when shared then k.owner_id else k.id end as subject,
+        case when shared then coalesce(k.plan_number, k.owner_plan_number, 0) else 0 end as plan_number
+    from (select coalesce(k.applied_quota ->> 'per' = 'owner', false) as shared) per
+) s
+left join quota_use u on u.subject = s.subject and u.plan_number = s.plan_number;
 
 comment on view key_quotas is 'The quota that applies to each key, its own or that of its plan, with the stored window. Kind is empty if there is none.';
+comment on column key_quotas.subject is 'As quota_use.subject.';
+comment on column key_quotas.plan_number is 'As quota_use.plan_number.';
+
+create view held_tokens as
+select a.kind, a.subject, a.tag, saturate(sum(greatest(a.granted - a.spent - a.returned, 0))) as held
+from allowances a join allowance_callers c on c.reporter = a.reporter
+where c.heard_at > now() - interval '60 seconds'
+group by a.kind, a.subject, a.tag;
+
+comment on view held_tokens is 'What Envoys hold of each pool and have not used.';
 
 create view users_with_counts as
 select p.id, p.email, d.name as plan, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,

@@ -17,6 +17,7 @@ pub mod audit;
 pub mod change;
 pub mod job_lock;
 
+pub mod allowances;
 pub mod credits;
 pub mod definitions;
 pub mod keys;

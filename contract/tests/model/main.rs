@@ -8,15 +8,14 @@ mod reference;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use contract::budget::{Held, Stock};
-use contract::decision::{Facts, Presented, cost, decide};
+use contract::decision::{Facts, Presented, decide};
 use contract::definition::{Definition, Definitions};
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::outcome::Outcome;
 use contract::policy::{KeyNeed, Policy, ScopeNeed};
-use contract::rate::{Rate, WHOLE};
-use contract::record::{Budget, Flags, RateLimit, Record, Requires};
+use contract::rate::Rate;
+use contract::record::{Budget, Flags, Per, RateLimit, Record, Requires};
 use contract::update::{Entry, Header, Part, Update, UpdateWriter};
 
 use reference::Reference;
@@ -71,11 +70,10 @@ struct Key {
     quota: Option<Fill>,
 }
 
-/// What is true of a stock.
+/// What is true of a quota or a balance.
 #[derive(Clone, Copy, Default)]
 struct Fill {
-    starter: u32,
-    turn: u32,
+    fill: u32,
     used_up: bool,
     resets_at_s: Option<u64>,
 }
@@ -103,7 +101,6 @@ struct Filter {
     records: BTreeMap<KeyHash, Vec<u8>>,
     definitions: Definitions,
     arrivals: BTreeMap<(KeyId, String), u64>,
-    held: BTreeMap<(Stock, [u8; 16]), Held>,
 }
 
 fn key_id(number: usize) -> KeyId {
@@ -117,7 +114,7 @@ fn owner_id(number: usize) -> OwnerId {
 fn record(truth: &Truth, number: usize, generation: usize) -> Record {
     let key = &truth.keys[number];
     let (credits, quota) = (truth.credits[key.owner], key.quota);
-    let budget = |fill: Fill| Budget { starter: fill.starter, turn: fill.turn, resets_at_s: fill.resets_at_s };
+    let budget = |fill: Fill| Budget { fill: fill.fill, resets_at_s: fill.resets_at_s, per: Per::Key };
     let used_up = |fill: Option<Fill>| fill.is_some_and(|fill| fill.used_up);
     let mut record = Record::plain(key_id(number), owner_id(key.owner));
     record.requires = Requires(
@@ -162,7 +159,7 @@ impl Filter {
             update.remove(&KeyHash::of(secret.as_bytes()));
         }
         let part = Part::Changes { after: 0 };
-        let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 0, part, filters: 1 };
+        let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 0, part };
         let bytes = update.finish(&header).unwrap();
         for entry in Update::read(&bytes).unwrap().entries() {
             match entry {
@@ -192,29 +189,12 @@ impl Filter {
         let mut taken = Vec::new();
         for limit in limits.iter().chain(&policy.rate_limit) {
             let of = (record.key_id, limit.name.clone());
-            match Rate::of(limit, WHOLE).take(self.arrivals.get(&of).copied(), now_ns) {
+            match Rate::of(limit).take(self.arrivals.get(&of).copied(), now_ns) {
                 Ok(arrival) => taken.push((of, arrival)),
                 Err(_) => return Outcome::RateLimited,
             }
         }
         self.arrivals.extend(taken);
-        if let Some(budget) = &record.quota
-            && !self.held.entry((Stock::Quota, record.key_id.0)).or_default().spend(budget, 1)
-        {
-            return Outcome::QuotaExceeded;
-        }
-        if let Some(budget) = &record.credits
-            && !self
-                .held
-                .entry((Stock::Credits, record.owner_id.0))
-                .or_default()
-                .spend(budget, cost(&record, policy).into())
-        {
-            if let Some(held) = self.held.get_mut(&(Stock::Quota, record.key_id.0)) {
-                held.spent -= u64::from(record.quota.is_some());
-            }
-            return Outcome::CreditsExhausted;
-        }
         Outcome::Allowed
     }
 }
@@ -243,13 +223,9 @@ impl Run {
             window_s,
             burst,
             shared: true,
+            per: Per::Key,
         });
         self.dice.some_of(&all)
-    }
-
-    fn fill(&mut self) -> Fill {
-        let starter = u32::try_from(self.dice.below(8)).unwrap();
-        Fill { starter, turn: 1, used_up: false, resets_at_s: None }
     }
 
     fn create(&mut self) {
@@ -263,7 +239,7 @@ impl Run {
             networks: if self.dice.once_in(3) { self.dice.some_of(&[0, 1, 2]) } else { vec![] },
             limits: self.limits(),
             cost: u32::try_from(self.dice.below(4)).unwrap(),
-            quota: if self.dice.once_in(3) { Some(self.fill()) } else { None },
+            quota: self.dice.once_in(3).then_some(Fill { fill: 1, ..Fill::default() }),
             expires_at_s: self.dice.once_in(4).then(|| self.truth.now_s() + 600),
             ..Key::default()
         };
@@ -293,11 +269,10 @@ impl Run {
             4 => self.truth.role_scopes = self.dice.some_of(&SCOPES),
             5 => self.truth.plan_limits = self.limits(),
             6 => self.truth.keys[number].limits = self.limits(),
-            // A top-up: the door opens, with a starter for everybody.
+            // A top-up.
             7 => {
-                let fill = self.fill();
-                let turn = self.truth.credits[owner].map_or(1, |fill| fill.turn + 1);
-                self.truth.credits[owner] = Some(Fill { turn, ..fill });
+                let fill = self.truth.credits[owner].map_or(1, |fill| fill.fill + 1);
+                self.truth.credits[owner] = Some(Fill { fill, ..Fill::default() });
             }
             8 => {
                 let resets_at_s = self.dice.once_in(2).then_some(now_s + 5);
@@ -307,7 +282,7 @@ impl Run {
             }
             9 => {
                 if let Some(fill) = &mut self.truth.keys[number].quota {
-                    *fill = Fill { turn: fill.turn + 1, used_up: false, resets_at_s: None, ..*fill };
+                    *fill = Fill { fill: fill.fill + 1, ..Fill::default() };
                 }
             }
             10 => self.truth.keys[number].expires_at_s = self.dice.once_in(2).then_some(now_s + 30),
@@ -327,23 +302,6 @@ impl Run {
         }
     }
 
-    /// The control plane grants a lease, or takes it back.
-    fn grant(&mut self) {
-        let (number, extra) = (self.dice.below(self.truth.keys.len()), self.dice.below(20) as u64);
-        let key = &self.truth.keys[number];
-        let quota = key.quota.map(|fill| (Stock::Quota, key_id(number).0, fill.turn));
-        let credits = self.truth.credits[key.owner].map(|fill| (Stock::Credits, owner_id(key.owner).0, fill.turn));
-        for (stock, of, turn) in quota.into_iter().chain(credits) {
-            let held = self.filter.held.entry((stock, of)).or_default();
-            held.grant(held.spent + extra, turn);
-            let (leases, of) = match stock {
-                Stock::Quota => (&mut self.reference.quotas, number),
-                _ => (&mut self.reference.credits, key.owner),
-            };
-            leases.insert(of, (extra, turn));
-        }
-    }
-
     fn policy(&mut self) -> Policy {
         let mut policy = Policy::default();
         match self.dice.below(8) {
@@ -353,7 +311,14 @@ impl Run {
             3 => policy.scopes = ScopeNeed::Any(self.wanted()),
             4 => policy.cost = Some(u32::try_from(self.dice.below(3)).unwrap()),
             5 => {
-                let limit = RateLimit { name: "route".into(), requests: 2, window_s: 1, burst: 2, shared: false };
+                let limit = RateLimit {
+                    name: "route".into(),
+                    requests: 2,
+                    window_s: 1,
+                    burst: 2,
+                    shared: false,
+                    per: Per::Key,
+                };
                 policy.rate_limit = Some(limit);
             }
             _ => {}
@@ -400,7 +365,6 @@ fn run(seed: u64) -> BTreeMap<Outcome, usize> {
                 run.change();
                 run.filter.sync(&run.truth);
             }
-            1 => run.grant(),
             _ => {
                 let (judged, expected) = run.request();
                 assert_eq!(judged, expected, "step {step} of seed {seed}");

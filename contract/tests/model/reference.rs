@@ -7,9 +7,6 @@ use super::*;
 pub(super) struct Reference {
     /// By key and limit: nanoseconds of work that are owed, and since when.
     pub(super) debts: BTreeMap<(usize, String), (u64, u64)>,
-    /// By key or owner: what is left of the lease, and the turn in which the starter was had.
-    pub(super) quotas: BTreeMap<usize, (u64, u32)>,
-    pub(super) credits: BTreeMap<usize, (u64, u32)>,
 }
 
 impl Reference {
@@ -72,28 +69,6 @@ impl Reference {
             debts.push((of, (owed + each, truth.now_ns)));
         }
         self.debts.extend(debts);
-        if let Some(fill) = key.quota
-            && !Self::spend(self.quotas.entry(number).or_default(), fill, 1)
-        {
-            return Outcome::QuotaExceeded;
-        }
-        if let Some(fill) = truth.credits[key.owner]
-            && !Self::spend(self.credits.entry(key.owner).or_default(), fill, price.into())
-        {
-            if key.quota.is_some() {
-                self.quotas.entry(number).or_default().0 += 1;
-            }
-            return Outcome::CreditsExhausted;
-        }
         Outcome::Allowed
-    }
-
-    fn spend((left, turn): &mut (u64, u32), fill: Fill, price: u64) -> bool {
-        if *turn != fill.turn {
-            (*left, *turn) = ((*left).max(fill.starter.into()), fill.turn);
-        }
-        let enough = *left >= price;
-        *left -= if enough { price } else { 0 };
-        enough
     }
 }

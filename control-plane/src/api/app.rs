@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::health::DatabaseCheck;
 use super::rate_limit::CallerRateLimiter;
+use crate::allowances::Allowances;
 use crate::change::Writer;
 use crate::explain::policies::ConfiguredPolicies;
 use crate::metering::Ingest;
@@ -30,6 +31,8 @@ pub struct App {
     pub pepper: Option<Pepper>,
     /// Takes usage reports.
     pub usage: Ingest,
+    /// Grants allowances to Envoys.
+    pub allowances: Allowances,
     /// Envoys that sync, and how far each is.
     pub filters: Registry,
     /// The policies and routes of Envoys, as far as the operator configured them, for `explain`.

@@ -12,7 +12,7 @@ use contract::key::{PRESENTED_BYTES, Secret, check};
 use contract::outcome::Outcome;
 use contract::pepper::hashes;
 use contract::policy::PolicyText;
-use contract::record::{RateLimit, Record};
+use contract::record::{Per, RateLimit, Record};
 use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -263,7 +263,8 @@ fn limits(record: &Record, facts: &Facts<'_>) -> String {
 }
 
 fn figures(limit: &RateLimit) -> String {
-    let RateLimit { name, requests, window_s, burst, shared } = limit;
+    let RateLimit { name, requests, window_s, burst, shared, per } = limit;
     let whose = if *shared { "shared by all Envoys" } else { "each Envoy by itself" };
-    format!("{name} {requests} in {window_s} s, {burst} at once, {whose}")
+    let per = if *per == Per::Owner { ", for all keys of the owner that have the plan" } else { "" };
+    format!("{name} {requests} in {window_s} s, {burst} at once, {whose}{per}")
 }

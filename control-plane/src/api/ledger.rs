@@ -98,23 +98,20 @@ impl From<LedgerRow> for EntryView {
 /// The credits of a user.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BalanceView {
-    /// The sum of the ledger. It can be below zero, by what Envoys spent before they learned that it was exhausted.
+    /// The sum of the ledger. It can be below zero, by what was spent while Envoys did not reach the control plane.
     balance: i64,
-    /// Credits that Envoys have a lease for and have not reported as spent.
-    leased: i64,
-    /// The balance minus `leased`, and never below zero.
+    /// Credits that Envoys hold and have not reported as spent.
+    held: i64,
+    /// The balance minus `held`, and never below zero: what Envoys can still be granted.
     available: i64,
-    /// Credits that an Envoy may spend before it has a lease; 0 if requests are free.
-    starter: i32,
 }
 
 impl From<Account> for BalanceView {
     fn from(account: Account) -> Self {
         Self {
             balance: account.balance,
-            leased: account.leased,
-            available: account.balance.saturating_sub(account.leased).max(0),
-            starter: if account.metered { account.credits_starter } else { 0 },
+            held: account.held,
+            available: account.balance.saturating_sub(account.held).max(0),
         }
     }
 }

@@ -67,6 +67,9 @@ pub const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest body of a message with usage reports, in bytes.
 const USAGE_BYTES: usize = 4 << 20;
 
+/// Longest body of a call for allowances, in bytes: as many pools as a call may ask for, at about 110 bytes each.
+const ALLOWANCES_BYTES: usize = 64 << 10;
+
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -152,7 +155,8 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
     let shown = app.clone();
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))
-        .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)));
+        .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)))
+        .route("/sync/v1/allowances", post(sync::allowances).layer(DefaultBodyLimit::max(ALLOWANCES_BYTES)));
     management
         .merge(filters)
         .route("/metrics", get(move |_: Keyless| health::metrics(shown, metrics)))

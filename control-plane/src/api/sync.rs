@@ -11,11 +11,13 @@ use contract::hash::BUCKETS;
 use contract::id::{Epoch, ReporterId};
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::read_reports;
+use limits::message::Call;
 use serde::Deserialize;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::App;
+use crate::allowances::CallError;
 use crate::api::auth::SyncCaller;
 use crate::api::extract::{Json, Query};
 use crate::error::ApiError;
@@ -29,6 +31,8 @@ use crate::sync::registry::{PollStatus, Registration};
 const UPDATE_TYPE: &str = "application/vnd.portcullis.update";
 /// The media type of an acknowledgement.
 const ACK_TYPE: &str = "application/vnd.portcullis.ack";
+/// The media type of an answer to a call for allowances.
+const ALLOWANCES_TYPE: &str = "application/vnd.portcullis.allowances";
 
 /// From where on a filter syncs: nothing for a new one; epoch and revision for the changes after it; epoch, cursor and the
 /// least revision that the update must have for the next update of a snapshot. What a newer filter says beside that is left alone.
@@ -58,8 +62,8 @@ pub async fn poll(
     headers: HeaderMap,
     Query(poll): Query<Poll>,
 ) -> Result<Response, ApiError> {
-    let noted = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
-    let update = update_for(&app, &poll, matches!(noted, Noting::TooMany)).await?;
+    let _noted = note(&app, key, peer.map(|Extension(ConnectInfo(peer))| peer), &poll);
+    let update = update_for(&app, &poll).await?;
     let json = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"application/json"));
     if json {
         let malformed = |error| ApiError::Internal(format!("an update of our own: {error}"));
@@ -76,26 +80,11 @@ pub async fn poll(
     Ok((headers, update).into_response())
 }
 
-/// The result of registering a filter.
-enum Noting<D> {
-    /// It says nothing.
-    Nothing,
-    /// It is noted. Dropping the value notes that the filter was there until then.
-    Noted { _until: D },
-    /// Its sync key has as many Envoys as it may have.
-    TooMany,
-}
-
-/// The number of Envoys in updates for Envoys beyond the bound of their sync key. Their part of a shared limit is then the smallest
-/// possible, a millionth, so that together they do not exceed the limit.
-const UNCOUNTED: u32 = 1_000_000;
-
 /// Notes what the filter says of itself. An Envoy beyond those that its sync key may have is not noted and gets the keys all
-/// the same: otherwise a thief of the sync key could keep Envoys that start from serving. Its reports are refused.
-fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<impl Drop + use<>> {
-    let Some(reporter) = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok()) else {
-        return Noting::Nothing;
-    };
+/// the same: otherwise a thief of the sync key could keep Envoys that start from serving. Its reports and its calls for
+/// allowances are refused. Dropping the result notes that the filter was there until then.
+fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Option<impl Drop + use<>> {
+    let reporter = poll.reporter.as_deref().and_then(|text| text.parse::<ReporterId>().ok())?;
     let shown = |version: &&str| {
         (1..=VERSION_BYTES).contains(&version.len()) && version.bytes().all(|byte| byte.is_ascii_graphic())
     };
@@ -107,17 +96,13 @@ fn note(app: &App, sync_key: Uuid, peer: Option<Peer>, poll: &Poll) -> Noting<im
         holds: poll.epoch.zip(poll.revision).filter(|_| poll.cursor.is_none()).map(|(epoch, at)| (epoch.into(), at)),
         pending: poll.pending.as_deref().and_then(|pending| pending.parse().ok()),
     };
-    match app.filters.polled(reporter, status) {
-        // The update in this response counts the Envoy already.
-        Registration::Newcomer => app.store.set_filters(app.store.filters().max(app.filters.live())),
-        Registration::TooMany => return Noting::TooMany,
-        Registration::Known | Registration::Ignored => {}
+    if app.filters.polled(reporter, status) == Registration::TooMany {
+        return None;
     }
     let filters = app.filters.clone();
-    let until = Defer(move || {
+    Some(Defer(move || {
         filters.held(reporter, sync_key);
-    });
-    Noting::Noted { _until: until }
+    }))
 }
 
 /// More Envoys under a sync key than it may have.
@@ -130,8 +115,7 @@ fn too_many(app: &App) -> ApiError {
     ApiError::BoundReached { detail, retry_after_s: SILENT.as_secs() }
 }
 
-async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes, ApiError> {
-    let filters = || if is_uncounted { UNCOUNTED } else { app.store.filters() };
+async fn update_for(app: &App, poll: &Poll) -> Result<Bytes, ApiError> {
     let deadline =
         Instant::now() + poll.wait.map_or(app.long_poll, |wait| app.long_poll.min(Duration::from_secs(wait)));
     let (epoch, revision) = match (poll.epoch, poll.revision, poll.cursor) {
@@ -149,7 +133,7 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
             // An update of an older state than those before it could bring revoked keys back. Where the database itself is
             // behind, it was restored: the snapshot starts over.
             let continues = app.store.position().is_some_and(|(ours, at)| ours == epoch && at >= least);
-            return encode_update(app, UpdateRequest::Snapshot(if continues { cursor } else { 0 }), filters());
+            return encode_update(app, UpdateRequest::Snapshot(if continues { cursor } else { 0 }));
         }
         (None, _, Some(_)) => {
             return Err(ApiError::invalid("epoch", "a cursor goes with the epoch of the last update"));
@@ -157,7 +141,7 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
         (None, Some(_), None) => {
             return Err(ApiError::invalid("epoch", "a revision goes with the epoch of the last update"));
         }
-        (Some(_), None, None) | (None, None, None) => return encode_update(app, UpdateRequest::Snapshot(0), filters()),
+        (Some(_), None, None) | (None, None, None) => return encode_update(app, UpdateRequest::Snapshot(0)),
         (Some(epoch), Some(revision), None) => (Epoch::from(epoch), revision),
     };
     let mut positions = app.store.positions();
@@ -172,16 +156,12 @@ async fn update_for(app: &App, poll: &Poll, is_uncounted: bool) -> Result<Bytes,
         let in_step = ours == epoch && at == revision;
         let elsewhere = ours != epoch || at < revision;
         if !in_step && (may_judge || !elsewhere) {
-            return encode_update(
-                app,
-                UpdateRequest::Changes(if ours == epoch { revision } else { u64::MAX }),
-                filters(),
-            );
+            return encode_update(app, UpdateRequest::Changes(if ours == epoch { revision } else { u64::MAX }));
         }
         tokio::select! {
             _ = positions.changed() => {}
-            () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision, filters()),
-            _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision, filters()),
+            () = tokio::time::sleep_until(deadline) => return unchanged(app, epoch, revision),
+            _ = stopping.wait_for(|stopping| *stopping) => return unchanged(app, epoch, revision),
         }
     }
 }
@@ -200,17 +180,16 @@ async fn up_to_date(app: &App, epoch: Epoch, revision: u64, deadline: Instant) -
     }
 }
 
-fn encode_update(app: &App, wanted: UpdateRequest, filters: u32) -> Result<Bytes, ApiError> {
-    match app.store.write_update(wanted, filters) {
+fn encode_update(app: &App, wanted: UpdateRequest) -> Result<Bytes, ApiError> {
+    match app.store.write_update(wanted) {
         None => Err(ApiError::Unavailable("The key store is not loaded yet. Try again shortly.")),
         Some(update) => update.map_err(|error| ApiError::Internal(format!("an update cannot be encoded: {error}"))),
     }
 }
 
 /// The update that has no news.
-fn unchanged(app: &App, epoch: Epoch, revision: u64, filters: u32) -> Result<Bytes, ApiError> {
-    let header =
-        Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision }, filters };
+fn unchanged(app: &App, epoch: Epoch, revision: u64) -> Result<Bytes, ApiError> {
+    let header = Header { epoch, revision, total_keys: app.store.keys(), part: Part::Changes { after: revision } };
     let update = UpdateWriter::default().finish(&header);
     update.map(Bytes::from).map_err(|error| ApiError::Internal(format!("an update cannot be encoded: {error}")))
 }
@@ -235,9 +214,7 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
         }
         IngestError::Foreign => {
             rejected();
-            ApiError::Forbidden(
-                "This reporter belongs to another sync key. Restart Envoy after changing its key.".into(),
-            )
+            foreign()
         }
         IngestError::TooMany => {
             rejected();
@@ -256,6 +233,43 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
     app.filters.reported(ack.reporter, key);
     let body = ack.write().map_err(|error| ApiError::Internal(format!("an acknowledgement: {error}")))?;
     Ok((StatusCode::OK, [(header::CONTENT_TYPE, ACK_TYPE)], body).into_response())
+}
+
+/// `POST /sync/v1/allowances`: answers an Envoy's call for allowances of limits, quotas and credits.
+///
+/// # Errors
+/// A refused key, a call that does not make sense or is another's, 503 if it cannot be answered now.
+pub async fn allowances(
+    State(app): State<App>,
+    SyncCaller(key): SyncCaller,
+    body: Bytes,
+) -> Result<Response, ApiError> {
+    let rejected = || metrics::counter!("portcullis_allowance_calls_total", "result" => "rejected").increment(1);
+    let call = Call::read(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() });
+    let call = call.inspect_err(|_| rejected())?;
+    if app.filters.held(call.reporter, key) == Registration::TooMany {
+        rejected();
+        return Err(too_many(&app));
+    }
+    let answer = app.allowances.call(call, key).await.map_err(|error| match error {
+        CallError::Senseless(detail) => {
+            rejected();
+            ApiError::Invalid { field: None, detail }
+        }
+        CallError::Foreign => foreign(),
+        CallError::Full => ApiError::Unavailable("Too many calls for allowances are queued. Call again."),
+        CallError::Database(error) => {
+            tracing::warn!(%error, "could not answer a call for allowances");
+            ApiError::Unavailable("The database is not available. Call again.")
+        }
+    })?;
+    let body = answer.write().map_err(|error| ApiError::Internal(format!("an answer: {error}")))?;
+    Ok((StatusCode::OK, [(header::CONTENT_TYPE, ALLOWANCES_TYPE)], body).into_response())
+}
+
+/// A reporter that belongs to another sync key.
+fn foreign() -> ApiError {
+    ApiError::Forbidden("This reporter belongs to another sync key. Restart Envoy after changing its key.".into())
 }
 
 fn rejected() {

@@ -13,7 +13,6 @@ use crate::domain::calendar::is_time_zone;
 use crate::domain::{Every, Window};
 use crate::error::ApiError;
 
-pub(crate) use store::usage;
 pub use store::{Account, LedgerRow, Locked, account, book_usage, credit, ledger, lock, update};
 
 /// Most credits of a top-up or a correction.
@@ -109,12 +108,6 @@ impl Refill {
     }
 }
 
-/// The starter of a balance: credits that an Envoy may spend before it has a lease.
-#[must_use]
-pub fn starter(balance: i64) -> i32 {
-    i32::try_from((balance / 16).clamp(1, 1_000_000)).unwrap_or(1)
-}
-
 /// Parses the note of a row.
 ///
 /// # Errors
@@ -178,11 +171,6 @@ mod tests {
         for bad in [Refill { amount: 0, ..up_to.clone() }, Refill { time_zone: "Nowhere/Else".into(), ..up_to }] {
             assert!(bad.check().is_err(), "{bad:?}");
         }
-    }
-
-    #[test]
-    fn the_starter_is_a_sixteenth_and_never_nothing() {
-        assert_eq!([-5, 0, 15, 1_000, i64::MAX].map(starter), [1, 1, 1, 62, 1_000_000]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 
-use super::store::{Locked, book, open};
+use super::store::{Locked, book, fill};
 use super::{Kind, Refill};
 use crate::change::transact;
 
@@ -23,20 +23,14 @@ pub async fn refill(pool: &PgPool) -> Result<usize, sqlx::Error> {
 /// Books the refills of one user that no other replica has locked. Returns whether there was one.
 async fn refill_one(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let due = sqlx::query!(
-        r#"select id, balance, metered, credits_starter, credits_turn, refill as "refill: Json<serde_json::Value>",
+        r#"select id, balance, metered, credits_fill, refill as "refill: Json<serde_json::Value>",
             refill_at as "refill_at!", now() as "now!"
         from user_preferences where refill_at <= now() order by refill_at limit 1 for no key update skip locked"#
     )
     .fetch_optional(&mut *connection)
     .await?;
     let Some(row) = due else { return Ok(false) };
-    let owner = Locked {
-        id: row.id,
-        balance: row.balance,
-        metered: row.metered,
-        credits_starter: row.credits_starter,
-        credits_turn: row.credits_turn,
-    };
+    let owner = Locked { id: row.id, balance: row.balance, metered: row.metered, credits_fill: row.credits_fill };
     let refill: Option<Refill> = row.refill.and_then(|refill| serde_json::from_value(refill.0).ok());
     let next = match &refill {
         Some(refill) => Some(book_all(connection, &owner, refill, row.refill_at, row.now).await?),
@@ -76,7 +70,7 @@ async fn book_all(
         }
     }
     if !amounts.is_empty() {
-        open(connection, owner, owner.metered, balance).await?;
+        fill(connection, owner, owner.metered).await?;
     }
     for (at, amount) in amounts {
         book(connection, owner.id, Kind::Refill, amount, "", None, Some(at)).await?;

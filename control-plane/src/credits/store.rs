@@ -7,7 +7,7 @@ use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{BALANCE, Kind, Refill, starter};
+use super::{BALANCE, Kind, Refill};
 use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::domain::Patch;
@@ -45,10 +45,8 @@ pub struct Account {
     pub spent: i64,
     /// Whether requests cost credits.
     pub metered: bool,
-    /// Credits that an Envoy may spend before it has a lease.
-    pub credits_starter: i32,
-    /// Credits that Envoys have a lease for and have not reported.
-    pub leased: i64,
+    /// Credits that Envoys hold and have not reported as spent.
+    pub held: i64,
 }
 
 /// A user whose row is locked.
@@ -58,16 +56,14 @@ pub struct Locked {
     pub balance: i64,
     /// Whether requests cost credits.
     pub metered: bool,
-    /// The starter as filters know it.
-    pub credits_starter: i32,
-    /// The turn as filters know it.
-    pub credits_turn: i32,
+    /// How often the balance was changed other than by usage, as filters know it.
+    pub credits_fill: i32,
 }
 
 impl From<&LockedUser> for Locked {
     fn from(user: &LockedUser) -> Self {
-        let &LockedUser { id, balance, metered, credits_starter, credits_turn, .. } = user;
-        Self { id, balance, metered, credits_starter, credits_turn }
+        let &LockedUser { id, balance, metered, credits_fill, .. } = user;
+        Self { id, balance, metered, credits_fill }
     }
 }
 
@@ -75,7 +71,7 @@ impl From<&LockedUser> for Locked {
 pub async fn lock(connection: &mut PgConnection, owners: &[Uuid]) -> Result<Vec<Locked>, sqlx::Error> {
     sqlx::query_as!(
         Locked,
-        "select id, balance, metered, credits_starter, credits_turn from user_preferences
+        "select id, balance, metered, credits_fill from user_preferences
         where id = any($1) order by id for no key update",
         owners
     )
@@ -102,7 +98,7 @@ pub async fn credit(
         return Err(ApiError::Conflict(detail));
     }
     let metered = owner.metered || kind == Kind::TopUp;
-    open(change, &owner, metered, balance).await?;
+    fill(change, &owner, metered).await?;
     let actor_key_id = change.actor().key_id;
     let entry = book(change, owner.id, kind, amount, note, actor_key_id, None).await?;
     let detail = serde_json::json!({"kind": kind.name(), "amount": amount, "balance": entry.balance});
@@ -121,7 +117,7 @@ pub async fn update(
     let metered = metered.unwrap_or(owner.metered || matches!(refill, Patch::Set(_)));
     let mut changed = Map::new();
     if metered != owner.metered {
-        open(connection, owner, metered, owner.balance).await?;
+        fill(connection, owner, metered).await?;
         changed.insert("metered".into(), metered.into());
     }
     if let Some(refill) = refill.given() {
@@ -151,23 +147,14 @@ async fn set_refill(connection: &mut PgConnection, owner_id: Uuid, refill: Optio
     Ok(())
 }
 
-/// Sets the starter for the balance that an account is about to have, and begins a new turn if the old balance is less than the
-/// starter: otherwise a remainder too small for one request would keep Envoys closed.
-pub(super) async fn open(
-    connection: &mut PgConnection,
-    owner: &Locked,
-    metered: bool,
-    balance: i64,
-) -> Result<(), sqlx::Error> {
-    let starter = starter(balance);
-    let opens = metered && (!owner.metered || (balance > 0 && owner.balance < starter.into()));
-    let turn = owner.credits_turn.saturating_add(i32::from(opens));
+/// Counts a change of the balance that filters must learn of, and sets whether requests cost credits. A filter that knows the
+/// balance to be used up asks for credits again.
+pub(super) async fn fill(connection: &mut PgConnection, owner: &Locked, metered: bool) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "update user_preferences set metered = $2, credits_starter = $3, credits_turn = $4 where id = $1",
+        "update user_preferences set metered = $2, credits_fill = $3 where id = $1",
         owner.id,
         metered,
-        starter,
-        turn
+        owner.credits_fill.wrapping_add(1)
     )
     .execute(connection)
     .await?;
@@ -236,14 +223,8 @@ pub(crate) fn usage(balance: i64, cost: u64) -> i64 {
 pub async fn account(executor: impl PgExecutor<'_>, owner_id: Uuid) -> Result<Option<Account>, ApiError> {
     let account = sqlx::query_as!(
         Account,
-        r#"select p.balance, p.credits_spent as spent, p.metered, p.credits_starter,
-            (
-                select coalesce(sum(greatest(l.held - l.spent, 0)), 0)::bigint
-                from leases l join usage_reporters r on r.reporter = l.reporter
-                where l.stock = 2 and l.subject = p.id
-                    and greatest(l.renewed_at, r.reported_at) > now() - interval '60 seconds'
-            ) as "leased!"
-        from user_preferences p where p.id = $1"#,
+        r#"select p.balance, p.credits_spent as spent, p.metered, coalesce(h.held, 0) as "held!"
+        from user_preferences p left join held_tokens h on h.kind = 2 and h.subject = p.id and h.tag = 0 where p.id = $1"#,
         owner_id
     )
     .fetch_optional(executor)

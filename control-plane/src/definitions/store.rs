@@ -16,7 +16,7 @@ use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
 use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
-use crate::quota::{Whose, refresh_starters};
+use crate::quota::{Whose, apply_quotas};
 
 /// A role or a plan.
 #[derive(Clone, Debug)]
@@ -179,7 +179,7 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
         content.quota.as_ref().map(Json) as _
     );
     let replaced = replaced.fetch_one(&mut *connection).await?;
-    refresh_starters(connection, Whose::Plan(number)).await?;
+    apply_quotas(connection, Whose::Plan(number)).await?;
     Ok(replaced)
 }
 

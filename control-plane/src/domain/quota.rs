@@ -1,9 +1,12 @@
 //! Quotas of keys and plans: requests of a key in a window of time.
 
+use contract::json::null_is_default;
+use contract::record::Per;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::calendar::{Every, is_time_zone};
+use super::per::{PER_OWNER, PerBody};
 use crate::error::ApiError;
 
 const REQUESTS: i64 = 1_000_000_000_000;
@@ -22,6 +25,9 @@ pub struct Quota {
     /// Rolling windows only: the length in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window_s: Option<i64>,
+    /// Whose it is. Only a plan has quotas for an owner.
+    #[serde(default)]
+    pub per: Per,
 }
 
 /// What windows there are.
@@ -83,11 +89,6 @@ impl Quota {
             period => format!("{}/{}", period.name(), self.zone()),
         }
     }
-
-    /// Requests that an Envoy may admit before it has a lease: the stored starter of the key, if it has one.
-    pub fn starter(&self, stored: Option<i32>) -> i64 {
-        stored.map_or(self.requests / 16, i64::from).max(1)
-    }
 }
 
 /// A quota as clients write and read it.
@@ -108,6 +109,10 @@ pub struct QuotaBody {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 60, maximum = 31_622_400)]
     pub window_seconds: Option<i64>,
+    /// Plans only: `owner` if all keys of a user that have the plan share one quota; `key` unless given.
+    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "PerBody::is_key")]
+    #[schema(nullable, inline)]
+    pub per: PerBody,
 }
 
 impl QuotaBody {
@@ -118,6 +123,7 @@ impl QuotaBody {
             period: quota.period,
             time_zone: quota.time_zone.clone(),
             window_seconds: quota.window_s,
+            per: quota.per.into(),
         }
     }
 
@@ -138,8 +144,19 @@ impl QuotaBody {
             (false, _, Some(_)) => return Err(bad("window_seconds goes with the period rolling only".into())),
             (false, zone, None) => (Some(parse_time_zone(zone)?), None),
         };
-        Ok(Quota { requests: self.requests, period: self.period, time_zone, window_s })
+        Ok(Quota { requests: self.requests, period: self.period, time_zone, window_s, per: self.per.into() })
     }
+}
+
+/// Parses the quota of a single key, which is never that of an owner.
+///
+/// # Errors
+/// What is wrong with `quota`.
+pub fn parse_key_quota(body: QuotaBody) -> Result<Quota, ApiError> {
+    if body.per == PerBody::Owner {
+        return Err(ApiError::invalid("quota", PER_OWNER));
+    }
+    body.parse()
 }
 
 fn parse_time_zone(zone: Option<String>) -> Result<String, ApiError> {
@@ -156,7 +173,7 @@ mod tests {
     use super::*;
 
     fn body(period: Period) -> QuotaBody {
-        QuotaBody { requests: 1, period, time_zone: None, window_seconds: None }
+        QuotaBody { requests: 1, period, time_zone: None, window_seconds: None, per: PerBody::Key }
     }
 
     #[test]
@@ -185,7 +202,7 @@ mod tests {
 
     #[test]
     fn the_json_of_the_database_leads_back_and_nonsense_is_no_quota() {
-        let json = serde_json::json!({"requests": 5, "period": "week", "time_zone": "Europe/Berlin"});
+        let json = serde_json::json!({"requests": 5, "period": "week", "time_zone": "Europe/Berlin", "per": "key"});
         let quota = Quota::of(Some(json.clone())).unwrap();
         assert_eq!((quota.period, quota.zone()), (Period::Week, "Europe/Berlin"));
         assert_eq!(serde_json::to_value(&quota).unwrap(), json);

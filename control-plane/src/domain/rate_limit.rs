@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use contract::json::null_is_default;
 use contract::record::RateLimit;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::per::{PER_OWNER, PerBody};
 use crate::error::ApiError;
 
 const RATE_LIMITS: usize = 8;
@@ -34,6 +36,10 @@ pub struct RateLimitBody {
     #[serde(default = "yes", deserialize_with = "null_is_yes")]
     #[schema(nullable)]
     pub shared: bool,
+    /// Plans only: `owner` if all keys of a user that have the plan share one limit; `key` unless given.
+    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "PerBody::is_key")]
+    #[schema(nullable, inline)]
+    pub per: PerBody,
 }
 
 const fn yes() -> bool {
@@ -53,6 +59,7 @@ impl RateLimitBody {
             window_seconds: limit.window_s.into(),
             burst: Some(limit.burst.into()),
             shared: limit.shared,
+            per: limit.per.into(),
         }
     }
 
@@ -67,12 +74,16 @@ impl RateLimitBody {
             let in_range = u32::try_from(value).ok().filter(|_| (1..=most).contains(&value));
             in_range.ok_or_else(|| bad(format!("{what} of {:?} must be a number from 1 to {most}", self.name)))
         };
+        if self.per == PerBody::Owner && !self.shared {
+            return Err(bad(format!("{:?} is per owner, so shared must be true", self.name)));
+        }
         Ok(RateLimit {
             requests: within("requests", self.requests, RATE_LIMIT_REQUESTS)?,
             window_s: within("window_seconds", self.window_seconds, RATE_LIMIT_WINDOW_S)?,
             burst: within("burst", self.burst.unwrap_or(self.requests), RATE_LIMIT_REQUESTS)?,
             name: self.name,
             shared: self.shared,
+            per: self.per.into(),
         })
     }
 }
@@ -90,6 +101,17 @@ pub fn parse_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<RateLimit>, A
     Ok(limits)
 }
 
+/// Parses the rate limits of a single key, which are never those of an owner.
+///
+/// # Errors
+/// What is wrong with `rate_limits`.
+pub fn parse_key_rate_limits(limits: Vec<RateLimitBody>) -> Result<Vec<RateLimit>, ApiError> {
+    if limits.iter().any(|limit| limit.per == PerBody::Owner) {
+        return Err(ApiError::invalid("rate_limits", PER_OWNER));
+    }
+    parse_rate_limits(limits)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,6 +124,7 @@ mod tests {
             window_seconds,
             burst,
             shared: true,
+            per: PerBody::Key,
         };
         let parsed = parse_rate_limits(vec![limit("a", 5, 60, None), limit("b", 5, 60, Some(9))]).unwrap();
         assert_eq!(parsed.iter().map(|limit| limit.burst).collect::<Vec<_>>(), [5, 9]);

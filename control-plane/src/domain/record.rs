@@ -1,14 +1,14 @@
 //! The record that filters know of a key, from the columns of its row.
 
 use contract::network::Network;
-use contract::record::Budget;
+use contract::record::{Budget, Per};
 use time::OffsetDateTime;
 
 /// Builds the record of a key from a row. A macro, since sqlx gives the rows of two queries two types.
 macro_rules! record_of {
     ($row:expr) => {{
-        use contract::record::{Flags, Record, Requires};
-        use $crate::domain::record::{budget, networks, seconds};
+        use contract::record::{Budget, Flags, Per, Record, Requires};
+        use $crate::domain::record::{networks, quota, seconds};
 
         let mut record = Record {
             requires: Requires::default(),
@@ -27,8 +27,12 @@ macro_rules! record_of {
             roles: $row.role_numbers.into_iter().map(i32::cast_unsigned).collect(),
             plan: $row.plan_number.map(i32::cast_unsigned),
             networks: networks(&$row.networks),
-            quota: budget($row.quota_starter, $row.quota_turn, $row.quota_resets_at),
-            credits: budget($row.credits_starter, $row.credits_turn, None),
+            quota: quota($row.quota_shared, $row.quota_fill, $row.quota_resets_at),
+            credits: $row.metered.then(|| Budget {
+                fill: $row.credits_fill.cast_unsigned(),
+                resets_at_s: None,
+                per: Per::Owner,
+            }),
         };
         record.requires = record.restrictions();
         record
@@ -41,10 +45,10 @@ pub(crate) fn seconds(at: OffsetDateTime) -> u64 {
     u64::try_from(at.unix_timestamp()).unwrap_or_default()
 }
 
-/// A quota or credits. `None` if the row has no initial allowance.
-pub(crate) fn budget(starter: Option<i32>, turn: i32, resets_at: Option<OffsetDateTime>) -> Option<Budget> {
-    let (turn, resets_at_s) = (turn.cast_unsigned(), resets_at.map(seconds));
-    starter.map(|starter| Budget { starter: starter.max(0).cast_unsigned(), turn, resets_at_s })
+/// A quota; `is_shared`: by all keys of the owner that have the plan; `None` without a quota.
+pub(crate) fn quota(is_shared: Option<bool>, fill: i32, resets_at: Option<OffsetDateTime>) -> Option<Budget> {
+    let per = if is_shared? { Per::Owner } else { Per::Key };
+    Some(Budget { fill: fill.cast_unsigned(), resets_at_s: resets_at.map(seconds), per })
 }
 
 /// Parses the networks from which a key can be used. An invalid network, which was written by hand, becomes one that contains no

@@ -4,6 +4,7 @@
 pub mod policies;
 
 use contract::hash::KeyHash;
+use contract::record::Per;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -35,12 +36,16 @@ pub async fn hash_of(pool: &PgPool, key_id: Uuid) -> Result<Option<CurrentSecret
     Ok(Some(CurrentSecret { owner_id: row.owner_id, hash: KeyHash(hash) }))
 }
 
-/// Reads the remainder of the quota and the credits of a key for a request of this price, and what is leased to Envoys.
+/// Reads the remainder of the quota and the credits of a key for a request of this price, and what Envoys hold.
 pub async fn budgets(pool: &PgPool, key_id: Uuid, price: u32) -> Result<Remaining, ApiError> {
     let quota = quota::view(pool, key_id).await?.map(|view| {
         let end = Timestamp::from(view.used.window_end);
-        let (used, most, leased) = (view.used.used, view.quota.requests, view.leased);
-        format!("{used} of {most} requests are used in the window that ends at {end}; {leased} are leased to Envoys")
+        let (used, most, held) = (view.used.used, view.quota.requests, view.held);
+        let left = most.saturating_sub(used).saturating_sub(held).max(0);
+        let whose = if view.quota.per == Per::Owner { " of the owner's quota" } else { "" };
+        format!(
+            "{used} of {most} requests{whose} are used in the window that ends at {end}; Envoys hold {held}, {left} are left"
+        )
     });
     let owner = sqlx::query_scalar!("select owner_id from api_keys where id = $1", key_id);
     let account = match owner.fetch_optional(pool).await? {
@@ -48,14 +53,15 @@ pub async fn budgets(pool: &PgPool, key_id: Uuid, price: u32) -> Result<Remainin
         None => None,
     };
     let credits = account.filter(|account| account.metered).map(|account| {
-        let (balance, leased) = (account.balance, account.leased);
+        let (balance, held) = (account.balance, account.held);
+        let left = balance.saturating_sub(held).max(0);
         let above = i64::from(price) > balance && balance > 0;
         let above = if above {
             format!("; the request costs {price}, which is more: waiting does not help")
         } else {
             String::new()
         };
-        format!("the balance is {balance}, of which {leased} are leased to Envoys{above}")
+        format!("the balance is {balance}; Envoys hold {held}, {left} are left{above}")
     });
     Ok(Remaining { quota, credits })
 }

@@ -18,11 +18,10 @@ use crate::api::rate_limit::CallerRateLimiter;
 use crate::config::Serve;
 use crate::credits::{refill, rollup};
 use crate::keys::purge;
+use crate::metering::events;
 use crate::metering::retention::{self, Retention};
-use crate::metering::{events, lease};
 use crate::sync::{Store, filters};
-
-use crate::{audit, quota};
+use crate::{allowances, audit, quota};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -93,7 +92,7 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
         Job::new("reset expired quotas", SECOND, |c| async move { quota::reopen(&c.pool).await }).waking_the_feed(),
         Job::new("renew statistics", SECOND * 5, |c| async move { Ok(statistics::renew(&c.pool).await?.into()) }),
         Job::new("export usage events", usage_event_interval, |c| async move { events::export_all(&c.pool).await }),
-        Job::new("tidy leases", MINUTE, |c| async move { lease::tidy(&c.pool).await }),
+        Job::new("tidy allowances", MINUTE, |c| async move { allowances::tidy(&c.pool).await }),
         Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
         Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
         Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),

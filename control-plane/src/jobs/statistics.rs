@@ -4,12 +4,14 @@
 
 use sqlx::PgPool;
 
-/// Renews the statistics if keys or users have multiplied since. Returns whether it did.
+/// Renews the statistics if keys, users, pools or allowances have multiplied since. Returns whether it did.
 pub async fn renew(pool: &PgPool) -> Result<bool, sqlx::Error> {
     let has_grown = sqlx::query_scalar!(
         r#"select exists (
             select from pg_stat_user_tables s join pg_class c on c.oid = s.relid
-            where s.relid in ('api_keys'::regclass, 'user_preferences'::regclass) and pg_has_role(c.relowner, 'usage')
+            where s.relid in (
+                'api_keys'::regclass, 'user_preferences'::regclass, 'pools'::regclass, 'allowances'::regclass
+            ) and pg_has_role(c.relowner, 'usage')
                 and s.n_live_tup > 100 + 3 * greatest(c.reltuples, 0)
         ) as "has_grown!""#
     )
@@ -17,7 +19,7 @@ pub async fn renew(pool: &PgPool) -> Result<bool, sqlx::Error> {
     .await?;
     if has_grown {
         // A locked table is skipped. The next run takes it.
-        sqlx::query!("analyze (skip_locked) api_keys, user_preferences").execute(pool).await?;
+        sqlx::query!("analyze (skip_locked) api_keys, user_preferences, pools, allowances").execute(pool).await?;
     }
     Ok(has_grown)
 }

@@ -17,7 +17,7 @@ use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
 use crate::domain::{Email, KeyName, Scopes, Timestamp};
 use crate::error::ApiError;
-use crate::quota::{Whose, refresh_starters};
+use crate::quota::{Whose, apply_quotas};
 use crate::users::lock::lock_or_create_user;
 
 /// Creates a key. 409 if the owner has too many live keys, 429 if the owner created too many, 400 for an unknown role or plan.
@@ -177,8 +177,8 @@ async fn insert(
         })?;
     // From here to the commit, this transaction holds the lock that orders all changes, so it executes no needless statement.
     if !inserted.is_plain(permissions) {
-        refresh_starters(connection, Whose::Keys(&[id])).await?;
-        // The allowance of a new quota is a change of its own.
+        apply_quotas(connection, Whose::Keys(&[id])).await?;
+        // The quota that applies is a change of its own.
         inserted.version =
             sqlx::query_scalar!("select version from api_keys where id = $1", id).fetch_one(&mut *connection).await?;
     }

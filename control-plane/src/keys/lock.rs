@@ -3,9 +3,11 @@
 //!
 //! 1. rows of users (of several: by id), see [`crate::users::lock`];
 //! 2. rows of roles and plans, see [`crate::definitions::store`];
-//! 3. rows of leases and quotas, where usage is booked, see `metering/apply.rs`;
-//! 4. `store_state`, by `lock_store` or by a trigger with the first change of a key;
-//! 5. rows of keys.
+//! 3. `store_state`, by `lock_store` or by a trigger with the first change of a key;
+//! 4. rows of keys.
+//!
+//! Pools and quotas come last, where usage is booked or Envoys ask for allowances: see `metering/booking.rs` and
+//! [`crate::allowances`].
 
 use sqlx::PgConnection;
 use uuid::Uuid;

@@ -11,7 +11,7 @@ use sqlx::PgConnection;
 
 use crate::definitions::store::{lock_plan, numbers};
 use crate::definitions::{Kind, Name};
-use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, parse_rate_limits};
+use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, parse_key_quota, parse_key_rate_limits};
 use crate::error::ApiError;
 
 const ROLES: usize = 16;
@@ -61,9 +61,9 @@ impl Permissions {
             roles: patch.roles.map(|names| parse_roles(&names)).transpose()?,
             plan: patch.plan.try_map(|name| Name::parse("plan", &name).map(PlanRef::Named))?,
             networks: patch.allowed_addresses.map(|list| parse_networks(&list)).transpose()?,
-            quota: patch.quota.try_map(QuotaBody::parse)?,
+            quota: patch.quota.try_map(parse_key_quota)?,
             cost: patch.cost.map(cost).transpose()?,
-            rate_limits: patch.rate_limits.map(parse_rate_limits).transpose()?,
+            rate_limits: patch.rate_limits.map(parse_key_rate_limits).transpose()?,
         })
     }
 

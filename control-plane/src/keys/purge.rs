@@ -125,7 +125,9 @@ async fn delete_in(connection: &mut PgConnection, days: i32) -> Result<u64, sqlx
         .execute(&mut *connection)
         .await?;
     sqlx::query!("delete from key_usage where key_id = any($1)", &keys).execute(&mut *connection).await?;
-    sqlx::query!("delete from quota_use where key_id = any($1)", &keys).execute(&mut *connection).await?;
+    sqlx::query!("delete from quota_use where subject = any($1) and plan_number = 0", &keys)
+        .execute(&mut *connection)
+        .await?;
     sqlx::query!("delete from retired_secrets where key_id = any($1)", &keys).execute(&mut *connection).await?;
     let gone = sqlx::query!("delete from api_keys where id = any($1)", &keys).execute(connection).await?;
     Ok(gone.rows_affected())

@@ -19,8 +19,9 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Stored
         r#"select k.id, k.owner_id, s.generation as "generation!", k.scopes,
             k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at,
-            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
-            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn, p.email,
+            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_fill,
+            case when k.applied_quota is not null then k.applied_quota ->> 'per' is not distinct from 'owner' end as quota_shared,
+            k.quota_resets_at, k.metered, k.credits_fill, p.email,
             k.plan_number as own_plan, k.quota as "quota: Json<Quota>"
         from (
             select id, generation, null::timestamptz as ends_at from api_keys where hash = $1

@@ -11,7 +11,7 @@ use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::domain::{KeyName, Patch, Timestamp};
 use crate::error::ApiError;
-use crate::quota::{Whose, refresh_starters};
+use crate::quota::{Whose, apply_quotas};
 
 /// What a change sets. An absent field keeps its value.
 #[derive(Clone, Debug, Default)]
@@ -101,7 +101,7 @@ pub async fn update(
     }
     if stored.differs || returns_to_filters {
         // A new quota may admit the key again, or exhaust it.
-        refresh_starters(change, Whose::Keys(&[key.id])).await?;
+        apply_quotas(change, Whose::Keys(&[key.id])).await?;
     }
     change.record(AuditEvent::on_key("key.update", key.id, detail)).await?;
     Ok(())
@@ -123,15 +123,14 @@ async fn set_all(
                 role_numbers = coalesce($8, role_numbers), plan_number = case when $9 then $10 else plan_number end,
                 networks = coalesce($11, networks), quota = case when $12 then $13 else quota end,
                 cost = coalesce($14, cost), rate_limits = coalesce($15, rate_limits),
-                quota_starter = (
-                    select least(greatest(requests / 16, 1), 1000000)::integer
+                (applied_quota, quota_fill) = (
+                    select q.quota, api_keys.quota_fill + (q.quota is distinct from api_keys.applied_quota)::integer
                     from (
-                        select (coalesce(case when $12 then $13 else api_keys.quota end, d.quota) ->> 'requests')::bigint as requests
+                        select coalesce(case when $12 then $13 else api_keys.quota end, d.quota) as quota
                         from (select) one left join definitions d on d.number = coalesce(
                             case when $9 then $10 else api_keys.plan_number end, api_keys.owner_plan_number
-                        )
+                        ) and not d.removed
                     ) q
-                    where requests is not null
                 )
             where id = $1",
         key.id,

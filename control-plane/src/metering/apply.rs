@@ -1,23 +1,24 @@
 //! Applies reports in one transaction. Numbers and counts commit together, so each report is applied exactly once, to
 //! whichever replicas it is sent. Quotas and credits are booked in the same transaction.
 //!
-//! Locks follow the order in `migrations/0001_schema.sql`. The usage tables come last: their foreign keys lock rows of keys, and
-//! rotation locks `store_state` and then the row of a key. `store_state` is locked only if a quota or a balance is exhausted.
+//! Locks follow the order in `migrations/0001_schema.sql`. Pools come last, because requests wait for them. The keys of an
+//! exhausted quota are marked afterwards, in a transaction of its own. Until then their pool is empty, so no Envoy is granted
+//! more.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use contract::id::{KeyId, ReporterId};
 use contract::outcome::Outcome;
-use contract::usage::{Count, Grant, KeyRef, Report};
+use contract::usage::{Count, KeyRef, Report};
 use sqlx::error::DatabaseError;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::draw::{Fresh, draw};
-use super::lease;
+use super::booking::{Fresh, book};
 use crate::change::transact;
+use crate::quota::{self, QuotaId};
 
 /// Reports of one reporter.
 #[derive(Clone, Debug)]
@@ -25,8 +26,6 @@ pub struct Submission {
     pub reporter: ReporterId,
     /// The sync key of the request, or the one that signed the line of the log.
     pub sync_key: Option<Uuid>,
-    /// Whether the Envoy sent them and receives the answer. Lines of a log are from Envoys that have ended.
-    pub live: bool,
     /// Ascending by number.
     pub reports: Vec<Report>,
 }
@@ -39,8 +38,6 @@ pub enum Applied {
         seq: u64,
         /// Reports that were applied now. The others had been applied before.
         fresh: usize,
-        /// Leases of the reporter.
-        grants: Vec<Grant>,
     },
     /// The reporter belongs to another sync key.
     Foreign,
@@ -64,12 +61,24 @@ pub async fn apply(pool: &PgPool, submissions: &[Submission]) -> Result<Vec<Appl
         },
         applied => applied,
     };
-    let (applied, gaps) = applied?;
+    let Batch { results, gaps, exhausted } = applied?;
     for Gap { reporter, last, next } in gaps {
         metrics::counter!("portcullis_usage_gaps_total").increment(1);
         warn!(%reporter, last, next, "reports of an Envoy are missing: it may have dropped them");
     }
-    Ok(applied)
+    // The reports are applied. If this fails, the next report of such a key marks it.
+    if let Err(error) = quota::shut(pool, &exhausted).await {
+        warn!(%error, "could not mark the keys of exhausted quotas");
+    }
+    Ok(results)
+}
+
+/// What a transaction has applied.
+struct Batch {
+    results: Vec<Applied>,
+    gaps: Vec<Gap>,
+    /// Quotas whose keys are to be marked.
+    exhausted: Vec<QuotaId>,
 }
 
 /// Numbers between which reports of an Envoy are missing.
@@ -83,31 +92,22 @@ async fn apply_once(
     connection: &mut PgConnection,
     submissions: &[Submission],
     some_are_unknown: bool,
-) -> Result<(Vec<Applied>, Vec<Gap>), sqlx::Error> {
+) -> Result<Batch, sqlx::Error> {
     let mut positions = Positions::lock(connection, submissions).await?;
-    let Sorted { mut results, gaps, mut sums, fresh, repeated } = positions.advance(submissions);
-    let now = positions.now;
+    let Sorted { results, gaps, mut sums, fresh } = positions.advance(submissions);
     positions.store(connection).await?;
     if some_are_unknown {
         sums.leave_out_unknown(connection).await?;
     }
-    let drawing = sums.drawing(connection).await?;
-    let granted = draw(connection, &fresh, &drawing, &repeated, now).await?;
+    let keys = sums.keys();
     sums.write(connection).await?;
-    for (submission, result) in submissions.iter().zip(&mut results) {
-        if let (Applied::UpTo { grants, .. }, Some(granted)) = (result, granted.get(&submission.reporter.into())) {
-            grants.clone_from(granted);
-        }
-    }
-    Ok((results, gaps))
+    let exhausted = book(connection, &fresh, &keys).await?;
+    Ok(Batch { results, gaps, exhausted })
 }
 
 /// The number of the last applied report of each reporter, with its sync key. Their rows are locked.
 struct Positions {
-    now: OffsetDateTime,
     last: HashMap<Uuid, (Option<Uuid>, u64)>,
-    /// Seconds since the last report.
-    elapsed: HashMap<Uuid, f64>,
 }
 
 /// Submissions, sorted into reports that were applied before and reports that are new.
@@ -118,8 +118,6 @@ struct Sorted<'a> {
     sums: Sums,
     /// New reports by reporter.
     fresh: Vec<Fresh<'a>>,
-    /// Reporters without a new report, and their last numbers.
-    repeated: Vec<(Uuid, u64)>,
 }
 
 impl Positions {
@@ -146,25 +144,20 @@ impl Positions {
         .execute(&mut *connection)
         .await?;
         let rows = sqlx::query!(
-            r#"select reporter, sync_key_id, last_seq, now() as "now!",
-                case when last_seq > 0 then extract(epoch from now() - reported_at)::double precision end as since_last_s
-            from usage_reporters where reporter = any($1) order by reporter for update"#,
+            "select reporter, sync_key_id, last_seq from usage_reporters where reporter = any($1) order by reporter for update",
             &ids
         )
         .fetch_all(connection)
         .await?;
-        Ok(Self {
-            now: rows.first().map_or_else(OffsetDateTime::now_utc, |row| row.now),
-            elapsed: rows.iter().map(|row| (row.reporter, lease::elapsed_s(row.since_last_s))).collect(),
-            last: rows.into_iter().map(|row| (row.reporter, (row.sync_key_id, row.last_seq.cast_unsigned()))).collect(),
-        })
+        let last = rows.into_iter().map(|row| (row.reporter, (row.sync_key_id, row.last_seq.cast_unsigned())));
+        Ok(Self { last: last.collect() })
     }
 
     /// Sorts submissions, and advances the reporters to the numbers of their last reports.
     fn advance<'a>(&mut self, submissions: &'a [Submission]) -> Sorted<'a> {
         let mut sums = Sums::default();
-        let mut drawn: BTreeMap<Uuid, Fresh<'a>> = BTreeMap::new();
-        let (mut results, mut gaps, mut repeated) = (Vec::with_capacity(submissions.len()), Vec::new(), Vec::new());
+        let mut new: BTreeMap<Uuid, Fresh<'a>> = BTreeMap::new();
+        let (mut results, mut gaps) = (Vec::with_capacity(submissions.len()), Vec::new());
         for submission in submissions {
             let reporter = submission.reporter.into();
             let Some((owner, seq)) = self.last.get_mut(&reporter) else {
@@ -190,22 +183,12 @@ impl Positions {
                 sums.add(&report.counts);
                 *seq = report.seq;
                 fresh += 1;
-                let elapsed_s = self.elapsed.get(&reporter).copied().unwrap_or_else(|| lease::elapsed_s(None));
-                let new = || Fresh { reporter, seq: 0, elapsed_s, hears: false, reports: Vec::new() };
-                let of = drawn.entry(reporter).or_insert_with(new);
-                of.seq = report.seq;
-                of.hears |= submission.live;
+                let of = new.entry(reporter).or_insert_with(|| Fresh { reporter, reports: Vec::new() });
                 of.reports.push(report);
             }
-            if fresh == 0 {
-                repeated.push((reporter, *seq));
-            }
-            results.push(Applied::UpTo { seq: *seq, fresh, grants: Vec::new() });
+            results.push(Applied::UpTo { seq: *seq, fresh });
         }
-        repeated.retain(|(reporter, _)| !drawn.contains_key(reporter));
-        repeated.sort_unstable();
-        repeated.dedup();
-        Sorted { results, gaps, sums, fresh: drawn.into_values().collect(), repeated }
+        Sorted { results, gaps, sums, fresh: new.into_values().collect() }
     }
 
     async fn store(self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
@@ -237,7 +220,7 @@ struct Sums {
 
 impl Sums {
     fn add(&mut self, counts: &[Count]) {
-        for Count { of, requests, cost, last_ms, .. } in counts {
+        for Count { of, requests, cost, last_ms } in counts {
             let Some(key) = of.key else {
                 let sum = self.keyless.entry((of.hour, of.outcome)).or_default();
                 *sum = sum.saturating_add(*requests);
@@ -273,23 +256,6 @@ impl Sums {
             self.totals.retain(|key, _| known.contains(&key.id.into()));
         }
         Ok(())
-    }
-
-    /// The keys whose usage may count against a shared limit, a quota or credits: those of the index `api_keys_drawing`.
-    async fn drawing(&self, connection: &mut PgConnection) -> Result<Vec<Uuid>, sqlx::Error> {
-        let ids = self.keys();
-        if ids.is_empty() {
-            return Ok(Vec::new());
-        }
-        sqlx::query_scalar!(
-            "select id from api_keys where id = any($1) and (
-                rate_limits <> '[]' or quota is not null or credits_starter is not null
-                or coalesce(plan_number, owner_plan_number) is not null
-            )",
-            &ids
-        )
-        .fetch_all(connection)
-        .await
     }
 
     async fn write(self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {

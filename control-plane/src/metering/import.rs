@@ -94,7 +94,6 @@ pub async fn import(pool: &PgPool, log: impl BufRead) -> Result<Imported, Box<dy
         let submission = Submission {
             reporter: report.reporter,
             sync_key: Some(*sync_key),
-            live: false,
             reports: found.iter().map(|found| found.report.clone()).collect(),
         };
         for applied in apply(pool, &[submission]).await? {

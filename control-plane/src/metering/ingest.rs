@@ -87,16 +87,16 @@ impl Ingest {
         no_later_than(&mut reports, now());
         let counts: usize = reports.iter().map(|report| report.counts.len()).sum();
         let (answer, answered) = oneshot::channel();
-        let submission = Submission { reporter, sync_key: Some(sync_key), live: true, reports };
+        let submission = Submission { reporter, sync_key: Some(sync_key), reports };
         let sent = submission.reports.len();
         self.queue.try_send((submission, answer)).map_err(|_| IngestError::Full)?;
         match answered.await.map_err(|_| IngestError::Full)? {
-            Ok(Applied::UpTo { seq, fresh, grants }) => {
+            Ok(Applied::UpTo { seq, fresh }) => {
                 metrics::counter!("portcullis_usage_reports_total", "result" => "applied").increment(fresh as u64);
                 metrics::counter!("portcullis_usage_reports_total", "result" => "repeated")
                     .increment((sent - fresh) as u64);
                 metrics::counter!("portcullis_usage_records_total").increment(counts as u64);
-                Ok(Ack { reporter, seq, grants })
+                Ok(Ack { reporter, seq })
             }
             Ok(Applied::Foreign) => Err(IngestError::Foreign),
             Ok(Applied::TooMany) => Err(IngestError::TooMany),
@@ -125,10 +125,7 @@ pub(super) fn check(reports: &[Report]) -> Result<ReporterId, IngestError> {
         if report.counts.len() > REPORT_COUNTS {
             return senseless(format!("counts: more than {REPORT_COUNTS} in one report"));
         }
-        for Count { of, requests, cost, drawn, .. } in &report.counts {
-            if drawn > requests {
-                return senseless("drawn: more than the requests of its count".into());
-            }
+        for Count { of, requests, cost, .. } in &report.counts {
             if *requests > REQUESTS || *cost > REQUESTS.saturating_mul(COST.into()) {
                 return senseless(format!("requests: more than {REQUESTS} in one count"));
             }
@@ -210,7 +207,7 @@ mod tests {
 
     fn report(reporter: u8, seq: u64, hour: u32, requests: u64) -> Report {
         let key = Some(KeyRef { id: KeyId([1; 16]), generation: 1 });
-        let count = Count { of: Subject { key, outcome: 0, hour }, requests, cost: 0, drawn: 0, last_ms: 0 };
+        let count = Count { of: Subject { key, outcome: 0, hour }, requests, cost: 0, last_ms: 0 };
         Report { reporter: ReporterId([reporter; 16]), seq, counts: vec![count] }
     }
 

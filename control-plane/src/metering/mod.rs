@@ -1,14 +1,13 @@
 //! Usage. `ingest` takes reports from filters and [`mod@import`] takes them from logs; `apply` adds each report to the tables
-//! once, books quotas and credits with it, and answers with the leases of the Envoy. [`query`] and [`hourly`] read sums,
+//! once, and `booking` books quotas and credits with it. [`query`] and [`hourly`] read sums,
 //! [`events`] passes usage to other systems, and [`retention`] rolls up and deletes old usage.
 
 mod apply;
-mod draw;
+mod booking;
 pub mod events;
 pub mod hourly;
 pub mod import;
 mod ingest;
-pub mod lease;
 mod log_keys;
 pub mod outcome;
 pub mod query;

@@ -1,15 +1,15 @@
-//! Quotas: requests of a key in a window of time. [`Use`] decides whether a quota is used up and until when; `store` keeps
+//! Quotas: requests of a key, or of all keys of a user that have a plan, in a window of time. [`Use`] decides whether a quota is used up and until when; `store` keeps
 //! its windows in PostgreSQL. Calendar windows are those of [`crate::domain::calendar`], rolling windows are computed here.
 
-mod starters;
+mod applied;
 mod store;
 
 use time::{Duration, OffsetDateTime};
 
 use crate::domain::{Period, Quota, Window, round_up_to_second};
 
-pub use starters::{Whose, refresh_starters};
-pub use store::{View, count, reconsider, reopen, shut, view};
+pub use applied::{Whose, apply_quotas};
+pub use store::{QuotaId, View, count, present_use, reconsider, reopen, shut, view};
 
 /// Slots of a rolling window.
 pub const SLOTS: usize = 60;
@@ -100,24 +100,30 @@ impl Use {
         self.used >= quota.requests
     }
 
-    /// When an exhausted quota admits requests again: with the next window; a rolling one when it has room for the starter of
-    /// one Envoy. Filters use whole seconds.
+    /// When an exhausted quota admits requests again: with the next window; a rolling one as soon as one request fits. Filters
+    /// use whole seconds.
     #[must_use]
-    pub fn opens_at(&self, quota: &Quota, starter: i64) -> OffsetDateTime {
+    pub fn opens_at(&self, quota: &Quota) -> OffsetDateTime {
+        round_up_to_second(self.frees_at(quota))
+    }
+
+    /// When more is left of the quota than now, if nothing is used until then.
+    #[must_use]
+    pub fn frees_at(&self, quota: &Quota) -> OffsetDateTime {
         if quota.period != Period::Rolling {
-            return round_up_to_second(self.window_end);
+            return self.window_end;
         }
-        let room = quota.requests.saturating_sub(starter).max(0);
+        let counts = self.used.min(quota.requests);
         let slot = slot(quota.window_s());
         let (mut left, mut at) = (self.used, self.window_end);
         for used in &self.slots {
             left = left.saturating_sub(*used);
-            if left <= room {
+            if left < counts {
                 break;
             }
             at += slot;
         }
-        round_up_to_second(at)
+        at
     }
 }
 
@@ -127,6 +133,7 @@ fn slot(window_s: i64) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use contract::record::Per;
     use time::macros::datetime;
 
     use super::*;
@@ -134,7 +141,7 @@ mod tests {
     const NOW: OffsetDateTime = datetime!(2026-01-01 00:00:00 UTC);
 
     fn hour(requests: i64) -> Quota {
-        Quota { requests, period: Period::Rolling, time_zone: None, window_s: Some(3_600) }
+        Quota { requests, period: Period::Rolling, time_zone: None, window_s: Some(3_600), per: Per::Key }
     }
 
     #[test]
@@ -155,27 +162,28 @@ mod tests {
     }
 
     #[test]
-    fn a_rolling_quota_opens_when_it_has_room_for_a_starter() {
+    fn a_rolling_quota_opens_as_soon_as_one_request_fits() {
         let mut used = Use::rolling(3_600, NOW);
         used.add(8);
         used.roll(3_600, NOW + Duration::minutes(10));
         used.add(8);
-        let quota = hour(16);
-        assert!(used.exceeds(&quota));
+        assert!(used.exceeds(&hour(16)));
         // The first eight leave with their slot, an hour after its end.
-        assert_eq!(used.opens_at(&quota, 1), NOW + Duration::minutes(60));
-        assert_eq!(used.opens_at(&quota, 9), NOW + Duration::minutes(70));
+        assert_eq!(used.opens_at(&hour(16)), NOW + Duration::minutes(60));
+        // Of a quota that was lowered more must leave; of one that is not used up, the next slot counts.
+        assert_eq!(used.opens_at(&hour(8)), NOW + Duration::minutes(70));
+        assert_eq!(used.frees_at(&hour(100)), NOW + Duration::minutes(60));
         let mut then = used.clone();
-        then.roll(3_600, used.opens_at(&quota, 1));
+        then.roll(3_600, used.opens_at(&hour(16)));
         assert_eq!(then.used, 8);
     }
 
     #[test]
     fn a_calendar_quota_opens_with_the_next_window() {
-        let quota = Quota { requests: 1, period: Period::Day, time_zone: None, window_s: None };
+        let quota = Quota { requests: 1, period: Period::Day, time_zone: None, window_s: None, per: Per::Key };
         let used = Use { window_start: NOW, window_end: NOW + Duration::days(1), used: 1, slots: Vec::new() };
         assert!(used.exceeds(&quota));
-        assert_eq!(used.opens_at(&quota, 1), NOW + Duration::days(1));
+        assert_eq!(used.opens_at(&quota), NOW + Duration::days(1));
         assert_eq!((quota.kind(), hour(1).kind()), ("day/UTC".into(), "rolling/3600".into()));
         let next =
             Use { window_start: used.window_end, window_end: NOW + Duration::days(2), used: 0, slots: Vec::new() };

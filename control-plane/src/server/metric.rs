@@ -36,6 +36,36 @@ const fn labelled(kind: Kind, name: &'static str, labels: &'static [&'static str
 
 /// All metrics, by name.
 const CATALOGUE: &[Metric] = &[
+    counter(
+        "portcullis_allowance_asks_total",
+        "Pools of limits, quotas and credits that Envoys asked for or told the usage of.",
+    ),
+    labelled(
+        Histogram,
+        "portcullis_allowance_batch_calls",
+        &[],
+        "Calls for allowances that were answered in one transaction.",
+    ),
+    labelled(
+        Histogram,
+        "portcullis_allowance_batch_duration_seconds",
+        &[],
+        "Time of a transaction that answered calls for allowances.",
+    ),
+    labelled(
+        Counter,
+        "portcullis_allowance_calls_total",
+        &["result"],
+        "Calls of Envoys for allowances: answered, rejected (invalid, or of another sync key) or failed (the database).",
+    ),
+    counter("portcullis_allowance_grants_total", "Grants of limits, quotas and credits to Envoys."),
+    labelled(
+        Gauge,
+        "portcullis_allowance_pools",
+        &["kind"],
+        "Pools of which Envoys hold something, by kind: rate, quota or credits.",
+    ),
+    counter("portcullis_allowance_recalls_total", "Allowances that Envoys were told to hand back."),
     labelled(
         Gauge,
         "portcullis_build_info",
@@ -71,8 +101,6 @@ const CATALOGUE: &[Metric] = &[
         &["method", "route", "status"],
         "HTTP requests that were answered.",
     ),
-    counter("portcullis_lease_grants_total", "Grants of limits, quotas and credits to Envoys."),
-    labelled(Gauge, "portcullis_leases", &["stock"], "Leases that Envoys hold, of limits, quotas and credits."),
     counter(
         "portcullis_ledger_rows_rolled_up_total",
         "Ledger rows of usage that were merged into the row of their day.",

@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use self::listener::ServerOptions;
 use self::schema::{open, prepare};
 use self::tls::{Files, Tls};
+use crate::allowances::Allowances;
 use crate::api;
 use crate::api::App;
 use crate::api::rate_limit::CallerRateLimiter;
@@ -42,6 +43,9 @@ pub type Failure = Box<dyn std::error::Error>;
 
 /// How long running requests may take to end when the process shuts down.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// Connections for allowances: one answers, one is spare.
+const ALLOWANCE_CONNECTIONS: u32 = 2;
 
 /// Connections of the feed: one listens, one reads, one asks who the database is.
 const FEED_CONNECTIONS: u32 = 3;
@@ -65,10 +69,12 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let address = listener.local_addr()?;
     let (stop, stopping) = watch::channel(false);
     let (usage, committing) = Ingest::start(pool.clone());
+    // Requests wait for allowances, so these never wait for a connection.
+    let allowances = Allowances::start(open(&options, ALLOWANCE_CONNECTIONS));
     // The feed has connections of its own: a revocation reaches the filters however many requests wait for one.
     let (feed_pool, store) = (open(&options, FEED_CONNECTIONS), Store::new());
     let feed = Feed::new(feed_pool.clone(), store.clone());
-    let app = app(&settings, &pool, (store, feed.clone()), (usage, pepper, policies), stopping);
+    let app = app(&settings, &pool, (store, feed.clone()), (usage, allowances), (pepper, policies), stopping);
     let (pepper, waker) = (app.pepper.clone(), app.store.waker().clone());
     let mut feeding = tokio::spawn(async move {
         prepare(&options, &feed_pool, waker, pepper.as_ref(), [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
@@ -111,7 +117,8 @@ fn app(
     settings: &Serve,
     pool: &PgPool,
     (store, feed): (Store, Feed),
-    (usage, pepper, policies): (Ingest, Option<Pepper>, ConfiguredPolicies),
+    (usage, allowances): (Ingest, Allowances),
+    (pepper, policies): (Option<Pepper>, ConfiguredPolicies),
     stopping: watch::Receiver<bool>,
 ) -> App {
     App {
@@ -121,6 +128,7 @@ fn app(
         pepper,
         feed,
         usage,
+        allowances,
         filters: Registry::bounded(settings.envoys_per_sync_key),
         policies: Arc::new(policies),
         owner_keys_per_day: settings.owner_keys_per_day,
@@ -134,7 +142,7 @@ fn app(
 /// Starts the tasks that do not end by themselves: the end of one is a fault.
 fn start_background(settings: &Serve, app: &App, tls: Option<Arc<Tls>>) -> JoinSet<()> {
     let mut background = JoinSet::new();
-    background.spawn(app.filters.clone().run(app.pool.clone(), app.store.clone()));
+    background.spawn(app.filters.clone().run(app.pool.clone(), app.store.positions()));
     let jobs = jobs::Context::new(settings, app.pool.clone(), Arc::clone(&app.rate_limiter));
     background.spawn(jobs::run(jobs, app.store.clone()));
     if let Some(tls) = tls {

@@ -153,18 +153,17 @@ impl Mirror {
         revision >= self.horizon && revision <= self.revision
     }
 
-    /// Encodes the update that a reader gets, with the number of filters that sync. A reader that is behind the known changes gets a
-    /// snapshot.
+    /// Encodes the update that a reader gets. A reader that is behind the known changes gets a snapshot.
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::encode`].
-    pub fn write_update(&self, wanted: UpdateRequest, filters: u32) -> Result<Bytes, DecodeError> {
+    pub fn write_update(&self, wanted: UpdateRequest) -> Result<Bytes, DecodeError> {
         let (update, revision, part) = match wanted {
             UpdateRequest::Changes(after) if self.reaches_back_to(after) => self.changes(after)?,
             UpdateRequest::Changes(_) => self.snapshot(0)?,
             UpdateRequest::Snapshot(from) => self.snapshot(from)?,
         };
-        let header = Header { epoch: self.epoch, revision, total_keys: self.keys, part, filters };
+        let header = Header { epoch: self.epoch, revision, total_keys: self.keys, part };
         update.finish(&header).map(Bytes::from)
     }
 
@@ -288,7 +287,7 @@ mod tests {
     }
 
     fn changes(mirror: &Mirror, after: u64) -> (Header, usize, usize) {
-        let bytes = mirror.write_update(UpdateRequest::Changes(after), 0).unwrap();
+        let bytes = mirror.write_update(UpdateRequest::Changes(after)).unwrap();
         let update = Update::read(&bytes).unwrap();
         (update.header, update.entries().count(), bytes.len())
     }
@@ -320,7 +319,7 @@ mod tests {
         while let Part::Snapshot { to, .. } = header.part
             && to < BUCKETS
         {
-            let bytes = mirror.write_update(UpdateRequest::Snapshot(to), 0).unwrap();
+            let bytes = mirror.write_update(UpdateRequest::Snapshot(to)).unwrap();
             assert!(bytes.len() <= UPDATE_BYTES + 100, "{}", bytes.len());
             let update = Update::read(&bytes).unwrap();
             (header, entries) = (update.header, entries + update.entries().count());

@@ -11,7 +11,6 @@ pub mod registry;
 mod rows;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -44,7 +43,6 @@ struct Shared {
     refreshing: tokio::sync::Mutex<Option<Instant>>,
     seen: Mutex<Option<Instant>>,
     updates: Mutex<Updates>,
-    filters: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -53,8 +51,8 @@ struct Updates {
     updates: HashMap<WantedKey, Bytes>,
 }
 
-/// Changes or a snapshot, from where on, and the number of Envoys that the update tells.
-type WantedKey = (bool, u64, u32);
+/// Changes or a snapshot, and from where on.
+type WantedKey = (bool, u64);
 
 impl Store {
     /// An empty store.
@@ -67,7 +65,6 @@ impl Store {
             refreshing: tokio::sync::Mutex::new(None),
             seen: Mutex::new(None),
             updates: Mutex::default(),
-            filters: AtomicU32::new(0),
         }))
     }
 
@@ -100,19 +97,6 @@ impl Store {
     #[must_use]
     pub fn definitions(&self) -> Arc<Definitions> {
         self.read(|mirror| mirror.map(Mirror::definitions)).unwrap_or_default()
-    }
-
-    /// How many Envoys sync at present.
-    #[must_use]
-    pub fn filters(&self) -> u32 {
-        self.0.filters.load(Ordering::Relaxed)
-    }
-
-    /// Sets the number of Envoys that sync, for later updates.
-    pub fn set_filters(&self, filters: u32) {
-        if self.0.filters.swap(filters, Ordering::Relaxed) != filters {
-            *self.0.updates.lock().unwrap_or_else(PoisonError::into_inner) = Updates::default();
-        }
     }
 
     /// Wakes the feed.
@@ -158,10 +142,10 @@ impl Store {
     ///
     /// # Errors
     /// None in practice: see [`contract::codec::encode`].
-    pub fn write_update(&self, wanted: UpdateRequest, filters: u32) -> Option<Result<Bytes, DecodeError>> {
+    pub fn write_update(&self, wanted: UpdateRequest) -> Option<Result<Bytes, DecodeError>> {
         let key = match wanted {
-            UpdateRequest::Snapshot(from) => (false, u64::from(from), filters),
-            UpdateRequest::Changes(after) => (true, after, filters),
+            UpdateRequest::Snapshot(from) => (false, u64::from(from)),
+            UpdateRequest::Changes(after) => (true, after),
         };
         self.read(|mirror| {
             let mirror = mirror?;
@@ -169,7 +153,7 @@ impl Store {
             if let Some(update) = self.updates_at(at).updates.get(&key) {
                 return Some(Ok(update.clone()));
             }
-            let update = mirror.write_update(wanted, filters);
+            let update = mirror.write_update(wanted);
             if let Ok(update) = &update {
                 let mut shared = self.updates_at(at);
                 if shared.updates.len() >= SHARED_UPDATES {

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use contract::id::{Epoch, ReporterId};
 use sqlx::PgPool;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::Store;
+use super::Position;
 use super::filters::{self, KnownEnvoy, SILENT};
 
 /// Most Envoys in memory. Beyond, a new one replaces the one that has been silent for longest, if that is at least [`SILENT`];
@@ -168,8 +168,7 @@ impl Registry {
     }
 
     /// Writes and counts until the future is dropped. Call [`Registry::write`] once more at the end.
-    pub async fn run(self, pool: PgPool, store: Store) {
-        let mut positions = store.positions();
+    pub async fn run(self, pool: PgPool, mut positions: watch::Receiver<Position>) {
         // Not before the schema is there.
         if positions.wait_for(Option::is_some).await.is_err() {
             return;
@@ -190,7 +189,7 @@ impl Registry {
                 let wrote = async {
                     self.write(&pool).await?;
                     if newcomers || counted.is_none_or(|at| at.elapsed() >= COUNT) {
-                        self.count(&pool, &store).await?;
+                        self.count(&pool).await?;
                         counted = Some(Instant::now());
                     }
                     Ok::<_, sqlx::Error>(())
@@ -206,7 +205,6 @@ impl Registry {
                 // Without the database, count the Envoys of this process.
                 let here = self.live();
                 let counted = self.state().counted;
-                store.set_filters(counted.max(here));
                 metrics::gauge!("portcullis_filters_live").set(f64::from(counted.max(here)));
                 tokio::time::sleep(pause).await;
                 tokio::select! {
@@ -243,14 +241,11 @@ impl Registry {
         Ok(())
     }
 
-    async fn count(&self, pool: &PgPool, store: &Store) -> Result<(), sqlx::Error> {
+    async fn count(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
         let of_key = filters::live(pool).await?;
         let live = of_key.values().fold(0_u32, |sum, live| sum.saturating_add(*live));
-        {
-            let mut state = self.state();
-            (state.counted, state.counted_of_key) = (live, of_key);
-        }
-        store.set_filters(live.max(self.live()));
+        let mut state = self.state();
+        (state.counted, state.counted_of_key) = (live, of_key);
         Ok(())
     }
 
@@ -305,7 +300,7 @@ impl Registry {
         if newcomer { Registration::Newcomer } else { Registration::Known }
     }
 
-    fn arrived(&self, position: super::Position) {
+    fn arrived(&self, position: Position) {
         let Some((epoch, revision)) = position else { return };
         let mut state = self.state();
         if state.epoch != Some(epoch) {

@@ -30,8 +30,9 @@ macro_rules! keys {
             SecretRow,
             r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", cost,
                 expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
-                coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_starter, quota_turn,
-                quota_resets_at, credits_starter, credits_turn, revision
+                coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_fill,
+                case when applied_quota is not null then applied_quota ->> 'per' is not distinct from 'owner' end as quota_shared,
+                quota_resets_at, metered, credits_fill, revision
             from api_keys where "# + $where
             $(, $of)*
         )
@@ -83,11 +84,12 @@ struct SecretRow {
     plan_number: Option<i32>,
     role_numbers: Vec<i32>,
     networks: Vec<String>,
-    quota_starter: Option<i32>,
-    quota_turn: i32,
+    quota_fill: i32,
+    /// Whether all keys of the owner with the plan share the quota; `None` without a quota.
+    quota_shared: Option<bool>,
     quota_resets_at: Option<OffsetDateTime>,
-    credits_starter: Option<i32>,
-    credits_turn: i32,
+    metered: bool,
+    credits_fill: i32,
     revision: i64,
 }
 
@@ -158,8 +160,9 @@ pub(super) async fn old_secrets(
         r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
             least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
-            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_starter,
-            k.quota_turn, k.quota_resets_at, k.credits_starter, k.credits_turn,
+            coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_fill,
+            case when k.applied_quota is not null then k.applied_quota ->> 'per' is not distinct from 'owner' end as quota_shared,
+            k.quota_resets_at, k.metered, k.credits_fill,
             greatest(k.revision, r.revision) as "revision!"
         from (
             select hash from retired_secrets where revision > $1

@@ -14,8 +14,7 @@ pub struct LockedUser {
     pub primary_key_id: Option<Uuid>,
     pub balance: i64,
     pub metered: bool,
-    pub credits_starter: i32,
-    pub credits_turn: i32,
+    pub credits_fill: i32,
     /// The version of the user's settings.
     pub version: i64,
 }
@@ -30,7 +29,7 @@ pub async fn find_user(connection: &mut PgConnection, email: &Email) -> Result<O
 pub async fn lock_user(connection: &mut PgConnection, id: Uuid) -> Result<LockedUser, ApiError> {
     let user = sqlx::query_as!(
         LockedUser,
-        "select id, email, primary_key_id, balance, metered, credits_starter, credits_turn, version from user_preferences
+        "select id, email, primary_key_id, balance, metered, credits_fill, version from user_preferences
         where id = $1 for no key update",
         id
     );
@@ -49,7 +48,7 @@ pub async fn lock_or_create_user(connection: &mut PgConnection, email: &Email) -
         LockedUser,
         "insert into user_preferences (id, email) values ($1, $2)
         on conflict (email) do update set email = excluded.email
-        returning id, email, primary_key_id, balance, metered, credits_starter, credits_turn, version",
+        returning id, email, primary_key_id, balance, metered, credits_fill, version",
         new,
         email.as_str()
     )

@@ -17,7 +17,7 @@ use crate::definitions::store::numbers;
 use crate::definitions::{Kind, Name};
 use crate::domain::{Email, Timestamp};
 use crate::error::ApiError;
-use crate::quota::{Whose, refresh_starters};
+use crate::quota::{Whose, apply_quotas};
 
 /// Numbers of keys of a user.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -121,7 +121,7 @@ pub async fn set_plan(connection: &mut PgConnection, id: Uuid, plan: Option<&Nam
     .await?;
     let is_changed = changed.rows_affected() > 0;
     if is_changed {
-        refresh_starters(connection, Whose::Owner(id)).await?;
+        apply_quotas(connection, Whose::Owner(id)).await?;
     }
     Ok(is_changed)
 }

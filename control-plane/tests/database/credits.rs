@@ -43,10 +43,10 @@ async fn ledger(pool: &PgPool) -> Vec<(String, i64)> {
     rows(pool, "select kind, amount from ledger order by id").await
 }
 
-/// Flag, starter and turn of the user's keys.
-async fn as_filters_know(pool: &PgPool) -> Vec<(bool, Option<i32>, i32)> {
+/// Of the user's keys: whether the credits are exhausted, whether requests cost credits, and how often the balance was changed.
+async fn as_filters_know(pool: &PgPool) -> Vec<(bool, bool, i32)> {
     let sql = format!(
-        "select credits_exhausted, k.credits_starter, k.credits_turn from api_keys k
+        "select credits_exhausted, k.metered, k.credits_fill from api_keys k
         join user_preferences p on p.id = k.owner_id where email = '{ADA}' order by k.id"
     );
     rows(pool, sql).await
@@ -62,7 +62,7 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
     let fixture = Fixture::new(&pool).await;
     let (admin_id, admin) = fixture.key("admin@example.com", &["admin"]).await;
     let (_, own) = fixture.key(ADA, &[]).await;
-    assert_eq!(as_filters_know(&pool).await, [(false, None, 1)]);
+    assert_eq!(as_filters_know(&pool).await, [(false, false, 0)]);
     let body = json!({"amount": 1_000, "note": " invoice 7 "});
     let entry = fixture.post(&ledger_path(&fixture).await, &admin, body).await.expect(201);
     let expected = json!({
@@ -70,20 +70,17 @@ async fn the_first_top_up_meters_a_user_and_is_a_row_of_the_ledger(pool: PgPool)
         "actor_key_id": admin_id, "refill_due": null
     });
     assert_eq!(entry, expected);
-    assert_eq!(as_filters_know(&pool).await, [(false, Some(62), 2)]);
-    let expected = json!({"balance": 1_000, "leased": 0, "available": 1_000, "starter": 62});
+    assert_eq!(as_filters_know(&pool).await, [(false, true, 1)]);
+    let expected = json!({"balance": 1_000, "held": 0, "available": 1_000});
     assert_eq!(balance(&fixture, &own).await, expected);
     let user = call(&fixture, "GET", &fixture.user(ADA).await, &own, None).await.json();
     assert_eq!((&user["balance"], &user["metered"]), (&json!(1_000), &json!(true)));
-    // More where there is some opens no door anew, but much where there was little does: the rest may have been too little
-    // for a single request.
+    // Filters learn of each change.
     top_up(&fixture, &admin, 600).await;
-    assert_eq!(as_filters_know(&pool).await, [(false, Some(100), 2)]);
+    assert_eq!(as_filters_know(&pool).await, [(false, true, 2)]);
     top_up(&fixture, &admin, 24_000).await;
-    assert_eq!(as_filters_know(&pool).await, [(false, Some(1_600), 2)]);
-    top_up(&fixture, &admin, 384_016).await;
-    assert_eq!(as_filters_know(&pool).await, [(false, Some(25_601), 3)]);
-    let amounts = [1_000, 600, 24_000, 384_016].map(|amount| ("top_up".into(), amount));
+    assert_eq!(as_filters_know(&pool).await, [(false, true, 3)]);
+    let amounts = [1_000, 600, 24_000].map(|amount| ("top_up".into(), amount));
     assert_eq!(ledger(&pool).await, amounts);
     let sql = "select action, actor_key_id, target, detail from audit where action like 'ledger.%' order by id";
     let audited: Vec<(String, Option<Uuid>, Option<String>, Value)> = rows(&pool, sql).await;
@@ -190,11 +187,11 @@ async fn allowed_requests_cost_credits_and_a_user_without_any_is_exhausted_until
     assert_eq!(balance(&fixture, &admin).await["balance"], -2);
     // A key that is made now is exhausted too.
     fixture.key(ADA, &[]).await;
-    assert_eq!(as_filters_know(&pool).await[2], (true, Some(6), 2));
+    assert_eq!(as_filters_know(&pool).await[2], (true, true, 1));
     top_up(&fixture, &admin, 2).await;
-    assert_eq!(as_filters_know(&pool).await[0], (true, Some(1), 2));
+    assert_eq!(as_filters_know(&pool).await[0], (true, true, 2));
     top_up(&fixture, &admin, 1_600).await;
-    assert_eq!(as_filters_know(&pool).await, [(false, Some(100), 3); 3]);
+    assert_eq!(as_filters_know(&pool).await, [(false, true, 3); 3]);
     fixture.in_step().await;
     // A correction takes away; who is not metered pays nothing.
     let body = json!({"amount": -1_700, "kind": "correction", "note": "by mistake"});
@@ -203,7 +200,7 @@ async fn allowed_requests_cost_credits_and_a_user_without_any_is_exhausted_until
     assert!(as_filters_know(&pool).await[0].0);
     let reply = fixture.patch(&fixture.user(ADA).await, &admin, json!({"metered": false})).await;
     assert_eq!((reply.status, &reply.json()["metered"]), (200, &json!(false)));
-    assert_eq!(as_filters_know(&pool).await[0], (false, None, 3));
+    assert_eq!(as_filters_know(&pool).await[0], (false, false, 5));
     envoy.report(&fixture, &[count(one, Outcome::Allowed, 3)]).await;
     assert_eq!(ledger(&pool).await.len(), 7);
 }
@@ -272,7 +269,7 @@ async fn a_refill_is_booked_once_for_each_period_by_one_replica(pool: PgPool) {
     let next: bool = scalar(&pool, sql).await;
     assert!(next, "{}", reply.json()["refill_at"]);
     assert_eq!(refill::refill(&pool).await.unwrap(), 0);
-    assert_eq!(as_filters_know(&pool).await, [(true, Some(1), 2)]);
+    assert_eq!(as_filters_know(&pool).await, [(true, true, 1)]);
 
     // Two midnights have passed unseen.
     execute(&pool, "update user_preferences set refill_at = (date_trunc('day', now() at time zone 'Europe/Berlin') - interval '1 day') at time zone 'Europe/Berlin' where refill is not null").await;
@@ -280,7 +277,7 @@ async fn a_refill_is_booked_once_for_each_period_by_one_replica(pool: PgPool) {
     let booked: usize = futures_util::future::join_all(replicas).await.into_iter().map(Result::unwrap).sum();
     assert_eq!(booked, 1);
     assert_eq!(ledger(&pool).await, [("refill".into(), 100), ("refill".into(), 100)]);
-    assert_eq!(as_filters_know(&pool).await, [(false, Some(12), 3)]);
+    assert_eq!(as_filters_know(&pool).await, [(false, true, 2)]);
     let due: i64 = scalar(&pool, "select count(distinct refill_due) from ledger where refill_due <= now()").await;
     assert_eq!(due, 2);
     assert_eq!(refill::refill(&pool).await.unwrap(), 0);

@@ -87,8 +87,8 @@ async fn every_outcome_that_the_decision_knows_is_explained_by_secret_and_by_id(
         ("expires_at = now()", "expired", json!(401), Some("expiry")),
         ("disabled = true", "disabled", json!(401), Some("switch")),
         ("networks = '{198.51.100.0/24}'", "address_denied", json!(403), Some("address")),
-        ("quota_exceeded = true, quota_starter = 1", "quota_exceeded", json!(429), Some("quota")),
-        ("credits_exhausted = true, credits_starter = 1", "credits_exhausted", json!(429), Some("credits")),
+        ("quota_exceeded = true, applied_quota = '{}'", "quota_exceeded", json!(429), Some("quota")),
+        ("credits_exhausted = true, metered = true", "credits_exhausted", json!(429), Some("credits")),
     ] {
         let (id, key) = fixture.key("user@example.com", &["orders:read"]).await;
         change_key(&pool, id, columns).await;
@@ -133,19 +133,19 @@ async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
     let (id, _) = fixture.key("user@example.com", &[]).await;
     for statement in [
         "insert into ledger (owner_id, kind, amount, balance) select owner_id, 'top_up', 90, 0 from api_keys where id = $1",
-        "update user_preferences set metered = true, credits_starter = 5
-            where id = (select owner_id from api_keys where id = $1)",
-        r#"update api_keys set quota = '{"requests": 100, "period": "day", "time_zone": "UTC"}', quota_starter = 6
-            where id = $1"#,
-        "insert into quota_use (key_id, kind, window_start, window_end, used)
+        "update user_preferences set metered = true where id = (select owner_id from api_keys where id = $1)",
+        r#"update api_keys set applied_quota = '{"requests": 100, "period": "day", "time_zone": "UTC"}' where id = $1"#,
+        "insert into quota_use (subject, kind, window_start, window_end, used)
             values ($1, 'day/UTC', '2026-05-01Z', '2126-05-02Z', 40)",
-        "insert into usage_reporters (reporter, last_seq, reported_at)
-            select reporter, 1, now() from (values (md5('1')::uuid), (md5('2')::uuid)) envoys (reporter)
-            where $1::uuid is not null",
-        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
-            values (1, $1, md5('1')::uuid, 12, 12, 1, 5), (1, $1, md5('2')::uuid, 3, 3, 1, 0)",
-        "insert into leases (stock, subject, reporter, told, held, told_seq, spent)
-            select 2, owner_id, md5('1')::uuid, 30, 30, 1, 10 from api_keys where id = $1",
+        "insert into allowance_callers (reporter, sync_key_id, heard_at)
+            select reporter, $1, at from (values
+                (md5('1')::uuid, now()), (md5('2')::uuid, now()), (md5('3')::uuid, now() - interval '61 seconds')
+            ) envoys (reporter, at)",
+        "insert into allowances (kind, subject, tag, reporter, session, granted, spent, returned, used_at)
+            values (1, $1, 0, md5('1')::uuid, 1, 14, 5, 2, now()), (1, $1, 0, md5('2')::uuid, 1, 3, 0, 0, now()),
+                (1, $1, 0, md5('3')::uuid, 1, 30, 0, 0, now())",
+        "insert into allowances (kind, subject, tag, reporter, session, granted, spent, returned, used_at)
+            select 2, owner_id, 0, md5('1')::uuid, 1, 30, 10, 0, now() from api_keys where id = $1",
     ] {
         sqlx::query(statement).bind(id).execute(&pool).await.unwrap();
     }
@@ -155,8 +155,8 @@ async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
         checks[checks.len() - 2..],
         [
             json!({"name": "quota_left", "passed": null, "saw": "40 of 100 requests are used in the window that \
-                ends at 2126-05-02T00:00:00Z; 10 are leased to Envoys"}),
-            json!({"name": "credits_left", "passed": null, "saw": "the balance is 90, of which 20 are leased to Envoys"}),
+                ends at 2126-05-02T00:00:00Z; Envoys hold 10, 50 are left"}),
+            json!({"name": "credits_left", "passed": null, "saw": "the balance is 90; Envoys hold 20, 70 are left"}),
         ]
     );
     assert_eq!((&reply["outcome"], &checks[8]["saw"]), (&json!("allowed"), &json!("not used up")));
@@ -164,7 +164,8 @@ async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
     change_key(&pool, id, "cost = 91").await;
     fixture.in_step().await;
     let reply = explain(&fixture, &admin, json!({"key_id": id})).await.json();
-    let saw = "the balance is 90, of which 20 are leased to Envoys; the request costs 91, which is more: waiting does not help";
+    let saw =
+        "the balance is 90; Envoys hold 20, 70 are left; the request costs 91, which is more: waiting does not help";
     assert_eq!(reply["checks"].as_array().unwrap().last().unwrap()["saw"], saw);
 }
 

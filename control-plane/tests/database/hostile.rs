@@ -309,11 +309,7 @@ const REPORTER: ReporterId = ReporterId([9; 16]);
 fn report(reporter: ReporterId, seq: u64, key: Option<Uuid>, hour: u32, requests: u64) -> Report {
     let key = key.map(|id| KeyRef { id: KeyId::from(id), generation: 1 });
     let of = Subject { key, outcome: Outcome::Allowed.code(), hour };
-    Report {
-        reporter,
-        seq,
-        counts: vec![Count { of, requests, cost: requests, drawn: 0, last_ms: u64::from(hour) * 3_600_000 }],
-    }
+    Report { reporter, seq, counts: vec![Count { of, requests, cost: requests, last_ms: u64::from(hour) * 3_600_000 }] }
 }
 
 async fn counted(pool: &PgPool, id: Uuid) -> i64 {

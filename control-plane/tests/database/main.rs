@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests hold locks of their own")]
 
 mod addresses;
+mod allowances;
 mod authorization;
 mod binary;
 mod bodies;
@@ -19,7 +20,6 @@ mod idempotency;
 mod import;
 mod keys;
 mod last_admin;
-mod leases;
 mod lifecycle;
 mod management;
 mod memory;
@@ -29,6 +29,7 @@ mod quota;
 mod roles;
 mod rotation;
 mod search;
+mod shared_limits;
 mod statistics;
 mod support;
 mod sync;

@@ -176,7 +176,7 @@ async fn an_expired_key_that_filters_forgot_comes_back_with_what_its_owner_has_n
     fixture.in_step().await;
     let record = fixture.app.store.find(&expired.secret().hash()).unwrap();
     assert!(record.plan.is_some());
-    assert_eq!(record.quota.map(|quota| quota.starter), Some(100));
+    assert_eq!(record.quota.map(|quota| quota.fill), Some(1));
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -1,9 +1,9 @@
 //! Plans, quotas, networks and costs of keys.
 
-use crate::support::{Fixture, Reply, execute, id_of, request, revision, row, rows, scalar, secret_of};
+use crate::support::{Fixture, Reply, execute, id_of, request, revision, row, rows, scalar, scalars, secret_of};
 use axum::extract::ConnectInfo;
 use contract::key::Secret;
-use contract::record::{Record, Requires};
+use contract::record::{Budget, Per, Record, Requires};
 use control_plane::net::connection::Peer;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -28,8 +28,9 @@ async fn record(fixture: &Fixture, key: &Secret) -> Record {
     fixture.app.store.find(&key.hash()).unwrap()
 }
 
-async fn starter(pool: &PgPool, id: Uuid) -> Option<i32> {
-    scalar(pool, format!("select quota_starter from api_keys where id = '{id}'")).await
+/// The requests of the quota that applies to a key.
+async fn applied(pool: &PgPool, id: Uuid) -> Option<i64> {
+    scalar(pool, format!("select (applied_quota ->> 'requests')::bigint from api_keys where id = '{id}'")).await
 }
 
 fn daily(requests: i64) -> Value {
@@ -58,7 +59,7 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     let listed = fixture.get("/v1/plans", &admin).await.json();
     assert_eq!(listed, json!({"plans": [expected], "next_cursor": null}));
     let stored: Value = scalar(&pool, "select quota from definitions").await;
-    assert_eq!(stored, json!({"requests": 1_000_000, "period": "month", "time_zone": "Europe/Berlin"}));
+    assert_eq!(stored, json!({"requests": 1_000_000, "period": "month", "time_zone": "Europe/Berlin", "per": "key"}));
     let before = revision(&pool).await;
     let mut same = expected.clone();
     for field in ["name", "created_at"] {
@@ -73,10 +74,7 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     assert_eq!((&shown["plan"], &shown["effective_plan"]), (&json!("gold"), &json!("gold")));
     assert_eq!((&shown["effective_scopes"], &shown["quota"]), (&json!(["own", "orders:*"]), &Value::Null));
     let record = record(&fixture, &key).await;
-    assert_eq!(
-        (record.requires, record.quota.unwrap().starter),
-        (Requires(Requires::PLAN.0 | Requires::BUDGETS.0), 62_500)
-    );
+    assert_eq!((record.requires, record.quota.unwrap().fill), (Requires(Requires::PLAN.0 | Requires::BUDGETS.0), 1));
     let definitions = fixture.app.store.definitions();
     let limits = definitions.rate_limits(&record).iter().map(|limit| (limit.burst, limit.shared));
     assert_eq!(limits.collect::<Vec<_>>(), [(10, true), (5, false)]);
@@ -105,7 +103,7 @@ async fn a_patch_of_many_fields_is_one_version_one_revision_and_one_entry_of_the
     let reply = patch(&fixture, &admin, id, body).await;
     assert_eq!((reply.status, reply.header("etag")), (200, "\"2\""), "{}", reply.json());
     assert_eq!(revision(&pool).await, before + 1);
-    assert_eq!(starter(&pool, id).await, Some(10));
+    assert_eq!(applied(&pool, id).await, Some(160));
     let audit: Vec<(String, Value)> =
         rows(&pool, format!("select action, detail from audit where key_id = '{id}' and action <> 'key.create'")).await;
     let detail = json!({
@@ -206,11 +204,11 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
     assert_eq!(stored, json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata"}));
     patch(&fixture, &admin, id, json!({"quota": {"requests": 5, "period": "rolling", "window_seconds": 90}})).await;
     let stored: Value = scalar(&pool, format!("select quota from api_keys where id = '{id}'")).await;
-    assert_eq!(stored, json!({"requests": 5, "period": "rolling", "window_s": 90}));
+    assert_eq!(stored, json!({"requests": 5, "period": "rolling", "window_s": 90, "per": "key"}));
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(pool: PgPool) {
+async fn filters_learn_of_each_change_of_the_quota_however_the_key_comes_to_it(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let owner = async |plan: Value| {
         let reply = fixture.patch(&fixture.user("user@example.com").await, &admin, json!({"plan": plan})).await;
@@ -220,30 +218,35 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
     let (plain, _) = create(&fixture, &admin, json!({})).await;
     let (own, key) = create(&fixture, &admin, json!({"quota": daily(160)})).await;
     let (planned, _) = create(&fixture, &admin, json!({"plan": "gold"})).await;
-    let starters = async || [starter(&pool, plain).await, starter(&pool, own).await, starter(&pool, planned).await];
-    assert_eq!(starters().await, [None, Some(10), Some(100)]);
-    assert_eq!(record(&fixture, &key).await.quota.unwrap().starter, 10);
+    let quotas = async || [applied(&pool, plain).await, applied(&pool, own).await, applied(&pool, planned).await];
+    assert_eq!(quotas().await, [None, Some(160), Some(1_600)]);
+    let budget = Budget { fill: 1, resets_at_s: None, per: Per::Key };
+    assert_eq!(record(&fixture, &key).await.quota, Some(budget));
 
     owner(json!("gold")).await;
-    assert_eq!(starters().await, [Some(100), Some(10), Some(100)]);
-    // A change of the plan is one change of all its keys.
-    let before = revision(&pool).await;
-    put(&fixture, &admin, "gold", json!({"quota": daily(3_200)})).await;
-    assert_eq!(starters().await, [Some(200), Some(10), Some(200)]);
-    assert_eq!(revision(&pool).await, before + 2);
-    put(&fixture, &admin, "gold", json!({"quota": daily(3_200), "scopes": ["a"]})).await;
-    assert_eq!(revision(&pool).await, before + 3, "no key changed");
-
-    patch(&fixture, &admin, own, json!({"quota": null})).await;
-    assert_eq!(starter(&pool, own).await, Some(200));
-    assert_eq!(record(&fixture, &key).await.quota.unwrap().starter, 200);
-    for (requests, expected) in [(1, 1), (31, 1), (32, 2), (16_000_000, 1_000_000), (1_000_000_000_000, 1_000_000)] {
-        patch(&fixture, &admin, own, json!({"quota": daily(requests)})).await;
-        assert_eq!(starter(&pool, own).await, Some(expected), "{requests}");
+    assert_eq!(quotas().await, [Some(1_600), Some(160), Some(1_600)]);
+    // A change of the plan is one change of all its keys, whether it raises the quota or lowers it.
+    for requests in [3_200, 1_000] {
+        let before = revision(&pool).await;
+        put(&fixture, &admin, "gold", json!({"quota": daily(requests)})).await;
+        assert_eq!(quotas().await, [Some(requests), Some(160), Some(requests)]);
+        assert_eq!(revision(&pool).await, before + 2);
     }
-    patch(&fixture, &admin, own, json!({"quota": null})).await;
+    let fills: Vec<i32> = scalars(&pool, "select quota_fill from api_keys where quota_fill > 0 order by id").await;
+    assert_eq!(fills, [3, 1, 3]);
+    let before = revision(&pool).await;
+    put(&fixture, &admin, "gold", json!({"quota": daily(1_000), "scopes": ["a"]})).await;
+    assert_eq!(revision(&pool).await, before + 1, "no key changed");
+
+    for (quota, expected) in [(Value::Null, 1_000), (daily(31), 31), (daily(32), 32), (Value::Null, 1_000)] {
+        let before = record(&fixture, &key).await.quota.unwrap().fill;
+        patch(&fixture, &admin, own, json!({"quota": quota})).await;
+        assert_eq!(applied(&pool, own).await, Some(expected));
+        assert_eq!(record(&fixture, &key).await.quota.unwrap().fill, before + 1);
+    }
     owner(Value::Null).await;
-    assert_eq!(starters().await, [None, None, Some(200)]);
+    assert_eq!(quotas().await, [None, None, Some(1_000)]);
+    assert_eq!(record(&fixture, &key).await.quota, None);
     // Keys of a user who has a plan already.
     owner(json!("gold")).await;
     let (late, _) = create(&fixture, &admin, json!({})).await;
@@ -251,9 +254,34 @@ async fn the_starter_is_a_sixteenth_of_the_quota_however_the_key_comes_to_it(poo
     assert_eq!(fixture.post("/api/user/key", &admin, &body).await.status, 200);
     let primary: Uuid =
         scalar(&pool, "select primary_key_id from user_preferences where email = 'user@example.com'").await;
-    assert_eq!((starter(&pool, late).await, starter(&pool, primary).await), (Some(200), Some(200)));
+    assert_eq!((applied(&pool, late).await, applied(&pool, primary).await), (Some(1_000), Some(1_000)));
     put(&fixture, &admin, "gold", json!({})).await;
-    assert_eq!(starters().await, [None, None, None]);
+    assert_eq!(quotas().await, [None, None, None]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn only_plans_have_limits_and_quotas_that_the_keys_of_a_user_share(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let limit = json!([{"name": "a", "requests": 5, "window_seconds": 1, "burst": 5, "shared": true, "per": "owner"}]);
+    let quota = json!({"requests": 9, "period": "day", "time_zone": "UTC", "per": "owner"});
+    put(&fixture, &admin, "team", json!({"rate_limits": limit, "quota": quota})).await;
+    let shown = fixture.get("/v1/plans/team", &admin).await.json();
+    assert_eq!((&shown["rate_limits"], &shown["quota"]), (&limit, &quota));
+    let (id, key) = create(&fixture, &admin, json!({"plan": "team"})).await;
+    assert_eq!(record(&fixture, &key).await.quota.unwrap().per, Per::Owner);
+    assert_eq!(fixture.app.store.definitions().rate_limits(&record(&fixture, &key).await)[0].per, Per::Owner);
+    let detail =
+        "per must be key for the limits and the quota of a single key; per owner goes with a plan, whose keys share it";
+    for (field, value) in [("rate_limits", limit), ("quota", quota)] {
+        let body = json!({field: value});
+        patch(&fixture, &admin, id, body.clone()).await.assert_problem(400, "invalid", detail, Some(field));
+        fixture.create(&admin, body).await.assert_problem(400, "invalid", detail, Some(field));
+    }
+    let alone =
+        json!({"rate_limits": [{"name": "a", "requests": 5, "window_seconds": 1, "shared": false, "per": "owner"}]});
+    let detail = "\"a\" is per owner, so shared must be true";
+    let reply = fixture.put("/v1/plans/other", &admin, &alone).await;
+    reply.assert_problem(400, "invalid", detail, Some("rate_limits"));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -389,7 +417,7 @@ async fn keys_that_a_user_creates_inherit_the_restrictions_of_the_calling_key(po
         assert_eq!(shown, expected);
     };
     bound(&made, json!(["0.0.0.0/1", "128.0.0.0/1"]));
-    assert_eq!(starter(&pool, id_of(&made)).await, Some(10));
+    assert_eq!(applied(&pool, id_of(&made)).await, Some(160));
     let narrow = json!({"email": "user@example.com", "name": "x", "allowed_addresses": ["192.0.2.0/24"]});
     bound(&call("/v1/keys", narrow).await.json(), json!(["192.0.2.0/24"]));
     let detail = "Only a key with the scope admin widens allowed_addresses.";

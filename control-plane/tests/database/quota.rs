@@ -1,29 +1,24 @@
 //! Quotas, over the real router and a real PostgreSQL.
 
-use crate::support::reports::{Envoy, coded, count, granted};
+use crate::support::reports::{Envoy, coded, count};
 use crate::support::{Fixture, execute, revision, row, scalar};
 use contract::key::Secret;
 use contract::outcome::Outcome;
-use contract::usage::{Count, SHADOW};
+use contract::usage::SHADOW;
 use control_plane::domain::{Every, Window};
-use control_plane::quota::{Whose, reconsider, refresh_starters, reopen};
+use control_plane::quota::{Whose, apply_quotas, reconsider, reopen};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 async fn set_quota(pool: &PgPool, id: Uuid, quota: &Value) {
-    let starter = quota["requests"].as_i64().unwrap() / 16;
-    execute(
-        pool,
-        &format!("update api_keys set quota = '{quota}', quota_starter = {} where id = '{id}'", starter.max(1)),
-    )
-    .await;
+    execute(pool, &format!("update api_keys set quota = '{quota}', applied_quota = '{quota}' where id = '{id}'")).await;
 }
 
-/// Flag, turn, and whether the end lies ahead.
+/// Flag, fill, and whether the end lies ahead.
 async fn as_filters_know(pool: &PgPool, id: Uuid) -> (bool, i32, Option<bool>) {
-    let sql = format!("select quota_exceeded, quota_turn, quota_resets_at > now() from api_keys where id = '{id}'");
+    let sql = format!("select quota_exceeded, quota_fill, quota_resets_at > now() from api_keys where id = '{id}'");
     row(pool, sql).await
 }
 
@@ -40,21 +35,6 @@ fn timeless(mut view: Value) -> Value {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_an_envoy_let_in_before_it_knew_of_a_quota_is_used_and_was_not_drawn_from_a_lease(pool: PgPool) {
-    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
-    let (id, _) = fixture.key("ada@example.com", &[]).await;
-    set_quota(&pool, id, &json!({"requests": 100, "period": "month", "time_zone": "UTC"})).await;
-    let mut envoy = Envoy::new(1, &sync);
-    let before = Count { drawn: 0, ..count(id, Outcome::Allowed, 20) };
-    assert_eq!(granted(&envoy.report(&fixture, &[before]).await, 1, id), None);
-    let some = Count { drawn: 10, ..count(id, Outcome::Allowed, 40) };
-    // The lease is half of the 40 that are left, on top of the 10 that the Envoy knows it has spent.
-    assert_eq!(granted(&envoy.report(&fixture, &[some]).await, 1, id), Some((10 + 20, 1)));
-    let seen = view(&fixture, &admin, id).await;
-    assert_eq!((&seen["used"], &seen["leased"], &seen["remaining"]), (&json!(60), &json!(20), &json!(20)), "{seen}");
-}
-
-#[sqlx::test(migrations = "./migrations")]
 async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
     let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (id, _) = fixture.key("ada@example.com", &[]).await;
@@ -64,14 +44,11 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
     set_quota(&pool, id, &json!({"requests": 100, "period": "month", "time_zone": "Europe/Berlin"})).await;
     let mut envoy = Envoy::new(1, &sync);
     let shadow = coded(id, SHADOW | Outcome::QuotaExceeded.code(), 9, 0);
-    let grants =
-        envoy.report(&fixture, &[count(id, Outcome::Allowed, 40), count(id, Outcome::ScopeDenied, 5), shadow]).await;
-    // Half of what is left, as this is the only Envoy.
-    assert_eq!(granted(&grants, 1, id), Some((40 + 30, 1)));
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 40), count(id, Outcome::ScopeDenied, 5), shadow]).await;
     let seen = view(&fixture, &admin, id).await;
     let expected = json!({
-        "requests": 100, "period": "month", "time_zone": "Europe/Berlin", "window_seconds": null,
-        "used": 40, "leased": 30, "remaining": 30, "exceeded": false
+        "requests": 100, "per": "key", "period": "month", "time_zone": "Europe/Berlin", "window_seconds": null,
+        "used": 40, "held": 0, "remaining": 60, "exceeded": false
     });
     let sql = "select to_char(starts at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), to_char(ends at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')
         from (
@@ -88,16 +65,16 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
 
     let before = revision(&pool).await;
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 59)]).await;
-    assert_eq!((as_filters_know(&pool, id).await, revision(&pool).await), ((false, 1, None), before));
+    assert_eq!((as_filters_know(&pool, id).await, revision(&pool).await), ((false, 0, None), before));
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 3)]).await;
-    assert_eq!(as_filters_know(&pool, id).await, (true, 1, Some(true)));
+    assert_eq!(as_filters_know(&pool, id).await, (true, 0, Some(true)));
     let seen = view(&fixture, &admin, id).await;
     assert_eq!(seen["resets_at"], seen["window_end"]);
     assert_eq!((&seen["used"], &seen["remaining"], &seen["exceeded"]), (&json!(102), &json!(0), &json!(true)));
     // Reports that come late say nothing new.
     let before = revision(&pool).await;
-    let grants = envoy.report(&fixture, &[count(id, Outcome::QuotaExceeded, 3)]).await;
-    assert_eq!((granted(&grants, 1, id), revision(&pool).await), (Some((102, 1)), before));
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 1), count(id, Outcome::QuotaExceeded, 3)]).await;
+    assert_eq!(revision(&pool).await, before);
     assert_eq!(reopen(&pool).await.unwrap(), 0);
 
     // The month ends.
@@ -109,9 +86,8 @@ async fn a_quota_is_used_up_and_opens_with_the_next_window(pool: PgPool) {
     execute(&pool, "update api_keys set quota_resets_at = now() - interval '1 second' where quota_exceeded").await;
     assert_eq!(timeless(view(&fixture, &admin, id).await)["used"], 0);
     assert_eq!(reopen(&pool).await.unwrap(), 1);
-    assert_eq!(as_filters_know(&pool, id).await, (false, 2, None));
-    let grants = envoy.report(&fixture, &[count(id, Outcome::Allowed, 4)]).await;
-    assert_eq!(granted(&grants, 1, id), Some((102 + 4 + 16, 2)));
+    assert_eq!(as_filters_know(&pool, id).await, (false, 0, None));
+    envoy.report(&fixture, &[count(id, Outcome::Allowed, 4)]).await;
     let seen = view(&fixture, &admin, id).await;
     assert_eq!((&seen["used"], seen["window_start"].as_str()), (&json!(4), Some(&*calendar.0)));
     fixture.in_step().await;
@@ -161,7 +137,7 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
         "update user_preferences set plan_number = (select number from definitions) where email = 'ada@example.com'",
     )
     .await;
-    execute(&pool, "update api_keys set quota_starter = 1 where owner_plan_number is not null").await;
+    execute(&pool, "update api_keys set applied_quota = '{\"requests\": 10, \"period\": \"day\"}' where owner_plan_number is not null").await;
     set_quota(&pool, own, &json!({"requests": 5, "period": "day"})).await;
     let mut envoy = Envoy::new(1, &sync);
     envoy.report(&fixture, &[count(id, Outcome::Allowed, 10), count(own, Outcome::Allowed, 6)]).await;
@@ -171,10 +147,11 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
     let mut transaction = pool.begin().await.unwrap();
     let more = r#"update definitions set quota = '{"requests": 20, "period": "day"}'"#;
     sqlx::query(more).execute(&mut *transaction).await.unwrap();
-    assert_eq!(refresh_starters(&mut transaction, Whose::Plan(plan)).await.unwrap(), 1);
+    assert_eq!(apply_quotas(&mut transaction, Whose::Plan(plan)).await.unwrap(), 2);
     transaction.commit().await.unwrap();
-    assert_eq!(as_filters_know(&pool, id).await, (false, 2, None));
-    assert_eq!(as_filters_know(&pool, own).await, (true, 1, Some(true)));
+    // Copied to the row, and open again.
+    assert_eq!(as_filters_know(&pool, id).await, (false, 1, None));
+    assert_eq!(as_filters_know(&pool, own).await, (true, 0, Some(true)));
 
     let mut connection = pool.acquire().await.unwrap();
     // Nothing was changed: nothing happens, and filters sleep on.
@@ -186,15 +163,15 @@ async fn a_plans_quota_counts_for_its_keys_and_a_change_opens_or_shuts_at_once(p
     // Of another kind, so nothing of it is used.
     set_quota(&pool, own, &json!({"requests": 6, "period": "week"})).await;
     assert_eq!(reconsider(&mut connection, &[own]).await.unwrap(), 1);
-    assert_eq!(as_filters_know(&pool, own).await, (false, 2, None));
+    assert_eq!(as_filters_know(&pool, own).await, (false, 0, None));
     assert_eq!(view(&fixture, &admin, own).await["used"], 0);
     set_quota(&pool, id, &json!({"requests": 3, "period": "day"})).await;
     assert_eq!(reconsider(&mut connection, &[id]).await.unwrap(), 1);
-    assert_eq!(as_filters_know(&pool, id).await, (true, 2, Some(true)));
-    execute(&pool, &format!("update api_keys set quota = null, quota_starter = null where id = '{id}'")).await;
+    assert_eq!(as_filters_know(&pool, id).await, (true, 1, Some(true)));
+    execute(&pool, &format!("update api_keys set quota = null, applied_quota = null where id = '{id}'")).await;
     execute(&pool, "update definitions set removed = true").await;
     assert_eq!(reconsider(&mut connection, &[id]).await.unwrap(), 1);
-    assert_eq!(as_filters_know(&pool, id).await, (false, 3, None));
+    assert_eq!(as_filters_know(&pool, id).await, (false, 1, None));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -202,7 +179,8 @@ async fn an_invalid_quota_or_time_zone_stops_no_report(pool: PgPool) {
     let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let (odd, _) = fixture.key("ada@example.com", &[]).await;
     let (lost, _) = fixture.key("ada@example.com", &[]).await;
-    execute(&pool, &format!("update api_keys set quota = '{{\"requests\": \"many\"}}' where id = '{odd}'")).await;
+    execute(&pool, &format!("update api_keys set applied_quota = '{{\"requests\": \"many\"}}' where id = '{odd}'"))
+        .await;
     set_quota(&pool, lost, &json!({"requests": 3, "period": "day", "time_zone": "Mars/Olympus"})).await;
     let counts = [count(odd, Outcome::Allowed, 2), count(lost, Outcome::Allowed, 2)];
     Envoy::new(1, &sync).report(&fixture, &counts).await;

@@ -17,13 +17,7 @@ const LAST_MS: u64 = 1_764_000_123_456;
 
 fn count(key: Option<Uuid>, outcome: Outcome, requests: u64) -> Count {
     let key = key.map(|id| KeyRef { id: KeyId::from(id), generation: 1 });
-    Count {
-        of: Subject { key, outcome: outcome.code(), hour: HOUR },
-        requests,
-        cost: requests,
-        drawn: 0,
-        last_ms: LAST_MS,
-    }
+    Count { of: Subject { key, outcome: outcome.code(), hour: HOUR }, requests, cost: requests, last_ms: LAST_MS }
 }
 
 fn report(reporter: ReporterId, seq: u64, counts: &[Count]) -> Report {

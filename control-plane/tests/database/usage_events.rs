@@ -19,10 +19,10 @@ async fn count(pool: &PgPool, reporter: u8, seq: u64, counts: &[(Uuid, u32, u8, 
     let counts = counts.iter().map(|(id, generation, outcome, requests)| {
         let key = Some(KeyRef { id: KeyId::from(*id), generation: *generation });
         let of = Subject { key, outcome: *outcome, hour: HOUR + u32::from(*outcome) };
-        Count { of, requests: *requests, cost: requests * 2, drawn: 0, last_ms: 0 }
+        Count { of, requests: *requests, cost: requests * 2, last_ms: 0 }
     });
     let report = Report { reporter, seq, counts: counts.collect() };
-    apply(pool, &[Submission { reporter, sync_key: None, live: false, reports: vec![report] }]).await.unwrap();
+    apply(pool, &[Submission { reporter, sync_key: None, reports: vec![report] }]).await.unwrap();
 }
 
 async fn read(fixture: &Fixture, admin: &Secret, query: &str) -> Reply {

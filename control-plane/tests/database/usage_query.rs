@@ -251,12 +251,12 @@ async fn all_sums(pool: &PgPool) -> Vec<(Option<Uuid>, i16, i64, i64)> {
 
 fn submission(reporter: u8, seq: u64, counts: Vec<Count>) -> Submission {
     let reporter = ReporterId([reporter; 16]);
-    Submission { reporter, sync_key: None, live: false, reports: vec![Report { reporter, seq, counts }] }
+    Submission { reporter, sync_key: None, reports: vec![Report { reporter, seq, counts }] }
 }
 
 fn of(key: Option<Uuid>, outcome: u8, hour: u32, requests: u64) -> Count {
     let key = key.map(|id| KeyRef { id: KeyId::from(id), generation: 1 });
-    Count { of: Subject { key, outcome, hour }, requests, cost: requests * 3, drawn: 0, last_ms: 0 }
+    Count { of: Subject { key, outcome, hour }, requests, cost: requests * 3, last_ms: 0 }
 }
 
 #[sqlx::test(migrations = "./migrations")]

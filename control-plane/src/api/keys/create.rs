@@ -13,7 +13,7 @@ use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
 use crate::api::openapi::{Conflict, IdempotencyKey};
 use crate::domain::{
-    Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits,
+    Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_key_rate_limits,
 };
 use crate::error::ApiError;
 use crate::keys;
@@ -89,7 +89,7 @@ pub async fn create(Call { app, caller, .. }: Call, mut request: IdempotentReque
         name: KeyName::parse("name", &body.name)?,
         kind: body.kind.into(),
         scopes: Scopes::parse(body.scopes)?,
-        rate_limits: parse_rate_limits(body.rate_limits)?,
+        rate_limits: parse_key_rate_limits(body.rate_limits)?,
         permissions: Permissions::parse(PermissionsPatch {
             roles: body.roles,
             plan: body.plan,

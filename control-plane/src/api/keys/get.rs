@@ -28,10 +28,10 @@ pub struct KeyDetails {
     /// Its secrets that filters still know, the newest first: the use of an old one shows when it is safe to
     /// revoke it.
     secrets: Vec<SecretView>,
-    /// Use of its quota, and the requests that Envoys have a lease for; null without a quota.
+    /// Use of its quota, and the requests that Envoys hold; null without a quota.
     #[schema(required)]
     quota_usage: Option<QuotaView>,
-    /// Credits of its owner, and those that Envoys have a lease for; null if the owner is not metered.
+    /// Credits of its owner, and those that Envoys hold; null if the owner is not metered.
     #[schema(required)]
     credits: Option<CreditsView>,
     /// By how many Envoys its last change was applied, as they say themselves.
@@ -43,8 +43,8 @@ pub struct KeyDetails {
 pub struct CreditsView {
     /// The sum of the ledger.
     balance: i64,
-    /// Credits that Envoys have a lease for and have not reported as spent.
-    leased: i64,
+    /// Credits that Envoys hold and have not reported as spent.
+    held: i64,
     /// Credits that all requests so far have cost.
     spent: i64,
 }
@@ -53,7 +53,7 @@ impl CreditsView {
     async fn read(app: &App, owner_id: Uuid) -> Result<Option<Self>, ApiError> {
         let account = credits::account(&app.pool, owner_id).await?;
         let Some(account) = account.filter(|account| account.metered) else { return Ok(None) };
-        Ok(Some(Self { balance: account.balance, leased: account.leased, spent: account.spent }))
+        Ok(Some(Self { balance: account.balance, held: account.held, spent: account.spent }))
     }
 }
 

@@ -8,7 +8,7 @@ use super::{ById, managed};
 use crate::App;
 use crate::api::call::Call;
 use crate::api::extract::Json;
-use crate::domain::{Period, Timestamp};
+use crate::domain::{PerBody, Period, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{self, View};
 
@@ -17,6 +17,8 @@ use crate::quota::{self, View};
 pub struct QuotaView {
     /// Requests that a window allows.
     requests: i64,
+    /// Whose it is: `owner` if all keys of the owner that have the plan share it.
+    per: PerBody,
     /// The kind of window.
     period: Period,
     /// Where days begin at midnight; null where the window rolls.
@@ -32,8 +34,8 @@ pub struct QuotaView {
     /// Requests that were allowed in it.
     used: i64,
     /// Requests that Envoys hold and have not reported as used.
-    leased: i64,
-    /// Requests that are left beside, never below zero.
+    held: i64,
+    /// Requests that are left beside, never below zero: what Envoys can still be granted.
     remaining: i64,
     /// Whether it is used up.
     exceeded: bool,
@@ -48,18 +50,19 @@ impl QuotaView {
         Ok(quota::view(&app.pool, key).await?.map(Self::of))
     }
 
-    fn of(View { quota, used, leased, exceeded, resets_at }: View) -> Self {
+    fn of(View { quota, used, held, exceeded, resets_at }: View) -> Self {
         let rolls = quota.period == Period::Rolling;
         Self {
             requests: quota.requests,
+            per: quota.per.into(),
             period: quota.period,
             time_zone: (!rolls).then(|| quota.zone().to_owned()),
             window_seconds: rolls.then(|| quota.window_s()),
             window_start: used.window_start.into(),
             window_end: used.window_end.into(),
             used: used.used,
-            leased,
-            remaining: quota.requests.saturating_sub(used.used).saturating_sub(leased).max(0),
+            held,
+            remaining: quota.requests.saturating_sub(used.used).saturating_sub(held).max(0),
             exceeded,
             resets_at: resets_at.map(Into::into),
         }

@@ -11,7 +11,7 @@ use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::error::ApiError;
 use crate::keys::lock::lock_store;
-use crate::quota::{Whose, refresh_starters};
+use crate::quota::{Whose, apply_quotas};
 
 /// Writes a chunk. Returns the numbers of the lines whose keys exist already, and why they were not written.
 pub(super) async fn write(change: &mut Change, chunk: &[Accepted]) -> Result<Vec<(u64, Code, String)>, ApiError> {
@@ -46,7 +46,7 @@ pub(super) async fn write(change: &mut Change, chunk: &[Accepted]) -> Result<Vec
     if !rows.ids.is_empty() {
         rows.insert(change).await?;
         // The plans of their owners may have quotas.
-        refresh_starters(change, Whose::Keys(&rows.ids)).await?;
+        apply_quotas(change, Whose::Keys(&rows.ids)).await?;
         let first = chunk.first().map_or(0, |first| first.line);
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
         change.record_each("key.import", &rows.ids, &json!({"lines": [first, last]})).await?;

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_rate_limits};
+use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_key_rate_limits};
 use crate::error::ApiError;
 
 /// Shortest plain key. Shorter ones could be guessed.
@@ -95,7 +95,7 @@ fn check(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, ApiError>
         hash,
         prefix: body.prefix.map(prefix).transpose()?.or(known_prefix),
         scopes,
-        rate_limits: parse_rate_limits(body.rate_limits)?,
+        rate_limits: parse_key_rate_limits(body.rate_limits)?,
         expires_at,
         disabled: body.disabled,
     })

@@ -1,5 +1,6 @@
 //! Shared by the database tests: an app over the test's own database, and requests to its router.
 
+pub mod gateway;
 pub mod reports;
 pub mod server;
 pub mod slow_rollback;
@@ -14,6 +15,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request};
 use contract::key::Secret;
+use control_plane::allowances::Allowances;
 use control_plane::api::rate_limit::CallerRateLimiter;
 use control_plane::audit::Actor;
 use control_plane::change::{FeedWaker, Writer};
@@ -101,6 +103,7 @@ impl Fixture {
             store,
             pepper: None,
             usage,
+            allowances: Allowances::start(pool.clone()),
             filters: Registry::bounded(1_000),
             owner_keys_per_day: 200,
             policies: Arc::default(),

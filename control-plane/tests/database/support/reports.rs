@@ -1,9 +1,9 @@
-//! Envoys as the control plane sees them: they send reports, and read acknowledgements and grants.
+//! Envoys as the control plane sees them: they send reports and calls for allowances.
 
 use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::outcome::Outcome;
-use contract::usage::{Ack, Count, Grant, KeyRef, Report, Subject, write_reports};
+use contract::usage::{Ack, Count, KeyRef, Report, Subject, write_reports};
 use contract::usage_log::LogKey;
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -27,19 +27,18 @@ impl Envoy {
     }
 
     /// Sends the next report.
-    pub async fn report(&mut self, fixture: &Fixture, counts: &[Count]) -> Vec<Grant> {
+    pub async fn report(&mut self, fixture: &Fixture, counts: &[Count]) {
         self.seq += 1;
-        self.again(fixture, counts).await
+        self.again(fixture, counts).await;
     }
 
     /// Sends the last report once more.
-    pub async fn again(&self, fixture: &Fixture, counts: &[Count]) -> Vec<Grant> {
+    pub async fn again(&self, fixture: &Fixture, counts: &[Count]) {
         let report = Report { reporter: self.id, seq: self.seq, counts: counts.to_vec() };
         let reply = submit(fixture, &self.sync, &[report]).await;
         assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
         let ack = Ack::read(&reply.body).unwrap();
         assert_eq!((ack.reporter, ack.seq), (self.id, self.seq));
-        ack.grants
     }
 }
 
@@ -68,7 +67,7 @@ pub fn line(sync: &Secret, reports: &[Report]) -> String {
     format!("{ENVOY_PREFIX}{line}")
 }
 
-/// Requests that cost one credit each, and draw from a quota, if they were allowed.
+/// Requests that cost one credit each if they were allowed.
 pub fn count(key: Uuid, outcome: Outcome, requests: u64) -> Count {
     let cost = if outcome == Outcome::Allowed { requests } else { 0 };
     coded(key, outcome.code(), requests, cost)
@@ -76,13 +75,5 @@ pub fn count(key: Uuid, outcome: Outcome, requests: u64) -> Count {
 
 pub fn coded(key: Uuid, outcome: u8, requests: u64, cost: u64) -> Count {
     let key = Some(KeyRef { id: KeyId::from(key), generation: 1 });
-    let drawn = if outcome == Outcome::Allowed.code() { requests } else { 0 };
-    Count { of: Subject { key, outcome, hour: 490_000 }, requests, cost, drawn, last_ms: 1_764_000_000_000 }
-}
-
-/// The amount and turn granted of a stock.
-pub fn granted(grants: &[Grant], stock: u8, of: Uuid) -> Option<(u64, u32)> {
-    let found: Vec<_> = grants.iter().filter(|grant| grant.stock == stock && grant.of == of.into_bytes()).collect();
-    assert!(found.len() <= 1, "{grants:?}");
-    found.first().map(|grant| (grant.amount, grant.turn))
+    Count { of: Subject { key, outcome, hour: 490_000 }, requests, cost, last_ms: 1_764_000_000_000 }
 }

@@ -1,0 +1,479 @@
+//! What one Envoy knows and holds of one pool, and how a request spends from it. All workers of the Envoy share it.
+
+use contract::rate::Rate;
+use contract::time::NS_PER_MS;
+
+use crate::message::{Ask, Grant};
+use crate::pool::PoolId;
+use crate::{ALONE_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
+
+/// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
+const TOP_UP_PAUSE_MS: u64 = 20;
+
+/// A pool that was empty is taken to be empty for at least this long, in milliseconds. It bounds the calls of an Envoy whose
+/// clients hammer at an empty pool.
+const LEAST_EMPTY_MS: u64 = 10;
+
+/// While other Envoys hold tokens of an empty pool, the answer is taken to hold for at most this long, in milliseconds: they
+/// may hand some back.
+const OTHERS_MS: u64 = 100;
+
+/// Each tick in which tokens are spent lowers the remembered demand by this part.
+const DECAY: u64 = 32;
+
+/// Demand is kept in this part of a token.
+const SCALE: u64 = 256;
+
+/// What an Envoy knows of its contact with the control plane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Contact {
+    /// When the Envoy was last cut off, in milliseconds of Unix time. Sessions from before are void.
+    pub since_ms: u64,
+    /// When the last answer came.
+    pub answered_ms: u64,
+    /// How many Envoys were live then.
+    pub live: u32,
+    /// Counted up each time the Envoy becomes the only live one.
+    pub alone_term: u32,
+    /// Until when it may judge by itself; 0 if it is not alone.
+    pub alone_until_ms: u64,
+}
+
+impl Contact {
+    /// Notes an answer to a call. `sent_ms`: when the call was sent; `alone_ms`: see [`crate::message::Answer::alone_ms`].
+    pub const fn answered(&mut self, sent_ms: u64, now_ms: u64, live: u32, alone_ms: u32) {
+        if self.is_cut_off(now_ms) {
+            self.since_ms = self.valid_since_ms(sent_ms);
+        }
+        if alone_ms > 0 && self.alone_until_ms < sent_ms {
+            self.alone_term = self.alone_term.wrapping_add(1);
+        }
+        self.answered_ms = now_ms;
+        self.live = live;
+        self.alone_until_ms = if alone_ms > 0 { sent_ms.saturating_add(alone_ms as u64) } else { 0 };
+    }
+
+    const fn is_cut_off(&self, now_ms: u64) -> bool {
+        now_ms.abs_diff(self.answered_ms) > VOID_AFTER_MS
+    }
+
+    /// Sessions from before this time are void.
+    const fn valid_since_ms(&self, now_ms: u64) -> u64 {
+        let cut_off_ms = self.answered_ms.saturating_add(VOID_AFTER_MS);
+        match self.is_cut_off(now_ms) {
+            // If the clock has stepped back, it is not known when.
+            true if cut_off_ms > now_ms => now_ms,
+            true => cut_off_ms,
+            false => self.since_ms,
+        }
+    }
+
+    const fn is_alone(&self, now_ms: u64) -> bool {
+        // A clock that has stepped back must not make it longer.
+        now_ms < self.alone_until_ms && self.alone_until_ms.saturating_sub(now_ms) <= ALONE_MS
+    }
+}
+
+/// What one Envoy knows and holds of one pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holding {
+    /// See [`Ask::session`].
+    pub session: u64,
+    /// See [`Ask::granted`].
+    pub granted: u64,
+    /// See [`Ask::spent`].
+    pub spent: u64,
+    /// See [`Ask::returned`].
+    pub returned: u64,
+    /// Rate limits, of what was spent: tokens of requests that did not go upstream after all. They can be spent again.
+    pub refunded: u64,
+    /// Rate limits: the theoretical arrival time of the Envoy's own requests, in nanoseconds of Unix time; while the Envoy is
+    /// alone, that of the pool.
+    pub arrival_ns: u64,
+    /// Rate limits: the interval between two requests by which that was computed.
+    pub interval_ns: u64,
+    /// Rate limits: the time that the burst takes. Quotas and balances: how often they were filled, see
+    /// [`Budget::fill`](contract::record::Budget::fill).
+    pub terms: u64,
+    /// Rate limits: the theoretical arrival time at the capacity that is safe while the control plane does not answer.
+    pub fallback_ns: u64,
+    /// The term in which the Envoy is alone and knows the state of this pool.
+    pub alone_term: u32,
+    /// In that term: tokens of a quota or a balance that are left.
+    pub alone_left: u64,
+    /// The last answer: what could be granted.
+    pub left: u64,
+    /// What other Envoys held.
+    pub others: u64,
+    /// Until when that is taken to be so, in milliseconds of Unix time.
+    pub known_until_ms: u64,
+    /// When one more token comes, if no Envoy hands any back.
+    pub empty_until_ms: u64,
+    /// When the Envoy last asked.
+    pub asked_ms: u64,
+    /// When a request last needed tokens.
+    pub needed_ms: u64,
+    /// The tick of the last spent token.
+    pub tick: u64,
+    /// Tokens spent in that tick.
+    pub used: u64,
+    /// The most tokens spent in a tick before that one, in [`SCALE`]ths; it decays.
+    pub peak: u64,
+}
+
+/// The numbers of a [`Holding`].
+pub const WORDS: usize = 20;
+
+impl Holding {
+    /// Its numbers, to be stored.
+    #[must_use]
+    pub const fn words(&self) -> [u64; WORDS] {
+        [
+            self.session,
+            self.granted,
+            self.spent,
+            self.returned,
+            self.refunded,
+            self.arrival_ns,
+            self.interval_ns,
+            self.terms,
+            self.fallback_ns,
+            self.alone_term as u64,
+            self.alone_left,
+            self.left,
+            self.others,
+            self.known_until_ms,
+            self.empty_until_ms,
+            self.asked_ms,
+            self.needed_ms,
+            self.tick,
+            self.used,
+            self.peak,
+        ]
+    }
+
+    /// The holding with these numbers.
+    #[must_use]
+    pub fn from_words(words: [u64; WORDS]) -> Self {
+        let [session, granted, spent, returned, refunded, arrival_ns, interval_ns, terms, rest @ ..] = words;
+        let [fallback_ns, alone_term, alone_left, left, others, known_until_ms, empty_until_ms, rest @ ..] = rest;
+        let [asked_ms, needed_ms, tick, used, peak] = rest;
+        let alone_term = u32::try_from(alone_term).unwrap_or_default();
+        Self {
+            session,
+            granted,
+            spent,
+            returned,
+            refunded,
+            arrival_ns,
+            interval_ns,
+            terms,
+            fallback_ns,
+            alone_term,
+            alone_left,
+            left,
+            others,
+            known_until_ms,
+            empty_until_ms,
+            asked_ms,
+            needed_ms,
+            tick,
+            used,
+            peak,
+        }
+    }
+}
+
+/// What limits the tokens of a pool, as the record of a key says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limited<'a> {
+    /// A rate limit.
+    Rate(&'a Rate),
+    /// A quota or a balance.
+    Stock {
+        /// See [`Budget::fill`](contract::record::Budget::fill).
+        fill: u32,
+    },
+}
+
+impl<'a> Limited<'a> {
+    const fn rate(self) -> Option<&'a Rate> {
+        match self {
+            Self::Rate(rate) => Some(rate),
+            Self::Stock { .. } => None,
+        }
+    }
+}
+
+/// The result of spending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spent {
+    /// The tokens are spent. `is_low`: the Envoy should ask for more soon.
+    Yes {
+        /// Less than half of what the Envoy wants to hold is left.
+        is_low: bool,
+    },
+    /// The Envoy must ask first.
+    Wait {
+        /// The pool has no such tokens but those that other Envoys hold. They are recalled.
+        for_others: bool,
+    },
+    /// The pool has not so many tokens.
+    No {
+        /// In how many milliseconds one more comes; `u64::MAX` if none comes by itself.
+        empty_ms: u64,
+    },
+}
+
+impl Holding {
+    /// Spends tokens. `waiting`: tokens that requests of this worker wait for.
+    #[must_use]
+    pub fn spend(&mut self, cost: u64, of: Limited<'_>, waiting: u64, contact: &Contact, now_ns: u64) -> Spent {
+        let now_ms = now_ns / NS_PER_MS;
+        self.prepare(of, contact, now_ns);
+        let rate = of.rate();
+        if self.spend_refunded(cost, now_ns) {
+            return Spent::Yes { is_low: false };
+        }
+        if contact.is_alone(now_ms) && self.alone_term == contact.alone_term {
+            return self.spend_alone(cost, rate, now_ns);
+        }
+        if self.available(contact, now_ms) >= cost {
+            self.take(cost, rate, now_ns);
+            let is_low = self.available(contact, now_ms).saturating_mul(2) < self.want()
+                && now_ms.saturating_sub(self.asked_ms) >= TOP_UP_PAUSE_MS;
+            return Spent::Yes { is_low };
+        }
+        let available = self.available(contact, now_ms);
+        self.refuse(cost.saturating_add(waiting).saturating_sub(available), now_ms)
+    }
+
+    /// Notes that a request needs tokens under these terms. Keep that even if the request must wait, so that the answer
+    /// applies to these terms.
+    pub fn prepare(&mut self, of: Limited<'_>, contact: &Contact, now_ns: u64) {
+        let now_ms = now_ns / NS_PER_MS;
+        self.renew(contact, now_ms);
+        self.needed_ms = now_ms;
+        self.adopt(of, now_ns);
+        if let Limited::Rate(rate) = of {
+            self.arrival_ns = rate.after_clock_step(self.arrival_ns, now_ns);
+            self.fallback_ns = rate.slowed(contact.live).after_clock_step(self.fallback_ns, now_ns);
+        }
+    }
+
+    /// Spends tokens that were refunded, as far as they have not come back with time.
+    const fn spend_refunded(&mut self, cost: u64, now_ns: u64) -> bool {
+        if self.arrival_ns <= now_ns {
+            self.refunded = 0;
+        }
+        if self.refunded < cost {
+            return false;
+        }
+        self.refunded = self.refunded.saturating_sub(cost);
+        let next_ns = now_ns.saturating_add(self.interval_ns);
+        if self.arrival_ns < next_ns {
+            self.arrival_ns = next_ns;
+        }
+        true
+    }
+
+    /// Spends tokens of a rate limit while the control plane does not answer, at the rate that is safe if all Envoys do the
+    /// same. Returns in how many nanoseconds a token comes if there is none.
+    ///
+    /// # Errors
+    /// That time.
+    pub fn spend_at_safe_rate(&mut self, rate: &Rate, contact: &Contact, now_ns: u64) -> Result<(), u64> {
+        let next_ns = rate.slowed(contact.live).take(Some(self.fallback_ns.max(self.arrival_ns)), now_ns)?;
+        self.take(1, Some(rate), now_ns);
+        self.fallback_ns = next_ns;
+        Ok(())
+    }
+
+    /// Takes back tokens of a request that did not go upstream after all.
+    pub const fn refund(&mut self, cost: u64) {
+        if self.interval_ns > 0 {
+            // They may have been told already.
+            self.refunded = self.refunded.saturating_add(cost);
+        } else {
+            // Of a quota or a balance only those count that a usage report has.
+            self.spent = self.spent.saturating_sub(cost);
+            self.alone_left = self.alone_left.saturating_add(cost);
+        }
+    }
+
+    /// In how many milliseconds one more token comes, as far as is known; `u64::MAX` if none comes by itself.
+    #[must_use]
+    pub const fn empty_ms(&self, now_ms: u64) -> u64 {
+        if self.empty_until_ms == u64::MAX { u64::MAX } else { self.empty_until_ms.saturating_sub(now_ms) }
+    }
+
+    /// Whether the pool has tokens, too few for a request that it refused.
+    #[must_use]
+    pub const fn has_some(&self) -> bool {
+        self.left.saturating_add(self.unspent()) > 0
+    }
+
+    /// Whether no request needed tokens for [`IDLE_MS`].
+    #[must_use]
+    pub const fn is_idle(&self, now_ms: u64) -> bool {
+        now_ms.abs_diff(self.needed_ms) >= IDLE_MS
+    }
+
+    /// Hands back what is not spent, for example because the pool is recalled. The next [`Holding::ask`] tells it.
+    pub const fn hand_back(&mut self) {
+        self.returned = self.returned.saturating_add(self.unspent());
+        (self.used, self.peak) = (0, 0);
+    }
+
+    /// Makes the next request ask.
+    const fn forget_state(&mut self) {
+        self.known_until_ms = 0;
+        self.alone_term = self.alone_term.wrapping_sub(1);
+    }
+
+    /// What to ask for; `need`: tokens that requests wait for. Hands back what is far more than the Envoy uses.
+    pub fn ask(&mut self, pool: PoolId, need: u64, contact: &Contact, now_ns: u64) -> Ask {
+        let now_ms = now_ns / NS_PER_MS;
+        self.renew(contact, now_ms);
+        self.asked_ms = now_ms;
+        let want = self.want();
+        let surplus = self.unspent().saturating_sub(want.saturating_mul(2).max(need));
+        self.returned = self.returned.saturating_add(surplus);
+        let Self { session, granted, spent, returned, .. } = *self;
+        let (ahead_ns, interval_ns) = (self.arrival_ns.saturating_sub(now_ns), self.interval_ns);
+        Ask { pool, session, granted, spent, returned, ahead_ns, interval_ns, need, want }
+    }
+
+    /// Applies the answer to an ask that was sent at `sent_ms`. Call [`Contact::answered`] first.
+    pub fn apply(&mut self, grant: &Grant, contact: &Contact, sent_ms: u64) {
+        if grant.session != self.session {
+            // A late answer says nothing. If the control plane knows a later session, the clock has stepped back.
+            self.session = self.session.max(grant.session.saturating_add(u64::from(grant.session > self.session)));
+            return;
+        }
+        self.granted = self.granted.max(grant.granted);
+        (self.left, self.others) = (grant.left, grant.others);
+        let empty_ms = if grant.empty_ms == u32::MAX { u64::MAX } else { grant.empty_ms.into() };
+        self.empty_until_ms = sent_ms.saturating_add(empty_ms);
+        let known_ms = if grant.others > 0 { empty_ms.min(OTHERS_MS) } else { empty_ms };
+        self.known_until_ms = sent_ms.saturating_add(known_ms.max(LEAST_EMPTY_MS));
+        if contact.alone_until_ms > 0 {
+            if self.alone_term != contact.alone_term {
+                self.alone_term = contact.alone_term;
+                let arrival_ns = sent_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
+                self.arrival_ns = self.arrival_ns.max(arrival_ns);
+            }
+            let spent = self.spent.saturating_add(self.returned);
+            self.alone_left = grant.left.saturating_add(grant.granted).saturating_sub(spent);
+        }
+    }
+
+    /// Whether neither side counts anything as held: the holding can be forgotten.
+    #[must_use]
+    pub const fn is_settled(&self, grant: &Grant) -> bool {
+        grant.session == self.session && grant.held == 0 && self.unspent() == 0
+    }
+
+    /// What the Envoy may spend without asking.
+    #[must_use]
+    pub const fn available(&self, contact: &Contact, now_ms: u64) -> u64 {
+        let is_void = contact.is_cut_off(now_ms) || self.session < contact.since_ms;
+        if is_void { 0 } else { self.unspent() }
+    }
+
+    const fn unspent(&self) -> u64 {
+        self.granted.saturating_sub(self.spent).saturating_sub(self.returned)
+    }
+
+    /// Starts a session if there is none or its allowance is void.
+    fn renew(&mut self, contact: &Contact, now_ms: u64) {
+        if self.session == 0 || self.session < contact.valid_since_ms(now_ms) {
+            self.session = self.session.saturating_add(1).max(now_ms);
+            (self.granted, self.spent, self.returned, self.refunded) = (0, 0, 0, 0);
+        }
+    }
+
+    /// Brings the use of a limit that has changed to its present terms. What is known of the pool is known no longer.
+    fn adopt(&mut self, of: Limited<'_>, now_ns: u64) {
+        let (interval_ns, terms) = match of {
+            Limited::Rate(rate) => (rate.interval_ns(), rate.tolerance_ns()),
+            Limited::Stock { fill } => (0, fill.into()),
+        };
+        if (self.interval_ns, self.terms) == (interval_ns, terms) {
+            return;
+        }
+        if self.interval_ns > 0 {
+            self.arrival_ns = rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
+        }
+        (self.interval_ns, self.terms) = (interval_ns, terms);
+        self.forget_state();
+    }
+
+    fn spend_alone(&mut self, cost: u64, rate: Option<&Rate>, now_ns: u64) -> Spent {
+        match rate {
+            Some(rate) => match rate.take(Some(self.arrival_ns), now_ns) {
+                Ok(_) => {}
+                Err(wait_ns) => return Spent::No { empty_ms: wait_ns.div_ceil(NS_PER_MS) },
+            },
+            None if self.alone_left >= cost => self.alone_left = self.alone_left.saturating_sub(cost),
+            None => return self.refuse(cost, now_ns / NS_PER_MS),
+        }
+        self.take(cost, rate, now_ns);
+        Spent::Yes { is_low: false }
+    }
+
+    /// Refuses a request if the pool is known to have less than what is missing for it and for those that wait.
+    const fn refuse(&self, missing: u64, now_ms: u64) -> Spent {
+        // What was said before the clock stepped back is not known any longer.
+        if now_ms >= self.known_until_ms || now_ms < self.asked_ms || missing <= self.left {
+            return Spent::Wait { for_others: false };
+        }
+        if missing <= self.left.saturating_add(self.others) {
+            return Spent::Wait { for_others: true };
+        }
+        Spent::No { empty_ms: self.empty_ms(now_ms) }
+    }
+
+    fn take(&mut self, cost: u64, rate: Option<&Rate>, now_ns: u64) {
+        let now_ms = now_ns / NS_PER_MS;
+        self.spent = self.spent.saturating_add(cost);
+        if let Some(rate) = rate {
+            self.arrival_ns = self.arrival_ns.max(now_ns).saturating_add(rate.interval_ns());
+        }
+        let tick = now_ms / TICK_MS;
+        if tick != self.tick {
+            self.peak = self.peak();
+            self.peak = self.peak.saturating_sub(self.peak / DECAY);
+            (self.tick, self.used) = (tick, 0);
+        }
+        self.used = self.used.saturating_add(cost);
+    }
+
+    /// What the Envoy wants to hold: twice the most that it spent in a tick lately.
+    fn want(&self) -> u64 {
+        self.peak().saturating_mul(2).div_ceil(SCALE)
+    }
+
+    fn peak(&self) -> u64 {
+        self.peak.max(self.used.saturating_mul(SCALE))
+    }
+}
+
+/// A theoretical arrival time after the interval has changed: the tokens that are used stay used.
+#[must_use]
+pub(crate) fn rescale(arrival_ns: u64, from_ns: u64, to_ns: u64, now_ns: u64) -> u64 {
+    let used_ns = u128::from(arrival_ns.saturating_sub(now_ns));
+    let scaled = used_ns.saturating_mul(to_ns.into()).checked_div(from_ns.into());
+    now_ns.saturating_add(scaled.and_then(|ns| u64::try_from(ns).ok()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holding_is_read_as_it_was_stored() {
+        let words: [u64; WORDS] = std::array::from_fn(|place| place as u64 + 1);
+        assert_eq!(Holding::from_words(words).words(), words);
+    }
+}

@@ -1,0 +1,254 @@
+//! The control plane's side: what of a pool is used, what each Envoy holds, and what an Envoy is granted.
+//!
+//! What an Envoy holds is reserved: nobody else is granted it. What an Envoy has spent counts against a rate limit when the
+//! Envoy tells it, as of when it was spent, and against a quota or a balance when the usage report has it, together with the
+//! counts; until then it counts as held.
+
+use contract::id::ReporterId;
+use contract::rate::Rate;
+use contract::time::NS_PER_MS;
+
+use crate::IDLE_MS;
+use crate::holding::rescale;
+use crate::message::{Ask, Grant};
+use crate::pool::Terms;
+
+/// All Envoys together hold at most this part of what is left, beyond what their waiting requests need.
+const PART: u64 = 8;
+
+/// Below this multiple of what Envoys hold, a pool is scarce: Envoys other than the asking one hand back what they hold.
+const SCARCE: u64 = 4;
+
+/// No request waits for what an Envoy holds that has been silent for this long, in milliseconds: several of its ticks.
+const SILENT_MS: u64 = 1_500;
+
+/// A pool as the control plane keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// What it allows at present.
+    pub terms: Terms,
+    /// Rate limits: the theoretical arrival time, in nanoseconds of Unix time.
+    pub arrival_ns: u64,
+    /// Rate limits: the interval between two requests as of the last change. 0 before the first.
+    pub interval_ns: u64,
+    /// What each Envoy holds. Those that were silent for [`EXPIRES_AFTER_MS`](crate::EXPIRES_AFTER_MS) are left out.
+    pub holders: Vec<Holder>,
+}
+
+/// One Envoy's part of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The Envoy process.
+    pub reporter: ReporterId,
+    /// See [`Ask::session`].
+    pub session: u64,
+    /// All that it was granted in the session.
+    pub granted: u64,
+    /// What is booked of that as spent.
+    pub spent: u64,
+    /// What it handed back.
+    pub returned: u64,
+    /// When it last used the pool, in milliseconds of Unix time.
+    pub used_ms: u64,
+    /// It must hand back what it holds.
+    pub is_recalled: bool,
+    /// When the Envoy was last heard of, in milliseconds of Unix time; 0 if it has ended.
+    pub heard_ms: u64,
+}
+
+/// Which Envoys there are beside the asking one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Company {
+    /// Several Envoys are live, or none may judge by itself.
+    Several,
+    /// Another Envoy may still judge by itself: nothing can be granted.
+    AnotherIsAlone,
+}
+
+impl Holder {
+    /// One that holds nothing yet.
+    #[must_use]
+    pub const fn new(reporter: ReporterId, session: u64) -> Self {
+        Self { reporter, session, granted: 0, spent: 0, returned: 0, used_ms: 0, is_recalled: false, heard_ms: 0 }
+    }
+
+    /// Tokens that it holds.
+    #[must_use]
+    pub const fn held(&self) -> u64 {
+        self.granted.saturating_sub(self.spent).saturating_sub(self.returned)
+    }
+
+    /// Whether it can hand back what it holds.
+    const fn is_heard(&self, now_ms: u64) -> bool {
+        now_ms.saturating_sub(self.heard_ms) < SILENT_MS
+    }
+
+    /// Books usage of a quota or a balance that a report has.
+    pub fn book(&mut self, tokens: u64) {
+        self.spent = self.spent.saturating_add(tokens);
+        // What was spent beyond the grants, or in an earlier session, must not count as handed back later.
+        self.granted = self.granted.max(self.spent.saturating_add(self.returned));
+    }
+}
+
+impl Pool {
+    /// A pool of which nothing is used or held.
+    #[must_use]
+    pub const fn new(terms: Terms) -> Self {
+        Self { terms, arrival_ns: 0, interval_ns: 0, holders: Vec::new() }
+    }
+
+    /// Answers an Envoy's ask: books what it tells, and grants what it needs and wants as far as there is room.
+    pub fn answer(&mut self, reporter: ReporterId, ask: &Ask, company: Company, now_ns: u64) -> Grant {
+        self.adopt_terms(now_ns);
+        let Some(mut me) = self.take_holder(reporter, ask.session) else {
+            // A call of an earlier session. Only its session number matters to the Envoy.
+            let session = self.holders.iter().find(|holder| holder.reporter == reporter).map_or(0, |me| me.session);
+            return Grant { session, ..Grant::default() };
+        };
+        self.book(&mut me, ask, now_ns);
+        let others: u64 = self.holders.iter().fold(0, |sum, holder| sum.saturating_add(holder.held()));
+        let (needed, ahead) = match company {
+            Company::Several => self.grantable(&me, ask, others, now_ns),
+            Company::AnotherIsAlone => (0, 0),
+        };
+        let missing = ask.need.saturating_sub(me.held()).saturating_sub(needed);
+        me.granted = me.granted.saturating_add(needed).saturating_add(ahead);
+        me.is_recalled = false;
+        if ask.need > 0 || ask.spent > 0 {
+            me.used_ms = now_ns / NS_PER_MS;
+        }
+        me.heard_ms = now_ns / NS_PER_MS;
+        self.holders.push(me);
+        let left = self.room(now_ns);
+        if others > 0 && (missing > 0 || left < others.saturating_mul(SCARCE)) {
+            self.recall_others(reporter);
+        }
+        let others = self.recallable(reporter, now_ns / NS_PER_MS);
+        let (left, others) = match company {
+            Company::Several => (left, others),
+            // Its usage is not known. The requests wait until it is.
+            Company::AnotherIsAlone => (0, u64::MAX),
+        };
+        Grant {
+            session: me.session,
+            granted: me.granted,
+            held: me.held(),
+            left,
+            others,
+            empty_ms: if left > 0 { 0 } else { self.empty_ms(now_ns) },
+            ahead_ns: self.arrival_ns.saturating_sub(now_ns),
+        }
+    }
+
+    /// Tokens that can be granted: what is left and nobody holds.
+    #[must_use]
+    pub fn room(&self, now_ns: u64) -> u64 {
+        self.left(now_ns).saturating_sub(self.held())
+    }
+
+    /// Tokens that are not used, also those that Envoys hold.
+    #[must_use]
+    pub fn left(&self, now_ns: u64) -> u64 {
+        match &self.terms {
+            Terms::Rate(rate) => rate.room(self.arrival_ns, now_ns),
+            Terms::Stock { left, .. } => u64::try_from(*left).unwrap_or_default(),
+        }
+    }
+
+    /// Tokens that Envoys hold.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.holders.iter().fold(0, |sum, holder| sum.saturating_add(holder.held()))
+    }
+
+    /// Brings the use of a rate limit to its present rate: the tokens that are used stay used.
+    fn adopt_terms(&mut self, now_ns: u64) {
+        let Terms::Rate(rate) = &self.terms else { return };
+        let interval_ns = rate.interval_ns();
+        if self.interval_ns != interval_ns {
+            self.arrival_ns = rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
+            self.interval_ns = interval_ns;
+        }
+        self.arrival_ns = self.arrival_ns.min(rate.within_reach(self.arrival_ns, now_ns));
+    }
+
+    /// Takes the Envoy's row out, made anew for a later session; `None` if the session has ended.
+    fn take_holder(&mut self, reporter: ReporterId, session: u64) -> Option<Holder> {
+        let place = self.holders.iter().position(|holder| holder.reporter == reporter);
+        let known = place.and_then(|place| self.holders.get(place).copied());
+        let me = match known {
+            Some(known) if known.session > session => return None,
+            Some(known) if known.session == session => known,
+            _ => Holder::new(reporter, session),
+        };
+        if let Some(place) = place {
+            self.holders.swap_remove(place);
+        }
+        Some(me)
+    }
+
+    fn book(&mut self, me: &mut Holder, ask: &Ask, now_ns: u64) {
+        me.returned = me.returned.max(ask.returned);
+        // After a crash of the database the Envoy knows of grants that the database forgot.
+        me.granted = me.granted.max(ask.granted).max(ask.spent.saturating_add(me.returned));
+        if let Terms::Rate(rate) = &self.terms {
+            let used = ask.spent.saturating_sub(me.spent);
+            me.spent = me.spent.max(ask.spent);
+            let after_all = self.arrival_ns.saturating_add(rate.interval_ns().saturating_mul(used));
+            let own = now_ns.saturating_add(ask.ahead_ns);
+            let own = rescale(own, ask.interval_ns, rate.interval_ns(), now_ns);
+            self.arrival_ns = rate.within_reach(after_all.max(own), now_ns).min(after_all.max(own));
+        }
+    }
+
+    /// Tokens for the requests that wait, and tokens ahead of need.
+    fn grantable(&self, me: &Holder, ask: &Ask, others: u64, now_ns: u64) -> (u64, u64) {
+        let room = self.left(now_ns).saturating_sub(others).saturating_sub(me.held());
+        let needed = ask.need.saturating_sub(me.held()).min(room);
+        let room = room.saturating_sub(needed);
+        let idle = me.held().saturating_add(needed).saturating_sub(ask.need);
+        let now_ms = now_ns / NS_PER_MS;
+        let in_use = |holder: &&Holder| now_ms.saturating_sub(holder.used_ms) < IDLE_MS;
+        let users = u64::try_from(self.holders.iter().filter(in_use).count()).unwrap_or(u64::MAX).saturating_add(1);
+        let even = (room / PART).checked_div(users).unwrap_or_default().saturating_sub(idle);
+        let all = (room / PART).saturating_sub(others.saturating_add(idle));
+        (needed, ask.want.saturating_sub(idle).min(even).min(all))
+    }
+
+    /// Tokens that other Envoys hold and can hand back.
+    fn recallable(&self, reporter: ReporterId, now_ms: u64) -> u64 {
+        let others = self.holders.iter().filter(|holder| holder.reporter != reporter && holder.is_heard(now_ms));
+        others.fold(0, |sum, holder| sum.saturating_add(holder.held()))
+    }
+
+    fn recall_others(&mut self, reporter: ReporterId) {
+        for holder in self.holders.iter_mut().filter(|holder| holder.reporter != reporter && holder.held() > 0) {
+            holder.is_recalled = true;
+        }
+    }
+
+    /// In how many milliseconds one more token can be granted if no Envoy hands any back.
+    fn empty_ms(&self, now_ns: u64) -> u32 {
+        match &self.terms {
+            Terms::Rate(rate) => {
+                // As if Envoys spent now what they hold.
+                let held_ns = rate.interval_ns().saturating_mul(self.held());
+                let wait_ns = rate.wait_ns(self.arrival_ns.max(now_ns).saturating_add(held_ns), 1, now_ns);
+                u32::try_from(wait_ns.div_ceil(NS_PER_MS)).unwrap_or(u32::MAX.saturating_sub(1))
+            }
+            Terms::Stock { renews_in_ms, .. } => {
+                renews_in_ms.map_or(u32::MAX, |ms| u32::try_from(ms).unwrap_or(u32::MAX.saturating_sub(1)))
+            }
+        }
+    }
+}
+
+/// The rate of a pool, if it is one of a rate limit.
+#[must_use]
+pub const fn rate_of(terms: &Terms) -> Option<&Rate> {
+    match terms {
+        Terms::Rate(rate) => Some(rate),
+        Terms::Stock { .. } => None,
+    }
+}
