@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
 use portcullis_harness::cargo::read;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::Signal;
 use portcullis_harness::stack::Stack;
@@ -19,7 +20,7 @@ use crate::Options;
 use crate::load::{Took, call, rest_call};
 use crate::report::{Bound, Report};
 use crate::statements::Statements;
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples, Side};
 use crate::store;
 
 const SUITE: &str = "api: REST, eight calls at once";
@@ -112,7 +113,6 @@ impl Verb {
     }
 }
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let (target, bound) = ("key creation ÷ pgbench of the same statements", Bound::AtLeast(0.7));
     let Some(pgbench) = pgbench()? else {
@@ -126,7 +126,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let statements = Statements::read()?;
     let (rounds, number) = if options.quick { (2, 1_000) } else { (12, 1_200) };
-    let mut bench = Bench { stack, pgbench, number, batch: 0, random: Random::new(5) };
+    let mut bench = Bench { stack, pgbench, number, batch: 0, random: Dice::new(5) };
     for verb in Verb::ALL {
         let script = home.path().join(format!("{}.sql", verb.name()));
         std::fs::write(&script, verb.script(&statements)?)?;
@@ -155,13 +155,6 @@ fn show(verb: Verb, ours: &Measured, theirs: &Measured, report: &mut Report) -> 
     ratio
 }
 
-/// Sides of the comparison.
-#[derive(Clone, Copy, Debug)]
-enum Side {
-    Ours,
-    Theirs,
-}
-
 /// Figures of all rounds.
 #[derive(Default)]
 struct Measured {
@@ -177,7 +170,7 @@ struct Bench {
     /// Calls in a round.
     number: usize,
     batch: u32,
-    random: Random,
+    random: Dice,
 }
 
 impl Bench {
@@ -186,9 +179,7 @@ impl Bench {
         let (mut ours, mut theirs) = (Measured::default(), Measured::default());
         for round in 0..=rounds {
             progress(&format!("suite api: {}, round {round} of {rounds}", verb.name()));
-            let mut sides = [Side::Ours, Side::Theirs];
-            self.random.shuffle(&mut sides);
-            for side in sides {
+            for side in Side::both(&mut self.random) {
                 let (Took { seconds, p99_ms }, measured) = match side {
                     Side::Ours => (self.call(verb).await?, &mut ours),
                     Side::Theirs => (self.by_pgbench(verb, script).await?, &mut theirs),
@@ -225,7 +216,6 @@ impl Bench {
             Verb::Get | Verb::Revoke => ids.iter().map(of_one).collect(),
         };
         let Took { seconds, p99_ms } = call(stack.control_plane.address(), AT_ONCE, calls?).await?;
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         let seconds = seconds / self.number as f64;
         Ok(Took { seconds, p99_ms })
     }
@@ -240,7 +230,12 @@ impl Bench {
         let (seconds, p99_ms) = done?;
         settled(&self.stack).await?;
         if verb == Verb::Revoke {
-            let left = left(&self.stack, self.batch).await?;
+            let left = format!(
+                "select count(*) from api_keys k join user_preferences p on p.id = k.owner_id
+                where p.email like 'made-{}-%' and k.revoked_at is null",
+                self.batch
+            );
+            let left = self.stack.database.number(&left).await?;
             ensure!(left == 0, "{left} of {} keys were not revoked by pgbench", self.number);
         }
         Ok(Took { seconds, p99_ms })
@@ -276,17 +271,7 @@ async fn insert_keys(stack: &Stack, batch: u32, keys: usize) -> Result<Vec<Strin
 /// Waits until the control plane has read all changes, so that rounds do not slow each other down.
 async fn settled(stack: &Stack) -> Result<()> {
     let revision = stack.database.number("select revision from store_state").await?;
-    #[expect(clippy::cast_precision_loss, reason = "far below where numbers are rounded")]
     store::reaches(stack, "portcullis_mirror_revision", revision as f64).await
-}
-
-/// The number of keys of a batch that are not revoked.
-async fn left(stack: &Stack, batch: u32) -> Result<i64> {
-    let sql = format!(
-        "select count(*) from api_keys k join user_preferences p on p.id = k.owner_id
-        where p.email like 'made-{batch}-%' and k.revoked_at is null"
-    );
-    stack.database.number(&sql).await
 }
 
 /// Has pgbench run a script, on the keys of a batch; gives the seconds by run, and the p99 in milliseconds.
@@ -336,7 +321,6 @@ fn warm(done: &[Transaction]) -> Option<(f64, f64)> {
     let cold = done.iter().filter(|one| one.number <= COLD).map(|one| one.ended_us).max_by(f64::total_cmp)?;
     let end = done.iter().map(|one| one.ended_us).max_by(f64::total_cmp)?;
     let rest: Vec<f64> = done.iter().filter(|one| one.ended_us > cold).map(|one| one.took_us / 1_000.0).collect();
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let seconds = (end - cold) / 1e6 / rest.len() as f64;
     seconds.is_finite().then(|| (seconds, Samples::in_groups([rest]).quantile(0.99)))
 }

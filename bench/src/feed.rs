@@ -12,16 +12,16 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::record::Record;
 use contract::update::{Header, Part, UPDATE_BYTES, UpdateWriter};
 use contract::usage::{Ack, read_reports};
-use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
-
-use crate::stats::Random;
+use limits::message::{Answer, Call, Grant};
+use portcullis_harness::demo::serve;
+use portcullis_harness::dice::Dice;
+use portcullis_harness::ports::LOCAL;
+use tokio::task::JoinSet;
 
 const EPOCH: Epoch = Epoch([7; 16]);
 const REVISION: u64 = 1;
@@ -30,7 +30,7 @@ const HOLD: Duration = Duration::from_secs(25);
 
 /// Key number n, as clients present it: 44 characters, as our own keys have.
 pub(crate) fn key(number: u64) -> String {
-    let mut random = Random::new(number);
+    let mut random = Dice::new(number);
     let mut text = String::from("sk_live_");
     while text.len() < 44 {
         let letter = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz".get(random.below(62));
@@ -41,16 +41,16 @@ pub(crate) fn key(number: u64) -> String {
 
 /// The record of key number n, before a suite changes it.
 fn record(number: u64) -> Record {
-    let mut random = Random::new(!number);
-    let mut name = || (u128::from(random.next()) << 64 | u128::from(random.next())).to_le_bytes();
+    let mut random = Dice::new(!number);
+    let mut name = || (u128::from(random.number()) << 64 | u128::from(random.number())).to_le_bytes();
     Record::plain(KeyId(name()), OwnerId(name()))
 }
 
 /// A running feed. It ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Feed {
-    address: SocketAddr,
-    server: JoinHandle<()>,
+    pub(crate) address: SocketAddr,
+    _server: JoinSet<()>,
 }
 
 #[derive(Debug)]
@@ -64,27 +64,13 @@ impl Feed {
     /// Starts it with the keys `0..keys`, each changed by `change`.
     pub(crate) async fn start(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
         let updates = Arc::new(Updates::write(keys, change)?);
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-        let address = listener.local_addr()?;
-        let router =
-            Router::new().route("/sync/v1/keys", get(update)).route("/sync/v1/usage", post(usage)).with_state(updates);
-        // As the control plane does: otherwise the end of each update waits for Envoy's delayed acknowledgement.
-        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-        let server = tokio::spawn(async move {
-            // Ends with the task only.
-            let _ = axum::serve(listener, router).await;
-        });
-        Ok(Self { address, server })
-    }
-
-    pub(crate) const fn address(&self) -> SocketAddr {
-        self.address
-    }
-}
-
-impl Drop for Feed {
-    fn drop(&mut self) {
-        self.server.abort();
+        let router = Router::new()
+            .route("/sync/v1/keys", get(update))
+            .route("/sync/v1/usage", post(usage))
+            .route("/sync/v1/allowances", post(allowances))
+            .with_state(updates);
+        let (address, _server) = serve(LOCAL, router).await?;
+        Ok(Self { address, _server })
     }
 }
 
@@ -118,7 +104,7 @@ impl Updates {
     }
 
     const fn header(&self, part: Part) -> Header {
-        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part, filters: 1 }
+        Header { epoch: EPOCH, revision: REVISION, total_keys: self.total, part }
     }
 }
 
@@ -142,7 +128,21 @@ async fn usage(body: Bytes) -> Result<Vec<u8>, StatusCode> {
     let acknowledged = || {
         let reports = read_reports(&body).ok()?;
         let last = reports.last()?;
-        Ack { reporter: last.reporter, seq: last.seq, grants: Vec::new() }.write().ok()
+        Ack { reporter: last.reporter, seq: last.seq }.write().ok()
     };
     acknowledged().context("no reports").map_err(|_| StatusCode::BAD_REQUEST)
+}
+
+/// Grants all that is asked for, as a limit that is never reached does. The Envoy is not alone, so it spends allowances.
+async fn allowances(body: Bytes) -> Result<Vec<u8>, StatusCode> {
+    let granted = || {
+        let call = Call::read(&body).ok()?;
+        let grants = call.asks.iter().map(|ask| {
+            let granted = ask.granted.max(ask.spent.saturating_add(ask.returned));
+            let granted = granted.saturating_add(ask.need).saturating_add(ask.want);
+            Grant { session: ask.session, granted, left: u64::from(u32::MAX), ..Grant::default() }
+        });
+        Answer { live: 2, alone_ms: 0, grants: grants.collect(), recalls: Vec::new() }.write().ok()
+    };
+    granted().context("no call").map_err(|_| StatusCode::BAD_REQUEST)
 }

@@ -42,17 +42,6 @@ pub(crate) struct Answers {
     pub(crate) failed: u64,
 }
 
-/// Requests with one key at a pace, over HTTP/1.1.
-#[derive(Clone, Debug)]
-pub(crate) struct Flow {
-    pub(crate) to: SocketAddr,
-    pub(crate) key: String,
-    pub(crate) connections: u32,
-    /// Over all connections.
-    pub(crate) per_second: u32,
-    pub(crate) lasts: Duration,
-}
-
 /// Duration of calls.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Took {
@@ -100,13 +89,12 @@ impl H2load {
         command
     }
 
-    /// Keeps requests flowing for a while.
-    pub(crate) async fn flow(&self, flow: &Flow) -> Result<Answers> {
+    /// Keeps requests with one key flowing for a while, over eight connections with HTTP/1.1.
+    pub(crate) async fn flow(&self, to: SocketAddr, key: &str, per_second: u32, lasts: Duration) -> Result<Answers> {
         let mut command = self.command();
-        let by_connection = flow.per_second / flow.connections.max(1);
-        command.args(["--h1", "-c", &flow.connections.to_string(), "--rps", &by_connection.to_string()]);
-        command.args(["-D", &flow.lasts.as_secs().to_string(), "-H", &format!("x-api-key: {}", flow.key)]);
-        command.arg(format!("http://{}/", flow.to));
+        command.args(["--h1", "-c", "8", "--rps", &(per_second / 8).to_string()]);
+        command.args(["-D", &lasts.as_secs().to_string(), "-H", &format!("x-api-key: {key}")]);
+        command.arg(format!("http://{to}/"));
         finish(command).await
     }
 }

@@ -11,14 +11,12 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use portcullis_harness::process::resident_kib;
 
-/// Assignment of cores.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cores {
     /// Core of the measured Envoy alone.
     pub(crate) measured: usize,
     /// Core of the load generator, this process, and peers of Envoy.
     pub(crate) load: usize,
-    /// All cores of this process.
     all: CpuSet,
 }
 
@@ -97,11 +95,9 @@ fn work(seed: u64) -> u64 {
 
 /// CPU time of all threads of a process, in nanoseconds.
 pub(crate) fn cpu_ns(process: u32) -> Result<u64> {
-    let mut sum = 0;
-    for thread in threads(process)? {
-        sum += thread_cpu_ns(&thread.1);
-    }
-    Ok(sum)
+    let directory = format!("/proc/{process}/task");
+    let threads = std::fs::read_dir(&directory).with_context(|| format!("{directory} cannot be read"))?;
+    Ok(threads.flatten().map(|thread| thread_cpu_ns(&thread.path())).sum())
 }
 
 /// The same of a process and its children, including children that have ended.
@@ -127,18 +123,6 @@ pub(crate) fn family_cpu_ns(process: u32) -> Result<u64> {
         }
     }
     Ok(sum)
-}
-
-/// The threads of a process: name and directory.
-pub(crate) fn threads(process: u32) -> Result<Vec<(String, std::path::PathBuf)>> {
-    let directory = format!("/proc/{process}/task");
-    let entries = std::fs::read_dir(&directory).with_context(|| format!("{directory} cannot be read"))?;
-    let paths = entries.flatten().map(|entry| entry.path());
-    let named = |path: std::path::PathBuf| {
-        let name = std::fs::read_to_string(path.join("comm")).ok()?;
-        Some((name.trim().to_owned(), path))
-    };
-    Ok(paths.filter_map(named).collect())
 }
 
 /// CPU time in nanoseconds, 0 for a thread that has ended.

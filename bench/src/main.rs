@@ -103,10 +103,6 @@ enum Suite {
     Flood,
 }
 
-impl Suite {
-    const ALL: [Self; 6] = [Self::Request, Self::Memory, Self::Sync, Self::Usage, Self::Api, Self::Flood];
-}
-
 fn main() -> ExitCode {
     let Arguments { options, command } = Arguments::parse();
     exit_code(async {
@@ -124,8 +120,8 @@ async fn bench(options: &Options) -> Result<()> {
     std::fs::create_dir_all(&home)?;
     let mut report = Report::new(options.quick);
     let mut failed = Vec::new();
-    for suite in Suite::ALL {
-        if !options.suite.is_empty() && !options.suite.contains(&suite) {
+    for suite in Suite::value_variants() {
+        if !options.suite.is_empty() && !options.suite.contains(suite) {
             continue;
         }
         let done = match suite {

@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::output::progress;
 use portcullis_harness::paths;
 use serde_json::json;
@@ -17,7 +18,7 @@ use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::Server;
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples};
 
 const SUITE: &str = "memory: Envoy's resident memory by key";
 const WORKERS: [usize; 3] = [1, 2, 4];
@@ -80,7 +81,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let generator = H2load::install()?;
     let mut rows: Vec<Row> =
         Holder::ALL.into_iter().flat_map(|holder| WORKERS.map(|workers| row(holder, workers))).collect();
-    let mut random = Random::new(9);
+    let mut random = Dice::new(9);
     for round in 1..=rounds {
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.retain(|place| rows.get(*place).is_some_and(|row| round <= rounds_of(row.holder)));
@@ -105,7 +106,6 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
 }
 
 impl Row {
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
     fn push(&mut self, [few, many]: [Resident; 2], keys: u64) {
         self.by_key.push(by_key(few.before, many.before, keys));
         self.mebibytes.push(many.before as f64 / f64::from(1 << 20));
@@ -113,7 +113,6 @@ impl Row {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "figures for people")]
 fn by_key(little: u64, much: u64, keys: u64) -> f64 {
     much.saturating_sub(little) as f64 / keys as f64
 }
@@ -129,11 +128,10 @@ fn show(rows: &[Row], keys: u64, report: &mut Report) {
                 (ratio, Holder::Native.name())
             })
         };
-        let plain = |samples: &Samples| Estimate::of([samples], |[by_key]| by_key);
-        report.compared(SUITE, name, "bytes", plain(&row.by_key), compared(&row.by_key));
+        report.compared(SUITE, name, "bytes", Estimate::plain(&row.by_key), compared(&row.by_key));
         if row.holder == Holder::Portcullis {
             let name = format!("{holder}, {workers} workers, {keys} keys, after requests");
-            report.compared(SUITE, name, "bytes", plain(&row.busy), compared(&row.busy));
+            report.compared(SUITE, name, "bytes", Estimate::plain(&row.busy), compared(&row.busy));
         }
     }
     // The worst Envoy counts, and the time when it has most.
@@ -145,14 +143,14 @@ fn show(rows: &[Row], keys: u64, report: &mut Report) {
 
 /// Memory of an Envoy with Portcullis.
 async fn with_requests(feed: &Feed, keys: u64, workers: usize, generator: &H2load, home: &Path) -> Result<Resident> {
-    let peer = Peer::portcullis(&paths::wasm(), feed.address(), json!({"rate_limit": null}));
+    let peer = Peer::portcullis(&paths::wasm(), feed.address, json!({"rate_limit": null}));
     let server = Server::start(&peer.config(), workers, None).await?;
     server.wait_for_keys(keys).await?;
     let before = machine::resident_bytes(server.pid())?;
-    let mut random = Random::new(keys);
+    let mut random = Dice::new(keys);
     let mut address = || {
         let chosen = random.below(usize::try_from(keys).unwrap_or(usize::MAX)) as u64;
-        format!("http://{}/?key={}\n", server.address(), key(chosen))
+        format!("http://{}/?key={}\n", server.address, key(chosen))
     };
     let addresses = home.join("addresses");
     std::fs::write(&addresses, (0..REQUESTS).map(|_| address()).collect::<String>())?;

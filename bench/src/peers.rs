@@ -7,12 +7,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Result;
+use portcullis_harness::envoy::INGRESS;
 use serde_json::{Value, json};
 
 use crate::feed::key;
-
-/// The name of the listener that is measured.
-pub(crate) const INGRESS: &str = "ingress";
 
 const CONTROL_PLANE: &str = "control_plane";
 const AUTHORIZER: &str = "authorizer";
@@ -111,7 +109,7 @@ impl Peer {
         }, "allowed_headers": {"patterns": [{"exact": "x-api-key"}]}});
         Self {
             filters: vec![filter("ext_authz", "ext_authz.v3.ExtAuthz", config)],
-            listeners: vec![listener(AUTHORIZER, port, &[], None)],
+            listeners: vec![listener(AUTHORIZER, port, &[], None, false)],
             clusters: vec![cluster(AUTHORIZER, address, false)],
             ..Self::default()
         }
@@ -135,7 +133,6 @@ impl Peer {
         self
     }
 
-    /// The configuration.
     pub(crate) fn config(&self) -> Value {
         let key_from_query = filter(
             "key",
@@ -147,7 +144,8 @@ impl Peer {
         );
         let mut filters = vec![key_from_query];
         filters.extend(self.filters.clone());
-        let mut main = listener(INGRESS, 0, &filters, self.route_metadata.as_ref());
+        let has_upstream = self.clusters.iter().any(|cluster| cluster["name"] == UPSTREAM);
+        let mut main = listener(INGRESS, 0, &filters, self.route_metadata.as_ref(), has_upstream);
         let manager = &mut main["filter_chains"][0]["filters"][0]["typed_config"];
         if !self.removed.is_empty() {
             let mutations: Vec<Value> = self.removed.iter().map(|name| json!({"remove": name})).collect();
@@ -156,11 +154,6 @@ impl Peer {
             manager["early_header_mutation_extensions"] = json!([{
                 "name": "identity", "typed_config": {"@type": kind, "mutations": mutations},
             }]);
-        }
-        if !self.clusters.iter().any(|cluster| cluster["name"] == UPSTREAM)
-            && let Some(routes) = manager["route_config"]["virtual_hosts"][0]["routes"].as_array_mut()
-        {
-            routes.retain(|route| route["route"].is_null());
         }
         let mut listeners = vec![main];
         listeners.extend(self.listeners.clone());
@@ -205,22 +198,14 @@ fn vm(id: &str, wasm: &Path) -> Value {
     json!({"vm_id": id, "runtime": "envoy.wasm.runtime.v8", "code": {"local": {"filename": wasm}}})
 }
 
-fn listener(name: &str, port: u16, filters: &[Value], route_metadata: Option<&Value>) -> Value {
+fn listener(name: &str, port: u16, filters: &[Value], metadata: Option<&Value>, has_upstream: bool) -> Value {
     let mut filters = filters.to_vec();
     filters.push(filter("router", "router.v3.Router", json!({"suppress_envoy_headers": true})));
-    let mut routes = json!([
-        {"match": {"prefix": "/up"}, "route": {"cluster": UPSTREAM}},
-        {"match": {"prefix": "/"}, "direct_response": {"status": 200, "body": {"inline_string": "yes"}}},
-    ]);
-    if let Some(metadata) = route_metadata {
-        for route in routes.as_array_mut().into_iter().flatten() {
-            route["metadata"] = metadata.clone();
-        }
-    }
-    if name != INGRESS
-        && let Some(routes) = routes.as_array_mut()
-    {
-        routes.retain(|route| route["route"].is_null());
+    let up = json!({"match": {"prefix": "/up"}, "route": {"cluster": UPSTREAM}});
+    let yes = json!({"match": {"prefix": "/"}, "direct_response": {"status": 200, "body": {"inline_string": "yes"}}});
+    let mut routes = if has_upstream { vec![up, yes] } else { vec![yes] };
+    if let Some(metadata) = metadata {
+        routes.iter_mut().for_each(|route| route["metadata"] = metadata.clone());
     }
     json!({
         "name": name,

@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 
 use crate::stats::Estimate;
 
-/// One row.
 #[derive(Clone, Debug)]
 struct Figure {
     suite: &'static str,
@@ -214,7 +213,6 @@ fn short(value: f64) -> String {
     }
     match value.abs() {
         size if size >= 1_000_000.0 => format!("{:.2} M", value / 1_000_000.0),
-        size if size >= 1_000.0 => format!("{value:.0}"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),

@@ -7,11 +7,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use contract::record::{RateLimit, Record};
+use contract::record::{Per, RateLimit, Record};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::{Process, Signal};
-use portcullis_harness::wait::eventually;
 use portcullis_harness::{compile, paths};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -23,7 +23,7 @@ use crate::machine::{self, Cores};
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::{Server, free_port};
-use crate::stats::{Estimate, Random, Samples};
+use crate::stats::{Estimate, Samples};
 
 const SUITE: &str = "request: added CPU, same Envoy, one worker";
 const WHOLE: &str = "request: CPU of the whole request";
@@ -76,7 +76,6 @@ struct Row {
     samples: Vec<Vec<Sample>>,
 }
 
-/// One sample.
 struct Sample {
     /// CPU time of a request.
     micros: f64,
@@ -90,17 +89,18 @@ struct Speed {
     fastest: Duration,
 }
 
-/// An Envoy.
-#[derive(Clone, Copy)]
-struct Place {
-    process: u32,
-    address: SocketAddr,
-}
+/// The process and the address of an Envoy.
+type Place = (u32, SocketAddr);
 
 /// Everything that runs during measurements.
-struct Running {
+struct Running<'a> {
+    options: &'a Options,
     cores: Cores,
     rounds: usize,
+    /// A directory for files.
+    home: &'a Path,
+    /// An Envoy that answers.
+    upstream: SocketAddr,
     subjects: Vec<Subject>,
     servers: Vec<Server>,
     feeds: Vec<Feed>,
@@ -128,12 +128,14 @@ async fn measure_on(
     let (processes, requests) = if options.quick { (1, REQUESTS / 2) } else { (PROCESSES, REQUESTS) };
     let rounds = options.rounds.unwrap_or(ROUNDS * processes).div_ceil(processes);
     let mut rows: Vec<Row> = Vec::new();
-    let mut random = Random::new(1);
+    let mut random = Dice::new(1);
     let mut speed = Speed { core: cores.measured, fastest: Duration::MAX };
     for process in 1..=processes {
         let home = TempDir::with_prefix("portcullis-bench-")?;
-        let mut running = Running::on(cores, rounds);
-        start(&mut running, options, empty, home.path(), report).await?;
+        let mut running = Running::on(cores, rounds, options, home.path()).await?;
+        running.start_others(empty).await?;
+        running.start_stores(report).await?;
+        running.start_variants().await?;
         ensure!(running.subjects.len() > 1, "--row: no row has one of {:?} in its name", options.row);
         for round in 0..rounds {
             progress(&format!("suite request: Envoys {process} of {processes}, round {} of {rounds}", round + 1));
@@ -170,7 +172,6 @@ impl Speed {
 }
 
 impl Subject {
-    /// Takes one sample.
     async fn sample(
         &mut self,
         generator: &H2load,
@@ -193,7 +194,6 @@ impl Subject {
             Answers { good: requests, refused: 0, failed: 0 }
         };
         ensure!(answers == expected, "{}: {answers:?} instead of {expected:?}", self.name);
-        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
         self.samples.push(Sample { micros: used_ns as f64 / requests as f64 / 1_000.0, probe });
         Ok(())
     }
@@ -208,160 +208,155 @@ impl Row {
     }
 }
 
-/// Starts the processes of the selected rows, and always those of the row without a filter.
-async fn start(running: &mut Running, options: &Options, empty: &Path, home: &Path, report: &mut Report) -> Result<()> {
-    progress("suite request: starting the peers");
-    let upstream = Server::start(&Peer::nothing().config(), 1, Some(running.cores.load)).await?;
-    let to_upstream = upstream.address();
-    running.servers.push(upstream);
-    start_others(running, options, empty, to_upstream, home).await?;
-    start_stores(running, options, to_upstream, home, report).await?;
-    if options.wants(LIMITED) {
-        let place = running.portcullis(&paths::wasm(), 1_000, limited, unlimited_plugin(), None, None).await?;
-        running.subject(LIMITED, place, "/", 0..1_000, home, false)?;
-    }
-    for filter in &options.beside {
-        start_beside(running, options, filter, home).await?;
-    }
-    let mut plugin = unlimited_plugin();
-    plugin["envoy_removes_identity_headers"] = true.into();
-    for name in [ENVOY_REMOVES, PACKED] {
-        if options.wants(name) {
-            let place = running.portcullis(&paths::wasm(), 1_000, |_| (), plugin.clone(), None, None).await?;
-            running.subject(name, place, "/", 0..1_000, home, false)?;
-        }
-        plugin["identity_headers"] = json!({"packed": "x-identity"});
-    }
-    if options.wants(POLICY) {
-        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
-        let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
-        let place = running.portcullis(&paths::wasm(), 1_000, scope, plugin, Some("orders"), None).await?;
-        running.subject(POLICY, place, "/", 0..1_000, home, false)?;
-    }
-    Ok(())
-}
-
-/// Starts the rows that are not Portcullis.
-async fn start_others(
-    running: &mut Running,
-    options: &Options,
-    empty: &Path,
-    to_upstream: SocketAddr,
-    home: &Path,
-) -> Result<()> {
-    let place = running.serve(&Peer::nothing().with_upstream(to_upstream)).await?;
-    running.subject(NOTHING, place, "/", 0..1_000, home, false)?;
-    if options.wants(NOTHING_UP) {
-        running.subject(NOTHING_UP, place, "/up", 0..1_000, home, false)?;
-    }
-    let lua = home.join("keys.lua");
-    let peers: [(_, &dyn Fn() -> Result<Peer>); 4] = [
-        (EMPTY, &|| Ok(Peer::empty(empty))),
-        (NATIVE, &|| Ok(Peer::api_key_auth(1_000))),
-        (LUA, &|| Peer::lua(1_000, &lua)),
-        (AUTHZ_HTTP, &|| Ok(Peer::ext_authz_http(free_port()?))),
-    ];
-    for (name, peer) in peers {
-        if options.wants(name) {
-            let place = running.serve(&peer()?).await?;
-            running.subject(name, place, "/", 0..1_000, home, false)?;
-        }
-    }
-    if options.wants(AUTHZ_GRPC) {
-        let (process, address) = authorizer(&home.join("authorizer.address"), home, running.cores).await?;
-        running.others.push(process);
-        let place = running.serve(&Peer::ext_authz_grpc(address)).await?;
-        running.subject(AUTHZ_GRPC, place, "/", 0..1_000, home, false)?;
-    }
-    Ok(())
-}
-
-/// Starts Portcullis with different numbers of keys.
-async fn start_stores(
-    running: &mut Running,
-    options: &Options,
-    to_upstream: SocketAddr,
-    home: &Path,
-    report: &mut Report,
-) -> Result<()> {
-    // Name, number of keys, number of used keys.
-    let stores = [
-        ("Portcullis, 10 keys", 10, 10),
-        (PLAIN, 1_000, 1_000),
-        ("Portcullis, 100,000 keys", 100_000, 100_000),
-        (MILLION, 1_000_000, 1_000_000),
-        (OF_MILLION, 1_000_000, 1_000),
-    ];
-    for (name, keys, used) in stores {
-        let unknown = 10_000_000..11_000_000;
-        let mut rows = vec![(name, "/", 0..used, false)];
-        if keys == 1_000 {
-            rows.push((UNKNOWN, "/", unknown.clone(), true));
-            rows.push((KNOWN_UP, "/up", 0..keys, false));
-            rows.push((UNKNOWN_UP, "/up", unknown, true));
-        }
-        rows.retain(|(name, ..)| options.wants(name));
-        if rows.is_empty() {
-            continue;
-        }
-        if options.quick && keys > 100_000 {
-            report.note(format!("A quick run leaves out: {name}."));
-            continue;
-        }
-        progress(&format!("suite request: {name}"));
-        let (filter, plugin) = (paths::wasm(), unlimited_plugin());
-        let place = running.portcullis(&filter, keys, |_| (), plugin, None, Some(to_upstream)).await?;
-        for (name, path, keys, refused) in rows {
-            running.subject(name, place, path, keys, home, refused)?;
-        }
-    }
-    Ok(())
-}
-
-/// Starts another build of the filter.
-async fn start_beside(running: &mut Running, options: &Options, filter: &Path, home: &Path) -> Result<()> {
-    // Envoy runs in a directory of its own.
-    let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
-    let name = |keys: &str| format!("{}, {keys} keys", filter.display());
-    // A few keys of many that are used repeatedly are cached like those of a small store.
-    let stores =
-        [(1_000, vec![("1,000", 1_000)]), (1_000_000, vec![("1,000,000", 1_000_000), ("1,000 of 1,000,000", 1_000)])];
-    for (keys, mut rows) in stores {
-        rows.retain(|(asked, _)| options.wants(&name(asked)));
-        if !rows.is_empty() {
-            let place = running.portcullis(&file, keys, |_| (), unlimited_plugin(), None, None).await?;
-            for (asked, keys) in rows {
-                running.subject(&name(asked), place, "/", 0..keys, home, false)?;
-            }
-        }
-    }
-    let limited_name = format!("{}, each with a rate limit", name("1,000"));
-    if options.wants(&limited_name) {
-        let place = running.portcullis(&file, 1_000, limited, unlimited_plugin(), None, None).await?;
-        running.subject(&limited_name, place, "/", 0..1_000, home, false)?;
-    }
-    Ok(())
-}
-
 /// The plugin configuration without the rate limit of keys that have none of their own.
 fn unlimited_plugin() -> Value {
     json!({"rate_limit": null})
 }
 
 fn limited(record: &mut Record) {
-    record.rate_limits =
-        vec![RateLimit { name: "own".into(), requests: 1_000_000, window_s: 1, burst: 1_000_000, shared: true }];
+    record.rate_limits = vec![RateLimit {
+        name: "own".into(),
+        requests: 1_000_000,
+        window_s: 1,
+        burst: 1_000_000,
+        shared: true,
+        per: Per::Key,
+    }];
 }
 
-impl Running {
-    const fn on(cores: Cores, rounds: usize) -> Self {
-        Self { cores, rounds, subjects: Vec::new(), servers: Vec::new(), feeds: Vec::new(), others: Vec::new() }
+impl<'a> Running<'a> {
+    async fn on(cores: Cores, rounds: usize, options: &'a Options, home: &'a Path) -> Result<Self> {
+        progress("suite request: starting the peers");
+        let server = Server::start(&Peer::nothing().config(), 1, Some(cores.load)).await?;
+        let (subjects, feeds, others) = (Vec::new(), Vec::new(), Vec::new());
+        let (upstream, servers) = (server.address, vec![server]);
+        Ok(Self { options, cores, rounds, home, upstream, subjects, servers, feeds, others })
+    }
+
+    /// Starts the selected rows that are not Portcullis, and always the row without a filter.
+    async fn start_others(&mut self, empty: &Path) -> Result<()> {
+        let place = self.serve(&Peer::nothing().with_upstream(self.upstream)).await?;
+        self.subject(NOTHING, place, "/", 0..1_000, false)?;
+        if self.options.wants(NOTHING_UP) {
+            self.subject(NOTHING_UP, place, "/up", 0..1_000, false)?;
+        }
+        let lua = self.home.join("keys.lua");
+        let peers: [(_, &dyn Fn() -> Result<Peer>); 4] = [
+            (EMPTY, &|| Ok(Peer::empty(empty))),
+            (NATIVE, &|| Ok(Peer::api_key_auth(1_000))),
+            (LUA, &|| Peer::lua(1_000, &lua)),
+            (AUTHZ_HTTP, &|| Ok(Peer::ext_authz_http(free_port()?))),
+        ];
+        for (name, peer) in peers {
+            if self.options.wants(name) {
+                let place = self.serve(&peer()?).await?;
+                self.subject(name, place, "/", 0..1_000, false)?;
+            }
+        }
+        if self.options.wants(AUTHZ_GRPC) {
+            let (process, address) = authorizer(self.home, self.cores).await?;
+            self.others.push(process);
+            let place = self.serve(&Peer::ext_authz_grpc(address)).await?;
+            self.subject(AUTHZ_GRPC, place, "/", 0..1_000, false)?;
+        }
+        Ok(())
+    }
+
+    /// Starts Portcullis with different numbers of keys.
+    async fn start_stores(&mut self, report: &mut Report) -> Result<()> {
+        // Name, number of keys, number of used keys.
+        let stores = [
+            ("Portcullis, 10 keys", 10, 10),
+            (PLAIN, 1_000, 1_000),
+            ("Portcullis, 100,000 keys", 100_000, 100_000),
+            (MILLION, 1_000_000, 1_000_000),
+            (OF_MILLION, 1_000_000, 1_000),
+        ];
+        for (name, keys, used) in stores {
+            let unknown = 10_000_000..11_000_000;
+            let mut rows = vec![(name, "/", 0..used, false)];
+            if keys == 1_000 {
+                rows.push((UNKNOWN, "/", unknown.clone(), true));
+                rows.push((KNOWN_UP, "/up", 0..keys, false));
+                rows.push((UNKNOWN_UP, "/up", unknown, true));
+            }
+            rows.retain(|(name, ..)| self.options.wants(name));
+            if rows.is_empty() {
+                continue;
+            }
+            if self.options.quick && keys > 100_000 {
+                report.note(format!("A quick run leaves out: {name}."));
+                continue;
+            }
+            progress(&format!("suite request: {name}"));
+            let place = self.portcullis(&paths::wasm(), keys, |_| (), unlimited_plugin(), None).await?;
+            for (name, path, keys, refused) in rows {
+                self.subject(name, place, path, keys, refused)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts Portcullis with other records and settings, and other builds of it.
+    async fn start_variants(&mut self) -> Result<()> {
+        let filter = paths::wasm();
+        self.variant(LIMITED, &filter, limited, unlimited_plugin(), None).await?;
+        for filter in &self.options.beside {
+            self.start_beside(filter).await?;
+        }
+        let mut plugin = unlimited_plugin();
+        plugin["envoy_removes_identity_headers"] = true.into();
+        self.variant(ENVOY_REMOVES, &filter, |_| (), plugin.clone(), None).await?;
+        plugin["identity_headers"] = json!({"packed": "x-identity"});
+        self.variant(PACKED, &filter, |_| (), plugin, None).await?;
+        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
+        let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
+        self.variant(POLICY, &filter, scope, plugin, Some("orders")).await
+    }
+
+    /// Starts another build of the filter.
+    async fn start_beside(&mut self, filter: &Path) -> Result<()> {
+        // Envoy runs in a directory of its own.
+        let file = filter.canonicalize().with_context(|| format!("--beside: {} cannot be read", filter.display()))?;
+        let name = |keys: &str| format!("{}, {keys} keys", filter.display());
+        // A few keys of many that are used repeatedly are cached like those of a small store.
+        let stores = [
+            (1_000, vec![("1,000", 1_000)]),
+            (1_000_000, vec![("1,000,000", 1_000_000), ("1,000 of 1,000,000", 1_000)]),
+        ];
+        for (keys, mut rows) in stores {
+            rows.retain(|(asked, _)| self.options.wants(&name(asked)));
+            if !rows.is_empty() {
+                let place = self.portcullis(&file, keys, |_| (), unlimited_plugin(), None).await?;
+                for (asked, keys) in rows {
+                    self.subject(&name(asked), place, "/", 0..keys, false)?;
+                }
+            }
+        }
+        let limited_name = format!("{}, each with a rate limit", name("1,000"));
+        self.variant(&limited_name, &file, limited, unlimited_plugin(), None).await
+    }
+
+    /// Starts a row with 1,000 keys, if it is selected.
+    async fn variant(
+        &mut self,
+        name: &str,
+        filter: &Path,
+        change: fn(&mut Record),
+        plugin: Value,
+        policy: Option<&str>,
+    ) -> Result<()> {
+        if !self.options.wants(name) {
+            return Ok(());
+        }
+        let place = self.portcullis(filter, 1_000, change, plugin, policy).await?;
+        self.subject(name, place, "/", 0..1_000, false)
     }
 
     /// Starts an Envoy on the core for what is measured.
     async fn serve(&mut self, peer: &Peer) -> Result<Place> {
         let server = Server::start(&peer.config(), 1, Some(self.cores.measured)).await?;
-        let place = Place { process: server.pid(), address: server.address() };
+        let place = (server.pid(), server.address);
         self.servers.push(server);
         Ok(place)
     }
@@ -373,13 +368,9 @@ impl Running {
         change: impl Fn(&mut Record),
         plugin: Value,
         policy: Option<&str>,
-        upstream: Option<SocketAddr>,
     ) -> Result<Place> {
         let feed = Feed::start(keys, change).await?;
-        let mut peer = Peer::portcullis(filter, feed.address(), plugin);
-        if let Some(upstream) = upstream {
-            peer = peer.with_upstream(upstream);
-        }
+        let mut peer = Peer::portcullis(filter, feed.address, plugin).with_upstream(self.upstream);
         if let Some(policy) = policy {
             peer = peer.with_policy(policy);
         }
@@ -395,40 +386,36 @@ impl Running {
         place: Place,
         path: &str,
         keys: std::ops::Range<u64>,
-        home: &Path,
         refused: bool,
     ) -> Result<()> {
         let file = |number: usize| -> Result<PathBuf> {
-            let file = home.join(format!("{}-{number}.urls", self.subjects.len()));
-            let mut random = Random::new(number as u64);
+            let file = self.home.join(format!("{}-{number}.urls", self.subjects.len()));
+            let mut random = Dice::new(number as u64);
             let width = usize::try_from(keys.end - keys.start)?;
             let line = |_| {
                 let chosen = keys.start + random.below(width) as u64;
-                format!("http://{}{path}?key={}\n", place.address, key(chosen))
+                format!("http://{}{path}?key={}\n", place.1, key(chosen))
             };
             std::fs::write(&file, (0..REQUESTS).map(line).collect::<String>())?;
             Ok(file)
         };
         let files = (0..self.rounds).map(file).collect::<Result<_>>()?;
-        let (name, process, warm_up) = (name.to_owned(), place.process, file(self.rounds)?);
+        let (name, process, warm_up) = (name.to_owned(), place.0, file(self.rounds)?);
         self.subjects.push(Subject { name, process, warm_up, files, refused, samples: Vec::new() });
         Ok(())
     }
 }
 
 /// Starts the gRPC authorizer on the core of the load generator.
-async fn authorizer(file: &Path, home: &Path, cores: Cores) -> Result<(Process, SocketAddr)> {
+async fn authorizer(home: &Path, cores: Cores) -> Result<(Process, SocketAddr)> {
+    let file = home.join("authorizer.address");
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("authorizer").arg("--address-file").arg(file);
+    command.arg("authorizer").arg("--address-file").arg(&file);
     machine::pin(&mut command, cores.load)?;
     let log = Log::create(&home.join("authorizer.log"))?;
     let process = Process::spawn("the authorizer", command, &log, Signal::SIGKILL)?;
-    let listens = async || match process.must_run() {
-        Err(error) => Some(Err(error)),
-        Ok(()) => std::fs::read_to_string(file).ok().map(Ok),
-    };
-    let address = eventually("the authorizer to listen", listens).await??;
-    Ok((process, address.parse()?))
+    let address = process.address_in(&file).await?;
+    Ok((process, address))
 }
 
 fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
@@ -448,7 +435,7 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     }
     for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
         let Some(whole) = samples(name) else { continue };
-        report.figure(WHOLE, name, UNIT, Estimate::of([whole], |[whole]| whole));
+        report.figure(WHOLE, name, UNIT, Estimate::plain(whole));
     }
 
     let mut target = |name, most, found: Option<Estimate>| report.target(name, Bound::AtMost(most), "", found);

@@ -4,30 +4,28 @@ use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use contract::key::Secret;
 use portcullis_harness::control_plane::fresh_key;
-use portcullis_harness::http;
+use portcullis_harness::envoy::{live, stat};
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::{Process, Signal};
+use portcullis_harness::stack::STORE_KEYS;
 use portcullis_harness::tools;
-use portcullis_harness::wait::eventually_within;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::machine;
-use crate::peers::INGRESS;
 
 /// Reading a million credentials takes a while.
 const READY_WITHIN: Duration = Duration::from_secs(180);
 
-/// A running Envoy.
 #[derive(Debug)]
 pub(crate) struct Server {
     process: Process,
-    admin: SocketAddr,
-    address: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    pub(crate) address: SocketAddr,
     _home: TempDir,
 }
 
@@ -59,54 +57,18 @@ impl Server {
         let log = Log::create(&home.path().join("log"))?;
         let process = Process::spawn("Envoy", envoy, &log, Signal::SIGKILL)?;
         let admin_file = home.path().join("admin.address");
-        let live = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => {
-                let admin = std::fs::read_to_string(&admin_file).ok()?.trim().parse().ok()?;
-                let ready = http::get(admin, "/ready").await.ok()?;
-                (ready.status == 200).then_some(Ok(admin))
-            }
-        };
-        let admin = eventually_within("Envoy to be live", READY_WITHIN, live).await??;
-        let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
-        let ingress =
-            listeners["listener_statuses"].as_array().into_iter().flatten().find(|one| one["name"] == INGRESS);
-        let port = ingress.and_then(|one| one["local_address"]["socket_address"]["port_value"].as_u64());
-        let port = port.and_then(|port| u16::try_from(port).ok());
-        let address = port.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-        let address = address.with_context(|| format!("Envoy names no listener {INGRESS}: {listeners}"))?;
+        let (admin, address) = live(&process, &admin_file, READY_WITHIN).await?;
         Ok(Self { process, admin, address, _home: home })
     }
 
-    /// The address of its listener.
-    pub(crate) const fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Its admin interface.
-    pub(crate) const fn admin(&self) -> SocketAddr {
-        self.admin
-    }
-
-    /// The process id.
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
 
     /// Waits until its filter has this number of keys.
     pub(crate) async fn wait_for_keys(&self, keys: u64) -> Result<()> {
-        let loaded = async || {
-            self.process.must_run().ok()?;
-            (self.stat("wasmcustom.portcullis.store.keys").await.ok()? >= keys).then_some(())
-        };
-        eventually_within(&format!("{keys} keys in Envoy"), READY_WITHIN, loaded).await
-    }
-
-    /// A statistic by its name, 0 if it does not exist yet.
-    pub(crate) async fn stat(&self, name: &str) -> Result<u64> {
-        let stats = http::get(self.admin, &format!("/stats?format=json&filter={name}")).await?.json()?;
-        let all = stats["stats"].as_array().into_iter().flatten();
-        Ok(all.filter(|stat| stat["name"] == name).find_map(|stat| stat["value"].as_u64()).unwrap_or_default())
+        let loaded = async || (stat(self.admin, STORE_KEYS).await.ok()? >= keys).then_some(());
+        self.process.eventually_within(&format!("{keys} keys in Envoy"), READY_WITHIN, loaded).await
     }
 }
 

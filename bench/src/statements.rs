@@ -6,11 +6,9 @@ use anyhow::{Context, Result, ensure};
 use portcullis_harness::paths;
 use serde_json::Value;
 
-/// All queries of the control plane.
 pub(crate) struct Statements(Vec<String>);
 
 impl Statements {
-    /// Reads them.
     pub(crate) fn read() -> Result<Self> {
         let mut all = Vec::new();
         for file in std::fs::read_dir(paths::workspace().join("control-plane/.sqlx"))? {

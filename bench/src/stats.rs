@@ -1,6 +1,8 @@
 //! Statistics that are robust against other users of the machine: lower quartile, median, and a
 //! bootstrap interval.
 
+use portcullis_harness::dice::Dice;
+
 /// Samples of one quantity, one for each round, in a group for each process or in one group. A process may be faster than
 /// another in all of its rounds, so groups have equal weight.
 #[derive(Clone, Debug, Default)]
@@ -21,7 +23,6 @@ impl Samples {
 
     /// The quantile of each group, interpolated between samples; the mean over the groups.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
-        #[expect(clippy::cast_precision_loss, reason = "there are few groups")]
         let groups = self.0.len() as f64;
         self.0.iter().map(|group| Self::quantile_of(group, share)).sum::<f64>() / groups
     }
@@ -29,9 +30,7 @@ impl Samples {
     fn quantile_of(group: &[f64], share: f64) -> f64 {
         let mut sorted = group.to_vec();
         sorted.sort_by(f64::total_cmp);
-        #[expect(clippy::cast_precision_loss, reason = "there are few samples")]
         let place = share * sorted.len().saturating_sub(1) as f64;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a place within the samples")]
         let low = place.floor() as usize;
         let Some(&value) = sorted.get(low) else { return f64::NAN };
         let next = sorted.get(low + 1).copied().unwrap_or(value);
@@ -80,7 +79,7 @@ impl Estimate {
         let groups = samples.iter().map(|samples| samples.0.len()).min().unwrap_or_default();
         let rounds = |group: usize| samples.iter().map(|samples| samples.0.get(group).map_or(0, Vec::len)).min();
         let rounds: Vec<usize> = (0..groups).filter_map(rounds).collect();
-        let mut random = Random::new(rounds.iter().sum::<usize>() as u64);
+        let mut random = Dice::new(rounds.iter().sum::<usize>() as u64);
         let mut drawn = Samples::default();
         for _ in 0..DRAWS {
             let mut choice: Vec<(usize, Vec<usize>)> = Vec::new();
@@ -97,6 +96,10 @@ impl Estimate {
         Self { judged, median, ..Self::NOTHING }.within(&drawn, rounds.iter().sum())
     }
 
+    pub(crate) fn plain(samples: &Samples) -> Self {
+        Self::of([samples], |[sample]| sample)
+    }
+
     /// The ratio of two quantities that were measured one after the other in each round, so that a slow machine affects both.
     /// A round may be disturbed in either, so the median counts.
     pub(crate) fn by_the_round(over: &Samples, under: &Samples) -> Self {
@@ -109,7 +112,7 @@ impl Estimate {
     /// A quantile of all samples.
     pub(crate) fn at(samples: &Samples, share: f64) -> Self {
         let all: Vec<f64> = samples.0.iter().flatten().copied().collect();
-        let mut random = Random::new(all.len() as u64);
+        let mut random = Dice::new(all.len() as u64);
         let mut drawn = Samples::default();
         for _ in 0..DRAWS {
             let choice = all.iter().filter_map(|_| all.get(random.below(all.len())).copied());
@@ -136,30 +139,19 @@ impl Estimate {
     pub(crate) const NOTHING: Self = Self { judged: f64::NAN, median: f64::NAN, low: f64::NAN, high: f64::NAN };
 }
 
-/// Pseudo-random numbers, the same in every run (SplitMix64).
-pub(crate) struct Random(u64);
+/// Sides of a comparison.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Side {
+    Ours,
+    Theirs,
+}
 
-impl Random {
-    pub(crate) const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % bound.max(1) as u64).unwrap_or_default()
-    }
-
-    pub(crate) fn shuffle<T>(&mut self, all: &mut [T]) {
-        for place in (1..all.len()).rev() {
-            all.swap(place, self.below(place + 1));
-        }
+impl Side {
+    /// Both, in random order.
+    pub(crate) fn both(dice: &mut Dice) -> [Self; 2] {
+        let mut sides = [Self::Ours, Self::Theirs];
+        dice.shuffle(&mut sides);
+        sides
     }
 }
 
@@ -200,7 +192,7 @@ mod tests {
         let pooled = Samples::of([1.0, 3.0, 8.0].into_iter().flat_map(|sample| [sample; 40]));
         let apart = Samples::in_groups([vec![1.0; 40], vec![3.0; 40], vec![8.0; 40]]);
         let range = |samples: &Samples| {
-            let found = Estimate::of([samples], |[found]| found);
+            let found = Estimate::plain(samples);
             (found.low, found.judged, found.high)
         };
         assert_eq!(range(&pooled), (1.0, 1.0, 1.0));
@@ -239,18 +231,9 @@ mod tests {
     #[test]
     fn one_sample_tells_of_no_spread() {
         let one = Samples::of([7.0]);
-        let (plain, ratio) = (Estimate::of([&one], |[one]| one), Estimate::by_the_round(&one, &one));
+        let (plain, ratio) = (Estimate::plain(&one), Estimate::by_the_round(&one, &one));
         for found in [plain, ratio, Estimate::at(&one, 0.99), Estimate::worst(&one)] {
             assert!(found.judged.is_finite() && found.low.is_nan() && found.high.is_nan(), "{found:?}");
         }
-    }
-
-    #[test]
-    fn a_shuffle_keeps_everything() {
-        let mut all: Vec<usize> = (0..100).collect();
-        Random::new(7).shuffle(&mut all);
-        assert_ne!(all, (0..100).collect::<Vec<_>>());
-        all.sort_unstable();
-        assert_eq!(all, (0..100).collect::<Vec<_>>());
     }
 }

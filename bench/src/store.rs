@@ -24,33 +24,22 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
-/// Starts a control plane with a database of its own and Envoys, without rate limits of the API.
+/// Starts a control plane with a database of its own and Envoys.
 pub(crate) async fn start(envoys: usize) -> Result<Stack> {
     build()?;
-    let generous = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
     let plugin = serde_json::json!({"rate_limit": null});
-    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).control_plane_arguments(&generous).start().await
+    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).start().await
 }
-
-/// Key number n is the text `key-n`, like an imported key.
-const INSERT: &str = "
-    insert into user_preferences (id, email)
-    select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
-    insert into api_keys (id, owner_id, name, hash, revision)
-    select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
-    from generate_series(1, {keys}) n
-    join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com';
-    analyze";
 
 /// Inserts keys into an empty database, and restarts the control plane, so that it loads them as a whole.
 pub(crate) async fn fill(stack: &Stack, keys: u64) -> Result<()> {
     progress(&format!("entering {keys} keys"));
-    stack.database.execute(&INSERT.replace("{keys}", &keys.to_string())).await?;
+    stack.insert_keys(keys).await?;
+    stack.database.execute("analyze").await?;
     stack.control_plane.stop(Signal::SIGTERM).await?;
     stack.control_plane.restart().await
 }
 
-/// The process id of the control plane.
 pub(crate) fn control_plane_pid(stack: &Stack) -> Result<u32> {
     stack.control_plane.pid().context("the control plane does not run")
 }
@@ -66,10 +55,6 @@ pub(crate) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<(
     .await
 }
 
-pub(crate) fn seconds(duration: Duration) -> f64 {
-    duration.as_secs_f64()
-}
-
 pub(crate) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1_000.0
 }
@@ -82,7 +67,6 @@ pub(crate) struct Used {
 }
 
 impl Used {
-    /// Reads it.
     pub(crate) fn read(stack: &Stack, postmaster: u32) -> Result<Self> {
         let control_plane = machine::cpu_ns(control_plane_pid(stack)?)?;
         Ok(Self { control_plane, database: machine::family_cpu_ns(postmaster)? })
@@ -90,7 +74,7 @@ impl Used {
 
     /// CPU seconds since then: of the control plane, and of PostgreSQL.
     pub(crate) fn since(&self, before: &Self) -> (f64, f64) {
-        let seconds_of = |now: u64, before: u64| seconds(Duration::from_nanos(now.saturating_sub(before)));
+        let seconds_of = |now: u64, before: u64| Duration::from_nanos(now.saturating_sub(before)).as_secs_f64();
         (seconds_of(self.control_plane, before.control_plane), seconds_of(self.database, before.database))
     }
 }

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use hyper::Method;
+use portcullis_harness::dice::Dice;
+use portcullis_harness::envoy::until_all;
 use portcullis_harness::http::Connection;
 use portcullis_harness::output::progress;
 use portcullis_harness::paths;
@@ -16,13 +18,13 @@ use sqlx::types::Uuid;
 use tokio::task::JoinSet;
 
 use crate::Options;
-use crate::load::{Answers, Flow, H2load, Took, call, rest_call};
+use crate::load::{Answers, H2load, Took, call, rest_call};
 use crate::machine;
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
 use crate::server::Server;
-use crate::stats::{Estimate, Random, Samples};
-use crate::store::{self, milliseconds, seconds};
+use crate::stats::{Estimate, Samples, Side};
+use crate::store::{self, milliseconds};
 
 const COLD: &str = "sync: cold start";
 const CHANGE: &str = "sync: one change";
@@ -32,7 +34,6 @@ const POLLERS: &str = "sync: many pollers";
 const COPY: &str = "copy (select hash, id, owner_id, generation, scopes, rate_limits, cost, expires_at, disabled, revoked_at \
     from api_keys) to stdout";
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let sizes: &[u64] = if options.quick { &[100_000] } else { &[100_000, 1_000_000] };
     for &keys in sizes {
@@ -41,13 +42,6 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     change(options, report).await?;
     role(options, report).await?;
     pollers(options, report).await
-}
-
-/// Which of the two is measured.
-#[derive(Clone, Copy)]
-enum Side {
-    Copy,
-    Start,
 }
 
 /// What one cold start took.
@@ -63,46 +57,37 @@ async fn cold(options: &Options, keys: u64, report: &mut Report) -> Result<()> {
     let rounds = if options.quick { 2 } else { 5 };
     let (mut copies, mut starts, mut syncs, mut stalls) =
         (Samples::default(), Samples::default(), Samples::default(), Samples::default());
-    let mut random = Random::new(keys);
+    let mut random = Dice::new(keys);
     // One round before those that count: what is read finds no cache full.
     for round in 0..=rounds {
         progress(&format!("suite sync: {keys} keys, round {round} of {rounds}"));
-        let mut sides = [Side::Copy, Side::Start];
-        random.shuffle(&mut sides);
-        for side in sides {
+        for side in Side::both(&mut random) {
             match side {
-                Side::Copy => {
+                Side::Theirs => {
                     let took = copy(&stack).await?;
                     if round > 0 {
-                        copies.push(seconds(took));
+                        copies.push(took.as_secs_f64());
                     }
                 }
-                Side::Start => {
+                Side::Ours => {
                     let Cold { from_start, from_live, longest_stall } = start_cold(&stack, keys).await?;
                     // Of stalls the worst counts, of the first round too.
                     stalls.push(milliseconds(longest_stall));
                     if round > 0 {
-                        starts.push(seconds(from_start));
-                        syncs.push(seconds(from_live));
+                        starts.push(from_start.as_secs_f64());
+                        syncs.push(from_live.as_secs_f64());
                     }
                 }
             }
         }
     }
-    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-    report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", plain(&copies));
+    report.figure(COLD, format!("COPY of {keys} rows to a client"), "s", Estimate::plain(&copies));
     let ratio = Estimate::by_the_round(&syncs, &copies);
-    let compared = Some((ratio, "COPY"));
-    report.compared(
-        COLD,
-        format!("Portcullis, {keys} keys, from a live Envoy to all loaded"),
-        "s",
-        plain(&syncs),
-        compared,
-    );
-    let compared = Some((Estimate::by_the_round(&starts, &copies), "COPY"));
+    let from_live = format!("Portcullis, {keys} keys, from a live Envoy to all loaded");
+    report.compared(COLD, from_live, "s", Estimate::plain(&syncs), Some((ratio, "COPY")));
     let from_start = format!("Portcullis, {keys} keys, from the start of Envoy");
-    report.compared(COLD, from_start, "s", plain(&starts), compared);
+    let compared = Some((Estimate::by_the_round(&starts, &copies), "COPY"));
+    report.compared(COLD, from_start, "s", Estimate::plain(&starts), compared);
     let worst = Estimate::worst(&stalls);
     report.figure(COLD, format!("Portcullis, {keys} keys, longest stall of the syncing thread"), "ms", worst);
     if options.quick || keys == 1_000_000 {
@@ -132,7 +117,7 @@ async fn start_cold(stack: &Stack, keys: u64) -> Result<Cold> {
     let start = Instant::now();
     let server = Server::start_with_key(&peer.config(), 2, None, &sync_key).await?;
     let live = Instant::now();
-    let mut admin = Connection::open(server.admin()).await?;
+    let mut admin = Connection::open(server.admin).await?;
     let mut longest_stall = Duration::ZERO;
     loop {
         let asked = Instant::now();
@@ -161,21 +146,14 @@ async fn change(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(1).await?;
     let lasts = Duration::from_secs(if options.quick { 4 } else { 20 });
     progress(&format!("suite sync: changes while requests flow, for {} s", lasts.as_secs()));
-    let flow = Flow {
-        to: stack.envoy().address(),
-        key: stack.working_key("flow@example.com").await?,
-        connections: 8,
-        per_second: PER_SECOND,
-        lasts,
-    };
+    let (to, key) = (stack.envoy().address(), stack.working_key("flow@example.com").await?);
     let generator = H2load::install()?;
     // Whatever happens here, it ends with this.
     let mut flowing = JoinSet::new();
-    flowing.spawn(async move { generator.flow(&flow).await });
+    flowing.spawn(async move { generator.flow(to, &key, PER_SECOND, lasts).await });
     let (took, counted, Answers { good, refused, failed }) = revocations(&stack, "user", &mut flowing).await?;
     ensure!(refused + failed == 0, "a key that nobody revoked was refused {refused} times, {failed} requests failed");
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let rate = good as f64 / seconds(lasts);
+    let rate = good as f64 / lasts.as_secs_f64();
     let least = f64::from(PER_SECOND) * LEAST_FLOW;
     ensure!(rate >= least, "only {rate:.0} requests/s flowed instead of {PER_SECOND}");
     report.note(format!("Suite sync: {rate:.0} requests/s by h2load flowed beside {counted} changes that count."));
@@ -217,12 +195,7 @@ async fn revocations<T: 'static>(
         let key = rest.generate(&email).await?;
         wait_for_status(envoy, Some(&key), 200).await?;
         rest.revoke(&email).await?;
-        let answered = Instant::now();
-        for worker in &mut workers {
-            while worker.get("/", Some(&key)).await?.status != 401 {
-                ensure!(answered.elapsed() < Duration::from_secs(10), "a revoked key is admitted for too long");
-            }
-        }
+        let refused = until_all(&mut workers, "/", &key, 401).await?;
         // What the end of the other fell into does not count.
         if let Some(done) = beside.try_join_next() {
             ensure!(tries > 2 * WARM_UP, "only {tries} changes beside it");
@@ -230,7 +203,7 @@ async fn revocations<T: 'static>(
         }
         tries += 1;
         if tries > WARM_UP {
-            took.push(milliseconds(answered.elapsed()));
+            took.push(milliseconds(refused));
         }
     }
 }
@@ -267,17 +240,9 @@ async fn role(options: &Options, report: &mut Report) -> Result<()> {
         ensure!(workers[0].get("/orders", Some(key)).await?.status == 200, "the role does not open the route");
         let body = json!({"scopes": ["users:read"]});
         rest.expect(Method::PUT, "/v1/roles/bench", Some(&body), 200).await?;
-        let answered = Instant::now();
-        for worker in &mut workers {
-            while worker.get("/orders", Some(key)).await?.status != 403 {
-                ensure!(
-                    answered.elapsed() < Duration::from_secs(10),
-                    "a scope that a role lost is admitted for too long"
-                );
-            }
-        }
+        let refused = until_all(&mut workers, "/orders", key, 403).await?;
         if number >= WARM_UP {
-            took.push(milliseconds(answered.elapsed()));
+            took.push(milliseconds(refused));
         }
         grant("orders:read").await?;
     }
@@ -320,7 +285,7 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
                 Ok((connection, Instant::now()))
             });
         }
-        held(&stack).await?;
+        store::reaches(&stack, "portcullis_sync_polls_in_flight", MANY as f64).await?;
         let held = machine::resident_bytes(process)?.saturating_sub(few);
         let before = machine::cpu_ns(process)?;
         stack.rest().generate(&format!("change{number}@example.com")).await?;
@@ -337,21 +302,18 @@ async fn pollers(options: &Options, report: &mut Report) -> Result<()> {
             memory.push(by_one(held) / 1_024.0);
         }
     }
-    let plain = |samples: &Samples| Estimate::of([samples], |[value]| value);
-    report.figure(POLLERS, format!("Portcullis, {MANY} pollers, change → the last has it"), "ms", plain(&last));
-    report.figure(POLLERS, "Portcullis, CPU of the control plane by poller and change", "µs", plain(&cpu));
-    report.figure(POLLERS, "Portcullis, memory of the control plane by held poll", "KiB", plain(&memory));
-    report.target("1,000 pollers: change at the last one", Bound::AtMost(250.0), "ms", plain(&last));
+    report.figure(
+        POLLERS,
+        format!("Portcullis, {MANY} pollers, change → the last has it"),
+        "ms",
+        Estimate::plain(&last),
+    );
+    report.figure(POLLERS, "Portcullis, CPU of the control plane by poller and change", "µs", Estimate::plain(&cpu));
+    report.figure(POLLERS, "Portcullis, memory of the control plane by held poll", "KiB", Estimate::plain(&memory));
+    report.target("1,000 pollers: change at the last one", Bound::AtMost(250.0), "ms", Estimate::plain(&last));
     Ok(())
 }
 
-/// Waits until the control plane says that all polls are held.
-async fn held(stack: &Stack) -> Result<()> {
-    #[expect(clippy::cast_precision_loss, reason = "a small number")]
-    store::reaches(stack, "portcullis_sync_polls_in_flight", MANY as f64).await
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
 fn by_one(sum: u64) -> f64 {
     sum as f64 / MANY as f64
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use contract::id::{KeyId, ReporterId};
 use contract::usage::{Count, KeyRef, Report as UsageReport, Subject, write_reports};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::Connection;
 use portcullis_harness::output::progress;
 use portcullis_harness::stack::Stack;
@@ -16,8 +17,8 @@ use tokio::task::JoinSet;
 
 use crate::Options;
 use crate::report::{Bound, Report};
-use crate::stats::{Estimate, Random, Samples};
-use crate::store::{self, Used, seconds};
+use crate::stats::{Estimate, Samples, Side};
+use crate::store::{self, Used};
 
 const SUITE: &str = "usage: ingest";
 const BY_CORE: &str = "usage: ingest by second of processor";
@@ -33,7 +34,6 @@ const BARE: &str = "
     create table bare_usage (like key_usage including all) with (fillfactor = 70);
     create table bare_hourly (like usage_hourly including all) with (fillfactor = 70)";
 
-/// Measures.
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let stack = store::start(0).await?;
     let keys = if options.quick { 20_000 } else { 100_000 };
@@ -47,19 +47,17 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     // Seconds for each count, and CPU seconds.
     let (mut ours, mut bare) = (Samples::default(), Samples::default());
     let (mut cpu, mut cpu_with_database, mut bare_cpu) = (Samples::default(), Samples::default(), Samples::default());
-    let mut random = Random::new(3);
+    let mut random = Dice::new(3);
     let total = f64::from(REPORTERS) * f64::from(u32::try_from(COUNTS)?) * f64::from(u32::try_from(REPORTS)?);
     // The first round does not count: it finds the tables empty.
     for round in 0..=rounds {
         progress(&format!("suite usage: round {round} of {rounds}"));
         let work = work(&ids, hour, round, &mut random)?;
-        let mut sides = [Side::Ours, Side::Bare];
-        random.shuffle(&mut sides);
-        for side in sides {
+        for side in Side::both(&mut random) {
             let before = Used::read(&stack, postmaster)?;
             let took = match side {
                 Side::Ours => report_all(&stack, &work).await?,
-                Side::Bare => upsert_all(&mut connection, &work).await?,
+                Side::Theirs => upsert_all(&mut connection, &work).await?,
             };
             let (control_plane, database) = Used::read(&stack, postmaster)?.since(&before);
             match side {
@@ -69,7 +67,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
                     cpu.push(control_plane / total);
                     cpu_with_database.push((control_plane + database) / total);
                 }
-                Side::Bare => {
+                Side::Theirs => {
                     bare.push(took / total);
                     bare_cpu.push(database / total);
                 }
@@ -107,17 +105,10 @@ fn show(
     Ok(ratio)
 }
 
-/// Sides of the comparison.
-#[derive(Clone, Copy)]
-enum Side {
-    Ours,
-    Bare,
-}
-
 /// The reports of each Envoy, in order.
 type Work = Vec<Vec<UsageReport>>;
 
-fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work> {
+fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Dice) -> Result<Work> {
     let mut work = Work::new();
     for reporter in 0..REPORTERS {
         let mut reports = Vec::new();
@@ -129,7 +120,6 @@ fn work(ids: &[Uuid], hour: u32, round: u64, random: &mut Random) -> Result<Work
                 of: Subject { key: Some(KeyRef { id: KeyId(id.into_bytes()), generation: 1 }), outcome: 0, hour },
                 requests: 10,
                 cost: 10,
-                drawn: 0,
                 last_ms: u64::from(hour) * 3_600_000,
             };
             let seq = round * REPORTS + number;
@@ -167,7 +157,7 @@ async fn report_all(stack: &Stack, work: &Work) -> Result<f64> {
     while let Some(done) = envoys.join_next().await {
         done??;
     }
-    Ok(seconds(start.elapsed()))
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Rows of one transaction.
@@ -200,36 +190,28 @@ fn batches(work: &Work) -> Result<Vec<Batch>> {
     Ok(batches)
 }
 
+const UPSERTS: [&str; 2] = [
+    "insert into bare_usage (key_id, generation, requests, last_used_at)
+    select id, 1, requests, to_timestamp($3) from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
+    on conflict (key_id, generation) do update set requests = bare_usage.requests + excluded.requests,
+        last_used_at = greatest(bare_usage.last_used_at, excluded.last_used_at)",
+    "insert into bare_hourly (key_id, generation, hour, outcome, requests, cost)
+    select id, 1, to_timestamp($3), 0, requests, requests
+    from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
+    on conflict (key_id, hour, outcome, generation) do update set
+        requests = bare_hourly.requests + excluded.requests, cost = bare_hourly.cost + excluded.cost",
+];
+
 /// Upserts the same rows on one connection. Returns the seconds.
 async fn upsert_all(connection: &mut PgConnection, work: &Work) -> Result<f64> {
     let batches = batches(work)?;
     let start = Instant::now();
     for Batch { ids, requests, hour_s } in &batches {
         let mut transaction = connection.begin().await?;
-        sqlx::query(
-            "insert into bare_usage (key_id, generation, requests, last_used_at)
-            select id, 1, requests, to_timestamp($3) from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
-            on conflict (key_id, generation) do update set requests = bare_usage.requests + excluded.requests,
-                last_used_at = greatest(bare_usage.last_used_at, excluded.last_used_at)",
-        )
-        .bind(ids)
-        .bind(requests)
-        .bind(hour_s)
-        .execute(&mut *transaction)
-        .await?;
-        sqlx::query(
-            "insert into bare_hourly (key_id, generation, hour, outcome, requests, cost)
-            select id, 1, to_timestamp($3), 0, requests, requests
-            from unnest($1::uuid[], $2::bigint[]) as new (id, requests)
-            on conflict (key_id, hour, outcome, generation) do update set
-                requests = bare_hourly.requests + excluded.requests, cost = bare_hourly.cost + excluded.cost",
-        )
-        .bind(ids)
-        .bind(requests)
-        .bind(hour_s)
-        .execute(&mut *transaction)
-        .await?;
+        for upsert in UPSERTS {
+            sqlx::query(upsert).bind(ids).bind(requests).bind(hour_s).execute(&mut *transaction).await?;
+        }
         transaction.commit().await?;
     }
-    Ok(seconds(start.elapsed()))
+    Ok(start.elapsed().as_secs_f64())
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer};
 use serde_path_to_error::{Path, Segment, Track};
 
 use self::objects_only::ObjectsOnly;
-pub use self::seconds::Seconds;
+pub use self::seconds::{Milliseconds, Seconds};
 
 /// The mark that some editors put before UTF-8. A reader of JSON may ignore it (RFC 8259, section 8.1).
 pub const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";

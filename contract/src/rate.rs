@@ -84,6 +84,14 @@ impl Rate {
         self.tolerance_ns
     }
 
+    /// A time that was set before the clock stepped back, or under a larger limit, brought within reach, so that a key is not
+    /// refused until the clock has caught up. Clocks of workers that differ by less than a second are no step.
+    #[must_use]
+    pub fn after_clock_step(&self, arrival_ns: u64, now_ns: u64) -> u64 {
+        let reach_ns = self.within_reach(arrival_ns, now_ns);
+        if arrival_ns > reach_ns.saturating_add(NS_PER_S) { reach_ns } else { arrival_ns }
+    }
+
     /// A time further ahead than the burst can have moved it was set before the clock stepped back, or under another limit:
     /// it counts as the furthest possible. One that has passed counts as now.
     #[must_use]
@@ -152,5 +160,9 @@ mod tests {
         let rate = rate(10, 1, 5);
         assert_eq!(rate.take(Some(u64::MAX), NOW), Err(100_000_000));
         assert_eq!(rate.within_reach(0, NOW), NOW);
+        let reach_ns = NOW + 500_000_000;
+        assert_eq!(rate.after_clock_step(reach_ns + NS_PER_S, NOW), reach_ns + NS_PER_S);
+        assert_eq!(rate.after_clock_step(reach_ns + NS_PER_S + 1, NOW), reach_ns);
+        assert_eq!(rate.after_clock_step(0, NOW), 0);
     }
 }

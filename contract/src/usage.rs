@@ -22,8 +22,7 @@ pub struct Count {
     pub of: Subject,
     /// How many requests.
     pub requests: u64,
-    /// Credits that were spent for them. Requests that were refused for want of credits count with their cost, other
-    /// refused requests with 0. Always 0 if the owner's credits are not metered.
+    /// Credits that were spent for them: 0 for refused requests, and if the owner's credits are not metered.
     pub cost: u64,
     /// The time of the last request, in milliseconds of Unix time.
     pub last_ms: u64,

@@ -8,26 +8,26 @@ use std::rc::Rc;
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::outcome::Outcome;
-use contract::rate::WHOLE;
-use contract::record::{RateLimit, Record};
+use contract::record::{Per, RateLimit, Record};
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::{KeyRef, write_reports};
 use divan::{Bencher, black_box};
-use filter_core::config::Config;
+use filter_core::config::{Config, LimitModes};
 use filter_core::extract;
 use filter_core::extract::source::Source;
-use filter_core::host::{Call, Clock, Cluster, Flow, Log, MetricId, Random, Reply, Stats, Stream};
+use filter_core::host::{Call, Clock, Cluster, Flow, Log, MetricId, Random, Reply, Stats, Stream, Wake};
 use filter_core::keys::KeyStore;
-use filter_core::limits::limiter::{self, Limit, Refused, Subject, Tag};
-use filter_core::limits::wait::Wait;
+use filter_core::limits::allowances::Allowances;
+use filter_core::limits::charge::{Attempt, Limits, charge};
+use filter_core::limits::wait::{Exceeded, Wait};
 use filter_core::reply::{Challenge, RequestFacts, reply};
-use filter_core::request::handle;
+use filter_core::request::{Waited, handle};
 use filter_core::shared::election::{NodeId, acquire};
 use filter_core::shared::{Cell, CellKey, Cells, Conflict, SharedData};
 use filter_core::store::state::StoreState;
 use filter_core::store::{self, CellStore, records};
 use filter_core::usage::collector;
-use filter_core::usage::counter::{Charge, Counts};
+use filter_core::usage::counter::Counts;
 use filter_core::usage::outbox::Freeze;
 use filter_core::vm::Vm;
 
@@ -70,6 +70,10 @@ impl Clock for Memory {
     fn now_ns(&self) -> u64 {
         NOW_NS
     }
+}
+
+impl Wake for Memory {
+    fn wake(&self) {}
 }
 
 impl Random for Memory {
@@ -170,7 +174,7 @@ fn update(records: impl IntoIterator<Item = (KeyHash, Record)>) -> Vec<u8> {
         update.put(&hash, &record.to_bytes().expect("a record can be written"));
     }
     let part = Part::Changes { after: 0 };
-    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part, filters: 1 };
+    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 1, part };
     update.finish(&header).expect("an update can be written")
 }
 
@@ -191,6 +195,10 @@ fn find_a_record(bencher: Bencher<'_, '_>, keys: u8) {
     bencher.bench_local(|| records::find(&data, black_box(&wanted)).is_some());
 }
 
+fn unlimited() -> RateLimit {
+    RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX, shared: false, per: Per::Key }
+}
+
 /// The key of a request: whether the VM caches it, and whether it has a limit.
 #[derive(Clone, Copy, Debug)]
 enum Of {
@@ -206,8 +214,7 @@ fn handle_a_request(bencher: Bencher<'_, '_>, of: Of) {
     assert!(acquire(&data, ME, 0));
     let mut record = Record::plain(KeyId([7; 16]), OwnerId([0; 16]));
     if matches!(of, Of::Limited) {
-        record.rate_limits =
-            vec![RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX, shared: true }];
+        record.rate_limits = vec![unlimited()];
     }
     let vm = Vm::new(data.clone(), CellStore::new(data.clone()));
     let bytes = update([(KeyHash::of(KEY), record)]);
@@ -217,28 +224,28 @@ fn handle_a_request(bencher: Bencher<'_, '_>, of: Of) {
         data.host().gauge.set(0);
     }
     let synced_ms = NOW_NS / 1_000_000;
-    vm.set_state(StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 1, synced_ms, filters: 1 });
+    vm.set_state(StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 1, synced_ms });
     let config = br#"{"control_plane": {"cluster": "portcullis"}, "rate_limit": null}"#;
     let config = Config::parse(config).expect("a configuration");
-    let handled = || handle(&vm, &config, &mut Request);
+    let handled = || handle(&vm, &config, &mut Request, Waited::default());
     assert_eq!(handled(), Flow::Continue);
     bencher.bench_local(handled);
 }
 
 #[divan::bench]
 fn take_from_a_limit(bencher: Bencher<'_, '_>) {
-    let data = data();
-    let limit = RateLimit { name: "own".into(), requests: u32::MAX, window_s: 1, burst: u32::MAX, shared: true };
-    let limits = [Limit { limit: &limit, tag: Tag::of_key(&limit.name), shared: true }];
-    let subject = Subject::Key(KeyId([7; 16]));
-    bencher.bench_local(|| limiter::take(&data, black_box(subject), &limits, 1, WHOLE, NOW_NS));
+    let (data, allowances) = (data(), Allowances::default());
+    let (record, own) = (Record::plain(KeyId([7; 16]), OwnerId([0; 16])), [unlimited()]);
+    let limits = Limits { record: &record, own: &own, route: None, cost: 1 };
+    let attempt = Attempt { modes: LimitModes::default(), is_unreachable: false, is_out_of_time: false };
+    bencher.bench_local(|| charge(&data, &allowances, black_box(&limits), attempt, || NOW_NS));
 }
 
 #[divan::bench]
 fn count_a_request(bencher: Bencher<'_, '_>) {
     let mut counts = Counts::default();
     let key = Some(KeyRef { id: KeyId([7; 16]), generation: 1 });
-    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, false, Charge::default(), 1_800_000_000_000));
+    bencher.bench_local(|| counts.add(black_box(key), Outcome::Allowed, false, 1, 1_800_000_000_000));
 }
 
 /// The work on usage for one tick in which this many keys were used: publish, collect, freeze, write, acknowledge.
@@ -252,7 +259,7 @@ fn report_keys(bencher: Bencher<'_, '_>, keys: u16) {
             let mut id = [7; 16];
             [id[0], id[1]] = number.to_be_bytes();
             let key = Some(KeyRef { id: KeyId(id), generation: 1 });
-            counts.add(key, Outcome::Allowed, false, Charge::default(), 1_800_000_000_000);
+            counts.add(key, Outcome::Allowed, false, 1, 1_800_000_000_000);
         }
         counts
     };
@@ -275,7 +282,7 @@ fn refuse_an_unknown_key(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn refuse_by_a_limit(bencher: Bencher<'_, '_>) {
     let challenge = Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).expect("a plain realm");
-    let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100, shared: true };
-    let wait = Wait::Limits(vec![limit], Refused { limit: 0, retry_after_s: 7 });
+    let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100, shared: true, per: Per::Key };
+    let wait = Wait::Limits(vec![limit], Exceeded { limit: 0, retry_after_s: 7 });
     bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, &wait, |_| RequestFacts::default()));
 }

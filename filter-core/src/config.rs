@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use contract::json::{Seconds, null_is_default, read};
+use contract::json::{Milliseconds, Seconds, null_is_default, read};
 use contract::pepper::Pepper;
 use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
@@ -15,6 +15,12 @@ use crate::reply::Challenge;
 
 /// The least value of `max_staleness`, in seconds: twice the time between two responses of a control plane without changes.
 pub const MIN_STALENESS_S: u64 = 60;
+
+/// The value of `limits.wait`, unless it is given.
+const LIMITS_WAIT_MS: u64 = 250;
+
+/// The greatest value of `limits.wait`.
+const LONGEST_WAIT_MS: u64 = 800;
 
 /// Most names in `remove_headers`.
 const REMOVED_HEADERS: usize = 64;
@@ -65,6 +71,10 @@ pub struct Config {
     pub failure_mode: FailureModes,
     /// After this time without a response of the control plane the store is stale. `None`: never.
     pub max_staleness_ms: Option<u64>,
+    /// The longest time for which a request waits for an answer about shared limits, in milliseconds. 0: none waits.
+    pub limits_wait_ms: u64,
+    /// What to do with requests while that answer does not come.
+    pub on_limits_unreachable: LimitModes,
     /// The challenge of a 401.
     pub challenge: Challenge,
 }
@@ -107,6 +117,45 @@ pub enum FailureMode {
     Allow,
 }
 
+/// The decisions on requests that find no allowance of a shared limit while the control plane does not answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitModes {
+    /// By rate limits.
+    #[serde(deserialize_with = "null_is_default")]
+    pub rate_limits: RateMode,
+    /// By quotas.
+    #[serde(deserialize_with = "null_is_default")]
+    pub quotas: StockMode,
+    /// By credits.
+    #[serde(deserialize_with = "null_is_default")]
+    pub credits: StockMode,
+}
+
+/// The decision by a rate limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RateMode {
+    /// Admit requests at the limit divided by the number of live Envoys, at least one in a window.
+    #[default]
+    SafeRate,
+    /// Refuse the request with 503.
+    Deny,
+    /// Let it through.
+    Allow,
+}
+
+/// The decision by a quota or by credits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StockMode {
+    /// Refuse the request with 503.
+    #[default]
+    Deny,
+    /// Let it through. It is counted all the same.
+    Allow,
+}
+
 /// The first mistake in a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -141,6 +190,10 @@ struct Raw {
     #[serde(default, deserialize_with = "null_is_default")]
     failure_mode: FailureModes,
     max_staleness: Option<Seconds>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    limits: RawLimits,
+    #[serde(default, deserialize_with = "null_is_default")]
+    on_limits_unreachable: LimitModes,
     realm: Option<String>,
 }
 
@@ -150,6 +203,12 @@ struct RawControlPlane {
     cluster: String,
     authority: Option<String>,
     sync_key_env: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLimits {
+    wait: Option<Milliseconds>,
 }
 
 #[derive(Default, Deserialize)]
@@ -208,6 +267,8 @@ impl Config {
             shadow: raw.shadow,
             failure_mode: raw.failure_mode,
             max_staleness_ms: raw.max_staleness.map(staleness).transpose()?,
+            limits_wait_ms: raw.limits.wait.map_or(Ok(LIMITS_WAIT_MS), wait)?,
+            on_limits_unreachable: raw.on_limits_unreachable,
             challenge,
         };
         let IdentityHeaders { consumer, credential, scopes, packed, .. } = &config.identity;
@@ -273,6 +334,13 @@ impl From<PolicyError> for ConfigError {
     fn from(PolicyError(why): PolicyError) -> Self {
         Self(why)
     }
+}
+
+fn wait(Milliseconds(ms): Milliseconds) -> Result<u64, ConfigError> {
+    if ms > LONGEST_WAIT_MS {
+        return Err(ConfigError(format!("limits.wait: must be at most \"0.8s\"; with \"0s\" no request waits")));
+    }
+    Ok(ms)
 }
 
 fn staleness(Seconds(seconds): Seconds) -> Result<u64, ConfigError> {

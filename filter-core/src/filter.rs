@@ -6,7 +6,8 @@ use crate::config::Config;
 use crate::host::{CallResponse, Flow, Host, Stream, random_bytes};
 use crate::keys::KeyStore;
 use crate::leader::Leader;
-use crate::request;
+use crate::limits::allowances::{self, Reached};
+use crate::request::{self, Waited};
 use crate::setup::Setup;
 use crate::shared::SharedData;
 use crate::shared::election::NodeId;
@@ -53,9 +54,31 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         self.vm.data.is_of(&config.cluster, &config.store)
     }
 
-    /// The headers of a request have come.
+    /// The cells of the store.
+    #[cfg(test)]
+    pub(crate) const fn data(&self) -> &SharedData<H> {
+        &self.vm.data
+    }
+
+    /// The headers of a request have come. If the request must wait, the shell keeps it, and calls [`Filter::decide_again`]
+    /// for it when it is told to.
     pub fn on_request_headers(&self, config: &Config, stream: &mut impl Stream) -> Flow {
-        request::handle(&self.vm, config, stream)
+        request::handle(&self.vm, config, stream, Waited::default())
+    }
+
+    /// Decides a request that waits, since `since_ms`. [`Flow::Wait`]: it goes on waiting.
+    pub fn decide_again(&self, config: &Config, stream: &mut impl Stream, since_ms: u64, reached: Reached) -> Flow {
+        let ms = self.vm.now_ms().saturating_sub(since_ms).max(1);
+        let flow = request::handle(&self.vm, config, stream, Waited { ms, has_failed: reached == Reached::No });
+        if flow == Flow::Continue {
+            stream.resume();
+        }
+        flow
+    }
+
+    /// The time in milliseconds of Unix time, for requests that begin to wait.
+    pub fn now_ms(&self) -> u64 {
+        self.vm.now_ms()
     }
 
     /// The trailers of a request have come.
@@ -63,22 +86,55 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         request::handle_trailers(config, stream)
     }
 
-    /// Call this every [`crate::vm::TICK_MS`].
-    pub fn on_tick(&self, setup: &Setup) {
+    /// Call this every [`Filter::tick_ms`]. `decide_again` calls [`Filter::decide_again`] for all requests that wait.
+    pub fn on_tick(&self, setup: &Setup, decide_again: impl FnOnce(Reached)) {
         let now_ms = self.vm.now_ms();
+        if !self.vm.is_tick_due(now_ms) {
+            self.vm.allowances.ask_again();
+            return allowances::call(&self.vm, setup, false, false);
+        }
         self.vm.tick(now_ms);
         self.leader.borrow_mut().tick(&self.vm, setup, now_ms);
+        self.vm.allowances.start_over();
+        decide_again(Reached::Yes);
+        allowances::call(&self.vm, setup, true, self.leader.borrow().leads());
     }
 
-    /// The response to a call has come, or its failure.
-    pub fn on_call_response(&self, setup: &Setup, token: u32, response: &impl CallResponse) {
-        self.leader.borrow_mut().on_response(&self.vm, setup, token, response);
+    /// The time until the next tick, in milliseconds. It may change with each callback.
+    pub fn tick_ms(&self) -> u64 {
+        self.vm.allowances.tick_ms()
     }
 
-    /// The VM ends: reports everything that was counted.
-    pub fn on_end(&self, setup: &Setup) {
-        self.vm.end(self.vm.now_ms());
-        self.leader.borrow_mut().end(&self.vm, setup);
+    /// The host has been asked by [`Wake`](crate::host::Wake) to call this.
+    pub fn on_wake(&self, setup: &Setup) {
+        allowances::call(&self.vm, setup, false, false);
+    }
+
+    /// The response to a call has come, or its failure. `decide_again` calls [`Filter::decide_again`] for all requests that
+    /// wait.
+    pub fn on_call_response(
+        &self,
+        setup: &Setup,
+        token: u32,
+        response: &impl CallResponse,
+        decide_again: impl FnOnce(Reached),
+    ) {
+        let Some(reached) = allowances::on_response(&self.vm, token, response) else {
+            return self.leader.borrow_mut().on_response(&self.vm, setup, token, response);
+        };
+        self.vm.allowances.start_over();
+        decide_again(reached);
+        allowances::call(&self.vm, setup, false, false);
+    }
+
+    /// A configuration ends: reports everything that was counted. `is_in_use`: another configuration uses this filter. If none
+    /// does, the VM ends, and hands allowances back.
+    pub fn on_end(&self, setup: &Setup, is_in_use: bool) {
+        self.vm.end();
+        let led = self.leader.borrow_mut().end(&self.vm, setup);
+        if !is_in_use {
+            allowances::end(&self.vm, setup, led);
+        }
     }
 }
 

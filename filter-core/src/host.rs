@@ -9,9 +9,9 @@ use std::time::Duration;
 use crate::shared::Cells;
 
 /// Everything that a host offers outside of a request. Copies of a host are handles of the same host.
-pub trait Host: Cells + Clock + Random + Log + Stats + Cluster + Clone {}
+pub trait Host: Cells + Clock + Random + Log + Stats + Cluster + Wake + Clone {}
 
-impl<T: Cells + Clock + Random + Log + Stats + Cluster + Clone> Host for T {}
+impl<T: Cells + Clock + Random + Log + Stats + Cluster + Wake + Clone> Host for T {}
 
 /// The wall clock.
 pub trait Clock {
@@ -84,6 +84,13 @@ pub trait Cluster {
     fn dispatch(&self, call: &Call<'_>) -> Option<u32>;
 }
 
+/// Calls from outside of a request. A call that is sent while a request is handled belongs to that request, and is dropped
+/// when the client leaves.
+pub trait Wake {
+    /// Makes the host call [`Filter::on_wake`](crate::filter::Filter::on_wake) soon, outside of the present request.
+    fn wake(&self);
+}
+
 /// The response to a call.
 pub trait CallResponse {
     /// The status; `None` if the call failed without a response (returns data).
@@ -149,7 +156,7 @@ pub enum Flow {
     Continue,
     /// It ends here: the filter has answered it.
     Stop,
-    /// It is held until [`Stream::resume`]. The filter decides every request at once today, so nothing returns this yet.
+    /// It is held until [`Stream::resume`], or until it is answered.
     Wait,
 }
 

@@ -8,12 +8,11 @@ use contract::usage::{Ack, Report};
 
 use crate::host::{CallResponse, Host, random_bytes};
 use crate::keys::KeyStore;
-use crate::limits::grants;
 use crate::setup::Setup;
 use crate::shared::election::{NodeId, acquire, resign};
 use crate::shared::fenced::NotLeader;
 use crate::store::state::{self, StoreState};
-use crate::time::{MS_PER_S, NS_PER_MS};
+use crate::time::MS_PER_S;
 use crate::usage::collector::{acknowledge, collect, freeze, open, pending_requests, read};
 use crate::usage::outbox::{Freeze, Outbox};
 use crate::vm::Vm;
@@ -53,6 +52,12 @@ impl Leader {
         Self { node, term: None, pending: 0 }
     }
 
+    /// Whether this VM leads, as of the last tick.
+    #[must_use]
+    pub const fn leads(&self) -> bool {
+        self.term.is_some()
+    }
+
     /// Takes or extends the leadership. If this VM leads, collects usage, polls the control plane, sends the next report and
     /// sets the gauges.
     pub fn tick<H: Host, K: KeyStore>(&mut self, vm: &Vm<H, K>, setup: &Setup, now_ms: u64) {
@@ -81,18 +86,18 @@ impl Leader {
             }
             // The next poll starts at once and not on the next tick.
             self.poll(vm, setup, now_ms);
-        } else if let Some(was_empty) = term.reporter.take_response(token) {
+        } else if term.reporter.take_response(token) {
             match self.acknowledgement(vm, setup, response) {
-                Ok(ack) => self.on_acknowledgement(vm, &ack, was_empty, now_ms),
+                Ok(ack) => self.on_acknowledgement(vm, &ack),
                 Err(why) => self.on_report_failure(vm, &why, now_ms),
             }
         }
     }
 
-    /// The VM ends. If it leads, or no VM does, sends the last reports and resigns.
-    pub fn end<H: Host, K: KeyStore>(&mut self, vm: &Vm<H, K>, setup: &Setup) {
+    /// The VM ends. If it leads, or no VM does, sends the last reports and resigns. Returns whether it did.
+    pub fn end<H: Host, K: KeyStore>(&mut self, vm: &Vm<H, K>, setup: &Setup) -> bool {
         if !self.lead(vm, vm.now_ms()) {
-            return;
+            return false;
         }
         collect(&vm.data);
         let last = freeze(&vm.data, Freeze::All);
@@ -103,6 +108,7 @@ impl Leader {
         }
         self.term = None;
         resign(&vm.data, self.node);
+        true
     }
 
     /// Takes or extends the leadership. A new leader starts from the store and the outbox of its predecessor.
@@ -115,8 +121,7 @@ impl Leader {
             let Some(ours) = random_bytes(vm.host()).map(ReporterId) else { return false };
             let Some(id) = open(&vm.data, ours) else { return false };
             let sync = StoreSync::new(state::read(&vm.data).as_ref());
-            let reporter = if id == ours { Reporter::default() } else { Reporter::successor() };
-            self.term = Some(Term { sync, reporter, id });
+            self.term = Some(Term { sync, reporter: Reporter::default(), id });
         }
         true
     }
@@ -173,15 +178,16 @@ impl Leader {
 
     fn report<H: Host, K>(&mut self, vm: &Vm<H, K>, setup: &Setup, now_ms: u64) {
         let Some(term) = &mut self.term else { return };
-        let Some(what) = term.reporter.due(now_ms) else { return };
-        let Some(outbox) = freeze(&vm.data, what) else { return };
+        if !term.reporter.is_due(now_ms) {
+            return;
+        }
+        let Some(outbox) = freeze(&vm.data, Freeze::Pending) else { return };
         let reports = outbox.reports();
         if reports.is_empty() {
             return;
         }
         if let Some(token) = send_reports(vm.host(), setup, &reports) {
-            let is_empty = reports.iter().all(|report| report.counts.is_empty());
-            term.reporter.sent(token, is_empty, now_ms);
+            term.reporter.sent(token, now_ms);
         }
     }
 
@@ -199,15 +205,10 @@ impl Leader {
         }
     }
 
-    fn on_acknowledgement<H: Host, K>(&mut self, vm: &Vm<H, K>, ack: &Ack, was_empty: bool, now_ms: u64) {
+    fn on_acknowledgement<H: Host, K>(&mut self, vm: &Vm<H, K>, ack: &Ack) {
         let Some(term) = &mut self.term else { return };
-        // Grants first: the next report acknowledges them.
-        if ack.reporter == term.id {
-            let now_ns = now_ms.saturating_mul(NS_PER_MS);
-            grants::apply(&vm.data, &ack.grants, vm.default_share(), now_ns);
-        }
         acknowledge(&vm.data, ack.reporter, ack.seq);
-        term.reporter.on_acknowledged(was_empty, !ack.grants.is_empty(), now_ms);
+        term.reporter.on_acknowledged();
     }
 
     fn on_report_failure<H: Host, K>(&mut self, vm: &Vm<H, K>, why: &str, now_ms: u64) {
@@ -239,7 +240,7 @@ fn apply<H: Host, K: KeyStore>(
     lower_state(vm, me, &update.header)?;
     vm.keys.apply(me, update)?;
     if let Progress::Complete { epoch, revision, keys } = progress {
-        let state = StoreState { epoch, revision, keys, synced_ms, filters: update.header.filters };
+        let state = StoreState { epoch, revision, keys, synced_ms };
         state::set(&vm.data, me, &state)?;
         vm.set_state(state);
         vm.stats.set_store(revision, keys);
@@ -270,7 +271,7 @@ fn give_up<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, status: Option<u16>) -> Res
     vm.host().error(&format!("usage reports were refused for good: {why}; they follow"));
     write_to_log(vm.host(), &setup.sync_key, &reports);
     vm.stats.count_report_failure();
-    Ok(Ack { reporter: last.reporter, seq: last.seq, grants: Vec::new() })
+    Ok(Ack { reporter: last.reporter, seq: last.seq })
 }
 
 fn random(host: &impl Host) -> u64 {

@@ -1,10 +1,9 @@
-//! Limits on how often a key or a client is served: rate limits, quotas and credits.
-//!
-//! [`limiter`] and [`stock`] keep what was used in shared data; [`mod@slice`] takes requests of busy keys from a rate limit ahead
-//! of time; [`grants`] applies what the control plane leases to this Envoy.
+//! Limits of requests. [`charge`] takes a request from all limits of its key; [`allowances`] keeps what this Envoy holds of
+//! limits that all Envoys share; [`cell`] is the memory of both.
 
-pub mod grants;
-pub mod limiter;
-pub mod slice;
-pub mod stock;
+pub mod allowances;
+pub mod cell;
+pub mod charge;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod wait;

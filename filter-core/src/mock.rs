@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Reply, Stats, Stream};
+use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Reply, Stats, Stream, Wake};
 use crate::shared::{Cell, Cells, Conflict, SharedData};
 
 /// The cells of one store on a mock host.
@@ -31,6 +31,7 @@ struct State {
     reads: Slot<u32>,
     writes: Slot<u32>,
     refuses_writes: Slot<bool>,
+    refused_cell: RefCell<Option<String>>,
     before_put: RefCell<Option<BeforePut>>,
     now_ns: Slot<u64>,
     clock_reads: Slot<u32>,
@@ -41,6 +42,7 @@ struct State {
     refuses_metrics: Slot<bool>,
     calls: RefCell<Vec<SentCall>>,
     has_no_cluster: Slot<bool>,
+    wakes: Slot<u32>,
 }
 
 impl std::fmt::Debug for State {
@@ -78,6 +80,11 @@ impl MockHost {
 
     pub(crate) fn refuse_writes(&self, refuses: bool) {
         self.0.refuses_writes.set(refuses);
+    }
+
+    /// Refuses writes of cells with `part` in their name.
+    pub(crate) fn refuse_writes_of(&self, part: &str, refuses: bool) {
+        *self.0.refused_cell.borrow_mut() = refuses.then(|| part.to_owned());
     }
 
     pub(crate) fn cell_names(&self) -> Vec<String> {
@@ -122,6 +129,11 @@ impl MockHost {
         self.0.metrics.borrow().iter().find(|(name, _)| name == metric).map_or(0, |(_, value)| *value)
     }
 
+    /// How often the filter asked to be woken since the last time.
+    pub(crate) fn take_wakes(&self) -> u32 {
+        self.0.wakes.take()
+    }
+
     pub(crate) fn without_cluster(&self, without: bool) {
         self.0.has_no_cluster.set(without);
     }
@@ -164,7 +176,8 @@ impl Cells for MockHost {
             act();
         }
         let present = self.0.cells.borrow().get(name).map(|cell| cell.version);
-        if present != seen || self.0.refuses_writes.get() {
+        let is_refused = self.0.refused_cell.borrow().as_ref().is_some_and(|part| name.contains(part.as_str()));
+        if present != seen || self.0.refuses_writes.get() || is_refused {
             return Err(Conflict);
         }
         self.0.versions.set(self.0.versions.get() + 1);
@@ -179,6 +192,12 @@ impl Clock for MockHost {
     fn now_ns(&self) -> u64 {
         self.0.clock_reads.set(self.0.clock_reads.get() + 1);
         self.0.now_ns.get()
+    }
+}
+
+impl Wake for MockHost {
+    fn wake(&self) {
+        self.0.wakes.set(self.0.wakes.get() + 1);
     }
 }
 
@@ -290,6 +309,7 @@ pub(crate) struct MockStream {
     pub(crate) address: Option<IpAddr>,
     pub(crate) filter_state: Vec<(String, String)>,
     pub(crate) reply: Option<Reply>,
+    pub(crate) is_resumed: bool,
     /// How many calls changed a header or filter state.
     pub(crate) writes: u32,
     reads: RefCell<Vec<String>>,
@@ -384,7 +404,9 @@ impl Stream for MockStream {
         self.reply = Some(reply.clone());
     }
 
-    fn resume(&mut self) {}
+    fn resume(&mut self) {
+        self.is_resumed = true;
+    }
 }
 
 /// What a filter finds at its start.

@@ -6,8 +6,7 @@ use contract::record::RateLimit;
 
 use crate::extract::source::{Source, places};
 use crate::host::Reply;
-use crate::limits::limiter::Refused;
-use crate::limits::wait::{RETRY_RENEWAL_S, Wait};
+use crate::limits::wait::{Exceeded, Wait};
 
 /// Most bytes of a request's id. The ids of Envoy are UUIDs.
 const REQUEST_ID_BYTES: usize = 128;
@@ -90,7 +89,6 @@ pub fn reply(
         (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
         // `Retry-After` would make clients retry for ever.
         (429, Wait::Hopeless) => {}
-        (429, Wait::Renewal) => headers.push(("retry-after", RETRY_RENEWAL_S.to_string())),
         (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
         (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
         (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
@@ -118,8 +116,8 @@ pub fn reply(
 
 /// By draft-ietf-httpapi-ratelimit-headers-10, as structured fields: q is the quota, w its window, r the remainder and t the
 /// seconds until there is more.
-fn limit_headers(limits: &[RateLimit], refused: Refused) -> impl Iterator<Item = (&'static str, String)> {
-    let Refused { limit, retry_after_s } = refused;
+fn limit_headers(limits: &[RateLimit], refused: Exceeded) -> impl Iterator<Item = (&'static str, String)> {
+    let Exceeded { limit, retry_after_s } = refused;
     let policy =
         |RateLimit { name, requests, window_s, .. }: &RateLimit| format!("\"{name}\";q={requests};w={window_s}");
     let policies: Vec<String> = limits.iter().map(policy).collect();
@@ -139,6 +137,8 @@ fn stock_headers(outcome: Outcome, retry_after_s: u64, known: bool) -> impl Iter
 
 #[cfg(test)]
 mod tests {
+    use contract::record::Per;
+
     use super::*;
 
     fn challenge() -> Challenge {
@@ -181,9 +181,10 @@ mod tests {
             window_s,
             burst: 10,
             shared: false,
+            per: Per::Key,
         };
         let limits = vec![limit("second", 10, 1), limit("hour", 1_000, 3_600)];
-        let wait = Wait::Limits(limits, Refused { limit: 1, retry_after_s: 7 });
+        let wait = Wait::Limits(limits, Exceeded { limit: 1, retry_after_s: 7 });
         let expected = [
             ("retry-after", "7"),
             ("ratelimit-policy", "\"second\";q=10;w=1, \"hour\";q=1000;w=3600"),
@@ -202,9 +203,6 @@ mod tests {
             let expected = [("retry-after", seconds.to_owned()), ("ratelimit", left.to_owned())];
             assert_eq!(headers(outcome, &challenge(), &wait), expected);
         }
-        // While a lease is being renewed there is something left.
-        let renewal = headers(Outcome::QuotaExceeded, &challenge(), &Wait::Renewal);
-        assert_eq!(renewal, [("retry-after", "1".to_owned())]);
         let hopeless =
             reply(Outcome::CreditsExhausted, &challenge(), &Wait::Hopeless, |_| RequestFacts::default()).unwrap();
         assert!(hopeless.headers.iter().all(|(name, _)| *name != "retry-after"), "{:?}", hopeless.headers);

@@ -1,9 +1,12 @@
-//! One request, from its headers to its reply. [`handle`] is the whole walk: it decides, responds and counts. It never
-//! waits and never calls out.
+//! One request, from its headers to its reply. [`handle`] is the whole walk: it decides, responds and counts.
+//!
+//! A request waits only if it finds no allowance of a limit that all Envoys share. Then the walk stops before anything is
+//! changed or counted, and once the control plane has answered, the request is decided anew from its headers: a key that was
+//! revoked meanwhile is refused.
 //!
 //! A step reads only what its request needs: the client's address for keys that are bound to networks and for limits of
-//! requests without a key, definitions for keys that reference some, and leases for keys with a quota or credits. The time is read
-//! for keys that expire or have limits, for limits of requests without a key, and where the configuration bounds staleness.
+//! requests without a key, and definitions for keys that reference some. The time is read for keys that expire or have limits,
+//! for limits of requests without a key, and where the configuration bounds staleness.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -12,8 +15,10 @@ use contract::decision::{Facts, Presented, cost, decide, depends_on_time};
 use contract::definition::Definitions;
 use contract::outcome::Outcome;
 use contract::policy::Policy;
-use contract::rate::WHOLE;
+use contract::record::Record;
 use contract::usage::KeyRef;
+
+use limits::LONGEST_WAIT_MS;
 
 use crate::address::Client;
 use crate::config::{Config, FailureMode, SHADOW_HEADER};
@@ -21,13 +26,10 @@ use crate::extract::{self, Credential, Extraction, strip};
 use crate::host::{Clock, Flow, Host, Reply, Stream};
 use crate::identity;
 use crate::keys::{KeyLookup, StoredKey};
-use crate::limits::limiter::{self, Refused, Subject};
-use crate::limits::slice::Limits;
-use crate::limits::stock;
+use crate::limits::charge::{Attempt, Charged, Limits, charge, charge_client};
 use crate::limits::wait::Wait;
 use crate::reply::{RequestFacts, is_grpc, reply, request_id};
 use crate::time::{NS_PER_MS, NS_PER_S};
-use crate::usage::counter::Charge;
 use crate::vm::Vm;
 
 /// Filter state for the access log: the id of a known key, unless an identity header shows it. Envoy shows it as
@@ -43,10 +45,19 @@ const SHADOW_STATE: &str = "portcullis.shadow";
 /// The header by which Envoy identifies requests in its access log.
 const REQUEST_ID: &str = "x-request-id";
 
+/// How long a request has waited for an allowance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// For how many milliseconds.
+    pub ms: u64,
+    /// The call that it waited for was not answered.
+    pub has_failed: bool,
+}
+
 /// Handles the headers of a request.
-pub fn handle<H: Host, K: KeyLookup>(vm: &Vm<H, K>, config: &Config, stream: &mut impl Stream) -> Flow {
-    let request = Request { vm, config, time: RequestTime::new(vm.host()) };
-    let (verdict, extraction) = request.verify(stream);
+pub fn handle<H: Host, K: KeyLookup>(vm: &Vm<H, K>, config: &Config, stream: &mut impl Stream, waited: Waited) -> Flow {
+    let request = Request { vm, config, time: RequestTime::new(vm.host()), waited };
+    let Some((verdict, extraction)) = request.verify(stream) else { return Flow::Wait };
     let flow = request.respond(&verdict, &extraction, stream);
     request.count(&verdict);
     flow
@@ -114,11 +125,12 @@ struct Request<'a, H, K> {
     vm: &'a Vm<H, K>,
     config: &'a Config,
     time: RequestTime<'a, H>,
+    waited: Waited,
 }
 
 impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
-    /// Extracts the key, finds its record, decides, and charges the limits.
-    fn verify(&self, stream: &impl Stream) -> (Verdict, Extraction<'a>) {
+    /// Extracts the key, finds its record, decides, and charges the limits. `None`: the request must wait for an allowance.
+    fn verify(&self, stream: &impl Stream) -> Option<(Verdict, Extraction<'a>)> {
         let extraction = extract::find_and_hash(&self.config.key_sources, stream);
         let policy = self.find_policy(stream);
         let mut verdict = match (policy, self.find_obstacle()) {
@@ -128,13 +140,13 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
                 let key = self.find_key(extraction.credential);
                 let outcome = self.authorize(extraction.credential, key.as_deref(), policy, stream);
                 let cost = key.as_ref().map_or(0, |key| cost(&key.record, policy));
-                let (outcome, wait) = self.charge(outcome, key.as_deref(), cost, policy, stream);
+                let (outcome, wait) = self.charge(outcome, key.as_deref(), cost, policy, stream)?;
                 Verdict { outcome, shadowed: false, key, cost, wait }
             }
         };
         let in_shadow = self.config.shadow || policy.is_some_and(|policy| policy.shadow);
         verdict.shadowed = in_shadow && !verdict.outcome.goes_upstream();
-        (verdict, extraction)
+        Some((verdict, extraction))
     }
 
     /// The policy of the request's route; `None` if the route names an unknown one.
@@ -210,7 +222,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     }
 
     /// Charges an allowed request to the limits, the quota and the credits of its key; a request without a key to the limit of
-    /// its route. Returns the outcome after that, and how long to wait if it refuses.
+    /// its route. Returns the outcome after that, and how long to wait if it refuses; `None` if the request must wait for an
+    /// allowance.
     fn charge(
         &self,
         outcome: Outcome,
@@ -218,48 +231,48 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         cost: u32,
         policy: &Policy,
         stream: &impl Stream,
-    ) -> (Outcome, Wait) {
-        let data = &self.vm.data;
+    ) -> Option<(Outcome, Wait)> {
         match (key, outcome) {
-            (Some(key), Outcome::Allowed) => {
-                if let Some(wait) = self.limit_key(key, policy) {
-                    (Outcome::RateLimited, wait)
-                } else if let Some(exhausted) = stock::spend(data, &key.record, cost) {
-                    (exhausted, stock::wait(data, exhausted, &key.record, cost, self.time.s()))
-                } else {
-                    (outcome, Wait::Usual)
-                }
-            }
+            (Some(key), Outcome::Allowed) => match self.charge_key(key, cost, policy) {
+                Charged::Yes => Some((outcome, Wait::Usual)),
+                Charged::Wait => None,
+                Charged::No(refused, wait) => Some((refused, wait)),
+            },
             (_, Outcome::Anonymous) => {
-                self.limit_client(policy, stream).map_or((outcome, Wait::Usual), |wait| (Outcome::RateLimited, wait))
+                let wait = policy.rate_limit.as_ref().and_then(|limit| {
+                    let client = stream.client_address().map_or(Client::UNKNOWN, Client::of);
+                    charge_client(&self.vm.data, client, limit, self.time.ns())
+                });
+                Some(wait.map_or((outcome, Wait::Usual), |wait| (Outcome::RateLimited, wait)))
             }
-            (Some(key), _) => (outcome, stock::wait(data, outcome, &key.record, cost, self.now_s_for(key))),
-            (None, _) => (outcome, Wait::Usual),
+            (Some(key), _) => Some((outcome, exhausted_wait(outcome, &key.record, self.now_s_for(key)))),
+            (None, _) => Some((outcome, Wait::Usual)),
         }
     }
 
-    /// Takes a request from the rate limits of its key. Returns how long to wait if one of them refuses.
-    fn limit_key(&self, key: &StoredKey, policy: &Policy) -> Option<Wait> {
+    /// Takes a request from all limits of its key.
+    fn charge_key(&self, key: &StoredKey, cost: u32, policy: &Policy) -> Charged {
+        let Vm { data, allowances, stats, .. } = self.vm;
         let own = key.definitions.rate_limits(&key.record);
         let own = if own.is_empty() { self.config.rate_limit.as_slice() } else { own };
-        let limits = Limits { own, route: policy.rate_limit.as_ref() };
-        if limits.is_empty() {
-            return None;
+        let limits = Limits { record: &key.record, own, route: policy.rate_limit.as_ref(), cost };
+        let Waited { ms, has_failed } = self.waited;
+        let attempt = Attempt {
+            modes: self.config.on_limits_unreachable,
+            is_unreachable: has_failed || self.config.limits_wait_ms == 0 || allowances.is_unreachable(),
+            is_out_of_time: ms >= LONGEST_WAIT_MS,
+        };
+        let charged = charge(data, allowances, &limits, attempt, || self.time.ns());
+        // A request that is decided again is in the root context, which asks once all are decided.
+        if ms == 0 {
+            if charged == Charged::Wait {
+                stats.count_allowance_wait();
+            }
+            if allowances.must_wake() {
+                self.vm.host().wake();
+            }
         }
-        let Vm { data, slices, .. } = self.vm;
-        let taken = slices.take(data, key.record.key_id, &limits, self.vm.default_share(), || self.time.ns());
-        taken.err().map(|refused| wait_for(&limits, refused))
-    }
-
-    /// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
-    fn limit_client(&self, policy: &Policy, stream: &impl Stream) -> Option<Wait> {
-        let limits = Limits { own: &[], route: policy.rate_limit.as_ref() };
-        if limits.is_empty() {
-            return None;
-        }
-        let client = Subject::Client(stream.client_address().map_or(Client::UNKNOWN, Client::of));
-        let taken = limiter::take(&self.vm.data, client, &limits.all(), 1, WHOLE, self.time.ns());
-        taken.err().map(|refused| wait_for(&limits, refused))
+        charged
     }
 
     /// Refuses the request, or lets it go upstream.
@@ -362,12 +375,10 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             Some(next_ms) if !self.time.is_read() => next_ms,
             _ => self.time.ms(),
         };
-        // Without metered credits a request is free: only credits that were drawn from a lease are reported.
-        let charge = key.map_or_else(Charge::default, |key| Charge {
-            credits: key.record.credits.map_or(0, |_| verdict.cost),
-            quota: key.record.quota.is_some(),
-        });
-        self.vm.counts.borrow_mut().add(key_ref, verdict.outcome, verdict.shadowed, charge, now_ms);
+        // Unless the credits of its owner are metered, a request is free.
+        let is_metered = key.is_some_and(|key| key.record.credits.is_some());
+        let cost = if is_metered { verdict.cost } else { 0 };
+        self.vm.counts.borrow_mut().add(key_ref, verdict.outcome, verdict.shadowed, cost, now_ms);
         self.vm.stats.count(verdict.outcome, verdict.shadowed);
     }
 
@@ -377,8 +388,15 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     }
 }
 
-fn wait_for(limits: &Limits<'_>, refused: Refused) -> Wait {
-    Wait::Limits(limits.own.iter().chain(limits.route).cloned().collect(), refused)
+/// How long a client should wait whose key is marked as exhausted; as usual for other outcomes.
+fn exhausted_wait(outcome: Outcome, record: &Record, now_s: u64) -> Wait {
+    let budget = match outcome {
+        Outcome::QuotaExceeded => record.quota,
+        Outcome::CreditsExhausted => record.credits,
+        _ => None,
+    };
+    let resets_at_s = budget.and_then(|budget| budget.resets_at_s);
+    resets_at_s.map_or(Wait::Usual, |at| Wait::Seconds(at.saturating_sub(now_s).max(1)))
 }
 
 /// What the reply to a refused request needs of the request.

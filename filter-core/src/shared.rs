@@ -4,8 +4,6 @@
 //! VMs share nothing else. Two rules build on it: [`election`] settles which VM leads, and [`fenced`] writes cells so that a
 //! VM that no longer leads cannot overwrite its successor.
 
-use contract::budget::Stock;
-
 pub mod election;
 pub mod fenced;
 
@@ -140,12 +138,12 @@ pub enum CellKey {
     Definitions,
     /// The version of [`CellKey::Definitions`].
     DefinitionsVersion,
-    /// Rate limits of keys.
-    KeyLimits(u16),
+    /// Limits of keys and users.
+    Limits(u16),
     /// Rate limits of client addresses.
     ClientLimits(u16),
-    /// This Envoy's part of stocks of one kind.
-    Stock(Stock, u16),
+    /// The Envoy's contact with the control plane about shared limits.
+    Contact,
     /// Counts that workers publish for the leader.
     Usage(u16),
     /// How many VMs have asked for a usage slot.
@@ -160,20 +158,15 @@ impl CellKey {
     fn name(self, prefix: &str) -> String {
         let (kind, number) = match self {
             Self::Records(number) => ("b", Some(number)),
-            Self::KeyLimits(number) => ("l", Some(number)),
+            Self::Limits(number) => ("l", Some(number)),
             Self::ClientLimits(number) => ("a", Some(number)),
             Self::Usage(number) => ("u", Some(number)),
-            Self::Stock(Stock::Share, number) => ("s", Some(number)),
-            Self::Stock(Stock::Quota, number) => ("q", Some(number)),
-            Self::Stock(Stock::Credits, number) => ("c", Some(number)),
-            Self::Stock(Stock::Balance, number) => ("t", Some(number)),
-            // Part of a grant; no cell is written for it.
-            Self::Stock(Stock::Used, number) => ("x", Some(number)),
             Self::State => ("state", None),
             Self::Definitions => ("definitions", None),
             Self::DefinitionsVersion => ("definitions-version", None),
             Self::UsageSlots => ("slots", None),
             Self::Outbox => ("outbox", None),
+            Self::Contact => ("contact", None),
             Self::Election => ("lease", None),
         };
         let mut name = String::with_capacity(prefix.len().saturating_add(kind.len()).saturating_add(4));
@@ -236,11 +229,9 @@ mod tests {
         let data = new_data();
         assert!(data.is_of("cluster", "default") && !data.is_of("cluster", "other"));
         assert!(CellKey::Records(0xff).name(&data.prefix).ends_with(":b00ff"));
-        let stocks = [Stock::Share, Stock::Quota, Stock::Credits, Stock::Balance].map(|stock| CellKey::Stock(stock, 1));
-        let mut kinds = vec![CellKey::Records(1), CellKey::KeyLimits(1), CellKey::ClientLimits(1), CellKey::Usage(1)];
+        let mut kinds = vec![CellKey::Records(1), CellKey::Limits(1), CellKey::ClientLimits(1), CellKey::Usage(1)];
         kinds.extend([CellKey::State, CellKey::Definitions, CellKey::DefinitionsVersion, CellKey::UsageSlots]);
-        kinds.extend([CellKey::Outbox, CellKey::Election]);
-        kinds.extend(stocks);
+        kinds.extend([CellKey::Outbox, CellKey::Election, CellKey::Contact]);
         let mut names: Vec<String> = kinds.iter().map(|key| key.name("p:")).collect();
         names.sort();
         names.dedup();

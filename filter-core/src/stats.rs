@@ -23,6 +23,9 @@ pub struct Statistics<H> {
     usage_pending: Option<MetricId>,
     sync_failures: Option<MetricId>,
     report_failures: Option<MetricId>,
+    allowance_calls: Option<MetricId>,
+    allowance_failures: Option<MetricId>,
+    allowance_waits: Option<MetricId>,
 }
 
 /// A counter that is added up in the VM and passed to the host on each tick.
@@ -51,6 +54,9 @@ impl<H: Host> Statistics<H> {
             usage_pending: host.define_gauge("portcullis.usage.pending_requests"),
             sync_failures: host.define_counter("portcullis.sync.failures_total"),
             report_failures: host.define_counter("portcullis.usage.report_failures_total"),
+            allowance_calls: host.define_counter("portcullis.limits.calls_total"),
+            allowance_failures: host.define_counter("portcullis.limits.call_failures_total"),
+            allowance_waits: host.define_counter("portcullis.limits.waits_total"),
             host,
         }
     }
@@ -97,6 +103,21 @@ impl<H: Host> Statistics<H> {
     /// Counts a usage report without an acknowledgement.
     pub fn count_report_failure(&self) {
         self.add(self.report_failures, 1);
+    }
+
+    /// Counts a call for allowances of shared limits.
+    pub fn count_allowance_call(&self) {
+        self.add(self.allowance_calls, 1);
+    }
+
+    /// Counts one that was not answered.
+    pub fn count_allowance_failure(&self) {
+        self.add(self.allowance_failures, 1);
+    }
+
+    /// Counts a request that waits for an allowance.
+    pub fn count_allowance_wait(&self) {
+        self.add(self.allowance_waits, 1);
     }
 
     fn set(&self, metric: Option<MetricId>, value: u64) {

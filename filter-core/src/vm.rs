@@ -6,24 +6,19 @@
 use std::cell::{Cell as Slot, RefCell};
 use std::collections::BTreeSet;
 
-use contract::rate::WHOLE;
-
 use crate::host::Host;
-use crate::limits::slice::Slices;
+use crate::limits::allowances::Allowances;
 use crate::shared::SharedData;
 use crate::stats::Statistics;
 use crate::store::state::{self, StoreState};
-use crate::time::NS_PER_MS;
+use crate::time::{NS_PER_MS, is_ahead};
 use crate::usage::counter::{Counts, take_slot};
 
 /// Time between two ticks, in milliseconds. On each tick counts are published and the leader extends its term.
-pub const TICK_MS: u64 = 250;
+pub const TICK_MS: u64 = limits::TICK_MS;
 
 /// Most unknown policies whose names are remembered and logged. Requests that name others are only counted.
 const UNKNOWN_POLICIES: usize = 100;
-
-/// Groups of keys whose slices are given back in turn, one group on each tick.
-const SLICE_GROUPS: u8 = 4;
 
 /// One VM of one key store.
 #[derive(Debug)]
@@ -34,8 +29,8 @@ pub struct Vm<H, K> {
     pub keys: K,
     /// The statistics.
     pub stats: Statistics<H>,
-    /// Requests that were taken from rate limits ahead of time.
-    pub slices: Slices,
+    /// This VM's part in asking for what the Envoy holds of shared limits.
+    pub allowances: Allowances,
     /// Requests that were counted since the last tick.
     pub counts: RefCell<Counts>,
     /// The state of the store as of the last tick.
@@ -43,7 +38,6 @@ pub struct Vm<H, K> {
     /// When the next tick is due, in milliseconds of Unix time; 0 before the first.
     next_tick_ms: Slot<u64>,
     usage_slot: Slot<Option<u16>>,
-    slice_group: Slot<u8>,
     unknown_policies: RefCell<BTreeSet<String>>,
 }
 
@@ -54,12 +48,11 @@ impl<H: Host, K> Vm<H, K> {
             stats: Statistics::define(data.host().clone()),
             data,
             keys,
-            slices: Slices::default(),
+            allowances: Allowances::default(),
             counts: RefCell::default(),
             state: Slot::new(None),
             next_tick_ms: Slot::new(0),
             usage_slot: Slot::new(None),
-            slice_group: Slot::new(0),
             unknown_policies: RefCell::default(),
         }
     }
@@ -87,9 +80,10 @@ impl<H: Host, K> Vm<H, K> {
         self.state.set(Some(state));
     }
 
-    /// This Envoy's share of a limit before any grant, in parts per million.
-    pub fn default_share(&self) -> u32 {
-        self.state.get().map_or(WHOLE, |state| state.default_share())
+    /// Whether a tick is due, and not one that comes before its time for requests that wait.
+    pub fn is_tick_due(&self, now_ms: u64) -> bool {
+        // A clock that has stepped back must not stop the ticks.
+        !is_ahead(self.next_tick_ms.get(), now_ms.saturating_add(TICK_MS / 2), TICK_MS)
     }
 
     /// The time to count a request under if nothing else of it needed the time: that of the next tick, so that no use of a key
@@ -98,22 +92,17 @@ impl<H: Host, K> Vm<H, K> {
         Some(self.next_tick_ms.get()).filter(|next_ms| *next_ms > 0)
     }
 
-    /// Publishes counts and statistics, gives back a quarter of the slices and reads the state of the store.
+    /// Publishes counts and statistics, and reads the state of the store and the contact with the control plane.
     pub fn tick(&self, now_ms: u64) {
         self.publish();
-        let group = self.slice_group.get().wrapping_add(1) % SLICE_GROUPS;
-        self.slice_group.set(group);
-        self.give_back(group, now_ms);
+        self.allowances.refresh(&self.data);
         self.next_tick_ms.set(now_ms.saturating_add(TICK_MS));
         self.state.set(state::read(&self.data));
     }
 
-    /// The VM ends: publishes counts and statistics, and gives back all slices.
-    pub fn end(&self, now_ms: u64) {
+    /// The VM ends: publishes counts and statistics.
+    pub fn end(&self) {
         self.publish();
-        for group in 0..SLICE_GROUPS {
-            self.give_back(group, now_ms);
-        }
     }
 
     /// Remembers the name of an unknown policy. Returns whether it is new.
@@ -131,9 +120,5 @@ impl<H: Host, K> Vm<H, K> {
         self.usage_slot.set(Some(slot));
         self.counts.borrow_mut().publish(&self.data, slot);
         self.stats.flush();
-    }
-
-    fn give_back(&self, group: u8, now_ms: u64) {
-        self.slices.give_back(group, &self.data, self.default_share(), now_ms.saturating_mul(NS_PER_MS));
     }
 }

@@ -2,10 +2,13 @@
 //!
 //! The SDK returns an error from every hostcall. Where none is possible or none can be handled, it is dropped here.
 
+use std::cell::Cell;
 use std::time::{Duration, UNIX_EPOCH};
 
-use filter_core::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Stats};
-use filter_core::shared::{Cell, Cells, Conflict};
+use filter_core::host::{
+    Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Stats, Wake, random_bytes,
+};
+use filter_core::shared::{Cell as SharedCell, Cells, Conflict};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
 
@@ -14,9 +17,9 @@ use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType, Status};
 pub(crate) struct Envoy;
 
 impl Cells for Envoy {
-    fn get(&self, name: &str) -> Option<Cell> {
+    fn get(&self, name: &str) -> Option<SharedCell> {
         match hostcalls::get_shared_data(name) {
-            Ok((value, Some(version))) => Some(Cell { value: value.unwrap_or_default(), version }),
+            Ok((value, Some(version))) => Some(SharedCell { value: value.unwrap_or_default(), version }),
             Ok((_, None)) | Err(_) => None,
         }
     }
@@ -32,6 +35,36 @@ impl Clock for Envoy {
     fn now_ns(&self) -> u64 {
         let now = hostcalls::get_current_time().ok().and_then(|now| now.duration_since(UNIX_EPOCH).ok());
         now.and_then(|now: Duration| u64::try_from(now.as_nanos()).ok()).unwrap_or_default()
+    }
+}
+
+thread_local! {
+    /// The queue by which this VM wakes its newest root context.
+    static QUEUE: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+impl Envoy {
+    /// Makes the present root context the one that is woken. The name of its queue is its own: Envoy would give a queue of the
+    /// same name to whoever registered it last. If Envoy's configuration keeps queues from the filter, the SDK traps here, so
+    /// that Envoy refuses the configuration and its log names the function.
+    pub(crate) fn register_queue() -> Result<(), String> {
+        let number = random_bytes(&Self).map(u64::from_le_bytes).ok_or("the system has no randomness")?;
+        let queue = hostcalls::register_shared_queue(&format!("portcullis-{number:016x}"));
+        QUEUE.set(Some(queue.map_err(|status| format!("no shared queue: {status:?}"))?));
+        Ok(())
+    }
+
+    /// Empties a queue that has woken its root context.
+    pub(crate) fn empty_queue(queue: u32) {
+        while let Ok(Some(_)) = hostcalls::dequeue_shared_queue(queue) {}
+    }
+}
+
+impl Wake for Envoy {
+    fn wake(&self) {
+        if let Some(queue) = QUEUE.get() {
+            let _ = hostcalls::enqueue_shared_queue(queue, Some(b"1"));
+        }
     }
 }
 

@@ -20,6 +20,6 @@ mod trap;
 /// Envoy starts each VM here.
 mod entry {
     proxy_wasm::main! {{
-        proxy_wasm::set_root_context(|_| Box::new(crate::contexts::Root::default()));
+        proxy_wasm::set_root_context(|id| Box::new(crate::contexts::Root::new(id)));
     }}
 }

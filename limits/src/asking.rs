@@ -22,6 +22,8 @@ pub struct Asking {
     needs: BTreeMap<PoolId, u64>,
     /// Some of them are not to wait for the next tick.
     needs_are_urgent: bool,
+    /// Tokens that requests lacked which were decided without them. The pools are in `soon` too.
+    missed: BTreeMap<PoolId, u64>,
     /// Pools whose allowance runs low, or whose usage or hand-back is to be told soon.
     soon: Pools,
     /// Pools that were used since the last call.
@@ -70,6 +72,14 @@ impl Asking {
         self.needs_are_urgent |= !is_again;
         let need = self.needs.entry(pool).or_default();
         *need = need.saturating_add(tokens);
+    }
+
+    /// A request was decided without the tokens that it needs: ask for as many with the next call.
+    pub fn ask_for(&mut self, pool: PoolId, tokens: u64) {
+        self.recent.insert(pool);
+        self.soon.insert(pool);
+        let missed = self.missed.entry(pool).or_default();
+        *missed = tokens.max(*missed);
     }
 
     /// Whether requests wait for tokens that other Envoys hold.
@@ -121,6 +131,12 @@ impl Asking {
         earlier.into_iter().filter(|pool| !self.earlier.contains(pool)).collect()
     }
 
+    /// All pools that may have something to tell or to hand back: the worker ends.
+    pub fn all(&mut self) -> Vec<PoolId> {
+        let sets = [&mut self.soon, &mut self.used, &mut self.recent, &mut self.earlier].map(std::mem::take);
+        sets.into_iter().flatten().collect::<Pools>().into_iter().collect()
+    }
+
     /// The pools to ask for now, with the tokens that requests wait for; `None` while a call is under way. A call on a tick
     /// tells the usage of all pools that were used.
     pub fn due(&mut self, is_tick: bool, now_ms: u64) -> Option<Vec<(PoolId, u64)>> {
@@ -132,20 +148,25 @@ impl Asking {
         self.needs_are_urgent = false;
         let mut pools: Vec<(PoolId, u64)> = std::mem::take(&mut self.needs).into_iter().collect();
         pools.truncate(POOLS);
-        for (pool, _) in &pools {
-            self.soon.remove(pool);
-            self.used.remove(pool);
+        for (pool, need) in &mut pools {
+            *need = self.take_missed(pool).max(*need);
         }
         let told = if is_tick { &self.used } else { &self.soon };
         let room = POOLS.saturating_sub(pools.len());
         let more: Vec<PoolId> =
             self.soon.iter().chain(told).copied().collect::<Pools>().into_iter().take(room).collect();
         for pool in more {
-            self.soon.remove(&pool);
-            self.used.remove(&pool);
-            pools.push((pool, 0));
+            let missed = self.take_missed(&pool);
+            pools.push((pool, missed));
         }
         Some(pools)
+    }
+
+    /// Takes a pool off the lists, as it is asked for. Returns the tokens that requests missed.
+    fn take_missed(&mut self, pool: &PoolId) -> u64 {
+        self.soon.remove(pool);
+        self.used.remove(pool);
+        self.missed.remove(pool).unwrap_or_default()
     }
 
     /// A call was sent.

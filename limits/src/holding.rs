@@ -5,7 +5,7 @@ use contract::time::NS_PER_MS;
 
 use crate::message::{Ask, Grant};
 use crate::pool::PoolId;
-use crate::{IDLE_MS, TICK_MS, VOID_AFTER_MS};
+use crate::{ALONE_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
 
 /// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
 const TOP_UP_PAUSE_MS: u64 = 20;
@@ -27,8 +27,7 @@ const SCALE: u64 = 256;
 /// What an Envoy knows of its contact with the control plane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Contact {
-    /// When the first answer came since the Envoy was last cut off, in milliseconds of Unix time. Allowances from before are
-    /// void.
+    /// When the Envoy was last cut off, in milliseconds of Unix time. Sessions from before are void.
     pub since_ms: u64,
     /// When the last answer came.
     pub answered_ms: u64,
@@ -43,8 +42,8 @@ pub struct Contact {
 impl Contact {
     /// Notes an answer to a call. `sent_ms`: when the call was sent; `alone_ms`: see [`crate::message::Answer::alone_ms`].
     pub const fn answered(&mut self, sent_ms: u64, now_ms: u64, live: u32, alone_ms: u32) {
-        if now_ms.saturating_sub(self.answered_ms) > VOID_AFTER_MS {
-            self.since_ms = now_ms;
+        if self.is_cut_off(now_ms) {
+            self.since_ms = self.valid_since_ms(sent_ms);
         }
         if alone_ms > 0 && self.alone_until_ms < sent_ms {
             self.alone_term = self.alone_term.wrapping_add(1);
@@ -55,11 +54,23 @@ impl Contact {
     }
 
     const fn is_cut_off(&self, now_ms: u64) -> bool {
-        now_ms.saturating_sub(self.answered_ms) > VOID_AFTER_MS
+        now_ms.abs_diff(self.answered_ms) > VOID_AFTER_MS
+    }
+
+    /// Sessions from before this time are void.
+    const fn valid_since_ms(&self, now_ms: u64) -> u64 {
+        let cut_off_ms = self.answered_ms.saturating_add(VOID_AFTER_MS);
+        match self.is_cut_off(now_ms) {
+            // If the clock has stepped back, it is not known when.
+            true if cut_off_ms > now_ms => now_ms,
+            true => cut_off_ms,
+            false => self.since_ms,
+        }
     }
 
     const fn is_alone(&self, now_ms: u64) -> bool {
-        now_ms < self.alone_until_ms
+        // A clock that has stepped back must not make it longer.
+        now_ms < self.alone_until_ms && self.alone_until_ms.saturating_sub(now_ms) <= ALONE_MS
     }
 }
 
@@ -110,6 +121,69 @@ pub struct Holding {
     pub peak: u64,
 }
 
+/// The numbers of a [`Holding`].
+pub const WORDS: usize = 20;
+
+impl Holding {
+    /// Its numbers, to be stored.
+    #[must_use]
+    pub const fn words(&self) -> [u64; WORDS] {
+        [
+            self.session,
+            self.granted,
+            self.spent,
+            self.returned,
+            self.refunded,
+            self.arrival_ns,
+            self.interval_ns,
+            self.terms,
+            self.fallback_ns,
+            self.alone_term as u64,
+            self.alone_left,
+            self.left,
+            self.others,
+            self.known_until_ms,
+            self.empty_until_ms,
+            self.asked_ms,
+            self.needed_ms,
+            self.tick,
+            self.used,
+            self.peak,
+        ]
+    }
+
+    /// The holding with these numbers.
+    #[must_use]
+    pub fn from_words(words: [u64; WORDS]) -> Self {
+        let [session, granted, spent, returned, refunded, arrival_ns, interval_ns, terms, rest @ ..] = words;
+        let [fallback_ns, alone_term, alone_left, left, others, known_until_ms, empty_until_ms, rest @ ..] = rest;
+        let [asked_ms, needed_ms, tick, used, peak] = rest;
+        let alone_term = u32::try_from(alone_term).unwrap_or_default();
+        Self {
+            session,
+            granted,
+            spent,
+            returned,
+            refunded,
+            arrival_ns,
+            interval_ns,
+            terms,
+            fallback_ns,
+            alone_term,
+            alone_left,
+            left,
+            others,
+            known_until_ms,
+            empty_until_ms,
+            asked_ms,
+            needed_ms,
+            tick,
+            used,
+            peak,
+        }
+    }
+}
+
 /// What limits the tokens of a pool, as the record of a key says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limited<'a> {
@@ -156,16 +230,13 @@ impl Holding {
     #[must_use]
     pub fn spend(&mut self, cost: u64, of: Limited<'_>, waiting: u64, contact: &Contact, now_ns: u64) -> Spent {
         let now_ms = now_ns / NS_PER_MS;
-        self.renew(contact, now_ms);
-        self.needed_ms = now_ms;
-        self.adopt(of, now_ns);
+        self.prepare(of, contact, now_ns);
         let rate = of.rate();
+        if self.spend_refunded(cost, now_ns) {
+            return Spent::Yes { is_low: false };
+        }
         if contact.is_alone(now_ms) && self.alone_term == contact.alone_term {
             return self.spend_alone(cost, rate, now_ns);
-        }
-        if self.refunded >= cost {
-            self.refunded = self.refunded.saturating_sub(cost);
-            return Spent::Yes { is_low: false };
         }
         if self.available(contact, now_ms) >= cost {
             self.take(cost, rate, now_ns);
@@ -175,6 +246,35 @@ impl Holding {
         }
         let available = self.available(contact, now_ms);
         self.refuse(cost.saturating_add(waiting).saturating_sub(available), now_ms)
+    }
+
+    /// Notes that a request needs tokens under these terms. Keep that even if the request must wait, so that the answer
+    /// applies to these terms.
+    pub fn prepare(&mut self, of: Limited<'_>, contact: &Contact, now_ns: u64) {
+        let now_ms = now_ns / NS_PER_MS;
+        self.renew(contact, now_ms);
+        self.needed_ms = now_ms;
+        self.adopt(of, now_ns);
+        if let Limited::Rate(rate) = of {
+            self.arrival_ns = rate.after_clock_step(self.arrival_ns, now_ns);
+            self.fallback_ns = rate.slowed(contact.live).after_clock_step(self.fallback_ns, now_ns);
+        }
+    }
+
+    /// Spends tokens that were refunded, as far as they have not come back with time.
+    const fn spend_refunded(&mut self, cost: u64, now_ns: u64) -> bool {
+        if self.arrival_ns <= now_ns {
+            self.refunded = 0;
+        }
+        if self.refunded < cost {
+            return false;
+        }
+        self.refunded = self.refunded.saturating_sub(cost);
+        let next_ns = now_ns.saturating_add(self.interval_ns);
+        if self.arrival_ns < next_ns {
+            self.arrival_ns = next_ns;
+        }
+        true
     }
 
     /// Spends tokens of a rate limit while the control plane does not answer, at the rate that is safe if all Envoys do the
@@ -199,6 +299,18 @@ impl Holding {
             self.spent = self.spent.saturating_sub(cost);
             self.alone_left = self.alone_left.saturating_add(cost);
         }
+    }
+
+    /// In how many milliseconds one more token comes, as far as is known; `u64::MAX` if none comes by itself.
+    #[must_use]
+    pub const fn empty_ms(&self, now_ms: u64) -> u64 {
+        if self.empty_until_ms == u64::MAX { u64::MAX } else { self.empty_until_ms.saturating_sub(now_ms) }
+    }
+
+    /// Whether the pool has tokens, too few for a request that it refused.
+    #[must_use]
+    pub const fn has_some(&self) -> bool {
+        self.left.saturating_add(self.unspent()) > 0
     }
 
     /// Whether no request needed tokens for [`IDLE_MS`].
@@ -265,7 +377,8 @@ impl Holding {
     /// What the Envoy may spend without asking.
     #[must_use]
     pub const fn available(&self, contact: &Contact, now_ms: u64) -> u64 {
-        if contact.is_cut_off(now_ms) || self.session < contact.since_ms { 0 } else { self.unspent() }
+        let is_void = contact.is_cut_off(now_ms) || self.session < contact.since_ms;
+        if is_void { 0 } else { self.unspent() }
     }
 
     const fn unspent(&self) -> u64 {
@@ -274,7 +387,7 @@ impl Holding {
 
     /// Starts a session if there is none or its allowance is void.
     fn renew(&mut self, contact: &Contact, now_ms: u64) {
-        if self.session == 0 || self.session < contact.since_ms {
+        if self.session == 0 || self.session < contact.valid_since_ms(now_ms) {
             self.session = self.session.saturating_add(1).max(now_ms);
             (self.granted, self.spent, self.returned, self.refunded) = (0, 0, 0, 0);
         }
@@ -311,15 +424,14 @@ impl Holding {
 
     /// Refuses a request if the pool is known to have less than what is missing for it and for those that wait.
     const fn refuse(&self, missing: u64, now_ms: u64) -> Spent {
-        if now_ms >= self.known_until_ms || missing <= self.left {
+        // What was said before the clock stepped back is not known any longer.
+        if now_ms >= self.known_until_ms || now_ms < self.asked_ms || missing <= self.left {
             return Spent::Wait { for_others: false };
         }
         if missing <= self.left.saturating_add(self.others) {
             return Spent::Wait { for_others: true };
         }
-        let empty_ms =
-            if self.empty_until_ms == u64::MAX { u64::MAX } else { self.empty_until_ms.saturating_sub(now_ms) };
-        Spent::No { empty_ms }
+        Spent::No { empty_ms: self.empty_ms(now_ms) }
     }
 
     fn take(&mut self, cost: u64, rate: Option<&Rate>, now_ns: u64) {
@@ -353,4 +465,15 @@ pub(crate) fn rescale(arrival_ns: u64, from_ns: u64, to_ns: u64, now_ns: u64) ->
     let used_ns = u128::from(arrival_ns.saturating_sub(now_ns));
     let scaled = used_ns.saturating_mul(to_ns.into()).checked_div(from_ns.into());
     now_ns.saturating_add(scaled.and_then(|ns| u64::try_from(ns).ok()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holding_is_read_as_it_was_stored() {
+        let words: [u64; WORDS] = std::array::from_fn(|place| place as u64 + 1);
+        assert_eq!(Holding::from_words(words).words(), words);
+    }
 }

@@ -232,7 +232,9 @@ impl Pool {
     fn empty_ms(&self, now_ns: u64) -> u32 {
         match &self.terms {
             Terms::Rate(rate) => {
-                let wait_ns = rate.wait_ns(self.arrival_ns, self.held().saturating_add(1), now_ns);
+                // As if Envoys spent now what they hold.
+                let held_ns = rate.interval_ns().saturating_mul(self.held());
+                let wait_ns = rate.wait_ns(self.arrival_ns.max(now_ns).saturating_add(held_ns), 1, now_ns);
                 u32::try_from(wait_ns.div_ceil(NS_PER_MS)).unwrap_or(u32::MAX.saturating_sub(1))
             }
             Terms::Stock { renews_in_ms, .. } => {

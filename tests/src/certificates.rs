@@ -11,7 +11,6 @@ use rcgen::{
 };
 use serde_json::{Value, json};
 
-/// An authority that issues certificates.
 #[derive(Debug)]
 pub struct Authority {
     /// Its own certificate, in PEM.
@@ -20,31 +19,19 @@ pub struct Authority {
 }
 
 /// A certificate and its private key, in PEM.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Identity {
-    /// The certificate.
     pub certificate: String,
-    /// Its key.
     pub key: String,
 }
 
-impl std::fmt::Debug for Identity {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Identity(…)")
-    }
-}
-
-/// What a certificate is for.
 #[derive(Clone, Copy, Debug)]
 pub enum For {
-    /// A server of its names.
     Servers,
-    /// A client.
     Clients,
 }
 
 impl Authority {
-    /// A new authority.
     pub fn new(name: &str) -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.distinguished_name.push(DnType::CommonName, name);
@@ -83,7 +70,6 @@ impl Identity {
 pub struct TokenIssuer(KeyPair);
 
 impl TokenIssuer {
-    /// A new issuer.
     pub fn new() -> Result<Self> {
         Ok(Self(KeyPair::generate_for(&PKCS_ED25519)?))
     }
@@ -94,7 +80,6 @@ impl TokenIssuer {
         json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "use": "sig", "kid": "1", "x": public}]})
     }
 
-    /// A token with these claims.
     pub fn token(&self, claims: &Value) -> Result<String> {
         let header = json!({"alg": "EdDSA", "kid": "1", "typ": "JWT"});
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());

@@ -1,6 +1,6 @@
 //! A control plane for tests of behaviour that the real one never shows. It serves records and
 //! definitions that a test sets and changes, to any number of filters, adds up the usage reports,
-//! and grants what the test says.
+//! and keeps shared limits.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,10 +20,15 @@ use contract::id::{Epoch, ReporterId};
 use contract::outcome::Outcome;
 use contract::record::Record;
 use contract::update::{Header, Part, UpdateWriter};
-use contract::usage::{Ack, Grant, Report, SHADOW, read_reports};
-use tokio::net::TcpListener;
+use contract::usage::{Ack, Report, SHADOW, read_reports};
+use limits::message::Call;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
+
+use crate::demo::serve;
+use crate::ports::LOCAL;
+
+use crate::fake_limits::{FakeLimits, Mode};
 
 const EPOCH: Epoch = Epoch([1; 16]);
 const FIRST_REVISION: u64 = 5;
@@ -35,7 +40,7 @@ const HOLD: Duration = Duration::from_secs(25);
 pub struct FakeControlPlane {
     address: SocketAddr,
     shared: Arc<Shared>,
-    server: JoinHandle<()>,
+    _server: JoinSet<()>,
 }
 
 /// Faults that happen first, before everything works.
@@ -56,6 +61,7 @@ struct Shared {
     store: watch::Sender<Store>,
     faults: Mutex<Faults>,
     usage: Mutex<Usage>,
+    limits: Mutex<FakeLimits>,
 }
 
 /// The key store that filters receive.
@@ -64,7 +70,6 @@ struct Store {
     revision: u64,
     records: BTreeMap<KeyHash, Record>,
     definitions: BTreeMap<u32, Definition>,
-    filters: u32,
 }
 
 /// A change of the store.
@@ -76,8 +81,6 @@ pub enum Change<'a> {
     Define(u32, Definition),
     /// Removes a role or a plan.
     Undefine(u32),
-    /// Sets the number of Envoys that updates announce.
-    Filters(u32),
 }
 
 #[derive(Debug, Default)]
@@ -86,30 +89,23 @@ struct Usage {
     requests: BTreeMap<u8, u64>,
     cost: BTreeMap<u8, u64>,
     changed: u64,
-    /// Sent with every acknowledgement.
-    grants: Vec<Grant>,
-    acknowledged_with_grants: u64,
     polls: Vec<BTreeMap<String, String>>,
 }
 
 impl FakeControlPlane {
     /// Starts it with the records of these keys.
     pub async fn start(keys: &[(&str, Record)], faults: Faults) -> Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-        let address = listener.local_addr()?;
         let records = keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record.clone())).collect();
-        let store = Store { revision: FIRST_REVISION, records, definitions: BTreeMap::new(), filters: 0 };
+        let store = Store { revision: FIRST_REVISION, records, definitions: BTreeMap::new() };
         let (store, faults) = (watch::Sender::new(store), Mutex::new(faults));
-        let shared = Arc::new(Shared { store, faults, usage: Mutex::default() });
+        let shared = Arc::new(Shared { store, faults, usage: Mutex::default(), limits: Mutex::default() });
         let router = Router::new()
             .route("/sync/v1/keys", get(update))
             .route("/sync/v1/usage", post(usage))
+            .route("/sync/v1/allowances", post(allowances))
             .with_state(Arc::clone(&shared));
-        let server = tokio::spawn(async move {
-            // Ends with the task only.
-            let _ = axum::serve(listener, router).await;
-        });
-        Ok(Self { address, shared, server })
+        let (address, _server) = serve(LOCAL, router).await?;
+        Ok(Self { address, shared, _server })
     }
 
     /// Where it listens.
@@ -126,23 +122,15 @@ impl FakeControlPlane {
                     Change::Key(key, record) => drop(store.records.insert(KeyHash::of(key.as_bytes()), *record)),
                     Change::Define(number, definition) => drop(store.definitions.insert(number, definition)),
                     Change::Undefine(number) => drop(store.definitions.remove(&number)),
-                    Change::Filters(filters) => store.filters = filters,
                 }
             }
         });
         self.shared.store.borrow().revision
     }
 
-    /// Sends these grants with every acknowledgement from now on.
-    pub fn grant(&self, grants: &[Grant]) {
-        let mut usage = self.usage();
-        usage.grants = grants.to_vec();
-        usage.acknowledged_with_grants = 0;
-    }
-
-    /// How many acknowledgements contained the grants of the last call of [`grant`](Self::grant).
-    pub fn acknowledged_with_grants(&self) -> u64 {
-        self.usage().acknowledged_with_grants
+    /// The shared limits.
+    pub fn limits(&self) -> MutexGuard<'_, FakeLimits> {
+        self.shared.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many requests of an outcome have been reported.
@@ -208,14 +196,8 @@ impl Store {
         }
         let part = after.map_or(Part::Snapshot { from: 0, to: BUCKETS }, |after| Part::Changes { after });
         let total_keys = self.records.len().try_into().unwrap_or(u64::MAX);
-        let header = Header { epoch: EPOCH, revision: self.revision, total_keys, part, filters: self.filters };
+        let header = Header { epoch: EPOCH, revision: self.revision, total_keys, part };
         update.finish(&header).ok()
-    }
-}
-
-impl Drop for FakeControlPlane {
-    fn drop(&mut self) {
-        self.server.abort();
     }
 }
 
@@ -256,7 +238,7 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
     let mut usage = shared.usage.lock().unwrap_or_else(PoisonError::into_inner);
     let mut ack = None;
     for report in reports {
-        ack = Some(Ack { reporter: report.reporter, seq: report.seq, grants: usage.grants.clone() });
+        ack = Some(Ack { reporter: report.reporter, seq: report.seq });
         match usage.taken.get(&(report.reporter, report.seq)) {
             Some(before) if *before == report => {}
             Some(_) => usage.changed += 1,
@@ -265,6 +247,9 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
                     *usage.requests.entry(count.of.outcome).or_default() += count.requests;
                     *usage.cost.entry(count.of.outcome).or_default() += count.cost;
                 }
+                let store = shared.store.borrow().clone();
+                let mut limits = shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
+                limits.book(&report, store.records.values());
                 usage.taken.insert((report.reporter, report.seq), report);
             }
         }
@@ -274,6 +259,18 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
         faults.acknowledgements = left;
         return Err(StatusCode::SERVICE_UNAVAILABLE);
     }
-    usage.acknowledged_with_grants += u64::from(!usage.grants.is_empty());
     ack.and_then(|ack| ack.write().ok()).ok_or(StatusCode::BAD_REQUEST)
+}
+
+async fn allowances(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>, StatusCode> {
+    let call = Call::read(&body).map_err(|_| StatusCode::BAD_REQUEST)?;
+    let mode = shared.limits.lock().unwrap_or_else(PoisonError::into_inner).mode;
+    match mode {
+        Mode::Answer => {}
+        Mode::Refuse => return Err(StatusCode::SERVICE_UNAVAILABLE),
+        Mode::Hang => std::future::pending().await,
+    }
+    let store = shared.store.borrow().clone();
+    let mut limits = shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
+    limits.answer(call, store.records.values()).write().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }

@@ -1,5 +1,7 @@
 //! The filter alone: an Envoy with it, a fake control plane and a demo API, without a database.
 
+use std::net::Ipv6Addr;
+
 use anyhow::{Context, Result};
 use contract::id::{KeyId, OwnerId};
 use contract::record::Record;
@@ -14,30 +16,25 @@ use crate::fake_control_plane::{Change, FakeControlPlane, Faults};
 use crate::http::{Outgoing, Reply, get_request, send};
 use crate::log::Log;
 use crate::paths;
+use crate::ports::LOCAL;
+use crate::service::Service;
 use crate::tools::silently;
-use crate::wait::eventually;
 
 /// The running parts. They end when dropped.
 #[derive(Debug)]
 pub struct FilterHarness {
     /// Envoy with two workers.
     pub envoy: Envoy,
-    /// The API behind it.
     pub demo: DemoApi,
-    /// Its control plane.
     pub control_plane: FakeControlPlane,
     _home: TempDir,
 }
 
-/// Settings of the harness.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Builder {
     faults: Faults,
-    plugin: Value,
-    routes: Vec<(String, String)>,
-    trusted_hops: u32,
-    both_families: bool,
-    texts: Vec<(String, String)>,
+    /// The addresses are filled in at the start.
+    replacements: Replacements,
     changes: Vec<Change<'static>>,
     traps: bool,
 }
@@ -45,7 +42,8 @@ pub struct Builder {
 impl FilterHarness {
     /// The template without changes.
     pub fn builder() -> Builder {
-        Builder::default()
+        let (faults, replacements) = (Faults::default(), Replacements::between(LOCAL, LOCAL));
+        Builder { faults, replacements, changes: Vec::new(), traps: false }
     }
 
     /// Starts it with the records of these keys, and waits until Envoy has them.
@@ -58,7 +56,6 @@ impl FilterHarness {
         self.send(get_request(path, key)?).await
     }
 
-    /// A request.
     pub async fn send(&self, request: Outgoing) -> Result<Reply> {
         send(self.envoy.address(), request).await
     }
@@ -84,20 +81,19 @@ impl FilterHarness {
 
     /// Waits until a statistic of the filter has this value.
     pub async fn stat_is(&self, name: &str, value: u64) -> Result<()> {
-        let stat = format!("wasmcustom.portcullis.{name}");
-        let reached = async || (self.envoy.stat(&stat).await.ok()? == value).then_some(());
-        eventually(&format!("{name} to be {value}"), reached).await
+        self.envoy.wait_for_stat(&format!("wasmcustom.portcullis.{name}"), |now| now == value).await
     }
 }
 
 impl Builder {
     /// Fields of the filter's configuration.
     pub fn plugin(mut self, plugin: Value) -> Self {
-        self.plugin = plugin;
+        if let Value::Object(plugin) = plugin {
+            self.replacements.plugin = plugin;
+        }
         self
     }
 
-    /// Faults of the control plane.
     pub const fn faults(mut self, faults: Faults) -> Self {
         self.faults = faults;
         self
@@ -105,7 +101,7 @@ impl Builder {
 
     /// A route for paths with this prefix that names a policy.
     pub fn route(mut self, prefix: &str, policy: &str) -> Self {
-        self.routes.push((prefix.to_owned(), policy.to_owned()));
+        self.replacements.routes.push((prefix.to_owned(), policy.to_owned()));
         self
     }
 
@@ -115,21 +111,26 @@ impl Builder {
         self
     }
 
-    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
-    pub const fn trusted_hops(mut self, hops: u32) -> Self {
-        self.trusted_hops = hops;
+    /// One trusted proxy in front of Envoy.
+    pub fn behind_a_proxy(self) -> Self {
+        self.edit("xff_num_trusted_hops: 0", "xff_num_trusted_hops: 1")
+    }
+
+    /// A service in place of the demo API.
+    pub fn service(mut self, service: Service) -> Self {
+        self.replacements.service = Some(service);
         self
     }
 
     /// Replaces a text that occurs once in the template.
     pub fn edit(mut self, marker: &str, new: &str) -> Self {
-        self.texts.push((marker.to_owned(), new.to_owned()));
+        self.replacements.edit(marker, new);
         self
     }
 
     /// A listener for IPv4 and IPv6 on one socket.
-    pub const fn both_families(mut self) -> Self {
-        self.both_families = true;
+    pub fn both_families(mut self) -> Self {
+        self.replacements.listener = (Ipv6Addr::UNSPECIFIED, 0).into();
         self
     }
 
@@ -151,17 +152,10 @@ impl Builder {
     pub async fn start_unsynced(self, keys: &[(&str, Record)]) -> Result<FilterHarness> {
         let mut home = TempDir::with_prefix("portcullis-")?;
         home.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
-        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-        let (demo, control_plane) = (DemoApi::start(any).await?, FakeControlPlane::start(keys, self.faults).await?);
+        let (demo, control_plane) = (DemoApi::start(LOCAL).await?, FakeControlPlane::start(keys, self.faults).await?);
         control_plane.change(&self.changes);
-        let replacements = Replacements {
-            plugin: self.plugin.as_object().cloned().unwrap_or_default(),
-            routes: self.routes,
-            trusted_hops: self.trusted_hops,
-            both_families: self.both_families,
-            texts: self.texts,
-            ..Replacements::between(control_plane.address(), demo.address())
-        };
+        let (address, upstream) = (control_plane.address(), demo.address());
+        let replacements = Replacements { control_plane: address, upstream, ..self.replacements };
         let settings = Settings::new(replacements, fresh_key()?);
         let log = Log::create(&home.path().join("envoy.log"))?;
         let directory = home.path().join("envoy");

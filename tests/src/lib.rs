@@ -10,6 +10,7 @@ pub use portcullis_harness::{
 
 pub mod containers;
 pub mod fake_control_plane;
+pub mod fake_limits;
 pub mod filter_harness;
 
 pub mod expect;

@@ -11,16 +11,15 @@ use anyhow::Result;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
+use crate::envoy::Envoy;
 use crate::http::Connection;
 
-/// Settings of a load.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The Envoys, assigned to connections in turn.
     pub targets: Vec<SocketAddr>,
     /// The keys, assigned to requests in turn.
     pub keys: Vec<String>,
-    /// Number of parallel connections.
     pub connections: usize,
     /// Number of requests after which it ends.
     pub requests: u64,
@@ -28,10 +27,17 @@ pub struct Plan {
     pub per_second: Option<u32>,
 }
 
+impl Plan {
+    /// Requests to these Envoys over eight connections without an end.
+    pub fn endless(envoys: &[Envoy], keys: Vec<String>, per_second: Option<u32>) -> Self {
+        let targets = envoys.iter().map(Envoy::address).collect();
+        Self { targets, keys, connections: 8, requests: u64::MAX, per_second }
+    }
+}
+
 /// Number of responses by key (its index in the plan) and status. Status 0 stands for no response.
 pub type Answers = BTreeMap<(usize, u16), u64>;
 
-/// A running load.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
@@ -40,7 +46,6 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts it.
     pub fn start(plan: Plan) -> Self {
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut connections = JoinSet::new();
@@ -52,7 +57,6 @@ impl Load {
         Self { stop, sent, connections }
     }
 
-    /// How many requests have been sent so far.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
@@ -75,7 +79,6 @@ impl Load {
     }
 }
 
-/// The number of responses with this status.
 pub fn with_status(answers: &Answers, status: u16) -> u64 {
     answers.iter().filter(|((_, found), _)| *found == status).map(|(_, count)| count).sum()
 }

@@ -11,10 +11,8 @@ use tokio::net::TcpStream;
 /// Silence after which the response counts as complete. Longer than any time limit that is tested.
 const QUIET: Duration = Duration::from_secs(30);
 
-/// A response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
-    /// The bytes.
     pub bytes: Vec<u8>,
     /// Whether the server closed the connection.
     pub closed: bool,

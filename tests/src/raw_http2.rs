@@ -11,11 +11,8 @@ use crate::raw_http::{fields, frame};
 
 /// Frame types (RFC 9113, section 6).
 pub const DATA: u8 = 0;
-/// Headers.
 pub const HEADERS: u8 = 1;
-/// The reset of one stream.
 pub const RST_STREAM: u8 = 3;
-/// The end of a connection.
 pub const GOAWAY: u8 = 7;
 
 const SETTINGS: u8 = 4;
@@ -25,14 +22,11 @@ const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
 const END_STREAM_AND_HEADERS: u8 = 5;
 
-/// A frame of the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// Its type.
     pub kind: u8,
     /// Its stream, 0 for the connection.
     pub stream: u32,
-    /// Its payload.
     pub payload: Vec<u8>,
     /// Whether it ends its stream.
     pub ends: bool,
@@ -47,7 +41,6 @@ pub async fn connect(address: SocketAddr, from: Option<IpAddr>) -> Result<TcpStr
     socket.connect(address).await.with_context(|| format!("no connection to {address}"))
 }
 
-/// One connection.
 #[derive(Debug)]
 pub struct Client {
     stream: TcpStream,

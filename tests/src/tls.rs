@@ -2,10 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use http_body_util::BodyExt;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
@@ -17,12 +15,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName}
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::certificates::Identity;
-use crate::http::{Outgoing, Reply};
+use crate::http::{Outgoing, Reply, TIMEOUT, whole};
 
-/// Time limit of a response.
-const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// A client.
 #[derive(Clone, Debug)]
 pub struct Client(Arc<ClientConfig>);
 
@@ -50,7 +44,6 @@ impl Client {
         tokio::time::timeout(TIMEOUT, self.exchange(address, name, request)).await.context("no answer")?
     }
 
-    /// The same client with other protocols.
     pub fn speaking(&self, protocols: &[&str]) -> Self {
         let mut config = ClientConfig::clone(&self.0);
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
@@ -85,9 +78,6 @@ impl Client {
             tokio::spawn(connection);
             sender.send_request(request).await?
         };
-        let (head, body) = response.into_parts();
-        let body = body.collect().await?.to_bytes();
-        let reply = Reply { status: head.status.as_u16(), headers: head.headers, body };
-        Ok((reply, if http2 { "h2" } else { "http/1.1" }))
+        Ok((whole(response).await?, if http2 { "h2" } else { "http/1.1" }))
     }
 }

@@ -13,10 +13,8 @@ use crate::oracle::Oracle;
 use crate::stack::TortureStack;
 use crate::verdict::{Restored, Tally, Verdict};
 
-/// Time limit for the stack to come to rest.
 const REST: Duration = Duration::from_secs(120);
 
-/// Content of the usage tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Allowed and other requests, by key.
@@ -32,7 +30,6 @@ pub struct Counted {
     pub decided: u64,
     /// Requests that may have been decided.
     pub doubtful: u64,
-    /// Requests that the database counted.
     pub counted: u64,
     /// Keys whose count was compared.
     pub keys: u64,
@@ -42,7 +39,6 @@ pub struct Counted {
     pub log_lines: u64,
 }
 
-/// Reads the usage tables of a database.
 pub async fn usage(connection: &mut PgConnection) -> Result<Usage> {
     let keys = "select key_id::text, (coalesce(sum(requests) filter (where outcome = 0), 0))::bigint,
         (coalesce(sum(requests) filter (where outcome <> 0), 0))::bigint from usage_hourly group by key_id";
@@ -54,7 +50,6 @@ pub async fn usage(connection: &mut PgConnection) -> Result<Usage> {
 }
 
 impl Usage {
-    /// All requests.
     pub fn requests(&self) -> u64 {
         self.keys.values().map(|(allowed, other)| allowed + other).sum::<u64>() + self.keyless
     }

@@ -1,11 +1,11 @@
 //! Model of the credits of the metered key: whether an Envoy may refuse a request because they are
-//! exhausted.
+//! exhausted, or because it cannot ask.
 
 use std::time::Instant;
 
 use crate::envoy_model::{BOUND, EnvoyModel};
 
-/// Credits that other Envoys may have leased and not spent.
+/// Credits that Envoys may hold that were killed or cut off, and that come back after a minute.
 const HELD: u64 = 500;
 
 /// The confirmed top-ups with their times.
@@ -28,15 +28,18 @@ impl CreditModel {
     }
 
     /// Whether an Envoy may refuse a request with `credits_exhausted` when up to `spent` credits are spent: while a disruption
-    /// cuts it off from new leases, or if the top-ups that it must know of are used up.
+    /// cuts it off from allowances, or if the top-ups that it must know of are used up.
     pub(crate) fn may_refuse(&self, model: &EnvoyModel, sent: Instant, spent: u64) -> bool {
-        let cut_off = |disruptions: &[crate::envoy_model::Disruption]| {
-            disruptions.iter().any(|disruption| disruption.end.is_none_or(|end| sent <= end + disruption.after + BOUND))
-        };
         let known = |at: Instant| model.deadline(at).is_some_and(|deadline| sent > deadline);
         let funds: u64 = self.0.iter().filter(|(at, _)| known(*at)).map(|(_, amount)| amount).sum();
-        cut_off(&model.changes) || cut_off(&model.leases) || funds <= spent + HELD
+        may_be_unavailable(model, sent) || funds <= spent + HELD
     }
+}
+
+/// Whether an Envoy may refuse a request with `limits_unavailable`: while a disruption cuts it off from allowances.
+pub(crate) fn may_be_unavailable(model: &EnvoyModel, sent: Instant) -> bool {
+    let mut disruptions = model.changes.iter().chain(&model.allowances);
+    disruptions.any(|disruption| disruption.end.is_none_or(|end| sent <= end + disruption.after + BOUND))
 }
 
 #[cfg(test)]
@@ -69,14 +72,15 @@ mod tests {
     }
 
     #[test]
-    fn an_envoy_that_is_cut_off_may_have_spent_its_lease() {
+    fn an_envoy_that_is_cut_off_may_have_spent_its_allowance() {
         for after in [Duration::ZERO, LATER] {
             let mut model = EnvoyModel::default();
             let start = Instant::now();
-            model.leases.push(Disruption { start, end: Some(start), after });
+            model.allowances.push(Disruption { start, end: Some(start), after });
             let sent = |late: Duration| start + after + BOUND + late;
             assert!(holding(9).may_refuse(&model, sent(Duration::ZERO), 0));
             assert!(!holding(9).may_refuse(&model, sent(LATER), 0));
+            assert_eq!([Duration::ZERO, LATER].map(|late| may_be_unavailable(&model, sent(late))), [true, false]);
         }
     }
 }

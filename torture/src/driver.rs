@@ -14,14 +14,14 @@ use anyhow::{Context, Result};
 use axum::body::Bytes;
 use http_body_util::Full;
 use hyper::{Method, Request};
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::{self, Reply};
-use portcullis_harness::rest::Rest;
+use portcullis_harness::rest::{Rest, id_and_secret};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinHandle;
 
 use crate::oracle::{Oracle, Standing};
-use crate::plan::Dice;
 use crate::stack::TortureStack;
 
 /// Time limit of a call. The API stops waiting for locks and connections after three seconds.
@@ -52,7 +52,6 @@ struct Key {
 /// The administrator's records. They are restored together with the database.
 #[derive(Clone, Debug, Default)]
 pub struct Book {
-    /// Number of keys that were requested.
     made: u64,
     alive: Vec<Key>,
     /// Keys to revoke until the API confirms it.
@@ -63,7 +62,6 @@ pub struct Book {
     unconfirmed: Option<String>,
 }
 
-/// The administrator.
 #[derive(Debug)]
 pub struct Driver {
     stack: Arc<TortureStack>,
@@ -109,7 +107,6 @@ impl Driver {
         })
     }
 
-    /// Begins nothing more.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -160,8 +157,8 @@ impl Driver {
             body["expires_in_seconds"] = seconds.into();
         }
         let Some(reply) = call(rest, Method::POST, "/v1/keys", Some(&body)).await? else { return Ok(()) };
-        let (id, secret) = named(&reply)?;
-        let ends_at = reply["expires_at"].as_str().map(time_of).transpose()?;
+        let (id, secret) = id_and_secret(&reply)?;
+        let ends_at = reply["expires_at"].as_str().map(humantime::parse_rfc3339).transpose()?;
         let secret = self.oracle.add(&id, &secret, ends_at, false);
         if ends_in_s.is_none() {
             book.alive.push(Key { id, secret, old: Vec::new(), disabled: false });
@@ -211,7 +208,7 @@ impl Driver {
         match call(rest, Method::POST, &format!("/v1/keys/{}/rotate", key.id), Some(&body)).await? {
             None => book.doomed.push(key),
             Some(reply) => {
-                let (id, secret) = named(&reply)?;
+                let (id, secret) = id_and_secret(&reply)?;
                 if grace_s == 0 {
                     self.oracle.settle(key.secret, Standing::Dead, None);
                 } else {
@@ -278,40 +275,5 @@ async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>)
         Err(_) | Ok(Err(_)) => Ok(None),
         Ok(Ok(reply)) if reply.status == 503 => Ok(None),
         Ok(Ok(reply)) => Ok(Some(reply)),
-    }
-}
-
-fn named(reply: &Value) -> Result<(String, String)> {
-    let text = |field: &str| reply[field].as_str().map(ToOwned::to_owned).context("a field is missing");
-    Ok((text("id")?, text("secret")?))
-}
-
-/// A time as the API writes it: whole seconds, UTC (RFC 3339).
-fn time_of(text: &str) -> Result<SystemTime> {
-    let number = |from: usize, to: usize| -> Result<i64> { Ok(text.get(from..to).context("no time")?.parse()?) };
-    let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
-    // Days since 1970 (H. Hinnant, "chrono-compatible low-level date algorithms").
-    let shifted = if month <= 2 { year - 1 } else { year };
-    let (era, of_era) = (shifted.div_euclid(400), shifted.rem_euclid(400));
-    let of_year = (153 * (month + if month > 2 { -3 } else { 9 }) + 2) / 5 + day - 1;
-    let days = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468;
-    let seconds = days * 86_400 + number(11, 13)? * 3_600 + number(14, 16)? * 60 + number(17, 19)?;
-    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_read_as_the_api_writes_them() {
-        for (text, seconds) in [
-            ("1970-01-01T00:00:01Z", 1),
-            ("2000-02-29T12:00:00Z", 951_825_600),
-            ("2026-11-25T04:15:24Z", 1_795_580_124),
-        ] {
-            assert_eq!(time_of(text).unwrap(), SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
-        }
-        assert!(time_of("soon").is_err());
     }
 }

@@ -26,7 +26,6 @@ impl Disruption {
     }
 }
 
-/// What a fault disrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hinders {
     /// An Envoy receives changes late.
@@ -34,15 +33,14 @@ pub enum Hinders {
     /// Requests to an Envoy may get no response, or one that is not from the filter.
     Requests,
     /// An Envoy gets no credits, but receives changes.
-    Leases,
+    Allowances,
 }
 
-/// One Envoy.
 #[derive(Debug, Default)]
 pub(crate) struct EnvoyModel {
     pub(crate) changes: Vec<Disruption>,
     pub(crate) requests: Vec<Disruption>,
-    pub(crate) leases: Vec<Disruption>,
+    pub(crate) allowances: Vec<Disruption>,
     /// The time of its first response other than `not_ready`.
     pub(crate) ready: Option<Instant>,
     pub(crate) behind: Duration,
@@ -58,7 +56,7 @@ impl EnvoyModel {
         match hinders {
             Hinders::Changes => &mut self.changes,
             Hinders::Requests => &mut self.requests,
-            Hinders::Leases => &mut self.leases,
+            Hinders::Allowances => &mut self.allowances,
         }
     }
 
@@ -74,7 +72,6 @@ impl EnvoyModel {
         Some(deadline)
     }
 
-    /// Records that it decided a request.
     pub(crate) fn decided(&mut self, now: Instant) {
         self.decided.push_back(now);
         while self.decided.front().is_some_and(|at| now.saturating_duration_since(*at) > LATELY) {
@@ -88,7 +85,6 @@ impl EnvoyModel {
         recent.try_into().unwrap_or(u64::MAX)
     }
 
-    /// Records that it admitted a request.
     pub(crate) fn admitted(&mut self, now: Instant) {
         gap(&mut self.last_admitted, &mut self.longest_gap, now);
     }

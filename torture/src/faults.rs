@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http;
 use portcullis_harness::postgres::Database;
 use portcullis_harness::process::Signal;
@@ -17,7 +18,7 @@ use crate::count::usage;
 use crate::driver::Driver;
 use crate::envoy_model::{BOUND, Hinders};
 use crate::oracle::Oracle;
-use crate::plan::{Dice, Kind, Step};
+use crate::plan::{Kind, Step};
 use crate::proxy::Manipulation;
 use crate::stack::TortureStack;
 use crate::watch::Doing;
@@ -34,8 +35,8 @@ const FEED: Duration = Duration::from_secs(3);
 /// How long Envoy takes to detect a paused control plane: the keep-alive of its connection, 5 s and 3 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(8);
 
-/// How long another VM takes to become the leader: the lease of the last leader, and a tick or two.
-const LEASE: Duration = Duration::from_secs(4);
+/// How long another VM takes to become the leader: the term of the last leader, and a tick or two.
+const TERM: Duration = Duration::from_secs(4);
 
 /// How long connections of an old listener are drained, and how long Envoy takes to replace a VM that trapped.
 const SETTLE: Duration = Duration::from_secs(3);
@@ -51,10 +52,8 @@ const MERGE: Duration = Duration::from_secs(1);
 /// Longest time in which disruptions follow on each other without a gap.
 const LONGEST_DISRUPTIONS: Duration = Duration::from_secs(90);
 
-/// Injects faults.
 #[derive(Clone, Debug)]
 pub struct Faults {
-    /// The stack.
     pub stack: Arc<TortureStack>,
     /// Learns of disruptions.
     pub oracle: Arc<Oracle>,
@@ -195,14 +194,14 @@ impl Faults {
         cut.map(|_| ())
     }
 
-    /// For longer than changes wait for a lock, so that the API asks for a retry. No credits are leased meanwhile.
+    /// For longer than changes wait for a lock, so that the API asks for a retry. No allowances are granted meanwhile.
     async fn lock_postgres(&self, lasts: Duration) -> Result<()> {
         let seconds = lasts.as_secs_f64();
         let lock = format!(
             "begin; select revision from store_state for update; lock table usage_hourly in share mode;
             select 1 from (select id from api_keys for update) locked limit 1; select pg_sleep({seconds}); commit"
         );
-        let disruptions = self.oracle.begin(Hinders::Leases, &self.stack.everywhere(), FEED);
+        let disruptions = self.oracle.begin(Hinders::Allowances, &self.stack.everywhere(), FEED);
         let locked = self.stack.database.execute(&lock).await;
         self.oracle.end(&disruptions);
         locked.map(|_| ())
@@ -339,7 +338,7 @@ impl Faults {
     async fn trap(&self, number: usize) -> Result<()> {
         let envoy = self.stack.envoys.get(number).context("no such Envoy")?;
         let disruptions = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(TERM));
         let request = hyper::Request::get("/").header("x-portcullis-trap", "1").body(http_body_util::Full::default())?;
         let reply = http::send(envoy.address(), request).await;
         let recent = self.oracle.decided_within(number, MERGE);
@@ -355,7 +354,7 @@ impl Faults {
     async fn update(&self, number: usize, dice: u64) -> Result<()> {
         let envoy = self.stack.envoys.get(number).context("no such Envoy")?;
         let requests = self.oracle.begin(Hinders::Requests, &[number], SETTLE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
+        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(TERM));
         let realm = format!("torture {dice:x}");
         envoy.change_settings(|settings| {
             settings.replacements.plugin.insert("realm".into(), realm.clone().into());
@@ -382,8 +381,8 @@ impl Faults {
         let (behind, ahead) = if shift < 0 { (off, Duration::ZERO) } else { (Duration::ZERO, off) };
         self.oracle.clock(number, behind, ahead);
         for shift in [shift, 0] {
-            // The step may end the lease of the leader.
-            let disruptions = self.oracle.begin(Hinders::Changes, &[number], self.after(LEASE));
+            // The step may end the term of the leader.
+            let disruptions = self.oracle.begin(Hinders::Changes, &[number], self.after(TERM));
             clock.shift(shift)?;
             self.oracle.end(&disruptions);
             tokio::time::sleep(step.lasts).await;

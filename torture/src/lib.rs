@@ -34,15 +34,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use portcullis_harness::process::resident_kib;
 
 use driver::Driver;
 use faults::Faults;
-use load::{Load, Pace};
+use load::Load;
 use oracle::Oracle;
 use plan::{Kind, Lane};
 use report::{Journal, Report};
-use stack::{Size, TortureStack};
+use stack::TortureStack;
 use watch::{Doing, Watch};
 
 /// When memory is measured for the first time.
@@ -51,17 +50,13 @@ const WARM: Duration = Duration::from_secs(120);
 /// Allowed growth from then to the end, in percent.
 const GROWTH: u64 = 10;
 
-/// Settings of a run.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Repeats a run.
     pub seed: u64,
     /// How long faults are injected. If none, each kind is injected once.
     pub length: Option<Duration>,
-    /// The stack.
-    pub size: Size,
-    /// The clients.
-    pub pace: Pace,
+    pub envoys: usize,
     /// Faults of the control planes and PostgreSQL.
     pub behind: Vec<Kind>,
     /// Faults of the Envoys.
@@ -70,7 +65,6 @@ pub struct Options {
     pub pause: (Duration, Duration),
     /// Duration of a fault, from and to, for kinds that have one.
     pub lasts: (Duration, Duration),
-    /// File of the journal.
     pub journal: PathBuf,
 }
 
@@ -81,22 +75,20 @@ impl Options {
         Self {
             seed,
             length: None,
-            size: Size { envoys: 2, workers: 2, control_planes: 2 },
-            pace: Pace { connections: 4, period: ms(40) },
-            behind: plan::BEHIND.to_vec(),
-            before: plan::BEFORE.to_vec(),
+            envoys: 2,
+            behind: Kind::all(false),
+            before: Kind::all(true),
             pause: (ms(200), ms(600)),
             lasts: (ms(1_000), ms(2_000)),
             journal,
         }
     }
 
-    /// The long form.
     pub fn long(seed: u64, length: Duration, journal: PathBuf) -> Self {
         let ms = Duration::from_millis;
         Self {
             length: Some(length),
-            size: Size { envoys: 3, workers: 2, control_planes: 2 },
+            envoys: 3,
             pause: (ms(500), ms(4_000)),
             lasts: (ms(1_000), ms(6_000)),
             ..Self::short(seed, journal)
@@ -108,7 +100,7 @@ impl Options {
 pub async fn run(options: Options) -> Result<Report> {
     let journal = Journal::create(&options.journal)?;
     journal.note(&format!("seed {}", options.seed));
-    let stack = Arc::new(TortureStack::start(options.size).await?);
+    let stack = Arc::new(TortureStack::start(options.envoys).await?);
     journal.note(&format!("the stack runs in {}", stack.directory().display()));
     let oracle = Arc::new(Oracle::new(stack.envoys.len(), journal.clone()));
     let driver = Driver::start(&stack, &oracle).await?;
@@ -117,7 +109,7 @@ pub async fn run(options: Options) -> Result<Report> {
     // Every Envoy has the steady keys before the first fault, and the requests that checked that are counted.
     count::come_to_rest(&stack).await?;
     oracle.probed(count::usage(&mut stack.database.connect().await?).await?.requests(), 0);
-    let load = Load::start(&stack, &oracle, options.pace, options.seed)?;
+    let load = Load::start(&stack, &oracle, options.seed)?;
     let changing = driver.run(options.seed, Duration::from_millis(250));
 
     let spare = options.length.is_some_and(|length| length > WARM);
@@ -152,15 +144,7 @@ pub async fn run(options: Options) -> Result<Report> {
     let counted = count::compare(&stack, &oracle, &book, log_lines).await?;
     read_logs(&stack, &oracle, traps.load(Ordering::Relaxed))?;
     let verdict = oracle.verdict();
-    Ok(Report {
-        seed: options.seed,
-        took,
-        faults: injected,
-        verdict,
-        counted,
-        memory,
-        journal: journal.path().to_owned(),
-    })
+    Ok(Report { seed: options.seed, took, faults: injected, verdict, counted, memory, journal: journal.path.clone() })
 }
 
 /// Injects the faults of both lanes. Returns how often each was injected, and the memory after [`WARM`] in a long run.
@@ -205,9 +189,8 @@ async fn lane(options: &Options, kinds: &[Kind], faults: &Faults, journal: &Jour
 
 /// Resident memory of the processes that no fault ends.
 fn memory(stack: &TortureStack) -> [Option<u64>; 2] {
-    let envoy = stack.envoys.last().and_then(portcullis_harness::envoy::Envoy::pid).and_then(resident_kib);
-    let control_plane = stack.control_planes.last().and_then(portcullis_harness::control_plane::ControlPlane::pid);
-    [envoy, control_plane.and_then(resident_kib)]
+    let envoy = stack.envoys.last().and_then(|envoy| envoy.resident_kib().ok());
+    [envoy, stack.control_planes.last().and_then(|control_plane| control_plane.resident_kib().ok())]
 }
 
 /// Reports the growth of memory, and a broken promise if it is too much or unknown.
@@ -259,7 +242,7 @@ fn read_logs(stack: &TortureStack, oracle: &Oracle, traps: u64) -> Result<()> {
         oracle.broken(&format!("{trapped} VMs trapped, {traps} were made to"));
     }
     for sign in ["deadlock detected", "PANIC"] {
-        if let Some(line) = stack.postgres.log().lines_with(sign).first() {
+        if let Some(line) = stack.postgres.log.lines_with(sign).first() {
             oracle.broken(&format!("PostgreSQL says: {line}"));
         }
     }

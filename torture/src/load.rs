@@ -7,28 +7,24 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use portcullis_harness::control_plane::fresh_key;
+use portcullis_harness::dice::Dice;
 use portcullis_harness::http::Connection;
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::oracle::{Answer, Oracle};
-use crate::plan::Dice;
 use crate::stack::TortureStack;
 
 /// Time-out of a request. Without a fault no request takes so long, even on a busy machine.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Number and pace of clients.
-#[derive(Clone, Copy, Debug)]
-pub struct Pace {
-    /// Connections to each Envoy.
-    pub connections: usize,
-    /// Interval between two requests of a connection.
-    pub period: Duration,
-}
+/// Connections to each Envoy.
+const CONNECTIONS: usize = 4;
 
-/// A running load.
+/// Interval between two requests of a connection.
+const PERIOD: Duration = Duration::from_millis(40);
+
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
@@ -36,8 +32,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts it.
-    pub fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>, pace: Pace, seed: u64) -> Result<Self> {
+    pub fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>, seed: u64) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         // Keys that do not exist, well-formed and not.
         let mut unknown: Vec<Arc<str>> = vec!["x".into(), "sk_live_".into(), "k".repeat(300).into()];
@@ -47,7 +42,7 @@ impl Load {
         let unknown: Arc<[Arc<str>]> = unknown.into();
         let mut clients = JoinSet::new();
         for envoy in 0..stack.envoys.len() {
-            for number in 0..pace.connections {
+            for number in 0..CONNECTIONS {
                 let client = Client {
                     stack: Arc::clone(stack),
                     oracle: Arc::clone(oracle),
@@ -56,7 +51,7 @@ impl Load {
                     dice: Dice::new(seed ^ (envoy as u64) << 16 ^ number as u64),
                     envoy,
                 };
-                clients.spawn(client.run(pace.period));
+                clients.spawn(client.run());
             }
         }
         Ok(Self { stop, clients })
@@ -79,10 +74,10 @@ struct Client {
 }
 
 impl Client {
-    async fn run(mut self, period: Duration) {
+    async fn run(mut self) {
         // So that clients do not send at the same time.
-        tokio::time::sleep(self.dice.between(Duration::ZERO, period)).await;
-        let mut pace = interval(period);
+        tokio::time::sleep(self.dice.between(Duration::ZERO, PERIOD)).await;
+        let mut pace = interval(PERIOD);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut connection = None;
         while !self.stop.load(Ordering::Relaxed) {

@@ -15,9 +15,10 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::credit_model::CreditModel;
+use portcullis_harness::dice::Dice;
+
+use crate::credit_model::{CreditModel, may_be_unavailable};
 use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, close, gap};
-use crate::plan::Dice;
 use crate::report::Journal;
 use crate::verdict::{Tally, Verdict};
 
@@ -38,7 +39,6 @@ pub enum Standing {
     Doubtful,
 }
 
-/// One secret of one key.
 #[derive(Clone, Debug)]
 struct Secret {
     key: Arc<str>,
@@ -56,7 +56,6 @@ struct Secret {
 /// A request before it is sent, with the expected state of its secret at that time.
 #[derive(Clone, Debug)]
 pub struct Ticket {
-    /// The secret.
     pub text: Arc<str>,
     secret: Option<usize>,
     standing: Standing,
@@ -94,7 +93,6 @@ struct Known {
     credits: CreditModel,
 }
 
-/// Judge of responses.
 #[derive(Debug)]
 pub struct Oracle {
     known: Mutex<Known>,
@@ -102,7 +100,6 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// An oracle for this number of Envoys.
     pub fn new(envoys: usize, journal: Journal) -> Self {
         let models = (0..envoys).map(|_| EnvoyModel::default()).collect();
         let known = Known { models, ..Known::default() };
@@ -131,7 +128,6 @@ impl Oracle {
         known.secrets.len() - 1
     }
 
-    /// Declares that the secrets so far never change.
     pub fn all_are_steady(&self) {
         let mut known = self.known();
         known.steady = known.secrets.len();
@@ -139,15 +135,11 @@ impl Oracle {
 
     /// A change of a secret will be requested.
     pub fn doubt(&self, secret: usize) {
-        self.turn(secret, Standing::Doubtful, None);
+        self.settle(secret, Standing::Doubtful, None);
     }
 
     /// The API confirmed the state of a secret; with an expiry, its latest time, and by how much it may be earlier.
     pub fn settle(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
-        self.turn(secret, standing, ends);
-    }
-
-    fn turn(&self, secret: usize, standing: Standing, ends: Option<(SystemTime, Duration)>) {
         if let Some(secret) = self.known().secrets.get_mut(secret) {
             secret.standing = standing;
             secret.since = Instant::now();
@@ -173,7 +165,6 @@ impl Oracle {
         Disruptions(places, hinders)
     }
 
-    /// Ends a disruption.
     pub(crate) fn end(&self, disruptions: &Disruptions) {
         let mut known = self.known();
         for (envoy, place) in &disruptions.0 {
@@ -223,7 +214,7 @@ impl Oracle {
 
     /// Ends the measurement of gaps, and checks that the load tested something.
     pub fn load_is_over(&self) {
-        let (start, now) = (self.journal.start(), Instant::now());
+        let (start, now) = (self.journal.start, Instant::now());
         let mut known = self.known();
         known.models.iter_mut().for_each(|model| model.close(start, now));
         let last = known.last_admitted;
@@ -245,7 +236,6 @@ impl Oracle {
         known.found.keyless.doubtful += doubtful;
     }
 
-    /// Records a broken promise.
     pub fn broken(&self, what: &str) {
         let mut known = self.known();
         known.break_promise(what.to_owned(), &self.journal);
@@ -263,8 +253,8 @@ impl Oracle {
             _ => None,
         };
         let unknown = || {
-            let text = dice.pick(unknown).cloned().unwrap_or_else(|| "nobody's".into());
-            let (standing, since) = (Standing::Dead, self.journal.start());
+            let text = unknown.get(dice.below(unknown.len())).cloned().unwrap_or_else(|| "nobody's".into());
+            let (standing, since) = (Standing::Dead, self.journal.start);
             Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: None }
         };
         let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
@@ -279,7 +269,6 @@ impl Oracle {
         })
     }
 
-    /// Judges the result of a request.
     pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
         let mut known = self.known();
         known.count(envoy, ticket, answer);
@@ -290,7 +279,6 @@ impl Oracle {
         }
     }
 
-    /// The findings.
     pub fn verdict(&self) -> Verdict {
         let known = self.known();
         let of_known = known.tallies.iter().filter(|(key, _)| !known.forgotten.contains(*key));
@@ -389,6 +377,9 @@ impl Known {
             return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
         }
         let code = code?;
+        if code == "limits_unavailable" && may_be_unavailable(model, sent) {
+            return None;
+        }
         let spent = spent.filter(|_| code == "credits_exhausted").map(|tally| tally.admitted + tally.doubtful);
         if spent.is_some_and(|spent| self.credits.may_refuse(model, sent, spent)) {
             return None;

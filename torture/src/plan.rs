@@ -8,113 +8,39 @@
 use std::fmt;
 use std::time::Duration;
 
-/// Randomness that is the same everywhere (SplitMix64).
-#[derive(Clone, Debug)]
-pub struct Dice(u64);
+use clap::ValueEnum;
+use portcullis_harness::dice::Dice;
 
-impl Dice {
-    /// The dice of a seed.
-    pub const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The next number.
-    pub const fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// A number below a bound.
-    pub fn below(&mut self, bound: usize) -> usize {
-        let bound = u64::try_from(bound).unwrap_or(u64::MAX).max(1);
-        usize::try_from(self.number() % bound).unwrap_or_default()
-    }
-
-    /// A duration from `least` to less than `most`.
-    pub fn between(&mut self, least: Duration, most: Duration) -> Duration {
-        let span = u64::try_from(most.saturating_sub(least).as_millis()).unwrap_or(u64::MAX).max(1);
-        least + Duration::from_millis(self.number() % span)
-    }
-
-    /// One of several.
-    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> Option<&'a T> {
-        from.get(self.below(from.len()))
-    }
-
-    /// Puts a list in a random order.
-    pub fn shuffle<T>(&mut self, list: &mut [T]) {
-        for last in (1..list.len()).rev() {
-            list.swap(last, self.below(last + 1));
-        }
-    }
-}
-
-/// Kind of fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Kind {
-    /// A control plane is killed and started again.
     ControlPlaneKill,
-    /// A control plane receives SIGTERM and is started again.
     ControlPlaneTerm,
-    /// A control plane is paused for some seconds.
     ControlPlanePause,
-    /// The clock of a control plane is shifted by minutes, and back.
     ControlPlaneClock,
-    /// Usage is committed, and the acknowledgement is lost.
     AnswerLost,
-    /// Responses are delayed.
     AnswerDelayed,
-    /// A connection ends in the middle of an update.
     AnswerCut,
-    /// An update or an acknowledgement is replaced by garbage.
     AnswerGarbage,
-    /// PostgreSQL crashes and is started again.
     PostgresCrash,
-    /// All connections to PostgreSQL are cut.
     PostgresCut,
     /// A transaction holds locks for longer than any request waits for them.
     PostgresLock,
-    /// The database is replaced by an older copy of itself.
     PostgresRestore,
-    /// An Envoy receives SIGTERM and is started again.
     EnvoyTerm,
-    /// An Envoy is killed and started again.
     EnvoyKill,
-    /// A worker's VM traps.
     EnvoyTrap,
-    /// An Envoy's configuration changes while requests flow.
     EnvoyUpdate,
     /// An Envoy is drained, receives SIGTERM and is started again.
     EnvoyDrain,
-    /// The clock of an Envoy is shifted by minutes, and back.
     EnvoyClock,
 }
 
-/// Faults of the control planes and PostgreSQL.
-pub const BEHIND: [Kind; 12] = [
-    Kind::ControlPlaneKill,
-    Kind::ControlPlaneTerm,
-    Kind::ControlPlanePause,
-    Kind::ControlPlaneClock,
-    Kind::AnswerLost,
-    Kind::AnswerDelayed,
-    Kind::AnswerCut,
-    Kind::AnswerGarbage,
-    Kind::PostgresCrash,
-    Kind::PostgresCut,
-    Kind::PostgresLock,
-    Kind::PostgresRestore,
-];
-
-/// Faults of the Envoys.
-pub const BEFORE: [Kind; 6] =
-    [Kind::EnvoyTerm, Kind::EnvoyKill, Kind::EnvoyTrap, Kind::EnvoyUpdate, Kind::EnvoyDrain, Kind::EnvoyClock];
-
 impl Kind {
-    /// Whether it may lose counts.
+    /// The faults of Envoys, or those of control planes and PostgreSQL.
+    pub fn all(of_envoys: bool) -> Vec<Self> {
+        Self::value_variants().iter().copied().filter(|kind| (*kind >= Self::EnvoyTerm) == of_envoys).collect()
+    }
+
     pub const fn may_lose(self) -> bool {
         matches!(self, Self::PostgresRestore | Self::EnvoyKill | Self::EnvoyTrap)
     }
@@ -145,12 +71,10 @@ impl fmt::Display for Kind {
     }
 }
 
-/// One fault of a lane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// Pause after the end of the fault before.
     pub pause: Duration,
-    /// The fault.
     pub kind: Kind,
     /// Its target, modulo the number of candidates.
     pub target: usize,
@@ -171,7 +95,6 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// The lane of these kinds.
     pub fn new(seed: u64, kinds: &[Kind], pause: (Duration, Duration), lasts: (Duration, Duration)) -> Self {
         // Two lanes of a seed are not the same.
         let dice = Dice::new(seed ^ kinds.first().map_or(0, |kind| u64::from(*kind as u8) << 32));
@@ -212,15 +135,15 @@ mod tests {
 
     #[test]
     fn a_seed_gives_the_same_schedule_again_and_another_seed_another() {
-        let steps = |seed| lane(seed, &BEHIND).take(50).collect::<Vec<_>>();
+        let steps = |seed| lane(seed, &Kind::all(false)).take(50).collect::<Vec<_>>();
         assert_eq!(steps(7), steps(7));
         assert_ne!(steps(7), steps(8));
     }
 
     #[test]
     fn every_round_has_every_kind_once() {
-        for kinds in [&BEHIND[..], &BEFORE[..]] {
-            let mut lane = lane(3, kinds);
+        for kinds in [false, true].map(Kind::all) {
+            let mut lane = lane(3, &kinds);
             for _ in 0..5 {
                 let round: BTreeSet<Kind> = lane.by_ref().take(kinds.len()).map(|step| step.kind).collect();
                 assert_eq!(round, kinds.iter().copied().collect());
@@ -230,16 +153,10 @@ mod tests {
 
     #[test]
     fn times_keep_within_their_bounds() {
-        for step in lane(11, &BEHIND).take(1_000) {
+        for step in lane(11, &Kind::all(false)).take(1_000) {
             for time in [step.pause, step.lasts] {
                 assert!(time >= SECONDS.0 && time < SECONDS.1, "{step:?}");
             }
         }
-    }
-
-    #[test]
-    fn the_dice_fall_as_they_did_when_seeds_were_first_printed() {
-        let mut dice = Dice::new(1);
-        assert_eq!([dice.number(), dice.number()], [0x910a_2dec_8902_5cc1, 0xbeeb_8da1_658e_ec67]);
     }
 }

@@ -13,7 +13,7 @@ use anyhow::Result;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 const FRAME_HEADER: usize = 9;
 const DATA: u8 = 0;
@@ -22,7 +22,6 @@ const DATA: u8 = 0;
 const UPDATE: &[u8] = b"PKS1";
 const ACK: &[u8] = b"PKA1";
 
-/// Manipulation of responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manipulation {
     /// The connection ends before an acknowledgement is forwarded.
@@ -36,9 +35,9 @@ pub enum Manipulation {
 /// A running proxy. It ends, and all its connections with it, when dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    address: SocketAddr,
+    pub address: SocketAddr,
     shared: Arc<Shared>,
-    listening: JoinHandle<()>,
+    _listening: JoinSet<()>,
 }
 
 #[derive(Debug)]
@@ -58,21 +57,15 @@ impl Proxy {
         let (next, manipulation) = (AtomicUsize::new(first), Mutex::new(None));
         let (delay_ms, manipulated) = (AtomicU64::new(0), AtomicU64::new(0));
         let shared = Arc::new(Shared { backends, next, manipulation, delay_ms, manipulated });
-        let listening = tokio::spawn(listen(listener, Arc::clone(&shared)));
-        Ok(Self { address, shared, listening })
+        let mut _listening = JoinSet::new();
+        _listening.spawn(listen(listener, Arc::clone(&shared)));
+        Ok(Self { address, shared, _listening })
     }
 
-    /// Its address.
-    pub const fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Sets the manipulation of all matching responses.
     pub fn set_manipulation(&self, manipulation: Option<Manipulation>) {
         *self.shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner) = manipulation;
     }
 
-    /// The number of manipulated responses.
     pub fn manipulated(&self) -> u64 {
         self.shared.manipulated.load(Ordering::Relaxed)
     }
@@ -83,14 +76,8 @@ impl Proxy {
     }
 }
 
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.listening.abort();
-    }
-}
-
 async fn listen(listener: TcpListener, shared: Arc<Shared>) {
-    let mut connections = tokio::task::JoinSet::new();
+    let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {

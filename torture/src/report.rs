@@ -16,13 +16,12 @@ use crate::verdict::Verdict;
 /// Log of events with the time since the start.
 #[derive(Clone, Debug)]
 pub struct Journal {
-    start: Instant,
-    path: PathBuf,
+    pub start: Instant,
+    pub path: PathBuf,
     file: Arc<Mutex<File>>,
 }
 
 impl Journal {
-    /// Starts a journal in this file.
     pub fn create(path: &Path) -> Result<Self> {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent)?;
@@ -31,51 +30,33 @@ impl Journal {
         Ok(Self { start: Instant::now(), path: path.to_owned(), file: Arc::new(Mutex::new(file)) })
     }
 
-    /// Adds a line.
     pub fn note(&self, what: &str) {
         let line = format!("{:9.3} {what}\n", self.start.elapsed().as_secs_f64());
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         // A full disk must not stop the run. Writing the table at the end fails then.
         let _ = std::io::Write::write_all(&mut *file, line.as_bytes());
     }
-
-    /// The start of the run.
-    pub const fn start(&self) -> Instant {
-        self.start
-    }
-
-    /// Its file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
 }
 
-/// Result of a run.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The seed that repeats the run.
     pub seed: u64,
     /// How long faults were injected.
     pub took: Duration,
     /// How often each fault was injected.
     pub faults: BTreeMap<Kind, u64>,
-    /// The findings of the oracle.
     pub verdict: Verdict,
-    /// The compared counts.
     pub counted: Counted,
     /// Resident memory of processes that ran throughout: name, KiB at the start, KiB at the end.
     pub memory: Vec<(String, u64, u64)>,
-    /// File of the journal.
     pub journal: PathBuf,
 }
 
 impl Report {
-    /// Whether every promise was kept.
     pub fn is_clean(&self) -> bool {
         self.verdict.broken.is_empty()
     }
 
-    /// The table.
     pub fn table(&self) -> String {
         let mut table = String::new();
         let mut row = |name: &str, value: &dyn std::fmt::Display| {

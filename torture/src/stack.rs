@@ -8,33 +8,25 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use contract::key::Secret;
-use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::control_plane::{self, ControlPlane};
 use portcullis_harness::demo::DemoApi;
 use portcullis_harness::envoy::{self, Envoy};
 use portcullis_harness::envoy_config::Replacements;
 use portcullis_harness::log::Log;
 use portcullis_harness::paths;
+use portcullis_harness::ports::LOCAL;
 use portcullis_harness::postgres::{Database, Postgres};
 use portcullis_harness::rest::Rest;
 use portcullis_harness::stack::wait_for_status;
 use portcullis_harness::tools::silently;
-use serde_json::json;
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::proxy::Proxy;
 
-/// Size of the stack.
-#[derive(Clone, Copy, Debug)]
-pub struct Size {
-    /// Envoys.
-    pub envoys: usize,
-    /// Workers of each Envoy.
-    pub workers: usize,
-    /// Replicas of the control plane.
-    pub control_planes: usize,
-}
+/// Replicas of the control plane.
+const CONTROL_PLANES: usize = 2;
 
-/// The clock of one process.
 #[derive(Debug)]
 pub struct Clock(PathBuf);
 
@@ -63,68 +55,51 @@ impl Clock {
 /// The stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct TortureStack {
-    /// The Envoys.
     pub envoys: Vec<Envoy>,
-    /// Their clocks.
     pub envoy_clocks: Vec<Clock>,
-    /// The API behind them.
     pub demo: DemoApi,
-    /// The proxies between each Envoy and the control planes.
     pub proxies: Vec<Proxy>,
-    /// The control planes.
     pub control_planes: Vec<ControlPlane>,
-    /// Their clocks.
     pub control_plane_clocks: Vec<Clock>,
-    /// The database.
     pub database: Database,
-    /// Its server.
     pub postgres: Arc<Postgres>,
     directory: TempDir,
 }
 
 impl TortureStack {
     /// Starts it and waits until every Envoy has its keys and so refuses an unknown one.
-    pub async fn start(size: Size) -> Result<Self> {
-        for (file, how) in [(paths::trap_wasm(), "--for-faults"), (paths::shifted_clock(), "--for-faults")] {
-            ensure!(file.is_file(), "{} is missing; run `cargo xtask wasm {how}`", file.display());
+    pub async fn start(number_of_envoys: usize) -> Result<Self> {
+        for file in [paths::trap_wasm(), paths::shifted_clock()] {
+            ensure!(file.is_file(), "{} is missing; run `cargo xtask wasm --for-faults`", file.display());
         }
         let mut directory = TempDir::with_prefix("portcullis-torture-")?;
         directory.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
         let postgres = Arc::new(Postgres::private().await?);
         let database = postgres.create_database().await?;
-        let (admin_key, sync_key) = (fresh_key()?, fresh_key()?);
+        let generous = control_plane::Settings::generous(&database)?;
         let home = |name: String| {
             let home = directory.path().join(name);
             std::fs::create_dir_all(&home).map(|()| home)
         };
-        let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
 
         let (mut control_planes, mut control_plane_clocks) = (Vec::new(), Vec::new());
-        for number in 0..size.control_planes {
+        for number in 0..CONTROL_PLANES {
             let home = home(format!("control-plane-{number}"))?;
             let clock = Clock::create(home.join("clock"))?;
-            let settings = control_plane::Settings {
-                listen: any,
-                database_url: database.url.clone(),
-                admin_key: admin_key.clone(),
-                sync_key: sync_key.clone(),
-                arguments: ["--api-rate-limit", "10000", "--api-burst", "20000"].map(Into::into).into(),
-                log_level: "info".into(),
-                environment: clock.environment(),
-            };
+            let settings = control_plane::Settings { environment: clock.environment(), ..generous.clone() };
             let log = Log::create(&home.join("log"))?;
             control_planes.push(ControlPlane::start(settings, &home, log).await?);
             control_plane_clocks.push(clock);
         }
 
-        let demo = DemoApi::start(any).await?;
+        let demo = DemoApi::start(LOCAL).await?;
         let backends: Vec<_> = control_planes.iter().map(ControlPlane::address).collect();
         let (mut envoys, mut envoy_clocks, mut proxies) = (Vec::new(), Vec::new(), Vec::new());
-        for number in 0..size.envoys {
+        for number in 0..number_of_envoys {
             let home = home(format!("envoy-{number}"))?;
             let clock = Clock::create(home.join("clock"))?;
             let proxy = Proxy::start(backends.clone(), number).await?;
-            envoys.push(start_envoy(&home, &proxy, &demo, &clock, size.workers, &sync_key).await?);
+            envoys.push(start_envoy(&home, &proxy, &demo, &clock, &generous.sync_key).await?);
             envoy_clocks.push(clock);
             proxies.push(proxy);
         }
@@ -148,7 +123,6 @@ impl TortureStack {
         Ok(Rest { address: control_plane.address(), key: control_plane.settings().admin_key })
     }
 
-    /// The indices of all Envoys.
     pub fn everywhere(&self) -> Vec<usize> {
         (0..self.envoys.len()).collect()
     }
@@ -168,25 +142,12 @@ impl TortureStack {
 }
 
 /// Starts an Envoy whose filter traps on demand, and waits until it has its keys.
-async fn start_envoy(
-    home: &Path,
-    proxy: &Proxy,
-    demo: &DemoApi,
-    clock: &Clock,
-    workers: usize,
-    sync_key: &Secret,
-) -> Result<Envoy> {
-    let settings = envoy::Settings {
-        replacements: Replacements {
-            plugin: json!({"rate_limit": null}).as_object().cloned().unwrap_or_default(),
-            ..Replacements::between(proxy.address(), demo.address())
-        },
-        workers,
-        log_level: "warning,wasm:info".into(),
-        sync_key: sync_key.clone(),
-        environment: clock.environment(),
-        listener_file: true,
-    };
+async fn start_envoy(home: &Path, proxy: &Proxy, demo: &DemoApi, clock: &Clock, sync_key: &Secret) -> Result<Envoy> {
+    let mut replacements = Replacements::between(proxy.address, demo.address());
+    replacements.plugin.insert("rate_limit".into(), Value::Null);
+    let environment = clock.environment();
+    let usual = envoy::Settings::new(replacements, sync_key.clone());
+    let settings = envoy::Settings { environment, listener_file: true, ..usual };
     let envoy = Envoy::prepare(settings, home, Log::create(&home.join("log"))?, &silently)?;
     std::fs::copy(paths::trap_wasm(), home.join("portcullis.wasm"))?;
     envoy.restart().await?;

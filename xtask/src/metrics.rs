@@ -1,8 +1,8 @@
 //! Step `metrics`: promtool, Prometheus's own checker, examines the metrics of the control plane and of the filter.
 
-use std::io::Write;
+use std::io::{Seek, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use portcullis_harness::http;
@@ -54,12 +54,11 @@ fn families(text: &str) -> usize {
 
 /// The complaints of promtool, one a line.
 fn complaints(promtool: &Path, metrics: &str) -> Result<Vec<String>> {
-    let mut command = Command::new(promtool);
-    command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut process = command.spawn().with_context(|| format!("cannot run {}", promtool.display()))?;
-    // promtool reads all input before it prints.
-    process.stdin.take().context("promtool takes no input")?.write_all(metrics.as_bytes())?;
-    let output = process.wait_with_output()?;
+    let mut input = tempfile::tempfile()?;
+    input.write_all(metrics.as_bytes())?;
+    input.rewind()?;
+    let output = Command::new(promtool).args(["check", "metrics"]).stdin(input).output();
+    let output = output.with_context(|| format!("cannot run {}", promtool.display()))?;
     let all = [output.stdout, output.stderr].concat();
     let lines: Vec<String> = String::from_utf8_lossy(&all).lines().map(ToOwned::to_owned).collect();
     // 3: promtool has complaints.

@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use portcullis_harness::control_plane::{self, ControlPlane, fresh_key};
+use portcullis_harness::control_plane::{ControlPlane, Settings};
 use portcullis_harness::log::Log;
 use portcullis_harness::output::say;
 use portcullis_harness::paths;
@@ -64,12 +64,12 @@ fn problem(problem: &Value) -> String {
 }
 
 async fn typescript(programs: &tools::NodePrograms, home: &Path) -> Result<()> {
-    let mut generate = programs.openapi_typescript();
+    let mut generate = programs.program("openapi-typescript/bin/cli.js");
     generate.current_dir(home).args(["openapi.json", "--redocly", "redocly.yaml", "--output", "types.ts"]);
     let told = succeeded("openapi-typescript", &done(generate).await?)?;
     // It marks warnings with a sign, and goes on.
     ensure!(!told.contains('⚠') && !told.to_lowercase().contains("warn"), "openapi-typescript warns: {told}");
-    let mut compile = programs.tsc();
+    let mut compile = programs.program("typescript/bin/tsc");
     compile.current_dir(home).args(["--noEmit", "--strict", "--noUncheckedIndexedAccess", "types.ts", "client.ts"]);
     succeeded("tsc", &done(compile).await?)?;
     let lines = std::fs::read_to_string(home.join("types.ts"))?.lines().count();
@@ -87,18 +87,9 @@ async fn python(home: &Path) -> Result<()> {
 
     let server = Postgres::private().await?;
     let database = server.create_database().await?;
-    let admin_key = fresh_key()?;
-    let settings = control_plane::Settings {
-        listen: ([127, 0, 0, 1], 0).into(),
-        database_url: database.url.clone(),
-        admin_key: admin_key.clone(),
-        sync_key: fresh_key()?,
-        arguments: Vec::new(),
-        log_level: "info".into(),
-        environment: Vec::new(),
-    };
     let log = Log::create(&home.join("control-plane.log"))?;
-    let control_plane = ControlPlane::start(settings, home, log).await?;
+    let control_plane = ControlPlane::start(Settings::generous(&database)?, home, log).await?;
+    let admin_key = control_plane.settings().admin_key;
     std::fs::write(home.join("client.py"), PYTHON_PROGRAM)?;
     let mut program = Command::new("python3");
     let path = std::env::join_paths([home.join("python"), modules])?;

@@ -13,7 +13,7 @@ use portcullis_harness::{compile, paths};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{tools, wasm};
+use crate::tools;
 
 /// What is shipped, with the target that it is compiled for if that is not this machine.
 const PRODUCTS: [(&str, Option<&str>); 2] = [("control-plane", None), ("filter", Some(compile::FILTER_TARGET))];
@@ -30,7 +30,7 @@ pub(crate) fn write(options: &Options) -> Result<()> {
     let directory = options.output.clone().unwrap_or_else(|| paths::target().to_owned());
     // cargo-cyclonedx writes a document beside every manifest of the workspace, and names its directory in them.
     let copy = TempDir::with_prefix("portcullis-sbom-")?;
-    wasm::copy_sources(paths::workspace(), copy.path())?;
+    paths::copy_sources(paths::workspace(), copy.path())?;
     for (product, target) in PRODUCTS {
         let mut command = Command::new(&cyclonedx);
         command.args(["cyclonedx", "-q", "--all", "--format", "json", "--spec-version", "1.5"]);

@@ -10,7 +10,6 @@ use portcullis_harness::output::{progress, say};
 use portcullis_harness::paths;
 use portcullis_harness::postgres::Postgres;
 
-/// Writes them.
 pub(crate) async fn write() -> Result<()> {
     let fresh = described().await?;
     let kept = kept();

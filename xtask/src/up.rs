@@ -2,9 +2,7 @@
 //! processes ends, the command fails with the end of its log.
 
 use std::fs::File;
-use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -155,12 +153,10 @@ impl Up {
         }
         let settings = control_plane::Settings {
             listen: local(options.control_plane_port),
-            database_url: database.url,
             admin_key: kept_key(&home.join("admin.key"))?,
             sync_key: sync_key.clone(),
             arguments,
-            log_level: "info".into(),
-            environment: Vec::new(),
+            ..control_plane::Settings::generous(&database)?
         };
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 
@@ -297,8 +293,6 @@ fn kept_key(path: &Path) -> Result<Secret> {
         return Ok(Secret::from_presented(text.trim().to_owned()));
     }
     let key = fresh_key()?;
-    let _ = std::fs::remove_file(path);
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-    writeln!(file, "{}", key.reveal())?;
+    shell::write_secret(path, &format!("{}\n", key.reveal()))?;
     Ok(key)
 }

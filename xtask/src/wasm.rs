@@ -1,8 +1,6 @@
 //! `cargo xtask wasm`: the filter as it is shipped, and the check that its build is reproducible.
 
-use std::path::Path;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use filter_build::{compiled, strip};
 use portcullis_harness::cargo::cargo;
@@ -27,7 +25,7 @@ pub(crate) fn wasm(options: &Options) -> Result<()> {
 pub(crate) fn check_reproducible() -> Result<()> {
     progress("building the filter in another directory");
     let elsewhere = TempDir::with_prefix("portcullis-elsewhere-")?;
-    copy_sources(paths::workspace(), elsewhere.path())?;
+    paths::copy_sources(paths::workspace(), elsewhere.path())?;
     let mut build = cargo(&[]);
     build.current_dir(elsewhere.path()).env("CARGO_TARGET_DIR", elsewhere.path().join("target"));
     filter_build::compile(build, "filter", &[])?;
@@ -36,22 +34,5 @@ pub(crate) fn check_reproducible() -> Result<()> {
     let shipped = paths::target().join("portcullis.wasm");
     let same = std::fs::read(&again)? == std::fs::read(&shipped)?;
     ensure!(same, "{} differs from a build of the same sources in another directory", shipped.display());
-    Ok(())
-}
-
-/// Copies a directory without target directories and .git.
-pub(crate) fn copy_sources(from: &Path, to: &Path) -> Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from)? {
-        let (entry, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
-        if name == "target" || name == ".git" {
-            continue;
-        }
-        if entry.is_dir() {
-            copy_sources(&entry, &to.join(name))?;
-        } else {
-            std::fs::copy(&entry, to.join(name)).with_context(|| format!("cannot copy {}", entry.display()))?;
-        }
-    }
     Ok(())
 }

@@ -1,3 +1,5 @@
+use contract::record::Per;
+
 use super::*;
 
 const MINIMAL: &str = r#"{"control_plane": {"cluster": "cp"}}"#;
@@ -42,12 +44,19 @@ fn the_smallest_configuration_has_safe_defaults() {
             window_s: 1,
             burst: 2_000,
             shared: false,
+            per: Per::Key,
         }),
         access_log_state: true,
         policies: Policies::default(),
         shadow: false,
         failure_mode: FailureModes { not_ready: FailureMode::Deny, stale: FailureMode::Deny },
         max_staleness_ms: None,
+        limits_wait_ms: 250,
+        on_limits_unreachable: LimitModes {
+            rate_limits: RateMode::SafeRate,
+            quotas: StockMode::Deny,
+            credits: StockMode::Deny,
+        },
         challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
     };
     assert_eq!(format!("{config:?}"), format!("{expected:?}"));
@@ -66,6 +75,8 @@ fn the_smallest_configuration_has_safe_defaults() {
         "shadow",
         "failure_mode",
         "max_staleness",
+        "limits",
+        "on_limits_unreachable",
         "realm",
     ];
     let nulls = fields.map(|field| format!("\"{field}\": null")).join(", ");
@@ -106,7 +117,7 @@ fn every_field_can_be_set() {
     }
     assert_eq!(
         config.rate_limit,
-        Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5, shared: false })
+        Some(RateLimit { name: "default".into(), requests: 5, window_s: 60, burst: 5, shared: false, per: Per::Key })
     );
     let open = FailureModes { not_ready: FailureMode::Allow, stale: FailureMode::Allow };
     assert_eq!(config.failure_mode, open);
@@ -169,6 +180,42 @@ fn a_mistake_is_named_with_its_field_and_remedy() {
 }
 
 #[test]
+fn the_operator_chooses_how_long_requests_wait_and_what_happens_without_an_answer() {
+    let config = |fields: &str| Config::parse(with(fields).as_bytes()).unwrap();
+    for (text, ms) in [(r#"{"wait": "0s"}"#, 0), (r#"{"wait": "0.8s"}"#, 800), (r#"{"wait": null}"#, 250), ("{}", 250)]
+    {
+        assert_eq!(config(&format!(r#""limits": {text}"#)).limits_wait_ms, ms, "{text}");
+    }
+    let modes = config(r#""on_limits_unreachable": {"rate_limits": "deny", "quotas": "allow", "credits": null}"#);
+    let expected = LimitModes { rate_limits: RateMode::Deny, quotas: StockMode::Allow, credits: StockMode::Deny };
+    assert_eq!(modes.on_limits_unreachable, expected);
+    let safe = config(r#""on_limits_unreachable": {"rate_limits": "safe_rate", "credits": "allow"}"#);
+    let expected = LimitModes { credits: StockMode::Allow, ..LimitModes::default() };
+    assert_eq!(safe.on_limits_unreachable, expected);
+    assert_eq!(
+        config(r#""on_limits_unreachable": {"rate_limits": "allow"}"#).on_limits_unreachable.rate_limits,
+        RateMode::Allow
+    );
+
+    let longest = "limits.wait: must be at most \"0.8s\"; with \"0s\" no request waits";
+    assert_eq!(error(&with(r#""limits": {"wait": "0.801s"}"#)), longest);
+    let form = "limits.wait: must be seconds with at most three decimals and their unit, such as \"0.25s\"";
+    for wait in ["1", r#""250ms""#, r#""0.25""#] {
+        assert_eq!(error(&with(&format!(r#""limits": {{"wait": {wait}}}"#))), form, "{wait}");
+    }
+    assert!(error(&with(r#""limits": {"waits": "1s"}"#)).starts_with("limits.waits: is not a known field"));
+    let modes =
+        |field: &str, value: &str| error(&with(&format!(r#""on_limits_unreachable": {{"{field}": "{value}"}}"#)));
+    let three = "on_limits_unreachable.rate_limits: must be ";
+    assert!(modes("rate_limits", "open").starts_with(three), "{}", modes("rate_limits", "open"));
+    for field in ["quotas", "credits"] {
+        let two = format!("on_limits_unreachable.{field}: must be `deny` or `allow`");
+        assert_eq!(modes(field, "safe_rate"), two);
+    }
+    assert!(modes("limits", "deny").starts_with("on_limits_unreachable.limits: is not a known field"));
+}
+
+#[test]
 fn keys_may_be_in_several_places() {
     let sources = r#""key_sources": [{"header": "X-Api-Key"}, {"bearer": true}, {"query": "a"}, {"query": "b"}]"#;
     let config = Config::parse(with(sources).as_bytes()).unwrap();
@@ -197,7 +244,10 @@ fn policies_are_checked_and_the_default_limit_has_its_own_name() {
     assert!(config.shadow);
     assert_eq!(config.policies.find(Some("search")).unwrap().cost, Some(5));
     let limit = config.policies.default.rate_limit.unwrap();
-    assert_eq!(limit, RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false });
+    assert_eq!(
+        limit,
+        RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false, per: Per::Key }
+    );
     assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
     assert!(error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("policies.a.scope: is not a known field"));
     assert!(error(&with(r#""default_policy": {"scopes": {"any": []}}"#)).contains("default_policy.scopes"));

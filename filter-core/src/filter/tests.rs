@@ -33,7 +33,7 @@ fn snapshot() -> MockResponse {
     let record = Record::plain(KeyId([7; 16]), OwnerId([8; 16]));
     writer.put(&KeyHash::of(b"k"), &record.to_bytes().unwrap());
     let part = Part::Snapshot { from: 0, to: BUCKETS };
-    let header = Header { epoch: Epoch([1; 16]), revision: 7, total_keys: 1, part, filters: 1 };
+    let header = Header { epoch: Epoch([1; 16]), revision: 7, total_keys: 1, part };
     MockResponse::ok(writer.finish(&header).unwrap())
 }
 
@@ -49,9 +49,9 @@ fn from_the_first_tick_to_the_last_report() {
     assert_eq!(ask(), (Flow::Stop, Some(503)));
     assert_eq!(host.take_calls(), [], "nothing happens before the first tick");
 
-    filter.on_tick(&setup);
+    filter.on_tick(&setup, |_| ());
     let poll = host.take_calls().remove(0);
-    filter.on_call_response(&setup, poll.token, &snapshot());
+    filter.on_call_response(&setup, poll.token, &snapshot(), |_| ());
     assert_eq!(ask(), (Flow::Continue, None));
     let mut stream = MockStream::default();
     stream.trailers = vec!["x-api-key".into(), "grpc-status".into()];
@@ -59,7 +59,7 @@ fn from_the_first_tick_to_the_last_report() {
     assert_eq!(stream.trailers, ["grpc-status"]);
 
     host.take_calls();
-    filter.on_end(&setup);
+    filter.on_end(&setup, false);
     let last = host.take_calls().pop().unwrap();
     let reports = read_reports(&last.body).unwrap();
     assert_eq!(reports.iter().flat_map(|report| &report.counts).map(|count| count.requests).sum::<u64>(), 2);
@@ -73,23 +73,25 @@ fn during_a_configuration_update_both_configurations_share_the_calls_and_the_cou
     let (old, new) = (setup("", "old"), setup(r#", "key_header": "x-key""#, "new"));
     let filter = filter(&host, &old);
     assert!(filter.is_of(&new.config) && !filter.is_of(&setup(r#", "store": "second""#, "old").config));
-    filter.on_tick(&old);
+    filter.on_tick(&old, |_| ());
     let poll = host.take_calls().remove(0);
     assert_eq!(poll.header("x-api-key"), "old");
     // The response comes to the root context of the new configuration, whose key the next poll carries.
-    filter.on_call_response(&new, poll.token, &snapshot());
+    filter.on_call_response(&new, poll.token, &snapshot(), |_| ());
     assert_eq!(host.take_calls().remove(0).header("x-api-key"), "new");
     for (setup, header) in [(&old, "x-api-key"), (&new, "x-key")] {
         let mut stream = MockStream::with([(header, "k")]);
         assert_eq!(filter.on_request_headers(&setup.config, &mut stream), Flow::Continue);
     }
-    filter.on_tick(&new);
+    host.set_now_ms(NOW + 250);
+    filter.on_tick(&new, |_| ());
     let report = read_reports(&host.take_calls().remove(0).body).unwrap().remove(0);
     assert_eq!(report.counts.iter().map(|count| count.requests).collect::<Vec<_>>(), [2]);
     // The old root context ends: what it counted is reported, and the filter goes on for the new one.
-    filter.on_end(&old);
+    filter.on_end(&old, true);
     assert!(!host.take_calls().is_empty());
-    filter.on_tick(&new);
+    host.set_now_ms(NOW + 500);
+    filter.on_tick(&new, |_| ());
     assert!(!host.take_calls().is_empty(), "it leads again");
 }
 
@@ -128,9 +130,9 @@ fn a_shell_may_have_a_key_store_of_its_own() {
     host.set_now_ms(NOW);
     let data = SharedData::new(host.clone(), &setup.config.cluster, &setup.config.store);
     let filter = Filter::with_keys(data, Table::default()).unwrap();
-    filter.on_tick(&setup);
+    filter.on_tick(&setup, |_| ());
     let poll = host.take_calls().remove(0);
-    filter.on_call_response(&setup, poll.token, &snapshot());
+    filter.on_call_response(&setup, poll.token, &snapshot(), |_| ());
     for (key, flow) in [("k", Flow::Continue), ("stranger", Flow::Stop)] {
         let mut stream = MockStream::with([("x-api-key", key)]);
         assert_eq!(filter.on_request_headers(&setup.config, &mut stream), flow);

@@ -4,12 +4,19 @@ use std::time::Duration;
 
 use contract::usage::{Report, write_reports};
 use contract::usage_log::LogKey;
+use limits::message::Call as AllowanceCall;
 
 use super::reporter::REPORT_TIMEOUT_MS;
 use super::sync::POLL_TIMEOUT_MS;
 use crate::config::Config;
 use crate::host::{Call, Cluster, Log};
 use crate::setup::Setup;
+
+const USAGE: &str = "application/vnd.portcullis.usage";
+const ALLOWANCES: &str = "application/vnd.portcullis.allowances";
+
+/// The least time-out of a call for allowances, also where no request waits for it.
+const MIN_ASK_TIMEOUT_MS: u64 = 50;
 
 /// Polls for an update. Returns the token of the call; `None` if the host has no such cluster.
 pub(super) fn poll_store(host: &impl Cluster, setup: &Setup, path: &str) -> Option<u32> {
@@ -19,7 +26,14 @@ pub(super) fn poll_store(host: &impl Cluster, setup: &Setup, path: &str) -> Opti
 /// Sends usage reports. Returns the token of the call; `None` if the host has no such cluster.
 pub(super) fn send_reports(host: &impl Cluster, setup: &Setup, reports: &[Report]) -> Option<u32> {
     let body = write_reports(reports).ok()?;
-    host.dispatch(&call(setup, "POST", "/sync/v1/usage", Some(&body), REPORT_TIMEOUT_MS))
+    host.dispatch(&call(setup, "POST", "/sync/v1/usage", Some((USAGE, &body)), REPORT_TIMEOUT_MS))
+}
+
+/// Asks for allowances of shared limits. Returns the token of the call; `None` if the host has no such cluster.
+pub(crate) fn ask(host: &impl Cluster, setup: &Setup, asked: &AllowanceCall) -> Option<u32> {
+    let body = asked.write().ok()?;
+    let timeout_ms = setup.config.limits_wait_ms.max(MIN_ASK_TIMEOUT_MS);
+    host.dispatch(&call(setup, "POST", "/sync/v1/allowances", Some((ALLOWANCES, &body)), timeout_ms))
 }
 
 /// Logs usage reports, as the line that `portcullis usage import` reads.
@@ -30,7 +44,7 @@ pub(super) fn write_to_log(log: &impl Log, sync_key: &str, reports: &[Report]) {
 }
 
 /// Why a call failed, and what to do about it.
-pub(super) fn explain(status: Option<u16>, what: &str) -> String {
+pub(crate) fn explain(status: Option<u16>, what: &str) -> String {
     match status {
         None => "the control plane did not answer".into(),
         Some(401) => {
@@ -41,7 +55,13 @@ pub(super) fn explain(status: Option<u16>, what: &str) -> String {
     }
 }
 
-fn call<'a>(setup: &'a Setup, method: &'a str, path: &'a str, body: Option<&'a [u8]>, timeout_ms: u64) -> Call<'a> {
+fn call<'a>(
+    setup: &'a Setup,
+    method: &'a str,
+    path: &'a str,
+    body: Option<(&'a str, &'a [u8])>,
+    timeout_ms: u64,
+) -> Call<'a> {
     let Config { cluster, authority, .. } = &setup.config;
     let mut headers = vec![
         (":method", method),
@@ -50,8 +70,9 @@ fn call<'a>(setup: &'a Setup, method: &'a str, path: &'a str, body: Option<&'a [
         (":scheme", "http"),
         ("x-api-key", &setup.sync_key),
     ];
-    if body.is_some() {
-        headers.push(("content-type", "application/vnd.portcullis.usage"));
+    if let Some((content_type, _)) = body {
+        headers.push(("content-type", content_type));
     }
+    let body = body.map(|(_, body)| body);
     Call { cluster, headers, body, timeout: Duration::from_millis(timeout_ms) }
 }

@@ -189,11 +189,11 @@ mod tests {
     const REPORTER: &str = "reporter=00000000-0000-0000-0000-000000000000&version=0.1.0&pending=3";
 
     fn state(revision: u64) -> StoreState {
-        StoreState { epoch: EPOCH, revision, keys: 1, synced_ms: 0, filters: 0 }
+        StoreState { epoch: EPOCH, revision, keys: 1, synced_ms: 0 }
     }
 
     fn header(epoch: Epoch, revision: u64, part: Part) -> Header {
-        Header { epoch, revision, total_keys: 3, part, filters: 2 }
+        Header { epoch, revision, total_keys: 3, part }
     }
 
     fn snapshot(revision: u64, from: u32, to: u32) -> Header {

@@ -1,15 +1,13 @@
 //! The leader of VMs that share a mock host: election, sync, reports, and its end.
 
-use contract::budget::Stock;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::outcome::Outcome;
 use contract::record::Record;
 use contract::update::{Part, UpdateWriter};
-use contract::usage::{Count, Grant, KeyRef, read_reports};
+use contract::usage::{Count, KeyRef, read_reports};
 use contract::usage_log::LogKey;
 
-use super::reporter::{EMPTY_AFTER_MS, EMPTY_REPORTS};
 use super::*;
 use crate::config::Config;
 use crate::keys::KeyLookup;
@@ -17,7 +15,6 @@ use crate::mock::{MockHost, MockResponse, SentCall};
 use crate::shared::SharedData;
 use crate::shared::election::TERM_MS;
 use crate::store::CellStore;
-use crate::usage::counter::Charge;
 use crate::vm::TICK_MS;
 
 const NOW: u64 = 1_800_000_000_000;
@@ -75,7 +72,7 @@ impl Node {
     fn count(&self, key: u8, requests: usize) {
         let key = Some(KeyRef { id: KeyId([key; 16]), generation: 1 });
         for _ in 0..requests {
-            self.vm.counts.borrow_mut().add(key, Outcome::Allowed, false, Charge::default(), NOW);
+            self.vm.counts.borrow_mut().add(key, Outcome::Allowed, false, 1, NOW);
         }
     }
 
@@ -109,7 +106,7 @@ fn update_of(epoch: Epoch, revision: u64, part: Part, keys: &[&[u8]]) -> Vec<u8>
     for hash in hashes {
         writer.put(&hash, &Record::plain(KeyId([7; 16]), OwnerId([8; 16])).to_bytes().unwrap());
     }
-    writer.finish(&Header { epoch, revision, total_keys: 3, part, filters: 2 }).unwrap()
+    writer.finish(&Header { epoch, revision, total_keys: 3, part }).unwrap()
 }
 
 fn changes(after: u64, revision: u64, keys: &[&[u8]]) -> MockResponse {
@@ -125,8 +122,8 @@ fn reports_in(call: &SentCall) -> Vec<Report> {
     read_reports(&call.body).unwrap()
 }
 
-fn ack(report: &Report, grants: Vec<Grant>) -> MockResponse {
-    MockResponse::ok(Ack { reporter: report.reporter, seq: report.seq, grants }.write().unwrap())
+fn ack(report: &Report) -> MockResponse {
+    MockResponse::ok(Ack { reporter: report.reporter, seq: report.seq }.write().unwrap())
 }
 
 fn requests(reports: &[Report]) -> u64 {
@@ -171,7 +168,7 @@ fn a_snapshot_is_loaded_update_by_update_and_then_changes_follow() {
     let poll = one(node.respond(&poll, &MockResponse::ok(last)));
     assert!(path(&poll).contains("&revision=9&reporter="), "{}", path(&poll));
     let state = state::read(&node.vm.data).unwrap();
-    assert_eq!((state.revision, state.keys, state.synced_ms, state.filters), (9, 3, NOW, 2));
+    assert_eq!((state.revision, state.keys, state.synced_ms), (9, 3, NOW));
     assert_eq!(node.log(), ["info: 3 keys loaded, revision 9"]);
     assert_eq!((node.host.metric("portcullis.store.revision"), node.host.metric("portcullis.store.keys")), (9, 3));
 
@@ -326,7 +323,7 @@ fn counts_of_all_vms_leave_in_one_report_until_it_is_acknowledged() {
     assert_eq!(node.tick(NOW + 2 * TICK_MS), vec![]);
     let poll = one(node.respond(&poll, &changes(7, 8, &[])));
     assert!(path(&poll).ends_with("&pending=6"), "{}", path(&poll));
-    assert_eq!(node.respond(&call, &ack(&report, vec![])), vec![]);
+    assert_eq!(node.respond(&call, &ack(&report)), vec![]);
     let next = one(reports_in(&one(node.tick(NOW + 3 * TICK_MS))));
     assert_eq!((next.seq, requests(std::slice::from_ref(&next))), (2, 1));
     assert_eq!(node.host.metric("portcullis.usage.pending_requests"), 1);
@@ -389,38 +386,17 @@ fn a_refusal_of_a_report_that_is_no_longer_there_is_a_failure() {
 }
 
 #[test]
-fn grants_are_applied_and_acknowledged_by_reports_without_counts() {
-    let (mut node, _) = Node::synced();
-    node.count(1, 1);
-    let call = one(node.tick(NOW));
-    let report = one(reports_in(&call));
-    let grant = Grant { stock: Stock::Quota.code(), of: [7; 16], amount: 5, turn: 1 };
-    node.respond(&call, &ack(&report, vec![grant]));
-    assert!(node.host.cell_names().iter().any(|name| name.ends_with(":q0707")), "{:?}", node.host.cell_names());
-    assert_eq!(node.tick(NOW + EMPTY_AFTER_MS - 1), vec![]);
-    for number in 1..=u64::from(EMPTY_REPORTS) {
-        let call = one(node.tick(NOW + number * EMPTY_AFTER_MS));
-        let empty = one(reports_in(&call));
-        assert_eq!((empty.seq, empty.counts.len()), (1 + number, 0));
-        node.respond(&call, &ack(&empty, vec![]));
-    }
-    assert_eq!(node.tick(NOW + 20_000), vec![]);
-}
-
-#[test]
-fn grants_to_another_reporter_are_not_applied() {
+fn an_acknowledgement_of_another_reporter_counts_for_nothing() {
     let (mut node, _) = Node::synced();
     node.count(1, 1);
     let call = one(node.tick(NOW));
     let report = Report { reporter: ReporterId([9; 16]), ..one(reports_in(&call)) };
-    let grant = Grant { stock: Stock::Quota.code(), of: [7; 16], amount: 5, turn: 1 };
-    node.respond(&call, &ack(&report, vec![grant]));
-    assert!(node.host.cell_names().iter().all(|name| !name.ends_with(":q0707")));
-    assert_eq!(pending_requests(&node.vm.data), 1, "nothing of ours was acknowledged");
+    node.respond(&call, &ack(&report));
+    assert_eq!(pending_requests(&node.vm.data), 1);
 }
 
 #[test]
-fn a_successor_repeats_the_report_in_flight_and_acknowledges_grants() {
+fn a_successor_repeats_the_report_in_flight() {
     let (mut node, _) = Node::synced();
     node.count(1, 2);
     let call = one(node.tick(NOW));
@@ -430,9 +406,8 @@ fn a_successor_repeats_the_report_in_flight_and_acknowledges_grants() {
     assert!(path(poll).starts_with(POLL));
     assert_eq!(again.body, call.body);
     let report = one(reports_in(again));
-    successor.respond(again, &ack(&report, vec![]));
-    let empty = one(reports_in(&one(successor.tick(NOW + TERM_MS + EMPTY_AFTER_MS))));
-    assert_eq!((empty.reporter, empty.seq, empty.counts.len()), (report.reporter, 2, 0));
+    successor.respond(again, &ack(&report));
+    assert_eq!((pending_requests(&successor.vm.data), successor.tick(NOW + TERM_MS + TICK_MS)), (0, vec![]));
 }
 
 #[test]
@@ -442,11 +417,11 @@ fn at_its_end_the_leader_sends_and_logs_all_that_is_left_and_resigns() {
     node.count(1, 2);
     let call = one(node.tick(NOW));
     worker.count(2, 3);
-    worker.vm.end(NOW);
+    worker.vm.end();
     worker.leader.end(&worker.vm, &worker.setup);
     assert_eq!(node.host.take_calls(), vec![], "a worker leaves its counts to the leader");
 
-    node.vm.end(NOW);
+    node.vm.end();
     node.leader.end(&node.vm, &node.setup);
     let last = one(node.host.take_calls());
     let reports = reports_in(&last);
@@ -463,12 +438,12 @@ fn a_vm_that_ends_without_any_leader_reports_for_all() {
     let mut node = Node::new();
     node.count(1, 2);
     node.host.set_now_ms(NOW);
-    node.vm.end(NOW);
+    node.vm.end();
     node.leader.end(&node.vm, &node.setup);
     assert_eq!(requests(&reports_in(&one(node.host.take_calls()))), 2);
     // An Envoy that has counted nothing says nothing.
     let mut idle = Node::new();
-    idle.vm.end(NOW);
+    idle.vm.end();
     idle.leader.end(&idle.vm, &idle.setup);
     assert_eq!((idle.host.take_calls(), idle.log()), (vec![], vec![]));
 }

@@ -2,23 +2,25 @@
 
 use contract::record::RateLimit;
 
-use super::limiter::Refused;
-
-/// How long a client should wait while a lease is being renewed, in seconds.
-pub const RETRY_RENEWAL_S: u64 = 1;
-
 /// How long a refused client should wait, where that depends on more than the outcome.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Wait {
     /// The usual time of the outcome.
     #[default]
     Usual,
-    /// Until a lease is renewed: something is left, but not at this Envoy.
-    Renewal,
     /// Waiting does not help: the request costs more credits than the owner has.
     Hopeless,
     /// This many seconds.
     Seconds(u64),
     /// Until one of these limits admits a request. They are all limits of the request.
-    Limits(Vec<RateLimit>, Refused),
+    Limits(Vec<RateLimit>, Exceeded),
+}
+
+/// A limit that refused a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exceeded {
+    /// Which of the limits, by place.
+    pub limit: usize,
+    /// After how many seconds, rounded up, a request will be admitted if none comes before.
+    pub retry_after_s: u64,
 }

@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::pepper::Pepper;
-use contract::record::{Budget, Flags, RateLimit, Record};
+use contract::record::{Budget, Flags, Per, RateLimit, Record};
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::Count;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::limits::wait::Exceeded;
 use crate::mock::{MockHost, MockStream, TestData};
 use crate::shared::election::{NodeId, acquire};
 use crate::shared::{CellKey, SharedData};
@@ -44,9 +45,9 @@ impl Bench {
             writer.put(&hash, &record.to_bytes().unwrap());
         }
         let (epoch, part) = (Epoch([1; 16]), Part::Snapshot { from: 0, to: BUCKETS });
-        let update = writer.finish(&Header { epoch, revision: 1, total_keys: 1, part, filters: 0 }).unwrap();
+        let update = writer.finish(&Header { epoch, revision: 1, total_keys: 1, part }).unwrap();
         crate::store::write(bench.data(), ME, &Update::read(&update).unwrap()).unwrap();
-        bench.set_state(4, NOW_S * 1_000);
+        bench.set_state(NOW_S * 1_000);
         bench
     }
 
@@ -62,8 +63,8 @@ impl Bench {
         Self { vm, config, address: None }
     }
 
-    fn set_state(&self, filters: u32, synced_ms: u64) {
-        let state = StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 1, synced_ms, filters };
+    fn set_state(&self, synced_ms: u64) {
+        let state = StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 1, synced_ms };
         state::set(self.data(), ME, &state).unwrap();
         self.vm.set_state(state);
     }
@@ -90,8 +91,9 @@ impl Bench {
 
     fn ask_with(&self, key: Option<&str>, policy: Option<&str>) -> (Verdict, MockStream) {
         let stream = self.request(key.map(|key| ("x-api-key", key)), policy);
-        let request = Request { vm: &self.vm, config: &self.config, time: RequestTime::new(self.host()) };
-        let (verdict, _) = request.verify(&stream);
+        let time = RequestTime::new(self.host());
+        let request = Request { vm: &self.vm, config: &self.config, time, waited: Waited::default() };
+        let (verdict, _) = request.verify(&stream).expect("no request waits here");
         (verdict, stream)
     }
 
@@ -102,7 +104,7 @@ impl Bench {
         policy: Option<&str>,
     ) -> (Flow, MockStream) {
         let mut stream = self.request(headers, policy);
-        let flow = handle(&self.vm, &self.config, &mut stream);
+        let flow = handle(&self.vm, &self.config, &mut stream, Waited::default());
         (flow, stream)
     }
 
@@ -124,7 +126,7 @@ fn record() -> Record {
 }
 
 fn limit(name: &str, requests: u32) -> RateLimit {
-    RateLimit { name: name.into(), requests, window_s: 60, burst: requests, shared: true }
+    RateLimit { name: name.into(), requests, window_s: 60, burst: requests, shared: false, per: Per::Key }
 }
 
 fn admitted(outcomes: &[Outcome]) -> usize {
@@ -147,24 +149,14 @@ fn a_plain_key_costs_two_reads_and_one_write_of_cells() {
 }
 
 #[test]
-fn an_envoy_enforces_its_share_of_a_shared_limit_and_the_whole_of_others() {
+fn keys_without_limits_have_that_of_the_filter() {
     let mut own = record();
-    own.rate_limits = vec![limit("shared", 8), RateLimit { shared: false, ..limit("alone", 8) }];
-    let bench = Bench::new(
-        json!({"rate_limit": {"requests": 8, "window": "60s"}}),
-        &[
-            ("k", own),
-            ("d", {
-                let mut other = record();
-                other.key_id = KeyId([9; 16]);
-                other
-            }),
-        ],
-    );
-    // One of four Envoys.
+    own.rate_limits = vec![limit("first", 2), limit("second", 9)];
+    let plain = Record { key_id: KeyId([9; 16]), ..record() };
+    let bench = Bench::new(json!({"rate_limit": {"requests": 8, "window": "60s"}}), &[("k", own), ("d", plain)]);
     assert_eq!(admitted(&bench.outcomes(10, Some("k"), None)), 2);
     assert_eq!(admitted(&bench.outcomes(10, Some("d"), None)), 8);
-    let Wait::Limits(limits, Refused { limit, .. }) = bench.ask(Some("k"), None).wait else { panic!("no limits") };
+    let Wait::Limits(limits, Exceeded { limit, .. }) = bench.ask(Some("k"), None).wait else { panic!("no limits") };
     assert_eq!((limits.len(), limit), (2, 0));
 }
 
@@ -227,29 +219,21 @@ fn only_a_key_bound_to_networks_needs_the_address() {
 }
 
 #[test]
-fn a_request_that_a_rate_limit_refuses_spends_no_quota() {
-    let mut metered = record();
-    metered.rate_limits = vec![RateLimit { shared: false, ..limit("own", 3) }];
-    metered.quota = Some(Budget { starter: 2, turn: 1, resets_at_s: None });
-    let bench = Bench::new(json!({}), &[("k", metered)]);
-    let (allowed, quota, limited) = (Outcome::Allowed, Outcome::QuotaExceeded, Outcome::RateLimited);
-    assert_eq!(bench.outcomes(5, Some("k"), None), [allowed, allowed, quota, limited, limited]);
-    stock::grant(bench.data(), contract::budget::Stock::Quota, &[7; 16], 3, 1).unwrap();
-    assert_eq!(bench.ask(Some("k"), None).outcome, limited);
-}
-
-#[test]
-fn a_refusal_for_quota_or_credits_says_when_to_retry() {
-    let budget = Some(Budget { starter: 0, turn: 1, resets_at_s: Some(NOW_S + 500) });
-    let (mut spent, mut renewing) = (record(), record());
-    spent.flags = Flags::QUOTA_EXCEEDED;
-    spent.quota = budget;
-    renewing.credits = budget;
-    let bench = Bench::new(json!({}), &[("spent", spent), ("renewing", renewing)]);
-    let verdict = bench.ask(Some("spent"), None);
-    assert_eq!((verdict.outcome, verdict.wait), (Outcome::QuotaExceeded, Wait::Seconds(500)));
-    let verdict = bench.ask(Some("renewing"), None);
-    assert_eq!((verdict.outcome, verdict.wait), (Outcome::CreditsExhausted, Wait::Renewal));
+fn a_refusal_by_the_record_for_quota_or_credits_says_when_to_retry() {
+    let budget = |resets_at_s| Some(Budget { fill: 1, resets_at_s, per: Per::Key });
+    let of = |number: u8, flags| Record { key_id: KeyId([number; 16]), flags, ..record() };
+    let quota = Record { quota: budget(Some(NOW_S + 500)), ..of(1, Flags::QUOTA_EXCEEDED) };
+    let credits = Record { credits: budget(Some(NOW_S + 7)), ..of(2, Flags::CREDITS_EXHAUSTED) };
+    let for_good = Record { credits: budget(None), ..of(3, Flags::CREDITS_EXHAUSTED) };
+    let bench = Bench::new(json!({}), &[("quota", quota), ("credits", credits), ("for good", for_good)]);
+    for (key, outcome, wait) in [
+        ("quota", Outcome::QuotaExceeded, Wait::Seconds(500)),
+        ("credits", Outcome::CreditsExhausted, Wait::Seconds(7)),
+        ("for good", Outcome::CreditsExhausted, Wait::Usual),
+    ] {
+        let verdict = bench.ask(Some(key), None);
+        assert_eq!((verdict.outcome, verdict.wait), (outcome, wait));
+    }
 }
 
 #[test]
@@ -273,7 +257,7 @@ fn shadow_mode_keeps_the_outcome_and_refuses_nothing() {
     let bench = Bench::new(json!({"policies": policies, "shadow": true, "max_staleness": "60s"}), &keys);
     assert_eq!(seen(&bench, None, Some("drak")), (Outcome::PolicyUnknown, true));
     assert_eq!(seen(&bench, None, None), (Outcome::Missing, true));
-    bench.set_state(4, 0);
+    bench.set_state(0);
     assert_eq!(seen(&bench, Some("k"), None), (Outcome::Stale, true));
 }
 
@@ -282,16 +266,6 @@ fn an_unknown_policy_is_refused_even_if_the_failure_mode_allows_requests() {
     let bench = Bench::empty(json!({"failure_mode": {"not_ready": "allow"}, "policies": {"a": {}}}));
     assert_eq!(bench.ask(None, Some("b")).outcome, Outcome::PolicyUnknown);
     assert_eq!(bench.ask(None, Some("a")).outcome, Outcome::FailedOpen);
-}
-
-#[test]
-fn a_single_envoy_has_the_whole_limit() {
-    let mut own = record();
-    own.rate_limits = vec![limit("shared", 8)];
-    let bench = Bench::new(json!({}), &[("k", own)]);
-    bench.set_state(1, NOW_S * 1_000);
-    assert_eq!(bench.vm.default_share(), WHOLE);
-    assert_eq!(admitted(&bench.outcomes(10, Some("k"), None)), 8);
 }
 
 #[test]

@@ -111,7 +111,7 @@ mod tests {
         for number in undefined {
             writer.undefine(*number);
         }
-        writer.finish(&Header { epoch: Epoch([9; 16]), revision: 1, total_keys: 1, part, filters: 0 }).unwrap()
+        writer.finish(&Header { epoch: Epoch([9; 16]), revision: 1, total_keys: 1, part }).unwrap()
     }
 
     fn apply_bytes(data: &TestData, me: NodeId, bytes: &[u8]) -> Result<(), NotLeader> {

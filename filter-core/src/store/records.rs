@@ -174,7 +174,7 @@ mod tests {
         for hash in removals {
             writer.remove(hash);
         }
-        writer.finish(&Header { epoch: EPOCH, revision: 1, total_keys: 1, part, filters: 0 }).unwrap()
+        writer.finish(&Header { epoch: EPOCH, revision: 1, total_keys: 1, part }).unwrap()
     }
 
     fn apply_bytes(data: &TestData, bytes: &[u8]) -> Result<(), NotLeader> {

@@ -1,7 +1,6 @@
 //! How far the store is, in a cell that the leader writes after the records: what the state says is in the store.
 
 use contract::id::Epoch;
-use contract::rate::WHOLE;
 use serde::{Deserialize, Serialize};
 
 use crate::shared::election::NodeId;
@@ -19,16 +18,6 @@ pub struct StoreState {
     pub keys: u64,
     /// When the control plane last confirmed that this is the newest revision, in milliseconds of Unix time.
     pub synced_ms: u64,
-    /// How many Envoys sync, as the control plane counts them; 0 if it does not say.
-    pub filters: u32,
-}
-
-impl StoreState {
-    /// This Envoy's share of a limit before any grant, in parts per million.
-    #[must_use]
-    pub fn default_share(&self) -> u32 {
-        WHOLE.checked_div(self.filters).unwrap_or(WHOLE).max(1)
-    }
 }
 
 /// Reads the state; `None` until the store was loaded for the first time.
@@ -58,15 +47,9 @@ mod tests {
         let data = SharedData::new(MockHost::default(), "cluster", "default");
         assert!(acquire(&data, NodeId(1), 0));
         assert_eq!(read(&data), None);
-        let full = StoreState { epoch: EPOCH, revision: 7, keys: 3, synced_ms: 1_000, filters: 3 };
+        let full = StoreState { epoch: EPOCH, revision: 7, keys: 3, synced_ms: 1_000 };
         set(&data, NodeId(1), &full).unwrap();
         assert_eq!(read(&data), Some(full));
         assert_eq!(set(&data, NodeId(2), &full), Err(NotLeader));
-    }
-
-    #[test]
-    fn before_any_grant_an_envoy_has_an_equal_share() {
-        let share = |filters| StoreState { epoch: EPOCH, revision: 7, keys: 3, synced_ms: 0, filters }.default_share();
-        assert_eq!([0, 1, 3, 5_000_000].map(share), [WHOLE, WHOLE, 333_333, 1]);
     }
 }

@@ -70,7 +70,7 @@ fn update(write: impl FnOnce(&mut UpdateWriter)) -> Vec<u8> {
     let mut writer = UpdateWriter::default();
     write(&mut writer);
     let part = Part::Changes { after: 0 };
-    writer.finish(&Header { epoch: Epoch([9; 16]), revision: 1, total_keys: 1, part, filters: 0 }).unwrap()
+    writer.finish(&Header { epoch: Epoch([9; 16]), revision: 1, total_keys: 1, part }).unwrap()
 }
 
 fn put(number: u8, flags: Flags) -> Vec<u8> {

@@ -2,7 +2,7 @@
 //! quickly: Envoy's main thread does it four times a second. Numbers are little-endian.
 //!
 //! ```text
-//! count:  key's id (16 bytes) │ generation (4) │ hour (4) │ requests (8) │ cost (8) │ drawn (8) │ last (8) │ outcome (1)
+//! count:  key's id (16 bytes) │ generation (4) │ hour (4) │ requests (8) │ cost (8) │ last (8) │ outcome (1)
 //!         │ 1 if there is a key (1)
 //! outbox: requests in it (8) │ reporter (16) │ newest frozen number (8) │ number of frozen reports (4)
 //!         │ of each report: its number (8), number of counts (4), counts │ pending counts, up to the end
@@ -13,7 +13,7 @@ use contract::usage::{Count, KeyRef, Subject};
 
 use super::outbox::Outbox;
 
-const COUNT_BYTES: usize = 58;
+const COUNT_BYTES: usize = 50;
 
 /// Writes counts.
 pub(crate) fn write_counts<'a>(counts: impl Iterator<Item = &'a Count>) -> Vec<u8> {
@@ -68,12 +68,12 @@ pub(crate) fn requests(mut outbox: &[u8]) -> u64 {
 }
 
 fn write_count(bytes: &mut Vec<u8>, count: &Count) {
-    let Count { of: Subject { key, outcome, hour }, requests, cost, drawn, last_ms } = *count;
+    let Count { of: Subject { key, outcome, hour }, requests, cost, last_ms } = *count;
     let KeyRef { id, generation } = key.unwrap_or(KeyRef { id: KeyId([0; 16]), generation: 0 });
     bytes.extend_from_slice(&id.0);
     bytes.extend_from_slice(&generation.to_le_bytes());
     bytes.extend_from_slice(&hour.to_le_bytes());
-    for number in [requests, cost, drawn, last_ms] {
+    for number in [requests, cost, last_ms] {
         bytes.extend_from_slice(&number.to_le_bytes());
     }
     bytes.extend_from_slice(&[outcome, u8::from(key.is_some())]);
@@ -83,10 +83,10 @@ fn read_count(rest: &mut &[u8]) -> Option<Count> {
     let id = KeyId(take(rest)?);
     let generation = u32::from_le_bytes(take(rest)?);
     let hour = u32::from_le_bytes(take(rest)?);
-    let [requests, cost, drawn, last_ms] = [number(rest)?, number(rest)?, number(rest)?, number(rest)?];
+    let [requests, cost, last_ms] = [number(rest)?, number(rest)?, number(rest)?];
     let [outcome, has_key] = take(rest)?;
     let key = (has_key == 1).then_some(KeyRef { id, generation });
-    Some(Count { of: Subject { key, outcome, hour }, requests, cost, drawn, last_ms })
+    Some(Count { of: Subject { key, outcome, hour }, requests, cost, last_ms })
 }
 
 fn length(number: usize) -> [u8; 4] {
@@ -114,9 +114,9 @@ mod tests {
     fn count() -> impl Strategy<Value = Count> {
         let key = option::of((any::<[u8; 16]>(), any::<u32>()))
             .prop_map(|key| key.map(|(id, generation)| KeyRef { id: KeyId(id), generation }));
-        (key, any::<u8>(), any::<u32>(), any::<[u64; 4]>()).prop_map(|(key, outcome, hour, numbers)| {
-            let [requests, cost, drawn, last_ms] = numbers;
-            Count { of: Subject { key, outcome, hour }, requests, cost, drawn, last_ms }
+        (key, any::<u8>(), any::<u32>(), any::<[u64; 3]>()).prop_map(|(key, outcome, hour, numbers)| {
+            let [requests, cost, last_ms] = numbers;
+            Count { of: Subject { key, outcome, hour }, requests, cost, last_ms }
         })
     }
 

@@ -13,15 +13,6 @@ use crate::time::MS_PER_HOUR;
 /// Cells that VMs publish to. VMs take them in turn; more VMs than cells share them.
 pub const SLOTS: u16 = 64;
 
-/// What one request drew from leases, or would have drawn.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Charge {
-    /// Credits of the key's owner.
-    pub credits: u32,
-    /// Whether the request drew from the key's quota.
-    pub quota: bool,
-}
-
 /// Requests that one VM counted since it last published.
 #[derive(Debug, Default)]
 pub struct Counts {
@@ -33,18 +24,14 @@ pub struct Counts {
 pub(super) type BySubject = HashMap<Subject, Count, FxBuildHasher>;
 
 impl Counts {
-    /// Counts one decided request. `shadowed`: it should have been refused and was not. A request that was refused for lack of
-    /// credits is counted with the credits that it would have cost, so that the next lease is large enough.
-    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, charge: Charge, now_ms: u64) {
+    /// Counts one decided request. `shadowed`: it should have been refused and was not; `cost`: the credits of the key's owner
+    /// that it costs if it is allowed.
+    pub fn add(&mut self, key: Option<KeyRef>, outcome: Outcome, shadowed: bool, cost: u32, now_ms: u64) {
         let hour = u32::try_from(now_ms / MS_PER_HOUR).unwrap_or(u32::MAX);
         let code = outcome.code() | if shadowed { SHADOW } else { 0 };
         let of = Subject { key, outcome: code, hour };
-        let Charge { credits, quota } = match outcome {
-            Outcome::Allowed => charge,
-            Outcome::CreditsExhausted => Charge { quota: false, ..charge },
-            _ => Charge::default(),
-        };
-        let one = Count { of, requests: 1, cost: credits.into(), drawn: quota.into(), last_ms: now_ms };
+        let cost = if outcome == Outcome::Allowed { cost.into() } else { 0 };
+        let one = Count { of, requests: 1, cost, last_ms: now_ms };
         self.counts.entry(of).and_modify(|count| count.add(&one)).or_insert(one);
     }
 

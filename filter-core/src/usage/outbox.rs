@@ -24,8 +24,6 @@ pub struct Outbox {
 pub enum Freeze {
     /// The pending counts, as many as fit one report, unless a report waits for its acknowledgement.
     Pending,
-    /// The same, and a report without counts if none are pending.
-    EvenNothing,
     /// All pending counts, in as many reports as it takes: Envoy ends.
     All,
 }
@@ -54,8 +52,7 @@ impl Outbox {
     pub fn freeze(&mut self, what: Freeze) -> bool {
         let reports = match what {
             Freeze::Pending if self.frozen.is_empty() => usize::from(!self.pending.is_empty()),
-            Freeze::EvenNothing if self.frozen.is_empty() => 1,
-            Freeze::Pending | Freeze::EvenNothing => 0,
+            Freeze::Pending => 0,
             Freeze::All => self.pending.len().div_ceil(REPORT_COUNTS),
         };
         for _ in 0..reports {

@@ -3,7 +3,7 @@
 use contract::id::KeyId;
 
 use super::collector::{acknowledge, collect, freeze, open as open_outbox, read};
-use super::counter::{Charge, Counts, SLOTS, take_slot};
+use super::counter::{Counts, SLOTS, take_slot};
 use super::outbox::{BATCH_REPORTS, Freeze};
 use crate::mock::{TestData, new_data};
 use contract::id::ReporterId;
@@ -11,8 +11,6 @@ use contract::outcome::Outcome;
 use contract::usage::{KeyRef, REPORT_COUNTS, Report};
 
 const REPORTER: ReporterId = ReporterId([5; 16]);
-const ONE: Charge = Charge { credits: 1, quota: true };
-const TWO: Charge = Charge { credits: 2, quota: true };
 const NOW: u64 = 1_800_000_000_000;
 
 fn key(number: u8) -> Option<KeyRef> {
@@ -22,7 +20,7 @@ fn key(number: u8) -> Option<KeyRef> {
 fn counted(requests: &[(Option<KeyRef>, Outcome)]) -> Counts {
     let mut counts = Counts::default();
     for (key, outcome) in requests {
-        counts.add(*key, *outcome, false, TWO, NOW);
+        counts.add(*key, *outcome, false, 2, NOW);
     }
     counts
 }
@@ -33,7 +31,7 @@ fn of_many(keys: u32) -> Counts {
     for number in 0..keys {
         let mut id = KeyId([0; 16]);
         id.0[..4].copy_from_slice(&number.to_be_bytes());
-        counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, ONE, NOW);
+        counts.add(Some(KeyRef { id, generation: 1 }), Outcome::Allowed, false, 1, NOW);
     }
     counts
 }
@@ -62,13 +60,13 @@ fn counts_of_one_subject_merge_and_only_allowed_requests_cost() {
     counted(&[(key(1), Outcome::Allowed), (None, Outcome::Unknown)]).publish(&data, 1);
     collect(&data);
     let report = one_report(&data);
-    let seen: Vec<_> = report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost, c.drawn)).collect();
+    let seen: Vec<_> = report.counts.iter().map(|c| (c.of.key, c.of.outcome, c.requests, c.cost)).collect();
     assert_eq!(
         seen,
         [
-            (None, Outcome::Unknown.code(), 1, 0, 0),
-            (key(1), Outcome::Allowed.code(), 3, 6, 3),
-            (key(1), Outcome::RateLimited.code(), 1, 0, 0)
+            (None, Outcome::Unknown.code(), 1, 0),
+            (key(1), Outcome::Allowed.code(), 3, 6),
+            (key(1), Outcome::RateLimited.code(), 1, 0)
         ]
     );
 }
@@ -178,7 +176,7 @@ fn hours_are_kept_apart_and_the_last_time_is_the_latest() {
     let data = open();
     let mut counts = Counts::default();
     for minutes in [0, 10, 70, 30] {
-        counts.add(key(1), Outcome::Allowed, false, ONE, NOW + minutes * 60_000);
+        counts.add(key(1), Outcome::Allowed, false, 1, NOW + minutes * 60_000);
     }
     counts.publish(&data, 0);
     collect(&data);
@@ -188,39 +186,15 @@ fn hours_are_kept_apart_and_the_last_time_is_the_latest() {
 }
 
 #[test]
-fn a_report_without_counts_has_a_number_and_is_repeated_until_acknowledged() {
-    let data = open();
-    assert_eq!(freeze(&data, Freeze::Pending).unwrap().reports(), []);
-    let empty = freeze(&data, Freeze::EvenNothing).unwrap().reports();
-    assert_eq!(empty, [Report { reporter: REPORTER, seq: 1, counts: vec![] }]);
-    counted(&[(key(1), Outcome::Allowed)]).publish(&data, 0);
-    collect(&data);
-    // It is sent again as it is until it is acknowledged.
-    assert_eq!(freeze(&data, Freeze::EvenNothing).unwrap().reports(), empty);
-    acknowledge(&data, REPORTER, 1);
-    let next = freeze(&data, Freeze::EvenNothing).unwrap().reports();
-    assert_eq!((next[0].seq, next[0].counts.len()), (2, 1));
-}
-
-#[test]
 fn shadowed_requests_are_counted_apart_and_cost_nothing() {
     let mut counts = Counts::default();
-    counts.add(key(1), Outcome::Expired, false, ONE, NOW);
-    counts.add(key(1), Outcome::Expired, true, ONE, NOW);
+    for outcome in [Outcome::Expired, Outcome::CreditsExhausted] {
+        counts.add(key(1), outcome, false, 1, NOW);
+        counts.add(key(1), outcome, true, 1, NOW);
+    }
     let mut seen: Vec<_> = counts.counts.values().map(|count| (count.of.outcome, count.cost)).collect();
     seen.sort_unstable();
-    assert_eq!(seen, [(4, 0), (132, 0)]);
-}
-
-#[test]
-fn a_request_refused_for_credits_is_counted_with_its_price_and_draws_nothing() {
-    let mut counts = Counts::default();
-    for shadowed in [false, false, true] {
-        counts.add(key(1), Outcome::CreditsExhausted, shadowed, Charge { credits: 40, quota: true }, NOW);
-    }
-    let mut seen: Vec<_> = counts.counts.values().map(|count| (count.requests, count.cost, count.drawn)).collect();
-    seen.sort_unstable();
-    assert_eq!(seen, [(1, 40, 0), (2, 80, 0)]);
+    assert_eq!(seen, [(4, 0), (10, 0), (132, 0), (138, 0)]);
 }
 
 #[test]

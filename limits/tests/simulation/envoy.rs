@@ -80,8 +80,9 @@ impl Envoy {
         now_ns + self.skew_ns
     }
 
-    /// Decides a request, or makes it wait. `fill`: how often quotas and balances were filled.
-    pub fn decide(&mut self, worker: usize, request: &Request, fill: u32, now_ns: u64) -> Fate {
+    /// Decides a request, or makes it wait. `fill`: how often quotas and balances were filled; `has_failed`: the call that it
+    /// waited for was not answered.
+    pub fn decide(&mut self, worker: usize, request: &Request, fill: u32, has_failed: bool, now_ns: u64) -> Fate {
         let ns = self.ns(now_ns);
         let asking = &mut self.workers[worker].asking;
         let mut spent: Vec<Need> = Vec::new();
@@ -100,15 +101,16 @@ impl Envoy {
                 Spent::No { empty_ms } => refused = Some((need.pool, empty_ms)),
             }
         }
+        let is_unreachable = has_failed || asking.is_unreachable();
         let out_of_time = now_ns - request.since_ns >= LONGEST_WAIT_MS * MS;
         let fate = match (refused, lacking.first()) {
             (Some((pool, ms)), _) => Fate::Refused(pool, ms),
             (None, None) => Fate::Admitted,
-            (None, Some((need, _))) if out_of_time && !asking.is_unreachable() => {
+            (None, Some((need, _))) if out_of_time && !is_unreachable => {
                 let empty_ms = self.holdings[&need.pool].empty_until_ms.saturating_sub(ns / MS);
                 Fate::Refused(need.pool, empty_ms)
             }
-            (None, Some(_)) if asking.is_unreachable() => {
+            (None, Some(_)) if is_unreachable => {
                 let safe = |(need, _): &(Need, bool)| {
                     let holding = self.holdings.get_mut(&need.pool).unwrap();
                     need.rate.is_some_and(|rate| holding.spend_at_safe_rate(&rate, &self.contact, ns).is_ok())

@@ -209,7 +209,7 @@ impl World {
                 self.judge_ideally(&request);
                 let worker = usize::try_from(self.random.below(self.workers as u64)).unwrap();
                 if self.envoys[envoy].is_up {
-                    self.decide(envoy, worker, request, true);
+                    self.decide(envoy, worker, request, true, false);
                 }
                 self.call(envoy, worker, false);
             }
@@ -226,13 +226,13 @@ impl World {
             Event::Answer { envoy, worker, token, answer } => {
                 if let Some(sent) = self.envoys[envoy].workers[worker].asking.take_response(token) {
                     let waited = self.envoys[envoy].answer(worker, &sent, &answer, self.now_ns);
-                    self.decide_again(envoy, worker, waited);
+                    self.decide_again(envoy, worker, waited, false);
                 }
             }
             Event::TimeOut { envoy, worker, token } => {
                 if let Some(sent) = self.envoys[envoy].workers[worker].asking.take_response(token) {
                     let waited = self.envoys[envoy].fail(worker, &sent);
-                    self.decide_again(envoy, worker, waited);
+                    self.decide_again(envoy, worker, waited, true);
                 }
             }
             Event::Report { envoy, reporter, seq, tokens } => {
@@ -250,10 +250,10 @@ impl World {
         }
     }
 
-    fn decide_again(&mut self, envoy: usize, worker: usize, waited: Vec<Request>) {
+    fn decide_again(&mut self, envoy: usize, worker: usize, waited: Vec<Request>, has_failed: bool) {
         self.envoys[envoy].workers[worker].asking.start_over();
         for request in waited {
-            self.decide(envoy, worker, request, false);
+            self.decide(envoy, worker, request, false, has_failed);
         }
         self.call(envoy, worker, false);
         if self.envoys[envoy].workers[worker].asking.is_to_ask_again() {
@@ -261,8 +261,8 @@ impl World {
         }
     }
 
-    fn decide(&mut self, envoy: usize, worker: usize, request: Request, is_new: bool) {
-        let fate = self.envoys[envoy].decide(worker, &request, self.fill, self.now_ns);
+    fn decide(&mut self, envoy: usize, worker: usize, request: Request, is_new: bool, has_failed: bool) {
+        let fate = self.envoys[envoy].decide(worker, &request, self.fill, has_failed, self.now_ns);
         if fate != Fate::Waits && !is_new {
             self.found.waits_ns.push(self.now_ns - request.since_ns);
         }
@@ -328,7 +328,7 @@ impl World {
         let waited = std::mem::take(&mut envoy.workers[worker].waiting);
         envoy.workers[worker].asking.start_over();
         for request in waited {
-            self.decide(place, worker, request, false);
+            self.decide(place, worker, request, false, false);
         }
         self.call(place, worker, true);
         if worker == 0 {

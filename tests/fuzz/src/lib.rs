@@ -1,5 +1,5 @@
 //! Entry points of untrusted bytes, as plain functions. Each takes any bytes, and panics if a promise does not hold.
-//! cargo-fuzz calls them from `fuzz_targets`, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
+//! cargo-fuzz calls them by their names, and `cargo test` on stable from `control-plane/tests/database/fuzz.rs`.
 
 #![forbid(unsafe_code)]
 
@@ -65,7 +65,7 @@ pub fn update(bytes: &[u8]) {
     // A checksum does not keep an attacker out.
     read_update(&envelope(UPDATE, bytes));
     let header =
-        Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part: Part::Changes { after: 0 }, filters: 0 };
+        Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part: Part::Changes { after: 0 } };
     if let Ok(message) = encode(UPDATE, &(header, bytes)) {
         read_update(&message);
     }

@@ -11,30 +11,43 @@ use contract::key::{KeyKind, Secret};
 use crate::http;
 use crate::log::Log;
 use crate::paths;
-use crate::ports::Port;
-use crate::process::{Process, Signal};
+use crate::ports::{LOCAL, Port};
+use crate::postgres::Database;
+use crate::process::{Process, Signal, resident_kib};
 use crate::wait::eventually;
 
-/// Settings of a control plane.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Port 0 stands for a free port, which is reserved for this control plane.
     pub listen: SocketAddr,
-    /// The PostgreSQL database.
     pub database_url: String,
-    /// A key with the scope `admin`.
     pub admin_key: Secret,
-    /// A key with the scope `sync`.
     pub sync_key: Secret,
     /// Further arguments of `serve`.
     pub arguments: Vec<String>,
     /// The value of `PORTCULLIS_LOG_LEVEL`.
     pub log_level: String,
-    /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
 }
 
-/// A control plane.
+impl Settings {
+    /// New keys, a free port, and no arguments but a REST API that may be called more often than people do.
+    pub fn generous(database: &Database) -> Result<Self> {
+        Ok(Self {
+            listen: LOCAL,
+            database_url: database.url.clone(),
+            admin_key: fresh_key()?,
+            sync_key: fresh_key()?,
+            arguments: GENEROUS.map(Into::into).into(),
+            log_level: "info".into(),
+            environment: Vec::new(),
+        })
+    }
+}
+
+/// Arguments with which no test meets the limit of the REST API.
+pub const GENEROUS: [&str; 4] = ["--api-rate-limit", "1000000", "--api-burst", "1000000"];
+
 #[derive(Debug)]
 pub struct ControlPlane {
     settings: Mutex<Settings>,
@@ -99,12 +112,7 @@ impl ControlPlane {
         serve.env("PORTCULLIS_SYNC_KEY", settings.sync_key.reveal());
         serve.env("PORTCULLIS_LOG_LEVEL", &settings.log_level).envs(settings.environment);
         let process = Process::spawn("the control plane", serve, &self.log, Signal::SIGKILL)?;
-        let listens = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => std::fs::read_to_string(&address_file).ok().map(Ok),
-        };
-        let address = eventually("the control plane to listen", listens).await??;
-        let address = address.trim().parse().with_context(|| format!("{address:?} is no address"))?;
+        let address = process.address_in(&address_file).await?;
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).listen = address;
         *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(())
@@ -115,28 +123,23 @@ impl ControlPlane {
         let asked = async || match self.must_run() {
             Err(error) => Some(Err(error)),
             Ok(()) => {
-                let reply = http::get(self.address(), "/readyz").await.ok()?;
-                (reply.status == 200).then_some(Ok(()))
+                http::get(self.address(), "/readyz").await.ok().filter(|reply| reply.status == 200).map(|_| Ok(()))
             }
         };
-        eventually("the control plane to be ready", asked)
-            .await
-            .with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
+        let ready = eventually("the control plane to be ready", asked).await;
+        ready.with_context(|| format!("the end of its log:\n{}", self.log.tail(20)))?
     }
 
-    /// Sends a signal and waits until the process has ended.
     pub async fn stop(&self, signal: Signal) -> Result<std::process::ExitStatus> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("the control plane does not run"))?.stop(signal).await
     }
 
-    /// Sends a signal, such as SIGSTOP, and does not wait.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         process.as_ref().ok_or_else(|| anyhow!("the control plane does not run"))?.signal(signal)
     }
 
-    /// Fails if it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
@@ -157,22 +160,22 @@ impl ControlPlane {
         Ok(import.output()?)
     }
 
-    /// The process id, if it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
     }
 
-    /// Where it listens.
+    pub fn resident_kib(&self) -> Result<u64> {
+        self.pid().and_then(resident_kib).context("the control plane does not run, or this is not Linux")
+    }
+
     pub fn address(&self) -> SocketAddr {
         self.settings().listen
     }
 
-    /// The settings that it was started with.
     pub fn settings(&self) -> Settings {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Its output.
     pub const fn log(&self) -> &Log {
         &self.log
     }

@@ -15,20 +15,21 @@ use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, HOST, LOCATION, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use axum::serve::ListenerExt;
 use futures_util::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 /// A running demo API. It ends when dropped.
 #[derive(Debug)]
 pub struct DemoApi {
     address: SocketAddr,
     seen: Arc<Seen>,
-    server: JoinHandle<()>,
+    _server: JoinSet<()>,
 }
 
 #[derive(Debug, Default)]
@@ -40,37 +41,36 @@ struct Seen {
 impl DemoApi {
     /// Starts it. Port 0 stands for a free port.
     pub async fn start(listen: SocketAddr) -> Result<Self> {
-        let listener = TcpListener::bind(listen).await.with_context(|| format!("{listen} is taken"))?;
-        let address = listener.local_addr()?;
         let seen = Arc::new(Seen::default());
-        let router = Router::new().fallback(echo).with_state(Arc::clone(&seen));
-        let server = tokio::spawn(async move {
-            // Ends only when the task is aborted.
-            let _ = axum::serve(listener, router).await;
-        });
-        Ok(Self { address, seen, server })
+        let (address, _server) = serve(listen, Router::new().fallback(echo).with_state(Arc::clone(&seen))).await?;
+        Ok(Self { address, seen, _server })
     }
 
-    /// Where it listens.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// How many requests have come through to it.
     pub fn requests(&self) -> u64 {
         self.seen.requests.load(Ordering::SeqCst)
     }
 
-    /// Delays every response from now on.
     pub fn set_delay(&self, delay: Duration) {
         self.seen.delay_ms.store(delay.as_millis().try_into().unwrap_or(u64::MAX), Ordering::SeqCst);
     }
 }
 
-impl Drop for DemoApi {
-    fn drop(&mut self) {
-        self.server.abort();
-    }
+/// Serves a router until the returned tasks are dropped.
+pub async fn serve(listen: SocketAddr, router: Router) -> Result<(SocketAddr, JoinSet<()>)> {
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("{listen} is taken"))?;
+    let address = listener.local_addr()?;
+    // As the control plane does: otherwise the end of each response waits for Envoy's delayed acknowledgement.
+    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+    let mut server = JoinSet::new();
+    server.spawn(async move {
+        // Ends only with the task.
+        let _ = axum::serve(listener, router).await;
+    });
+    Ok((address, server))
 }
 
 /// The path whose response comes after the whole request and contains its trailers.

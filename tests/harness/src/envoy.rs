@@ -4,32 +4,32 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use contract::key::Secret;
 
 use crate::envoy_config::{LISTENER_FILE, Replacements, apart, render};
-use crate::http;
+use crate::http::{self, Connection};
 use crate::log::Log;
 use crate::paths;
 use crate::ports::Port;
 use crate::process::{Process, Signal, resident_kib};
 use crate::tools::{self, Say};
-use crate::wait::eventually;
+use crate::wait::{DEADLINE, eventually};
 
-/// Settings of an Envoy.
+/// The name of the listener in front of the API, in every configuration.
+pub const INGRESS: &str = "ingress";
+
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Changes of the template. Port 0 of the listener and of the admin interface stands for a free port, which is reserved
     /// for this Envoy.
     pub replacements: Replacements,
-    /// How many workers.
     pub workers: usize,
     /// Envoy's log level; `wasm` and others may follow as `warning,wasm:debug`.
     pub log_level: String,
-    /// The key with the scope `sync`.
     pub sync_key: Secret,
-    /// Further variables of its environment.
     pub environment: Vec<(String, String)>,
     /// Whether the listener is in a file of its own, which can be changed while Envoy runs.
     pub listener_file: bool,
@@ -43,7 +43,6 @@ impl Settings {
     }
 }
 
-/// An Envoy.
 #[derive(Debug)]
 pub struct Envoy {
     binary: PathBuf,
@@ -113,16 +112,7 @@ impl Envoy {
         envoy.envs(settings.environment);
         let process = Process::spawn("Envoy", envoy, &self.log, Signal::SIGKILL)?;
 
-        let live = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => {
-                let admin = std::fs::read_to_string(&admin_file).ok()?.trim().parse().ok()?;
-                let ready = http::get(admin, "/ready").await.ok()?;
-                (ready.status == 200).then_some(Ok(admin))
-            }
-        };
-        let admin = eventually("Envoy to be live", live).await??;
-        let listener = listener(admin).await?;
+        let (admin, listener) = live(&process, &admin_file, DEADLINE).await?;
         let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
         settings.replacements.admin = admin;
         settings.replacements.listener = listener;
@@ -131,41 +121,32 @@ impl Envoy {
         Ok(())
     }
 
-    /// Sends a signal and waits for the end.
     pub async fn stop(&self, signal: Signal) -> Result<ExitStatus> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner).take();
         process.ok_or_else(|| anyhow!("Envoy does not run"))?.stop(signal).await
     }
 
-    /// Sends a signal, such as SIGSTOP, and does not wait.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         process.as_ref().ok_or_else(|| anyhow!("Envoy does not run"))?.signal(signal)
     }
 
-    /// Fails if it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
 
-    /// Its resident memory in KiB.
     pub fn resident_kib(&self) -> Result<u64> {
-        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        let pid = process.as_ref().context("Envoy does not run")?.pid();
-        resident_kib(pid).context("Envoy has ended, or this is not Linux")
+        self.pid().and_then(resident_kib).context("Envoy does not run, or this is not Linux")
     }
 
-    /// The address of its listener.
     pub fn address(&self) -> SocketAddr {
         self.settings().replacements.listener
     }
 
-    /// Its admin interface.
     pub fn admin(&self) -> SocketAddr {
         self.settings().replacements.admin
     }
 
-    /// The settings that it was started with.
     pub fn settings(&self) -> Settings {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -175,7 +156,6 @@ impl Envoy {
         change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The process id, if it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::pid)
     }
@@ -207,26 +187,28 @@ impl Envoy {
 
     /// A statistic by its exact name, 0 if it does not exist yet.
     pub async fn stat(&self, name: &str) -> Result<u64> {
-        let found = self.stats(name).await?;
-        Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))
+        stat(self.admin(), name).await
+    }
+
+    /// Waits until a statistic has a value that is wanted.
+    pub async fn wait_for_stat(&self, name: &str, is_wanted: impl Fn(u64) -> bool) -> Result<()> {
+        let reached = async || self.stat(name).await.is_ok_and(&is_wanted).then_some(());
+        eventually(&format!("another value of {name}"), reached).await
     }
 
     /// The statistics whose names contain this.
     pub async fn stats(&self, part: &str) -> Result<Vec<(String, u64)>> {
-        let stats = http::get(self.admin(), &format!("/stats?format=json&filter={part}")).await?.json()?;
-        let stats = stats["stats"].as_array().cloned().unwrap_or_default();
-        let named = |stat: &serde_json::Value| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?));
-        Ok(stats.iter().filter_map(named).collect())
+        stats(self.admin(), part).await
     }
 
     /// One open connection to each of its workers, in their order.
-    pub async fn connection_per_worker(&self) -> Result<Vec<http::Connection>> {
+    pub async fn connection_per_worker(&self) -> Result<Vec<Connection>> {
         let workers = self.settings().workers;
-        let mut connections: Vec<Option<http::Connection>> = (0..workers).map(|_| None).collect();
+        let mut connections: Vec<Option<Connection>> = (0..workers).map(|_| None).collect();
         let mut others = Vec::new();
         let mut accepted = self.accepted_per_worker().await?;
         for _ in 0..workers.saturating_mul(50) {
-            let connection = http::Connection::open(self.address()).await?;
+            let connection = Connection::open(self.address()).await?;
             let worker = eventually("a worker to accept a connection", async || {
                 let now = self.accepted_per_worker().await.ok()?;
                 let worker = now.iter().zip(&accepted).position(|(now, before)| now > before)?;
@@ -258,9 +240,44 @@ impl Envoy {
     }
 }
 
+pub async fn stat(admin: SocketAddr, name: &str) -> Result<u64> {
+    let found = stats(admin, name).await?;
+    Ok(found.into_iter().find(|(found, _)| found == name).map_or(0, |(_, value)| value))
+}
+
+async fn stats(admin: SocketAddr, part: &str) -> Result<Vec<(String, u64)>> {
+    let stats = http::get(admin, &format!("/stats?format=json&filter={part}")).await?.json()?;
+    let named = |stat: &serde_json::Value| Some((stat["name"].as_str()?.to_owned(), stat["value"].as_u64()?));
+    Ok(stats["stats"].as_array().into_iter().flatten().filter_map(named).collect())
+}
+
+/// Waits until an Envoy accepts requests. Returns the addresses of its admin interface and of the
+/// listener [`INGRESS`], or else of its first listener.
+pub async fn live(process: &Process, admin_file: &Path, deadline: Duration) -> Result<(SocketAddr, SocketAddr)> {
+    let live = async || {
+        let admin = std::fs::read_to_string(admin_file).ok()?.trim().parse().ok()?;
+        http::get(admin, "/ready").await.ok().filter(|ready| ready.status == 200).map(|_| admin)
+    };
+    let admin = process.eventually_within("Envoy to be live", deadline, live).await?;
+    Ok((admin, listener(admin).await?))
+}
+
+/// The time until every worker, on a connection of its own, responds with this status to a key.
+pub async fn until_all(workers: &mut [Connection], path: &str, key: &str, status: u16) -> Result<Duration> {
+    let start = Instant::now();
+    for worker in workers {
+        while worker.get(path, Some(key)).await?.status != status {
+            ensure!(start.elapsed() < DEADLINE, "a worker does not respond with {status}, {DEADLINE:?} after a change");
+        }
+    }
+    Ok(start.elapsed())
+}
+
 async fn listener(admin: SocketAddr) -> Result<SocketAddr> {
     let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
-    let socket = &listeners["listener_statuses"][0]["local_address"]["socket_address"];
+    let all = listeners["listener_statuses"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let ingress = all.iter().find(|listener| listener["name"] == INGRESS).or(all.first());
+    let socket = &ingress.unwrap_or(&serde_json::Value::Null)["local_address"]["socket_address"];
     let port = socket["port_value"].as_u64().and_then(|port| u16::try_from(port).ok());
     let ip = socket["address"].as_str().and_then(|ip| ip.parse::<IpAddr>().ok());
     ip.zip(port).map(SocketAddr::from).with_context(|| format!("Envoy names no listener: {listeners}"))

@@ -2,36 +2,26 @@
 //! The rest stays as shipped, so that tests run what users run. A marker that does not occur
 //! exactly once in its file is an error.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 
+use anyhow::{Result, ensure};
 use serde_json::{Map, Value};
 
+use crate::ports::LOCAL;
 use crate::service::Service;
 
 /// Changes of a template.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replacements {
-    /// The address of the listener.
+    /// The address of the listener. `::` accepts IPv4 too.
     pub listener: SocketAddr,
-    /// Its admin interface.
     pub admin: SocketAddr,
-    /// The address of the control plane.
     pub control_plane: SocketAddr,
-    /// The address of the protected API.
     pub upstream: SocketAddr,
     /// Fields to set in the plugin configuration.
     pub plugin: Map<String, Value>,
     /// Routes before the catch-all route: path prefix and policy.
     pub routes: Vec<(String, String)>,
-    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
-    pub trusted_hops: u32,
-    /// Whether the listener accepts IPv4 and IPv6 on one socket, on all addresses.
-    pub both_families: bool,
-    /// A capability of the filter to withhold.
-    pub withheld: Option<String>,
-    /// A file in Envoy's directory with a fake heap pressure from 0 to 1. Envoy reads it again when another file is renamed
-    /// to it. For `hardened.yaml` only.
-    pub heap: Option<String>,
     /// A service in place of `upstream`. For `minimal.yaml` only.
     pub service: Option<Service>,
     /// Other replacements of text. Each text must occur exactly once.
@@ -41,39 +31,16 @@ pub struct Replacements {
 impl Replacements {
     /// The template with these addresses, on free ports.
     pub fn between(control_plane: SocketAddr, upstream: SocketAddr) -> Self {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (plugin, routes) = (Map::new(), Vec::new());
-        Self {
-            listener: any,
-            admin: any,
-            control_plane,
-            upstream,
-            plugin,
-            routes,
-            trusted_hops: 0,
-            both_families: false,
-            withheld: None,
-            heap: None,
-            service: None,
-            texts: Vec::new(),
-        }
+        let (listener, admin) = (LOCAL, LOCAL);
+        let (plugin, routes, texts) = (Map::new(), Vec::new(), Vec::new());
+        Self { listener, admin, control_plane, upstream, plugin, routes, service: None, texts }
+    }
+
+    /// Replaces a text that occurs once in the template.
+    pub fn edit(&mut self, old: &str, new: &str) {
+        self.texts.push((old.to_owned(), new.to_owned()));
     }
 }
-
-/// A marker that does not occur exactly once.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TemplateError {
-    marker: String,
-    found: usize,
-}
-
-impl std::fmt::Display for TemplateError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the template has {} times, not once: {}", self.found, self.marker)
-    }
-}
-
-impl std::error::Error for TemplateError {}
 
 /// The plugin configuration of the template.
 pub const PLUGIN: &str = r#"{"control_plane": {"cluster": "portcullis_control_plane"}}"#;
@@ -81,14 +48,12 @@ pub const PLUGIN: &str = r#"{"control_plane": {"cluster": "portcullis_control_pl
 const LISTENER_PORT: u16 = 10_000;
 /// The port of the gRPC service in `existing.yaml`.
 const GRPC_PORT: u16 = 50_051;
-const TRUSTED_HOPS: &str = "xff_num_trusted_hops: 0";
 const ROUTE: &str = "- match: { prefix: / }";
 /// How `minimal.yaml` sends a request to the upstream.
 pub const UPSTREAM_ROUTE: &str = "route: { cluster: upstream }";
 const POLICY_FIELD: &str = "metadata: { filter_metadata: { portcullis: { policy:";
 
-/// Applies the changes.
-pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateError> {
+pub fn render(template: &str, with: &Replacements) -> Result<String> {
     let mut addresses =
         vec![(LISTENER_PORT, with.listener), (9_901, with.admin), (8_081, with.control_plane), (8_080, with.upstream)];
     let mut text = template.to_owned();
@@ -110,21 +75,9 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
         text = replace_once(&text, &marker, &format!("\u{0}{port}\u{0}"))?;
     }
     for (port, address) in addresses {
-        let new = if port == LISTENER_PORT && with.both_families {
-            format!("{{ address: \"::\", ipv4_compat: true, port_value: {} }}", address.port())
-        } else {
-            format!("{{ address: \"{}\", port_value: {} }}", address.ip(), address.port())
-        };
+        let both_families = if address.ip() == Ipv6Addr::UNSPECIFIED { " ipv4_compat: true," } else { "" };
+        let new = format!("{{ address: \"{}\",{both_families} port_value: {} }}", address.ip(), address.port());
         text = replace_once(&text, &format!("\u{0}{port}\u{0}"), &new)?;
-    }
-    text = replace_once(&text, TRUSTED_HOPS, &format!("xff_num_trusted_hops: {}", with.trusted_hops))?;
-    if let Some(capability) = &with.withheld {
-        text = replace_once(&text, &format!("{capability}: {{}}\n"), "\n")?;
-    }
-    if let Some(file) = &with.heap {
-        text = replace_once(&text, "max_heap_size_bytes: 1073741824", &format!("filename: {file}"))?;
-        text = replace_once(&text, "fixed_heap.v3.FixedHeapConfig", "injected_resource.v3.InjectedResourceConfig")?;
-        text = text.replace("envoy.resource_monitors.fixed_heap", "envoy.resource_monitors.injected_resource");
     }
     let indent = format!("\n{}", " ".repeat(24));
     let route = |(prefix, policy): &(String, String)| {
@@ -146,7 +99,7 @@ pub fn render(template: &str, with: &Replacements) -> Result<String, TemplateErr
 pub const LISTENER_FILE: &str = "listener.yaml";
 
 /// Splits a configuration into the part that names [`LISTENER_FILE`] and the content of that file.
-pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
+pub fn apart(configuration: &str) -> Result<(String, String)> {
     const LISTENERS: &str = "static_resources:\n  listeners:\n    - name: ";
     const CLUSTERS: &str = "\n  clusters:\n";
     for marker in [LISTENERS, CLUSTERS] {
@@ -161,11 +114,10 @@ pub fn apart(configuration: &str) -> Result<(String, String), TemplateError> {
     Ok((format!("{before}{dynamic}\nstatic_resources:{CLUSTERS}{clusters}"), listener))
 }
 
-fn replace_once(text: &str, marker: &str, new: &str) -> Result<String, TemplateError> {
-    match text.matches(marker).count() {
-        1 => Ok(text.replacen(marker, new, 1)),
-        found => Err(TemplateError { marker: marker.to_owned(), found }),
-    }
+fn replace_once(text: &str, marker: &str, new: &str) -> Result<String> {
+    let found = text.matches(marker).count();
+    ensure!(found == 1, "the template has {found} times, not once: {marker}");
+    Ok(text.replacen(marker, new, 1))
 }
 
 #[cfg(test)]
@@ -211,11 +163,10 @@ mod tests {
     fn routes_with_policies_stand_before_the_one_for_everything() {
         let plain = replacements(&serde_json::json!({}));
         let routes = vec![("/a".into(), "one".into()), ("/b".into(), "two".into())];
-        let text = render(TEMPLATE, &Replacements { routes, trusted_hops: 1, ..plain.clone() }).unwrap();
+        let text = render(TEMPLATE, &Replacements { routes, ..plain.clone() }).unwrap();
         let before = render(TEMPLATE, &plain).unwrap();
         let new: Vec<&str> = text.lines().filter(|line| !before.contains(line)).map(str::trim).collect();
         let expected = [
-            "xff_num_trusted_hops: 1",
             "- match: { prefix: \"/a\" }",
             "metadata: { filter_metadata: { portcullis: { policy: \"one\" } } }",
             "- match: { prefix: \"/b\" }",
@@ -229,16 +180,16 @@ mod tests {
         const HARDENED: &str = include_str!("../../../envoy/hardened.yaml");
         let text = render(HARDENED, &replacements(&serde_json::json!({"rate_limit": null}))).unwrap();
         assert_eq!(lines_that_differ(HARDENED, &text).len(), 5);
-        let filter = |template: &'static str| {
-            let (_, rest) = template.split_once("access_log:").unwrap();
-            rest.split_once("route_config:").unwrap().0
-        };
-        assert_eq!(filter(HARDENED), filter(TEMPLATE));
-        let normalisation = |template: &'static str| {
-            let (_, rest) = template.split_once("use_remote_address: true").unwrap();
-            rest.split_once("# Idle clients").unwrap().0
-        };
-        assert_eq!(normalisation(HARDENED), normalisation(TEMPLATE));
+        assert_same(HARDENED, "access_log:", "route_config:");
+        assert_same(HARDENED, "use_remote_address: true", "# Idle clients");
+    }
+
+    /// Asserts that what stands between two texts is that of [`TEMPLATE`].
+    #[track_caller]
+    fn assert_same(template: &str, start: &str, end: &str) {
+        let [part, expected] =
+            [template, TEMPLATE].map(|text| text.split_once(start).unwrap().1.split_once(end).unwrap().0);
+        assert_eq!(part, expected, "from {start:?} to {end:?}");
     }
 
     #[test]
@@ -248,18 +199,15 @@ mod tests {
         let text = render(EXISTING, &Replacements { texts, ..replacements(&serde_json::json!({})) }).unwrap();
         // The four addresses, that of the gRPC service and the text.
         assert_eq!(lines_that_differ(EXISTING, &text).len(), 6);
-        let same = |start: &str, end: &str| {
-            let part = |template: &'static str| {
-                let (_, rest) = template.split_once(start).unwrap();
-                rest.split_once(end).unwrap().0
-            };
-            assert_eq!(part(EXISTING), part(TEMPLATE), "from {start:?} to {end:?}");
-        };
-        same("access_log:", "http_filters:");
-        same("# Envoy answers the health checks", "                  - name: ");
-        same("- name: portcullis\n", "value: |");
-        same("vm_config:", "proc_exit: {}");
-        same("- name: portcullis_control_plane", "cluster_name: portcullis_control_plane");
+        for (start, end) in [
+            ("access_log:", "http_filters:"),
+            ("# Envoy answers the health checks", "                  - name: "),
+            ("- name: portcullis\n", "value: |"),
+            ("vm_config:", "proc_exit: {}"),
+            ("- name: portcullis_control_plane", "cluster_name: portcullis_control_plane"),
+        ] {
+            assert_same(EXISTING, start, end);
+        }
     }
 
     #[test]

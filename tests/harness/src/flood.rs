@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use tokio::task::JoinSet;
 
+use crate::dice::Dice;
 use crate::http::Connection;
 
 /// Connections that send unknown keys.
@@ -16,24 +17,20 @@ const CONNECTIONS: u64 = 8;
 /// The pause between two requests with a good key.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Size of a flood.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
     /// The number of the first key. Different numbers give different keys.
     pub from: u64,
     /// Minimum number of keys, however long a busy machine takes.
     pub least: u64,
-    /// Maximum number of keys.
     pub most: u64,
     /// Time after which no key beyond the minimum is sent.
     pub lasts: Duration,
 }
 
-/// The unknown key of a number (SplitMix64), well-formed or not.
+/// The unknown key of a number, well-formed or not.
 fn stranger(seed: u64) -> String {
-    let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let mixed = Dice::new(seed).number();
     match mixed % 4 {
         0 => format!("{mixed:x}"),
         1 => format!("sk_test_{mixed:036x}"),
@@ -70,6 +67,18 @@ pub async fn flood(address: SocketAddr, flood: Flood) -> Result<u64> {
     Ok(refused)
 }
 
+/// A flood, and the latencies of requests with a good key meanwhile, in ascending order.
+pub async fn flood_and_probe(address: SocketAddr, size: Flood, key: &str) -> Result<(u64, Vec<Duration>)> {
+    let (over, mut connection) = (AtomicBool::new(false), Connection::open(address).await?);
+    let flooding = async {
+        let flooded = flood(address, size).await;
+        over.store(true, Ordering::Relaxed);
+        flooded
+    };
+    let (flooded, took) = tokio::join!(flooding, probe(&mut connection, key, usize::MAX, &over));
+    Ok((flooded?, took?))
+}
+
 /// The latencies of requests with a good key, in ascending order. Ends after `enough` requests or when `stop` is set.
 pub async fn probe(connection: &mut Connection, key: &str, enough: usize, stop: &AtomicBool) -> Result<Vec<Duration>> {
     let mut took = Vec::new();
@@ -82,4 +91,10 @@ pub async fn probe(connection: &mut Connection, key: &str, enough: usize, stop: 
     }
     took.sort_unstable();
     Ok(took)
+}
+
+/// The latency at this place, in thousandths, of latencies in ascending order.
+pub fn at(took: &[Duration], per_mille: usize) -> Duration {
+    let place = took.len().saturating_sub(1).saturating_mul(per_mille) / 1_000;
+    took.get(place).copied().unwrap_or_default()
 }

@@ -7,24 +7,22 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::client::conn::http2;
-use hyper::{HeaderMap, Method, Request};
+use hyper::http::request::Builder;
+use hyper::{HeaderMap, Method, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
 /// Time limit of a response. Only held polls take longer.
-const TIMEOUT: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A whole response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
-    /// Status.
     pub status: u16,
-    /// Headers.
     pub headers: HeaderMap,
-    /// Body.
     pub body: Bytes,
 }
 
@@ -36,17 +34,14 @@ impl Reply {
         all.next().is_none().then_some(first)
     }
 
-    /// The body as JSON.
     pub fn json(&self) -> Result<Value> {
         serde_json::from_slice(&self.body)
             .with_context(|| format!("{} with a body that is no JSON: {:?}", self.status, self.body))
     }
 }
 
-/// A request with its body.
 pub type Outgoing = Request<Full<Bytes>>;
 
-/// One connection, kept alive.
 #[derive(Debug)]
 pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
@@ -54,7 +49,6 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects.
     pub async fn open(address: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
         stream.set_nodelay(true)?;
@@ -73,16 +67,12 @@ impl Connection {
         request.headers_mut().insert("host", self.authority.parse()?);
         let exchange = async {
             self.sender.ready().await?;
-            let response = self.sender.send_request(request).await?;
-            let (head, body) = response.into_parts();
-            let body = body.collect().await?.to_bytes();
-            Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+            whole(self.sender.send_request(request).await?).await
         };
         let reply = tokio::time::timeout(TIMEOUT, exchange);
         Ok(reply.await.map_err(|_| anyhow!("{} does not answer", self.authority))??)
     }
 
-    /// `GET` with a key, if one is given.
     pub async fn get(&mut self, path: &str, key: Option<&str>) -> Result<Reply> {
         self.send(get_request(path, key)?).await
     }
@@ -90,11 +80,21 @@ impl Connection {
 
 /// A `GET` with a key, if one is given.
 pub fn get_request(path: &str, key: Option<&str>) -> Result<Outgoing> {
-    let mut request = Request::get(path);
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
+    Ok(with_key(Request::get(path), key).body(Full::default())?)
+}
+
+/// Adds a key to a request, if one is given.
+pub fn with_key(request: Builder, key: Option<&str>) -> Builder {
+    match key {
+        Some(key) => request.header("x-api-key", key),
+        None => request,
     }
-    Ok(request.body(Full::default())?)
+}
+
+/// Waits for the body.
+pub async fn whole(response: Response<Incoming>) -> hyper::Result<Reply> {
+    let (head, body) = response.into_parts();
+    Ok(Reply { status: head.status.as_u16(), headers: head.headers, body: body.collect().await?.to_bytes() })
 }
 
 /// One `GET` on a connection of its own.
@@ -116,7 +116,6 @@ where
     B: hyper::body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    /// Connects.
     pub async fn open(address: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect(address).await.with_context(|| format!("nobody listens at {address}"))?;
         stream.set_nodelay(true)?;
@@ -130,9 +129,7 @@ where
         let mut sender = self.0.clone();
         let exchange = async {
             sender.ready().await?;
-            let (head, body) = sender.send_request(request).await?.into_parts();
-            let body = body.collect().await?.to_bytes();
-            Ok::<_, hyper::Error>(Reply { status: head.status.as_u16(), headers: head.headers, body })
+            whole(sender.send_request(request).await?).await
         };
         let reply = tokio::time::timeout(TIMEOUT, exchange);
         Ok(reply.await.context("the server does not answer")??)
@@ -156,16 +153,10 @@ pub async fn send_json(
     key: Option<&str>,
     body: Option<&Value>,
 ) -> Result<Reply> {
-    let mut request = Request::builder().method(method).uri(path);
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
-    }
-    let body = match body {
-        None => Full::default(),
-        Some(body) => {
-            request = request.header("content-type", "application/json");
-            Full::from(body.to_string())
-        }
+    let request = with_key(Request::builder().method(method).uri(path), key);
+    let request = match body {
+        None => request.body(Full::default())?,
+        Some(body) => request.header("content-type", "application/json").body(body.to_string().into())?,
     };
-    send(address, request.body(body)?).await
+    send(address, request).await
 }

@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod dice;
 pub mod output;
 pub mod paths;
 pub mod ports;

@@ -14,18 +14,15 @@ use crate::wait::eventually;
 pub struct Log(PathBuf);
 
 impl Log {
-    /// Starts an empty log in this file.
     pub fn create(path: &Path) -> Result<Self> {
         File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Self(path.to_owned()))
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Both outputs of a process.
     pub(crate) fn outputs(&self) -> Result<(Stdio, Stdio)> {
         let file = OpenOptions::new().append(true).open(&self.0)?;
         Ok((file.try_clone()?.into(), file.into()))
@@ -36,19 +33,16 @@ impl Log {
         String::from_utf8_lossy(&std::fs::read(&self.0).unwrap_or_default()).into_owned()
     }
 
-    /// The lines that contain a text.
     pub fn lines_with(&self, text: &str) -> Vec<String> {
         self.text().lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
     }
 
-    /// The last lines.
     pub fn tail(&self, lines: usize) -> String {
         let text = self.text();
         let all: Vec<&str> = text.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
-    /// Waits for a line that contains a text, and gives it.
     pub async fn wait_for(&self, text: &str) -> Result<String> {
         let what = format!("a line with {text:?} in {}", self.0.display());
         eventually(&what, async || self.lines_with(text).into_iter().next()).await

@@ -3,7 +3,6 @@
 
 use std::process::ExitCode;
 
-/// Prints a result.
 pub fn say(line: &str) {
     println!("{line}");
 }

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 
+use crate::cargo::{cargo, read};
+
 /// Files by which the root of the workspace is recognised.
 const OF_THE_ROOT: [&str; 3] = ["Cargo.toml", "tests/Cargo.toml", "envoy/minimal.yaml"];
 
@@ -38,13 +40,9 @@ pub fn workspace() -> &'static Path {
 pub fn target() -> &'static Path {
     static TARGET: OnceLock<PathBuf> = OnceLock::new();
     TARGET.get_or_init(|| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let output = std::process::Command::new(cargo)
-            .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
-            .current_dir(workspace())
-            .output()
-            .expect("cargo metadata cannot be run");
-        let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata speaks JSON");
+        let metadata = read(cargo(&["metadata", "--format-version", "1", "--no-deps", "--offline"]));
+        let metadata = metadata.unwrap_or_else(|error| panic!("{error:#}"));
+        let metadata: serde_json::Value = serde_json::from_str(&metadata).expect("cargo metadata speaks JSON");
         metadata["target_directory"].as_str().expect("cargo metadata names the target directory").into()
     })
 }
@@ -103,6 +101,23 @@ fn ancestors_can_be_entered(path: &Path) -> bool {
         .all(|directory| std::fs::metadata(directory).is_ok_and(|metadata| metadata.mode() & 0o001 != 0))
 }
 
+/// Copies a directory without target directories and .git.
+pub fn copy_sources(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let (entry, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+        if name == "target" || name == ".git" || entry == target() {
+            continue;
+        }
+        if entry.is_dir() {
+            copy_sources(&entry, &to.join(name))?;
+        } else {
+            std::fs::copy(&entry, to.join(name)).with_context(|| format!("cannot copy {}", entry.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// The Markdown files below a directory, by name.
 pub fn markdown_below(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut pages = Vec::new();
@@ -123,19 +138,6 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-
-    /// Copies a checkout, without what git keeps and what cargo builds.
-    fn copy_checkout(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap() {
-            let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).unwrap();
-            if path.is_file() {
-                std::fs::copy(path, to.join(name)).unwrap();
-            } else if path.is_dir() && name != ".git" && name != "target" && path != target() {
-                copy_checkout(&path, &to.join(name));
-            }
-        }
-    }
 
     /// Asks this very program, as it was built here, where the workspace and the target directory are.
     fn run_in(directory: &Path, manifest_directory: Option<&Path>) -> (String, bool) {
@@ -161,7 +163,7 @@ mod tests {
     fn a_program_that_was_built_elsewhere_works_on_the_checkout_that_cargo_runs_it_for() {
         let home = tempfile::TempDir::with_prefix("portcullis-copy-").unwrap();
         let copy = home.path().canonicalize().unwrap().join("checkout");
-        copy_checkout(workspace(), &copy);
+        copy_sources(workspace(), &copy).unwrap();
         let expected = format!("workspace {copy} target {copy}/target;", copy = copy.display());
         for (directory, manifest_directory) in
             [(workspace(), Some(copy.join("xtask"))), (&copy, Some(copy.join("tests"))), (&copy.join("docs"), None)]

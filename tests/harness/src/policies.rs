@@ -8,7 +8,6 @@ use serde_json::{Map, Value};
 
 use crate::paths;
 
-/// The file.
 pub fn file() -> PathBuf {
     paths::workspace().join("envoy/demo-policies.json")
 }
@@ -16,7 +15,6 @@ pub fn file() -> PathBuf {
 /// Fields of the plugin configuration, and routes as prefix and policy.
 pub type ForEnvoy = (Map<String, Value>, Vec<(String, String)>);
 
-/// Reads it.
 pub fn for_envoy() -> Result<ForEnvoy> {
     let text = std::fs::read_to_string(file())?;
     let mut all: Map<String, Value> = serde_json::from_str(&text)?;

@@ -5,7 +5,7 @@
 //! processes listen on one port. These ports are outside of that range, and no two test programs
 //! reserve the same one.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 
 use anyhow::{Result, anyhow, bail};
 
@@ -13,6 +13,9 @@ use anyhow::{Result, anyhow, bail};
 /// `cargo xtask up` uses.
 const FIRST: u16 = 12_000;
 const NUMBER: u16 = 20_000;
+
+/// Any free port of this machine.
+pub const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// A port that is reserved until this is dropped.
 #[derive(Debug)]
@@ -37,7 +40,6 @@ impl Port {
         bail!("no port of {ip} from {FIRST} on is free")
     }
 
-    /// The port and its address.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
@@ -45,13 +47,11 @@ impl Port {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
 
     #[test]
     fn a_port_is_free_and_stays_reserved_until_it_is_dropped() {
-        let port = Port::reserve(Ipv4Addr::LOCALHOST.into()).unwrap();
+        let port = Port::reserve(LOCAL.ip()).unwrap();
         let address = port.address();
         assert!((FIRST..FIRST + NUMBER).contains(&address.port()));
         drop(TcpListener::bind(address).unwrap());

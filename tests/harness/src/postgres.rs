@@ -13,31 +13,22 @@ use nix::unistd::{User, geteuid};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tempfile::TempDir;
 
+use crate::cargo::read;
 use crate::log::Log;
 use crate::process::{Process, Signal};
 use crate::tools::{self, Say, silently};
-use crate::wait::eventually;
 
-/// Whether commits survive a crash of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// As PostgreSQL comes.
-    Durable,
-    /// Fast, for test data. A crash of the server alone still loses nothing.
-    Throwaway,
-}
-
-/// A server and its data.
 #[derive(Debug)]
 pub struct Postgres {
     binaries: PathBuf,
     data: PathBuf,
-    durability: Durability,
     /// Not below the data: the path of a socket may be no longer than about 100 bytes.
     sockets: TempDir,
-    log: Log,
+    pub log: Log,
     process: Mutex<Option<Process>>,
-    _temporary: Option<TempDir>,
+    /// The home of data that are deleted with the server. They need not survive a crash of the machine, which makes it fast. A
+    /// crash of the server alone still loses nothing.
+    temporary: Option<TempDir>,
 }
 
 impl Postgres {
@@ -45,22 +36,16 @@ impl Postgres {
     pub async fn private() -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-pg-")?;
         open_to_all(home.path())?;
-        let mut server = Self::prepare(&home.path().join("data"), Durability::Throwaway, &silently)?;
-        server.log = Log::create(&home.path().join("postgres.log"))?;
-        server._temporary = Some(home);
-        server.start().await?;
-        Ok(server)
+        let (data, log) = (home.path().join("data"), Log::create(&home.path().join("postgres.log"))?);
+        Self::make(&data, Some(home), log, &silently).await
     }
 
     /// A server on data that persist.
     pub async fn kept(data: &Path, log: Log, say: Say<'_>) -> Result<Self> {
-        let mut server = Self::prepare(data, Durability::Durable, say)?;
-        server.log = log;
-        server.start().await?;
-        Ok(server)
+        Self::make(data, None, log, say).await
     }
 
-    fn prepare(data: &Path, durability: Durability, say: Say<'_>) -> Result<Self> {
+    async fn make(data: &Path, temporary: Option<TempDir>, log: Log, say: Say<'_>) -> Result<Self> {
         let binaries = tools::postgres(say)?;
         let sockets = TempDir::with_prefix("pcpg")?;
         open_to_all(sockets.path())?;
@@ -79,17 +64,16 @@ impl Postgres {
             let mut initdb = as_ordinary_user(Command::new(binaries.join("initdb")))?;
             // Trust: only the socket leads in, and only those who may enter its directory reach it.
             initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions"]);
-            if durability == Durability::Throwaway {
+            if temporary.is_some() {
                 initdb.arg("--no-sync");
             }
-            let output = initdb.arg("--pgdata").arg(data).output().context("initdb cannot be run")?;
-            if !output.status.success() {
-                bail!("initdb failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-            }
+            initdb.arg("--pgdata").arg(data);
+            read(initdb)?;
         }
-        let log = Log::create(&sockets.path().join("log"))?;
-        let process = Mutex::new(None);
-        Ok(Self { binaries, data: data.to_owned(), durability, sockets, log, process, _temporary: None })
+        let (data, process) = (data.to_owned(), Mutex::new(None));
+        let server = Self { binaries, data, sockets, log, process, temporary };
+        server.start().await?;
+        Ok(server)
     }
 
     /// Starts the server after it was stopped.
@@ -97,17 +81,14 @@ impl Postgres {
         let mut server = as_ordinary_user(Command::new(self.binaries.join("postgres")))?;
         server.arg("-D").arg(&self.data).arg("-k").arg(self.sockets.path());
         server.args(["-c", "listen_addresses=", "-c", "max_connections=300"]);
-        if self.durability == Durability::Throwaway {
+        if self.temporary.is_some() {
             server.args(["-c", "fsync=off", "-c", "full_page_writes=off"]);
         }
         // SIGQUIT: all its processes end at once, and the next start recovers.
         let process = Process::spawn("PostgreSQL", server, &self.log, Signal::SIGQUIT)?;
         let url = self.url("postgres");
-        let ready = async || match process.must_run() {
-            Err(error) => Some(Err(error)),
-            Ok(()) => PgConnection::connect(&url).await.ok().map(|_| Ok(())),
-        };
-        eventually("PostgreSQL to accept connections", ready).await??;
+        let ready = async || PgConnection::connect(&url).await.ok();
+        process.eventually("PostgreSQL to accept connections", ready).await?;
         *self.process.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(())
     }
@@ -119,12 +100,6 @@ impl Postgres {
         Ok(())
     }
 
-    /// Its output.
-    pub const fn log(&self) -> &Log {
-        &self.log
-    }
-
-    /// Fails if it has ended, with the last lines of its log.
     pub fn must_run(&self) -> Result<()> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(Ok(()), Process::must_run)
     }
@@ -143,21 +118,17 @@ impl Postgres {
         Ok(database)
     }
 
-    /// The URL of a database.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@localhost/{database}?host={}", self.sockets.path().display())
     }
 }
 
-/// One database.
 #[derive(Clone, Debug)]
 pub struct Database {
-    /// Connection URL.
     pub url: String,
 }
 
 impl Database {
-    /// A connection.
     pub async fn connect(&self) -> Result<PgConnection> {
         PgConnection::connect(&self.url).await.with_context(|| format!("cannot connect to {}", self.url))
     }
@@ -196,7 +167,6 @@ pub async fn test_database() -> Result<(Database, Option<Arc<Postgres>>)> {
     Ok((server.create_database().await?, Some(server)))
 }
 
-/// Creates a database with a unique name.
 async fn create_in(server: &str) -> Result<Database> {
     static MADE: AtomicU32 = AtomicU32::new(0);
     // The server of `DATABASE_URL` may hold databases of earlier test programs and of other machines.
@@ -259,16 +229,5 @@ mod tests {
         );
         assert_eq!(of_database("postgres://localhost", "two"), "postgres://localhost/two");
         assert_eq!(of_database("postgres:///one", "two"), "postgres:///two");
-    }
-
-    #[tokio::test]
-    async fn a_server_that_was_stopped_comes_back_with_its_data() {
-        let server = Postgres::private().await.unwrap();
-        let database = server.create_database().await.unwrap();
-        database.execute("create table facts (n bigint); insert into facts values (7)").await.unwrap();
-        server.stop(Signal::SIGINT).await.unwrap();
-        assert!(database.connect().await.is_err());
-        server.start().await.unwrap();
-        assert_eq!(database.number("select n from facts").await.unwrap(), 7);
     }
 }

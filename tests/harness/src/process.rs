@@ -1,21 +1,22 @@
 //! One child process. Its handle signals it and waits for it, and ends it when dropped.
 
+use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 pub use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::child_reaper;
 use crate::log::Log;
-use crate::wait::eventually_within;
+use crate::wait::{DEADLINE, eventually_within};
 
 /// How long a process may take to end after a signal. The control plane waits ten seconds for its connections.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// A child process.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -33,12 +34,10 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, last_signal, log: log.clone() })
     }
 
-    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.lock().map(|child| child.id()).unwrap_or_default()
     }
 
-    /// The exit status, if it has ended.
     pub fn ended(&self) -> Option<ExitStatus> {
         self.child.lock().ok()?.try_wait().ok()?
     }
@@ -51,7 +50,32 @@ impl Process {
         }
     }
 
-    /// Sends a signal.
+    /// Waits until the condition gives a value. Fails if the process ends before that.
+    pub async fn eventually_within<T>(
+        &self,
+        what: &str,
+        deadline: Duration,
+        mut condition: impl AsyncFnMut() -> Option<T>,
+    ) -> Result<T> {
+        let running = async || match self.must_run() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => condition().await.map(Ok),
+        };
+        eventually_within(what, deadline, running).await?
+    }
+
+    /// The same with the usual deadline.
+    pub async fn eventually<T>(&self, what: &str, condition: impl AsyncFnMut() -> Option<T>) -> Result<T> {
+        self.eventually_within(what, DEADLINE, condition).await
+    }
+
+    /// Waits for the address that it writes to a file.
+    pub async fn address_in(&self, file: &Path) -> Result<SocketAddr> {
+        let what = format!("{} to listen", self.name);
+        let address = self.eventually(&what, async || std::fs::read_to_string(file).ok()).await?;
+        address.trim().parse().with_context(|| format!("{address:?} is no address"))
+    }
+
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.must_run()?;
         let pid = Pid::from_raw(self.pid().try_into()?);
@@ -82,7 +106,6 @@ impl Drop for Process {
     }
 }
 
-/// Resident memory of a process in KiB.
 pub fn resident_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;

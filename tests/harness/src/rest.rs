@@ -13,14 +13,11 @@ use crate::http::{self, Reply};
 /// Calls the REST API of one control plane with one key.
 #[derive(Clone, Debug)]
 pub struct Rest {
-    /// The control plane.
     pub address: SocketAddr,
-    /// The caller's key.
     pub key: Secret,
 }
 
 impl Rest {
-    /// Any call.
     pub async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Reply> {
         http::send_json(self.address, method, path, Some(self.key.reveal()), body).await
     }
@@ -32,7 +29,6 @@ impl Rest {
         Ok(answer["key"].as_str().context("no key in the answer")?.to_owned())
     }
 
-    /// Revokes the user's key.
     pub async fn revoke(&self, email: &str) -> Result<()> {
         self.succeed(Method::DELETE, &format!("/api/user/key/{email}"), None).await.map(|_| ())
     }
@@ -58,17 +54,14 @@ impl Rest {
         reply.json()
     }
 
-    /// What there is at a path.
     pub async fn get(&self, path: &str) -> Result<Value> {
         self.expect(Method::GET, path, None, 200).await
     }
 
-    /// Creates something.
     pub async fn post(&self, path: &str, body: impl Borrow<Value>) -> Result<Value> {
         self.expect(Method::POST, path, Some(body.borrow()), 201).await
     }
 
-    /// Changes something.
     pub async fn patch(&self, path: &str, body: impl Borrow<Value>) -> Result<Value> {
         self.expect(Method::PATCH, path, Some(body.borrow()), 200).await
     }
@@ -80,9 +73,7 @@ impl Rest {
 
     /// Creates a key with these fields; its id and the key itself.
     pub async fn create_with(&self, body: impl Borrow<Value>) -> Result<(String, String)> {
-        let made = self.post("/v1/keys", body).await?;
-        let text = |field: &str| made[field].as_str().map(ToOwned::to_owned).context("a field is missing");
-        Ok((text("id")?, text("secret")?))
+        id_and_secret(&self.post("/v1/keys", body).await?)
     }
 
     /// Imports keys: one JSON object a line.
@@ -103,4 +94,10 @@ impl Rest {
         ensure!(answer["success"] == true, "{method} {path}: {answer}");
         Ok(answer)
     }
+}
+
+/// The id and the secret of a key that was created.
+pub fn id_and_secret(key: &Value) -> Result<(String, String)> {
+    let text = |field: &str| key[field].as_str().map(ToOwned::to_owned).context("a field is missing");
+    Ok((text("id")?, text("secret")?))
 }

@@ -1,13 +1,11 @@
 //! The service that `cargo xtask up --upstream` protects: parsed from its URL, and written into `envoy/minimal.yaml`.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 
 use url::{Host, Position, Url};
 
 use crate::envoy_config::UPSTREAM_ROUTE;
 
-/// A service behind Envoy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     url: Url,
@@ -25,7 +23,6 @@ const SYSTEM_AUTHORITIES: [&str; 4] = [
 ];
 
 impl Service {
-    /// Parses the URL of a service.
     pub fn parse(text: &str) -> Result<Self, String> {
         let lower = text.to_ascii_lowercase();
         if !lower.starts_with("http://") && !lower.starts_with("https://") {
@@ -48,7 +45,6 @@ impl Service {
         Ok(Self { url, host, authorities: None })
     }
 
-    /// Whether it speaks TLS.
     pub fn is_tls(&self) -> bool {
         self.url.scheme() == "https"
     }
@@ -81,7 +77,6 @@ impl Service {
         }
     }
 
-    /// Its port.
     pub fn port(&self) -> u16 {
         self.url.port_or_known_default().unwrap_or(80)
     }
@@ -103,7 +98,6 @@ impl Service {
         format!("route: {{ cluster: upstream, host_rewrite_literal: \"{authority}\", append_x_forwarded_host: true }}")
     }
 
-    /// What is replaced in the template.
     pub fn replacements(&self) -> Vec<(String, String)> {
         let cluster = "    - name: upstream\n      type: STRICT_DNS\n      connect_timeout: 1s\n";
         // A name may have addresses of both families while the service listens on one only. Envoy then tries the other.
@@ -131,18 +125,21 @@ impl Service {
             // There is no server name indication for addresses (RFC 6066, section 3).
             Host::Ipv4(_) | Host::Ipv6(_) => (String::new(), "IP_ADDRESS"),
         };
-        let mut text = String::from("      transport_socket:\n        name: envoy.transport_sockets.tls\n");
-        text.push_str("        typed_config:\n");
         let context = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
-        let _ = writeln!(text, "          \"@type\": {context}");
-        text.push_str(&sni);
-        text.push_str("          common_tls_context:\n            alpn_protocols: [http/1.1]\n");
-        text.push_str("            validation_context:\n");
         let file = serde_json::Value::from(authorities.display().to_string());
-        let _ = writeln!(text, "              trusted_ca: {{ filename: {file} }}");
-        let matcher = format!("{{ san_type: {kind}, matcher: {{ exact: \"{}\" }} }}", self.host());
-        let _ = writeln!(text, "              match_typed_subject_alt_names: [{matcher}]");
-        text
+        let host = self.host();
+        format!(
+            "      transport_socket:
+        name: envoy.transport_sockets.tls
+        typed_config:
+          \"@type\": {context}
+{sni}          common_tls_context:
+            alpn_protocols: [http/1.1]
+            validation_context:
+              trusted_ca: {{ filename: {file} }}
+              match_typed_subject_alt_names: [{{ san_type: {kind}, matcher: {{ exact: \"{host}\" }} }}]
+"
+        )
     }
 }
 

@@ -5,36 +5,32 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::control_plane::{self, ControlPlane, fresh_key};
+use crate::control_plane::{self, ControlPlane, GENEROUS};
 use crate::demo::DemoApi;
 use crate::envoy::{self, Envoy};
 use crate::envoy_config::Replacements;
 use crate::http;
 use crate::log::Log;
+use crate::ports::LOCAL;
 use crate::postgres::{self, Database, Postgres};
 use crate::rest::Rest;
 use crate::tools::silently;
 use crate::wait::eventually;
 
-const ANY_PORT: std::net::SocketAddr =
-    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
-
 /// The statistic with the revision of an Envoy's store.
 pub const STORE_REVISION: &str = "wasmcustom.portcullis.store.revision";
+/// The statistic with the number of its keys.
+pub const STORE_KEYS: &str = "wasmcustom.portcullis.store.keys";
 
 /// A running stack. Its parts end when dropped, in the order of the fields.
 #[derive(Debug)]
 pub struct Stack {
-    /// The Envoys.
     pub envoys: Vec<Envoy>,
-    /// The API behind them.
     pub demo: DemoApi,
-    /// The control plane.
     pub control_plane: ControlPlane,
-    /// Its database.
     pub database: Database,
     /// The server of the database, shared with other tests unless the test asked for its own; none if `DATABASE_URL`
     /// names one.
@@ -42,17 +38,13 @@ pub struct Stack {
     directory: TempDir,
 }
 
-/// Settings of a stack.
 #[derive(Clone, Debug)]
 pub struct Builder {
     envoys: usize,
     workers: usize,
-    plugin: Map<String, Value>,
-    routes: Vec<(String, String)>,
-    trusted_hops: u32,
-    texts: Vec<(String, String)>,
-    envoy_log_level: String,
-    control_plane_log_level: String,
+    /// The addresses are filled in at the start.
+    replacements: Replacements,
+    debug_logs: bool,
     own_postgres: bool,
     environment: Vec<(String, String)>,
     arguments: Vec<String>,
@@ -64,16 +56,11 @@ impl Stack {
         Builder {
             envoys: 1,
             workers: 2,
-            plugin: Map::new(),
-            routes: Vec::new(),
-            trusted_hops: 0,
-            texts: Vec::new(),
-            envoy_log_level: "warning,wasm:info".into(),
-            control_plane_log_level: "info".into(),
+            replacements: Replacements::between(LOCAL, LOCAL),
+            debug_logs: false,
             own_postgres: false,
             environment: Vec::new(),
-            // Tests call the REST API more often than people do.
-            arguments: ["--api-rate-limit", "10000", "--api-burst", "20000"].map(Into::into).into(),
+            arguments: GENEROUS.map(Into::into).into(),
         }
     }
 
@@ -109,8 +96,7 @@ impl Stack {
     pub async fn in_step(&self) -> Result<()> {
         let revision: u64 = self.database.text("select revision::text from store_state").await?.parse()?;
         for envoy in &self.envoys {
-            let reached = async || (envoy.stat(STORE_REVISION).await.ok()? >= revision).then_some(());
-            eventually("an Envoy to have every change", reached).await?;
+            envoy.wait_for_stat(STORE_REVISION, |now| now >= revision).await?;
         }
         Ok(())
     }
@@ -143,6 +129,20 @@ impl Stack {
         Ok(())
     }
 
+    /// Inserts keys directly into the database. Key number n is the text `key-n`, as if imported from elsewhere.
+    pub async fn insert_keys(&self, keys: u64) -> Result<()> {
+        let users = keys / 10;
+        let insert = format!(
+            "insert into user_preferences (id, email)
+            select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {users}) n;
+            insert into api_keys (id, owner_id, name, hash, revision)
+            select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
+            from generate_series(1, {keys}) n
+            join user_preferences owner on owner.email = 'many-' || (n % {users} + 1) || '@example.com'"
+        );
+        self.database.execute(&insert).await.map(|_| ())
+    }
+
     /// The id of a user: `x-consumer-id` at the upstream.
     pub async fn owner_id(&self, email: &str) -> Result<String> {
         self.database.text(&format!("select id::text from user_preferences where email = '{email}'")).await
@@ -156,10 +156,15 @@ impl Stack {
 
 /// Waits until an Envoy responds with this status to the key.
 pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> Result<()> {
+    wait_for_path(envoy, "/", key, status).await
+}
+
+/// The same for a path.
+pub async fn wait_for_path(envoy: &Envoy, path: &str, key: Option<&str>, status: u16) -> Result<()> {
     let mut last = None;
-    let what = format!("status {status}");
+    let what = format!("status {status} of {path}");
     let seen = async || {
-        let request = http::get_request("/", key).ok()?;
+        let request = http::get_request(path, key).ok()?;
         last = http::send(envoy.address(), request).await.ok();
         last.as_ref().is_some_and(|reply| reply.status == status).then_some(())
     };
@@ -168,13 +173,11 @@ pub async fn wait_for_status(envoy: &Envoy, key: Option<&str>, status: u16) -> R
 }
 
 impl Builder {
-    /// How many Envoys.
     pub const fn envoys(mut self, envoys: usize) -> Self {
         self.envoys = envoys;
         self
     }
 
-    /// How many workers each Envoy has.
     pub const fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
         self
@@ -182,32 +185,24 @@ impl Builder {
 
     /// Fields of the filter's configuration.
     pub fn plugin(mut self, plugin: &Value) -> Self {
-        self.plugin = plugin.as_object().expect("the plugin configuration is an object").clone();
+        self.replacements.plugin = plugin.as_object().expect("the plugin configuration is an object").clone();
         self
     }
 
     /// A route for paths with this prefix that names a policy.
     pub fn route(mut self, prefix: &str, policy: &str) -> Self {
-        self.routes.push((prefix.to_owned(), policy.to_owned()));
-        self
-    }
-
-    /// Trusted proxies in front of Envoy (`xff_num_trusted_hops`).
-    pub const fn trusted_hops(mut self, hops: u32) -> Self {
-        self.trusted_hops = hops;
+        self.replacements.routes.push((prefix.to_owned(), policy.to_owned()));
         self
     }
 
     /// An access log with the user agents of clients.
     pub fn log_user_agents(mut self) -> Self {
-        self.texts.push(("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%".into(), "%REQ(USER-AGENT)%".into()));
+        self.replacements.edit("%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%", "%REQ(USER-AGENT)%");
         self
     }
 
-    /// Logs at level debug.
-    pub fn debug_logs(mut self) -> Self {
-        self.envoy_log_level = "debug".into();
-        self.control_plane_log_level = "debug".into();
+    pub const fn debug_logs(mut self) -> Self {
+        self.debug_logs = true;
         self
     }
 
@@ -223,7 +218,7 @@ impl Builder {
         self
     }
 
-    /// More arguments of `serve`.
+    /// Arguments of `serve`, in place of [`GENEROUS`].
     pub fn control_plane_arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         self
@@ -247,36 +242,27 @@ impl Builder {
         let mut directory = TempDir::with_prefix("portcullis-")?;
         // PORTCULLIS_KEEP=1 keeps the logs of a scenario that fails.
         directory.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
-        let (admin_key, sync_key) = (fresh_key()?, fresh_key()?);
         let settings = control_plane::Settings {
-            listen: ANY_PORT,
-            database_url: database.url.clone(),
-            admin_key,
-            sync_key: sync_key.clone(),
             arguments: self.arguments,
-            log_level: self.control_plane_log_level,
+            log_level: if self.debug_logs { "debug" } else { "info" }.into(),
             environment: self.environment.clone(),
+            ..control_plane::Settings::generous(&database)?
         };
+        let sync_key = settings.sync_key.clone();
         let log = Log::create(&directory.path().join("control-plane.log"))?;
         let control_plane = ControlPlane::start(settings, directory.path(), log).await?;
-        let demo = DemoApi::start(ANY_PORT).await?;
+        let demo = DemoApi::start(LOCAL).await?;
         let mut envoys = Vec::new();
         for number in 0..self.envoys {
-            let replacements = Replacements {
-                plugin: self.plugin.clone(),
-                routes: self.routes.clone(),
-                trusted_hops: self.trusted_hops,
-                texts: self.texts.clone(),
-                ..Replacements::between(control_plane.address(), demo.address())
-            };
+            let (control_plane, upstream) = (control_plane.address(), demo.address());
+            let replacements = Replacements { control_plane, upstream, ..self.replacements.clone() };
             let home = directory.path().join(format!("envoy-{number}"));
             let log = Log::create(&directory.path().join(format!("envoy-{number}.log")))?;
-            let settings = envoy::Settings {
-                workers: self.workers,
-                log_level: self.envoy_log_level.clone(),
-                environment: self.environment.clone(),
-                ..envoy::Settings::new(replacements, sync_key.clone())
-            };
+            let mut settings = envoy::Settings::new(replacements, sync_key.clone());
+            (settings.workers, settings.environment) = (self.workers, self.environment.clone());
+            if self.debug_logs {
+                settings.log_level = "debug".into();
+            }
             envoys.push(Envoy::start(settings, &home, log, &silently).await?);
         }
         Ok(Stack { envoys, demo, control_plane, database, postgres, directory })

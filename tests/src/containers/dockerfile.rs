@@ -5,23 +5,17 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// All stages, in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dockerfile {
-    /// The stages.
     pub stages: Vec<Stage>,
 }
 
-/// One stage.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stage {
-    /// Its name.
     pub name: String,
     /// The image or the stage that it starts from.
     pub base: String,
-    /// What it copies.
     pub copies: Vec<Copy>,
-    /// What it runs.
     pub runs: Vec<String>,
 }
 
@@ -30,12 +24,10 @@ pub struct Stage {
 pub struct Copy {
     /// The stage or image that the sources are in; without one, the build context.
     pub from: Option<String>,
-    /// The sources.
     pub sources: Vec<String>,
 }
 
 impl Dockerfile {
-    /// Reads it.
     pub fn parse(text: &str) -> Result<Self> {
         let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
         let joined = lines.collect::<Vec<_>>().join("\n").replace("\\\n", " ");
@@ -59,7 +51,6 @@ impl Dockerfile {
         Ok(Self { stages })
     }
 
-    /// A stage by its name.
     pub fn stage(&self, name: &str) -> Option<&Stage> {
         self.stages.iter().find(|stage| stage.name == name)
     }
@@ -123,7 +114,6 @@ pub struct Ignored {
 }
 
 impl Ignored {
-    /// Reads it.
     pub fn parse(text: &str) -> Self {
         Self { kept: text.lines().filter_map(|line| line.strip_prefix('!')).map(ToOwned::to_owned).collect() }
     }

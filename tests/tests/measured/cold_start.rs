@@ -4,29 +4,18 @@ use std::time::Instant;
 
 use anyhow::Result;
 use portcullis_tests::process::Signal;
-use portcullis_tests::stack::{Stack, wait_for_status};
-use portcullis_tests::wait::eventually;
+use portcullis_tests::stack::{STORE_KEYS, Stack, wait_for_status};
 
 const KEYS: u64 = 100_000;
-
-/// Key number n is the text `key-n`, as if imported from elsewhere.
-const INSERT: &str = "
-    insert into user_preferences (id, email)
-    select gen_random_uuid(), 'many-' || n || '@example.com' from generate_series(1, {keys} / 10) n;
-    insert into api_keys (id, owner_id, name, hash, revision)
-    select gen_random_uuid(), owner.id, 'Many', sha256(convert_to('key-' || n, 'UTF8')), 0
-    from generate_series(1, {keys}) n
-    join user_preferences owner on owner.email = 'many-' || (n % ({keys} / 10) + 1) || '@example.com'";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_envoy_that_starts_cold_judges_each_of_a_hundred_thousand_keys() -> Result<()> {
     let stack = Stack::start().await?;
-    stack.database.execute(&INSERT.replace("{keys}", &KEYS.to_string())).await?;
+    stack.insert_keys(KEYS).await?;
     let inserted = Instant::now();
     // The Envoy that runs already gets them too: one commit, too large for an update of changes, comes as a snapshot.
     let envoy = stack.envoy();
-    let keys = "wasmcustom.portcullis.store.keys";
-    eventually("100,000 keys to arrive", async || (envoy.stat(keys).await.ok()? >= KEYS).then_some(())).await?;
+    envoy.wait_for_stat(STORE_KEYS, |keys| keys >= KEYS).await?;
     let arrived = inserted.elapsed();
 
     let mut took = Vec::new();

@@ -28,13 +28,7 @@ async fn twenty_thousand_requests_are_counted_to_the_last_though_the_control_pla
     let before = stack.demo.requests();
 
     let start = Instant::now();
-    let load = Load::start(Plan {
-        targets: stack.envoys.iter().map(portcullis_tests::envoy::Envoy::address).collect(),
-        keys,
-        connections: 16,
-        requests: u64::MAX,
-        per_second: Some(2_500),
-    });
+    let load = Load::start(Plan { connections: 16, ..Plan::endless(&stack.envoys, keys, Some(2_500)) });
     for (share, signal) in [(3, Signal::SIGKILL), (2, Signal::SIGTERM)] {
         let what = format!("a part of {share} of the requests");
         eventually(&what, async || (load.sent() >= REQUESTS / share).then_some(())).await?;

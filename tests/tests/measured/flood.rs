@@ -1,13 +1,12 @@
 //! A flood of unknown keys costs Envoy no memory, the database no rows and the operator no
 //! statistics, and hardly affects good keys. The figures are printed.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use contract::outcome::Outcome;
-use portcullis_tests::flood::{Flood, flood, probe};
+use portcullis_tests::flood::{Flood, at, flood, flood_and_probe, probe};
 use portcullis_tests::http::Connection;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
@@ -25,40 +24,27 @@ const BYTES_A_KEY: u64 = 32;
 /// Requests with a good key for each measurement.
 const PROBES: usize = 200;
 
-fn at(took: &[Duration], per_mille: usize) -> Duration {
-    let place = took.len().saturating_sub(1).saturating_mul(per_mille) / 1_000;
-    took.get(place).copied().unwrap_or_default()
-}
-
 /// Longer than a screen: one story.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_unknown_keys_leaves_nothing_behind_and_good_keys_alone() -> Result<()> {
-    let stack = Arc::new(Stack::start().await?);
+    let stack = Stack::start().await?;
     let key = stack.working_key("ada@example.com").await?;
-    let never = AtomicBool::new(false);
-    let mut connection = Connection::open(stack.envoy().address()).await?;
-    let calm = probe(&mut connection, &key, PROBES, &never).await?;
+    let address = stack.envoy().address();
+    let calm = probe(&mut Connection::open(address).await?, &key, PROBES, &AtomicBool::new(false)).await?;
 
-    let warm = flood(stack.envoy().address(), WARM).await?;
+    let warm = flood(address, WARM).await?;
     let names_before = stack.envoy().stats("").await?.len();
     let memory_before = stack.envoy().resident_kib()?;
 
-    let (over, start) = (Arc::new(AtomicBool::new(false)), Instant::now());
-    let probing = tokio::spawn({
-        let (over, key) = (Arc::clone(&over), key.clone());
-        async move { probe(&mut connection, &key, usize::MAX, &over).await }
-    });
-    let flooded = flood(stack.envoy().address(), FLOOD).await;
+    let start = Instant::now();
+    let (flooded, pressed) = flood_and_probe(address, FLOOD, &key).await?;
     let took = start.elapsed();
-    over.store(true, Ordering::Relaxed);
-    let (flooded, pressed) = (flooded?, probing.await??);
     assert!((FLOOD.least..=FLOOD.most).contains(&flooded), "{flooded} keys in {took:?}");
 
     let unknown = "wasmcustom.portcullis.decisions.unknown_total";
     let all = warm + flooded;
     // Workers write the statistics of decisions on their ticks.
-    let counted = async || (stack.envoy().stat(unknown).await.ok()? >= all).then_some(());
-    eventually("Envoy's statistics to count the flood", counted).await?;
+    stack.envoy().wait_for_stat(unknown, |counted| counted >= all).await?;
     // All of it is one count for the database: by outcome and hour, of which there may have been two.
     let code = Outcome::Unknown.code();
     let counted = format!("select coalesce(sum(requests), 0)::bigint from usage_keyless_hourly where outcome = {code}");

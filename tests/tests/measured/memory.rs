@@ -1,22 +1,21 @@
 //! Memory of a control plane that loads the whole store repeatedly, as after every restore of the
 //! database.
 
-use anyhow::{Context, Result, ensure};
-use portcullis_tests::process::resident_kib;
+use anyhow::{Result, ensure};
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
 
 /// Times that the store is loaded until memory is measured first, and from then on.
-const LOADS: [usize; 2] = [10, 40];
+const LOADS: [u64; 2] = [10, 40];
 
 /// Keys that are made before each load: what lives on takes its place among what the last load has left.
-const KEYS: usize = 3;
+const KEYS: u64 = 3;
 
 /// How much of a key stays in memory, in KiB, and much to spare.
-const KEY: usize = 2;
+const KEY: u64 = 2;
 
 /// What else it may have grown by, in KiB: buffers, and parts of the program that were not needed before.
-const SLACK: usize = 1_024;
+const SLACK: u64 = 1_024;
 
 /// A new epoch begins, and the store is loaded.
 async fn load(stack: &Stack) -> Result<()> {
@@ -31,11 +30,6 @@ async fn load(stack: &Stack) -> Result<()> {
     eventually("the store to be loaded", async || (loaded() > before).then_some(())).await
 }
 
-fn resident(stack: &Stack) -> Result<usize> {
-    let kib = stack.control_plane.pid().and_then(resident_kib).context("the control plane does not run")?;
-    Ok(usize::try_from(kib)?)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_loaded_again_and_again_takes_no_more_memory_than_its_keys() -> Result<()> {
     let stack = Stack::builder().envoys(0).start().await?;
@@ -44,7 +38,7 @@ async fn a_store_that_is_loaded_again_and_again_takes_no_more_memory_than_its_ke
         for _ in 0..loads {
             load(&stack).await?;
         }
-        resident_kib.push(resident(&stack)?);
+        resident_kib.push(stack.control_plane.resident_kib()?);
     }
     let [first, last] = resident_kib[..] else { unreachable!("it is measured twice") };
     let keys = LOADS[1] * (KEYS + 1);

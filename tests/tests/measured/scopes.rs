@@ -1,17 +1,14 @@
 //! Scopes that routes require and keys have by their roles: a change of a role reaches every worker
 //! of every Envoy as a revocation does.
 
-use std::time::Instant;
-
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use contract::outcome::Outcome;
 use hyper::Method;
-use portcullis_tests::envoy::Envoy;
+use portcullis_tests::envoy::{Envoy, until_all};
 use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::http::{self, Reply};
 use portcullis_tests::rest::Rest;
-use portcullis_tests::stack::{Builder, Stack};
-use portcullis_tests::wait::{DEADLINE, eventually};
+use portcullis_tests::stack::{Builder, Stack, wait_for_path};
 use portcullis_torture::envoy_model::BOUND;
 use serde_json::json;
 
@@ -41,8 +38,7 @@ async fn orders(envoy: &Envoy, key: &str) -> Result<Reply> {
 
 async fn wait_for_orders(stack: &Stack, key: &str, status: u16) -> Result<()> {
     for envoy in &stack.envoys {
-        let seen = async || orders(envoy, key).await.is_ok_and(|reply| reply.status == status).then_some(());
-        eventually(&format!("status {status} of /orders"), seen).await?;
+        wait_for_path(envoy, "/orders", Some(key), status).await?;
     }
     Ok(())
 }
@@ -94,13 +90,7 @@ async fn a_role_that_loses_a_scope_shuts_every_worker_within_the_bound_and_for_a
         let key = &keys[round % KEYS];
         wait_for_orders(&stack, key, 200).await?;
         grant(&rest, &["users:read"], 200).await?;
-        let answered = Instant::now();
-        for worker in &mut workers {
-            while worker.get("/orders", Some(key)).await?.status != 403 {
-                ensure!(answered.elapsed() < DEADLINE, "the scope is there {DEADLINE:?} after the role lost it");
-            }
-        }
-        took.push(answered.elapsed());
+        took.push(until_all(&mut workers, "/orders", key, 403).await?);
         // Once refused, refused for all keys of the role, whichever worker is asked.
         let other = &keys[(round + 1) % KEYS];
         for worker in &mut workers {

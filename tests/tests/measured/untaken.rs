@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use portcullis_tests::process::resident_kib;
+use portcullis_tests::flood::at;
 use portcullis_tests::raw_http2::{Client, RST_STREAM, connect};
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually_within;
@@ -76,10 +76,6 @@ async fn attack(
     Ok(())
 }
 
-fn resident(stack: &Stack) -> Result<u64> {
-    stack.control_plane.pid().and_then(resident_kib).context("the control plane does not run")
-}
-
 /// How long `/healthz` takes for somebody else, on a connection each, until told to stop; the shortest first.
 async fn probe(address: SocketAddr, stop: Arc<AtomicBool>) -> Result<Vec<Duration>> {
     let mut took = Vec::new();
@@ -95,11 +91,6 @@ async fn probe(address: SocketAddr, stop: Arc<AtomicBool>) -> Result<Vec<Duratio
     }
     took.sort_unstable();
     Ok(took)
-}
-
-fn at(took: &[Duration], per_mille: usize) -> Duration {
-    let place = took.len().saturating_sub(1).saturating_mul(per_mille) / 1_000;
-    took.get(place).copied().unwrap_or_default()
 }
 
 /// How many connections from [`ATTACKER`] the control plane has not closed, as the kernel says.
@@ -121,7 +112,7 @@ fn open_connections(address: SocketAddr) -> Option<usize> {
 /// Attacks, waits until every connection of the attack has ended, and judges memory.
 async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, growth_kib: u64) -> Result<()> {
     let address = stack.control_plane.address();
-    let before = resident(stack)?;
+    let before = stack.control_plane.resident_kib()?;
     let stop = Arc::new(AtomicBool::new(false));
     let probing = tokio::spawn(probe(address, Arc::clone(&stop)));
     let (start, resets, sending) = (Instant::now(), Arc::<AtomicU64>::default(), Arc::<AtomicUsize>::default());
@@ -132,7 +123,7 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
     }
     let mut most = before;
     let ended = eventually_within("the connections of the attack to end", DEADLINE, async || {
-        most = most.max(resident(stack).ok()?);
+        most = most.max(stack.control_plane.resident_kib().ok()?);
         match kind {
             Attack::NoWindow => {
                 while attackers.try_join_next().is_some() {}
@@ -150,7 +141,7 @@ async fn endure(stack: &Stack, kind: Attack, path: &str, key: Option<&str>, grow
     println!(
         "responses that are not taken, {kind:?}, {path}: resident memory {before} KiB before, {most} KiB at most, {} KiB after; \
          all {CONNECTIONS} connections ended after {:.1} s, {} streams reset; /healthz p50 {:?}, p99 {:?}, most {:?} ({} requests)",
-        resident(stack)?,
+        stack.control_plane.resident_kib()?,
         took.as_secs_f64(),
         resets.load(Ordering::Relaxed),
         at(&probes, 500),

@@ -18,8 +18,10 @@ async fn lines_of_refusal(plugin: &Value, withheld: Option<&str>, part: &str) ->
     let log = Log::create(&home.path().join("envoy.log"))?;
     let nobody = std::net::SocketAddr::from(([127, 0, 0, 1], 9));
     let plugin = plugin.as_object().cloned().unwrap_or_default();
-    let replacements =
-        Replacements { plugin, withheld: withheld.map(Into::into), ..Replacements::between(nobody, nobody) };
+    let mut replacements = Replacements { plugin, ..Replacements::between(nobody, nobody) };
+    if let Some(capability) = withheld {
+        replacements.edit(&format!("{capability}: {{}}\n"), "\n");
+    }
     let quiet = Settings { workers: 1, log_level: "warning".into(), ..Settings::new(replacements, fresh_key()?) };
     let started = Envoy::start(quiet, home.path(), log.clone(), &silently).await;
     assert!(started.is_err(), "Envoy took {plugin:?}", plugin = log.tail(5));
@@ -34,19 +36,13 @@ async fn refused(plugin: &Value, withheld: Option<&str>) -> Result<Vec<String>> 
 
 #[tokio::test]
 async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
+    // The unit tests of the configuration know more.
     let mistakes = [
         (json!({"rate_limits": {}}), "rate_limits: is not a known field"),
-        (json!({"control_plane": {"cluster": ""}}), "control_plane.cluster: must not be empty"),
         (json!({"rate_limit": {"requests": 0, "window": "1s"}}), "rate_limit.requests: must be at least 1"),
-        (json!({"max_staleness": "5s"}), "max_staleness: must be at least \"60s\""),
         (json!({"max_staleness": 600}), "max_staleness: must be whole seconds with their unit, such as \"60s\""),
         (json!({"failure_mode": {"not_ready": "open"}}), "failure_mode.not_ready: must be `deny` or `allow`"),
-        (json!({"failure_mode": {"on_stale": "deny"}}), "failure_mode.on_stale: is not a known field"),
-        (json!({"rate_limit": [5, 60, 5]}), "rate_limit: must be an object"),
-        (json!({"policies": {"search": ["optional"]}}), "policies.search: must be an object"),
-        (json!({"key_header": ":path"}), "key_header: \":path\" is not a header name"),
         (json!({"identity_headers": {"consumer": "x-api-key"}}), "x-api-key is used twice"),
-        (json!({"key_header": "x-key", "key_sources": [{"bearer": true}]}), "key_header is given too"),
         (json!({"pepper_env": "NONE"}), "pepper_env: the environment variable NONE is not set"),
         (json!({"policies": {"search": {"scopes": {"all": []}}}}), "policies.search.scopes: name at least one scope"),
     ];

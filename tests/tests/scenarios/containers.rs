@@ -1,7 +1,7 @@
 //! The scripts, environments and health checks of docker-compose.yml, run as real processes without
 //! a container engine. Only addresses and directories are replaced.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -9,13 +9,14 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, ensure};
 use portcullis_tests::containers::compose::Compose;
 use portcullis_tests::demo::DemoApi;
+use portcullis_tests::envoy::live;
 use portcullis_tests::log::Log;
-use portcullis_tests::ports::Port;
+use portcullis_tests::ports::{LOCAL, Port};
 use portcullis_tests::postgres::Postgres;
 use portcullis_tests::process::{Process, Signal};
 use portcullis_tests::rest::Rest;
 use portcullis_tests::tools::{self, silently};
-use portcullis_tests::wait::eventually;
+use portcullis_tests::wait::{DEADLINE, eventually};
 use portcullis_tests::{http, paths};
 use tempfile::TempDir;
 
@@ -149,21 +150,13 @@ async fn postgres_with_password(password: &str) -> Result<Postgres> {
     Ok(server)
 }
 
-async fn address_in(file: &Path, process: &Process) -> Result<SocketAddr> {
-    let written = async || match process.must_run() {
-        Err(error) => Some(Err(error)),
-        Ok(()) => std::fs::read_to_string(file).ok()?.trim().parse().ok().map(Ok),
-    };
-    eventually("an address", written).await?
-}
-
-/// Starts Envoy as its image does.
+/// Starts Envoy as its image does. Returns the addresses of its admin interface and its listener too.
 async fn envoy(
     containers: &Containers,
     control_plane: SocketAddr,
     more: &[(&str, &str)],
     log: &Log,
-) -> Result<(Process, SocketAddr)> {
+) -> Result<(Process, SocketAddr, SocketAddr)> {
     let mut envoy = containers.service("portcullis-envoy", "envoy");
     let admin_file = containers.path("admin.address");
     let _ = std::fs::remove_file(&admin_file);
@@ -171,14 +164,8 @@ async fn envoy(
     envoy.arg(&admin_file).env("LISTEN", "127.0.0.1:0").env("ADMIN", "127.0.0.1:0");
     envoy.env("CONTROL_PLANE", control_plane.to_string()).envs(more.iter().copied());
     let envoy = Process::spawn("Envoy", envoy, log, Signal::SIGKILL)?;
-    let admin = address_in(&admin_file, &envoy).await?;
-    Ok((envoy, admin))
-}
-
-async fn listener(admin: SocketAddr) -> Result<SocketAddr> {
-    let listeners = http::get(admin, "/listeners?format=json").await?.json()?;
-    let port = listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"].as_u64();
-    Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port.context("no listener")?.try_into()?)))
+    let (admin, gate) = live(&envoy, &admin_file, DEADLINE).await?;
+    Ok((envoy, admin, gate))
 }
 
 /// Longer than a screen: one story.
@@ -196,17 +183,15 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     assert!(!containers.health("postgres", "127.0.0.1", "/nowhere")?);
 
     // Envoy comes first here, so that its health check has something to wait for.
-    let demo = DemoApi::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+    let demo = DemoApi::start(LOCAL).await?;
     // Envoy asks for it before the control plane listens.
-    let port = Port::reserve(Ipv4Addr::LOCALHOST.into())?;
+    let port = Port::reserve(LOCAL.ip())?;
     let address = port.address();
     let log = Log::create(&containers.path("envoy.log"))?;
     let upstream = demo.address().to_string();
     let demo_policies = [("UPSTREAM", upstream.as_str()), ("POLICIES_FILE", "demo-policies.json")];
-    let (envoy_process, admin) = envoy(&containers, address, &demo_policies, &log).await?;
+    let (envoy_process, admin, gate) = envoy(&containers, address, &demo_policies, &log).await?;
     let (admin_port, rest_port) = (admin.port().to_string(), address.port().to_string());
-    let live = async || http::get(admin, "/ready").await.ok().filter(|reply| reply.status == 200);
-    eventually("Envoy to be live", live).await?;
     assert!(!containers.health("envoy", "9901", &admin_port)?, "healthy without keys");
     assert!(!containers.health("control-plane", "8081", &rest_port)?, "healthy without a process");
 
@@ -224,7 +209,6 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     let admin_key = contract::key::Secret::from_presented(containers.secret("admin.key")?);
     let rest = Rest { address, key: admin_key };
     let key = rest.generate("ada@example.com").await?;
-    let gate = listener(admin).await?;
     let status = async |path: &str, key: Option<&str>| {
         Ok::<_, anyhow::Error>(http::send(gate, http::get_request(path, key)?).await?.status)
     };
@@ -239,9 +223,9 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     envoy_process.stop(Signal::SIGTERM).await?;
 
     // In front of the user's own API, Envoy has none of the demo's policies.
-    let (_envoy, admin) = envoy(&containers, address, &demo_policies[..1], &log).await?;
+    let (_envoy, admin, gate) = envoy(&containers, address, &demo_policies[..1], &log).await?;
     healthy("envoy", "9901", &admin.port().to_string()).await?;
-    assert_eq!(http::get(listener(admin).await?, "/status").await?.status, 401);
+    assert_eq!(http::get(gate, "/status").await?.status, 401);
     Ok(())
 }
 
@@ -264,10 +248,7 @@ async fn plain_envoy(
     envoy.args(words).args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning"]);
     envoy.arg("--admin-address-path").arg(&admin_file);
     let envoy = Process::spawn(service, envoy, log, Signal::SIGKILL)?;
-    let admin = address_in(&admin_file, &envoy).await?;
-    let live = async || http::get(admin, "/ready").await.ok().filter(|reply| reply.status == 200);
-    eventually("Envoy to be live", live).await?;
-    let address = listener(admin).await?;
+    let (_, address) = live(&envoy, &admin_file, DEADLINE).await?;
     Ok((envoy, address))
 }
 
@@ -275,7 +256,7 @@ async fn plain_envoy(
 async fn the_plain_envoys_of_the_containers_serve_and_their_health_checks_tell() -> Result<()> {
     let containers = Containers::new()?;
     let log = Log::create(&containers.path("plain.log"))?;
-    let closed = Port::reserve(Ipv4Addr::LOCALHOST.into())?.address().port().to_string();
+    let closed = Port::reserve(LOCAL.ip())?.address().port().to_string();
 
     let free = ("address: 0.0.0.0, port_value: 8080", "address: 127.0.0.1, port_value: 0");
     let (_upstream, upstream) = plain_envoy(&containers, "upstream", &[free], &log).await?;

@@ -4,10 +4,10 @@
 use anyhow::Result;
 use contract::outcome::Outcome;
 use http_body_util::Full;
-use hyper::{Method, Request};
+use hyper::Request;
 use portcullis_tests::expect::assert_upstream;
 use portcullis_tests::filter_harness::{FilterHarness, record};
-use portcullis_tests::http::{self, Outgoing, Reply};
+use portcullis_tests::http::{self, Outgoing, Reply, with_key};
 use portcullis_tests::wait::eventually;
 use serde_json::json;
 
@@ -48,11 +48,7 @@ fn assert_readable(reply: &Reply, headers: &[&str]) {
 }
 
 fn from_page(origin: &str, key: Option<&str>) -> Result<Outgoing> {
-    let mut request = Request::builder().method(Method::GET).uri("/orders").header("origin", origin);
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
-    }
-    Ok(request.body(Full::default())?)
+    Ok(with_key(Request::get("/orders").header("origin", origin), key).body(Full::default())?)
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use contract::definition::Definition;
 use contract::outcome::Outcome;
-use contract::record::{RateLimit, Requires};
+use contract::record::{Per, RateLimit, Requires};
 use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::fake_control_plane::Change;
 use portcullis_tests::filter_harness::{FilterHarness, with};
@@ -57,7 +57,14 @@ async fn once_a_role_has_changed_no_worker_uses_the_old_one() -> Result<()> {
 #[tokio::test]
 async fn a_plan_brings_scopes_and_limits_and_a_key_waits_for_its_plan() -> Result<()> {
     let plan = |requests, window_s| Definition {
-        rate_limits: vec![RateLimit { name: "gold".into(), requests, window_s, burst: requests, shared: true }],
+        rate_limits: vec![RateLimit {
+            name: "gold".into(),
+            requests,
+            window_s,
+            burst: requests,
+            shared: true,
+            per: Per::Key,
+        }],
         ..scopes(&["reports"])
     };
     let key = with(1, |r| {

@@ -1,7 +1,5 @@
 //! `envoy/existing.yaml`: Portcullis in an Envoy with other filters.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http2;
@@ -11,7 +9,7 @@ use portcullis_tests::certificates::{Authority, For, TokenIssuer};
 use portcullis_tests::envoy::{self, Envoy};
 use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::expect::{IDENTITY, assert_upstream};
-use portcullis_tests::http::{Outgoing, Reply, get_request};
+use portcullis_tests::http::{Outgoing, Reply, get_request, with_key};
 use portcullis_tests::log::Log;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::tls::Client;
@@ -20,6 +18,8 @@ use portcullis_tests::wait::eventually;
 use portcullis_tests::{paths, process};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
 
 use crate::cors;
 
@@ -37,7 +37,6 @@ struct Existing {
     stack: Stack,
     client: Client,
     issuer: TokenIssuer,
-    _home: PathBuf,
 }
 
 impl Existing {
@@ -59,7 +58,7 @@ impl Existing {
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("existing.yaml");
         envoy.restart().await?;
         let client = Client::new(&authority.certificate, None, &["http/1.1"])?;
-        let existing = Self { envoy, stack, client, issuer, _home: home };
+        let existing = Self { envoy, stack, client, issuer };
         existing.wait_for("no such key", 401).await?;
         Ok(existing)
     }
@@ -101,11 +100,9 @@ async fn call(existing: &Existing, client: &Client, key: Option<&str>) -> Result
     ensure!(stream.get_ref().1.alpn_protocol() == Some(b"h2"), "no HTTP/2");
     let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    let mut request = Request::post(format!("https://{API}/orders.v1.Orders/List"));
-    request = request.header("content-type", "application/grpc").header("te", "trailers");
-    if let Some(key) = key {
-        request = request.header("x-api-key", key).header("x-consumer-id", "root");
-    }
+    let request = with_key(Request::post(format!("https://{API}/orders.v1.Orders/List")), key);
+    let request = request.header("content-type", "application/grpc").header("te", "trailers");
+    let request = request.header("x-consumer-id", "root");
     // One empty message.
     let body = Full::<axum::body::Bytes>::from(&[0, 0, 0, 0, 0][..]);
     let (head, body) = sender.send_request(request.body(body)?).await?.into_parts();
@@ -115,8 +112,8 @@ async fn call(existing: &Existing, client: &Client, key: Option<&str>) -> Result
     Ok(Called { status: head.status.as_u16(), headers: head.headers, message, trailers })
 }
 
-/// Opens a WebSocket by hand, and gives what Envoy answers, and what comes back of a text that is sent then.
-async fn socket(existing: &Existing, key: Option<&str>) -> Result<(String, String)> {
+/// Opens a WebSocket by hand, and returns the connection and Envoy's response.
+async fn socket(existing: &Existing, key: Option<&str>) -> Result<(TlsStream<TcpStream>, String)> {
     let mut stream = existing.client.connect(existing.envoy.address(), API).await?;
     let key = key.map(|key| format!("x-api-key: {key}\r\n")).unwrap_or_default();
     let head = format!(
@@ -128,14 +125,16 @@ async fn socket(existing: &Existing, key: Option<&str>) -> Result<(String, Strin
     while !answer.ends_with(b"\r\n\r\n") {
         answer.push(stream.read_u8().await?);
     }
-    let answer = String::from_utf8(answer)?;
-    if !answer.starts_with("HTTP/1.1 101 ") {
-        return Ok((answer, String::new()));
-    }
+    Ok((stream, String::from_utf8(answer)?))
+}
+
+/// Sends a text through a WebSocket and expects it back.
+async fn assert_echo(stream: &mut TlsStream<TcpStream>) -> Result<()> {
     stream.write_all(b"hello").await?;
     let mut back = [0; 5];
     stream.read_exact(&mut back).await?;
-    Ok((answer, String::from_utf8_lossy(&back).into_owned()))
+    assert_eq!(&back, b"hello");
+    Ok(())
 }
 
 #[tokio::test]
@@ -187,10 +186,10 @@ async fn health_checks_preflights_jwts_grpc_websockets_and_an_exempted_route_wor
     assert_eq!((called.status, called.headers.get("grpc-status").map(|s| s.as_bytes())), (200, Some(&b"16"[..])));
 
     let before = existing.stack.demo.requests();
-    let (answer, back) = socket(&existing, Some(&key)).await?;
+    let (mut stream, answer) = socket(&existing, Some(&key)).await?;
     assert!(answer.starts_with("HTTP/1.1 101 Switching Protocols\r\n"), "{answer}");
-    assert_eq!(back, "hello");
-    let (answer, _) = socket(&existing, None).await?;
+    assert_echo(&mut stream).await?;
+    let (_, answer) = socket(&existing, None).await?;
     assert!(answer.starts_with("HTTP/1.1 401 Unauthorized\r\n"), "{answer}");
     assert_eq!(existing.stack.demo.requests(), before + 1);
     Ok(())
@@ -201,23 +200,11 @@ async fn health_checks_preflights_jwts_grpc_websockets_and_an_exempted_route_wor
 async fn a_websocket_that_is_open_outlives_the_revocation_of_its_key_and_no_new_one_opens() -> Result<()> {
     let existing = Existing::start(&[]).await?;
     let key = existing.working_key("ada@example.com").await?;
-    let mut stream = existing.client.connect(existing.envoy.address(), API).await?;
-    let head = format!(
-        "GET /socket HTTP/1.1\r\nhost: {API}\r\nconnection: Upgrade\r\nupgrade: websocket\r\nx-api-key: {key}\r\n\r\n"
-    );
-    stream.write_all(head.as_bytes()).await?;
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        answer.push(stream.read_u8().await?);
-    }
+    let (mut stream, _) = socket(&existing, Some(&key)).await?;
     existing.stack.rest().revoke("ada@example.com").await?;
     existing.wait_for(&key, 401).await?;
-    assert!(socket(&existing, Some(&key)).await?.0.starts_with("HTTP/1.1 401 "));
-    stream.write_all(b"hello").await?;
-    let mut back = [0; 5];
-    stream.read_exact(&mut back).await?;
-    assert_eq!(&back, b"hello");
-    Ok(())
+    assert!(socket(&existing, Some(&key)).await?.1.starts_with("HTTP/1.1 401 "));
+    assert_echo(&mut stream).await
 }
 
 #[tokio::test]

@@ -11,21 +11,11 @@ use serde_json::json;
 
 const ADA: &str = "ada@example.com";
 
-fn flow(stack: &Stack, key: &str) -> Load {
-    Load::start(Plan {
-        targets: stack.envoys.iter().map(portcullis_tests::envoy::Envoy::address).collect(),
-        keys: vec![key.to_owned()],
-        connections: 8,
-        requests: u64::MAX,
-        per_second: Some(500),
-    })
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_flow_and_are_counted_while_the_control_plane_is_killed_and_comes_back() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let key = stack.working_key(ADA).await?;
-    let load = flow(&stack, &key);
+    let load = Load::start(Plan::endless(&stack.envoys, vec![key.clone()], Some(500)));
     for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL] {
         stack.control_plane.stop(signal).await?;
         let sent = load.sent();

@@ -8,16 +8,13 @@ use http_body_util::Full;
 use hyper::Request;
 use portcullis_tests::expect::assert_refused;
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
-use portcullis_tests::http::{Reply, over_http_2};
+use portcullis_tests::http::{Reply, over_http_2, with_key};
 use serde_json::json;
 
 /// A call as gRPC has it: one message of no bytes.
 async fn call(harness: &FilterHarness, content_type: &str, key: Option<&str>) -> Result<Reply> {
-    let mut request = Request::post("http://api/orders.Orders/List").header("te", "trailers");
-    request = request.header("content-type", content_type);
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
-    }
+    let request = with_key(Request::post("http://api/orders.Orders/List").header("te", "trailers"), key);
+    let request = request.header("content-type", content_type);
     over_http_2(harness.envoy.address(), request.body(Full::new(Bytes::from_static(&[0; 5])))?).await
 }
 

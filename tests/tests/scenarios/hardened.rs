@@ -13,6 +13,7 @@ use portcullis_tests::envoy_config::Replacements;
 use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::http::{Outgoing, Reply, get_request};
 use portcullis_tests::log::Log;
+use portcullis_tests::ports::LOCAL;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::tls::Client;
@@ -24,8 +25,6 @@ use crate::cors;
 const CONTROL_PLANE: &str = "portcullis-control-plane";
 const API: &str = "api.example.com";
 const HEAP: &str = "heap/full";
-const ANY_PORT: std::net::SocketAddr =
-    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 /// A stack whose Envoy and control plane speak TLS. A second control plane in the clear is there for the test to manage
 /// keys with.
@@ -42,16 +41,6 @@ struct Authorities {
     public: Authority,
     control_plane: Authority,
     envoys: Authority,
-}
-
-impl Authorities {
-    fn new() -> Result<Self> {
-        Ok(Self {
-            public: Authority::new("public")?,
-            control_plane: Authority::new("control planes")?,
-            envoys: Authority::new("Envoys")?,
-        })
-    }
 }
 
 /// A control plane with this certificate, over the database of the stack.
@@ -72,15 +61,20 @@ async fn control_plane_with(
     {
         arguments.extend([setting.to_owned(), file.display().to_string()]);
     }
-    let settings = control_plane::Settings { listen: ANY_PORT, arguments, ..stack.control_plane.settings() };
+    let settings = control_plane::Settings { listen: LOCAL, arguments, ..stack.control_plane.settings() };
     let control_plane = ControlPlane::prepare(settings, &home, Log::create(&home.join("control-plane.log"))?);
     control_plane.launch().await?;
     Ok(control_plane)
 }
 
 impl Hardened {
-    async fn start() -> Result<Self> {
-        let authorities = Authorities::new()?;
+    /// Started, with a key that works.
+    async fn with_key() -> Result<(Self, String)> {
+        let authorities = Authorities {
+            public: Authority::new("public")?,
+            control_plane: Authority::new("control planes")?,
+            envoys: Authority::new("Envoys")?,
+        };
         let stack = Stack::builder().envoys(0).start().await?;
         let identity = authorities.control_plane.issue(&[CONTROL_PLANE], For::Servers)?;
         let control_plane = control_plane_with(&stack, &identity, &authorities.envoys, "secure").await?;
@@ -94,10 +88,13 @@ impl Hardened {
         let log = Log::create(&home.join("envoy.log"))?;
         let envoy = Envoy::prepare(settings, &home, log, &silently)?.with_template("hardened.yaml");
         envoy.restart().await?;
-        Ok(Self { envoy, home, control_plane, stack, authorities })
+        let hardened = Self { envoy, home, control_plane, stack, authorities };
+        let key = hardened.stack.rest().generate("ada@example.com").await?;
+        hardened.wait_for(&key, 200).await?;
+        Ok((hardened, key))
     }
 
-    /// Writes the fill level of Envoy's heap into the file [`HEAP`].
+    /// Writes the fill level of Envoy's heap into the file [`HEAP`]. Envoy reads it again when another file is renamed to it.
     fn fill_heap(&self, part: &str) -> Result<()> {
         let next = self.home.join("next");
         std::fs::write(&next, part)?;
@@ -124,9 +121,7 @@ impl Hardened {
     async fn stays_without_keys(&self, key: &str, reason: &str) -> Result<()> {
         self.envoy.stop(Signal::SIGKILL).await?;
         self.envoy.restart().await?;
-        let name = format!("cluster.portcullis_control_plane.{reason}");
-        let grown = async || (self.envoy.stat(&name).await.ok()? > 1).then_some(());
-        eventually(&format!("{name} to tell of it"), grown).await?;
+        self.envoy.wait_for_stat(&format!("cluster.portcullis_control_plane.{reason}"), |now| now > 1).await?;
         assert_refused(&self.get("h2", Some(key)).await?, Outcome::NotReady, &[]);
         Ok(())
     }
@@ -134,10 +129,8 @@ impl Hardened {
 
 #[tokio::test]
 async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<()> {
-    let hardened = Hardened::start().await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let rest = hardened.stack.rest();
-    let key = rest.generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
     for protocol in ["h2", "http/1.1"] {
         let received = assert_upstream(&hardened.get(protocol, Some(&key)).await?, &IDENTITY);
         assert_eq!(received["x-forwarded-proto"][0], "https");
@@ -186,10 +179,8 @@ async fn a_key_works_is_counted_and_revoked_over_tls_and_mutual_tls() -> Result<
 
 #[tokio::test]
 async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<()> {
-    let hardened = Hardened::start().await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let (stack, authorities) = (&hardened.stack, &hardened.authorities);
-    let key = stack.rest().generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
 
     // Somebody who has the database and the address, but a certificate of another authority; or of the right one for
     // another name.
@@ -218,13 +209,11 @@ async fn neither_side_believes_the_other_without_a_good_certificate() -> Result<
 /// The book says that a request goes on that was admitted before its key was revoked, and what bounds it.
 #[tokio::test]
 async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_stream() -> Result<()> {
-    let hardened = Hardened::start().await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let rest = hardened.stack.rest();
-    let key = rest.generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
     hardened.envoy.stop(Signal::SIGTERM).await?;
-    let short = ("max_stream_duration: 900s".to_owned(), "max_stream_duration: 2s".to_owned());
-    hardened.envoy.change_settings(|settings| settings.replacements.texts.push(short));
+    let shorten = |s: &mut envoy::Settings| s.replacements.edit("max_stream_duration: 900s", "max_stream_duration: 2s");
+    hardened.envoy.change_settings(shorten);
     hardened.envoy.restart().await?;
     hardened.wait_for(&key, 200).await?;
 
@@ -247,22 +236,21 @@ async fn a_request_that_outlives_its_key_ends_with_the_longest_duration_of_a_str
 /// Before the heap is full, requests are refused, then connections; what has not come in cannot fill it further.
 #[tokio::test]
 async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()> {
-    let hardened = Hardened::start().await?;
-    let key = hardened.stack.rest().generate("ada@example.com").await?;
+    let (hardened, key) = Hardened::with_key().await?;
     std::fs::create_dir_all(hardened.home.join("heap"))?;
     hardened.fill_heap("0.5")?;
     hardened.envoy.stop(Signal::SIGTERM).await?;
-    hardened.envoy.change_settings(|settings| settings.replacements.heap = Some(HEAP.into()));
+    hardened.envoy.change_settings(|settings| {
+        settings.replacements.edit("fixed_heap.v3.FixedHeapConfig", "injected_resource.v3.InjectedResourceConfig");
+        settings.replacements.edit("max_heap_size_bytes: 1073741824", &format!("filename: {HEAP}"));
+    });
     hardened.envoy.restart().await?;
     hardened.wait_for(&key, 200).await?;
 
     for (part, refused) in [("0.96", true), ("0.7", false)] {
         hardened.fill_heap(part)?;
-        let active = async || {
-            let name = "overload.envoy.overload_actions.stop_accepting_requests.active";
-            (hardened.envoy.stat(name).await.ok()? == u64::from(refused)).then_some(())
-        };
-        eventually(&format!("a heap that is full to {part} to be noticed"), active).await?;
+        let active = "overload.envoy.overload_actions.stop_accepting_requests.active";
+        hardened.envoy.wait_for_stat(active, |now| now == u64::from(refused)).await?;
         if refused {
             // Workers notice it a little later.
             hardened.wait_for(&key, 503).await?;
@@ -283,9 +271,7 @@ async fn an_envoy_whose_memory_runs_out_refuses_and_then_goes_on() -> Result<()>
 /// What one request may hold is bounded: 64 headers, 32 KiB of them.
 #[tokio::test]
 async fn more_headers_than_anybody_needs_are_refused_before_the_filter_sees_them() -> Result<()> {
-    let hardened = Hardened::start().await?;
-    let key = hardened.stack.rest().generate("ada@example.com").await?;
-    hardened.wait_for(&key, 200).await?;
+    let (hardened, key) = Hardened::with_key().await?;
     let with = |headers: usize, bytes: usize| {
         let mut request = get_request("/orders", Some(&key))?;
         for number in 0..headers {

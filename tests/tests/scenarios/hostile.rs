@@ -8,7 +8,7 @@ use http_body_util::{Full, StreamBody};
 use hyper::body::Frame;
 use hyper::{HeaderMap, Request};
 use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
-use portcullis_tests::http::over_http_2;
+use portcullis_tests::http::{over_http_2, with_key};
 use portcullis_tests::raw_http::{Heard, fields, frame, frames, opening, say};
 use portcullis_tests::stack::Stack;
 
@@ -239,11 +239,7 @@ async fn assert_trailers_are_ignored(stack: &Stack, key: &str) -> Result<()> {
             .collect();
         let frames: [Result<_, std::convert::Infallible>; 2] =
             [Ok(Frame::data(Bytes::from_static(b"a"))), Ok(Frame::trailers(trailers))];
-        let mut request = Request::post("http://api/");
-        if let Some(key) = key {
-            request = request.header("x-api-key", key);
-        }
-        request.body(StreamBody::new(futures_util::stream::iter(frames)))
+        with_key(Request::post("http://api/"), key).body(StreamBody::new(futures_util::stream::iter(frames)))
     };
     assert_refused(&over_http_2(stack.envoy().address(), with_trailers(None)?).await?, Outcome::Missing, &[]);
     let seen = over_http_2(stack.envoy().address(), with_trailers(Some(key))?).await?.json()?;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
+use portcullis_tests::control_plane::GENEROUS;
 use portcullis_tests::http::{self, Reply};
 use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::process::Signal;
@@ -14,8 +15,6 @@ use portcullis_tests::stack::{Stack, wait_for_status};
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-const ARGUMENTS: [&str; 4] = ["--api-rate-limit", "10000", "--api-burst", "20000"];
 
 /// Makes a key; its id and secret.
 async fn create(rest: &Rest, email: &str, scopes: &[&str]) -> Result<(String, String)> {
@@ -46,7 +45,7 @@ async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_what
         let file = file.to_str().context("a path that is no text")?;
         let stack = Stack::builder()
             .plugin(&json!({"rate_limit": null, "default_policy": policy}))
-            .control_plane_arguments(&[&ARGUMENTS[..], &["--policies-file", file]].concat())
+            .control_plane_arguments(&[&GENEROUS[..], &["--policies-file", file]].concat())
             .start_unsynced()
             .await?;
         let rest = stack.rest();
@@ -180,7 +179,7 @@ impl Meter {
 async fn a_metering_system_takes_over_every_request_once_though_the_control_plane_is_killed_and_restarted() -> Result<()>
 {
     const REQUESTS: u64 = 5_000;
-    let arguments = [&ARGUMENTS[..], &["--usage-event-interval", "1s"]].concat();
+    let arguments = [&GENEROUS[..], &["--usage-event-interval", "1s"]].concat();
     let stack = Stack::builder()
         .envoys(2)
         .plugin(&json!({"rate_limit": null}))
@@ -191,13 +190,7 @@ async fn a_metering_system_takes_over_every_request_once_though_the_control_plan
     let (_, key) = create(&rest, "ada@example.com", &[]).await?;
     stack.wait_for_status(Some(&key), 200).await?;
     let before = stack.demo.requests();
-    let load = Load::start(Plan {
-        targets: stack.envoys.iter().map(portcullis_tests::envoy::Envoy::address).collect(),
-        keys: vec![key],
-        connections: 8,
-        requests: REQUESTS,
-        per_second: Some(1_000),
-    });
+    let load = Load::start(Plan { requests: REQUESTS, ..Plan::endless(&stack.envoys, vec![key], Some(1_000)) });
     let mut meter = Meter::default();
     for (share, signal) in [(3, Signal::SIGKILL), (2, Signal::SIGTERM)] {
         let what = format!("a part of {share} of the requests");

@@ -103,19 +103,6 @@ async fn a_revocation_reaches_every_worker_of_every_envoy() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_counts_of_all_envoys_add_up() -> Result<()> {
-    let stack = Stack::builder().envoys(2).start().await?;
-    let key = stack.working_key(ADA).await?;
-    for envoy in &stack.envoys {
-        for worker in &mut envoy.connection_per_worker().await? {
-            assert_upstream(&worker.get("/", Some(&key)).await?, &IDENTITY);
-        }
-    }
-    stack.wait_for_usage(ADA, stack.demo.requests()).await?;
-    Ok(())
-}
-
-#[tokio::test]
 async fn a_key_is_switched_off_and_on_again() -> Result<()> {
     let stack = Stack::start().await?;
     let rest = stack.rest();

@@ -1,7 +1,9 @@
 //! Scenarios on the whole stack, or on the built filter in a real Envoy against a fake control plane.
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
+mod allowances;
 mod book;
+
 mod config;
 mod containers;
 mod cors;
@@ -13,10 +15,8 @@ mod hardened;
 mod hostile;
 mod identity;
 mod import;
-mod infrequent_requests;
 mod insight;
 mod lifecycle;
-mod limit_shares;
 mod limits;
 mod lineage;
 mod malformed_keys;
@@ -27,13 +27,13 @@ mod paths;
 mod plans;
 mod policies;
 mod quota;
-mod quota_and_credits;
 mod redirects;
 mod rotation;
 mod route_costs;
 mod secrecy;
 mod service;
 mod shadow;
+mod shared_limits;
 mod shipped;
 mod sources;
 mod trailers;

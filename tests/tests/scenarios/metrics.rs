@@ -20,28 +20,18 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
     stack.get(Some("sk_live_nobody")).await?;
     let name = |stat: &str| format!("wasmcustom.portcullis.{stat}");
     // Workers write the statistics of decisions on their ticks.
-    let shown = async |stat: &str| envoy.stat(&name(stat)).await.ok();
-    let allowed = async || (shown("decisions.allowed_total").await? == stack.demo.requests()).then_some(());
-    eventually("the allowed requests to be counted", allowed).await?;
-    eventually("the missing key to be counted", async || (shown("decisions.missing_total").await? == 1).then_some(()))
-        .await?;
-    eventually("the unknown key to be counted", async || (shown("decisions.unknown_total").await? >= 1).then_some(()))
-        .await?;
+    envoy.wait_for_stat(&name("decisions.allowed_total"), |allowed| allowed == stack.demo.requests()).await?;
+    envoy.wait_for_stat(&name("decisions.missing_total"), |missing| missing == 1).await?;
+    envoy.wait_for_stat(&name("decisions.unknown_total"), |unknown| unknown >= 1).await?;
 
     // The admin key, the sync key and Ada's.
-    eventually("the number of keys", async || (envoy.stat(&name("store.keys")).await.ok()? == 3).then_some(())).await?;
+    envoy.wait_for_stat(&name("store.keys"), |keys| keys == 3).await?;
     let revision = envoy.stat(&name("store.revision")).await?;
     assert!(revision > 0);
     stack.rest().revoke("ada@example.com").await?;
     stack.wait_for_status(Some(&key), 401).await?;
-    eventually("the next revision", async || {
-        (envoy.stat(&name("store.revision")).await.ok()? > revision).then_some(())
-    })
-    .await?;
-    eventually("no pending usage", async || {
-        (envoy.stat(&name("usage.pending_requests")).await.ok()? == 0).then_some(())
-    })
-    .await?;
+    envoy.wait_for_stat(&name("store.revision"), |now| now > revision).await?;
+    envoy.wait_for_stat(&name("usage.pending_requests"), |pending| pending == 0).await?;
     assert_eq!(envoy.stat(&name("usage.report_failures_total")).await?, 0);
     assert!(envoy.stat(&name("sync.age_seconds")).await? <= 30);
 
@@ -50,8 +40,7 @@ async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() ->
     stack.get(None).await?;
     for stat in ["sync.failures_total", "usage.report_failures_total", "usage.pending_requests", "sync.age_seconds"] {
         let before = if stat == "sync.failures_total" { failures } else { 0 };
-        let grown = async || (envoy.stat(&name(stat)).await.ok()? > before).then_some(());
-        eventually(&format!("{stat} to tell of the outage"), grown).await?;
+        envoy.wait_for_stat(&name(stat), |now| now > before).await?;
     }
     Ok(())
 }
@@ -78,6 +67,9 @@ async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome()
     let expected = [
         "portcullis_decisions_total counter",
         "portcullis_internal_store_generation gauge",
+        "portcullis_limits_call_failures_total counter",
+        "portcullis_limits_calls_total counter",
+        "portcullis_limits_waits_total counter",
         "portcullis_shadow_decisions_total counter",
         "portcullis_store_keys gauge",
         "portcullis_store_revision gauge",

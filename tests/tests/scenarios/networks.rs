@@ -5,7 +5,7 @@ use contract::outcome::Outcome;
 use contract::record::{Record, Requires};
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::filter_harness::{FilterHarness, with};
 use portcullis_tests::http::{Outgoing, Reply};
 
@@ -32,7 +32,7 @@ fn assert_admitted(reply: &Reply, admitted: bool) {
 #[tokio::test]
 async fn behind_a_trusted_proxy_the_address_that_it_saw_counts() -> Result<()> {
     let keys = [("bound", bound(1, &["192.0.2.0/24", "2001:db8::/32"]))];
-    let harness = FilterHarness::builder().trusted_hops(1).start(&keys).await?;
+    let harness = FilterHarness::builder().behind_a_proxy().start(&keys).await?;
     for (forwarded_for, admitted) in [
         ("192.0.2.7", true),
         ("192.0.3.7", false),
@@ -55,8 +55,8 @@ async fn without_a_trusted_proxy_only_the_peers_address_counts() -> Result<()> {
     let harness = FilterHarness::start(&keys).await?;
     assert_admitted(&harness.send(request("remote", "192.0.2.7")?).await?, false);
     assert_admitted(&harness.send(request("local", "192.0.2.7")?).await?, true);
-    let identity = ["x-consumer-id", "x-credential-identifier"];
-    assert_upstream(&harness.get("/", Some("local")).await?, &identity);
+
+    assert_upstream(&harness.get("/", Some("local")).await?, &IDENTITY);
     Ok(())
 }
 
@@ -69,7 +69,7 @@ async fn an_ipv4_address_that_is_written_as_an_ipv6_one_is_that_ipv4_address() -
         ("all", bound(4, &["::ffff:0:0/96"])),
         ("other", bound(5, &["::ffff:198.51.100.0/120", "::/0"])),
     ];
-    let harness = FilterHarness::builder().trusted_hops(1).start(&keys).await?;
+    let harness = FilterHarness::builder().behind_a_proxy().start(&keys).await?;
     for address in ["192.0.2.7", "::ffff:192.0.2.7", "::FFFF:c000:207"] {
         for key in ["plain", "mapped", "one", "all"] {
             assert_admitted(&harness.send(request(key, address)?).await?, true);

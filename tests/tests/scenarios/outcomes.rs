@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
 use contract::outcome::Outcome;
-use portcullis_tests::expect::{assert_refused, assert_upstream};
+use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
 use portcullis_tests::http;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::{Stack, wait_for_status};
@@ -58,7 +58,7 @@ async fn a_key_that_runs_out_of_time_stops_working_without_any_message() -> Resu
     let ended = async || {
         let reply = stack.get(Some(&key)).await.ok()?;
         if reply.status == 200 {
-            assert_upstream(&reply, &["x-consumer-id", "x-credential-identifier"]);
+            assert_upstream(&reply, &IDENTITY);
         }
         (reply.status == 401).then_some(())
     };
@@ -108,9 +108,7 @@ async fn before_the_first_sync_requests_are_refused_or_by_choice_let_in_without_
     assert_upstream(&stack.get(Some(&key)).await?, &[]);
     assert_upstream(&stack.get(None).await?, &[]);
     let failed_open = "wasmcustom.portcullis.decisions.failed_open_total";
-    eventually("both requests to be counted", async || (envoy.stat(failed_open).await.ok()? == 2).then_some(()))
-        .await?;
-    Ok(())
+    envoy.wait_for_stat(failed_open, |requests| requests == 2).await
 }
 
 #[tokio::test]
@@ -126,7 +124,7 @@ async fn keys_that_are_older_than_the_operator_allows_are_refused_or_by_choice_l
     allows.restart().await?;
     stack.wait_for_status(Some(&key), 200).await?;
     stack.control_plane.stop(Signal::SIGKILL).await?;
-    assert_upstream(&stack.get(Some(&key)).await?, &["x-consumer-id", "x-credential-identifier"]);
+    assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
 
     // Nothing is to be seen for a minute, then this.
     let minute = Duration::from_secs(60);
@@ -136,7 +134,7 @@ async fn keys_that_are_older_than_the_operator_allows_are_refused_or_by_choice_l
     })
     .await?;
     let failed_open = "wasmcustom.portcullis.decisions.failed_open_total";
-    eventually("the choice to be counted", async || (allows.stat(failed_open).await.ok()? > 0).then_some(())).await?;
+    allows.wait_for_stat(failed_open, |requests| requests > 0).await?;
     wait_for_status(refuses, Some(&key), 503).await?;
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Stale, &[]);
 

@@ -6,7 +6,7 @@ use contract::outcome::Outcome;
 use hyper::Method;
 use portcullis_tests::expect::{SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::http;
-use portcullis_tests::stack::Stack;
+use portcullis_tests::stack::{Stack, wait_for_path};
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
@@ -78,12 +78,7 @@ async fn the_plan_of_a_user_applies_to_keys_that_have_none() -> Result<()> {
     let key = stack.working_key(ADA).await?;
     let all = async |status: u16| -> Result<()> {
         for envoy in &stack.envoys {
-            let seen = async || {
-                let request = http::get_request("/orders", Some(&key)).ok()?;
-                let reply = http::send(envoy.address(), request).await.ok()?;
-                (reply.status == status).then_some(())
-            };
-            eventually(&format!("status {status} of /orders"), seen).await?;
+            wait_for_path(envoy, "/orders", Some(&key), status).await?;
         }
         Ok(())
     };

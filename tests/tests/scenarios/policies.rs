@@ -74,7 +74,7 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
     }});
     let keys = [("one", record(1)), ("two", record(2))];
     let harness =
-        FilterHarness::builder().plugin(plugin).trusted_hops(1).route("/search", "search").route("/open", "open");
+        FilterHarness::builder().plugin(plugin).behind_a_proxy().route("/search", "search").route("/open", "open");
     let harness = harness.start(&keys).await?;
     for key in ["one", "two"] {
         let (allowed, reply) = harness.get_many(4, "/search", Some(key)).await?;

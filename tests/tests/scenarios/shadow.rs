@@ -2,14 +2,16 @@
 //! have been.
 
 use anyhow::{Context, Result};
+use contract::id::OwnerId;
 use contract::outcome::Outcome;
-use contract::record::{Budget, Flags, RateLimit, Record};
+use contract::record::{Budget, Flags, Per, RateLimit, Record};
 use http_body_util::Full;
 use hyper::Request;
-use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
+use limits::pool::PoolId;
+use portcullis_tests::expect::{IDENTITY, SCOPED, assert_refused, assert_upstream};
 use portcullis_tests::fake_control_plane::Faults;
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
-use portcullis_tests::http::Reply;
+use portcullis_tests::http::{Reply, with_key};
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
@@ -24,8 +26,8 @@ fn assert_shadowed(reply: &Reply, outcome: Outcome) {
 
 /// A key for each outcome.
 fn keys() -> Vec<(&'static str, Record)> {
-    let credits = Some(Budget { starter: 10, turn: 1, resets_at_s: None });
-    let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1, shared: true };
+    let credits = Some(Budget { fill: 1, resets_at_s: None, per: Per::Key });
+    let limit = RateLimit { name: "own".into(), requests: 1, window_s: 3_600, burst: 1, shared: true, per: Per::Key };
     let keys = [
         (
             "good",
@@ -50,11 +52,11 @@ fn keys() -> Vec<(&'static str, Record)> {
         let record = with(number, |r| {
             r.scopes = vec!["orders:read".into()];
             match name {
-                "quotaless" => r.quota = Some(Budget { starter: 0, turn: 1, resets_at_s: None }),
+                "quotaless" => r.quota = Some(Budget { fill: 1, resets_at_s: None, per: Per::Key }),
                 "creditless" => {
                     // An owner of its own.
                     r.owner_id.0 = [0x33; 16];
-                    r.credits = Some(Budget { starter: 0, turn: 1, resets_at_s: None });
+                    r.credits = Some(Budget { fill: 1, resets_at_s: None, per: Per::Key });
                 }
                 "elsewhere" => r.networks = vec!["192.0.2.0/24".parse().unwrap()],
                 "off" => r.flags = Flags::DISABLED,
@@ -71,9 +73,9 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
     let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
     let keys = keys();
     let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
-    let scoped = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes"];
-    assert_upstream(&harness.get("/dark", Some("good")).await?, &scoped);
-    assert_upstream(&harness.get("/dark", Some("limited")).await?, &scoped);
+    harness.control_plane.limits().set_left(PoolId::of_credits(OwnerId([0x22; 16])), 10, None);
+    assert_upstream(&harness.get("/dark", Some("good")).await?, &SCOPED);
+    assert_upstream(&harness.get("/dark", Some("limited")).await?, &SCOPED);
     let would_be = [
         (None, Outcome::Missing),
         (Some("stranger"), Outcome::Unknown),
@@ -103,10 +105,8 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
     eventually("the refusal to be reported", enforced).await?;
     let paid = async || (harness.control_plane.reported_cost(Outcome::Allowed) == 2).then_some(());
     eventually("what was allowed to be reported", paid).await?;
-    assert_eq!(
-        (harness.control_plane.reported(Outcome::Revoked), harness.control_plane.reported(Outcome::Missing)),
-        (1, 0)
-    );
+    let reported = [Outcome::Revoked, Outcome::Missing].map(|outcome| harness.control_plane.reported(outcome));
+    assert_eq!(reported, [1, 0]);
 
     harness.send(Request::get("/dark/logged").body(Full::default())?).await?;
     let line: Value = serde_json::from_str(&harness.envoy.log().wait_for("/dark/logged").await?)?;
@@ -146,10 +146,8 @@ async fn only_the_filter_sets_the_shadow_header() -> Result<()> {
     let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").route("/open", "open");
     let harness = harness.start(&[("good", record(1))]).await?;
     let claim = async |path: &str, key: Option<&str>| {
-        let mut request = Request::get(path).header(HEADER, "allowed").header("X-Portcullis-Shadow", "expired");
-        if let Some(key) = key {
-            request = request.header("x-api-key", key);
-        }
+        let request = Request::get(path).header(HEADER, "allowed").header("X-Portcullis-Shadow", "expired");
+        let request = with_key(request, key);
         harness.send(request.body(Full::default()).context("a request")?).await
     };
     assert_upstream(&claim("/", Some("good")).await?, &IDENTITY);

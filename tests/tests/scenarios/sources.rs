@@ -304,22 +304,3 @@ async fn a_request_that_is_refused_keeps_no_key_that_an_access_log_could_show() 
     }
     Ok(())
 }
-
-#[tokio::test]
-async fn a_refusal_without_a_key_names_where_to_send_one() -> Result<()> {
-    for (plugin, places) in [
-        (json!({}), "in the header x-api-key"),
-        (json!({"key_header": "X-Key"}), "in the header x-key"),
-        (json!({"key_sources": [{"query": "k"}]}), "in the query parameter k"),
-        (
-            json!({"key_sources": sources()}),
-            "in the header x-api-key, as a bearer token in the header authorization, in the query parameter api_key or in \
-             the cookie session_key",
-        ),
-    ] {
-        let harness = start(plugin).await?;
-        let reply = ask(&harness, Request::get("/")).await?;
-        assert_eq!((reply.status, &reply.json()?["detail"]), (401, &json!(format!("Send your API key {places}."))));
-    }
-    Ok(())
-}

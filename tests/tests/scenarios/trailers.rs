@@ -11,7 +11,7 @@ use hyper::body::Frame;
 use hyper::{HeaderMap, Request};
 use portcullis_tests::demo::TRAILERS;
 use portcullis_tests::filter_harness::{Builder, FilterHarness, record};
-use portcullis_tests::http::over_http_2;
+use portcullis_tests::http::{over_http_2, with_key};
 use serde_json::{Value, json};
 
 const UPSTREAM: &str = "    - name: upstream
@@ -35,10 +35,7 @@ async fn received(harness: &FilterHarness, key: Option<&str>, trailers: &[(&str,
         map.append(axum::http::HeaderName::try_from(*name)?, value.parse()?);
     }
     let frames: [Result<_, Infallible>; 2] = [Ok(Frame::data(Bytes::from_static(b"a"))), Ok(Frame::trailers(map))];
-    let mut request = Request::post(format!("http://api{TRAILERS}"));
-    if let Some(key) = key {
-        request = request.header("x-api-key", key);
-    }
+    let request = with_key(Request::post(format!("http://api{TRAILERS}")), key);
     let request = request.body(StreamBody::new(futures_util::stream::iter(frames)))?;
     let reply = over_http_2(harness.envoy.address(), request).await?;
     assert_eq!(reply.status, 200, "{:?}", reply.body);

@@ -1,6 +1,5 @@
 //! `cargo xtask up --upstream URL` as a process of its own: it starts, protects the service, and ends on SIGTERM.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
 
@@ -13,7 +12,7 @@ use portcullis_tests::expect::{assert_refused, assert_upstream};
 use portcullis_tests::http::{get_request, send};
 use portcullis_tests::log::Log;
 use portcullis_tests::paths;
-use portcullis_tests::ports::Port;
+use portcullis_tests::ports::{LOCAL, Port};
 use portcullis_tests::process::{Process, Signal};
 use portcullis_tests::rest::Rest;
 use portcullis_tests::wait::eventually;
@@ -34,9 +33,8 @@ async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -
     let target = TempDir::with_prefix("portcullis-")?;
     std::fs::set_permissions(target.path(), PermissionsExt::from_mode(0o755))?;
     symlink(paths::target().join("tools"), target.path().join("tools"))?;
-    let here = Ipv4Addr::LOCALHOST;
-    let service = DemoApi::start(SocketAddr::from((here, 0))).await?;
-    let ports = [Port::reserve(here.into())?, Port::reserve(here.into())?, Port::reserve(here.into())?];
+    let service = DemoApi::start(LOCAL).await?;
+    let ports = [Port::reserve(LOCAL.ip())?, Port::reserve(LOCAL.ip())?, Port::reserve(LOCAL.ip())?];
     let mut up = Command::new(paths::target().join("debug/xtask"));
     up.args(["up", "--upstream", &format!("http://{}", service.address())]);
     for (flag, port) in ["--envoy-port", "--control-plane-port", "--envoy-admin-port"].into_iter().zip(&ports) {
@@ -46,9 +44,8 @@ async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -
     up.env("CONTROL_PLANE_BIN", paths::control_plane()).env("PORTCULLIS_WASM", paths::wasm());
     let log = Log::create(&target.path().join("up.log"))?;
     let up = Process::spawn("cargo xtask up", up, &log, Signal::SIGTERM)?;
-    let ready = async || (up.ended().is_some() || log.text().lines().any(|line| line == "ready")).then_some(());
-    eventually("cargo xtask up to be ready", ready).await?;
-    up.must_run()?;
+    let ready = async || log.text().lines().any(|line| line == "ready").then_some(());
+    up.eventually("cargo xtask up to be ready", ready).await?;
     log.wait_for("curl -si \"$GATE/\"").await?;
 
     let environment = std::fs::read_to_string(target.path().join("up/env"))?;

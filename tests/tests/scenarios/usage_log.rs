@@ -17,7 +17,7 @@ const ADA: &str = "ada@example.com";
 fn forged(key: KeyId, reporter: ReporterId) -> Vec<u8> {
     let subject =
         Subject { key: Some(KeyRef { id: key, generation: 1 }), outcome: Outcome::Allowed.code(), hour: 490_000 };
-    let count = Count { of: subject, requests: 1_000_000, cost: 1_000_000, drawn: 0, last_ms: 1_764_000_000_000 };
+    let count = Count { of: subject, requests: 1_000_000, cost: 1_000_000, last_ms: 1_764_000_000_000 };
     write_reports(&[Report { reporter, seq: 1_000_000, counts: vec![count] }]).unwrap_or_default()
 }
 

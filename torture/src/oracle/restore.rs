@@ -15,7 +15,6 @@ pub struct Snapshot {
 }
 
 impl Oracle {
-    /// The present state of all keys.
     pub fn snapshot(&self) -> Snapshot {
         let known = self.known();
         let secrets = known.secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect();

@@ -185,7 +185,7 @@ fn credits_may_be_used_up_only_as_far_as_is_known() {
     judged.oracle.topped_up(100_000);
     assert!(judged.is_fine(Duration::ZERO, &refusal));
     assert!(!judged.is_fine(LATER, &refusal));
-    let disruption = judged.oracle.begin(Hinders::Leases, &[0], LATER);
+    let disruption = judged.oracle.begin(Hinders::Allowances, &[0], LATER);
     assert!(judged.is_fine(LATER * 9, &refusal));
     judged.oracle.end(&disruption);
     assert!(judged.is_fine(LATER, &refusal));

@@ -123,8 +123,8 @@ fn an_internal_redirect_finds_the_key_only_if_it_was_not_removed() {
     for (strip_key, expected) in [(true, Flow::Stop), (false, Flow::Continue)] {
         let bench = Bench::new(json!({"strip_key": strip_key, "rate_limit": null}), &[("k", record())]);
         let mut stream = bench.request([("x-api-key", "k")], None);
-        assert_eq!(handle(&bench.vm, &bench.config, &mut stream), Flow::Continue);
-        assert_eq!(handle(&bench.vm, &bench.config, &mut stream), expected);
+        assert_eq!(handle(&bench.vm, &bench.config, &mut stream, Waited::default()), Flow::Continue);
+        assert_eq!(handle(&bench.vm, &bench.config, &mut stream, Waited::default()), expected);
         let status = stream.reply.map(|reply| reply.status);
         assert_eq!(status, (expected == Flow::Stop).then_some(401));
     }
@@ -143,9 +143,9 @@ fn trailers_carry_no_identity_and_no_key() {
 /// A key, its record, the policy of the route, and the outcome of a request.
 type Case = (&'static str, Record, Option<&'static str>, Outcome);
 
-/// A key for each refusal by the decision, the limits and the leases.
+/// A key for each refusal by the decision and the limits.
 fn refusals() -> (Value, Vec<Case>) {
-    let plugin = json!({"rate_limit": null, "policies": {
+    let plugin = json!({"rate_limit": null, "limits": {"wait": "0s"}, "policies": {
         "narrow": {"scopes": {"all": ["admin"]}},
         "plain": {},
     }});
@@ -154,11 +154,10 @@ fn refusals() -> (Value, Vec<Case>) {
         change(&mut record);
         record
     };
-    let nothing = Some(Budget { starter: 0, turn: 1, resets_at_s: None });
-    let mut no_credits = with(8, |_| ());
-    no_credits.credits = nothing;
-    let mut no_quota = with(9, |_| ());
-    no_quota.quota = nothing;
+    let budget = Some(Budget { fill: 1, resets_at_s: None, per: Per::Key });
+    let no_credits = Record { credits: budget, flags: Flags::CREDITS_EXHAUSTED, ..with(8, |_| ()) };
+    let no_quota = Record { quota: budget, flags: Flags::QUOTA_EXCEEDED, ..with(9, |_| ()) };
+    let not_asked = Record { quota: budget, ..with(11, |_| ()) };
     let keys = vec![
         ("revoked", with(1, |record| record.flags = Flags::REVOKED), Some("plain"), Outcome::Revoked),
         ("expired", with(2, |record| record.expires_at_s = Some(NOW_S)), Some("plain"), Outcome::Expired),
@@ -174,6 +173,7 @@ fn refusals() -> (Value, Vec<Case>) {
         ("limited", with(7, |record| record.rate_limits = vec![limit("own", 1)]), Some("plain"), Outcome::RateLimited),
         ("no credits", no_credits, Some("plain"), Outcome::CreditsExhausted),
         ("no quota", no_quota, Some("plain"), Outcome::QuotaExceeded),
+        ("not asked", not_asked, Some("plain"), Outcome::LimitsUnavailable),
         ("other policy", with(10, |_| ()), Some("missing"), Outcome::PolicyUnknown),
     ];
     (plugin, keys)
@@ -236,7 +236,7 @@ fn before_the_first_sync_and_with_a_stale_store_the_operator_chooses() {
     let stale = |choice: &str| {
         let plugin = json!({"max_staleness": "60s", "failure_mode": {"stale": choice}, "rate_limit": null});
         let bench = Bench::new(plugin, &[("k", record())]);
-        bench.set_state(4, (NOW_S - 61) * 1_000);
+        bench.set_state((NOW_S - 61) * 1_000);
         bench
     };
     for (bench, outcome) in [(not_ready("deny"), Outcome::NotReady), (stale("deny"), Outcome::Stale)] {
@@ -253,7 +253,7 @@ fn before_the_first_sync_and_with_a_stale_store_the_operator_chooses() {
     }
     // A store that is just not stale.
     let fresh = stale("deny");
-    fresh.set_state(4, (NOW_S - 60) * 1_000);
+    fresh.set_state((NOW_S - 60) * 1_000);
     assert_eq!(fresh.send([("x-api-key", "k")], None).0, Flow::Continue);
 }
 
@@ -262,7 +262,7 @@ fn a_vm_serves_as_soon_as_the_leader_has_loaded_the_store() {
     let bench = Bench::empty(json!({}));
     assert_eq!(bench.ask(Some("k"), None).outcome, Outcome::NotReady);
     // Another VM leads and writes the state. No tick in between.
-    let state = StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 0, synced_ms: 0, filters: 1 };
+    let state = StoreState { epoch: Epoch([1; 16]), revision: 1, keys: 0, synced_ms: 0 };
     state::set(bench.data(), ME, &state).unwrap();
     assert_eq!(bench.ask(Some("k"), None).outcome, Outcome::Unknown);
 }
@@ -331,21 +331,19 @@ fn counts_carry_the_time_of_the_next_tick_unless_the_request_needed_the_time() {
 }
 
 #[test]
-fn a_request_is_counted_with_what_it_drew() {
-    let mut metered = record();
-    metered.cost = 3;
-    metered.generation = 2;
-    metered.quota = Some(Budget { starter: 9, turn: 1, resets_at_s: None });
-    metered.credits = Some(Budget { starter: 9, turn: 1, resets_at_s: None });
+fn a_request_is_counted_with_its_cost_if_the_owner_has_credits() {
+    let budget = Some(Budget { fill: 1, resets_at_s: None, per: Per::Key });
+    let metered = Record { cost: 3, generation: 2, credits: budget, ..record() };
     let free = Record { cost: 3, key_id: KeyId([9; 16]), ..record() };
-    let bench = Bench::new(json!({"rate_limit": null}), &[("metered", metered), ("free", free)]);
+    let plugin = json!({"rate_limit": null, "limits": {"wait": "0s"}, "on_limits_unreachable": {"credits": "allow"}});
+    let bench = Bench::new(plugin, &[("metered", metered), ("free", free)]);
     for key in ["metered", "metered", "free"] {
         assert_eq!(bench.send([("x-api-key", key)], None).0, Flow::Continue);
     }
     let mut counts = bench.counts();
     counts.sort_by_key(|count| count.of);
-    let seen: Vec<_> = counts.iter().map(|count| (count.requests, count.cost, count.drawn)).collect();
-    assert_eq!(seen, [(2, 6, 2), (1, 0, 0)]);
+    let seen: Vec<_> = counts.iter().map(|count| (count.requests, count.cost)).collect();
+    assert_eq!(seen, [(2, 6), (1, 0)]);
     assert_eq!(counts[0].of.key, Some(KeyRef { id: KeyId([7; 16]), generation: 2 }));
 }
 
@@ -358,8 +356,7 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     let update = |bench: &Bench| {
         let mut writer = UpdateWriter::default();
         writer.put(&KeyHash::of(b"k"), &record().to_bytes().unwrap());
-        let header =
-            Header { epoch: Epoch([1; 16]), revision: 2, total_keys: 1, part: Part::Changes { after: 1 }, filters: 1 };
+        let header = Header { epoch: Epoch([1; 16]), revision: 2, total_keys: 1, part: Part::Changes { after: 1 } };
         let bytes = writer.finish(&header).unwrap();
         crate::keys::KeyStore::apply(&bench.vm.keys, ME, &Update::read(&bytes).unwrap()).unwrap();
     };
@@ -373,9 +370,6 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     assert_eq!(calls(&cached, "k"), ("x-api-key, policy".into(), 2));
     // The cached key; the cell of its limit.
     assert_eq!(calls(&cached, "k"), ("x-api-key, policy".into(), 1));
-    // Requests of a busy key are taken from its limit ahead: no cell.
-    let ahead: Vec<u32> = (0..20).map(|_| calls(&cached, "k").1).collect();
-    assert!(ahead.iter().sum::<u32>() <= 2, "{ahead:?}");
     // An unknown key; the reply names the request.
     assert_eq!(calls(&cached, "stranger"), ("x-api-key, policy, x-request-id".into(), 1));
     assert_eq!(calls(&cached, ""), ("x-api-key, policy, x-request-id".into(), 0));

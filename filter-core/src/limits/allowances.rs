@@ -1,0 +1,301 @@
+//! What this Envoy holds of limits that all Envoys share: one VM's part in asking for it.
+//!
+//! What is held is in the cells of the limits, so every VM spends from it, and every VM may ask, tell and hand back. Each VM
+//! tells on its tick what was spent by its requests, and asks at once for requests that wait. What the Envoy knows of its
+//! contact with the control plane is in a cell of its own, which each VM reads on its tick.
+
+use std::cell::{Cell as Slot, RefCell};
+
+use contract::id::ReporterId;
+use limits::asking::{Asking, Sent};
+use limits::holding::Contact;
+use limits::message::{Answer, Ask, Call, Grant, POOLS};
+use limits::pool::PoolId;
+use limits::{AGAIN_MS, IDLE_MS, TICK_MS};
+
+use super::cell::{Entries, cell_of};
+use crate::host::{CallResponse, Host, random_bytes};
+use crate::leader::control_plane::{ask, explain};
+use crate::setup::Setup;
+use crate::shared::{CellKey, Cells, SharedData};
+use crate::time::NS_PER_MS;
+use crate::usage::collector::open;
+use crate::vm::Vm;
+
+/// The state of one VM.
+#[derive(Debug, Default)]
+pub struct Allowances {
+    asking: RefCell<Asking>,
+    contact: Slot<Contact>,
+    /// When any VM of this Envoy last asked for a pool, in milliseconds of Unix time.
+    used_ms: Slot<u64>,
+    reporter: Slot<Option<ReporterId>>,
+    /// The root context was woken and has not asked yet.
+    is_woken: Slot<bool>,
+}
+
+/// What the answer to a call says about the requests that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reached {
+    /// The control plane answered.
+    Yes,
+    /// It did not.
+    No,
+}
+
+impl Allowances {
+    /// The contact with the control plane.
+    pub const fn contact(&self) -> Contact {
+        self.contact.get()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_contact(&self, contact: Contact) {
+        self.contact.set(contact);
+    }
+
+    /// Tokens of a pool that requests of this VM wait for.
+    pub fn waiting(&self, pool: &PoolId) -> u64 {
+        self.asking.borrow().waiting(pool)
+    }
+
+    /// Whether no request should wait, because the control plane does not answer.
+    pub fn is_unreachable(&self) -> bool {
+        self.asking.borrow().is_unreachable()
+    }
+
+    /// A request needs tokens of a pool.
+    pub fn needed(&self, pool: PoolId) {
+        self.asking.borrow_mut().needed(pool);
+    }
+
+    /// A request waits for tokens. `is_again`: the control plane has just said that only other Envoys have them.
+    pub fn need(&self, pool: PoolId, tokens: u64, is_again: bool) {
+        self.asking.borrow_mut().need(pool, tokens, is_again);
+    }
+
+    /// A request was decided without tokens that it needs, because it may not wait.
+    pub fn ask_for(&self, pool: PoolId, tokens: u64) {
+        self.asking.borrow_mut().ask_for(pool, tokens);
+    }
+
+    /// A request was taken from these pools. The flag says whether little is left.
+    pub fn note_spent(&self, pools: impl IntoIterator<Item = (PoolId, bool)>) {
+        let mut asking = self.asking.borrow_mut();
+        for (pool, is_low) in pools {
+            asking.needed(pool);
+            asking.spent(pool, is_low);
+        }
+    }
+
+    /// Whether the root context should be woken to ask. It says yes once until then.
+    pub fn must_wake(&self) -> bool {
+        !self.is_woken.get() && self.asking.borrow().is_urgent() && !self.is_woken.replace(true)
+    }
+
+    /// Requests that wait are decided again and say again what they need.
+    pub fn start_over(&self) {
+        self.asking.borrow_mut().start_over();
+    }
+
+    /// The time until the next tick, in milliseconds. It is short while requests wait for what other Envoys hold.
+    pub fn tick_ms(&self) -> u64 {
+        if self.asking.borrow().is_to_ask_again() { AGAIN_MS } else { TICK_MS }
+    }
+
+    /// A tick has come before its time because requests wait for what other Envoys hold.
+    pub fn ask_again(&self) {
+        self.asking.borrow_mut().ask_again();
+    }
+
+    /// Reads the contact with the control plane, as other VMs know it.
+    pub fn refresh(&self, data: &SharedData<impl Cells>) {
+        if let Some(cell) = data.get(CellKey::Contact) {
+            let (contact, used_ms) = read_contact(&cell.value);
+            self.contact.set(contact);
+            self.used_ms.set(used_ms);
+        }
+    }
+}
+
+/// Asks now, if there is something to ask or to tell. On a tick everything is told that was spent, and the leader's call shows
+/// that the Envoy is live and brings what is recalled.
+pub fn call<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, leads: bool) {
+    let allowances = &vm.allowances;
+    allowances.is_woken.set(false);
+    let now_ns = vm.host().now_ns();
+    let now_ms = now_ns / NS_PER_MS;
+    if is_tick {
+        hand_back_idle(vm, now_ms);
+    } else if !allowances.asking.borrow().is_urgent() {
+        return;
+    }
+    let Some(due) = allowances.asking.borrow_mut().due(is_tick, now_ms) else { return };
+    let is_in_use = now_ms.saturating_sub(allowances.used_ms.get()) < IDLE_MS.saturating_mul(2);
+    if due.is_empty() && !(is_tick && leads && is_in_use) {
+        return;
+    }
+    let asks: Vec<Ask> = due.iter().filter_map(|(pool, need)| ask_for(vm, *pool, *need, now_ns)).collect();
+    // The grants come in the order of the asks.
+    let pools: Vec<PoolId> = asks.iter().map(|ask| ask.pool).collect();
+    match send(vm, setup, asks, false) {
+        Some(token) => allowances.asking.borrow_mut().sent(token, pools, now_ms),
+        None => on_failure(vm, &Sent { sent_ms: now_ms, pools }, "the call could not be sent"),
+    }
+}
+
+/// If this token is that of the call under way: applies its answer.
+pub fn on_response<H: Host, K>(vm: &Vm<H, K>, token: u32, response: &impl CallResponse) -> Option<Reached> {
+    let sent = vm.allowances.asking.borrow_mut().take_response(token)?;
+    let answer = match response.status() {
+        Some(200) => Answer::read(&response.body()).map_err(|error| error.to_string()),
+        status => Err(explain(status, "ask for allowances")),
+    };
+    match answer {
+        Ok(answer) => {
+            apply(vm, &sent, &answer);
+            Some(Reached::Yes)
+        }
+        Err(why) => {
+            on_failure(vm, &sent, &why);
+            Some(Reached::No)
+        }
+    }
+}
+
+fn on_failure<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, why: &str) {
+    let was_reachable = !vm.allowances.is_unreachable();
+    vm.allowances.asking.borrow_mut().on_failure(sent);
+    vm.stats.count_allowance_failure();
+    if was_reachable && vm.allowances.is_unreachable() {
+        vm.host().warn(&format!("allowances of shared limits cannot be asked for: {why}"));
+    }
+}
+
+/// The VM ends: tells what was spent and hands back what it knows to be held. `is_last`: Envoy ends.
+pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
+    let now_ns = vm.host().now_ns();
+    let pools = vm.allowances.asking.borrow_mut().all();
+    let mut asks: Vec<Ask> = Vec::new();
+    for pool in pools {
+        hand_back(vm, pool);
+        asks.extend(ask_for(vm, pool, 0, now_ns));
+    }
+    let is_in_use = vm.allowances.contact().answered_ms > 0;
+    let mut chunks = asks.chunks(POOLS).peekable();
+    if chunks.peek().is_none() && is_last && is_in_use {
+        let _ = send(vm, setup, Vec::new(), true);
+    }
+    while let Some(chunk) = chunks.next() {
+        let _ = send(vm, setup, chunk.to_vec(), is_last && chunks.peek().is_none());
+    }
+}
+
+fn send<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, asks: Vec<Ask>, is_last: bool) -> Option<u32> {
+    let allowances = &vm.allowances;
+    if allowances.reporter.get().is_none() {
+        allowances.reporter.set(random_bytes(vm.host()).map(ReporterId).and_then(|ours| open(&vm.data, ours)));
+    }
+    let reporter = allowances.reporter.get()?;
+    vm.stats.count_allowance_call();
+    ask(vm.host(), setup, &Call { reporter, is_last, asks })
+}
+
+fn apply<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, answer: &Answer) {
+    let allowances = &vm.allowances;
+    let now_ms = vm.now_ms();
+    let used_ms = if sent.pools.is_empty() { allowances.used_ms.get() } else { now_ms };
+    let written = vm.data.update(CellKey::Contact, |cell| {
+        let (mut contact, used_before_ms) = read_contact(cell);
+        contact.answered(sent.sent_ms, now_ms, answer.live, answer.alone_ms);
+        let used_ms = used_ms.max(used_before_ms);
+        Ok::<_, (Contact, u64)>((write_contact(&contact, used_ms), (contact, used_ms)))
+    });
+    if let Ok((contact, used_ms)) = written {
+        allowances.contact.set(contact);
+        allowances.used_ms.set(used_ms);
+    }
+    allowances.asking.borrow_mut().on_answer();
+    for (pool, grant) in sent.pools.iter().zip(&answer.grants) {
+        apply_grant(vm, *pool, grant, sent.sent_ms, now_ms);
+    }
+    for pool in answer.recalls.iter().take(POOLS) {
+        hand_back(vm, *pool);
+        allowances.asking.borrow_mut().tell(*pool);
+    }
+}
+
+fn apply_grant<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, grant: &Grant, sent_ms: u64, now_ms: u64) {
+    let contact = vm.allowances.contact();
+    change(vm, pool, |entries| {
+        let mut holding = entries.holding(&pool);
+        holding.apply(grant, &contact, sent_ms);
+        if holding.is_settled(grant) && holding.is_idle(now_ms) {
+            entries.remove(&pool);
+        } else {
+            entries.set_holding(&pool, holding);
+        }
+    });
+}
+
+fn ask_for<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, need: u64, now_ns: u64) -> Option<Ask> {
+    let contact = vm.allowances.contact();
+    change(vm, pool, |entries| {
+        let mut holding = entries.holding(&pool);
+        let ask = holding.ask(pool, need, &contact, now_ns);
+        entries.set_holding(&pool, holding);
+        ask
+    })
+}
+
+fn hand_back<H: Host, K>(vm: &Vm<H, K>, pool: PoolId) {
+    change(vm, pool, |entries| {
+        let mut holding = entries.holding(&pool);
+        holding.hand_back();
+        entries.set_holding(&pool, holding);
+    });
+}
+
+fn hand_back_idle<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
+    let idle = vm.allowances.asking.borrow_mut().idle(now_ms);
+    for pool in idle {
+        let is_idle = vm
+            .data
+            .get(cell_of(pool.subject))
+            .is_some_and(|cell| Entries::read(&cell.value).holding(&pool).is_idle(now_ms));
+        if is_idle {
+            hand_back(vm, pool);
+            vm.allowances.asking.borrow_mut().tell(pool);
+        }
+    }
+}
+
+/// Changes the entries of a pool's cell. `None` after too much contention, which changes nothing.
+fn change<H: Host, K, T>(vm: &Vm<H, K>, pool: PoolId, change: impl Fn(&mut Entries) -> T) -> Option<T> {
+    let now_ns = vm.host().now_ns();
+    let changed = vm.data.update(cell_of(pool.subject), |cell| {
+        let mut entries = Entries::read(cell);
+        let result = change(&mut entries);
+        Ok::<_, T>((entries.write(now_ns), result))
+    });
+    changed.ok()
+}
+
+const CONTACT_WORDS: usize = 6;
+
+fn read_contact(bytes: &[u8]) -> (Contact, u64) {
+    let (words, _) = bytes.as_chunks::<8>();
+    let words = <[[u8; 8]; CONTACT_WORDS]>::try_from(words).unwrap_or_default().map(u64::from_le_bytes);
+    let [since_ms, answered_ms, live, alone_term, alone_until_ms, used_ms] = words;
+    let (live, alone_term) = (u32::try_from(live).unwrap_or_default(), u32::try_from(alone_term).unwrap_or_default());
+    (Contact { since_ms, answered_ms, live, alone_term, alone_until_ms }, used_ms)
+}
+
+fn write_contact(contact: &Contact, used_ms: u64) -> Vec<u8> {
+    let Contact { since_ms, answered_ms, live, alone_term, alone_until_ms } = *contact;
+    let words = [since_ms, answered_ms, live.into(), alone_term.into(), alone_until_ms, used_ms];
+    words.map(u64::to_le_bytes).concat()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,409 @@
+//! Takes a request from all limits of its key: rate limits, the quota and the owner's credits; from all of them or from none.
+//!
+//! What is remembered of a key is in one cell, and of its owner in another. So a request costs one read and one write of a
+//! cell, and one more of each if its owner has limits.
+
+use std::cell::Cell as Slot;
+
+use contract::outcome::Outcome;
+use contract::rate::{Rate, tag};
+use contract::record::{Per, RateLimit, Record};
+use limits::holding::{Limited, Spent};
+use limits::pool::{PoolId, Subject};
+
+use super::allowances::Allowances;
+use super::cell::{Entries, cell_of, cell_of_client};
+use super::wait::{Exceeded, Wait};
+use crate::address::Client;
+use crate::config::{LimitModes, RateMode, StockMode};
+use crate::shared::{Cells, SharedData};
+use crate::time::{MS_PER_S, NS_PER_MS};
+
+/// Marks the tag of a policy's limit, beyond those of keys.
+const OF_POLICY: u64 = 1 << 56;
+
+/// After too much contention on a cell, its limits count as exceeded for this long.
+const CONTENTION_MS: u64 = 1_000;
+
+/// All limits of a request with a key.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits<'a> {
+    /// The record of the key.
+    pub record: &'a Record,
+    /// The rate limits of the key, of its plan or of the filter.
+    pub own: &'a [RateLimit],
+    /// That of the route, which each Envoy enforces alone.
+    pub route: Option<&'a RateLimit>,
+    /// The price of the request.
+    pub cost: u32,
+}
+
+/// How to charge a request that finds no allowance.
+#[derive(Clone, Copy, Debug)]
+pub struct Attempt {
+    /// What to do while the control plane does not answer.
+    pub modes: LimitModes,
+    /// The control plane does not answer, or the request may not wait for its answer.
+    pub is_unreachable: bool,
+    /// The request has waited as long as it may.
+    pub is_out_of_time: bool,
+}
+
+/// The result of charging a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Charged {
+    /// It is taken from all limits.
+    Yes,
+    /// It must wait for an allowance.
+    Wait,
+    /// A limit refuses it.
+    No(Outcome, Wait),
+}
+
+/// One limit of a request.
+#[derive(Clone, Copy, Debug)]
+enum Limit {
+    /// A rate limit that this Envoy enforces alone, by its tag.
+    Local { place: usize, tag: u64, rate: Rate },
+    /// A rate limit that all Envoys share.
+    Shared { place: usize, pool: PoolId, rate: Rate },
+    /// A quota or credits.
+    Stock { outcome: Outcome, pool: PoolId, cost: u64, fill: u32 },
+}
+
+/// Why limits do not admit a request.
+#[derive(Clone, Debug)]
+enum Denial {
+    /// These pools lack tokens.
+    Lacking(Vec<Lack>),
+    No(Refusal),
+}
+
+/// Tokens that an Envoy must ask for.
+#[derive(Clone, Copy, Debug)]
+struct Lack {
+    pool: PoolId,
+    tokens: u64,
+    /// Only other Envoys have them.
+    for_others: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Refusal {
+    outcome: Outcome,
+    /// Of a rate limit, its place.
+    place: Option<usize>,
+    empty_ms: u64,
+    is_hopeless: bool,
+}
+
+impl Refusal {
+    /// The control plane must be asked and does not answer.
+    const UNAVAILABLE: Self =
+        Self { outcome: Outcome::LimitsUnavailable, place: None, empty_ms: 0, is_hopeless: false };
+}
+
+/// Pools that were spent from, and whether little is left of them.
+type Spendings = Vec<(PoolId, bool)>;
+
+impl Limits<'_> {
+    /// The limits whose memory is with the key, and those whose memory is with its owner.
+    fn by_subject(&self) -> [(Subject, Vec<Limit>); 2] {
+        let (record, cost) = (self.record, u64::from(self.cost));
+        let mut of_key = Vec::with_capacity(self.own.len().saturating_add(2));
+        let mut of_owner = Vec::new();
+        for (place, limit) in self.own.iter().enumerate() {
+            let rate = Rate::of(limit);
+            match (limit.shared, limit.per) {
+                (false, _) => of_key.push(Limit::Local { place, tag: tag(&limit.name), rate }),
+                (true, per) => {
+                    let limit = Limit::Shared { place, pool: PoolId::of_limit(limit, record), rate };
+                    if per == Per::Key { of_key.push(limit) } else { of_owner.push(limit) }
+                }
+            }
+        }
+        if let Some(limit) = self.route {
+            let place = self.own.len();
+            of_key.push(Limit::Local { place, tag: tag(&limit.name) | OF_POLICY, rate: Rate::of(limit) });
+        }
+        if let Some(quota) = record.quota {
+            let pool = PoolId::of_quota(quota.per, record);
+            let limit = Limit::Stock { outcome: Outcome::QuotaExceeded, pool, cost: 1, fill: quota.fill };
+            if quota.per == Per::Key { of_key.push(limit) } else { of_owner.push(limit) }
+        }
+        if let Some(credits) = record.credits.filter(|_| cost > 0) {
+            let pool = PoolId::of_credits(record.owner_id);
+            of_owner.push(Limit::Stock { outcome: Outcome::CreditsExhausted, pool, cost, fill: credits.fill });
+        }
+        [(record.key_id.into(), of_key), (record.owner_id.into(), of_owner)]
+    }
+
+    fn refused(&self, refusal: &Refusal) -> Charged {
+        let Refusal { outcome, place, empty_ms, is_hopeless } = *refusal;
+        let seconds = empty_ms.div_ceil(MS_PER_S).max(1);
+        let wait = match place {
+            Some(limit) => {
+                let all = self.own.iter().chain(self.route).cloned().collect();
+                Wait::Limits(all, Exceeded { limit, retry_after_s: seconds })
+            }
+            None if is_hopeless && outcome == Outcome::CreditsExhausted => Wait::Hopeless,
+            None if empty_ms == u64::MAX => Wait::Usual,
+            None => Wait::Seconds(seconds),
+        };
+        Charged::No(outcome, wait)
+    }
+}
+
+/// Takes a request from its limits. `now_ns` is asked for the time only if there is a limit.
+pub fn charge(
+    data: &SharedData<impl Cells>,
+    allowances: &Allowances,
+    limits: &Limits<'_>,
+    attempt: Attempt,
+    now_ns: impl Fn() -> u64,
+) -> Charged {
+    let [of_key, of_owner] = limits.by_subject();
+    if of_key.1.is_empty() && of_owner.1.is_empty() {
+        return Charged::Yes;
+    }
+    let now_ns = now_ns();
+    let cells = Charging { data, allowances, attempt, now_ns, is_to_note: Slot::new(false) };
+    let first = cells.take(&of_key, true);
+    // If the key's limits do not admit the request, those of its owner are only asked what they lack.
+    let second = cells.take(&of_owner, first.is_ok());
+    match (first, second) {
+        (Ok(spent), Ok(more)) => {
+            allowances.note_spent(spent.into_iter().chain(more));
+            Charged::Yes
+        }
+        (Ok(spent), Err(denial)) => {
+            cells.give_back(&of_key, &spent);
+            cells.denied(limits, vec![denial])
+        }
+        (Err(denial), Err(other)) => cells.denied(limits, vec![denial, other]),
+        (Err(denial), Ok(_)) => cells.denied(limits, vec![denial]),
+    }
+}
+
+/// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
+pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &RateLimit, now_ns: u64) -> Option<Wait> {
+    let (rate, tag) = (Rate::of(limit), tag(&limit.name) | OF_POLICY);
+    let taken = data.update(cell_of_client(client), |cell| {
+        let mut entries = Entries::read(cell);
+        let before_ns = entries.arrival(client.0, tag);
+        let (arrival_ns, result) = match (rate.take(before_ns, now_ns), before_ns) {
+            (Ok(arrival_ns), _) => (arrival_ns, Ok(())),
+            (Err(wait_ns), Some(before_ns)) if rate.after_clock_step(before_ns, now_ns) != before_ns => {
+                (rate.after_clock_step(before_ns, now_ns), Err(wait_ns))
+            }
+            (Err(wait_ns), _) => return Err(Err(wait_ns)),
+        };
+        entries.set_arrival(client.0, tag, arrival_ns);
+        entries.bound();
+        Ok((entries.write(now_ns), result))
+    });
+    let wait_ms = match taken {
+        Ok(Ok(())) => return None,
+        Ok(Err(wait_ns)) => wait_ns.div_ceil(NS_PER_MS),
+        Err(_) => CONTENTION_MS,
+    };
+    let retry_after_s = wait_ms.div_ceil(MS_PER_S).max(1);
+    Some(Wait::Limits(vec![limit.clone()], Exceeded { limit: 0, retry_after_s }))
+}
+
+/// The charging of one request.
+struct Charging<'a, C> {
+    data: &'a SharedData<C>,
+    allowances: &'a Allowances,
+    attempt: Attempt,
+    now_ns: u64,
+    /// Also if the request is not taken, there is something to note: see [`Charging::note`].
+    is_to_note: Slot<bool>,
+}
+
+impl<C: Cells> Charging<'_, C> {
+    /// Takes a request from all limits of a subject or from none. Without `commit` it only looks.
+    fn take(&self, (subject, limits): &(Subject, Vec<Limit>), commit: bool) -> Result<Spendings, Denial> {
+        if limits.is_empty() {
+            return Ok(Vec::new());
+        }
+        let taken = self.data.update(cell_of(*subject), |cell| {
+            self.is_to_note.set(false);
+            let mut entries = Entries::read(cell);
+            match self.take_all(&mut entries, *subject, limits) {
+                Ok(spent) if commit => Ok((entries.write(self.now_ns), Ok(spent))),
+                Err(denial) if self.is_to_note.get() => Ok((self.note(cell, *subject, limits), Err(denial))),
+                other => Err(other),
+            }
+        });
+        taken.unwrap_or_else(|_| {
+            let outcome = limits.first().map_or(Outcome::RateLimited, Limit::outcome);
+            let place = limits.first().and_then(Limit::place);
+            Err(Denial::No(Refusal { outcome, place, empty_ms: CONTENTION_MS, is_hopeless: false }))
+        })
+    }
+
+    /// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after
+    /// the clock has stepped back.
+    fn note(&self, cell: &[u8], subject: Subject, limits: &[Limit]) -> Vec<u8> {
+        let mut entries = Entries::read(cell);
+        for limit in limits {
+            if let Limit::Local { tag, rate, .. } = limit
+                && let Some(arrival_ns) = entries.arrival(subject.0, *tag)
+            {
+                entries.set_arrival(subject.0, *tag, rate.after_clock_step(arrival_ns, self.now_ns));
+            }
+            let Some((pool, _, of)) = limit.shared() else { continue };
+            let mut holding = entries.holding(&pool);
+            holding.prepare(of, &self.allowances.contact(), self.now_ns);
+            entries.set_holding(&pool, holding);
+            self.allowances.needed(pool);
+        }
+        entries.write(self.now_ns)
+    }
+
+    fn take_all(&self, entries: &mut Entries, subject: Subject, limits: &[Limit]) -> Result<Spendings, Denial> {
+        let (mut spent, mut lacking, mut refusal) = (Vec::new(), Vec::new(), None::<Refusal>);
+        for limit in limits {
+            match self.take_one(entries, subject, limit) {
+                Ok(spending) => spent.extend(spending),
+                Err(Denial::Lacking(more)) => lacking.extend(more),
+                Err(Denial::No(no)) if refusal.is_none_or(|worst| no.empty_ms > worst.empty_ms) => refusal = Some(no),
+                Err(Denial::No(_)) => {}
+            }
+        }
+        match (refusal, lacking.is_empty()) {
+            (Some(refusal), _) => Err(Denial::No(refusal)),
+            (None, false) => Err(Denial::Lacking(lacking)),
+            (None, true) => Ok(spent),
+        }
+    }
+
+    fn take_one(&self, entries: &mut Entries, subject: Subject, limit: &Limit) -> Result<Spendings, Denial> {
+        let now_ns = self.now_ns;
+        let no = |empty_ms, is_hopeless| {
+            Denial::No(Refusal { outcome: limit.outcome(), place: limit.place(), empty_ms, is_hopeless })
+        };
+        if let Limit::Local { tag, rate, .. } = limit {
+            let before_ns = entries.arrival(subject.0, *tag);
+            let arrival_ns = rate.take(before_ns, now_ns).map_err(|wait_ns| {
+                let is_stepped = before_ns.is_some_and(|before| rate.after_clock_step(before, now_ns) != before);
+                self.is_to_note.set(self.is_to_note.get() || is_stepped);
+                no(wait_ns.div_ceil(NS_PER_MS), false)
+            })?;
+            entries.set_arrival(subject.0, *tag, arrival_ns);
+        }
+        let Some((pool, cost, of)) = limit.shared() else { return Ok(Vec::new()) };
+        let contact = self.allowances.contact();
+        let mut holding = entries.holding(&pool);
+        let before_ns = holding.arrival_ns;
+        let spent = holding.spend(cost, of, self.allowances.waiting(&pool), &contact, now_ns);
+        if matches!(spent, Spent::Wait { .. }) || holding.arrival_ns < before_ns {
+            self.is_to_note.set(true);
+        }
+        let result = match spent {
+            Spent::Yes { is_low } => Ok(vec![(pool, is_low)]),
+            Spent::No { empty_ms } => Err(no(empty_ms, holding.has_some())),
+            Spent::Wait { .. } if self.attempt.is_unreachable => {
+                self.allowances.ask_for(pool, cost);
+                match (of, self.attempt.modes.rate_limits) {
+                    (Limited::Rate(rate), RateMode::SafeRate) => holding
+                        .spend_at_safe_rate(rate, &contact, now_ns)
+                        .map(|()| vec![(pool, true)])
+                        .map_err(|wait_ns| no(wait_ns.div_ceil(NS_PER_MS), false)),
+                    _ if self.lets_through(limit) => Ok(Vec::new()),
+                    _ => Err(Denial::No(Refusal::UNAVAILABLE)),
+                }
+            }
+            Spent::Wait { .. } if self.attempt.is_out_of_time => {
+                Err(no(holding.empty_ms(now_ns / NS_PER_MS), holding.has_some()))
+            }
+            Spent::Wait { for_others } => Err(Denial::Lacking(vec![Lack { pool, tokens: cost, for_others }])),
+        };
+        entries.set_holding(&pool, holding);
+        result
+    }
+
+    fn lets_through(&self, limit: &Limit) -> bool {
+        let LimitModes { rate_limits, quotas, credits } = self.attempt.modes;
+        match limit.outcome() {
+            Outcome::QuotaExceeded => quotas == StockMode::Allow,
+            Outcome::CreditsExhausted => credits == StockMode::Allow,
+            _ => rate_limits == RateMode::Allow,
+        }
+    }
+
+    /// Gives back what was taken from all limits of a subject.
+    fn give_back(&self, (subject, limits): &(Subject, Vec<Limit>), spent: &Spendings) {
+        if limits.is_empty() {
+            return;
+        }
+        let given = self.data.update(cell_of(*subject), |cell| {
+            let mut entries = Entries::read(cell);
+            for limit in limits {
+                if let Limit::Local { tag, rate, .. } = limit {
+                    let arrival_ns = entries.arrival(subject.0, *tag).unwrap_or_default();
+                    entries.set_arrival(subject.0, *tag, arrival_ns.saturating_sub(rate.interval_ns()));
+                }
+                // A limit that let the request through unchecked took nothing.
+                let is_spent = |pool: &PoolId| spent.iter().any(|(spent, _)| spent == pool);
+                if let Some((pool, cost, _)) = limit.shared().filter(|(pool, ..)| is_spent(pool)) {
+                    let mut holding = entries.holding(&pool);
+                    holding.refund(cost);
+                    entries.set_holding(&pool, holding);
+                }
+            }
+            Ok::<_, ()>((entries.write(self.now_ns), ()))
+        });
+        // Should it not go back, the key has one request less, which is better than one too many.
+        let _ = given;
+    }
+
+    /// A refusal goes before a wait, and the longest one before the others.
+    fn denied(&self, limits: &Limits<'_>, denials: Vec<Denial>) -> Charged {
+        let mut lacking = Vec::new();
+        let mut worst: Option<Refusal> = None;
+        for denial in denials {
+            match denial {
+                Denial::Lacking(more) => lacking.extend(more),
+                Denial::No(no) if worst.is_none_or(|worst| no.empty_ms > worst.empty_ms) => worst = Some(no),
+                Denial::No(_) => {}
+            }
+        }
+        if let Some(refusal) = worst {
+            return limits.refused(&refusal);
+        }
+        for Lack { pool, tokens, for_others } in lacking {
+            self.allowances.need(pool, tokens, for_others);
+        }
+        Charged::Wait
+    }
+}
+
+impl Limit {
+    /// The pool of a limit that all Envoys share, what the request costs, and the terms.
+    const fn shared(&self) -> Option<(PoolId, u64, Limited<'_>)> {
+        match self {
+            Self::Local { .. } => None,
+            Self::Shared { pool, rate, .. } => Some((*pool, 1, Limited::Rate(rate))),
+            Self::Stock { pool, cost, fill, .. } => Some((*pool, *cost, Limited::Stock { fill: *fill })),
+        }
+    }
+
+    const fn outcome(&self) -> Outcome {
+        match self {
+            Self::Local { .. } | Self::Shared { .. } => Outcome::RateLimited,
+            Self::Stock { outcome, .. } => *outcome,
+        }
+    }
+
+    const fn place(&self) -> Option<usize> {
+        match self {
+            Self::Local { place, .. } | Self::Shared { place, .. } => Some(*place),
+            Self::Stock { .. } => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

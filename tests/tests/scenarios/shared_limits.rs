@@ -1,0 +1,189 @@
+//! Limits over several Envoys on the whole stack, as customers meet them: who is within a limit is
+//! not refused by it, and nobody gets more.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use contract::outcome::Outcome;
+use futures_util::future::join_all;
+use portcullis_tests::envoy::Envoy;
+use portcullis_tests::expect::assert_refused;
+use portcullis_tests::http::{Reply, get_request, send};
+use portcullis_tests::process::Signal;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
+use serde_json::{Value, json};
+
+/// So many requests at once, at the Envoys in turn.
+async fn page(stack: &Stack, requests: usize, key: &str) -> Result<Vec<Reply>> {
+    let envoys: Vec<&Envoy> = stack.envoys.iter().collect();
+    let ask = async |number: usize| {
+        let envoy = envoys[number % envoys.len()];
+        send(envoy.address(), get_request("/orders", Some(key))?).await
+    };
+    join_all((0..requests).map(ask)).await.into_iter().collect()
+}
+
+fn admitted(replies: &[Reply]) -> usize {
+    replies.iter().filter(|reply| reply.status == 200).count()
+}
+
+/// A key, on every Envoy.
+async fn key(stack: &Stack, email: &str, fields: Value) -> Result<(String, String)> {
+    let mut body = json!({"email": email, "name": "of a test"});
+    let fields = fields.as_object().cloned().unwrap_or_default();
+    body.as_object_mut().context("an object")?.extend(fields);
+    let (id, key) = stack.rest().create_with(body).await?;
+    stack.in_step().await?;
+    Ok((id, key))
+}
+
+fn per_day(requests: u32) -> Value {
+    json!({"quota": {"requests": requests, "period": "day", "time_zone": "UTC"}})
+}
+
+fn limit(requests: u32, window_seconds: u32) -> Value {
+    json!({"rate_limits": [{"name": "limit", "requests": requests, "window_seconds": window_seconds}]})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_of_calls_pass_on_any_number_of_envoys_until_the_quota_is_used_up() -> Result<()> {
+    for envoys in [1, 3] {
+        let stack = Stack::builder().envoys(envoys).start().await?;
+        let (_, hundred) = key(&stack, "hundred@example.com", per_day(100)).await?;
+        for _ in 0..5 {
+            assert_eq!(admitted(&page(&stack, 20, &hundred).await?), 20, "{envoys} Envoys");
+        }
+        let replies = page(&stack, 5, &hundred).await?;
+        for reply in &replies {
+            assert_refused(reply, Outcome::QuotaExceeded, &[]);
+            let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
+            assert!((1..=86_400).contains(&wait), "{wait}");
+        }
+        let (_, three) = key(&stack, "three@example.com", per_day(3)).await?;
+        assert_eq!(admitted(&page(&stack, 8, &three).await?), 3, "{envoys} Envoys");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_request_each_one_and_a_half_seconds_passes_on_a_limit_of_one_a_second_on_five_envoys() -> Result<()> {
+    let stack = Stack::builder().envoys(5).start().await?;
+    let (_, slow) = key(&stack, "slow@example.com", limit(1, 1)).await?;
+    let mut ticks = tokio::time::interval(Duration::from_millis(1_500));
+    for number in 0..60 {
+        ticks.tick().await;
+        let envoy = &stack.envoys[number % stack.envoys.len()];
+        let reply = send(envoy.address(), get_request("/orders", Some(&slow))?).await?;
+        assert_eq!(reply.status, 200, "request {number}");
+    }
+    // Two at once: one of them, and who waits as long as it says is admitted.
+    let replies = page(&stack, 2, &slow).await?;
+    let refused = replies.iter().find(|reply| reply.status != 200).context("both were admitted")?;
+    assert_refused(refused, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+    let wait: u64 = refused.header("retry-after").context("no retry-after")?.parse()?;
+    tokio::time::sleep(Duration::from_secs(wait)).await;
+    assert_eq!(admitted(&page(&stack, 1, &slow).await?), 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_burst_passes_whole_on_two_envoys_and_a_restart_neither_adds_nor_takes() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    // So slow that nothing comes back during the test.
+    let (_, burst) = key(&stack, "burst@example.com", limit(10, 86_400)).await?;
+    let (_, half) = key(&stack, "half@example.com", limit(10, 86_400)).await?;
+    assert_eq!(admitted(&page(&stack, 10, &burst).await?), 10);
+    assert_eq!(admitted(&page(&stack, 4, &half).await?), 4);
+    stack.envoys[0].stop(Signal::SIGTERM).await?;
+    stack.envoys[0].restart().await?;
+    stack.in_step().await?;
+    assert_eq!(admitted(&page(&stack, 10, &burst).await?), 0);
+    assert_eq!(admitted(&page(&stack, 10, &half).await?), 6);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn credits_are_spent_to_the_last_whatever_a_request_costs() -> Result<()> {
+    let stack = Stack::builder().envoys(3).start().await?;
+    let rest = stack.rest();
+    for (email, credits, cost, expected) in [("burst@example.com", 20, 2, 10), ("dear@example.com", 1_000, 900, 1)] {
+        let (_, metered) = key(&stack, email, json!({"cost": cost})).await?;
+        let user = rest.user(email).await?;
+        rest.post(&format!("{user}/ledger"), json!({"amount": credits})).await?;
+        stack.in_step().await?;
+        assert_eq!(admitted(&page(&stack, expected, &metered).await?), expected, "{email}");
+        let refused = page(&stack, 1, &metered).await?;
+        assert_eq!(refused[0].status, 429, "{email}");
+        let balance = credits - i64::try_from(expected)? * cost;
+        let booked = async || (rest.get(&format!("{user}/balance")).await.ok()?["balance"] == balance).then_some(());
+        eventually("the requests to be booked", booked).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_raised_limit_quota_or_balance_opens_at_once_by_the_difference_and_a_lowered_one_shuts() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let rest = stack.rest();
+    for (email, five, hundred, two) in [
+        ("quota@example.com", per_day(5), per_day(100), per_day(2)),
+        ("limit@example.com", limit(5, 86_400), limit(100, 86_400), limit(2, 86_400)),
+    ] {
+        let (id, raised) = key(&stack, email, five).await?;
+        assert_eq!(admitted(&page(&stack, 8, &raised).await?), 5, "{email}");
+        rest.patch(&format!("/v1/keys/{id}"), hundred).await?;
+        stack.in_step().await?;
+        assert_eq!(admitted(&page(&stack, 110, &raised).await?), 95, "{email}");
+        rest.patch(&format!("/v1/keys/{id}"), two).await?;
+        stack.in_step().await?;
+        assert_eq!(admitted(&page(&stack, 4, &raised).await?), 0, "{email}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_keys_of_an_owner_share_what_their_plan_limits_per_owner() -> Result<()> {
+    let stack = Stack::builder().envoys(3).start().await?;
+    let rest = stack.rest();
+    let plan = json!({
+        "name": "team",
+        "rate_limits": [{"name": "team", "requests": 40, "window_seconds": 86_400, "per": "owner"}],
+    });
+    rest.post("/v1/plans", plan).await?;
+    let mut keys = Vec::new();
+    for number in 0..20 {
+        let fields = json!({"email": "team@example.com", "name": format!("key {number}"), "plan": "team"});
+        keys.push(rest.create_with(fields).await?.1);
+    }
+    stack.in_step().await?;
+    let ask = async |number: usize| {
+        let envoy = &stack.envoys[number % stack.envoys.len()];
+        send(envoy.address(), get_request("/orders", Some(&keys[number % keys.len()]))?).await
+    };
+    let replies: Vec<Reply> = join_all((0..100).map(ask)).await.into_iter().collect::<Result<_>>()?;
+    assert_eq!(admitted(&replies), 40);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_envoy_that_is_killed_gives_back_what_it_held() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let (_, shared) = key(&stack, "killed@example.com", per_day(200)).await?;
+    // Both hold some ahead.
+    assert_eq!(admitted(&page(&stack, 100, &shared).await?), 100);
+    stack.envoys[1].stop(Signal::SIGKILL).await?;
+    let start = Instant::now();
+    let one = &stack.envoys[0];
+    let mut got = 100;
+    let all = async || {
+        let reply = send(one.address(), get_request("/orders", Some(&shared)).ok()?).await.ok()?;
+        got += u64::from(reply.status == 200);
+        (got >= 200).then_some(())
+    };
+    // What it held comes back a minute after it was last heard of.
+    tokio::time::timeout(Duration::from_secs(100), eventually("all of the quota", all)).await??;
+    println!("a killed Envoy's allowance came back within {:.0?}", start.elapsed());
+    assert_eq!(got, 200);
+    Ok(())
+}
