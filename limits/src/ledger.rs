@@ -78,6 +78,11 @@ impl Holder {
         self.granted.saturating_sub(self.spent).saturating_sub(self.returned)
     }
 
+    /// Tokens that the Envoy can still spend. It holds more while usage that it tells is not booked.
+    fn unspent(&self, ask: &Ask) -> u64 {
+        self.granted.saturating_sub(self.spent.max(ask.spent)).saturating_sub(self.returned)
+    }
+
     /// Whether it can hand back what it holds.
     const fn is_heard(&self, now_ms: u64) -> bool {
         now_ms.saturating_sub(self.heard_ms) < SILENT_MS
@@ -112,7 +117,7 @@ impl Pool {
             Company::Several => self.grantable(&me, ask, others, now_ns),
             Company::AnotherIsAlone => (0, 0),
         };
-        let missing = ask.need.saturating_sub(me.held()).saturating_sub(needed);
+        let missing = ask.need.saturating_sub(me.unspent(ask)).saturating_sub(needed);
         me.granted = me.granted.saturating_add(needed).saturating_add(ahead);
         me.is_recalled = false;
         if ask.need > 0 || ask.spent > 0 {
@@ -205,9 +210,10 @@ impl Pool {
     /// Tokens for the requests that wait, and tokens ahead of need.
     fn grantable(&self, me: &Holder, ask: &Ask, others: u64, now_ns: u64) -> (u64, u64) {
         let room = self.left(now_ns).saturating_sub(others).saturating_sub(me.held());
-        let needed = ask.need.saturating_sub(me.held()).min(room);
+        let unspent = me.unspent(ask);
+        let needed = ask.need.saturating_sub(unspent).min(room);
         let room = room.saturating_sub(needed);
-        let idle = me.held().saturating_add(needed).saturating_sub(ask.need);
+        let idle = unspent.saturating_add(needed).saturating_sub(ask.need);
         let now_ms = now_ns / NS_PER_MS;
         let in_use = |holder: &&Holder| now_ms.saturating_sub(holder.used_ms) < IDLE_MS;
         let users = u64::try_from(self.holders.iter().filter(in_use).count()).unwrap_or(u64::MAX).saturating_add(1);

@@ -150,6 +150,7 @@ async fn what_a_silent_or_ended_envoy_holds_is_free_again(pool: PgPool) {
     assert_eq!(quota_view(&fixture, &admin, key).await, json!([10, 90, 0]));
     execute(&pool, "update allowance_callers set heard_at = now() - interval '61 seconds'").await;
     assert_eq!(quota_view(&fixture, &admin, key).await, json!([10, 0, 90]));
+    end_alone(&pool).await;
     assert_eq!(ask_one(&fixture, &sync, 3, second).await.granted, 90);
     // Its rows are deleted, then those that hold nothing, then the pool.
     assert_eq!(tidy(&pool).await.unwrap(), 2);

@@ -1,19 +1,17 @@
 //! The list of Envoys and the state of each, as its polls and reports tell it.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::support::reports::submit;
-use crate::support::{Fixture, Reply, execute, revision, revoke, row, scalar};
+use crate::support::{Fixture, Reply, execute, request, revoke, row, scalar};
 use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
-use contract::update::Update;
 use contract::usage::Report;
 use control_plane::metering::NEW_REPORTERS;
 use control_plane::metering::retention::forget_reporters;
 use control_plane::sync::filters;
 use control_plane::sync::registry::{PollStatus, Registry};
 use limits::message::Call;
-use portcullis_tests::wait::DEADLINE;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -215,7 +213,9 @@ async fn the_state_of_envoys_is_kept_while_the_database_is_down(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn envoys_are_forgotten_a_day_after_their_last_message(pool: PgPool) {
     let registry = Registry::bounded(1_000);
-    (1..=3).for_each(|number| drop(registry.polled(envoy(number), PollStatus::default())));
+    for number in 1..=3 {
+        registry.polled(envoy(number), PollStatus::default());
+    }
     registry.write(&pool).await.unwrap();
     assert_eq!(live(&pool).await, 3);
     let gone = "update filters set seen_at = now() - interval '25 hours'";

@@ -295,22 +295,22 @@ async fn a_quota_that_grew_or_is_gone_opens_at_once(pool: PgPool) {
         execute(&pool, update).await;
     };
     let insert = format!(
-        "insert into quota_use (key_id, kind, window_start, window_end, used)
+        "insert into quota_use (subject, kind, window_start, window_end, used)
         values ('{id}', 'day/UTC', now() - interval '1 h', now() + interval '1 h', 170)"
     );
     execute(&pool, insert).await;
     used_up().await;
     let state = async || {
         let record = record(&fixture, &key).await;
-        let turn = record.quota.map(|quota| (quota.turn, quota.resets_at_s.is_some()));
-        (record.flags.contains(contract::record::Flags::QUOTA_EXCEEDED), turn)
+        let fill = record.quota.map(|quota| (quota.fill, quota.resets_at_s.is_some()));
+        (record.flags.contains(contract::record::Flags::QUOTA_EXCEEDED), fill)
     };
     assert_eq!(state().await, (true, Some((1, true))));
     // Not enough.
     patch(&fixture, &admin, id, json!({"quota": daily(170)})).await;
-    assert_eq!(state().await, (true, Some((1, true))));
+    assert_eq!(state().await, (true, Some((2, true))));
     patch(&fixture, &admin, id, json!({"quota": daily(171)})).await;
-    assert_eq!(state().await, (false, Some((2, false))));
+    assert_eq!(state().await, (false, Some((3, false))));
     used_up().await;
     patch(&fixture, &admin, id, json!({"quota": null})).await;
     assert_eq!(state().await, (false, None));
