@@ -191,3 +191,6 @@ impl Asking {
         self.used.extend(&sent.pools);
     }
 }
+
+#[cfg(test)]
+mod tests;
