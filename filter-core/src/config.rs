@@ -7,6 +7,7 @@ use contract::json::{Milliseconds, Seconds, null_is_default, read};
 use contract::pepper::Pepper;
 use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
+use limits::LONGEST_WAIT_MS;
 use serde::Deserialize;
 
 use crate::extract::source::{self, Source};
@@ -18,9 +19,6 @@ pub const MIN_STALENESS_S: u64 = 60;
 
 /// The value of `limits.wait`, unless it is given.
 const LIMITS_WAIT_MS: u64 = 250;
-
-/// The greatest value of `limits.wait`.
-const LONGEST_WAIT_MS: u64 = 800;
 
 /// Most names in `remove_headers`.
 const REMOVED_HEADERS: usize = 64;
@@ -338,7 +336,7 @@ impl From<PolicyError> for ConfigError {
 
 fn wait(Milliseconds(ms): Milliseconds) -> Result<u64, ConfigError> {
     if ms > LONGEST_WAIT_MS {
-        return Err(ConfigError(format!("limits.wait: must be at most \"0.8s\"; with \"0s\" no request waits")));
+        return Err(ConfigError("limits.wait: must be at most \"0.8s\"; with \"0s\" no request waits".into()));
     }
     Ok(ms)
 }
