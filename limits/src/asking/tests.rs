@@ -111,7 +111,7 @@ fn a_call_has_a_bounded_number_of_pools_and_the_others_follow() {
     let first = asking.due(true, NOW).unwrap();
     assert_eq!((first.len(), first.iter().all(|(_, need)| *need == 1)), (POOLS, true));
     let rest = [asking.due(true, NOW), asking.due(true, NOW)].map(|due| due.unwrap().len());
-    assert_eq!(rest, [POOLS, 200]);
+    assert_eq!(rest, [POOLS, 300]);
 }
 
 #[test]
@@ -144,4 +144,19 @@ fn a_worker_that_ends_names_every_pool_once() {
     all.sort_unstable();
     assert_eq!(all, [pool(1), pool(2), pool(3)]);
     assert_eq!(asking.all(), []);
+}
+
+#[test]
+fn a_pool_that_was_handed_back_is_not_idle_again() {
+    let mut asking = Asking::default();
+    asking.idle(NOW);
+    asking.tell(pool(1));
+    asking.spent(pool(2), false);
+    assert_eq!(sorted(asking.due(true, NOW)), [(1, 0), (2, 0)]);
+    assert_eq!(asking.idle(NOW + IDLE_MS), []);
+    assert_eq!(asking.idle(NOW + 2 * IDLE_MS), [pool(2)]);
+    // What is still to be told when a pool is idle is told.
+    asking.tell(pool(3));
+    assert_eq!(asking.idle(NOW + 3 * IDLE_MS), [pool(3)]);
+    assert_eq!(sorted(asking.due(true, NOW)), [(3, 0)]);
 }

@@ -192,8 +192,8 @@ fn the_only_envoy_needs_no_allowance() {
     let over = NOW + ALONE_MS * NS_PER_MS;
     assert_eq!(holding.spend(1, of, 0, &contact, over), Spent::Wait { for_others: false });
     // A clock that has stepped back does not prolong the time.
-    assert_eq!(contact.is_alone(NOW_MS), true);
-    assert_eq!(contact.is_alone(NOW_MS - 1), false);
+    assert!(contact.is_alone(NOW_MS));
+    assert!(!contact.is_alone(NOW_MS - 1));
 
     let mut holding = Holding::default();
     holding.prepare(STOCK, &contact, NOW);
