@@ -1,7 +1,7 @@
 //! Charging on cells in memory: local limits, several limits at once, refunds, and contention.
 
 use contract::id::{KeyId, OwnerId};
-use limits::holding::{Contact, Holding};
+use limits::holding::Contact;
 
 use super::*;
 use crate::limits::testing::{budget, limit, record, shared};
