@@ -104,14 +104,14 @@ pub struct FailureModes {
     pub stale: FailureMode,
 }
 
-/// The decision on a request without a usable store.
+/// The decision on a request that cannot be checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureMode {
     /// Refuse it with 503.
     #[default]
     Deny,
-    /// Let it through, unchecked and without identity.
+    /// Let it through: without identity if its key is not checked. It is counted all the same.
     Allow,
 }
 
@@ -124,10 +124,10 @@ pub struct LimitModes {
     pub rate_limits: RateMode,
     /// By quotas.
     #[serde(deserialize_with = "null_is_default")]
-    pub quotas: StockMode,
+    pub quotas: FailureMode,
     /// By credits.
     #[serde(deserialize_with = "null_is_default")]
-    pub credits: StockMode,
+    pub credits: FailureMode,
 }
 
 /// The decision by a rate limit.
@@ -140,17 +140,6 @@ pub enum RateMode {
     /// Refuse the request with 503.
     Deny,
     /// Let it through.
-    Allow,
-}
-
-/// The decision by a quota or by credits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StockMode {
-    /// Refuse the request with 503.
-    #[default]
-    Deny,
-    /// Let it through. It is counted all the same.
     Allow,
 }
 

@@ -13,7 +13,7 @@ use super::allowances::Allowances;
 use super::cell::{Entries, cell_of, cell_of_client};
 use super::wait::{Exceeded, Wait};
 use crate::address::Client;
-use crate::config::{LimitModes, RateMode, StockMode};
+use crate::config::{FailureMode, LimitModes, RateMode};
 use crate::shared::{Cells, SharedData};
 use crate::time::{MS_PER_S, NS_PER_MS};
 
@@ -347,8 +347,8 @@ impl Charging<'_> {
                 };
             }
             (Limited::Rate(_), _) => rate_limits == RateMode::Allow,
-            (Limited::Stock { .. }, Outcome::QuotaExceeded) => quotas == StockMode::Allow,
-            (Limited::Stock { .. }, _) => credits == StockMode::Allow,
+            (Limited::Stock { .. }, Outcome::QuotaExceeded) => quotas == FailureMode::Allow,
+            (Limited::Stock { .. }, _) => credits == FailureMode::Allow,
         };
         if lets_through { Verdict::Taken } else { Verdict::No(Refusal::UNAVAILABLE) }
     }
