@@ -78,7 +78,7 @@ fn read_an_update_of_ten_thousand_keys(bencher: Bencher<'_, '_>) {
         writer.put(&KeyHash::of(&number.to_le_bytes()), &record);
     }
     let part = Part::Changes { after: 0 };
-    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 10_000, part, filters: 1 };
+    let header = Header { epoch: Epoch([1; 16]), revision: 1, total_keys: 10_000, part };
     let update = writer.finish(&header).expect("an update can be written");
     bencher.bench_local(|| Update::read(black_box(&update)).is_ok());
 }

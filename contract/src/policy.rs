@@ -195,19 +195,17 @@ impl Policies {
             return Err(PolicyError(format!("policies: name at most {POLICIES}")));
         }
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-        let checked = |(name, text): (String, PolicyText)| {
+        let mut checked = BTreeMap::new();
+        for (name, text) in named {
             if !(1..=NAME_BYTES).contains(&name.len()) || !name.bytes().all(allowed) || name == DEFAULT_NAME {
                 let why =
                     format!("must have 1 to {NAME_BYTES} characters of a-z, A-Z, 0-9 and _ . -, and not be default");
                 return Err(PolicyError(format!("policies: the name {name:?} {why}")));
             }
             let policy = text.check(&format!("policies.{name}"), &name)?;
-            Ok((name, policy))
-        };
-        Ok(Self {
-            default: default.check("default_policy", DEFAULT_NAME)?,
-            named: named.into_iter().map(checked).collect::<Result<_, _>>()?,
-        })
+            checked.insert(name, policy);
+        }
+        Ok(Self { default: default.check("default_policy", DEFAULT_NAME)?, named: checked })
     }
 
     /// The policy of this name, or the default policy for a route without a name. `None` if no policy has the name.

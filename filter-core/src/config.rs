@@ -7,6 +7,7 @@ use contract::json::{Milliseconds, Seconds, null_is_default, read};
 use contract::pepper::Pepper;
 use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
 use contract::record::RateLimit;
+use limits::LONGEST_WAIT_MS;
 use serde::Deserialize;
 
 use crate::extract::source::{self, Source};
@@ -18,9 +19,6 @@ pub const MIN_STALENESS_S: u64 = 60;
 
 /// The value of `limits.wait`, unless it is given.
 const LIMITS_WAIT_MS: u64 = 250;
-
-/// The greatest value of `limits.wait`.
-const LONGEST_WAIT_MS: u64 = 800;
 
 /// Most names in `remove_headers`.
 const REMOVED_HEADERS: usize = 64;
@@ -106,14 +104,14 @@ pub struct FailureModes {
     pub stale: FailureMode,
 }
 
-/// The decision on a request without a usable store.
+/// The decision on a request that cannot be checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureMode {
     /// Refuse it with 503.
     #[default]
     Deny,
-    /// Let it through, unchecked and without identity.
+    /// Let it through: without identity if its key is not checked. It is counted all the same.
     Allow,
 }
 
@@ -126,10 +124,10 @@ pub struct LimitModes {
     pub rate_limits: RateMode,
     /// By quotas.
     #[serde(deserialize_with = "null_is_default")]
-    pub quotas: StockMode,
+    pub quotas: FailureMode,
     /// By credits.
     #[serde(deserialize_with = "null_is_default")]
-    pub credits: StockMode,
+    pub credits: FailureMode,
 }
 
 /// The decision by a rate limit.
@@ -142,17 +140,6 @@ pub enum RateMode {
     /// Refuse the request with 503.
     Deny,
     /// Let it through.
-    Allow,
-}
-
-/// The decision by a quota or by credits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StockMode {
-    /// Refuse the request with 503.
-    #[default]
-    Deny,
-    /// Let it through. It is counted all the same.
     Allow,
 }
 
@@ -338,7 +325,7 @@ impl From<PolicyError> for ConfigError {
 
 fn wait(Milliseconds(ms): Milliseconds) -> Result<u64, ConfigError> {
     if ms > LONGEST_WAIT_MS {
-        return Err(ConfigError(format!("limits.wait: must be at most \"0.8s\"; with \"0s\" no request waits")));
+        return Err(ConfigError("limits.wait: must be at most \"0.8s\"; with \"0s\" no request waits".into()));
     }
     Ok(ms)
 }

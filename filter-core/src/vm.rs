@@ -4,7 +4,6 @@
 //! configuration and of the new one, and both must see the same counts.
 
 use std::cell::{Cell as Slot, RefCell};
-use std::collections::BTreeSet;
 
 use crate::host::Host;
 use crate::limits::allowances::Allowances;
@@ -38,7 +37,7 @@ pub struct Vm<H, K> {
     /// When the next tick is due, in milliseconds of Unix time; 0 before the first.
     next_tick_ms: Slot<u64>,
     usage_slot: Slot<Option<u16>>,
-    unknown_policies: RefCell<BTreeSet<String>>,
+    unknown_policies: RefCell<Vec<String>>,
 }
 
 impl<H: Host, K> Vm<H, K> {
@@ -108,9 +107,9 @@ impl<H: Host, K> Vm<H, K> {
     /// Remembers the name of an unknown policy. Returns whether it is new.
     pub fn is_new_unknown_policy(&self, name: &str) -> bool {
         let mut known = self.unknown_policies.borrow_mut();
-        let is_new = known.len() < UNKNOWN_POLICIES && !known.contains(name);
+        let is_new = known.len() < UNKNOWN_POLICIES && !known.iter().any(|known| known == name);
         if is_new {
-            known.insert(name.to_owned());
+            known.push(name.to_owned());
         }
         is_new
     }

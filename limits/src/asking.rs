@@ -1,7 +1,7 @@
 //! What one worker asks the control plane for, and when: at once for requests that wait and for allowances that run low, and
 //! on each tick for pools that it used. One call is under way at a time.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashMap;
 
 use rustc_hash::FxBuildHasher;
 
@@ -12,28 +12,49 @@ use crate::{IDLE_MS, TICK_MS};
 /// After so many calls without an answer no request waits, until one is answered.
 const FAILURES: u32 = 2;
 
-/// The control plane draws ids at random, so a fast hash is enough.
-type Pools = HashSet<PoolId, FxBuildHasher>;
-
 /// The state of one worker.
 #[derive(Clone, Debug, Default)]
 pub struct Asking {
-    /// Tokens that requests wait for.
-    needs: BTreeMap<PoolId, u64>,
-    /// Some of them are not to wait for the next tick.
+    /// All pools that were used lately. The control plane draws ids at random, so a fast hash is enough.
+    pools: HashMap<PoolId, Use, FxBuildHasher>,
+    /// Pools that requests wait for, each once.
+    lacking: Vec<PoolId>,
+    /// They are not to wait for the next tick.
     needs_are_urgent: bool,
-    /// Tokens that requests lacked which were decided without them. The pools are in `soon` too.
-    missed: BTreeMap<PoolId, u64>,
-    /// Pools whose allowance runs low, or whose usage or hand-back is to be told soon.
-    soon: Pools,
-    /// Pools that were used since the last call.
-    used: Pools,
-    /// Pools that were used since the last turn of [`IDLE_MS`], and in the one before.
-    recent: Pools,
-    earlier: Pools,
+    /// Pools to ask for soon, each once: their allowance runs low, or usage or a hand-back is to be told.
+    soon: Vec<PoolId>,
+    /// Pools that were used since the last call, each once.
+    used: Vec<PoolId>,
+    /// Counted up each [`IDLE_MS`].
+    turn: u32,
     turned_ms: u64,
     in_flight: Option<InFlight>,
     failures: u32,
+}
+
+/// The use of one pool.
+#[derive(Clone, Copy, Debug, Default)]
+struct Use {
+    /// Tokens that requests wait for.
+    need: u64,
+    /// Tokens that requests lacked which were decided without them.
+    missed: u64,
+    is_soon: bool,
+    is_used: bool,
+    /// The turn of the last use.
+    turn: u32,
+}
+
+impl Use {
+    /// Whether there is something to ask or to tell.
+    const fn has_more(&self) -> bool {
+        self.is_soon || self.is_used || self.need > 0
+    }
+
+    /// Whether the pool was used neither in this turn nor in the one before.
+    const fn rests(&self, turn: u32) -> bool {
+        turn.wrapping_sub(self.turn) > 1
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -55,14 +76,16 @@ pub struct Sent {
 impl Asking {
     /// A request needs tokens of a pool.
     pub fn needed(&mut self, pool: PoolId) {
-        self.recent.insert(pool);
+        let turn = self.turn;
+        self.entry(pool).turn = turn;
     }
 
     /// A request has spent from a pool.
     pub fn spent(&mut self, pool: PoolId, is_low: bool) {
-        self.used.insert(pool);
+        self.needed(pool);
+        self.note_used(pool);
         if is_low {
-            self.soon.insert(pool);
+            self.tell(pool);
         }
     }
 
@@ -70,43 +93,67 @@ impl Asking {
     /// them. The worker asks again after [`AGAIN_MS`](crate::AGAIN_MS), by [`Asking::ask_again`].
     pub fn need(&mut self, pool: PoolId, tokens: u64, is_again: bool) {
         self.needs_are_urgent |= !is_again;
-        let need = self.needs.entry(pool).or_default();
-        *need = need.saturating_add(tokens);
+        self.needed(pool);
+        let of = self.entry(pool);
+        let is_first = of.need == 0;
+        of.need = of.need.saturating_add(tokens);
+        if is_first {
+            self.lacking.push(pool);
+        }
     }
 
     /// A request was decided without the tokens that it needs: ask for as many with the next call.
     pub fn ask_for(&mut self, pool: PoolId, tokens: u64) {
-        self.recent.insert(pool);
-        self.soon.insert(pool);
-        let missed = self.missed.entry(pool).or_default();
-        *missed = tokens.max(*missed);
+        self.needed(pool);
+        let of = self.entry(pool);
+        of.missed = of.missed.max(tokens);
+        self.tell(pool);
     }
 
     /// Whether requests wait for tokens that other Envoys hold.
     #[must_use]
-    pub fn is_to_ask_again(&self) -> bool {
-        !self.needs.is_empty() && !self.needs_are_urgent
+    pub const fn is_to_ask_again(&self) -> bool {
+        !self.lacking.is_empty() && !self.needs_are_urgent
     }
 
     /// [`AGAIN_MS`](crate::AGAIN_MS) have passed.
-    pub fn ask_again(&mut self) {
-        self.needs_are_urgent = !self.needs.is_empty();
+    pub const fn ask_again(&mut self) {
+        self.needs_are_urgent = !self.lacking.is_empty();
     }
 
     /// Tell of a pool with the next call.
     pub fn tell(&mut self, pool: PoolId) {
-        self.soon.insert(pool);
+        let of = self.entry(pool);
+        if !std::mem::replace(&mut of.is_soon, true) {
+            self.soon.push(pool);
+        }
+    }
+
+    /// What is to be said of a pool, which rests unless it is known.
+    fn entry(&mut self, pool: PoolId) -> &mut Use {
+        let turn = self.turn.wrapping_sub(2);
+        self.pools.entry(pool).or_insert(Use { turn, ..Use::default() })
+    }
+
+    fn note_used(&mut self, pool: PoolId) {
+        let of = self.entry(pool);
+        if !std::mem::replace(&mut of.is_used, true) {
+            self.used.push(pool);
+        }
     }
 
     /// All waiting requests are decided again: those that still wait say so again.
     pub fn start_over(&mut self) {
-        self.needs.clear();
+        self.needs_are_urgent = false;
+        for pool in std::mem::take(&mut self.lacking) {
+            self.entry(pool).need = 0;
+        }
     }
 
     /// The tokens that requests wait for.
     #[must_use]
     pub fn waiting(&self, pool: &PoolId) -> u64 {
-        self.needs.get(pool).copied().unwrap_or_default()
+        self.pools.get(pool).map_or(0, |of| of.need)
     }
 
     /// Whether the control plane does not answer: no request waits.
@@ -117,8 +164,9 @@ impl Asking {
 
     /// Whether a call should be sent before the next tick.
     #[must_use]
-    pub fn is_urgent(&self) -> bool {
-        self.in_flight.is_none() && !self.is_unreachable() && (self.needs_are_urgent || !self.soon.is_empty())
+    pub const fn is_urgent(&self) -> bool {
+        let has_more = (self.needs_are_urgent && !self.lacking.is_empty()) || !self.soon.is_empty();
+        self.in_flight.is_none() && !self.is_unreachable() && has_more
     }
 
     /// Pools that were not used for [`IDLE_MS`] to twice that: their allowance is to be handed back.
@@ -127,14 +175,19 @@ impl Asking {
             return Vec::new();
         }
         self.turned_ms = now_ms;
-        let earlier = std::mem::replace(&mut self.earlier, std::mem::take(&mut self.recent));
-        earlier.into_iter().filter(|pool| !self.earlier.contains(pool)).collect()
+        self.turn = self.turn.wrapping_add(1);
+        let turn = self.turn;
+        let rests = |of: &Use| of.rests(turn);
+        let idle = self.pools.iter().filter(|(_, of)| rests(of)).map(|(pool, _)| *pool).collect();
+        // Those that have something to say come to the next turn again.
+        self.pools.retain(|_, of| !rests(of) || of.has_more());
+        idle
     }
 
     /// All pools that may have something to tell or to hand back: the worker ends.
     pub fn all(&mut self) -> Vec<PoolId> {
-        let sets = [&mut self.soon, &mut self.used, &mut self.recent, &mut self.earlier].map(std::mem::take);
-        sets.into_iter().flatten().collect::<Pools>().into_iter().collect()
+        (self.lacking, self.soon, self.used) = (Vec::new(), Vec::new(), Vec::new());
+        self.pools.drain().map(|(pool, _)| pool).collect()
     }
 
     /// The pools to ask for now, with the tokens that requests wait for; `None` while a call is under way. A call on a tick
@@ -146,27 +199,29 @@ impl Asking {
             return None;
         }
         self.needs_are_urgent = false;
-        let mut pools: Vec<(PoolId, u64)> = std::mem::take(&mut self.needs).into_iter().collect();
-        pools.truncate(POOLS);
-        for (pool, need) in &mut pools {
-            *need = self.take_missed(pool).max(*need);
+        let mut due = Vec::new();
+        self.take_due(|asking| &mut asking.lacking, &mut due);
+        self.take_due(|asking| &mut asking.soon, &mut due);
+        if is_tick {
+            self.take_due(|asking| &mut asking.used, &mut due);
         }
-        let told = if is_tick { &self.used } else { &self.soon };
-        let room = POOLS.saturating_sub(pools.len());
-        let more: Vec<PoolId> =
-            self.soon.iter().chain(told).copied().collect::<Pools>().into_iter().take(room).collect();
-        for pool in more {
-            let missed = self.take_missed(&pool);
-            pools.push((pool, missed));
-        }
-        Some(pools)
+        Some(due)
     }
 
-    /// Takes a pool off the lists, as it is asked for. Returns the tokens that requests missed.
-    fn take_missed(&mut self, pool: &PoolId) -> u64 {
-        self.soon.remove(pool);
-        self.used.remove(pool);
-        self.missed.remove(pool).unwrap_or_default()
+    /// Takes pools off a list, as many as a call has room for.
+    fn take_due(&mut self, list: fn(&mut Self) -> &mut Vec<PoolId>, due: &mut Vec<(PoolId, u64)>) {
+        while due.len() < POOLS {
+            let Some(pool) = list(self).pop() else { return };
+            let of = *self.entry(pool);
+            if of.has_more() {
+                due.push((pool, of.need.max(of.missed)));
+            }
+            if of.rests(self.turn) {
+                self.pools.remove(&pool);
+            } else {
+                *self.entry(pool) = Use { turn: of.turn, ..Use::default() };
+            }
+        }
     }
 
     /// A call was sent.
@@ -188,6 +243,9 @@ impl Asking {
     /// The call was not answered: its usage is told again.
     pub fn on_failure(&mut self, sent: &Sent) {
         self.failures = self.failures.saturating_add(1);
-        self.used.extend(&sent.pools);
+        sent.pools.iter().for_each(|pool| self.note_used(*pool));
     }
 }
+
+#[cfg(test)]
+mod tests;

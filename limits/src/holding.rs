@@ -468,12 +468,4 @@ pub(crate) fn rescale(arrival_ns: u64, from_ns: u64, to_ns: u64, now_ns: u64) ->
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_holding_is_read_as_it_was_stored() {
-        let words: [u64; WORDS] = std::array::from_fn(|place| place as u64 + 1);
-        assert_eq!(Holding::from_words(words).words(), words);
-    }
-}
+mod tests;

@@ -258,3 +258,6 @@ pub const fn rate_of(terms: &Terms) -> Option<&Rate> {
         Terms::Stock { .. } => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -114,3 +114,6 @@ pub enum Terms {
         renews_in_ms: Option<u64>,
     },
 }
+
+#[cfg(test)]
+mod tests;

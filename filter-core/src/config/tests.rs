@@ -54,8 +54,8 @@ fn the_smallest_configuration_has_safe_defaults() {
         limits_wait_ms: 250,
         on_limits_unreachable: LimitModes {
             rate_limits: RateMode::SafeRate,
-            quotas: StockMode::Deny,
-            credits: StockMode::Deny,
+            quotas: FailureMode::Deny,
+            credits: FailureMode::Deny,
         },
         challenge: Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).unwrap(),
     };
@@ -187,10 +187,10 @@ fn the_operator_chooses_how_long_requests_wait_and_what_happens_without_an_answe
         assert_eq!(config(&format!(r#""limits": {text}"#)).limits_wait_ms, ms, "{text}");
     }
     let modes = config(r#""on_limits_unreachable": {"rate_limits": "deny", "quotas": "allow", "credits": null}"#);
-    let expected = LimitModes { rate_limits: RateMode::Deny, quotas: StockMode::Allow, credits: StockMode::Deny };
+    let expected = LimitModes { rate_limits: RateMode::Deny, quotas: FailureMode::Allow, credits: FailureMode::Deny };
     assert_eq!(modes.on_limits_unreachable, expected);
     let safe = config(r#""on_limits_unreachable": {"rate_limits": "safe_rate", "credits": "allow"}"#);
-    let expected = LimitModes { credits: StockMode::Allow, ..LimitModes::default() };
+    let expected = LimitModes { credits: FailureMode::Allow, ..LimitModes::default() };
     assert_eq!(safe.on_limits_unreachable, expected);
     assert_eq!(
         config(r#""on_limits_unreachable": {"rate_limits": "allow"}"#).on_limits_unreachable.rate_limits,

@@ -8,7 +8,7 @@ use std::cell::{Cell as Slot, RefCell};
 
 use contract::id::ReporterId;
 use limits::asking::{Asking, Sent};
-use limits::holding::Contact;
+use limits::holding::{Contact, Holding};
 use limits::message::{Answer, Ask, Call, Grant, POOLS};
 use limits::pool::PoolId;
 use limits::{AGAIN_MS, IDLE_MS, TICK_MS};
@@ -80,12 +80,9 @@ impl Allowances {
     }
 
     /// A request was taken from these pools. The flag says whether little is left.
-    pub fn note_spent(&self, pools: impl IntoIterator<Item = (PoolId, bool)>) {
+    pub fn note_spent(&self, pools: &[(PoolId, bool)]) {
         let mut asking = self.asking.borrow_mut();
-        for (pool, is_low) in pools {
-            asking.needed(pool);
-            asking.spent(pool, is_low);
-        }
+        pools.iter().for_each(|(pool, is_low)| asking.spent(*pool, *is_low));
     }
 
     /// Whether the root context should be woken to ask. It says yes once until then.
@@ -227,32 +224,26 @@ fn apply<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, answer: &Answer) {
 
 fn apply_grant<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, grant: &Grant, sent_ms: u64, now_ms: u64) {
     let contact = vm.allowances.contact();
-    change(vm, pool, |entries| {
-        let mut holding = entries.holding(&pool);
+    change(vm, pool, &mut |holding| {
         holding.apply(grant, &contact, sent_ms);
-        if holding.is_settled(grant) && holding.is_idle(now_ms) {
-            entries.remove(&pool);
-        } else {
-            entries.set_holding(&pool, holding);
-        }
+        !(holding.is_settled(grant) && holding.is_idle(now_ms))
     });
 }
 
 fn ask_for<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, need: u64, now_ns: u64) -> Option<Ask> {
     let contact = vm.allowances.contact();
-    change(vm, pool, |entries| {
-        let mut holding = entries.holding(&pool);
-        let ask = holding.ask(pool, need, &contact, now_ns);
-        entries.set_holding(&pool, holding);
-        ask
-    })
+    let mut ask = None;
+    let is_written = change(vm, pool, &mut |holding| {
+        ask = Some(holding.ask(pool, need, &contact, now_ns));
+        true
+    });
+    ask.filter(|_| is_written)
 }
 
 fn hand_back<H: Host, K>(vm: &Vm<H, K>, pool: PoolId) {
-    change(vm, pool, |entries| {
-        let mut holding = entries.holding(&pool);
+    change(vm, pool, &mut |holding| {
         holding.hand_back();
-        entries.set_holding(&pool, holding);
+        true
     });
 }
 
@@ -270,15 +261,21 @@ fn hand_back_idle<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
     }
 }
 
-/// Changes the entries of a pool's cell. `None` after too much contention, which changes nothing.
-fn change<H: Host, K, T>(vm: &Vm<H, K>, pool: PoolId, change: impl Fn(&mut Entries) -> T) -> Option<T> {
+/// Changes what is held of a pool. `change` returns whether to keep it. Returns whether it was written: not after too much
+/// contention.
+fn change<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, change: &mut dyn FnMut(&mut Holding) -> bool) -> bool {
     let now_ns = vm.host().now_ns();
     let changed = vm.data.update(cell_of(pool.subject), |cell| {
         let mut entries = Entries::read(cell);
-        let result = change(&mut entries);
-        Ok::<_, T>((entries.write(now_ns), result))
+        let mut holding = entries.holding(&pool);
+        if change(&mut holding) {
+            entries.set_holding(&pool, holding);
+        } else {
+            entries.remove(&pool);
+        }
+        Ok::<_, ()>((entries.write(now_ns), ()))
     });
-    changed.ok()
+    changed.is_ok()
 }
 
 const CONTACT_WORDS: usize = 6;

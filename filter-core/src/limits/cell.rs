@@ -130,7 +130,8 @@ impl Entries {
         match self.0.iter_mut().find(|entry| entry.holding_of(pool).is_some()) {
             Some(entry) => entry.value = Value::Shared(pool.kind, holding),
             None => {
-                self.0.push(Entry { subject: pool.subject.0, tag: pool.tag, value: Value::Shared(pool.kind, holding) })
+                let value = Value::Shared(pool.kind, holding);
+                self.0.push(Entry { subject: pool.subject.0, tag: pool.tag, value });
             }
         }
     }

@@ -3,19 +3,17 @@
 //! What is remembered of a key is in one cell, and of its owner in another. So a request costs one read and one write of a
 //! cell, and one more of each if its owner has limits.
 
-use std::cell::Cell as Slot;
-
 use contract::outcome::Outcome;
 use contract::rate::{Rate, tag};
 use contract::record::{Per, RateLimit, Record};
-use limits::holding::{Limited, Spent};
+use limits::holding::{Holding, Limited, Spent};
 use limits::pool::{PoolId, Subject};
 
 use super::allowances::Allowances;
 use super::cell::{Entries, cell_of, cell_of_client};
 use super::wait::{Exceeded, Wait};
 use crate::address::Client;
-use crate::config::{LimitModes, RateMode, StockMode};
+use crate::config::{FailureMode, LimitModes, RateMode};
 use crate::shared::{Cells, SharedData};
 use crate::time::{MS_PER_S, NS_PER_MS};
 
@@ -71,11 +69,13 @@ enum Limit {
     Stock { outcome: Outcome, pool: PoolId, cost: u64, fill: u32 },
 }
 
-/// Why limits do not admit a request.
-#[derive(Clone, Debug)]
-enum Denial {
-    /// These pools lack tokens.
-    Lacking(Vec<Lack>),
+/// What limits say to a request.
+#[derive(Clone, Copy, Debug)]
+enum Verdict {
+    /// It is taken.
+    Taken,
+    /// Tokens are lacking that the Envoy may get: see [`Charging::lacking`].
+    Lacking,
     No(Refusal),
 }
 
@@ -103,12 +103,21 @@ impl Refusal {
         Self { outcome: Outcome::LimitsUnavailable, place: None, empty_ms: 0, is_hopeless: false };
 }
 
-/// Pools that were spent from, and whether little is left of them.
-type Spendings = Vec<(PoolId, bool)>;
+impl Verdict {
+    /// A refusal goes before a wait, and the longest one before the others.
+    const fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::No(one), Self::No(other)) if other.empty_ms > one.empty_ms => Self::No(other),
+            (Self::No(one), _) => Self::No(one),
+            (Self::Taken, other) | (other, Self::Taken) => other,
+            (Self::Lacking, other) => other,
+        }
+    }
+}
 
 impl Limits<'_> {
     /// The limits whose memory is with the key, and those whose memory is with its owner.
-    fn by_subject(&self) -> [(Subject, Vec<Limit>); 2] {
+    fn by_subject(&self) -> [OfSubject; 2] {
         let (record, cost) = (self.record, u64::from(self.cost));
         let mut of_key = Vec::with_capacity(self.own.len().saturating_add(2));
         let mut of_owner = Vec::new();
@@ -167,22 +176,41 @@ pub fn charge(
         return Charged::Yes;
     }
     let now_ns = now_ns();
-    let cells = Charging { data, allowances, attempt, now_ns, is_to_note: Slot::new(false) };
-    let first = cells.take(&of_key, true);
+    let mut charging =
+        Charging { allowances, attempt, now_ns, spent: Vec::new(), lacking: Vec::new(), is_to_note: false };
+    let first = take(data, &mut charging, &of_key, true);
     // If the key's limits do not admit the request, those of its owner are only asked what they lack.
-    let second = cells.take(&of_owner, first.is_ok());
-    match (first, second) {
-        (Ok(spent), Ok(more)) => {
-            allowances.note_spent(spent.into_iter().chain(more));
+    let is_taken = matches!(first, Verdict::Taken);
+    let second = take(data, &mut charging, &of_owner, is_taken);
+    if is_taken && !matches!(second, Verdict::Taken) && !of_key.1.is_empty() {
+        let given = data.update(cell_of(of_key.0), |cell| Ok::<_, ()>((charging.give_back(cell, &of_key), ())));
+        // Should it not go back, the key has one request less, which is better than one too many.
+        let _ = given;
+    }
+    match first.and(second) {
+        Verdict::Taken => {
+            allowances.note_spent(&charging.spent);
             Charged::Yes
         }
-        (Ok(spent), Err(denial)) => {
-            cells.give_back(&of_key, &spent);
-            cells.denied(limits, vec![denial])
+        Verdict::Lacking => {
+            charging.lacking.into_iter().for_each(|lack| allowances.need(lack.pool, lack.tokens, lack.for_others));
+            Charged::Wait
         }
-        (Err(denial), Err(other)) => cells.denied(limits, vec![denial, other]),
-        (Err(denial), Ok(_)) => cells.denied(limits, vec![denial]),
+        Verdict::No(refusal) => limits.refused(&refusal),
     }
+}
+
+/// Takes a request from all limits of a subject or from none. Without `commit` it only looks.
+fn take(data: &SharedData<impl Cells>, charging: &mut Charging<'_>, of: &OfSubject, commit: bool) -> Verdict {
+    if of.1.is_empty() {
+        return Verdict::Taken;
+    }
+    let taken = data.update(cell_of(of.0), |cell| charging.change(cell, of, commit));
+    taken.unwrap_or_else(|_| {
+        let (outcome, place) =
+            of.1.first().map_or((Outcome::RateLimited, None), |limit| (limit.outcome(), limit.place()));
+        Verdict::No(Refusal { outcome, place, empty_ms: CONTENTION_MS, is_hopeless: false })
+    })
 }
 
 /// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
@@ -211,41 +239,42 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &Rate
     Some(Wait::Limits(vec![limit.clone()], Exceeded { limit: 0, retry_after_s }))
 }
 
+/// The limits whose memory is with one key or user.
+type OfSubject = (Subject, Vec<Limit>);
+
 /// The charging of one request.
-struct Charging<'a, C> {
-    data: &'a SharedData<C>,
+struct Charging<'a> {
     allowances: &'a Allowances,
     attempt: Attempt,
     now_ns: u64,
+    /// Pools that were spent from, and whether little is left of them.
+    spent: Vec<(PoolId, bool)>,
+    lacking: Vec<Lack>,
     /// Also if the request is not taken, there is something to note: see [`Charging::note`].
-    is_to_note: Slot<bool>,
+    is_to_note: bool,
 }
 
-impl<C: Cells> Charging<'_, C> {
-    /// Takes a request from all limits of a subject or from none. Without `commit` it only looks.
-    fn take(&self, (subject, limits): &(Subject, Vec<Limit>), commit: bool) -> Result<Spendings, Denial> {
-        if limits.is_empty() {
-            return Ok(Vec::new());
+impl Charging<'_> {
+    /// Takes a request from all limits of a cell or from none: the bytes to write, if there is something to write.
+    fn change(&mut self, cell: &[u8], of: &OfSubject, commit: bool) -> Result<(Vec<u8>, Verdict), Verdict> {
+        let (subject, limits) = of;
+        // What an attempt found that met a newer value counts no longer.
+        let is_of_others = |pool: &PoolId| pool.subject != *subject;
+        self.spent.retain(|(pool, _)| is_of_others(pool));
+        self.lacking.retain(|lack| is_of_others(&lack.pool));
+        self.is_to_note = false;
+        let mut entries = Entries::read(cell);
+        let take = |verdict: Verdict, limit| verdict.and(self.take_one(&mut entries, *subject, limit));
+        match limits.iter().fold(Verdict::Taken, take) {
+            Verdict::Taken if commit => Ok((entries.write(self.now_ns), Verdict::Taken)),
+            denied if self.is_to_note => Ok((self.note(cell, of), denied)),
+            other => Err(other),
         }
-        let taken = self.data.update(cell_of(*subject), |cell| {
-            self.is_to_note.set(false);
-            let mut entries = Entries::read(cell);
-            match self.take_all(&mut entries, *subject, limits) {
-                Ok(spent) if commit => Ok((entries.write(self.now_ns), Ok(spent))),
-                Err(denial) if self.is_to_note.get() => Ok((self.note(cell, *subject, limits), Err(denial))),
-                other => Err(other),
-            }
-        });
-        taken.unwrap_or_else(|_| {
-            let outcome = limits.first().map_or(Outcome::RateLimited, Limit::outcome);
-            let place = limits.first().and_then(Limit::place);
-            Err(Denial::No(Refusal { outcome, place, empty_ms: CONTENTION_MS, is_hopeless: false }))
-        })
     }
 
     /// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after
     /// the clock has stepped back.
-    fn note(&self, cell: &[u8], subject: Subject, limits: &[Limit]) -> Vec<u8> {
+    fn note(&self, cell: &[u8], (subject, limits): &OfSubject) -> Vec<u8> {
         let mut entries = Entries::read(cell);
         for limit in limits {
             if let Limit::Local { tag, rate, .. } = limit
@@ -262,121 +291,85 @@ impl<C: Cells> Charging<'_, C> {
         entries.write(self.now_ns)
     }
 
-    fn take_all(&self, entries: &mut Entries, subject: Subject, limits: &[Limit]) -> Result<Spendings, Denial> {
-        let (mut spent, mut lacking, mut refusal) = (Vec::new(), Vec::new(), None::<Refusal>);
-        for limit in limits {
-            match self.take_one(entries, subject, limit) {
-                Ok(spending) => spent.extend(spending),
-                Err(Denial::Lacking(more)) => lacking.extend(more),
-                Err(Denial::No(no)) if refusal.is_none_or(|worst| no.empty_ms > worst.empty_ms) => refusal = Some(no),
-                Err(Denial::No(_)) => {}
-            }
-        }
-        match (refusal, lacking.is_empty()) {
-            (Some(refusal), _) => Err(Denial::No(refusal)),
-            (None, false) => Err(Denial::Lacking(lacking)),
-            (None, true) => Ok(spent),
-        }
-    }
-
-    fn take_one(&self, entries: &mut Entries, subject: Subject, limit: &Limit) -> Result<Spendings, Denial> {
+    fn take_one(&mut self, entries: &mut Entries, subject: Subject, limit: &Limit) -> Verdict {
         let now_ns = self.now_ns;
         let no = |empty_ms, is_hopeless| {
-            Denial::No(Refusal { outcome: limit.outcome(), place: limit.place(), empty_ms, is_hopeless })
+            Verdict::No(Refusal { outcome: limit.outcome(), place: limit.place(), empty_ms, is_hopeless })
         };
         if let Limit::Local { tag, rate, .. } = limit {
             let before_ns = entries.arrival(subject.0, *tag);
-            let arrival_ns = rate.take(before_ns, now_ns).map_err(|wait_ns| {
-                let is_stepped = before_ns.is_some_and(|before| rate.after_clock_step(before, now_ns) != before);
-                self.is_to_note.set(self.is_to_note.get() || is_stepped);
-                no(wait_ns.div_ceil(NS_PER_MS), false)
-            })?;
-            entries.set_arrival(subject.0, *tag, arrival_ns);
+            match rate.take(before_ns, now_ns) {
+                Ok(arrival_ns) => entries.set_arrival(subject.0, *tag, arrival_ns),
+                Err(wait_ns) => {
+                    self.is_to_note |= before_ns.is_some_and(|before| rate.after_clock_step(before, now_ns) != before);
+                    return no(wait_ns.div_ceil(NS_PER_MS), false);
+                }
+            }
         }
-        let Some((pool, cost, of)) = limit.shared() else { return Ok(Vec::new()) };
+        let Some((pool, cost, of)) = limit.shared() else { return Verdict::Taken };
         let contact = self.allowances.contact();
         let mut holding = entries.holding(&pool);
         let before_ns = holding.arrival_ns;
         let spent = holding.spend(cost, of, self.allowances.waiting(&pool), &contact, now_ns);
-        if matches!(spent, Spent::Wait { .. }) || holding.arrival_ns < before_ns {
-            self.is_to_note.set(true);
-        }
-        let result = match spent {
-            Spent::Yes { is_low } => Ok(vec![(pool, is_low)]),
-            Spent::No { empty_ms } => Err(no(empty_ms, holding.has_some())),
-            Spent::Wait { .. } if self.attempt.is_unreachable => {
-                self.allowances.ask_for(pool, cost);
-                match (of, self.attempt.modes.rate_limits) {
-                    (Limited::Rate(rate), RateMode::SafeRate) => holding
-                        .spend_at_safe_rate(rate, &contact, now_ns)
-                        .map(|()| vec![(pool, true)])
-                        .map_err(|wait_ns| no(wait_ns.div_ceil(NS_PER_MS), false)),
-                    _ if self.lets_through(limit) => Ok(Vec::new()),
-                    _ => Err(Denial::No(Refusal::UNAVAILABLE)),
-                }
+        self.is_to_note |= matches!(spent, Spent::Wait { .. }) || holding.arrival_ns < before_ns;
+        let verdict = match spent {
+            Spent::Yes { is_low } => {
+                self.spent.push((pool, is_low));
+                Verdict::Taken
             }
+            Spent::No { empty_ms } => no(empty_ms, holding.has_some()),
+            Spent::Wait { .. } if self.attempt.is_unreachable => self.take_unanswered(&mut holding, limit, no),
             Spent::Wait { .. } if self.attempt.is_out_of_time => {
-                Err(no(holding.empty_ms(now_ns / NS_PER_MS), holding.has_some()))
+                no(holding.empty_ms(now_ns / NS_PER_MS), holding.has_some())
             }
-            Spent::Wait { for_others } => Err(Denial::Lacking(vec![Lack { pool, tokens: cost, for_others }])),
+            Spent::Wait { for_others } => {
+                self.lacking.push(Lack { pool, tokens: cost, for_others });
+                Verdict::Lacking
+            }
         };
         entries.set_holding(&pool, holding);
-        result
+        verdict
     }
 
-    fn lets_through(&self, limit: &Limit) -> bool {
+    /// Decides by the operator's choice, since the control plane does not answer.
+    fn take_unanswered(&mut self, holding: &mut Holding, limit: &Limit, no: impl Fn(u64, bool) -> Verdict) -> Verdict {
         let LimitModes { rate_limits, quotas, credits } = self.attempt.modes;
-        match limit.outcome() {
-            Outcome::QuotaExceeded => quotas == StockMode::Allow,
-            Outcome::CreditsExhausted => credits == StockMode::Allow,
-            _ => rate_limits == RateMode::Allow,
-        }
+        let Some((pool, cost, of)) = limit.shared() else { return Verdict::Taken };
+        self.allowances.ask_for(pool, cost);
+        let lets_through = match (of, limit.outcome()) {
+            (Limited::Rate(rate), _) if rate_limits == RateMode::SafeRate => {
+                return match holding.spend_at_safe_rate(rate, &self.allowances.contact(), self.now_ns) {
+                    Ok(()) => {
+                        self.spent.push((pool, true));
+                        Verdict::Taken
+                    }
+                    Err(wait_ns) => no(wait_ns.div_ceil(NS_PER_MS), false),
+                };
+            }
+            (Limited::Rate(_), _) => rate_limits == RateMode::Allow,
+            (Limited::Stock { .. }, Outcome::QuotaExceeded) => quotas == FailureMode::Allow,
+            (Limited::Stock { .. }, _) => credits == FailureMode::Allow,
+        };
+        if lets_through { Verdict::Taken } else { Verdict::No(Refusal::UNAVAILABLE) }
     }
 
-    /// Gives back what was taken from all limits of a subject.
-    fn give_back(&self, (subject, limits): &(Subject, Vec<Limit>), spent: &Spendings) {
-        if limits.is_empty() {
-            return;
-        }
-        let given = self.data.update(cell_of(*subject), |cell| {
-            let mut entries = Entries::read(cell);
-            for limit in limits {
-                if let Limit::Local { tag, rate, .. } = limit {
-                    let arrival_ns = entries.arrival(subject.0, *tag).unwrap_or_default();
-                    entries.set_arrival(subject.0, *tag, arrival_ns.saturating_sub(rate.interval_ns()));
-                }
-                // A limit that let the request through unchecked took nothing.
-                let is_spent = |pool: &PoolId| spent.iter().any(|(spent, _)| spent == pool);
-                if let Some((pool, cost, _)) = limit.shared().filter(|(pool, ..)| is_spent(pool)) {
-                    let mut holding = entries.holding(&pool);
-                    holding.refund(cost);
-                    entries.set_holding(&pool, holding);
-                }
+    /// The cell with what was taken from all limits of a subject given back.
+    fn give_back(&self, cell: &[u8], (subject, limits): &OfSubject) -> Vec<u8> {
+        let mut entries = Entries::read(cell);
+        for limit in limits {
+            if let Limit::Local { tag, rate, .. } = limit {
+                let arrival_ns = entries.arrival(subject.0, *tag).unwrap_or_default();
+                entries.set_arrival(subject.0, *tag, arrival_ns.saturating_sub(rate.interval_ns()));
             }
-            Ok::<_, ()>((entries.write(self.now_ns), ()))
-        });
-        // Should it not go back, the key has one request less, which is better than one too many.
-        let _ = given;
-    }
-
-    /// A refusal goes before a wait, and the longest one before the others.
-    fn denied(&self, limits: &Limits<'_>, denials: Vec<Denial>) -> Charged {
-        let mut lacking = Vec::new();
-        let mut worst: Option<Refusal> = None;
-        for denial in denials {
-            match denial {
-                Denial::Lacking(more) => lacking.extend(more),
-                Denial::No(no) if worst.is_none_or(|worst| no.empty_ms > worst.empty_ms) => worst = Some(no),
-                Denial::No(_) => {}
+            // A limit that let the request through unchecked took nothing.
+            let is_spent = |pool: &PoolId| self.spent.iter().any(|(spent, _)| spent == pool);
+            if let Some((pool, cost, _)) = limit.shared().filter(|(pool, ..)| is_spent(pool)) {
+                let mut holding = entries.holding(&pool);
+                holding.refund(cost);
+                entries.set_holding(&pool, holding);
             }
         }
-        if let Some(refusal) = worst {
-            return limits.refused(&refusal);
-        }
-        for Lack { pool, tokens, for_others } in lacking {
-            self.allowances.need(pool, tokens, for_others);
-        }
-        Charged::Wait
+        entries.write(self.now_ns)
     }
 }
 

@@ -52,18 +52,17 @@ pub fn schedule(world: &mut World, id: PoolId, terms: &Terms, load: Load, second
     end_ns
 }
 
+/// Equal Envoys on one network.
+#[derive(Clone, Copy, Debug)]
+pub struct Fleet {
+    pub envoys: usize,
+    pub workers: usize,
+    pub network: Network,
+}
+
 /// Runs a load on one pool and prints what was seen.
-pub fn run(
-    name: &str,
-    seed: u64,
-    envoys: usize,
-    workers: usize,
-    kind: Kind,
-    terms: &Terms,
-    load: Load,
-    seconds: u64,
-    network: Network,
-) -> Findings {
+pub fn run(name: &str, seed: u64, fleet: Fleet, kind: Kind, terms: &Terms, load: Load, seconds: u64) -> Findings {
+    let Fleet { envoys, workers, network } = fleet;
     let mut world = World::new(seed, envoys, workers, network);
     let id = pool(kind, 1);
     world.add_pool(id, *terms);

@@ -26,7 +26,7 @@ use contract::rate::Rate;
 use contract::record::{Per, RateLimit};
 use limits::pool::{Kind, PoolId, Subject, Terms};
 
-use load::{Load, Spread, run};
+use load::{Fleet, Load, Spread, run};
 use world::{Findings, Network};
 
 /// A network in one data centre.
@@ -104,7 +104,15 @@ fn every_kind_of_pool_admits_what_it_has_and_no_more() {
                     let seconds = (1_500_000 / per_1000_s).clamp(5, 20_000);
                     let load = Load { per_1000_s, burst: 1 + u64::from(percent == 100) * 3, spread, price: *price };
                     let name = format!("{name} at {percent} %, {envoys} Envoys, {spread:?}");
-                    let found = run(&name, steps, envoys, 1 + envoys % 2, *kind, terms, load, seconds, NEAR);
+                    let found = run(
+                        &name,
+                        steps,
+                        Fleet { envoys, workers: 1 + envoys % 2, network: NEAR },
+                        *kind,
+                        terms,
+                        load,
+                        seconds,
+                    );
                     assert_exact(&found, terms, &name);
                     steps += found.requests;
                 }
@@ -144,7 +152,7 @@ fn keys_that_use_less_than_a_third_of_a_large_limit_hardly_wait() {
                     let load = Load { per_1000_s, burst: 1, spread, price: (1, *most) };
                     let name =
                         format!("{name}, {} requests/s, {envoys} Envoys, {spread:?}", per_1000_s as f64 / 1_000.0);
-                    let found = run(&name, 3, envoys, 1, *kind, terms, load, seconds, NEAR);
+                    let found = run(&name, 3, Fleet { envoys, workers: 1, network: NEAR }, *kind, terms, load, seconds);
                     assert_exact(&found, terms, &name);
                     let cold = envoys as u64;
                     if envoys == 1 {
@@ -165,7 +173,7 @@ fn doubled_messages_change_nothing() {
     for (name, (kind, terms)) in [("100/s", limit(100, 1)), ("quota", quota(2_000)), ("credits", credits(2_000))] {
         for envoys in [2, 5] {
             let load = Load { per_1000_s: 120_000, burst: 1, spread: Spread::Random, price: (1, 1) };
-            let found = run(name, 11, envoys, 2, kind, &terms, load, 60, network);
+            let found = run(name, 11, Fleet { envoys, workers: 2, network }, kind, &terms, load, 60);
             assert_exact(&found, &terms, name);
         }
     }
@@ -176,14 +184,14 @@ fn lost_messages_lose_no_token_and_let_nothing_through_but_the_safe_rate() {
     let network = Network { lost_per_mille: 20, ..NEAR };
     for (name, (kind, terms)) in [("quota", quota(2_000)), ("credits", credits(2_000))] {
         let load = Load { per_1000_s: 100_000, burst: 1, spread: Spread::Random, price: (1, 3) };
-        let found = run(name, 12, 3, 2, kind, &terms, load, 60, network);
+        let found = run(name, 12, Fleet { envoys: 3, workers: 2, network }, kind, &terms, load, 60);
         assert_eq!((found.excess, found.wrong), (0, 0), "{name}");
         let left = found.left;
         assert_eq!(left, 0, "{name}: all is spent in the end");
     }
     let (kind, terms) = limit(100, 1);
     let load = Load { per_1000_s: 90_000, burst: 1, spread: Spread::Random, price: (1, 1) };
-    let found = run("100/s", 13, 3, 2, kind, &terms, load, 120, network);
+    let found = run("100/s", 13, Fleet { envoys: 3, workers: 2, network }, kind, &terms, load, 120);
     assert!(found.worst_excess <= 3, "{}", found.worst_excess);
     assert!(found.admitted * 100 >= found.ideal * 99);
 }

@@ -37,7 +37,7 @@ pub enum Event {
 }
 
 /// What happens to Envoys and limits.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Change {
     Kill(usize),
     End(usize),
@@ -220,7 +220,7 @@ impl World {
             }
             Event::Call { envoy, worker, token, call } => {
                 if let Some(answer) = self.control_plane.answer(&call, self.now_ns) {
-                    self.send(Event::Answer { envoy, worker, token, answer });
+                    self.send(&Event::Answer { envoy, worker, token, answer });
                 }
             }
             Event::Answer { envoy, worker, token, answer } => {
@@ -237,7 +237,7 @@ impl World {
             }
             Event::Report { envoy, reporter, seq, tokens } => {
                 if self.control_plane.report(reporter, seq, &tokens, self.now_ns) {
-                    self.send(Event::Acknowledged { envoy, seq });
+                    self.send(&Event::Acknowledged { envoy, seq });
                 }
             }
             Event::Acknowledged { envoy, seq } => {
@@ -345,7 +345,7 @@ impl World {
         let token = self.next_token;
         envoy.workers[worker].asking.sent(token, pools, (self.now_ns + envoy.skew_ns) / MS);
         self.at(self.now_ns + TIMEOUT_NS, Event::TimeOut { envoy: place, worker, token });
-        self.send(Event::Call { envoy: place, worker, token, call });
+        self.send(&Event::Call { envoy: place, worker, token, call });
     }
 
     fn report(&mut self, place: usize) {
@@ -356,11 +356,11 @@ impl World {
         }
         if let Some((seq, tokens)) = envoy.report.clone() {
             let reporter = envoy.reporter;
-            self.send(Event::Report { envoy: place, reporter, seq, tokens });
+            self.send(&Event::Report { envoy: place, reporter, seq, tokens });
         }
     }
 
-    fn send(&mut self, event: Event) {
+    fn send(&mut self, event: &Event) {
         let Network { least_ms, most_ms, lost_per_mille, doubled_per_mille } = self.network;
         let times = 1 + u64::from(self.random.happens(doubled_per_mille));
         for _ in 0..times {
@@ -385,7 +385,7 @@ impl World {
                     holding.ask(*pool, 0, &contact, ns)
                 });
                 let call = Call { reporter, is_last: true, asks: asks.collect() };
-                self.send(Event::Call { envoy: place, worker: 0, token: 0, call });
+                self.send(&Event::Call { envoy: place, worker: 0, token: 0, call });
                 self.report(place);
             }
             Change::Start(place) => self.start(place),

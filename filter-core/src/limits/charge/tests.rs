@@ -1,7 +1,7 @@
 //! Charging on cells in memory: local limits, several limits at once, refunds, and contention.
 
 use contract::id::{KeyId, OwnerId};
-use limits::holding::{Contact, Holding};
+use limits::holding::Contact;
 
 use super::*;
 use crate::limits::testing::{budget, limit, record, shared};
@@ -14,7 +14,7 @@ const MS: u64 = 1_000_000;
 
 /// The control plane answers.
 const REACHABLE: Attempt = Attempt {
-    modes: LimitModes { rate_limits: RateMode::SafeRate, quotas: StockMode::Deny, credits: StockMode::Deny },
+    modes: LimitModes { rate_limits: RateMode::SafeRate, quotas: FailureMode::Deny, credits: FailureMode::Deny },
     is_unreachable: false,
     is_out_of_time: false,
 };
@@ -366,11 +366,11 @@ fn while_the_control_plane_does_not_answer_each_kind_follows_its_mode() {
     let unavailable = Charged::No(Outcome::LimitsUnavailable, Wait::Seconds(1));
     let (safe, deny, allow) = (RateMode::SafeRate, RateMode::Deny, RateMode::Allow);
     for (attempt, expected) in [
-        (unreachable(safe, StockMode::Allow, StockMode::Allow), Charged::Yes),
-        (unreachable(allow, StockMode::Allow, StockMode::Allow), Charged::Yes),
-        (unreachable(deny, StockMode::Allow, StockMode::Allow), unavailable.clone()),
-        (unreachable(allow, StockMode::Deny, StockMode::Allow), unavailable.clone()),
-        (unreachable(allow, StockMode::Allow, StockMode::Deny), unavailable),
+        (unreachable(safe, FailureMode::Allow, FailureMode::Allow), Charged::Yes),
+        (unreachable(allow, FailureMode::Allow, FailureMode::Allow), Charged::Yes),
+        (unreachable(deny, FailureMode::Allow, FailureMode::Allow), unavailable.clone()),
+        (unreachable(allow, FailureMode::Deny, FailureMode::Allow), unavailable.clone()),
+        (unreachable(allow, FailureMode::Allow, FailureMode::Deny), unavailable),
     ] {
         let (data, allowances) = (new_data(), in_contact(Contact::default()));
         let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };

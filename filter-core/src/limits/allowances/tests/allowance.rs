@@ -1,0 +1,224 @@
+//! What an Envoy holds: shared by its VMs, filled ahead, recalled, and handed back; and the only Envoy.
+
+use super::*;
+
+const MINUTE: u64 = 60_000;
+
+#[test]
+fn all_vms_spend_from_one_allowance() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
+    let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
+    for _ in 0..5 {
+        envoy.ask(0, "k");
+    }
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    envoy.tick_at(0, NOW + TICK);
+    envoy.serve(0, &mut plane);
+    // The other VM has not ticked since: it does not know that the Envoy is in contact with the control plane.
+    assert_eq!(envoy.ask(1, "k"), Fate::Waits);
+    assert_eq!(envoy.tick_at(1, NOW + TICK), [Fate::Admitted]);
+    assert_eq!(envoy.call(1).1.asks[0].spent, 6, "it tells that");
+    assert_eq!(envoy.admitted(1, "k", 2), 2);
+    assert_eq!(envoy.admitted(0, "k", 2), 2);
+    let (pool, ..) = quota_pool(&Record { quota: budget(1), ..record(7) }, 0, None);
+    let cell = envoy.vms[0].filter.data().get(cell_of(pool.subject)).unwrap();
+    assert_eq!(Entries::read(&cell.value).holding(&pool).spent, 10);
+}
+
+#[test]
+fn an_envoy_asks_ahead_when_its_allowance_runs_low() {
+    let key = with_limit(1_000);
+    let mut plane = Plane::with([rate_pool(&key)]);
+    let mut envoy = Envoy::new("", &[("k", key)]);
+    for _ in 0..8 {
+        envoy.ask(0, "k");
+    }
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    envoy.tick_at(0, NOW + TICK);
+    envoy.serve(0, &mut plane);
+    // It holds 16, twice what it spent in a tick.
+    assert_eq!((envoy.admitted(0, "k", 8), envoy.is_woken(0)), (8, false));
+    envoy.host.set_now_ms(NOW + TICK + 30);
+    assert_eq!((envoy.ask(0, "k"), envoy.is_woken(0)), (Fate::Admitted, true));
+    envoy.wake(0);
+    let call = envoy.call(0).1;
+    assert_eq!((call.asks[0].need, call.asks[0].spent, call.asks[0].want), (0, 17, 18));
+}
+
+#[test]
+fn a_recalled_allowance_is_handed_back_at_once() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let (pool, terms) = quota_pool(&key, 100, None);
+    let mut plane = Plane::with([(pool, terms)]);
+    let mut envoy = Envoy::new("", &[("k", key)]);
+    for _ in 0..4 {
+        envoy.ask(0, "k");
+    }
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    envoy.tick_at(0, NOW + TICK);
+    envoy.serve(0, &mut plane);
+    other(&mut plane, pool, |ask| ask.need = 100, NOW + TICK);
+    envoy.tick_at(0, NOW + 2 * TICK);
+    envoy.serve(0, &mut plane);
+    let (_, call) = envoy.call(0);
+    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (4, 4, 0));
+}
+
+#[test]
+fn an_idle_allowance_is_handed_back_and_forgotten() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let (pool, terms) = quota_pool(&key, 1_000, None);
+    let mut plane = Plane::with([(pool, terms)]);
+    let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
+    envoy.ask(0, "k");
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    let mut now = NOW;
+    let mut returned = Vec::new();
+    while now < NOW + 12 * MINUTE {
+        now += 10_000;
+        envoy.tick_at(0, now);
+        envoy.tick_at(1, now);
+        assert_eq!(envoy.vms[1].calls.len(), 0, "only the leader shows that the Envoy is live");
+        while !envoy.vms[0].calls.is_empty() {
+            let (sent, call) = envoy.call(0);
+            // The usage report has what was spent.
+            plane.pools.values_mut().flat_map(|pool| &mut pool.holders).for_each(|holder| holder.spent = 1);
+            returned.extend(call.asks.iter().filter(|ask| ask.returned > 0).map(|_| (now - NOW) / MINUTE));
+            let answer = plane.answer(&call, now * NS_PER_MS);
+            envoy.respond_to(0, &sent, &MockResponse::ok(answer.write().unwrap()));
+        }
+    }
+    assert_eq!(returned.len(), 1, "{returned:?}");
+    assert!((5..=10).contains(&returned[0]), "{returned:?}");
+    assert_eq!(plane.pools[&pool].held(), 0);
+    let cell = envoy.vms[0].filter.data().get(cell_of(pool.subject)).unwrap();
+    assert!(cell.value.is_empty(), "{:?}", Entries::read(&cell.value));
+    // Without use, it does not call for ever.
+    envoy.tick_at(0, NOW + 30 * MINUTE);
+    assert_eq!(envoy.vms[0].calls.len(), 0);
+}
+
+#[test]
+fn a_vm_that_ends_tells_and_hands_back_and_the_last_one_signs_off() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
+    let mut envoy = Envoy::with_vms(3, "", &[("k", key)]);
+    envoy.ask(1, "k");
+    envoy.wake(1);
+    envoy.serve(1, &mut plane);
+    envoy.tick_at(1, NOW + TICK);
+    envoy.serve(1, &mut plane);
+    envoy.tick_at(0, NOW + TICK);
+    envoy.tick_at(0, NOW + 2 * TICK);
+    assert_eq!(envoy.call(0).1.asks, [], "the leader shows that the Envoy is live");
+    let ends = |envoy: &mut Envoy, vm: usize, is_in_use| {
+        envoy.vms[vm].filter.on_end(&envoy.setup, is_in_use);
+        let calls = envoy.host.take_calls();
+        let calls = calls.iter().filter(|call| call.header(":path") == "/sync/v1/allowances");
+        calls.map(|call| Call::read(&call.body).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(ends(&mut envoy, 1, true), [], "another configuration goes on");
+    let [call] = &ends(&mut envoy, 1, false)[..] else { panic!("one call") };
+    assert_eq!((call.asks.len(), call.asks[0].spent, call.asks[0].returned, call.is_last), (1, 1, 1, false));
+    assert_eq!(ends(&mut envoy, 2, false), [], "it has nothing to say");
+    let [call] = &ends(&mut envoy, 0, false)[..] else { panic!("one call") };
+    assert_eq!((call.asks.len(), call.is_last), (0, true));
+    // An Envoy that never asked says nothing.
+    let mut unused = Envoy::new("", &[("k", record(7))]);
+    assert_eq!(ends(&mut unused, 0, false), []);
+}
+
+#[test]
+fn a_vm_that_ends_with_many_pools_tells_them_in_several_calls() {
+    let keys: Vec<(String, Record)> = (0..=POOLS as u16)
+        .map(|number| {
+            let mut id = [7; 16];
+            id[..2].copy_from_slice(&number.to_be_bytes());
+            id[14..].copy_from_slice(&number.to_be_bytes());
+            (format!("k{number}"), Record { key_id: KeyId(id), quota: budget(1), ..record(7) })
+        })
+        .collect();
+    let keys: Vec<(&str, Record)> = keys.iter().map(|(key, record)| (key.as_str(), record.clone())).collect();
+    let mut envoy = Envoy::new("", &keys);
+    for (key, _) in &keys {
+        envoy.ask(0, key);
+    }
+    envoy.wake(0);
+    // A call has at most so many pools; the others follow.
+    let (sent, call) = envoy.call(0);
+    assert_eq!(call.asks.len(), POOLS);
+    let mut plane = Plane::with(keys.iter().map(|(_, record)| quota_pool(record, 10, None)));
+    let answer = plane.answer(&call, NOW * NS_PER_MS);
+    let fates = envoy.respond_to(0, &sent, &MockResponse::ok(answer.write().unwrap()));
+    assert_eq!(fates.iter().filter(|fate| **fate == Fate::Waits).count(), 1);
+    assert_eq!(envoy.serve(0, &mut plane), [Fate::Admitted]);
+    envoy.vms[0].filter.on_end(&envoy.setup, false);
+    let calls = envoy.host.take_calls();
+    let calls = calls.iter().filter(|call| call.header(":path") == "/sync/v1/allowances");
+    let told: Vec<_> =
+        calls.map(|call| Call::read(&call.body).unwrap()).map(|call| (call.asks.len(), call.is_last)).collect();
+    assert_eq!(told, [(POOLS, false), (1, true)]);
+}
+
+#[test]
+fn the_only_envoy_judges_by_itself_as_long_as_the_control_plane_says_so() {
+    let key = Record { quota: budget(1), ..with_limit(100) };
+    let mut plane = Plane::with([rate_pool(&key), quota_pool(&key, 20, None)]);
+    (plane.live, plane.alone_ms) = (1, ALONE_MS as u32);
+    let mut envoy = Envoy::new("", &[("k", key.clone())]);
+    envoy.ask(0, "k");
+    envoy.wake(0);
+    assert_eq!(envoy.serve(0, &mut plane), [Fate::Admitted]);
+    assert_eq!(envoy.admitted(0, "k", 15), 15);
+    // Another Envoy has started. Until the time is over nothing is granted to it.
+    plane.alone_ms = 0;
+    envoy.host.set_now_ms(NOW + ALONE_MS - 1);
+    assert_eq!(envoy.admitted(0, "k", 2), 2);
+    envoy.host.set_now_ms(NOW + ALONE_MS);
+    assert_eq!(envoy.ask(0, "k"), Fate::Waits);
+    envoy.tick_at(0, NOW + ALONE_MS);
+    envoy.serve(0, &mut plane);
+    assert_eq!(plane.pools[&rate_pool(&key).0].holders[0].spent, 18);
+}
+
+#[test]
+fn the_only_envoy_uses_a_pool_to_its_end() {
+    let key = Record { quota: budget(1), ..with_limit(100) };
+    for (requests, left, outcome) in [(100, 200, "rate_limited"), (200, 30, "quota_exceeded")] {
+        let key = Record { rate_limits: vec![shared("own", requests)], ..key.clone() };
+        let mut plane = Plane::with([rate_pool(&key), quota_pool(&key, left, Some(7_000))]);
+        plane.alone_ms = ALONE_MS as u32;
+        let mut envoy = Envoy::new("", &[("k", key)]);
+        envoy.ask(0, "k");
+        envoy.wake(0);
+        envoy.serve(0, &mut plane);
+        let most = (requests as usize).min(left as usize) - 1;
+        assert_eq!(envoy.admitted(0, "k", most), most);
+        let fate = envoy.ask(0, "k");
+        if outcome == "rate_limited" {
+            assert_eq!(fate, Fate::refused(429, outcome, Some(1)));
+        } else {
+            // The state of the quota is to be known anew.
+            assert_eq!(fate, Fate::Waits);
+        }
+    }
+}
+
+#[test]
+fn the_contact_cell_is_read_as_it_was_written() {
+    let contact = Contact { since_ms: 1, answered_ms: 2, live: 3, alone_term: 4, alone_until_ms: 5 };
+    assert_eq!(read_contact(&write_contact(&contact, 6)), (contact, 6));
+    assert_eq!(read_contact(b"other"), (Contact::default(), 0));
+    let data = new_data();
+    let allowances = Allowances::default();
+    allowances.refresh(&data);
+    assert_eq!(allowances.contact(), Contact::default());
+    data.put(CellKey::Contact, &write_contact(&contact, 6), None).unwrap();
+    allowances.refresh(&data);
+    assert_eq!((allowances.contact(), allowances.used_ms.get()), (contact, 6));
+}

@@ -1,0 +1,162 @@
+use super::*;
+use crate::pool::{Kind, Subject};
+
+const NOW: u64 = 1_800_000_000_000;
+
+fn pool(number: u16) -> PoolId {
+    PoolId { kind: Kind::Rate, subject: Subject([7; 16]), tag: number.into() }
+}
+
+fn sorted(due: Option<Vec<(PoolId, u64)>>) -> Vec<(u64, u64)> {
+    let mut due: Vec<_> = due.unwrap().into_iter().map(|(pool, need)| (pool.tag, need)).collect();
+    due.sort_unstable();
+    due
+}
+
+#[test]
+fn waiting_requests_of_a_pool_add_up_and_are_urgent() {
+    let mut asking = Asking::default();
+    assert!(!asking.is_urgent());
+    asking.need(pool(1), 3, false);
+    asking.need(pool(1), 4, false);
+    assert_eq!((asking.waiting(&pool(1)), asking.waiting(&pool(2)), asking.is_urgent()), (7, 0, true));
+    assert_eq!(sorted(asking.due(false, NOW)), [(1, 7)]);
+    assert_eq!((asking.waiting(&pool(1)), asking.is_urgent()), (0, false));
+    asking.need(pool(1), 3, false);
+    asking.start_over();
+    assert_eq!(asking.waiting(&pool(1)), 0);
+}
+
+#[test]
+fn requests_that_wait_for_others_are_asked_for_after_a_pause() {
+    let mut asking = Asking::default();
+    asking.need(pool(1), 3, true);
+    assert!(!asking.is_urgent() && asking.is_to_ask_again());
+    asking.ask_again();
+    assert!(asking.is_urgent() && !asking.is_to_ask_again());
+    // One of several that may not pause.
+    let mut asking = Asking::default();
+    asking.need(pool(1), 3, true);
+    asking.need(pool(2), 3, false);
+    assert!(asking.is_urgent() && !asking.is_to_ask_again());
+    asking.start_over();
+    asking.ask_again();
+    assert!(!asking.is_urgent());
+}
+
+#[test]
+fn usage_is_told_on_ticks_and_low_allowances_at_once() {
+    let mut asking = Asking::default();
+    asking.spent(pool(1), false);
+    assert!(!asking.is_urgent());
+    assert_eq!(sorted(asking.due(false, NOW)), []);
+    asking.spent(pool(2), true);
+    asking.tell(pool(3));
+    assert!(asking.is_urgent());
+    assert_eq!(sorted(asking.due(false, NOW)), [(2, 0), (3, 0)]);
+    assert_eq!(sorted(asking.due(true, NOW)), [(1, 0)]);
+    assert_eq!(sorted(asking.due(true, NOW)), []);
+}
+
+#[test]
+fn what_decided_requests_missed_is_asked_for_and_not_waited_for() {
+    let mut asking = Asking::default();
+    asking.ask_for(pool(1), 3);
+    asking.ask_for(pool(1), 2);
+    asking.ask_for(pool(2), 1);
+    asking.need(pool(2), 5, false);
+    assert_eq!((asking.waiting(&pool(1)), asking.is_urgent()), (0, true));
+    asking.start_over();
+    asking.need(pool(2), 5, false);
+    assert_eq!(sorted(asking.due(false, NOW)), [(1, 3), (2, 5)]);
+    assert_eq!(sorted(asking.due(true, NOW)), []);
+}
+
+#[test]
+fn one_call_is_under_way_unless_it_is_lost() {
+    let mut asking = Asking::default();
+    asking.need(pool(1), 1, false);
+    asking.sent(5, vec![pool(1)], NOW);
+    assert!(!asking.is_urgent());
+    assert_eq!(asking.due(true, NOW + 8 * TICK_MS), None);
+    assert_eq!(asking.take_response(6), None);
+    assert!(asking.due(true, NOW + 8 * TICK_MS + 1).is_some());
+    assert_eq!(asking.take_response(5), Some(Sent { sent_ms: NOW, pools: vec![pool(1)] }));
+    assert_eq!(asking.take_response(5), None);
+}
+
+#[test]
+fn after_two_failures_no_request_waits_and_the_usage_is_told_again() {
+    let mut asking = Asking::default();
+    let sent = Sent { sent_ms: NOW, pools: vec![pool(1)] };
+    asking.on_failure(&sent);
+    assert!(!asking.is_unreachable());
+    asking.on_failure(&sent);
+    asking.ask_for(pool(2), 1);
+    assert!(asking.is_unreachable() && !asking.is_urgent());
+    assert_eq!(sorted(asking.due(true, NOW)), [(1, 0), (2, 1)]);
+    asking.on_answer();
+    assert!(!asking.is_unreachable());
+}
+
+#[test]
+fn a_call_has_a_bounded_number_of_pools_and_the_others_follow() {
+    let mut asking = Asking::default();
+    for number in 0..700 {
+        asking.spent(pool(number), false);
+    }
+    for number in 700..1_300 {
+        asking.need(pool(number), 1, false);
+    }
+    let first = asking.due(true, NOW).unwrap();
+    assert_eq!((first.len(), first.iter().all(|(_, need)| *need == 1)), (POOLS, true));
+    let rest = [asking.due(true, NOW), asking.due(true, NOW)].map(|due| due.unwrap().len());
+    assert_eq!(rest, [POOLS, 300]);
+}
+
+#[test]
+fn a_pool_is_idle_after_one_to_two_times_of_rest() {
+    let mut asking = Asking::default();
+    assert_eq!(asking.idle(NOW), []);
+    asking.needed(pool(1));
+    asking.needed(pool(2));
+    assert_eq!(asking.idle(NOW + IDLE_MS - 1), []);
+    assert_eq!(asking.idle(NOW + IDLE_MS), []);
+    asking.needed(pool(2));
+    assert_eq!(asking.idle(NOW + 2 * IDLE_MS), [pool(1)]);
+    assert_eq!(asking.idle(NOW + 3 * IDLE_MS), [pool(2)]);
+    assert_eq!(asking.idle(NOW + 4 * IDLE_MS), []);
+    // Also after the clock has stepped back.
+    asking.needed(pool(1));
+    assert_eq!(asking.idle(NOW), []);
+    assert_eq!(asking.idle(NOW + IDLE_MS), [pool(1)]);
+}
+
+#[test]
+fn a_worker_that_ends_names_every_pool_once() {
+    let mut asking = Asking::default();
+    asking.needed(pool(1));
+    asking.idle(NOW);
+    asking.spent(pool(1), true);
+    asking.needed(pool(2));
+    asking.tell(pool(3));
+    let mut all = asking.all();
+    all.sort_unstable();
+    assert_eq!(all, [pool(1), pool(2), pool(3)]);
+    assert_eq!(asking.all(), []);
+}
+
+#[test]
+fn a_pool_that_was_handed_back_is_not_idle_again() {
+    let mut asking = Asking::default();
+    asking.idle(NOW);
+    asking.tell(pool(1));
+    asking.spent(pool(2), false);
+    assert_eq!(sorted(asking.due(true, NOW)), [(1, 0), (2, 0)]);
+    assert_eq!(asking.idle(NOW + IDLE_MS), []);
+    assert_eq!(asking.idle(NOW + 2 * IDLE_MS), [pool(2)]);
+    // What is still to be told when a pool is idle is told.
+    asking.tell(pool(3));
+    assert_eq!(asking.idle(NOW + 3 * IDLE_MS), [pool(3)]);
+    assert_eq!(sorted(asking.due(true, NOW)), [(3, 0)]);
+}

@@ -1,0 +1,270 @@
+use contract::record::{Per, RateLimit};
+use contract::time::NS_PER_S;
+
+use super::*;
+use crate::pool::{Kind, Subject};
+
+const NOW_MS: u64 = 1_800_000_000_000;
+const NOW: u64 = NOW_MS * NS_PER_MS;
+const POOL: PoolId = PoolId { kind: Kind::Rate, subject: Subject([7; 16]), tag: 0 };
+const STOCK: Limited<'_> = Limited::Stock { fill: 1 };
+
+fn rate(requests: u32, window_s: u32) -> Rate {
+    let name = "a".into();
+    Rate::of(&RateLimit { name, requests, window_s, burst: requests, shared: true, per: Per::Key })
+}
+
+/// In contact with the control plane for long.
+const fn contact() -> Contact {
+    Contact { since_ms: 1, answered_ms: NOW_MS, live: 2, alone_term: 0, alone_until_ms: 0 }
+}
+
+const fn alone() -> Contact {
+    Contact { live: 1, alone_term: 1, alone_until_ms: NOW_MS + ALONE_MS, ..contact() }
+}
+
+/// Holds so many tokens of a quota.
+fn with(granted: u64) -> Holding {
+    let mut holding = Holding::default();
+    holding.prepare(STOCK, &contact(), NOW);
+    holding.ask(POOL, 0, &contact(), NOW);
+    holding.apply(&grant(granted, 0, 0, u32::MAX), &contact(), NOW_MS);
+    holding
+}
+
+fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
+    Grant { session: NOW_MS, granted, held: granted, left, others, empty_ms, ahead_ns: 0 }
+}
+
+fn spends(holding: &mut Holding, of: Limited<'_>, contact: &Contact, now: u64, most: usize) -> usize {
+    (0..most).filter(|_| matches!(holding.spend(1, of, 0, contact, now), Spent::Yes { .. })).count()
+}
+
+#[test]
+fn a_holding_is_read_as_it_was_stored() {
+    let words: [u64; WORDS] = std::array::from_fn(|place| place as u64 + 1);
+    assert_eq!(Holding::from_words(words).words(), words);
+}
+
+#[test]
+fn an_envoy_spends_what_it_was_granted_and_then_asks_for_what_is_missing() {
+    let mut holding = with(3);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 9), 3);
+    // What was last said is that the pool is empty.
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+    let later = NOW + (OTHERS_MS + 1) * NS_PER_MS;
+    holding.apply(&grant(3, 2, 4, 0), &contact(), NOW_MS);
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), later), Spent::Wait { for_others: false }, "that is long ago");
+}
+
+#[test]
+fn a_grant_that_is_repeated_or_late_adds_nothing() {
+    let mut holding = with(3);
+    holding.apply(&grant(2, 0, 0, 0), &contact(), NOW_MS);
+    holding.apply(&grant(3, 0, 0, 0), &contact(), NOW_MS);
+    assert_eq!(holding.available(&contact(), NOW_MS), 3);
+    // An answer to an earlier session.
+    holding.apply(&Grant { session: NOW_MS - 1, ..grant(9, 0, 0, 0) }, &contact(), NOW_MS);
+    assert_eq!((holding.session, holding.available(&contact(), NOW_MS)), (NOW_MS, 3));
+    // The control plane knows a later one: the clock was ahead.
+    holding.apply(&Grant { session: NOW_MS + 10, ..grant(9, 0, 0, 0) }, &contact(), NOW_MS);
+    assert_eq!((holding.session, holding.granted), (NOW_MS + 11, 3));
+}
+
+#[test]
+fn a_request_waits_refuses_or_waits_for_others_by_what_was_last_said() {
+    let judged = |left, others, waiting, cost| {
+        let mut holding = with(0);
+        holding.apply(&grant(0, left, others, 500), &contact(), NOW_MS);
+        holding.spend(cost, STOCK, waiting, &contact(), NOW + 5 * NS_PER_MS)
+    };
+    let (wait, for_others, no) =
+        (Spent::Wait { for_others: false }, Spent::Wait { for_others: true }, Spent::No { empty_ms: 495 });
+    assert_eq!([judged(1, 0, 0, 1), judged(1, 0, 1, 1), judged(1, 1, 1, 1)], [wait, no, for_others]);
+    assert_eq!([judged(9, 0, 0, 10), judged(9, 1, 0, 10), judged(9, 0, 0, 9)], [no, for_others, wait]);
+    let mut holding = with(0);
+    holding.apply(&grant(0, 9, 0, 500), &contact(), NOW_MS);
+    assert!(holding.has_some());
+    assert!(!with(0).has_some() && with(1).has_some());
+}
+
+#[test]
+fn what_was_said_holds_until_a_token_comes_and_shorter_if_others_hold_some() {
+    for (others, empty_ms, known_ms) in
+        [(0, 500, 500), (0, 0, LEAST_EMPTY_MS), (5, 500, OTHERS_MS), (5, 50, 50), (5, u32::MAX, OTHERS_MS)]
+    {
+        let mut holding = with(0);
+        holding.apply(&grant(0, 0, others, empty_ms), &contact(), NOW_MS);
+        assert_eq!(holding.known_until_ms, NOW_MS + known_ms, "{others} {empty_ms}");
+    }
+    let mut holding = with(0);
+    holding.apply(&grant(0, 0, 0, u32::MAX), &contact(), NOW_MS);
+    assert_eq!((holding.known_until_ms, holding.empty_ms(NOW_MS + 9)), (u64::MAX, u64::MAX));
+    // A clock that has stepped back makes it unknown.
+    let back = NOW - NS_PER_S;
+    let near = Contact { answered_ms: NOW_MS - 1_000, ..contact() };
+    assert_eq!(holding.spend(1, STOCK, 0, &near, back), Spent::Wait { for_others: false });
+}
+
+#[test]
+fn a_change_of_the_terms_makes_the_next_request_ask() {
+    let mut holding = with(0);
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+    let filled = Limited::Stock { fill: 2 };
+    assert_eq!(holding.spend(1, filled, 0, &contact(), NOW), Spent::Wait { for_others: false });
+    // The use of a rate limit is brought to the new interval: half of it stays half.
+    let (slow, fast) = (rate(10, 100), rate(100, 100));
+    let mut holding = Holding::default();
+    holding.prepare(Limited::Rate(&slow), &contact(), NOW);
+    holding.arrival_ns = NOW + 50 * NS_PER_S;
+    holding.prepare(Limited::Rate(&fast), &contact(), NOW);
+    assert_eq!((holding.arrival_ns, holding.interval_ns), (NOW + 5 * NS_PER_S, NS_PER_S));
+    assert_eq!(rescale(NOW + 7, 0, 5, NOW), NOW);
+    assert_eq!(rescale(u64::MAX, 1, u64::MAX, NOW), NOW);
+}
+
+#[test]
+fn an_envoy_wants_twice_the_most_that_it_spent_in_a_tick_and_hands_back_the_surplus() {
+    let mut holding = with(100);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 10), 10);
+    let ask = holding.ask(POOL, 0, &contact(), NOW);
+    assert_eq!((ask.granted, ask.spent, ask.want, ask.returned), (100, 10, 20, 50), "it keeps twice of what it wants");
+    assert_eq!((holding.asked_ms, holding.available(&contact(), NOW_MS)), (NOW_MS, 40));
+    // The memory of the peak fades with the ticks in which tokens are spent.
+    let mut now = NOW;
+    for tick in 1..=20 {
+        now = NOW + tick * TICK_MS * NS_PER_MS;
+        assert_eq!(spends(&mut holding, STOCK, &contact(), now, 1), 1);
+    }
+    let ask = holding.ask(POOL, 0, &contact(), now);
+    assert!((10..16).contains(&ask.want), "{}", ask.want);
+    // What requests wait for is no surplus.
+    let mut holding = with(100);
+    assert_eq!(holding.ask(POOL, 100, &contact(), NOW).returned, 0);
+    assert_eq!(holding.ask(POOL, 0, &contact(), NOW).returned, 100);
+}
+
+#[test]
+fn an_allowance_is_low_below_half_of_what_the_envoy_wants() {
+    let mut holding = with(25);
+    let later = NOW + TOP_UP_PAUSE_MS * NS_PER_MS;
+    let low: Vec<Spent> = (0..14).map(|_| holding.spend(1, STOCK, 0, &contact(), later)).collect();
+    let first = low.iter().position(|spent| *spent == Spent::Yes { is_low: true });
+    assert_eq!(first, Some(12), "13 are spent and 12 are left");
+    // It has just asked.
+    let mut holding = with(25);
+    assert!((0..25).all(|_| holding.spend(1, STOCK, 0, &contact(), NOW) == Spent::Yes { is_low: false }));
+}
+
+#[test]
+fn a_refunded_token_can_be_spent_again() {
+    let mut holding = with(1);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 2), 1);
+    holding.refund(1);
+    assert_eq!((holding.spent, spends(&mut holding, STOCK, &contact(), NOW, 2)), (0, 1));
+
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    for contact in [contact(), alone()] {
+        let mut holding = Holding { session: NOW_MS, granted: 1, alone_term: 1, ..Holding::default() };
+        holding.prepare(of, &contact, NOW);
+        (holding.alone_term, holding.arrival_ns) = (1, NOW + 9 * NS_PER_S);
+        assert_eq!(spends(&mut holding, of, &contact, NOW, 2), 1);
+        holding.refund(1);
+        assert_eq!((holding.spent, spends(&mut holding, of, &contact, NOW, 2)), (1, 1));
+    }
+}
+
+#[test]
+fn the_only_envoy_needs_no_allowance() {
+    let rate = rate(10, 10);
+    let (of, contact) = (Limited::Rate(&rate), alone());
+    let mut holding = Holding::default();
+    holding.prepare(of, &contact, NOW);
+    assert_eq!(holding.spend(1, of, 0, &contact, NOW), Spent::Wait { for_others: false }, "it does not know the pool");
+    // Others have used four until just now.
+    holding.apply(&Grant { ahead_ns: 4 * NS_PER_S, ..grant(0, 6, 0, 0) }, &contact, NOW_MS);
+    assert_eq!(spends(&mut holding, of, &contact, NOW, 9), 6);
+    assert_eq!(holding.spend(1, of, 0, &contact, NOW), Spent::No { empty_ms: 1_000 });
+    // A further answer in the term does not change what the Envoy knows better.
+    holding.apply(&grant(0, 9, 0, 0), &contact, NOW_MS);
+    assert_eq!(spends(&mut holding, of, &contact, NOW, 9), 0);
+    let over = NOW + ALONE_MS * NS_PER_MS;
+    assert_eq!(holding.spend(1, of, 0, &contact, over), Spent::Wait { for_others: false });
+    // A clock that has stepped back does not prolong the time.
+    assert!(contact.is_alone(NOW_MS));
+    assert!(!contact.is_alone(NOW_MS - 1));
+
+    let mut holding = Holding::default();
+    holding.prepare(STOCK, &contact, NOW);
+    holding.apply(&grant(2, 3, 0, u32::MAX), &contact, NOW_MS);
+    assert_eq!(spends(&mut holding, STOCK, &contact, NOW, 9), 5);
+    holding.refund(2);
+    assert_eq!(spends(&mut holding, STOCK, &contact, NOW, 9), 2);
+}
+
+#[test]
+fn a_term_alone_begins_whenever_the_time_of_the_one_before_has_passed() {
+    let mut contact = Contact::default();
+    contact.answered(NOW_MS, NOW_MS + 5, 1, 400);
+    assert_eq!((contact.alone_term, contact.alone_until_ms, contact.live), (1, NOW_MS + 400, 1));
+    contact.answered(NOW_MS + 250, NOW_MS + 255, 1, 400);
+    assert_eq!((contact.alone_term, contact.alone_until_ms), (1, NOW_MS + 650));
+    contact.answered(NOW_MS + 500, NOW_MS + 505, 2, 0);
+    assert_eq!((contact.alone_term, contact.alone_until_ms, contact.live), (1, 0, 2));
+    contact.answered(NOW_MS + 750, NOW_MS + 755, 1, 400);
+    contact.answered(NOW_MS + 1_151, NOW_MS + 1_155, 1, 400);
+    assert_eq!(contact.alone_term, 3);
+}
+
+#[test]
+fn sessions_from_before_an_envoy_was_cut_off_are_void() {
+    let cut_off_ms = NOW_MS + VOID_AFTER_MS;
+    let mut holding = with(3);
+    assert_eq!(holding.available(&contact(), cut_off_ms), 3);
+    assert_eq!(holding.available(&contact(), cut_off_ms + 1), 0);
+    holding.known_until_ms = 0;
+    // A session that begins then is good with the first answer, whenever it was sent.
+    let now = (cut_off_ms + 10) * NS_PER_MS;
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), now), Spent::Wait { for_others: false });
+    assert_eq!((holding.session, holding.granted), (cut_off_ms + 10, 0));
+    let ask = holding.ask(POOL, 1, &contact(), now + 5 * NS_PER_MS);
+    assert_eq!(ask.session, cut_off_ms + 10);
+    let mut contact = contact();
+    contact.answered(cut_off_ms + 15, cut_off_ms + 20, 1, 0);
+    assert_eq!(contact.since_ms, cut_off_ms);
+    holding.apply(&Grant { session: ask.session, ..grant(1, 0, 0, 0) }, &contact, cut_off_ms + 15);
+    assert_eq!(holding.available(&contact, cut_off_ms + 20), 1);
+    // Other holdings are void.
+    assert_eq!(with(3).available(&contact, cut_off_ms + 20), 0);
+    // After a step back of the clock an answer must show that allowances are good.
+    let back_ms = NOW_MS - 3_600_000;
+    assert_eq!(holding.available(&contact, back_ms), 0);
+    contact.answered(back_ms, back_ms + 5, 1, 0);
+    assert_eq!((contact.since_ms, holding.available(&contact, back_ms + 5)), (back_ms, 1));
+}
+
+#[test]
+fn at_the_safe_rate_an_envoy_admits_its_part_and_tells_it_later() {
+    let rate = rate(40, 60);
+    let mut holding = Holding::default();
+    holding.prepare(Limited::Rate(&rate), &contact(), NOW);
+    let live = Contact { live: 4, ..contact() };
+    let results: Vec<_> = (0..11).map(|_| holding.spend_at_safe_rate(&rate, &live, NOW)).collect();
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 10);
+    assert_eq!((results[10], holding.spent), (Err(6 * NS_PER_S), 10));
+    assert_eq!(holding.arrival_ns, NOW + 15 * NS_PER_S);
+}
+
+#[test]
+fn a_holding_is_settled_once_neither_side_counts_anything_as_held() {
+    let mut holding = with(2);
+    assert!(!holding.is_settled(&grant(2, 0, 0, 0)));
+    holding.hand_back();
+    assert_eq!((holding.returned, holding.available(&contact(), NOW_MS)), (2, 0));
+    assert!(!holding.is_settled(&grant(2, 0, 0, 0)), "the control plane does not know it yet");
+    let settled = Grant { held: 0, ..grant(2, 0, 0, 0) };
+    assert!(holding.is_settled(&settled));
+    assert!(!holding.is_settled(&Grant { session: 5, ..settled }));
+    assert!(!holding.is_idle(NOW_MS + IDLE_MS - 1) && holding.is_idle(NOW_MS + IDLE_MS));
+}
