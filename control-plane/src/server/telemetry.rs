@@ -54,8 +54,10 @@ fn one_line(text: &str) -> Option<String> {
 /// Starts collecting metrics; the handle prints them.
 pub fn start_metrics() -> Result<PrometheusHandle, String> {
     let seconds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+    let calls = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("seconds".into()), &seconds)
+        .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("batch_calls".into()), &calls))
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|error| format!("metrics: {error}"))?;
     metric::describe();

@@ -133,7 +133,7 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
     let limit = json!({"name": "n", "requests": 1, "window_seconds": 1});
     let user = fixture.user("u@example.com").await;
     let explain = |policy: Value| ("POST", "/v1/explain".to_owned(), json!({"policy": policy}));
-    let unknown = "is not a known field; the fields are `name`, `requests`, `window_seconds`, `burst`, `shared`";
+    let unknown = "is not a known field; the fields are `name`, `requests`, `window_seconds`, `burst`, `shared`, `per`";
     for ((method, uri, body), field, detail) in [
         (key_with("rate_limits", json!([["n", 1, 1]])), "rate_limits[0]", "must be an object"),
         (key_with("rate_limits", json!([limit, 5])), "rate_limits[1]", "must be an object"),

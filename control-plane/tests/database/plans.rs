@@ -201,7 +201,7 @@ async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
         assert_eq!(patch(&fixture, &admin, id, json!({"quota": quota})).await.json()["quota"], shown);
     }
     let stored: Value = scalar(&pool, format!("select quota from api_keys where id = '{id}'")).await;
-    assert_eq!(stored, json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata"}));
+    assert_eq!(stored, json!({"requests": 5, "period": "week", "time_zone": "Asia/Kolkata", "per": "key"}));
     patch(&fixture, &admin, id, json!({"quota": {"requests": 5, "period": "rolling", "window_seconds": 90}})).await;
     let stored: Value = scalar(&pool, format!("select quota from api_keys where id = '{id}'")).await;
     assert_eq!(stored, json!({"requests": 5, "period": "rolling", "window_s": 90, "per": "key"}));
