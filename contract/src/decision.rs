@@ -1,8 +1,8 @@
 //! The decision on one request: a pure function of the key's record, the request and the time, whose result is an [`Outcome`].
 //!
 //! No other function admits a key. The filter calls it for each request, the control plane for its own callers, and `explain`
-//! to show each check. The first check that fails names the outcome. Rate limits ([`crate::rate`]) and leases
-//! ([`crate::budget`]) have a state of their own and are enforced afterwards, for allowed requests only.
+//! to show each check. The first check that fails names the outcome. Rate limits ([`crate::rate`]), quotas and
+//! credits have a state of their own and are enforced afterwards, for allowed requests only.
 
 use std::net::IpAddr;
 

@@ -117,7 +117,7 @@ pub struct Holding {
     pub tick: u64,
     /// Tokens spent in that tick.
     pub used: u64,
-    /// The most tokens spent in a tick before that one, in [`SCALE`]ths; it decays.
+    /// The most tokens spent in a tick before that one, in 256ths; it decays.
     pub peak: u64,
 }
 

@@ -46,7 +46,7 @@ pub struct PoolId {
     pub kind: Kind,
     /// The key or the user.
     pub subject: Subject,
-    /// Tells the pools of one kind and subject apart. A rate limit: the [tag](contract::rate::tag) of its name, or
+    /// Tells the pools of one kind and subject apart. A rate limit: the [`tag`] of its name, or
     /// [`owner_tag`]. A quota of an owner: the number of the plan. 0 for others.
     pub tag: u64,
 }

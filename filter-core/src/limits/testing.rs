@@ -250,7 +250,7 @@ fn decide_again(
 }
 
 /// The control plane's side.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Plane {
     pub(crate) pools: BTreeMap<PoolId, Pool>,
     pub(crate) live: u32,

@@ -222,3 +222,26 @@ fn the_contact_cell_is_read_as_it_was_written() {
     allowances.refresh(&data);
     assert_eq!((allowances.contact(), allowances.used_ms.get()), (contact, 6));
 }
+
+#[test]
+fn an_allowance_that_another_vm_uses_is_not_handed_back() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
+    let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
+    envoy.ask(0, "k");
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    for minute in 1..=11 {
+        for vm in [0, 1] {
+            envoy.tick_at(vm, NOW + minute * MINUTE);
+            while !envoy.vms[vm].calls.is_empty() {
+                envoy.serve(vm, &mut plane);
+            }
+        }
+        if envoy.ask(1, "k") == Fate::Waits {
+            envoy.wake(1);
+            envoy.serve(1, &mut plane);
+        }
+    }
+    assert!(plane.pools.values().all(|pool| pool.holders[0].returned == 0), "{plane:?}");
+}
