@@ -64,8 +64,7 @@ pub fn update(bytes: &[u8]) {
     read_update(bytes);
     // A checksum does not keep an attacker out.
     read_update(&envelope(UPDATE, bytes));
-    let header =
-        Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part: Part::Changes { after: 0 } };
+    let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 1, part: Part::Changes { after: 0 } };
     if let Ok(message) = encode(UPDATE, &(header, bytes)) {
         read_update(&message);
     }
