@@ -26,7 +26,7 @@ use crate::api::openapi::NotFound;
 use crate::domain::parse_time;
 use crate::error::ApiError;
 use crate::explain::policies::{MatchedPolicy, is_method};
-use crate::explain::{budgets, hash_of};
+use crate::explain::{budgets, hash_of, shared_limits};
 
 /// Longest path that is looked at, in bytes.
 const PATH_BYTES: usize = 4_096;
@@ -163,6 +163,8 @@ pub async fn explain(
             }),
         );
         checks.push(CheckView::without_verdict("rate_limit", limits(record, &facts)));
+        let left = shared_limits(&app.pool, record, definitions.rate_limits(record)).await?;
+        checks.extend(left.map(|saw| CheckView::without_verdict("rate_limit_left", saw)));
         let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
         checks.extend(left.quota.map(|saw| CheckView::without_verdict("quota_left", saw)));
         checks.extend(left.credits.map(|saw| CheckView::without_verdict("credits_left", saw)));

@@ -4,7 +4,9 @@
 pub mod policies;
 
 use contract::hash::KeyHash;
-use contract::record::Per;
+use contract::rate::Rate;
+use contract::record::{Per, RateLimit, Record};
+use limits::pool::PoolId;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -34,6 +36,35 @@ pub async fn hash_of(pool: &PgPool, key_id: Uuid) -> Result<Option<CurrentSecret
     let Some(row) = row else { return Ok(None) };
     let hash = row.hash.as_slice().try_into().map_err(|_| ApiError::Internal(format!("the hash of key {key_id}")))?;
     Ok(Some(CurrentSecret { owner_id: row.owner_id, hash: KeyHash(hash) }))
+}
+
+/// Reads the remainder of the limits that all Envoys share, in words. `None` if the key has none.
+pub async fn shared_limits(pool: &PgPool, record: &Record, limits: &[RateLimit]) -> Result<Option<String>, ApiError> {
+    let shared: Vec<&RateLimit> = limits.iter().filter(|limit| limit.shared).collect();
+    if shared.is_empty() {
+        return Ok(None);
+    }
+    let pools = shared.iter().map(|limit| PoolId::of_limit(limit, record));
+    let (subjects, tags): (Vec<Uuid>, Vec<i64>) =
+        pools.map(|id| (Uuid::from_bytes(id.subject.0), id.tag.cast_signed())).unzip();
+    let rows = sqlx::query!(
+        r#"select coalesce(p.arrival_ns, 0) as "arrival_ns!", coalesce(h.held, 0) as "held!", now() as "now!"
+        from unnest($1::uuid[], $2::bigint[]) with ordinality as of (subject, tag, place)
+        left join pools p on p.kind = 0 and p.subject = of.subject and p.tag = of.tag
+        left join held_tokens h on h.kind = 0 and h.subject = of.subject and h.tag = of.tag
+        order by of.place"#,
+        &subjects,
+        &tags
+    )
+    .fetch_all(pool)
+    .await?;
+    let left = shared.iter().zip(rows).map(|(limit, row)| {
+        let now_ns = u64::try_from(row.now.unix_timestamp_nanos()).unwrap_or_default();
+        let room = Rate::of(limit).room(row.arrival_ns.cast_unsigned(), now_ns);
+        let left = room.saturating_sub(row.held.cast_unsigned());
+        format!("{}: Envoys hold {}, {left} are left", limit.name, row.held)
+    });
+    Ok(Some(left.collect::<Vec<_>>().join("; ")))
 }
 
 /// Reads the remainder of the quota and the credits of a key for a request of this price, and what Envoys hold.

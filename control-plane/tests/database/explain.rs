@@ -71,6 +71,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
             {"name": "rate_limit", "passed": null,
                 "saw": "of the key: burst 9 in 60 s, 3 at once, shared by all Envoys; of the key: own 2 in 1 s, 2 at once, \
                         each Envoy by itself; of the route: orders-read 10 in 1 s, 20 at once, each Envoy by itself"},
+            {"name": "rate_limit_left", "passed": null, "saw": "burst: Envoys hold 0, 3 are left"},
         ],
     });
     assert_eq!((reply.status, reply.json()), (200, expected));

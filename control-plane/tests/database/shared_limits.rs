@@ -172,7 +172,7 @@ async fn all_keys_of_a_user_share_a_limit_and_a_quota_per_owner(pool: PgPool) {
     }
     // A rotated, a revoked and a new key change nothing of it.
     fixture.post(&format!("/v1/keys/{}/rotate", keys[0]), &admin, json!({})).await.expect(201);
-    assert_eq!(fixture.delete(&format!("/v1/keys/{}", keys[1]), &admin).await.status, 200);
+    assert_eq!(fixture.delete(&format!("/v1/keys/{}", keys[1]), &admin).await.status, 204);
     let late = id_of(&fixture.create(&admin, json!({"plan": "team"})).await.expect(201));
     admitted += exhaust(&fixture, &mut envoys, late, &of).await;
     assert_eq!(admitted, 10);
