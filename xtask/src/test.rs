@@ -193,7 +193,7 @@ impl Step {
 
 fn clippy_wasm() -> Result<()> {
     need_target(compile::FILTER_TARGET)?;
-    let crates = ["--package", "filter", "--package", "filter-core", "--package", "contract"];
+    let crates = ["--package", "filter", "--package", "filter-core", "--package", "limits", "--package", "contract"];
     let mut clippy = cargo(&["clippy", "--locked", "--target", compile::FILTER_TARGET]);
     clippy.args(crates).args(["--", "--deny", "warnings"]);
     run(clippy)
