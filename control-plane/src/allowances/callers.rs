@@ -58,50 +58,28 @@ impl Standing {
     }
 }
 
-/// Notes that Envoys have called. Sets the bounds of the transaction, too.
+/// An Envoy that was noted, with the state of the table before.
+struct Noted {
+    reporter: Uuid,
+    sync_key_id: Uuid,
+    has_ended: bool,
+    /// Whether it has called a while ago, so that all other Envoys see it.
+    was_live: bool,
+    /// Live Envoys that do not call now.
+    others: i64,
+    lone: Uuid,
+    is_lone: bool,
+    has_recalls: bool,
+    /// The settings of the transaction, as they are now.
+    _settings: Option<String>,
+}
+
+/// Notes that Envoys have called, and sees which others are live.
 pub(super) async fn note(
     connection: &mut PgConnection,
     callers: &BTreeMap<Uuid, Caller>,
 ) -> Result<Standing, sqlx::Error> {
-    let ids: Vec<Uuid> = callers.keys().copied().collect();
-    let keys: Vec<Uuid> = callers.values().map(|caller| caller.sync_key).collect();
-    let last: Vec<bool> = callers.values().map(|caller| caller.is_last).collect();
-    // All of it sees the table as it was before.
-    let rows = sqlx::query!(
-        r#"with noted as (
-            insert into allowance_callers (reporter, sync_key_id, heard_at, ended_at)
-            select reporter, sync_key, clock_timestamp(), case when is_last then clock_timestamp() end
-            from unnest($1::uuid[], $2::uuid[], $3::boolean[]) as new (reporter, sync_key, is_last)
-            where not exists (
-                select from usage_reporters r where r.reporter = new.reporter and r.sync_key_id <> new.sync_key
-            )
-            order by reporter
-            on conflict (reporter) do update set
-                heard_at = excluded.heard_at, ended_at = coalesce(allowance_callers.ended_at, excluded.ended_at)
-            where allowance_callers.sync_key_id = excluded.sync_key_id
-            returning reporter, sync_key_id, ended_at is not null as has_ended
-        )
-        select noted.reporter, noted.sync_key_id, noted.has_ended as "has_ended!",
-            coalesce(before.heard_at > clock_timestamp() - make_interval(secs => $4), false) as "was_live!",
-            (
-                select count(*) from allowance_callers other
-                where other.ended_at is null and other.reporter <> all($1)
-                    and other.heard_at > clock_timestamp() - make_interval(secs => $5)
-            ) as "others!",
-            lone.reporter as "lone!", lone.until > clock_timestamp() as "is_lone!",
-            exists (select from allowances where reporter = any($1) and recalled) as "has_recalls!",
-            set_config('synchronous_commit', 'off', true) as synchronous_commit,
-            set_config('lock_timeout', $6, true) as lock_timeout
-        from noted left join allowance_callers before on before.reporter = noted.reporter cross join lone_caller lone"#,
-        &ids,
-        &keys,
-        &last,
-        seconds(LIVE_MS) / 2.0,
-        seconds(LIVE_MS),
-        LOCK_TIMEOUT_MS.to_string()
-    )
-    .fetch_all(&mut *connection)
-    .await?;
+    let rows = write(&mut *connection, callers).await?;
     let live = |others: i64| {
         let own = rows.iter().filter(|row| !row.has_ended).count();
         u32::try_from(others).unwrap_or(u32::MAX).saturating_add(u32::try_from(own).unwrap_or(u32::MAX))
@@ -126,7 +104,7 @@ pub(super) async fn note(
         }
         Some(me) => {
             standing.lone = lock_lone(connection).await?;
-            standing.live = live(others(connection, &ids).await?);
+            standing.live = live(others(connection, callers).await?);
             if standing.live == 1 && standing.lone.is_none_or(|lone| lone == me) {
                 set_lone(connection, me).await?;
                 (standing.alone, standing.lone) = (Some(me), Some(me));
@@ -134,6 +112,49 @@ pub(super) async fn note(
         }
     }
     Ok(standing)
+}
+
+/// Writes the rows of Envoys that call, except those that belong to another sync key. Sets the bounds of the transaction, too.
+async fn write(connection: &mut PgConnection, callers: &BTreeMap<Uuid, Caller>) -> Result<Vec<Noted>, sqlx::Error> {
+    let ids: Vec<Uuid> = callers.keys().copied().collect();
+    let keys: Vec<Uuid> = callers.values().map(|caller| caller.sync_key).collect();
+    let last: Vec<bool> = callers.values().map(|caller| caller.is_last).collect();
+    // All of it sees the table as it was before.
+    sqlx::query_as!(
+        Noted,
+        r#"with noted as (
+            insert into allowance_callers (reporter, sync_key_id, heard_at, ended_at)
+            select reporter, sync_key, clock_timestamp(), case when is_last then clock_timestamp() end
+            from unnest($1::uuid[], $2::uuid[], $3::boolean[]) as new (reporter, sync_key, is_last)
+            where not exists (
+                select from usage_reporters r where r.reporter = new.reporter and r.sync_key_id <> new.sync_key
+            )
+            order by reporter
+            on conflict (reporter) do update set
+                heard_at = excluded.heard_at, ended_at = coalesce(allowance_callers.ended_at, excluded.ended_at)
+            where allowance_callers.sync_key_id = excluded.sync_key_id
+            returning reporter, sync_key_id, ended_at is not null as has_ended
+        )
+        select noted.reporter, noted.sync_key_id, noted.has_ended as "has_ended!",
+            coalesce(before.heard_at > clock_timestamp() - make_interval(secs => $4), false) as "was_live!",
+            (
+                select count(*) from allowance_callers other
+                where other.ended_at is null and other.reporter <> all($1)
+                    and other.heard_at > clock_timestamp() - make_interval(secs => $5)
+            ) as "others!",
+            lone.reporter as "lone!", lone.until > clock_timestamp() as "is_lone!",
+            exists (select from allowances where reporter = any($1) and recalled) as "has_recalls!",
+            set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', $6, true) as "_settings"
+        from noted left join allowance_callers before on before.reporter = noted.reporter cross join lone_caller lone"#,
+        &ids,
+        &keys,
+        &last,
+        seconds(LIVE_MS) / 2.0,
+        seconds(LIVE_MS),
+        LOCK_TIMEOUT_MS.to_string()
+    )
+    .fetch_all(connection)
+    .await
 }
 
 /// Lets the lone Envoy judge by itself for some more time, unless the time has passed. An Envoy that comes meanwhile locks the
@@ -166,11 +187,12 @@ async fn set_lone(connection: &mut PgConnection, reporter: Uuid) -> Result<(), s
 }
 
 /// How many Envoys are live beside these.
-async fn others(connection: &mut PgConnection, ids: &[Uuid]) -> Result<i64, sqlx::Error> {
+async fn others(connection: &mut PgConnection, callers: &BTreeMap<Uuid, Caller>) -> Result<i64, sqlx::Error> {
+    let ids: Vec<Uuid> = callers.keys().copied().collect();
     sqlx::query_scalar!(
         r#"select count(*) as "others!" from allowance_callers
         where ended_at is null and reporter <> all($1) and heard_at > clock_timestamp() - make_interval(secs => $2)"#,
-        ids,
+        &ids,
         seconds(LIVE_MS)
     )
     .fetch_one(connection)

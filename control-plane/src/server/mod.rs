@@ -63,7 +63,6 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
 
     let tls = tls(&settings)?;
     let admission = Admission::new(limits(&settings));
-    let read_timeout = settings.read_timeout;
     let listener =
         TcpListener::bind(settings.listen).await.map_err(|error| format!("--listen {}: {error}", settings.listen))?;
     let address = listener.local_addr()?;
@@ -83,7 +82,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     });
     let filters = app.filters.clone();
     let mut background = start_background(&settings, &app, tls.clone());
-    let router = api::router_with_read_timeout(app, Some(metrics), read_timeout);
+    let router = api::router_with_read_timeout(app, Some(metrics), settings.read_timeout);
     if let Some(file) = &settings.address_file {
         write_address(file, address).map_err(|error| format!("--address-file {}: {error}", file.display()))?;
     }
@@ -96,7 +95,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
         let _ = stop.send(true);
     };
     tokio::select! {
-        () = listener::serve(listener, router, ServerOptions { tls, read_timeout, admission }, ended) => {}
+        () = listener::serve(listener, router, ServerOptions { tls, read_timeout: settings.read_timeout, admission }, ended) => {}
         unprepared = &mut feeding => unprepared??,
         Some(broken) = background.join_next() => {
             let why = broken.err().map_or_else(|| "it returned".into(), |error| error.to_string());
