@@ -313,6 +313,12 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
+    /// Whether the control plane did not know how much the pool has, because another Envoy may still judge by itself.
+    #[must_use]
+    pub const fn is_unknown(&self) -> bool {
+        self.others == u64::MAX
+    }
+
     /// Whether no request needed tokens for [`IDLE_MS`].
     #[must_use]
     pub const fn is_idle(&self, now_ms: u64) -> bool {

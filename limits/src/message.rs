@@ -78,7 +78,7 @@ pub struct Grant {
     pub held: u64,
     /// What can still be granted to any Envoy now.
     pub left: u64,
-    /// Tokens that other Envoys hold.
+    /// Tokens that other Envoys hold. `u64::MAX`: their usage is not known, since another Envoy may still judge by itself.
     pub others: u64,
     /// In how many milliseconds one more token can be granted if no Envoy hands any back. 0 if one can be granted now,
     /// `u32::MAX` if none comes by itself.

@@ -249,7 +249,7 @@ async fn usage(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Vec<u8>
                 }
                 let store = shared.store.borrow().clone();
                 let mut limits = shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
-                limits.book(&report, store.records.values());
+                limits.book(&report, &store.records.values().collect::<Vec<_>>());
                 usage.taken.insert((report.reporter, report.seq), report);
             }
         }
@@ -272,5 +272,8 @@ async fn allowances(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Ve
     }
     let store = shared.store.borrow().clone();
     let mut limits = shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
-    limits.answer(call, store.records.values()).write().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+    limits
+        .answer(call, &store.records.values().collect::<Vec<_>>())
+        .write()
+        .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }

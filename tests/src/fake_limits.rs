@@ -65,10 +65,10 @@ impl FakeLimits {
     }
 
     /// Answers a call.
-    pub fn answer<'a>(&mut self, call: Call, records: impl Iterator<Item = &'a Record> + Clone) -> Answer {
+    pub fn answer(&mut self, call: Call, records: &[&Record]) -> Answer {
         let now_ns = now_ns();
         let grants = call.asks.iter().map(|ask| {
-            let rate = records.clone().flat_map(|record| record.rate_limits.iter().map(move |limit| (record, limit)));
+            let rate = records.iter().flat_map(|record| record.rate_limits.iter().map(move |limit| (record, limit)));
             let rate = rate.filter(|(record, limit)| PoolId::of_limit(limit, record) == ask.pool);
             let rate = rate.map(|(_, limit)| Terms::Rate(Rate::of(limit))).next();
             let none = Terms::Stock { left: 0, renews_in_ms: None };
@@ -90,10 +90,10 @@ impl FakeLimits {
     }
 
     /// Books what a report has used of quotas and balances.
-    pub fn book<'a>(&mut self, report: &Report, records: impl Iterator<Item = &'a Record> + Clone) {
+    pub fn book(&mut self, report: &Report, records: &[&Record]) {
         for count in report.counts.iter().filter(|count| count.of.outcome == Outcome::Allowed.code()) {
-            let of = |record: &&Record| count.of.key.is_some_and(|key| key.id == record.key_id);
-            let Some(record) = records.clone().find(of) else { continue };
+            let of = |record: &&&Record| count.of.key.is_some_and(|key| key.id == record.key_id);
+            let Some(record) = records.iter().find(of) else { continue };
             let quota = record.quota.map(|quota| (PoolId::of_quota(quota.per, record), count.requests));
             let credits = record.credits.map(|_| (PoolId::of_credits(record.owner_id), count.cost));
             for (pool, tokens) in quota.into_iter().chain(credits) {

@@ -1,5 +1,6 @@
 //! Which Envoys are live, and whether one of them is alone and judges by itself.
 //!
+//! An Envoy that polls is live also before it first calls, so that another one has stopped to judge by itself by then.
 //! Two Envoys must never both be alone, on whichever replicas they call. The row of `lone_caller` therefore is locked before an
 //! Envoy becomes alone, and before a newcomer is taken to be one of several. An Envoy that has called before is seen by all
 //! others, so its calls need no such lock once there are several.
@@ -137,20 +138,15 @@ async fn write(connection: &mut PgConnection, callers: &BTreeMap<Uuid, Caller>) 
         )
         select noted.reporter, noted.sync_key_id, noted.has_ended as "has_ended!",
             coalesce(before.heard_at > clock_timestamp() - make_interval(secs => $4), false) as "was_live!",
-            (
-                select count(*) from allowance_callers other
-                where other.ended_at is null and other.reporter <> all($1)
-                    and other.heard_at > clock_timestamp() - make_interval(secs => $5)
-            ) as "others!",
+            other_live_envoys($1) as "others!",
             lone.reporter as "lone!", lone.until > clock_timestamp() as "is_lone!",
             exists (select from allowances where reporter = any($1) and recalled) as "has_recalls!",
-            set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', $6, true) as "_settings"
+            set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', $5, true) as "_settings"
         from noted left join allowance_callers before on before.reporter = noted.reporter cross join lone_caller lone"#,
         &ids,
         &keys,
         &last,
         seconds(LIVE_MS) / 2.0,
-        seconds(LIVE_MS),
         LOCK_TIMEOUT_MS.to_string()
     )
     .fetch_all(connection)
@@ -189,14 +185,7 @@ async fn set_lone(connection: &mut PgConnection, reporter: Uuid) -> Result<(), s
 /// How many Envoys are live beside these.
 async fn others(connection: &mut PgConnection, callers: &BTreeMap<Uuid, Caller>) -> Result<i64, sqlx::Error> {
     let ids: Vec<Uuid> = callers.keys().copied().collect();
-    sqlx::query_scalar!(
-        r#"select count(*) as "others!" from allowance_callers
-        where ended_at is null and reporter <> all($1) and heard_at > clock_timestamp() - make_interval(secs => $2)"#,
-        &ids,
-        seconds(LIVE_MS)
-    )
-    .fetch_one(connection)
-    .await
+    sqlx::query_scalar!(r#"select other_live_envoys($1) as "others!""#, &ids).fetch_one(connection).await
 }
 
 fn seconds(ms: u64) -> f64 {

@@ -318,7 +318,11 @@ impl Charging<'_> {
                 Verdict::Taken
             }
             Spent::No { empty_ms } => no(empty_ms, holding.has_some()),
-            Spent::Wait { .. } if self.attempt.is_unreachable => self.take_unanswered(&mut holding, limit, no),
+            Spent::Wait { .. }
+                if self.attempt.is_unreachable || (self.attempt.is_out_of_time && holding.is_unknown()) =>
+            {
+                self.take_unanswered(&mut holding, limit, no)
+            }
             Spent::Wait { .. } if self.attempt.is_out_of_time => {
                 no(holding.empty_ms(now_ns / NS_PER_MS), holding.has_some())
             }

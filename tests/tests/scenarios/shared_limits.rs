@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
 use futures_util::future::join_all;
+use hyper::Method;
 use portcullis_tests::envoy::Envoy;
 use portcullis_tests::expect::assert_refused;
 use portcullis_tests::http::{Reply, get_request, send};
@@ -147,10 +148,9 @@ async fn all_keys_of_an_owner_share_what_their_plan_limits_per_owner() -> Result
     let stack = Stack::builder().envoys(3).start().await?;
     let rest = stack.rest();
     let plan = json!({
-        "name": "team",
         "rate_limits": [{"name": "team", "requests": 40, "window_seconds": 86_400, "per": "owner"}],
     });
-    rest.post("/v1/plans", plan).await?;
+    rest.expect(Method::PUT, "/v1/plans/team", Some(&plan), 201).await?;
     let mut keys = Vec::new();
     for number in 0..20 {
         let fields = json!({"email": "team@example.com", "name": format!("key {number}"), "plan": "team"});
