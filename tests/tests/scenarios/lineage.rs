@@ -34,7 +34,7 @@ async fn rotated(stack: &Stack, id: &str) -> Result<String> {
     Ok(key)
 }
 
-/// Asks until so many requests have come through in all; a lease may have to be renewed between them.
+/// Asks until so many requests have come through in all.
 async fn spend(stack: &Stack, key: &str, in_all: u64) -> Result<()> {
     let spent = async || {
         ask(stack, key).await.ok()?;
