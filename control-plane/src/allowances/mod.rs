@@ -1,8 +1,8 @@
 //! Allowances: what Envoys are granted of shared rate limits, quotas and credits. The rules are those of the crate [`limits`];
 //! this module keeps its pools in PostgreSQL and answers the calls of Envoys.
 //!
-//! [`queue`] collects calls, and [`batch`] answers those that have come meanwhile in one transaction: [`callers`] notes which
-//! Envoys are live, [`terms`] reads what the pools allow, and [`rows`] reads and writes their state. `metering` books usage in
+//! `queue` collects calls, and `batch` answers those that have come meanwhile in one transaction: `callers` notes which
+//! Envoys are live, `terms` reads what the pools allow, and `rows` reads and writes their state. `metering` books usage in
 //! the same rows. A transaction that has locked a pool waits for nothing but other pools.
 
 mod batch;
