@@ -68,3 +68,10 @@ async fn a_filter_that_may_not_ask_whether_the_store_was_written_is_refused_befo
     assert!(!lines_of_refusal(&json!({}), Some("proxy_get_metric"), named).await?.is_empty());
     Ok(())
 }
+
+#[tokio::test]
+async fn a_list_of_capabilities_from_before_requests_could_wait_is_refused() -> Result<()> {
+    let named = "restricted proxy-wasm capability: proxy_register_shared_queue";
+    assert!(!lines_of_refusal(&json!({}), Some("proxy_register_shared_queue"), named).await?.is_empty());
+    Ok(())
+}
