@@ -65,7 +65,7 @@ fn a_recalled_allowance_is_handed_back_at_once() {
     envoy.tick_at(0, NOW + 2 * TICK);
     envoy.serve(0, &mut plane);
     let (_, call) = envoy.call(0);
-    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (4, 4, 0));
+    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (4, 8, 0));
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn a_vm_that_ends_tells_and_hands_back_and_the_last_one_signs_off() {
     };
     assert_eq!(ends(&mut envoy, 1, true), [], "another configuration goes on");
     let [call] = &ends(&mut envoy, 1, false)[..] else { panic!("one call") };
-    assert_eq!((call.asks.len(), call.asks[0].spent, call.asks[0].returned, call.is_last), (1, 1, 1, false));
+    assert_eq!((call.asks.len(), call.asks[0].spent, call.asks[0].returned, call.is_last), (1, 1, 2, false));
     assert_eq!(ends(&mut envoy, 2, false), [], "it has nothing to say");
     let [call] = &ends(&mut envoy, 0, false)[..] else { panic!("one call") };
     assert_eq!((call.asks.len(), call.is_last), (0, true));
