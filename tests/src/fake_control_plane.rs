@@ -14,7 +14,7 @@ use axum::extract::{Query, State};
 use axum::http::header::AGE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::routing::{get, post};
-use contract::definition::Definition;
+use contract::definition::{Definition, Definitions};
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, ReporterId};
 use contract::outcome::Outcome;
@@ -273,7 +273,7 @@ async fn allowances(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Ve
     let store = shared.store.borrow().clone();
     let mut limits = shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
     limits
-        .answer(call, &store.records.values().collect::<Vec<_>>())
+        .answer(call, &store.records.values().collect::<Vec<_>>(), &Definitions(store.definitions))
         .write()
         .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use contract::definition::Definitions;
 use contract::id::ReporterId;
 use contract::outcome::Outcome;
 use contract::rate::Rate;
@@ -65,12 +66,14 @@ impl FakeLimits {
     }
 
     /// Answers a call.
-    pub fn answer(&mut self, call: Call, records: &[&Record]) -> Answer {
+    pub fn answer(&mut self, call: Call, records: &[&Record], definitions: &Definitions) -> Answer {
         let now_ns = now_ns();
         let grants = call.asks.iter().map(|ask| {
-            let rate = records.iter().flat_map(|record| record.rate_limits.iter().map(move |limit| (record, limit)));
+            let limits_of = |record: &&Record| definitions.rate_limits(record).to_vec();
+            let rate =
+                records.iter().flat_map(|record| limits_of(record).into_iter().map(move |limit| (record, limit)));
             let rate = rate.filter(|(record, limit)| PoolId::of_limit(limit, record) == ask.pool);
-            let rate = rate.map(|(_, limit)| Terms::Rate(Rate::of(limit))).next();
+            let rate = rate.map(|(_, limit)| Terms::Rate(Rate::of(&limit))).next();
             let none = Terms::Stock { left: 0, renews_in_ms: None };
             let pool = self.pools.entry(ask.pool).or_insert_with(|| Pool::new(rate.unwrap_or(none)));
             pool.terms = rate.unwrap_or(pool.terms);

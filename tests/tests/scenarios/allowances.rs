@@ -227,9 +227,10 @@ async fn a_client_that_leaves_while_it_waits_holds_nobody_up() -> Result<()> {
     let left = tokio::time::timeout(Duration::from_millis(20), harness.get("/", Some("limited"))).await;
     harness.control_plane.limits().mode = Mode::Answer;
     assert!(left.is_err(), "the client has left");
-    // Envoy may notice that only after the request was admitted, and not send it on.
+    // Those that waited for the same call are decided at the safe rate, half of the limit. The client may be noticed to have
+    // left only after its request was admitted.
     let admitted = admitted(&at_once(&harness, 8, "/", "limited").await?);
-    assert!((4..=5).contains(&admitted), "{admitted}");
+    assert!((3..=5).contains(&admitted), "{admitted}");
     assert!((admitted..=5).contains(&usize::try_from(harness.demo.requests())?), "{}", harness.demo.requests());
     Ok(())
 }

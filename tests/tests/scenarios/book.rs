@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use contract::outcome::Outcome;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::{http, paths, policies, shell, tools};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What a shell prints behind each block, before the status of its last command.
 const MARK: &str = "--- end of block: ";
@@ -197,6 +197,12 @@ async fn the_page_of_metrics_has_what_the_programs_show(stack: &Stack) -> Result
     let mut listed = first_cells(&page);
     listed.retain(|cell| cell.starts_with("portcullis_") || cell.starts_with("wasmcustom."));
     let of_envoy = listed.split_off("wasmcustom.");
+    // Distributions are shown once they have a value.
+    let limits = json!([{"name": "hour", "requests": 9, "window_seconds": 3_600}]);
+    let body = json!({"email": "metrics@example.com", "name": "Limited", "rate_limits": limits});
+    let (_, key) = stack.rest().create_with(body).await?;
+    stack.in_step().await?;
+    http::send(stack.envoy().address(), http::get_request("/orders", Some(&key))?).await?;
     let shown = http::get(stack.control_plane.address(), "/metrics").await?;
     let shown = String::from_utf8_lossy(&shown.body).into_owned();
     let types = shown.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
