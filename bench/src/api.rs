@@ -91,7 +91,7 @@ impl Verb {
                 caller + ";\n",
                 one(KEY)? + ";\n",
                 all.with(&["select s.generation as \"generation!\", s.prefix"], &[KEY])? + ";\n",
-                all.with(&["from key_quotas where id = $1"], &[KEY])? + ";\n",
+                all.with(&["from key_quotas q", "where q.id = $1"], &[KEY])? + ";\n",
                 all.with(&["select p.balance, p.credits_spent as spent"], &[OWNER])? + ";\n",
                 shown(KEY)? + ";\n",
                 all.with(&["from retired_secrets where key_id = k.id"], &[KEY])? + ";\n",
