@@ -91,13 +91,13 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         let now_ms = self.vm.now_ms();
         if !self.vm.is_tick_due(now_ms) {
             self.vm.allowances.ask_again();
-            return allowances::call(&self.vm, setup, false, false);
+            return self.call(setup, false);
         }
         self.vm.tick(now_ms);
         self.leader.borrow_mut().tick(&self.vm, setup, now_ms);
         self.vm.allowances.start_over();
         decide_again(Reached::Yes);
-        allowances::call(&self.vm, setup, true, self.leader.borrow().leads());
+        self.call(setup, true);
     }
 
     /// The time until the next tick, in milliseconds. It may change with each callback.
@@ -105,9 +105,13 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         self.vm.allowances.tick_ms()
     }
 
+    fn call(&self, setup: &Setup, is_tick: bool) {
+        allowances::call(&self.vm, setup, is_tick, self.leader.borrow().leads());
+    }
+
     /// The host has been asked by [`Wake`](crate::host::Wake) to call this.
     pub fn on_wake(&self, setup: &Setup) {
-        allowances::call(&self.vm, setup, false, false);
+        self.call(setup, false);
     }
 
     /// The response to a call has come, or its failure. `decide_again` calls [`Filter::decide_again`] for all requests that
@@ -126,7 +130,7 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
             }
             None => self.leader.borrow_mut().on_response(&self.vm, setup, token, response),
         }
-        allowances::call(&self.vm, setup, false, false);
+        self.call(setup, false);
     }
 
     /// A configuration ends: reports everything that was counted. `is_in_use`: another configuration uses this filter. If none

@@ -32,6 +32,8 @@ pub struct Asking {
     turn: u32,
     turned_ms: u64,
     in_flight: Option<InFlight>,
+    /// A tick came while a call was under way.
+    missed_tick: bool,
     failures: u32,
 }
 
@@ -206,6 +208,12 @@ impl Asking {
         self.in_flight.is_none() && !self.is_unreachable() && has_more
     }
 
+    /// Whether the call of the last tick is still to be sent, because it had to wait for the answer to another.
+    #[must_use]
+    pub const fn has_missed_tick(&self) -> bool {
+        self.missed_tick && self.in_flight.is_none()
+    }
+
     /// Pools that were not used for [`IDLE_MS`] to twice that: their allowance is to be handed back. An Envoy that is alone
     /// remembers the state of [`REMEMBERED`] pools for as long as it is alone.
     pub fn idle(&mut self, is_alone: bool, now_ms: u64) -> Vec<PoolId> {
@@ -233,9 +241,10 @@ impl Asking {
         // A call whose context is gone is never answered.
         let is_lost = |call: &InFlight| now_ms.abs_diff(call.sent_ms) > TICK_MS.saturating_mul(8);
         if self.in_flight.as_ref().is_some_and(|call| !is_lost(call)) {
+            self.missed_tick |= is_tick;
             return None;
         }
-        self.needs_are_urgent = false;
+        (self.needs_are_urgent, self.missed_tick) = (false, false);
         let mut due = Vec::new();
         self.take_due(|asking| &mut asking.lacking, &mut due);
         self.take_due(|asking| &mut asking.soon, &mut due);
@@ -281,6 +290,7 @@ impl Asking {
     /// The call was not answered: its usage is told again.
     pub fn on_failure(&mut self, sent: &Sent) {
         self.failures = self.failures.saturating_add(1);
+        self.missed_tick = false;
         sent.pools.iter().for_each(|pool| self.note_used(*pool));
     }
 }

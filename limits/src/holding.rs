@@ -5,7 +5,7 @@ use contract::time::NS_PER_MS;
 
 use crate::asking::Due;
 use crate::message::{Ask, Grant};
-use crate::{ALONE_MS, FORGOTTEN_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
+use crate::{ALONE_GRACE_MS, ALONE_MS, FORGOTTEN_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
 
 /// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
 const TOP_UP_PAUSE_MS: u64 = 20;
@@ -45,7 +45,9 @@ impl Contact {
         if self.is_cut_off(now_ms) {
             self.since_ms = self.valid_since_ms(sent_ms);
         }
-        if alone_ms > 0 && self.alone_until_ms < sent_ms {
+        // In between, the control plane let no other Envoy have anything if it heard of this one before the grace was over.
+        let is_same_term = self.was_alone() && now_ms <= self.alone_until_ms.saturating_add(ALONE_GRACE_MS);
+        if alone_ms > 0 && !is_same_term {
             self.alone_term = self.alone_term.wrapping_add(1);
         }
         self.answered_ms = now_ms;
@@ -437,7 +439,7 @@ impl Holding {
                 Ok(_) => {}
                 Err(wait_ns) => return Spent::No { empty_ms: wait_ns.div_ceil(NS_PER_MS) },
             },
-            None if self.alone_left >= cost => self.alone_left = self.alone_left.saturating_sub(cost),
+            None if self.alone_left >= cost => {}
             None => return self.refuse(cost, now_ns / NS_PER_MS),
         }
         self.take(cost, rate, now_ns);
@@ -459,6 +461,7 @@ impl Holding {
     fn take(&mut self, cost: u64, rate: Option<&Rate>, now_ns: u64) {
         let now_ms = now_ns / NS_PER_MS;
         self.spent = self.spent.saturating_add(cost);
+        self.alone_left = self.alone_left.saturating_sub(cost);
         if let Some(rate) = rate {
             self.arrival_ns = self.arrival_ns.max(now_ns).saturating_add(rate.interval_ns());
         }

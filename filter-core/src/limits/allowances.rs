@@ -120,12 +120,14 @@ impl Allowances {
         self.asking.borrow_mut().ask_again();
     }
 
-    /// Reads the contact with the control plane, as other VMs know it.
-    pub fn refresh(&self, data: &SharedData<impl Cells>) {
+    /// Reads the contact with the control plane, as other VMs know it. Returns whether it says more about being alone.
+    pub fn refresh(&self, data: &SharedData<impl Cells>) -> bool {
+        let before = self.contact.get();
         if let Some(cell) = data.get(CellKey::Contact) {
             let (contact, used_ms) = read_contact(&cell.value);
             self.note_contact(contact, used_ms, &[]);
         }
+        self.contact.get().alone_until_ms > before.alone_until_ms
     }
 
     /// `answered`: the pools whose state has just come.
@@ -169,6 +171,7 @@ pub fn call<H: Host, K: KeyLookup>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, 
     let now_ns = vm.host().now_ns();
     let now_ms = now_ns / NS_PER_MS;
     learn(vm, now_ns);
+    let is_tick = is_tick || allowances.asking.borrow().has_missed_tick();
     if is_tick {
         hand_back_idle(vm, now_ms);
     } else if !allowances.asking.borrow().is_urgent() {

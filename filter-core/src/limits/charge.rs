@@ -172,23 +172,18 @@ pub fn charge(
     attempt: Attempt,
     now_ns: impl Fn() -> u64,
 ) -> Charged {
-    let [of_key, of_owner] = limits.by_subject();
-    if of_key.1.is_empty() && of_owner.1.is_empty() {
+    let of = limits.by_subject();
+    if of.iter().all(|of| of.1.is_empty()) {
         return Charged::Yes;
     }
-    let now_ns = now_ns();
-    let mut charging =
-        Charging { allowances, attempt, now_ns, spent: Vec::new(), lacking: Vec::new(), is_to_note: false };
-    let first = take(data, &mut charging, &of_key, true);
-    // If the key's limits do not admit the request, those of its owner are only asked what they lack.
-    let is_taken = matches!(first, Verdict::Taken);
-    let second = take(data, &mut charging, &of_owner, is_taken);
-    if is_taken && !matches!(second, Verdict::Taken) && !of_key.1.is_empty() {
-        let given = data.update(cell_of(of_key.0), |cell| Ok::<_, ()>((charging.give_back(cell, &of_key), ())));
-        // Should it not go back, the key has one request less, which is better than one too many.
-        let _ = given;
+    let mut charging = Charging::new(allowances, attempt, now_ns());
+    let mut verdict = take_all(data, &mut charging, &of);
+    // Since this VM's last tick the leader may have heard that the Envoy is alone.
+    if matches!(verdict, Verdict::Lacking) && allowances.refresh(data) {
+        charging = Charging::new(allowances, attempt, charging.now_ns);
+        verdict = take_all(data, &mut charging, &of);
     }
-    match first.and(second) {
+    match verdict {
         Verdict::Taken => {
             allowances.note_spent(&charging.spent);
             Charged::Yes
@@ -199,6 +194,24 @@ pub fn charge(
         }
         Verdict::No(refusal) => limits.refused(&refusal),
     }
+}
+
+/// Takes a request from all its limits or from none.
+fn take_all(
+    data: &SharedData<impl Cells>,
+    charging: &mut Charging<'_>,
+    [of_key, of_owner]: &[OfSubject; 2],
+) -> Verdict {
+    let first = take(data, charging, of_key, true);
+    // If the key's limits do not admit the request, those of its owner are only asked what they lack.
+    let is_taken = matches!(first, Verdict::Taken);
+    let second = take(data, charging, of_owner, is_taken);
+    if is_taken && !matches!(second, Verdict::Taken) && !of_key.1.is_empty() {
+        let given = data.update(cell_of(of_key.0), |cell| Ok::<_, ()>((charging.give_back(cell, of_key), ())));
+        // Should it not go back, the key has one request less, which is better than one too many.
+        let _ = given;
+    }
+    first.and(second)
 }
 
 /// Takes a request from all limits of a subject or from none. Without `commit` it only looks.
@@ -290,7 +303,11 @@ struct Charging<'a> {
     is_to_note: bool,
 }
 
-impl Charging<'_> {
+impl<'a> Charging<'a> {
+    const fn new(allowances: &'a Allowances, attempt: Attempt, now_ns: u64) -> Self {
+        Self { allowances, attempt, now_ns, spent: Vec::new(), lacking: Vec::new(), is_to_note: false }
+    }
+
     /// Takes a request from all limits of a cell or from none: the bytes to write, if there is something to write.
     fn change(&mut self, cell: &[u8], of: &OfSubject, commit: bool) -> Result<(Vec<u8>, Verdict), Verdict> {
         let (subject, limits) = of;

@@ -198,3 +198,16 @@ fn an_envoy_that_is_alone_keeps_what_it_knows_of_a_bounded_number_of_pools() {
     asking.idle(true, NOW + 5 * IDLE_MS);
     assert_eq!(asking.idle(true, NOW + 7 * IDLE_MS).len(), REMEMBERED + 1);
 }
+
+#[test]
+fn a_tick_during_a_call_is_made_up_for_after_its_answer() {
+    let mut asking = Asking::default();
+    assert_eq!(asking.due(true, NOW), Some(Vec::new()));
+    asking.sent(7, Vec::new(), NOW);
+    assert_eq!(asking.due(true, NOW + TICK_MS), None);
+    assert!(!asking.has_missed_tick(), "not while the call is under way");
+    assert!(asking.take_response(7).is_some());
+    assert!(asking.has_missed_tick());
+    assert_eq!(asking.due(true, NOW + TICK_MS), Some(Vec::new()));
+    assert!(!asking.has_missed_tick());
+}

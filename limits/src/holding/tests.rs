@@ -208,7 +208,7 @@ fn the_only_envoy_needs_no_allowance() {
 }
 
 #[test]
-fn a_term_alone_begins_whenever_the_time_of_the_one_before_has_passed() {
+fn a_term_alone_goes_on_as_long_as_no_other_envoy_can_have_been_given_anything() {
     let mut contact = Contact::default();
     contact.answered(NOW_MS, NOW_MS + 5, 1, 400);
     assert_eq!((contact.alone_term, contact.alone_until_ms, contact.live), (1, NOW_MS + 400, 1));
@@ -217,8 +217,22 @@ fn a_term_alone_begins_whenever_the_time_of_the_one_before_has_passed() {
     contact.answered(NOW_MS + 500, NOW_MS + 505, 2, 0);
     assert_eq!((contact.alone_term, contact.alone_until_ms, contact.live), (1, 0, 2));
     contact.answered(NOW_MS + 750, NOW_MS + 755, 1, 400);
-    contact.answered(NOW_MS + 1_151, NOW_MS + 1_155, 1, 400);
+    assert_eq!((contact.alone_term, contact.alone_until_ms), (2, NOW_MS + 1_150));
+    contact.answered(NOW_MS + 1_400, NOW_MS + 1_500, 1, 400);
+    assert_eq!((contact.alone_term, contact.alone_until_ms), (2, NOW_MS + 1_800));
+    contact.answered(NOW_MS + 1_800, NOW_MS + 2_151, 1, 400);
     assert_eq!(contact.alone_term, 3);
+}
+
+#[test]
+fn what_is_spent_between_two_answers_is_gone_when_the_same_term_alone_goes_on() {
+    let mut holding = Holding::default();
+    holding.prepare(STOCK, &alone(), NOW);
+    holding.apply(&Grant { granted: 6, ..grant(0, 4, 0, 0) }, &alone(), NOW_MS);
+    let between = NOW + (ALONE_MS + 1) * NS_PER_MS;
+    assert_eq!(spends(&mut holding, STOCK, &alone(), between, 2), 2, "of the allowance");
+    let again = Contact { alone_until_ms: NOW_MS + 2 * ALONE_MS, ..alone() };
+    assert_eq!(spends(&mut holding, STOCK, &again, between, 20), 8);
 }
 
 #[test]

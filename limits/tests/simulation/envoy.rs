@@ -150,6 +150,7 @@ impl Envoy {
         let ns = self.ns(now_ns);
         let leads = worker == 0;
         let asking = &mut self.workers[worker].asking;
+        let is_tick = is_tick || asking.has_missed_tick();
         if is_tick {
             for pool in asking.idle(self.contact.was_alone(), ns / MS) {
                 if let Some(holding) = self.holdings.get_mut(&pool)

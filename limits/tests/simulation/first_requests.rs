@@ -4,7 +4,7 @@ use limits::pool::{Kind, PoolId, Terms};
 
 use crate::envoy::Need;
 use crate::load::print;
-use crate::world::{Change, Event, MS, S, World};
+use crate::world::{Change, Event, MS, Network, S, World};
 use crate::{NEAR, credits, limit, pool, quota};
 
 /// A world with one pool, two seconds old.
@@ -140,5 +140,17 @@ fn an_envoy_that_is_alone_knows_its_pools_ahead_and_no_request_waits() {
         send(&mut world, id, &terms.1, 5, 1, 10);
         print("alone, known ahead", &world.found, 1_710);
         assert_eq!((world.found.admitted, world.found.waited, world.found.excess), (25, 0, 0));
+    }
+}
+
+#[test]
+fn an_envoy_that_is_alone_spends_no_more_than_there_is_while_answers_are_late() {
+    for terms in [quota(300), credits(300), limit(100, 100)] {
+        let network = Network { least_ms: 20, most_ms: 250, lost_per_mille: 20, doubled_per_mille: 20 };
+        let (mut world, id) = (World::new(5, 1, 2, network), pool(terms.0, 1));
+        world.add_pool(id, terms.1);
+        send(&mut world, id, &terms.1, 1_000, 1, 50);
+        print("alone, answers are late", &world.found, 51);
+        assert_eq!(world.found.excess, 0);
     }
 }

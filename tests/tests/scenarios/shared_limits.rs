@@ -68,6 +68,37 @@ async fn pages_of_calls_pass_on_any_number_of_envoys_until_the_quota_is_used_up(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_one_envoy_no_request_within_its_limits_waits() -> Result<()> {
+    const WAITS: &str = "wasmcustom.portcullis.limits.waits_total";
+    const CALLS: &str = "wasmcustom.portcullis.limits.calls_total";
+    let stack = Stack::builder().start().await?;
+    let rest = stack.rest();
+    let envoy = &stack.envoys[0];
+    let mut keys = Vec::new();
+    for (email, fields) in [
+        ("limit@example.com", limit(10, 86_400)),
+        ("quota@example.com", per_day(10)),
+        ("credits@example.com", json!({"cost": 2})),
+    ] {
+        keys.push((email, key(&stack, email, fields).await?.1));
+    }
+    let user = rest.user("credits@example.com").await?;
+    rest.post(&format!("{user}/ledger"), json!({"amount": 20})).await?;
+    stack.in_step().await?;
+    // Only one call is under way at a time: with the third, the answers about the keys that came before are there.
+    let calls = envoy.stat(CALLS).await?;
+    eventually("calls", async || (envoy.stat(CALLS).await.ok()? >= calls + 3).then_some(())).await?;
+    for (what, key) in &keys {
+        assert_eq!(admitted(&page(&stack, 10, key).await?), 10);
+        assert_eq!(envoy.stat(WAITS).await?, 0, "{what}");
+    }
+    for (_, key) in &keys {
+        assert_eq!(admitted(&page(&stack, 2, key).await?), 0);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_request_each_one_and_a_half_seconds_passes_on_a_limit_of_one_a_second_on_five_envoys() -> Result<()> {
     let stack = Stack::builder().envoys(5).start().await?;
     let (_, slow) = key(&stack, "slow@example.com", limit(1, 1)).await?;

@@ -292,6 +292,23 @@ fn an_envoy_that_is_alone_asks_before_the_first_request_of_a_key() {
 }
 
 #[test]
+fn every_vm_knows_at_a_request_that_the_envoy_is_alone() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let mut plane = Plane::with([quota_pool(&key, 20, None)]);
+    (plane.live, plane.alone_ms) = (1, ALONE_MS as u32);
+    let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
+    settle(&mut envoy, &mut plane, NOW + TICK);
+    assert_eq!(envoy.ask(1, "k"), Fate::Admitted);
+    envoy.tick_at(1, NOW + 2 * TICK - 1);
+    settle(&mut envoy, &mut plane, NOW + 2 * TICK);
+    // The second VM has not ticked since, and what it knew of ended meanwhile.
+    envoy.host.set_now_ms(NOW + TICK + ALONE_MS + 1);
+    assert_eq!(envoy.ask(1, "k"), Fate::Admitted);
+    envoy.host.set_now_ms(NOW + 2 * TICK + ALONE_MS + 1);
+    assert_eq!(envoy.ask(1, "k"), Fate::Waits);
+}
+
+#[test]
 fn an_envoy_among_others_asks_for_nothing_before_the_first_request() {
     let key = with_limit(100);
     let mut plane = Plane::with([rate_pool(&key)]);
