@@ -21,6 +21,7 @@ use control_plane::metering::import::signed_usage;
 use filter_core::config::Config;
 use filter_core::extract::{cookie, query as path_query};
 use limits::TICK_MS;
+use limits::asking::Due;
 use limits::holding::{Contact, Holding, Limited, Spent};
 use limits::ledger::{Company, Pool};
 use limits::message::{ANSWER, Answer, Ask, CALL, Call, Grant};
@@ -108,7 +109,7 @@ pub fn allowance_call(bytes: &[u8]) {
     answer(asks.iter().map(numbers));
 }
 
-const ASK_BYTES: usize = 66;
+const ASK_BYTES: usize = 74;
 
 /// The Envoy, the pool, and then each number of an ask.
 fn numbers(bytes: &[u8; ASK_BYTES]) -> (ReporterId, Ask) {
@@ -126,6 +127,7 @@ fn numbers(bytes: &[u8; ASK_BYTES]) -> (ReporterId, Ask) {
         ahead_ns: next(),
         interval_ns: next(),
         need: next(),
+        least: next(),
         want: next(),
     };
     (ReporterId([envoy % 4; 16]), ask)
@@ -200,7 +202,8 @@ pub fn allowance_answer(bytes: &[u8]) {
             now_ms += TICK_MS;
             let pool = PoolId { kind: Kind::Quota, subject: Subject([0; 16]), tag: 0 };
             holding.prepare(Limited::Stock { fill: 1 }, &contact, now_ms * NS_PER_MS);
-            let ask = holding.ask(pool, 1, &contact, now_ms * NS_PER_MS);
+            let due = Due { pool, need: 1, least: 1 };
+            let ask = holding.ask(due, &contact, now_ms * NS_PER_MS);
             contact.answered(now_ms, now_ms, answer.live, answer.alone_ms);
             let before = holding;
             // Half of the answers are to this session.
