@@ -157,12 +157,19 @@ fn answer(asks: impl Iterator<Item = (ReporterId, Ask)>) {
         let before = granted.max(ask.granted).max(ask.spent.saturating_add(returned.max(ask.returned)));
         assert!(grant.granted >= before, "sums only grow");
         if grant.granted > before {
-            assert!(pool.held() <= pool.left(now_ns), "{pool:?} granted more than it had room for: {grant:?} to {ask:?}");
-            assert!(grant.granted - before <= ask.need.saturating_add(ask.want), "{grant:?} is more than asked: {ask:?}");
+            assert!(
+                pool.held() <= pool.left(now_ns),
+                "{pool:?} granted more than it had room for: {grant:?} to {ask:?}"
+            );
+            assert!(
+                grant.granted - before <= ask.need.saturating_add(ask.want),
+                "{grant:?} is more than asked: {ask:?}"
+            );
         }
         assert_eq!(grant.left, pool.room(now_ns));
         assert!(grant.empty_ms > 0 || grant.left > 0);
-        let refused = pool.clone().answer(ReporterId([9; 16]), &Ask { session: 1, ..ask }, Company::AnotherIsAlone, now_ns);
+        let refused =
+            pool.clone().answer(ReporterId([9; 16]), &Ask { session: 1, ..ask }, Company::AnotherIsAlone, now_ns);
         assert_eq!((refused.left, refused.others), (0, u64::MAX));
     }
 }
@@ -212,7 +219,10 @@ pub fn allowance_answer(bytes: &[u8]) {
             assert!(holding.granted <= before.granted.max(grant.granted));
             let available = holding.available(&contact, now_ms);
             let cost = grant.held.max(1);
-            if matches!(holding.spend(cost, Limited::Stock { fill: 1 }, 0, &contact, now_ms * NS_PER_MS), Spent::Yes { .. }) {
+            if matches!(
+                holding.spend(cost, Limited::Stock { fill: 1 }, 0, &contact, now_ms * NS_PER_MS),
+                Spent::Yes { .. }
+            ) {
                 assert!(available >= cost || contact.alone_until_ms > 0, "{holding:?} after {grant:?}");
             }
             assert_eq!(Holding::from_words(holding.words()), holding);

@@ -124,7 +124,8 @@ async fn spend_on_all_routes(envoy: &Envoy, key: &str, first: usize) -> Result<u
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn three_envoys_at_full_load_spend_a_balance_on_routes_of_different_cost_down_to_less_than_the_least() -> Result<()> {
+async fn three_envoys_at_full_load_spend_a_balance_on_routes_of_different_cost_down_to_less_than_the_least()
+-> Result<()> {
     let policies = json!({"export": {"cost": 29}, "search": {"cost": 7}, "usual": {"cost": 3}});
     let plugin = json!({"rate_limit": null, "policies": policies});
     let builder = Stack::builder().envoys(3).plugin(&plugin);

@@ -138,7 +138,10 @@ async fn three_envoys_admit_for_all_100_keys_of_an_owner_exactly_one_quota() -> 
     let quota = json!({"requests": QUOTA, "period": "day", "time_zone": "UTC", "per": "owner"});
     let keys = keys_of_an_owner(&stack, 100, &json!({"quota": quota})).await?;
     let all = load_each(&stack, &keys, [100; ENVOYS], 10).await;
-    println!("shared_limits: 100 keys of an owner with a quota: {} of {} in {:.1} s", all.admitted, all.sent, all.seconds);
+    println!(
+        "shared_limits: 100 keys of an owner with a quota: {} of {} in {:.1} s",
+        all.admitted, all.sent, all.seconds
+    );
     assert_eq!((all.admitted, stack.demo.requests()), (QUOTA, QUOTA));
     Ok(())
 }

@@ -125,7 +125,8 @@ async fn answers_of_those_that_wait(stack: &Stack, killed: Killed, keys: &mut [M
     let database = stack.database.clone();
     let lock = "begin; lock table pools in exclusive mode; select pg_sleep(5); commit";
     let lock = tokio::spawn(async move { database.execute(lock).await });
-    let locks = "select count(*) from pg_locks where relation = 'pools'::regclass and mode = 'ExclusiveLock' and granted";
+    let locks =
+        "select count(*) from pg_locks where relation = 'pools'::regclass and mode = 'ExclusiveLock' and granted";
     eventually("the lock", async || (stack.database.number(locks).await.ok()? > 0).then_some(())).await?;
     let [limit, quota, credits] = &*keys;
     let start = Instant::now();
@@ -191,9 +192,7 @@ async fn survives(killed: Killed) -> Result<()> {
     eventually("the use of the rate limit to be told", used).await?;
     let left = u64::from(LIMIT) - limit.admitted;
     assert_eq!(admitted(&limit.page(&stack, 20).await?) as u64, left, "after {}", limit.admitted);
-    for (of, outcome, all) in
-        [(quota, Outcome::QuotaExceeded, QUOTA), (credits, Outcome::CreditsExhausted, CREDITS)]
-    {
+    for (of, outcome, all) in [(quota, Outcome::QuotaExceeded, QUOTA), (credits, Outcome::CreditsExhausted, CREDITS)] {
         let mut refused = Vec::new();
         while refused.is_empty() {
             let replies = of.page(&stack, 12).await?;
@@ -214,7 +213,8 @@ async fn requests_that_wait_are_answered_when_postgresql_is_killed_and_it_comes_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_that_wait_are_answered_when_the_control_plane_is_killed_and_it_comes_back_without_a_jump() -> Result<()> {
+async fn requests_that_wait_are_answered_when_the_control_plane_is_killed_and_it_comes_back_without_a_jump()
+-> Result<()> {
     survives(Killed::ControlPlane).await
 }
 

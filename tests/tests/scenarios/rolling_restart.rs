@@ -97,7 +97,9 @@ async fn survives(requests: u32, window_s: u32, pace: Duration, most: u64) -> Re
     let left = (all - half as f64 + restarted.as_secs_f64() * per_second).min(all);
     let start = Instant::now();
     let rest = at_once(&stack, &rotation, &key, 2 * requests as usize).await? as f64;
-    println!("{requests} in {window_s} s: {half} while Envoys were restarted in {restarted:.1?}, then {rest} of {left:.1}");
+    println!(
+        "{requests} in {window_s} s: {half} while Envoys were restarted in {restarted:.1?}, then {rest} of {left:.1}"
+    );
     // What is left, and no more than that and what comes back meanwhile. A limit may run behind by the tokens of 0.3 s and one.
     assert!(rest <= left + start.elapsed().as_secs_f64() * per_second, "{rest} of {left:.1}");
     assert!(rest >= left - 0.3 * per_second - 2.0, "{rest} of {left:.1}");
