@@ -255,7 +255,7 @@ impl Holding {
             return Spent::Yes { is_low };
         }
         let available = self.available(contact, now_ms);
-        self.refuse(cost.saturating_add(waiting).saturating_sub(available), now_ms)
+        self.refuse(cost.saturating_sub(available), waiting, now_ms)
     }
 
     /// Notes that a request needs tokens under these terms. Keep that even if the request must wait, so that the answer
@@ -440,19 +440,21 @@ impl Holding {
                 Err(wait_ns) => return Spent::No { empty_ms: wait_ns.div_ceil(NS_PER_MS) },
             },
             None if self.alone_left >= cost => {}
-            None => return self.refuse(cost, now_ns / NS_PER_MS),
+            None => return self.refuse(cost, 0, now_ns / NS_PER_MS),
         }
         self.take(cost, rate, now_ns);
         Spent::Yes { is_low: false }
     }
 
-    /// Refuses a request if the pool is known to have less than what is missing for it and for those that wait.
-    const fn refuse(&self, missing: u64, now_ms: u64) -> Spent {
-        // What was said before the clock stepped back is not known any longer.
-        if now_ms >= self.known_until_ms || now_ms < self.asked_ms || missing <= self.left {
+    /// Refuses a request that lacks tokens if the pool is known to have fewer, or if only other Envoys have any, and fewer than
+    /// it and those that wait lack.
+    const fn refuse(&self, lacking: u64, waiting: u64, now_ms: u64) -> Spent {
+        // What was said before the clock stepped back is not known any longer. While the pool has tokens, it is not known
+        // which requests that wait get them, nor when the next one comes.
+        if now_ms >= self.known_until_ms || now_ms < self.asked_ms || lacking <= self.left {
             return Spent::Wait { for_others: false };
         }
-        if missing <= self.left.saturating_add(self.others) {
+        if lacking.saturating_add(waiting) <= self.left.saturating_add(self.others) {
             return Spent::Wait { for_others: true };
         }
         Spent::No { empty_ms: self.empty_ms(now_ms) }

@@ -84,7 +84,8 @@ fn a_request_waits_refuses_or_waits_for_others_by_what_was_last_said() {
     };
     let (wait, for_others, no) =
         (Spent::Wait { for_others: false }, Spent::Wait { for_others: true }, Spent::No { empty_ms: 495 });
-    assert_eq!([judged(1, 0, 0, 1), judged(1, 0, 1, 1), judged(1, 1, 1, 1)], [wait, no, for_others]);
+    assert_eq!([judged(1, 0, 0, 1), judged(1, 0, 1, 1), judged(1, 1, 1, 1)], [wait; 3]);
+    assert_eq!([judged(0, 0, 0, 1), judged(0, 2, 1, 1), judged(0, 1, 1, 1)], [no, for_others, no]);
     assert_eq!([judged(9, 0, 0, 10), judged(9, 1, 0, 10), judged(9, 0, 0, 9)], [no, for_others, wait]);
     let mut holding = with(0);
     holding.apply(&grant(0, 9, 0, 500), &contact(), NOW_MS);

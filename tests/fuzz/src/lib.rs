@@ -7,9 +7,11 @@ use std::time::UNIX_EPOCH;
 
 use contract::codec::{ACK, UPDATE, USAGE, encode, envelope};
 use contract::definition::Definition;
-use contract::id::Epoch;
+use contract::id::{Epoch, ReporterId};
 use contract::key::{self, Secret};
-use contract::record::Record;
+use contract::rate::Rate;
+use contract::record::{Per, RateLimit, Record};
+use contract::time::NS_PER_MS;
 use contract::update::{Header, Part, Update};
 use contract::usage::{Ack, read_reports, write_reports};
 use contract::usage_log::LogKey;
@@ -18,16 +20,24 @@ use control_plane::keys::import::line;
 use control_plane::metering::import::signed_usage;
 use filter_core::config::Config;
 use filter_core::extract::{cookie, query as path_query};
+use limits::TICK_MS;
+use limits::asking::Due;
+use limits::holding::{Contact, Holding, Limited, Spent};
+use limits::ledger::{Company, Pool};
+use limits::message::{ANSWER, Answer, Ask, CALL, Call, Grant};
+use limits::pool::{Kind, PoolId, Subject, Terms};
 use serde_json::Value;
 
 /// An entry point.
 pub type Entrance = fn(&[u8]);
 
 /// All of them, by the name of their corpus.
-pub const ENTRANCES: [(&str, Entrance); 9] = [
+pub const ENTRANCES: [(&str, Entrance); 11] = [
     ("key", key),
     ("update", update),
     ("report", report),
+    ("allowance_call", allowance_call),
+    ("allowance_answer", allowance_answer),
     ("plugin_configuration", plugin_configuration),
     ("email_and_name", email_and_name),
     ("query", query),
@@ -86,6 +96,138 @@ fn read_report(bytes: &[u8]) {
     let Ok(reports) = read_reports(bytes) else { return };
     let again = write_reports(&reports).and_then(|bytes| read_reports(&bytes));
     assert_eq!(again, Ok(reports));
+}
+
+/// What the control plane takes for a call for allowances: as a message, as the body of one, and as the numbers of asks.
+pub fn allowance_call(bytes: &[u8]) {
+    for message in [bytes, &envelope(CALL, bytes)] {
+        let Ok(call) = Call::read(message) else { continue };
+        assert_eq!(call.write().and_then(|bytes| Call::read(&bytes)).as_ref(), Ok(&call));
+        answer(call.asks.iter().map(|ask| (call.reporter, *ask)));
+    }
+    let (asks, _) = bytes.as_chunks::<ASK_BYTES>();
+    answer(asks.iter().map(numbers));
+}
+
+const ASK_BYTES: usize = 74;
+
+/// The Envoy, the pool, and then each number of an ask.
+fn numbers(bytes: &[u8; ASK_BYTES]) -> (ReporterId, Ask) {
+    let [envoy, pool, numbers @ ..] = bytes;
+    let (numbers, _) = numbers.as_chunks::<8>();
+    let mut numbers = numbers.iter().map(|number| u64::from_le_bytes(*number));
+    let mut next = || numbers.next().unwrap_or_default();
+    let kind = Kind::from_code(pool % 3).unwrap_or(Kind::Rate);
+    let ask = Ask {
+        pool: PoolId { kind, subject: Subject([0; 16]), tag: (pool / 3).into() },
+        session: next(),
+        granted: next(),
+        spent: next(),
+        returned: next(),
+        ahead_ns: next(),
+        interval_ns: next(),
+        need: next(),
+        least: next(),
+        want: next(),
+    };
+    (ReporterId([envoy % 4; 16]), ask)
+}
+
+/// Asks one pool after the other, at one time each tick. No pool grants more than it has room for.
+fn answer(asks: impl Iterator<Item = (ReporterId, Ask)>) {
+    let mut pools: Vec<(PoolId, Pool)> = Vec::new();
+    let mut now_ns = 1_800_000_000_000 * NS_PER_MS;
+    for (reporter, ask) in asks {
+        now_ns += TICK_MS * NS_PER_MS;
+        let place = pools.iter().position(|(id, _)| *id == ask.pool).unwrap_or_else(|| {
+            pools.push((ask.pool, Pool::new(terms(&ask.pool))));
+            pools.len() - 1
+        });
+        let pool = &mut pools[place].1;
+        let known = pool.holders.iter().find(|holder| holder.reporter == reporter).copied();
+        let grant = pool.answer(reporter, &ask, Company::Several, now_ns);
+        if grant.session != ask.session {
+            assert!(known.is_some_and(|known| known.session > ask.session));
+            assert_eq!(grant, Grant { session: grant.session, ..Grant::default() });
+            continue;
+        }
+        // What the Envoy says that it was granted, or has spent, is no new grant.
+        let known = known.filter(|known| known.session == ask.session);
+        let (granted, returned) = known.map_or((0, 0), |known| (known.granted, known.returned));
+        let before = granted.max(ask.granted).max(ask.spent.saturating_add(returned.max(ask.returned)));
+        assert!(grant.granted >= before, "sums only grow");
+        if grant.granted > before {
+            assert!(
+                pool.held() <= pool.left(now_ns),
+                "{pool:?} granted more than it had room for: {grant:?} to {ask:?}"
+            );
+            assert!(
+                grant.granted - before <= ask.need.saturating_add(ask.want),
+                "{grant:?} is more than asked: {ask:?}"
+            );
+        }
+        assert_eq!(grant.left, pool.room(now_ns));
+        assert!(grant.empty_ms > 0 || grant.left > 0);
+        let refused =
+            pool.clone().answer(ReporterId([9; 16]), &Ask { session: 1, ..ask }, Company::AnotherIsAlone, now_ns);
+        assert_eq!((refused.left, refused.others), (0, u64::MAX));
+    }
+}
+
+/// The terms of a pool, by its tag: from tiny ones to the greatest.
+fn terms(pool: &PoolId) -> Terms {
+    let greatness = u32::try_from(pool.tag % 32).unwrap_or_default();
+    if pool.kind == Kind::Rate {
+        let requests = 1_u32 << greatness;
+        let window_s = if pool.tag.is_multiple_of(2) { 1 } else { u32::MAX };
+        let name = String::new();
+        return Terms::Rate(Rate::of(&RateLimit {
+            name,
+            requests,
+            window_s,
+            burst: requests,
+            shared: true,
+            per: Per::Key,
+        }));
+    }
+    let left = match greatness {
+        0 => i64::MIN,
+        1 => i64::MAX,
+        _ => (1 << greatness) - 9,
+    };
+    Terms::Stock { left, renews_in_ms: pool.tag.is_multiple_of(3).then_some(u64::MAX >> greatness) }
+}
+
+/// What a filter takes for an answer to such a call. It never holds more than it was granted.
+pub fn allowance_answer(bytes: &[u8]) {
+    for message in [bytes, &envelope(ANSWER, bytes)] {
+        let Ok(answer) = Answer::read(message) else { continue };
+        assert_eq!(answer.write().and_then(|bytes| Answer::read(&bytes)).as_ref(), Ok(&answer));
+        let (mut contact, mut holding) = (Contact::default(), Holding::default());
+        let mut now_ms = 1_800_000_000_000;
+        for grant in &answer.grants {
+            now_ms += TICK_MS;
+            let pool = PoolId { kind: Kind::Quota, subject: Subject([0; 16]), tag: 0 };
+            holding.prepare(Limited::Stock { fill: 1 }, &contact, now_ms * NS_PER_MS);
+            let due = Due { pool, need: 1, least: 1 };
+            let ask = holding.ask(due, &contact, now_ms * NS_PER_MS);
+            contact.answered(now_ms, now_ms, answer.live, answer.alone_ms);
+            let before = holding;
+            // Half of the answers are to this session.
+            let session = if grant.session.is_multiple_of(2) { ask.session } else { grant.session };
+            holding.apply(&Grant { session, ..*grant }, &contact, now_ms);
+            assert!(holding.granted <= before.granted.max(grant.granted));
+            let available = holding.available(&contact, now_ms);
+            let cost = grant.held.max(1);
+            if matches!(
+                holding.spend(cost, Limited::Stock { fill: 1 }, 0, &contact, now_ms * NS_PER_MS),
+                Spent::Yes { .. }
+            ) {
+                assert!(available >= cost || contact.alone_until_ms > 0, "{holding:?} after {grant:?}");
+            }
+            assert_eq!(Holding::from_words(holding.words()), holding);
+        }
+    }
 }
 
 /// What an operator writes into Envoy's configuration.

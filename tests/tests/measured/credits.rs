@@ -1,13 +1,14 @@
-//! Credits of one owner over three Envoys: they are spent once, and after a top-up requests are
-//! admitted as soon as with a new key.
+//! Credits of one owner over three Envoys: they are spent once, whatever the requests cost, and after a
+//! top-up requests are admitted as soon as with a new key.
 
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
+use futures_util::future::try_join_all;
 use portcullis_tests::envoy::Envoy;
 use portcullis_tests::expect::assert_refused;
-use portcullis_tests::http::{get_request, send};
+use portcullis_tests::http::{Connection, get_request, send};
 use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::stack::{Stack, wait_for_status};
 use portcullis_tests::wait::eventually;
@@ -101,4 +102,44 @@ async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() ->
     let refills = ledger["entries"].as_array().into_iter().flatten().filter(|entry| entry["kind"] == "refill");
     assert_eq!(refills.map(|entry| &entry["amount"]).collect::<Vec<_>>(), [500]);
     Ok(())
+}
+
+/// The routes, with what a request to each costs. The last is the least.
+const PRICES: [(&str, u64); 3] = [("/export", 29), ("/search", 7), ("/", 3)];
+
+/// Requests to all routes in turn over one connection, until the balance does not pay for the cheapest. What was spent.
+async fn spend_on_all_routes(envoy: &Envoy, key: &str, first: usize) -> Result<u64> {
+    let mut connection = Connection::open(envoy.address()).await?;
+    let mut spent = 0;
+    for turn in first.. {
+        let (path, price) = PRICES[turn % PRICES.len()];
+        let reply = connection.get(path, Some(key)).await?;
+        match reply.status {
+            200 => spent += price,
+            429 if path == "/" => break,
+            status => assert_eq!(status, 429, "{reply:?}"),
+        }
+    }
+    Ok(spent)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_envoys_at_full_load_spend_a_balance_on_routes_of_different_cost_down_to_less_than_the_least()
+-> Result<()> {
+    let policies = json!({"export": {"cost": 29}, "search": {"cost": 7}, "usual": {"cost": 3}});
+    let plugin = json!({"rate_limit": null, "policies": policies});
+    let builder = Stack::builder().envoys(3).plugin(&plugin);
+    let builder = builder.route("/export", "export").route("/search", "search").route("/", "usual");
+    let stack = builder.start().await?;
+    let (_, key) = stack.rest().create(ADA).await?;
+    top_up(&stack, CREDITS).await?;
+    stack.in_step().await?;
+
+    let start = Instant::now();
+    let spend = (0..12).map(|number| spend_on_all_routes(&stack.envoys[number % 3], &key, number));
+    let spent: u64 = try_join_all(spend).await?.into_iter().sum();
+    println!("credits: {spent} of {CREDITS} were spent on routes of different cost in {:.1?}", start.elapsed());
+    let left = CREDITS.checked_sub(spent).context("more was spent than there was")?;
+    assert!(left < 3, "{left} are left");
+    wait_for_balance(&stack, left.try_into()?).await
 }

@@ -1,13 +1,14 @@
 //! One rate limit over three Envoys: together they admit what one limit allows, under even and under
-//! uneven load, and no more. The keys of one test have their loads at the same time; their limits
-//! are independent.
+//! uneven load, for one key and for all keys of an owner, and no more. The keys of one test have their
+//! loads at the same time; their limits are independent.
 
 use std::time::Instant;
 
 use anyhow::Result;
+use hyper::Method;
 use portcullis_tests::load::{Load, Plan, with_status};
 use portcullis_tests::stack::Stack;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const ENVOYS: usize = 3;
 const SECONDS: u32 = 60;
@@ -21,12 +22,12 @@ struct Outcome {
 }
 
 /// One load for each Envoy, at its own pace, for so many seconds. It takes longer where the machine cannot keep the pace.
-async fn load_each(stack: &Stack, key: &str, paces: [u32; ENVOYS], seconds: u32) -> Outcome {
+async fn load_each(stack: &Stack, keys: &[String], paces: [u32; ENVOYS], seconds: u32) -> Outcome {
     let start = Instant::now();
     let loads = stack.envoys.iter().zip(paces).filter(|(_, pace)| *pace > 0).map(|(envoy, pace)| {
         let plan = Plan {
             targets: vec![envoy.address()],
-            keys: vec![key.to_owned()],
+            keys: keys.to_vec(),
             connections: 4,
             requests: u64::from(pace * seconds),
             per_second: Some(pace),
@@ -47,14 +48,27 @@ async fn load_each(stack: &Stack, key: &str, paces: [u32; ENVOYS], seconds: u32)
 }
 
 /// A key with the limit that every Envoy knows.
-async fn limited_key(stack: &Stack, email: &str, limit: u64) -> Result<String> {
+async fn limited_key(stack: &Stack, email: &str, limit: u64) -> Result<Vec<String>> {
     let body = json!({
         "email": email, "name": "shared",
         "rate_limits": [{"name": "shared", "requests": limit, "window_seconds": 1}]
     });
     let (_, key) = stack.rest().create_with(body).await?;
     stack.in_step().await?;
-    Ok(key)
+    Ok(vec![key])
+}
+
+/// So many keys of one owner, whose plan has this limit for the owner.
+async fn keys_of_an_owner(stack: &Stack, keys: usize, plan: &Value) -> Result<Vec<String>> {
+    let rest = stack.rest();
+    rest.expect(Method::PUT, "/v1/plans/team", Some(plan), 201).await?;
+    let mut all = Vec::new();
+    for number in 0..keys {
+        let fields = json!({"email": "team@example.com", "name": format!("key {number}"), "plan": "team"});
+        all.push(rest.create_with(fields).await?.1);
+    }
+    stack.in_step().await?;
+    Ok(all)
 }
 
 /// Asserts that a load had what the limit allows, and not more. A machine that is busy may send less than that.
@@ -69,14 +83,14 @@ fn assert_exact(name: &str, limit: u64, outcome: Outcome, least_percent: f64) {
 
 /// Most of the load at one Envoy, then at the next; by turns another has a little or nothing.
 async fn under_uneven_load(stack: &Stack, limit: u32) -> Result<()> {
-    let key = limited_key(stack, &format!("uneven{limit}@example.com"), limit.into()).await?;
+    let keys = limited_key(stack, &format!("uneven{limit}@example.com"), limit.into()).await?;
     let start = Instant::now();
     let mut all = Outcome::default();
     for round in 0..4 {
         for most in 0..ENVOYS {
             let mut paces = [if round % 2 == 0 { limit / 5 } else { 0 }; ENVOYS];
             paces[most] = limit * 2;
-            let Outcome { sent, admitted, .. } = load_each(stack, &key, paces, SECONDS / 12).await;
+            let Outcome { sent, admitted, .. } = load_each(stack, &keys, paces, SECONDS / 12).await;
             all.sent += sent;
             all.admitted += admitted;
         }
@@ -87,8 +101,8 @@ async fn under_uneven_load(stack: &Stack, limit: u32) -> Result<()> {
 }
 
 async fn under_even_load(stack: &Stack, limit: u32) -> Result<()> {
-    let key = limited_key(stack, &format!("even{limit}@example.com"), limit.into()).await?;
-    let all = load_each(stack, &key, [limit / 2; ENVOYS], SECONDS).await;
+    let keys = limited_key(stack, &format!("even{limit}@example.com"), limit.into()).await?;
+    let all = load_each(stack, &keys, [limit / 2; ENVOYS], SECONDS).await;
     assert_exact(&format!("even load on {limit}/s"), limit.into(), all, 95.0);
     Ok(())
 }
@@ -105,4 +119,29 @@ async fn three_envoys_admit_what_a_limit_of_100_a_second_allows_under_uneven_and
 async fn three_envoys_admit_what_a_limit_of_1000_a_second_allows() -> Result<()> {
     let stack = Stack::builder().envoys(ENVOYS).start().await?;
     under_even_load(&stack, 1_000).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_envoys_admit_for_all_100_keys_of_an_owner_what_one_limit_allows() -> Result<()> {
+    let stack = Stack::builder().envoys(ENVOYS).plugin(&json!({"rate_limit": null})).start().await?;
+    let limit = json!({"name": "team", "requests": 100, "window_seconds": 1, "per": "owner"});
+    let keys = keys_of_an_owner(&stack, 100, &json!({"rate_limits": [limit]})).await?;
+    let all = load_each(&stack, &keys, [60; ENVOYS], SECONDS).await;
+    assert_exact("100 keys of an owner with 100/s", 100, all, 99.0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_envoys_admit_for_all_100_keys_of_an_owner_exactly_one_quota() -> Result<()> {
+    const QUOTA: u64 = 2_000;
+    let stack = Stack::builder().envoys(ENVOYS).plugin(&json!({"rate_limit": null})).start().await?;
+    let quota = json!({"requests": QUOTA, "period": "day", "time_zone": "UTC", "per": "owner"});
+    let keys = keys_of_an_owner(&stack, 100, &json!({"quota": quota})).await?;
+    let all = load_each(&stack, &keys, [100; ENVOYS], 10).await;
+    println!(
+        "shared_limits: 100 keys of an owner with a quota: {} of {} in {:.1} s",
+        all.admitted, all.sent, all.seconds
+    );
+    assert_eq!((all.admitted, stack.demo.requests()), (QUOTA, QUOTA));
+    Ok(())
 }
