@@ -141,7 +141,7 @@ async fn write(connection: &mut PgConnection, callers: &BTreeMap<Uuid, Caller>) 
             other_live_envoys($1) as "others!",
             lone.reporter as "lone!", lone.until > clock_timestamp() as "is_lone!",
             exists (select from allowances where reporter = any($1) and recalled) as "has_recalls!",
-            set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', $5, true) as "_settings"
+            set_config('lock_timeout', $5, true) as "_settings"
         from noted left join allowance_callers before on before.reporter = noted.reporter cross join lone_caller lone"#,
         &ids,
         &keys,
