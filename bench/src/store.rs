@@ -8,7 +8,7 @@ use portcullis_harness::compile;
 use portcullis_harness::http::get;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::Signal;
-use portcullis_harness::stack::Stack;
+use portcullis_harness::stack::{Builder, Stack};
 use portcullis_harness::wait::eventually;
 
 use crate::machine;
@@ -26,9 +26,14 @@ pub(crate) fn build() -> Result<()> {
 
 /// Starts a control plane with a database of its own and Envoys.
 pub(crate) async fn start(envoys: usize) -> Result<Stack> {
+    builder(envoys)?.start().await
+}
+
+/// The same, before it starts.
+pub(crate) fn builder(envoys: usize) -> Result<Builder> {
     build()?;
     let plugin = serde_json::json!({"rate_limit": null});
-    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).start().await
+    Ok(Stack::builder().own_postgres().envoys(envoys).plugin(&plugin))
 }
 
 /// Inserts keys into an empty database, and restarts the control plane, so that it loads them as a whole.
