@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use contract::id::ReporterId;
 use contract::key::Secret;
 use contract::outcome::Outcome;
+use limits::asking::Due;
 use limits::holding::{Contact, Holding, Limited, Spent};
 use limits::message::{Answer, Ask, Call};
 use limits::pool::PoolId;
@@ -91,7 +92,10 @@ impl Gateway {
         }
         let asks: Vec<Ask> = needs
             .iter()
-            .map(|(pool, need)| self.holdings.entry(*pool).or_default().ask(*pool, *need, &self.contact, now_ns))
+            .map(|(pool, need)| {
+                let due = Due { pool: *pool, need: *need, least: *need };
+                self.holdings.entry(*pool).or_default().ask(due, &self.contact, now_ns)
+            })
             .collect();
         let answer = answer(fixture, &self.sync, &Call { reporter: self.id, is_last, asks }).await;
         self.contact.answered(sent_ms, ms(self::now()), answer.live, answer.alone_ms);
