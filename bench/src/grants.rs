@@ -8,6 +8,7 @@ use contract::id::{KeyId, ReporterId};
 use contract::key::Secret;
 use contract::rate::{Rate, tag};
 use contract::record::{Per, RateLimit};
+use limits::asking::Due;
 use limits::holding::{Contact, Holding, Limited};
 use limits::message::{Answer, Call};
 use limits::pool::{Kind, PoolId};
@@ -65,7 +66,7 @@ impl Caller {
         for (pool, holding) in &mut self.pools {
             // Without a token, the request waits for the answer.
             let _ = holding.spend(1, Limited::Rate(&rate), 0, &self.contact, sent_ns);
-            asks.push(holding.ask(*pool, 1, &self.contact, sent_ns));
+            asks.push(holding.ask(Due { pool: *pool, need: 1, least: 1 }, &self.contact, sent_ns));
         }
         let before: Vec<u64> = asks.iter().map(|ask| ask.granted).collect();
         let body = Call { reporter: self.reporter, is_last: false, asks }.write()?;

@@ -94,7 +94,8 @@ impl Report {
         ratio: Option<(Estimate, &'static str)>,
     ) {
         // Figures of one suite stay together, in whichever order they come.
-        let end = self.figures.iter().rposition(|figure| figure.suite == suite).map_or(self.figures.len(), |last| last + 1);
+        let end =
+            self.figures.iter().rposition(|figure| figure.suite == suite).map_or(self.figures.len(), |last| last + 1);
         self.figures.insert(end, Figure { suite, name: name.into(), unit, estimate, ratio });
     }
 

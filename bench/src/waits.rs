@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use futures_util::future::try_join_all;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use hyper::Request;
 use portcullis_harness::dice::Dice;
@@ -153,26 +154,27 @@ impl<'a> Fleet<'a> {
 
     /// The first request of each key on each Envoy, one after the other on each.
     async fn warm_up(&self, keys: &[String]) -> Result<Vec<(f64, bool)>> {
-        let mut envoys = JoinSet::new();
-        for envoy in self.connections.iter().cloned() {
-            let keys = keys.to_vec();
-            envoys.spawn(async move { stream::iter(&keys).then(|key| envoy.send(key)).try_collect::<Vec<_>>().await });
-        }
-        let mut answers = Vec::new();
-        while let Some(of_envoy) = envoys.join_next().await {
-            answers.extend(of_envoy??);
-        }
+        let at =
+            async |envoy: &Arc<Envoy>| stream::iter(keys).then(|key| envoy.send(key)).try_collect::<Vec<_>>().await;
+        let answers = try_join_all(self.connections.iter().map(at)).await?.concat();
         tokio::time::sleep(SETTLED).await;
         Ok(answers)
     }
 
     /// Requests at random times, with random keys, at random Envoys. They come whether earlier ones are answered or not.
-    async fn load(&self, keys: &[String], per_second: f64, lasts: Duration, dice: &mut Dice) -> Result<Vec<(f64, bool)>> {
+    async fn load(
+        &self,
+        keys: &[String],
+        per_second: f64,
+        lasts: Duration,
+        dice: &mut Dice,
+    ) -> Result<Vec<(f64, bool)>> {
         let (mut sent, start) = (JoinSet::new(), tokio::time::Instant::now());
         let mut at = gap(dice, per_second);
         while at < lasts {
             tokio::time::sleep_until(start + at).await;
-            let (envoy, key) = (Arc::clone(self.any(dice)?), keys.get(dice.below(keys.len())).context("no key")?.clone());
+            let (envoy, key) =
+                (Arc::clone(self.any(dice)?), keys.get(dice.below(keys.len())).context("no key")?.clone());
             sent.spawn(async move { envoy.send(&key).await });
             at += gap(dice, per_second);
         }
@@ -348,7 +350,12 @@ async fn nearly_full(fleet: &Fleet<'_>, quick: bool, dice: &mut Dice, report: &m
     let latencies = Samples::in_groups([run.latencies_ms.clone()]);
     report.figure(FULL, "latency of all requests, p50", "ms", Estimate::at(&latencies, 0.5));
     report.figure(FULL, "latency of all requests, p99", "ms", Estimate::at(&latencies, 0.99));
-    report.figure(FULL, "calls of each Envoy", "calls/s", Estimate::exact(run.calls_per_second(fleet.connections.len())));
+    report.figure(
+        FULL,
+        "calls of each Envoy",
+        "calls/s",
+        Estimate::exact(run.calls_per_second(fleet.connections.len())),
+    );
     Ok(())
 }
 
