@@ -51,13 +51,15 @@ pub(crate) fn control_plane_pid(stack: &Stack) -> Result<u32> {
 
 /// Waits until a metric of the control plane reaches a value.
 pub(crate) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<()> {
-    eventually(&format!("{metric} to reach {least}"), async || {
-        let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
-        let text = String::from_utf8_lossy(&reply.body).into_owned();
-        let value = text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?;
-        (value.trim().parse::<f64>().ok()? >= least).then_some(())
-    })
-    .await
+    let is_reached = async || (read_metric(stack, metric).await? >= least).then_some(());
+    eventually(&format!("{metric} to reach {least}"), is_reached).await
+}
+
+/// A metric of the control plane, if it has a value.
+pub(crate) async fn read_metric(stack: &Stack, metric: &str) -> Option<f64> {
+    let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
+    let text = String::from_utf8_lossy(&reply.body).into_owned();
+    text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?.trim().parse().ok()
 }
 
 pub(crate) fn milliseconds(duration: Duration) -> f64 {
