@@ -4,7 +4,7 @@
 //! Reading order: `stats` computes figures from samples, `report` prints and judges them. `machine`
 //! reads CPU time and memory and pins processes, `load` sends requests, `server` is an Envoy, `feed`
 //! a control plane with keys and no database, `peers` the configurations that are compared. Then one
-//! file for each suite; `store` is the control plane of the last four.
+//! file for each suite, and two for the suite `limits`; `store` is the control plane of the last five.
 
 mod report;
 mod statements;
@@ -26,8 +26,10 @@ mod store;
 
 mod api;
 mod flood;
+mod grants;
 mod sync;
 mod usage;
+mod waits;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -60,7 +62,7 @@ enum Command {
 /// What to measure, and how long.
 #[derive(clap::Args)]
 struct Options {
-    /// Fewer rounds and keys: under three minutes once everything is built. Checks the bench, not the product.
+    /// Fewer rounds and keys: under four minutes once everything is built. Checks the bench, not the product.
     #[arg(long)]
     quick: bool,
     /// Measure only this suite. Can be given several times.
@@ -101,6 +103,8 @@ enum Suite {
     Api,
     /// How long a good key takes during a flood of unknown keys.
     Flood,
+    /// How many requests wait for an allowance of a shared limit, how long, and how fast allowances are granted.
+    Limits,
 }
 
 fn main() -> ExitCode {
@@ -111,6 +115,11 @@ fn main() -> ExitCode {
             None => bench(&options).await,
         }
     })
+}
+
+async fn limits_suite(options: &Options, report: &mut Report) -> Result<()> {
+    waits::measure(options, report).await?;
+    grants::measure(options, report).await
 }
 
 async fn bench(options: &Options) -> Result<()> {
@@ -131,6 +140,7 @@ async fn bench(options: &Options) -> Result<()> {
             Suite::Usage => usage::measure(options, &mut report).await,
             Suite::Api => api::measure(options, &mut report).await,
             Suite::Flood => flood::measure(options, &mut report).await,
+            Suite::Limits => limits_suite(options, &mut report).await,
         };
         // One suite that cannot run does not cost the figures of the others.
         if let Err(error) = done {

@@ -93,7 +93,10 @@ impl Report {
         estimate: Estimate,
         ratio: Option<(Estimate, &'static str)>,
     ) {
-        self.figures.push(Figure { suite, name: name.into(), unit, estimate, ratio });
+        // Figures of one suite stay together, in whichever order they come.
+        let end =
+            self.figures.iter().rposition(|figure| figure.suite == suite).map_or(self.figures.len(), |last| last + 1);
+        self.figures.insert(end, Figure { suite, name: name.into(), unit, estimate, ratio });
     }
 
     /// A target, with nothing found if it could not be measured.

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use contract::record::{Per, RateLimit, Record};
+use contract::record::{Budget, Per, RateLimit, Record};
 use portcullis_harness::dice::Dice;
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
@@ -47,6 +47,8 @@ const AUTHZ_HTTP: &str = "ext_authz, HTTP, instant answer";
 const AUTHZ_GRPC: &str = "ext_authz, gRPC, tonic (its CPU not counted)";
 const PLAIN: &str = "Portcullis, 1,000 keys";
 const LIMITED: &str = "Portcullis, 1,000 keys, each with a rate limit";
+const QUOTA: &str = "Portcullis, 1,000 keys, each with a quota";
+const CREDITS: &str = "Portcullis, 1,000 keys, each with credits";
 const ENVOY_REMOVES: &str = "Portcullis, 1,000 keys, Envoy removes identity headers";
 const PACKED: &str = "Portcullis, 1,000 keys, and one packed identity header";
 const POLICY: &str = "Portcullis, 1,000 keys, route policy";
@@ -224,6 +226,14 @@ fn limited(record: &mut Record) {
     }];
 }
 
+fn with_quota(record: &mut Record) {
+    record.quota = Some(Budget::default());
+}
+
+fn with_credits(record: &mut Record) {
+    (record.credits, record.cost) = (Some(Budget { per: Per::Owner, ..Budget::default() }), 1);
+}
+
 impl<'a> Running<'a> {
     async fn on(cores: Cores, rounds: usize, options: &'a Options, home: &'a Path) -> Result<Self> {
         progress("suite request: starting the peers");
@@ -301,6 +311,8 @@ impl<'a> Running<'a> {
     async fn start_variants(&mut self) -> Result<()> {
         let filter = paths::wasm();
         self.variant(LIMITED, &filter, limited, unlimited_plugin(), None).await?;
+        self.variant(QUOTA, &filter, with_quota, unlimited_plugin(), None).await?;
+        self.variant(CREDITS, &filter, with_credits, unlimited_plugin(), None).await?;
         for filter in &self.options.beside {
             self.start_beside(filter).await?;
         }

@@ -130,6 +130,11 @@ impl Estimate {
         if all.len() > 1 { Self { low: Samples::quantile_of(&all, 0.0), high: found.judged, ..found } } else { found }
     }
 
+    /// A figure that was counted once, without a range.
+    pub(crate) const fn exact(figure: f64) -> Self {
+        Self { judged: figure, median: figure, ..Self::NOTHING }
+    }
+
     /// Adds the interval of the resamples.
     fn within(self, drawn: &Samples, samples: usize) -> Self {
         if samples > 1 { Self { low: drawn.quantile(0.05), high: drawn.quantile(0.95), ..self } } else { self }

@@ -8,7 +8,7 @@ use portcullis_harness::compile;
 use portcullis_harness::http::get;
 use portcullis_harness::output::progress;
 use portcullis_harness::process::Signal;
-use portcullis_harness::stack::Stack;
+use portcullis_harness::stack::{Builder, Stack};
 use portcullis_harness::wait::eventually;
 
 use crate::machine;
@@ -26,9 +26,14 @@ pub(crate) fn build() -> Result<()> {
 
 /// Starts a control plane with a database of its own and Envoys.
 pub(crate) async fn start(envoys: usize) -> Result<Stack> {
+    builder(envoys)?.start().await
+}
+
+/// The same, before it starts.
+pub(crate) fn builder(envoys: usize) -> Result<Builder> {
     build()?;
     let plugin = serde_json::json!({"rate_limit": null});
-    Stack::builder().own_postgres().envoys(envoys).plugin(&plugin).start().await
+    Ok(Stack::builder().own_postgres().envoys(envoys).plugin(&plugin))
 }
 
 /// Inserts keys into an empty database, and restarts the control plane, so that it loads them as a whole.
@@ -46,13 +51,15 @@ pub(crate) fn control_plane_pid(stack: &Stack) -> Result<u32> {
 
 /// Waits until a metric of the control plane reaches a value.
 pub(crate) async fn reaches(stack: &Stack, metric: &str, least: f64) -> Result<()> {
-    eventually(&format!("{metric} to reach {least}"), async || {
-        let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
-        let text = String::from_utf8_lossy(&reply.body).into_owned();
-        let value = text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?;
-        (value.trim().parse::<f64>().ok()? >= least).then_some(())
-    })
-    .await
+    let is_reached = async || (read_metric(stack, metric).await? >= least).then_some(());
+    eventually(&format!("{metric} to reach {least}"), is_reached).await
+}
+
+/// A metric of the control plane, if it has a value.
+pub(crate) async fn read_metric(stack: &Stack, metric: &str) -> Option<f64> {
+    let reply = get(stack.control_plane.address(), "/metrics").await.ok()?;
+    let text = String::from_utf8_lossy(&reply.body).into_owned();
+    text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?.trim().parse().ok()
 }
 
 pub(crate) fn milliseconds(duration: Duration) -> f64 {

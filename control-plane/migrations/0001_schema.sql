@@ -832,15 +832,20 @@ comment on table lone_caller is 'The only live Envoy, in a single row. It judges
 
 insert into lone_caller default values;
 
-create function other_live_envoys(callers uuid[]) returns bigint language sql volatile as $$
-    select count(*) from (
-        select reporter from allowance_callers
-        where ended_at is null and heard_at > clock_timestamp() - interval '10 seconds'
-        union
-        select f.reporter from filters f left join allowance_callers c on c.reporter = f.reporter
-        where f.seen_at > clock_timestamp() - interval '60 seconds'
-            and (c.reporter is null or (c.ended_at is null and f.seen_at > c.heard_at + interval '10 seconds'))
-    ) live where reporter <> all (callers)
+-- In PL/pgSQL, since PostgreSQL plans the body of a function in SQL at each call.
+create function other_live_envoys(callers uuid[]) returns bigint language plpgsql volatile as $$
+begin
+    return (
+        select count(*) from (
+            select reporter from allowance_callers
+            where ended_at is null and heard_at > clock_timestamp() - interval '10 seconds'
+            union
+            select f.reporter from filters f left join allowance_callers c on c.reporter = f.reporter
+            where f.seen_at > clock_timestamp() - interval '60 seconds'
+                and (c.reporter is null or (c.ended_at is null and f.seen_at > c.heard_at + interval '10 seconds'))
+        ) live where reporter <> all (callers)
+    );
+end
 $$;
 
 comment on function other_live_envoys is 'Number of live Envoys beside these. An Envoy that calls is live until 10 seconds after its last call. One that does not call, because it uses no shared limit, is live while it polls; a poll is held for up to 25 seconds.';

@@ -40,7 +40,9 @@ impl Reply {
     }
 }
 
-pub type Outgoing = Request<Full<Bytes>>;
+pub type OutgoingBody = Full<Bytes>;
+
+pub type Outgoing = Request<OutgoingBody>;
 
 #[derive(Debug)]
 pub struct Connection {
