@@ -21,14 +21,15 @@ const DATA: u8 = 0;
 /// Magic bytes of the messages.
 const UPDATE: &[u8] = b"PKS1";
 const ACK: &[u8] = b"PKA1";
+const GRANTS: &[u8] = b"PKG1";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manipulation {
-    /// The connection ends before an acknowledgement is forwarded.
+    /// The connection ends before an acknowledgement of usage is forwarded. Answers with allowances are not forwarded.
     LoseAcknowledgements,
     /// The connection ends in the middle of an update.
     CutUpdates,
-    /// Updates and acknowledgements are replaced by other bytes of the same length.
+    /// Updates, acknowledgements and allowances are replaced by other bytes of the same length.
     Corrupt,
 }
 
@@ -135,7 +136,8 @@ async fn forward_responses(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shar
         }
         let manipulation = *shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner);
         match manipulation.map(|manipulation| manipulate(manipulation, kind, &mut frame)) {
-            None | Some(Forwarded::Unchanged) => {}
+            None | Some(Forwarded::Unchanged | Forwarded::CorruptedGrants) => {}
+            Some(Forwarded::Dropped) => continue,
             Some(Forwarded::Corrupted) => {
                 shared.manipulated.fetch_add(1, Ordering::Relaxed);
             }
@@ -156,6 +158,9 @@ async fn forward_responses(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shar
 enum Forwarded {
     Unchanged,
     Corrupted,
+    /// These come four times a second, so a fault does not end with the first one.
+    CorruptedGrants,
+    Dropped,
     Start(usize),
 }
 
@@ -164,16 +169,17 @@ fn manipulate(manipulation: Manipulation, kind: u8, frame: &mut [u8]) -> Forward
     let Some((_, data)) = frame.split_at_mut_checked(FRAME_HEADER).filter(|_| kind == DATA) else {
         return Forwarded::Unchanged;
     };
-    let (update, ack) = (data.starts_with(UPDATE), data.starts_with(ACK));
+    let (update, ack, grants) = (data.starts_with(UPDATE), data.starts_with(ACK), data.starts_with(GRANTS));
     match manipulation {
+        Manipulation::LoseAcknowledgements if grants => Forwarded::Dropped,
         Manipulation::LoseAcknowledgements if ack => Forwarded::Start(0),
         Manipulation::CutUpdates if update => Forwarded::Start(FRAME_HEADER + (bytes - FRAME_HEADER) / 2),
-        Manipulation::Corrupt if update || ack => {
+        Manipulation::Corrupt if update || ack || grants => {
             // The magic bytes stay, so that only the checksum shows the corruption.
             for (place, byte) in data.iter_mut().enumerate().skip(UPDATE.len()) {
                 *byte = byte.wrapping_mul(31).wrapping_add((place % 251) as u8);
             }
-            Forwarded::Corrupted
+            if grants { Forwarded::CorruptedGrants } else { Forwarded::Corrupted }
         }
         Manipulation::LoseAcknowledgements | Manipulation::CutUpdates | Manipulation::Corrupt => Forwarded::Unchanged,
     }
@@ -192,13 +198,15 @@ mod tests {
     #[test]
     fn each_manipulation_changes_its_own_messages_and_no_others() {
         let (update, ack, other) = (frame(b"PKS1abcdefgh"), frame(b"PKA1abcdefgh"), frame(b"{\"code\":1}"));
-        for (manipulation, of_update, of_ack) in [
-            (Manipulation::LoseAcknowledgements, Forwarded::Unchanged, Forwarded::Start(0)),
-            (Manipulation::CutUpdates, Forwarded::Start(15), Forwarded::Unchanged),
-            (Manipulation::Corrupt, Forwarded::Corrupted, Forwarded::Corrupted),
+        let grants = frame(b"PKG1abcdefgh");
+        for (manipulation, of_update, of_ack, of_grants) in [
+            (Manipulation::LoseAcknowledgements, Forwarded::Unchanged, Forwarded::Start(0), Forwarded::Dropped),
+            (Manipulation::CutUpdates, Forwarded::Start(15), Forwarded::Unchanged, Forwarded::Unchanged),
+            (Manipulation::Corrupt, Forwarded::Corrupted, Forwarded::Corrupted, Forwarded::CorruptedGrants),
         ] {
             assert_eq!(manipulate(manipulation, DATA, &mut update.clone()), of_update);
             assert_eq!(manipulate(manipulation, DATA, &mut ack.clone()), of_ack);
+            assert_eq!(manipulate(manipulation, DATA, &mut grants.clone()), of_grants);
             let mut untouched = other.clone();
             assert_eq!(manipulate(manipulation, DATA, &mut untouched), Forwarded::Unchanged);
             assert_eq!(untouched, other);
