@@ -119,11 +119,13 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         response: &impl CallResponse,
         decide_again: impl FnOnce(Reached),
     ) {
-        let Some(reached) = allowances::on_response(&self.vm, token, response) else {
-            return self.leader.borrow_mut().on_response(&self.vm, setup, token, response);
-        };
-        self.vm.allowances.start_over();
-        decide_again(reached);
+        match allowances::on_response(&self.vm, token, response) {
+            Some(reached) => {
+                self.vm.allowances.start_over();
+                decide_again(reached);
+            }
+            None => self.leader.borrow_mut().on_response(&self.vm, setup, token, response),
+        }
         allowances::call(&self.vm, setup, false, false);
     }
 

@@ -162,7 +162,10 @@ impl Leader {
             return Err("the update does not continue the store: starting over".into());
         }
         match apply(vm, self.node, &update, progress, now_ms.saturating_sub(age_ms)) {
-            Ok(()) => term.sync.on_applied(&update.header),
+            Ok(()) => {
+                term.sync.on_applied(&update.header);
+                vm.allowances.note_arrived(&update);
+            }
             // The new leader continues from the state of the store.
             Err(NotLeader) => self.term = None,
         }

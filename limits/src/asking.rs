@@ -12,6 +12,9 @@ use crate::{IDLE_MS, TICK_MS};
 /// After so many calls without an answer no request waits, until one is answered.
 const FAILURES: u32 = 2;
 
+/// Most pools whose state a worker remembers without a use.
+pub const REMEMBERED: usize = 10_000;
+
 /// The state of one worker.
 #[derive(Clone, Debug, Default)]
 pub struct Asking {
@@ -32,11 +35,24 @@ pub struct Asking {
     failures: u32,
 }
 
+/// A pool to ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Due {
+    /// The pool.
+    pub pool: PoolId,
+    /// Tokens that requests wait for.
+    pub need: u64,
+    /// Tokens for the cheapest of them.
+    pub least: u64,
+}
+
 /// The use of one pool.
 #[derive(Clone, Copy, Debug, Default)]
 struct Use {
     /// Tokens that requests wait for.
     need: u64,
+    /// Tokens for the cheapest of them.
+    least: u64,
     /// Tokens that requests lacked which were decided without them.
     missed: u64,
     is_soon: bool,
@@ -96,6 +112,7 @@ impl Asking {
         self.needed(pool);
         let of = self.entry(pool);
         let is_first = of.need == 0;
+        of.least = if is_first { tokens } else { of.least.min(tokens) };
         of.need = of.need.saturating_add(tokens);
         if is_first {
             self.lacking.push(pool);
@@ -127,6 +144,26 @@ impl Asking {
         if !std::mem::replace(&mut of.is_soon, true) {
             self.soon.push(pool);
         }
+    }
+
+    /// Whether pools are to be told of with the next call.
+    #[must_use]
+    pub const fn has_to_tell(&self) -> bool {
+        !self.soon.is_empty()
+    }
+
+    /// Ask for all pools anew but those that were just answered: the Envoy has become alone and does not know their state.
+    pub fn tell_all_but(&mut self, answered: &[PoolId]) {
+        let pools: Vec<PoolId> = self.pools.keys().copied().collect();
+        answered.iter().for_each(|pool| self.entry(*pool).is_soon = true);
+        pools.into_iter().for_each(|pool| self.tell(pool));
+        answered.iter().for_each(|pool| self.entry(*pool).is_soon = false);
+    }
+
+    /// Whether the worker knows the state of no pool.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.pools.is_empty()
     }
 
     /// What is to be said of a pool, which rests unless it is known.
@@ -169,9 +206,10 @@ impl Asking {
         self.in_flight.is_none() && !self.is_unreachable() && has_more
     }
 
-    /// Pools that were not used for [`IDLE_MS`] to twice that: their allowance is to be handed back.
-    pub fn idle(&mut self, now_ms: u64) -> Vec<PoolId> {
-        if now_ms.abs_diff(self.turned_ms) < IDLE_MS {
+    /// Pools that were not used for [`IDLE_MS`] to twice that: their allowance is to be handed back. An Envoy that is alone
+    /// remembers the state of [`REMEMBERED`] pools for as long as it is alone.
+    pub fn idle(&mut self, is_alone: bool, now_ms: u64) -> Vec<PoolId> {
+        if now_ms.abs_diff(self.turned_ms) < IDLE_MS || (is_alone && self.pools.len() <= REMEMBERED) {
             return Vec::new();
         }
         self.turned_ms = now_ms;
@@ -190,9 +228,8 @@ impl Asking {
         self.pools.drain().map(|(pool, _)| pool).collect()
     }
 
-    /// The pools to ask for now, with the tokens that requests wait for; `None` while a call is under way. A call on a tick
-    /// tells the usage of all pools that were used.
-    pub fn due(&mut self, is_tick: bool, now_ms: u64) -> Option<Vec<(PoolId, u64)>> {
+    /// The pools to ask for now; `None` while a call is under way. A call on a tick tells the usage of all pools that were used.
+    pub fn due(&mut self, is_tick: bool, now_ms: u64) -> Option<Vec<Due>> {
         // A call whose context is gone is never answered.
         let is_lost = |call: &InFlight| now_ms.abs_diff(call.sent_ms) > TICK_MS.saturating_mul(8);
         if self.in_flight.as_ref().is_some_and(|call| !is_lost(call)) {
@@ -209,12 +246,13 @@ impl Asking {
     }
 
     /// Takes pools off a list, as many as a call has room for.
-    fn take_due(&mut self, list: fn(&mut Self) -> &mut Vec<PoolId>, due: &mut Vec<(PoolId, u64)>) {
+    fn take_due(&mut self, list: fn(&mut Self) -> &mut Vec<PoolId>, due: &mut Vec<Due>) {
         while due.len() < POOLS {
             let Some(pool) = list(self).pop() else { return };
             let of = *self.entry(pool);
             if of.has_more() {
-                due.push((pool, of.need.max(of.missed)));
+                let least = if of.need > 0 { of.least } else { of.missed };
+                due.push(Due { pool, need: of.need.max(of.missed), least });
             }
             if of.rests(self.turn) {
                 self.pools.remove(&pool);

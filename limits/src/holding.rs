@@ -3,9 +3,9 @@
 use contract::rate::Rate;
 use contract::time::NS_PER_MS;
 
+use crate::asking::Due;
 use crate::message::{Ask, Grant};
-use crate::pool::PoolId;
-use crate::{ALONE_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
+use crate::{ALONE_MS, FORGOTTEN_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
 
 /// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
 const TOP_UP_PAUSE_MS: u64 = 20;
@@ -53,6 +53,12 @@ impl Contact {
         self.alone_until_ms = if alone_ms > 0 { sent_ms.saturating_add(alone_ms as u64) } else { 0 };
     }
 
+    /// Whether the Envoy was alone as of the last answer.
+    #[must_use]
+    pub const fn was_alone(&self) -> bool {
+        self.alone_until_ms > 0
+    }
+
     const fn is_cut_off(&self, now_ms: u64) -> bool {
         now_ms.abs_diff(self.answered_ms) > VOID_AFTER_MS
     }
@@ -68,7 +74,9 @@ impl Contact {
         }
     }
 
-    const fn is_alone(&self, now_ms: u64) -> bool {
+    /// Whether the Envoy may judge by itself now.
+    #[must_use]
+    pub const fn is_alone(&self, now_ms: u64) -> bool {
         // A clock that has stepped back must not make it longer.
         now_ms < self.alone_until_ms && self.alone_until_ms.saturating_sub(now_ms) <= ALONE_MS
     }
@@ -235,7 +243,7 @@ impl Holding {
         if self.spend_refunded(cost, now_ns) {
             return Spent::Yes { is_low: false };
         }
-        if contact.is_alone(now_ms) && self.alone_term == contact.alone_term {
+        if contact.is_alone(now_ms) && self.is_known(contact) {
             return self.spend_alone(cost, rate, now_ns);
         }
         if self.available(contact, now_ms) >= cost {
@@ -319,6 +327,12 @@ impl Holding {
         self.others == u64::MAX
     }
 
+    /// Whether the Envoy is alone and knows the state of the pool.
+    #[must_use]
+    pub const fn is_known(&self, contact: &Contact) -> bool {
+        self.alone_term == contact.alone_term
+    }
+
     /// Whether no request needed tokens for [`IDLE_MS`].
     #[must_use]
     pub const fn is_idle(&self, now_ms: u64) -> bool {
@@ -337,8 +351,9 @@ impl Holding {
         self.alone_term = self.alone_term.wrapping_sub(1);
     }
 
-    /// What to ask for; `need`: tokens that requests wait for. Hands back what is far more than the Envoy uses.
-    pub fn ask(&mut self, pool: PoolId, need: u64, contact: &Contact, now_ns: u64) -> Ask {
+    /// What to ask for. Hands back what is far more than the Envoy uses.
+    pub fn ask(&mut self, due: Due, contact: &Contact, now_ns: u64) -> Ask {
+        let Due { pool, need, least } = due;
         let now_ms = now_ns / NS_PER_MS;
         self.renew(contact, now_ms);
         self.asked_ms = now_ms;
@@ -347,7 +362,7 @@ impl Holding {
         self.returned = self.returned.saturating_add(surplus);
         let Self { session, granted, spent, returned, .. } = *self;
         let (ahead_ns, interval_ns) = (self.arrival_ns.saturating_sub(now_ns), self.interval_ns);
-        Ask { pool, session, granted, spent, returned, ahead_ns, interval_ns, need, want }
+        Ask { pool, session, granted, spent, returned, ahead_ns, interval_ns, need, least, want }
     }
 
     /// Applies the answer to an ask that was sent at `sent_ms`. Call [`Contact::answered`] first.
@@ -363,8 +378,8 @@ impl Holding {
         self.empty_until_ms = sent_ms.saturating_add(empty_ms);
         let known_ms = if grant.others > 0 { empty_ms.min(OTHERS_MS) } else { empty_ms };
         self.known_until_ms = sent_ms.saturating_add(known_ms.max(LEAST_EMPTY_MS));
-        if contact.alone_until_ms > 0 {
-            if self.alone_term != contact.alone_term {
+        if contact.was_alone() {
+            if !self.is_known(contact) {
                 self.alone_term = contact.alone_term;
                 let arrival_ns = sent_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
                 self.arrival_ns = self.arrival_ns.max(arrival_ns);
@@ -391,9 +406,10 @@ impl Holding {
         self.granted.saturating_sub(self.spent).saturating_sub(self.returned)
     }
 
-    /// Starts a session if there is none or its allowance is void.
+    /// Starts a session if there is none, if its allowance is void, or if the control plane may have forgotten it.
     fn renew(&mut self, contact: &Contact, now_ms: u64) {
-        if self.session == 0 || self.session < contact.valid_since_ms(now_ms) {
+        let is_forgotten = self.needed_ms > 0 && now_ms.saturating_sub(self.needed_ms) >= FORGOTTEN_MS;
+        if self.session == 0 || self.session < contact.valid_since_ms(now_ms) || is_forgotten {
             self.session = self.session.saturating_add(1).max(now_ms);
             (self.granted, self.spent, self.returned, self.refunded) = (0, 0, 0, 0);
         }

@@ -211,7 +211,8 @@ impl Pool {
     fn grantable(&self, me: &Holder, ask: &Ask, others: u64, now_ns: u64) -> (u64, u64) {
         let room = self.left(now_ns).saturating_sub(others).saturating_sub(me.held());
         let unspent = me.unspent(ask);
-        let needed = ask.need.saturating_sub(unspent).min(room);
+        let needed =
+            if unspent.saturating_add(room) < ask.least { 0 } else { ask.need.saturating_sub(unspent).min(room) };
         let room = room.saturating_sub(needed);
         let idle = unspent.saturating_add(needed).saturating_sub(ask.need);
         let now_ms = now_ns / NS_PER_MS;

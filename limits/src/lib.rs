@@ -39,6 +39,10 @@ pub const TICK_MS: u64 = 250;
 /// An Envoy that has not used a pool for this long hands its allowance back, in milliseconds.
 pub const IDLE_MS: u64 = 300_000;
 
+/// An Envoy that has not used a pool for this long starts a new session with the next use, in milliseconds. The control plane
+/// forgets a session that was not used for 900,000 ms.
+pub const FORGOTTEN_MS: u64 = 750_000;
+
 /// An Envoy whose last answer from the control plane is older than this stops spending its allowances, in milliseconds.
 pub const VOID_AFTER_MS: u64 = 50_000;
 

@@ -49,6 +49,8 @@ pub struct Ask {
     pub interval_ns: u64,
     /// Tokens for the requests that wait now.
     pub need: u64,
+    /// Tokens for the cheapest of them. With fewer none of them is admitted.
+    pub least: u64,
     /// Tokens that the Envoy would like to hold beyond that.
     pub want: u64,
 }

@@ -7,7 +7,7 @@ use limits::pool::{Kind, PoolId, Subject};
 
 const CALL_BYTES: &str = concat!(
     "504b4331",                               // magic
-    "47c24de5",                               // checksum
+    "90b25e8a",                               // checksum
     "1044444444444444444444444444444444",     // reporter
     "01",                                     // the Envoy ends
     "02",                                     // two asks
@@ -17,9 +17,9 @@ const CALL_BYTES: &str = concat!(
     "0c0a01",                                 // granted 12, spent 10, returned 1
     "8827",                                   // 5,000 ns ahead
     "808c8d9e02",                             // interval of 600,000,000 ns
-    "02c801",                                 // needs 2, wants 200
+    "0201c801",                               // needs 2, at least 1, wants 200
     "02101111111111111111111111111111111100", // credits of 1111…, tag 0
-    "0100000000000000",                       // session 1, zeros
+    "010000000000000000",                     // session 1, zeros
 );
 
 fn pool(kind: Kind, tag: u64) -> PoolId {
@@ -36,6 +36,7 @@ fn call() -> Call {
         ahead_ns: 5_000,
         interval_ns: 600_000_000,
         need: 2,
+        least: 1,
         want: 200,
     };
     let zeros = Ask {
@@ -47,6 +48,7 @@ fn call() -> Call {
         ahead_ns: 0,
         interval_ns: 0,
         need: 0,
+        least: 0,
         want: 0,
     };
     Call { reporter: ReporterId([0x44; 16]), is_last: true, asks: vec![first, zeros] }

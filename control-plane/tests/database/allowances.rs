@@ -31,7 +31,18 @@ fn limit_of(key: Uuid) -> PoolId {
 }
 
 fn ask(pool: PoolId, need: u64, want: u64) -> Ask {
-    Ask { pool, session: 1, granted: 0, spent: 0, returned: 0, ahead_ns: 0, interval_ns: 0, need, want }
+    Ask {
+        pool,
+        session: 1,
+        granted: 0,
+        spent: 0,
+        returned: 0,
+        ahead_ns: 0,
+        interval_ns: 0,
+        need,
+        least: need.min(1),
+        want,
+    }
 }
 
 fn call_of(number: u8, asks: &[Ask]) -> Call {
@@ -76,7 +87,7 @@ async fn what_an_envoy_was_granted_is_held_until_it_is_reported_or_handed_back(p
     // Another Envoy sees what the first holds.
     let grant = ask_one(&fixture, &sync, 2, ask(quota_of(key), 1, 0)).await;
     assert_eq!((grant.granted, grant.left, grant.others), (1, 85, 4));
-    let returned = Ask { granted: 14, spent: 10, returned: 4, need: 0, want: 0, ..first };
+    let returned = Ask { granted: 14, spent: 10, returned: 4, need: 0, least: 0, want: 0, ..first };
     let grant = ask_one(&fixture, &sync, 1, returned).await;
     assert_eq!((grant.held, grant.left), (0, 89));
     assert_eq!(quota_view(&fixture, &admin, key).await, json!([10, 1, 89]));
@@ -125,7 +136,7 @@ async fn what_another_envoy_needs_is_recalled(pool: PgPool) {
     // The first learns of it with its next call, whichever pools that names, and once.
     let recalls = async || answer(&fixture, &sync, &call_of(1, &[])).await.recalls;
     assert_eq!((recalls().await, recalls().await), (vec![quota_of(key)], vec![]));
-    ask_one(&fixture, &sync, 1, Ask { granted: 60, spent: 20, returned: 40, need: 0, ..first }).await;
+    ask_one(&fixture, &sync, 1, Ask { granted: 60, spent: 20, returned: 40, need: 0, least: 0, ..first }).await;
     assert_eq!(ask_one(&fixture, &sync, 2, Ask { granted: 40, ..second }).await.granted, 50);
 }
 
@@ -137,7 +148,7 @@ async fn what_a_silent_or_ended_envoy_holds_is_free_again(pool: PgPool) {
     let second = ask(quota_of(key), 100, 0);
     assert_eq!(ask_one(&fixture, &sync, 2, second).await.granted, 40);
     // It says that it ends, and hands back what it did not use. What it used is held until its report.
-    let last = Ask { granted: 60, spent: 10, returned: 50, need: 0, ..first };
+    let last = Ask { granted: 60, spent: 10, returned: 50, need: 0, least: 0, ..first };
     let ended = answer(&fixture, &sync, &Call { is_last: true, ..call_of(1, &[last]) }).await;
     assert_eq!((ended.live, ended.alone_ms), (1, 0));
     end_alone(&pool).await;

@@ -6,21 +6,29 @@
 
 use std::cell::{Cell as Slot, RefCell};
 
+use contract::hash::KeyHash;
 use contract::id::ReporterId;
-use limits::asking::{Asking, Sent};
+use contract::record::Record;
+use contract::update::{Entry, Update};
+use limits::asking::{Asking, Due, REMEMBERED, Sent};
 use limits::holding::{Contact, Holding};
 use limits::message::{Answer, Ask, Call, Grant, POOLS};
 use limits::pool::PoolId;
 use limits::{AGAIN_MS, IDLE_MS, TICK_MS};
 
 use super::cell::{Entries, cell_of};
+use super::charge::prepare;
 use crate::host::{CallResponse, Host, random_bytes};
+use crate::keys::KeyLookup;
 use crate::leader::control_plane::{ask, explain};
 use crate::setup::Setup;
 use crate::shared::{CellKey, Cells, SharedData};
 use crate::time::NS_PER_MS;
 use crate::usage::collector::open;
 use crate::vm::Vm;
+
+/// Keys whose limits are asked for together.
+const LEARNED_AT_ONCE: usize = 100;
 
 /// The state of one VM.
 #[derive(Debug, Default)]
@@ -32,6 +40,8 @@ pub struct Allowances {
     reporter: Slot<Option<ReporterId>>,
     /// The root context was woken and has not asked yet.
     is_woken: Slot<bool>,
+    /// Keys with limits whose records have come, see [`learn`].
+    arrived: RefCell<Vec<KeyHash>>,
 }
 
 /// What the answer to a call says about the requests that wait.
@@ -67,6 +77,11 @@ impl Allowances {
     /// A request needs tokens of a pool.
     pub fn needed(&self, pool: PoolId) {
         self.asking.borrow_mut().needed(pool);
+    }
+
+    /// The next call is to tell of a pool, and to ask for its state.
+    pub fn tell(&self, pool: PoolId) {
+        self.asking.borrow_mut().tell(pool);
     }
 
     /// A request waits for tokens. `is_again`: the control plane has just said that only other Envoys have them.
@@ -109,36 +124,91 @@ impl Allowances {
     pub fn refresh(&self, data: &SharedData<impl Cells>) {
         if let Some(cell) = data.get(CellKey::Contact) {
             let (contact, used_ms) = read_contact(&cell.value);
-            self.contact.set(contact);
-            self.used_ms.set(used_ms);
+            self.note_contact(contact, used_ms, &[]);
         }
+    }
+
+    /// `answered`: the pools whose state has just come.
+    fn note_contact(&self, contact: Contact, used_ms: u64, answered: &[PoolId]) {
+        self.used_ms.set(used_ms);
+        if self.contact.replace(contact).alone_term != contact.alone_term {
+            self.asking.borrow_mut().tell_all_but(answered);
+        }
+    }
+
+    /// The store has new records. Those of keys with limits are noted until it is known whether the Envoy is alone.
+    pub fn note_arrived(&self, update: &Update<'_>) {
+        let contact = self.contact.get();
+        if contact.answered_ms > 0 && !contact.was_alone() {
+            return;
+        }
+        let mut arrived = self.arrived.borrow_mut();
+        let with_limits = update.entries().filter_map(|entry| match entry {
+            Entry::Put { hash, record } => {
+                Record::from_bytes(&record).is_ok_and(|record| has_limits(&record)).then_some(hash)
+            }
+            _ => None,
+        });
+        let room = REMEMBERED.saturating_sub(arrived.len());
+        arrived.extend(with_limits.take(room));
+    }
+
+    /// Whether the leader's calls must show that the Envoy is live.
+    fn is_in_use(&self, now_ms: u64) -> bool {
+        let is_used = now_ms.saturating_sub(self.used_ms.get()) < IDLE_MS.saturating_mul(2);
+        let knows_all = self.contact.get().was_alone() && !self.asking.borrow().is_new();
+        is_used || knows_all || !self.arrived.borrow().is_empty()
     }
 }
 
 /// Asks now, if there is something to ask or to tell. On a tick everything is told that was spent, and the leader's call shows
 /// that the Envoy is live and brings what is recalled.
-pub fn call<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, leads: bool) {
+pub fn call<H: Host, K: KeyLookup>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, leads: bool) {
     let allowances = &vm.allowances;
     allowances.is_woken.set(false);
     let now_ns = vm.host().now_ns();
     let now_ms = now_ns / NS_PER_MS;
+    learn(vm, now_ns);
     if is_tick {
         hand_back_idle(vm, now_ms);
     } else if !allowances.asking.borrow().is_urgent() {
         return;
     }
     let Some(due) = allowances.asking.borrow_mut().due(is_tick, now_ms) else { return };
-    let is_in_use = now_ms.saturating_sub(allowances.used_ms.get()) < IDLE_MS.saturating_mul(2);
-    if due.is_empty() && !(is_tick && leads && is_in_use) {
+    if due.is_empty() && !(is_tick && leads && allowances.is_in_use(now_ms)) {
         return;
     }
-    let asks: Vec<Ask> = due.iter().filter_map(|(pool, need)| ask_for(vm, *pool, *need, now_ns)).collect();
+    let asks: Vec<Ask> = due.iter().filter_map(|due| ask_for(vm, *due, now_ns)).collect();
     // The grants come in the order of the asks.
     let pools: Vec<PoolId> = asks.iter().map(|ask| ask.pool).collect();
     match send(vm, setup, asks, false) {
         Some(token) => allowances.asking.borrow_mut().sent(token, pools, now_ms),
         None => on_failure(vm, &Sent { sent_ms: now_ms, pools }, "the call could not be sent"),
     }
+}
+
+/// An Envoy that is alone asks for the limits of keys before their first request, so that no request waits. Among others it
+/// would be granted nothing.
+fn learn<H: Host, K: KeyLookup>(vm: &Vm<H, K>, now_ns: u64) {
+    let Allowances { arrived, contact, asking, .. } = &vm.allowances;
+    let contact = contact.get();
+    let mut arrived = arrived.borrow_mut();
+    if contact.answered_ms > 0 && !contact.was_alone() {
+        arrived.clear();
+    }
+    if arrived.is_empty() || !contact.is_alone(now_ns / NS_PER_MS) || asking.borrow().has_to_tell() {
+        return;
+    }
+    let rest = arrived.len().saturating_sub(LEARNED_AT_ONCE);
+    for hash in arrived.drain(rest..) {
+        if let Some(key) = vm.keys.find(&hash, None) {
+            prepare(&vm.data, &vm.allowances, &key, now_ns);
+        }
+    }
+}
+
+fn has_limits(record: &Record) -> bool {
+    record.plan.is_some() || record.quota.is_some() || record.credits.is_some() || !record.rate_limits.is_empty()
 }
 
 /// If this token is that of the call under way: applies its answer.
@@ -176,7 +246,7 @@ pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     let mut asks: Vec<Ask> = Vec::new();
     for pool in pools {
         hand_back(vm, pool);
-        asks.extend(ask_for(vm, pool, 0, now_ns));
+        asks.extend(ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
     }
     let is_in_use = vm.allowances.contact().answered_ms > 0;
     let mut chunks = asks.chunks(POOLS).peekable();
@@ -209,8 +279,7 @@ fn apply<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, answer: &Answer) {
         Ok::<_, (Contact, u64)>((write_contact(&contact, used_ms), (contact, used_ms)))
     });
     if let Ok((contact, used_ms)) = written {
-        allowances.contact.set(contact);
-        allowances.used_ms.set(used_ms);
+        allowances.note_contact(contact, used_ms, &sent.pools);
     }
     allowances.asking.borrow_mut().on_answer();
     for (pool, grant) in sent.pools.iter().zip(&answer.grants) {
@@ -230,11 +299,11 @@ fn apply_grant<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, grant: &Grant, sent_ms: 
     });
 }
 
-fn ask_for<H: Host, K>(vm: &Vm<H, K>, pool: PoolId, need: u64, now_ns: u64) -> Option<Ask> {
+fn ask_for<H: Host, K>(vm: &Vm<H, K>, due: Due, now_ns: u64) -> Option<Ask> {
     let contact = vm.allowances.contact();
     let mut ask = None;
-    let is_written = change(vm, pool, &mut |holding| {
-        ask = Some(holding.ask(pool, need, &contact, now_ns));
+    let is_written = change(vm, due.pool, &mut |holding| {
+        ask = Some(holding.ask(due, &contact, now_ns));
         true
     });
     ask.filter(|_| is_written)
@@ -248,7 +317,8 @@ fn hand_back<H: Host, K>(vm: &Vm<H, K>, pool: PoolId) {
 }
 
 fn hand_back_idle<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
-    let idle = vm.allowances.asking.borrow_mut().idle(now_ms);
+    let was_alone = vm.allowances.contact().was_alone();
+    let idle = vm.allowances.asking.borrow_mut().idle(was_alone, now_ms);
     for pool in idle {
         let is_idle = vm
             .data

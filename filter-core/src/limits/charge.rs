@@ -14,6 +14,7 @@ use super::cell::{Entries, cell_of, cell_of_client};
 use super::wait::{Exceeded, Wait};
 use crate::address::Client;
 use crate::config::{FailureMode, LimitModes, RateMode};
+use crate::keys::StoredKey;
 use crate::shared::{Cells, SharedData};
 use crate::time::{MS_PER_S, NS_PER_MS};
 
@@ -239,6 +240,41 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &Rate
     Some(Wait::Limits(vec![limit.clone()], Exceeded { limit: 0, retry_after_s }))
 }
 
+/// Asks with the next call for the state of the key's shared limits, as far as it is not known.
+pub fn prepare(data: &SharedData<impl Cells>, allowances: &Allowances, key: &StoredKey, now_ns: u64) {
+    let limits = Limits { record: &key.record, own: key.definitions.rate_limits(&key.record), route: None, cost: 1 };
+    for of in limits.by_subject() {
+        if of.1.iter().all(|limit| limit.shared().is_none()) {
+            continue;
+        }
+        let noted = data.update(cell_of(of.0), |cell| Ok(note(cell, &of, allowances, now_ns)));
+        noted.into_iter().flatten().for_each(|pool| allowances.tell(pool));
+    }
+}
+
+/// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after the
+/// clock has stepped back. Also returns the pools whose state is not known.
+fn note(cell: &[u8], (subject, limits): &OfSubject, allowances: &Allowances, now_ns: u64) -> (Vec<u8>, Vec<PoolId>) {
+    let mut entries = Entries::read(cell);
+    let mut unknown = Vec::new();
+    for limit in limits {
+        if let Limit::Local { tag, rate, .. } = limit
+            && let Some(arrival_ns) = entries.arrival(subject.0, *tag)
+        {
+            entries.set_arrival(subject.0, *tag, rate.after_clock_step(arrival_ns, now_ns));
+        }
+        let Some((pool, _, of)) = limit.shared() else { continue };
+        let mut holding = entries.holding(&pool);
+        holding.prepare(of, &allowances.contact(), now_ns);
+        entries.set_holding(&pool, holding);
+        allowances.needed(pool);
+        if !holding.is_known(&allowances.contact()) {
+            unknown.push(pool);
+        }
+    }
+    (entries.write(now_ns), unknown)
+}
+
 /// The limits whose memory is with one key or user.
 type OfSubject = (Subject, Vec<Limit>);
 
@@ -250,7 +286,7 @@ struct Charging<'a> {
     /// Pools that were spent from, and whether little is left of them.
     spent: Vec<(PoolId, bool)>,
     lacking: Vec<Lack>,
-    /// Also if the request is not taken, there is something to note: see [`Charging::note`].
+    /// Also if the request is not taken, there is something to note: see [`note`].
     is_to_note: bool,
 }
 
@@ -267,28 +303,9 @@ impl Charging<'_> {
         let take = |verdict: Verdict, limit| verdict.and(self.take_one(&mut entries, *subject, limit));
         match limits.iter().fold(Verdict::Taken, take) {
             Verdict::Taken if commit => Ok((entries.write(self.now_ns), Verdict::Taken)),
-            denied if self.is_to_note => Ok((self.note(cell, of), denied)),
+            denied if self.is_to_note => Ok((note(cell, of, self.allowances, self.now_ns).0, denied)),
             other => Err(other),
         }
-    }
-
-    /// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after
-    /// the clock has stepped back.
-    fn note(&self, cell: &[u8], (subject, limits): &OfSubject) -> Vec<u8> {
-        let mut entries = Entries::read(cell);
-        for limit in limits {
-            if let Limit::Local { tag, rate, .. } = limit
-                && let Some(arrival_ns) = entries.arrival(subject.0, *tag)
-            {
-                entries.set_arrival(subject.0, *tag, rate.after_clock_step(arrival_ns, self.now_ns));
-            }
-            let Some((pool, _, of)) = limit.shared() else { continue };
-            let mut holding = entries.holding(&pool);
-            holding.prepare(of, &self.allowances.contact(), self.now_ns);
-            entries.set_holding(&pool, holding);
-            self.allowances.needed(pool);
-        }
-        entries.write(self.now_ns)
     }
 
     fn take_one(&mut self, entries: &mut Entries, subject: Subject, limit: &Limit) -> Verdict {

@@ -7,8 +7,8 @@ fn pool(number: u16) -> PoolId {
     PoolId { kind: Kind::Rate, subject: Subject([7; 16]), tag: number.into() }
 }
 
-fn sorted(due: Option<Vec<(PoolId, u64)>>) -> Vec<(u64, u64)> {
-    let mut due: Vec<_> = due.unwrap().into_iter().map(|(pool, need)| (pool.tag, need)).collect();
+fn sorted(due: Option<Vec<Due>>) -> Vec<(u64, u64)> {
+    let mut due: Vec<_> = due.unwrap().into_iter().map(|due| (due.pool.tag, due.need)).collect();
     due.sort_unstable();
     due
 }
@@ -109,7 +109,7 @@ fn a_call_has_a_bounded_number_of_pools_and_the_others_follow() {
         asking.need(pool(number), 1, false);
     }
     let first = asking.due(true, NOW).unwrap();
-    assert_eq!((first.len(), first.iter().all(|(_, need)| *need == 1)), (POOLS, true));
+    assert_eq!((first.len(), first.iter().all(|due| due.need == 1)), (POOLS, true));
     let rest = [asking.due(true, NOW), asking.due(true, NOW)].map(|due| due.unwrap().len());
     assert_eq!(rest, [POOLS, 300]);
 }
@@ -117,26 +117,26 @@ fn a_call_has_a_bounded_number_of_pools_and_the_others_follow() {
 #[test]
 fn a_pool_is_idle_after_one_to_two_times_of_rest() {
     let mut asking = Asking::default();
-    assert_eq!(asking.idle(NOW), []);
+    assert_eq!(asking.idle(false, NOW), []);
     asking.needed(pool(1));
     asking.needed(pool(2));
-    assert_eq!(asking.idle(NOW + IDLE_MS - 1), []);
-    assert_eq!(asking.idle(NOW + IDLE_MS), []);
+    assert_eq!(asking.idle(false, NOW + IDLE_MS - 1), []);
+    assert_eq!(asking.idle(false, NOW + IDLE_MS), []);
     asking.needed(pool(2));
-    assert_eq!(asking.idle(NOW + 2 * IDLE_MS), [pool(1)]);
-    assert_eq!(asking.idle(NOW + 3 * IDLE_MS), [pool(2)]);
-    assert_eq!(asking.idle(NOW + 4 * IDLE_MS), []);
+    assert_eq!(asking.idle(false, NOW + 2 * IDLE_MS), [pool(1)]);
+    assert_eq!(asking.idle(false, NOW + 3 * IDLE_MS), [pool(2)]);
+    assert_eq!(asking.idle(false, NOW + 4 * IDLE_MS), []);
     // Also after the clock has stepped back.
     asking.needed(pool(1));
-    assert_eq!(asking.idle(NOW), []);
-    assert_eq!(asking.idle(NOW + IDLE_MS), [pool(1)]);
+    assert_eq!(asking.idle(false, NOW), []);
+    assert_eq!(asking.idle(false, NOW + IDLE_MS), [pool(1)]);
 }
 
 #[test]
 fn a_worker_that_ends_names_every_pool_once() {
     let mut asking = Asking::default();
     asking.needed(pool(1));
-    asking.idle(NOW);
+    asking.idle(false, NOW);
     asking.spent(pool(1), true);
     asking.needed(pool(2));
     asking.tell(pool(3));
@@ -149,14 +149,52 @@ fn a_worker_that_ends_names_every_pool_once() {
 #[test]
 fn a_pool_that_was_handed_back_is_not_idle_again() {
     let mut asking = Asking::default();
-    asking.idle(NOW);
+    asking.idle(false, NOW);
     asking.tell(pool(1));
     asking.spent(pool(2), false);
     assert_eq!(sorted(asking.due(true, NOW)), [(1, 0), (2, 0)]);
-    assert_eq!(asking.idle(NOW + IDLE_MS), []);
-    assert_eq!(asking.idle(NOW + 2 * IDLE_MS), [pool(2)]);
+    assert_eq!(asking.idle(false, NOW + IDLE_MS), []);
+    assert_eq!(asking.idle(false, NOW + 2 * IDLE_MS), [pool(2)]);
     // What is still to be told when a pool is idle is told.
     asking.tell(pool(3));
-    assert_eq!(asking.idle(NOW + 3 * IDLE_MS), [pool(3)]);
+    assert_eq!(asking.idle(false, NOW + 3 * IDLE_MS), [pool(3)]);
     assert_eq!(sorted(asking.due(true, NOW)), [(3, 0)]);
+}
+
+#[test]
+fn the_least_need_is_that_of_the_cheapest_request() {
+    let least = |asking: &mut Asking| asking.due(true, NOW).unwrap().first().map(|due| (due.need, due.least));
+    let mut asking = Asking::default();
+    asking.need(pool(1), 3, false);
+    asking.need(pool(1), 2, false);
+    asking.need(pool(1), 4, false);
+    assert_eq!(least(&mut asking), Some((9, 2)));
+    asking.need(pool(1), 4, false);
+    assert_eq!(least(&mut asking), Some((4, 4)));
+    asking.ask_for(pool(1), 3);
+    asking.ask_for(pool(1), 5);
+    assert_eq!(least(&mut asking), Some((5, 5)));
+    asking.spent(pool(1), true);
+    assert_eq!(least(&mut asking), Some((0, 0)));
+}
+
+#[test]
+fn an_envoy_that_is_alone_keeps_what_it_knows_of_a_bounded_number_of_pools() {
+    let mut asking = Asking::default();
+    assert!(asking.is_new());
+    asking.idle(true, NOW);
+    asking.needed(pool(1));
+    assert!(!asking.is_new() && !asking.has_to_tell());
+    for turn in 1..5 {
+        assert_eq!(asking.idle(true, NOW + turn * IDLE_MS), []);
+    }
+    asking.needed(pool(2));
+    asking.tell_all_but(&[pool(2)]);
+    assert!(asking.has_to_tell());
+    assert_eq!(sorted(asking.due(false, NOW)), [(1, 0)]);
+    for number in 0..=REMEMBERED {
+        asking.needed(pool(u16::try_from(number).unwrap()));
+    }
+    asking.idle(true, NOW + 5 * IDLE_MS);
+    assert_eq!(asking.idle(true, NOW + 7 * IDLE_MS).len(), REMEMBERED + 1);
 }

@@ -2,7 +2,7 @@ use contract::record::{Per, RateLimit};
 use contract::time::NS_PER_S;
 
 use super::*;
-use crate::pool::{Kind, Subject};
+use crate::pool::{Kind, PoolId, Subject};
 
 const NOW_MS: u64 = 1_800_000_000_000;
 const NOW: u64 = NOW_MS * NS_PER_MS;
@@ -27,9 +27,13 @@ const fn alone() -> Contact {
 fn with(granted: u64) -> Holding {
     let mut holding = Holding::default();
     holding.prepare(STOCK, &contact(), NOW);
-    holding.ask(POOL, 0, &contact(), NOW);
+    holding.ask(due(0), &contact(), NOW);
     holding.apply(&grant(granted, 0, 0, u32::MAX), &contact(), NOW_MS);
     holding
+}
+
+const fn due(need: u64) -> Due {
+    Due { pool: POOL, need, least: need }
 }
 
 fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
@@ -127,7 +131,7 @@ fn a_change_of_the_terms_makes_the_next_request_ask() {
 fn an_envoy_wants_twice_the_most_that_it_spent_in_a_tick_and_hands_back_the_surplus() {
     let mut holding = with(100);
     assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 10), 10);
-    let ask = holding.ask(POOL, 0, &contact(), NOW);
+    let ask = holding.ask(due(0), &contact(), NOW);
     assert_eq!((ask.granted, ask.spent, ask.want, ask.returned), (100, 10, 20, 50), "it keeps twice of what it wants");
     assert_eq!((holding.asked_ms, holding.available(&contact(), NOW_MS)), (NOW_MS, 40));
     // The memory of the peak fades with the ticks in which tokens are spent.
@@ -136,12 +140,12 @@ fn an_envoy_wants_twice_the_most_that_it_spent_in_a_tick_and_hands_back_the_surp
         now = NOW + tick * TICK_MS * NS_PER_MS;
         assert_eq!(spends(&mut holding, STOCK, &contact(), now, 1), 1);
     }
-    let ask = holding.ask(POOL, 0, &contact(), now);
+    let ask = holding.ask(due(0), &contact(), now);
     assert!((10..16).contains(&ask.want), "{}", ask.want);
     // What requests wait for is no surplus.
     let mut holding = with(100);
-    assert_eq!(holding.ask(POOL, 100, &contact(), NOW).returned, 0);
-    assert_eq!(holding.ask(POOL, 0, &contact(), NOW).returned, 100);
+    assert_eq!(holding.ask(due(100), &contact(), NOW).returned, 0);
+    assert_eq!(holding.ask(due(0), &contact(), NOW).returned, 100);
 }
 
 #[test]
@@ -228,7 +232,7 @@ fn sessions_from_before_an_envoy_was_cut_off_are_void() {
     let now = (cut_off_ms + 10) * NS_PER_MS;
     assert_eq!(holding.spend(1, STOCK, 0, &contact(), now), Spent::Wait { for_others: false });
     assert_eq!((holding.session, holding.granted), (cut_off_ms + 10, 0));
-    let ask = holding.ask(POOL, 1, &contact(), now + 5 * NS_PER_MS);
+    let ask = holding.ask(due(1), &contact(), now + 5 * NS_PER_MS);
     assert_eq!(ask.session, cut_off_ms + 10);
     let mut contact = contact();
     contact.answered(cut_off_ms + 15, cut_off_ms + 20, 1, 0);
@@ -267,4 +271,17 @@ fn a_holding_is_settled_once_neither_side_counts_anything_as_held() {
     assert!(holding.is_settled(&settled));
     assert!(!holding.is_settled(&Grant { session: 5, ..settled }));
     assert!(!holding.is_idle(NOW_MS + IDLE_MS - 1) && holding.is_idle(NOW_MS + IDLE_MS));
+}
+
+#[test]
+fn after_a_long_rest_a_session_begins_anew_and_the_envoy_that_is_alone_knows_the_pool() {
+    let mut holding = Holding::default();
+    holding.prepare(STOCK, &alone(), NOW);
+    holding.apply(&grant(0, 10, 0, 0), &alone(), NOW_MS);
+    assert_eq!(spends(&mut holding, STOCK, &alone(), NOW, 4), 4);
+    assert_eq!((holding.session, holding.spent), (NOW_MS, 4));
+    let later_ms = NOW_MS + FORGOTTEN_MS;
+    let later = Contact { answered_ms: later_ms, alone_until_ms: later_ms + ALONE_MS, ..alone() };
+    assert_eq!(spends(&mut holding, STOCK, &later, later_ms * NS_PER_MS, 10), 6);
+    assert_eq!((holding.session, holding.spent), (later_ms, 6));
 }

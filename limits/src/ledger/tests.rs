@@ -20,7 +20,8 @@ const fn stock(left: i64) -> Terms {
 
 fn ask() -> Ask {
     let pool = PoolId { kind: Kind::Rate, subject: Subject([7; 16]), tag: 0 };
-    Ask { pool, session: 5, granted: 0, spent: 0, returned: 0, ahead_ns: 0, interval_ns: NS_PER_S, need: 0, want: 0 }
+    let (interval_ns, need, least) = (NS_PER_S, 0, 0);
+    Ask { pool, session: 5, granted: 0, spent: 0, returned: 0, ahead_ns: 0, interval_ns, need, least, want: 0 }
 }
 
 fn needs(need: u64) -> Ask {
@@ -38,6 +39,21 @@ fn requests_that_wait_get_all_that_is_left_and_tokens_ahead_an_eighth() {
     assert_eq!(granted(&mut pool, TWO, &Ask { want: 50, ..ask() }), 6, "an eighth of 96, in equal parts");
     assert_eq!(granted(&mut pool, TWO, &Ask { granted: 6, ..needs(99) }), 96);
     assert_eq!((pool.held(), pool.room(NOW), pool.left(NOW)), (100, 0, 100));
+}
+
+#[test]
+fn tokens_that_suffice_for_no_request_that_waits_are_left_for_others() {
+    let mut pool = Pool::new(stock(100));
+    let asked = Ask { least: 60, ..needs(120) };
+    assert_eq!(granted(&mut pool, ONE, &asked), 100);
+    let mut pool = Pool::new(stock(59));
+    assert_eq!(granted(&mut pool, ONE, &asked), 0);
+    assert_eq!(granted(&mut pool, TWO, &needs(59)), 59);
+    // With what the Envoy holds already they suffice.
+    let mut pool = Pool::new(stock(100));
+    assert_eq!(granted(&mut pool, ONE, &needs(5)), 5);
+    assert_eq!(granted(&mut pool, TWO, &needs(35)), 35);
+    assert_eq!(granted(&mut pool, ONE, &Ask { granted: 5, least: 65, ..needs(65) }), 65);
 }
 
 #[test]

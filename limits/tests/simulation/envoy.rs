@@ -80,6 +80,15 @@ impl Envoy {
         now_ns + self.skew_ns
     }
 
+    /// The key of a pool has come: the Envoy asks for its state.
+    pub fn learn(&mut self, need: Need, fill: u32, now_ns: u64) {
+        let ns = self.ns(now_ns);
+        let of = need.rate.as_ref().map_or(Limited::Stock { fill }, Limited::Rate);
+        self.holdings.entry(need.pool).or_default().prepare(of, &self.contact, ns);
+        self.workers[0].asking.needed(need.pool);
+        self.workers[0].asking.tell(need.pool);
+    }
+
     /// Decides a request, or makes it wait. `fill`: how often quotas and balances were filled; `has_failed`: the call that it
     /// waited for was not answered.
     pub fn decide(&mut self, worker: usize, request: &Request, fill: u32, has_failed: bool, now_ns: u64) -> Fate {
@@ -142,7 +151,7 @@ impl Envoy {
         let leads = worker == 0;
         let asking = &mut self.workers[worker].asking;
         if is_tick {
-            for pool in asking.idle(ns / MS) {
+            for pool in asking.idle(self.contact.was_alone(), ns / MS) {
                 if let Some(holding) = self.holdings.get_mut(&pool)
                     && holding.is_idle(ns / MS)
                 {
@@ -159,16 +168,19 @@ impl Envoy {
             return None;
         }
         let contact = self.contact;
-        let asks =
-            due.iter().map(|(pool, need)| self.holdings.entry(*pool).or_default().ask(*pool, *need, &contact, ns));
+        let asks = due.iter().map(|due| self.holdings.entry(due.pool).or_default().ask(*due, &contact, ns));
         let call = Call { reporter: self.reporter, is_last: false, asks: asks.collect() };
-        Some((call, due.into_iter().map(|(pool, _)| pool).collect()))
+        Some((call, due.into_iter().map(|due| due.pool).collect()))
     }
 
     /// Applies an answer. Returns the requests that waited, to be decided again.
     pub fn answer(&mut self, worker: usize, sent: &Sent, answer: &Answer, now_ns: u64) -> Vec<Request> {
         let now_ms = self.ns(now_ns) / MS;
+        let alone_term = self.contact.alone_term;
         self.contact.answered(sent.sent_ms, now_ms, answer.live, answer.alone_ms);
+        if self.contact.alone_term != alone_term {
+            self.workers.iter_mut().for_each(|worker| worker.asking.tell_all_but(&sent.pools));
+        }
         let Worker { asking, waiting } = &mut self.workers[worker];
         asking.on_answer();
         for (pool, grant) in sent.pools.iter().zip(&answer.grants) {

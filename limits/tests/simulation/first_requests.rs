@@ -117,3 +117,28 @@ fn all_that_is_left_can_be_spent_at_one_envoy_after_all_were_busy() {
         assert_eq!((world.found.admitted, world.found.refused), (100 + rest, 0));
     }
 }
+
+#[test]
+fn an_envoy_that_is_alone_knows_its_pools_ahead_and_no_request_waits() {
+    for terms in [quota(1_000), credits(1_000), limit(100, 3_600), limit(10, 1)] {
+        let (mut world, id) = world(1, terms);
+        let rate = if let Terms::Rate(rate) = terms.1 { Some(rate) } else { None };
+        world.learn(Need { pool: id, cost: 1, rate });
+        let now_ns = world.now_ns;
+        world.run(now_ns + S);
+        for rest_s in [0, 1, 400, 1_300] {
+            let later_ns = world.now_ns + rest_s * S;
+            world.run(later_ns);
+            send(&mut world, id, &terms.1, 5, 1, 10);
+        }
+        // The control plane does not answer for a while; afterwards the Envoy asks anew.
+        for is_away in [true, false] {
+            let now_ns = world.now_ns;
+            world.at(now_ns, Event::Change(Change::Away(is_away)));
+            world.run(now_ns + 3 * S);
+        }
+        send(&mut world, id, &terms.1, 5, 1, 10);
+        print("alone, known ahead", &world.found, 1_710);
+        assert_eq!((world.found.admitted, world.found.waited, world.found.excess), (25, 0, 0));
+    }
+}

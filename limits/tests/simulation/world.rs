@@ -4,10 +4,11 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use contract::id::ReporterId;
-use limits::ledger::{Company, Pool};
+use limits::asking::Due;
+use limits::ledger::{Company, Holder, Pool};
 use limits::message::{Answer, Call};
 use limits::pool::{PoolId, Terms};
-use limits::{AGAIN_MS, ALONE_GRACE_MS, ALONE_MS, EXPIRES_AFTER_MS, LIVE_MS};
+use limits::{AGAIN_MS, ALONE_GRACE_MS, ALONE_MS, EXPIRES_AFTER_MS, IDLE_MS, LIVE_MS};
 
 use crate::envoy::{Envoy, Fate, Need, Request, TICK_NS};
 use crate::exact::Exact;
@@ -201,6 +202,13 @@ impl World {
         }
     }
 
+    /// All Envoys receive the key of a pool.
+    pub fn learn(&mut self, need: Need) {
+        for envoy in &mut self.envoys {
+            envoy.learn(need, self.fill, self.now_ns);
+        }
+    }
+
     fn handle(&mut self, event: Event) {
         match event {
             Event::Request { envoy, needs } => {
@@ -382,7 +390,7 @@ impl World {
                 let asks = pools.iter().map(|pool| {
                     let holding = envoy.holdings.get_mut(pool).unwrap();
                     holding.hand_back();
-                    holding.ask(*pool, 0, &contact, ns)
+                    holding.ask(Due { pool: *pool, need: 0, least: 0 }, &contact, ns)
                 });
                 let call = Call { reporter, is_last: true, asks: asks.collect() };
                 self.send(&Event::Call { envoy: place, worker: 0, token: 0, call });
@@ -434,7 +442,8 @@ impl ControlPlane {
             let Some(pool) = self.pools.get_mut(&ask.pool) else { continue };
             let is_expired =
                 |id: &ReporterId| self.heard_ns.get(id).is_none_or(|heard| silent_ms(heard) >= EXPIRES_AFTER_MS);
-            pool.holders.retain(|holder| !is_expired(&holder.reporter));
+            let is_unused = |holder: &Holder| holder.held() == 0 && now_ns / MS - holder.used_ms > 3 * IDLE_MS;
+            pool.holders.retain(|holder| !is_expired(&holder.reporter) && !is_unused(holder));
             for holder in &mut pool.holders {
                 let is_ended = self.ended.contains(&holder.reporter);
                 holder.heard_ms = if is_ended { 0 } else { self.heard_ns[&holder.reporter] / MS };

@@ -38,8 +38,18 @@ fn unavailable() -> Fate {
 
 /// What another Envoy does with a pool.
 fn other(plane: &mut Plane, pool: PoolId, change: impl FnOnce(&mut Ask), now_ms: u64) {
-    let mut ask =
-        Ask { pool, session: 1, granted: 0, spent: 0, returned: 0, ahead_ns: 0, interval_ns: 0, need: 0, want: 0 };
+    let mut ask = Ask {
+        pool,
+        session: 1,
+        granted: 0,
+        spent: 0,
+        returned: 0,
+        ahead_ns: 0,
+        interval_ns: 0,
+        need: 0,
+        least: 0,
+        want: 0,
+    };
     change(&mut ask);
     plane.answer(&Call { reporter: ReporterId([9; 16]), is_last: false, asks: vec![ask] }, now_ms * NS_PER_MS);
 }
@@ -70,6 +80,7 @@ fn a_request_without_an_allowance_waits_unchanged_and_goes_on_with_the_answer() 
         ahead_ns: 0,
         interval_ns: 600_000_000,
         need: 2,
+        least: 1,
         want: 0,
     };
     assert_eq!((ask, call.is_last), (expected, false));

@@ -245,3 +245,68 @@ fn an_allowance_that_another_vm_uses_is_not_handed_back() {
     }
     assert!(plane.pools.values().all(|pool| pool.holders[0].returned == 0), "{plane:?}");
 }
+
+/// The leader ticks and its calls are answered until none is under way. Returns how many pools they asked for.
+fn settle(envoy: &mut Envoy, plane: &mut Plane, now_ms: u64) -> usize {
+    envoy.tick_at(0, now_ms);
+    let mut asked = 0;
+    while !envoy.vms[0].calls.is_empty() {
+        let (sent, call) = envoy.call(0);
+        asked += call.asks.len();
+        let answer = plane.answer(&call, now_ms * NS_PER_MS);
+        envoy.respond_to(0, &sent, &MockResponse::ok(answer.write().unwrap()));
+    }
+    asked
+}
+
+#[test]
+fn an_envoy_that_is_alone_asks_before_the_first_request_of_a_key() {
+    let limited = |number: u8| Record { key_id: KeyId([number; 16]), quota: budget(1), ..with_limit(100) };
+    let records: Vec<Record> = (1..=201).map(limited).collect();
+    let names: Vec<String> = (1..=201).map(|number| format!("k{number}")).collect();
+    let keys: Vec<(&str, Record)> = names.iter().map(String::as_str).zip(records.iter().cloned()).collect();
+    let mut plane = Plane::with(records.iter().flat_map(|key| [rate_pool(key), quota_pool(key, 20, None)]));
+    (plane.live, plane.alone_ms) = (1, ALONE_MS as u32);
+    let mut envoy = Envoy::new("", &[&keys[..200], &[("free", record(8))]].concat());
+    assert_eq!(settle(&mut envoy, &mut plane, NOW + TICK), 400);
+    for (key, _) in &keys[..200] {
+        assert_eq!(envoy.ask(0, key), Fate::Admitted);
+    }
+    // A key that is created later, and one that is changed.
+    settle(&mut envoy, &mut plane, NOW + 2 * TICK);
+    let raised = Record { quota: budget(2), ..records[0].clone() };
+    envoy.update(2, &[keys[200].clone(), (keys[0].0, raised)]);
+    assert_eq!(settle(&mut envoy, &mut plane, NOW + 2 * TICK), 3);
+    assert_eq!([envoy.ask(0, "k201"), envoy.ask(0, "k1")], [Fate::Admitted, Fate::Admitted]);
+    // After a long rest, in which the leader goes on calling, and after an interruption.
+    let mut now = NOW + 2 * TICK;
+    while now < NOW + 14 * MINUTE {
+        now += TICK;
+        settle(&mut envoy, &mut plane, now);
+    }
+    assert_eq!(envoy.admitted(0, "k1", 3), 3);
+    now += 10 * ALONE_MS;
+    assert_eq!(settle(&mut envoy, &mut plane, now), 402);
+    assert_eq!(envoy.admitted(0, "k2", 3), 3);
+    assert_eq!(envoy.metric("limits.waits_total"), 0);
+}
+
+#[test]
+fn an_envoy_among_others_asks_for_nothing_before_the_first_request() {
+    let key = with_limit(100);
+    let mut plane = Plane::with([rate_pool(&key)]);
+    let mut envoy = Envoy::new("", &[("k", key.clone())]);
+    assert_eq!(settle(&mut envoy, &mut plane, NOW + TICK), 0);
+    envoy.tick_at(0, NOW + 2 * TICK);
+    assert_eq!(envoy.vms[0].calls.len(), 0);
+    envoy.update(2, &[("k", key)]);
+    envoy.tick_at(0, NOW + 3 * TICK);
+    assert_eq!((envoy.vms[0].calls.len(), envoy.ask(0, "k")), (0, Fate::Waits));
+}
+
+#[test]
+fn an_envoy_without_limited_keys_never_calls() {
+    let mut envoy = Envoy::new("", &[("k", record(7))]);
+    envoy.tick_at(0, NOW + TICK);
+    assert_eq!((envoy.vms[0].calls.len(), envoy.ask(0, "k")), (0, Fate::Admitted));
+}
