@@ -124,7 +124,8 @@ impl Faults {
         let everywhere = self.stack.everywhere();
         let all = step.dice.is_multiple_of(4) && !self.spare;
         let chosen: Vec<usize> = if all { (0..self.stack.control_planes.len()).collect() } else { vec![number] };
-        let mut disruptions = vec![self.oracle.begin(Hinders::Changes, &everywhere, if all { BACKOFF } else { ONE_FAILURE })];
+        let mut disruptions =
+            vec![self.oracle.begin(Hinders::Changes, &everywhere, if all { BACKOFF } else { ONE_FAILURE })];
         // One of several that ends answers first what it was asked.
         if all || signal == Signal::SIGKILL {
             disruptions.push(self.oracle.begin(Hinders::Allowances, &everywhere, ALLOWANCES));

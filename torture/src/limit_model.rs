@@ -157,10 +157,13 @@ impl Pool {
         }
     }
 
-    /// All tokens that the pool may have had until a time.
+    /// All tokens that the pool may have had until a time. Of a fill that was lost, Envoys may still hold some.
     fn filled_by(&self, time: Instant) -> u64 {
-        let fills = self.fills.iter().filter(|fill| fill.asked <= time && fill.lost.is_none_or(|lost| lost > time));
-        fills.map(|fill| fill.tokens).sum()
+        let had = |fill: &Fill| {
+            let is_lost = fill.lost.is_some_and(|lost| lost <= time);
+            if is_lost { fill.tokens / PART + WAITING } else { fill.tokens }
+        };
+        self.fills.iter().filter(|fill| fill.asked <= time).map(had).sum()
     }
 
     /// The most requests that were decided before a time.
@@ -173,9 +176,10 @@ impl Pool {
     fn had_room(&self, refused: &Use, envoys: &[EnvoyModel]) -> bool {
         let Span { from, to } = refused.time;
         let others = envoys.iter().enumerate().filter(|(envoy, _)| *envoy != refused.envoy);
-        let is_held = others.map(|(_, model)| model).any(|model| {
-            model.holds.iter().any(|spell| spell.meets(refused.time)) || model.is_cut_off(refused.time)
-        }) || envoys.get(refused.envoy).is_some_and(|model| model.holds.iter().any(|spell| spell.meets(refused.time)));
+        let is_held = others
+            .map(|(_, model)| model)
+            .any(|model| model.holds.iter().any(|spell| spell.meets(refused.time)) || model.is_cut_off(refused.time))
+            || envoys.get(refused.envoy).is_some_and(|model| model.holds.iter().any(|spell| spell.meets(refused.time)));
         match self.capacity {
             Capacity::Rate { interval, burst } => {
                 let held = if is_held { burst / PART + WAITING } else { 0 };

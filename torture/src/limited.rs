@@ -1,5 +1,6 @@
 //! The keys with shared limits, quotas and credits, and the administrator's calls that raise them.
 
+use std::sync::LazyLock;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -124,12 +125,17 @@ fn rate_limit((burst, per_second): (u64, u64)) -> Value {
     json!({"name": "minute", "requests": per_second * 60, "window_seconds": 60, "burst": burst})
 }
 
-/// A quota of a day that does not end during the run.
-fn quota(requests: u64) -> Value {
-    const DAY: u64 = 86_400;
+/// A time zone whose day begins or ends neither during the run nor within some minutes of it, since clocks are shifted.
+static TIME_ZONE: LazyLock<&str> = LazyLock::new(|| {
+    const HOUR: u64 = 3_600;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let time_zone = if now.as_secs() % DAY < DAY / 2 { "UTC" } else { "Pacific/Auckland" };
-    json!({"requests": requests, "period": "day", "time_zone": time_zone})
+    // A day in Auckland begins at 11 or 12 hours UTC.
+    if (HOUR..13 * HOUR).contains(&(now.as_secs() % (24 * HOUR))) { "UTC" } else { "Pacific/Auckland" }
+});
+
+/// A quota of a day.
+fn quota(requests: u64) -> Value {
+    json!({"requests": requests, "period": "day", "time_zone": *TIME_ZONE})
 }
 
 fn plan(requests: u64) -> Value {

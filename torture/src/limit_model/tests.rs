@@ -175,7 +175,8 @@ fn a_restored_database_lacks_later_fills_and_the_administrator_makes_up_for_what
     confirmed(&mut pool, 20);
     assert_eq!(pool.filled_by(Instant::now()), 33);
     pool.go_back(copied);
-    assert_eq!((pool.filled_by(Instant::now()), pool.fills[1].confirmed), (13, None));
+    // Envoys may hold an eighth of the one that was lost, and two tokens.
+    assert_eq!((pool.filled_by(Instant::now()), pool.fills[1].confirmed), (13 + 4, None));
     assert_eq!(pool.overdrawn(), 0);
     let time = Span { from: copied, to: copied };
     (0..14).for_each(|_| pool.note(Use { envoy: 0, time, fate: Fate::Admitted }));
