@@ -159,15 +159,20 @@ impl Faults {
 
     async fn pause_control_plane(&self, number: usize, lasts: Duration) -> Result<()> {
         let control_plane = self.stack.control_planes.get(number).context("no such control plane")?;
-        let disruptions = self.hinder(&self.stack.everywhere(), BACKOFF, ALLOWANCES);
+        let everywhere = self.stack.everywhere();
+        let changes = self.oracle.begin(Hinders::Changes, &everywhere, BACKOFF);
+        // Each new connection may reach the paused one again: it accepts connections, and Envoy detects that after 8 s.
+        let allowances = self.oracle.begin(Hinders::Allowances, &everywhere, ALLOWANCES);
         self.doing.standing_still.store(true, Ordering::SeqCst);
         control_plane.signal(Signal::SIGSTOP)?;
         // The disruption ends when Envoys notice and find another control plane, even if the pause lasts longer.
         tokio::time::sleep(lasts.min(KEEP_ALIVE)).await;
-        self.end(&disruptions);
+        self.oracle.end(&changes);
         tokio::time::sleep(lasts.saturating_sub(KEEP_ALIVE)).await;
         self.doing.standing_still.store(false, Ordering::SeqCst);
-        control_plane.signal(Signal::SIGCONT)
+        let resumed = control_plane.signal(Signal::SIGCONT);
+        self.oracle.end(&allowances);
+        resumed
     }
 
     async fn control_plane_clock(&self, number: usize, step: &Step) -> Result<()> {

@@ -397,8 +397,12 @@ impl Known {
         let pools = secret.map_or(&[][..], |secret| &secret.pools);
         // These are judged at the end, when all requests of the pool are known.
         let is_limited = pools.iter().filter_map(|pool| self.pools.get(*pool)).any(|pool| pool.code == code);
-        if is_limited || (!pools.is_empty() && code == "limits_unavailable" && model.is_cut_off(time)) {
+        if is_limited {
             return None;
+        }
+        if code == "limits_unavailable" {
+            let is_excused = !pools.is_empty() && model.is_cut_off(time);
+            return (!is_excused).then(|| "limits_unavailable, although control planes answer".into());
         }
         let expected = ticket.standing == Standing::Good && unchanged;
         let earlier = model.ahead + SECOND + ticket.end_changed.unwrap_or_default();
