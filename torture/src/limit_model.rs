@@ -78,8 +78,9 @@ pub struct PoolVerdict {
     pub refused: u64,
     /// Requests outside of spells that were admitted or refused.
     pub judged: u64,
-    /// Requests that were refused outside of spells although the pool had room: the Envoy, and when it was sent.
-    pub wrongful: Vec<(usize, Instant)>,
+    /// Requests that were refused outside of spells although the pool had room: the Envoy, when it was sent, and how long the
+    /// answer took.
+    pub wrongful: Vec<(usize, Instant, Duration)>,
     /// Requests that were admitted beyond what the pool has.
     pub excess: u64,
 }
@@ -132,7 +133,7 @@ impl Pool {
             admitted: count(Fate::Admitted),
             refused: count(Fate::Refused),
             judged: self.uses.iter().filter(judged).count() as u64,
-            wrongful: wrongful.map(|used| (used.envoy, used.time.from)).collect(),
+            wrongful: wrongful.map(|used| (used.envoy, used.time.from, used.time.to - used.time.from)).collect(),
             excess: self.excess(envoys),
         }
     }

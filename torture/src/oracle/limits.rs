@@ -86,9 +86,11 @@ impl Known {
         let verdicts: Vec<_> = self.pools.iter().map(|pool| pool.judge(&self.models)).collect();
         for verdict in &verdicts {
             let name = verdict.name;
-            for (envoy, sent) in &verdict.wrongful {
-                let sent = sent.saturating_duration_since(journal.start).as_secs_f64();
-                let why = format!("{name}: Envoy {envoy} refused a request of {sent:.3} s although there was room");
+            for (envoy, sent, took) in &verdict.wrongful {
+                let (sent, took) = (sent.saturating_duration_since(journal.start).as_secs_f64(), took.as_secs_f64());
+                let why = format!(
+                    "{name}: Envoy {envoy} refused a request of {sent:.3} s after {took:.3} s although there was room"
+                );
                 self.break_promise(why, journal);
             }
             if verdict.excess > 0 {
