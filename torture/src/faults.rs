@@ -49,8 +49,9 @@ const GAUGE_DELAY: Duration = Duration::from_secs(2);
 /// Clients cannot distinguish workers, so all recent decisions of the Envoy may be lost.
 const MERGE: Duration = Duration::from_secs(1);
 
-/// Recovery of calls for allowances: each worker calls again on its next tick, 250 ms. The rest allows for a late tick.
-const ALLOWANCES: Duration = Duration::from_secs(1);
+/// Recovery of calls for allowances: each worker calls again on its next tick, 250 ms. The rest allows for calls that meet a
+/// connection to PostgreSQL that was cut, and for late ticks on a busy machine.
+const ALLOWANCES: Duration = Duration::from_secs(2);
 
 /// How long an Envoy that was started may get no allowances, because another one still decides by itself: 0.75 s. The rest
 /// allows for a busy machine.
