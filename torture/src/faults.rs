@@ -160,19 +160,18 @@ impl Faults {
 
     async fn pause_control_plane(&self, number: usize, lasts: Duration) -> Result<()> {
         let control_plane = self.stack.control_planes.get(number).context("no such control plane")?;
-        let everywhere = self.stack.everywhere();
-        let changes = self.oracle.begin(Hinders::Changes, &everywhere, BACKOFF);
-        // Each new connection may reach the paused one again: it accepts connections, and Envoy detects that after 8 s.
-        let allowances = self.oracle.begin(Hinders::Allowances, &everywhere, ALLOWANCES);
+        let disruptions = self.hinder(&self.stack.everywhere(), BACKOFF, ALLOWANCES);
+        let avoid = |backend| self.stack.proxies.iter().for_each(|proxy| proxy.avoid(backend));
         self.doing.standing_still.store(true, Ordering::SeqCst);
+        avoid(Some(number));
         control_plane.signal(Signal::SIGSTOP)?;
         // The disruption ends when Envoys notice and find another control plane, even if the pause lasts longer.
         tokio::time::sleep(lasts.min(KEEP_ALIVE)).await;
-        self.oracle.end(&changes);
+        self.end(&disruptions);
         tokio::time::sleep(lasts.saturating_sub(KEEP_ALIVE)).await;
         self.doing.standing_still.store(false, Ordering::SeqCst);
         let resumed = control_plane.signal(Signal::SIGCONT);
-        self.oracle.end(&allowances);
+        avoid(None);
         resumed
     }
 

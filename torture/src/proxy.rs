@@ -45,6 +45,8 @@ pub struct Proxy {
 struct Shared {
     backends: Vec<SocketAddr>,
     next: AtomicUsize,
+    /// The number of a backend that new connections avoid.
+    avoided: AtomicUsize,
     manipulation: Mutex<Option<Manipulation>>,
     delay_ms: AtomicU64,
     manipulated: AtomicU64,
@@ -55,9 +57,9 @@ impl Proxy {
     pub async fn start(backends: Vec<SocketAddr>, first: usize) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
-        let (next, manipulation) = (AtomicUsize::new(first), Mutex::new(None));
+        let (next, avoided, manipulation) = (AtomicUsize::new(first), AtomicUsize::new(usize::MAX), Mutex::new(None));
         let (delay_ms, manipulated) = (AtomicU64::new(0), AtomicU64::new(0));
-        let shared = Arc::new(Shared { backends, next, manipulation, delay_ms, manipulated });
+        let shared = Arc::new(Shared { backends, next, avoided, manipulation, delay_ms, manipulated });
         let mut _listening = JoinSet::new();
         _listening.spawn(listen(listener, Arc::clone(&shared)));
         Ok(Self { address, shared, _listening })
@@ -65,6 +67,11 @@ impl Proxy {
 
     pub fn set_manipulation(&self, manipulation: Option<Manipulation>) {
         *self.shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner) = manipulation;
+    }
+
+    /// New connections avoid a backend, as behind a load balancer that checks whether backends respond.
+    pub fn avoid(&self, backend: Option<usize>) {
+        self.shared.avoided.store(backend.unwrap_or(usize::MAX), Ordering::Relaxed);
     }
 
     pub fn manipulated(&self) -> u64 {
@@ -94,7 +101,11 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>) {
 async fn connection(client: TcpStream, shared: Arc<Shared>) {
     let turn = shared.next.fetch_add(1, Ordering::Relaxed);
     for number in 0..shared.backends.len() {
-        let Some(backend) = shared.backends.get((turn + number) % shared.backends.len()) else { return };
+        let place = (turn + number) % shared.backends.len();
+        let Some(backend) = shared.backends.get(place) else { return };
+        if place == shared.avoided.load(Ordering::Relaxed) {
+            continue;
+        }
         let Ok(server) = TcpStream::connect(backend).await else { continue };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
         let (client_in, client_out) = client.into_split();

@@ -146,7 +146,7 @@ async fn start_envoy(home: &Path, proxy: &Proxy, demo: &DemoApi, clock: &Clock, 
     let mut replacements = Replacements::between(proxy.address, demo.address());
     replacements.plugin.insert("rate_limit".into(), Value::Null);
     // In place of 0.25 s, for a machine that is busy with the whole stack and its load.
-    replacements.plugin.insert("limits".into(), json!({"wait": "0.8s"}));
+    replacements.plugin.insert("limits".into(), json!({"wait": "0.5s"}));
     let environment = clock.environment();
     let usual = envoy::Settings::new(replacements, sync_key.clone());
     let settings = envoy::Settings { environment, listener_file: true, ..usual };
