@@ -224,14 +224,17 @@ impl Faults {
         cut.map(|_| ())
     }
 
-    /// For longer than changes wait for a lock, so that the API asks for a retry. Allowances go on.
+    /// For longer than changes wait for a lock, so that the API asks for a retry. Calls for allowances may have to wait, too.
     async fn lock_postgres(&self, lasts: Duration) -> Result<()> {
         let seconds = lasts.as_secs_f64();
         let lock = format!(
             "begin; select revision from store_state for update; lock table usage_hourly in share mode;
             select 1 from (select id from api_keys for update) locked limit 1; select pg_sleep({seconds}); commit"
         );
-        self.stack.database.execute(&lock).await.map(|_| ())
+        let disruptions = self.oracle.begin(Hinders::Allowances, &self.stack.everywhere(), ALLOWANCES);
+        let locked = self.stack.database.execute(&lock).await;
+        self.oracle.end(&disruptions);
+        locked.map(|_| ())
     }
 
     /// Copies the database, waits while changes continue, and then replaces the original by the copy.
