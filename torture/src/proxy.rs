@@ -234,4 +234,23 @@ mod tests {
         assert_eq!(corrupted[..FRAME_HEADER + 4], update[..FRAME_HEADER + 4]);
         assert!(corrupted[FRAME_HEADER + 4..].iter().zip(&update[FRAME_HEADER + 4..]).all(|(new, old)| new != old));
     }
+
+    #[tokio::test]
+    async fn new_connections_avoid_a_backend_that_is_out() {
+        let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let second = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let backends = vec![first.local_addr().unwrap(), second.local_addr().unwrap()];
+        let proxy = Proxy::start(backends, 0).await.unwrap();
+        proxy.avoid(Some(0));
+        for _ in 0..3 {
+            let _client = TcpStream::connect(proxy.address).await.unwrap();
+            second.accept().await.unwrap();
+        }
+        proxy.avoid(None);
+        // Three connections came before, so it is the turn of the second one, and then of the first one.
+        for backend in [&second, &first] {
+            let _client = TcpStream::connect(proxy.address).await.unwrap();
+            backend.accept().await.unwrap();
+        }
+    }
 }
