@@ -62,6 +62,8 @@ pub(crate) struct EnvoyModel {
     pub(crate) uncounted: Vec<Span>,
     /// A process of it that was killed holds tokens in these spells.
     pub(crate) holds: Vec<Span>,
+    /// Since when it said that limits are unavailable, without a disruption.
+    pub(crate) unavailable_since: Option<Instant>,
     /// The time of its first response other than `not_ready`.
     pub(crate) ready: Option<Instant>,
     pub(crate) behind: Duration,
@@ -96,6 +98,11 @@ impl EnvoyModel {
     /// Whether it may have had no answer to a call for tokens in this time.
     pub(crate) fn is_cut_off(&self, time: Span) -> bool {
         self.allowances.iter().any(|disruption| disruption.meets_span(time))
+    }
+
+    /// Whether a control plane may be late with the answers for a request, on a busy machine: for no longer than the bound.
+    pub(crate) fn may_stall(&mut self, sent: Instant) -> bool {
+        sent <= *self.unavailable_since.get_or_insert(sent) + BOUND
     }
 
     /// From when on usage may be unreported at a time: since it usually takes so long to report it, or since a disruption.

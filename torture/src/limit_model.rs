@@ -90,6 +90,11 @@ impl Pool {
         Self { name, code, capacity, fills: Vec::new(), uses: Vec::new() }
     }
 
+    /// Whether nothing is admitted without an answer of a control plane.
+    pub(crate) fn is_stock(&self) -> bool {
+        self.capacity == Capacity::Stock
+    }
+
     pub(crate) fn note(&mut self, used: Use) {
         self.uses.push(used);
     }

@@ -390,6 +390,10 @@ impl Known {
             self.found.judged_dead += 1;
         }
         if status == 200 {
+            let pools = secret.map_or(&[][..], |secret| &secret.pools);
+            if pools.iter().filter_map(|pool| self.pools.get(*pool)).any(Pool::is_stock) {
+                model.unavailable_since = None;
+            }
             return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
         }
         let code = code?;
@@ -401,7 +405,7 @@ impl Known {
             return None;
         }
         if code == "limits_unavailable" {
-            let is_excused = !pools.is_empty() && model.is_cut_off(time);
+            let is_excused = !pools.is_empty() && (model.is_cut_off(time) || model.may_stall(sent));
             return (!is_excused).then(|| "limits_unavailable, although control planes answer".into());
         }
         let expected = ticket.standing == Standing::Good && unchanged;
