@@ -1,7 +1,7 @@
 //! What one Envoy knows and holds of one pool, and how a request spends from it. All workers of the Envoy share it.
 
 use contract::rate::Rate;
-use contract::time::NS_PER_MS;
+use contract::time::{NS_PER_MS, NS_PER_S};
 
 use crate::asking::Due;
 use crate::message::{Ask, Grant};
@@ -266,8 +266,22 @@ impl Holding {
         self.needed_ms = now_ms;
         self.adopt(of, now_ns);
         if let Limited::Rate(rate) = of {
-            self.arrival_ns = rate.after_clock_step(self.arrival_ns, now_ns);
+            self.mend_clock_step(contact, now_ns);
             self.fallback_ns = rate.slowed(contact.live).after_clock_step(self.fallback_ns, now_ns);
+        }
+    }
+
+    /// Corrects a time that was set before the clock stepped back. An Envoy that judges by itself takes the limit as used up.
+    /// Another one must not tell that: all Envoys would refuse. Its allowance says what it may spend.
+    const fn mend_clock_step(&mut self, contact: &Contact, now_ns: u64) {
+        let reach_ns = now_ns.saturating_add(self.terms);
+        // Clocks of workers that differ by less than a second are no step.
+        if self.interval_ns > 0 && self.arrival_ns > reach_ns.saturating_add(NS_PER_S) {
+            let is_judge = contact.is_alone(now_ns / NS_PER_MS) && self.is_known(contact);
+            self.arrival_ns = if is_judge { reach_ns } else { now_ns };
+            if !is_judge {
+                self.forget_state();
+            }
         }
     }
 
@@ -358,6 +372,7 @@ impl Holding {
         let Due { pool, need, least } = due;
         let now_ms = now_ns / NS_PER_MS;
         self.renew(contact, now_ms);
+        self.mend_clock_step(contact, now_ns);
         self.asked_ms = now_ms;
         let want = self.want();
         let surplus = self.unspent().saturating_sub(want.saturating_mul(2).max(need));
@@ -427,7 +442,7 @@ impl Holding {
             return;
         }
         if self.interval_ns > 0 {
-            self.arrival_ns = rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
+            self.arrival_ns = crate::pool::rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
         }
         (self.interval_ns, self.terms) = (interval_ns, terms);
         self.forget_state();
@@ -484,14 +499,6 @@ impl Holding {
     fn peak(&self) -> u64 {
         self.peak.max(self.used.saturating_mul(SCALE))
     }
-}
-
-/// A theoretical arrival time after the interval has changed: the tokens that are used stay used.
-#[must_use]
-pub(crate) fn rescale(arrival_ns: u64, from_ns: u64, to_ns: u64, now_ns: u64) -> u64 {
-    let used_ns = u128::from(arrival_ns.saturating_sub(now_ns));
-    let scaled = used_ns.saturating_mul(to_ns.into()).checked_div(from_ns.into());
-    now_ns.saturating_add(scaled.and_then(|ns| u64::try_from(ns).ok()).unwrap_or_default())
 }
 
 #[cfg(test)]

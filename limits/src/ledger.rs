@@ -9,9 +9,8 @@ use contract::rate::Rate;
 use contract::time::NS_PER_MS;
 
 use crate::IDLE_MS;
-use crate::holding::rescale;
 use crate::message::{Ask, Grant};
-use crate::pool::Terms;
+use crate::pool::{Terms, rescale};
 
 /// All Envoys together hold at most this part of what is left, beyond what their waiting requests need.
 const PART: u64 = 8;

@@ -115,5 +115,13 @@ pub enum Terms {
     },
 }
 
+/// A theoretical arrival time after the interval has changed: the tokens that are used stay used.
+#[must_use]
+pub(crate) fn rescale(arrival_ns: u64, from_ns: u64, to_ns: u64, now_ns: u64) -> u64 {
+    let used_ns = u128::from(arrival_ns.saturating_sub(now_ns));
+    let scaled = used_ns.saturating_mul(to_ns.into()).checked_div(from_ns.into());
+    now_ns.saturating_add(scaled.and_then(|ns| u64::try_from(ns).ok()).unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests;

@@ -11,21 +11,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
-use axum::body::Bytes;
-use http_body_util::Full;
-use hyper::{Method, Request};
+use hyper::Method;
 use portcullis_harness::dice::Dice;
-use portcullis_harness::http::{self, Reply};
+use portcullis_harness::http::Reply;
 use portcullis_harness::rest::{Rest, id_and_secret};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinHandle;
 
+use crate::limited::{self, Group, METERED, Pools, Raised, TEAM, TEAM_PLAN, TopUp, credit, credit_first};
 use crate::oracle::{Oracle, Standing};
 use crate::stack::TortureStack;
 
 /// Time limit of a call. The API stops waiting for locks and connections after three seconds.
-const CALL_TIMEOUT: Duration = Duration::from_secs(8);
+pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Number of keys that never change.
 const STEADY: usize = 12;
@@ -33,11 +32,11 @@ const STEADY: usize = 12;
 /// Maximum number of other active keys.
 const ALIVE: usize = 30;
 
-/// The user whose credits are topped up.
-const METERED: &str = "metered@example.com";
+/// Maximum number of active keys among them that share the limits of their owner.
+const TEAM_ALIVE: usize = 3;
 
-/// Credits of a top-up: enough for some seconds of requests of one key.
-const TOP_UP: u64 = 500;
+/// How often the administrator tries to top up after the run, if it could not during the run.
+const LAST_TRIES: usize = 100;
 
 /// A key that may be changed.
 #[derive(Clone, Debug)]
@@ -47,6 +46,8 @@ struct Key {
     /// Secrets from before a rotation, which may still work.
     old: Vec<usize>,
     disabled: bool,
+    /// Whether it shares the limits of its owner.
+    of_team: bool,
 }
 
 /// The administrator's records. They are restored together with the database.
@@ -59,7 +60,8 @@ pub struct Book {
     /// Notes of confirmed top-ups.
     pub top_ups: Vec<String>,
     /// A top-up that is not confirmed.
-    unconfirmed: Option<String>,
+    unconfirmed: Option<TopUp>,
+    quotas: Vec<Raised>,
 }
 
 #[derive(Debug)]
@@ -67,6 +69,7 @@ pub struct Driver {
     stack: Arc<TortureStack>,
     oracle: Arc<Oracle>,
     book: Mutex<Book>,
+    pools: Pools,
     stop: AtomicBool,
 }
 
@@ -74,21 +77,22 @@ impl Driver {
     /// Creates the steady keys.
     pub async fn start(stack: &Arc<TortureStack>, oracle: &Arc<Oracle>) -> Result<Arc<Self>> {
         let book = Mutex::new(Book::default());
-        let this = Arc::new(Self { stack: Arc::clone(stack), oracle: Arc::clone(oracle), book, stop: false.into() });
-        let rest = stack.rest(0)?;
+        let pools = Pools::add(oracle, stack.envoys.len());
+        let (stack, oracle) = (Arc::clone(stack), Arc::clone(oracle));
+        let this = Arc::new(Self { stack, oracle, book, pools, stop: false.into() });
+        let rest = this.stack.rest(0)?;
+        let mut book = this.book.lock().await;
         for number in 0..STEADY {
             let metered = number == 0;
             let email = if metered { METERED.to_owned() } else { format!("steady{number}@example.com") };
             let (id, secret) = rest.create(&email).await?;
-            oracle.add(&id, &secret, None, metered);
-            if metered {
-                let reply = credit(&rest, &rest.user(METERED).await?, "0").await?;
-                anyhow::ensure!(reply.status == 201, "top-up: {} {:?}", reply.status, reply.body);
-                this.book.lock().await.top_ups.push("0".into());
-                oracle.topped_up(TOP_UP);
-            }
+            let pools: &[usize] = if metered { &[pools.credits] } else { &[] };
+            this.oracle.add(&id, &secret, None, pools, None);
         }
-        oracle.all_are_steady();
+        book.top_ups.push(credit_first(&rest, &this.oracle, &pools).await?);
+        book.quotas = limited::create(&rest, &this.oracle, &pools).await?;
+        drop(book);
+        this.oracle.all_are_steady();
         Ok(this)
     }
 
@@ -97,10 +101,22 @@ impl Driver {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let mut dice = Dice::new(seed);
-            while !this.stop.load(Ordering::Relaxed) {
+            // A short run on a busy machine makes few changes. These are made in each run.
+            let mut first = true;
+            let mut last_tries = 0..LAST_TRIES;
+            loop {
                 tokio::time::sleep(dice.between(pause / 2, pause * 3 / 2)).await;
                 let mut book = this.book.lock().await;
-                if let Err(error) = this.change(&mut book, &mut dice).await {
+                let has_topped_up = book.top_ups.len() > 1;
+                if this.stop.load(Ordering::Relaxed) && (has_topped_up || last_tries.next().is_none()) {
+                    return;
+                }
+                let changed = if std::mem::take(&mut first) {
+                    this.raise_all(&mut book, &mut dice).await
+                } else {
+                    this.change(&mut book, &mut dice).await
+                };
+                if let Err(error) = changed {
                     this.oracle.broken(&format!("the REST API: {error:#}"));
                 }
             }
@@ -121,17 +137,20 @@ impl Driver {
         if let Some(doomed) = book.doomed.pop() {
             return self.revoke(book, &rest, doomed).await;
         }
-        if let Some(note) = book.unconfirmed.clone() {
-            return self.top_up(book, &rest, note).await;
+        if let Some(top_up) = book.unconfirmed.clone() {
+            return self.top_up(book, &rest, top_up).await;
         }
+        let team = book.alive.iter().filter(|key| key.of_team).count();
         let key = |book: &mut Book, dice: &mut Dice| book.alive.swap_remove(dice.below(book.alive.len()));
         match dice.below(100) {
-            _ if book.alive.len() < 4 => self.create(book, &rest, None).await,
-            0..30 if book.alive.len() < ALIVE => self.create(book, &rest, None).await,
-            30..40 => self.create(book, &rest, Some(2 + dice.below(8))).await,
-            40..50 => {
-                let note = format!("{}", dice.number());
-                self.top_up(book, &rest, note).await
+            _ if book.alive.len() < 4 => self.create(book, &rest, None, false).await,
+            0..6 if team < TEAM_ALIVE => self.create(book, &rest, None, true).await,
+            0..30 if book.alive.len() < ALIVE => self.create(book, &rest, None, false).await,
+            30..38 => self.create(book, &rest, Some(2 + dice.below(8)), false).await,
+            38..45 => self.top_up(book, &rest, self.new_top_up(dice)).await,
+            45..50 => {
+                let number = dice.below(book.quotas.len());
+                self.raise(book, &rest, number).await
             }
             50..65 => {
                 let key = key(book, dice);
@@ -148,22 +167,55 @@ impl Driver {
         }
     }
 
-    async fn create(&self, book: &mut Book, rest: &Rest, ends_in_s: Option<usize>) -> Result<()> {
-        // One owner for each key: filters remember only the last few revoked keys of an owner.
+    /// Tops up the credits and raises each quota.
+    async fn raise_all(&self, book: &mut Book, dice: &mut Dice) -> Result<()> {
+        let rest = self.stack.rest(dice.below(16))?;
+        self.top_up(book, &rest, self.new_top_up(dice)).await?;
+        for number in 0..book.quotas.len() {
+            self.raise(book, &rest, number).await?;
+        }
+        Ok(())
+    }
+
+    async fn raise(&self, book: &mut Book, rest: &Rest, number: usize) -> Result<()> {
+        match book.quotas.get_mut(number) {
+            Some(quota) => quota.raise(rest, &self.oracle).await,
+            None => Ok(()),
+        }
+    }
+
+    fn new_top_up(&self, dice: &mut Dice) -> TopUp {
+        limited::top_up(&self.oracle, &self.pools, format!("{}", dice.number()))
+    }
+
+    /// Creates a key: one that shares the limits of its owner, or one of a new owner, since filters remember only the last few
+    /// revoked keys of an owner.
+    async fn create(&self, book: &mut Book, rest: &Rest, ends_in_s: Option<usize>, of_team: bool) -> Result<()> {
         book.made += 1;
-        let email = format!("churn{}@example.com", book.made);
+        let email = if of_team { TEAM.to_owned() } else { format!("churn{}@example.com", book.made) };
         let mut body = json!({"email": email, "name": "Torture"});
+        if of_team {
+            body["plan"] = TEAM_PLAN.into();
+        }
         if let Some(seconds) = ends_in_s {
             body["expires_in_seconds"] = seconds.into();
         }
         let Some(reply) = call(rest, Method::POST, "/v1/keys", Some(&body)).await? else { return Ok(()) };
         let (id, secret) = id_and_secret(&reply)?;
         let ends_at = reply["expires_at"].as_str().map(humantime::parse_rfc3339).transpose()?;
-        let secret = self.oracle.add(&id, &secret, ends_at, false);
+        let secret = self.add(&id, &secret, ends_at, of_team);
         if ends_in_s.is_none() {
-            book.alive.push(Key { id, secret, old: Vec::new(), disabled: false });
+            book.alive.push(Key { id, secret, old: Vec::new(), disabled: false, of_team });
         }
         Ok(())
+    }
+
+    fn add(&self, id: &str, secret: &str, ends_at: Option<SystemTime>, of_team: bool) -> usize {
+        if of_team {
+            self.oracle.add(id, secret, ends_at, &self.pools.of(Group::Team), Some(Group::Team as usize))
+        } else {
+            self.oracle.add(id, secret, ends_at, &[], None)
+        }
     }
 
     async fn revoke(&self, book: &mut Book, rest: &Rest, key: Key) -> Result<()> {
@@ -220,43 +272,32 @@ impl Driver {
                     self.oracle.settle(key.secret, Standing::Good, Some((latest, earlier)));
                 }
                 key.old.push(key.secret);
-                key.secret = self.oracle.add(&id, &secret, None, false);
+                key.secret = self.add(&id, &secret, None, key.of_team);
                 book.alive.push(key);
             }
         }
         Ok(())
     }
 
-    async fn top_up(&self, book: &mut Book, rest: &Rest, note: String) -> Result<()> {
+    async fn top_up(&self, book: &mut Book, rest: &Rest, top_up: TopUp) -> Result<()> {
         let user = json!({"email": METERED});
         let Some(user) = call(rest, Method::POST, "/v1/users", Some(&user)).await? else {
-            book.unconfirmed = Some(note);
+            book.unconfirmed = Some(top_up);
             return Ok(());
         };
         let path = format!("/v1/users/{}", user["id"].as_str().context("a user without an id")?);
-        let asked = tokio::time::timeout(CALL_TIMEOUT, credit(rest, &path, &note)).await;
-        match asked.map(|asked| asked.map(|reply| reply.status)) {
-            Ok(Ok(201)) => {
+        match credit(rest, &path, &top_up).await {
+            Some(201) => {
                 book.unconfirmed = None;
-                book.top_ups.push(note);
-                self.oracle.topped_up(TOP_UP);
+                self.oracle.filled(self.pools.credits, top_up.2);
+                book.top_ups.push(top_up.0);
             }
             // A retry with the same idempotency key is booked once. 404: the database was restored between the two calls.
-            Ok(Ok(503 | 409 | 404)) | Ok(Err(_)) | Err(_) => book.unconfirmed = Some(note),
-            Ok(Ok(status)) => anyhow::bail!("a top-up answered {status}"),
+            None | Some(503 | 409 | 404) => book.unconfirmed = Some(top_up),
+            Some(status) => anyhow::bail!("a top-up answered {status}"),
         }
         Ok(())
     }
-}
-
-async fn credit(rest: &Rest, user: &str, note: &str) -> Result<Reply> {
-    let body = json!({"amount": TOP_UP, "note": note});
-    let request = Request::post(format!("{user}/ledger"))
-        .header("x-api-key", rest.key.reveal())
-        .header("content-type", "application/json")
-        .header("idempotency-key", note)
-        .body(Full::<Bytes>::from(body.to_string()))?;
-    http::send(rest.address, request).await
 }
 
 /// A call with a JSON response. None if there was no response, or one that asks for a retry.
@@ -270,7 +311,7 @@ async fn call(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> 
     }
 }
 
-async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Reply>> {
+pub(crate) async fn call_for(rest: &Rest, method: Method, path: &str, body: Option<&Value>) -> Result<Option<Reply>> {
     match tokio::time::timeout(CALL_TIMEOUT, rest.call(method, path, body)).await {
         Err(_) | Ok(Err(_)) => Ok(None),
         Ok(Ok(reply)) if reply.status == 503 => Ok(None),

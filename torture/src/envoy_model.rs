@@ -11,6 +11,19 @@ pub const BOUND: Duration = Duration::from_secs(2);
 /// How long single decisions are remembered.
 const LATELY: Duration = Duration::from_secs(20);
 
+/// A span of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) from: Instant,
+    pub(crate) to: Instant,
+}
+
+impl Span {
+    pub(crate) fn meets(&self, other: Self) -> bool {
+        self.from <= other.to && other.from <= self.to
+    }
+}
+
 /// An interval in which something is broken, with the time that recovery takes after its end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Disruption {
@@ -24,6 +37,10 @@ impl Disruption {
     pub(crate) fn meets(&self, from: Instant) -> bool {
         self.end.is_none_or(|end| from <= end + self.after)
     }
+
+    fn meets_span(&self, time: Span) -> bool {
+        self.start <= time.to && self.meets(time.from)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +49,7 @@ pub enum Hinders {
     Changes,
     /// Requests to an Envoy may get no response, or one that is not from the filter.
     Requests,
-    /// An Envoy gets no credits, but receives changes.
+    /// An Envoy gets no answer when it asks for tokens of shared limits.
     Allowances,
 }
 
@@ -41,6 +58,12 @@ pub(crate) struct EnvoyModel {
     pub(crate) changes: Vec<Disruption>,
     pub(crate) requests: Vec<Disruption>,
     pub(crate) allowances: Vec<Disruption>,
+    /// What it admitted in these spells may be lost with its counts.
+    pub(crate) uncounted: Vec<Span>,
+    /// A process of it that was killed holds tokens in these spells.
+    pub(crate) holds: Vec<Span>,
+    /// Since when it said that limits are unavailable, without a disruption.
+    pub(crate) unavailable_since: Option<Instant>,
     /// The time of its first response other than `not_ready`.
     pub(crate) ready: Option<Instant>,
     pub(crate) behind: Duration,
@@ -70,6 +93,28 @@ impl EnvoyModel {
             }
         }
         Some(deadline)
+    }
+
+    /// Whether it may have had no answer to a call for tokens in this time.
+    pub(crate) fn is_cut_off(&self, time: Span) -> bool {
+        self.allowances.iter().any(|disruption| disruption.meets_span(time))
+    }
+
+    /// Whether a control plane may be late with the answers for a request, on a busy machine: for no longer than the bound.
+    pub(crate) fn may_stall(&mut self, sent: Instant) -> bool {
+        sent <= *self.unavailable_since.get_or_insert(sent) + BOUND
+    }
+
+    /// From when on usage may be unreported at a time: since it usually takes so long to report it, or since a disruption.
+    pub(crate) fn unreported_since(&self, time: Instant, usual: Duration) -> Instant {
+        let mut since = time.checked_sub(usual).unwrap_or(time);
+        // In the order of their starts.
+        for disruption in self.changes.iter().rev() {
+            if disruption.start < since && disruption.meets(since) {
+                since = disruption.start;
+            }
+        }
+        since
     }
 
     pub(crate) fn decided(&mut self, now: Instant) {

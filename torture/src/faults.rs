@@ -17,7 +17,7 @@ use portcullis_harness::wait::{eventually, eventually_within};
 use crate::count::usage;
 use crate::driver::Driver;
 use crate::envoy_model::{BOUND, Hinders};
-use crate::oracle::Oracle;
+use crate::oracle::{Disruptions, Oracle};
 use crate::plan::{Kind, Step};
 use crate::proxy::Manipulation;
 use crate::stack::TortureStack;
@@ -48,6 +48,17 @@ const GAUGE_DELAY: Duration = Duration::from_secs(2);
 /// What a trap may lose: one merge interval of one worker, 250 ms. The rest allows for a late tick on a busy machine.
 /// Clients cannot distinguish workers, so all recent decisions of the Envoy may be lost.
 const MERGE: Duration = Duration::from_secs(1);
+
+/// Recovery of calls for allowances: each worker calls again on its next tick, 250 ms. The rest allows for calls that meet a
+/// connection to PostgreSQL that was cut, and for late ticks on a busy machine.
+const ALLOWANCES: Duration = Duration::from_secs(2);
+
+/// How long an Envoy that was started may get no allowances, because another one still decides by itself: 0.75 s. The rest
+/// allows for a busy machine.
+const ALONE: Duration = Duration::from_secs(2);
+
+/// How long what a killed Envoy holds is reserved: 60 s from its last call. The rest allows for a busy machine.
+const HELD: Duration = Duration::from_secs(62);
 
 /// Longest time in which disruptions follow on each other without a gap.
 const LONGEST_DISRUPTIONS: Duration = Duration::from_secs(90);
@@ -99,24 +110,39 @@ impl Faults {
         }
     }
 
+    /// Begins a disruption of Envoys that control planes do not answer, with the times of recovery of changes and of allowances.
+    fn hinder(&self, envoys: &[usize], changes: Duration, allowances: Duration) -> [Disruptions; 2] {
+        let begin = |hinders, after| self.oracle.begin(hinders, envoys, after);
+        [begin(Hinders::Changes, changes), begin(Hinders::Allowances, allowances)]
+    }
+
+    fn end(&self, disruptions: &[Disruptions]) {
+        disruptions.iter().for_each(|disruptions| self.oracle.end(disruptions));
+    }
+
     /// The others serve meanwhile. In one of four cases, unless some are spared, all end.
     async fn end_control_plane(&self, number: usize, signal: Signal, step: &Step) -> Result<()> {
         let everywhere = self.stack.everywhere();
         let all = step.dice.is_multiple_of(4) && !self.spare;
         let chosen: Vec<usize> = if all { (0..self.stack.control_planes.len()).collect() } else { vec![number] };
-        let disruptions = self.oracle.begin(Hinders::Changes, &everywhere, if all { BACKOFF } else { ONE_FAILURE });
+        let mut disruptions =
+            vec![self.oracle.begin(Hinders::Changes, &everywhere, if all { BACKOFF } else { ONE_FAILURE })];
+        // One of several that ends answers first what it was asked.
+        if all || signal == Signal::SIGKILL {
+            disruptions.push(self.oracle.begin(Hinders::Allowances, &everywhere, ALLOWANCES));
+        }
         for number in &chosen {
             self.stack.control_planes.get(*number).context("no such control plane")?.stop(signal).await?;
         }
         if !all {
-            self.oracle.end(&disruptions);
+            self.end(&disruptions);
         }
         tokio::time::sleep(step.lasts / 2).await;
         for number in &chosen {
             self.stack.control_planes.get(*number).context("no such control plane")?.restart().await?;
         }
         if all {
-            self.oracle.end(&disruptions);
+            self.end(&disruptions);
         }
         Ok(())
     }
@@ -134,15 +160,19 @@ impl Faults {
 
     async fn pause_control_plane(&self, number: usize, lasts: Duration) -> Result<()> {
         let control_plane = self.stack.control_planes.get(number).context("no such control plane")?;
-        let disruptions = self.oracle.begin(Hinders::Changes, &self.stack.everywhere(), BACKOFF);
+        let disruptions = self.hinder(&self.stack.everywhere(), BACKOFF, ALLOWANCES);
+        let avoid = |backend| self.stack.proxies.iter().for_each(|proxy| proxy.avoid(backend));
         self.doing.standing_still.store(true, Ordering::SeqCst);
+        avoid(Some(number));
         control_plane.signal(Signal::SIGSTOP)?;
         // The disruption ends when Envoys notice and find another control plane, even if the pause lasts longer.
         tokio::time::sleep(lasts.min(KEEP_ALIVE)).await;
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         tokio::time::sleep(lasts.saturating_sub(KEEP_ALIVE)).await;
         self.doing.standing_still.store(false, Ordering::SeqCst);
-        control_plane.signal(Signal::SIGCONT)
+        let resumed = control_plane.signal(Signal::SIGCONT);
+        avoid(None);
+        resumed
     }
 
     async fn control_plane_clock(&self, number: usize, step: &Step) -> Result<()> {
@@ -154,7 +184,7 @@ impl Faults {
 
     async fn manipulate(&self, envoy: usize, manipulation: Manipulation, lasts: Duration) -> Result<()> {
         let proxy = self.stack.proxies.get(envoy).context("no such proxy")?;
-        let disruptions = self.oracle.begin(Hinders::Changes, &[envoy], BACKOFF);
+        let disruptions = self.hinder(&[envoy], BACKOFF, ALLOWANCES);
         let before = proxy.manipulated();
         proxy.set_manipulation(Some(manipulation));
         tokio::time::sleep(lasts).await;
@@ -162,7 +192,7 @@ impl Faults {
         let waited =
             eventually_within(&format!("a response to manipulate: {manipulation:?}"), KEEP_ALIVE * 4, happened).await;
         proxy.set_manipulation(None);
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         waited
     }
 
@@ -170,38 +200,38 @@ impl Faults {
         let proxy = self.stack.proxies.get(envoy).context("no such proxy")?;
         let delay = Duration::from_millis(200 + step.dice % 1_300);
         // Delayed frames delay those behind them.
-        let disruptions = self.oracle.begin(Hinders::Changes, &[envoy], BACKOFF + delay);
+        let disruptions = self.hinder(&[envoy], BACKOFF + delay, ALLOWANCES + delay);
         proxy.set_delay(delay);
         tokio::time::sleep(step.lasts).await;
         proxy.set_delay(Duration::ZERO);
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         Ok(())
     }
 
     async fn crash_postgres(&self, lasts: Duration) -> Result<()> {
-        let disruptions = self.oracle.begin(Hinders::Changes, &self.stack.everywhere(), FEED);
+        let disruptions = self.hinder(&self.stack.everywhere(), FEED, ALLOWANCES);
         self.stack.postgres.stop(Signal::SIGQUIT).await?;
         tokio::time::sleep(lasts).await;
         self.stack.postgres.start().await?;
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         Ok(())
     }
 
     async fn cut_postgres(&self) -> Result<()> {
-        let disruptions = self.oracle.begin(Hinders::Changes, &self.stack.everywhere(), FEED);
+        let disruptions = self.hinder(&self.stack.everywhere(), FEED, ALLOWANCES);
         let cut = self.server().execute(&cut_off(&self.database_name()?)).await;
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         cut.map(|_| ())
     }
 
-    /// For longer than changes wait for a lock, so that the API asks for a retry. No allowances are granted meanwhile.
+    /// For longer than changes wait for a lock, so that the API asks for a retry. Calls for allowances may have to wait, too.
     async fn lock_postgres(&self, lasts: Duration) -> Result<()> {
         let seconds = lasts.as_secs_f64();
         let lock = format!(
             "begin; select revision from store_state for update; lock table usage_hourly in share mode;
             select 1 from (select id from api_keys for update) locked limit 1; select pg_sleep({seconds}); commit"
         );
-        let disruptions = self.oracle.begin(Hinders::Allowances, &self.stack.everywhere(), FEED);
+        let disruptions = self.oracle.begin(Hinders::Allowances, &self.stack.everywhere(), ALLOWANCES);
         let locked = self.stack.database.execute(&lock).await;
         self.oracle.end(&disruptions);
         locked.map(|_| ())
@@ -219,11 +249,11 @@ impl Faults {
 
         let book = self.driver.hold().await;
         let (keys, then) = (self.oracle.snapshot(), book.clone());
-        let disruptions = self.oracle.begin(Hinders::Changes, &everywhere, FEED);
+        let disruptions = self.hinder(&everywhere, FEED, ALLOWANCES);
         self.close(&name).await?;
         let copied = server.execute(&format!("create database {copy} template {name}")).await;
         server.execute(&format!("alter database {name} allow_connections true")).await?;
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         copied?;
         // PostgreSQL copies a sequence with the numbers that its log reserves in advance. Without a checkpoint, a crash would
         // set the sequence back in the copy.
@@ -232,7 +262,7 @@ impl Faults {
         tokio::time::sleep(lasts).await;
 
         let mut book = self.driver.hold().await;
-        let disruptions = self.oracle.begin(Hinders::Changes, &everywhere, FEED + BACKOFF);
+        let disruptions = self.hinder(&everywhere, FEED + BACKOFF, ALLOWANCES);
         self.doing.epochs.fetch_add(1, Ordering::SeqCst);
         self.oracle.doubt_all();
         self.close(&name).await?;
@@ -252,7 +282,7 @@ impl Faults {
         let rest = self.stack.rest(0)?;
         let answers = async || rest.call(Method::GET, "/v1/keys?limit=1", None).await.ok().filter(|r| r.status == 200);
         eventually("the REST API to find the restored database", answers).await?;
-        self.oracle.end(&disruptions);
+        self.end(&disruptions);
         drop(book);
         self.end_epoch_change();
         Ok(())
@@ -297,7 +327,7 @@ impl Faults {
     async fn end_envoy(&self, number: usize, signal: Signal, drained: bool) -> Result<()> {
         let envoy = self.stack.envoys.get(number).context("no such Envoy")?;
         let requests = self.oracle.begin(Hinders::Requests, &[number], ONE_FAILURE);
-        let changes = self.oracle.begin(Hinders::Changes, &[number], self.after(BACKOFF));
+        let changes = self.hinder(&[number], self.after(BACKOFF), ALONE);
         if drained {
             let drain = hyper::Request::post("/drain_listeners?graceful").body(http_body_util::Full::default())?;
             let reply = http::send(envoy.admin(), drain).await?;
@@ -312,12 +342,14 @@ impl Faults {
             self.stop(number, signal).await?;
             let recent = self.oracle.decided_within(number, GAUGE_DELAY);
             self.oracle.may_lose("not acknowledged when Envoy was killed", pending + recent);
+            self.oracle.lose_uncounted(number, GAUGE_DELAY);
+            self.oracle.hold(number, HELD);
         } else {
             self.stop(number, signal).await?;
         }
         envoy.restart().await?;
         self.oracle.end(&requests);
-        self.oracle.end(&changes);
+        self.end(&changes);
         Ok(())
     }
 
@@ -344,6 +376,7 @@ impl Faults {
         let recent = self.oracle.decided_within(number, MERGE);
         self.traps.fetch_add(1, Ordering::Relaxed);
         self.oracle.may_lose("one merge interval of a worker whose VM trapped", recent);
+        self.oracle.lose_uncounted(number, MERGE);
         self.oracle.end(&disruptions);
         self.oracle.end(&changes);
         ensure!(reply.as_ref().map_or(true, |reply| reply.status != 200), "a request that traps was let through");

@@ -2,10 +2,10 @@
 //! oracle that knows the state of every key and judges every response.
 //!
 //! Reading order: [`plan`] makes the schedule of faults, [`stack`] starts the processes, [`proxy`]
-//! sits between Envoys and control planes, [`load`] is the clients, [`driver`] the administrator.
-//! [`oracle`] judges each response, with [`envoy_model`] and `credit_model`. [`watch`] checks what
-//! must never go back, [`faults`] carries out the faults, [`count`] compares the counts at the end,
-//! [`report`] prints the result.
+//! sits between Envoys and control planes, [`load`] is the clients, [`driver`] the administrator,
+//! `limited` the keys with limits. [`oracle`] judges each response, with [`envoy_model`] and
+//! `limit_model`. [`watch`] checks what must never go back, [`faults`] carries out the faults,
+//! [`count`] compares the counts at the end, [`report`] prints the result.
 
 pub mod plan;
 pub mod stack;
@@ -13,10 +13,11 @@ pub mod stack;
 pub mod proxy;
 
 pub mod driver;
+mod limited;
 pub mod load;
 
-mod credit_model;
 pub mod envoy_model;
+mod limit_model;
 pub mod oracle;
 pub mod watch;
 

@@ -1,6 +1,7 @@
-//! The clients: a bounded number of connections to each Envoy at a bounded pace. The oracle
+//! The clients: a bounded number of connections to each Envoy at a bounded pace, and one for each group of keys with limits. The oracle
 //! receives every response, and every request that got none.
 
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,13 +14,14 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::limited::Group;
 use crate::oracle::{Answer, Oracle};
 use crate::stack::TortureStack;
 
 /// Time-out of a request. Without a fault no request takes so long, even on a busy machine.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Connections to each Envoy.
+/// Connections of the common load to each Envoy.
 const CONNECTIONS: usize = 4;
 
 /// Interval between two requests of a connection.
@@ -41,8 +43,10 @@ impl Load {
         }
         let unknown: Arc<[Arc<str>]> = unknown.into();
         let mut clients = JoinSet::new();
+        let groups = Group::ALL.iter().enumerate().map(|(number, group)| (Some(number), group.period()));
+        let kinds: Vec<_> = iter::repeat_n((None, PERIOD), CONNECTIONS).chain(groups).collect();
         for envoy in 0..stack.envoys.len() {
-            for number in 0..CONNECTIONS {
+            for (number, (group, period)) in kinds.iter().enumerate() {
                 let client = Client {
                     stack: Arc::clone(stack),
                     oracle: Arc::clone(oracle),
@@ -50,6 +54,8 @@ impl Load {
                     unknown: Arc::clone(&unknown),
                     dice: Dice::new(seed ^ (envoy as u64) << 16 ^ number as u64),
                     envoy,
+                    group: *group,
+                    period: *period,
                 };
                 clients.spawn(client.run());
             }
@@ -71,18 +77,24 @@ struct Client {
     unknown: Arc<[Arc<str>]>,
     dice: Dice,
     envoy: usize,
+    /// The keys that it uses; those of the common load if none.
+    group: Option<usize>,
+    period: Duration,
 }
 
 impl Client {
     async fn run(mut self) {
         // So that clients do not send at the same time.
-        tokio::time::sleep(self.dice.between(Duration::ZERO, PERIOD)).await;
-        let mut pace = interval(PERIOD);
+        tokio::time::sleep(self.dice.between(Duration::ZERO, self.period)).await;
+        let mut pace = interval(self.period);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut connection = None;
         while !self.stop.load(Ordering::Relaxed) {
             pace.tick().await;
-            let ticket = self.oracle.pick(&mut self.dice, &self.unknown);
+            let limited = self.group.map(|group| self.oracle.pick_of(group, &mut self.dice));
+            let Some(ticket) = limited.unwrap_or_else(|| Some(self.oracle.pick(&mut self.dice, &self.unknown))) else {
+                continue;
+            };
             let (sent, sent_at) = (Instant::now(), SystemTime::now());
             let answer = self.request(&ticket.text, &mut connection).await;
             self.oracle.judge(self.envoy, &ticket, sent, sent_at, &answer);

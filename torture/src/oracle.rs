@@ -17,8 +17,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use portcullis_harness::dice::Dice;
 
-use crate::credit_model::{CreditModel, may_be_unavailable};
-use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, close, gap};
+use crate::envoy_model::{BOUND, Disruption, EnvoyModel, Hinders, Span, close, gap};
+use crate::limit_model::Pool;
 use crate::report::Journal;
 use crate::verdict::{Tally, Verdict};
 
@@ -50,7 +50,8 @@ struct Secret {
     /// Set if the expiry came with a change, which an Envoy may not have received. The expiry may be earlier by this much, since
     /// the time of the change is unknown.
     end_changed: Option<Duration>,
-    metered: bool,
+    /// The pools of its limits, by number.
+    pools: Arc<[usize]>,
 }
 
 /// A request before it is sent, with the expected state of its secret at that time.
@@ -83,14 +84,21 @@ pub(crate) struct Disruptions(Vec<(usize, usize)>, Hinders);
 #[derive(Debug, Default)]
 struct Known {
     secrets: Vec<Secret>,
+    /// The first secrets, which never change.
     steady: usize,
+    /// Secrets without limits, or with credits, for the common load.
+    common: Vec<usize>,
+    /// Of those, the ones that never change.
+    steady_common: usize,
+    /// Secrets with limits, for clients of their own.
+    groups: Vec<Vec<usize>>,
     models: Vec<EnvoyModel>,
     tallies: HashMap<Arc<str>, Tally>,
     /// Its tallies, and the gaps of each Envoy, are filled in at the end.
     found: Verdict,
     forgotten: HashSet<Arc<str>>,
     last_admitted: Option<Instant>,
-    credits: CreditModel,
+    pools: Vec<Pool>,
 }
 
 #[derive(Debug)]
@@ -110,8 +118,16 @@ impl Oracle {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a secret that the API returned. Secrets before [`Self::all_are_steady`] never change.
-    pub fn add(&self, key: &str, text: &str, ends_at: Option<SystemTime>, metered: bool) -> usize {
+    /// Adds a secret that the API returned, with the pools of its limits. Secrets before [`Self::all_are_steady`] never change.
+    /// Those of a group have clients of their own.
+    pub fn add(
+        &self,
+        key: &str,
+        text: &str,
+        ends_at: Option<SystemTime>,
+        pools: &[usize],
+        group: Option<usize>,
+    ) -> usize {
         let mut known = self.known();
         let (standing, since) = (Standing::Good, Instant::now());
         let secret = Secret {
@@ -122,15 +138,24 @@ impl Oracle {
             version: 0,
             ends_at,
             end_changed: None,
-            metered,
+            pools: pools.into(),
         };
         known.secrets.push(secret);
-        known.secrets.len() - 1
+        let number = known.secrets.len() - 1;
+        let known = &mut *known;
+        match group {
+            None => known.common.push(number),
+            Some(group) => {
+                known.groups.resize(known.groups.len().max(group + 1), Vec::new());
+                known.groups[group].push(number);
+            }
+        }
+        number
     }
 
     pub fn all_are_steady(&self) {
         let mut known = self.known();
-        known.steady = known.secrets.len();
+        (known.steady, known.steady_common) = (known.secrets.len(), known.common.len());
     }
 
     /// A change of a secret will be requested.
@@ -201,11 +226,6 @@ impl Oracle {
         self.journal.note(&format!("up to {requests} requests may go uncounted: {why}"));
     }
 
-    /// The API confirmed a top-up of the metered key.
-    pub fn topped_up(&self, amount: u64) {
-        self.known().credits.add(amount);
-    }
-
     /// The time by which every Envoy must obey a change of the time `since`. None during a disruption.
     pub fn all_obey_by(&self, since: Instant) -> Option<Instant> {
         let latest = |latest: Instant, deadline: Option<Instant>| deadline.map(|deadline| latest.max(deadline));
@@ -222,11 +242,7 @@ impl Oracle {
         if known.found.judged_dead == 0 {
             known.break_promise("no request with a dead key was judged".into(), &self.journal);
         }
-        let metered =
-            known.secrets.iter().find(|secret| secret.metered).map(|secret| known.tally(&secret.key).admitted);
-        if metered == Some(0) {
-            known.break_promise("no request of the metered key was admitted".into(), &self.journal);
-        }
+        known.judge_limits(&self.journal);
     }
 
     /// Counts requests without a known key that other parts than the clients sent.
@@ -241,37 +257,29 @@ impl Oracle {
         known.break_promise(what.to_owned(), &self.journal);
     }
 
-    /// Selects a secret for the next request.
+    /// Selects a secret for the next request of the common load.
     pub fn pick(&self, dice: &mut Dice, unknown: &[Arc<str>]) -> Ticket {
         let known = self.known();
-        let all = known.secrets.len();
-        let recent = all.saturating_sub(known.steady).min(80);
-        let number = match dice.below(100) {
-            0..45 => Some(dice.below(known.steady)),
+        let (all, steady) = (known.common.len(), known.steady_common);
+        let recent = all.saturating_sub(steady).min(80);
+        let place = match dice.below(100) {
+            0..45 => Some(dice.below(steady)),
             45..92 if recent > 0 => Some(all - 1 - dice.below(recent)),
             92..95 => Some(dice.below(all)),
             _ => None,
         };
-        let unknown = || {
+        let number = place.and_then(|place| known.common.get(place).copied());
+        number.and_then(|number| known.ticket(number)).unwrap_or_else(|| {
             let text = unknown.get(dice.below(unknown.len())).cloned().unwrap_or_else(|| "nobody's".into());
             let (standing, since) = (Standing::Dead, self.journal.start);
             Ticket { text, secret: None, standing, since, version: 0, ends_at: None, end_changed: None }
-        };
-        let known = number.and_then(|number| known.secrets.get(number).map(|secret| (number, secret)));
-        known.map_or_else(unknown, |(number, secret)| Ticket {
-            text: Arc::clone(&secret.text),
-            secret: Some(number),
-            standing: secret.standing,
-            since: secret.since,
-            version: secret.version,
-            ends_at: secret.ends_at,
-            end_changed: secret.end_changed,
         })
     }
 
     pub fn judge(&self, envoy: usize, ticket: &Ticket, sent: Instant, sent_at: SystemTime, answer: &Answer) {
         let mut known = self.known();
         known.count(envoy, ticket, answer);
+        known.note_use(envoy, ticket, sent, answer);
         if let Some(why) = known.wrong(envoy, ticket, sent, sent_at, answer) {
             let key = ticket.secret.and_then(|secret| known.secrets.get(secret)).map_or("-", |secret| &*secret.key);
             let why = format!("Envoy {envoy}, key {key}, sent {:.3} s ago: {why}", sent.elapsed().as_secs_f64());
@@ -291,8 +299,17 @@ impl Oracle {
 }
 
 impl Known {
-    fn tally(&self, key: &str) -> Tally {
-        self.tallies.get(key).copied().unwrap_or_default()
+    fn ticket(&self, number: usize) -> Option<Ticket> {
+        let secret = self.secrets.get(number)?;
+        Some(Ticket {
+            text: Arc::clone(&secret.text),
+            secret: Some(number),
+            standing: secret.standing,
+            since: secret.since,
+            version: secret.version,
+            ends_at: secret.ends_at,
+            end_changed: secret.end_changed,
+        })
     }
 
     fn count(&mut self, envoy: usize, ticket: &Ticket, answer: &Answer) {
@@ -349,7 +366,6 @@ impl Known {
     ) -> Option<String> {
         let secret = ticket.secret.and_then(|secret| self.secrets.get(secret));
         let unchanged = secret.is_none_or(|secret| secret.version == ticket.version);
-        let spent = secret.filter(|secret| secret.metered).map(|secret| self.tally(&secret.key));
         let model = self.models.get_mut(envoy)?;
         let (status, code) = match answer {
             Answer::Unsent | Answer::Lost | Answer::Came(_, None)
@@ -374,15 +390,23 @@ impl Known {
             self.found.judged_dead += 1;
         }
         if status == 200 {
+            let pools = secret.map_or(&[][..], |secret| &secret.pools);
+            if pools.iter().filter_map(|pool| self.pools.get(*pool)).any(Pool::is_stock) {
+                model.unavailable_since = None;
+            }
             return self.wrongly_admitted(envoy, ticket, sent, sent_at, overdue);
         }
         let code = code?;
-        if code == "limits_unavailable" && may_be_unavailable(model, sent) {
+        let time = Span { from: sent, to: Instant::now().max(sent) };
+        let pools = secret.map_or(&[][..], |secret| &secret.pools);
+        // These are judged at the end, when all requests of the pool are known.
+        let is_limited = pools.iter().filter_map(|pool| self.pools.get(*pool)).any(|pool| pool.code == code);
+        if is_limited {
             return None;
         }
-        let spent = spent.filter(|_| code == "credits_exhausted").map(|tally| tally.admitted + tally.doubtful);
-        if spent.is_some_and(|spent| self.credits.may_refuse(model, sent, spent)) {
-            return None;
+        if code == "limits_unavailable" {
+            let is_excused = !pools.is_empty() && (model.is_cut_off(time) || model.may_stall(sent));
+            return (!is_excused).then(|| "limits_unavailable, although control planes answer".into());
         }
         let expected = ticket.standing == Standing::Good && unchanged;
         let earlier = model.ahead + SECOND + ticket.end_changed.unwrap_or_default();
@@ -433,6 +457,7 @@ const fn answer_status(answer: &Answer) -> u16 {
     }
 }
 
+mod limits;
 mod restore;
 #[cfg(test)]
 mod tests;

@@ -21,14 +21,15 @@ const DATA: u8 = 0;
 /// Magic bytes of the messages.
 const UPDATE: &[u8] = b"PKS1";
 const ACK: &[u8] = b"PKA1";
+const GRANTS: &[u8] = b"PKG1";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manipulation {
-    /// The connection ends before an acknowledgement is forwarded.
+    /// The connection ends before an acknowledgement of usage is forwarded. Answers with allowances are not forwarded.
     LoseAcknowledgements,
     /// The connection ends in the middle of an update.
     CutUpdates,
-    /// Updates and acknowledgements are replaced by other bytes of the same length.
+    /// Updates, acknowledgements and allowances are replaced by other bytes of the same length.
     Corrupt,
 }
 
@@ -44,6 +45,8 @@ pub struct Proxy {
 struct Shared {
     backends: Vec<SocketAddr>,
     next: AtomicUsize,
+    /// The number of a backend that new connections avoid.
+    avoided: AtomicUsize,
     manipulation: Mutex<Option<Manipulation>>,
     delay_ms: AtomicU64,
     manipulated: AtomicU64,
@@ -54,9 +57,9 @@ impl Proxy {
     pub async fn start(backends: Vec<SocketAddr>, first: usize) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
-        let (next, manipulation) = (AtomicUsize::new(first), Mutex::new(None));
+        let (next, avoided, manipulation) = (AtomicUsize::new(first), AtomicUsize::new(usize::MAX), Mutex::new(None));
         let (delay_ms, manipulated) = (AtomicU64::new(0), AtomicU64::new(0));
-        let shared = Arc::new(Shared { backends, next, manipulation, delay_ms, manipulated });
+        let shared = Arc::new(Shared { backends, next, avoided, manipulation, delay_ms, manipulated });
         let mut _listening = JoinSet::new();
         _listening.spawn(listen(listener, Arc::clone(&shared)));
         Ok(Self { address, shared, _listening })
@@ -64,6 +67,11 @@ impl Proxy {
 
     pub fn set_manipulation(&self, manipulation: Option<Manipulation>) {
         *self.shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner) = manipulation;
+    }
+
+    /// New connections avoid a backend, as behind a load balancer that checks whether backends respond.
+    pub fn avoid(&self, backend: Option<usize>) {
+        self.shared.avoided.store(backend.unwrap_or(usize::MAX), Ordering::Relaxed);
     }
 
     pub fn manipulated(&self) -> u64 {
@@ -93,7 +101,11 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>) {
 async fn connection(client: TcpStream, shared: Arc<Shared>) {
     let turn = shared.next.fetch_add(1, Ordering::Relaxed);
     for number in 0..shared.backends.len() {
-        let Some(backend) = shared.backends.get((turn + number) % shared.backends.len()) else { return };
+        let place = (turn + number) % shared.backends.len();
+        let Some(backend) = shared.backends.get(place) else { return };
+        if place == shared.avoided.load(Ordering::Relaxed) {
+            continue;
+        }
         let Ok(server) = TcpStream::connect(backend).await else { continue };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
         let (client_in, client_out) = client.into_split();
@@ -135,7 +147,8 @@ async fn forward_responses(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shar
         }
         let manipulation = *shared.manipulation.lock().unwrap_or_else(PoisonError::into_inner);
         match manipulation.map(|manipulation| manipulate(manipulation, kind, &mut frame)) {
-            None | Some(Forwarded::Unchanged) => {}
+            None | Some(Forwarded::Unchanged | Forwarded::CorruptedGrants) => {}
+            Some(Forwarded::Dropped) => continue,
             Some(Forwarded::Corrupted) => {
                 shared.manipulated.fetch_add(1, Ordering::Relaxed);
             }
@@ -156,6 +169,9 @@ async fn forward_responses(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shar
 enum Forwarded {
     Unchanged,
     Corrupted,
+    /// These come four times a second, so a fault does not end with the first one.
+    CorruptedGrants,
+    Dropped,
     Start(usize),
 }
 
@@ -164,16 +180,17 @@ fn manipulate(manipulation: Manipulation, kind: u8, frame: &mut [u8]) -> Forward
     let Some((_, data)) = frame.split_at_mut_checked(FRAME_HEADER).filter(|_| kind == DATA) else {
         return Forwarded::Unchanged;
     };
-    let (update, ack) = (data.starts_with(UPDATE), data.starts_with(ACK));
+    let (update, ack, grants) = (data.starts_with(UPDATE), data.starts_with(ACK), data.starts_with(GRANTS));
     match manipulation {
+        Manipulation::LoseAcknowledgements if grants => Forwarded::Dropped,
         Manipulation::LoseAcknowledgements if ack => Forwarded::Start(0),
         Manipulation::CutUpdates if update => Forwarded::Start(FRAME_HEADER + (bytes - FRAME_HEADER) / 2),
-        Manipulation::Corrupt if update || ack => {
+        Manipulation::Corrupt if update || ack || grants => {
             // The magic bytes stay, so that only the checksum shows the corruption.
             for (place, byte) in data.iter_mut().enumerate().skip(UPDATE.len()) {
                 *byte = byte.wrapping_mul(31).wrapping_add((place % 251) as u8);
             }
-            Forwarded::Corrupted
+            if grants { Forwarded::CorruptedGrants } else { Forwarded::Corrupted }
         }
         Manipulation::LoseAcknowledgements | Manipulation::CutUpdates | Manipulation::Corrupt => Forwarded::Unchanged,
     }
@@ -192,13 +209,15 @@ mod tests {
     #[test]
     fn each_manipulation_changes_its_own_messages_and_no_others() {
         let (update, ack, other) = (frame(b"PKS1abcdefgh"), frame(b"PKA1abcdefgh"), frame(b"{\"code\":1}"));
-        for (manipulation, of_update, of_ack) in [
-            (Manipulation::LoseAcknowledgements, Forwarded::Unchanged, Forwarded::Start(0)),
-            (Manipulation::CutUpdates, Forwarded::Start(15), Forwarded::Unchanged),
-            (Manipulation::Corrupt, Forwarded::Corrupted, Forwarded::Corrupted),
+        let grants = frame(b"PKG1abcdefgh");
+        for (manipulation, of_update, of_ack, of_grants) in [
+            (Manipulation::LoseAcknowledgements, Forwarded::Unchanged, Forwarded::Start(0), Forwarded::Dropped),
+            (Manipulation::CutUpdates, Forwarded::Start(15), Forwarded::Unchanged, Forwarded::Unchanged),
+            (Manipulation::Corrupt, Forwarded::Corrupted, Forwarded::Corrupted, Forwarded::CorruptedGrants),
         ] {
             assert_eq!(manipulate(manipulation, DATA, &mut update.clone()), of_update);
             assert_eq!(manipulate(manipulation, DATA, &mut ack.clone()), of_ack);
+            assert_eq!(manipulate(manipulation, DATA, &mut grants.clone()), of_grants);
             let mut untouched = other.clone();
             assert_eq!(manipulate(manipulation, DATA, &mut untouched), Forwarded::Unchanged);
             assert_eq!(untouched, other);
@@ -214,5 +233,24 @@ mod tests {
         manipulate(Manipulation::Corrupt, DATA, &mut corrupted);
         assert_eq!(corrupted[..FRAME_HEADER + 4], update[..FRAME_HEADER + 4]);
         assert!(corrupted[FRAME_HEADER + 4..].iter().zip(&update[FRAME_HEADER + 4..]).all(|(new, old)| new != old));
+    }
+
+    #[tokio::test]
+    async fn new_connections_avoid_a_backend_that_is_out() {
+        let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let second = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let backends = vec![first.local_addr().unwrap(), second.local_addr().unwrap()];
+        let proxy = Proxy::start(backends, 0).await.unwrap();
+        proxy.avoid(Some(0));
+        for _ in 0..3 {
+            let _client = TcpStream::connect(proxy.address).await.unwrap();
+            second.accept().await.unwrap();
+        }
+        proxy.avoid(None);
+        // Three connections came before, so it is the turn of the second one, and then of the first one.
+        for backend in [&second, &first] {
+            let _client = TcpStream::connect(proxy.address).await.unwrap();
+            backend.accept().await.unwrap();
+        }
     }
 }

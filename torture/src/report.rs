@@ -76,6 +76,11 @@ impl Report {
         row("admitted wrongly", admitted_wrongly);
         row("longest admission of a dead key, s", &format!("{:.3}", self.verdict.longest_open.as_secs_f64()));
         row("requests with dead keys judged", &self.verdict.judged_dead);
+        for of in &self.verdict.limited {
+            let (admitted, refused, wrongful) = (of.admitted, of.refused, of.wrongful.len());
+            let found = format!("{admitted}, {refused}; {}: {wrongful}, {}", of.judged, of.excess);
+            row(&format!("{}: admitted, refused; judged: wrongful, excess", of.name), &found);
+        }
         let Counted { decided, doubtful, counted, keys, top_ups, log_lines } = self.counted;
         row("requests decided, as seen by clients", &decided);
         row("requests without a response", &doubtful);

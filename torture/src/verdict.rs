@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::limit_model::PoolVerdict;
+
 /// The clients' counts of requests of one key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -40,6 +42,8 @@ pub struct Verdict {
     pub restored: Restored,
     /// Requests with a dead key that were sent later than the bound and got a response.
     pub judged_dead: u64,
+    /// What was found of shared limits, quotas and credits.
+    pub limited: Vec<PoolVerdict>,
 }
 
 /// Counts that only replaced databases had.

@@ -2,7 +2,7 @@ use contract::record::{Per, RateLimit};
 use contract::time::NS_PER_S;
 
 use super::*;
-use crate::pool::{Kind, PoolId, Subject};
+use crate::pool::{Kind, PoolId, Subject, rescale};
 
 const NOW_MS: u64 = 1_800_000_000_000;
 const NOW: u64 = NOW_MS * NS_PER_MS;
@@ -206,6 +206,30 @@ fn the_only_envoy_needs_no_allowance() {
     assert_eq!(spends(&mut holding, STOCK, &contact, NOW, 9), 5);
     holding.refund(2);
     assert_eq!(spends(&mut holding, STOCK, &contact, NOW, 9), 2);
+}
+
+#[test]
+fn a_clock_that_stepped_back_does_not_make_the_limit_used_up_for_all_envoys() {
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    let stepped = |contact: &Contact, asks_first: bool| {
+        let mut holding = Holding::default();
+        holding.prepare(of, contact, NOW);
+        holding.apply(&grant(3, 7, 0, 0), contact, NOW_MS);
+        holding.arrival_ns = NOW + NS_PER_S;
+        let back = NOW - 60 * NS_PER_S;
+        if !asks_first {
+            holding.prepare(of, contact, back);
+        }
+        holding.ask(due(1), contact, back).ahead_ns
+    };
+    assert_eq!([true, false].map(|asks_first| stepped(&contact(), asks_first)), [0, 0]);
+    // The only Envoy refuses until it has made up for what it may have spent.
+    let back_alone = Contact { answered_ms: NOW_MS - 60_000, alone_until_ms: NOW_MS - 60_000 + ALONE_MS, ..alone() };
+    let mut holding = Holding { alone_term: 1, ..Holding::default() };
+    (holding.interval_ns, holding.terms) = (rate.interval_ns(), rate.tolerance_ns());
+    holding.arrival_ns = NOW + NS_PER_S;
+    assert_eq!(holding.ask(due(1), &back_alone, NOW - 60 * NS_PER_S).ahead_ns, rate.tolerance_ns());
 }
 
 #[test]

@@ -2,23 +2,28 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::{Known, Oracle, Standing};
+use crate::envoy_model::Span;
 use crate::verdict::Restored;
+
+/// How long usage takes to be reported, without a disruption.
+const REPORTED: Duration = Duration::from_secs(2);
 
 /// State of the keys at some time.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     secrets: Vec<(Standing, Option<SystemTime>)>,
-    top_ups: usize,
+    /// Before the copy was made.
+    time: Instant,
 }
 
 impl Oracle {
     pub fn snapshot(&self) -> Snapshot {
         let known = self.known();
         let secrets = known.secrets.iter().map(|secret| (secret.standing, secret.ends_at)).collect();
-        Snapshot { secrets, top_ups: known.credits.top_ups() }
+        Snapshot { secrets, time: Instant::now() }
     }
 
     /// The database is being restored: the state of every key is unknown, except of the steady ones, which are in both.
@@ -34,8 +39,12 @@ impl Oracle {
     /// Restores the state of the keys. Later keys no longer exist, and the steady ones are unchanged.
     pub fn go_back(&self, to: &Snapshot) {
         let mut known = self.known();
-        let Known { secrets, forgotten, credits, steady, .. } = &mut *known;
-        credits.go_back(to.top_ups);
+        let Known { secrets, forgotten, pools, models, steady, .. } = &mut *known;
+        pools.iter_mut().for_each(|pool| pool.go_back(to.time));
+        for model in models.iter_mut() {
+            let from = model.unreported_since(to.time, REPORTED);
+            model.uncounted.push(Span { from, to: Instant::now() });
+        }
         let kept: HashSet<Arc<str>> =
             secrets.iter().take(to.secrets.len()).map(|secret| Arc::clone(&secret.key)).collect();
         for (number, secret) in secrets.iter_mut().enumerate().skip(*steady) {

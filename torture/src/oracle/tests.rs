@@ -1,6 +1,7 @@
 //! Tests of the oracle's rules.
 
 use super::*;
+use crate::limit_model::Capacity;
 
 const LATER: Duration = Duration::from_secs(3);
 
@@ -15,7 +16,7 @@ impl Judged {
     fn new(ends_at: Option<SystemTime>) -> Self {
         let home = tempfile::TempDir::new().unwrap();
         let oracle = Oracle::new(1, Journal::create(&home.path().join("journal")).unwrap());
-        let key = oracle.add("id", "secret", ends_at, false);
+        let key = oracle.add("id", "secret", ends_at, &[], None);
         Self { oracle, key, _home: home }
     }
 
@@ -140,7 +141,7 @@ fn keys_go_back_with_the_database_and_what_came_later_is_not_counted() {
     let judged = Judged::new(None);
     let then = judged.oracle.snapshot();
     judged.oracle.settle(judged.key, Standing::Dead, None);
-    judged.oracle.add("later", "later's secret", None, false);
+    judged.oracle.add("later", "later's secret", None, &[], None);
     judged.oracle.go_back(&then);
     assert!(!judged.is_fine(LATER, &came(401, "revoked")));
     let later = Ticket { secret: Some(1), standing: Standing::Dead, ..judged.ticket() };
@@ -172,26 +173,60 @@ fn a_steady_key_stands_in_both_databases_and_may_not_be_refused_while_one_is_put
     assert!(judged.is_fine(Duration::ZERO, &refusal));
 }
 
+/// A key with a pool of its own, and the number of the pool.
+fn limited(code: &'static str, capacity: Capacity) -> (Judged, usize) {
+    let mut judged = Judged::new(None);
+    let pool = judged.oracle.add_pool("pool", code, capacity);
+    judged.key = judged.oracle.add("limited", "limited secret", None, &[pool], None);
+    (judged, pool)
+}
+
+/// What the end of the run says of limits.
+fn limits_broken(judged: &Judged) -> Vec<String> {
+    judged.oracle.load_is_over();
+    judged.oracle.verdict().broken.into_iter().filter(|broken| broken.starts_with("pool:")).collect()
+}
+
 #[test]
-fn credits_may_be_used_up_only_as_far_as_is_known() {
-    let metered = || {
-        let mut judged = Judged::new(None);
-        judged.key = judged.oracle.add("metered", "metered secret", None, true);
-        judged
-    };
+fn a_refusal_by_a_limit_is_judged_at_the_end_by_all_requests_of_its_pool() {
     let refusal = came(429, "credits_exhausted");
-    let judged = metered();
-    assert!(judged.is_fine(LATER, &refusal));
-    judged.oracle.topped_up(100_000);
+    let (judged, pool) = limited("credits_exhausted", Capacity::Stock);
+    let fill = judged.oracle.ask_to_fill(pool, 2);
+    judged.oracle.filled(pool, fill);
+    for answer in [came(200, ""), came(200, ""), refusal.clone()] {
+        assert!(judged.is_fine(LATER, &answer));
+    }
+    assert_eq!(limits_broken(&judged), [""; 0]);
+    // One of three is left.
+    let (judged, pool) = limited("credits_exhausted", Capacity::Stock);
+    let fill = judged.oracle.ask_to_fill(pool, 3);
+    judged.oracle.filled(pool, fill);
+    for answer in [came(200, ""), came(200, ""), refusal.clone()] {
+        assert!(judged.is_fine(LATER, &answer));
+    }
+    assert_eq!(limits_broken(&judged).len(), 1);
+    assert_eq!(judged.oracle.verdict().limited[0].wrongful.len(), 1);
+    // Another key, and another limit, have none to use up.
+    assert!(!Judged::new(None).is_fine(LATER, &refusal));
+    assert!(!judged.is_fine(LATER, &came(429, "rate_limited")));
+}
+
+#[test]
+fn limits_may_be_unavailable_only_where_control_planes_do_not_answer() {
+    let (judged, _) = limited("quota_exceeded", Capacity::Stock);
+    let refusal = came(503, "limits_unavailable");
+    // A busy machine may be late, but not for longer than the bound.
     assert!(judged.is_fine(Duration::ZERO, &refusal));
     assert!(!judged.is_fine(LATER, &refusal));
+    assert!(judged.is_fine(LATER, &came(200, "")));
+    assert!(judged.is_fine(LATER, &refusal));
     let disruption = judged.oracle.begin(Hinders::Allowances, &[0], LATER);
     assert!(judged.is_fine(LATER * 9, &refusal));
     judged.oracle.end(&disruption);
-    assert!(judged.is_fine(LATER, &refusal));
     assert!(!judged.is_fine(LATER * 9, &refusal));
-    // Another key has none to use up.
+    // A key without shared limits needs no control plane.
     let judged = Judged::new(None);
+    judged.oracle.begin(Hinders::Allowances, &[0], LATER);
     assert!(!judged.is_fine(LATER, &refusal));
 }
 
@@ -209,9 +244,12 @@ fn a_run_that_judged_no_dead_key_or_served_nobody_who_pays_proves_nothing() {
     assert_eq!((judged.oracle.verdict().judged_dead, broken()), (0, 1));
     assert!(judged.is_fine(LATER, &came(401, "revoked")));
     assert_eq!((judged.oracle.verdict().judged_dead, broken()), (1, 0));
-    let metered = judged.oracle.add("metered", "metered secret", None, true);
-    assert_eq!(broken(), 1);
-    let ticket = Ticket { secret: Some(metered), standing: Standing::Good, ..judged.ticket() };
+    let rate = Capacity::Rate { interval: LATER, burst: 1 };
+    let pool = judged.oracle.add_pool("pool", "rate_limited", rate);
+    let limited = judged.oracle.add("limited", "limited secret", None, &[pool], None);
+    // None was admitted, and none was judged.
+    assert_eq!(broken(), 2);
+    let ticket = Ticket { secret: Some(limited), standing: Standing::Good, ..judged.ticket() };
     assert!(judged.judge(Duration::ZERO, &ticket, &came(200, "")).is_empty());
     assert_eq!(broken(), 0);
 }
