@@ -18,8 +18,6 @@ use contract::policy::Policy;
 use contract::record::Record;
 use contract::usage::KeyRef;
 
-use limits::LONGEST_WAIT_MS;
-
 use crate::address::Client;
 use crate::config::{Config, FailureMode, SHADOW_HEADER};
 use crate::extract::{self, Credential, Extraction, strip};
@@ -260,7 +258,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         let attempt = Attempt {
             modes: self.config.on_limits_unreachable,
             is_unreachable: has_failed || self.config.limits_wait_ms == 0 || allowances.is_unreachable(),
-            is_out_of_time: ms >= LONGEST_WAIT_MS,
+            waited_ms: ms,
         };
         let charged = charge(data, allowances, &limits, attempt, || self.time.ns());
         // A request that is decided again is in the root context, which asks once all are decided.

@@ -4,8 +4,9 @@ use contract::rate::Rate;
 use contract::time::{NS_PER_MS, NS_PER_S};
 
 use crate::asking::Due;
+use crate::contact::Contact;
 use crate::message::{Ask, Grant};
-use crate::{ALONE_GRACE_MS, ALONE_MS, FORGOTTEN_MS, IDLE_MS, TICK_MS, VOID_AFTER_MS};
+use crate::{FORGOTTEN_MS, IDLE_MS, TICK_MS};
 
 /// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
 const TOP_UP_PAUSE_MS: u64 = 20;
@@ -23,66 +24,6 @@ const DECAY: u64 = 32;
 
 /// Demand is kept in this part of a token.
 const SCALE: u64 = 256;
-
-/// What an Envoy knows of its contact with the control plane.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Contact {
-    /// When the Envoy was last cut off, in milliseconds of Unix time. Sessions from before are void.
-    pub since_ms: u64,
-    /// When the last answer came.
-    pub answered_ms: u64,
-    /// How many Envoys were live then.
-    pub live: u32,
-    /// Counted up each time the Envoy becomes the only live one.
-    pub alone_term: u32,
-    /// Until when it may judge by itself; 0 if it is not alone.
-    pub alone_until_ms: u64,
-}
-
-impl Contact {
-    /// Notes an answer to a call. `sent_ms`: when the call was sent; `alone_ms`: see [`crate::message::Answer::alone_ms`].
-    pub const fn answered(&mut self, sent_ms: u64, now_ms: u64, live: u32, alone_ms: u32) {
-        if self.is_cut_off(now_ms) {
-            self.since_ms = self.valid_since_ms(sent_ms);
-        }
-        // In between, the control plane let no other Envoy have anything if it heard of this one before the grace was over.
-        let is_same_term = self.was_alone() && now_ms <= self.alone_until_ms.saturating_add(ALONE_GRACE_MS);
-        if alone_ms > 0 && !is_same_term {
-            self.alone_term = self.alone_term.wrapping_add(1);
-        }
-        self.answered_ms = now_ms;
-        self.live = live;
-        self.alone_until_ms = if alone_ms > 0 { sent_ms.saturating_add(alone_ms as u64) } else { 0 };
-    }
-
-    /// Whether the Envoy was alone as of the last answer.
-    #[must_use]
-    pub const fn was_alone(&self) -> bool {
-        self.alone_until_ms > 0
-    }
-
-    const fn is_cut_off(&self, now_ms: u64) -> bool {
-        now_ms.abs_diff(self.answered_ms) > VOID_AFTER_MS
-    }
-
-    /// Sessions from before this time are void.
-    const fn valid_since_ms(&self, now_ms: u64) -> u64 {
-        let cut_off_ms = self.answered_ms.saturating_add(VOID_AFTER_MS);
-        match self.is_cut_off(now_ms) {
-            // If the clock has stepped back, it is not known when.
-            true if cut_off_ms > now_ms => now_ms,
-            true => cut_off_ms,
-            false => self.since_ms,
-        }
-    }
-
-    /// Whether the Envoy may judge by itself now.
-    #[must_use]
-    pub const fn is_alone(&self, now_ms: u64) -> bool {
-        // A clock that has stepped back must not make it longer.
-        now_ms < self.alone_until_ms && self.alone_until_ms.saturating_sub(now_ms) <= ALONE_MS
-    }
-}
 
 /// What one Envoy knows and holds of one pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -337,10 +278,11 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
-    /// Whether the control plane did not know how much the pool has, because another Envoy may still judge by itself.
+    /// Whether the control plane was asked after this time and said how much the pool has. It does not know that while another
+    /// Envoy may still judge by itself.
     #[must_use]
-    pub const fn is_unknown(&self) -> bool {
-        self.others == u64::MAX
+    pub const fn is_known_since(&self, since_ms: u64) -> bool {
+        self.others < u64::MAX && self.known_until_ms > since_ms
     }
 
     /// Whether the Envoy is alone and knows the state of the pool.

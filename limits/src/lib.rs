@@ -28,6 +28,7 @@
 )]
 
 pub mod asking;
+pub mod contact;
 pub mod holding;
 pub mod ledger;
 pub mod message;

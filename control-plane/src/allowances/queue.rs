@@ -84,13 +84,14 @@ fn check(call: &Call) -> Result<(), CallError> {
         return Err(CallError::Senseless(format!("asks: more than {POOLS} in one call")));
     }
     for ask in &call.asks {
-        let Ask { session, granted, spent, returned, need, want, .. } = *ask;
+        let Ask { session, granted, spent, returned, need, least, want, .. } = *ask;
         let sums = [
             ("session", session),
             ("granted", granted),
             ("spent", spent),
             ("returned", returned),
             ("need", need),
+            ("least", least),
             ("want", want),
         ];
         if let Some((field, _)) = sums.iter().find(|(_, sum)| *sum > TOKENS) {

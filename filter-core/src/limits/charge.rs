@@ -6,6 +6,7 @@
 use contract::outcome::Outcome;
 use contract::rate::{Rate, tag};
 use contract::record::{Per, RateLimit, Record};
+use limits::LONGEST_WAIT_MS;
 use limits::holding::{Holding, Limited, Spent};
 use limits::pool::{PoolId, Subject};
 
@@ -44,8 +45,8 @@ pub struct Attempt {
     pub modes: LimitModes,
     /// The control plane does not answer, or the request may not wait for its answer.
     pub is_unreachable: bool,
-    /// The request has waited as long as it may.
-    pub is_out_of_time: bool,
+    /// How long the request has waited, in milliseconds.
+    pub waited_ms: u64,
 }
 
 /// The result of charging a request.
@@ -352,13 +353,14 @@ impl<'a> Charging<'a> {
                 Verdict::Taken
             }
             Spent::No { empty_ms } => no(empty_ms, holding.has_some()),
-            Spent::Wait { .. }
-                if self.attempt.is_unreachable || (self.attempt.is_out_of_time && holding.is_unknown()) =>
-            {
-                self.take_unanswered(&mut holding, limit, no)
-            }
-            Spent::Wait { .. } if self.attempt.is_out_of_time => {
-                no(holding.empty_ms(now_ns / NS_PER_MS), holding.has_some())
+            Spent::Wait { .. } if self.attempt.is_unreachable => self.take_unanswered(&mut holding, limit, no),
+            Spent::Wait { .. } if self.attempt.waited_ms >= LONGEST_WAIT_MS => {
+                let now_ms = now_ns / NS_PER_MS;
+                if holding.is_known_since(now_ms.saturating_sub(self.attempt.waited_ms)) {
+                    no(holding.empty_ms(now_ms), holding.has_some())
+                } else {
+                    self.take_unanswered(&mut holding, limit, no)
+                }
             }
             Spent::Wait { for_others } => {
                 self.lacking.push(Lack { pool, tokens: cost, for_others });

@@ -3,6 +3,7 @@ use contract::time::NS_PER_S;
 
 use super::*;
 use crate::pool::{Kind, PoolId, Subject, rescale};
+use crate::{ALONE_MS, VOID_AFTER_MS};
 
 const NOW_MS: u64 = 1_800_000_000_000;
 const NOW: u64 = NOW_MS * NS_PER_MS;

@@ -1,7 +1,7 @@
 //! Charging on cells in memory: local limits, several limits at once, refunds, and contention.
 
 use contract::id::{KeyId, OwnerId};
-use limits::holding::Contact;
+use limits::contact::Contact;
 
 use super::*;
 use crate::limits::testing::{budget, limit, record, shared};
@@ -16,7 +16,7 @@ const MS: u64 = 1_000_000;
 const REACHABLE: Attempt = Attempt {
     modes: LimitModes { rate_limits: RateMode::SafeRate, quotas: FailureMode::Deny, credits: FailureMode::Deny },
     is_unreachable: false,
-    is_out_of_time: false,
+    waited_ms: 0,
 };
 
 fn of(requests: u32, window_s: u32, burst: u32) -> RateLimit {
@@ -361,7 +361,7 @@ fn while_the_control_plane_does_not_answer_each_kind_follows_its_mode() {
     let unreachable = |rate_limits, quotas, credits| Attempt {
         modes: LimitModes { rate_limits, quotas, credits },
         is_unreachable: true,
-        is_out_of_time: false,
+        waited_ms: 0,
     };
     let unavailable = Charged::No(Outcome::LimitsUnavailable, Wait::Seconds(1));
     let (safe, deny, allow) = (RateMode::SafeRate, RateMode::Deny, RateMode::Allow);
@@ -396,11 +396,14 @@ fn the_safe_rate_is_the_limit_divided_by_the_live_envoys() {
 #[test]
 fn a_request_that_may_not_wait_longer_is_refused() {
     let (data, allowances) = (new_data(), in_contact(Contact::default()));
-    let attempt = Attempt { is_out_of_time: true, ..REACHABLE };
+    let attempt = Attempt { waited_ms: LONGEST_WAIT_MS, ..REACHABLE };
     let (record, pools) = metered();
     let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
     grant(&data, pools[0], 1);
     grant(&data, pools[1], 1);
+    let unanswered = charge(&data, &allowances, &limits, attempt, || NOW);
+    assert_eq!(unanswered, Charged::No(Outcome::LimitsUnavailable, Wait::Seconds(1)));
+    change(&data, pools[2], |holding| holding.known_until_ms = NOW / MS - LONGEST_WAIT_MS + 1);
     assert_eq!(
         charge(&data, &allowances, &limits, attempt, || NOW),
         Charged::No(Outcome::CreditsExhausted, Wait::Seconds(1))
