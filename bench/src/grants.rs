@@ -1,5 +1,5 @@
 //! Suite `limits`, second part: how many allowances the control plane grants, by time and by CPU
-//! time. Callers keep pools as Envoys do, and call for all of them again and again.
+//! time. Callers hold pools as Envoys do, and ask for all of them repeatedly.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

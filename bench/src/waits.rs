@@ -31,13 +31,13 @@ const FULL: &str = "limits: 100/s used to 90 %, three Envoys";
 const WAITS_STAT: &str = "wasmcustom.portcullis.limits.waits_total";
 const CALLS_STAT: &str = "wasmcustom.portcullis.limits.calls_total";
 
-/// Numbers of Envoys, from the largest: the others are stopped.
+/// Numbers of Envoys, in descending order: Envoys are stopped between runs.
 const FLEETS: [usize; 3] = [10, 3, 1];
 
 /// The room of a limit for each Envoy from which the target holds.
 const ROOM: f64 = 16.0;
 
-/// The share of a limit that is used: less than a third.
+/// The part of a limit that is used: less than a third.
 const USED: f64 = 0.3;
 
 /// Time in which Envoys report what they spent, and counters are complete.
@@ -70,7 +70,7 @@ struct Run {
 }
 
 impl Run {
-    fn share_that_waits(&self) -> f64 {
+    fn fraction_that_waits(&self) -> f64 {
         self.counted.waits as f64 / self.requests.max(1) as f64 * 100.0
     }
 
@@ -206,8 +206,8 @@ impl<'a> Fleet<'a> {
         Ok(answers)
     }
 
-    /// Requests with these keys in turn, and one with a key without limits before each, never two at once. Returns the answers
-    /// to both kinds.
+    /// Alternates requests with these keys and requests with a key without limits, one at a time. Returns the answers to both
+    /// kinds.
     async fn alternate(
         &self,
         keys: &[String],
@@ -264,7 +264,7 @@ async fn keys(stack: &Stack, number: usize, limits: &[Value]) -> Result<Vec<Stri
 pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()> {
     let most = FLEETS.into_iter().max().unwrap_or_default();
     progress(&format!("suite limits: starting {most} Envoys"));
-    let mut stack = store::builder(most)?.workers(1).start().await?;
+    let mut stack = store::builder(most)?.durable_postgres().workers(1).start().await?;
     let mut dice = Dice::new(5);
     // The largest share that waits on one Envoy, and on several; times of waits.
     let (mut alone, mut several, mut took) = (Samples::default(), Samples::default(), Vec::new());
@@ -275,7 +275,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
         for traffic in traffic(options.quick) {
             let shares = if envoys == 1 { &mut alone } else { &mut several };
             let run = shares_that_wait(&fleet, &traffic, &mut cold, &mut dice, report).await?;
-            shares.push(run.share_that_waits());
+            shares.push(run.fraction_that_waits());
         }
         let waited: u64 = cold.iter().map(|run: &Run| run.counted.waits).sum();
         let firsts: usize = cold.iter().map(|run| run.requests).sum();
@@ -355,19 +355,19 @@ async fn shares_that_wait(
         }
     }
     cold.push(first);
-    report.figure(WAITS, name.as_str(), "%", Estimate::exact(run.share_that_waits()));
+    report.figure(WAITS, name.as_str(), "%", Estimate::exact(run.fraction_that_waits()));
     report.figure(CALLS, name.as_str(), "calls/s", Estimate::exact(run.calls_per_second(envoys)));
     Ok(run)
 }
 
-/// The same for a fast key whose bursts are small. No target holds: such an amount passes within a call.
+/// The same for a fast key whose bursts are small. No target applies: a key spends more than that during one call.
 async fn small_bursts(fleet: &Fleet<'_>, quick: bool, dice: &mut Dice, report: &mut Report) -> Result<()> {
     let envoys = fleet.connections.len();
     for traffic in traffic(quick).iter().filter(|traffic| traffic.of_key >= 10.0) {
         let name = format!("{}, {} requests/s of a key", on(envoys), traffic.of_key);
         progress(&format!("suite limits: {name}, small bursts"));
         let [_, run] = run(fleet, traffic, small_limit(traffic.of_key, envoys), dice).await?;
-        report.figure(SMALL, name.as_str(), "%", Estimate::exact(run.share_that_waits()));
+        report.figure(SMALL, name.as_str(), "%", Estimate::exact(run.fraction_that_waits()));
         let refused = run.refused as f64 / run.requests.max(1) as f64 * 100.0;
         report.figure(SMALL, format!("{name}, refused"), "%", Estimate::exact(refused));
     }
@@ -397,13 +397,13 @@ async fn waits(fleet: &Fleet<'_>, requests: usize, dice: &mut Dice, report: &mut
     let p99 = Estimate::at(&waits, 0.99);
     report.figure(TOOK, format!("{}, p50", on(envoys)), "ms", Estimate::at(&waits, 0.5));
     report.figure(TOOK, format!("{}, p99", on(envoys)), "ms", p99);
-    let name = format!("{}, of it one transaction, mean", on(envoys));
+    let name = format!("{}, mean time of one transaction", on(envoys));
     report.figure(TOOK, name, "ms", Estimate::exact(transaction_ms));
     report.note(format!(
         "Suite limits: on {}, {:.1} % of {} requests with a limit of 4/s waited, {} were refused; without a limit, a request \
          took {usual:.2} ms (median), {:.2} (p99).",
         on(envoys),
-        run.share_that_waits(),
+        run.fraction_that_waits(),
         run.requests,
         run.refused,
         Estimate::at(&unlimited, 0.99).judged
@@ -419,7 +419,7 @@ async fn nearly_full(fleet: &Fleet<'_>, quick: bool, dice: &mut Dice, report: &m
     fleet.warm_up(&keys).await?;
     let run = fleet.count(fleet.load(&keys, 90.0, Duration::from_secs(if quick { 2 } else { 20 }), dice)).await?;
     let refused = run.refused as f64 / run.requests.max(1) as f64 * 100.0;
-    report.figure(FULL, "requests that wait", "%", Estimate::exact(run.share_that_waits()));
+    report.figure(FULL, "requests that wait", "%", Estimate::exact(run.fraction_that_waits()));
     report.figure(FULL, "requests that are refused", "%", Estimate::exact(refused));
     let latencies = Samples::in_groups([run.latencies_ms.clone()]);
     report.figure(FULL, "latency of all requests, p50", "ms", Estimate::at(&latencies, 0.5));

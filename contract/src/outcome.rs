@@ -108,7 +108,8 @@ outcomes! {
     /// The filter does not have the policy that the route names.
     16 PolicyUnknown "policy_unknown" => 503 "Policy unknown"
         "The gateway is not configured for this route. Its operator must name its policy.";
-    /// The control plane did not answer, and the Envoy holds no allowance of a shared rate limit, the quota or the credits.
+    /// The control plane did not answer, and the Envoy has no allowance of the quota or the credits, or of a shared rate limit
+    /// with `on_limits_unreachable.rate_limits: deny`.
     17 LimitsUnavailable "limits_unavailable" => 503 "Limits unavailable"
         "The gateway cannot check a rate limit, the quota or the credits of this API key at present. Try again shortly.";
 }

@@ -144,6 +144,8 @@ pub enum CellKey {
     ClientLimits(u16),
     /// The Envoy's contact with the control plane about shared limits.
     Contact,
+    /// Pools of VMs that have ended.
+    EndedPools,
     /// Counts that workers publish for the leader.
     Usage(u16),
     /// How many VMs have asked for a usage slot.
@@ -167,6 +169,7 @@ impl CellKey {
             Self::UsageSlots => ("slots", None),
             Self::Outbox => ("outbox", None),
             Self::Contact => ("contact", None),
+            Self::EndedPools => ("ended-pools", None),
             Self::Election => ("lease", None),
         };
         let mut name = String::with_capacity(prefix.len().saturating_add(kind.len()).saturating_add(4));
@@ -231,7 +234,7 @@ mod tests {
         assert!(CellKey::Records(0xff).name(&data.prefix).ends_with(":b00ff"));
         let mut kinds = vec![CellKey::Records(1), CellKey::Limits(1), CellKey::ClientLimits(1), CellKey::Usage(1)];
         kinds.extend([CellKey::State, CellKey::Definitions, CellKey::DefinitionsVersion, CellKey::UsageSlots]);
-        kinds.extend([CellKey::Outbox, CellKey::Election, CellKey::Contact]);
+        kinds.extend([CellKey::Outbox, CellKey::Election, CellKey::Contact, CellKey::EndedPools]);
         let mut names: Vec<String> = kinds.iter().map(|key| key.name("p:")).collect();
         names.sort();
         names.dedup();

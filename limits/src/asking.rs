@@ -12,7 +12,7 @@ use crate::{IDLE_MS, TICK_MS};
 /// After so many calls without an answer no request waits, until one is answered.
 const FAILURES: u32 = 2;
 
-/// Most pools whose state a worker remembers without a use.
+/// Maximum number of pools whose state a worker keeps while they are not used.
 pub const REMEMBERED: usize = 10_000;
 
 /// The state of one worker.
@@ -24,7 +24,7 @@ pub struct Asking {
     lacking: Vec<PoolId>,
     /// They are not to wait for the next tick.
     needs_are_urgent: bool,
-    /// Pools to ask for soon, each once: their allowance runs low, or usage or a hand-back is to be told.
+    /// Pools to ask for soon, each once: their allowance runs low, or usage or a hand-back is to be reported.
     soon: Vec<PoolId>,
     /// Pools that were used since the last call, each once.
     used: Vec<PoolId>,
@@ -70,7 +70,7 @@ impl Use {
     }
 
     /// Whether the pool was used neither in this turn nor in the one before.
-    const fn rests(&self, turn: u32) -> bool {
+    const fn is_idle(&self, turn: u32) -> bool {
         turn.wrapping_sub(self.turn) > 1
     }
 }
@@ -148,13 +148,13 @@ impl Asking {
         }
     }
 
-    /// Whether pools are to be told of with the next call.
+    /// Whether pools are queued for the next call.
     #[must_use]
     pub const fn has_to_tell(&self) -> bool {
         !self.soon.is_empty()
     }
 
-    /// Ask for all pools anew but those that were just answered: the Envoy has become alone and does not know their state.
+    /// Asks again for all pools except those just answered. The Envoy has become alone and does not know their state.
     pub fn tell_all_but(&mut self, answered: &[PoolId]) {
         let pools: Vec<PoolId> = self.pools.keys().copied().collect();
         answered.iter().for_each(|pool| self.entry(*pool).is_soon = true);
@@ -168,7 +168,7 @@ impl Asking {
         self.pools.is_empty()
     }
 
-    /// What is to be said of a pool, which rests unless it is known.
+    /// The entry of a pool. A new entry counts as idle.
     fn entry(&mut self, pool: PoolId) -> &mut Use {
         let turn = self.turn.wrapping_sub(2);
         self.pools.entry(pool).or_insert(Use { turn, ..Use::default() })
@@ -223,20 +223,20 @@ impl Asking {
         self.turned_ms = now_ms;
         self.turn = self.turn.wrapping_add(1);
         let turn = self.turn;
-        let rests = |of: &Use| of.rests(turn);
-        let idle = self.pools.iter().filter(|(_, of)| rests(of)).map(|(pool, _)| *pool).collect();
+        let is_idle = |of: &Use| of.is_idle(turn);
+        let idle = self.pools.iter().filter(|(_, of)| is_idle(of)).map(|(pool, _)| *pool).collect();
         // Those that have something to say come to the next turn again.
-        self.pools.retain(|_, of| !rests(of) || of.has_more());
+        self.pools.retain(|_, of| !is_idle(of) || of.has_more());
         idle
     }
 
-    /// All pools that may have something to tell or to hand back: the worker ends.
+    /// All pools that may have something to report or to hand back: the worker ends.
     pub fn all(&mut self) -> Vec<PoolId> {
         (self.lacking, self.soon, self.used) = (Vec::new(), Vec::new(), Vec::new());
         self.pools.drain().map(|(pool, _)| pool).collect()
     }
 
-    /// The pools to ask for now; `None` while a call is under way. A call on a tick tells the usage of all pools that were used.
+    /// The pools to ask for now; `None` while a call is under way. A call on a tick reports the usage of all pools that were used.
     pub fn due(&mut self, is_tick: bool, now_ms: u64) -> Option<Vec<Due>> {
         // A call whose context is gone is never answered.
         let is_lost = |call: &InFlight| now_ms.abs_diff(call.sent_ms) > TICK_MS.saturating_mul(8);
@@ -263,7 +263,7 @@ impl Asking {
                 let least = if of.need > 0 { of.least } else { of.missed };
                 due.push(Due { pool, need: of.need.max(of.missed), least });
             }
-            if of.rests(self.turn) {
+            if of.is_idle(self.turn) {
                 self.pools.remove(&pool);
             } else {
                 *self.entry(pool) = Use { turn: of.turn, ..Use::default() };
@@ -287,10 +287,9 @@ impl Asking {
         self.failures = 0;
     }
 
-    /// The call was not answered: its usage is told again.
+    /// The call was not answered: its usage is reported again.
     pub fn on_failure(&mut self, sent: &Sent) {
         self.failures = self.failures.saturating_add(1);
-        self.missed_tick = false;
         sent.pools.iter().for_each(|pool| self.note_used(*pool));
     }
 }

@@ -13,18 +13,20 @@ pub struct Contact {
     pub live: u32,
     /// Counted up each time the Envoy becomes the only live one.
     pub alone_term: u32,
-    /// Until when it may judge by itself; 0 if it is not alone.
+    /// Until when it may decide by itself; 0 if it is not alone.
     pub alone_until_ms: u64,
 }
 
 impl Contact {
     /// Notes an answer to a call. `sent_ms`: when the call was sent; `alone_ms`: see [`crate::message::Answer::alone_ms`].
-    pub const fn answered(&mut self, sent_ms: u64, now_ms: u64, live: u32, alone_ms: u32) {
+    pub fn answered(&mut self, sent_ms: u64, now_ms: u64, live: u32, alone_ms: u32) {
         if self.is_cut_off(now_ms) {
             self.since_ms = self.valid_since_ms(sent_ms);
         }
-        // In between, the control plane let no other Envoy have anything if it heard of this one before the grace was over.
-        let is_same_term = self.was_alone() && now_ms <= self.alone_until_ms.saturating_add(ALONE_GRACE_MS);
+        // The control plane grants other Envoys nothing before the grace is over. An answer before its end continues the term.
+        let sent_before_ms = self.alone_until_ms.saturating_sub(ALONE_MS);
+        let is_in_time = (sent_before_ms..=self.alone_until_ms.saturating_add(ALONE_GRACE_MS)).contains(&now_ms);
+        let is_same_term = self.was_alone() && is_in_time;
         if alone_ms > 0 && !is_same_term {
             self.alone_term = self.alone_term.wrapping_add(1);
         }
@@ -54,7 +56,7 @@ impl Contact {
         }
     }
 
-    /// Whether the Envoy may judge by itself now.
+    /// Whether the Envoy may decide by itself now.
     #[must_use]
     pub const fn is_alone(&self, now_ms: u64) -> bool {
         // A clock that has stepped back must not make it longer.

@@ -15,10 +15,6 @@ const TOP_UP_PAUSE_MS: u64 = 20;
 /// clients hammer at an empty pool.
 const LEAST_EMPTY_MS: u64 = 10;
 
-/// While other Envoys hold tokens of an empty pool, the answer is taken to hold for at most this long, in milliseconds: they
-/// may hand some back.
-const OTHERS_MS: u64 = 100;
-
 /// Each tick in which tokens are spent lowers the remembered demand by this part.
 const DECAY: u64 = 32;
 
@@ -169,7 +165,7 @@ pub enum Spent {
         /// The pool has no such tokens but those that other Envoys hold. They are recalled.
         for_others: bool,
     },
-    /// The pool has not so many tokens.
+    /// The pool has fewer tokens than that.
     No {
         /// In how many milliseconds one more comes; `u64::MAX` if none comes by itself.
         empty_ms: u64,
@@ -212,8 +208,8 @@ impl Holding {
         }
     }
 
-    /// Corrects a time that was set before the clock stepped back. An Envoy that judges by itself takes the limit as used up.
-    /// Another one must not tell that: all Envoys would refuse. Its allowance says what it may spend.
+    /// Corrects a time that was set before the clock stepped back. An Envoy that decides by itself treats the limit as used up.
+    /// Any other Envoy must not report that time, because then all Envoys would refuse.
     const fn mend_clock_step(&mut self, contact: &Contact, now_ns: u64) {
         let reach_ns = now_ns.saturating_add(self.terms);
         // Clocks of workers that differ by less than a second are no step.
@@ -234,11 +230,11 @@ impl Holding {
         if self.refunded < cost {
             return false;
         }
-        self.refunded = self.refunded.saturating_sub(cost);
-        let next_ns = now_ns.saturating_add(self.interval_ns);
+        let next_ns = now_ns.saturating_add(self.interval_ns.saturating_mul(self.refunded));
         if self.arrival_ns < next_ns {
             self.arrival_ns = next_ns;
         }
+        self.refunded = self.refunded.saturating_sub(cost);
         true
     }
 
@@ -278,8 +274,8 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
-    /// Whether the control plane was asked after this time and said how much the pool has. It does not know that while another
-    /// Envoy may still judge by itself.
+    /// Whether the control plane was asked after this time and reported the state of the pool. It cannot while another Envoy
+    /// may still decide by itself.
     #[must_use]
     pub const fn is_known_since(&self, since_ms: u64) -> bool {
         self.others < u64::MAX && self.known_until_ms > since_ms
@@ -335,7 +331,7 @@ impl Holding {
         (self.left, self.others) = (grant.left, grant.others);
         let empty_ms = if grant.empty_ms == u32::MAX { u64::MAX } else { grant.empty_ms.into() };
         self.empty_until_ms = sent_ms.saturating_add(empty_ms);
-        let known_ms = if grant.others > 0 { empty_ms.min(OTHERS_MS) } else { empty_ms };
+        let known_ms = if grant.known_ms == u32::MAX { empty_ms } else { empty_ms.min(grant.known_ms.into()) };
         self.known_until_ms = sent_ms.saturating_add(known_ms.max(LEAST_EMPTY_MS));
         if contact.was_alone() {
             if !self.is_known(contact) {
@@ -387,6 +383,8 @@ impl Holding {
             self.arrival_ns = crate::pool::rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
         }
         (self.interval_ns, self.terms) = (interval_ns, terms);
+        // A pool that was lowered may have none of it left.
+        self.hand_back();
         self.forget_state();
     }
 
@@ -403,11 +401,10 @@ impl Holding {
         Spent::Yes { is_low: false }
     }
 
-    /// Refuses a request that lacks tokens if the pool is known to have fewer, or if only other Envoys have any, and fewer than
-    /// it and those that wait lack.
+    /// Refuses a request if the pool certainly lacks the tokens: either it has none left, or other Envoys hold fewer than this
+    /// request and the waiting ones need.
     const fn refuse(&self, lacking: u64, waiting: u64, now_ms: u64) -> Spent {
-        // What was said before the clock stepped back is not known any longer. While the pool has tokens, it is not known
-        // which requests that wait get them, nor when the next one comes.
+        // An answer from before a clock step is void. While the pool has tokens, it is unknown which waiting request gets them.
         if now_ms >= self.known_until_ms || now_ms < self.asked_ms || lacking <= self.left {
             return Spent::Wait { for_others: false };
         }

@@ -1,6 +1,6 @@
 //! The control plane's side: what of a pool is used, what each Envoy holds, and what an Envoy is granted.
 //!
-//! What an Envoy holds is reserved: nobody else is granted it. What an Envoy has spent counts against a rate limit when the
+//! What an Envoy holds is reserved: no other Envoy is granted it. What an Envoy has spent counts against a rate limit when the
 //! Envoy tells it, as of when it was spent, and against a quota or a balance when the usage report has it, together with the
 //! counts; until then it counts as held.
 
@@ -8,9 +8,9 @@ use contract::id::ReporterId;
 use contract::rate::Rate;
 use contract::time::NS_PER_MS;
 
-use crate::IDLE_MS;
 use crate::message::{Ask, Grant};
 use crate::pool::{Terms, rescale};
+use crate::{EXPIRES_AFTER_MS, IDLE_MS};
 
 /// All Envoys together hold at most this part of what is left, beyond what their waiting requests need.
 const PART: u64 = 8;
@@ -20,6 +20,12 @@ const SCARCE: u64 = 4;
 
 /// No request waits for what an Envoy holds that has been silent for this long, in milliseconds: several of its ticks.
 const SILENT_MS: u64 = 1_500;
+
+/// While other Envoys hold tokens that they can hand back, an answer is certain for this long, in milliseconds.
+const OTHERS_MS: u32 = 100;
+
+/// While silent Envoys hold tokens, an answer is certain for this long, in milliseconds.
+const SILENT_KNOWN_MS: u32 = 1_000;
 
 /// A pool as the control plane keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,9 +64,9 @@ pub struct Holder {
 /// Which Envoys there are beside the asking one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Company {
-    /// Several Envoys are live, or none may judge by itself.
+    /// Several Envoys are live, or none may decide by itself.
     Several,
-    /// Another Envoy may still judge by itself: nothing can be granted.
+    /// Another Envoy may still decide by itself: nothing can be granted.
     AnotherIsAlone,
 }
 
@@ -118,7 +124,8 @@ impl Pool {
         };
         let missing = ask.need.saturating_sub(me.unspent(ask)).saturating_sub(needed);
         me.granted = me.granted.saturating_add(needed).saturating_add(ahead);
-        me.is_recalled = false;
+        // The answer to this call tells it, unless the Envoy has handed back meanwhile, or needs tokens itself.
+        me.is_recalled &= ask.need == 0 && me.unspent(ask) > 0;
         if ask.need > 0 || ask.spent > 0 {
             me.used_ms = now_ns / NS_PER_MS;
         }
@@ -129,6 +136,7 @@ impl Pool {
             self.recall_others(reporter);
         }
         let others = self.recallable(reporter, now_ns / NS_PER_MS);
+        let silent_ms = self.silent_ms(reporter, now_ns / NS_PER_MS);
         let (left, others) = match company {
             Company::Several => (left, others),
             // Its usage is not known. The requests wait until it is.
@@ -140,12 +148,17 @@ impl Pool {
             held: me.held(),
             left,
             others,
-            empty_ms: if left > 0 { 0 } else { self.empty_ms(now_ns) },
+            empty_ms: if left > 0 { 0 } else { self.empty_ms(now_ns).min(silent_ms) },
+            known_ms: match (others, silent_ms) {
+                (0, u32::MAX) => u32::MAX,
+                (0, _) => SILENT_KNOWN_MS,
+                _ => OTHERS_MS,
+            },
             ahead_ns: self.arrival_ns.saturating_sub(now_ns),
         }
     }
 
-    /// Tokens that can be granted: what is left and nobody holds.
+    /// Tokens that can be granted: left, and held by no Envoy.
     #[must_use]
     pub fn room(&self, now_ns: u64) -> u64 {
         self.left(now_ns).saturating_sub(self.held())
@@ -226,6 +239,13 @@ impl Pool {
     fn recallable(&self, reporter: ReporterId, now_ms: u64) -> u64 {
         let others = self.holders.iter().filter(|holder| holder.reporter != reporter && holder.is_heard(now_ms));
         others.fold(0, |sum, holder| sum.saturating_add(holder.held()))
+    }
+
+    /// In how many milliseconds what silent Envoys hold is free at the latest; `u32::MAX` if they hold nothing.
+    fn silent_ms(&self, reporter: ReporterId, now_ms: u64) -> u32 {
+        let silent = self.holders.iter().filter(|of| of.reporter != reporter && of.held() > 0 && !of.is_heard(now_ms));
+        let free_ms = silent.map(|of| of.heard_ms.saturating_add(EXPIRES_AFTER_MS).saturating_sub(now_ms)).min();
+        free_ms.map_or(u32::MAX, |ms| u32::try_from(ms).unwrap_or(u32::MAX).max(SILENT_KNOWN_MS))
     }
 
     fn recall_others(&mut self, reporter: ReporterId) {

@@ -49,7 +49,7 @@ pub struct Ask {
     pub interval_ns: u64,
     /// Tokens for the requests that wait now.
     pub need: u64,
-    /// Tokens for the cheapest of them. With fewer none of them is admitted.
+    /// Tokens for the cheapest waiting request. With fewer, none is admitted.
     pub least: u64,
     /// Tokens that the Envoy would like to hold beyond that.
     pub want: u64,
@@ -60,7 +60,7 @@ pub struct Ask {
 pub struct Answer {
     /// How many Envoys are live.
     pub live: u32,
-    /// The Envoy is the only live one, for this many milliseconds from when it sent its call: it may judge by itself. 0 if
+    /// The Envoy is the only live one, for this many milliseconds from when it sent its call: it may decide by itself. 0 if
     /// it is not.
     pub alone_ms: u32,
     /// One for each [`Ask`], in their order.
@@ -80,11 +80,14 @@ pub struct Grant {
     pub held: u64,
     /// What can still be granted to any Envoy now.
     pub left: u64,
-    /// Tokens that other Envoys hold. `u64::MAX`: their usage is not known, since another Envoy may still judge by itself.
+    /// Tokens that other Envoys hold. `u64::MAX`: their usage is not known, since another Envoy may still decide by itself.
     pub others: u64,
     /// In how many milliseconds one more token can be granted if no Envoy hands any back. 0 if one can be granted now,
     /// `u32::MAX` if none comes by itself.
     pub empty_ms: u32,
+    /// For how many milliseconds that is certain. It is short while other Envoys hold tokens: they may hand some back, or be
+    /// silent for so long that what they hold is free.
+    pub known_ms: u32,
     /// Rate limits: by how many nanoseconds the theoretical arrival time of the pool is ahead of now.
     pub ahead_ns: u64,
 }

@@ -56,7 +56,7 @@ fn call() -> Call {
 
 const ANSWER_BYTES: &str = concat!(
     "504b4731",                               // magic
-    "ccd7c91a",                               // checksum
+    "d3ae9d39",                               // checksum
     "03",                                     // three live Envoys
     "9003",                                   // alone for 400 ms
     "02",                                     // two grants
@@ -64,8 +64,9 @@ const ANSWER_BYTES: &str = concat!(
     "1409",                                   // granted 20, holds 9
     "ac0207",                                 // 300 are left, others hold 7
     "ffffffff0f",                             // no token comes by itself
+    "64",                                     // certain for 100 ms
     "8827",                                   // 5,000 ns ahead
-    "00000000000000",                         // zeros
+    "0000000000000000",                       // zeros
     "01",                                     // one recall
     "01101111111111111111111111111111111103", // the quota of 1111…, tag 3
 );
@@ -78,6 +79,7 @@ fn answer() -> Answer {
         left: 300,
         others: 7,
         empty_ms: u32::MAX,
+        known_ms: 100,
         ahead_ns: 5_000,
     };
     Answer { live: 3, alone_ms: 400, grants: vec![grant, Grant::default()], recalls: vec![pool(Kind::Quota, 3)] }

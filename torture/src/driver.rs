@@ -32,10 +32,10 @@ const STEADY: usize = 12;
 /// Maximum number of other active keys.
 const ALIVE: usize = 30;
 
-/// Maximum number of active keys among them that share the limits of their owner.
+/// Maximum number of active keys among them that are limited by their owner's plan.
 const TEAM_ALIVE: usize = 3;
 
-/// How often the administrator tries to top up after the run, if it could not during the run.
+/// Attempts to top up after the run, if none succeeded during it.
 const LAST_TRIES: usize = 100;
 
 /// A key that may be changed.
@@ -101,7 +101,7 @@ impl Driver {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let mut dice = Dice::new(seed);
-            // A short run on a busy machine makes few changes. These are made in each run.
+            // A short run on a busy machine makes few changes, so every run starts with these.
             let mut first = true;
             let mut last_tries = 0..LAST_TRIES;
             loop {

@@ -62,7 +62,7 @@ pub(crate) struct EnvoyModel {
     pub(crate) uncounted: Vec<Span>,
     /// A process of it that was killed holds tokens in these spells.
     pub(crate) holds: Vec<Span>,
-    /// Since when it said that limits are unavailable, without a disruption.
+    /// Since when it has answered `limits_unavailable` outside of disruptions.
     pub(crate) unavailable_since: Option<Instant>,
     /// The time of its first response other than `not_ready`.
     pub(crate) ready: Option<Instant>,
@@ -100,12 +100,12 @@ impl EnvoyModel {
         self.allowances.iter().any(|disruption| disruption.meets_span(time))
     }
 
-    /// Whether a control plane may be late with the answers for a request, on a busy machine: for no longer than the bound.
+    /// Whether a busy machine may explain that a control plane is late, which is excused for at most [`BOUND`].
     pub(crate) fn may_stall(&mut self, sent: Instant) -> bool {
         sent <= *self.unavailable_since.get_or_insert(sent) + BOUND
     }
 
-    /// From when on usage may be unreported at a time: since it usually takes so long to report it, or since a disruption.
+    /// Since when usage may be unreported: the usual delay, or the start of a disruption.
     pub(crate) fn unreported_since(&self, time: Instant, usual: Duration) -> Instant {
         let mut since = time.checked_sub(usual).unwrap_or(time);
         // In the order of their starts.

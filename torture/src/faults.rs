@@ -42,22 +42,22 @@ const TERM: Duration = Duration::from_secs(4);
 const SETTLE: Duration = Duration::from_secs(3);
 
 /// How much later than a decision the gauge of pending usage contains it: a tick of the worker and one of the leader, 250 ms
-/// each. The rest allows for late ticks on a busy machine.
+/// each. The margin allows for late ticks on a busy machine.
 const GAUGE_DELAY: Duration = Duration::from_secs(2);
 
-/// What a trap may lose: one merge interval of one worker, 250 ms. The rest allows for a late tick on a busy machine.
+/// What a trap may lose: one merge interval of one worker, 250 ms. The margin allows for a late tick on a busy machine.
 /// Clients cannot distinguish workers, so all recent decisions of the Envoy may be lost.
 const MERGE: Duration = Duration::from_secs(1);
 
-/// Recovery of calls for allowances: each worker calls again on its next tick, 250 ms. The rest allows for calls that meet a
+/// Recovery of calls for allowances: each worker calls again on its next tick, 250 ms. The margin allows for calls that meet a
 /// connection to PostgreSQL that was cut, and for late ticks on a busy machine.
 const ALLOWANCES: Duration = Duration::from_secs(2);
 
-/// How long an Envoy that was started may get no allowances, because another one still decides by itself: 0.75 s. The rest
+/// How long an Envoy that was started may get no allowances, because another one still decides by itself: 0.75 s. The margin
 /// allows for a busy machine.
 const ALONE: Duration = Duration::from_secs(2);
 
-/// How long what a killed Envoy holds is reserved: 60 s from its last call. The rest allows for a busy machine.
+/// How long what a killed Envoy holds is reserved: 60 s from its last call. The margin allows for a busy machine.
 const HELD: Duration = Duration::from_secs(62);
 
 /// Longest time in which disruptions follow on each other without a gap.

@@ -2,14 +2,14 @@
 //! was sent and when its answer came, it finds what is certain: more admitted than the pool has, in whatever order requests
 //! were decided (*excess*), and requests refused although the pool had room, in whatever order (*wrongful*).
 //!
-//! Faults announce *spells*, which are short: see [`EnvoyModel`]. Outside of them, the tolerances are those of the book's page on
+//! Faults announce *spells*, the periods around a fault: see [`EnvoyModel`]. Outside of them, the tolerances are those of the book's page on
 //! limits.
 
 use std::time::{Duration, Instant};
 
 use crate::envoy_model::{EnvoyModel, Span};
 
-/// By so much time a rate limit that several Envoys use may run behind an exact one, and by one token more.
+/// Time by whose tokens, plus one, a rate limit that several Envoys use may run behind an exact one.
 const BEHIND: Duration = Duration::from_millis(300);
 
 /// How old an Envoy's knowledge of an empty pool may be: 10 ms and the way of a message, on a busy machine.
@@ -21,7 +21,7 @@ const PART: u64 = 8;
 /// Tokens that an Envoy may hold beyond that, for requests that waited when it ended or was cut off.
 const WAITING: u64 = 2;
 
-/// The time for which what an Envoy holds is judged by what the pool had left: when it was granted.
+/// How long before a refusal the pool's state is considered when bounding what an Envoy may hold.
 const GRANTED: Duration = Duration::from_secs(70);
 
 /// What a pool has.
@@ -39,7 +39,7 @@ struct Fill {
     tokens: u64,
     asked: Instant,
     confirmed: Option<Instant>,
-    /// When a database took the place of the one that had them.
+    /// When a restored database without this fill took over.
     lost: Option<Instant>,
 }
 

@@ -150,9 +150,9 @@ pub(crate) struct Raised {
     pool: usize,
     path: String,
     of_plan: bool,
-    /// Its requests, as far as is confirmed.
+    /// Requests that were confirmed.
     requests: u64,
-    /// Requests that are asked for, and the number of the fill.
+    /// Requested total, and the number of the fill.
     unconfirmed: Option<(u64, usize)>,
 }
 
@@ -210,7 +210,7 @@ impl Raised {
     }
 }
 
-/// A new top-up, which is not asked for yet.
+/// A new top-up that was not sent yet.
 pub(crate) fn top_up(oracle: &Oracle, pools: &Pools, note: String) -> TopUp {
     let credits = TOP_UP + oracle.overdrawn(pools.credits);
     (note, credits, oracle.ask_to_fill(pools.credits, credits))

@@ -1,5 +1,5 @@
-//! The clients: a bounded number of connections to each Envoy at a bounded pace, and one for each group of keys with limits. The oracle
-//! receives every response, and every request that got none.
+//! The clients: a bounded number of connections to each Envoy at a bounded pace, and one for each group of keys with limits.
+//! The oracle receives every response, and every request that got none.
 
 use std::iter;
 use std::sync::Arc;

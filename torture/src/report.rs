@@ -78,8 +78,8 @@ impl Report {
         row("requests with dead keys judged", &self.verdict.judged_dead);
         for of in &self.verdict.limited {
             let (admitted, refused, wrongful) = (of.admitted, of.refused, of.wrongful.len());
-            let found = format!("{admitted}, {refused}; {}: {wrongful}, {}", of.judged, of.excess);
-            row(&format!("{}: admitted, refused; judged: wrongful, excess", of.name), &found);
+            let found = format!("{admitted}, {refused}; {}; {wrongful}; {}", of.judged, of.excess);
+            row(&format!("{}: admitted, refused; judged; wrongful; excess", of.name), &found);
         }
         let Counted { decided, doubtful, counted, keys, top_ups, log_lines } = self.counted;
         row("requests decided, as seen by clients", &decided);

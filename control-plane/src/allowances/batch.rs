@@ -86,6 +86,7 @@ const fn unlimited(ask: &Ask) -> Grant {
         left: u64::MAX / 2,
         others: 0,
         empty_ms: 0,
+        known_ms: 0,
         ahead_ns: 0,
     }
 }

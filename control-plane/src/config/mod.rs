@@ -142,8 +142,8 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_OWNER_KEYS_PER_DAY", value_name = "N", default_value = "200", value_parser = number(1_u32, 1_000_000))]
     pub owner_keys_per_day: u32,
 
-    /// Live Envoys that one sync key may have. More get the keys and a millionth of each shared limit, and their reports are
-    /// answered 429. An Envoy that is silent for 60 seconds does not count
+    /// Maximum number of live Envoys of one sync key. Further Envoys get the keys, but their reports and calls for allowances
+    /// are answered 429. An Envoy that is silent for 60 seconds does not count
     #[arg(long, env = "PORTCULLIS_ENVOYS_PER_SYNC_KEY", value_name = "N", default_value = "1000", value_parser = number(1_u32, 10_000))]
     pub envoys_per_sync_key: u32,
 

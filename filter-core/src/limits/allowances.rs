@@ -5,7 +5,9 @@
 //! contact with the control plane is in a cell of its own, which each VM reads on its tick.
 
 use std::cell::{Cell as Slot, RefCell};
+use std::collections::BTreeSet;
 
+use contract::codec::{self, Magic};
 use contract::hash::KeyHash;
 use contract::id::ReporterId;
 use contract::record::Record;
@@ -30,6 +32,9 @@ use crate::vm::Vm;
 
 /// Keys whose limits are asked for together.
 const LEARNED_AT_ONCE: usize = 100;
+
+/// The first bytes of [`CellKey::EndedPools`].
+const ENDED_POOLS: Magic = Magic(*b"PKE1");
 
 /// The state of one VM.
 #[derive(Debug, Default)]
@@ -80,7 +85,7 @@ impl Allowances {
         self.asking.borrow_mut().needed(pool);
     }
 
-    /// The next call is to tell of a pool, and to ask for its state.
+    /// Queues a pool for the next call, which reports its use and asks for its state.
     pub fn tell(&self, pool: PoolId) {
         self.asking.borrow_mut().tell(pool);
     }
@@ -121,7 +126,8 @@ impl Allowances {
         self.asking.borrow_mut().ask_again();
     }
 
-    /// Reads the contact with the control plane, as other VMs know it. Returns whether it says more about being alone.
+    /// Reads the contact with the control plane, as other VMs know it. Returns whether the time alone
+    /// became longer.
     pub fn refresh(&self, data: &SharedData<impl Cells>) -> bool {
         let before = self.contact.get();
         if let Some(cell) = data.get(CellKey::Contact) {
@@ -164,8 +170,8 @@ impl Allowances {
     }
 }
 
-/// Asks now, if there is something to ask or to tell. On a tick everything is told that was spent, and the leader's call shows
-/// that the Envoy is live and brings what is recalled.
+/// Calls if there is something to ask or report. On a tick, reports all that was spent. The leader's call shows that the Envoy
+/// is live and brings recalls.
 pub fn call<H: Host, K: KeyLookup>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, leads: bool) {
     let allowances = &vm.allowances;
     allowances.is_woken.set(false);
@@ -191,8 +197,8 @@ pub fn call<H: Host, K: KeyLookup>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, 
     }
 }
 
-/// An Envoy that is alone asks for the limits of keys before their first request, so that no request waits. Among others it
-/// would be granted nothing.
+/// An Envoy that is alone asks for the limits of keys before their first request, so that no request waits. An Envoy
+/// among others would be granted nothing.
 fn learn<H: Host, K: KeyLookup>(vm: &Vm<H, K>, now_ns: u64) {
     let Allowances { arrived, contact, asking, .. } = &vm.allowances;
     let contact = contact.get();
@@ -203,8 +209,8 @@ fn learn<H: Host, K: KeyLookup>(vm: &Vm<H, K>, now_ns: u64) {
     if arrived.is_empty() || !contact.is_alone(now_ns / NS_PER_MS) || asking.borrow().has_to_tell() {
         return;
     }
-    let rest = arrived.len().saturating_sub(LEARNED_AT_ONCE);
-    for hash in arrived.drain(rest..) {
+    let first = arrived.len().saturating_sub(LEARNED_AT_ONCE);
+    for hash in arrived.drain(first..) {
         if let Some(key) = vm.keys.find(&hash, None) {
             prepare(&vm.data, &vm.allowances, &key, now_ns);
         }
@@ -243,22 +249,32 @@ fn on_failure<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, why: &str) {
     }
 }
 
-/// The VM ends: tells what was spent and hands back what it knows to be held. `is_last`: Envoy ends.
+/// The VM ends, and hands back what it knows to be held. Envoy drops the calls of a worker that ends, so the last VM, which is
+/// that of the main thread, tells for all. `is_last`: it is this one.
 pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     let now_ns = vm.host().now_ns();
-    let pools = vm.allowances.asking.borrow_mut().all();
-    let mut asks: Vec<Ask> = Vec::new();
-    for pool in pools {
-        hand_back(vm, pool);
-        asks.extend(ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
+    let own = vm.allowances.asking.borrow_mut().all();
+    own.iter().for_each(|pool| hand_back(vm, *pool));
+    let noted = vm.data.update(CellKey::EndedPools, |cell| {
+        let mut pools: BTreeSet<PoolId> = codec::decode(ENDED_POOLS, cell).unwrap_or_default();
+        pools.extend(&own);
+        match codec::encode(ENDED_POOLS, &pools) {
+            Ok(bytes) if !own.is_empty() => Ok((bytes, pools)),
+            _ => Err(pools),
+        }
+    });
+    if !is_last || vm.allowances.contact().answered_ms == 0 {
+        return;
     }
-    let is_in_use = vm.allowances.contact().answered_ms > 0;
+    let pools = noted.unwrap_or_else(|_| own.iter().copied().collect());
+    let asks = pools.into_iter().filter_map(|pool| ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
+    let asks: Vec<Ask> = asks.filter(|ask| ask.granted > 0 || ask.spent > 0).collect();
     let mut chunks = asks.chunks(POOLS).peekable();
-    if chunks.peek().is_none() && is_last && is_in_use {
+    if chunks.peek().is_none() {
         let _ = send(vm, setup, Vec::new(), true);
     }
     while let Some(chunk) = chunks.next() {
-        let _ = send(vm, setup, chunk.to_vec(), is_last && chunks.peek().is_none());
+        let _ = send(vm, setup, chunk.to_vec(), chunks.peek().is_none());
     }
 }
 

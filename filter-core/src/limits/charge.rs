@@ -106,7 +106,7 @@ impl Refusal {
 }
 
 impl Verdict {
-    /// A refusal goes before a wait, and the longest one before the others.
+    /// A refusal takes precedence over a wait, and among refusals the longest.
     const fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::No(one), Self::No(other)) if other.empty_ms > one.empty_ms => Self::No(other),
@@ -179,7 +179,7 @@ pub fn charge(
     }
     let mut charging = Charging::new(allowances, attempt, now_ns());
     let mut verdict = take_all(data, &mut charging, &of);
-    // Since this VM's last tick the leader may have heard that the Envoy is alone.
+    // The leader may have learnt since this VM's last tick that the Envoy is alone.
     if matches!(verdict, Verdict::Lacking) && allowances.refresh(data) {
         charging = Charging::new(allowances, attempt, charging.now_ns);
         verdict = take_all(data, &mut charging, &of);
@@ -209,7 +209,7 @@ fn take_all(
     let second = take(data, charging, of_owner, is_taken);
     if is_taken && !matches!(second, Verdict::Taken) && !of_key.1.is_empty() {
         let given = data.update(cell_of(of_key.0), |cell| Ok::<_, ()>((charging.give_back(cell, of_key), ())));
-        // Should it not go back, the key has one request less, which is better than one too many.
+        // If the refund fails, the key loses one request. That is better than admitting one too many.
         let _ = given;
     }
     first.and(second)
@@ -254,7 +254,7 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &Rate
     Some(Wait::Limits(vec![limit.clone()], Exceeded { limit: 0, retry_after_s }))
 }
 
-/// Asks with the next call for the state of the key's shared limits, as far as it is not known.
+/// Queues the key's shared limits whose state is unknown for the next call.
 pub fn prepare(data: &SharedData<impl Cells>, allowances: &Allowances, key: &StoredKey, now_ns: u64) {
     let limits = Limits { record: &key.record, own: key.definitions.rate_limits(&key.record), route: None, cost: 1 };
     for of in limits.by_subject() {
@@ -266,8 +266,8 @@ pub fn prepare(data: &SharedData<impl Cells>, allowances: &Allowances, key: &Sto
     }
 }
 
-/// The cell with nothing taken, but with the terms for which the Envoy must ask, and with times that are possible after the
-/// clock has stepped back. Also returns the pools whose state is not known.
+/// The cell unchanged, except for the terms to ask for and times corrected after a clock step. Also returns the pools whose
+/// state is unknown.
 fn note(cell: &[u8], (subject, limits): &OfSubject, allowances: &Allowances, now_ns: u64) -> (Vec<u8>, Vec<PoolId>) {
     let mut entries = Entries::read(cell);
     let mut unknown = Vec::new();

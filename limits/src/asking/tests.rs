@@ -115,7 +115,7 @@ fn a_call_has_a_bounded_number_of_pools_and_the_others_follow() {
 }
 
 #[test]
-fn a_pool_is_idle_after_one_to_two_times_of_rest() {
+fn a_pool_is_idle_after_one_to_two_idle_periods() {
     let mut asking = Asking::default();
     assert_eq!(asking.idle(false, NOW), []);
     asking.needed(pool(1));

@@ -38,7 +38,8 @@ const fn due(need: u64) -> Due {
 }
 
 fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
-    Grant { session: NOW_MS, granted, held: granted, left, others, empty_ms, ahead_ns: 0 }
+    let known_ms = if others > 0 { 100 } else { u32::MAX };
+    Grant { session: NOW_MS, granted, held: granted, left, others, empty_ms, known_ms, ahead_ns: 0 }
 }
 
 fn spends(holding: &mut Holding, of: Limited<'_>, contact: &Contact, now: u64, most: usize) -> usize {
@@ -57,7 +58,7 @@ fn an_envoy_spends_what_it_was_granted_and_then_asks_for_what_is_missing() {
     assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 9), 3);
     // What was last said is that the pool is empty.
     assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
-    let later = NOW + (OTHERS_MS + 1) * NS_PER_MS;
+    let later = NOW + (100 + 1) * NS_PER_MS;
     holding.apply(&grant(3, 2, 4, 0), &contact(), NOW_MS);
     assert_eq!(holding.spend(1, STOCK, 0, &contact(), later), Spent::Wait { for_others: false }, "that is long ago");
 }
@@ -97,7 +98,7 @@ fn a_request_waits_refuses_or_waits_for_others_by_what_was_last_said() {
 #[test]
 fn what_was_said_holds_until_a_token_comes_and_shorter_if_others_hold_some() {
     for (others, empty_ms, known_ms) in
-        [(0, 500, 500), (0, 0, LEAST_EMPTY_MS), (5, 500, OTHERS_MS), (5, 50, 50), (5, u32::MAX, OTHERS_MS)]
+        [(0, 500, 500), (0, 0, LEAST_EMPTY_MS), (5, 500, 100), (5, 50, 50), (5, u32::MAX, 100)]
     {
         let mut holding = with(0);
         holding.apply(&grant(0, 0, others, empty_ms), &contact(), NOW_MS);
@@ -127,6 +128,18 @@ fn a_change_of_the_terms_makes_the_next_request_ask() {
     assert_eq!((holding.arrival_ns, holding.interval_ns), (NOW + 5 * NS_PER_S, NS_PER_S));
     assert_eq!(rescale(NOW + 7, 0, 5, NOW), NOW);
     assert_eq!(rescale(u64::MAX, 1, u64::MAX, NOW), NOW);
+}
+
+#[test]
+fn a_change_of_the_terms_hands_back_what_the_envoy_holds() {
+    let mut holding = Holding::default();
+    holding.prepare(STOCK, &contact(), NOW);
+    holding.apply(&grant(9, 0, 0, u32::MAX), &contact(), NOW_MS);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 4), 4);
+    let lowered = Limited::Stock { fill: 2 };
+    assert_eq!(holding.spend(1, lowered, 0, &contact(), NOW), Spent::Wait { for_others: false });
+    let ask = holding.ask(due(1), &contact(), NOW);
+    assert_eq!((ask.granted, ask.spent, ask.returned), (9, 4, 5));
 }
 
 #[test]
@@ -172,9 +185,9 @@ fn a_refunded_token_can_be_spent_again() {
     let rate = rate(10, 10);
     let of = Limited::Rate(&rate);
     for contact in [contact(), alone()] {
-        let mut holding = Holding { session: NOW_MS, granted: 1, alone_term: 1, ..Holding::default() };
+        let mut holding = Holding { session: NOW_MS, ..Holding::default() };
         holding.prepare(of, &contact, NOW);
-        (holding.alone_term, holding.arrival_ns) = (1, NOW + 9 * NS_PER_S);
+        (holding.granted, holding.alone_term, holding.arrival_ns) = (1, 1, NOW + 9 * NS_PER_S);
         assert_eq!(spends(&mut holding, of, &contact, NOW, 2), 1);
         holding.refund(1);
         assert_eq!((holding.spent, spends(&mut holding, of, &contact, NOW, 2)), (1, 1));
@@ -234,7 +247,7 @@ fn a_clock_that_stepped_back_does_not_make_the_limit_used_up_for_all_envoys() {
 }
 
 #[test]
-fn a_term_alone_goes_on_as_long_as_no_other_envoy_can_have_been_given_anything() {
+fn a_term_alone_continues_while_no_other_envoy_can_have_a_grant() {
     let mut contact = Contact::default();
     contact.answered(NOW_MS, NOW_MS + 5, 1, 400);
     assert_eq!((contact.alone_term, contact.alone_until_ms, contact.live), (1, NOW_MS + 400, 1));
@@ -314,7 +327,7 @@ fn a_holding_is_settled_once_neither_side_counts_anything_as_held() {
 }
 
 #[test]
-fn after_a_long_rest_a_session_begins_anew_and_the_envoy_that_is_alone_knows_the_pool() {
+fn after_a_long_idle_time_a_new_session_begins_and_the_envoy_that_is_alone_knows_the_pool() {
     let mut holding = Holding::default();
     holding.prepare(STOCK, &alone(), NOW);
     holding.apply(&grant(0, 10, 0, 0), &alone(), NOW_MS);

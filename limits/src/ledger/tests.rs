@@ -176,3 +176,37 @@ fn a_rate_that_changes_keeps_what_is_used_of_it() {
 fn only_a_rate_limit_has_a_rate() {
     assert!(rate_of(&rate(1, 1)).is_some() && rate_of(&stock(1)).is_none());
 }
+
+#[test]
+fn a_recall_stands_until_the_envoy_has_handed_back_or_needs_tokens_itself() {
+    let mut quota = Pool::new(stock(100));
+    granted(&mut quota, ONE, &needs(40));
+    granted(&mut quota, TWO, &needs(99));
+    let is_recalled = |quota: &Pool| quota.holders.iter().find(|of| of.reporter == ONE).unwrap().is_recalled;
+    assert!(is_recalled(&quota));
+    // It tells what it spent, and has not heard of the recall.
+    let told = Ask { granted: 40, spent: 10, ..ask() };
+    granted(&mut quota, ONE, &told);
+    assert!(is_recalled(&quota));
+    let mut other = quota.clone();
+    granted(&mut other, ONE, &Ask { need: 31, least: 1, ..told });
+    assert!(!is_recalled(&other));
+    granted(&mut quota, ONE, &Ask { returned: 30, ..told });
+    assert!(!is_recalled(&quota));
+}
+
+#[test]
+fn an_empty_pool_is_not_known_to_be_empty_for_longer_than_a_silent_envoy_holds_tokens() {
+    let mut quota = Pool::new(stock(100));
+    granted(&mut quota, ONE, &needs(40));
+    let answer = |quota: &mut Pool, later_ms: u64| {
+        let answer = quota.answer(TWO, &needs(99), Company::Several, NOW + later_ms * NS_PER_MS);
+        (answer.left, answer.others, answer.empty_ms, answer.known_ms)
+    };
+    assert_eq!(answer(&mut quota, 1_000), (0, 40, u32::MAX, OTHERS_MS));
+    assert_eq!(answer(&mut quota, 2_000), (0, 0, 58_000, SILENT_KNOWN_MS));
+    assert_eq!(answer(&mut quota, 59_500), (0, 0, 1_000, SILENT_KNOWN_MS));
+    granted(&mut quota, ONE, &Ask { granted: 40, returned: 40, ..ask() });
+    granted(&mut quota, TWO, &Ask { granted: 60, ..needs(100) });
+    assert_eq!(answer(&mut quota, 2_000), (0, 0, u32::MAX, u32::MAX));
+}

@@ -48,6 +48,36 @@ fn what_a_killed_envoy_held_comes_back_and_is_not_granted_twice() {
 }
 
 #[test]
+fn what_a_killed_envoy_held_is_served_although_the_rest_was_used_up_before() {
+    for (kind, terms) in [quota(100), credits(100)] {
+        let mut world = World::new(28, 2, 1, NEAR);
+        let id = pool(kind, 1);
+        world.add_pool(id, terms);
+        let start_ns = world.now_ns + 2 * S;
+        world.run(start_ns);
+        let send = |world: &mut World, envoy: usize, requests: u64, seconds: u64| {
+            let (now_ns, before) = (world.now_ns, world.found.admitted);
+            for number in 0..requests {
+                let at_ns = now_ns + number * seconds * S / requests;
+                world.at(at_ns, Event::Request { envoy, needs: vec![Need { pool: id, cost: 1, rate: None }] });
+            }
+            world.run(now_ns + seconds * S + S / 100);
+            world.found.admitted - before
+        };
+        assert_eq!(send(&mut world, 1, 10, 2), 10);
+        let held = world.held(1, id);
+        assert!(held > 0);
+        let now_ns = world.now_ns;
+        world.at(now_ns, Event::Change(Change::Kill(1)));
+        // The rest is used up, and what is held comes back a minute after the last call.
+        assert!(send(&mut world, 0, 200, 20) < 90);
+        assert_eq!(send(&mut world, 0, 10, 20), 0);
+        send(&mut world, 0, 60, 30);
+        assert_eq!((world.found.admitted, world.found.excess), (100, 0));
+    }
+}
+
+#[test]
 fn a_second_envoy_takes_over_from_one_that_was_alone_without_excess() {
     for (kind, terms) in [limit(100, 1), limit(10, 60), quota(500)] {
         let mut world = World::new(23, 1, 2, NEAR);
@@ -96,6 +126,39 @@ fn a_raised_limit_opens_by_the_difference_and_a_lowered_one_shuts() {
     change(&mut world, rate(50, 86_400));
     assert_eq!(burst(&mut world, 10, rate(50, 86_400)), 0);
     assert_eq!((world.found.excess, world.found.wrong), (0, 0));
+}
+
+#[test]
+fn a_quota_or_a_limit_that_is_lowered_shuts_although_envoys_hold_allowances() {
+    for (kind, terms, low, high) in [
+        (Kind::Quota, quota(8_000).1, 0, None),
+        (Kind::Rate, limit(8_000, 86_400).1, 0, Some((rate(8_000, 86_400), rate(10, 86_400)))),
+    ] {
+        let mut world = World::new(29, 2, 1, NEAR);
+        let id = pool(kind, 1);
+        world.add_pool(id, terms);
+        let start_ns = world.now_ns + 2 * S;
+        world.run(start_ns);
+        let send = |world: &mut World, requests: u64, rate| {
+            let (now_ns, before) = (world.now_ns, world.found.admitted);
+            for number in 0..requests {
+                let needs = vec![Need { pool: id, cost: 1, rate }];
+                world.at(now_ns + number * S / 100, Event::Request { envoy: 0, needs });
+            }
+            world.run(now_ns + requests * S / 100 + S / 100);
+            world.found.admitted - before
+        };
+        assert_eq!(send(&mut world, 400, high.map(|of| of.0)), 400);
+        assert!(world.held(0, id) > 10, "{}", world.held(0, id));
+        let now_ns = world.now_ns;
+        let change = match high {
+            Some((_, lowered)) => Change::Terms(id, Terms::Rate(lowered)),
+            None => Change::Add(id, -8_000),
+        };
+        world.at(now_ns, Event::Change(change));
+        world.run(now_ns + S);
+        assert_eq!(send(&mut world, 50, high.map(|of| of.1)), low);
+    }
 }
 
 #[test]

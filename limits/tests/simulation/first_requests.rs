@@ -126,8 +126,8 @@ fn an_envoy_that_is_alone_knows_its_pools_ahead_and_no_request_waits() {
         world.learn(Need { pool: id, cost: 1, rate });
         let now_ns = world.now_ns;
         world.run(now_ns + S);
-        for rest_s in [0, 1, 400, 1_300] {
-            let later_ns = world.now_ns + rest_s * S;
+        for idle_s in [0, 1, 400, 1_300] {
+            let later_ns = world.now_ns + idle_s * S;
             world.run(later_ns);
             send(&mut world, id, &terms.1, 5, 1, 10);
         }

@@ -2,8 +2,8 @@
 //! and a network that delays, loses and doubles messages.
 //!
 //! *Excess*: a request was admitted although the exact pool had no token. *Wrong*: a request was refused although the exact
-//! pool had its tokens, other Envoys did not hold them, and no request of the same Envoy waited for them. *Ideal*: what a judge would have admitted that sees each request
-//! at once.
+//! pool had its tokens, other Envoys did not hold them, and no request of the same Envoy waited for them. *Ideal*: what an exact
+//! limiter that sees every request would have admitted.
 
 #![allow(
     clippy::unwrap_used,

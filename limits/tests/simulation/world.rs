@@ -8,7 +8,7 @@ use limits::asking::Due;
 use limits::ledger::{Company, Holder, Pool};
 use limits::message::{Answer, Call};
 use limits::pool::{PoolId, Terms};
-use limits::{AGAIN_MS, ALONE_GRACE_MS, ALONE_MS, EXPIRES_AFTER_MS, IDLE_MS, LIVE_MS};
+use limits::{AGAIN_MS, ALONE_GRACE_MS, ALONE_MS, EXPIRES_AFTER_MS, IDLE_MS, LIVE_MS, LONGEST_WAIT_MS};
 
 use crate::envoy::{Envoy, Fate, Need, Request, TICK_NS};
 use crate::exact::Exact;
@@ -63,7 +63,7 @@ pub struct Network {
 pub struct Findings {
     pub requests: u64,
     pub admitted: u64,
-    /// What a judge that sees every request at once would have admitted.
+    /// What an exact limiter that sees every request would have admitted.
     pub ideal: u64,
     pub refused: u64,
     pub unreachable: u64,
@@ -95,7 +95,7 @@ pub struct World {
     pub random: Random,
     pub envoys: Vec<Envoy>,
     pub exact: BTreeMap<PoolId, Exact>,
-    /// What a judge that sees every request at once would have left.
+    /// What an exact limiter that sees every request would have left.
     ideal: BTreeMap<PoolId, Exact>,
     pub found: Findings,
     /// How often quotas and balances were filled, as records say.
@@ -143,6 +143,12 @@ impl World {
             world.start(place);
         }
         world
+    }
+
+    /// What the control plane counts as held by an Envoy.
+    pub fn held(&self, envoy: usize, pool: PoolId) -> u64 {
+        let holders = self.control_plane.pools[&pool].holders.iter();
+        holders.filter(|holder| holder.reporter == self.envoys[envoy].reporter).map(Holder::held).sum()
     }
 
     pub fn add_pool(&mut self, pool: PoolId, terms: Terms) {
@@ -286,7 +292,8 @@ impl World {
             Fate::Refused(pool, _) => {
                 self.found.refused += 1;
                 let cost = request.needs.iter().find(|need| need.pool == pool).unwrap().cost;
-                self.judge_refusal(envoy, pool, cost);
+                let out_of_time = self.now_ns - request.since_ns >= LONGEST_WAIT_MS * MS;
+                self.judge_refusal(envoy, pool, cost, out_of_time);
             }
             Fate::Unreachable => self.found.unreachable += 1,
             Fate::Waits => {
@@ -306,14 +313,18 @@ impl World {
         }
     }
 
-    fn judge_refusal(&mut self, envoy: usize, pool: PoolId, cost: u64) {
+    fn judge_refusal(&mut self, envoy: usize, pool: PoolId, cost: u64, out_of_time: bool) {
         let left = self.exact[&pool].left(self.now_ns - STALE_NS);
-        // Tokens that other Envoys were granted, some in answers that are under way, and have not spent.
+        // Tokens that other Envoys were granted, some in answers that are under way, and have not spent. Those of live Envoys a
+        // request waits for.
         let holders = self.control_plane.pools[&pool].holders.iter();
         let idle: u64 = holders
             .filter(|holder| holder.reporter != self.envoys[envoy].reporter && holder.held() > 0)
             .map(|holder| {
                 let of_it = self.envoys.iter().find(|other| other.reporter == holder.reporter);
+                if out_of_time && of_it.is_some_and(|other| other.is_up) {
+                    return 0;
+                }
                 let own = of_it.and_then(|other| other.holdings.get(&pool)).copied().unwrap_or_default();
                 holder.granted.saturating_sub(own.spent).saturating_sub(own.returned)
             })

@@ -26,26 +26,37 @@ pub struct Postgres {
     sockets: TempDir,
     pub log: Log,
     process: Mutex<Option<Process>>,
-    /// The home of data that are deleted with the server. They need not survive a crash of the machine, which makes it fast. A
-    /// crash of the server alone still loses nothing.
+    /// The home of data that are deleted with the server.
     temporary: Option<TempDir>,
+    /// Commits wait for the disk. Without that they are faster and do not survive a crash of the machine, but one of the server
+    /// alone.
+    is_durable: bool,
 }
 
 impl Postgres {
     /// A private server, whose data are deleted with it.
     pub async fn private() -> Result<Self> {
+        Self::temporary(false).await
+    }
+
+    /// The same, but commits wait for the disk as in production, for measurements.
+    pub async fn durable() -> Result<Self> {
+        Self::temporary(true).await
+    }
+
+    async fn temporary(is_durable: bool) -> Result<Self> {
         let home = TempDir::with_prefix("portcullis-pg-")?;
         open_to_all(home.path())?;
         let (data, log) = (home.path().join("data"), Log::create(&home.path().join("postgres.log"))?);
-        Self::make(&data, Some(home), log, &silently).await
+        Self::make(&data, Some(home), is_durable, log, &silently).await
     }
 
     /// A server on data that persist.
     pub async fn kept(data: &Path, log: Log, say: Say<'_>) -> Result<Self> {
-        Self::make(data, None, log, say).await
+        Self::make(data, None, true, log, say).await
     }
 
-    async fn make(data: &Path, temporary: Option<TempDir>, log: Log, say: Say<'_>) -> Result<Self> {
+    async fn make(data: &Path, temporary: Option<TempDir>, is_durable: bool, log: Log, say: Say<'_>) -> Result<Self> {
         let binaries = tools::postgres(say)?;
         let sockets = TempDir::with_prefix("pcpg")?;
         open_to_all(sockets.path())?;
@@ -71,7 +82,7 @@ impl Postgres {
             read(initdb)?;
         }
         let (data, process) = (data.to_owned(), Mutex::new(None));
-        let server = Self { binaries, data, sockets, log, process, temporary };
+        let server = Self { binaries, data, sockets, log, process, temporary, is_durable };
         server.start().await?;
         Ok(server)
     }
@@ -81,7 +92,7 @@ impl Postgres {
         let mut server = as_ordinary_user(Command::new(self.binaries.join("postgres")))?;
         server.arg("-D").arg(&self.data).arg("-k").arg(self.sockets.path());
         server.args(["-c", "listen_addresses=", "-c", "max_connections=300"]);
-        if self.temporary.is_some() {
+        if !self.is_durable {
             server.args(["-c", "fsync=off", "-c", "full_page_writes=off"]);
         }
         // SIGQUIT: all its processes end at once, and the next start recovers.

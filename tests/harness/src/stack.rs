@@ -46,6 +46,7 @@ pub struct Builder {
     replacements: Replacements,
     debug_logs: bool,
     own_postgres: bool,
+    is_durable: bool,
     environment: Vec<(String, String)>,
     arguments: Vec<String>,
 }
@@ -59,6 +60,7 @@ impl Stack {
             replacements: Replacements::between(LOCAL, LOCAL),
             debug_logs: false,
             own_postgres: false,
+            is_durable: false,
             environment: Vec::new(),
             arguments: GENEROUS.map(Into::into).into(),
         }
@@ -212,6 +214,12 @@ impl Builder {
         self
     }
 
+    /// A PostgreSQL server of its own whose commits wait for the disk, as in production.
+    pub const fn durable_postgres(mut self) -> Self {
+        (self.own_postgres, self.is_durable) = (true, true);
+        self
+    }
+
     /// An environment variable of the control plane and of every Envoy.
     pub fn variable(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
@@ -234,7 +242,8 @@ impl Builder {
     /// Starts it without waiting for the filters to have their keys.
     pub async fn start_unsynced(self) -> Result<Stack> {
         let (database, postgres) = if self.own_postgres {
-            let server = Arc::new(Postgres::private().await?);
+            let server = if self.is_durable { Postgres::durable().await? } else { Postgres::private().await? };
+            let server = Arc::new(server);
             (server.create_database().await?, Some(server))
         } else {
             postgres::test_database().await?

@@ -72,13 +72,13 @@ async fn keys_of_an_owner(stack: &Stack, keys: usize, plan: &Value) -> Result<Ve
 }
 
 /// Asserts that a load had what the limit allows, and not more. A machine that is busy may send less than that.
-fn assert_exact(name: &str, limit: u64, outcome: Outcome, least_percent: f64) {
+fn assert_exact(name: &str, limit: u64, outcome: Outcome) {
     let Outcome { sent, admitted, seconds } = outcome;
     let allowed = limit as f64 * (seconds + 1.0);
     let part = 100.0 * admitted as f64 / allowed.min(sent as f64);
     println!("shared_limits: {name}: {admitted} of {sent} in {seconds:.1} s, {part:.1} % of what is allowed");
     assert!(admitted as f64 <= allowed + 1.0, "{name}: {admitted} admitted, {allowed} allowed");
-    assert!(part >= least_percent, "{name}: {admitted} admitted of {sent}, {allowed} allowed");
+    assert!(part >= 99.0, "{name}: {admitted} admitted of {sent}, {allowed} allowed");
 }
 
 /// Most of the load at one Envoy, then at the next; by turns another has a little or nothing.
@@ -96,14 +96,14 @@ async fn under_uneven_load(stack: &Stack, limit: u32) -> Result<()> {
         }
     }
     all.seconds = start.elapsed().as_secs_f64();
-    assert_exact(&format!("uneven load on {limit}/s"), limit.into(), all, 90.0);
+    assert_exact(&format!("uneven load on {limit}/s"), limit.into(), all);
     Ok(())
 }
 
 async fn under_even_load(stack: &Stack, limit: u32) -> Result<()> {
     let keys = limited_key(stack, &format!("even{limit}@example.com"), limit.into()).await?;
     let all = load_each(stack, &keys, [limit / 2; ENVOYS], SECONDS).await;
-    assert_exact(&format!("even load on {limit}/s"), limit.into(), all, 95.0);
+    assert_exact(&format!("even load on {limit}/s"), limit.into(), all);
     Ok(())
 }
 
@@ -116,9 +116,10 @@ async fn three_envoys_admit_what_a_limit_of_100_a_second_allows_under_uneven_and
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn three_envoys_admit_what_a_limit_of_1000_a_second_allows() -> Result<()> {
+async fn three_envoys_admit_what_a_limit_of_1000_a_second_allows_under_even_and_uneven_load() -> Result<()> {
     let stack = Stack::builder().envoys(ENVOYS).start().await?;
-    under_even_load(&stack, 1_000).await
+    under_even_load(&stack, 1_000).await?;
+    under_uneven_load(&stack, 1_000).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -127,7 +128,7 @@ async fn three_envoys_admit_for_all_100_keys_of_an_owner_what_one_limit_allows()
     let limit = json!({"name": "team", "requests": 100, "window_seconds": 1, "per": "owner"});
     let keys = keys_of_an_owner(&stack, 100, &json!({"rate_limits": [limit]})).await?;
     let all = load_each(&stack, &keys, [60; ENVOYS], SECONDS).await;
-    assert_exact("100 keys of an owner with 100/s", 100, all, 99.0);
+    assert_exact("100 keys of an owner with 100/s", 100, all);
     Ok(())
 }
 

@@ -117,7 +117,7 @@ async fn what_another_envoy_holds_is_waited_for_if_it_can_be_had_and_not_for_eve
     let start = Instant::now();
     let replies = at_once(&harness, 10, "/", "kept").await?;
     assert_eq!(admitted(&replies), 4);
-    assert!(start.elapsed() < Duration::from_secs(30));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     Ok(())
 }
 
@@ -284,9 +284,9 @@ async fn requests_that_wait_in_a_vm_that_traps_end_with_the_stream_idle_timeout(
     let (replies, trapped) = tokio::join!(at_once(&harness, 8, "/", "limited"), traps);
     trapped?;
     // Those of a VM that ended get the time-out; those of another, if it went on, the safe rate.
-    for reply in replies? {
-        assert!(matches!(reply.status, 200 | 408 | 503 | 504), "{}", reply.status);
-    }
+    let statuses: Vec<u16> = replies?.iter().map(|reply| reply.status).collect();
+    assert!(statuses.iter().all(|status| matches!(status, 200 | 408 | 503 | 504)), "{statuses:?}");
+    assert!(statuses.iter().any(|status| matches!(status, 408 | 504)), "{statuses:?}");
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     harness.control_plane.limits().mode = Mode::Answer;
     let serves = async || (harness.get("/", Some("limited")).await.ok()?.status != 503).then_some(());

@@ -208,12 +208,13 @@ async fn survives(killed: Killed) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_that_wait_are_answered_when_postgresql_is_killed_and_it_comes_back_without_a_jump() -> Result<()> {
+async fn requests_that_wait_are_answered_when_postgresql_is_killed_and_no_limit_is_exceeded_when_it_is_back()
+-> Result<()> {
     survives(Killed::PostgreSql).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_that_wait_are_answered_when_the_control_plane_is_killed_and_it_comes_back_without_a_jump()
+async fn requests_that_wait_are_answered_when_the_control_plane_is_killed_and_no_limit_is_exceeded_when_it_is_back()
 -> Result<()> {
     survives(Killed::ControlPlane).await
 }

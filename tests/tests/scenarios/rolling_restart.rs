@@ -107,12 +107,14 @@ async fn survives(requests: u32, window_s: u32, pace: Duration, most: u64) -> Re
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_who_uses_half_of_10_a_minute_is_refused_while_envoys_are_restarted_one_after_another() -> Result<()> {
+async fn a_client_that_uses_half_of_10_a_minute_is_not_refused_while_envoys_are_restarted_one_after_another()
+-> Result<()> {
     // Faster than one in twelve seconds, so that the restarts meet them.
     survives(10, 60, Duration::from_millis(1_500), 5).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_who_uses_half_of_100_a_second_is_refused_while_envoys_are_restarted_one_after_another() -> Result<()> {
+async fn a_client_that_uses_half_of_100_a_second_is_not_refused_while_envoys_are_restarted_one_after_another()
+-> Result<()> {
     survives(100, 1, Duration::from_millis(20), u64::MAX).await
 }

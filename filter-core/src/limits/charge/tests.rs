@@ -211,6 +211,11 @@ fn in_contact(contact: Contact) -> Allowances {
     allowances
 }
 
+/// Makes the terms of the limits known to the Envoy, which holds nothing yet.
+fn learn(data: &TestData, limits: &Limits<'_>) {
+    assert_eq!(charge(data, &in_contact(Contact::default()), limits, REACHABLE, || NOW), Charged::Wait);
+}
+
 /// Grants tokens of a pool to the Envoy.
 fn grant(data: &TestData, pool: PoolId, tokens: u64) {
     change(data, pool, |holding| {
@@ -255,8 +260,9 @@ fn metered() -> (Record, [PoolId; 3]) {
 fn a_request_is_taken_from_all_its_limits_with_two_reads_and_two_writes() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
-    pools.into_iter().zip([10, 10, 20]).for_each(|(pool, tokens)| grant(&data, pool, tokens));
     let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    learn(&data, &limits);
+    pools.into_iter().zip([10, 10, 20]).for_each(|(pool, tokens)| grant(&data, pool, tokens));
     let before = (data.host().reads(), data.host().writes());
     assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Yes);
     assert_eq!((data.host().reads() - before.0, data.host().writes() - before.1), (2, 2));
@@ -274,9 +280,10 @@ fn a_request_is_taken_from_all_its_limits_with_two_reads_and_two_writes() {
 fn what_the_owner_lacks_is_asked_for_and_what_the_key_has_spent_goes_back() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
+    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    learn(&data, &limits);
     grant(&data, pools[0], 1);
     grant(&data, pools[1], 1);
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
     for waiting in 1..=7 {
         assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Wait);
         assert_eq!(pools.map(|pool| allowances.waiting(&pool)), [0, 0, 4 * waiting], "of the key nothing is missing");
@@ -310,6 +317,8 @@ fn all_that_is_lacking_of_key_and_owner_is_asked_for_at_once() {
 fn a_refusal_by_the_owner_gives_back_what_the_key_has_spent() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
+    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    learn(&data, &limits);
     grant(&data, pools[0], 2);
     grant(&data, pools[1], 2);
     // The credits are known to be exhausted for seven seconds.
@@ -317,7 +326,6 @@ fn a_refusal_by_the_owner_gives_back_what_the_key_has_spent() {
         (holding.session, holding.terms) = (NOW / MS, 1);
         (holding.known_until_ms, holding.empty_until_ms) = (NOW / MS + 7_000, NOW / MS + 7_000);
     });
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
     for _ in 0..7 {
         let refused = Charged::No(Outcome::CreditsExhausted, Wait::Seconds(7));
         assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), refused);
@@ -341,8 +349,9 @@ fn a_refunded_token_of_a_rate_limit_is_void_once_it_has_come_back_by_itself() {
     // One token comes back each second.
     for (later_ms, expected) in [(0, Charged::Yes), (999, Charged::Yes), (1_000, Charged::Wait)] {
         let (data, allowances) = (new_data(), in_contact(Contact::default()));
-        grant(&data, pools[0], 1);
         let limits = Limits { record: &record, own: &own, route: None, cost: 4 };
+        learn(&data, &limits);
+        grant(&data, pools[0], 1);
         assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Wait);
         allowances.start_over();
         let free = Limits { cost: 0, ..limits };
@@ -399,6 +408,7 @@ fn a_request_that_may_not_wait_longer_is_refused() {
     let attempt = Attempt { waited_ms: LONGEST_WAIT_MS, ..REACHABLE };
     let (record, pools) = metered();
     let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    learn(&data, &limits);
     grant(&data, pools[0], 1);
     grant(&data, pools[1], 1);
     let unanswered = charge(&data, &allowances, &limits, attempt, || NOW);

@@ -104,7 +104,7 @@ fn an_idle_allowance_is_handed_back_and_forgotten() {
 }
 
 #[test]
-fn a_vm_that_ends_tells_and_hands_back_and_the_last_one_signs_off() {
+fn the_last_vm_that_ends_tells_and_hands_back_for_all_and_signs_off() {
     let key = Record { quota: budget(1), ..record(7) };
     let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
     let mut envoy = Envoy::with_vms(3, "", &[("k", key)]);
@@ -123,18 +123,17 @@ fn a_vm_that_ends_tells_and_hands_back_and_the_last_one_signs_off() {
         calls.map(|call| Call::read(&call.body).unwrap()).collect::<Vec<_>>()
     };
     assert_eq!(ends(&mut envoy, 1, true), [], "another configuration goes on");
-    let [call] = &ends(&mut envoy, 1, false)[..] else { panic!("one call") };
-    assert_eq!((call.asks.len(), call.asks[0].spent, call.asks[0].returned, call.is_last), (1, 1, 2, false));
-    assert_eq!(ends(&mut envoy, 2, false), [], "it has nothing to say");
+    assert_eq!(ends(&mut envoy, 1, false), [], "Envoy would drop it");
+    assert_eq!(ends(&mut envoy, 2, false), []);
     let [call] = &ends(&mut envoy, 0, false)[..] else { panic!("one call") };
-    assert_eq!((call.asks.len(), call.is_last), (0, true));
+    assert_eq!((call.asks.len(), call.asks[0].spent, call.asks[0].returned, call.is_last), (1, 1, 2, true));
     // An Envoy that never asked says nothing.
     let mut unused = Envoy::new("", &[("k", record(7))]);
     assert_eq!(ends(&mut unused, 0, false), []);
 }
 
 #[test]
-fn a_vm_that_ends_with_many_pools_tells_them_in_several_calls() {
+fn an_envoy_that_ends_with_many_pools_tells_them_in_several_calls() {
     let keys: Vec<(String, Record)> = (0..=POOLS as u16)
         .map(|number| {
             let mut id = [7; 16];
@@ -278,7 +277,7 @@ fn an_envoy_that_is_alone_asks_before_the_first_request_of_a_key() {
     envoy.update(2, &[keys[200].clone(), (keys[0].0, raised)]);
     assert_eq!(settle(&mut envoy, &mut plane, NOW + 2 * TICK), 3);
     assert_eq!([envoy.ask(0, "k201"), envoy.ask(0, "k1")], [Fate::Admitted, Fate::Admitted]);
-    // After a long rest, in which the leader goes on calling, and after an interruption.
+    // After a long idle time, in which the leader goes on calling, and after an interruption.
     let mut now = NOW + 2 * TICK;
     while now < NOW + 14 * MINUTE {
         now += TICK;
