@@ -156,7 +156,7 @@ impl Asking {
 
     /// Asks again for all pools except those just answered. The Envoy has become alone and does not know their state.
     pub fn tell_all_but(&mut self, answered: &[PoolId]) {
-        let pools: Vec<PoolId> = self.pools.keys().copied().collect();
+        let pools = self.known();
         answered.iter().for_each(|pool| self.entry(*pool).is_soon = true);
         pools.into_iter().for_each(|pool| self.tell(pool));
         answered.iter().for_each(|pool| self.entry(*pool).is_soon = false);
@@ -228,6 +228,12 @@ impl Asking {
         // Those that have something to say come to the next turn again.
         self.pools.retain(|_, of| !is_idle(of) || of.has_more());
         idle
+    }
+
+    /// All pools that the worker knows.
+    #[must_use]
+    pub fn known(&self) -> Vec<PoolId> {
+        self.pools.keys().copied().collect()
     }
 
     /// All pools that may have something to report or to hand back: the worker ends.

@@ -119,6 +119,7 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(keys::import::import))
         .routes(routes!(keys::usage::usage))
         .routes(routes!(keys::quota::quota))
+        .routes(routes!(keys::quota::reset))
         .routes(routes!(users::list, users::create))
         .routes(routes!(users::get, users::update))
         .routes(routes!(users::revoke_keys))

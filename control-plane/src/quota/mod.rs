@@ -9,7 +9,7 @@ use time::{Duration, OffsetDateTime};
 use crate::domain::{Period, Quota, Window, round_up_to_second};
 
 pub use applied::{Whose, apply_quotas};
-pub use store::{QuotaId, View, count, present_use, reconsider, reopen, shut, view};
+pub use store::{QuotaId, View, count, present_use, reconsider, reopen, reset, shut, view};
 
 /// Slots of a rolling window.
 pub const SLOTS: usize = 60;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use contract::record::Per;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -166,6 +166,40 @@ pub async fn shut(pool: &PgPool, exhausted: &[QuotaId]) -> Result<(), sqlx::Erro
     .await
 }
 
+/// Sets what was used of a key's quota in the running window to zero, and opens all keys that share the quota. `store_state` is
+/// locked. Returns what was used; none if the key has no quota.
+pub async fn reset(connection: &mut PgConnection, key: Uuid) -> Result<Option<i64>, sqlx::Error> {
+    let of = sqlx::query!(
+        r#"select subject as "subject!", plan_number as "plan!" from key_quotas where id = $1 and quota is not null"#,
+        key
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    let Some(of) = of else { return Ok(None) };
+    let used = sqlx::query_scalar!(
+        "with old as (
+            select used from quota_use where subject = $1 and plan_number = $2 for update
+        )
+        update quota_use set used = 0, slots = array_fill(0::bigint, array[cardinality(slots)])
+        from old where subject = $1 and plan_number = $2 returning old.used",
+        of.subject,
+        of.plan
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    // With another fill, Envoys hand back what they hold and ask again.
+    sqlx::query!(
+        "update api_keys set quota_fill = quota_fill + 1, quota_exceeded = false, quota_resets_at = null
+        where revoked_at is null
+            and id in (select id from key_quotas where subject = $1 and plan_number = $2 and quota is not null)",
+        of.subject,
+        of.plan
+    )
+    .execute(&mut *connection)
+    .await?;
+    Ok(Some(used.unwrap_or_default()))
+}
+
 /// Opens exhausted keys whose next window has begun. Returns how many.
 pub async fn reopen(pool: &PgPool) -> Result<u64, sqlx::Error> {
     // A statement that changes nothing would wake every filter, too.
@@ -253,7 +287,7 @@ pub struct View {
 }
 
 /// Reads the quota of a key; none if it has none.
-pub async fn view(pool: &PgPool, key: Uuid) -> Result<Option<View>, sqlx::Error> {
+pub async fn view(database: impl PgExecutor<'_>, key: Uuid) -> Result<Option<View>, sqlx::Error> {
     let row = sqlx::query!(
         r#"select q.quota, q.quota_exceeded as "quota_exceeded!", q.quota_resets_at, q.kind as "kind!",
             q.window_start as "window_start!", q.window_end as "window_end!", q.used as "used!", q.slots as "slots!",
@@ -263,7 +297,7 @@ pub async fn view(pool: &PgPool, key: Uuid) -> Result<Option<View>, sqlx::Error>
         where q.id = $1"#,
         key
     )
-    .fetch_optional(pool)
+    .fetch_optional(database)
     .await?;
     let Some(row) = row else { return Ok(None) };
     let Some(quota) = Quota::of(row.quota) else { return Ok(None) };

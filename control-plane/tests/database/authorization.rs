@@ -101,6 +101,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("POST", "/v1/keys/import", "", "NDJSON", for_admins(200)),
     ("GET", "/v1/keys/{id}/usage", "", "", by_id(200)),
     ("GET", "/v1/keys/{id}/quota", "", "", by_id(200)),
+    ("POST", "/v1/keys/{id}/quota/reset", "", "{}", for_admins(200)),
     ("GET", "/v1/users", "", "", for_admins(200)),
     ("GET", "/v1/users", "?email=EMAIL", "", by_user(200)),
     ("POST", "/v1/users", "", r#"{"email": "EMAIL"}"#, for_admins(200)),

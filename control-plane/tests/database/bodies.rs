@@ -15,6 +15,7 @@ fn calls(key: Uuid, user: &str) -> Vec<(&'static str, &'static str, String, Valu
         ("post", "/v1/keys", "/v1/keys".into(), name),
         ("patch", "/v1/keys/{id}", format!("/v1/keys/{key}"), json!({"name": "n"})),
         ("post", "/v1/keys/{id}/rotate", format!("/v1/keys/{key}/rotate"), json!({})),
+        ("post", "/v1/keys/{id}/quota/reset", format!("/v1/keys/{key}/quota/reset"), json!({})),
         ("post", "/v1/users", "/v1/users".into(), json!({"email": "u@example.com"})),
         ("patch", "/v1/users/{id}", user.into(), json!({"plan": null})),
         ("post", "/v1/users/{id}/ledger", format!("{user}/ledger"), json!({"amount": 5})),
@@ -52,6 +53,8 @@ fn optional(schema: &Value) -> Vec<(String, Value)> {
 async fn fixture(pool: PgPool) -> (Fixture, contract::key::Secret, Uuid) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (key, _) = fixture.key("u@example.com", &[]).await;
+    let quota = json!({"quota": {"requests": 9, "period": "day"}});
+    fixture.patch(&format!("/v1/keys/{key}"), &admin, &quota).await.expect(200);
     (fixture, admin, key)
 }
 

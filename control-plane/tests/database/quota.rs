@@ -221,3 +221,33 @@ async fn postgresql_and_the_calendar_agree_on_days_weeks_and_months_of_utc(pool:
         }
     }
 }
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_quota_that_is_reset_is_open_at_once_and_the_audit_log_says_why(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
+    let (id, _) = fixture.key("ada@example.com", &[]).await;
+    let path = format!("/v1/keys/{id}/quota/reset");
+    let none = fixture.post(&path, &admin, json!({})).await;
+    assert_eq!((none.status, none.json()["code"].as_str()), (404, Some("not_found")));
+    let mut envoy = Envoy::new(1, &sync);
+    for quota in [
+        json!({"requests": 10, "period": "day", "time_zone": "UTC"}),
+        json!({"requests": 10, "period": "rolling", "window_seconds": 3600}),
+    ] {
+        set_quota(&pool, id, &quota).await;
+        envoy.report(&fixture, &[count(id, Outcome::Allowed, 12)]).await;
+        let (exceeded, fill, _) = as_filters_know(&pool, id).await;
+        assert!(exceeded);
+        let before = revision(&pool).await;
+        let reset = fixture.post(&path, &admin, json!({"note": "outage on Monday"})).await.expect(200);
+        assert_eq!(json!([reset["used"], reset["remaining"], reset["exceeded"]]), json!([0, 10, false]));
+        assert_eq!(as_filters_know(&pool, id).await, (false, fill + 1, None));
+        assert!(revision(&pool).await > before, "filters hear of it");
+        let sql = "select detail from audit where action = 'key.reset_quota' order by id desc limit 1";
+        let detail: Value = scalar(&pool, sql).await;
+        assert_eq!(detail, json!({"used": 12, "note": "outage on Monday"}));
+        envoy.report(&fixture, &[count(id, Outcome::Allowed, 3)]).await;
+        assert_eq!(view(&fixture, &admin, id).await["used"], 3);
+        execute(&pool, "delete from quota_use").await;
+    }
+}

@@ -5,7 +5,6 @@
 //! contact with the control plane is in a cell of its own, which each VM reads on its tick.
 
 use std::cell::{Cell as Slot, RefCell};
-use std::collections::BTreeSet;
 
 use contract::codec::{self, Magic};
 use contract::hash::KeyHash;
@@ -253,20 +252,19 @@ fn on_failure<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, why: &str) {
 /// that of the main thread, tells for all. `is_last`: it is this one.
 pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     let now_ns = vm.host().now_ns();
-    let own = vm.allowances.asking.borrow_mut().all();
-    own.iter().for_each(|pool| hand_back(vm, *pool));
     let noted = vm.data.update(CellKey::EndedPools, |cell| {
-        let mut pools: BTreeSet<PoolId> = codec::decode(ENDED_POOLS, cell).unwrap_or_default();
-        pools.extend(&own);
-        match codec::encode(ENDED_POOLS, &pools) {
-            Ok(bytes) if !own.is_empty() => Ok((bytes, pools)),
-            _ => Err(pools),
-        }
+        let mut asking = vm.allowances.asking.borrow_mut();
+        let others: Vec<PoolId> = codec::decode(ENDED_POOLS, cell).unwrap_or_default();
+        others.into_iter().for_each(|pool| asking.needed(pool));
+        codec::encode(ENDED_POOLS, &asking.known()).map(|bytes| (bytes, ())).map_err(|_| ())
     });
+    let pools = vm.allowances.asking.borrow_mut().all();
+    pools.iter().for_each(|pool| hand_back(vm, *pool));
+    // Without the cell, the last VM tells of its own.
+    let _ = noted;
     if !is_last || vm.allowances.contact().answered_ms == 0 {
         return;
     }
-    let pools = noted.unwrap_or_else(|_| own.iter().copied().collect());
     let asks = pools.into_iter().filter_map(|pool| ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
     let asks: Vec<Ask> = asks.filter(|ask| ask.granted > 0 || ask.spent > 0).collect();
     let mut chunks = asks.chunks(POOLS).peekable();

@@ -27,7 +27,7 @@ pub struct Postgres {
     pub log: Log,
     process: Mutex<Option<Process>>,
     /// The home of data that are deleted with the server.
-    temporary: Option<TempDir>,
+    _temporary: Option<TempDir>,
     /// Commits wait for the disk. Without that they are faster and do not survive a crash of the machine, but one of the server
     /// alone.
     is_durable: bool,
@@ -82,7 +82,7 @@ impl Postgres {
             read(initdb)?;
         }
         let (data, process) = (data.to_owned(), Mutex::new(None));
-        let server = Self { binaries, data, sockets, log, process, temporary, is_durable };
+        let server = Self { binaries, data, sockets, log, process, _temporary: temporary, is_durable };
         server.start().await?;
         Ok(server)
     }

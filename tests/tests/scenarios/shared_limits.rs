@@ -198,6 +198,26 @@ async fn all_keys_of_an_owner_share_what_their_plan_limits_per_owner() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quota_that_is_lowered_refuses_although_envoys_hold_some_and_one_that_is_reset_opens() -> Result<()> {
+    let stack = Stack::builder().envoys(2).plugin(&json!({"rate_limit": null})).start().await?;
+    let rest = stack.rest();
+    let (id, key) = key(&stack, "lowered@example.com", per_day(8_000)).await?;
+    let quota = format!("/v1/keys/{id}/quota");
+    assert_eq!(admitted(&page(&stack, 200, &key).await?), 200);
+    let counted = async || (rest.get(&quota).await.ok()?["used"] == 200).then_some(());
+    eventually("the requests to be counted", counted).await?;
+    rest.patch(&format!("/v1/keys/{id}"), per_day(150)).await?;
+    stack.in_step().await?;
+    assert_eq!(admitted(&page(&stack, 20, &key).await?), 0);
+    let note = json!({"note": "of a test"});
+    let reset = rest.expect(Method::POST, &format!("{quota}/reset"), Some(&note), 200).await?;
+    assert_eq!(json!([reset["used"], reset["exceeded"]]), json!([0, false]));
+    stack.in_step().await?;
+    assert_eq!(admitted(&page(&stack, 160, &key).await?), 150);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_envoy_that_is_killed_gives_back_what_it_held() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let (_, shared) = key(&stack, "killed@example.com", per_day(200)).await?;

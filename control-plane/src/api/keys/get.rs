@@ -76,7 +76,7 @@ pub async fn get(Call { app, caller, path }: Call<ById>, preconditions: Precondi
         return Ok((StatusCode::NOT_MODIFIED, tag).into_response());
     }
     let secrets = secrets(&app.pool, key.id).await?;
-    let quota_usage = QuotaView::read(&app, key.id).await?;
+    let quota_usage = QuotaView::read(&app.pool, key.id).await?;
     let credits = CreditsView::read(&app, key.owner_id).await?;
     let view = show(&app.pool, key).await?;
     let applied_on = key_applied_on(&app, path.id).await?;

@@ -1,14 +1,21 @@
-//! `GET /v1/keys/{id}/quota`.
+//! `GET /v1/keys/{id}/quota` and `POST /v1/keys/{id}/quota/reset`.
 
-use serde::Serialize;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sqlx::PgExecutor;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{ById, managed};
-use crate::App;
+use super::{ById, lock, managed};
 use crate::api::call::Call;
 use crate::api::extract::Json;
-use crate::domain::{PerBody, Period, Timestamp};
+use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
+use crate::api::openapi::{Conflict, IdempotencyKey, IfMatch};
+use crate::audit::AuditEvent;
+use crate::credits::parse_note;
+use crate::domain::{PerBody, Period, Preconditions, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{self, View};
 
@@ -46,8 +53,8 @@ pub struct QuotaView {
 
 impl QuotaView {
     /// Reads the quota of a key; none if it has none.
-    pub async fn read(app: &App, key: Uuid) -> Result<Option<Self>, ApiError> {
-        Ok(quota::view(&app.pool, key).await?.map(Self::of))
+    pub async fn read(database: impl PgExecutor<'_>, key: Uuid) -> Result<Option<Self>, ApiError> {
+        Ok(quota::view(database, key).await?.map(Self::of))
     }
 
     fn of(View { quota, used, held, exceeded, resets_at }: View) -> Self {
@@ -77,6 +84,49 @@ impl QuotaView {
 )]
 pub async fn quota(Call { app, caller, path }: Call<ById>) -> Result<Json<QuotaView>, ApiError> {
     let key = managed(&app, &caller, path.id).await?;
-    let view = QuotaView::read(&app, key.id).await?;
-    view.map(Json).ok_or_else(|| ApiError::NotFound(format!("The key {} has no quota.", key.id)))
+    let view = QuotaView::read(&app.pool, key.id).await?;
+    view.map(Json).ok_or_else(|| no_quota(key.id))
+}
+
+/// Why the quota is reset. It may be left out.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"note": "outage on Monday"}))]
+pub struct ResetBody {
+    /// Why, for people. The audit log has it.
+    #[schema(example = "outage on Monday", max_length = 200)]
+    note: Option<String>,
+}
+
+/// Reset the quota of a key: nothing of the running window counts as used.
+///
+/// Every Envoy admits requests again at once. If all keys of the owner share the quota, it is reset for all of them. Requests
+/// that Envoys have admitted and not yet reported count as used afterwards.
+#[utoipa::path(
+    operation_id = "resetKeyQuota",
+    post, path = "/v1/keys/{id}/quota/reset", tag = "keys",
+    request_body(content = Option<ResetBody>),
+    params(ById, IdempotencyKey, IfMatch),
+    responses(Conflict, (status = 200, description = "The quota afterwards", body = QuotaView))
+)]
+pub async fn reset(
+    Call { app, caller, path }: Call<ById>,
+    preconditions: Preconditions,
+    mut request: IdempotentRequest,
+) -> Result<Response, ApiError> {
+    caller.require_admin()?;
+    let body: ResetBody = request.body_or_default().await?;
+    let note = parse_note(body.note)?;
+    let response = request.respond(&app.writer, &caller, async |change| {
+        let key = lock(change, &caller, path.id, &preconditions).await?;
+        let used = quota::reset(change, key.id).await?.ok_or_else(|| no_quota(key.id))?;
+        change.record(AuditEvent::on_key("key.reset_quota", key.id, json!({"used": used, "note": note}))).await?;
+        let view = QuotaView::read(&mut **change, key.id).await?.ok_or_else(|| no_quota(key.id))?;
+        IdempotentResponse::new(StatusCode::OK, &view)
+    });
+    response.await
+}
+
+fn no_quota(key: Uuid) -> ApiError {
+    ApiError::NotFound(format!("The key {key} has no quota."))
 }
