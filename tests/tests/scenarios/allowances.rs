@@ -283,10 +283,11 @@ async fn requests_that_wait_in_a_vm_that_traps_end_with_the_stream_idle_timeout(
     let start = Instant::now();
     let (replies, trapped) = tokio::join!(at_once(&harness, 8, "/", "limited"), traps);
     trapped?;
-    // Those of a VM that ended get the time-out; those of another, if it went on, the safe rate.
-    let statuses: Vec<u16> = replies?.iter().map(|reply| reply.status).collect();
-    assert!(statuses.iter().all(|status| matches!(status, 200 | 408 | 503 | 504)), "{statuses:?}");
-    assert!(statuses.iter().any(|status| matches!(status, 408 | 504)), "{statuses:?}");
+    // Those of a VM that ended get the time-out, which has no body; those of another, if it went on, the safe rate.
+    let (timed_out, others): (Vec<_>, Vec<_>) =
+        replies?.into_iter().partition(|reply| reply.status == 503 && reply.body.is_empty());
+    assert!(!timed_out.is_empty() && others.iter().all(|reply| reply.status == 200), "{timed_out:?} {others:?}");
+    assert!(start.elapsed() > Duration::from_millis(1_900), "{:?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     harness.control_plane.limits().mode = Mode::Answer;
     let serves = async || (harness.get("/", Some("limited")).await.ok()?.status != 503).then_some(());
