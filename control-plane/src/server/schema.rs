@@ -29,6 +29,10 @@ const ACQUIRE: Duration = Duration::from_secs(3);
 const LOCK: &str = "3s";
 const STATEMENT: &str = "60s";
 
+/// PostgreSQL ends a transaction in which nothing was asked for this long. Otherwise a replica that hangs would keep its locks,
+/// and limits would be unavailable on all replicas.
+const IDLE: &str = "2s";
+
 /// How long to wait before the database is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -42,7 +46,12 @@ pub async fn connect(database: &Database) -> Result<PgPool, Failure> {
 /// Connections are opened when they are needed, so that the process starts without the database.
 pub(super) fn open(options: &PgConnectOptions, connections: u32) -> PgPool {
     // Statements are short: to compile one takes longer than to run it.
-    let options = options.clone().options([("lock_timeout", LOCK), ("statement_timeout", STATEMENT), ("jit", "off")]);
+    let options = options.clone().options([
+        ("lock_timeout", LOCK),
+        ("statement_timeout", STATEMENT),
+        ("idle_in_transaction_session_timeout", IDLE),
+        ("jit", "off"),
+    ]);
     let pool = PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE);
     // To ask each time costs a call to the database as long as many a statement.
     let pool = pool.test_before_acquire(false).before_acquire(|connection, meta| {
