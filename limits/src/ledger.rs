@@ -36,7 +36,7 @@ pub struct Pool {
     pub arrival_ns: u64,
     /// Rate limits: the interval between two requests as of the last change. 0 before the first.
     pub interval_ns: u64,
-    /// What each Envoy holds. Those that were silent for [`EXPIRES_AFTER_MS`](crate::EXPIRES_AFTER_MS) are left out.
+    /// What each Envoy holds. Those that were silent for [`EXPIRES_AFTER_MS`] are left out.
     pub holders: Vec<Holder>,
 }
 
