@@ -13,9 +13,10 @@ fn calls(key: Uuid, user: &str) -> Vec<(&'static str, &'static str, String, Valu
     vec![
         ("post", "/api/user/key", "/api/user/key".into(), json!({"email": "u@example.com", "key_name": "n"})),
         ("post", "/v1/keys", "/v1/keys".into(), name),
+        // Before the patch, which takes the quota away with null.
+        ("post", "/v1/keys/{id}/quota/reset", format!("/v1/keys/{key}/quota/reset"), json!({})),
         ("patch", "/v1/keys/{id}", format!("/v1/keys/{key}"), json!({"name": "n"})),
         ("post", "/v1/keys/{id}/rotate", format!("/v1/keys/{key}/rotate"), json!({})),
-        ("post", "/v1/keys/{id}/quota/reset", format!("/v1/keys/{key}/quota/reset"), json!({})),
         ("post", "/v1/users", "/v1/users".into(), json!({"email": "u@example.com"})),
         ("patch", "/v1/users/{id}", user.into(), json!({"plan": null})),
         ("post", "/v1/users/{id}/ledger", format!("{user}/ledger"), json!({"amount": 5})),
