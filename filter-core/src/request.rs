@@ -255,6 +255,10 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         let own = if own.is_empty() { self.config.rate_limit.as_slice() } else { own };
         let limits = Limits { record: &key.record, own, route: policy.rate_limit.as_ref(), cost };
         let Waited { ms, has_failed } = self.waited;
+        if allowances.is_unreachable() {
+            // The control plane may have answered another VM meanwhile.
+            allowances.refresh(data);
+        }
         let attempt = Attempt {
             modes: self.config.on_limits_unreachable,
             is_unreachable: has_failed || self.config.limits_wait_ms == 0 || allowances.is_unreachable(),

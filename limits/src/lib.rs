@@ -54,7 +54,7 @@ pub const EXPIRES_AFTER_MS: u64 = 60_000;
 /// An Envoy that has been silent for this long does not count as live, in milliseconds.
 pub const LIVE_MS: u64 = 10_000;
 
-/// How long an Envoy that is told to be alone may decide by itself, from when it sent its call, in milliseconds.
+/// The control plane lets the only live Envoy decide by itself for this many milliseconds after the Envoy sent its call.
 pub const ALONE_MS: u64 = 400;
 
 /// How long the control plane waits after [`ALONE_MS`] for the usage that the Envoy did not tell yet, in milliseconds: every

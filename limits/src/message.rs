@@ -92,6 +92,25 @@ pub struct Grant {
     pub ahead_ns: u64,
 }
 
+impl Ask {
+    /// Reports nothing, and asks for nothing.
+    #[must_use]
+    pub const fn new(pool: PoolId, session: u64) -> Self {
+        Self {
+            pool,
+            session,
+            granted: 0,
+            spent: 0,
+            returned: 0,
+            ahead_ns: 0,
+            interval_ns: 0,
+            need: 0,
+            least: 0,
+            want: 0,
+        }
+    }
+}
+
 impl Call {
     /// Encodes the call.
     ///

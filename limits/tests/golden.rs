@@ -39,18 +39,7 @@ fn call() -> Call {
         least: 1,
         want: 200,
     };
-    let zeros = Ask {
-        pool: pool(Kind::Credits, 0),
-        session: 1,
-        granted: 0,
-        spent: 0,
-        returned: 0,
-        ahead_ns: 0,
-        interval_ns: 0,
-        need: 0,
-        least: 0,
-        want: 0,
-    };
+    let zeros = Ask::new(pool(Kind::Credits, 0), 1);
     Call { reporter: ReporterId([0x44; 16]), is_last: true, asks: vec![first, zeros] }
 }
 

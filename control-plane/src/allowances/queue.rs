@@ -191,18 +191,7 @@ mod tests {
 
     fn ask() -> Ask {
         let pool = PoolId { kind: Kind::Quota, subject: KeyId([1; 16]).into(), tag: 0 };
-        Ask {
-            pool,
-            session: 1,
-            granted: 0,
-            spent: 0,
-            returned: 0,
-            ahead_ns: 0,
-            interval_ns: 0,
-            need: 1,
-            least: 1,
-            want: 1,
-        }
+        Ask { need: 1, least: 1, want: 1, ..Ask::new(pool, 1) }
     }
 
     #[test]

@@ -31,18 +31,7 @@ fn limit_of(key: Uuid) -> PoolId {
 }
 
 fn ask(pool: PoolId, need: u64, want: u64) -> Ask {
-    Ask {
-        pool,
-        session: 1,
-        granted: 0,
-        spent: 0,
-        returned: 0,
-        ahead_ns: 0,
-        interval_ns: 0,
-        need,
-        least: need.min(1),
-        want,
-    }
+    Ask { need, least: need.min(1), want, ..Ask::new(pool, 1) }
 }
 
 fn call_of(number: u8, asks: &[Ask]) -> Call {

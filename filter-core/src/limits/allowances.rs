@@ -139,7 +139,12 @@ impl Allowances {
     /// `answered`: the pools whose state has just come.
     fn note_contact(&self, contact: Contact, used_ms: u64, answered: &[PoolId]) {
         self.used_ms.set(used_ms);
-        if self.contact.replace(contact).alone_term != contact.alone_term {
+        let before = self.contact.replace(contact);
+        // The control plane has answered another VM, so this one may let requests wait again.
+        if contact.answered_ms > before.answered_ms {
+            self.asking.borrow_mut().on_answer();
+        }
+        if before.alone_term != contact.alone_term {
             self.asking.borrow_mut().tell_all_but(answered);
         }
     }

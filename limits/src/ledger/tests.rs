@@ -184,14 +184,14 @@ fn a_recall_stands_until_the_envoy_has_handed_back_or_needs_tokens_itself() {
     granted(&mut quota, TWO, &needs(99));
     let is_recalled = |quota: &Pool| quota.holders.iter().find(|of| of.reporter == ONE).unwrap().is_recalled;
     assert!(is_recalled(&quota));
-    // It tells what it spent, and has not heard of the recall.
-    let told = Ask { granted: 40, spent: 10, ..ask() };
-    granted(&mut quota, ONE, &told);
+    // The first Envoy reports its usage before it receives the recall.
+    let reported = Ask { granted: 40, spent: 10, ..ask() };
+    granted(&mut quota, ONE, &reported);
     assert!(is_recalled(&quota));
     let mut other = quota.clone();
-    granted(&mut other, ONE, &Ask { need: 31, least: 1, ..told });
+    granted(&mut other, ONE, &Ask { need: 31, least: 1, ..reported });
     assert!(!is_recalled(&other));
-    granted(&mut quota, ONE, &Ask { returned: 30, ..told });
+    granted(&mut quota, ONE, &Ask { returned: 30, ..reported });
     assert!(!is_recalled(&quota));
 }
 

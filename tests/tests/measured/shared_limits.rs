@@ -58,7 +58,7 @@ async fn limited_key(stack: &Stack, email: &str, limit: u64) -> Result<Vec<Strin
     Ok(vec![key])
 }
 
-/// So many keys of one owner, whose plan has this limit for the owner.
+/// Creates this many keys for one owner, and gives them this plan.
 async fn keys_of_an_owner(stack: &Stack, keys: usize, plan: &Value) -> Result<Vec<String>> {
     let rest = stack.rest();
     rest.expect(Method::PUT, "/v1/plans/team", Some(plan), 201).await?;

@@ -49,7 +49,7 @@ fn quota_of(number: u8) -> PoolId {
     PoolId::of_quota(Per::Key, &record(number))
 }
 
-/// So many requests at once.
+/// Sends this many requests at once.
 async fn at_once(harness: &FilterHarness, requests: usize, path: &str, key: &str) -> Result<Vec<Reply>> {
     join_all((0..requests).map(|_| harness.get(path, Some(key)))).await.into_iter().collect()
 }

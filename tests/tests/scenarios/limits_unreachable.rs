@@ -1,5 +1,5 @@
 //! Limits that two Envoys share, while PostgreSQL or the control plane is killed and comes back: requests that wait are
-//! answered, nobody gets more than a quota or a balance, and what was admitted meanwhile counts.
+//! answered, no quota or balance is exceeded, and requests that were admitted meanwhile count.
 
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,7 @@ struct Metered {
 }
 
 impl Metered {
-    /// So many requests at once, at the Envoys in turn.
+    /// Sends this many requests at once, to the Envoys in rotation.
     async fn page(&mut self, stack: &Stack, requests: usize) -> Result<Vec<Reply>> {
         let replies = page(stack, &self.key, requests).await?;
         self.count(&replies);
@@ -186,10 +186,10 @@ async fn survives(killed: Killed) -> Result<()> {
         eventually(&format!("the {} to be served", of.name), served).await?;
     }
     let [limit, quota, credits] = &mut keys;
-    // What was admitted meanwhile is told.
-    let told = "select coalesce(sum(spent), 0)::text from allowances where kind = 0";
-    let used = async || (stack.database.text(told).await.ok()? == limit.admitted.to_string()).then_some(());
-    eventually("the use of the rate limit to be told", used).await?;
+    // The Envoys report the requests that they admitted meanwhile.
+    let reported = "select coalesce(sum(spent), 0)::text from allowances where kind = 0";
+    let used = async || (stack.database.text(reported).await.ok()? == limit.admitted.to_string()).then_some(());
+    eventually("the use of the rate limit to be reported", used).await?;
     let left = u64::from(LIMIT) - limit.admitted;
     assert_eq!(admitted(&limit.page(&stack, 20).await?) as u64, left, "after {}", limit.admitted);
     for (of, outcome, all) in [(quota, Outcome::QuotaExceeded, QUOTA), (credits, Outcome::CreditsExhausted, CREDITS)] {

@@ -43,7 +43,7 @@ impl Client {
         Ok(Self { spread, key, id, page: 0, sent: 0, admitted: 0, dice: Dice::new(7) })
     }
 
-    /// So many requests at once.
+    /// Sends this many requests at once.
     async fn page(&mut self, stack: &Stack, requests: usize) -> Result<Vec<Reply>> {
         let (page, first) = (self.page, self.sent);
         self.page += 1;

@@ -66,7 +66,7 @@ async fn half_load(stack: &Stack, rotation: &Rotation, key: &str, pace: Duration
     Ok(sent)
 }
 
-/// So many requests at once at all Envoys. How many were admitted.
+/// Sends this many requests at once, to the Envoys in rotation. Returns how many were admitted.
 async fn at_once(stack: &Stack, rotation: &Rotation, key: &str, requests: usize) -> Result<u64> {
     let replies = join_all((0..requests).map(|_| rotation.send(stack, key))).await;
     let replies = replies.into_iter().collect::<Result<Vec<_>>>()?;

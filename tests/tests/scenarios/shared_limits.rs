@@ -15,7 +15,7 @@ use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::{eventually, eventually_within};
 use serde_json::{Value, json};
 
-/// So many requests at once, at the Envoys in turn.
+/// Sends this many requests at once, to the Envoys in rotation.
 async fn page(stack: &Stack, requests: usize, key: &str) -> Result<Vec<Reply>> {
     let envoys: Vec<&Envoy> = stack.envoys.iter().collect();
     let ask = async |number: usize| {

@@ -38,18 +38,7 @@ fn unavailable() -> Fate {
 
 /// What another Envoy does with a pool.
 fn other(plane: &mut Plane, pool: PoolId, change: impl FnOnce(&mut Ask), now_ms: u64) {
-    let mut ask = Ask {
-        pool,
-        session: 1,
-        granted: 0,
-        spent: 0,
-        returned: 0,
-        ahead_ns: 0,
-        interval_ns: 0,
-        need: 0,
-        least: 0,
-        want: 0,
-    };
+    let mut ask = Ask::new(pool, 1);
     change(&mut ask);
     plane.answer(&Call { reporter: ReporterId([9; 16]), is_last: false, asks: vec![ask] }, now_ms * NS_PER_MS);
 }

@@ -191,3 +191,20 @@ fn while_no_cell_can_be_written_requests_are_refused() {
     assert_eq!(envoy.ask(0, "k"), refused);
     assert_eq!(envoy.vms[0].filter.data().get(CellKey::Contact), None);
 }
+
+#[test]
+fn a_vm_whose_calls_failed_lets_requests_wait_again_once_another_vm_was_answered() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let mut plane = Plane::with([quota_pool(&key, 80, None)]);
+    let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
+    envoy.ask(1, "k");
+    envoy.wake(1);
+    assert_eq!(envoy.respond(1, &MockResponse::default()), [unavailable()]);
+    assert_eq!(envoy.respond(1, &MockResponse::default()), []);
+    assert_eq!(envoy.ask(1, "k"), unavailable());
+    envoy.host.set_now_ms(NOW + 1);
+    envoy.ask(0, "k");
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    assert_eq!(envoy.ask(1, "k"), Fate::Waits);
+}
