@@ -60,7 +60,7 @@ enum Command {
 }
 
 /// What to measure, and how long.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 struct Options {
     /// Fewer rounds and keys: under four minutes once everything is built. Checks the bench, not the product.
     #[arg(long)]
@@ -79,12 +79,21 @@ struct Options {
     /// In the suite `request`, measure only rows whose name contains this, and the row without a filter.
     #[arg(long, value_name = "TEXT")]
     row: Vec<String>,
+    /// Whether the suite `request` is only what the suite `limits` needs of it.
+    #[arg(skip)]
+    limits_only: bool,
 }
 
 impl Options {
+    /// Whether this suite is measured.
+    fn measures(&self, suite: Suite) -> bool {
+        self.suite.is_empty() || self.suite.contains(&suite)
+    }
+
     /// Whether a row of the suite `request` is measured.
     fn wants(&self, name: &str) -> bool {
-        self.row.is_empty() || self.row.iter().any(|part| name.contains(part))
+        (!self.limits_only || request::OF_LIMITS.contains(&name))
+            && (self.row.is_empty() || self.row.iter().any(|part| name.contains(part)))
     }
 }
 
@@ -103,7 +112,8 @@ enum Suite {
     Api,
     /// How long a good key takes during a flood of unknown keys.
     Flood,
-    /// How many requests wait for an allowance of a shared limit, how long, and how fast allowances are granted.
+    /// CPU time of a request with a shared limit, a quota or credits. How many requests wait for an allowance of a shared limit,
+    /// how long, and how fast allowances are granted.
     Limits,
 }
 
@@ -117,7 +127,11 @@ fn main() -> ExitCode {
     })
 }
 
-async fn limits_suite(options: &Options, report: &mut Report) -> Result<()> {
+async fn limits_suite(options: &Options, cores: Cores, report: &mut Report) -> Result<()> {
+    // The whole suite `request` has these rows too.
+    if !options.measures(Suite::Request) {
+        request::measure(&Options { limits_only: true, ..options.clone() }, cores, report).await?;
+    }
     waits::measure(options, report).await?;
     grants::measure(options, report).await
 }
@@ -130,7 +144,7 @@ async fn bench(options: &Options) -> Result<()> {
     let mut report = Report::new(options.quick);
     let mut failed = Vec::new();
     for suite in Suite::value_variants() {
-        if !options.suite.is_empty() && !options.suite.contains(suite) {
+        if !options.measures(*suite) {
             continue;
         }
         let done = match suite {
@@ -140,7 +154,7 @@ async fn bench(options: &Options) -> Result<()> {
             Suite::Usage => usage::measure(options, &mut report).await,
             Suite::Api => api::measure(options, &mut report).await,
             Suite::Flood => flood::measure(options, &mut report).await,
-            Suite::Limits => limits_suite(options, &mut report).await,
+            Suite::Limits => limits_suite(options, cores, &mut report).await,
         };
         // One suite that cannot run does not cost the figures of the others.
         if let Err(error) = done {

@@ -59,6 +59,9 @@ const NOTHING_UP: &str = "no filter, to an upstream";
 const KNOWN_UP: &str = "Portcullis, known key, to an upstream";
 const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
 
+/// The rows that the suite `limits` needs.
+pub(crate) const OF_LIMITS: [&str; 4] = [PLAIN, LIMITED, QUOTA, CREDITS];
+
 /// A row that is measured, and its process.
 struct Subject {
     name: String,
@@ -457,6 +460,8 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     target("÷ ext_authz, fastest authorizer", 0.10, fastest.max_by(|a, b| a.judged.total_cmp(&b.judged)));
     target("÷ api_key_auth with forwarding", 2.0, ratio(PLAIN, NATIVE));
     target("with a rate limit on every key ÷ without", 1.25, ratio(LIMITED, PLAIN));
+    target("with a quota on every key ÷ without", 1.25, ratio(QUOTA, PLAIN));
+    target("with credits on every key ÷ without", 1.25, ratio(CREDITS, PLAIN));
     let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));
     target(
         "unknown key ÷ known key, whole request",

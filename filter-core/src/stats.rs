@@ -26,6 +26,7 @@ pub struct Statistics<H> {
     allowance_calls: Option<MetricId>,
     allowance_failures: Option<MetricId>,
     allowance_waits: Option<MetricId>,
+    live_envoys: Option<MetricId>,
 }
 
 /// A counter that is added up in the VM and passed to the host on each tick.
@@ -57,6 +58,7 @@ impl<H: Host> Statistics<H> {
             allowance_calls: host.define_counter("portcullis.limits.calls_total"),
             allowance_failures: host.define_counter("portcullis.limits.call_failures_total"),
             allowance_waits: host.define_counter("portcullis.limits.waits_total"),
+            live_envoys: host.define_gauge("portcullis.limits.live_envoys"),
             host,
         }
     }
@@ -118,6 +120,11 @@ impl<H: Host> Statistics<H> {
     /// Counts a request that waits for an allowance.
     pub fn count_allowance_wait(&self) {
         self.add(self.allowance_waits, 1);
+    }
+
+    /// Sets the number of Envoys that share limits, this one among them.
+    pub fn set_live_envoys(&self, envoys: u32) {
+        self.set(self.live_envoys, envoys.into());
     }
 
     fn set(&self, metric: Option<MetricId>, value: u64) {
@@ -193,6 +200,7 @@ mod tests {
         stats.set_store(7, 3);
         stats.set_sync_age(9);
         stats.set_usage_pending(11);
+        stats.set_live_envoys(2);
         stats.count_sync_failure();
         stats.count_report_failure();
         stats.count_report_failure();
@@ -201,6 +209,7 @@ mod tests {
             ("portcullis.store.keys", 3),
             ("portcullis.sync.age_seconds", 9),
             ("portcullis.usage.pending_requests", 11),
+            ("portcullis.limits.live_envoys", 2),
             ("portcullis.sync.failures_total", 1),
             ("portcullis.usage.report_failures_total", 2),
         ];

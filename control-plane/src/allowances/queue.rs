@@ -48,6 +48,14 @@ struct Waiting {
     answer: oneshot::Sender<Answered>,
 }
 
+impl Waiting {
+    /// Whether somebody waits for the answer, or none is needed: the last calls of an Envoy that ends ask for nothing.
+    fn is_wanted(&self) -> bool {
+        let asks_nothing = |ask: &Ask| ask.need == 0 && ask.want == 0;
+        !self.answer.is_closed() || self.call.call.asks.iter().all(asks_nothing)
+    }
+}
+
 /// Handle of the queue, cloned into every handler. The answering task ends after the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct Allowances(mpsc::Sender<Waiting>);
@@ -104,7 +112,7 @@ fn check(call: &Call) -> Result<(), CallError> {
 async fn answer_all(pool: PgPool, mut receiver: mpsc::Receiver<Waiting>) {
     let mut received = Vec::with_capacity(TOGETHER);
     while receiver.recv_many(&mut received, TOGETHER).await > 0 {
-        let mut rest = received.drain(..).filter(|waiting| !waiting.answer.is_closed()).peekable();
+        let mut rest = received.drain(..).filter(Waiting::is_wanted).peekable();
         while rest.peek().is_some() {
             let mut asks = 0_usize;
             let fits = |waiting: &Waiting| {
@@ -202,6 +210,22 @@ mod tests {
         assert_eq!(refusal(vec![ask(); POOLS + 1]), "asks: more than 500 in one call");
         assert!(refusal(vec![Ask { spent: TOKENS + 1, ..ask() }]).starts_with("spent:"));
         assert!(refusal(vec![Ask { session: u64::MAX, ..ask() }]).starts_with("session:"));
+    }
+
+    #[test]
+    fn calls_of_envoys_that_are_gone_are_left_out_if_they_ask_for_something() {
+        let is_wanted = |asks, is_gone: bool| {
+            let (answer, answered) = oneshot::channel();
+            let call = Call { reporter: ReporterId([7; 16]), is_last: false, asks };
+            let waiting = Waiting { call: KeyedCall { call, sync_key: Uuid::nil() }, answer };
+            let _answered = (!is_gone).then_some(answered);
+            waiting.is_wanted()
+        };
+        let spent = Ask { need: 0, least: 0, want: 0, spent: 5, ..ask() };
+        assert!(is_wanted(vec![spent, ask()], false));
+        assert!(!is_wanted(vec![spent, ask()], true));
+        assert!(is_wanted(vec![spent, spent], true));
+        assert!(is_wanted(Vec::new(), true));
     }
 
     #[test]

@@ -263,6 +263,8 @@ pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
         others.into_iter().for_each(|pool| asking.needed(pool));
         codec::encode(ENDED_POOLS, &asking.known()).map(|bytes| (bytes, ())).map_err(|_| ())
     });
+    // It may have had no tick since the control plane answered another VM.
+    vm.allowances.refresh(&vm.data);
     let pools = vm.allowances.asking.borrow_mut().all();
     pools.iter().for_each(|pool| hand_back(vm, *pool));
     // Without the cell, the last VM tells of its own.
@@ -271,7 +273,8 @@ pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
         return;
     }
     let asks = pools.into_iter().filter_map(|pool| ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
-    let asks: Vec<Ask> = asks.filter(|ask| ask.granted > 0 || ask.spent > 0).collect();
+    let used = asks.filter(|ask| ask.granted > 0 || ask.spent > 0);
+    let asks: Vec<Ask> = used.map(|ask| Ask { want: 0, ..ask }).collect();
     let mut chunks = asks.chunks(POOLS).peekable();
     if chunks.peek().is_none() {
         let _ = send(vm, setup, Vec::new(), true);
@@ -305,6 +308,7 @@ fn apply<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, answer: &Answer) {
         allowances.note_contact(contact, used_ms, &sent.pools);
     }
     allowances.asking.borrow_mut().on_answer();
+    vm.stats.set_live_envoys(answer.live);
     for (pool, grant) in sent.pools.iter().zip(&answer.grants) {
         apply_grant(vm, *pool, grant, sent.sent_ms, now_ms);
     }

@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 
 const ENVOYS: usize = 3;
 const SECONDS: u32 = 60;
+/// For each load, so many that it keeps its pace although requests wait.
+const CONNECTIONS: usize = 48;
 
 /// The result of a load.
 #[derive(Clone, Copy, Default)]
@@ -28,7 +30,7 @@ async fn load_each(stack: &Stack, keys: &[String], paces: [u32; ENVOYS], seconds
         let plan = Plan {
             targets: vec![envoy.address()],
             keys: keys.to_vec(),
-            connections: 4,
+            connections: CONNECTIONS,
             requests: u64::from(pace * seconds),
             per_second: Some(pace),
         };

@@ -220,6 +220,35 @@ async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_
 }
 
 #[tokio::test]
+async fn what_cannot_be_asked_for_is_answered_as_the_operator_chose_for_each_kind_of_limit() -> Result<()> {
+    for (mode, [rate_limits, quotas, credits], expected) in [
+        (Mode::Refuse, ["deny", "allow", "deny"], [503, 200, 503]),
+        (Mode::Hang, ["allow", "deny", "allow"], [200, 503, 200]),
+    ] {
+        let choice = json!({"rate_limits": rate_limits, "quotas": quotas, "credits": credits});
+        let keys = [
+            ("limited", limited(1, 5)),
+            ("quota", metered(2, budget(1, None), None)),
+            ("credits", metered(3, None, budget(1, None))),
+        ];
+        let plugin = json!({"on_limits_unreachable": choice});
+        let harness = FilterHarness::builder().plugin(plugin).start(&keys).await?;
+        harness.control_plane.limits().live = 2;
+        harness.control_plane.limits().mode = mode;
+        for ((key, _), status) in keys.iter().zip(expected) {
+            // More than the limit.
+            for reply in at_once(&harness, 8, "/", key).await? {
+                assert_eq!(reply.status, status, "{key} {choice}");
+                if status == 503 {
+                    assert_refused(&reply, Outcome::LimitsUnavailable, &[]);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_while_it_waits_holds_nobody_up() -> Result<()> {
     let harness = FilterHarness::start(&[("limited", limited(1, 5))]).await?;
     harness.control_plane.limits().live = 2;

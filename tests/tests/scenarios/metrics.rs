@@ -69,6 +69,7 @@ async fn prometheus_shows_decisions_as_one_metric_with_a_label_for_the_outcome()
         "portcullis_internal_store_generation gauge",
         "portcullis_limits_call_failures_total counter",
         "portcullis_limits_calls_total counter",
+        "portcullis_limits_live_envoys gauge",
         "portcullis_limits_waits_total counter",
         "portcullis_shadow_decisions_total counter",
         "portcullis_store_keys gauge",

@@ -103,6 +103,29 @@ fn an_idle_allowance_is_handed_back_and_forgotten() {
     assert_eq!(envoy.vms[0].calls.len(), 0);
 }
 
+/// A VM ends: its calls for allowances.
+fn ends(envoy: &mut Envoy, vm: usize, is_in_use: bool) -> Vec<Call> {
+    envoy.vms[vm].filter.on_end(&envoy.setup, is_in_use);
+    let calls = envoy.host.take_calls();
+    let calls = calls.iter().filter(|call| call.header(":path") == "/sync/v1/allowances");
+    calls.map(|call| Call::read(&call.body).unwrap()).collect()
+}
+
+#[test]
+fn the_last_vm_signs_off_though_it_had_no_tick_since_another_one_was_answered() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
+    let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
+    envoy.ask(1, "k");
+    envoy.wake(1);
+    assert_eq!(envoy.serve(1, &mut plane), [Fate::Admitted]);
+    assert_eq!(ends(&mut envoy, 1, false), [], "Envoy would drop it");
+    let [call] = &ends(&mut envoy, 0, false)[..] else { panic!("one call") };
+    assert!(call.is_last);
+    let [ask] = &call.asks[..] else { panic!("one pool") };
+    assert_eq!((ask.need, ask.want, ask.spent, ask.spent + ask.returned), (0, 0, 1, ask.granted));
+}
+
 #[test]
 fn the_last_vm_that_ends_tells_and_hands_back_for_all_and_signs_off() {
     let key = Record { quota: budget(1), ..record(7) };
@@ -116,12 +139,6 @@ fn the_last_vm_that_ends_tells_and_hands_back_for_all_and_signs_off() {
     envoy.tick_at(0, NOW + TICK);
     envoy.tick_at(0, NOW + 2 * TICK);
     assert_eq!(envoy.call(0).1.asks, [], "the leader shows that the Envoy is live");
-    let ends = |envoy: &mut Envoy, vm: usize, is_in_use| {
-        envoy.vms[vm].filter.on_end(&envoy.setup, is_in_use);
-        let calls = envoy.host.take_calls();
-        let calls = calls.iter().filter(|call| call.header(":path") == "/sync/v1/allowances");
-        calls.map(|call| Call::read(&call.body).unwrap()).collect::<Vec<_>>()
-    };
     assert_eq!(ends(&mut envoy, 1, true), [], "another configuration goes on");
     assert_eq!(ends(&mut envoy, 1, false), [], "Envoy would drop it");
     assert_eq!(ends(&mut envoy, 2, false), []);
@@ -156,11 +173,7 @@ fn an_envoy_that_ends_with_many_pools_tells_them_in_several_calls() {
     let fates = envoy.respond_to(0, &sent, &MockResponse::ok(answer.write().unwrap()));
     assert_eq!(fates.iter().filter(|fate| **fate == Fate::Waits).count(), 1);
     assert_eq!(envoy.serve(0, &mut plane), [Fate::Admitted]);
-    envoy.vms[0].filter.on_end(&envoy.setup, false);
-    let calls = envoy.host.take_calls();
-    let calls = calls.iter().filter(|call| call.header(":path") == "/sync/v1/allowances");
-    let told: Vec<_> =
-        calls.map(|call| Call::read(&call.body).unwrap()).map(|call| (call.asks.len(), call.is_last)).collect();
+    let told: Vec<_> = ends(&mut envoy, 0, false).iter().map(|call| (call.asks.len(), call.is_last)).collect();
     assert_eq!(told, [(POOLS, false), (1, true)]);
 }
 
