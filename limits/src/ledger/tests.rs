@@ -82,11 +82,11 @@ fn a_call_that_comes_twice_or_late_grants_nothing_more() {
 fn what_an_envoy_spent_counts_at_once_for_a_rate_and_with_the_report_for_a_quota() {
     let mut limit = Pool::new(rate(10, 10));
     granted(&mut limit, ONE, &needs(6));
-    let told = Ask { granted: 6, spent: 4, ahead_ns: 4 * NS_PER_S, ..ask() };
-    granted(&mut limit, ONE, &told);
+    let report = Ask { granted: 6, spent: 4, ahead_ns: 4 * NS_PER_S, ..ask() };
+    granted(&mut limit, ONE, &report);
     assert_eq!((limit.held(), limit.left(NOW), limit.room(NOW)), (2, 6, 4));
-    // Told twice, it counts once.
-    granted(&mut limit, ONE, &told);
+    // Reported twice, it counts once.
+    granted(&mut limit, ONE, &report);
     assert_eq!((limit.held(), limit.left(NOW)), (2, 6));
 
     let mut quota = Pool::new(stock(10));
