@@ -336,7 +336,8 @@ impl Holding {
         if contact.was_alone() {
             if !self.is_known(contact) {
                 self.alone_term = contact.alone_term;
-                let arrival_ns = sent_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
+                // The control plane measured it before the answer came. From the time of the call it would be too early.
+                let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
                 self.arrival_ns = self.arrival_ns.max(arrival_ns);
             }
             let spent = self.spent.saturating_add(self.returned);

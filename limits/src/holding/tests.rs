@@ -338,3 +338,16 @@ fn after_a_long_idle_time_a_new_session_begins_and_the_envoy_that_is_alone_knows
     assert_eq!(spends(&mut holding, STOCK, &later, later_ms * NS_PER_MS, 10), 6);
     assert_eq!((holding.session, holding.spent), (later_ms, 6));
 }
+
+#[test]
+fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_came() {
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    let sent_ms = NOW_MS - 3_000;
+    let mut holding = Holding::default();
+    holding.prepare(of, &alone(), sent_ms * NS_PER_MS);
+    // The control plane measured that ten are used somewhen between; at the latest now.
+    let all = Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, ..grant(0, 0, 0, 1_000) };
+    holding.apply(&all, &alone(), sent_ms);
+    assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
+}
