@@ -295,8 +295,14 @@ impl Holding {
 
     /// Hands back what is not spent, for example because the pool is recalled. The next [`Holding::ask`] tells it.
     pub const fn hand_back(&mut self) {
-        self.returned = self.returned.saturating_add(self.unspent());
+        self.put_back(self.unspent());
         (self.used, self.peak) = (0, 0);
+    }
+
+    /// The pool has these tokens again. Until an answer says more, requests that need them ask.
+    const fn put_back(&mut self, tokens: u64) {
+        self.returned = self.returned.saturating_add(tokens);
+        self.left = self.left.saturating_add(tokens);
     }
 
     /// Makes the next request ask.
@@ -314,7 +320,7 @@ impl Holding {
         self.asked_ms = now_ms;
         let want = self.want();
         let surplus = self.unspent().saturating_sub(want.saturating_mul(2).max(need));
-        self.returned = self.returned.saturating_add(surplus);
+        self.put_back(surplus);
         let Self { session, granted, spent, returned, .. } = *self;
         let (ahead_ns, interval_ns) = (self.arrival_ns.saturating_sub(now_ns), self.interval_ns);
         Ask { pool, session, granted, spent, returned, ahead_ns, interval_ns, need, least, want }

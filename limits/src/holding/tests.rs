@@ -351,3 +351,21 @@ fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_cam
     holding.apply(&all, &alone(), sent_ms);
     assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
 }
+
+#[test]
+fn what_an_envoy_hands_back_is_in_the_pool_so_the_next_request_asks() {
+    let asks = Spent::Wait { for_others: false };
+    let mut holding = with(5);
+    holding.hand_back();
+    assert_eq!([1, 5].map(|cost| holding.spend(cost, STOCK, 0, &contact(), NOW)), [asks; 2]);
+    assert_eq!(holding.spend(6, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+    // Another Envoy was faster.
+    holding.apply(&grant(5, 0, 0, u32::MAX), &contact(), NOW_MS);
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+    // The surplus that goes back with an ask.
+    let mut holding = with(100);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 10), 10);
+    assert_eq!(holding.ask(due(0), &contact(), NOW).returned, 50);
+    assert_eq!([41, 90].map(|cost| holding.spend(cost, STOCK, 0, &contact(), NOW)), [asks; 2]);
+    assert_eq!(holding.spend(91, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+}
