@@ -274,11 +274,12 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
-    /// Whether the control plane was asked after this time and reported the state of the pool. It cannot while another Envoy
-    /// may still decide by itself.
+    /// Whether the control plane was asked after this time and reported that the pool lacks these tokens, but for those that
+    /// other Envoys hold. It cannot report the state while another Envoy may still decide by itself. A request may also have
+    /// waited in vain because answers are slow and others came first.
     #[must_use]
-    pub const fn is_known_since(&self, since_ms: u64) -> bool {
-        self.others < u64::MAX && self.known_until_ms > since_ms
+    pub const fn is_known_to_lack(&self, cost: u64, since_ms: u64) -> bool {
+        self.others < u64::MAX && self.known_until_ms > since_ms && cost.saturating_sub(self.unspent()) > self.left
     }
 
     /// Whether the Envoy is alone and knows the state of the pool.

@@ -340,19 +340,6 @@ fn after_a_long_idle_time_a_new_session_begins_and_the_envoy_that_is_alone_knows
 }
 
 #[test]
-fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_came() {
-    let rate = rate(10, 10);
-    let of = Limited::Rate(&rate);
-    let sent_ms = NOW_MS - 3_000;
-    let mut holding = Holding::default();
-    holding.prepare(of, &alone(), sent_ms * NS_PER_MS);
-    // The control plane measured that ten are used somewhen between; at the latest now.
-    let all = Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, ..grant(0, 0, 0, 1_000) };
-    holding.apply(&all, &alone(), sent_ms);
-    assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
-}
-
-#[test]
 fn what_an_envoy_hands_back_is_in_the_pool_so_the_next_request_asks() {
     let asks = Spent::Wait { for_others: false };
     let mut holding = with(5);
@@ -368,4 +355,31 @@ fn what_an_envoy_hands_back_is_in_the_pool_so_the_next_request_asks() {
     assert_eq!(holding.ask(due(0), &contact(), NOW).returned, 50);
     assert_eq!([41, 90].map(|cost| holding.spend(cost, STOCK, 0, &contact(), NOW)), [asks; 2]);
     assert_eq!(holding.spend(91, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+}
+
+#[test]
+fn a_pool_is_known_to_lack_tokens_only_if_the_last_answer_was_late_enough_and_said_so() {
+    let said = |left, others| {
+        let mut holding = with(2);
+        holding.apply(&grant(2, left, others, 500), &contact(), NOW_MS);
+        [3, 4].map(|cost| holding.is_known_to_lack(cost, NOW_MS))
+    };
+    // Two of them the Envoy has.
+    assert_eq!([said(0, 0), said(1, 0), said(2, 0)], [[true, true], [false, true], [false, false]]);
+    // Other Envoys did not hand them back in time, or another Envoy may still decide by itself.
+    assert_eq!([said(0, 9), said(0, u64::MAX)], [[true, true], [false, false]]);
+    assert!(!with(0).is_known_to_lack(1, u64::MAX));
+}
+
+#[test]
+fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_came() {
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    let sent_ms = NOW_MS - 3_000;
+    let mut holding = Holding::default();
+    holding.prepare(of, &alone(), sent_ms * NS_PER_MS);
+    // The control plane measured that ten are used somewhen between; at the latest now.
+    let all = Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, ..grant(0, 0, 0, 1_000) };
+    holding.apply(&all, &alone(), sent_ms);
+    assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
 }
