@@ -103,7 +103,7 @@ fn run(case: &Case, seed: u64, settings: Settings) -> Findings {
     let start_ns = world.now_ns + 2 * S;
     world.run(start_ns);
     let (mut next_fate_ns, mut next_change_ns, mut next_load_ns) = (start_ns, start_ns, start_ns);
-    let mut mean_ns = S;
+    let (mut mean_ns, mut is_low) = (S, false);
     while world.found.requests < STEPS {
         let now_ns = world.now_ns;
         if now_ns >= next_load_ns {
@@ -117,7 +117,7 @@ fn run(case: &Case, seed: u64, settings: Settings) -> Findings {
             next_fate_ns = now_ns + world.random.between(3, 30) * S;
         }
         if now_ns >= next_change_ns {
-            change(&mut world, case);
+            change(&mut world, case, &mut is_low);
             next_change_ns = now_ns + world.random.between(5, 30) * S;
         }
         request(&mut world, case);
@@ -160,7 +160,7 @@ fn come_and_go(world: &mut World) {
     }
 }
 
-fn change(world: &mut World, case: &Case) {
+fn change(world: &mut World, case: &Case, is_low: &mut bool) {
     let now_ns = world.now_ns;
     let change = match case.pool.kind {
         Kind::Rate => {
@@ -168,12 +168,13 @@ fn change(world: &mut World, case: &Case) {
                 case.rates[usize::try_from(world.random.below(case.rates.len() as u64)).unwrap()];
             Change::Terms(case.pool, Terms::Rate(rate(requests, window_s)))
         }
-        Kind::Quota => match world.random.below(4) {
-            0 => Change::Reset(case.pool),
-            // Raised and lowered by the same on average.
-            1 | 2 => Change::Add(case.pool, 200),
-            _ => Change::Add(case.pool, -400),
-        },
+        Kind::Quota if world.random.happens(300) => Change::Reset(case.pool),
+        Kind::Quota => {
+            // Lowered by three quarters, which is below the use most of the time, and raised again.
+            *is_low = !*is_low;
+            let Terms::Stock { left, .. } = case.terms else { return };
+            Change::Add(case.pool, if *is_low { -left * 3 / 4 } else { left * 3 / 4 })
+        }
         Kind::Credits => match world.random.below(5) {
             0 => Change::Add(case.pool, -2_000),
             _ => Change::Add(case.pool, 5_000),
