@@ -39,7 +39,7 @@ const fn due(need: u64) -> Due {
 
 fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
     let known_ms = if others > 0 { 100 } else { u32::MAX };
-    Grant { session: NOW_MS, granted, held: granted, left, others, empty_ms, known_ms, ahead_ns: 0 }
+    Grant { session: NOW_MS, granted, spent: 0, held: granted, left, others, empty_ms, known_ms, ahead_ns: 0 }
 }
 
 fn spends(holding: &mut Holding, of: Limited<'_>, contact: &Contact, now: u64, most: usize) -> usize {
@@ -382,4 +382,17 @@ fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_cam
     let all = Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, ..grant(0, 0, 0, 1_000) };
     holding.apply(&all, &alone(), sent_ms);
     assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
+}
+
+#[test]
+fn an_envoy_that_becomes_alone_counts_what_it_has_spent_since_its_call() {
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    let mut holding = Holding::default();
+    holding.prepare(of, &alone(), NOW);
+    // Others have used four. Of its own five the call told two.
+    (holding.granted, holding.spent, holding.returned) = (9, 5, 4);
+    let answer = Grant { spent: 2, ahead_ns: 6 * NS_PER_S, ..grant(9, 4, 0, 0) };
+    holding.apply(&answer, &alone(), NOW_MS);
+    assert_eq!(spends(&mut holding, of, &alone(), NOW, 9), 1);
 }
