@@ -7,10 +7,12 @@ use limits::pool::{Kind, PoolId, Terms};
 use crate::envoy::Need;
 use crate::judge::Findings;
 use crate::world::{Change, Event, MS, Network, S, Settings, World};
-use crate::{behind, credits, quota, rate};
+use crate::{behind_by, credits, quota, rate};
 
-/// Requests of each kind of pool.
+/// Requests of each kind of pool, three times.
 const STEPS: u64 = 100_000;
+
+const SEEDS: [u64; 3] = [100, 200, 300];
 
 const ENVOYS: usize = 4;
 
@@ -66,12 +68,14 @@ fn cases() -> [Case; 6] {
 #[test]
 fn nothing_goes_wrong_with_any_kind_of_pool_while_everything_happens_at_once() {
     for (number, case) in cases().iter().enumerate() {
-        let found = run(case, 100 + number as u64, SETTINGS);
-        print(case.name, &found);
-        assert!(found.requests >= STEPS);
-        assert_eq!((found.excess, found.worst_excess), (0, 0), "{}", case.name);
-        assert!(found.worst_wrong <= permitted(case), "{}: {}", case.name, found.worst_wrong);
-        assert!(found.lost > 500 && found.refused > 1_000, "{}", case.name);
+        for seed in SEEDS {
+            let found = run(case, seed + number as u64, SETTINGS);
+            print(case.name, &found);
+            assert!(found.requests >= STEPS);
+            assert_eq!((found.excess, found.worst_excess), (0, 0), "{}", case.name);
+            assert!(found.worst_wrong <= permitted(case), "{}: {}", case.name, found.worst_wrong);
+            assert!(found.lost > 300 && found.refused > 1_000, "{}", case.name);
+        }
     }
 }
 
@@ -85,13 +89,10 @@ fn at_the_safe_rate_nothing_goes_beyond_a_limit_but_what_is_admitted_at_it() {
     }
 }
 
-/// By how many tokens a pool may run behind the exact one.
+/// By how many tokens a pool may run behind the exact one. Two calls in a row may fail.
 fn permitted(case: &Case) -> i64 {
-    case.rates
-        .iter()
-        .map(|(requests, window_s)| behind(&Terms::Rate(rate(*requests, *window_s))))
-        .max()
-        .unwrap_or_default()
+    let of = |(requests, window_s): &(u32, u32)| behind_by(&Terms::Rate(rate(*requests, *window_s)), 300 + 2 * 250);
+    case.rates.iter().map(of).max().unwrap_or_default()
 }
 
 fn run(case: &Case, seed: u64, settings: Settings) -> Findings {

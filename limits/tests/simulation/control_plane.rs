@@ -30,6 +30,8 @@ pub struct ControlPlane {
     reports: BTreeMap<ReporterId, u64>,
     /// Rate limits: the session of each Envoy and what it has told of its use in it.
     told: BTreeMap<(ReporterId, PoolId), (u64, u64)>,
+    /// When tokens of Envoys that were silent for too long became free, and how many.
+    pub freed: Vec<(PoolId, u64, u64)>,
     pub is_away: bool,
 }
 
@@ -59,7 +61,10 @@ impl ControlPlane {
             if let (Terms::Stock { renews_in_ms, .. }, Some(window)) = (&mut pool.terms, window) {
                 *renews_in_ms = Some((window.ends_ns - now_ns) / MS + 1);
             }
-            tidy(pool, &self.heard_ns, &self.ended, now_ns);
+            let freed = tidy(pool, &self.heard_ns, &self.ended, now_ns);
+            if freed > 0 {
+                self.freed.push((ask.pool, now_ns, freed));
+            }
             Some(pool.answer(me, ask, company, now_ns))
         });
         let grants = grants.collect();
@@ -125,8 +130,10 @@ impl ControlPlane {
     }
 }
 
-/// Forgets Envoys that were silent for too long, and those that hold nothing and did not use the pool for long.
-fn tidy(pool: &mut Pool, heard_ns: &BTreeMap<ReporterId, u64>, ended: &[ReporterId], now_ns: u64) {
+/// Forgets Envoys that were silent for too long, and those that hold nothing and did not use the pool for long. Returns what
+/// becomes free.
+fn tidy(pool: &mut Pool, heard_ns: &BTreeMap<ReporterId, u64>, ended: &[ReporterId], now_ns: u64) -> u64 {
+    let before = pool.held();
     let is_expired = |id: &ReporterId| heard_ns.get(id).is_none_or(|heard| (now_ns - heard) / MS >= EXPIRES_AFTER_MS);
     let is_unused = |holder: &Holder| holder.held() == 0 && now_ns / MS - holder.used_ms > 3 * IDLE_MS;
     pool.holders.retain(|holder| !is_expired(&holder.reporter) && !is_unused(holder));
@@ -134,4 +141,5 @@ fn tidy(pool: &mut Pool, heard_ns: &BTreeMap<ReporterId, u64>, ended: &[Reporter
         let has_ended = ended.contains(&holder.reporter);
         holder.heard_ms = if has_ended { 0 } else { heard_ns[&holder.reporter] / MS };
     }
+    before - pool.held()
 }

@@ -8,6 +8,8 @@
 //! What the design permits, and the judge therefore does not count:
 //! - A request whose call is not answered, or that waited for the longest time without learning that tokens are lacking, is
 //!   *unreachable*: not refused by a limit. If it is admitted at the safe rate, that is counted apart.
+//! - What an Envoy hands back counts as held until the control plane knows it. While silent Envoys hold tokens, what is known is
+//!   certain for a second, in which theirs may become free.
 //! - What an Envoy knows of an empty pool is as old as [`World::stale_ns`](world::World::stale_ns).
 //! - If messages are so slow that a recall takes longer than the longest wait, the request is refused.
 //! - An Envoy admits by the terms of a pool that it knows until it has the changed record, and spends what was granted until then.

@@ -23,6 +23,9 @@ const TIMEOUT_NS: u64 = 250 * MS;
 /// For how long a pool counts as empty at least.
 const LEAST_EMPTY_NS: u64 = 10 * MS;
 
+/// While silent Envoys hold tokens, an answer is certain for this long. What they held may be free meanwhile.
+const SILENT_KNOWN_NS: u64 = S;
+
 #[derive(Clone, Debug)]
 pub enum Event {
     Request { envoy: usize, needs: Vec<Need> },
@@ -325,7 +328,10 @@ impl World {
         // A request waits for the tokens of live Envoys, if a recall and the hand-back are faster than the longest wait: a tick of
         // the other Envoy, and the ways of eight messages.
         let out_of_time = out_of_time && TICK_NS + 8 * self.network.most_ms * MS < LONGEST_WAIT_MS * MS;
-        let idle: u64 = holders.filter(|of| !out_of_time || !is_up(of)).map(|of| self.idle(of, pool)).sum();
+        let held: u64 = holders.filter(|of| !out_of_time || !is_up(of)).map(|of| self.idle(of, pool)).sum();
+        let is_new = |of: &&(PoolId, u64, u64)| of.0 == pool && self.now_ns - of.1 < SILENT_KNOWN_NS + self.stale_ns();
+        let freed: u64 = self.control_plane.freed.iter().rev().take_while(is_new).map(|of| of.2).sum();
+        let idle = held + freed + self.on_its_way(envoy, pool);
         let needs = self.envoys[envoy].workers.iter().flat_map(|worker| &worker.waiting).flat_map(|of| &of.needs);
         let promised: u64 = needs.filter(|need| need.pool == pool).map(|need| need.cost).sum();
         let wrong = left - i64::try_from(idle + promised + cost).unwrap();
@@ -333,6 +339,15 @@ impl World {
             self.found.wrong += 1;
             self.found.worst_wrong = self.found.worst_wrong.max(wrong + 1);
         }
+    }
+
+    /// Tokens that an Envoy itself hands back with a call that is under way. The answer to an earlier call does not know of them.
+    fn on_its_way(&self, envoy: usize, pool: PoolId) -> u64 {
+        let (envoy, holders) = (&self.envoys[envoy], &self.control_plane.pools[&pool].holders);
+        let own = &envoy.holdings[&pool];
+        let is_new = envoy.ns(self.now_ns) / MS - own.asked_ms <= 2 * self.network.most_ms;
+        let told = holders.iter().find(|of| of.reporter == envoy.reporter && of.session == own.session);
+        told.filter(|_| is_new).map_or(0, |told| own.returned.saturating_sub(told.returned))
     }
 
     /// Tokens that an Envoy was granted, some in answers that are under way, and has not spent. They are its until the control
