@@ -274,11 +274,12 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
-    /// Whether the control plane was asked after this time and reported the state of the pool. It cannot while another Envoy
-    /// may still decide by itself.
+    /// Whether the control plane was asked after this time and reported that the pool lacks these tokens, but for those that
+    /// other Envoys hold. It cannot report the state while another Envoy may still decide by itself. A request may also have
+    /// waited in vain because answers are slow and others came first.
     #[must_use]
-    pub const fn is_known_since(&self, since_ms: u64) -> bool {
-        self.others < u64::MAX && self.known_until_ms > since_ms
+    pub const fn is_known_to_lack(&self, cost: u64, since_ms: u64) -> bool {
+        self.others < u64::MAX && self.known_until_ms > since_ms && cost.saturating_sub(self.unspent()) > self.left
     }
 
     /// Whether the Envoy is alone and knows the state of the pool.
@@ -295,8 +296,14 @@ impl Holding {
 
     /// Hands back what is not spent, for example because the pool is recalled. The next [`Holding::ask`] tells it.
     pub const fn hand_back(&mut self) {
-        self.returned = self.returned.saturating_add(self.unspent());
+        self.put_back(self.unspent());
         (self.used, self.peak) = (0, 0);
+    }
+
+    /// The pool has these tokens again. Until an answer says more, requests that need them ask.
+    const fn put_back(&mut self, tokens: u64) {
+        self.returned = self.returned.saturating_add(tokens);
+        self.left = self.left.saturating_add(tokens);
     }
 
     /// Makes the next request ask.
@@ -314,7 +321,7 @@ impl Holding {
         self.asked_ms = now_ms;
         let want = self.want();
         let surplus = self.unspent().saturating_sub(want.saturating_mul(2).max(need));
-        self.returned = self.returned.saturating_add(surplus);
+        self.put_back(surplus);
         let Self { session, granted, spent, returned, .. } = *self;
         let (ahead_ns, interval_ns) = (self.arrival_ns.saturating_sub(now_ns), self.interval_ns);
         Ask { pool, session, granted, spent, returned, ahead_ns, interval_ns, need, least, want }
@@ -336,8 +343,11 @@ impl Holding {
         if contact.was_alone() {
             if !self.is_known(contact) {
                 self.alone_term = contact.alone_term;
-                let arrival_ns = sent_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
-                self.arrival_ns = self.arrival_ns.max(arrival_ns);
+                // The control plane measured it before the answer came. From the time of the call it would be too early. What
+                // this Envoy has spent meanwhile comes on top.
+                let untold_ns = self.spent.saturating_sub(grant.spent).saturating_mul(self.interval_ns);
+                let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
+                self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(untold_ns));
             }
             let spent = self.spent.saturating_add(self.returned);
             self.alone_left = grant.left.saturating_add(grant.granted).saturating_sub(spent);

@@ -145,6 +145,7 @@ impl Pool {
         Grant {
             session: me.session,
             granted: me.granted,
+            spent: me.spent,
             held: me.held(),
             left,
             others,

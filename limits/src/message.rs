@@ -76,6 +76,8 @@ pub struct Grant {
     pub session: u64,
     /// All that the Envoy was granted in this session.
     pub granted: u64,
+    /// What of its use the control plane knows: see [`Ask::spent`] of a rate limit, or the reports.
+    pub spent: u64,
     /// What it holds of that, as the control plane knows: neither spent nor handed back.
     pub held: u64,
     /// What can still be granted to any Envoy now.

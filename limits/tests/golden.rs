@@ -45,17 +45,17 @@ fn call() -> Call {
 
 const ANSWER_BYTES: &str = concat!(
     "504b4731",                               // magic
-    "d3ae9d39",                               // checksum
+    "33aa654e",                               // checksum
     "03",                                     // three live Envoys
     "9003",                                   // alone for 400 ms
     "02",                                     // two grants
     "fba0f1c2b134",                           // session 1,800,000,000,123
-    "1409",                                   // granted 20, holds 9
+    "140a09",                                 // granted 20, spent 10, holds 9
     "ac0207",                                 // 300 are left, others hold 7
     "ffffffff0f",                             // no token comes by itself
     "64",                                     // certain for 100 ms
     "8827",                                   // 5,000 ns ahead
-    "0000000000000000",                       // zeros
+    "000000000000000000",                     // zeros
     "01",                                     // one recall
     "01101111111111111111111111111111111103", // the quota of 1111…, tag 3
 );
@@ -64,6 +64,7 @@ fn answer() -> Answer {
     let grant = Grant {
         session: 1_800_000_000_123,
         granted: 20,
+        spent: 10,
         held: 9,
         left: 300,
         others: 7,

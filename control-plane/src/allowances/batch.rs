@@ -82,6 +82,7 @@ const fn unlimited(ask: &Ask) -> Grant {
     Grant {
         session: ask.session,
         granted: granted.saturating_add(ask.need).saturating_add(ask.want),
+        spent: ask.spent,
         held: 0,
         left: u64::MAX / 2,
         others: 0,

@@ -356,7 +356,7 @@ impl<'a> Charging<'a> {
             Spent::Wait { .. } if self.attempt.is_unreachable => self.take_unanswered(&mut holding, limit, no),
             Spent::Wait { .. } if self.attempt.waited_ms >= LONGEST_WAIT_MS => {
                 let now_ms = now_ns / NS_PER_MS;
-                if holding.is_known_since(now_ms.saturating_sub(self.attempt.waited_ms)) {
+                if holding.is_known_to_lack(cost, now_ms.saturating_sub(self.attempt.waited_ms)) {
                     no(holding.empty_ms(now_ms), holding.has_some())
                 } else {
                     self.take_unanswered(&mut holding, limit, no)

@@ -39,7 +39,7 @@ const fn due(need: u64) -> Due {
 
 fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
     let known_ms = if others > 0 { 100 } else { u32::MAX };
-    Grant { session: NOW_MS, granted, held: granted, left, others, empty_ms, known_ms, ahead_ns: 0 }
+    Grant { session: NOW_MS, granted, spent: 0, held: granted, left, others, empty_ms, known_ms, ahead_ns: 0 }
 }
 
 fn spends(holding: &mut Holding, of: Limited<'_>, contact: &Contact, now: u64, most: usize) -> usize {
@@ -337,4 +337,62 @@ fn after_a_long_idle_time_a_new_session_begins_and_the_envoy_that_is_alone_knows
     let later = Contact { answered_ms: later_ms, alone_until_ms: later_ms + ALONE_MS, ..alone() };
     assert_eq!(spends(&mut holding, STOCK, &later, later_ms * NS_PER_MS, 10), 6);
     assert_eq!((holding.session, holding.spent), (later_ms, 6));
+}
+
+#[test]
+fn what_an_envoy_hands_back_is_in_the_pool_so_the_next_request_asks() {
+    let asks = Spent::Wait { for_others: false };
+    let mut holding = with(5);
+    holding.hand_back();
+    assert_eq!([1, 5].map(|cost| holding.spend(cost, STOCK, 0, &contact(), NOW)), [asks; 2]);
+    assert_eq!(holding.spend(6, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+    // Another Envoy was faster.
+    holding.apply(&grant(5, 0, 0, u32::MAX), &contact(), NOW_MS);
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+    // The surplus that goes back with an ask.
+    let mut holding = with(100);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 10), 10);
+    assert_eq!(holding.ask(due(0), &contact(), NOW).returned, 50);
+    assert_eq!([41, 90].map(|cost| holding.spend(cost, STOCK, 0, &contact(), NOW)), [asks; 2]);
+    assert_eq!(holding.spend(91, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
+}
+
+#[test]
+fn a_pool_is_known_to_lack_tokens_only_if_the_last_answer_was_late_enough_and_said_so() {
+    let said = |left, others| {
+        let mut holding = with(2);
+        holding.apply(&grant(2, left, others, 500), &contact(), NOW_MS);
+        [3, 4].map(|cost| holding.is_known_to_lack(cost, NOW_MS))
+    };
+    // Two of them the Envoy has.
+    assert_eq!([said(0, 0), said(1, 0), said(2, 0)], [[true, true], [false, true], [false, false]]);
+    // Other Envoys did not hand them back in time, or another Envoy may still decide by itself.
+    assert_eq!([said(0, 9), said(0, u64::MAX)], [[true, true], [false, false]]);
+    assert!(!with(0).is_known_to_lack(1, u64::MAX));
+}
+
+#[test]
+fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_came() {
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    let sent_ms = NOW_MS - 3_000;
+    let mut holding = Holding::default();
+    holding.prepare(of, &alone(), sent_ms * NS_PER_MS);
+    // The control plane measured that ten are used somewhen between; at the latest now.
+    let all = Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, ..grant(0, 0, 0, 1_000) };
+    holding.apply(&all, &alone(), sent_ms);
+    assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
+}
+
+#[test]
+fn an_envoy_that_becomes_alone_counts_what_it_has_spent_since_its_call() {
+    let rate = rate(10, 10);
+    let of = Limited::Rate(&rate);
+    let mut holding = Holding::default();
+    holding.prepare(of, &alone(), NOW);
+    // Others have used four. Of its own five the call told two.
+    (holding.granted, holding.spent, holding.returned) = (9, 5, 4);
+    let answer = Grant { spent: 2, ahead_ns: 6 * NS_PER_S, ..grant(9, 4, 0, 0) };
+    holding.apply(&answer, &alone(), NOW_MS);
+    assert_eq!(spends(&mut holding, of, &alone(), NOW, 9), 1);
 }

@@ -146,7 +146,8 @@ fn an_envoy_that_is_alone_knows_its_pools_ahead_and_no_request_waits() {
 #[test]
 fn an_envoy_that_is_alone_spends_no_more_than_there_is_while_answers_are_late() {
     for terms in [quota(300), credits(300), limit(100, 100)] {
-        let network = Network { least_ms: 20, most_ms: 250, lost_per_mille: 20, doubled_per_mille: 20 };
+        let network =
+            Network { least_ms: 20, most_ms: 250, lost_per_mille: 20, doubled_per_mille: 20, late_per_mille: 0 };
         let (mut world, id) = (World::new(5, 1, 2, network), pool(terms.0, 1));
         world.add_pool(id, terms.1);
         send(&mut world, id, &terms.1, 1_000, 1, 50);

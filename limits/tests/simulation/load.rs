@@ -3,8 +3,9 @@
 use limits::pool::{Kind, PoolId, Terms};
 
 use crate::envoy::Need;
+use crate::judge::Findings;
 use crate::pool;
-use crate::world::{Event, Findings, MS, Network, S, World};
+use crate::world::{Event, MS, Network, S, World};
 
 /// To which Envoys the requests go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +69,7 @@ pub fn run(name: &str, seed: u64, fleet: Fleet, kind: Kind, terms: &Terms, load:
     world.add_pool(id, *terms);
     let end_ns = schedule(&mut world, id, terms, load, seconds);
     world.run(end_ns + 5 * S);
-    world.found.left = world.exact[&id].left(world.now_ns);
+    world.found.left = world.judge.left(id, world.now_ns);
     print(name, &world.found, end_ns / S - 1_800_000_000);
     world.found
 }

@@ -1,9 +1,21 @@
-//! Both sides of shared limits against one exact pool: Envoys with the code of the filter, a control plane with the ledger,
-//! and a network that delays, loses and doubles messages.
+//! Both sides of shared limits against exact pools: Envoys with the code of the filter, a control plane with the ledger, and a
+//! network that delays, loses and doubles messages.
 //!
 //! *Excess*: a request was admitted although the exact pool had no token. *Wrong*: a request was refused although the exact
 //! pool had its tokens, other Envoys did not hold them, and no request of the same Envoy waited for them. *Ideal*: what an exact
 //! limiter that sees every request would have admitted.
+//!
+//! What the design permits, and the judge therefore does not count:
+//! - A request whose call is not answered, or that waited for the longest time without learning that tokens are lacking, is
+//!   *unreachable*: not refused by a limit. If it is admitted at the safe rate, that is counted apart.
+//! - What an Envoy hands back counts as held until the control plane knows it. While silent Envoys hold tokens, what is known is
+//!   certain for a second, in which theirs may become free.
+//! - What an Envoy knows of an empty pool is as old as [`World::stale_ns`](world::World::stale_ns).
+//! - If messages are so slow that a recall takes longer than the longest wait, the request is refused.
+//! - An Envoy admits by the terms of a pool that it knows until it has the changed record, and spends what was granted until then.
+//! - A limit that was lowered counts use beyond its burst as the burst.
+//! - What an Envoy spends without telling is lost if it is killed. Its tokens count as held until it has been silent for long.
+//! - Use of a quota that is reported after its window has ended, or after a reset, counts in the present window.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,23 +26,31 @@
     clippy::print_stdout
 )]
 
+mod apply_change;
 mod changes;
+mod chaos;
+mod control_plane;
 mod envoy;
 mod exact;
 mod first_requests;
+mod handover;
+mod judge;
 mod load;
+mod queue;
 mod random;
+mod windows;
 mod world;
 
 use contract::rate::Rate;
 use contract::record::{Per, RateLimit};
 use limits::pool::{Kind, PoolId, Subject, Terms};
 
+use judge::Findings;
 use load::{Fleet, Load, Spread, run};
-use world::{Findings, Network};
+use world::Network;
 
 /// A network in one data centre.
-const NEAR: Network = Network { least_ms: 1, most_ms: 5, lost_per_mille: 0, doubled_per_mille: 0 };
+const NEAR: Network = Network { least_ms: 1, most_ms: 5, lost_per_mille: 0, doubled_per_mille: 0, late_per_mille: 0 };
 
 fn pool(kind: Kind, number: u8) -> PoolId {
     PoolId { kind, subject: Subject([number; 16]), tag: 0 }
@@ -57,8 +77,13 @@ const SPREADS: [Spread; 3] = [Spread::Sticky, Spread::InTurn, Spread::Random];
 /// How many tokens a pool of a rate limit may run behind the exact one: what comes back between two calls of a worker, and
 /// one. The usage of several Envoys between two calls counts as if one had come after the other.
 fn behind(terms: &Terms) -> i64 {
+    behind_by(terms, 300)
+}
+
+/// The same, with the longest time between two calls of a worker that are answered, in milliseconds.
+fn behind_by(terms: &Terms, between_ms: u64) -> i64 {
     match terms {
-        Terms::Rate(rate) => 1 + i64::try_from(300_000_000 / rate.interval_ns()).unwrap(),
+        Terms::Rate(rate) => 1 + i64::try_from(between_ms * 1_000_000 / rate.interval_ns()).unwrap(),
         Terms::Stock { .. } => 0,
     }
 }

@@ -1,0 +1,145 @@
+//! The control plane of the simulation: the ledger, and what the database knows of Envoys, reports and windows.
+
+use std::collections::BTreeMap;
+
+use contract::id::ReporterId;
+use limits::ledger::{Company, Holder, Pool};
+use limits::message::{Answer, Call};
+use limits::pool::{Kind, PoolId, Terms};
+use limits::{ALONE_GRACE_MS, ALONE_MS, EXPIRES_AFTER_MS, IDLE_MS, LIVE_MS};
+
+use crate::envoy::Reports;
+use crate::world::MS;
+
+/// A quota whose use starts anew at the end of each window.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    pub requests: i64,
+    pub length_ns: u64,
+    pub ends_ns: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct ControlPlane {
+    pub pools: BTreeMap<PoolId, Pool>,
+    pub windows: BTreeMap<PoolId, Window>,
+    heard_ns: BTreeMap<ReporterId, u64>,
+    ended: Vec<ReporterId>,
+    alone: Option<(ReporterId, u64)>,
+    /// The last report of each Envoy.
+    reports: BTreeMap<ReporterId, u64>,
+    /// Rate limits: the session of each Envoy and what it has told of its use in it.
+    told: BTreeMap<(ReporterId, PoolId), (u64, u64)>,
+    /// When tokens of Envoys that were silent for too long became free, and how many.
+    pub freed: Vec<(PoolId, u64, u64)>,
+    pub is_away: bool,
+}
+
+impl ControlPlane {
+    /// Answers a call. The tokens of rate limits whose use it is the first to tell are returned, too.
+    pub fn answer(&mut self, call: &Call, now_ns: u64) -> Option<(Answer, Vec<(PoolId, u64)>)> {
+        if self.is_away {
+            return None;
+        }
+        let me = call.reporter;
+        if call.is_last && !self.ended.contains(&me) {
+            self.ended.push(me);
+        }
+        self.heard_ns.insert(me, now_ns);
+        let silent_ms = |heard_ns: &u64| (now_ns - heard_ns) / MS;
+        let live =
+            self.heard_ns.iter().filter(|(id, heard)| !self.ended.contains(id) && silent_ms(heard) < LIVE_MS).count();
+        let another = self.alone.filter(|(id, until_ns)| *id != me && now_ns < *until_ns);
+        let company = if another.is_some() { Company::AnotherIsAlone } else { Company::Several };
+        let is_alone = live == 1 && another.is_none() && !self.ended.contains(&me);
+        if is_alone {
+            self.alone = Some((me, now_ns + (ALONE_MS + ALONE_GRACE_MS) * MS));
+        }
+        let grants = call.asks.iter().filter_map(|ask| {
+            let window = self.windows.get(&ask.pool).copied();
+            let pool = self.pools.get_mut(&ask.pool)?;
+            if let (Terms::Stock { renews_in_ms, .. }, Some(window)) = (&mut pool.terms, window) {
+                *renews_in_ms = Some((window.ends_ns - now_ns) / MS + 1);
+            }
+            let freed = tidy(pool, &self.heard_ns, &self.ended, now_ns);
+            if freed > 0 {
+                self.freed.push((ask.pool, now_ns, freed));
+            }
+            Some(pool.answer(me, ask, company, now_ns))
+        });
+        let grants = grants.collect();
+        let mut recalls = Vec::new();
+        for (id, pool) in &mut self.pools {
+            for holder in pool.holders.iter_mut().filter(|holder| holder.reporter == me && holder.is_recalled) {
+                holder.is_recalled = false;
+                recalls.push(*id);
+            }
+        }
+        let alone_ms = if is_alone { u32::try_from(ALONE_MS).unwrap() } else { 0 };
+        let answer = Answer { live: u32::try_from(live).unwrap(), alone_ms, grants, recalls };
+        Some((answer, self.note_told(call)))
+    }
+
+    fn note_told(&mut self, call: &Call) -> Vec<(PoolId, u64)> {
+        let mut new = Vec::new();
+        for ask in call.asks.iter().filter(|ask| ask.pool.kind == Kind::Rate) {
+            let told = self.told.entry((call.reporter, ask.pool)).or_default();
+            let before = if told.0 == ask.session { told.1 } else { 0 };
+            if ask.session >= told.0 && ask.spent > before {
+                *told = (ask.session, ask.spent);
+                new.push((ask.pool, ask.spent - before));
+            }
+        }
+        new
+    }
+
+    /// What of a use of a rate limit no call has told.
+    pub fn untold(&self, reporter: ReporterId, pool: PoolId, session: u64, spent: u64) -> u64 {
+        let told = self.told.get(&(reporter, pool)).filter(|told| told.0 == session).map_or(0, |told| told.1);
+        spent.saturating_sub(told)
+    }
+
+    /// Books reports. Returns the tokens that were booked now.
+    pub fn book(&mut self, reporter: ReporterId, reports: &Reports) -> Option<BTreeMap<PoolId, u64>> {
+        if self.is_away {
+            return None;
+        }
+        let mut booked = BTreeMap::new();
+        for (seq, tokens) in reports {
+            let last = self.reports.entry(reporter).or_default();
+            if *seq <= *last {
+                continue;
+            }
+            *last = *seq;
+            for (id, tokens) in tokens {
+                *booked.entry(*id).or_default() += tokens;
+                let pool = self.pools.get_mut(id).unwrap();
+                if let Terms::Stock { left, .. } = &mut pool.terms {
+                    *left -= i64::try_from(*tokens).unwrap();
+                }
+                if let Some(holder) = pool.holders.iter_mut().find(|holder| holder.reporter == reporter) {
+                    holder.book(*tokens);
+                }
+            }
+        }
+        Some(booked)
+    }
+
+    pub fn is_booked(&self, reporter: ReporterId, seq: u64) -> bool {
+        self.reports.get(&reporter).is_some_and(|last| *last >= seq)
+    }
+}
+
+/// Forgets Envoys that were silent for too long, and those that hold nothing and did not use the pool for long. Returns what
+/// becomes free.
+fn tidy(pool: &mut Pool, heard_ns: &BTreeMap<ReporterId, u64>, ended: &[ReporterId], now_ns: u64) -> u64 {
+    let before = pool.held();
+    let is_expired = |id: &ReporterId| heard_ns.get(id).is_none_or(|heard| (now_ns - heard) / MS >= EXPIRES_AFTER_MS);
+    let is_unused = |holder: &Holder| holder.held() == 0 && now_ns / MS - holder.used_ms > 3 * IDLE_MS;
+    pool.holders.retain(|holder| !is_expired(&holder.reporter) && !is_unused(holder));
+    for holder in &mut pool.holders {
+        let has_ended = ended.contains(&holder.reporter);
+        holder.heard_ms = if has_ended { 0 } else { heard_ns[&holder.reporter] / MS };
+    }
+    before - pool.held()
+}
