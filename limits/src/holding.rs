@@ -345,9 +345,9 @@ impl Holding {
                 self.alone_term = contact.alone_term;
                 // The control plane measured it before the answer came. From the time of the call it would be too early. What
                 // this Envoy has spent meanwhile comes on top.
-                let untold_ns = self.spent.saturating_sub(grant.spent).saturating_mul(self.interval_ns);
+                let unreported_ns = self.spent.saturating_sub(grant.spent).saturating_mul(self.interval_ns);
                 let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
-                self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(untold_ns));
+                self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(unreported_ns));
             }
             let spent = self.spent.saturating_add(self.returned);
             self.alone_left = grant.left.saturating_add(grant.granted).saturating_sub(spent);

@@ -390,7 +390,7 @@ fn an_envoy_that_becomes_alone_counts_what_it_has_spent_since_its_call() {
     let of = Limited::Rate(&rate);
     let mut holding = Holding::default();
     holding.prepare(of, &alone(), NOW);
-    // Others have used four. Of its own five the call told two.
+    // Others have used four. Of its own five the call reported two.
     (holding.granted, holding.spent, holding.returned) = (9, 5, 4);
     let answer = Grant { spent: 2, ahead_ns: 6 * NS_PER_S, ..grant(9, 4, 0, 0) };
     holding.apply(&answer, &alone(), NOW_MS);
