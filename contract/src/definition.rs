@@ -1,11 +1,12 @@
 //! Roles and plans. Records reference them by number, so a change takes effect for all keys immediately.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, DecodeError};
-use crate::record::{RateLimit, Record};
+use crate::record::{Per, RateLimit, Record};
 
 /// A role or a plan. A role has scopes only.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,13 +61,20 @@ impl Definitions {
         self.each_scope(record).any(|granted| covers(granted, required))
     }
 
-    /// The limits of a key: its own, else those of its plan. Empty: the default of the filter applies.
+    /// The limits of a key: its own, else those of its plan. The plan's limits that all keys of a user share apply in any case.
+    /// Empty: the default of the filter applies.
     #[must_use]
-    pub fn rate_limits<'a>(&'a self, record: &'a Record) -> &'a [RateLimit] {
-        if !record.rate_limits.is_empty() {
-            return &record.rate_limits;
+    pub fn rate_limits<'a>(&'a self, record: &'a Record) -> Cow<'a, [RateLimit]> {
+        let own = record.rate_limits.as_slice();
+        let of_plan = self.plan(record).map_or(&[][..], |plan| &plan.rate_limits);
+        let mut of_owner = of_plan.iter().filter(|limit| limit.per == Per::Owner).peekable();
+        if own.is_empty() {
+            of_plan.into()
+        } else if of_owner.peek().is_none() {
+            own.into()
+        } else {
+            own.iter().chain(of_owner).cloned().collect()
         }
-        self.plan(record).map_or(&[], |plan| &plan.rate_limits)
     }
 
     /// The plan of a key. `None` if it has no plan, or the store does not have the plan yet.
@@ -141,9 +149,21 @@ mod tests {
         assert_eq!(definitions.scopes(&record), ["own", "a:*", "b", "c"]);
         assert!(definitions.grants(&record, "a:x") && definitions.grants(&record, "c"));
         assert!(!definitions.grants(&record, "d") && !Definitions::NONE.grants(&record, "c"));
-        assert_eq!(definitions.rate_limits(&record), [limit("plan")]);
+        assert_eq!(*definitions.rate_limits(&record), [limit("plan")]);
         record.rate_limits = vec![limit("own")];
-        assert_eq!(definitions.rate_limits(&record), [limit("own")]);
+        assert_eq!(*definitions.rate_limits(&record), [limit("own")]);
+    }
+
+    #[test]
+    fn the_limits_of_a_key_come_on_top_of_those_that_its_plan_has_for_the_owner() {
+        let limit =
+            |name: &str, per| RateLimit { name: name.into(), requests: 1, window_s: 1, burst: 1, shared: true, per };
+        let of_plan = vec![limit("each", Per::Key), limit("team", Per::Owner)];
+        let definitions = Definitions([(2, Definition { scopes: Vec::new(), rate_limits: of_plan.clone() })].into());
+        let mut record = Record { plan: Some(2), ..Record::plain(KeyId([1; 16]), OwnerId([2; 16])) };
+        assert_eq!(*definitions.rate_limits(&record), of_plan);
+        record.rate_limits = vec![limit("own", Per::Key)];
+        assert_eq!(*definitions.rate_limits(&record), [limit("own", Per::Key), limit("team", Per::Owner)]);
     }
 
     #[test]

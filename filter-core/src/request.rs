@@ -252,7 +252,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     fn charge_key(&self, key: &StoredKey, cost: u32, policy: &Policy) -> Charged {
         let Vm { data, allowances, stats, .. } = self.vm;
         let own = key.definitions.rate_limits(&key.record);
-        let own = if own.is_empty() { self.config.rate_limit.as_slice() } else { own };
+        let own = if own.is_empty() { self.config.rate_limit.as_slice() } else { &*own };
         let limits = Limits { record: &key.record, own, route: policy.rate_limit.as_ref(), cost };
         let Waited { ms, has_failed } = self.waited;
         if allowances.is_unreachable() {

@@ -336,6 +336,9 @@ impl Holding {
         }
         self.granted = self.granted.max(grant.granted);
         (self.left, self.others) = (grant.left, grant.others);
+        let unreported = self.spent.saturating_sub(grant.spent);
+        // The control plane may know of use that no allowance covered: a quota that lets requests through unchecked.
+        self.spent = self.spent.max(grant.spent);
         let empty_ms = if grant.empty_ms == u32::MAX { u64::MAX } else { grant.empty_ms.into() };
         self.empty_until_ms = sent_ms.saturating_add(empty_ms);
         let known_ms = if grant.known_ms == u32::MAX { empty_ms } else { empty_ms.min(grant.known_ms.into()) };
@@ -345,7 +348,7 @@ impl Holding {
                 self.alone_term = contact.alone_term;
                 // The control plane measured it before the answer came. From the time of the call it would be too early. What
                 // this Envoy has spent meanwhile comes on top.
-                let unreported_ns = self.spent.saturating_sub(grant.spent).saturating_mul(self.interval_ns);
+                let unreported_ns = unreported.saturating_mul(self.interval_ns);
                 let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
                 self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(unreported_ns));
             }

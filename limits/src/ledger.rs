@@ -12,11 +12,19 @@ use crate::message::{Ask, Grant};
 use crate::pool::{Terms, rescale};
 use crate::{EXPIRES_AFTER_MS, IDLE_MS};
 
-/// All Envoys together hold at most this part of what is left, beyond what their waiting requests need.
-const PART: u64 = 8;
+/// What Envoys may hold of a pool beyond what their waiting requests need.
+struct AheadBounds {
+    /// All Envoys together are granted at most this part of what is left.
+    part: u64,
+    /// Below this multiple of what Envoys hold, the pool is scarce: Envoys other than the asking one hand back what they hold.
+    scarce: u64,
+}
 
-/// Below this multiple of what Envoys hold, a pool is scarce: Envoys other than the asking one hand back what they hold.
-const SCARCE: u64 = 4;
+/// A rate limit comes back by itself, so recalls may be rarer.
+const OF_RATE: AheadBounds = AheadBounds { part: 8, scarce: 4 };
+
+/// Of a quota or a balance, idle Envoys never hold more than an eighth of what is left.
+const OF_STOCK: AheadBounds = AheadBounds { part: 16, scarce: 8 };
 
 /// No request waits for what an Envoy holds that has been silent for this long, in milliseconds: several of its ticks.
 const SILENT_MS: u64 = 1_500;
@@ -96,7 +104,8 @@ impl Holder {
     /// Books usage of a quota or a balance that a report has.
     pub fn book(&mut self, tokens: u64) {
         self.spent = self.spent.saturating_add(tokens);
-        // What was spent beyond the grants, or in an earlier session, must not count as handed back later.
+        // What was spent beyond the grants, or in an earlier session, must not count as handed back later. The Envoy learns
+        // with its next answer that it is spent.
         self.granted = self.granted.max(self.spent.saturating_add(self.returned));
     }
 }
@@ -132,7 +141,7 @@ impl Pool {
         me.heard_ms = now_ns / NS_PER_MS;
         self.holders.push(me);
         let left = self.room(now_ns);
-        if others > 0 && (missing > 0 || left < others.saturating_mul(SCARCE)) {
+        if others > 0 && (missing > 0 || left < others.saturating_mul(self.ahead_bounds().scarce)) {
             self.recall_others(reporter);
         }
         let others = self.recallable(reporter, now_ns / NS_PER_MS);
@@ -149,7 +158,11 @@ impl Pool {
             held: me.held(),
             left,
             others,
-            empty_ms: if left > 0 { 0 } else { self.empty_ms(now_ns).min(silent_ms) },
+            empty_ms: match &self.terms {
+                // More come soon, so a request that needs more than is left asks again.
+                Terms::Rate(_) if left > 0 => 0,
+                _ => self.empty_ms(now_ns).min(silent_ms),
+            },
             known_ms: match (others, silent_ms) {
                 (0, u32::MAX) => u32::MAX,
                 (0, _) => SILENT_KNOWN_MS,
@@ -178,6 +191,10 @@ impl Pool {
     #[must_use]
     pub fn held(&self) -> u64 {
         self.holders.iter().fold(0, |sum, holder| sum.saturating_add(holder.held()))
+    }
+
+    const fn ahead_bounds(&self) -> AheadBounds {
+        if matches!(self.terms, Terms::Rate(_)) { OF_RATE } else { OF_STOCK }
     }
 
     /// Brings the use of a rate limit to its present rate: the tokens that are used stay used.
@@ -231,8 +248,9 @@ impl Pool {
         let now_ms = now_ns / NS_PER_MS;
         let in_use = |holder: &&Holder| now_ms.saturating_sub(holder.used_ms) < IDLE_MS;
         let users = u64::try_from(self.holders.iter().filter(in_use).count()).unwrap_or(u64::MAX).saturating_add(1);
-        let even = (room / PART).checked_div(users).unwrap_or_default().saturating_sub(idle);
-        let all = (room / PART).saturating_sub(others.saturating_add(idle));
+        let most = room.checked_div(self.ahead_bounds().part).unwrap_or_default();
+        let even = most.checked_div(users).unwrap_or_default().saturating_sub(idle);
+        let all = most.saturating_sub(others.saturating_add(idle));
         (needed, ask.want.saturating_sub(idle).min(even).min(all))
     }
 

@@ -51,9 +51,13 @@ struct Waiting {
 impl Waiting {
     /// Whether somebody waits for the answer, or none is needed: the last calls of an Envoy that ends ask for nothing.
     fn is_wanted(&self) -> bool {
-        let asks_nothing = |ask: &Ask| ask.need == 0 && ask.want == 0;
-        !self.answer.is_closed() || self.call.call.asks.iter().all(asks_nothing)
+        is_wanted(&self.call.call, &self.answer)
     }
+}
+
+fn is_wanted(call: &Call, answer: &oneshot::Sender<Answered>) -> bool {
+    let asks_nothing = |ask: &Ask| ask.need == 0 && ask.want == 0;
+    !answer.is_closed() || call.asks.iter().all(asks_nothing)
 }
 
 /// Handle of the queue, cloned into every handler. The answering task ends after the last clone is dropped.
@@ -149,7 +153,8 @@ async fn answer_batch(pool: &PgPool, batch: Vec<Waiting>) {
         // One call may be at fault: answer each on its own.
         Err(error) if calls.len() > 1 && error.as_database_error().is_some() => {
             warn!(%error, together = calls.len(), "calls for allowances could not be answered together");
-            for (call, to) in calls.into_iter().zip(to) {
+            // Some may have given up while the others were answered.
+            for (call, to) in calls.into_iter().zip(to).filter(|(call, to)| is_wanted(&call.call, to)) {
                 let answered = answer(pool, std::slice::from_ref(&call)).await;
                 match answered {
                     Ok(mut answers) => {

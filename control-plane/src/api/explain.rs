@@ -163,7 +163,7 @@ pub async fn explain(
             }),
         );
         checks.push(CheckView::without_verdict("rate_limit", limits(record, &facts)));
-        let left = shared_limits(&app.pool, record, definitions.rate_limits(record)).await?;
+        let left = shared_limits(&app.pool, record, &definitions.rate_limits(record)).await?;
         checks.extend(left.map(|saw| CheckView::without_verdict("rate_limit_left", saw)));
         let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
         checks.extend(left.quota.map(|saw| CheckView::without_verdict("quota_left", saw)));
@@ -254,8 +254,10 @@ async fn credential(app: &App, caller: &Caller, body: &ExplainBody) -> Result<(O
 /// The limits that an Envoy applies after all checks.
 fn limits(record: &Record, facts: &Facts<'_>) -> String {
     let limits = facts.definitions.rate_limits(record);
-    let of = if record.rate_limits.is_empty() { "plan" } else { "key" };
-    let of_key = limits.iter().map(|limit| format!("of the {of}: {}", figures(limit)));
+    let of = |limit: &RateLimit| {
+        if record.rate_limits.is_empty() || limit.per == Per::Owner { "plan" } else { "key" }
+    };
+    let of_key = limits.iter().map(|limit| format!("of the {}: {}", of(limit), figures(limit)));
     let of_route = facts.policy.rate_limit.iter().map(|limit| format!("of the route: {}", figures(limit)));
     let mut all: Vec<String> = of_key.chain(of_route).collect();
     if limits.is_empty() {

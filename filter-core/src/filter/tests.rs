@@ -60,8 +60,10 @@ fn from_the_first_tick_to_the_last_report() {
 
     host.take_calls();
     filter.on_end(&setup, false);
-    let last = host.take_calls().pop().unwrap();
-    let reports = read_reports(&last.body).unwrap();
+    let last = host.take_calls();
+    let paths: Vec<_> = last.iter().map(|call| call.header(":path")).collect();
+    assert_eq!(paths, ["/sync/v1/usage", "/sync/v1/allowances"]);
+    let reports = read_reports(&last[0].body).unwrap();
     assert_eq!(reports.iter().flat_map(|report| &report.counts).map(|count| count.requests).sum::<u64>(), 2);
     assert_eq!(host.metric("portcullis.decisions.allowed_total"), 1);
     assert_eq!(host.metric("portcullis.decisions.not_ready_total"), 1);

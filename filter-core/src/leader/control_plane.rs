@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use contract::usage::{Report, write_reports};
 use contract::usage_log::LogKey;
+use limits::TICK_MS;
 use limits::message::Call as AllowanceCall;
 
 use super::reporter::REPORT_TIMEOUT_MS;
@@ -29,10 +30,12 @@ pub(super) fn send_reports(host: &impl Cluster, setup: &Setup, reports: &[Report
     host.dispatch(&call(setup, "POST", "/sync/v1/usage", Some((USAGE, &body)), REPORT_TIMEOUT_MS))
 }
 
-/// Asks for allowances of shared limits. Returns the token of the call; `None` if the host has no such cluster.
-pub(crate) fn ask(host: &impl Cluster, setup: &Setup, asked: &AllowanceCall) -> Option<u32> {
+/// Asks for allowances of shared limits. Returns the token of the call; `None` if the host has no such cluster. An Envoy that is
+/// alone must report in time, so its calls do not last longer than a tick, however long requests may wait.
+pub(crate) fn ask(host: &impl Cluster, setup: &Setup, asked: &AllowanceCall, is_alone: bool) -> Option<u32> {
     let body = asked.write().ok()?;
-    let timeout_ms = setup.config.limits_wait_ms.max(MIN_ASK_TIMEOUT_MS);
+    let most_ms = if is_alone { TICK_MS } else { u64::MAX };
+    let timeout_ms = setup.config.limits_wait_ms.clamp(MIN_ASK_TIMEOUT_MS, most_ms);
     host.dispatch(&call(setup, "POST", "/sync/v1/allowances", Some((ALLOWANCES, &body)), timeout_ms))
 }
 

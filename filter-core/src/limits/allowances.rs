@@ -269,7 +269,7 @@ pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     pools.iter().for_each(|pool| hand_back(vm, *pool));
     // Without the cell, the last VM tells of its own.
     let _ = noted;
-    if !is_last || vm.allowances.contact().answered_ms == 0 {
+    if !is_last {
         return;
     }
     let asks = pools.into_iter().filter_map(|pool| ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
@@ -291,7 +291,7 @@ fn send<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, asks: Vec<Ask>, is_last: bool)
     }
     let reporter = allowances.reporter.get()?;
     vm.stats.count_allowance_call();
-    ask(vm.host(), setup, &Call { reporter, is_last, asks })
+    ask(vm.host(), setup, &Call { reporter, is_last, asks }, allowances.contact().was_alone())
 }
 
 fn apply<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, answer: &Answer) {

@@ -256,7 +256,8 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &Rate
 
 /// Queues the key's shared limits whose state is unknown for the next call.
 pub fn prepare(data: &SharedData<impl Cells>, allowances: &Allowances, key: &StoredKey, now_ns: u64) {
-    let limits = Limits { record: &key.record, own: key.definitions.rate_limits(&key.record), route: None, cost: 1 };
+    let own = key.definitions.rate_limits(&key.record);
+    let limits = Limits { record: &key.record, own: &own, route: None, cost: 1 };
     for of in limits.by_subject() {
         if of.1.iter().all(|limit| limit.shared().is_none()) {
             continue;

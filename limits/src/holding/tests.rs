@@ -385,6 +385,18 @@ fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_cam
 }
 
 #[test]
+fn use_that_no_allowance_covered_gives_the_envoy_none() {
+    let mut holding = with(10);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 10), 10);
+    // Of a quota that lets requests through unchecked, 300 more were reported, and booked as granted and spent.
+    holding.apply(&Grant { spent: 310, ..grant(310, 500, 0, 0) }, &contact(), NOW_MS);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 1), 0);
+    holding.apply(&Grant { spent: 310, ..grant(312, 498, 0, 0) }, &contact(), NOW_MS);
+    assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 9), 2);
+    assert_eq!(holding.ask(due(0), &contact(), NOW).spent, 312);
+}
+
+#[test]
 fn an_envoy_that_becomes_alone_counts_what_it_has_spent_since_its_call() {
     let rate = rate(10, 10);
     let of = Limited::Rate(&rate);

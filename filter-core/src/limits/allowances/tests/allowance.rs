@@ -65,7 +65,8 @@ fn a_recalled_allowance_is_handed_back_at_once() {
     envoy.tick_at(0, NOW + 2 * TICK);
     envoy.serve(0, &mut plane);
     let (_, call) = envoy.call(0);
-    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (4, 8, 0));
+    // A sixteenth of what is left.
+    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (4, 6, 0));
 }
 
 #[test]
@@ -144,9 +145,10 @@ fn the_last_vm_that_ends_tells_and_hands_back_for_all_and_signs_off() {
     assert_eq!(ends(&mut envoy, 2, false), []);
     let [call] = &ends(&mut envoy, 0, false)[..] else { panic!("one call") };
     assert_eq!((call.asks.len(), call.asks[0].spent, call.asks[0].returned, call.is_last), (1, 1, 2, true));
-    // An Envoy that never asked says nothing.
+    // An Envoy that never asked counts as live while it polls, so it signs off too.
     let mut unused = Envoy::new("", &[("k", record(7))]);
-    assert_eq!(ends(&mut unused, 0, false), []);
+    let [call] = &ends(&mut unused, 0, false)[..] else { panic!("one call") };
+    assert_eq!((call.is_last, call.asks.len()), (true, 0));
 }
 
 #[test]
