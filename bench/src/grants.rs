@@ -1,5 +1,5 @@
-//! Suite `limits`, second part: how many allowances the control plane grants, by time and by CPU
-//! time. Callers hold pools as Envoys do, and ask for all of them repeatedly.
+//! Suite `limits`, second part: how many allowances the control plane grants, for each second and for
+//! each second of CPU. Callers hold allowances as Envoys do, and ask for all of them repeatedly.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -39,7 +39,7 @@ fn limit() -> RateLimit {
     RateLimit { name: LIMIT.into(), requests, window_s: 1, burst: requests, shared: true, per: Per::Key }
 }
 
-/// One Envoy, and what it holds of its pools.
+/// One caller in place of an Envoy, and what it holds of its pools.
 struct Caller {
     connection: Connection,
     reporter: ReporterId,
@@ -129,7 +129,8 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
             let keys = ids.chunks(pools).nth(number.into()).context("too few keys")?;
             callers.push(Caller::open(&stack, number, keys).await?);
         }
-        // Grants begin when no caller can be alone any more.
+        // The first caller may decide by itself for a short time. Until it no longer does, the control plane grants the others
+        // nothing.
         (callers, _) = call_all(callers, Duration::from_secs(1)).await?;
         // Seconds for each grant.
         let (mut times, mut control_plane, mut both) = (Samples::default(), Samples::default(), Samples::default());

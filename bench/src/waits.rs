@@ -34,7 +34,7 @@ const CALLS_STAT: &str = "wasmcustom.portcullis.limits.calls_total";
 /// Numbers of Envoys, in descending order: Envoys are stopped between runs.
 const FLEETS: [usize; 3] = [10, 3, 1];
 
-/// The room of a limit for each Envoy from which the target holds.
+/// The burst for each Envoy from which on the target applies, in requests.
 const ROOM: f64 = 16.0;
 
 /// The part of a limit that is used: less than a third.
@@ -70,7 +70,7 @@ struct Run {
 }
 
 impl Run {
-    fn fraction_that_waits(&self) -> f64 {
+    fn percent_that_waits(&self) -> f64 {
         self.counted.waits as f64 / self.requests.max(1) as f64 * 100.0
     }
 
@@ -266,27 +266,27 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     progress(&format!("suite limits: starting {most} Envoys"));
     let mut stack = store::builder(most)?.durable_postgres().workers(1).start().await?;
     let mut dice = Dice::new(5);
-    // The largest share that waits on one Envoy, and on several; times of waits.
+    // The percentages of requests that wait on one Envoy, and on several; times of waits.
     let (mut alone, mut several, mut took) = (Samples::default(), Samples::default(), Vec::new());
     for envoys in FLEETS {
         leave(&mut stack, envoys).await?;
         let fleet = Fleet::connect(&stack).await?;
         let mut cold = Vec::new();
         for traffic in traffic(options.quick) {
-            let shares = if envoys == 1 { &mut alone } else { &mut several };
-            let run = shares_that_wait(&fleet, &traffic, &mut cold, &mut dice, report).await?;
-            shares.push(run.fraction_that_waits());
+            let percentages = if envoys == 1 { &mut alone } else { &mut several };
+            let run = requests_that_wait(&fleet, &traffic, &mut cold, &mut dice, report).await?;
+            percentages.push(run.percent_that_waits());
         }
         let waited: u64 = cold.iter().map(|run: &Run| run.counted.waits).sum();
         let firsts: usize = cold.iter().map(|run| run.requests).sum();
-        let share = waited as f64 / firsts.max(1) as f64 * 100.0;
+        let percent = waited as f64 / firsts.max(1) as f64 * 100.0;
         if envoys == 1 {
-            alone.push(share);
+            alone.push(percent);
         }
-        report.figure(COLD, format!("{}, that wait", on(envoys)), "%", Estimate::exact(share));
+        report.figure(COLD, format!("{}, that wait", on(envoys)), "%", Estimate::exact(percent));
         let cold = Samples::in_groups([cold.into_iter().flat_map(|run| run.latencies_ms).collect()]);
-        for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
-            report.figure(COLD, format!("{}, latency, {name}", on(envoys)), "ms", Estimate::at(&cold, share));
+        for (name, quantile) in [("p50", 0.5), ("p99", 0.99)] {
+            report.figure(COLD, format!("{}, latency, {name}", on(envoys)), "ms", Estimate::at(&cold, quantile));
         }
         if envoys > 1 {
             took.push(waits(&fleet, if options.quick { 50 } else { 500 }, &mut dice, report).await?);
@@ -337,8 +337,8 @@ async fn run(fleet: &Fleet<'_>, traffic: &Traffic, limit: Value, dice: &mut Dice
     Ok([first, fleet.count(fleet.load(&keys, per_second, traffic.lasts, dice)).await?])
 }
 
-/// How many requests wait whose key uses less than a third of its limit.
-async fn shares_that_wait(
+/// Measures how many requests wait if their key uses less than a third of its limit.
+async fn requests_that_wait(
     fleet: &Fleet<'_>,
     traffic: &Traffic,
     cold: &mut Vec<Run>,
@@ -355,7 +355,7 @@ async fn shares_that_wait(
         }
     }
     cold.push(first);
-    report.figure(WAITS, name.as_str(), "%", Estimate::exact(run.fraction_that_waits()));
+    report.figure(WAITS, name.as_str(), "%", Estimate::exact(run.percent_that_waits()));
     report.figure(CALLS, name.as_str(), "calls/s", Estimate::exact(run.calls_per_second(envoys)));
     Ok(run)
 }
@@ -367,7 +367,7 @@ async fn small_bursts(fleet: &Fleet<'_>, quick: bool, dice: &mut Dice, report: &
         let name = format!("{}, {} requests/s of a key", on(envoys), traffic.of_key);
         progress(&format!("suite limits: {name}, small bursts"));
         let [_, run] = run(fleet, traffic, small_limit(traffic.of_key, envoys), dice).await?;
-        report.figure(SMALL, name.as_str(), "%", Estimate::exact(run.fraction_that_waits()));
+        report.figure(SMALL, name.as_str(), "%", Estimate::exact(run.percent_that_waits()));
         let refused = run.refused as f64 / run.requests.max(1) as f64 * 100.0;
         report.figure(SMALL, format!("{name}, refused"), "%", Estimate::exact(refused));
     }
@@ -403,7 +403,7 @@ async fn waits(fleet: &Fleet<'_>, requests: usize, dice: &mut Dice, report: &mut
         "Suite limits: on {}, {:.1} % of {} requests with a limit of 4/s waited, {} were refused; without a limit, a request \
          took {usual:.2} ms (median), {:.2} (p99).",
         on(envoys),
-        run.fraction_that_waits(),
+        run.percent_that_waits(),
         run.requests,
         run.refused,
         Estimate::at(&unlimited, 0.99).judged
@@ -419,7 +419,7 @@ async fn nearly_full(fleet: &Fleet<'_>, quick: bool, dice: &mut Dice, report: &m
     fleet.warm_up(&keys).await?;
     let run = fleet.count(fleet.load(&keys, 90.0, Duration::from_secs(if quick { 2 } else { 20 }), dice)).await?;
     let refused = run.refused as f64 / run.requests.max(1) as f64 * 100.0;
-    report.figure(FULL, "requests that wait", "%", Estimate::exact(run.fraction_that_waits()));
+    report.figure(FULL, "requests that wait", "%", Estimate::exact(run.percent_that_waits()));
     report.figure(FULL, "requests that are refused", "%", Estimate::exact(refused));
     let latencies = Samples::in_groups([run.latencies_ms.clone()]);
     report.figure(FULL, "latency of all requests, p50", "ms", Estimate::at(&latencies, 0.5));

@@ -122,7 +122,7 @@ impl<H: Host> Statistics<H> {
         self.add(self.allowance_waits, 1);
     }
 
-    /// Sets the number of Envoys that share limits, this one among them.
+    /// Sets the number of live Envoys, this one among them.
     pub fn set_live_envoys(&self, envoys: u32) {
         self.set(self.live_envoys, envoys.into());
     }

@@ -9,7 +9,7 @@ use crate::message::POOLS;
 use crate::pool::PoolId;
 use crate::{IDLE_MS, TICK_MS};
 
-/// After so many calls without an answer no request waits, until one is answered.
+/// After this many calls in a row without an answer, no request waits until a call is answered.
 const FAILURES: u32 = 2;
 
 /// Maximum number of pools whose state a worker keeps while they are not used.
@@ -18,19 +18,19 @@ pub const REMEMBERED: usize = 10_000;
 /// The state of one worker.
 #[derive(Clone, Debug, Default)]
 pub struct Asking {
-    /// All pools that were used lately. The control plane draws ids at random, so a fast hash is enough.
+    /// All pools that were used lately. The control plane creates ids at random, so a fast hash is enough.
     pools: HashMap<PoolId, Use, FxBuildHasher>,
     /// Pools that requests wait for, each once.
     lacking: Vec<PoolId>,
-    /// They are not to wait for the next tick.
+    /// The call for these pools must not wait for the next tick.
     needs_are_urgent: bool,
     /// Pools to ask for soon, each once: their allowance runs low, or usage or a hand-back is to be reported.
     soon: Vec<PoolId>,
     /// Pools that were used since the last call, each once.
     used: Vec<PoolId>,
-    /// Counted up each [`IDLE_MS`].
-    turn: u32,
-    turned_ms: u64,
+    /// The number of the present idle period. Each lasts [`IDLE_MS`].
+    period: u32,
+    period_began_ms: u64,
     in_flight: Option<InFlight>,
     /// A tick came while a call was under way.
     missed_tick: bool,
@@ -55,23 +55,23 @@ struct Use {
     need: u64,
     /// Tokens for the cheapest of them.
     least: u64,
-    /// Tokens that requests lacked which were decided without them.
+    /// Tokens that were missing for requests that were decided without them.
     missed: u64,
     is_soon: bool,
     is_used: bool,
-    /// The turn of the last use.
-    turn: u32,
+    /// The idle period of the last use.
+    period: u32,
 }
 
 impl Use {
-    /// Whether there is something to ask or to tell.
+    /// Whether there is something to ask for or to report.
     const fn has_more(&self) -> bool {
         self.is_soon || self.is_used || self.need > 0
     }
 
-    /// Whether the pool was used neither in this turn nor in the one before.
-    const fn is_idle(&self, turn: u32) -> bool {
-        turn.wrapping_sub(self.turn) > 1
+    /// Whether the pool was used neither in this idle period nor in the one before.
+    const fn is_idle(&self, period: u32) -> bool {
+        period.wrapping_sub(self.period) > 1
     }
 }
 
@@ -82,7 +82,7 @@ struct InFlight {
     pools: Vec<PoolId>,
 }
 
-/// A call that was answered.
+/// A call that is no longer under way: it was answered, or it failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sent {
     /// When it was sent, in milliseconds of Unix time.
@@ -94,8 +94,8 @@ pub struct Sent {
 impl Asking {
     /// A request needs tokens of a pool.
     pub fn needed(&mut self, pool: PoolId) {
-        let turn = self.turn;
-        self.entry(pool).turn = turn;
+        let period = self.period;
+        self.entry(pool).period = period;
     }
 
     /// A request has spent from a pool.
@@ -103,7 +103,7 @@ impl Asking {
         self.needed(pool);
         self.note_used(pool);
         if is_low {
-            self.tell(pool);
+            self.queue(pool);
         }
     }
 
@@ -126,7 +126,7 @@ impl Asking {
         self.needed(pool);
         let of = self.entry(pool);
         of.missed = of.missed.max(tokens);
-        self.tell(pool);
+        self.queue(pool);
     }
 
     /// Whether requests wait for tokens that other Envoys hold.
@@ -140,8 +140,8 @@ impl Asking {
         self.needs_are_urgent = !self.lacking.is_empty();
     }
 
-    /// Tell of a pool with the next call.
-    pub fn tell(&mut self, pool: PoolId) {
+    /// Queues a pool for the next call, which reports its use and asks for its state.
+    pub fn queue(&mut self, pool: PoolId) {
         let of = self.entry(pool);
         if !std::mem::replace(&mut of.is_soon, true) {
             self.soon.push(pool);
@@ -150,15 +150,15 @@ impl Asking {
 
     /// Whether pools are queued for the next call.
     #[must_use]
-    pub const fn has_to_tell(&self) -> bool {
+    pub const fn has_queued(&self) -> bool {
         !self.soon.is_empty()
     }
 
     /// Asks again for all pools except those just answered. The Envoy has become alone and does not know their state.
-    pub fn tell_all_but(&mut self, answered: &[PoolId]) {
+    pub fn queue_all_but(&mut self, answered: &[PoolId]) {
         let pools = self.known();
         answered.iter().for_each(|pool| self.entry(*pool).is_soon = true);
-        pools.into_iter().for_each(|pool| self.tell(pool));
+        pools.into_iter().for_each(|pool| self.queue(pool));
         answered.iter().for_each(|pool| self.entry(*pool).is_soon = false);
     }
 
@@ -170,8 +170,8 @@ impl Asking {
 
     /// The entry of a pool. A new entry counts as idle.
     fn entry(&mut self, pool: PoolId) -> &mut Use {
-        let turn = self.turn.wrapping_sub(2);
-        self.pools.entry(pool).or_insert(Use { turn, ..Use::default() })
+        let period = self.period.wrapping_sub(2);
+        self.pools.entry(pool).or_insert(Use { period, ..Use::default() })
     }
 
     fn note_used(&mut self, pool: PoolId) {
@@ -181,7 +181,7 @@ impl Asking {
         }
     }
 
-    /// All waiting requests are decided again: those that still wait say so again.
+    /// All waiting requests are decided again. Those that must still wait are noted again.
     pub fn start_over(&mut self) {
         self.needs_are_urgent = false;
         for pool in std::mem::take(&mut self.lacking) {
@@ -217,15 +217,15 @@ impl Asking {
     /// Pools that were not used for [`IDLE_MS`] to twice that: their allowance is to be handed back. An Envoy that is alone
     /// remembers the state of [`REMEMBERED`] pools for as long as it is alone.
     pub fn idle(&mut self, is_alone: bool, now_ms: u64) -> Vec<PoolId> {
-        if now_ms.abs_diff(self.turned_ms) < IDLE_MS || (is_alone && self.pools.len() <= REMEMBERED) {
+        if now_ms.abs_diff(self.period_began_ms) < IDLE_MS || (is_alone && self.pools.len() <= REMEMBERED) {
             return Vec::new();
         }
-        self.turned_ms = now_ms;
-        self.turn = self.turn.wrapping_add(1);
-        let turn = self.turn;
-        let is_idle = |of: &Use| of.is_idle(turn);
+        self.period_began_ms = now_ms;
+        self.period = self.period.wrapping_add(1);
+        let period = self.period;
+        let is_idle = |of: &Use| of.is_idle(period);
         let idle = self.pools.iter().filter(|(_, of)| is_idle(of)).map(|(pool, _)| *pool).collect();
-        // Those that have something to say come to the next turn again.
+        // A pool with something to report is kept, and is idle again in the next period.
         self.pools.retain(|_, of| !is_idle(of) || of.has_more());
         idle
     }
@@ -269,10 +269,10 @@ impl Asking {
                 let least = if of.need > 0 { of.least } else { of.missed };
                 due.push(Due { pool, need: of.need.max(of.missed), least });
             }
-            if of.is_idle(self.turn) {
+            if of.is_idle(self.period) {
                 self.pools.remove(&pool);
             } else {
-                *self.entry(pool) = Use { turn: of.turn, ..Use::default() };
+                *self.entry(pool) = Use { period: of.period, ..Use::default() };
             }
         }
     }
@@ -282,7 +282,7 @@ impl Asking {
         self.in_flight = Some(InFlight { token, sent_ms: now_ms, pools });
     }
 
-    /// If this token is that of the call under way: the call, which is no longer under way.
+    /// Takes the call under way, if it has this token.
     pub fn take_response(&mut self, token: u32) -> Option<Sent> {
         let InFlight { sent_ms, pools, .. } = self.in_flight.take_if(|call| call.token == token)?;
         Some(Sent { sent_ms, pools })

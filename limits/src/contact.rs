@@ -11,7 +11,7 @@ pub struct Contact {
     pub answered_ms: u64,
     /// How many Envoys were live then.
     pub live: u32,
-    /// Counted up each time the Envoy becomes the only live one.
+    /// The number of the latest term in which the Envoy is alone. Each term has a new number.
     pub alone_term: u32,
     /// Until when it may decide by itself; 0 if it is not alone.
     pub alone_until_ms: u64,
@@ -49,7 +49,7 @@ impl Contact {
     pub(crate) const fn valid_since_ms(&self, now_ms: u64) -> u64 {
         let cut_off_ms = self.answered_ms.saturating_add(VOID_AFTER_MS);
         match self.is_cut_off(now_ms) {
-            // If the clock has stepped back, it is not known when.
+            // After a step back of the clock, the time at which the Envoy was cut off is unknown.
             true if cut_off_ms > now_ms => now_ms,
             true => cut_off_ms,
             false => self.since_ms,

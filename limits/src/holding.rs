@@ -1,4 +1,4 @@
-//! What one Envoy knows and holds of one pool, and how a request spends from it. All workers of the Envoy share it.
+//! The state of one pool at one Envoy, and how a request spends from it. All workers of the Envoy share it.
 
 use contract::rate::Rate;
 use contract::time::{NS_PER_MS, NS_PER_S};
@@ -15,10 +15,10 @@ const TOP_UP_PAUSE_MS: u64 = 20;
 /// clients hammer at an empty pool.
 const LEAST_EMPTY_MS: u64 = 10;
 
-/// Each tick in which tokens are spent lowers the remembered demand by this part.
+/// Each tick in which tokens are spent lowers the remembered demand by 1 / `DECAY` of it.
 const DECAY: u64 = 32;
 
-/// Demand is kept in this part of a token.
+/// Demand is stored in units of 1 / `SCALE` of a token.
 const SCALE: u64 = 256;
 
 /// What one Envoy knows and holds of one pool.
@@ -32,27 +32,27 @@ pub struct Holding {
     pub spent: u64,
     /// See [`Ask::returned`].
     pub returned: u64,
-    /// Rate limits, of what was spent: tokens of requests that did not go upstream after all. They can be spent again.
+    /// Rate limits: spent tokens that can be spent again, because their requests did not go upstream after all.
     pub refunded: u64,
     /// Rate limits: the theoretical arrival time of the Envoy's own requests, in nanoseconds of Unix time; while the Envoy is
     /// alone, that of the pool.
     pub arrival_ns: u64,
-    /// Rate limits: the interval between two requests by which that was computed.
+    /// Rate limits: the interval between two requests with which `arrival_ns` was computed.
     pub interval_ns: u64,
     /// Rate limits: the time that the burst takes. Quotas and balances: how often they were filled, see
     /// [`Budget::fill`](contract::record::Budget::fill).
     pub terms: u64,
     /// Rate limits: the theoretical arrival time at the capacity that is safe while the control plane does not answer.
     pub fallback_ns: u64,
-    /// The term in which the Envoy is alone and knows the state of this pool.
+    /// The number of the term in which the Envoy is alone and knows the state of this pool: see [`Contact::alone_term`].
     pub alone_term: u32,
     /// In that term: tokens of a quota or a balance that are left.
     pub alone_left: u64,
-    /// The last answer: what could be granted.
+    /// In the last answer: tokens that could still be granted.
     pub left: u64,
-    /// What other Envoys held.
+    /// In the last answer: tokens that other Envoys held and could hand back.
     pub others: u64,
-    /// Until when that is taken to be so, in milliseconds of Unix time.
+    /// Until when the Envoy relies on the last answer, in milliseconds of Unix time.
     pub known_until_ms: u64,
     /// When one more token comes, if no Envoy hands any back.
     pub empty_until_ms: u64,
@@ -68,7 +68,7 @@ pub struct Holding {
     pub peak: u64,
 }
 
-/// The numbers of a [`Holding`].
+/// How many numbers a [`Holding`] has.
 pub const WORDS: usize = 20;
 
 impl Holding {
@@ -131,7 +131,7 @@ impl Holding {
     }
 }
 
-/// What limits the tokens of a pool, as the record of a key says.
+/// The limit of a pool, as the record of a key has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limited<'a> {
     /// A rate limit.
@@ -162,10 +162,10 @@ pub enum Spent {
     },
     /// The Envoy must ask first.
     Wait {
-        /// The pool has no such tokens but those that other Envoys hold. They are recalled.
+        /// The pool has too few tokens besides those that other Envoys hold. The control plane recalls these.
         for_others: bool,
     },
-    /// The pool has fewer tokens than that.
+    /// The pool has too few tokens.
     No {
         /// In how many milliseconds one more comes; `u64::MAX` if none comes by itself.
         empty_ms: u64,
@@ -195,7 +195,7 @@ impl Holding {
         self.refuse(cost.saturating_sub(available), waiting, now_ms)
     }
 
-    /// Notes that a request needs tokens under these terms. Keep that even if the request must wait, so that the answer
+    /// Notes that a request needs tokens under these terms. Store the holding even if the request must wait, so that the answer
     /// applies to these terms.
     pub fn prepare(&mut self, of: Limited<'_>, contact: &Contact, now_ns: u64) {
         let now_ms = now_ns / NS_PER_MS;
@@ -214,9 +214,9 @@ impl Holding {
         let reach_ns = now_ns.saturating_add(self.terms);
         // Clocks of workers that differ by less than a second are no step.
         if self.interval_ns > 0 && self.arrival_ns > reach_ns.saturating_add(NS_PER_S) {
-            let is_judge = contact.is_alone(now_ns / NS_PER_MS) && self.is_known(contact);
-            self.arrival_ns = if is_judge { reach_ns } else { now_ns };
-            if !is_judge {
+            let decides_itself = contact.is_alone(now_ns / NS_PER_MS) && self.is_known(contact);
+            self.arrival_ns = if decides_itself { reach_ns } else { now_ns };
+            if !decides_itself {
                 self.forget_state();
             }
         }
@@ -238,11 +238,11 @@ impl Holding {
         true
     }
 
-    /// Spends tokens of a rate limit while the control plane does not answer, at the rate that is safe if all Envoys do the
-    /// same. Returns in how many nanoseconds a token comes if there is none.
+    /// Spends a token of a rate limit while the control plane does not answer, at the rate that is safe if all Envoys do the
+    /// same.
     ///
     /// # Errors
-    /// That time.
+    /// In how many nanoseconds the next token comes.
     pub fn spend_at_safe_rate(&mut self, rate: &Rate, contact: &Contact, now_ns: u64) -> Result<(), u64> {
         let next_ns = rate.slowed(contact.live).take(Some(self.fallback_ns.max(self.arrival_ns)), now_ns)?;
         self.take(1, Some(rate), now_ns);
@@ -253,10 +253,10 @@ impl Holding {
     /// Takes back tokens of a request that did not go upstream after all.
     pub const fn refund(&mut self, cost: u64) {
         if self.interval_ns > 0 {
-            // They may have been told already.
+            // They may have been reported already, so the sum must not fall.
             self.refunded = self.refunded.saturating_add(cost);
         } else {
-            // Of a quota or a balance only those count that a usage report has.
+            // Tokens of a quota or a balance count only once a usage report has them.
             self.spent = self.spent.saturating_sub(cost);
             self.alone_left = self.alone_left.saturating_add(cost);
         }
@@ -274,9 +274,8 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
-    /// Whether the control plane was asked after this time and reported that the pool lacks these tokens, but for those that
-    /// other Envoys hold. It cannot report the state while another Envoy may still decide by itself. A request may also have
-    /// waited in vain because answers are slow and others came first.
+    /// Whether an answer that is new enough says that the pool lacks these tokens, without those that other Envoys hold. If
+    /// none does, the request waited in vain for another reason: another Envoy may still decide by itself, or answers are slow.
     #[must_use]
     pub const fn is_known_to_lack(&self, cost: u64, since_ms: u64) -> bool {
         self.others < u64::MAX && self.known_until_ms > since_ms && cost.saturating_sub(self.unspent()) > self.left
@@ -294,7 +293,7 @@ impl Holding {
         now_ms.abs_diff(self.needed_ms) >= IDLE_MS
     }
 
-    /// Hands back what is not spent, for example because the pool is recalled. The next [`Holding::ask`] tells it.
+    /// Hands back what is not spent, for example because the pool is recalled. The next [`Holding::ask`] reports it.
     pub const fn hand_back(&mut self) {
         self.put_back(self.unspent());
         (self.used, self.peak) = (0, 0);
@@ -330,7 +329,8 @@ impl Holding {
     /// Applies the answer to an ask that was sent at `sent_ms`. Call [`Contact::answered`] first.
     pub fn apply(&mut self, grant: &Grant, contact: &Contact, sent_ms: u64) {
         if grant.session != self.session {
-            // A late answer says nothing. If the control plane knows a later session, the clock has stepped back.
+            // An answer about an earlier session is ignored. If the control plane knows a later one, the clock has stepped
+            // back.
             self.session = self.session.max(grant.session.saturating_add(u64::from(grant.session > self.session)));
             return;
         }
@@ -346,8 +346,8 @@ impl Holding {
         if contact.was_alone() {
             if !self.is_known(contact) {
                 self.alone_term = contact.alone_term;
-                // The control plane measured it before the answer came. From the time of the call it would be too early. What
-                // this Envoy has spent meanwhile comes on top.
+                // The control plane measured `ahead_ns` before the answer came. Counted from the call, the time would be too
+                // early, so it counts from the answer. Tokens that this Envoy has spent since the call are added.
                 let unreported_ns = unreported.saturating_mul(self.interval_ns);
                 let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
                 self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(unreported_ns));
@@ -383,7 +383,7 @@ impl Holding {
         }
     }
 
-    /// Brings the use of a limit that has changed to its present terms. What is known of the pool is known no longer.
+    /// Brings the use of a changed limit to its present terms, and forgets the known state of the pool.
     fn adopt(&mut self, of: Limited<'_>, now_ns: u64) {
         let (interval_ns, terms) = match of {
             Limited::Rate(rate) => (rate.interval_ns(), rate.tolerance_ns()),
@@ -396,7 +396,7 @@ impl Holding {
             self.arrival_ns = crate::pool::rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
         }
         (self.interval_ns, self.terms) = (interval_ns, terms);
-        // A pool that was lowered may have none of it left.
+        // A lowered pool may have fewer tokens left than the Envoy holds.
         self.hand_back();
         self.forget_state();
     }

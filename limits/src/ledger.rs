@@ -1,8 +1,8 @@
-//! The control plane's side: what of a pool is used, what each Envoy holds, and what an Envoy is granted.
+//! The control plane's side of a pool: what is used, what each Envoy holds, and what an Envoy is granted.
 //!
-//! What an Envoy holds is reserved: no other Envoy is granted it. What an Envoy has spent counts against a rate limit when the
-//! Envoy tells it, as of when it was spent, and against a quota or a balance when the usage report has it, together with the
-//! counts; until then it counts as held.
+//! Tokens that an Envoy holds are reserved: no other Envoy is granted them. Spent tokens of a rate limit count as used once the
+//! Envoy reports them, from the time at which it spent them. Spent tokens of a quota or a balance count as used once the usage
+//! report is stored, together with the counts; until then they count as held.
 
 use contract::id::ReporterId;
 use contract::rate::Rate;
@@ -26,13 +26,14 @@ const OF_RATE: AheadBounds = AheadBounds { part: 8, scarce: 4 };
 /// Of a quota or a balance, idle Envoys never hold more than an eighth of what is left.
 const OF_STOCK: AheadBounds = AheadBounds { part: 16, scarce: 8 };
 
-/// No request waits for what an Envoy holds that has been silent for this long, in milliseconds: several of its ticks.
+/// An Envoy that has been silent for this long, in milliseconds, is not expected to hand back tokens: several of its ticks have
+/// passed. No request waits for its tokens.
 const SILENT_MS: u64 = 1_500;
 
-/// While other Envoys hold tokens that they can hand back, an answer is certain for this long, in milliseconds.
+/// For how long an Envoy may rely on an answer while other Envoys hold tokens that they can hand back, in milliseconds.
 const OTHERS_MS: u32 = 100;
 
-/// While silent Envoys hold tokens, an answer is certain for this long, in milliseconds.
+/// For how long an Envoy may rely on an answer while silent Envoys hold tokens, in milliseconds.
 const SILENT_KNOWN_MS: u32 = 1_000;
 
 /// A pool as the control plane keeps it.
@@ -57,7 +58,7 @@ pub struct Holder {
     pub session: u64,
     /// All that it was granted in the session.
     pub granted: u64,
-    /// What is booked of that as spent.
+    /// Tokens that are booked as spent.
     pub spent: u64,
     /// What it handed back.
     pub returned: u64,
@@ -65,14 +66,14 @@ pub struct Holder {
     pub used_ms: u64,
     /// It must hand back what it holds.
     pub is_recalled: bool,
-    /// When the Envoy was last heard of, in milliseconds of Unix time; 0 if it has ended.
+    /// When the Envoy last called, in milliseconds of Unix time; 0 if it has ended.
     pub heard_ms: u64,
 }
 
-/// Which Envoys there are beside the asking one.
+/// Whether the control plane can grant tokens to the calling Envoy now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Company {
-    /// Several Envoys are live, or none may decide by itself.
+pub enum OtherEnvoys {
+    /// No other Envoy may decide by itself: tokens can be granted.
     Several,
     /// Another Envoy may still decide by itself: nothing can be granted.
     AnotherIsAlone,
@@ -91,13 +92,13 @@ impl Holder {
         self.granted.saturating_sub(self.spent).saturating_sub(self.returned)
     }
 
-    /// Tokens that the Envoy can still spend. It holds more while usage that it tells is not booked.
+    /// Tokens that the Envoy can still spend. It holds more while usage that it reports is not booked.
     fn unspent(&self, ask: &Ask) -> u64 {
         self.granted.saturating_sub(self.spent.max(ask.spent)).saturating_sub(self.returned)
     }
 
-    /// Whether it can hand back what it holds.
-    const fn is_heard(&self, now_ms: u64) -> bool {
+    /// Whether the Envoy called lately, so that it can hand back tokens.
+    const fn has_called_lately(&self, now_ms: u64) -> bool {
         now_ms.saturating_sub(self.heard_ms) < SILENT_MS
     }
 
@@ -117,8 +118,9 @@ impl Pool {
         Self { terms, arrival_ns: 0, interval_ns: 0, holders: Vec::new() }
     }
 
-    /// Answers an Envoy's ask: books what it tells, and grants what it needs and wants as far as there is room.
-    pub fn answer(&mut self, reporter: ReporterId, ask: &Ask, company: Company, now_ns: u64) -> Grant {
+    /// Answers an Envoy's ask: books the usage that it reports, and grants what it needs and wants as far as the pool has
+    /// tokens.
+    pub fn answer(&mut self, reporter: ReporterId, ask: &Ask, company: OtherEnvoys, now_ns: u64) -> Grant {
         self.adopt_terms(now_ns);
         let Some(mut me) = self.take_holder(reporter, ask.session) else {
             // A call of an earlier session. Only its session number matters to the Envoy.
@@ -128,12 +130,12 @@ impl Pool {
         self.book(&mut me, ask, now_ns);
         let others: u64 = self.holders.iter().fold(0, |sum, holder| sum.saturating_add(holder.held()));
         let (needed, ahead) = match company {
-            Company::Several => self.grantable(&me, ask, others, now_ns),
-            Company::AnotherIsAlone => (0, 0),
+            OtherEnvoys::Several => self.grantable(&me, ask, others, now_ns),
+            OtherEnvoys::AnotherIsAlone => (0, 0),
         };
         let missing = ask.need.saturating_sub(me.unspent(ask)).saturating_sub(needed);
         me.granted = me.granted.saturating_add(needed).saturating_add(ahead);
-        // The answer to this call tells it, unless the Envoy has handed back meanwhile, or needs tokens itself.
+        // A recall stands until the Envoy has handed back all tokens, or needs tokens itself.
         me.is_recalled &= ask.need == 0 && me.unspent(ask) > 0;
         if ask.need > 0 || ask.spent > 0 {
             me.used_ms = now_ns / NS_PER_MS;
@@ -147,9 +149,9 @@ impl Pool {
         let others = self.recallable(reporter, now_ns / NS_PER_MS);
         let silent_ms = self.silent_ms(reporter, now_ns / NS_PER_MS);
         let (left, others) = match company {
-            Company::Several => (left, others),
-            // Its usage is not known. The requests wait until it is.
-            Company::AnotherIsAlone => (0, u64::MAX),
+            OtherEnvoys::Several => (left, others),
+            // The usage of that Envoy is not known yet. Requests wait until it is.
+            OtherEnvoys::AnotherIsAlone => (0, u64::MAX),
         };
         Grant {
             session: me.session,
@@ -208,7 +210,7 @@ impl Pool {
         self.arrival_ns = self.arrival_ns.min(rate.within_reach(self.arrival_ns, now_ns));
     }
 
-    /// Takes the Envoy's row out, made anew for a later session; `None` if the session has ended.
+    /// Removes the Envoy's entry and returns it, or a new one for a later session; `None` if the ask is of an earlier session.
     fn take_holder(&mut self, reporter: ReporterId, session: u64) -> Option<Holder> {
         let place = self.holders.iter().position(|holder| holder.reporter == reporter);
         let known = place.and_then(|place| self.holders.get(place).copied());
@@ -256,13 +258,15 @@ impl Pool {
 
     /// Tokens that other Envoys hold and can hand back.
     fn recallable(&self, reporter: ReporterId, now_ms: u64) -> u64 {
-        let others = self.holders.iter().filter(|holder| holder.reporter != reporter && holder.is_heard(now_ms));
+        let others =
+            self.holders.iter().filter(|holder| holder.reporter != reporter && holder.has_called_lately(now_ms));
         others.fold(0, |sum, holder| sum.saturating_add(holder.held()))
     }
 
     /// In how many milliseconds what silent Envoys hold is free at the latest; `u32::MAX` if they hold nothing.
     fn silent_ms(&self, reporter: ReporterId, now_ms: u64) -> u32 {
-        let silent = self.holders.iter().filter(|of| of.reporter != reporter && of.held() > 0 && !of.is_heard(now_ms));
+        let silent =
+            self.holders.iter().filter(|of| of.reporter != reporter && of.held() > 0 && !of.has_called_lately(now_ms));
         let free_ms = silent.map(|of| of.heard_ms.saturating_add(EXPIRES_AFTER_MS).saturating_sub(now_ms)).min();
         free_ms.map_or(u32::MAX, |ms| u32::try_from(ms).unwrap_or(u32::MAX).max(SILENT_KNOWN_MS))
     }

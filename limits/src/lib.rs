@@ -1,9 +1,9 @@
-//! How all Envoys together keep rate limits, quotas and credits, exactly and mostly without a call for a request.
+//! Rate limits, quotas and credits that count over all Envoys: exact, and mostly without a call on the request path.
 //!
-//! What a limit allows is a [`pool`] of tokens, one for each rate limit, quota or balance. The control plane keeps it in a
-//! [`ledger`]. Each Envoy holds an *allowance* of the pool, tokens that the control plane granted it, and spends from it: see
-//! [`holding`]. A request that finds no allowance waits while the Envoy asks for more; [`asking`] says what a worker asks
-//! for and when. The [`message`]s carry sums that only grow, so that a lost, repeated or late message does no harm.
+//! Each rate limit, quota or balance is a [`pool`] of tokens, which the control plane keeps in a [`ledger`]. Each Envoy spends
+//! from its *allowance*: tokens of the pool that the control plane granted it. See [`holding`]. A request that the allowance
+//! does not cover waits while the Envoy asks for more; [`asking`] says what a worker asks for and when. The sums in the
+//! [`message`]s only grow, so a lost, repeated or late message does no harm.
 //!
 //! All functions are pure: no clock, no shared data, no SQL. `tests/simulation` runs both sides against one exact pool.
 
@@ -34,7 +34,7 @@ pub mod ledger;
 pub mod message;
 pub mod pool;
 
-/// Time between two ticks of a worker, in milliseconds. Demand is measured by the tick.
+/// Time between two ticks of a worker, in milliseconds. Demand is measured for each tick.
 pub const TICK_MS: u64 = 250;
 
 /// An Envoy that has not used a pool for this long hands its allowance back, in milliseconds.
@@ -47,18 +47,19 @@ pub const FORGOTTEN_MS: u64 = 750_000;
 /// An Envoy whose last answer from the control plane is older than this stops spending its allowances, in milliseconds.
 pub const VOID_AFTER_MS: u64 = 50_000;
 
-/// The control plane takes back what an Envoy holds that has been silent for this long, in milliseconds. The difference to
-/// [`VOID_AFTER_MS`] is the tolerance for clocks that run at different speeds and for messages that are under way.
+/// When an Envoy has been silent for this long, in milliseconds, the tokens that it holds return to their pools. The difference
+/// to [`VOID_AFTER_MS`] is the tolerance for clocks that run at different speeds and for messages that are under way.
 pub const EXPIRES_AFTER_MS: u64 = 60_000;
 
-/// An Envoy that has been silent for this long does not count as live, in milliseconds.
+/// An Envoy that calls for allowances is live until this long after its last call, in milliseconds. An Envoy without such calls
+/// is live while it polls for keys.
 pub const LIVE_MS: u64 = 10_000;
 
 /// The control plane lets the only live Envoy decide by itself for this many milliseconds after the Envoy sent its call.
 pub const ALONE_MS: u64 = 400;
 
-/// How long the control plane waits after [`ALONE_MS`] for the usage that the Envoy did not tell yet, in milliseconds: every
-/// worker tells its usage on each tick.
+/// How long the control plane waits after [`ALONE_MS`] for usage that the Envoy has not reported yet, in milliseconds: every
+/// worker reports its usage on each tick.
 pub const ALONE_GRACE_MS: u64 = 350;
 
 /// While requests wait for tokens that other Envoys hold, a worker asks again this often, in milliseconds.

@@ -1,8 +1,9 @@
 //! The messages: an Envoy's [`Call`] for allowances, and the control plane's [`Answer`].
 //!
-//! Everything an Envoy says of a pool is a sum that only grows within a *session*, which starts when the Envoy first uses
-//! the pool, and starts anew when it was cut off for too long. So each message replaces all earlier ones: a call may be lost,
-//! repeated, or come late, and several workers may ask for one pool at the same time.
+//! What an Envoy was granted, has spent and has handed back of a pool are sums that only grow within a *session*. A session
+//! begins when the Envoy first uses the pool. A new one begins after [`FORGOTTEN_MS`](crate::FORGOTTEN_MS) without use, or
+//! after the Envoy was cut off for [`VOID_AFTER_MS`](crate::VOID_AFTER_MS). So each message replaces all earlier ones: a call
+//! may be lost, repeated or late, and several workers may ask for one pool at the same time.
 
 use contract::codec::{self, DecodeError, Magic};
 use contract::id::ReporterId;
@@ -19,18 +20,18 @@ pub const ANSWER: Magic = Magic(*b"PKG1");
 /// Most pools in a call, and most pools that an answer recalls.
 pub const POOLS: usize = 500;
 
-/// What one worker of an Envoy asks for, and the usage that it tells.
+/// The call of one worker of an Envoy: its usage, and the tokens that it asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
     /// The Envoy process.
     pub reporter: ReporterId,
-    /// The Envoy ends: what it holds of any pool is free.
+    /// This is the last call of the Envoy: it is no longer live, and no request waits for tokens that it still holds.
     pub is_last: bool,
     /// At most [`POOLS`], each pool once.
     pub asks: Vec<Ask>,
 }
 
-/// What an Envoy says of one pool, and wants from it.
+/// The state of one pool at an Envoy, and the tokens that the Envoy asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ask {
     /// The pool.
@@ -39,19 +40,19 @@ pub struct Ask {
     pub session: u64,
     /// Tokens that the Envoy knows it was granted.
     pub granted: u64,
-    /// Tokens that it has spent, also beyond what it was granted: alone, or while the control plane did not answer.
+    /// Tokens that it has spent: more than it was granted, if it decided by itself or the control plane did not answer.
     pub spent: u64,
     /// Tokens that it handed back unspent.
     pub returned: u64,
     /// Rate limits: by how many nanoseconds the theoretical arrival time of the Envoy's own requests is ahead of now.
     pub ahead_ns: u64,
-    /// Rate limits: the interval between two requests by which that was computed. 0 for other pools.
+    /// Rate limits: the interval between two requests with which `ahead_ns` was computed. 0 for other pools.
     pub interval_ns: u64,
     /// Tokens for the requests that wait now.
     pub need: u64,
     /// Tokens for the cheapest waiting request. With fewer, none is admitted.
     pub least: u64,
-    /// Tokens that the Envoy would like to hold beyond that.
+    /// Tokens that the Envoy would like to hold beyond `need`.
     pub want: u64,
 }
 
@@ -60,8 +61,8 @@ pub struct Ask {
 pub struct Answer {
     /// How many Envoys are live.
     pub live: u32,
-    /// The Envoy is the only live one, for this many milliseconds from when it sent its call: it may decide by itself. 0 if
-    /// it is not.
+    /// For how many milliseconds after it sent the call the Envoy may decide by itself, because no other Envoy is live. 0 if it
+    /// may not.
     pub alone_ms: u32,
     /// One for each [`Ask`], in their order.
     pub grants: Vec<Grant>,
@@ -76,19 +77,21 @@ pub struct Grant {
     pub session: u64,
     /// All that the Envoy was granted in this session.
     pub granted: u64,
-    /// What of its use the control plane knows: see [`Ask::spent`] of a rate limit, or the reports.
+    /// Tokens that the control plane has booked as spent in this session: those of a rate limit from [`Ask::spent`], others
+    /// from the usage reports.
     pub spent: u64,
-    /// What it holds of that, as the control plane knows: neither spent nor handed back.
+    /// Tokens that the Envoy holds according to the control plane: granted, and neither spent nor handed back.
     pub held: u64,
     /// What can still be granted to any Envoy now.
     pub left: u64,
-    /// Tokens that other Envoys hold. `u64::MAX`: their usage is not known, since another Envoy may still decide by itself.
+    /// Tokens that other Envoys hold and can hand back: those of silent Envoys are not counted. `u64::MAX`: unknown, because
+    /// another Envoy may still decide by itself.
     pub others: u64,
     /// In how many milliseconds one more token can be granted if no Envoy hands any back. 0 if one can be granted now,
     /// `u32::MAX` if none comes by itself.
     pub empty_ms: u32,
-    /// For how many milliseconds that is certain. It is short while other Envoys hold tokens: they may hand some back, or be
-    /// silent for so long that what they hold is free.
+    /// For how many milliseconds the Envoy may rely on `left`, `others` and `empty_ms`; `u32::MAX`: until `empty_ms` have
+    /// passed. The time is short while other Envoys hold tokens, because these may come back to the pool.
     pub known_ms: u32,
     /// Rate limits: by how many nanoseconds the theoretical arrival time of the pool is ahead of now.
     pub ahead_ns: u64,

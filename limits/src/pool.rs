@@ -5,7 +5,7 @@ use contract::rate::{Rate, tag};
 use contract::record::{Per, RateLimit, Record};
 use serde::{Deserialize, Serialize};
 
-/// What a pool is of.
+/// The kind of limit that a pool belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
     /// A rate limit. Its tokens are requests, and come back with time.
@@ -42,7 +42,7 @@ impl Kind {
 /// One pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PoolId {
-    /// What it is of.
+    /// The kind of limit.
     pub kind: Kind,
     /// The key or the user.
     pub subject: Subject,
@@ -79,7 +79,7 @@ impl PoolId {
     }
 }
 
-/// The tag of a limit that all keys of an owner share which have this plan.
+/// The tag of a limit that is shared by all keys of an owner with this plan.
 #[must_use]
 pub fn owner_tag(name: &str, plan: Option<u32>) -> u64 {
     tag(&format!("{}/{name}", plan.unwrap_or_default()))
@@ -108,7 +108,7 @@ pub enum Terms {
     Rate(Rate),
     /// A quota or a balance.
     Stock {
-        /// Tokens that no report has used yet. Negative if more was used than there was.
+        /// Tokens that are not used, according to the usage reports so far. Negative if more was used than there was.
         left: i64,
         /// In how many milliseconds more tokens come by themselves; `None` if none do.
         renews_in_ms: Option<u64>,

@@ -11,7 +11,7 @@ use contract::rate::Rate;
 use contract::record::Record;
 use contract::usage::Report;
 use limits::ALONE_MS;
-use limits::ledger::{Company, Holder, Pool};
+use limits::ledger::{Holder, OtherEnvoys, Pool};
 use limits::message::{Answer, Call};
 use limits::pool::{PoolId, Terms};
 
@@ -77,7 +77,7 @@ impl FakeLimits {
             let none = Terms::Stock { left: 0, renews_in_ms: None };
             let pool = self.pools.entry(ask.pool).or_insert_with(|| Pool::new(rate.unwrap_or(none)));
             pool.terms = rate.unwrap_or(pool.terms);
-            let grant = pool.answer(call.reporter, ask, Company::Several, now_ns);
+            let grant = pool.answer(call.reporter, ask, OtherEnvoys::Several, now_ns);
             // The other Envoy hands back what is recalled.
             for other in
                 pool.holders.iter_mut().filter(|holder| holder.is_recalled && holder.heard_ms > now_ns / 1_000_000)

@@ -75,7 +75,8 @@ fn answer_call(call: &Call, locked: &mut Locked, standing: &Standing) -> Answer 
     Answer { live: standing.live, alone_ms: standing.alone_ms(reporter), grants: grants.collect(), recalls: Vec::new() }
 }
 
-/// The limit, the quota or the user no longer exists, of which the Envoy learns soon.
+/// The answer if the limit, the quota or the user no longer exists: all that was asked for. The Envoy learns of the change
+/// soon.
 const fn unlimited(ask: &Ask) -> Grant {
     let used = ask.spent.saturating_add(ask.returned);
     let granted = if ask.granted > used { ask.granted } else { used };
@@ -92,7 +93,7 @@ const fn unlimited(ask: &Ask) -> Grant {
     }
 }
 
-/// What has changed in pools: all of the Envoys that asked, and of other Envoys whether they must hand back.
+/// The rows that have changed: rate limits, the allowances of Envoys that asked, and recalls of other Envoys.
 fn changes<'a>(calls: &[KeyedCall], before: &BTreeMap<PoolId, Pool>, after: &'a BTreeMap<PoolId, Pool>) -> Changes<'a> {
     let asked: BTreeSet<(PoolId, ReporterId)> =
         calls.iter().flat_map(|keyed| keyed.call.asks.iter().map(|ask| (ask.pool, keyed.call.reporter))).collect();

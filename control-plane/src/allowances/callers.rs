@@ -1,13 +1,13 @@
-//! Which Envoys are live, and whether one of them is alone and judges by itself.
+//! Which Envoys are live, and whether one of them is alone and decides by itself.
 //!
-//! An Envoy that polls is live also before it first calls, so that another one has stopped to judge by itself by then.
+//! An Envoy that polls is live before its first call, so that another Envoy has stopped deciding by itself by then.
 //! Two Envoys must never both be alone, on whichever replicas they call. The row of `lone_caller` therefore is locked before an
 //! Envoy becomes alone, and before a newcomer is taken to be one of several. An Envoy that has called before is seen by all
 //! others, so its calls need no such lock once there are several.
 
 use std::collections::{BTreeMap, HashMap};
 
-use limits::ledger::Company;
+use limits::ledger::OtherEnvoys;
 use limits::{ALONE_GRACE_MS, ALONE_MS, LIVE_MS};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -31,9 +31,9 @@ pub(super) struct Standing {
     owners: HashMap<Uuid, Uuid>,
     /// How many Envoys are live.
     pub(super) live: u32,
-    /// The Envoy that may judge by itself now.
+    /// The calling Envoy that may decide by itself after this answer.
     alone: Option<Uuid>,
-    /// An Envoy that may still judge by itself.
+    /// The Envoy that may still decide by itself, after this answer or an earlier one.
     lone: Option<Uuid>,
     /// Some Envoy that calls has allowances to hand back.
     pub(super) has_recalls: bool,
@@ -46,14 +46,14 @@ impl Standing {
     }
 
     /// Which Envoys there are beside this one.
-    pub(super) fn company(&self, reporter: Uuid) -> Company {
+    pub(super) fn company(&self, reporter: Uuid) -> OtherEnvoys {
         match self.lone {
-            Some(lone) if lone != reporter => Company::AnotherIsAlone,
-            _ => Company::Several,
+            Some(lone) if lone != reporter => OtherEnvoys::AnotherIsAlone,
+            _ => OtherEnvoys::Several,
         }
     }
 
-    /// For how long this Envoy may judge by itself, in milliseconds.
+    /// For how long this Envoy may decide by itself, in milliseconds.
     pub(super) fn alone_ms(&self, reporter: Uuid) -> u32 {
         if self.alone == Some(reporter) { u32::try_from(ALONE_MS).unwrap_or(u32::MAX) } else { 0 }
     }
@@ -64,7 +64,7 @@ struct Noted {
     reporter: Uuid,
     sync_key_id: Uuid,
     has_ended: bool,
-    /// Whether it has called a while ago, so that all other Envoys see it.
+    /// Whether it called within half of [`LIVE_MS`] before, so that all other transactions count it as live.
     was_live: bool,
     /// Live Envoys that do not call now.
     others: i64,
@@ -95,7 +95,7 @@ pub(super) async fn note(
     let Some(first) = rows.first() else { return Ok(standing) };
     standing.live = live(first.others);
     standing.lone = first.is_lone.then_some(first.lone);
-    // The only one of them that goes on, if there is just one.
+    // The first caller that does not end. If just one Envoy is live, it is this one.
     let only = rows.iter().find(|row| !row.has_ended).map(|row| row.reporter);
     match only {
         _ if standing.live > 1 && !first.is_lone && rows.iter().all(|row| row.was_live) => {}
@@ -153,8 +153,8 @@ async fn write(connection: &mut PgConnection, callers: &BTreeMap<Uuid, Caller>) 
     .await
 }
 
-/// Lets the lone Envoy judge by itself for some more time, unless the time has passed. An Envoy that comes meanwhile locks the
-/// row and finds the old time or the new one.
+/// Lets the lone Envoy decide by itself for some more time, unless its time has passed. An Envoy that starts meanwhile locks
+/// the row and finds the old time or the new one.
 async fn renew_lone(connection: &mut PgConnection, reporter: Uuid) -> Result<bool, sqlx::Error> {
     let renewed = sqlx::query!(
         "update lone_caller set until = clock_timestamp() + make_interval(secs => $2)

@@ -1,5 +1,6 @@
 //! The queue of calls and the task that answers them. Calls that come while a transaction runs are answered together by the
-//! next one: an Envoy waits for two transactions at most, and no timer.
+//! next one, so a call waits for two transactions at most, and for no timer, unless the queue has more calls than fit into one
+//! transaction.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +19,7 @@ const QUEUE: usize = 1_024;
 /// Most calls in one transaction.
 const TOGETHER: usize = 256;
 
-/// Most pools that one transaction asks for, beyond the first call.
+/// Most asks in one transaction.
 const TOGETHER_ASKS: usize = 4 * POOLS;
 
 /// Most tokens in a sum of a call, and in a request for tokens.
@@ -49,7 +50,7 @@ struct Waiting {
 }
 
 impl Waiting {
-    /// Whether somebody waits for the answer, or none is needed: the last calls of an Envoy that ends ask for nothing.
+    /// Whether the Envoy still waits for the answer, or whether the call only reports, as the last calls of an Envoy do.
     fn is_wanted(&self) -> bool {
         is_wanted(&self.call.call, &self.answer)
     }
@@ -76,7 +77,8 @@ impl Allowances {
     /// Queues a call and waits for its answer.
     ///
     /// # Errors
-    /// [`CallError`]. Nothing is granted then, or it is granted with the next call, if the answer to the commit was lost.
+    /// [`CallError`]. Nothing was granted then. If only the acknowledgement of the commit was lost, the next answer has the
+    /// grant.
     pub async fn call(&self, call: Call, sync_key: Uuid) -> Result<Answer, CallError> {
         check(&call)?;
         let (answer, answered) = oneshot::channel();

@@ -35,7 +35,7 @@ pub(crate) async fn lock(connection: &mut PgConnection, pools: &BTreeSet<PoolId>
     Ok(())
 }
 
-/// Books usage of quotas and balances on what Envoys hold of them, as [`Holder::book`] does. Their pools are locked.
+/// Books usage of quotas and balances on what Envoys hold of them, as [`Holder::book`] does. The caller has locked the pools.
 pub(crate) async fn book(
     connection: &mut PgConnection,
     used: &BTreeMap<(PoolId, Uuid), u64>,
@@ -69,7 +69,7 @@ pub(super) struct Locked {
     pub(super) now_ns: u64,
 }
 
-/// Locks pools and reads them. What Envoys hold that have been silent for too long is left out.
+/// Locks pools and reads them. Allowances of Envoys that have been silent for [`EXPIRES_AFTER_MS`] are left out.
 pub(super) async fn read(
     connection: &mut PgConnection,
     allowed: &BTreeMap<PoolId, Allowed>,
@@ -77,7 +77,7 @@ pub(super) async fn read(
     lock(connection, &allowed.keys().copied().collect()).await?;
     let stocks = Stocks::read(connection, allowed).await?;
     let PoolColumns { kinds, subjects, tags } = PoolColumns::of(allowed.keys().copied());
-    // A statement of its own: it sees what was committed while the locks were waited for.
+    // This is a separate statement, so it sees what others committed while `lock` waited.
     let rows = sqlx::query!(
         r#"select p.kind, p.subject, p.tag, p.arrival_ns, p.interval_ns, a.reporter as "reporter?", a.session as "session?",
             a.granted as "granted?", a.spent as "spent?", a.returned as "returned?", a.recalled as "recalled?",
@@ -203,7 +203,7 @@ pub(super) async fn write(connection: &mut PgConnection, changes: &Changes<'_>) 
 }
 
 /// Takes the pools whose allowance each of these Envoys must hand back, at most [`POOLS`] of each. Rows that another
-/// transaction changes are left for the next call, so nothing is waited for.
+/// transaction changes are left for the next call, so the statement waits for no lock.
 pub(super) async fn take_recalls(
     connection: &mut PgConnection,
     callers: &[Uuid],

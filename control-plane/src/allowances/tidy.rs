@@ -1,4 +1,4 @@
-//! Deletes what no Envoy holds any longer.
+//! Deletion of allowances, pools and Envoys that are no longer in use.
 
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
@@ -19,7 +19,7 @@ pub async fn tidy(pool: &PgPool) -> Result<u64, sqlx::Error> {
     Ok(gone)
 }
 
-/// [`limits::EXPIRES_AFTER_MS`] without a call.
+/// Deletes the allowances of Envoys that have not called for [`limits::EXPIRES_AFTER_MS`].
 async fn expired(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let gone = sqlx::query!(
         "delete from allowances where (kind, subject, tag, reporter) in (

@@ -238,7 +238,7 @@ pub async fn report(State(app): State<App>, SyncCaller(key): SyncCaller, body: B
 /// `POST /sync/v1/allowances`: answers an Envoy's call for allowances of limits, quotas and credits.
 ///
 /// # Errors
-/// A refused key, a call that does not make sense or is another's, 503 if it cannot be answered now.
+/// A refused key, an invalid call, a reporter of another sync key, or 503 if the control plane cannot answer now.
 pub async fn allowances(
     State(app): State<App>,
     SyncCaller(key): SyncCaller,

@@ -38,7 +38,7 @@ const fn labelled(kind: Kind, name: &'static str, labels: &'static [&'static str
 const CATALOGUE: &[Metric] = &[
     counter(
         "portcullis_allowance_asks_total",
-        "Pools of limits, quotas and credits that Envoys asked for or told the usage of.",
+        "Pools of limits, quotas and credits that Envoys asked for or reported the usage of.",
     ),
     labelled(
         Histogram,
@@ -65,7 +65,7 @@ const CATALOGUE: &[Metric] = &[
         &["kind"],
         "Pools of which Envoys hold something, by kind: rate, quota or credits.",
     ),
-    counter("portcullis_allowance_recalls_total", "Allowances that Envoys were told to hand back."),
+    counter("portcullis_allowance_recalls_total", "Allowances that the control plane recalled from Envoys."),
     labelled(
         Gauge,
         "portcullis_build_info",

@@ -76,8 +76,8 @@ async fn a_plan_bundles_scopes_limits_and_a_quota(pool: PgPool) {
     let record = record(&fixture, &key).await;
     assert_eq!((record.requires, record.quota.unwrap().fill), (Requires(Requires::PLAN.0 | Requires::BUDGETS.0), 1));
     let definitions = fixture.app.store.definitions();
-    let limits = definitions.rate_limits(&record).iter().map(|limit| (limit.burst, limit.shared));
-    assert_eq!(limits.collect::<Vec<_>>(), [(10, true), (5, false)]);
+    let limits = definitions.rate_limits(&record);
+    assert_eq!(limits.iter().map(|limit| (limit.burst, limit.shared)).collect::<Vec<_>>(), [(10, true), (5, false)]);
     let own = json!([{"name": "own", "requests": 1, "window_seconds": 1, "burst": 1, "shared": true}]);
     let patched = patch(&fixture, &admin, id, json!({"rate_limits": own})).await.json();
     assert_eq!(patched["rate_limits"], own);

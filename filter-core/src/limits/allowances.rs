@@ -1,8 +1,8 @@
-//! What this Envoy holds of limits that all Envoys share: one VM's part in asking for it.
+//! The calls of one VM for allowances of limits that count over all Envoys.
 //!
-//! What is held is in the cells of the limits, so every VM spends from it, and every VM may ask, tell and hand back. Each VM
-//! tells on its tick what was spent by its requests, and asks at once for requests that wait. What the Envoy knows of its
-//! contact with the control plane is in a cell of its own, which each VM reads on its tick.
+//! The cells of the limits have what the Envoy holds, so every VM spends from it, reports usage and hands tokens back. Each VM
+//! reports on its tick what its requests have spent, and asks at once for requests that wait. A cell of its own has the contact
+//! of the Envoy with the control plane, which each VM reads on its tick.
 
 use std::cell::{Cell as Slot, RefCell};
 
@@ -49,7 +49,7 @@ pub struct Allowances {
     arrived: RefCell<Vec<KeyHash>>,
 }
 
-/// What the answer to a call says about the requests that wait.
+/// Whether the control plane answered the call that requests waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reached {
     /// The control plane answered.
@@ -85,8 +85,8 @@ impl Allowances {
     }
 
     /// Queues a pool for the next call, which reports its use and asks for its state.
-    pub fn tell(&self, pool: PoolId) {
-        self.asking.borrow_mut().tell(pool);
+    pub fn queue(&self, pool: PoolId) {
+        self.asking.borrow_mut().queue(pool);
     }
 
     /// A request waits for tokens. `is_again`: the control plane has just said that only other Envoys have them.
@@ -105,7 +105,7 @@ impl Allowances {
         pools.iter().for_each(|(pool, is_low)| asking.spent(*pool, *is_low));
     }
 
-    /// Whether the root context should be woken to ask. It says yes once until then.
+    /// Whether the root context should be woken to ask. Returns `true` once, until the root context has called.
     pub fn must_wake(&self) -> bool {
         !self.is_woken.get() && self.asking.borrow().is_urgent() && !self.is_woken.replace(true)
     }
@@ -125,8 +125,8 @@ impl Allowances {
         self.asking.borrow_mut().ask_again();
     }
 
-    /// Reads the contact with the control plane, as other VMs know it. Returns whether the time alone
-    /// became longer.
+    /// Reads the contact with the control plane, as other VMs know it. Returns whether the Envoy may decide by itself for
+    /// longer than this VM knew.
     pub fn refresh(&self, data: &SharedData<impl Cells>) -> bool {
         let before = self.contact.get();
         if let Some(cell) = data.get(CellKey::Contact) {
@@ -145,7 +145,7 @@ impl Allowances {
             self.asking.borrow_mut().on_answer();
         }
         if before.alone_term != contact.alone_term {
-            self.asking.borrow_mut().tell_all_but(answered);
+            self.asking.borrow_mut().queue_all_but(answered);
         }
     }
 
@@ -210,7 +210,7 @@ fn learn<H: Host, K: KeyLookup>(vm: &Vm<H, K>, now_ns: u64) {
     if contact.answered_ms > 0 && !contact.was_alone() {
         arrived.clear();
     }
-    if arrived.is_empty() || !contact.is_alone(now_ns / NS_PER_MS) || asking.borrow().has_to_tell() {
+    if arrived.is_empty() || !contact.is_alone(now_ns / NS_PER_MS) || asking.borrow().has_queued() {
         return;
     }
     let first = arrived.len().saturating_sub(LEARNED_AT_ONCE);
@@ -253,8 +253,8 @@ fn on_failure<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, why: &str) {
     }
 }
 
-/// The VM ends, and hands back what it knows to be held. Envoy drops the calls of a worker that ends, so the last VM, which is
-/// that of the main thread, tells for all. `is_last`: it is this one.
+/// The VM ends, and hands back the allowances of the pools that it knows. Envoy drops the calls of a worker that ends. So the
+/// last VM, that of the main thread, calls for all. `is_last`: this is the last VM.
 pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     let now_ns = vm.host().now_ns();
     let noted = vm.data.update(CellKey::EndedPools, |cell| {
@@ -267,7 +267,7 @@ pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     vm.allowances.refresh(&vm.data);
     let pools = vm.allowances.asking.borrow_mut().all();
     pools.iter().for_each(|pool| hand_back(vm, *pool));
-    // Without the cell, the last VM tells of its own.
+    // If the cell could not be written, the last VM reports only the pools that it knows itself.
     let _ = noted;
     if !is_last {
         return;
@@ -314,7 +314,7 @@ fn apply<H: Host, K>(vm: &Vm<H, K>, sent: &Sent, answer: &Answer) {
     }
     for pool in answer.recalls.iter().take(POOLS) {
         hand_back(vm, *pool);
-        allowances.asking.borrow_mut().tell(*pool);
+        allowances.asking.borrow_mut().queue(*pool);
     }
 }
 
@@ -353,7 +353,7 @@ fn hand_back_idle<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
             .is_some_and(|cell| Entries::read(&cell.value).holding(&pool).is_idle(now_ms));
         if is_idle {
             hand_back(vm, pool);
-            vm.allowances.asking.borrow_mut().tell(pool);
+            vm.allowances.asking.borrow_mut().queue(pool);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The cells with what an Envoy remembers of limits. All VMs share them, and each change of a cell insists on the version that
-//! it read, so what is taken is exact for an Envoy process.
+//! The cells in which an Envoy stores the state of limits. All VMs share them. Each write is a compare-and-swap with the
+//! version that was read, so the counts are exact for an Envoy process.
 //!
 //! ```text
 //! cell: entries, one after the other
@@ -7,8 +7,8 @@
 //! value: of a limit of this Envoy alone: the theoretical arrival time (8); of a shared one: its holding (160)
 //! ```
 //!
-//! A cell forgets arrival times that have passed whenever it is written; a holding is forgotten once it is settled. Keys and
-//! users are known ones. Client addresses are anybody's, so they have cells of their own, and those are bounded.
+//! A write drops arrival times that have passed; a holding is dropped once it is settled. Only known keys and users have
+//! entries. Any client can cause entries for addresses, so these have cells of their own, which are bounded.
 
 use contract::hash::KeyHash;
 use limits::holding::{Holding, WORDS};
@@ -23,11 +23,11 @@ pub const SUBJECT_CELLS: u32 = 65_536;
 /// Cells for client addresses.
 pub const ADDRESS_CELLS: u16 = 4_096;
 
-/// Most entries of a cell for addresses, 33 bytes each, so that all of them take 70 MB at the most. Beyond it the address
-/// that has rested longest is forgotten, which gives it a fresh burst.
+/// Most entries of a cell for addresses, 33 bytes each, so that all of them take 70 MB at the most. Beyond it, the cell drops
+/// the address with the earliest arrival time, which then has its whole burst again.
 pub const ADDRESS_ENTRIES: usize = 512;
 
-/// The kind of limits that this Envoy enforces alone. Shared ones have the code of their [`Kind`].
+/// The kind of limits that are local to each Envoy. Shared ones have the code of their [`Kind`].
 const LOCAL: u8 = 255;
 
 const HEAD_BYTES: usize = 25;
@@ -90,7 +90,7 @@ impl Entries {
         bytes
     }
 
-    /// Forgets the addresses that have rested longest.
+    /// Drops the addresses with the earliest arrival times until the bound holds.
     pub fn bound(&mut self) {
         while self.0.len() > ADDRESS_ENTRIES {
             let arrival =
@@ -100,7 +100,7 @@ impl Entries {
         }
     }
 
-    /// The theoretical arrival time of a limit that this Envoy enforces alone.
+    /// The theoretical arrival time of a limit that is local to this Envoy.
     #[must_use]
     pub fn arrival(&self, subject: [u8; 16], tag: u64) -> Option<u64> {
         self.0.iter().find_map(|entry| match entry.value {
@@ -109,7 +109,7 @@ impl Entries {
         })
     }
 
-    /// Sets that time.
+    /// Sets the theoretical arrival time of such a limit.
     pub fn set_arrival(&mut self, subject: [u8; 16], tag: u64, arrival_ns: u64) {
         let is_it =
             |entry: &&mut Entry| entry.subject == subject && entry.tag == tag && matches!(entry.value, Value::Local(_));
@@ -125,7 +125,7 @@ impl Entries {
         self.0.iter().find_map(|entry| entry.holding_of(pool)).unwrap_or_default()
     }
 
-    /// Sets that.
+    /// Sets what this Envoy holds of a pool.
     pub fn set_holding(&mut self, pool: &PoolId, holding: Holding) {
         match self.0.iter_mut().find(|entry| entry.holding_of(pool).is_some()) {
             Some(entry) => entry.value = Value::Shared(pool.kind, holding),

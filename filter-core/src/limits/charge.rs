@@ -1,7 +1,8 @@
-//! Takes a request from all limits of its key: rate limits, the quota and the owner's credits; from all of them or from none.
+//! Takes the tokens of a request from all limits of its key, or from none of them: rate limits, the quota and the owner's
+//! credits.
 //!
-//! What is remembered of a key is in one cell, and of its owner in another. So a request costs one read and one write of a
-//! cell, and one more of each if its owner has limits.
+//! The state of the key's limits is in one cell, and that of its owner's limits in another. So a request costs one read and one
+//! write of a cell, and one more of each if its owner has limits.
 
 use contract::outcome::Outcome;
 use contract::rate::{Rate, tag};
@@ -32,7 +33,7 @@ pub struct Limits<'a> {
     pub record: &'a Record,
     /// The rate limits of the key, of its plan or of the filter.
     pub own: &'a [RateLimit],
-    /// That of the route, which each Envoy enforces alone.
+    /// The rate limit of the route, which is local to each Envoy.
     pub route: Option<&'a RateLimit>,
     /// The price of the request.
     pub cost: u32,
@@ -63,7 +64,7 @@ pub enum Charged {
 /// One limit of a request.
 #[derive(Clone, Copy, Debug)]
 enum Limit {
-    /// A rate limit that this Envoy enforces alone, by its tag.
+    /// A rate limit that is local to each Envoy, by its tag.
     Local { place: usize, tag: u64, rate: Rate },
     /// A rate limit that all Envoys share.
     Shared { place: usize, pool: PoolId, rate: Rate },
@@ -71,7 +72,7 @@ enum Limit {
     Stock { outcome: Outcome, pool: PoolId, cost: u64, fill: u32 },
 }
 
-/// What limits say to a request.
+/// The decision of one or more limits about a request.
 #[derive(Clone, Copy, Debug)]
 enum Verdict {
     /// It is taken.
@@ -106,7 +107,7 @@ impl Refusal {
 }
 
 impl Verdict {
-    /// A refusal takes precedence over a wait, and among refusals the longest.
+    /// A refusal takes precedence over a wait, and of two refusals the one with the longer wait.
     const fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::No(one), Self::No(other)) if other.empty_ms > one.empty_ms => Self::No(other),
@@ -118,7 +119,7 @@ impl Verdict {
 }
 
 impl Limits<'_> {
-    /// The limits whose memory is with the key, and those whose memory is with its owner.
+    /// The limits whose state is in the cell of the key, and those whose state is in the cell of its owner.
     fn by_subject(&self) -> [OfSubject; 2] {
         let (record, cost) = (self.record, u64::from(self.cost));
         let mut of_key = Vec::with_capacity(self.own.len().saturating_add(2));
@@ -263,7 +264,7 @@ pub fn prepare(data: &SharedData<impl Cells>, allowances: &Allowances, key: &Sto
             continue;
         }
         let noted = data.update(cell_of(of.0), |cell| Ok(note(cell, &of, allowances, now_ns)));
-        noted.into_iter().flatten().for_each(|pool| allowances.tell(pool));
+        noted.into_iter().flatten().for_each(|pool| allowances.queue(pool));
     }
 }
 
@@ -301,7 +302,7 @@ struct Charging<'a> {
     /// Pools that were spent from, and whether little is left of them.
     spent: Vec<(PoolId, bool)>,
     lacking: Vec<Lack>,
-    /// Also if the request is not taken, there is something to note: see [`note`].
+    /// The cell must be written although the request takes no tokens: see [`note`].
     is_to_note: bool,
 }
 
@@ -313,7 +314,7 @@ impl<'a> Charging<'a> {
     /// Takes a request from all limits of a cell or from none: the bytes to write, if there is something to write.
     fn change(&mut self, cell: &[u8], of: &OfSubject, commit: bool) -> Result<(Vec<u8>, Verdict), Verdict> {
         let (subject, limits) = of;
-        // What an attempt found that met a newer value counts no longer.
+        // The update runs again if the cell has changed meanwhile. Forget what the earlier run found in this cell.
         let is_of_others = |pool: &PoolId| pool.subject != *subject;
         self.spent.retain(|(pool, _)| is_of_others(pool));
         self.lacking.retain(|lack| is_of_others(&lack.pool));

@@ -6,7 +6,7 @@ use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::record::{Budget, Per, RateLimit, Record};
 use contract::update::{Header, Part, UpdateWriter};
-use limits::ledger::{Company, Pool};
+use limits::ledger::{OtherEnvoys, Pool};
 use limits::message::{Answer, Call};
 use limits::pool::PoolId;
 
@@ -267,7 +267,7 @@ impl Plane {
         let mut grants = Vec::new();
         for ask in &call.asks {
             let pool = self.pools.get_mut(&ask.pool).expect("a pool of the test");
-            grants.push(pool.answer(call.reporter, ask, Company::Several, now_ns));
+            grants.push(pool.answer(call.reporter, ask, OtherEnvoys::Several, now_ns));
         }
         let recalls = self.pools.iter().filter(|(_, pool)| {
             pool.holders.iter().any(|holder| holder.reporter == call.reporter && holder.is_recalled)

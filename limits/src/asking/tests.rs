@@ -45,13 +45,13 @@ fn requests_that_wait_for_others_are_asked_for_after_a_pause() {
 }
 
 #[test]
-fn usage_is_told_on_ticks_and_low_allowances_at_once() {
+fn usage_is_reported_on_ticks_and_low_allowances_at_once() {
     let mut asking = Asking::default();
     asking.spent(pool(1), false);
     assert!(!asking.is_urgent());
     assert_eq!(sorted(asking.due(false, NOW)), []);
     asking.spent(pool(2), true);
-    asking.tell(pool(3));
+    asking.queue(pool(3));
     assert!(asking.is_urgent());
     assert_eq!(sorted(asking.due(false, NOW)), [(2, 0), (3, 0)]);
     assert_eq!(sorted(asking.due(true, NOW)), [(1, 0)]);
@@ -59,7 +59,7 @@ fn usage_is_told_on_ticks_and_low_allowances_at_once() {
 }
 
 #[test]
-fn what_decided_requests_missed_is_asked_for_and_not_waited_for() {
+fn tokens_that_decided_requests_lacked_are_asked_for_without_a_wait() {
     let mut asking = Asking::default();
     asking.ask_for(pool(1), 3);
     asking.ask_for(pool(1), 2);
@@ -86,7 +86,7 @@ fn one_call_is_under_way_unless_it_is_lost() {
 }
 
 #[test]
-fn after_two_failures_no_request_waits_and_the_usage_is_told_again() {
+fn after_two_failures_no_request_waits_and_the_usage_is_reported_again() {
     let mut asking = Asking::default();
     let sent = Sent { sent_ms: NOW, pools: vec![pool(1)] };
     asking.on_failure(&sent);
@@ -139,7 +139,7 @@ fn a_worker_that_ends_names_every_pool_once() {
     asking.idle(false, NOW);
     asking.spent(pool(1), true);
     asking.needed(pool(2));
-    asking.tell(pool(3));
+    asking.queue(pool(3));
     let mut all = asking.all();
     all.sort_unstable();
     assert_eq!(all, [pool(1), pool(2), pool(3)]);
@@ -150,13 +150,13 @@ fn a_worker_that_ends_names_every_pool_once() {
 fn a_pool_that_was_handed_back_is_not_idle_again() {
     let mut asking = Asking::default();
     asking.idle(false, NOW);
-    asking.tell(pool(1));
+    asking.queue(pool(1));
     asking.spent(pool(2), false);
     assert_eq!(sorted(asking.due(true, NOW)), [(1, 0), (2, 0)]);
     assert_eq!(asking.idle(false, NOW + IDLE_MS), []);
     assert_eq!(asking.idle(false, NOW + 2 * IDLE_MS), [pool(2)]);
-    // What is still to be told when a pool is idle is told.
-    asking.tell(pool(3));
+    // Usage that is still unreported when a pool is idle is reported.
+    asking.queue(pool(3));
     assert_eq!(asking.idle(false, NOW + 3 * IDLE_MS), [pool(3)]);
     assert_eq!(sorted(asking.due(true, NOW)), [(3, 0)]);
 }
@@ -184,13 +184,13 @@ fn an_envoy_that_is_alone_keeps_what_it_knows_of_a_bounded_number_of_pools() {
     assert!(asking.is_new());
     asking.idle(true, NOW);
     asking.needed(pool(1));
-    assert!(!asking.is_new() && !asking.has_to_tell());
-    for turn in 1..5 {
-        assert_eq!(asking.idle(true, NOW + turn * IDLE_MS), []);
+    assert!(!asking.is_new() && !asking.has_queued());
+    for period in 1..5 {
+        assert_eq!(asking.idle(true, NOW + period * IDLE_MS), []);
     }
     asking.needed(pool(2));
-    asking.tell_all_but(&[pool(2)]);
-    assert!(asking.has_to_tell());
+    asking.queue_all_but(&[pool(2)]);
+    assert!(asking.has_queued());
     assert_eq!(sorted(asking.due(false, NOW)), [(1, 0)]);
     for number in 0..=REMEMBERED {
         asking.needed(pool(u16::try_from(number).unwrap()));

@@ -24,7 +24,7 @@ const fn alone() -> Contact {
     Contact { live: 1, alone_term: 1, alone_until_ms: NOW_MS + ALONE_MS, ..contact() }
 }
 
-/// Holds so many tokens of a quota.
+/// A holding with this many tokens of a quota.
 fn with(granted: u64) -> Holding {
     let mut holding = Holding::default();
     holding.prepare(STOCK, &contact(), NOW);
@@ -56,11 +56,11 @@ fn a_holding_is_read_as_it_was_stored() {
 fn an_envoy_spends_what_it_was_granted_and_then_asks_for_what_is_missing() {
     let mut holding = with(3);
     assert_eq!(spends(&mut holding, STOCK, &contact(), NOW, 9), 3);
-    // What was last said is that the pool is empty.
+    // The last answer said that the pool is empty.
     assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
     let later = NOW + (100 + 1) * NS_PER_MS;
     holding.apply(&grant(3, 2, 4, 0), &contact(), NOW_MS);
-    assert_eq!(holding.spend(1, STOCK, 0, &contact(), later), Spent::Wait { for_others: false }, "that is long ago");
+    assert_eq!(holding.spend(1, STOCK, 0, &contact(), later), Spent::Wait { for_others: false }, "the answer is old");
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_grant_that_is_repeated_or_late_adds_nothing() {
 }
 
 #[test]
-fn a_request_waits_refuses_or_waits_for_others_by_what_was_last_said() {
+fn the_last_answer_decides_whether_a_request_waits_waits_for_others_or_is_refused() {
     let judged = |left, others, waiting, cost| {
         let mut holding = with(0);
         holding.apply(&grant(0, left, others, 500), &contact(), NOW_MS);
@@ -96,7 +96,7 @@ fn a_request_waits_refuses_or_waits_for_others_by_what_was_last_said() {
 }
 
 #[test]
-fn what_was_said_holds_until_a_token_comes_and_shorter_if_others_hold_some() {
+fn an_answer_is_valid_until_a_token_comes_and_shorter_while_others_hold_tokens() {
     for (others, empty_ms, known_ms) in
         [(0, 500, 500), (0, 0, LEAST_EMPTY_MS), (5, 500, 100), (5, 50, 50), (5, u32::MAX, 100)]
     {
@@ -264,7 +264,7 @@ fn a_term_alone_continues_while_no_other_envoy_can_have_a_grant() {
 }
 
 #[test]
-fn what_is_spent_between_two_answers_is_gone_when_the_same_term_alone_goes_on() {
+fn tokens_spent_between_two_answers_stay_spent_while_the_same_term_alone_continues() {
     let mut holding = Holding::default();
     holding.prepare(STOCK, &alone(), NOW);
     holding.apply(&Grant { granted: 6, ..grant(0, 4, 0, 0) }, &alone(), NOW_MS);
@@ -302,7 +302,7 @@ fn sessions_from_before_an_envoy_was_cut_off_are_void() {
 }
 
 #[test]
-fn at_the_safe_rate_an_envoy_admits_its_part_and_tells_it_later() {
+fn at_the_safe_rate_an_envoy_admits_its_part_and_reports_it_later() {
     let rate = rate(40, 60);
     let mut holding = Holding::default();
     holding.prepare(Limited::Rate(&rate), &contact(), NOW);
@@ -358,7 +358,7 @@ fn what_an_envoy_hands_back_is_in_the_pool_so_the_next_request_asks() {
 }
 
 #[test]
-fn a_pool_is_known_to_lack_tokens_only_if_the_last_answer_was_late_enough_and_said_so() {
+fn a_pool_is_known_to_lack_tokens_only_if_a_new_enough_answer_says_so() {
     let said = |left, others| {
         let mut holding = with(2);
         holding.apply(&grant(2, left, others, 500), &contact(), NOW_MS);

@@ -29,7 +29,7 @@ fn needs(need: u64) -> Ask {
 }
 
 fn granted(pool: &mut Pool, reporter: ReporterId, ask: &Ask) -> u64 {
-    pool.answer(reporter, ask, Company::Several, NOW).granted
+    pool.answer(reporter, ask, OtherEnvoys::Several, NOW).granted
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn an_idle_envoy_does_not_lessen_what_others_get_ahead() {
     let mut pool = Pool::new(stock(800));
     granted(&mut pool, ONE, &needs(1));
     let later = NOW + IDLE_MS * NS_PER_MS;
-    assert_eq!(pool.answer(TWO, &Ask { want: 99, ..ask() }, Company::Several, later).granted, 48);
+    assert_eq!(pool.answer(TWO, &Ask { want: 99, ..ask() }, OtherEnvoys::Several, later).granted, 48);
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn a_call_that_comes_twice_or_late_grants_nothing_more() {
     assert_eq!([granted(&mut pool, ONE, &needs(5)), granted(&mut pool, ONE, &needs(5))], [5, 5]);
     let later = Ask { session: 6, ..needs(7) };
     assert_eq!((granted(&mut pool, ONE, &later), pool.held()), (7, 7), "what the earlier session held is free");
-    let late = pool.answer(ONE, &needs(5), Company::Several, NOW);
+    let late = pool.answer(ONE, &needs(5), OtherEnvoys::Several, NOW);
     assert_eq!(late, Grant { session: 6, ..Grant::default() });
     assert_eq!(pool.held(), 7);
 }
@@ -106,7 +106,7 @@ fn what_an_envoy_spent_counts_at_once_for_a_rate_and_with_the_report_for_a_quota
 }
 
 #[test]
-fn an_envoy_keeps_what_a_crash_of_the_database_made_it_forget() {
+fn an_envoy_keeps_grants_that_a_crash_of_the_database_lost() {
     let mut pool = Pool::new(stock(100));
     assert_eq!(granted(&mut pool, ONE, &Ask { granted: 30, spent: 5, returned: 3, ..ask() }), 30);
     assert_eq!(pool.held(), 27);
@@ -128,31 +128,31 @@ fn others_hand_back_when_a_request_misses_tokens_or_the_pool_is_scarce() {
     assert!(is_recalled(&pool, ONE), "61 are left");
     granted(&mut pool, ONE, &Ask { granted: 9, returned: 9, ..ask() });
     assert!(!is_recalled(&pool, ONE) && is_recalled(&pool, TWO));
-    let answer = pool.answer(ONE, &Ask { granted: 9, returned: 9, ..needs(99) }, Company::Several, NOW);
+    let answer = pool.answer(ONE, &Ask { granted: 9, returned: 9, ..needs(99) }, OtherEnvoys::Several, NOW);
     assert_eq!((answer.left, answer.others, answer.held), (0, 30, 70));
     // An Envoy that is silent cannot hand back.
     let silent = NOW + SILENT_MS * NS_PER_MS;
-    let answer = pool.answer(ONE, &Ask { granted: 79, returned: 9, ..needs(99) }, Company::Several, silent);
+    let answer = pool.answer(ONE, &Ask { granted: 79, returned: 9, ..needs(99) }, OtherEnvoys::Several, silent);
     assert_eq!(answer.others, 0);
 }
 
 #[test]
-fn nothing_is_granted_while_another_envoy_may_judge_by_itself() {
+fn nothing_is_granted_while_another_envoy_may_decide_by_itself() {
     let mut pool = Pool::new(stock(100));
-    let answer = pool.answer(ONE, &Ask { want: 9, ..needs(5) }, Company::AnotherIsAlone, NOW);
+    let answer = pool.answer(ONE, &Ask { want: 9, ..needs(5) }, OtherEnvoys::AnotherIsAlone, NOW);
     assert_eq!((answer.granted, answer.left, answer.others), (0, 0, u64::MAX));
     assert_eq!(pool.held(), 0);
 }
 
 #[test]
 fn the_answer_says_when_the_next_token_comes() {
-    let empty_ms = |pool: &mut Pool, ask: &Ask| pool.answer(ONE, ask, Company::Several, NOW).empty_ms;
+    let empty_ms = |pool: &mut Pool, ask: &Ask| pool.answer(ONE, ask, OtherEnvoys::Several, NOW).empty_ms;
     assert_eq!(empty_ms(&mut Pool::new(rate(10, 10)), &needs(9)), 0);
-    // Of a rate limit that is held to its end: as if all was spent now.
+    // If all tokens of a rate limit are held, the time is that as if all were spent now.
     assert_eq!(empty_ms(&mut Pool::new(rate(10, 10)), &needs(10)), 1_000);
     assert_eq!(empty_ms(&mut Pool::new(rate(10, 10)), &needs(11)), 1_000);
     let mut used = Pool { arrival_ns: NOW + 10 * NS_PER_S, interval_ns: NS_PER_S, ..Pool::new(rate(10, 10)) };
-    let answer = used.answer(ONE, &needs(1), Company::Several, NOW);
+    let answer = used.answer(ONE, &needs(1), OtherEnvoys::Several, NOW);
     assert_eq!((answer.empty_ms, answer.ahead_ns), (1_000, 10 * NS_PER_S));
     assert_eq!(empty_ms(&mut Pool::new(stock(-5)), &needs(1)), u32::MAX);
     let renews = |ms| Terms::Stock { left: 0, renews_in_ms: Some(ms) };
@@ -204,7 +204,7 @@ fn an_empty_pool_is_not_known_to_be_empty_for_longer_than_a_silent_envoy_holds_t
     let mut quota = Pool::new(stock(100));
     granted(&mut quota, ONE, &needs(40));
     let answer = |quota: &mut Pool, later_ms: u64| {
-        let answer = quota.answer(TWO, &needs(99), Company::Several, NOW + later_ms * NS_PER_MS);
+        let answer = quota.answer(TWO, &needs(99), OtherEnvoys::Several, NOW + later_ms * NS_PER_MS);
         (answer.left, answer.others, answer.empty_ms, answer.known_ms)
     };
     assert_eq!(answer(&mut quota, 1_000), (0, 40, u32::MAX, OTHERS_MS));

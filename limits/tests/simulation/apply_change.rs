@@ -16,12 +16,12 @@ const ANSWER_MS: u64 = 500;
 impl World {
     pub fn change(&mut self, change: Change) {
         match change {
-            Change::Kill(place) => self.bury(place),
+            Change::Kill(place) => self.remove_envoy(place),
             Change::End(place) => {
                 let call = self.envoys[place].end(self.now_ns);
                 self.send(&Event::Call { envoy: place, worker: 0, token: 0, call });
                 self.report(place, true);
-                self.bury(place);
+                self.remove_envoy(place);
             }
             Change::Start(place) => self.start(place),
             Change::Terms(pool, terms) => {
@@ -83,7 +83,7 @@ impl World {
         let envoy = &self.envoys[place];
         if pool.kind == Kind::Rate {
             let own = envoy.holdings.get(&pool);
-            return own.map_or(0, |own| self.control_plane.untold(envoy.reporter, pool, own.session, own.spent));
+            return own.map_or(0, |own| self.control_plane.unreported(envoy.reporter, pool, own.session, own.spent));
         }
         let under_way = envoy.reports.iter().filter(|(seq, _)| !self.control_plane.is_booked(envoy.reporter, *seq));
         let tokens = under_way.map(|(_, tokens)| tokens).chain([&envoy.unreported]);
@@ -101,8 +101,8 @@ impl World {
         }
     }
 
-    /// The Envoy is gone. What it has spent without telling is lost, unless a message is under way.
-    fn bury(&mut self, place: usize) {
+    /// The Envoy is gone. Usage that it has not reported is lost, unless a message is under way.
+    fn remove_envoy(&mut self, place: usize) {
         for pool in self.records.keys().copied().collect::<Vec<_>>() {
             let lost = self.unbooked(place, pool);
             let late = self.envoys[place].late.get(&pool).copied().unwrap_or_default();
@@ -111,10 +111,10 @@ impl World {
         self.envoys[place].is_up = false;
     }
 
-    /// Use that a message tells. Of an Envoy that is gone it is no longer lost.
-    pub fn find(&mut self, reporter: ReporterId, told: impl IntoIterator<Item = (PoolId, u64)>) {
+    /// A message reports usage. If its Envoy is gone, this usage is no longer lost.
+    pub fn find(&mut self, reporter: ReporterId, reported: impl IntoIterator<Item = (PoolId, u64)>) {
         if !self.envoys.iter().any(|envoy| envoy.reporter == reporter && envoy.is_up) {
-            for (pool, tokens) in told {
+            for (pool, tokens) in reported {
                 self.judge.find(pool, tokens, self.now_ns);
             }
         }

@@ -48,7 +48,7 @@ fn what_a_killed_envoy_held_comes_back_and_is_not_granted_twice() {
 }
 
 #[test]
-fn what_a_killed_envoy_held_is_served_although_the_rest_was_used_up_before() {
+fn tokens_of_a_killed_envoy_are_served_although_all_others_were_used_up_before() {
     for (kind, terms) in [quota(100), credits(100)] {
         let mut world = World::new(28, 2, 1, NEAR);
         let id = pool(kind, 1);
@@ -69,7 +69,7 @@ fn what_a_killed_envoy_held_is_served_although_the_rest_was_used_up_before() {
         assert!(held > 0);
         let now_ns = world.now_ns;
         world.at(now_ns, Event::Change(Change::Kill(1)));
-        // The rest is used up, and what is held comes back a minute after the last call.
+        // All other tokens are used up. Those of the killed Envoy come back a minute after its last call.
         assert!(send(&mut world, 0, 200, 20) < 90);
         assert_eq!(send(&mut world, 0, 10, 20), 0);
         send(&mut world, 0, 60, 30);
@@ -99,7 +99,7 @@ fn a_second_envoy_takes_over_from_one_that_was_alone_without_excess() {
 }
 
 #[test]
-fn a_raised_limit_opens_by_the_difference_and_a_lowered_one_shuts() {
+fn a_raised_limit_admits_the_difference_and_a_lowered_one_refuses() {
     let (kind, terms) = limit(5, 86_400);
     let mut world = World::new(24, 2, 1, NEAR);
     let id = pool(kind, 1);
@@ -109,7 +109,7 @@ fn a_raised_limit_opens_by_the_difference_and_a_lowered_one_shuts() {
     let burst = |world: &mut World, requests: usize, rate| {
         let (now_ns, before) = (world.now_ns, world.found.admitted);
         for _ in 0..requests {
-            let envoy = world.in_turn();
+            let envoy = world.next_envoy();
             world.at(now_ns, Event::Request { envoy, needs: vec![Need { pool: id, cost: 1, rate: Some(rate) }] });
         }
         world.run(now_ns + 2 * S);
@@ -129,7 +129,7 @@ fn a_raised_limit_opens_by_the_difference_and_a_lowered_one_shuts() {
 }
 
 #[test]
-fn a_quota_or_a_limit_that_is_lowered_shuts_although_envoys_hold_allowances() {
+fn a_lowered_quota_or_limit_refuses_although_envoys_hold_allowances() {
     for (kind, terms, low, high) in [
         (Kind::Quota, quota(8_000).1, 0, None),
         (Kind::Rate, limit(8_000, 86_400).1, 0, Some((rate(8_000, 86_400), rate(10, 86_400)))),
@@ -162,7 +162,7 @@ fn a_quota_or_a_limit_that_is_lowered_shuts_although_envoys_hold_allowances() {
 }
 
 #[test]
-fn a_topped_up_balance_opens_at_once() {
+fn a_topped_up_balance_admits_requests_at_once() {
     let (kind, terms) = credits(10);
     let mut world = World::new(25, 2, 1, NEAR);
     let end_ns = busy(&mut world, kind, terms, 20_000, 20);

@@ -81,7 +81,7 @@ fn nothing_goes_wrong_with_any_kind_of_pool_while_everything_happens_at_once() {
 }
 
 #[test]
-fn at_the_safe_rate_nothing_goes_beyond_a_limit_but_what_is_admitted_at_it() {
+fn beyond_a_limit_only_requests_at_the_safe_rate_are_admitted() {
     for (number, case) in cases().iter().enumerate().take(3) {
         let found = run(case, 200 + number as u64, Settings { has_safe_rate: true, ..SETTINGS });
         print(case.name, &found);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use contract::id::ReporterId;
-use limits::ledger::{Company, Holder, Pool};
+use limits::ledger::{Holder, OtherEnvoys, Pool};
 use limits::message::{Answer, Call};
 use limits::pool::{Kind, PoolId, Terms};
 use limits::{ALONE_GRACE_MS, ALONE_MS, EXPIRES_AFTER_MS, IDLE_MS, LIVE_MS};
@@ -28,15 +28,15 @@ pub struct ControlPlane {
     alone: Option<(ReporterId, u64)>,
     /// The last report of each Envoy.
     reports: BTreeMap<ReporterId, u64>,
-    /// Rate limits: the session of each Envoy and what it has told of its use in it.
-    told: BTreeMap<(ReporterId, PoolId), (u64, u64)>,
+    /// Rate limits: the session of each Envoy, and the usage that it has reported in it.
+    reported: BTreeMap<(ReporterId, PoolId), (u64, u64)>,
     /// When tokens of Envoys that were silent for too long became free, and how many.
     pub freed: Vec<(PoolId, u64, u64)>,
     pub is_away: bool,
 }
 
 impl ControlPlane {
-    /// Answers a call. The tokens of rate limits whose use it is the first to tell are returned, too.
+    /// Answers a call. Also returns the tokens of rate limits whose usage this call is the first to report.
     pub fn answer(&mut self, call: &Call, now_ns: u64) -> Option<(Answer, Vec<(PoolId, u64)>)> {
         if self.is_away {
             return None;
@@ -50,7 +50,7 @@ impl ControlPlane {
         let live =
             self.heard_ns.iter().filter(|(id, heard)| !self.ended.contains(id) && silent_ms(heard) < LIVE_MS).count();
         let another = self.alone.filter(|(id, until_ns)| *id != me && now_ns < *until_ns);
-        let company = if another.is_some() { Company::AnotherIsAlone } else { Company::Several };
+        let company = if another.is_some() { OtherEnvoys::AnotherIsAlone } else { OtherEnvoys::Several };
         let is_alone = live == 1 && another.is_none() && !self.ended.contains(&me);
         if is_alone {
             self.alone = Some((me, now_ns + (ALONE_MS + ALONE_GRACE_MS) * MS));
@@ -77,26 +77,30 @@ impl ControlPlane {
         }
         let alone_ms = if is_alone { u32::try_from(ALONE_MS).unwrap() } else { 0 };
         let answer = Answer { live: u32::try_from(live).unwrap(), alone_ms, grants, recalls };
-        Some((answer, self.note_told(call)))
+        Some((answer, self.note_reported(call)))
     }
 
-    fn note_told(&mut self, call: &Call) -> Vec<(PoolId, u64)> {
+    fn note_reported(&mut self, call: &Call) -> Vec<(PoolId, u64)> {
         let mut new = Vec::new();
         for ask in call.asks.iter().filter(|ask| ask.pool.kind == Kind::Rate) {
-            let told = self.told.entry((call.reporter, ask.pool)).or_default();
-            let before = if told.0 == ask.session { told.1 } else { 0 };
-            if ask.session >= told.0 && ask.spent > before {
-                *told = (ask.session, ask.spent);
+            let reported = self.reported.entry((call.reporter, ask.pool)).or_default();
+            let before = if reported.0 == ask.session { reported.1 } else { 0 };
+            if ask.session >= reported.0 && ask.spent > before {
+                *reported = (ask.session, ask.spent);
                 new.push((ask.pool, ask.spent - before));
             }
         }
         new
     }
 
-    /// What of a use of a rate limit no call has told.
-    pub fn untold(&self, reporter: ReporterId, pool: PoolId, session: u64, spent: u64) -> u64 {
-        let told = self.told.get(&(reporter, pool)).filter(|told| told.0 == session).map_or(0, |told| told.1);
-        spent.saturating_sub(told)
+    /// Spent tokens of a rate limit that no call has reported.
+    pub fn unreported(&self, reporter: ReporterId, pool: PoolId, session: u64, spent: u64) -> u64 {
+        let reported = self
+            .reported
+            .get(&(reporter, pool))
+            .filter(|reported| reported.0 == session)
+            .map_or(0, |reported| reported.1);
+        spent.saturating_sub(reported)
     }
 
     /// Books reports. Returns the tokens that were booked now.

@@ -121,7 +121,7 @@ impl Envoy {
         let of = need.rate.as_ref().map_or(Limited::Stock { fill }, Limited::Rate);
         self.holdings.entry(need.pool).or_default().prepare(of, &self.contact, ns);
         self.workers[0].asking.needed(need.pool);
-        self.workers[0].asking.tell(need.pool);
+        self.workers[0].asking.queue(need.pool);
     }
 
     /// Decides a request, or makes it wait. `has_failed`: the call that it waited for was not answered.
@@ -188,8 +188,8 @@ impl Envoy {
         }
     }
 
-    /// Decides what a request lacks that waits no longer. `waited_ms`: for how long it waited for other Envoys; `None` if the
-    /// control plane does not answer.
+    /// Decides a request that may not wait longer, for a pool that lacks tokens. `waited_ms`: for how long the request waited
+    /// for other Envoys; `None` if the control plane does not answer.
     fn decide_unanswered(&mut self, worker: usize, need: Need, waited_ms: Option<u64>, now_ns: u64) -> Fate {
         let ns = self.ns(now_ns);
         let holding = self.holdings.get_mut(&need.pool).unwrap();
@@ -207,7 +207,8 @@ impl Envoy {
         }
     }
 
-    /// Reads the contact with the control plane, as other workers know it. Returns whether the time alone became longer.
+    /// Reads the contact with the control plane, as other workers know it. Returns whether the Envoy may decide by itself for
+    /// longer than this worker knew.
     pub fn refresh(&mut self, worker: usize) -> bool {
         let contact = self.contact;
         let before = self.workers[worker].note(contact, &[]);
@@ -226,7 +227,7 @@ impl Envoy {
                     && holding.is_idle(ns / MS)
                 {
                     holding.hand_back();
-                    asking.tell(pool);
+                    asking.queue(pool);
                 }
             }
         } else if !asking.is_urgent() {
@@ -271,7 +272,7 @@ impl Envoy {
         for pool in &answer.recalls {
             if let Some(holding) = holdings.get_mut(pool) {
                 holding.hand_back();
-                asking.tell(*pool);
+                asking.queue(*pool);
             }
         }
         std::mem::take(waiting)
@@ -322,7 +323,7 @@ impl Worker {
             self.asking.on_answer();
         }
         if before.alone_term != contact.alone_term {
-            self.asking.tell_all_but(answered);
+            self.asking.queue_all_but(answered);
         }
         before
     }

@@ -24,7 +24,7 @@ fn send(world: &mut World, id: PoolId, terms: &Terms, requests: usize, cost: u64
         Terms::Stock { .. } => None,
     };
     for number in 0..requests {
-        let envoy = world.in_turn();
+        let envoy = world.next_envoy();
         let at_ns = world.now_ns + number as u64 * gap_ms * MS;
         world.at(at_ns, Event::Request { envoy, needs: vec![Need { pool: id, cost, rate }] });
     }

@@ -86,7 +86,8 @@ fn hand_over_often(name: &str, network: Network, pool: (Kind, Terms), percent: u
 
 #[test]
 fn a_second_envoy_is_served_and_nothing_beyond_a_limit_is_admitted_while_answers_are_slow_or_lost() {
-    // The first one has to stop, and to tell its use. Then an answer must come, asked for by the next tick at the latest.
+    // The first Envoy must stop deciding by itself and report its usage. Then an answer must come, to a call of the next tick
+    // at the latest.
     let stops_ms = ALONE_MS + ALONE_GRACE_MS;
     for (net, network, within_ms, between_ms) in [
         ("near", NEAR, LONGEST_WAIT_MS, 300),

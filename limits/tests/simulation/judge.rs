@@ -37,7 +37,7 @@ pub struct Findings {
     pub lost: u64,
 }
 
-/// The exact pools of one pool.
+/// The exact pools that a pool is compared with.
 #[derive(Clone, Debug)]
 struct Pools {
     /// Excess is judged by it. It grows at once, and shrinks when all Envoys know that.
@@ -48,7 +48,7 @@ struct Pools {
     least: Exact,
     /// A rate limit that was lowered, from then on: use beyond the burst counts as the burst.
     early: Option<Exact>,
-    /// How often a quota was used anew. Changes from before are in what it has then.
+    /// How often the use of a quota was reset. A reset quota includes all earlier changes.
     renewals: u32,
     /// What an exact limiter that sees every request would have left.
     ideal: Exact,
@@ -182,8 +182,8 @@ impl Judge {
         }
     }
 
-    /// A quota is used anew. `late`: tokens that reports will count in this window although they were spent before. Returns by
-    /// how much more is left at least; that is still to be applied, by [`Judge::settle`].
+    /// The use of a quota is reset. `late`: tokens that reports will count in this window although they were spent before.
+    /// Returns by how much more is left at least; that is still to be applied, by [`Judge::settle`].
     pub fn renew(&mut self, pool: PoolId, requests: i64, late: u64, now_ns: u64) -> Changed {
         let of = self.of(pool);
         of.renewals += 1;

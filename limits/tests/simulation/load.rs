@@ -11,7 +11,7 @@ use crate::world::{Event, MS, Network, S, World};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spread {
     Sticky,
-    InTurn,
+    RoundRobin,
     Random,
 }
 
@@ -36,12 +36,12 @@ pub fn schedule(world: &mut World, id: PoolId, terms: &Terms, load: Load, second
     let mean_ns = 1_000 * S * load.burst / load.per_1000_s;
     let mut at_ns = world.now_ns + 2 * S;
     let end_ns = at_ns + seconds * S;
-    let sticky = world.in_turn();
+    let sticky = world.next_envoy();
     while at_ns < end_ns {
         for _ in 0..load.burst {
             let envoy = match load.spread {
                 Spread::Sticky => sticky,
-                Spread::InTurn => world.in_turn(),
+                Spread::RoundRobin => world.next_envoy(),
                 Spread::Random => usize::try_from(world.random.below(world.envoys.len() as u64)).unwrap(),
             };
             let cost = world.random.between(load.price.0, load.price.1);

@@ -8,13 +8,13 @@
 //! What the design permits, and the judge therefore does not count:
 //! - A request whose call is not answered, or that waited for the longest time without learning that tokens are lacking, is
 //!   *unreachable*: not refused by a limit. If it is admitted at the safe rate, that is counted apart.
-//! - What an Envoy hands back counts as held until the control plane knows it. While silent Envoys hold tokens, what is known is
-//!   certain for a second, in which theirs may become free.
-//! - What an Envoy knows of an empty pool is as old as [`World::stale_ns`](world::World::stale_ns).
+//! - Tokens that an Envoy hands back count as held until the control plane knows it. While silent Envoys hold tokens, an Envoy
+//!   relies on an answer for a second. The tokens of the silent Envoys may become free in that time.
+//! - An Envoy's knowledge of an empty pool may be as old as [`World::stale_ns`](world::World::stale_ns).
 //! - If messages are so slow that a recall takes longer than the longest wait, the request is refused.
 //! - An Envoy admits by the terms of a pool that it knows until it has the changed record, and spends what was granted until then.
 //! - A limit that was lowered counts use beyond its burst as the burst.
-//! - What an Envoy spends without telling is lost if it is killed. Its tokens count as held until it has been silent for long.
+//! - Usage that an Envoy has not reported is lost if it is killed. Its tokens count as held until it has been silent for 60 s.
 //! - Use of a quota that is reported after its window has ended, or after a reset, counts in the present window.
 
 #![allow(
@@ -72,10 +72,10 @@ fn credits(left: i64) -> (Kind, Terms) {
     (Kind::Credits, Terms::Stock { left, renews_in_ms: None })
 }
 
-const SPREADS: [Spread; 3] = [Spread::Sticky, Spread::InTurn, Spread::Random];
+const SPREADS: [Spread; 3] = [Spread::Sticky, Spread::RoundRobin, Spread::Random];
 
-/// How many tokens a pool of a rate limit may run behind the exact one: what comes back between two calls of a worker, and
-/// one. The usage of several Envoys between two calls counts as if one had come after the other.
+/// By how many tokens a rate limit may run behind the exact one: those that come back between two calls of a worker, and one.
+/// The control plane counts the usage of several Envoys between two calls as if one had come after the other.
 fn behind(terms: &Terms) -> i64 {
     behind_by(terms, 300)
 }
@@ -96,7 +96,7 @@ fn is_small(terms: &Terms) -> bool {
 fn assert_exact(found: &Findings, terms: &Terms, name: &str) {
     assert_eq!(found.excess, 0, "{name}: beyond the limit");
     assert!(found.worst_wrong <= behind(terms), "{name}: refused {} within the limit", found.worst_wrong);
-    // Of a limit of a few requests each token is granted only when a request asks for it, a round trip late.
+    // A token of a small limit is granted only when a request asks for it, so it comes a round trip late.
     let least = if is_small(terms) { 95 } else { 99 };
     assert!(found.admitted * 100 >= found.ideal * least, "{name}: {} of {} admitted", found.admitted, found.ideal);
     assert_eq!(found.unreachable, 0, "{name}");
@@ -184,8 +184,8 @@ fn keys_that_use_less_than_a_third_of_a_large_limit_hardly_wait() {
                         let at_first = 1 + per_1000_s / 50_000;
                         assert!(found.waited <= at_first, "{name}: {} wait, not the first only", found.waited);
                     }
-                    let share = (found.waited.saturating_sub(cold)) as f64 / found.requests as f64;
-                    assert!(share <= 0.025, "{name}: {share} of the requests wait");
+                    let fraction = (found.waited.saturating_sub(cold)) as f64 / found.requests as f64;
+                    assert!(fraction <= 0.025, "{name}: {fraction} of the requests wait");
                 }
             }
         }

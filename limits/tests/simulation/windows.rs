@@ -99,7 +99,7 @@ fn a_request_that_comes_with_the_new_window_is_admitted_although_the_old_one_was
             let send = |world: &mut World, at_ns: u64, requests: u64| {
                 let before = world.found.admitted;
                 for number in 0..requests {
-                    let envoy = world.in_turn();
+                    let envoy = world.next_envoy();
                     world.at(
                         at_ns + number * MS,
                         Event::Request { envoy, needs: vec![Need { pool: id, cost: 1, rate: None }] },

@@ -64,7 +64,7 @@ pub struct Network {
     pub most_ms: u64,
     pub lost_per_mille: u64,
     pub doubled_per_mille: u64,
-    /// So many come only after the call has failed.
+    /// Of a thousand messages, how many come only after the call has failed.
     pub late_per_mille: u64,
 }
 
@@ -164,7 +164,7 @@ impl World {
     }
 
     /// An Envoy that is up, in turn.
-    pub fn in_turn(&mut self) -> usize {
+    pub fn next_envoy(&mut self) -> usize {
         let up = self.up();
         self.round_robin += 1;
         up[self.round_robin % up.len()]
@@ -209,9 +209,9 @@ impl World {
                 self.call(envoy, worker, false);
             }
             Event::Call { envoy, worker, token, call } => {
-                if let Some((answer, told)) = self.control_plane.answer(&call, self.now_ns) {
+                if let Some((answer, reported)) = self.control_plane.answer(&call, self.now_ns) {
                     self.send(&Event::Answer { envoy, worker, token, answer });
-                    self.find(call.reporter, told);
+                    self.find(call.reporter, reported);
                 }
             }
             Event::Answer { envoy, worker, token, answer } => {
@@ -346,13 +346,12 @@ impl World {
         let (envoy, holders) = (&self.envoys[envoy], &self.control_plane.pools[&pool].holders);
         let own = &envoy.holdings[&pool];
         let is_new = envoy.ns(self.now_ns) / MS - own.asked_ms <= 2 * self.network.most_ms;
-        let told = holders.iter().find(|of| of.reporter == envoy.reporter && of.session == own.session);
-        told.filter(|_| is_new).map_or(0, |told| own.returned.saturating_sub(told.returned))
+        let reported = holders.iter().find(|of| of.reporter == envoy.reporter && of.session == own.session);
+        reported.filter(|_| is_new).map_or(0, |reported| own.returned.saturating_sub(reported.returned))
     }
 
-    /// Tokens that an Envoy was granted, some in answers that are under way, and has not spent. They are its until the control
-    /// plane knows that it hands them back. Those that a dead Envoy spent
-    /// without telling count, too.
+    /// Tokens that an Envoy was granted, some in answers that are under way, and has not spent. They belong to the Envoy until
+    /// the control plane knows that it hands them back. Tokens that a dead Envoy spent without a report count, too.
     fn idle(&self, holder: &Holder, pool: PoolId) -> u64 {
         let envoy = self.envoys.iter().find(|envoy| envoy.reporter == holder.reporter && envoy.is_up);
         let own = envoy.and_then(|envoy| envoy.holdings.get(&pool)).filter(|own| own.session == holder.session);

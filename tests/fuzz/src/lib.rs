@@ -24,7 +24,7 @@ use limits::TICK_MS;
 use limits::asking::Due;
 use limits::contact::Contact;
 use limits::holding::{Holding, Limited, Spent};
-use limits::ledger::{Company, Pool};
+use limits::ledger::{OtherEnvoys, Pool};
 use limits::message::{ANSWER, Answer, Ask, CALL, Call, Grant};
 use limits::pool::{Kind, PoolId, Subject, Terms};
 use serde_json::Value;
@@ -146,7 +146,7 @@ fn answer(asks: impl Iterator<Item = (ReporterId, Ask)>) {
         });
         let pool = &mut pools[place].1;
         let known = pool.holders.iter().find(|holder| holder.reporter == reporter).copied();
-        let grant = pool.answer(reporter, &ask, Company::Several, now_ns);
+        let grant = pool.answer(reporter, &ask, OtherEnvoys::Several, now_ns);
         if grant.session != ask.session {
             assert!(known.is_some_and(|known| known.session > ask.session));
             assert_eq!(grant, Grant { session: grant.session, ..Grant::default() });
@@ -170,7 +170,7 @@ fn answer(asks: impl Iterator<Item = (ReporterId, Ask)>) {
         assert_eq!(grant.left, pool.room(now_ns));
         assert!(grant.empty_ms > 0 || grant.left > 0);
         let refused =
-            pool.clone().answer(ReporterId([9; 16]), &Ask { session: 1, ..ask }, Company::AnotherIsAlone, now_ns);
+            pool.clone().answer(ReporterId([9; 16]), &Ask { session: 1, ..ask }, OtherEnvoys::AnotherIsAlone, now_ns);
         assert_eq!((refused.left, refused.others), (0, u64::MAX));
     }
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 const ENVOYS: usize = 3;
 const SECONDS: u32 = 60;
-/// For each load, so many that it keeps its pace although requests wait.
+/// Connections of each load: enough to keep its pace although requests wait.
 const CONNECTIONS: usize = 48;
 
 /// The result of a load.
@@ -23,7 +23,7 @@ struct Outcome {
     seconds: f64,
 }
 
-/// One load for each Envoy, at its own pace, for so many seconds. It takes longer where the machine cannot keep the pace.
+/// One load for each Envoy, at its own pace, for this many seconds. It takes longer where the machine cannot keep the pace.
 async fn load_each(stack: &Stack, keys: &[String], paces: [u32; ENVOYS], seconds: u32) -> Outcome {
     let start = Instant::now();
     let loads = stack.envoys.iter().zip(paces).filter(|(_, pace)| *pace > 0).map(|(envoy, pace)| {
@@ -73,7 +73,7 @@ async fn keys_of_an_owner(stack: &Stack, keys: usize, plan: &Value) -> Result<Ve
     Ok(all)
 }
 
-/// Asserts that a load had what the limit allows, and not more. A machine that is busy may send less than that.
+/// Asserts that the load was admitted as far as the limit allows, and no further. A busy machine may send less than the limit.
 fn assert_exact(name: &str, limit: u64, outcome: Outcome) {
     let Outcome { sent, admitted, seconds } = outcome;
     let allowed = limit as f64 * (seconds + 1.0);
@@ -83,7 +83,8 @@ fn assert_exact(name: &str, limit: u64, outcome: Outcome) {
     assert!(part >= 99.0, "{name}: {admitted} admitted of {sent}, {allowed} allowed");
 }
 
-/// Most of the load at one Envoy, then at the next; by turns another has a little or nothing.
+/// Most of the load goes to one Envoy, then to the next. The other Envoys get a fifth of the limit each in every second round,
+/// and nothing in the others.
 async fn under_uneven_load(stack: &Stack, limit: u32, rounds: u32) -> Result<()> {
     let keys = limited_key(stack, &format!("uneven{limit}@example.com"), limit.into()).await?;
     let start = Instant::now();

@@ -64,7 +64,7 @@ fn code(reply: &Reply) -> Result<String> {
 }
 
 #[tokio::test]
-async fn requests_that_come_at_once_all_get_what_there_is_and_not_one_more() -> Result<()> {
+async fn requests_that_come_at_once_get_all_tokens_of_a_limit_and_no_more() -> Result<()> {
     let keys = [("limited", limited(1, 12)), ("quota", metered(2, budget(1, None), None))];
     let harness = FilterHarness::start(&keys).await?;
     // Two Envoys are live, so this one asks for each of its allowances.
@@ -86,7 +86,7 @@ async fn requests_that_come_at_once_all_get_what_there_is_and_not_one_more() -> 
 }
 
 #[tokio::test]
-async fn a_client_that_hammers_at_an_empty_limit_asks_nobody() -> Result<()> {
+async fn requests_beyond_an_empty_limit_cause_no_calls() -> Result<()> {
     let harness = FilterHarness::start(&[("limited", limited(1, 3))]).await?;
     harness.control_plane.limits().live = 2;
     assert_eq!(admitted(&at_once(&harness, 5, "/", "limited").await?), 3);
@@ -102,7 +102,7 @@ async fn a_client_that_hammers_at_an_empty_limit_asks_nobody() -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_another_envoy_holds_is_waited_for_if_it_can_be_had_and_not_for_ever() -> Result<()> {
+async fn requests_wait_for_tokens_of_another_envoy_but_not_for_ever() -> Result<()> {
     let (given, kept) = (limited(1, 10), limited(2, 10));
     let harness = FilterHarness::start(&[("given", given.clone()), ("kept", kept.clone())]).await?;
     {
@@ -122,7 +122,7 @@ async fn what_another_envoy_holds_is_waited_for_if_it_can_be_had_and_not_for_eve
 }
 
 #[tokio::test]
-async fn a_price_above_the_balance_is_not_told_to_wait_and_cheaper_requests_go_on() -> Result<()> {
+async fn a_request_above_the_balance_gets_no_retry_after_and_cheaper_requests_pass() -> Result<()> {
     let plugin = json!({"policies": {"dear": {"cost": 900}, "free": {"cost": 0}}});
     let keys = [("k", metered(1, None, budget(1, None)))];
     let harness = FilterHarness::builder().plugin(plugin).route("/dear", "dear").route("/free", "free");
@@ -183,7 +183,7 @@ async fn a_record_that_says_exhausted_refuses_until_its_time() -> Result<()> {
 }
 
 #[tokio::test]
-async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_unless_told_otherwise() -> Result<()> {
+async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_or_pass_as_configured() -> Result<()> {
     for (mode, quota_mode, of_quota) in [(Mode::Refuse, "deny", 503), (Mode::Hang, "allow", 200)] {
         let plugin = json!({"on_limits_unreachable": {"quotas": quota_mode}});
         let keys = [("limited", limited(1, 40)), ("quota", metered(2, budget(1, None), None))];
@@ -202,7 +202,7 @@ async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_
         if of_quota == 503 {
             assert_refused(&reply, Outcome::LimitsUnavailable, &[]);
         }
-        // Once it answers again, all that was admitted meanwhile is told, and the rest follows.
+        // Once the control plane answers again, the filter reports all that was admitted meanwhile, and asks for the quota.
         harness.control_plane.limits().set_left(quota_of(2), 1, None);
         harness.control_plane.limits().mode = Mode::Answer;
         let (pool, _) = pool_of(&limited(1, 40));
@@ -211,7 +211,7 @@ async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_
             let spent = limits.calls.iter().flat_map(|call| &call.asks).filter(|ask| ask.pool == pool);
             spent.map(|ask| ask.spent).max().filter(|spent| *spent >= 40)
         };
-        eventually("the usage to be told", known).await?;
+        eventually("the usage to be reported", known).await?;
         assert_eq!(harness.control_plane.limits().left(&pool), 0);
         let answered = async || (harness.get("/", Some("quota")).await.ok()?.status == 200).then_some(());
         eventually("the quota to be asked for", answered).await?;
@@ -220,7 +220,7 @@ async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_
 }
 
 #[tokio::test]
-async fn what_cannot_be_asked_for_is_answered_as_the_operator_chose_for_each_kind_of_limit() -> Result<()> {
+async fn without_an_answer_each_kind_of_limit_follows_the_operators_choice() -> Result<()> {
     for (mode, [rate_limits, quotas, credits], expected) in [
         (Mode::Refuse, ["deny", "allow", "deny"], [503, 200, 503]),
         (Mode::Hang, ["allow", "deny", "allow"], [200, 503, 200]),
@@ -249,7 +249,7 @@ async fn what_cannot_be_asked_for_is_answered_as_the_operator_chose_for_each_kin
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_while_it_waits_holds_nobody_up() -> Result<()> {
+async fn a_client_that_leaves_while_it_waits_delays_no_other_request() -> Result<()> {
     let harness = FilterHarness::start(&[("limited", limited(1, 5))]).await?;
     harness.control_plane.limits().live = 2;
     harness.control_plane.limits().mode = Mode::Hang;
@@ -324,7 +324,7 @@ async fn requests_that_wait_in_a_vm_that_traps_end_with_the_stream_idle_timeout(
 }
 
 #[tokio::test]
-async fn an_only_envoy_asks_before_the_first_request_of_a_key_and_none_waits() -> Result<()> {
+async fn an_envoy_that_is_alone_asks_before_the_first_request_of_a_key_and_no_request_waits() -> Result<()> {
     let harness = FilterHarness::start(&[]).await?;
     let (limited, metered) = (limited(1, 500), metered(2, budget(1, None), None));
     let pools = [pool_of(&limited).0, quota_of(2)];
@@ -345,8 +345,8 @@ async fn an_only_envoy_asks_before_the_first_request_of_a_key_and_none_waits() -
     }
     assert_eq!(harness.envoy.stat("wasmcustom.portcullis.limits.waits_total").await?, 0);
     for pool in pools {
-        let told = async || (harness.control_plane.limits().left(&pool) == 200).then_some(());
-        eventually("what was spent to be told", told).await?;
+        let reported = async || (harness.control_plane.limits().left(&pool) == 200).then_some(());
+        eventually("the spent tokens to be reported", reported).await?;
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use serde_json::json;
 const LIMIT: u32 = 40;
 const QUOTA: u64 = 100;
 const CREDITS: u64 = 100;
-/// The longest that there is, so that a busy machine has time to kill a process.
+/// The longest time that the setting allows, so that a busy machine has time to kill a process.
 const WAIT: Duration = Duration::from_millis(800);
 /// Requests with each key that are on their way when something is killed: few enough for the safe rate of each Envoy.
 const WAITING: usize = 20;
@@ -83,7 +83,7 @@ fn admitted(replies: &[Reply]) -> usize {
     replies.iter().filter(|reply| reply.status == 200).count()
 }
 
-/// Asserts that all others were refused because the limits could not be asked for.
+/// Asserts that all requests that were not admitted were refused as `limits_unavailable`.
 fn assert_unavailable(replies: &[Reply]) {
     replies
         .iter()
@@ -99,7 +99,7 @@ async fn waits(stack: &Stack) -> Result<u64> {
     Ok(waits)
 }
 
-/// A key with a rate limit, one with a quota, and one with credits, on every Envoy. Nothing of them comes back.
+/// A key with a rate limit, one with a quota, and one with credits, on every Envoy. No token comes back during the test.
 async fn three_keys(stack: &Stack) -> Result<[Metered; 3]> {
     let rest = stack.rest();
     let limit = json!([{"name": "limit", "requests": LIMIT, "window_seconds": 30 * 86_400}]);
@@ -219,7 +219,8 @@ async fn requests_that_wait_are_answered_when_the_control_plane_is_killed_and_no
     survives(Killed::ControlPlane).await
 }
 
-/// PostgreSQL is killed right after an Envoy was granted tokens. What it forgot then, another Envoy would be granted too.
+/// PostgreSQL is killed right after an Envoy was granted tokens. If it lost the grant, another Envoy would be granted the same
+/// tokens.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_postgresql_has_not_forgotten_its_last_grants() -> Result<()> {
     let plugin = json!({"rate_limit": null, "limits": {"wait": "0.8s"}});

@@ -1,5 +1,5 @@
-//! Clients that send a page's calls at once, again and again, over several Envoys: all of them pass until the quota is used
-//! up to the last request, however a client's requests reach the Envoys.
+//! Clients that send several calls at once, as a web page does, again and again, over several Envoys: all calls pass until the
+//! quota is used up to the last request, however a client's requests reach the Envoys.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,7 +18,7 @@ const ENVOYS: usize = 4;
 /// How the requests of a client reach the Envoys.
 #[derive(Clone, Copy, Debug)]
 enum Spread {
-    /// A page's all at one Envoy, the next page's at the next.
+    /// All requests of a page at one Envoy, those of the next page at the next Envoy.
     Sticky,
     RoundRobin,
     Random,
@@ -62,20 +62,21 @@ impl Client {
         Ok(replies)
     }
 
-    /// Waits until each Envoy has reported what was admitted. Then each holds only what it would like to hold ahead.
-    async fn rest(&self, stack: &Stack) -> Result<()> {
+    /// Waits until all admitted requests are counted. Each Envoy then holds only what it would like to hold ahead.
+    async fn wait_until_counted(&self, stack: &Stack) -> Result<()> {
         let path = format!("/v1/keys/{}/quota", self.id);
         let used = async || (stack.rest().get(&path).await.ok()?["used"] == self.admitted).then_some(());
         eventually("all requests to be counted", used).await
     }
 
-    /// Pages until the quota is used up, with a rest after each: all requests pass up to the last of the quota, and then none.
+    /// Sends pages until the quota is used up, and waits after each until it is counted: all requests pass up to the last of
+    /// the quota, and then none.
     async fn use_up(mut self, stack: &Stack, quota: u64, page: usize) -> Result<()> {
         let spread = self.spread;
         for number in 0..quota / page as u64 {
             self.page(stack, page).await?;
             assert_eq!(self.admitted, (number + 1) * page as u64, "{spread:?}, page {number}");
-            self.rest(stack).await?;
+            self.wait_until_counted(stack).await?;
         }
         for _ in 0..2 {
             let refused: Vec<_> =
@@ -88,7 +89,7 @@ impl Client {
                 self.assert_true_wait(stack, &reply).await?;
             }
         }
-        self.rest(stack).await
+        self.wait_until_counted(stack).await
     }
 
     /// A refused request says when the window ends, as the REST API does.
@@ -109,7 +110,7 @@ impl Client {
 }
 
 async fn use_up(quota: u64, period: &str, page: usize) -> Result<()> {
-    // The longest that there is, for a machine that is busy.
+    // The longest time that the setting allows, for a machine that is busy.
     let plugin = json!({"rate_limit": null, "limits": {"wait": "0.8s"}});
     let stack = Stack::builder().envoys(ENVOYS).plugin(&plugin).start().await?;
     let mut clients = Vec::new();

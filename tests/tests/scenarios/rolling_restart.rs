@@ -23,11 +23,11 @@ struct Rotation {
 }
 
 impl Rotation {
-    /// A request at the next Envoy in turn.
+    /// Sends a request to the next Envoy that is in the rotation.
     async fn send(&self, stack: &Stack, key: &str) -> Result<Reply> {
         let place = loop {
             let place = self.next.fetch_add(1, Ordering::SeqCst) % ENVOYS;
-            // Counted first, so that an Envoy that is taken out has no request that is not seen.
+            // The count rises first, so that an Envoy that is taken out has no request that the restart does not see.
             self.under_way[place].fetch_add(1, Ordering::SeqCst);
             if !self.is_out[place].load(Ordering::SeqCst) {
                 break place;
@@ -53,7 +53,8 @@ impl Rotation {
     }
 }
 
-/// Requests at a pace until the restarts are over, so many at most. How many; each was admitted.
+/// Sends requests at a pace until the restarts are over, `most` requests at most, and asserts that each was admitted. Returns
+/// how many it sent.
 async fn half_load(stack: &Stack, rotation: &Rotation, key: &str, pace: Duration, most: u64) -> Result<u64> {
     let mut ticks = tokio::time::interval(pace);
     let mut sent = 0;
@@ -74,7 +75,7 @@ async fn at_once(stack: &Stack, rotation: &Rotation, key: &str, requests: usize)
     Ok(replies.iter().filter(|reply| reply.status == 200).count() as u64)
 }
 
-/// A client of a limit that sends requests at a pace, so many at most.
+/// Restarts the Envoys while a client of a limit sends requests at a pace, `most` requests at most.
 async fn survives(requests: u32, window_s: u32, pace: Duration, most: u64) -> Result<()> {
     let stack = Stack::builder().envoys(ENVOYS).plugin(&json!({"rate_limit": null})).start().await?;
     let limit = json!([{"name": "limit", "requests": requests, "window_seconds": window_s}]);
@@ -100,7 +101,8 @@ async fn survives(requests: u32, window_s: u32, pace: Duration, most: u64) -> Re
     println!(
         "{requests} in {window_s} s: {half} while Envoys were restarted in {restarted:.1?}, then {rest} of {left:.1}"
     );
-    // What is left, and no more than that and what comes back meanwhile. A limit may run behind by the tokens of 0.3 s and one.
+    // The client gets what is left and what comes back meanwhile, and no more. A limit may run behind by the tokens of 0.3 s
+    // and one.
     assert!(rest <= left + start.elapsed().as_secs_f64() * per_second, "{rest} of {left:.1}");
     assert!(rest >= left - 0.3 * per_second - 2.0, "{rest} of {left:.1}");
     Ok(())

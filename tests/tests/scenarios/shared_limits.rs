@@ -1,5 +1,5 @@
-//! Limits over several Envoys on the whole stack, as customers meet them: who is within a limit is
-//! not refused by it, and nobody gets more.
+//! Limits over several Envoys on the whole stack, as customers meet them: a request within a limit is
+//! admitted, and no request beyond it is.
 
 use std::time::{Duration, Instant};
 
@@ -109,7 +109,7 @@ async fn one_request_each_one_and_a_half_seconds_passes_on_a_limit_of_one_a_seco
         let reply = send(envoy.address(), get_request("/orders", Some(&slow))?).await?;
         assert_eq!(reply.status, 200, "request {number}");
     }
-    // Two at once: one of them, and who waits as long as it says is admitted.
+    // Of two requests at once, one is admitted. After the time in `Retry-After`, another one is admitted.
     let replies = page(&stack, 2, &slow).await?;
     let refused = replies.iter().find(|reply| reply.status != 200).context("both were admitted")?;
     assert_refused(refused, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
@@ -120,7 +120,7 @@ async fn one_request_each_one_and_a_half_seconds_passes_on_a_limit_of_one_a_seco
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_first_burst_passes_whole_on_two_envoys_and_a_restart_neither_adds_nor_takes() -> Result<()> {
+async fn the_first_burst_passes_on_two_envoys_and_a_restart_neither_adds_nor_removes_tokens() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     // So slow that nothing comes back during the test.
     let (_, burst) = key(&stack, "burst@example.com", limit(10, 86_400)).await?;
@@ -155,7 +155,7 @@ async fn credits_are_spent_to_the_last_whatever_a_request_costs() -> Result<()> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_raised_limit_quota_or_balance_opens_at_once_by_the_difference_and_a_lowered_one_shuts() -> Result<()> {
+async fn a_raised_limit_or_quota_admits_the_difference_at_once_and_a_lowered_one_refuses() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let rest = stack.rest();
     for (email, five, hundred, two) in [
@@ -192,13 +192,22 @@ async fn all_keys_of_an_owner_share_what_their_plan_limits_per_owner() -> Result
         let envoy = &stack.envoys[number % stack.envoys.len()];
         send(envoy.address(), get_request("/orders", Some(&keys[number % keys.len()]))?).await
     };
+    // Limits of a key come on top.
+    let own = json!({"email": "team@example.com", "name": "own", "plan": "team", "rate_limits": limit(5, 86_400)["rate_limits"]});
+    let own = rest.create_with(own).await?.1;
+    stack.in_step().await?;
+    assert_eq!(admitted(&page(&stack, 8, &own).await?), 5);
     let replies: Vec<Reply> = join_all((0..100).map(ask)).await.into_iter().collect::<Result<_>>()?;
-    assert_eq!(admitted(&replies), 40);
+    assert_eq!(admitted(&replies), 35);
+    let lenient = json!({"email": "team@example.com", "name": "lenient", "plan": "team", "rate_limits": limit(500, 86_400)["rate_limits"]});
+    let lenient = rest.create_with(lenient).await?.1;
+    stack.in_step().await?;
+    assert_eq!(admitted(&page(&stack, 8, &lenient).await?), 0);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_quota_that_is_lowered_refuses_although_envoys_hold_some_and_one_that_is_reset_opens() -> Result<()> {
+async fn a_lowered_quota_refuses_although_envoys_hold_tokens_and_a_reset_quota_admits_again() -> Result<()> {
     let stack = Stack::builder().envoys(2).plugin(&json!({"rate_limit": null})).start().await?;
     let rest = stack.rest();
     let (id, key) = key(&stack, "lowered@example.com", per_day(8_000)).await?;
@@ -217,7 +226,7 @@ async fn a_quota_that_is_lowered_refuses_although_envoys_hold_some_and_one_that_
     Ok(())
 }
 
-/// A statistic of the filter: how many Envoys share limits.
+/// A statistic of the filter: the number of live Envoys.
 const LIVE: &str = "wasmcustom.portcullis.limits.live_envoys";
 
 /// Waits until this Envoy knows that so many Envoys are live. Returns how long it took.
@@ -229,7 +238,7 @@ async fn live_within(envoy: &Envoy, envoys: u64, deadline: Duration) -> Result<D
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_envoy_that_is_killed_stops_counting_within_10_s_and_gives_back_what_it_held_at_its_expiry() -> Result<()> {
+async fn a_killed_envoy_is_no_longer_live_after_10_s_and_its_tokens_come_back_after_a_minute() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let (_, shared) = key(&stack, "killed@example.com", per_day(200)).await?;
     // Both hold some ahead.
@@ -244,8 +253,8 @@ async fn an_envoy_that_is_killed_stops_counting_within_10_s_and_gives_back_what_
         got += u64::from(reply.status == 200);
         (got >= 200).then_some(())
     };
-    // Ten seconds after its last call, which is noticed with the next call of the other. What it held comes back a minute
-    // after it was last heard of. The differences are for a machine that is busy.
+    // The Envoy is no longer live ten seconds after its last call. The other Envoy learns that with its next call. The tokens
+    // come back a minute after the last call. The further seconds are for a busy machine.
     let gone = live_within(one, 1, Duration::from_secs(12));
     let (gone, returned) = tokio::join!(gone, eventually_within("all of the quota", Duration::from_secs(80), all));
     returned?;
@@ -259,7 +268,7 @@ async fn an_envoy_that_is_killed_stops_counting_within_10_s_and_gives_back_what_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_envoy_that_ends_on_sigterm_signs_off_and_gives_back_at_once() -> Result<()> {
+async fn an_envoy_that_ends_on_sigterm_hands_its_tokens_back_at_once_and_is_no_longer_live() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
     let [one, other] = &stack.envoys[..] else { anyhow::bail!("two Envoys") };
     for round in 0..3 {
@@ -278,8 +287,8 @@ async fn an_envoy_that_ends_on_sigterm_signs_off_and_gives_back_at_once() -> Res
     Ok(())
 }
 
-/// Uses a limit up, waits as long as it is told, and is admitted. So four times, at one Envoy and then at the other.
-async fn waits_as_told(stack: &Stack, requests: u32, window_seconds: u32) -> Result<()> {
+/// Uses a limit up, waits for the time in `Retry-After`, and is admitted: four times, at one Envoy and then at the other.
+async fn waits_for_retry_after(stack: &Stack, requests: u32, window_seconds: u32) -> Result<()> {
     let name = format!("{requests} in {window_seconds} s");
     let email = format!("in{window_seconds}@example.com");
     let (_, limited) = key(stack, &email, limit(requests, window_seconds)).await?;
@@ -307,8 +316,12 @@ async fn waits_as_told(stack: &Stack, requests: u32, window_seconds: u32) -> Res
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_waits_as_long_as_a_refusal_says_is_admitted_at_any_envoy() -> Result<()> {
+async fn a_client_that_waits_for_retry_after_is_admitted_at_any_envoy() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
-    tokio::try_join!(waits_as_told(&stack, 10, 20), waits_as_told(&stack, 3, 12), waits_as_told(&stack, 4, 4))?;
+    tokio::try_join!(
+        waits_for_retry_after(&stack, 10, 20),
+        waits_for_retry_after(&stack, 3, 12),
+        waits_for_retry_after(&stack, 4, 4)
+    )?;
     Ok(())
 }

@@ -82,7 +82,7 @@ fn a_request_without_an_allowance_waits_unchanged_and_goes_on_with_the_answer() 
     assert_eq!(envoy.metric("limits.calls_total"), 1);
     envoy.tick_at(0, NOW + TICK);
     assert_eq!(envoy.metric("decisions.allowed_total"), 2);
-    // The tick tells what was spent, and asks for twice as much ahead.
+    // On the tick, the filter reports what was spent, and asks for twice as much ahead.
     let (_, call) = envoy.call(0);
     assert_eq!((call.asks[0].spent, call.asks[0].need, call.asks[0].want), (2, 0, 4));
 }

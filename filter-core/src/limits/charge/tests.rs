@@ -46,7 +46,7 @@ fn a_burst_is_admitted_and_then_the_steady_rate() {
 }
 
 #[test]
-fn a_refusal_says_when_to_come_back_and_that_is_true() {
+fn a_refused_request_is_admitted_after_the_time_that_the_refusal_states() {
     let (data, limits) = (new_data(), [of(1, 10, 1)]);
     assert_eq!(take_of(&data, 7, &limits, NOW), Charged::Yes);
     assert_eq!(take_of(&data, 7, &limits, NOW + 500 * MS), limited(&limits, 0, 10));
@@ -84,7 +84,7 @@ fn keys_that_share_a_cell_do_not_share_a_limit() {
 }
 
 #[test]
-fn a_cell_forgets_the_keys_that_have_rested() {
+fn a_cell_drops_keys_whose_limits_are_full_again() {
     let (data, limits) = (new_data(), [of(1, 1, 1)]);
     for number in 0..100 {
         let mut id = [7; 16];

@@ -19,7 +19,7 @@ fn all_vms_spend_from_one_allowance() {
     // The other VM has not ticked since: it does not know that the Envoy is in contact with the control plane.
     assert_eq!(envoy.ask(1, "k"), Fate::Waits);
     assert_eq!(envoy.tick_at(1, NOW + TICK), [Fate::Admitted]);
-    assert_eq!(envoy.call(1).1.asks[0].spent, 6, "it tells that");
+    assert_eq!(envoy.call(1).1.asks[0].spent, 6, "the call reports its request");
     assert_eq!(envoy.admitted(1, "k", 2), 2);
     assert_eq!(envoy.admitted(0, "k", 2), 2);
     let (pool, ..) = quota_pool(&Record { quota: budget(1), ..record(7) }, 0, None);
@@ -113,7 +113,7 @@ fn ends(envoy: &mut Envoy, vm: usize, is_in_use: bool) -> Vec<Call> {
 }
 
 #[test]
-fn the_last_vm_signs_off_though_it_had_no_tick_since_another_one_was_answered() {
+fn the_last_vm_sends_the_last_call_though_it_had_no_tick_since_another_one_was_answered() {
     let key = Record { quota: budget(1), ..record(7) };
     let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
     let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
@@ -128,7 +128,7 @@ fn the_last_vm_signs_off_though_it_had_no_tick_since_another_one_was_answered() 
 }
 
 #[test]
-fn the_last_vm_that_ends_tells_and_hands_back_for_all_and_signs_off() {
+fn the_last_vm_that_ends_reports_and_hands_back_for_all() {
     let key = Record { quota: budget(1), ..record(7) };
     let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
     let mut envoy = Envoy::with_vms(3, "", &[("k", key)]);
@@ -152,7 +152,7 @@ fn the_last_vm_that_ends_tells_and_hands_back_for_all_and_signs_off() {
 }
 
 #[test]
-fn an_envoy_that_ends_with_many_pools_tells_them_in_several_calls() {
+fn an_envoy_that_ends_with_many_pools_reports_them_in_several_calls() {
     let keys: Vec<(String, Record)> = (0..=POOLS as u16)
         .map(|number| {
             let mut id = [7; 16];
@@ -167,7 +167,7 @@ fn an_envoy_that_ends_with_many_pools_tells_them_in_several_calls() {
         envoy.ask(0, key);
     }
     envoy.wake(0);
-    // A call has at most so many pools; the others follow.
+    // A call has at most this many pools; the others follow.
     let (sent, call) = envoy.call(0);
     assert_eq!(call.asks.len(), POOLS);
     let mut plane = Plane::with(keys.iter().map(|(_, record)| quota_pool(record, 10, None)));
@@ -180,7 +180,7 @@ fn an_envoy_that_ends_with_many_pools_tells_them_in_several_calls() {
 }
 
 #[test]
-fn the_only_envoy_judges_by_itself_as_long_as_the_control_plane_says_so() {
+fn the_only_envoy_decides_by_itself_as_long_as_the_control_plane_allows_it() {
     let key = Record { quota: budget(1), ..with_limit(100) };
     let mut plane = Plane::with([rate_pool(&key), quota_pool(&key, 20, None)]);
     (plane.live, plane.alone_ms) = (1, ALONE_MS as u32);

@@ -159,7 +159,7 @@ fn grants_apply_to_the_pools_that_were_asked_for_even_if_a_cell_could_not_be_wri
 }
 
 #[test]
-fn a_response_that_nobody_expects_changes_nothing() {
+fn an_unexpected_response_changes_nothing() {
     let mut envoy = Envoy::new("", &[("k", with_limit(10))]);
     envoy.ask(0, "k");
     envoy.wake(0);
