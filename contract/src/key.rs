@@ -125,6 +125,15 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// The prefix, as it is stored, that people mean by what they have in hand: `sk_live_0a1B2c…`, `sk_0a1B2c` or a part of these.
+/// `None` if the text is no part of a generated key. Prefixes of imported keys may be anything.
+#[must_use]
+pub fn stored_prefix(text: &str) -> Option<String> {
+    let rest = [LIVE_TAG, TEST_TAG].into_iter().find_map(|tag| text.strip_prefix(tag))?;
+    let random = rest.chars().take(PREFIX_RANDOM_CHARS);
+    Some(PREFIX_TAG.chars().chain(random).collect())
+}
+
 /// Why a text is not a generated key. No variant contains any of the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormError {
@@ -189,6 +198,21 @@ mod tests {
         assert_eq!(sample(), format!("{SAMPLE}4Loqg4"));
         assert_eq!(check(&sample()), Ok(KeyKind::Live));
         assert_eq!(sample().len(), KEY_CHARS);
+    }
+
+    #[test]
+    fn the_prefix_is_found_in_any_beginning_of_a_key() {
+        for (text, prefix) in [
+            ("sk_live_", "sk_"),
+            ("sk_test_abc", "sk_abc"),
+            ("sk_live_abcdef", "sk_abcdef"),
+            (sample().as_str(), "sk_abcdef"),
+        ] {
+            assert_eq!(stored_prefix(text).as_deref(), Some(prefix), "{text}");
+        }
+        assert_eq!([stored_prefix("sk_abcdef"), stored_prefix("4eC39H")], [None, None]);
+        let prefix = Secret::from_presented(sample()).display_prefix();
+        assert_eq!(stored_prefix(&sample()), prefix);
     }
 
     #[test]

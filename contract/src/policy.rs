@@ -123,11 +123,11 @@ impl PolicyText {
         if asked.len() > SCOPES {
             return bad("scopes", &format!("name at most {SCOPES} scopes"));
         }
-        let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b':' | b'_' | b'.' | b'-');
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'/' | b'_' | b'.' | b'-');
         if !asked.iter().all(|scope| (1..=SCOPE_BYTES).contains(&scope.len()) && scope.bytes().all(allowed)) {
             return bad(
                 "scopes",
-                &format!("each scope must have 1 to {SCOPE_BYTES} characters of a-z, 0-9 and : _ . -"),
+                &format!("each scope must have 1 to {SCOPE_BYTES} characters of a-z, A-Z, 0-9 and : / _ . -"),
             );
         }
         if !asked.is_empty() && self.key != KeyNeed::Required {
@@ -227,13 +227,13 @@ mod tests {
     #[test]
     fn an_empty_policy_requires_a_valid_key_and_every_field_can_be_set() {
         assert_eq!(policy("{}"), Ok(Policy::default()));
-        let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c"]}, "cost": 0, "shadow": true,
+        let json = r#"{"key": "required", "scopes": {"any": ["a", "b:c", "Api/Read"]}, "cost": 0, "shadow": true,
             "rate_limit": {"requests": 5, "window": "60s"}}"#;
         let limit =
             RateLimit { name: "orders".into(), requests: 5, window_s: 60, burst: 5, shared: false, per: Per::Key };
         let expected = Policy {
             key: KeyNeed::Required,
-            scopes: ScopeNeed::Any(vec!["a".into(), "b:c".into()]),
+            scopes: ScopeNeed::Any(vec!["a".into(), "b:c".into(), "Api/Read".into()]),
             cost: Some(0),
             rate_limit: Some(limit),
             shadow: true,
@@ -246,7 +246,7 @@ mod tests {
     fn an_error_names_the_field() {
         for (json, field) in [
             (r#"{"scopes": {"all": []}}"#, "policies.orders.scopes: "),
-            (r#"{"scopes": {"all": ["A"]}}"#, "policies.orders.scopes: "),
+            (r#"{"scopes": {"all": ["a b"]}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["a:*"]}}"#, "policies.orders.scopes: "),
             (r#"{"scopes": {"all": ["a"]}, "key": "optional"}"#, "policies.orders.key: "),
             (r#"{"cost": 1000001}"#, "policies.orders.cost: "),

@@ -149,14 +149,15 @@ comment on column user_preferences.refill_at is 'When the next refill is due.';
 comment on column user_preferences.makes is 'Keys created and rotated by the user''s own keys in the 24 hours from makes_since.';
 comment on column user_preferences.changes is 'Changes made by the user''s own keys in the 24 hours from makes_since.';
 comment on column user_preferences.makes_since is 'Start of the 24 hours; null before the first creation or change.';
-comment on column user_preferences.version is 'Incremented when plan, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
+comment on column user_preferences.version is 'Incremented when email, plan, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
 
 create index user_preferences_primary_key on user_preferences (primary_key_id) where primary_key_id is not null;
 create index user_preferences_refill on user_preferences (refill_at) where refill_at is not null;
 
-create trigger user_preferences_version before update of plan_number, metered, refill on user_preferences
+create trigger user_preferences_version before update of email, plan_number, metered, refill on user_preferences
     for each row when (
-        new.plan_number is distinct from old.plan_number
+        new.email <> old.email
+        or new.plan_number is distinct from old.plan_number
         or new.metered <> old.metered
         or new.refill is distinct from old.refill
     ) execute function increment_version();

@@ -197,7 +197,7 @@ mod tests {
     }
 
     fn quota(requests: i64, per: Per) -> Quota {
-        Quota { requests, period: Period::Day, time_zone: None, window_s: None, per }
+        Quota { requests, period: Period::Day, time_zone: None, anchor_day: None, window_s: None, per }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use contract::pepper::Pepper;
 use sqlx::PgPool;
 use tokio::sync::watch;
@@ -37,6 +38,8 @@ pub struct App {
     pub filters: Registry,
     /// The policies and routes of Envoys, as far as the operator configured them, for `explain`.
     pub policies: Arc<ConfiguredPolicies>,
+    /// Origins whose pages may call the REST API.
+    pub cors_origins: Arc<[HeaderValue]>,
     /// Keys that the keys of one owner may make, and rotations, in 24 hours.
     pub owner_keys_per_day: u32,
     pub rate_limiter: Arc<CallerRateLimiter>,

@@ -5,6 +5,7 @@ mod app;
 pub mod auth;
 pub mod body_timeout;
 pub mod call;
+pub mod cors;
 pub mod csv;
 pub mod extract;
 pub mod idempotency;
@@ -12,6 +13,7 @@ pub mod observe;
 mod openapi;
 pub mod pagination;
 pub mod preconditions;
+pub mod prefer;
 pub mod problem;
 pub mod rate_limit;
 
@@ -78,7 +80,10 @@ const ALLOWANCES_BYTES: usize = 64 << 10;
                        left out may also be null, which means the same, unless the description of the field says what null \
                        does. A problem names the field that is wrong by its path, as `rate_limits[0].name`. Email addresses \
                        are kept in one canonical form: the domain in ASCII (UTS 46), the local part in normalisation form C \
-                       with ASCII letters in lower case.",
+                       with ASCII letters in lower case.\n\nA change takes effect at Envoys some \
+                       milliseconds after its answer. With the header `Prefer: wait=N` (RFC 7240), N from 1 to 10, the answer \
+                       comes once every live Envoy has the change and then has the header `Preference-Applied`, or after N \
+                       seconds without it.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     servers((url = "/", description = "The control plane that serves this document")),
@@ -117,11 +122,12 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(keys::rotate::rotate))
         .routes(routes!(keys::revoke::revoke_secret))
         .routes(routes!(keys::import::import))
+        .routes(routes!(keys::lookup::lookup))
         .routes(routes!(keys::usage::usage))
         .routes(routes!(keys::quota::quota))
         .routes(routes!(keys::quota::reset))
         .routes(routes!(users::list, users::create))
-        .routes(routes!(users::get, users::update))
+        .routes(routes!(users::get, users::update, users::erase))
         .routes(routes!(users::revoke_keys))
         .routes(routes!(ledger::balance))
         .routes(routes!(ledger::ledger, ledger::book))
@@ -150,9 +156,15 @@ pub fn router(app: App, metrics: Option<PrometheusHandle>) -> Router {
 
 /// The whole service, with a read time-out for request bodies.
 pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, read_timeout: Duration) -> Router {
-    let (management, openapi) = management().layer(DefaultBodyLimit::max(BODY_BYTES)).split_for_parts();
+    let (management, openapi) = management()
+        .layer(middleware::from_fn_with_state(app.clone(), prefer::wait_for_envoys))
+        .layer(DefaultBodyLimit::max(BODY_BYTES))
+        .split_for_parts();
     // Written once: responses share it, however many wait to be taken.
     let openapi = extract::json_line(&openapi::complete(openapi)).map(Bytes::from).unwrap_or_default();
+    // Without origins a page of another origin gets no answer that it may read.
+    let management =
+        if app.cors_origins.is_empty() { management } else { management.layer(cors::allow(&app.cors_origins)) };
     let shown = app.clone();
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))

@@ -5,6 +5,7 @@
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
+use serde_json::json;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -19,6 +20,7 @@ use crate::definitions::Name;
 use crate::domain::{Email, Patch, Preconditions};
 use crate::error::ApiError;
 use crate::keys::revoke::{RevokeKeysReply, revoke_all};
+use crate::users::erase::EraseReply;
 use crate::users::lock::{lock_user, unknown};
 use crate::users::{self, UserView};
 
@@ -60,6 +62,9 @@ pub struct CreateUserBody {
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"plan": "gold"}))]
 pub struct UserBody {
+    /// The new email address. Keys, credits and the id of the user stay.
+    #[schema(example = "new@example.com", max_length = 254)]
+    email: Option<String>,
     /// The plan of keys that have none of their own; null for none.
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
@@ -121,7 +126,7 @@ pub async fn create(Call { app, caller, .. }: Call, Json(body): Json<CreateUserB
 
 /// Get a user.
 ///
-/// The ETag changes with plan, metered and refill. It does not change with the balance or the number of keys.
+/// The ETag changes with email, plan, metered and refill. It does not change with the balance or the number of keys.
 #[utoipa::path(
     operation_id = "getUser",
     get, path = "/v1/users/{id}", tag = "users", params(ById),
@@ -139,7 +144,7 @@ pub async fn get(Call { app, caller, path }: Call<ById>) -> Result<Response, Api
 #[utoipa::path(
     operation_id = "updateUser",
     patch, path = "/v1/users/{id}", tag = "users", request_body = UserBody, params(ById, IfMatch),
-    responses((status = 200, description = "The user as it is now", body = UserView))
+    responses(Conflict, (status = 200, description = "The user as it is now", body = UserView))
 )]
 pub async fn update(
     Call { app, caller, path }: Call<ById>,
@@ -147,9 +152,10 @@ pub async fn update(
     Json(body): Json<UserBody>,
 ) -> Result<Response, ApiError> {
     caller.require_admin()?;
+    let email = body.email.as_deref().map(Email::parse).transpose()?;
     let plan = body.plan.try_map(|name| Name::parse("plan", &name))?.given();
-    if plan.is_none() && body.metered.is_none() && body.refill.is_keep() {
-        return Err(ApiError::Invalid { field: None, detail: "Set plan, metered or refill.".into() });
+    if email.is_none() && plan.is_none() && body.metered.is_none() && body.refill.is_keep() {
+        return Err(ApiError::Invalid { field: None, detail: "Set email, plan, metered or refill.".into() });
     }
     if let Patch::Set(refill) = &body.refill {
         refill.check()?;
@@ -165,6 +171,11 @@ pub async fn update(
         let mut changed = credits::update(change, &(&user).into(), body.metered, body.refill).await?;
         if let Some(plan) = plan.filter(|_| has_new_plan) {
             changed.insert("plan".into(), plan.as_ref().map(Name::as_str).into());
+        }
+        if let Some(email) = email
+            && users::set_email(change, user.id, &email).await?
+        {
+            changed.insert("email".into(), json!({"from": user.email, "to": email.as_str()}));
         }
         if !changed.is_empty() {
             change.record(AuditEvent::on("user.update", &user.email, changed.into())).await?;
@@ -186,6 +197,31 @@ pub async fn revoke_keys(Call { app, caller, path }: Call<ById>) -> Result<Json<
     caller.require_user_or_admin(path.id)?;
     let revoked = app.writer.change(&caller.actor, async |change| revoke_all(change, path.id, caller.is_admin()).await);
     Ok(Json(revoked.await?))
+}
+
+/// Erase a user.
+///
+/// All keys of the user are revoked. The email address, the names of keys and their networks are replaced wherever they stand,
+/// in the audit trail too. Ids, counts, the ledger and its notes stay.
+#[utoipa::path(
+    operation_id = "eraseUser",
+    delete, path = "/v1/users/{id}", tag = "users", params(ById, IfMatch),
+    responses(Conflict, (status = 200, description = "The user is erased", body = EraseReply))
+)]
+pub async fn erase(
+    Call { app, caller, path }: Call<ById>,
+    preconditions: Preconditions,
+) -> Result<Json<EraseReply>, ApiError> {
+    caller.require_admin()?;
+    if caller.owner_id == path.id {
+        let detail = "The key of this call belongs to the user. Use a key of another administrator.";
+        return Err(ApiError::Conflict(detail.into()));
+    }
+    let erased = app.writer.change(&caller.actor, async |change| {
+        preconditions.check(Some(lock_user(change, path.id).await?.version))?;
+        users::erase::erase(change, path.id).await
+    });
+    Ok(Json(erased.await?))
 }
 
 fn show(user: UserView) -> Response {

@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
@@ -15,7 +16,7 @@ mod secret_setting;
 mod values;
 
 pub use self::values::KeepFor;
-use self::values::{FOREVER, address, days, days_or_forever, duration, number};
+use self::values::{FOREVER, address, days, days_or_forever, duration, number, origin};
 
 /// What `serve --help` says of all settings.
 const ABOUT_SETTINGS: &str = "\
@@ -124,6 +125,10 @@ pub struct Serve {
     /// Requests that one caller of the REST API may make at once after a pause
     #[arg(long, env = "PORTCULLIS_API_BURST", value_name = "N", default_value = "100", value_parser = number(NonZeroU32::MIN, NonZeroU32::MAX))]
     pub api_burst: NonZeroU32,
+
+    /// Origins whose pages may call the REST API from browsers, separated by commas, such as https://keys.example.com
+    #[arg(long, env = "PORTCULLIS_CORS_ORIGINS", value_name = "ORIGINS", value_delimiter = ',', value_parser = origin)]
+    pub cors_origins: Vec<HeaderValue>,
 
     /// How often the database is asked for changes that LISTEN/NOTIFY missed
     #[arg(long, env = "PORTCULLIS_DATABASE_POLL_INTERVAL", value_name = "DURATION", default_value = "1s", value_parser = duration("10ms", "1m"))]

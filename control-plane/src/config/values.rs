@@ -5,6 +5,9 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
+use axum::http::uri::Authority;
+
 /// The value of a retention without end.
 pub const FOREVER: &str = "forever";
 
@@ -30,6 +33,14 @@ impl KeepFor {
 /// An address to listen on.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "must be an address and a port, such as 127.0.0.1:8081".into())
+}
+
+/// The origin of a page, as browsers write it.
+pub fn origin(text: &str) -> Result<HeaderValue, String> {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).unwrap_or_default();
+    let is_authority = !host.is_empty() && !host.contains('@') && host.parse::<Authority>().is_ok();
+    let value = HeaderValue::from_str(text).ok().filter(|_| is_authority && text.to_lowercase() == text);
+    value.ok_or_else(|| "must be origins in lower case without a path, such as https://keys.example.com".into())
 }
 
 /// A whole number within bounds.
@@ -120,6 +131,29 @@ mod tests {
         assert_eq!(endless(FOREVER).map(KeepFor::days), Ok(None));
         assert_eq!(endless("90d").map(KeepFor::days), Ok(Some(90)));
         assert_eq!(endless("0d"), Err("must be from 1d to 36500d, or forever".into()));
+    }
+
+    #[test]
+    fn an_origin_is_a_scheme_and_a_host_and_nothing_more() {
+        for text in ["https://keys.example.com", "http://localhost:3000", "http://[::1]:80"] {
+            assert_eq!(origin(text).unwrap(), text);
+        }
+        let bad = [
+            "",
+            "*",
+            "null",
+            "keys.example.com",
+            "https://",
+            "https://a/",
+            "https://a/b",
+            "ftp://a",
+            "https://u@a",
+            "https://A",
+        ];
+        for text in bad {
+            let why = "must be origins in lower case without a path, such as https://keys.example.com";
+            assert_eq!(origin(text), Err(why.into()), "{text}");
+        }
     }
 
     #[test]

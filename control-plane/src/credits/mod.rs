@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use crate::domain::calendar::is_time_zone;
+use crate::domain::calendar::{ANCHOR_DAYS, is_time_zone};
 use crate::domain::{Every, Window};
 use crate::error::ApiError;
 
@@ -63,6 +63,10 @@ pub struct Refill {
     #[serde(default = "utc", deserialize_with = "null_is_utc")]
     #[schema(nullable, example = "Europe/Berlin", max_length = 64)]
     pub time_zone: String,
+    /// On which day of the month it comes, and on the last day of a shorter month; 1 unless given. With `month` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = 15, minimum = 1, maximum = 31)]
+    pub anchor_day: Option<i8>,
     /// The balance is filled up to this and no further; any balance grows unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = 10_000, minimum = 1, maximum = 1_000_000_000_000_i64)]
@@ -88,6 +92,10 @@ impl Refill {
                 return Err(ApiError::invalid("refill", format!("{field} must be a number from 1 to {AMOUNT}")));
             }
         }
+        if self.anchor_day.is_some_and(|day| self.period != Every::Month || !ANCHOR_DAYS.contains(&day)) {
+            let detail = "anchor_day must be a day from 1 to 31, and goes with the period month only";
+            return Err(ApiError::invalid("refill", detail));
+        }
         if !is_time_zone(&self.time_zone) {
             let detail = "time_zone must be a name of the IANA time zone database such as Europe/Berlin";
             return Err(ApiError::invalid("refill", detail));
@@ -98,7 +106,7 @@ impl Refill {
     /// The first time after `now` when it is due.
     #[must_use]
     pub fn next(&self, now: OffsetDateTime) -> OffsetDateTime {
-        Window::containing(now, self.period, &self.time_zone).end
+        Window::anchored(now, self.period, self.anchor_day.unwrap_or(1), &self.time_zone).end
     }
 
     /// The credits that it adds to a balance.
@@ -142,6 +150,8 @@ pub fn parse_amount(amount: i64, kind: Kind) -> Result<i64, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use time::macros::datetime;
+
     use super::*;
 
     #[test]
@@ -163,14 +173,22 @@ mod tests {
 
     #[test]
     fn a_refill_adds_or_fills_up() {
-        let refill = Refill { amount: 100, period: Every::Day, time_zone: utc(), up_to: None };
+        let refill = Refill { amount: 100, period: Every::Day, time_zone: utc(), anchor_day: None, up_to: None };
         assert_eq!((refill.amount(-50), refill.amount(1_000)), (100, 100));
         let up_to = Refill { up_to: Some(120), ..refill };
         assert_eq!([-50, 20, 50, 120, 500].map(|balance| up_to.amount(balance)), [100, 100, 70, 0, 0]);
         assert!(up_to.check().is_ok());
-        for bad in [Refill { amount: 0, ..up_to.clone() }, Refill { time_zone: "Nowhere/Else".into(), ..up_to }] {
+        for bad in [
+            Refill { amount: 0, ..up_to.clone() },
+            Refill { anchor_day: Some(1), ..up_to.clone() },
+            Refill { period: Every::Month, anchor_day: Some(32), ..up_to.clone() },
+            Refill { time_zone: "Nowhere/Else".into(), ..up_to.clone() },
+        ] {
             assert!(bad.check().is_err(), "{bad:?}");
         }
+        let month = Refill { period: Every::Month, anchor_day: Some(15), ..up_to };
+        assert!(month.check().is_ok());
+        assert_eq!(month.next(datetime!(2026-03-15 00:00 UTC)), datetime!(2026-04-15 00:00 UTC));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! and the end of windows and computes none. Usage is summed up by days and months of UTC, whose clocks never change: there,
 //! statements over whole tables use `date_trunc`.
 
+use std::ops::RangeInclusive;
 use std::sync::LazyLock;
 
 use jiff::civil::{Date, Time};
@@ -26,28 +27,39 @@ pub enum Every {
     Day,
     /// At midnight before Monday.
     Week,
-    /// At midnight before the first.
+    /// At midnight before the first, or before another day of the month.
     Month,
 }
 
+/// The first and the last day on which months can begin.
+pub const ANCHOR_DAYS: RangeInclusive<i8> = 1..=31;
+
 impl Every {
-    /// The first day of the period that contains a day.
-    fn first_day(self, day: Date) -> Date {
+    /// The first day of the period that contains a day. Months begin on the anchor day.
+    fn first_day(self, day: Date, anchor_day: i8) -> Date {
         match self {
             Self::Day => day,
             Self::Week => day.saturating_sub(i64::from(day.weekday().to_monday_zero_offset()).days()),
-            Self::Month => day.first_of_month(),
+            Self::Month => {
+                let first = anchored(day.first_of_month(), anchor_day);
+                if first <= day { first } else { anchored(day.first_of_month().saturating_sub(1.month()), anchor_day) }
+            }
         }
     }
 
     /// The first day of the period after the one that begins with `first`.
-    fn next(self, first: Date) -> Date {
+    fn next(self, first: Date, anchor_day: i8) -> Date {
         match self {
             Self::Day => first.saturating_add(1.day()),
             Self::Week => first.saturating_add(1.week()),
-            Self::Month => first.saturating_add(1.month()),
+            Self::Month => anchored(first.first_of_month().saturating_add(1.month()), anchor_day),
         }
     }
+}
+
+/// The anchor day of the month that begins on `first`, or the last day of a shorter month.
+fn anchored(first: Date, anchor_day: i8) -> Date {
+    first.with().day(anchor_day.clamp(1, first.days_in_month())).build().unwrap_or(first)
 }
 
 /// A span of time: `start` is part of it, `end` is not.
@@ -60,13 +72,18 @@ pub struct Window {
 impl Window {
     /// The window that contains an instant. An unknown time zone counts as UTC: a newer version may have stored its name.
     pub fn containing(at: OffsetDateTime, every: Every, time_zone: &str) -> Self {
+        Self::anchored(at, every, 1, time_zone)
+    }
+
+    /// The same. Months begin on the anchor day, or on their last day if they are shorter.
+    pub fn anchored(at: OffsetDateTime, every: Every, anchor_day: i8, time_zone: &str) -> Self {
         let zone = find(time_zone).unwrap_or(TimeZone::UTC);
         let at = Timestamp::from_nanosecond(at.unix_timestamp_nanos()).unwrap_or(Timestamp::MAX);
-        let mut first = every.first_day(zone.to_datetime(at).date());
-        let mut next = every.next(first);
+        let mut first = every.first_day(zone.to_datetime(at).date(), anchor_day);
+        let mut next = every.next(first, anchor_day);
         // After clocks went back over midnight, the local date is that of the day before for a while.
         while first < next && start_of_day(&zone, next) <= at {
-            (first, next) = (next, every.next(next));
+            (first, next) = (next, every.next(next, anchor_day));
         }
         Self { start: offset_date_time(start_of_day(&zone, first)), end: offset_date_time(start_of_day(&zone, next)) }
     }
@@ -128,18 +145,18 @@ mod tests {
             let Some(zone) = find(name.as_str()) else { continue };
             let changes: Vec<Timestamp> =
                 zone.following(from).map(|change| change.timestamp()).take_while(|change| *change < to).collect();
-            let day_of = |every: Every, at: OffsetDateTime| {
+            let day_of = |(every, anchor_day): (Every, i8), at: OffsetDateTime| {
                 let at = Timestamp::from_nanosecond(at.unix_timestamp_nanos()).unwrap();
-                every.first_day(latest_date(&zone, &changes, at))
+                every.first_day(latest_date(&zone, &changes, at), anchor_day)
             };
+            let periods =
+                [(Every::Day, 1), (Every::Week, 1), (Every::Month, 1), (Every::Month, 15), (Every::Month, 31)];
             let instants = changes.iter().copied().flat_map(|change| {
                 [-86_400, -3_600, -1, 0, 1, 1_800, 3_600, 43_200].map(|seconds: i64| change + seconds.seconds())
             });
-            for (instant, every) in
-                instants.flat_map(|at| [Every::Day, Every::Week, Every::Month].map(|every| (at, every)))
-            {
+            for (instant, every) in instants.flat_map(|at| periods.map(|every| (at, every))) {
                 let at = offset_date_time(instant);
-                let window = Window::containing(at, every, name.as_str());
+                let window = Window::anchored(at, every.0, every.1, name.as_str());
                 let Window { start, end } = window;
                 let day = day_of(every, at);
                 assert!(start <= at && at < end, "{name} {every:?} {at} {window:?}");
@@ -190,6 +207,23 @@ mod tests {
         for last in [OffsetDateTime::from_unix_timestamp(253_402_300_799).unwrap(), datetime!(-9999-01-01 00:00 UTC)] {
             let _ = Window::containing(last, Every::Month, "Europe/Berlin");
         }
+    }
+
+    #[test]
+    fn months_begin_on_the_anchor_day_or_on_their_last_day() {
+        let starts = |anchor_day| {
+            let mut at = datetime!(2028-01-10 12:00 UTC);
+            [(); 4].map(|()| {
+                let window = Window::anchored(at, Every::Month, anchor_day, "UTC");
+                assert!(window.start <= at && at < window.end);
+                at = window.end;
+                (u8::from(window.start.month()), window.start.day())
+            })
+        };
+        assert_eq!(starts(1), [(1, 1), (2, 1), (3, 1), (4, 1)]);
+        assert_eq!(starts(10), [(1, 10), (2, 10), (3, 10), (4, 10)]);
+        assert_eq!(starts(11), [(12, 11), (1, 11), (2, 11), (3, 11)]);
+        assert_eq!(starts(31), [(12, 31), (1, 31), (2, 29), (3, 31)]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use contract::record::Per;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::calendar::{Every, is_time_zone};
+use super::calendar::{ANCHOR_DAYS, Every, is_time_zone};
 use super::per::{PER_OWNER, PerBody};
 use crate::error::ApiError;
 
@@ -22,6 +22,9 @@ pub struct Quota {
     /// Calendar periods only; UTC unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
+    /// Months only: the day on which they begin; the first unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anchor_day: Option<i8>,
     /// Rolling windows only: the length in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window_s: Option<i64>,
@@ -38,7 +41,7 @@ pub enum Period {
     Day,
     /// From Monday to Monday.
     Week,
-    /// From the first to the first.
+    /// From the first to the first, or from `anchor_day` to `anchor_day`.
     Month,
     /// A sliding window of `window_seconds`.
     Rolling,
@@ -77,6 +80,11 @@ impl Quota {
         self.time_zone.as_deref().unwrap_or(UTC)
     }
 
+    /// The day on which months begin.
+    pub fn anchor_day(&self) -> i8 {
+        self.anchor_day.unwrap_or(1)
+    }
+
     /// The length of a rolling window, in seconds.
     pub fn window_s(&self) -> i64 {
         self.window_s.unwrap_or(86_400).clamp(1, 366 * 86_400)
@@ -86,6 +94,7 @@ impl Quota {
     pub fn kind(&self) -> String {
         match self.period {
             Period::Rolling => format!("rolling/{}", self.window_s()),
+            Period::Month if self.anchor_day() != 1 => format!("month/{}/{}", self.zone(), self.anchor_day()),
             period => format!("{}/{}", period.name(), self.zone()),
         }
     }
@@ -105,6 +114,10 @@ pub struct QuotaBody {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "Europe/Berlin", max_length = 64)]
     pub time_zone: Option<String>,
+    /// On which day of the month a month begins, and on the last day of a shorter month; 1 unless given. With `month` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = 15, minimum = 1, maximum = 31)]
+    pub anchor_day: Option<i8>,
     /// How long the window is, in seconds. With `rolling`, and only then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 60, maximum = 31_622_400)]
@@ -122,6 +135,7 @@ impl QuotaBody {
             requests: quota.requests,
             period: quota.period,
             time_zone: quota.time_zone.clone(),
+            anchor_day: quota.anchor_day,
             window_seconds: quota.window_s,
             per: quota.per.into(),
         }
@@ -144,7 +158,17 @@ impl QuotaBody {
             (false, _, Some(_)) => return Err(bad("window_seconds goes with the period rolling only".into())),
             (false, zone, None) => (Some(parse_time_zone(zone)?), None),
         };
-        Ok(Quota { requests: self.requests, period: self.period, time_zone, window_s, per: self.per.into() })
+        let anchor_day = match self.anchor_day {
+            Some(_) if self.period != Period::Month => {
+                return Err(bad("anchor_day goes with the period month only".into()));
+            }
+            Some(day) if !ANCHOR_DAYS.contains(&day) => {
+                return Err(bad("anchor_day must be a day from 1 to 31".into()));
+            }
+            day => day,
+        };
+        let per = self.per.into();
+        Ok(Quota { requests: self.requests, period: self.period, time_zone, anchor_day, window_s, per })
     }
 }
 
@@ -173,7 +197,7 @@ mod tests {
     use super::*;
 
     fn body(period: Period) -> QuotaBody {
-        QuotaBody { requests: 1, period, time_zone: None, window_seconds: None, per: PerBody::Key }
+        QuotaBody { requests: 1, period, time_zone: None, anchor_day: None, window_seconds: None, per: PerBody::Key }
     }
 
     #[test]
@@ -181,6 +205,8 @@ mod tests {
         let month = QuotaBody { time_zone: Some("Europe/Berlin".into()), ..body(Period::Month) }.parse().unwrap();
         assert_eq!((month.time_zone.as_deref(), month.window_s), (Some("Europe/Berlin"), None));
         assert_eq!(body(Period::Day).parse().unwrap().time_zone.as_deref(), Some("UTC"));
+        let anchored = QuotaBody { anchor_day: Some(31), ..body(Period::Month) }.parse().unwrap();
+        assert_eq!((anchored.anchor_day(), anchored.kind()), (31, "month/UTC/31".into()));
         let rolling = QuotaBody { window_seconds: Some(60), ..body(Period::Rolling) };
         assert_eq!(QuotaBody::of(&rolling.clone().parse().unwrap()), rolling);
         for bad in [
@@ -191,6 +217,9 @@ mod tests {
             QuotaBody { time_zone: Some("posix/UTC".into()), ..body(Period::Week) },
             QuotaBody { time_zone: Some("Nowhere/Else".into()), ..body(Period::Week) },
             QuotaBody { window_seconds: Some(60), ..body(Period::Day) },
+            QuotaBody { anchor_day: Some(0), ..body(Period::Month) },
+            QuotaBody { anchor_day: Some(32), ..body(Period::Month) },
+            QuotaBody { anchor_day: Some(1), ..body(Period::Week) },
             body(Period::Rolling),
             QuotaBody { window_seconds: Some(59), ..body(Period::Rolling) },
             QuotaBody { window_seconds: Some(31_622_401), ..body(Period::Rolling) },

@@ -85,8 +85,8 @@ pub async fn allowed_networks(executor: impl PgExecutor<'_>, id: Uuid) -> Result
 pub struct KeySearch<'a> {
     /// The address of the owner.
     pub email: Option<&'a str>,
-    /// The start of the prefix of a present or old secret.
-    pub prefix: Option<&'a str>,
+    /// Any of these is the start of the prefix of a present or old secret.
+    pub prefixes: Option<Vec<String>>,
     /// A part of the name, in upper or lower case.
     pub name: Option<&'a str>,
     /// `active`, `disabled`, `expired` or `revoked`.
@@ -102,11 +102,12 @@ pub async fn search(
     before: Option<Uuid>,
     limit: i64,
 ) -> Result<Vec<Key>, ApiError> {
-    let prefix = filter.prefix.map(|prefix| format!("{}%", literally(prefix)));
+    let starts = |prefixes: &Vec<String>| prefixes.iter().map(|prefix| format!("{}%", literally(prefix))).collect();
+    let prefixes: Option<Vec<String>> = filter.prefixes.as_ref().map(starts);
     let keys = select_keys!(
         "id < $1 and ($2::text is null or email = $2)
-            and ($3::text is null or prefix like $3 or id in (
-                select key_id from retired_secrets where prefix like $3 and not withdrawn
+            and ($3::text[] is null or prefix like any ($3) or id in (
+                select key_id from retired_secrets where prefix like any ($3) and not withdrawn
             ))
             and ($4::text is null or strpos(lower(name), lower($4)) > 0)
             and ($5::text is null or $5 = case
@@ -119,7 +120,7 @@ pub async fn search(
         order by id desc limit $7",
         before.unwrap_or(Uuid::max()),
         filter.email,
-        prefix,
+        prefixes.as_deref(),
         filter.name,
         filter.state,
         filter.last_used_before,

@@ -64,7 +64,7 @@ pub(super) async fn lock_to_revoke(
 pub struct RevokeKeysReply {
     /// Keys that were revoked now.
     #[schema(minimum = 0)]
-    revoked: i64,
+    pub revoked: i64,
     /// Keys with the scope admin or sync, which only an admin's key revokes.
     #[schema(minimum = 0)]
     skipped: i64,

@@ -173,7 +173,14 @@ mod tests {
     use crate::domain::Period;
 
     fn key(owner: u8, per: Option<Per>, metered: bool) -> Bookable {
-        let quota = per.map(|per| Quota { requests: 9, period: Period::Day, time_zone: None, window_s: None, per });
+        let quota = per.map(|per| Quota {
+            requests: 9,
+            period: Period::Day,
+            time_zone: None,
+            anchor_day: None,
+            window_s: None,
+            per,
+        });
         Bookable { owner: Uuid::from_bytes([owner; 16]), plan: Some(3), metered, quota, is_shut: false }
     }
 

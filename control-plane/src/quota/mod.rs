@@ -33,7 +33,7 @@ impl Use {
     pub fn none(quota: &Quota, now: OffsetDateTime) -> Self {
         match quota.period.calendar() {
             Some(every) => {
-                let Window { start, end } = Window::containing(now, every, quota.zone());
+                let Window { start, end } = Window::anchored(now, every, quota.anchor_day(), quota.zone());
                 Self { window_start: start, window_end: end, used: 0, slots: Vec::new() }
             }
             None => Self::rolling(quota.window_s(), now),
@@ -141,7 +141,14 @@ mod tests {
     const NOW: OffsetDateTime = datetime!(2026-01-01 00:00:00 UTC);
 
     fn hour(requests: i64) -> Quota {
-        Quota { requests, period: Period::Rolling, time_zone: None, window_s: Some(3_600), per: Per::Key }
+        Quota {
+            requests,
+            period: Period::Rolling,
+            time_zone: None,
+            anchor_day: None,
+            window_s: Some(3_600),
+            per: Per::Key,
+        }
     }
 
     #[test]
@@ -180,7 +187,14 @@ mod tests {
 
     #[test]
     fn a_calendar_quota_opens_with_the_next_window() {
-        let quota = Quota { requests: 1, period: Period::Day, time_zone: None, window_s: None, per: Per::Key };
+        let quota = Quota {
+            requests: 1,
+            period: Period::Day,
+            time_zone: None,
+            anchor_day: None,
+            window_s: None,
+            per: Per::Key,
+        };
         let used = Use { window_start: NOW, window_end: NOW + Duration::days(1), used: 1, slots: Vec::new() };
         assert!(used.exceeds(&quota));
         assert_eq!(used.opens_at(&quota), NOW + Duration::days(1));

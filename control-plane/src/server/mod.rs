@@ -130,6 +130,7 @@ fn app(
         allowances,
         filters: Registry::bounded(settings.envoys_per_sync_key),
         policies: Arc::new(policies),
+        cors_origins: settings.cors_origins.as_slice().into(),
         owner_keys_per_day: settings.owner_keys_per_day,
         rate_limiter: Arc::new(CallerRateLimiter::new(settings.api_rate_limit, settings.api_burst)),
         database: Arc::default(),

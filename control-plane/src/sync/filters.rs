@@ -192,8 +192,13 @@ pub async fn list(
     )
     .fetch_all(pool)
     .await?;
+    Ok((position(pool).await?, filters))
+}
+
+/// Reads what is committed, and the clock.
+pub async fn position(pool: &PgPool) -> Result<DatabasePosition, sqlx::Error> {
     let present = sqlx::query_as!(DatabasePosition, r#"select epoch, revision, now() as "now!" from store_state"#);
-    Ok((present.fetch_one(pool).await?, filters))
+    present.fetch_one(pool).await
 }
 
 /// The newest revision that brought a change of this key: of itself, of a secret that it had, of its roles or its plan.

@@ -1,5 +1,6 @@
 //! Users: the owners of keys, with the settings that apply to all their keys.
 
+pub mod erase;
 pub mod lock;
 
 use serde::{Deserialize, Serialize};
@@ -104,6 +105,23 @@ pub async fn create(change: &mut Change, email: &Email) -> Result<(Uuid, bool), 
         change.record(AuditEvent::on("user.create", email.as_str(), json!({}))).await?;
     }
     Ok((user.id, is_new))
+}
+
+/// Sets the address of a user, whose row is locked. Says whether that was a change. 409 if another user has the address.
+pub async fn set_email(connection: &mut PgConnection, id: Uuid, email: &Email) -> Result<bool, ApiError> {
+    let changed =
+        sqlx::query!("update user_preferences set email = $2 where id = $1 and email <> $2", id, email.as_str())
+            .execute(connection)
+            .await;
+    match changed {
+        Ok(changed) => Ok(changed.rows_affected() > 0),
+        Err(error) => match error.as_database_error().and_then(|error| error.constraint()) {
+            Some("user_preferences_email_key") => {
+                Err(ApiError::Conflict(format!("Another user has the address {}.", email.as_str())))
+            }
+            _ => Err(error.into()),
+        },
+    }
 }
 
 /// Sets or clears the plan of a user, whose row is locked. Says whether that was a change. 400 for an unknown plan.

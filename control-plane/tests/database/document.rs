@@ -7,8 +7,10 @@ use control_plane::api;
 use serde_json::{Value, json};
 
 /// The verbs that ids of operations begin with.
-const VERBS: [&str; 12] =
-    ["add", "create", "delete", "explain", "get", "import", "list", "put", "reset", "revoke", "rotate", "update"];
+const VERBS: [&str; 14] = [
+    "add", "create", "delete", "erase", "explain", "find", "get", "import", "list", "put", "reset", "revoke", "rotate",
+    "update",
+];
 
 pub fn document() -> Value {
     serde_json::to_value(api::openapi_document()).unwrap()

@@ -162,3 +162,30 @@ async fn a_request_id_is_the_clients_uuid_or_one_of_ours(pool: PgPool) {
         assert!(ours != given && Uuid::try_parse(&ours).is_ok(), "{given}: {ours}");
     }
 }
+
+#[sqlx::test(migrations = "./migrations")]
+async fn pages_of_the_origins_that_are_named_may_call_and_no_others(pool: PgPool) {
+    const PAGE: &str = "https://keys.example.com";
+    let (mut fixture, admin) = Fixture::with_admin(&pool).await;
+    let call = async |fixture: &Fixture, origin: &str| {
+        let mut preflight = request("OPTIONS", "/v1/keys", None, Body::empty());
+        for (name, value) in [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", "x-api-key,content-type"),
+        ] {
+            preflight.headers_mut().insert(name, value.parse().unwrap());
+        }
+        let preflight = fixture.send(preflight).await;
+        let reply = fixture.call_with("GET", "/v1/keys", &admin, None, &[("origin", origin)]).await;
+        let allowed = |reply: &Reply| {
+            let origin = reply.headers.get("access-control-allow-origin");
+            (reply.status, origin.map(|origin| origin.to_str().unwrap().to_owned()))
+        };
+        [allowed(&preflight), allowed(&reply)]
+    };
+    assert_eq!(call(&fixture, PAGE).await, [(405, None), (200, None)]);
+    fixture.configure(|app| app.cors_origins = [PAGE.parse().unwrap()].into());
+    assert_eq!(call(&fixture, PAGE).await, [200, 200].map(|status| (status, Some(PAGE.to_owned()))));
+    assert_eq!(call(&fixture, "https://other.example.com").await, [(200, None), (200, None)]);
+}

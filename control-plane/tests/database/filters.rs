@@ -1,9 +1,9 @@
 //! The list of Envoys and the state of each, as its polls and reports tell it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::support::reports::submit;
-use crate::support::{Fixture, Reply, execute, request, revoke, row, scalar};
+use crate::support::{Fixture, Reply, execute, request, revision, revoke, row, scalar};
 use contract::id::{Epoch, ReporterId};
 use contract::key::Secret;
 use contract::usage::Report;
@@ -105,6 +105,50 @@ async fn every_envoy_is_shown_with_what_it_says(pool: PgPool) {
     let second = fixture.get(&next, &admin).await;
     assert_eq!((second.json()["envoys"].as_array().unwrap().len(), second.headers.get("link")), (1, None));
     assert_eq!(fixture.get("/v1/envoys?limit=0", &admin).await.json()["field"], "limit");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_change_that_prefers_to_wait_is_answered_once_every_live_envoy_has_it(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
+    let before = fixture.in_step().await;
+    let epoch = epoch(&pool).await;
+    let says = async |number: u8, revision: u64| {
+        let poll_of = format!("epoch={epoch}&revision={revision}&wait=0&reporter={}", envoy(number));
+        poll(&fixture, &sync, &poll_of).await;
+    };
+    says(1, before).await;
+    says(2, before).await;
+    let body = json!({"email": "user@example.com", "name": "n"});
+    let create = async |prefer| {
+        let reply = fixture.call_with("POST", "/v1/keys", &admin, Some(&body), &[("prefer", prefer)]).await;
+        (reply, Instant::now())
+    };
+    let confirm = async {
+        while revision(&pool).await == before {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let after = fixture.in_step().await;
+        says(1, after).await;
+        let last = Instant::now();
+        says(2, after).await;
+        last
+    };
+    let ((reply, answered), confirmed) = tokio::join!(create("respond-async, wait=10"), confirm);
+    assert_eq!((reply.status, reply.header("preference-applied")), (201, "wait=10"));
+    assert!(answered > confirmed);
+
+    // No Envoy confirms: the change is made, and the answer does not say that it is applied.
+    let began = Instant::now();
+    let (reply, answered) = create("wait=1").await;
+    assert_eq!((reply.status, reply.headers.get("preference-applied")), (201, None));
+    assert!(answered - began >= Duration::from_secs(1));
+    // It concerns changes only, and those that are made.
+    let refused = fixture.call_with("POST", "/v1/keys", &admin, Some(&json!({})), &[("prefer", "wait=10")]).await;
+    let read = fixture.call_with("GET", "/v1/keys", &admin, None, &[("prefer", "wait=10")]).await;
+    assert_eq!([refused.status, read.status], [400, 200]);
+    let (bad, _) = create("wait=60").await;
+    bad.assert_invalid("Prefer", "wait must be a number of seconds from 1 to 10");
+    assert_eq!(read.json()["keys"], fixture.get("/v1/keys", &admin).await.json()["keys"], "nothing was made");
 }
 
 #[sqlx::test(migrations = "./migrations")]

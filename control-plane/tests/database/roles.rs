@@ -316,7 +316,7 @@ async fn a_wrong_field_of_a_role_is_named(pool: PgPool) {
             "/v1/roles/a",
             json!({"scopes": ["UP"]}),
             Some("scopes"),
-            "each scope must have 1 to 64 characters of a-z, 0-9 and : _ . * -",
+            "each scope must have 1 to 64 characters of a-z, A-Z, 0-9 and : / _ . * -",
         ),
         ("/v1/roles/a", json!({"scopes": vec!["a"; 33]}), Some("scopes"), "must have at most 32 entries"),
         (

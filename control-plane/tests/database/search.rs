@@ -1,6 +1,6 @@
 //! Search for keys, and the audit trail.
 
-use crate::support::{Fixture, change_key, execute, revoke, secret_of};
+use crate::support::{Fixture, change_key, encoded, execute, revoke, secret_of};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -70,6 +70,48 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
     ] {
         let reply = fixture.get(&format!("/v1/keys?{query}"), &admin).await;
         assert_eq!((reply.status, &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_key_is_found_by_the_first_characters_that_people_have_of_it(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let (_, one) = named(&fixture, &admin, "user@example.com", "one").await;
+    let (imported, _) = named(&fixture, &admin, "user@example.com", "imported").await;
+    change_key(&pool, imported, "prefix = 'sk_live_4eC3'").await;
+    let start = &one.reveal()[..14];
+    let shown = one.display_prefix().unwrap();
+    for text in [start, &one.reveal()[..20], &format!("{start}…"), &format!("{start}..."), &shown, &format!("{shown}…")]
+    {
+        assert_eq!(names(&fixture, &admin, &format!("prefix={}", encoded(text))).await, ["one"], "{text}");
+    }
+    assert_eq!(names(&fixture, &admin, "prefix=sk_live_4eC").await, ["imported"]);
+    let whole = fixture.get(&format!("/v1/keys?prefix={}", one.reveal()), &admin).await;
+    whole.assert_invalid(
+        "prefix",
+        "is a whole key, which must not stand in an address: send it in the body of POST /v1/keys/lookup",
+    );
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_whole_secret_present_or_old_finds_its_key_for_those_who_manage_it(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let (id, old) = named(&fixture, &admin, "user@example.com", "n").await;
+    let (_, other) = fixture.key("other@example.com", &[]).await;
+    let rotated =
+        fixture.post(&format!("/v1/keys/{id}/rotate"), &admin, json!({"grace_seconds": 60})).await.expect(200);
+    let new = secret_of(&rotated);
+    let lookup = async |caller: &Secret, key: &str| fixture.post("/v1/keys/lookup", caller, json!({"key": key})).await;
+    for (caller, secret) in [(&admin, &new), (&admin, &old), (&new, &old)] {
+        let found = lookup(caller, secret.reveal()).await.expect(200);
+        assert_eq!((&found["id"], &found["name"]), (&json!(id), &json!("n")));
+    }
+    // One of somebody else and one that does not exist are answered alike.
+    for (caller, key) in [(&other, new.reveal()), (&admin, "sk_live_nobody")] {
+        lookup(caller, key).await.assert_not_found("There is no key with this secret.");
+    }
+    for key in ["", &"x".repeat(1_025)] {
+        lookup(&admin, key).await.assert_invalid("key", "must have 1 to 1024 bytes");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Users: `/v1/users`.
 
-use crate::support::{Fixture, change_key, execute, id_of, revision, rows};
+use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -38,7 +38,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     let before = revision(&pool).await;
     assert_eq!(patch(json!({"plan": "gold"})).await.json(), expected);
     assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
-    patch(json!({})).await.assert_problem(400, "invalid", "Set plan, metered or refill.", None);
+    patch(json!({})).await.assert_problem(400, "invalid", "Set email, plan, metered or refill.", None);
     let detail = "there is no plan silver; create it with PUT /v1/plans/silver";
     patch(json!({"plan": "silver"})).await.assert_invalid("plan", detail);
     assert_eq!(fixture.get(uri, &user).await.json(), expected);
@@ -48,6 +48,79 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
         rows(&pool, "select action, target, detail from audit where action like 'user.%' order by id").await;
     let changed = |plan: Value| ("user.update".to_owned(), Some("user@example.com".to_owned()), json!({"plan": plan}));
     assert_eq!(audit, [changed("gold".into()), changed(Value::Null)]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn the_address_of_a_user_changes_and_keys_and_credits_stay(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let (id, key) = fixture.key(USER, &[]).await;
+    fixture.key("other@example.com", &[]).await;
+    let uri = fixture.user(USER).await;
+    fixture.post(&format!("{uri}/ledger"), &admin, json!({"amount": 5})).await.expect(201);
+    let tag = fixture.get(&uri, &admin).await.header("etag").to_owned();
+    let changed = fixture.patch(&uri, &admin, json!({"email": "New@Example.com"})).await;
+    assert_eq!((&changed.expect(200)["email"], &changed.json()["balance"]), (&json!("new@example.com"), &json!(5)));
+    assert_ne!(changed.header("etag"), tag);
+    assert_eq!(fixture.get(&format!("/v1/keys/{id}"), &key).await.expect(200)["email"], "new@example.com");
+    assert_eq!(fixture.user("new@example.com").await, uri);
+    assert!(fixture.get("/v1/users?email=user%40example.com", &admin).await.json()["users"] == json!([]));
+    let same = fixture.patch(&uri, &admin, json!({"email": "new@example.com"})).await;
+    assert_eq!(same.header("etag"), changed.header("etag"), "nothing changed");
+    let taken = fixture.patch(&uri, &admin, json!({"email": "other@example.com", "metered": true})).await;
+    taken.assert_conflict("Another user has the address other@example.com.");
+    assert_eq!(fixture.get(&uri, &admin).await.json()["metered"], true, "metered by the top-up");
+    fixture
+        .patch(&uri, &key, json!({"email": "mine@example.com"}))
+        .await
+        .assert_forbidden("Use a key with the scope admin.");
+    let trail = fixture.get("/v1/audit?action=user.update", &admin).await.json();
+    let details: Vec<_> = trail["entries"].as_array().unwrap().iter().map(|entry| entry["detail"].clone()).collect();
+    assert_eq!(details, [json!({"email": {"from": USER, "to": "new@example.com"}})]);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let body = json!({"email": USER, "name": "Ada's laptop", "allowed_addresses": ["192.0.2.7"]});
+    let (id, key) = fixture.created(&admin, body.clone()).await;
+    let (second, _) = fixture.created(&admin, body).await;
+    change_key(&pool, id, "networks = '{}'").await;
+    let uri = fixture.user(USER).await;
+    fixture.post(&format!("{uri}/ledger"), &admin, json!({"amount": 5})).await.expect(201);
+    fixture.patch(&format!("/v1/keys/{id}"), &key, json!({"name": "Ada's phone"})).await.expect(200);
+    fixture.patch(&format!("/v1/keys/{second}"), &admin, json!({"allowed_addresses": ["192.0.2.9"]})).await.expect(200);
+    fixture.delete(&uri, &key).await.assert_forbidden("Use a key with the scope admin.");
+
+    let user_id = uri.rsplit('/').next().unwrap();
+    let pseudonym = format!("erased-{user_id}@erased.invalid");
+    assert_eq!(fixture.delete(&uri, &admin).await.expect(200), json!({"email": pseudonym, "revoked": 2}));
+    let user = fixture.get(&uri, &admin).await.expect(200);
+    assert_eq!((&user["email"], &user["balance"], &user["keys"]["total"]), (&json!(pseudonym), &json!(5), &json!(2)));
+    let shown = fixture.get(&format!("/v1/keys/{id}"), &admin).await.expect(200);
+    assert_eq!(
+        (&shown["name"], &shown["state"], &shown["email"]),
+        (&json!("erased"), &json!("revoked"), &json!(pseudonym))
+    );
+    // No table has any of it.
+    let dump: Vec<(String,)> = rows(
+        &pool,
+        "select row_to_json(t)::text from audit t union all select row_to_json(t)::text from api_keys t
+        union all select row_to_json(t)::text from user_preferences t",
+    )
+    .await;
+    let dump: String = dump.into_iter().map(|(row,)| row).collect();
+    for text in [USER, "Ada", "192.0.2."] {
+        assert!(!dump.contains(text), "{text} in {dump}");
+    }
+    let trail = fixture.get(&format!("/v1/audit?target={}", encoded(&pseudonym)), &admin).await.json();
+    let actions: Vec<_> = trail["entries"].as_array().unwrap().iter().map(|entry| entry["action"].clone()).collect();
+    assert_eq!(actions, ["user.erase", "user.revoke_keys", "ledger.create"]);
+    // Again, it changes nothing more. A new user may have the address.
+    assert_eq!(fixture.delete(&uri, &admin).await.expect(200)["revoked"], 0);
+    assert_ne!(fixture.user(USER).await, uri);
+    let own = fixture.user("admin@example.com").await;
+    let detail = "The key of this call belongs to the user. Use a key of another administrator.";
+    fixture.delete(&own, &admin).await.assert_conflict(detail);
 }
 
 #[sqlx::test(migrations = "./migrations")]

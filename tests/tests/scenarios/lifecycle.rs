@@ -3,8 +3,9 @@
 use anyhow::{Context, Result};
 use contract::key::Secret;
 use contract::outcome::Outcome;
-use hyper::Method;
+use hyper::{Method, Request};
 use portcullis_tests::expect::{IDENTITY, assert_refused, assert_upstream};
+use portcullis_tests::http;
 use portcullis_tests::stack::{Stack, wait_for_status};
 use serde_json::{Value, json};
 
@@ -99,6 +100,36 @@ async fn a_revocation_reaches_every_worker_of_every_envoy() -> Result<()> {
         assert_refused(&worker.get("/", Some(&key)).await?, Outcome::Revoked, &[]);
     }
     assert_eq!(stack.demo.requests(), admitted);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_change_that_waits_for_the_envoys_holds_at_every_worker_at_once() -> Result<()> {
+    let stack = Stack::builder().envoys(2).start().await?;
+    let rest = stack.rest();
+    let change = async |method: Method, path: &str, body: &Value| {
+        let request = Request::builder().method(method).uri(path).header("x-api-key", rest.key.reveal());
+        let request = request.header("content-type", "application/json").header("prefer", "wait=10");
+        let reply = http::send(rest.address, request.body(body.to_string().into())?).await?;
+        assert_eq!(reply.header("preference-applied"), Some("wait=10"), "{reply:?}");
+        reply.json()
+    };
+    let mut workers = Vec::new();
+    for envoy in &stack.envoys {
+        workers.extend(envoy.connection_per_worker().await?);
+    }
+    let fields = json!({"email": ADA, "name": "n"});
+    for round in 0..5 {
+        let made = change(Method::POST, "/v1/keys", &fields).await?;
+        let (id, key) = (made["id"].as_str().context("no id")?, made["secret"].as_str().context("no secret")?);
+        for worker in &mut workers {
+            assert_eq!(worker.get("/orders", Some(key)).await?.status, 200, "round {round}");
+        }
+        change(Method::PATCH, &format!("/v1/keys/{id}"), &json!({"disabled": true})).await?;
+        for worker in &mut workers {
+            assert_eq!(worker.get("/orders", Some(key)).await?.status, 401, "round {round}");
+        }
+    }
     Ok(())
 }
 

@@ -49,8 +49,10 @@ fn limit(requests: u32, window_seconds: u32) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pages_of_calls_pass_on_any_number_of_envoys_until_the_quota_is_used_up() -> Result<()> {
+    // The longest wait that can be configured, for a machine that is busy.
+    let plugin = json!({"limits": {"wait": "0.8s"}});
     for envoys in [1, 3] {
-        let stack = Stack::builder().envoys(envoys).start().await?;
+        let stack = Stack::builder().envoys(envoys).plugin(&plugin).start().await?;
         let (_, hundred) = key(&stack, "hundred@example.com", per_day(100)).await?;
         for _ in 0..5 {
             assert_eq!(admitted(&page(&stack, 20, &hundred).await?), 20, "{envoys} Envoys");

@@ -35,7 +35,7 @@ pub struct CreateBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, inline)]
     kind: Kind,
-    /// Scopes to grant: at most 32, each of 1 to 64 characters out of a-z, 0-9 and `: _ . * -`.
+    /// Scopes to grant: at most 32, each of 1 to 64 characters out of a-z, A-Z, 0-9 and `: / _ . * -`.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
     scopes: Vec<String>,

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 
 use axum::response::Response;
+use contract::key::{check, stored_prefix};
 use serde::Deserialize;
 use utoipa::IntoParams;
 use uuid::Uuid;
@@ -27,7 +28,8 @@ pub struct ListQuery {
     /// Only this user's keys. Callers without the scope `admin` see only their own anyway.
     #[param(example = "user@example.com")]
     email: Option<String>,
-    /// Only keys with a secret, present or retired, whose prefix starts so.
+    /// Only keys with a secret, present or retired, whose prefix starts so: as it is shown, as `sk_abc123`, or the first
+    /// characters of the key itself, as `sk_live_abc123…`. To find a key by all of it, use `POST /v1/keys/lookup`.
     #[param(example = "sk_abc", max_length = 100)]
     prefix: Option<String>,
     /// Only keys whose name contains this, in upper or lower case.
@@ -39,6 +41,16 @@ pub struct ListQuery {
     /// Only keys that were last used before this time (RFC 3339), or made before it and never used.
     #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
     last_used_before: Option<String>,
+}
+
+/// The stored prefixes that a text may mean. An imported key may have a prefix of any form.
+fn prefixes(text: &str) -> Result<Vec<String>, ApiError> {
+    if check(text).is_ok() {
+        let detail = "is a whole key, which must not stand in an address: send it in the body of POST /v1/keys/lookup";
+        return Err(ApiError::invalid("prefix", detail));
+    }
+    let text = text.trim_end_matches(['…', '.']);
+    Ok([text.to_owned()].into_iter().chain(stored_prefix(text)).collect())
 }
 
 pagination::page!(KeyPage "A page of keys, the newest first." { keys: KeyView = "The keys." });
@@ -61,7 +73,7 @@ pub async fn list(
     let owner = if caller.is_admin() { asked.as_ref().map(Email::as_str) } else { Some(caller.email.as_str()) };
     let filter = KeySearch {
         email: owner,
-        prefix: search_text("prefix", query.prefix.as_deref(), TEXT_CHARS)?,
+        prefixes: search_text("prefix", query.prefix.as_deref(), TEXT_CHARS)?.map(prefixes).transpose()?,
         name: search_text("name", query.name.as_deref(), TEXT_CHARS)?,
         state: query.state.map(KeyState::name),
         last_used_before: query.last_used_before.as_deref().map(|t| parse_time("last_used_before", t)).transpose()?,

@@ -6,6 +6,7 @@ pub mod create;
 pub mod get;
 pub mod import;
 pub mod list;
+pub mod lookup;
 pub mod quota;
 pub mod revoke;
 pub mod rotate;

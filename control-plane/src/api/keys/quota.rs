@@ -31,6 +31,9 @@ pub struct QuotaView {
     /// Where days begin at midnight; null where the window rolls.
     #[schema(required, example = "Europe/Berlin")]
     time_zone: Option<String>,
+    /// The day on which months begin, if it is not the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    anchor_day: Option<i8>,
     /// The length of a rolling window, in seconds; null for calendar windows.
     #[schema(required)]
     window_seconds: Option<i64>,
@@ -64,6 +67,7 @@ impl QuotaView {
             per: quota.per.into(),
             period: quota.period,
             time_zone: (!rolls).then(|| quota.zone().to_owned()),
+            anchor_day: quota.anchor_day,
             window_seconds: rolls.then(|| quota.window_s()),
             window_start: used.window_start.into(),
             window_end: used.window_end.into(),

@@ -105,6 +105,7 @@ impl Fixture {
             usage,
             allowances: Allowances::start(pool.clone()),
             filters: Registry::bounded(1_000),
+            cors_origins: Arc::default(),
             owner_keys_per_day: 200,
             policies: Arc::default(),
             rate_limiter: Arc::new(CallerRateLimiter::new(NonZeroU32::MIN, burst)),

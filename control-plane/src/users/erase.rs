@@ -1,0 +1,80 @@
+//! Erasure of a user: keys are revoked, and the address, the names and the networks are replaced wherever they stand. Ids and
+//! counts stay.
+
+use serde::Serialize;
+use serde_json::json;
+use sqlx::PgConnection;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::lock::lock_user;
+use crate::audit::AuditEvent;
+use crate::change::Change;
+use crate::error::ApiError;
+use crate::keys::revoke::revoke_all;
+
+/// What an erasure did.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct EraseReply {
+    /// What stands in place of the user's address now.
+    #[schema(example = "erased-01890a5d-ac96-774b-bcce-b302099a8057@erased.invalid")]
+    email: String,
+    /// How many keys were revoked.
+    #[schema(minimum = 0)]
+    revoked: i64,
+}
+
+/// Erases a user. 404 if there is no such user, 409 for the last admin key.
+pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError> {
+    let user = lock_user(change, id).await?;
+    let email = format!("erased-{id}@erased.invalid");
+    // All entries are searched, which can take long. The lock on the store, which changes of other keys need, comes later.
+    erase_in_audit(change, id, &user.email, &email).await?;
+    sqlx::query!("update user_preferences set email = $2, refill = null, refill_at = null where id = $1", id, email)
+        .execute(&mut **change)
+        .await?;
+    let revoked = revoke_all(change, id, true).await?.revoked;
+    erase_in_keys(change, id).await?;
+    change.record(AuditEvent::on("user.erase", &email, json!({"revoked": revoked}))).await?;
+    Ok(EraseReply { email, revoked })
+}
+
+/// Replaces the address in all entries, and names and networks in those about keys of the user. The client's address goes from
+/// what the user did.
+async fn erase_in_audit(connection: &mut PgConnection, id: Uuid, old: &str, new: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "update audit set
+            actor_email = case when actor_email = $1 then $2 else actor_email end,
+            address = case when actor_email = $1 then null else address end,
+            target = case when target = $1 then $2 else target end,
+            detail = replace(detail::text, to_jsonb($1::text)::text, to_jsonb($2::text)::text)::jsonb
+        where actor_email = $1 or target = $1 or strpos(detail::text, to_jsonb($1::text)::text) > 0",
+        old,
+        new
+    )
+    .execute(&mut *connection)
+    .await?;
+    sqlx::query!(
+        r#"update audit set detail = case when detail ? 'name' then detail || '{"name": "erased"}' else detail end
+            - 'allowed_addresses'
+        where key_id in (select id from api_keys where owner_id = $1)
+            and (detail ? 'name' or detail ? 'allowed_addresses')"#,
+        id
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn erase_in_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
+    sqlx::query!("update api_keys set name = 'erased', networks = '{}' where owner_id = $1 and name <> 'erased'", id)
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query!(
+        "delete from idempotent_replies where caller_key_id in (select id from api_keys where owner_id = $1)",
+        id
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
