@@ -162,15 +162,12 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
         .split_for_parts();
     // Written once: responses share it, however many wait to be taken.
     let openapi = extract::json_line(&openapi::complete(openapi)).map(Bytes::from).unwrap_or_default();
-    // Without origins a page of another origin gets no answer that it may read.
-    let management =
-        if app.cors_origins.is_empty() { management } else { management.layer(cors::allow(&app.cors_origins)) };
     let shown = app.clone();
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))
         .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)))
         .route("/sync/v1/allowances", post(sync::allowances).layer(DefaultBodyLimit::max(ALLOWANCES_BYTES)));
-    management
+    let router = management
         .merge(filters)
         .route("/metrics", get(move |_: Keyless| health::metrics(shown, metrics)))
         .route("/openapi.json", get(async move |_: Keyless| document(openapi)))
@@ -184,8 +181,10 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
         })
         .layer(middleware::from_fn(explain_plain_errors))
         .layer(middleware::from_fn_with_state(read_timeout, body_timeout::limit))
-        .layer(middleware::from_fn(observe::observe))
-        .with_state(app)
+        .layer(middleware::from_fn(observe::observe));
+    // Without origins, a page of another origin gets no answer that it may read.
+    let router = if app.cors_origins.is_empty() { router } else { router.layer(cors::allow(&app.cors_origins)) };
+    router.with_state(app)
 }
 
 /// A JSON document that is the same for all callers.

@@ -34,6 +34,9 @@ const OWNERS: &str = "This key manages only its owner's data. Use a key with the
 const ADMINS: &str = "Use a key with the scope admin.";
 const MANAGERS: &str = "A key with the scope sync cannot manage keys. Use another key.";
 
+/// The answer for a secret that no key has, or only a key of somebody else.
+const NO_SUCH_SECRET: &str = "There is no key with this secret.";
+
 /// For everybody.
 const PUBLIC: Row = Row([200; CALLERS.len()], &[]);
 
@@ -98,6 +101,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     // A key rotates itself only.
     ("POST", "/v1/keys/{id}/rotate", "", "{}", Row([401, 401, 404, 403, 403, 201, 401, 401, 401], &[])),
     ("DELETE", "/v1/keys/{id}/secrets/{generation}", "", "", by_id(204)),
+    ("POST", "/v1/keys/lookup", "", r#"{"key": "sk_live_nobody"}"#, Row(for_users(404).0, &[MANAGERS, NO_SUCH_SECRET])),
     ("POST", "/v1/keys/import", "", "NDJSON", for_admins(200)),
     ("GET", "/v1/keys/{id}/usage", "", "", by_id(200)),
     ("GET", "/v1/keys/{id}/quota", "", "", by_id(200)),
@@ -108,6 +112,7 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("GET", "/v1/users/{id}", "", "", by_user(200)),
     ("PATCH", "/v1/users/{id}", "", r#"{"plan": null}"#, for_admins(200)),
     ("PATCH", "/v1/users/{id}", "", r#"{"metered": false}"#, for_admins(200)),
+    ("DELETE", "/v1/users/{id}", "", "", for_admins(200)),
     ("POST", "/v1/users/{id}/revoke-keys", "", "", by_user(200)),
     ("GET", "/v1/users/{id}/balance", "", "", by_user(200)),
     ("GET", "/v1/users/{id}/ledger", "", "", by_user(200)),

@@ -215,7 +215,7 @@ async fn a_wrong_field_of_a_new_key_is_named(pool: PgPool) {
     for (field, value) in [
         ("name", json!("x".repeat(101))),
         ("email", json!(format!("{}@example.com", "x".repeat(250)))),
-        ("scopes", json!(["UPPER"])),
+        ("scopes", json!(["Admin"])),
         ("rate_limits", json!([{"name": "a", "requests": 0, "window_seconds": 1}])),
         ("expires_at", json!("2020-01-01T00:00:00Z")),
         ("expires_in_seconds", json!(0)),

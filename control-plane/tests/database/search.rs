@@ -99,7 +99,7 @@ async fn a_whole_secret_present_or_old_finds_its_key_for_those_who_manage_it(poo
     let (id, old) = named(&fixture, &admin, "user@example.com", "n").await;
     let (_, other) = fixture.key("other@example.com", &[]).await;
     let rotated =
-        fixture.post(&format!("/v1/keys/{id}/rotate"), &admin, json!({"grace_seconds": 60})).await.expect(200);
+        fixture.post(&format!("/v1/keys/{id}/rotate"), &admin, json!({"grace_seconds": 60})).await.expect(201);
     let new = secret_of(&rotated);
     let lookup = async |caller: &Secret, key: &str| fixture.post("/v1/keys/lookup", caller, json!({"key": key})).await;
     for (caller, secret) in [(&admin, &new), (&admin, &old), (&new, &old)] {
