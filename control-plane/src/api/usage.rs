@@ -91,9 +91,16 @@ pub struct UsageRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "allowed")]
     outcome: Option<String>,
-    /// Number of requests.
+    /// Number of requests: `allowed`, `refused` and `other` together.
     requests: i64,
-    /// Credits that they cost together.
+    /// Number of requests that were allowed. Only these cost credits.
+    allowed: i64,
+    /// Number of requests that Envoy refused.
+    refused: i64,
+    /// Number of requests that went upstream without being allowed: refusals that shadow mode did not enforce, anonymous
+    /// ones, and those that a filter without current keys let through. Outcomes that only a newer version knows count here.
+    other: i64,
+    /// Credits that the allowed requests cost together.
     cost: i64,
 }
 
@@ -234,7 +241,8 @@ fn groups(text: Option<&str>) -> Result<Groups, ApiError> {
 }
 
 fn row(question: &Question, sum: Sum) -> UsageRow {
-    let Sum { of, key_name, requests, cost } = sum;
+    let other = sum.other();
+    let Sum { of, key_name, requests, allowed, refused, cost } = sum;
     let Groups { key, user, plan, scope, outcome } = question.groups;
     let text = |wanted: bool, text: String| wanted.then(|| Some(text).filter(|text| !text.is_empty()));
     UsageRow {
@@ -246,6 +254,9 @@ fn row(question: &Question, sum: Sum) -> UsageRow {
         scope: text(scope, of.scope),
         outcome: outcome.then(|| outcome::name(of.outcome)),
         requests,
+        allowed,
+        refused,
+        other,
         cost,
     }
 }
@@ -267,21 +278,28 @@ fn table(question: &Question, sums: &[Sum]) -> String {
         (scope, "scope"),
         (outcome, "outcome"),
         (true, "requests"),
+        (true, "allowed"),
+        (true, "refused"),
+        (true, "other"),
         (true, "cost"),
     ];
     let mut out = String::new();
     csv::line(&mut out, columns.iter().filter(|(wanted, _)| *wanted).map(|(_, name)| *name));
-    for Sum { of, key_name, requests, cost } in sums {
+    for sum in sums {
+        let of = &sum.of;
         let fields = [
             self::start(question, of.start).map(|start| start.to_string()).unwrap_or_default(),
             if of.key_id.is_nil() { String::new() } else { of.key_id.to_string() },
-            key_name.clone().unwrap_or_default(),
+            sum.key_name.clone().unwrap_or_default(),
             of.email.clone(),
             of.plan.clone(),
             of.scope.clone(),
             outcome::name(of.outcome),
-            requests.to_string(),
-            cost.to_string(),
+            sum.requests.to_string(),
+            sum.allowed.to_string(),
+            sum.refused.to_string(),
+            sum.other().to_string(),
+            sum.cost.to_string(),
         ];
         let wanted = columns.iter().zip(&fields).filter(|((wanted, _), _)| *wanted);
         csv::line(&mut out, wanted.map(|(_, field)| field.as_str()));

@@ -194,6 +194,7 @@ async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
             "outcome_99": {"requests": 1, "cost": 0},
             "rate_limited": {"requests": 3, "cost": 0},
         },
+        "sum": {"requests": 18, "allowed": 14, "refused": 3, "other": 1, "cost": 28},
     });
     assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!(usage("").await.json()["hours"], json!([]));

@@ -127,11 +127,16 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
         assert_eq!((&row["scope"], row.get("start").is_some()), (&json!("orders:read"), interval != "total"));
     }
     let by_plan = rest.get("/v1/usage?group_by=plan&outcome=allowed").await?;
-    assert_eq!(by_plan["usage"], json!([{"plan": "gold", "requests": allowed, "cost": 0}]));
+    assert_eq!(
+        by_plan["usage"],
+        json!([{
+            "plan": "gold", "requests": allowed, "allowed": allowed, "refused": 0, "other": 0, "cost": 0
+        }])
+    );
     let path = format!("/v1/usage?group_by=outcome&key_id={id}&outcome=allowed&format=csv");
     let csv = rest.call(Method::GET, &path, None).await?;
     assert_eq!(csv.header("content-type"), Some("text/csv; charset=utf-8; header=present"));
-    let expected = format!("outcome,requests,cost\r\nallowed,{allowed},0\r\n");
+    let expected = format!("outcome,requests,allowed,refused,other,cost\r\nallowed,{allowed},{allowed},0,0,0\r\n");
     assert_eq!(std::str::from_utf8(&csv.body)?, expected);
     // Those without a known key count for the operator.
     let keyless = async || {
@@ -209,7 +214,10 @@ async fn a_metering_system_takes_over_every_request_once_though_the_control_plan
     eventually("an event for every request", taken).await?;
     assert_eq!(meter.requests.get("allowed"), Some(&all));
     let usage = rest.get("/v1/usage?group_by=outcome&outcome=allowed").await?;
-    assert_eq!(usage["usage"], json!([{"outcome": "allowed", "requests": all, "cost": 0}]));
+    let expected = json!([{
+        "outcome": "allowed", "requests": all, "allowed": all, "refused": 0, "other": 0, "cost": 0
+    }]);
+    assert_eq!(usage["usage"], expected);
     // Who reads it all again reads the same.
     let mut again = Meter::default();
     again.read(&rest).await?;

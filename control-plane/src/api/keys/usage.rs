@@ -11,7 +11,7 @@ use crate::api::call::Call;
 use crate::api::extract::{Json, Query};
 use crate::domain::{Timestamp, parse_time};
 use crate::error::ApiError;
-use crate::metering::hourly::hourly;
+use crate::metering::hourly::{Hour, hourly};
 use crate::metering::outcome;
 
 const SPAN: Duration = Duration::days(7);
@@ -45,13 +45,41 @@ pub struct UsageHour {
     cost: i64,
 }
 
-/// Sums over the whole span.
+/// Sums of one outcome over the whole span.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub struct UsageTotal {
     /// Number of requests.
     requests: i64,
     /// Credits that they cost together.
     cost: i64,
+}
+
+/// Sums over the whole span and all outcomes.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub struct UsageSum {
+    /// Number of requests: `allowed`, `refused` and `other` together.
+    requests: i64,
+    /// Number of requests that were allowed. Only these cost credits.
+    allowed: i64,
+    /// Number of requests that Envoy refused.
+    refused: i64,
+    /// Number of requests that went upstream without being allowed, as in `GET /v1/usage`.
+    other: i64,
+    /// Credits that the allowed requests cost together.
+    cost: i64,
+}
+
+impl UsageSum {
+    fn add(&mut self, hour: &Hour) {
+        let of_kind = match hour.outcome {
+            outcome::ALLOWED => &mut self.allowed,
+            code if outcome::is_refusal(code) => &mut self.refused,
+            _ => &mut self.other,
+        };
+        *of_kind = of_kind.saturating_add(hour.requests);
+        self.requests = self.requests.saturating_add(hour.requests);
+        self.cost = self.cost.saturating_add(hour.cost);
+    }
 }
 
 /// Counts of a key.
@@ -65,6 +93,8 @@ pub struct UsageView {
     hours: Vec<UsageHour>,
     /// Sums by outcome.
     totals: BTreeMap<String, UsageTotal>,
+    /// Sums over all outcomes.
+    sum: UsageSum,
 }
 
 /// Get the usage of a key by hour and outcome.
@@ -81,14 +111,16 @@ pub async fn usage(
     let key = managed(&app, &caller, path.id).await?;
     let mut hours = Vec::new();
     let mut totals = BTreeMap::<String, UsageTotal>::new();
+    let mut sum = UsageSum::default();
     for row in hourly(&app.pool, key.id, from, to).await? {
+        sum.add(&row);
         let outcome = outcome::name(row.outcome);
         let total = totals.entry(outcome.clone()).or_default();
         total.requests = total.requests.saturating_add(row.requests);
         total.cost = total.cost.saturating_add(row.cost);
         hours.push(UsageHour { hour: row.hour.into(), outcome, requests: row.requests, cost: row.cost });
     }
-    Ok(Json(UsageView { from: from.into(), to: to.into(), hours, totals }))
+    Ok(Json(UsageView { from: from.into(), to: to.into(), hours, totals, sum }))
 }
 
 /// Parses a span of time: the last seven days unless given.
