@@ -1,7 +1,7 @@
 //! Sums of usage by filters, groups and intervals, page by page.
 //!
-//! Sums run over hours and over the days that hours became (see [`super::retention`]). Plan and scopes are those that a key
-//! has now. A key with several scopes counts under each of them.
+//! Sums run over hours and over the days that hours became (see [`super::retention`]). A query that cuts such a day is refused
+//! (see [`super::spans`]). Plan and scopes are those that a key has now. A key with several scopes counts under each of them.
 
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
@@ -10,6 +10,9 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::outcome;
+use super::spans::{Interval, Spans, refuse_cut};
+use crate::domain::TimeRange;
+use crate::error::ApiError;
 
 /// What usage is grouped by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,37 +26,12 @@ pub struct Groups {
     pub outcome: bool,
 }
 
-/// The time span of each sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Interval {
-    Hour,
-    /// In UTC.
-    Day,
-    /// In UTC.
-    Month,
-    /// The whole range.
-    Total,
-}
-
-impl Interval {
-    const fn unit(self) -> Option<&'static str> {
-        match self {
-            Self::Hour => Some("hour"),
-            Self::Day => Some("day"),
-            Self::Month => Some("month"),
-            Self::Total => None,
-        }
-    }
-}
-
 /// A query for sums.
 #[derive(Clone, Debug)]
 pub struct Question {
     pub groups: Groups,
+    pub range: TimeRange,
     pub interval: Interval,
-    pub from: OffsetDateTime,
-    /// Exclusive.
-    pub to: OffsetDateTime,
     /// Only this key.
     pub key_id: Option<Uuid>,
     /// Only keys of this user.
@@ -75,8 +53,8 @@ pub struct Question {
 /// The group of a row, by which rows are sorted. A field that is not grouped by has the least value of its type.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
-    /// The start of the span, in seconds of Unix time.
-    pub start: i64,
+    /// The number of the span, from 1.
+    pub span: i32,
     pub key_id: Uuid,
     pub email: String,
     pub plan: String,
@@ -89,6 +67,8 @@ pub struct Place {
 #[derive(Clone, Debug)]
 pub struct Sum {
     pub of: Place,
+    /// The start of the span.
+    pub start: OffsetDateTime,
     /// The name of the key, if sums are grouped by key.
     pub key_name: Option<String>,
     pub requests: i64,
@@ -109,7 +89,7 @@ impl Sum {
 }
 
 struct Row {
-    start: i64,
+    span: i32,
     key_id: Uuid,
     email: String,
     plan: String,
@@ -120,6 +100,7 @@ struct Row {
     allowed: i64,
     refused: i64,
     cost: i64,
+    cut_day: Option<OffsetDateTime>,
 }
 
 impl Groups {
@@ -132,15 +113,19 @@ impl Groups {
 }
 
 /// Reads one page of sums.
-pub async fn sums(pool: &PgPool, question: &Question) -> Result<Vec<Sum>, sqlx::Error> {
-    let Question { groups, interval, from, to, key_id, email, plan, scope, outcome, keyless, after, limit } = question;
+///
+/// # Errors
+/// The spans cut usage that is stored as a whole, or the database fails.
+pub async fn sums(pool: &PgPool, question: &Question) -> Result<Vec<Sum>, ApiError> {
+    let Question { groups, range, interval, key_id, email, plan, scope, outcome, keyless, after, limit } = question;
+    let spans = Spans::new(*interval, range)?;
     let rows = sqlx::query_file_as!(
         Row,
         "src/metering/query.sql",
-        interval.unit(),
+        &spans.cuts,
         &groups.names(),
-        *from,
-        *to,
+        range.from,
+        range.to,
         *keyless,
         *key_id,
         *outcome,
@@ -154,10 +139,14 @@ pub async fn sums(pool: &PgPool, question: &Question) -> Result<Vec<Sum>, sqlx::
     )
     .fetch_all(pool)
     .await?;
+    if let Some(day) = rows.first().and_then(|row| row.cut_day) {
+        return Err(refuse_cut(day, *interval, range));
+    }
     let sum = |row| {
-        let Row { start, key_id, email, plan, scope, outcome, name, requests, allowed, refused, cost } = row;
-        let of = Place { start, key_id, email, plan, scope, outcome };
-        Sum { of, key_name: name, requests, allowed, refused, cost }
+        let Row { span, key_id, email, plan, scope, outcome, name, requests, allowed, refused, cost, cut_day: _ } = row;
+        let start = spans.start(span).unwrap_or(range.from);
+        let of = Place { span, key_id, email, plan, scope, outcome };
+        Sum { of, start, key_name: name, requests, allowed, refused, cost }
     };
     Ok(rows.into_iter().map(sum).collect())
 }

@@ -115,7 +115,7 @@ async fn usage_is_summed_by_key_user_plan_scope_outcome_and_interval(pool: PgPoo
     assert_eq!(
         get(&fixture, &admin, hours).await.json(),
         json!({
-            "from": "2026-05-01T00:00:00Z", "to": "2026-05-02T01:00:00Z", "next_cursor": null,
+            "from": "2026-05-01T00:00:00Z", "to": "2026-05-02T01:00:00Z", "time_zone": "UTC", "next_cursor": null,
             "usage": [
                 row(json!({"start": "2026-05-01T10:00:00Z"}), 1, 0, 0, 2),
                 row(json!({"start": "2026-05-01T11:00:00Z"}), 2, 4, 0, 12),
@@ -230,7 +230,7 @@ async fn a_wrong_parameter_is_named(pool: PgPool) {
     for (query, field, detail) in [
         ("group_by=keys", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
         ("group_by=", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
-        ("interval=week", "interval", "must be hour, day, month or total"),
+        ("interval=year", "interval", "must be hour, day, week, month or total"),
         ("outcome=fine", "outcome", "must be the name of an outcome, as allowed or shadow:rate_limited"),
         ("format=xml", "format", "must be json or csv"),
         ("cursor=e30", "cursor", "must be the next_cursor of the page before"),

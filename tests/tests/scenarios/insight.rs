@@ -94,6 +94,28 @@ async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_what
     Ok(())
 }
 
+/// The user has `allowed` requests, and some that were refused.
+async fn allowed_and_refused_are_apart_in_a_bill(rest: &Rest, allowed: u64) -> Result<()> {
+    let path = "/v1/usage?email=ada@example.com";
+    let refused = rest.get(&format!("{path}&outcome=disabled")).await?["usage"][0]["refused"].clone();
+    for zone in ["Europe/Berlin", "Pacific/Auckland"] {
+        for interval in ["day", "week", "month"] {
+            let bill = rest.get(&format!("{path}&group_by=user&time_zone={zone}&interval={interval}")).await?;
+            assert_eq!(bill["time_zone"], zone);
+            let rows = bill["usage"].as_array().context("no sums")?;
+            // A new day may have begun meanwhile.
+            ensure!((1..=2).contains(&rows.len()), "{bill}");
+            let sum = |field: &str| rows.iter().filter_map(|row| row[field].as_u64()).sum::<u64>();
+            assert_eq!((sum("allowed"), json!(sum("refused")), sum("other")), (allowed, refused.clone(), 0), "{bill}");
+            for row in rows {
+                let start = row["start"].as_str().context("no start")?;
+                ensure!(start.contains("T00:00:00+") && row["email"] == "ada@example.com", "{row}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> Result<()> {
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
@@ -109,7 +131,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     stack.database.execute(&format!("update api_keys set disabled = true where id = '{id}'")).await?;
     stack.wait_for_status(Some(&key), 401).await?;
     let allowed = stack.demo.requests();
-    for interval in ["hour", "day", "month", "total"] {
+    for interval in ["hour", "day", "week", "month", "total"] {
         let path = format!("/v1/usage?group_by=key,user,scope,outcome&key_id={id}&interval={interval}");
         let counted = async || {
             let usage = rest.get(&path).await.ok()?["usage"].as_array()?.clone();
@@ -138,6 +160,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     assert_eq!(csv.header("content-type"), Some("text/csv; charset=utf-8; header=present"));
     let expected = format!("outcome,requests,allowed,refused,other,cost\r\nallowed,{allowed},{allowed},0,0,0\r\n");
     assert_eq!(std::str::from_utf8(&csv.body)?, expected);
+    allowed_and_refused_are_apart_in_a_bill(&rest, allowed).await?;
     // Those without a known key count for the operator.
     let keyless = async || {
         let usage = rest.get("/v1/usage?group_by=key,outcome").await.ok()?["usage"].as_array()?.clone();
