@@ -9,20 +9,21 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::csv;
-use super::keys::usage::span;
 use super::openapi::NotFound;
 use super::pagination::{List, Page, PageQuery};
 use crate::App;
 use crate::api::auth::Caller;
 use crate::api::call::Call;
 use crate::api::extract::Json;
-use crate::domain::{Email, Timestamp};
+use crate::domain::{Email, TimeRange, Timestamp};
 use crate::error::ApiError;
 use crate::keys::read::get;
 use crate::metering::outcome;
-use crate::metering::query::{Groups, Interval, Place, Question, Sum, sums};
+use crate::metering::query::{Groups, Place, Question, Sum, sums};
+use crate::metering::spans::Interval;
 
-const LONGEST_BY_HOUR: Duration = Duration::days(31);
+/// The hour more is for a month in which clocks go back.
+const LONGEST_BY_HOUR: Duration = Duration::hours(31 * 24 + 1);
 /// Longest name of a plan or scope that is looked for, in bytes.
 const NAME_BYTES: usize = 256;
 
@@ -35,10 +36,15 @@ pub struct SumsQuery {
     /// counts under each. Plan and scopes (its own, those of its roles and of its plan) are those that a key has now.
     #[param(example = "key,outcome")]
     group_by: Option<String>,
-    /// Spans of time to sum over, in UTC: `hour`, `day`, `month` or `total`; `total` unless given. Old usage is kept by the
-    /// day only and shows in the first hour of its day.
+    /// Spans of time to sum over: `hour`, `day`, `week`, `month` or `total`; `total` unless given. Days, weeks and months are
+    /// those of `time_zone`, and weeks begin on Mondays. Usage is stored by the hour of UTC, and after a while (90 days,
+    /// unless the operator chose otherwise) by the day of UTC: a query that would cut such an hour or day is answered with 400.
     #[param(example = "day")]
     interval: Option<String>,
+    /// The time zone in which days, weeks and months begin, and that of `from` and `to` without an offset: a name of the IANA
+    /// database; `UTC` unless given. Days, weeks and months need one whose offset is whole hours.
+    #[param(example = "Europe/Berlin")]
+    time_zone: Option<String>,
     /// Only this key.
     key_id: Option<Uuid>,
     /// Only this user's keys. Callers without the scope `admin` see only their own anyway.
@@ -50,11 +56,12 @@ pub struct SumsQuery {
     scope: Option<String>,
     /// Only this outcome, as `allowed` or `shadow:rate_limited`.
     outcome: Option<String>,
-    /// From when on (RFC 3339); seven days before `to` unless given.
-    #[param(example = "2026-05-01T00:00:00Z")]
+    /// From when on: a date, which means its start, or a date and time. Without an offset it is of `time_zone`. It must be the
+    /// start of an hour of UTC; seven days before `to` unless given.
+    #[param(example = "2026-05-01")]
     from: Option<String>,
-    /// Until before when (RFC 3339); now unless given. At most 366 days after `from`, 31 by the hour.
-    #[param(example = "2026-05-08T00:00:00Z")]
+    /// Until before when, in the form of `from`; until now unless given. At most 366 days after `from`, 31 by the hour.
+    #[param(example = "2026-06-01T00:00:00Z")]
     to: Option<String>,
     /// `json` or `csv`; by default as the header `accept` demands.
     format: Option<String>,
@@ -64,7 +71,8 @@ pub struct SumsQuery {
 /// known key, for users without a plan and for keys without a scope.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UsageRow {
-    /// The start of the span; not there with the interval `total`.
+    /// The start of the span, with the offset of the time zone; not there with the interval `total`. The first and the last
+    /// span count only from `from` and until `to`.
     #[serde(skip_serializing_if = "Option::is_none")]
     start: Option<Timestamp>,
     /// The key.
@@ -91,19 +99,29 @@ pub struct UsageRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "allowed")]
     outcome: Option<String>,
-    /// Number of requests.
+    /// Number of requests: `allowed`, `refused` and `other` together.
     requests: i64,
-    /// Credits that they cost together.
+    /// Number of requests that were allowed. Only these cost credits.
+    allowed: i64,
+    /// Number of requests that Envoy refused.
+    refused: i64,
+    /// Number of requests that went upstream without being allowed: refusals that shadow mode did not enforce, anonymous
+    /// ones, and those that a filter without current keys let through. Outcomes that only a newer version knows count here.
+    other: i64,
+    /// Credits that the allowed requests cost together.
     cost: i64,
 }
 
 /// A page of sums.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UsagePage {
-    /// From when on.
+    /// From when on, with the offset of the time zone.
     from: Timestamp,
-    /// Until before when.
+    /// Until before when. Unless given, the end of the present hour.
     to: Timestamp,
+    /// The time zone in which days, weeks and months begin.
+    #[schema(example = "Europe/Berlin")]
+    time_zone: String,
     /// The sums, ordered by span, key, email, plan, scope and outcome. Where there were no requests there is no row.
     usage: Vec<UsageRow>,
     /// The `cursor` for the next page, with this `from` and `to`; null on the last page.
@@ -133,8 +151,8 @@ pub async fn usage(
     let question = question(&app, &caller, &query, &page).await?;
     let mut found = sums(&app.pool, &question).await?;
     // The next page is of the same span of time and of the same form.
-    page.set("from", exactly(question.from));
-    page.set("to", exactly(question.to));
+    page.set("from", Timestamp::from(question.range.from).to_string());
+    page.set("to", Timestamp::from(question.range.to).to_string());
     page.set("format", if as_csv { "csv" } else { "json" }.to_owned());
     let next = page.cut(&mut found, |sum| sum.of.clone());
     let mut response = if as_csv {
@@ -142,9 +160,10 @@ pub async fn usage(
             [(header::CONTENT_TYPE, "text/csv; charset=utf-8; header=present"), (header::CACHE_CONTROL, "no-store")];
         (headers, table(&question, &found)).into_response()
     } else {
+        let range = &question.range;
+        let (from, to, time_zone) = (range.show(range.from), range.show(range.to), range.zone.name().to_owned());
         let usage = found.into_iter().map(|sum| row(&question, sum)).collect();
-        Json(UsagePage { from: question.from.into(), to: question.to.into(), usage, next_cursor: next.cursor })
-            .into_response()
+        Json(UsagePage { from, to, time_zone, usage, next_cursor: next.cursor }).into_response()
     };
     if let Some(link) = next.link {
         response.headers_mut().insert(header::LINK, link);
@@ -168,15 +187,12 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery, page: &Page<Pla
         Some(email) => caller.require_owner_or_admin(email)?,
         None => caller.require_manager()?,
     }
-    let interval = match query.interval.as_deref() {
-        Some("hour") => Interval::Hour,
-        Some("day") => Interval::Day,
-        Some("month") => Interval::Month,
-        None | Some("total") => Interval::Total,
-        Some(_) => return Err(ApiError::invalid("interval", "must be hour, day, month or total")),
-    };
-    let (from, to) = span(query.from.as_deref(), query.to.as_deref(), OffsetDateTime::now_utc())?;
-    if interval == Interval::Hour && to - from > LONGEST_BY_HOUR {
+    let interval = Interval::named(query.interval.as_deref().unwrap_or("total"))
+        .ok_or_else(|| ApiError::invalid("interval", "must be hour, day, week, month or total"))?;
+    let SumsQuery { from, to, time_zone, .. } = query;
+    let now = OffsetDateTime::now_utc();
+    let range = TimeRange::parse(from.as_deref(), to.as_deref(), time_zone.as_deref(), now)?;
+    if interval == Interval::Hour && range.to - range.from > LONGEST_BY_HOUR {
         return Err(ApiError::invalid("from", "must lie at most 31 days before to, by the hour"));
     }
     let outcome = query.outcome.as_deref().map(|name| {
@@ -193,9 +209,8 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery, page: &Page<Pla
     let keyless = query.key_id.is_none() && email.is_none() && plan.is_none() && scope.is_none();
     Ok(Question {
         groups: groups(query.group_by.as_deref())?,
+        range,
         interval,
-        from,
-        to,
         key_id: query.key_id,
         email,
         plan,
@@ -234,11 +249,12 @@ fn groups(text: Option<&str>) -> Result<Groups, ApiError> {
 }
 
 fn row(question: &Question, sum: Sum) -> UsageRow {
-    let Sum { of, key_name, requests, cost } = sum;
+    let other = sum.other();
+    let Sum { of, start, key_name, requests, allowed, refused, cost } = sum;
     let Groups { key, user, plan, scope, outcome } = question.groups;
     let text = |wanted: bool, text: String| wanted.then(|| Some(text).filter(|text| !text.is_empty()));
     UsageRow {
-        start: start(question, of.start),
+        start: shown_start(question, start),
         key_id: key.then(|| Some(of.key_id).filter(|id| !id.is_nil())),
         key_name: key.then_some(key_name),
         email: text(user, of.email),
@@ -246,13 +262,15 @@ fn row(question: &Question, sum: Sum) -> UsageRow {
         scope: text(scope, of.scope),
         outcome: outcome.then(|| outcome::name(of.outcome)),
         requests,
+        allowed,
+        refused,
+        other,
         cost,
     }
 }
 
-fn start(question: &Question, seconds: i64) -> Option<Timestamp> {
-    let start = OffsetDateTime::from_unix_timestamp(seconds).ok()?;
-    (question.interval != Interval::Total).then(|| start.into())
+fn shown_start(question: &Question, start: OffsetDateTime) -> Option<Timestamp> {
+    (question.interval != Interval::Total).then(|| question.range.show(start))
 }
 
 fn table(question: &Question, sums: &[Sum]) -> String {
@@ -267,28 +285,31 @@ fn table(question: &Question, sums: &[Sum]) -> String {
         (scope, "scope"),
         (outcome, "outcome"),
         (true, "requests"),
+        (true, "allowed"),
+        (true, "refused"),
+        (true, "other"),
         (true, "cost"),
     ];
     let mut out = String::new();
     csv::line(&mut out, columns.iter().filter(|(wanted, _)| *wanted).map(|(_, name)| *name));
-    for Sum { of, key_name, requests, cost } in sums {
+    for sum in sums {
+        let of = &sum.of;
         let fields = [
-            self::start(question, of.start).map(|start| start.to_string()).unwrap_or_default(),
+            shown_start(question, sum.start).map(|start| start.to_string()).unwrap_or_default(),
             if of.key_id.is_nil() { String::new() } else { of.key_id.to_string() },
-            key_name.clone().unwrap_or_default(),
+            sum.key_name.clone().unwrap_or_default(),
             of.email.clone(),
             of.plan.clone(),
             of.scope.clone(),
             outcome::name(of.outcome),
-            requests.to_string(),
-            cost.to_string(),
+            sum.requests.to_string(),
+            sum.allowed.to_string(),
+            sum.refused.to_string(),
+            sum.other().to_string(),
+            sum.cost.to_string(),
         ];
         let wanted = columns.iter().zip(&fields).filter(|((wanted, _), _)| *wanted);
         csv::line(&mut out, wanted.map(|(_, field)| field.as_str()));
     }
     out
-}
-
-fn exactly(time: OffsetDateTime) -> String {
-    time.format(&time::format_description::well_known::Rfc3339).unwrap_or_default()
 }

@@ -1,20 +1,19 @@
-//! Calendar windows of quotas and refills: days, weeks and months of a time zone.
+//! Calendar windows of quotas, refills and sums of usage: days, weeks and months of a time zone.
 //!
 //! A day begins at the first instant whose local date is that day or a later one. This holds where clocks skip midnight
 //! (Africa/Cairo), repeat it (America/Havana) or skip a day (Pacific/Apia), so each instant lies in exactly one window.
 //!
 //! The time zone database is compiled in, so that all replicas agree whatever their systems have. PostgreSQL stores the start
-//! and the end of windows and computes none. Usage is summed up by days and months of UTC, whose clocks never change: there,
-//! statements over whole tables use `date_trunc`.
+//! and the end of windows and computes none, except for the days of UTC to which old usage is rolled up.
 
 use std::ops::RangeInclusive;
 use std::sync::LazyLock;
 
 use jiff::civil::{Date, Time};
-use jiff::tz::{AmbiguousOffset, TimeZone, TimeZoneDatabase};
+use jiff::tz::{AmbiguousOffset, Offset, TimeZone, TimeZoneDatabase};
 use jiff::{Timestamp, ToSpan};
 use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
+use time::{OffsetDateTime, PrimitiveDateTime, UtcOffset};
 use utoipa::ToSchema;
 
 static ZONES: LazyLock<TimeZoneDatabase> = LazyLock::new(TimeZoneDatabase::bundled);
@@ -77,15 +76,80 @@ impl Window {
 
     /// The same. Months begin on the anchor day, or on their last day if they are shorter.
     pub fn anchored(at: OffsetDateTime, every: Every, anchor_day: i8, time_zone: &str) -> Self {
-        let zone = find(time_zone).unwrap_or(TimeZone::UTC);
-        let at = Timestamp::from_nanosecond(at.unix_timestamp_nanos()).unwrap_or(Timestamp::MAX);
+        Zone::find(time_zone).unwrap_or(Zone(TimeZone::UTC)).window(at, every, anchor_day)
+    }
+}
+
+/// A time zone of the IANA database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Zone(TimeZone);
+
+/// The instant of a local time: clocks can skip or repeat a time when they change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Local {
+    Once(OffsetDateTime),
+    Twice(OffsetDateTime, OffsetDateTime),
+    Never,
+}
+
+impl Zone {
+    /// By its name, in the spelling of the database.
+    pub fn find(name: &str) -> Option<Self> {
+        find(name).map(Self)
+    }
+
+    pub fn name(&self) -> &str {
+        self.0.iana_name().unwrap_or("UTC")
+    }
+
+    fn window(&self, at: OffsetDateTime, every: Every, anchor_day: i8) -> Window {
+        let Self(zone) = self;
+        let at = timestamp(at);
         let mut first = every.first_day(zone.to_datetime(at).date(), anchor_day);
         let mut next = every.next(first, anchor_day);
         // After clocks went back over midnight, the local date is that of the day before for a while.
-        while first < next && start_of_day(&zone, next) <= at {
+        while first < next && start_of_day(zone, next) <= at {
             (first, next) = (next, every.next(next, anchor_day));
         }
-        Self { start: offset_date_time(start_of_day(&zone, first)), end: offset_date_time(start_of_day(&zone, next)) }
+        Window { start: offset_date_time(start_of_day(zone, first)), end: offset_date_time(start_of_day(zone, next)) }
+    }
+
+    /// The windows from the one that contains `from` to the last one that begins before `to`, without gaps.
+    pub fn windows(&self, every: Every, from: OffsetDateTime, to: OffsetDateTime) -> Vec<Window> {
+        let mut windows = vec![self.window(from, every, 1)];
+        while let Some(last) = windows.last().copied()
+            // At the end of the calendar a window has no length.
+            && last.start < last.end
+            && last.end < to
+        {
+            windows.push(self.window(last.end, every, 1));
+        }
+        windows
+    }
+
+    /// The first instant of a day.
+    pub fn start_of(&self, day: time::Date) -> OffsetDateTime {
+        offset_date_time(start_of_day(&self.0, civil(day)))
+    }
+
+    pub fn instant(&self, local: PrimitiveDateTime) -> Local {
+        let (hour, minute, second, nanosecond) = local.as_hms_nano();
+        let [hour, minute, second] = [hour, minute, second].map(u8::cast_signed);
+        let time = civil(local.date()).at(hour, minute, second, nanosecond.cast_signed());
+        let at = |offset: Offset| offset_date_time(offset.to_timestamp(time).unwrap_or(Timestamp::MAX));
+        match self.0.to_ambiguous_timestamp(time).offset() {
+            AmbiguousOffset::Unambiguous { offset } => Local::Once(at(offset)),
+            AmbiguousOffset::Fold { before, after } => Local::Twice(at(before), at(after)),
+            AmbiguousOffset::Gap { .. } => Local::Never,
+        }
+    }
+
+    /// The same instant, with the offset of the time zone; in UTC if that offset is no whole number of minutes, which RFC 3339
+    /// cannot express. Local mean times until about 1930 had such offsets.
+    pub fn local(&self, at: OffsetDateTime) -> OffsetDateTime {
+        let seconds = self.0.to_offset(timestamp(at)).seconds();
+        let offset = UtcOffset::from_whole_seconds(seconds).ok().filter(|offset| offset.seconds_past_minute() == 0);
+        offset.and_then(|offset| at.checked_to_offset(offset)).unwrap_or(at)
     }
 }
 
@@ -112,6 +176,15 @@ fn start_of_day(zone: &TimeZone, day: Date) -> Timestamp {
         }),
     };
     start.unwrap_or(Timestamp::MAX)
+}
+
+fn civil(day: time::Date) -> Date {
+    let year = i16::try_from(day.year()).unwrap_or(i16::MAX);
+    Date::new(year, u8::from(day.month()).cast_signed(), day.day().cast_signed()).unwrap_or(Date::MAX)
+}
+
+fn timestamp(at: OffsetDateTime) -> Timestamp {
+    Timestamp::from_nanosecond(at.unix_timestamp_nanos()).unwrap_or(Timestamp::MAX)
 }
 
 fn offset_date_time(at: Timestamp) -> OffsetDateTime {

@@ -11,9 +11,10 @@ pub mod quota;
 pub mod rate_limit;
 pub mod record;
 pub mod scopes;
+pub mod time_range;
 pub mod timestamp;
 
-pub use calendar::{Every, Window};
+pub use calendar::{Every, Window, Zone};
 pub use email::Email;
 pub use name::KeyName;
 pub use patch::Patch;
@@ -22,4 +23,5 @@ pub use preconditions::Preconditions;
 pub use quota::{Period, Quota, QuotaBody, parse_key_quota};
 pub use rate_limit::{RateLimitBody, parse_key_rate_limits, parse_rate_limits};
 pub use scopes::{ADMIN, SYNC, Scopes};
+pub use time_range::TimeRange;
 pub use timestamp::{Timestamp, default_expiry, parse_expiry, parse_time, round_up_to_second};

@@ -59,11 +59,18 @@ pub fn parse_time(field: &'static str, text: &str) -> Result<OffsetDateTime, Api
     time.ok_or_else(|| ApiError::invalid(field, "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z"))
 }
 
-/// A point in time as replies carry it: RFC 3339, UTC, whole seconds.
+/// A point in time as replies carry it: RFC 3339, whole seconds, and in UTC unless the reply is about a time zone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(transparent)]
 #[schema(value_type = String, format = DateTime, example = "2026-05-15T14:30:00Z")]
 pub struct Timestamp(#[serde(with = "time::serde::rfc3339")] OffsetDateTime);
+
+impl Timestamp {
+    /// Keeps the offset from UTC.
+    pub fn with_offset(time: OffsetDateTime) -> Self {
+        Self(whole_seconds(time))
+    }
+}
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

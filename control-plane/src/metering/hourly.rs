@@ -4,6 +4,8 @@ use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::spans::{Interval, refuse_cut};
+use crate::domain::TimeRange;
 use crate::error::ApiError;
 
 /// Requests of one hour and outcome, over all secrets of a key.
@@ -19,29 +21,31 @@ pub struct Hour {
     pub cost: i64,
 }
 
-/// Reads the hours that start within `from..to`, the oldest first. A day that hours were rolled up to counts as its first
-/// hour.
-pub async fn hourly(
-    pool: &PgPool,
-    key_id: Uuid,
-    from: OffsetDateTime,
-    to: OffsetDateTime,
-) -> Result<Vec<Hour>, ApiError> {
-    let hours = sqlx::query_as!(
-        Hour,
+/// Reads the hours of a range, the oldest first. A day that hours were rolled up to counts as its first hour.
+///
+/// # Errors
+/// The range cuts a day that is stored as a whole, or the database fails.
+pub async fn hourly(pool: &PgPool, key_id: Uuid, range: &TimeRange) -> Result<Vec<Hour>, ApiError> {
+    let rows = sqlx::query!(
         r#"select hour as "hour!", outcome as "outcome!", saturate(sum(requests)) as "requests!",
-            saturate(sum(cost)) as "cost!"
+            saturate(sum(cost)) as "cost!", bool_or(is_cut) as "is_cut!"
         from (
-            select hour, outcome, requests, cost from usage_hourly where key_id = $1 and hour >= $2 and hour < $3
+            select hour, outcome, requests, cost, false as is_cut from usage_hourly
+            where key_id = $1 and hour >= $2 and hour < $3
             union all
-            select day, outcome, requests, cost from usage_daily where key_id = $1 and day >= $2 and day < $3
+            select day, outcome, requests, cost, day < $2 or day + interval '24 hours' > $3 from usage_daily
+            where key_id = $1 and day > $2 - interval '24 hours' and day < $3
         ) counted
         group by hour, outcome order by hour, outcome"#,
         key_id,
-        from,
-        to
+        range.from,
+        range.to
     )
     .fetch_all(pool)
     .await?;
-    Ok(hours)
+    if let Some(day) = rows.iter().rev().find(|row| row.is_cut) {
+        return Err(refuse_cut(day.hour, Interval::Total, range));
+    }
+    let hours = rows.into_iter();
+    Ok(hours.map(|row| Hour { hour: row.hour, outcome: row.outcome, requests: row.requests, cost: row.cost }).collect())
 }

@@ -1,4 +1,4 @@
-//! Names of outcome codes, the same in all replies, tables and events.
+//! Outcome codes: their names, the same in all replies, tables and events, and which of them are refusals.
 
 use contract::outcome::Outcome;
 use contract::usage::SHADOW;
@@ -31,9 +31,36 @@ pub fn code(name: &str) -> Option<i16> {
     known.map(|outcome| i16::from(outcome.code())).or_else(newer)
 }
 
+/// The code of requests that were allowed. Only these cost credits.
+pub const ALLOWED: i16 = Outcome::Allowed as i16;
+
+/// Whether Envoy refused requests of this code. It did not if shadow mode let them through, and may not have if the code is of
+/// a newer version.
+#[must_use]
+pub fn is_refusal(code: i16) -> bool {
+    let known = u8::try_from(code).ok().and_then(Outcome::from_code);
+    known.is_some_and(|outcome| !outcome.goes_upstream())
+}
+
+/// The codes of refusals.
+#[must_use]
+pub fn refusals() -> Vec<i16> {
+    (0..=i16::from(u8::MAX)).filter(|code| is_refusal(*code)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn requests_that_went_upstream_are_no_refusals() {
+        let known = i16::try_from(Outcome::ALL.len()).unwrap();
+        let (refused, upstream): (Vec<_>, Vec<_>) = (0..known).partition(|code| is_refusal(*code));
+        assert_eq!(refusals(), refused);
+        assert_eq!(upstream.into_iter().map(name).collect::<Vec<_>>(), ["allowed", "failed_open", "anonymous"]);
+        assert_eq!(name(ALLOWED), "allowed");
+        assert!(!is_refusal(known) && !is_refusal(136) && !is_refusal(-1));
+    }
 
     #[test]
     fn every_code_has_a_name_that_leads_back() {

@@ -126,6 +126,7 @@ async fn text_in_any_field_is_refused_or_kept_to_the_letter(pool: PgPool) {
             format!("/v1/keys?{text}=1"),
             format!("/v1/keys/{id}/usage?from={text}"),
             format!("/v1/keys/{id}/usage?to={text}"),
+            format!("/v1/keys/{id}/usage?time_zone={text}"),
             format!("/{text}"),
         ] {
             let reply = fixture.get(&uri, &admin).await;
@@ -224,6 +225,7 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
             "/v1/usage?scope=",
             "/v1/usage?outcome=",
             "/v1/usage?from=",
+            "/v1/usage?time_zone=",
             "/v1/usage?format=",
             "/v1/usage?cursor=",
             "/v1/usage/events?after=",

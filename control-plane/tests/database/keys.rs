@@ -182,7 +182,7 @@ async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
     let usage = async |query: &str| fixture.get(&format!("/v1/keys/{id}/usage{query}"), &admin).await;
     let reply = usage("?from=2026-05-01T10:00:00Z&to=2026-05-01T12:00:00Z").await;
     let expected = json!({
-        "from": "2026-05-01T10:00:00Z", "to": "2026-05-01T12:00:00Z",
+        "from": "2026-05-01T10:00:00Z", "to": "2026-05-01T12:00:00Z", "time_zone": "UTC",
         "hours": [
             {"hour": "2026-05-01T10:00:00Z", "outcome": "allowed", "requests": 7, "cost": 14},
             {"hour": "2026-05-01T10:00:00Z", "outcome": "rate_limited", "requests": 3, "cost": 0},
@@ -194,11 +194,13 @@ async fn usage_is_told_by_hour_and_outcome_with_totals(pool: PgPool) {
             "outcome_99": {"requests": 1, "cost": 0},
             "rate_limited": {"requests": 3, "cost": 0},
         },
+        "sum": {"requests": 18, "allowed": 14, "refused": 3, "other": 1, "cost": 28},
     });
     assert_eq!((reply.status, reply.json()), (200, expected));
     assert_eq!(usage("").await.json()["hours"], json!([]));
 
-    let time = "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z";
+    let time = "must be a date such as 2027-01-31, or a date and time such as 2027-01-31T12:00:00, \
+                2027-01-31T12:00:00Z or 2027-01-31T12:00:00+01:00";
     for (query, field, detail) in [
         ("?from=yesterday", "from", time),
         ("?to=9999-12-31T23:59:59-23:59", "to", time),

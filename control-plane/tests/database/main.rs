@@ -36,6 +36,7 @@ mod sync;
 mod tls;
 mod transactions;
 mod usage;
+mod usage_calendar;
 mod usage_events;
 mod usage_log;
 mod usage_query;

@@ -191,7 +191,8 @@ async fn keys_that_ended_long_ago_are_deleted_where_that_is_chosen_unless_usage_
         revoke(&pool, id).await;
         ids.push(id);
     }
-    let counted = "insert into usage_daily (key_id, day, outcome, requests, cost) values ($1, now(), 0, 7, 0)";
+    let counted = "insert into usage_daily (key_id, day, outcome, requests, cost)
+        values ($1, date_trunc('day', now() - interval '2 days', 'UTC'), 0, 7, 0)";
     sqlx::query(counted).bind(ids[0]).execute(&pool).await.unwrap();
     let total = "insert into key_usage (key_id, generation, requests, last_used_at) values ($1, 1, 7, now())";
     sqlx::query(total).bind(ids[0]).execute(&pool).await.unwrap();

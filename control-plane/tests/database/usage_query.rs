@@ -27,6 +27,14 @@ async fn usage(fixture: &Fixture, key: &Secret, query: &str) -> Value {
     get(fixture, key, &format!("{SPAN}&{query}")).await.expect(200)["usage"].take()
 }
 
+/// A sum of the group that `of` names.
+fn row(mut of: Value, allowed: i64, refused: i64, other: i64, cost: i64) -> Value {
+    let counts = json!({"allowed": allowed, "refused": refused, "other": other, "cost": cost});
+    of["requests"] = json!(allowed + refused + other);
+    of.as_object_mut().unwrap().extend(counts.as_object().unwrap().clone());
+    of
+}
+
 /// Two users, three keys, a role and a plan; what they used in May and June; requests without a key.
 async fn counted(pool: &PgPool) -> (Fixture, Secret, [(Uuid, Secret); 3]) {
     let (fixture, admin) = Fixture::with_admin(pool).await;
@@ -60,56 +68,58 @@ async fn counted(pool: &PgPool) -> (Fixture, Secret, [(Uuid, Secret); 3]) {
 #[sqlx::test(migrations = "./migrations")]
 async fn usage_is_summed_by_key_user_plan_scope_outcome_and_interval(pool: PgPool) {
     let (fixture, admin, [one, two, three]) = counted(&pool).await;
-    assert_eq!(usage(&fixture, &admin, "").await, json!([{"requests": 447, "cost": 126}]));
+    assert_eq!(usage(&fixture, &admin, "").await, json!([row(json!({}), 51, 388, 8, 126)]));
+    let name = "a key";
     assert_eq!(
         usage(&fixture, &admin, "group_by=key").await,
         json!([
-            {"key_id": null, "key_name": null, "requests": 384, "cost": 0},
-            {"key_id": one.0, "key_name": "a key", "requests": 15, "cost": 30},
-            {"key_id": two.0, "key_name": "a key", "requests": 16, "cost": 32},
-            {"key_id": three.0, "key_name": "a key", "requests": 32, "cost": 64},
+            row(json!({"key_id": null, "key_name": null}), 0, 384, 0, 0),
+            row(json!({"key_id": one.0, "key_name": name}), 3, 4, 8, 30),
+            row(json!({"key_id": two.0, "key_name": name}), 16, 0, 0, 32),
+            row(json!({"key_id": three.0, "key_name": name}), 32, 0, 0, 64),
         ])
     );
     assert_eq!(
         usage(&fixture, &admin, "group_by=outcome").await,
         json!([
-            {"outcome": "allowed", "requests": 51, "cost": 102},
-            {"outcome": "missing", "requests": 128, "cost": 0},
-            {"outcome": "unknown", "requests": 256, "cost": 0},
-            {"outcome": "rate_limited", "requests": 4, "cost": 8},
-            {"outcome": "shadow:rate_limited", "requests": 8, "cost": 16},
+            row(json!({"outcome": "allowed"}), 51, 0, 0, 102),
+            row(json!({"outcome": "missing"}), 0, 128, 0, 0),
+            row(json!({"outcome": "unknown"}), 0, 256, 0, 0),
+            row(json!({"outcome": "rate_limited"}), 0, 4, 0, 8),
+            row(json!({"outcome": "shadow:rate_limited"}), 0, 0, 8, 16),
         ])
     );
+    let (may, june) = ("2026-05-01T00:00:00Z", "2026-06-01T00:00:00Z");
     assert_eq!(
         usage(&fixture, &admin, "group_by=user,plan&interval=month").await,
         json!([
-            {"start": "2026-05-01T00:00:00Z", "email": null, "plan": null, "requests": 128, "cost": 0},
-            {"start": "2026-05-01T00:00:00Z", "email": "a@example.com", "plan": null, "requests": 15, "cost": 30},
-            {"start": "2026-06-01T00:00:00Z", "email": null, "plan": null, "requests": 256, "cost": 0},
-            {"start": "2026-06-01T00:00:00Z", "email": "a@example.com", "plan": null, "requests": 16, "cost": 32},
-            {"start": "2026-06-01T00:00:00Z", "email": "b@example.com", "plan": "gold", "requests": 32, "cost": 64},
+            row(json!({"start": may, "email": null, "plan": null}), 0, 128, 0, 0),
+            row(json!({"start": may, "email": "a@example.com", "plan": null}), 3, 4, 8, 30),
+            row(json!({"start": june, "email": null, "plan": null}), 0, 256, 0, 0),
+            row(json!({"start": june, "email": "a@example.com", "plan": null}), 16, 0, 0, 32),
+            row(json!({"start": june, "email": "b@example.com", "plan": "gold"}), 32, 0, 0, 64),
         ])
     );
     // A key counts under each of its scopes: its own, its roles', its plan's.
     assert_eq!(
         usage(&fixture, &admin, "group_by=scope").await,
         json!([
-            {"scope": null, "requests": 384, "cost": 0},
-            {"scope": "from:plan", "requests": 32, "cost": 64},
-            {"scope": "from:role", "requests": 16, "cost": 32},
-            {"scope": "orders:read", "requests": 47, "cost": 94},
-            {"scope": "orders:write", "requests": 15, "cost": 30},
+            row(json!({"scope": null}), 0, 384, 0, 0),
+            row(json!({"scope": "from:plan"}), 32, 0, 0, 64),
+            row(json!({"scope": "from:role"}), 16, 0, 0, 32),
+            row(json!({"scope": "orders:read"}), 35, 4, 8, 94),
+            row(json!({"scope": "orders:write"}), 3, 4, 8, 30),
         ])
     );
     let hours = "interval=hour&from=2026-05-01T00:00:00Z&to=2026-05-02T01:00:00Z&email=A%40example.com";
     assert_eq!(
         get(&fixture, &admin, hours).await.json(),
         json!({
-            "from": "2026-05-01T00:00:00Z", "to": "2026-05-02T01:00:00Z", "next_cursor": null,
+            "from": "2026-05-01T00:00:00Z", "to": "2026-05-02T01:00:00Z", "time_zone": "UTC", "next_cursor": null,
             "usage": [
-                {"start": "2026-05-01T10:00:00Z", "requests": 1, "cost": 2},
-                {"start": "2026-05-01T11:00:00Z", "requests": 6, "cost": 12},
-                {"start": "2026-05-02T00:00:00Z", "requests": 8, "cost": 16},
+                row(json!({"start": "2026-05-01T10:00:00Z"}), 1, 0, 0, 2),
+                row(json!({"start": "2026-05-01T11:00:00Z"}), 2, 4, 0, 12),
+                row(json!({"start": "2026-05-02T00:00:00Z"}), 0, 0, 8, 16),
             ],
         })
     );
@@ -135,12 +145,13 @@ async fn usage_is_filtered_by_key_user_plan_scope_and_outcome(pool: PgPool) {
     let per_key = format!("/v1/keys/{}/usage?{SPAN}", one.0);
     let per_key = fixture.get(&per_key, &admin).await.json();
     assert_eq!(per_key["totals"]["shadow:rate_limited"], json!({"requests": 8, "cost": 16}));
+    assert_eq!(per_key["sum"], row(json!({}), 3, 4, 8, 30));
 }
 
 #[sqlx::test(migrations = "./migrations")]
 async fn users_see_their_own_usage(pool: PgPool) {
     let (fixture, _, [one, _, three]) = counted(&pool).await;
-    assert_eq!(usage(&fixture, &one.1, "").await, json!([{"requests": 31, "cost": 62}]));
+    assert_eq!(usage(&fixture, &one.1, "").await, json!([row(json!({}), 19, 4, 8, 62)]));
     assert_eq!(usage(&fixture, &one.1, "group_by=user&email=a@example.com").await[0]["email"], "a@example.com");
     for id in [three.0, Uuid::now_v7()] {
         let reply = get(&fixture, &one.1, &format!("key_id={id}")).await;
@@ -153,12 +164,12 @@ async fn usage_as_csv_contains_no_formula_for_spreadsheets(pool: PgPool) {
     let (fixture, admin, [one, two, three]) = counted(&pool).await;
     execute(&pool, format!("update api_keys set name = '=HYPERLINK(\"x\", 1)' where id = '{}'", one.0)).await;
     let expected = format!(
-        "start,key_id,key_name,email,requests,cost\r\n\
-         2026-05-01T00:00:00Z,,,,128,0\r\n\
-         2026-05-01T00:00:00Z,{},\"'=HYPERLINK(\"\"x\"\", 1)\",a@example.com,15,30\r\n\
-         2026-06-01T00:00:00Z,,,,256,0\r\n\
-         2026-06-01T00:00:00Z,{},a key,a@example.com,16,32\r\n\
-         2026-06-01T00:00:00Z,{},a key,b@example.com,32,64\r\n",
+        "start,key_id,key_name,email,requests,allowed,refused,other,cost\r\n\
+         2026-05-01T00:00:00Z,,,,128,0,128,0,0\r\n\
+         2026-05-01T00:00:00Z,{},\"'=HYPERLINK(\"\"x\"\", 1)\",a@example.com,15,3,4,8,30\r\n\
+         2026-06-01T00:00:00Z,,,,256,0,256,0,0\r\n\
+         2026-06-01T00:00:00Z,{},a key,a@example.com,16,16,0,0,32\r\n\
+         2026-06-01T00:00:00Z,{},a key,b@example.com,32,32,0,0,64\r\n",
         one.0, two.0, three.0
     );
     let query = format!("{SPAN}&group_by=key,user&interval=month");
@@ -219,7 +230,7 @@ async fn a_wrong_parameter_is_named(pool: PgPool) {
     for (query, field, detail) in [
         ("group_by=keys", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
         ("group_by=", "group_by", "must be any of key, user, plan, scope and outcome, with commas between"),
-        ("interval=week", "interval", "must be hour, day, month or total"),
+        ("interval=year", "interval", "must be hour, day, week, month or total"),
         ("outcome=fine", "outcome", "must be the name of an outcome, as allowed or shadow:rate_limited"),
         ("format=xml", "format", "must be json or csv"),
         ("cursor=e30", "cursor", "must be the next_cursor of the page before"),

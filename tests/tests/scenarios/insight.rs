@@ -94,6 +94,28 @@ async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_what
     Ok(())
 }
 
+/// The user has `allowed` requests, and some that were refused.
+async fn allowed_and_refused_are_apart_in_a_bill(rest: &Rest, allowed: u64) -> Result<()> {
+    let path = "/v1/usage?email=ada@example.com";
+    let refused = rest.get(&format!("{path}&outcome=disabled")).await?["usage"][0]["refused"].clone();
+    for zone in ["Europe/Berlin", "Pacific/Auckland"] {
+        for interval in ["day", "week", "month"] {
+            let bill = rest.get(&format!("{path}&group_by=user&time_zone={zone}&interval={interval}")).await?;
+            assert_eq!(bill["time_zone"], zone);
+            let rows = bill["usage"].as_array().context("no sums")?;
+            // A new day may have begun meanwhile.
+            ensure!((1..=2).contains(&rows.len()), "{bill}");
+            let sum = |field: &str| rows.iter().filter_map(|row| row[field].as_u64()).sum::<u64>();
+            assert_eq!((sum("allowed"), json!(sum("refused")), sum("other")), (allowed, refused.clone(), 0), "{bill}");
+            for row in rows {
+                let start = row["start"].as_str().context("no start")?;
+                ensure!(start.contains("T00:00:00+") && row["email"] == "ada@example.com", "{row}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> Result<()> {
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
@@ -109,7 +131,7 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
     stack.database.execute(&format!("update api_keys set disabled = true where id = '{id}'")).await?;
     stack.wait_for_status(Some(&key), 401).await?;
     let allowed = stack.demo.requests();
-    for interval in ["hour", "day", "month", "total"] {
+    for interval in ["hour", "day", "week", "month", "total"] {
         let path = format!("/v1/usage?group_by=key,user,scope,outcome&key_id={id}&interval={interval}");
         let counted = async || {
             let usage = rest.get(&path).await.ok()?["usage"].as_array()?.clone();
@@ -127,12 +149,18 @@ async fn real_requests_are_summed_by_interval_and_outcome_as_json_and_csv() -> R
         assert_eq!((&row["scope"], row.get("start").is_some()), (&json!("orders:read"), interval != "total"));
     }
     let by_plan = rest.get("/v1/usage?group_by=plan&outcome=allowed").await?;
-    assert_eq!(by_plan["usage"], json!([{"plan": "gold", "requests": allowed, "cost": 0}]));
+    assert_eq!(
+        by_plan["usage"],
+        json!([{
+            "plan": "gold", "requests": allowed, "allowed": allowed, "refused": 0, "other": 0, "cost": 0
+        }])
+    );
     let path = format!("/v1/usage?group_by=outcome&key_id={id}&outcome=allowed&format=csv");
     let csv = rest.call(Method::GET, &path, None).await?;
     assert_eq!(csv.header("content-type"), Some("text/csv; charset=utf-8; header=present"));
-    let expected = format!("outcome,requests,cost\r\nallowed,{allowed},0\r\n");
+    let expected = format!("outcome,requests,allowed,refused,other,cost\r\nallowed,{allowed},{allowed},0,0,0\r\n");
     assert_eq!(std::str::from_utf8(&csv.body)?, expected);
+    allowed_and_refused_are_apart_in_a_bill(&rest, allowed).await?;
     // Those without a known key count for the operator.
     let keyless = async || {
         let usage = rest.get("/v1/usage?group_by=key,outcome").await.ok()?["usage"].as_array()?.clone();
@@ -209,7 +237,10 @@ async fn a_metering_system_takes_over_every_request_once_though_the_control_plan
     eventually("an event for every request", taken).await?;
     assert_eq!(meter.requests.get("allowed"), Some(&all));
     let usage = rest.get("/v1/usage?group_by=outcome&outcome=allowed").await?;
-    assert_eq!(usage["usage"], json!([{"outcome": "allowed", "requests": all, "cost": 0}]));
+    let expected = json!([{
+        "outcome": "allowed", "requests": all, "allowed": all, "refused": 0, "other": 0, "cost": 0
+    }]);
+    assert_eq!(usage["usage"], expected);
     // Who reads it all again reads the same.
     let mut again = Meter::default();
     again.read(&rest).await?;
