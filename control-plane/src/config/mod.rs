@@ -126,7 +126,7 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_API_BURST", value_name = "N", default_value = "100", value_parser = number(NonZeroU32::MIN, NonZeroU32::MAX))]
     pub api_burst: NonZeroU32,
 
-    /// Origins whose pages may call the REST API from browsers, separated by commas, such as https://keys.example.com
+    /// Origins whose pages may call the REST API from browsers, separated by commas
     #[arg(long, env = "PORTCULLIS_CORS_ORIGINS", value_name = "ORIGINS", value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
 
