@@ -120,7 +120,7 @@ fn a_bad_setting_is_named_in_one_line() {
     let create = ["admin", "create-key", "--database-url", "x", "--name", "n"];
     for (rest, what) in [
         (&["--scope", "orders"][..], "--email: "),
-        (&["--scope", "A"], "--scope: each scope must have"),
+        (&["--scope", "a b"], "--scope: each scope must have"),
         (&["--scope", "sync", "--email", "nobody"], "--email: must "),
         (
             &["--scope", "sync", "--expires-in", "60"],

@@ -13,6 +13,7 @@ fn calls(key: Uuid, user: &str) -> Vec<(&'static str, &'static str, String, Valu
     vec![
         ("post", "/api/user/key", "/api/user/key".into(), json!({"email": "u@example.com", "key_name": "n"})),
         ("post", "/v1/keys", "/v1/keys".into(), name),
+        ("post", "/v1/keys/lookup", "/v1/keys/lookup".into(), json!({"key": "sk_live_nobody"})),
         // Before the patch, which takes the quota away with null.
         ("post", "/v1/keys/{id}/quota/reset", format!("/v1/keys/{key}/quota/reset"), json!({})),
         ("patch", "/v1/keys/{id}", format!("/v1/keys/{key}"), json!({"name": "n"})),
