@@ -10,6 +10,7 @@ use super::view::KeyView;
 use super::{managed, show};
 use crate::api::call::Call;
 use crate::api::extract::Json;
+use crate::api::openapi::NotFound;
 use crate::error::ApiError;
 use crate::keys::read::find_by_hash;
 
@@ -34,7 +35,7 @@ fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error
 #[utoipa::path(
     operation_id = "findKey",
     post, path = "/v1/keys/lookup", tag = "keys", request_body = LookupBody,
-    responses((status = 200, description = "The key", body = KeyView))
+    responses(NotFound, (status = 200, description = "The key", body = KeyView))
 )]
 pub async fn lookup(Call { app, caller, .. }: Call, Json(body): Json<LookupBody>) -> Result<Json<KeyView>, ApiError> {
     caller.require_manager()?;
