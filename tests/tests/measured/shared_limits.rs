@@ -12,8 +12,6 @@ use serde_json::{Value, json};
 
 const ENVOYS: usize = 3;
 const SECONDS: u32 = 60;
-/// Connections of each load: enough to keep its pace although requests wait.
-const CONNECTIONS: usize = 48;
 
 /// The result of a load.
 #[derive(Clone, Copy, Default)]
@@ -30,7 +28,8 @@ async fn load_each(stack: &Stack, keys: &[String], paces: [u32; ENVOYS], seconds
         let plan = Plan {
             targets: vec![envoy.address()],
             keys: keys.to_vec(),
-            connections: CONNECTIONS,
+            // Enough to keep the pace although requests wait.
+            connections: (pace / 10).clamp(4, 48) as usize,
             requests: u64::from(pace * seconds),
             per_second: Some(pace),
         };
