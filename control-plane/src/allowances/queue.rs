@@ -57,8 +57,7 @@ impl Waiting {
 }
 
 fn is_wanted(call: &Call, answer: &oneshot::Sender<Answered>) -> bool {
-    let asks_nothing = |ask: &Ask| ask.need == 0 && ask.want == 0;
-    !answer.is_closed() || call.asks.iter().all(asks_nothing)
+    call.is_last || !answer.is_closed()
 }
 
 /// Handle of the queue, cloned into every handler. The answering task ends after the last clone is dropped.
@@ -220,19 +219,16 @@ mod tests {
     }
 
     #[test]
-    fn calls_of_envoys_that_are_gone_are_left_out_if_they_ask_for_something() {
-        let is_wanted = |asks, is_gone: bool| {
+    fn calls_of_envoys_that_are_gone_are_left_out_but_for_the_last_ones() {
+        let is_wanted = |is_last, is_gone: bool| {
             let (answer, answered) = oneshot::channel();
-            let call = Call { reporter: ReporterId([7; 16]), is_last: false, asks };
-            let waiting = Waiting { call: KeyedCall { call, sync_key: Uuid::nil() }, answer };
             let _answered = (!is_gone).then_some(answered);
-            waiting.is_wanted()
+            is_wanted(&Call { reporter: ReporterId([7; 16]), is_last, asks: vec![ask()] }, &answer)
         };
-        let spent = Ask { need: 0, least: 0, want: 0, spent: 5, ..ask() };
-        assert!(is_wanted(vec![spent, ask()], false));
-        assert!(!is_wanted(vec![spent, ask()], true));
-        assert!(is_wanted(vec![spent, spent], true));
-        assert!(is_wanted(Vec::new(), true));
+        assert_eq!(
+            [(false, false), (true, false), (false, true), (true, true)].map(|(last, gone)| is_wanted(last, gone)),
+            [true, true, false, true]
+        );
     }
 
     #[test]
