@@ -30,6 +30,12 @@ async fn poll(fixture: &Fixture, sync: &Secret, query: &str) -> Reply {
     reply
 }
 
+/// An Envoy polls, and confirms a revision of an epoch.
+async fn confirm(fixture: &Fixture, sync: &Secret, (epoch, revision): (Uuid, u64), number: u8) {
+    let query = format!("epoch={epoch}&revision={revision}&wait=0&reporter={}", envoy(number));
+    poll(fixture, sync, &query).await;
+}
+
 async fn applied_on(fixture: &Fixture, key: &Secret, id: Uuid) -> Value {
     fixture.app.filters.write(&fixture.pool).await.unwrap();
     fixture.get(&format!("/v1/keys/{id}"), key).await.json()["applied_on"].clone()
@@ -112,10 +118,7 @@ async fn a_change_that_prefers_to_wait_is_answered_once_every_live_envoy_has_it(
     let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let before = fixture.in_step().await;
     let epoch = epoch(&pool).await;
-    let says = async |number: u8, revision: u64| {
-        let poll_of = format!("epoch={epoch}&revision={revision}&wait=0&reporter={}", envoy(number));
-        poll(&fixture, &sync, &poll_of).await;
-    };
+    let says = async |number, revision| confirm(&fixture, &sync, (epoch, revision), number).await;
     says(1, before).await;
     says(2, before).await;
     let body = json!({"email": "user@example.com", "name": "n"});
@@ -123,7 +126,7 @@ async fn a_change_that_prefers_to_wait_is_answered_once_every_live_envoy_has_it(
         let reply = fixture.call_with("POST", "/v1/keys", &admin, Some(&body), &[("prefer", prefer)]).await;
         (reply, Instant::now())
     };
-    let confirm = async {
+    let confirmed = async {
         while revision(&pool).await == before {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
@@ -133,7 +136,7 @@ async fn a_change_that_prefers_to_wait_is_answered_once_every_live_envoy_has_it(
         says(2, after).await;
         last
     };
-    let ((reply, answered), confirmed) = tokio::join!(create("respond-async, wait=10"), confirm);
+    let ((reply, answered), confirmed) = tokio::join!(create("respond-async, wait=10"), confirmed);
     assert_eq!((reply.status, reply.header("preference-applied")), (201, "wait=10"));
     assert!(answered > confirmed);
 
@@ -161,10 +164,7 @@ async fn a_key_tells_on_how_many_envoys_its_last_change_is_applied(pool: PgPool)
     assert_eq!(applied_on(&fixture, &user, id).await, all(0));
     let before = fixture.in_step().await;
     let epoch = epoch(&pool).await;
-    let says = async |number: u8, revision: u64| {
-        let poll_of = format!("epoch={epoch}&revision={revision}&wait=0&reporter={}", envoy(number));
-        poll(&fixture, &sync, &poll_of).await;
-    };
+    let says = async |number, revision| confirm(&fixture, &sync, (epoch, revision), number).await;
     says(1, before).await;
     says(2, before).await;
     assert_eq!(applied_on(&fixture, &user, id).await, all(2));

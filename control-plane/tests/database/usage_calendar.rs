@@ -22,7 +22,7 @@ async fn used(pool: &PgPool, hours: &[(&str, i64)]) -> (Fixture, Secret, Uuid) {
     (fixture, admin, id)
 }
 
-/// The start of each sum and its allowed requests, of which there are as many as refused ones and half as many as credits.
+/// The start and the allowed requests of each sum. Asserts that a sum has as many refused requests, and costs twice as much.
 async fn sums(fixture: &Fixture, admin: &Secret, query: &str) -> Vec<(String, i64)> {
     let answer = fixture.get(&format!("/v1/usage?email=a@example.com&{query}"), admin).await.expect(200);
     let sum = |row: &Value| {

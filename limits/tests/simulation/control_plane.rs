@@ -23,7 +23,7 @@ pub struct Window {
 pub struct ControlPlane {
     pub pools: BTreeMap<PoolId, Pool>,
     pub windows: BTreeMap<PoolId, Window>,
-    heard_ns: BTreeMap<ReporterId, u64>,
+    last_call_ns: BTreeMap<ReporterId, u64>,
     ended: Vec<ReporterId>,
     alone: Option<(ReporterId, u64)>,
     /// The last report of each Envoy.
@@ -45,10 +45,13 @@ impl ControlPlane {
         if call.is_last && !self.ended.contains(&me) {
             self.ended.push(me);
         }
-        self.heard_ns.insert(me, now_ns);
-        let silent_ms = |heard_ns: &u64| (now_ns - heard_ns) / MS;
-        let live =
-            self.heard_ns.iter().filter(|(id, heard)| !self.ended.contains(id) && silent_ms(heard) < LIVE_MS).count();
+        self.last_call_ns.insert(me, now_ns);
+        let silent_ms = |last_call_ns: &u64| (now_ns - last_call_ns) / MS;
+        let live = self
+            .last_call_ns
+            .iter()
+            .filter(|(id, last_ns)| !self.ended.contains(id) && silent_ms(last_ns) < LIVE_MS)
+            .count();
         let another = self.alone.filter(|(id, until_ns)| *id != me && now_ns < *until_ns);
         let company = if another.is_some() { OtherEnvoys::AnotherIsAlone } else { OtherEnvoys::Several };
         let is_alone = live == 1 && another.is_none() && !self.ended.contains(&me);
@@ -61,7 +64,7 @@ impl ControlPlane {
             if let (Terms::Stock { renews_in_ms, .. }, Some(window)) = (&mut pool.terms, window) {
                 *renews_in_ms = Some((window.ends_ns - now_ns) / MS + 1);
             }
-            let freed = tidy(pool, &self.heard_ns, &self.ended, now_ns);
+            let freed = tidy(pool, &self.last_call_ns, &self.ended, now_ns);
             if freed > 0 {
                 self.freed.push((ask.pool, now_ns, freed));
             }
@@ -136,14 +139,15 @@ impl ControlPlane {
 
 /// Forgets Envoys that were silent for too long, and those that hold nothing and did not use the pool for long. Returns what
 /// becomes free.
-fn tidy(pool: &mut Pool, heard_ns: &BTreeMap<ReporterId, u64>, ended: &[ReporterId], now_ns: u64) -> u64 {
+fn tidy(pool: &mut Pool, last_call_ns: &BTreeMap<ReporterId, u64>, ended: &[ReporterId], now_ns: u64) -> u64 {
     let before = pool.held();
-    let is_expired = |id: &ReporterId| heard_ns.get(id).is_none_or(|heard| (now_ns - heard) / MS >= EXPIRES_AFTER_MS);
+    let is_expired =
+        |id: &ReporterId| last_call_ns.get(id).is_none_or(|last_ns| (now_ns - last_ns) / MS >= EXPIRES_AFTER_MS);
     let is_unused = |holder: &Holder| holder.held() == 0 && now_ns / MS - holder.used_ms > 3 * IDLE_MS;
     pool.holders.retain(|holder| !is_expired(&holder.reporter) && !is_unused(holder));
     for holder in &mut pool.holders {
         let has_ended = ended.contains(&holder.reporter);
-        holder.heard_ms = if has_ended { 0 } else { heard_ns[&holder.reporter] / MS };
+        holder.heard_ms = if has_ended { 0 } else { last_call_ns[&holder.reporter] / MS };
     }
     before - pool.held()
 }

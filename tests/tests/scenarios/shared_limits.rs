@@ -231,7 +231,7 @@ async fn a_lowered_quota_refuses_although_envoys_hold_tokens_and_a_reset_quota_a
 /// A statistic of the filter: the number of live Envoys.
 const LIVE: &str = "wasmcustom.portcullis.limits.live_envoys";
 
-/// Waits until this Envoy knows that so many Envoys are live. Returns how long it took.
+/// Waits until the gauge of this Envoy shows this number of live Envoys. Returns how long it took.
 async fn live_within(envoy: &Envoy, envoys: u64, deadline: Duration) -> Result<Duration> {
     let start = Instant::now();
     let known = async || (envoy.stat(LIVE).await.ok()? == envoys).then_some(());

@@ -175,8 +175,8 @@ fn an_envoy_that_ends_with_many_pools_reports_them_in_several_calls() {
     let fates = envoy.respond_to(0, &sent, &MockResponse::ok(answer.write().unwrap()));
     assert_eq!(fates.iter().filter(|fate| **fate == Fate::Waits).count(), 1);
     assert_eq!(envoy.serve(0, &mut plane), [Fate::Admitted]);
-    let told: Vec<_> = ends(&mut envoy, 0, false).iter().map(|call| (call.asks.len(), call.is_last)).collect();
-    assert_eq!(told, [(POOLS, false), (1, true)]);
+    let sent: Vec<_> = ends(&mut envoy, 0, false).iter().map(|call| (call.asks.len(), call.is_last)).collect();
+    assert_eq!(sent, [(POOLS, false), (1, true)]);
 }
 
 #[test]
