@@ -17,13 +17,16 @@ const APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 /// Longest wait, in seconds.
 const LONGEST_S: u64 = 10;
 
-/// How often the state of the Envoys is read.
-const PAUSE: Duration = Duration::from_millis(20);
+/// Pauses between two looks at the state of the Envoys: the first one, and the longest.
+const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(250)];
 
 /// Holds the response to a change back until the Envoys have it, if the request asks for that.
 pub async fn wait_for_envoys(State(app): State<App>, request: Request, next: Next) -> Response {
+    if request.method().is_safe() {
+        return next.run(request).await;
+    }
     let wait_s = match wait_of(request.headers()) {
-        Ok(wait_s) => wait_s.filter(|_| !request.method().is_safe()),
+        Ok(wait_s) => wait_s,
         Err(error) => return error.into_response(),
     };
     let mut response = next.run(request).await;
@@ -48,6 +51,7 @@ pub async fn wait_for_envoys(State(app): State<App>, request: Request, next: Nex
 fn wait_of(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
     let texts = headers.get_all(PREFER).iter().filter_map(|value| value.to_str().ok());
     let mut preferences = texts.flat_map(|text| text.split(',')).map(|preference| {
+        let (preference, _parameters) = preference.split_once(';').unwrap_or((preference, ""));
         let (name, value) = preference.split_once('=').unwrap_or((preference, ""));
         (name.trim(), value.trim().trim_matches('"'))
     });
@@ -60,6 +64,7 @@ fn wait_of(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
 /// Returns once all live Envoys have what is committed now.
 async fn applied_on_all(app: &App) -> Result<(), sqlx::Error> {
     let revision = filters::position(&app.pool).await?.revision;
+    let [mut pause, longest] = PAUSES;
     loop {
         // What the Envoys of this process said. Other replicas write theirs four times a second.
         app.filters.write(&app.pool).await?;
@@ -67,7 +72,8 @@ async fn applied_on_all(app: &App) -> Result<(), sqlx::Error> {
         if rollout.applied == rollout.filters {
             return Ok(());
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(pause).await;
+        pause = longest.min(pause * 2);
     }
 }
 
@@ -84,7 +90,7 @@ mod tests {
         assert_eq!(wait(&[]).unwrap(), None);
         assert_eq!(wait(&["respond-async"]).unwrap(), None);
         assert_eq!(wait(&["respond-async, Wait = 2", "wait=5"]).unwrap(), Some(2));
-        assert_eq!(wait(&["return=minimal", "wait=\"10\""]).unwrap(), Some(10));
+        assert_eq!(wait(&["return=minimal", "wait=\"10\"; x=y"]).unwrap(), Some(10));
         for bad in ["wait", "wait=0", "wait=11", "wait=2.5", "wait=-1"] {
             assert_eq!(wait(&[bad]).unwrap_err().field(), Some("Prefer"), "{bad}");
         }

@@ -5,7 +5,6 @@
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde_json::json;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -163,6 +162,11 @@ pub async fn update(
     let user = app.writer.change(&caller.actor, async |change| {
         let user = lock_user(change, path.id).await?;
         preconditions.check(Some(user.version))?;
+        // All entries of the trail are searched, before the locks that other changes need.
+        let has_new_email = match &email {
+            Some(email) => users::set_email(change, &user, email).await?,
+            None => false,
+        };
         // The plan first: it locks a definition, and a change of `metered` locks the store, which comes later in the order of locks.
         let has_new_plan = match &plan {
             Some(plan) => users::set_plan(change, user.id, plan.as_ref()).await?,
@@ -172,13 +176,12 @@ pub async fn update(
         if let Some(plan) = plan.filter(|_| has_new_plan) {
             changed.insert("plan".into(), plan.as_ref().map(Name::as_str).into());
         }
-        if let Some(email) = email
-            && users::set_email(change, user.id, &email).await?
-        {
-            changed.insert("email".into(), json!({"from": user.email, "to": email.as_str()}));
+        if has_new_email {
+            changed.insert("email".into(), email.as_ref().map(Email::as_str).into());
         }
         if !changed.is_empty() {
-            change.record(AuditEvent::on("user.update", &user.email, changed.into())).await?;
+            let target = email.as_ref().map_or(user.email.as_str(), Email::as_str);
+            change.record(AuditEvent::on("user.update", target, changed.into())).await?;
         }
         users::get(&mut **change, path.id).await?.ok_or_else(|| unknown(path.id))
     });

@@ -77,6 +77,10 @@ fn start_of_hour(at: OffsetDateTime) -> OffsetDateTime {
 
 fn parse_hour(field: &'static str, text: &str, zone: &Zone) -> Result<OffsetDateTime, ApiError> {
     let at = parse_instant(field, text, zone)?;
+    // RFC 3339 writes the years 0 to 9999, and an offset can lead beyond them.
+    if !(1..=9998).contains(&at.year()) {
+        return Err(ApiError::invalid(field, "must lie in the years 1 to 9998"));
+    }
     if is_hour(at) {
         return Ok(at);
     }
@@ -210,6 +214,12 @@ mod tests {
         }
         let unknown = "must be a time zone of the IANA database such as Europe/Berlin";
         assert_eq!(range("2026-05-01", "2026-05-02", "CEST"), Err(("time_zone".into(), unknown.into())));
+        for (first, zone) in
+            [("0000-01-01", "Europe/Berlin"), ("0000-01-01T00:30:00+01:00", "UTC"), ("9999-01-01", "UTC")]
+        {
+            let years = "must lie in the years 1 to 9998";
+            assert_eq!(range(first, first, zone), Err(("from".into(), years.into())), "{first}");
+        }
         for last in ["9999-12-31", "9999-12-31T23:59:59Z", "9999-12-31T23:59:59-23:59", "0000-01-01"] {
             assert!(range(last, last, "America/New_York").is_err(), "{last}");
         }

@@ -2,6 +2,7 @@
 
 use contract::hash::KeyHash;
 use contract::network::Network;
+use contract::pepper::{Pepper, hashes};
 use contract::record::RateLimit;
 use sqlx::types::Json;
 use sqlx::{PgExecutor, PgPool};
@@ -37,6 +38,20 @@ pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<Stored
         let own = OwnTerms { plan: row.own_plan, quota: row.quota.map(|quota| quota.0) };
         StoredKey { record: record_of!(row), email: row.email, own }
     }))
+}
+
+/// Finds a key by a secret that it has or had, of which this is the hash without pepper.
+pub async fn find_by_secret(
+    pool: &PgPool,
+    plain: KeyHash,
+    pepper: Option<&Pepper>,
+) -> Result<Option<StoredKey>, ApiError> {
+    for hash in hashes(plain, pepper) {
+        if let Some(found) = find_by_hash(pool, &hash).await? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
 }
 
 /// The query of keys, from its condition on.

@@ -29,7 +29,8 @@ pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError
     let user = lock_user(change, id).await?;
     let email = format!("erased-{id}@erased.invalid");
     // All entries are searched, which can take long. The lock on the store, which changes of other keys need, comes later.
-    erase_in_audit(change, id, &user.email, &email).await?;
+    rename_in_audit(change, &user.email, &email, true).await?;
+    erase_in_audit_of_keys(change, id).await?;
     sqlx::query!("update user_preferences set email = $2, refill = null, refill_at = null where id = $1", id, email)
         .execute(&mut **change)
         .await?;
@@ -39,21 +40,32 @@ pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError
     Ok(EraseReply { email, revoked })
 }
 
-/// Replaces the address in all entries, and names and networks in those about keys of the user. The client's address goes from
-/// what the user did.
-async fn erase_in_audit(connection: &mut PgConnection, id: Uuid, old: &str, new: &str) -> Result<(), sqlx::Error> {
+/// Replaces the email address of a user in all entries. So the trail has the present address of each user, and a new user with
+/// the old one does not see the entries of the former. `forgets_clients` removes the client addresses of what the user did.
+pub(super) async fn rename_in_audit(
+    connection: &mut PgConnection,
+    old: &str,
+    new: &str,
+    forgets_clients: bool,
+) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "update audit set
             actor_email = case when actor_email = $1 then $2 else actor_email end,
-            address = case when actor_email = $1 then null else address end,
+            address = case when actor_email = $1 and $3 then null else address end,
             target = case when target = $1 then $2 else target end,
             detail = replace(detail::text, to_jsonb($1::text)::text, to_jsonb($2::text)::text)::jsonb
         where actor_email = $1 or target = $1 or strpos(detail::text, to_jsonb($1::text)::text) > 0",
         old,
-        new
+        new,
+        forgets_clients
     )
-    .execute(&mut *connection)
+    .execute(connection)
     .await?;
+    Ok(())
+}
+
+/// Removes names and networks from the entries about keys of the user.
+async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
     sqlx::query!(
         r#"update audit set detail = case when detail ? 'name' then detail || '{"name": "erased"}' else detail end
             - 'allowed_addresses'
@@ -67,9 +79,13 @@ async fn erase_in_audit(connection: &mut PgConnection, id: Uuid, old: &str, new:
 }
 
 async fn erase_in_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
-    sqlx::query!("update api_keys set name = 'erased', networks = '{}' where owner_id = $1 and name <> 'erased'", id)
-        .execute(&mut *connection)
-        .await?;
+    sqlx::query!(
+        "update api_keys set name = 'erased', networks = '{}'
+        where owner_id = $1 and (name <> 'erased' or networks <> '{}')",
+        id
+    )
+    .execute(&mut *connection)
+    .await?;
     sqlx::query!(
         "delete from idempotent_replies where caller_key_id in (select id from api_keys where owner_id = $1)",
         id

@@ -10,7 +10,8 @@ use sqlx::{PgConnection, PgExecutor, PgPool};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use self::lock::lock_or_create_user;
+use self::erase::rename_in_audit;
+use self::lock::{LockedUser, lock_or_create_user};
 use crate::audit::AuditEvent;
 use crate::change::Change;
 use crate::credits::Refill;
@@ -107,21 +108,23 @@ pub async fn create(change: &mut Change, email: &Email) -> Result<(Uuid, bool), 
     Ok((user.id, is_new))
 }
 
-/// Sets the address of a user, whose row is locked. Says whether that was a change. 409 if another user has the address.
-pub async fn set_email(connection: &mut PgConnection, id: Uuid, email: &Email) -> Result<bool, ApiError> {
-    let changed =
-        sqlx::query!("update user_preferences set email = $2 where id = $1 and email <> $2", id, email.as_str())
-            .execute(connection)
-            .await;
-    match changed {
-        Ok(changed) => Ok(changed.rows_affected() > 0),
-        Err(error) => match error.as_database_error().and_then(|error| error.constraint()) {
-            Some("user_preferences_email_key") => {
-                Err(ApiError::Conflict(format!("Another user has the address {}.", email.as_str())))
-            }
-            _ => Err(error.into()),
-        },
+/// Sets the address of a user, whose row is locked, also in the audit trail. Says whether that was a change. 409 if another user
+/// has the address.
+pub async fn set_email(connection: &mut PgConnection, user: &LockedUser, email: &Email) -> Result<bool, ApiError> {
+    if user.email == email.as_str() {
+        return Ok(false);
     }
+    let changed = sqlx::query!("update user_preferences set email = $2 where id = $1", user.id, email.as_str())
+        .execute(&mut *connection)
+        .await;
+    changed.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+        Some("user_preferences_email_key") => {
+            ApiError::Conflict(format!("Another user has the address {}.", email.as_str()))
+        }
+        _ => error.into(),
+    })?;
+    rename_in_audit(connection, &user.email, email.as_str(), false).await?;
+    Ok(true)
 }
 
 /// Sets or clears the plan of a user, whose row is locked. Says whether that was a change. 400 for an unknown plan.

@@ -149,6 +149,7 @@ async fn a_change_that_prefers_to_wait_is_answered_once_every_live_envoy_has_it(
     let refused = fixture.call_with("POST", "/v1/keys", &admin, Some(&json!({})), &[("prefer", "wait=10")]).await;
     let read = fixture.call_with("GET", "/v1/keys", &admin, None, &[("prefer", "wait=10")]).await;
     assert_eq!([refused.status, read.status], [400, 200]);
+    assert!(answered.elapsed() < Duration::from_secs(5), "neither waited");
     let (bad, _) = create("wait=60").await;
     bad.assert_invalid("Prefer", "wait must be a number of seconds from 1 to 10");
     assert_eq!(read.json()["keys"], fixture.get("/v1/keys", &admin).await.json()["keys"], "nothing was made");

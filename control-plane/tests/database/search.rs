@@ -86,11 +86,14 @@ async fn a_key_is_found_by_the_first_characters_that_people_have_of_it(pool: PgP
         assert_eq!(names(&fixture, &admin, &format!("prefix={}", encoded(text))).await, ["one"], "{text}");
     }
     assert_eq!(names(&fixture, &admin, "prefix=sk_live_4eC").await, ["imported"]);
-    let whole = fixture.get(&format!("/v1/keys?prefix={}", one.reveal()), &admin).await;
-    whole.assert_invalid(
-        "prefix",
-        "is a whole key, which must not stand in an address: send it in the body of POST /v1/keys/lookup",
-    );
+    for whole in [one.reveal(), &format!("{}…", one.reveal())] {
+        fixture.get(&format!("/v1/keys?prefix={}", encoded(whole)), &admin).await.assert_invalid(
+            "prefix",
+            "is a whole key, which must not stand in an address: send it in the body of POST /v1/keys/lookup",
+        );
+    }
+    let empty = fixture.get(&format!("/v1/keys?prefix={}", encoded("…")), &admin).await;
+    empty.assert_invalid("prefix", "must have a character before the dots");
 }
 
 #[sqlx::test(migrations = "./migrations")]

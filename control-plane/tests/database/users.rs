@@ -1,6 +1,6 @@
 //! Users: `/v1/users`.
 
-use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows};
+use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows, scalar};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -75,7 +75,13 @@ async fn the_address_of_a_user_changes_and_keys_and_credits_stay(pool: PgPool) {
         .assert_forbidden("Use a key with the scope admin.");
     let trail = fixture.get("/v1/audit?action=user.update", &admin).await.json();
     let details: Vec<_> = trail["entries"].as_array().unwrap().iter().map(|entry| entry["detail"].clone()).collect();
-    assert_eq!(details, [json!({"email": {"from": USER, "to": "new@example.com"}})]);
+    assert_eq!(details, [json!({"email": "new@example.com"})]);
+    // A new user with the old address sees nothing of the former.
+    let (_, next) = fixture.key(USER, &[]).await;
+    let of_old = fixture.get("/v1/audit?target=user%40example.com", &next).await.json();
+    assert_eq!(of_old["entries"], json!([]));
+    let of_new = fixture.get("/v1/audit?target=new%40example.com", &key).await.json();
+    assert_eq!(of_new["entries"].as_array().unwrap().len(), 2);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -90,6 +96,8 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
     fixture.patch(&format!("/v1/keys/{id}"), &key, json!({"name": "Ada's phone"})).await.expect(200);
     fixture.patch(&format!("/v1/keys/{second}"), &admin, json!({"allowed_addresses": ["192.0.2.9"]})).await.expect(200);
     fixture.delete(&uri, &key).await.assert_forbidden("Use a key with the scope admin.");
+    fixture.patch(&uri, &admin, json!({"email": "ada@example.com"})).await.expect(200);
+    change_key(&pool, second, "name = 'erased'").await;
 
     let user_id = uri.rsplit('/').next().unwrap();
     let pseudonym = format!("erased-{user_id}@erased.invalid");
@@ -109,12 +117,14 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
     )
     .await;
     let dump: String = dump.into_iter().map(|(row,)| row).collect();
-    for text in [USER, "Ada", "192.0.2."] {
+    for text in [USER, "ada@example.com", "Ada", "192.0.2."] {
         assert!(!dump.contains(text), "{text} in {dump}");
     }
     let trail = fixture.get(&format!("/v1/audit?target={}", encoded(&pseudonym)), &admin).await.json();
     let actions: Vec<_> = trail["entries"].as_array().unwrap().iter().map(|entry| entry["action"].clone()).collect();
-    assert_eq!(actions, ["user.erase", "user.revoke_keys", "ledger.create"]);
+    assert_eq!(actions, ["user.erase", "user.revoke_keys", "user.update", "ledger.create"]);
+    let seen = format!("select count(*) from audit where actor_email = '{pseudonym}' and address is not null");
+    assert_eq!(scalar::<i64>(&pool, seen).await, 0, "client addresses of what the user did");
     // Again, it changes nothing more. A new user may have the address.
     assert_eq!(fixture.delete(&uri, &admin).await.expect(200)["revoked"], 0);
     assert_ne!(fixture.user(USER).await, uri);

@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 use crate::App;
 use crate::error::ApiError;
 use crate::keys::model::StoredKey;
-use crate::keys::read::find_by_hash;
+use crate::keys::read::find_by_secret;
 use crate::net::connection::Peer;
 
 /// The header that carries the key of the caller. Of several, the first counts, as in Envoy.
@@ -88,13 +88,10 @@ impl<'a> PresentedKey<'a> {
 
     /// The record of the key in the database.
     pub(super) async fn stored(&self) -> Result<Option<StoredKey>, ApiError> {
-        let Some(plain) = self.plain else { return Ok(None) };
-        for hash in hashes(plain, self.app.pepper.as_ref()) {
-            if let Some(found) = find_by_hash(&self.app.pool, &hash).await? {
-                return Ok(Some(found));
-            }
+        match self.plain {
+            Some(plain) => find_by_secret(&self.app.pool, plain, self.app.pepper.as_ref()).await,
+            None => Ok(None),
         }
-        Ok(None)
     }
 
     /// Counts the call against its address, once.

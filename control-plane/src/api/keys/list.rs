@@ -45,11 +45,14 @@ pub struct ListQuery {
 
 /// The stored prefixes that a text may mean. An imported key may have a prefix of any form.
 fn prefixes(text: &str) -> Result<Vec<String>, ApiError> {
+    let text = text.strip_suffix('…').or_else(|| text.strip_suffix("...")).unwrap_or(text);
+    if text.is_empty() {
+        return Err(ApiError::invalid("prefix", "must have a character before the dots"));
+    }
     if check(text).is_ok() {
         let detail = "is a whole key, which must not stand in an address: send it in the body of POST /v1/keys/lookup";
         return Err(ApiError::invalid("prefix", detail));
     }
-    let text = text.trim_end_matches(['…', '.']);
     Ok([text.to_owned()].into_iter().chain(stored_prefix(text)).collect())
 }
 

@@ -2,7 +2,6 @@
 
 use contract::hash::KeyHash;
 use contract::key::{PRESENTED_BYTES, Secret};
-use contract::pepper::hashes;
 use serde::{Deserialize, Deserializer};
 use utoipa::ToSchema;
 
@@ -12,7 +11,7 @@ use crate::api::call::Call;
 use crate::api::extract::Json;
 use crate::api::openapi::NotFound;
 use crate::error::ApiError;
-use crate::keys::read::find_by_hash;
+use crate::keys::read::find_by_secret;
 
 /// A key to find.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -31,7 +30,8 @@ fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error
 
 /// Find the key that a secret belongs to.
 ///
-/// Also by a secret that was rotated away, as long as filters know it. The secret stands in the body, so no log has it.
+/// Also by a secret that was rotated away or revoked, until the row of its key is deleted. The secret stands in the body, so no
+/// log has it.
 #[utoipa::path(
     operation_id = "findKey",
     post, path = "/v1/keys/lookup", tag = "keys", request_body = LookupBody,
@@ -43,12 +43,10 @@ pub async fn lookup(Call { app, caller, .. }: Call, Json(body): Json<LookupBody>
     if !(1..=PRESENTED_BYTES).contains(&bytes.len()) {
         return Err(ApiError::invalid("key", format!("must have 1 to {PRESENTED_BYTES} bytes")));
     }
-    for hash in hashes(KeyHash::of(bytes), app.pepper.as_ref()) {
-        if let Some(found) = find_by_hash(&app.pool, &hash).await? {
-            // A key of somebody else is answered like one that does not exist.
-            let Ok(key) = managed(&app, &caller, found.record.key_id.into()).await else { break };
-            return Ok(Json(show(&app.pool, key).await?));
-        }
-    }
-    Err(ApiError::NotFound("There is no key with this secret.".into()))
+    let found = find_by_secret(&app.pool, KeyHash::of(bytes), app.pepper.as_ref()).await?;
+    // A key of somebody else is answered like one that does not exist.
+    let found = found.filter(|found| caller.manages(found.record.owner_id.into()));
+    let found = found.ok_or_else(|| ApiError::NotFound("There is no key with this secret.".into()))?;
+    let key = managed(&app, &caller, found.record.key_id.into()).await?;
+    Ok(Json(show(&app.pool, key).await?))
 }
