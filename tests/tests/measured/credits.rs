@@ -42,8 +42,11 @@ async fn spend_all(stack: &Stack, key: &str) -> Result<u64> {
     }
     let answers = load.stop().await;
     let admitted = with_status(&answers, 200);
-    assert_eq!(admitted + with_status(&answers, 429), answers.values().sum::<u64>(), "{answers:?}");
-    assert!(with_status(&answers, 429) > 0);
+    let (refused, unasked) = (with_status(&answers, 429), with_status(&answers, 503));
+    assert_eq!(admitted + refused + unasked, answers.values().sum::<u64>(), "{answers:?}");
+    assert!(refused > 0);
+    // On a busy machine the control plane may take longer than a request waits, and the code then says so.
+    assert!(unasked * 100 <= refused, "{answers:?}");
     Ok(admitted)
 }
 
@@ -58,7 +61,8 @@ async fn wait_for_balance(stack: &Stack, balance: i64) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_envoys_at_full_load_spend_a_balance_once_and_refuse_the_rest() -> Result<()> {
-    let stack = Stack::builder().envoys(3).plugin(&json!({"rate_limit": null})).start().await?;
+    let plugin = json!({"rate_limit": null, "limits": {"wait": "0.8s"}});
+    let stack = Stack::builder().envoys(3).plugin(&plugin).start().await?;
     let key = stack.rest().generate(ADA).await?;
     stack.wait_for_status(Some(&key), 200).await?;
     // Requests from before the user is metered are free, even those that are reported later.
@@ -127,7 +131,7 @@ async fn spend_on_all_routes(envoy: &Envoy, key: &str, first: usize) -> Result<u
 async fn three_envoys_at_full_load_spend_a_balance_on_routes_of_different_cost_down_to_less_than_the_least()
 -> Result<()> {
     let policies = json!({"export": {"cost": 29}, "search": {"cost": 7}, "usual": {"cost": 3}});
-    let plugin = json!({"rate_limit": null, "policies": policies});
+    let plugin = json!({"rate_limit": null, "limits": {"wait": "0.8s"}, "policies": policies});
     let builder = Stack::builder().envoys(3).plugin(&plugin);
     let builder = builder.route("/export", "export").route("/search", "search").route("/", "usual");
     let stack = builder.start().await?;
