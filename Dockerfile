@@ -30,7 +30,6 @@ RUN --mount=type=cache,id=portcullis-control-plane-registry,target=/usr/local/ca
 FROM debian:bookworm-slim AS control-plane
 COPY --from=build-control-plane /out/portcullis /usr/local/bin/portcullis
 COPY --chmod=0755 containers/make-secrets containers/probe /usr/local/bin/
-COPY envoy/demo-policies.json containers/no-demo-policies.json /etc/portcullis/
 # An empty volume takes over owner and mode. The group is that of the Envoy image.
 RUN install --directory --owner=65532 --group=65533 --mode=0750 /secrets
 # No name is needed for a user that owns nothing.
@@ -42,7 +41,7 @@ CMD ["serve", "--listen", "0.0.0.0:8081", "--log-format", "json"]
 FROM envoyproxy/envoy:v1.40.0 AS envoy
 WORKDIR /etc/portcullis
 COPY --from=build-filter /out/portcullis.wasm ./
-COPY envoy/minimal.yaml envoy/demo-policies.json ./
+COPY envoy/minimal.yaml ./
 COPY --chmod=0755 containers/portcullis-envoy containers/probe /usr/local/bin/
 # Not the user of the control plane: Envoy may read the sync key and the pepper, and no other secret.
 USER 65533:65533

@@ -12,8 +12,10 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
+use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
+use contract::policy::NamedPolicy;
 use contract::record::Record;
 use contract::update::{Header, Part, UPDATE_BYTES, UpdateWriter};
 use contract::usage::{Ack, read_reports};
@@ -61,9 +63,9 @@ struct Updates {
 }
 
 impl Feed {
-    /// Starts it with the keys `0..keys`, each changed by `change`.
-    pub(crate) async fn start(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
-        let updates = Arc::new(Updates::write(keys, change)?);
+    /// Starts it with the keys `0..keys`, each changed by `change`, and with these policies.
+    pub(crate) async fn start(keys: u64, change: impl Fn(&mut Record), policies: &[NamedPolicy]) -> Result<Self> {
+        let updates = Arc::new(Updates::write(keys, change, policies)?);
         let router = Router::new()
             .route("/sync/v1/keys", get(update))
             .route("/sync/v1/usage", post(usage))
@@ -75,12 +77,15 @@ impl Feed {
 }
 
 impl Updates {
-    fn write(keys: u64, change: impl Fn(&mut Record)) -> Result<Self> {
+    fn write(keys: u64, change: impl Fn(&mut Record), policies: &[NamedPolicy]) -> Result<Self> {
         let mut hashes: Vec<(KeyHash, u64)> =
             (0..keys).map(|number| (KeyHash::of(key(number).as_bytes()), number)).collect();
         hashes.sort_unstable();
         let mut updates = Self { total: keys, snapshot: BTreeMap::new() };
         let (mut writer, mut from, mut bucket) = (UpdateWriter::default(), 0, 0);
+        for (policy, number) in policies.iter().zip(1..) {
+            writer.define(number, &Definition::from(policy.clone()).to_bytes()?);
+        }
         for (hash, number) in hashes {
             let next = u32::from(hash.bucket());
             // An update ends before a bucket, never within one.

@@ -73,7 +73,7 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
     let rounds_of = |holder| if holder == Holder::Portcullis { rounds } else { rounds.min(2) };
     let home = TempDir::with_prefix("portcullis-bench-")?;
     let file = home.path().join("keys.lua");
-    let feeds = [(FEW, Feed::start(FEW, |_| ()).await?), (keys, Feed::start(keys, |_| ()).await?)];
+    let feeds = [(FEW, Feed::start(FEW, |_| (), &[]).await?), (keys, Feed::start(keys, |_| (), &[]).await?)];
     let row = |holder, workers| {
         let (by_key, mebibytes, busy) = (Samples::default(), Samples::default(), Samples::default());
         Row { holder, workers, by_key, mebibytes, busy }

@@ -7,7 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use contract::policy::{NamedPolicy, Policy, ScopeNeed};
 use contract::record::{Budget, Per, RateLimit, Record};
+use contract::rules::{Match, PathMatch};
 use portcullis_harness::dice::Dice;
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
@@ -52,6 +54,8 @@ const CREDITS: &str = "Portcullis, 1,000 keys, each with credits";
 const ENVOY_REMOVES: &str = "Portcullis, 1,000 keys, Envoy removes identity headers";
 const PACKED: &str = "Portcullis, 1,000 keys, and one packed identity header";
 const POLICY: &str = "Portcullis, 1,000 keys, route policy";
+const RULES: &str = "Portcullis, 1,000 keys, one of 1,000 rules";
+const LOCAL: &str = "Portcullis, 1,000 keys, each with a limit of each Envoy";
 const UNKNOWN: &str = "Portcullis, 1,000 keys, unknown key";
 const MILLION: &str = "Portcullis, 1,000,000 keys";
 const OF_MILLION: &str = "Portcullis, 1,000,000 keys, of which 1,000 are used";
@@ -60,7 +64,7 @@ const KNOWN_UP: &str = "Portcullis, known key, to an upstream";
 const UNKNOWN_UP: &str = "Portcullis, unknown key, same route";
 
 /// The rows that the suite `limits` needs.
-pub(crate) const OF_LIMITS: [&str; 4] = [PLAIN, LIMITED, QUOTA, CREDITS];
+pub(crate) const OF_LIMITS: [&str; 5] = [PLAIN, LOCAL, LIMITED, QUOTA, CREDITS];
 
 /// A row that is measured, and its process.
 struct Subject {
@@ -229,6 +233,31 @@ fn limited(record: &mut Record) {
     }];
 }
 
+fn limited_by_each(record: &mut Record) {
+    limited(record);
+    record.rate_limits.iter_mut().for_each(|limit| limit.shared = false);
+}
+
+/// The policy of the row with a route that names one.
+fn orders() -> NamedPolicy {
+    let scopes = ScopeNeed::All(vec!["orders:read".into()]);
+    NamedPolicy { name: "orders".into(), policy: Policy { scopes, ..Policy::default() }, ..NamedPolicy::default() }
+}
+
+/// Policies with one rule each, by host, path and method.
+fn by_rules() -> Vec<NamedPolicy> {
+    let of = |number: u32| {
+        let path = PathMatch::Template(format!("/api/v1/service-{number}/{{id}}/items"));
+        let hosts = if number.is_multiple_of(2) { vec![] } else { vec!["*.example.com".into()] };
+        let matches = vec![Match { hosts, path: Some(path), methods: vec!["GET".into()], header: None }];
+        NamedPolicy { name: format!("policy-{number}"), matches, ..NamedPolicy::default() }
+    };
+    (0..1_000).map(of).collect()
+}
+
+/// A path that one of these rules matches.
+const RULED_PATH: &str = "/api/v1/service-500/7/items";
+
 fn with_quota(record: &mut Record) {
     record.quota = Some(Budget::default());
 }
@@ -313,6 +342,7 @@ impl<'a> Running<'a> {
     /// Starts Portcullis with other records and settings, and other builds of it.
     async fn start_variants(&mut self) -> Result<()> {
         let filter = paths::wasm();
+        self.variant(LOCAL, &filter, limited_by_each, unlimited_plugin(), None).await?;
         self.variant(LIMITED, &filter, limited, unlimited_plugin(), None).await?;
         self.variant(QUOTA, &filter, with_quota, unlimited_plugin(), None).await?;
         self.variant(CREDITS, &filter, with_credits, unlimited_plugin(), None).await?;
@@ -324,9 +354,18 @@ impl<'a> Running<'a> {
         self.variant(ENVOY_REMOVES, &filter, |_| (), plugin.clone(), None).await?;
         plugin["identity_headers"] = json!({"packed": "x-identity"});
         self.variant(PACKED, &filter, |_| (), plugin, None).await?;
-        let plugin = json!({"rate_limit": null, "policies": {"orders": {"scopes": {"all": ["orders:read"]}}}});
         let scope = |record: &mut Record| record.scopes = vec!["orders:read".into()];
-        self.variant(POLICY, &filter, scope, plugin, Some("orders")).await
+        if self.options.wants(POLICY) {
+            let feed = Feed::start(1_000, scope, &[orders()]).await?;
+            let place = self.on_feed(&filter, 1_000, feed, unlimited_plugin(), Some("orders")).await?;
+            self.subject(POLICY, place, "/", 0..1_000, false)?;
+        }
+        if self.options.wants(RULES) {
+            let feed = Feed::start(1_000, |_| (), &by_rules()).await?;
+            let place = self.on_feed(&filter, 1_000, feed, unlimited_plugin(), None).await?;
+            self.subject(RULES, place, RULED_PATH, 0..1_000, false)?;
+        }
+        Ok(())
     }
 
     /// Starts another build of the filter.
@@ -384,7 +423,19 @@ impl<'a> Running<'a> {
         plugin: Value,
         policy: Option<&str>,
     ) -> Result<Place> {
-        let feed = Feed::start(keys, change).await?;
+        let feed = Feed::start(keys, change, &[]).await?;
+        self.on_feed(filter, keys, feed, plugin, policy).await
+    }
+
+    /// Starts Portcullis with the keys and policies of a feed.
+    async fn on_feed(
+        &mut self,
+        filter: &Path,
+        keys: u64,
+        feed: Feed,
+        plugin: Value,
+        policy: Option<&str>,
+    ) -> Result<Place> {
         let mut peer = Peer::portcullis(filter, feed.address, plugin).with_upstream(self.upstream);
         if let Some(policy) = policy {
             peer = peer.with_policy(policy);
@@ -459,9 +510,11 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     let fastest = [AUTHZ_HTTP, AUTHZ_GRPC].into_iter().filter_map(|name| ratio(PLAIN, name));
     target("÷ ext_authz, fastest authorizer", 0.10, fastest.max_by(|a, b| a.judged.total_cmp(&b.judged)));
     target("÷ api_key_auth with forwarding", 2.0, ratio(PLAIN, NATIVE));
-    target("with a rate limit on every key ÷ without", 1.25, ratio(LIMITED, PLAIN));
-    target("with a quota on every key ÷ without", 1.25, ratio(QUOTA, PLAIN));
-    target("with credits on every key ÷ without", 1.25, ratio(CREDITS, PLAIN));
+    target("a rate limit over all Envoys ÷ one of each Envoy", 1.25, ratio(LIMITED, LOCAL));
+    target("a quota ÷ a rate limit of each Envoy", 1.25, ratio(QUOTA, LOCAL));
+    target("credits ÷ a rate limit of each Envoy", 1.25, ratio(CREDITS, LOCAL));
+    target("a route that names a policy ÷ one that names none", 1.25, ratio(POLICY, PLAIN));
+    target("one of 1,000 rules ÷ no rules", 1.25, ratio(RULES, PLAIN));
     let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));
     target(
         "unknown key ÷ known key, whole request",

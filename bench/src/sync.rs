@@ -215,8 +215,9 @@ const HAVE_ROLE: usize = 200;
 async fn role(options: &Options, report: &mut Report) -> Result<()> {
     store::build()?;
     let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
-    let plugin = json!({"rate_limit": null, "policies": policies});
-    let stack = Stack::builder().own_postgres().route("/orders", "orders-read").plugin(&plugin).start().await?;
+    let plugin = json!({"rate_limit": null});
+    let stack = Stack::builder().own_postgres().route("/orders", "orders-read").plugin(&plugin).policies(&policies);
+    let stack = stack.start().await?;
     let (rest, envoy) = (stack.rest(), stack.envoy());
     let changes = if options.quick { 10 } else { 200 };
     progress(&format!("suite sync: {changes} changes of a role"));

@@ -358,7 +358,7 @@ mod tests {
         let mut record = plain();
         record.plan = Some(4);
         assert_eq!(decide(Presented::Key(&record), &Facts::at(0)), Outcome::Unsupported);
-        let definitions = Definitions([(4, Definition::default())].into());
+        let definitions = Definitions::new([(4, Definition::default())].into());
         assert_eq!(
             decide(Presented::Key(&record), &Facts { definitions: &definitions, ..Facts::at(0) }),
             Outcome::Allowed

@@ -1,4 +1,5 @@
-//! Roles and plans. Records reference them by number, so a change takes effect for all keys immediately.
+//! Roles, plans and policies. Records reference roles and plans by number, so a change takes effect for all keys immediately.
+//! Routes name policies.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -6,15 +7,19 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, DecodeError};
+use crate::policy::{DEFAULT_NAME, NamedPolicy, Policy};
 use crate::record::{Per, RateLimit, Record};
+use crate::rules::Rules;
 
-/// A role or a plan. A role has scopes only.
+/// A role, a plan or a policy. A role has scopes only.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
     /// The scopes that it grants.
     pub scopes: Vec<String>,
     /// Limits of keys that have none of their own.
     pub rate_limits: Vec<RateLimit>,
+    /// The policy. Then the rest is empty.
+    pub policy: Option<Box<NamedPolicy>>,
 }
 
 impl Definition {
@@ -35,13 +40,64 @@ impl Definition {
     }
 }
 
-/// All definitions of a store, by number.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Definitions(pub BTreeMap<u32, Definition>);
+impl From<NamedPolicy> for Definition {
+    fn from(policy: NamedPolicy) -> Self {
+        Self { policy: Some(policy.into()), ..Self::default() }
+    }
+}
+
+/// All definitions of a store, ready for look-ups.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Definitions {
+    by_number: BTreeMap<u32, Definition>,
+    /// The numbers of policies.
+    by_name: BTreeMap<String, u32>,
+    rules: Rules,
+}
 
 impl Definitions {
     /// No definitions.
-    pub const NONE: &'static Self = &Self(BTreeMap::new());
+    pub const NONE: &'static Self = &Self { by_number: BTreeMap::new(), by_name: BTreeMap::new(), rules: Rules::NONE };
+
+    /// These definitions, by number.
+    #[must_use]
+    pub fn new(by_number: BTreeMap<u32, Definition>) -> Self {
+        let policies =
+            by_number.iter().filter_map(|(number, definition)| Some((number, definition.policy.as_deref()?)));
+        let by_name = policies.clone().map(|(number, policy)| (policy.name.clone(), *number)).collect();
+        let rules = Rules::new(policies.map(|(_, policy)| policy));
+        Self { by_number, by_name, rules }
+    }
+
+    /// The definitions by number.
+    #[must_use]
+    pub const fn by_number(&self) -> &BTreeMap<u32, Definition> {
+        &self.by_number
+    }
+
+    /// Whether there is no policy, not even a default one.
+    #[must_use]
+    pub fn has_no_policies(&self) -> bool {
+        self.by_name.is_empty()
+    }
+
+    /// The policy of this name.
+    #[must_use]
+    pub fn policy(&self, name: &str) -> Option<&NamedPolicy> {
+        self.by_number.get(self.by_name.get(name)?)?.policy.as_deref()
+    }
+
+    /// The policy of requests for which no other is named or picked.
+    #[must_use]
+    pub fn default_policy(&self) -> &Policy {
+        self.policy(DEFAULT_NAME).map_or(Policy::PLAIN, |default| &default.policy)
+    }
+
+    /// The rules that pick policies.
+    #[must_use]
+    pub const fn rules(&self) -> &Rules {
+        &self.rules
+    }
 
     /// All scopes of a key, each once: its own, then those of its roles, then those of its plan.
     #[must_use]
@@ -80,11 +136,11 @@ impl Definitions {
     /// The plan of a key. `None` if it has no plan, or the store does not have the plan yet.
     #[must_use]
     pub fn plan(&self, record: &Record) -> Option<&Definition> {
-        self.0.get(&record.plan?)
+        self.by_number.get(&record.plan?)
     }
 
     fn each_scope<'a>(&'a self, record: &'a Record) -> impl Iterator<Item = &'a str> {
-        let roles = record.roles.iter().filter_map(|role| self.0.get(role));
+        let roles = record.roles.iter().filter_map(|role| self.by_number.get(role));
         let sets = roles.chain(self.plan(record)).flat_map(|definition| &definition.scopes);
         record.scopes.iter().chain(sets).map(String::as_str)
     }
@@ -139,8 +195,8 @@ mod tests {
             per: Per::Key,
         };
         let role = Definition { scopes: vec!["a:*".into(), "b".into()], ..Definition::default() };
-        let plan = Definition { scopes: vec!["b".into(), "c".into()], rate_limits: vec![limit("plan")] };
-        let definitions = Definitions([(1, role), (2, plan)].into());
+        let plan = Definition { scopes: vec!["b".into(), "c".into()], rate_limits: vec![limit("plan")], policy: None };
+        let definitions = Definitions::new([(1, role), (2, plan)].into());
         let mut record = Record::plain(KeyId([1; 16]), OwnerId([2; 16]));
         assert_eq!(definitions.scopes(&record), Vec::<&str>::new());
         record.scopes = vec!["own".into()];
@@ -159,7 +215,8 @@ mod tests {
         let limit =
             |name: &str, per| RateLimit { name: name.into(), requests: 1, window_s: 1, burst: 1, shared: true, per };
         let of_plan = vec![limit("each", Per::Key), limit("team", Per::Owner)];
-        let definitions = Definitions([(2, Definition { scopes: Vec::new(), rate_limits: of_plan.clone() })].into());
+        let plan = Definition { rate_limits: of_plan.clone(), ..Definition::default() };
+        let definitions = Definitions::new([(2, plan)].into());
         let mut record = Record { plan: Some(2), ..Record::plain(KeyId([1; 16]), OwnerId([2; 16])) };
         assert_eq!(*definitions.rate_limits(&record), of_plan);
         record.rate_limits = vec![limit("own", Per::Key)];
@@ -168,10 +225,26 @@ mod tests {
 
     #[test]
     fn a_definition_is_decoded_as_it_was_and_appended_fields_are_ignored() {
-        let definition = Definition { scopes: vec!["a".into()], rate_limits: vec![] };
+        let definition = Definition { scopes: vec!["a".into()], ..Definition::default() };
         let mut bytes = definition.to_bytes().unwrap();
         bytes.push(7);
         assert_eq!(Definition::from_bytes(&bytes), Ok(definition));
         assert_eq!(Definition::from_bytes(&bytes[..1]), Err(DecodeError::Malformed));
+    }
+
+    #[test]
+    fn policies_are_found_by_name_and_the_default_requires_a_key() {
+        let named = |name: &str| NamedPolicy {
+            name: name.into(),
+            policy: Policy { shadow: true, ..Policy::default() },
+            ..NamedPolicy::default()
+        };
+        let none = Definitions::NONE;
+        assert!(none.has_no_policies() && none.policy("a").is_none() && none.default_policy() == Policy::PLAIN);
+        let some = Definitions::new([(1, named("a").into()), (2, Definition::default())].into());
+        assert!(!some.has_no_policies() && some.policy("b").is_none() && some.default_policy() == Policy::PLAIN);
+        assert_eq!(some.policy("a"), Some(&named("a")));
+        let default = Definitions::new([(7, named("default").into())].into());
+        assert!(default.default_policy().shadow);
     }
 }

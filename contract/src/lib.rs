@@ -1,7 +1,8 @@
 //! Everything that the filter and the control plane share: keys, records, policies, the decision, limits, and their messages.
 //!
 //! In reading order: a request has a [`key`]. Its [`hash`], with or without a [`pepper`], finds its [`record`], which may be
-//! bound to a [`network`] and reference a [`definition`]. The [`policy`] of the route says what is required. The [`decision`]
+//! bound to a [`network`] and reference a [`definition`]. The [`policy`] of the route, which the route names or one of the
+//! [`rules`] picks, says what is required. The [`decision`]
 //! on record and request is an [`outcome`]; [`rate`] limits how often. Outcomes are counted in [`usage`]
 //! reports.
 //!
@@ -44,6 +45,7 @@ pub mod pepper;
 pub mod policy;
 pub mod rate;
 pub mod record;
+pub mod rules;
 pub mod time;
 pub mod update;
 pub mod usage;

@@ -8,7 +8,9 @@ use contract::codec::{Bytes, DecodeError, UPDATE, decode};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
+use contract::policy::{KeyNeed, NamedPolicy, Policy, PolicyLimits, ScopeNeed};
 use contract::record::{Budget, Flags, Per, RateLimit, Record, UNDERSTOOD};
+use contract::rules::{HeaderMatch, Match, PathMatch};
 use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
 
@@ -97,16 +99,16 @@ fn a_record_that_is_cut_short_is_refused() {
 }
 
 const UPDATE_BYTES: &str = concat!(
-    "504b5331",                           // magic
-    "4f9d7ee7",                           // checksum
-    "1033333333333333333333333333333333", // epoch
-    "e807",                               // revision 1,000
-    "02",                                 // keys
-    "01e607",                             // changes after 998
-    "8801",                               // entries, 136 bytes
-    "0203",                               // define number 3
-    "100103613a2a010362757264901c140100", // 16 bytes: the scope a:*, one limit
-    "00",                                 // put
+    "504b5331",                             // magic
+    "cd40bbb7",                             // checksum
+    "1033333333333333333333333333333333",   // epoch
+    "e807",                                 // revision 1,000
+    "02",                                   // keys
+    "01e607",                               // changes after 998
+    "8901",                                 // entries, 137 bytes
+    "0203",                                 // define number 3
+    "110103613a2a010362757264901c14010000", // 17 bytes: the scope a:*, one limit, no policy
+    "00",                                   // put
     "20aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "2e", // 46 bytes: the plain record
     "00101111111111111111111111111111111110222222222222222222222222222222220100000100000000000000",
@@ -120,7 +122,7 @@ fn header() -> Header {
 }
 
 fn plan() -> Definition {
-    Definition { scopes: vec!["a:*".into()], rate_limits: limits() }
+    Definition { scopes: vec!["a:*".into()], rate_limits: limits(), policy: None }
 }
 
 fn update() -> Vec<u8> {
@@ -212,12 +214,51 @@ fn an_update_has_a_readable_form_in_json() {
                 "credits": {"fill": 1, "resets_at_s": null, "per": "key"}
             }}},
             {"remove": {"hash": "bb".repeat(32)}},
-            {"define": {"number": 3, "definition": {"scopes": ["a:*"], "rate_limits": limits}}},
+            {"define": {"number": 3, "definition": {"scopes": ["a:*"], "rate_limits": limits, "policy": null}}},
             {"undefine": {"number": 4}}
         ]
     });
     assert_eq!(json, expected);
     assert_eq!(serde_json::from_value::<UpdateView>(json).unwrap(), view);
+}
+
+const POLICY_BYTES: &str = concat!(
+    "0000",                   // no scopes, no limits of keys
+    "01",                     // a policy
+    "046f70656e",             // open
+    "01",                     // anonymous allowed
+    "020103613a62",           // any of the scopes a:b
+    "010a",                   // cost 10
+    "0000",                   // no limits for keys and owners
+    "010362757264901c140100", // for addresses the limit `bur`
+    "01",                     // in shadow
+    "01",                     // one match
+    "01052a2e612e62",         // hosts: *.a.b
+    "0102072f612f7b69647d",   // the template /a/{id}
+    "0103474554",             // GET
+    "01017802792a",           // the header x: y*
+    "01",                     // from annotations
+);
+
+#[test]
+fn a_policy_is_encoded_and_decoded_to_the_byte() {
+    let policy = Policy {
+        key: KeyNeed::AnonymousAllowed,
+        scopes: ScopeNeed::Any(vec!["a:b".into()]),
+        cost: Some(10),
+        rate_limits: PolicyLimits { address: limits(), ..PolicyLimits::default() },
+        shadow: true,
+    };
+    let matches = vec![Match {
+        hosts: vec!["*.a.b".into()],
+        path: Some(PathMatch::Template("/a/{id}".into())),
+        methods: vec!["GET".into()],
+        header: Some(HeaderMatch { name: "x".into(), value: "y*".into() }),
+    }];
+    let definition = Definition::from(NamedPolicy { name: "open".into(), policy, matches, from_annotation: true });
+    let bytes = definition.to_bytes().unwrap();
+    assert_eq!(hex::encode(&bytes), POLICY_BYTES);
+    assert_eq!(Definition::from_bytes(&bytes), Ok(definition));
 }
 
 const REPORT_BYTES: &str = concat!(

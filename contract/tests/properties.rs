@@ -51,7 +51,7 @@ fn network() -> impl Strategy<Value = Network> {
 
 prop_compose! {
     fn definition()(scopes in vec("[a-z:*]{1,12}", 0..4), rate_limits in vec(rate_limit(), 0..4)) -> Definition {
-        Definition { scopes, rate_limits }
+        Definition { scopes, rate_limits, policy: None }
     }
 }
 

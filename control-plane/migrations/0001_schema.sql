@@ -78,26 +78,28 @@ begin
 end $$;
 
 
--- 2. Roles and plans
+-- 2. Roles, plans and policies
 
 create table definitions (
     number integer generated always as identity primary key,
-    kind text not null constraint definitions_kind check (kind in ('role', 'plan')),
+    kind text not null constraint definitions_kind check (kind in ('role', 'plan', 'policy')),
     name text not null,
     description text not null default '',
     scopes text[] not null default '{}' constraint definitions_scopes check (not scopes && '{admin, sync}'),
     rate_limits jsonb not null default '[]',
     quota jsonb,
+    policy jsonb constraint definitions_policy check ((kind = 'policy') = (policy is not null)),
     removed boolean not null default false,
     version bigint not null default 1,
     revision bigint not null,
     created_at timestamptz not null default now()
 );
 
-comment on table definitions is 'Roles and plans. Keys reference them by number, so that one change takes effect for all keys immediately.';
+comment on table definitions is 'Roles, plans and policies. Keys reference roles and plans by number, so that one change takes effect for all keys immediately. Routes name policies.';
 comment on column definitions.scopes is 'Scopes granted to each key of the role or plan. The scopes of the control plane itself are granted to single keys only.';
 comment on column definitions.rate_limits is 'Plans only: see api_keys.rate_limits. Applies to keys without rate limits of their own.';
 comment on column definitions.quota is 'Plans only: see api_keys.quota. Applies to keys without a quota of their own.';
+comment on column definitions.policy is 'Policies only: what it requires and what picks it, as filters get it.';
 comment on column definitions.removed is 'The row stays, so that filters learn of the removal. The name can be used again.';
 comment on column definitions.version is 'Incremented by each change: the ETag.';
 comment on column definitions.revision is 'Revision of the last change.';

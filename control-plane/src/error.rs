@@ -71,6 +71,14 @@ impl ApiError {
         Self::Invalid { field: Some(field.into()), detail: detail.into() }
     }
 
+    /// The same error of a field that is part of another.
+    pub fn below(self, parent: &str) -> Self {
+        match self {
+            Self::Invalid { field: Some(field), detail } => Self::invalid(format!("{parent}.{field}"), detail),
+            other => other,
+        }
+    }
+
     /// The field that is wrong, if it is one.
     #[cfg(test)]
     pub(crate) fn field(&self) -> Option<&str> {

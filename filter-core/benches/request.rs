@@ -8,6 +8,7 @@ use std::rc::Rc;
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
 use contract::outcome::Outcome;
+use contract::policy::PolicyLimits;
 use contract::record::{Per, RateLimit, Record};
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::{KeyRef, write_reports};
@@ -15,7 +16,7 @@ use divan::{Bencher, black_box};
 use filter_core::config::{Config, LimitModes};
 use filter_core::extract;
 use filter_core::extract::source::Source;
-use filter_core::host::{Call, Clock, Cluster, Flow, Log, MetricId, Random, Reply, Stats, Stream, Wake};
+use filter_core::host::{Call, Clock, Cluster, Flow, Log, MetricId, PolicyPlace, Random, Reply, Stats, Stream, Wake};
 use filter_core::keys::KeyStore;
 use filter_core::limits::allowances::Allowances;
 use filter_core::limits::charge::{Attempt, Limits, charge};
@@ -127,7 +128,7 @@ impl Stream for Request {
         self.header(name)
     }
 
-    fn route_policy(&self) -> Option<String> {
+    fn named_policy(&self, _place: PolicyPlace<'_>) -> Option<String> {
         None
     }
 
@@ -236,7 +237,7 @@ fn handle_a_request(bencher: Bencher<'_, '_>, of: Of) {
 fn take_from_a_limit(bencher: Bencher<'_, '_>) {
     let (data, allowances) = (data(), Allowances::default());
     let (record, own) = (Record::plain(KeyId([7; 16]), OwnerId([0; 16])), [unlimited()]);
-    let limits = Limits { record: &record, own: &own, route: None, cost: 1 };
+    let limits = Limits { record: &record, own: &own, route: PolicyLimits::NONE, cost: 1 };
     let attempt = Attempt { modes: LimitModes::default(), is_unreachable: false, waited_ms: 0 };
     bencher.bench_local(|| charge(&data, &allowances, black_box(&limits), attempt, || NOW_NS));
 }

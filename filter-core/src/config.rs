@@ -1,11 +1,9 @@
 //! The plugin configuration of the filter: JSON that is checked as a whole when Envoy loads it. An error names the field and
 //! the remedy. Unknown fields are errors, so that a misspelt limit does not silently become no limit.
 
-use std::collections::BTreeMap;
-
 use contract::json::{Milliseconds, Seconds, null_is_default, read};
 use contract::pepper::Pepper;
-use contract::policy::{LimitText, Policies, PolicyError, PolicyText};
+use contract::policy::LimitText;
 use contract::record::RateLimit;
 use limits::LONGEST_WAIT_MS;
 use serde::Deserialize;
@@ -26,8 +24,13 @@ const REMOVED_HEADERS: usize = 64;
 /// The header with the outcome of a request that shadow mode let through. Values of the client are removed.
 pub const SHADOW_HEADER: &str = "x-portcullis-shadow";
 
-/// The name in replies for the limit of the default policy. The limit of the filter is called `default`.
-const DEFAULT_POLICY_LIMIT: &str = "default_policy";
+/// Where the name of a policy is looked for, unless the configuration says it.
+const POLICY_SOURCES: [PolicySource; 3] =
+    [PolicySource::RouteMetadata, PolicySource::VirtualHostMetadata, PolicySource::Rules];
+
+/// Most sources, and most bytes of the name of an annotation or the prefix of route names.
+const SOURCES: usize = 8;
+const SOURCE_BYTES: usize = 128;
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -61,8 +64,8 @@ pub struct Config {
     pub rate_limit: Option<RateLimit>,
     /// Whether the filter sets filter state for the access log, where no header can show it.
     pub access_log_state: bool,
-    /// The policies of routes.
-    pub policies: Policies,
+    /// Where the name of a request's policy is looked for, in this order. If none names one, the default policy applies.
+    pub policy_sources: Vec<PolicySource>,
     /// Shadow mode on all routes: requests are decided and counted, but none is refused.
     pub shadow: bool,
     /// The decisions on requests without a usable store.
@@ -90,6 +93,32 @@ pub struct IdentityHeaders {
     pub packed: Option<String>,
     /// Usual names that are not in use. Upstreams may trust them all the same, so they are removed from requests of clients.
     pub unused: Vec<String>,
+}
+
+/// Where the name of a request's policy is looked for.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicySource {
+    /// `filter_metadata.portcullis.policy` of the route.
+    RouteMetadata,
+    /// The same of the virtual host.
+    VirtualHostMetadata,
+    /// This annotation of the resource that Envoy Gateway made the route of. It names only policies that allow that.
+    Annotation(String),
+    /// The name of the route, if it is that of a policy.
+    RouteName,
+    /// The name of the route after this prefix, for routes whose name has it.
+    RouteNamePrefix(String),
+    /// The rules, which are part of policies.
+    Rules,
+}
+
+impl PolicySource {
+    /// Whether the filter must read a property of Envoy.
+    #[must_use]
+    pub const fn is_property(&self) -> bool {
+        !matches!(self, Self::Rules)
+    }
 }
 
 /// The decisions on requests without a usable store.
@@ -168,10 +197,7 @@ struct Raw {
     #[serde(default = "default_rate_limit")]
     rate_limit: Option<LimitText>,
     access_log_state: Option<bool>,
-    #[serde(default, deserialize_with = "null_is_default")]
-    default_policy: PolicyText,
-    #[serde(default, deserialize_with = "null_is_default")]
-    policies: BTreeMap<String, PolicyText>,
+    policy_sources: Option<Vec<PolicySource>>,
     #[serde(default, deserialize_with = "null_is_default")]
     shadow: bool,
     #[serde(default, deserialize_with = "null_is_default")]
@@ -227,10 +253,6 @@ impl Config {
         let key_sources = source::check(raw.key_header, raw.key_sources).map_err(ConfigError)?;
         let challenge = Challenge::new(raw.realm.as_deref().unwrap_or("portcullis"), &key_sources)
             .ok_or_else(|| ConfigError("realm: use visible ASCII characters other than \" and \\".into()))?;
-        let mut policies = Policies::check(raw.default_policy, raw.policies)?;
-        if let Some(limit) = &mut policies.default.rate_limit {
-            limit.name = DEFAULT_POLICY_LIMIT.into();
-        }
         let mut config = Self {
             cluster: filled("control_plane.cluster", raw.control_plane.cluster)?,
             authority: filled_or("control_plane.authority", raw.control_plane.authority, "portcullis")?,
@@ -248,9 +270,13 @@ impl Config {
             envoy_removes_identity_headers: raw.envoy_removes_identity_headers,
             remove_headers: removed(&raw.remove_headers)?,
             trailers_removed: Vec::new(),
-            rate_limit: raw.rate_limit.map(|limit| limit.check("rate_limit", "default")).transpose()?,
+            rate_limit: raw
+                .rate_limit
+                .map(|limit| limit.check("rate_limit", "default"))
+                .transpose()
+                .map_err(ConfigError)?,
             access_log_state: raw.access_log_state.unwrap_or(true),
-            policies,
+            policy_sources: policy_sources(raw.policy_sources)?,
             shadow: raw.shadow,
             failure_mode: raw.failure_mode,
             max_staleness_ms: raw.max_staleness.map(staleness).transpose()?,
@@ -317,10 +343,23 @@ fn removed(names: &[String]) -> Result<Vec<String>, ConfigError> {
     names.iter().map(|name| source::header_name("remove_headers", name).map_err(ConfigError)).collect()
 }
 
-impl From<PolicyError> for ConfigError {
-    fn from(PolicyError(why): PolicyError) -> Self {
-        Self(why)
+fn policy_sources(sources: Option<Vec<PolicySource>>) -> Result<Vec<PolicySource>, ConfigError> {
+    let sources = sources.unwrap_or_else(|| POLICY_SOURCES.to_vec());
+    let bad = |why: String| Err(ConfigError(format!("policy_sources: {why}")));
+    if sources.len() > SOURCES {
+        return bad(format!("name at most {SOURCES}"));
     }
+    for (place, source) in sources.iter().enumerate() {
+        if sources.iter().skip(place.saturating_add(1)).any(|other| other == source) {
+            return bad("name each source once".into());
+        }
+        if let PolicySource::Annotation(text) | PolicySource::RouteNamePrefix(text) = source
+            && !((1..=SOURCE_BYTES).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            return bad(format!("annotation and route_name_prefix need 1 to {SOURCE_BYTES} visible ASCII characters"));
+        }
+    }
+    Ok(sources)
 }
 
 fn wait(Milliseconds(ms): Milliseconds) -> Result<u64, ConfigError> {

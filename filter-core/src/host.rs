@@ -103,6 +103,19 @@ pub trait CallResponse {
     fn body(&self) -> Vec<u8>;
 }
 
+/// Where the host may have the name of a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyPlace<'a> {
+    /// The field `policy` in the route's metadata for Portcullis.
+    Route,
+    /// The same of its virtual host.
+    VirtualHost,
+    /// This annotation of the resource that the route was made of.
+    Annotation(&'a str),
+    /// The name of the route, which every route may have.
+    RouteName,
+}
+
 /// One request while its headers or trailers are processed.
 pub trait Stream {
     /// The value of the first header of this name (returns data). Any bytes.
@@ -112,9 +125,9 @@ pub trait Stream {
     /// (returns data). A host that cannot join them returns the first.
     fn header_lines(&self, name: &str) -> Option<Vec<u8>>;
 
-    /// The policy that the metadata of the route names, if it names one (returns data). Metadata of another shape, or a host
-    /// that does not answer, counts as an empty name, which no policy has.
-    fn route_policy(&self) -> Option<String>;
+    /// The policy that is named in this place, if one is (returns data). Metadata of another shape, or a host that does not
+    /// answer, counts as an empty name, which no policy has.
+    fn named_policy(&self, place: PolicyPlace<'_>) -> Option<String>;
 
     /// The address of the client, as far as the host trusts it (returns data).
     fn client_address(&self) -> Option<IpAddr>;

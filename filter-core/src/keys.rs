@@ -1,4 +1,4 @@
-//! Look-up of keys, as a trait: a host whose VMs share cells of bytes only has a store in those cells ([`crate::store`]); a
+//! Look-up of keys and policies, as a trait: a host whose VMs share cells of bytes only has a store in those cells ([`crate::store`]); a
 //! host with shared memory may have a table of its own.
 
 use std::sync::Arc;
@@ -12,8 +12,11 @@ use contract::update::Update;
 use crate::shared::election::NodeId;
 use crate::shared::fenced::NotLeader;
 
-/// Look-up of keys.
+/// Look-up of keys and policies.
 pub trait KeyLookup {
+    /// The roles, plans and policies as of now.
+    fn definitions(&self) -> Arc<Definitions>;
+
     /// Finds a key by its SHA-256 or, if there is a pepper, by the peppered hash that imported keys are stored under. `None`:
     /// the store has no such key, or is not loaded yet.
     fn find(&self, hash: &KeyHash, pepper: Option<&Pepper>) -> Option<Arc<StoredKey>>;

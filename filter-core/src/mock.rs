@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use crate::host::{Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, Random, Reply, Stats, Stream, Wake};
+use crate::host::{
+    Call, CallResponse, Clock, Cluster, Environment, Log, MetricId, PolicyPlace, Random, Reply, Stats, Stream, Wake,
+};
 use crate::shared::{Cell, Cells, Conflict, SharedData};
 
 /// The cells of one store on a mock host.
@@ -306,6 +308,9 @@ pub(crate) struct MockStream {
     headers: Vec<(String, Vec<u8>)>,
     pub(crate) trailers: Vec<String>,
     pub(crate) policy: Option<String>,
+    pub(crate) host_policy: Option<String>,
+    pub(crate) annotation: Option<String>,
+    pub(crate) route_name: Option<String>,
     pub(crate) address: Option<IpAddr>,
     pub(crate) filter_state: Vec<(String, String)>,
     pub(crate) reply: Option<Reply>,
@@ -360,9 +365,15 @@ impl Stream for MockStream {
         Some(lines.join(&b","[..])).filter(|joined| !joined.is_empty())
     }
 
-    fn route_policy(&self) -> Option<String> {
-        self.read("policy");
-        self.policy.clone()
+    fn named_policy(&self, place: PolicyPlace<'_>) -> Option<String> {
+        let (name, policy) = match place {
+            PolicyPlace::Route => ("policy", &self.policy),
+            PolicyPlace::VirtualHost => ("host policy", &self.host_policy),
+            PolicyPlace::Annotation(_) => ("annotation", &self.annotation),
+            PolicyPlace::RouteName => ("route name", &self.route_name),
+        };
+        self.read(name);
+        policy.clone()
     }
 
     fn client_address(&self) -> Option<IpAddr> {

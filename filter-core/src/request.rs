@@ -5,7 +5,7 @@
 //! revoked meanwhile is refused.
 //!
 //! A step reads only what its request needs: the client's address for keys that are bound to networks and for limits of
-//! requests without a key, and definitions for keys that reference some. The time is read for keys that expire or have limits,
+//! requests without a key, and the path, host and method if there are rules. The time is read for keys that expire or have limits,
 //! for limits of requests without a key, and where the configuration bounds staleness.
 
 use std::cell::OnceCell;
@@ -14,14 +14,15 @@ use std::sync::Arc;
 use contract::decision::{Facts, Presented, cost, decide, depends_on_time};
 use contract::definition::Definitions;
 use contract::outcome::Outcome;
-use contract::policy::Policy;
+use contract::policy::{NamedPolicy, Policy};
 use contract::record::Record;
+use contract::rules::Target;
 use contract::usage::KeyRef;
 
 use crate::address::Client;
-use crate::config::{Config, FailureMode, SHADOW_HEADER};
+use crate::config::{Config, FailureMode, PolicySource, SHADOW_HEADER};
 use crate::extract::{self, Credential, Extraction, strip};
-use crate::host::{Clock, Flow, Host, Reply, Stream};
+use crate::host::{Clock, Flow, Host, PolicyPlace, Reply, Stream};
 use crate::identity;
 use crate::keys::{KeyLookup, StoredKey};
 use crate::limits::charge::{Attempt, Charged, Limits, charge, charge_client};
@@ -54,7 +55,8 @@ pub struct Waited {
 
 /// Handles the headers of a request.
 pub fn handle<H: Host, K: KeyLookup>(vm: &Vm<H, K>, config: &Config, stream: &mut impl Stream, waited: Waited) -> Flow {
-    let request = Request { vm, config, time: RequestTime::new(vm.host()), waited };
+    let definitions = vm.keys.definitions();
+    let request = Request { vm, config, definitions: &definitions, time: RequestTime::new(vm.host()), waited };
     let Some((verdict, extraction)) = request.verify(stream) else { return Flow::Wait };
     let flow = request.respond(&verdict, &extraction, stream);
     request.count(&verdict);
@@ -122,6 +124,8 @@ impl<'a, H: Clock> RequestTime<'a, H> {
 struct Request<'a, H, K> {
     vm: &'a Vm<H, K>,
     config: &'a Config,
+    /// Roles, plans and policies when the request came.
+    definitions: &'a Definitions,
     time: RequestTime<'a, H>,
     waited: Waited,
 }
@@ -147,32 +151,76 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         Some((verdict, extraction))
     }
 
-    /// The policy of the request's route; `None` if the route names an unknown one.
+    /// The policy of the request; `None` if an unknown one is named.
     fn find_policy(&self, stream: &impl Stream) -> Option<&'a Policy> {
-        let policies = &self.config.policies;
-        // Without named policies there is nothing that a route could name.
-        let name = if policies.named.is_empty() { None } else { stream.route_policy() };
-        let policy = policies.find(name.as_deref());
-        if let (None, Some(name)) = (policy, name) {
-            self.report_unknown_policy(&name);
+        // Without policies there is none that could be named. With the first one there is also a default policy, for good.
+        if self.definitions.has_no_policies() {
+            return Some(Policy::PLAIN);
         }
-        policy
+        for source in &self.config.policy_sources {
+            if let Some(found) = self.look_in(source, stream) {
+                return match found {
+                    Ok(policy) => Some(&policy.policy),
+                    Err(name) => {
+                        self.report_unknown_policy(source, &name);
+                        None
+                    }
+                };
+            }
+        }
+        Some(self.definitions.default_policy())
+    }
+
+    /// The policy that a source names, or the name if the source may not name it. `None`: it names none.
+    fn look_in(&self, source: &PolicySource, stream: &impl Stream) -> Option<Result<&'a NamedPolicy, String>> {
+        let policy = |name: String| self.definitions.policy(&name).ok_or(name);
+        match source {
+            PolicySource::RouteMetadata => stream.named_policy(PolicyPlace::Route).map(policy),
+            PolicySource::VirtualHostMetadata => stream.named_policy(PolicyPlace::VirtualHost).map(policy),
+            PolicySource::Annotation(annotation) => {
+                let name = stream.named_policy(PolicyPlace::Annotation(annotation))?;
+                let allowed = self.definitions.policy(&name).filter(|policy| policy.from_annotation);
+                Some(allowed.ok_or(name))
+            }
+            PolicySource::RouteName => {
+                let name = stream.named_policy(PolicyPlace::RouteName)?;
+                self.definitions.policy(&name).map(Ok)
+            }
+            PolicySource::RouteNamePrefix(prefix) => {
+                let name = stream.named_policy(PolicyPlace::RouteName)?;
+                name.strip_prefix(prefix).map(|name| policy(name.to_owned()))
+            }
+            PolicySource::Rules => {
+                let rule = self.definitions.rules().find(&RuleTarget(stream))?;
+                Some(policy(rule.policy.clone()))
+            }
+        }
     }
 
     /// Logs the name of an unknown policy, once in each VM.
-    fn report_unknown_policy(&self, name: &str) {
+    fn report_unknown_policy(&self, source: &PolicySource, name: &str) {
         if !self.vm.is_new_unknown_policy(name) {
             return;
         }
-        let problem = if name.is_empty() {
-            "filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty".to_owned()
-        } else {
-            format!("a route names the policy {name:?}, which the plugin configuration does not have")
+        let (place, remedy) = match source {
+            PolicySource::Annotation(annotation) => (
+                format!("the annotation {annotation}"),
+                "create it with PUT /v1/policies, allow it with from_annotation, or correct the annotation",
+            ),
+            PolicySource::RouteName | PolicySource::RouteNamePrefix(_) => {
+                ("the name".to_owned(), "create it with PUT /v1/policies, or rename the route")
+            }
+            _ => (
+                "filter_metadata.portcullis".to_owned(),
+                "create it with PUT /v1/policies, or correct filter_metadata.portcullis.policy of the route",
+            ),
         };
-        self.vm.host().error(&format!(
-            "{problem}: requests to it are refused; add the policy to policies, or correct \
-             filter_metadata.portcullis.policy of the route"
-        ));
+        let problem = if name.is_empty() {
+            format!("{place} of a route does not name a policy as it should, such as {{policy: NAME}}")
+        } else {
+            format!("{place} of a route names the policy {name:?}, which it cannot have or which does not exist")
+        };
+        self.vm.host().error(&format!("{problem}: requests to it are refused; {remedy}"));
     }
 
     /// The outcome of every request while the store is not loaded, or older than the operator allows.
@@ -237,10 +285,13 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
                 Charged::No(refused, wait) => Some((refused, wait)),
             },
             (_, Outcome::Anonymous) => {
-                let wait = policy.rate_limit.as_ref().and_then(|limit| {
+                let limits = &*policy.rate_limits.address;
+                let wait = if limits.is_empty() {
+                    None
+                } else {
                     let client = stream.client_address().map_or(Client::UNKNOWN, Client::of);
-                    charge_client(&self.vm.data, client, limit, self.time.ns())
-                });
+                    charge_client(&self.vm.data, client, limits, self.time.ns())
+                };
                 Some(wait.map_or((outcome, Wait::Usual), |wait| (Outcome::RateLimited, wait)))
             }
             (Some(key), _) => Some((outcome, exhausted_wait(outcome, &key.record, self.now_s_for(key)))),
@@ -253,7 +304,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         let Vm { data, allowances, stats, .. } = self.vm;
         let own = key.definitions.rate_limits(&key.record);
         let own = if own.is_empty() { self.config.rate_limit.as_slice() } else { &*own };
-        let limits = Limits { record: &key.record, own, route: policy.rate_limit.as_ref(), cost };
+        let limits = Limits { record: &key.record, own, route: &policy.rate_limits, cost };
         let Waited { ms, has_failed } = self.waited;
         if allowances.is_unreachable() {
             // The control plane may have answered another VM meanwhile.
@@ -387,6 +438,27 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// The time in seconds, if the decision on this key depends on it; otherwise any time will do.
     fn now_s_for(&self, key: &StoredKey) -> u64 {
         if depends_on_time(&key.record) { self.time.s() } else { 0 }
+    }
+}
+
+/// A request as rules see it.
+struct RuleTarget<'a, S>(&'a S);
+
+impl<S: Stream> Target for RuleTarget<'_, S> {
+    fn host(&self) -> Option<Vec<u8>> {
+        self.0.header(":authority")
+    }
+
+    fn path(&self) -> Option<Vec<u8>> {
+        self.0.header(":path")
+    }
+
+    fn method(&self) -> Option<Vec<u8>> {
+        self.0.header(":method")
+    }
+
+    fn header(&self, name: &str) -> Option<Vec<u8>> {
+        self.0.header(name)
     }
 }
 

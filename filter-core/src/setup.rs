@@ -2,7 +2,7 @@
 
 use contract::pepper::Pepper;
 
-use crate::config::Config;
+use crate::config::{Config, PolicySource};
 use crate::host::{Environment, Log};
 
 /// The environment variable of the pepper, unless the configuration names another.
@@ -28,8 +28,11 @@ impl Setup {
         if !environment.may_read_properties() {
             let remedy = "add proxy_get_property to capability_restriction_config.allowed_capabilities";
             // Without properties, routes would silently get the default policy.
-            if !config.policies.named.is_empty() {
-                return Err(format!("policies: the filter may not ask which one a route names: {remedy}"));
+            if config.policy_sources.iter().any(PolicySource::is_property) {
+                return Err(format!(
+                    "policy_sources: the filter may not ask which policy a route names: {remedy}, or set policy_sources to \
+                     [\"rules\"]"
+                ));
             }
             log.warn(&format!("keys that are bound to networks will be refused from everywhere: {remedy}"));
         }
@@ -123,12 +126,16 @@ mod tests {
     }
 
     #[test]
-    fn without_properties_named_policies_are_refused_and_others_get_a_warning() {
+    fn without_properties_routes_cannot_name_policies_and_there_is_a_warning() {
         let hidden = |fields: &str| MockEnvironment { hides_properties: true, ..environment(fields, &[KEY]) };
-        let why = error(&hidden(r#", "policies": {"a": {}}"#));
-        assert!(why.starts_with("policies: the filter may not ask which one a route names: add proxy_get_property"));
+        let why = error(&hidden(""));
+        assert!(
+            why.starts_with(
+                "policy_sources: the filter may not ask which policy a route names: add proxy_get_property"
+            )
+        );
         let host = MockHost::default();
-        assert!(Setup::read(&hidden(""), &host).is_ok());
+        assert!(Setup::read(&hidden(r#", "policy_sources": ["rules"]"#), &host).is_ok());
         let [(level, line)] = &host.take_log()[..] else { panic!("one line") };
         assert!(
             *level == "warn" && line.starts_with("keys that are bound to networks will be refused from everywhere")

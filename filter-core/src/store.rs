@@ -4,6 +4,7 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use contract::definition::Definitions;
 use contract::hash::KeyHash;
 use contract::pepper::{Pepper, hashes};
 use contract::update::Update;
@@ -73,6 +74,10 @@ impl<H: Host> CellStore<H> {
 }
 
 impl<H: Host> KeyLookup for CellStore<H> {
+    fn definitions(&self) -> Arc<Definitions> {
+        self.definitions.in_generation(&self.data, self.generation.current())
+    }
+
     fn find(&self, hash: &KeyHash, pepper: Option<&Pepper>) -> Option<Arc<StoredKey>> {
         self.find_as_of(self.generation.current(), hash, pepper)
     }

@@ -3,18 +3,43 @@
 use std::net::IpAddr;
 
 use filter_core::address;
-use filter_core::host::{Reply, Stream};
+use filter_core::host::{PolicyPlace, Reply, Stream};
 use proxy_wasm::hostcalls;
-use proxy_wasm::types::MapType;
+use proxy_wasm::types::{MapType, Status};
 
-/// The property with the filter's metadata of a route.
-const METADATA: [&str; 4] = ["xds", "route_metadata", "filter_metadata", "portcullis"];
+/// The annotations that Envoy Gateway copies from a resource to its routes.
+const ANNOTATIONS: [&str; 6] = ["xds", "route_metadata", "filter_metadata", "envoy-gateway", "resources", "0"];
 
 /// Metadata without members as Envoy encodes it: the number of its pairs.
 const NO_MEMBERS: [u8; 4] = [0; 4];
 
 /// The request of the present callback.
 pub(crate) struct EnvoyStream;
+
+/// The policy that metadata of this kind names. The SDK returns an empty name as no name. Without a name a second call reads all
+/// of the metadata. If there is none, that call returns no data.
+fn policy_of(kind: &str) -> Option<String> {
+    let own = ["xds", kind, "filter_metadata", "portcullis"];
+    let mut policy = own.to_vec();
+    policy.push("policy");
+    let named = text(hostcalls::get_property(policy));
+    if named.is_some() {
+        return named;
+    }
+    match hostcalls::get_property(own.to_vec()) {
+        Ok(None) => None,
+        Ok(Some(metadata)) if metadata == NO_MEMBERS => None,
+        _ => Some(String::new()),
+    }
+}
+
+/// A property that is text; empty if the value is none, such as null.
+fn text(property: Result<Option<Vec<u8>>, Status>) -> Option<String> {
+    match property {
+        Ok(text) => Some(String::from_utf8_lossy(&text?).into_owned()),
+        Err(_) => Some(String::new()),
+    }
+}
 
 impl Stream for EnvoyStream {
     fn header(&self, name: &str) -> Option<Vec<u8>> {
@@ -29,20 +54,16 @@ impl Stream for EnvoyStream {
         }
     }
 
-    /// The SDK returns an empty name as no name. Without a name a second call reads all of the metadata. If the route has none,
-    /// that call returns no data.
-    fn route_policy(&self) -> Option<String> {
-        let [xds, route, kind, own] = METADATA;
-        match hostcalls::get_property(vec![xds, route, kind, own, "policy"]) {
-            Ok(None) => {}
-            Ok(Some(name)) => return Some(String::from_utf8_lossy(&name).into_owned()),
-            // For example, the value is null.
-            Err(_) => return Some(String::new()),
-        }
-        match hostcalls::get_property(METADATA.to_vec()) {
-            Ok(None) => None,
-            Ok(Some(metadata)) if metadata == NO_MEMBERS => None,
-            _ => Some(String::new()),
+    fn named_policy(&self, place: PolicyPlace<'_>) -> Option<String> {
+        match place {
+            PolicyPlace::Route => policy_of("route_metadata"),
+            PolicyPlace::VirtualHost => policy_of("virtual_host_metadata"),
+            PolicyPlace::Annotation(name) => {
+                let mut path = ANNOTATIONS.to_vec();
+                path.extend(["annotations", name]);
+                text(hostcalls::get_property(path))
+            }
+            PolicyPlace::RouteName => text(hostcalls::get_property(vec!["xds", "route_name"])),
         }
     }
 

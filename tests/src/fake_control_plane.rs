@@ -273,7 +273,7 @@ async fn allowances(State(shared): State<Arc<Shared>>, body: Bytes) -> Result<Ve
     let store = shared.store.borrow().clone();
     let mut limits = shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
     limits
-        .answer(call, &store.records.values().collect::<Vec<_>>(), &Definitions(store.definitions))
+        .answer(call, &store.records.values().collect::<Vec<_>>(), &Definitions::new(store.definitions))
         .write()
         .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }

@@ -4,6 +4,7 @@ use std::net::Ipv6Addr;
 
 use anyhow::{Context, Result};
 use contract::id::{KeyId, OwnerId};
+use contract::policy::NamedPolicy;
 use contract::record::Record;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -16,6 +17,7 @@ use crate::fake_control_plane::{Change, FakeControlPlane, Faults};
 use crate::http::{Outgoing, Reply, get_request, send};
 use crate::log::Log;
 use crate::paths;
+use crate::policy;
 use crate::ports::LOCAL;
 use crate::service::Service;
 use crate::tools::silently;
@@ -36,14 +38,18 @@ pub struct Builder {
     /// The addresses are filled in at the start.
     replacements: Replacements,
     changes: Vec<Change<'static>>,
+    policies: Vec<NamedPolicy>,
     traps: bool,
 }
+
+/// The number of the first policy in the store, beyond those of roles and plans.
+const FIRST_POLICY: u32 = 1_000;
 
 impl FilterHarness {
     /// The template without changes.
     pub fn builder() -> Builder {
         let (faults, replacements) = (Faults::default(), Replacements::between(LOCAL, LOCAL));
-        Builder { faults, replacements, changes: Vec::new(), traps: false }
+        Builder { faults, replacements, changes: Vec::new(), policies: Vec::new(), traps: false }
     }
 
     /// Starts it with the records of these keys, and waits until Envoy has them.
@@ -91,6 +97,13 @@ impl Builder {
         if let Value::Object(plugin) = plugin {
             self.replacements.plugin = plugin;
         }
+        self
+    }
+
+    /// Policies by name, in the JSON of the REST API.
+    pub fn policies(mut self, policies: &Value) -> Self {
+        let policies = policies.as_object().into_iter().flatten().map(|(name, body)| policy::named(name, body));
+        self.policies.extend(policies);
         self
     }
 
@@ -153,7 +166,9 @@ impl Builder {
         let mut home = TempDir::with_prefix("portcullis-")?;
         home.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
         let (demo, control_plane) = (DemoApi::start(LOCAL).await?, FakeControlPlane::start(keys, self.faults).await?);
-        control_plane.change(&self.changes);
+        let policies =
+            (FIRST_POLICY..).zip(self.policies).map(|(number, policy)| Change::Define(number, policy.into()));
+        control_plane.change(&self.changes.into_iter().chain(policies).collect::<Vec<_>>());
         let (address, upstream) = (control_plane.address(), demo.address());
         let replacements = Replacements { control_plane: address, upstream, ..self.replacements };
         let settings = Settings::new(replacements, fresh_key()?);

@@ -4,14 +4,15 @@
 #![deny(unsafe_code)]
 
 pub use portcullis_harness::{
-    control_plane, demo, envoy, envoy_config, flood, http, log, paths, policies, ports, postgres, process, rest,
-    service, shell, stack, tools, wait,
+    control_plane, demo, envoy, envoy_config, flood, http, log, paths, ports, postgres, process, rest, service, shell,
+    stack, tools, wait,
 };
 
 pub mod containers;
 pub mod fake_control_plane;
 pub mod fake_limits;
 pub mod filter_harness;
+pub mod policy;
 
 pub mod expect;
 pub mod load;

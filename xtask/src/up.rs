@@ -18,7 +18,7 @@ use portcullis_harness::output::{progress, say};
 use portcullis_harness::postgres::Postgres;
 use portcullis_harness::process::Signal;
 use portcullis_harness::service::Service;
-use portcullis_harness::{compile, paths, policies, shell, stack};
+use portcullis_harness::{compile, paths, shell, stack};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -146,25 +146,18 @@ impl Up {
 
         progress("starting the control plane");
         let sync_key = kept_key(&home.join("sync.key"))?;
-        let mut arguments = EVENTS.map(ToOwned::to_owned).to_vec();
-        if service.is_none() {
-            // The demo's policies are for the demo's routes.
-            arguments.extend(["--policies-file".into(), policies::file().display().to_string()]);
-        }
         let settings = control_plane::Settings {
             listen: local(options.control_plane_port),
             admin_key: kept_key(&home.join("admin.key"))?,
             sync_key: sync_key.clone(),
-            arguments,
+            arguments: EVENTS.map(ToOwned::to_owned).to_vec(),
             ..control_plane::Settings::generous(&database)?
         };
         let control_plane = ControlPlane::start(settings, &home, log("control-plane.log")?).await?;
 
         progress("starting Envoy");
-        let (demo, (plugin, routes)) = upstream(service.as_ref()).await?;
+        let demo = upstream(service.as_ref()).await?;
         let replacements = Replacements {
-            plugin,
-            routes,
             listener: local(options.envoy_port),
             admin: local(options.envoy_admin_port),
             service: service.clone(),
@@ -212,6 +205,11 @@ The usage of the key. Counts arrive within a second.
 
   curl -s "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"
 
+A policy: from its answer on, requests below /reports need a scope, and the key gets 403 there.
+
+  curl -s -X PUT "$API/v1/policies/reports" -H "X-API-Key: $ADMIN" -H 'Content-Type: application/json' -H 'Prefer: wait=2' -d '{{"scopes": {{"all": ["reports:read"]}}, "match": [{{"path": {{"prefix": "/reports"}}}}]}}'
+  curl -si "$GATE/reports" -H "X-API-Key: $KEY"
+
 Revoke it; the same request then gets 401.
 
   curl -s -X DELETE "$API/api/user/key/ada@example.com" -H "X-API-Key: $ADMIN"
@@ -228,8 +226,7 @@ Ctrl-C stops everything."#,
             further = if self.service.is_some() {
                 "docs/src/tutorials/own-service.md describes what your service receives, and the next steps."
             } else {
-                "The tutorials begin with docs/src/tutorials/start.md: scopes, rotation, limits, credits, import, shadow\nmode, customers who manage their own keys, usage.\n\
-                 The routes /reports, /status and /beta name policies of envoy/demo-policies.json."
+                "The tutorials begin with docs/src/tutorials/start.md: scopes, rotation, limits, credits, import, shadow\nmode, customers who manage their own keys, usage."
             },
         ));
     }
@@ -255,16 +252,14 @@ Ctrl-C stops everything."#,
     }
 }
 
-/// The demo API with its policies, unless there is a service to protect.
-async fn upstream(service: Option<&Service>) -> Result<(Option<DemoApi>, policies::ForEnvoy)> {
-    let Some(service) = service else {
-        return Ok((Some(DemoApi::start(local(0)).await?), policies::for_envoy()?));
-    };
+/// The demo API, unless there is a service to protect.
+async fn upstream(service: Option<&Service>) -> Result<Option<DemoApi>> {
+    let Some(service) = service else { return Ok(Some(DemoApi::start(local(0)).await?)) };
     if let Some(why) = not_reached(service).await {
         let url = service.url();
         progress(&format!("{url} is not there yet ({why}); until it is, good keys get 503 from Envoy"));
     }
-    Ok((None, policies::ForEnvoy::default()))
+    Ok(None)
 }
 
 /// The reason why the service accepts no connection, if any.

@@ -161,16 +161,18 @@ impl Filter {
         let part = Part::Changes { after: 0 };
         let header = Header { epoch: Epoch([0; 16]), revision: 1, total_keys: 0, part };
         let bytes = update.finish(&header).unwrap();
+        let mut definitions = self.definitions.by_number().clone();
         for entry in Update::read(&bytes).unwrap().entries() {
             match entry {
                 Entry::Put { hash, record } => drop(self.records.insert(hash, record.to_vec())),
                 Entry::Define { number, definition } => {
-                    drop(self.definitions.0.insert(number, Definition::from_bytes(&definition).unwrap()));
+                    drop(definitions.insert(number, Definition::from_bytes(&definition).unwrap()));
                 }
                 Entry::Remove { hash } => drop(self.records.remove(&hash)),
                 Entry::Undefine { number } => panic!("definition {number} was never removed"),
             }
         }
+        self.definitions = Definitions::new(definitions);
     }
 
     fn judge(&mut self, secret: Option<&str>, policy: &Policy, address: IpAddr, now_ns: u64) -> Outcome {
@@ -187,7 +189,7 @@ impl Filter {
         let Some(record) = record.filter(|_| outcome == Outcome::Allowed) else { return outcome };
         let limits = self.definitions.rate_limits(&record);
         let mut taken = Vec::new();
-        for limit in limits.iter().chain(&policy.rate_limit) {
+        for limit in limits.iter().chain(&policy.rate_limits.key) {
             let of = (record.key_id, limit.name.clone());
             match Rate::of(limit).take(self.arrivals.get(&of).copied(), now_ns) {
                 Ok(arrival) => taken.push((of, arrival)),
@@ -319,7 +321,7 @@ impl Run {
                     shared: false,
                     per: Per::Key,
                 };
-                policy.rate_limit = Some(limit);
+                policy.rate_limits.key = vec![limit];
             }
             _ => {}
         }

@@ -57,7 +57,7 @@ impl Reference {
         }
         let own = if key.limits.is_empty() && key.plan { &truth.plan_limits } else { &key.limits };
         let mut debts = Vec::new();
-        for limit in own.iter().chain(&policy.rate_limit) {
+        for limit in own.iter().chain(&policy.rate_limits.key) {
             let each = u64::from(limit.window_s) * 1_000_000_000 / u64::from(limit.requests);
             let most = each * u64::from(limit.burst);
             let of = (number, limit.name.clone());

@@ -12,7 +12,6 @@ use super::health::DatabaseCheck;
 use super::rate_limit::CallerRateLimiter;
 use crate::allowances::Allowances;
 use crate::change::Writer;
-use crate::explain::policies::ConfiguredPolicies;
 use crate::metering::Ingest;
 use crate::sync::Store;
 use crate::sync::feed::Feed;
@@ -36,8 +35,6 @@ pub struct App {
     pub allowances: Allowances,
     /// Envoys that sync, and how far each is.
     pub filters: Registry,
-    /// The policies and routes of Envoys, as far as the operator configured them, for `explain`.
-    pub policies: Arc<ConfiguredPolicies>,
     /// Origins whose pages may call the REST API.
     pub cors_origins: Arc<[HeaderValue]>,
     /// Keys that the keys of one owner may make, and rotations, in 24 hours.

@@ -1,4 +1,4 @@
-//! Handlers that `/v1/roles` and `/v1/plans` share. All of them are for admins.
+//! Handlers that `/v1/roles` and `/v1/plans` share, and what `/v1/policies` uses of them. All of them are for admins.
 
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -77,8 +77,8 @@ macro_rules! routes {
             preconditions: Preconditions,
             Json(body): Json<$body>,
         ) -> Result<Response, ApiError> {
-            let content = body.parse()?;
             let name = path.parse(&caller)?;
+            let content = body.parse()?;
             let put = store::put(&app.writer, &caller.actor, Kind::$kind, &name, &content, &preconditions);
             let (definition, made) = put.await?;
             let status = if made { StatusCode::CREATED } else { StatusCode::OK };
@@ -109,7 +109,7 @@ pub(super) use routes;
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub struct ByName {
-    /// The name: 1 to 64 characters of a-z, 0-9, `_` and `-`.
+    /// Its name: 1 to 64 characters of a-z, 0-9, `_` and `-`.
     #[param(example = "gold", min_length = 1, max_length = 64, pattern = "^[a-z0-9_-]+$")]
     name: String,
 }

@@ -134,6 +134,11 @@ pub struct AppliedOn {
 /// By how many Envoys the last change of a key was applied, of a secret that it had, of its roles and its plan.
 pub async fn key_applied_on(app: &App, key_id: Uuid) -> Result<AppliedOn, ApiError> {
     let revision = filters::revision_of(&app.pool, key_id).await?.unwrap_or_default();
+    applied_on(app, revision).await
+}
+
+/// By how many Envoys the changes up to a revision were applied.
+pub async fn applied_on(app: &App, revision: i64) -> Result<AppliedOn, ApiError> {
     let Rollout { epoch, filters: envoys, applied, confirmed_s, silent: unreachable } =
         filters::rollout(&app.pool, revision).await?;
     // An Envoy lags since the change came, or since it last confirmed an older revision, whichever was later.

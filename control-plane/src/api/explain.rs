@@ -3,16 +3,19 @@
 //!
 //! A secret in the request is hashed and dropped. It is neither logged nor part of the response.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use contract::decision::{Check, Facts, Presented, cost, decide};
+use contract::definition::Definitions;
 use contract::hash::KeyHash;
-use contract::json::{InputError, read_value};
+use contract::json::{InputError, null_is_default, read_value};
 use contract::key::{PRESENTED_BYTES, Secret, check};
 use contract::outcome::Outcome;
 use contract::pepper::hashes;
-use contract::policy::PolicyText;
+use contract::policy::{DEFAULT_NAME, Policy, PolicyLimits};
 use contract::record::{Per, RateLimit, Record};
+use contract::rules::Target;
 use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -23,15 +26,19 @@ use crate::api::auth::Caller;
 use crate::api::call::Call;
 use crate::api::extract::Json;
 use crate::api::openapi::NotFound;
+use crate::definitions::Name;
+use crate::definitions::policy::PolicyBody;
 use crate::domain::parse_time;
 use crate::error::ApiError;
-use crate::explain::policies::{MatchedPolicy, is_method};
 use crate::explain::{budgets, hash_of, shared_limits};
 
 /// Longest path that is looked at, in bytes.
 const PATH_BYTES: usize = 4_096;
 /// The name of a policy that stands in the request.
 const INLINE: &str = "inline";
+/// Most headers, and most bytes of a host.
+const HEADERS: usize = 16;
+const HOST_BYTES: usize = 253;
 
 /// The request to explain: with a key, named by its secret or its id, or without any.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -47,10 +54,17 @@ pub struct ExplainBody {
     /// The method of the request; GET unless given.
     #[schema(example = "GET", max_length = 32)]
     method: Option<String>,
-    /// The path of the request: the policy of the first route in `--policies-file` that it matches applies, or the default one.
+    /// The path of the request. The policy with the most specific match applies, or the default one.
     #[schema(example = "/orders?page=2", max_length = 4096)]
     path: Option<String>,
-    /// Instead, the policy: its name in `--policies-file`, or a policy as it stands in Envoy's configuration.
+    /// The host of the request, for policies that match by host.
+    #[schema(example = "api.example.com", max_length = 253)]
+    host: Option<String>,
+    /// The headers of the request that policies match by, at most 16.
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable, example = json!({"x-model": "gpt-5"}))]
+    headers: BTreeMap<String, String>,
+    /// Instead, the policy that the route names, or a policy as `PUT /v1/policies/{name}` takes it.
     #[schema(value_type = Option<serde_json::Value>, example = "orders-read")]
     policy: Option<serde_json::Value>,
     /// The client's address, as Envoy trusts it.
@@ -77,8 +91,8 @@ pub struct Explanation {
     /// The policy that applies: its name, `default`, or `inline`.
     #[schema(example = "orders-read")]
     policy: String,
-    /// Whether shadow mode lets the request pass despite its outcome: that of the policy, or that of all Envoys in the file of
-    /// `--policies-file`.
+    /// Whether the shadow mode of the policy lets the request pass despite its outcome. Envoys may be in shadow mode as a whole;
+    /// that is not known here.
     shadow: bool,
     /// Every check, in the order in which they are asked. The first that fails decides.
     checks: Vec<CheckView>,
@@ -132,18 +146,18 @@ pub async fn explain(
         }
         None => None,
     };
-    let applies = applies(&app, &body)?;
     // The result includes a change that the caller has just made. Without the database, it is what Envoys have.
     let _ = app.feed.refresh(None).await;
+    let definitions = app.store.definitions();
+    let applies = applies(&definitions, &body)?;
     let (record, credential) = credential(&app, &caller, &body).await?;
 
     let mut checks = vec![credential];
     let found = if applies.policy.is_some() { None } else { Some(Outcome::PolicyUnknown) };
     checks.push(CheckView::judged("policy", found, format!("{}: {}", applies.name, applies.how)));
     let Some(policy) = applies.policy else {
-        return Ok(Json(explanation(Outcome::PolicyUnknown, applies.name, app.policies.shadow, checks)));
+        return Ok(Json(explanation(Outcome::PolicyUnknown, applies.name, false, checks)));
     };
-    let definitions = app.store.definitions();
     let facts = Facts {
         policy: &policy,
         definitions: &definitions,
@@ -168,13 +182,13 @@ pub async fn explain(
         let left = budgets(&app.pool, record.key_id.into(), cost(record, &policy)).await?;
         checks.extend(left.quota.map(|saw| CheckView::without_verdict("quota_left", saw)));
         checks.extend(left.credits.map(|saw| CheckView::without_verdict("credits_left", saw)));
-    } else if let Some(limit) = &policy.rate_limit {
-        checks.push(CheckView::without_verdict(
-            "rate_limit",
-            format!("of the route, for each client address: {}", figures(limit)),
-        ));
+    } else {
+        checks.extend(policy.rate_limits.address.iter().map(|limit| {
+            let saw = format!("of the policy, for each client address: {}", figures(limit));
+            CheckView::without_verdict("rate_limit", saw)
+        }));
     }
-    Ok(Json(explanation(outcome, applies.name, policy.shadow || app.policies.shadow, checks)))
+    Ok(Json(explanation(outcome, applies.name, policy.shadow, checks)))
 }
 
 fn explanation(outcome: Outcome, policy: String, shadow: bool, checks: Vec<CheckView>) -> Explanation {
@@ -182,7 +196,70 @@ fn explanation(outcome: Outcome, policy: String, shadow: bool, checks: Vec<Check
     Explanation { outcome, status, policy, shadow, checks }
 }
 
-fn applies(app: &App, body: &ExplainBody) -> Result<MatchedPolicy, ApiError> {
+/// The policy of a request.
+struct Applying {
+    name: String,
+    /// What it requires; `None` if there is none of the name.
+    policy: Option<Policy>,
+    /// How it was found, in words.
+    how: String,
+}
+
+/// A request as rules see it.
+struct Explained<'a> {
+    body: &'a ExplainBody,
+    method: &'a str,
+}
+
+impl Target for Explained<'_> {
+    fn host(&self) -> Option<Vec<u8>> {
+        self.body.host.as_ref().map(|host| host.clone().into_bytes())
+    }
+
+    fn path(&self) -> Option<Vec<u8>> {
+        self.body.path.as_ref().map(|path| path.clone().into_bytes())
+    }
+
+    fn method(&self) -> Option<Vec<u8>> {
+        Some(self.method.as_bytes().to_vec())
+    }
+
+    fn header(&self, name: &str) -> Option<Vec<u8>> {
+        let found = self.body.headers.iter().find(|(own, _)| own.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.trim().as_bytes().to_vec())
+    }
+}
+
+fn applies(definitions: &Definitions, body: &ExplainBody) -> Result<Applying, ApiError> {
+    let request = target(body)?;
+    let named = |name: &str, how: String| {
+        let policy = match definitions.policy(name) {
+            None if name == DEFAULT_NAME => Some(Policy::default()),
+            found => found.map(|found| found.policy.clone()),
+        };
+        let how = if policy.is_some() { how } else { "there is no policy of this name".into() };
+        Applying { name: name.into(), policy, how }
+    };
+    match &body.policy {
+        Some(serde_json::Value::String(name)) => Ok(named(name, "the request names it".into())),
+        Some(inline) => {
+            let field = |path: &str| if path.is_empty() { "policy".into() } else { format!("policy.{path}") };
+            let body: PolicyBody = read_value(inline)
+                .map_err(|InputError { path, detail, .. }| ApiError::invalid(field(&path), detail))?;
+            let content = body.parse(&Name::parse("policy", INLINE)?).map_err(|error| error.below("policy"))?;
+            let policy = content.policy.map(|policy| policy.policy);
+            Ok(Applying { name: INLINE.into(), policy, how: "it stands in the request".into() })
+        }
+        None if body.path.is_none() => Ok(named(DEFAULT_NAME, "the request names neither a policy nor a path".into())),
+        None => Ok(match definitions.rules().find(&request) {
+            Some(rule) => named(&rule.policy, format!("the most specific match is: {}", rule.matches)),
+            None => named(DEFAULT_NAME, "no policy matches the request".into()),
+        }),
+    }
+}
+
+/// The request for the rules.
+fn target(body: &ExplainBody) -> Result<Explained<'_>, ApiError> {
     let method = body.method.as_deref().unwrap_or("GET");
     if !is_method(method) {
         return Err(ApiError::invalid("method", "must be a method in capitals, such as GET"));
@@ -192,21 +269,20 @@ fn applies(app: &App, body: &ExplainBody) -> Result<MatchedPolicy, ApiError> {
     {
         return Err(ApiError::invalid("path", format!("must start with / and have at most {PATH_BYTES} bytes")));
     }
-    match (&body.policy, path) {
-        (Some(serde_json::Value::String(name)), _) => Ok(app.policies.named(name)),
-        (Some(inline), _) => {
-            let text: PolicyText = read_value(inline).map_err(|InputError { path, detail, .. }| {
-                let field = if path.is_empty() { "policy".into() } else { format!("policy.{path}") };
-                ApiError::invalid(field, detail)
-            })?;
-            let policy =
-                text.check("policy", INLINE).map_err(|error| ApiError::invalid("policy", error.to_string()))?;
-            let how = "it stands in the request".into();
-            Ok(MatchedPolicy { name: INLINE.into(), policy: Some(policy), how })
-        }
-        (None, Some(path)) => Ok(app.policies.of_request(method, path)),
-        (None, None) => Ok(app.policies.default_policy()),
+    let is_host =
+        |host: &String| (1..=HOST_BYTES).contains(&host.len()) && host.bytes().all(|byte| byte.is_ascii_graphic());
+    if !body.host.iter().all(is_host) {
+        return Err(ApiError::invalid("host", format!("must have 1 to {HOST_BYTES} visible ASCII characters")));
     }
+    if body.headers.len() > HEADERS {
+        return Err(ApiError::invalid("headers", format!("must have at most {HEADERS} entries")));
+    }
+    Ok(Explained { body, method })
+}
+
+/// Whether this is the name of a method, in capitals (RFC 9110, section 9.1).
+fn is_method(text: &str) -> bool {
+    (1..=32).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_uppercase() || b"-_".contains(&byte))
 }
 
 fn presents_nothing(body: &ExplainBody) -> bool {
@@ -258,8 +334,10 @@ fn limits(record: &Record, facts: &Facts<'_>) -> String {
         if record.rate_limits.is_empty() || limit.per == Per::Owner { "plan" } else { "key" }
     };
     let of_key = limits.iter().map(|limit| format!("of the {}: {}", of(limit), figures(limit)));
-    let of_route = facts.policy.rate_limit.iter().map(|limit| format!("of the route: {}", figures(limit)));
-    let mut all: Vec<String> = of_key.chain(of_route).collect();
+    let PolicyLimits { key, owner, .. } = &facts.policy.rate_limits;
+    let of_policy = key.iter().map(|limit| format!("of the policy: {}", figures(limit)));
+    let of_owner = owner.iter().map(|limit| format!("of the policy, for all keys of the owner: {}", figures(limit)));
+    let mut all: Vec<String> = of_key.chain(of_policy).chain(of_owner).collect();
     if limits.is_empty() {
         all.insert(0, "of neither the key nor a plan: the default of each Envoy applies".into());
     }

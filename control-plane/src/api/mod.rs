@@ -26,6 +26,7 @@ pub mod keys;
 pub mod ledger;
 pub mod legacy;
 pub mod plans;
+pub mod policies;
 pub mod roles;
 pub mod sync;
 pub mod usage;
@@ -95,6 +96,7 @@ const ALLOWANCES_BYTES: usize = 64 << 10;
         (name = "credits", description = "Credits of users and the ledger of their changes"),
         (name = "roles", description = "Named sets of scopes"),
         (name = "plans", description = "Named bundles of scopes, limits and a quota"),
+        (name = "policies", description = "What is required of requests, and which requests each is for"),
         (name = "audit", description = "The audit trail"),
         (name = "insight", description = "Decisions explained, usage, and the state of every Envoy"),
         (name = "platform", description = "For the platform that the control plane runs on")
@@ -135,6 +137,8 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(roles::get, roles::put, roles::delete))
         .routes(routes!(plans::list))
         .routes(routes!(plans::get, plans::put, plans::delete))
+        .routes(routes!(policies::list))
+        .routes(routes!(policies::get, policies::put, policies::delete))
         .routes(routes!(audit::trail))
         .routes(routes!(explain::explain))
         .routes(routes!(usage::usage))

@@ -161,10 +161,6 @@ pub struct Serve {
     #[arg(long, env = "PORTCULLIS_AUDIT_RETENTION", value_name = "DURATION", default_value = FOREVER, value_parser = days_or_forever("1d", "36500d"))]
     pub audit_retention: KeepFor,
 
-    /// JSON file with the policies and routes of the Envoys, for explaining requests by path and by policy
-    #[arg(long, env = "PORTCULLIS_POLICIES_FILE", value_name = "FILE")]
-    pub policies_file: Option<PathBuf>,
-
     /// How long usage is kept by the hour. After that it is kept by the day
     #[arg(long, env = "PORTCULLIS_USAGE_HOURLY_RETENTION", value_name = "DURATION", default_value = "90d", value_parser = days("1d", "3650d"))]
     pub usage_hourly_retention: i32,

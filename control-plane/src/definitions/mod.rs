@@ -1,16 +1,18 @@
-//! Roles and plans: parsed here, stored in [`store`]. They cannot grant the scopes `admin` and `sync`, which only a
-//! key itself has.
+//! Roles, plans and policies: parsed here, stored in [`store`]. Roles and plans cannot grant the scopes `admin` and `sync`,
+//! which only a key itself has.
 
+pub mod policy;
 pub mod store;
 
 use crate::domain::{ADMIN, Quota, QuotaBody, RateLimitBody, SYNC, Scopes, parse_rate_limits};
 use crate::error::ApiError;
+use contract::policy::NamedPolicy;
 use contract::record::RateLimit;
 
 const NAME_CHARS: usize = 64;
 const DESCRIPTION_CHARS: usize = 500;
 
-/// Most roles, and most plans. Filters have all of them in memory. Removed ones do not count.
+/// Most roles, most plans, and most policies. Filters have all of them in memory. Removed ones do not count.
 pub const MOST: i64 = 1_000;
 
 /// What a definition is.
@@ -20,6 +22,8 @@ pub enum Kind {
     Role,
     /// A bundle of scopes, limits and a quota; a key has one at most.
     Plan,
+    /// What is required of requests.
+    Policy,
 }
 
 impl Kind {
@@ -28,6 +32,16 @@ impl Kind {
         match self {
             Self::Role => "role",
             Self::Plan => "plan",
+            Self::Policy => "policy",
+        }
+    }
+
+    /// Its name for several.
+    pub const fn plural(self) -> &'static str {
+        match self {
+            Self::Role => "roles",
+            Self::Plan => "plans",
+            Self::Policy => "policies",
         }
     }
 
@@ -36,11 +50,12 @@ impl Kind {
         match self {
             Self::Role => "roles",
             Self::Plan => "plan",
+            Self::Policy => "policy",
         }
     }
 }
 
-/// What a role or plan is called: 1 to 64 characters of a-z, 0-9, `_` and `-`.
+/// What a role, plan or policy is called: 1 to 64 characters of a-z, 0-9, `_` and `-`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Name(String);
 
@@ -61,7 +76,7 @@ impl Name {
     }
 }
 
-/// The content of a definition. Roles have scopes only.
+/// The content of a definition. Roles have scopes only, policies a description and the policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Content {
     pub description: String,
@@ -70,31 +85,39 @@ pub struct Content {
     pub rate_limits: Vec<RateLimit>,
     /// The quota of each key that has none of its own.
     pub quota: Option<Quota>,
+    /// The policy.
+    pub policy: Option<NamedPolicy>,
 }
 
 impl Content {
-    /// Parses the fields of a client.
+    /// Parses the fields of a role or plan.
     pub fn parse(
         description: &str,
         scopes: Vec<String>,
         rate_limits: Vec<RateLimitBody>,
         quota: Option<QuotaBody>,
     ) -> Result<Self, ApiError> {
-        let description = description.trim();
-        if description.chars().count() > DESCRIPTION_CHARS || description.chars().any(char::is_control) {
-            let detail = format!("must have at most {DESCRIPTION_CHARS} characters and no control characters");
-            return Err(ApiError::invalid("description", detail));
-        }
         let scopes = Scopes::parse(scopes)?;
         if let Some(scope) = scopes.as_slice().iter().find(|scope| [ADMIN, SYNC].contains(&scope.as_str())) {
             let detail = format!("must not contain {scope}, which can be granted to a key only");
             return Err(ApiError::invalid("scopes", detail));
         }
         Ok(Self {
-            description: description.into(),
+            description: parse_description(description)?,
             scopes,
             rate_limits: parse_rate_limits(rate_limits)?,
             quota: quota.map(QuotaBody::parse).transpose()?,
+            policy: None,
         })
     }
+}
+
+/// Parses the description of a definition.
+fn parse_description(text: &str) -> Result<String, ApiError> {
+    let text = text.trim();
+    if text.chars().count() > DESCRIPTION_CHARS || text.chars().any(char::is_control) {
+        let detail = format!("must have at most {DESCRIPTION_CHARS} characters and no control characters");
+        return Err(ApiError::invalid("description", detail));
+    }
+    Ok(text.into())
 }

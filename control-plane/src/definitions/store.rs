@@ -1,16 +1,19 @@
-//! Roles and plans in PostgreSQL. A deleted definition keeps its row and its number, so that filters learn that it
+//! Roles, plans and policies in PostgreSQL. A deleted definition keeps its row and its number, so that filters learn that it
 //! is gone.
 //!
 //! A key or a user that gets a definition locks its row `for key share` ([`numbers`]), which only a deletion waits
 //! for. A deletion locks it `for update` and then sees every use. A replacement locks it `for no key update`: it
 //! waits for other replacements and deletions only. The order of locks stands in [`crate::keys::lock`].
 
+use contract::policy::{DEFAULT_NAME, NamedPolicy};
 use contract::record::RateLimit;
+use contract::rules::{RULES, Rules, conflict};
 use serde_json::json;
 use sqlx::types::Json;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 
+use super::policy::PolicyBody;
 use super::{Content, Kind, MOST, Name};
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
@@ -18,7 +21,7 @@ use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
 use crate::quota::{Whose, apply_quotas};
 
-/// A role or a plan.
+/// A role, a plan or a policy.
 #[derive(Clone, Debug)]
 pub struct Definition {
     /// By which keys and records reference it.
@@ -30,8 +33,12 @@ pub struct Definition {
     pub rate_limits: Json<Vec<RateLimit>>,
     /// The quota of each key that has none of its own.
     pub quota: Option<Json<Quota>>,
+    /// Policies only.
+    pub policy: Option<Json<NamedPolicy>>,
     /// Incremented by each change.
     pub version: i64,
+    /// The revision of the last change.
+    pub revision: i64,
     pub created_at: OffsetDateTime,
 }
 
@@ -41,6 +48,7 @@ impl Definition {
             && self.scopes == content.scopes.as_slice()
             && self.rate_limits.0 == content.rate_limits
             && self.quota.as_ref().map(|quota| &quota.0) == content.quota.as_ref()
+            && self.policy.as_ref().map(|policy| &policy.0) == content.policy.as_ref()
     }
 }
 
@@ -50,7 +58,8 @@ macro_rules! query_definitions {
         sqlx::query_as!(
             Definition,
             $before + r#" number, name, description, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>",
-                quota as "quota: Json<Quota>", version, created_at "# + $after,
+                quota as "quota: Json<Quota>", policy as "policy: Json<NamedPolicy>", version, revision, created_at "#
+                + $after,
             $($argument),+
         )
     };
@@ -126,12 +135,21 @@ async fn put_once(
         (Kind::Role, false) => "role.update",
         (Kind::Plan, true) => "plan.create",
         (Kind::Plan, false) => "plan.update",
+        (Kind::Policy, true) => "policy.create",
+        (Kind::Policy, false) => "policy.update",
     };
-    let mut detail = json!({"scopes": put.scopes});
-    if kind == Kind::Plan {
-        detail["rate_limits"] = json!(put.rate_limits);
-        detail["quota"] = json!(put.quota.as_ref().map(|quota| QuotaBody::of(quota)));
-    }
+    let detail = match kind {
+        Kind::Role => json!({"scopes": put.scopes}),
+        Kind::Plan => json!({
+            "scopes": put.scopes,
+            "rate_limits": put.rate_limits,
+            "quota": put.quota.as_ref().map(|quota| QuotaBody::of(quota)),
+        }),
+        Kind::Policy => {
+            check_policies(change, name, made).await?;
+            json!(put.policy.as_ref().map(|policy| PolicyBody::of(&put.description, policy)))
+        }
+    };
     change.record(AuditEvent::on(action, name.as_str(), detail)).await?;
     Ok(Some((put, made)))
 }
@@ -143,7 +161,8 @@ async fn make(
     content: &Content,
 ) -> Result<Option<Definition>, ApiError> {
     let made = query_definitions!(
-        "insert into definitions (kind, name, description, scopes, rate_limits, quota) values ($1, $2, $3, $4, $5, $6)
+        "insert into definitions (kind, name, description, scopes, rate_limits, quota, policy)
+        values ($1, $2, $3, $4, $5, $6, $7)
         on conflict (kind, name) where not removed do nothing returning",
         "",
         kind.name(),
@@ -151,7 +170,8 @@ async fn make(
         content.description,
         content.scopes.as_slice(),
         Json(&content.rate_limits) as _,
-        content.quota.as_ref().map(Json) as _
+        content.quota.as_ref().map(Json) as _,
+        content.policy.as_ref().map(Json) as _
     );
     let made = made.fetch_optional(&mut *connection).await?;
     // Since the insert, other transactions wait for `store_state`, so the count is complete.
@@ -162,7 +182,8 @@ async fn make(
     .fetch_one(connection)
     .await?;
     if made.is_some() && there > MOST {
-        let detail = format!("There are {MOST} {0}s already. Delete a {0} that is not needed.", kind.name());
+        let (one, many) = (kind.name(), kind.plural());
+        let detail = format!("There are {MOST} {many} already. Delete a {one} that is not needed.");
         return Err(ApiError::Conflict(detail));
     }
     Ok(made)
@@ -170,13 +191,15 @@ async fn make(
 
 async fn replace(connection: &mut PgConnection, number: i32, content: &Content) -> Result<Definition, ApiError> {
     let replaced = query_definitions!(
-        "update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5 where number = $1 returning",
+        "update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5, policy = $6
+        where number = $1 returning",
         "",
         number,
         content.description,
         content.scopes.as_slice(),
         Json(&content.rate_limits) as _,
-        content.quota.as_ref().map(Json) as _
+        content.quota.as_ref().map(Json) as _,
+        content.policy.as_ref().map(Json) as _
     );
     let replaced = replaced.fetch_one(&mut *connection).await?;
     apply_quotas(connection, Whose::Plan(number)).await?;
@@ -192,7 +215,8 @@ pub async fn remove(
     preconditions: &Preconditions,
 ) -> Result<bool, ApiError> {
     let present = sqlx::query!(
-        "select number, version from definitions where kind = $1 and name = $2 and not removed for update",
+        r#"select number, version, policy as "policy: Json<NamedPolicy>"
+        from definitions where kind = $1 and name = $2 and not removed for update"#,
         kind.name(),
         name.as_str()
     )
@@ -200,6 +224,9 @@ pub async fn remove(
     .await?;
     preconditions.check(present.as_ref().map(|present| present.version))?;
     let Some(present) = present else { return Ok(false) };
+    if kind == Kind::Policy {
+        refuse_removal_in_use(name, present.policy.as_ref().map(|policy| &policy.0))?;
+    }
     let uses = sqlx::query!(
         r#"select
             (select count(*) from api_keys where role_numbers @> array[$1::integer] and role_numbers <> '{}'
@@ -224,9 +251,60 @@ pub async fn remove(
     let action = match kind {
         Kind::Role => "role.delete",
         Kind::Plan => "plan.delete",
+        Kind::Policy => "policy.delete",
     };
     change.record(AuditEvent::on(action, name.as_str(), json!({}))).await?;
     Ok(true)
+}
+
+/// Checks the rules of all policies, after one has changed. With the first policy it creates the default one: an Envoy looks for
+/// the policies that routes name as soon as there is one, and goes on doing so although others are deleted.
+async fn check_policies(connection: &mut PgConnection, name: &Name, made: bool) -> Result<(), ApiError> {
+    let all = sqlx::query_scalar!(
+        r#"select policy as "policy!: Json<NamedPolicy>" from definitions where kind = 'policy' and not removed"#
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    let rules: usize = all.iter().map(|policy| policy.matches.len()).sum();
+    if rules > RULES {
+        let detail = format!("All policies together may have {RULES} entries of match; there would be {rules}.");
+        return Err(ApiError::Conflict(detail));
+    }
+    if let Some((one, other)) = conflict(&Rules::new(all.iter().map(|policy| &policy.0))) {
+        let other = if one.policy == name.as_str() { other } else { one };
+        return Err(ApiError::Conflict(format!(
+            "The policy {} matches the same requests, and neither match is more specific ({}). Change one of them.",
+            other.policy, other.matches
+        )));
+    }
+    if made && !all.iter().any(|policy| policy.name == DEFAULT_NAME) {
+        let default = NamedPolicy { name: DEFAULT_NAME.into(), from_annotation: true, ..NamedPolicy::default() };
+        sqlx::query!(
+            "insert into definitions (kind, name, policy) values ('policy', $1, $2)
+            on conflict (kind, name) where not removed do nothing",
+            DEFAULT_NAME,
+            Json(&default) as _
+        )
+        .execute(connection)
+        .await?;
+    }
+    Ok(())
+}
+
+/// 409 for a policy that requests get although no route names it.
+fn refuse_removal_in_use(name: &Name, policy: Option<&NamedPolicy>) -> Result<(), ApiError> {
+    if name.as_str() == DEFAULT_NAME {
+        let detail = "The policy default cannot be deleted. Replace it with {}, which requires a key and nothing else.";
+        return Err(ApiError::Conflict(detail.into()));
+    }
+    match policy.map_or(0, |policy| policy.matches.len()) {
+        0 => Ok(()),
+        uses => Err(ApiError::Conflict(format!(
+            "The policy {} is in use: it has {} of match. Remove them first.",
+            name.as_str(),
+            if uses == 1 { "one entry".to_owned() } else { format!("{uses} entries") }
+        ))),
+    }
 }
 
 fn counted(number: i64, what: &str) -> String {
@@ -255,7 +333,7 @@ pub async fn numbers(connection: &mut PgConnection, kind: Kind, names: &[Name]) 
         row.map(|row| row.number).ok_or_else(|| {
             ApiError::invalid(
                 kind.field(),
-                format!("there is no {} {name}; create it with PUT /v1/{0}s/{name}", kind.name()),
+                format!("there is no {} {name}; create it with PUT /v1/{}/{name}", kind.name(), kind.plural()),
             )
         })
     };

@@ -1,7 +1,4 @@
-//! Input of `explain` in addition to the record of the key: its hash, the remainder of its quota and credits, and the policies of
-//! Envoys.
-
-pub mod policies;
+//! Input of `explain` in addition to the record of the key: its hash, and the remainder of its quota and credits.
 
 use contract::hash::KeyHash;
 use contract::rate::Rate;

@@ -31,7 +31,6 @@ use crate::api::rate_limit::CallerRateLimiter;
 use crate::change::Writer;
 use crate::config::{ADMIN_KEY, SYNC_KEY, Serve, database, given_key, given_pepper};
 use crate::domain::{ADMIN, SYNC};
-use crate::explain::policies::ConfiguredPolicies;
 use crate::jobs;
 use crate::metering::Ingest;
 use crate::net::admission::{Admission, Limits, within_descriptors};
@@ -57,7 +56,6 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     let admin_key = given_key(ADMIN_KEY)?;
     let sync_key = given_key(SYNC_KEY)?;
     let pepper = given_pepper()?;
-    let policies = settings.policies_file.as_deref().map(ConfiguredPolicies::read).transpose()?.unwrap_or_default();
     let options = database::options(&settings.database)?;
     let pool = open(&options, settings.database_connections);
 
@@ -73,7 +71,7 @@ pub async fn serve(settings: Serve) -> Result<(), Failure> {
     // The feed has connections of its own: a revocation reaches the filters however many requests wait for one.
     let (feed_pool, store) = (open(&options, FEED_CONNECTIONS), Store::new());
     let feed = Feed::new(feed_pool.clone(), store.clone());
-    let app = app(&settings, &pool, (store, feed.clone()), (usage, allowances), (pepper, policies), stopping);
+    let app = app(&settings, &pool, (store, feed.clone()), (usage, allowances), pepper, stopping);
     let (pepper, waker) = (app.pepper.clone(), app.store.waker().clone());
     let mut feeding = tokio::spawn(async move {
         prepare(&options, &feed_pool, waker, pepper.as_ref(), [(admin_key, ADMIN), (sync_key, SYNC)]).await?;
@@ -117,7 +115,7 @@ fn app(
     pool: &PgPool,
     (store, feed): (Store, Feed),
     (usage, allowances): (Ingest, Allowances),
-    (pepper, policies): (Option<Pepper>, ConfiguredPolicies),
+    pepper: Option<Pepper>,
     stopping: watch::Receiver<bool>,
 ) -> App {
     App {
@@ -129,7 +127,6 @@ fn app(
         usage,
         allowances,
         filters: Registry::bounded(settings.envoys_per_sync_key),
-        policies: Arc::new(policies),
         cors_origins: settings.cors_origins.as_slice().into(),
         owner_keys_per_day: settings.owner_keys_per_day,
         rate_limiter: Arc::new(CallerRateLimiter::new(settings.api_rate_limit, settings.api_burst)),

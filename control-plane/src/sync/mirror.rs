@@ -34,7 +34,7 @@ pub struct KeyRow {
     pub record: Option<Box<[u8]>>,
 }
 
-/// One role or plan as the feed reads it.
+/// One role, plan or policy as the feed reads it.
 #[derive(Clone, Debug)]
 pub struct DefinitionRow {
     /// What records call it.
@@ -125,17 +125,17 @@ impl Mirror {
         }
     }
 
-    /// Takes over roles and plans that changed.
+    /// Takes over roles, plans and policies that changed.
     pub fn define(&mut self, changed: Vec<DefinitionRow>) {
         if changed.is_empty() {
             return;
         }
         self.defined.extend(changed.into_iter().map(|defined| (defined.number, defined)));
         let live = self.defined.values().filter_map(|row| Some((row.number, row.definition.clone()?)));
-        self.definitions = Arc::new(Definitions(live.collect()));
+        self.definitions = Arc::new(Definitions::new(live.collect()));
     }
 
-    /// All roles and plans.
+    /// All roles, plans and policies.
     #[must_use]
     pub fn definitions(&self) -> Arc<Definitions> {
         Arc::clone(&self.definitions)
@@ -193,7 +193,7 @@ impl Mirror {
     fn snapshot(&self, from: u32) -> Result<Written, DecodeError> {
         let mut update = UpdateWriter::default();
         if from == 0 {
-            for (number, definition) in &self.definitions.0 {
+            for (number, definition) in self.definitions.by_number() {
                 update.define(*number, &definition.to_bytes()?);
             }
         }

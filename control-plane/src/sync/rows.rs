@@ -3,6 +3,7 @@
 use contract::definition::Definition;
 use contract::hash::KeyHash;
 use contract::id::Epoch;
+use contract::policy::NamedPolicy;
 use contract::record::RateLimit;
 use futures_util::{Stream, TryStreamExt};
 use sqlx::PgConnection;
@@ -183,17 +184,19 @@ pub(super) async fn old_secrets(
     Ok(rows)
 }
 
-/// Roles and plans that have changed after a revision, removed ones included.
+/// Roles, plans and policies that have changed after a revision, removed ones included.
 pub(super) async fn definitions(connection: &mut PgConnection, since: i64) -> Result<Vec<DefinitionRow>, ReadError> {
     let rows = sqlx::query!(
-        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", removed, revision
+        r#"select number, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", policy as "policy: Json<NamedPolicy>",
+            removed, revision
         from definitions where revision > $1"#,
         since
     )
     .fetch_all(connection)
     .await?;
     let defined = rows.into_iter().map(|row| {
-        let definition = Definition { scopes: row.scopes, rate_limits: row.rate_limits.0 };
+        let policy = row.policy.map(|policy| policy.0.into());
+        let definition = Definition { scopes: row.scopes, rate_limits: row.rate_limits.0, policy };
         DefinitionRow {
             number: row.number.cast_unsigned(),
             revision: row.revision.cast_unsigned(),

@@ -125,6 +125,10 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("GET", "/v1/plans/{name}", "", "", for_admins(200)),
     ("PUT", "/v1/plans/{name}", "", "{}", for_admins(200)),
     ("DELETE", "/v1/plans/{name}", "", "", for_admins(204)),
+    ("GET", "/v1/policies", "", "", for_admins(200)),
+    ("GET", "/v1/policies/{name}", "", "", for_admins(200)),
+    ("PUT", "/v1/policies/{name}", "", "{}", for_admins(200)),
+    ("DELETE", "/v1/policies/{name}", "", "", for_admins(204)),
     ("GET", "/v1/audit", "", "", for_users(200)),
     // A key of another user is explained like an unknown key.
     ("POST", "/v1/explain", "", r#"{"key_id": "ID"}"#, by_id(200)),
@@ -171,6 +175,7 @@ async fn find(fixture: &Fixture, admin: &Secret, number: usize) -> Found {
         ("POST", format!("/v1/keys/{target}/rotate"), r#"{"grace_seconds": 3600}"#, 201),
         ("PUT", format!("/v1/roles/{name}"), r#"{"scopes": []}"#, 201),
         ("PUT", format!("/v1/plans/{name}"), "{}", 201),
+        ("PUT", format!("/v1/policies/{name}"), "{}", 201),
     ] {
         let reply = fixture.send(request(method, &uri, Some(admin), body)).await;
         assert_eq!(reply.status, done, "{method} {uri}: {}", String::from_utf8_lossy(&reply.body));

@@ -105,18 +105,6 @@ fn a_bad_setting_is_named_in_one_line() {
         let said = complaint(&output);
         assert!(said.starts_with("portcullis: DATABASE_URL: "), "{said}");
     }
-    let file = tempfile::NamedTempFile::new().unwrap();
-    for (text, what) in [
-        (r#"{"policies": {"a": {"scopes": {"all": []}}}}"#, "policies.a.scopes: name at least one scope"),
-        (r#"{"routes": [{"prefix": "/", "policy": "a"}]}"#, "routes[0].policy: there is no policy"),
-    ] {
-        std::fs::write(&file, text).unwrap();
-        let policies = file.path().to_str().unwrap();
-        let output =
-            run(&["serve", "--database-url", "postgres://x", "--listen", "127.0.0.1:0", "--policies-file", policies]);
-        let said = complaint(&output);
-        assert!(said.starts_with(&format!("portcullis: --policies-file {policies}: {what}")), "{said}");
-    }
     let create = ["admin", "create-key", "--database-url", "x", "--name", "n"];
     for (rest, what) in [
         (&["--scope", "orders"][..], "--email: "),

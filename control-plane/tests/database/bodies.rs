@@ -23,6 +23,7 @@ fn calls(key: Uuid, user: &str) -> Vec<(&'static str, &'static str, String, Valu
         ("post", "/v1/users/{id}/ledger", format!("{user}/ledger"), json!({"amount": 5})),
         ("put", "/v1/roles/{name}", "/v1/roles/reader".into(), json!({})),
         ("put", "/v1/plans/{name}", "/v1/plans/gold".into(), json!({})),
+        ("put", "/v1/policies/{name}", "/v1/policies/open".into(), json!({})),
         ("post", "/v1/explain", "/v1/explain".into(), json!({})),
     ]
 }
@@ -158,7 +159,7 @@ async fn an_error_names_the_field_by_its_path_and_no_type_of_the_program(pool: P
         (("POST", format!("{user}/ledger"), json!({"amount": "5"})), "amount", "must be a whole number"),
         (("PATCH", user, json!({"refill": [1, "day"]})), "refill", "must be an object"),
         (explain(json!(["required"])), "policy", "must be an object"),
-        (explain(json!({"rate_limit": [1, 1]})), "policy.rate_limit", "must be an object"),
+        (explain(json!({"rate_limits": [[1, 1]]})), "policy.rate_limits[0]", "must be an object"),
         (explain(json!({"scopes": {"all": [1]}})), "policy.scopes.all[0]", "must be a string"),
     ] {
         let reply = fixture.call(method, &uri, &admin, Some(&body)).await;

@@ -1,28 +1,35 @@
 //! `explain`: every check with the values that it used, from the record that Envoys get.
 
-use std::sync::Arc;
-
 use crate::support::{Fixture, Reply, change_key, scalar};
 use contract::key::{KeyKind, Secret};
-use control_plane::explain::policies::ConfiguredPolicies;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-const POLICIES: &str = r#"{
-    "policies": {
-        "orders-read": {"scopes": {"all": ["orders:read"]}, "cost": 5,
-            "rate_limit": {"requests": 10, "window": "1s", "burst": 20}},
-        "open": {"key": "optional"},
-        "dark": {"scopes": {"any": ["orders:admin"]}, "shadow": true}
-    },
-    "routes": [{"prefix": "/orders", "methods": ["GET"], "policy": "orders-read"}, {"prefix": "/open", "policy": "open"}]
-}"#;
+fn policies() -> [(&'static str, Value); 4] {
+    let limit = json!({"name": "second", "requests": 10, "window_seconds": 1, "burst": 20});
+    [
+        (
+            "orders-read",
+            json!({"scopes": {"all": ["orders:read"]}, "cost": 5, "rate_limits": [limit],
+                "match": [{"path": {"prefix": "/orders"}, "methods": ["GET"]}]}),
+        ),
+        ("open", json!({"key": "optional", "match": [{"path": {"prefix": "/open"}}]})),
+        ("dark", json!({"scopes": {"any": ["orders:admin"]}, "shadow": true})),
+        (
+            "model",
+            json!({"cost": 7, "match": [{"hosts": ["*.ai.example"], "header": {"name": "x-model", "value": "gpt-*"}}]}),
+        ),
+    ]
+}
 
 async fn fixture(pool: PgPool) -> (Fixture, Secret) {
-    let mut fixture = Fixture::new(&pool).await;
-    fixture.configure(|app| app.policies = Arc::new(ConfiguredPolicies::parse(POLICIES).unwrap()));
+    let fixture = Fixture::new(&pool).await;
     let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    for (name, policy) in policies() {
+        let reply = fixture.put(&format!("/v1/policies/{name}"), &admin, &policy).await;
+        assert_eq!(reply.status, 201, "{}", reply.json());
+    }
     (fixture, admin)
 }
 
@@ -58,7 +65,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
         "outcome": "scope_denied", "status": 403, "policy": "orders-read", "shadow": false,
         "checks": [
             passed("credential", &format!("the key {id}, its secret number 1; well-formed")),
-            passed("policy", "orders-read: GET /orders is of the route with the prefix /orders"),
+            passed("policy", "orders-read: the most specific match is: GET, path /orders and below"),
             passed("revocation", "the key is not revoked"),
             passed("expiry", "the key does not end"),
             passed("switch", "the key is switched on"),
@@ -70,7 +77,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
             passed("credits", "none is set; the request costs 5"),
             {"name": "rate_limit", "passed": null,
                 "saw": "of the key: burst 9 in 60 s, 3 at once, shared by all Envoys; of the key: own 2 in 1 s, 2 at once, \
-                        each Envoy by itself; of the route: orders-read 10 in 1 s, 20 at once, each Envoy by itself"},
+                        each Envoy by itself; of the policy: orders-read.second 10 in 1 s, 20 at once, each Envoy by itself"},
             {"name": "rate_limit_left", "passed": null, "saw": "burst: Envoys hold 0, 3 are left"},
         ],
     });
@@ -179,7 +186,7 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
         "outcome": "unknown", "status": 401, "policy": "default", "shadow": false,
         "checks": [
             {"name": "credential", "passed": false, "saw": "a key that Envoys do not know; well-formed", "outcome": "unknown"},
-            {"name": "policy", "passed": true, "saw": "default: no route is for GET /x"},
+            {"name": "policy", "passed": true, "saw": "default: no policy matches the request"},
         ],
     });
     assert_eq!((reply.status, reply.json()), (200, expected));
@@ -206,20 +213,28 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn where_all_envoys_are_in_shadow_mode_nothing_is_said_to_be_refused(pool: PgPool) {
-    let (mut fixture, admin) = fixture(pool).await;
-    let policies = Arc::new(ConfiguredPolicies::parse(r#"{"shadow": true, "default_policy": {}}"#).unwrap());
-    fixture.configure(|app| app.policies = policies);
-    for (body, outcome) in [
-        (json!({}), "missing"),
-        (json!({"policy": "wrong"}), "policy_unknown"),
-        (json!({"policy": {"scopes": {"all": ["a"]}}, "key": admin.reveal()}), "scope_denied"),
+async fn the_match_that_picks_a_policy_is_told(pool: PgPool) {
+    let (fixture, admin) = fixture(pool).await;
+    for (body, name, how) in [
+        (json!({"path": "/orders/1?page=2"}), "orders-read", "the most specific match is: GET, path /orders and below"),
+        (json!({"path": "/ordersx"}), "default", "no policy matches the request"),
+        (json!({"path": "/%6Frders;v=1"}), "orders-read", "the most specific match is: GET, path /orders and below"),
+        (
+            json!({"path": "/orders", "host": "API.ai.example:443", "headers": {"X-Model": "gpt-5"}}),
+            "model",
+            "the most specific match is: host *.ai.example, header x-model: gpt-*",
+        ),
+        (
+            json!({"path": "/", "host": "api.ai.example", "headers": {"x-model": "other"}}),
+            "default",
+            "no policy matches the request",
+        ),
+        (json!({"policy": "dark", "path": "/orders"}), "dark", "the request names it"),
+        (json!({}), "default", "the request names neither a policy nor a path"),
     ] {
-        let explanation = explain(&fixture, &admin, body).await.json();
-        assert_eq!(
-            (&explanation["outcome"], &explanation["status"], &explanation["shadow"]),
-            (&json!(outcome), &Value::Null, &json!(true))
-        );
+        let reply = explain(&fixture, &admin, body.clone()).await.json();
+        assert_eq!(reply["policy"], name, "{body}");
+        assert_eq!(reply["checks"][1]["saw"], format!("{name}: {how}"), "{body}");
     }
 }
 
@@ -243,12 +258,9 @@ async fn a_wrong_field_is_named_and_no_secret_is_told(pool: PgPool) {
         (json!({"address": "here"}), "address", "must be an IPv4 or IPv6 address such as 192.0.2.7"),
         (json!({"time": "now"}), "time", "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z"),
         (json!({"method": "get"}), "method", "must be a method in capitals, such as GET"),
+        (json!({"path": "/", "host": ""}), "host", "must have 1 to 253 visible ASCII characters"),
         (json!({"path": "orders"}), "path", "must start with / and have at most 4096 bytes"),
-        (
-            json!({"policy": {"scopes": {"all": []}}}),
-            "policy",
-            "policy.scopes: name at least one scope, or leave it out",
-        ),
+        (json!({"policy": {"scopes": {"all": []}}}), "policy.scopes", "name at least one scope, or leave it out"),
     ] {
         explain(&fixture, &admin, body).await.assert_invalid(field, detail);
     }

@@ -161,6 +161,12 @@ fn bodies(id: Uuid, user: &str) -> Vec<(&'static str, String, Value, &'static [&
             json!({"description": "d", "scopes": ["s"], "rate_limits": limits, "quota": quota}),
             &["/description", "/scopes/0", "/rate_limits/0/name", "/quota/time_zone"],
         ),
+        (
+            "PUT",
+            "/v1/policies/p".into(),
+            json!({"description": "d", "scopes": {"all": ["s"]}, "match": [{"hosts": ["h"], "path": {"exact": "/p"}}]}),
+            &["/description", "/scopes/all/0", "/match/0/hosts/0", "/match/0/path/exact"],
+        ),
         ("PATCH", user.to_owned(), json!({"plan": "p"}), &["/plan"]),
         (
             "POST",
@@ -202,7 +208,7 @@ async fn text_in_any_field_beside_keys_is_refused_or_taken_literally(pool: PgPoo
             }
         }
         let text = encoded(&trap);
-        for route in ["/v1/roles/", "/v1/plans/", "/v1/users/"] {
+        for route in ["/v1/roles/", "/v1/plans/", "/v1/policies/", "/v1/users/"] {
             for method in ["GET", "DELETE", "PATCH"] {
                 let reply = call(&fixture, method, &format!("{route}{text}"), &admin, &json!({"plan": null})).await;
                 assert_harmless(&reply, &ANSWERS, &format!("{method} {route} {trap:?}"));

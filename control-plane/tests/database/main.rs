@@ -25,6 +25,7 @@ mod management;
 mod memory;
 mod owners;
 mod plans;
+mod policies;
 mod quota;
 mod roles;
 mod rotation;

@@ -47,7 +47,7 @@ fn the_smallest_configuration_has_safe_defaults() {
             per: Per::Key,
         }),
         access_log_state: true,
-        policies: Policies::default(),
+        policy_sources: vec![PolicySource::RouteMetadata, PolicySource::VirtualHostMetadata, PolicySource::Rules],
         shadow: false,
         failure_mode: FailureModes { not_ready: FailureMode::Deny, stale: FailureMode::Deny },
         max_staleness_ms: None,
@@ -70,8 +70,7 @@ fn the_smallest_configuration_has_safe_defaults() {
         "envoy_removes_identity_headers",
         "remove_headers",
         "access_log_state",
-        "default_policy",
-        "policies",
+        "policy_sources",
         "shadow",
         "failure_mode",
         "max_staleness",
@@ -135,7 +134,6 @@ fn a_mistake_is_named_with_its_field_and_remedy() {
     assert_eq!(error(r#"[{"cluster": "cp"}]"#), "must be an object");
     assert_eq!(error(r#"{"control_plane": ["cp", "portcullis", "KEY"]}"#), "control_plane: must be an object");
     assert_eq!(error(&with(r#""identity_headers": ["a", "b", "c"]"#)), "identity_headers: must be an object");
-    assert_eq!(error(&with(r#""policies": {"a": ["optional"]}"#)), "policies.a: must be an object");
     assert_eq!(error(&with(r#""rate_limit": [5, 60, 5]"#)), "rate_limit: must be an object");
     assert_eq!(error(&with(r#""rate_limit": {"requests": 5}"#)), "rate_limit.window: is missing");
     assert!(error("{").contains("EOF"));
@@ -235,20 +233,24 @@ fn keys_may_be_in_several_places() {
 }
 
 #[test]
-fn policies_are_checked_and_the_default_limit_has_its_own_name() {
+fn the_sources_of_a_policys_name_are_the_operators_choice() {
     let json = with(
-        r#""policies": {"search": {"cost": 5}}, "shadow": true,
-        "default_policy": {"key": "optional", "rate_limit": {"requests": 1, "window": "1s"}}"#,
+        r#""policy_sources": [{"annotation": "portcullis-policy"}, "route_name", {"route_name_prefix": "policy:"},
+            "virtual_host_metadata", "route_metadata", "rules"]"#,
     );
-    let config = Config::parse(json.as_bytes()).unwrap();
-    assert!(config.shadow);
-    assert_eq!(config.policies.find(Some("search")).unwrap().cost, Some(5));
-    let limit = config.policies.default.rate_limit.unwrap();
-    assert_eq!(
-        limit,
-        RateLimit { name: "default_policy".into(), requests: 1, window_s: 1, burst: 1, shared: false, per: Per::Key }
-    );
-    assert!(error(&with(r#""policies": {"a b": {}}"#)).contains("policies: the name \"a b\""));
-    assert!(error(&with(r#""policies": {"a": {"scope": "x"}}"#)).contains("policies.a.scope: is not a known field"));
-    assert!(error(&with(r#""default_policy": {"scopes": {"any": []}}"#)).contains("default_policy.scopes"));
+    let sources = Config::parse(json.as_bytes()).unwrap().policy_sources;
+    let expected = [
+        PolicySource::Annotation("portcullis-policy".into()),
+        PolicySource::RouteName,
+        PolicySource::RouteNamePrefix("policy:".into()),
+        PolicySource::VirtualHostMetadata,
+        PolicySource::RouteMetadata,
+        PolicySource::Rules,
+    ];
+    assert_eq!(sources, expected);
+    assert_eq!(Config::parse(with(r#""policy_sources": []"#).as_bytes()).unwrap().policy_sources, []);
+    let wrong = |sources: &str| error(&with(&format!(r#""policy_sources": {sources}"#)));
+    assert_eq!(wrong(r#"["rules", "rules"]"#), "policy_sources: name each source once");
+    assert!(wrong(r#"[{"annotation": ""}]"#).starts_with("policy_sources: annotation and route_name_prefix need 1 to"));
+    assert!(wrong(r#"["rule"]"#).starts_with("policy_sources[0]"));
 }

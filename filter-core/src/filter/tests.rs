@@ -109,6 +109,10 @@ fn without_randomness_there_is_no_filter() {
 struct Table(RefCell<BTreeMap<KeyHash, Arc<StoredKey>>>);
 
 impl KeyLookup for Table {
+    fn definitions(&self) -> Arc<Definitions> {
+        Arc::default()
+    }
+
     fn find(&self, hash: &KeyHash, _pepper: Option<&Pepper>) -> Option<Arc<StoredKey>> {
         self.0.borrow().get(hash).cloned()
     }

@@ -5,6 +5,7 @@
 //! write of a cell, and one more of each if its owner has limits.
 
 use contract::outcome::Outcome;
+use contract::policy::PolicyLimits;
 use contract::rate::{Rate, tag};
 use contract::record::{Per, RateLimit, Record};
 use limits::LONGEST_WAIT_MS;
@@ -33,8 +34,8 @@ pub struct Limits<'a> {
     pub record: &'a Record,
     /// The rate limits of the key, of its plan or of the filter.
     pub own: &'a [RateLimit],
-    /// The rate limit of the route, which is local to each Envoy.
-    pub route: Option<&'a RateLimit>,
+    /// The rate limits of the route's policy, which are local to each Envoy.
+    pub route: &'a PolicyLimits,
     /// The price of the request.
     pub cost: u32,
 }
@@ -134,9 +135,10 @@ impl Limits<'_> {
                 }
             }
         }
-        if let Some(limit) = self.route {
-            let place = self.own.len();
-            of_key.push(Limit::Local { place, tag: tag(&limit.name) | OF_POLICY, rate: Rate::of(limit) });
+        for (number, limit) in self.route_limits().enumerate() {
+            let place = self.own.len().saturating_add(number);
+            let local = Limit::Local { place, tag: tag(&limit.name) | OF_POLICY, rate: Rate::of(limit) };
+            if number < self.route.key.len() { of_key.push(local) } else { of_owner.push(local) }
         }
         if let Some(quota) = record.quota {
             let pool = PoolId::of_quota(quota.per, record);
@@ -150,12 +152,17 @@ impl Limits<'_> {
         [(record.key_id.into(), of_key), (record.owner_id.into(), of_owner)]
     }
 
+    /// The limits of the route for each key, then those for each owner.
+    fn route_limits(&self) -> impl Iterator<Item = &RateLimit> {
+        self.route.key.iter().chain(&self.route.owner)
+    }
+
     fn refused(&self, refusal: &Refusal) -> Charged {
         let Refusal { outcome, place, empty_ms, is_hopeless } = *refusal;
         let seconds = empty_ms.div_ceil(MS_PER_S).max(1);
         let wait = match place {
             Some(limit) => {
-                let all = self.own.iter().chain(self.route).cloned().collect();
+                let all = self.own.iter().chain(self.route_limits()).cloned().collect();
                 Wait::Limits(all, Exceeded { limit, retry_after_s: seconds })
             }
             None if is_hopeless && outcome == Outcome::CreditsExhausted => Wait::Hopeless,
@@ -229,36 +236,48 @@ fn take(data: &SharedData<impl Cells>, charging: &mut Charging<'_>, of: &OfSubje
     })
 }
 
-/// Takes a request without a key from the limit of its route. Returns how long to wait if the limit refuses.
-pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limit: &RateLimit, now_ns: u64) -> Option<Wait> {
-    let (rate, tag) = (Rate::of(limit), tag(&limit.name) | OF_POLICY);
+/// Takes a request without a key from the limits of its policy, or from none of them. Returns how long to wait if one refuses.
+pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limits: &[RateLimit], now_ns: u64) -> Option<Wait> {
     let taken = data.update(cell_of_client(client), |cell| {
-        let mut entries = Entries::read(cell);
-        let before_ns = entries.arrival(client.0, tag);
-        let (arrival_ns, result) = match (rate.take(before_ns, now_ns), before_ns) {
-            (Ok(arrival_ns), _) => (arrival_ns, Ok(())),
-            (Err(wait_ns), Some(before_ns)) if rate.after_clock_step(before_ns, now_ns) != before_ns => {
-                (rate.after_clock_step(before_ns, now_ns), Err(wait_ns))
+        let (mut taken, mut untaken) = (Entries::read(cell), Entries::read(cell));
+        let (mut refused, mut is_corrected) = (None, false);
+        for (place, limit) in limits.iter().enumerate() {
+            let (rate, tag) = (Rate::of(limit), tag(&limit.name) | OF_POLICY);
+            let before_ns = taken.arrival(client.0, tag);
+            match (rate.take(before_ns, now_ns), before_ns) {
+                (Ok(arrival_ns), _) => taken.set_arrival(client.0, tag, arrival_ns),
+                (Err(wait_ns), before_ns) => {
+                    refused = refused.max(Some((wait_ns, place)));
+                    if let Some(before_ns) = before_ns {
+                        let after_ns = rate.after_clock_step(before_ns, now_ns);
+                        is_corrected |= after_ns != before_ns;
+                        untaken.set_arrival(client.0, tag, after_ns);
+                    }
+                }
             }
-            (Err(wait_ns), _) => return Err(Err(wait_ns)),
-        };
-        entries.set_arrival(client.0, tag, arrival_ns);
-        entries.bound();
-        Ok((entries.write(now_ns), result))
+        }
+        match refused {
+            None => {
+                taken.bound();
+                Ok((taken.write(now_ns), None))
+            }
+            Some(_) if is_corrected => Ok((untaken.write(now_ns), refused)),
+            Some(_) => Err(refused),
+        }
     });
-    let wait_ms = match taken {
-        Ok(Ok(())) => return None,
-        Ok(Err(wait_ns)) => wait_ns.div_ceil(NS_PER_MS),
-        Err(_) => CONTENTION_MS,
+    let (wait_ms, limit) = match taken {
+        Ok(None) => return None,
+        Ok(Some((wait_ns, place))) => (wait_ns.div_ceil(NS_PER_MS), place),
+        Err(_) => (CONTENTION_MS, 0),
     };
     let retry_after_s = wait_ms.div_ceil(MS_PER_S).max(1);
-    Some(Wait::Limits(vec![limit.clone()], Exceeded { limit: 0, retry_after_s }))
+    Some(Wait::Limits(limits.to_vec(), Exceeded { limit, retry_after_s }))
 }
 
 /// Queues the key's shared limits whose state is unknown for the next call.
 pub fn prepare(data: &SharedData<impl Cells>, allowances: &Allowances, key: &StoredKey, now_ns: u64) {
     let own = key.definitions.rate_limits(&key.record);
-    let limits = Limits { record: &key.record, own: &own, route: None, cost: 1 };
+    let limits = Limits { record: &key.record, own: &own, route: PolicyLimits::NONE, cost: 1 };
     for of in limits.by_subject() {
         if of.1.iter().all(|limit| limit.shared().is_none()) {
             continue;

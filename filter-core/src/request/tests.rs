@@ -2,9 +2,11 @@
 
 use std::net::IpAddr;
 
+use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId};
 use contract::pepper::Pepper;
+use contract::policy::NamedPolicy;
 use contract::record::{Budget, Flags, Per, RateLimit, Record};
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::Count;
@@ -36,11 +38,15 @@ impl Bench {
         Self::stored(plugin, keys.iter().map(|(key, record)| (KeyHash::of(key.as_bytes()), record)).collect())
     }
 
-    /// With records under hashes that are not those of keys.
-    fn stored(plugin: Value, mut keys: Vec<(KeyHash, &Record)>) -> Self {
+    /// With records under hashes that are not those of keys. The field `policies` of the plugin has the policies of the store.
+    fn stored(mut plugin: Value, mut keys: Vec<(KeyHash, &Record)>) -> Self {
+        let policies = plugin.as_object_mut().unwrap().remove("policies").unwrap_or_default();
         let bench = Self::empty(plugin);
         keys.sort_by_key(|(hash, _)| *hash);
         let mut writer = UpdateWriter::default();
+        for ((name, fields), number) in policies.as_object().into_iter().flatten().zip(1..) {
+            writer.define(number, &Definition::from(policy(name, fields)).to_bytes().unwrap());
+        }
         for (hash, record) in keys {
             writer.put(&hash, &record.to_bytes().unwrap());
         }
@@ -92,7 +98,9 @@ impl Bench {
     fn ask_with(&self, key: Option<&str>, policy: Option<&str>) -> (Verdict, MockStream) {
         let stream = self.request(key.map(|key| ("x-api-key", key)), policy);
         let time = RequestTime::new(self.host());
-        let request = Request { vm: &self.vm, config: &self.config, time, waited: Waited::default() };
+        let definitions = self.vm.keys.definitions();
+        let (vm, config, waited) = (&self.vm, &self.config, Waited::default());
+        let request = Request { vm, config, definitions: &definitions, time, waited };
         let (verdict, _) = request.verify(&stream).expect("no request waits here");
         (verdict, stream)
     }
@@ -125,6 +133,25 @@ fn record() -> Record {
     Record::plain(KeyId([7; 16]), OwnerId([8; 16]))
 }
 
+/// A policy that differs in these fields from one that requires a key and nothing else.
+fn policy(name: &str, fields: &Value) -> NamedPolicy {
+    fn overlay(value: &mut Value, fields: &Value) {
+        match (value, fields) {
+            (Value::Object(value), Value::Object(fields)) => {
+                fields.iter().for_each(|(name, field)| overlay(&mut value[name], field));
+            }
+            (value, field) => *value = field.clone(),
+        }
+    }
+    let mut value = serde_json::to_value(NamedPolicy { name: name.into(), ..NamedPolicy::default() }).unwrap();
+    let own = ["matches", "from_annotation"];
+    for (field, content) in fields.as_object().unwrap() {
+        let part = if own.contains(&field.as_str()) { &mut value[field] } else { &mut value["policy"][field] };
+        overlay(part, content);
+    }
+    serde_json::from_value(value).unwrap()
+}
+
 fn limit(name: &str, requests: u32) -> RateLimit {
     RateLimit { name: name.into(), requests, window_s: 60, burst: requests, shared: false, per: Per::Key }
 }
@@ -134,16 +161,17 @@ fn admitted(outcomes: &[Outcome]) -> usize {
 }
 
 #[test]
-fn a_plain_key_costs_two_reads_and_one_write_of_cells() {
+fn a_plain_key_costs_three_reads_and_one_write_of_cells_if_the_host_keeps_no_generation() {
     let bench = Bench::new(json!({}), &[("k", record())]);
+    bench.vm.keys.definitions();
     let (reads, writes) = (bench.host().reads(), bench.host().writes());
     let (verdict, stream) = bench.ask_with(Some("k"), None);
     assert_eq!(
         (verdict.outcome, verdict.shadowed, verdict.cost, verdict.wait),
         (Outcome::Allowed, false, 1, Wait::Usual)
     );
-    // Its bucket and its limits.
-    assert_eq!((bench.host().reads() - reads, bench.host().writes() - writes), (2, 1));
+    // The version of the policies, the key's bucket and its limits.
+    assert_eq!((bench.host().reads() - reads, bench.host().writes() - writes), (3, 1));
     assert_eq!(stream.take_reads(), ["x-api-key"]);
     assert_eq!(verdict.key.map(|key| key.record.clone()), Some(record()));
 }
@@ -163,7 +191,7 @@ fn keys_without_limits_have_that_of_the_filter() {
 #[test]
 fn a_policy_adds_its_limit_and_its_cost() {
     let plugin = json!({"rate_limit": null, "policies": {
-        "search": {"cost": 5, "rate_limit": {"requests": 3, "window": "60s"}},
+        "search": {"cost": 5, "rate_limits": {"key": [limit("search.minute", 3)]}},
         "free": {"cost": 0},
     }});
     let bench = Bench::new(plugin, &[("k", record())]);
@@ -172,13 +200,13 @@ fn a_policy_adds_its_limit_and_its_cost() {
     assert_eq!(admitted(&bench.outcomes(10, Some("k"), Some("free"))), 10);
     assert_eq!(bench.ask(Some("k"), Some("free")).cost, 0);
     let Wait::Limits(limits, _) = bench.ask(Some("k"), Some("search")).wait else { panic!("no limits") };
-    assert_eq!(limits.iter().map(|limit| limit.name.as_str()).collect::<Vec<_>>(), ["search"]);
+    assert_eq!(limits.iter().map(|limit| limit.name.as_str()).collect::<Vec<_>>(), ["search.minute"]);
 }
 
 #[test]
 fn requests_without_a_key_are_limited_by_address_if_the_policy_has_a_limit() {
     let plugin = json!({"policies": {
-        "open": {"key": "anonymous_allowed", "rate_limit": {"requests": 2, "window": "60s"}},
+        "open": {"key": "anonymous_allowed", "rate_limits": {"address": [limit("open.minute", 2)]}},
         "wide": {"key": "optional"},
     }});
     let mut bench = Bench::new(plugin, &[("k", record())]);
@@ -250,9 +278,9 @@ fn shadow_mode_keeps_the_outcome_and_refuses_nothing() {
     assert_eq!(seen(&bench, Some("revoked"), Some("light")), (Outcome::Revoked, false));
     assert_eq!(seen(&bench, Some("k"), Some("dark")), (Outcome::Allowed, false));
     assert_eq!(seen(&bench, None, Some("drak")), (Outcome::PolicyUnknown, false));
-    let bench = Bench::empty(json!({"policies": policies}));
-    assert_eq!(seen(&bench, Some("k"), Some("dark")), (Outcome::NotReady, true));
-    assert_eq!(seen(&bench, Some("k"), Some("light")), (Outcome::NotReady, false));
+    // Before the first sync no policy is known.
+    let bench = Bench::empty(json!({}));
+    assert_eq!(seen(&bench, Some("k"), Some("dark")), (Outcome::NotReady, false));
 
     let bench = Bench::new(json!({"policies": policies, "shadow": true, "max_staleness": "60s"}), &keys);
     assert_eq!(seen(&bench, None, Some("drak")), (Outcome::PolicyUnknown, true));
@@ -263,9 +291,83 @@ fn shadow_mode_keeps_the_outcome_and_refuses_nothing() {
 
 #[test]
 fn an_unknown_policy_is_refused_even_if_the_failure_mode_allows_requests() {
-    let bench = Bench::empty(json!({"failure_mode": {"not_ready": "allow"}, "policies": {"a": {}}}));
+    let plugin = json!({"failure_mode": {"stale": "allow"}, "max_staleness": "60s", "policies": {"a": {}}});
+    let bench = Bench::new(plugin, &[]);
+    bench.set_state(0);
     assert_eq!(bench.ask(None, Some("b")).outcome, Outcome::PolicyUnknown);
     assert_eq!(bench.ask(None, Some("a")).outcome, Outcome::FailedOpen);
+}
+
+#[test]
+fn the_first_source_that_names_a_policy_decides() {
+    let plugin = |sources: Value| {
+        json!({"policy_sources": sources, "policies": {
+            "a": {"cost": 1}, "b": {"cost": 2}, "platform": {"cost": 3, "from_annotation": false},
+            "team": {"cost": 4, "from_annotation": true},
+            "rule": {"cost": 5, "matches": [{"hosts": [], "path": {"prefix": "/rule"}, "methods": [], "header": null}]},
+            "default": {"cost": 9},
+        }})
+    };
+    let keys = [("k", record())];
+    let cost = |sources: Value, change: &dyn Fn(&mut MockStream)| {
+        let bench = Bench::new(plugin(sources), &keys);
+        let mut stream = bench.request([("x-api-key", "k"), (":path", "/rule/1"), (":authority", "h")], None);
+        change(&mut stream);
+        let definitions = bench.vm.keys.definitions();
+        let time = RequestTime::new(bench.host());
+        let request = Request {
+            vm: &bench.vm,
+            config: &bench.config,
+            definitions: &definitions,
+            time,
+            waited: Waited::default(),
+        };
+        let (verdict, _) = request.verify(&stream).unwrap();
+        (verdict.outcome != Outcome::PolicyUnknown).then_some(verdict.cost)
+    };
+    let all = json!(["route_metadata", "virtual_host_metadata", {"annotation": "p"}, {"route_name_prefix": "p:"},
+        "route_name", "rules"]);
+    let name = |text: &str| Some(text.to_owned());
+    for (expected, change) in [
+        (Some(5), &(|_: &mut MockStream| ()) as &dyn Fn(&mut MockStream)),
+        (Some(1), &|s| (s.policy, s.host_policy) = (name("a"), name("b"))),
+        (Some(2), &|s| s.host_policy = name("b")),
+        (None, &|s| (s.policy, s.host_policy) = (name("x"), name("b"))),
+        (Some(4), &|s| s.annotation = name("team")),
+        (None, &|s| s.annotation = name("platform")),
+        (None, &|s| s.annotation = name("none")),
+        (Some(3), &|s| s.route_name = name("p:platform")),
+        (None, &|s| s.route_name = name("p:none")),
+        (Some(3), &|s| s.route_name = name("platform")),
+        // Every route may have a name.
+        (Some(5), &|s| s.route_name = name("none")),
+    ] {
+        assert_eq!(cost(all.clone(), change), expected);
+    }
+    assert_eq!(cost(json!([]), &|s| s.policy = name("a")), Some(9));
+    assert_eq!(cost(json!(["route_name"]), &|s| s.policy = name("a")), Some(9));
+}
+
+#[test]
+fn without_policies_no_source_is_asked_and_rules_ask_only_for_what_they_look_at() {
+    let reads = |policies: Value| {
+        let bench = Bench::new(json!({"policies": policies, "policy_sources": ["rules"]}), &[("k", record())]);
+        let stream = bench.request([("x-api-key", "k"), (":path", "/a"), (":method", "GET")], Some("a"));
+        let definitions = bench.vm.keys.definitions();
+        let time = RequestTime::new(bench.host());
+        let waited = Waited::default();
+        Request { vm: &bench.vm, config: &bench.config, definitions: &definitions, time, waited }.verify(&stream);
+        stream.take_reads().join(" ")
+    };
+    let rule = |hosts: &[&str], methods: &[&str], header: Value| {
+        let path = json!({"exact": "/a"});
+        json!({"a": {"matches": [{"hosts": hosts, "path": path, "methods": methods, "header": header}]}})
+    };
+    assert_eq!(reads(json!({})), "x-api-key");
+    assert_eq!(reads(json!({"a": {}})), "x-api-key");
+    assert_eq!(reads(rule(&[], &[], Value::Null)), "x-api-key :path");
+    let all = rule(&["a.b"], &["GET"], json!({"name": "x-model", "value": "m"}));
+    assert_eq!(reads(all), "x-api-key :path :method x-model :authority");
 }
 
 #[test]

@@ -81,7 +81,7 @@ impl KeyCache {
     /// Empties the cache if its keys share other definitions than these. Their entries are outdated and would keep the old
     /// definitions in memory.
     pub fn keep_only(&self, definitions: &Arc<Definitions>) {
-        if !definitions.0.is_empty() && !Arc::ptr_eq(definitions, &self.definitions.borrow()) {
+        if !definitions.by_number().is_empty() && !Arc::ptr_eq(definitions, &self.definitions.borrow()) {
             self.sets.borrow_mut().clear();
             *self.definitions.borrow_mut() = Arc::clone(definitions);
         }

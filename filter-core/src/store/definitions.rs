@@ -1,11 +1,14 @@
-//! Roles and plans, which records reference by number: the leader writes those of each update into one cell, and every VM keeps
-//! a copy that it reads again when the version has changed.
+//! Roles, plans and policies: the leader writes those of each update into one cell, and every VM keeps a copy that it reads again
+//! when the version has changed.
 //!
 //! The version has a cell of its own, written after the definitions. A VM that sees the new version gets the new
-//! definitions, and once the leader has written the version, no VM uses the old ones. Only requests whose record references
-//! a role or plan read it.
+//! definitions, and once the leader has written the version, no VM uses the old ones. A VM reads the version when the store has
+//! a new generation, and for each record that it reads and that references a role or plan: the record may be newer than the
+//! generation that the VM knows.
 
-use std::cell::RefCell;
+use std::cell::{Cell as Slot, RefCell};
+use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use contract::definition::{Definition, Definitions};
@@ -27,15 +30,15 @@ pub fn apply(data: &SharedData<impl Cells>, me: NodeId, update: &Update<'_>) -> 
         return Ok(());
     }
     write(data, me, CellKey::Definitions, &|old| {
-        let mut definitions = if is_complete { Definitions::default() } else { read(old) };
+        let mut definitions = if is_complete { BTreeMap::new() } else { read(old) };
         for entry in update.entries() {
             match entry {
                 Entry::Define { number, definition } => {
                     // Updates are checked before they are applied, so every definition decodes.
-                    definitions.0.insert(number, Definition::from_bytes(&definition).unwrap_or_default());
+                    definitions.insert(number, Definition::from_bytes(&definition).unwrap_or_default());
                 }
                 Entry::Undefine { number } => {
-                    definitions.0.remove(&number);
+                    definitions.remove(&number);
                 }
                 Entry::Put { .. } | Entry::Remove { .. } => {}
             }
@@ -48,7 +51,7 @@ pub fn apply(data: &SharedData<impl Cells>, me: NodeId, update: &Update<'_>) -> 
     })
 }
 
-fn read(cell: &[u8]) -> Definitions {
+fn read(cell: &[u8]) -> BTreeMap<u32, Definition> {
     postcard::from_bytes(cell).unwrap_or_default()
 }
 
@@ -59,7 +62,9 @@ fn version(cell: &[u8]) -> Option<u64> {
 /// One VM's copy of the definitions.
 #[derive(Debug, Default)]
 pub struct DefinitionsCopy {
-    version: RefCell<Option<u64>>,
+    /// The generation of the store in which the copy was last compared with the cells.
+    generation: Slot<Option<NonZeroU64>>,
+    version: Slot<Option<u64>>,
     definitions: RefCell<Arc<Definitions>>,
     none: Arc<Definitions>,
 }
@@ -71,12 +76,27 @@ impl DefinitionsCopy {
         if record.roles.is_empty() && record.plan.is_none() {
             return Arc::clone(&self.none);
         }
+        self.newest(data)
+    }
+
+    /// The definitions in this generation of the store. `None`: the host does not keep the generation, so each call reads the
+    /// version.
+    pub fn in_generation(&self, data: &SharedData<impl Cells>, generation: Option<NonZeroU64>) -> Arc<Definitions> {
+        if generation.is_some() && self.generation.get() == generation {
+            return Arc::clone(&self.definitions.borrow());
+        }
+        let definitions = self.newest(data);
+        self.generation.set(generation);
+        definitions
+    }
+
+    fn newest(&self, data: &SharedData<impl Cells>) -> Arc<Definitions> {
         let newest = data.get(CellKey::DefinitionsVersion).and_then(|cell| version(&cell.value));
-        if *self.version.borrow() != newest {
+        if self.version.get() != newest {
             // The version was read first, so the definitions are as new as it or newer.
             let definitions = data.get(CellKey::Definitions).map(|cell| read(&cell.value)).unwrap_or_default();
-            *self.definitions.borrow_mut() = Arc::new(definitions);
-            *self.version.borrow_mut() = newest;
+            *self.definitions.borrow_mut() = Arc::new(Definitions::new(definitions));
+            self.version.set(newest);
         }
         Arc::clone(&self.definitions.borrow())
     }
@@ -124,7 +144,7 @@ mod tests {
 
     fn scopes(data: &TestData, copy: &DefinitionsCopy) -> Vec<(u32, String)> {
         let definitions = copy.for_record(data, &with_role());
-        definitions.0.iter().map(|(number, definition)| (*number, definition.scopes.concat())).collect()
+        definitions.by_number().iter().map(|(number, definition)| (*number, definition.scopes.concat())).collect()
     }
 
     #[test]
@@ -150,7 +170,7 @@ mod tests {
         apply_bytes(&data, ME, &update(FIRST, &[(1, "a")], &[])).unwrap();
         let plain = Record::plain(KeyId([1; 16]), OwnerId([2; 16]));
         assert_eq!(*copy.for_record(&data, &plain), Definitions::default());
-        assert_eq!(*copy.version.borrow(), None);
+        assert_eq!(copy.version.get(), None);
     }
 
     #[test]
@@ -173,11 +193,29 @@ mod tests {
         assert_eq!(scopes(&data, &copy), [(1, "old".into())]);
         let bytes = update(CHANGES, &[(1, "new")], &[]);
         // The leader is cut off once the definitions are written; its successor applies the update again.
-        let half = Definitions([(1, Definition { scopes: vec!["new".into()], ..Definition::default() })].into());
+        let half = BTreeMap::from([(1_u32, Definition { scopes: vec!["new".into()], ..Definition::default() })]);
         let seen = data.get(CellKey::Definitions).unwrap().version;
         data.put(CellKey::Definitions, &postcard::to_allocvec(&half).unwrap(), Some(seen)).unwrap();
         assert_eq!(scopes(&data, &copy), [(1, "old".into())]);
         apply_bytes(&data, ME, &bytes).unwrap();
         assert_eq!(scopes(&data, &copy), [(1, "new".into())]);
+    }
+
+    #[test]
+    fn a_copy_is_compared_with_the_cells_once_in_each_generation() {
+        let (data, copy) = (leading(), DefinitionsCopy::default());
+        let numbers = |generation| {
+            let reads = data.host().reads();
+            let definitions = copy.in_generation(&data, NonZeroU64::new(generation));
+            (definitions.by_number().keys().copied().collect::<Vec<_>>(), data.host().reads() - reads)
+        };
+        apply_bytes(&data, ME, &update(CHANGES, &[(1, "a")], &[])).unwrap();
+        assert_eq!((numbers(1), numbers(1)), ((vec![1], 2), (vec![1], 0)));
+        // Another generation with the same definitions, then one with others.
+        assert_eq!((numbers(2), numbers(2)), ((vec![1], 1), (vec![1], 0)));
+        apply_bytes(&data, ME, &update(CHANGES, &[(2, "b")], &[])).unwrap();
+        assert_eq!((numbers(3), numbers(3)), ((vec![1, 2], 2), (vec![1, 2], 0)));
+        // Without a generation each call looks.
+        assert_eq!((numbers(0), numbers(0)), ((vec![1, 2], 1), (vec![1, 2], 1)));
     }
 }

@@ -66,7 +66,10 @@ impl Connection {
 
     /// Sends a request and waits for the whole response.
     pub async fn send(&mut self, mut request: Outgoing) -> Result<Reply> {
-        request.headers_mut().insert("host", self.authority.parse()?);
+        // A request may name another host.
+        if !request.headers().contains_key("host") {
+            request.headers_mut().insert("host", self.authority.parse()?);
+        }
         let exchange = async {
             self.sender.ready().await?;
             whole(self.sender.send_request(request).await?).await

@@ -23,7 +23,6 @@ pub mod control_plane;
 pub mod demo;
 pub mod envoy;
 pub mod envoy_config;
-pub mod policies;
 pub mod postgres;
 pub mod service;
 pub mod shell;

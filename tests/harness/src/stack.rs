@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use hyper::Method;
+use serde_json::{Map, Value};
 use tempfile::TempDir;
 
 use crate::control_plane::{self, ControlPlane, GENEROUS};
@@ -44,6 +45,8 @@ pub struct Builder {
     workers: usize,
     /// The addresses are filled in at the start.
     replacements: Replacements,
+    /// By name.
+    policies: Map<String, Value>,
     debug_logs: bool,
     own_postgres: bool,
     is_durable: bool,
@@ -58,6 +61,7 @@ impl Stack {
             envoys: 1,
             workers: 2,
             replacements: Replacements::between(LOCAL, LOCAL),
+            policies: Map::new(),
             debug_logs: false,
             own_postgres: false,
             is_durable: false,
@@ -191,6 +195,12 @@ impl Builder {
         self
     }
 
+    /// Policies by name, as `PUT /v1/policies/{name}` takes them. They are there before Envoy starts.
+    pub fn policies(mut self, policies: &Value) -> Self {
+        self.policies = policies.as_object().expect("the policies are an object").clone();
+        self
+    }
+
     /// A route for paths with this prefix that names a policy.
     pub fn route(mut self, prefix: &str, policy: &str) -> Self {
         self.replacements.routes.push((prefix.to_owned(), policy.to_owned()));
@@ -260,6 +270,11 @@ impl Builder {
         let sync_key = settings.sync_key.clone();
         let log = Log::create(&directory.path().join("control-plane.log"))?;
         let control_plane = ControlPlane::start(settings, directory.path(), log).await?;
+        let rest = Rest { address: control_plane.address(), key: control_plane.settings().admin_key };
+        for (name, policy) in &self.policies {
+            let reply = rest.call(Method::PUT, &format!("/v1/policies/{name}"), Some(policy)).await?;
+            ensure!([200, 201].contains(&reply.status), "the policy {name}: {} {:?}", reply.status, reply.body);
+        }
         let demo = DemoApi::start(LOCAL).await?;
         let mut envoys = Vec::new();
         for number in 0..self.envoys {

@@ -131,8 +131,8 @@ async fn spend_on_all_routes(envoy: &Envoy, key: &str, first: usize) -> Result<u
 async fn three_envoys_at_full_load_spend_a_balance_on_routes_of_different_cost_down_to_less_than_the_least()
 -> Result<()> {
     let policies = json!({"export": {"cost": 29}, "search": {"cost": 7}, "usual": {"cost": 3}});
-    let plugin = json!({"rate_limit": null, "limits": {"wait": "0.8s"}, "policies": policies});
-    let builder = Stack::builder().envoys(3).plugin(&plugin);
+    let plugin = json!({"rate_limit": null, "limits": {"wait": "0.8s"}});
+    let builder = Stack::builder().envoys(3).plugin(&plugin).policies(&policies);
     let builder = builder.route("/export", "export").route("/search", "search").route("/", "usual");
     let stack = builder.start().await?;
     let (_, key) = stack.rest().create(ADA).await?;

@@ -18,7 +18,7 @@ const KEYS: usize = 200;
 /// `/orders` asks for `orders:read`; other routes ask for a good key.
 fn guarded() -> Builder {
     let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
-    Stack::builder().route("/orders", "orders-read").plugin(&json!({"policies": policies, "rate_limit": null}))
+    Stack::builder().route("/orders", "orders-read").policies(&policies).plugin(&json!({"rate_limit": null}))
 }
 
 async fn grant(rest: &Rest, scopes: &[&str], status: u16) -> Result<()> {

@@ -123,9 +123,9 @@ async fn requests_wait_for_tokens_of_another_envoy_but_not_for_ever() -> Result<
 
 #[tokio::test]
 async fn a_request_above_the_balance_gets_no_retry_after_and_cheaper_requests_pass() -> Result<()> {
-    let plugin = json!({"policies": {"dear": {"cost": 900}, "free": {"cost": 0}}});
+    let policies = json!({"dear": {"cost": 900}, "free": {"cost": 0}});
     let keys = [("k", metered(1, None, budget(1, None)))];
-    let harness = FilterHarness::builder().plugin(plugin).route("/dear", "dear").route("/free", "free");
+    let harness = FilterHarness::builder().policies(&policies).route("/dear", "dear").route("/free", "free");
     let harness = harness.start(&keys).await?;
     let credits = PoolId::of_credits(OWNER);
     harness.control_plane.limits().set_left(credits, 1_000, None);
@@ -156,9 +156,9 @@ async fn a_request_above_the_balance_gets_no_retry_after_and_cheaper_requests_pa
 
 #[tokio::test]
 async fn a_request_that_the_credits_refuse_leaves_the_quota_as_it_was() -> Result<()> {
-    let plugin = json!({"policies": {"free": {"cost": 0}}});
     let keys = [("k", metered(1, budget(1, None), budget(1, None)))];
-    let harness = FilterHarness::builder().plugin(plugin).route("/free", "free").start(&keys).await?;
+    let harness = FilterHarness::builder().policies(&json!({"free": {"cost": 0}})).route("/free", "free");
+    let harness = harness.start(&keys).await?;
     harness.control_plane.limits().set_left(quota_of(1), 5, None);
     harness.control_plane.limits().set_left(PoolId::of_credits(OWNER), 2, None);
     let (allowed, reply) = harness.get_many(8, "/", Some("k")).await?;

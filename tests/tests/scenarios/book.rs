@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use contract::outcome::Outcome;
 use portcullis_tests::stack::Stack;
-use portcullis_tests::{http, paths, policies, shell, tools};
+use portcullis_tests::{http, paths, shell, tools};
 use serde_json::{Value, json};
 
 /// What a shell prints behind each block, before the status of its last command.
@@ -100,14 +100,7 @@ fn ended_blocks(mut printed: &str) -> Vec<(String, String)> {
 }
 
 async fn demo_stack() -> Result<Stack> {
-    let (plugin, routes) = policies::for_envoy()?;
-    let file = policies::file();
-    let arguments = ["--usage-event-interval", "1s", "--policies-file", file.to_str().context("a path")?];
-    let mut builder = Stack::builder().plugin(&plugin.into()).control_plane_arguments(&arguments);
-    for (prefix, policy) in &routes {
-        builder = builder.route(prefix, policy);
-    }
-    builder.start().await
+    Stack::builder().control_plane_arguments(&["--usage-event-interval", "1s"]).start().await
 }
 
 /// A stack, and what the commands of a page find: `target/up/env` and the directory `docs`.

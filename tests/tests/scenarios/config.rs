@@ -44,7 +44,8 @@ async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
         (json!({"failure_mode": {"not_ready": "open"}}), "failure_mode.not_ready: must be `deny` or `allow`"),
         (json!({"identity_headers": {"consumer": "x-api-key"}}), "x-api-key is used twice"),
         (json!({"pepper_env": "NONE"}), "pepper_env: the environment variable NONE is not set"),
-        (json!({"policies": {"search": {"scopes": {"all": []}}}}), "policies.search.scopes: name at least one scope"),
+        (json!({"policies": {}}), "policies: is not a known field"),
+        (json!({"policy_sources": ["rules", "rules"]}), "policy_sources: name each source once"),
     ];
     for (plugin, expected) in mistakes {
         let lines = refused(&plugin, None).await?;
@@ -57,7 +58,7 @@ async fn each_mistake_is_named_with_its_remedy() -> Result<()> {
 
 #[tokio::test]
 async fn policies_are_refused_where_the_filter_may_not_ask_which_one_a_route_names() -> Result<()> {
-    let lines = refused(&json!({"policies": {"read": {}}}), Some("proxy_get_property")).await?;
+    let lines = refused(&json!({}), Some("proxy_get_property")).await?;
     assert!(!lines.is_empty() && lines.iter().all(|line| line.contains("add proxy_get_property to")), "{lines:?}");
     Ok(())
 }

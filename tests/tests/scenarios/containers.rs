@@ -41,9 +41,7 @@ impl Containers {
         }
         symlink(paths::control_plane(), programs.join("portcullis"))?;
         symlink(tools::envoy(&silently)?, programs.join("envoy"))?;
-        for file in ["minimal.yaml", "demo-policies.json"] {
-            std::fs::copy(root.join("envoy").join(file), home.path().join(file))?;
-        }
+        std::fs::copy(root.join("envoy/minimal.yaml"), home.path().join("minimal.yaml"))?;
         std::fs::copy(paths::wasm(), home.path().join("portcullis.wasm"))?;
         let compose = Compose::parse(&std::fs::read_to_string(root.join("docker-compose.yml"))?)?;
         Ok(Self { home, compose })
@@ -77,8 +75,6 @@ impl Containers {
         let mut command = self.command(program);
         let secrets = self.path("secrets").display().to_string();
         for (name, value) in self.compose.environment(service) {
-            let demo = self.path("demo-policies.json").display().to_string();
-            let value = value.replace("/etc/portcullis/demo-policies.json", &demo);
             command.env(name, value.replace("/secrets", &secrets));
         }
         command
@@ -189,8 +185,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     let address = port.address();
     let log = Log::create(&containers.path("envoy.log"))?;
     let upstream = demo.address().to_string();
-    let demo_policies = [("UPSTREAM", upstream.as_str()), ("POLICIES_FILE", "demo-policies.json")];
-    let (envoy_process, admin, gate) = envoy(&containers, address, &demo_policies, &log).await?;
+    let (envoy_process, admin, gate) = envoy(&containers, address, &[("UPSTREAM", upstream.as_str())], &log).await?;
     let (admin_port, rest_port) = (admin.port().to_string(), address.port().to_string());
     assert!(!containers.health("envoy", "9901", &admin_port)?, "healthy without keys");
     assert!(!containers.health("control-plane", "8081", &rest_port)?, "healthy without a process");
@@ -205,7 +200,7 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     healthy("control-plane", "8081", &rest_port).await?;
     healthy("envoy", "9901", &admin_port).await?;
 
-    // The keys and the pepper came from the files, and so did the policies of the demo.
+    // The keys and the pepper came from the files.
     let admin_key = contract::key::Secret::from_presented(containers.secret("admin.key")?);
     let rest = Rest { address, key: admin_key };
     let key = rest.generate("ada@example.com").await?;
@@ -215,17 +210,10 @@ async fn the_stack_of_the_containers_works_with_any_password_and_its_health_chec
     let good = async || (status("/orders", Some(&key)).await.ok()? == 200).then_some(());
     eventually("the key to reach Envoy", good).await?;
     assert_eq!(status("/orders", None).await?, 401);
-    assert_eq!(status("/reports", Some(&key)).await?, 403);
-    assert_eq!(status("/status", None).await?, 200);
     let log_of_probes = control_plane_log.lines_with("/readyz");
     assert!(log_of_probes.iter().all(|line| line.contains("503")), "{log_of_probes:?}");
     assert!(!log.text().contains("/stats") && !log.text().contains("/ready"));
     envoy_process.stop(Signal::SIGTERM).await?;
-
-    // In front of the user's own API, Envoy has none of the demo's policies.
-    let (_envoy, admin, gate) = envoy(&containers, address, &demo_policies[..1], &log).await?;
-    healthy("envoy", "9901", &admin.port().to_string()).await?;
-    assert_eq!(http::get(gate, "/status").await?.status, 401);
     Ok(())
 }
 
@@ -294,7 +282,6 @@ fn a_setting_that_cannot_be_is_named_and_nothing_starts() -> Result<()> {
         ),
         (&[("UPSTREAM", "api:65536")], "UPSTREAM: api:65536: the port must be a number from 1 to 65535"),
         (&[("UPSTREAM", "a\" }:1")], "UPSTREAM: a\" }:1 is not of the form host:port"),
-        (&[("POLICIES_FILE", "none.json")], "POLICIES_FILE: cannot read none.json"),
         (&[("PORTCULLIS_SYNC_KEY_FILE", "none")], "PORTCULLIS_SYNC_KEY_FILE: cannot read none"),
         (
             &[("PORTCULLIS_PEPPER", "x"), ("PORTCULLIS_PEPPER_FILE", "minimal.yaml")],

@@ -26,14 +26,13 @@ async fn statuses(workers: &mut [Connection], path: &str, key: &str) -> Result<V
 
 #[tokio::test]
 async fn once_a_role_has_changed_no_worker_uses_the_old_one() -> Result<()> {
-    let plugin = json!({"policies": {
-        "read": {"scopes": {"all": ["orders:read"]}}, "write": {"scopes": {"all": ["orders:write"]}},
-    }});
+    let policies =
+        json!({"read": {"scopes": {"all": ["orders:read"]}}, "write": {"scopes": {"all": ["orders:write"]}}});
     let clerk = with(1, |r| {
         r.scopes = vec!["base".into()];
         r.roles = vec![1, 3];
     });
-    let harness = FilterHarness::builder().plugin(plugin).route("/read", "read").route("/write", "write");
+    let harness = FilterHarness::builder().policies(&policies).route("/read", "read").route("/write", "write");
     let harness = harness.change(Change::Define(1, scopes(&["orders:read"]))).start(&[("clerk", clerk)]).await?;
     let headers = assert_upstream(&harness.get("/read", Some("clerk")).await?, &SCOPED);
     assert_eq!(headers["x-credential-scopes"], json!(["base orders:read"]));

@@ -123,7 +123,8 @@ const REMOVED_BY_ENVOY: [&str; 4] = [
 /// What the upstream receives of a client that forges every identity header: with a good key without scopes, and without a
 /// key on a route that needs none.
 async fn forged(plugin: &Value, removed_by_envoy: bool) -> Result<[Reply; 2]> {
-    let mut harness = FilterHarness::builder().plugin(plugin.clone()).route("/open", "open");
+    let open = json!({"open": {"key": "anonymous_allowed"}});
+    let mut harness = FilterHarness::builder().plugin(plugin.clone()).policies(&open).route("/open", "open");
     for line in REMOVED_BY_ENVOY {
         harness = if removed_by_envoy { harness } else { harness.edit(&format!("{line}\n"), "\n") };
     }
@@ -141,16 +142,15 @@ async fn forged(plugin: &Value, removed_by_envoy: bool) -> Result<[Reply; 2]> {
 #[tokio::test]
 async fn a_client_cannot_forge_an_identity_whether_the_filter_or_envoy_removes_its_headers() -> Result<()> {
     let three = ["x-consumer-id", "x-credential-identifier"];
-    let policies = json!({"open": {"key": "anonymous_allowed"}});
     for envoy_removes in [false, true] {
-        let plugin = json!({"envoy_removes_identity_headers": envoy_removes, "policies": policies});
+        let plugin = json!({"envoy_removes_identity_headers": envoy_removes});
         let [good, open] = forged(&plugin, envoy_removes).await?;
         // No gateway is known by this name here, so it passes.
         assert_upstream(&good, &[&three[..], &["x-identity"]].concat());
         assert_upstream(&open, &["x-identity"]);
 
         let packed = json!({"identity_headers": {"packed": "x-identity"},
-            "envoy_removes_identity_headers": envoy_removes, "policies": policies});
+            "envoy_removes_identity_headers": envoy_removes});
         let [good, open] = forged(&packed, envoy_removes).await?;
         let identity = "consumer=\"22222222-2222-2222-2222-222222222222\", \
             credential=\"01010101-0101-0101-0101-010101010101\"";
@@ -165,9 +165,7 @@ async fn a_client_cannot_forge_an_identity_whether_the_filter_or_envoy_removes_i
 #[tokio::test]
 async fn a_filter_that_relies_on_an_envoy_that_removes_nothing_still_gives_no_identity_to_a_request_without_a_key()
 -> Result<()> {
-    let policies = json!({"open": {"key": "anonymous_allowed"}});
-    let plugin =
-        json!({"envoy_removes_identity_headers": true, "policies": policies, "remove_headers": ["x-identity"]});
+    let plugin = json!({"envoy_removes_identity_headers": true, "remove_headers": ["x-identity"]});
     let [good, open] = forged(&plugin, false).await?;
     let all = ["x-consumer-id", "x-credential-identifier", "x-credential-scopes", "x-portcullis-shadow"];
     let headers = assert_upstream(&good, &all);

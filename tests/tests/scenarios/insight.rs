@@ -14,7 +14,6 @@ use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Stack, wait_for_status};
 use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// Makes a key; its id and secret.
 async fn create(rest: &Rest, email: &str, scopes: &[&str]) -> Result<(String, String)> {
@@ -39,13 +38,9 @@ async fn explain_says_what_envoy_answers_whatever_is_wrong_with_the_key_and_what
         json!({"key": "anonymous_allowed"}),
         json!({"key": "optional"}),
     ] {
-        let home = TempDir::new()?;
-        let file = home.path().join("policies.json");
-        std::fs::write(&file, json!({"default_policy": policy}).to_string())?;
-        let file = file.to_str().context("a path that is no text")?;
         let stack = Stack::builder()
-            .plugin(&json!({"rate_limit": null, "default_policy": policy}))
-            .control_plane_arguments(&[&GENEROUS[..], &["--policies-file", file]].concat())
+            .plugin(&json!({"rate_limit": null}))
+            .policies(&json!({"default": policy}))
             .start_unsynced()
             .await?;
         let rest = stack.rest();

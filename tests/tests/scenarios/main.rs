@@ -28,6 +28,7 @@ mod pages;
 mod paths;
 mod plans;
 mod policies;
+mod policy_sources;
 mod quota;
 mod redirects;
 mod rolling_restart;

@@ -118,9 +118,9 @@ fn resolved(path: &str) -> Vec<String> {
 }
 
 async fn start() -> Result<FilterHarness> {
-    let plugin = json!({"policies": {"strict": {"scopes": {"all": ["strict"]}}, "open": {"key": "anonymous_allowed"}}});
+    let policies = json!({"strict": {"scopes": {"all": ["strict"]}}, "open": {"key": "anonymous_allowed"}});
     let keys = [("good", record(1)), ("scoped", with(2, |record| record.scopes = vec!["strict".into()]))];
-    FilterHarness::builder().plugin(plugin).route("/strict", "strict").route("/open", "open").start(&keys).await
+    FilterHarness::builder().policies(&policies).route("/strict", "strict").route("/open", "open").start(&keys).await
 }
 
 #[tokio::test]

@@ -71,7 +71,7 @@ async fn the_limits_of_a_plan_apply_to_its_keys_and_a_change_reaches_every_envoy
 #[tokio::test]
 async fn the_plan_of_a_user_applies_to_keys_that_have_none() -> Result<()> {
     let policies = json!({"orders-read": {"scopes": {"all": ["orders:read"]}}});
-    let stack = Stack::builder().route("/orders", "orders-read").plugin(&json!({"policies": policies})).envoys(2);
+    let stack = Stack::builder().route("/orders", "orders-read").policies(&policies).envoys(2);
     let stack = stack.start().await?;
     let rest = stack.rest();
     rest.expect(Method::PUT, "/v1/plans/gold", Some(&json!({"scopes": ["orders:read"]})), 201).await?;

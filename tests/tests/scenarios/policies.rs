@@ -15,19 +15,17 @@ fn from(address: &str, path: &str) -> Result<Outgoing> {
 
 #[tokio::test]
 async fn a_route_asks_for_all_or_for_one_of_its_scopes_and_others_ask_for_what_the_default_says() -> Result<()> {
-    let plugin = json!({
-        "policies": {
-            "both": {"scopes": {"all": ["orders:read", "orders:write"]}},
-            "one": {"scopes": {"any": ["orders:write", "orders:read"]}},
-        },
-        "default_policy": {"scopes": {"all": ["base"]}},
+    let policies = json!({
+        "both": {"scopes": {"all": ["orders:read", "orders:write"]}},
+        "one": {"scopes": {"any": ["orders:write", "orders:read"]}},
+        "default": {"scopes": {"all": ["base"]}},
     });
     let scopes =
         |number, scopes: &[&str]| with(number, |r| r.scopes = scopes.iter().map(ToString::to_string).collect());
     let keys =
         [("none", record(1)), ("reader", scopes(2, &["orders:read"])), ("all", scopes(3, &["orders:*", "base"]))];
     let harness =
-        FilterHarness::builder().plugin(plugin).route("/both", "both").route("/one", "one").start(&keys).await?;
+        FilterHarness::builder().policies(&policies).route("/both", "both").route("/one", "one").start(&keys).await?;
     for (key, allowed) in [("none", &[][..]), ("reader", &["/one"]), ("all", &["/both", "/one", "/"])] {
         for path in ["/both", "/one", "/"] {
             let reply = harness.get(path, Some(key)).await?;
@@ -45,10 +43,10 @@ async fn a_route_asks_for_all_or_for_one_of_its_scopes_and_others_ask_for_what_t
 
 #[tokio::test]
 async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_good() -> Result<()> {
-    let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}, "any": {"key": "optional"}}});
+    let policies = json!({"open": {"key": "anonymous_allowed"}, "any": {"key": "optional"}});
     let keys = [("good", record(1)), ("old", with(2, |r| r.expires_at_s = Some(1)))];
     let harness =
-        FilterHarness::builder().plugin(plugin).route("/open", "open").route("/any", "any").start(&keys).await?;
+        FilterHarness::builder().policies(&policies).route("/open", "open").route("/any", "any").start(&keys).await?;
     assert_upstream(&harness.get("/open", None).await?, &[]);
     assert_upstream(&harness.get("/open", Some("good")).await?, &IDENTITY);
     assert_refused(&harness.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
@@ -67,23 +65,23 @@ async fn a_route_may_let_requests_through_without_a_key_or_with_one_that_is_no_g
 
 #[tokio::test]
 async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Result<()> {
-    let limit = json!({"requests": 2, "window": "3600s"});
-    let plugin = json!({"policies": {
-        "search": {"rate_limit": limit},
-        "open": {"key": "anonymous_allowed", "rate_limit": limit},
-    }});
+    let limit = |per: &str| json!([{"name": "hour", "requests": 2, "window_seconds": 3600, "per": per}]);
+    let policies = json!({
+        "search": {"rate_limits": limit("key")},
+        "open": {"key": "anonymous_allowed", "rate_limits": limit("address")},
+    });
     let keys = [("one", record(1)), ("two", record(2))];
     let harness =
-        FilterHarness::builder().plugin(plugin).behind_a_proxy().route("/search", "search").route("/open", "open");
+        FilterHarness::builder().policies(&policies).behind_a_proxy().route("/search", "search").route("/open", "open");
     let harness = harness.start(&keys).await?;
     for key in ["one", "two"] {
         let (allowed, reply) = harness.get_many(4, "/search", Some(key)).await?;
         assert_eq!(allowed, 2);
         assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
         // The default limit applies too.
-        assert_eq!(reply.header("ratelimit-policy"), Some("\"default\";q=1000;w=1, \"search\";q=2;w=3600"));
+        assert_eq!(reply.header("ratelimit-policy"), Some("\"default\";q=1000;w=1, \"search.hour\";q=2;w=3600"));
         let wait = reply.header("retry-after").unwrap_or_default();
-        assert_eq!(reply.header("ratelimit"), Some(format!("\"search\";r=0;t={wait}").as_str()));
+        assert_eq!(reply.header("ratelimit"), Some(format!("\"search.hour\";r=0;t={wait}").as_str()));
         // Elsewhere the key still works, and each route has its own.
         assert_eq!(harness.get("/", Some(key)).await?.status, 200);
         assert_eq!(harness.get("/open", Some(key)).await?.status, 200);
@@ -101,7 +99,7 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
             assert_eq!(reply.status == 200, allowed, "{address}");
             if !allowed {
                 assert_refused(&reply, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
-                assert_eq!(reply.header("ratelimit-policy"), Some("\"open\";q=2;w=3600"));
+                assert_eq!(reply.header("ratelimit-policy"), Some("\"open.hour\";q=2;w=3600"));
             }
         }
     }
@@ -110,8 +108,8 @@ async fn a_route_has_a_limit_of_its_own_for_each_key_and_each_address() -> Resul
 
 #[tokio::test]
 async fn a_route_that_names_an_unknown_policy_refuses_all_requests_and_says_so() -> Result<()> {
-    let plugin = json!({"policies": {"read": {}}});
-    let harness = FilterHarness::builder().plugin(plugin).route("/typo", "raed").route("/read", "read");
+    let policies = json!({"read": {}});
+    let harness = FilterHarness::builder().policies(&policies).route("/typo", "raed").route("/read", "read");
     let harness = harness.start(&[("good", record(1))]).await?;
     for _ in 0..20 {
         assert_refused(&harness.get("/typo", Some("good")).await?, Outcome::PolicyUnknown, &[]);
@@ -131,7 +129,7 @@ async fn a_route_that_names_an_unknown_policy_refuses_all_requests_and_says_so()
 }
 
 #[tokio::test]
-async fn without_policies_nobody_asks_which_one_a_route_names() -> Result<()> {
+async fn before_the_first_policy_nobody_asks_which_one_a_route_names() -> Result<()> {
     let harness = FilterHarness::builder().route("/any", "whatever").start(&[("good", record(1))]).await?;
     assert_upstream(&harness.get("/any", Some("good")).await?, &IDENTITY);
     assert_refused(&harness.get("/any", None).await?, Outcome::Missing, &[]);
@@ -167,8 +165,8 @@ async fn a_route_whose_policy_is_no_name_refuses_all_requests() -> Result<()> {
     routes += &route("/open".into(), "{ policy: open }");
     routes += &route("/none".into(), "{}");
     let marker = "                      routes:\n";
-    let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}}, "default_policy": {"key": "optional"}});
-    let harness = FilterHarness::builder().plugin(plugin).edit(marker, &format!("{marker}{routes}"));
+    let policies = json!({"open": {"key": "anonymous_allowed"}, "default": {"key": "optional"}});
+    let harness = FilterHarness::builder().policies(&policies).edit(marker, &format!("{marker}{routes}"));
     let harness = harness.start(&[("good", record(1))]).await?;
     for (metadata, number) in wrong.iter().zip(0..) {
         let number: u8 = number;
@@ -179,7 +177,7 @@ async fn a_route_whose_policy_is_no_name_refuses_all_requests() -> Result<()> {
         }
     }
     assert_eq!(harness.demo.requests(), 0);
-    assert!(!harness.envoy.log().lines_with("is not {policy: NAME}").is_empty());
+    assert!(!harness.envoy.log().lines_with("does not name a policy as it should").is_empty());
     assert_upstream(&harness.get("/open", None).await?, &[]);
     assert_refused(&harness.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
     // These name none.

@@ -17,8 +17,9 @@ async fn export(stack: &Stack, key: &str) -> Result<Reply> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_route_with_a_high_price_passes_at_once_as_often_as_the_credits_suffice() -> Result<()> {
-    let plugin = json!({"rate_limit": null, "policies": {"export": {"cost": PRICE}, "free": {"cost": 0}}});
-    let stack = Stack::builder().plugin(&plugin).route("/export", "export").route("/", "free").start().await?;
+    let policies = json!({"export": {"cost": PRICE}, "free": {"cost": 0}});
+    let stack = Stack::builder().plugin(&json!({"rate_limit": null})).policies(&policies);
+    let stack = stack.route("/export", "export").route("/", "free").start().await?;
     let rest = stack.rest();
     let (_, key) = rest.create(ADA).await?;
     stack.wait_for_status(Some(&key), 200).await?;

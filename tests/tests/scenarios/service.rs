@@ -29,8 +29,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 /// An Envoy in front of a service, with one key.
 async fn protect(url: &str, authorities: Option<PathBuf>) -> Result<FilterHarness> {
     let service = Service::parse(url).and_then(|service| service.trusting(authorities)).map_err(anyhow::Error::msg)?;
-    let plugin = json!({"policies": {"open": {"key": "anonymous_allowed"}}});
-    let harness = FilterHarness::builder().service(service).plugin(plugin).route("/open", "open");
+    let policies = json!({"open": {"key": "anonymous_allowed"}});
+    let harness = FilterHarness::builder().service(service).policies(&policies).route("/open", "open");
     harness.start(&[("good", record(1))]).await
 }
 

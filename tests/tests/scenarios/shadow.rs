@@ -70,9 +70,9 @@ fn keys() -> Vec<(&'static str, Record)> {
 
 #[tokio::test]
 async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused() -> Result<()> {
-    let plugin = json!({"policies": {"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}}});
+    let policies = json!({"dark": {"shadow": true, "scopes": {"all": ["orders:read"]}}});
     let keys = keys();
-    let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").start(&keys).await?;
+    let harness = FilterHarness::builder().policies(&policies).route("/dark", "dark").start(&keys).await?;
     harness.control_plane.limits().set_left(PoolId::of_credits(OwnerId([0x22; 16])), 10, None);
     assert_upstream(&harness.get("/dark", Some("good")).await?, &SCOPED);
     assert_upstream(&harness.get("/dark", Some("limited")).await?, &SCOPED);
@@ -116,19 +116,22 @@ async fn a_policy_in_shadow_refuses_nothing_and_tells_what_it_would_have_refused
 
 #[tokio::test]
 async fn in_shadow_everywhere_not_even_missing_keys_or_policies_refuse_a_request() -> Result<()> {
-    let plugin = json!({"shadow": true, "max_staleness": "60s", "policies": {"read": {}}});
+    let plugin = json!({"shadow": true, "max_staleness": "60s"});
     // Only damaged updates, so that there are no keys yet.
     let faults = Faults { updates: u32::MAX, ..Faults::default() };
     let keys = [("good", record(1))];
-    let harness = FilterHarness::builder().plugin(plugin.clone()).route("/typo", "raed").faults(faults);
+    let harness = FilterHarness::builder().plugin(plugin.clone()).faults(faults);
     let harness = harness.start_unsynced(&keys).await?;
     assert_shadowed(&harness.get("/", Some("good")).await?, Outcome::NotReady);
-    assert_shadowed(&harness.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
     harness.stat_is("shadow_decisions.not_ready_total", 1).await?;
 
     let faults = Faults { age_s: 3_600, ..Faults::default() };
-    let harness = FilterHarness::builder().plugin(plugin).faults(faults).start(&keys).await?;
+    let harness = FilterHarness::builder().plugin(plugin.clone()).faults(faults).start(&keys).await?;
     assert_shadowed(&harness.get("/", Some("good")).await?, Outcome::Stale);
+
+    let harness = FilterHarness::builder().plugin(plugin).policies(&json!({"read": {}})).route("/typo", "raed");
+    let harness = harness.start(&keys).await?;
+    assert_shadowed(&harness.get("/typo", Some("good")).await?, Outcome::PolicyUnknown);
     Ok(())
 }
 
@@ -142,8 +145,8 @@ async fn in_shadow_everywhere_good_keys_have_their_identity() -> Result<()> {
 
 #[tokio::test]
 async fn only_the_filter_sets_the_shadow_header() -> Result<()> {
-    let plugin = json!({"policies": {"dark": {"shadow": true}, "open": {"key": "anonymous_allowed"}}});
-    let harness = FilterHarness::builder().plugin(plugin).route("/dark", "dark").route("/open", "open");
+    let policies = json!({"dark": {"shadow": true}, "open": {"key": "anonymous_allowed"}});
+    let harness = FilterHarness::builder().policies(&policies).route("/dark", "dark").route("/open", "open");
     let harness = harness.start(&[("good", record(1))]).await?;
     let claim = async |path: &str, key: Option<&str>| {
         let request = Request::get(path).header(HEADER, "allowed").header("X-Portcullis-Shadow", "expired");

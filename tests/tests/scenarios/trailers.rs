@@ -48,9 +48,11 @@ async fn an_http_2_upstream_gets_no_trailer_that_looks_like_an_identity_or_a_key
         "remove_headers": ["X-Tenant"],
         "key_sources": [{"header": "x-api-key"}, {"bearer": true}, {"query": "api_key"}, {"cookie": "session"}],
         "identity_headers": {"consumer": "x-who", "credential": "x-credential-identifier", "scopes": ""},
-        "default_policy": {"key": "optional"},
     });
-    let harness = with_http_2_upstream(FilterHarness::builder().plugin(plugin)).start(&[("good", record(1))]).await?;
+    let policies = json!({"default": {"key": "optional"}});
+    let harness = with_http_2_upstream(FilterHarness::builder().plugin(plugin).policies(&policies))
+        .start(&[("good", record(1))])
+        .await?;
     let names = ["x-who", "x-api-key", "authorization", "cookie", "x-tenant", "x-portcullis-shadow"];
     let mut trailers = vec![("x-checksum", "1"), ("x-checksum", "2")];
     // Each twice: neither may get through.

@@ -126,7 +126,7 @@ impl<'a> PresentedKey<'a> {
         // Scopes of roles and plans do not apply to the control plane. An empty definition stands for the plan, so that the
         // decision needs no mirror.
         let plan = record.and_then(|record| record.plan);
-        let definitions = Definitions(plan.map(|number| (number, Definition::default())).into_iter().collect());
+        let definitions = Definitions::new(plan.map(|number| (number, Definition::default())).into_iter().collect());
         let facts = Facts {
             policy,
             definitions: &definitions,

@@ -107,7 +107,6 @@ impl Fixture {
             filters: Registry::bounded(1_000),
             cors_origins: Arc::default(),
             owner_keys_per_day: 200,
-            policies: Arc::default(),
             rate_limiter: Arc::new(CallerRateLimiter::new(NonZeroU32::MIN, burst)),
             database: Arc::default(),
             long_poll: HELD,

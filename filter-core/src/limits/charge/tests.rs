@@ -25,7 +25,7 @@ fn of(requests: u32, window_s: u32, burst: u32) -> RateLimit {
 
 /// A request of the key that has these limits.
 fn take_of(data: &TestData, key: u8, own: &[RateLimit], now_ns: u64) -> Charged {
-    let limits = Limits { record: &record(key), own, route: None, cost: 1 };
+    let limits = Limits { record: &record(key), own, route: PolicyLimits::NONE, cost: 1 };
     charge(data, &Allowances::default(), &limits, REACHABLE, || now_ns)
 }
 
@@ -74,7 +74,7 @@ fn keys_that_share_a_cell_do_not_share_a_limit() {
     let neighbour = Record { key_id: KeyId([8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7, 7]), ..record(7) };
     let limits = [of(1, 60, 1)];
     let take_neighbour = || {
-        let limits = Limits { record: &neighbour, own: &limits, route: None, cost: 1 };
+        let limits = Limits { record: &neighbour, own: &limits, route: PolicyLimits::NONE, cost: 1 };
         charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW)
     };
     assert_eq!((take_of(&data, 7, &limits, NOW), take_neighbour()), (Charged::Yes, Charged::Yes));
@@ -90,7 +90,7 @@ fn a_cell_drops_keys_whose_limits_are_full_again() {
         let mut id = [7; 16];
         id[0] = number;
         let record = Record { key_id: KeyId(id), ..record(7) };
-        let limits = Limits { record: &record, own: &limits, route: None, cost: 1 };
+        let limits = Limits { record: &record, own: &limits, route: PolicyLimits::NONE, cost: 1 };
         assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW), Charged::Yes);
     }
     let bytes = || data.get(CellKey::Limits(0x0707)).unwrap().value.len();
@@ -114,7 +114,7 @@ fn too_much_contention_counts_as_an_exceeded_limit() {
     assert_eq!(take_of(&data, 7, &limits, NOW), limited(&limits, 0, 1));
     let client = Client::of("192.0.2.1".parse().unwrap());
     let wait = Wait::Limits(limits.to_vec(), Exceeded { limit: 0, retry_after_s: 1 });
-    assert_eq!(charge_client(&data, client, &limits[0], NOW), Some(wait));
+    assert_eq!(charge_client(&data, client, &limits[..1], NOW), Some(wait));
 }
 
 #[test]
@@ -125,7 +125,9 @@ fn a_clock_that_steps_back_costs_a_burst_at_the_most() {
     assert_eq!(admitted(&data, &limits, [back; 10]), 0);
     assert_eq!(admitted(&data, &limits, [back + NS_PER_S; 10]), 5);
     let (client, limit) = (Client::of("192.0.2.1".parse().unwrap()), &limits[0]);
-    let admitted = |now_ns| (0..10).filter(|_| charge_client(&data, client, limit, now_ns).is_none()).count();
+    let admitted = |now_ns| {
+        (0..10).filter(|_| charge_client(&data, client, std::slice::from_ref(limit), now_ns).is_none()).count()
+    };
     assert_eq!([admitted(NOW), admitted(back), admitted(back + NS_PER_S)], [5, 0, 5]);
 }
 
@@ -143,7 +145,7 @@ fn after_the_clock_stepped_back_the_only_envoy_and_the_safe_rate_go_on() {
     };
     for attempt in [REACHABLE, Attempt { is_unreachable: true, ..REACHABLE }] {
         let (data, allowances) = (new_data(), Allowances::default());
-        let limits = Limits { record: &key, own: &own, route: None, cost: 1 };
+        let limits = Limits { record: &key, own: &own, route: PolicyLimits::NONE, cost: 1 };
         let admitted = |now_ns: u64| {
             if !attempt.is_unreachable {
                 allowances.set_contact(contact(now_ns));
@@ -171,7 +173,8 @@ fn a_routes_limit_stands_beside_those_of_the_key_and_is_named() {
     let own = [RateLimit { name: "own".into(), ..of(100, 1, 100) }];
     let route = |name: &str| RateLimit { name: name.into(), ..of(3, 60, 3) };
     let take = |route: Option<&RateLimit>| {
-        let limits = Limits { record: &record(7), own: &own, route, cost: 1 };
+        let route = PolicyLimits { key: route.cloned().into_iter().collect(), ..PolicyLimits::default() };
+        let limits = Limits { record: &record(7), own: &own, route: &route, cost: 1 };
         charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW)
     };
     let admitted = |route: Option<&RateLimit>| (0..10).filter(|_| take(route) == Charged::Yes).count();
@@ -184,9 +187,47 @@ fn a_routes_limit_stands_beside_those_of_the_key_and_is_named() {
 }
 
 #[test]
+fn keys_of_one_owner_share_a_routes_limit_for_owners_and_a_refusal_takes_nothing() {
+    let data = new_data();
+    let route = PolicyLimits {
+        key: vec![RateLimit { name: "key".into(), ..of(3, 60, 3) }],
+        owner: vec![RateLimit { name: "owner".into(), ..of(4, 60, 4) }],
+        address: Vec::new(),
+    };
+    let take = |key| {
+        let limits = Limits { record: &record(key), own: &[], route: &route, cost: 1 };
+        charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW)
+    };
+    assert_eq!([1, 1, 1].map(take), [Charged::Yes, Charged::Yes, Charged::Yes]);
+    let all = [route.key[0].clone(), route.owner[0].clone()];
+    assert_eq!(take(1), limited(&all, 0, 20));
+    // The refusal left one for the other key of the owner.
+    assert_eq!(take(2), Charged::Yes);
+    assert_eq!(take(2), limited(&all, 1, 15));
+}
+
+#[test]
+fn a_client_is_taken_from_all_limits_for_addresses_or_from_none() {
+    let data = new_data();
+    let named = |name: &str, limit| RateLimit { name: name.into(), ..limit };
+    let limits = [named("minute", of(2, 60, 2)), named("second", of(1, 1, 1))];
+    let client = Client::of("192.0.2.1".parse().unwrap());
+    let second = 1_000_000_000;
+    let wait = |now_ns| match charge_client(&data, client, &limits, now_ns) {
+        None => None,
+        Some(Wait::Limits(_, exceeded)) => Some((exceeded.limit, exceeded.retry_after_s)),
+        Some(other) => panic!("{other:?}"),
+    };
+    assert_eq!(wait(NOW), None);
+    assert_eq!(wait(NOW), Some((1, 1)));
+    assert_eq!(wait(NOW + second), None);
+    assert_eq!(wait(NOW + 2 * second), Some((0, 28)));
+}
+
+#[test]
 fn without_limits_nothing_is_read_and_not_even_the_clock() {
     let data = new_data();
-    let limits = Limits { record: &record(7), own: &[], route: None, cost: 0 };
+    let limits = Limits { record: &record(7), own: &[], route: PolicyLimits::NONE, cost: 0 };
     assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || unreachable!()), Charged::Yes);
     // A free request needs no credits.
     let metered = Record { credits: budget(1), ..record(7) };
@@ -198,7 +239,9 @@ fn without_limits_nothing_is_read_and_not_even_the_clock() {
 #[test]
 fn clients_without_a_key_are_told_apart_by_address_and_v6_by_network() {
     let (data, limit) = (new_data(), of(1, 60, 1));
-    let one = |address: &str| charge_client(&data, Client::of(address.parse().unwrap()), &limit, NOW).is_none();
+    let one = |address: &str| {
+        charge_client(&data, Client::of(address.parse().unwrap()), std::slice::from_ref(&limit), NOW).is_none()
+    };
     assert!(one("192.0.2.1") && one("192.0.2.2") && one("2001:db8::1"));
     assert!(!one("192.0.2.1") && !one("2001:db8::ffff") && one("2001:db8:0:1::1"));
     assert!(data.host().cell_names().iter().all(|name| name.contains(":a")));
@@ -260,7 +303,7 @@ fn metered() -> (Record, [PoolId; 3]) {
 fn a_request_is_taken_from_all_its_limits_with_two_reads_and_two_writes() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    let limits = Limits { record: &record, own: &record.rate_limits, route: PolicyLimits::NONE, cost: 4 };
     learn(&data, &limits);
     pools.into_iter().zip([10, 10, 20]).for_each(|(pool, tokens)| grant(&data, pool, tokens));
     let before = (data.host().reads(), data.host().writes());
@@ -280,7 +323,7 @@ fn a_request_is_taken_from_all_its_limits_with_two_reads_and_two_writes() {
 fn what_the_owner_lacks_is_asked_for_and_what_the_key_has_spent_goes_back() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    let limits = Limits { record: &record, own: &record.rate_limits, route: PolicyLimits::NONE, cost: 4 };
     learn(&data, &limits);
     grant(&data, pools[0], 1);
     grant(&data, pools[1], 1);
@@ -301,7 +344,7 @@ fn what_the_owner_lacks_is_asked_for_and_what_the_key_has_spent_goes_back() {
 fn all_that_is_lacking_of_key_and_owner_is_asked_for_at_once() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    let limits = Limits { record: &record, own: &record.rate_limits, route: PolicyLimits::NONE, cost: 4 };
     assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Wait);
     assert_eq!(pools.map(|pool| allowances.waiting(&pool)), [1, 1, 4]);
     // A refusal goes before a wait: nothing more is asked for.
@@ -317,7 +360,7 @@ fn all_that_is_lacking_of_key_and_owner_is_asked_for_at_once() {
 fn a_refusal_by_the_owner_gives_back_what_the_key_has_spent() {
     let (data, (record, pools)) = (new_data(), metered());
     let allowances = in_contact(Contact::default());
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    let limits = Limits { record: &record, own: &record.rate_limits, route: PolicyLimits::NONE, cost: 4 };
     learn(&data, &limits);
     grant(&data, pools[0], 2);
     grant(&data, pools[1], 2);
@@ -349,7 +392,7 @@ fn a_refunded_token_of_a_rate_limit_is_void_once_it_has_come_back_by_itself() {
     // One token comes back each second.
     for (later_ms, expected) in [(0, Charged::Yes), (999, Charged::Yes), (1_000, Charged::Wait)] {
         let (data, allowances) = (new_data(), in_contact(Contact::default()));
-        let limits = Limits { record: &record, own: &own, route: None, cost: 4 };
+        let limits = Limits { record: &record, own: &own, route: PolicyLimits::NONE, cost: 4 };
         learn(&data, &limits);
         grant(&data, pools[0], 1);
         assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Wait);
@@ -382,7 +425,7 @@ fn while_the_control_plane_does_not_answer_each_kind_follows_its_mode() {
         (unreachable(allow, FailureMode::Allow, FailureMode::Deny), unavailable),
     ] {
         let (data, allowances) = (new_data(), in_contact(Contact::default()));
-        let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+        let limits = Limits { record: &record, own: &record.rate_limits, route: PolicyLimits::NONE, cost: 4 };
         assert_eq!(charge(&data, &allowances, &limits, attempt, || NOW), expected, "{attempt:?}");
         let spent = if attempt.modes.rate_limits == safe { [1, 0, 0] } else { [0, 0, 0] };
         assert_eq!(pools.map(|pool| holding(&data, pool).spent), spent, "{attempt:?}");
@@ -397,7 +440,7 @@ fn the_safe_rate_is_the_limit_divided_by_the_live_envoys() {
     let own = [RateLimit { shared: true, ..of(40, 60, 8) }];
     let attempt = Attempt { is_unreachable: true, ..REACHABLE };
     let plain = record(7);
-    let limits = Limits { record: &plain, own: &own, route: None, cost: 1 };
+    let limits = Limits { record: &plain, own: &own, route: PolicyLimits::NONE, cost: 1 };
     let charges: Vec<Charged> = (0..3).map(|_| charge(&data, &allowances, &limits, attempt, || NOW)).collect();
     assert_eq!(charges, [Charged::Yes, Charged::Yes, limited(&own, 0, 6)]);
 }
@@ -407,7 +450,7 @@ fn a_request_that_may_not_wait_longer_is_refused() {
     let (data, allowances) = (new_data(), in_contact(Contact::default()));
     let attempt = Attempt { waited_ms: LONGEST_WAIT_MS, ..REACHABLE };
     let (record, pools) = metered();
-    let limits = Limits { record: &record, own: &record.rate_limits, route: None, cost: 4 };
+    let limits = Limits { record: &record, own: &record.rate_limits, route: PolicyLimits::NONE, cost: 4 };
     learn(&data, &limits);
     grant(&data, pools[0], 1);
     grant(&data, pools[1], 1);

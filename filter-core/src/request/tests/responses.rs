@@ -300,9 +300,9 @@ fn an_unknown_policy_is_logged_once_in_each_vm_and_only_the_first_hundred() {
     let log = bench.host().take_log();
     assert_eq!(log.iter().map(|(level, _)| *level).collect::<Vec<_>>(), ["error", "error"]);
     let start =
-        "a route names the policy \"b\", which the plugin configuration does not have: requests to it are refused";
+        "filter_metadata.portcullis of a route names the policy \"b\", which it cannot have or which does not exist";
     assert!(log[0].1.starts_with(start), "{log:?}");
-    assert!(log[1].1.starts_with("filter_metadata.portcullis of a route is not {policy: NAME}, or NAME is empty"));
+    assert!(log[1].1.starts_with("filter_metadata.portcullis of a route does not name a policy as it should"));
     for number in 0..200 {
         bench.send([], Some(&format!("unknown-{number}")));
     }
@@ -366,8 +366,8 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
         let (_, stream) = bench.send([("x-api-key", key)], Some("a"));
         (stream.take_reads().join(", "), bench.host().reads() - before)
     };
-    // The key, the policy of the route; the cells of the key and of its limit.
-    assert_eq!(calls(&cached, "k"), ("x-api-key, policy".into(), 2));
+    // The key, the policy of the route; the version of the policies and they themselves, the cells of the key and of its limit.
+    assert_eq!(calls(&cached, "k"), ("x-api-key, policy".into(), 4));
     // The cached key; the cell of its limit.
     assert_eq!(calls(&cached, "k"), ("x-api-key, policy".into(), 1));
     // An unknown key; the reply names the request.
@@ -376,10 +376,14 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
 
     let plain = Bench::new(json!({"rate_limit": null}), &[("k", record())]);
     update(&plain);
-    assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 1));
+    assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 3));
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 0));
     let open = Bench::empty(json!({"failure_mode": {"not_ready": "allow"}}));
-    assert_eq!(calls(&open, "k"), ("x-api-key".into(), 1), "the state of the store, as long as there is none");
+    assert_eq!(
+        calls(&open, "k"),
+        ("x-api-key".into(), 2),
+        "the policies and the state of the store, while there is none"
+    );
 }
 
 /// Each of these calls costs some tenths of a microsecond in Envoy.

@@ -1,0 +1,125 @@
+//! `/v1/policies`: what is required of requests, and which requests a policy is for. All handlers are for admins.
+
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::api::call::Call;
+use crate::api::definitions::{ByName, missing, reply};
+use crate::api::envoys::{AppliedOn, applied_on};
+use crate::api::extract::Json;
+use crate::api::openapi::{Conditions, Conflict};
+use crate::api::pagination::{self, All, List, PageQuery};
+use crate::definitions::Kind;
+use crate::definitions::policy::PolicyBody;
+use crate::definitions::store::{self, Definition};
+use crate::domain::{Preconditions, Timestamp};
+use crate::error::ApiError;
+
+/// A policy.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PolicyView {
+    /// The name by which routes refer to it. `default` is that of the policy for requests without another.
+    #[schema(example = "orders-read")]
+    name: String,
+    #[serde(flatten)]
+    body: PolicyBody,
+    /// Since when there is one of that name.
+    created_at: Timestamp,
+}
+
+impl PolicyView {
+    fn of(definition: Definition) -> Self {
+        let policy = definition.policy.map(|policy| policy.0).unwrap_or_default();
+        Self {
+            body: PolicyBody::of(&definition.description, &policy),
+            name: definition.name,
+            created_at: definition.created_at.into(),
+        }
+    }
+}
+
+/// A policy, and on how many Envoys it is in force.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PolicyDetails {
+    #[serde(flatten)]
+    view: PolicyView,
+    /// By how many Envoys the last change was applied.
+    applied_on: AppliedOn,
+}
+
+super::pagination::page!(PolicyPage "A page of policies, by name." { policies: PolicyView = "The policies." });
+
+/// List policies by name.
+///
+/// As long as there is none, every request needs a key. With the first policy comes one of the name `default`.
+#[utoipa::path(
+    operation_id = "listPolicies",
+    get, path = "/v1/policies", tag = "policies", params(PageQuery),
+    responses((status = 200, description = "A page of the list", body = PolicyPage))
+)]
+pub async fn list(Call { app, caller, .. }: Call, List { page, .. }: List<All, String>) -> Result<Response, ApiError> {
+    caller.require_admin()?;
+    let mut found = store::list(&app.pool, Kind::Policy, page.after.as_deref(), page.read()).await?;
+    let next = page.cut(&mut found, |last| last.name.clone());
+    let policies = found.into_iter().map(PolicyView::of).collect();
+    Ok(pagination::reply(PolicyPage { policies, next_cursor: next.cursor }, next.link))
+}
+
+/// Get a policy.
+#[utoipa::path(
+    operation_id = "getPolicy",
+    get, path = "/v1/policies/{name}", tag = "policies", params(ByName),
+    responses((status = 200, description = "The policy", body = PolicyDetails))
+)]
+pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, ApiError> {
+    let name = path.parse(&caller)?;
+    let found = store::get(&app.pool, Kind::Policy, &name).await?.ok_or_else(|| missing(Kind::Policy, &name))?;
+    let applied_on = applied_on(&app, found.revision).await?;
+    Ok(reply(StatusCode::OK, found.version, PolicyDetails { view: PolicyView::of(found), applied_on }))
+}
+
+/// Create a policy, or replace it as a whole.
+///
+/// A change reaches every Envoy as fast as a revocation does.
+#[utoipa::path(
+    operation_id = "putPolicy",
+    put, path = "/v1/policies/{name}", tag = "policies", params(ByName, Conditions), request_body = PolicyBody,
+    responses(
+        Conflict,
+        (status = 200, description = "Replaced, or the same as before", body = PolicyView),
+        (status = 201, description = "Created", body = PolicyView),
+    )
+)]
+pub async fn put(
+    Call { app, caller, path }: Call<ByName>,
+    preconditions: Preconditions,
+    Json(body): Json<PolicyBody>,
+) -> Result<Response, ApiError> {
+    let name = path.parse(&caller)?;
+    let content = body.parse(&name)?;
+    let put = store::put(&app.writer, &caller.actor, Kind::Policy, &name, &content, &preconditions);
+    let (definition, made) = put.await?;
+    let status = if made { StatusCode::CREATED } else { StatusCode::OK };
+    Ok(reply(status, definition.version, PolicyView::of(definition)))
+}
+
+/// Delete a policy that picks no requests.
+///
+/// Envoys answer 503 `policy_unknown` to requests whose route still names it.
+#[utoipa::path(
+    operation_id = "deletePolicy",
+    delete, path = "/v1/policies/{name}", tag = "policies", params(ByName, Conditions),
+    responses(Conflict, (status = 204, description = "Deleted"))
+)]
+pub async fn delete(
+    Call { app, caller, path }: Call<ByName>,
+    preconditions: Preconditions,
+) -> Result<StatusCode, ApiError> {
+    let name = path.parse(&caller)?;
+    let removed = app
+        .writer
+        .change(&caller.actor, async |change| store::remove(change, Kind::Policy, &name, &preconditions).await);
+    if removed.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(Kind::Policy, &name)) }
+}

@@ -1,0 +1,160 @@
+//! `/v1/policies`: written, shown, pushed to filters, and kept free of conflicts.
+
+use contract::decision::{Facts, Presented, decide};
+use contract::outcome::Outcome;
+use contract::policy::Policy;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+
+use crate::support::{Fixture, Reply, scalar};
+use contract::key::Secret;
+
+async fn fixture(pool: &PgPool) -> (Fixture, Secret) {
+    let fixture = Fixture::new(pool).await;
+    let (_, admin) = fixture.key("admin@example.com", &["admin"]).await;
+    (fixture, admin)
+}
+
+async fn put(fixture: &Fixture, admin: &Secret, name: &str, body: Value) -> Reply {
+    fixture.put(&format!("/v1/policies/{name}"), admin, &body).await
+}
+
+fn prefix(path: &str) -> Value {
+    json!({"path": {"prefix": path}})
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_policy_is_shown_as_it_was_written_and_the_first_brings_the_default(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    assert_eq!(fixture.get("/v1/policies", &admin).await.json(), json!({"policies": [], "next_cursor": null}));
+    assert_eq!(fixture.get("/v1/policies/default", &admin).await.status, 404);
+    let body = json!({"description": "Reads orders", "scopes": {"all": ["orders:read"]}, "match": [prefix("/orders")]});
+    let reply = put(&fixture, &admin, "orders-read", body.clone()).await;
+    assert_eq!((reply.status, reply.header("etag")), (201, "\"1\""));
+    let mut expected = json!({
+        "name": "orders-read", "description": "Reads orders", "key": "required", "scopes": {"all": ["orders:read"]},
+        "cost": null, "rate_limits": [], "shadow": false, "from_annotation": true, "match": [prefix("/orders")],
+    });
+    expected["created_at"] = reply.json()["created_at"].clone();
+    assert_eq!(reply.json(), expected);
+    // The same again changes nothing.
+    let again = put(&fixture, &admin, "orders-read", body).await;
+    assert_eq!((again.status, again.header("etag")), (200, "\"1\""));
+    let shown = fixture.get("/v1/policies/orders-read", &admin).await.json();
+    expected["applied_on"] = shown["applied_on"].clone();
+    assert_eq!(shown, expected);
+    assert_eq!(shown["applied_on"]["envoys"], 0);
+    let list = fixture.get("/v1/policies", &admin).await.json();
+    let names: Vec<_> = list["policies"].as_array().unwrap().iter().map(|policy| policy["name"].clone()).collect();
+    assert_eq!(names, ["default", "orders-read"]);
+    assert_eq!((&list["policies"][0]["key"], &list["policies"][0]["match"]), (&json!("required"), &json!([])));
+
+    let sql = "select detail from audit where action = 'policy.create' and target = 'orders-read'";
+    let detail: Value = scalar(&pool, sql).await;
+    assert_eq!(detail["scopes"], json!({"all": ["orders:read"]}));
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    for reply in [
+        fixture.get("/v1/policies", &user).await,
+        fixture.get("/v1/policies/default", &user).await,
+        put(&fixture, &user, "default", json!({})).await,
+        fixture.delete("/v1/policies/orders-read", &user).await,
+    ] {
+        assert_eq!(reply.status, 403);
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn filters_get_policies_as_they_change_and_forget_deleted_ones(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    let names = async || {
+        fixture.in_step().await;
+        let definitions = fixture.app.store.definitions();
+        ["default", "a", "b"].map(|name| definitions.policy(name).map(|policy| policy.policy.cost))
+    };
+    assert_eq!(names().await, [None; 3]);
+    assert_eq!(put(&fixture, &admin, "a", json!({"cost": 1})).await.status, 201);
+    assert_eq!(names().await, [Some(None), Some(Some(1)), None]);
+    assert_eq!(put(&fixture, &admin, "a", json!({"cost": 2})).await.status, 200);
+    assert_eq!(put(&fixture, &admin, "b", json!({"cost": 3})).await.status, 201);
+    assert_eq!(put(&fixture, &admin, "default", json!({"cost": 4})).await.status, 200);
+    assert_eq!(names().await, [Some(Some(4)), Some(Some(2)), Some(Some(3))]);
+    assert_eq!(fixture.delete("/v1/policies/a", &admin).await.status, 204);
+    assert_eq!(names().await, [Some(Some(4)), None, Some(Some(3))]);
+    // Filters go on looking for names after the last one.
+    assert_eq!(fixture.delete("/v1/policies/b", &admin).await.status, 204);
+    assert!(!fixture.app.store.definitions().has_no_policies());
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_policy_that_is_in_use_stays_and_the_default_always_does(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    put(&fixture, &admin, "a", json!({"match": [prefix("/a"), prefix("/b")]})).await;
+    let reply = fixture.delete("/v1/policies/a", &admin).await;
+    let detail = "The policy a is in use: it has 2 entries of match. Remove them first.";
+    assert_eq!((reply.status, &reply.json()["detail"]), (409, &json!(detail)));
+    let reply = fixture.delete("/v1/policies/default", &admin).await;
+    assert_eq!(reply.status, 409);
+    put(&fixture, &admin, "a", json!({})).await;
+    assert_eq!(fixture.delete("/v1/policies/a", &admin).await.status, 204);
+    assert_eq!(fixture.delete("/v1/policies/a", &admin).await.status, 404);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_match_that_cannot_be_told_apart_from_another_is_refused_and_changes_nothing(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    put(&fixture, &admin, "a", json!({"match": [prefix("/a")]})).await;
+    let reply = put(&fixture, &admin, "b", json!({"cost": 1, "match": [prefix("/b"), prefix("/a/")]})).await;
+    let detail = "The policy a matches the same requests, and neither match is more specific (path /a and below). Change one of them.";
+    assert_eq!((reply.status, &reply.json()["detail"]), (409, &json!(detail)));
+    assert_eq!(fixture.get("/v1/policies/b", &admin).await.status, 404);
+    let more = json!({"match": [prefix("/b"), {"path": {"prefix": "/a"}, "methods": ["GET"]}]});
+    assert_eq!(put(&fixture, &admin, "b", more).await.status, 201);
+    let many: Vec<_> = (0..100).map(|number| prefix(&format!("/many/{number}"))).collect();
+    for number in 0..9 {
+        let own: Vec<_> = (0..100).map(|entry| prefix(&format!("/p{number}/{entry}"))).collect();
+        assert_eq!(put(&fixture, &admin, &format!("p{number}"), json!({"match": own})).await.status, 201);
+    }
+    let reply = put(&fixture, &admin, "many", json!({"match": many})).await;
+    assert_eq!((reply.status, reply.json()["detail"].as_str().unwrap().contains("there would be 1003")), (409, true));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_change_needs_the_version_that_it_was_made_of(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    let path = "/v1/policies/a";
+    let with = async |name: &'static str, value: &str, body: Value| {
+        fixture.call_with("PUT", path, &admin, Some(&body), &[(name, value)]).await.status
+    };
+    assert_eq!(with("if-match", "\"1\"", json!({})).await, 412);
+    assert_eq!(with("if-none-match", "*", json!({})).await, 201);
+    assert_eq!(with("if-none-match", "*", json!({"cost": 1})).await, 412);
+    assert_eq!(with("if-match", "\"1\"", json!({"cost": 1})).await, 200);
+    assert_eq!(with("if-match", "\"1\"", json!({"cost": 2})).await, 412);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_wrong_field_is_named(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    for (body, field) in [
+        (json!({"scopes": {"all": []}}), "scopes"),
+        (json!({"match": [{"path": {"exact": "/a/../b"}}]}), "match[0].path"),
+        (json!({"rate_limits": [{"name": "a", "requests": 0, "window_seconds": 1}]}), "rate_limits"),
+        (json!({"policy": {}}), "policy"),
+    ] {
+        let reply = put(&fixture, &admin, "a", body).await;
+        assert_eq!((reply.status, &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
+    }
+    assert_eq!(put(&fixture, &admin, "A", json!({})).await.status, 400);
+}
+
+/// The control plane decides about its own callers by no policy of an API owner.
+#[sqlx::test(migrations = "./migrations")]
+async fn no_policy_lets_anybody_into_the_rest_api(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    put(&fixture, &admin, "default", json!({"key": "optional", "shadow": true})).await;
+    fixture.in_step().await;
+    let (_, user) = fixture.key("user@example.com", &[]).await;
+    assert_eq!(fixture.get("/v1/policies", &user).await.status, 403);
+    assert_eq!(decide(Presented::Missing, &Facts::at(0)), Outcome::Missing);
+    assert_eq!(Facts::at(0).policy, Policy::PLAIN);
+}
