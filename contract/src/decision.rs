@@ -31,7 +31,7 @@ pub struct Facts<'a> {
     pub understands: Requires,
     /// The policy of the route.
     pub policy: &'a Policy,
-    /// All roles and plans.
+    /// All roles, plans and policies.
     pub definitions: &'a Definitions,
     /// The client's address, if it is known. Used only if the key is bound to networks.
     pub address: Option<IpAddr>,

@@ -9,8 +9,6 @@ use crate::json::Seconds;
 use crate::record::{Per, RateLimit};
 use crate::rules::Match;
 
-/// Most policies of one store.
-pub const POLICIES: usize = 1_000;
 /// Most credits that a request costs.
 pub const COST: u32 = 1_000_000;
 /// The name of the policy of requests for which no other policy is named or picked.
@@ -144,7 +142,7 @@ pub struct NamedPolicy {
     pub policy: Policy,
     /// The requests that it applies to although their route names no policy.
     pub matches: Vec<Match>,
-    /// Whether the owner of a route may name it by an annotation.
+    /// Whether the owner of a route may name it by an annotation or the name of the route.
     pub from_annotation: bool,
 }
 

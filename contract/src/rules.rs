@@ -8,9 +8,11 @@
 //! Rules that this order cannot tell apart, and that may match the same request, are [refused](conflict) when they are written.
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,13 +20,15 @@ use crate::policy::{NamedPolicy, PolicyError};
 
 mod path;
 
-pub use path::segments;
+pub use path::{AmbiguousPath, segments};
 
 /// Most rules of one store.
 pub const RULES: usize = 1_000;
 
 const HOSTS: usize = 16;
 const HOST_BYTES: usize = 253;
+/// Longest host and port that is looked at, in bytes. No rule names a longer host.
+const LONGEST_AUTHORITY: usize = HOST_BYTES + 1 + 6;
 const METHODS: usize = 10;
 const METHOD_BYTES: usize = 32;
 const HEADER_BYTES: usize = 256;
@@ -185,7 +189,7 @@ fn is_host(text: &str) -> bool {
     text.len() <= HOST_BYTES && name.split('.').all(is_label)
 }
 
-/// A request, as far as rules look at it. Each is asked for at most once for all rules, and only if a rule needs it.
+/// A request, as far as rules look at it. Each is asked for only if a rule for the request needs it.
 pub trait Target {
     /// The value of `:authority` or `Host`.
     fn host(&self) -> Option<Vec<u8>>;
@@ -206,7 +210,7 @@ pub struct Rule {
     /// The name of its policy.
     pub policy: String,
     /// What it matches.
-    pub matches: Match,
+    pub matches: Arc<Match>,
 }
 
 /// All rules of a store, as a tree of path segments for each host.
@@ -214,11 +218,8 @@ pub struct Rule {
 pub struct Rules {
     /// By host as rules name it.
     hosts: BTreeMap<String, Node>,
-    /// Whether a rule names a host, and whether one names a method.
+    /// Whether a rule names a host.
     needs_host: bool,
-    needs_method: bool,
-    /// The headers that rules look at.
-    headers: Vec<String>,
 }
 
 /// The rules for paths that have come so far.
@@ -233,7 +234,7 @@ struct Node {
 
 impl Rules {
     /// No rules.
-    pub const NONE: Self = Self { hosts: BTreeMap::new(), needs_host: false, needs_method: false, headers: Vec::new() };
+    pub const NONE: Self = Self { hosts: BTreeMap::new(), needs_host: false };
 
     /// The rules of these policies.
     pub fn new<'a>(policies: impl Iterator<Item = &'a NamedPolicy>) -> Self {
@@ -243,22 +244,16 @@ impl Rules {
                 rules.insert(&policy.name, matches);
             }
         }
+        rules.hosts.values_mut().for_each(Node::sort);
         rules
     }
 
     fn insert(&mut self, policy: &str, matches: &Match) {
         self.needs_host |= !matches.hosts.is_empty();
-        self.needs_method |= !matches.methods.is_empty();
-        if let Some(header) = &matches.header
-            && !self.headers.contains(&header.name)
-        {
-            self.headers.push(header.name.clone());
-        }
+        let rule = Rule { policy: policy.to_owned(), matches: Arc::new(matches.clone()) };
         for host in matches.hosts() {
             let node = self.hosts.entry(host.to_owned()).or_default();
-            let rules = node.leaf(matches.path.as_ref());
-            rules.push(Rule { policy: policy.to_owned(), matches: matches.clone() });
-            rules.sort_by_key(|rule| Reverse(rule.matches.rank()));
+            node.leaf(matches.path.as_ref()).push(rule.clone());
         }
     }
 
@@ -268,36 +263,37 @@ impl Rules {
         self.hosts.is_empty()
     }
 
-    /// The rule that applies to a request.
-    #[must_use]
-    pub fn find(&self, target: &impl Target) -> Option<&Rule> {
+    /// The rule that applies to a request, if one does.
+    ///
+    /// # Errors
+    /// [`AmbiguousPath`]: rules cannot be applied to such a request. It must be refused.
+    pub fn find(&self, target: &impl Target) -> Result<Option<&Rule>, AmbiguousPath> {
         if self.is_empty() {
-            return None;
+            return Ok(None);
         }
-        let path = target.path()?;
-        let segments = segments(&path);
-        let method = if self.needs_method { target.method() } else { None };
-        let values = self.headers.iter().filter_map(|name| Some((name.as_str(), target.header(name)?))).collect();
-        let seen = Seen { method, values };
+        let path = target.path().unwrap_or_default();
+        let segments = segments(&path)?;
+        let seen = Seen { target, method: OnceCell::new() };
         let host = if self.needs_host { target.host() } else { None };
-        let host = host.as_deref().map(host_of);
+        let host = host.filter(|host| host.len() <= LONGEST_AUTHORITY).as_deref().map(host_of);
         let of_host = host.iter().flat_map(|host| hosts_for(host)).chain([Cow::Borrowed(ANY_HOST)]);
-        of_host.filter_map(|host| self.hosts.get(&*host)).find_map(|node| node.find(&segments, &seen))
+        Ok(of_host.filter_map(|host| self.hosts.get(&*host)).find_map(|node| node.find(&segments, &seen)))
     }
 }
 
-/// What a request has beside its host and path.
-struct Seen<'a> {
-    method: Option<Vec<u8>>,
-    values: Vec<(&'a str, Vec<u8>)>,
+/// What a request has beside its host and path. Each is read once a rule for its host and path needs it.
+struct Seen<'a, T> {
+    target: &'a T,
+    method: OnceCell<Option<Vec<u8>>>,
 }
 
-impl Seen<'_> {
+impl<T: Target> Seen<'_, T> {
     fn fits(&self, matches: &Match) -> bool {
         let has_method = |method: &[u8]| matches.methods.iter().any(|named| named.as_bytes() == method);
+        let method = || self.method.get_or_init(|| self.target.method()).as_deref();
         let has_header =
-            |header: &HeaderMatch| self.values.iter().any(|(name, value)| *name == header.name && header.fits(value));
-        (matches.methods.is_empty() || self.method.as_deref().is_some_and(has_method))
+            |header: &HeaderMatch| self.target.header(&header.name).is_some_and(|value| header.fits(&value));
+        (matches.methods.is_empty() || method().is_some_and(has_method))
             && matches.header.as_ref().is_none_or(has_header)
     }
 }
@@ -318,7 +314,14 @@ impl Node {
         if matches!(path, PathMatch::Prefix(_)) { &mut node.prefix } else { &mut node.exact }
     }
 
-    fn find(&self, segments: &[Cow<'_, [u8]>], seen: &Seen<'_>) -> Option<&Rule> {
+    fn sort(&mut self) {
+        for rules in [&mut self.exact, &mut self.prefix] {
+            rules.sort_by_key(|rule| Reverse(rule.matches.rank()));
+        }
+        self.texts.values_mut().chain(self.any.as_deref_mut()).for_each(Self::sort);
+    }
+
+    fn find(&self, segments: &[Cow<'_, [u8]>], seen: &Seen<'_, impl Target>) -> Option<&Rule> {
         let fitting = |rules: &'_ Vec<Rule>| rules.iter().position(|rule| seen.fits(&rule.matches));
         let deeper = match segments.split_first() {
             None => fitting(&self.exact).and_then(|place| self.exact.get(place)),

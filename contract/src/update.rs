@@ -12,8 +12,9 @@ use crate::hash::{BUCKETS, KeyHash};
 use crate::id::Epoch;
 use crate::record::Record;
 
-/// A writer ends an update before it exceeds this many bytes, but never within a bucket or a revision. A filter applies an
-/// update in one piece, which blocks its thread for some milliseconds.
+/// A writer ends an update before it exceeds this many bytes of keys, but never within a bucket or a revision. Definitions, of
+/// which the control plane has a few hundred kilobytes at most, come on top in the first update. A filter applies an update in
+/// one piece, which blocks its thread for some milliseconds.
 pub const UPDATE_BYTES: usize = 1 << 15;
 
 /// A revision that takes more bytes than this is sent as a snapshot.

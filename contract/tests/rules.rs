@@ -171,7 +171,7 @@ fn the_tree_finds_the_rule_that_a_naive_search_finds() {
                 assert!(second < first, "two rules have the same rank: {ranked:?}");
             }
             let expected = ranked.last().map(|(_, name)| *name);
-            assert_eq!(rules.find(&request).map(|rule| rule.policy.as_str()), expected, "{policies:?}");
+            assert_eq!(rules.find(&request).unwrap().map(|rule| rule.policy.as_str()), expected, "{policies:?}");
             (compared, found) = (compared + 1, found + usize::from(expected.is_some()));
         }
     }

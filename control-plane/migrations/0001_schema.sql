@@ -1,7 +1,7 @@
 -- The schema of the control plane.
 --
 --    1. Revisions and versions
---    2. Roles and plans
+--    2. Roles, plans and policies
 --    3. Users
 --    4. Keys
 --    5. Old secrets of keys

@@ -66,6 +66,8 @@ pub struct Config {
     pub access_log_state: bool,
     /// Where the name of a request's policy is looked for, in this order. If none names one, the default policy applies.
     pub policy_sources: Vec<PolicySource>,
+    /// Whether the operator has configured these sources. Otherwise none is asked before the first policy is written.
+    pub are_sources_given: bool,
     /// Shadow mode on all routes: requests are decided and counted, but none is refused.
     pub shadow: bool,
     /// The decisions on requests without a usable store.
@@ -276,6 +278,7 @@ impl Config {
                 .transpose()
                 .map_err(ConfigError)?,
             access_log_state: raw.access_log_state.unwrap_or(true),
+            are_sources_given: raw.policy_sources.is_some(),
             policy_sources: policy_sources(raw.policy_sources)?,
             shadow: raw.shadow,
             failure_mode: raw.failure_mode,

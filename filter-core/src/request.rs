@@ -16,7 +16,7 @@ use contract::definition::Definitions;
 use contract::outcome::Outcome;
 use contract::policy::{NamedPolicy, Policy};
 use contract::record::Record;
-use contract::rules::Target;
+use contract::rules::{AmbiguousPath, Target};
 use contract::usage::KeyRef;
 
 use crate::address::Client;
@@ -153,8 +153,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
 
     /// The policy of the request; `None` if an unknown one is named.
     fn find_policy(&self, stream: &impl Stream) -> Option<&'a Policy> {
-        // Without policies there is none that could be named. With the first one there is also a default policy, for good.
-        if self.definitions.has_no_policies() {
+        // A policy of the name `default` comes with the first one and stays, so that names are looked for from then on.
+        if self.definitions.has_no_policies() && !self.config.are_sources_given {
             return Some(Policy::PLAIN);
         }
         for source in &self.config.policy_sources {
@@ -174,26 +174,29 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// The policy that a source names, or the name if the source may not name it. `None`: it names none.
     fn look_in(&self, source: &PolicySource, stream: &impl Stream) -> Option<Result<&'a NamedPolicy, String>> {
         let policy = |name: String| self.definitions.policy(&name).ok_or(name);
+        // The owner of a route may not choose every policy.
+        let of_owner = |name: String| match self.definitions.policy(&name) {
+            Some(policy) if policy.from_annotation => Ok(policy),
+            _ => Err(name),
+        };
         match source {
             PolicySource::RouteMetadata => stream.named_policy(PolicyPlace::Route).map(policy),
             PolicySource::VirtualHostMetadata => stream.named_policy(PolicyPlace::VirtualHost).map(policy),
             PolicySource::Annotation(annotation) => {
-                let name = stream.named_policy(PolicyPlace::Annotation(annotation))?;
-                let allowed = self.definitions.policy(&name).filter(|policy| policy.from_annotation);
-                Some(allowed.ok_or(name))
+                stream.named_policy(PolicyPlace::Annotation(annotation)).map(of_owner)
             }
             PolicySource::RouteName => {
                 let name = stream.named_policy(PolicyPlace::RouteName)?;
-                self.definitions.policy(&name).map(Ok)
+                self.definitions.policy(&name).map(|_| of_owner(name))
             }
             PolicySource::RouteNamePrefix(prefix) => {
                 let name = stream.named_policy(PolicyPlace::RouteName)?;
-                name.strip_prefix(prefix).map(|name| policy(name.to_owned()))
+                name.strip_prefix(prefix).map(|name| of_owner(name.to_owned()))
             }
-            PolicySource::Rules => {
-                let rule = self.definitions.rules().find(&RuleTarget(stream))?;
-                Some(policy(rule.policy.clone()))
-            }
+            PolicySource::Rules => match self.definitions.rules().find(&RuleTarget(stream)) {
+                Ok(rule) => rule.map(|rule| policy(rule.policy.clone())),
+                Err(AmbiguousPath) => Some(Err(String::new())),
+            },
         }
     }
 
@@ -202,25 +205,30 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         if !self.vm.is_new_unknown_policy(name) {
             return;
         }
-        let (place, remedy) = match source {
-            PolicySource::Annotation(annotation) => (
-                format!("the annotation {annotation}"),
-                "create it with PUT /v1/policies, allow it with from_annotation, or correct the annotation",
-            ),
-            PolicySource::RouteName | PolicySource::RouteNamePrefix(_) => {
-                ("the name".to_owned(), "create it with PUT /v1/policies, or rename the route")
+        let place = match source {
+            PolicySource::RouteMetadata => "the metadata of a route".to_owned(),
+            PolicySource::VirtualHostMetadata => "the metadata of a virtual host".to_owned(),
+            PolicySource::Annotation(annotation) => format!("the annotation {annotation} of a route"),
+            PolicySource::RouteName | PolicySource::RouteNamePrefix(_) => "the name of a route".to_owned(),
+            PolicySource::Rules => "a rule".to_owned(),
+        };
+        let problem = match (source, name) {
+            (PolicySource::Rules, "") => {
+                "requests have paths with dot segments or encoded slashes, which rules cannot be \
+                                          applied to: let Envoy normalise paths and refuse encoded slashes"
+                    .to_owned()
             }
-            _ => (
-                "filter_metadata.portcullis".to_owned(),
-                "create it with PUT /v1/policies, or correct filter_metadata.portcullis.policy of the route",
-            ),
+            (_, "") => format!("{place} has no policy name where one belongs: write it as {{policy: NAME}}"),
+            (_, name) if self.definitions.policy(name).is_some() => {
+                format!("{place} names the policy {name:?}, which has from_annotation false: name another policy")
+            }
+            (_, name) => {
+                format!(
+                    "{place} names the policy {name:?}, which does not exist: write it with PUT /v1/policies/{name}"
+                )
+            }
         };
-        let problem = if name.is_empty() {
-            format!("{place} of a route does not name a policy as it should, such as {{policy: NAME}}")
-        } else {
-            format!("{place} of a route names the policy {name:?}, which it cannot have or which does not exist")
-        };
-        self.vm.host().error(&format!("{problem}: requests to it are refused; {remedy}"));
+        self.vm.host().error(&format!("{problem}; until then such requests are refused"));
     }
 
     /// The outcome of every request while the store is not loaded, or older than the operator allows.

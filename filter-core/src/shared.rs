@@ -134,7 +134,7 @@ pub enum CellKey {
     Records(u16),
     /// How far the store is.
     State,
-    /// Roles and plans.
+    /// Roles, plans and policies.
     Definitions,
     /// The version of [`CellKey::Definitions`].
     DefinitionsVersion,

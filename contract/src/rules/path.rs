@@ -43,22 +43,30 @@ pub(super) fn is_variable(segment: &str) -> bool {
     name.is_some_and(|name| !name.is_empty() && name.bytes().all(allowed))
 }
 
-/// The segments of a request's path, without the query. Different spellings of one path give the same segments: encoded bytes
-/// are decoded once, parameters (RFC 3986, section 3.3) and empty segments are left out, and dots are resolved.
-#[must_use]
-pub fn segments(path: &[u8]) -> Vec<Cow<'_, [u8]>> {
+/// A path that gateways and upstreams may read in different ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AmbiguousPath;
+
+/// The segments of a request's path, without the query. Encoded bytes are decoded once; parameters (RFC 3986, section 3.3) and
+/// empty segments are left out.
+///
+/// # Errors
+/// [`AmbiguousPath`] if a segment is then `.` or `..`, or has a slash, a backslash or a zero byte. Envoy resolves dots and can
+/// refuse encoded slashes before the filter sees the path.
+pub fn segments(path: &[u8]) -> Result<Vec<Cow<'_, [u8]>>, AmbiguousPath> {
     let path = path.split(|byte| b"?#".contains(byte)).next().unwrap_or_default();
     let mut segments = Vec::new();
     for segment in path.split(|byte| *byte == b'/') {
         let name = segment.split(|byte| *byte == b';').next().unwrap_or_default();
         let name = decoded(name);
-        match &*name {
-            b"" | b"." => {}
-            b".." => drop(segments.pop()),
-            _ => segments.push(name),
+        if [&b"."[..], b".."].contains(&&*name) || name.iter().any(|byte| b"/\\\0".contains(byte)) {
+            return Err(AmbiguousPath);
+        }
+        if !name.is_empty() {
+            segments.push(name);
         }
     }
-    segments
+    Ok(segments)
 }
 
 fn decoded(segment: &[u8]) -> Cow<'_, [u8]> {

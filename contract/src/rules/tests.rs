@@ -71,7 +71,7 @@ fn rules(rules: &[(&str, Match)]) -> Rules {
 }
 
 fn found<'a>(rules: &'a Rules, request: &Request) -> Option<&'a str> {
-    rules.find(request).map(|rule| rule.policy.as_str())
+    rules.find(request).unwrap().map(|rule| rule.policy.as_str())
 }
 
 #[test]
@@ -108,27 +108,44 @@ fn the_most_specific_path_applies_segment_by_segment() {
 #[test]
 fn a_spelling_of_a_path_makes_no_difference() {
     let rules = rules(&[("strict", prefix("/strict")), ("open", prefix("/open"))]);
-    for path in [
-        "//strict",
-        "/./strict",
-        "/open/../strict",
-        "/%73trict",
-        "/strict;v=1/x",
-        "/open/%2e%2e/strict",
-        "/open/..;v=1/strict",
-        "/../strict",
-        "/strict#/open",
-        "/strict/%",
-        "/strict/%zz",
-        "/x/../strict/%ff",
-    ] {
+    for path in
+        ["//strict", "/%73trict", "/strict;v=1/x", "/strict#/open", "/strict/%", "/strict/%zz", "/;a/strict/%ff"]
+    {
         assert_eq!(found(&rules, &get("a", path)), Some("strict"), "{path}");
     }
-    // Encoded slashes are part of a segment. The shipped configurations of Envoy refuse them.
-    for path in ["/strict%2Fa", "/STRICT", "/%2573trict", "strict%20", "", "*"] {
+    for path in ["/STRICT", "/%2573trict", "strict%20", "", "*"] {
         assert_eq!(found(&rules, &get("a", path)), None, "{path}");
     }
-    assert_eq!(segments(b"/a%20b/%2Fc/"), [&b"a b"[..], b"/c"]);
+    assert_eq!(segments(b"/a%20b//c/").unwrap(), [&b"a b"[..], b"c"]);
+}
+
+#[test]
+fn a_path_that_can_be_read_in_several_ways_fits_no_rule_and_is_an_error() {
+    let rules = rules(&[("strict", prefix("/strict")), ("open", prefix("/open"))]);
+    for path in [
+        "/./strict",
+        "/open/../strict",
+        "/open/%2e%2e/strict",
+        "/open/..;v=1/strict",
+        "/strict/%2e%2e;/open",
+        "/..",
+        "/open/.%2E",
+        "/open/x%2f..%2fstrict",
+        "/open%5Cstrict",
+        "/open%00",
+    ] {
+        assert_eq!(rules.find(&get("a", path)), Err(AmbiguousPath), "{path}");
+    }
+    // Without rules the path is not looked at.
+    assert_eq!(Rules::NONE.find(&get("a", "/..")), Ok(None));
+}
+
+#[test]
+fn a_request_without_a_path_or_with_a_long_host_gets_the_rules_for_all() {
+    let rules = rules(&[("get", methods(&["GET"], Match::default())), ("host", host("*.a.b", Match::default()))]);
+    assert_eq!(found(&rules, &get("x.a.b", "")), Some("host"));
+    let long: &'static str = Box::leak(format!("{}a.b", "a.".repeat(30_000)).into_boxed_str());
+    assert_eq!(found(&rules, &get(long, "/")), Some("get"));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use contract::outcome::Outcome;
 use contract::pepper::hashes;
 use contract::policy::{DEFAULT_NAME, Policy, PolicyLimits};
 use contract::record::{Per, RateLimit, Record};
-use contract::rules::Target;
+use contract::rules::{AmbiguousPath, Target};
 use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -54,7 +54,8 @@ pub struct ExplainBody {
     /// The method of the request; GET unless given.
     #[schema(example = "GET", max_length = 32)]
     method: Option<String>,
-    /// The path of the request. The policy with the most specific match applies, or the default one.
+    /// The path of the request, as Envoy normalises it. The policy with the most specific match applies, or the default one: what
+    /// an Envoy decides whose route names no policy.
     #[schema(example = "/orders?page=2", max_length = 4096)]
     path: Option<String>,
     /// The host of the request, for policies that match by host.
@@ -250,10 +251,17 @@ fn applies(definitions: &Definitions, body: &ExplainBody) -> Result<Applying, Ap
             let policy = content.policy.map(|policy| policy.policy);
             Ok(Applying { name: INLINE.into(), policy, how: "it stands in the request".into() })
         }
+        None if body.path.is_none() && (body.host.is_some() || !body.headers.is_empty()) => {
+            Err(ApiError::invalid("path", "is needed with host or headers: policies match all of them together"))
+        }
         None if body.path.is_none() => Ok(named(DEFAULT_NAME, "the request names neither a policy nor a path".into())),
         None => Ok(match definitions.rules().find(&request) {
-            Some(rule) => named(&rule.policy, format!("the most specific match is: {}", rule.matches)),
-            None => named(DEFAULT_NAME, "no policy matches the request".into()),
+            Ok(Some(rule)) => named(&rule.policy, format!("the most specific match is: {}", rule.matches)),
+            Ok(None) => named(DEFAULT_NAME, "no policy matches the request".into()),
+            Err(AmbiguousPath) => {
+                let how = "the path has dot segments or encoded slashes, which Envoy should resolve or refuse".into();
+                Applying { name: "unknown".into(), policy: None, how }
+            }
         }),
     }
 }

@@ -17,7 +17,7 @@ const MATCHES: usize = 100;
 /// What a policy requires of requests, and which requests it is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"scopes": {"all": ["orders:read"]}, "match": [{"path": {"prefix": "/orders"}, "methods": ["GET"]}]}))]
+#[schema(example = json!({"scopes": {"all": ["orders:read"]}, "match": [{"path": {"prefix": "/orders"}, "methods": ["GET", "HEAD"]}]}))]
 pub struct PolicyBody {
     /// For people: at most 500 characters.
     #[serde(default, deserialize_with = "null_is_default")]
@@ -44,7 +44,8 @@ pub struct PolicyBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable)]
     shadow: bool,
-    /// Whether the owner of a route may name the policy by an annotation. Policies with `false` are for the platform alone.
+    /// Whether the owner of a route may name the policy by an annotation or the name of the route. Policies with `false` are for
+    /// the platform alone, which names them in metadata or by `match`.
     #[serde(default = "yes", deserialize_with = "null_is_yes")]
     #[schema(nullable)]
     from_annotation: bool,
@@ -126,21 +127,21 @@ pub enum SubjectBody {
 /// What a request must be like. Everything that is given must match.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"hosts": ["api.example.com"], "path": {"template": "/orders/{id}"}, "methods": ["GET"]}))]
+#[schema(example = json!({"hosts": ["api.example.com"], "path": {"template": "/orders/{id}"}, "methods": ["GET", "HEAD"]}))]
 pub struct MatchBody {
     /// Its host must be one of these, such as `api.example.com`, or have one of these suffixes, such as `*.example.com`.
-    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
-    #[schema(nullable, max_items = 16)]
-    hosts: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_items = 1, max_items = 16)]
+    hosts: Option<Vec<String>>,
     /// What its path must be. The query is no part of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(inline)]
     path: Option<PathBody>,
-    /// Its method must be one of these, in capitals.
-    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
-    #[schema(nullable, max_items = 10)]
-    methods: Vec<String>,
-    /// A header that it must have.
+    /// Its method must be one of these, in capitals. `HEAD` is a method of its own, which upstreams treat like `GET`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_items = 1, max_items = 10)]
+    methods: Option<Vec<String>>,
+    /// A header that it must have. Of several lines the first counts, so a client that may send any header can choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     header: Option<HeaderBody>,
 }
@@ -192,6 +193,14 @@ impl PolicyBody {
         policy.check().map_err(|error| invalid("", error))?;
         if self.matches.len() > MATCHES {
             return Err(ApiError::invalid("match", format!("must have at most {MATCHES} entries")));
+        }
+        for (place, MatchBody { hosts, methods, .. }) in self.matches.iter().enumerate() {
+            for (field, list) in [("hosts", hosts), ("methods", methods)] {
+                if list.as_ref().is_some_and(Vec::is_empty) {
+                    let detail = "name at least one, or leave it out to match all";
+                    return Err(ApiError::invalid(format!("match[{place}].{field}"), detail));
+                }
+            }
         }
         let matches: Vec<Match> = self.matches.into_iter().map(Match::from).collect();
         for (place, matches) in matches.iter().enumerate() {
@@ -299,7 +308,7 @@ impl From<MatchBody> for Match {
             PathBody::Template(path) => PathMatch::Template(path),
         });
         let header = header.map(|HeaderBody { name, value }| HeaderMatch { name, value });
-        Self { hosts, path, methods, header }
+        Self { hosts: hosts.unwrap_or_default(), path, methods: methods.unwrap_or_default(), header }
     }
 }
 
@@ -311,7 +320,8 @@ impl MatchBody {
             PathMatch::Template(path) => PathBody::Template(path),
         });
         let header = header.clone().map(|HeaderMatch { name, value }| HeaderBody { name, value });
-        Self { hosts: hosts.clone(), path, methods: methods.clone(), header }
+        let given = |list: &Vec<String>| (!list.is_empty()).then(|| list.clone());
+        Self { hosts: given(hosts), path, methods: given(methods), header }
     }
 }
 
@@ -363,6 +373,8 @@ mod tests {
             (json!({"rate_limits": [limit]}), "rate_limits"),
             (json!({"key": "optional", "rate_limits": [limit, limit]}), "rate_limits"),
             (json!({"match": [{}]}), "match[0]"),
+            (json!({"match": [{"hosts": []}]}), "match[0].hosts"),
+            (json!({"match": [{"path": {"exact": "/a"}, "methods": []}]}), "match[0].methods"),
             (json!({"match": [{"path": {"prefix": "/"}}, {"path": {"exact": "a"}}]}), "match[1].path"),
             (json!({"match": [{"header": {"name": "X", "value": "a"}}]}), "match[0].header.name"),
             (json!({"match": vec![json!({"path": {"exact": "/a"}}); 101]}), "match"),

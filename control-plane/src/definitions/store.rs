@@ -21,6 +21,9 @@ use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
 use crate::quota::{Whose, apply_quotas};
 
+/// Most bytes of all policies together, as filters get them: they come in one update.
+const POLICY_BYTES: usize = 1 << 18;
+
 /// A role, a plan or a policy.
 #[derive(Clone, Debug)]
 pub struct Definition {
@@ -259,22 +262,29 @@ pub async fn remove(
 
 /// Checks the rules of all policies, after one has changed. With the first policy it creates the default one: an Envoy looks for
 /// the policies that routes name as soon as there is one, and goes on doing so although others are deleted.
-async fn check_policies(connection: &mut PgConnection, name: &Name, made: bool) -> Result<(), ApiError> {
+async fn check_policies(change: &mut Change, name: &Name, made: bool) -> Result<(), ApiError> {
+    let connection = &mut **change;
     let all = sqlx::query_scalar!(
         r#"select policy as "policy!: Json<NamedPolicy>" from definitions where kind = 'policy' and not removed"#
     )
     .fetch_all(&mut *connection)
     .await?;
+    let bytes: usize = all.iter().map(|policy| encoded_bytes(&policy.0)).sum();
+    if bytes > POLICY_BYTES {
+        let detail = format!("All policies together may take {POLICY_BYTES} bytes; there would be {bytes}.");
+        return Err(ApiError::Conflict(detail));
+    }
     let rules: usize = all.iter().map(|policy| policy.matches.len()).sum();
     if rules > RULES {
         let detail = format!("All policies together may have {RULES} entries of match; there would be {rules}.");
         return Err(ApiError::Conflict(detail));
     }
     if let Some((one, other)) = conflict(&Rules::new(all.iter().map(|policy| &policy.0))) {
-        let other = if one.policy == name.as_str() { other } else { one };
+        let (own, other) = if one.policy == name.as_str() { (one, other) } else { (other, one) };
         return Err(ApiError::Conflict(format!(
-            "The policy {} matches the same requests, and neither match is more specific ({}). Change one of them.",
-            other.policy, other.matches
+            "The match \"{}\" and the match \"{}\" of the policy {} fit the same requests, and neither is more specific. Change \
+             one of them.",
+            own.matches, other.matches, other.policy
         )));
     }
     if made && !all.iter().any(|policy| policy.name == DEFAULT_NAME) {
@@ -287,8 +297,15 @@ async fn check_policies(connection: &mut PgConnection, name: &Name, made: bool) 
         )
         .execute(connection)
         .await?;
+        let detail = json!(PolicyBody::of("", &default));
+        change.record(AuditEvent::on("policy.create", DEFAULT_NAME, detail)).await?;
     }
     Ok(())
+}
+
+/// The size of a policy as filters get it.
+fn encoded_bytes(policy: &NamedPolicy) -> usize {
+    contract::definition::Definition::from(policy.clone()).to_bytes().map_or(usize::MAX, |bytes| bytes.len())
 }
 
 /// 409 for a policy that requests get although no route names it.

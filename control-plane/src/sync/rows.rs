@@ -45,7 +45,7 @@ macro_rules! keys {
 pub(super) struct DatabaseState {
     pub(super) epoch: Uuid,
     pub(super) revision: i64,
-    /// The revision of the newest change of an old secret, and of a role or plan; 0 if there is none.
+    /// The revision of the newest change of an old secret, and of a role, plan or policy; 0 if there is none.
     pub(super) newest_old_secret: i64,
     pub(super) newest_definition: i64,
 }

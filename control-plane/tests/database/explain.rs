@@ -218,6 +218,11 @@ async fn the_match_that_picks_a_policy_is_told(pool: PgPool) {
     for (body, name, how) in [
         (json!({"path": "/orders/1?page=2"}), "orders-read", "the most specific match is: GET, path /orders and below"),
         (json!({"path": "/ordersx"}), "default", "no policy matches the request"),
+        (
+            json!({"path": "/orders/..;/x"}),
+            "unknown",
+            "the path has dot segments or encoded slashes, which Envoy should resolve or refuse",
+        ),
         (json!({"path": "/%6Frders;v=1"}), "orders-read", "the most specific match is: GET, path /orders and below"),
         (
             json!({"path": "/orders", "host": "API.ai.example:443", "headers": {"X-Model": "gpt-5"}}),
@@ -258,6 +263,7 @@ async fn a_wrong_field_is_named_and_no_secret_is_told(pool: PgPool) {
         (json!({"address": "here"}), "address", "must be an IPv4 or IPv6 address such as 192.0.2.7"),
         (json!({"time": "now"}), "time", "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z"),
         (json!({"method": "get"}), "method", "must be a method in capitals, such as GET"),
+        (json!({"host": "a"}), "path", "is needed with host or headers: policies match all of them together"),
         (json!({"path": "/", "host": ""}), "host", "must have 1 to 253 visible ASCII characters"),
         (json!({"path": "orders"}), "path", "must start with / and have at most 4096 bytes"),
         (json!({"policy": {"scopes": {"all": []}}}), "policy.scopes", "name at least one scope, or leave it out"),

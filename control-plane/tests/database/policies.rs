@@ -1,13 +1,10 @@
 //! `/v1/policies`: written, shown, pushed to filters, and kept free of conflicts.
 
-use contract::decision::{Facts, Presented, decide};
-use contract::outcome::Outcome;
-use contract::policy::Policy;
+use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::support::{Fixture, Reply, scalar};
-use contract::key::Secret;
+use crate::support::{Fixture, Reply, request, scalar};
 
 async fn fixture(pool: &PgPool) -> (Fixture, Secret) {
     let fixture = Fixture::new(pool).await;
@@ -104,7 +101,8 @@ async fn a_match_that_cannot_be_told_apart_from_another_is_refused_and_changes_n
     let (fixture, admin) = fixture(&pool).await;
     put(&fixture, &admin, "a", json!({"match": [prefix("/a")]})).await;
     let reply = put(&fixture, &admin, "b", json!({"cost": 1, "match": [prefix("/b"), prefix("/a/")]})).await;
-    let detail = "The policy a matches the same requests, and neither match is more specific (path /a and below). Change one of them.";
+    let detail = "The match \"path /a/ and below\" and the match \"path /a and below\" of the policy a fit the same requests, and \
+         neither is more specific. Change one of them.";
     assert_eq!((reply.status, &reply.json()["detail"]), (409, &json!(detail)));
     assert_eq!(fixture.get("/v1/policies/b", &admin).await.status, 404);
     let more = json!({"match": [prefix("/b"), {"path": {"prefix": "/a"}, "methods": ["GET"]}]});
@@ -147,14 +145,34 @@ async fn a_wrong_field_is_named(pool: PgPool) {
     assert_eq!(put(&fixture, &admin, "A", json!({})).await.status, 400);
 }
 
+#[sqlx::test(migrations = "./migrations")]
+async fn of_two_policies_that_conflict_only_one_is_written_although_they_come_at_once(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    for round in 0..10 {
+        let body = json!({"match": [prefix(&format!("/round-{round}"))]});
+        let names = [format!("a{round}"), format!("b{round}")];
+        let [one, other] = &names;
+        let (one, other) =
+            tokio::join!(put(&fixture, &admin, one, body.clone()), put(&fixture, &admin, other, body.clone()));
+        let mut statuses = [one.status, other.status];
+        statuses.sort_unstable();
+        assert_eq!(statuses, [201, 409]);
+    }
+    let created = "select count(*) from audit where action = 'policy.create' and target = 'default'";
+    assert_eq!(scalar::<i64>(&pool, created).await, 1);
+}
+
 /// The control plane decides about its own callers by no policy of an API owner.
 #[sqlx::test(migrations = "./migrations")]
 async fn no_policy_lets_anybody_into_the_rest_api(pool: PgPool) {
     let (fixture, admin) = fixture(&pool).await;
     put(&fixture, &admin, "default", json!({"key": "optional", "shadow": true})).await;
     fixture.in_step().await;
-    let (_, user) = fixture.key("user@example.com", &[]).await;
-    assert_eq!(fixture.get("/v1/policies", &user).await.status, 403);
-    assert_eq!(decide(Presented::Missing, &Facts::at(0)), Outcome::Missing);
-    assert_eq!(Facts::at(0).policy, Policy::PLAIN);
+    let (id, revoked) = fixture.key("user@example.com", &["admin"]).await;
+    assert_eq!(fixture.delete(&format!("/v1/keys/{id}"), &admin).await.status, 200);
+    let stranger = Secret::from_presented("sk_live_nobody".into());
+    for key in [Some(&revoked), Some(&stranger), None] {
+        let reply = fixture.send(request("GET", "/v1/policies", key, "")).await;
+        assert_eq!(reply.status, 401);
+    }
 }

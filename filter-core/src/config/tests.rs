@@ -48,6 +48,7 @@ fn the_smallest_configuration_has_safe_defaults() {
         }),
         access_log_state: true,
         policy_sources: vec![PolicySource::RouteMetadata, PolicySource::VirtualHostMetadata, PolicySource::Rules],
+        are_sources_given: false,
         shadow: false,
         failure_mode: FailureModes { not_ready: FailureMode::Deny, stale: FailureMode::Deny },
         max_staleness_ms: None,

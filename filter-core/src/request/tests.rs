@@ -302,8 +302,7 @@ fn an_unknown_policy_is_refused_even_if_the_failure_mode_allows_requests() {
 fn the_first_source_that_names_a_policy_decides() {
     let plugin = |sources: Value| {
         json!({"policy_sources": sources, "policies": {
-            "a": {"cost": 1}, "b": {"cost": 2}, "platform": {"cost": 3, "from_annotation": false},
-            "team": {"cost": 4, "from_annotation": true},
+            "a": {"cost": 1}, "b": {"cost": 2}, "platform": {"cost": 3}, "team": {"cost": 4, "from_annotation": true},
             "rule": {"cost": 5, "matches": [{"hosts": [], "path": {"prefix": "/rule"}, "methods": [], "header": null}]},
             "default": {"cost": 9},
         }})
@@ -336,23 +335,34 @@ fn the_first_source_that_names_a_policy_decides() {
         (Some(4), &|s| s.annotation = name("team")),
         (None, &|s| s.annotation = name("platform")),
         (None, &|s| s.annotation = name("none")),
-        (Some(3), &|s| s.route_name = name("p:platform")),
+        (None, &|s| s.route_name = name("p:platform")),
+        (Some(4), &|s| s.route_name = name("p:team")),
         (None, &|s| s.route_name = name("p:none")),
-        (Some(3), &|s| s.route_name = name("platform")),
+        (None, &|s| s.route_name = name("platform")),
+        (Some(4), &|s| s.route_name = name("team")),
         // Every route may have a name.
         (Some(5), &|s| s.route_name = name("none")),
     ] {
         assert_eq!(cost(all.clone(), change), expected);
     }
     assert_eq!(cost(json!([]), &|s| s.policy = name("a")), Some(9));
+    // A path that can be read in several ways.
+    assert_eq!(cost(json!(["rules"]), &|s| s.push(":path", b"/rule/..;/x")), Some(5), "the first line counts");
     assert_eq!(cost(json!(["route_name"]), &|s| s.policy = name("a")), Some(9));
 }
 
 #[test]
 fn without_policies_no_source_is_asked_and_rules_ask_only_for_what_they_look_at() {
     let reads = |policies: Value| {
-        let bench = Bench::new(json!({"policies": policies, "policy_sources": ["rules"]}), &[("k", record())]);
-        let stream = bench.request([("x-api-key", "k"), (":path", "/a"), (":method", "GET")], Some("a"));
+        let sources = json!(["rules"]);
+        let plugin = if policies.as_object().is_some_and(serde_json::Map::is_empty) {
+            json!({})
+        } else {
+            json!({"policies": policies, "policy_sources": sources})
+        };
+        let bench = Bench::new(plugin, &[("k", record())]);
+        let stream =
+            bench.request([("x-api-key", "k"), (":path", "/a"), (":method", "GET"), (":authority", "a.b")], Some("a"));
         let definitions = bench.vm.keys.definitions();
         let time = RequestTime::new(bench.host());
         let waited = Waited::default();
@@ -367,7 +377,9 @@ fn without_policies_no_source_is_asked_and_rules_ask_only_for_what_they_look_at(
     assert_eq!(reads(json!({"a": {}})), "x-api-key");
     assert_eq!(reads(rule(&[], &[], Value::Null)), "x-api-key :path");
     let all = rule(&["a.b"], &["GET"], json!({"name": "x-model", "value": "m"}));
-    assert_eq!(reads(all), "x-api-key :path :method x-model :authority");
+    // What only rules for other hosts and paths look at is not read.
+    assert_eq!(reads(rule(&["x.y"], &["GET"], json!({"name": "x-model", "value": "m"}))), "x-api-key :path :authority");
+    assert_eq!(reads(all), "x-api-key :path :authority :method x-model");
 }
 
 #[test]

@@ -177,7 +177,7 @@ async fn a_route_whose_policy_is_no_name_refuses_all_requests() -> Result<()> {
         }
     }
     assert_eq!(harness.demo.requests(), 0);
-    assert!(!harness.envoy.log().lines_with("does not name a policy as it should").is_empty());
+    assert!(!harness.envoy.log().lines_with("has no policy name where one belongs").is_empty());
     assert_upstream(&harness.get("/open", None).await?, &[]);
     assert_refused(&harness.get("/open", Some("stranger")).await?, Outcome::Unknown, &[]);
     // These name none.

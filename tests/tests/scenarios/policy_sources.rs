@@ -60,6 +60,7 @@ const ROUTES: &str = "- match: { prefix: /route }
                                   - kind: HTTPRoute
                                     namespace: default
                                     name: reports
+                                    sectionName: all
                                     annotations: { portcullis-policy: annotation }
                           route: { cluster: upstream }
                         - match: { prefix: /forbidden }
@@ -70,6 +71,7 @@ const ROUTES: &str = "- match: { prefix: /route }
                                   - kind: HTTPRoute
                                     namespace: default
                                     name: reports
+                                    sectionName: all
                                     annotations: { portcullis-policy: platform }
                           route: { cluster: upstream }
                         - match: { prefix: /other-annotation }
@@ -128,8 +130,10 @@ async fn each_source_names_the_policy_and_the_first_that_does_decides() -> Resul
                 assert_refused(&harness.get(path, Some(name)).await?, Outcome::PolicyUnknown, &[]);
             }
         }
-        for line in ["the annotation portcullis-policy of a route names the policy \"platform\"", "the name of a route"]
-        {
+        for line in [
+            "the annotation portcullis-policy of a route names the policy \"platform\", which has from_annotation false",
+            "the name of a route names the policy \"perfixed\", which does not exist",
+        ] {
             assert!(!harness.envoy.log().lines_with(line).is_empty(), "{line}");
         }
     }
@@ -168,6 +172,7 @@ async fn each_form_of_a_match_picks_a_policy_and_the_most_specific_applies() -> 
         (Method::GET, "/orders", &[("host", "example.com")], "prefix"),
         // Other spellings of a path that has a rule.
         (Method::GET, "//orders/./new", &plain, "exact"),
+        (Method::GET, "/orders/x/../new", &plain, "exact"),
         (Method::GET, "/x/../%6Frders;v=1/new", &plain, "exact"),
         (Method::GET, "/", &plain, "default"),
     ] {
@@ -212,6 +217,10 @@ async fn envoy_obeys_a_policy_once_its_change_is_answered_and_refuses_when_it_is
     assert_eq!((ask("/named", Some(&key)).await?, ask("/named", None).await?), (vec![200; 2], vec![401; 2]));
     assert_eq!(change("DELETE", "named", None).await?, 204);
     assert_eq!(ask("/named", Some(&key)).await?, [503; 2]);
+    for envoy in &stack.envoys {
+        envoy.wait_for_stat("wasmcustom.portcullis.decisions.policy_unknown_total", |refused| refused == 1).await?;
+        assert!(!envoy.log().lines_with("names the policy \"named\", which does not exist").is_empty());
+    }
     Ok(())
 }
 

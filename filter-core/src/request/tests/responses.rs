@@ -300,9 +300,9 @@ fn an_unknown_policy_is_logged_once_in_each_vm_and_only_the_first_hundred() {
     let log = bench.host().take_log();
     assert_eq!(log.iter().map(|(level, _)| *level).collect::<Vec<_>>(), ["error", "error"]);
     let start =
-        "filter_metadata.portcullis of a route names the policy \"b\", which it cannot have or which does not exist";
+        "the metadata of a route names the policy \"b\", which does not exist: write it with PUT /v1/policies/b";
     assert!(log[0].1.starts_with(start), "{log:?}");
-    assert!(log[1].1.starts_with("filter_metadata.portcullis of a route does not name a policy as it should"));
+    assert!(log[1].1.starts_with("the metadata of a route has no policy name where one belongs"));
     for number in 0..200 {
         bench.send([], Some(&format!("unknown-{number}")));
     }
