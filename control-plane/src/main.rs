@@ -85,10 +85,10 @@ async fn run(command: Command) -> Result<(), Failure> {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
             print(&format!("the epoch is now {epoch}; every filter loads all keys again"))
         }
-        Command::Keys(Keys::Import(source)) => {
+        Command::Keys(Keys::Import { source, dry_run }) => {
             let (pool, pepper) = (connect(&source.database).await?, given_pepper()?);
             control_plane::keys::pepper::check(&pool, pepper.as_ref()).await?;
-            let import = Import::new(Writer::new(pool, FeedWaker::default()), Actor::system(), pepper);
+            let import = Import::new(Writer::new(pool, FeedWaker::default()), Actor::system(), pepper).dry_run(dry_run);
             import_keys(import, open(&source.file)?).await
         }
         Command::Usage(Usage::Import(source)) => {

@@ -124,7 +124,7 @@ mod tests {
     fn wrong_links_anchors_paths_and_widths_are_found_and_right_ones_are_not() {
         let page = paths::find_workspace().unwrap().join("docs/src/introduction.md");
         let faults = |text: &str| faults_of(&page, text);
-        let right = "[a](#when-to-choose-it) [b](concepts.md#policies-of-routes) `docs/book.toml`, \
+        let right = "[a](#when-to-choose-it) [b](concepts.md#policies) `docs/book.toml`, \
                      `application/json`, <https://example.com>\n```sh\n`docs/none.rs`\n```\n";
         assert_eq!(faults(right), [""; 0]);
         assert!(anchors("## A heading, `x_y`\n").contains("a-heading-x_y"));

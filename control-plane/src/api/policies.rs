@@ -12,7 +12,7 @@ use crate::api::extract::Json;
 use crate::api::openapi::{Conditions, Conflict};
 use crate::api::pagination::{self, All, List, PageQuery};
 use crate::definitions::Kind;
-use crate::definitions::policy::PolicyBody;
+use crate::definitions::policy::{KeyNeedBody, MatchBody, PolicyBody, PolicyRateLimitBody, ScopesBody};
 use crate::definitions::store::{self, Definition};
 use crate::domain::{Preconditions, Timestamp};
 use crate::error::ApiError;
@@ -23,8 +23,26 @@ pub struct PolicyView {
     /// The name by which routes refer to it. `default` is that of the policy for requests without another.
     #[schema(example = "orders-read")]
     name: String,
-    #[serde(flatten)]
-    body: PolicyBody,
+    /// For people.
+    description: String,
+    /// Whether a request needs a key.
+    #[schema(inline)]
+    key: KeyNeedBody,
+    /// Scopes that the key must have; null if it needs none.
+    #[schema(required, inline)]
+    scopes: Option<ScopesBody>,
+    /// Credits that a request costs; null if that is the cost of the key.
+    #[schema(required)]
+    cost: Option<u32>,
+    /// Limits of the requests under this policy.
+    rate_limits: Vec<PolicyRateLimitBody>,
+    /// Whether nothing is refused.
+    shadow: bool,
+    /// Whether the owner of a route may name the policy.
+    from_annotation: bool,
+    /// The requests that the policy is for although their route names no policy.
+    #[serde(rename = "match")]
+    matches: Vec<MatchBody>,
     /// Since when there is one of that name.
     created_at: Timestamp,
 }
@@ -32,11 +50,10 @@ pub struct PolicyView {
 impl PolicyView {
     fn of(definition: Definition) -> Self {
         let policy = definition.policy.map(|policy| policy.0).unwrap_or_default();
-        Self {
-            body: PolicyBody::of(&definition.description, &policy),
-            name: definition.name,
-            created_at: definition.created_at.into(),
-        }
+        let PolicyBody { description, key, scopes, cost, rate_limits, shadow, from_annotation, matches } =
+            PolicyBody::of(&definition.description, &policy);
+        let (name, created_at) = (definition.name, definition.created_at.into());
+        Self { name, description, key, scopes, cost, rate_limits, shadow, from_annotation, matches, created_at }
     }
 }
 

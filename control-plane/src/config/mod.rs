@@ -249,7 +249,14 @@ pub struct Source {
 #[derive(Debug, Subcommand)]
 pub enum Keys {
     /// Import keys of another system: one JSON object a line, as POST /v1/keys/import takes them
-    Import(Source),
+    Import {
+        #[command(flatten)]
+        source: Source,
+
+        /// Check the lines and report what would be imported, but write nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 /// Commands below `usage`.

@@ -22,38 +22,38 @@ pub struct PolicyBody {
     /// For people: at most 500 characters.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, max_length = 500)]
-    description: String,
+    pub description: String,
     /// Whether a request needs a key.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, inline)]
-    key: KeyNeedBody,
+    pub key: KeyNeedBody,
     /// Scopes that the key must have; null if it needs none.
     #[serde(default)]
     #[schema(inline)]
-    scopes: Option<ScopesBody>,
+    pub scopes: Option<ScopesBody>,
     /// Credits that a request costs; null if that is the cost of the key.
     #[serde(default)]
     #[schema(minimum = 0, maximum = 1_000_000, example = 5)]
-    cost: Option<u32>,
+    pub cost: Option<u32>,
     /// Limits of the requests under this policy, at most 8. They apply in addition to the limits of the key, and each Envoy
     /// enforces them by itself.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, max_items = 8)]
-    rate_limits: Vec<PolicyRateLimitBody>,
+    pub rate_limits: Vec<PolicyRateLimitBody>,
     /// Refuse nothing, but report what would have been refused.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable)]
-    shadow: bool,
+    pub shadow: bool,
     /// Whether the owner of a route may name the policy by an annotation or the name of the route. Policies with `false` are for
     /// the platform alone, which names them in metadata or by `match`.
     #[serde(default = "yes", deserialize_with = "null_is_yes")]
     #[schema(nullable)]
-    from_annotation: bool,
+    pub from_annotation: bool,
     /// The requests that the policy is for although their route names no policy, at most 100 entries. Of all policies, the most
     /// specific entry that matches a request applies. An entry that could not be told apart from one of another policy gets 409.
     #[serde(default, deserialize_with = "null_is_default", rename = "match")]
     #[schema(nullable, max_items = 100)]
-    matches: Vec<MatchBody>,
+    pub matches: Vec<MatchBody>,
 }
 
 const fn yes() -> bool {

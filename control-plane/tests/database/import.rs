@@ -102,6 +102,74 @@ async fn good_lines_are_kept_and_bad_ones_told_by_number_without_the_key(pool: P
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_line_has_all_that_a_key_can_have_and_a_dry_run_writes_nothing(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    for (path, body) in
+        [("/v1/roles/reader", json!({"scopes": ["orders:read"]})), ("/v1/plans/gold", json!({"scopes": ["gold"]}))]
+    {
+        assert_eq!(fixture.put(path, &admin, &body).await.status, 201);
+    }
+    let line = |fields: serde_json::Value| {
+        let mut line = json!({"email": "u@example.com", "name": "n"});
+        line.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        line.to_string()
+    };
+    let quota = json!({"requests": 5, "period": "day"});
+    let lines = [
+        line(json!({
+            "key": "a-key-with-everything", "roles": ["reader"], "plan": "gold", "quota": quota, "cost": 7,
+            "allowed_addresses": ["192.0.2.0/24"],
+        })),
+        line(json!({"key": "a-key-without-a-plan", "plan": "silver"})),
+        line(json!({"key": "a-key-without-a-role", "roles": ["reader", "writer"]})),
+        line(json!({"key": "a-key-that-is-plain"})),
+    ]
+    .join("\n");
+    let expected = json!({
+        "imported": 2, "failed": 2, "errors_truncated": false,
+        "errors": [
+            {"line": 2, "code": "invalid", "reason": "there is no plan silver"},
+            {"line": 3, "code": "invalid", "reason": "there is no role writer"},
+        ],
+    });
+    let before = revision(&pool).await;
+    let dry = async |value: &str| {
+        let uri = format!("/v1/keys/import?dry_run={value}");
+        let mut request = request("POST", &uri, Some(&admin), lines.clone());
+        request.headers_mut().insert("content-type", "application/x-ndjson".parse().unwrap());
+        fixture.send(request).await
+    };
+    assert_eq!(dry("true").await.expect(200), expected);
+    dry("yes").await.assert_invalid("dry_run", "must be true or false");
+    assert_eq!(revision(&pool).await, before);
+    let written = "select (select count(*) from user_preferences where email = 'u@example.com')
+        + (select count(*) from audit where action like 'import%')";
+    assert_eq!(scalar::<i64>(&pool, written).await, 0);
+
+    assert_eq!(fixture.import(&admin, lines.clone()).await.expect(200), expected);
+    let id: uuid::Uuid = scalar(&pool, "select id from api_keys where cost = 7").await;
+    let key = fixture.get(&format!("/v1/keys/{id}"), &admin).await.expect(200);
+    for (field, value) in [
+        ("roles", json!(["reader"])),
+        ("plan", json!("gold")),
+        ("effective_scopes", json!(["orders:read", "gold"])),
+        ("cost", json!(7)),
+        ("allowed_addresses", json!(["192.0.2.0/24"])),
+    ] {
+        assert_eq!(key[field], value, "{field}");
+    }
+    assert_eq!(key["quota_usage"]["remaining"], 5, "{key}");
+    // The same again, in a dry run too.
+    let codes = |reply: serde_json::Value| {
+        let errors = reply["errors"].as_array().unwrap().iter().map(|error| error["code"].as_str().unwrap().to_owned());
+        errors.collect::<Vec<_>>()
+    };
+    let again = ["duplicate", "invalid", "invalid", "duplicate"];
+    assert_eq!(codes(dry("true").await.expect(200)), again);
+    assert_eq!(codes(fixture.import(&admin, lines).await.expect(200)), again);
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn only_lines_of_json_are_imported(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let reply = fixture.send(request("POST", "/v1/keys/import", Some(&admin), line(1))).await;

@@ -169,7 +169,7 @@ async fn no_policy_lets_anybody_into_the_rest_api(pool: PgPool) {
     put(&fixture, &admin, "default", json!({"key": "optional", "shadow": true})).await;
     fixture.in_step().await;
     let (id, revoked) = fixture.key("user@example.com", &["admin"]).await;
-    assert_eq!(fixture.delete(&format!("/v1/keys/{id}"), &admin).await.status, 200);
+    assert_eq!(fixture.delete(&format!("/v1/keys/{id}"), &admin).await.status, 204);
     let stranger = Secret::from_presented("sk_live_nobody".into());
     for key in [Some(&revoked), Some(&stranger), None] {
         let reply = fixture.send(request("GET", "/v1/policies", key, "")).await;

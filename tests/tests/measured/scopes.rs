@@ -1,5 +1,7 @@
-//! Scopes that routes require and keys have by their roles: a change of a role reaches every worker
+//! Scopes that policies require and keys have by their roles: a change of a role or a policy reaches every worker
 //! of every Envoy as a revocation does.
+
+use std::time::Duration;
 
 use anyhow::Result;
 use contract::outcome::Outcome;
@@ -10,7 +12,7 @@ use portcullis_tests::http::{self, Reply};
 use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Builder, Stack, wait_for_path};
 use portcullis_torture::envoy_model::BOUND;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const TRIES: usize = 50;
 const KEYS: usize = 200;
@@ -103,5 +105,33 @@ async fn a_role_that_loses_a_scope_shuts_every_worker_within_the_bound_and_for_a
     println!("role change: {TRIES} tries, {KEYS} keys: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
     // `cargo xtask bench` judges milliseconds, which depend on what else the machine does.
     assert!(p99 <= BOUND, "{took:?}");
+    Ok(())
+}
+
+/// What the change of a policy takes at most in most tries.
+const POLICY_BOUND: Duration = Duration::from_millis(50);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_that_asks_for_a_scope_shuts_every_worker_within_50_ms() -> Result<()> {
+    let stack = Stack::builder().plugin(&json!({"rate_limit": null})).envoys(2).start().await?;
+    let rest = stack.rest();
+    let key = stack.working_key("ada@example.com").await?;
+    let mut workers = Vec::new();
+    for envoy in &stack.envoys {
+        workers.extend(envoy.connection_per_worker().await?);
+    }
+    let body = |scopes: Value| json!({"scopes": scopes, "match": [{"path": {"prefix": "/orders"}}]});
+    rest.expect(Method::PUT, "/v1/policies/orders", Some(&body(Value::Null)), 201).await?;
+    let mut took = Vec::new();
+    for _ in 0..TRIES {
+        until_all(&mut workers, "/orders", &key, 200).await?;
+        rest.expect(Method::PUT, "/v1/policies/orders", Some(&body(json!({"all": ["orders:read"]}))), 200).await?;
+        took.push(until_all(&mut workers, "/orders", &key, 403).await?);
+        rest.expect(Method::PUT, "/v1/policies/orders", Some(&body(Value::Null)), 200).await?;
+    }
+    took.sort();
+    let (p50, p99, most) = (took[TRIES / 2], took[TRIES * 99 / 100 - 1], took[TRIES - 1]);
+    println!("policy change: {TRIES} tries: p50 {p50:.1?}, p99 {p99:.1?}, most {most:.1?}");
+    assert!(p50 <= POLICY_BOUND && p99 <= BOUND, "{took:?}");
     Ok(())
 }

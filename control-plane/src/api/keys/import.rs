@@ -3,22 +3,36 @@
 use axum::body::Body;
 use axum::http::{HeaderMap, StatusCode, header};
 use futures_util::StreamExt;
+use serde::Deserialize;
+use utoipa::IntoParams;
 
 use crate::api::call::Call;
-use crate::api::extract::Json;
+use crate::api::extract::{Json, Query};
 use crate::api::problem::Problem;
 use crate::error::ApiError;
 use crate::keys::import::line::ImportLine;
 use crate::keys::import::{Import, ImportReply};
 
+/// How to import.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ImportQuery {
+    /// Check the lines and report what would be imported, but write nothing.
+    #[serde(default)]
+    #[param(required = false)]
+    dry_run: bool,
+}
+
 /// Import keys of another system.
 ///
 /// The body holds one JSON object per line, at most 100,000 lines of at most 16 KiB. Valid lines are imported, a thousand
 /// per transaction, whatever the other lines contain. If the import ends early (400, 408, 503), the lines that were
-/// committed stay imported. The same body can be sent again: those lines are then reported as duplicates.
+/// committed stay imported. The same body can be sent again: those lines are then reported as duplicates. With `dry_run`,
+/// the lines are only checked.
 #[utoipa::path(
     operation_id = "importKeys",
-    post, path = "/v1/keys/import", tag = "keys",
+    post, path = "/v1/keys/import", tag = "keys", params(ImportQuery),
     request_body(content = ImportLine, content_type = "application/x-ndjson"),
     responses(
         (status = 200, description = "The result of each line", body = ImportReply),
@@ -30,6 +44,7 @@ use crate::keys::import::{Import, ImportReply};
 )]
 pub async fn import(
     Call { app, caller, .. }: Call,
+    Query(query): Query<ImportQuery>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<ImportReply>, ApiError> {
@@ -40,7 +55,7 @@ pub async fn import(
         let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
         return Err(ApiError::Unreadable(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail.into()));
     }
-    let mut import = Import::new(app.writer.clone(), caller.actor, app.pepper.clone());
+    let mut import = Import::new(app.writer.clone(), caller.actor, app.pepper.clone()).dry_run(query.dry_run);
     let mut pieces = body.into_data_stream();
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|_| ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body ended early.".into()))?;

@@ -1,21 +1,31 @@
 //! Parses one line of an import. An error contains no part of the key, wherever in the line the key stood.
 
+use base64::Engine;
+use base64::alphabet::STANDARD;
+use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use contract::hash::KeyHash;
 use contract::json::{Fault, InputError, null_is_default, read};
 use contract::key::{PRESENTED_BYTES, Secret};
-use contract::record::RateLimit;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use crate::domain::{Email, KeyName, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_key_rate_limits};
+use crate::domain::{Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry};
 use crate::error::ApiError;
+use crate::keys::permissions::{Permissions, PermissionsPatch};
 
 /// Shortest plain key. Shorter ones could be guessed.
 const KEY_BYTES: usize = 16;
 
 /// Longest prefix: shorter than the shortest key, so that no whole key is stored as a prefix.
 const PREFIX_BYTES: usize = 12;
+
+/// Base64 with or without padding.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// One line of the body.
 #[derive(Deserialize, ToSchema)]
@@ -31,8 +41,8 @@ pub struct ImportLine {
     /// The key itself: 16 to 1,024 visible ASCII characters. Not with `hash`.
     #[schema(min_length = 16, max_length = 1_024)]
     key: Option<String>,
-    /// Its SHA-256. Not with `key`.
-    #[schema(pattern = "^sha256:[0-9a-fA-F]{64}$")]
+    /// Its SHA-256, as hexadecimal digits or base64. Not with `key`.
+    #[schema(pattern = "^sha256:([0-9a-fA-F]{64}|[0-9A-Za-z+/_-]{43}=?)$")]
     hash: Option<String>,
     /// The start of the secret, by which people recognise it; of keys of our own form it is known.
     #[schema(min_length = 1, max_length = 12)]
@@ -42,9 +52,21 @@ pub struct ImportLine {
     #[schema(nullable, max_items = 32)]
     scopes: Vec<String>,
     /// Its own rate limits.
-    #[serde(default, deserialize_with = "null_is_default")]
-    #[schema(nullable, max_items = 8)]
-    rate_limits: Vec<RateLimitBody>,
+    #[schema(max_items = 8)]
+    rate_limits: Option<Vec<RateLimitBody>>,
+    /// Names of its roles, at most 16.
+    #[schema(max_items = 16)]
+    roles: Option<Vec<String>>,
+    /// The name of its own plan.
+    plan: Option<String>,
+    /// Its own quota.
+    quota: Option<QuotaBody>,
+    /// Credits that a request costs unless its policy says otherwise; 1 unless given.
+    #[schema(minimum = 0, maximum = 1_000_000)]
+    cost: Option<i64>,
+    /// Networks or addresses from which it can be used; all unless given.
+    #[schema(max_items = 32)]
+    allowed_addresses: Option<Vec<String>>,
     /// When it ends: RFC 3339.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
@@ -64,7 +86,7 @@ pub struct ImportedKey {
     pub hash: KeyHash,
     pub prefix: Option<String>,
     pub scopes: Scopes,
-    pub rate_limits: Vec<RateLimit>,
+    pub permissions: Permissions,
     pub expires_at: Option<OffsetDateTime>,
     pub disabled: bool,
 }
@@ -95,7 +117,14 @@ fn check(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, ApiError>
         hash,
         prefix: body.prefix.map(prefix).transpose()?.or(known_prefix),
         scopes,
-        rate_limits: parse_key_rate_limits(body.rate_limits)?,
+        permissions: Permissions::parse(PermissionsPatch {
+            roles: body.roles,
+            plan: body.plan.map_or(Patch::Keep, Patch::Set),
+            allowed_addresses: body.allowed_addresses,
+            quota: body.quota.map_or(Patch::Keep, Patch::Set),
+            cost: body.cost,
+            rate_limits: body.rate_limits,
+        })?,
         expires_at,
         disabled: body.disabled,
     })
@@ -111,9 +140,13 @@ fn plain(key: String) -> Result<(KeyHash, Option<String>), ApiError> {
 }
 
 fn hashed(text: &str) -> Result<KeyHash, ApiError> {
-    let digits = text.strip_prefix("sha256:").filter(|digits| digits.len() == 64);
-    let bytes = digits.and_then(|digits| hex::decode(digits).ok()).and_then(|bytes| bytes.try_into().ok());
-    bytes.map(KeyHash).ok_or_else(|| ApiError::invalid("hash", "must be sha256: and 64 hexadecimal digits"))
+    let decoded = text.strip_prefix("sha256:").and_then(|text| match text.len() {
+        64 => hex::decode(text).ok(),
+        _ => BASE64.decode(text.replace('-', "+").replace('_', "/")).ok(),
+    });
+    let bytes = decoded.and_then(|bytes| bytes.try_into().ok());
+    let detail = "must be sha256: and 64 hexadecimal digits, or the 32 bytes in base64";
+    bytes.map(KeyHash).ok_or_else(|| ApiError::invalid("hash", detail))
 }
 
 fn prefix(text: String) -> Result<String, ApiError> {
@@ -162,6 +195,10 @@ mod tests {
         let hashed = parsed(&with(&json!({"hash": hash, "prefix": "012"}))).unwrap();
         assert_eq!(plain.hash, hashed.hash);
         assert_eq!((plain.prefix, hashed.prefix.as_deref()), (None, Some("012")));
+        for alphabet in [base64::prelude::BASE64_STANDARD, base64::prelude::BASE64_URL_SAFE_NO_PAD] {
+            let hash = format!("sha256:{}", alphabet.encode(KeyHash::of(KEY.as_bytes()).0));
+            assert_eq!(parsed(&with(&json!({"hash": hash}))).unwrap().hash, plain.hash, "{hash}");
+        }
         let longest = "x".repeat(PRESENTED_BYTES);
         assert!(parsed(&with(&json!({"key": longest}))).is_ok());
     }
@@ -175,7 +212,10 @@ mod tests {
             (with(&json!({"key": key, "hash": key})), "key: give either key or hash"),
             (with(&json!({"key": "0123456789abcde"})), "key: must have 16 to 1024 visible ASCII characters"),
             (with(&json!({"key": "0123456789abcdef "})), "key: must have 16 to 1024 visible ASCII characters"),
-            (with(&json!({"hash": "sha256:00"})), "hash: must be sha256: and 64 hexadecimal digits"),
+            (
+                with(&json!({"hash": "sha256:00"})),
+                "hash: must be sha256: and 64 hexadecimal digits, or the 32 bytes in base64",
+            ),
             (with(&json!({"key": key, "prefix": key})), "prefix: must have 1 to 12 visible ASCII characters"),
             (with(&json!({"key": key, "expires_at": "2020-01-01T00:00:00Z"})), "expires_at: must be in the future"),
             (
@@ -199,15 +239,20 @@ mod tests {
             ),
             (good("rate_limits", json!([unknown])), "rate_limits[0]: has a field that is not known"),
             (good("disabled", json!("yes")), "disabled: must be true or false"),
+            (good("cost", json!(-1)), "cost: must be a number from 0 to 1000000"),
+            (good("plan", json!("Gold")), "plan: each name must have 1 to 64 characters of a-z, 0-9, _ and -"),
+            (good("allowed_addresses", json!(["x"])), "allowed_addresses: entry 0: "),
             (good("name", json!(null)), "name: must be a string"),
             (good(key, json!(1)), "the line has a field that is not known"),
             (json!([key]), "the line must be an object"),
             (json!(key), "the line must be an object"),
         ] {
-            assert_eq!(parsed(&line).unwrap_err(), reason, "{line}");
+            let said = parsed(&line).unwrap_err();
+            assert!(said.starts_with(reason), "{line}: {said}");
         }
         let nulls = with(&json!({
             "key": KEY, "hash": null, "prefix": null, "scopes": null, "rate_limits": null, "expires_at": null, "disabled": null,
+            "roles": null, "plan": null, "quota": null, "cost": null, "allowed_addresses": null,
         }));
         assert!(parsed(&nulls).is_ok());
         let broken = parse(format!("{{\"key\": {key}").as_bytes(), datetime!(2026-01-01 00:00 UTC)).unwrap_err();

@@ -20,7 +20,7 @@ use utoipa::ToSchema;
 
 use self::line::{ImportedKey, parse};
 use crate::audit::{Actor, AuditEvent};
-use crate::change::Writer;
+use crate::change::{Change, Writer};
 use crate::error::ApiError;
 
 /// Most lines of an import. It keeps the hash of each in memory, to detect duplicates.
@@ -78,7 +78,7 @@ pub struct ImportError {
 /// The result of an import.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct ImportReply {
-    /// Lines that are keys now.
+    /// Lines that are keys now; in a dry run, lines that would be.
     pub imported: u64,
     /// Lines that were not taken.
     pub failed: u64,
@@ -104,6 +104,8 @@ pub struct Import {
     writer: Writer,
     actor: Actor,
     pepper: Option<Pepper>,
+    /// Nothing is written.
+    is_dry_run: bool,
     /// Splits the bytes into lines, and drops lines that are too long.
     lines: AnyDelimiterCodec,
     /// The incomplete line.
@@ -123,6 +125,7 @@ impl Import {
             writer,
             actor,
             pepper,
+            is_dry_run: false,
             lines: AnyDelimiterCodec::new_with_max_length(b"\n".into(), Vec::new(), LINE_BYTES),
             begun: BytesMut::new(),
             number: 0,
@@ -131,6 +134,13 @@ impl Import {
             so_far: ImportReply::default(),
             over: false,
         }
+    }
+
+    /// Only checks the lines, and writes nothing.
+    #[must_use]
+    pub const fn dry_run(mut self, is_dry_run: bool) -> Self {
+        self.is_dry_run = is_dry_run;
+        self
     }
 
     /// Imports the lines that the next bytes complete. Returns whether more bytes are wanted. If it fails, committed lines
@@ -156,7 +166,9 @@ impl Import {
         let ImportReply { imported, failed, .. } = self.so_far;
         let detail = json!({"imported": imported, "failed": failed});
         let event = AuditEvent { action: "import.finish", key_id: None, target: None, detail };
-        self.writer.change(&self.actor, async |change| change.record(event).await).await?;
+        if !self.is_dry_run {
+            self.writer.change(&self.actor, async |change| change.record(event).await).await?;
+        }
         self.so_far.errors.sort_by_key(|bad| bad.line);
         Ok(self.so_far)
     }
@@ -201,7 +213,11 @@ impl Import {
         if chunk.is_empty() {
             return Ok(());
         }
-        let refused = self.writer.change(&self.actor, async |change| chunk::write(change, &chunk).await).await?;
+        let is_dry_run = self.is_dry_run;
+        let work = async |change: &mut Change| {
+            if is_dry_run { chunk::check(change, &chunk).await } else { chunk::write(change, &chunk).await }
+        };
+        let refused = self.writer.change(&self.actor, work).await?;
         self.so_far.imported += (chunk.len() - refused.len()) as u64;
         for (number, code, reason) in refused {
             self.fail(number, code, reason);
