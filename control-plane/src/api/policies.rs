@@ -26,7 +26,6 @@ pub struct PolicyView {
     /// For people.
     description: String,
     /// Whether a request needs a key.
-    #[schema(inline)]
     key: KeyNeedBody,
     /// Scopes that the key must have; null if it needs none.
     #[schema(required, inline)]
