@@ -17,6 +17,7 @@ mod load;
 mod authorizer;
 mod feed;
 mod peers;
+mod rows;
 mod server;
 
 mod memory;

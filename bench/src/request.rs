@@ -7,9 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use contract::policy::{NamedPolicy, Policy, ScopeNeed};
-use contract::record::{Budget, Per, RateLimit, Record};
-use contract::rules::{Match, PathMatch};
+use contract::record::Record;
 use portcullis_harness::dice::Dice;
 use portcullis_harness::log::Log;
 use portcullis_harness::output::progress;
@@ -24,6 +22,7 @@ use crate::load::{Answers, H2load};
 use crate::machine::{self, Cores};
 use crate::peers::Peer;
 use crate::report::{Bound, Report};
+use crate::rows::{RULED_PATH, by_rules, limited, limited_by_each, orders, with_credits, with_quota};
 use crate::server::{Server, free_port};
 use crate::stats::{Estimate, Samples};
 
@@ -225,50 +224,6 @@ fn unlimited_plugin() -> Value {
     json!({"rate_limit": null})
 }
 
-fn limited(record: &mut Record) {
-    record.rate_limits = vec![RateLimit {
-        name: "own".into(),
-        requests: 1_000_000,
-        window_s: 1,
-        burst: 1_000_000,
-        shared: true,
-        per: Per::Key,
-    }];
-}
-
-fn limited_by_each(record: &mut Record) {
-    limited(record);
-    record.rate_limits.iter_mut().for_each(|limit| limit.shared = false);
-}
-
-/// The policy of the row with a route that names one.
-fn orders() -> NamedPolicy {
-    let scopes = ScopeNeed::All(vec!["orders:read".into()]);
-    NamedPolicy { name: "orders".into(), policy: Policy { scopes, ..Policy::default() }, ..NamedPolicy::default() }
-}
-
-/// Policies with one rule each, by host, path and method.
-fn by_rules() -> Vec<NamedPolicy> {
-    let of = |number: u32| {
-        let path = PathMatch::Template(format!("/api/v1/service-{number}/{{id}}/items"));
-        let hosts = if number.is_multiple_of(2) { vec![] } else { vec!["*.example.com".into()] };
-        let matches = vec![Match { hosts, path: Some(path), methods: vec!["GET".into()], header: None }];
-        NamedPolicy { name: format!("policy-{number}"), matches, ..NamedPolicy::default() }
-    };
-    (0..1_000).map(of).collect()
-}
-
-/// A path that one of these rules matches.
-const RULED_PATH: &str = "/api/v1/service-500/7/items";
-
-fn with_quota(record: &mut Record) {
-    record.quota = Some(Budget::default());
-}
-
-fn with_credits(record: &mut Record) {
-    (record.credits, record.cost) = (Some(Budget { per: Per::Owner, ..Budget::default() }), 1);
-}
-
 impl<'a> Running<'a> {
     async fn on(cores: Cores, rounds: usize, options: &'a Options, home: &'a Path) -> Result<Self> {
         progress("suite request: starting the peers");
@@ -400,7 +355,7 @@ impl<'a> Running<'a> {
         self.variant(&limited_name, &file, limited, unlimited_plugin(), 1_000).await
     }
 
-    /// Starts a row with 1,000 keys, if it is selected, and uses so many of them.
+    /// Starts a row with 1,000 keys, if it is selected. Its requests use the first `used` keys.
     async fn variant(
         &mut self,
         name: &str,

@@ -154,7 +154,7 @@ fn the_tree_finds_the_rule_that_a_naive_search_finds() {
         for number in 0..count {
             let matches = vec![rule(&mut dice)];
             policies.push(NamedPolicy { name: number.to_string(), matches, ..NamedPolicy::default() });
-            // Rules that cannot be told apart are not written.
+            // The control plane refuses a rule that conflicts with another policy.
             if conflict(&Rules::new(policies.iter())).is_some() {
                 policies.pop();
             }

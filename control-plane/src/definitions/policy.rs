@@ -50,7 +50,8 @@ pub struct PolicyBody {
     #[schema(nullable)]
     pub from_annotation: bool,
     /// The requests that the policy is for although their route names no policy, at most 100 entries. Of all policies, the most
-    /// specific entry that matches a request applies. An entry that could not be told apart from one of another policy gets 409.
+    /// specific entry that matches a request applies. If an entry and one of another policy
+    /// match the same request and neither is more specific, the answer is 409.
     #[serde(default, deserialize_with = "null_is_default", rename = "match")]
     #[schema(nullable, max_items = 100)]
     pub matches: Vec<MatchBody>,

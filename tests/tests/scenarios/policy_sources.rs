@@ -11,7 +11,7 @@ use portcullis_tests::http::{get_request, send};
 use portcullis_tests::stack::{Stack, wait_for_path};
 use serde_json::{Value, json};
 
-/// Policies that are told apart by the scope that each requires: its own name.
+/// Policies that each require a scope of their own name.
 fn named(names: &[&str]) -> Value {
     names.iter().map(|name| ((*name).to_owned(), json!({"scopes": {"all": [name]}}))).collect()
 }
@@ -252,7 +252,7 @@ async fn explain_and_envoy_pick_the_same_policy_for_random_requests() -> Result<
         }
         let name = format!("p{number}");
         let body = json!({"scopes": {"all": [name]}, "match": [rule]});
-        // Those that cannot be told apart from others are refused.
+        // The control plane refuses a policy whose match conflicts with an earlier one.
         if rest.call(Method::PUT, &format!("/v1/policies/{name}"), Some(&body)).await?.status == 201 {
             names.push(name);
         }
