@@ -53,7 +53,7 @@ pub(super) async fn write(change: &mut Change, chunk: &[Accepted]) -> Result<Vec
     Ok(refused)
 }
 
-/// The lines that [`write`] would not write.
+/// The lines that [`write()`] would not write.
 pub(super) async fn check(change: &mut Change, chunk: &[Accepted]) -> Result<Vec<Refused>, ApiError> {
     let defined = Defined::lock(change, chunk).await?;
     Ok(sort_out(change, chunk, &defined).await?.0)
