@@ -71,7 +71,12 @@ pub fn decide(presented: Presented<'_>, facts: &Facts<'_>) -> Outcome {
 const fn keyless(policy: &Policy, outcome: Outcome) -> Outcome {
     let lets_through = match outcome {
         Outcome::Missing => !matches!(policy.key, KeyNeed::Required),
-        Outcome::Unknown | Outcome::Revoked | Outcome::Expired | Outcome::Disabled | Outcome::AddressDenied => {
+        Outcome::Unknown
+        | Outcome::Revoked
+        | Outcome::Expired
+        | Outcome::Disabled
+        | Outcome::KindDenied
+        | Outcome::AddressDenied => {
             matches!(policy.key, KeyNeed::Optional)
         }
         Outcome::ScopeDenied
@@ -114,6 +119,8 @@ pub enum Check {
     Switch,
     /// Does it have a restriction that this version does not understand?
     Support,
+    /// Is it of a kind that the route accepts?
+    Kind,
     /// May it be used from the client's address?
     Address,
     /// Does it have the scopes that the route requires?
@@ -126,11 +133,12 @@ pub enum Check {
 
 impl Check {
     /// All checks, in the order in which they run.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Revocation,
         Self::Expiry,
         Self::Switch,
         Self::Support,
+        Self::Kind,
         Self::Address,
         Self::Scopes,
         Self::Quota,
@@ -145,6 +153,7 @@ impl Check {
             Self::Expiry => "expiry",
             Self::Switch => "switch",
             Self::Support => "support",
+            Self::Kind => "kind",
             Self::Address => "address",
             Self::Scopes => "scopes",
             Self::Quota => "quota",
@@ -161,6 +170,10 @@ impl Check {
             Self::Switch => (record.flags.contains(Flags::DISABLED), Outcome::Disabled),
             Self::Support => {
                 (!facts.understands.covers(record.requires) || lacks_plan(record, facts), Outcome::Unsupported)
+            }
+            Self::Kind => {
+                let kinds = &facts.policy.kinds;
+                (!kinds.is_empty() && !kinds.contains(&record.kind), Outcome::KindDenied)
             }
             Self::Address => (!may_use_address(record, facts), Outcome::AddressDenied),
             Self::Scopes => (!has_scopes(record, facts), Outcome::ScopeDenied),
@@ -200,6 +213,11 @@ impl Check {
                 Some(plan) if lacks_plan(record, facts) => format!("plan {plan} is not in the store"),
                 _ => format!("the key requires {:#x}, {:#x} is understood", record.requires.0, facts.understands.0),
             },
+            Self::Kind => {
+                let accepted: Vec<_> = facts.policy.kinds.iter().map(|kind| kind.name()).collect();
+                let accepted = if accepted.is_empty() { "all kinds".to_string() } else { list(&accepted) };
+                format!("the route accepts {accepted}, the kind of the key is {}", record.kind.name())
+            }
             Self::Address => match facts.address {
                 _ if record.networks.is_empty() => "the key may be used from any address".to_string(),
                 Some(address) => {
@@ -259,6 +277,7 @@ mod tests {
 
     use crate::definition::Definition;
     use crate::id::{KeyId, OwnerId};
+    use crate::key::KeyKind;
 
     fn plain() -> Record {
         Record::plain(KeyId([1; 16]), OwnerId([2; 16]))
@@ -307,6 +326,22 @@ mod tests {
         assert_eq!(asked(ScopeNeed::All, &["sync", "admin"]), Outcome::ScopeDenied);
         assert_eq!(asked(ScopeNeed::Any, &["sync", "admin"]), Outcome::Allowed);
         assert_eq!(asked(ScopeNeed::Any, &["admin"]), Outcome::ScopeDenied);
+    }
+
+    #[test]
+    fn a_route_that_accepts_some_kinds_of_keys_refuses_others() {
+        let outcome = |kinds: &[KeyKind], key: KeyNeed, kind: KeyKind| {
+            let policy = Policy { kinds: kinds.to_vec(), key, ..Policy::default() };
+            let record = Record { kind, ..plain() };
+            decide(Presented::Key(&record), &Facts { policy: &policy, ..Facts::at(0) })
+        };
+        let (live, test) = (KeyKind::Live, KeyKind::Test);
+        assert_eq!([live, test].map(|kind| outcome(&[], KeyNeed::Required, kind)), [Outcome::Allowed; 2]);
+        assert_eq!([live, test].map(|kind| outcome(&[live, test], KeyNeed::Required, kind)), [Outcome::Allowed; 2]);
+        assert_eq!(outcome(&[live], KeyNeed::Required, live), Outcome::Allowed);
+        assert_eq!(outcome(&[live], KeyNeed::Required, test), Outcome::KindDenied);
+        assert_eq!(outcome(&[live], KeyNeed::AnonymousAllowed, test), Outcome::KindDenied);
+        assert_eq!(outcome(&[live], KeyNeed::Optional, test), Outcome::Anonymous);
     }
 
     #[test]

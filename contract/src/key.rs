@@ -13,6 +13,7 @@
 use std::fmt;
 
 use rand_core::TryCryptoRng;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroize;
 
 use crate::hash::KeyHash;
@@ -38,16 +39,27 @@ const UNBIASED_BYTES: u8 = 248;
 const PREFIX_TAG: &str = "sk_";
 const PREFIX_RANDOM_CHARS: usize = 6;
 
-/// Whether a key is for production or for tests. The filter treats both alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// Whether a key is for production or for tests. A policy may require one of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum KeyKind {
     /// `sk_live_…`
+    #[default]
     Live,
     /// `sk_test_…`
     Test,
 }
 
 impl KeyKind {
+    /// Its name, as in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Test => "test",
+        }
+    }
+
     /// The first characters of every key of this kind.
     #[must_use]
     pub const fn tag(self) -> &'static str {

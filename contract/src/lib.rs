@@ -47,6 +47,7 @@ pub mod rate;
 pub mod record;
 pub mod rules;
 pub mod time;
+pub mod unknown;
 pub mod update;
 pub mod usage;
 pub mod usage_log;

@@ -112,6 +112,9 @@ outcomes! {
     /// with `on_limits_unreachable.rate_limits: deny`.
     17 LimitsUnavailable "limits_unavailable" => 503 "Limits unavailable"
         "The gateway cannot check a rate limit, the quota or the credits of this API key at present. Try again shortly.";
+    /// The route does not accept keys of this kind.
+    18 KindDenied "kind_denied" => 403 "Kind of API key denied"
+        "Keys of this kind do not work here: a test key cannot be used in production, nor a live key for tests.";
 }
 
 impl Outcome {
@@ -150,7 +153,7 @@ mod tests {
             assert_eq!(usize::from(outcome.code()), place);
             assert_eq!(Outcome::from_code(outcome.code()), Some(outcome));
         }
-        assert_eq!(Outcome::from_code(18), None);
+        assert_eq!(Outcome::from_code(19), None);
     }
 
     #[test]

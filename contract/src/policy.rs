@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::json::Seconds;
+use crate::key::KeyKind;
 use crate::record::{Per, RateLimit};
 use crate::rules::Match;
 
@@ -23,6 +24,8 @@ const WINDOW_S: u32 = 31_622_400;
 pub struct Policy {
     /// Whether a key is required.
     pub key: KeyNeed,
+    /// Kinds of keys that the route accepts. Empty: all.
+    pub kinds: Vec<KeyKind>,
     /// Scopes that the key must have.
     pub scopes: ScopeNeed,
     /// Credits that a request costs. `None`: the cost of the key.
@@ -32,6 +35,8 @@ pub struct Policy {
     pub rate_limits: PolicyLimits,
     /// Refuse nothing, but report and count what would have been refused.
     pub shadow: bool,
+    /// Note the hashes of keys that the store does not have, see [`crate::unknown`]. Only with `shadow`.
+    pub capture_unknown: bool,
 }
 
 /// The limits of a policy. Their names begin with that of the policy.
@@ -91,10 +96,12 @@ impl Policy {
     /// Requires a valid key and nothing else.
     pub const PLAIN: &'static Self = &Self {
         key: KeyNeed::Required,
+        kinds: Vec::new(),
         scopes: ScopeNeed::None,
         cost: None,
         rate_limits: PolicyLimits { key: Vec::new(), owner: Vec::new(), address: Vec::new() },
         shadow: false,
+        capture_unknown: false,
     };
 
     /// Checks everything but the rate limits.
@@ -119,6 +126,9 @@ impl Policy {
         }
         if !asked.is_empty() && self.key != KeyNeed::Required {
             return bad("key", "a policy that asks for scopes needs a key: use \"required\", or ask for no scopes");
+        }
+        if self.capture_unknown && !self.shadow {
+            return bad("capture_unknown", "is for policies in shadow mode: let shadow be true");
         }
         if self.cost.is_some_and(|cost| cost > COST) {
             return bad("cost", &format!("must be a number from 0 to {COST}"));
@@ -206,6 +216,7 @@ mod tests {
             (Policy { scopes: asks(&["a"; 33]), ..Policy::default() }, "scopes"),
             (Policy { scopes: asks(&["a"]), key: KeyNeed::Optional, ..Policy::default() }, "key"),
             (Policy { cost: Some(1_000_001), ..Policy::default() }, "cost"),
+            (Policy { capture_unknown: true, ..Policy::default() }, "capture_unknown"),
         ] {
             assert_eq!(policy.check().unwrap_err().field, field);
         }

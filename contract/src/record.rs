@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, DecodeError};
 use crate::id::{KeyId, OwnerId};
+use crate::key::KeyKind;
 use crate::network::Network;
 
 /// The restrictions that this version understands.
@@ -44,6 +45,8 @@ pub struct Record {
     pub owner_id: OwnerId,
     /// The number of the secret: 1 for the first, one more with each rotation.
     pub generation: u32,
+    /// Whether the key is for production or for tests.
+    pub kind: KeyKind,
     /// Conditions in which the key is refused.
     pub flags: Flags,
     /// The first second (Unix time) at which the secret does not work any longer.
@@ -64,6 +67,17 @@ pub struct Record {
     pub quota: Option<Budget>,
     /// The owner's credits, if they are metered.
     pub credits: Option<Budget>,
+    /// Facts about the key and its owner that are not used here, for upstreams.
+    pub attributes: Vec<Attribute>,
+}
+
+/// A fact about a key or its owner that the filter passes upstream in a header if it is configured to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attribute {
+    /// `key` or `owner`, a dot, and `external_id` or `metadata.` with a name: `owner.metadata.tenant`.
+    pub name: String,
+    /// As it stands in a header: visible ASCII characters and spaces, and all others percent-encoded (RFC 3986, section 2.1).
+    pub value: String,
 }
 
 /// A quota or a balance of credits, as a filter needs to know it. What is left of it is known to the control plane.
@@ -144,6 +158,7 @@ impl Record {
             key_id,
             owner_id,
             generation: 1,
+            kind: KeyKind::Live,
             flags: Flags(0),
             expires_at_s: None,
             cost: 1,
@@ -154,7 +169,14 @@ impl Record {
             networks: Vec::new(),
             quota: None,
             credits: None,
+            attributes: Vec::new(),
         }
+    }
+
+    /// The value of an attribute, if the key or its owner has it.
+    #[must_use]
+    pub fn attribute(&self, name: &str) -> Option<&str> {
+        self.attributes.iter().find(|attribute| attribute.name == name).map(|attribute| attribute.value.as_str())
     }
 
     /// The restrictions of the record, for [`Record::requires`].

@@ -8,8 +8,9 @@ use contract::codec::{Bytes, DecodeError, UPDATE, decode};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
+use contract::key::KeyKind;
 use contract::policy::{KeyNeed, NamedPolicy, Policy, PolicyLimits, ScopeNeed};
-use contract::record::{Budget, Flags, Per, RateLimit, Record, UNDERSTOOD};
+use contract::record::{Attribute, Budget, Flags, Per, RateLimit, Record, UNDERSTOOD};
 use contract::rules::{HeaderMatch, Match, PathMatch};
 use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
@@ -19,11 +20,12 @@ const PLAIN_RECORD: &str = concat!(
     "1011111111111111111111111111111111", // key id
     "1022222222222222222222222222222222", // owner id
     "01",                                 // generation
+    "00",                                 // live
     "00",                                 // flags
     "00",                                 // no expiry
     "01",                                 // cost
     "000000",                             // no rate limits, scopes, roles
-    "00000000",                           // no plan, networks, quota, credits
+    "0000000000",                         // no plan, networks, quota, credits, attributes
 );
 
 const FULL_RECORD: &str = concat!(
@@ -31,6 +33,7 @@ const FULL_RECORD: &str = concat!(
     "1011111111111111111111111111111111",     // key id
     "1022222222222222222222222222222222",     // owner id
     "ac02",                                   // generation 300
+    "01",                                     // test
     "05",                                     // flags: revoked, quota exceeded
     "0180aea5ea06",                           // expires at 1,833,522,944
     "0a",                                     // cost 10
@@ -43,6 +46,9 @@ const FULL_RECORD: &str = concat!(
     "8080808080808080808080808080ee86814020", // 2001:db8::, prefix of 32 bits
     "01020180aea2ea0601",                     // quota: filled twice, reset at 1,833,473,792, per owner
     "01010000",                               // credits: filled once, no reset
+    "01",                                     // one attribute
+    "0f6b65792e65787465726e616c5f6964",       // key.external_id
+    "0461253230",                             // a%20
 );
 
 fn bytes(text: &str) -> Vec<u8> {
@@ -61,6 +67,7 @@ fn full() -> Record {
     Record {
         requires: UNDERSTOOD,
         generation: 300,
+        kind: KeyKind::Test,
         flags: Flags::REVOKED.with(Flags::QUOTA_EXCEEDED, true),
         expires_at_s: Some(1_833_522_944),
         cost: 10,
@@ -71,6 +78,7 @@ fn full() -> Record {
         networks: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
         quota: Some(Budget { fill: 2, resets_at_s: Some(1_833_473_792), per: Per::Owner }),
         credits: Some(Budget { fill: 1, resets_at_s: None, per: Per::Key }),
+        attributes: vec![Attribute { name: "key.external_id".into(), value: "a%20".into() }],
         ..plain()
     }
 }
@@ -100,18 +108,18 @@ fn a_record_that_is_cut_short_is_refused() {
 
 const UPDATE_BYTES: &str = concat!(
     "504b5331",                             // magic
-    "cd40bbb7",                             // checksum
+    "c5b9c24b",                             // checksum
     "1033333333333333333333333333333333",   // epoch
     "e807",                                 // revision 1,000
     "02",                                   // keys
     "01e607",                               // changes after 998
-    "8901",                                 // entries, 137 bytes
+    "8b01",                                 // entries, 139 bytes
     "0203",                                 // define number 3
     "110103613a2a010362757264901c14010000", // 17 bytes: the scope a:*, one limit, no policy
     "00",                                   // put
     "20aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "2e", // 46 bytes: the plain record
-    "00101111111111111111111111111111111110222222222222222222222222222222220100000100000000000000",
+    "30", // 48 bytes: the plain record
+    "001011111111111111111111111111111111102222222222222222222222222222222201000000010000000000000000",
     "0304", // undefine number 4
     "01",   // remove
     "20bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
@@ -207,11 +215,12 @@ fn an_update_has_a_readable_form_in_json() {
             {"put": {"hash": "aa".repeat(32), "record": {
                 "requires": 7,
                 "key_id": "11111111-1111-1111-1111-111111111111", "owner_id": "22222222-2222-2222-2222-222222222222",
-                "generation": 300, "flags": 5, "expires_at_s": 1_833_522_944, "cost": 10,
+                "generation": 300, "kind": "test", "flags": 5, "expires_at_s": 1_833_522_944, "cost": 10,
                 "rate_limits": limits, "scopes": ["list", "write"], "roles": [7],
                 "plan": 3, "networks": ["192.0.2.0/24", "2001:db8::/32"],
                 "quota": {"fill": 2, "resets_at_s": 1_833_473_792, "per": "owner"},
-                "credits": {"fill": 1, "resets_at_s": null, "per": "key"}
+                "credits": {"fill": 1, "resets_at_s": null, "per": "key"},
+                "attributes": [{"name": "key.external_id", "value": "a%20"}]
             }}},
             {"remove": {"hash": "bb".repeat(32)}},
             {"define": {"number": 3, "definition": {"scopes": ["a:*"], "rate_limits": limits, "policy": null}}},
@@ -227,11 +236,13 @@ const POLICY_BYTES: &str = concat!(
     "01",                     // a policy
     "046f70656e",             // open
     "01",                     // anonymous allowed
+    "0101",                   // test keys only
     "020103613a62",           // any of the scopes a:b
     "010a",                   // cost 10
     "0000",                   // no limits for keys and owners
     "010362757264901c140100", // for addresses the limit `bur`
     "01",                     // in shadow
+    "01",                     // captures unknown keys
     "01",                     // one match
     "01052a2e612e62",         // hosts: *.a.b
     "0102072f612f7b69647d",   // the template /a/{id}
@@ -244,10 +255,12 @@ const POLICY_BYTES: &str = concat!(
 fn a_policy_is_encoded_and_decoded_to_the_byte() {
     let policy = Policy {
         key: KeyNeed::AnonymousAllowed,
+        kinds: vec![KeyKind::Test],
         scopes: ScopeNeed::Any(vec!["a:b".into()]),
         cost: Some(10),
         rate_limits: PolicyLimits { address: limits(), ..PolicyLimits::default() },
         shadow: true,
+        capture_unknown: true,
     };
     let matches = vec![Match {
         hosts: vec!["*.a.b".into()],

@@ -7,10 +7,10 @@ use contract::decision::{Check, Facts, Presented, decide, depends_on_time};
 use contract::definition::Definition;
 use contract::hash::{BUCKETS, KeyHash};
 use contract::id::{Epoch, KeyId, OwnerId, ReporterId};
-use contract::key::{self, FormError, Secret};
+use contract::key::{self, FormError, KeyKind, Secret};
 use contract::network::Network;
 use contract::outcome::Outcome;
-use contract::record::{Budget, Flags, Per, RateLimit, Record, Requires, UNDERSTOOD};
+use contract::record::{Attribute, Budget, Flags, Per, RateLimit, Record, Requires, UNDERSTOOD};
 use contract::update::{Entry, Header, Part, Update, UpdateView, UpdateWriter};
 use contract::usage::{Ack, Count, KeyRef, Report, Subject, read_reports, write_reports};
 use proptest::collection::vec;
@@ -70,11 +70,18 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn attribute()(name in "[a-z.]{1,12}", value in "[ -~]{0,12}") -> Attribute {
+        Attribute { name, value }
+    }
+}
+
+prop_compose! {
     fn restricted()(
         record in unrestricted(), plan in option::of(any::<u32>()), networks in vec(network(), 0..4), quota in budget(),
-        credits in budget(),
+        credits in budget(), is_test in any::<bool>(), attributes in vec(attribute(), 0..4),
     ) -> Record {
-        Record { plan, networks, quota, credits, ..record }
+        let kind = if is_test { KeyKind::Test } else { KeyKind::Live };
+        Record { plan, networks, quota, credits, kind, attributes, ..record }
     }
 }
 

@@ -119,6 +119,13 @@ create trigger definitions_version before update on definitions
 --
 -- A user owns keys. The user's plan and credits apply to all of them.
 
+create function merge_attributes(present jsonb, change jsonb) returns jsonb language sql immutable as $$
+    select case when change is null then present
+        else nullif(jsonb_strip_nulls(coalesce(present, '{}') || change), '{}') end
+$$;
+
+comment on function merge_attributes is 'Attributes after a change, in which an absent member is kept and null removes it; null if none is left.';
+
 create table user_preferences (
     id uuid primary key,
     email text not null constraint user_preferences_email_key unique
@@ -129,6 +136,7 @@ create table user_preferences (
     credits_spent bigint not null default 0,
     metered boolean not null default false,
     credits_fill integer not null default 0,
+    attributes jsonb,
     refill jsonb,
     refill_at timestamptz,
     makes integer not null default 0,
@@ -146,20 +154,23 @@ comment on column user_preferences.balance is 'Credits: the sum of the user''s r
 comment on column user_preferences.credits_spent is 'Credits that all requests so far have cost.';
 comment on column user_preferences.metered is 'Whether requests cost credits.';
 comment on column user_preferences.credits_fill is 'Incremented when the balance changes other than by usage. An Envoy that knows the balance to be used up then asks again.';
+comment on column user_preferences.attributes is '{"external_id", "metadata": {name: text}}: what other systems know of the user; null: nothing.';
 comment on column user_preferences.refill is 'Scheduled credits: {"amount", "period": "day" | "week" | "month", "time_zone", "up_to"}; amount and up_to in credits.';
 comment on column user_preferences.refill_at is 'When the next refill is due.';
 comment on column user_preferences.makes is 'Keys created and rotated by the user''s own keys in the 24 hours from makes_since.';
 comment on column user_preferences.changes is 'Changes made by the user''s own keys in the 24 hours from makes_since.';
 comment on column user_preferences.makes_since is 'Start of the 24 hours; null before the first creation or change.';
-comment on column user_preferences.version is 'Incremented when email, plan, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
+comment on column user_preferences.version is 'Incremented when email, plan, attributes, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
 
 create index user_preferences_primary_key on user_preferences (primary_key_id) where primary_key_id is not null;
+create unique index user_preferences_external_id on user_preferences ((attributes ->> 'external_id'));
 create index user_preferences_refill on user_preferences (refill_at) where refill_at is not null;
 
-create trigger user_preferences_version before update of email, plan_number, metered, refill on user_preferences
+create trigger user_preferences_version before update of email, plan_number, attributes, metered, refill on user_preferences
     for each row when (
         new.email <> old.email
         or new.plan_number is distinct from old.plan_number
+        or new.attributes is distinct from old.attributes
         or new.metered <> old.metered
         or new.refill is distinct from old.refill
     ) execute function increment_version();
@@ -178,6 +189,11 @@ create table api_keys (
     hash bytea not null constraint api_keys_hash_length check (octet_length(hash) = 32),
     prefix text,
     generation integer not null default 1,
+    kind text not null default 'live' constraint api_keys_kind check (kind in ('live', 'test')),
+
+    -- What other systems know.
+    attributes jsonb,
+    owner_attributes jsonb,
 
     -- Permissions.
     scopes text[] not null default '{}',
@@ -215,6 +231,9 @@ comment on table api_keys is 'Keys. Only the hash of a secret is stored.';
 comment on column api_keys.hash is 'SHA-256 of the present secret; of an imported key, HMAC-SHA-256 under the pepper if there is one.';
 comment on column api_keys.prefix is 'First characters of the secret, by which people recognise it; null for imported keys of another format.';
 comment on column api_keys.generation is 'Number of the present secret, from 1. Rotation increments it.';
+comment on column api_keys.kind is 'Whether the key is for production or for tests.';
+comment on column api_keys.attributes is 'As user_preferences.attributes, of the key itself.';
+comment on column api_keys.owner_attributes is 'As user_preferences.attributes; kept by triggers.';
 comment on column api_keys.scopes is 'Scopes of the key itself. Its roles and its plan grant more.';
 comment on column api_keys.role_numbers is 'Roles, in the order in which they were given.';
 comment on column api_keys.plan_number is 'The key''s own plan.';
@@ -240,6 +259,7 @@ comment on column api_keys.revision is 'Revision of the last change that filters
 create unique index api_keys_hash_key on api_keys (hash) where hash is not null;
 create index api_keys_owner on api_keys (owner_id, id);
 create index api_keys_prefix on api_keys (prefix text_pattern_ops);
+create index api_keys_external_id on api_keys ((attributes ->> 'external_id')) where attributes is not null;
 create index api_keys_revision on api_keys (revision);
 create index api_keys_plan on api_keys (coalesce(plan_number, owner_plan_number))
     where coalesce(plan_number, owner_plan_number) is not null;
@@ -262,14 +282,14 @@ create trigger api_keys_next_revision
     before insert or update of
         owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
         revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, applied_quota, quota_fill,
-        quota_resets_at, metered, credits_fill
+        quota_resets_at, metered, credits_fill, kind, attributes, owner_attributes
     on api_keys for each statement execute function next_revision();
 
 create trigger api_keys_assign_revision
     before insert or update of
         owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
         revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, applied_quota, quota_fill,
-        quota_resets_at, metered, credits_fill
+        quota_resets_at, metered, credits_fill, kind, attributes, owner_attributes
     on api_keys for each row execute function assign_revision();
 
 create trigger api_keys_version before update on api_keys for each row execute function increment_version();
@@ -325,8 +345,8 @@ create trigger retired_secrets_owner before insert on retired_secrets
 
 create function copy_owner_to_key() returns trigger language plpgsql as $$
 begin
-    select plan_number, metered, credits_fill, metered and balance <= 0
-        into new.owner_plan_number, new.metered, new.credits_fill, new.credits_exhausted
+    select plan_number, attributes, metered, credits_fill, metered and balance <= 0
+        into new.owner_plan_number, new.owner_attributes, new.metered, new.credits_fill, new.credits_exhausted
         from user_preferences where id = new.owner_id;
     return new;
 end $$;
@@ -341,6 +361,7 @@ create function copy_owner_to_keys() returns trigger language plpgsql as $$
 begin
     update api_keys set
         owner_plan_number = new.plan_number,
+        owner_attributes = new.attributes,
         metered = new.metered,
         credits_fill = new.credits_fill,
         credits_exhausted = new.metered and new.balance <= 0
@@ -349,9 +370,10 @@ begin
 end $$;
 
 create trigger user_preferences_copy_to_keys
-    after update of plan_number, metered, credits_fill, balance on user_preferences
+    after update of plan_number, attributes, metered, credits_fill, balance on user_preferences
     for each row when (
         new.plan_number is distinct from old.plan_number
+        or new.attributes is distinct from old.attributes
         or new.metered <> old.metered
         or new.credits_fill <> old.credits_fill
         or (new.metered and (new.balance <= 0) <> (old.balance <= 0))
@@ -610,7 +632,7 @@ create table usage_hourly (
 
 comment on table usage_hourly is 'Requests of each secret of a key, by hour and outcome.';
 comment on column usage_hourly.hour is 'Start of the hour.';
-comment on column usage_hourly.outcome is 'Code of the outcome, as in the wire format: 0 allowed, 1 missing, 2 unknown, 3 revoked, 4 expired, 5 disabled, 6 scope_denied, 7 address_denied, 8 rate_limited, 9 quota_exceeded, 10 credits_exhausted, 11 not_ready, 12 stale, 13 unsupported, 14 failed_open, 15 anonymous, 16 policy_unknown, 17 limits_unavailable. 128 is added if the refusal was shadowed and not enforced.';
+comment on column usage_hourly.outcome is 'Code of the outcome, as in the wire format: 0 allowed, 1 missing, 2 unknown, 3 revoked, 4 expired, 5 disabled, 6 scope_denied, 7 address_denied, 8 rate_limited, 9 quota_exceeded, 10 credits_exhausted, 11 not_ready, 12 stale, 13 unsupported, 14 failed_open, 15 anonymous, 16 policy_unknown, 17 limits_unavailable, 18 kind_denied. 128 is added if the refusal was shadowed and not enforced.';
 comment on column usage_hourly.cost is 'Credits.';
 comment on column usage_hourly.exported_requests is 'Requests that are in usage_events.';
 comment on column usage_hourly.exported_cost is 'Credits that are in usage_events.';
@@ -654,6 +676,18 @@ create table usage_keyless_daily (
 comment on table usage_keyless_daily is 'Old rows of usage_keyless_hourly, summed up by day.';
 comment on column usage_keyless_daily.day is 'Start of the day in UTC.';
 comment on column usage_keyless_daily.outcome is 'As in usage_hourly.';
+
+create table unknown_keys (
+    hash bytea primary key constraint unknown_keys_hash_length check (octet_length(hash) = 32),
+    first_seen_at timestamptz not null default now(),
+    last_seen_at timestamptz not null default now()
+);
+
+comment on table unknown_keys is 'Keys that no row of api_keys has and that clients sent under a policy that captures them. A key is no longer unknown once it is imported.';
+comment on column unknown_keys.hash is 'SHA-256 of the key.';
+comment on column unknown_keys.last_seen_at is 'To the hour.';
+
+create index unknown_keys_last_seen on unknown_keys (last_seen_at);
 
 create table usage_events (
     seq bigint primary key,
@@ -859,7 +893,7 @@ comment on function other_live_envoys is 'Number of live Envoys beside these. An
 -- Shapes that several queries read. PostgreSQL does not say which columns of a view are never null, so the queries do.
 
 create view keys_with_usage as
-select k.id, k.owner_id, p.email, k.name, k.prefix, k.scopes, k.rate_limits, k.generation, k.version, k.disabled,
+select k.id, k.owner_id, p.email, k.name, k.prefix, k.kind, k.attributes, k.scopes, k.rate_limits, k.generation, k.version, k.disabled,
     k.disabled_by_admin, k.created_at, k.expires_at, k.revoked_at, u.last_used_at, u.usage_count
 from api_keys k
 join user_preferences p on p.id = k.owner_id
@@ -916,7 +950,7 @@ group by a.kind, a.subject, a.tag;
 comment on view held_tokens is 'What Envoys hold of each pool and have not used.';
 
 create view users_with_counts as
-select p.id, p.email, d.name as plan, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,
+select p.id, p.email, d.name as plan, p.attributes, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,
     k.total_keys
 from user_preferences p
 left join definitions d on d.number = p.plan_number

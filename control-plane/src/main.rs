@@ -4,7 +4,7 @@
 
 use std::alloc::System;
 use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, IsTerminal, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -16,7 +16,7 @@ use control_plane::config::{Admin, Cli, Command, Keys, OPERATOR, Usage, given_pe
 use control_plane::domain::{ADMIN, Email, KeyName, SYNC, Scopes, default_expiry, parse_expiry};
 use control_plane::error::ApiError;
 use control_plane::keys::create;
-use control_plane::keys::import::Import;
+use control_plane::keys::import::{Import, ImportReply};
 use control_plane::keys::model::{CreatedKey, NewKey};
 use control_plane::server::Failure;
 use control_plane::server::schema::connect;
@@ -52,6 +52,7 @@ async fn main() -> ExitCode {
 async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(settings) => server::serve(*settings).await,
+        Command::Explain(explain) => Ok(explain.run(&mut std::io::stdin(), &mut std::io::stdout())?),
         Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in, no_expiry }) => {
             let scopes = Scopes::parse(scopes).map_err(at("--scope"))?;
@@ -89,6 +90,8 @@ async fn run(command: Command) -> Result<(), Failure> {
             let (pool, pepper) = (connect(&source.database).await?, given_pepper()?);
             control_plane::keys::pepper::check(&pool, pepper.as_ref()).await?;
             let import = Import::new(Writer::new(pool, FeedWaker::default()), Actor::system(), pepper).dry_run(dry_run);
+            let is_table = source.file.extension().is_some_and(|kind| kind.eq_ignore_ascii_case("csv"));
+            let import = if is_table { import.table() } else { import };
             import_keys(import, open(&source.file)?).await
         }
         Command::Usage(Usage::Import(source)) => {
@@ -120,12 +123,21 @@ async fn import_usage(pool: &PgPool, log: impl Read) -> Result<(), Failure> {
 }
 
 async fn import_keys(mut import: Import, mut lines: impl Read) -> Result<(), Failure> {
-    let mut piece = vec![0; 64 * 1_024];
+    let (mut piece, mut shown) = (vec![0; 64 * 1_024], (0, 0));
+    let shows_progress = std::io::stderr().is_terminal();
     loop {
         let length = lines.read(&mut piece)?;
         if length == 0 || !import.take(piece.get(..length).unwrap_or_default()).await? {
             break;
         }
+        let ImportReply { imported, failed, .. } = import.so_far();
+        if shows_progress && (*imported, *failed) != shown {
+            shown = (*imported, *failed);
+            write!(std::io::stderr(), "\r{imported} keys imported, {failed} lines refused …")?;
+        }
+    }
+    if shown != (0, 0) {
+        writeln!(std::io::stderr())?;
     }
     let imported = import.finish().await?;
     for bad in &imported.errors {

@@ -1,6 +1,8 @@
 //! The plugin configuration of the filter: JSON that is checked as a whole when Envoy loads it. An error names the field and
 //! the remedy. Unknown fields are errors, so that a misspelt limit does not silently become no limit.
 
+use std::collections::BTreeMap;
+
 use contract::json::{Milliseconds, Seconds, null_is_default, read};
 use contract::pepper::Pepper;
 use contract::policy::LimitText;
@@ -17,6 +19,9 @@ pub const MIN_STALENESS_S: u64 = 60;
 
 /// The value of `limits.wait`, unless it is given.
 const LIMITS_WAIT_MS: u64 = 250;
+
+/// Most headers in `identity_headers.attributes`.
+const ATTRIBUTES: usize = 16;
 
 /// Most names in `remove_headers`.
 const REMOVED_HEADERS: usize = 64;
@@ -64,6 +69,8 @@ pub struct Config {
     pub rate_limit: Option<RateLimit>,
     /// Whether the filter sets filter state for the access log, where no header can show it.
     pub access_log_state: bool,
+    /// Whether the filter sets filter state with what is left of the limits of an allowed request, for response headers.
+    pub rate_limit_state: bool,
     /// Where the name of a request's policy is looked for, in this order. If none names one, the default policy applies.
     pub policy_sources: Vec<PolicySource>,
     /// Whether the operator has configured these sources. Otherwise none is asked before the first policy is written.
@@ -93,8 +100,19 @@ pub struct IdentityHeaders {
     pub scopes: Option<String>,
     /// All of these in one header, see [`crate::identity::packed`].
     pub packed: Option<String>,
+    /// Each attribute of the key or its owner that upstreams get, with its header.
+    pub attributes: Vec<AttributeHeader>,
     /// Usual names that are not in use. Upstreams may trust them all the same, so they are removed from requests of clients.
     pub unused: Vec<String>,
+}
+
+/// A header with an attribute, see [`Attribute`](contract::record::Attribute).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttributeHeader {
+    /// The name of the header, in lower case.
+    pub header: String,
+    /// The name of the attribute.
+    pub attribute: String,
 }
 
 /// Where the name of a request's policy is looked for.
@@ -199,6 +217,8 @@ struct Raw {
     #[serde(default = "default_rate_limit")]
     rate_limit: Option<LimitText>,
     access_log_state: Option<bool>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    rate_limit_state: bool,
     policy_sources: Option<Vec<PolicySource>>,
     #[serde(default, deserialize_with = "null_is_default")]
     shadow: bool,
@@ -233,6 +253,8 @@ struct RawIdentityHeaders {
     credential: Option<String>,
     scopes: Option<String>,
     packed: Option<String>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    attributes: BTreeMap<String, String>,
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "serde wants the type of the field")]
@@ -278,6 +300,7 @@ impl Config {
                 .transpose()
                 .map_err(ConfigError)?,
             access_log_state: raw.access_log_state.unwrap_or(true),
+            rate_limit_state: raw.rate_limit_state,
             are_sources_given: raw.policy_sources.is_some(),
             policy_sources: policy_sources(raw.policy_sources)?,
             shadow: raw.shadow,
@@ -287,8 +310,10 @@ impl Config {
             on_limits_unreachable: raw.on_limits_unreachable,
             challenge,
         };
-        let IdentityHeaders { consumer, credential, scopes, packed, .. } = &config.identity;
-        let identity = [consumer, credential, scopes, packed].into_iter().flatten().map(String::as_str);
+        let IdentityHeaders { consumer, credential, scopes, packed, attributes, .. } = &config.identity;
+        let attributes = attributes.iter().map(|attribute| &attribute.header);
+        let identity =
+            [consumer, credential, scopes, packed].into_iter().flatten().chain(attributes).map(String::as_str);
         let mut names: Vec<&str> = Vec::new();
         for source in &config.key_sources {
             // Several parameters, or several cookies, are in one header.
@@ -334,9 +359,29 @@ impl RawIdentityHeaders {
             credential: header("credential", &self.credential, credential)?,
             scopes: header("scopes", &self.scopes, scopes)?,
             packed: header("packed", &self.packed, "")?,
+            attributes: attributes(&self.attributes)?,
             unused: Vec::new(),
         })
     }
+}
+
+fn attributes(headers: &BTreeMap<String, String>) -> Result<Vec<AttributeHeader>, ConfigError> {
+    if headers.len() > ATTRIBUTES {
+        return Err(ConfigError(format!("identity_headers.attributes: name at most {ATTRIBUTES} headers")));
+    }
+    let header = |(header, attribute): (&String, &String)| {
+        let field = format!("identity_headers.attributes.{header}");
+        let fact = attribute.strip_prefix("key.").or_else(|| attribute.strip_prefix("owner."));
+        let is_known =
+            |fact: &str| fact == "external_id" || fact.strip_prefix("metadata.").is_some_and(|name| !name.is_empty());
+        if !fact.is_some_and(is_known) {
+            let forms = "key.external_id, owner.external_id, key.metadata.NAME or owner.metadata.NAME";
+            return Err(ConfigError(format!("{field}: must be {forms}")));
+        }
+        let header = source::header_name(&field, header).map_err(ConfigError)?;
+        Ok(AttributeHeader { header, attribute: attribute.clone() })
+    };
+    headers.iter().map(header).collect()
 }
 
 fn removed(names: &[String]) -> Result<Vec<String>, ConfigError> {

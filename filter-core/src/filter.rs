@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::host::{CallResponse, Flow, Host, Stream, random_bytes};
 use crate::keys::KeyStore;
 use crate::leader::Leader;
+use crate::leader::control_plane::send_unknown;
 use crate::limits::allowances::{self, Reached};
 use crate::request::{self, Waited};
 use crate::setup::Setup;
@@ -95,6 +96,7 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         }
         self.vm.tick(now_ms);
         self.leader.borrow_mut().tick(&self.vm, setup, now_ms);
+        self.send_captured(setup, now_ms);
         self.vm.allowances.start_over();
         decide_again(Reached::Yes);
         self.call(setup, true);
@@ -103,6 +105,15 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
     /// The time until the next tick, in milliseconds. It may change with each callback.
     pub fn tick_ms(&self) -> u64 {
         self.vm.allowances.tick_ms()
+    }
+
+    fn send_captured(&self, setup: &Setup, now_ms: u64) {
+        let mut captured = self.vm.captured.borrow_mut();
+        if let Some(keys) = captured.due(now_ms)
+            && let Some(token) = send_unknown(self.vm.host(), setup, &keys)
+        {
+            captured.sent(token, now_ms);
+        }
     }
 
     fn call(&self, setup: &Setup, is_tick: bool) {
@@ -128,9 +139,15 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
                 self.vm.allowances.start_over();
                 decide_again(reached);
             }
+            None if self.is_of_captured(token, response) => {}
             None => self.leader.borrow_mut().on_response(&self.vm, setup, token, response),
         }
         self.call(setup, false);
+    }
+
+    fn is_of_captured(&self, token: u32, response: &impl CallResponse) -> bool {
+        let mut captured = self.vm.captured.borrow_mut();
+        captured.is_in_flight(token) && captured.take_response(token, response.status() == Some(200), self.vm.now_ms())
     }
 
     /// A configuration ends: reports everything that was counted. `is_in_use`: another configuration uses this filter. If none

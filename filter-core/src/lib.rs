@@ -44,6 +44,7 @@ pub mod address;
 pub mod limits;
 pub mod reply;
 
+pub mod unknown;
 pub mod usage;
 
 pub mod vm;

@@ -6,6 +6,7 @@ use contract::record::RateLimit;
 
 use crate::extract::source::{Source, places};
 use crate::host::Reply;
+use crate::limits::charge::Left;
 use crate::limits::wait::{Exceeded, Wait};
 
 /// Most bytes of a request's id. The ids of Envoy are UUIDs.
@@ -114,12 +115,37 @@ pub fn reply(
     Some(Reply { status: refusal.status, headers, body })
 }
 
+/// What is left of the limits of an allowed request: the values of `RateLimit` and `RateLimit-Policy`. A limit that does not tell
+/// when it is full again has no `t`. `None` for a request without limits.
+#[must_use]
+pub fn left_fields(left: &[Left]) -> Option<(String, String)> {
+    if left.is_empty() {
+        return None;
+    }
+    let name = |left: &Left| match (&left.limit, left.outcome) {
+        (Some(limit), _) => limit.name.clone(),
+        (None, outcome) => stock_name(outcome).to_owned(),
+    };
+    let one = |of: &Left| {
+        let until = of.full_s.map(|seconds| format!(";t={seconds}")).unwrap_or_default();
+        format!("\"{}\";r={}{until}", name(of), of.tokens)
+    };
+    let policies: Vec<String> = left.iter().filter_map(|left| left.limit.as_ref()).map(policy).collect();
+    Some((left.iter().map(one).collect::<Vec<_>>().join(", "), policies.join(", ")))
+}
+
+const fn stock_name(outcome: Outcome) -> &'static str {
+    if matches!(outcome, Outcome::CreditsExhausted) { "credits" } else { "quota" }
+}
+
+fn policy(RateLimit { name, requests, window_s, .. }: &RateLimit) -> String {
+    format!("\"{name}\";q={requests};w={window_s}")
+}
+
 /// By draft-ietf-httpapi-ratelimit-headers-10, as structured fields: q is the quota, w its window, r the remainder and t the
 /// seconds until there is more.
 fn limit_headers(limits: &[RateLimit], refused: Exceeded) -> impl Iterator<Item = (&'static str, String)> {
     let Exceeded { limit, retry_after_s } = refused;
-    let policy =
-        |RateLimit { name, requests, window_s, .. }: &RateLimit| format!("\"{name}\";q={requests};w={window_s}");
     let policies: Vec<String> = limits.iter().map(policy).collect();
     let left = limits.get(limit).map(|limit| ("ratelimit", format!("\"{}\";r=0;t={retry_after_s}", limit.name)));
     let headers = [("retry-after", retry_after_s.to_string()), ("ratelimit-policy", policies.join(", "))];
@@ -129,7 +155,7 @@ fn limit_headers(limits: &[RateLimit], refused: Exceeded) -> impl Iterator<Item 
 /// The same for a quota or credits. The filter does not know how large they are, so there is no policy; t is left out unless the
 /// time is `known`.
 fn stock_headers(outcome: Outcome, retry_after_s: u64, known: bool) -> impl Iterator<Item = (&'static str, String)> {
-    let name = if outcome == Outcome::CreditsExhausted { "credits" } else { "quota" };
+    let name = stock_name(outcome);
     let until = if known { format!(";t={retry_after_s}") } else { String::new() };
     let left = format!("\"{name}\";r=0{until}");
     [("retry-after", retry_after_s.to_string()), ("ratelimit", left)].into_iter()

@@ -20,14 +20,14 @@ use contract::rules::{AmbiguousPath, Target};
 use contract::usage::KeyRef;
 
 use crate::address::Client;
-use crate::config::{Config, FailureMode, PolicySource, SHADOW_HEADER};
+use crate::config::{AttributeHeader, Config, FailureMode, PolicySource, SHADOW_HEADER};
 use crate::extract::{self, Credential, Extraction, strip};
 use crate::host::{Clock, Flow, Host, PolicyPlace, Reply, Stream};
 use crate::identity;
 use crate::keys::{KeyLookup, StoredKey};
-use crate::limits::charge::{Attempt, Charged, Limits, charge, charge_client};
+use crate::limits::charge::{Attempt, Charged, Left, Limits, charge, charge_client};
 use crate::limits::wait::Wait;
-use crate::reply::{RequestFacts, is_grpc, reply, request_id};
+use crate::reply::{RequestFacts, is_grpc, left_fields, reply, request_id};
 use crate::time::{NS_PER_MS, NS_PER_S};
 use crate::vm::Vm;
 
@@ -40,6 +40,12 @@ const REFUSED_STATE: &str = "portcullis.refused";
 
 /// Filter state for the access log: the outcome of a request that shadow mode let through.
 const SHADOW_STATE: &str = "portcullis.shadow";
+
+/// Filter state for response headers: what is left of the limits of an allowed request.
+const LEFT_STATE: &str = "portcullis.ratelimit";
+
+/// Filter state for response headers: these limits.
+const LIMITS_STATE: &str = "portcullis.ratelimit_policy";
 
 /// The header by which Envoy identifies requests in its access log.
 const REQUEST_ID: &str = "x-request-id";
@@ -84,11 +90,20 @@ pub struct Verdict {
     pub cost: u32,
     /// How long a refused client should wait.
     pub wait: Wait,
+    /// What is left of the limits of an allowed request, if the filter is to tell.
+    pub left: Vec<Left>,
+}
+
+/// The outcome after the limits were charged.
+struct AfterLimits {
+    outcome: Outcome,
+    wait: Wait,
+    left: Vec<Left>,
 }
 
 impl Verdict {
     const fn without_key(outcome: Outcome) -> Self {
-        Self { outcome, shadowed: false, key: None, cost: 0, wait: Wait::Usual }
+        Self { outcome, shadowed: false, key: None, cost: 0, wait: Wait::Usual, left: Vec::new() }
     }
 }
 
@@ -142,12 +157,17 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
                 let key = self.find_key(extraction.credential);
                 let outcome = self.authorize(extraction.credential, key.as_deref(), policy, stream);
                 let cost = key.as_ref().map_or(0, |key| cost(&key.record, policy));
-                let (outcome, wait) = self.charge(outcome, key.as_deref(), cost, policy, stream)?;
-                Verdict { outcome, shadowed: false, key, cost, wait }
+                let AfterLimits { outcome, wait, left } = self.charge(outcome, key.as_deref(), cost, policy, stream)?;
+                Verdict { outcome, shadowed: false, key, cost, wait, left }
             }
         };
         let in_shadow = self.config.shadow || policy.is_some_and(|policy| policy.shadow);
         verdict.shadowed = in_shadow && !verdict.outcome.goes_upstream();
+        if let (Outcome::Unknown, true, Credential::Hashed(hash)) =
+            (verdict.outcome, policy.is_some_and(|policy| policy.capture_unknown), extraction.credential)
+        {
+            self.vm.captured.borrow_mut().add(hash);
+        }
         Some((verdict, extraction))
     }
 
@@ -276,8 +296,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     }
 
     /// Charges an allowed request to the limits, the quota and the credits of its key; a request without a key to the limit of
-    /// its route. Returns the outcome after that, and how long to wait if it refuses; `None` if the request must wait for an
-    /// allowance.
+    /// its route. `None` if the request must wait for an allowance.
     fn charge(
         &self,
         outcome: Outcome,
@@ -285,12 +304,13 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         cost: u32,
         policy: &Policy,
         stream: &impl Stream,
-    ) -> Option<(Outcome, Wait)> {
+    ) -> Option<AfterLimits> {
+        let of = |outcome| AfterLimits { outcome, wait: Wait::Usual, left: Vec::new() };
         match (key, outcome) {
             (Some(key), Outcome::Allowed) => match self.charge_key(key, cost, policy) {
-                Charged::Yes => Some((outcome, Wait::Usual)),
+                Charged::Yes(left) => Some(AfterLimits { left, ..of(outcome) }),
                 Charged::Wait => None,
-                Charged::No(refused, wait) => Some((refused, wait)),
+                Charged::No(outcome, wait) => Some(AfterLimits { wait, ..of(outcome) }),
             },
             (_, Outcome::Anonymous) => {
                 let limits = &*policy.rate_limits.address;
@@ -300,10 +320,13 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
                     let client = stream.client_address().map_or(Client::UNKNOWN, Client::of);
                     charge_client(&self.vm.data, client, limits, self.time.ns())
                 };
-                Some(wait.map_or((outcome, Wait::Usual), |wait| (Outcome::RateLimited, wait)))
+                Some(wait.map_or(of(outcome), |wait| AfterLimits { wait, ..of(Outcome::RateLimited) }))
             }
-            (Some(key), _) => Some((outcome, exhausted_wait(outcome, &key.record, self.now_s_for(key)))),
-            (None, _) => Some((outcome, Wait::Usual)),
+            (Some(key), _) => {
+                let wait = exhausted_wait(outcome, &key.record, self.now_s_for(key));
+                Some(AfterLimits { wait, ..of(outcome) })
+            }
+            (None, _) => Some(of(outcome)),
         }
     }
 
@@ -322,6 +345,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             modes: self.config.on_limits_unreachable,
             is_unreachable: has_failed || self.config.limits_wait_ms == 0 || allowances.is_unreachable(),
             waited_ms: ms,
+            tells_left: self.config.rate_limit_state,
         };
         let charged = charge(data, allowances, &limits, attempt, || self.time.ns());
         // A request that is decided again is in the root context, which asks once all are decided.
@@ -373,6 +397,12 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         if key.is_none() || (identity.credential.is_none() && identity.packed.is_none()) {
             self.log_key(verdict, stream);
         }
+        if let Some((left, policy)) = left_fields(&verdict.left) {
+            stream.set_filter_state(LEFT_STATE, &left);
+            if !policy.is_empty() {
+                stream.set_filter_state(LIMITS_STATE, &policy);
+            }
+        }
         if verdict.shadowed {
             self.log(SHADOW_STATE, verdict.outcome.name(), stream);
             stream.set_header(SHADOW_HEADER, verdict.outcome.name().as_bytes());
@@ -404,6 +434,13 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
                 (Some(name), Some(value)) => stream.set_header(name, value.as_bytes()),
                 (Some(name), None) if !are_removed => stream.remove_header(name),
                 _ => {}
+            }
+        }
+        // Whatever Envoy removes, these have names of the operator's own.
+        for AttributeHeader { header, attribute } in &identity.attributes {
+            match key.and_then(|key| key.record.attribute(attribute)) {
+                Some(value) => stream.set_header(header, value.as_bytes()),
+                None => stream.remove_header(header),
             }
         }
         if !are_removed {

@@ -11,6 +11,7 @@ use crate::shared::SharedData;
 use crate::stats::Statistics;
 use crate::store::state::{self, StoreState};
 use crate::time::{NS_PER_MS, is_ahead};
+use crate::unknown::Captured;
 use crate::usage::counter::{Counts, take_slot};
 
 /// Time between two ticks, in milliseconds. On each tick counts are published and the leader extends its term.
@@ -38,6 +39,8 @@ pub struct Vm<H, K> {
     next_tick_ms: Slot<u64>,
     usage_slot: Slot<Option<u16>>,
     unknown_policies: RefCell<Vec<String>>,
+    /// Keys that the store does not have, under policies that capture them.
+    pub captured: RefCell<Captured>,
 }
 
 impl<H: Host, K> Vm<H, K> {
@@ -53,6 +56,7 @@ impl<H: Host, K> Vm<H, K> {
             next_tick_ms: Slot::new(0),
             usage_slot: Slot::new(None),
             unknown_policies: RefCell::default(),
+            captured: RefCell::default(),
         }
     }
 

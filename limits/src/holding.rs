@@ -274,6 +274,20 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
+    /// How many tokens can be spent over all Envoys, as far as this Envoy knows, and in how many nanoseconds a rate limit is as
+    /// if it had not been used, if that is known.
+    #[must_use]
+    pub fn left(&self, of: Limited<'_>, contact: &Contact, now_ns: u64) -> (u64, Option<u64>) {
+        let decides_itself = contact.is_alone(now_ns / NS_PER_MS) && self.is_known(contact);
+        match (decides_itself, of) {
+            (true, Limited::Rate(rate)) => {
+                (rate.room(self.arrival_ns, now_ns), Some(self.arrival_ns.saturating_sub(now_ns)))
+            }
+            (true, Limited::Stock { .. }) => (self.alone_left, None),
+            (false, _) => (self.unspent().saturating_add(self.left), None),
+        }
+    }
+
     /// Whether an answer that is new enough says that the pool lacks these tokens, without those that other Envoys hold. If
     /// none does, the request waited in vain for another reason: another Envoy may still decide by itself, or answers are slow.
     #[must_use]

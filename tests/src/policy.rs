@@ -7,7 +7,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// The fields that [`named`] reads.
-const FIELDS: [&str; 7] = ["key", "scopes", "cost", "rate_limits", "shadow", "from_annotation", "match"];
+const FIELDS: [&str; 9] =
+    ["key", "kinds", "scopes", "cost", "rate_limits", "shadow", "capture_unknown", "from_annotation", "match"];
 
 /// The policy of this name.
 ///
@@ -37,10 +38,12 @@ pub fn named(name: &str, body: &Value) -> NamedPolicy {
     }
     let policy = Policy {
         key: field(body, "key").unwrap_or_default(),
+        kinds: field(body, "kinds").unwrap_or_default(),
         scopes: field(body, "scopes").unwrap_or_default(),
         cost: field(body, "cost"),
         rate_limits: limits,
         shadow: field(body, "shadow").unwrap_or_default(),
+        capture_unknown: field(body, "capture_unknown").unwrap_or_default(),
     };
     let matches = body["match"].as_array().into_iter().flatten().map(rule).collect();
     NamedPolicy { name: name.into(), policy, matches, from_annotation: field(body, "from_annotation").unwrap_or(true) }

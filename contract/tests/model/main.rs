@@ -12,6 +12,7 @@ use contract::decision::{Facts, Presented, decide};
 use contract::definition::{Definition, Definitions};
 use contract::hash::KeyHash;
 use contract::id::{Epoch, KeyId, OwnerId};
+use contract::key::KeyKind;
 use contract::outcome::Outcome;
 use contract::policy::{KeyNeed, Policy, ScopeNeed};
 use contract::rate::Rate;
@@ -55,6 +56,7 @@ impl Dice {
 #[derive(Clone, Default)]
 struct Key {
     owner: usize,
+    is_test: bool,
     /// The secrets, the present one last, with the end of those that were retired.
     secrets: Vec<(String, Option<u64>)>,
     revoked: bool,
@@ -129,6 +131,7 @@ fn record(truth: &Truth, number: usize, generation: usize) -> Record {
         .with(Flags::QUOTA_EXCEEDED, used_up(quota))
         .with(Flags::CREDITS_EXHAUSTED, used_up(credits));
     record.expires_at_s = [key.expires_at_s, key.secrets[generation].1].into_iter().flatten().min();
+    record.kind = if key.is_test { KeyKind::Test } else { KeyKind::Live };
     record.cost = key.cost;
     record.rate_limits.clone_from(&key.limits);
     record.scopes = key.scopes.iter().map(ToString::to_string).collect();
@@ -234,6 +237,7 @@ impl Run {
         let secret = self.secret();
         let key = Key {
             owner: self.dice.below(OWNERS),
+            is_test: self.dice.once_in(3),
             secrets: vec![(secret, None)],
             scopes: self.dice.some_of(&SCOPES),
             role: self.dice.once_in(3),
@@ -306,7 +310,7 @@ impl Run {
 
     fn policy(&mut self) -> Policy {
         let mut policy = Policy::default();
-        match self.dice.below(8) {
+        match self.dice.below(9) {
             0 => policy.key = KeyNeed::AnonymousAllowed,
             1 => policy.key = KeyNeed::Optional,
             2 => policy.scopes = ScopeNeed::All(self.wanted()),
@@ -323,7 +327,11 @@ impl Run {
                 };
                 policy.rate_limits.key = vec![limit];
             }
+            6 => policy.kinds = vec![if self.dice.once_in(2) { KeyKind::Live } else { KeyKind::Test }],
             _ => {}
+        }
+        if policy.key == KeyNeed::Optional && self.dice.once_in(4) {
+            policy.kinds = vec![KeyKind::Live];
         }
         policy
     }
@@ -397,6 +405,7 @@ fn decision_and_reference_agree_in_a_hundred_thousand_steps_and_meet_every_outco
             Outcome::QuotaExceeded,
             Outcome::CreditsExhausted,
             Outcome::Anonymous,
+            Outcome::KindDenied,
         ];
         assert_eq!(met, expected, "seed {seed}: {outcomes:?}");
         // Not one of them is rare.

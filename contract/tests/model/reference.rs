@@ -30,6 +30,10 @@ impl Reference {
         if key.disabled {
             return anonymous(optional, Outcome::Disabled);
         }
+        let kind = if key.is_test { KeyKind::Test } else { KeyKind::Live };
+        if !policy.kinds.is_empty() && policy.kinds != [kind] {
+            return anonymous(optional, Outcome::KindDenied);
+        }
         if !key.networks.is_empty() && !key.networks.iter().any(|place| NETWORKS[*place].1[address]) {
             return anonymous(optional, Outcome::AddressDenied);
         }

@@ -73,6 +73,9 @@ const USAGE_BYTES: usize = 4 << 20;
 /// Longest body of a call for allowances, in bytes: as many pools as a call may ask for, at about 110 bytes each.
 const ALLOWANCES_BYTES: usize = 64 << 10;
 
+/// Longest body of a message with unknown keys, in bytes: as many hashes as it may have.
+const UNKNOWN_BYTES: usize = 64 << 10;
+
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -125,6 +128,7 @@ fn management() -> OpenApiRouter<App> {
         .routes(routes!(keys::revoke::revoke_secret))
         .routes(routes!(keys::import::import))
         .routes(routes!(keys::lookup::lookup))
+        .routes(routes!(keys::unknown::list_all, keys::unknown::forget))
         .routes(routes!(keys::usage::usage))
         .routes(routes!(keys::quota::quota))
         .routes(routes!(keys::quota::reset))
@@ -170,6 +174,7 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))
         .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)))
+        .route("/sync/v1/unknown-keys", post(sync::note_unknown).layer(DefaultBodyLimit::max(UNKNOWN_BYTES)))
         .route("/sync/v1/allowances", post(sync::allowances).layer(DefaultBodyLimit::max(ALLOWANCES_BYTES)));
     let router = management
         .merge(filters)

@@ -14,7 +14,7 @@ use crate::api::pagination::{self, All, List, PageQuery};
 use crate::definitions::Kind;
 use crate::definitions::policy::{KeyNeedBody, MatchBody, PolicyBody, PolicyRateLimitBody, ScopesBody};
 use crate::definitions::store::{self, Definition};
-use crate::domain::{Preconditions, Timestamp};
+use crate::domain::{KindBody, Preconditions, Timestamp};
 use crate::error::ApiError;
 
 /// A policy.
@@ -27,6 +27,9 @@ pub struct PolicyView {
     description: String,
     /// Whether a request needs a key.
     key: KeyNeedBody,
+    /// Kinds of keys that are accepted; null for both.
+    #[schema(required)]
+    kinds: Option<Vec<KindBody>>,
     /// Scopes that the key must have; null if it needs none.
     #[schema(required, inline)]
     scopes: Option<ScopesBody>,
@@ -37,6 +40,8 @@ pub struct PolicyView {
     rate_limits: Vec<PolicyRateLimitBody>,
     /// Whether nothing is refused.
     shadow: bool,
+    /// Whether the hashes of unknown keys are noted.
+    capture_unknown: bool,
     /// Whether the owner of a route may name the policy.
     from_annotation: bool,
     /// The requests that the policy is for although their route names no policy.
@@ -49,10 +54,21 @@ pub struct PolicyView {
 impl PolicyView {
     fn of(definition: Definition) -> Self {
         let policy = definition.policy.map(|policy| policy.0).unwrap_or_default();
-        let PolicyBody { description, key, scopes, cost, rate_limits, shadow, from_annotation, matches } =
-            PolicyBody::of(&definition.description, &policy);
-        let (name, created_at) = (definition.name, definition.created_at.into());
-        Self { name, description, key, scopes, cost, rate_limits, shadow, from_annotation, matches, created_at }
+        let body = PolicyBody::of(&definition.description, &policy);
+        Self {
+            name: definition.name,
+            description: body.description,
+            key: body.key,
+            kinds: body.kinds,
+            scopes: body.scopes,
+            cost: body.cost,
+            rate_limits: body.rate_limits,
+            shadow: body.shadow,
+            capture_unknown: body.capture_unknown,
+            from_annotation: body.from_annotation,
+            matches: body.matches,
+            created_at: definition.created_at.into(),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use contract::hash::BUCKETS;
 use contract::id::{Epoch, ReporterId};
+use contract::unknown::UnknownKeys;
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::read_reports;
 use limits::message::Call;
@@ -21,6 +22,7 @@ use crate::allowances::CallError;
 use crate::api::auth::SyncCaller;
 use crate::api::extract::{Json, Query};
 use crate::error::ApiError;
+use crate::keys::unknown;
 use crate::metering::{IngestError, NEW_REPORTERS};
 use crate::net::connection::Peer;
 use crate::sync::filters::SILENT;
@@ -265,6 +267,21 @@ pub async fn allowances(
     })?;
     let body = answer.write().map_err(|error| ApiError::Internal(format!("an answer: {error}")))?;
     Ok((StatusCode::OK, [(header::CONTENT_TYPE, ALLOWANCES_TYPE)], body).into_response())
+}
+
+/// `POST /sync/v1/unknown-keys`: takes the hashes of keys that an Envoy does not know.
+///
+/// # Errors
+/// A refused key, an invalid message, or 503 if the database is not available.
+pub async fn note_unknown(
+    State(app): State<App>,
+    SyncCaller(_): SyncCaller,
+    body: Bytes,
+) -> Result<StatusCode, ApiError> {
+    let keys =
+        UnknownKeys::read(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() })?;
+    unknown::note(&app.pool, &keys).await?;
+    Ok(StatusCode::OK)
 }
 
 /// A reporter that belongs to another sync key.

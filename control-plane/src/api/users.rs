@@ -5,6 +5,7 @@
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
+use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -16,7 +17,7 @@ use crate::api::preconditions::etag;
 use crate::audit::AuditEvent;
 use crate::credits::{self, Refill};
 use crate::definitions::Name;
-use crate::domain::{Email, Patch, Preconditions};
+use crate::domain::{AttributesPatch, Email, Metadata, Patch, Preconditions};
 use crate::error::ApiError;
 use crate::keys::revoke::{RevokeKeysReply, revoke_all};
 use crate::users::erase::EraseReply;
@@ -44,6 +45,9 @@ pub struct UsersQuery {
     /// Only those whose address starts with this. Domains are kept in ASCII: give the start of `xn--…`, or a whole address.
     #[param(example = "user@", max_length = 254)]
     email_prefix: Option<String>,
+    /// Only the user that another system calls so.
+    #[param(example = "cus_42", max_length = 128)]
+    external_id: Option<String>,
 }
 
 /// The user to be there.
@@ -54,6 +58,12 @@ pub struct CreateUserBody {
     /// The email address.
     #[schema(example = "user@example.com", max_length = 254)]
     email: String,
+    /// What another system calls the user. No two users have the same.
+    #[schema(example = "cus_42", min_length = 1, max_length = 128)]
+    external_id: Option<String>,
+    /// Names and values for upstreams, at most 16.
+    #[schema(example = json!({"tenant": "acme"}))]
+    metadata: Option<Metadata>,
 }
 
 /// A change of a user: at least one field.
@@ -68,6 +78,13 @@ pub struct UserBody {
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
     plan: Patch<String>,
+    /// What another system calls the user; null for nothing. No two users have the same.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "cus_42", min_length = 1, max_length = 128)]
+    external_id: Patch<String>,
+    /// Names and values for upstreams, at most 16; they replace the present ones.
+    #[schema(example = json!({"tenant": "acme"}))]
+    metadata: Option<Metadata>,
     /// Whether requests cost credits. A refill switches it on unless this says otherwise.
     metered: Option<bool>,
     /// Scheduled credits, from the next midnight on; null for none.
@@ -93,14 +110,18 @@ pub async fn list(
         None => caller.require_admin()?,
     }
     let after = page.after.as_deref().unwrap_or_default();
-    let mut users = users::list(&app.pool, email.as_ref(), &prefix, after, page.read()).await?;
+    let id = query.external_id.as_deref();
+    if id.is_some_and(|id| id.contains('\0')) {
+        return Err(ApiError::invalid("external_id", "must have no control characters"));
+    }
+    let mut users = users::list(&app.pool, email.as_ref(), id, &prefix, after, page.read()).await?;
     let next = page.cut(&mut users, |last| last.email.clone());
     Ok(pagination::reply(UserPage { users, next_cursor: next.cursor }, next.link))
 }
 
 /// Create a user.
 ///
-/// If there is a user with this address already, that user is returned. Creating a key for an address creates its user too.
+/// If there is a user with this address already, that user is returned, unchanged. Creating a key for an address creates its user too.
 #[utoipa::path(
     operation_id = "createUser",
     post, path = "/v1/users", tag = "users", request_body = CreateUserBody,
@@ -112,8 +133,10 @@ pub async fn list(
 pub async fn create(Call { app, caller, .. }: Call, Json(body): Json<CreateUserBody>) -> Result<Response, ApiError> {
     let email = Email::parse(&body.email)?;
     caller.require_admin()?;
+    let external_id = body.external_id.map_or(Patch::Keep, Patch::Set);
+    let attributes = AttributesPatch { external_id, metadata: body.metadata }.check()?;
     let created = app.writer.change(&caller.actor, async |change| {
-        let (id, is_new) = users::create(change, &email).await?;
+        let (id, is_new) = users::create(change, &email, &attributes).await?;
         let user = users::get(&mut **change, id).await?.ok_or_else(|| unknown(id))?;
         Ok::<_, ApiError>((user, is_new))
     });
@@ -125,7 +148,7 @@ pub async fn create(Call { app, caller, .. }: Call, Json(body): Json<CreateUserB
 
 /// Get a user.
 ///
-/// The ETag changes with email, plan, metered and refill. It does not change with the balance or the number of keys.
+/// The ETag changes with email, plan, external id, metadata, metered and refill. It does not change with the balance or the number of keys.
 #[utoipa::path(
     operation_id = "getUser",
     get, path = "/v1/users/{id}", tag = "users", params(ById),
@@ -153,8 +176,10 @@ pub async fn update(
     caller.require_admin()?;
     let email = body.email.as_deref().map(Email::parse).transpose()?;
     let plan = body.plan.try_map(|name| Name::parse("plan", &name))?.given();
-    if email.is_none() && plan.is_none() && body.metered.is_none() && body.refill.is_keep() {
-        return Err(ApiError::Invalid { field: None, detail: "Set email, plan, metered or refill.".into() });
+    let attributes = AttributesPatch { external_id: body.external_id, metadata: body.metadata }.check()?;
+    let is_empty = email.is_none() && plan.is_none() && attributes.is_empty();
+    if is_empty && body.metered.is_none() && body.refill.is_keep() {
+        return Err(ApiError::Invalid { field: None, detail: "Set at least one field.".into() });
     }
     if let Patch::Set(refill) = &body.refill {
         refill.check()?;
@@ -172,9 +197,13 @@ pub async fn update(
             Some(plan) => users::set_plan(change, user.id, plan.as_ref()).await?,
             None => false,
         };
+        let has_new_attributes = users::set_attributes(change, user.id, &attributes).await?;
         let mut changed = credits::update(change, &(&user).into(), body.metered, body.refill).await?;
         if let Some(plan) = plan.filter(|_| has_new_plan) {
             changed.insert("plan".into(), plan.as_ref().map(Name::as_str).into());
+        }
+        if let Some(Value::Object(fields)) = attributes.merge().filter(|_| has_new_attributes) {
+            changed.extend(fields);
         }
         if has_new_email {
             changed.insert("email".into(), email.as_ref().map(Email::as_str).into());
@@ -204,8 +233,8 @@ pub async fn revoke_keys(Call { app, caller, path }: Call<ById>) -> Result<Json<
 
 /// Erase a user.
 ///
-/// All keys of the user are revoked. The email address, the names of keys and their networks are replaced wherever they stand,
-/// in the audit trail too. Ids, counts, the ledger and its notes stay.
+/// All keys of the user are revoked. The email address, external ids, metadata, the names of keys and their networks are
+/// replaced or removed wherever they stand, in the audit trail too. Ids, counts, the ledger and its notes stay.
 #[utoipa::path(
     operation_id = "eraseUser",
     delete, path = "/v1/users/{id}", tag = "users", params(ById, IfMatch),

@@ -10,6 +10,7 @@ use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
+use portcullis_cli::explain::Explain;
 
 pub mod database;
 mod secret_setting;
@@ -48,6 +49,8 @@ pub enum Command {
     /// Work on usage
     #[command(subcommand)]
     Usage(Usage),
+    /// Say why a request is allowed or refused, with each check
+    Explain(Explain),
     /// Print the OpenAPI document of the REST API
     Openapi,
 }
@@ -248,7 +251,8 @@ pub struct Source {
 /// Commands below `keys`.
 #[derive(Debug, Subcommand)]
 pub enum Keys {
-    /// Import keys of another system: one JSON object a line, as POST /v1/keys/import takes them
+    /// Import keys of another system: one JSON object a line, or a table in a file whose name ends with .csv, as POST
+    /// /v1/keys/import takes them
     Import {
         #[command(flatten)]
         source: Source,

@@ -1,6 +1,7 @@
 //! Policies as clients write and read them.
 
 use contract::json::null_is_default;
+use contract::key::KeyKind;
 use contract::policy::{KeyNeed, NamedPolicy, Policy, PolicyError, PolicyLimits, ScopeNeed};
 use contract::record::RateLimit;
 use contract::rules::{HeaderMatch, Match, PathMatch};
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Content, Name, parse_description};
-use crate::domain::{PerBody, RateLimitBody, parse_rate_limits};
+use crate::domain::{KindBody, PerBody, RateLimitBody, parse_rate_limits};
 use crate::error::ApiError;
 
 /// Most entries of `match`.
@@ -27,6 +28,10 @@ pub struct PolicyBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, inline)]
     pub key: KeyNeedBody,
+    /// Kinds of keys that are accepted, so that test keys open no route for production; null for both.
+    #[serde(default)]
+    #[schema(example = json!(["live"]), min_items = 1, max_items = 2)]
+    pub kinds: Option<Vec<KindBody>>,
     /// Scopes that the key must have; null if it needs none.
     #[serde(default)]
     #[schema(inline)]
@@ -44,6 +49,10 @@ pub struct PolicyBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable)]
     pub shadow: bool,
+    /// Note the hashes of keys that Envoys do not know, for `GET /v1/unknown-keys`. Only with `shadow`.
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schema(nullable)]
+    pub capture_unknown: bool,
     /// Whether the owner of a route may name the policy by an annotation or the name of the route. Policies with `false` are for
     /// the platform alone, which names them in metadata or by `match`.
     #[serde(default = "yes", deserialize_with = "null_is_yes")]
@@ -182,6 +191,7 @@ impl PolicyBody {
         let description = parse_description(&self.description)?;
         let policy = Policy {
             key: self.key.into(),
+            kinds: kinds(self.kinds.as_deref())?,
             scopes: match self.scopes {
                 None => ScopeNeed::None,
                 Some(ScopesBody::All(scopes)) => ScopeNeed::All(scopes),
@@ -190,6 +200,7 @@ impl PolicyBody {
             cost: self.cost,
             rate_limits: limits(name, self.key, self.rate_limits)?,
             shadow: self.shadow,
+            capture_unknown: self.capture_unknown,
         };
         policy.check().map_err(|error| invalid("", error))?;
         if self.matches.len() > MATCHES {
@@ -222,6 +233,7 @@ impl PolicyBody {
         Self {
             description: description.to_owned(),
             key: policy.key.into(),
+            kinds: (!policy.kinds.is_empty()).then(|| policy.kinds.iter().copied().map(Into::into).collect()),
             scopes: match &policy.scopes {
                 ScopeNeed::None => None,
                 ScopeNeed::All(scopes) => Some(ScopesBody::All(scopes.clone())),
@@ -235,9 +247,20 @@ impl PolicyBody {
             ]
             .concat(),
             shadow: policy.shadow,
+            capture_unknown: policy.capture_unknown,
             from_annotation: *from_annotation,
             matches: matches.iter().map(MatchBody::of).collect(),
         }
+    }
+}
+
+/// Parses the kinds of keys that a policy accepts. Both are the same as all.
+fn kinds(bodies: Option<&[KindBody]>) -> Result<Vec<KeyKind>, ApiError> {
+    match bodies {
+        None => Ok(Vec::new()),
+        Some([kind]) => Ok(vec![(*kind).into()]),
+        Some([one, other]) if one != other => Ok(vec![KeyKind::Live, KeyKind::Test]),
+        Some(_) => Err(ApiError::invalid("kinds", "name live, test or both once, or leave it out to accept both")),
     }
 }
 
@@ -342,13 +365,13 @@ mod tests {
     #[test]
     fn a_policy_is_shown_as_it_was_written() {
         let body = json!({
-            "description": "d", "key": "anonymous_allowed", "scopes": null, "cost": 5,
+            "description": "d", "key": "anonymous_allowed", "kinds": ["test"], "scopes": null, "cost": 5,
             "rate_limits": [
                 {"name": "a", "requests": 1, "window_seconds": 60, "burst": 1, "per": "key"},
                 {"name": "b", "requests": 2, "window_seconds": 60, "burst": 3, "per": "owner"},
                 {"name": "c", "requests": 4, "window_seconds": 60, "burst": 4, "per": "address"},
             ],
-            "shadow": true, "from_annotation": false,
+            "shadow": true, "capture_unknown": true, "from_annotation": false,
             "match": [
                 {"hosts": ["*.a.b"], "path": {"template": "/x/{id}"}, "methods": ["GET"],
                     "header": {"name": "x-model", "value": "gpt-*"}},
@@ -371,6 +394,9 @@ mod tests {
             (json!({"scopes": {"all": []}}), "scopes"),
             (json!({"scopes": {"all": ["a"]}, "key": "optional"}), "key"),
             (json!({"cost": 1_000_001}), "cost"),
+            (json!({"capture_unknown": true}), "capture_unknown"),
+            (json!({"kinds": []}), "kinds"),
+            (json!({"kinds": ["live", "live"]}), "kinds"),
             (json!({"rate_limits": [limit]}), "rate_limits"),
             (json!({"key": "optional", "rate_limits": [limit, limit]}), "rate_limits"),
             (json!({"match": [{}]}), "match[0]"),

@@ -1,8 +1,10 @@
 //! Values that keys, roles, plans and users share. Each is parsed once from what a client sends, with an error that names the
 //! field and the remedy. No value contains a control character, which PostgreSQL refuses or which breaks a line of the log.
 
+pub mod attributes;
 pub mod calendar;
 pub mod email;
+pub mod kind;
 pub mod name;
 pub mod patch;
 pub mod per;
@@ -14,8 +16,10 @@ pub mod scopes;
 pub mod time_range;
 pub mod timestamp;
 
+pub use attributes::{Attributes, AttributesPatch, Metadata};
 pub use calendar::{Every, Window, Zone};
 pub use email::Email;
+pub use kind::KindBody;
 pub use name::KeyName;
 pub use patch::Patch;
 pub use per::PerBody;

@@ -1,5 +1,6 @@
 //! The record that filters know of a key, from the columns of its row.
 
+use contract::key::KeyKind;
 use contract::network::Network;
 use contract::record::{Budget, Per};
 use time::OffsetDateTime;
@@ -8,13 +9,15 @@ use time::OffsetDateTime;
 macro_rules! record_of {
     ($row:expr) => {{
         use contract::record::{Budget, Flags, Per, Record, Requires};
-        use $crate::domain::record::{networks, quota, seconds};
+        use $crate::domain::attributes::for_filters;
+        use $crate::domain::record::{kind, networks, quota, seconds};
 
         let mut record = Record {
             requires: Requires::default(),
             key_id: $row.id.into(),
             owner_id: $row.owner_id.into(),
             generation: $row.generation.cast_unsigned(),
+            kind: kind(&$row.kind),
             flags: Flags::default()
                 .with(Flags::REVOKED, $row.revoked_at.is_some())
                 .with(Flags::DISABLED, $row.disabled)
@@ -33,12 +36,21 @@ macro_rules! record_of {
                 resets_at_s: None,
                 per: Per::Owner,
             }),
+            attributes: for_filters(
+                $row.attributes.map(|attributes| attributes.0),
+                $row.owner_attributes.map(|attributes| attributes.0),
+            ),
         };
         record.requires = record.restrictions();
         record
     }};
 }
 pub(crate) use record_of;
+
+/// The kind of a key by its name.
+pub(crate) fn kind(name: &str) -> KeyKind {
+    if name == KeyKind::Test.name() { KeyKind::Test } else { KeyKind::Live }
+}
 
 /// Seconds of Unix time; 0 for times before 1970.
 pub(crate) fn seconds(at: OffsetDateTime) -> u64 {

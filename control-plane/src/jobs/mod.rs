@@ -17,7 +17,7 @@ use crate::api::idempotency;
 use crate::api::rate_limit::CallerRateLimiter;
 use crate::config::Serve;
 use crate::credits::{refill, rollup};
-use crate::keys::purge;
+use crate::keys::{purge, unknown};
 use crate::metering::events;
 use crate::metering::retention::{self, Retention};
 use crate::sync::{Store, filters};
@@ -95,6 +95,7 @@ fn all(usage_event_interval: Duration) -> Vec<Job> {
         Job::new("tidy allowances", MINUTE, |c| async move { allowances::tidy(&c.pool).await }),
         Job::new("trim filters", MINUTE, |c| async move { filters::trim(&c.pool).await }),
         Job::new("forget filters", HOUR, |c| async move { filters::forget(&c.pool).await }),
+        Job::new("forget unknown keys", HOUR, |c| async move { unknown::forget_old(&c.pool).await }),
         Job::new("delete idempotent responses", HOUR, |c| async move { idempotency::tidy(&c.pool).await }),
         Job::new("forget ended keys", HOUR, |c| async move { purge::forget_old(&c.pool, c.revoked_days).await })
             .batched(),

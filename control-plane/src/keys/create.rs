@@ -15,7 +15,7 @@ use super::purge::forget_ended;
 use super::revoke::{lock_to_revoke, revoke};
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
-use crate::domain::{Email, KeyName, Scopes, Timestamp};
+use crate::domain::{Attributes, AttributesPatch, Email, KeyName, Scopes, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{Whose, apply_quotas};
 use crate::users::lock::lock_or_create_user;
@@ -37,6 +37,8 @@ pub async fn create(change: &mut Change, new: NewKey) -> Result<CreatedKey, ApiE
         email: new.email.as_str().into(),
         name: new.name.as_str().into(),
         prefix: secret.display_prefix(),
+        kind: new.kind.name().into(),
+        attributes: attributes_of(&new),
         scopes: new.scopes.as_slice().into(),
         rate_limits: Json(new.rate_limits),
         generation: row.generation,
@@ -50,6 +52,12 @@ pub async fn create(change: &mut Change, new: NewKey) -> Result<CreatedKey, ApiE
         usage_count: 0,
     };
     Ok(CreatedKey { key, secret, effective })
+}
+
+fn attributes_of(new: &NewKey) -> Option<Json<Attributes>> {
+    let AttributesPatch { external_id, metadata } = new.permissions.attributes.clone();
+    let attributes = Attributes { external_id: external_id.value().cloned(), metadata: metadata.unwrap_or_default() };
+    (attributes != Attributes::default()).then_some(Json(attributes))
 }
 
 fn audit_detail(new: &NewKey) -> serde_json::Value {
@@ -150,9 +158,9 @@ async fn insert(
     let inserted = sqlx::query_as!(
         InsertedRow,
         "insert into api_keys (id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at, role_numbers, plan_number,
-            networks, quota, cost)
+            networks, quota, cost, kind, attributes)
         values ($1, $2, $3, $4, $5, $6, $7, $8, coalesce($9::integer[], '{}'), $10, coalesce($11::text[], '{}'), $12,
-            coalesce($13::integer, 1))
+            coalesce($13::integer, 1), $14, $15)
         returning generation, version, created_at, cost, owner_plan_number",
         id,
         owner_id,
@@ -166,7 +174,9 @@ async fn insert(
         permissions.plan.value().copied(),
         permissions.networks.as_deref(),
         permissions.quota.value().map(Json) as _,
-        permissions.cost
+        permissions.cost,
+        new.kind.name(),
+        permissions.attributes.column()
     )
     .fetch_one(&mut *connection)
     .await;

@@ -11,6 +11,7 @@ pub mod create;
 pub mod import;
 pub mod revoke;
 pub mod rotate;
+pub mod unknown;
 pub mod update;
 
 pub mod daily_limit;

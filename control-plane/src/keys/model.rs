@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::effective::EffectivePermissions;
 use super::permissions::Permissions;
-use crate::domain::{Email, KeyName, Quota, Scopes};
+use crate::domain::{Attributes, Email, KeyName, Quota, Scopes};
 
 /// A key, without its secret.
 #[derive(Clone, Debug)]
@@ -19,6 +19,9 @@ pub struct Key {
     pub name: String,
     /// The start of the secret, by which people recognise it; none for imported keys of another format.
     pub prefix: Option<String>,
+    /// `live` or `test`.
+    pub kind: String,
+    pub attributes: Option<Json<Attributes>>,
     pub scopes: Vec<String>,
     pub rate_limits: Json<Vec<RateLimit>>,
     /// The number of its current secret, from 1.

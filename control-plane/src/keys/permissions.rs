@@ -1,5 +1,5 @@
-//! Permissions of a key beside its scopes: roles, a plan, networks, a quota, a cost and rate limits. They are parsed from the
-//! fields of a request, and resolved to the columns of a key.
+//! Permissions of a key beside its scopes: roles, a plan, networks, a quota, a cost and rate limits; and its attributes. They
+//! are parsed from the fields of a request, and resolved to the columns of a key.
 
 use std::collections::HashSet;
 
@@ -11,7 +11,7 @@ use sqlx::PgConnection;
 
 use crate::definitions::store::{lock_plan, numbers};
 use crate::definitions::{Kind, Name};
-use crate::domain::{Patch, Quota, QuotaBody, RateLimitBody, parse_key_quota, parse_key_rate_limits};
+use crate::domain::{AttributesPatch, Patch, Quota, QuotaBody, RateLimitBody, parse_key_quota, parse_key_rate_limits};
 use crate::error::ApiError;
 
 const ROLES: usize = 16;
@@ -27,6 +27,7 @@ pub struct PermissionsPatch {
     pub quota: Patch<QuotaBody>,
     pub cost: Option<i64>,
     pub rate_limits: Option<Vec<RateLimitBody>>,
+    pub attributes: AttributesPatch,
 }
 
 /// The plan of a key: named by a client, or that of another key.
@@ -48,6 +49,7 @@ pub struct Permissions {
     pub quota: Patch<Quota>,
     pub cost: Option<i32>,
     pub rate_limits: Option<Vec<RateLimit>>,
+    pub attributes: AttributesPatch,
 }
 
 impl Permissions {
@@ -64,6 +66,7 @@ impl Permissions {
             quota: patch.quota.try_map(parse_key_quota)?,
             cost: patch.cost.map(cost).transpose()?,
             rate_limits: patch.rate_limits.map(parse_key_rate_limits).transpose()?,
+            attributes: patch.attributes.check()?,
         })
     }
 
@@ -80,6 +83,8 @@ impl Permissions {
             ("quota", !self.quota.is_keep()),
             ("cost", self.cost.is_some()),
             ("rate_limits", self.rate_limits.is_some()),
+            ("external_id", !self.attributes.external_id.is_keep()),
+            ("metadata", self.attributes.metadata.is_some()),
         ];
         fields.into_iter().find(|(_, set)| *set).map(|(field, _)| field)
     }
@@ -108,6 +113,9 @@ impl Permissions {
         if let Some(limits) = &self.rate_limits {
             detail["rate_limits"] = json!(limits.iter().map(RateLimitBody::of).collect::<Vec<_>>());
         }
+        if let Some(Value::Object(attributes)) = self.attributes.merge() {
+            attributes.into_iter().for_each(|(field, value)| detail[field] = value);
+        }
         detail
     }
 
@@ -133,6 +141,7 @@ impl Permissions {
             quota: self.quota.clone(),
             cost: self.cost,
             rate_limits: self.rate_limits.clone(),
+            attributes: self.attributes.clone(),
         })
     }
 }
@@ -180,6 +189,7 @@ pub struct ResolvedPermissions {
     pub(super) quota: Patch<Quota>,
     pub(super) cost: Option<i32>,
     pub(super) rate_limits: Option<Vec<RateLimit>>,
+    pub(super) attributes: AttributesPatch,
 }
 
 impl ResolvedPermissions {

@@ -11,13 +11,15 @@ use uuid::Uuid;
 
 use super::model::{Key, OwnTerms, StoredKey};
 use crate::domain::record::{networks, record_of};
-use crate::domain::{Email, Quota};
+use crate::domain::{Attributes, Email, Quota};
 use crate::error::ApiError;
 
 /// Finds a key by its hash.
 pub async fn find_by_hash(pool: &PgPool, hash: &KeyHash) -> Result<Option<StoredKey>, ApiError> {
     let row = sqlx::query!(
-        r#"select k.id, k.owner_id, s.generation as "generation!", k.scopes,
+        r#"select k.id, k.owner_id, s.generation as "generation!", k.kind,
+            k.attributes as "attributes: Json<Attributes>", k.owner_attributes as "owner_attributes: Json<Attributes>",
+            k.scopes,
             k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost, least(k.expires_at, s.ends_at) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at,
             coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_fill,
@@ -59,7 +61,8 @@ macro_rules! select_keys {
     ($rest:tt, $($argument:expr),+) => {
         sqlx::query_as!(
             Key,
-            r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, scopes as "scopes!",
+            r#"select id as "id!", owner_id as "owner_id!", email as "email!", name as "name!", prefix, kind as "kind!",
+                attributes as "attributes: Json<Attributes>", scopes as "scopes!",
                 rate_limits as "rate_limits!: Json<Vec<RateLimit>>", generation as "generation!", version as "version!",
                 disabled as "disabled!", disabled_by_admin as "disabled_by_admin!", created_at as "created_at!", expires_at,
                 revoked_at, last_used_at, usage_count as "usage_count!"
@@ -106,6 +109,8 @@ pub struct KeySearch<'a> {
     pub name: Option<&'a str>,
     /// `active`, `disabled`, `expired` or `revoked`.
     pub state: Option<&'a str>,
+    /// The external id.
+    pub external_id: Option<&'a str>,
     /// Last used before then, or created before then and never used.
     pub last_used_before: Option<OffsetDateTime>,
 }
@@ -132,6 +137,7 @@ pub async fn search(
                 else 'active'
             end)
             and ($6::timestamptz is null or coalesce(last_used_at, created_at) < $6)
+            and ($8::text is null or attributes ->> 'external_id' = $8)
         order by id desc limit $7",
         before.unwrap_or(Uuid::max()),
         filter.email,
@@ -139,7 +145,8 @@ pub async fn search(
         filter.name,
         filter.state,
         filter.last_used_before,
-        limit
+        limit,
+        filter.external_id
     );
     Ok(keys.fetch_all(pool).await?)
 }

@@ -1,7 +1,7 @@
 //! Rotation: a key gets a new secret and keeps everything else. The old secret works until its end. At most
 //! [`ALIVE`] old secrets of a key work at the same time.
 
-use contract::key::{KeyKind, Secret};
+use contract::key::Secret;
 use serde::Serialize;
 use serde_json::json;
 use sqlx::PgPool;
@@ -14,6 +14,7 @@ use super::lock::LockedKey;
 use super::purge::forget_ended;
 use crate::audit::AuditEvent;
 use crate::change::Change;
+use crate::domain::record::kind;
 use crate::domain::{Timestamp, round_up_to_second};
 use crate::error::ApiError;
 
@@ -34,7 +35,7 @@ pub fn parse_grace(seconds: i64) -> Result<Duration, ApiError> {
 
 /// Gives a locked key a new secret. The old one ends after `grace`, on a whole second, or at once if `grace` is zero. 409 for
 /// a revoked or expired key, and for one with too many old secrets.
-pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: Duration) -> Result<Secret, ApiError> {
+pub async fn rotate(change: &mut Change, key: &LockedKey, grace: Duration) -> Result<Secret, ApiError> {
     if key.revoked_at.is_some() {
         return Err(ApiError::Conflict("This key is revoked and cannot be rotated.".into()));
     }
@@ -56,7 +57,7 @@ pub async fn rotate(change: &mut Change, key: &LockedKey, kind: KeyKind, grace: 
         );
         return Err(ApiError::Conflict(detail));
     }
-    let secret = generate(kind)?;
+    let secret = generate(kind(&key.kind))?;
     let ends_at = if grace.is_zero() { state.now } else { round_up_to_second(state.now + grace) };
     sqlx::query!(
         "insert into retired_secrets (hash, key_id, generation, prefix, ends_at)

@@ -123,6 +123,7 @@ async fn set_all(
                 role_numbers = coalesce($8, role_numbers), plan_number = case when $9 then $10 else plan_number end,
                 networks = coalesce($11, networks), quota = case when $12 then $13 else quota end,
                 cost = coalesce($14, cost), rate_limits = coalesce($15, rate_limits),
+                attributes = merge_attributes(attributes, $16),
                 (applied_quota, quota_fill) = (
                     select q.quota, api_keys.quota_fill + (q.quota is distinct from api_keys.applied_quota)::integer
                     from (
@@ -147,7 +148,8 @@ async fn set_all(
         !permissions.quota.is_keep(),
         permissions.quota.value().map(Json) as _,
         permissions.cost,
-        permissions.rate_limits.as_ref().map(Json) as _
+        permissions.rate_limits.as_ref().map(Json) as _,
+        permissions.attributes.merge()
     )
     .execute(&mut **change)
     .await?;
@@ -182,9 +184,10 @@ struct Stored {
 async fn stored(change: &mut Change, key: &LockedKey, new: &ResolvedPermissions) -> Result<Stored, sqlx::Error> {
     sqlx::query_as!(
         Stored,
-        r#"select withdrawn, (role_numbers, plan_number, networks, quota, cost, rate_limits) is distinct from (
+        r#"select withdrawn, (role_numbers, plan_number, networks, quota, cost, rate_limits, attributes) is distinct from (
                 coalesce($2, role_numbers), case when $3 then $4 else plan_number end, coalesce($5, networks),
-                case when $6 then $7 else quota end, coalesce($8, cost), coalesce($9, rate_limits)
+                case when $6 then $7 else quota end, coalesce($8, cost), coalesce($9, rate_limits),
+                merge_attributes(attributes, $10)
             ) as "differs!"
         from api_keys where id = $1"#,
         key.id,
@@ -195,7 +198,8 @@ async fn stored(change: &mut Change, key: &LockedKey, new: &ResolvedPermissions)
         !new.quota.is_keep(),
         new.quota.value().map(Json) as _,
         new.cost,
-        new.rate_limits.as_ref().map(Json) as _
+        new.rate_limits.as_ref().map(Json) as _,
+        new.attributes.merge()
     )
     .fetch_one(&mut **change)
     .await

@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::mirror::{DefinitionRow, KeyRow};
+use crate::domain::Attributes;
 use crate::domain::record::record_of;
 
 /// Why rows could not be read.
@@ -29,7 +30,9 @@ macro_rules! keys {
     ($connection:expr, $where:literal $(, $of:expr)*) => {
         sqlx::query_as!(
             SecretRow,
-            r#"select id, owner_id, hash, generation, scopes, rate_limits as "rate_limits: Json<Vec<RateLimit>>", cost,
+            r#"select id, owner_id, hash, generation, kind, attributes as "attributes: Json<Attributes>",
+                owner_attributes as "owner_attributes: Json<Attributes>", scopes,
+                rate_limits as "rate_limits: Json<Vec<RateLimit>>", cost,
                 expires_at, disabled, quota_exceeded, credits_exhausted, revoked_at, withdrawn,
                 coalesce(plan_number, owner_plan_number) as plan_number, role_numbers, networks, quota_fill,
                 case when applied_quota is not null then applied_quota ->> 'per' is not distinct from 'owner' end as quota_shared,
@@ -73,6 +76,9 @@ struct SecretRow {
     owner_id: Uuid,
     hash: Vec<u8>,
     generation: i32,
+    kind: String,
+    attributes: Option<Json<Attributes>>,
+    owner_attributes: Option<Json<Attributes>>,
     scopes: Vec<String>,
     rate_limits: Json<Vec<RateLimit>>,
     cost: i32,
@@ -158,7 +164,9 @@ pub(super) async fn old_secrets(
     // A secret that has ended by the clock of the database ends for every Envoy, whatever its clock shows.
     let mut secrets = sqlx::query_as!(
         SecretRow,
-        r#"select k.id, k.owner_id, r.hash, r.generation, k.scopes, k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
+        r#"select k.id, k.owner_id, r.hash, r.generation, k.kind, k.attributes as "attributes: Json<Attributes>",
+            k.owner_attributes as "owner_attributes: Json<Attributes>", k.scopes,
+            k.rate_limits as "rate_limits: Json<Vec<RateLimit>>", k.cost,
             least(k.expires_at, case when r.ends_at <= now() then to_timestamp(0) else r.ends_at end) as expires_at,
             k.disabled, k.quota_exceeded, k.credits_exhausted, k.revoked_at, k.withdrawn or r.withdrawn as "withdrawn!",
             coalesce(k.plan_number, k.owner_plan_number) as plan_number, k.role_numbers, k.networks, k.quota_fill,

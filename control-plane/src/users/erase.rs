@@ -1,4 +1,4 @@
-//! Erasure of a user: keys are revoked, and the address, the names and the networks are replaced wherever they stand. Ids and
+//! Erasure of a user: keys are revoked, and the address, the names, the networks and the attributes are replaced or removed wherever they stand. Ids and
 //! counts stay.
 
 use serde::Serialize;
@@ -30,10 +30,15 @@ pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError
     let email = format!("erased-{id}@erased.invalid");
     // All entries are searched, which can take long. The lock on the store, which changes of other keys need, comes later.
     rename_in_audit(change, &user.email, &email, true).await?;
+    erase_attributes_in_audit(change, &email).await?;
     erase_in_audit_of_keys(change, id).await?;
-    sqlx::query!("update user_preferences set email = $2, refill = null, refill_at = null where id = $1", id, email)
-        .execute(&mut **change)
-        .await?;
+    sqlx::query!(
+        "update user_preferences set email = $2, attributes = null, refill = null, refill_at = null where id = $1",
+        id,
+        email
+    )
+    .execute(&mut **change)
+    .await?;
     let revoked = revoke_all(change, id, true).await?.revoked;
     erase_in_keys(change, id).await?;
     change.record(AuditEvent::on("user.erase", &email, json!({"revoked": revoked}))).await?;
@@ -64,13 +69,25 @@ pub(super) async fn rename_in_audit(
     Ok(())
 }
 
-/// Removes names and networks from the entries about keys of the user.
+/// Removes attributes from the entries about the user, whose address is replaced already.
+async fn erase_attributes_in_audit(connection: &mut PgConnection, email: &str) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "update audit set detail = detail - '{external_id, metadata}'::text[]
+        where target = $1 and detail ?| '{external_id, metadata}'",
+        email
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Removes names, networks and attributes from the entries about keys of the user.
 async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
     sqlx::query!(
         r#"update audit set detail = case when detail ? 'name' then detail || '{"name": "erased"}' else detail end
-            - 'allowed_addresses'
+            - '{allowed_addresses, external_id, metadata}'::text[]
         where key_id in (select id from api_keys where owner_id = $1)
-            and (detail ? 'name' or detail ? 'allowed_addresses')"#,
+            and detail ?| '{name, allowed_addresses, external_id, metadata}'"#,
         id
     )
     .execute(connection)
@@ -80,8 +97,8 @@ async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Resu
 
 async fn erase_in_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "update api_keys set name = 'erased', networks = '{}'
-        where owner_id = $1 and (name <> 'erased' or networks <> '{}')",
+        "update api_keys set name = 'erased', networks = '{}', attributes = null
+        where owner_id = $1 and (name <> 'erased' or networks <> '{}' or attributes is not null)",
         id
     )
     .execute(&mut *connection)

@@ -17,7 +17,7 @@ use crate::change::Change;
 use crate::credits::Refill;
 use crate::definitions::store::numbers;
 use crate::definitions::{Kind, Name};
-use crate::domain::{Email, Timestamp};
+use crate::domain::{AttributesPatch, Email, Metadata, Timestamp};
 use crate::error::ApiError;
 use crate::quota::{Whose, apply_quotas};
 
@@ -38,6 +38,12 @@ pub struct UserView {
     /// The email address.
     #[schema(example = "user@example.com")]
     pub email: String,
+    /// What another system calls the user.
+    #[schema(required, example = "cus_42")]
+    external_id: Option<String>,
+    /// Names and values for upstreams.
+    #[schema(value_type = BTreeMap<String, String>, example = json!({"tenant": "acme"}))]
+    metadata: Json<Metadata>,
     /// The plan of keys that have none of their own.
     #[schema(required, example = "gold")]
     plan: Option<String>,
@@ -66,7 +72,8 @@ macro_rules! select_users {
     ($rest:tt, $($argument:expr),+) => {
         sqlx::query_as!(
             UserView,
-            r#"select id as "id!", email as "email!", plan, balance as "balance!", metered as "metered!", refill,
+            r#"select id as "id!", email as "email!", attributes ->> 'external_id' as external_id,
+                coalesce(attributes -> 'metadata', '{}') as "metadata!: Json<Metadata>", plan, balance as "balance!", metered as "metered!", refill,
                 refill_at as "refill_at: Timestamp", created_at as "created_at!", version as "version!",
                 jsonb_build_object('live', live_keys, 'total', total_keys) as "keys!: Json<KeyCounts>"
             from users_with_counts where "# + $rest,
@@ -81,29 +88,39 @@ pub async fn get(executor: impl PgExecutor<'_>, id: Uuid) -> Result<Option<UserV
 }
 
 /// Reads users by address: at most `limit` whose address starts with `prefix` and is greater than `after`, or only the user
-/// with the address `email`.
+/// with the address `email` or this external id.
 pub async fn list(
     pool: &PgPool,
     email: Option<&Email>,
+    external_id: Option<&str>,
     prefix: &str,
     after: &str,
     limit: i64,
 ) -> Result<Vec<UserView>, ApiError> {
     let users = select_users!(
-        "email > $3 and starts_with(email, $2) and ($1::text is null or email = $1) order by email limit $4",
+        "email > $3 and starts_with(email, $2) and ($1::text is null or email = $1)
+            and ($5::text is null or id in (select id from user_preferences where attributes ->> 'external_id' = $5))
+        order by email limit $4",
         email.map(Email::as_str),
         prefix,
         after,
-        limit
+        limit,
+        external_id
     );
     Ok(users.fetch_all(pool).await?)
 }
 
 /// Creates a user, or finds the user with this address. Says whether the user is new.
-pub async fn create(change: &mut Change, email: &Email) -> Result<(Uuid, bool), ApiError> {
+pub async fn create(
+    change: &mut Change,
+    email: &Email,
+    attributes: &AttributesPatch,
+) -> Result<(Uuid, bool), ApiError> {
     let (user, is_new) = lock_or_create_user(change, email).await?;
     if is_new {
-        change.record(AuditEvent::on("user.create", email.as_str(), json!({}))).await?;
+        set_attributes(change, user.id, attributes).await?;
+        let detail = attributes.column().unwrap_or_else(|| json!({}));
+        change.record(AuditEvent::on("user.create", email.as_str(), detail)).await?;
     }
     Ok((user.id, is_new))
 }
@@ -125,6 +142,31 @@ pub async fn set_email(connection: &mut PgConnection, user: &LockedUser, email: 
     })?;
     rename_in_audit(connection, &user.email, email.as_str(), false).await?;
     Ok(true)
+}
+
+/// Changes the attributes of a user, whose row is locked. Says whether that was a change. 409 if another user has the external
+/// id.
+pub async fn set_attributes(
+    connection: &mut PgConnection,
+    id: Uuid,
+    attributes: &AttributesPatch,
+) -> Result<bool, ApiError> {
+    let Some(merge) = attributes.merge() else { return Ok(false) };
+    let changed = sqlx::query!(
+        "update user_preferences set attributes = merge_attributes(attributes, $2)
+        where id = $1 and attributes is distinct from merge_attributes(attributes, $2)",
+        id,
+        merge
+    )
+    .execute(connection)
+    .await;
+    let changed = changed.map_err(|error| match error.as_database_error().and_then(|error| error.constraint()) {
+        Some("user_preferences_external_id") => {
+            ApiError::Conflict("Another user has this external_id. Give each user their own.".into())
+        }
+        _ => error.into(),
+    })?;
+    Ok(changed.rows_affected() > 0)
 }
 
 /// Sets or clears the plan of a user, whose row is locked. Says whether that was a change. 400 for an unknown plan.

@@ -96,6 +96,8 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("PATCH", "/v1/keys/{id}", "", r#"{"plan": null}"#, set_by_admins(200)),
     ("PATCH", "/v1/keys/{id}", "", r#"{"quota": null}"#, set_by_admins(200)),
     ("PATCH", "/v1/keys/{id}", "", r#"{"cost": 0}"#, set_by_admins(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"external_id": null}"#, set_by_admins(200)),
+    ("PATCH", "/v1/keys/{id}", "", r#"{"metadata": {}}"#, set_by_admins(200)),
     ("PATCH", "/v1/keys/{id}", "", r#"{"rate_limits": []}"#, set_by_admins(200)),
     ("DELETE", "/v1/keys/{id}", "", "", by_id(204)),
     // A key rotates itself only.
@@ -103,6 +105,8 @@ const TABLE: &[(&str, &str, &str, &str, Row)] = &[
     ("DELETE", "/v1/keys/{id}/secrets/{generation}", "", "", by_id(204)),
     ("POST", "/v1/keys/lookup", "", r#"{"key": "sk_live_nobody"}"#, Row(for_users(404).0, &[MANAGERS, NO_SUCH_SECRET])),
     ("POST", "/v1/keys/import", "", "NDJSON", for_admins(200)),
+    ("GET", "/v1/unknown-keys", "", "", for_admins(200)),
+    ("DELETE", "/v1/unknown-keys", "", "", for_admins(200)),
     ("GET", "/v1/keys/{id}/usage", "", "", by_id(200)),
     ("GET", "/v1/keys/{id}/quota", "", "", by_id(200)),
     ("POST", "/v1/keys/{id}/quota/reset", "", "{}", for_admins(200)),

@@ -70,6 +70,7 @@ async fn each_check_is_told_in_order_with_what_it_saw(pool: PgPool) {
             passed("expiry", "the key does not end"),
             passed("switch", "the key is switched on"),
             passed("support", "the key requires 0x0, 0x7 is understood"),
+            passed("kind", "the route accepts all kinds, the kind of the key is live"),
             passed("address", "the key may be used from any address"),
             {"name": "scopes", "passed": false, "outcome": "scope_denied",
                 "saw": "the route asks for all of orders:read, the key has orders:write"},
@@ -118,7 +119,9 @@ async fn every_outcome_that_the_decision_knows_is_explained_by_secret_and_by_id(
     assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "expired");
     body["time"] = "2029-01-01T00:00:00Z".into();
     body["policy"] = json!({"scopes": {"any": ["orders:write", "orders:list"]}});
-    assert_eq!(verdict(&fixture, &admin, body).await.0, "scope_denied");
+    assert_eq!(verdict(&fixture, &admin, body.clone()).await.0, "scope_denied");
+    body["policy"] = json!({"kinds": ["test"]});
+    assert_eq!(verdict(&fixture, &admin, body).await, ("kind_denied".into(), json!(403), vec!["kind".to_owned()]));
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -167,7 +170,7 @@ async fn explain_reads_quota_and_credits_from_the_database(pool: PgPool) {
             json!({"name": "credits_left", "passed": null, "saw": "the balance is 90; Envoys hold 20, 70 are left"}),
         ]
     );
-    assert_eq!((&reply["outcome"], &checks[8]["saw"]), (&json!("allowed"), &json!("not used up")));
+    assert_eq!((&reply["outcome"], &checks[9]["saw"]), (&json!("allowed"), &json!("not used up")));
 
     change_key(&pool, id, "cost = 91").await;
     fixture.in_step().await;

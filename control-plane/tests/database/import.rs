@@ -170,13 +170,41 @@ async fn a_line_has_all_that_a_key_can_have_and_a_dry_run_writes_nothing(pool: P
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn only_lines_of_json_are_imported(pool: PgPool) {
+async fn only_lines_of_json_and_tables_are_imported(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let reply = fixture.send(request("POST", "/v1/keys/import", Some(&admin), line(1))).await;
-    let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
+    let detail = "Send one JSON object a line with Content-Type: application/x-ndjson, or a table with text/csv.";
     assert_eq!((reply.status, &reply.json()["detail"]), (415, &json!(detail)));
     let empty = json!({"imported": 0, "failed": 0, "errors": [], "errors_truncated": false});
     assert_eq!(fixture.import(&admin, "").await.json(), empty);
+    let table = async |text: &str| {
+        let mut request = request("POST", "/v1/keys/import", Some(&admin), text.to_owned());
+        request.headers_mut().insert("content-type", "text/csv; header=present".parse().unwrap());
+        fixture.send(request).await
+    };
+    assert_eq!(table("").await.expect(200), empty);
+    let text = "email,name,key,scopes,kind,metadata.tenant,disabled\r\n\
+        user@example.com,\"One, of a table\",a-key-in-a-table,a:read b:*,test,Acme,\r\n\
+        user@example.com,Two,a-key-in-a-table,,,,\r\n\
+        user@example.com,Three,short,,,,\r\n\
+        user@example.com,Four,another-key-of-it,,,,perhaps";
+    let expected = json!({
+        "imported": 1, "failed": 3, "errors_truncated": false,
+        "errors": [
+            {"line": 3, "code": "duplicate", "reason": "this key stands in an earlier line"},
+            {"line": 4, "code": "invalid", "reason": "key: must have 16 to 1024 visible ASCII characters"},
+            {"line": 5, "code": "invalid", "reason": "disabled: must be true or false"},
+        ],
+    });
+    assert_eq!(table(text).await.expect(200), expected);
+    let key = &fixture.get("/v1/keys?name=table", &admin).await.json()["keys"][0];
+    assert_eq!(
+        (&key["name"], &key["scopes"], &key["kind"], &key["metadata"]),
+        (&json!("One, of a table"), &json!(["a:read", "b:*"]), &json!("test"), &json!({"tenant": "Acme"}))
+    );
+    // A first line that names no columns may be a key.
+    let reply = table("user@example.com,x,a-key-that-must-not-show").await;
+    assert!(reply.status == 400 && !String::from_utf8(reply.body).unwrap().contains("must-not-show"));
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -15,7 +15,7 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
             {"name": "burst", "requests": 10, "window_seconds": 1},
             {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5, "shared": false},
         ],
-        "expires_at": "2030-01-31T14:00:00.25+02:00",
+        "expires_at": "2030-01-31T14:00:00.25+02:00", "external_id": "key_42", "metadata": {"project": "search"},
     });
     let reply = fixture.post("/v1/keys", &admin, &body).await;
     let mut created = reply.json();
@@ -27,7 +27,8 @@ async fn a_key_is_created_with_all_it_may_have_and_shown_without_its_secret(pool
     let owner_id: Uuid = scalar(&pool, "select id from user_preferences where email = 'user@example.com'").await;
     let expected = json!({
         "id": id, "owner_id": owner_id, "email": "user@example.com", "name": "Everything",
-        "prefix": format!("sk_{}", &secret.reveal()[8..14]), "scopes": ["orders:*", "sync"],
+        "prefix": format!("sk_{}", &secret.reveal()[8..14]), "kind": "test", "external_id": "key_42",
+        "metadata": {"project": "search"}, "scopes": ["orders:*", "sync"],
         "rate_limits": [
             {"name": "burst", "requests": 10, "window_seconds": 1, "burst": 10, "shared": true},
             {"name": "day", "requests": 1000, "window_seconds": 86400, "burst": 5, "shared": false},

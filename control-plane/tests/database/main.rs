@@ -4,6 +4,7 @@
 
 mod addresses;
 mod allowances;
+mod attributes;
 mod authorization;
 mod binary;
 mod bodies;
@@ -36,6 +37,7 @@ mod support;
 mod sync;
 mod tls;
 mod transactions;
+mod unknown_keys;
 mod usage;
 mod usage_calendar;
 mod usage_events;

@@ -29,8 +29,8 @@ async fn a_policy_is_shown_as_it_was_written_and_the_first_brings_the_default(po
     let reply = put(&fixture, &admin, "orders-read", body.clone()).await;
     assert_eq!((reply.status, reply.header("etag")), (201, "\"1\""));
     let mut expected = json!({
-        "name": "orders-read", "description": "Reads orders", "key": "required", "scopes": {"all": ["orders:read"]},
-        "cost": null, "rate_limits": [], "shadow": false, "from_annotation": true, "match": [prefix("/orders")],
+        "name": "orders-read", "description": "Reads orders", "key": "required", "kinds": null,
+        "scopes": {"all": ["orders:read"]}, "cost": null, "rate_limits": [], "shadow": false, "capture_unknown": false, "from_annotation": true, "match": [prefix("/orders")],
     });
     expected["created_at"] = reply.json()["created_at"].clone();
     assert_eq!(reply.json(), expected);

@@ -26,7 +26,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     let read = fixture.get(uri, &user).await;
     assert_eq!(found, json!({"users": [read.json()], "next_cursor": null}));
     let mut expected = json!({
-        "id": id, "email": "user@example.com", "plan": null, "balance": 0, "metered": false, "refill": null,
+        "id": id, "email": "user@example.com", "external_id": null, "metadata": {}, "plan": null, "balance": 0, "metered": false, "refill": null,
         "refill_at": null, "created_at": read.json()["created_at"], "keys": {"live": 1, "total": 3},
     });
     assert_eq!((read.status, read.json()), (200, expected.clone()));
@@ -87,7 +87,9 @@ async fn the_address_of_a_user_changes_and_keys_and_credits_stay(pool: PgPool) {
 #[sqlx::test(migrations = "./migrations")]
 async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
-    let body = json!({"email": USER, "name": "Ada's laptop", "allowed_addresses": ["192.0.2.7"]});
+    let body = json!({
+        "email": USER, "name": "Ada's laptop", "allowed_addresses": ["192.0.2.7"], "metadata": {"of": "Ada"},
+    });
     let (id, key) = fixture.created(&admin, body.clone()).await;
     let (second, _) = fixture.created(&admin, body).await;
     change_key(&pool, id, "networks = '{}'").await;
@@ -96,7 +98,8 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
     fixture.patch(&format!("/v1/keys/{id}"), &key, json!({"name": "Ada's phone"})).await.expect(200);
     fixture.patch(&format!("/v1/keys/{second}"), &admin, json!({"allowed_addresses": ["192.0.2.9"]})).await.expect(200);
     fixture.delete(&uri, &key).await.assert_forbidden("Use a key with the scope admin.");
-    fixture.patch(&uri, &admin, json!({"email": "ada@example.com"})).await.expect(200);
+    let known = json!({"email": "ada@example.com", "external_id": "Ada", "metadata": {"name": "Ada"}});
+    fixture.patch(&uri, &admin, known).await.expect(200);
     change_key(&pool, second, "name = 'erased'").await;
 
     let user_id = uri.rsplit('/').next().unwrap();

@@ -29,6 +29,7 @@ fn the_smallest_configuration_has_safe_defaults() {
             credential: Some("x-credential-identifier".into()),
             scopes: Some("x-credential-scopes".into()),
             packed: None,
+            attributes: vec![],
             unused: vec![],
         },
         envoy_removes_identity_headers: false,
@@ -47,6 +48,7 @@ fn the_smallest_configuration_has_safe_defaults() {
             per: Per::Key,
         }),
         access_log_state: true,
+        rate_limit_state: false,
         policy_sources: vec![PolicySource::RouteMetadata, PolicySource::VirtualHostMetadata, PolicySource::Rules],
         are_sources_given: false,
         shadow: false,
@@ -71,6 +73,7 @@ fn the_smallest_configuration_has_safe_defaults() {
         "envoy_removes_identity_headers",
         "remove_headers",
         "access_log_state",
+        "rate_limit_state",
         "policy_sources",
         "shadow",
         "failure_mode",
@@ -90,17 +93,25 @@ fn every_field_can_be_set() {
     let json = r#"{
         "control_plane": {"cluster": "cp", "authority": "keys.internal", "sync_key_env": "KEY"},
         "store": "second", "key_header": "Authorization-Key", "strip_key": false,
-        "identity_headers": {"consumer": "X-Who", "credential": "", "scopes": ""},
+        "identity_headers": {
+            "consumer": "X-Who", "credential": "", "scopes": "", "attributes": {"X-Tenant-Id": "owner.metadata.tenant"}
+        },
         "rate_limit": {"requests": 5, "window": "60s"}, "access_log_state": false, "remove_headers": ["X-Tenant"],
         "failure_mode": {"not_ready": "allow", "stale": "allow"}, "max_staleness": "90s", "realm": "orders"
     }"#;
     let config = Config::parse(json.as_bytes()).unwrap();
     assert_eq!(config.key_sources, [Source::Header("authorization-key".into())]);
     let unused = USUAL.map(str::to_owned).to_vec();
-    assert_eq!(
-        config.identity,
-        IdentityHeaders { consumer: Some("x-who".into()), credential: None, scopes: None, packed: None, unused }
-    );
+    let attribute = AttributeHeader { header: "x-tenant-id".into(), attribute: "owner.metadata.tenant".into() };
+    let expected = IdentityHeaders {
+        consumer: Some("x-who".into()),
+        credential: None,
+        scopes: None,
+        packed: None,
+        attributes: vec![attribute],
+        unused,
+    };
+    assert_eq!(config.identity, expected);
     let packed = with(
         r#""identity_headers": {"packed": "X-Identity", "scopes": "x-scopes"}, "envoy_removes_identity_headers": true"#,
     );
@@ -111,8 +122,15 @@ fn every_field_can_be_set() {
         (None, USUAL.map(str::to_owned).to_vec(), true)
     );
     assert_eq!(config.remove_headers, ["x-tenant"]);
-    for name in ["x-tenant", "x-who", "authorization-key", "x-consumer-id", "x-portcullis-shadow", "x-consumer-groups"]
-    {
+    for name in [
+        "x-tenant",
+        "x-tenant-id",
+        "x-who",
+        "authorization-key",
+        "x-consumer-id",
+        "x-portcullis-shadow",
+        "x-consumer-groups",
+    ] {
         assert!(config.trailers_removed.iter().any(|removed| removed == name), "{name}");
     }
     assert_eq!(
@@ -231,6 +249,19 @@ fn keys_may_be_in_several_places() {
     assert!(wrong(r#""identity_headers": {"consumer": "authorization"}"#).contains("used twice"));
     assert!(error(&with(r#""key_sources": [{"url": "a"}]"#)).starts_with("key_sources[0]"));
     assert!(error(&with(r#""key_header": "x-portcullis-shadow""#)).contains("used twice"));
+}
+
+#[test]
+fn an_attribute_has_a_known_name_and_a_header_of_its_own() {
+    let wrong = |attributes: &str| error(&with(&format!(r#""identity_headers": {{"attributes": {attributes}}}"#)));
+    for attribute in ["", "tenant", "key.", "owner.name", "key.metadata.", "user.external_id"] {
+        let message = wrong(&format!(r#"{{"x-a": "{attribute}"}}"#));
+        assert!(message.starts_with("identity_headers.attributes.x-a: must be key.external_id"), "{message}");
+    }
+    assert!(wrong(r#"{"a b": "key.external_id"}"#).contains("is not a header name"));
+    assert!(wrong(r#"{"x-api-key": "key.external_id"}"#).contains("used twice"));
+    let many: Vec<String> = (0..17).map(|number| format!(r#""x-{number}": "key.external_id""#)).collect();
+    assert!(wrong(&format!("{{{}}}", many.join(", "))).contains("at most 16"));
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::address::Client;
 use crate::config::{FailureMode, LimitModes, RateMode};
 use crate::keys::StoredKey;
 use crate::shared::{Cells, SharedData};
-use crate::time::{MS_PER_S, NS_PER_MS};
+use crate::time::{MS_PER_S, NS_PER_MS, NS_PER_S};
 
 /// Marks the tag of a policy's limit, beyond those of keys.
 const OF_POLICY: u64 = 1 << 56;
@@ -49,17 +49,42 @@ pub struct Attempt {
     pub is_unreachable: bool,
     /// How long the request has waited, in milliseconds.
     pub waited_ms: u64,
+    /// Whether to tell what is left of the limits.
+    pub tells_left: bool,
 }
 
 /// The result of charging a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Charged {
-    /// It is taken from all limits.
-    Yes,
+    /// It is taken from all limits, of which so much is left: an empty list unless that is to be told.
+    Yes(Vec<Left>),
     /// It must wait for an allowance.
     Wait,
     /// A limit refuses it.
     No(Outcome, Wait),
+}
+
+/// What is left of a limit after a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// The rate limit; `None`: a quota or credits, by the outcome.
+    pub limit: Option<RateLimit>,
+    /// The outcome of a request for which nothing is left.
+    pub outcome: Outcome,
+    /// Requests or credits. Of a limit that all Envoys share: as far as this Envoy knows.
+    pub tokens: u64,
+    /// In how many seconds all of it is there again if no request comes, if that is known.
+    pub full_s: Option<u64>,
+}
+
+/// What is left of a limit, before its name is known.
+#[derive(Clone, Copy, Debug)]
+struct LeftOf {
+    subject: Subject,
+    place: Option<usize>,
+    outcome: Outcome,
+    tokens: u64,
+    full_s: Option<u64>,
 }
 
 /// One limit of a request.
@@ -157,6 +182,15 @@ impl Limits<'_> {
         self.route.key.iter().chain(&self.route.owner)
     }
 
+    fn left(&self, left: &[LeftOf]) -> Vec<Left> {
+        let all: Vec<&RateLimit> = self.own.iter().chain(self.route_limits()).collect();
+        let named = |&LeftOf { place, outcome, tokens, full_s, .. }: &LeftOf| {
+            let limit = place.and_then(|place| all.get(place)).map(|limit| (*limit).clone());
+            Left { limit, outcome, tokens, full_s }
+        };
+        left.iter().map(named).collect()
+    }
+
     fn refused(&self, refusal: &Refusal) -> Charged {
         let Refusal { outcome, place, empty_ms, is_hopeless } = *refusal;
         let seconds = empty_ms.div_ceil(MS_PER_S).max(1);
@@ -183,7 +217,7 @@ pub fn charge(
 ) -> Charged {
     let of = limits.by_subject();
     if of.iter().all(|of| of.1.is_empty()) {
-        return Charged::Yes;
+        return Charged::Yes(Vec::new());
     }
     let mut charging = Charging::new(allowances, attempt, now_ns());
     let mut verdict = take_all(data, &mut charging, &of);
@@ -195,7 +229,7 @@ pub fn charge(
     match verdict {
         Verdict::Taken => {
             allowances.note_spent(&charging.spent);
-            Charged::Yes
+            Charged::Yes(limits.left(&charging.left))
         }
         Verdict::Lacking => {
             charging.lacking.into_iter().for_each(|lack| allowances.need(lack.pool, lack.tokens, lack.for_others));
@@ -321,13 +355,23 @@ struct Charging<'a> {
     /// Pools that were spent from, and whether little is left of them.
     spent: Vec<(PoolId, bool)>,
     lacking: Vec<Lack>,
+    /// What is left, if that is to be told.
+    left: Vec<LeftOf>,
     /// The cell must be written although the request takes no tokens: see [`note`].
     is_to_note: bool,
 }
 
 impl<'a> Charging<'a> {
     const fn new(allowances: &'a Allowances, attempt: Attempt, now_ns: u64) -> Self {
-        Self { allowances, attempt, now_ns, spent: Vec::new(), lacking: Vec::new(), is_to_note: false }
+        Self {
+            allowances,
+            attempt,
+            now_ns,
+            spent: Vec::new(),
+            lacking: Vec::new(),
+            left: Vec::new(),
+            is_to_note: false,
+        }
     }
 
     /// Takes a request from all limits of a cell or from none: the bytes to write, if there is something to write.
@@ -337,6 +381,7 @@ impl<'a> Charging<'a> {
         let is_of_others = |pool: &PoolId| pool.subject != *subject;
         self.spent.retain(|(pool, _)| is_of_others(pool));
         self.lacking.retain(|lack| is_of_others(&lack.pool));
+        self.left.retain(|left| left.subject != *subject);
         self.is_to_note = false;
         let mut entries = Entries::read(cell);
         let take = |verdict: Verdict, limit| verdict.and(self.take_one(&mut entries, *subject, limit));
@@ -349,13 +394,26 @@ impl<'a> Charging<'a> {
 
     fn take_one(&mut self, entries: &mut Entries, subject: Subject, limit: &Limit) -> Verdict {
         let now_ns = self.now_ns;
+        let left = |tokens, full_ns: Option<u64>| LeftOf {
+            subject,
+            place: limit.place(),
+            outcome: limit.outcome(),
+            tokens,
+            full_s: full_ns.map(|ns| ns.div_ceil(NS_PER_S)),
+        };
         let no = |empty_ms, is_hopeless| {
             Verdict::No(Refusal { outcome: limit.outcome(), place: limit.place(), empty_ms, is_hopeless })
         };
         if let Limit::Local { tag, rate, .. } = limit {
             let before_ns = entries.arrival(subject.0, *tag);
             match rate.take(before_ns, now_ns) {
-                Ok(arrival_ns) => entries.set_arrival(subject.0, *tag, arrival_ns),
+                Ok(arrival_ns) => {
+                    entries.set_arrival(subject.0, *tag, arrival_ns);
+                    if self.attempt.tells_left {
+                        let room = rate.room(arrival_ns, now_ns);
+                        self.left.push(left(room, Some(arrival_ns.saturating_sub(now_ns))));
+                    }
+                }
                 Err(wait_ns) => {
                     self.is_to_note |= before_ns.is_some_and(|before| rate.after_clock_step(before, now_ns) != before);
                     return no(wait_ns.div_ceil(NS_PER_MS), false);
@@ -371,6 +429,10 @@ impl<'a> Charging<'a> {
         let verdict = match spent {
             Spent::Yes { is_low } => {
                 self.spent.push((pool, is_low));
+                if self.attempt.tells_left {
+                    let (tokens, full_ns) = holding.left(of, &contact, now_ns);
+                    self.left.push(left(tokens, full_ns));
+                }
                 Verdict::Taken
             }
             Spent::No { empty_ms } => no(empty_ms, holding.has_some()),

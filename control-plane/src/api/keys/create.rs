@@ -8,12 +8,13 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 
 use super::show;
-use super::view::{CreateReply, KeyView, Kind};
+use super::view::{CreateReply, KeyView};
 use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
 use crate::api::openapi::{Conflict, IdempotencyKey};
 use crate::domain::{
-    Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry, parse_key_rate_limits,
+    AttributesPatch, Email, KeyName, KindBody, Metadata, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry,
+    parse_expiry, parse_key_rate_limits,
 };
 use crate::error::ApiError;
 use crate::keys;
@@ -34,7 +35,7 @@ pub struct CreateBody {
     /// Live unless given.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, inline)]
-    kind: Kind,
+    kind: KindBody,
     /// Scopes to grant: at most 32, each of 1 to 64 characters out of a-z, A-Z, 0-9 and `: / _ . * -`.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
@@ -60,6 +61,13 @@ pub struct CreateBody {
     /// Credits that a request costs unless its route says otherwise; 1 unless given. Set by admins only.
     #[schema(minimum = 0, maximum = 1_000_000)]
     cost: Option<i64>,
+    /// What another system calls it. Set by admins only.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "key_42", min_length = 1, max_length = 128)]
+    external_id: Patch<String>,
+    /// Names and values for upstreams, at most 16: see the tutorial on attributes. Set by admins only.
+    #[schema(example = json!({"project": "search"}))]
+    metadata: Option<Metadata>,
     /// When it expires: RFC 3339, at most ten years from now. Not with `expires_in_seconds`. Without either it never expires, except
     /// that a key with the scope `admin` expires after 90 days.
     #[schema(format = DateTime)]
@@ -97,6 +105,7 @@ pub async fn create(Call { app, caller, .. }: Call, mut request: IdempotentReque
             quota: body.quota,
             cost: body.cost,
             rate_limits: None,
+            attributes: AttributesPatch { external_id: body.external_id, metadata: body.metadata },
         })?,
         expires_at: parse_expiry(body.expires_at.as_deref(), body.expires_in_seconds, now)?,
         at_most: None,

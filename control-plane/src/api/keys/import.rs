@@ -26,19 +26,21 @@ pub struct ImportQuery {
 
 /// Import keys of another system.
 ///
-/// The body holds one JSON object per line, at most 100,000 lines of at most 16 KiB. Valid lines are imported, a thousand
+/// The body holds one JSON object per line, at most 100,000 lines of at most 16 KiB; or, as `text/csv`, a table whose first
+/// line names the columns by these fields. There, lists have spaces between their entries, `metadata.NAME` is a column, and
+/// `quota` and `rate_limits` are not. Valid lines are imported, a thousand
 /// per transaction, whatever the other lines contain. If the import ends early (400, 408, 503), the lines that were
 /// committed stay imported. The same body can be sent again: those lines are then reported as duplicates. With `dry_run`,
 /// the lines are only checked.
 #[utoipa::path(
     operation_id = "importKeys",
     post, path = "/v1/keys/import", tag = "keys", params(ImportQuery),
-    request_body(content = ImportLine, content_type = "application/x-ndjson"),
+    request_body(content((ImportLine = "application/x-ndjson"), (String = "text/csv"))),
     responses(
         (status = 200, description = "The result of each line", body = ImportReply),
         (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time; what was written until then stays", body = Problem, content_type = "application/problem+json"),
-        (status = 415, description = "Body not NDJSON", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "Body neither NDJSON nor CSV", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The database is not available; what was written until then stays", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -51,11 +53,16 @@ pub async fn import(
     caller.require_admin()?;
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim();
-    if !["application/x-ndjson", "application/ndjson"].iter().any(|known| kind.eq_ignore_ascii_case(known)) {
-        let detail = "Send one JSON object a line, with Content-Type: application/x-ndjson.";
+    let is = |known: &&str| kind.eq_ignore_ascii_case(known);
+    let is_table = is(&"text/csv");
+    if !is_table && !["application/x-ndjson", "application/ndjson"].iter().any(is) {
+        let detail = "Send one JSON object a line with Content-Type: application/x-ndjson, or a table with text/csv.";
         return Err(ApiError::Unreadable(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail.into()));
     }
     let mut import = Import::new(app.writer.clone(), caller.actor, app.pepper.clone()).dry_run(query.dry_run);
+    if is_table {
+        import = import.table();
+    }
     let mut pieces = body.into_data_stream();
     while let Some(piece) = pieces.next().await {
         let piece = piece.map_err(|_| ApiError::Unreadable(StatusCode::BAD_REQUEST, "The body ended early.".into()))?;

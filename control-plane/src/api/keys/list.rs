@@ -19,6 +19,7 @@ use crate::keys::read::{KeySearch, search};
 
 /// Longest text to search for, in characters.
 const TEXT_CHARS: RangeInclusive<usize> = 1..=100;
+const EXTERNAL_ID_CHARS: RangeInclusive<usize> = 1..=128;
 
 /// Which keys, and how many.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -38,6 +39,9 @@ pub struct ListQuery {
     /// Only keys in this state.
     #[param(inline)]
     state: Option<KeyState>,
+    /// Only keys that another system calls so.
+    #[param(example = "key_42", max_length = 128)]
+    external_id: Option<String>,
     /// Only keys that were last used before this time (RFC 3339), or made before it and never used.
     #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
     last_used_before: Option<String>,
@@ -79,6 +83,7 @@ pub async fn list(
         prefixes: search_text("prefix", query.prefix.as_deref(), TEXT_CHARS)?.map(prefixes).transpose()?,
         name: search_text("name", query.name.as_deref(), TEXT_CHARS)?,
         state: query.state.map(KeyState::name),
+        external_id: search_text("external_id", query.external_id.as_deref(), EXTERNAL_ID_CHARS)?,
         last_used_before: query.last_used_before.as_deref().map(|t| parse_time("last_used_before", t)).transpose()?,
     };
     let mut keys = search(&app.pool, &filter, page.after, page.read()).await?;

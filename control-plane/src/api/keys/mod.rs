@@ -10,6 +10,7 @@ pub mod lookup;
 pub mod quota;
 pub mod revoke;
 pub mod rotate;
+pub mod unknown;
 pub mod update;
 pub mod usage;
 

@@ -6,7 +6,7 @@ use contract::json::null_is_default;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::view::{CreateReply, Kind};
+use super::view::CreateReply;
 use super::{ById, lock, not_found, show};
 use crate::api::call::Call;
 use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
@@ -25,15 +25,11 @@ pub struct RotateBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, example = 86_400, minimum = 0, maximum = 2_592_000, default = 0)]
     grace_seconds: i64,
-    /// Of the new secret; live unless given.
-    #[serde(default, deserialize_with = "null_is_default")]
-    #[schema(nullable, inline)]
-    kind: Kind,
 }
 
 /// Give a key a new secret.
 ///
-/// The key keeps its expiry, limits, credits and usage. The old secret works until the grace period ends.
+/// The key keeps its kind, expiry, limits, credits and usage. The old secret works until the grace period ends.
 #[utoipa::path(
     operation_id = "rotateKey",
     post, path = "/v1/keys/{id}/rotate", tag = "keys",
@@ -58,7 +54,7 @@ pub async fn rotate(
         }
         let key = lock(change, &caller, path.id, &preconditions).await?;
         caller.require_rotatable(key.id, key.generation)?;
-        let secret = keys::rotate::rotate(change, &key, body.kind.into(), grace).await?;
+        let secret = keys::rotate::rotate(change, &key, grace).await?;
         let key = read::get(&mut **change, path.id).await?.ok_or_else(|| not_found(path.id))?;
         let (id, version) = (key.id, key.version);
         let reply = CreateReply { secret, view: show(&mut **change, key).await? };

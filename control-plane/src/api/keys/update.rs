@@ -12,7 +12,7 @@ use crate::api::call::Call;
 use crate::api::extract::Json;
 use crate::api::openapi::{Conflict, IfMatch};
 use crate::api::preconditions::etag;
-use crate::domain::{KeyName, Patch, Preconditions, QuotaBody, RateLimitBody, parse_expiry};
+use crate::domain::{AttributesPatch, KeyName, Metadata, Patch, Preconditions, QuotaBody, RateLimitBody, parse_expiry};
 use crate::error::ApiError;
 use crate::keys::daily_limit::{self, Act};
 use crate::keys::permissions::{Permissions, PermissionsPatch};
@@ -58,6 +58,13 @@ pub struct PatchBody {
     /// Its own rate limits, at most 8; an empty list for those of its plan or the filter's default. Set by admins only.
     #[schema(max_items = 8)]
     rate_limits: Option<Vec<RateLimitBody>>,
+    /// What another system calls it; null for nothing. Set by admins only.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "key_42", min_length = 1, max_length = 128)]
+    external_id: Patch<String>,
+    /// Names and values for upstreams, at most 16; they replace the present ones. Set by admins only.
+    #[schema(example = json!({"project": "search"}))]
+    metadata: Option<Metadata>,
 }
 
 impl PatchBody {
@@ -79,6 +86,7 @@ impl PatchBody {
             quota: self.quota,
             cost: self.cost,
             rate_limits: self.rate_limits,
+            attributes: AttributesPatch { external_id: self.external_id, metadata: self.metadata },
         })?;
         Ok(KeyPatch { name, disabled: self.disabled, expires_at, permissions })
     }

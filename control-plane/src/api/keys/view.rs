@@ -1,12 +1,13 @@
 //! Keys as clients read them.
 
-use contract::key::{KeyKind, Secret};
+use contract::key::Secret;
 use serde::{Deserialize, Serialize, Serializer};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::domain::{RateLimitBody, Timestamp};
+use crate::domain::record::kind;
+use crate::domain::{Attributes, KindBody, Metadata, RateLimitBody, Timestamp};
 use crate::keys::effective::EffectivePermissions;
 use crate::keys::model::Key;
 
@@ -64,6 +65,14 @@ pub struct KeyView {
     /// The start of the secret, by which people recognise it; null for keys of a foreign form.
     #[schema(required, example = "sk_abc123")]
     prefix: Option<String>,
+    /// Whether it is for production or for tests.
+    kind: KindBody,
+    /// What another system calls it.
+    #[schema(required, example = "key_42")]
+    external_id: Option<String>,
+    /// Names and values for upstreams.
+    #[schema(example = json!({"project": "search"}))]
+    metadata: Metadata,
     /// Scopes granted to it.
     scopes: Vec<String>,
     /// Its own rate limits; without any, those of its plan, else of its owner's plan, else the filter's.
@@ -94,6 +103,8 @@ pub struct KeyView {
 
 impl KeyView {
     pub(super) fn new(key: Key, effective: EffectivePermissions, now: OffsetDateTime) -> Self {
+        let Attributes { external_id, metadata } =
+            key.attributes.clone().map(|attributes| attributes.0).unwrap_or_default();
         Self {
             state: KeyState::new(&key, now),
             disabled_by_admin: key.disabled_by_admin,
@@ -103,6 +114,9 @@ impl KeyView {
             email: key.email,
             name: key.name,
             prefix: key.prefix,
+            kind: kind(&key.kind).into(),
+            external_id,
+            metadata,
             scopes: key.scopes,
             rate_limits: key.rate_limits.iter().map(RateLimitBody::of).collect(),
             generation: key.generation,
@@ -111,26 +125,6 @@ impl KeyView {
             revoked_at: key.revoked_at.map(Into::into),
             last_used_at: key.last_used_at.map(Into::into),
             usage_count: key.usage_count,
-        }
-    }
-}
-
-/// Which environments a key is for. Filters treat both alike.
-#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    /// `sk_live_…`
-    #[default]
-    Live,
-    /// `sk_test_…`
-    Test,
-}
-
-impl From<Kind> for KeyKind {
-    fn from(kind: Kind) -> Self {
-        match kind {
-            Kind::Live => Self::Live,
-            Kind::Test => Self::Test,
         }
     }
 }

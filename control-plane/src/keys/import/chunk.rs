@@ -13,6 +13,7 @@ use crate::definitions::Kind;
 use crate::error::ApiError;
 use crate::keys::lock::lock_store;
 use crate::keys::permissions::{Permissions, PlanRef};
+use crate::keys::unknown;
 use crate::quota::{Whose, apply_quotas};
 
 /// A line that is not written: its number and why.
@@ -42,6 +43,8 @@ pub(super) async fn write(change: &mut Change, chunk: &[Accepted]) -> Result<Vec
     }
     if !rows.ids.is_empty() {
         rows.insert(change).await?;
+        let imported: Vec<_> = sound.iter().map(|line| line.accepted.key.hash).collect();
+        unknown::forget(change, &imported).await?;
         // They or their plans may have quotas.
         apply_quotas(change, Whose::Keys(&rows.ids)).await?;
         let [first, last] = [chunk.first(), chunk.last()].map(|line| line.map_or(0, |line| line.line));
@@ -181,12 +184,14 @@ struct Rows {
     networks: Vec<serde_json::Value>,
     quotas: Vec<Option<serde_json::Value>>,
     costs: Vec<Option<i32>>,
+    kinds: Vec<String>,
+    attributes: Vec<Option<serde_json::Value>>,
 }
 
 impl Rows {
     fn push(&mut self, owner: Uuid, Sound { accepted, roles, plan }: &Sound<'_>) -> Result<(), ApiError> {
         let Accepted { key, stored, .. } = accepted;
-        let Permissions { networks, quota, cost, rate_limits, .. } = &key.permissions;
+        let Permissions { networks, quota, cost, rate_limits, attributes, .. } = &key.permissions;
         let value = |value: Result<_, serde_json::Error>| value.map_err(|error| ApiError::Internal(error.to_string()));
         let networks: Vec<String> = networks.iter().flatten().map(ToString::to_string).collect();
         self.ids.push(Uuid::now_v7());
@@ -203,6 +208,8 @@ impl Rows {
         self.networks.push(json!(networks));
         self.quotas.push(quota.value().map(|quota| value(serde_json::to_value(quota))).transpose()?);
         self.costs.push(*cost);
+        self.kinds.push(key.kind.name().into());
+        self.attributes.push(attributes.column());
         Ok(())
     }
 
@@ -210,17 +217,18 @@ impl Rows {
         sqlx::query!(
             "insert into api_keys (
                 id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at, disabled, disabled_by_admin,
-                role_numbers, plan_number, networks, quota, cost
+                role_numbers, plan_number, networks, quota, cost, kind, attributes
             )
             select id, owner_id, name, hash, prefix, array(select jsonb_array_elements_text(scopes)), rate_limits,
                 expires_at, disabled, disabled, array(select jsonb_array_elements_text(roles)::integer), plan,
-                array(select jsonb_array_elements_text(networks)), quota, coalesce(cost, 1)
+                array(select jsonb_array_elements_text(networks)), quota, coalesce(cost, 1), kind, attributes
             from unnest(
                 $1::uuid[], $2::uuid[], $3::text[], $4::bytea[], $5::text[], $6::jsonb[], $7::jsonb[],
-                $8::timestamptz[], $9::boolean[], $10::jsonb[], $11::integer[], $12::jsonb[], $13::jsonb[], $14::integer[]
+                $8::timestamptz[], $9::boolean[], $10::jsonb[], $11::integer[], $12::jsonb[], $13::jsonb[], $14::integer[],
+                $15::text[], $16::jsonb[]
             ) as new (
                 id, owner_id, name, hash, prefix, scopes, rate_limits, expires_at, disabled, roles, plan, networks, quota,
-                cost
+                cost, kind, attributes
             )",
             &self.ids,
             &self.owners,
@@ -235,7 +243,9 @@ impl Rows {
             &self.plans as &[Option<i32>],
             &self.networks,
             &self.quotas as &[Option<serde_json::Value>],
-            &self.costs as &[Option<i32>]
+            &self.costs as &[Option<i32>],
+            &self.kinds,
+            &self.attributes as &[Option<serde_json::Value>]
         )
         .execute(connection)
         .await

@@ -5,13 +5,17 @@ use base64::alphabet::STANDARD;
 use base64::engine::DecodePaddingMode;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use contract::hash::KeyHash;
-use contract::json::{Fault, InputError, null_is_default, read};
-use contract::key::{PRESENTED_BYTES, Secret};
+use contract::json::{Fault, InputError, null_is_default, read, read_value};
+use contract::key::{KeyKind, PRESENTED_BYTES, Secret};
 use serde::Deserialize;
+use serde_json::Value;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use crate::domain::{Email, KeyName, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry, parse_expiry};
+use crate::domain::{
+    AttributesPatch, Email, KeyName, KindBody, Metadata, Patch, QuotaBody, RateLimitBody, Scopes, default_expiry,
+    parse_expiry,
+};
 use crate::error::ApiError;
 use crate::keys::permissions::{Permissions, PermissionsPatch};
 
@@ -67,6 +71,14 @@ pub struct ImportLine {
     /// Networks or addresses from which it can be used; all unless given.
     #[schema(max_items = 32)]
     allowed_addresses: Option<Vec<String>>,
+    /// Whether it is for production or for tests. Live unless given, or unless a key of our own form says it.
+    #[schema(inline)]
+    kind: Option<KindBody>,
+    /// What another system calls it.
+    #[schema(min_length = 1, max_length = 128)]
+    external_id: Option<String>,
+    /// Names and values for upstreams, at most 16.
+    metadata: Option<Metadata>,
     /// When it ends: RFC 3339.
     #[schema(format = DateTime)]
     expires_at: Option<String>,
@@ -85,15 +97,24 @@ pub struct ImportedKey {
     /// SHA-256 of the key.
     pub hash: KeyHash,
     pub prefix: Option<String>,
+    pub kind: KeyKind,
     pub scopes: Scopes,
     pub permissions: Permissions,
     pub expires_at: Option<OffsetDateTime>,
     pub disabled: bool,
 }
 
-/// Parses a line.
+/// Parses a line of JSON.
 pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
-    let body: ImportLine = read(line).map_err(|error| unreadable(&error))?;
+    parse_body(read(line).map_err(|error| unreadable(&error))?, now)
+}
+
+/// Parses a line that was read already.
+pub fn parse_value(line: &Value, now: OffsetDateTime) -> Result<ImportedKey, String> {
+    parse_body(read_value(line).map_err(|error| unreadable(&error))?, now)
+}
+
+fn parse_body(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, String> {
     let (key, hash) = (body.key.clone(), body.hash.clone());
     check(body, now).map_err(|error| {
         let reason = error.to_string();
@@ -104,9 +125,9 @@ pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
 }
 
 fn check(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, ApiError> {
-    let (hash, known_prefix) = match (body.key, body.hash) {
+    let (hash, known_prefix, known_kind) = match (body.key, body.hash) {
         (Some(key), None) => plain(key)?,
-        (None, Some(hash)) => (hashed(&hash)?, None),
+        (None, Some(hash)) => (hashed(&hash)?, None, None),
         _ => return Err(ApiError::invalid("key", "give either key or hash")),
     };
     let scopes = Scopes::parse(body.scopes)?;
@@ -116,6 +137,7 @@ fn check(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, ApiError>
         name: KeyName::parse("name", &body.name)?,
         hash,
         prefix: body.prefix.map(prefix).transpose()?.or(known_prefix),
+        kind: body.kind.map(KeyKind::from).or(known_kind).unwrap_or_default(),
         scopes,
         permissions: Permissions::parse(PermissionsPatch {
             roles: body.roles,
@@ -124,19 +146,24 @@ fn check(body: ImportLine, now: OffsetDateTime) -> Result<ImportedKey, ApiError>
             quota: body.quota.map_or(Patch::Keep, Patch::Set),
             cost: body.cost,
             rate_limits: body.rate_limits,
+            attributes: AttributesPatch {
+                external_id: body.external_id.map_or(Patch::Keep, Patch::Set),
+                metadata: body.metadata,
+            },
         })?,
         expires_at,
         disabled: body.disabled,
     })
 }
 
-fn plain(key: String) -> Result<(KeyHash, Option<String>), ApiError> {
+fn plain(key: String) -> Result<(KeyHash, Option<String>, Option<KeyKind>), ApiError> {
     if !(KEY_BYTES..=PRESENTED_BYTES).contains(&key.len()) || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
         let detail = format!("must have {KEY_BYTES} to {PRESENTED_BYTES} visible ASCII characters");
         return Err(ApiError::invalid("key", detail));
     }
+    let kind = contract::key::check(&key).ok();
     let secret = Secret::from_presented(key);
-    Ok((secret.hash(), secret.display_prefix()))
+    Ok((secret.hash(), secret.display_prefix(), kind))
 }
 
 fn hashed(text: &str) -> Result<KeyHash, ApiError> {
@@ -170,7 +197,7 @@ fn unreadable(error: &InputError) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
     use time::macros::datetime;
 
     use super::*;

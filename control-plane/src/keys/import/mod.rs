@@ -1,10 +1,11 @@
-//! Imports keys of another system from lines of JSON, a thousand per transaction, so that a revocation waits for
+//! Imports keys of another system from lines of JSON or a table, a thousand per transaction, so that a revocation waits for
 //! one of them only. A bad line is reported by its number, with a reason that contains no part of the key; the
 //! other lines are imported. Keys that exist already are duplicates, so an import can be repeated. [`mod@line`] parses
-//! a line, [`chunk`] writes a thousand.
+//! a line, [`table`] turns lines of a table into these, [`chunk`] writes a thousand.
 
 pub mod chunk;
 pub mod line;
+pub mod table;
 
 use std::collections::HashSet;
 
@@ -18,7 +19,8 @@ use time::OffsetDateTime;
 use tokio_util::codec::{AnyDelimiterCodec, Decoder};
 use utoipa::ToSchema;
 
-use self::line::{ImportedKey, parse};
+use self::line::{ImportedKey, parse, parse_value};
+use self::table::Columns;
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
 use crate::error::ApiError;
@@ -98,6 +100,14 @@ struct Accepted {
     stored: KeyHash,
 }
 
+/// The form of the lines.
+#[derive(Debug)]
+enum Format {
+    Json,
+    /// With the columns, once the first line has come.
+    Table(Option<Columns>),
+}
+
 /// A running import, to which bytes are passed as they arrive.
 #[derive(Debug)]
 pub struct Import {
@@ -106,6 +116,7 @@ pub struct Import {
     pepper: Option<Pepper>,
     /// Nothing is written.
     is_dry_run: bool,
+    format: Format,
     /// Splits the bytes into lines, and drops lines that are too long.
     lines: AnyDelimiterCodec,
     /// The incomplete line.
@@ -126,6 +137,7 @@ impl Import {
             actor,
             pepper,
             is_dry_run: false,
+            format: Format::Json,
             lines: AnyDelimiterCodec::new_with_max_length(b"\n".into(), Vec::new(), LINE_BYTES),
             begun: BytesMut::new(),
             number: 0,
@@ -141,6 +153,18 @@ impl Import {
     pub const fn dry_run(mut self, is_dry_run: bool) -> Self {
         self.is_dry_run = is_dry_run;
         self
+    }
+
+    /// The lines are those of a table, whose first line names the columns.
+    #[must_use]
+    pub fn table(mut self) -> Self {
+        self.format = Format::Table(None);
+        self
+    }
+
+    /// What was done until now. Its lines may not be committed yet.
+    pub const fn so_far(&self) -> &ImportReply {
+        &self.so_far
     }
 
     /// Imports the lines that the next bytes complete. Returns whether more bytes are wanted. If it fails, committed lines
@@ -195,7 +219,22 @@ impl Import {
         if text.iter().all(u8::is_ascii_whitespace) {
             return Ok(());
         }
-        match parse(text, OffsetDateTime::now_utc()) {
+        let parsed = match &mut self.format {
+            Format::Json => parse(text, OffsetDateTime::now_utc()),
+            Format::Table(Some(columns)) => {
+                columns.object(text).and_then(|line| parse_value(&line, OffsetDateTime::now_utc()))
+            }
+            Format::Table(columns) => {
+                let read = Columns::read(text);
+                *columns =
+                    Some(read.map_err(|detail| ApiError::Invalid {
+                        field: None,
+                        detail: format!("line {number}: {detail}"),
+                    })?);
+                return Ok(());
+            }
+        };
+        match parsed {
             Err(reason) => self.fail(number, Code::Invalid, reason),
             Ok(key) if !self.seen.insert(key.hash) => {
                 self.fail(number, Code::Duplicate, "this key stands in an earlier line".into());

@@ -284,6 +284,11 @@ impl Reply {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
+    #[track_caller]
+    pub fn assert_ok(&self) {
+        assert_eq!(self.status, 200, "{}", String::from_utf8_lossy(&self.body));
+    }
+
     /// The body of an answer that has this status.
     #[track_caller]
     pub fn expect(&self, status: u16) -> Value {

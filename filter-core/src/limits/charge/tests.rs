@@ -13,10 +13,12 @@ const NOW: u64 = 1_800_000_000 * NS_PER_S;
 const MS: u64 = 1_000_000;
 
 /// The control plane answers.
+const YES: Charged = Charged::Yes(Vec::new());
 const REACHABLE: Attempt = Attempt {
     modes: LimitModes { rate_limits: RateMode::SafeRate, quotas: FailureMode::Deny, credits: FailureMode::Deny },
     is_unreachable: false,
     waited_ms: 0,
+    tells_left: false,
 };
 
 fn of(requests: u32, window_s: u32, burst: u32) -> RateLimit {
@@ -30,7 +32,7 @@ fn take_of(data: &TestData, key: u8, own: &[RateLimit], now_ns: u64) -> Charged 
 }
 
 fn admitted(data: &TestData, own: &[RateLimit], at: impl IntoIterator<Item = u64>) -> usize {
-    at.into_iter().filter(|now| take_of(data, 7, own, *now) == Charged::Yes).count()
+    at.into_iter().filter(|now| take_of(data, 7, own, *now) == YES).count()
 }
 
 fn limited(own: &[RateLimit], limit: usize, retry_after_s: u64) -> Charged {
@@ -48,10 +50,10 @@ fn a_burst_is_admitted_and_then_the_steady_rate() {
 #[test]
 fn a_refused_request_is_admitted_after_the_time_that_the_refusal_states() {
     let (data, limits) = (new_data(), [of(1, 10, 1)]);
-    assert_eq!(take_of(&data, 7, &limits, NOW), Charged::Yes);
+    assert_eq!(take_of(&data, 7, &limits, NOW), YES);
     assert_eq!(take_of(&data, 7, &limits, NOW + 500 * MS), limited(&limits, 0, 10));
     assert_eq!(take_of(&data, 7, &limits, NOW + 9_999 * MS), limited(&limits, 0, 1));
-    assert_eq!(take_of(&data, 7, &limits, NOW + 10_000 * MS), Charged::Yes);
+    assert_eq!(take_of(&data, 7, &limits, NOW + 10_000 * MS), YES);
 }
 
 #[test]
@@ -77,7 +79,7 @@ fn keys_that_share_a_cell_do_not_share_a_limit() {
         let limits = Limits { record: &neighbour, own: &limits, route: PolicyLimits::NONE, cost: 1 };
         charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW)
     };
-    assert_eq!((take_of(&data, 7, &limits, NOW), take_neighbour()), (Charged::Yes, Charged::Yes));
+    assert_eq!((take_of(&data, 7, &limits, NOW), take_neighbour()), (YES, YES));
     let refused = limited(&limits, 0, 60);
     assert_eq!((take_of(&data, 7, &limits, NOW), take_neighbour()), (refused.clone(), refused));
     assert_eq!(data.host().cell_names().len(), 1);
@@ -91,11 +93,11 @@ fn a_cell_drops_keys_whose_limits_are_full_again() {
         id[0] = number;
         let record = Record { key_id: KeyId(id), ..record(7) };
         let limits = Limits { record: &record, own: &limits, route: PolicyLimits::NONE, cost: 1 };
-        assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW), Charged::Yes);
+        assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW), YES);
     }
     let bytes = || data.get(CellKey::Limits(0x0707)).unwrap().value.len();
     assert_eq!(bytes(), 100 * 33);
-    assert_eq!(take_of(&data, 7, &limits, NOW + 5 * NS_PER_S), Charged::Yes);
+    assert_eq!(take_of(&data, 7, &limits, NOW + 5 * NS_PER_S), YES);
     assert_eq!(bytes(), 33);
 }
 
@@ -103,7 +105,7 @@ fn a_cell_drops_keys_whose_limits_are_full_again() {
 fn two_workers_that_meet_take_two_tokens() {
     let (data, limits) = (new_data(), [of(1, 60, 1)]);
     let (other, data_of_other) = (limits.clone(), data.clone());
-    data.host().before_next_put(move || assert_eq!(take_of(&data_of_other, 7, &other, NOW), Charged::Yes));
+    data.host().before_next_put(move || assert_eq!(take_of(&data_of_other, 7, &other, NOW), YES));
     assert_eq!(take_of(&data, 7, &limits, NOW), limited(&limits, 0, 60));
 }
 
@@ -150,7 +152,7 @@ fn after_the_clock_stepped_back_the_only_envoy_and_the_safe_rate_go_on() {
             if !attempt.is_unreachable {
                 allowances.set_contact(contact(now_ns));
             }
-            let admit = |_: &u32| charge(&data, &allowances, &limits, attempt, || now_ns) == Charged::Yes;
+            let admit = |_: &u32| charge(&data, &allowances, &limits, attempt, || now_ns) == YES;
             (0..10).filter(admit).count()
         };
         change(&data, pool, |holding| {
@@ -177,7 +179,7 @@ fn a_routes_limit_stands_beside_those_of_the_key_and_is_named() {
         let limits = Limits { record: &record(7), own: &own, route: &route, cost: 1 };
         charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW)
     };
-    let admitted = |route: Option<&RateLimit>| (0..10).filter(|_| take(route) == Charged::Yes).count();
+    let admitted = |route: Option<&RateLimit>| (0..10).filter(|_| take(route) == YES).count();
     assert_eq!(admitted(Some(&route("search"))), 3);
     assert_eq!(take(Some(&route("search"))), limited(&[own[0].clone(), route("search")], 1, 20));
     assert_eq!(admitted(Some(&route("export"))), 3);
@@ -198,11 +200,11 @@ fn keys_of_one_owner_share_a_routes_limit_for_owners_and_a_refusal_takes_nothing
         let limits = Limits { record: &record(key), own: &[], route: &route, cost: 1 };
         charge(&data, &Allowances::default(), &limits, REACHABLE, || NOW)
     };
-    assert_eq!([1, 1, 1].map(take), [Charged::Yes, Charged::Yes, Charged::Yes]);
+    assert_eq!([1, 1, 1].map(take), [YES, YES, YES]);
     let all = [route.key[0].clone(), route.owner[0].clone()];
     assert_eq!(take(1), limited(&all, 0, 20));
     // The refusal left one for the other key of the owner.
-    assert_eq!(take(2), Charged::Yes);
+    assert_eq!(take(2), YES);
     assert_eq!(take(2), limited(&all, 1, 15));
 }
 
@@ -228,11 +230,11 @@ fn a_client_is_taken_from_all_limits_for_addresses_or_from_none() {
 fn without_limits_nothing_is_read_and_not_even_the_clock() {
     let data = new_data();
     let limits = Limits { record: &record(7), own: &[], route: PolicyLimits::NONE, cost: 0 };
-    assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || unreachable!()), Charged::Yes);
+    assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || unreachable!()), YES);
     // A free request needs no credits.
     let metered = Record { credits: budget(1), ..record(7) };
     let limits = Limits { record: &metered, ..limits };
-    assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || unreachable!()), Charged::Yes);
+    assert_eq!(charge(&data, &Allowances::default(), &limits, REACHABLE, || unreachable!()), YES);
     assert_eq!(data.host().reads(), 0);
 }
 
@@ -307,13 +309,13 @@ fn a_request_is_taken_from_all_its_limits_with_two_reads_and_two_writes() {
     learn(&data, &limits);
     pools.into_iter().zip([10, 10, 20]).for_each(|(pool, tokens)| grant(&data, pool, tokens));
     let before = (data.host().reads(), data.host().writes());
-    assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Yes);
+    assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), YES);
     assert_eq!((data.host().reads() - before.0, data.host().writes() - before.1), (2, 2));
     assert_eq!(pools.map(|pool| holding(&data, pool).spent), [1, 1, 4]);
     // The limit of this Envoy alone ends it after five.
     let charges: Vec<Charged> = (0..5)
         .map(|_| charge(&data, &allowances, &limits, REACHABLE, || NOW))
-        .filter(|charged| *charged != Charged::Yes)
+        .filter(|charged| *charged != YES)
         .collect();
     assert_eq!(charges, [limited(&record.rate_limits, 0, 12)]);
     assert_eq!(pools.map(|pool| holding(&data, pool).spent), [5, 5, 20]);
@@ -333,7 +335,7 @@ fn what_the_owner_lacks_is_asked_for_and_what_the_key_has_spent_goes_back() {
     }
     allowances.start_over();
     grant(&data, pools[2], 9);
-    assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Yes);
+    assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), YES);
     let spent = pools.map(|pool| (holding(&data, pool).spent, holding(&data, pool).refunded));
     assert_eq!(spent, [(1, 0), (1, 0), (4, 0)]);
     assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::Wait);
@@ -351,7 +353,7 @@ fn all_that_is_lacking_of_key_and_owner_is_asked_for_at_once() {
     allowances.start_over();
     let full = [of(1, 60, 1), record.rate_limits[1].clone()];
     let limits = Limits { own: &full, ..limits };
-    assert_eq!(take_of(&data, 7, &full[..1], NOW), Charged::Yes);
+    assert_eq!(take_of(&data, 7, &full[..1], NOW), YES);
     assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), limited(&full, 0, 60));
     assert_eq!(pools.map(|pool| allowances.waiting(&pool)), [0, 0, 0]);
 }
@@ -378,7 +380,7 @@ fn a_refusal_by_the_owner_gives_back_what_the_key_has_spent() {
     // None of the seven counts against the limit of five.
     let free = Limits { cost: 0, ..limits };
     let fates: Vec<Charged> = (0..3).map(|_| charge(&data, &allowances, &free, REACHABLE, || NOW)).collect();
-    assert_eq!(fates, [Charged::Yes, Charged::Yes, Charged::Wait]);
+    assert_eq!(fates, [YES, YES, Charged::Wait]);
     // What cannot be given back for contention is lost.
     data.host().refuse_writes_of("l0707", true);
     assert!(matches!(charge(&data, &allowances, &limits, REACHABLE, || NOW), Charged::No(..)));
@@ -390,7 +392,7 @@ fn a_refunded_token_of_a_rate_limit_is_void_once_it_has_come_back_by_itself() {
     let own = [shared("own", 60)];
     let record = Record { quota: None, ..record };
     // One token comes back each second.
-    for (later_ms, expected) in [(0, Charged::Yes), (999, Charged::Yes), (1_000, Charged::Wait)] {
+    for (later_ms, expected) in [(0, YES), (999, YES), (1_000, Charged::Wait)] {
         let (data, allowances) = (new_data(), in_contact(Contact::default()));
         let limits = Limits { record: &record, own: &own, route: PolicyLimits::NONE, cost: 4 };
         learn(&data, &limits);
@@ -400,7 +402,7 @@ fn a_refunded_token_of_a_rate_limit_is_void_once_it_has_come_back_by_itself() {
         let free = Limits { cost: 0, ..limits };
         let now_ns = NOW + later_ms * MS;
         assert_eq!(charge(&data, &allowances, &free, REACHABLE, || now_ns), expected, "{later_ms}");
-        if expected == Charged::Yes {
+        if expected == YES {
             let spent = holding(&data, pools[0]);
             assert_eq!((spent.spent, spent.refunded, spent.arrival_ns), (1, 0, now_ns + NS_PER_S));
         }
@@ -413,13 +415,13 @@ fn while_the_control_plane_does_not_answer_each_kind_follows_its_mode() {
     let unreachable = |rate_limits, quotas, credits| Attempt {
         modes: LimitModes { rate_limits, quotas, credits },
         is_unreachable: true,
-        waited_ms: 0,
+        ..REACHABLE
     };
     let unavailable = Charged::No(Outcome::LimitsUnavailable, Wait::Seconds(1));
     let (safe, deny, allow) = (RateMode::SafeRate, RateMode::Deny, RateMode::Allow);
     for (attempt, expected) in [
-        (unreachable(safe, FailureMode::Allow, FailureMode::Allow), Charged::Yes),
-        (unreachable(allow, FailureMode::Allow, FailureMode::Allow), Charged::Yes),
+        (unreachable(safe, FailureMode::Allow, FailureMode::Allow), YES),
+        (unreachable(allow, FailureMode::Allow, FailureMode::Allow), YES),
         (unreachable(deny, FailureMode::Allow, FailureMode::Allow), unavailable.clone()),
         (unreachable(allow, FailureMode::Deny, FailureMode::Allow), unavailable.clone()),
         (unreachable(allow, FailureMode::Allow, FailureMode::Deny), unavailable),
@@ -442,7 +444,7 @@ fn the_safe_rate_is_the_limit_divided_by_the_live_envoys() {
     let plain = record(7);
     let limits = Limits { record: &plain, own: &own, route: PolicyLimits::NONE, cost: 1 };
     let charges: Vec<Charged> = (0..3).map(|_| charge(&data, &allowances, &limits, attempt, || NOW)).collect();
-    assert_eq!(charges, [Charged::Yes, Charged::Yes, limited(&own, 0, 6)]);
+    assert_eq!(charges, [YES, YES, limited(&own, 0, 6)]);
 }
 
 #[test]

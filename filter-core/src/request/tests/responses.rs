@@ -1,5 +1,7 @@
 //! What the upstream, the client, the access log and the counts get of a request.
 
+use contract::record::Attribute;
+
 use super::*;
 
 const KEY_ID: &str = "07070707-0707-0707-0707-070707070707";
@@ -228,6 +230,64 @@ fn in_shadow_mode_every_refusal_goes_upstream_with_its_reason_and_is_counted_apa
     bench.send([("x-api-key", "planned")], None);
     let quiet = Bench::new(json!({"shadow": true, "access_log_state": false}), &[]);
     assert_eq!(state_of(&quiet.send([("x-api-key", "k")], None).1), []);
+}
+
+#[test]
+fn attributes_go_upstream_in_the_headers_that_the_operator_chose_and_never_from_a_client() {
+    let attributes = json!({"x-customer": "owner.external_id", "x-project": "key.metadata.project"});
+    let plugin = json!({
+        "rate_limit": null, "envoy_removes_identity_headers": true,
+        "identity_headers": {"consumer": "", "credential": "", "scopes": "", "attributes": attributes},
+        "policies": {"default": {"key": "anonymous_allowed"}},
+    });
+    let attribute = |name: &str, value: &str| Attribute { name: name.into(), value: value.into() };
+    let known = Record {
+        attributes: vec![attribute("key.metadata.project", "search"), attribute("owner.external_id", "cus_1")],
+        ..record()
+    };
+    let bench = Bench::new(plugin, &[("known", known), ("plain", record())]);
+    let sent = |key: Option<&str>| {
+        let forged = ["x-customer", "x-project"].map(|name| (name, "forged"));
+        let (_, stream) = bench.send(forged.into_iter().chain(key.map(|key| ("x-api-key", key))), None);
+        stream.headers().iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>()
+    };
+    assert_eq!(sent(Some("known")), ["x-customer: cus_1", "x-project: search"]);
+    assert_eq!((sent(Some("plain")), sent(None)), (vec![], vec![]));
+}
+
+#[test]
+fn what_is_left_of_the_limits_is_in_filter_state_if_the_operator_wants_that() {
+    let policies = json!({"default": {"rate_limits": {"key": [limit("default.minute", 3)]}}});
+    let plugin = json!({"rate_limit_state": true, "access_log_state": false, "policies": policies});
+    let limited = Record { rate_limits: vec![limit("hour", 60)], ..record() };
+    let bench = Bench::new(plugin, &[("limited", limited)]);
+    let left = || {
+        let (flow, stream) = bench.send([("x-api-key", "limited")], None);
+        (flow, state_of(&stream).into_iter().map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>())
+    };
+    let policy = r#"portcullis.ratelimit_policy: "hour";q=60;w=60, "default.minute";q=3;w=60"#;
+    let expected = |left: &str| (Flow::Continue, vec![format!("portcullis.ratelimit: {left}"), policy.to_owned()]);
+    assert_eq!(left(), expected(r#""hour";r=59;t=1, "default.minute";r=2;t=20"#));
+    assert_eq!(left(), expected(r#""hour";r=58;t=2, "default.minute";r=1;t=40"#));
+    assert_eq!(left(), expected(r#""hour";r=57;t=3, "default.minute";r=0;t=60"#));
+    // A refusal has the headers itself.
+    assert_eq!(left(), (Flow::Stop, vec![]));
+    let unlimited = Bench::new(json!({"rate_limit": null, "rate_limit_state": true}), &[("k", record())]);
+    assert_eq!(state_of(&unlimited.send([("x-api-key", "k")], None).1), []);
+}
+
+#[test]
+fn only_a_policy_that_captures_notes_unknown_keys() {
+    let policies = json!({
+        "open": {"shadow": true, "capture_unknown": true}, "shadow": {"shadow": true},
+        "optional": {"shadow": true, "capture_unknown": true, "key": "optional"},
+    });
+    let bench = Bench::new(json!({"rate_limit": null, "policies": policies}), &[("k", record())]);
+    for (key, policy) in [("a", "shadow"), ("b", "optional"), ("k", "open"), ("stray", "open"), ("stray", "open")] {
+        assert_eq!(bench.send([("x-api-key", key)], Some(policy)).0, Flow::Continue);
+    }
+    let message = bench.vm.captured.borrow_mut().due(NOW_S * 1_000).unwrap();
+    assert_eq!(message.hashes, [KeyHash::of(b"stray")]);
 }
 
 #[test]

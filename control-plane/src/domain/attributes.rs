@@ -1,0 +1,170 @@
+//! Attributes of users and keys: an external id and metadata. They mean nothing to Portcullis. The filter can pass them upstream.
+
+use std::collections::BTreeMap;
+
+use contract::record::Attribute;
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::Patch;
+use crate::error::ApiError;
+
+const EXTERNAL_ID_CHARS: usize = 128;
+const ENTRIES: usize = 16;
+const NAME_BYTES: usize = 32;
+const VALUE_CHARS: usize = 128;
+
+/// What a header cannot contain, or what would be read as an encoded character.
+const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
+
+/// Names and values.
+pub type Metadata = BTreeMap<String, String>;
+
+/// Attributes, as the database has them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external_id: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: Metadata,
+}
+
+/// A change of attributes. `None` and [`Patch::Keep`] keep the present value.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttributesPatch {
+    pub external_id: Patch<String>,
+    pub metadata: Option<Metadata>,
+}
+
+impl AttributesPatch {
+    /// Checks the fields of a client.
+    pub fn check(self) -> Result<Self, ApiError> {
+        if let Patch::Set(id) = &self.external_id
+            && !((1..=EXTERNAL_ID_CHARS).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            let detail = format!("must have 1 to {EXTERNAL_ID_CHARS} visible ASCII characters");
+            return Err(ApiError::invalid("external_id", detail));
+        }
+        let metadata = self.metadata.iter().flatten();
+        if metadata.clone().count() > ENTRIES {
+            return Err(ApiError::invalid("metadata", format!("must have at most {ENTRIES} entries")));
+        }
+        for (name, value) in metadata {
+            let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'_' | b'-');
+            if !(1..=NAME_BYTES).contains(&name.len()) || !name.bytes().all(allowed) {
+                let detail = format!("each name must have 1 to {NAME_BYTES} characters of a-z, 0-9, _ and -");
+                return Err(ApiError::invalid("metadata", detail));
+            }
+            let chars = value.chars().count();
+            if !(1..=VALUE_CHARS).contains(&chars) || value.chars().any(char::is_control) || value.trim() != value {
+                let detail =
+                    format!("must have 1 to {VALUE_CHARS} characters, no control characters and no space around them");
+                return Err(ApiError::invalid(format!("metadata.{name}"), detail));
+            }
+        }
+        Ok(self)
+    }
+
+    /// Whether it changes nothing.
+    pub const fn is_empty(&self) -> bool {
+        self.external_id.is_keep() && self.metadata.is_none()
+    }
+
+    /// The change as JSON that is merged into the column: an absent member is kept and null removes it. `None`: no change.
+    pub fn merge(&self) -> Option<Value> {
+        let mut members = Map::new();
+        if let Some(id) = self.external_id.clone().given() {
+            members.insert("external_id".into(), json!(id));
+        }
+        if let Some(metadata) = &self.metadata {
+            members.insert("metadata".into(), if metadata.is_empty() { Value::Null } else { json!(metadata) });
+        }
+        (!members.is_empty()).then_some(Value::Object(members))
+    }
+
+    /// The attributes of a new key, as the column.
+    pub fn column(&self) -> Option<Value> {
+        let members: Map<_, _> = match self.merge() {
+            Some(Value::Object(members)) => members.into_iter().filter(|(_, value)| !value.is_null()).collect(),
+            _ => Map::new(),
+        };
+        (!members.is_empty()).then_some(Value::Object(members))
+    }
+}
+
+/// The attributes of a key and its owner, as filters get them.
+pub(crate) fn for_filters(key: Option<Attributes>, owner: Option<Attributes>) -> Vec<Attribute> {
+    let mut attributes = Vec::new();
+    for (whose, Attributes { external_id, metadata }) in
+        [("key", key), ("owner", owner)].into_iter().filter_map(|(whose, of)| Some((whose, of?)))
+    {
+        let id = external_id.map(|id| ("external_id".to_owned(), id));
+        let metadata = metadata.into_iter().map(|(name, value)| (format!("metadata.{name}"), value));
+        attributes.extend(id.into_iter().chain(metadata).map(|(name, value)| Attribute {
+            name: format!("{whose}.{name}"),
+            value: utf8_percent_encode(&value, ENCODED).to_string(),
+        }));
+    }
+    attributes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patch(external_id: &str, metadata: &[(&str, &str)]) -> AttributesPatch {
+        let metadata = metadata.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        AttributesPatch { external_id: Patch::Set(external_id.into()), metadata: Some(metadata) }
+    }
+
+    #[test]
+    fn attributes_are_bounded_and_an_error_names_the_field() {
+        let long = "é".repeat(VALUE_CHARS);
+        assert!(patch(&"x".repeat(EXTERNAL_ID_CHARS), &[("tenant_id-1", &long)]).check().is_ok());
+        let longer = format!("{long}x");
+        for (patch, field) in [
+            (patch("", &[]), "external_id"),
+            (patch("a b", &[]), "external_id"),
+            (patch(&"x".repeat(EXTERNAL_ID_CHARS + 1), &[]), "external_id"),
+            (patch("a", &[("", "a")]), "metadata"),
+            (patch("a", &[("A", "a")]), "metadata"),
+            (patch("a", &[("tenant", "")]), "metadata.tenant"),
+            (patch("a", &[("tenant", " a")]), "metadata.tenant"),
+            (patch("a", &[("tenant", "a\nb")]), "metadata.tenant"),
+            (patch("a", &[("tenant", &longer)]), "metadata.tenant"),
+        ] {
+            assert_eq!(patch.check().unwrap_err().field(), Some(field));
+        }
+        let many: Metadata = (0..=ENTRIES).map(|n| (format!("n{n}"), "x".into())).collect();
+        let many = AttributesPatch { metadata: Some(many), ..AttributesPatch::default() };
+        assert_eq!(many.check().unwrap_err().field(), Some("metadata"));
+    }
+
+    #[test]
+    fn an_absent_field_is_kept_and_an_empty_one_is_removed() {
+        assert_eq!(AttributesPatch::default().merge(), None);
+        let removal = AttributesPatch { external_id: Patch::Clear, metadata: Some(Metadata::new()) };
+        assert_eq!(removal.merge(), Some(json!({"external_id": null, "metadata": null})));
+        assert_eq!((removal.column(), removal.is_empty()), (None, false));
+        let set = patch("a", &[("b", "c")]);
+        assert_eq!(set.merge(), Some(json!({"external_id": "a", "metadata": {"b": "c"}})));
+        assert_eq!(set.merge(), set.column());
+    }
+
+    #[test]
+    fn a_header_gets_what_it_cannot_contain_percent_encoded() {
+        let metadata = [("name".to_owned(), "Zoë & 5%".to_owned())].into();
+        let owner = Attributes { external_id: Some("cus_1".into()), metadata };
+        let attribute = |name: &str, value: &str| Attribute { name: name.into(), value: value.into() };
+        assert_eq!(
+            for_filters(Some(Attributes { external_id: Some("k".into()), ..Attributes::default() }), Some(owner)),
+            [
+                attribute("key.external_id", "k"),
+                attribute("owner.external_id", "cus_1"),
+                attribute("owner.metadata.name", "Zo%C3%AB & 5%25"),
+            ]
+        );
+        assert_eq!(for_filters(None, None), []);
+    }
+}

@@ -1,0 +1,103 @@
+//! Keys that filters do not know and that clients use under a policy that captures them. So a move from another system sees
+//! which of its keys are still in use, and can import them by their hashes.
+
+use contract::hash::KeyHash;
+use contract::unknown::{HASHES, UnknownKeys};
+use serde::Serialize;
+use sqlx::{PgConnection, PgPool};
+use utoipa::ToSchema;
+
+use crate::audit::AuditEvent;
+use crate::change::Change;
+use crate::domain::Timestamp;
+use crate::error::ApiError;
+
+/// Most keys that are kept. While there are so many, others are left out.
+pub const MOST: i64 = 100_000;
+
+/// A key is forgotten when it was not seen for so many days.
+const DAYS: i32 = 30;
+
+/// A key that clients use and that is not there.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UnknownKeyView {
+    /// Its SHA-256, as the import takes it.
+    #[schema(example = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08")]
+    hash: String,
+    /// When it was first seen.
+    first_seen_at: Timestamp,
+    /// When it was last seen, to the hour.
+    last_seen_at: Timestamp,
+}
+
+impl UnknownKeyView {
+    /// What the page after this entry starts from.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+}
+
+/// Notes keys that a filter has seen.
+///
+/// # Errors
+/// 400 for more than a message may have.
+pub async fn note(pool: &PgPool, keys: &UnknownKeys) -> Result<(), ApiError> {
+    if keys.hashes.len() > HASHES {
+        return Err(ApiError::invalid("hashes", format!("must have at most {HASHES} entries")));
+    }
+    let mut hashes: Vec<Vec<u8>> = keys.hashes.iter().map(|hash| hash.0.to_vec()).collect();
+    hashes.sort_unstable();
+    hashes.dedup();
+    // The order of the array is that of the locks.
+    sqlx::query!(
+        "insert into unknown_keys (hash)
+        select new.hash from unnest($1::bytea[]) as new (hash)
+        where not exists (select from api_keys k where k.hash = new.hash)
+            and (
+                (select count(*) from unknown_keys) < $2 or exists (select from unknown_keys u where u.hash = new.hash)
+            )
+        on conflict (hash) do update set last_seen_at = now()",
+        &hashes,
+        MOST
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Reads unknown keys in the order of their hashes: those after the hash of an entry, or the first.
+pub async fn list(pool: &PgPool, after: Option<&str>, limit: i64) -> Result<Vec<UnknownKeyView>, ApiError> {
+    let after = after.map(|hash| hex::decode(hash.trim_start_matches("sha256:")).unwrap_or_default());
+    let keys = sqlx::query_as!(
+        UnknownKeyView,
+        r#"select 'sha256:' || encode(hash, 'hex') as "hash!", first_seen_at as "first_seen_at: Timestamp",
+            last_seen_at as "last_seen_at: Timestamp"
+        from unknown_keys where hash > $1 order by hash limit $2"#,
+        after.unwrap_or_default(),
+        limit
+    );
+    Ok(keys.fetch_all(pool).await?)
+}
+
+/// Forgets all. Returns how many there were.
+pub async fn forget_all(change: &mut Change) -> Result<u64, ApiError> {
+    let forgotten = sqlx::query!("delete from unknown_keys").execute(&mut **change).await?.rows_affected();
+    if forgotten > 0 {
+        let detail = serde_json::json!({"forgotten": forgotten});
+        change.record(AuditEvent { action: "unknown_keys.forget", key_id: None, target: None, detail }).await?;
+    }
+    Ok(forgotten)
+}
+
+/// Forgets keys that are imported now.
+pub async fn forget(connection: &mut PgConnection, imported: &[KeyHash]) -> Result<(), sqlx::Error> {
+    let hashes: Vec<Vec<u8>> = imported.iter().map(|hash| hash.0.to_vec()).collect();
+    sqlx::query!("delete from unknown_keys where hash = any($1)", &hashes).execute(connection).await?;
+    Ok(())
+}
+
+/// Forgets keys that were not seen for a month.
+pub async fn forget_old(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query!("delete from unknown_keys where last_seen_at < now() - make_interval(days => $1)", DAYS);
+    Ok(done.execute(pool).await?.rows_affected())
+}
