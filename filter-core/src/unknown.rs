@@ -1,8 +1,6 @@
 //! Keys that the store does not have, noted by one VM under policies that capture them, and sent to the control plane. Each VM
 //! notes a key once an hour, so the control plane knows when it was last seen to the hour.
 
-use std::collections::BTreeSet;
-
 use contract::hash::KeyHash;
 use contract::unknown::{HASHES, UnknownKeys};
 
@@ -20,9 +18,10 @@ const PAUSE_MS: u64 = 5_000;
 /// What one VM has noted.
 #[derive(Debug, Default)]
 pub struct Captured {
-    /// Those to send. The set has them too.
+    /// Those to send.
     unsent: Vec<KeyHash>,
-    seen: BTreeSet<KeyHash>,
+    /// Those of this hour, sorted.
+    seen: Vec<KeyHash>,
     hour: u64,
     in_flight: Option<InFlight>,
     /// Nothing is sent before.
@@ -39,16 +38,29 @@ struct InFlight {
 impl Captured {
     /// Notes a key.
     pub fn add(&mut self, hash: KeyHash) {
-        if self.seen.len() < REMEMBERED && self.seen.insert(hash) {
+        if self.see(hash) {
             self.unsent.push(hash);
         }
+    }
+
+    /// Remembers a key. Returns whether it is new and there is room.
+    fn see(&mut self, hash: KeyHash) -> bool {
+        let Err(place) = self.seen.binary_search(&hash) else { return false };
+        let has_room = self.seen.len() < REMEMBERED;
+        if has_room {
+            self.seen.insert(place, hash);
+        }
+        has_room
     }
 
     /// The message to send now, if there is one.
     pub fn due(&mut self, now_ms: u64) -> Option<UnknownKeys> {
         if now_ms / MS_PER_HOUR != self.hour {
             self.hour = now_ms / MS_PER_HOUR;
-            self.seen = self.unsent.iter().copied().collect();
+            self.seen.clear();
+            for hash in std::mem::take(&mut self.unsent) {
+                self.add(hash);
+            }
         }
         let is_lost = |sent: &mut InFlight| now_ms.abs_diff(sent.since_ms) >= LOST_AFTER_MS;
         if let Some(lost) = self.in_flight.take_if(is_lost) {

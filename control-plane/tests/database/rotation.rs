@@ -27,7 +27,7 @@ async fn secrets(fixture: &Fixture, caller: &Secret, id: Uuid) -> Vec<Value> {
 async fn a_rotated_key_has_two_secrets_until_the_grace_ends_and_keeps_all_else(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let body = json!({
-        "email": "user@example.com", "name": "kept", "scopes": ["orders:read"], "expires_in_seconds": 86_400,
+        "email": "user@example.com", "name": "kept", "kind": "test", "scopes": ["orders:read"], "expires_in_seconds": 86_400,
         "rate_limits": [{"name": "burst", "requests": 10, "window_seconds": 1}],
     });
     let created = fixture.post("/v1/keys", &admin, &body).await.json();

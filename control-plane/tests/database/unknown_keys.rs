@@ -18,7 +18,7 @@ fn hash(key: &str) -> String {
 }
 
 async fn listed(fixture: &Fixture, admin: &Secret) -> Vec<Value> {
-    let pages = fixture.pages("/v1/unknown-keys", "limit=2", "keys", "hash", admin).await;
+    let pages = fixture.pages("/v1/unknown-keys", "", "keys", "hash", admin).await;
     pages.into_iter().flatten().collect()
 }
 

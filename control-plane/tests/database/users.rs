@@ -38,7 +38,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     let before = revision(&pool).await;
     assert_eq!(patch(json!({"plan": "gold"})).await.json(), expected);
     assert_eq!(revision(&pool).await, before, "nothing changed: nothing for filters to learn");
-    patch(json!({})).await.assert_problem(400, "invalid", "Set email, plan, metered or refill.", None);
+    patch(json!({})).await.assert_problem(400, "invalid", "Set at least one field.", None);
     let detail = "there is no plan silver; create it with PUT /v1/plans/silver";
     patch(json!({"plan": "silver"})).await.assert_invalid("plan", detail);
     assert_eq!(fixture.get(uri, &user).await.json(), expected);

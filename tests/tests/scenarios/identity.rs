@@ -174,3 +174,37 @@ async fn a_filter_that_relies_on_an_envoy_that_removes_nothing_still_gives_no_id
     assert_upstream(&open, &[]);
     Ok(())
 }
+
+#[tokio::test]
+async fn attributes_that_admins_set_reach_the_upstream_within_milliseconds_and_clients_cannot_forge_them() -> Result<()>
+{
+    let attributes = json!({"x-customer": "owner.external_id", "x-tenant": "owner.metadata.tenant",
+        "x-project": "key.metadata.project"});
+    let stack = Stack::builder().plugin(&json!({"identity_headers": {"attributes": attributes}})).start().await?;
+    let rest = stack.rest();
+    let names = ["x-customer", "x-project", "x-tenant"];
+    let body = json!({"email": "ada@example.com", "name": "n", "metadata": {"project": "Zoë & 5%"}});
+    let (id, key) = rest.create_with(body).await?;
+    stack.in_step().await?;
+    let received = async |key: &str| {
+        let mut request = Request::get("/").header("x-api-key", key);
+        for name in names {
+            request = request.header(name, "root");
+        }
+        let reply = send(stack.envoy().address(), request.body(Full::default())?).await?;
+        assert_eq!(reply.status, 200);
+        let headers = reply.json()?["headers"].clone();
+        anyhow::Ok(names.map(|name| headers[name].clone()))
+    };
+    let (nothing, project) = (serde_json::Value::Null, json!(["Zo%C3%AB & 5%25"]));
+    assert_eq!(received(&key).await?, [nothing.clone(), project.clone(), nothing.clone()]);
+    let uri = rest.user("ada@example.com").await?;
+    rest.patch(&uri, json!({"external_id": "cus_1", "metadata": {"tenant": "acme"}})).await?;
+    stack.in_step().await?;
+    assert_eq!(received(&key).await?, [json!(["cus_1"]), project, json!(["acme"])]);
+    rest.patch(&format!("/v1/keys/{id}"), json!({"metadata": {}})).await?;
+    rest.patch(&uri, json!({"metadata": {}})).await?;
+    stack.in_step().await?;
+    assert_eq!(received(&key).await?, [json!(["cus_1"]), nothing.clone(), nothing]);
+    Ok(())
+}

@@ -13,6 +13,7 @@ use portcullis_tests::log::Log;
 use portcullis_tests::rest::Rest;
 use portcullis_tests::stack::{Stack, wait_for_status};
 use portcullis_tests::tools::silently;
+use portcullis_tests::wait::eventually;
 use serde_json::json;
 
 #[tokio::test]
@@ -79,5 +80,31 @@ async fn with_a_pepper_the_database_has_no_hash_of_an_imported_key_that_could_be
     let user = stack.rest().user("bob@example.com").await?;
     stack.rest().expect(Method::POST, &format!("{user}/revoke-keys"), None, 200).await?;
     stack.wait_for_status(Some(hashed), 401).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn keys_that_are_still_in_use_are_captured_by_hash_and_can_be_adopted() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let policy = json!({"shadow": true, "capture_unknown": true, "match": [{"path": {"prefix": "/moving"}}]});
+    rest.expect(Method::PUT, "/v1/policies/moving", Some(&policy), 201).await?;
+    stack.in_step().await?;
+    let old = "key-of-the-old-gateway-1";
+    let ask = async |path: &str| send(stack.envoy().address(), get_request(path, Some(old))?).await;
+    assert_refused(&ask("/").await?, Outcome::Unknown, &[]);
+    assert_eq!(ask("/moving").await?.status, 200);
+    let hash = format!("sha256:{}", KeyHash::of(old.as_bytes()));
+    let listed = async || {
+        let page = rest.get("/v1/unknown-keys").await.ok()?;
+        page["keys"].as_array().filter(|keys| !keys.is_empty()).cloned()
+    };
+    let keys = eventually("the key to be listed", listed).await?;
+    assert_eq!(keys.iter().map(|key| &key["hash"]).collect::<Vec<_>>(), [&json!(hash)]);
+    let line = json!({"email": "ada@example.com", "name": "adopted", "hash": hash}).to_string();
+    assert_eq!(rest.import(line).await?["imported"], 1);
+    stack.wait_for_status(Some(old), 200).await?;
+    assert_upstream(&stack.get(Some(old)).await?, &IDENTITY);
+    assert_eq!(rest.get("/v1/unknown-keys").await?["keys"], json!([]));
     Ok(())
 }

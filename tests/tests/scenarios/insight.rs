@@ -292,3 +292,53 @@ async fn a_revocation_tells_on_how_many_envoys_it_is_applied_and_for_how_long_on
     assert_eq!(http::get(stack.control_plane.address(), "/readyz").await?.status, 200);
     stack.in_step().await
 }
+
+#[tokio::test]
+async fn the_command_line_explains_what_envoy_answers() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let policy = json!({"kinds": ["live"], "match": [{"hosts": ["api.example.com"], "path": {"prefix": "/orders"}}]});
+    rest.expect(Method::PUT, "/v1/policies/orders", Some(&policy), 201).await?;
+    let test_key = json!({"email": "ada@example.com", "name": "a test key", "kind": "test"});
+    let (id, key) = rest.create_with(&test_key).await?;
+    rest.create_with(&test_key).await?;
+    let explain = async |arguments: &[&str], server: &str| {
+        let mut command = tokio::process::Command::new(portcullis_tests::paths::control_plane());
+        command.args(["explain", "--server", server]).args(arguments).env("PORTCULLIS_KEY", rest.key.reveal());
+        let output = command.output().await?;
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        anyhow::Ok((output.status.success(), said.concat()))
+    };
+    let server = format!("http://{}/", rest.address);
+    let url = ["--url", "https://api.example.com/orders?page=2"];
+    let (ended_well, said) = explain(&[&url[..], &["--key-prefix", &key[..14]]].concat(), &server).await?;
+    assert!(ended_well && said.starts_with("kind_denied: Envoy answers 403\n\nCHECK "), "{said}");
+    let kind = said.lines().find(|line| line.starts_with("kind ")).context("no check of the kind")?;
+    assert!(kind.ends_with("kind_denied  the route accepts live, the kind of the key is test"), "{kind}");
+    let (_, said) = explain(&["--url", "http://api.example.com", "--key-id", &id, "-o", "json"], &server).await?;
+    assert_eq!(serde_json::from_str::<Value>(&said)?["outcome"], "allowed");
+    let (_, said) = explain(&url, &server).await?;
+    assert!(said.starts_with("missing: Envoy answers 401"), "{said}");
+    for (arguments, at, expected) in [
+        (
+            &["--key-prefix", "sk_live_000000"][..],
+            &*server,
+            "portcullis: --key-prefix: no key begins with sk_live_000000\n",
+        ),
+        (
+            &["--key-prefix", "sk_"],
+            &server,
+            "portcullis: --key-prefix: several keys begin with sk_; give one of them by --key-id: ",
+        ),
+        (
+            &["--address", "here"],
+            &server,
+            "portcullis: the control plane answered 400: address: must be an IPv4 or IPv6 address",
+        ),
+        (&[], "http://127.0.0.1:1", "portcullis: http://127.0.0.1:1 cannot be reached: "),
+    ] {
+        let (ended_well, said) = explain(&[&url[..], arguments].concat(), at).await?;
+        assert!(!ended_well && said.starts_with(expected), "{said}");
+    }
+    Ok(())
+}

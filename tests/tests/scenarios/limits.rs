@@ -7,6 +7,7 @@ use portcullis_tests::expect::assert_refused;
 use portcullis_tests::fake_control_plane::Faults;
 use portcullis_tests::filter_harness::{FilterHarness, record, with};
 use portcullis_tests::wait::eventually;
+use serde_json::json;
 
 fn limit(name: &str, requests: u32, window_s: u32) -> RateLimit {
     RateLimit { name: name.into(), requests, window_s, burst: requests, shared: true, per: Per::Key }
@@ -107,4 +108,35 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
             .then_some(())
     };
     eventually("a poll with five requests pending", reached).await
+}
+
+#[tokio::test]
+async fn every_response_tells_what_is_left_if_the_operator_wants_that() -> Result<()> {
+    const PLACE: &str = "route_config:\n                  name: ingress\n";
+    let header = |name: &str, state: &str| {
+        format!(
+            "
+                    - header: {{ key: {name}, value: \"%FILTER_STATE(wasm.portcullis.{state}:PLAIN)%\" }}
+                      append_action: OVERWRITE_IF_EXISTS_OR_ADD"
+        )
+    };
+    let headers =
+        [("ratelimit", "ratelimit"), ("ratelimit-policy", "ratelimit_policy")].map(|(name, state)| header(name, state));
+    let headers = format!("                  response_headers_to_add:{}\n", headers.concat());
+    let hour = RateLimit { name: "hour".into(), requests: 3, window_s: 3_600, burst: 3, shared: false, per: Per::Key };
+    let keys = [("limited", with(1, |r| r.rate_limits = vec![hour])), ("free", record(2))];
+    let harness = FilterHarness::builder().plugin(json!({"rate_limit_state": true, "rate_limit": null}));
+    let harness = harness.edit(PLACE, &format!("{PLACE}{headers}")).start(&keys).await?;
+    for (left, seconds) in [(2, 1_200), (1, 2_400), (0, 3_600)] {
+        let reply = harness.get("/", Some("limited")).await?;
+        assert_eq!(reply.status, 200);
+        assert_eq!(reply.header("ratelimit"), Some(&*format!("\"hour\";r={left};t={seconds}")));
+        assert_eq!(reply.header("ratelimit-policy"), Some("\"hour\";q=3;w=3600"));
+    }
+    let refused = harness.get("/", Some("limited")).await?;
+    assert_refused(&refused, Outcome::RateLimited, &["ratelimit", "ratelimit-policy"]);
+    assert!(refused.header("ratelimit").is_some_and(|left| left.starts_with("\"hour\";r=0;t=")));
+    let free = harness.get("/", Some("free")).await?;
+    assert_eq!((free.status, free.header("ratelimit"), free.header("ratelimit-policy")), (200, None, None));
+    Ok(())
 }

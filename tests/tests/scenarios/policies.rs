@@ -1,6 +1,7 @@
 //! Policies of routes, which routes name in their metadata.
 
 use anyhow::Result;
+use contract::key::KeyKind;
 use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::Request;
@@ -184,4 +185,34 @@ async fn a_route_whose_policy_is_no_name_refuses_all_requests() -> Result<()> {
     assert_upstream(&harness.get("/none", Some("stranger")).await?, &[]);
     assert_upstream(&harness.get("/", Some("stranger")).await?, &[]);
     Ok(())
+}
+
+#[tokio::test]
+async fn a_route_that_accepts_live_keys_opens_to_no_test_key_and_the_other_way_round() -> Result<()> {
+    let policies = json!({
+        "live": {"kinds": ["live"]}, "test": {"kinds": ["test"]}, "both": {},
+        "any": {"kinds": ["live"], "key": "optional"},
+    });
+    let keys = [("a-live-key", record(1)), ("a-test-key", with(2, |r| r.kind = KeyKind::Test))];
+    let mut harness = FilterHarness::builder().policies(&policies);
+    for name in ["live", "test", "both", "any"] {
+        harness = harness.route(&format!("/{name}"), name);
+    }
+    let harness = harness.start(&keys).await?;
+    for (path, open_to) in
+        [("/live", &["a-live-key"][..]), ("/test", &["a-test-key"]), ("/both", &["a-live-key", "a-test-key"])]
+    {
+        for (key, _) in &keys {
+            let reply = harness.get(path, Some(key)).await?;
+            if open_to.contains(key) {
+                assert_upstream(&reply, &IDENTITY);
+            } else {
+                assert_refused(&reply, Outcome::KindDenied, &[]);
+            }
+        }
+    }
+    assert_upstream(&harness.get("/any", Some("a-live-key")).await?, &IDENTITY);
+    // Where a bad key counts as none, so does one of the other kind.
+    assert_upstream(&harness.get("/any", Some("a-test-key")).await?, &[]);
+    harness.stat_is("decisions.kind_denied_total", 2).await
 }
