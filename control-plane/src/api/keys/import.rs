@@ -35,7 +35,7 @@ pub struct ImportQuery {
 #[utoipa::path(
     operation_id = "importKeys",
     post, path = "/v1/keys/import", tag = "keys", params(ImportQuery),
-    request_body(content((ImportLine = "application/x-ndjson"), (String = "text/csv"))),
+    request_body(content = ImportLine, content_type = "application/x-ndjson"),
     responses(
         (status = 200, description = "The result of each line", body = ImportReply),
         (status = 400, description = "The body broke off; what was written until then stays", body = Problem, content_type = "application/problem+json"),
