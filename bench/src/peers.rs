@@ -25,6 +25,8 @@ pub(crate) struct Peer {
     route_metadata: Option<Value>,
     /// Headers of clients that Envoy removes before any filter runs.
     removed: &'static [&'static str],
+    /// Whether Envoy writes what is left of the limits into each response.
+    shows_limits: bool,
 }
 
 impl Peer {
@@ -61,6 +63,7 @@ impl Peer {
             filters: vec![filter("portcullis", "wasm.v3.Wasm", config)],
             clusters: vec![cluster(CONTROL_PLANE, feed, true)],
             removed,
+            shows_limits: plugin["rate_limit_state"] == true,
             ..Self::default()
         }
     }
@@ -154,6 +157,16 @@ impl Peer {
             manager["early_header_mutation_extensions"] = json!([{
                 "name": "identity", "typed_config": {"@type": kind, "mutations": mutations},
             }]);
+        }
+        if self.shows_limits {
+            let shown = |name: &str, state: &str| {
+                json!({
+                    "header": {"key": name, "value": format!("%FILTER_STATE(wasm.portcullis.{state}:PLAIN)%")},
+                    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                })
+            };
+            manager["route_config"]["response_headers_to_add"] =
+                json!([shown("ratelimit", "ratelimit"), shown("ratelimit-policy", "ratelimit_policy")]);
         }
         let mut listeners = vec![main];
         listeners.extend(self.listeners.clone());

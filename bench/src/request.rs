@@ -56,6 +56,7 @@ const RULES: &str = "Portcullis, 1,000 keys, one of 1,000 rules";
 /// Rows with few keys in use, so that nearly every request finds an allowance.
 const LOCAL: &str = "Portcullis, 10 keys in use, each with a limit of each Envoy";
 const LIMITED: &str = "Portcullis, 10 keys in use, each with a rate limit";
+const SHOWN: &str = "Portcullis, 10 keys in use, each with a rate limit that each response shows";
 const QUOTA: &str = "Portcullis, 10 keys in use, each with a quota";
 const CREDITS: &str = "Portcullis, 10 keys in use, each with credits";
 const UNKNOWN: &str = "Portcullis, 1,000 keys, unknown key";
@@ -310,6 +311,9 @@ impl<'a> Running<'a> {
         for (name, change, used) in limits {
             self.variant(name, &filter, change, unlimited_plugin(), used).await?;
         }
+        let mut showing = unlimited_plugin();
+        showing["rate_limit_state"] = true.into();
+        self.variant(SHOWN, &filter, limited, showing, 10).await?;
         for filter in &self.options.beside {
             self.start_beside(filter).await?;
         }

@@ -15,7 +15,7 @@ use crate::server::{Client, Server};
 pub struct Explain {
     #[command(flatten)]
     server: Server,
-    /// The address that the client calls, such as https://api.example.com/orders
+    /// URL that the client calls, such as https://api.example.com/orders
     #[arg(long)]
     url: String,
     /// The method of the request
@@ -30,19 +30,20 @@ pub struct Explain {
     /// The key, by its id
     #[arg(long, value_name = "ID", group = "which")]
     key_id: Option<String>,
-    /// The key itself is the first line of standard input. Without any of these, the request has no key
+    /// Read the key from the first line of standard input. Without --key-prefix, --key-id and --key-stdin, the request has no
+    /// key
     #[arg(long, group = "which")]
     key_stdin: bool,
-    /// The policy that the route names, for routes that name one
+    /// Name of the policy, for a route that names one. No match is looked for then
     #[arg(long, value_name = "NAME")]
     policy: Option<String>,
     /// The address of the client, for keys that are bound to networks
     #[arg(long, value_name = "IP")]
     address: Option<String>,
-    /// When (RFC 3339) [default: now]
+    /// Time of the request (RFC 3339) [default: now]
     #[arg(long, value_name = "TIME")]
     time: Option<String>,
-    /// The form of the result
+    /// Format of the result
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -95,7 +96,7 @@ impl Explain {
     }
 }
 
-/// The host and the path of an address.
+/// The host and the path of a URL.
 fn split(url: &str) -> Result<(&str, &str), CommandError> {
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
     let (host, path) = match rest {
@@ -106,19 +107,21 @@ fn split(url: &str) -> Result<(&str, &str), CommandError> {
         None => ("", ""),
     };
     if host.is_empty() || host.contains(['?', '#', '@']) {
-        let why = "--url: must be an address such as https://api.example.com/orders";
+        let why = "--url: must be a URL such as https://api.example.com/orders";
         return Err(CommandError::Invalid(why.into()));
     }
     // A client sends no fragment.
     Ok((host, path.split('#').next().unwrap_or(path)))
 }
 
+/// Headers by name. Of several with one name the first counts, as in the filter.
 fn headers(lines: &[String]) -> Result<BTreeMap<String, String>, CommandError> {
     let header = |line: &String| {
         let (name, value) = line.split_once(':').filter(|(name, _)| !name.trim().is_empty())?;
         Some((name.trim().to_ascii_lowercase(), value.trim().to_owned()))
     };
-    let all: Option<_> = lines.iter().map(header).collect();
+    // The first comes last, so that it stays.
+    let all: Option<_> = lines.iter().rev().map(header).collect();
     all.ok_or_else(|| CommandError::Invalid("--header: must be NAME:VALUE".into()))
 }
 
@@ -128,13 +131,25 @@ fn key_of_prefix(client: &Client, prefix: &str) -> Result<String, CommandError> 
     let keys = page["keys"].as_array().map(Vec::as_slice).unwrap_or_default();
     let text = |key: &Value, field: &str| key[field].as_str().unwrap_or_default().to_owned();
     match keys {
-        [key] => Ok(text(key, "id")),
+        [key] => {
+            let shown = text(key, "prefix");
+            let known = prefix.replacen("sk_live_", "sk_", 1).replacen("sk_test_", "sk_", 1);
+            let known = known.trim_end_matches(['.', '…']);
+            if !shown.starts_with(known) && !known.starts_with(&shown) {
+                return Err(CommandError::Invalid(format!(
+                    "--key-prefix: {prefix} is the start of an old secret of the key {}; explain the present one with --key-id, \
+                     or the old one with --key-stdin",
+                    text(key, "id")
+                )));
+            }
+            Ok(text(key, "id"))
+        }
         [] => Err(CommandError::Invalid(format!("--key-prefix: no key begins with {prefix}"))),
         several => {
             let which = |key: &Value| format!("{} ({}, {})", text(key, "id"), text(key, "email"), text(key, "name"));
             let which: Vec<String> = several.iter().map(which).collect();
             Err(CommandError::Invalid(format!(
-                "--key-prefix: several keys begin with {prefix}; give one of them by --key-id: {}",
+                "--key-prefix: several keys begin with {prefix}; choose one with --key-id: {}",
                 which.join("; ")
             )))
         }
@@ -162,7 +177,7 @@ fn show(out: &mut impl Write, answer: &Value) -> std::io::Result<()> {
             [text(&check["name"]), result, text(&check["saw"])]
         })
         .collect();
-    output::table(out, ["CHECK", "RESULT", "SAW"], &rows)
+    output::table(out, ["CHECK", "RESULT", "INPUT"], &rows)
 }
 
 #[cfg(test)]
@@ -170,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_has_a_host_and_a_path() {
+    fn a_url_has_a_host_and_a_path() {
         assert_eq!(
             split("https://api.example.com:8443/orders?page=2#top").unwrap(),
             ("api.example.com:8443", "/orders?page=2")
@@ -183,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_header_is_a_name_and_a_value() {
-        let lines = ["X-Model: gpt-5".to_owned(), "a:b:c".to_owned()];
+        let lines = ["X-Model: gpt-5".to_owned(), "a:b:c".to_owned(), "x-model: other".to_owned()];
         let expected = [("x-model".to_owned(), "gpt-5".to_owned()), ("a".to_owned(), "b:c".to_owned())];
         assert_eq!(headers(&lines).unwrap(), expected.into());
         assert!(headers(&["nothing".to_owned()]).is_err() && headers(&[":x".to_owned()]).is_err());
@@ -204,7 +219,7 @@ mod tests {
         let expected = "\
 expired: Envoy answers 401
 
-CHECK       RESULT   SAW
+CHECK       RESULT   INPUT
 key         passes   key sk_a
 expiry      expired  it ended
 rate_limit  -        none

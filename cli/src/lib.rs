@@ -1,4 +1,4 @@
-//! The commands that talk to the REST API of a control plane, as any other client does.
+//! Commands that call the REST API of a control plane.
 
 #![forbid(unsafe_code)]
 
@@ -9,13 +9,13 @@ pub mod server;
 /// Why a command failed, in one line.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// What was asked for makes no sense, or does not exist.
+    /// An argument or a setting is invalid, or names a key that does not exist.
     #[error("{0}")]
     Invalid(String),
     /// The control plane could not be reached.
-    #[error("{server} cannot be reached: {why}; give its address with --server or PORTCULLIS_URL")]
+    #[error("{server} cannot be reached: {why}; give its URL with --server or PORTCULLIS_SERVER")]
     Unreachable {
-        /// The address of the control plane.
+        /// The URL of the control plane.
         server: String,
         /// What failed.
         why: String,

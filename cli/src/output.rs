@@ -1,32 +1,32 @@
-//! How results are written.
+//! Output of results: JSON, or a table.
 
 use std::io::{self, Write};
 
 use clap::ValueEnum;
 use serde_json::Value;
 
-/// The form of a result.
+/// The format of a result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Aligned columns, for people.
     #[default]
     Table,
-    /// The answer of the REST API.
+    /// JSON, as the REST API returns it.
     Json,
 }
 
 /// Writes JSON over several lines.
 ///
 /// # Errors
-/// If the output is closed.
+/// If the output cannot be written.
 pub fn json(to: &mut impl Write, value: &Value) -> io::Result<()> {
     writeln!(to, "{value:#}")
 }
 
-/// Writes rows in columns that are as wide as their widest cell. The last one is not filled up.
+/// Writes rows in columns that are as wide as their widest cell. Lines have no trailing spaces.
 ///
 /// # Errors
-/// If the output is closed.
+/// If the output cannot be written.
 pub fn table<const N: usize>(to: &mut impl Write, names: [&str; N], rows: &[[String; N]]) -> io::Result<()> {
     let names = names.map(str::to_owned);
     let lines = || std::iter::once(&names).chain(rows);

@@ -1,4 +1,4 @@
-//! A control plane, and the requests to it.
+//! Client of a control plane: its settings, requests and errors.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,17 +19,16 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest response that is read, in bytes.
 const RESPONSE_BYTES: u64 = 64 << 20;
 
-/// Which control plane, and how to reach it. The key of the caller comes from `PORTCULLIS_KEY`, or from a file.
+/// Settings of the connection to a control plane. The key of the caller comes from `PORTCULLIS_KEY`, or from a file.
 #[derive(Args, Clone, Debug)]
 pub struct Server {
-    /// The address of the control plane
-    #[arg(long, env = "PORTCULLIS_URL", default_value = "http://127.0.0.1:8080", value_name = "URL")]
+    /// URL of the control plane
+    #[arg(long, env = "PORTCULLIS_SERVER", default_value = "http://127.0.0.1:8081", value_name = "URL")]
     server: String,
-    /// A file with the key; without it, the key is the value of PORTCULLIS_KEY
+    /// File with the key of the caller. Without it, the value of PORTCULLIS_KEY
     #[arg(long, env = "PORTCULLIS_KEY_FILE", value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// A file with certificates in PEM, one of which must have signed that of the control plane; without it, those that
-    /// browsers trust
+    /// CA bundle in PEM for verifying the certificate of the control plane. Without it, the public CAs of Mozilla
     #[arg(long, env = "PORTCULLIS_CA_FILE", value_name = "FILE")]
     ca_file: Option<PathBuf>,
 }
@@ -58,7 +57,7 @@ impl Server {
         };
         if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(CommandError::Invalid(format!(
-                "the key of {KEY} or --key-file is empty or has characters that no key has"
+                "the key in {KEY} or --key-file is empty or has characters other than visible ASCII"
             )));
         }
         let mut tls = TlsConfig::builder();
@@ -107,11 +106,13 @@ impl Client {
         if (200..300).contains(&status) {
             return body.map_err(|_| CommandError::Refused {
                 status,
-                detail: "the body is not JSON; is this a control plane?".into(),
+                detail: "the response is not JSON; check that --server is a control plane of Portcullis".into(),
             });
         }
         let body = body.unwrap_or_default();
-        let detail = body["detail"].as_str().unwrap_or("no control plane of Portcullis answers so");
+        let detail = body["detail"]
+            .as_str()
+            .unwrap_or("the response is not a problem document; check that --server is a control plane of Portcullis");
         let field = body["field"].as_str().map(|field| format!("{field}: ")).unwrap_or_default();
         Err(CommandError::Refused { status, detail: format!("{field}{detail}") })
     }

@@ -39,7 +39,7 @@ const UNBIASED_BYTES: u8 = 248;
 const PREFIX_TAG: &str = "sk_";
 const PREFIX_RANDOM_CHARS: usize = 6;
 
-/// Whether a key is for production or for tests. A policy may require one of them.
+/// Whether a key is for production or for tests. A policy may accept only one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeyKind {

@@ -114,7 +114,7 @@ outcomes! {
         "The gateway cannot check a rate limit, the quota or the credits of this API key at present. Try again shortly.";
     /// The route does not accept keys of this kind.
     18 KindDenied "kind_denied" => 403 "Kind of API key denied"
-        "Keys of this kind do not work here: a test key cannot be used in production, nor a live key for tests.";
+        "Keys of this kind are not accepted here. Use a live key in production and a test key for tests.";
 }
 
 impl Outcome {

@@ -35,7 +35,7 @@ pub struct Policy {
     pub rate_limits: PolicyLimits,
     /// Refuse nothing, but report and count what would have been refused.
     pub shadow: bool,
-    /// Note the hashes of keys that the store does not have, see [`crate::unknown`]. Only with `shadow`.
+    /// Capture the hashes of keys that the store does not have, see [`crate::unknown`]. Requires `shadow`.
     pub capture_unknown: bool,
 }
 
@@ -127,8 +127,14 @@ impl Policy {
         if !asked.is_empty() && self.key != KeyNeed::Required {
             return bad("key", "a policy that asks for scopes needs a key: use \"required\", or ask for no scopes");
         }
+        if self.capture_unknown && self.key == KeyNeed::Optional {
+            return bad(
+                "capture_unknown",
+                "finds no unknown keys where key is \"optional\", which counts them as none",
+            );
+        }
         if self.capture_unknown && !self.shadow {
-            return bad("capture_unknown", "is for policies in shadow mode: let shadow be true");
+            return bad("capture_unknown", "requires shadow mode: set shadow to true, or leave capture_unknown out");
         }
         if self.cost.is_some_and(|cost| cost > COST) {
             return bad("cost", &format!("must be a number from 0 to {COST}"));
@@ -217,6 +223,10 @@ mod tests {
             (Policy { scopes: asks(&["a"]), key: KeyNeed::Optional, ..Policy::default() }, "key"),
             (Policy { cost: Some(1_000_001), ..Policy::default() }, "cost"),
             (Policy { capture_unknown: true, ..Policy::default() }, "capture_unknown"),
+            (
+                Policy { capture_unknown: true, shadow: true, key: KeyNeed::Optional, ..Policy::default() },
+                "capture_unknown",
+            ),
         ] {
             assert_eq!(policy.check().unwrap_err().field, field);
         }

@@ -67,16 +67,17 @@ pub struct Record {
     pub quota: Option<Budget>,
     /// The owner's credits, if they are metered.
     pub credits: Option<Budget>,
-    /// Facts about the key and its owner that are not used here, for upstreams.
+    /// Attributes of the key and its owner. No check uses them.
     pub attributes: Vec<Attribute>,
 }
 
-/// A fact about a key or its owner that the filter passes upstream in a header if it is configured to.
+/// An attribute of a key or its owner. The filter passes it upstream in a header if its configuration names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribute {
-    /// `key` or `owner`, a dot, and `external_id` or `metadata.` with a name: `owner.metadata.tenant`.
+    /// `key.external_id`, `owner.external_id`, `key.metadata.NAME` or `owner.metadata.NAME`.
     pub name: String,
-    /// As it stands in a header: visible ASCII characters and spaces, and all others percent-encoded (RFC 3986, section 2.1).
+    /// The value of the header. `%` and all characters other than visible ASCII and spaces are percent-encoded (RFC 3986,
+    /// section 2.1).
     pub value: String,
 }
 

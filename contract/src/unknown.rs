@@ -1,6 +1,6 @@
-//! Hashes of keys that the store does not have, which filters note under policies with
-//! [`Policy::capture_unknown`](crate::policy::Policy::capture_unknown): so a move from another system sees which of its keys are
-//! still in use.
+//! Hashes of keys that the store does not have, which filters capture under policies with
+//! [`Policy::capture_unknown`](crate::policy::Policy::capture_unknown). Administrators who move from another system see which
+//! of its keys are still in use.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use crate::hash::KeyHash;
 /// Most hashes in one message.
 pub const HASHES: usize = 1_000;
 
-/// What one VM has noted since its last message.
+/// Keys that one VM has captured since its last message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnknownKeys {
     /// SHA-256 of each key, without a pepper. At most [`HASHES`].

@@ -17,7 +17,7 @@
 --
 -- Locks. Every transaction takes its locks in this order, so that no two transactions deadlock:
 --   usage_reporters → usage tables → user_preferences → definitions → store_state → api_keys → allowance_callers →
---   lone_caller → pools → quota_use → allowances.
+--   lone_caller → pools → quota_use → allowances. The rows of unknown_keys come last, in the order of their hashes.
 -- Several rows of one table are locked in the order of their ids. Pools come late, because requests wait for them: a
 -- transaction that has locked a pool waits for nothing but other pools.
 --
@@ -154,7 +154,7 @@ comment on column user_preferences.balance is 'Credits: the sum of the user''s r
 comment on column user_preferences.credits_spent is 'Credits that all requests so far have cost.';
 comment on column user_preferences.metered is 'Whether requests cost credits.';
 comment on column user_preferences.credits_fill is 'Incremented when the balance changes other than by usage. An Envoy that knows the balance to be used up then asks again.';
-comment on column user_preferences.attributes is '{"external_id", "metadata": {name: text}}: what other systems know of the user; null: nothing.';
+comment on column user_preferences.attributes is 'Attributes: {"external_id", "metadata": {name: text}}; null: none.';
 comment on column user_preferences.refill is 'Scheduled credits: {"amount", "period": "day" | "week" | "month", "time_zone", "up_to"}; amount and up_to in credits.';
 comment on column user_preferences.refill_at is 'When the next refill is due.';
 comment on column user_preferences.makes is 'Keys created and rotated by the user''s own keys in the 24 hours from makes_since.';
@@ -191,7 +191,7 @@ create table api_keys (
     generation integer not null default 1,
     kind text not null default 'live' constraint api_keys_kind check (kind in ('live', 'test')),
 
-    -- What other systems know.
+    -- Attributes.
     attributes jsonb,
     owner_attributes jsonb,
 
@@ -683,8 +683,8 @@ create table unknown_keys (
     last_seen_at timestamptz not null default now()
 );
 
-comment on table unknown_keys is 'Keys that no row of api_keys has and that clients sent under a policy that captures them. A key is no longer unknown once it is imported.';
-comment on column unknown_keys.hash is 'SHA-256 of the key.';
+comment on table unknown_keys is 'Keys that clients sent under a policy with capture_unknown and that are not in the store. The import of a key deletes its row.';
+comment on column unknown_keys.hash is 'SHA-256 of the key, without the pepper.';
 comment on column unknown_keys.last_seen_at is 'To the hour.';
 
 create index unknown_keys_last_seen on unknown_keys (last_seen_at);

@@ -86,11 +86,11 @@ async fn run(command: Command) -> Result<(), Failure> {
             let epoch = feed::new_epoch(&connect(&database).await?).await?;
             print(&format!("the epoch is now {epoch}; every filter loads all keys again"))
         }
-        Command::Keys(Keys::Import { source, dry_run }) => {
+        Command::Keys(Keys::Import { source, dry_run, csv }) => {
             let (pool, pepper) = (connect(&source.database).await?, given_pepper()?);
             control_plane::keys::pepper::check(&pool, pepper.as_ref()).await?;
             let import = Import::new(Writer::new(pool, FeedWaker::default()), Actor::system(), pepper).dry_run(dry_run);
-            let is_table = source.file.extension().is_some_and(|kind| kind.eq_ignore_ascii_case("csv"));
+            let is_table = csv || source.file.extension().is_some_and(|kind| kind.eq_ignore_ascii_case("csv"));
             let import = if is_table { import.table() } else { import };
             import_keys(import, open(&source.file)?).await
         }

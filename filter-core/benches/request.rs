@@ -238,7 +238,7 @@ fn take_from_a_limit(bencher: Bencher<'_, '_>) {
     let (data, allowances) = (data(), Allowances::default());
     let (record, own) = (Record::plain(KeyId([7; 16]), OwnerId([0; 16])), [unlimited()]);
     let limits = Limits { record: &record, own: &own, route: PolicyLimits::NONE, cost: 1 };
-    let attempt = Attempt { modes: LimitModes::default(), is_unreachable: false, waited_ms: 0, tells_left: false };
+    let attempt = Attempt { modes: LimitModes::default(), is_unreachable: false, waited_ms: 0, reports_left: false };
     bencher.bench_local(|| charge(&data, &allowances, black_box(&limits), attempt, || NOW_NS));
 }
 

@@ -371,10 +371,10 @@ fn attributes(headers: &BTreeMap<String, String>) -> Result<Vec<AttributeHeader>
     }
     let header = |(header, attribute): (&String, &String)| {
         let field = format!("identity_headers.attributes.{header}");
-        let fact = attribute.strip_prefix("key.").or_else(|| attribute.strip_prefix("owner."));
+        let name = attribute.strip_prefix("key.").or_else(|| attribute.strip_prefix("owner."));
         let is_known =
-            |fact: &str| fact == "external_id" || fact.strip_prefix("metadata.").is_some_and(|name| !name.is_empty());
-        if !fact.is_some_and(is_known) {
+            |name: &str| name == "external_id" || name.strip_prefix("metadata.").is_some_and(|name| !name.is_empty());
+        if !name.is_some_and(is_known) {
             let forms = "key.external_id, owner.external_id, key.metadata.NAME or owner.metadata.NAME";
             return Err(ConfigError(format!("{field}: must be {forms}")));
         }

@@ -2,11 +2,13 @@
 
 use std::cell::RefCell;
 
+use limits::LONGEST_WAIT_MS;
+
 use crate::config::Config;
 use crate::host::{CallResponse, Flow, Host, Stream, random_bytes};
 use crate::keys::KeyStore;
 use crate::leader::Leader;
-use crate::leader::control_plane::send_unknown;
+use crate::leader::control_plane::{explain, send_unknown};
 use crate::limits::allowances::{self, Reached};
 use crate::request::{self, Waited};
 use crate::setup::Setup;
@@ -69,7 +71,8 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
 
     /// Decides a request that waits, since `since_ms`. [`Flow::Wait`]: it goes on waiting.
     pub fn decide_again(&self, config: &Config, stream: &mut impl Stream, since_ms: u64, reached: Reached) -> Flow {
-        let ms = self.vm.now_ms().saturating_sub(since_ms).max(1);
+        // If the clock has stepped back, it is unknown for how long the request has waited: then it waits no longer.
+        let ms = self.vm.now_ms().checked_sub(since_ms).unwrap_or(LONGEST_WAIT_MS).max(1);
         let flow = request::handle(&self.vm, config, stream, Waited { ms, has_failed: reached == Reached::No });
         if flow == Flow::Continue {
             stream.resume();
@@ -145,9 +148,17 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         self.call(setup, false);
     }
 
+    /// Whether this is the response to captured keys.
     fn is_of_captured(&self, token: u32, response: &impl CallResponse) -> bool {
         let mut captured = self.vm.captured.borrow_mut();
-        captured.is_in_flight(token) && captured.take_response(token, response.status() == Some(200), self.vm.now_ms())
+        if !captured.is_in_flight(token) {
+            return false;
+        }
+        let status = response.status();
+        if status != Some(200) {
+            self.vm.host().warn(&format!("captured keys are sent again: {}", explain(status, "send captured keys")));
+        }
+        captured.take_response(token, status == Some(200), self.vm.now_ms())
     }
 
     /// A configuration ends: reports everything that was counted. `is_in_use`: another configuration uses this filter. If none

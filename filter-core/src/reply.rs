@@ -115,8 +115,8 @@ pub fn reply(
     Some(Reply { status: refusal.status, headers, body })
 }
 
-/// What is left of the limits of an allowed request: the values of `RateLimit` and `RateLimit-Policy`. A limit that does not tell
-/// when it is full again has no `t`. `None` for a request without limits.
+/// What is left of the limits of an allowed request: the values of `RateLimit` and `RateLimit-Policy`. `t` is the time until a
+/// limit is full, unlike that of a refusal, and left out if it is unknown. `None` for a request without limits.
 #[must_use]
 pub fn left_fields(left: &[Left]) -> Option<(String, String)> {
     if left.is_empty() {

@@ -41,10 +41,10 @@ const REFUSED_STATE: &str = "portcullis.refused";
 /// Filter state for the access log: the outcome of a request that shadow mode let through.
 const SHADOW_STATE: &str = "portcullis.shadow";
 
-/// Filter state for response headers: what is left of the limits of an allowed request.
+/// Filter state for response headers: the value of `RateLimit` for an allowed request.
 const LEFT_STATE: &str = "portcullis.ratelimit";
 
-/// Filter state for response headers: these limits.
+/// Filter state for response headers: the value of `RateLimit-Policy`.
 const LIMITS_STATE: &str = "portcullis.ratelimit_policy";
 
 /// The header by which Envoy identifies requests in its access log.
@@ -90,7 +90,7 @@ pub struct Verdict {
     pub cost: u32,
     /// How long a refused client should wait.
     pub wait: Wait,
-    /// What is left of the limits of an allowed request, if the filter is to tell.
+    /// What is left of the limits of an allowed request. Empty unless `rate_limit_state` is on.
     pub left: Vec<Left>,
 }
 
@@ -345,7 +345,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             modes: self.config.on_limits_unreachable,
             is_unreachable: has_failed || self.config.limits_wait_ms == 0 || allowances.is_unreachable(),
             waited_ms: ms,
-            tells_left: self.config.rate_limit_state,
+            reports_left: self.config.rate_limit_state,
         };
         let charged = charge(data, allowances, &limits, attempt, || self.time.ns());
         // A request that is decided again is in the root context, which asks once all are decided.
@@ -376,7 +376,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         self.log_key(verdict, stream);
         self.log(REFUSED_STATE, verdict.outcome.name(), stream);
         // The access log shows these as the identity of the key. What the client sent must not pass for it.
-        for name in [&identity.credential, &identity.packed].into_iter().flatten() {
+        let attributes = identity.attributes.iter().map(|attribute| &attribute.header);
+        for name in [&identity.credential, &identity.packed].into_iter().flatten().chain(attributes) {
             stream.remove_header(name);
         }
         strip::conceal(key_sources, stream);
@@ -436,7 +437,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
                 _ => {}
             }
         }
-        // Whatever Envoy removes, these have names of the operator's own.
+        // The operator chose these names, so Envoy's list of removed headers may lack them. The filter always sets or removes
+        // them.
         for AttributeHeader { header, attribute } in &identity.attributes {
             match key.and_then(|key| key.record.attribute(attribute)) {
                 Some(value) => stream.set_header(header, value.as_bytes()),

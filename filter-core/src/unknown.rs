@@ -1,30 +1,30 @@
-//! Keys that the store does not have, noted by one VM under policies that capture them, and sent to the control plane. Each VM
-//! notes a key once an hour, so the control plane knows when it was last seen to the hour.
+//! Unknown keys that one VM captures and sends to the control plane. A VM sends each key once an hour, so the control plane
+//! knows to the hour when it was last seen.
 
 use contract::hash::KeyHash;
 use contract::unknown::{HASHES, UnknownKeys};
 
 use crate::time::MS_PER_HOUR;
 
-/// Most keys that a VM remembers. Others are left out until the hour has passed.
+/// Most keys that a VM captures in an hour. It ignores further ones until the next hour.
 const REMEMBERED: usize = 10_000;
 
-/// A message without response is given up after this time: the context that should get the response is gone.
+/// A message without a response counts as lost after this time. Envoy delivers no response to a root context that has ended.
 const LOST_AFTER_MS: u64 = 20_000;
 
 /// The pause after a message that failed.
 const PAUSE_MS: u64 = 5_000;
 
-/// What one VM has noted.
+/// The keys that one VM has captured.
 #[derive(Debug, Default)]
 pub struct Captured {
-    /// Those to send.
+    /// Keys to send.
     unsent: Vec<KeyHash>,
-    /// Those of this hour, sorted.
+    /// Keys of this hour, sorted.
     seen: Vec<KeyHash>,
     hour: u64,
     in_flight: Option<InFlight>,
-    /// Nothing is sent before.
+    /// No message is sent before this time.
     paused_until_ms: u64,
 }
 
@@ -36,7 +36,7 @@ struct InFlight {
 }
 
 impl Captured {
-    /// Notes a key.
+    /// Captures a key.
     pub fn add(&mut self, hash: KeyHash) {
         if self.see(hash) {
             self.unsent.push(hash);
@@ -66,7 +66,7 @@ impl Captured {
         if let Some(lost) = self.in_flight.take_if(is_lost) {
             self.unsent.extend(lost.keys);
         }
-        // A pause that is longer than it can be was set before the clock stepped back.
+        // A pause longer than `PAUSE_MS` was set before the clock stepped back. It is ignored.
         let is_paused = (1..=PAUSE_MS).contains(&self.paused_until_ms.saturating_sub(now_ms));
         if self.unsent.is_empty() || self.in_flight.is_some() || is_paused {
             return None;
@@ -87,7 +87,7 @@ impl Captured {
         self.in_flight.as_ref().is_some_and(|sent| sent.token == token)
     }
 
-    /// Takes the response to a message. Returns whether it was one.
+    /// Takes the response to the message in flight. Returns whether the token was that of this message.
     pub fn take_response(&mut self, token: u32, is_ok: bool, now_ms: u64) -> bool {
         let Some(sent) = self.in_flight.take_if(|sent| sent.token == token) else { return false };
         if !is_ok {

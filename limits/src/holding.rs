@@ -188,7 +188,7 @@ impl Holding {
         if self.available(contact, now_ms) >= cost {
             self.take(cost, rate, now_ns);
             let is_low = self.available(contact, now_ms).saturating_mul(2) < self.want()
-                && now_ms.saturating_sub(self.asked_ms) >= TOP_UP_PAUSE_MS;
+                && now_ms.abs_diff(self.asked_ms) >= TOP_UP_PAUSE_MS;
             return Spent::Yes { is_low };
         }
         let available = self.available(contact, now_ms);
@@ -274,8 +274,8 @@ impl Holding {
         self.left.saturating_add(self.unspent()) > 0
     }
 
-    /// How many tokens can be spent over all Envoys, as far as this Envoy knows, and in how many nanoseconds a rate limit is as
-    /// if it had not been used, if that is known.
+    /// Tokens that this Envoy can still spend: those that it holds, and those that the control plane could still grant at its
+    /// last answer. Also the nanoseconds until a rate limit is full again; `None` if unknown.
     #[must_use]
     pub fn left(&self, of: Limited<'_>, contact: &Contact, now_ns: u64) -> (u64, Option<u64>) {
         let decides_itself = contact.is_alone(now_ns / NS_PER_MS) && self.is_known(contact);

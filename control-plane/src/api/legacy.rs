@@ -155,7 +155,7 @@ pub async fn generate(Call { app, caller, .. }: Call, mut request: IdempotentReq
     let email = Email::parse(&body.email)?;
     let name = KeyName::parse("key_name", &body.key_name)?;
     caller.require_owner_or_admin(&email)?;
-    let mut new = NewKey::plain(email, name);
+    let mut new = NewKey { kind: caller.require_kind(None)?, ..NewKey::plain(email, name) };
     caller.bind(&mut new, app.owner_keys_per_day);
     let response = request.respond(&app.writer, &caller, async |change| {
         let may = |scopes: &[String]| caller.require_changeable(scopes);

@@ -174,7 +174,7 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))
         .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)))
-        .route("/sync/v1/unknown-keys", post(sync::note_unknown).layer(DefaultBodyLimit::max(UNKNOWN_BYTES)))
+        .route("/sync/v1/unknown-keys", post(sync::store_unknown).layer(DefaultBodyLimit::max(UNKNOWN_BYTES)))
         .route("/sync/v1/allowances", post(sync::allowances).layer(DefaultBodyLimit::max(ALLOWANCES_BYTES)));
     let router = management
         .merge(filters)

@@ -40,7 +40,7 @@ pub struct PolicyView {
     rate_limits: Vec<PolicyRateLimitBody>,
     /// Whether nothing is refused.
     shadow: bool,
-    /// Whether the hashes of unknown keys are noted.
+    /// Whether the hashes of unknown keys are captured.
     capture_unknown: bool,
     /// Whether the owner of a route may name the policy.
     from_annotation: bool,

@@ -273,14 +273,14 @@ pub async fn allowances(
 ///
 /// # Errors
 /// A refused key, an invalid message, or 503 if the database is not available.
-pub async fn note_unknown(
+pub async fn store_unknown(
     State(app): State<App>,
     SyncCaller(_): SyncCaller,
     body: Bytes,
 ) -> Result<StatusCode, ApiError> {
     let keys =
         UnknownKeys::read(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() })?;
-    unknown::note(&app.pool, &keys).await?;
+    unknown::store(&app.pool, app.pepper.as_ref(), &keys).await?;
     Ok(StatusCode::OK)
 }
 

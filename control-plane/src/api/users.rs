@@ -45,7 +45,7 @@ pub struct UsersQuery {
     /// Only those whose address starts with this. Domains are kept in ASCII: give the start of `xn--…`, or a whole address.
     #[param(example = "user@", max_length = 254)]
     email_prefix: Option<String>,
-    /// Only the user that another system calls so.
+    /// Only the user with this external id.
     #[param(example = "cus_42", max_length = 128)]
     external_id: Option<String>,
 }
@@ -58,10 +58,10 @@ pub struct CreateUserBody {
     /// The email address.
     #[schema(example = "user@example.com", max_length = 254)]
     email: String,
-    /// What another system calls the user. No two users have the same.
+    /// The user's id in another system. It must be unique.
     #[schema(example = "cus_42", min_length = 1, max_length = 128)]
     external_id: Option<String>,
-    /// Names and values for upstreams, at most 16.
+    /// Metadata that the filter can pass upstream, at most 16 entries.
     #[schema(example = json!({"tenant": "acme"}))]
     metadata: Option<Metadata>,
 }
@@ -78,11 +78,11 @@ pub struct UserBody {
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "gold", max_length = 64)]
     plan: Patch<String>,
-    /// What another system calls the user; null for nothing. No two users have the same.
+    /// The user's id in another system; null removes it. It must be unique.
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "cus_42", min_length = 1, max_length = 128)]
     external_id: Patch<String>,
-    /// Names and values for upstreams, at most 16; they replace the present ones.
+    /// Metadata that the filter can pass upstream, at most 16 entries; replaces all present entries.
     #[schema(example = json!({"tenant": "acme"}))]
     metadata: Option<Metadata>,
     /// Whether requests cost credits. A refill switches it on unless this says otherwise.
@@ -121,7 +121,8 @@ pub async fn list(
 
 /// Create a user.
 ///
-/// If there is a user with this address already, that user is returned, unchanged. Creating a key for an address creates its user too.
+/// If there is a user with this address already, that user is returned, unchanged. Creating a key for an address creates its
+/// user too.
 #[utoipa::path(
     operation_id = "createUser",
     post, path = "/v1/users", tag = "users", request_body = CreateUserBody,
@@ -148,7 +149,8 @@ pub async fn create(Call { app, caller, .. }: Call, Json(body): Json<CreateUserB
 
 /// Get a user.
 ///
-/// The ETag changes with email, plan, external id, metadata, metered and refill. It does not change with the balance or the number of keys.
+/// The ETag changes with email, plan, external id, metadata, metered and refill. It does not change with the balance or the
+/// number of keys.
 #[utoipa::path(
     operation_id = "getUser",
     get, path = "/v1/users/{id}", tag = "users", params(ById),

@@ -260,6 +260,10 @@ pub enum Keys {
         /// Check the lines and report what would be imported, but write nothing
         #[arg(long)]
         dry_run: bool,
+
+        /// Read a table, whatever the name of the file
+        #[arg(long)]
+        csv: bool,
     },
 }
 

@@ -49,7 +49,7 @@ pub struct PolicyBody {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable)]
     pub shadow: bool,
-    /// Note the hashes of keys that Envoys do not know, for `GET /v1/unknown-keys`. Only with `shadow`.
+    /// Capture the hashes of keys that Envoys do not know, for `GET /v1/unknown-keys`. Requires `shadow`.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable)]
     pub capture_unknown: bool,
@@ -254,13 +254,15 @@ impl PolicyBody {
     }
 }
 
-/// Parses the kinds of keys that a policy accepts. Both are the same as all.
+/// Parses the kinds of keys that a policy accepts. An empty list accepts all kinds.
 fn kinds(bodies: Option<&[KindBody]>) -> Result<Vec<KeyKind>, ApiError> {
     match bodies {
         None => Ok(Vec::new()),
         Some([kind]) => Ok(vec![(*kind).into()]),
         Some([one, other]) if one != other => Ok(vec![KeyKind::Live, KeyKind::Test]),
-        Some(_) => Err(ApiError::invalid("kinds", "name live, test or both once, or leave it out to accept both")),
+        Some(_) => {
+            Err(ApiError::invalid("kinds", "must name live, test or both, each once; leave it out to accept both"))
+        }
     }
 }
 

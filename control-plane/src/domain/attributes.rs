@@ -14,8 +14,10 @@ const EXTERNAL_ID_CHARS: usize = 128;
 const ENTRIES: usize = 16;
 const NAME_BYTES: usize = 32;
 const VALUE_CHARS: usize = 128;
+/// Most bytes of all names and values, as headers have them. Every Envoy keeps them.
+const METADATA_BYTES: usize = 2_048;
 
-/// What a header cannot contain, or what would be read as an encoded character.
+/// Characters to encode: those that a header cannot contain, and `%`. The encoder adds all that are not ASCII.
 const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
 
 /// Names and values.
@@ -58,10 +60,18 @@ impl AttributesPatch {
             }
             let chars = value.chars().count();
             if !(1..=VALUE_CHARS).contains(&chars) || value.chars().any(char::is_control) || value.trim() != value {
-                let detail =
-                    format!("must have 1 to {VALUE_CHARS} characters, no control characters and no space around them");
+                let detail = format!(
+                    "must have 1 to {VALUE_CHARS} characters, no control characters, and no space at the start or the end"
+                );
                 return Err(ApiError::invalid(format!("metadata.{name}"), detail));
             }
+        }
+        let bytes = self.metadata.iter().flatten().map(|(name, value)| name.len() + encoded(value).len());
+        if bytes.sum::<usize>() > METADATA_BYTES {
+            let detail = format!(
+                "must have at most {METADATA_BYTES} bytes in all, with characters that are not ASCII percent-encoded"
+            );
+            return Err(ApiError::invalid("metadata", detail));
         }
         Ok(self)
     }
@@ -83,7 +93,7 @@ impl AttributesPatch {
         (!members.is_empty()).then_some(Value::Object(members))
     }
 
-    /// The attributes of a new key, as the column.
+    /// The attributes of a new key or user, as JSON for the column.
     pub fn column(&self) -> Option<Value> {
         let members: Map<_, _> = match self.merge() {
             Some(Value::Object(members)) => members.into_iter().filter(|(_, value)| !value.is_null()).collect(),
@@ -91,6 +101,10 @@ impl AttributesPatch {
         };
         (!members.is_empty()).then_some(Value::Object(members))
     }
+}
+
+fn encoded(value: &str) -> String {
+    utf8_percent_encode(value, ENCODED).to_string()
 }
 
 /// The attributes of a key and its owner, as filters get them.
@@ -101,10 +115,11 @@ pub(crate) fn for_filters(key: Option<Attributes>, owner: Option<Attributes>) ->
     {
         let id = external_id.map(|id| ("external_id".to_owned(), id));
         let metadata = metadata.into_iter().map(|(name, value)| (format!("metadata.{name}"), value));
-        attributes.extend(id.into_iter().chain(metadata).map(|(name, value)| Attribute {
-            name: format!("{whose}.{name}"),
-            value: utf8_percent_encode(&value, ENCODED).to_string(),
-        }));
+        attributes.extend(
+            id.into_iter()
+                .chain(metadata)
+                .map(|(name, value)| Attribute { name: format!("{whose}.{name}"), value: encoded(&value) }),
+        );
     }
     attributes
 }
@@ -136,6 +151,9 @@ mod tests {
         ] {
             assert_eq!(patch.check().unwrap_err().field(), Some(field));
         }
+        let long = "é".repeat(VALUE_CHARS);
+        let large = patch("a", &[("a", &long), ("b", &long), ("c", &long)]);
+        assert_eq!(large.check().unwrap_err().field(), Some("metadata"));
         let many: Metadata = (0..=ENTRIES).map(|n| (format!("n{n}"), "x".into())).collect();
         let many = AttributesPatch { metadata: Some(many), ..AttributesPatch::default() };
         assert_eq!(many.check().unwrap_err().field(), Some("metadata"));
@@ -153,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_gets_what_it_cannot_contain_percent_encoded() {
+    fn characters_that_a_header_cannot_contain_are_percent_encoded() {
         let metadata = [("name".to_owned(), "Zoë & 5%".to_owned())].into();
         let owner = Attributes { external_id: Some("cus_1".into()), metadata };
         let attribute = |name: &str, value: &str| Attribute { name: name.into(), value: value.into() };

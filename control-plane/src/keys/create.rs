@@ -61,10 +61,14 @@ fn attributes_of(new: &NewKey) -> Option<Json<Attributes>> {
 }
 
 fn audit_detail(new: &NewKey) -> serde_json::Value {
-    json!({
-        "email": new.email.as_str(), "name": new.name.as_str(), "scopes": new.scopes.as_slice(),
+    let mut detail = json!({
+        "email": new.email.as_str(), "name": new.name.as_str(), "kind": new.kind.name(), "scopes": new.scopes.as_slice(),
         "expires_at": new.expires_at.map(Timestamp::from),
-    })
+    });
+    if let serde_json::Value::Object(permissions) = new.permissions.audit_detail() {
+        permissions.into_iter().for_each(|(field, value)| detail[field] = value);
+    }
+    detail
 }
 
 /// Creates the primary key of a user, and revokes the one before it. `may_revoke` decides by the scopes of that key.

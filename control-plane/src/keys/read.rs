@@ -137,7 +137,7 @@ pub async fn search(
                 else 'active'
             end)
             and ($6::timestamptz is null or coalesce(last_used_at, created_at) < $6)
-            and ($8::text is null or attributes ->> 'external_id' = $8)
+            and ($8::text is null or id in (select id from api_keys where attributes ->> 'external_id' = $8))
         order by id desc limit $7",
         before.unwrap_or(Uuid::max()),
         filter.email,

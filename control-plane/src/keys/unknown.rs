@@ -1,7 +1,8 @@
-//! Keys that filters do not know and that clients use under a policy that captures them. So a move from another system sees
-//! which of its keys are still in use, and can import them by their hashes.
+//! Keys that filters do not know and that clients use under a policy that captures them. Administrators who move from another
+//! system see which of its keys are still in use, and can import them by hash.
 
 use contract::hash::KeyHash;
+use contract::pepper::Pepper;
 use contract::unknown::{HASHES, UnknownKeys};
 use serde::Serialize;
 use sqlx::{PgConnection, PgPool};
@@ -12,13 +13,13 @@ use crate::change::Change;
 use crate::domain::Timestamp;
 use crate::error::ApiError;
 
-/// Most keys that are kept. While there are so many, others are left out.
+/// Most unknown keys in the database. While it has so many, new ones are dropped and present ones are renewed.
 pub const MOST: i64 = 100_000;
 
-/// A key is forgotten when it was not seen for so many days.
+/// Days after which a key that was not seen again is forgotten.
 const DAYS: i32 = 30;
 
-/// A key that clients use and that is not there.
+/// A key that clients use and that Portcullis does not have.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UnknownKeyView {
     /// Its SHA-256, as the import takes it.
@@ -31,34 +32,40 @@ pub struct UnknownKeyView {
 }
 
 impl UnknownKeyView {
-    /// What the page after this entry starts from.
+    /// The position of this entry, from which the next page starts.
     pub fn hash(&self) -> &str {
         &self.hash
     }
 }
 
-/// Notes keys that a filter has seen.
+/// Stores the keys that a filter has captured.
 ///
 /// # Errors
-/// 400 for more than a message may have.
-pub async fn note(pool: &PgPool, keys: &UnknownKeys) -> Result<(), ApiError> {
+/// 400 for more than [`HASHES`].
+pub async fn store(pool: &PgPool, pepper: Option<&Pepper>, keys: &UnknownKeys) -> Result<(), ApiError> {
     if keys.hashes.len() > HASHES {
         return Err(ApiError::invalid("hashes", format!("must have at most {HASHES} entries")));
     }
-    let mut hashes: Vec<Vec<u8>> = keys.hashes.iter().map(|hash| hash.0.to_vec()).collect();
-    hashes.sort_unstable();
-    hashes.dedup();
-    // The order of the array is that of the locks.
+    let mut captured = keys.hashes.clone();
+    // Sorted, so that concurrent calls lock rows in one order and cannot deadlock.
+    captured.sort_unstable();
+    captured.dedup();
+    let stored = captured.iter().map(|hash| pepper.map_or(*hash, |pepper| pepper.hash(hash)));
+    let stored: Vec<Vec<u8>> = stored.map(|hash| hash.0.to_vec()).collect();
+    let hashes: Vec<Vec<u8>> = captured.iter().map(|hash| hash.0.to_vec()).collect();
     sqlx::query!(
         "insert into unknown_keys (hash)
-        select new.hash from unnest($1::bytea[]) as new (hash)
-        where not exists (select from api_keys k where k.hash = new.hash)
+        select new.hash from unnest($1::bytea[], $3::bytea[]) with ordinality as new (hash, stored, place)
+        where not exists (select from api_keys k where k.hash in (new.hash, new.stored))
+            and not exists (select from retired_secrets r where r.hash in (new.hash, new.stored))
             and (
-                (select count(*) from unknown_keys) < $2 or exists (select from unknown_keys u where u.hash = new.hash)
+                (select count(*) from unknown_keys) + new.place <= $2
+                or exists (select from unknown_keys u where u.hash = new.hash)
             )
         on conflict (hash) do update set last_seen_at = now()",
         &hashes,
-        MOST
+        MOST,
+        &stored
     )
     .execute(pool)
     .await?;
@@ -81,7 +88,11 @@ pub async fn list(pool: &PgPool, after: Option<&str>, limit: i64) -> Result<Vec<
 
 /// Forgets all. Returns how many there were.
 pub async fn forget_all(change: &mut Change) -> Result<u64, ApiError> {
-    let forgotten = sqlx::query!("delete from unknown_keys").execute(&mut **change).await?.rows_affected();
+    let forgotten =
+        sqlx::query!("delete from unknown_keys where hash in (select hash from unknown_keys order by hash for update)")
+            .execute(&mut **change)
+            .await?
+            .rows_affected();
     if forgotten > 0 {
         let detail = serde_json::json!({"forgotten": forgotten});
         change.record(AuditEvent { action: "unknown_keys.forget", key_id: None, target: None, detail }).await?;
@@ -92,11 +103,17 @@ pub async fn forget_all(change: &mut Change) -> Result<u64, ApiError> {
 /// Forgets keys that are imported now.
 pub async fn forget(connection: &mut PgConnection, imported: &[KeyHash]) -> Result<(), sqlx::Error> {
     let hashes: Vec<Vec<u8>> = imported.iter().map(|hash| hash.0.to_vec()).collect();
-    sqlx::query!("delete from unknown_keys where hash = any($1)", &hashes).execute(connection).await?;
+    sqlx::query!(
+        "delete from unknown_keys
+        where hash in (select hash from unknown_keys where hash = any($1) order by hash for update)",
+        &hashes
+    )
+    .execute(connection)
+    .await?;
     Ok(())
 }
 
-/// Forgets keys that were not seen for a month.
+/// Forgets keys that were not seen for [`DAYS`] days.
 pub async fn forget_old(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let done = sqlx::query!("delete from unknown_keys where last_seen_at < now() - make_interval(days => $1)", DAYS);
     Ok(done.execute(pool).await?.rows_affected())

@@ -1,5 +1,5 @@
-//! Erasure of a user: keys are revoked, and the address, the names, the networks and the attributes are replaced or removed wherever they stand. Ids and
-//! counts stay.
+//! Erasure of a user: revokes the keys, replaces the address and the names, and removes networks and attributes wherever they
+//! stand. Ids and counts stay.
 
 use serde::Serialize;
 use serde_json::json;
@@ -97,8 +97,9 @@ async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Resu
 
 async fn erase_in_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "update api_keys set name = 'erased', networks = '{}', attributes = null
-        where owner_id = $1 and (name <> 'erased' or networks <> '{}' or attributes is not null)",
+        "update api_keys set name = 'erased', networks = '{}', attributes = null, owner_attributes = null
+        where owner_id = $1
+            and (name <> 'erased' or networks <> '{}' or coalesce(attributes, owner_attributes) is not null)",
         id
     )
     .execute(&mut *connection)

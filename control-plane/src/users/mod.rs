@@ -38,10 +38,10 @@ pub struct UserView {
     /// The email address.
     #[schema(example = "user@example.com")]
     pub email: String,
-    /// What another system calls the user.
+    /// The user's id in another system.
     #[schema(required, example = "cus_42")]
     external_id: Option<String>,
-    /// Names and values for upstreams.
+    /// Metadata that the filter can pass upstream.
     #[schema(value_type = BTreeMap<String, String>, example = json!({"tenant": "acme"}))]
     metadata: Json<Metadata>,
     /// The plan of keys that have none of their own.

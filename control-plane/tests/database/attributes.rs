@@ -14,7 +14,7 @@ async fn sent(pool: &PgPool, key: &Secret) -> Vec<String> {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn attributes_of_a_user_reach_all_keys_and_those_of_a_key_only_this_one(pool: PgPool) {
+async fn attributes_of_a_user_reach_all_keys_and_those_of_a_key_only_that_key(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let body = json!({
         "email": "user@example.com", "name": "n", "external_id": "key_1", "metadata": {"project": "Suche & Zoë"},

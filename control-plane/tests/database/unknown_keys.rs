@@ -44,7 +44,7 @@ async fn unknown_keys_are_listed_until_they_are_imported(pool: PgPool) {
     assert_eq!(fixture.import(&admin, line).await.expect(200)["imported"], 1);
     assert_eq!(listed(&fixture, &admin).await, sorted(&[keys[0], keys[2]]));
     assert_eq!(fixture.opens(&Secret::from_presented(keys[1].into())).await, "allowed");
-    // An Envoy that does not have the import yet notes it no more.
+    // An Envoy that does not have the imported key yet may send it again. It is not listed.
     note(&fixture, &sync, &keys[1..2]).await.assert_ok();
     assert_eq!(fixture.delete("/v1/unknown-keys", &admin).await.expect(200), json!({"forgotten": 2}));
     assert_eq!(listed(&fixture, &admin).await, Vec::<Value>::new());
@@ -53,7 +53,7 @@ async fn unknown_keys_are_listed_until_they_are_imported(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
-async fn what_is_kept_of_unknown_keys_is_bounded(pool: PgPool) {
+async fn the_number_of_unknown_keys_is_bounded(pool: PgPool) {
     let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
     let full = "insert into unknown_keys (hash) select sha256(n::text::bytea) from generate_series(1, 100000) n";
     execute(&pool, full).await;

@@ -101,12 +101,15 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
     let known = json!({"email": "ada@example.com", "external_id": "Ada", "metadata": {"name": "Ada"}});
     fixture.patch(&uri, &admin, known).await.expect(200);
     change_key(&pool, second, "name = 'erased'").await;
+    // A key that filters do not have any longer misses the changes of its user.
+    let (third, _) = fixture.created(&admin, json!({"email": "ada@example.com", "name": "Ada's old phone"})).await;
+    change_key(&pool, third, "revoked_at = now(), withdrawn = true").await;
 
     let user_id = uri.rsplit('/').next().unwrap();
     let pseudonym = format!("erased-{user_id}@erased.invalid");
     assert_eq!(fixture.delete(&uri, &admin).await.expect(200), json!({"email": pseudonym, "revoked": 2}));
     let user = fixture.get(&uri, &admin).await.expect(200);
-    assert_eq!((&user["email"], &user["balance"], &user["keys"]["total"]), (&json!(pseudonym), &json!(5), &json!(2)));
+    assert_eq!((&user["email"], &user["balance"], &user["keys"]["total"]), (&json!(pseudonym), &json!(5), &json!(3)));
     let shown = fixture.get(&format!("/v1/keys/{id}"), &admin).await.expect(200);
     assert_eq!(
         (&shown["name"], &shown["state"], &shown["email"]),

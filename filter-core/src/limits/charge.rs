@@ -49,14 +49,14 @@ pub struct Attempt {
     pub is_unreachable: bool,
     /// How long the request has waited, in milliseconds.
     pub waited_ms: u64,
-    /// Whether to tell what is left of the limits.
-    pub tells_left: bool,
+    /// Whether to report what is left of the limits.
+    pub reports_left: bool,
 }
 
 /// The result of charging a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Charged {
-    /// It is taken from all limits, of which so much is left: an empty list unless that is to be told.
+    /// It is taken from all limits. The list says what is left of each; it is empty unless [`Attempt::reports_left`].
     Yes(Vec<Left>),
     /// It must wait for an allowance.
     Wait,
@@ -67,17 +67,17 @@ pub enum Charged {
 /// What is left of a limit after a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Left {
-    /// The rate limit; `None`: a quota or credits, by the outcome.
+    /// The rate limit. `None` for a quota or credits; `outcome` says which.
     pub limit: Option<RateLimit>,
     /// The outcome of a request for which nothing is left.
     pub outcome: Outcome,
     /// Requests or credits. Of a limit that all Envoys share: as far as this Envoy knows.
     pub tokens: u64,
-    /// In how many seconds all of it is there again if no request comes, if that is known.
+    /// Seconds until the limit is full again if no request comes; `None` if unknown.
     pub full_s: Option<u64>,
 }
 
-/// What is left of a limit, before its name is known.
+/// [`Left`] with the place of the limit instead of the limit itself.
 #[derive(Clone, Copy, Debug)]
 struct LeftOf {
     subject: Subject,
@@ -355,7 +355,7 @@ struct Charging<'a> {
     /// Pools that were spent from, and whether little is left of them.
     spent: Vec<(PoolId, bool)>,
     lacking: Vec<Lack>,
-    /// What is left, if that is to be told.
+    /// What is left of each limit, if the attempt reports it.
     left: Vec<LeftOf>,
     /// The cell must be written although the request takes no tokens: see [`note`].
     is_to_note: bool,
@@ -409,7 +409,7 @@ impl<'a> Charging<'a> {
             match rate.take(before_ns, now_ns) {
                 Ok(arrival_ns) => {
                     entries.set_arrival(subject.0, *tag, arrival_ns);
-                    if self.attempt.tells_left {
+                    if self.attempt.reports_left {
                         let room = rate.room(arrival_ns, now_ns);
                         self.left.push(left(room, Some(arrival_ns.saturating_sub(now_ns))));
                     }
@@ -429,7 +429,7 @@ impl<'a> Charging<'a> {
         let verdict = match spent {
             Spent::Yes { is_low } => {
                 self.spent.push((pool, is_low));
-                if self.attempt.tells_left {
+                if self.attempt.reports_left {
                     let (tokens, full_ns) = holding.left(of, &contact, now_ns);
                     self.left.push(left(tokens, full_ns));
                 }

@@ -16,8 +16,9 @@ use crate::keys::StoredKey;
 /// Most keys that a VM caches.
 pub const CACHED_KEYS: usize = SETS * WAYS;
 
-/// Keys whose scopes, as text, take more bytes are not cached. So the cache takes 20 MiB at most, and 3 MiB with plain keys.
-const SCOPES_BYTES: usize = 1_024;
+/// Keys whose scopes and attributes, as text, take more bytes are not cached. So the cache takes 20 MiB at most, and 3 MiB with
+/// plain keys.
+const TEXT_BYTES: usize = 1_024;
 
 const SETS: usize = 1_024;
 pub(crate) const WAYS: usize = 4;
@@ -58,7 +59,10 @@ impl KeyCache {
 
     /// Inserts a key that was looked up in this generation of the store.
     pub fn insert(&self, generation: NonZeroU64, hash: KeyHash, key: &Arc<StoredKey>) {
-        if key.scopes.as_ref().is_some_and(|scopes| scopes.len() > SCOPES_BYTES) {
+        let scopes = key.scopes.as_ref().map_or(0, |scopes| scopes.len());
+        let attributes =
+            key.record.attributes.iter().map(|attribute| attribute.name.len().saturating_add(attribute.value.len()));
+        if attributes.fold(scopes, usize::saturating_add) > TEXT_BYTES {
             return;
         }
         let mut sets = self.sets.borrow_mut();

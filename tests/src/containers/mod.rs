@@ -19,9 +19,21 @@ pub fn check(root: &Path) -> Result<()> {
     let ignored = dockerfile::Ignored::parse(&read(".dockerignore")?);
     let mut faults = dockerfile.faults(root, &ignored);
     faults.extend(compose.faults(&dockerfile));
+    faults.extend(
+        members(&read("Cargo.toml")?)
+            .filter(|member| ignored.matches(member))
+            .map(|member| format!(".dockerignore leaves out {member}, which is part of the workspace")),
+    );
     faults.extend(toolchain(&dockerfile, &read("rust-toolchain.toml")?));
     ensure!(faults.is_empty(), "{}", faults.join("\n"));
     Ok(())
+}
+
+/// The members of the workspace.
+fn members(manifest: &str) -> impl Iterator<Item = &str> {
+    let list =
+        manifest.split_once("members = [").and_then(|(_, rest)| rest.split_once(']')).map_or("", |(list, _)| list);
+    list.split(',').map(|member| member.trim().trim_matches('"')).filter(|member| !member.is_empty())
 }
 
 /// Checks that the image of the toolchain has the version of rust-toolchain.toml. With another, rustup would download a second
@@ -41,6 +53,13 @@ mod tests {
     #[test]
     fn the_files_that_are_shipped_fit_together() {
         check(paths::workspace()).unwrap();
+    }
+
+    #[test]
+    fn members_of_the_workspace_are_found() {
+        let members: Vec<_> =
+            members("[workspace]\nmembers = [\n    \"a\",\n    \"b/c\",\n]\nexclude = [\"d\"]\n").collect();
+        assert_eq!(members, ["a", "b/c"]);
     }
 
     #[test]

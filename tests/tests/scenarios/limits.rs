@@ -111,7 +111,7 @@ async fn a_poll_tells_the_version_of_the_filter_and_what_is_not_reported_yet() -
 }
 
 #[tokio::test]
-async fn every_response_tells_what_is_left_if_the_operator_wants_that() -> Result<()> {
+async fn with_rate_limit_state_every_response_shows_what_is_left() -> Result<()> {
     const PLACE: &str = "route_config:\n                  name: ingress\n";
     let header = |name: &str, state: &str| {
         format!(

@@ -3,6 +3,7 @@
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use contract::definition::covers;
+use contract::key::KeyKind;
 use contract::network::Network;
 use contract::policy::Policy;
 use contract::record::{RateLimit, Record};
@@ -25,6 +26,8 @@ pub struct Caller {
     pub key_id: Uuid,
     /// Which of its secrets that was.
     generation: u32,
+    /// Whether the key is for production or for tests.
+    kind: KeyKind,
     /// The id of its owner.
     pub owner_id: Uuid,
     /// The owner's address.
@@ -156,6 +159,16 @@ impl Caller {
         allow(self.is_admin() || !widens, "Only a key with the scope admin widens allowed_addresses.")
     }
 
+    /// The kind of a key that the caller makes: the given one, or that of the caller. Otherwise a test key could make itself a
+    /// live one.
+    pub fn require_kind(&self, given: Option<KeyKind>) -> Result<KeyKind, ApiError> {
+        let own = if self.is_admin() { KeyKind::Live } else { self.kind };
+        let kind = given.unwrap_or(own);
+        let detail = "A test key creates test keys only. Leave kind out, or use a live key.";
+        allow(own == KeyKind::Live || kind == own, detail)?;
+        Ok(kind)
+    }
+
     fn end(&self) -> Option<OffsetDateTime> {
         self.expires_at_s.and_then(|end| OffsetDateTime::from_unix_timestamp(i64::try_from(end).ok()?).ok())
     }
@@ -220,7 +233,7 @@ impl FromRequestParts<App> for Caller {
         if counted != Some(owner) {
             app.rate_limiter.count_owner(owner)?;
         }
-        let Record { owner_id, generation, scopes, rate_limits, networks, expires_at_s, cost, .. } = record;
+        let Record { owner_id, generation, kind, scopes, rate_limits, networks, expires_at_s, cost, .. } = record;
         let (email, own): (String, OwnTerms) = beside.unwrap_or_default();
         let request_id = parts.headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
         let actor = Actor {
@@ -230,6 +243,19 @@ impl FromRequestParts<App> for Caller {
             request_id: request_id.map(Into::into),
         };
         let owner_id = owner_id.into();
-        Ok(Self { key_id, generation, owner_id, email, scopes, actor, rate_limits, networks, cost, own, expires_at_s })
+        Ok(Self {
+            key_id,
+            generation,
+            kind,
+            owner_id,
+            email,
+            scopes,
+            actor,
+            rate_limits,
+            networks,
+            cost,
+            own,
+            expires_at_s,
+        })
     }
 }

@@ -32,10 +32,9 @@ pub struct CreateBody {
     /// A name for people.
     #[schema(example = "Production Key", min_length = 1, max_length = 100)]
     name: String,
-    /// Live unless given.
-    #[serde(default, deserialize_with = "null_is_default")]
-    #[schema(nullable, inline)]
-    kind: KindBody,
+    /// Without it, the kind of the caller's own key, and live for admins. A test key creates test keys only.
+    #[schema(inline)]
+    kind: Option<KindBody>,
     /// Scopes to grant: at most 32, each of 1 to 64 characters out of a-z, A-Z, 0-9 and `: / _ . * -`.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schema(nullable, example = json!(["orders:read"]), max_items = 32)]
@@ -61,11 +60,12 @@ pub struct CreateBody {
     /// Credits that a request costs unless its route says otherwise; 1 unless given. Set by admins only.
     #[schema(minimum = 0, maximum = 1_000_000)]
     cost: Option<i64>,
-    /// What another system calls it. Set by admins only.
+    /// Its id in another system. Set by admins only.
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "key_42", min_length = 1, max_length = 128)]
     external_id: Patch<String>,
-    /// Names and values for upstreams, at most 16: see the tutorial on attributes. Set by admins only.
+    /// Metadata that the filter can pass upstream: at most 16 entries, names of 1 to 32 characters, values of 1 to 128. Set by
+    /// admins only.
     #[schema(example = json!({"project": "search"}))]
     metadata: Option<Metadata>,
     /// When it expires: RFC 3339, at most ten years from now. Not with `expires_in_seconds`. Without either it never expires, except
@@ -95,7 +95,7 @@ pub async fn create(Call { app, caller, .. }: Call, mut request: IdempotentReque
     let mut new = NewKey {
         email: Email::parse(&body.email)?,
         name: KeyName::parse("name", &body.name)?,
-        kind: body.kind.into(),
+        kind: caller.require_kind(body.kind.map(Into::into))?,
         scopes: Scopes::parse(body.scopes)?,
         rate_limits: parse_key_rate_limits(body.rate_limits)?,
         permissions: Permissions::parse(PermissionsPatch {

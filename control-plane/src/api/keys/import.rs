@@ -26,9 +26,9 @@ pub struct ImportQuery {
 
 /// Import keys of another system.
 ///
-/// The body holds one JSON object per line, at most 100,000 lines of at most 16 KiB; or, as `text/csv`, a table whose first
-/// line names the columns by these fields. There, lists have spaces between their entries, `metadata.NAME` is a column, and
-/// `quota` and `rate_limits` are not. Valid lines are imported, a thousand
+/// The body is one JSON object per line, or, as `text/csv`, a table whose first line names the columns: the same fields, with a
+/// column `metadata.NAME` for each entry of the metadata. Entries of lists are separated by spaces. A table cannot have `quota`
+/// or `rate_limits`. There are at most 100,000 lines of at most 16 KiB. Valid lines are imported, a thousand
 /// per transaction, whatever the other lines contain. If the import ends early (400, 408, 503), the lines that were
 /// committed stay imported. The same body can be sent again: those lines are then reported as duplicates. With `dry_run`,
 /// the lines are only checked.

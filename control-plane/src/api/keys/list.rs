@@ -39,7 +39,7 @@ pub struct ListQuery {
     /// Only keys in this state.
     #[param(inline)]
     state: Option<KeyState>,
-    /// Only keys that another system calls so.
+    /// Only keys with this external id.
     #[param(example = "key_42", max_length = 128)]
     external_id: Option<String>,
     /// Only keys that were last used before this time (RFC 3339), or made before it and never used.

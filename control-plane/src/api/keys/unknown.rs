@@ -22,8 +22,8 @@ pub struct ForgetReply {
 
 /// List unknown keys that clients use.
 ///
-/// These are the hashes of keys that Envoys do not know and that came with requests under a policy with `capture_unknown`: at
-/// most 100,000, each until 30 days after it was last seen. Import those that you know by their `hash`.
+/// These are the hashes of keys that Envoys do not know and that came with requests under a policy with `capture_unknown`:
+/// about 100,000 at most, each until 30 days after it was last seen. Import those that you know by their `hash`.
 #[utoipa::path(
     operation_id = "listUnknownKeys",
     get, path = "/v1/unknown-keys", tag = "keys", params(PageQuery),
@@ -41,7 +41,7 @@ pub async fn list_all(
 
 /// Forget all unknown keys.
 ///
-/// Those that clients go on using under a policy with `capture_unknown` come back.
+/// Keys that clients still use under a policy with `capture_unknown` are captured again, after an hour at most.
 #[utoipa::path(
     operation_id = "deleteUnknownKeys",
     delete, path = "/v1/unknown-keys", tag = "keys",

@@ -58,11 +58,11 @@ pub struct PatchBody {
     /// Its own rate limits, at most 8; an empty list for those of its plan or the filter's default. Set by admins only.
     #[schema(max_items = 8)]
     rate_limits: Option<Vec<RateLimitBody>>,
-    /// What another system calls it; null for nothing. Set by admins only.
+    /// Its id in another system; null removes it. Set by admins only.
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "key_42", min_length = 1, max_length = 128)]
     external_id: Patch<String>,
-    /// Names and values for upstreams, at most 16; they replace the present ones. Set by admins only.
+    /// Metadata that the filter can pass upstream, at most 16 entries; replaces all present entries. Set by admins only.
     #[schema(example = json!({"project": "search"}))]
     metadata: Option<Metadata>,
 }

@@ -67,10 +67,10 @@ pub struct KeyView {
     prefix: Option<String>,
     /// Whether it is for production or for tests.
     kind: KindBody,
-    /// What another system calls it.
+    /// Its id in another system.
     #[schema(required, example = "key_42")]
     external_id: Option<String>,
-    /// Names and values for upstreams.
+    /// Metadata that the filter can pass upstream.
     #[schema(example = json!({"project": "search"}))]
     metadata: Metadata,
     /// Scopes granted to it.

@@ -71,13 +71,14 @@ pub struct ImportLine {
     /// Networks or addresses from which it can be used; all unless given.
     #[schema(max_items = 32)]
     allowed_addresses: Option<Vec<String>>,
-    /// Whether it is for production or for tests. Live unless given, or unless a key of our own form says it.
+    /// Whether it is for production or for tests. Without it, a key in the format of Portcullis has the kind of its first
+    /// characters; any other key is live.
     #[schema(inline)]
     kind: Option<KindBody>,
-    /// What another system calls it.
+    /// Its id in another system.
     #[schema(min_length = 1, max_length = 128)]
     external_id: Option<String>,
-    /// Names and values for upstreams, at most 16.
+    /// Metadata that the filter can pass upstream, at most 16 entries.
     metadata: Option<Metadata>,
     /// When it ends: RFC 3339.
     #[schema(format = DateTime)]
@@ -109,7 +110,7 @@ pub fn parse(line: &[u8], now: OffsetDateTime) -> Result<ImportedKey, String> {
     parse_body(read(line).map_err(|error| unreadable(&error))?, now)
 }
 
-/// Parses a line that was read already.
+/// Parses a line that is a JSON object already: that of a table.
 pub fn parse_value(line: &Value, now: OffsetDateTime) -> Result<ImportedKey, String> {
     parse_body(read_value(line).map_err(|error| unreadable(&error))?, now)
 }

@@ -1,7 +1,7 @@
 //! Imports keys of another system from lines of JSON or a table, a thousand per transaction, so that a revocation waits for
 //! one of them only. A bad line is reported by its number, with a reason that contains no part of the key; the
 //! other lines are imported. Keys that exist already are duplicates, so an import can be repeated. [`mod@line`] parses
-//! a line, [`table`] turns lines of a table into these, [`chunk`] writes a thousand.
+//! a line, [`table`] turns a line of a table into a JSON object, [`chunk`] writes a thousand.
 
 pub mod chunk;
 pub mod line;
@@ -44,7 +44,7 @@ const BEYOND: u64 = 100_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(into = "&str")]
 pub enum Code {
-    /// The line is not JSON, or a field is missing or wrong.
+    /// The line cannot be read as JSON or CSV, or a field is missing or wrong.
     Invalid,
     /// The key exists already.
     Duplicate,
@@ -104,7 +104,7 @@ struct Accepted {
 #[derive(Debug)]
 enum Format {
     Json,
-    /// With the columns, once the first line has come.
+    /// With its columns, once the first line is read.
     Table(Option<Columns>),
 }
 
@@ -162,7 +162,7 @@ impl Import {
         self
     }
 
-    /// What was done until now. Its lines may not be committed yet.
+    /// The result so far. Not all of its lines may be committed.
     pub const fn so_far(&self) -> &ImportReply {
         &self.so_far
     }

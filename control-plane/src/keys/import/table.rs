@@ -1,5 +1,5 @@
-//! Lines of a table (CSV, RFC 4180) as lines of an import. The first line names the columns. An error contains nothing of a line,
-//! since any cell may be a key.
+//! Lines of a table as lines of an import. The first line names the columns. The format is CSV (RFC 4180), but a cell cannot
+//! contain a line break. An error repeats no part of a line, since any cell may be a key.
 
 use serde_json::{Map, Value};
 
@@ -9,7 +9,7 @@ const TEXTS: [&str; 9] = ["email", "name", "key", "hash", "prefix", "plan", "kin
 const LISTS: [&str; 3] = ["scopes", "roles", "allowed_addresses"];
 const NUMBER: &str = "cost";
 const SWITCH: &str = "disabled";
-/// Precedes the name of an entry of the metadata.
+/// The prefix of columns with metadata.
 const METADATA: &str = "metadata.";
 
 /// The columns of a table.
@@ -20,7 +20,7 @@ impl Columns {
     /// Reads the first line.
     ///
     /// # Errors
-    /// Which column is not known, and which are.
+    /// If a column is unknown or occurs twice, or a required one is absent.
     pub fn read(line: &[u8]) -> Result<Self, String> {
         let names: Vec<String> = cells(line)?.into_iter().map(|name| name.trim().to_ascii_lowercase()).collect();
         let known = |name: &str| {
@@ -40,18 +40,21 @@ impl Columns {
                 ));
             }
             if names.iter().skip(place + 1).any(|other| other == name) {
-                return Err(format!("column {} has a name that another column has too", place + 1));
+                return Err(format!(
+                    "column {} has the name of another column; give each column a name of its own",
+                    place + 1
+                ));
             }
         }
         for needed in ["email", "name"] {
             if !names.iter().any(|name| name == needed) {
-                return Err(format!("the first line names no column {needed}"));
+                return Err(format!("the first line must name a column {needed}"));
             }
         }
         Ok(Self(names))
     }
 
-    /// A line as the object that an import of JSON has. An empty cell is a field that is not given.
+    /// A line as the JSON object of an import. An empty cell leaves its field out.
     ///
     /// # Errors
     /// Why the line cannot be read.
@@ -84,7 +87,7 @@ fn value(column: &str, cell: &str) -> Result<Value, String> {
         return Ok(cell.split_whitespace().collect());
     }
     match column {
-        NUMBER => cell.parse::<i64>().map(Value::from).map_err(|_| format!("{NUMBER}: must be a number")),
+        NUMBER => cell.parse::<i64>().map(Value::from).map_err(|_| format!("{NUMBER}: must be a whole number")),
         SWITCH => match cell.to_ascii_lowercase().as_str() {
             "true" => Ok(true.into()),
             "false" => Ok(false.into()),
@@ -101,9 +104,13 @@ fn cells(line: &[u8]) -> Result<Vec<String>, String> {
         Ok(_) => {}
         Err(_) => return Err("the line is not UTF-8".into()),
     }
-    // An opening quote that is not closed on its line would take the next lines into the cell.
+    // Lines are split before they are parsed, so a quoted cell cannot contain a line break, and a file of an old Macintosh is one
+    // line.
+    if line.trim_ascii_end().contains(&b'\r') {
+        return Err("a line must end with a line feed, or with a carriage return and a line feed".into());
+    }
     if line.iter().filter(|byte| **byte == b'"').count() % 2 == 1 {
-        return Err("a quoted cell does not end on its line".into());
+        return Err("a quoted cell must end on its line".into());
     }
     Ok(record.iter().map(str::to_owned).collect())
 }
@@ -131,8 +138,8 @@ mod tests {
     fn an_error_says_what_is_wrong_and_repeats_nothing_of_the_line() {
         for (first, reason) in [
             ("email,name,0123456789abcdef", "column 3 has no known name"),
-            ("email,name,email", "column 1 has a name that another column has too"),
-            ("email,key", "the first line names no column name"),
+            ("email,name,email", "column 1 has the name of another column"),
+            ("email,key", "the first line must name a column name"),
         ] {
             let error = Columns::read(first.as_bytes()).unwrap_err();
             assert!(error.starts_with(reason) && !error.contains("0123"), "{error}");
@@ -140,9 +147,10 @@ mod tests {
         let columns = Columns::read(b"email,name,cost,disabled").unwrap();
         for (line, reason) in [
             ("a,b", "the line has 2 cells, the first line has 4"),
-            ("a,b,many,", "cost: must be a number"),
+            ("a,b,many,", "cost: must be a whole number"),
             ("a,b,,yes", "disabled: must be true or false"),
-            ("a,\"b,1,true", "a quoted cell does not end on its line"),
+            ("a,b,1,true\rc,d,1,true", "a line must end with a line feed, or with a carriage return and a line feed"),
+            ("a,\"b,1,true", "a quoted cell must end on its line"),
         ] {
             assert_eq!(columns.object(line.as_bytes()), Err(reason.to_owned()), "{line}");
         }

@@ -180,6 +180,21 @@ fn after_the_longest_wait_a_request_is_refused() {
 }
 
 #[test]
+fn a_request_that_began_to_wait_before_the_clock_stepped_back_waits_no_longer() {
+    let key = Record { quota: budget(1), ..record(7) };
+    let (pool, terms) = quota_pool(&key, 100, None);
+    let mut plane = Plane::with([(pool, terms)]);
+    other(&mut plane, pool, |ask| ask.need = 100, NOW);
+    let mut envoy = Envoy::new("", &[("k", key)]);
+    envoy.host.set_now_ms(NOW + 5_000);
+    other(&mut plane, pool, |ask| ask.granted = 100, NOW + 5_000);
+    envoy.ask(0, "k");
+    envoy.wake(0);
+    assert_eq!(envoy.serve(0, &mut plane), [Fate::Waits]);
+    assert_eq!(envoy.tick_at(0, NOW + TICK), [Fate::refused(429, "quota_exceeded", Some(60))]);
+}
+
+#[test]
 fn of_several_requests_only_as_many_wait_as_others_hold_tokens() {
     let key = Record { quota: budget(1), ..record(7) };
     let (pool, terms) = quota_pool(&key, 2, None);

@@ -12,13 +12,14 @@ use crate::time::NS_PER_S;
 const NOW: u64 = 1_800_000_000 * NS_PER_S;
 const MS: u64 = 1_000_000;
 
-/// The control plane answers.
 const YES: Charged = Charged::Yes(Vec::new());
+
+/// The control plane answers.
 const REACHABLE: Attempt = Attempt {
     modes: LimitModes { rate_limits: RateMode::SafeRate, quotas: FailureMode::Deny, credits: FailureMode::Deny },
     is_unreachable: false,
     waited_ms: 0,
-    tells_left: false,
+    reports_left: false,
 };
 
 fn of(requests: u32, window_s: u32, burst: u32) -> RateLimit {
