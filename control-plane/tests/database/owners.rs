@@ -1,7 +1,7 @@
 //! Limits of one owner: keys and changes a day, ended keys in filters, rows in the database.
 
 use crate::support::{Fixture, Reply, execute, id_of, revision, revoke, scalar};
-use contract::key::Secret;
+use contract::key::{KeyKind, Secret, check};
 use control_plane::audit::delete_old;
 use control_plane::keys::purge::{REMEMBERED, delete_ended};
 use serde_json::{Value, json};
@@ -245,4 +245,25 @@ async fn users_do_not_read_who_an_administrator_is_and_where(pool: PgPool) {
     let body = fixture.get("/v1/audit", &user).await.body;
     let body = String::from_utf8(body).unwrap();
     assert!(!body.contains("admin@example.com") && !body.contains(&admin_id.to_string()), "{body}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_test_key_makes_itself_no_live_key(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let (_, test) = fixture.created(&admin, json!({"email": USER, "name": "n", "kind": "test"})).await;
+    let (_, live) = fixture.key(USER, &[]).await;
+    let detail = "A test key creates test keys only. Leave kind out, or use a live key.";
+    fixture.create(&test, json!({"kind": "live"})).await.assert_forbidden(detail);
+    for (caller, fields, kind) in [
+        (&test, json!({}), KeyKind::Test),
+        (&test, json!({"kind": "test"}), KeyKind::Test),
+        (&live, json!({}), KeyKind::Live),
+        (&live, json!({"kind": "test"}), KeyKind::Test),
+    ] {
+        let made = fixture.create(caller, fields.clone()).await;
+        assert_eq!(check(made.secret().reveal()), Ok(kind), "{fields}");
+        assert_eq!(made.json()["kind"], kind.name());
+    }
+    let made = primary(&fixture, &test).await.json();
+    assert_eq!(check(made["key"].as_str().unwrap()), Ok(KeyKind::Test));
 }

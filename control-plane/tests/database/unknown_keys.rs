@@ -2,6 +2,7 @@
 
 use contract::hash::KeyHash;
 use contract::key::Secret;
+use contract::pepper::Pepper;
 use contract::unknown::{HASHES, UnknownKeys};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -34,8 +35,11 @@ async fn unknown_keys_are_listed_until_they_are_imported(pool: PgPool) {
     let (_, known) = fixture.key("user@example.com", &[]).await;
     let keys = ["the-first-old-key", "the-second-old-key", "the-third-old-key"];
     note(&fixture, &sync, &keys[..2]).await.assert_ok();
-    execute(&pool, "update unknown_keys set first_seen_at = now() - interval '1 day', last_seen_at = first_seen_at")
-        .await;
+    execute(
+        &pool,
+        "update unknown_keys set first_seen_at = now() - interval '1 day', last_seen_at = now() - interval '1 day'",
+    )
+    .await;
     note(&fixture, &sync, &[keys[1], keys[2], keys[2], known.reveal()]).await.assert_ok();
     assert_eq!(listed(&fixture, &admin).await, sorted(&keys));
     let seen = "select count(*) from unknown_keys where last_seen_at > first_seen_at + interval '23 hours'";
@@ -50,6 +54,18 @@ async fn unknown_keys_are_listed_until_they_are_imported(pool: PgPool) {
     assert_eq!(listed(&fixture, &admin).await, Vec::<Value>::new());
     let trail = fixture.get("/v1/audit?action=unknown_keys.forget", &admin).await.json();
     assert_eq!(trail["entries"][0]["detail"], json!({"forgotten": 2}));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_key_that_was_imported_with_a_pepper_or_rotated_away_is_not_unknown(pool: PgPool) {
+    let (mut fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
+    fixture.configure(|app| app.pepper = Some(Pepper::parse(&"5e".repeat(32)).unwrap()));
+    let (id, rotated) = fixture.key("user@example.com", &[]).await;
+    fixture.call("POST", &format!("/v1/keys/{id}/rotate"), &admin, None).await.expect(201);
+    let line = json!({"email": "user@example.com", "name": "n", "key": "the-first-old-key"}).to_string();
+    assert_eq!(fixture.import(&admin, line).await.expect(200)["imported"], 1);
+    note(&fixture, &sync, &["the-first-old-key", "the-second-old-key", rotated.reveal()]).await.assert_ok();
+    assert_eq!(listed(&fixture, &admin).await, sorted(&["the-second-old-key"]));
 }
 
 #[sqlx::test(migrations = "./migrations")]
