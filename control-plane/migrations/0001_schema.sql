@@ -126,6 +126,13 @@ $$;
 
 comment on function merge_attributes is 'Attributes after a change, in which an absent member is kept and null removes it; null if none is left.';
 
+create function quota_in_zone(quota jsonb, owner_zone text) returns jsonb language sql immutable as $$
+    select case when quota ->> 'time_zone' = 'owner'
+        then quota || jsonb_build_object('time_zone', coalesce(owner_zone, 'UTC')) else quota end
+$$;
+
+comment on function quota_in_zone is 'A quota with the time zone of the user in place of owner.';
+
 create table user_preferences (
     id uuid primary key,
     email text not null constraint user_preferences_email_key unique
@@ -137,6 +144,7 @@ create table user_preferences (
     metered boolean not null default false,
     credits_fill integer not null default 0,
     attributes jsonb,
+    time_zone text,
     refill jsonb,
     refill_at timestamptz,
     makes integer not null default 0,
@@ -155,22 +163,24 @@ comment on column user_preferences.credits_spent is 'Credits that all requests s
 comment on column user_preferences.metered is 'Whether requests cost credits.';
 comment on column user_preferences.credits_fill is 'Incremented when the balance changes other than by usage. An Envoy that knows the balance to be used up then asks again.';
 comment on column user_preferences.attributes is 'Attributes: {"external_id", "metadata": {name: text}}; null: none.';
+comment on column user_preferences.time_zone is 'Name of the IANA database, for quotas whose time zone is owner; null: UTC.';
 comment on column user_preferences.refill is 'Scheduled credits: {"amount", "period": "day" | "week" | "month", "time_zone", "up_to"}; amount and up_to in credits.';
 comment on column user_preferences.refill_at is 'When the next refill is due.';
 comment on column user_preferences.makes is 'Keys created and rotated by the user''s own keys in the 24 hours from makes_since.';
 comment on column user_preferences.changes is 'Changes made by the user''s own keys in the 24 hours from makes_since.';
 comment on column user_preferences.makes_since is 'Start of the 24 hours; null before the first creation or change.';
-comment on column user_preferences.version is 'Incremented when email, plan, attributes, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
+comment on column user_preferences.version is 'Incremented when email, plan, attributes, time zone, metered or refill change: the ETag. Usage, refills and other changes of the balance do not count.';
 
 create index user_preferences_primary_key on user_preferences (primary_key_id) where primary_key_id is not null;
 create unique index user_preferences_external_id on user_preferences ((attributes ->> 'external_id'));
 create index user_preferences_refill on user_preferences (refill_at) where refill_at is not null;
 
-create trigger user_preferences_version before update of email, plan_number, attributes, metered, refill on user_preferences
+create trigger user_preferences_version before update of email, plan_number, attributes, time_zone, metered, refill on user_preferences
     for each row when (
         new.email <> old.email
         or new.plan_number is distinct from old.plan_number
         or new.attributes is distinct from old.attributes
+        or new.time_zone is distinct from old.time_zone
         or new.metered <> old.metered
         or new.refill is distinct from old.refill
     ) execute function increment_version();
@@ -207,6 +217,7 @@ create table api_keys (
     cost integer not null default 1 constraint api_keys_cost_not_negative check (cost >= 0),
     quota jsonb,
     applied_quota jsonb,
+    owner_time_zone text,
     quota_fill integer not null default 0,
     quota_exceeded boolean not null default false,
     quota_resets_at timestamptz,
@@ -243,7 +254,8 @@ comment on column api_keys.rate_limits is 'List of {"name", "requests", "window_
 comment on column api_keys.cost is 'Credits for each request, unless the route sets another price.';
 comment on column api_keys.quota is '{"requests", "period": "day" | "week" | "month" | "rolling", "time_zone", "window_s", "per": "key" | "owner"}; window_s in seconds; per as in rate_limits. Null: that of the plan applies.';
 comment on column api_keys.quota_exceeded is 'The quota is used up, and filters refuse the key until quota_resets_at.';
-comment on column api_keys.applied_quota is 'The quota that applies: the key''s own or that of its plan.';
+comment on column api_keys.applied_quota is 'The quota that applies: the key''s own or that of its plan, with the time zone of the user in place of owner.';
+comment on column api_keys.owner_time_zone is 'As user_preferences.time_zone; kept by triggers.';
 comment on column api_keys.quota_fill is 'Incremented when applied_quota changes. An Envoy that knows the quota to be used up then asks again.';
 comment on column api_keys.quota_resets_at is 'When a used-up quota opens again.';
 comment on column api_keys.metered is 'As user_preferences.metered; kept by triggers.';
@@ -282,14 +294,14 @@ create trigger api_keys_next_revision
     before insert or update of
         owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
         revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, applied_quota, quota_fill,
-        quota_resets_at, metered, credits_fill, kind, attributes, owner_attributes
+        quota_resets_at, metered, credits_fill, kind, attributes, owner_attributes, owner_time_zone
     on api_keys for each statement execute function next_revision();
 
 create trigger api_keys_assign_revision
     before insert or update of
         owner_id, hash, generation, scopes, rate_limits, cost, expires_at, disabled, quota_exceeded, credits_exhausted,
         revoked_at, withdrawn, plan_number, owner_plan_number, role_numbers, networks, applied_quota, quota_fill,
-        quota_resets_at, metered, credits_fill, kind, attributes, owner_attributes
+        quota_resets_at, metered, credits_fill, kind, attributes, owner_attributes, owner_time_zone
     on api_keys for each row execute function assign_revision();
 
 create trigger api_keys_version before update on api_keys for each row execute function increment_version();
@@ -345,8 +357,9 @@ create trigger retired_secrets_owner before insert on retired_secrets
 
 create function copy_owner_to_key() returns trigger language plpgsql as $$
 begin
-    select plan_number, attributes, metered, credits_fill, metered and balance <= 0
-        into new.owner_plan_number, new.owner_attributes, new.metered, new.credits_fill, new.credits_exhausted
+    select plan_number, attributes, time_zone, metered, credits_fill, metered and balance <= 0
+        into new.owner_plan_number, new.owner_attributes, new.owner_time_zone, new.metered, new.credits_fill,
+            new.credits_exhausted
         from user_preferences where id = new.owner_id;
     return new;
 end $$;
@@ -362,6 +375,7 @@ begin
     update api_keys set
         owner_plan_number = new.plan_number,
         owner_attributes = new.attributes,
+        owner_time_zone = new.time_zone,
         metered = new.metered,
         credits_fill = new.credits_fill,
         credits_exhausted = new.metered and new.balance <= 0
@@ -370,10 +384,11 @@ begin
 end $$;
 
 create trigger user_preferences_copy_to_keys
-    after update of plan_number, attributes, metered, credits_fill, balance on user_preferences
+    after update of plan_number, attributes, time_zone, metered, credits_fill, balance on user_preferences
     for each row when (
         new.plan_number is distinct from old.plan_number
         or new.attributes is distinct from old.attributes
+        or new.time_zone is distinct from old.time_zone
         or new.metered <> old.metered
         or new.credits_fill <> old.credits_fill
         or (new.metered and (new.balance <= 0) <> (old.balance <= 0))
@@ -950,7 +965,7 @@ group by a.kind, a.subject, a.tag;
 comment on view held_tokens is 'What Envoys hold of each pool and have not used.';
 
 create view users_with_counts as
-select p.id, p.email, d.name as plan, p.attributes, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,
+select p.id, p.email, d.name as plan, p.attributes, p.time_zone, p.balance, p.metered, p.refill, p.refill_at, p.created_at, p.version, k.live_keys,
     k.total_keys
 from user_preferences p
 left join definitions d on d.number = p.plan_number

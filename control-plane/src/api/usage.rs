@@ -15,12 +15,15 @@ use crate::App;
 use crate::api::auth::Caller;
 use crate::api::call::Call;
 use crate::api::extract::Json;
+use crate::domain::quota::OWNER;
 use crate::domain::{Email, TimeRange, Timestamp};
 use crate::error::ApiError;
 use crate::keys::read::get;
 use crate::metering::outcome;
 use crate::metering::query::{Groups, Place, Question, Sum, sums};
 use crate::metering::spans::Interval;
+use crate::users;
+use crate::users::lock::find_user;
 
 /// The hour more is for a month in which clocks go back.
 const LONGEST_BY_HOUR: Duration = Duration::hours(31 * 24 + 1);
@@ -42,7 +45,7 @@ pub struct SumsQuery {
     #[param(example = "day")]
     interval: Option<String>,
     /// The time zone in which days, weeks and months begin, and that of `from` and `to` without an offset: a name of the IANA
-    /// database; `UTC` unless given. Days, weeks and months need one whose offset is whole hours.
+    /// database, or `owner` with `email`; `UTC` unless given. Days, weeks and months need one whose offset is whole hours.
     #[param(example = "Europe/Berlin")]
     time_zone: Option<String>,
     /// Only this key.
@@ -191,6 +194,10 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery, page: &Page<Pla
         .ok_or_else(|| ApiError::invalid("interval", "must be hour, day, week, month or total"))?;
     let SumsQuery { from, to, time_zone, .. } = query;
     let now = OffsetDateTime::now_utc();
+    let time_zone = match time_zone.as_deref() {
+        Some(OWNER) => Some(zone_of_owner(app, caller, asked.as_ref()).await?),
+        given => given.map(str::to_owned),
+    };
     let range = TimeRange::parse(from.as_deref(), to.as_deref(), time_zone.as_deref(), now)?;
     if interval == Interval::Hour && range.to - range.from > LONGEST_BY_HOUR {
         return Err(ApiError::invalid("from", "must lie at most 31 days before to, by the hour"));
@@ -220,6 +227,21 @@ async fn question(app: &App, caller: &Caller, query: &SumsQuery, page: &Page<Pla
         after: page.after.clone(),
         limit: page.read(),
     })
+}
+
+/// The time zone of the user whose usage is asked for.
+async fn zone_of_owner(app: &App, caller: &Caller, email: Option<&Email>) -> Result<String, ApiError> {
+    let id = match email {
+        Some(email) if caller.is_admin() => {
+            let mut connection = app.pool.acquire().await?;
+            find_user(&mut connection, email).await?
+        }
+        None if caller.is_admin() => {
+            return Err(ApiError::invalid("time_zone", "owner goes with email, which names the owner"));
+        }
+        _ => Some(caller.owner_id),
+    };
+    users::time_zone(&app.pool, id.unwrap_or_default()).await
 }
 
 fn named(field: &'static str, name: Option<&str>) -> Result<Option<String>, ApiError> {

@@ -17,6 +17,7 @@ use crate::api::preconditions::etag;
 use crate::audit::AuditEvent;
 use crate::credits::{self, Refill};
 use crate::definitions::Name;
+use crate::domain::calendar::is_time_zone;
 use crate::domain::{AttributesPatch, Email, Metadata, Patch, Preconditions};
 use crate::error::ApiError;
 use crate::keys::revoke::{RevokeKeysReply, revoke_all};
@@ -85,6 +86,10 @@ pub struct UserBody {
     /// Metadata that the filter can pass upstream, at most 16 entries; replaces all present entries.
     #[schema(example = json!({"tenant": "acme"}))]
     metadata: Option<Metadata>,
+    /// The time zone of quotas and usage whose `time_zone` is `owner` (IANA); null for UTC. A change begins new windows.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "Europe/Berlin", max_length = 64)]
+    time_zone: Patch<String>,
     /// Whether requests cost credits. A refill switches it on unless this says otherwise.
     metered: Option<bool>,
     /// Scheduled credits, from the next midnight on; null for none.
@@ -149,7 +154,7 @@ pub async fn create(Call { app, caller, .. }: Call, Json(body): Json<CreateUserB
 
 /// Get a user.
 ///
-/// The ETag changes with email, plan, external id, metadata, metered and refill. It does not change with the balance or the
+/// The ETag changes with email, plan, external id, metadata, time zone, metered and refill. It does not change with the balance or the
 /// number of keys.
 #[utoipa::path(
     operation_id = "getUser",
@@ -179,7 +184,8 @@ pub async fn update(
     let email = body.email.as_deref().map(Email::parse).transpose()?;
     let plan = body.plan.try_map(|name| Name::parse("plan", &name))?.given();
     let attributes = AttributesPatch { external_id: body.external_id, metadata: body.metadata }.check()?;
-    let is_empty = email.is_none() && plan.is_none() && attributes.is_empty();
+    let time_zone = body.time_zone.try_map(parse_time_zone)?.given();
+    let is_empty = email.is_none() && plan.is_none() && attributes.is_empty() && time_zone.is_none();
     if is_empty && body.metered.is_none() && body.refill.is_keep() {
         return Err(ApiError::Invalid { field: None, detail: "Set at least one field.".into() });
     }
@@ -199,6 +205,10 @@ pub async fn update(
             Some(plan) => users::set_plan(change, user.id, plan.as_ref()).await?,
             None => false,
         };
+        let has_new_zone = match &time_zone {
+            Some(zone) => users::set_time_zone(change, user.id, zone.as_deref()).await?,
+            None => false,
+        };
         let has_new_attributes = users::set_attributes(change, user.id, &attributes).await?;
         let mut changed = credits::update(change, &(&user).into(), body.metered, body.refill).await?;
         if let Some(plan) = plan.filter(|_| has_new_plan) {
@@ -206,6 +216,9 @@ pub async fn update(
         }
         if let Some(Value::Object(fields)) = attributes.merge().filter(|_| has_new_attributes) {
             changed.extend(fields);
+        }
+        if let Some(zone) = time_zone.filter(|_| has_new_zone) {
+            changed.insert("time_zone".into(), zone.into());
         }
         if has_new_email {
             changed.insert("email".into(), email.as_ref().map(Email::as_str).into());
@@ -256,6 +269,13 @@ pub async fn erase(
         users::erase::erase(change, path.id).await
     });
     Ok(Json(erased.await?))
+}
+
+fn parse_time_zone(zone: String) -> Result<String, ApiError> {
+    if is_time_zone(&zone) {
+        return Ok(zone);
+    }
+    Err(ApiError::invalid("time_zone", "must be a name of the IANA time zone database such as Europe/Berlin"))
 }
 
 fn show(user: UserView) -> Response {

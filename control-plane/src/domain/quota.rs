@@ -12,6 +12,8 @@ use crate::error::ApiError;
 const REQUESTS: i64 = 1_000_000_000_000;
 const WINDOW_S: std::ops::RangeInclusive<i64> = 60..=31_622_400;
 const UTC: &str = "UTC";
+/// Stands for the time zone of the user.
+pub const OWNER: &str = "owner";
 
 /// A quota, as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,7 +112,8 @@ pub struct QuotaBody {
     /// In which time.
     #[schema(inline, example = "month")]
     pub period: Period,
-    /// In which time zone a day, week or month begins (IANA); UTC unless given. Not with `rolling`.
+    /// In which time zone a day, week or month begins: a name of the IANA database, or `owner` for that of the user; UTC unless
+    /// given. Not with `rolling`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "Europe/Berlin", max_length = 64)]
     pub time_zone: Option<String>,
@@ -185,8 +188,8 @@ pub fn parse_key_quota(body: QuotaBody) -> Result<Quota, ApiError> {
 
 fn parse_time_zone(zone: Option<String>) -> Result<String, ApiError> {
     let zone = zone.unwrap_or_else(|| UTC.into());
-    if !is_time_zone(&zone) {
-        let detail = "time_zone must be a time zone of the IANA database such as Europe/Berlin";
+    if zone != OWNER && !is_time_zone(&zone) {
+        let detail = "time_zone must be a time zone of the IANA database such as Europe/Berlin, or owner";
         return Err(ApiError::invalid("quota", detail));
     }
     Ok(zone)
@@ -207,6 +210,8 @@ mod tests {
         assert_eq!(body(Period::Day).parse().unwrap().time_zone.as_deref(), Some("UTC"));
         let anchored = QuotaBody { anchor_day: Some(31), ..body(Period::Month) }.parse().unwrap();
         assert_eq!((anchored.anchor_day(), anchored.kind()), (31, "month/UTC/31".into()));
+        let of_owner = QuotaBody { time_zone: Some("owner".into()), ..body(Period::Week) };
+        assert_eq!(QuotaBody::of(&of_owner.clone().parse().unwrap()), of_owner);
         let rolling = QuotaBody { window_seconds: Some(60), ..body(Period::Rolling) };
         assert_eq!(QuotaBody::of(&rolling.clone().parse().unwrap()), rolling);
         for bad in [

@@ -127,7 +127,9 @@ async fn set_all(
                 (applied_quota, quota_fill) = (
                     select q.quota, api_keys.quota_fill + (q.quota is distinct from api_keys.applied_quota)::integer
                     from (
-                        select coalesce(case when $12 then $13 else api_keys.quota end, d.quota) as quota
+                        select quota_in_zone(
+                            coalesce(case when $12 then $13 else api_keys.quota end, d.quota), api_keys.owner_time_zone
+                        ) as quota
                         from (select) one left join definitions d on d.number = coalesce(
                             case when $9 then $10 else api_keys.plan_number end, api_keys.owner_plan_number
                         ) and not d.removed

@@ -30,8 +30,8 @@ pub async fn apply_quotas(connection: &mut PgConnection, whose: Whose<'_>) -> Re
     };
     let of = sqlx::query!(
         r#"select id as "id!", differs as "differs!" from (
-            select k.id, k.quota_exceeded, coalesce(k.quota, d.quota) as quota,
-                coalesce(k.quota, d.quota) is distinct from k.applied_quota as differs
+            select k.id, k.quota_exceeded, quota_in_zone(coalesce(k.quota, d.quota), k.owner_time_zone) as quota,
+                quota_in_zone(coalesce(k.quota, d.quota), k.owner_time_zone) is distinct from k.applied_quota as differs
             from api_keys k
             left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
             where k.revoked_at is null
@@ -50,7 +50,7 @@ pub async fn apply_quotas(connection: &mut PgConnection, whose: Whose<'_>) -> Re
         sqlx::query!(
             "update api_keys k set applied_quota = due.quota, quota_fill = quota_fill + 1
             from (
-                select k.id, coalesce(k.quota, d.quota) as quota
+                select k.id, quota_in_zone(coalesce(k.quota, d.quota), k.owner_time_zone) as quota
                 from api_keys k
                 left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
                 where k.id = any($1)

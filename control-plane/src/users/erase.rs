@@ -33,7 +33,7 @@ pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError
     erase_attributes_in_audit(change, &email).await?;
     erase_in_audit_of_keys(change, id).await?;
     sqlx::query!(
-        "update user_preferences set email = $2, attributes = null, refill = null, refill_at = null where id = $1",
+        "update user_preferences set email = $2, attributes = null, time_zone = null, refill = null, refill_at = null where id = $1",
         id,
         email
     )

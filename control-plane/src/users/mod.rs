@@ -44,6 +44,9 @@ pub struct UserView {
     /// Metadata that the filter can pass upstream.
     #[schema(value_type = BTreeMap<String, String>, example = json!({"tenant": "acme"}))]
     metadata: Json<Metadata>,
+    /// The time zone of quotas and usage whose `time_zone` is `owner`; null for UTC.
+    #[schema(required, example = "Europe/Berlin")]
+    time_zone: Option<String>,
     /// The plan of keys that have none of their own.
     #[schema(required, example = "gold")]
     plan: Option<String>,
@@ -73,7 +76,7 @@ macro_rules! select_users {
         sqlx::query_as!(
             UserView,
             r#"select id as "id!", email as "email!", attributes ->> 'external_id' as external_id,
-                coalesce(attributes -> 'metadata', '{}') as "metadata!: Json<Metadata>", plan, balance as "balance!", metered as "metered!", refill,
+                coalesce(attributes -> 'metadata', '{}') as "metadata!: Json<Metadata>", time_zone, plan, balance as "balance!", metered as "metered!", refill,
                 refill_at as "refill_at: Timestamp", created_at as "created_at!", version as "version!",
                 jsonb_build_object('live', live_keys, 'total', total_keys) as "keys!: Json<KeyCounts>"
             from users_with_counts where "# + $rest,
@@ -167,6 +170,30 @@ pub async fn set_attributes(
         _ => error.into(),
     })?;
     Ok(changed.rows_affected() > 0)
+}
+
+/// Sets or clears the time zone of a user, whose row is locked. Says whether that was a change. Quotas in that time zone begin
+/// new windows.
+pub async fn set_time_zone(connection: &mut PgConnection, id: Uuid, time_zone: Option<&str>) -> Result<bool, ApiError> {
+    let changed = sqlx::query!(
+        "update user_preferences set time_zone = $2 where id = $1 and time_zone is distinct from $2",
+        id,
+        time_zone
+    )
+    .execute(&mut *connection)
+    .await?;
+    let is_changed = changed.rows_affected() > 0;
+    if is_changed {
+        apply_quotas(connection, Whose::Owner(id)).await?;
+    }
+    Ok(is_changed)
+}
+
+/// Reads the time zone of a user, UTC if the user has none or does not exist.
+pub async fn time_zone(pool: &PgPool, id: Uuid) -> Result<String, ApiError> {
+    let zone =
+        sqlx::query_scalar!(r#"select coalesce(time_zone, 'UTC') as "zone!" from user_preferences where id = $1"#, id);
+    Ok(zone.fetch_optional(pool).await?.unwrap_or_else(|| "UTC".into()))
 }
 
 /// Sets or clears the plan of a user, whose row is locked. Says whether that was a change. 400 for an unknown plan.

@@ -158,7 +158,7 @@ async fn the_plan_that_applies_is_the_keys_own_or_else_its_owners(pool: PgPool) 
 async fn a_quota_is_refused_unless_its_fields_go_together(pool: PgPool) {
     let (fixture, admin) = Fixture::with_admin(&pool).await;
     let (id, _) = create(&fixture, &admin, json!({})).await;
-    let zone = "time_zone must be a time zone of the IANA database such as Europe/Berlin";
+    let zone = "time_zone must be a time zone of the IANA database such as Europe/Berlin, or owner";
     for (quota, detail) in [
         (json!({"requests": 0, "period": "day"}), "requests must be a number from 1 to 1000000000000"),
         (json!({"requests": 1, "period": "day", "time_zone": "Europe/Atlantis"}), zone),

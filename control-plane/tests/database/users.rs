@@ -1,6 +1,6 @@
 //! Users: `/v1/users`.
 
-use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows, scalar};
+use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows, scalar, scalars};
 use contract::key::Secret;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -26,7 +26,7 @@ async fn a_user_has_a_plan_a_balance_and_counted_keys(pool: PgPool) {
     let read = fixture.get(uri, &user).await;
     assert_eq!(found, json!({"users": [read.json()], "next_cursor": null}));
     let mut expected = json!({
-        "id": id, "email": "user@example.com", "external_id": null, "metadata": {}, "plan": null, "balance": 0, "metered": false, "refill": null,
+        "id": id, "email": "user@example.com", "external_id": null, "metadata": {}, "time_zone": null, "plan": null, "balance": 0, "metered": false, "refill": null,
         "refill_at": null, "created_at": read.json()["created_at"], "keys": {"live": 1, "total": 3},
     });
     assert_eq!((read.status, read.json()), (200, expected.clone()));
@@ -286,4 +286,44 @@ async fn of_changes_of_a_user_at_the_same_time_that_expect_the_same_version_one_
     // A refill also makes the user metered: two things in two statements.
     let now = tag(&fixture, &user).await;
     assert!(["\"2\"", "\"3\""].contains(&&*now), "{now}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn quotas_and_usage_can_be_of_the_time_zone_of_the_owner(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let daily = json!({"quota": {"requests": 10, "period": "day", "time_zone": "owner"}});
+    fixture.put("/v1/plans/daily", &admin, daily).await.expect(201);
+    let body = json!({"email": USER, "name": "n", "plan": "daily"});
+    let (id, key) = fixture.created(&admin, body).await;
+    let quota = async || {
+        let quota = fixture.get(&format!("/v1/keys/{id}/quota"), &admin).await.expect(200);
+        (quota["time_zone"].clone(), quota["window_end"].as_str().unwrap()[11..].to_owned())
+    };
+    assert_eq!(quota().await, (json!("UTC"), "00:00:00Z".to_owned()));
+    let uri = fixture.user(USER).await;
+    let before = revision(&pool).await;
+    let user = fixture.patch(&uri, &admin, json!({"time_zone": "Asia/Tokyo"})).await.expect(200);
+    assert_eq!(user["time_zone"], "Asia/Tokyo");
+    assert!(revision(&pool).await > before, "filters ask for the new window");
+    assert_eq!(quota().await, (json!("Asia/Tokyo"), "15:00:00Z".to_owned()));
+    // A key's own quota too, and one that is made or imported later.
+    let own = json!({"quota": {"requests": 5, "period": "week", "time_zone": "owner"}});
+    fixture.patch(&format!("/v1/keys/{id}"), &admin, own).await.expect(200);
+    assert_eq!(quota().await, (json!("Asia/Tokyo"), "15:00:00Z".to_owned()));
+    let line = json!({"email": USER, "name": "imported", "key": "a-key-of-another-system", "plan": "daily"});
+    fixture.import(&admin, line.to_string()).await.expect(200);
+    let zones = "select distinct applied_quota ->> 'time_zone' from api_keys where applied_quota is not null";
+    assert_eq!(scalars::<String>(&pool, zones).await, ["Asia/Tokyo"]);
+    // Usage is asked for in the same way.
+    let of_key = format!("/v1/keys/{id}/usage?time_zone=owner");
+    let of_user = format!("/v1/usage?time_zone=owner&email={USER}");
+    for (uri, caller) in [(&of_key, &admin), (&of_user, &admin), (&"/v1/usage?time_zone=owner".into(), &key)] {
+        assert_eq!(fixture.get(uri, caller).await.expect(200)["time_zone"], "Asia/Tokyo", "{uri}");
+    }
+    let reply = fixture.get("/v1/usage?time_zone=owner", &admin).await;
+    reply.assert_invalid("time_zone", "owner goes with email, which names the owner");
+    let reply = fixture.patch(&uri, &admin, json!({"time_zone": "owner"})).await;
+    reply.assert_invalid("time_zone", "must be a name of the IANA time zone database such as Europe/Berlin");
+    fixture.patch(&uri, &admin, json!({"time_zone": null})).await.expect(200);
+    assert_eq!(quota().await, (json!("UTC"), "00:00:00Z".to_owned()));
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, reason = "some print figures")]
 
 mod allowances;
+mod api_owners;
 mod book;
 
 mod config;

@@ -9,10 +9,12 @@ use utoipa::{IntoParams, ToSchema};
 use super::{ById, managed};
 use crate::api::call::Call;
 use crate::api::extract::{Json, Query};
+use crate::domain::quota::OWNER;
 use crate::domain::{TimeRange, Timestamp};
 use crate::error::ApiError;
 use crate::metering::hourly::{Hour, hourly};
 use crate::metering::outcome;
+use crate::users;
 
 /// Which span of time.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -26,7 +28,8 @@ pub struct UsageQuery {
     /// Until before when, in the form of `from`; until now unless given. At most 366 days after `from`.
     #[param(example = "2026-06-01T00:00:00Z")]
     to: Option<String>,
-    /// That of `from` and `to` without an offset: a name of the IANA time zone database; `UTC` unless given.
+    /// That of `from` and `to` without an offset: a name of the IANA time zone database, or `owner` for that of
+    /// the owner; `UTC` unless given.
     #[param(example = "Europe/Berlin")]
     time_zone: Option<String>,
 }
@@ -112,8 +115,12 @@ pub async fn usage(
 ) -> Result<Json<UsageView>, ApiError> {
     let UsageQuery { from, to, time_zone } = query;
     let now = OffsetDateTime::now_utc();
-    let range = TimeRange::parse(from.as_deref(), to.as_deref(), time_zone.as_deref(), now)?;
     let key = managed(&app, &caller, path.id).await?;
+    let time_zone = match time_zone.as_deref() {
+        Some(OWNER) => Some(users::time_zone(&app.pool, key.owner_id).await?),
+        _ => time_zone,
+    };
+    let range = TimeRange::parse(from.as_deref(), to.as_deref(), time_zone.as_deref(), now)?;
     let mut hours = Vec::new();
     let mut totals = BTreeMap::<String, UsageTotal>::new();
     let mut sum = UsageSum::default();

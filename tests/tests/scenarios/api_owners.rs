@@ -1,0 +1,123 @@
+//! What API owners ask for, on the real stack: erasure, a change of address, look-ups by what people have in hand, months
+//! from an anchor day, scopes with upper case, and pages that call the management API.
+
+use anyhow::{Context, Result};
+use contract::outcome::Outcome;
+use http_body_util::Full;
+use hyper::{Method, Request};
+use portcullis_tests::expect::{IDENTITY, SCOPED, assert_refused, assert_upstream};
+use portcullis_tests::http::send;
+use portcullis_tests::stack::Stack;
+use portcullis_tests::wait::eventually;
+use serde_json::json;
+
+const ADA: &str = "ada@example.com";
+
+#[tokio::test]
+async fn a_user_keeps_key_and_id_under_a_new_address_and_is_refused_and_forgotten_once_erased() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let (id, key) = rest.create_with(json!({"email": ADA, "name": "Ada's laptop"})).await?;
+    stack.wait_for_status(Some(&key), 200).await?;
+    let uri = rest.user(ADA).await?;
+    let owner = stack.owner_id(ADA).await?;
+    rest.patch(&uri, json!({"email": "lovelace@example.com"})).await?;
+    stack.in_step().await?;
+    let headers = assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
+    assert_eq!(headers["x-consumer-id"], json!([owner]));
+    assert_eq!(rest.get("/v1/keys?email=lovelace@example.com").await?["keys"][0]["id"], json!(id));
+    rest.expect(Method::DELETE, &uri, None, 200).await?;
+    stack.in_step().await?;
+    assert_refused(&stack.get(Some(&key)).await?, Outcome::Revoked, &[]);
+    let left = "select count(*)::text from (select row_to_json(t)::text as row from audit t
+        union all select row_to_json(t)::text from api_keys t union all select row_to_json(t)::text from user_preferences t)
+        rows where row ilike '%ada%' or row like '%lovelace%'";
+    assert_eq!(stack.database.text(left).await?, "0");
+    let counted = async || {
+        let usage = rest.get(&format!("/v1/keys/{id}/usage")).await.ok()?;
+        usage["totals"]["allowed"].is_object().then_some(())
+    };
+    eventually("what was counted to be there", counted).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_is_found_by_its_first_characters_and_by_all_of_it() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let (id, key) = rest.create(ADA).await?;
+    let short = format!("sk_{}", &key[8..14]);
+    for prefix in [&key[..14], &short, &format!("{}%E2%80%A6", &key[..14])] {
+        let found = rest.get(&format!("/v1/keys?prefix={prefix}")).await?;
+        assert_eq!(found["keys"][0]["id"], json!(id), "{prefix}");
+    }
+    let found = rest.expect(Method::POST, "/v1/keys/lookup", Some(&json!({"key": key})), 200).await?;
+    assert_eq!(found["id"], json!(id));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_month_from_an_anchor_day_ends_on_that_day_for_the_client_too() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    // Tomorrow's day of the month, which every month from now on has or clamps.
+    let day: i64 = stack
+        .database
+        .text("select extract(day from now() at time zone 'UTC' + interval '1 day')::int::text")
+        .await?
+        .parse()?;
+    let quota = json!({"requests": 2, "period": "month", "anchor_day": day});
+    let (id, key) = rest.create_with(json!({"email": ADA, "name": "n", "quota": quota})).await?;
+    stack.in_step().await?;
+    for _ in 0..2 {
+        assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
+    }
+    let reply = stack.get(Some(&key)).await?;
+    assert_refused(&reply, Outcome::QuotaExceeded, &[]);
+    let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
+    let until = "select extract(epoch from date_trunc('day', now() at time zone 'UTC') + interval '1 day'
+        - now() at time zone 'UTC')::bigint::text";
+    let midnight: u64 = stack.database.text(until).await?.parse()?;
+    assert!(wait.abs_diff(midnight) <= 5, "{wait} s, {midnight} s until the anchor day");
+    assert_eq!(rest.get(&format!("/v1/keys/{id}/quota")).await?["requests"], 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn scopes_have_upper_case_and_slashes_and_hashes_may_be_base64() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    let policy = json!({"scopes": {"all": ["Orders/Read"]}, "match": [{"path": {"prefix": "/orders"}}]});
+    rest.expect(Method::PUT, "/v1/policies/orders", Some(&policy), 201).await?;
+    // The SHA-256 of `abcdefghijklmnop`, as other systems write it.
+    let (key, hash) = ("abcdefghijklmnop", "sha256:852sbLq6U14sIHzQzY8VSXQiPISPcn+Ys1ZM6labQc8=");
+    let lines = [
+        json!({"email": ADA, "name": "hashed", "hash": hash, "scopes": ["Orders/Read"]}),
+        json!({"email": ADA, "name": "lower", "key": "another-key-of-old", "scopes": ["orders/read"]}),
+    ];
+    let report = rest.import(lines.map(|line| line.to_string()).join("\n")).await?;
+    assert_eq!(report["imported"], 2, "{report}");
+    stack.in_step().await?;
+    assert_upstream(&stack.get(Some(key)).await?, &SCOPED);
+    assert_refused(&stack.get(Some("another-key-of-old")).await?, Outcome::ScopeDenied, &[]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_page_of_a_named_origin_may_call_the_management_api_and_no_other() -> Result<()> {
+    const PAGE: &str = "https://keys.example.com";
+    let stack = Stack::builder().control_plane_arguments(&["--cors-origins", PAGE]).start().await?;
+    let rest = stack.rest();
+    for (origin, allowed) in [(PAGE, Some(PAGE)), ("https://other.example.com", None)] {
+        let preflight = Request::builder().method(Method::OPTIONS).uri("/v1/keys").header("origin", origin);
+        let preflight = preflight
+            .header("access-control-request-method", "POST")
+            .header("access-control-request-headers", "x-api-key,content-type");
+        let call = Request::get("/v1/keys").header("origin", origin).header("x-api-key", rest.key.reveal());
+        for request in [preflight, call] {
+            let reply = send(rest.address, request.body(Full::default())?).await?;
+            assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, allowed), "{origin}");
+        }
+    }
+    Ok(())
+}
