@@ -1,8 +1,11 @@
 //! The decision on one request: a pure function of the key's record, the request and the time, whose result is an [`Outcome`].
 //!
 //! No other function admits a key. The filter calls it for each request, the control plane for its own callers, and `explain`
-//! to show each check. The first check that fails names the outcome. Rate limits ([`crate::rate`]), quotas and
-//! credits have a state of their own and are enforced afterwards, for allowed requests only.
+//! to show each check. The first check that fails names the outcome. A quota or credits that the record marks as used up fail
+//! here too.
+//!
+//! The filter asks before whether it has keys and whether the policy is known. Afterwards it takes the tokens of an allowed
+//! request from its rate limits, quota and credits, whose state is not in the record.
 
 use std::net::IpAddr;
 

@@ -20,7 +20,7 @@ use filter_core::host::{Call, Clock, Cluster, Flow, Log, MetricId, PolicyPlace, 
 use filter_core::keys::KeyStore;
 use filter_core::limits::allowances::Allowances;
 use filter_core::limits::charge::{Attempt, Limits, charge};
-use filter_core::limits::wait::{Exceeded, Wait};
+use filter_core::limits::retry_after::{Exceeded, RetryAfter};
 use filter_core::reply::{Challenge, RequestFacts, reply};
 use filter_core::request::{Waited, handle};
 use filter_core::shared::election::{NodeId, acquire};
@@ -277,13 +277,15 @@ fn report_keys(bencher: Bencher<'_, '_>, keys: u16) {
 #[divan::bench]
 fn refuse_an_unknown_key(bencher: Bencher<'_, '_>) {
     let challenge = Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).expect("a plain realm");
-    bencher.bench_local(|| reply(black_box(Outcome::Unknown), &challenge, &Wait::Usual, |_| RequestFacts::default()));
+    bencher.bench_local(|| {
+        reply(black_box(Outcome::Unknown), &challenge, &RetryAfter::Usual, |_| RequestFacts::default())
+    });
 }
 
 #[divan::bench]
 fn refuse_by_a_limit(bencher: Bencher<'_, '_>) {
     let challenge = Challenge::new("portcullis", &[Source::Header("x-api-key".into())]).expect("a plain realm");
     let limit = RateLimit { name: "own".into(), requests: 100, window_s: 1, burst: 100, shared: true, per: Per::Key };
-    let wait = Wait::Limits(vec![limit], Exceeded { limit: 0, retry_after_s: 7 });
+    let wait = RetryAfter::Limits(vec![limit], Exceeded { limit: 0, retry_after_s: 7 });
     bencher.bench_local(|| reply(black_box(Outcome::RateLimited), &challenge, &wait, |_| RequestFacts::default()));
 }

@@ -1,5 +1,5 @@
-//! Look-up of keys and policies, as a trait: a host whose VMs share cells of bytes only has a store in those cells ([`crate::store`]); a
-//! host with shared memory may have a table of its own.
+//! Look-up of keys and policies, as traits. [`crate::store`] is the look-up in cells of bytes, which is all that VMs of Envoy
+//! share; a host with shared memory may have a table of its own.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
 //! Everything that the filter does, for any host: Envoy runs it as WebAssembly through a thin shell, tests run it on a mock.
 //!
 //! [`filter`] has the callbacks of a host, and [`host`] the traits that a shell implements. A request is one walk in
-//! [`request`]: [`extract`] finds its key, [`keys`] looks the key up in the [`store`], `contract::decision` decides, [`limits`]
-//! limit, [`reply`] refuses, [`usage`] counts. Between requests, [`vm`] publishes what a VM counted, and the [`leader`] syncs
+//! [`request`]: [`extract`] finds and hashes its key, [`keys`] looks the key up in the [`store`], `contract::decision` decides, [`limits`]
+//! takes tokens or lets the request wait, [`reply`] refuses, [`usage`] counts. Between requests, [`vm`] publishes what a VM counted, and the [`leader`] syncs
 //! the store and reports usage. [`setup`] and [`config`] read what the operator chose.
 //!
 //! VMs of one Envoy share cells of bytes only, see [`shared`].
@@ -42,6 +42,7 @@ pub mod store;
 
 pub mod address;
 pub mod limits;
+pub mod metadata;
 pub mod reply;
 
 pub mod unknown;

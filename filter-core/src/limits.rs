@@ -4,6 +4,6 @@
 pub mod allowances;
 pub mod cell;
 pub mod charge;
+pub mod retry_after;
 #[cfg(test)]
 pub(crate) mod testing;
-pub mod wait;

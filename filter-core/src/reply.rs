@@ -7,7 +7,7 @@ use contract::record::RateLimit;
 use crate::extract::source::{Source, places};
 use crate::host::Reply;
 use crate::limits::charge::Left;
-use crate::limits::wait::{Exceeded, Wait};
+use crate::limits::retry_after::{Exceeded, RetryAfter};
 
 /// Most bytes of a request's id. The ids of Envoy are UUIDs.
 const REQUEST_ID_BYTES: usize = 128;
@@ -78,7 +78,7 @@ pub fn is_grpc(content_type: &[u8]) -> bool {
 pub fn reply(
     outcome: Outcome,
     challenge: &Challenge,
-    wait: &Wait,
+    wait: &RetryAfter,
     facts: impl FnOnce(u16) -> RequestFacts,
 ) -> Option<Reply> {
     let refusal = outcome.refusal()?;
@@ -87,11 +87,11 @@ pub fn reply(
         vec![("content-type", "application/problem+json".to_owned()), ("cache-control", "no-store".to_owned())];
     match (refusal.status, wait) {
         (401, _) => headers.extend(challenge.schemes.iter().map(|value| ("www-authenticate", value.clone()))),
-        (429, Wait::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
+        (429, RetryAfter::Usual) => headers.extend(stock_headers(outcome, RETRY_EXHAUSTED_S, false)),
         // `Retry-After` would make clients retry for ever.
-        (429, Wait::Hopeless) => {}
-        (429, Wait::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
-        (429, Wait::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
+        (429, RetryAfter::Hopeless) => {}
+        (429, RetryAfter::Seconds(seconds)) => headers.extend(stock_headers(outcome, *seconds, true)),
+        (429, RetryAfter::Limits(limits, refused)) => headers.extend(limit_headers(limits, *refused)),
         (503, _) => headers.push(("retry-after", RETRY_NOT_READY_S.to_string())),
         _ => {}
     }
@@ -100,7 +100,7 @@ pub fn reply(
     }
     let detail = match wait {
         _ if outcome == Outcome::Missing => challenge.missing.as_str(),
-        Wait::Hopeless => PRICE_ABOVE_BALANCE,
+        RetryAfter::Hopeless => PRICE_ABOVE_BALANCE,
         _ => refusal.detail,
     };
     let id = facts.id.as_ref().map(|id| format!(",\"request_id\":\"{id}\"")).unwrap_or_default();
@@ -175,7 +175,7 @@ mod tests {
     fn every_refusal_is_a_problem_with_its_code() {
         for outcome in Outcome::ALL {
             let facts = |_| RequestFacts { id: Some("1f-2".into()), is_grpc: false };
-            let Some(reply) = reply(outcome, &challenge(), &Wait::Usual, facts) else {
+            let Some(reply) = reply(outcome, &challenge(), &RetryAfter::Usual, facts) else {
                 assert!(outcome.goes_upstream());
                 continue;
             };
@@ -195,7 +195,7 @@ mod tests {
         }
     }
 
-    fn headers(outcome: Outcome, challenge: &Challenge, wait: &Wait) -> Vec<(&'static str, String)> {
+    fn headers(outcome: Outcome, challenge: &Challenge, wait: &RetryAfter) -> Vec<(&'static str, String)> {
         reply(outcome, challenge, wait, |_| RequestFacts::default()).unwrap().headers.split_off(2)
     }
 
@@ -210,7 +210,7 @@ mod tests {
             per: Per::Key,
         };
         let limits = vec![limit("second", 10, 1), limit("hour", 1_000, 3_600)];
-        let wait = Wait::Limits(limits, Exceeded { limit: 1, retry_after_s: 7 });
+        let wait = RetryAfter::Limits(limits, Exceeded { limit: 1, retry_after_s: 7 });
         let expected = [
             ("retry-after", "7"),
             ("ratelimit-policy", "\"second\";q=10;w=1, \"hour\";q=1000;w=3600"),
@@ -223,14 +223,14 @@ mod tests {
     #[test]
     fn a_refusal_for_quota_or_credits_says_how_long() {
         for (outcome, wait, seconds, left) in [
-            (Outcome::QuotaExceeded, Wait::Seconds(5), "5", "\"quota\";r=0;t=5"),
-            (Outcome::CreditsExhausted, Wait::Usual, "60", "\"credits\";r=0"),
+            (Outcome::QuotaExceeded, RetryAfter::Seconds(5), "5", "\"quota\";r=0;t=5"),
+            (Outcome::CreditsExhausted, RetryAfter::Usual, "60", "\"credits\";r=0"),
         ] {
             let expected = [("retry-after", seconds.to_owned()), ("ratelimit", left.to_owned())];
             assert_eq!(headers(outcome, &challenge(), &wait), expected);
         }
         let hopeless =
-            reply(Outcome::CreditsExhausted, &challenge(), &Wait::Hopeless, |_| RequestFacts::default()).unwrap();
+            reply(Outcome::CreditsExhausted, &challenge(), &RetryAfter::Hopeless, |_| RequestFacts::default()).unwrap();
         assert!(hopeless.headers.iter().all(|(name, _)| *name != "retry-after"), "{:?}", hopeless.headers);
         let body: serde_json::Value = serde_json::from_str(&hopeless.body).unwrap();
         assert_eq!((&body["code"], &body["detail"]), (&"credits_exhausted".into(), &PRICE_ABOVE_BALANCE.into()));
@@ -240,12 +240,12 @@ mod tests {
     fn if_keys_may_be_bearer_tokens_both_schemes_are_offered() {
         let sources = [Source::Bearer(true), Source::Query("k".into()), Source::Cookie("c".into())];
         let challenge = Challenge::new("orders", &sources).unwrap();
-        let reply = reply(Outcome::Missing, &challenge, &Wait::Usual, |_| RequestFacts::default()).unwrap();
+        let reply = reply(Outcome::Missing, &challenge, &RetryAfter::Usual, |_| RequestFacts::default()).unwrap();
         let detail = "Send your API key as a bearer token in the header authorization, in the query parameter k or in the cookie c.";
         assert!(reply.body.contains(detail) && !reply.body.contains("request_id"), "{}", reply.body);
         let expected = ["ApiKey realm=\"orders\"", "Bearer realm=\"orders\""];
         let expected = expected.map(|value| ("www-authenticate", value.to_owned()));
-        assert_eq!(headers(Outcome::Missing, &challenge, &Wait::Usual), expected);
+        assert_eq!(headers(Outcome::Missing, &challenge, &RetryAfter::Usual), expected);
     }
 
     #[test]
@@ -260,7 +260,7 @@ mod tests {
     fn only_a_429_sets_the_grpc_status() {
         let grpc = |outcome| {
             let facts = |_| RequestFacts { id: None, is_grpc: true };
-            let headers = reply(outcome, &challenge(), &Wait::Usual, facts)?.headers;
+            let headers = reply(outcome, &challenge(), &RetryAfter::Usual, facts)?.headers;
             headers.into_iter().find(|(name, _)| *name == "grpc-status").map(|(_, value)| value)
         };
         for outcome in Outcome::ALL {

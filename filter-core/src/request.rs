@@ -26,7 +26,7 @@ use crate::host::{Clock, Flow, Host, PolicyPlace, Reply, Stream};
 use crate::identity;
 use crate::keys::{KeyLookup, StoredKey};
 use crate::limits::charge::{Attempt, Charged, Left, Limits, charge, charge_client};
-use crate::limits::wait::Wait;
+use crate::limits::retry_after::RetryAfter;
 use crate::reply::{RequestFacts, is_grpc, left_fields, reply, request_id};
 use crate::time::{NS_PER_MS, NS_PER_S};
 use crate::vm::Vm;
@@ -89,7 +89,7 @@ pub struct Verdict {
     /// The price of the request in credits, if its key is known.
     pub cost: u32,
     /// How long a refused client should wait.
-    pub wait: Wait,
+    pub wait: RetryAfter,
     /// What is left of the limits of an allowed request. Empty unless `rate_limit_state` is on.
     pub left: Vec<Left>,
 }
@@ -97,13 +97,13 @@ pub struct Verdict {
 /// The outcome after the limits were charged.
 struct AfterLimits {
     outcome: Outcome,
-    wait: Wait,
+    wait: RetryAfter,
     left: Vec<Left>,
 }
 
 impl Verdict {
     const fn without_key(outcome: Outcome) -> Self {
-        Self { outcome, shadowed: false, key: None, cost: 0, wait: Wait::Usual, left: Vec::new() }
+        Self { outcome, shadowed: false, key: None, cost: 0, wait: RetryAfter::Usual, left: Vec::new() }
     }
 }
 
@@ -305,7 +305,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         policy: &Policy,
         stream: &impl Stream,
     ) -> Option<AfterLimits> {
-        let of = |outcome| AfterLimits { outcome, wait: Wait::Usual, left: Vec::new() };
+        let of = |outcome| AfterLimits { outcome, wait: RetryAfter::Usual, left: Vec::new() };
         match (key, outcome) {
             (Some(key), Outcome::Allowed) => match self.charge_key(key, cost, policy) {
                 Charged::Yes(left) => Some(AfterLimits { left, ..of(outcome) }),
@@ -510,14 +510,14 @@ impl<S: Stream> Target for RuleTarget<'_, S> {
 }
 
 /// How long a client should wait whose key is marked as exhausted; as usual for other outcomes.
-fn exhausted_wait(outcome: Outcome, record: &Record, now_s: u64) -> Wait {
+fn exhausted_wait(outcome: Outcome, record: &Record, now_s: u64) -> RetryAfter {
     let budget = match outcome {
         Outcome::QuotaExceeded => record.quota,
         Outcome::CreditsExhausted => record.credits,
         _ => None,
     };
     let resets_at_s = budget.and_then(|budget| budget.resets_at_s);
-    resets_at_s.map_or(Wait::Usual, |at| Wait::Seconds(at.saturating_sub(now_s).max(1)))
+    resets_at_s.map_or(RetryAfter::Usual, |at| RetryAfter::Seconds(at.saturating_sub(now_s).max(1)))
 }
 
 /// What the reply to a refused request needs of the request.

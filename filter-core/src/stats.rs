@@ -4,13 +4,12 @@
 //! files in `envoy/` takes the outcome out of a name and leaves `portcullis.decisions_total`.
 
 use std::cell::Cell as Slot;
-use std::num::NonZeroU64;
 
 use contract::outcome::Outcome;
 
-use crate::host::{Host, MetricId, random_bytes};
+use crate::host::{Host, MetricId};
 
-/// All statistics but the [`Generation`], defined once for each VM. A metric that the host refuses to define is left out.
+/// All statistics, defined once for each VM. A metric that the host refuses to define is left out.
 #[derive(Debug)]
 pub struct Statistics<H> {
     host: H,
@@ -140,39 +139,11 @@ impl<H: Host> Statistics<H> {
     }
 }
 
-/// The generation of the key store: a number that changes with every write of the store. It is the value of a gauge, which
-/// every VM of the process reads faster than a cell.
-#[derive(Debug)]
-pub struct Generation<H> {
-    host: H,
-    gauge: Option<MetricId>,
-}
-
-impl<H: Host> Generation<H> {
-    /// Defines the gauge.
-    pub fn define(host: &H) -> Self {
-        Self { host: host.clone(), gauge: host.define_gauge("portcullis.internal.store_generation") }
-    }
-
-    /// The present generation. `None` before the first: a host that is configured not to keep the gauge shows 0 too.
-    pub fn current(&self) -> Option<NonZeroU64> {
-        self.gauge.and_then(|gauge| NonZeroU64::new(self.host.value(gauge)))
-    }
-
-    /// Begins a generation, with a random step. During a hot restart Envoy adds the gauges of both processes: with steps of
-    /// one, the sum could take an earlier value again.
-    pub fn raise(&self) {
-        let [low, high] = random_bytes(&self.host).unwrap_or([1, 0]);
-        if let Some(gauge) = self.gauge {
-            self.host.add(gauge, u64::from(u16::from_le_bytes([low, high])).saturating_add(1));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mock::MockHost;
+    use crate::store::generation::Generation;
 
     #[test]
     fn each_outcome_has_a_counter_and_each_refusal_one_more_for_shadow_mode() {
@@ -229,22 +200,5 @@ mod tests {
         stats.count_sync_failure();
         generation.raise();
         assert_eq!(generation.current(), None);
-    }
-
-    #[test]
-    fn a_generation_is_seen_by_all_and_never_comes_back() {
-        let host = MockHost::default();
-        let (one, other) = (Generation::define(&host), Generation::define(&host));
-        assert_eq!(one.current(), None);
-        let mut seen = Vec::new();
-        for _ in 0..100 {
-            one.raise();
-            assert_eq!(one.current(), other.current());
-            assert!(!seen.contains(&one.current()));
-            seen.push(one.current());
-        }
-        host.without_randomness(true);
-        one.raise();
-        assert!(!seen.contains(&one.current()));
     }
 }

@@ -14,15 +14,16 @@ use crate::keys::{KeyLookup, KeyStore, StoredKey};
 use crate::shared::election::NodeId;
 use crate::shared::fenced::NotLeader;
 use crate::shared::{Cells, SharedData};
-use crate::stats::Generation;
 
 pub mod cache;
 pub mod definitions;
+pub mod generation;
 pub mod records;
 pub mod state;
 
 use cache::KeyCache;
 use definitions::DefinitionsCopy;
+use generation::Generation;
 
 /// One VM's view of the store.
 ///

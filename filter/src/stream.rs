@@ -4,32 +4,31 @@ use std::net::IpAddr;
 
 use filter_core::address;
 use filter_core::host::{PolicyPlace, Reply, Stream};
+use filter_core::metadata::{Member, member};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{MapType, Status};
 
 /// The annotations that Envoy Gateway copies from a resource to its routes.
 const ANNOTATIONS: [&str; 6] = ["xds", "route_metadata", "filter_metadata", "envoy-gateway", "resources", "0"];
 
-/// Metadata without members as Envoy encodes it: the number of its pairs.
-const NO_MEMBERS: [u8; 4] = [0; 4];
-
 /// The request of the present callback.
 pub(crate) struct EnvoyStream;
 
-/// The policy that metadata of this kind names. The SDK returns an empty name as no name. Without a name a second call reads all
-/// of the metadata. If there is none, that call returns no data.
+/// The policy that metadata of this kind names; an empty name if the metadata has other members only. One call reads all of the
+/// metadata. Envoy cannot encode members that are lists: then a second call reads the name.
 fn policy_of(kind: &str) -> Option<String> {
     let own = ["xds", kind, "filter_metadata", "portcullis"];
-    let mut policy = own.to_vec();
-    policy.push("policy");
-    let named = text(hostcalls::get_property(policy));
-    if named.is_some() {
-        return named;
-    }
     match hostcalls::get_property(own.to_vec()) {
         Ok(None) => None,
-        Ok(Some(metadata)) if metadata == NO_MEMBERS => None,
-        _ => Some(String::new()),
+        Ok(Some(metadata)) => match member(&metadata, "policy") {
+            Member::NoMetadata => None,
+            Member::Missing => Some(String::new()),
+            Member::Value(name) => Some(String::from_utf8_lossy(name).into_owned()),
+        },
+        Err(_) => {
+            let policy = own.into_iter().chain(["policy"]).collect();
+            Some(text(hostcalls::get_property(policy)).unwrap_or_default())
+        }
     }
 }
 

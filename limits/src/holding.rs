@@ -192,7 +192,7 @@ impl Holding {
             return Spent::Yes { is_low };
         }
         let available = self.available(contact, now_ms);
-        self.refuse(cost.saturating_sub(available), waiting, now_ms)
+        self.wait_or_refuse(cost.saturating_sub(available), waiting, now_ms)
     }
 
     /// Notes that a request needs tokens under these terms. Store the holding even if the request must wait, so that the answer
@@ -270,7 +270,7 @@ impl Holding {
 
     /// Whether the pool has tokens, too few for a request that it refused.
     #[must_use]
-    pub const fn has_some(&self) -> bool {
+    pub const fn has_too_few(&self) -> bool {
         self.left.saturating_add(self.unspent()) > 0
     }
 
@@ -422,7 +422,7 @@ impl Holding {
                 Err(wait_ns) => return Spent::No { empty_ms: wait_ns.div_ceil(NS_PER_MS) },
             },
             None if self.alone_left >= cost => {}
-            None => return self.refuse(cost, 0, now_ns / NS_PER_MS),
+            None => return self.wait_or_refuse(cost, 0, now_ns / NS_PER_MS),
         }
         self.take(cost, rate, now_ns);
         Spent::Yes { is_low: false }
@@ -430,7 +430,7 @@ impl Holding {
 
     /// Refuses a request if the pool certainly lacks the tokens: either it has none left, or other Envoys hold fewer than this
     /// request and the waiting ones need.
-    const fn refuse(&self, lacking: u64, waiting: u64, now_ms: u64) -> Spent {
+    const fn wait_or_refuse(&self, lacking: u64, waiting: u64, now_ms: u64) -> Spent {
         // An answer from before a clock step is void. While the pool has tokens, it is unknown which waiting request gets them.
         if now_ms >= self.known_until_ms || now_ms < self.asked_ms || lacking <= self.left {
             return Spent::Wait { for_others: false };

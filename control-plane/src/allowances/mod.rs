@@ -1,7 +1,8 @@
 //! Allowances: what Envoys are granted of shared rate limits, quotas and credits. The rules are those of the crate [`limits`];
 //! this module keeps its pools in PostgreSQL and answers the calls of Envoys.
 //!
-//! `queue` collects calls, and `batch` answers those that have come meanwhile in one transaction: `callers` notes which
+//! `queue` collects calls, and `batch` answers those that have come meanwhile in one transaction. [`limits::ledger::Pool::answer`] says what
+//! is granted. `callers` notes which
 //! Envoys are live, `terms` reads what the pools allow, and `rows` reads and writes their state. `metering` books usage in
 //! the same rows. A transaction that has locked a pool waits for nothing but other pools.
 

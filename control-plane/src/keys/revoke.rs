@@ -15,9 +15,9 @@ use crate::domain::{ADMIN, Email, SYNC};
 use crate::error::ApiError;
 use crate::users::lock::{find_user, lock_user};
 
-/// Revokes a key. A trigger gives the row the next revision, and the commit of the change wakes the feed, which sends the record
-/// with its new flag to the filters. A revoked key keeps its time of revocation, and nothing is sent. 409 for the last admin
-/// key.
+/// Revokes a key. A trigger gives the row the next revision, and the commit of the change wakes the feed, which reads the record
+/// with its new flag into the mirror, from where the held polls of filters are answered. For a key that is revoked already,
+/// nothing changes. 409 for the last admin key.
 pub async fn revoke(change: &mut Change, key: &LockedKey) -> Result<(), ApiError> {
     if key.revoked_at.is_some() {
         return Ok(());

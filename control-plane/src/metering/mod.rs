@@ -1,5 +1,5 @@
-//! Usage. `ingest` takes reports from filters and [`mod@import`] takes them from logs; `apply` adds each report to the tables
-//! once, and `booking` books quotas and credits with it. [`query`] and [`hourly`] read sums of
+//! Usage. `ingest` takes reports from filters and [`mod@import`] takes them from logs; `apply` writes
+//! the counts of each report into the tables of usage, once, and `booking` books quotas and credits with it. [`query`] and [`hourly`] read sums of
 //! [`spans`] of time, [`events`] passes usage to other systems, and [`retention`] rolls up and deletes old usage.
 
 mod apply;

@@ -14,7 +14,7 @@ use limits::pool::{PoolId, Subject};
 
 use super::allowances::Allowances;
 use super::cell::{Entries, cell_of, cell_of_client};
-use super::wait::{Exceeded, Wait};
+use super::retry_after::{Exceeded, RetryAfter};
 use crate::address::Client;
 use crate::config::{FailureMode, LimitModes, RateMode};
 use crate::keys::StoredKey;
@@ -61,7 +61,7 @@ pub enum Charged {
     /// It must wait for an allowance.
     Wait,
     /// A limit refuses it.
-    No(Outcome, Wait),
+    No(Outcome, RetryAfter),
 }
 
 /// What is left of a limit after a request.
@@ -197,11 +197,11 @@ impl Limits<'_> {
         let wait = match place {
             Some(limit) => {
                 let all = self.own.iter().chain(self.route_limits()).cloned().collect();
-                Wait::Limits(all, Exceeded { limit, retry_after_s: seconds })
+                RetryAfter::Limits(all, Exceeded { limit, retry_after_s: seconds })
             }
-            None if is_hopeless && outcome == Outcome::CreditsExhausted => Wait::Hopeless,
-            None if empty_ms == u64::MAX => Wait::Usual,
-            None => Wait::Seconds(seconds),
+            None if is_hopeless && outcome == Outcome::CreditsExhausted => RetryAfter::Hopeless,
+            None if empty_ms == u64::MAX => RetryAfter::Usual,
+            None => RetryAfter::Seconds(seconds),
         };
         Charged::No(outcome, wait)
     }
@@ -271,7 +271,12 @@ fn take(data: &SharedData<impl Cells>, charging: &mut Charging<'_>, of: &OfSubje
 }
 
 /// Takes a request without a key from the limits of its policy, or from none of them. Returns how long to wait if one refuses.
-pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limits: &[RateLimit], now_ns: u64) -> Option<Wait> {
+pub fn charge_client(
+    data: &SharedData<impl Cells>,
+    client: Client,
+    limits: &[RateLimit],
+    now_ns: u64,
+) -> Option<RetryAfter> {
     let taken = data.update(cell_of_client(client), |cell| {
         let (mut taken, mut untaken) = (Entries::read(cell), Entries::read(cell));
         let (mut refused, mut is_corrected) = (None, false);
@@ -305,7 +310,7 @@ pub fn charge_client(data: &SharedData<impl Cells>, client: Client, limits: &[Ra
         Err(_) => (CONTENTION_MS, 0),
     };
     let retry_after_s = wait_ms.div_ceil(MS_PER_S).max(1);
-    Some(Wait::Limits(limits.to_vec(), Exceeded { limit, retry_after_s }))
+    Some(RetryAfter::Limits(limits.to_vec(), Exceeded { limit, retry_after_s }))
 }
 
 /// Queues the key's shared limits whose state is unknown for the next call.
@@ -435,12 +440,12 @@ impl<'a> Charging<'a> {
                 }
                 Verdict::Taken
             }
-            Spent::No { empty_ms } => no(empty_ms, holding.has_some()),
+            Spent::No { empty_ms } => no(empty_ms, holding.has_too_few()),
             Spent::Wait { .. } if self.attempt.is_unreachable => self.take_unanswered(&mut holding, limit, no),
             Spent::Wait { .. } if self.attempt.waited_ms >= LONGEST_WAIT_MS => {
                 let now_ms = now_ns / NS_PER_MS;
                 if holding.is_known_to_lack(cost, now_ms.saturating_sub(self.attempt.waited_ms)) {
-                    no(holding.empty_ms(now_ms), holding.has_some())
+                    no(holding.empty_ms(now_ms), holding.has_too_few())
                 } else {
                     self.take_unanswered(&mut holding, limit, no)
                 }

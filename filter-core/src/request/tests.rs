@@ -13,7 +13,7 @@ use contract::usage::Count;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::limits::wait::Exceeded;
+use crate::limits::retry_after::Exceeded;
 use crate::mock::{MockHost, MockStream, TestData};
 use crate::shared::election::{NodeId, acquire};
 use crate::shared::{CellKey, SharedData};
@@ -168,7 +168,7 @@ fn a_plain_key_costs_three_reads_and_one_write_of_cells_if_the_host_keeps_no_gen
     let (verdict, stream) = bench.ask_with(Some("k"), None);
     assert_eq!(
         (verdict.outcome, verdict.shadowed, verdict.cost, verdict.wait),
-        (Outcome::Allowed, false, 1, Wait::Usual)
+        (Outcome::Allowed, false, 1, RetryAfter::Usual)
     );
     // The version of the policies, the key's bucket and its limits.
     assert_eq!((bench.host().reads() - reads, bench.host().writes() - writes), (3, 1));
@@ -184,7 +184,9 @@ fn keys_without_limits_have_that_of_the_filter() {
     let bench = Bench::new(json!({"rate_limit": {"requests": 8, "window": "60s"}}), &[("k", own), ("d", plain)]);
     assert_eq!(admitted(&bench.outcomes(10, Some("k"), None)), 2);
     assert_eq!(admitted(&bench.outcomes(10, Some("d"), None)), 8);
-    let Wait::Limits(limits, Exceeded { limit, .. }) = bench.ask(Some("k"), None).wait else { panic!("no limits") };
+    let RetryAfter::Limits(limits, Exceeded { limit, .. }) = bench.ask(Some("k"), None).wait else {
+        panic!("no limits")
+    };
     assert_eq!((limits.len(), limit), (2, 0));
 }
 
@@ -199,7 +201,7 @@ fn a_policy_adds_its_limit_and_its_cost() {
     assert_eq!(admitted(&bench.outcomes(10, Some("k"), Some("search"))), 2);
     assert_eq!(admitted(&bench.outcomes(10, Some("k"), Some("free"))), 10);
     assert_eq!(bench.ask(Some("k"), Some("free")).cost, 0);
-    let Wait::Limits(limits, _) = bench.ask(Some("k"), Some("search")).wait else { panic!("no limits") };
+    let RetryAfter::Limits(limits, _) = bench.ask(Some("k"), Some("search")).wait else { panic!("no limits") };
     assert_eq!(limits.iter().map(|limit| limit.name.as_str()).collect::<Vec<_>>(), ["search.minute"]);
 }
 
@@ -255,9 +257,9 @@ fn a_refusal_by_the_record_for_quota_or_credits_says_when_to_retry() {
     let for_good = Record { credits: budget(None), ..of(3, Flags::CREDITS_EXHAUSTED) };
     let bench = Bench::new(json!({}), &[("quota", quota), ("credits", credits), ("for good", for_good)]);
     for (key, outcome, wait) in [
-        ("quota", Outcome::QuotaExceeded, Wait::Seconds(500)),
-        ("credits", Outcome::CreditsExhausted, Wait::Seconds(7)),
-        ("for good", Outcome::CreditsExhausted, Wait::Usual),
+        ("quota", Outcome::QuotaExceeded, RetryAfter::Seconds(500)),
+        ("credits", Outcome::CreditsExhausted, RetryAfter::Seconds(7)),
+        ("for good", Outcome::CreditsExhausted, RetryAfter::Usual),
     ] {
         let verdict = bench.ask(Some(key), None);
         assert_eq!((verdict.outcome, verdict.wait), (outcome, wait));

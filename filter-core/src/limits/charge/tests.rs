@@ -37,7 +37,7 @@ fn admitted(data: &TestData, own: &[RateLimit], at: impl IntoIterator<Item = u64
 }
 
 fn limited(own: &[RateLimit], limit: usize, retry_after_s: u64) -> Charged {
-    Charged::No(Outcome::RateLimited, Wait::Limits(own.to_vec(), Exceeded { limit, retry_after_s }))
+    Charged::No(Outcome::RateLimited, RetryAfter::Limits(own.to_vec(), Exceeded { limit, retry_after_s }))
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn too_much_contention_counts_as_an_exceeded_limit() {
     data.host().refuse_writes(true);
     assert_eq!(take_of(&data, 7, &limits, NOW), limited(&limits, 0, 1));
     let client = Client::of("192.0.2.1".parse().unwrap());
-    let wait = Wait::Limits(limits.to_vec(), Exceeded { limit: 0, retry_after_s: 1 });
+    let wait = RetryAfter::Limits(limits.to_vec(), Exceeded { limit: 0, retry_after_s: 1 });
     assert_eq!(charge_client(&data, client, &limits[..1], NOW), Some(wait));
 }
 
@@ -218,7 +218,7 @@ fn a_client_is_taken_from_all_limits_for_addresses_or_from_none() {
     let second = 1_000_000_000;
     let wait = |now_ns| match charge_client(&data, client, &limits, now_ns) {
         None => None,
-        Some(Wait::Limits(_, exceeded)) => Some((exceeded.limit, exceeded.retry_after_s)),
+        Some(RetryAfter::Limits(_, exceeded)) => Some((exceeded.limit, exceeded.retry_after_s)),
         Some(other) => panic!("{other:?}"),
     };
     assert_eq!(wait(NOW), None);
@@ -373,7 +373,7 @@ fn a_refusal_by_the_owner_gives_back_what_the_key_has_spent() {
         (holding.known_until_ms, holding.empty_until_ms) = (NOW / MS + 7_000, NOW / MS + 7_000);
     });
     for _ in 0..7 {
-        let refused = Charged::No(Outcome::CreditsExhausted, Wait::Seconds(7));
+        let refused = Charged::No(Outcome::CreditsExhausted, RetryAfter::Seconds(7));
         assert_eq!(charge(&data, &allowances, &limits, REACHABLE, || NOW), refused);
     }
     assert_eq!(holding(&data, pools[1]).spent, 0);
@@ -418,7 +418,7 @@ fn while_the_control_plane_does_not_answer_each_kind_follows_its_mode() {
         is_unreachable: true,
         ..REACHABLE
     };
-    let unavailable = Charged::No(Outcome::LimitsUnavailable, Wait::Seconds(1));
+    let unavailable = Charged::No(Outcome::LimitsUnavailable, RetryAfter::Seconds(1));
     let (safe, deny, allow) = (RateMode::SafeRate, RateMode::Deny, RateMode::Allow);
     for (attempt, expected) in [
         (unreachable(safe, FailureMode::Allow, FailureMode::Allow), YES),
@@ -458,15 +458,15 @@ fn a_request_that_may_not_wait_longer_is_refused() {
     grant(&data, pools[0], 1);
     grant(&data, pools[1], 1);
     let unanswered = charge(&data, &allowances, &limits, attempt, || NOW);
-    assert_eq!(unanswered, Charged::No(Outcome::LimitsUnavailable, Wait::Seconds(1)));
+    assert_eq!(unanswered, Charged::No(Outcome::LimitsUnavailable, RetryAfter::Seconds(1)));
     change(&data, pools[2], |holding| holding.known_until_ms = NOW / MS - LONGEST_WAIT_MS + 1);
     assert_eq!(
         charge(&data, &allowances, &limits, attempt, || NOW),
-        Charged::No(Outcome::CreditsExhausted, Wait::Seconds(1))
+        Charged::No(Outcome::CreditsExhausted, RetryAfter::Seconds(1))
     );
     grant(&data, pools[2], 3);
     assert_eq!(
         charge(&data, &allowances, &limits, attempt, || NOW),
-        Charged::No(Outcome::CreditsExhausted, Wait::Hopeless)
+        Charged::No(Outcome::CreditsExhausted, RetryAfter::Hopeless)
     );
 }

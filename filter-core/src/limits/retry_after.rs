@@ -4,7 +4,7 @@ use contract::record::RateLimit;
 
 /// How long a refused client should wait, where that depends on more than the outcome.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Wait {
+pub enum RetryAfter {
     /// The usual time of the outcome.
     #[default]
     Usual,
