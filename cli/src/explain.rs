@@ -15,7 +15,7 @@ use crate::server::{Client, Server};
 pub struct Explain {
     #[command(flatten)]
     server: Server,
-    /// URL that the client calls, such as https://api.example.com/orders
+    /// URL that the client calls: scheme, host, path and query
     #[arg(long)]
     url: String,
     /// The method of the request
