@@ -113,7 +113,7 @@ pub async fn forget(connection: &mut PgConnection, imported: &[KeyHash]) -> Resu
     Ok(())
 }
 
-/// Forgets keys that were not seen for [`DAYS`] days.
+/// Forgets keys that were not seen for `DAYS` days.
 pub async fn forget_old(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let done = sqlx::query!("delete from unknown_keys where last_seen_at < now() - make_interval(days => $1)", DAYS);
     Ok(done.execute(pool).await?.rows_affected())
