@@ -4,6 +4,7 @@
 pub mod allowances;
 pub mod cell;
 pub mod charge;
+pub mod client;
 pub mod retry_after;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -14,22 +14,24 @@ use std::sync::Arc;
 use contract::decision::{Facts, Presented, cost, decide, depends_on_time};
 use contract::definition::Definitions;
 use contract::outcome::Outcome;
-use contract::policy::{NamedPolicy, Policy};
+use contract::policy::Policy;
 use contract::record::Record;
-use contract::rules::{AmbiguousPath, Target};
 use contract::usage::KeyRef;
 
 use crate::address::Client;
-use crate::config::{AttributeHeader, Config, FailureMode, PolicySource, SHADOW_HEADER};
+use crate::config::{AttributeHeader, Config, FailureMode, SHADOW_HEADER};
 use crate::extract::{self, Credential, Extraction, strip};
-use crate::host::{Clock, Flow, Host, PolicyPlace, Reply, Stream};
+use crate::host::{Clock, Flow, Host, Reply, Stream};
 use crate::identity;
 use crate::keys::{KeyLookup, StoredKey};
-use crate::limits::charge::{Attempt, Charged, Left, Limits, charge, charge_client};
+use crate::limits::charge::{Attempt, Charged, Left, Limits, charge};
+use crate::limits::client::charge_client;
 use crate::limits::retry_after::RetryAfter;
 use crate::reply::{RequestFacts, is_grpc, left_fields, reply, request_id};
 use crate::time::{NS_PER_MS, NS_PER_S};
 use crate::vm::Vm;
+
+mod policy;
 
 /// Filter state for the access log: the id of a known key, unless an identity header shows it. Envoy shows it as
 /// `wasm.portcullis.key_id`.
@@ -169,86 +171,6 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             self.vm.captured.borrow_mut().add(hash);
         }
         Some((verdict, extraction))
-    }
-
-    /// The policy of the request; `None` if an unknown one is named.
-    fn find_policy(&self, stream: &impl Stream) -> Option<&'a Policy> {
-        // A policy of the name `default` comes with the first one and stays, so that names are looked for from then on.
-        if self.definitions.has_no_policies() && !self.config.are_sources_given {
-            return Some(Policy::PLAIN);
-        }
-        for source in &self.config.policy_sources {
-            if let Some(found) = self.look_in(source, stream) {
-                return match found {
-                    Ok(policy) => Some(&policy.policy),
-                    Err(name) => {
-                        self.report_unknown_policy(source, &name);
-                        None
-                    }
-                };
-            }
-        }
-        Some(self.definitions.default_policy())
-    }
-
-    /// The policy that a source names, or the name if the source may not name it. `None`: it names none.
-    fn look_in(&self, source: &PolicySource, stream: &impl Stream) -> Option<Result<&'a NamedPolicy, String>> {
-        let policy = |name: String| self.definitions.policy(&name).ok_or(name);
-        // The owner of a route may not choose every policy.
-        let of_owner = |name: String| match self.definitions.policy(&name) {
-            Some(policy) if policy.from_annotation => Ok(policy),
-            _ => Err(name),
-        };
-        match source {
-            PolicySource::RouteMetadata => stream.named_policy(PolicyPlace::Route).map(policy),
-            PolicySource::VirtualHostMetadata => stream.named_policy(PolicyPlace::VirtualHost).map(policy),
-            PolicySource::Annotation(annotation) => {
-                stream.named_policy(PolicyPlace::Annotation(annotation)).map(of_owner)
-            }
-            PolicySource::RouteName => {
-                let name = stream.named_policy(PolicyPlace::RouteName)?;
-                self.definitions.policy(&name).map(|_| of_owner(name))
-            }
-            PolicySource::RouteNamePrefix(prefix) => {
-                let name = stream.named_policy(PolicyPlace::RouteName)?;
-                name.strip_prefix(prefix).map(|name| of_owner(name.to_owned()))
-            }
-            PolicySource::Rules => match self.definitions.rules().find(&RuleTarget(stream)) {
-                Ok(rule) => rule.map(|rule| policy(rule.policy.clone())),
-                Err(AmbiguousPath) => Some(Err(String::new())),
-            },
-        }
-    }
-
-    /// Logs the name of an unknown policy, once in each VM.
-    fn report_unknown_policy(&self, source: &PolicySource, name: &str) {
-        if !self.vm.is_new_unknown_policy(name) {
-            return;
-        }
-        let place = match source {
-            PolicySource::RouteMetadata => "the metadata of a route".to_owned(),
-            PolicySource::VirtualHostMetadata => "the metadata of a virtual host".to_owned(),
-            PolicySource::Annotation(annotation) => format!("the annotation {annotation} of a route"),
-            PolicySource::RouteName | PolicySource::RouteNamePrefix(_) => "the name of a route".to_owned(),
-            PolicySource::Rules => "a rule".to_owned(),
-        };
-        let problem = match (source, name) {
-            (PolicySource::Rules, "") => {
-                "requests have paths with dot segments or encoded slashes, which rules cannot be \
-                                          applied to: let Envoy normalise paths and refuse encoded slashes"
-                    .to_owned()
-            }
-            (_, "") => format!("{place} has no policy name where one belongs: write it as {{policy: NAME}}"),
-            (_, name) if self.definitions.policy(name).is_some() => {
-                format!("{place} names the policy {name:?}, which has from_annotation false: name another policy")
-            }
-            (_, name) => {
-                format!(
-                    "{place} names the policy {name:?}, which does not exist: write it with PUT /v1/policies/{name}"
-                )
-            }
-        };
-        self.vm.host().error(&format!("{problem}; until then such requests are refused"));
     }
 
     /// The outcome of every request while the store is not loaded, or older than the operator allows.
@@ -485,27 +407,6 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
     /// The time in seconds, if the decision on this key depends on it; otherwise any time will do.
     fn now_s_for(&self, key: &StoredKey) -> u64 {
         if depends_on_time(&key.record) { self.time.s() } else { 0 }
-    }
-}
-
-/// A request as rules see it.
-struct RuleTarget<'a, S>(&'a S);
-
-impl<S: Stream> Target for RuleTarget<'_, S> {
-    fn host(&self) -> Option<Vec<u8>> {
-        self.0.header(":authority")
-    }
-
-    fn path(&self) -> Option<Vec<u8>> {
-        self.0.header(":path")
-    }
-
-    fn method(&self) -> Option<Vec<u8>> {
-        self.0.header(":method")
-    }
-
-    fn header(&self, name: &str) -> Option<Vec<u8>> {
-        self.0.header(name)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::change::Change;
 use crate::domain::Timestamp;
 use crate::error::ApiError;
 
-/// Most unknown keys in the database. While it has so many, new ones are dropped and present ones are renewed.
+/// Most unknown keys in the database. When it is full, [`store`] drops new keys and still updates `last_seen_at` of the others.
 pub const MOST: i64 = 100_000;
 
 /// Days after which a key that was not seen again is forgotten.

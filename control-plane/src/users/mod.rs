@@ -182,11 +182,7 @@ pub async fn set_time_zone(connection: &mut PgConnection, id: Uuid, time_zone: O
     )
     .execute(&mut *connection)
     .await?;
-    let is_changed = changed.rows_affected() > 0;
-    if is_changed {
-        apply_quotas(connection, Whose::Owner(id)).await?;
-    }
-    Ok(is_changed)
+    apply_if_changed(connection, id, changed.rows_affected()).await
 }
 
 /// Reads the time zone of a user, UTC if the user has none or does not exist.
@@ -209,9 +205,13 @@ pub async fn set_plan(connection: &mut PgConnection, id: Uuid, plan: Option<&Nam
     )
     .execute(&mut *connection)
     .await?;
-    let is_changed = changed.rows_affected() > 0;
-    if is_changed {
+    apply_if_changed(connection, id, changed.rows_affected()).await
+}
+
+/// Copies the quotas that apply now to the keys of a user if a row was changed. Says whether one was.
+async fn apply_if_changed(connection: &mut PgConnection, id: Uuid, rows: u64) -> Result<bool, ApiError> {
+    if rows > 0 {
         apply_quotas(connection, Whose::Owner(id)).await?;
     }
-    Ok(is_changed)
+    Ok(rows > 0)
 }

@@ -4,6 +4,8 @@ use contract::id::{KeyId, OwnerId};
 use limits::contact::Contact;
 
 use super::*;
+use crate::address::Client;
+use crate::limits::client::charge_client;
 use crate::limits::testing::{budget, limit, record, shared};
 use crate::mock::{TestData, new_data};
 use crate::shared::CellKey;
