@@ -15,11 +15,10 @@ pub enum Member<'a> {
 /// Finds a member by its name.
 #[must_use]
 pub fn member<'a>(metadata: &'a [u8], name: &str) -> Member<'a> {
-    match find(metadata, name) {
-        _ if metadata.iter().all(|byte| *byte == 0) => Member::NoMetadata,
-        Some(value) => Member::Value(value),
-        None => Member::Missing,
+    if metadata.iter().all(|byte| *byte == 0) {
+        return Member::NoMetadata;
     }
+    find(metadata, name).map_or(Member::Missing, Member::Value)
 }
 
 fn find<'a>(metadata: &'a [u8], name: &str) -> Option<&'a [u8]> {

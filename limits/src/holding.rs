@@ -270,7 +270,7 @@ impl Holding {
 
     /// Whether the pool has tokens, too few for a request that it refused.
     #[must_use]
-    pub const fn has_too_few(&self) -> bool {
+    pub const fn has_some(&self) -> bool {
         self.left.saturating_add(self.unspent()) > 0
     }
 

@@ -34,6 +34,8 @@ struct Subject {
     quota: Option<Quota>,
     /// Whether a user's requests cost credits.
     metered: bool,
+    /// A user's time zone.
+    time_zone: Option<String>,
 }
 
 /// A plan with a limit or a quota that all keys of a user share.
@@ -68,11 +70,12 @@ async fn subjects(
     let ids: Vec<Uuid> = ids.into_iter().collect();
     let rows = sqlx::query!(
         r#"select k.id as "id!", false as "is_user!", k.applied_quota as quota, false as "metered!",
+            null::text as time_zone,
             case when k.rate_limits <> '[]' then k.rate_limits else d.rate_limits end as "limits: Json<Vec<RateLimit>>"
         from unnest($1::uuid[]) as of (id) join api_keys k on k.id = of.id
         left join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number) and not d.removed
         union all
-        select u.id, true, null, u.metered, null
+        select u.id, true, null, u.metered, u.time_zone, null
         from unnest($1::uuid[]) as of (id) join user_preferences u on u.id = of.id"#,
         &ids
     )
@@ -80,7 +83,16 @@ async fn subjects(
     .await?;
     let subjects = rows.into_iter().map(|row| {
         let limits = row.limits.map(|limits| limits.0).unwrap_or_default();
-        (row.id, Subject { is_user: row.is_user, limits, quota: Quota::of(row.quota), metered: row.metered })
+        (
+            row.id,
+            Subject {
+                is_user: row.is_user,
+                limits,
+                quota: Quota::of(row.quota),
+                metered: row.metered,
+                time_zone: row.time_zone,
+            },
+        )
     });
     Ok(subjects.collect())
 }
@@ -118,11 +130,12 @@ fn allowed(pool: &PoolId, subject: &Subject, plans: &[Plan]) -> Option<Allowed> 
         Kind::Quota => {
             let plan = i32::try_from(pool.tag).ok()?;
             let quota = if subject.is_user {
-                plans.iter().find(|of| of.number == plan)?.quota.as_ref().filter(|quota| quota.per == Per::Owner)?
+                let plan = plans.iter().find(|of| of.number == plan)?;
+                plan.quota.clone().filter(|quota| quota.per == Per::Owner)?.in_zone(subject.time_zone.as_deref())
             } else {
-                subject.quota.as_ref().filter(|quota| quota.per == Per::Key && plan == 0)?
+                subject.quota.clone().filter(|quota| quota.per == Per::Key && plan == 0)?
             };
-            Some(Allowed::Quota(QuotaId { subject: id, plan }, quota.clone()))
+            Some(Allowed::Quota(QuotaId { subject: id, plan }, quota))
         }
         Kind::Credits => (subject.metered && pool.tag == 0).then_some(Allowed::Credits(id)),
     }

@@ -77,6 +77,16 @@ impl Quota {
         value.and_then(|value| serde_json::from_value(value).ok())
     }
 
+    /// The quota with the time zone of the user, UTC if there is none, in place of [`OWNER`]. The database does the same for the
+    /// quotas of keys: `quota_in_zone` in the schema.
+    #[must_use]
+    pub fn in_zone(mut self, owner_zone: Option<&str>) -> Self {
+        if self.time_zone.as_deref() == Some(OWNER) {
+            self.time_zone = Some(owner_zone.unwrap_or(UTC).to_owned());
+        }
+        self
+    }
+
     /// The time zone of a calendar period.
     pub fn zone(&self) -> &str {
         self.time_zone.as_deref().unwrap_or(UTC)

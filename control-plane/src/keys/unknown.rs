@@ -62,6 +62,7 @@ pub async fn store(pool: &PgPool, pepper: Option<&Pepper>, keys: &UnknownKeys) -
                 (select count(*) from unknown_keys) + new.place <= $2
                 or exists (select from unknown_keys u where u.hash = new.hash)
             )
+        order by new.place
         on conflict (hash) do update set last_seen_at = now()",
         &hashes,
         MOST,
@@ -115,6 +116,11 @@ pub async fn forget(connection: &mut PgConnection, imported: &[KeyHash]) -> Resu
 
 /// Forgets keys that were not seen for `DAYS` days.
 pub async fn forget_old(pool: &PgPool) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query!("delete from unknown_keys where last_seen_at < now() - make_interval(days => $1)", DAYS);
+    let done = sqlx::query!(
+        "delete from unknown_keys where hash in (
+            select hash from unknown_keys where last_seen_at < now() - make_interval(days => $1) order by hash for update
+        )",
+        DAYS
+    );
     Ok(done.execute(pool).await?.rows_affected())
 }

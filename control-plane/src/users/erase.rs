@@ -72,8 +72,8 @@ pub(super) async fn rename_in_audit(
 /// Removes attributes from the entries about the user, whose address is replaced already.
 async fn erase_attributes_in_audit(connection: &mut PgConnection, email: &str) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "update audit set detail = detail - '{external_id, metadata}'::text[]
-        where target = $1 and detail ?| '{external_id, metadata}'",
+        "update audit set detail = detail - '{external_id, metadata, time_zone}'::text[]
+        where target = $1 and detail ?| '{external_id, metadata, time_zone}'",
         email
     )
     .execute(connection)
@@ -97,9 +97,12 @@ async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Resu
 
 async fn erase_in_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "update api_keys set name = 'erased', networks = '{}', attributes = null, owner_attributes = null
-        where owner_id = $1
-            and (name <> 'erased' or networks <> '{}' or coalesce(attributes, owner_attributes) is not null)",
+        "update api_keys set name = 'erased', networks = '{}', attributes = null, owner_attributes = null,
+            owner_time_zone = null
+        where owner_id = $1 and (
+            name <> 'erased' or networks <> '{}' or coalesce(attributes, owner_attributes) is not null
+            or owner_time_zone is not null
+        )",
         id
     )
     .execute(&mut *connection)

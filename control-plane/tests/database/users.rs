@@ -1,7 +1,11 @@
 //! Users: `/v1/users`.
 
+use crate::support::gateway::answer;
 use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows, scalar, scalars};
+use contract::id::ReporterId;
 use contract::key::Secret;
+use limits::message::{Ask, Call};
+use limits::pool::{Kind, PoolId, Subject};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -301,10 +305,11 @@ async fn quotas_and_usage_can_be_of_the_time_zone_of_the_owner(pool: PgPool) {
     };
     assert_eq!(quota().await, (json!("UTC"), "00:00:00Z".to_owned()));
     let uri = fixture.user(USER).await;
-    let before = revision(&pool).await;
+    let fill = || scalar::<i32>(&pool, format!("select quota_fill from api_keys where id = '{id}'"));
+    let before = fill().await;
     let user = fixture.patch(&uri, &admin, json!({"time_zone": "Asia/Tokyo"})).await.expect(200);
     assert_eq!(user["time_zone"], "Asia/Tokyo");
-    assert!(revision(&pool).await > before, "filters ask for the new window");
+    assert_eq!(fill().await, before + 1, "filters ask for the new window");
     assert_eq!(quota().await, (json!("Asia/Tokyo"), "15:00:00Z".to_owned()));
     // A key's own quota too, and one that is made or imported later.
     let own = json!({"quota": {"requests": 5, "period": "week", "time_zone": "owner"}});
@@ -326,4 +331,31 @@ async fn quotas_and_usage_can_be_of_the_time_zone_of_the_owner(pool: PgPool) {
     reply.assert_invalid("time_zone", "must be a name of the IANA time zone database such as Europe/Berlin");
     fixture.patch(&uri, &admin, json!({"time_zone": null})).await.expect(200);
     assert_eq!(quota().await, (json!("UTC"), "00:00:00Z".to_owned()));
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_quota_of_an_owner_in_their_time_zone_is_granted_once(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
+    let daily = json!({"quota": {"requests": 10, "period": "day", "time_zone": "owner", "per": "owner"}});
+    fixture.put("/v1/plans/daily", &admin, daily).await.expect(201);
+    fixture.created(&admin, json!({"email": USER, "name": "n", "plan": "daily"})).await;
+    let uri = fixture.user(USER).await;
+    let owner: Uuid = uri.rsplit('/').next().unwrap().parse().unwrap();
+    let plan: i32 = scalar(&pool, "select number from definitions where kind = 'plan'").await;
+    let pool_id = PoolId { kind: Kind::Quota, subject: Subject(owner.into_bytes()), tag: plan.cast_unsigned().into() };
+    for zone in [json!(null), json!("Asia/Tokyo")] {
+        fixture.patch(&uri, &admin, json!({"time_zone": zone})).await.expect(200);
+        let kind = format!("day/{}", zone.as_str().unwrap_or("UTC"));
+        // Eight of ten are used in the present window.
+        execute(&pool, "delete from quota_use").await;
+        let used = format!(
+            "insert into quota_use (subject, plan_number, window_start, window_end, kind, used)
+            values ('{owner}', {plan}, now() - interval '1 hour', now() + interval '1 hour', '{kind}', 8)"
+        );
+        execute(&pool, used).await;
+        let ask = Ask { need: 1, least: 1, want: 100, ..Ask::new(pool_id, 1) };
+        let call = Call { reporter: ReporterId([7; 16]), is_last: false, asks: vec![ask] };
+        let grant = answer(&fixture, &sync, &call).await.grants[0];
+        assert_eq!(grant.held + grant.left, 2, "{kind}: {grant:?}");
+    }
 }

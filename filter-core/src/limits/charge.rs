@@ -396,12 +396,12 @@ impl<'a> Charging<'a> {
                 }
                 Verdict::Taken
             }
-            Spent::No { empty_ms } => no(empty_ms, holding.has_too_few()),
+            Spent::No { empty_ms } => no(empty_ms, holding.has_some()),
             Spent::Wait { .. } if self.attempt.is_unreachable => self.take_unanswered(&mut holding, limit, no),
             Spent::Wait { .. } if self.attempt.waited_ms >= LONGEST_WAIT_MS => {
                 let now_ms = now_ns / NS_PER_MS;
                 if holding.is_known_to_lack(cost, now_ms.saturating_sub(self.attempt.waited_ms)) {
-                    no(holding.empty_ms(now_ms), holding.has_too_few())
+                    no(holding.empty_ms(now_ms), holding.has_some())
                 } else {
                     self.take_unanswered(&mut holding, limit, no)
                 }

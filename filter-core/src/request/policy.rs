@@ -1,4 +1,4 @@
-//! Which policy a request gets: the first source that names one, or else the rules, decides.
+//! Which policy a request gets: that of the first source that names one, or else the default policy.
 
 use contract::policy::{NamedPolicy, Policy};
 use contract::rules::{AmbiguousPath, Target};

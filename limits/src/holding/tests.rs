@@ -91,8 +91,8 @@ fn the_last_answer_decides_whether_a_request_waits_waits_for_others_or_is_refuse
     assert_eq!([judged(9, 0, 0, 10), judged(9, 1, 0, 10), judged(9, 0, 0, 9)], [no, for_others, wait]);
     let mut holding = with(0);
     holding.apply(&grant(0, 9, 0, 500), &contact(), NOW_MS);
-    assert!(holding.has_too_few());
-    assert!(!with(0).has_too_few() && with(1).has_too_few());
+    assert!(holding.has_some());
+    assert!(!with(0).has_some() && with(1).has_some());
 }
 
 #[test]

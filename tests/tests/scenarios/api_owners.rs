@@ -31,7 +31,7 @@ async fn a_user_keeps_key_and_id_under_a_new_address_and_is_refused_and_forgotte
     assert_refused(&stack.get(Some(&key)).await?, Outcome::Revoked, &[]);
     let left = "select count(*)::text from (select row_to_json(t)::text as row from audit t
         union all select row_to_json(t)::text from api_keys t union all select row_to_json(t)::text from user_preferences t)
-        rows where row ilike '%ada%' or row like '%lovelace%'";
+        rows where row like '%Ada%' or row like '%ada@%' or row like '%lovelace%'";
     assert_eq!(stack.database.text(left).await?, "0");
     let counted = async || {
         let usage = rest.get(&format!("/v1/keys/{id}/usage")).await.ok()?;

@@ -43,10 +43,10 @@ pub(super) async fn write(change: &mut Change, chunk: &[Accepted]) -> Result<Vec
     }
     if !rows.ids.is_empty() {
         rows.insert(change).await?;
-        let imported: Vec<_> = sound.iter().map(|line| line.accepted.key.hash).collect();
-        unknown::forget(change, &imported).await?;
         // They or their plans may have quotas.
         apply_quotas(change, Whose::Keys(&rows.ids)).await?;
+        let imported: Vec<_> = sound.iter().map(|line| line.accepted.key.hash).collect();
+        unknown::forget(change, &imported).await?;
         let [first, last] = [chunk.first(), chunk.last()].map(|line| line.map_or(0, |line| line.line));
         let detail = json!({"imported": rows.ids.len(), "lines": [first, last]});
         change.record_each("key.import", &rows.ids, &json!({"lines": [first, last]})).await?;
