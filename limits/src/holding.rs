@@ -363,7 +363,13 @@ impl Holding {
                 // The control plane measured `ahead_ns` before the answer came. Counted from the call, the time would be too
                 // early, so it counts from the answer. Tokens that this Envoy has spent since the call are added.
                 let unreported_ns = unreported.saturating_mul(self.interval_ns);
-                let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
+                let answered_ns = contact.answered_ms.saturating_mul(NS_PER_MS);
+                let arrival_ns = answered_ns.saturating_add(grant.ahead_ns);
+                // The control plane may know of a changed limit that the Envoy does not know yet.
+                let arrival_ns = match grant.interval_ns {
+                    0 => arrival_ns,
+                    of => crate::pool::rescale(arrival_ns, of, self.interval_ns, answered_ns),
+                };
                 self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(unreported_ns));
             }
             let spent = self.spent.saturating_add(self.returned);

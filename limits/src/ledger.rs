@@ -171,6 +171,7 @@ impl Pool {
                 _ => OTHERS_MS,
             },
             ahead_ns: self.arrival_ns.saturating_sub(now_ns),
+            interval_ns: self.interval_ns,
         }
     }
 

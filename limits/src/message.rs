@@ -95,6 +95,8 @@ pub struct Grant {
     pub known_ms: u32,
     /// Rate limits: by how many nanoseconds the theoretical arrival time of the pool is ahead of now.
     pub ahead_ns: u64,
+    /// Rate limits: the interval between two requests with which `ahead_ns` was computed. 0 for other pools.
+    pub interval_ns: u64,
 }
 
 impl Ask {

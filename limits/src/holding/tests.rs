@@ -39,7 +39,18 @@ const fn due(need: u64) -> Due {
 
 fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
     let known_ms = if others > 0 { 100 } else { u32::MAX };
-    Grant { session: NOW_MS, granted, spent: 0, held: granted, left, others, empty_ms, known_ms, ahead_ns: 0 }
+    Grant {
+        session: NOW_MS,
+        granted,
+        spent: 0,
+        held: granted,
+        left,
+        others,
+        empty_ms,
+        known_ms,
+        ahead_ns: 0,
+        interval_ns: 0,
+    }
 }
 
 fn spends(holding: &mut Holding, of: Limited<'_>, contact: &Contact, now: u64, most: usize) -> usize {
@@ -407,4 +418,19 @@ fn an_envoy_that_becomes_alone_counts_what_it_has_spent_since_its_call() {
     let answer = Grant { spent: 2, ahead_ns: 6 * NS_PER_S, ..grant(9, 4, 0, 0) };
     holding.apply(&answer, &alone(), NOW_MS);
     assert_eq!(spends(&mut holding, of, &alone(), NOW, 9), 1);
+}
+
+#[test]
+fn an_envoy_that_becomes_alone_counts_the_use_of_a_limit_that_was_changed_meanwhile() {
+    // Two of 10 in 10 s are used. The limit changes, and the Envoy learns that only after the answer.
+    for (window_s, used_ns) in [(30, 6 * NS_PER_S), (2, 2 * NS_PER_S / 5)] {
+        let (before, after) = (rate(10, 10), rate(10, window_s));
+        let mut holding = Holding::default();
+        holding.prepare(Limited::Rate(&before), &alone(), NOW);
+        let changed = Grant { ahead_ns: used_ns, interval_ns: after.interval_ns(), ..grant(0, 8, 0, 0) };
+        holding.apply(&changed, &alone(), NOW_MS);
+        assert_eq!(holding.arrival_ns, NOW + 2 * NS_PER_S);
+        holding.prepare(Limited::Rate(&after), &alone(), NOW);
+        assert_eq!(holding.arrival_ns, NOW + used_ns);
+    }
 }

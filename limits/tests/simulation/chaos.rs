@@ -9,11 +9,12 @@ use crate::judge::Findings;
 use crate::world::{Change, Event, MS, Network, S, Settings, World};
 use crate::{behind_by, credits, quota, rate};
 
-/// Requests of each kind of pool, three times.
+/// Requests of each kind of pool with each seed.
 const STEPS: u64 = 100_000;
 
-/// The second and the third one found an Envoy that became alone and forgot what it had spent since its call.
-const SEEDS: [u64; 3] = [100, 5_050, 5_210];
+/// The second and the third one found an Envoy that became alone and forgot what it had spent since its call, the fourth one an
+/// Envoy that took the use of a changed limit for use of the limit before.
+const SEEDS: [u64; 4] = [100, 5_050, 5_210, 9_040];
 
 const ENVOYS: usize = 4;
 
