@@ -200,8 +200,8 @@ impl Holding {
     pub fn prepare(&mut self, of: Limited<'_>, contact: &Contact, now_ns: u64) {
         let now_ms = now_ns / NS_PER_MS;
         self.renew(contact, now_ms);
-        self.needed_ms = now_ms;
         self.adopt(of, now_ns);
+        self.needed_ms = now_ms;
         if let Limited::Rate(rate) = of {
             self.mend_clock_step(contact, now_ns);
             self.fallback_ns = rate.slowed(contact.live).after_clock_step(self.fallback_ns, now_ns);
@@ -358,18 +358,13 @@ impl Holding {
         let known_ms = if grant.known_ms == u32::MAX { empty_ms } else { empty_ms.min(grant.known_ms.into()) };
         self.known_until_ms = sent_ms.saturating_add(known_ms.max(LEAST_EMPTY_MS));
         if contact.was_alone() {
-            if !self.is_known(contact) {
+            // With different intervals, one side does not know yet that the limit has changed.
+            if !self.is_known(contact) && grant.interval_ns == self.interval_ns {
                 self.alone_term = contact.alone_term;
                 // The control plane measured `ahead_ns` before the answer came. Counted from the call, the time would be too
                 // early, so it counts from the answer. Tokens that this Envoy has spent since the call are added.
                 let unreported_ns = unreported.saturating_mul(self.interval_ns);
-                let answered_ns = contact.answered_ms.saturating_mul(NS_PER_MS);
-                let arrival_ns = answered_ns.saturating_add(grant.ahead_ns);
-                // The control plane may know of a changed limit that the Envoy does not know yet.
-                let arrival_ns = match grant.interval_ns {
-                    0 => arrival_ns,
-                    of => crate::pool::rescale(arrival_ns, of, self.interval_ns, answered_ns),
-                };
+                let arrival_ns = contact.answered_ms.saturating_mul(NS_PER_MS).saturating_add(grant.ahead_ns);
                 self.arrival_ns = self.arrival_ns.max(arrival_ns.saturating_add(unreported_ns));
             }
             let spent = self.spent.saturating_add(self.returned);
@@ -413,7 +408,11 @@ impl Holding {
             return;
         }
         if self.interval_ns > 0 {
-            self.arrival_ns = crate::pool::rescale(self.arrival_ns, self.interval_ns, interval_ns, now_ns);
+            // The limit changed after the last request, so its tokens came back at one rate first and then at the other. Count
+            // the higher rate: the control plane knows the use exactly.
+            let since_ns = self.needed_ms.saturating_mul(NS_PER_MS);
+            let at = |changed_ns| crate::pool::rescale(self.arrival_ns, self.interval_ns, interval_ns, changed_ns);
+            self.arrival_ns = at(now_ns).min(at(since_ns));
         }
         (self.interval_ns, self.terms) = (interval_ns, terms);
         // A lowered pool may have fewer tokens left than the Envoy holds.

@@ -90,7 +90,7 @@ const fn unlimited(ask: &Ask) -> Grant {
         empty_ms: 0,
         known_ms: 0,
         ahead_ns: 0,
-        interval_ns: 0,
+        interval_ns: ask.interval_ns,
     }
 }
 

@@ -213,7 +213,11 @@ fn the_only_envoy_needs_no_allowance() {
     holding.prepare(of, &contact, NOW);
     assert_eq!(holding.spend(1, of, 0, &contact, NOW), Spent::Wait { for_others: false }, "it does not know the pool");
     // Others have used four until just now.
-    holding.apply(&Grant { ahead_ns: 4 * NS_PER_S, ..grant(0, 6, 0, 0) }, &contact, NOW_MS);
+    holding.apply(
+        &Grant { ahead_ns: 4 * NS_PER_S, interval_ns: rate.interval_ns(), ..grant(0, 6, 0, 0) },
+        &contact,
+        NOW_MS,
+    );
     assert_eq!(spends(&mut holding, of, &contact, NOW, 9), 6);
     assert_eq!(holding.spend(1, of, 0, &contact, NOW), Spent::No { empty_ms: 1_000 });
     // A further answer in the term does not change what the Envoy knows better.
@@ -390,7 +394,8 @@ fn an_envoy_that_becomes_alone_counts_the_use_of_others_from_when_the_answer_cam
     let mut holding = Holding::default();
     holding.prepare(of, &alone(), sent_ms * NS_PER_MS);
     // The control plane measured that ten are used somewhen between; at the latest now.
-    let all = Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, ..grant(0, 0, 0, 1_000) };
+    let all =
+        Grant { session: sent_ms, ahead_ns: 10 * NS_PER_S, interval_ns: rate.interval_ns(), ..grant(0, 0, 0, 1_000) };
     holding.apply(&all, &alone(), sent_ms);
     assert_eq!(holding.spend(1, of, 0, &alone(), NOW), Spent::No { empty_ms: 1_000 });
 }
@@ -415,22 +420,37 @@ fn an_envoy_that_becomes_alone_counts_what_it_has_spent_since_its_call() {
     holding.prepare(of, &alone(), NOW);
     // Others have used four. Of its own five the call reported two.
     (holding.granted, holding.spent, holding.returned) = (9, 5, 4);
-    let answer = Grant { spent: 2, ahead_ns: 6 * NS_PER_S, ..grant(9, 4, 0, 0) };
+    let answer = Grant { spent: 2, ahead_ns: 6 * NS_PER_S, interval_ns: rate.interval_ns(), ..grant(9, 4, 0, 0) };
     holding.apply(&answer, &alone(), NOW_MS);
     assert_eq!(spends(&mut holding, of, &alone(), NOW, 9), 1);
 }
 
 #[test]
-fn an_envoy_that_becomes_alone_counts_the_use_of_a_limit_that_was_changed_meanwhile() {
+fn an_envoy_that_becomes_alone_does_not_decide_by_itself_while_it_does_not_know_of_a_changed_limit() {
     // Two of 10 in 10 s are used. The limit changes, and the Envoy learns that only after the answer.
     for (window_s, used_ns) in [(30, 6 * NS_PER_S), (2, 2 * NS_PER_S / 5)] {
         let (before, after) = (rate(10, 10), rate(10, window_s));
         let mut holding = Holding::default();
         holding.prepare(Limited::Rate(&before), &alone(), NOW);
-        let changed = Grant { ahead_ns: used_ns, interval_ns: after.interval_ns(), ..grant(0, 8, 0, 0) };
-        holding.apply(&changed, &alone(), NOW_MS);
-        assert_eq!(holding.arrival_ns, NOW + 2 * NS_PER_S);
+        let answer = Grant { ahead_ns: used_ns, interval_ns: after.interval_ns(), ..grant(0, 8, 0, 0) };
+        holding.apply(&answer, &alone(), NOW_MS);
+        assert!(!holding.is_known(&alone()));
         holding.prepare(Limited::Rate(&after), &alone(), NOW);
-        assert_eq!(holding.arrival_ns, NOW + used_ns);
+        holding.apply(&answer, &alone(), NOW_MS);
+        assert_eq!((holding.is_known(&alone()), holding.arrival_ns), (true, NOW + used_ns));
+    }
+}
+
+#[test]
+fn the_use_of_a_changed_limit_comes_back_at_the_higher_rate_while_the_envoy_does_not_know_when_it_changed() {
+    // Eight of 10 in 10 s are used, 4 s ago. If the limit was raised to 10 in 2 s since, between no and four are used now.
+    for (window_s, used) in [(2, 0), (20, 4)] {
+        let (before, after) = (rate(10, 10), rate(10, window_s));
+        let mut holding = Holding::default();
+        holding.prepare(Limited::Rate(&before), &contact(), NOW);
+        holding.arrival_ns = NOW + 8 * NS_PER_S;
+        let now_ns = NOW + 4 * NS_PER_S;
+        holding.prepare(Limited::Rate(&after), &contact(), now_ns);
+        assert_eq!(holding.arrival_ns.saturating_sub(now_ns), used * after.interval_ns(), "{window_s}");
     }
 }

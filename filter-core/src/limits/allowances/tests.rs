@@ -67,7 +67,6 @@ fn a_request_without_an_allowance_waits_unchanged_and_goes_on_with_the_answer() 
         spent: 0,
         returned: 0,
         ahead_ns: 0,
-        interval_ns: 0,
         interval_ns: 600_000_000,
         need: 2,
         least: 1,
