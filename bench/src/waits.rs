@@ -34,7 +34,7 @@ const CALLS_STAT: &str = "wasmcustom.portcullis.limits.calls_total";
 /// Numbers of Envoys, in descending order: Envoys are stopped between runs.
 const FLEETS: [usize; 3] = [10, 3, 1];
 
-/// The burst for each Envoy from which on the target applies, in requests.
+/// The burst for each Envoy from which on the target applies, in requests. It applies at any rate.
 const ROOM: f64 = 16.0;
 
 /// The part of a limit that is used: less than a third.
@@ -289,10 +289,10 @@ pub(crate) async fn measure(options: &Options, report: &mut Report) -> Result<()
             report.figure(COLD, format!("{}, latency, {name}", on(envoys)), "ms", Estimate::at(&cold, quantile));
         }
         if envoys > 1 {
+            small_bursts(&fleet, options.quick, &mut several, &mut dice, report).await?;
             took.push(waits(&fleet, if options.quick { 50 } else { 500 }, &mut dice, report).await?);
         }
         if envoys == 3 {
-            small_bursts(&fleet, options.quick, &mut dice, report).await?;
             nearly_full(&fleet, options.quick, &mut dice, report).await?;
         }
     }
@@ -360,14 +360,22 @@ async fn requests_that_wait(
     Ok(run)
 }
 
-/// The same for a fast key whose bursts are small. No target applies: a key spends more than that during one call.
-async fn small_bursts(fleet: &Fleet<'_>, quick: bool, dice: &mut Dice, report: &mut Report) -> Result<()> {
+/// The same for keys whose bursts are small: an Envoy spends many of the tokens during one call. Adds the percentages of requests
+/// that wait.
+async fn small_bursts(
+    fleet: &Fleet<'_>,
+    quick: bool,
+    several: &mut Samples,
+    dice: &mut Dice,
+    report: &mut Report,
+) -> Result<()> {
     let envoys = fleet.connections.len();
     for traffic in traffic(quick).iter().filter(|traffic| traffic.of_key >= 10.0) {
         let name = format!("{}, {} requests/s of a key", on(envoys), traffic.of_key);
         progress(&format!("suite limits: {name}, small bursts"));
         let [_, run] = run(fleet, traffic, small_limit(traffic.of_key, envoys), dice).await?;
         report.figure(SMALL, name.as_str(), "%", Estimate::exact(run.percent_that_waits()));
+        several.push(run.percent_that_waits());
         let refused = run.refused as f64 / run.requests.max(1) as f64 * 100.0;
         report.figure(SMALL, format!("{name}, refused"), "%", Estimate::exact(refused));
     }

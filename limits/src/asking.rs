@@ -26,8 +26,10 @@ pub struct Asking {
     needs_are_urgent: bool,
     /// Pools to ask for soon, each once: their allowance runs low, or usage or a hand-back is to be reported.
     soon: Vec<PoolId>,
-    /// Pools that were used since the last call, each once.
+    /// Pools that were used since the last call on a tick, each once.
     used: Vec<PoolId>,
+    /// Pools that were used in the tick before.
+    used_before: Vec<PoolId>,
     /// The number of the present idle period. Each lasts [`IDLE_MS`].
     period: u32,
     period_began_ms: u64,
@@ -46,6 +48,8 @@ pub struct Due {
     pub need: u64,
     /// Tokens for the cheapest of them.
     pub least: u64,
+    /// The Envoy hands tokens back after a tick without use, and must not ask for them again.
+    pub is_unused: bool,
 }
 
 /// The use of one pool.
@@ -59,6 +63,8 @@ struct Use {
     missed: u64,
     is_soon: bool,
     is_used: bool,
+    /// See [`Due::is_unused`].
+    is_unused: bool,
     /// The idle period of the last use.
     period: u32,
 }
@@ -148,6 +154,12 @@ impl Asking {
         }
     }
 
+    /// Queues a pool of which tokens were handed back after a tick without use.
+    pub fn queue_unused(&mut self, pool: PoolId) {
+        self.queue(pool);
+        self.entry(pool).is_unused = true;
+    }
+
     /// Whether pools are queued for the next call.
     #[must_use]
     pub const fn has_queued(&self) -> bool {
@@ -230,6 +242,12 @@ impl Asking {
         idle
     }
 
+    /// On a tick: pools that were used in the tick before, and not since.
+    pub fn unused(&mut self) -> Vec<PoolId> {
+        let before = std::mem::replace(&mut self.used_before, self.used.clone());
+        before.into_iter().filter(|pool| !self.pools.get(pool).is_some_and(|of| of.is_used)).collect()
+    }
+
     /// All pools that the worker knows.
     #[must_use]
     pub fn known(&self) -> Vec<PoolId> {
@@ -267,7 +285,8 @@ impl Asking {
             let of = *self.entry(pool);
             if of.has_more() {
                 let least = if of.need > 0 { of.least } else { of.missed };
-                due.push(Due { pool, need: of.need.max(of.missed), least });
+                let need = of.need.max(of.missed);
+                due.push(Due { pool, need, least, is_unused: of.is_unused && need == 0 && !of.is_used });
             }
             if of.is_idle(self.period) {
                 self.pools.remove(&pool);

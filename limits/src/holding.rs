@@ -5,11 +5,12 @@ use contract::time::{NS_PER_MS, NS_PER_S};
 
 use crate::asking::Due;
 use crate::contact::Contact;
+use crate::ledger::IDLE_PART;
 use crate::message::{Ask, Grant};
 use crate::{FORGOTTEN_MS, IDLE_MS, TICK_MS};
 
 /// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
-const TOP_UP_PAUSE_MS: u64 = 20;
+const TOP_UP_PAUSE_MS: u64 = 5;
 
 /// A pool that was empty is taken to be empty for at least this long, in milliseconds. It bounds the calls of an Envoy whose
 /// clients hammer at an empty pool.
@@ -313,6 +314,20 @@ impl Holding {
         (self.used, self.peak) = (0, 0);
     }
 
+    /// Rate limits: after a tick without use, hands back what is beyond this Envoy's part of what idle Envoys may hold. Returns
+    /// whether there is something to report.
+    #[allow(clippy::must_use_candidate, reason = "callers may know the result")]
+    pub const fn hand_back_after_use(&mut self, contact: &Contact, now_ms: u64) -> bool {
+        if self.interval_ns == 0 || now_ms / TICK_MS == self.tick {
+            return false;
+        }
+        let all = self.left.saturating_add(self.others).saturating_add(self.unspent());
+        let users = if contact.live > 1 { contact.live as u64 } else { 1 };
+        let surplus = self.unspent().saturating_sub(all / IDLE_PART / users);
+        self.put_back(surplus);
+        surplus > 0
+    }
+
     /// The pool has these tokens again. Until an answer says more, requests that need them ask.
     const fn put_back(&mut self, tokens: u64) {
         self.returned = self.returned.saturating_add(tokens);
@@ -327,7 +342,7 @@ impl Holding {
 
     /// What to ask for. Hands back what is far more than the Envoy uses.
     pub fn ask(&mut self, due: Due, contact: &Contact, now_ns: u64) -> Ask {
-        let Due { pool, need, least } = due;
+        let Due { pool, need, least, is_unused } = due;
         let now_ms = now_ns / NS_PER_MS;
         self.renew(contact, now_ms);
         self.mend_clock_step(contact, now_ns);
@@ -337,7 +352,18 @@ impl Holding {
         self.put_back(surplus);
         let Self { session, granted, spent, returned, .. } = *self;
         let (ahead_ns, interval_ns) = (self.arrival_ns.saturating_sub(now_ns), self.interval_ns);
-        Ask { pool, session, granted, spent, returned, ahead_ns, interval_ns, need, least, want }
+        Ask {
+            pool,
+            session,
+            granted,
+            spent,
+            returned,
+            ahead_ns,
+            interval_ns,
+            need,
+            least,
+            want: if is_unused { 0 } else { want },
+        }
     }
 
     /// Applies the answer to an ask that was sent at `sent_ms`. Call [`Contact::answered`] first.

@@ -10,21 +10,28 @@ use contract::time::NS_PER_MS;
 
 use crate::message::{Ask, Grant};
 use crate::pool::{Terms, rescale};
-use crate::{EXPIRES_AFTER_MS, IDLE_MS};
+use crate::{EXPIRES_AFTER_MS, IDLE_MS, TICK_MS};
 
 /// What Envoys may hold of a pool beyond what their waiting requests need.
 struct AheadBounds {
     /// All Envoys together are granted at most this part of what is left.
     part: u64,
-    /// Below this multiple of what Envoys hold, the pool is scarce: Envoys other than the asking one hand back what they hold.
+    /// Below this multiple of what other Envoys hold, all of them hand back what they hold.
     scarce: u64,
 }
 
-/// A rate limit comes back by itself, so recalls may be rarer.
-const OF_RATE: AheadBounds = AheadBounds { part: 8, scarce: 4 };
+/// Envoys that use a rate limit may hold much of it: it comes back by itself, and an Envoy hands tokens back after a tick
+/// without use. A fast limit has few tokens, which must last an Envoy until its next answer.
+const OF_RATE: AheadBounds = AheadBounds { part: 2, scarce: 1 };
 
-/// Of a quota or a balance, idle Envoys never hold more than an eighth of what is left.
+/// Of a quota or a balance, all Envoys never hold more than an eighth of what is left.
 const OF_STOCK: AheadBounds = AheadBounds { part: 16, scarce: 8 };
+
+/// If idle Envoys hold more than one part in this of what is left, they hand back what they hold.
+pub(crate) const IDLE_PART: u64 = 8;
+
+/// An Envoy that has not used a pool for this long counts as idle, in milliseconds: it has had a tick without use, and has called.
+const UNUSED_MS: u64 = 3 * TICK_MS;
 
 /// An Envoy that has been silent for this long, in milliseconds, is not expected to hand back tokens: several of its ticks have
 /// passed. No request waits for its tokens.
@@ -143,9 +150,7 @@ impl Pool {
         me.heard_ms = now_ns / NS_PER_MS;
         self.holders.push(me);
         let left = self.room(now_ns);
-        if others > 0 && (missing > 0 || left < others.saturating_mul(self.ahead_bounds().scarce)) {
-            self.recall_others(reporter);
-        }
+        self.recall_if_scarce(reporter, missing > 0, now_ns);
         let others = self.recallable(reporter, now_ns / NS_PER_MS);
         let silent_ms = self.silent_ms(reporter, now_ns / NS_PER_MS);
         let (left, others) = match company {
@@ -272,9 +277,18 @@ impl Pool {
         free_ms.map_or(u32::MAX, |ms| u32::try_from(ms).unwrap_or(u32::MAX).max(SILENT_KNOWN_MS))
     }
 
-    fn recall_others(&mut self, reporter: ReporterId) {
-        for holder in self.holders.iter_mut().filter(|holder| holder.reporter != reporter && holder.held() > 0) {
-            holder.is_recalled = true;
+    /// Recalls what other Envoys hold if tokens are missing or few are left, or only what idle ones hold if that is too much.
+    fn recall_if_scarce(&mut self, reporter: ReporterId, is_missing: bool, now_ns: u64) {
+        let now_ms = now_ns / NS_PER_MS;
+        let is_idle = |holder: &Holder| now_ms.saturating_sub(holder.used_ms) >= UNUSED_MS;
+        let held = |idle_only: bool| {
+            let others = self.holders.iter().filter(|of| of.reporter != reporter && (!idle_only || is_idle(of)));
+            others.fold(0, |sum: u64, holder| sum.saturating_add(holder.held()))
+        };
+        let recalls_all = is_missing || self.room(now_ns) < held(false).saturating_mul(self.ahead_bounds().scarce);
+        let recalls_idle = self.left(now_ns) < held(true).saturating_mul(IDLE_PART);
+        for holder in self.holders.iter_mut().filter(|of| of.reporter != reporter && of.held() > 0) {
+            holder.is_recalled |= recalls_all || (recalls_idle && is_idle(holder));
         }
     }
 

@@ -184,6 +184,7 @@ pub fn call<H: Host, K: KeyLookup>(vm: &Vm<H, K>, setup: &Setup, is_tick: bool, 
     learn(vm, now_ns);
     let is_tick = is_tick || allowances.asking.borrow().has_missed_tick();
     if is_tick {
+        hand_back_unused(vm, now_ms);
         hand_back_idle(vm, now_ms);
     } else if !allowances.asking.borrow().is_urgent() {
         return;
@@ -272,7 +273,8 @@ pub fn end<H: Host, K>(vm: &Vm<H, K>, setup: &Setup, is_last: bool) {
     if !is_last {
         return;
     }
-    let asks = pools.into_iter().filter_map(|pool| ask_for(vm, Due { pool, need: 0, least: 0 }, now_ns));
+    let asks =
+        pools.into_iter().filter_map(|pool| ask_for(vm, Due { pool, need: 0, least: 0, is_unused: false }, now_ns));
     let used = asks.filter(|ask| ask.granted > 0 || ask.spent > 0);
     let asks: Vec<Ask> = used.map(|ask| Ask { want: 0, ..ask }).collect();
     let mut chunks = asks.chunks(POOLS).peekable();
@@ -343,6 +345,25 @@ fn hand_back<H: Host, K>(vm: &Vm<H, K>, pool: PoolId) {
     });
 }
 
+/// Pools that were not used for a tick.
+fn hand_back_unused<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
+    let contact = vm.allowances.contact();
+    let unused = vm.allowances.asking.borrow_mut().unused();
+    for pool in unused {
+        // Most have nothing to hand back, and reading a cell is cheaper than writing it.
+        let cell = vm.data.get(cell_of(pool.subject));
+        let known = cell.map(|cell| Entries::read(&cell.value).holding(&pool));
+        if known.is_some_and(|mut known| known.hand_back_after_use(&contact, now_ms)) {
+            change(vm, pool, &mut |holding| {
+                holding.hand_back_after_use(&contact, now_ms);
+                true
+            });
+            vm.allowances.asking.borrow_mut().queue_unused(pool);
+        }
+    }
+}
+
+/// Pools that were not used for [`IDLE_MS`].
 fn hand_back_idle<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
     let was_alone = vm.allowances.contact().was_alone();
     let idle = vm.allowances.asking.borrow_mut().idle(was_alone, now_ms);

@@ -211,3 +211,29 @@ fn a_tick_during_a_call_is_made_up_for_after_its_answer() {
     assert_eq!(asking.due(true, NOW + TICK_MS), Some(Vec::new()));
     assert!(!asking.has_missed_tick());
 }
+
+#[test]
+fn a_pool_that_was_used_in_one_tick_and_not_in_the_next_is_unused_once() {
+    let mut asking = Asking::default();
+    let mut tick = |used: &[u16]| -> Vec<u64> {
+        used.iter().for_each(|number| asking.spent(pool(*number), false));
+        let unused = asking.unused().iter().map(|pool| pool.tag).collect();
+        asking.due(true, NOW);
+        unused
+    };
+    assert_eq!([tick(&[1, 2]), tick(&[2]), tick(&[]), tick(&[])], [vec![], vec![1], vec![2], vec![]]);
+}
+
+#[test]
+fn an_unused_pool_asks_for_nothing_unless_it_is_used_again() {
+    let mut asking = Asking::default();
+    (1..=3).for_each(|number| asking.queue_unused(pool(number)));
+    asking.spent(pool(2), false);
+    asking.need(pool(3), 1, false);
+    let mut due = asking.due(true, NOW).unwrap();
+    due.sort_by_key(|due| due.pool.tag);
+    let is_unused: Vec<bool> = due.iter().map(|due| due.is_unused).collect();
+    assert_eq!(is_unused, [true, false, false]);
+    asking.queue(pool(1));
+    assert!(!asking.due(false, NOW + 10_000).unwrap()[0].is_unused);
+}

@@ -34,7 +34,7 @@ fn with(granted: u64) -> Holding {
 }
 
 const fn due(need: u64) -> Due {
-    Due { pool: POOL, need, least: need }
+    Due { pool: POOL, need, least: need, is_unused: false }
 }
 
 fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
@@ -453,4 +453,27 @@ fn the_use_of_a_changed_limit_comes_back_at_the_higher_rate_while_the_envoy_does
         holding.prepare(Limited::Rate(&after), &contact(), now_ns);
         assert_eq!(holding.arrival_ns.saturating_sub(now_ns), used * after.interval_ns(), "{window_s}");
     }
+}
+
+#[test]
+fn after_a_tick_without_use_an_envoy_keeps_its_part_of_an_eighth_of_a_limit() {
+    let rate = rate(100, 10);
+    let of = Limited::Rate(&rate);
+    let mut holding = Holding::default();
+    holding.prepare(of, &contact(), NOW);
+    holding.apply(&grant(20, 50, 29, 0), &contact(), NOW_MS);
+    assert_eq!(spends(&mut holding, of, &contact(), NOW, 3), 3);
+    let later_ms = NOW_MS + TICK_MS;
+    assert!(!holding.hand_back_after_use(&contact(), NOW_MS), "it is in use");
+    assert!(holding.ask(due(0), &contact(), NOW).want > 0);
+    // An eighth of the 96 tokens that are left, for two Envoys.
+    assert!(holding.hand_back_after_use(&contact(), later_ms));
+    assert_eq!((holding.unspent(), holding.returned), (6, 11));
+    let unused = Due { is_unused: true, ..due(0) };
+    assert_eq!(holding.ask(unused, &contact(), later_ms * NS_PER_MS).want, 0, "it does not ask for the tokens again");
+    assert!(!holding.hand_back_after_use(&contact(), later_ms));
+    // The use of other Envoys is not known yet.
+    holding.apply(&grant(20, 0, u64::MAX, 0), &contact(), NOW_MS);
+    assert!(!holding.hand_back_after_use(&contact(), later_ms));
+    assert!(!with(90).hand_back_after_use(&contact(), later_ms), "quotas are granted sparingly");
 }

@@ -35,7 +35,7 @@ fn granted(pool: &mut Pool, reporter: ReporterId, ask: &Ask) -> u64 {
 #[test]
 fn requests_that_wait_get_all_that_is_left_and_tokens_ahead_a_part() {
     for (terms, ahead, why) in
-        [(rate(100, 10), 6, "an eighth of 96, in equal parts"), (stock(100), 2, "all hold a sixteenth of 96")]
+        [(rate(100, 10), 24, "half of 96, in equal parts"), (stock(100), 2, "all hold a sixteenth of 96")]
     {
         let mut pool = Pool::new(terms);
         assert_eq!(granted(&mut pool, ONE, &needs(4)), 4);
@@ -197,6 +197,28 @@ fn a_recall_stands_until_the_envoy_has_handed_back_or_needs_tokens_itself() {
     assert!(!is_recalled(&other));
     granted(&mut quota, ONE, &Ask { returned: 30, ..reported });
     assert!(!is_recalled(&quota));
+}
+
+#[test]
+fn idle_envoys_hand_back_tokens_of_a_limit_before_busy_ones_do() {
+    let mut limit = Pool::new(rate(82, 3_600));
+    let is_recalled = |limit: &Pool, of| limit.holders.iter().find(|holder| holder.reporter == of).unwrap().is_recalled;
+    let at = |later_ms: u64| NOW + later_ms * NS_PER_MS;
+    let uses = Ask { granted: 1, spent: 1, want: 10, ..ask() };
+    limit.answer(ONE, &uses, OtherEnvoys::Several, NOW);
+    let third = ReporterId([3; 16]);
+    limit.answer(third, &uses, OtherEnvoys::Several, at(UNUSED_MS - 1));
+    assert_eq!((limit.held(), limit.left(at(UNUSED_MS))), (20, 80));
+    limit.answer(TWO, &needs(1), OtherEnvoys::Several, at(UNUSED_MS - 1));
+    assert!(!is_recalled(&limit, ONE), "it may be busy");
+    // Ten of 80 are an eighth, ten of 79 are more.
+    limit.answer(TWO, &Ask { granted: 1, ..needs(1) }, OtherEnvoys::Several, at(UNUSED_MS));
+    assert!(!is_recalled(&limit, ONE));
+    limit.answer(TWO, &Ask { granted: 1, spent: 1, ..ask() }, OtherEnvoys::Several, at(UNUSED_MS));
+    assert!(is_recalled(&limit, ONE) && !is_recalled(&limit, third));
+    // Others hold more than could be granted.
+    limit.answer(TWO, &Ask { granted: 1, spent: 1, ..needs(50) }, OtherEnvoys::Several, at(UNUSED_MS));
+    assert!(is_recalled(&limit, third));
 }
 
 #[test]

@@ -76,7 +76,7 @@ fn nothing_goes_wrong_with_any_kind_of_pool_while_everything_happens_at_once() {
             assert!(found.requests >= STEPS);
             assert_eq!((found.excess, found.worst_excess), (0, 0), "{}", case.name);
             assert!(found.worst_wrong <= permitted(case), "{}: {}", case.name, found.worst_wrong);
-            assert!(found.lost > 300 && found.refused > 1_000, "{}", case.name);
+            assert!(found.lost > 200 && found.refused > 1_000, "{}", case.name);
         }
     }
 }

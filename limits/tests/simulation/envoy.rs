@@ -222,6 +222,12 @@ impl Envoy {
         let Worker { asking, contact, .. } = &mut self.workers[worker];
         let is_tick = is_tick || asking.has_missed_tick();
         if is_tick {
+            for pool in asking.unused() {
+                let holding = self.holdings.get_mut(&pool);
+                if holding.is_some_and(|holding| holding.hand_back_after_use(contact, ns / MS)) {
+                    asking.queue_unused(pool);
+                }
+            }
             for pool in asking.idle(contact.was_alone(), ns / MS) {
                 if let Some(holding) = self.holdings.get_mut(&pool)
                     && holding.is_idle(ns / MS)
@@ -248,7 +254,7 @@ impl Envoy {
         let (contact, ns) = (self.contact, self.ns(now_ns));
         let asks = self.holdings.iter_mut().map(|(pool, holding)| {
             holding.hand_back();
-            holding.ask(Due { pool: *pool, need: 0, least: 0 }, &contact, ns)
+            holding.ask(Due { pool: *pool, need: 0, least: 0, is_unused: false }, &contact, ns)
         });
         Call { reporter: self.reporter, is_last: true, asks: asks.collect() }
     }

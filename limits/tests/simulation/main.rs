@@ -47,7 +47,7 @@ use limits::pool::{Kind, PoolId, Subject, Terms};
 
 use judge::Findings;
 use load::{Fleet, Load, Spread, run};
-use world::Network;
+use world::{Network, S, World};
 
 /// A network in one data centre.
 const NEAR: Network = Network { least_ms: 1, most_ms: 5, lost_per_mille: 0, doubled_per_mille: 0, late_per_mille: 0 };
@@ -188,6 +188,53 @@ fn keys_that_use_less_than_a_third_of_a_large_limit_hardly_wait() {
                     assert!(fraction <= 0.025, "{name}: {fraction} of the requests wait");
                 }
             }
+        }
+    }
+}
+
+/// Bursts with room for 16 requests for each Envoy, however fast the limit is.
+#[test]
+fn keys_that_use_less_than_a_third_of_a_fast_limit_with_a_small_burst_hardly_wait() {
+    for envoys in [1, 3, 10] {
+        for per_s in [10, 100, 1_000] {
+            let (requests, burst, shared) = (per_s * 10 / 3, 16 * envoys, true);
+            let limit = RateLimit { name: "a".into(), requests, window_s: 1, burst, shared, per: Per::Key };
+            let terms = Terms::Rate(Rate::of(&limit));
+            let seconds = (20_000 / u64::from(per_s)).max(20);
+            for spread in SPREADS {
+                let load = Load { per_1000_s: u64::from(per_s) * 1_000, burst: 1, spread, price: (1, 1) };
+                let name = format!("{per_s} requests/s, bursts of 16 at {envoys} Envoys, {spread:?}");
+                let fleet = Fleet { envoys: usize::try_from(envoys).unwrap(), workers: 1, network: NEAR };
+                let found = run(&name, 3, fleet, Kind::Rate, &terms, load, seconds);
+                assert_eq!((found.admitted, found.excess), (found.requests, 0), "{name}");
+                let fraction = found.waited as f64 / found.requests as f64;
+                assert!(fraction <= 0.025, "{name}: {fraction} of the requests wait");
+            }
+        }
+    }
+}
+
+#[test]
+fn idle_envoys_together_hold_an_eighth_of_what_is_left_at_most() {
+    let pools = [limit(100, 1), limit(160, 3_600), limit(5_000, 60), quota(1_000), credits(10_000)];
+    for (kind, terms) in pools {
+        for envoys in [2, 3, 10] {
+            let mut world = World::new(29, envoys, 2, NEAR);
+            let id = pool(kind, 1);
+            world.add_pool(id, terms);
+            let load = Load { per_1000_s: 60_000, burst: 4, spread: Spread::Random, price: (1, 1) };
+            let mut most = 0;
+            for _ in 0..20 {
+                // Bursts of five requests for each Envoy, and a pause in which all become idle.
+                let end_ns = load::schedule(&mut world, id, &terms, load, 1);
+                world.run(end_ns + S);
+                let held: u64 = (0..envoys).map(|envoy| world.held(envoy, id)).sum();
+                let left = u64::try_from(world.judge.left(id, world.now_ns)).unwrap_or_default();
+                assert!(held * 8 <= left, "{kind:?} {envoys} Envoys: they hold {held} of {left}");
+                most = most.max(held);
+            }
+            assert_eq!(world.found.excess, 0);
+            assert!(most > 0 || envoys == 10, "{kind:?} {envoys} Envoys");
         }
     }
 }

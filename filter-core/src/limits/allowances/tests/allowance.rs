@@ -49,6 +49,31 @@ fn an_envoy_asks_ahead_when_its_allowance_runs_low() {
 }
 
 #[test]
+fn after_a_tick_without_use_most_of_the_allowance_of_a_limit_is_handed_back() {
+    let key = with_limit(100);
+    let (pool, terms) = rate_pool(&key);
+    let mut plane = Plane::with([(pool, terms)]);
+    let mut envoy = Envoy::new("", &[("k", key)]);
+    for _ in 0..20 {
+        envoy.ask(0, "k");
+    }
+    envoy.wake(0);
+    envoy.serve(0, &mut plane);
+    envoy.tick_at(0, NOW + TICK);
+    envoy.serve(0, &mut plane);
+    assert_eq!(plane.pools[&pool].held(), 40, "twice what it spent in a tick");
+    // Of the 80 tokens that are left, two idle Envoys hold an eighth at most.
+    envoy.tick_at(0, NOW + 2 * TICK);
+    let call = &envoy.vms[0].calls.last().unwrap().clone();
+    let call = Call::read(&call.body).unwrap();
+    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (20, 35, 0));
+    envoy.serve(0, &mut plane);
+    assert_eq!(plane.pools[&pool].held(), 5);
+    envoy.tick_at(0, NOW + 3 * TICK);
+    assert_eq!(envoy.call(0).1.asks, [], "there is nothing more to report");
+}
+
+#[test]
 fn a_recalled_allowance_is_handed_back_at_once() {
     let key = Record { quota: budget(1), ..record(7) };
     let (pool, terms) = quota_pool(&key, 100, None);
