@@ -67,7 +67,7 @@ impl Caller {
         for (pool, holding) in &mut self.pools {
             // Without a token, the request waits for the answer.
             let _ = holding.spend(1, Limited::Rate(&rate), 0, &self.contact, sent_ns);
-            asks.push(holding.ask(Due { pool: *pool, need: 1, least: 1 }, &self.contact, sent_ns));
+            asks.push(holding.ask(Due { pool: *pool, need: 1, least: 1, is_unused: false }, &self.contact, sent_ns));
         }
         let before: Vec<u64> = asks.iter().map(|ask| ask.granted).collect();
         let body = Call { reporter: self.reporter, is_last: false, asks }.write()?;

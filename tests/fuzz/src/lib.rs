@@ -210,7 +210,7 @@ pub fn allowance_answer(bytes: &[u8]) {
             now_ms += TICK_MS;
             let pool = PoolId { kind: Kind::Quota, subject: Subject([0; 16]), tag: 0 };
             holding.prepare(Limited::Stock { fill: 1 }, &contact, now_ms * NS_PER_MS);
-            let due = Due { pool, need: 1, least: 1 };
+            let due = Due { pool, need: 1, least: 1, is_unused: false };
             let ask = holding.ask(due, &contact, now_ms * NS_PER_MS);
             contact.answered(now_ms, now_ms, answer.live, answer.alone_ms);
             let before = holding;

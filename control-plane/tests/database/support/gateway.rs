@@ -94,7 +94,7 @@ impl Gateway {
         let asks: Vec<Ask> = needs
             .iter()
             .map(|(&pool, &need)| {
-                let due = Due { pool, need, least: need };
+                let due = Due { pool, need, least: need, is_unused: false };
                 self.holdings.entry(pool).or_default().ask(due, &self.contact, now_ns)
             })
             .collect();
