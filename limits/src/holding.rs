@@ -322,8 +322,11 @@ impl Holding {
             return false;
         }
         let all = self.left.saturating_add(self.others).saturating_add(self.unspent());
-        let users = if contact.live > 1 { contact.live as u64 } else { 1 };
-        let surplus = self.unspent().saturating_sub(all / IDLE_PART / users);
+        let part = match (all / IDLE_PART).checked_div(contact.live as u64) {
+            Some(part) => part,
+            None => all / IDLE_PART,
+        };
+        let surplus = self.unspent().saturating_sub(part);
         self.put_back(surplus);
         surplus > 0
     }

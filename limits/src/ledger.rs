@@ -6,7 +6,7 @@
 
 use contract::id::ReporterId;
 use contract::rate::Rate;
-use contract::time::NS_PER_MS;
+use contract::time::{NS_PER_MS, NS_PER_S};
 
 use crate::message::{Ask, Grant};
 use crate::pool::{Terms, rescale};
@@ -20,9 +20,15 @@ struct AheadBounds {
     scarce: u64,
 }
 
-/// Envoys that use a rate limit may hold much of it: it comes back by itself, and an Envoy hands tokens back after a tick
-/// without use. A fast limit has few tokens, which must last an Envoy until its next answer.
-const OF_RATE: AheadBounds = AheadBounds { part: 2, scarce: 1 };
+/// A rate limit whose burst comes back within [`FAST_NS`] has few tokens for its rate, which must last an Envoy until its next
+/// answer. So the Envoys that use it may hold all of it. After a tick without use they hand tokens back.
+const OF_FAST: AheadBounds = AheadBounds { part: 1, scarce: 0 };
+
+/// The time in which the burst of a fast rate limit comes back, in nanoseconds.
+const FAST_NS: u64 = 10 * NS_PER_S;
+
+/// Other rate limits.
+const OF_RATE: AheadBounds = AheadBounds { part: 8, scarce: 4 };
 
 /// Of a quota or a balance, all Envoys never hold more than an eighth of what is left.
 const OF_STOCK: AheadBounds = AheadBounds { part: 16, scarce: 8 };
@@ -202,7 +208,11 @@ impl Pool {
     }
 
     const fn ahead_bounds(&self) -> AheadBounds {
-        if matches!(self.terms, Terms::Rate(_)) { OF_RATE } else { OF_STOCK }
+        match &self.terms {
+            Terms::Rate(rate) if rate.tolerance_ns() <= FAST_NS => OF_FAST,
+            Terms::Rate(_) => OF_RATE,
+            Terms::Stock { .. } => OF_STOCK,
+        }
     }
 
     /// Brings the use of a rate limit to its present rate: the tokens that are used stay used.

@@ -34,9 +34,11 @@ fn granted(pool: &mut Pool, reporter: ReporterId, ask: &Ask) -> u64 {
 
 #[test]
 fn requests_that_wait_get_all_that_is_left_and_tokens_ahead_a_part() {
-    for (terms, ahead, why) in
-        [(rate(100, 10), 24, "half of 96, in equal parts"), (stock(100), 2, "all hold a sixteenth of 96")]
-    {
+    for (terms, ahead, why) in [
+        (rate(100, 10), 48, "all of 96, in equal parts"),
+        (rate(100, 11), 6, "an eighth of 96, in equal parts"),
+        (stock(100), 2, "all hold a sixteenth of 96"),
+    ] {
         let mut pool = Pool::new(terms);
         assert_eq!(granted(&mut pool, ONE, &needs(4)), 4);
         assert_eq!(granted(&mut pool, TWO, &Ask { want: 50, ..ask() }), ahead, "{why}");
@@ -200,25 +202,25 @@ fn a_recall_stands_until_the_envoy_has_handed_back_or_needs_tokens_itself() {
 }
 
 #[test]
-fn idle_envoys_hand_back_tokens_of_a_limit_before_busy_ones_do() {
-    let mut limit = Pool::new(rate(82, 3_600));
-    let is_recalled = |limit: &Pool, of| limit.holders.iter().find(|holder| holder.reporter == of).unwrap().is_recalled;
-    let at = |later_ms: u64| NOW + later_ms * NS_PER_MS;
-    let uses = Ask { granted: 1, spent: 1, want: 10, ..ask() };
-    limit.answer(ONE, &uses, OtherEnvoys::Several, NOW);
+fn idle_envoys_that_hold_more_than_an_eighth_of_a_limit_hand_back_and_busy_ones_if_tokens_are_missing() {
     let third = ReporterId([3; 16]);
-    limit.answer(third, &uses, OtherEnvoys::Several, at(UNUSED_MS - 1));
-    assert_eq!((limit.held(), limit.left(at(UNUSED_MS))), (20, 80));
-    limit.answer(TWO, &needs(1), OtherEnvoys::Several, at(UNUSED_MS - 1));
-    assert!(!is_recalled(&limit, ONE), "it may be busy");
-    // Ten of 80 are an eighth, ten of 79 are more.
-    limit.answer(TWO, &Ask { granted: 1, ..needs(1) }, OtherEnvoys::Several, at(UNUSED_MS));
-    assert!(!is_recalled(&limit, ONE));
-    limit.answer(TWO, &Ask { granted: 1, spent: 1, ..ask() }, OtherEnvoys::Several, at(UNUSED_MS));
-    assert!(is_recalled(&limit, ONE) && !is_recalled(&limit, third));
-    // Others hold more than could be granted.
-    limit.answer(TWO, &Ask { granted: 1, spent: 1, ..needs(50) }, OtherEnvoys::Several, at(UNUSED_MS));
-    assert!(is_recalled(&limit, third));
+    let at = |later_ms: u64| NOW + later_ms * NS_PER_MS;
+    for (want, is_too_much) in [(102, false), (103, true)] {
+        let mut limit = Pool::new(rate(820, 10));
+        let recalled = |limit: &Pool| {
+            let holder = |of| limit.holders.iter().find(|holder| holder.reporter == of).unwrap();
+            [ONE, third].map(|of| holder(of).is_recalled)
+        };
+        let uses = Ask { granted: 1, spent: 1, want, ..ask() };
+        limit.answer(ONE, &uses, OtherEnvoys::Several, NOW);
+        limit.answer(third, &uses, OtherEnvoys::Several, at(UNUSED_MS - 1));
+        limit.answer(TWO, &needs(1), OtherEnvoys::Several, at(UNUSED_MS - 1));
+        assert_eq!((limit.held(), recalled(&limit)), (2 * want + 1, [false; 2]), "both may be busy");
+        limit.answer(TWO, &Ask { granted: 1, ..needs(1) }, OtherEnvoys::Several, at(UNUSED_MS));
+        assert_eq!((limit.left(at(UNUSED_MS)), recalled(&limit)), (820, [is_too_much, false]));
+        limit.answer(TWO, &Ask { granted: 1, ..needs(819) }, OtherEnvoys::Several, at(UNUSED_MS));
+        assert_eq!(recalled(&limit), [true; 2]);
+    }
 }
 
 #[test]

@@ -173,6 +173,13 @@ async fn a_raised_limit_or_quota_admits_the_difference_at_once_and_a_lowered_one
         stack.in_step().await?;
         assert_eq!(admitted(&page(&stack, 4, &raised).await?), 0, "{email}");
     }
+    // An administrator resets a rate limit by another name.
+    let named = |name: &str| json!({"rate_limits": [{"name": name, "requests": 5, "window_seconds": 86_400}]});
+    let (id, key) = key(&stack, "reset@example.com", named("day")).await?;
+    assert_eq!(admitted(&page(&stack, 8, &key).await?), 5);
+    rest.patch(&format!("/v1/keys/{id}"), named("day-2")).await?;
+    stack.in_step().await?;
+    assert_eq!(admitted(&page(&stack, 8, &key).await?), 5);
     Ok(())
 }
 

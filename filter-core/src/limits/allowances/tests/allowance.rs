@@ -50,7 +50,8 @@ fn an_envoy_asks_ahead_when_its_allowance_runs_low() {
 
 #[test]
 fn after_a_tick_without_use_most_of_the_allowance_of_a_limit_is_handed_back() {
-    let key = with_limit(100);
+    let mut key = with_limit(100);
+    key.rate_limits[0].window_s = 10;
     let (pool, terms) = rate_pool(&key);
     let mut plane = Plane::with([(pool, terms)]);
     let mut envoy = Envoy::new("", &[("k", key)]);
