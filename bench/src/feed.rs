@@ -70,6 +70,7 @@ impl Feed {
             .route("/sync/v1/keys", get(update))
             .route("/sync/v1/usage", post(usage))
             .route("/sync/v1/allowances", post(allowances))
+            .route("/sync/v1/sightings", post(async || StatusCode::OK))
             .with_state(updates);
         let (address, _server) = serve(LOCAL, router).await?;
         Ok(Self { address, _server })

@@ -24,8 +24,8 @@ pub const USAGE: Magic = Magic(*b"PKU1");
 /// The [`Ack`](crate::usage::Ack) of usage reports.
 pub const ACK: Magic = Magic(*b"PKA1");
 
-/// The [`UnknownKeys`](crate::unknown::UnknownKeys) that an Envoy has seen.
-pub const UNKNOWN: Magic = Magic(*b"PKN1");
+/// The [`Sightings`](crate::sightings::Sightings) of an Envoy.
+pub const SIGHTINGS: Magic = Magic(*b"PKN1");
 
 /// Why bytes were refused. No part of a refused message may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,29 +1,33 @@
-//! Hashes of keys that the store does not have, which filters capture under policies with
-//! [`Policy::capture_unknown`](crate::policy::Policy::capture_unknown). Administrators who move from another system see which
-//! of its keys are still in use.
+//! What a filter has seen that administrators want to know of: keys that the store does not have, and policies that routes name.
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::{self, DecodeError, UNKNOWN};
+use crate::codec::{self, DecodeError, SIGHTINGS};
 use crate::hash::KeyHash;
 
-/// Most hashes in one message.
-pub const HASHES: usize = 1_000;
+/// Most unknown keys in one message.
+pub const UNKNOWN_KEYS: usize = 1_000;
 
-/// Keys that one VM has captured since its last message.
+/// Most policies in one message.
+pub const POLICIES: usize = 100;
+
+/// What one VM of an Envoy has seen since its last message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnknownKeys {
-    /// SHA-256 of each key, without a pepper. At most [`HASHES`].
-    pub hashes: Vec<KeyHash>,
+pub struct Sightings {
+    /// SHA-256 of each key that the store does not have, without a pepper, under policies with
+    /// [`Policy::capture_unknown`](crate::policy::Policy::capture_unknown). At most [`UNKNOWN_KEYS`].
+    pub unknown_keys: Vec<KeyHash>,
+    /// Names of policies that routes of Envoy named. At most [`POLICIES`].
+    pub policies: Vec<String>,
 }
 
-impl UnknownKeys {
+impl Sightings {
     /// Encodes the message.
     ///
     /// # Errors
     /// None in practice: see [`codec::encode`].
     pub fn write(&self) -> Result<Vec<u8>, DecodeError> {
-        codec::encode(UNKNOWN, self)
+        codec::encode(SIGHTINGS, self)
     }
 
     /// Decodes a message.
@@ -31,6 +35,6 @@ impl UnknownKeys {
     /// # Errors
     /// Each variant of [`DecodeError`].
     pub fn read(bytes: &[u8]) -> Result<Self, DecodeError> {
-        codec::decode(UNKNOWN, bytes)
+        codec::decode(SIGHTINGS, bytes)
     }
 }

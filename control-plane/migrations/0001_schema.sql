@@ -17,7 +17,8 @@
 --
 -- Locks. Every transaction takes its locks in this order, so that no two transactions deadlock:
 --   usage_reporters → usage tables → user_preferences → definitions → store_state → api_keys → allowance_callers →
---   lone_caller → pools → quota_use → allowances. The rows of unknown_keys come last, in the order of their hashes.
+--   lone_caller → pools → quota_use → allowances. The rows of policy_uses and then of unknown_keys come last, in the order of
+--   their keys.
 -- Several rows of one table are locked in the order of their ids. Pools come late, because requests wait for them: a
 -- transaction that has locked a pool waits for nothing but other pools.
 --
@@ -113,6 +114,14 @@ create trigger definitions_assign_revision before insert or update on definition
     for each row execute function assign_revision();
 create trigger definitions_version before update on definitions
     for each row execute function increment_version();
+
+create table policy_uses (
+    number integer primary key references definitions,
+    last_named_at timestamptz not null default now()
+);
+
+comment on table policy_uses is 'Policies that routes of Envoys named.';
+comment on column policy_uses.last_named_at is 'To the hour.';
 
 
 -- 3. Users

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::host::{CallResponse, Flow, Host, Stream, random_bytes};
 use crate::keys::KeyStore;
 use crate::leader::Leader;
-use crate::leader::control_plane::{explain, send_unknown};
+use crate::leader::control_plane::{explain, send_sightings};
 use crate::limits::allowances::{self, Reached};
 use crate::request::{self, Waited};
 use crate::setup::Setup;
@@ -99,7 +99,7 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         }
         self.vm.tick(now_ms);
         self.leader.borrow_mut().tick(&self.vm, setup, now_ms);
-        self.send_captured(setup, now_ms);
+        self.send_sightings(setup, now_ms);
         self.vm.allowances.start_over();
         decide_again(Reached::Yes);
         self.call(setup, true);
@@ -110,12 +110,12 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
         self.vm.allowances.tick_ms()
     }
 
-    fn send_captured(&self, setup: &Setup, now_ms: u64) {
-        let mut captured = self.vm.captured.borrow_mut();
-        if let Some(keys) = captured.due(now_ms)
-            && let Some(token) = send_unknown(self.vm.host(), setup, &keys)
-        {
-            captured.sent(token, now_ms);
+    fn send_sightings(&self, setup: &Setup, now_ms: u64) {
+        let mut seen = self.vm.seen.borrow_mut();
+        let Some(message) = seen.due(now_ms) else { return };
+        match send_sightings(self.vm.host(), setup, &message) {
+            Some(token) => seen.sent(token, message, now_ms),
+            None => seen.not_sent(message),
         }
     }
 
@@ -142,23 +142,24 @@ impl<H: Host, K: KeyStore> Filter<H, K> {
                 self.vm.allowances.start_over();
                 decide_again(reached);
             }
-            None if self.is_of_captured(token, response) => {}
+            None if self.is_of_sightings(token, response) => {}
             None => self.leader.borrow_mut().on_response(&self.vm, setup, token, response),
         }
         self.call(setup, false);
     }
 
-    /// Whether this is the response to captured keys.
-    fn is_of_captured(&self, token: u32, response: &impl CallResponse) -> bool {
-        let mut captured = self.vm.captured.borrow_mut();
-        if !captured.is_in_flight(token) {
+    /// Whether this is the response to sightings.
+    fn is_of_sightings(&self, token: u32, response: &impl CallResponse) -> bool {
+        let mut seen = self.vm.seen.borrow_mut();
+        if !seen.is_in_flight(token) {
             return false;
         }
         let status = response.status();
         if status != Some(200) {
-            self.vm.host().warn(&format!("captured keys are sent again: {}", explain(status, "send captured keys")));
+            let why = explain(status, "send unknown keys and policies");
+            self.vm.host().warn(&format!("unknown keys and policies are sent again: {why}"));
         }
-        captured.take_response(token, status == Some(200), self.vm.now_ms())
+        seen.take_response(token, status == Some(200), self.vm.now_ms())
     }
 
     /// A configuration ends: reports everything that was counted. `is_in_use`: another configuration uses this filter. If none

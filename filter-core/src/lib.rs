@@ -45,7 +45,7 @@ pub mod limits;
 pub mod metadata;
 pub mod reply;
 
-pub mod unknown;
+pub mod sightings;
 pub mod usage;
 
 pub mod vm;

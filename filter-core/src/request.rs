@@ -168,7 +168,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         if let (Outcome::Unknown, true, Credential::Hashed(hash)) =
             (verdict.outcome, policy.is_some_and(|policy| policy.capture_unknown), extraction.credential)
         {
-            self.vm.captured.borrow_mut().add(hash);
+            self.vm.seen.borrow_mut().unknown_key(hash);
         }
         Some((verdict, extraction))
     }

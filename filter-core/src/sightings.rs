@@ -1,12 +1,14 @@
-//! Unknown keys that one VM captures and sends to the control plane. A VM sends each key once an hour, so the control plane
-//! knows to the hour when it was last seen.
+//! What one VM has seen and sends to the control plane: unknown keys, and policies that routes name. A VM sends each once an
+//! hour, so the control plane knows to the hour when it was last seen.
+
+use std::borrow::Borrow;
 
 use contract::hash::KeyHash;
-use contract::unknown::{HASHES, UnknownKeys};
+use contract::sightings::{POLICIES, Sightings, UNKNOWN_KEYS};
 
 use crate::time::MS_PER_HOUR;
 
-/// Most keys that a VM captures in an hour. It ignores further ones until the next hour.
+/// Most unknown keys, and most policies, that a VM notes in an hour. It ignores further ones until the next hour.
 const REMEMBERED: usize = 10_000;
 
 /// A message without a response counts as lost after this time. Envoy delivers no response to a root context that has ended.
@@ -15,73 +17,108 @@ const LOST_AFTER_MS: u64 = 20_000;
 /// The pause after a message that failed.
 const PAUSE_MS: u64 = 5_000;
 
-/// The keys that one VM has captured.
+/// What one VM has seen.
 #[derive(Debug, Default)]
-pub struct Captured {
-    /// Keys to send.
-    unsent: Vec<KeyHash>,
-    /// Keys of this hour, sorted.
-    seen: Vec<KeyHash>,
+pub struct Seen {
+    unknown_keys: Hourly<KeyHash>,
+    policies: Hourly<String>,
     hour: u64,
     in_flight: Option<InFlight>,
     /// No message is sent before this time.
     paused_until_ms: u64,
 }
 
+/// Things of one kind, each noted once an hour.
+#[derive(Debug)]
+struct Hourly<T> {
+    unsent: Vec<T>,
+    /// Those of this hour, sorted.
+    seen: Vec<T>,
+}
+
 #[derive(Debug)]
 struct InFlight {
     token: u32,
     since_ms: u64,
-    keys: Vec<KeyHash>,
+    message: Sightings,
 }
 
-impl Captured {
-    /// Captures a key.
-    pub fn add(&mut self, hash: KeyHash) {
-        if self.see(hash) {
-            self.unsent.push(hash);
+impl<T> Default for Hourly<T> {
+    fn default() -> Self {
+        Self { unsent: Vec::new(), seen: Vec::new() }
+    }
+}
+
+impl<T: Clone + Ord> Hourly<T> {
+    fn add<Q: Ord + ToOwned<Owned = T> + ?Sized>(&mut self, thing: &Q)
+    where
+        T: Borrow<Q>,
+    {
+        if let Err(place) = self.seen.binary_search_by(|known| known.borrow().cmp(thing))
+            && self.seen.len() < REMEMBERED
+        {
+            self.seen.insert(place, thing.to_owned());
+            self.unsent.push(thing.to_owned());
         }
     }
 
-    /// Remembers a key. Returns whether it is new and there is room.
-    fn see(&mut self, hash: KeyHash) -> bool {
-        let Err(place) = self.seen.binary_search(&hash) else { return false };
-        let has_room = self.seen.len() < REMEMBERED;
-        if has_room {
-            self.seen.insert(place, hash);
-        }
-        has_room
+    /// An hour has begun. What was not sent counts as seen in this hour.
+    fn begin_hour(&mut self) {
+        self.seen.clone_from(&self.unsent);
+        self.seen.sort_unstable();
+        self.seen.dedup();
+        self.unsent.clone_from(&self.seen);
     }
 
-    /// The message to send now, if there is one.
-    pub fn due(&mut self, now_ms: u64) -> Option<UnknownKeys> {
+    fn take(&mut self, most: usize) -> Vec<T> {
+        self.unsent.drain(..self.unsent.len().min(most)).collect()
+    }
+}
+
+impl Seen {
+    /// A client sent a key that the store does not have.
+    pub fn unknown_key(&mut self, hash: KeyHash) {
+        self.unknown_keys.add(&hash);
+    }
+
+    /// A route named a policy.
+    pub fn policy(&mut self, name: &str) {
+        self.policies.add(name);
+    }
+
+    /// The message to send now, if there is one. Call [`Seen::sent`] or [`Seen::not_sent`] with it.
+    pub fn due(&mut self, now_ms: u64) -> Option<Sightings> {
         if now_ms / MS_PER_HOUR != self.hour {
             self.hour = now_ms / MS_PER_HOUR;
-            self.seen.clear();
-            for hash in std::mem::take(&mut self.unsent) {
-                self.add(hash);
-            }
+            self.unknown_keys.begin_hour();
+            self.policies.begin_hour();
         }
         let is_lost = |sent: &mut InFlight| now_ms.abs_diff(sent.since_ms) >= LOST_AFTER_MS;
         if let Some(lost) = self.in_flight.take_if(is_lost) {
-            self.unsent.extend(lost.keys);
+            self.not_sent(lost.message);
         }
         // A pause longer than `PAUSE_MS` was set before the clock stepped back. It is ignored.
         let is_paused = (1..=PAUSE_MS).contains(&self.paused_until_ms.saturating_sub(now_ms));
-        if self.unsent.is_empty() || self.in_flight.is_some() || is_paused {
+        if self.in_flight.is_some() || is_paused {
             return None;
         }
-        let first = self.unsent.len().min(HASHES);
-        Some(UnknownKeys { hashes: self.unsent.get(..first).unwrap_or_default().to_vec() })
+        let message =
+            Sightings { unknown_keys: self.unknown_keys.take(UNKNOWN_KEYS), policies: self.policies.take(POLICIES) };
+        (message != Sightings::default()).then_some(message)
     }
 
-    /// The message of [`Captured::due`] was sent, with this token.
-    pub fn sent(&mut self, token: u32, now_ms: u64) {
-        let first = self.unsent.len().min(HASHES);
-        self.in_flight = Some(InFlight { token, since_ms: now_ms, keys: self.unsent.drain(..first).collect() });
+    /// The message was sent, with this token.
+    pub fn sent(&mut self, token: u32, message: Sightings, now_ms: u64) {
+        self.in_flight = Some(InFlight { token, since_ms: now_ms, message });
     }
 
-    /// Whether this token is that of a message in flight.
+    /// The message could not be sent. It is due again.
+    pub fn not_sent(&mut self, message: Sightings) {
+        self.unknown_keys.unsent.extend(message.unknown_keys);
+        self.policies.unsent.extend(message.policies);
+    }
+
+    /// Whether this token is that of the message in flight.
     #[must_use]
     pub fn is_in_flight(&self, token: u32) -> bool {
         self.in_flight.as_ref().is_some_and(|sent| sent.token == token)
@@ -91,7 +128,7 @@ impl Captured {
     pub fn take_response(&mut self, token: u32, is_ok: bool, now_ms: u64) -> bool {
         let Some(sent) = self.in_flight.take_if(|sent| sent.token == token) else { return false };
         if !is_ok {
-            self.unsent.extend(sent.keys);
+            self.not_sent(sent.message);
             self.paused_until_ms = now_ms.saturating_add(PAUSE_MS);
         }
         true
@@ -108,50 +145,67 @@ mod tests {
         KeyHash::of(&number.to_le_bytes())
     }
 
-    fn captured(keys: usize) -> Captured {
-        let mut captured = Captured::default();
-        assert_eq!(captured.due(NOW), None);
-        (0..keys).for_each(|number| captured.add(hash(number)));
-        captured
+    fn message(unknown_keys: &[usize], policies: &[&str]) -> Sightings {
+        let unknown_keys = unknown_keys.iter().map(|number| hash(*number)).collect();
+        Sightings { unknown_keys, policies: policies.iter().map(|name| (*name).to_owned()).collect() }
+    }
+
+    fn seen(keys: usize) -> Seen {
+        let mut seen = Seen::default();
+        assert_eq!(seen.due(NOW), None);
+        (0..keys).for_each(|number| seen.unknown_key(hash(number)));
+        seen
     }
 
     #[test]
-    fn a_key_is_sent_once_an_hour() {
-        let mut captured = captured(2);
-        captured.add(hash(0));
-        let both = UnknownKeys { hashes: vec![hash(0), hash(1)] };
-        assert_eq!(captured.due(NOW), Some(both));
-        captured.sent(7, NOW);
-        assert_eq!((captured.due(NOW), captured.take_response(6, true, NOW)), (None, false));
-        assert!(captured.take_response(7, true, NOW));
-        captured.add(hash(1));
-        assert_eq!(captured.due(NOW + MS_PER_HOUR - 1), None);
-        assert_eq!(captured.due(NOW + MS_PER_HOUR), None);
-        captured.add(hash(1));
-        assert_eq!(captured.due(NOW + MS_PER_HOUR), Some(UnknownKeys { hashes: vec![hash(1)] }));
+    fn a_key_and_a_policy_are_sent_once_an_hour() {
+        let mut seen = seen(2);
+        seen.unknown_key(hash(0));
+        ["orders", "orders", "items"].iter().for_each(|name| seen.policy(name));
+        let due = seen.due(NOW).unwrap();
+        assert_eq!(due, message(&[0, 1], &["orders", "items"]));
+        seen.sent(7, due, NOW);
+        assert_eq!((seen.due(NOW), seen.take_response(6, true, NOW)), (None, false));
+        assert!(seen.take_response(7, true, NOW));
+        seen.unknown_key(hash(1));
+        seen.policy("items");
+        assert_eq!(seen.due(NOW + MS_PER_HOUR - 1), None);
+        assert_eq!(seen.due(NOW + MS_PER_HOUR), None);
+        seen.unknown_key(hash(1));
+        seen.policy("items");
+        assert_eq!(seen.due(NOW + MS_PER_HOUR), Some(message(&[1], &["items"])));
     }
 
     #[test]
-    fn keys_of_a_message_that_failed_or_got_lost_are_sent_again() {
-        let mut captured = captured(1);
-        let message = captured.due(NOW);
-        captured.sent(1, NOW);
-        assert!(captured.take_response(1, false, NOW));
-        assert_eq!((captured.due(NOW + PAUSE_MS - 1), captured.due(NOW + PAUSE_MS)), (None, message.clone()));
-        captured.sent(2, NOW + PAUSE_MS);
+    fn a_message_that_failed_or_got_lost_is_sent_again() {
+        let mut seen = seen(1);
+        seen.policy("orders");
+        let due = seen.due(NOW).unwrap();
+        seen.not_sent(due);
+        let due = seen.due(NOW).unwrap();
+        seen.sent(1, due.clone(), NOW);
+        assert!(seen.take_response(1, false, NOW));
+        assert_eq!((seen.due(NOW + PAUSE_MS - 1), seen.due(NOW + PAUSE_MS)), (None, Some(due.clone())));
+        seen.sent(2, due.clone(), NOW + PAUSE_MS);
         let lost_ms = NOW + PAUSE_MS + LOST_AFTER_MS;
-        assert_eq!((captured.due(lost_ms - 1), captured.due(lost_ms)), (None, message));
+        assert_eq!((seen.due(lost_ms - 1), seen.due(lost_ms)), (None, Some(due.clone())));
+        // Also if an hour begins meanwhile: what is sent then is not sent twice in it.
+        seen.sent(3, due.clone(), lost_ms);
+        assert!(seen.take_response(3, false, lost_ms));
+        assert_eq!(seen.due(NOW + MS_PER_HOUR), Some(due));
+        seen.policy("orders");
+        assert_eq!(seen.due(NOW + MS_PER_HOUR), None);
     }
 
     #[test]
     fn a_flood_of_keys_is_bounded() {
-        let mut captured = captured(REMEMBERED + 5);
+        let mut seen = seen(REMEMBERED + 5);
         let mut sent = 0;
-        while let Some(message) = captured.due(NOW) {
-            assert!(message.hashes.len() <= HASHES);
-            sent += message.hashes.len();
-            captured.sent(1, NOW);
-            captured.take_response(1, true, NOW);
+        while let Some(due) = seen.due(NOW) {
+            assert!(due.unknown_keys.len() <= UNKNOWN_KEYS);
+            sent += due.unknown_keys.len();
+            seen.sent(1, due, NOW);
+            seen.take_response(1, true, NOW);
         }
         assert_eq!(sent, REMEMBERED);
     }

@@ -8,10 +8,10 @@ use std::cell::{Cell as Slot, RefCell};
 use crate::host::Host;
 use crate::limits::allowances::Allowances;
 use crate::shared::SharedData;
+use crate::sightings::Seen;
 use crate::stats::Statistics;
 use crate::store::state::{self, StoreState};
 use crate::time::{NS_PER_MS, is_ahead};
-use crate::unknown::Captured;
 use crate::usage::counter::{Counts, take_slot};
 
 /// Time between two ticks, in milliseconds. On each tick counts are published and the leader extends its term.
@@ -39,8 +39,8 @@ pub struct Vm<H, K> {
     next_tick_ms: Slot<u64>,
     usage_slot: Slot<Option<u16>>,
     unknown_policies: RefCell<Vec<String>>,
-    /// Keys that the store does not have, under policies that capture them.
-    pub captured: RefCell<Captured>,
+    /// Unknown keys and named policies that the control plane is to learn of.
+    pub seen: RefCell<Seen>,
 }
 
 impl<H: Host, K> Vm<H, K> {
@@ -56,7 +56,7 @@ impl<H: Host, K> Vm<H, K> {
             next_tick_ms: Slot::new(0),
             usage_slot: Slot::new(None),
             unknown_policies: RefCell::default(),
-            captured: RefCell::default(),
+            seen: RefCell::default(),
         }
     }
 

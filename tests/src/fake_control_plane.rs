@@ -103,6 +103,7 @@ impl FakeControlPlane {
             .route("/sync/v1/keys", get(update))
             .route("/sync/v1/usage", post(usage))
             .route("/sync/v1/allowances", post(allowances))
+            .route("/sync/v1/sightings", post(async || StatusCode::OK))
             .with_state(Arc::clone(&shared));
         let (address, _server) = serve(LOCAL, router).await?;
         Ok(Self { address, shared, _server })

@@ -97,7 +97,7 @@ macro_rules! routes {
         ) -> Result<StatusCode, ApiError> {
             let name = path.parse(&caller)?;
             let removed = app.writer.change(&caller.actor, async |change| {
-                store::remove(change, Kind::$kind, &name, &preconditions).await
+                store::remove(change, Kind::$kind, &name, &preconditions, false).await
             });
             if removed.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(Kind::$kind, &name)) }
         }

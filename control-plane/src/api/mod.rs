@@ -73,8 +73,8 @@ const USAGE_BYTES: usize = 4 << 20;
 /// Longest body of a call for allowances, in bytes: as many pools as a call may ask for, at about 110 bytes each.
 const ALLOWANCES_BYTES: usize = 64 << 10;
 
-/// Longest body of a message with unknown keys, in bytes: as many hashes as it may have.
-const UNKNOWN_BYTES: usize = 64 << 10;
+/// Longest body of a message with sightings, in bytes: as many unknown keys and policies as it may have.
+const SIGHTINGS_BYTES: usize = 64 << 10;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -174,7 +174,7 @@ pub fn router_with_read_timeout(app: App, metrics: Option<PrometheusHandle>, rea
     let filters = Router::new()
         .route("/sync/v1/keys", get(sync::poll))
         .route("/sync/v1/usage", post(sync::report).layer(DefaultBodyLimit::max(USAGE_BYTES)))
-        .route("/sync/v1/unknown-keys", post(sync::store_unknown).layer(DefaultBodyLimit::max(UNKNOWN_BYTES)))
+        .route("/sync/v1/sightings", post(sync::store_sightings).layer(DefaultBodyLimit::max(SIGHTINGS_BYTES)))
         .route("/sync/v1/allowances", post(sync::allowances).layer(DefaultBodyLimit::max(ALLOWANCES_BYTES)));
     let router = management
         .merge(filters)

@@ -2,18 +2,19 @@
 
 use axum::http::StatusCode;
 use axum::response::Response;
-use serde::Serialize;
-use utoipa::ToSchema;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
 use crate::api::call::Call;
 use crate::api::definitions::{ByName, missing, reply};
 use crate::api::envoys::{AppliedOn, applied_on};
-use crate::api::extract::Json;
+use crate::api::extract::{Json, Query};
 use crate::api::openapi::{Conditions, Conflict};
 use crate::api::pagination::{self, All, List, PageQuery};
 use crate::definitions::Kind;
 use crate::definitions::policy::{KeyNeedBody, MatchBody, PolicyBody, PolicyRateLimitBody, ScopesBody};
 use crate::definitions::store::{self, Definition};
+use crate::definitions::uses;
 use crate::domain::{KindBody, Preconditions, Timestamp};
 use crate::error::ApiError;
 
@@ -79,6 +80,19 @@ pub struct PolicyDetails {
     view: PolicyView,
     /// By how many Envoys the last change was applied.
     applied_on: AppliedOn,
+    /// When a route of an Envoy last named the policy, to the hour; null if none has.
+    #[schema(required)]
+    last_named_at: Option<Timestamp>,
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteQuery {
+    /// Delete it although routes of Envoys named it within the last two hours.
+    #[serde(default)]
+    #[param(required = false)]
+    force: bool,
 }
 
 super::pagination::page!(PolicyPage "A page of policies, by name." { policies: PolicyView = "The policies." });
@@ -109,7 +123,8 @@ pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, A
     let name = path.parse(&caller)?;
     let found = store::get(&app.pool, Kind::Policy, &name).await?.ok_or_else(|| missing(Kind::Policy, &name))?;
     let applied_on = applied_on(&app, found.revision).await?;
-    Ok(reply(StatusCode::OK, found.version, PolicyDetails { view: PolicyView::of(found), applied_on }))
+    let last_named_at = uses::last_named(&mut *app.pool.acquire().await?, found.number).await?.map(|(at, _)| at);
+    Ok(reply(StatusCode::OK, found.version, PolicyDetails { view: PolicyView::of(found), applied_on, last_named_at }))
 }
 
 /// Create a policy, or replace it as a whole.
@@ -137,21 +152,23 @@ pub async fn put(
     Ok(reply(status, definition.version, PolicyView::of(definition)))
 }
 
-/// Delete a policy that picks no requests.
+/// Delete a policy that is not in use.
 ///
-/// Envoys answer 503 `policy_unknown` to requests whose route still names it.
+/// A policy with `match` is in use, and one that routes of Envoys named within the last two hours. Envoys answer 503
+/// `policy_unknown` to requests whose route still names it.
 #[utoipa::path(
     operation_id = "deletePolicy",
-    delete, path = "/v1/policies/{name}", tag = "policies", params(ByName, Conditions),
+    delete, path = "/v1/policies/{name}", tag = "policies", params(ByName, DeleteQuery, Conditions),
     responses(Conflict, (status = 204, description = "Deleted"))
 )]
 pub async fn delete(
     Call { app, caller, path }: Call<ByName>,
+    Query(query): Query<DeleteQuery>,
     preconditions: Preconditions,
 ) -> Result<StatusCode, ApiError> {
     let name = path.parse(&caller)?;
-    let removed = app
-        .writer
-        .change(&caller.actor, async |change| store::remove(change, Kind::Policy, &name, &preconditions).await);
+    let removed = app.writer.change(&caller.actor, async |change| {
+        store::remove(change, Kind::Policy, &name, &preconditions, query.force).await
+    });
     if removed.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(Kind::Policy, &name)) }
 }

@@ -9,7 +9,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use contract::hash::BUCKETS;
 use contract::id::{Epoch, ReporterId};
-use contract::unknown::UnknownKeys;
+use contract::sightings::Sightings;
 use contract::update::{Header, Part, Update, UpdateWriter};
 use contract::usage::read_reports;
 use limits::message::Call;
@@ -21,6 +21,7 @@ use crate::App;
 use crate::allowances::CallError;
 use crate::api::auth::SyncCaller;
 use crate::api::extract::{Json, Query};
+use crate::definitions::uses;
 use crate::error::ApiError;
 use crate::keys::unknown;
 use crate::metering::{IngestError, NEW_REPORTERS};
@@ -269,18 +270,19 @@ pub async fn allowances(
     Ok((StatusCode::OK, [(header::CONTENT_TYPE, ALLOWANCES_TYPE)], body).into_response())
 }
 
-/// `POST /sync/v1/unknown-keys`: takes the hashes of keys that an Envoy does not know.
+/// `POST /sync/v1/sightings`: takes the keys that an Envoy does not know, and the policies that its routes name.
 ///
 /// # Errors
 /// A refused key, an invalid message, or 503 if the database is not available.
-pub async fn store_unknown(
+pub async fn store_sightings(
     State(app): State<App>,
     SyncCaller(_): SyncCaller,
     body: Bytes,
 ) -> Result<StatusCode, ApiError> {
-    let keys =
-        UnknownKeys::read(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() })?;
-    unknown::store(&app.pool, app.pepper.as_ref(), &keys).await?;
+    let Sightings { unknown_keys, policies } =
+        Sightings::read(&body).map_err(|error| ApiError::Invalid { field: None, detail: error.to_string() })?;
+    uses::store(&app.pool, &policies).await?;
+    unknown::store(&app.pool, app.pepper.as_ref(), unknown_keys).await?;
     Ok(StatusCode::OK)
 }
 

@@ -3,6 +3,7 @@
 
 pub mod policy;
 pub mod store;
+pub mod uses;
 
 use crate::domain::{ADMIN, Quota, QuotaBody, RateLimitBody, SYNC, Scopes, parse_rate_limits};
 use crate::error::ApiError;

@@ -17,6 +17,7 @@ use super::policy::PolicyBody;
 use super::{Content, Kind, MOST, Name};
 use crate::audit::{Actor, AuditEvent};
 use crate::change::{Change, Writer};
+use crate::definitions::uses;
 use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
 use crate::quota::{Whose, apply_quotas};
@@ -210,12 +211,13 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
 }
 
 /// Deletes a definition that is not in use. Returns whether there was one. 412 by the preconditions, 409 that says how many
-/// use it.
+/// use it. `is_forced`: also a policy that routes name.
 pub async fn remove(
     change: &mut Change,
     kind: Kind,
     name: &Name,
     preconditions: &Preconditions,
+    is_forced: bool,
 ) -> Result<bool, ApiError> {
     let present = sqlx::query!(
         r#"select number, version, policy as "policy: Json<NamedPolicy>"
@@ -229,6 +231,9 @@ pub async fn remove(
     let Some(present) = present else { return Ok(false) };
     if kind == Kind::Policy {
         refuse_removal_in_use(name, present.policy.as_ref().map(|policy| &policy.0))?;
+        if !is_forced {
+            refuse_removal_while_named(change, name, present.number).await?;
+        }
     }
     let uses = sqlx::query!(
         r#"select
@@ -321,6 +326,19 @@ fn refuse_removal_in_use(name: &Name, policy: Option<&NamedPolicy>) -> Result<()
             name.as_str(),
             if uses == 1 { "one entry".to_owned() } else { format!("{uses} entries") }
         ))),
+    }
+}
+
+/// 409 for a policy that routes named lately: their requests would be refused.
+async fn refuse_removal_while_named(change: &mut Change, name: &Name, number: i32) -> Result<(), ApiError> {
+    match uses::last_named(change, number).await? {
+        Some((at, true)) => Err(ApiError::Conflict(format!(
+            "Routes of Envoys named the policy {} within the last two hours, last at {at}. Take the name out of Envoy's \
+             configuration first. Two hours later, or with ?force=true, it can be deleted. Requests whose route names a deleted \
+             policy get 503 policy_unknown.",
+            name.as_str()
+        ))),
+        _ => Ok(()),
     }
 }
 

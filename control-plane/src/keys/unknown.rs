@@ -3,7 +3,7 @@
 
 use contract::hash::KeyHash;
 use contract::pepper::Pepper;
-use contract::unknown::{HASHES, UnknownKeys};
+use contract::sightings::UNKNOWN_KEYS;
 use serde::Serialize;
 use sqlx::{PgConnection, PgPool};
 use utoipa::ToSchema;
@@ -41,12 +41,11 @@ impl UnknownKeyView {
 /// Stores the keys that a filter has captured.
 ///
 /// # Errors
-/// 400 for more than [`HASHES`].
-pub async fn store(pool: &PgPool, pepper: Option<&Pepper>, keys: &UnknownKeys) -> Result<(), ApiError> {
-    if keys.hashes.len() > HASHES {
-        return Err(ApiError::invalid("hashes", format!("must have at most {HASHES} entries")));
+/// 400 for more than [`UNKNOWN_KEYS`].
+pub async fn store(pool: &PgPool, pepper: Option<&Pepper>, mut captured: Vec<KeyHash>) -> Result<(), ApiError> {
+    if captured.len() > UNKNOWN_KEYS {
+        return Err(ApiError::invalid("unknown_keys", format!("must have at most {UNKNOWN_KEYS} entries")));
     }
-    let mut captured = keys.hashes.clone();
     // Sorted, so that concurrent calls lock rows in one order and cannot deadlock.
     captured.sort_unstable();
     captured.dedup();

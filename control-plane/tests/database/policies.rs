@@ -1,10 +1,11 @@
 //! `/v1/policies`: written, shown, pushed to filters, and kept free of conflicts.
 
 use contract::key::Secret;
+use contract::sightings::{POLICIES, Sightings};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::support::{Fixture, Reply, request, scalar};
+use crate::support::{Fixture, Reply, execute, request, scalar};
 
 async fn fixture(pool: &PgPool) -> (Fixture, Secret) {
     let fixture = Fixture::new(pool).await;
@@ -39,6 +40,7 @@ async fn a_policy_is_shown_as_it_was_written_and_the_first_brings_the_default(po
     assert_eq!((again.status, again.header("etag")), (200, "\"1\""));
     let shown = fixture.get("/v1/policies/orders-read", &admin).await.json();
     expected["applied_on"] = shown["applied_on"].clone();
+    expected["last_named_at"] = Value::Null;
     assert_eq!(shown, expected);
     assert_eq!(shown["applied_on"]["envoys"], 0);
     let list = fixture.get("/v1/policies", &admin).await.json();
@@ -94,6 +96,41 @@ async fn a_policy_that_is_in_use_stays_and_the_default_always_does(pool: PgPool)
     put(&fixture, &admin, "a", json!({})).await;
     assert_eq!(fixture.delete("/v1/policies/a", &admin).await.status, 204);
     assert_eq!(fixture.delete("/v1/policies/a", &admin).await.status, 404);
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_policy_that_routes_named_lately_is_deleted_by_force_only(pool: PgPool) {
+    let (fixture, admin, sync) = Fixture::with_admin_and_sync(&pool).await;
+    for name in ["orders", "items"] {
+        put(&fixture, &admin, name, json!({})).await;
+    }
+    let named = |names: &[&str]| Sightings {
+        policies: names.iter().map(|name| (*name).to_owned()).collect(),
+        unknown_keys: Vec::new(),
+    };
+    let shown = async || fixture.get("/v1/policies/orders", &admin).await.json()["last_named_at"].clone();
+    assert_eq!(shown().await, Value::Null);
+    fixture.note(&sync, &named(&["orders", "gone", "orders"])).await.assert_ok();
+    fixture.note(&sync, &named(&["orders"])).await.assert_ok();
+    let at = shown().await;
+    let reply = fixture.delete("/v1/policies/orders", &admin).await;
+    let detail = format!(
+        "Routes of Envoys named the policy orders within the last two hours, last at {}. Take the name out of Envoy's \
+         configuration first. Two hours later, or with ?force=true, it can be deleted. Requests whose route names a deleted \
+         policy get 503 policy_unknown.",
+        at.as_str().unwrap()
+    );
+    assert_eq!((reply.status, &reply.json()["detail"]), (409, &json!(detail)));
+    assert_eq!(fixture.delete("/v1/policies/items", &admin).await.status, 204);
+    assert_eq!(fixture.delete("/v1/policies/orders?force=true", &admin).await.status, 204);
+    // A policy of the same name is another one.
+    put(&fixture, &admin, "orders", json!({})).await;
+    assert_eq!(shown().await, Value::Null);
+    fixture.note(&sync, &named(&["orders"])).await.assert_ok();
+    execute(&pool, "update policy_uses set last_named_at = now() - interval '121 minutes'").await;
+    assert_eq!(fixture.delete("/v1/policies/orders", &admin).await.status, 204);
+    let many = vec!["orders"; POLICIES + 1];
+    fixture.note(&sync, &named(&many)).await.assert_invalid("policies", "must have at most 100 entries");
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -3,15 +3,15 @@
 use contract::hash::KeyHash;
 use contract::key::Secret;
 use contract::pepper::Pepper;
-use contract::unknown::{HASHES, UnknownKeys};
+use contract::sightings::{Sightings, UNKNOWN_KEYS};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
 use crate::support::{Fixture, Reply, execute, request, scalar};
 
 async fn note(fixture: &Fixture, sync: &Secret, keys: &[&str]) -> Reply {
-    let hashes = keys.iter().map(|key| KeyHash::of(key.as_bytes())).collect();
-    fixture.send(request("POST", "/sync/v1/unknown-keys", Some(sync), UnknownKeys { hashes }.write().unwrap())).await
+    let unknown_keys = keys.iter().map(|key| KeyHash::of(key.as_bytes())).collect();
+    fixture.note(sync, &Sightings { unknown_keys, policies: Vec::new() }).await
 }
 
 fn hash(key: &str) -> String {
@@ -80,11 +80,10 @@ async fn the_number_of_unknown_keys_is_bounded(pool: PgPool) {
     assert_eq!(scalar::<i64>(&pool, renewed).await, 1);
     execute(&pool, "update unknown_keys set last_seen_at = now() - interval '31 days' where hash <> sha256('1')").await;
     assert_eq!(control_plane::keys::unknown::forget_old(&pool).await.unwrap(), 99_999);
-    let hashes = vec![KeyHash([7; 32]); HASHES + 1];
-    let body = UnknownKeys { hashes }.write().unwrap();
-    let reply = fixture.send(request("POST", "/sync/v1/unknown-keys", Some(&sync), body)).await;
-    reply.assert_invalid("hashes", "must have at most 1000 entries");
+    let unknown_keys = vec![KeyHash([7; 32]); UNKNOWN_KEYS + 1];
+    let reply = fixture.note(&sync, &Sightings { unknown_keys, policies: Vec::new() }).await;
+    reply.assert_invalid("unknown_keys", "must have at most 1000 entries");
     assert_eq!(note(&fixture, &admin, &["a-key"]).await.status, 403);
-    let reply = fixture.send(request("POST", "/sync/v1/unknown-keys", Some(&sync), "x")).await;
+    let reply = fixture.send(request("POST", "/sync/v1/sightings", Some(&sync), "x")).await;
     assert_eq!(reply.status, 400);
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use contract::unknown::UnknownKeys;
+use contract::sightings::Sightings;
 use contract::usage::{Report, write_reports};
 use contract::usage_log::LogKey;
 use limits::TICK_MS;
@@ -15,7 +15,7 @@ use crate::host::{Call, Cluster, Log};
 use crate::setup::Setup;
 
 const USAGE: &str = "application/vnd.portcullis.usage";
-const UNKNOWN_KEYS: &str = "application/vnd.portcullis.unknown-keys";
+const SIGHTINGS: &str = "application/vnd.portcullis.sightings";
 const ALLOWANCES: &str = "application/vnd.portcullis.allowances";
 
 /// The least time-out of a call for allowances, also where no request waits for it.
@@ -32,10 +32,10 @@ pub(super) fn send_reports(host: &impl Cluster, setup: &Setup, reports: &[Report
     host.dispatch(&call(setup, "POST", "/sync/v1/usage", Some((USAGE, &body)), REPORT_TIMEOUT_MS))
 }
 
-/// Sends the hashes of keys that the store does not have. Returns the token of the call; `None` if the host has no such cluster.
-pub(crate) fn send_unknown(host: &impl Cluster, setup: &Setup, keys: &UnknownKeys) -> Option<u32> {
-    let body = keys.write().ok()?;
-    host.dispatch(&call(setup, "POST", "/sync/v1/unknown-keys", Some((UNKNOWN_KEYS, &body)), REPORT_TIMEOUT_MS))
+/// Sends unknown keys and named policies. Returns the token of the call; `None` if the host has no such cluster.
+pub(crate) fn send_sightings(host: &impl Cluster, setup: &Setup, message: &Sightings) -> Option<u32> {
+    let body = message.write().ok()?;
+    host.dispatch(&call(setup, "POST", "/sync/v1/sightings", Some((SIGHTINGS, &body)), REPORT_TIMEOUT_MS))
 }
 
 /// Asks for allowances of shared limits. Returns the token of the call; `None` if the host has no such cluster. An Envoy that is

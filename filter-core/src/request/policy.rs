@@ -18,7 +18,12 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         for source in &self.config.policy_sources {
             if let Some(found) = self.look_in(source, stream) {
                 return match found {
-                    Ok(policy) => Some(&policy.policy),
+                    Ok(policy) => {
+                        if *source != PolicySource::Rules {
+                            self.vm.seen.borrow_mut().policy(&policy.name);
+                        }
+                        Some(&policy.policy)
+                    }
                     Err(name) => {
                         self.report_unknown_policy(source, &name);
                         None

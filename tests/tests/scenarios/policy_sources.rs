@@ -9,6 +9,7 @@ use portcullis_tests::expect::assert_refused;
 use portcullis_tests::filter_harness::{FilterHarness, with};
 use portcullis_tests::http::{get_request, send};
 use portcullis_tests::stack::{Stack, wait_for_path};
+use portcullis_tests::wait::eventually;
 use serde_json::{Value, json};
 
 /// Policies that each require a scope of their own name.
@@ -215,7 +216,13 @@ async fn envoy_obeys_a_policy_once_its_change_is_answered_and_refuses_when_it_is
     assert_eq!(change("PUT", "default", Some(json!({"key": "optional"}))).await?, 200);
     assert_eq!(ask("/", None).await?, [200; 2]);
     assert_eq!((ask("/named", Some(&key)).await?, ask("/named", None).await?), (vec![200; 2], vec![401; 2]));
-    assert_eq!(change("DELETE", "named", None).await?, 204);
+    // A route names the policy, so it is in use.
+    let named = async || rest.get("/v1/policies/named").await.ok()?["last_named_at"].is_string().then_some(());
+    eventually("the name to be reported", named).await?;
+    assert_eq!(change("DELETE", "named", None).await?, 409);
+    assert_eq!(ask("/named", Some(&key)).await?, [200; 2]);
+    assert_eq!(rest.get("/v1/policies/reports").await?["last_named_at"], Value::Null, "its rule picks it");
+    assert_eq!(change("DELETE", "named?force=true", None).await?, 204);
     assert_eq!(ask("/named", Some(&key)).await?, [503; 2]);
     for envoy in &stack.envoys {
         envoy.wait_for_stat("wasmcustom.portcullis.decisions.policy_unknown_total", |refused| refused == 1).await?;

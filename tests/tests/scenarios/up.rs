@@ -25,6 +25,37 @@ fn variable(environment: &str, name: &str) -> Result<String> {
     Ok(value.with_context(|| format!("no {name} in {environment}"))?.to_owned())
 }
 
+/// The commands that `up` prints, and the key that the second one generates.
+struct Tour {
+    commands: Vec<String>,
+    key: String,
+}
+
+impl Tour {
+    fn of(log: &str) -> Self {
+        let printed = log.lines().filter_map(|line| line.strip_prefix("  "));
+        let is_command = |line: &&str| [". '", "curl ", "KEY="].iter().any(|start| line.starts_with(start));
+        Self { commands: printed.filter(is_command).map(str::to_owned).collect(), key: String::new() }
+    }
+
+    /// Runs the command that has this text, in a shell that has read the environment.
+    async fn run(&self, text: &str) -> Result<String> {
+        let with_text = self.commands.iter().find(|command| command.contains(text));
+        let command = with_text.with_context(|| format!("no {text} in {:?}", self.commands))?;
+        let environment = self.commands.first().context("no command")?;
+        let script = format!("set -eu\n{environment}\nKEY='{}'\n{command}\n", self.key);
+        let output = tokio::process::Command::new("bash").args(["-c", &script]).output().await?;
+        ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The status that the last command with this text prints.
+    async fn status(&self, text: &str) -> Result<String> {
+        let reply = self.run(text).await?;
+        Ok(reply.split(' ').nth(1).context("no status")?.to_owned())
+    }
+}
+
 #[tokio::test]
 async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -> Result<()> {
     run(cargo(&["build", "--locked", "--workspace", "--bin", "xtask"]))?;
@@ -64,6 +95,22 @@ async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -
     let reply = eventually("the key to work", admitted).await?;
     let headers = assert_upstream(&reply, &["x-consumer-id", "x-credential-identifier", "x-forwarded-host"]);
     assert_eq!(headers["host"], json!([service.address().to_string()]));
+
+    let mut tour = Tour::of(&log.text());
+    assert_eq!(tour.status("curl -si \"$GATE/\"").await?, "401");
+    tour.key = tour.run("KEY=").await?.trim().to_owned();
+    let with_key = "curl -si \"$GATE/\" -H \"X-API-Key: $KEY\"";
+    let becomes = async |status: &str| (tour.status(with_key).await.ok()? == status).then_some(());
+    eventually("200 with the key", async || becomes("200").await).await?;
+    let counted =
+        async || tour.run("curl -s \"$API/api/user/key/").await.ok().filter(|usage| usage.contains("Production Key"));
+    eventually("the usage of the key", counted).await?;
+    // The answer to the change of the policy comes once the Envoy has it.
+    assert!(tour.run("curl -s -X PUT").await?.contains("reports:read"));
+    assert_eq!(tour.status("curl -si \"$GATE/reports\"").await?, "403");
+    tour.run("curl -s -X DELETE").await?;
+    eventually("401 with the revoked key", async || becomes("401").await).await?;
+    assert_eq!(tour.commands.len(), 9, "{:?}", tour.commands);
 
     let status = up.stop(Signal::SIGTERM).await?;
     ensure!(status.success(), "{status}: {}", log.tail(20));

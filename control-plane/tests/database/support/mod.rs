@@ -15,6 +15,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request};
 use contract::key::Secret;
+use contract::sightings::Sightings;
 use control_plane::allowances::Allowances;
 use control_plane::api::rate_limit::CallerRateLimiter;
 use control_plane::audit::Actor;
@@ -192,6 +193,11 @@ impl Fixture {
     pub async fn opens(&self, key: &Secret) -> Value {
         let reply = self.get("/v1/keys", key).await;
         if reply.status == 200 { json!("allowed") } else { reply.json()["code"].clone() }
+    }
+
+    /// Sends what a filter has seen.
+    pub async fn note(&self, sync: &Secret, sightings: &Sightings) -> Reply {
+        self.send(request("POST", "/sync/v1/sightings", Some(sync), sightings.write().unwrap())).await
     }
 
     /// Imports lines of keys.

@@ -286,8 +286,9 @@ fn only_a_policy_that_captures_notes_unknown_keys() {
     for (key, policy) in [("a", "shadow"), ("b", "optional"), ("k", "open"), ("stray", "open"), ("stray", "open")] {
         assert_eq!(bench.send([("x-api-key", key)], Some(policy)).0, Flow::Continue);
     }
-    let message = bench.vm.captured.borrow_mut().due(NOW_S * 1_000).unwrap();
-    assert_eq!(message.hashes, [KeyHash::of(b"stray")]);
+    let message = bench.vm.seen.borrow_mut().due(NOW_S * 1_000).unwrap();
+    assert_eq!(message.unknown_keys, [KeyHash::of(b"stray")]);
+    assert_eq!(message.policies, ["open", "optional", "shadow"], "those that routes named");
 }
 
 #[test]
