@@ -1,8 +1,6 @@
 //! What one VM has seen and sends to the control plane: unknown keys, and policies that routes name. A VM sends each once an
 //! hour, so the control plane knows to the hour when it was last seen.
 
-use std::borrow::Borrow;
-
 use contract::hash::KeyHash;
 use contract::sightings::{POLICIES, Sightings, UNKNOWN_KEYS};
 
@@ -20,8 +18,8 @@ const PAUSE_MS: u64 = 5_000;
 /// What one VM has seen.
 #[derive(Debug, Default)]
 pub struct Seen {
-    unknown_keys: Hourly<KeyHash>,
-    policies: Hourly<String>,
+    unknown_keys: Hourly,
+    policies: Hourly,
     hour: u64,
     in_flight: Option<InFlight>,
     /// No message is sent before this time.
@@ -29,11 +27,11 @@ pub struct Seen {
 }
 
 /// Things of one kind, each noted once an hour.
-#[derive(Debug)]
-struct Hourly<T> {
-    unsent: Vec<T>,
+#[derive(Debug, Default)]
+struct Hourly {
+    unsent: Vec<Vec<u8>>,
     /// Those of this hour, sorted.
-    seen: Vec<T>,
+    seen: Vec<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -43,47 +41,38 @@ struct InFlight {
     message: Sightings,
 }
 
-impl<T> Default for Hourly<T> {
-    fn default() -> Self {
-        Self { unsent: Vec::new(), seen: Vec::new() }
-    }
-}
-
-impl<T: Clone + Ord> Hourly<T> {
-    fn add<Q: Ord + ToOwned<Owned = T> + ?Sized>(&mut self, thing: &Q)
-    where
-        T: Borrow<Q>,
-    {
-        if let Err(place) = self.seen.binary_search_by(|known| known.borrow().cmp(thing))
+impl Hourly {
+    fn add(&mut self, thing: &[u8]) {
+        if let Err(place) = self.seen.binary_search_by(|known| known.as_slice().cmp(thing))
             && self.seen.len() < REMEMBERED
         {
-            self.seen.insert(place, thing.to_owned());
-            self.unsent.push(thing.to_owned());
+            self.seen.insert(place, thing.to_vec());
+            self.unsent.push(thing.to_vec());
         }
     }
 
     /// An hour has begun. What was not sent counts as seen in this hour.
     fn begin_hour(&mut self) {
-        self.seen.clone_from(&self.unsent);
-        self.seen.sort_unstable();
-        self.seen.dedup();
-        self.unsent.clone_from(&self.seen);
+        self.seen.clear();
+        for thing in std::mem::take(&mut self.unsent) {
+            self.add(&thing);
+        }
     }
 
-    fn take(&mut self, most: usize) -> Vec<T> {
-        self.unsent.drain(..self.unsent.len().min(most)).collect()
+    fn take(&mut self, most: usize) -> impl Iterator<Item = Vec<u8>> {
+        self.unsent.drain(..self.unsent.len().min(most))
     }
 }
 
 impl Seen {
     /// A client sent a key that the store does not have.
     pub fn unknown_key(&mut self, hash: KeyHash) {
-        self.unknown_keys.add(&hash);
+        self.unknown_keys.add(&hash.0);
     }
 
     /// A route named a policy.
     pub fn policy(&mut self, name: &str) {
-        self.policies.add(name);
+        self.policies.add(name.as_bytes());
     }
 
     /// The message to send now, if there is one. Call [`Seen::sent`] or [`Seen::not_sent`] with it.
@@ -102,8 +91,10 @@ impl Seen {
         if self.in_flight.is_some() || is_paused {
             return None;
         }
-        let message =
-            Sightings { unknown_keys: self.unknown_keys.take(UNKNOWN_KEYS), policies: self.policies.take(POLICIES) };
+        let keys = self.unknown_keys.take(UNKNOWN_KEYS);
+        let unknown_keys = keys.filter_map(|bytes| bytes.try_into().ok().map(KeyHash)).collect();
+        let policies = self.policies.take(POLICIES).filter_map(|bytes| String::from_utf8(bytes).ok()).collect();
+        let message = Sightings { unknown_keys, policies };
         (message != Sightings::default()).then_some(message)
     }
 
@@ -114,8 +105,8 @@ impl Seen {
 
     /// The message could not be sent. It is due again.
     pub fn not_sent(&mut self, message: Sightings) {
-        self.unknown_keys.unsent.extend(message.unknown_keys);
-        self.policies.unsent.extend(message.policies);
+        self.unknown_keys.unsent.extend(message.unknown_keys.iter().map(|hash| hash.0.to_vec()));
+        self.policies.unsent.extend(message.policies.into_iter().map(String::into_bytes));
     }
 
     /// Whether this token is that of the message in flight.
