@@ -53,6 +53,7 @@ const ENVOY_REMOVES: &str = "Portcullis, 1,000 keys, Envoy removes identity head
 const PACKED: &str = "Portcullis, 1,000 keys, and one packed identity header";
 const POLICY: &str = "Portcullis, 1,000 keys, route policy";
 const RULES: &str = "Portcullis, 1,000 keys, one of 1,000 rules";
+const RULES_ONLY: &str = "Portcullis, 1,000 keys, one of 1,000 rules, and no other source of policies";
 /// Rows with few keys in use, so that nearly every request finds an allowance.
 const LOCAL: &str = "Portcullis, 10 keys in use, each with a limit of each Envoy";
 const LIMITED: &str = "Portcullis, 10 keys in use, each with a rate limit";
@@ -333,6 +334,13 @@ impl<'a> Running<'a> {
             let place = self.on_feed(&filter, 1_000, feed, unlimited_plugin(), None).await?;
             self.subject(RULES, place, RULED_PATH, 0..1_000, false)?;
         }
+        if self.options.wants(RULES_ONLY) {
+            let feed = Feed::start(1_000, |_| (), &by_rules()).await?;
+            let mut plugin = unlimited_plugin();
+            plugin["policy_sources"] = json!(["rules"]);
+            let place = self.on_feed(&filter, 1_000, feed, plugin, None).await?;
+            self.subject(RULES_ONLY, place, RULED_PATH, 0..1_000, false)?;
+        }
         Ok(())
     }
 
@@ -466,7 +474,7 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
         let Some(found) = added(name).filter(|_| *name != NOTHING) else { continue };
         report.compared(SUITE, *name, UNIT, found, ratio(name, EMPTY).map(|ratio| (ratio, "empty")));
     }
-    for name in [NOTHING, NOTHING_UP, PLAIN, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
+    for name in [NOTHING, NOTHING_UP, PLAIN, POLICY, RULES, RULES_ONLY, KNOWN_UP, UNKNOWN, UNKNOWN_UP] {
         let Some(whole) = samples(name) else { continue };
         report.figure(WHOLE, name, UNIT, Estimate::plain(whole));
     }
@@ -480,13 +488,13 @@ fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
     target("a rate limit over all Envoys ÷ one of each Envoy", 1.25, ratio(LIMITED, LOCAL));
     target("a quota ÷ a rate limit of each Envoy", 1.25, ratio(QUOTA, LOCAL));
     target("credits ÷ a rate limit of each Envoy", 1.25, ratio(CREDITS, LOCAL));
-    target("a route that names a policy ÷ one that names none", 1.25, ratio(POLICY, PLAIN));
-    target("one of 1,000 rules ÷ no rules", 1.2, ratio(RULES, PLAIN));
-    let whole = samples(UNKNOWN_UP).zip(samples(KNOWN_UP));
-    target(
-        "unknown key ÷ known key, whole request",
-        1.0,
-        whole.map(|(unknown, known)| Estimate::of([unknown, known], |[unknown, known]| unknown / known)),
-    );
+    let whole = |over: &str, under: &str| {
+        let both = samples(over).zip(samples(under));
+        both.map(|(over, under)| Estimate::of([over, under], |[over, under]| over / under))
+    };
+    target("a route that names a policy ÷ plain, whole request", 1.25, whole(POLICY, PLAIN));
+    target("one of 1,000 rules ÷ plain, whole request", 1.2, whole(RULES, PLAIN));
+    target("the same without metadata of routes", 1.2, whole(RULES_ONLY, PLAIN));
+    target("unknown key ÷ known key, whole request", 1.0, whole(UNKNOWN_UP, KNOWN_UP));
     target("1,000,000 keys ÷ 1,000 keys", 1.10, ratio(MILLION, PLAIN));
 }

@@ -60,6 +60,7 @@ impl Explain {
         match self.output {
             Format::Json => output::json(out, &answer)?,
             Format::Table => show(out, &answer)?,
+            Format::Csv => output::csv(out, answer["checks"].as_array().map_or(&[], Vec::as_slice))?,
         }
         Ok(())
     }
@@ -79,7 +80,7 @@ impl Explain {
         set("address", self.address.as_deref());
         set("time", self.time.as_deref());
         let id = match &self.key_prefix {
-            Some(prefix) => Some(key_of_prefix(client, prefix)?),
+            Some(prefix) => Some(client.key_of_prefix("--key-prefix", prefix)?),
             None => self.key_id.clone(),
         };
         set("key_id", id.as_deref());
@@ -125,37 +126,6 @@ fn headers(lines: &[String]) -> Result<BTreeMap<String, String>, CommandError> {
     all.ok_or_else(|| CommandError::Invalid("--header: must be NAME:VALUE".into()))
 }
 
-/// The id of the only key with this prefix.
-fn key_of_prefix(client: &Client, prefix: &str) -> Result<String, CommandError> {
-    let page = client.get("/v1/keys", &[("prefix", prefix), ("limit", "10")])?;
-    let keys = page["keys"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let text = |key: &Value, field: &str| key[field].as_str().unwrap_or_default().to_owned();
-    match keys {
-        [key] => {
-            let shown = text(key, "prefix");
-            let known = prefix.replacen("sk_live_", "sk_", 1).replacen("sk_test_", "sk_", 1);
-            let known = known.trim_end_matches(['.', '…']);
-            if !shown.starts_with(known) && !known.starts_with(&shown) {
-                return Err(CommandError::Invalid(format!(
-                    "--key-prefix: {prefix} is the start of an old secret of the key {}; explain the present one with --key-id, \
-                     or the old one with --key-stdin",
-                    text(key, "id")
-                )));
-            }
-            Ok(text(key, "id"))
-        }
-        [] => Err(CommandError::Invalid(format!("--key-prefix: no key begins with {prefix}"))),
-        several => {
-            let which = |key: &Value| format!("{} ({}, {})", text(key, "id"), text(key, "email"), text(key, "name"));
-            let which: Vec<String> = several.iter().map(which).collect();
-            Err(CommandError::Invalid(format!(
-                "--key-prefix: several keys begin with {prefix}; choose one with --key-id: {}",
-                which.join("; ")
-            )))
-        }
-    }
-}
-
 fn show(out: &mut impl Write, answer: &Value) -> std::io::Result<()> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let reply = match (answer["status"].as_u64(), answer["shadow"].as_bool()) {
@@ -177,7 +147,7 @@ fn show(out: &mut impl Write, answer: &Value) -> std::io::Result<()> {
             [text(&check["name"]), result, text(&check["saw"])]
         })
         .collect();
-    output::table(out, ["CHECK", "RESULT", "INPUT"], &rows)
+    output::table(out, &["CHECK", "RESULT", "INPUT"], &rows)
 }
 
 #[cfg(test)]

@@ -2,9 +2,16 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod doctor;
+pub mod document;
 pub mod explain;
+pub mod login;
+pub mod operations;
 pub mod output;
 pub mod server;
+
+use std::io::Read;
 
 /// Why a command failed, in one line.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +35,25 @@ pub enum CommandError {
         /// The detail of the problem, with the field if it names one.
         detail: String,
     },
+    /// Checks failed.
+    #[error("{failed} of {checks} checks failed")]
+    Unhealthy {
+        /// How many failed.
+        failed: usize,
+        /// How many ran.
+        checks: usize,
+    },
     /// The result could not be written.
     #[error("the result could not be written: {0}")]
     Output(#[from] std::io::Error),
+}
+
+/// The text of a file, or of standard input for `-`.
+fn read(file: &str, input: &mut impl Read) -> Result<String, CommandError> {
+    if file == "-" {
+        let mut text = String::new();
+        input.read_to_string(&mut text)?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(file).map_err(|error| CommandError::Invalid(format!("{file}: {error}")))
 }

@@ -8,7 +8,7 @@ use std::io::{BufReader, IsTerminal, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use contract::key::KeyKind;
 use control_plane::audit::Actor;
 use control_plane::change::{FeedWaker, Writer};
@@ -22,6 +22,9 @@ use control_plane::server::Failure;
 use control_plane::server::schema::connect;
 use control_plane::sync::feed;
 use control_plane::{api, metering, server};
+use portcullis_cli::document::Document;
+use portcullis_cli::login::log_out;
+use portcullis_cli::operations;
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use zeroizing_alloc::ZeroAlloc;
@@ -32,20 +35,37 @@ static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let command = match Cli::try_parse() {
-        Ok(cli) => cli.command,
-        Err(error) if error.use_stderr() => {
-            let _ = writeln!(std::io::stderr(), "portcullis: {}", one_line(&error.render().to_string()));
-            return ExitCode::from(2);
-        }
-        Err(help) => help.exit(),
-    };
-    match run(command).await {
+    match start().await {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "portcullis: {error}");
-            ExitCode::FAILURE
+        Err(error) => match error.downcast::<clap::Error>() {
+            Ok(error) if error.use_stderr() => {
+                let _ = writeln!(std::io::stderr(), "portcullis: {}", one_line(&error.render().to_string()));
+                ExitCode::from(2)
+            }
+            Ok(help) => help.exit(),
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "portcullis: {error}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// Reads the command line and runs the command.
+async fn start() -> Result<(), Failure> {
+    let document = serde_json::to_value(api::openapi_document())?;
+    let document = Document(&document);
+    let mut command = operations::add_to(Cli::command(), document)?;
+    let matches = command.try_get_matches_from_mut(std::env::args_os())?;
+    if operations::run(&matches, document, &mut std::io::stdin(), &mut std::io::stdout())? {
+        return Ok(());
+    }
+    match Cli::from_arg_matches(&matches)?.command {
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut command, "portcullis", &mut std::io::stdout());
+            Ok(())
         }
+        other => run(other).await,
     }
 }
 
@@ -53,6 +73,11 @@ async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(settings) => server::serve(*settings).await,
         Command::Explain(explain) => Ok(explain.run(&mut std::io::stdin(), &mut std::io::stdout())?),
+        Command::Login(login) => Ok(login.run(&mut std::io::stdin(), &mut std::io::stdout())?),
+        Command::Logout => Ok(log_out(&mut std::io::stdout())?),
+        Command::Doctor(doctor) => Ok(doctor.run(&mut std::io::stdout())?),
+        Command::Api(api) => Ok(api.run(&mut std::io::stdin(), &mut std::io::stdout())?),
+        Command::Completion { .. } => Err("is printed before other commands run".into()),
         Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in, no_expiry }) => {
             let scopes = Scopes::parse(scopes).map_err(at("--scope"))?;

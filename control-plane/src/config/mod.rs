@@ -8,9 +8,13 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
+use portcullis_cli::api::Api;
+use portcullis_cli::doctor::Doctor;
 use portcullis_cli::explain::Explain;
+use portcullis_cli::login::LogIn;
 
 pub mod database;
 mod secret_setting;
@@ -51,6 +55,16 @@ pub enum Command {
     Usage(Usage),
     /// Say why a request is allowed or refused, with each check
     Explain(Explain),
+    Login(LogIn),
+    /// Remove the key that `portcullis login` stored
+    Logout,
+    Doctor(Doctor),
+    Api(Api),
+    /// Print a script that completes commands in a shell
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
     /// Print the OpenAPI document of the REST API
     Openapi,
 }

@@ -328,7 +328,7 @@ async fn the_command_line_explains_what_envoy_answers() -> Result<()> {
         (
             &["--key-prefix", "sk_"],
             &server,
-            "portcullis: --key-prefix: several keys begin with sk_; choose one with --key-id: ",
+            "portcullis: --key-prefix: several keys begin with sk_; name one by its id: ",
         ),
         (
             &["--address", "here"],

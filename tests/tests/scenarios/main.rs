@@ -5,6 +5,7 @@ mod allowances;
 mod api_owners;
 mod book;
 
+mod command_line;
 mod config;
 mod containers;
 mod cors;

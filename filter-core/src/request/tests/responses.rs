@@ -435,6 +435,22 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     assert_eq!(calls(&cached, "stranger"), ("x-api-key, policy, x-request-id".into(), 1));
     assert_eq!(calls(&cached, ""), ("x-api-key, policy, x-request-id".into(), 0));
 
+    // With rules, the metadata of the route and of the virtual host; of the request what a rule needs.
+    let matches =
+        |hosts: &[&str], methods: &[&str]| json!({"hosts": hosts, "methods": methods, "path": {"prefix": "/a"}});
+    let by_rule = |rule: Value, sources: Value| {
+        let policies = json!({"a": {"match": [rule]}});
+        let plugin = json!({"rate_limit": null, "policies": policies, "policy_sources": sources});
+        let bench = Bench::new(plugin, &[("k", record())]);
+        update(&bench);
+        let headers = [("x-api-key", "k"), (":authority", "h"), (":path", "/a/b"), (":method", "GET")];
+        bench.send(headers, None).1.take_reads().join(", ")
+    };
+    let all = json!(["route_metadata", "virtual_host_metadata", "rules"]);
+    let expected = "x-api-key, policy, host policy, :path, :authority, :method";
+    assert_eq!(by_rule(matches(&["h"], &["GET"]), all), expected);
+    assert_eq!(by_rule(matches(&[], &[]), json!(["rules"])), "x-api-key, :path");
+
     let plain = Bench::new(json!({"rate_limit": null}), &[("k", record())]);
     update(&plain);
     assert_eq!(calls(&plain, "k"), ("x-api-key".into(), 3));

@@ -1,0 +1,384 @@
+//! The commands `portcullis NOUN VERB`: each is one operation of the REST API, with the flags that the OpenAPI document gives it.
+
+use std::io::{Read, Write};
+
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, ArgMatches, Args as _, FromArgMatches as _, value_parser};
+use serde_json::{Map, Value};
+
+use crate::CommandError;
+use crate::document::{Document, Input, Kind, Operation};
+use crate::output::{self, Format};
+use crate::server::{Client, Request, Server};
+
+/// The commands of one noun.
+#[derive(Debug)]
+pub struct Noun {
+    name: &'static str,
+    about: &'static str,
+    /// The names of the commands, and the ids of their operations.
+    verbs: &'static [(&'static str, &'static str)],
+    /// Columns of a table, as far as entries have them.
+    columns: &'static [&'static str],
+}
+
+const fn noun(
+    name: &'static str,
+    about: &'static str,
+    verbs: &'static [(&'static str, &'static str)],
+    columns: &'static [&'static str],
+) -> Noun {
+    Noun { name, about, verbs, columns }
+}
+
+/// All nouns.
+pub const NOUNS: &[Noun] = &[
+    noun(
+        "keys",
+        "API keys",
+        &[
+            ("list", "listKeys"),
+            ("show", "getKey"),
+            ("create", "createKey"),
+            ("update", "updateKey"),
+            ("rotate", "rotateKey"),
+            ("revoke", "revokeKey"),
+            ("revoke-secret", "revokeKeySecret"),
+            ("usage", "getKeyUsage"),
+            ("quota", "getKeyQuota"),
+            ("reset-quota", "resetKeyQuota"),
+            ("unknown", "listUnknownKeys"),
+            ("forget-unknown", "deleteUnknownKeys"),
+        ],
+        &["id", "prefix", "name", "email", "state", "plan", "expires_at", "last_used_at", "hash", "last_seen_at"],
+    ),
+    noun(
+        "users",
+        "Users, who own keys and credits",
+        &[
+            ("list", "listUsers"),
+            ("show", "getUser"),
+            ("create", "createUser"),
+            ("update", "updateUser"),
+            ("revoke-keys", "revokeUserKeys"),
+            ("erase", "eraseUser"),
+        ],
+        &["id", "email", "plan", "metered", "balance", "created_at"],
+    ),
+    noun(
+        "credits",
+        "Credits of users",
+        &[("show", "getBalance"), ("ledger", "listLedgerEntries"), ("book", "createLedgerEntry")],
+        &["id", "at", "kind", "amount", "balance", "note"],
+    ),
+    noun(
+        "plans",
+        "Plans: limits and quotas of users and keys",
+        &[("list", "listPlans"), ("show", "getPlan"), ("set", "putPlan"), ("delete", "deletePlan")],
+        &["name", "scopes", "description"],
+    ),
+    noun(
+        "roles",
+        "Roles: scopes of keys",
+        &[("list", "listRoles"), ("show", "getRole"), ("set", "putRole"), ("delete", "deleteRole")],
+        &["name", "scopes", "description"],
+    ),
+    noun(
+        "policies",
+        "Policies: what requests need",
+        &[("list", "listPolicies"), ("show", "getPolicy"), ("set", "putPolicy"), ("delete", "deletePolicy")],
+        &["name", "key", "scopes", "cost", "shadow", "match", "description"],
+    ),
+    noun(
+        "usage",
+        "Usage of keys",
+        &[("report", "getUsage"), ("events", "listUsageEvents")],
+        &["bucket", "key_id", "email", "plan", "scope", "outcome", "requests", "allowed", "refused", "cost"],
+    ),
+    noun(
+        "envoys",
+        "Envoys that load keys",
+        &[("list", "listEnvoys")],
+        &["id", "address", "version", "live", "up_to_date", "revisions_behind", "seen_at"],
+    ),
+    noun(
+        "audit",
+        "The audit trail",
+        &[("list", "listAuditEntries")],
+        &["id", "at", "actor_email", "action", "target", "key_id"],
+    ),
+];
+
+/// Entries of a page.
+const PAGE: usize = 200;
+
+/// The value that removes what a member says.
+const NULL: &str = "null";
+
+/// Adds the commands of all nouns. A noun that the command has already gets further verbs.
+///
+/// # Errors
+/// The id of an operation that the document does not have.
+pub fn add_to(mut command: clap::Command, document: Document<'_>) -> Result<clap::Command, String> {
+    for noun in NOUNS {
+        let mut verbs = Vec::new();
+        for (verb, id) in noun.verbs {
+            let operation = document.operation(id).ok_or_else(|| format!("the OpenAPI document has no {id}"))?;
+            verbs.push(verb_command(verb, &operation));
+        }
+        command = match command.find_subcommand(noun.name) {
+            Some(_) => command.mut_subcommand(noun.name, |known| known.subcommands(verbs)),
+            None => command.subcommand(
+                clap::Command::new(noun.name).about(noun.about).subcommand_required(true).subcommands(verbs),
+            ),
+        };
+    }
+    Ok(command)
+}
+
+fn verb_command(verb: &'static str, operation: &Operation) -> clap::Command {
+    let mut command = clap::Command::new(verb);
+    for (place, parameter) in operation.path_parameters.iter().enumerate() {
+        let arg = Arg::new(parameter.name.clone()).required(true).index(place + 1).help(parameter.help.clone());
+        command = command.arg(arg.value_name(parameter.name.to_uppercase()));
+    }
+    let is_list = operation.list.is_some();
+    for input in &operation.query {
+        if !(is_list && ["cursor", "limit"].contains(&input.name.as_str())) {
+            command = command.arg(flag(input, input.is_required));
+        }
+    }
+    if is_list {
+        let rows = Arg::new("limit").long("limit").value_name("N").value_parser(value_parser!(usize));
+        command = command.arg(rows.default_value("100").help("Most entries to show; 0 for all"));
+    }
+    for input in operation.body.iter().flatten() {
+        command = command.arg(flag(input, false));
+    }
+    if operation.body.is_some() {
+        let body = Arg::new("body").long("body").value_name("FILE");
+        command = command.arg(body.help("File with the body in JSON, - for standard input. Flags replace its members"));
+    }
+    for (header, name, value, help) in HEADERS {
+        if operation.headers.iter().any(|of| of == header) {
+            command = command.arg(Arg::new(*name).long(*name).value_name(*value).help(*help));
+        }
+    }
+    let format = Arg::new("output").short('o').long("output").value_name("FORMAT");
+    command =
+        command.arg(format.value_parser(value_parser!(Format)).default_value("table").help("Format of the result"));
+    // The settings of the connection come with a text about themselves.
+    Server::augment_args(command).about(operation.summary.clone()).long_about(None)
+}
+
+/// Headers of operations: the header, the flag, its value, and its help.
+const HEADERS: &[(&str, &str, &str, &str)] = &[
+    ("if-match", "if-match", "ETAG", "Change it only if it still has this ETag"),
+    ("idempotency-key", "idempotency-key", "KEY", "A unique name of the request, so that it can be sent again safely"),
+    ("prefer", "wait", "SECONDS", "Wait until every live Envoy has the change, at most this long"),
+];
+
+fn flag(input: &Input, is_required: bool) -> Arg {
+    let arg = Arg::new(input.name.clone()).long(input.name.replace('_', "-")).required(is_required);
+    let arg = arg.help(input.help.clone()).allow_negative_numbers(true);
+    match &input.kind {
+        Kind::Text => arg.value_name("TEXT"),
+        Kind::Number => arg.value_name("N"),
+        Kind::Flag => arg.value_name("BOOL").num_args(0..=1).require_equals(true).default_missing_value("true"),
+        Kind::Choice(choices) => {
+            let values = choices.iter().map(String::as_str).chain([NULL]);
+            arg.value_parser(PossibleValuesParser::new(values.map(str::to_owned))).hide_possible_values(false)
+        }
+        Kind::Texts => arg.value_name("TEXT,…").value_delimiter(',').action(ArgAction::Append),
+        Kind::Json => arg.value_name("JSON"),
+    }
+}
+
+/// Runs the command that was given, if it is one of a noun. Returns whether it was.
+///
+/// # Errors
+/// Each variant of [`CommandError`].
+pub fn run(
+    matches: &ArgMatches,
+    document: Document<'_>,
+    input: &mut impl Read,
+    out: &mut impl Write,
+) -> Result<bool, CommandError> {
+    let Some((noun, of_noun)) = matches.subcommand() else { return Ok(false) };
+    let Some(noun) = NOUNS.iter().find(|known| known.name == noun) else { return Ok(false) };
+    let Some((verb, given)) = of_noun.subcommand() else { return Ok(false) };
+    let Some((_, id)) = noun.verbs.iter().find(|(known, _)| *known == verb) else { return Ok(false) };
+    let invalid = |error: clap::Error| CommandError::Invalid(error.to_string());
+    let client = Server::from_arg_matches(given).map_err(invalid)?.client()?;
+    let operation = document.operation(id).ok_or_else(|| CommandError::Invalid(format!("no operation {id}")))?;
+    Run { noun, operation, given, client }.run(input, out)?;
+    Ok(true)
+}
+
+struct Run<'a> {
+    noun: &'a Noun,
+    operation: Operation,
+    given: &'a ArgMatches,
+    client: Client,
+}
+
+impl Run<'_> {
+    fn run(&self, input: &mut impl Read, out: &mut impl Write) -> Result<(), CommandError> {
+        let request = Request {
+            method: &self.operation.method,
+            path: &self.path()?,
+            query: &self.query(),
+            headers: &self.headers(),
+            body: self.body(input)?.as_ref().map(|body| serde_json::to_vec(body).unwrap_or_default()),
+            content_type: "application/json",
+        };
+        let format = self.given.get_one("output").copied().unwrap_or_default();
+        match &self.operation.list {
+            Some(list) => self.write_list(out, format, list, &self.entries(&request, list)?),
+            None => self.write(out, format, self.client.send(&request)?.body),
+        }
+    }
+
+    /// The path of the operation. Keys can be named by the first characters of their secrets, and users by their addresses.
+    fn path(&self) -> Result<String, CommandError> {
+        let mut path = self.operation.path.clone();
+        for parameter in &self.operation.path_parameters {
+            let given = self.text(&parameter.name).unwrap_or_default();
+            let value = match (parameter.name.as_str(), given) {
+                ("id", prefix) if prefix.starts_with("sk_") => self.client.key_of_prefix("ID", prefix)?,
+                ("id", email) if email.contains('@') => self.client.user_of_email(email)?,
+                (_, other) => other.to_owned(),
+            };
+            let encoded: String = form_urlencoded::byte_serialize(value.as_bytes()).collect();
+            path = path.replace(&format!("{{{}}}", parameter.name), &encoded.replace('+', "%20"));
+        }
+        Ok(path)
+    }
+
+    fn text(&self, name: &str) -> Option<&str> {
+        self.given.try_get_one::<String>(name).ok().flatten().map(String::as_str)
+    }
+
+    fn query(&self) -> Vec<(String, String)> {
+        let given = |input: &Input| match input.kind {
+            Kind::Texts => self.texts(&input.name).map(|texts| texts.join(",")),
+            _ => self.text(&input.name).map(str::to_owned),
+        };
+        let paged =
+            |input: &&Input| self.operation.list.is_none() || !["cursor", "limit"].contains(&input.name.as_str());
+        self.operation
+            .query
+            .iter()
+            .filter(paged)
+            .filter_map(|input| given(input).map(|value| (input.name.clone(), value)))
+            .collect()
+    }
+
+    fn texts(&self, name: &str) -> Option<Vec<String>> {
+        self.given.try_get_many::<String>(name).ok().flatten().map(|texts| texts.cloned().collect())
+    }
+
+    fn headers(&self) -> Vec<(&'static str, String)> {
+        let mut headers = Vec::new();
+        for (header, name, ..) in HEADERS {
+            if let Some(value) = self.text(name) {
+                let value = if *header == "prefer" { format!("wait={value}") } else { value.to_owned() };
+                headers.push((*header, value));
+            }
+        }
+        headers
+    }
+
+    fn body(&self, input: &mut impl Read) -> Result<Option<Value>, CommandError> {
+        let Some(members) = &self.operation.body else { return Ok(None) };
+        let mut body = match self.text("body") {
+            Some(file) => object(&crate::read(file, input)?)?,
+            None => Map::new(),
+        };
+        for member in members {
+            if let Some(value) = self.member(member)? {
+                body.insert(member.name.clone(), value);
+            }
+        }
+        let missing = members.iter().find(|member| member.is_required && !body.contains_key(&member.name));
+        if let Some(missing) = missing {
+            let flag = missing.name.replace('_', "-");
+            return Err(CommandError::Invalid(format!("--{flag}: is required, or a --body that has it")));
+        }
+        Ok(Some(body.into()))
+    }
+
+    fn member(&self, member: &Input) -> Result<Option<Value>, CommandError> {
+        let invalid =
+            |what: &str| CommandError::Invalid(format!("--{}: must be {what}", member.name.replace('_', "-")));
+        if member.kind == Kind::Texts {
+            let Some(texts) = self.texts(&member.name) else { return Ok(None) };
+            let texts: Vec<String> = texts.into_iter().filter(|text| !text.is_empty()).collect();
+            return Ok(Some(if texts == [NULL] { Value::Null } else { texts.into() }));
+        }
+        let Some(text) = self.text(&member.name) else { return Ok(None) };
+        let value = match member.kind {
+            _ if text == NULL => Value::Null,
+            Kind::Text | Kind::Choice(_) | Kind::Texts => text.into(),
+            Kind::Number => serde_json::from_str::<serde_json::Number>(text).map_err(|_| invalid("a number"))?.into(),
+            Kind::Flag => text.parse::<bool>().map_err(|_| invalid("true or false"))?.into(),
+            Kind::Json => serde_json::from_str(text).map_err(|error| invalid(&format!("JSON: {error}")))?,
+        };
+        Ok(Some(value))
+    }
+
+    /// Entries of all pages, up to the number that the caller wants.
+    fn entries(&self, request: &Request<'_>, list: &str) -> Result<Vec<Value>, CommandError> {
+        let most = self.given.get_one("limit").copied().filter(|most| *most > 0).unwrap_or(usize::MAX);
+        let (mut entries, mut cursor) = (Vec::new(), None::<String>);
+        loop {
+            let left = most.saturating_sub(entries.len());
+            let mut query = request.query.to_vec();
+            query.push(("limit".to_owned(), left.min(PAGE).to_string()));
+            query.extend(cursor.take().map(|cursor| ("cursor".to_owned(), cursor)));
+            let mut page = self.client.send(&Request { query: &query, body: None, ..*request })?.body;
+            if let Value::Array(more) = page[list].take() {
+                entries.extend(more);
+            }
+            match page["next_cursor"].as_str() {
+                Some(next) if entries.len() < most => cursor = Some(next.to_owned()),
+                _ => return Ok(entries),
+            }
+        }
+    }
+
+    fn write_list(
+        &self,
+        out: &mut impl Write,
+        format: Format,
+        list: &str,
+        entries: &[Value],
+    ) -> Result<(), CommandError> {
+        let has = |column: &&&str| entries.is_empty() || entries.iter().any(|entry| !entry[**column].is_null());
+        match format {
+            Format::Json => output::json(out, &serde_json::json!({list: entries}))?,
+            Format::Table => {
+                let columns: Vec<&str> = self.noun.columns.iter().filter(has).copied().collect();
+                output::entries(out, &columns, entries)?;
+            }
+            Format::Csv => output::csv(out, entries)?,
+        }
+        Ok(())
+    }
+
+    fn write(&self, out: &mut impl Write, format: Format, answer: Value) -> Result<(), CommandError> {
+        match (format, answer) {
+            (_, Value::Null) => {}
+            (Format::Json, answer) => output::json(out, &answer)?,
+            (Format::Table, Value::Object(members)) => output::members(out, &members)?,
+            (Format::Table, answer) => output::json(out, &answer)?,
+            (Format::Csv, Value::Array(entries)) => output::csv(out, &entries)?,
+            (Format::Csv, answer) => output::csv(out, &[answer])?,
+        }
+        Ok(())
+    }
+}
+
+fn object(text: &str) -> Result<Map<String, Value>, CommandError> {
+    serde_json::from_str(text).map_err(|error| CommandError::Invalid(format!("--body: must be a JSON object: {error}")))
+}
