@@ -29,7 +29,8 @@ pub(crate) fn orders() -> NamedPolicy {
 /// Policies with one rule each, by host, path and method.
 pub(crate) fn by_rules() -> Vec<NamedPolicy> {
     let of = |number: u32| {
-        let path = PathMatch::Template(format!("/api/v1/service-{number}/{{id}}/items"));
+        let base = if number == FORWARDED { "/up" } else { "/api" };
+        let path = PathMatch::Template(format!("{base}/v1/service-{number}/{{id}}/items"));
         let hosts = if number.is_multiple_of(2) { vec![] } else { vec!["*.example.com".into()] };
         let matches = vec![Match { hosts, path: Some(path), methods: vec!["GET".into()], header: None }];
         NamedPolicy { name: format!("policy-{number}"), matches, ..NamedPolicy::default() }
@@ -37,8 +38,14 @@ pub(crate) fn by_rules() -> Vec<NamedPolicy> {
     (0..1_000).map(of).collect()
 }
 
+/// The rule whose requests go to an upstream.
+const FORWARDED: u32 = 998;
+
 /// A path that one of these rules matches.
 pub(crate) const RULED_PATH: &str = "/api/v1/service-500/7/items";
+
+/// The same, of requests that go to an upstream.
+pub(crate) const FORWARDED_PATH: &str = "/up/v1/service-998/7/items";
 
 pub(crate) fn with_quota(record: &mut Record) {
     record.quota = Some(Budget::default());

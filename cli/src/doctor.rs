@@ -1,6 +1,7 @@
-//! `portcullis doctor`: what stands in the way of a first request, and what to do about it.
+//! `portcullis doctor`: checks of a deployment, with advice for each failure.
 
 use std::io::Write;
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
@@ -15,11 +16,11 @@ const CLOCK_S: u64 = 5;
 /// How often Envoys that lack a change are asked for again.
 const SETTLING_ATTEMPTS: u32 = 12;
 
-/// The pause before that.
+/// The pause between two such requests.
 const SETTLING_PAUSE: Duration = Duration::from_millis(250);
 
-/// Reports of an Envoy that are not acknowledged. More mean that reports fail.
-const BACKLOG: u64 = 100;
+/// An Envoy whose requests have waited for longer than this to be counted has a backlog, in seconds.
+const LAG_S: f64 = 60.0;
 
 /// Check the control plane, its clock, the Envoys and the keys, and say what to do
 #[derive(Args, Clone, Debug)]
@@ -33,13 +34,13 @@ pub struct Doctor {
 struct Finding {
     check: &'static str,
     state: State,
-    /// What was found; unless all is well, also what to do.
+    /// What was found, and what to do unless the check passed.
     found: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Well,
+    Passed,
     Warning,
     Failed,
 }
@@ -62,7 +63,7 @@ impl Doctor {
             .iter()
             .map(|finding| {
                 let state = match finding.state {
-                    State::Well => "ok",
+                    State::Passed => "ok",
                     State::Warning => "warning",
                     State::Failed => "FAILED",
                 };
@@ -86,7 +87,7 @@ fn examine(client: &Client) -> Vec<Finding> {
             return findings;
         }
     };
-    findings.push(Finding::new("reachable", State::Well, client.server().to_owned()));
+    findings.push(Finding::new("reachable", State::Passed, client.server().to_owned()));
     findings.push(readiness(&ready));
     findings.push(clock(ready.date.as_deref(), SystemTime::now()));
     let envoys = settled_envoys(client);
@@ -98,7 +99,7 @@ fn examine(client: &Client) -> Vec<Finding> {
     findings
 }
 
-/// The Envoys. A change takes some milliseconds, so those that lack one are asked for again until all have it, for some seconds.
+/// The Envoys. They apply a change within milliseconds. While a live one lacks a change, this asks again, for 3 s at most.
 fn settled_envoys(client: &Client) -> Result<Answer, CommandError> {
     let mut attempts = 0;
     loop {
@@ -114,11 +115,15 @@ fn settled_envoys(client: &Client) -> Result<Answer, CommandError> {
 }
 
 fn transport(server: &str) -> Finding {
-    let host = server.split("://").nth(1).unwrap_or_default();
-    let is_local = ["127.", "localhost", "[::1]"].iter().any(|local| host.starts_with(local));
+    let authority = server.split("://").nth(1).unwrap_or_default().split('/').next().unwrap_or_default();
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    let is_local = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
     let (state, found) = match (server.starts_with("https://"), is_local) {
-        (true, _) => (State::Well, "TLS".to_owned()),
-        (false, true) => (State::Well, "plain text on this machine".to_owned()),
+        (true, _) => (State::Passed, "TLS".to_owned()),
+        (false, true) => (State::Passed, "plain text on this machine".to_owned()),
         (false, false) => {
             let why = "keys travel in plain text; serve with --tls-cert-file and --tls-key-file, and use https://";
             (State::Warning, why.to_owned())
@@ -130,7 +135,7 @@ fn transport(server: &str) -> Finding {
 fn readiness(ready: &Answer) -> Finding {
     let finding = |state, found: &str| Finding::new("readiness", state, found.to_owned());
     match (ready.body["database"].as_bool(), ready.body["mirror"].as_bool()) {
-        (Some(true), Some(true)) => finding(State::Well, "the database answers, and the keys are loaded"),
+        (Some(true), Some(true)) => finding(State::Passed, "the database answers, and the keys are loaded"),
         (Some(false), _) => finding(
             State::Failed,
             "the database does not answer; check PostgreSQL and the control plane's --database-url",
@@ -149,20 +154,22 @@ fn clock(date: Option<&str>, now: SystemTime) -> Finding {
     };
     let off = now.duration_since(theirs).or_else(|_| theirs.duration_since(now)).map_or(u64::MAX, |off| off.as_secs());
     if off <= CLOCK_S {
-        return Finding::new("clock", State::Well, format!("differs from this machine's by {off} s at most"));
+        return Finding::new("clock", State::Passed, format!("is within {CLOCK_S} s of this machine's"));
     }
-    let found = format!("differs from this machine's by {off} s; run NTP on both, since expiry follows each clock");
+    let found = format!(
+        "differs from this machine's by {off} s; synchronize both with NTP: the control plane and Envoys check expiry by their clocks"
+    );
     Finding::new("clock", State::Failed, found)
 }
 
 fn key(envoys: &Result<Answer, CommandError>) -> Finding {
     let (state, found) = match envoys {
-        Ok(Answer { status: 200, .. }) => (State::Well, "is accepted, and has the scope admin".to_owned()),
+        Ok(Answer { status: 200, .. }) => (State::Passed, "is accepted, and has the scope admin".to_owned()),
         Ok(Answer { status: 403, .. }) => {
             (State::Warning, "is accepted, but lacks the scope admin; Envoys were not checked".to_owned())
         }
         Ok(Answer { status: 401, .. }) => {
-            (State::Failed, "is not accepted; portcullis admin create-key --scope admin makes one".to_owned())
+            (State::Failed, "the control plane refuses it; create an admin key with portcullis admin create-key --name NAME --scope admin".to_owned())
         }
         Ok(Answer { status, .. }) => (State::Failed, format!("the control plane answered {status}")),
         Err(error) => (State::Failed, error.to_string()),
@@ -183,37 +190,43 @@ fn check_envoys(envoys: &[Value]) -> Vec<Finding> {
     };
     let behind: Vec<&Value> = live.iter().filter(|envoy| envoy["up_to_date"] != true).copied().collect();
     let step = if behind.is_empty() {
-        Finding::new("Envoys", State::Well, format!("{} of {} are in step", live.len(), live.len()))
+        Finding::new("Envoys", State::Passed, format!("all {} live Envoys have every change", live.len()))
     } else {
         let found = format!(
-            "{} of {} lack changes: {}; see stale_seconds in their statistics",
+            "{} of {} live Envoys lack changes: {}; check the gauge wasmcustom.portcullis.sync.age_seconds of each",
             behind.len(),
             live.len(),
             named(&behind)
         );
         Finding::new("Envoys", State::Failed, found)
     };
-    let is_late = |envoy: &&&Value| envoy["usage"]["pending"].as_u64().is_some_and(|pending| pending > BACKLOG);
+    let is_late = |envoy: &&&Value| envoy["usage"]["lag_seconds"].as_f64().is_some_and(|lag_s| lag_s > LAG_S);
     let late: Vec<&Value> = live.iter().filter(is_late).copied().collect();
     let usage = if late.is_empty() {
-        Finding::new("usage", State::Well, "no Envoy has a backlog of reports".to_owned())
+        Finding::new("usage", State::Passed, "no Envoy has a backlog of reports".to_owned())
     } else {
-        let found = format!("reports wait on {}; see the log of the control plane", named(&late));
+        let found = format!(
+            "{} have had no acknowledgement of their usage for {LAG_S} s; see the log of the control plane",
+            named(&late)
+        );
         Finding::new("usage", State::Warning, found)
     };
     let ours = env!("CARGO_PKG_VERSION");
     let differs = |envoy: &&&Value| envoy["version"].as_str().is_some_and(|version| version != ours);
     let others: Vec<&Value> = live.iter().filter(differs).copied().collect();
     let versions = if others.is_empty() {
-        Finding::new("versions", State::Well, format!("all filters have version {ours}, as this program"))
+        Finding::new("versions", State::Passed, format!("all filters have version {ours}, as this program"))
     } else {
-        let found = format!("this program has version {ours}, and filters on {} another; upgrade them", named(&others));
+        let found = format!(
+            "the filters on {} have another version than this program ({ours}); install one version everywhere",
+            named(&others)
+        );
         Finding::new("versions", State::Warning, found)
     };
     vec![step, usage, versions]
 }
 
-/// Whether there is a key that opens a route: one that is not for the control plane only.
+/// Whether an active key without the scopes admin and sync exists.
 fn usable_key(client: &Client) -> Finding {
     let keys = match client.get("/v1/keys", &[("state", "active"), ("limit", "100")]) {
         Ok(page) => page["keys"].as_array().cloned().unwrap_or_default(),
@@ -226,10 +239,10 @@ fn usable_key(client: &Client) -> Finding {
     match keys.iter().find(is_for_clients) {
         Some(key) => {
             let prefix = key["prefix"].as_str().unwrap_or_default();
-            Finding::new("keys", State::Well, format!("{prefix}… and others can call your services"))
+            Finding::new("keys", State::Passed, format!("{prefix}… and others can call your services"))
         }
         None => {
-            let found = "no active key is for clients; portcullis keys create --email … --name … makes one";
+            let found = "no active key is for clients; create one with portcullis keys create --email … --name …";
             Finding::new("keys", State::Warning, found.to_owned())
         }
     }
@@ -253,21 +266,23 @@ mod tests {
     fn keys_in_plain_text_on_a_network_are_a_warning() {
         let of = |server: &str| transport(server).state;
         for well in ["https://keys.example.com", "http://127.0.0.1:8081", "http://localhost", "http://[::1]:1"] {
-            assert_eq!(of(well), State::Well, "{well}");
+            assert_eq!(of(well), State::Passed, "{well}");
         }
-        assert_eq!(of("http://keys.example.com"), State::Warning);
+        for open in ["http://keys.example.com", "http://localhost.example.com:1", "http://127.0.0.1.example.com"] {
+            assert_eq!(of(open), State::Warning, "{open}");
+        }
     }
 
     #[test]
     fn readiness_and_the_key_say_what_to_do() {
         let ready = |database, mirror| readiness(&answer(503, json!({"database": database, "mirror": mirror})));
-        assert_eq!(ready(true, true).state, State::Well);
+        assert_eq!(ready(true, true).state, State::Passed);
         assert!(ready(false, true).found.contains("--database-url") && ready(true, false).found.contains("log"));
         assert!(readiness(&answer(200, json!("hello"))).found.contains("--server"));
         let key = |status| key(&Ok(answer(status, Value::Null)));
         assert_eq!(
             [200, 403, 401, 500].map(|status| key(status).state),
-            [State::Well, State::Warning, State::Failed, State::Failed,]
+            [State::Passed, State::Warning, State::Failed, State::Failed,]
         );
     }
 
@@ -281,7 +296,7 @@ mod tests {
             )
         };
         for (off, state) in
-            [(0, State::Well), (5, State::Well), (-5, State::Well), (6, State::Failed), (-600, State::Failed)]
+            [(0, State::Passed), (5, State::Passed), (-5, State::Passed), (6, State::Failed), (-600, State::Failed)]
         {
             assert_eq!(clock(Some(&at(off)), now).state, state, "{off}");
         }
@@ -290,17 +305,17 @@ mod tests {
 
     #[test]
     fn envoys_must_be_live_in_step_and_of_one_version() {
-        let envoy = |live: bool, up_to_date: bool, pending: u64, version: &str| {
+        let envoy = |live: bool, up_to_date: bool, lag_s: f64, version: &str| {
             json!({
                 "id": "1", "address": "192.0.2.7", "live": live, "up_to_date": up_to_date, "version": version,
-                "usage": {"pending": pending},
+                "usage": {"lag_seconds": lag_s},
             })
         };
         let ours = env!("CARGO_PKG_VERSION");
-        assert_eq!(states(&check_envoys(&[envoy(false, true, 0, ours)])), [("Envoys", State::Failed)]);
-        let well = check_envoys(&[envoy(true, true, 1, ours), envoy(false, false, 999, "9.9.9")]);
-        assert_eq!(states(&well), [("Envoys", State::Well), ("usage", State::Well), ("versions", State::Well)]);
-        let ill = check_envoys(&[envoy(true, false, 101, "9.9.9"), envoy(true, true, 0, ours)]);
+        assert_eq!(states(&check_envoys(&[envoy(false, true, 0.0, ours)])), [("Envoys", State::Failed)]);
+        let well = check_envoys(&[envoy(true, true, 1.0, ours), envoy(false, false, 999.0, "9.9.9")]);
+        assert_eq!(states(&well), [("Envoys", State::Passed), ("usage", State::Passed), ("versions", State::Passed)]);
+        let ill = check_envoys(&[envoy(true, false, 61.0, "9.9.9"), envoy(true, true, 0.0, ours)]);
         assert_eq!(states(&ill), [("Envoys", State::Failed), ("usage", State::Warning), ("versions", State::Warning)]);
         assert!(ill.iter().all(|finding| finding.found.contains("192.0.2.7")));
     }

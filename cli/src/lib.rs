@@ -16,7 +16,7 @@ use std::io::Read;
 /// Why a command failed, in one line.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// An argument or a setting is invalid, or names a key that does not exist.
+    /// An argument or a setting is invalid, or names a key or a user that does not exist.
     #[error("{0}")]
     Invalid(String),
     /// The control plane could not be reached.

@@ -14,9 +14,9 @@ use crate::server::Server;
 /// The environment variable with the path of the file.
 const FILE: &str = "PORTCULLIS_LOGIN_FILE";
 
-/// Store a key for further commands. It is read from standard input, so that it stands in no list of processes
+/// Store a key for further commands. Prompts for it, or reads it from standard input
 #[derive(Args, Clone, Debug)]
-pub struct LogIn {
+pub struct LoginCommand {
     #[command(flatten)]
     server: Server,
 }
@@ -36,13 +36,14 @@ impl std::fmt::Debug for Login {
     }
 }
 
-impl LogIn {
+impl LoginCommand {
     /// Reads a key, tries it, and stores it.
     ///
     /// # Errors
     /// Each variant of [`CommandError`].
     pub fn run(&self, input: &mut impl Read, out: &mut impl Write) -> Result<(), CommandError> {
-        let server = self.server.url(Login::read()?.as_ref());
+        // A login that cannot be read is replaced.
+        let server = self.server.url(Login::read().ok().flatten().as_ref());
         let key = if std::io::stdin().is_terminal() {
             rpassword::prompt_password(format!("Key for {server}: "))?
         } else {

@@ -109,10 +109,13 @@ pub const NOUNS: &[Noun] = &[
     ),
 ];
 
+/// Parameters of lists that the command itself sets, or that ask for another format than JSON.
+const OF_PAGES: [&str; 3] = ["cursor", "format", "limit"];
+
 /// Entries of a page.
 const PAGE: usize = 200;
 
-/// The value that removes what a member says.
+/// The value that clears a member.
 const NULL: &str = "null";
 
 /// Adds the commands of all nouns. A noun that the command has already gets further verbs.
@@ -144,13 +147,15 @@ fn verb_command(verb: &'static str, operation: &Operation) -> clap::Command {
     }
     let is_list = operation.list.is_some();
     for input in &operation.query {
-        if !(is_list && ["cursor", "limit"].contains(&input.name.as_str())) {
+        if !(is_list && OF_PAGES.contains(&input.name.as_str())) {
             command = command.arg(flag(input, input.is_required));
         }
     }
     if is_list {
         let rows = Arg::new("limit").long("limit").value_name("N").value_parser(value_parser!(usize));
-        command = command.arg(rows.default_value("100").help("Most entries to show; 0 for all"));
+        // A sum needs all rows.
+        let most = if verb == "report" { "0" } else { "100" };
+        command = command.arg(rows.default_value(most).help("Maximum number of entries; 0 for all"));
     }
     for input in operation.body.iter().flatten() {
         command = command.arg(flag(input, false));
@@ -160,22 +165,32 @@ fn verb_command(verb: &'static str, operation: &Operation) -> clap::Command {
         command = command.arg(body.help("File with the body in JSON, - for standard input. Flags replace its members"));
     }
     for (header, name, value, help) in HEADERS {
-        if operation.headers.iter().any(|of| of == header) {
+        // Each change can wait for the Envoys.
+        let is_known = operation.headers.iter().any(|of| of == header);
+        if is_known || (*header == PREFER && operation.method != "GET") {
             command = command.arg(Arg::new(*name).long(*name).value_name(*value).help(*help));
         }
     }
     let format = Arg::new("output").short('o').long("output").value_name("FORMAT");
     command =
         command.arg(format.value_parser(value_parser!(Format)).default_value("table").help("Format of the result"));
-    // The settings of the connection come with a text about themselves.
+    // augment_args replaces the help text of the command, so it is set after that.
     Server::augment_args(command).about(operation.summary.clone()).long_about(None)
 }
+
+const PREFER: &str = "prefer";
 
 /// Headers of operations: the header, the flag, its value, and its help.
 const HEADERS: &[(&str, &str, &str, &str)] = &[
     ("if-match", "if-match", "ETAG", "Change it only if it still has this ETag"),
-    ("idempotency-key", "idempotency-key", "KEY", "A unique name of the request, so that it can be sent again safely"),
-    ("prefer", "wait", "SECONDS", "Wait until every live Envoy has the change, at most this long"),
+    (
+        "idempotency-key",
+        "idempotency-key",
+        "KEY",
+        "A unique key of the request. The control plane applies requests with the same key once",
+    ),
+    ("if-none-match", "if-none-match", "*", "Create it only if it does not exist"),
+    (PREFER, "wait", "SECONDS", "Wait until every live Envoy has the change, at most this long: 1 to 10"),
 ];
 
 fn flag(input: &Input, is_required: bool) -> Arg {
@@ -234,7 +249,7 @@ impl Run<'_> {
         };
         let format = self.given.get_one("output").copied().unwrap_or_default();
         match &self.operation.list {
-            Some(list) => self.write_list(out, format, list, &self.entries(&request, list)?),
+            Some(list) => self.write_list(out, format, list, self.pages(&request, list)?),
             None => self.write(out, format, self.client.send(&request)?.body),
         }
     }
@@ -282,7 +297,7 @@ impl Run<'_> {
         let mut headers = Vec::new();
         for (header, name, ..) in HEADERS {
             if let Some(value) = self.text(name) {
-                let value = if *header == "prefer" { format!("wait={value}") } else { value.to_owned() };
+                let value = if *header == PREFER { format!("wait={value}") } else { value.to_owned() };
                 headers.push((*header, value));
             }
         }
@@ -303,7 +318,7 @@ impl Run<'_> {
         let missing = members.iter().find(|member| member.is_required && !body.contains_key(&member.name));
         if let Some(missing) = missing {
             let flag = missing.name.replace('_', "-");
-            return Err(CommandError::Invalid(format!("--{flag}: is required, or a --body that has it")));
+            return Err(CommandError::Invalid(format!("--{flag}: is required unless --body has {}", missing.name)));
         }
         Ok(Some(body.into()))
     }
@@ -327,22 +342,42 @@ impl Run<'_> {
         Ok(Some(value))
     }
 
-    /// Entries of all pages, up to the number that the caller wants.
-    fn entries(&self, request: &Request<'_>, list: &str) -> Result<Vec<Value>, CommandError> {
+    /// The first page, with the entries of all pages, up to the number that the caller wants.
+    fn pages(&self, request: &Request<'_>, list: &str) -> Result<Map<String, Value>, CommandError> {
         let most = self.given.get_one("limit").copied().filter(|most| *most > 0).unwrap_or(usize::MAX);
-        let (mut entries, mut cursor) = (Vec::new(), None::<String>);
+        let (mut first, mut entries) = (None::<Map<String, Value>>, Vec::new());
+        let mut query = request.query.to_vec();
+        let mut cursor = None;
         loop {
             let left = most.saturating_sub(entries.len());
-            let mut query = request.query.to_vec();
-            query.push(("limit".to_owned(), left.min(PAGE).to_string()));
-            query.extend(cursor.take().map(|cursor| ("cursor".to_owned(), cursor)));
-            let mut page = self.client.send(&Request { query: &query, body: None, ..*request })?.body;
-            if let Value::Array(more) = page[list].take() {
+            let mut of_page = query.clone();
+            of_page.push(("limit".to_owned(), left.min(PAGE).to_string()));
+            of_page.extend(cursor.take().map(|cursor| ("cursor".to_owned(), cursor)));
+            let answer = self.client.send(&Request { query: &of_page, body: None, ..*request })?.body;
+            let Value::Object(mut page) = answer else {
+                return Err(CommandError::Invalid(
+                    "the answer is not a page; check that --server is a control plane".into(),
+                ));
+            };
+            if let Some(Value::Array(more)) = page.remove(list) {
                 entries.extend(more);
             }
-            match page["next_cursor"].as_str() {
-                Some(next) if entries.len() < most => cursor = Some(next.to_owned()),
-                _ => return Ok(entries),
+            let next = page.remove("next_cursor").and_then(|next| next.as_str().map(str::to_owned));
+            if first.is_none() {
+                // A cursor is valid for this span only.
+                for name in ["from", "to", "time_zone"] {
+                    if let Some(given) = page.get(name).and_then(Value::as_str).filter(|_| !has(&query, name)) {
+                        query.push((name.to_owned(), given.to_owned()));
+                    }
+                }
+            }
+            let whole = first.get_or_insert(page);
+            match next.filter(|_| entries.len() < most) {
+                Some(next) => cursor = Some(next),
+                None => {
+                    whole.insert(list.to_owned(), entries.into());
+                    return Ok(std::mem::take(whole));
+                }
             }
         }
     }
@@ -352,11 +387,12 @@ impl Run<'_> {
         out: &mut impl Write,
         format: Format,
         list: &str,
-        entries: &[Value],
+        page: Map<String, Value>,
     ) -> Result<(), CommandError> {
+        let entries = page.get(list).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
         let has = |column: &&&str| entries.is_empty() || entries.iter().any(|entry| !entry[**column].is_null());
         match format {
-            Format::Json => output::json(out, &serde_json::json!({list: entries}))?,
+            Format::Json => output::json(out, &page.into())?,
             Format::Table => {
                 let columns: Vec<&str> = self.noun.columns.iter().filter(has).copied().collect();
                 output::entries(out, &columns, entries)?;
@@ -381,4 +417,8 @@ impl Run<'_> {
 
 fn object(text: &str) -> Result<Map<String, Value>, CommandError> {
     serde_json::from_str(text).map_err(|error| CommandError::Invalid(format!("--body: must be a JSON object: {error}")))
+}
+
+fn has(query: &[(String, String)], name: &str) -> bool {
+    query.iter().any(|(given, _)| given == name)
 }

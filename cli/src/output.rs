@@ -1,4 +1,4 @@
-//! Output of results: JSON, or a table.
+//! Output of results as a table, JSON or CSV.
 
 use std::io::{self, Write};
 
@@ -11,7 +11,7 @@ pub enum Format {
     /// Aligned columns, for people.
     #[default]
     Table,
-    /// JSON, as the REST API returns it.
+    /// The JSON of the REST API; for a list, the entries of all its pages.
     Json,
     /// Comma-separated values, for spreadsheets.
     Csv,

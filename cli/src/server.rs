@@ -18,7 +18,10 @@ const KEY: &str = "PORTCULLIS_KEY";
 /// The URL of a control plane on the same machine.
 const DEFAULT: &str = "http://127.0.0.1:8081";
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Imports of many keys take their time.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Longest response that is read, in bytes.
 const RESPONSE_BYTES: u64 = 64 << 20;
@@ -53,9 +56,11 @@ impl Server {
     /// # Errors
     /// [`CommandError::Invalid`] without a key, and for a file that cannot be read.
     pub fn client(&self) -> Result<Client, CommandError> {
-        let login = Login::read()?;
+        let given = (&self.key_file, std::env::var(KEY));
+        let needs_login = self.server.is_none() || matches!(given, (None, Err(_)));
+        let login = if needs_login { Login::read()? } else { None };
         let server = self.url(login.as_ref());
-        let key = match (&self.key_file, std::env::var(KEY), login) {
+        let key = match (given.0, given.1, login) {
             (Some(file), ..) => read(file)?.trim().to_owned(),
             (None, Ok(key), _) => key,
             // The key of a login is for its server only.
@@ -79,7 +84,7 @@ impl Server {
     /// A client with this key.
     ///
     /// # Errors
-    /// [`CommandError::Invalid`] if the URL or the key is none.
+    /// [`CommandError::Invalid`] if the URL or the key is invalid.
     pub fn client_with(&self, server: String, key: String) -> Result<Client, CommandError> {
         if !["http://", "https://"].iter().any(|scheme| server.starts_with(scheme)) {
             return Err(CommandError::Invalid(format!("--server: must be a URL such as {DEFAULT}, and is {server}")));
@@ -95,7 +100,8 @@ impl Server {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
-            .timeout_global(Some(TIMEOUT))
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_recv_response(Some(RESPONSE_TIMEOUT))
             .user_agent(concat!("portcullis/", env!("CARGO_PKG_VERSION")))
             .allow_non_standard_methods(true)
             .tls_config(tls.build());
@@ -236,7 +242,7 @@ impl Client {
                 let known = known.trim_end_matches(['.', '…']);
                 if !shown.starts_with(known) && !known.starts_with(&shown) {
                     return invalid(format!(
-                        "{prefix} is the start of an old secret of the key {}; name the key by its id",
+                        "{prefix} is the start of an old secret of the key {}; use its id for the present secret",
                         text(key, "id")
                     ));
                 }
@@ -255,7 +261,7 @@ impl Client {
     /// The id of the user with this address.
     ///
     /// # Errors
-    /// [`CommandError::Invalid`] if there is none.
+    /// [`CommandError::Invalid`] if no user has this address.
     pub fn user_of_email(&self, email: &str) -> Result<String, CommandError> {
         let page = self.get("/v1/users", &[("email", email)])?;
         let id = page["users"][0]["id"].as_str().map(str::to_owned);

@@ -1,4 +1,4 @@
-//! What a filter has seen that administrators want to know of: keys that the store does not have, and policies that routes name.
+//! Unknown keys, and policies that routes name, as filters report them.
 
 use serde::{Deserialize, Serialize};
 

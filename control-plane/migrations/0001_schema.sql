@@ -120,8 +120,8 @@ create table policy_uses (
     last_named_at timestamptz not null default now()
 );
 
-comment on table policy_uses is 'Policies that routes of Envoys named.';
-comment on column policy_uses.last_named_at is 'To the hour.';
+comment on table policy_uses is 'When routes of Envoys last named each policy.';
+comment on column policy_uses.last_named_at is 'Accurate to ten minutes: a VM reports a name every ten minutes.';
 
 
 -- 3. Users

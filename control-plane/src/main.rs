@@ -77,7 +77,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Logout => Ok(log_out(&mut std::io::stdout())?),
         Command::Doctor(doctor) => Ok(doctor.run(&mut std::io::stdout())?),
         Command::Api(api) => Ok(api.run(&mut std::io::stdin(), &mut std::io::stdout())?),
-        Command::Completion { .. } => Err("is printed before other commands run".into()),
+        Command::Completion { .. } => Err("internal error: completion is handled before".into()),
         Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in, no_expiry }) => {
             let scopes = Scopes::parse(scopes).map_err(at("--scope"))?;

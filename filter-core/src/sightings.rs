@@ -1,12 +1,12 @@
-//! What one VM has seen and sends to the control plane: unknown keys, and policies that routes name. A VM sends each once an
-//! hour, so the control plane knows to the hour when it was last seen.
+//! What one VM has seen and sends to the control plane: unknown keys, and policies that routes name. A VM sends a key once an
+//! hour and a name every ten minutes, so the control plane knows as accurately when each was last seen.
 
 use contract::hash::KeyHash;
 use contract::sightings::{POLICIES, Sightings, UNKNOWN_KEYS};
 
 use crate::time::MS_PER_HOUR;
 
-/// Most unknown keys, and most policies, that a VM notes in an hour. It ignores further ones until the next hour.
+/// Maximum number of unknown keys, and of policies, that a VM notes in one period. It ignores further ones until the next.
 const REMEMBERED: usize = 10_000;
 
 /// A message without a response counts as lost after this time. Envoy delivers no response to a root context that has ended.
@@ -15,22 +15,24 @@ const LOST_AFTER_MS: u64 = 20_000;
 /// The pause after a message that failed.
 const PAUSE_MS: u64 = 5_000;
 
-/// What one VM has seen.
-#[derive(Debug, Default)]
-pub struct Seen {
-    unknown_keys: Hourly,
-    policies: Hourly,
-    hour: u64,
+/// What one VM has seen and has to report.
+#[derive(Debug)]
+pub struct SightingsBuffer {
+    unknown_keys: Periodic,
+    policies: Periodic,
     in_flight: Option<InFlight>,
     /// No message is sent before this time.
     paused_until_ms: u64,
 }
 
-/// Things of one kind, each noted once an hour.
-#[derive(Debug, Default)]
-struct Hourly {
+/// Keys or names, each sent once in a period.
+#[derive(Debug)]
+struct Periodic {
+    length_ms: u64,
+    /// The number of the present period.
+    number: u64,
     unsent: Vec<Vec<u8>>,
-    /// Those of this hour, sorted.
+    /// Values seen in this period, sorted.
     seen: Vec<Vec<u8>>,
 }
 
@@ -41,7 +43,22 @@ struct InFlight {
     message: Sightings,
 }
 
-impl Hourly {
+impl Default for SightingsBuffer {
+    fn default() -> Self {
+        Self {
+            unknown_keys: Periodic::new(MS_PER_HOUR),
+            policies: Periodic::new(MS_PER_HOUR / 6),
+            in_flight: None,
+            paused_until_ms: 0,
+        }
+    }
+}
+
+impl Periodic {
+    const fn new(length_ms: u64) -> Self {
+        Self { length_ms, number: 0, unsent: Vec::new(), seen: Vec::new() }
+    }
+
     fn add(&mut self, thing: &[u8]) {
         if let Err(place) = self.seen.binary_search_by(|known| known.as_slice().cmp(thing))
             && self.seen.len() < REMEMBERED
@@ -51,8 +68,13 @@ impl Hourly {
         }
     }
 
-    /// An hour has begun. What was not sent counts as seen in this hour.
-    fn begin_hour(&mut self) {
+    /// Begins another period if it is time. What was not sent counts as seen in this one.
+    fn renew(&mut self, now_ms: u64) {
+        let number = now_ms.checked_div(self.length_ms).unwrap_or_default();
+        if number == self.number {
+            return;
+        }
+        self.number = number;
         self.seen.clear();
         for thing in std::mem::take(&mut self.unsent) {
             self.add(&thing);
@@ -64,7 +86,7 @@ impl Hourly {
     }
 }
 
-impl Seen {
+impl SightingsBuffer {
     /// A client sent a key that the store does not have.
     pub fn unknown_key(&mut self, hash: KeyHash) {
         self.unknown_keys.add(&hash.0);
@@ -75,13 +97,11 @@ impl Seen {
         self.policies.add(name.as_bytes());
     }
 
-    /// The message to send now, if there is one. Call [`Seen::sent`] or [`Seen::not_sent`] with it.
+    /// The message to send now, if there is one. The caller then calls [`SightingsBuffer::sent`] or [`SightingsBuffer::not_sent`]
+    /// with it.
     pub fn due(&mut self, now_ms: u64) -> Option<Sightings> {
-        if now_ms / MS_PER_HOUR != self.hour {
-            self.hour = now_ms / MS_PER_HOUR;
-            self.unknown_keys.begin_hour();
-            self.policies.begin_hour();
-        }
+        self.unknown_keys.renew(now_ms);
+        self.policies.renew(now_ms);
         let is_lost = |sent: &mut InFlight| now_ms.abs_diff(sent.since_ms) >= LOST_AFTER_MS;
         if let Some(lost) = self.in_flight.take_if(is_lost) {
             self.not_sent(lost.message);
@@ -141,15 +161,15 @@ mod tests {
         Sightings { unknown_keys, policies: policies.iter().map(|name| (*name).to_owned()).collect() }
     }
 
-    fn seen(keys: usize) -> Seen {
-        let mut seen = Seen::default();
+    fn seen(keys: usize) -> SightingsBuffer {
+        let mut seen = SightingsBuffer::default();
         assert_eq!(seen.due(NOW), None);
         (0..keys).for_each(|number| seen.unknown_key(hash(number)));
         seen
     }
 
     #[test]
-    fn a_key_and_a_policy_are_sent_once_an_hour() {
+    fn a_key_is_sent_once_an_hour_and_a_policy_every_ten_minutes() {
         let mut seen = seen(2);
         seen.unknown_key(hash(0));
         ["orders", "orders", "items"].iter().for_each(|name| seen.policy(name));
@@ -158,9 +178,18 @@ mod tests {
         seen.sent(7, due, NOW);
         assert_eq!((seen.due(NOW), seen.take_response(6, true, NOW)), (None, false));
         assert!(seen.take_response(7, true, NOW));
-        seen.unknown_key(hash(1));
-        seen.policy("items");
-        assert_eq!(seen.due(NOW + MS_PER_HOUR - 1), None);
+        let see_again = |seen: &mut SightingsBuffer| {
+            seen.unknown_key(hash(1));
+            seen.policy("items");
+        };
+        see_again(&mut seen);
+        assert_eq!(seen.due(NOW + MS_PER_HOUR / 6 - 1), None);
+        assert_eq!(seen.due(NOW + MS_PER_HOUR / 6), None);
+        see_again(&mut seen);
+        let due = seen.due(NOW + MS_PER_HOUR / 6).unwrap();
+        assert_eq!(due, message(&[], &["items"]));
+        seen.sent(8, due, NOW + MS_PER_HOUR / 6);
+        assert!(seen.take_response(8, true, NOW + MS_PER_HOUR / 6));
         assert_eq!(seen.due(NOW + MS_PER_HOUR), None);
         seen.unknown_key(hash(1));
         seen.policy("items");

@@ -8,7 +8,7 @@ use std::cell::{Cell as Slot, RefCell};
 use crate::host::Host;
 use crate::limits::allowances::Allowances;
 use crate::shared::SharedData;
-use crate::sightings::Seen;
+use crate::sightings::SightingsBuffer;
 use crate::stats::Statistics;
 use crate::store::state::{self, StoreState};
 use crate::time::{NS_PER_MS, is_ahead};
@@ -39,8 +39,8 @@ pub struct Vm<H, K> {
     next_tick_ms: Slot<u64>,
     usage_slot: Slot<Option<u16>>,
     unknown_policies: RefCell<Vec<String>>,
-    /// Unknown keys and named policies that the control plane is to learn of.
-    pub seen: RefCell<Seen>,
+    /// Unknown keys and named policies that this VM has to report.
+    pub seen: RefCell<SightingsBuffer>,
 }
 
 impl<H: Host, K> Vm<H, K> {

@@ -48,7 +48,7 @@ pub struct Due {
     pub need: u64,
     /// Tokens for the cheapest of them.
     pub least: u64,
-    /// The Envoy hands tokens back after a tick without use, and must not ask for them again.
+    /// The pool was not used for a tick. The ask hands tokens back and wants none.
     pub is_unused: bool,
 }
 

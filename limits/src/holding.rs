@@ -5,7 +5,7 @@ use contract::time::{NS_PER_MS, NS_PER_S};
 
 use crate::asking::Due;
 use crate::contact::Contact;
-use crate::ledger::IDLE_PART;
+use crate::ledger::UNUSED_PART;
 use crate::message::{Ask, Grant};
 use crate::{FORGOTTEN_MS, IDLE_MS, TICK_MS};
 
@@ -322,9 +322,9 @@ impl Holding {
             return false;
         }
         let all = self.left.saturating_add(self.others).saturating_add(self.unspent());
-        let part = match (all / IDLE_PART).checked_div(contact.live as u64) {
+        let part = match (all / UNUSED_PART).checked_div(contact.live as u64) {
             Some(part) => part,
-            None => all / IDLE_PART,
+            None => all / UNUSED_PART,
         };
         let surplus = self.unspent().saturating_sub(part);
         self.put_back(surplus);

@@ -14,14 +14,14 @@ use crate::{EXPIRES_AFTER_MS, IDLE_MS, TICK_MS};
 
 /// What Envoys may hold of a pool beyond what their waiting requests need.
 struct AheadBounds {
-    /// All Envoys together are granted at most this part of what is left.
+    /// One token in this many of those that are left is granted ahead of need, to all Envoys together.
     part: u64,
-    /// Below this multiple of what other Envoys hold, all of them hand back what they hold.
+    /// If fewer tokens can be granted than this multiple of what other Envoys hold, these hand back all.
     scarce: u64,
 }
 
-/// A rate limit whose burst comes back within [`FAST_NS`] has few tokens for its rate, which must last an Envoy until its next
-/// answer. So the Envoys that use it may hold all of it. After a tick without use they hand tokens back.
+/// Rate limits whose burst comes back within [`FAST_NS`]. The burst is small for the rate, and an Envoy needs enough tokens until
+/// its next answer. So the Envoys that use the limit may hold all of it. After a tick without use they hand tokens back.
 const OF_FAST: AheadBounds = AheadBounds { part: 1, scarce: 0 };
 
 /// The time in which the burst of a fast rate limit comes back, in nanoseconds.
@@ -30,13 +30,14 @@ const FAST_NS: u64 = 10 * NS_PER_S;
 /// Other rate limits.
 const OF_RATE: AheadBounds = AheadBounds { part: 8, scarce: 4 };
 
-/// Of a quota or a balance, all Envoys never hold more than an eighth of what is left.
+/// Quotas and balances. Envoys get a sixteenth of what is left ahead of need, and hand it back above a ninth.
 const OF_STOCK: AheadBounds = AheadBounds { part: 16, scarce: 8 };
 
-/// If idle Envoys hold more than one part in this of what is left, they hand back what they hold.
-pub(crate) const IDLE_PART: u64 = 8;
+/// If unused Envoys hold more than one token in this many of those that are left, they hand back all.
+pub(crate) const UNUSED_PART: u64 = 8;
 
-/// An Envoy that has not used a pool for this long counts as idle, in milliseconds: it has had a tick without use, and has called.
+/// An Envoy that has not used a pool for this long counts as unused, in milliseconds: it has had a tick without use, and has
+/// called since.
 const UNUSED_MS: u64 = 3 * TICK_MS;
 
 /// An Envoy that has been silent for this long, in milliseconds, is not expected to hand back tokens: several of its ticks have
@@ -287,18 +288,19 @@ impl Pool {
         free_ms.map_or(u32::MAX, |ms| u32::try_from(ms).unwrap_or(u32::MAX).max(SILENT_KNOWN_MS))
     }
 
-    /// Recalls what other Envoys hold if tokens are missing or few are left, or only what idle ones hold if that is too much.
+    /// Recalls the tokens of all other Envoys if tokens are missing or scarce. Otherwise recalls those of unused Envoys if they hold
+    /// too much.
     fn recall_if_scarce(&mut self, reporter: ReporterId, is_missing: bool, now_ns: u64) {
         let now_ms = now_ns / NS_PER_MS;
-        let is_idle = |holder: &Holder| now_ms.saturating_sub(holder.used_ms) >= UNUSED_MS;
-        let held = |idle_only: bool| {
-            let others = self.holders.iter().filter(|of| of.reporter != reporter && (!idle_only || is_idle(of)));
+        let is_unused = |holder: &Holder| now_ms.saturating_sub(holder.used_ms) >= UNUSED_MS;
+        let held = |unused_only: bool| {
+            let others = self.holders.iter().filter(|of| of.reporter != reporter && (!unused_only || is_unused(of)));
             others.fold(0, |sum: u64, holder| sum.saturating_add(holder.held()))
         };
         let recalls_all = is_missing || self.room(now_ns) < held(false).saturating_mul(self.ahead_bounds().scarce);
-        let recalls_idle = self.left(now_ns) < held(true).saturating_mul(IDLE_PART);
+        let recalls_unused = self.left(now_ns) < held(true).saturating_mul(UNUSED_PART);
         for holder in self.holders.iter_mut().filter(|of| of.reporter != reporter && of.held() > 0) {
-            holder.is_recalled |= recalls_all || (recalls_idle && is_idle(holder));
+            holder.is_recalled |= recalls_all || (recalls_unused && is_unused(holder));
         }
     }
 

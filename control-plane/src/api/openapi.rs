@@ -20,7 +20,8 @@ const LOCATION: &str = "location";
 const PLATFORM: &str = "platform";
 
 /// Schemas of resources with a version, which their responses have as the ETag.
-const VERSIONED: [&str; 6] = ["CreateReply", "KeyDetails", "KeyView", "PlanView", "RoleView", "UserView"];
+const VERSIONED: [&str; 8] =
+    ["CreateReply", "KeyDetails", "KeyView", "PlanView", "PolicyDetails", "PolicyView", "RoleView", "UserView"];
 
 /// Refusals that a call with a key can meet at every route.
 const REFUSALS: [(&str, &str); 5] = [

@@ -80,7 +80,7 @@ pub struct PolicyDetails {
     view: PolicyView,
     /// By how many Envoys the last change was applied.
     applied_on: AppliedOn,
-    /// When a route of an Envoy last named the policy, to the hour; null if none has.
+    /// The last report that a route of an Envoy named the policy, accurate to ten minutes; null if none did.
     #[schema(required)]
     last_named_at: Option<Timestamp>,
 }

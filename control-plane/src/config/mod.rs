@@ -14,7 +14,7 @@ use contract::pepper::Pepper;
 use portcullis_cli::api::Api;
 use portcullis_cli::doctor::Doctor;
 use portcullis_cli::explain::Explain;
-use portcullis_cli::login::LogIn;
+use portcullis_cli::login::LoginCommand;
 
 pub mod database;
 mod secret_setting;
@@ -29,7 +29,7 @@ Each setting is a flag or an environment variable, and the flag wins. A duration
 or 90d. Secrets come from the environment, from PORTCULLIS_ADMIN_KEY, PORTCULLIS_SYNC_KEY and PORTCULLIS_PEPPER, or from the \
 files that these names with _FILE appended give.";
 
-/// The control plane of Portcullis: API keys for Envoy.
+/// The control plane of Portcullis, API keys for Envoy, and a client of its REST API.
 #[derive(Debug, Parser)]
 #[command(name = "portcullis", version, about, max_term_width = 110)]
 pub struct Cli {
@@ -47,15 +47,15 @@ pub enum Command {
     /// Manage the database directly
     #[command(subcommand)]
     Admin(Admin),
-    /// Work on many keys
+    /// API keys: create, find, change, revoke and import them
     #[command(subcommand)]
     Keys(Keys),
-    /// Work on usage
+    /// Usage of keys: reports, events and import
     #[command(subcommand)]
     Usage(Usage),
     /// Say why a request is allowed or refused, with each check
     Explain(Explain),
-    Login(LogIn),
+    Login(LoginCommand),
     /// Remove the key that `portcullis login` stored
     Logout,
     Doctor(Doctor),

@@ -211,7 +211,7 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
 }
 
 /// Deletes a definition that is not in use. Returns whether there was one. 412 by the preconditions, 409 that says how many
-/// use it. `is_forced`: also a policy that routes name.
+/// use it. `is_forced` deletes a policy although routes named it within two hours.
 pub async fn remove(
     change: &mut Change,
     kind: Kind,
@@ -333,9 +333,9 @@ fn refuse_removal_in_use(name: &Name, policy: Option<&NamedPolicy>) -> Result<()
 async fn refuse_removal_while_named(change: &mut Change, name: &Name, number: i32) -> Result<(), ApiError> {
     match uses::last_named(change, number).await? {
         Some((at, true)) => Err(ApiError::Conflict(format!(
-            "Routes of Envoys named the policy {} within the last two hours, last at {at}. Take the name out of Envoy's \
-             configuration first. Two hours later, or with ?force=true, it can be deleted. Requests whose route names a deleted \
-             policy get 503 policy_unknown.",
+            "Routes of Envoys named the policy {} within the last two hours (last report {at}). Remove the name from Envoy's \
+             configuration, and delete the policy two hours later, or now with ?force=true. Requests of routes that still name \
+             it get 503 policy_unknown.",
             name.as_str()
         ))),
         _ => Ok(()),

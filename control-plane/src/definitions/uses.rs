@@ -26,11 +26,11 @@ pub async fn store(pool: &PgPool, names: &[String]) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// When a route last named a policy, to the hour, and whether that was less than two hours ago. Each worker of an Envoy reports a
-/// name once an hour.
+/// The last report that a route named a policy, and whether a route may have named it within the last two hours: each VM of an
+/// Envoy reports a name every ten minutes.
 pub async fn last_named(connection: &mut PgConnection, number: i32) -> Result<Option<(Timestamp, bool)>, sqlx::Error> {
     let row = sqlx::query!(
-        r#"select last_named_at as "at: Timestamp", last_named_at > now() - interval '2 hours' as "is_recent!"
+        r#"select last_named_at as "at: Timestamp", last_named_at > now() - interval '130 minutes' as "is_recent!"
         from policy_uses where number = $1"#,
         number
     )

@@ -115,9 +115,9 @@ async fn a_policy_that_routes_named_lately_is_deleted_by_force_only(pool: PgPool
     let at = shown().await;
     let reply = fixture.delete("/v1/policies/orders", &admin).await;
     let detail = format!(
-        "Routes of Envoys named the policy orders within the last two hours, last at {}. Take the name out of Envoy's \
-         configuration first. Two hours later, or with ?force=true, it can be deleted. Requests whose route names a deleted \
-         policy get 503 policy_unknown.",
+        "Routes of Envoys named the policy orders within the last two hours (last report {}). Remove the name from Envoy's \
+         configuration, and delete the policy two hours later, or now with ?force=true. Requests of routes that still name it \
+         get 503 policy_unknown.",
         at.as_str().unwrap()
     );
     assert_eq!((reply.status, &reply.json()["detail"]), (409, &json!(detail)));
@@ -127,7 +127,7 @@ async fn a_policy_that_routes_named_lately_is_deleted_by_force_only(pool: PgPool
     put(&fixture, &admin, "orders", json!({})).await;
     assert_eq!(shown().await, Value::Null);
     fixture.note(&sync, &named(&["orders"])).await.assert_ok();
-    execute(&pool, "update policy_uses set last_named_at = now() - interval '121 minutes'").await;
+    execute(&pool, "update policy_uses set last_named_at = now() - interval '131 minutes'").await;
     assert_eq!(fixture.delete("/v1/policies/orders", &admin).await.status, 204);
     let many = vec!["orders"; POLICIES + 1];
     fixture.note(&sync, &named(&many)).await.assert_invalid("policies", "must have at most 100 entries");

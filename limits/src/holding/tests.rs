@@ -442,7 +442,7 @@ fn an_envoy_that_becomes_alone_does_not_decide_by_itself_while_it_does_not_know_
 }
 
 #[test]
-fn the_use_of_a_changed_limit_comes_back_at_the_higher_rate_while_the_envoy_does_not_know_when_it_changed() {
+fn tokens_of_a_changed_limit_come_back_at_the_higher_rate_while_the_time_of_the_change_is_unknown() {
     // Eight of 10 in 10 s are used, 4 s ago. If the limit was raised to 10 in 2 s since, between no and four are used now.
     for (window_s, used) in [(2, 0), (20, 4)] {
         let (before, after) = (rate(10, 10), rate(10, window_s));

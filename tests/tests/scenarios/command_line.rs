@@ -17,9 +17,9 @@ struct Shell {
     home: TempDir,
 }
 
-/// How a command ended.
+/// What a command printed, and its exit code.
 #[derive(Debug, PartialEq, Eq)]
-struct Ended {
+struct CommandOutput {
     code: i32,
     stdout: String,
     stderr: String,
@@ -30,7 +30,7 @@ impl Shell {
         Ok(Self { home: TempDir::with_prefix("portcullis-")? })
     }
 
-    async fn run(&self, arguments: &[&str], input: &str) -> Result<Ended> {
+    async fn run(&self, arguments: &[&str], input: &str) -> Result<CommandOutput> {
         let mut command = tokio::process::Command::new(paths::control_plane());
         command.args(arguments).env_clear().env("HOME", self.home.path()).env("PATH", "/usr/bin:/bin");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -38,7 +38,7 @@ impl Shell {
         child.stdin.take().context("no stdin")?.write_all(input.as_bytes()).await?;
         let output = child.wait_with_output().await?;
         let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
-        Ok(Ended { code: output.status.code().context("no code")?, stdout, stderr })
+        Ok(CommandOutput { code: output.status.code().context("no code")?, stdout, stderr })
     }
 
     /// What a command that must succeed prints.
@@ -79,7 +79,7 @@ async fn a_login_is_readable_by_its_user_only_and_for_its_server_only() -> Resul
         "portcullis: no key for http://127.0.0.1:9: run portcullis login, set PORTCULLIS_KEY, or give --key-file; the login is \
          for {server}\n"
     );
-    assert_eq!(other, Ended { code: 1, stdout: String::new(), stderr: why });
+    assert_eq!(other, CommandOutput { code: 1, stdout: String::new(), stderr: why });
     let wrong = shell.run(&["login"], "sk_live_not-a-key\n").await?;
     assert!(wrong.code == 1 && wrong.stderr.starts_with("portcullis: the control plane answered 401: "), "{wrong:?}");
     assert!(shell.prints(&["keys", "list"]).await?.starts_with("ID "), "the login before stays");
@@ -112,11 +112,10 @@ async fn an_administrator_manages_keys_users_credits_and_policies() -> Result<()
     stack.in_step().await?;
     assert_eq!(ask("/orders", key).await?, 200);
 
-    // A policy, which Envoy has once the command ends.
     let matches = r#"[{"path": {"prefix": "/reports"}}]"#;
-    let policy = ["policies", "set", "reports", "--scopes", r#"{"all": ["reports:read"]}"#, "--match", matches];
-    shell.prints(&policy).await?;
-    stack.in_step().await?;
+    // The command ends once Envoy has the policy.
+    let scopes = r#"{"all": ["reports:read"]}"#;
+    shell.prints(&["policies", "set", "reports", "--scopes", scopes, "--match", matches, "--wait", "5"]).await?;
     assert_eq!(ask("/reports", key).await?, 403);
     let listed = shell.prints(&["policies", "list"]).await?;
     assert!(listed.lines().any(|line| line.starts_with("reports ")), "{listed}");
@@ -152,7 +151,7 @@ async fn an_administrator_manages_keys_users_credits_and_policies() -> Result<()
     let rotated = shell.json(&["keys", "rotate", id]).await?;
     assert_ne!(text(&rotated["secret"])?, key);
     let revoked = shell.run(&["keys", "revoke", id], "").await?;
-    assert_eq!(revoked, Ended { code: 0, stdout: String::new(), stderr: String::new() });
+    assert_eq!(revoked, CommandOutput { code: 0, stdout: String::new(), stderr: String::new() });
     stack.in_step().await?;
     assert_eq!(ask("/orders", text(&rotated["secret"])?).await?, 401);
     let audit = shell.json(&["audit", "list", "--key-id", id]).await?;
@@ -186,7 +185,7 @@ async fn lists_are_as_long_as_asked_and_the_body_may_be_a_file() -> Result<()> {
 async fn wrong_commands_name_the_argument_and_doctor_says_what_stands_in_the_way() -> Result<()> {
     let (stack, shell) = logged_in().await?;
     for (arguments, code, says) in [
-        (&["keys", "create", "--email", "a@example.com"][..], 1, "--name: is required, or a --body that has it"),
+        (&["keys", "create", "--email", "a@example.com"][..], 1, "--name: is required unless --body has name"),
         (&["keys", "create", "--email", "a", "--name", "n"], 1, "the control plane answered 400: email: "),
         (&["keys", "update", "sk_live_000000", "--cost", "1"], 1, "ID: no key begins with sk_live_000000"),
         (&["keys", "update", "x", "--cost", "much"], 1, "--cost: must be a number"),
@@ -217,6 +216,6 @@ async fn wrong_commands_name_the_argument_and_doctor_says_what_stands_in_the_way
     assert_eq!((gone.code, gone.stderr.as_str()), (1, "portcullis: 1 of 2 checks failed\n"));
     let server = format!("http://{}", stack.control_plane.address());
     let no_key = shell.run(&["doctor", "--server", &server, "--key-file", "/dev/stdin"], "sk_live_none").await?;
-    assert!(no_key.code == 1 && no_key.stdout.contains("is not accepted"), "{no_key:?}");
+    assert!(no_key.code == 1 && no_key.stdout.contains("the control plane refuses it"), "{no_key:?}");
     Ok(())
 }

@@ -26,12 +26,12 @@ fn variable(environment: &str, name: &str) -> Result<String> {
 }
 
 /// The commands that `up` prints, and the key that the second one generates.
-struct Tour {
+struct PrintedCommands {
     commands: Vec<String>,
     key: String,
 }
 
-impl Tour {
+impl PrintedCommands {
     fn of(log: &str) -> Self {
         let printed = log.lines().filter_map(|line| line.strip_prefix("  "));
         let is_command = |line: &&str| [". '", "curl ", "KEY="].iter().any(|start| line.starts_with(start));
@@ -96,7 +96,7 @@ async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -
     let headers = assert_upstream(&reply, &["x-consumer-id", "x-credential-identifier", "x-forwarded-host"]);
     assert_eq!(headers["host"], json!([service.address().to_string()]));
 
-    let mut tour = Tour::of(&log.text());
+    let mut tour = PrintedCommands::of(&log.text());
     assert_eq!(tour.status("curl -si \"$GATE/\"").await?, "401");
     tour.key = tour.run("KEY=").await?.trim().to_owned();
     let with_key = "curl -si \"$GATE/\" -H \"X-API-Key: $KEY\"";

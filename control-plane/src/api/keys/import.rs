@@ -31,7 +31,7 @@ pub struct ImportQuery {
 /// or `rate_limits`. There are at most 100,000 lines of at most 16 KiB. Valid lines are imported, a thousand
 /// per transaction, whatever the other lines contain. If the import ends early (400, 408, 503), the lines that were
 /// committed stay imported. The same body can be sent again: those lines are then reported as duplicates. With `dry_run`,
-/// the lines are only checked. A client that shows its progress sends the lines in parts of a thousand.
+/// the lines are only checked. To show progress, a client can send the lines in several requests of 1,000.
 #[utoipa::path(
     operation_id = "importKeys",
     post, path = "/v1/keys/import", tag = "keys", params(ImportQuery),
