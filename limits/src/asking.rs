@@ -28,8 +28,11 @@ pub struct Asking {
     soon: Vec<PoolId>,
     /// Pools that were used since the last call on a tick, each once.
     used: Vec<PoolId>,
-    /// Pools that were used in the tick before.
+    /// Pools that were used in this tick, each once, and those that were used in the tick before.
+    used_now: Vec<PoolId>,
     used_before: Vec<PoolId>,
+    /// The number of this tick. A new entry has another one.
+    ticks: u32,
     /// The number of the present idle period. Each lasts [`IDLE_MS`].
     period: u32,
     period_began_ms: u64,
@@ -48,7 +51,7 @@ pub struct Due {
     pub need: u64,
     /// Tokens for the cheapest of them.
     pub least: u64,
-    /// The pool was not used for a tick. The ask hands tokens back and wants none.
+    /// The pool is not used at present. The ask wants no tokens.
     pub is_unused: bool,
 }
 
@@ -67,6 +70,8 @@ struct Use {
     is_unused: bool,
     /// The idle period of the last use.
     period: u32,
+    /// The tick of the last use.
+    tick: u32,
 }
 
 impl Use {
@@ -108,6 +113,10 @@ impl Asking {
     pub fn spent(&mut self, pool: PoolId, is_low: bool) {
         self.needed(pool);
         self.note_used(pool);
+        let now = self.ticks;
+        if std::mem::replace(&mut self.entry(pool).tick, now) != now {
+            self.used_now.push(pool);
+        }
         if is_low {
             self.queue(pool);
         }
@@ -154,7 +163,7 @@ impl Asking {
         }
     }
 
-    /// Queues a pool of which tokens were handed back after a tick without use.
+    /// Queues a pool that is not used at present: the ask wants no tokens.
     pub fn queue_unused(&mut self, pool: PoolId) {
         self.queue(pool);
         self.entry(pool).is_unused = true;
@@ -182,8 +191,8 @@ impl Asking {
 
     /// The entry of a pool. A new entry counts as idle.
     fn entry(&mut self, pool: PoolId) -> &mut Use {
-        let period = self.period.wrapping_sub(2);
-        self.pools.entry(pool).or_insert(Use { period, ..Use::default() })
+        let (period, tick) = (self.period.wrapping_sub(2), self.ticks.wrapping_sub(1));
+        self.pools.entry(pool).or_insert(Use { period, tick, ..Use::default() })
     }
 
     fn note_used(&mut self, pool: PoolId) {
@@ -242,10 +251,17 @@ impl Asking {
         idle
     }
 
-    /// On a tick: pools that were used in the tick before, and not since.
+    /// On a tick: pools that were used in the tick before, and not since. Call [`Asking::watch`] for those that are in use after all.
     pub fn unused(&mut self) -> Vec<PoolId> {
-        let before = std::mem::replace(&mut self.used_before, self.used.clone());
-        before.into_iter().filter(|pool| !self.pools.get(pool).is_some_and(|of| of.is_used)).collect()
+        let now = self.ticks;
+        self.ticks = now.wrapping_add(1);
+        let before = std::mem::replace(&mut self.used_before, std::mem::take(&mut self.used_now));
+        before.into_iter().filter(|pool| self.pools.get(pool).is_none_or(|of| of.tick != now)).collect()
+    }
+
+    /// Looks again at the next tick whether a pool is unused.
+    pub fn watch(&mut self, pool: PoolId) {
+        self.used_before.push(pool);
     }
 
     /// All pools that the worker knows.
@@ -291,7 +307,7 @@ impl Asking {
             if of.is_idle(self.period) {
                 self.pools.remove(&pool);
             } else {
-                *self.entry(pool) = Use { period: of.period, ..Use::default() };
+                *self.entry(pool) = Use { period: of.period, tick: of.tick, ..Use::default() };
             }
         }
     }

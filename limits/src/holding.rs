@@ -5,7 +5,7 @@ use contract::time::{NS_PER_MS, NS_PER_S};
 
 use crate::asking::Due;
 use crate::contact::Contact;
-use crate::ledger::UNUSED_PART;
+use crate::ledger::{FAST_NS, UNUSED_PART};
 use crate::message::{Ask, Grant};
 use crate::{FORGOTTEN_MS, IDLE_MS, TICK_MS};
 
@@ -67,10 +67,12 @@ pub struct Holding {
     pub used: u64,
     /// The most tokens spent in a tick before that one, in 256ths; it decays.
     pub peak: u64,
+    /// In the last answer: how many Envoys use the pool.
+    pub users: u64,
 }
 
 /// How many numbers a [`Holding`] has.
-pub const WORDS: usize = 20;
+pub const WORDS: usize = 21;
 
 impl Holding {
     /// Its numbers, to be stored.
@@ -97,6 +99,7 @@ impl Holding {
             self.tick,
             self.used,
             self.peak,
+            self.users,
         ]
     }
 
@@ -105,7 +108,7 @@ impl Holding {
     pub fn from_words(words: [u64; WORDS]) -> Self {
         let [session, granted, spent, returned, refunded, arrival_ns, interval_ns, terms, rest @ ..] = words;
         let [fallback_ns, alone_term, alone_left, left, others, known_until_ms, empty_until_ms, rest @ ..] = rest;
-        let [asked_ms, needed_ms, tick, used, peak] = rest;
+        let [asked_ms, needed_ms, tick, used, peak, users] = rest;
         let alone_term = u32::try_from(alone_term).unwrap_or_default();
         Self {
             session,
@@ -128,6 +131,7 @@ impl Holding {
             tick,
             used,
             peak,
+            users,
         }
     }
 }
@@ -171,6 +175,17 @@ pub enum Spent {
         /// In how many milliseconds one more comes; `u64::MAX` if none comes by itself.
         empty_ms: u64,
     },
+}
+
+/// What an Envoy does with its tokens after a tick without use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AfterUse {
+    /// It has no more than it may hold.
+    KeepsAll,
+    /// It handed tokens back. The next [`Holding::ask`] reports it.
+    HandedBack,
+    /// The pool was used in this tick after all.
+    InUse,
 }
 
 impl Holding {
@@ -314,21 +329,24 @@ impl Holding {
         (self.used, self.peak) = (0, 0);
     }
 
-    /// Rate limits: after a tick without use, hands back what is beyond this Envoy's part of what idle Envoys may hold. Returns
-    /// whether there is something to report.
-    #[allow(clippy::must_use_candidate, reason = "callers may know the result")]
-    pub const fn hand_back_after_use(&mut self, contact: &Contact, now_ms: u64) -> bool {
-        if self.interval_ns == 0 || now_ms / TICK_MS == self.tick {
-            return false;
+    /// After a tick without use: hands back the tokens of a fast limit that are beyond this Envoy's part of what unused Envoys may
+    /// hold.
+    pub const fn hand_back_after_use(&mut self, now_ms: u64) -> AfterUse {
+        let is_fast = self.interval_ns > 0 && self.terms <= FAST_NS;
+        if !is_fast {
+            return AfterUse::KeepsAll;
+        }
+        if now_ms / TICK_MS == self.tick {
+            return AfterUse::InUse;
         }
         let all = self.left.saturating_add(self.others).saturating_add(self.unspent());
-        let part = match (all / UNUSED_PART).checked_div(contact.live as u64) {
+        let part = match (all / UNUSED_PART).checked_div(self.users) {
             Some(part) => part,
             None => all / UNUSED_PART,
         };
         let surplus = self.unspent().saturating_sub(part);
         self.put_back(surplus);
-        surplus > 0
+        if surplus > 0 { AfterUse::HandedBack } else { AfterUse::KeepsAll }
     }
 
     /// The pool has these tokens again. Until an answer says more, requests that need them ask.
@@ -378,7 +396,7 @@ impl Holding {
             return;
         }
         self.granted = self.granted.max(grant.granted);
-        (self.left, self.others) = (grant.left, grant.others);
+        (self.left, self.others, self.users) = (grant.left, grant.others, grant.users.into());
         let unreported = self.spent.saturating_sub(grant.spent);
         // The control plane may know of use that no allowance covered: a quota that lets requests through unchecked.
         self.spent = self.spent.max(grant.spent);

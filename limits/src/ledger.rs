@@ -24,8 +24,8 @@ struct AheadBounds {
 /// its next answer. So the Envoys that use the limit may hold all of it. After a tick without use they hand tokens back.
 const OF_FAST: AheadBounds = AheadBounds { part: 1, scarce: 0 };
 
-/// The time in which the burst of a fast rate limit comes back, in nanoseconds.
-const FAST_NS: u64 = 10 * NS_PER_S;
+/// A rate limit is fast if its burst comes back within this time, in nanoseconds.
+pub(crate) const FAST_NS: u64 = 10 * NS_PER_S;
 
 /// Other rate limits.
 const OF_RATE: AheadBounds = AheadBounds { part: 8, scarce: 4 };
@@ -148,6 +148,7 @@ impl Pool {
             OtherEnvoys::AnotherIsAlone => (0, 0),
         };
         let missing = ask.need.saturating_sub(me.unspent(ask)).saturating_sub(needed);
+        let users = self.other_users(now_ns / NS_PER_MS).saturating_add(1);
         me.granted = me.granted.saturating_add(needed).saturating_add(ahead);
         // A recall stands until the Envoy has handed back all tokens, or needs tokens itself.
         me.is_recalled &= ask.need == 0 && me.unspent(ask) > 0;
@@ -184,6 +185,7 @@ impl Pool {
             },
             ahead_ns: self.arrival_ns.saturating_sub(now_ns),
             interval_ns: self.interval_ns,
+            users: u32::try_from(users).unwrap_or(u32::MAX),
         }
     }
 
@@ -265,12 +267,18 @@ impl Pool {
         let room = room.saturating_sub(needed);
         let idle = unspent.saturating_add(needed).saturating_sub(ask.need);
         let now_ms = now_ns / NS_PER_MS;
-        let in_use = |holder: &&Holder| now_ms.saturating_sub(holder.used_ms) < IDLE_MS;
-        let users = u64::try_from(self.holders.iter().filter(in_use).count()).unwrap_or(u64::MAX).saturating_add(1);
+        let users = self.other_users(now_ms).saturating_add(1);
         let most = room.checked_div(self.ahead_bounds().part).unwrap_or_default();
-        let even = most.checked_div(users).unwrap_or_default().saturating_sub(idle);
+        // What one Envoy holds is lost for a while if the Envoy is killed.
+        let even = most.checked_div(users).unwrap_or_default().min(self.left(now_ns) / 2).saturating_sub(idle);
         let all = most.saturating_sub(others.saturating_add(idle));
         (needed, ask.want.saturating_sub(idle).min(even).min(all))
+    }
+
+    /// The Envoys other than the asking one that have used the pool lately. The asking one's entry is taken out.
+    fn other_users(&self, now_ms: u64) -> u64 {
+        let in_use = |holder: &&Holder| now_ms.saturating_sub(holder.used_ms) < IDLE_MS;
+        u64::try_from(self.holders.iter().filter(in_use).count()).unwrap_or(u64::MAX)
     }
 
     /// Tokens that other Envoys hold and can hand back.

@@ -95,8 +95,11 @@ pub struct Grant {
     pub known_ms: u32,
     /// Rate limits: by how many nanoseconds the theoretical arrival time of the pool is ahead of now.
     pub ahead_ns: u64,
-    /// Rate limits: the interval between two requests with which `ahead_ns` was computed. 0 for other pools.
+    /// Rate limits: the interval between two requests with which `ahead_ns` was computed. 0 for other pools. An Envoy decides by
+    /// itself only if it has the same.
     pub interval_ns: u64,
+    /// How many Envoys have used the pool lately, this one included.
+    pub users: u32,
 }
 
 impl Ask {

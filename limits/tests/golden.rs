@@ -45,7 +45,7 @@ fn call() -> Call {
 
 const ANSWER_BYTES: &str = concat!(
     "504b4731",                               // magic
-    "8d1eb2e1",                               // checksum
+    "60cd4060",                               // checksum
     "03",                                     // three live Envoys
     "9003",                                   // alone for 400 ms
     "02",                                     // two grants
@@ -55,7 +55,8 @@ const ANSWER_BYTES: &str = concat!(
     "ffffffff0f",                             // no token comes by itself
     "64",                                     // certain for 100 ms
     "8827e0d403",                             // 5,000 ns ahead, with an interval of 60,000 ns
-    "00000000000000000000",                   // zeros
+    "04",                                     // four Envoys use it
+    "0000000000000000000000",                 // zeros
     "01",                                     // one recall
     "01101111111111111111111111111111111103", // the quota of 1111…, tag 3
 );
@@ -72,6 +73,7 @@ fn answer() -> Answer {
         known_ms: 100,
         ahead_ns: 5_000,
         interval_ns: 60_000,
+        users: 4,
     };
     Answer { live: 3, alone_ms: 400, grants: vec![grant, Grant::default()], recalls: vec![pool(Kind::Quota, 3)] }
 }

@@ -18,6 +18,11 @@ const LAG: Duration = Duration::from_millis(100);
 /// All Envoys together hold at most this part of what is left.
 const PART: u64 = 8;
 
+/// One Envoy holds at most this part of a limit whose burst comes back within [`FAST`].
+const PART_OF_FAST: u64 = 2;
+
+const FAST: Duration = Duration::from_secs(10);
+
 /// Tokens that an Envoy may hold beyond that, for requests that waited when it ended or was cut off.
 const WAITING: u64 = 2;
 
@@ -188,7 +193,9 @@ impl Pool {
             || envoys.get(refused.envoy).is_some_and(|model| model.holds.iter().any(|spell| spell.meets(refused.time)));
         match self.capacity {
             Capacity::Rate { interval, burst } => {
-                let held = if is_held { burst / PART + WAITING } else { 0 };
+                let is_fast = interval * u32::try_from(burst).unwrap_or(u32::MAX) <= FAST;
+                let part = if is_fast { PART_OF_FAST } else { PART };
+                let held = if is_held { burst / part + WAITING } else { 0 };
                 let tolerance = BEHIND + LAG + interval * u32::try_from(1 + held).unwrap_or(u32::MAX);
                 self.arrival(to, interval).saturating_duration_since(from) + interval + tolerance
                     <= interval * u32::try_from(burst).unwrap_or(u32::MAX)

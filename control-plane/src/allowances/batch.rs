@@ -91,6 +91,7 @@ const fn unlimited(ask: &Ask) -> Grant {
         known_ms: 0,
         ahead_ns: 0,
         interval_ns: ask.interval_ns,
+        users: 1,
     }
 }
 

@@ -13,7 +13,7 @@ use contract::record::Record;
 use contract::update::{Entry, Update};
 use limits::asking::{Asking, Due, REMEMBERED, Sent};
 use limits::contact::Contact;
-use limits::holding::Holding;
+use limits::holding::{AfterUse, Holding};
 use limits::message::{Answer, Ask, Call, Grant, POOLS};
 use limits::pool::PoolId;
 use limits::{AGAIN_MS, IDLE_MS, TICK_MS};
@@ -345,20 +345,28 @@ fn hand_back<H: Host, K>(vm: &Vm<H, K>, pool: PoolId) {
     });
 }
 
-/// Pools that were not used for a tick.
+/// Hands tokens of fast limits back that were not used for a tick.
 fn hand_back_unused<H: Host, K>(vm: &Vm<H, K>, now_ms: u64) {
-    let contact = vm.allowances.contact();
     let unused = vm.allowances.asking.borrow_mut().unused();
     for pool in unused {
         // Most have nothing to hand back, and reading a cell is cheaper than writing it.
         let cell = vm.data.get(cell_of(pool.subject));
-        let known = cell.map(|cell| Entries::read(&cell.value).holding(&pool));
-        if known.is_some_and(|mut known| known.hand_back_after_use(&contact, now_ms)) {
-            change(vm, pool, &mut |holding| {
-                holding.hand_back_after_use(&contact, now_ms);
+        let Some(mut after) = cell.map(|cell| Entries::read(&cell.value).holding(&pool).hand_back_after_use(now_ms))
+        else {
+            continue;
+        };
+        if after == AfterUse::HandedBack {
+            let is_written = change(vm, pool, &mut |holding| {
+                after = holding.hand_back_after_use(now_ms);
                 true
             });
-            vm.allowances.asking.borrow_mut().queue_unused(pool);
+            after = if is_written { after } else { AfterUse::InUse };
+        }
+        let mut asking = vm.allowances.asking.borrow_mut();
+        match after {
+            AfterUse::KeepsAll => {}
+            AfterUse::HandedBack => asking.queue_unused(pool),
+            AfterUse::InUse => asking.watch(pool),
         }
     }
 }

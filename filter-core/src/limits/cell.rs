@@ -4,7 +4,7 @@
 //! ```text
 //! cell: entries, one after the other
 //! entry: subject (16 bytes) │ kind (1) │ tag (8) │ value
-//! value: of a limit of this Envoy alone: the theoretical arrival time (8); of a shared one: its holding (160)
+//! value: of a limit of this Envoy alone: the theoretical arrival time (8); of a shared one: its holding (168)
 //! ```
 //!
 //! A write drops arrival times that have passed; a holding is dropped once it is settled. Only known keys and users have

@@ -225,6 +225,21 @@ fn a_pool_that_was_used_in_one_tick_and_not_in_the_next_is_unused_once() {
 }
 
 #[test]
+fn a_call_between_two_ticks_does_not_make_a_pool_unused() {
+    let mut asking = Asking::default();
+    asking.spent(pool(1), false);
+    assert_eq!(asking.unused(), []);
+    asking.due(true, NOW);
+    asking.spent(pool(1), true);
+    asking.due(false, NOW);
+    assert_eq!(asking.unused(), []);
+    asking.due(true, NOW);
+    assert_eq!(asking.unused(), [pool(1)]);
+    asking.watch(pool(1));
+    assert_eq!((asking.unused(), asking.unused()), (vec![pool(1)], vec![]));
+}
+
+#[test]
 fn an_unused_pool_asks_for_nothing_unless_it_is_used_again() {
     let mut asking = Asking::default();
     (1..=3).for_each(|number| asking.queue_unused(pool(number)));

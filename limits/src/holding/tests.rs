@@ -50,6 +50,7 @@ fn grant(granted: u64, left: u64, others: u64, empty_ms: u32) -> Grant {
         known_ms,
         ahead_ns: 0,
         interval_ns: 0,
+        users: 2,
     }
 }
 
@@ -464,16 +465,20 @@ fn after_a_tick_without_use_an_envoy_keeps_its_part_of_an_eighth_of_a_limit() {
     holding.apply(&grant(20, 50, 29, 0), &contact(), NOW_MS);
     assert_eq!(spends(&mut holding, of, &contact(), NOW, 3), 3);
     let later_ms = NOW_MS + TICK_MS;
-    assert!(!holding.hand_back_after_use(&contact(), NOW_MS), "it is in use");
+    assert_eq!(holding.hand_back_after_use(NOW_MS), AfterUse::InUse);
     assert!(holding.ask(due(0), &contact(), NOW).want > 0);
     // An eighth of the 96 tokens that are left, for two Envoys.
-    assert!(holding.hand_back_after_use(&contact(), later_ms));
+    assert_eq!(holding.hand_back_after_use(later_ms), AfterUse::HandedBack);
     assert_eq!((holding.unspent(), holding.returned), (6, 11));
     let unused = Due { is_unused: true, ..due(0) };
     assert_eq!(holding.ask(unused, &contact(), later_ms * NS_PER_MS).want, 0, "it does not ask for the tokens again");
-    assert!(!holding.hand_back_after_use(&contact(), later_ms));
+    assert_eq!(holding.hand_back_after_use(later_ms), AfterUse::KeepsAll);
     // The use of other Envoys is not known yet.
     holding.apply(&grant(20, 0, u64::MAX, 0), &contact(), NOW_MS);
-    assert!(!holding.hand_back_after_use(&contact(), later_ms));
-    assert!(!with(90).hand_back_after_use(&contact(), later_ms), "quotas are granted sparingly");
+    assert_eq!(holding.hand_back_after_use(later_ms), AfterUse::KeepsAll);
+    assert_eq!(with(90).hand_back_after_use(later_ms), AfterUse::KeepsAll, "quotas are granted sparingly");
+    let slow = Limited::Rate(&self::rate(100, 11));
+    holding.prepare(slow, &contact(), NOW);
+    holding.apply(&grant(90, 0, 0, 0), &contact(), NOW_MS);
+    assert_eq!(holding.hand_back_after_use(later_ms), AfterUse::KeepsAll, "so are slow limits");
 }

@@ -6,7 +6,7 @@ use contract::id::ReporterId;
 use contract::rate::Rate;
 use limits::asking::{Asking, Due, Sent};
 use limits::contact::Contact;
-use limits::holding::{Holding, Limited, Spent};
+use limits::holding::{AfterUse, Holding, Limited, Spent};
 use limits::message::{Answer, Call};
 use limits::pool::PoolId;
 use limits::{LONGEST_WAIT_MS, TICK_MS};
@@ -223,9 +223,10 @@ impl Envoy {
         let is_tick = is_tick || asking.has_missed_tick();
         if is_tick {
             for pool in asking.unused() {
-                let holding = self.holdings.get_mut(&pool);
-                if holding.is_some_and(|holding| holding.hand_back_after_use(contact, ns / MS)) {
-                    asking.queue_unused(pool);
+                match self.holdings.get_mut(&pool).map(|holding| holding.hand_back_after_use(ns / MS)) {
+                    Some(AfterUse::HandedBack) => asking.queue_unused(pool),
+                    Some(AfterUse::InUse) => asking.watch(pool),
+                    Some(AfterUse::KeepsAll) | None => {}
                 }
             }
             for pool in asking.idle(contact.was_alone(), ns / MS) {

@@ -22,7 +22,7 @@ fn entries_are_read_as_they_were_written() {
         entries.set_holding(&pool(kind, 1, 5), numbered(number as u64));
     }
     let bytes = entries.write(NOW);
-    assert_eq!(bytes.len(), 33 + 3 * 185);
+    assert_eq!(bytes.len(), 33 + 3 * 193);
     let entries = Entries::read(&bytes);
     assert_eq!(entries.arrival([1; 16], 5), Some(NOW + 9));
     assert_eq!((entries.arrival([2; 16], 5), entries.arrival([1; 16], 6)), (None, None));
@@ -42,7 +42,7 @@ fn an_entry_is_replaced_or_removed_and_the_others_stay() {
     entries.set_holding(&pool(Kind::Rate, 2, 5), numbered(7));
     entries.remove(&pool(Kind::Rate, 1, 5));
     let bytes = entries.write(NOW);
-    assert_eq!(bytes.len(), 33 + 185);
+    assert_eq!(bytes.len(), 33 + 193);
     let entries = Entries::read(&bytes);
     assert_eq!((entries.arrival([1; 16], 5), entries.holding(&pool(Kind::Rate, 2, 5))), (Some(NOW + 3), numbered(7)));
 }
@@ -66,7 +66,7 @@ fn a_cell_of_addresses_is_bounded_and_keeps_those_that_are_furthest_ahead() {
     entries.set_holding(&pool(Kind::Rate, 1, 5), numbered(1));
     entries.bound();
     let bytes = entries.write(NOW);
-    assert_eq!(bytes.len(), (ADDRESS_ENTRIES - 1) * 33 + 185);
+    assert_eq!(bytes.len(), (ADDRESS_ENTRIES - 1) * 33 + 193);
     let arrivals = Entries::read(&bytes).0;
     let least = arrivals.iter().filter_map(|entry| match entry.value {
         Value::Local(arrival_ns) => Some(arrival_ns),

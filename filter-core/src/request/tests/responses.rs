@@ -436,10 +436,9 @@ fn a_request_makes_these_calls_that_return_data_and_no_others() {
     assert_eq!(calls(&cached, ""), ("x-api-key, policy, x-request-id".into(), 0));
 
     // With rules, the metadata of the route and of the virtual host; of the request what a rule needs.
-    let matches =
-        |hosts: &[&str], methods: &[&str]| json!({"hosts": hosts, "methods": methods, "path": {"prefix": "/a"}});
+    let matches = |hosts: &[&str], methods: &[&str]| json!({"hosts": hosts, "methods": methods, "path": {"prefix": "/a"}, "header": null});
     let by_rule = |rule: Value, sources: Value| {
-        let policies = json!({"a": {"match": [rule]}});
+        let policies = json!({"a": {"matches": [rule]}});
         let plugin = json!({"rate_limit": null, "policies": policies, "policy_sources": sources});
         let bench = Bench::new(plugin, &[("k", record())]);
         update(&bench);

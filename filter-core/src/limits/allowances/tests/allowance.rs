@@ -63,13 +63,13 @@ fn after_a_tick_without_use_most_of_the_allowance_of_a_limit_is_handed_back() {
     envoy.tick_at(0, NOW + TICK);
     envoy.serve(0, &mut plane);
     assert_eq!(plane.pools[&pool].held(), 40, "twice what it spent in a tick");
-    // Of the 80 tokens that are left, two idle Envoys hold an eighth at most.
+    // Of the 80 tokens that are left, an unused Envoy keeps an eighth at most.
     envoy.tick_at(0, NOW + 2 * TICK);
     let call = &envoy.vms[0].calls.last().unwrap().clone();
     let call = Call::read(&call.body).unwrap();
-    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (20, 35, 0));
+    assert_eq!((call.asks[0].spent, call.asks[0].returned, call.asks[0].want), (20, 30, 0));
     envoy.serve(0, &mut plane);
-    assert_eq!(plane.pools[&pool].held(), 5);
+    assert_eq!(plane.pools[&pool].held(), 10);
     envoy.tick_at(0, NOW + 3 * TICK);
     assert_eq!(envoy.call(0).1.asks, [], "there is nothing more to report");
 }
