@@ -1,15 +1,17 @@
 //! What API owners ask for, on the real stack: erasure, a change of address, look-ups by what people have in hand, months
 //! from an anchor day, scopes with upper case, and pages that call the management API.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result};
 use contract::outcome::Outcome;
 use http_body_util::Full;
 use hyper::{Method, Request};
 use portcullis_tests::expect::{IDENTITY, SCOPED, assert_refused, assert_upstream};
-use portcullis_tests::http::send;
+use portcullis_tests::http::{get_request, send};
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const ADA: &str = "ada@example.com";
 
@@ -119,5 +121,74 @@ async fn a_page_of_a_named_origin_may_call_the_management_api_and_no_other() -> 
             assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, allowed), "{origin}");
         }
     }
+    Ok(())
+}
+
+/// All that a key may have, both at creation and in a line of an import.
+fn everything(external_id: &str) -> Value {
+    json!({
+        "email": ADA, "name": "everything", "scopes": ["orders:read"], "roles": ["reader"], "plan": "gold", "cost": 2,
+        "kind": "test", "allowed_addresses": ["127.0.0.0/8"], "external_id": external_id, "metadata": {"tenant": "acme"},
+        "quota": {"requests": 3, "period": "day", "time_zone": "UTC"},
+        "rate_limits": [{"name": "hour", "requests": 100, "window_seconds": 3_600}],
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_gets_all_that_it_may_have_in_one_call_or_one_line_and_envoy_applies_it() -> Result<()> {
+    let attributes = json!({"x-tenant": "key.metadata.tenant", "x-key": "key.external_id"});
+    let plugin = json!({"rate_limit": null, "identity_headers": {"attributes": attributes}});
+    let stack = Stack::builder().plugin(&plugin).policies(&json!({"default": {"kinds": ["test"]}})).start().await?;
+    let rest = stack.rest();
+    rest.expect(Method::PUT, "/v1/roles/reader", Some(&json!({"scopes": ["reports:read"]})), 201).await?;
+    rest.expect(Method::PUT, "/v1/plans/gold", Some(&json!({"scopes": ["gold"]})), 201).await?;
+    let (_, created) = rest.create_with(everything("created")).await?;
+    let mut line = everything("imported");
+    line["key"] = json!("a-key-of-another-system-0001");
+    assert_eq!(rest.import(line.to_string()).await?["imported"], 1);
+    stack.in_step().await?;
+    for (key, external_id) in [(created.as_str(), "created"), ("a-key-of-another-system-0001", "imported")] {
+        let found = rest.get(&format!("/v1/keys?external_id={external_id}")).await?["keys"][0].take();
+        for field in ["name", "kind", "plan", "cost", "external_id", "metadata", "allowed_addresses", "roles"] {
+            assert_eq!(found[field], everything(external_id)[field], "{external_id}: {field}");
+        }
+        for _ in 0..3 {
+            let headers =
+                assert_upstream(&stack.get(Some(key)).await?, &[&SCOPED[..], &["x-tenant", "x-key"]].concat());
+            assert_eq!((&headers["x-tenant"], &headers["x-key"]), (&json!(["acme"]), &json!([external_id])));
+            let scopes = headers["x-credential-scopes"][0].as_str().context("no scopes")?;
+            assert_eq!(
+                scopes.split(' ').collect::<BTreeSet<_>>(),
+                BTreeSet::from(["gold", "orders:read", "reports:read"])
+            );
+        }
+        let refused = stack.get(Some(key)).await?;
+        assert_eq!((refused.status, &refused.json()?["code"]), (429, &json!("quota_exceeded")), "{external_id}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_limits_all_keys_of_an_owner_together() -> Result<()> {
+    let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
+    let rest = stack.rest();
+    let limit = json!({"name": "team", "requests": 4, "window_seconds": 3_600, "per": "owner"});
+    let policy = json!({"rate_limits": [limit], "match": [{"path": {"prefix": "/search"}}]});
+    rest.expect(Method::PUT, "/v1/policies/search", Some(&policy), 201).await?;
+    let mut keys = Vec::new();
+    for email in [ADA, ADA, "bob@example.com"] {
+        keys.push(rest.create(email).await?.1);
+    }
+    stack.in_step().await?;
+    let mut admitted = Vec::new();
+    for key in &keys {
+        let mut of_key = 0;
+        for _ in 0..3 {
+            let reply = send(stack.envoy().address(), get_request("/search", Some(key))?).await?;
+            of_key += u32::from(reply.status == 200);
+        }
+        admitted.push(of_key);
+    }
+    assert_eq!(admitted, [3, 1, 3]);
     Ok(())
 }

@@ -249,9 +249,13 @@ async fn live_within(envoy: &Envoy, envoys: u64, deadline: Duration) -> Result<D
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_envoy_is_no_longer_live_after_10_s_and_its_tokens_come_back_after_a_minute() -> Result<()> {
     let stack = Stack::builder().envoys(2).start().await?;
-    let (_, shared) = key(&stack, "killed@example.com", per_day(200)).await?;
+    let (id, shared) = key(&stack, "killed@example.com", per_day(200)).await?;
     // Both hold some ahead.
     assert_eq!(admitted(&page(&stack, 100, &shared).await?), 100);
+    // What a killed Envoy has not reported is not counted.
+    let (rest, quota) = (stack.rest(), format!("/v1/keys/{id}/quota"));
+    let counted = async || (rest.get(&quota).await.ok()?["used"] == 100).then_some(());
+    eventually("the requests to be counted", counted).await?;
     let one = &stack.envoys[0];
     live_within(one, 2, Duration::from_secs(10)).await?;
     stack.envoys[1].stop(Signal::SIGKILL).await?;
