@@ -93,7 +93,7 @@ pub const NOUNS: &[Noun] = &[
         "usage",
         "Usage of keys",
         &[("report", "getUsage"), ("events", "listUsageEvents")],
-        &["bucket", "key_id", "email", "plan", "scope", "outcome", "requests", "allowed", "refused", "cost"],
+        &["start", "key_id", "email", "plan", "scope", "outcome", "requests", "allowed", "refused", "cost"],
     ),
     noun(
         "envoys",

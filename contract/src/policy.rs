@@ -35,7 +35,7 @@ pub struct Policy {
     pub rate_limits: PolicyLimits,
     /// Refuse nothing, but report and count what would have been refused.
     pub shadow: bool,
-    /// Capture the hashes of keys that the store does not have, see [`crate::unknown`]. Requires `shadow`.
+    /// Capture the hashes of keys that the store does not have, see [`crate::sightings`]. Requires `shadow`.
     pub capture_unknown: bool,
 }
 

@@ -192,3 +192,39 @@ async fn a_policy_limits_all_keys_of_an_owner_together() -> Result<()> {
     assert_eq!(admitted, [3, 1, 3]);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_day_of_a_quota_and_of_usage_ends_at_midnight_of_the_owners_time_zone() -> Result<()> {
+    let stack = Stack::start().await?;
+    let rest = stack.rest();
+    // 14 hours ahead of UTC, so its midnight is another moment.
+    let zone = "Pacific/Kiritimati";
+    let quota = json!({"requests": 2, "period": "day", "time_zone": "owner"});
+    let (id, key) = rest.create_with(json!({"email": ADA, "name": "n", "quota": quota})).await?;
+    rest.patch(&rest.user(ADA).await?, json!({"time_zone": zone})).await?;
+    stack.in_step().await?;
+    for _ in 0..2 {
+        assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
+    }
+    let reply = stack.get(Some(&key)).await?;
+    assert_refused(&reply, Outcome::QuotaExceeded, &[]);
+    let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
+    let until = format!(
+        "select extract(epoch from date_trunc('day', now() at time zone '{zone}') + interval '1 day'
+        - now() at time zone '{zone}')::bigint::text"
+    );
+    let midnight: u64 = stack.database.text(&until).await?.parse()?;
+    assert!(wait.abs_diff(midnight) <= 5, "{wait} s, {midnight} s until midnight");
+    let today = stack.database.text(&format!("select (now() at time zone '{zone}')::date::text")).await?;
+    let uri = format!("/v1/usage?interval=day&time_zone=owner&email={ADA}");
+    let counted = async || {
+        let usage = rest.get(&uri).await.ok()?;
+        let row = usage["usage"].as_array()?.iter().find(|row| row["allowed"] == 2)?.clone();
+        Some((usage["time_zone"].clone(), row))
+    };
+    let (shown, row) = eventually("the usage of today", counted).await?;
+    assert_eq!(shown, zone);
+    assert!(row.to_string().contains(&format!("{today}T00:00:00+14:00")), "{row}");
+    assert_eq!(rest.get(&format!("/v1/keys/{id}/quota")).await?["time_zone"], zone);
+    Ok(())
+}
