@@ -396,7 +396,10 @@ impl Holding {
             return;
         }
         self.granted = self.granted.max(grant.granted);
-        (self.left, self.others, self.users) = (grant.left, grant.others, grant.users.into());
+        // The control plane did not know yet of tokens that were handed back since the call.
+        let known_returned = grant.granted.saturating_sub(grant.spent).saturating_sub(grant.held);
+        self.left = grant.left.saturating_add(self.returned.saturating_sub(known_returned));
+        (self.others, self.users) = (grant.others, grant.users.into());
         let unreported = self.spent.saturating_sub(grant.spent);
         // The control plane may know of use that no allowance covered: a quota that lets requests through unchecked.
         self.spent = self.spent.max(grant.spent);

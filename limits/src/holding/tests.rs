@@ -363,7 +363,7 @@ fn what_an_envoy_hands_back_is_in_the_pool_so_the_next_request_asks() {
     assert_eq!([1, 5].map(|cost| holding.spend(cost, STOCK, 0, &contact(), NOW)), [asks; 2]);
     assert_eq!(holding.spend(6, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
     // Another Envoy was faster.
-    holding.apply(&grant(5, 0, 0, u32::MAX), &contact(), NOW_MS);
+    holding.apply(&Grant { held: 0, ..grant(5, 0, 0, u32::MAX) }, &contact(), NOW_MS);
     assert_eq!(holding.spend(1, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
     // The surplus that goes back with an ask.
     let mut holding = with(100);
@@ -481,4 +481,15 @@ fn after_a_tick_without_use_an_envoy_keeps_its_part_of_an_eighth_of_a_limit() {
     holding.prepare(slow, &contact(), NOW);
     holding.apply(&grant(90, 0, 0, 0), &contact(), NOW_MS);
     assert_eq!(holding.hand_back_after_use(later_ms), AfterUse::KeepsAll, "so are slow limits");
+}
+
+#[test]
+fn an_answer_from_before_a_hand_back_does_not_make_the_pool_empty() {
+    let mut holding = with(10);
+    let unaware = Grant { known_ms: 1_000, ..grant(10, 0, 0, u32::MAX) };
+    holding.hand_back();
+    holding.apply(&unaware, &contact(), NOW_MS);
+    assert_eq!(holding.spend(4, STOCK, 0, &contact(), NOW), Spent::Wait { for_others: false });
+    holding.apply(&Grant { held: 0, ..unaware }, &contact(), NOW_MS);
+    assert_eq!(holding.spend(4, STOCK, 0, &contact(), NOW), Spent::No { empty_ms: u64::MAX });
 }
