@@ -203,7 +203,8 @@ async fn without_an_answer_rate_limits_go_on_at_the_safe_rate_and_quotas_refuse_
             assert_refused(&reply, Outcome::LimitsUnavailable, &[]);
         }
         // Once the control plane answers again, the filter reports all that was admitted meanwhile, and asks for the quota.
-        harness.control_plane.limits().set_left(quota_of(2), 1, None);
+        // A request that was let through unchecked may be counted now or later.
+        harness.control_plane.limits().set_left(quota_of(2), 2, None);
         harness.control_plane.limits().mode = Mode::Answer;
         let (pool, _) = pool_of(&limited(1, 40));
         let known = async || {
