@@ -225,7 +225,8 @@ async fn a_pool_without_a_limit_grants_all_that_is_asked_and_writes_nothing(pool
     let credits = PoolId::of_credits(owner.into());
     for pool_id in [quota_of(key), limit_of(key), credits, quota_of(Uuid::nil())] {
         let asked = Ask { granted: 3, spent: 4, returned: 2, ..ask(pool_id, 5, 7) };
-        let expected = Grant { session: 1, granted: 6 + 5 + 7, spent: 4, left: u64::MAX / 2, ..Grant::default() };
+        let expected =
+            Grant { session: 1, granted: 6 + 5 + 7, spent: 4, left: u64::MAX / 2, users: 1, ..Grant::default() };
         assert_eq!(ask_one(&fixture, &sync, 1, asked).await, expected, "{pool_id:?}");
     }
     let rows: (i64, i64) = row(&pool, "select (select count(*) from pools), (select count(*) from allowances)").await;
