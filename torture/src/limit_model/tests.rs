@@ -94,10 +94,16 @@ fn a_rate_limit_with_room_may_not_refuse() {
     // It may have been decided before the refusal.
     let doubtful = |judged: Judged| (0..4).fold(judged, |judged, _| judged.used(1, (490, 9_000), Fate::Doubtful));
     assert_eq!(doubtful(used(3)).refused(500).verdict(), (0, 0));
-    // An Envoy that was killed may hold two.
+    // An Envoy that was killed may hold half of a fast limit, an eighth of another one, and two.
     assert_eq!(used(3).refused(500).held((0, 1_000)).verdict(), (0, 0));
-    assert_eq!(used(0).refused(500).held((0, 1_000)).verdict(), (0, 1));
     assert_eq!(used(3).refused(500).held((0, 499)).verdict(), (0, 1));
+    let wrongful = |interval: Duration, burst: u64, requests: u32| {
+        let judged = Judged::new(Capacity::Rate { interval, burst });
+        let judged = judged.admitted((0..requests).map(|number| (number, number + 1)));
+        judged.refused(500).held((0, 1_000)).verdict().1
+    };
+    assert_eq!([6, 7].map(|requests| wrongful(MS * 500, 20, requests)), [1, 0]);
+    assert_eq!([10, 11].map(|requests| wrongful(S, 16, requests)), [1, 0]);
 }
 
 #[test]
