@@ -279,8 +279,8 @@ impl Run<'_> {
             Kind::Texts => self.texts(&input.name).map(|texts| texts.join(",")),
             _ => self.text(&input.name).map(str::to_owned),
         };
-        let paged =
-            |input: &&Input| self.operation.list.is_none() || !["cursor", "limit"].contains(&input.name.as_str());
+        let is_list = self.operation.list.is_some();
+        let paged = |input: &&Input| !(is_list && OF_PAGES.contains(&input.name.as_str()));
         self.operation
             .query
             .iter()

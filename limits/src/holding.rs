@@ -9,6 +9,10 @@ use crate::ledger::{FAST_NS, UNUSED_PART};
 use crate::message::{Ask, Grant};
 use crate::{FORGOTTEN_MS, IDLE_MS, TICK_MS};
 
+mod words;
+
+pub use words::WORDS;
+
 /// The shortest time between two asks for more of a pool while no request waits, in milliseconds.
 const TOP_UP_PAUSE_MS: u64 = 5;
 
@@ -69,71 +73,6 @@ pub struct Holding {
     pub peak: u64,
     /// In the last answer: how many Envoys use the pool.
     pub users: u64,
-}
-
-/// How many numbers a [`Holding`] has.
-pub const WORDS: usize = 21;
-
-impl Holding {
-    /// Its numbers, to be stored.
-    #[must_use]
-    pub const fn words(&self) -> [u64; WORDS] {
-        [
-            self.session,
-            self.granted,
-            self.spent,
-            self.returned,
-            self.refunded,
-            self.arrival_ns,
-            self.interval_ns,
-            self.terms,
-            self.fallback_ns,
-            self.alone_term as u64,
-            self.alone_left,
-            self.left,
-            self.others,
-            self.known_until_ms,
-            self.empty_until_ms,
-            self.asked_ms,
-            self.needed_ms,
-            self.tick,
-            self.used,
-            self.peak,
-            self.users,
-        ]
-    }
-
-    /// The holding with these numbers.
-    #[must_use]
-    pub fn from_words(words: [u64; WORDS]) -> Self {
-        let [session, granted, spent, returned, refunded, arrival_ns, interval_ns, terms, rest @ ..] = words;
-        let [fallback_ns, alone_term, alone_left, left, others, known_until_ms, empty_until_ms, rest @ ..] = rest;
-        let [asked_ms, needed_ms, tick, used, peak, users] = rest;
-        let alone_term = u32::try_from(alone_term).unwrap_or_default();
-        Self {
-            session,
-            granted,
-            spent,
-            returned,
-            refunded,
-            arrival_ns,
-            interval_ns,
-            terms,
-            fallback_ns,
-            alone_term,
-            alone_left,
-            left,
-            others,
-            known_until_ms,
-            empty_until_ms,
-            asked_ms,
-            needed_ms,
-            tick,
-            used,
-            peak,
-            users,
-        }
-    }
 }
 
 /// The limit of a pool, as the record of a key has it.

@@ -15,6 +15,16 @@ use serde_json::{Value, json};
 
 const ADA: &str = "ada@example.com";
 
+/// Uses up a quota of two requests. Returns the seconds that the refusal of a third one tells the client to wait.
+async fn wait_after_two(stack: &Stack, key: &str) -> Result<u64> {
+    for _ in 0..2 {
+        assert_upstream(&stack.get(Some(key)).await?, &IDENTITY);
+    }
+    let reply = stack.get(Some(key)).await?;
+    assert_refused(&reply, Outcome::QuotaExceeded, &[]);
+    Ok(reply.header("retry-after").context("no retry-after")?.parse()?)
+}
+
 #[tokio::test]
 async fn a_user_keeps_key_and_id_under_a_new_address_and_is_refused_and_forgotten_once_erased() -> Result<()> {
     let stack = Stack::start().await?;
@@ -71,12 +81,7 @@ async fn a_month_from_an_anchor_day_ends_on_that_day_for_the_client_too() -> Res
     let quota = json!({"requests": 2, "period": "month", "anchor_day": day});
     let (id, key) = rest.create_with(json!({"email": ADA, "name": "n", "quota": quota})).await?;
     stack.in_step().await?;
-    for _ in 0..2 {
-        assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
-    }
-    let reply = stack.get(Some(&key)).await?;
-    assert_refused(&reply, Outcome::QuotaExceeded, &[]);
-    let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
+    let wait = wait_after_two(&stack, &key).await?;
     let until = "select extract(epoch from date_trunc('day', now() at time zone 'UTC') + interval '1 day'
         - now() at time zone 'UTC')::bigint::text";
     let midnight: u64 = stack.database.text(until).await?.parse()?;
@@ -203,12 +208,7 @@ async fn a_day_of_a_quota_and_of_usage_ends_at_midnight_of_the_owners_time_zone(
     let (id, key) = rest.create_with(json!({"email": ADA, "name": "n", "quota": quota})).await?;
     rest.patch(&rest.user(ADA).await?, json!({"time_zone": zone})).await?;
     stack.in_step().await?;
-    for _ in 0..2 {
-        assert_upstream(&stack.get(Some(&key)).await?, &IDENTITY);
-    }
-    let reply = stack.get(Some(&key)).await?;
-    assert_refused(&reply, Outcome::QuotaExceeded, &[]);
-    let wait: u64 = reply.header("retry-after").context("no retry-after")?.parse()?;
+    let wait = wait_after_two(&stack, &key).await?;
     let until = format!(
         "select extract(epoch from date_trunc('day', now() at time zone '{zone}') + interval '1 day'
         - now() at time zone '{zone}')::bigint::text"

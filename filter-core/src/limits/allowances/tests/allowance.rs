@@ -4,18 +4,23 @@ use super::*;
 
 const MINUTE: u64 = 60_000;
 
+/// Admits so many requests of the key `k`, and lets the Envoy ask for tokens ahead on its next tick.
+fn hold_ahead(envoy: &mut Envoy, plane: &mut Plane, requests: usize) {
+    for _ in 0..requests {
+        envoy.ask(0, "k");
+    }
+    envoy.wake(0);
+    envoy.serve(0, plane);
+    envoy.tick_at(0, NOW + TICK);
+    envoy.serve(0, plane);
+}
+
 #[test]
 fn all_vms_spend_from_one_allowance() {
     let key = Record { quota: budget(1), ..record(7) };
     let mut plane = Plane::with([quota_pool(&key, 1_000, None)]);
     let mut envoy = Envoy::with_vms(2, "", &[("k", key)]);
-    for _ in 0..5 {
-        envoy.ask(0, "k");
-    }
-    envoy.wake(0);
-    envoy.serve(0, &mut plane);
-    envoy.tick_at(0, NOW + TICK);
-    envoy.serve(0, &mut plane);
+    hold_ahead(&mut envoy, &mut plane, 5);
     // The other VM has not ticked since: it does not know that the Envoy is in contact with the control plane.
     assert_eq!(envoy.ask(1, "k"), Fate::Waits);
     assert_eq!(envoy.tick_at(1, NOW + TICK), [Fate::Admitted]);
@@ -32,13 +37,7 @@ fn an_envoy_asks_ahead_when_its_allowance_runs_low() {
     let key = with_limit(1_000);
     let mut plane = Plane::with([rate_pool(&key)]);
     let mut envoy = Envoy::new("", &[("k", key)]);
-    for _ in 0..8 {
-        envoy.ask(0, "k");
-    }
-    envoy.wake(0);
-    envoy.serve(0, &mut plane);
-    envoy.tick_at(0, NOW + TICK);
-    envoy.serve(0, &mut plane);
+    hold_ahead(&mut envoy, &mut plane, 8);
     // It holds 16, twice what it spent in a tick.
     assert_eq!((envoy.admitted(0, "k", 8), envoy.is_woken(0)), (8, false));
     envoy.host.set_now_ms(NOW + TICK + 30);
@@ -55,13 +54,7 @@ fn after_a_tick_without_use_most_of_the_allowance_of_a_limit_is_handed_back() {
     let (pool, terms) = rate_pool(&key);
     let mut plane = Plane::with([(pool, terms)]);
     let mut envoy = Envoy::new("", &[("k", key)]);
-    for _ in 0..20 {
-        envoy.ask(0, "k");
-    }
-    envoy.wake(0);
-    envoy.serve(0, &mut plane);
-    envoy.tick_at(0, NOW + TICK);
-    envoy.serve(0, &mut plane);
+    hold_ahead(&mut envoy, &mut plane, 20);
     assert_eq!(plane.pools[&pool].held(), 40, "twice what it spent in a tick");
     // Of the 80 tokens that are left, an unused Envoy keeps an eighth at most.
     envoy.tick_at(0, NOW + 2 * TICK);
@@ -80,13 +73,7 @@ fn a_recalled_allowance_is_handed_back_at_once() {
     let (pool, terms) = quota_pool(&key, 100, None);
     let mut plane = Plane::with([(pool, terms)]);
     let mut envoy = Envoy::new("", &[("k", key)]);
-    for _ in 0..4 {
-        envoy.ask(0, "k");
-    }
-    envoy.wake(0);
-    envoy.serve(0, &mut plane);
-    envoy.tick_at(0, NOW + TICK);
-    envoy.serve(0, &mut plane);
+    hold_ahead(&mut envoy, &mut plane, 4);
     other(&mut plane, pool, |ask| ask.need = 100, NOW + TICK);
     envoy.tick_at(0, NOW + 2 * TICK);
     envoy.serve(0, &mut plane);
