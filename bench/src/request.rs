@@ -24,7 +24,7 @@ use crate::peers::Peer;
 use crate::report::Report;
 use crate::rows::{FORWARDED_PATH, RULED_PATH, by_rules, limited, limited_by_each, orders, with_credits, with_quota};
 use crate::server::{Server, free_port};
-use crate::stats::{Estimate, Samples};
+use crate::stats::Samples;
 
 mod judge;
 

@@ -190,7 +190,7 @@ fn check_envoys(envoys: &[Value]) -> Vec<Finding> {
     };
     let behind: Vec<&Value> = live.iter().filter(|envoy| envoy["up_to_date"] != true).copied().collect();
     let step = if behind.is_empty() {
-        Finding::new("Envoys", State::Passed, format!("all {} live Envoys have every change", live.len()))
+        Finding::new("Envoys", State::Passed, format!("every live Envoy has every change; live: {}", live.len()))
     } else {
         let found = format!(
             "{} of {} live Envoys lack changes: {}; check the gauge wasmcustom.portcullis.sync.age_seconds of each",

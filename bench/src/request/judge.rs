@@ -1,7 +1,11 @@
 //! The figures of suite `request`, and whether they meet their targets.
 
-use super::*;
-use crate::report::Bound;
+use super::{
+    AUTHZ_GRPC, AUTHZ_HTTP, CREDITS, EMPTY, KNOWN_UP, LIMITED, LOCAL, LUA, MILLION, NATIVE, NOTHING, NOTHING_UP, PLAIN,
+    POLICY, POLICY_UP, QUOTA, RULES, RULES_ONLY, RULES_UP, SUITE, UNIT, UNKNOWN, UNKNOWN_UP, WHOLE,
+};
+use crate::report::{Bound, Report};
+use crate::stats::{Estimate, Samples};
 
 /// Adds figures and targets to the report.
 pub(super) fn judge(subjects: &[(&str, Samples)], report: &mut Report) {
