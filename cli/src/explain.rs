@@ -37,6 +37,10 @@ pub struct Explain {
     /// Name of the policy, for a route that names one. No match is looked for then
     #[arg(long, value_name = "NAME")]
     policy: Option<String>,
+    /// What names the policy in Envoy's configuration: route_metadata, virtual_host_metadata, annotation, route_name or
+    /// route_name_prefix [default: route_metadata]
+    #[arg(long, value_name = "SOURCE", requires = "policy")]
+    policy_source: Option<String>,
     /// The address of the client, for keys that are bound to networks
     #[arg(long, value_name = "IP")]
     address: Option<String>,
@@ -67,16 +71,14 @@ impl Explain {
 
     fn body(&self, client: &Client, input: &mut impl Read) -> Result<Value, CommandError> {
         let (host, path) = split(&self.url)?;
-        let mut body = json!({"method": self.method, "headers": headers(&self.headers)?});
-        match &self.policy {
-            Some(policy) => body["policy"] = policy.as_str().into(),
-            None => (body["host"], body["path"]) = (host.into(), path.into()),
-        }
+        let mut body = json!({"method": self.method, "headers": headers(&self.headers)?, "host": host, "path": path});
         let mut set = |field: &str, value: Option<&str>| {
             if let Some(value) = value {
                 body[field] = value.into();
             }
         };
+        set("policy", self.policy.as_deref());
+        set("policy_source", self.policy_source.as_deref());
         set("address", self.address.as_deref());
         set("time", self.time.as_deref());
         let id = match &self.key_prefix {

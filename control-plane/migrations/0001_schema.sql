@@ -29,7 +29,7 @@
 -- Settings. A transaction lifts a rule with `set local`:
 --   portcullis.force = 'on'      allows a change that ends the last admin key
 --   portcullis.purge = 'on'      allows deletion of keys and of old secrets
---   portcullis.roll_up = 'on'    allows changes of ledger rows
+--   portcullis.ledger = 'on'     allows changes of ledger rows
 -- The control plane also sets portcullis.address: see section 7.
 
 
@@ -129,8 +129,9 @@ comment on column policy_uses.last_named_at is 'Accurate to ten minutes: a VM re
 -- A user owns keys. The user's plan and credits apply to all of them.
 
 create function merge_attributes(present jsonb, change jsonb) returns jsonb language sql immutable as $$
-    select case when change is null then present
-        else nullif(jsonb_strip_nulls(coalesce(present, '{}') || change), '{}') end
+    select case when change is null then present else (
+        select jsonb_object_agg(key, value) from jsonb_each(coalesce(present, '{}') || change) where value <> 'null'
+    ) end
 $$;
 
 comment on function merge_attributes is 'Attributes after a change, in which an absent member is kept and null removes it; null if none is left.';
@@ -171,7 +172,7 @@ comment on column user_preferences.balance is 'Credits: the sum of the user''s r
 comment on column user_preferences.credits_spent is 'Credits that all requests so far have cost.';
 comment on column user_preferences.metered is 'Whether requests cost credits.';
 comment on column user_preferences.credits_fill is 'Incremented when the balance changes other than by usage. An Envoy that knows the balance to be used up then asks again.';
-comment on column user_preferences.attributes is 'Attributes: {"external_id", "metadata": {name: text}}; null: none.';
+comment on column user_preferences.attributes is 'Attributes: {"external_id", "metadata": {name: value}}; null: none.';
 comment on column user_preferences.time_zone is 'Name of the IANA database, for quotas whose time zone is owner; null: UTC.';
 comment on column user_preferences.refill is 'Scheduled credits: {"amount", "period": "day" | "week" | "month", "time_zone", "up_to"}; amount and up_to in credits.';
 comment on column user_preferences.refill_at is 'When the next refill is due.';
@@ -789,11 +790,11 @@ create trigger user_preferences_require_ledger_row before update of balance on u
 create trigger user_preferences_start_at_zero before insert on user_preferences
     for each row when (new.balance <> 0) execute function require_ledger_row();
 
--- Only the roll-up changes rows: it merges old rows of usage and keeps their sum.
+-- Two jobs change rows: the roll-up merges old rows of usage and keeps their sum, and the erasure of a user empties notes.
 
 create function refuse_ledger_change() returns trigger language plpgsql as $$
 begin
-    if current_setting('portcullis.roll_up', true) = 'on' then
+    if current_setting('portcullis.ledger', true) = 'on' then
         return coalesce(new, old);
     end if;
     raise exception 'rows of ledger are never changed: insert a correction instead';

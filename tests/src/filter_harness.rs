@@ -1,5 +1,6 @@
 //! The filter alone: an Envoy with it, a fake control plane and a demo API, without a database.
 
+use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 
 use anyhow::{Context, Result};
@@ -29,6 +30,8 @@ pub struct FilterHarness {
     pub envoy: Envoy,
     pub demo: DemoApi,
     pub control_plane: FakeControlPlane,
+    /// The numbers of the policies in the store, by name.
+    policies: BTreeMap<String, u32>,
     _home: TempDir,
 }
 
@@ -83,6 +86,13 @@ impl FilterHarness {
     pub async fn change(&self, changes: &[Change<'_>]) -> Result<()> {
         let revision = self.control_plane.change(changes);
         self.stat_is("store.revision", revision).await
+    }
+
+    /// Removes policies by name, and waits until Envoy knows.
+    pub async fn remove_policies(&self, names: &[&str]) -> Result<()> {
+        let number = |name: &&str| self.policies.get(*name).map(|number| Change::Undefine(*number));
+        let changes: Option<Vec<_>> = names.iter().map(number).collect();
+        self.change(&changes.context("no such policy")?).await
     }
 
     /// Waits until a statistic of the filter has this value.
@@ -166,9 +176,10 @@ impl Builder {
         let mut home = TempDir::with_prefix("portcullis-")?;
         home.disable_cleanup(std::env::var_os("PORTCULLIS_KEEP").is_some());
         let (demo, control_plane) = (DemoApi::start(LOCAL).await?, FakeControlPlane::start(keys, self.faults).await?);
-        let policies =
-            (FIRST_POLICY..).zip(self.policies).map(|(number, policy)| Change::Define(number, policy.into()));
-        control_plane.change(&self.changes.into_iter().chain(policies).collect::<Vec<_>>());
+        let numbered = || (FIRST_POLICY..).zip(&self.policies);
+        let policies = numbered().map(|(number, policy)| (policy.name.clone(), number)).collect();
+        let changes = numbered().map(|(number, policy)| Change::Define(number, policy.clone().into()));
+        control_plane.change(&self.changes.into_iter().chain(changes).collect::<Vec<_>>());
         let (address, upstream) = (control_plane.address(), demo.address());
         let replacements = Replacements { control_plane: address, upstream, ..self.replacements };
         let settings = Settings::new(replacements, fresh_key()?);
@@ -181,7 +192,7 @@ impl Builder {
                 .with_context(|| format!("{} is missing; run `cargo xtask wasm --for-faults`", filter.display()))?;
         }
         envoy.restart().await?;
-        Ok(FilterHarness { envoy, demo, control_plane, _home: home })
+        Ok(FilterHarness { envoy, demo, control_plane, policies, _home: home })
     }
 }
 

@@ -7,8 +7,10 @@ use utoipa::IntoParams;
 
 use super::extract::Json;
 use crate::api::auth::Caller;
+use crate::api::idempotency::IdempotentResponse;
 use crate::api::preconditions::etag;
-use crate::definitions::{Kind, Name};
+use crate::definitions::Name;
+use crate::definitions::store::Definition;
 use crate::error::ApiError;
 
 /// The routes of roles or of plans: list, get, put and delete. `$body` has a method `parse`, `$view` a function `of`.
@@ -24,10 +26,11 @@ macro_rules! routes {
         use axum::http::StatusCode;
         use axum::response::Response;
         use $crate::api::call::Call;
-        use $crate::api::definitions::{ByName, missing, reply};
-        use $crate::api::extract::Json;
-        use $crate::api::openapi::{Conditions, Conflict};
+        use $crate::api::definitions::{ByName, put_reply, reply};
+        use $crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
+        use $crate::api::openapi::{Conditions, Conflict, IdempotencyKey};
         use $crate::api::pagination::{self, All, List, PageQuery};
+        use $crate::change::Change;
         use $crate::definitions::{Kind, store};
         use $crate::domain::Preconditions;
 
@@ -56,7 +59,7 @@ macro_rules! routes {
         )]
         pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, ApiError> {
             let name = path.parse(&caller)?;
-            let found = store::get(&app.pool, Kind::$kind, &name).await?.ok_or_else(|| missing(Kind::$kind, &name))?;
+            let found = store::get(&app.pool, Kind::$kind, &name).await?.ok_or_else(|| store::missing(Kind::$kind, &name))?;
             Ok(reply(StatusCode::OK, found.version, $view::of(found)))
         }
 
@@ -65,7 +68,7 @@ macro_rules! routes {
         /// A change reaches every Envoy as fast as a revocation does.
         #[utoipa::path(
             operation_id = $put,
-            put, path = $path, tag = $tag, params(ByName, Conditions), request_body = $body,
+            put, path = $path, tag = $tag, params(ByName, Conditions, IdempotencyKey), request_body = $body,
             responses(
                 Conflict,
                 (status = 200, description = "Replaced, or the same as before", body = $view),
@@ -75,31 +78,34 @@ macro_rules! routes {
         pub async fn put(
             Call { app, caller, path }: Call<ByName>,
             preconditions: Preconditions,
-            Json(body): Json<$body>,
+            mut request: IdempotentRequest,
         ) -> Result<Response, ApiError> {
             let name = path.parse(&caller)?;
-            let content = body.parse()?;
-            let put = store::put(&app.writer, &caller.actor, Kind::$kind, &name, &content, &preconditions);
-            let (definition, made) = put.await?;
-            let status = if made { StatusCode::CREATED } else { StatusCode::OK };
-            Ok(reply(status, definition.version, $view::of(definition)))
+            let content = request.body::<$body>().await?.parse()?;
+            let put = async |change: &mut Change| {
+                let put = store::put(change, Kind::$kind, &name, &content, &preconditions).await?;
+                put_reply(put, $view::of)
+            };
+            request.respond(&app.writer, &caller, put).await
         }
 
         #[doc = $delete_doc]
         #[utoipa::path(
             operation_id = $delete,
-            delete, path = $path, tag = $tag, params(ByName, Conditions),
+            delete, path = $path, tag = $tag, params(ByName, Conditions, IdempotencyKey),
             responses(Conflict, (status = 204, description = "Deleted"))
         )]
         pub async fn delete(
             Call { app, caller, path }: Call<ByName>,
             preconditions: Preconditions,
-        ) -> Result<StatusCode, ApiError> {
+            request: IdempotentRequest,
+        ) -> Result<Response, ApiError> {
             let name = path.parse(&caller)?;
-            let removed = app.writer.change(&caller.actor, async |change| {
-                store::remove(change, Kind::$kind, &name, &preconditions, false).await
-            });
-            if removed.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(Kind::$kind, &name)) }
+            let remove = async |change: &mut Change| {
+                store::remove(change, Kind::$kind, &name, &preconditions, false).await?;
+                Ok(IdempotentResponse::no_content())
+            };
+            request.respond(&app.writer, &caller, remove).await
         }
     };
 }
@@ -123,8 +129,13 @@ impl ByName {
     }
 }
 
-pub(super) fn missing(kind: Kind, name: &Name) -> ApiError {
-    ApiError::NotFound(format!("There is no {} {}.", kind.name(), name.as_str()))
+/// The response to a definition that was put: 201 if it is new.
+pub(super) fn put_reply<V: Serialize>(
+    (definition, made): (Definition, bool),
+    view: impl FnOnce(Definition) -> V,
+) -> Result<IdempotentResponse, ApiError> {
+    let (status, version) = (if made { StatusCode::CREATED } else { StatusCode::OK }, definition.version);
+    Ok(IdempotentResponse::new(status, &view(definition))?.with_version(version))
 }
 
 pub(super) fn reply(status: StatusCode, version: i64, view: impl Serialize) -> Response {

@@ -68,12 +68,49 @@ pub struct ExplainBody {
     /// Instead, the policy that the route names, or a policy as `PUT /v1/policies/{name}` takes it.
     #[schema(value_type = Option<serde_json::Value>, example = "orders-read")]
     policy: Option<serde_json::Value>,
+    /// Which source of Envoy's configuration names the policy; `route_metadata` unless given. An annotation and the name of a
+    /// route cannot name a policy with `from_annotation: false`.
+    #[schema(inline)]
+    policy_source: Option<PolicySource>,
     /// The client's address, as Envoy trusts it.
     #[schema(example = "192.0.2.7")]
     address: Option<String>,
     /// When (RFC 3339); now unless given. Keys and roles are those of now all the same.
     #[schema(example = "2026-05-15T14:30:00Z")]
     time: Option<String>,
+}
+
+/// A source of a policy's name, as `policy_sources` of the filter has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum PolicySource {
+    /// The metadata of the route.
+    RouteMetadata,
+    /// The metadata of the virtual host.
+    VirtualHostMetadata,
+    /// An annotation of the route.
+    Annotation,
+    /// The name of the route. If there is no policy of this name, the next source decides: here, the matches.
+    RouteName,
+    /// The name of the route after a prefix.
+    RouteNamePrefix,
+}
+
+impl PolicySource {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::RouteMetadata => "the metadata of the route",
+            Self::VirtualHostMetadata => "the metadata of the virtual host",
+            Self::Annotation => "the annotation of the route",
+            Self::RouteName => "the name of the route",
+            Self::RouteNamePrefix => "the name of the route, after its prefix,",
+        }
+    }
+
+    /// Whether the owner of a route chooses the name, who may not name every policy.
+    const fn is_of_route_owner(self) -> bool {
+        matches!(self, Self::Annotation | Self::RouteName | Self::RouteNamePrefix)
+    }
 }
 
 fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
@@ -233,16 +270,17 @@ impl Target for Explained<'_> {
 
 fn applies(definitions: &Definitions, body: &ExplainBody) -> Result<Applying, ApiError> {
     let request = target(body)?;
-    let named = |name: &str, how: String| {
-        let policy = match definitions.policy(name) {
-            None if name == DEFAULT_NAME => Some(Policy::default()),
-            found => found.map(|found| found.policy.clone()),
-        };
-        let how = if policy.is_some() { how } else { "there is no policy of this name".into() };
-        Applying { name: name.into(), policy, how }
-    };
     match &body.policy {
-        Some(serde_json::Value::String(name)) => Ok(named(name, "the request names it".into())),
+        Some(serde_json::Value::String(name)) => {
+            let source = body.policy_source.unwrap_or(PolicySource::RouteMetadata);
+            if source == PolicySource::RouteName && definitions.policy(name).is_none() {
+                return by_match(definitions, body, &request);
+            }
+            Ok(by_name(definitions, name, source))
+        }
+        _ if body.policy_source.is_some() => {
+            Err(ApiError::invalid("policy_source", "needs the name of a policy in the field policy"))
+        }
         Some(inline) => {
             let field = |path: &str| if path.is_empty() { "policy".into() } else { format!("policy.{path}") };
             let body: PolicyBody = read_value(inline)
@@ -251,19 +289,50 @@ fn applies(definitions: &Definitions, body: &ExplainBody) -> Result<Applying, Ap
             let policy = content.policy.map(|policy| policy.policy);
             Ok(Applying { name: INLINE.into(), policy, how: "it stands in the request".into() })
         }
-        None if body.path.is_none() && (body.host.is_some() || !body.headers.is_empty()) => {
-            Err(ApiError::invalid("path", "is needed with host or headers: policies match all of them together"))
-        }
-        None if body.path.is_none() => Ok(named(DEFAULT_NAME, "the request names neither a policy nor a path".into())),
-        None => Ok(match definitions.rules().find(&request) {
-            Ok(Some(rule)) => named(&rule.policy, format!("the most specific match is: {}", rule.matches)),
-            Ok(None) => named(DEFAULT_NAME, "no policy matches the request".into()),
-            Err(AmbiguousPath) => {
-                let how = "the path has dot segments or encoded slashes, which Envoy should resolve or refuse".into();
-                Applying { name: "unknown".into(), policy: None, how }
-            }
-        }),
+        None => by_match(definitions, body, &request),
     }
+}
+
+/// The policy that a source names.
+fn by_name(definitions: &Definitions, name: &str, source: PolicySource) -> Applying {
+    let words = source.words();
+    let (policy, how) = match definitions.policy(name) {
+        Some(found) if source.is_of_route_owner() && !found.from_annotation => {
+            (None, format!("{words} names it, which it may not: the policy has from_annotation false"))
+        }
+        Some(found) => (Some(found.policy.clone()), format!("{words} names it")),
+        None if name == DEFAULT_NAME => (Some(Policy::default()), format!("{words} names it")),
+        None => (None, format!("{words} names it, and there is no policy of this name")),
+    };
+    Applying { name: name.into(), policy, how }
+}
+
+/// The policy with the most specific match, or the default one.
+fn by_match(definitions: &Definitions, body: &ExplainBody, request: &Explained<'_>) -> Result<Applying, ApiError> {
+    let default = |how: &str| {
+        let policy = definitions.default_policy().clone();
+        Applying { name: DEFAULT_NAME.into(), policy: Some(policy), how: how.into() }
+    };
+    if body.path.is_none() {
+        if body.host.is_some() || !body.headers.is_empty() {
+            let detail = "is needed with host or headers: policies match all of them together";
+            return Err(ApiError::invalid("path", detail));
+        }
+        return Ok(default("the request names neither a policy nor a path"));
+    }
+    Ok(match definitions.rules().find(request) {
+        Ok(Some(rule)) => Applying {
+            name: rule.policy.clone(),
+            policy: definitions.policy(&rule.policy).map(|found| found.policy.clone()),
+            how: format!("the most specific match is: {}", rule.matches),
+        },
+        Ok(None) => default("no policy matches the request"),
+        Err(AmbiguousPath) => Applying {
+            name: "unknown".into(),
+            policy: None,
+            how: "the path has dot segments or encoded slashes, which Envoy should resolve or refuse".into(),
+        },
+    })
 }
 
 /// The request for the rules.

@@ -51,7 +51,7 @@ struct NamedRequest {
     cipher: XChaCha20Poly1305,
 }
 
-/// An answer in JSON.
+/// An answer in JSON, or without a body.
 #[derive(Clone, Debug)]
 pub struct IdempotentResponse {
     status: StatusCode,
@@ -67,15 +67,29 @@ impl IdempotentResponse {
         Ok(Self { status, location: None, etag: None, body })
     }
 
+    /// 204.
+    pub const fn no_content() -> Self {
+        Self { status: StatusCode::NO_CONTENT, location: None, etag: None, body: Vec::new() }
+    }
+
+    /// With the entity tag of what was made or changed.
+    pub fn with_version(mut self, version: i64) -> Self {
+        self.etag = Some(etag(version));
+        self
+    }
+
     /// With the address and the entity tag of the key that was made or rotated.
     pub fn of_key(mut self, id: Uuid, version: i64) -> Self {
-        (self.location, self.etag) = (Some(format!("/v1/keys/{id}")), Some(etag(version)));
-        self
+        self.location = Some(format!("/v1/keys/{id}"));
+        self.with_version(version)
     }
 }
 
 impl IntoResponse for IdempotentResponse {
     fn into_response(self) -> Response {
+        if self.body.is_empty() {
+            return self.status.into_response();
+        }
         let mut response = (self.status, self.body).into_response();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

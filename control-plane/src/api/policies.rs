@@ -6,11 +6,13 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::api::call::Call;
-use crate::api::definitions::{ByName, missing, reply};
+use crate::api::definitions::{ByName, put_reply, reply};
 use crate::api::envoys::{AppliedOn, applied_on};
-use crate::api::extract::{Json, Query};
-use crate::api::openapi::{Conditions, Conflict};
+use crate::api::extract::Query;
+use crate::api::idempotency::{IdempotentRequest, IdempotentResponse};
+use crate::api::openapi::{Conditions, Conflict, IdempotencyKey};
 use crate::api::pagination::{self, All, List, PageQuery};
+use crate::change::Change;
 use crate::definitions::Kind;
 use crate::definitions::policy::{KeyNeedBody, MatchBody, PolicyBody, PolicyRateLimitBody, ScopesBody};
 use crate::definitions::store::{self, Definition};
@@ -121,7 +123,7 @@ pub async fn list(Call { app, caller, .. }: Call, List { page, .. }: List<All, S
 )]
 pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, ApiError> {
     let name = path.parse(&caller)?;
-    let found = store::get(&app.pool, Kind::Policy, &name).await?.ok_or_else(|| missing(Kind::Policy, &name))?;
+    let found = store::get(&app.pool, Kind::Policy, &name).await?.ok_or_else(|| store::missing(Kind::Policy, &name))?;
     let applied_on = applied_on(&app, found.revision).await?;
     let last_named_at = uses::last_named(&mut *app.pool.acquire().await?, found.number).await?.map(|(at, _)| at);
     Ok(reply(StatusCode::OK, found.version, PolicyDetails { view: PolicyView::of(found), applied_on, last_named_at }))
@@ -132,7 +134,8 @@ pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, A
 /// A change reaches every Envoy as fast as a revocation does.
 #[utoipa::path(
     operation_id = "putPolicy",
-    put, path = "/v1/policies/{name}", tag = "policies", params(ByName, Conditions), request_body = PolicyBody,
+    put, path = "/v1/policies/{name}", tag = "policies", params(ByName, Conditions, IdempotencyKey),
+    request_body = PolicyBody,
     responses(
         Conflict,
         (status = 200, description = "Replaced, or the same as before", body = PolicyView),
@@ -142,14 +145,15 @@ pub async fn get(Call { app, caller, path }: Call<ByName>) -> Result<Response, A
 pub async fn put(
     Call { app, caller, path }: Call<ByName>,
     preconditions: Preconditions,
-    Json(body): Json<PolicyBody>,
+    mut request: IdempotentRequest,
 ) -> Result<Response, ApiError> {
     let name = path.parse(&caller)?;
-    let content = body.parse(&name)?;
-    let put = store::put(&app.writer, &caller.actor, Kind::Policy, &name, &content, &preconditions);
-    let (definition, made) = put.await?;
-    let status = if made { StatusCode::CREATED } else { StatusCode::OK };
-    Ok(reply(status, definition.version, PolicyView::of(definition)))
+    let content = request.body::<PolicyBody>().await?.parse(&name)?;
+    let put = async |change: &mut Change| {
+        let put = store::put(change, Kind::Policy, &name, &content, &preconditions).await?;
+        put_reply(put, PolicyView::of)
+    };
+    request.respond(&app.writer, &caller, put).await
 }
 
 /// Delete a policy that is not in use.
@@ -158,17 +162,19 @@ pub async fn put(
 /// `policy_unknown` to requests whose route still names it.
 #[utoipa::path(
     operation_id = "deletePolicy",
-    delete, path = "/v1/policies/{name}", tag = "policies", params(ByName, DeleteQuery, Conditions),
+    delete, path = "/v1/policies/{name}", tag = "policies", params(ByName, DeleteQuery, Conditions, IdempotencyKey),
     responses(Conflict, (status = 204, description = "Deleted"))
 )]
 pub async fn delete(
     Call { app, caller, path }: Call<ByName>,
     Query(query): Query<DeleteQuery>,
     preconditions: Preconditions,
-) -> Result<StatusCode, ApiError> {
+    request: IdempotentRequest,
+) -> Result<Response, ApiError> {
     let name = path.parse(&caller)?;
-    let removed = app.writer.change(&caller.actor, async |change| {
-        store::remove(change, Kind::Policy, &name, &preconditions, query.force).await
-    });
-    if removed.await? { Ok(StatusCode::NO_CONTENT) } else { Err(missing(Kind::Policy, &name)) }
+    let remove = async |change: &mut Change| {
+        store::remove(change, Kind::Policy, &name, &preconditions, query.force).await?;
+        Ok(IdempotentResponse::no_content())
+    };
+    request.respond(&app.writer, &caller, remove).await
 }

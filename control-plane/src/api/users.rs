@@ -63,7 +63,7 @@ pub struct CreateUserBody {
     #[schema(example = "cus_42", min_length = 1, max_length = 128)]
     external_id: Option<String>,
     /// Metadata that the filter can pass upstream, at most 16 entries.
-    #[schema(example = json!({"tenant": "acme"}))]
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>, example = json!({"tenant": "acme"}))]
     metadata: Option<Metadata>,
 }
 
@@ -84,7 +84,7 @@ pub struct UserBody {
     #[schema(value_type = Option<String>, example = "cus_42", min_length = 1, max_length = 128)]
     external_id: Patch<String>,
     /// Metadata that the filter can pass upstream, at most 16 entries; replaces all present entries.
-    #[schema(example = json!({"tenant": "acme"}))]
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>, example = json!({"tenant": "acme"}))]
     metadata: Option<Metadata>,
     /// The time zone of quotas and usage whose `time_zone` is `owner` (IANA); null for UTC. A change begins new windows.
     #[serde(default)]
@@ -248,8 +248,8 @@ pub async fn revoke_keys(Call { app, caller, path }: Call<ById>) -> Result<Json<
 
 /// Erase a user.
 ///
-/// All keys of the user are revoked. The email address, external ids, metadata, the names of keys and their networks are
-/// replaced or removed wherever they stand, in the audit trail too. Ids, counts, the ledger and its notes stay.
+/// All keys of the user are revoked. The email address, external ids, metadata, the names of keys, their networks and the notes
+/// of bookings are replaced or removed wherever they stand, in the audit trail too. Ids, counts and amounts stay.
 #[utoipa::path(
     operation_id = "eraseUser",
     delete, path = "/v1/users/{id}", tag = "users", params(ById, IfMatch),

@@ -32,7 +32,7 @@ async fn roll_up_a_day(connection: &mut PgConnection, detail_days: i32) -> Resul
     .fetch_one(&mut *connection)
     .await?;
     let Some(day) = day else { return Ok(None) };
-    sqlx::query!("set local portcullis.roll_up = 'on'").execute(&mut *connection).await?;
+    sqlx::query!("set local portcullis.ledger = 'on'").execute(&mut *connection).await?;
     // The last row of each stretch has the balance at its end, so it takes the amounts of the others.
     let gone = sqlx::query_scalar!(
         r#"with spans as (

@@ -15,12 +15,15 @@ use time::OffsetDateTime;
 
 use super::policy::PolicyBody;
 use super::{Content, Kind, MOST, Name};
-use crate::audit::{Actor, AuditEvent};
-use crate::change::{Change, Writer};
+use crate::audit::AuditEvent;
+use crate::change::Change;
 use crate::definitions::uses;
 use crate::domain::{Preconditions, Quota, QuotaBody};
 use crate::error::ApiError;
 use crate::quota::{Whose, apply_quotas};
+
+/// The number of the lock that [`put`] takes.
+const DEFINITIONS_LOCK: i64 = i64::from_be_bytes(*b"pcdefins");
 
 /// Most bytes of all policies together, as filters get them: they come in one update.
 const POLICY_BYTES: usize = 1 << 18;
@@ -95,30 +98,13 @@ pub async fn list(pool: &PgPool, kind: Kind, after: Option<&str>, limit: i64) ->
 /// Creates or replaces a definition. Returns whether it is new. A definition with the same content stays as it is: a statement
 /// that changes nothing would wake every filter. 412 by the preconditions, 409 if there are too many.
 pub async fn put(
-    writer: &Writer,
-    actor: &Actor,
-    kind: Kind,
-    name: &Name,
-    content: &Content,
-    preconditions: &Preconditions,
-) -> Result<(Definition, bool), ApiError> {
-    loop {
-        let put = writer.change(actor, async |change| put_once(change, kind, name, content, preconditions).await);
-        // Another transaction has just created it. Start over, so that locks are taken in their order.
-        if let Some(put) = put.await? {
-            return Ok(put);
-        }
-    }
-}
-
-/// Creates or replaces a definition. `None` if another transaction created it meanwhile.
-async fn put_once(
     change: &mut Change,
     kind: Kind,
     name: &Name,
     content: &Content,
     preconditions: &Preconditions,
-) -> Result<Option<(Definition, bool)>, ApiError> {
+) -> Result<(Definition, bool), ApiError> {
+    lock_definitions(change).await?;
     let present = query_definitions!(
         "select",
         "from definitions where kind = $1 and name = $2 and not removed for no key update",
@@ -129,11 +115,10 @@ async fn put_once(
     preconditions.check(present.as_ref().map(|present| present.version))?;
     let made = present.is_none();
     let put = match present {
-        Some(present) if present.says(content) => return Ok(Some((present, false))),
-        Some(present) => Some(replace(change, present.number, content).await?),
+        Some(present) if present.says(content) => return Ok((present, false)),
+        Some(present) => replace(change, present.number, content).await?,
         None => make(change, kind, name, content).await?,
     };
-    let Some(put) = put else { return Ok(None) };
     let action = match (kind, made) {
         (Kind::Role, true) => "role.create",
         (Kind::Role, false) => "role.update",
@@ -155,7 +140,13 @@ async fn put_once(
         }
     };
     change.record(AuditEvent::on(action, name.as_str(), detail)).await?;
-    Ok(Some((put, made)))
+    Ok((put, made))
+}
+
+/// Lets no other transaction create or replace definitions until this one ends. Two that create the same one would otherwise
+/// not see each other.
+async fn lock_definitions(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query!("select pg_advisory_xact_lock($1)", DEFINITIONS_LOCK).execute(connection).await.map(|_| ())
 }
 
 async fn make(
@@ -163,11 +154,10 @@ async fn make(
     kind: Kind,
     name: &Name,
     content: &Content,
-) -> Result<Option<Definition>, ApiError> {
+) -> Result<Definition, ApiError> {
     let made = query_definitions!(
         "insert into definitions (kind, name, description, scopes, rate_limits, quota, policy)
-        values ($1, $2, $3, $4, $5, $6, $7)
-        on conflict (kind, name) where not removed do nothing returning",
+        values ($1, $2, $3, $4, $5, $6, $7) returning",
         "",
         kind.name(),
         name.as_str(),
@@ -177,7 +167,7 @@ async fn make(
         content.quota.as_ref().map(Json) as _,
         content.policy.as_ref().map(Json) as _
     );
-    let made = made.fetch_optional(&mut *connection).await?;
+    let made = made.fetch_one(&mut *connection).await?;
     // Since the insert, other transactions wait for `store_state`, so the count is complete.
     let there = sqlx::query_scalar!(
         r#"select count(*) as "there!" from definitions where kind = $1 and not removed"#,
@@ -185,7 +175,7 @@ async fn make(
     )
     .fetch_one(connection)
     .await?;
-    if made.is_some() && there > MOST {
+    if there > MOST {
         let (one, many) = (kind.name(), kind.plural());
         let detail = format!("There are {MOST} {many} already. Delete a {one} that is not needed.");
         return Err(ApiError::Conflict(detail));
@@ -210,15 +200,20 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
     Ok(replaced)
 }
 
-/// Deletes a definition that is not in use. Returns whether there was one. 412 by the preconditions, 409 that says how many
-/// use it. `is_forced` deletes a policy although routes named it within two hours.
+/// The error for a definition that does not exist.
+pub fn missing(kind: Kind, name: &Name) -> ApiError {
+    ApiError::NotFound(format!("There is no {} {}.", kind.name(), name.as_str()))
+}
+
+/// Deletes a definition that is not in use. 404 if there is none, 412 by the preconditions, 409 that says how many use it.
+/// `is_forced` deletes a policy although routes named it within two hours.
 pub async fn remove(
     change: &mut Change,
     kind: Kind,
     name: &Name,
     preconditions: &Preconditions,
     is_forced: bool,
-) -> Result<bool, ApiError> {
+) -> Result<(), ApiError> {
     let present = sqlx::query!(
         r#"select number, version, policy as "policy: Json<NamedPolicy>"
         from definitions where kind = $1 and name = $2 and not removed for update"#,
@@ -228,7 +223,7 @@ pub async fn remove(
     .fetch_optional(&mut **change)
     .await?;
     preconditions.check(present.as_ref().map(|present| present.version))?;
-    let Some(present) = present else { return Ok(false) };
+    let Some(present) = present else { return Err(missing(kind, name)) };
     if kind == Kind::Policy {
         refuse_removal_in_use(name, present.policy.as_ref().map(|policy| &policy.0))?;
         if !is_forced {
@@ -262,7 +257,7 @@ pub async fn remove(
         Kind::Policy => "policy.delete",
     };
     change.record(AuditEvent::on(action, name.as_str(), json!({}))).await?;
-    Ok(true)
+    Ok(())
 }
 
 /// Checks the rules of all policies, after one has changed. With the first policy it creates the default one: an Envoy looks for
@@ -295,8 +290,7 @@ async fn check_policies(change: &mut Change, name: &Name, made: bool) -> Result<
     if made && !all.iter().any(|policy| policy.name == DEFAULT_NAME) {
         let default = NamedPolicy { name: DEFAULT_NAME.into(), from_annotation: true, ..NamedPolicy::default() };
         sqlx::query!(
-            "insert into definitions (kind, name, policy) values ('policy', $1, $2)
-            on conflict (kind, name) where not removed do nothing",
+            "insert into definitions (kind, name, policy) values ('policy', $1, $2)",
             DEFAULT_NAME,
             Json(&default) as _
         )

@@ -13,15 +13,15 @@ use crate::error::ApiError;
 const EXTERNAL_ID_CHARS: usize = 128;
 const ENTRIES: usize = 16;
 const NAME_BYTES: usize = 32;
-const VALUE_CHARS: usize = 128;
+const VALUE_CHARS: usize = 512;
 /// Most bytes of all names and values, as headers have them. Every Envoy keeps them.
 const METADATA_BYTES: usize = 2_048;
 
 /// Characters to encode: those that a header cannot contain, and `%`. The encoder adds all that are not ASCII.
 const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
 
-/// Names and values.
-pub type Metadata = BTreeMap<String, String>;
+/// Names and values of any JSON, except null.
+pub type Metadata = BTreeMap<String, Value>;
 
 /// Attributes, as the database has them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,18 +58,14 @@ impl AttributesPatch {
                 let detail = format!("each name must have 1 to {NAME_BYTES} characters of a-z, 0-9, _ and -");
                 return Err(ApiError::invalid("metadata", detail));
             }
-            let chars = value.chars().count();
-            if !(1..=VALUE_CHARS).contains(&chars) || value.chars().any(char::is_control) || value.trim() != value {
-                let detail = format!(
-                    "must have 1 to {VALUE_CHARS} characters, no control characters, and no space at the start or the end"
-                );
+            if let Some(detail) = fault(value) {
                 return Err(ApiError::invalid(format!("metadata.{name}"), detail));
             }
         }
-        let bytes = self.metadata.iter().flatten().map(|(name, value)| name.len() + encoded(value).len());
+        let bytes = self.metadata.iter().flatten().map(|(name, value)| name.len() + of_header(value).len());
         if bytes.sum::<usize>() > METADATA_BYTES {
             let detail = format!(
-                "must have at most {METADATA_BYTES} bytes in all, with characters that are not ASCII percent-encoded"
+                "must have at most {METADATA_BYTES} bytes in all, as compact JSON with characters that are not ASCII percent-encoded"
             );
             return Err(ApiError::invalid("metadata", detail));
         }
@@ -103,6 +99,37 @@ impl AttributesPatch {
     }
 }
 
+/// What is wrong with a value.
+fn fault(value: &Value) -> Option<String> {
+    match value {
+        Value::Null => Some("must not be null: leave the entry out".into()),
+        Value::String(text) if !(1..=VALUE_CHARS).contains(&text.chars().count()) || text.trim() != text => {
+            Some(format!("must have 1 to {VALUE_CHARS} characters, and no space at the start or the end"))
+        }
+        value if has_control_characters(value) => Some("must not have control characters".into()),
+        _ => None,
+    }
+}
+
+/// Whether a text in this value has control characters. PostgreSQL cannot store all of them.
+fn has_control_characters(value: &Value) -> bool {
+    let in_text = |text: &str| text.chars().any(char::is_control);
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+        Value::String(text) => in_text(text),
+        Value::Array(values) => values.iter().any(has_control_characters),
+        Value::Object(members) => members.iter().any(|(name, value)| in_text(name) || has_control_characters(value)),
+    }
+}
+
+/// A value as a header has it: a text as it is, anything else as JSON.
+fn of_header(value: &Value) -> String {
+    match value {
+        Value::String(text) => encoded(text),
+        other => encoded(&other.to_string()),
+    }
+}
+
 fn encoded(value: &str) -> String {
     utf8_percent_encode(value, ENCODED).to_string()
 }
@@ -113,13 +140,10 @@ pub(crate) fn for_filters(key: Option<Attributes>, owner: Option<Attributes>) ->
     for (whose, Attributes { external_id, metadata }) in
         [("key", key), ("owner", owner)].into_iter().filter_map(|(whose, of)| Some((whose, of?)))
     {
-        let id = external_id.map(|id| ("external_id".to_owned(), id));
-        let metadata = metadata.into_iter().map(|(name, value)| (format!("metadata.{name}"), value));
-        attributes.extend(
-            id.into_iter()
-                .chain(metadata)
-                .map(|(name, value)| Attribute { name: format!("{whose}.{name}"), value: encoded(&value) }),
-        );
+        let id = external_id.map(|id| ("external_id".to_owned(), encoded(&id)));
+        let metadata = metadata.into_iter().map(|(name, value)| (format!("metadata.{name}"), of_header(&value)));
+        let named = id.into_iter().chain(metadata);
+        attributes.extend(named.map(|(name, value)| Attribute { name: format!("{whose}.{name}"), value }));
     }
     attributes
 }
@@ -129,13 +153,13 @@ mod tests {
     use super::*;
 
     fn patch(external_id: &str, metadata: &[(&str, &str)]) -> AttributesPatch {
-        let metadata = metadata.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let metadata = metadata.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
         AttributesPatch { external_id: Patch::Set(external_id.into()), metadata: Some(metadata) }
     }
 
     #[test]
     fn attributes_are_bounded_and_an_error_names_the_field() {
-        let long = "é".repeat(VALUE_CHARS);
+        let long = "x".repeat(VALUE_CHARS);
         assert!(patch(&"x".repeat(EXTERNAL_ID_CHARS), &[("tenant_id-1", &long)]).check().is_ok());
         let longer = format!("{long}x");
         for (patch, field) in [
@@ -151,12 +175,28 @@ mod tests {
         ] {
             assert_eq!(patch.check().unwrap_err().field(), Some(field));
         }
-        let long = "é".repeat(VALUE_CHARS);
-        let large = patch("a", &[("a", &long), ("b", &long), ("c", &long)]);
+        let large = patch("a", &[("a", &"é".repeat(340))]);
         assert_eq!(large.check().unwrap_err().field(), Some("metadata"));
-        let many: Metadata = (0..=ENTRIES).map(|n| (format!("n{n}"), "x".into())).collect();
+        let many: Metadata = (0..=ENTRIES).map(|n| (format!("n{n}"), json!(n))).collect();
         let many = AttributesPatch { metadata: Some(many), ..AttributesPatch::default() };
         assert_eq!(many.check().unwrap_err().field(), Some("metadata"));
+    }
+
+    #[test]
+    fn a_value_is_any_json_but_null() {
+        let of = |value: Value| AttributesPatch {
+            metadata: Some([("limits".to_owned(), value)].into()),
+            ..AttributesPatch::default()
+        };
+        for good in [json!(5), json!(false), json!({"seats": [1, null, {"é": "ü"}]}), json!([])] {
+            assert!(of(good).check().is_ok());
+        }
+        for bad in
+            [json!(null), json!(["a\u{0}"]), json!({"a\n": 1}), json!({"a": {"b": "\t"}}), json!(["x".repeat(2_048)])]
+        {
+            let error = of(bad.clone()).check().unwrap_err();
+            assert!(error.field().unwrap().starts_with("metadata"), "{bad}");
+        }
     }
 
     #[test]
@@ -172,7 +212,7 @@ mod tests {
 
     #[test]
     fn characters_that_a_header_cannot_contain_are_percent_encoded() {
-        let metadata = [("name".to_owned(), "Zoë & 5%".to_owned())].into();
+        let metadata = [("name".to_owned(), json!("Zoë & 5%")), ("seats".to_owned(), json!({"é": [5, true]}))].into();
         let owner = Attributes { external_id: Some("cus_1".into()), metadata };
         let attribute = |name: &str, value: &str| Attribute { name: name.into(), value: value.into() };
         assert_eq!(
@@ -181,6 +221,7 @@ mod tests {
                 attribute("key.external_id", "k"),
                 attribute("owner.external_id", "cus_1"),
                 attribute("owner.metadata.name", "Zo%C3%AB & 5%25"),
+                attribute("owner.metadata.seats", "{\"%C3%A9\":[5,true]}"),
             ]
         );
         assert_eq!(for_filters(None, None), []);

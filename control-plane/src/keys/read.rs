@@ -103,6 +103,14 @@ pub async fn allowed_networks(executor: impl PgExecutor<'_>, id: Uuid) -> Result
 pub struct KeySearch<'a> {
     /// The address of the owner.
     pub email: Option<&'a str>,
+    /// The id of the owner.
+    pub owner_id: Option<Uuid>,
+    /// The name of the plan that applies.
+    pub plan: Option<&'a str>,
+    /// The name of a role.
+    pub role: Option<&'a str>,
+    /// Expires before then.
+    pub expires_before: Option<OffsetDateTime>,
     /// Any of these is the start of the prefix of a present or old secret.
     pub prefixes: Option<Vec<String>>,
     /// A part of the name, in upper or lower case.
@@ -138,6 +146,16 @@ pub async fn search(
             end)
             and ($6::timestamptz is null or coalesce(last_used_at, created_at) < $6)
             and ($8::text is null or id in (select id from api_keys where attributes ->> 'external_id' = $8))
+            and ($9::uuid is null or owner_id = $9)
+            and ($10::timestamptz is null or expires_at < $10)
+            and ($11::text is null or id in (
+                select k.id from api_keys k join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number)
+                where d.kind = 'plan' and d.name = $11 and not d.removed
+            ))
+            and ($12::text is null or id in (
+                select k.id from api_keys k join definitions d on k.role_numbers @> array[d.number]
+                where d.kind = 'role' and d.name = $12 and not d.removed
+            ))
         order by id desc limit $7",
         before.unwrap_or(Uuid::max()),
         filter.email,
@@ -146,7 +164,11 @@ pub async fn search(
         filter.state,
         filter.last_used_before,
         limit,
-        filter.external_id
+        filter.external_id,
+        filter.owner_id,
+        filter.expires_before,
+        filter.plan,
+        filter.role
     );
     Ok(keys.fetch_all(pool).await?)
 }

@@ -1,5 +1,5 @@
-//! Erasure of a user: revokes the keys, replaces the address and the names, and removes networks and attributes wherever they
-//! stand. Ids and counts stay.
+//! Erasure of a user: revokes the keys, replaces the address and the names, and removes networks, attributes and notes wherever
+//! they stand. Ids and counts stay.
 
 use serde::Serialize;
 use serde_json::json;
@@ -41,6 +41,7 @@ pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError
     .await?;
     let revoked = revoke_all(change, id, true).await?.revoked;
     erase_in_keys(change, id).await?;
+    erase_in_ledger(change, id).await?;
     change.record(AuditEvent::on("user.erase", &email, json!({"revoked": revoked}))).await?;
     Ok(EraseReply { email, revoked })
 }
@@ -81,13 +82,13 @@ async fn erase_attributes_in_audit(connection: &mut PgConnection, email: &str) -
     Ok(())
 }
 
-/// Removes names, networks and attributes from the entries about keys of the user.
+/// Removes names, networks, attributes and notes from the entries about keys of the user.
 async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
     sqlx::query!(
         r#"update audit set detail = case when detail ? 'name' then detail || '{"name": "erased"}' else detail end
-            - '{allowed_addresses, external_id, metadata}'::text[]
+            - '{allowed_addresses, external_id, metadata, note}'::text[]
         where key_id in (select id from api_keys where owner_id = $1)
-            and detail ?| '{name, allowed_addresses, external_id, metadata}'"#,
+            and detail ?| '{name, allowed_addresses, external_id, metadata, note}'"#,
         id
     )
     .execute(connection)
@@ -109,6 +110,18 @@ async fn erase_in_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sq
     .await?;
     sqlx::query!(
         "delete from idempotent_replies where caller_key_id in (select id from api_keys where owner_id = $1)",
+        id
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Replaces the notes of bookings. The amounts stay.
+async fn erase_in_ledger(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
+    sqlx::query!("set local portcullis.ledger = 'on'").execute(&mut *connection).await?;
+    sqlx::query!(
+        "update ledger set note = 'erased' where owner_id = $1 and note not in ('', 'erased') and kind in ('top_up', 'correction')",
         id
     )
     .execute(connection)

@@ -42,7 +42,7 @@ pub struct UserView {
     #[schema(required, example = "cus_42")]
     external_id: Option<String>,
     /// Metadata that the filter can pass upstream.
-    #[schema(value_type = BTreeMap<String, String>, example = json!({"tenant": "acme"}))]
+    #[schema(value_type = BTreeMap<String, serde_json::Value>, example = json!({"tenant": "acme"}))]
     metadata: Json<Metadata>,
     /// The time zone of quotas and usage whose `time_zone` is `owner`; null for UTC.
     #[schema(required, example = "Europe/Berlin")]

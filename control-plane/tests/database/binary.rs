@@ -231,6 +231,28 @@ async fn keys_are_imported_from_the_command_line(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn an_import_shows_its_progress_on_a_terminal(pool: PgPool) {
+    const IN_A_TERMINAL: &str = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let line =
+        |number| format!("{{\"email\": \"user@example.com\", \"name\": \"n\", \"key\": \"a-key-{number:060}\"}}\n");
+    std::fs::write(&file, (0..3_000).map(line).collect::<String>()).unwrap();
+    let mut python = Command::new("python3");
+    python.args(["-c", IN_A_TERMINAL]).arg(crate::support::binary());
+    python.args(["keys", "import", "--database-url", &url(&pool)]).arg(file.path()).stdin(Stdio::null());
+    let output = python.output().unwrap();
+    let said = printed(&output);
+    let mut lines = said.split(['\r', '\n']).filter(|line| !line.is_empty()).rev();
+    assert_eq!(lines.next(), Some("keys imported: 3000, lines refused: 0"));
+    let steps: Vec<u32> = lines
+        .rev()
+        .map(|line| line.strip_suffix(" keys imported, 0 lines refused …").unwrap_or_else(|| panic!("{line:?}")))
+        .map(|imported| imported.parse().unwrap())
+        .collect();
+    assert!(steps.len() > 1 && steps.is_sorted() && steps.iter().all(|step| (1..=3_000).contains(step)), "{steps:?}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn on_sigterm_the_control_plane_answers_held_polls_and_ends(pool: PgPool) {
     let sync = control_plane::keys::create::generate(KeyKind::Live).unwrap();
     let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"]);

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-fn policies() -> [(&'static str, Value); 4] {
+fn policies() -> [(&'static str, Value); 5] {
     let limit = json!({"name": "second", "requests": 10, "window_seconds": 1, "burst": 20});
     [
         (
@@ -16,6 +16,7 @@ fn policies() -> [(&'static str, Value); 4] {
         ),
         ("open", json!({"key": "optional", "match": [{"path": {"prefix": "/open"}}]})),
         ("dark", json!({"scopes": {"any": ["orders:admin"]}, "shadow": true})),
+        ("platform", json!({"from_annotation": false})),
         (
             "model",
             json!({"cost": 7, "match": [{"hosts": ["*.ai.example"], "header": {"name": "x-model", "value": "gpt-*"}}]}),
@@ -203,6 +204,12 @@ async fn unknown_keys_and_policies_are_explained_and_unknown_ids_are_not_found(p
         (json!({"key": ""}), "missing", json!(401), vec!["credential"]),
         (json!({"path": "/open/x", "method": "POST"}), "anonymous", Value::Null, vec!["credential"]),
         (json!({"policy": "wrong"}), "policy_unknown", json!(503), vec!["credential", "policy"]),
+        (
+            json!({"key": admin.reveal(), "policy": "platform", "policy_source": "annotation"}),
+            "policy_unknown",
+            json!(503),
+            vec!["policy"],
+        ),
         (json!({"key": admin.reveal(), "policy": "wrong"}), "policy_unknown", json!(503), vec!["policy"]),
         (json!({"key": admin.reveal(), "policy": "dark"}), "scope_denied", Value::Null, vec!["scopes"]),
         (json!({"key": admin.reveal(), "path": "/orders", "method": "POST"}), "allowed", Value::Null, vec![]),
@@ -237,7 +244,28 @@ async fn the_match_that_picks_a_policy_is_told(pool: PgPool) {
             "default",
             "no policy matches the request",
         ),
-        (json!({"policy": "dark", "path": "/orders"}), "dark", "the request names it"),
+        (json!({"policy": "dark", "path": "/orders"}), "dark", "the metadata of the route names it"),
+        (json!({"policy": "dark", "policy_source": "annotation"}), "dark", "the annotation of the route names it"),
+        (
+            json!({"policy": "platform", "policy_source": "virtual_host_metadata"}),
+            "platform",
+            "the metadata of the virtual host names it",
+        ),
+        (
+            json!({"policy": "platform", "policy_source": "annotation"}),
+            "platform",
+            "the annotation of the route names it, which it may not: the policy has from_annotation false",
+        ),
+        (
+            json!({"policy": "orders", "policy_source": "route_name_prefix"}),
+            "orders",
+            "the name of the route, after its prefix, names it, and there is no policy of this name",
+        ),
+        (
+            json!({"policy": "route-7", "policy_source": "route_name", "path": "/orders"}),
+            "orders-read",
+            "the most specific match is: GET, path /orders and below",
+        ),
         (json!({}), "default", "the request names neither a policy nor a path"),
     ] {
         let reply = explain(&fixture, &admin, body.clone()).await.json();
@@ -267,6 +295,7 @@ async fn a_wrong_field_is_named_and_no_secret_is_told(pool: PgPool) {
         (json!({"time": "now"}), "time", "must be a time of RFC 3339 such as 2027-01-31T12:00:00Z"),
         (json!({"method": "get"}), "method", "must be a method in capitals, such as GET"),
         (json!({"host": "a"}), "path", "is needed with host or headers: policies match all of them together"),
+        (json!({"policy_source": "annotation"}), "policy_source", "needs the name of a policy in the field policy"),
         (json!({"path": "/", "host": ""}), "host", "must have 1 to 253 visible ASCII characters"),
         (json!({"path": "orders"}), "path", "must start with / and have at most 4096 bytes"),
         (json!({"policy": {"scopes": {"all": []}}}), "policy.scopes", "name at least one scope, or leave it out"),

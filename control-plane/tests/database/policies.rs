@@ -213,3 +213,42 @@ async fn no_policy_lets_anybody_into_the_rest_api(pool: PgPool) {
         assert_eq!(reply.status, 401);
     }
 }
+
+#[sqlx::test(migrations = "./migrations")]
+async fn a_repeated_change_of_a_policy_or_plan_gets_the_same_answer_and_each_change_is_in_the_trail(pool: PgPool) {
+    let (fixture, admin) = fixture(&pool).await;
+    for (uri, kind) in [("/v1/policies/reports", "policy"), ("/v1/plans/gold", "plan"), ("/v1/roles/support", "role")] {
+        let change = async |method: &str, name: &str, body: Option<Value>| {
+            let id = format!("{kind}-{name}");
+            let headers = [("if-none-match", "*"), ("idempotency-key", &*id)];
+            let headers = if name == "create" { &headers[..] } else { &headers[1..] };
+            let mut replies = Vec::new();
+            for _ in 0..2 {
+                let reply = fixture.call_with(method, uri, &admin, body.as_ref(), headers).await;
+                replies.push((reply.status, reply.header("etag").to_owned(), reply.body));
+            }
+            assert_eq!(replies[0], replies[1], "{method} {uri}");
+            replies.remove(0)
+        };
+        let (status, created, _) = change("PUT", "create", Some(json!({"description": "first"}))).await;
+        assert_eq!(status, 201);
+        let (status, replaced, _) = change("PUT", "replace", Some(json!({"description": "second"}))).await;
+        assert_eq!(status, 200);
+        assert_ne!(created, replaced);
+        let (status, etag, body) = change("DELETE", "delete", None).await;
+        assert_eq!((status, &*etag, body.len()), (204, "", 0));
+        let detail = "Another request used this Idempotency-Key. Use a new one for each request.";
+        let other = fixture
+            .call_with("PUT", uri, &admin, Some(&json!({})), &[("idempotency-key", &format!("{kind}-create"))])
+            .await;
+        other.assert_problem(422, "idempotency_mismatch", detail, None);
+        let name = uri.rsplit('/').next().unwrap();
+        let trail = fixture.get(&format!("/v1/audit?target={name}"), &admin).await.json();
+        let actions: Vec<_> =
+            trail["entries"].as_array().unwrap().iter().map(|entry| entry["action"].clone()).collect();
+        assert_eq!(actions, ["delete", "update", "create"].map(|verb| format!("{kind}.{verb}")));
+        if kind == "policy" {
+            assert_eq!(trail["entries"][1]["detail"]["description"], "second");
+        }
+    }
+}

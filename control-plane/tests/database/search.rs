@@ -67,10 +67,42 @@ async fn keys_are_found_by_prefix_owner_name_state_and_last_use(pool: PgPool) {
         ("prefix=", "prefix"),
         ("name=a%00b", "name"),
         ("last_used_before=yesterday", "last_used_before"),
+        ("expires_before=soon", "expires_before"),
+        ("plan=Gold", "plan"),
     ] {
         let reply = fixture.get(&format!("/v1/keys?{query}"), &admin).await;
         assert_eq!((reply.status, &reply.json()["field"]), (400, &json!(field)), "{}", reply.json());
     }
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn keys_are_found_by_the_id_of_their_owner_plan_role_and_end(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    fixture.put("/v1/plans/gold", &admin, &json!({})).await.expect(201);
+    fixture.put("/v1/roles/support", &admin, &json!({"scopes": ["a"]})).await.expect(201);
+    let (_, user) = named(&fixture, &admin, "user@example.com", "Plain").await;
+    let key = |name: &str, more: Value| {
+        let mut body = json!({"email": "other@example.com", "name": name});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    fixture.created(&admin, key("Golden", json!({"plan": "gold", "expires_at": "2030-01-01T00:00:00Z"}))).await;
+    fixture
+        .created(&admin, key("Supporting", json!({"roles": ["support"], "expires_at": "2031-01-01T00:00:00Z"})))
+        .await;
+    let id = |uri: String| uri.rsplit('/').next().unwrap().to_owned();
+    let (own, other) = (id(fixture.user("user@example.com").await), id(fixture.user("other@example.com").await));
+    assert_eq!(names(&fixture, &admin, &format!("owner_id={other}")).await, ["Supporting", "Golden"]);
+    assert_eq!(names(&fixture, &admin, &format!("owner_id={other}&email=user%40example.com")).await, [""; 0]);
+    assert_eq!(names(&fixture, &user, &format!("owner_id={own}")).await, ["Plain"]);
+    let reply = fixture.get(&format!("/v1/keys?owner_id={other}"), &user).await;
+    assert_eq!(reply.status, 403, "{}", reply.json());
+    assert_eq!(names(&fixture, &admin, "plan=gold").await, ["Golden"]);
+    assert_eq!(names(&fixture, &admin, "role=support").await, ["Supporting"]);
+    assert_eq!(names(&fixture, &admin, "role=support&plan=gold").await, [""; 0]);
+    assert_eq!(names(&fixture, &admin, "expires_before=2030-06-01T00:00:00Z").await, ["Golden"]);
+    fixture.patch(&format!("/v1/users/{other}"), &admin, json!({"plan": "gold"})).await.expect(200);
+    assert_eq!(names(&fixture, &admin, "plan=gold").await, ["Supporting", "Golden"], "the plan of the user");
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -98,7 +98,10 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
     let (second, _) = fixture.created(&admin, body).await;
     change_key(&pool, id, "networks = '{}'").await;
     let uri = fixture.user(USER).await;
-    fixture.post(&format!("{uri}/ledger"), &admin, json!({"amount": 5})).await.expect(201);
+    fixture.post(&format!("{uri}/ledger"), &admin, json!({"amount": 5, "note": "for Ada"})).await.expect(201);
+    let quota = json!({"quota": {"requests": 10, "period": "month"}});
+    fixture.patch(&format!("/v1/keys/{id}"), &admin, quota).await.expect(200);
+    fixture.post(&format!("/v1/keys/{id}/quota/reset"), &admin, json!({"note": "Ada asked"})).await.expect(200);
     fixture.patch(&format!("/v1/keys/{id}"), &key, json!({"name": "Ada's phone"})).await.expect(200);
     fixture.patch(&format!("/v1/keys/{second}"), &admin, json!({"allowed_addresses": ["192.0.2.9"]})).await.expect(200);
     fixture.delete(&uri, &key).await.assert_forbidden("Use a key with the scope admin.");
@@ -123,7 +126,8 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
     let dump: Vec<(String,)> = rows(
         &pool,
         "select row_to_json(t)::text from audit t union all select row_to_json(t)::text from api_keys t
-        union all select row_to_json(t)::text from user_preferences t",
+        union all select row_to_json(t)::text from user_preferences t
+        union all select row_to_json(t)::text from ledger t",
     )
     .await;
     let dump: String = dump.into_iter().map(|(row,)| row).collect();

@@ -201,7 +201,11 @@ async fn attributes_that_admins_set_reach_the_upstream_within_milliseconds_and_c
     let uri = rest.user("ada@example.com").await?;
     rest.patch(&uri, json!({"external_id": "cus_1", "metadata": {"tenant": "acme"}})).await?;
     stack.in_step().await?;
-    assert_eq!(received(&key).await?, [json!(["cus_1"]), project, json!(["acme"])]);
+    assert_eq!(received(&key).await?, [json!(["cus_1"]), project.clone(), json!(["acme"])]);
+    rest.patch(&uri, json!({"metadata": {"tenant": {"name": "Zoë", "seats": [5, null]}}})).await?;
+    stack.in_step().await?;
+    let tenant = json!([r#"{"name":"Zo%C3%AB","seats":[5,null]}"#]);
+    assert_eq!(received(&key).await?, [json!(["cus_1"]), project, tenant]);
     rest.patch(&format!("/v1/keys/{id}"), json!({"metadata": {}})).await?;
     rest.patch(&uri, json!({"metadata": {}})).await?;
     stack.in_step().await?;

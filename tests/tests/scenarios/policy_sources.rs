@@ -137,6 +137,30 @@ async fn each_source_names_the_policy_and_the_first_that_does_decides() -> Resul
         ] {
             assert!(!harness.envoy.log().lines_with(line).is_empty(), "{line}");
         }
+        // A policy that is withdrawn while a source names it.
+        harness.remove_policies(&["route", "annotation", "prefixed", "named", "host"]).await?;
+        let unknown = if has_host {
+            &["/route", "/annotated", "/prefixed", "/"][..]
+        } else {
+            &["/route", "/annotated", "/prefixed"]
+        };
+        for path in unknown {
+            assert_refused(&harness.get(path, Some("default")).await?, Outcome::PolicyUnknown, &[]);
+        }
+        harness.stat_is("decisions.policy_unknown_total", 2 * NAMES.len() as u64 + unknown.len() as u64).await?;
+        for (source, name) in [
+            ("the metadata of a route", "route"),
+            ("the annotation portcullis-policy of a route", "annotation"),
+            ("the name of a route", "prefixed"),
+            ("the metadata of a virtual host", "host"),
+        ] {
+            let line = format!("{source} names the policy {name:?}, which does not exist");
+            assert_eq!(harness.envoy.log().lines_with(&line).is_empty(), name == "host" && !has_host, "{line}");
+        }
+        // Every route has a name. That of a policy that is gone is one among others, so the next source decides.
+        if !has_host {
+            assert_eq!(applying(&harness, &NAMES, &Method::GET, "/named", &[]).await?, ["default"]);
+        }
     }
     Ok(())
 }

@@ -64,9 +64,9 @@ pub struct CreateBody {
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "key_42", min_length = 1, max_length = 128)]
     external_id: Patch<String>,
-    /// Metadata that the filter can pass upstream: at most 16 entries, names of 1 to 32 characters, values of 1 to 128. Set by
-    /// admins only.
-    #[schema(example = json!({"project": "search"}))]
+    /// Metadata that the filter can pass upstream: at most 16 entries of any JSON, with names of 1 to 32 characters, and 2,048
+    /// bytes in all. A text goes upstream as it is, anything else as JSON. Set by admins only.
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>, example = json!({"project": "search"}))]
     metadata: Option<Metadata>,
     /// When it expires: RFC 3339, at most ten years from now. Not with `expires_in_seconds`. Without either it never expires, except
     /// that a key with the scope `admin` expires after 90 days.

@@ -13,6 +13,7 @@ use super::view::{KeyState, KeyView};
 use crate::api::call::Call;
 use crate::api::extract::search_text;
 use crate::api::pagination::{self, List, PageQuery};
+use crate::definitions::Name;
 use crate::domain::{Email, parse_time};
 use crate::error::ApiError;
 use crate::keys::read::{KeySearch, search};
@@ -29,6 +30,8 @@ pub struct ListQuery {
     /// Only this user's keys. Callers without the scope `admin` see only their own anyway.
     #[param(example = "user@example.com")]
     email: Option<String>,
+    /// Only the keys of the user with this id, which upstreams get in `x-consumer-id`.
+    owner_id: Option<Uuid>,
     /// Only keys with a secret, present or retired, whose prefix starts so: as it is shown, as `sk_abc123`, or the first
     /// characters of the key itself, as `sk_live_abc123…`. To find a key by all of it, use `POST /v1/keys/lookup`.
     #[param(example = "sk_abc", max_length = 100)]
@@ -45,6 +48,15 @@ pub struct ListQuery {
     /// Only keys that were last used before this time (RFC 3339), or made before it and never used.
     #[param(example = "2026-05-01T00:00:00Z", format = DateTime)]
     last_used_before: Option<String>,
+    /// Only keys that expire before this time (RFC 3339).
+    #[param(example = "2026-05-15T00:00:00Z", format = DateTime)]
+    expires_before: Option<String>,
+    /// Only keys to which this plan applies, their own or that of their user.
+    #[param(example = "gold", max_length = 64)]
+    plan: Option<String>,
+    /// Only keys with this role.
+    #[param(example = "support", max_length = 64)]
+    role: Option<String>,
 }
 
 /// The stored prefixes that a text may mean. An imported key may have a prefix of any form.
@@ -73,13 +85,20 @@ pub async fn list(
     List { query, page }: List<ListQuery, Uuid>,
 ) -> Result<Response, ApiError> {
     let asked = query.email.as_deref().map(Email::parse).transpose()?;
-    match &asked {
-        Some(email) => caller.require_owner_or_admin(email)?,
-        None => caller.require_manager()?,
+    match (&asked, query.owner_id) {
+        (Some(email), _) => caller.require_owner_or_admin(email)?,
+        (None, Some(id)) => caller.require_user_or_admin(id)?,
+        (None, None) => caller.require_manager()?,
     }
+    let name = |field, text: &Option<String>| text.as_deref().map(|text| Name::parse(field, text)).transpose();
+    let (plan, role) = (name("plan", &query.plan)?, name("role", &query.role)?);
     let owner = if caller.is_admin() { asked.as_ref().map(Email::as_str) } else { Some(caller.email.as_str()) };
     let filter = KeySearch {
         email: owner,
+        owner_id: query.owner_id,
+        plan: plan.as_ref().map(Name::as_str),
+        role: role.as_ref().map(Name::as_str),
+        expires_before: query.expires_before.as_deref().map(|t| parse_time("expires_before", t)).transpose()?,
         prefixes: search_text("prefix", query.prefix.as_deref(), TEXT_CHARS)?.map(prefixes).transpose()?,
         name: search_text("name", query.name.as_deref(), TEXT_CHARS)?,
         state: query.state.map(KeyState::name),

@@ -63,7 +63,7 @@ pub struct PatchBody {
     #[schema(value_type = Option<String>, example = "key_42", min_length = 1, max_length = 128)]
     external_id: Patch<String>,
     /// Metadata that the filter can pass upstream, at most 16 entries; replaces all present entries. Set by admins only.
-    #[schema(example = json!({"project": "search"}))]
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>, example = json!({"project": "search"}))]
     metadata: Option<Metadata>,
 }
 

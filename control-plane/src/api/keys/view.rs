@@ -71,7 +71,7 @@ pub struct KeyView {
     #[schema(required, example = "key_42")]
     external_id: Option<String>,
     /// Metadata that the filter can pass upstream.
-    #[schema(example = json!({"project": "search"}))]
+    #[schema(value_type = BTreeMap<String, serde_json::Value>, example = json!({"project": "search"}))]
     metadata: Metadata,
     /// Scopes granted to it.
     scopes: Vec<String>,

@@ -79,6 +79,7 @@ pub struct ImportLine {
     #[schema(min_length = 1, max_length = 128)]
     external_id: Option<String>,
     /// Metadata that the filter can pass upstream, at most 16 entries.
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
     metadata: Option<Metadata>,
     /// When it ends: RFC 3339.
     #[schema(format = DateTime)]
