@@ -1,20 +1,35 @@
-//! Step `metrics`: promtool, Prometheus's own checker, examines the metrics of the control plane and of the filter.
+//! Steps `alerts` and `metrics`: promtool, Prometheus's own checker, examines the files of `deploy/prometheus`, and the
+//! metrics of the control plane and of the filter.
 
 use std::io::{Seek, Write};
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use portcullis_harness::http;
+use portcullis_harness::cargo::run;
 use portcullis_harness::output::say;
 use portcullis_harness::stack::Stack;
+use portcullis_harness::{http, paths};
 
 use crate::tools;
 
 /// promtool's complaint about every metric of Envoy, those of the filter included: Envoy prints no help texts.
 const OF_ENVOY: &str = "no help text";
 
-/// Examines them on a running stack. Returns false if there is no promtool.
+/// Examines the configuration and the alerts, and runs the tests of the alerts. Returns false if there is no promtool.
+pub(crate) fn check_alerts() -> Result<bool> {
+    let Some(promtool) = tools::promtool()? else { return Ok(false) };
+    let arguments = [["check", "config", "prometheus.yaml"], ["check", "rules", "alerts.yaml"]];
+    let tests = ["test", "rules", "alerts.test.yaml"];
+    for arguments in arguments.into_iter().chain([tests]) {
+        let mut command = Command::new(&promtool);
+        command.args(arguments).current_dir(paths::workspace().join("deploy/prometheus"));
+        run(command)?;
+    }
+    Ok(true)
+}
+
+/// Examines the metrics on a running stack. Returns false if there is no promtool.
 pub(crate) async fn check() -> Result<bool> {
     let Some(promtool) = tools::promtool()? else { return Ok(false) };
     let stack = Stack::start().await?;

@@ -1,18 +1,20 @@
-//! Metrics for operators.
+//! Metrics for operators, and the alerts and dashboards that read them.
+
+mod alerts;
+pub mod dashboards;
+mod promql;
+mod scrape;
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::Result;
 use http_body_util::Full;
 use hyper::Request;
 use portcullis_tests::http;
-use portcullis_tests::paths;
 use portcullis_tests::process::Signal;
 use portcullis_tests::stack::Stack;
 use portcullis_tests::wait::eventually;
-use promql_parser::parser::{self, Expr};
 use serde_json::{Value, json};
-use yaml_rust2::{Yaml, YamlLoader};
 
 #[tokio::test]
 async fn envoys_statistics_tell_of_decisions_keys_and_the_state_of_the_sync() -> Result<()> {
@@ -172,60 +174,5 @@ async fn the_control_plane_tells_prometheus_and_the_platform_how_it_is() -> Resu
         let value = sample.and_then(|sample| sample.rsplit(' ').next()?.parse::<f64>().ok());
         assert!(value.is_some_and(|value| value >= 1.0), "{name}: {text}");
     }
-    Ok(())
-}
-
-/// The names of the metrics of an expression.
-fn metrics_of(expression: &Expr) -> Vec<String> {
-    match expression {
-        Expr::VectorSelector(selector) => selector.name.iter().cloned().collect(),
-        Expr::MatrixSelector(selector) => selector.vs.name.iter().cloned().collect(),
-        Expr::Aggregate(aggregate) => metrics_of(&aggregate.expr),
-        Expr::Unary(unary) => metrics_of(&unary.expr),
-        Expr::Paren(paren) => metrics_of(&paren.expr),
-        Expr::Subquery(subquery) => metrics_of(&subquery.expr),
-        Expr::Binary(binary) => [metrics_of(&binary.lhs), metrics_of(&binary.rhs)].concat(),
-        Expr::Call(call) => call.args.args.iter().flat_map(|argument| metrics_of(argument)).collect(),
-        Expr::NumberLiteral(_) | Expr::StringLiteral(_) | Expr::Extension(_) => Vec::new(),
-    }
-}
-
-/// The alerts that `deploy/` has for Prometheus.
-#[tokio::test]
-async fn each_alert_is_an_expression_over_metrics_that_exist_and_has_a_section_of_the_book() -> Result<()> {
-    let stack = Stack::start().await?;
-    stack.working_key("ada@example.com").await?;
-    stack.wait_for_usage("ada@example.com", 1).await?;
-    let mut shown = BTreeSet::new();
-    for (address, path) in [(stack.envoy().admin(), "/stats/prometheus"), (stack.control_plane.address(), "/metrics")] {
-        let text = String::from_utf8(http::get(address, path).await?.body.to_vec())?;
-        let names = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next().map(str::to_owned));
-        shown.extend(names);
-    }
-    let file = std::fs::read_to_string(paths::workspace().join("deploy/prometheus/alerts.yaml"))?;
-    let book = std::fs::read_to_string(paths::workspace().join("docs/src/operating/alerts.md"))?;
-    let sections: BTreeSet<&str> = book.lines().filter_map(|line| line.strip_prefix("## ")).collect();
-    let [document] = &YamlLoader::load_from_str(&file)?[..] else { return Err(anyhow!("one document")) };
-    let groups = document["groups"].as_vec().context("no groups")?;
-    let rules: Vec<&Yaml> = groups.iter().filter_map(|group| group["rules"].as_vec()).flatten().collect();
-    let mut alerts = BTreeSet::new();
-    for rule in rules {
-        let name = rule["alert"].as_str().context("no name")?;
-        let expression = rule["expr"].as_str().with_context(|| format!("{name}: no expression"))?;
-        let parsed = parser::parse(expression).map_err(|why| anyhow!("{name}: {why}"))?;
-        let metrics = metrics_of(&parsed);
-        assert!(!metrics.is_empty(), "{name}");
-        for metric in metrics {
-            assert!(shown.contains(&metric), "{name}: there is no metric {metric}");
-        }
-        for annotation in ["summary", "description"] {
-            assert!(rule["annotations"][annotation].as_str().is_some(), "{name}: no {annotation}");
-        }
-        let runbook = format!("operating/alerts.md#{}", name.to_lowercase());
-        assert_eq!(rule["annotations"]["runbook"].as_str(), Some(runbook.as_str()));
-        assert!(["critical", "warning"].contains(&rule["labels"]["severity"].as_str().unwrap_or_default()), "{name}");
-        assert!(alerts.insert(name), "{name} stands twice");
-    }
-    assert_eq!(alerts, sections);
     Ok(())
 }
