@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod observe;
 mod up;
 
 mod wasm;

@@ -22,6 +22,8 @@ use portcullis_harness::{compile, paths, shell, stack};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::observe::{self, Observers, Targets};
+
 /// Ports and the service to protect.
 #[derive(Args)]
 pub(crate) struct Options {
@@ -47,6 +49,8 @@ pub(crate) struct Options {
     /// Start without what earlier runs left in target/up: users, keys, usage, the admin key.
     #[arg(long)]
     fresh: bool,
+    #[command(flatten)]
+    observe: observe::Options,
 }
 
 /// How often the processes are checked.
@@ -61,6 +65,7 @@ const REACH: Duration = Duration::from_secs(3);
 /// Starts everything and runs until SIGINT or SIGTERM.
 pub(crate) async fn up(options: &Options) -> Result<()> {
     let service = options.check()?;
+    let programs = options.observe.programs()?;
     // Before the signal handlers: a signal must end a running cargo.
     if std::env::var_os("PORTCULLIS_WASM").is_none() {
         compile::filter()?;
@@ -72,7 +77,7 @@ pub(crate) async fn up(options: &Options) -> Result<()> {
     let mut interrupted = signal(SignalKind::interrupt())?;
     let mut terminated = signal(SignalKind::terminate())?;
     let up = tokio::select! {
-        up = Up::start(options, service) => up?,
+        up = Up::start(options, service, programs) => up?,
         // Processes that were started end when dropped.
         _ = interrupted.recv() => return Ok(()),
         _ = terminated.recv() => return Ok(()),
@@ -91,12 +96,13 @@ pub(crate) async fn up(options: &Options) -> Result<()> {
 impl Options {
     /// Fails early on ports in use and invalid services. Returns the service to protect.
     fn check(&self) -> Result<Option<Service>> {
-        let ports = [
+        let mut ports = vec![
             ("--envoy-port", self.envoy_port),
             ("--control-plane-port", self.control_plane_port),
             ("--envoy-admin-port", self.envoy_admin_port),
         ];
-        for (flag, port) in ports {
+        ports.extend(self.observe.ports());
+        for &(flag, port) in &ports {
             TcpListener::bind(local(port))
                 .with_context(|| format!("port {port} is in use; choose another one with {flag}"))?;
         }
@@ -116,6 +122,8 @@ const fn local(port: u16) -> SocketAddr {
 
 /// The running stack. Fields are dropped in their order.
 struct Up {
+    /// Only with `--observe`.
+    observers: Option<Observers>,
     envoy: Envoy,
     /// None in front of the user's own service.
     demo: Option<DemoApi>,
@@ -127,7 +135,7 @@ struct Up {
 }
 
 impl Up {
-    async fn start(options: &Options, service: Option<Service>) -> Result<Self> {
+    async fn start(options: &Options, service: Option<Service>, programs: Option<observe::Programs>) -> Result<Self> {
         let home = paths::target().join("up");
         std::fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
         let alone = File::create(paths::target().join("up.lock"))?;
@@ -170,7 +178,12 @@ impl Up {
         stack::wait_for_status(&envoy, Some("no such key"), 401).await?;
         let admin = control_plane.settings().admin_key;
         shell::write_environment(&home.join("env"), control_plane.address(), envoy.address(), &admin)?;
-        Ok(Self { envoy, demo, service, control_plane, postgres, home, _alone: alone })
+        let targets = Targets { envoy: envoy.admin(), control_plane: control_plane.address() };
+        let observers = match programs {
+            None => None,
+            Some(programs) => Some(Observers::start(&options.observe, programs, &home, targets).await?),
+        };
+        Ok(Self { observers, envoy, demo, service, control_plane, postgres, home, _alone: alone })
     }
 
     /// The line `ready`, and commands that can be copied as they are, into bash and zsh.
@@ -183,7 +196,7 @@ impl Up {
             r#"
   Envoy             http://{envoy}          in front of {upstream}
   REST API          http://{rest}           Envoy's admin interface  http://{admin}
-  logs and data     {home}
+  logs and data     {home}{observers}
 
 These commands can be copied into bash and zsh. The file that the first one reads sets API, GATE and ADMIN.
 
@@ -218,6 +231,7 @@ Revoke it; the same request then gets 401.
 {further}
 Ctrl-C stops everything."#,
             admin = self.envoy.admin(),
+            observers = self.observers.as_ref().map(Observers::introduction).unwrap_or_default(),
             told = if self.service.is_some() {
                 "your service answers. It gets x-consumer-id and x-credential-identifier, and not the key."
             } else {
@@ -234,7 +248,8 @@ Ctrl-C stops everything."#,
     /// Returns when one of the processes has ended.
     async fn watch(&self) -> anyhow::Error {
         loop {
-            let parts = [self.envoy.must_run(), self.control_plane.must_run(), self.postgres.must_run()];
+            let observers = self.observers.as_ref().map_or(Ok(()), Observers::must_run);
+            let parts = [self.envoy.must_run(), self.control_plane.must_run(), self.postgres.must_run(), observers];
             if let Some(died) = parts.into_iter().find_map(Result::err) {
                 return died;
             }
@@ -242,9 +257,12 @@ Ctrl-C stops everything."#,
         }
     }
 
-    /// Envoy first, so that it can send its last usage report, then the control plane and PostgreSQL. A process that does not
-    /// end is killed when dropped.
+    /// What observes the others first. Envoy before the control plane and PostgreSQL, so that it can send its last usage
+    /// report. A process that does not end is killed when dropped.
     async fn stop(self) {
+        if let Some(observers) = self.observers {
+            observers.stop().await;
+        }
         let _ = self.envoy.stop(Signal::SIGTERM).await;
         drop(self.demo);
         let _ = self.control_plane.stop(Signal::SIGTERM).await;

@@ -1,6 +1,9 @@
-//! `cargo xtask up --upstream URL` as a process of its own: it starts, protects the service, and ends on SIGTERM.
+//! `cargo xtask up` as a process of its own. With `--upstream URL` it starts, protects the service, and ends on SIGTERM;
+//! with `--observe` it starts Prometheus, too.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -9,15 +12,18 @@ use contract::outcome::Outcome;
 use portcullis_harness::cargo::{cargo, run};
 use portcullis_tests::demo::DemoApi;
 use portcullis_tests::expect::{assert_refused, assert_upstream};
-use portcullis_tests::http::{get_request, send};
+use portcullis_tests::http::{self, get_request, send};
 use portcullis_tests::log::Log;
 use portcullis_tests::paths;
 use portcullis_tests::ports::{LOCAL, Port};
 use portcullis_tests::process::{Process, Signal};
 use portcullis_tests::rest::Rest;
+use portcullis_tests::tools::{silently, unpack_debian};
 use portcullis_tests::wait::eventually;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::metrics::dashboards;
 
 /// The value of a variable in the file that `up` writes.
 fn variable(environment: &str, name: &str) -> Result<String> {
@@ -56,23 +62,36 @@ impl PrintedCommands {
     }
 }
 
-#[tokio::test]
-async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -> Result<()> {
+/// A target directory for one `up`, so that a developer's `cargo xtask up` is not disturbed.
+fn own_target() -> Result<TempDir> {
     run(cargo(&["build", "--locked", "--workspace", "--bin", "xtask"]))?;
-    // A target directory of its own, so that a developer's `cargo xtask up` is not disturbed. PostgreSQL may run as another
-    // user, who must be able to enter it.
     let target = TempDir::with_prefix("portcullis-")?;
+    // PostgreSQL may run as another user, who must be able to enter it.
     std::fs::set_permissions(target.path(), PermissionsExt::from_mode(0o755))?;
     symlink(paths::target().join("tools"), target.path().join("tools"))?;
-    let service = DemoApi::start(LOCAL).await?;
-    let ports = [Port::reserve(LOCAL.ip())?, Port::reserve(LOCAL.ip())?, Port::reserve(LOCAL.ip())?];
+    Ok(target)
+}
+
+/// The command, with the programs that are built already.
+fn up(target: &Path, ports: &[Port]) -> Command {
     let mut up = Command::new(paths::target().join("debug/xtask"));
-    up.args(["up", "--upstream", &format!("http://{}", service.address())]);
-    for (flag, port) in ["--envoy-port", "--control-plane-port", "--envoy-admin-port"].into_iter().zip(&ports) {
+    up.arg("up");
+    let flags = ["--envoy-port", "--control-plane-port", "--envoy-admin-port", "--prometheus-port", "--grafana-port"];
+    for (flag, port) in flags.into_iter().zip(ports) {
         up.args([flag, &port.address().port().to_string()]);
     }
-    up.current_dir(paths::workspace()).env("CARGO_TARGET_DIR", target.path());
+    up.current_dir(paths::workspace()).env("CARGO_TARGET_DIR", target);
     up.env("CONTROL_PLANE_BIN", paths::control_plane()).env("PORTCULLIS_WASM", paths::wasm());
+    up
+}
+
+#[tokio::test]
+async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -> Result<()> {
+    let target = own_target()?;
+    let service = DemoApi::start(LOCAL).await?;
+    let ports = [Port::reserve(LOCAL.ip())?, Port::reserve(LOCAL.ip())?, Port::reserve(LOCAL.ip())?];
+    let mut up = up(target.path(), &ports);
+    up.args(["--upstream", &format!("http://{}", service.address())]);
     let log = Log::create(&target.path().join("up.log"))?;
     let up = Process::spawn("cargo xtask up", up, &log, Signal::SIGTERM)?;
     let ready = async || log.text().lines().any(|line| line == "ready").then_some(());
@@ -115,5 +134,69 @@ async fn up_protects_the_service_that_upstream_names_until_it_is_told_to_end() -
     let status = up.stop(Signal::SIGTERM).await?;
     ensure!(status.success(), "{status}: {}", log.tail(20));
     assert!(send(gate, get_request("/", Some(&key))?).await.is_err());
+    Ok(())
+}
+
+/// Waits until Prometheus answers with data that fit.
+async fn prometheus(address: SocketAddr, path: &str, fits: impl Fn(&Value) -> bool) -> Result<Value> {
+    let seen = async || {
+        let data = http::get(address, path).await.ok()?.json().ok()?["data"].take();
+        fits(&data).then_some(data)
+    };
+    eventually(&format!("Prometheus at {path}"), seen).await
+}
+
+/// A query that Prometheus can run. A percent sign stands before each byte that a URL may not have.
+async fn answer(address: SocketAddr, query: &str) -> Result<Value> {
+    let encoded: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    http::get(address, &format!("/api/v1/query?query={encoded}")).await?.json()
+}
+
+#[tokio::test]
+async fn up_with_observe_runs_prometheus_which_reads_the_stack_and_runs_each_query_of_the_dashboards() -> Result<()> {
+    let target = own_target()?;
+    let port = || Port::reserve(LOCAL.ip());
+    let ports = [port()?, port()?, port()?, port()?, port()?];
+    let mut without = up(target.path(), &ports);
+    let output = without.arg("--observe").env("PATH", target.path()).output()?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && error.lines().count() == 1, "{error}");
+    assert!(error.contains("`apt-get install prometheus`"), "{error}");
+
+    let home = paths::target().join("tools/prometheus");
+    if !unpack_debian(&["prometheus"], &home, &silently)? {
+        println!("skipped: apt-get cannot fetch Debian's package prometheus");
+        return Ok(());
+    }
+    let mut path = vec![home.join("usr/bin")];
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    let mut with = up(target.path(), &ports);
+    with.arg("--observe").env("PATH", std::env::join_paths(path)?);
+    let log = Log::create(&target.path().join("up.log"))?;
+    let up = Process::spawn("cargo xtask up", with, &log, Signal::SIGTERM)?;
+    let ready = async || log.text().lines().any(|line| line == "ready").then_some(());
+    up.eventually("cargo xtask up to be ready", ready).await?;
+    let address = ports[3].address();
+    log.wait_for(&format!("http://{address}/alerts")).await?;
+
+    let is_up = |target: &Value| target["health"] == "up";
+    let all_up = |data: &Value| {
+        data["activeTargets"].as_array().is_some_and(|targets| targets.len() == 2 && targets.iter().all(is_up))
+    };
+    prometheus(address, "/api/v1/targets", all_up).await?;
+    let rules = prometheus(address, "/api/v1/rules", |data| data["groups"][1]["rules"][0]["health"] == "ok").await?;
+    let names = rules["groups"].as_array().context("no groups")?.iter().map(|group| &group["name"]);
+    assert_eq!(names.collect::<Vec<_>>(), ["portcullis-envoy", "portcullis-control-plane"]);
+    for query in dashboards::queries()? {
+        let reply = answer(address, &query).await?;
+        assert_eq!(reply["status"], "success", "{query}: {reply}");
+    }
+    let in_step = "sum(portcullis_store_revision >= bool scalar(max(portcullis_mirror_revision)))";
+    let reply = answer(address, in_step).await?;
+    assert_eq!(reply["data"]["result"][0]["value"][1], "1", "{reply}");
+
+    let status = up.stop(Signal::SIGTERM).await?;
+    ensure!(status.success(), "{status}: {}", log.tail(20));
+    assert!(http::get(address, "/-/ready").await.is_err());
     Ok(())
 }
