@@ -64,6 +64,9 @@ struct Shared {
     limits: Mutex<FakeLimits>,
 }
 
+/// The number of the first policy in the store, beyond those of roles and plans.
+pub const FIRST_POLICY: u32 = 1_000;
+
 /// The key store that filters receive.
 #[derive(Clone, Debug)]
 struct Store {
@@ -188,7 +191,8 @@ impl Store {
                 update.define(*number, &definition.to_bytes().ok()?);
             }
             // Removed definitions. Tests use few numbers.
-            for number in (0..16).filter(|number| after.is_some() && !self.definitions.contains_key(number)) {
+            let numbers = (0..16).chain(FIRST_POLICY..FIRST_POLICY + 16);
+            for number in numbers.filter(|number| after.is_some() && !self.definitions.contains_key(number)) {
                 update.undefine(number);
             }
             for (hash, record) in &self.records {

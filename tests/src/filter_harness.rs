@@ -14,7 +14,7 @@ use crate::control_plane::fresh_key;
 use crate::demo::DemoApi;
 use crate::envoy::{Envoy, Settings};
 use crate::envoy_config::Replacements;
-use crate::fake_control_plane::{Change, FakeControlPlane, Faults};
+use crate::fake_control_plane::{Change, FIRST_POLICY, FakeControlPlane, Faults};
 use crate::http::{Outgoing, Reply, get_request, send};
 use crate::log::Log;
 use crate::paths;
@@ -44,9 +44,6 @@ pub struct Builder {
     policies: Vec<NamedPolicy>,
     traps: bool,
 }
-
-/// The number of the first policy in the store, beyond those of roles and plans.
-const FIRST_POLICY: u32 = 1_000;
 
 impl FilterHarness {
     /// The template without changes.

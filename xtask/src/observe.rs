@@ -14,7 +14,7 @@ use portcullis_harness::wait::DEADLINE;
 use portcullis_harness::{http, paths};
 
 #[derive(Args)]
-pub(crate) struct Options {
+pub(crate) struct ObserveOptions {
     /// Also start Prometheus, with the alerts of deploy/prometheus, and Grafana, with the dashboards of deploy/grafana, if
     /// this machine has it.
     #[arg(long)]
@@ -33,7 +33,7 @@ pub(crate) struct Programs {
     grafana: Option<PathBuf>,
 }
 
-impl Options {
+impl ObserveOptions {
     /// The ports in use, with their flags.
     pub(crate) fn ports(&self) -> Vec<(&'static str, u16)> {
         let ports = [("--prometheus-port", self.prometheus_port), ("--grafana-port", self.grafana_port)];
@@ -68,7 +68,12 @@ pub(crate) struct Observers {
 
 impl Observers {
     /// Starts the programs, with their data below `home`, and waits until they answer.
-    pub(crate) async fn start(options: &Options, programs: Programs, home: &Path, targets: Targets) -> Result<Self> {
+    pub(crate) async fn start(
+        options: &ObserveOptions,
+        programs: Programs,
+        home: &Path,
+        targets: Targets,
+    ) -> Result<Self> {
         let listen = |port| SocketAddr::new(targets.envoy.ip(), port);
         progress("starting Prometheus");
         let prometheus = start_prometheus(&programs.prometheus, listen(options.prometheus_port), home, targets).await?;
@@ -98,7 +103,8 @@ impl Observers {
     /// The addresses, for the user.
     pub(crate) fn introduction(&self) -> String {
         let prometheus = self.prometheus.1;
-        let mut lines = format!("\n  Prometheus        http://{prometheus}           alerts at http://{prometheus}/alerts");
+        let mut lines =
+            format!("\n  Prometheus        http://{prometheus}           alerts at http://{prometheus}/alerts");
         if let Some((_, address)) = &self.grafana {
             let line = format!(
                 "\n  Grafana           http://{address}           dashboards at /d/portcullis-operator and \

@@ -200,7 +200,8 @@ impl Step {
 
 /// A developer may go on without promtool. CI may not.
 fn without_promtool() -> Result<Done> {
-    const WHY: &str = "not checked: there is no promtool, and apt-get cannot fetch it; install Debian's package prometheus";
+    const WHY: &str =
+        "not checked: there is no promtool, and apt-get cannot fetch it; install Debian's package prometheus";
     ensure!(std::env::var_os("CI").is_none(), WHY);
     Ok(Done::Incomplete(WHY))
 }

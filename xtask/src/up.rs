@@ -50,7 +50,7 @@ pub(crate) struct Options {
     #[arg(long)]
     fresh: bool,
     #[command(flatten)]
-    observe: observe::Options,
+    observe: observe::ObserveOptions,
 }
 
 /// How often the processes are checked.

@@ -145,6 +145,10 @@ pub fn describe() {
             metrics::counter!(*name).absolute(0);
         }
     }
+    // An alert looks for an increase. It would miss the first rejection if the counter began with it.
+    for result in ["applied", "repeated", "rejected"] {
+        metrics::counter!("portcullis_usage_reports_total", "result" => result).absolute(0);
+    }
     let revision = option_env!("PORTCULLIS_REVISION").unwrap_or("unknown");
     metrics::gauge!("portcullis_build_info", "version" => env!("CARGO_PKG_VERSION"), "revision" => revision).set(1.0);
 }

@@ -145,7 +145,9 @@ async fn each_source_names_the_policy_and_the_first_that_does_decides() -> Resul
             &["/route", "/annotated", "/prefixed"]
         };
         for path in unknown {
-            assert_refused(&harness.get(path, Some("default")).await?, Outcome::PolicyUnknown, &[]);
+            let reply = harness.get(path, Some("default")).await?;
+            assert_eq!(reply.status, 503, "{path}");
+            assert_refused(&reply, Outcome::PolicyUnknown, &[]);
         }
         harness.stat_is("decisions.policy_unknown_total", 2 * NAMES.len() as u64 + unknown.len() as u64).await?;
         for (source, name) in [

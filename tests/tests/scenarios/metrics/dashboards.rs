@@ -94,7 +94,8 @@ impl Dashboard {
             let query = text(&variable["query"], "query");
             ensure!(query == text(variable, "definition"), "{}: {query} is not its definition", self.file);
             let inside = query.strip_prefix("label_values(").and_then(|rest| rest.strip_suffix(')'));
-            let (metric, label) = inside.and_then(|inside| inside.split_once(", ")).with_context(|| query.to_owned())?;
+            let (metric, label) =
+                inside.and_then(|inside| inside.split_once(", ")).with_context(|| query.to_owned())?;
             Ok((metric.to_owned(), label.to_owned()))
         });
         parsed.collect()
