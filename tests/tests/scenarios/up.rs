@@ -186,7 +186,7 @@ async fn up_with_observe_runs_prometheus_which_reads_the_stack_and_runs_each_que
     prometheus(address, "/api/v1/targets", all_up).await?;
     let rules = prometheus(address, "/api/v1/rules", |data| data["groups"][1]["rules"][0]["health"] == "ok").await?;
     let names = rules["groups"].as_array().context("no groups")?.iter().map(|group| &group["name"]);
-    assert_eq!(names.collect::<Vec<_>>(), ["portcullis-envoy", "portcullis-control-plane"]);
+    assert_eq!(names.collect::<Vec<_>>(), ["portcullis-control-plane", "portcullis-envoy"]);
     for query in dashboards::queries()? {
         let reply = answer(address, &query).await?;
         assert_eq!(reply["status"], "success", "{query}: {reply}");
