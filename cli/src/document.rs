@@ -57,6 +57,21 @@ pub enum Kind {
     Json,
 }
 
+impl Operation {
+    /// The path with this value for each of its parameters, percent-encoded.
+    #[must_use]
+    pub fn path_of(&self, value: &str) -> String {
+        let names = self.path_parameters.iter().map(|parameter| parameter.name.as_str());
+        names.fold(self.path.clone(), |path, name| fill(&path, name, value))
+    }
+}
+
+/// A path with this value for a parameter, percent-encoded.
+pub(crate) fn fill(path: &str, parameter: &str, value: &str) -> String {
+    let encoded: String = form_urlencoded::byte_serialize(value.as_bytes()).collect();
+    path.replace(&format!("{{{parameter}}}"), &encoded.replace('+', "%20"))
+}
+
 impl<'a> Document<'a> {
     /// The operation with this id.
     #[must_use]
@@ -240,6 +255,7 @@ mod tests {
         let mut found = Document(&document).operation("updateThing").unwrap();
         found.body.as_mut().unwrap().sort_by(|one, other| one.name.cmp(&other.name));
         assert_eq!(found, expected);
+        assert_eq!(found.path_of("a b/c@d"), "/v1/things/a%20b%2Fc%40d");
         assert_eq!(Document(&document).operation("other"), None);
     }
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod declarative;
 pub mod doctor;
 pub mod document;
 pub mod explain;
@@ -43,6 +44,23 @@ pub enum CommandError {
         /// How many ran.
         checks: usize,
     },
+    /// Files of declarations are invalid. What is wrong with them is written before.
+    #[error("{problems} {} in the files", if *problems == 1 { "error" } else { "errors" })]
+    InvalidFiles {
+        /// How many errors there are.
+        problems: usize,
+    },
+    /// Declarations differ from the control plane. The differences are written before.
+    #[error("{differences} {}", if *differences == 1 { "difference" } else { "differences" })]
+    Different {
+        /// How many resources differ.
+        differences: usize,
+    },
+    /// Another writer changed a resource between its comparison and the write.
+    #[error(
+        "{0} was changed by another writer after it was compared, and is left as it is; see portcullis diff, and apply again"
+    )]
+    Conflict(String),
     /// The result could not be written.
     #[error("the result could not be written: {0}")]
     Output(#[from] std::io::Error),

@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args as _, FromArgMatches as _, value_par
 use serde_json::{Map, Value};
 
 use crate::CommandError;
-use crate::document::{Document, Input, Kind, Operation};
+use crate::document::{Document, Input, Kind, Operation, fill};
 use crate::output::{self, Format};
 use crate::server::{Client, Request, Server};
 
@@ -249,7 +249,7 @@ impl Run<'_> {
         };
         let format = self.given.get_one("output").copied().unwrap_or_default();
         match &self.operation.list {
-            Some(list) => self.write_list(out, format, list, self.pages(&request, list)?),
+            Some(list) => self.write_list(out, format, list, pages(&self.client, &request, list, self.most())?),
             None => self.write(out, format, self.client.send(&request)?.body),
         }
     }
@@ -264,8 +264,7 @@ impl Run<'_> {
                 ("id", email) if email.contains('@') => self.client.user_of_email(email)?,
                 (_, other) => other.to_owned(),
             };
-            let encoded: String = form_urlencoded::byte_serialize(value.as_bytes()).collect();
-            path = path.replace(&format!("{{{}}}", parameter.name), &encoded.replace('+', "%20"));
+            path = fill(&path, &parameter.name, &value);
         }
         Ok(path)
     }
@@ -342,44 +341,9 @@ impl Run<'_> {
         Ok(Some(value))
     }
 
-    /// The first page, with the entries of all pages, up to the number that the caller wants.
-    fn pages(&self, request: &Request<'_>, list: &str) -> Result<Map<String, Value>, CommandError> {
-        let most = self.given.get_one("limit").copied().filter(|most| *most > 0).unwrap_or(usize::MAX);
-        let (mut first, mut entries) = (None::<Map<String, Value>>, Vec::new());
-        let mut query = request.query.to_vec();
-        let mut cursor = None;
-        loop {
-            let left = most.saturating_sub(entries.len());
-            let mut of_page = query.clone();
-            of_page.push(("limit".to_owned(), left.min(PAGE).to_string()));
-            of_page.extend(cursor.take().map(|cursor| ("cursor".to_owned(), cursor)));
-            let answer = self.client.send(&Request { query: &of_page, body: None, ..*request })?.body;
-            let Value::Object(mut page) = answer else {
-                return Err(CommandError::Invalid(
-                    "the answer is not a page; check that --server is a control plane".into(),
-                ));
-            };
-            if let Some(Value::Array(more)) = page.remove(list) {
-                entries.extend(more);
-            }
-            let next = page.remove("next_cursor").and_then(|next| next.as_str().map(str::to_owned));
-            if first.is_none() {
-                // A cursor is valid for this span only.
-                for name in ["from", "to", "time_zone"] {
-                    if let Some(given) = page.get(name).and_then(Value::as_str).filter(|_| !has(&query, name)) {
-                        query.push((name.to_owned(), given.to_owned()));
-                    }
-                }
-            }
-            let whole = first.get_or_insert(page);
-            match next.filter(|_| entries.len() < most) {
-                Some(next) => cursor = Some(next),
-                None => {
-                    whole.insert(list.to_owned(), entries.into());
-                    return Ok(std::mem::take(whole));
-                }
-            }
-        }
+    /// The number of entries that the caller wants.
+    fn most(&self) -> usize {
+        self.given.get_one("limit").copied().filter(|most| *most > 0).unwrap_or(usize::MAX)
     }
 
     fn write_list(
@@ -412,6 +376,50 @@ impl Run<'_> {
             (Format::Csv, answer) => output::csv(out, &[answer])?,
         }
         Ok(())
+    }
+}
+
+/// The first page, with the entries of all pages, up to `most` of them.
+pub(crate) fn pages(
+    client: &Client,
+    request: &Request<'_>,
+    list: &str,
+    most: usize,
+) -> Result<Map<String, Value>, CommandError> {
+    let (mut first, mut entries) = (None::<Map<String, Value>>, Vec::new());
+    let mut query = request.query.to_vec();
+    let mut cursor = None;
+    loop {
+        let left = most.saturating_sub(entries.len());
+        let mut of_page = query.clone();
+        of_page.push(("limit".to_owned(), left.min(PAGE).to_string()));
+        of_page.extend(cursor.take().map(|cursor| ("cursor".to_owned(), cursor)));
+        let answer = client.send(&Request { query: &of_page, body: None, ..*request })?.body;
+        let Value::Object(mut page) = answer else {
+            return Err(CommandError::Invalid(
+                "the answer is not a page; check that --server is a control plane".into(),
+            ));
+        };
+        if let Some(Value::Array(more)) = page.remove(list) {
+            entries.extend(more);
+        }
+        let next = page.remove("next_cursor").and_then(|next| next.as_str().map(str::to_owned));
+        if first.is_none() {
+            // A cursor is valid for this span only.
+            for name in ["from", "to", "time_zone"] {
+                if let Some(given) = page.get(name).and_then(Value::as_str).filter(|_| !has(&query, name)) {
+                    query.push((name.to_owned(), given.to_owned()));
+                }
+            }
+        }
+        let whole = first.get_or_insert(page);
+        match next.filter(|_| entries.len() < most) {
+            Some(next) => cursor = Some(next),
+            None => {
+                whole.insert(list.to_owned(), entries.into());
+                return Ok(std::mem::take(whole));
+            }
+        }
     }
 }
 

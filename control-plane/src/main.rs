@@ -22,6 +22,7 @@ use control_plane::server::Failure;
 use control_plane::server::schema::connect;
 use control_plane::sync::feed;
 use control_plane::{api, metering, server};
+use portcullis_cli::CommandError;
 use portcullis_cli::document::Document;
 use portcullis_cli::login::log_out;
 use portcullis_cli::operations;
@@ -45,7 +46,10 @@ async fn main() -> ExitCode {
             Ok(help) => help.exit(),
             Err(error) => {
                 let _ = writeln!(std::io::stderr(), "portcullis: {error}");
-                ExitCode::FAILURE
+                match error.downcast_ref() {
+                    Some(CommandError::Different { .. }) => ExitCode::from(2),
+                    _ => ExitCode::FAILURE,
+                }
             }
         },
     }
@@ -65,6 +69,7 @@ async fn start() -> Result<(), Failure> {
             clap_complete::generate(shell, &mut command, "portcullis", &mut std::io::stdout());
             Ok(())
         }
+        Command::Declarative(command) => Ok(command.run(document, api::declared::normalize, &mut std::io::stdout())?),
         other => run(other).await,
     }
 }
@@ -77,7 +82,9 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Logout => Ok(log_out(&mut std::io::stdout())?),
         Command::Doctor(doctor) => Ok(doctor.run(&mut std::io::stdout())?),
         Command::Api(api) => Ok(api.run(&mut std::io::stdin(), &mut std::io::stdout())?),
-        Command::Completion { .. } => Err("internal error: completion is handled before".into()),
+        Command::Completion { .. } | Command::Declarative(_) => {
+            Err("internal error: the command is handled before".into())
+        }
         Command::Openapi => print(&api::openapi_document().to_pretty_json()?),
         Command::Admin(Admin::CreateKey { database, scopes, name, email, expires_in, no_expiry }) => {
             let scopes = Scopes::parse(scopes).map_err(at("--scope"))?;

@@ -4,8 +4,8 @@
 #![deny(unsafe_code)]
 
 pub use portcullis_harness::{
-    control_plane, demo, envoy, envoy_config, flood, http, log, paths, ports, postgres, process, rest, service, shell,
-    stack, tools, wait,
+    control_plane, demo, dice, envoy, envoy_config, flood, http, log, paths, ports, postgres, process, rest, service,
+    shell, stack, tools, wait,
 };
 
 pub mod containers;

@@ -18,6 +18,7 @@ pub mod problem;
 pub mod rate_limit;
 
 pub mod audit;
+pub mod declared;
 pub mod definitions;
 pub mod envoys;
 pub mod explain;

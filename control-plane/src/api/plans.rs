@@ -10,7 +10,7 @@ use crate::domain::{QuotaBody, RateLimitBody, Timestamp};
 use crate::error::ApiError;
 
 /// The content of a plan.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"description": "For production", "scopes": ["orders:read"]}))]
 pub struct PlanBody {
@@ -33,6 +33,14 @@ pub struct PlanBody {
 impl PlanBody {
     fn parse(self) -> Result<Content, ApiError> {
         Content::parse(&self.description, self.scopes, self.rate_limits, self.quota)
+    }
+
+    /// The content as it is shown once it is stored.
+    pub(super) fn normalize(self) -> Result<Self, ApiError> {
+        let Content { description, scopes, rate_limits, quota, .. } = self.parse()?;
+        let rate_limits = rate_limits.iter().map(RateLimitBody::of).collect();
+        let quota = quota.as_ref().map(QuotaBody::of);
+        Ok(Self { description, scopes: scopes.as_slice().to_vec(), rate_limits, quota })
     }
 }
 

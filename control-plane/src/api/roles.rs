@@ -10,7 +10,7 @@ use crate::domain::Timestamp;
 use crate::error::ApiError;
 
 /// What a role is to be.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"description": "For the support team", "scopes": ["orders:read"]}))]
 pub struct RoleBody {
@@ -27,6 +27,12 @@ pub struct RoleBody {
 impl RoleBody {
     fn parse(self) -> Result<Content, ApiError> {
         Content::parse(&self.description, self.scopes, Vec::new(), None)
+    }
+
+    /// The content as it is shown once it is stored.
+    pub(super) fn normalize(self) -> Result<Self, ApiError> {
+        let Content { description, scopes, .. } = self.parse()?;
+        Ok(Self { description, scopes: scopes.as_slice().to_vec() })
     }
 }
 

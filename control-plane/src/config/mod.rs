@@ -12,6 +12,7 @@ use clap_complete::Shell;
 use contract::key::{Secret, check};
 use contract::pepper::Pepper;
 use portcullis_cli::api::Api;
+use portcullis_cli::declarative::Declarative;
 use portcullis_cli::doctor::Doctor;
 use portcullis_cli::explain::Explain;
 use portcullis_cli::login::LoginCommand;
@@ -60,6 +61,8 @@ pub enum Command {
     Logout,
     Doctor(Doctor),
     Api(Api),
+    #[command(flatten)]
+    Declarative(Declarative),
     /// Print a script that completes commands in a shell
     Completion {
         /// The shell

@@ -223,6 +223,12 @@ impl PolicyBody {
         Ok(Content { description, policy: Some(policy), ..Content::default() })
     }
 
+    /// The policy as it is shown once it is stored.
+    pub fn normalize(self, name: &Name) -> Result<Self, ApiError> {
+        let Content { description, policy, .. } = self.parse(name)?;
+        Ok(Self::of(&description, &policy.unwrap_or_default()))
+    }
+
     /// Shows a policy.
     pub fn of(description: &str, named: &NamedPolicy) -> Self {
         let NamedPolicy { name, policy, matches, from_annotation } = named;

@@ -103,10 +103,12 @@ async fn demo_stack() -> Result<Stack> {
     Stack::builder().control_plane_arguments(&["--usage-event-interval", "1s"]).start().await
 }
 
-/// A stack, and what the commands of a page find: `target/up/env` and the directory `docs`.
+/// A stack, and what the commands of a page find: `target/up/env`, `target/debug/portcullis` and the directory `docs`.
 async fn shell_home(stack: &Stack) -> Result<PathBuf> {
     let home = stack.directory();
     std::fs::create_dir_all(home.join("target/up"))?;
+    std::fs::create_dir_all(home.join("target/debug"))?;
+    symlink(paths::control_plane(), home.join("target/debug/portcullis"))?;
     symlink(paths::workspace().join("docs"), home.join("docs"))?;
     let admin = stack.control_plane.settings().admin_key;
     let (api, gate) = (stack.control_plane.address(), stack.envoy().address());

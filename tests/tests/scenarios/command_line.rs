@@ -13,24 +13,24 @@ use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
 /// A shell of an administrator: a home directory of its own, and no settings of others.
-struct Shell {
-    home: TempDir,
+pub(crate) struct Shell {
+    pub(crate) home: TempDir,
 }
 
 /// What a command printed, and its exit code.
 #[derive(Debug, PartialEq, Eq)]
-struct CommandOutput {
-    code: i32,
-    stdout: String,
-    stderr: String,
+pub(crate) struct CommandOutput {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Shell {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         Ok(Self { home: TempDir::with_prefix("portcullis-")? })
     }
 
-    async fn run(&self, arguments: &[&str], input: &str) -> Result<CommandOutput> {
+    pub(crate) async fn run(&self, arguments: &[&str], input: &str) -> Result<CommandOutput> {
         let mut command = tokio::process::Command::new(paths::control_plane());
         command.args(arguments).env_clear().env("HOME", self.home.path()).env("PATH", "/usr/bin:/bin");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -42,7 +42,7 @@ impl Shell {
     }
 
     /// What a command that must succeed prints.
-    async fn prints(&self, arguments: &[&str]) -> Result<String> {
+    pub(crate) async fn prints(&self, arguments: &[&str]) -> Result<String> {
         let ended = self.run(arguments, "").await?;
         anyhow::ensure!(ended.code == 0 && ended.stderr.is_empty(), "{arguments:?}: {ended:?}");
         Ok(ended.stdout)
@@ -60,12 +60,18 @@ fn text(value: &Value) -> Result<&str> {
 /// A stack, and a shell that is logged in.
 async fn logged_in() -> Result<(Stack, Shell)> {
     let stack = Stack::builder().plugin(&json!({"rate_limit": null})).start().await?;
+    let shell = log_in(&stack).await?;
+    Ok((stack, shell))
+}
+
+/// A shell that is logged in to this stack.
+pub(crate) async fn log_in(stack: &Stack) -> Result<Shell> {
     let (rest, shell) = (stack.rest(), Shell::new()?);
     let server = format!("http://{}", rest.address);
     let ended = shell.run(&["login", "--server", &server], &format!("{}\n", rest.key.reveal())).await?;
     assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
     assert!(!ended.stdout.contains(rest.key.reveal()), "{}", ended.stdout);
-    Ok((stack, shell))
+    Ok(shell)
 }
 
 #[tokio::test]

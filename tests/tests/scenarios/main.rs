@@ -9,6 +9,7 @@ mod command_line;
 mod config;
 mod containers;
 mod cors;
+mod declarative;
 mod definitions;
 mod existing;
 mod faults;
