@@ -111,8 +111,8 @@ impl ControlPlane<'_> {
         self.write(Resource::User.write(), id, condition, Some(&members)).map(|_| ())
     }
 
-    /// Writes a resource in place of this version. Of users only the members in `fields` are written: a refill that is written
-    /// again begins anew.
+    /// Writes a resource in place of this version. Of users only the members that `changed` names are
+    /// written, so that another member keeps what another writer gives it.
     pub fn update(
         &self,
         resource: Resource,
