@@ -20,14 +20,14 @@ use crate::policy::{NamedPolicy, PolicyError};
 
 mod path;
 
-pub use path::{AmbiguousPath, segments};
+pub use path::{AmbiguousTarget, segments};
 
 /// Most rules of one store.
 pub const RULES: usize = 1_000;
 
 const HOSTS: usize = 16;
 const HOST_BYTES: usize = 253;
-/// Longest host and port that is looked at, in bytes. No rule names a longer host.
+/// Longest host and port of a request, in bytes. Names of hosts have no more than 253 bytes (RFC 1035, section 2.3.4).
 const LONGEST_AUTHORITY: usize = HOST_BYTES + 1 + 6;
 const METHODS: usize = 10;
 const METHOD_BYTES: usize = 32;
@@ -266,8 +266,8 @@ impl Rules {
     /// The rule that applies to a request, if one does.
     ///
     /// # Errors
-    /// [`AmbiguousPath`]: rules cannot be applied to such a request. It must be refused.
-    pub fn find(&self, target: &impl Target) -> Result<Option<&Rule>, AmbiguousPath> {
+    /// [`AmbiguousTarget`]: rules cannot be applied to such a request. It must be refused.
+    pub fn find(&self, target: &impl Target) -> Result<Option<&Rule>, AmbiguousTarget> {
         if self.is_empty() {
             return Ok(None);
         }
@@ -275,7 +275,10 @@ impl Rules {
         let segments = segments(&path)?;
         let seen = Seen { target, method: OnceCell::new() };
         let host = if self.needs_host { target.host() } else { None };
-        let host = host.filter(|host| host.len() <= LONGEST_AUTHORITY).as_deref().map(host_of);
+        if host.as_ref().is_some_and(|host| host.len() > LONGEST_AUTHORITY) {
+            return Err(AmbiguousTarget);
+        }
+        let host = host.as_deref().map(host_of);
         let of_host = host.iter().flat_map(|host| hosts_for(host)).chain([Cow::Borrowed(ANY_HOST)]);
         Ok(of_host.filter_map(|host| self.hosts.get(&*host)).find_map(|node| node.find(&segments, &seen)))
     }

@@ -551,7 +551,7 @@ create table idempotent_replies (
 );
 
 comment on table idempotent_replies is 'Replies to requests with an Idempotency-Key, kept for a day and given again to a retry.';
-comment on column idempotent_replies.fingerprint is 'SHA-256 of method, target and body. Another request with the same Idempotency-Key is refused.';
+comment on column idempotent_replies.fingerprint is 'SHA-256 of method, target, preconditions and body. Another request with the same Idempotency-Key is refused.';
 comment on column idempotent_replies.status is 'HTTP status.';
 comment on column idempotent_replies.nonce is 'Nonce of the encryption of body.';
 comment on column idempotent_replies.body is 'Encrypted under the secret of the caller, because it can contain a new secret.';

@@ -45,22 +45,22 @@ pub(super) fn is_variable(segment: &str) -> bool {
 
 /// A path that gateways and upstreams may read in different ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AmbiguousPath;
+pub struct AmbiguousTarget;
 
 /// The segments of a request's path, without the query. Encoded bytes are decoded once; parameters (RFC 3986, section 3.3) and
 /// empty segments are left out.
 ///
 /// # Errors
-/// [`AmbiguousPath`] if a segment is then `.` or `..`, or has a slash, a backslash or a zero byte. Envoy resolves dots and can
+/// [`AmbiguousTarget`] if a segment is then `.` or `..`, or has a slash, a backslash or a zero byte. Envoy resolves dots and can
 /// refuse encoded slashes before the filter sees the path.
-pub fn segments(path: &[u8]) -> Result<Vec<Cow<'_, [u8]>>, AmbiguousPath> {
+pub fn segments(path: &[u8]) -> Result<Vec<Cow<'_, [u8]>>, AmbiguousTarget> {
     let path = path.split(|byte| b"?#".contains(byte)).next().unwrap_or_default();
     let mut segments = Vec::new();
     for segment in path.split(|byte| *byte == b'/') {
         let name = segment.split(|byte| *byte == b';').next().unwrap_or_default();
         let name = decoded(name);
         if [&b"."[..], b".."].contains(&&*name) || name.iter().any(|byte| b"/\\\0".contains(byte)) {
-            return Err(AmbiguousPath);
+            return Err(AmbiguousTarget);
         }
         if !name.is_empty() {
             segments.push(name);

@@ -134,18 +134,20 @@ fn a_path_that_can_be_read_in_several_ways_fits_no_rule_and_is_an_error() {
         "/open%5Cstrict",
         "/open%00",
     ] {
-        assert_eq!(rules.find(&get("a", path)), Err(AmbiguousPath), "{path}");
+        assert_eq!(rules.find(&get("a", path)), Err(AmbiguousTarget), "{path}");
     }
     // Without rules the path is not looked at.
     assert_eq!(Rules::NONE.find(&get("a", "/..")), Ok(None));
 }
 
 #[test]
-fn a_request_without_a_path_or_with_a_long_host_gets_the_rules_for_all() {
+fn a_request_without_a_path_gets_the_rules_for_all_and_one_with_a_host_that_is_too_long_is_refused() {
     let rules = rules(&[("get", methods(&["GET"], Match::default())), ("host", host("*.a.b", Match::default()))]);
     assert_eq!(found(&rules, &get("x.a.b", "")), Some("host"));
     let long: &'static str = Box::leak(format!("{}a.b", "a.".repeat(30_000)).into_boxed_str());
-    assert_eq!(found(&rules, &get(long, "/")), Some("get"));
+    assert_eq!(rules.find(&get(long, "/")), Err(AmbiguousTarget));
+    let longest: &'static str = Box::leak(format!("{}.a.b:65535", "a".repeat(250)).into_boxed_str());
+    assert_eq!((longest.len(), found(&rules, &get(longest, "/"))), (260, Some("host")));
 }
 
 #[test]

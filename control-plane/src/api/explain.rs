@@ -15,7 +15,7 @@ use contract::outcome::Outcome;
 use contract::pepper::hashes;
 use contract::policy::{DEFAULT_NAME, Policy, PolicyLimits};
 use contract::record::{Per, RateLimit, Record};
-use contract::rules::{AmbiguousPath, Target};
+use contract::rules::{AmbiguousTarget, Target};
 use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -208,12 +208,15 @@ pub async fn explain(
         None => Presented::Unknown,
     };
     let outcome = decide(presented, &facts);
+    let identified = record.as_ref().filter(|_| outcome != Outcome::Anonymous);
     if let Some(record) = &record {
         checks.extend(
             Check::ALL.map(|check| {
                 CheckView::judged(check.name(), check.refusal(record, &facts), check.detail(record, &facts))
             }),
         );
+    }
+    if let Some(record) = identified {
         checks.push(CheckView::without_verdict("rate_limit", limits(record, &facts)));
         let left = shared_limits(&app.pool, record, &definitions.rate_limits(record)).await?;
         checks.extend(left.map(|saw| CheckView::without_verdict("rate_limit_left", saw)));
@@ -263,6 +266,10 @@ impl Target for Explained<'_> {
     }
 
     fn header(&self, name: &str) -> Option<Vec<u8>> {
+        // Envoy has one value for both.
+        if name.eq_ignore_ascii_case("host") {
+            return self.host();
+        }
         let found = self.body.headers.iter().find(|(own, _)| own.eq_ignore_ascii_case(name));
         found.map(|(_, value)| value.trim().as_bytes().to_vec())
     }
@@ -327,9 +334,10 @@ fn by_match(definitions: &Definitions, body: &ExplainBody, request: &Explained<'
             how: format!("the most specific match is: {}", rule.matches),
         },
         Ok(None) => default("no policy matches the request"),
-        Err(AmbiguousPath) => Applying {
+        Err(AmbiguousTarget) => Applying {
             name: "unknown".into(),
             policy: None,
+            // A host that is too long is refused above.
             how: "the path has dot segments or encoded slashes, which Envoy should resolve or refuse".into(),
         },
     })

@@ -7,7 +7,7 @@
 
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Request};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, LOCATION};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, IF_MATCH, IF_NONE_MATCH, LOCATION};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use chacha20poly1305::aead::{Aead, KeyInit, Payload};
@@ -46,7 +46,7 @@ pub struct IdempotentRequest {
 
 struct NamedRequest {
     key: String,
-    /// Of method, path, query and body.
+    /// Of method, path, query, preconditions and body.
     fingerprint: KeyHash,
     cipher: XChaCha20Poly1305,
 }
@@ -246,7 +246,9 @@ impl<S: Send + Sync> FromRequest<S> for IdempotentRequest {
         let named = key.map(|key| {
             let presented = parts.headers.get(KEY_HEADER).map_or(&[][..], HeaderValue::as_bytes);
             let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
-            let head = format!("{} {target}\n", parts.method);
+            let condition = |name| parts.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+            let (matches, none_match) = (condition(IF_MATCH), condition(IF_NONE_MATCH));
+            let head = format!("{} {target}\n{matches}\n{none_match}\n", parts.method);
             NamedRequest {
                 key,
                 fingerprint: KeyHash::of(&[head.as_bytes(), &bytes].concat()),

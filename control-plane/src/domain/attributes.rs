@@ -175,7 +175,7 @@ mod tests {
         ] {
             assert_eq!(patch.check().unwrap_err().field(), Some(field));
         }
-        let large = patch("a", &[("a", &"é".repeat(340))]);
+        let large = patch("a", &[("a", &"é".repeat(400))]);
         assert_eq!(large.check().unwrap_err().field(), Some("metadata"));
         let many: Metadata = (0..=ENTRIES).map(|n| (format!("n{n}"), json!(n))).collect();
         let many = AttributesPatch { metadata: Some(many), ..AttributesPatch::default() };

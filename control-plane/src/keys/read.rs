@@ -153,7 +153,7 @@ pub async fn search(
                 where d.kind = 'plan' and d.name = $11 and not d.removed
             ))
             and ($12::text is null or id in (
-                select k.id from api_keys k join definitions d on k.role_numbers @> array[d.number]
+                select k.id from api_keys k join definitions d on k.role_numbers @> array[d.number] and k.role_numbers <> '{}'
                 where d.kind = 'role' and d.name = $12 and not d.removed
             ))
         order by id desc limit $7",

@@ -31,7 +31,7 @@ pub async fn erase(change: &mut Change, id: Uuid) -> Result<EraseReply, ApiError
     // All entries are searched, which can take long. The lock on the store, which changes of other keys need, comes later.
     rename_in_audit(change, &user.email, &email, true).await?;
     erase_attributes_in_audit(change, &email).await?;
-    erase_in_audit_of_keys(change, id).await?;
+    erase_in_audit_of_keys(change, id, &email).await?;
     sqlx::query!(
         "update user_preferences set email = $2, attributes = null, time_zone = null, refill = null, refill_at = null where id = $1",
         id,
@@ -73,8 +73,8 @@ pub(super) async fn rename_in_audit(
 /// Removes attributes from the entries about the user, whose address is replaced already.
 async fn erase_attributes_in_audit(connection: &mut PgConnection, email: &str) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "update audit set detail = detail - '{external_id, metadata, time_zone}'::text[]
-        where target = $1 and detail ?| '{external_id, metadata, time_zone}'",
+        "update audit set detail = (detail - '{external_id, metadata, time_zone}'::text[]) #- '{refill, time_zone}'
+        where target = $1 and detail ?| '{external_id, metadata, time_zone, refill}'",
         email
     )
     .execute(connection)
@@ -82,14 +82,19 @@ async fn erase_attributes_in_audit(connection: &mut PgConnection, email: &str) -
     Ok(())
 }
 
-/// Removes names, networks, attributes and notes from the entries about keys of the user.
-async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid) -> Result<(), sqlx::Error> {
+/// Removes names, networks, attributes and notes from the entries about keys of the user, whose address is replaced already.
+/// Entries outlive the rows of ended keys.
+async fn erase_in_audit_of_keys(connection: &mut PgConnection, id: Uuid, email: &str) -> Result<(), sqlx::Error> {
     sqlx::query!(
         r#"update audit set detail = case when detail ? 'name' then detail || '{"name": "erased"}' else detail end
             - '{allowed_addresses, external_id, metadata, note}'::text[]
-        where key_id in (select id from api_keys where owner_id = $1)
+        where key_id in (
+                select id from api_keys where owner_id = $1
+                union all select key_id from audit where detail ->> 'email' = $2 and key_id is not null
+            )
             and detail ?| '{name, allowed_addresses, external_id, metadata, note}'"#,
-        id
+        id,
+        email
     )
     .execute(connection)
     .await?;

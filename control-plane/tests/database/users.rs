@@ -4,6 +4,7 @@ use crate::support::gateway::answer;
 use crate::support::{Fixture, change_key, encoded, execute, id_of, revision, rows, scalar, scalars};
 use contract::id::ReporterId;
 use contract::key::Secret;
+use control_plane::keys::purge::delete_ended;
 use limits::message::{Ask, Call};
 use limits::pool::{Kind, PoolId, Subject};
 use serde_json::{Value, json};
@@ -95,7 +96,12 @@ async fn an_erased_user_is_named_nowhere_and_what_was_counted_stays(pool: PgPool
         "email": USER, "name": "Ada's laptop", "allowed_addresses": ["192.0.2.7"], "metadata": {"of": "Ada"},
     });
     let (id, key) = fixture.created(&admin, body.clone()).await;
-    let (second, _) = fixture.created(&admin, body).await;
+    let (second, _) = fixture.created(&admin, body.clone()).await;
+    // The trail outlives the row of an ended key.
+    let (gone, _) = fixture.created(&admin, body).await;
+    fixture.patch(&format!("/v1/keys/{gone}"), &admin, json!({"name": "Ada's watch"})).await.expect(200);
+    change_key(&pool, gone, "revoked_at = now() - interval '31 days', withdrawn = true").await;
+    assert_eq!(delete_ended(&pool, 30).await.unwrap(), 1);
     change_key(&pool, id, "networks = '{}'").await;
     let uri = fixture.user(USER).await;
     fixture.post(&format!("{uri}/ledger"), &admin, json!({"amount": 5, "note": "for Ada"})).await.expect(201);

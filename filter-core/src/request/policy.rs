@@ -1,7 +1,7 @@
 //! Which policy a request gets: that of the first source that names one, or else the default policy.
 
 use contract::policy::{NamedPolicy, Policy};
-use contract::rules::{AmbiguousPath, Target};
+use contract::rules::{AmbiguousTarget, Target};
 
 use super::Request;
 use crate::config::PolicySource;
@@ -58,7 +58,7 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
             }
             PolicySource::Rules => match self.definitions.rules().find(&RuleTarget(stream)) {
                 Ok(rule) => rule.map(|rule| policy(rule.policy.clone())),
-                Err(AmbiguousPath) => Some(Err(String::new())),
+                Err(AmbiguousTarget) => Some(Err(String::new())),
             },
         }
     }
@@ -77,8 +77,8 @@ impl<'a, H: Host, K: KeyLookup> Request<'a, H, K> {
         };
         let problem = match (source, name) {
             (PolicySource::Rules, "") => {
-                "requests have paths with dot segments or encoded slashes, which rules cannot be \
-                                          applied to: let Envoy normalise paths and refuse encoded slashes"
+                "requests have paths with dot segments or encoded slashes, or hosts of more than 260 bytes, which rules cannot \
+                 be applied to: let Envoy normalise paths and refuse encoded slashes"
                     .to_owned()
             }
             (_, "") => format!("{place} has no policy name where one belongs: write it as {{policy: NAME}}"),

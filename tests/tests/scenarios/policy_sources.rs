@@ -75,6 +75,12 @@ const ROUTES: &str = "- match: { prefix: /route }
                                     sectionName: all
                                     annotations: { portcullis-policy: platform }
                           route: { cluster: upstream }
+                        - match: { prefix: /name-of-the-platform }
+                          name: platform
+                          route: { cluster: upstream }
+                        - match: { prefix: /prefix-of-the-platform }
+                          name: policy.platform
+                          route: { cluster: upstream }
                         - match: { prefix: /other-annotation }
                           metadata:
                             filter_metadata:
@@ -126,7 +132,7 @@ async fn each_source_names_the_policy_and_the_first_that_does_decides() -> Resul
             assert_eq!(applying(&harness, &NAMES, &Method::GET, path, &[]).await?, [name], "{path}");
         }
         // What the owner of a route may not name, and what does not exist.
-        for path in ["/forbidden", "/misspelt"] {
+        for path in ["/forbidden", "/name-of-the-platform", "/prefix-of-the-platform", "/misspelt"] {
             for name in NAMES {
                 assert_refused(&harness.get(path, Some(name)).await?, Outcome::PolicyUnknown, &[]);
             }
@@ -149,7 +155,7 @@ async fn each_source_names_the_policy_and_the_first_that_does_decides() -> Resul
             assert_eq!(reply.status, 503, "{path}");
             assert_refused(&reply, Outcome::PolicyUnknown, &[]);
         }
-        harness.stat_is("decisions.policy_unknown_total", 2 * NAMES.len() as u64 + unknown.len() as u64).await?;
+        harness.stat_is("decisions.policy_unknown_total", 4 * NAMES.len() as u64 + unknown.len() as u64).await?;
         for (source, name) in [
             ("the metadata of a route", "route"),
             ("the annotation portcullis-policy of a route", "annotation"),
@@ -205,6 +211,10 @@ async fn each_form_of_a_match_picks_a_policy_and_the_most_specific_applies() -> 
     ] {
         assert_eq!(applying(&harness, &NAMES, &method, path, headers).await?, [name], "{method} {path} {headers:?}");
     }
+    // Envoy accepts a host that no name can have. Rules for suffixes would not see all of it.
+    let long = format!("{}.example.com", "a".repeat(260));
+    let request = Request::get("/orders").header("x-api-key", "default").header("host", long);
+    assert_refused(&harness.send(request.body(Full::default())?).await?, Outcome::PolicyUnknown, &[]);
     Ok(())
 }
 
