@@ -51,13 +51,13 @@ pub struct Version {
 pub struct Field {
     /// Its path.
     path: String,
-    /// What it is; none if there is none.
+    /// Its value in the control plane, if it has one.
     before: Option<Value>,
-    /// What it is to be; none if there is to be none.
+    /// Its value in the files, if they have one.
     after: Option<Value>,
 }
 
-/// The words for what a command says of each change.
+/// The tense in which a command describes each change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tense {
     /// `diff`.

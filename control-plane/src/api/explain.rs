@@ -308,7 +308,13 @@ fn by_name(definitions: &Definitions, name: &str, source: PolicySource) -> Apply
             (None, format!("{words} names it, which it may not: the policy has from_annotation false"))
         }
         Some(found) => (Some(found.policy.clone()), format!("{words} names it")),
-        None if name == DEFAULT_NAME => (Some(Policy::default()), format!("{words} names it")),
+        None if definitions.has_no_policies() => {
+            let how = format!(
+                "{words} names it, and no policy exists yet: an Envoy asks for a key and nothing else, and answers 503 \
+                 policy_unknown if it has policy_sources"
+            );
+            (Some(Policy::default()), how)
+        }
         None => (None, format!("{words} names it, and there is no policy of this name")),
     };
     Applying { name: name.into(), policy, how }

@@ -116,7 +116,7 @@ pub async fn put(
     let made = present.is_none();
     let put = match present {
         Some(present) if present.says(content) => return Ok((present, false)),
-        Some(present) => replace(change, present.number, content).await?,
+        Some(present) => replace(change, kind, present.number, content).await?,
         None => make(change, kind, name, content).await?,
     };
     let action = match (kind, made) {
@@ -183,7 +183,12 @@ async fn make(
     Ok(made)
 }
 
-async fn replace(connection: &mut PgConnection, number: i32, content: &Content) -> Result<Definition, ApiError> {
+async fn replace(
+    connection: &mut PgConnection,
+    kind: Kind,
+    number: i32,
+    content: &Content,
+) -> Result<Definition, ApiError> {
     let replaced = query_definitions!(
         "update definitions set description = $2, scopes = $3, rate_limits = $4, quota = $5, policy = $6
         where number = $1 returning",
@@ -196,7 +201,9 @@ async fn replace(connection: &mut PgConnection, number: i32, content: &Content) 
         content.policy.as_ref().map(Json) as _
     );
     let replaced = replaced.fetch_one(&mut *connection).await?;
-    apply_quotas(connection, Whose::Plan(number)).await?;
+    if kind == Kind::Plan {
+        apply_quotas(connection, Whose::Plan(number)).await?;
+    }
     Ok(replaced)
 }
 

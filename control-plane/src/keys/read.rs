@@ -149,7 +149,8 @@ pub async fn search(
             and ($9::uuid is null or owner_id = $9)
             and ($10::timestamptz is null or expires_at < $10)
             and ($11::text is null or id in (
-                select k.id from api_keys k join definitions d on d.number = coalesce(k.plan_number, k.owner_plan_number)
+                select k.id from api_keys k join user_preferences p on p.id = k.owner_id
+                join definitions d on d.number = coalesce(k.plan_number, p.plan_number)
                 where d.kind = 'plan' and d.name = $11 and not d.removed
             ))
             and ($12::text is null or id in (

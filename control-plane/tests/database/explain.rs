@@ -275,6 +275,15 @@ async fn the_match_that_picks_a_policy_is_told(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn before_the_first_policy_a_name_means_nothing_unless_envoy_has_policy_sources(pool: PgPool) {
+    let (fixture, admin) = Fixture::with_admin(&pool).await;
+    let reply = explain(&fixture, &admin, json!({"key": admin.reveal(), "policy": "orders"})).await.json();
+    assert_eq!((&reply["outcome"], &reply["status"]), (&json!("allowed"), &Value::Null));
+    let saw = reply["checks"][1]["saw"].as_str().unwrap();
+    assert!(saw.ends_with("answers 503 policy_unknown if it has policy_sources"), "{saw}");
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn a_user_explains_keys_of_their_own(pool: PgPool) {
     let (fixture, _) = fixture(pool).await;
     let (own, user) = fixture.key("user@example.com", &[]).await;

@@ -101,8 +101,12 @@ async fn keys_are_found_by_the_id_of_their_owner_plan_role_and_end(pool: PgPool)
     assert_eq!(names(&fixture, &admin, "role=support").await, ["Supporting"]);
     assert_eq!(names(&fixture, &admin, "role=support&plan=gold").await, [""; 0]);
     assert_eq!(names(&fixture, &admin, "expires_before=2030-06-01T00:00:00Z").await, ["Golden"]);
+    // Filters have forgotten this key, which has the plan of its user all the same.
+    let (old, _) = fixture.created(&admin, key("Old", json!({}))).await;
+    change_key(&pool, old, "revoked_at = now(), withdrawn = true").await;
     fixture.patch(&format!("/v1/users/{other}"), &admin, json!({"plan": "gold"})).await.expect(200);
-    assert_eq!(names(&fixture, &admin, "plan=gold").await, ["Supporting", "Golden"], "the plan of the user");
+    assert_eq!(names(&fixture, &admin, "plan=gold&state=revoked").await, ["Old"]);
+    assert_eq!(names(&fixture, &admin, "plan=gold&state=active").await, ["Supporting", "Golden"], "of the user");
 }
 
 #[sqlx::test(migrations = "./migrations")]

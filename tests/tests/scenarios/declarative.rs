@@ -51,7 +51,7 @@ impl Administrator {
         Ok(ended.stdout)
     }
 
-    /// What `diff` prints for so many differences.
+    /// Runs `diff`, which must find this number of differences, and returns what it prints.
     async fn differences(&self, number: usize, flags: &[&str]) -> Result<String> {
         let ended = self.run("diff", flags).await?;
         let plural = if number == 1 { "" } else { "s" };
